@@ -1,0 +1,213 @@
+"""lstm_ext.LSTM against torch.nn.LSTM on the CPU, float32: `make bench-quick`.
+
+    python benchmarks/bench_quick.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...]
+                                     [--budget SECONDS] [--output results/NAME.json]
+
+Prints a table and writes the figures as JSON; report.py makes the README's table and the picture from that.
+Figures stand beside the project's targets, and nothing fails here: what a busy machine measures is no
+verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import harness
+import torch
+from shapes import MEMORY, SHAPES, STEP, Shape
+
+GROUPS = ["inference", "training", "step", "memory"]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# group: (geometric mean, minimum); for memory, the largest allowed share of torch's peak
+TARGETS: dict[str, tuple[float | None, float | None]] = {
+    "inference": (1.3, 0.95),
+    "training": (1.15, 0.95),
+    "step": (None, 5.0),
+    "memory": (None, 1.0),
+}
+
+
+def time_case(group: str, name: str, threads: int, budget: float) -> list[dict]:
+    shape = SHAPES[name]
+    torch.set_num_threads(threads)
+    theirs, ours = harness.make_layers(shape)
+    if group == "inference":
+        pairs = [("call", harness.inference_call(theirs, shape), harness.inference_call(ours, shape))]
+    elif group == "training":
+        pairs = [("call", harness.training_call(theirs, shape), harness.training_call(ours, shape))]
+    else:  # torch.nn.LSTM has no step(): both ways to run a step stand against its call
+        pairs = [
+            (method, harness.step_call(theirs, shape, "call"), harness.step_call(ours, shape, method))
+            for method in ("call", "step")
+        ]
+    results = []
+    for method, a, b in pairs:
+        difference = harness.largest_difference(a, b)
+        comparison = harness.compare(a, b, budget / len(pairs))
+        results.append(
+            {
+                **row(group, name, shape, threads),
+                "method": method,
+                "largest_difference": difference,
+                **harness.as_dict(comparison),
+            }
+        )
+    return results
+
+
+def measure_memory(name: str, threads: int, repeats: int) -> dict:
+    shape = SHAPES[name]
+    peaks: dict[str, list[int]] = {"torch": [], "ours": []}
+    for _ in range(repeats):
+        for kind, values in peaks.items():
+            values.append(harness.peak_memory(kind, shape, threads))
+    theirs, ours = (statistics.median(peaks[kind]) for kind in ("torch", "ours"))
+    return {
+        **row("memory", name, shape, threads),
+        "torch_bytes": theirs,
+        "ours_bytes": ours,
+        "all_bytes": peaks,
+        "ratio": ours / theirs,  # below 1, lstm_ext needs less
+    }
+
+
+def row(group: str, name: str, shape: Shape, threads: int) -> dict:
+    return {"group": group, "shape": name, **shape._asdict(), "threads": threads}
+
+
+def counted(result: dict) -> bool:
+    """Whether a result counts for its group's target."""
+    if result["group"] == "inference":
+        return result["steps"] > 1  # a single step has a target of its own
+    return result.get("method", "call") == "call"
+
+
+def summarise(results: list[dict]) -> list[dict]:
+    """Geometric mean and worst case of each group, over all its threads, beside the target."""
+    lines = []
+    for group in GROUPS:
+        ratios = [r["ratio"] for r in results if r["group"] == group and counted(r)]
+        if not ratios:
+            continue
+        mean, worst = harness.geometric_mean(ratios), max(ratios) if group == "memory" else min(ratios)
+        mean_target, worst_target = TARGETS[group]
+        met = (mean_target is None or mean >= mean_target) and (
+            worst <= worst_target if group == "memory" else worst >= worst_target
+        )
+        lines.append(
+            {
+                "group": group,
+                "cases": len(ratios),
+                "geometric_mean": mean,
+                "worst": worst,
+                "target_geometric_mean": mean_target,
+                "target_worst": worst_target,
+                "met": met,
+            }
+        )
+    return lines
+
+
+def print_result(result: dict) -> None:
+    name = f"{result['group']:<10} {result['shape']:<14} {result['threads']} thr"
+    if result["group"] == "memory":
+        theirs, ours = (result[f"{side}_bytes"] / harness.MEBIBYTE for side in ("torch", "ours"))
+        print(f"{name}  {theirs:8.1f} MiB{'':13}  {ours:8.1f} MiB{'':13}  {result['ratio']:6.2f}", flush=True)
+        return
+
+    def text(side: dict) -> str:
+        return f"{side['median']:8.3f} ms [{side['first_quartile']:.3f}, {side['third_quartile']:.3f}]"
+
+    note = "  step()" if result["method"] == "step" else ""
+    print(
+        f"{name}  {text(result['torch']):<26}  {text(result['ours']):<26} {result['ratio']:6.2f}x{note}",
+        flush=True,
+    )
+    if not result["largest_difference"] < 1e-3:
+        print(f"  warning: the two results differ by {result['largest_difference']:.1e} of the largest value")
+
+
+def print_summary(lines: list[dict]) -> None:
+    print("\ngroup       cases  geometric mean (target)   worst case (target)")
+    for line in lines:
+        mean_target = line["target_geometric_mean"]
+        mean = f"{line['geometric_mean']:.2f}" + (f" (>= {mean_target})" if mean_target else "")
+        sign = "<=" if line["group"] == "memory" else ">="
+        worst = f"{line['worst']:.2f} ({sign} {line['target_worst']})"
+        print(
+            f"{line['group']:<10}  {line['cases']:5}  {mean:<24}  {worst:<18}",
+            "met" if line["met"] else "not met",
+        )
+    print(
+        "\ntimes: torch / lstm_ext, above 1 lstm_ext is faster; "
+        "memory: lstm_ext / torch, below 1 it needs less;"
+    )
+    print("inference without the single step, which is the group `step`.")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare lstm_ext.LSTM with torch.nn.LSTM on the CPU.")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help=", ".join(GROUPS)
+    )
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
+                        help=", ".join(SHAPES))  # fmt: skip
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds for all timings together (240)")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="child processes for each figure (3)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "local.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    threads_before = torch.get_num_threads()
+    facts = harness.facts()
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    if facts["load_at_start"] > 0.3:
+        print("warning: other programs are running; with more than one thread, they are what is measured")
+    if facts["lstm_ext_cpu_capability"] is None:
+        print(
+            "warning: the compiled extension is not loaded; these are figures of the plain PyTorch reference"
+        )
+    print(f"\n{'':<31}{'torch.nn.LSTM: median [quartiles]':<36}lstm_ext.LSTM")
+
+    timed = [
+        (group, name, threads)
+        for group in ("inference", "training", "step")
+        if group in options.only
+        for name in options.shapes
+        if group != "step" or name == STEP
+        for threads in options.threads
+    ]
+    results = []
+    for group, name, threads in timed:
+        for result in time_case(group, name, threads, options.budget / len(timed)):
+            results.append(result)
+            print_result(result)
+    if "memory" in options.only:
+        for name in (n for n in options.shapes if n in MEMORY):
+            for threads in options.threads:
+                results.append(measure_memory(name, threads, options.memory_repeats))
+                print_result(results[-1])
+    torch.set_num_threads(threads_before)
+
+    summary = summarise(results)
+    print_summary(summary)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    facts["load_at_end"] = harness.load()
+    settings = {"budget": options.budget, "dtype": "float32", "memory_repeats": options.memory_repeats}
+    record = {"format": 1, "facts": facts, "settings": settings, "results": results, "summary": summary}
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

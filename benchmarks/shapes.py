@@ -1,0 +1,31 @@
+"""The shapes that the benchmarks run, by name: one layer, one direction, float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+
+
+# From one streaming step to a batch that fills every core; the sizes that other LSTM benchmarks publish lie
+# between.
+SHAPES: dict[str, Shape] = {
+    "B1-T1-H128": Shape(1, 1, 128, 128),
+    "B1-T64-H128": Shape(1, 64, 128, 128),
+    "B10-T30-H10": Shape(10, 30, 20, 10),
+    "B32-T100-H64": Shape(32, 100, 64, 64),
+    "B32-T100-H128": Shape(32, 100, 128, 128),
+    "B64-T50-H256": Shape(64, 50, 256, 256),
+    "B16-T128-H512": Shape(16, 128, 512, 512),
+    "B1-T100-H512": Shape(1, 100, 512, 512),
+    "B64-T25-H1024": Shape(64, 25, 1024, 1024),
+}
+
+STEP = "B1-T1-H128"
+# Below a few MiB, pages and the allocator's own blocks are what a process's peak memory shows.
+MEMORY = ["B32-T100-H64", "B32-T100-H128", "B64-T50-H256", "B16-T128-H512", "B64-T25-H1024"]

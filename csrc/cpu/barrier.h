@@ -1,0 +1,27 @@
+// A barrier for workers that all run at the same time, for waits of microseconds.
+// Included inside a per-set anonymous namespace.
+//
+// It spins, and gives up its processor after a while: with another program on the machine the
+// missing worker may need exactly the core this one spins on.
+
+struct alignas(64) Barrier {
+  int32_t arrived;
+  int32_t generation;
+
+  void wait(int32_t workers) {
+    const int32_t now = __atomic_load_n(&generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == workers) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++spins) {
+      if (spins < 2000) {
+        _mm_pause();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+};
+static_assert(sizeof(Barrier) == kBarrierBytes);

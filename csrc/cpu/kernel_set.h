@@ -1,0 +1,35 @@
+// The kernels of one instruction set. A kernels_*.cpp defines LSTM_EXT_SET_..., LSTM_EXT_SET_NAME and
+// LSTM_EXT_SET_FUNCTION, includes every header below the kernels, raises the compiler's target and
+// includes this file once.
+//
+// Everything lives in an anonymous namespace and calls nothing inline with external linkage: the
+// linker merges such functions across objects, and might keep the copy an older CPU cannot run.
+#pragma once
+
+#define LSTM_EXT_INLINE inline __attribute__((always_inline))
+#define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
+
+namespace lstm_ext::cpu {
+namespace {
+
+// The order is that of use.
+#include "cpu/simd.h"
+#include "cpu/vector_math.h"
+#include "cpu/tile.h"
+#include "cpu/pack.h"
+#include "cpu/row_major.h"
+#include "cpu/barrier.h"
+#include "cpu/forward.h"
+#include "cpu/weight_gradient.h"
+#include "cpu/backward.h"
+
+template <typename T>
+constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, &forward<T>, &backward<T>};
+
+constexpr Capability kCapability{LSTM_EXT_SET_NAME, kKernels<float>, kKernels<double>};
+
+}  // namespace
+
+const Capability* LSTM_EXT_SET_FUNCTION() { return &kCapability; }
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,52 @@
+// What the CPU backend offers to the glue: one table of functions per instruction set.
+// A call is made by `plan.workers` threads at once, each with its own index; the kernels
+// synchronise among themselves through the barriers in the workspace where the plan says so.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/plan.h"
+#include "lstm_params.h"
+
+namespace lstm_ext::cpu {
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;      // T values in a SIMD register
+  int64_t tile_rows;  // batch rows of a register tile
+  // `workspace`: forward_workspace(...) bytes, aligned to 64, `Barrier`s in it zeroed by the caller
+  // (the first plan.barrier_bytes); shared by all workers of the call.
+  void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
+  void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
+};
+
+struct Capability {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// One per instruction set; null where the binary has none.
+const Capability* capability_baseline();
+const Capability* capability_avx2();
+const Capability* capability_avx512();
+
+// The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
+const Capability& capability();
+// Throws std::invalid_argument with a sentence if this CPU or this binary cannot run `name`.
+void set_capability(const char* name);
+// Fills `names` (room for 3) with what this CPU can run, best first; returns how many.
+int available_capabilities(const char** names);
+
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return capability().f32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return capability().f64;
+}
+
+}  // namespace lstm_ext::cpu

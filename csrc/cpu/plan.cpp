@@ -1,0 +1,125 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+
+namespace lstm_ext::cpu {
+namespace {
+
+// Work is counted in fused multiply-adds of one number. The constants are measured on one core of
+// an AVX-512 machine (docs/design.md); they only steer, nothing depends on them for correctness.
+constexpr double kWorkPerThread = 6e5;        // below this a thread costs more than it brings
+constexpr double kWorkPerBarrier = 6e4;       // what a barrier between team members costs
+constexpr int64_t kRowMajorRows = 32;         // up to here packing costs more than it saves
+constexpr int64_t kRowMajorBatch = 2;         // a tile this low loads as much as the row-major path
+constexpr int64_t kChunkBytes = 256 * 1024;   // pre-activations of a chunk stay in the L2 cache
+constexpr int64_t kChunkRows = 48;            // ... but the weights must be used often enough
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Layout {
+  int64_t end = 0;
+  int64_t reserve(int64_t bytes) {
+    const int64_t at = end;
+    end += round_up(bytes, 64);
+    return at;
+  }
+};
+
+// The grid with the shortest estimated time. `step_work` is what one time step costs for one row,
+// `sequential_steps` how often members of a team meet.
+WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, double other_work,
+                       int64_t barriers) {
+  const double total = row_work * static_cast<double>(s.batch * s.steps) + other_work;
+  const int threads =
+      std::max(1, std::min(m.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
+  const int64_t blocks = divide_up(s.hidden_size, m.lanes);
+  WorkerGrid best;
+  double best_time = total;
+  for (int batch_groups = 1; batch_groups <= std::min<int64_t>(threads, s.batch); ++batch_groups) {
+    for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
+      if (hidden_groups > blocks) break;
+      const double rows = static_cast<double>(divide_up(s.batch, batch_groups));
+      const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
+      // A low tile is bound by loading the weights: two rows cost hardly more than one.
+      const double step = row_work * std::max(rows, std::min<double>(2.0, s.batch)) * share;
+      const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
+      const double time = (step + meet) * static_cast<double>(s.steps) +
+                          other_work / (batch_groups * hidden_groups);
+      if (time < best_time * 0.98) {
+        best_time = time;
+        best.batch_groups = batch_groups;
+        best.hidden_groups = hidden_groups;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
+  ForwardPlan plan;
+  const int64_t gates = 4 * s.hidden_size;
+  const double row_work = static_cast<double>(gates) * static_cast<double>(s.input_size + s.output_size + 8) +
+                          (s.projected ? static_cast<double>(s.hidden_size * s.output_size) : 0.0);
+  plan.grid = choose_grid(s, m, row_work, 0.0, s.projected ? 2 : 1);
+  plan.team_rows = divide_up(s.batch, plan.grid.batch_groups);
+  plan.pack_input = s.steps * s.batch > kRowMajorRows;
+  plan.pack_recurrent = plan.pack_input && s.batch > kRowMajorBatch;
+
+  const int64_t step_bytes = plan.team_rows * gates * m.element_size;
+  plan.chunk_steps = std::max(kChunkBytes / step_bytes, divide_up(kChunkRows, plan.team_rows));
+  plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, s.steps));
+
+  const int64_t padded = round_up(s.hidden_size, m.lanes);
+  Layout layout;
+  layout.reserve(kBarrierBytes * (1 + plan.grid.batch_groups));
+  plan.barrier_bytes = layout.end;
+  if (plan.pack_input) plan.input_panels = layout.reserve(4 * padded * s.input_size * m.element_size);
+  if (plan.pack_recurrent) plan.recurrent_panels = layout.reserve(4 * padded * s.output_size * m.element_size);
+  plan.bias = layout.reserve(gates * m.element_size);
+  if (s.projected) {
+    plan.projection_panels =
+        layout.reserve(round_up(s.output_size, m.lanes) * s.hidden_size * m.element_size);
+    if (!save) plan.hidden = layout.reserve(s.batch * s.hidden_size * m.element_size);
+  }
+  if (!save) {
+    plan.pre_activations =
+        layout.reserve(plan.grid.batch_groups * plan.chunk_steps * step_bytes);
+  }
+  plan.workspace_bytes = layout.end;
+  return plan;
+}
+
+BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input) {
+  BackwardPlan plan;
+  const int64_t gates = 4 * s.hidden_size;
+  const double row_work = static_cast<double>(gates) * static_cast<double>(s.output_size + 8) +
+                          (s.projected ? static_cast<double>(s.hidden_size * s.output_size) : 0.0);
+  const double other_work = static_cast<double>(s.steps * s.batch) * static_cast<double>(gates) *
+                            static_cast<double>(2 * s.input_size + s.output_size);
+  plan.grid = choose_grid(s, m, row_work, other_work, s.projected ? 2 : 1);
+  plan.team_rows = divide_up(s.batch, plan.grid.batch_groups);
+  plan.pack = s.steps * s.batch > kRowMajorRows;
+
+  Layout layout;
+  layout.reserve(kBarrierBytes * (1 + plan.grid.batch_groups));
+  plan.barrier_bytes = layout.end;
+  // Each member packs its own slice of columns, which begins at a multiple of the lanes.
+  if (plan.pack) {
+    plan.recurrent_panels = layout.reserve(round_up(s.output_size, m.lanes) * gates * m.element_size);
+    if (s.projected) {
+      plan.projection_panels =
+          layout.reserve(round_up(s.hidden_size, m.lanes) * s.output_size * m.element_size);
+    }
+    if (want_grad_input) {
+      plan.input_panels = layout.reserve(round_up(s.input_size, m.lanes) * gates * m.element_size);
+    }
+  }
+  plan.partial_sums = layout.reserve(s.batch * s.output_size * m.element_size);
+  plan.workspace_bytes = layout.end;
+  return plan;
+}
+
+}  // namespace lstm_ext::cpu

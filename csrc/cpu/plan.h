@@ -1,0 +1,55 @@
+// How a call is cut up: which path, how many workers, what each owns, where things lie in the
+// workspace. Pure functions of shapes and machine facts, so that tests can ask them anything.
+#pragma once
+
+#include <cstdint>
+
+#include "lstm_params.h"
+
+namespace lstm_ext::cpu {
+
+// What the plan needs to know of the kernels and of the call.
+struct Machine {
+  int64_t lanes;         // numbers in a SIMD register
+  int64_t tile_rows;     // batch rows of a register tile
+  int64_t element_size;  // bytes
+  int threads;           // threads the caller may use
+};
+
+// Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of
+// hidden_groups members, each owning a slice of the hidden units of the team's rows. Teams never
+// wait for each other inside the time loop; members do, once a step (twice with a projection).
+struct WorkerGrid {
+  int batch_groups = 1;
+  int hidden_groups = 1;
+  int workers() const { return batch_groups * hidden_groups; }
+};
+
+struct ForwardPlan {
+  WorkerGrid grid;
+  bool pack_input = false;      // W as gate-interleaved panels; else W is read row-major
+  bool pack_recurrent = false;  // the same for U
+  int64_t chunk_steps = 1;      // time steps whose input part is computed at once
+  int64_t team_rows = 0;        // the most batch rows a team owns
+  // Byte offsets into the workspace; barriers come first.
+  int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0,
+          hidden = 0;
+  int64_t barrier_bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+
+struct BackwardPlan {
+  WorkerGrid grid;
+  bool pack = false;  // copy U, W and W_hr into column panels; else read them where they are
+  int64_t team_rows = 0;
+  int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0;
+  int64_t barrier_bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+
+constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
+
+ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save);
+BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input);
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,251 @@
+// SIMD registers of the instruction set this translation unit is compiled for, as one small
+// interface: Simd<float>, Simd<double>. Included inside a per-set anonymous namespace (see
+// kernel_set.h); nothing here may have external linkage.
+//
+// The register types are the compiler's vector types, so + - * / and < work on them.
+
+template <typename T>
+struct Simd;
+
+#if defined(LSTM_EXT_SET_AVX512)
+
+constexpr int kVectorRegisters = 32;
+
+template <>
+struct Simd<float> {
+  using Reg = __m512;
+  typedef int Index __attribute__((vector_size(64)));
+  static constexpr int kLanes = 16;
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set1(float x) { return _mm512_set1_ps(x); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static Reg load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  static void store_partial(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // Both return `v` where it is NaN: min and max give their second operand then.
+  static Reg at_most(Reg v, float bound) { return _mm512_min_ps(set1(bound), v); }
+  static Reg at_least(Reg v, float bound) { return _mm512_max_ps(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm512_abs_ps(v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        _mm512_castps_si512(magnitude), _mm512_castps_si512(sign), _mm512_set1_epi32(INT32_MIN), 0xD8));
+  }
+  static Reg round(Reg v) { return _mm512_roundscale_ps(v, 8); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_ps(v, n); }
+
+ private:
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+};
+
+template <>
+struct Simd<double> {
+  using Reg = __m512d;
+  typedef long long Index __attribute__((vector_size(64)));
+  static constexpr int kLanes = 8;
+  static Reg zero() { return _mm512_setzero_pd(); }
+  static Reg set1(double x) { return _mm512_set1_pd(x); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
+  static Reg load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  static void store_partial(double* p, Reg v, int n) { _mm512_mask_storeu_pd(p, mask(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg at_most(Reg v, double bound) { return _mm512_min_pd(set1(bound), v); }
+  static Reg at_least(Reg v, double bound) { return _mm512_max_pd(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm512_abs_pd(v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(
+        _mm512_castpd_si512(magnitude), _mm512_castpd_si512(sign), _mm512_set1_epi64(INT64_MIN), 0xD8));
+  }
+  static Reg round(Reg v) { return _mm512_roundscale_pd(v, 8); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_pd(v, n); }
+
+ private:
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+};
+
+#elif defined(LSTM_EXT_SET_AVX2)
+
+constexpr int kVectorRegisters = 16;
+
+alignas(64) constexpr int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) constexpr int64_t kMask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+template <>
+struct Simd<float> {
+  using Reg = __m256;
+  typedef int Index __attribute__((vector_size(32)));
+  static constexpr int kLanes = 8;
+  static Reg zero() { return _mm256_setzero_ps(); }
+  static Reg set1(float x) { return _mm256_set1_ps(x); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static Reg load_partial(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  static void store_partial(float* p, Reg v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg at_most(Reg v, float bound) { return _mm256_min_ps(set1(bound), v); }
+  static Reg at_least(Reg v, float bound) { return _mm256_max_ps(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm256_andnot_ps(set1(-0.0f), v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm256_or_ps(abs(magnitude), _mm256_and_ps(set1(-0.0f), sign));
+  }
+  static Reg round(Reg v) { return _mm256_round_ps(v, 8); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+
+ private:
+  static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask32 + 8 - n)); }
+};
+
+template <>
+struct Simd<double> {
+  using Reg = __m256d;
+  typedef long long Index __attribute__((vector_size(32)));
+  static constexpr int kLanes = 4;
+  static Reg zero() { return _mm256_setzero_pd(); }
+  static Reg set1(double x) { return _mm256_set1_pd(x); }
+  static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
+  static Reg load_partial(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
+  static void store_partial(double* p, Reg v, int n) { _mm256_maskstore_pd(p, mask(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static Reg at_most(Reg v, double bound) { return _mm256_min_pd(set1(bound), v); }
+  static Reg at_least(Reg v, double bound) { return _mm256_max_pd(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm256_andnot_pd(set1(-0.0), v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm256_or_pd(abs(magnitude), _mm256_and_pd(set1(-0.0), sign));
+  }
+  static Reg round(Reg v) { return _mm256_round_pd(v, 8); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) {
+    const __m256i exponent =
+        _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
+    return _mm256_mul_pd(v, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)));
+  }
+
+ private:
+  static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - n)); }
+};
+
+#elif defined(LSTM_EXT_SET_BASELINE)  // x86-64 as every such CPU has it: SSE2, no FMA
+
+constexpr int kVectorRegisters = 16;
+
+template <>
+struct Simd<float> {
+  using Reg = __m128;
+  typedef int Index __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static Reg zero() { return _mm_setzero_ps(); }
+  static Reg set1(float x) { return _mm_set1_ps(x); }
+  static Reg load(const float* p) { return _mm_loadu_ps(p); }
+  static void store(float* p, Reg v) { _mm_storeu_ps(p, v); }
+  static Reg load_partial(const float* p, int n) {
+    alignas(16) float lanes[kLanes] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return _mm_load_ps(lanes);
+  }
+  static void store_partial(float* p, Reg v, int n) {
+    alignas(16) float lanes[kLanes];
+    _mm_store_ps(lanes, v);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+  static Reg at_most(Reg v, float bound) { return _mm_min_ps(set1(bound), v); }
+  static Reg at_least(Reg v, float bound) { return _mm_max_ps(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm_andnot_ps(set1(-0.0f), v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm_or_ps(abs(magnitude), _mm_and_ps(set1(-0.0f), sign));
+  }
+  // Only for |v| < 2^31, which is all that exp needs (a NaN becomes a number; exp adds it back).
+  static Reg round(Reg v) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(v)); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) {
+    const __m128i exponent = _mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127));
+    return _mm_mul_ps(v, _mm_castsi128_ps(_mm_slli_epi32(exponent, 23)));
+  }
+};
+
+template <>
+struct Simd<double> {
+  using Reg = __m128d;
+  typedef long long Index __attribute__((vector_size(16)));
+  static constexpr int kLanes = 2;
+  static Reg zero() { return _mm_setzero_pd(); }
+  static Reg set1(double x) { return _mm_set1_pd(x); }
+  static Reg load(const double* p) { return _mm_loadu_pd(p); }
+  static void store(double* p, Reg v) { _mm_storeu_pd(p, v); }
+  static Reg load_partial(const double* p, int n) { return n == 0 ? zero() : n == 1 ? _mm_load_sd(p) : load(p); }
+  static void store_partial(double* p, Reg v, int n) {
+    if (n == 1) _mm_store_sd(p, v);
+    if (n == 2) store(p, v);
+  }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
+  static Reg at_most(Reg v, double bound) { return _mm_min_pd(set1(bound), v); }
+  static Reg at_least(Reg v, double bound) { return _mm_max_pd(set1(bound), v); }
+  static Reg abs(Reg v) { return _mm_andnot_pd(set1(-0.0), v); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return _mm_or_pd(abs(magnitude), _mm_and_pd(set1(-0.0), sign));
+  }
+  static Reg round(Reg v) { return _mm_cvtepi32_pd(_mm_cvtpd_epi32(v)); }
+  static Reg scale_by_power_of_two(Reg v, Reg n) {
+    // n + 1023 is positive, so zero extension to 64 bits is right.
+    const __m128i biased = _mm_add_epi32(_mm_cvtpd_epi32(n), _mm_set1_epi32(1023));
+    const __m128i exponent = _mm_unpacklo_epi32(biased, _mm_setzero_si128());
+    return _mm_mul_pd(v, _mm_castsi128_pd(_mm_slli_epi64(exponent, 52)));
+  }
+};
+
+#else
+#error "compile through one of the kernels_*.cpp"
+#endif
+
+template <typename T>
+using Reg = typename Simd<T>::Reg;
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> load_lanes(const T* p, int n) {
+  return n == Simd<T>::kLanes ? Simd<T>::load(p) : Simd<T>::load_partial(p, n);
+}
+
+template <typename T>
+LSTM_EXT_INLINE void store_lanes(T* p, Reg<T> v, int n) {
+  if (n == Simd<T>::kLanes) {
+    Simd<T>::store(p, v);
+  } else {
+    Simd<T>::store_partial(p, v, n);
+  }
+}
+
+// Two-operand shuffle with indices known at compile time; lane j takes index(j), where b's lanes
+// are numbered from kLanes on. Step of the transposing reduction below for groups of `Group` lanes.
+template <typename T, int Group, int Offset, int... J>
+LSTM_EXT_INLINE Reg<T> pick_groups(Reg<T> a, Reg<T> b, std::integer_sequence<int, J...>) {
+  constexpr int n = Simd<T>::kLanes;
+#if defined(__clang__)
+  return __builtin_shufflevector(
+      a, b, (J / (2 * Group) * 2 * Group + J % Group + Offset + (J % (2 * Group) < Group ? 0 : n))...);
+#else
+  using Index = typename Simd<T>::Index;
+  return __builtin_shuffle(
+      a, b, Index{(J / (2 * Group) * 2 * Group + J % Group + Offset + (J % (2 * Group) < Group ? 0 : n))...});
+#endif
+}
+
+// Lane j of the result is the sum of the lanes of v[j]. Every v[j] is summed in the same order
+// (neighbours first, then pairs of pairs), so a sum does not depend on its place. Destroys v.
+template <typename T, int Group = 1>
+LSTM_EXT_INLINE Reg<T> sum_each(Reg<T>* v) {
+  constexpr int n = Simd<T>::kLanes;
+  using Lanes = std::make_integer_sequence<int, n>;
+  if constexpr (Group == n) {
+    return v[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / (2 * Group); ++i) {
+      v[i] = pick_groups<T, Group, 0>(v[2 * i], v[2 * i + 1], Lanes{}) +
+             pick_groups<T, Group, Group>(v[2 * i], v[2 * i + 1], Lanes{});
+    }
+    return sum_each<T, 2 * Group>(v);
+  }
+}

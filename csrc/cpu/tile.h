@@ -1,0 +1,135 @@
+// The register tile: R batch rows x NV registers of columns, and the loops over k that fill it.
+// Included inside a per-set anonymous namespace.
+//
+// In the forward pass the NV = 4 registers of a row are the four gates of the same units (the
+// panels are gate-interleaved), so a cell update needs nothing but the tile. Everywhere else they
+// are neighbouring output columns.
+
+// Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
+constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
+constexpr int kTileColumns = 4;  // in registers
+
+// Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
+// tiles pass over them.
+constexpr int64_t kBlockK = 512;
+
+LSTM_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LSTM_EXT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+LSTM_EXT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Piece `index` of [0, count) cut into `pieces` parts of nearly equal size.
+struct Range {
+  int64_t begin, end;
+};
+LSTM_EXT_INLINE Range share(int64_t count, int64_t pieces, int64_t index) {
+  return {count * index / pieces, count * (index + 1) / pieces};
+}
+
+template <typename T, int R, int NV>
+struct Tile {
+  Reg<T> acc[R][NV];
+
+  LSTM_EXT_INLINE void zero() {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = Simd<T>::zero();
+  }
+};
+
+// One step of k: acc[r][v] += a(r) * b[v], where b is NV registers and a(r) one number.
+// `last` lanes of the last register are there; the rest of it must not be read if Partial.
+template <typename T, int R, int NV, bool Partial, typename A>
+LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, int last) {
+  using S = Simd<T>;
+  if constexpr (kVectorRegisters == 32) {
+    Reg<T> w[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      w[v] = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const Reg<T> x = S::set1(a(r));
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) tile.acc[r][v] = S::fma(x, w[v], tile.acc[r][v]);
+    }
+  } else {  // 12 accumulators, 3 broadcasts and one weight at a time fill 16 registers
+    Reg<T> x[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) x[r] = S::set1(a(r));
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const Reg<T> w =
+          Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
+    }
+  }
+}
+
+// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]
+template <typename T, int R, int NV, bool Partial = false>
+LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const T* b, int64_t b_step,
+                                     int64_t count, int last = 0) {
+  for (int64_t k = 0; k < count; ++k, b += b_step) {
+    multiply_add<T, R, NV, Partial>(tile, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r][k]; }, b, last);
+  }
+}
+
+// acc[r][:] += sum_k a[k * a_step + r] * b[k * b_step + :]
+template <typename T, int R, int NV, bool Partial>
+LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_t a_step, const T* b,
+                                        int64_t b_step, int64_t count, int last) {
+  for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
+    multiply_add<T, R, NV, Partial>(tile, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r]; }, b, last);
+  }
+}
+
+// Calls f(first_row, std::integral_constant<int, R>) for tiles of nearly equal height that cover
+// `rows` rows: 13 rows are 5 + 4 + 4, not 6 + 6 + 1, since a low tile loads as many weights as a
+// high one.
+template <int R, typename F>
+LSTM_EXT_INLINE void call_with_rows(int64_t first, int64_t rows, F&& f) {
+  if constexpr (R == 1) {
+    f(first, std::integral_constant<int, 1>{});
+  } else if (rows == R) {
+    f(first, std::integral_constant<int, R>{});
+  } else {
+    call_with_rows<R - 1>(first, rows, f);
+  }
+}
+
+template <typename F>
+LSTM_EXT_INLINE void for_each_row_tile(int64_t rows, F&& f) {
+  const int64_t tiles = divide_up(rows, kTileRows);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Range part = share(rows, tiles, i);
+    call_with_rows<kTileRows>(part.begin, part.end - part.begin, f);
+  }
+}
+
+// The same for columns: blocks of at most kTileColumns registers, nearly equal, over [begin, end);
+// f(first_column, std::integral_constant<int, NV>, lanes of the last register).
+template <int NV, typename F>
+LSTM_EXT_INLINE void call_with_columns(int64_t first, int64_t registers, int last, F&& f) {
+  if constexpr (NV == 1) {
+    f(first, std::integral_constant<int, 1>{}, last);
+  } else if (registers == NV) {
+    f(first, std::integral_constant<int, NV>{}, last);
+  } else {
+    call_with_columns<NV - 1>(first, registers, last, f);
+  }
+}
+
+template <typename T, typename F>
+LSTM_EXT_INLINE void for_each_column_block(int64_t begin, int64_t end, F&& f) {
+  constexpr int64_t lanes = Simd<T>::kLanes;
+  const int64_t registers = divide_up(end - begin, lanes);
+  const int64_t blocks = divide_up(registers, kTileColumns);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Range part = share(registers, blocks, i);
+    const int64_t left = end - begin - (part.end - 1) * lanes;
+    call_with_columns<kTileColumns>(begin + part.begin * lanes, part.end - part.begin,
+                                    static_cast<int>(smaller(left, lanes)), f);
+  }
+}

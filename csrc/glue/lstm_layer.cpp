@@ -1,0 +1,241 @@
+#include "glue/lstm_layer.h"
+
+#include <ATen/ATen.h>
+#include <ATen/record_function.h>
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "glue/checks.h"
+#include "glue/parallel.h"
+
+namespace lstm_ext {
+namespace {
+
+// What the kernels want of a tensor: the innermost axis contiguous, and no negative stride.
+at::Tensor with_contiguous_rows(const at::Tensor& t) {
+  const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
+  return rows_contiguous && t.stride(0) >= 0 && t.stride(1) >= 0 ? t : t.contiguous();
+}
+
+template <typename T>
+Sequence<const T> sequence_of(const at::Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
+
+// Columns of one direction of a (T, B, D * n) tensor.
+template <typename T>
+Sequence<T> direction_of(const at::Tensor& t, int64_t direction, int64_t columns) {
+  return {t.mutable_data_ptr<T>() + direction * columns, t.stride(0), t.stride(1)};
+}
+
+template <typename T>
+const T* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+// Rows of `direction` of a contiguous (D, ...) tensor, or null.
+template <typename T>
+T* part_or_null(const at::Tensor& t, int64_t direction) {
+  return t.defined() ? t.mutable_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
+}
+template <typename T>
+const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
+  return t.defined() ? t.const_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
+}
+
+at::Tensor contiguous_or_undefined(const OptionalTensor& t) {
+  return t && t->defined() ? t->contiguous() : at::Tensor();
+}
+
+std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights) {
+  std::vector<at::Tensor> result;
+  result.reserve(weights.size());
+  for (const at::Tensor& w : weights) result.push_back(w.contiguous());
+  return result;
+}
+
+template <typename T>
+LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& s, bool has_bias,
+                           int64_t direction) {
+  const at::Tensor* w = weights.data() + direction * s.weights_per_direction;
+  return {w[0].const_data_ptr<T>(), w[1].const_data_ptr<T>(), has_bias ? w[2].const_data_ptr<T>() : nullptr,
+          has_bias ? w[3].const_data_ptr<T>() : nullptr,
+          s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
+}
+
+LayerShape shape_of(const LayerSizes& s, int64_t direction) {
+  return {s.steps, s.batch, s.input_size, s.hidden_size, s.output_size, s.projected, direction == 1};
+}
+
+template <typename T>
+cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
+  return {kernels.lanes, kernels.tile_rows, static_cast<int64_t>(sizeof(T)), threads};
+}
+
+// Plans the call, lays out the workspace and runs the kernel on the planned workers; on one, if
+// the system refuses threads.
+template <typename MakePlan, typename Kernel>
+void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::TensorOptions& options) {
+  for (int threads = available_threads();; threads = 1) {
+    const auto plan = make_plan(threads);
+    constexpr int64_t kAlignment = 64;
+    const at::Tensor workspace = at::empty({plan.workspace_bytes + kAlignment}, options.dtype(at::kByte));
+    auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr<uint8_t>());
+    char* base = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    std::memset(base, 0, static_cast<size_t>(plan.barrier_bytes));
+    if (run_at_once(plan.grid.workers(), [&](int worker) { kernel(plan, base, worker); })) return;
+  }
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
+    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+    const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional, bool save) {
+  RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
+  const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
+  const auto options = input.options();
+  const at::Tensor output = at::empty({s.steps, s.batch, s.directions * s.output_size}, options);
+  const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  std::vector<at::Tensor> saved;
+  if (save) {
+    saved.push_back(at::empty({s.directions, s.steps, s.batch, 4 * s.hidden_size}, options));
+    saved.push_back(at::empty({s.directions, s.steps, s.batch, s.hidden_size}, options));
+    if (s.projected) saved.push_back(at::empty({s.directions, s.steps, s.batch, s.hidden_size}, options));
+  }
+  if (s.batch == 0) return {output, h_n, c_n, saved};
+
+  const at::Tensor x = with_contiguous_rows(input);
+  const at::Tensor h = contiguous_or_undefined(h0);
+  const at::Tensor c = contiguous_or_undefined(c0);
+  const std::vector<at::Tensor> w = contiguous_weights(weights);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_layer_forward", [&] {
+    const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
+    for (int64_t d = 0; d < s.directions; ++d) {
+      ForwardParams<scalar_t> p{};
+      p.shape = shape_of(s, d);
+      p.weights = weights_of<scalar_t>(w, s, has_bias, d);
+      p.input = sequence_of<scalar_t>(x);
+      p.h0 = const_part_or_null<scalar_t>(h, d);
+      p.c0 = const_part_or_null<scalar_t>(c, d);
+      p.output = direction_of<scalar_t>(output, d, s.output_size);
+      p.h_n = part_or_null<scalar_t>(h_n, d);
+      p.c_n = part_or_null<scalar_t>(c_n, d);
+      if (save) {
+        p.gates = part_or_null<scalar_t>(saved[0], d);
+        p.cells = part_or_null<scalar_t>(saved[1], d);
+        p.hidden = s.projected ? part_or_null<scalar_t>(saved[2], d) : nullptr;
+      }
+      run_kernel([&](int threads) { return cpu::plan_forward(p.shape, machine_for(kernels, threads), save); },
+                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
+                   kernels.forward(p, plan, workspace, worker);
+                 },
+                 options);
+    }
+  });
+  return {output, h_n, c_n, saved};
+}
+
+std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                            const OptionalTensor& grad_c_n, const at::Tensor& input,
+                                            const OptionalTensor& h0, const OptionalTensor& c0,
+                                            const std::vector<at::Tensor>& weights, const at::Tensor& output,
+                                            const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
+                                            const std::vector<bool>& wanted) {
+  RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
+  const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
+  const auto options = input.options();
+  const auto count = static_cast<int64_t>(weights.size());
+  TORCH_CHECK(static_cast<int64_t>(wanted.size()) == 3 + count, "lstm_ext: wanted has ", wanted.size(),
+              " entries, expected ", 3 + count, " (input, h0, c0 and each weight)");
+  const size_t saved_count = s.projected ? 3 : 2;
+  TORCH_CHECK(saved.size() == saved_count, "lstm_ext: saved has ", saved.size(), " tensors, expected ", saved_count);
+  check_tensor("output", output, input, {s.steps, s.batch, s.directions * s.output_size});
+  check_tensor("saved gates", saved[0], input, {s.directions, s.steps, s.batch, 4 * s.hidden_size});
+  for (size_t i = 1; i < saved_count; ++i) {
+    check_tensor("saved cells", saved[i], input, {s.directions, s.steps, s.batch, s.hidden_size});
+  }
+  if (grad_output) check_tensor("grad_output", *grad_output, input, output.sizes());
+  if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, {s.directions, s.batch, s.output_size});
+  if (grad_c_n) check_tensor("grad_c_n", *grad_c_n, input, {s.directions, s.batch, s.hidden_size});
+
+  std::vector<at::Tensor> grads(3 + count);
+  if (wanted[0]) grads[0] = at::empty({s.steps, s.batch, s.input_size}, options);
+  if (wanted[1] && h0) grads[1] = at::empty({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  if (wanted[2] && c0) grads[2] = grad_c;
+  for (int64_t i = 0; i < count; ++i) {
+    if (wanted[3 + i]) grads[3 + i] = at::empty(weights[i].sizes(), options);
+  }
+  if (s.batch == 0) {
+    for (const at::Tensor& g : grads) {
+      if (g.defined()) g.zero_();
+    }
+    return grads;
+  }
+
+  const at::Tensor x = with_contiguous_rows(input);
+  const at::Tensor h = contiguous_or_undefined(h0);
+  const at::Tensor c = contiguous_or_undefined(c0);
+  const std::vector<at::Tensor> w = contiguous_weights(weights);
+  const at::Tensor y = with_contiguous_rows(output);
+  const at::Tensor dy = grad_output ? with_contiguous_rows(*grad_output) : at::Tensor();
+  const at::Tensor dh = contiguous_or_undefined(grad_h_n);
+  const at::Tensor dc = contiguous_or_undefined(grad_c_n);
+  const at::Tensor gates = saved[0].contiguous();
+  const at::Tensor cells = saved[1].contiguous();
+  const at::Tensor hidden = s.projected ? saved[2].contiguous() : at::Tensor();
+  // One direction after the other, so that both share this scratch.
+  const at::Tensor grad_gates = at::empty({s.steps, s.batch, 4 * s.hidden_size}, options);
+  const at::Tensor grad_hidden = s.projected ? at::empty({s.steps, s.batch, s.output_size}, options) : at::Tensor();
+
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_layer_backward", [&] {
+    const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
+    for (int64_t d = 0; d < s.directions; ++d) {
+      const int64_t first = 3 + d * s.weights_per_direction;
+      BackwardParams<scalar_t> p{};
+      p.shape = shape_of(s, d);
+      p.weights = weights_of<scalar_t>(w, s, has_bias, d);
+      p.input = sequence_of<scalar_t>(x);
+      p.h0 = const_part_or_null<scalar_t>(h, d);
+      p.c0 = const_part_or_null<scalar_t>(c, d);
+      p.output = {y.const_data_ptr<scalar_t>() + d * s.output_size, y.stride(0), y.stride(1)};
+      p.gates = const_part_or_null<scalar_t>(gates, d);
+      p.cells = const_part_or_null<scalar_t>(cells, d);
+      p.hidden = const_part_or_null<scalar_t>(hidden, d);
+      if (dy.defined()) {
+        p.grad_output = {dy.const_data_ptr<scalar_t>() + d * s.output_size, dy.stride(0), dy.stride(1)};
+      }
+      p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
+      p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
+      p.grad_gates = grad_gates.mutable_data_ptr<scalar_t>();
+      p.grad_hidden = s.projected ? grad_hidden.mutable_data_ptr<scalar_t>() : nullptr;
+      p.grad_c = part_or_null<scalar_t>(grad_c, d);
+      if (grads[0].defined()) p.grad_input = direction_of<scalar_t>(grads[0], 0, 0);
+      p.accumulate_grad_input = d > 0;
+      p.grad_h0 = part_or_null<scalar_t>(grads[1], d);
+      const auto weight_grad = [&](int64_t i) {
+        return grads[first + i].defined() ? grads[first + i].mutable_data_ptr<scalar_t>() : nullptr;
+      };
+      p.grad_weight_ih = weight_grad(0);
+      p.grad_weight_hh = weight_grad(1);
+      if (has_bias) p.grad_bias = weight_grad(2) ? weight_grad(2) : weight_grad(3);
+      if (s.projected) p.grad_weight_hr = weight_grad(s.weights_per_direction - 1);
+      run_kernel(
+          [&](int threads) {
+            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr);
+          },
+          [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
+            kernels.backward(p, plan, workspace, worker);
+          },
+          options);
+      // Both biases are added to the same sum, so they have the same gradient.
+      if (has_bias && weight_grad(2) && weight_grad(3)) grads[first + 3].copy_(grads[first + 2]);
+    }
+  });
+  return grads;
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,31 @@
+// One layer of an LSTM, both directions, all time steps, on at::Tensor.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace lstm_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// input (T, B, I), any strides; h0 (D, B, P) and c0 (D, B, H), absent means zeros; weights of the
+// layer in torch's order, a set per direction: weight_ih (4H, I), weight_hh (4H, P),
+// [bias_ih (4H), bias_hh (4H)] if has_bias, [weight_hr (P, H)] with a projection.
+// Returns output (T, B, D*P), h_n (D, B, P), c_n (D, B, H), and, if `save`, what backward needs.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
+    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+    const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional, bool save);
+
+// Gradients in the order input, h0, c0, *weights; undefined where `wanted` is false. An absent
+// gradient of an output means zeros.
+std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                            const OptionalTensor& grad_c_n, const at::Tensor& input,
+                                            const OptionalTensor& h0, const OptionalTensor& c0,
+                                            const std::vector<at::Tensor>& weights, const at::Tensor& output,
+                                            const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
+                                            const std::vector<bool>& wanted);
+
+}  // namespace lstm_ext

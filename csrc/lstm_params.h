@@ -1,0 +1,85 @@
+// The contract between the glue and the kernels: what every pointer holds, in elements of T.
+// Plain old data, no torch, no backend. One struct describes one direction of one layer.
+//
+// Notation: T steps, B batch rows, I input features, H hidden units, P output features
+// (P = proj_size with a projection, else P = H). Gates are ordered i, f, g, o as in torch;
+// a "gate row" is 4H numbers, gate-major: [i(0..H) | f(0..H) | g(0..H) | o(0..H)].
+#pragma once
+
+#include <cstdint>
+
+namespace lstm_ext {
+
+// A (T, B, n) array whose innermost axis is contiguous; strides in elements, never negative.
+template <typename T>
+struct Sequence {
+  T* data;
+  int64_t stride_t;
+  int64_t stride_b;
+};
+
+struct LayerShape {
+  int64_t steps;        // T >= 1
+  int64_t batch;        // B >= 1
+  int64_t input_size;   // I >= 1
+  int64_t hidden_size;  // H >= 1
+  int64_t output_size;  // P; == H iff there is no projection
+  bool projected;
+  bool reverse;  // time runs from T-1 to 0
+};
+
+// Weights are contiguous, in torch's layout. Null where the layer has none.
+template <typename T>
+struct LayerWeights {
+  const T* weight_ih;  // (4H, I)
+  const T* weight_hh;  // (4H, P)
+  const T* bias_ih;    // (4H) or null
+  const T* bias_hh;    // (4H) or null
+  const T* weight_hr;  // (P, H) or null
+};
+
+template <typename T>
+struct ForwardParams {
+  LayerShape shape;
+  LayerWeights<T> weights;
+  Sequence<const T> input;  // (T, B, I)
+  const T* h0;              // (B, P) contiguous; null means zeros
+  const T* c0;              // (B, H) contiguous; null means zeros
+  Sequence<T> output;       // (T, B, P); also read back as h_{t-1}
+  T* h_n;                   // (B, P) contiguous
+  T* c_n;                   // (B, H) contiguous; holds the running cell state in inference
+  // What backward needs; all null in inference. Contiguous, no aliasing with the above.
+  T* gates;   // (T, B, 4H) i, f, g, o after the nonlinearity
+  T* cells;   // (T, B, H) c_t
+  T* hidden;  // (T, B, H) o * tanh(c) before the projection; null without one
+};
+
+template <typename T>
+struct BackwardParams {
+  LayerShape shape;
+  LayerWeights<T> weights;  // biases are not read
+  Sequence<const T> input;
+  const T* h0;
+  const T* c0;
+  Sequence<const T> output;
+  const T* gates;
+  const T* cells;
+  const T* hidden;
+  Sequence<const T> grad_output;  // (T, B, P); data null means zeros
+  const T* grad_h_n;              // (B, P) contiguous or null
+  const T* grad_c_n;              // (B, H) contiguous or null
+  // Scratch that outlives the recurrence, contiguous.
+  T* grad_gates;    // (T, B, 4H) gradient with respect to the pre-activations
+  T* grad_hidden;   // (T, B, P) gradient with respect to the projected h_t; null without projection
+  T* grad_c;        // (B, H) running gradient of the cell state; ends as the gradient of c0
+  // Wanted gradients; null where not wanted.
+  Sequence<T> grad_input;      // (T, B, I)
+  bool accumulate_grad_input;  // add to what is there (second direction of a layer)
+  T* grad_h0;                  // (B, P) contiguous
+  T* grad_weight_ih;           // (4H, I) contiguous, like the weights; written, not accumulated
+  T* grad_weight_hh;           // (4H, P)
+  T* grad_bias;                // (4H), the gradient of either bias
+  T* grad_weight_hr;           // (P, H)
+};
+
+}  // namespace lstm_ext

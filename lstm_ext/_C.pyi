@@ -1,0 +1,47 @@
+"""The compiled module: one call computes one layer, all time steps, both directions."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+def lstm_layer_forward(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_bias: bool,
+    bidirectional: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """output, h_n, c_n, and with ``save`` what the backward pass needs.
+
+    Shapes as in :func:`lstm_ext.reference.lstm_layer`.
+    """
+
+def lstm_layer_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Sequence[Tensor],
+    has_bias: bool,
+    bidirectional: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of input, h0, c0 and each weight, in this order; None where ``wanted`` is False."""
+
+def cpu_capability() -> str:
+    """The instruction set in use."""
+
+def cpu_capabilities() -> list[str]:
+    """The instruction sets that this processor can run."""
+
+def set_cpu_capability(name: str) -> None:
+    """Use another one of :func:`cpu_capabilities`."""
+
+def build_info() -> dict[str, str]:
+    """How this binary was built."""

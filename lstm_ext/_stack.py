@@ -1,0 +1,196 @@
+"""What one layer is not: argument checks, stacking of layers, dropout between them.
+
+Everything here takes the function that computes one layer as an argument, so that the compiled kernels and
+the reference share every line above the layer itself. Tensors are time-major: (T, B, features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["EMPTY_SEQUENCE", "LayerFunction", "any_autocast", "lstm", "stack"]
+
+# (input, h0, c0, weights, bias, bidirectional) -> (output, h_n, c_n)
+LayerFunction = Callable[
+    [Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor], bool, bool], tuple[Tensor, Tensor, Tensor]
+]
+
+# torch's own text, from aten/src/ATen/native/RNN.cpp
+EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
+
+# One call for all device types; RNNBase.check_input asks the same.
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def stack(
+    layer: LayerFunction,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Sequence[Tensor]],
+    bias: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the layers on a time-major ``input``; one entry of ``weights`` per layer. Checks nothing.
+
+    The masks between the layers come from ``torch.nn.functional.dropout`` on the time-major output, which is
+    what torch itself does (also with ``batch_first``): the same seed gives the same masks.
+    """
+    if any_autocast():
+        input, h0, c0, weights = _to_autocast_dtype(input, h0, c0, weights)
+    if len(weights) == 1:
+        return layer(input, h0, c0, weights[0], bias, bidirectional)
+
+    directions = 2 if bidirectional else 1
+    h0_of = [None] * len(weights) if h0 is None else h0.split(directions)
+    c0_of = [None] * len(weights) if c0 is None else c0.split(directions)
+    h_n, c_n = [], []
+    for k, layer_weights in enumerate(weights):
+        if k > 0 and dropout != 0 and training:
+            input = F.dropout(input, dropout, True)
+        input, h, c = layer(input, h0_of[k], c0_of[k], layer_weights, bias, bidirectional)
+        h_n.append(h)
+        c_n.append(c)
+    return input, torch.cat(h_n), torch.cat(c_n)
+
+
+def _to_autocast_dtype(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Sequence[Tensor]]]:
+    """What autocast does to the arguments of an operator on its lower-precision list."""
+    device_type = input.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return input, h0, c0, weights
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(x: Tensor | None) -> Any:
+        # Autocast leaves float64 alone.
+        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(dtype)
+
+    return cast(input), cast(h0), cast(c0), [[cast(w) for w in layer] for layer in weights]
+
+
+def lstm(
+    layer: LayerFunction,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``functional.lstm`` for a given layer function: check, stack, put the layout back."""
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"input: expected a Tensor of shape {_LAYOUT[batch_first]}, got {type(input).__name__}"
+        )
+    if input.dim() != 3:
+        raise ValueError(f"input: expected 3 dimensions {_LAYOUT[batch_first]}, got shape {_shape(input)}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a number in range [0, 1], got {dropout}")
+    x = input.transpose(0, 1) if batch_first else input
+    layers, hidden_size, state_size = _split_weights(weights, input, bias, num_layers, bidirectional)
+    h0, c0 = _check_hx(
+        hx, input, len(layers) * (2 if bidirectional else 1), x.size(1), hidden_size, state_size
+    )
+    if x.size(0) == 0:
+        raise RuntimeError(EMPTY_SEQUENCE)
+    output, h_n, c_n = stack(layer, x, h0, c0, layers, bias, dropout, training, bidirectional)
+    return (output.transpose(0, 1) if batch_first else output), (h_n, c_n)
+
+
+_LAYOUT = {False: "(time, batch, features)", True: "(batch, time, features)"}
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _split_weights(
+    weights: Sequence[Tensor], input: Tensor, bias: bool, num_layers: int, bidirectional: bool
+) -> tuple[list[Sequence[Tensor]], int, int]:
+    """Check the flat sequence of weights and cut it into layers; also give H and the size of h (P or H)."""
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
+        raise TypeError(
+            "weights: expected a flat sequence of Tensors in the order of torch.nn.LSTM.parameters()"
+        )
+    directions = 2 if bidirectional else 1
+    plain = 4 if bias else 2
+    per_set, rest = divmod(len(weights), num_layers * directions)
+    if rest or per_set not in (plain, plain + 1):
+        raise ValueError(
+            f"weights: expected {num_layers * directions * plain} tensors "
+            f"({num_layers * directions * (plain + 1)} with a projection) for num_layers={num_layers}, "
+            f"bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
+        )
+    projected = per_set == plain + 1
+    names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if bias else [])
+    names += ["weight_hr"] if projected else []
+
+    w_hh = weights[1]
+    if w_hh.dim() != 2 or w_hh.size(0) % 4:
+        raise ValueError(f"weights[1] (weight_hh_l0): expected shape (4 * hidden, state), got {_shape(w_hh)}")
+    hidden, state = w_hh.size(0) // 4, w_hh.size(1)
+    if not projected and hidden != state:
+        raise ValueError(
+            f"weights[1] (weight_hh_l0): expected shape {(4 * hidden, hidden)} without weight_hr, "
+            f"got {_shape(w_hh)}"
+        )
+    for i, weight in enumerate(weights):
+        place, kind = divmod(i, per_set)
+        k, reverse = divmod(place, directions)
+        name = f"{names[kind]}_l{k}{'_reverse' if reverse else ''}"
+        features = input.size(2) if k == 0 else directions * state
+        expected: tuple[int, ...] = {
+            "weight_ih": (4 * hidden, features),
+            "weight_hh": (4 * hidden, state),
+            "weight_hr": (state, hidden),
+        }.get(names[kind], (4 * hidden,))
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"weights[{i}] ({name}): expected shape {expected}, got {_shape(weight)}")
+        _check_like_input(f"weights[{i}] ({name})", weight, input)
+    n = per_set * directions
+    return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
+
+
+def _check_like_input(name: str, x: Tensor, input: Tensor) -> None:
+    if x.device != input.device:
+        raise ValueError(f"{name}: expected device {input.device} as input, got {x.device}")
+    if x.dtype != input.dtype and not any_autocast():
+        raise ValueError(f"{name}: expected dtype {input.dtype} as input, got {x.dtype}")
+
+
+def _check_hx(
+    hx: Any, input: Tensor, sets: int, batch: int, hidden_size: int, state_size: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if hx is None:
+        return None, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
+        raise TypeError(f"hx: expected None or a tuple of two Tensors (h0, c0), got {describe_hx(hx)}")
+    for name, x, size in (("hx[0] (h0)", hx[0], state_size), ("hx[1] (c0)", hx[1], hidden_size)):
+        expected = (sets, batch, size)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {_shape(x)}")
+        _check_like_input(name, x, input)
+    return hx[0], hx[1]
+
+
+def describe_hx(hx: Any) -> str:
+    """The type of a wrong ``hx``, with the types inside if it is a tuple or list."""
+    if isinstance(hx, (tuple, list)):
+        return f"{type(hx).__name__} of ({', '.join(type(x).__name__ for x in hx)})"
+    return type(hx).__name__

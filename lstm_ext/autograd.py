@@ -1,0 +1,124 @@
+"""One layer of an LSTM, differentiable: chooses between the compiled kernels and the reference equations.
+
+Three routes, chosen in `lstm_layer` and nowhere else:
+
+1. plain tensors, no gradient wanted: the kernel is called directly and saves nothing;
+2. plain tensors with gradients: an `autograd.Function` around the forward and backward kernels;
+3. everything that needs to look into the computation (`torch.compile`, `torch.export`, functorch transforms,
+   forward-mode AD, dispatch modes, tensor subclasses, fake and meta tensors), and dtypes and devices without a
+   kernel: the differentiable equations of `reference`. A tensor without real memory must never reach the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _backend, reference
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_KERNEL_DTYPES = frozenset((torch.float32, torch.float64))
+_CPU = torch.device("cpu")
+
+
+def lstm_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments, results and shapes as in `reference.lstm_layer`."""
+    kernels = _backend.extension() if _can_run_kernel(input, h0, c0, weights) else None
+    if kernels is None:
+        return reference.lstm_layer(input, h0, c0, weights, bias, bidirectional)
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or any([w.requires_grad for w in weights])
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    ):
+        return _LSTMLayer.apply(kernels, input, h0, c0, bias, bidirectional, *weights)
+    return kernels.lstm_layer_forward(input, h0, c0, weights, bias, bidirectional, False)[:3]
+
+
+def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
+        return False
+    for w in weights:
+        if type(w) not in _PLAIN_TYPES:
+            return False
+    if (h0 is not None and type(h0) not in _PLAIN_TYPES) or (c0 is not None and type(c0) not in _PLAIN_TYPES):
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+class _LSTMLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, input, h0, c0, bias, bidirectional, *weights):
+        output, h_n, c_n, saved = kernels.lstm_layer_forward(input, h0, c0, weights, bias, bidirectional, True)
+        ctx.kernels = kernels
+        ctx.bias = bias
+        ctx.bidirectional = bidirectional
+        ctx.weight_count = len(weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, h0, c0, *weights, output, *saved)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+        end = 3 + ctx.weight_count
+        (input, h0, c0), weights = ctx.saved_tensors[:3], ctx.saved_tensors[3:end]
+        wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:]
+        if grad_output is None and grad_h_n is None and grad_c_n is None:
+            grads = [None] * len(wanted)
+        elif torch.is_grad_enabled() or not _can_run_kernel(input, h0, c0, weights):
+            # create_graph=True: the gradients must themselves be differentiable.
+            grads = _differentiable_gradients(
+                (grad_output, grad_h_n, grad_c_n), (input, h0, c0, *weights), ctx.bias, ctx.bidirectional, wanted
+            )
+        else:
+            output, *saved = ctx.saved_tensors[end:]
+            grads = ctx.kernels.lstm_layer_backward(
+                grad_output,
+                grad_h_n,
+                grad_c_n,
+                input,
+                h0,
+                c0,
+                weights,
+                output,
+                saved,
+                ctx.bias,
+                ctx.bidirectional,
+                wanted,
+            )
+        return None, *grads[:3], None, None, *grads[3:]
+
+
+def _differentiable_gradients(grad_outputs, inputs, bias, bidirectional, wanted):
+    """The gradients of the wanted inputs as a differentiable function of inputs and grad_outputs."""
+    with torch.enable_grad():
+        # A view of each input, so that differentiation stops here even if one input was computed from another.
+        local = [t.view_as(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
+        outputs = reference.lstm_layer(*local[:3], local[3:], bias, bidirectional)
+        pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        grads = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                [t for t, w in zip(local, wanted, strict=True) if w],
+                [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+    return [next(grads) if w else None for w in wanted]

@@ -1,0 +1,63 @@
+"""The LSTM without a module: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import _stack, autograd
+
+__all__ = ["lstm"]
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A stack of LSTM layers on a batch of sequences. The equations are those of :mod:`lstm_ext.reference`.
+
+    L layers, D = 2 if bidirectional else 1, H hidden units, P the projection's size, or H without one.
+
+    Args:
+        input: (T, B, I), or (B, T, I) with ``batch_first``; T >= 1, B >= 0, any strides.
+        hx: the initial states ``(h0, c0)`` of shapes (L * D, B, P) and (L * D, B, H), whatever
+            ``batch_first`` says; None for zeros.
+        weights: a flat sequence in the order of ``torch.nn.LSTM.parameters()``: for each layer, and in it for
+            each direction, ``w_ih (4H, I or D * P), w_hh (4H, P)``, then ``b_ih (4H), b_hh (4H)`` if
+            ``bias``, then ``w_hr (P, H)`` if there is a projection. The projection is recognised by the
+        number of tensors. bias: whether ``weights`` holds biases.
+        num_layers: L.
+        dropout: probability of zeroing an element between two layers; only if ``training``.
+        training: whether dropout is active.
+        bidirectional: whether each layer has a second set of weights that reads time backwards.
+        batch_first: the layout of ``input`` and ``output``.
+
+    Returns:
+        ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
+        P); c_n (L * D, B, H). The dtype is that of ``input``, or autocast's where autocast is on.
+
+    Raises:
+        TypeError: ``input``, ``hx`` or ``weights`` is not made of tensors.
+        ValueError: a wrong shape, number of weights, dtype or device; the text names the argument.
+        RuntimeError: the sequence is empty (T == 0), with torch's text.
+    """
+    return _stack.lstm(
+        autograd.lstm_layer,
+        input,
+        hx,
+        weights,
+        bias,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        batch_first,
+    )

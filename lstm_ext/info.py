@@ -1,0 +1,93 @@
+"""python -m lstm_ext.info: what is installed, how it was built, what runs here. Exit code 1 without the extension."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import _backend
+from . import _build_config as config
+
+
+def _lines() -> list[tuple[str, str]]:
+    lines = [
+        ("lstm_ext", f"{config.VERSION}, in {config.PACKAGE}"),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lines below say what the warning would
+        status = _backend.status()
+        try:
+            module = _backend.extension()
+            in_use = status.backend
+        except ImportError:  # every call raises it: not even the reference is used
+            module, in_use = None, "none"
+
+    if module is None:
+        lines.append(("extension", f"not loaded: {status.reason}"))
+    else:
+        how = {"aot": "built ahead of time", "jit": "built on first use"}[status.backend]
+        lines.append(("extension", f"loaded, {how}"))
+        lines.append(("  library", str(status.path)))
+        lines.append(("  built for", f"torch {status.torch_version}"))
+        lines.append(("  compiler", str(status.compiler)))
+        changed = _changed_sources(status)
+        if changed:
+            lines.append(("  sources", changed))
+        forced = os.environ.get("LSTM_EXT_CPU_CAPABILITY")
+        note = f" (LSTM_EXT_CPU_CAPABILITY={forced})" if forced else ""
+        lines.append(("instructions", f"{module.cpu_capability()}{note}"))
+        lines.append(("  available", ", ".join(module.cpu_capabilities())))
+    lines.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"))
+
+    lines.append(("backends", ""))
+    lines.append(("  aot", "in use" if in_use == "aot" else _aot_state()))
+    lines.append(("  jit", "in use" if in_use == "jit" else _jit_state()))
+    lines.append(("  reference", "in use" if in_use == "reference" else "works (LSTM_EXT_BACKEND=reference)"))
+    lines.append(("  cuda", "not part of this release; CUDA tensors run on the reference"))
+    return lines
+
+
+def _changed_sources(status: _backend.Status) -> str | None:
+    source_dir = config.source_dir()
+    record = config.read_record(Path(str(status.path)).parent)
+    if source_dir is None or record is None or record.get("sources") == config.digest(source_dir):
+        return None
+    return f"{source_dir} has changed since the build: rebuild with {_backend._build_command()}"
+
+
+def _aot_state() -> str:
+    path = _backend._find_aot()
+    if path is None:
+        return f"no {config.MODULE} here: build it with {_backend._build_command()}"
+    try:
+        _backend._check_record(path)
+    except ImportError as error:
+        return f"does not fit: {error}"
+    return f"there, not in use: {path}"
+
+
+def _jit_state() -> str:
+    problem = _backend.jit_problem()
+    return f"cannot be built: {problem}" if problem else "can be built (LSTM_EXT_BACKEND=jit)"
+
+
+def main() -> int:
+    try:
+        lines = _lines()
+    except ValueError as error:  # a bad LSTM_EXT_BACKEND
+        print(error, file=sys.stderr)
+        return 1
+    for name, text in lines:
+        print(f"{name:<13}{text}".rstrip())
+    return 0 if _backend.status().backend != "reference" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""``lstm_ext.LSTM``: the drop-in for ``torch.nn.LSTM``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _stack, autograd
+
+__all__ = ["LSTM"]
+
+_NO_TORCHSCRIPT = (
+    "lstm_ext.LSTM does not support torch.jit.script and torch.jit.trace: use torch.export, "
+    "or lstm_ext.to_torch(module), which gives a torch.nn.LSTM with the same parameters"
+)
+
+
+class LSTM(nn.RNNBase):
+    """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
+
+    The equations are those of :mod:`lstm_ext.reference`. L layers, D = 2 if bidirectional else 1, H hidden
+    units, P the projection's size, or H without one.
+
+    Args:
+        input_size: the number of features of the input, I.
+        hidden_size: the number of hidden units, H.
+        num_layers: L.
+        bias: whether to add ``bias_ih`` and ``bias_hh``.
+        batch_first: input and output are (B, T, features) instead of (T, B, features). The states are not
+            affected, and neither is unbatched input.
+        dropout: probability of zeroing an element between two layers, in training mode. On the CPU the masks
+            are those that ``torch.nn.LSTM`` draws from the same seed.
+        bidirectional: whether each layer also reads time backwards.
+        proj_size: if positive, h is projected to this size (https://arxiv.org/abs/1402.1128).
+        device, dtype: of the parameters.
+
+    Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
+    ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
+    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. They are read by attribute in
+    every call, so ``torch.func.functional_call``, ``weight_norm`` and parametrizations act as on any other
+    module.
+
+    Raises:
+        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self._layer_names = self._group_names()
+
+    def _group_names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the parameters, one tuple per layer."""
+        sets = self._all_weights
+        if self.bidirectional:
+            return tuple((*sets[k], *sets[k + 1]) for k in range(0, len(sets), 2))
+        return tuple(tuple(names) for names in sets)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read each parameter where it lies."""
+
+    # nn.LSTM's versions of these, for subclasses that call them.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the layers on whole sequences.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
+                The dtype and device are those of the parameters, except under autocast.
+            hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
+                unbatched input; None for zeros.
+
+        Returns:
+            ``(output, (h_n, c_n))``: the last layer's h of every step, (T, B, D * P) in the layout of the
+            input; the states after the last step, in the shapes of ``hx``.
+
+        Raises:
+            ValueError: rank of the input, or a dtype that is not the parameters'.
+            RuntimeError: another wrong size, device or dtype; an empty sequence; tracing by ``torch.jit``.
+            TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
+        """
+        if not isinstance(input, Tensor):
+            _refuse_input(input)
+        rank = input.dim()
+        if rank == 3:
+            if self.batch_first:
+                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3)
+                return output.transpose(0, 1), (h_n, c_n)
+            output, h_n, c_n = self._run(input, hx, 3)
+            return output, (h_n, c_n)
+        if rank == 2:
+            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2)
+            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+
+    def step(
+        self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step: the streaming path. ``forward`` on T steps equals T calls that hand on the state.
+
+        Args:
+            x_t: (B, I), or (I,) without a batch.
+            hx: ``(h, c)`` as in :meth:`forward`: (L, B, P) and (L, B, H), without the B for unbatched input;
+                None for zeros.
+
+        Returns:
+            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to hand to the next call.
+
+        Raises:
+            RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
+                is in training mode with dropout; and what :meth:`forward` raises.
+        """
+        if self.bidirectional:
+            raise RuntimeError(
+                "LSTM.step: not available for a bidirectional layer: its reverse direction needs the future"
+            )
+        if self.training and self.dropout > 0:
+            raise RuntimeError(
+                "LSTM.step: not available in training mode with dropout > 0: call eval() first, "
+                "or forward on whole sequences"
+            )
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
+        rank = x_t.dim()
+        if rank == 2:
+            output, h, c = self._run(x_t[None], hx, 3)
+            return output[0], (h, c)
+        if rank == 1:
+            output, h, c = self._run(x_t[None, None], hx, 2)
+            return output[0, 0], (h.squeeze(1), c.squeeze(1))
+        raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {rank}D instead")
+
+    def _run(self, x: Tensor, hx: Any, state_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Check and compute; x is (T, B, I). The way through here without an error is kept short."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(_NO_TORCHSCRIPT)
+        weights = self._weights_by_layer()
+        w = weights[0][0]
+        dtype, device = x.dtype, x.device
+        steps, batch, features = x.shape
+        good = features == self.input_size and steps != 0 and dtype == w.dtype and device == w.device
+        if hx is None:
+            h0 = c0 = None
+        else:
+            h0, c0 = _unpack_hx(hx, state_rank)
+            sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+            good = (
+                good
+                and h0.shape == (sets, batch, self.proj_size or self.hidden_size)
+                and c0.shape == (sets, batch, self.hidden_size)
+                and h0.dtype == dtype
+                and c0.dtype == dtype
+                and h0.device == device
+                and c0.device == device
+            )
+        if not good:
+            self._explain(x, h0, c0, w)
+        return _stack.stack(
+            autograd.lstm_layer,
+            x,
+            h0,
+            c0,
+            weights,
+            self.bias,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+
+    def _weights_by_layer(self) -> list[list[Tensor]]:
+        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
+
+        ``_flat_weights`` will not do: functional_call, weight_norm and parametrizations leave it stale.
+        """
+        own = self.__dict__
+        parameters = own["_parameters"]
+        layers = []
+        for names in self._layer_names:
+            layer = []
+            for name in names:
+                # As in getattr, an instance attribute goes before a parameter. A parametrized weight is a
+                # property of the class, and then it is not in _parameters.
+                if name in own or name not in parameters:
+                    layer.append(getattr(self, name))
+                else:
+                    layer.append(parameters[name])
+            layers.append(layer)
+        return layers
+
+    def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor) -> None:
+        """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
+
+        Returns if all is well, which happens under autocast: it reconciles dtypes.
+        """
+        autocast = _stack.any_autocast()
+        if x.dtype != w.dtype and not autocast:
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
+                f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if x.size(2) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(2)}"
+            )
+        states = [(0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)]
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        for i, state, size in states:
+            if state is not None:
+                self.check_hidden_size(
+                    state, (sets, x.size(1), size), f"Expected hidden[{i}] size {{}}, got {{}}"
+                )
+        if x.device != w.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {x.device} and parameter tensor at {w.device}"
+            )
+        for i, state, _ in states:
+            if state is not None and state.device != x.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, "
+                    f"found input tensor at {x.device} and hidden tensor at {state.device}"
+                )
+            if state is not None and state.dtype != x.dtype and not autocast:
+                raise RuntimeError(
+                    f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({x.dtype}). "
+                    f"Convert it: hx[{i}].to({x.dtype})"
+                )
+        if x.size(0) == 0:
+            raise RuntimeError(_stack.EMPTY_SEQUENCE)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # The hook that torch.jit.script offers before it compiles a module or a module inside one.
+        raise RuntimeError(_NO_TORCHSCRIPT)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_layer_names", None)
+        return state
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)
+        self._layer_names = self._group_names()
+
+
+def _unpack_hx(hx: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """``(h0, c0)`` as 3-D tensors, or torch's error for a wrong rank."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError(
+            f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {_stack.describe_hx(hx)}"
+        )
+    h0, c0 = hx
+    if not isinstance(h0, Tensor) or not isinstance(c0, Tensor):
+        raise TypeError(
+            f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {_stack.describe_hx(hx)}"
+        )
+    if h0.dim() != rank or c0.dim() != rank:
+        batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
+        raise RuntimeError(
+            f"For {batched} input, hx and cx should also be {rank}-D "
+            f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+        )
+    return (h0, c0) if rank == 3 else (h0.unsqueeze(1), c0.unsqueeze(1))
+
+
+def _refuse_input(input: Any) -> NoReturn:
+    if isinstance(input, PackedSequence):
+        raise TypeError(
+            "LSTM: a PackedSequence is not supported yet: pass a padded tensor "
+            "(torch.nn.utils.rnn.pad_packed_sequence), or use torch.nn.LSTM "
+            "(lstm_ext.to_torch gives one with the same parameters)"
+        )
+    raise TypeError(f"LSTM: expected input to be a Tensor, got {type(input).__name__}")

@@ -1,0 +1,77 @@
+"""Builds lstm_ext._C ahead of time. What is built and how: lstm_ext/_build_config.py; all else: pyproject.toml."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("_build_config", ROOT / "lstm_ext" / "_build_config.py")
+config = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(config)
+
+
+def extension_arguments() -> dict:
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
+
+    try:
+        config.check_headers()
+        command, compiler = config.find_compiler()
+        sources = [str(path.relative_to(ROOT)) for path in config.sources(ROOT / "csrc")]
+    except config.BuildError as error:
+        sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
+    os.environ.setdefault("CXX", command)
+    os.environ["PATH"] = config.search_path()
+
+    class BuildAndRecord(BuildExtension):
+        """Leaves beside the library a record of the torch that it was built for."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            # torch's headers are no dependencies of the objects: another torch starts with an empty folder.
+            self.build_temp += f"-torch{torch.__version__}"
+
+        def record_directories(self):
+            built = Path(self.build_lib) / "lstm_ext"
+            return [built, ROOT / "lstm_ext"] if self.inplace else [built]
+
+        def run(self):
+            for directory in self.record_directories():
+                record = config.read_record(directory)
+                if record is None or record["torch"] != torch.__version__:
+                    self.force = True
+                (directory / config.RECORD).unlink(missing_ok=True)
+            super().run()
+            for directory in self.record_directories():
+                config.write_record(directory, torch.__version__, compiler, config.digest(ROOT / "csrc"))
+
+        def get_outputs(self):
+            return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / config.RECORD)]
+
+    extension = CppExtension(
+        config.MODULE,
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        # As system headers, so that our warnings are about our code.
+        extra_compile_args=[*config.COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+        extra_link_args=config.LINK_FLAGS,
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildAndRecord}}
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"error: setuptools {setuptools.__version__} is too old: `pip install 'setuptools>=77'`.")
+
+skip = (
+    os.environ.get("LSTM_EXT_SKIP_BUILD", "0") != "0"
+    or not config.is_supported_platform()
+    or {"sdist", "clean"} & set(sys.argv)
+)
+setuptools.setup(**({} if skip else extension_arguments()))

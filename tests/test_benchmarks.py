@@ -1,0 +1,107 @@
+"""The benchmarks run and their reports come out; what the figures say is no matter of a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lstm_ext
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def environment():
+    """For child processes: they import the lstm_ext that this process imports."""
+    paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    stdout = run(
+        "bench_quick.py",
+        *("--shapes", "B1-T1-H128", "B10-T30-H10", "B32-T100-H64", "--threads", 1),
+        *("--budget", 0.5, "--memory-repeats", 1, "--output", path),
+    )
+    return path, stdout
+
+
+def test_figures(results):
+    path, stdout = results
+    record = json.loads(path.read_text())
+    facts = record["facts"]
+    for name in (
+        "cpu",
+        "cores",
+        "torch",
+        "lstm_ext",
+        "lstm_ext_backend",
+        "lstm_ext_cpu_capability",
+        "git_commit",
+    ):
+        assert name in facts
+    assert [line["group"] for line in record["summary"]] == ["inference", "training", "step", "memory"]
+    # T = 1 does not count in the group "inference", nor step() in the group "step"
+    assert [line["cases"] for line in record["summary"]] == [2, 3, 1, 1]
+    assert len(record["results"]) == 3 + 3 + 2 + 1
+    for result in record["results"]:
+        assert result["threads"] == 1
+        if result["group"] == "memory":
+            assert result["torch_bytes"] > 0
+            continue
+        assert result["repeats"] >= 5
+        assert result["largest_difference"] < 1e-3
+        for side in ("torch", "ours"):
+            assert (
+                0 < result[side]["first_quartile"] <= result[side]["median"] <= result[side]["third_quartile"]
+            )
+        assert result["ratio"] == pytest.approx(result["torch"]["median"] / result["ours"]["median"])
+    assert "geometric mean (target)" in stdout
+
+
+def test_report(results, tmp_path):
+    path, _ = results
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
+    picture = tmp_path / "docs" / "bench.png"
+    run("report.py", path, "--readme", readme, "--picture", picture)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:begin -->\n| B | T | I | H | inference, 1 thread |")
+    assert text.endswith("\n<!-- bench:end -->\nafter\n")
+    assert "old figures" not in text
+    assert "| 10 | 30 | 20 | 10 |" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    run("report.py", path, "--readme", readme)
+    assert readme.read_text() == text
+
+
+def test_report_wants_markers(results, tmp_path):
+    path, _ = results
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "report.py"), str(path), "--readme", str(readme)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "bench:begin" in done.stderr
+    assert readme.read_text() == "no markers\n"

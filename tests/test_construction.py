@@ -1,0 +1,173 @@
+"""The constructor: what nn.LSTM takes and refuses, lstm_ext.LSTM takes and refuses, in the same words."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+
+CONFIGS = [
+    {},
+    {"num_layers": 3},
+    {"bias": False},
+    {"bidirectional": True, "num_layers": 2},
+    {"proj_size": 2},
+    {
+        "proj_size": 2,
+        "bias": False,
+        "bidirectional": True,
+        "num_layers": 2,
+        "batch_first": True,
+        "dropout": 0.5,
+    },
+    {"dtype": torch.float64},
+    {"dtype": torch.bfloat16, "device": "cpu"},
+]
+
+
+def outcome(make):
+    """The error, or the module, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = repr(make())
+        except Exception as error:
+            result = (type(error), str(error))
+    return result, [(w.category, str(w.message)) for w in caught]
+
+
+def test_signature():
+    names = list(inspect.signature(lstm_ext.LSTM).parameters)
+    assert names == [
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+        "proj_size",
+        "device",
+        "dtype",
+    ]
+    positional = (3, 4, 2, False, True, 0.25, True, 2, "cpu", torch.float64)
+    ours, theirs = lstm_ext.LSTM(*positional), nn.LSTM(*positional)
+    for name in (*names[:8], "mode", "training"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
+    assert ours.mode == "LSTM"
+    assert ours.weight_ih_l0.dtype == torch.float64
+
+
+def test_is_an_rnn_base():
+    assert isinstance(lstm_ext.LSTM(2, 3), nn.RNNBase)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_parameters_and_initial_weights(config):
+    torch.manual_seed(5)
+    theirs = nn.LSTM(3, 4, **config)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    ours = lstm_ext.LSTM(3, 4, **config)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    for (name, ours_p), theirs_p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert type(ours_p) is nn.Parameter
+        assert ours_p.dtype == theirs_p.dtype
+        assert torch.equal(ours_p, theirs_p), name
+    assert repr(ours) == repr(theirs)
+    assert ours._flat_weights_names == theirs._flat_weights_names
+    assert ours._all_weights == theirs._all_weights
+    assert [[id(w) for w in ws] for ws in ours.all_weights] == [
+        [id(getattr(ours, name)) for name in names] for names in ours._all_weights
+    ]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"dropout": -0.1},
+        {"dropout": 1.5},
+        {"dropout": True},
+        {"dropout": "a"},
+        {"dropout": 0.5},
+        {"dropout": 1, "num_layers": 2},
+        {"num_layers": 0},
+        {"num_layers": -1},
+        {"num_layers": 1.5},
+        {"num_layers": "a"},
+        {"input_size": 0},
+        {"input_size": -3},
+        {"input_size": 1.0},
+        {"input_size": "a"},
+        {"input_size": np.int64(3)},
+        {"hidden_size": 0},
+        {"hidden_size": -3},
+        {"hidden_size": 2.5},
+        {"hidden_size": np.int64(3)},
+        {"proj_size": -1},
+        {"proj_size": 4},
+        {"proj_size": 5},
+        {"proj_size": "a"},
+        {"proj_size": 2, "dropout": 0.5, "bias": False},
+        {"bias": 1},
+        {"bias": None},
+        {"batch_first": 1},
+        {"batch_first": "yes"},
+        {"bidirectional": 2},
+        {"dtype": torch.int32},
+        {"dtype": "float"},
+        {"device": "nowhere"},
+    ],
+    ids=str,
+)
+def test_same_errors_and_warnings(kwargs):
+    arguments = {"input_size": 3, "hidden_size": 4} | kwargs
+    assert outcome(lambda: lstm_ext.LSTM(**arguments)) == outcome(lambda: nn.LSTM(**arguments))
+
+
+def test_extras_are_absent():
+    for name in ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute", "mode"):
+        with pytest.raises(TypeError, match=name):
+            lstm_ext.LSTM(3, 4, **{name: None})
+
+
+def test_meta_to_empty_and_reset():
+    ours = lstm_ext.LSTM(3, 4, 2, device="meta")
+    assert all(p.is_meta for p in ours.parameters())
+    ours.to_empty(device="cpu")
+    torch.manual_seed(3)
+    ours.reset_parameters()
+    torch.manual_seed(3)
+    theirs = nn.LSTM(3, 4, 2)
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours_p, theirs_p)
+    ours(torch.randn(2, 1, 3))
+
+
+def test_flatten_parameters_does_nothing():
+    lstm = lstm_ext.LSTM(3, 4)
+    pointers = [p.data_ptr() for p in lstm.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lstm.flatten_parameters() is None
+        lstm(torch.randn(2, 1, 3))
+    assert pointers == [p.data_ptr() for p in lstm.parameters()]
+
+
+def test_torchscript_is_refused():
+    lstm = lstm_ext.LSTM(3, 4)
+    x = torch.randn(2, 1, 3)
+    for module in (lstm, nn.Sequential(lstm)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecation of TorchScript
+            with pytest.raises(RuntimeError, match=r"torch\.export.*to_torch"):
+                torch.jit.script(module)
+            with pytest.raises(RuntimeError, match=r"torch\.export.*to_torch"):
+                torch.jit.trace(module, x)

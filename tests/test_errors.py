@@ -1,0 +1,257 @@
+"""Bad arguments: the same exception and text as the installed torch, or a better one where torch's is no help."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import lstm_ext
+
+
+def zeros(*shape, **kwargs):
+    return torch.zeros(*shape, **kwargs)
+
+
+# arguments of forward, for LSTM(3, 4)
+BAD = {
+    "0-D": (zeros(()),),
+    "1-D": (zeros(3),),
+    "4-D": (zeros(2, 5, 2, 3),),
+    "features": (zeros(5, 2, 4),),
+    "features, unbatched": (zeros(5, 4),),
+    "dtype": (zeros(5, 2, 3, dtype=torch.float64),),
+    "integers": (zeros(5, 2, 3, dtype=torch.int64),),
+    "dtype and features": (zeros(5, 2, 4, dtype=torch.float64),),
+    "T == 0": (zeros(0, 2, 3),),
+    "T == 0, unbatched": (zeros(0, 3),),
+    "T == 0, B == 0": (zeros(0, 0, 3),),
+    "T == 0, features": (zeros(0, 2, 4),),
+    "h batch": (zeros(5, 2, 3), (zeros(1, 3, 4), zeros(1, 2, 4))),
+    "c batch": (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 3, 4))),
+    "h hidden": (zeros(5, 2, 3), (zeros(1, 2, 5), zeros(1, 2, 4))),
+    "c hidden": (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 5))),
+    "h layers": (zeros(5, 2, 3), (zeros(2, 2, 4), zeros(1, 2, 4))),
+    "hx batch-first": (zeros(5, 2, 3), (zeros(2, 1, 4), zeros(2, 1, 4))),
+    "hx 2-D": (zeros(5, 2, 3), (zeros(1, 4), zeros(1, 4))),
+    "c 2-D": (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 4))),
+    "hx 3-D, unbatched": (zeros(5, 3), (zeros(1, 1, 4), zeros(1, 1, 4))),
+    "hx 4-D": (zeros(5, 2, 3), (zeros(1, 1, 2, 4), zeros(1, 1, 2, 4))),
+    "hx sizes, unbatched": (zeros(5, 3), (zeros(1, 5), zeros(1, 4))),
+    "hx rank and dtype": (zeros(5, 2, 3, dtype=torch.float64), (zeros(1, 4), zeros(1, 4))),
+    "input device": (zeros(5, 2, 3, device="meta"),),
+    "h device": (zeros(5, 2, 3), (zeros(1, 2, 4, device="meta"), zeros(1, 2, 4))),
+}
+
+
+def error_of(module, arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module(*arguments)
+        except Exception as error:
+            return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_those_of_torch(name, batch_first, grad):
+    arguments = BAD[name]
+    if batch_first and arguments[0].dim() == 3:
+        arguments = (arguments[0].transpose(0, 1), *arguments[1:])
+    with torch.set_grad_enabled(grad):
+        ours = error_of(lstm_ext.LSTM(3, 4, batch_first=batch_first), arguments)
+        theirs = error_of(nn.LSTM(3, 4, batch_first=batch_first), arguments)
+    assert ours is not None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("config", [{"proj_size": 2}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_sizes_of_states_with_projection_and_directions(config):
+    for h, c in ((zeros(1, 2, 4), zeros(1, 2, 4)), (zeros(4, 2, 4), zeros(2, 2, 4))):
+        arguments = (zeros(5, 2, 3), (h, c))
+        ours, theirs = (
+            error_of(lstm_ext.LSTM(3, 4, **config), arguments),
+            error_of(nn.LSTM(3, 4, **config), arguments),
+        )
+        assert ours is not None
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (([[1.0]],), TypeError, "expected input to be a Tensor, got list"),
+        ((None,), TypeError, "expected input to be a Tensor, got NoneType"),
+        (
+            (zeros(5, 2, 3), zeros(1, 2, 4)),
+            TypeError,
+            r"hx to be a tuple of two Tensors \(h_0, c_0\), got Tensor",
+        ),
+        ((zeros(5, 2, 3), zeros(2, 2, 4)), TypeError, "got Tensor"),
+        ((zeros(5, 2, 3), (zeros(1, 2, 4),)), TypeError, r"got tuple of \(Tensor\)"),
+        ((zeros(5, 2, 3), [zeros(1, 2, 4)] * 3), TypeError, r"got list of \(Tensor, Tensor, Tensor\)"),
+        ((zeros(5, 2, 3), (zeros(1, 2, 4), None)), TypeError, r"got tuple of \(Tensor, NoneType\)"),
+        ((zeros(5, 2, 3), 5), TypeError, "got int"),
+        (
+            (zeros(5, 2, 3), (zeros(1, 2, 4, dtype=torch.float64), zeros(1, 2, 4))),
+            RuntimeError,
+            r"hx\[0\] dtype \(torch.float64\) does not match input dtype \(torch.float32\)",
+        ),
+        (
+            (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4, dtype=torch.float16))),
+            RuntimeError,
+            r"hx\[1\] dtype \(torch.float16\).*hx\[1\]\.to\(torch.float32\)",
+        ),
+        (
+            (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4, device="meta"))),
+            RuntimeError,
+            "not at the same device.*input tensor at cpu and hidden tensor at meta",
+        ),
+        (
+            (pack_sequence([zeros(5, 3), zeros(2, 3)]),),
+            TypeError,
+            "PackedSequence.*pad_packed_sequence.*to_torch",
+        ),
+    ],
+)
+def test_errors_better_than_torchs(arguments, error, text):
+    with pytest.raises(error, match=text):
+        lstm_ext.LSTM(3, 4)(*arguments)
+
+
+def test_weights_of_two_dtypes():
+    module = lstm_ext.LSTM(3, 4)
+    module.weight_hh_l0.data = module.weight_hh_l0.data.double()
+    with pytest.raises((RuntimeError, ValueError), match=r"dtype|Double"):
+        module(zeros(5, 2, 3))
+
+
+def test_weight_of_another_shape():
+    module = lstm_ext.LSTM(3, 4)
+    module.weight_hh_l0 = nn.Parameter(zeros(16, 5))
+    with pytest.raises((RuntimeError, ValueError)):
+        module(zeros(5, 2, 3))
+    module.weight_hh_l0 = nn.Parameter(zeros(16, 4))
+    module.bias_hh_l0 = nn.Parameter(zeros(15))
+    with pytest.raises((RuntimeError, ValueError)):
+        module(zeros(5, 2, 3))
+
+
+def weights(input_size=3, hidden=4, bias=True, proj=0, layers=1, directions=1):
+    module = nn.LSTM(input_size, hidden, layers, bias, bidirectional=directions == 2, proj_size=proj)
+    return [p.detach() for p in module.parameters()]
+
+
+def replaced(i, tensor):
+    given = weights()
+    given[i] = tensor
+    return given
+
+
+HX = (zeros(1, 2, 4), zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kwargs", "error", "text"),
+    [
+        (([1.0], None, weights()), {}, TypeError, r"input: expected a Tensor.*got list"),
+        (
+            (zeros(2, 3), None, weights()),
+            {},
+            ValueError,
+            r"input: expected 3 dimensions \(time, batch.*\(2, 3\)",
+        ),
+        ((zeros(2, 3), None, weights()), {"batch_first": True}, ValueError, r"\(batch, time, features\)"),
+        ((zeros(0, 2, 3), None, weights()), {}, RuntimeError, "sequence length to be larger than 0"),
+        ((zeros(5, 2, 3), None, weights()), {"dropout": 2}, ValueError, "dropout.*got 2"),
+        ((zeros(5, 2, 3), None, weights()), {"num_layers": 0}, ValueError, "num_layers.*got 0"),
+        ((zeros(5, 2, 3), None, weights()[:3]), {}, ValueError, "weights: expected 4 tensors.*got 3"),
+        (
+            (zeros(5, 2, 3), None, weights()),
+            {"bias": False},
+            ValueError,
+            "weights: expected 2 tensors.*got 4",
+        ),
+        ((zeros(5, 2, 3), None, weights()), {"num_layers": 2}, ValueError, "expected 8 tensors.*got 4"),
+        ((zeros(5, 2, 3), None, weights()), {"bidirectional": True}, ValueError, "expected 8 tensors.*got 4"),
+        ((zeros(5, 2, 3), None, [None] * 4), {}, TypeError, "weights: expected a flat sequence of Tensors"),
+        ((zeros(5, 2, 3), None, zeros(4, 4)), {}, TypeError, "weights: expected a flat sequence of Tensors"),
+        (
+            (zeros(5, 2, 2), None, weights()),
+            {},
+            ValueError,
+            r"weights\[0\] \(weight_ih_l0\).*\(16, 2\), got \(16, 3\)",
+        ),
+        ((zeros(5, 2, 3), None, replaced(1, zeros(15, 4))), {}, ValueError, r"weights\[1\] \(weight_hh_l0\)"),
+        ((zeros(5, 2, 3), None, replaced(1, zeros(16, 3))), {}, ValueError, r"\(16, 4\) without weight_hr"),
+        (
+            (zeros(5, 2, 3), None, replaced(3, zeros(12))),
+            {},
+            ValueError,
+            r"weights\[3\] \(bias_hh_l0\).*\(16,\), got",
+        ),
+        (
+            (zeros(5, 2, 3), None, replaced(2, zeros(16, dtype=torch.float64))),
+            {},
+            ValueError,
+            r"weights\[2\] \(bias_ih_l0\): expected dtype torch.float32 as input, got torch.float64",
+        ),
+        (
+            (zeros(5, 2, 3), None, replaced(2, zeros(16, device="meta"))),
+            {},
+            ValueError,
+            r"weights\[2\] \(bias_ih_l0\): expected device cpu as input, got meta",
+        ),
+        (
+            (zeros(5, 2, 3), None, weights(layers=2, directions=2)[:-1] + [zeros(9)]),
+            {"num_layers": 2, "bidirectional": True},
+            ValueError,
+            r"weights\[15\] \(bias_hh_l1_reverse\): expected shape \(16,\), got \(9,\)",
+        ),
+        (
+            (zeros(5, 2, 3), zeros(2, 2, 4), weights()),
+            {},
+            TypeError,
+            "hx: expected None or a tuple.*got Tensor",
+        ),
+        ((zeros(5, 2, 3), (HX[0],), weights()), {}, TypeError, r"got tuple of \(Tensor\)"),
+        (
+            (zeros(5, 2, 3), (HX[0][0], HX[1]), weights()),
+            {},
+            ValueError,
+            r"hx\[0\] \(h0\).*\(1, 2, 4\), got \(2, 4\)",
+        ),
+        (
+            (zeros(5, 2, 3), (HX[0], zeros(1, 2, 5)), weights()),
+            {},
+            ValueError,
+            r"hx\[1\] \(c0\).*got \(1, 2, 5\)",
+        ),
+        (
+            (zeros(5, 2, 3), HX, weights(proj=2)),
+            {},
+            ValueError,
+            r"hx\[0\] \(h0\).*\(1, 2, 2\), got \(1, 2, 4\)",
+        ),
+        (
+            (zeros(5, 2, 3), (HX[0].double(), HX[1]), weights()),
+            {},
+            ValueError,
+            r"hx\[0\] \(h0\): expected dtype",
+        ),
+        (
+            (zeros(5, 2, 3), (HX[0], HX[1].to("meta")), weights()),
+            {},
+            ValueError,
+            r"hx\[1\] \(c0\): expected device",
+        ),
+    ],
+)
+@pytest.mark.parametrize("function", [lstm_ext.functional.lstm, lstm_ext.reference.lstm])
+def test_functional_errors(function, arguments, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        function(*arguments, **kwargs)
