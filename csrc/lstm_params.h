@@ -68,10 +68,7 @@ struct BackwardParams {
   Sequence<const T> grad_output;  // (T, B, P); data null means zeros
   const T* grad_h_n;              // (B, P) contiguous or null
   const T* grad_c_n;              // (B, H) contiguous or null
-  // Scratch that outlives the recurrence, contiguous.
-  T* grad_gates;    // (T, B, 4H) gradient with respect to the pre-activations
-  T* grad_hidden;   // (T, B, P) gradient with respect to the projected h_t; null without projection
-  T* grad_c;        // (B, H) running gradient of the cell state; ends as the gradient of c0
+  T* grad_c;                      // (B, H) running gradient of the cell state; ends as that of c0
   // Wanted gradients; null where not wanted.
   Sequence<T> grad_input;      // (T, B, I)
   bool accumulate_grad_input;  // add to what is there (second direction of a layer)

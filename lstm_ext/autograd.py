@@ -76,8 +76,9 @@ class _LSTMLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
+        kept = ctx.saved_tensors  # once: checkpoint recomputes it at the first access and refuses a second
         end = 3 + ctx.weight_count
-        (input, h0, c0), weights = ctx.saved_tensors[:3], ctx.saved_tensors[3:end]
+        (input, h0, c0), weights = kept[:3], kept[3:end]
         wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:]
         if grad_output is None and grad_h_n is None and grad_c_n is None:
             grads = [None] * len(wanted)
@@ -87,7 +88,7 @@ class _LSTMLayer(torch.autograd.Function):
                 (grad_output, grad_h_n, grad_c_n), (input, h0, c0, *weights), ctx.bias, ctx.bidirectional, wanted
             )
         else:
-            output, *saved = ctx.saved_tensors[end:]
+            output, *saved = kept[end:]
             grads = ctx.kernels.lstm_layer_backward(
                 grad_output,
                 grad_h_n,

@@ -1,8 +1,8 @@
 // Backward pass of one direction of one layer. Included inside a per-set anonymous namespace.
 //
 // Reverse time loop per batch slice: a tile of dh_t = dL/dh_t + dgates_{t+1} U becomes, in its
-// epilogue, the gate gradients of step t. After the loop, the products over all steps: the input
-// gradient and the weight gradients.
+// epilogue, the gate gradients of step t. Chunk by chunk of time, while its gate gradients are in
+// cache, follow the products over all its steps: the input gradient and the weight gradients.
 
 template <typename T>
 class Backward {
@@ -22,30 +22,47 @@ class Backward {
         input_panels_(reinterpret_cast<T*>(workspace + plan.input_panels)),
         recurrent_panels_(reinterpret_cast<T*>(workspace + plan.recurrent_panels)),
         projection_panels_(reinterpret_cast<T*>(workspace + plan.projection_panels)),
-        partial_sums_(reinterpret_cast<T*>(workspace + plan.partial_sums)) {}
+        partial_sums_(reinterpret_cast<T*>(workspace + plan.partial_sums)),
+        grad_gates_(reinterpret_cast<T*>(workspace + plan.grad_gates)),
+        grad_hidden_(reinterpret_cast<T*>(workspace + plan.grad_hidden)) {}
 
   void run() {
     prepare_weights();
-    for (int64_t s = 0; s < shape_.steps; ++s) step(s);
-    if (p_.grad_h0) {
-      recurrent_gradient(grad_gates(last_time()), nullptr, output_columns_,
-                         [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                           store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column,
-                                          Simd<T>::load(sums), lanes);
-                         });
+    for (int64_t first = 0; first < shape_.steps; first += plan_.chunk_steps) {
+      const int64_t count = smaller(plan_.chunk_steps, shape_.steps - first);
+      for (int64_t s = first; s < first + count; ++s) step(s);
+      if (first + count == shape_.steps && p_.grad_h0) initial_state_gradient();
+      // One meeting a chunk is enough with two buffers: whoever writes the next chunk but one has
+      // met everybody after they had read this one.
+      if (plan_.grid.workers() > 1) all_workers_->wait(plan_.grid.workers());
+      const Chunk chunk{first, count, shape_.reverse ? first : shape_.steps - first - count};
+      if (p_.grad_input.data) input_gradient(chunk);
+      weight_gradients(chunk);
     }
-    if (plan_.grid.workers() > 1) all_workers_->wait(plan_.grid.workers());
-    if (p_.grad_input.data) input_gradient();
-    weight_gradients();
   }
 
  private:
   using S = Simd<T>;
   static constexpr int kLanes = S::kLanes;
 
+  // Steps first ... first + count - 1 of the time loop, which are the times begin ... begin + count - 1.
+  struct Chunk {
+    int64_t first, count, begin;
+  };
+
   // Steps run against the direction of the forward pass.
   int64_t time(int64_t s) const { return shape_.reverse ? s : shape_.steps - 1 - s; }
-  int64_t last_time() const { return time(shape_.steps - 1); }
+  // Where step s lies in the chunk buffers: two of them in turn, each in the order of time.
+  int64_t slot(int64_t s) const {
+    const int64_t first = s / plan_.chunk_steps * plan_.chunk_steps;
+    const int64_t count = smaller(plan_.chunk_steps, shape_.steps - first);
+    const int64_t place = shape_.reverse ? s - first : count - 1 - (s - first);
+    return first / plan_.chunk_steps % 2 * plan_.chunk_steps + place;
+  }
+  T* grad_gates(int64_t s) const { return grad_gates_ + slot(s) * shape_.batch * 4 * shape_.hidden_size; }
+  T* grad_hidden(int64_t s) const { return grad_hidden_ + slot(s) * shape_.batch * shape_.output_size; }
+  // The slot of the chunk's earliest time.
+  int64_t first_step_in_time(const Chunk& c) const { return shape_.reverse ? c.first : c.first + c.count - 1; }
   Range columns_of(int64_t size) const {
     const Range blocks = share(divide_up(size, kLanes), plan_.grid.hidden_groups, member_);
     return {blocks.begin * kLanes, smaller(blocks.end * kLanes, size)};
@@ -53,7 +70,6 @@ class Backward {
   void meet_team() {
     if (plan_.grid.hidden_groups > 1) team_barrier_->wait(plan_.grid.hidden_groups);
   }
-  T* grad_gates(int64_t t) const { return p_.grad_gates + t * shape_.batch * 4 * shape_.hidden_size; }
 
   RightHandSide<T> recurrent_weight() const {
     return {plan_.pack ? recurrent_panels_ : p_.weights.weight_hh, shape_.output_size, 4 * shape_.hidden_size,
@@ -85,7 +101,7 @@ class Backward {
 
   void step(int64_t s) {
     const int64_t t = time(s);
-    const T* later = s == 0 ? nullptr : grad_gates(time(s - 1));
+    const T* later = s == 0 ? nullptr : grad_gates(s - 1);
     const T* grad_h_n = s == 0 ? p_.grad_h_n : nullptr;
     if (!shape_.projected) {
       recurrent_gradient(later, grad_h_n, output_columns_,
@@ -94,16 +110,16 @@ class Backward {
                          },
                          t);
     } else {
-      T* grad_hidden = p_.grad_hidden + t * shape_.batch * shape_.output_size;
+      T* out = grad_hidden(s);
       recurrent_gradient(later, grad_h_n, output_columns_,
                          [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                           store_lanes<T>(grad_hidden + (rows_.begin + row) * shape_.output_size + column,
+                           store_lanes<T>(out + (rows_.begin + row) * shape_.output_size + column,
                                           S::load(sums), lanes);
                          },
                          t);
       meet_team();
       const int64_t P = shape_.output_size;
-      multiply(RowGrid<const T>{grad_hidden + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(),
+      multiply(RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(),
                hidden_columns_, static_cast<T*>(nullptr), 0,
                [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
                [&](int64_t row, int64_t column, const T* sums, int lanes) {
@@ -111,6 +127,15 @@ class Backward {
                });
     }
     meet_team();
+  }
+
+  // dL/dh0 = dgates U at the first time of the sequence.
+  void initial_state_gradient() {
+    recurrent_gradient(grad_gates(shape_.steps - 1), nullptr, output_columns_,
+                       [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                         store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column,
+                                        S::load(sums), lanes);
+                       });
   }
 
   int64_t team_rows() const { return rows_.end - rows_.begin; }
@@ -153,7 +178,7 @@ class Backward {
     Reg<T> grad_c = s > 0 ? load_lanes<T>(running, lanes)
                           : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes) : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
-    T* out = grad_gates(t) + b * 4 * H + unit;
+    T* out = grad_gates(s) + b * 4 * H + unit;
     store_lanes<T>(out, grad_c * g * (i * (one - i)), lanes);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
     store_lanes<T>(out + H, grad_c * c_previous * (f * (one - f)), lanes);
@@ -218,12 +243,13 @@ class Backward {
     });
   }
 
-  // dL/dx = dgates W over all steps; workers share the rows.
-  void input_gradient() {
+  // dL/dx = dgates W; workers share the rows.
+  void input_gradient(const Chunk& chunk) {
     const int64_t gates = 4 * shape_.hidden_size;
-    const RowGrid<const T> grads{p_.grad_gates, shape_.batch * gates, gates, shape_.batch};
-    const RowGrid<T> out{p_.grad_input.data, p_.grad_input.stride_t, p_.grad_input.stride_b, shape_.batch};
-    const Range mine = share(shape_.steps * shape_.batch, plan_.grid.workers(), worker_);
+    const RowGrid<const T> grads{grad_gates(first_step_in_time(chunk)), shape_.batch * gates, gates, shape_.batch};
+    const RowGrid<T> out{p_.grad_input.data + chunk.begin * p_.grad_input.stride_t, p_.grad_input.stride_t,
+                         p_.grad_input.stride_b, shape_.batch};
+    const Range mine = share(chunk.count * shape_.batch, plan_.grid.workers(), worker_);
     constexpr int64_t kRows = 16 * kTileRows;  // rows that pass over a panel while it is in cache
     const RightHandSide<T> weight = input_weight();
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
@@ -239,37 +265,46 @@ class Backward {
     }
   }
 
-  void weight_gradients() {
+  // Adds the chunk's part; workers share the rows of the gradients.
+  void weight_gradients(const Chunk& chunk) {
     const int64_t H = shape_.hidden_size;
     const int64_t B = shape_.batch;
     const int64_t P = shape_.output_size;
-    const int64_t T_ = shape_.steps;
     const Range mine = share(4 * H, plan_.grid.workers(), worker_);
-    const T* grads = p_.grad_gates;
     const int64_t gate_step = B * 4 * H;
+    const T* grads = grad_gates(first_step_in_time(chunk));
     if (p_.grad_weight_ih) {
-      zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
-      add_outer_products<T>({grads, gate_step, 4 * H, T_, B}, mine,
-                            {p_.input.data, p_.input.stride_t, p_.input.stride_b}, shape_.input_size,
-                            p_.grad_weight_ih);
+      if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
+      add_outer_products<T>(
+          {grads, gate_step, 4 * H, chunk.count, B}, mine,
+          {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b},
+          shape_.input_size, p_.grad_weight_ih);
     }
     if (p_.grad_weight_hh) {
-      zero_rows(p_.grad_weight_hh, P, mine);
-      // h_{t-1} is the output of the step before; of the first step, h0.
-      const int64_t later = shape_.reverse ? 0 : 1;
-      const int64_t earlier = shape_.reverse ? 1 : 0;
-      add_outer_products<T>({grads + later * gate_step, gate_step, 4 * H, T_ - 1, B}, mine,
-                            {p_.output.data + earlier * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b},
-                            P, p_.grad_weight_hh);
-      if (p_.h0) {
-        add_outer_products<T>({grad_gates(last_time()), 0, 4 * H, 1, B}, mine, {p_.h0, 0, P}, P, p_.grad_weight_hh);
+      if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
+      // h_{t-1} is the output of the step before in the layer's direction; of its first step, h0.
+      const bool has_first = chunk.first + chunk.count == shape_.steps;
+      const int64_t begin = has_first && !shape_.reverse ? 1 : 0;  // of the steps with an output before
+      const int64_t count = chunk.count - (has_first ? 1 : 0);
+      const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
+      add_outer_products<T>(
+          {grads + begin * gate_step, gate_step, 4 * H, count, B}, mine,
+          {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b}, P,
+          p_.grad_weight_hh);
+      if (has_first && p_.h0) {
+        add_outer_products<T>({grad_gates(shape_.steps - 1), gate_step, 4 * H, 1, B}, mine, {p_.h0, B * P, P}, P,
+                              p_.grad_weight_hh);
       }
     }
-    if (p_.grad_bias) add_columns<T>(grads, 4 * H, T_ * B, mine, p_.grad_bias);
+    if (p_.grad_bias) {
+      if (chunk.first == 0) zero_rows(p_.grad_bias, 1, mine);
+      add_columns<T>(grads, 4 * H, chunk.count * B, mine, p_.grad_bias);
+    }
     if (p_.grad_weight_hr) {
       const Range projected = share(P, plan_.grid.workers(), worker_);
-      zero_rows(p_.grad_weight_hr, H, projected);
-      add_outer_products<T>({p_.grad_hidden, B * P, P, T_, B}, projected, {p_.hidden, B * H, H}, H, p_.grad_weight_hr);
+      if (chunk.first == 0) zero_rows(p_.grad_weight_hr, H, projected);
+      add_outer_products<T>({grad_hidden(first_step_in_time(chunk)), B * P, P, chunk.count, B}, projected,
+                            {p_.hidden + chunk.begin * B * H, B * H, H}, H, p_.grad_weight_hr);
     }
   }
 
@@ -290,6 +325,8 @@ class Backward {
   T* recurrent_panels_;
   T* projection_panels_;
   T* partial_sums_;
+  T* grad_gates_;   // gradients of the pre-activations, chunk by chunk
+  T* grad_hidden_;  // gradients of the projected h_t, likewise
 };
 
 template <typename T>

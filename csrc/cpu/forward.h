@@ -15,14 +15,28 @@ template <typename T>
 LSTM_EXT_INLINE void update_cell(Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o, CellState<T> cell, int64_t unit, int lanes,
                                  T* hidden, T* gates, int64_t hidden_size) {
   using S = Simd<T>;
-  i = sigmoid<T>(i);
-  f = sigmoid<T>(f);
-  g = tanh<T>(g);
-  o = sigmoid<T>(o);
+  const Reg<T> one = S::set1(T(1));
+  // A division costs as much as an exponential: i, f and g share one, o and tanh(c) another. Gates
+  // that meet in c anyway share, so that a NaN spreads no further than in the equations.
+  const Reg<T> i_denominator = sigmoid_denominator<T>(i);
+  const Reg<T> f_denominator = sigmoid_denominator<T>(f);
+  Reg<T> g_numerator, g_denominator;
+  tanh_fraction<T>(g, g_numerator, g_denominator);
+  const Reg<T> product = i_denominator * f_denominator;
+  const Reg<T> inverse = one / (product * g_denominator);
+  const Reg<T> g_inverse = g_denominator * inverse;
+  i = f_denominator * g_inverse;
+  f = i_denominator * g_inverse;
+  g = g_numerator * (product * inverse);
   Reg<T> c = i * g;
   if (cell.previous) c = S::fma(f, load_lanes<T>(cell.previous + unit, lanes), c);
   store_lanes<T>(cell.current + unit, c, lanes);
-  store_lanes<T>(hidden + unit, o * tanh<T>(c), lanes);
+  const Reg<T> o_denominator = sigmoid_denominator<T>(o);
+  Reg<T> c_numerator, c_denominator;
+  tanh_fraction<T>(c, c_numerator, c_denominator);
+  const Reg<T> o_inverse = one / (o_denominator * c_denominator);
+  o = c_denominator * o_inverse;
+  store_lanes<T>(hidden + unit, c_numerator * o_inverse, lanes);
   if (gates) {
     store_lanes<T>(gates + unit, i, lanes);
     store_lanes<T>(gates + hidden_size + unit, f, lanes);

@@ -13,6 +13,11 @@ constexpr int64_t kRowMajorRows = 32;         // up to here packing costs more t
 constexpr int64_t kRowMajorBatch = 2;         // a tile this low loads as much as the row-major path
 constexpr int64_t kChunkBytes = 256 * 1024;   // pre-activations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;            // ... but the weights must be used often enough
+// Samples (time x batch) of a backward chunk, H within these bounds. Each chunk adds to the weight
+// gradients in memory once, so larger weights want longer chunks; its gate gradients should stay in
+// cache, so smaller ones want shorter.
+constexpr int64_t kLeastSamples = 256;
+constexpr int64_t kMostSamples = 1024;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -100,7 +105,6 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   const double other_work = static_cast<double>(s.steps * s.batch) * static_cast<double>(gates) *
                             static_cast<double>(2 * s.input_size + s.output_size);
   plan.grid = choose_grid(s, m, row_work, other_work, s.projected ? 2 : 1);
-  plan.team_rows = divide_up(s.batch, plan.grid.batch_groups);
   plan.pack = s.steps * s.batch > kRowMajorRows;
 
   Layout layout;
@@ -118,6 +122,12 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
     }
   }
   plan.partial_sums = layout.reserve(s.batch * s.output_size * m.element_size);
+  const int64_t samples = std::clamp(s.hidden_size, kLeastSamples, kMostSamples);
+  plan.chunk_steps = std::clamp<int64_t>(divide_up(samples, s.batch), 1, s.steps);
+  if (2 * plan.chunk_steps >= s.steps) plan.chunk_steps = s.steps;
+  const int64_t kept_rows = (plan.chunk_steps == s.steps ? 1 : 2) * plan.chunk_steps * s.batch;
+  plan.grad_gates = layout.reserve(kept_rows * gates * m.element_size);
+  if (s.projected) plan.grad_hidden = layout.reserve(kept_rows * s.output_size * m.element_size);
   plan.workspace_bytes = layout.end;
   return plan;
 }

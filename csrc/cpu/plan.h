@@ -41,8 +41,11 @@ struct ForwardPlan {
 struct BackwardPlan {
   WorkerGrid grid;
   bool pack = false;  // copy U, W and W_hr into column panels; else read them where they are
-  int64_t team_rows = 0;
-  int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0;
+  // Time steps whose gate gradients are kept until the products over them are done. Two buffers of
+  // so many steps, or one if the chunk is the whole sequence.
+  int64_t chunk_steps = 1;
+  int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
+          grad_hidden = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };

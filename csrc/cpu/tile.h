@@ -71,18 +71,22 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, 
 template <typename T, int R, int NV, bool Partial = false>
 LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const T* b, int64_t b_step,
                                      int64_t count, int last = 0) {
+  Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   for (int64_t k = 0; k < count; ++k, b += b_step) {
-    multiply_add<T, R, NV, Partial>(tile, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r][k]; }, b, last);
+    multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r][k]; }, b, last);
   }
+  tile = local;
 }
 
 // acc[r][:] += sum_k a[k * a_step + r] * b[k * b_step + :]
 template <typename T, int R, int NV, bool Partial>
 LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_t a_step, const T* b,
                                         int64_t b_step, int64_t count, int last) {
+  Tile<T, R, NV> local = tile;
   for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
-    multiply_add<T, R, NV, Partial>(tile, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r]; }, b, last);
+    multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r]; }, b, last);
   }
+  tile = local;
 }
 
 // Calls f(first_row, std::integral_constant<int, R>) for tiles of nearly equal height that cover

@@ -10,8 +10,9 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  // Past these, sigmoid is 0 or 1 to far below one unit in the last place, and 2^n stays normal.
-  static constexpr float kLimit = 87.0f;
+  // Past these, sigmoid and tanh are 0 or 1 to far below one unit in the last place; the product of
+  // two denominators of sigmoid and one of tanh is still finite.
+  static constexpr float kLimit = 43.0f;
   static constexpr float kTanhLimit = 10.0f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
@@ -20,7 +21,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLimit = 700.0;
+  static constexpr double kLimit = 350.0;
   static constexpr double kTanhLimit = 20.0;
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
@@ -45,19 +46,23 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return S::fma(p, r * r, r);
 }
 
+// Fractions whose denominators the caller may multiply, so that several share one division.
+
+// sigmoid(x) = 1 / denominator, with the denominator in [1, e^limit + 1].
 template <typename T>
-LSTM_EXT_INLINE Reg<T> sigmoid(Reg<T> x) {
+LSTM_EXT_INLINE Reg<T> sigmoid_denominator(Reg<T> x) {
   using S = Simd<T>;
   using C = ExpConstants<T>;
   const Reg<T> clamped = S::at_least(S::at_most(x, C::kLimit), -C::kLimit);
   Reg<T> n;
-  const Reg<T> p = expm1_reduced<T>(S::zero() - clamped, n);
+  const Reg<T> p = expm1_reduced<T>(-clamped, n);
   const Reg<T> one = S::set1(T(1));
-  return one / (one + S::scale_by_power_of_two(one + p, n));
+  return one + S::scale_by_power_of_two(one + p, n);
 }
 
+// tanh(x) = numerator / denominator, with the denominator in [1, 2].
 template <typename T>
-LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
+LSTM_EXT_INLINE void tanh_fraction(Reg<T> x, Reg<T>& numerator, Reg<T>& denominator) {
   using S = Simd<T>;
   using C = ExpConstants<T>;
   const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
@@ -65,5 +70,13 @@ LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
   const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n);
   const Reg<T> scale = S::scale_by_power_of_two(S::set1(T(1)), n);
   const Reg<T> em1 = S::fma(p, scale, scale - S::set1(T(1)));  // e^(-2|x|) - 1
-  return S::copy_sign(em1 / (em1 + S::set1(T(2))), x);
+  numerator = S::copy_sign(em1, x);
+  denominator = em1 + S::set1(T(2));
+}
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
+  Reg<T> numerator, denominator;
+  tanh_fraction<T>(x, numerator, denominator);
+  return numerator / denominator;
 }

@@ -4,7 +4,7 @@
 // Partial sums over a block of kSumBlock rows are formed in registers and then added to memory:
 // better locality, and a smaller rounding error than one running sum over all rows.
 
-constexpr int64_t kSumBlock = 256;
+constexpr int64_t kSumBlock = 512;
 
 // (outer, inner) rows of `data`, columns contiguous.
 template <typename T>
@@ -68,14 +68,14 @@ void add_outer_products(SampleGrid<T> left, Range rows, Sequence<const T> right,
   }
 }
 
-// sums[m] = sum over the rows n of matrix[n][m], for m in `columns`.
+// sums[m] += sum over the rows n of matrix[n][m], for m in `columns`.
 template <typename T>
 void add_columns(const T* matrix, int64_t row_step, int64_t rows, Range columns, T* sums) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
   for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
     const int lanes = static_cast<int>(smaller(columns.end - column, kLanes));
-    Reg<T> total = S::zero();
+    Reg<T> total = load_lanes<T>(sums + column, lanes);
     for (int64_t n = 0; n < rows; n += kSumBlock) {
       const int64_t end = smaller(n + kSumBlock, rows);
       Reg<T> block = S::zero();

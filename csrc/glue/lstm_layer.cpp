@@ -187,9 +187,6 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
   const at::Tensor gates = saved[0].contiguous();
   const at::Tensor cells = saved[1].contiguous();
   const at::Tensor hidden = s.projected ? saved[2].contiguous() : at::Tensor();
-  // One direction after the other, so that both share this scratch.
-  const at::Tensor grad_gates = at::empty({s.steps, s.batch, 4 * s.hidden_size}, options);
-  const at::Tensor grad_hidden = s.projected ? at::empty({s.steps, s.batch, s.output_size}, options) : at::Tensor();
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
@@ -210,8 +207,6 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
       }
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
-      p.grad_gates = grad_gates.mutable_data_ptr<scalar_t>();
-      p.grad_hidden = s.projected ? grad_hidden.mutable_data_ptr<scalar_t>() : nullptr;
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
       if (grads[0].defined()) p.grad_input = direction_of<scalar_t>(grads[0], 0, 0);
       p.accumulate_grad_input = d > 0;
