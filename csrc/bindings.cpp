@@ -17,6 +17,40 @@ std::vector<std::string> cpu_capabilities() {
   return {names, names + lstm_ext::cpu::available_capabilities(names)};
 }
 
+// How a call would be cut up with the instruction set in use; for tests and for the curious.
+template <typename T>
+py::dict plan(const lstm_ext::LayerShape& shape, int threads, bool save) {
+  using namespace lstm_ext::cpu;
+  const Machine machine{kernels<T>().lanes, kernels<T>().tile_rows, sizeof(T), threads};
+  const ForwardPlan forward = plan_forward(shape, machine, save);
+  const BackwardPlan backward = plan_backward(shape, machine, true);
+  py::dict result;
+  result["lanes"] = machine.lanes;
+  result["tile_rows"] = machine.tile_rows;
+  result["forward_batch_groups"] = forward.grid.batch_groups;
+  result["forward_hidden_groups"] = forward.grid.hidden_groups;
+  result["pack_input"] = forward.pack_input;
+  result["pack_recurrent"] = forward.pack_recurrent;
+  result["forward_chunk_steps"] = forward.chunk_steps;
+  result["forward_workspace_bytes"] = forward.workspace_bytes;
+  result["backward_batch_groups"] = backward.grid.batch_groups;
+  result["backward_hidden_groups"] = backward.grid.hidden_groups;
+  result["backward_pack"] = backward.pack;
+  result["backward_chunk_steps"] = backward.chunk_steps;
+  result["backward_workspace_bytes"] = backward.workspace_bytes;
+  return result;
+}
+
+py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
+                  bool save, bool float64) {
+  for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
+    TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
+  }
+  const lstm_ext::LayerShape shape{
+      steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false};
+  return float64 ? plan<double>(shape, threads, save) : plan<float>(shape, threads, save);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LSTM_EXT_VERSION;
@@ -40,6 +74,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("set_cpu_capability", [](const std::string& name) { lstm_ext::cpu::set_capability(name.c_str()); },
         py::arg("name"));
+  m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
+        py::arg("float64") = false);
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
   lstm_ext::cpu::capability();

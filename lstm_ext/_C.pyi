@@ -43,5 +43,21 @@ def cpu_capabilities() -> list[str]:
 def set_cpu_capability(name: str) -> None:
     """Use another one of :func:`cpu_capabilities`."""
 
+def cpu_plan(
+    *,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    threads: int = 1,
+    save: bool = False,
+    float64: bool = False,
+) -> dict[str, int | bool]:
+    """How a call of these sizes is cut up with the instruction set in use; see csrc/cpu/plan.h.
+
+    ``save`` is True for a forward pass that a backward pass will follow.
+    """
+
 def build_info() -> dict[str, str]:
     """How this binary was built."""

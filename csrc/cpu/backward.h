@@ -187,7 +187,7 @@ class Backward {
     store_lanes<T>(running, grad_c * f, lanes);
   }
 
-  // For `rows` rows and `columns`: start(row, column, lanes) + a * b, kLanes columns at a time to
+  // For `rows` rows and `columns`: a * b + start(row, column, lanes), kLanes columns at a time to
   // finish(row, column, sums, lanes). Between blocks of k the sums wait in `partial`.
   template <typename A, typename Start, typename Finish>
   LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns, T* partial,
@@ -202,27 +202,31 @@ class Backward {
         for_each_row_tile(rows, [&](int64_t row, auto height) {
           constexpr int R = height();
           Tile<T, R, NV> tile;
+          tile.zero();
           const T* a[R];
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              const int lanes = v == NV - 1 ? last : kLanes;
-              const int64_t at = column + v * kLanes;
-              if (k == 0) {
-                start(row + r, at, lanes, tile.acc[r][v]);
-              } else {
-                tile.acc[r][v] = load_lanes<T>(partial + (row + r) * partial_step + at, lanes);
-              }
-            }
-          }
+          for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
           const T* panel = b.template at<NV>(column, k);
           const int64_t step = b.template step<NV>();
           if (exact) {
             accumulate_rows(tile, a, panel, step, depth);
           } else {
             accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
+          }
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+              const int lanes = v == NV - 1 ? last : kLanes;
+              const int64_t at = column + v * kLanes;
+              Reg<T> before;
+              if (k == 0) {
+                start(row + r, at, lanes, before);
+              } else {
+                before = load_lanes<T>(partial + (row + r) * partial_step + at, lanes);
+              }
+              tile.acc[r][v] = tile.acc[r][v] + before;
+            }
           }
           const bool done = k + depth >= b.depth;
           for (int r = 0; r < R; ++r) {

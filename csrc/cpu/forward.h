@@ -16,18 +16,16 @@ LSTM_EXT_INLINE void update_cell(Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o, CellSta
                                  T* hidden, T* gates, int64_t hidden_size) {
   using S = Simd<T>;
   const Reg<T> one = S::set1(T(1));
-  // A division costs as much as an exponential: i, f and g share one, o and tanh(c) another. Gates
-  // that meet in c anyway share, so that a NaN spreads no further than in the equations.
+  // A division costs as much as an exponential: i and g share one, o and tanh(c) another. f has its
+  // own, since its rounding error is multiplied into c at every step. Gates that meet in c anyway
+  // share, so that a NaN spreads no further than in the equations.
+  f = one / sigmoid_denominator<T>(f);
   const Reg<T> i_denominator = sigmoid_denominator<T>(i);
-  const Reg<T> f_denominator = sigmoid_denominator<T>(f);
   Reg<T> g_numerator, g_denominator;
   tanh_fraction<T>(g, g_numerator, g_denominator);
-  const Reg<T> product = i_denominator * f_denominator;
-  const Reg<T> inverse = one / (product * g_denominator);
-  const Reg<T> g_inverse = g_denominator * inverse;
-  i = f_denominator * g_inverse;
-  f = i_denominator * g_inverse;
-  g = g_numerator * (product * inverse);
+  const Reg<T> inverse = one / (i_denominator * g_denominator);
+  i = g_denominator * inverse;
+  g = g_numerator * (i_denominator * inverse);
   Reg<T> c = i * g;
   if (cell.previous) c = S::fma(f, load_lanes<T>(cell.previous + unit, lanes), c);
   store_lanes<T>(cell.current + unit, c, lanes);
@@ -220,7 +218,7 @@ class Forward {
     }
   }
 
-  // For this member's panels: tile = (bias, or what is in `pre`) + a * panel; then finish(row,
+  // For this member's panels: tile = a * panel + (bias, or what is in `pre`); then finish(row,
   // block, tile), which says whether it consumed the tile; if not, the tile goes to `pre`.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_gate_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
@@ -241,15 +239,20 @@ class Forward {
             a[r] = count > 0 ? a_row(row + r) + k : nullptr;
             out[r] = pre(row + r) + block * kLanes;
           }
+          // The sum starts from zero and meets the rest at its end: adding many small products to a
+          // large number would round each of them at the large one's precision.
           Tile<T, R, 4> tile;
+          tile.zero();
+          accumulate_rows(tile, a, panel + k * 4 * kLanes, 4 * kLanes, depth);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) {
             const T* start = from_bias ? bias + block * kLanes : out[r];
 #pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) tile.acc[r][gate] = load_lanes<T>(start + gate * H, lanes);
+            for (int gate = 0; gate < 4; ++gate) {
+              tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
+            }
           }
-          accumulate_rows(tile, a, panel + k * 4 * kLanes, 4 * kLanes, depth);
           if (last && finish(row, block, tile)) return;
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r)

@@ -1,15 +1,17 @@
-// The kernels of one instruction set. A kernels_*.cpp defines LSTM_EXT_SET_..., LSTM_EXT_SET_NAME and
-// LSTM_EXT_SET_FUNCTION, includes every header below the kernels, raises the compiler's target and
-// includes this file once.
+// The kernels of one instruction set. A kernels_*.cpp defines LSTM_EXT_SET_..., LSTM_EXT_SET_NAME,
+// LSTM_EXT_SET_NAMESPACE and LSTM_EXT_SET_FUNCTION, includes every header below the kernels, raises the
+// compiler's target and includes this file once.
 //
 // Everything lives in an anonymous namespace and calls nothing inline with external linkage: the
-// linker merges such functions across objects, and might keep the copy an older CPU cannot run.
+// linker merges such functions across objects, and might keep the copy an older CPU cannot run. The
+// namespace of the set around it gives disassembly and profiles a name.
 #pragma once
 
 #define LSTM_EXT_INLINE inline __attribute__((always_inline))
 #define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace lstm_ext::cpu {
+namespace LSTM_EXT_SET_NAMESPACE {
 namespace {
 
 // The order is that of use.
@@ -29,7 +31,8 @@ constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, &forward<T>, &backward
 constexpr Capability kCapability{LSTM_EXT_SET_NAME, kKernels<float>, kKernels<double>};
 
 }  // namespace
+}  // namespace LSTM_EXT_SET_NAMESPACE
 
-const Capability* LSTM_EXT_SET_FUNCTION() { return &kCapability; }
+const Capability* LSTM_EXT_SET_FUNCTION() { return &LSTM_EXT_SET_NAMESPACE::kCapability; }
 
 }  // namespace lstm_ext::cpu

@@ -12,6 +12,7 @@
 
 #define LSTM_EXT_SET_AVX2
 #define LSTM_EXT_SET_NAME "avx2"
+#define LSTM_EXT_SET_NAMESPACE avx2
 #define LSTM_EXT_SET_FUNCTION capability_avx2
 
 #if defined(__clang__)

@@ -12,6 +12,7 @@
 
 #define LSTM_EXT_SET_AVX512
 #define LSTM_EXT_SET_NAME "avx512"
+#define LSTM_EXT_SET_NAMESPACE avx512
 #define LSTM_EXT_SET_FUNCTION capability_avx512
 
 #if defined(__clang__)

@@ -12,6 +12,7 @@
 
 #define LSTM_EXT_SET_BASELINE
 #define LSTM_EXT_SET_NAME "baseline"
+#define LSTM_EXT_SET_NAMESPACE baseline
 #define LSTM_EXT_SET_FUNCTION capability_baseline
 
 #include "cpu/kernel_set.h"

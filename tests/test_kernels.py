@@ -1,0 +1,352 @@
+"""Every kernel of every instruction set against float64, around every edge of the tiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accuracy import allowed_error, relative_error, values_and_gradients
+from torch import Tensor
+
+import lstm_ext
+from lstm_ext import _backend, autograd, reference
+
+_C = _backend.extension()
+CAPABILITIES = _C.cpu_capabilities() if _C else []
+DTYPES = [torch.float32, torch.float64]
+SEEDS = 20
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in CAPABILITIES:
+        pytest.skip(f"this processor does not run {request.param}")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# (T, B, I, H, P, bidirectional, bias)
+Sizes = tuple[int, int, int, int, int, bool, bool]
+
+
+def edges(lanes: int, tile_rows: int) -> dict[str, list[Sizes]]:
+    """Sizes one below, at and above each boundary, one axis at a time, the others in the middle of a tile."""
+    units = [1, lanes - 1, lanes, lanes + 1, 4 * lanes - 1, 4 * lanes, 4 * lanes + 1, 5 * lanes + 3]
+    features = [1, lanes - 1, lanes, lanes + 1, 31, 37]
+    rows = [1, 2, 3, tile_rows - 1, tile_rows, tile_rows + 1, 2 * tile_rows + 1]
+    return {
+        "hidden units": [(4, 9, 5, h, 0, False, True) for h in units if h > 0],
+        "hidden units, row-major": [(3, 2, 5, h, 0, False, True) for h in units if h > 0],
+        "input features": [(5, 8, i, lanes + 2, 0, False, True) for i in features if i > 0],
+        "input features, row-major": [(2, 3, i, lanes + 2, 0, False, True) for i in features if i > 0],
+        "batch rows": [(12, b, 6, lanes + 2, 0, True, False) for b in rows if b > 0],
+        "time steps": [(t, 5, 6, lanes + 2, 0, True, True) for t in (1, 2, 7, 61)],
+        "projection": [(6, 7, 5, 2 * lanes + 3, p, True, True) for p in (1, lanes - 1, lanes, lanes + 1) if p],
+        "projection, row-major": [(2, 2, 5, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p],
+    }
+
+
+GROUPS = list(edges(4, 3))
+
+
+def module_of(sizes: Sizes, dtype: torch.dtype) -> tuple[lstm_ext.LSTM, Tensor, tuple[Tensor, Tensor]]:
+    T, B, I, H, P, bidirectional, bias = sizes
+    P = 0 if P >= H else P
+    module = lstm_ext.LSTM(I, H, bias=bias, bidirectional=bidirectional, proj_size=P, dtype=dtype)
+    directions = 2 if bidirectional else 1
+    hx = (torch.randn(directions, B, P or H, dtype=dtype), torch.randn(directions, B, H, dtype=dtype))
+    return module, torch.randn(T, B, I, dtype=dtype), hx
+
+
+def worst_errors(sizes: Sizes, dtype: torch.dtype, seeds: int) -> dict[str, tuple[float, float]]:
+    """For each value and gradient: the worst error over the seeds, ours and torch's."""
+    worst: dict[str, tuple[float, float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        module, input, hx = module_of(sizes, dtype)
+        theirs = lstm_ext.to_torch(module)
+        ours = values_and_gradients(module, input, hx)
+        torchs = values_and_gradients(theirs, input, hx)
+        ref = values_and_gradients(theirs, input, hx, dtype=torch.float64)
+        for name, value in ours.items():
+            before = worst.get(name, (0.0, 0.0))
+            worst[name] = (
+                max(before[0], relative_error(value, ref[name])),
+                max(before[1], relative_error(torchs[name], ref[name])),
+            )
+    return worst
+
+
+def violations(sizes: Sizes, dtype: torch.dtype, seeds: int) -> list[str]:
+    return [
+        f"{sizes}: {name}: error {ours:.3g}, allowed {allowed_error(torchs, dtype):.3g}, torch's {torchs:.3g}"
+        for name, (ours, torchs) in worst_errors(sizes, dtype, seeds).items()
+        if not ours <= allowed_error(torchs, dtype)
+    ]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_tile_edges(capability, threads, dtype, group):
+    plan = _C.cpu_plan(steps=1, batch=1, input_size=1, hidden_size=1, float64=dtype == torch.float64)
+    wrong: list[str] = []
+    for sizes in edges(plan["lanes"], plan["tile_rows"])[group]:
+        wrong += violations(sizes, dtype, seeds=3)
+    assert not wrong, "\n".join(wrong)
+
+
+# What a call of each size is for, and how the plan shows that it gets there.
+PATHS: dict[str, tuple[Sizes, dict[str, object]]] = {
+    "row-major": ((3, 2, 20, 40, 0, False, True), {"pack_input": False, "pack_recurrent": False}),
+    "packed input, row-major recurrence": (
+        (50, 2, 20, 40, 0, False, True),
+        {"pack_input": True, "pack_recurrent": False},
+    ),
+    "packed": ((10, 9, 20, 40, 0, False, True), {"pack_input": True, "pack_recurrent": True}),
+    "several forward chunks": ((150, 7, 5, 100, 0, True, True), {"forward_chunk_steps": range(2, 150)}),
+    "several backward chunks": ((150, 7, 5, 50, 0, True, True), {"backward_chunk_steps": range(2, 75)}),
+    "several backward chunks, projected": (
+        (150, 7, 5, 50, 9, True, True),
+        {"backward_chunk_steps": range(2, 75)},
+    ),
+    "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack_recurrent": True}),
+    "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
+    "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_paths(capability, threads, dtype, path):
+    sizes, expected = PATHS[path]
+    T, B, I, H, P, _, _ = sizes
+    plan = _C.cpu_plan(
+        steps=T, batch=B, input_size=I, hidden_size=H, proj_size=P, threads=threads,
+        save=True, float64=dtype == torch.float64,
+    )  # fmt: skip
+    for name, value in expected.items():
+        assert plan[name] in (value if isinstance(value, range) else [value]), (name, plan)
+    wrong = violations(sizes, dtype, seeds=SEEDS if T * B * H < 10_000 else 3)
+    assert not wrong, "\n".join(wrong)
+
+
+# Two workers: as two teams, each with half of the batch; as one team whose members share the units.
+GRIDS: dict[str, tuple[Sizes, tuple[int, int]]] = {
+    "two teams": ((40, 32, 30, 70, 0, True, True), (2, 1)),
+    "two teams, projected": ((40, 32, 30, 70, 33, True, True), (2, 1)),
+    "two members": ((30, 1, 200, 401, 0, True, True), (1, 2)),
+    "two members, projected": ((30, 1, 200, 401, 77, True, True), (1, 2)),
+    "two members, packed": ((30, 3, 200, 401, 0, True, True), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_two_workers(capability, dtype, grid):
+    sizes, (batch_groups, hidden_groups) = GRIDS[grid]
+    T, B, I, H, P, _, _ = sizes
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        plan = _C.cpu_plan(
+            steps=T, batch=B, input_size=I, hidden_size=H, proj_size=P, threads=2,
+            save=True, float64=dtype == torch.float64,
+        )  # fmt: skip
+        assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (batch_groups, hidden_groups)
+        assert (plan["backward_batch_groups"], plan["backward_hidden_groups"]) == (batch_groups, hidden_groups)
+        wrong = violations(sizes, dtype, seeds=2)
+        assert not wrong, "\n".join(wrong)
+        # What the workspace held before does not matter, and the number of workers changes no bit.
+        torch.manual_seed(0)
+        module, input, hx = module_of(sizes, dtype)
+        two = values_and_gradients(module, input, hx)
+        for _ in range(5):
+            garbage = [torch.full((n,), 255, dtype=torch.uint8) for n in (10**4, 10**5, 10**6, 10**7)]
+            del garbage
+            again = values_and_gradients(module, input, hx)
+            assert all(torch.equal(two[name], again[name]) for name in two)
+        torch.set_num_threads(1)
+        one = values_and_gradients(module, input, hx)
+        different = [name for name in two if not torch.equal(two[name], one[name])]
+        assert not different
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fewer_threads_than_planned():
+    """Where the system refuses the second thread, one worker does all: it does not wait for the other."""
+    program = (
+        "import torch, lstm_ext\n"
+        "torch.set_num_threads(2)\n"
+        "m = lstm_ext.LSTM(64, 256); x = torch.randn(20, 8, 64)\n"
+        "y, _ = m(x); y.sum().backward()\n"
+        "torch.testing.assert_close(y, lstm_ext.to_torch(m)(x)[0])\n"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+
+
+def test_inside_a_parallel_region_of_many_python_threads():
+    """Callers in several Python threads do not share anything: each result is that of a lone call."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    module = lstm_ext.LSTM(64, 128, 2)
+    inputs = [torch.randn(20, b, 64) for b in range(1, 9)]
+    with torch.no_grad():
+        alone = [module(x)[0] for x in inputs]
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(x)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            together = list(pool.map(call, inputs))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_training_and_inference_agree_to_the_bit(capability, threads, dtype):
+    for sizes in [(3, 2, 5, 20, 0, True, True), (20, 9, 5, 20, 0, True, True), (20, 9, 5, 20, 3, True, True)]:
+        module, input, hx = module_of(sizes, dtype)
+        training = module(input, hx)
+        with torch.no_grad():
+            inference = module(input, hx)
+        for a, b in zip((training[0], *training[1]), (inference[0], *inference[1]), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_nonlinearities_over_their_whole_range(capability, dtype):
+    """With I = H and W a multiple of one, gates are functions of one number each: sweep it."""
+    x = torch.cat(
+        [torch.linspace(-60, 60, 997), torch.logspace(-30, 2, 400), -torch.logspace(-30, 2, 400)]
+    ).to(dtype)
+    eye = torch.ones(1, 1, dtype=dtype)
+    for gate in range(4):
+        w_ih = torch.zeros(4, 1, dtype=dtype)
+        w_ih[gate] = eye
+        bias = torch.tensor([40.0, 40.0, 40.0, 40.0], dtype=dtype)  # the other gates: 1
+        bias[gate] = 0
+        c0 = torch.full((1, len(x), 1), 0.5, dtype=dtype)
+        weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
+        out = autograd.lstm_layer(x.view(1, -1, 1), None, c0, weights, True, False)
+        ref = reference.lstm_layer(
+            x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], True, False
+        )
+        for ours, exact in zip(out, ref, strict=True):
+            worst = ((ours.double() - exact).abs() / exact.abs().clamp_min(1e-15)).max().item()
+            assert worst <= 8 * torch.finfo(dtype).eps, (gate, worst)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_infinities_and_nan_follow_the_equations(capability, dtype):
+    inf, nan = float("inf"), float("nan")
+    for value in (inf, -inf, nan, 1e30, -1e30):
+        for batch in (1, 9):  # row-major and packed
+            x = torch.zeros(5, batch, 3, dtype=dtype)
+            x[2, 0, 1] = value
+            weights = [torch.randn(4 * 5, 3, dtype=dtype), torch.randn(4 * 5, 5, dtype=dtype)]
+            if batch == 9:
+                x = x.repeat(3, 1, 1)
+            out = autograd.lstm_layer(x, None, None, weights, False, False)
+            ref = reference.lstm_layer(x.double(), None, None, [w.double() for w in weights], False, False)
+            for ours, exact in zip(out, ref, strict=True):
+                torch.testing.assert_close(ours, exact.to(dtype), equal_nan=True)
+            if batch > 1:  # rows do not touch each other
+                assert torch.isfinite(out[0][:, 1:]).all()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 3, 5, 0, True, True), (5, 7, 3, 5, 0, True, True), (3, 3, 2, 5, 2, False, False)])
+def test_gradcheck(capability, sizes):
+    module, input, hx = module_of(sizes, torch.float64)
+    bias, bidirectional = module.bias, module.bidirectional
+    arguments = (input.requires_grad_(), *(s.requires_grad_() for s in hx), *module.parameters())
+
+    def layer(input, h0, c0, *weights):
+        return autograd.lstm_layer(input, h0, c0, weights, bias, bidirectional)
+
+    assert torch.autograd.gradcheck(layer, arguments, fast_mode=True)
+    # Double backward runs on the reference equations; here the two have to fit together.
+    assert torch.autograd.gradgradcheck(layer, arguments, fast_mode=True)
+
+
+def test_backward_leaves_what_was_saved(capability):
+    """Two backward passes give the same gradients."""
+    module, input, hx = module_of((30, 9, 5, 20, 3, True, True), torch.float32)
+    output, _ = module(input, hx)
+    g = torch.randn_like(output)
+    first = torch.autograd.grad(output, list(module.parameters()), g, retain_graph=True)
+    second = torch.autograd.grad(output, list(module.parameters()), g)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_subset_of_wanted_gradients():
+    """A gradient is the same whatever else is wanted, and nothing else is computed."""
+    module, input, hx = module_of((6, 7, 5, 20, 3, True, True), torch.float64)
+    weights = [w.detach() for w in module.parameters()]
+    arguments = [input, *hx, *weights]
+    output, h_n, c_n, saved = _C.lstm_layer_forward(input, *hx, weights, True, True, True)
+    grads = [torch.randn_like(t) for t in (output, h_n, c_n)]
+
+    def backward(wanted):
+        return _C.lstm_layer_backward(*grads, input, *hx, weights, output, saved, True, True, wanted)
+
+    everything = backward([True] * len(arguments))
+    for i in range(len(arguments)):
+        wanted = [j == i for j in range(len(arguments))]
+        for w, one, all_ in zip(wanted, backward(wanted), everything, strict=True):
+            assert torch.equal(one, all_) if w else one is None
+        wanted = [not w for w in wanted]
+        for w, some, all_ in zip(wanted, backward(wanted), everything, strict=True):
+            assert torch.equal(some, all_) if w else some is None
+
+
+def test_capability_by_name():
+    with pytest.raises(ValueError, match="expected 'avx512', 'avx2' or 'baseline', got 'sse9'"):
+        _C.set_cpu_capability("sse9")
+    code = "from lstm_ext import _backend; print(_backend.extension().cpu_capability())"
+    for name in CAPABILITIES:
+        environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": name}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == name
+    environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": "sse9"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and "LSTM_EXT_CPU_CAPABILITY: expected 'avx512'" in run.stderr
+
+
+def test_baseline_contains_no_newer_instructions():
+    """Code outside the kernels of a set, and the baseline kernels, must run on every x86-64 CPU."""
+    import shutil
+
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", "-C", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    function, offenders, sets_with_wide_code = "", set(), set()
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif "%ymm" in line or "%zmm" in line:
+            sets_with_wide_code.add(function.split("lstm_ext::cpu::")[-1].split("::")[0])
+            if "avx512::" not in function and "avx2::" not in function:
+                offenders.add(function)
+    assert {"avx512", "avx2"} <= sets_with_wide_code  # else the names have changed and this tests nothing
+    assert not offenders, offenders
