@@ -24,7 +24,8 @@ class Backward {
         projection_panels_(reinterpret_cast<T*>(workspace + plan.projection_panels)),
         partial_sums_(reinterpret_cast<T*>(workspace + plan.partial_sums)),
         grad_gates_(reinterpret_cast<T*>(workspace + plan.grad_gates)),
-        grad_hidden_(reinterpret_cast<T*>(workspace + plan.grad_hidden)) {}
+        grad_hidden_(reinterpret_cast<T*>(workspace + plan.grad_hidden)),
+        outer_products_(reinterpret_cast<T*>(workspace + plan.outer_products)) {}
 
   void run() {
     prepare_weights();
@@ -120,7 +121,7 @@ class Backward {
       meet_team();
       const int64_t P = shape_.output_size;
       multiply(RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(),
-               hidden_columns_, static_cast<T*>(nullptr), 0,
+               hidden_columns_, RowGrid<T>{partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()},
                [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
                [&](int64_t row, int64_t column, const T* sums, int lanes) {
                  cell_gradient(s, t, row, column, S::load(sums), lanes);
@@ -156,7 +157,8 @@ class Backward {
     RightHandSide<T> weight = recurrent_weight();
     const RowGrid<const T> rows{later ? later + rows_.begin * gates : nullptr, 0, gates, team_rows()};
     if (!later) weight.depth = 0;
-    multiply(rows, team_rows(), weight, columns, partial_sums_ + rows_.begin * P, P, start, finish);
+    multiply(rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()}, start,
+             finish);
   }
 
   // The gate gradients of one row and `lanes` units at step t, from dL/dh before the projection.
@@ -188,17 +190,15 @@ class Backward {
   }
 
   // For `rows` rows and `columns`: a * b + start(row, column, lanes), kLanes columns at a time to
-  // finish(row, column, sums, lanes). Between blocks of k the sums wait in `partial`.
-  template <typename A, typename Start, typename Finish>
-  LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns, T* partial,
-                                int64_t partial_step, const Start& start, const Finish& finish) {
+  // finish(row, column, sums, lanes). Between blocks of k the sums wait in partial(row)[columns].
+  template <typename A, typename Partial, typename Start, typename Finish>
+  LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
+                                const Partial& partial, const Start& start, const Finish& finish) {
     for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
       constexpr int NV = width();
       const bool exact = b.packed || last == kLanes;
-      // Without a place for partial sums all of k is one block.
-      const int64_t block = partial ? kBlockK : larger(b.depth, 1);
-      for (int64_t k = 0; k == 0 || k < b.depth; k += block) {
-        const int64_t depth = smaller(block, b.depth - k);
+      for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
+        const int64_t depth = smaller(kBlockK, b.depth - k);
         for_each_row_tile(rows, [&](int64_t row, auto height) {
           constexpr int R = height();
           Tile<T, R, NV> tile;
@@ -223,7 +223,7 @@ class Backward {
               if (k == 0) {
                 start(row + r, at, lanes, before);
               } else {
-                before = load_lanes<T>(partial + (row + r) * partial_step + at, lanes);
+                before = load_lanes<T>(partial(row + r) + at, lanes);
               }
               tile.acc[r][v] = tile.acc[r][v] + before;
             }
@@ -238,7 +238,7 @@ class Backward {
                 S::store(sums, tile.acc[r][v]);
                 finish(row + r, at, sums, lanes);
               } else {
-                store_lanes<T>(partial + (row + r) * partial_step + at, tile.acc[r][v], lanes);
+                store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
               }
             }
           }
@@ -259,7 +259,7 @@ class Backward {
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
       const int64_t rows = smaller(kRows, mine.end - begin);
       multiply([&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return grads(begin + row); }, rows, weight,
-               Range{0, shape_.input_size}, static_cast<T*>(nullptr), 0,
+               Range{0, shape_.input_size}, [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
                [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
                  v = p_.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : S::zero();
                },
@@ -275,14 +275,14 @@ class Backward {
     const int64_t B = shape_.batch;
     const int64_t P = shape_.output_size;
     const Range mine = share(4 * H, plan_.grid.workers(), worker_);
-    const int64_t gate_step = B * 4 * H;
+    T* scratch = outer_products_ + worker_ * outer_product_scratch(kLanes, divide_up(4 * H, plan_.grid.workers()));
     const T* grads = grad_gates(first_step_in_time(chunk));
     if (p_.grad_weight_ih) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
       add_outer_products<T>(
-          {grads, gate_step, 4 * H, chunk.count, B}, mine,
-          {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b},
-          shape_.input_size, p_.grad_weight_ih);
+          grads, 4 * H, chunk.count * B, mine,
+          {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b, B},
+          shape_.input_size, p_.grad_weight_ih, scratch);
     }
     if (p_.grad_weight_hh) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
@@ -292,12 +292,12 @@ class Backward {
       const int64_t count = chunk.count - (has_first ? 1 : 0);
       const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
       add_outer_products<T>(
-          {grads + begin * gate_step, gate_step, 4 * H, count, B}, mine,
-          {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b}, P,
-          p_.grad_weight_hh);
+          grads + begin * B * 4 * H, 4 * H, count * B, mine,
+          {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b, B}, P,
+          p_.grad_weight_hh, scratch);
       if (has_first && p_.h0) {
-        add_outer_products<T>({grad_gates(shape_.steps - 1), gate_step, 4 * H, 1, B}, mine, {p_.h0, B * P, P}, P,
-                              p_.grad_weight_hh);
+        add_outer_products<T>(grad_gates(shape_.steps - 1), 4 * H, B, mine, {p_.h0, B * P, P, B}, P,
+                              p_.grad_weight_hh, scratch);
       }
     }
     if (p_.grad_bias) {
@@ -307,8 +307,8 @@ class Backward {
     if (p_.grad_weight_hr) {
       const Range projected = share(P, plan_.grid.workers(), worker_);
       if (chunk.first == 0) zero_rows(p_.grad_weight_hr, H, projected);
-      add_outer_products<T>({grad_hidden(first_step_in_time(chunk)), B * P, P, chunk.count, B}, projected,
-                            {p_.hidden + chunk.begin * B * H, B * H, H}, H, p_.grad_weight_hr);
+      add_outer_products<T>(grad_hidden(first_step_in_time(chunk)), P, chunk.count * B, projected,
+                            {p_.hidden + chunk.begin * B * H, B * H, H, B}, H, p_.grad_weight_hr, scratch);
     }
   }
 
@@ -331,6 +331,7 @@ class Backward {
   T* partial_sums_;
   T* grad_gates_;   // gradients of the pre-activations, chunk by chunk
   T* grad_hidden_;  // gradients of the projected h_t, likewise
+  T* outer_products_;
 };
 
 template <typename T>

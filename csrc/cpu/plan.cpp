@@ -121,7 +121,10 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
       plan.input_panels = layout.reserve(round_up(s.input_size, m.lanes) * gates * m.element_size);
     }
   }
-  plan.partial_sums = layout.reserve(s.batch * s.output_size * m.element_size);
+  plan.partial_sums = layout.reserve(s.batch * s.hidden_size * m.element_size);
+  plan.outer_products =
+      layout.reserve(plan.grid.workers() *
+                     outer_product_scratch(m.lanes, divide_up(gates, plan.grid.workers())) * m.element_size);
   const int64_t samples = std::clamp(s.hidden_size, kLeastSamples, kMostSamples);
   plan.chunk_steps = std::clamp<int64_t>(divide_up(samples, s.batch), 1, s.steps);
   if (2 * plan.chunk_steps >= s.steps) plan.chunk_steps = s.steps;

@@ -45,12 +45,19 @@ struct BackwardPlan {
   // so many steps, or one if the chunk is the whole sequence.
   int64_t chunk_steps = 1;
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
-          grad_hidden = 0;
+          grad_hidden = 0, outer_products = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
+constexpr int64_t kSumBlock = 512;     // samples whose outer products are summed in registers
+constexpr int64_t kTileColumns = 4;    // of a register tile, in registers
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
+
+// Numbers of scratch with which a worker adds up the outer products for so many rows of a weight.
+static constexpr int64_t outer_product_scratch(int64_t lanes, int64_t rows) {
+  return kSumBlock * (kTileColumns * lanes + rows);
+}
 
 ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save);
 BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input);

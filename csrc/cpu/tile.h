@@ -7,7 +7,6 @@
 
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
-constexpr int kTileColumns = 4;  // in registers
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
 // tiles pass over them.
@@ -79,12 +78,12 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
 }
 
 // acc[r][:] += sum_k a[k * a_step + r] * b[k * b_step + :]
-template <typename T, int R, int NV, bool Partial>
-LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_t a_step, const T* b,
-                                        int64_t b_step, int64_t count, int last) {
+template <typename T, int R, int NV>
+LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_t a_step, const T* b, int64_t b_step,
+                                        int64_t count) {
   Tile<T, R, NV> local = tile;
   for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
-    multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r]; }, b, last);
+    multiply_add<T, R, NV, false>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return a[r]; }, b, 0);
   }
   tile = local;
 }

@@ -4,67 +4,62 @@
 // Partial sums over a block of kSumBlock rows are formed in registers and then added to memory:
 // better locality, and a smaller rounding error than one running sum over all rows.
 
-constexpr int64_t kSumBlock = 512;
+// The left factor is copied where its rows lie at least this far apart: a column of it would touch
+// a page a row, and with sizes that are powers of two always the same few sets of the caches.
+constexpr int64_t kFarBytes = 4096;
 
-// (outer, inner) rows of `data`, columns contiguous.
+// sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`.
+// `scratch` has room for outer_product_scratch(rows) numbers.
 template <typename T>
-struct SampleGrid {
-  const T* data;
-  int64_t outer_step, inner_step, outer, inner;
-};
-
-// sums[m, :] += sum over samples n of left[n][m] * right[n][:], for m in `rows`. `right` has the
-// samples of `left` at its own steps.
-template <typename T>
-void add_outer_products(SampleGrid<T> left, Range rows, Sequence<const T> right, int64_t columns, T* sums) {
+void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
+                        int64_t columns, T* sums, T* scratch) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  if (left.inner == 1 || (left.outer_step == left.inner * left.inner_step &&
-                          right.stride_t == left.inner * right.stride_b)) {  // one run of samples
-    if (left.inner > 1) {
-      left.outer_step = left.inner_step;
-      right.stride_t = right.stride_b;
-    }
-    left.inner_step = left.outer_step;
-    right.stride_b = right.stride_t;
-    left.inner = left.outer * left.inner;
-    left.outer = 1;
-  }
-  const int64_t inner_block = smaller(left.inner, kSumBlock);
-  const int64_t outer_block = inner_block < left.inner ? 1 : larger(1, kSumBlock / larger(inner_block, 1));
-  for (int64_t outer = 0; outer < left.outer; outer += outer_block) {
-    const int64_t outer_count = smaller(outer_block, left.outer - outer);
-    for (int64_t inner = 0; inner < left.inner; inner += inner_block) {
-      const int64_t inner_count = smaller(inner_block, left.inner - inner);
-      const T* a0 = left.data + outer * left.outer_step + inner * left.inner_step;
-      const T* b0 = right.data + outer * right.stride_t + inner * right.stride_b;
-      for_each_column_block<T>(0, columns, [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
-        constexpr int NV = width();
-        for_each_row_tile(rows.end - rows.begin, [&](int64_t first, auto height) {
-          constexpr int R = height();
-          Tile<T, R, NV> tile;
-          tile.zero();
-          for (int64_t i = 0; i < outer_count; ++i) {
-            const T* a = a0 + i * left.outer_step + rows.begin + first;
-            const T* b = b0 + i * right.stride_t + column;
-            if (last == kLanes) {
-              accumulate_columns<T, R, NV, false>(tile, a, left.inner_step, b, right.stride_b, inner_count, last);
-            } else {
-              accumulate_columns<T, R, NV, true>(tile, a, left.inner_step, b, right.stride_b, inner_count, last);
-            }
-          }
-          T* out = sums + (rows.begin + first) * columns + column;
+  const int64_t height = rows.end - rows.begin;
+  const bool far = left_step * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+  T* const panel = scratch;
+  T* const copied = scratch + kSumBlock * kTileColumns * kLanes;
+  for (int64_t n = 0; n < samples; n += kSumBlock) {
+    const int64_t depth = smaller(kSumBlock, samples - n);
+    const T* block = left + n * left_step + rows.begin;
+    if (far) {
+      for_each_row_tile(height, [&](int64_t first, auto tile_height) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = tile_height();
+        T* out = copied + first * depth;
+        for (int64_t k = 0; k < depth; ++k)
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              const int lanes = v == NV - 1 ? last : kLanes;
-              T* at = out + r * columns + v * kLanes;
-              store_lanes<T>(at, load_lanes<T>(at, lanes) + tile.acc[r][v], lanes);
-            }
-        });
+          for (int r = 0; r < R; ++r) out[k * R + r] = block[k * left_step + first + r];
       });
     }
+    for_each_column_block<T>(0, columns, [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
+      constexpr int NV = width();
+      for (int64_t k = 0; k < depth; ++k) {
+        const T* row = right(n + k) + column;
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          S::store(panel + (k * NV + v) * kLanes, load_lanes<T>(row + v * kLanes, v == NV - 1 ? last : kLanes));
+        }
+      }
+      for_each_row_tile(height, [&](int64_t first, auto tile_height) {
+        constexpr int R = tile_height();
+        Tile<T, R, NV> tile;
+        tile.zero();
+        if (far) {
+          accumulate_columns(tile, copied + first * depth, R, panel, NV * kLanes, depth);
+        } else {
+          accumulate_columns(tile, block + first, left_step, panel, NV * kLanes, depth);
+        }
+        T* out = sums + (rows.begin + first) * columns + column;
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) {
+            const int lanes = v == NV - 1 ? last : kLanes;
+            T* at = out + r * columns + v * kLanes;
+            store_lanes<T>(at, load_lanes<T>(at, lanes) + tile.acc[r][v], lanes);
+          }
+      });
+    });
   }
 }
 
