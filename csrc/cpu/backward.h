@@ -52,6 +52,7 @@ class Backward {
   };
 
   // Steps run against the direction of the forward pass.
+  // The map is its own inverse.
   int64_t time(int64_t s) const { return shape_.reverse ? s : shape_.steps - 1 - s; }
   // Where step s lies in the chunk buffers: two of them in turn, each in the order of time.
   int64_t slot(int64_t s) const {
@@ -60,7 +61,7 @@ class Backward {
     const int64_t place = shape_.reverse ? s - first : count - 1 - (s - first);
     return first / plan_.chunk_steps % 2 * plan_.chunk_steps + place;
   }
-  T* grad_gates(int64_t s) const { return grad_gates_ + slot(s) * shape_.batch * 4 * shape_.hidden_size; }
+  T* grad_gates(int64_t s) const { return grad_gates_ + slot(s) * shape_.batch * plan_.gate_row; }
   T* grad_hidden(int64_t s) const { return grad_hidden_ + slot(s) * shape_.batch * shape_.output_size; }
   // The slot of the chunk's earliest time.
   int64_t first_step_in_time(const Chunk& c) const { return shape_.reverse ? c.first : c.first + c.count - 1; }
@@ -122,6 +123,7 @@ class Backward {
       const int64_t P = shape_.output_size;
       multiply(RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(),
                hidden_columns_, RowGrid<T>{partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()},
+               [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
                [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
                [&](int64_t row, int64_t column, const T* sums, int lanes) {
                  cell_gradient(s, t, row, column, S::load(sums), lanes);
@@ -147,7 +149,6 @@ class Backward {
   LSTM_EXT_INLINE void recurrent_gradient(const T* later, const T* grad_h_n, Range columns, Finish&& finish,
                                           int64_t t = -1) {
     const int64_t P = shape_.output_size;
-    const int64_t gates = 4 * shape_.hidden_size;
     const T* grad_output = t >= 0 && p_.grad_output.data ? p_.grad_output.data + t * p_.grad_output.stride_t : nullptr;
     const auto start = [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
       const int64_t b = rows_.begin + row;
@@ -155,10 +156,27 @@ class Backward {
       if (grad_h_n) v = v + load_lanes<T>(grad_h_n + b * P + column, lanes);
     };
     RightHandSide<T> weight = recurrent_weight();
-    const RowGrid<const T> rows{later ? later + rows_.begin * gates : nullptr, 0, gates, team_rows()};
+    const RowGrid<const T> rows{later ? later + rows_.begin * plan_.gate_row : nullptr, 0, plan_.gate_row, team_rows()};
     if (!later) weight.depth = 0;
-    multiply(rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()}, start,
-             finish);
+    multiply(rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()},
+             [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
+               if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
+             },
+             start, finish);
+  }
+
+  // Fetches what cell_gradient will read.
+  LSTM_EXT_INLINE void prefetch_cell(int64_t s, int64_t t, int64_t row, int64_t unit) const {
+    const int64_t H = shape_.hidden_size;
+    const int64_t b = rows_.begin + row;
+    const T* gates = p_.gates + (t * shape_.batch + b) * 4 * H + unit;
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * H);
+    __builtin_prefetch(p_.cells + (t * shape_.batch + b) * H + unit);
+    if (s + 1 < shape_.steps) __builtin_prefetch(p_.cells + (time(s + 1) * shape_.batch + b) * H + unit);
+    if (p_.grad_output.data && !shape_.projected) {
+      __builtin_prefetch(p_.grad_output.data + t * p_.grad_output.stride_t + b * p_.grad_output.stride_b + unit);
+    }
   }
 
   // The gate gradients of one row and `lanes` units at step t, from dL/dh before the projection.
@@ -180,7 +198,7 @@ class Backward {
     Reg<T> grad_c = s > 0 ? load_lanes<T>(running, lanes)
                           : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes) : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
-    T* out = grad_gates(s) + b * 4 * H + unit;
+    T* out = grad_gates(s) + b * plan_.gate_row + unit;
     store_lanes<T>(out, grad_c * g * (i * (one - i)), lanes);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
     store_lanes<T>(out + H, grad_c * c_previous * (f * (one - f)), lanes);
@@ -191,9 +209,10 @@ class Backward {
 
   // For `rows` rows and `columns`: a * b + start(row, column, lanes), kLanes columns at a time to
   // finish(row, column, sums, lanes). Between blocks of k the sums wait in partial(row)[columns].
-  template <typename A, typename Partial, typename Start, typename Finish>
+  template <typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
   LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
-                                const Partial& partial, const Start& start, const Finish& finish) {
+                                const Partial& partial, const Prefetch& prefetch, const Start& start,
+                                const Finish& finish) {
     for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
       constexpr int NV = width();
       const bool exact = b.packed || last == kLanes;
@@ -206,6 +225,12 @@ class Backward {
           const T* a[R];
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
+          const bool done = k + depth >= b.depth;
+          // What the epilogue reads was written long ago; it arrives while the tile is summed.
+          if (done) {
+            for (int r = 0; r < R; ++r)
+              for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
+          }
           const T* panel = b.template at<NV>(column, k);
           const int64_t step = b.template step<NV>();
           if (exact) {
@@ -228,7 +253,6 @@ class Backward {
               tile.acc[r][v] = tile.acc[r][v] + before;
             }
           }
-          const bool done = k + depth >= b.depth;
           for (int r = 0; r < R; ++r) {
             for (int v = 0; v < NV; ++v) {
               const int lanes = v == NV - 1 ? last : kLanes;
@@ -249,8 +273,8 @@ class Backward {
 
   // dL/dx = dgates W; workers share the rows.
   void input_gradient(const Chunk& chunk) {
-    const int64_t gates = 4 * shape_.hidden_size;
-    const RowGrid<const T> grads{grad_gates(first_step_in_time(chunk)), shape_.batch * gates, gates, shape_.batch};
+    const RowGrid<const T> grads{grad_gates(first_step_in_time(chunk)), shape_.batch * plan_.gate_row, plan_.gate_row,
+                                 shape_.batch};
     const RowGrid<T> out{p_.grad_input.data + chunk.begin * p_.grad_input.stride_t, p_.grad_input.stride_t,
                          p_.grad_input.stride_b, shape_.batch};
     const Range mine = share(chunk.count * shape_.batch, plan_.grid.workers(), worker_);
@@ -260,6 +284,7 @@ class Backward {
       const int64_t rows = smaller(kRows, mine.end - begin);
       multiply([&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return grads(begin + row); }, rows, weight,
                Range{0, shape_.input_size}, [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
+               [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
                [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
                  v = p_.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : S::zero();
                },
@@ -280,7 +305,7 @@ class Backward {
     if (p_.grad_weight_ih) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
       add_outer_products<T>(
-          grads, 4 * H, chunk.count * B, mine,
+          grads, plan_.gate_row, chunk.count * B, mine,
           {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b, B},
           shape_.input_size, p_.grad_weight_ih, scratch);
     }
@@ -292,17 +317,17 @@ class Backward {
       const int64_t count = chunk.count - (has_first ? 1 : 0);
       const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
       add_outer_products<T>(
-          grads + begin * B * 4 * H, 4 * H, count * B, mine,
+          grads + begin * B * plan_.gate_row, plan_.gate_row, count * B, mine,
           {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b, B}, P,
           p_.grad_weight_hh, scratch);
       if (has_first && p_.h0) {
-        add_outer_products<T>(grad_gates(shape_.steps - 1), 4 * H, B, mine, {p_.h0, B * P, P, B}, P,
+        add_outer_products<T>(grad_gates(shape_.steps - 1), plan_.gate_row, B, mine, {p_.h0, B * P, P, B}, P,
                               p_.grad_weight_hh, scratch);
       }
     }
     if (p_.grad_bias) {
       if (chunk.first == 0) zero_rows(p_.grad_bias, 1, mine);
-      add_columns<T>(grads, 4 * H, chunk.count * B, mine, p_.grad_bias);
+      add_columns<T>(grads, plan_.gate_row, chunk.count * B, mine, p_.grad_bias);
     }
     if (p_.grad_weight_hr) {
       const Range projected = share(P, plan_.grid.workers(), worker_);

@@ -243,6 +243,10 @@ class Forward {
           // large number would round each of them at the large one's precision.
           Tile<T, R, 4> tile;
           tile.zero();
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
           accumulate_rows(tile, a, panel + k * 4 * kLanes, 4 * kLanes, depth);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll 6

@@ -13,6 +13,7 @@ constexpr int64_t kRowMajorRows = 32;         // up to here packing costs more t
 constexpr int64_t kRowMajorBatch = 2;         // a tile this low loads as much as the row-major path
 constexpr int64_t kChunkBytes = 256 * 1024;   // pre-activations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;            // ... but the weights must be used often enough
+constexpr int64_t kCacheLine = 64;
 // Samples (time x batch) of a backward chunk, H within these bounds. Each chunk adds to the weight
 // gradients in memory once, so larger weights want longer chunks; its gate gradients should stay in
 // cache, so smaller ones want shorter.
@@ -129,7 +130,8 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   plan.chunk_steps = std::clamp<int64_t>(divide_up(samples, s.batch), 1, s.steps);
   if (2 * plan.chunk_steps >= s.steps) plan.chunk_steps = s.steps;
   const int64_t kept_rows = (plan.chunk_steps == s.steps ? 1 : 2) * plan.chunk_steps * s.batch;
-  plan.grad_gates = layout.reserve(kept_rows * gates * m.element_size);
+  plan.gate_row = gates * m.element_size % 1024 == 0 ? gates + kCacheLine / m.element_size : gates;
+  plan.grad_gates = layout.reserve(kept_rows * plan.gate_row * m.element_size);
   if (s.projected) plan.grad_hidden = layout.reserve(kept_rows * s.output_size * m.element_size);
   plan.workspace_bytes = layout.end;
   return plan;

@@ -44,6 +44,9 @@ struct BackwardPlan {
   // Time steps whose gate gradients are kept until the products over them are done. Two buffers of
   // so many steps, or one if the chunk is the whole sequence.
   int64_t chunk_steps = 1;
+  // Numbers from one row of gate gradients to the next, 4H or a little more: rows at a distance that
+  // is a power of two share a few sets of the caches and drive each other out.
+  int64_t gate_row = 0;
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
           grad_hidden = 0, outer_products = 0;
   int64_t barrier_bytes = 0;

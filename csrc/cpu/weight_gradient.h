@@ -42,6 +42,11 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
       }
       for_each_row_tile(height, [&](int64_t first, auto tile_height) {
         constexpr int R = tile_height();
+        T* out = sums + (rows.begin + first) * columns + column;
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) __builtin_prefetch(out + r * columns + v * kLanes, 1);
         Tile<T, R, NV> tile;
         tile.zero();
         if (far) {
@@ -49,7 +54,6 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
         } else {
           accumulate_columns(tile, block + first, left_step, panel, NV * kLanes, depth);
         }
-        T* out = sums + (rows.begin + first) * columns + column;
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
