@@ -72,8 +72,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", [] { return std::string(lstm_ext::cpu::capability().name); });
   m.def("cpu_capabilities", &cpu_capabilities);
-  m.def("set_cpu_capability", [](const std::string& name) { lstm_ext::cpu::set_capability(name.c_str()); },
-        py::arg("name"));
+  m.def(
+      "set_cpu_capability", [](const std::string& name) { lstm_ext::cpu::set_capability(name.c_str()); },
+      py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false);

@@ -65,7 +65,9 @@ def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
 class _LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, input, h0, c0, bias, bidirectional, *weights):
-        output, h_n, c_n, saved = kernels.lstm_layer_forward(input, h0, c0, weights, bias, bidirectional, True)
+        output, h_n, c_n, saved = kernels.lstm_layer_forward(
+            input, h0, c0, weights, bias, bidirectional, True
+        )
         ctx.kernels = kernels
         ctx.bias = bias
         ctx.bidirectional = bidirectional
@@ -85,7 +87,11 @@ class _LSTMLayer(torch.autograd.Function):
         elif torch.is_grad_enabled() or not _can_run_kernel(input, h0, c0, weights):
             # create_graph=True: the gradients must themselves be differentiable.
             grads = _differentiable_gradients(
-                (grad_output, grad_h_n, grad_c_n), (input, h0, c0, *weights), ctx.bias, ctx.bidirectional, wanted
+                (grad_output, grad_h_n, grad_c_n),
+                (input, h0, c0, *weights),
+                ctx.bias,
+                ctx.bidirectional,
+                wanted,
             )
         else:
             output, *saved = kept[end:]

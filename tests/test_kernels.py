@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,8 +57,12 @@ def edges(lanes: int, tile_rows: int) -> dict[str, list[Sizes]]:
         "input features, row-major": [(2, 3, i, lanes + 2, 0, False, True) for i in features if i > 0],
         "batch rows": [(12, b, 6, lanes + 2, 0, True, False) for b in rows if b > 0],
         "time steps": [(t, 5, 6, lanes + 2, 0, True, True) for t in (1, 2, 7, 61)],
-        "projection": [(6, 7, 5, 2 * lanes + 3, p, True, True) for p in (1, lanes - 1, lanes, lanes + 1) if p],
-        "projection, row-major": [(2, 2, 5, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p],
+        "projection": [
+            (6, 7, 5, 2 * lanes + 3, p, True, True) for p in (1, lanes - 1, lanes, lanes + 1) if p
+        ],
+        "projection, row-major": [
+            (2, 2, 5, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p
+        ],
     }
 
 
@@ -167,7 +173,10 @@ def test_two_workers(capability, dtype, grid):
             save=True, float64=dtype == torch.float64,
         )  # fmt: skip
         assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (batch_groups, hidden_groups)
-        assert (plan["backward_batch_groups"], plan["backward_hidden_groups"]) == (batch_groups, hidden_groups)
+        assert (plan["backward_batch_groups"], plan["backward_hidden_groups"]) == (
+            batch_groups,
+            hidden_groups,
+        )
         wrong = violations(sizes, dtype, seeds=2)
         assert not wrong, "\n".join(wrong)
         # What the workspace held before does not matter, and the number of workers changes no bit.
@@ -189,21 +198,23 @@ def test_two_workers(capability, dtype, grid):
 
 def test_fewer_threads_than_planned():
     """Where the system refuses the second thread, one worker does all: it does not wait for the other."""
+    # Against the reference, since torch's own layer gives nonsense under this limit.
     program = (
         "import torch, lstm_ext\n"
         "torch.set_num_threads(2)\n"
         "m = lstm_ext.LSTM(64, 256); x = torch.randn(20, 8, 64)\n"
-        "y, _ = m(x); y.sum().backward()\n"
-        "torch.testing.assert_close(y, lstm_ext.to_torch(m)(x)[0])\n"
+        "y, _ = m(x); ours = torch.autograd.grad(y.sum(), list(m.parameters()))\n"
+        "r = lstm_ext.reference.lstm_layer(x, None, None, list(m.parameters()), True, False)[0]\n"
+        "torch.testing.assert_close(y, r)\n"
+        "ref = torch.autograd.grad(r.sum(), list(m.parameters()))\n"
+        "torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-4)\n"
     )
     environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
-def test_inside_a_parallel_region_of_many_python_threads():
+def test_many_python_threads():
     """Callers in several Python threads do not share anything: each result is that of a lone call."""
-    from concurrent.futures import ThreadPoolExecutor
-
     module = lstm_ext.LSTM(64, 128, 2)
     inputs = [torch.randn(20, b, 64) for b in range(1, 9)]
     with torch.no_grad():
@@ -232,25 +243,27 @@ def test_training_and_inference_agree_to_the_bit(capability, threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_nonlinearities_over_their_whole_range(capability, dtype):
-    """With I = H and W a multiple of one, gates are functions of one number each: sweep it."""
+    """With one weight that is not zero, one gate is a function of one number: sweep it."""
     x = torch.cat(
         [torch.linspace(-60, 60, 997), torch.logspace(-30, 2, 400), -torch.logspace(-30, 2, 400)]
     ).to(dtype)
-    eye = torch.ones(1, 1, dtype=dtype)
     for gate in range(4):
         w_ih = torch.zeros(4, 1, dtype=dtype)
-        w_ih[gate] = eye
+        w_ih[gate] = 1
         bias = torch.tensor([40.0, 40.0, 40.0, 40.0], dtype=dtype)  # the other gates: 1
         bias[gate] = 0
-        c0 = torch.full((1, len(x), 1), 0.5, dtype=dtype)
+        c0 = torch.full((1, len(x), 1), 0.5 if gate == 1 else 0.0, dtype=dtype)  # else c could cancel
         weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
         out = autograd.lstm_layer(x.view(1, -1, 1), None, c0, weights, True, False)
         ref = reference.lstm_layer(
             x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], True, False
         )
         for ours, exact in zip(out, ref, strict=True):
-            worst = ((ours.double() - exact).abs() / exact.abs().clamp_min(1e-15)).max().item()
-            assert worst <= 8 * torch.finfo(dtype).eps, (gate, worst)
+            # A closed gate of less than 1e-18 may be any number of that size.
+            floor = 0.0 if gate == 2 else 1e-18
+            allowed = 8 * torch.finfo(dtype).eps * exact.abs() + floor
+            worst = ((ours.double() - exact).abs() - allowed).argmax()
+            assert ((ours.double() - exact).abs() <= allowed).all(), (gate, x[worst], ours.view(-1)[worst])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -271,7 +284,9 @@ def test_infinities_and_nan_follow_the_equations(capability, dtype):
                 assert torch.isfinite(out[0][:, 1:]).all()
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 3, 5, 0, True, True), (5, 7, 3, 5, 0, True, True), (3, 3, 2, 5, 2, False, False)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 3, 5, 0, True, True), (5, 7, 3, 5, 0, True, True), (3, 3, 2, 5, 2, False, False)]
+)
 def test_gradcheck(capability, sizes):
     module, input, hx = module_of(sizes, torch.float64)
     bias, bidirectional = module.bias, module.bidirectional
@@ -333,8 +348,6 @@ def test_capability_by_name():
 
 def test_baseline_contains_no_newer_instructions():
     """Code outside the kernels of a set, and the baseline kernels, must run on every x86-64 CPU."""
-    import shutil
-
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     listing = subprocess.run(

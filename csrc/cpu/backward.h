@@ -78,8 +78,7 @@ class Backward {
             plan_.pack};
   }
   RightHandSide<T> projection_weight() const {
-    return {plan_.pack ? projection_panels_ : p_.weights.weight_hr, shape_.hidden_size, shape_.output_size,
-            plan_.pack};
+    return {plan_.pack ? projection_panels_ : p_.weights.weight_hr, shape_.hidden_size, shape_.output_size, plan_.pack};
   }
   RightHandSide<T> input_weight() const {
     return {plan_.pack ? input_panels_ : p_.weights.weight_ih, shape_.input_size, 4 * shape_.hidden_size, plan_.pack};
@@ -106,28 +105,30 @@ class Backward {
     const T* later = s == 0 ? nullptr : grad_gates(s - 1);
     const T* grad_h_n = s == 0 ? p_.grad_h_n : nullptr;
     if (!shape_.projected) {
-      recurrent_gradient(later, grad_h_n, output_columns_,
-                         [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                           cell_gradient(s, t, row, column, S::load(sums), lanes);
-                         },
-                         t);
+      recurrent_gradient(
+          later, grad_h_n, output_columns_,
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            cell_gradient(s, t, row, column, S::load(sums), lanes);
+          },
+          t);
     } else {
       T* out = grad_hidden(s);
-      recurrent_gradient(later, grad_h_n, output_columns_,
-                         [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                           store_lanes<T>(out + (rows_.begin + row) * shape_.output_size + column,
-                                          S::load(sums), lanes);
-                         },
-                         t);
+      recurrent_gradient(
+          later, grad_h_n, output_columns_,
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            store_lanes<T>(out + (rows_.begin + row) * shape_.output_size + column, S::load(sums), lanes);
+          },
+          t);
       meet_team();
       const int64_t P = shape_.output_size;
-      multiply(RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(),
-               hidden_columns_, RowGrid<T>{partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()},
-               [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
-               [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
-               [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                 cell_gradient(s, t, row, column, S::load(sums), lanes);
-               });
+      multiply(
+          RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(), hidden_columns_,
+          RowGrid<T>{partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()},
+          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
+          [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            cell_gradient(s, t, row, column, S::load(sums), lanes);
+          });
     }
     meet_team();
   }
@@ -136,8 +137,8 @@ class Backward {
   void initial_state_gradient() {
     recurrent_gradient(grad_gates(shape_.steps - 1), nullptr, output_columns_,
                        [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                         store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column,
-                                        S::load(sums), lanes);
+                         store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column, S::load(sums),
+                                        lanes);
                        });
   }
 
@@ -158,11 +159,12 @@ class Backward {
     RightHandSide<T> weight = recurrent_weight();
     const RowGrid<const T> rows{later ? later + rows_.begin * plan_.gate_row : nullptr, 0, plan_.gate_row, team_rows()};
     if (!later) weight.depth = 0;
-    multiply(rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()},
-             [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
-               if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
-             },
-             start, finish);
+    multiply(
+        rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()},
+        [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
+          if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
+        },
+        start, finish);
   }
 
   // Fetches what cell_gradient will read.
@@ -195,8 +197,9 @@ class Backward {
     const T* previous = first ? (p_.c0 ? p_.c0 + b * H : nullptr) : p_.cells + (time(s + 1) * shape_.batch + b) * H;
 
     T* running = p_.grad_c + b * H + unit;
-    Reg<T> grad_c = s > 0 ? load_lanes<T>(running, lanes)
-                          : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes) : S::zero();
+    Reg<T> grad_c = s > 0         ? load_lanes<T>(running, lanes)
+                    : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes)
+                                  : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
     T* out = grad_gates(s) + b * plan_.gate_row + unit;
     store_lanes<T>(out, grad_c * g * (i * (one - i)), lanes);
@@ -213,62 +216,63 @@ class Backward {
   LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
                                 const Partial& partial, const Prefetch& prefetch, const Start& start,
                                 const Finish& finish) {
-    for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
-      constexpr int NV = width();
-      const bool exact = b.packed || last == kLanes;
-      for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
-        const int64_t depth = smaller(kBlockK, b.depth - k);
-        for_each_row_tile(rows, [&](int64_t row, auto height) {
-          constexpr int R = height();
-          Tile<T, R, NV> tile;
-          tile.zero();
-          const T* a[R];
+    for_each_column_block<T>(columns.begin, columns.end,
+                             [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
+                               constexpr int NV = width();
+                               const bool exact = b.packed || last == kLanes;
+                               for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
+                                 const int64_t depth = smaller(kBlockK, b.depth - k);
+                                 for_each_row_tile(rows, [&](int64_t row, auto height) {
+                                   constexpr int R = height();
+                                   Tile<T, R, NV> tile;
+                                   tile.zero();
+                                   const T* a[R];
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
-          const bool done = k + depth >= b.depth;
-          // What the epilogue reads was written long ago; it arrives while the tile is summed.
-          if (done) {
-            for (int r = 0; r < R; ++r)
-              for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
-          }
-          const T* panel = b.template at<NV>(column, k);
-          const int64_t step = b.template step<NV>();
-          if (exact) {
-            accumulate_rows(tile, a, panel, step, depth);
-          } else {
-            accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
-          }
+                                   for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
+                                   const bool done = k + depth >= b.depth;
+                                   // What the epilogue reads was written long ago; it arrives while the tile is summed.
+                                   if (done) {
+                                     for (int r = 0; r < R; ++r)
+                                       for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
+                                   }
+                                   const T* panel = b.template at<NV>(column, k);
+                                   const int64_t step = b.template step<NV>();
+                                   if (exact) {
+                                     accumulate_rows(tile, a, panel, step, depth);
+                                   } else {
+                                     accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
+                                   }
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
+                                   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              const int lanes = v == NV - 1 ? last : kLanes;
-              const int64_t at = column + v * kLanes;
-              Reg<T> before;
-              if (k == 0) {
-                start(row + r, at, lanes, before);
-              } else {
-                before = load_lanes<T>(partial(row + r) + at, lanes);
-              }
-              tile.acc[r][v] = tile.acc[r][v] + before;
-            }
-          }
-          for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < NV; ++v) {
-              const int lanes = v == NV - 1 ? last : kLanes;
-              const int64_t at = column + v * kLanes;
-              if (done) {
-                alignas(64) T sums[kLanes];
-                S::store(sums, tile.acc[r][v]);
-                finish(row + r, at, sums, lanes);
-              } else {
-                store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
-              }
-            }
-          }
-        });
-      }
-    });
+                                     for (int v = 0; v < NV; ++v) {
+                                       const int lanes = v == NV - 1 ? last : kLanes;
+                                       const int64_t at = column + v * kLanes;
+                                       Reg<T> before;
+                                       if (k == 0) {
+                                         start(row + r, at, lanes, before);
+                                       } else {
+                                         before = load_lanes<T>(partial(row + r) + at, lanes);
+                                       }
+                                       tile.acc[r][v] = tile.acc[r][v] + before;
+                                     }
+                                   }
+                                   for (int r = 0; r < R; ++r) {
+                                     for (int v = 0; v < NV; ++v) {
+                                       const int lanes = v == NV - 1 ? last : kLanes;
+                                       const int64_t at = column + v * kLanes;
+                                       if (done) {
+                                         alignas(64) T sums[kLanes];
+                                         S::store(sums, tile.acc[r][v]);
+                                         finish(row + r, at, sums, lanes);
+                                       } else {
+                                         store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
+                                       }
+                                     }
+                                   }
+                                 });
+                               }
+                             });
   }
 
   // dL/dx = dgates W; workers share the rows.
@@ -304,10 +308,9 @@ class Backward {
     const T* grads = grad_gates(first_step_in_time(chunk));
     if (p_.grad_weight_ih) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
-      add_outer_products<T>(
-          grads, plan_.gate_row, chunk.count * B, mine,
-          {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b, B},
-          shape_.input_size, p_.grad_weight_ih, scratch);
+      add_outer_products<T>(grads, plan_.gate_row, chunk.count * B, mine,
+                            {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b, B},
+                            shape_.input_size, p_.grad_weight_ih, scratch);
     }
     if (p_.grad_weight_hh) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
@@ -316,10 +319,9 @@ class Backward {
       const int64_t begin = has_first && !shape_.reverse ? 1 : 0;  // of the steps with an output before
       const int64_t count = chunk.count - (has_first ? 1 : 0);
       const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
-      add_outer_products<T>(
-          grads + begin * B * plan_.gate_row, plan_.gate_row, count * B, mine,
-          {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b, B}, P,
-          p_.grad_weight_hh, scratch);
+      add_outer_products<T>(grads + begin * B * plan_.gate_row, plan_.gate_row, count * B, mine,
+                            {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b, B},
+                            P, p_.grad_weight_hh, scratch);
       if (has_first && p_.h0) {
         add_outer_products<T>(grad_gates(shape_.steps - 1), plan_.gate_row, B, mine, {p_.h0, B * P, P, B}, P,
                               p_.grad_weight_hh, scratch);

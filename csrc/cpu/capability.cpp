@@ -17,8 +17,8 @@ bool cpu_runs(const char* name) {
   __builtin_cpu_init();
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma");
   }
   if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -38,12 +38,10 @@ const Capability* require(const std::string& name, const std::string& source) {
     throw std::invalid_argument(source + ": expected 'avx512', 'avx2' or 'baseline', got '" + name + "'");
   }
   if (!cpu_runs(c->name)) {
-    throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" +
-                                [] {
-                                  const char* names[3];
-                                  return available_capabilities(names) > 0 ? std::string(names[0]) : std::string();
-                                }() +
-                                "'");
+    throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {
+      const char* names[3];
+      return available_capabilities(names) > 0 ? std::string(names[0]) : std::string();
+    }() + "'");
   }
   return c;
 }
@@ -66,7 +64,9 @@ std::atomic<const Capability*>& current() {
 
 const Capability& capability() { return *current().load(std::memory_order_relaxed); }
 
-void set_capability(const char* name) { current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed); }
+void set_capability(const char* name) {
+  current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);
+}
 
 int available_capabilities(const char** names) {
   int count = 0;

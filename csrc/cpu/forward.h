@@ -71,10 +71,9 @@ class Forward {
       const int64_t steps = smaller(plan_.chunk_steps, shape_.steps - first);
       // Row n of the chunk is step first + n / rows; in training it is the row of the saved gates.
       const int64_t gate_row = 4 * shape_.hidden_size;
-      const RowGrid<T> pre =
-          p_.gates ? RowGrid<T>{p_.gates + (time(first) * shape_.batch + rows_.begin) * gate_row,
-                                  direction() * shape_.batch * gate_row, gate_row, rows}
-                   : RowGrid<T>{buffer_, rows * gate_row, gate_row, rows};
+      const RowGrid<T> pre = p_.gates ? RowGrid<T>{p_.gates + (time(first) * shape_.batch + rows_.begin) * gate_row,
+                                                   direction() * shape_.batch * gate_row, gate_row, rows}
+                                      : RowGrid<T>{buffer_, rows * gate_row, gate_row, rows};
       input_part(first, steps, pre);
       for (int64_t s = 0; s < steps; ++s) {
         step(first + s, pre.data + s * pre.outer_step);
@@ -88,9 +87,7 @@ class Forward {
 
   int64_t direction() const { return shape_.reverse ? -1 : 1; }
   int64_t time(int64_t s) const { return shape_.reverse ? shape_.steps - 1 - s : s; }
-  int lanes_of(int64_t block) const {
-    return static_cast<int>(smaller(shape_.hidden_size - block * kLanes, kLanes));
-  }
+  int lanes_of(int64_t block) const { return static_cast<int>(smaller(shape_.hidden_size - block * kLanes, kLanes)); }
   void meet_team() {
     if (plan_.grid.hidden_groups > 1) team_barrier_->wait(plan_.grid.hidden_groups);
   }
@@ -130,9 +127,8 @@ class Forward {
 
   // pre = W x + b for all rows of the chunk and the units of this member.
   void input_part(int64_t first, int64_t steps, const RowGrid<T>& pre) {
-    const RowGrid<const T> input{
-        p_.input.data + time(first) * p_.input.stride_t + rows_.begin * p_.input.stride_b,
-        direction() * p_.input.stride_t, p_.input.stride_b, pre.rows};
+    const RowGrid<const T> input{p_.input.data + time(first) * p_.input.stride_t + rows_.begin * p_.input.stride_b,
+                                 direction() * p_.input.stride_t, p_.input.stride_b, pre.rows};
     const int64_t rows = steps * pre.rows;
     if (plan_.pack_input) {
       multiply_gate_panels(rows, input, shape_.input_size, input_panels_, pre, bias_,
@@ -148,11 +144,10 @@ class Forward {
     const int64_t H = shape_.hidden_size;
     const RowGrid<T> pre{pre_row, 0, 4 * H, count};
     const RowGrid<const T> h =
-        s == 0 ? RowGrid<const T>{p_.h0 ? p_.h0 + rows_.begin * shape_.output_size : nullptr, 0,
-                                    shape_.output_size, count}
-               : RowGrid<const T>{p_.output.data + time(s - 1) * p_.output.stride_t +
-                                        rows_.begin * p_.output.stride_b,
-                                    0, p_.output.stride_b, count};
+        s == 0
+            ? RowGrid<const T>{p_.h0 ? p_.h0 + rows_.begin * shape_.output_size : nullptr, 0, shape_.output_size, count}
+            : RowGrid<const T>{p_.output.data + time(s - 1) * p_.output.stride_t + rows_.begin * p_.output.stride_b, 0,
+                               p_.output.stride_b, count};
     const T* c_previous = s == 0 ? p_.c0 : p_.cells ? p_.cells + time(s - 1) * shape_.batch * H : p_.c_n;
     T* c_current = p_.cells ? p_.cells + t * shape_.batch * H : p_.c_n;
     T* hidden = p_.output.data + t * p_.output.stride_t;
@@ -161,8 +156,7 @@ class Forward {
       hidden = p_.hidden ? p_.hidden + t * shape_.batch * H : hidden_;
       hidden_stride = H;
     }
-    const auto cell = [&](int64_t row, int64_t block, Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o)
-                          LSTM_EXT_LAMBDA_INLINE {
+    const auto cell = [&](int64_t row, int64_t block, Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o) LSTM_EXT_LAMBDA_INLINE {
       const int64_t b = rows_.begin + row;
       const CellState<T> state{c_previous ? c_previous + b * H : nullptr, c_current + b * H};
       update_cell<T>(i, f, g, o, state, block * kLanes, lanes_of(block), hidden + b * hidden_stride,
@@ -291,16 +285,17 @@ class Forward {
       const int64_t many_end = smaller(m + kLanes, end);
       for (; row + kMany <= rows; row += kMany) {
         for (int64_t j = m; j < many_end; j += kLanes / kMany) {
-          dot_tile<T, kMany>(weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
-                             [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
-                             [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; },
-                             bias ? bias + j : nullptr);
+          dot_tile<T, kMany>(
+              weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
+              [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
+              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr);
         }
       }
       for (; row < rows; ++row) {
-        dot_tile<T, 1>(weight + m * count, count, static_cast<int>(many_end - m),
-                       [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
-                       [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
+        dot_tile<T, 1>(
+            weight + m * count, count, static_cast<int>(many_end - m),
+            [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
+            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
       }
       m = many_end;
     }

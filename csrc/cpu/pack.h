@@ -96,8 +96,8 @@ struct RightHandSide {
 };
 
 template <typename T>
-void pack_columns(const T* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
-                  int64_t shares, T* out) {
+void pack_columns(const T* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index, int64_t shares,
+                  T* out) {
   using S = Simd<T>;
   int64_t index = 0;
   for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) {

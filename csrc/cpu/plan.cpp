@@ -7,12 +7,12 @@ namespace {
 
 // Work is counted in fused multiply-adds of one number. The constants are measured on one core of
 // an AVX-512 machine (docs/design.md); they only steer, nothing depends on them for correctness.
-constexpr double kWorkPerThread = 6e5;        // below this a thread costs more than it brings
-constexpr double kWorkPerBarrier = 6e4;       // what a barrier between team members costs
-constexpr int64_t kRowMajorRows = 32;         // up to here packing costs more than it saves
-constexpr int64_t kRowMajorBatch = 2;         // a tile this low loads as much as the row-major path
-constexpr int64_t kChunkBytes = 256 * 1024;   // pre-activations of a chunk stay in the L2 cache
-constexpr int64_t kChunkRows = 48;            // ... but the weights must be used often enough
+constexpr double kWorkPerThread = 6e5;       // below this a thread costs more than it brings
+constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
+constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
+constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as the row-major path
+constexpr int64_t kChunkBytes = 256 * 1024;  // pre-activations of a chunk stay in the L2 cache
+constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kCacheLine = 64;
 // Samples (time x batch) of a backward chunk, H within these bounds. Each chunk adds to the weight
 // gradients in memory once, so larger weights want longer chunks; its gate gradients should stay in
@@ -34,11 +34,9 @@ struct Layout {
 
 // The grid with the shortest estimated time. `step_work` is what one time step costs for one row,
 // `sequential_steps` how often members of a team meet.
-WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, double other_work,
-                       int64_t barriers) {
+WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, double other_work, int64_t barriers) {
   const double total = row_work * static_cast<double>(s.batch * s.steps) + other_work;
-  const int threads =
-      std::max(1, std::min(m.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
+  const int threads = std::max(1, std::min(m.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(s.hidden_size, m.lanes);
   WorkerGrid best;
   double best_time = total;
@@ -50,8 +48,7 @@ WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, d
       // A low tile is bound by loading the weights: two rows cost hardly more than one.
       const double step = row_work * std::max(rows, std::min<double>(2.0, s.batch)) * share;
       const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
-      const double time = (step + meet) * static_cast<double>(s.steps) +
-                          other_work / (batch_groups * hidden_groups);
+      const double time = (step + meet) * static_cast<double>(s.steps) + other_work / (batch_groups * hidden_groups);
       if (time < best_time * 0.98) {
         best_time = time;
         best.batch_groups = batch_groups;
@@ -86,13 +83,11 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
   if (plan.pack_recurrent) plan.recurrent_panels = layout.reserve(4 * padded * s.output_size * m.element_size);
   plan.bias = layout.reserve(gates * m.element_size);
   if (s.projected) {
-    plan.projection_panels =
-        layout.reserve(round_up(s.output_size, m.lanes) * s.hidden_size * m.element_size);
+    plan.projection_panels = layout.reserve(round_up(s.output_size, m.lanes) * s.hidden_size * m.element_size);
     if (!save) plan.hidden = layout.reserve(s.batch * s.hidden_size * m.element_size);
   }
   if (!save) {
-    plan.pre_activations =
-        layout.reserve(plan.grid.batch_groups * plan.chunk_steps * step_bytes);
+    plan.pre_activations = layout.reserve(plan.grid.batch_groups * plan.chunk_steps * step_bytes);
   }
   plan.workspace_bytes = layout.end;
   return plan;
@@ -115,17 +110,15 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   if (plan.pack) {
     plan.recurrent_panels = layout.reserve(round_up(s.output_size, m.lanes) * gates * m.element_size);
     if (s.projected) {
-      plan.projection_panels =
-          layout.reserve(round_up(s.hidden_size, m.lanes) * s.output_size * m.element_size);
+      plan.projection_panels = layout.reserve(round_up(s.hidden_size, m.lanes) * s.output_size * m.element_size);
     }
     if (want_grad_input) {
       plan.input_panels = layout.reserve(round_up(s.input_size, m.lanes) * gates * m.element_size);
     }
   }
   plan.partial_sums = layout.reserve(s.batch * s.hidden_size * m.element_size);
-  plan.outer_products =
-      layout.reserve(plan.grid.workers() *
-                     outer_product_scratch(m.lanes, divide_up(gates, plan.grid.workers())) * m.element_size);
+  plan.outer_products = layout.reserve(
+      plan.grid.workers() * outer_product_scratch(m.lanes, divide_up(gates, plan.grid.workers())) * m.element_size);
   const int64_t samples = std::clamp(s.hidden_size, kLeastSamples, kMostSamples);
   plan.chunk_steps = std::clamp<int64_t>(divide_up(samples, s.batch), 1, s.steps);
   if (2 * plan.chunk_steps >= s.steps) plan.chunk_steps = s.steps;

@@ -32,8 +32,7 @@ struct ForwardPlan {
   int64_t chunk_steps = 1;      // time steps whose input part is computed at once
   int64_t team_rows = 0;        // the most batch rows a team owns
   // Byte offsets into the workspace; barriers come first.
-  int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0,
-          hidden = 0;
+  int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0, hidden = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };

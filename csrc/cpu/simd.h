@@ -28,8 +28,8 @@ struct Simd<float> {
   static Reg at_least(Reg v, float bound) { return _mm512_max_ps(set1(bound), v); }
   static Reg abs(Reg v) { return _mm512_abs_ps(v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-        _mm512_castps_si512(magnitude), _mm512_castps_si512(sign), _mm512_set1_epi32(INT32_MIN), 0xD8));
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude), _mm512_castps_si512(sign),
+                                                         _mm512_set1_epi32(INT32_MIN), 0xD8));
   }
   static Reg round(Reg v) { return _mm512_roundscale_ps(v, 8); }
   static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_ps(v, n); }
@@ -54,8 +54,8 @@ struct Simd<double> {
   static Reg at_least(Reg v, double bound) { return _mm512_max_pd(set1(bound), v); }
   static Reg abs(Reg v) { return _mm512_abs_pd(v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
-    return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(
-        _mm512_castpd_si512(magnitude), _mm512_castpd_si512(sign), _mm512_set1_epi64(INT64_MIN), 0xD8));
+    return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(magnitude), _mm512_castpd_si512(sign),
+                                                         _mm512_set1_epi64(INT64_MIN), 0xD8));
   }
   static Reg round(Reg v) { return _mm512_roundscale_pd(v, 8); }
   static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_pd(v, n); }
@@ -119,8 +119,7 @@ struct Simd<double> {
   }
   static Reg round(Reg v) { return _mm256_round_pd(v, 8); }
   static Reg scale_by_power_of_two(Reg v, Reg n) {
-    const __m256i exponent =
-        _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
+    const __m256i exponent = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
     return _mm256_mul_pd(v, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)));
   }
 
@@ -155,9 +154,7 @@ struct Simd<float> {
   static Reg at_most(Reg v, float bound) { return _mm_min_ps(set1(bound), v); }
   static Reg at_least(Reg v, float bound) { return _mm_max_ps(set1(bound), v); }
   static Reg abs(Reg v) { return _mm_andnot_ps(set1(-0.0f), v); }
-  static Reg copy_sign(Reg magnitude, Reg sign) {
-    return _mm_or_ps(abs(magnitude), _mm_and_ps(set1(-0.0f), sign));
-  }
+  static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_ps(abs(magnitude), _mm_and_ps(set1(-0.0f), sign)); }
   // Only for |v| < 2^31, which is all that exp needs (a NaN becomes a number; exp adds it back).
   static Reg round(Reg v) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(v)); }
   static Reg scale_by_power_of_two(Reg v, Reg n) {
@@ -184,9 +181,7 @@ struct Simd<double> {
   static Reg at_most(Reg v, double bound) { return _mm_min_pd(set1(bound), v); }
   static Reg at_least(Reg v, double bound) { return _mm_max_pd(set1(bound), v); }
   static Reg abs(Reg v) { return _mm_andnot_pd(set1(-0.0), v); }
-  static Reg copy_sign(Reg magnitude, Reg sign) {
-    return _mm_or_pd(abs(magnitude), _mm_and_pd(set1(-0.0), sign));
-  }
+  static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_pd(abs(magnitude), _mm_and_pd(set1(-0.0), sign)); }
   static Reg round(Reg v) { return _mm_cvtepi32_pd(_mm_cvtpd_epi32(v)); }
   static Reg scale_by_power_of_two(Reg v, Reg n) {
     // n + 1023 is positive, so zero extension to 64 bits is right.

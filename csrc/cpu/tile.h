@@ -58,8 +58,7 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, 
     for (int r = 0; r < R; ++r) x[r] = S::set1(a(r));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const Reg<T> w =
-          Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
+      const Reg<T> w = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }

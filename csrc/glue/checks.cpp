@@ -25,7 +25,8 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
   TORCH_CHECK(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble, "lstm_ext: input has dtype ",
               input.scalar_type(), ", expected float32 or float64");
-  TORCH_CHECK(input.dim() == 3, "lstm_ext: input has ", input.dim(), " dimensions, expected 3: (time, batch, features)");
+  TORCH_CHECK(input.dim() == 3, "lstm_ext: input has ", input.dim(),
+              " dimensions, expected 3: (time, batch, features)");
   LayerSizes s{};
   s.steps = input.size(0);
   s.batch = input.size(1);

@@ -111,8 +111,8 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
-    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-    const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional, bool save) {
+    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
+    bool has_bias, bool bidirectional, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
   const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
   const auto options = input.options();

@@ -16,8 +16,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 // [bias_ih (4H), bias_hh (4H)] if has_bias, [weight_hr (P, H)] with a projection.
 // Returns output (T, B, D*P), h_n (D, B, P), c_n (D, B, H), and, if `save`, what backward needs.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
-    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-    const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional, bool save);
+    const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
+    bool has_bias, bool bidirectional, bool save);
 
 // Gradients in the order input, h0, c0, *weights; undefined where `wanted` is false. An absent
 // gradient of an output means zeros.

@@ -15,8 +15,7 @@ bool run_at_once(int workers, void (*work)(void* context, int index), void* cont
 
 template <typename F>
 bool run_at_once(int workers, F&& work) {
-  return run_at_once(
-      workers, [](void* context, int index) { (*static_cast<F*>(context))(index); }, &work);
+  return run_at_once(workers, [](void* context, int index) { (*static_cast<F*>(context))(index); }, &work);
 }
 
 }  // namespace lstm_ext
