@@ -82,7 +82,7 @@ def main() -> None:
     middle = tx + (4 * WIDTH - GAP) / 2
     arrow(axes, (middle, py - depth * step - 0.05), (middle, ty + 0.16))
     axes.text(middle + 0.15, (py - depth * step + ty + 0.1) / 2, "for each k: multiply and add", **small)
-    axes.text(tx, ty - ROWS * step - 0.34, "the tile: R × 4 registers; starts as $W x_t + b$", **text)
+    axes.text(tx, ty - ROWS * step - 0.34, "the tile: R × 4 registers; at its end, + $W x_t + b$", **text)
 
     # one lane of one row, followed into the cell update
     row = 2

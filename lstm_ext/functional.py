@@ -32,8 +32,9 @@ def lstm(
             ``batch_first`` says; None for zeros.
         weights: a flat sequence in the order of ``torch.nn.LSTM.parameters()``: for each layer, and in it for
             each direction, ``w_ih (4H, I or D * P), w_hh (4H, P)``, then ``b_ih (4H), b_hh (4H)`` if
-            ``bias``, then ``w_hr (P, H)`` if there is a projection. The projection is recognised by the
-        number of tensors. bias: whether ``weights`` holds biases.
+            ``bias``, then ``w_hr (P, H)`` if there is a projection, which is recognised by the number of
+            tensors.
+        bias: whether ``weights`` holds biases.
         num_layers: L.
         dropout: probability of zeroing an element between two layers; only if ``training``.
         training: whether dropout is active.
