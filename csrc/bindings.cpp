@@ -21,12 +21,12 @@ std::vector<std::string> cpu_capabilities() {
 template <typename T>
 py::dict plan(const lstm_ext::LayerShape& shape, int threads, bool save) {
   using namespace lstm_ext::cpu;
-  const Machine machine{kernels<T>().lanes, kernels<T>().tile_rows, sizeof(T), threads};
+  const Machine machine{kernels<T>().lanes, sizeof(T), threads};
   const ForwardPlan forward = plan_forward(shape, machine, save);
   const BackwardPlan backward = plan_backward(shape, machine, true);
   py::dict result;
   result["lanes"] = machine.lanes;
-  result["tile_rows"] = machine.tile_rows;
+  result["tile_rows"] = kernels<T>().tile_rows;
   result["forward_batch_groups"] = forward.grid.batch_groups;
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack_input"] = forward.pack_input;
@@ -46,6 +46,8 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
     TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
   }
+  TORCH_CHECK(proj_size >= 0 && proj_size < hidden_size, "cpu_plan: expected 0 <= proj_size < hidden_size, got ",
+              proj_size);
   const lstm_ext::LayerShape shape{
       steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false};
   return float64 ? plan<double>(shape, threads, save) : plan<float>(shape, threads, save);

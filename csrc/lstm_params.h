@@ -23,7 +23,7 @@ struct LayerShape {
   int64_t batch;        // B >= 1
   int64_t input_size;   // I >= 1
   int64_t hidden_size;  // H >= 1
-  int64_t output_size;  // P; == H iff there is no projection
+  int64_t output_size;  // P; < H with a projection, else == H
   bool projected;
   bool reverse;  // time runs from T-1 to 0
 };

@@ -150,6 +150,10 @@ def _split_weights(
             f"weights[1] (weight_hh_l0): expected shape {(4 * hidden, hidden)} without weight_hr, "
             f"got {_shape(w_hh)}"
         )
+    if projected and state >= hidden:
+        raise ValueError(
+            f"weights[1] (weight_hh_l0): expected a state (proj_size) smaller than hidden, got shape {_shape(w_hh)}"
+        )
     for i, weight in enumerate(weights):
         place, kind = divmod(i, per_set)
         k, reverse = divmod(place, directions)

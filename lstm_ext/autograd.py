@@ -46,7 +46,7 @@ def lstm_layer(
 
 
 def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
@@ -60,6 +60,11 @@ def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _is_plain(grad: Tensor) -> bool:
+    # is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
+    return type(grad) in _PLAIN_TYPES and not torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _LSTMLayer(torch.autograd.Function):
@@ -84,8 +89,11 @@ class _LSTMLayer(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:]
         if grad_output is None and grad_h_n is None and grad_c_n is None:
             grads = [None] * len(wanted)
-        elif torch.is_grad_enabled() or not _can_run_kernel(input, h0, c0, weights):
-            # create_graph=True: the gradients must themselves be differentiable.
+        elif (
+            torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
+            or not _can_run_kernel(input, h0, c0, weights)
+            or not all([g is None or _is_plain(g) for g in (grad_output, grad_h_n, grad_c_n)])
+        ):
             grads = _differentiable_gradients(
                 (grad_output, grad_h_n, grad_c_n),
                 (input, h0, c0, *weights),
@@ -114,6 +122,7 @@ class _LSTMLayer(torch.autograd.Function):
 
 def _differentiable_gradients(grad_outputs, inputs, bias, bidirectional, wanted):
     """The gradients of the wanted inputs as a differentiable function of inputs and grad_outputs."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each input, so that differentiation stops here even if one input was computed from another.
         local = [t.view_as(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
@@ -124,7 +133,7 @@ def _differentiable_gradients(grad_outputs, inputs, bias, bidirectional, wanted)
                 [y for y, _ in pairs],
                 [t for t, w in zip(local, wanted, strict=True) if w],
                 [g for _, g in pairs],
-                create_graph=torch.is_grad_enabled(),
+                create_graph=create_graph,
                 allow_unused=True,
             )
         )

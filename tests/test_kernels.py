@@ -196,6 +196,26 @@ def test_two_workers(capability, dtype, grid):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [(12, 16, 1, 720, 520, False, True), (12, 16, 300, 300, 0, True, True)],
+    ids=["projected", "plain"],
+)
+def test_teams_do_not_touch_each_other(sizes):
+    """More threads than cores, so that each is interrupted anywhere: not a bit may change."""
+    before = torch.get_num_threads()
+    module, input, hx = module_of(sizes, torch.float32)
+    try:
+        torch.set_num_threads(1)
+        alone = values_and_gradients(module, input, hx)
+        torch.set_num_threads(4)
+        for _ in range(5):
+            together = values_and_gradients(module, input, hx)
+            assert not [name for name in alone if not torch.equal(alone[name], together[name])]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_fewer_threads_than_planned():
     """Where the system refuses the second thread, one worker does all: it does not wait for the other."""
     # Against the reference, since torch's own layer gives nonsense under this limit.

@@ -123,8 +123,7 @@ class Backward {
       const int64_t P = shape_.output_size;
       multiply(
           RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(), hidden_columns_,
-          RowGrid<T>{partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()},
-          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
+          partial_sums(), [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
           [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
           [&](int64_t row, int64_t column, const T* sums, int lanes) {
             cell_gradient(s, t, row, column, S::load(sums), lanes);
@@ -140,6 +139,11 @@ class Backward {
                          store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column, S::load(sums),
                                         lanes);
                        });
+  }
+
+  // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
+  RowGrid<T> partial_sums() const {
+    return {partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()};
   }
 
   int64_t team_rows() const { return rows_.end - rows_.begin; }
@@ -160,7 +164,7 @@ class Backward {
     const RowGrid<const T> rows{later ? later + rows_.begin * plan_.gate_row : nullptr, 0, plan_.gate_row, team_rows()};
     if (!later) weight.depth = 0;
     multiply(
-        rows, team_rows(), weight, columns, RowGrid<T>{partial_sums_ + rows_.begin * P, 0, P, team_rows()},
+        rows, team_rows(), weight, columns, partial_sums(),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
           if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
         },

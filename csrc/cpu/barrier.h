@@ -5,11 +5,11 @@
 // missing worker may need exactly the core this one spins on.
 
 struct alignas(64) Barrier {
-  int32_t arrived;
-  int32_t generation;
+  uint32_t arrived;
+  uint32_t generation;
 
-  void wait(int32_t workers) {
-    const int32_t now = __atomic_load_n(&generation, __ATOMIC_RELAXED);
+  void wait(uint32_t workers) {
+    const uint32_t now = __atomic_load_n(&generation, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == workers) {
       __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);

@@ -68,6 +68,15 @@ void set_capability(const char* name) {
   current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);
 }
 
+template <>
+const Kernels<float>& kernels<float>() {
+  return capability().f32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return capability().f64;
+}
+
 int available_capabilities(const char** names) {
   int count = 0;
   for (const Capability* c : {capability_avx512(), capability_avx2(), capability_baseline()}) {

@@ -2,8 +2,9 @@
 // LSTM_EXT_SET_NAMESPACE and LSTM_EXT_SET_FUNCTION, includes every header below the kernels, raises the
 // compiler's target and includes this file once.
 //
-// Everything lives in an anonymous namespace and calls nothing inline with external linkage: the
-// linker merges such functions across objects, and might keep the copy an older CPU cannot run. The
+// Everything lives in an anonymous namespace and calls nothing inline with external linkage that is
+// compiled after the target is raised: the linker merges such functions across objects, and might
+// keep the copy an older CPU cannot run. test_baseline_contains_no_newer_instructions looks. The
 // namespace of the set around it gives disassembly and profiles a name.
 #pragma once
 

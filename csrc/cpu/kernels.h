@@ -1,5 +1,5 @@
 // What the CPU backend offers to the glue: one table of functions per instruction set.
-// A call is made by `plan.workers` threads at once, each with its own index; the kernels
+// A call is made by plan.grid.workers() threads at once, each with its own index; the kernels
 // synchronise among themselves through the barriers in the workspace where the plan says so.
 #pragma once
 
@@ -14,8 +14,8 @@ template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
   int64_t tile_rows;  // batch rows of a register tile
-  // `workspace`: forward_workspace(...) bytes, aligned to 64, `Barrier`s in it zeroed by the caller
-  // (the first plan.barrier_bytes); shared by all workers of the call.
+  // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
+  // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
 };
@@ -39,14 +39,6 @@ void set_capability(const char* name);
 int available_capabilities(const char** names);
 
 template <typename T>
-const Kernels<T>& kernels();
-template <>
-inline const Kernels<float>& kernels<float>() {
-  return capability().f32;
-}
-template <>
-inline const Kernels<double>& kernels<double>() {
-  return capability().f64;
-}
+const Kernels<T>& kernels();  // of capability()
 
 }  // namespace lstm_ext::cpu

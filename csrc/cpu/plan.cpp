@@ -32,15 +32,16 @@ struct Layout {
   }
 };
 
-// The grid with the shortest estimated time. `step_work` is what one time step costs for one row,
-// `sequential_steps` how often members of a team meet.
+// The grid with the shortest estimated time. `row_work` is what one time step costs for one row,
+// `other_work` what all workers share evenly, `barriers` how often members of a team meet in a step.
+// Many teams come before many members: what is as fast on paper should not have to wait.
 WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, double other_work, int64_t barriers) {
   const double total = row_work * static_cast<double>(s.batch * s.steps) + other_work;
   const int threads = std::max(1, std::min(m.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(s.hidden_size, m.lanes);
   WorkerGrid best;
   double best_time = total;
-  for (int batch_groups = 1; batch_groups <= std::min<int64_t>(threads, s.batch); ++batch_groups) {
+  for (int batch_groups = static_cast<int>(std::min<int64_t>(threads, s.batch)); batch_groups >= 1; --batch_groups) {
     for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
       if (hidden_groups > blocks) break;
       const double rows = static_cast<double>(divide_up(s.batch, batch_groups));

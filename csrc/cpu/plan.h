@@ -11,7 +11,6 @@ namespace lstm_ext::cpu {
 // What the plan needs to know of the kernels and of the call.
 struct Machine {
   int64_t lanes;         // numbers in a SIMD register
-  int64_t tile_rows;     // batch rows of a register tile
   int64_t element_size;  // bytes
   int threads;           // threads the caller may use
 };
@@ -56,7 +55,8 @@ constexpr int64_t kSumBlock = 512;     // samples whose outer products are summe
 constexpr int64_t kTileColumns = 4;    // of a register tile, in registers
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
-// Numbers of scratch with which a worker adds up the outer products for so many rows of a weight.
+// Numbers of scratch with which a worker adds up the outer products for at most so many rows of a
+// weight. Static, since the kernels of each instruction set call it (see kernel_set.h).
 static constexpr int64_t outer_product_scratch(int64_t lanes, int64_t rows) {
   return kSumBlock * (kTileColumns * lanes + rows);
 }

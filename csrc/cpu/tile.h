@@ -13,7 +13,6 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 constexpr int64_t kBlockK = 512;
 
 LSTM_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-LSTM_EXT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LSTM_EXT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Piece `index` of [0, count) cut into `pieces` parts of nearly equal size.

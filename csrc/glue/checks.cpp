@@ -47,6 +47,8 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
     TORCH_CHECK(weight_hr.dim() == 2 && weight_hr.size(0) > 0, "lstm_ext: weight_hr has shape ", weight_hr.sizes(),
                 ", expected (proj_size, hidden_size)");
     s.output_size = weight_hr.size(0);
+    TORCH_CHECK(s.output_size < s.hidden_size, "lstm_ext: weight_hr has ", s.output_size,
+                " rows, expected fewer than hidden_size, ", s.hidden_size);
   } else {
     s.output_size = s.hidden_size;
   }

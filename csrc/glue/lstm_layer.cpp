@@ -16,10 +16,18 @@
 namespace lstm_ext {
 namespace {
 
-// What the kernels want of a tensor: the innermost axis contiguous, and no negative stride.
-at::Tensor with_contiguous_rows(const at::Tensor& t) {
+// The numbers themselves in memory: no pending negation (of the imaginary part of a conjugate), and
+// none of the zeros that have no memory.
+at::Tensor materialized(const at::Tensor& t) {
+  if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
+  return t.resolve_neg();
+}
+
+// What the kernels want of a sequence: the innermost axis contiguous.
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  const at::Tensor t = materialized(tensor);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
-  return rows_contiguous && t.stride(0) >= 0 && t.stride(1) >= 0 ? t : t.contiguous();
+  return rows_contiguous ? t : t.contiguous();
 }
 
 template <typename T>
@@ -33,11 +41,6 @@ Sequence<T> direction_of(const at::Tensor& t, int64_t direction, int64_t columns
   return {t.mutable_data_ptr<T>() + direction * columns, t.stride(0), t.stride(1)};
 }
 
-template <typename T>
-const T* data_or_null(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
-}
-
 // Rows of `direction` of a contiguous (D, ...) tensor, or null.
 template <typename T>
 T* part_or_null(const at::Tensor& t, int64_t direction) {
@@ -49,13 +52,13 @@ const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
 }
 
 at::Tensor contiguous_or_undefined(const OptionalTensor& t) {
-  return t && t->defined() ? t->contiguous() : at::Tensor();
+  return t && t->defined() ? materialized(*t).contiguous() : at::Tensor();
 }
 
 std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights) {
   std::vector<at::Tensor> result;
   result.reserve(weights.size());
-  for (const at::Tensor& w : weights) result.push_back(w.contiguous());
+  for (const at::Tensor& w : weights) result.push_back(materialized(w).contiguous());
   return result;
 }
 
@@ -74,7 +77,7 @@ LayerShape shape_of(const LayerSizes& s, int64_t direction) {
 
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, kernels.tile_rows, static_cast<int64_t>(sizeof(T)), threads};
+  return {kernels.lanes, static_cast<int64_t>(sizeof(T)), threads};
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
@@ -175,7 +178,8 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
   check_tensor("output", output, input, {s.steps, s.batch, s.directions * s.output_size});
   check_tensor("saved gates", saved[0], input, {s.directions, s.steps, s.batch, 4 * s.hidden_size});
   for (size_t i = 1; i < saved_count; ++i) {
-    check_tensor("saved cells", saved[i], input, {s.directions, s.steps, s.batch, s.hidden_size});
+    check_tensor(i == 1 ? "saved cells" : "saved hidden", saved[i], input,
+                 {s.directions, s.steps, s.batch, s.hidden_size});
   }
   if (grad_output) check_tensor("grad_output", *grad_output, input, output.sizes());
   if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, {s.directions, s.batch, s.output_size});
