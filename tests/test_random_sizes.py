@@ -11,6 +11,8 @@ from test_kernels import _C, CAPABILITIES, module_of
 
 import lstm_ext
 
+DRAWS = 20  # judged together: single tensors of a few numbers are a lottery
+
 
 def check_one(choose: random.Random) -> None:
     hidden = choose.choice([1, 2, 5, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 128, 130, 257])
@@ -32,8 +34,11 @@ def check_one(choose: random.Random) -> None:
         _C.set_cpu_capability(capability)
         torch.set_num_threads(threads)
         results = []
-        for _ in range(3):  # judged together: single tensors of a few numbers are a lottery
+        for _ in range(DRAWS):
             module, input, hx = module_of(sizes, dtype)
+            # With far more features than units the gates would saturate, and 1 - f would lose its digits in the
+            # reference as well.
+            input *= min(1.0, (sizes[3] / sizes[2]) ** 0.5)
             if choose.random() < 0.3:
                 hx = None
             if choose.random() < 0.3:
@@ -68,10 +73,10 @@ def run(seed: int, cases: int) -> None:
 
 
 def test_a_few():
-    run(0, 40)
+    run(0, 8)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(1, 41))
 def test_many(seed):
-    run(seed, 50)
+    run(seed, 12)
