@@ -48,7 +48,8 @@ clean:
 	rm -rf build dist *.egg-info lstm_ext/_C.*.so $(EXTENSION)
 
 $(EXTENSION): $(CSRC) setup.py lstm_ext/_build_config.py $(PACKAGES) build/environment
-	$(PY) setup.py -q build_ext --inplace
+	@echo "building the extension, about two minutes the first time; the compiler's output is in build/log.txt"
+	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
 # Rewritten, which means a rebuild, only when VENV is another one than last time: its torch may be another one too.
 build/environment: force
