@@ -51,8 +51,7 @@ class Backward {
     int64_t first, count, begin;
   };
 
-  // Steps run against the direction of the forward pass.
-  // The map is its own inverse.
+  // Steps run against the direction of the forward pass. The map is its own inverse.
   int64_t time(int64_t s) const { return shape_.reverse ? s : shape_.steps - 1 - s; }
   // Where step s lies in the chunk buffers: two of them in turn, each in the order of time.
   int64_t slot(int64_t s) const {
@@ -63,7 +62,7 @@ class Backward {
   }
   T* grad_gates(int64_t s) const { return grad_gates_ + slot(s) * shape_.batch * plan_.gate_row; }
   T* grad_hidden(int64_t s) const { return grad_hidden_ + slot(s) * shape_.batch * shape_.output_size; }
-  // The slot of the chunk's earliest time.
+  // The step at the chunk's earliest time, whose slot is the chunk's first.
   int64_t first_step_in_time(const Chunk& c) const { return shape_.reverse ? c.first : c.first + c.count - 1; }
   Range columns_of(int64_t size) const {
     const Range blocks = share(divide_up(size, kLanes), plan_.grid.hidden_groups, member_);
@@ -106,7 +105,7 @@ class Backward {
     const T* grad_h_n = s == 0 ? p_.grad_h_n : nullptr;
     if (!shape_.projected) {
       recurrent_gradient(
-          later, grad_h_n, output_columns_,
+          later, grad_h_n,
           [&](int64_t row, int64_t column, const T* sums, int lanes) {
             cell_gradient(s, t, row, column, S::load(sums), lanes);
           },
@@ -114,7 +113,7 @@ class Backward {
     } else {
       T* out = grad_hidden(s);
       recurrent_gradient(
-          later, grad_h_n, output_columns_,
+          later, grad_h_n,
           [&](int64_t row, int64_t column, const T* sums, int lanes) {
             store_lanes<T>(out + (rows_.begin + row) * shape_.output_size + column, S::load(sums), lanes);
           },
@@ -134,11 +133,10 @@ class Backward {
 
   // dL/dh0 = dgates U at the first time of the sequence.
   void initial_state_gradient() {
-    recurrent_gradient(grad_gates(shape_.steps - 1), nullptr, output_columns_,
-                       [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                         store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column, S::load(sums),
-                                        lanes);
-                       });
+    recurrent_gradient(
+        grad_gates(shape_.steps - 1), nullptr, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+          store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column, S::load(sums), lanes);
+        });
   }
 
   // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
@@ -148,11 +146,10 @@ class Backward {
 
   int64_t team_rows() const { return rows_.end - rows_.begin; }
 
-  // dL/dh_t for `columns` of the team's rows: from the output (t >= 0), from h_n on the last step,
+  // dL/dh_t for this member's columns of the team's rows: from the output (t >= 0), from h_n on the last step,
   // and from the gate gradients of the step after.
   template <typename Finish>
-  LSTM_EXT_INLINE void recurrent_gradient(const T* later, const T* grad_h_n, Range columns, Finish&& finish,
-                                          int64_t t = -1) {
+  LSTM_EXT_INLINE void recurrent_gradient(const T* later, const T* grad_h_n, Finish&& finish, int64_t t = -1) {
     const int64_t P = shape_.output_size;
     const T* grad_output = t >= 0 && p_.grad_output.data ? p_.grad_output.data + t * p_.grad_output.stride_t : nullptr;
     const auto start = [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
@@ -164,7 +161,7 @@ class Backward {
     const RowGrid<const T> rows{later ? later + rows_.begin * plan_.gate_row : nullptr, 0, plan_.gate_row, team_rows()};
     if (!later) weight.depth = 0;
     multiply(
-        rows, team_rows(), weight, columns, partial_sums(),
+        rows, team_rows(), weight, output_columns_, partial_sums(),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
           if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
         },
@@ -220,63 +217,63 @@ class Backward {
   LSTM_EXT_INLINE void multiply(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
                                 const Partial& partial, const Prefetch& prefetch, const Start& start,
                                 const Finish& finish) {
-    for_each_column_block<T>(columns.begin, columns.end,
-                             [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
-                               constexpr int NV = width();
-                               const bool exact = b.packed || last == kLanes;
-                               for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
-                                 const int64_t depth = smaller(kBlockK, b.depth - k);
-                                 for_each_row_tile(rows, [&](int64_t row, auto height) {
-                                   constexpr int R = height();
-                                   Tile<T, R, NV> tile;
-                                   tile.zero();
-                                   const T* a[R];
+    const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
+      constexpr int NV = width();
+      const bool exact = b.packed || last == kLanes;
+      for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
+        const int64_t depth = smaller(kBlockK, b.depth - k);
+        for_each_row_tile(rows, [&](int64_t row, auto height) {
+          constexpr int R = height();
+          Tile<T, R, NV> tile;
+          tile.zero();
+          const T* a[R];
 #pragma GCC unroll 6
-                                   for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
-                                   const bool done = k + depth >= b.depth;
-                                   // What the epilogue reads was written long ago; it arrives while the tile is summed.
-                                   if (done) {
-                                     for (int r = 0; r < R; ++r)
-                                       for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
-                                   }
-                                   const T* panel = b.template at<NV>(column, k);
-                                   const int64_t step = b.template step<NV>();
-                                   if (exact) {
-                                     accumulate_rows(tile, a, panel, step, depth);
-                                   } else {
-                                     accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
-                                   }
+          for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
+          const bool done = k + depth >= b.depth;
+          // What the epilogue reads was written long ago; it arrives while the tile is summed.
+          if (done) {
+            for (int r = 0; r < R; ++r)
+              for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
+          }
+          const T* panel = b.template at<NV>(column, k);
+          const int64_t step = b.template step<NV>();
+          if (exact) {
+            accumulate_rows(tile, a, panel, step, depth);
+          } else {
+            accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
+          }
 #pragma GCC unroll 6
-                                   for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-                                     for (int v = 0; v < NV; ++v) {
-                                       const int lanes = v == NV - 1 ? last : kLanes;
-                                       const int64_t at = column + v * kLanes;
-                                       Reg<T> before;
-                                       if (k == 0) {
-                                         start(row + r, at, lanes, before);
-                                       } else {
-                                         before = load_lanes<T>(partial(row + r) + at, lanes);
-                                       }
-                                       tile.acc[r][v] = tile.acc[r][v] + before;
-                                     }
-                                   }
-                                   for (int r = 0; r < R; ++r) {
-                                     for (int v = 0; v < NV; ++v) {
-                                       const int lanes = v == NV - 1 ? last : kLanes;
-                                       const int64_t at = column + v * kLanes;
-                                       if (done) {
-                                         alignas(64) T sums[kLanes];
-                                         S::store(sums, tile.acc[r][v]);
-                                         finish(row + r, at, sums, lanes);
-                                       } else {
-                                         store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
-                                       }
-                                     }
-                                   }
-                                 });
-                               }
-                             });
+            for (int v = 0; v < NV; ++v) {
+              const int lanes = v == NV - 1 ? last : kLanes;
+              const int64_t at = column + v * kLanes;
+              Reg<T> before;
+              if (k == 0) {
+                start(row + r, at, lanes, before);
+              } else {
+                before = load_lanes<T>(partial(row + r) + at, lanes);
+              }
+              tile.acc[r][v] = tile.acc[r][v] + before;
+            }
+          }
+          for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < NV; ++v) {
+              const int lanes = v == NV - 1 ? last : kLanes;
+              const int64_t at = column + v * kLanes;
+              if (done) {
+                alignas(64) T sums[kLanes];
+                S::store(sums, tile.acc[r][v]);
+                finish(row + r, at, sums, lanes);
+              } else {
+                store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
+              }
+            }
+          }
+        });
+      }
+    };
+    for_each_column_block<T>(columns.begin, columns.end, column_block);
   }
 
   // dL/dx = dgates W; workers share the rows.

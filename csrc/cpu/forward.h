@@ -2,7 +2,7 @@
 //
 // Chunk by chunk: the input part W x_t + b of some time steps at once into the pre-activation
 // buffer (in training that buffer is the saved gates), then the recurrence over those steps, whose
-// tiles start from the buffer, add U h_{t-1} and update the cell from registers.
+// tiles sum U h_{t-1}, add what the buffer holds and update the cell from registers.
 
 template <typename T>
 struct CellState {

@@ -5,8 +5,8 @@
 namespace lstm_ext::cpu {
 namespace {
 
-// Work is counted in fused multiply-adds of one number. The constants are measured on one core of
-// an AVX-512 machine (docs/design.md); they only steer, nothing depends on them for correctness.
+// Work is counted in fused multiply-adds of one number. The constants were chosen by trial on an
+// AVX-512 machine of two cores; they only steer, nothing depends on them for correctness.
 constexpr double kWorkPerThread = 6e5;       // below this a thread costs more than it brings
 constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
 constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
@@ -31,6 +31,13 @@ struct Layout {
     return at;
   }
 };
+
+// One row of one time step: the products with so many input features, with h and of the projection,
+// and about as much for the cell update as for 8 more features.
+double row_work(const LayerShape& s, int64_t features) {
+  const int64_t products = 4 * s.hidden_size * (features + s.output_size + 8);
+  return static_cast<double>(products + (s.projected ? s.hidden_size * s.output_size : 0));
+}
 
 // The grid with the shortest estimated time. `row_work` is what one time step costs for one row,
 // `other_work` what all workers share evenly, `barriers` how often members of a team meet in a step.
@@ -65,9 +72,7 @@ WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, d
 ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
   ForwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
-  const double row_work = static_cast<double>(gates) * static_cast<double>(s.input_size + s.output_size + 8) +
-                          (s.projected ? static_cast<double>(s.hidden_size * s.output_size) : 0.0);
-  plan.grid = choose_grid(s, m, row_work, 0.0, s.projected ? 2 : 1);
+  plan.grid = choose_grid(s, m, row_work(s, s.input_size), 0.0, s.projected ? 2 : 1);
   plan.team_rows = divide_up(s.batch, plan.grid.batch_groups);
   plan.pack_input = s.steps * s.batch > kRowMajorRows;
   plan.pack_recurrent = plan.pack_input && s.batch > kRowMajorBatch;
@@ -97,11 +102,9 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
 BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input) {
   BackwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
-  const double row_work = static_cast<double>(gates) * static_cast<double>(s.output_size + 8) +
-                          (s.projected ? static_cast<double>(s.hidden_size * s.output_size) : 0.0);
   const double other_work = static_cast<double>(s.steps * s.batch) * static_cast<double>(gates) *
                             static_cast<double>(2 * s.input_size + s.output_size);
-  plan.grid = choose_grid(s, m, row_work, other_work, s.projected ? 2 : 1);
+  plan.grid = choose_grid(s, m, row_work(s, 0), other_work, s.projected ? 2 : 1);
   plan.pack = s.steps * s.batch > kRowMajorRows;
 
   Layout layout;
