@@ -66,11 +66,11 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
   m.def("lstm_layer_forward", &lstm_ext::lstm_layer_forward, py::arg("input"), py::arg("h0"), py::arg("c0"),
-        py::arg("weights"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
+        py::arg("weights"), py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
         py::call_guard<py::gil_scoped_release>());
   m.def("lstm_layer_backward", &lstm_ext::lstm_layer_backward, py::arg("grad_output"), py::arg("grad_h_n"),
-        py::arg("grad_c_n"), py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("output"),
-        py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
+        py::arg("grad_c_n"), py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
+        py::arg("output"), py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", [] { return std::string(lstm_ext::cpu::capability().name); });
   m.def("cpu_capabilities", &cpu_capabilities);

@@ -42,7 +42,7 @@ def lstm_layer(
         or (c0 is not None and c0.requires_grad)
     ):
         return _LSTMLayer.apply(kernels, input, h0, c0, bias, bidirectional, *weights)
-    return kernels.lstm_layer_forward(input, h0, c0, weights, bias, bidirectional, False)[:3]
+    return kernels.lstm_layer_forward(input, h0, c0, weights, None, bias, bidirectional, False)[:3]
 
 
 def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -71,7 +71,7 @@ class _LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, input, h0, c0, bias, bidirectional, *weights):
         output, h_n, c_n, saved = kernels.lstm_layer_forward(
-            input, h0, c0, weights, bias, bidirectional, True
+            input, h0, c0, weights, None, bias, bidirectional, True
         )
         ctx.kernels = kernels
         ctx.bias = bias
@@ -111,6 +111,7 @@ class _LSTMLayer(torch.autograd.Function):
                 h0,
                 c0,
                 weights,
+                None,
                 output,
                 saved,
                 ctx.bias,

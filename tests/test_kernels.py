@@ -335,11 +335,11 @@ def test_every_subset_of_wanted_gradients():
     module, input, hx = module_of((6, 7, 5, 20, 3, True, True), torch.float64)
     weights = [w.detach() for w in module.parameters()]
     arguments = [input, *hx, *weights]
-    output, h_n, c_n, saved = _C.lstm_layer_forward(input, *hx, weights, True, True, True)
+    output, h_n, c_n, saved = _C.lstm_layer_forward(input, *hx, weights, None, True, True, True)
     grads = [torch.randn_like(t) for t in (output, h_n, c_n)]
 
     def backward(wanted):
-        return _C.lstm_layer_backward(*grads, input, *hx, weights, output, saved, True, True, wanted)
+        return _C.lstm_layer_backward(*grads, input, *hx, weights, None, output, saved, True, True, wanted)
 
     everything = backward([True] * len(arguments))
     for i in range(len(arguments)):

@@ -115,7 +115,8 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    bool has_bias, bool bidirectional, bool save) {
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save) {
+  TORCH_CHECK(!batch_sizes, "lstm_ext: batch_sizes is not supported yet");
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
   const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
   const auto options = input.options();
@@ -164,9 +165,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,
-                                            const std::vector<at::Tensor>& weights, const at::Tensor& output,
-                                            const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
-                                            const std::vector<bool>& wanted) {
+                                            const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
+                                            const at::Tensor& output, const std::vector<at::Tensor>& saved,
+                                            bool has_bias, bool bidirectional, const std::vector<bool>& wanted) {
+  TORCH_CHECK(!batch_sizes, "lstm_ext: batch_sizes is not supported yet");
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
   const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
   const auto options = input.options();

@@ -17,15 +17,15 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Returns output (T, B, D*P), h_n (D, B, P), c_n (D, B, H), and, if `save`, what backward needs.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    bool has_bias, bool bidirectional, bool save);
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save);
 
 // Gradients in the order input, h0, c0, *weights; undefined where `wanted` is false. An absent
 // gradient of an output means zeros.
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,
-                                            const std::vector<at::Tensor>& weights, const at::Tensor& output,
-                                            const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
-                                            const std::vector<bool>& wanted);
+                                            const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
+                                            const at::Tensor& output, const std::vector<at::Tensor>& saved,
+                                            bool has_bias, bool bidirectional, const std::vector<bool>& wanted);
 
 }  // namespace lstm_ext
