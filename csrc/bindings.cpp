@@ -31,12 +31,12 @@ py::dict plan(const lstm_ext::LayerShape& shape, int threads, bool save) {
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack_input"] = forward.pack_input;
   result["pack_recurrent"] = forward.pack_recurrent;
-  result["forward_chunk_steps"] = forward.chunk_steps;
+  result["forward_chunk_rows"] = forward.chunk_rows;
   result["forward_workspace_bytes"] = forward.workspace_bytes;
   result["backward_batch_groups"] = backward.grid.batch_groups;
   result["backward_hidden_groups"] = backward.grid.hidden_groups;
   result["backward_pack"] = backward.pack;
-  result["backward_chunk_steps"] = backward.chunk_steps;
+  result["backward_chunk_rows"] = backward.chunk_rows;
   result["backward_workspace_bytes"] = backward.workspace_bytes;
   return result;
 }
@@ -49,7 +49,7 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
   TORCH_CHECK(proj_size >= 0 && proj_size < hidden_size, "cpu_plan: expected 0 <= proj_size < hidden_size, got ",
               proj_size);
   const lstm_ext::LayerShape shape{
-      steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false};
+      steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false, nullptr};
   return float64 ? plan<double>(shape, threads, save) : plan<float>(shape, threads, save);
 }
 

@@ -10,7 +10,8 @@
 
 namespace lstm_ext {
 
-// A (T, B, n) array whose innermost axis is contiguous; strides in elements, never negative.
+// A (T, B, n) array whose innermost axis is contiguous; strides in elements, never negative. Of packed
+// data (see LayerShape) an (N, n) array, whose rows lie stride_b apart; stride_t has no meaning there.
 template <typename T>
 struct Sequence {
   T* data;
@@ -26,6 +27,12 @@ struct LayerShape {
   int64_t output_size;  // P; < H with a projection, else == H
   bool projected;
   bool reverse;  // time runs from T-1 to 0
+  // Null for dense data. Else the data is packed, as in torch's PackedSequence: the B sequences are
+  // sorted by falling length, and only those still running have a row in a step. Row b of step t is
+  // row step_offsets[t] + b of N = step_offsets[T] rows in all; there are T + 1 offsets. Wherever a
+  // comment below says (T, B, n), read (N, n). A sequence begins from h0 and c0 at its first step in
+  // the direction of time, and h_n and c_n are its states after its last one.
+  const int64_t* step_offsets;
 };
 
 // Weights are contiguous, in torch's layout. Null where the layer has none.

@@ -11,10 +11,11 @@ class Backward {
       : p_(params),
         plan_(plan),
         shape_(params.shape),
+        steps_(shape_, !shape_.reverse),
         worker_(worker),
         team_(worker / plan.grid.hidden_groups),
         member_(worker % plan.grid.hidden_groups),
-        rows_(share(shape_.batch, plan.grid.batch_groups, team_)),
+        rows_(shape_, plan.grid.batch_groups, team_),
         hidden_columns_(columns_of(shape_.hidden_size)),
         output_columns_(columns_of(shape_.output_size)),
         all_workers_(reinterpret_cast<Barrier*>(workspace)),
@@ -25,20 +26,22 @@ class Backward {
         partial_sums_(reinterpret_cast<T*>(workspace + plan.partial_sums)),
         grad_gates_(reinterpret_cast<T*>(workspace + plan.grad_gates)),
         grad_hidden_(reinterpret_cast<T*>(workspace + plan.grad_hidden)),
-        outer_products_(reinterpret_cast<T*>(workspace + plan.outer_products)) {}
+        outer_products_(reinterpret_cast<T*>(workspace + plan.outer_products)),
+        row_list_(reinterpret_cast<const T**>(workspace + plan.row_lists) + worker * plan.chunk_rows),
+        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_row)) {}
 
   void run() {
     prepare_weights();
-    for (int64_t first = 0; first < shape_.steps; first += plan_.chunk_steps) {
-      const int64_t count = smaller(plan_.chunk_steps, shape_.steps - first);
-      for (int64_t s = first; s < first + count; ++s) step(s);
-      if (first + count == shape_.steps && p_.grad_h0) initial_state_gradient();
+    for (int64_t first = 0; first < shape_.steps; first += chunk_.count) {
+      before_ = chunk_;
+      chunk_ = chunk_from(first);
+      for (int64_t s = first; s < first + chunk_.count; ++s) step(s);
+      if (first + chunk_.count == shape_.steps) initial_state_gradient(shape_.steps);
       // One meeting a chunk is enough with two buffers: whoever writes the next chunk but one has
       // met everybody after they had read this one.
       if (plan_.grid.workers() > 1) all_workers_->wait(plan_.grid.workers());
-      const Chunk chunk{first, count, shape_.reverse ? first : shape_.steps - first - count};
-      if (p_.grad_input.data) input_gradient(chunk);
-      weight_gradients(chunk);
+      if (p_.grad_input.data) input_gradient();
+      weight_gradients();
     }
   }
 
@@ -46,24 +49,40 @@ class Backward {
   using S = Simd<T>;
   static constexpr int kLanes = S::kLanes;
 
-  // Steps first ... first + count - 1 of the time loop, which are the times begin ... begin + count - 1.
+  // Steps first ... first + count - 1 of the time loop, which are the times begin ... begin + count - 1,
+  // and where their gradients are kept, in the order of time: those of the pre-activations and, with a
+  // projection, of the projected h_t.
   struct Chunk {
-    int64_t first, count, begin;
+    int64_t first = 0, count = 0, begin = 0, rows = 0;
+    T* grad_gates = nullptr;
+    T* grad_hidden = nullptr;
   };
 
-  // Steps run against the direction of the forward pass. The map is its own inverse.
-  int64_t time(int64_t s) const { return shape_.reverse ? s : shape_.steps - 1 - s; }
-  // Where step s lies in the chunk buffers: two of them in turn, each in the order of time.
-  int64_t slot(int64_t s) const {
-    const int64_t first = s / plan_.chunk_steps * plan_.chunk_steps;
-    const int64_t count = smaller(plan_.chunk_steps, shape_.steps - first);
-    const int64_t place = shape_.reverse ? s - first : count - 1 - (s - first);
-    return first / plan_.chunk_steps % 2 * plan_.chunk_steps + place;
+  // As many steps as a buffer has rows for; chunks use two buffers in turn.
+  Chunk chunk_from(int64_t first) const {
+    Chunk c;
+    c.first = first;
+    while (first + c.count < shape_.steps && c.rows + steps_.rows_of_step(first + c.count) <= plan_.chunk_rows) {
+      c.rows += steps_.rows_of_step(first + c.count++);
+    }
+    c.begin = shape_.reverse ? first : shape_.steps - first - c.count;
+    const int64_t at = first == 0 || chunk_.grad_gates != grad_gates_ ? 0 : plan_.chunk_rows;
+    c.grad_gates = grad_gates_ + at * plan_.gate_row;
+    c.grad_hidden = grad_hidden_ + at * shape_.output_size;
+    return c;
   }
-  T* grad_gates(int64_t s) const { return grad_gates_ + slot(s) * shape_.batch * plan_.gate_row; }
-  T* grad_hidden(int64_t s) const { return grad_hidden_ + slot(s) * shape_.batch * shape_.output_size; }
-  // The step at the chunk's earliest time, whose slot is the chunk's first.
-  int64_t first_step_in_time(const Chunk& c) const { return shape_.reverse ? c.first : c.first + c.count - 1; }
+
+  // Gradients of step s of the chunk or of the one before it.
+  int64_t row_in_chunk(const Chunk& c, int64_t s) const {
+    return steps_.rows_before(steps_.time(s)) - steps_.rows_before(c.begin);
+  }
+  T* grad_gates(int64_t s) const {
+    const Chunk& c = s >= chunk_.first ? chunk_ : before_;
+    return c.grad_gates + row_in_chunk(c, s) * plan_.gate_row;
+  }
+  T* grad_hidden(int64_t s) const { return chunk_.grad_hidden + row_in_chunk(chunk_, s) * shape_.output_size; }
+  // Rows of the team in step s.
+  int64_t team_rows(int64_t s) const { return rows_.of(steps_.rows_of_step(s)); }
   Range columns_of(int64_t size) const {
     const Range blocks = share(divide_up(size, kLanes), plan_.grid.hidden_groups, member_);
     return {blocks.begin * kLanes, smaller(blocks.end * kLanes, size)};
@@ -84,6 +103,8 @@ class Backward {
   }
 
   void prepare_weights() {
+    // Read after the first meeting of all.
+    if (steps_.packed() && worker_ == 0) zero_rows(zero_row_, shape_.output_size, Range{0, 1});
     if (!plan_.pack) return;
     const int teams = plan_.grid.batch_groups;
     const int64_t gates = 4 * shape_.hidden_size;
@@ -100,93 +121,117 @@ class Backward {
   }
 
   void step(int64_t s) {
-    const int64_t t = time(s);
-    const T* later = s == 0 ? nullptr : grad_gates(s - 1);
-    const T* grad_h_n = s == 0 ? p_.grad_h_n : nullptr;
-    if (!shape_.projected) {
-      recurrent_gradient(
-          later, grad_h_n,
-          [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            cell_gradient(s, t, row, column, S::load(sums), lanes);
-          },
-          t);
-    } else {
-      T* out = grad_hidden(s);
-      recurrent_gradient(
-          later, grad_h_n,
-          [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            store_lanes<T>(out + (rows_.begin + row) * shape_.output_size + column, S::load(sums), lanes);
-          },
-          t);
+    const int64_t t = steps_.time(s);
+    const int64_t count = team_rows(s);
+    // Rows that had a step in this loop before; those after them begin here, at the end of their sequence.
+    const int64_t continued = smaller(count, team_rows(s - 1));
+    if (team_rows(s - 1) > count) initial_state_gradient(s);
+    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
+      const Range part = begins ? Range{continued, count} : Range{0, continued};
+      if (part.begin == part.end) continue;
+      if (!shape_.projected) {
+        recurrent_gradient(part, begins ? -1 : s - 1, begins ? p_.grad_h_n : nullptr, t,
+                           [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                             cell_gradient(s, part.begin + row, begins != 0, column, S::load(sums), lanes);
+                           });
+      } else {
+        const RowGrid<T> out = rows_.grid(grad_hidden(s), shape_.output_size, part.begin, part.end);
+        recurrent_gradient(part, begins ? -1 : s - 1, begins ? p_.grad_h_n : nullptr, t,
+                           [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                             store_lanes<T>(out(row) + column, S::load(sums), lanes);
+                           });
+      }
+    }
+    if (shape_.projected) {
       meet_team();
-      const int64_t P = shape_.output_size;
+      const RowGrid<const T> out = rows_.grid(const_cast<const T*>(grad_hidden(s)), shape_.output_size, 0, count);
       multiply(
-          RowGrid<const T>{out + rows_.begin * P, 0, P, team_rows()}, team_rows(), projection_weight(), hidden_columns_,
-          partial_sums(), [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, t, row, column); },
+          out, count, projection_weight(), hidden_columns_, partial_sums(0, count),
+          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, row, column); },
           [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
           [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            cell_gradient(s, t, row, column, S::load(sums), lanes);
+            cell_gradient(s, row, row >= continued, column, S::load(sums), lanes);
           });
     }
     meet_team();
   }
 
-  // dL/dh0 = dgates U at the first time of the sequence.
-  void initial_state_gradient() {
-    recurrent_gradient(
-        grad_gates(shape_.steps - 1), nullptr, [&](int64_t row, int64_t column, const T* sums, int lanes) {
-          store_lanes<T>(p_.grad_h0 + (rows_.begin + row) * shape_.output_size + column, S::load(sums), lanes);
-        });
+  // dL/dh0 = dgates U for the rows whose sequence had its first step in step s - 1.
+  void initial_state_gradient(int64_t s) {
+    const Range part{team_rows(s), team_rows(s - 1)};
+    if (!p_.grad_h0 || part.begin == part.end) return;
+    const RowGrid<T> out = rows_.grid(p_.grad_h0, shape_.output_size, part.begin, part.end);
+    recurrent_gradient(part, s - 1, nullptr, -1, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+      store_lanes<T>(out(row) + column, S::load(sums), lanes);
+    });
   }
 
   // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
-  RowGrid<T> partial_sums() const {
-    return {partial_sums_ + rows_.begin * shape_.hidden_size, 0, shape_.hidden_size, team_rows()};
+  RowGrid<T> partial_sums(int64_t begin, int64_t end) const {
+    return rows_.grid(partial_sums_, shape_.hidden_size, begin, end);
   }
 
-  int64_t team_rows() const { return rows_.end - rows_.begin; }
-
-  // dL/dh_t for this member's columns of the team's rows: from the output (t >= 0), from h_n on the last step,
-  // and from the gate gradients of the step after.
+  // dL/dh for some of the team's rows and this member's columns: from the output at time t, if t >= 0,
+  // from h_n, if given, and from the gate gradients of step `later`, if >= 0.
   template <typename Finish>
-  LSTM_EXT_INLINE void recurrent_gradient(const T* later, const T* grad_h_n, Finish&& finish, int64_t t = -1) {
+  LSTM_EXT_INLINE void recurrent_gradient(Range part, int64_t later, const T* grad_h_n, int64_t t, Finish&& finish) {
     const int64_t P = shape_.output_size;
-    const T* grad_output = t >= 0 && p_.grad_output.data ? p_.grad_output.data + t * p_.grad_output.stride_t : nullptr;
+    const int64_t count = part.end - part.begin;
+    const bool from_output = t >= 0 && p_.grad_output.data;
+    const RowGrid<const T> grad_output =
+        rows_.grid(from_output ? steps_.at(p_.grad_output, t) : nullptr, p_.grad_output.stride_b, part.begin, part.end);
+    const RowGrid<const T> grad_final = rows_.grid(grad_h_n, P, part.begin, part.end);
     const auto start = [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t b = rows_.begin + row;
-      v = grad_output ? load_lanes<T>(grad_output + b * p_.grad_output.stride_b + column, lanes) : S::zero();
-      if (grad_h_n) v = v + load_lanes<T>(grad_h_n + b * P + column, lanes);
+      v = grad_output.data ? load_lanes<T>(grad_output.data + row * grad_output.inner_step + column, lanes) : S::zero();
+      if (grad_final.data) v = v + load_lanes<T>(grad_final.data + row * grad_final.inner_step + column, lanes);
     };
     RightHandSide<T> weight = recurrent_weight();
-    const RowGrid<const T> rows{later ? later + rows_.begin * plan_.gate_row : nullptr, 0, plan_.gate_row, team_rows()};
-    if (!later) weight.depth = 0;
+    if (later < 0) weight.depth = 0;
+    const T* gates = later < 0 ? nullptr : grad_gates(later);
+    const int64_t s = t < 0 ? -1 : steps_.time(t);
     multiply(
-        rows, team_rows(), weight, output_columns_, partial_sums(),
+        rows_.grid(gates, plan_.gate_row, part.begin, part.end), count, weight, output_columns_,
+        partial_sums(part.begin, part.end),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
-          if (!shape_.projected && t >= 0) prefetch_cell(time(t), t, row, column);
+          if (!shape_.projected && s >= 0) prefetch_cell(s, part.begin + row, column);
         },
         start, finish);
   }
 
-  // Fetches what cell_gradient will read.
-  LSTM_EXT_INLINE void prefetch_cell(int64_t s, int64_t t, int64_t row, int64_t unit) const {
+  // Fetches what cell_gradient will read; a row of the team.
+  LSTM_EXT_INLINE void prefetch_cell(int64_t s, int64_t row, int64_t unit) const {
     const int64_t H = shape_.hidden_size;
-    const int64_t b = rows_.begin + row;
-    const T* gates = p_.gates + (t * shape_.batch + b) * 4 * H + unit;
+    const int64_t t = steps_.time(s);
+    const int64_t b = rows_.batch_row(row);
+    const int64_t at = steps_.rows_before(t) + b;
+    const T* gates = p_.gates + at * 4 * H + unit;
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * H);
-    __builtin_prefetch(p_.cells + (t * shape_.batch + b) * H + unit);
-    if (s + 1 < shape_.steps) __builtin_prefetch(p_.cells + (time(s + 1) * shape_.batch + b) * H + unit);
+    __builtin_prefetch(p_.cells + at * H + unit);
+    const T* previous = previous_cell(s, row);
+    if (previous) __builtin_prefetch(previous + unit);
     if (p_.grad_output.data && !shape_.projected) {
-      __builtin_prefetch(p_.grad_output.data + t * p_.grad_output.stride_t + b * p_.grad_output.stride_b + unit);
+      __builtin_prefetch(steps_.at(p_.grad_output, t) + b * p_.grad_output.stride_b + unit);
     }
   }
 
-  // The gate gradients of one row and `lanes` units at step t, from dL/dh before the projection.
-  LSTM_EXT_INLINE void cell_gradient(int64_t s, int64_t t, int64_t row, int64_t unit, Reg<T> grad_h, int lanes) {
+  // c_{t-1} of a row of the team, in the direction of the forward pass; null for zeros.
+  LSTM_EXT_INLINE const T* previous_cell(int64_t s, int64_t row) const {
     const int64_t H = shape_.hidden_size;
-    const int64_t b = rows_.begin + row;
-    const int64_t at = t * shape_.batch + b;
+    const int64_t b = rows_.batch_row(row);
+    if (s + 1 < shape_.steps) {
+      const int64_t t = steps_.time(s + 1);
+      if (!steps_.packed() || b < steps_.rows_at(t)) return p_.cells + (steps_.rows_before(t) + b) * H;
+    }
+    return p_.c0 ? p_.c0 + b * H : nullptr;
+  }
+
+  // The gate gradients of one row of the team and `lanes` units in step s, from dL/dh before the
+  // projection. `begins`: this is the first step of the loop that the row has.
+  LSTM_EXT_INLINE void cell_gradient(int64_t s, int64_t row, bool begins, int64_t unit, Reg<T> grad_h, int lanes) {
+    const int64_t H = shape_.hidden_size;
+    const int64_t b = rows_.batch_row(row);
+    const int64_t at = steps_.rows_before(steps_.time(s)) + b;
     const Reg<T> one = S::set1(T(1));
     const T* gates = p_.gates + at * 4 * H + unit;
     const Reg<T> i = load_lanes<T>(gates, lanes);
@@ -194,11 +239,10 @@ class Backward {
     const Reg<T> g = load_lanes<T>(gates + 2 * H, lanes);
     const Reg<T> o = load_lanes<T>(gates + 3 * H, lanes);
     const Reg<T> tanh_c = tanh<T>(load_lanes<T>(p_.cells + at * H + unit, lanes));
-    const bool first = s == shape_.steps - 1;
-    const T* previous = first ? (p_.c0 ? p_.c0 + b * H : nullptr) : p_.cells + (time(s + 1) * shape_.batch + b) * H;
+    const T* previous = previous_cell(s, row);
 
     T* running = p_.grad_c + b * H + unit;
-    Reg<T> grad_c = s > 0         ? load_lanes<T>(running, lanes)
+    Reg<T> grad_c = !begins       ? load_lanes<T>(running, lanes)
                     : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes)
                                   : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
@@ -276,67 +320,90 @@ class Backward {
     for_each_column_block<T>(columns.begin, columns.end, column_block);
   }
 
-  // dL/dx = dgates W; workers share the rows.
-  void input_gradient(const Chunk& chunk) {
-    const RowGrid<const T> grads{grad_gates(first_step_in_time(chunk)), shape_.batch * plan_.gate_row, plan_.gate_row,
-                                 shape_.batch};
-    const RowGrid<T> out{p_.grad_input.data + chunk.begin * p_.grad_input.stride_t, p_.grad_input.stride_t,
-                         p_.grad_input.stride_b, shape_.batch};
-    const Range mine = share(chunk.count * shape_.batch, plan_.grid.workers(), worker_);
+  // The chunk's dL/dx = dgates W; workers share the rows.
+  void input_gradient() {
+    const RowGrid<T> out = steps_.from(p_.grad_input, chunk_.begin);
+    const Range mine = share(chunk_.rows, plan_.grid.workers(), worker_);
     constexpr int64_t kRows = 16 * kTileRows;  // rows that pass over a panel while it is in cache
     const RightHandSide<T> weight = input_weight();
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
       const int64_t rows = smaller(kRows, mine.end - begin);
-      multiply([&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return grads(begin + row); }, rows, weight,
-               Range{0, shape_.input_size}, [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
-               [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
-               [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
-                 v = p_.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : S::zero();
-               },
-               [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                 store_lanes<T>(out(begin + row) + column, S::load(sums), lanes);
-               });
+      multiply(
+          RowGrid<const T>{chunk_.grad_gates + begin * plan_.gate_row, rows * plan_.gate_row, plan_.gate_row, rows},
+          rows, weight, Range{0, shape_.input_size},
+          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
+          [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
+          [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
+            v = p_.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : S::zero();
+          },
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            store_lanes<T>(out(begin + row) + column, S::load(sums), lanes);
+          });
     }
   }
 
   // Adds the chunk's part; workers share the rows of the gradients.
-  void weight_gradients(const Chunk& chunk) {
+  void weight_gradients() {
     const int64_t H = shape_.hidden_size;
-    const int64_t B = shape_.batch;
     const int64_t P = shape_.output_size;
+    const Chunk& chunk = chunk_;
     const Range mine = share(4 * H, plan_.grid.workers(), worker_);
     T* scratch = outer_products_ + worker_ * outer_product_scratch(kLanes, divide_up(4 * H, plan_.grid.workers()));
-    const T* grads = grad_gates(first_step_in_time(chunk));
     if (p_.grad_weight_ih) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
-      add_outer_products<T>(grads, plan_.gate_row, chunk.count * B, mine,
-                            {p_.input.data + chunk.begin * p_.input.stride_t, p_.input.stride_t, p_.input.stride_b, B},
+      add_outer_products<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, steps_.from(p_.input, chunk.begin),
                             shape_.input_size, p_.grad_weight_ih, scratch);
     }
     if (p_.grad_weight_hh) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
-      // h_{t-1} is the output of the step before in the layer's direction; of its first step, h0.
-      const bool has_first = chunk.first + chunk.count == shape_.steps;
-      const int64_t begin = has_first && !shape_.reverse ? 1 : 0;  // of the steps with an output before
-      const int64_t count = chunk.count - (has_first ? 1 : 0);
-      const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
-      add_outer_products<T>(grads + begin * B * plan_.gate_row, plan_.gate_row, count * B, mine,
-                            {p_.output.data + before * p_.output.stride_t, p_.output.stride_t, p_.output.stride_b, B},
-                            P, p_.grad_weight_hh, scratch);
-      if (has_first && p_.h0) {
-        add_outer_products<T>(grad_gates(shape_.steps - 1), plan_.gate_row, B, mine, {p_.h0, B * P, P, B}, P,
-                              p_.grad_weight_hh, scratch);
+      if (steps_.packed()) {
+        list_previous_rows();
+        RowGrid<const T> previous{};
+        previous.each = row_list_;
+        add_outer_products<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, previous, P, p_.grad_weight_hh,
+                              scratch);
+      } else {
+        // h_{t-1} is the output of the step before in the layer's direction; of its first step, h0.
+        const int64_t B = shape_.batch;
+        const bool has_first = chunk.first + chunk.count == shape_.steps;
+        const int64_t begin = has_first && !shape_.reverse ? 1 : 0;  // of the steps with an output before
+        const int64_t count = chunk.count - (has_first ? 1 : 0);
+        const int64_t before = chunk.begin + begin + (shape_.reverse ? 1 : -1);
+        if (count > 0) {
+          add_outer_products<T>(chunk.grad_gates + begin * B * plan_.gate_row, plan_.gate_row, count * B, mine,
+                                steps_.from(p_.output, before), P, p_.grad_weight_hh, scratch);
+        }
+        if (has_first && p_.h0) {
+          add_outer_products<T>(grad_gates(shape_.steps - 1), plan_.gate_row, B, mine, {p_.h0, B * P, P, B}, P,
+                                p_.grad_weight_hh, scratch);
+        }
       }
     }
     if (p_.grad_bias) {
       if (chunk.first == 0) zero_rows(p_.grad_bias, 1, mine);
-      add_columns<T>(grads, plan_.gate_row, chunk.count * B, mine, p_.grad_bias);
+      add_columns<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, p_.grad_bias);
     }
     if (p_.grad_weight_hr) {
       const Range projected = share(P, plan_.grid.workers(), worker_);
       if (chunk.first == 0) zero_rows(p_.grad_weight_hr, H, projected);
-      add_outer_products<T>(grad_hidden(first_step_in_time(chunk)), P, chunk.count * B, projected,
-                            {p_.hidden + chunk.begin * B * H, B * H, H, B}, H, p_.grad_weight_hr, scratch);
+      add_outer_products<T>(chunk.grad_hidden, P, chunk.rows, projected,
+                            {p_.hidden + steps_.rows_before(chunk.begin) * H, H, H, 1}, H, p_.grad_weight_hr, scratch);
+    }
+  }
+
+  // row_list_ = h_{t-1} of every row of the chunk, of packed data.
+  void list_previous_rows() {
+    int64_t n = 0;
+    for (int64_t t = chunk_.begin; t < chunk_.begin + chunk_.count; ++t) {
+      const int64_t s = steps_.time(t);
+      const int64_t rows = steps_.rows_at(t);
+      const int64_t continued = smaller(rows, steps_.rows_of_step(s + 1));
+      const T* before = continued > 0 ? steps_.at(p_.output, steps_.time(s + 1)) : nullptr;
+      for (int64_t b = 0; b < rows; ++b, ++n) {
+        row_list_[n] = b < continued ? before + b * p_.output.stride_b
+                       : p_.h0       ? p_.h0 + b * shape_.output_size
+                                     : zero_row_;
+      }
     }
   }
 
@@ -347,8 +414,9 @@ class Backward {
   const BackwardParams<T>& p_;
   const BackwardPlan& plan_;
   const LayerShape& shape_;
+  const Steps steps_;  // of the backward pass, against the direction of the forward pass
   const int64_t worker_, team_, member_;
-  const Range rows_;            // batch rows of the team
+  const TeamRows rows_;
   const Range hidden_columns_;  // hidden units of this member
   const Range output_columns_;  // output features of this member; the same without a projection
   Barrier* all_workers_;
@@ -360,6 +428,9 @@ class Backward {
   T* grad_gates_;   // gradients of the pre-activations, chunk by chunk
   T* grad_hidden_;  // gradients of the projected h_t, likewise
   T* outer_products_;
+  const T** row_list_;
+  T* zero_row_;
+  Chunk chunk_, before_;
 };
 
 template <typename T>

@@ -50,9 +50,10 @@ class Forward {
       : p_(params),
         plan_(plan),
         shape_(params.shape),
+        steps_(shape_, shape_.reverse),
         team_(worker / plan.grid.hidden_groups),
         member_(worker % plan.grid.hidden_groups),
-        rows_(share(shape_.batch, plan.grid.batch_groups, team_)),
+        rows_(shape_, plan.grid.batch_groups, team_),
         blocks_(share(divide_up(shape_.hidden_size, kLanes), plan.grid.hidden_groups, member_)),
         all_workers_(reinterpret_cast<Barrier*>(workspace)),
         team_barrier_(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team_))),
@@ -61,23 +62,25 @@ class Forward {
         bias_(reinterpret_cast<T*>(workspace + plan.bias)),
         projection_panels_(reinterpret_cast<T*>(workspace + plan.projection_panels)),
         buffer_(reinterpret_cast<T*>(workspace + plan.pre_activations) +
-                team_ * plan.team_rows * plan.chunk_steps * 4 * shape_.hidden_size),
-        hidden_(reinterpret_cast<T*>(workspace + plan.hidden)) {}
+                team_ * plan.chunk_rows * 4 * shape_.hidden_size),
+        hidden_(reinterpret_cast<T*>(workspace + plan.hidden)),
+        input_rows_(reinterpret_cast<const T**>(workspace + plan.row_lists) + worker * 2 * plan.chunk_rows),
+        pre_rows_(reinterpret_cast<T**>(workspace + plan.row_lists) + (worker * 2 + 1) * plan.chunk_rows) {}
 
   void run() {
     prepare_weights();
-    const int64_t rows = rows_.end - rows_.begin;
-    for (int64_t first = 0; first < shape_.steps; first += plan_.chunk_steps) {
-      const int64_t steps = smaller(plan_.chunk_steps, shape_.steps - first);
-      // Row n of the chunk is step first + n / rows; in training it is the row of the saved gates.
-      const int64_t gate_row = 4 * shape_.hidden_size;
-      const RowGrid<T> pre = p_.gates ? RowGrid<T>{p_.gates + (time(first) * shape_.batch + rows_.begin) * gate_row,
-                                                   direction() * shape_.batch * gate_row, gate_row, rows}
-                                      : RowGrid<T>{buffer_, rows * gate_row, gate_row, rows};
-      input_part(first, steps, pre);
-      for (int64_t s = 0; s < steps; ++s) {
-        step(first + s, pre.data + s * pre.outer_step);
+    for (int64_t first = 0; first < shape_.steps;) {
+      // As many steps as the buffer has rows for.
+      int64_t end = first;
+      int64_t rows = 0;
+      while (end < shape_.steps && rows + team_rows(end) <= plan_.chunk_rows) rows += team_rows(end++);
+      if (rows > 0) input_part(first, end, rows);
+      int64_t done = 0;
+      for (int64_t s = first; s < end; ++s) {
+        step(s, pre_activations(s, done));
+        done += team_rows(s);
       }
+      first = end;
     }
     final_state();
   }
@@ -85,11 +88,20 @@ class Forward {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  int64_t direction() const { return shape_.reverse ? -1 : 1; }
-  int64_t time(int64_t s) const { return shape_.reverse ? shape_.steps - 1 - s : s; }
   int lanes_of(int64_t block) const { return static_cast<int>(smaller(shape_.hidden_size - block * kLanes, kLanes)); }
+  // Rows of the team in step s.
+  int64_t team_rows(int64_t s) const { return rows_.of(steps_.rows_of_step(s)); }
   void meet_team() {
     if (plan_.grid.hidden_groups > 1) team_barrier_->wait(plan_.grid.hidden_groups);
+  }
+
+  // Where the pre-activations of step s are: in training where its gates will be, else in the
+  // buffer, after those of the `done` rows of the chunk's earlier steps.
+  RowGrid<T> pre_activations(int64_t s, int64_t done) const {
+    const int64_t gate_row = 4 * shape_.hidden_size;
+    const int64_t count = team_rows(s);
+    if (p_.gates) return rows_.grid(p_.gates + steps_.rows_before(steps_.time(s)) * gate_row, gate_row, 0, count);
+    return {buffer_ + done * gate_row, 0, gate_row, count};
   }
 
   // Each member uses the panels of its own units only; the teams share the work of packing them.
@@ -125,11 +137,32 @@ class Forward {
     if (teams > 1 || (shape_.projected && plan_.grid.workers() > 1)) all_workers_->wait(plan_.grid.workers());
   }
 
-  // pre = W x + b for all rows of the chunk and the units of this member.
-  void input_part(int64_t first, int64_t steps, const RowGrid<T>& pre) {
-    const RowGrid<const T> input{p_.input.data + time(first) * p_.input.stride_t + rows_.begin * p_.input.stride_b,
-                                 direction() * p_.input.stride_t, p_.input.stride_b, pre.rows};
-    const int64_t rows = steps * pre.rows;
+  // pre = W x + b for the `rows` rows of steps first ... end - 1 and the units of this member.
+  void input_part(int64_t first, int64_t end, int64_t rows) {
+    const int64_t gate_row = 4 * shape_.hidden_size;
+    RowGrid<const T> input;
+    RowGrid<T> pre;
+    if (!steps_.packed()) {
+      const int64_t direction = shape_.reverse ? -1 : 1;
+      const int64_t t = steps_.time(first);
+      input = rows_.grid(steps_.at(p_.input, t), p_.input.stride_b, 0, rows_.most);
+      input.outer_step = direction * p_.input.stride_t;
+      pre = pre_activations(first, 0);
+      pre.outer_step = p_.gates ? direction * shape_.batch * gate_row : rows_.most * gate_row;
+    } else {
+      int64_t n = 0;
+      for (int64_t s = first; s < end; ++s) {
+        const RowGrid<const T> from =
+            rows_.grid(steps_.at(p_.input, steps_.time(s)), p_.input.stride_b, 0, team_rows(s));
+        const RowGrid<T> to = pre_activations(s, n);
+        for (int64_t row = 0; row < from.rows; ++row, ++n) {
+          input_rows_[n] = from(row);
+          pre_rows_[n] = to(row);
+        }
+      }
+      input.each = input_rows_;
+      pre.each = pre_rows_;
+    }
     if (plan_.pack_input) {
       multiply_gate_panels(rows, input, shape_.input_size, input_panels_, pre, bias_,
                            [](int64_t, int64_t, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
@@ -138,31 +171,51 @@ class Forward {
     }
   }
 
-  void step(int64_t s, T* pre_row) {
-    const int64_t t = time(s);
-    const int64_t count = rows_.end - rows_.begin;
-    const int64_t H = shape_.hidden_size;
-    const RowGrid<T> pre{pre_row, 0, 4 * H, count};
-    const RowGrid<const T> h =
-        s == 0
-            ? RowGrid<const T>{p_.h0 ? p_.h0 + rows_.begin * shape_.output_size : nullptr, 0, shape_.output_size, count}
-            : RowGrid<const T>{p_.output.data + time(s - 1) * p_.output.stride_t + rows_.begin * p_.output.stride_b, 0,
-                               p_.output.stride_b, count};
-    const T* c_previous = s == 0 ? p_.c0 : p_.cells ? p_.cells + time(s - 1) * shape_.batch * H : p_.c_n;
-    T* c_current = p_.cells ? p_.cells + t * shape_.batch * H : p_.c_n;
-    T* hidden = p_.output.data + t * p_.output.stride_t;
-    int64_t hidden_stride = p_.output.stride_b;
+  void step(int64_t s, const RowGrid<T>& pre) {
+    const int64_t t = steps_.time(s);
+    const int64_t count = pre.rows;
+    // Rows that were there in the step before; those after them begin now.
+    const int64_t continued = smaller(count, team_rows(s - 1));
+    RowGrid<T> hidden = rows_.grid(steps_.at(p_.output, t), p_.output.stride_b, 0, count);
     if (shape_.projected) {
-      hidden = p_.hidden ? p_.hidden + t * shape_.batch * H : hidden_;
-      hidden_stride = H;
+      const int64_t H = shape_.hidden_size;
+      hidden = rows_.grid(p_.hidden ? p_.hidden + steps_.rows_before(t) * H : hidden_, H, 0, count);
     }
+    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
+      const Range part = begins ? Range{continued, count} : Range{0, continued};
+      if (part.begin < part.end) recurrence(s, part, begins != 0, pre, hidden);
+    }
+    meet_team();
+    if (shape_.projected) {
+      project(t, hidden);
+      meet_team();
+    }
+  }
+
+  // pre += U h_{t-1}, then the cell update, for rows of the team that go on or that begin.
+  void recurrence(int64_t s, Range part, bool begins, const RowGrid<T>& pre_rows, const RowGrid<T>& hidden) {
+    const int64_t H = shape_.hidden_size;
+    const int64_t P = shape_.output_size;
+    const int64_t t = steps_.time(s);
+    const int64_t before = begins ? 0 : steps_.time(s - 1);
+    const RowGrid<const T> h = begins ? rows_.grid(p_.h0, P, part.begin, part.end)
+                                      : rows_.grid(const_cast<const T*>(steps_.at(p_.output, before)),
+                                                   p_.output.stride_b, part.begin, part.end);
+    const T* const c_start = begins ? p_.c0 : p_.cells ? p_.cells + steps_.rows_before(before) * H : p_.c_n;
+    const RowGrid<const T> c_previous = rows_.grid(c_start, H, part.begin, part.end);
+    const RowGrid<T> c_current =
+        rows_.grid(p_.cells ? p_.cells + steps_.rows_before(t) * H : p_.c_n, H, part.begin, part.end);
+    RowGrid<T> pre = pre_rows;
+    pre.data = pre_rows(part.begin);
+    const int64_t count = part.end - part.begin;
     const auto cell = [&](int64_t row, int64_t block, Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t b = rows_.begin + row;
-      const CellState<T> state{c_previous ? c_previous + b * H : nullptr, c_current + b * H};
-      update_cell<T>(i, f, g, o, state, block * kLanes, lanes_of(block), hidden + b * hidden_stride,
-                     p_.gates ? pre_row + row * 4 * H : nullptr, H);
+      const CellState<T> state{c_previous.data ? c_previous.data + row * c_previous.inner_step : nullptr,
+                               c_current.data + row * c_current.inner_step};
+      update_cell<T>(i, f, g, o, state, block * kLanes, lanes_of(block),
+                     hidden.data + (part.begin + row) * hidden.inner_step,
+                     p_.gates ? pre.data + row * pre.inner_step : nullptr, H);
     };
-    const int64_t h_size = h.data ? shape_.output_size : 0;
+    const int64_t h_size = h.data ? P : 0;
     if (plan_.pack_recurrent) {
       multiply_gate_panels(count, h, h_size, recurrent_panels_, pre, static_cast<const T*>(nullptr),
                            [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
@@ -184,29 +237,24 @@ class Forward {
         }
       }
     }
-    meet_team();
-    if (shape_.projected) {
-      project(t, hidden + rows_.begin * hidden_stride, hidden_stride);
-      meet_team();
-    }
   }
 
   // h_t = W_hr (o * tanh(c_t)), the members sharing the output columns.
-  void project(int64_t t, const T* hidden, int64_t hidden_stride) {
+  void project(int64_t t, const RowGrid<T>& hidden) {
     const Range blocks = share(divide_up(shape_.output_size, kLanes), plan_.grid.hidden_groups, member_);
-    T* out = p_.output.data + t * p_.output.stride_t + rows_.begin * p_.output.stride_b;
+    const RowGrid<T> out = rows_.grid(steps_.at(p_.output, t), p_.output.stride_b, 0, hidden.rows);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int lanes = static_cast<int>(smaller(shape_.output_size - block * kLanes, kLanes));
       const T* panel = projection_panels_ + block * kLanes * shape_.hidden_size;
-      for_each_row_tile(rows_.end - rows_.begin, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+      for_each_row_tile(hidden.rows, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
         const T* a[R];
-        for (int r = 0; r < R; ++r) a[r] = hidden + (row + r) * hidden_stride;
+        for (int r = 0; r < R; ++r) a[r] = hidden(row + r);
         Tile<T, R, 1> tile;
         tile.zero();
         accumulate_rows(tile, a, panel, kLanes, shape_.hidden_size);
         for (int r = 0; r < R; ++r) {
-          store_lanes<T>(out + (row + r) * p_.output.stride_b + block * kLanes, tile.acc[r][0], lanes);
+          store_lanes<T>(out(row + r) + block * kLanes, tile.acc[r][0], lanes);
         }
       });
     }
@@ -304,20 +352,25 @@ class Forward {
   void final_state() {
     // The last step ended with a meeting of the team, so all columns are there.
     if (member_ != 0) return;
-    const int64_t t = time(shape_.steps - 1);
     const int64_t H = shape_.hidden_size;
     const int64_t P = shape_.output_size;
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
-      copy(p_.output.data + t * p_.output.stride_t + b * p_.output.stride_b, P, p_.h_n + b * P);
-      if (p_.cells) copy(p_.cells + (t * shape_.batch + b) * H, H, p_.c_n + b * H);
+    for (int64_t s = 0; s < shape_.steps; ++s) {
+      const int64_t t = steps_.time(s);
+      // The rows that do not go on; in the reverse direction all do, to the end.
+      for (int64_t row = team_rows(s + 1); row < team_rows(s); ++row) {
+        const int64_t b = rows_.batch_row(row);
+        copy(steps_.at(p_.output, t) + b * p_.output.stride_b, P, p_.h_n + b * P);
+        if (p_.cells) copy(p_.cells + (steps_.rows_before(t) + b) * H, H, p_.c_n + b * H);
+      }
     }
   }
 
   const ForwardParams<T>& p_;
   const ForwardPlan& plan_;
   const LayerShape& shape_;
+  const Steps steps_;
   const int64_t team_, member_;
-  const Range rows_;    // batch rows of the team
+  const TeamRows rows_;
   const Range blocks_;  // blocks of kLanes hidden units of this member
   Barrier* all_workers_;
   Barrier* team_barrier_;
@@ -327,6 +380,8 @@ class Forward {
   T* projection_panels_;
   T* buffer_;
   T* hidden_;
+  const T** input_rows_;  // of the chunk, of packed data
+  T** pre_rows_;
 };
 
 template <typename T>

@@ -22,6 +22,7 @@ namespace {
 #include "cpu/pack.h"
 #include "cpu/row_major.h"
 #include "cpu/barrier.h"
+#include "cpu/steps.h"
 #include "cpu/forward.h"
 #include "cpu/weight_gradient.h"
 #include "cpu/backward.h"

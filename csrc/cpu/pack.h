@@ -2,11 +2,14 @@
 // Included inside a per-set anonymous namespace.
 
 // Rows numbered outer * rows + inner, e.g. time step * batch + batch row. Steps may be negative.
+// Where they follow no such rule, `each` lists them one by one.
 template <typename T>
 struct RowGrid {
   T* data;  // row 0
   int64_t outer_step, inner_step, rows;
+  T* const* each = nullptr;
   LSTM_EXT_INLINE T* operator()(int64_t n) const {
+    if (each) return each[n];
     // The division is worth avoiding where rows lie at one distance.
     if (outer_step == rows * inner_step) return data + n * inner_step;
     if (rows == 1) return data + n * outer_step;

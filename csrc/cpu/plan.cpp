@@ -14,6 +14,7 @@ constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as
 constexpr int64_t kChunkBytes = 256 * 1024;  // pre-activations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kPointerBytes = sizeof(void*);
 // Samples (time x batch) of a backward chunk, H within these bounds. Each chunk adds to the weight
 // gradients in memory once, so larger weights want longer chunks; its gate gradients should stay in
 // cache, so smaller ones want shorter.
@@ -22,6 +23,9 @@ constexpr int64_t kMostSamples = 1024;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of all steps together.
+int64_t samples_of(const LayerShape& s) { return s.step_offsets ? s.step_offsets[s.steps] : s.steps * s.batch; }
 
 struct Layout {
   int64_t end = 0;
@@ -43,18 +47,19 @@ double row_work(const LayerShape& s, int64_t features) {
 // `other_work` what all workers share evenly, `barriers` how often members of a team meet in a step.
 // Many teams come before many members: what is as fast on paper should not have to wait.
 WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, double other_work, int64_t barriers) {
-  const double total = row_work * static_cast<double>(s.batch * s.steps) + other_work;
+  const int64_t batch = divide_up(samples_of(s), s.steps);  // of a step, on average
+  const double total = row_work * static_cast<double>(batch * s.steps) + other_work;
   const int threads = std::max(1, std::min(m.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(s.hidden_size, m.lanes);
   WorkerGrid best;
   double best_time = total;
-  for (int batch_groups = static_cast<int>(std::min<int64_t>(threads, s.batch)); batch_groups >= 1; --batch_groups) {
+  for (int batch_groups = static_cast<int>(std::min<int64_t>(threads, batch)); batch_groups >= 1; --batch_groups) {
     for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
       if (hidden_groups > blocks) break;
-      const double rows = static_cast<double>(divide_up(s.batch, batch_groups));
+      const double rows = static_cast<double>(divide_up(batch, batch_groups));
       const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
       // A low tile is bound by loading the weights: two rows cost hardly more than one.
-      const double step = row_work * std::max(rows, std::min<double>(2.0, s.batch)) * share;
+      const double step = row_work * std::max(rows, std::min<double>(2.0, batch)) * share;
       const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
       const double time = (step + meet) * static_cast<double>(s.steps) + other_work / (batch_groups * hidden_groups);
       if (time < best_time * 0.98) {
@@ -73,13 +78,14 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
   ForwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
   plan.grid = choose_grid(s, m, row_work(s, s.input_size), 0.0, s.projected ? 2 : 1);
-  plan.team_rows = divide_up(s.batch, plan.grid.batch_groups);
-  plan.pack_input = s.steps * s.batch > kRowMajorRows;
+  const int64_t samples = samples_of(s);
+  plan.pack_input = samples > kRowMajorRows;
   plan.pack_recurrent = plan.pack_input && s.batch > kRowMajorBatch;
 
-  const int64_t step_bytes = plan.team_rows * gates * m.element_size;
-  plan.chunk_steps = std::max(kChunkBytes / step_bytes, divide_up(kChunkRows, plan.team_rows));
-  plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, s.steps));
+  const int64_t row_bytes = gates * m.element_size;
+  const int64_t team_rows = divide_up(s.batch, plan.grid.batch_groups);  // in a step, at most
+  const int64_t chunk_steps = std::max(kChunkBytes / (team_rows * row_bytes), divide_up(kChunkRows, team_rows));
+  plan.chunk_rows = team_rows * std::clamp<int64_t>(chunk_steps, 1, s.steps);
 
   const int64_t padded = round_up(s.hidden_size, m.lanes);
   Layout layout;
@@ -93,7 +99,10 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
     if (!save) plan.hidden = layout.reserve(s.batch * s.hidden_size * m.element_size);
   }
   if (!save) {
-    plan.pre_activations = layout.reserve(plan.grid.batch_groups * plan.chunk_steps * step_bytes);
+    plan.pre_activations = layout.reserve(plan.grid.batch_groups * plan.chunk_rows * row_bytes);
+  }
+  if (s.step_offsets) {  // per worker, a list of rows of the input and one of pre-activations
+    plan.row_lists = layout.reserve(plan.grid.workers() * 2 * plan.chunk_rows * kPointerBytes);
   }
   plan.workspace_bytes = layout.end;
   return plan;
@@ -102,10 +111,11 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
 BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input) {
   BackwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
-  const double other_work = static_cast<double>(s.steps * s.batch) * static_cast<double>(gates) *
+  const double other_work = static_cast<double>(samples_of(s)) * static_cast<double>(gates) *
                             static_cast<double>(2 * s.input_size + s.output_size);
   plan.grid = choose_grid(s, m, row_work(s, 0), other_work, s.projected ? 2 : 1);
-  plan.pack = s.steps * s.batch > kRowMajorRows;
+  const int64_t samples = samples_of(s);
+  plan.pack = samples > kRowMajorRows;
 
   Layout layout;
   layout.reserve(kBarrierBytes * (1 + plan.grid.batch_groups));
@@ -123,13 +133,17 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   plan.partial_sums = layout.reserve(s.batch * s.hidden_size * m.element_size);
   plan.outer_products = layout.reserve(
       plan.grid.workers() * outer_product_scratch(m.lanes, divide_up(gates, plan.grid.workers())) * m.element_size);
-  const int64_t samples = std::clamp(s.hidden_size, kLeastSamples, kMostSamples);
-  plan.chunk_steps = std::clamp<int64_t>(divide_up(samples, s.batch), 1, s.steps);
-  if (2 * plan.chunk_steps >= s.steps) plan.chunk_steps = s.steps;
-  const int64_t kept_rows = (plan.chunk_steps == s.steps ? 1 : 2) * plan.chunk_steps * s.batch;
+  const int64_t wanted_rows = std::clamp(s.hidden_size, kLeastSamples, kMostSamples);
+  plan.chunk_rows = divide_up(wanted_rows, s.batch) * s.batch;
+  if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
+  const int64_t kept_rows = (plan.chunk_rows == samples ? 1 : 2) * plan.chunk_rows;
   plan.gate_row = gates * m.element_size % 1024 == 0 ? gates + kCacheLine / m.element_size : gates;
   plan.grad_gates = layout.reserve(kept_rows * plan.gate_row * m.element_size);
   if (s.projected) plan.grad_hidden = layout.reserve(kept_rows * s.output_size * m.element_size);
+  if (s.step_offsets) {  // per worker, a list of the rows of h_{t-1}
+    plan.row_lists = layout.reserve(plan.grid.workers() * plan.chunk_rows * kPointerBytes);
+    plan.zero_row = layout.reserve(s.output_size * m.element_size);
+  }
   plan.workspace_bytes = layout.end;
   return plan;
 }

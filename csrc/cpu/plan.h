@@ -18,6 +18,8 @@ struct Machine {
 // Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of
 // hidden_groups members, each owning a slice of the hidden units of the team's rows. Teams never
 // wait for each other inside the time loop; members do, once a step (twice with a projection).
+// A team's rows lie side by side; of packed data, whose first rows run longest, it has every
+// batch_groups-th row, so that all teams have the same to do in every step.
 struct WorkerGrid {
   int batch_groups = 1;
   int hidden_groups = 1;
@@ -28,10 +30,10 @@ struct ForwardPlan {
   WorkerGrid grid;
   bool pack_input = false;      // W as gate-interleaved panels; else W is read row-major
   bool pack_recurrent = false;  // the same for U
-  int64_t chunk_steps = 1;      // time steps whose input part is computed at once
-  int64_t team_rows = 0;        // the most batch rows a team owns
+  int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   // Byte offsets into the workspace; barriers come first.
-  int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0, hidden = 0;
+  int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0, hidden = 0,
+          row_lists = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -39,14 +41,14 @@ struct ForwardPlan {
 struct BackwardPlan {
   WorkerGrid grid;
   bool pack = false;  // copy U, W and W_hr into column panels; else read them where they are
-  // Time steps whose gate gradients are kept until the products over them are done. Two buffers of
-  // so many steps, or one if the chunk is the whole sequence.
-  int64_t chunk_steps = 1;
+  // Rows (steps x batch) of gate gradients that are kept until the products over them are done; whole
+  // steps, at least one. Two buffers of so many rows, or one if that is all there is.
+  int64_t chunk_rows = 0;
   // Numbers from one row of gate gradients to the next, 4H or a little more: rows at a distance that
   // is a power of two share a few sets of the caches and drive each other out.
   int64_t gate_row = 0;
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
-          grad_hidden = 0, outer_products = 0;
+          grad_hidden = 0, outer_products = 0, row_lists = 0, zero_row = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };

@@ -9,28 +9,76 @@ namespace {
 
 constexpr const char* kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
 
+// Offsets of the steps from the number of sequences in each.
+std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tensor& input) {
+  TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong && batch_sizes.dim() == 1,
+              "lstm_ext: batch_sizes is ", batch_sizes.toString(), " of shape ", batch_sizes.sizes(), " on ",
+              batch_sizes.device(), ", expected one dimension of int64 on the CPU");
+  const at::Tensor sizes = batch_sizes.contiguous();
+  const int64_t* size = sizes.const_data_ptr<int64_t>();
+  const int64_t steps = sizes.numel();
+  TORCH_CHECK(steps >= 1, "lstm_ext: batch_sizes is empty, expected at least one time step");
+  std::vector<int64_t> offsets(steps + 1, 0);
+  for (int64_t t = 0; t < steps; ++t) {
+    TORCH_CHECK(size[t] >= 1, "lstm_ext: batch_sizes[", t, "] is ", size[t], ", expected at least 1");
+    TORCH_CHECK(t == 0 || size[t] <= size[t - 1], "lstm_ext: batch_sizes[", t, "] is ", size[t], ", more than the ",
+                size[t - 1], " before it; expected numbers that never rise");
+    offsets[t + 1] = offsets[t] + size[t];
+    // Also keeps the sum from overflowing.
+    TORCH_CHECK(offsets[t + 1] <= input.size(0), "lstm_ext: the sum of batch_sizes is more than the ", input.size(0),
+                " rows of the input");
+  }
+  TORCH_CHECK(offsets[steps] == input.size(0), "lstm_ext: the sum of batch_sizes is ", offsets[steps],
+              ", expected the number of rows of the input, ", input.size(0));
+  return offsets;
+}
+
 }  // namespace
 
-void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::IntArrayRef sizes) {
+std::vector<int64_t> LayerSizes::sequence_sizes(int64_t features) const {
+  if (packed()) return {step_offsets.back(), features};
+  return {steps, batch, features};
+}
+
+std::vector<int64_t> LayerSizes::saved_sizes(int64_t features) const {
+  if (packed()) return {directions, step_offsets.back(), features};
+  return {directions, steps, batch, features};
+}
+
+void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,
+                  at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device() == input.device(), "lstm_ext: ", name, " is on ", tensor.device(), ", the input on ",
               input.device(), "; all tensors of a layer must be on one device");
-  TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "lstm_ext: ", name, " has dtype ", tensor.scalar_type(),
-              ", expected that of the input, ", input.scalar_type());
+  TORCH_CHECK(tensor.scalar_type() == dtype, "lstm_ext: ", name, " has dtype ", tensor.scalar_type(), ", expected ",
+              dtype, dtype == input.scalar_type() ? ", that of the input" : "");
   TORCH_CHECK(tensor.sizes() == sizes, "lstm_ext: ", name, " has shape ", tensor.sizes(), ", expected ", sizes);
 }
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional) {
+                       const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
+                       bool bidirectional) {
   TORCH_CHECK(input.device().is_cpu(), "lstm_ext: input is on ", input.device(), ", expected the CPU");
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
-  TORCH_CHECK(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble, "lstm_ext: input has dtype ",
-              input.scalar_type(), ", expected float32 or float64");
-  TORCH_CHECK(input.dim() == 3, "lstm_ext: input has ", input.dim(),
+  const at::ScalarType dtype = input.scalar_type();
+  const bool low_precision = dtype == at::kBFloat16 || dtype == at::kHalf;
+  TORCH_CHECK(low_precision || dtype == at::kFloat || dtype == at::kDouble, "lstm_ext: input has dtype ", dtype,
+              ", expected float32, float64, bfloat16 or float16");
+  const bool packed = batch_sizes && batch_sizes->defined();
+  TORCH_CHECK(packed || input.dim() == 3, "lstm_ext: input has ", input.dim(),
               " dimensions, expected 3: (time, batch, features)");
+  TORCH_CHECK(!packed || input.dim() == 2, "lstm_ext: input has ", input.dim(),
+              " dimensions, expected 2 with batch_sizes: (rows, features)");
   LayerSizes s{};
-  s.steps = input.size(0);
-  s.batch = input.size(1);
-  s.input_size = input.size(2);
+  s.compute_type = low_precision ? at::kFloat : dtype;
+  if (packed) {
+    s.step_offsets = step_offsets(*batch_sizes, input);
+    s.steps = static_cast<int64_t>(s.step_offsets.size()) - 1;
+    s.batch = s.step_offsets[1];
+  } else {
+    s.steps = input.size(0);
+    s.batch = input.size(1);
+  }
+  s.input_size = input.size(-1);
   s.directions = bidirectional ? 2 : 1;
   TORCH_CHECK(s.steps >= 1, "lstm_ext: input has 0 time steps, expected at least 1");
   const int64_t plain = has_bias ? 4 : 2;
@@ -59,14 +107,14 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
         std::string(kWeightNames[name]) + (i >= s.weights_per_direction ? " of the reverse direction" : "");
     const int64_t gates = 4 * s.hidden_size;
     switch (name) {
-      case 0: check_tensor(label.c_str(), weights[i], input, {gates, s.input_size}); break;
-      case 1: check_tensor(label.c_str(), weights[i], input, {gates, s.output_size}); break;
-      case 4: check_tensor(label.c_str(), weights[i], input, {s.output_size, s.hidden_size}); break;
-      default: check_tensor(label.c_str(), weights[i], input, {gates}); break;
+      case 0: check_tensor(label.c_str(), weights[i], input, dtype, {gates, s.input_size}); break;
+      case 1: check_tensor(label.c_str(), weights[i], input, dtype, {gates, s.output_size}); break;
+      case 4: check_tensor(label.c_str(), weights[i], input, dtype, {s.output_size, s.hidden_size}); break;
+      default: check_tensor(label.c_str(), weights[i], input, dtype, {gates}); break;
     }
   }
-  if (h0) check_tensor("h0", *h0, input, {s.directions, s.batch, s.output_size});
-  if (c0) check_tensor("c0", *c0, input, {s.directions, s.batch, s.hidden_size});
+  if (h0) check_tensor("h0", *h0, input, dtype, {s.directions, s.batch, s.output_size});
+  if (c0) check_tensor("c0", *c0, input, dtype, {s.directions, s.batch, s.hidden_size});
   return s;
 }
 

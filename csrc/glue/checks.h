@@ -10,12 +10,21 @@ struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;
+  at::ScalarType compute_type;        // of everything between arguments and results
+  std::vector<int64_t> step_offsets;  // see LayerShape; empty for dense data
+
+  bool packed() const { return !step_offsets.empty(); }
+  // Sizes of a tensor with the time and batch axes of the input: [directions,] time, batch, features.
+  std::vector<int64_t> sequence_sizes(int64_t features) const;
+  std::vector<int64_t> saved_sizes(int64_t features) const;
 };
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional);
+                       const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
+                       bool bidirectional);
 
-// `tensor`, if there, is of the dtype and device of `input` and has the given sizes.
-void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::IntArrayRef sizes);
+// `tensor` is of the device of `input`, and of the given dtype and sizes.
+void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,
+                  at::IntArrayRef sizes);
 
 }  // namespace lstm_ext

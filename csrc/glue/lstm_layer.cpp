@@ -24,21 +24,20 @@ at::Tensor materialized(const at::Tensor& t) {
 }
 
 // What the kernels want of a sequence: the innermost axis contiguous.
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  const at::Tensor t = materialized(tensor);
+at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
+  const at::Tensor t = materialized(tensor).to(type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
 
+// Columns from `first` on of a (T, B, n) or, if packed, (N, n) tensor.
 template <typename T>
-Sequence<const T> sequence_of(const at::Tensor& t) {
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+Sequence<const T> const_columns_of(const at::Tensor& t, int64_t first) {
+  return {t.const_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
 }
-
-// Columns of one direction of a (T, B, D * n) tensor.
 template <typename T>
-Sequence<T> direction_of(const at::Tensor& t, int64_t direction, int64_t columns) {
-  return {t.mutable_data_ptr<T>() + direction * columns, t.stride(0), t.stride(1)};
+Sequence<T> columns_of(const at::Tensor& t, int64_t first) {
+  return {t.mutable_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
 }
 
 // Rows of `direction` of a contiguous (D, ...) tensor, or null.
@@ -51,14 +50,14 @@ const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
   return t.defined() ? t.const_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
 }
 
-at::Tensor contiguous_or_undefined(const OptionalTensor& t) {
-  return t && t->defined() ? materialized(*t).contiguous() : at::Tensor();
+at::Tensor contiguous_or_undefined(const OptionalTensor& t, at::ScalarType type) {
+  return t && t->defined() ? materialized(*t).to(type).contiguous() : at::Tensor();
 }
 
-std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights) {
+std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights, at::ScalarType type) {
   std::vector<at::Tensor> result;
   result.reserve(weights.size());
-  for (const at::Tensor& w : weights) result.push_back(materialized(w).contiguous());
+  for (const at::Tensor& w : weights) result.push_back(materialized(w).to(type).contiguous());
   return result;
 }
 
@@ -72,7 +71,8 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
 }
 
 LayerShape shape_of(const LayerSizes& s, int64_t direction) {
-  return {s.steps, s.batch, s.input_size, s.hidden_size, s.output_size, s.projected, direction == 1};
+  return {s.steps,       s.batch,     s.input_size,   s.hidden_size,
+          s.output_size, s.projected, direction == 1, s.packed() ? s.step_offsets.data() : nullptr};
 }
 
 template <typename T>
@@ -116,35 +116,39 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
     const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save) {
-  TORCH_CHECK(!batch_sizes, "lstm_ext: batch_sizes is not supported yet");
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
-  const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
-  const auto options = input.options();
-  const at::Tensor output = empty_in_huge_pages({s.steps, s.batch, s.directions * s.output_size}, options);
+  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  const at::ScalarType type = s.compute_type;
+  const auto options = input.options().dtype(type);
+  const at::Tensor output = empty_in_huge_pages(s.sequence_sizes(s.directions * s.output_size), options);
   const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
   const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
   std::vector<at::Tensor> saved;
   if (save) {
-    saved.push_back(empty_in_huge_pages({s.directions, s.steps, s.batch, 4 * s.hidden_size}, options));
-    saved.push_back(empty_in_huge_pages({s.directions, s.steps, s.batch, s.hidden_size}, options));
-    if (s.projected) saved.push_back(empty_in_huge_pages({s.directions, s.steps, s.batch, s.hidden_size}, options));
+    saved.push_back(empty_in_huge_pages(s.saved_sizes(4 * s.hidden_size), options));
+    saved.push_back(empty_in_huge_pages(s.saved_sizes(s.hidden_size), options));
+    if (s.projected) saved.push_back(empty_in_huge_pages(s.saved_sizes(s.hidden_size), options));
   }
-  if (s.batch == 0) return {output, h_n, c_n, saved};
+  const auto results = [&] {
+    const at::ScalarType dtype = input.scalar_type();
+    return std::make_tuple(output.to(dtype), h_n.to(dtype), c_n.to(dtype), saved);
+  };
+  if (s.batch == 0) return results();
 
-  const at::Tensor x = with_contiguous_rows(input);
-  const at::Tensor h = contiguous_or_undefined(h0);
-  const at::Tensor c = contiguous_or_undefined(c0);
-  const std::vector<at::Tensor> w = contiguous_weights(weights);
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_layer_forward", [&] {
+  const at::Tensor x = with_contiguous_rows(input, type);
+  const at::Tensor h = contiguous_or_undefined(h0, type);
+  const at::Tensor c = contiguous_or_undefined(c0, type);
+  const std::vector<at::Tensor> w = contiguous_weights(weights, type);
+  AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
       p.shape = shape_of(s, d);
       p.weights = weights_of<scalar_t>(w, s, has_bias, d);
-      p.input = sequence_of<scalar_t>(x);
+      p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
-      p.output = direction_of<scalar_t>(output, d, s.output_size);
+      p.output = columns_of<scalar_t>(output, d * s.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
       if (save) {
@@ -159,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
                  options);
     }
   });
-  return {output, h_n, c_n, saved};
+  return results();
 }
 
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -168,73 +172,76 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
                                             bool has_bias, bool bidirectional, const std::vector<bool>& wanted) {
-  TORCH_CHECK(!batch_sizes, "lstm_ext: batch_sizes is not supported yet");
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
-  const LayerSizes s = check_layer(input, h0, c0, weights, has_bias, bidirectional);
-  const auto options = input.options();
+  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  const at::ScalarType dtype = input.scalar_type();
+  const at::ScalarType type = s.compute_type;
+  const auto options = input.options().dtype(type);
   const auto count = static_cast<int64_t>(weights.size());
   TORCH_CHECK(static_cast<int64_t>(wanted.size()) == 3 + count, "lstm_ext: wanted has ", wanted.size(),
               " entries, expected ", 3 + count, " (input, h0, c0 and each weight)");
   const size_t saved_count = s.projected ? 3 : 2;
   TORCH_CHECK(saved.size() == saved_count, "lstm_ext: saved has ", saved.size(), " tensors, expected ", saved_count);
-  check_tensor("output", output, input, {s.steps, s.batch, s.directions * s.output_size});
-  check_tensor("saved gates", saved[0], input, {s.directions, s.steps, s.batch, 4 * s.hidden_size});
-  for (size_t i = 1; i < saved_count; ++i) {
-    check_tensor(i == 1 ? "saved cells" : "saved hidden", saved[i], input,
-                 {s.directions, s.steps, s.batch, s.hidden_size});
-  }
-  if (grad_output) check_tensor("grad_output", *grad_output, input, output.sizes());
-  if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, {s.directions, s.batch, s.output_size});
-  if (grad_c_n) check_tensor("grad_c_n", *grad_c_n, input, {s.directions, s.batch, s.hidden_size});
+  check_tensor("output", output, input, dtype, s.sequence_sizes(s.directions * s.output_size));
+  check_tensor("saved gates", saved[0], input, type, s.saved_sizes(4 * s.hidden_size));
+  check_tensor("saved cells", saved[1], input, type, s.saved_sizes(s.hidden_size));
+  if (s.projected) check_tensor("saved hidden", saved[2], input, type, s.saved_sizes(s.hidden_size));
+  if (grad_output) check_tensor("grad_output", *grad_output, input, dtype, output.sizes());
+  if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, dtype, {s.directions, s.batch, s.output_size});
+  if (grad_c_n) check_tensor("grad_c_n", *grad_c_n, input, dtype, {s.directions, s.batch, s.hidden_size});
 
   std::vector<at::Tensor> grads(3 + count);
-  if (wanted[0]) grads[0] = empty_in_huge_pages({s.steps, s.batch, s.input_size}, options);
+  if (wanted[0]) grads[0] = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
   if (wanted[1] && h0) grads[1] = at::empty({s.directions, s.batch, s.output_size}, options);
   const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
   if (wanted[2] && c0) grads[2] = grad_c;
   for (int64_t i = 0; i < count; ++i) {
     if (wanted[3 + i]) grads[3 + i] = empty_in_huge_pages(weights[i].sizes(), options);
   }
+  const auto results = [&] {
+    for (at::Tensor& g : grads) {
+      if (g.defined()) g = g.to(dtype);
+    }
+    return grads;
+  };
   if (s.batch == 0) {
     for (const at::Tensor& g : grads) {
       if (g.defined()) g.zero_();
     }
-    return grads;
+    return results();
   }
 
-  const at::Tensor x = with_contiguous_rows(input);
-  const at::Tensor h = contiguous_or_undefined(h0);
-  const at::Tensor c = contiguous_or_undefined(c0);
-  const std::vector<at::Tensor> w = contiguous_weights(weights);
-  const at::Tensor y = with_contiguous_rows(output);
-  const at::Tensor dy = grad_output ? with_contiguous_rows(*grad_output) : at::Tensor();
-  const at::Tensor dh = contiguous_or_undefined(grad_h_n);
-  const at::Tensor dc = contiguous_or_undefined(grad_c_n);
+  const at::Tensor x = with_contiguous_rows(input, type);
+  const at::Tensor h = contiguous_or_undefined(h0, type);
+  const at::Tensor c = contiguous_or_undefined(c0, type);
+  const std::vector<at::Tensor> w = contiguous_weights(weights, type);
+  const at::Tensor y = with_contiguous_rows(output, type);
+  const at::Tensor dy = grad_output ? with_contiguous_rows(*grad_output, type) : at::Tensor();
+  const at::Tensor dh = contiguous_or_undefined(grad_h_n, type);
+  const at::Tensor dc = contiguous_or_undefined(grad_c_n, type);
   const at::Tensor gates = saved[0].contiguous();
   const at::Tensor cells = saved[1].contiguous();
   const at::Tensor hidden = s.projected ? saved[2].contiguous() : at::Tensor();
 
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_layer_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       const int64_t first = 3 + d * s.weights_per_direction;
       BackwardParams<scalar_t> p{};
       p.shape = shape_of(s, d);
       p.weights = weights_of<scalar_t>(w, s, has_bias, d);
-      p.input = sequence_of<scalar_t>(x);
+      p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
-      p.output = {y.const_data_ptr<scalar_t>() + d * s.output_size, y.stride(0), y.stride(1)};
+      p.output = const_columns_of<scalar_t>(y, d * s.output_size);
       p.gates = const_part_or_null<scalar_t>(gates, d);
       p.cells = const_part_or_null<scalar_t>(cells, d);
       p.hidden = const_part_or_null<scalar_t>(hidden, d);
-      if (dy.defined()) {
-        p.grad_output = {dy.const_data_ptr<scalar_t>() + d * s.output_size, dy.stride(0), dy.stride(1)};
-      }
+      if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
-      if (grads[0].defined()) p.grad_input = direction_of<scalar_t>(grads[0], 0, 0);
+      if (grads[0].defined()) p.grad_input = columns_of<scalar_t>(grads[0], 0);
       p.accumulate_grad_input = d > 0;
       p.grad_h0 = part_or_null<scalar_t>(grads[1], d);
       const auto weight_grad = [&](int64_t i) {
@@ -256,7 +263,7 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
       if (has_bias && weight_grad(2) && weight_grad(3)) grads[first + 3].copy_(grads[first + 2]);
     }
   });
-  return grads;
+  return results();
 }
 
 }  // namespace lstm_ext

@@ -14,7 +14,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 // input (T, B, I), any strides; h0 (D, B, P) and c0 (D, B, H), absent means zeros; weights of the
 // layer in torch's order, a set per direction: weight_ih (4H, I), weight_hh (4H, P),
 // [bias_ih (4H), bias_hh (4H)] if has_bias, [weight_hr (P, H)] with a projection.
-// Returns output (T, B, D*P), h_n (D, B, P), c_n (D, B, H), and, if `save`, what backward needs.
+// With batch_sizes (T), int64 on the CPU, the input is packed as in torch's PackedSequence: (N, I), the
+// B = batch_sizes[0] sequences sorted by falling length, N the sum of batch_sizes.
+// Returns output (T, B, D*P), or (N, D*P) if packed, h_n (D, B, P), c_n (D, B, H), and, if `save`, what
+// backward needs: gates (D, T, B, 4H), cells (D, T, B, H), [hidden (D, T, B, H)] with a projection; if
+// packed, N in place of T, B.
+// float32 and float64 are computed in themselves; of bfloat16 and float16 everything between the
+// arguments and the results is float32, what is saved included.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
     const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save);
