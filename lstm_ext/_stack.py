@@ -1,7 +1,8 @@
 """What one layer is not: argument checks, stacking of layers, dropout between them.
 
 Everything here takes the function that computes one layer as an argument, so that the compiled kernels and
-the reference share every line above the layer itself. Tensors are time-major: (T, B, features).
+the reference share every line above the layer itself. Tensors are time-major, (T, B, features), or packed,
+(N, features).
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _packing
 
 __all__ = ["EMPTY_SEQUENCE", "LayerFunction", "any_autocast", "lstm", "stack"]
 
-# (input, h0, c0, weights, bias, bidirectional) -> (output, h_n, c_n)
+# (input, h0, c0, weights, batch_sizes, bias, bidirectional) -> (output, h_n, c_n)
 LayerFunction = Callable[
-    [Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor], bool, bool], tuple[Tensor, Tensor, Tensor]
+    [Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor], "Tensor | None", bool, bool],
+    tuple[Tensor, Tensor, Tensor],
 ]
 
 # torch's own text, from aten/src/ATen/native/RNN.cpp
@@ -33,12 +38,13 @@ def stack(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Sequence[Tensor]],
+    batch_sizes: Tensor | None,
     bias: bool,
     dropout: float,
     training: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the layers on a time-major ``input``; one entry of ``weights`` per layer. Checks nothing.
+    """Run the layers on a time-major or packed ``input``; one entry of ``weights`` per layer. Checks nothing.
 
     The masks between the layers come from ``torch.nn.functional.dropout`` on the time-major output, which is
     what torch itself does (also with ``batch_first``): the same seed gives the same masks.
@@ -46,7 +52,7 @@ def stack(
     if any_autocast():
         input, h0, c0, weights = _to_autocast_dtype(input, h0, c0, weights)
     if len(weights) == 1:
-        return layer(input, h0, c0, weights[0], bias, bidirectional)
+        return layer(input, h0, c0, weights[0], batch_sizes, bias, bidirectional)
 
     directions = 2 if bidirectional else 1
     h0_of = [None] * len(weights) if h0 is None else h0.split(directions)
@@ -55,7 +61,7 @@ def stack(
     for k, layer_weights in enumerate(weights):
         if k > 0 and dropout != 0 and training:
             input = F.dropout(input, dropout, True)
-        input, h, c = layer(input, h0_of[k], c0_of[k], layer_weights, bias, bidirectional)
+        input, h, c = layer(input, h0_of[k], c0_of[k], layer_weights, batch_sizes, bias, bidirectional)
         h_n.append(h)
         c_n.append(c)
     return input, torch.cat(h_n), torch.cat(c_n)
@@ -81,7 +87,7 @@ def _to_autocast_dtype(
 
 def lstm(
     layer: LayerFunction,
-    input: Tensor,
+    input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
     bias: bool,
@@ -90,24 +96,39 @@ def lstm(
     training: bool,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Any, tuple[Tensor, Tensor]]:
     """``functional.lstm`` for a given layer function: check, stack, put the layout back."""
-    if not isinstance(input, Tensor):
+    packed = input if isinstance(input, PackedSequence) else None
+    if packed is not None:
+        batch = _packing.batch_of(packed)
+        input = x = packed.data
+    elif not isinstance(input, Tensor):
         raise TypeError(
-            f"input: expected a Tensor of shape {_LAYOUT[batch_first]}, got {type(input).__name__}"
+            f"input: expected a Tensor of shape {_LAYOUT[batch_first]} or a PackedSequence, "
+            f"got {type(input).__name__}"
         )
-    if input.dim() != 3:
+    elif input.dim() != 3:
         raise ValueError(f"input: expected 3 dimensions {_LAYOUT[batch_first]}, got shape {_shape(input)}")
+    else:
+        x = input.transpose(0, 1) if batch_first else input
+        batch = x.size(1)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a number in range [0, 1], got {dropout}")
-    x = input.transpose(0, 1) if batch_first else input
     layers, hidden_size, state_size = _split_weights(weights, input, bias, num_layers, bidirectional)
-    h0, c0 = _check_hx(
-        hx, input, len(layers) * (2 if bidirectional else 1), x.size(1), hidden_size, state_size
-    )
+    h0, c0 = _check_hx(hx, input, len(layers) * (2 if bidirectional else 1), batch, hidden_size, state_size)
+    if packed is not None:
+        if h0 is not None and c0 is not None:
+            h0 = _packing.permuted(h0, packed.sorted_indices)
+            c0 = _packing.permuted(c0, packed.sorted_indices)
+        output, h_n, c_n = stack(
+            layer, x, h0, c0, layers, packed.batch_sizes, bias, dropout, training, bidirectional
+        )
+        h_n = _packing.permuted(h_n, packed.unsorted_indices)
+        c_n = _packing.permuted(c_n, packed.unsorted_indices)
+        return _packing.repacked(output, packed), (h_n, c_n)
     if x.size(0) == 0:
         raise RuntimeError(EMPTY_SEQUENCE)
-    output, h_n, c_n = stack(layer, x, h0, c0, layers, bias, dropout, training, bidirectional)
+    output, h_n, c_n = stack(layer, x, h0, c0, layers, None, bias, dropout, training, bidirectional)
     return (output.transpose(0, 1) if batch_first else output), (h_n, c_n)
 
 
@@ -158,7 +179,7 @@ def _split_weights(
         place, kind = divmod(i, per_set)
         k, reverse = divmod(place, directions)
         name = f"{names[kind]}_l{k}{'_reverse' if reverse else ''}"
-        features = input.size(2) if k == 0 else directions * state
+        features = input.size(-1) if k == 0 else directions * state
         expected: tuple[int, ...] = {
             "weight_ih": (4 * hidden, features),
             "weight_hh": (4 * hidden, state),

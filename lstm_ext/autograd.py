@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _backend, reference
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_KERNEL_DTYPES = frozenset((torch.float32, torch.float64))
+_KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
 
 
@@ -28,21 +28,22 @@ def lstm_layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
     bias: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments, results and shapes as in `reference.lstm_layer`."""
     kernels = _backend.extension() if _can_run_kernel(input, h0, c0, weights) else None
     if kernels is None:
-        return reference.lstm_layer(input, h0, c0, weights, bias, bidirectional)
+        return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
     if torch.is_grad_enabled() and (
         input.requires_grad
         or any([w.requires_grad for w in weights])
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     ):
-        return _LSTMLayer.apply(kernels, input, h0, c0, bias, bidirectional, *weights)
-    return kernels.lstm_layer_forward(input, h0, c0, weights, None, bias, bidirectional, False)[:3]
+        return _LSTMLayer.apply(kernels, input, h0, c0, batch_sizes, bias, bidirectional, *weights)
+    return kernels.lstm_layer_forward(input, h0, c0, weights, batch_sizes, bias, bidirectional, False)[:3]
 
 
 def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -69,24 +70,24 @@ def _is_plain(grad: Tensor) -> bool:
 
 class _LSTMLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, input, h0, c0, bias, bidirectional, *weights):
+    def forward(ctx, kernels, input, h0, c0, batch_sizes, bias, bidirectional, *weights):
         output, h_n, c_n, saved = kernels.lstm_layer_forward(
-            input, h0, c0, weights, None, bias, bidirectional, True
+            input, h0, c0, weights, batch_sizes, bias, bidirectional, True
         )
         ctx.kernels = kernels
         ctx.bias = bias
         ctx.bidirectional = bidirectional
         ctx.weight_count = len(weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, h0, c0, *weights, output, *saved)
+        ctx.save_for_backward(input, h0, c0, batch_sizes, *weights, output, *saved)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
         kept = ctx.saved_tensors  # once: checkpoint recomputes it at the first access and refuses a second
-        end = 3 + ctx.weight_count
-        (input, h0, c0), weights = kept[:3], kept[3:end]
-        wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:]
+        end = 4 + ctx.weight_count
+        (input, h0, c0, batch_sizes), weights = kept[:4], kept[4:end]
+        wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[7:]
         if grad_output is None and grad_h_n is None and grad_c_n is None:
             grads = [None] * len(wanted)
         elif (
@@ -97,6 +98,7 @@ class _LSTMLayer(torch.autograd.Function):
             grads = _differentiable_gradients(
                 (grad_output, grad_h_n, grad_c_n),
                 (input, h0, c0, *weights),
+                batch_sizes,
                 ctx.bias,
                 ctx.bidirectional,
                 wanted,
@@ -111,23 +113,23 @@ class _LSTMLayer(torch.autograd.Function):
                 h0,
                 c0,
                 weights,
-                None,
+                batch_sizes,
                 output,
                 saved,
                 ctx.bias,
                 ctx.bidirectional,
                 wanted,
             )
-        return None, *grads[:3], None, None, *grads[3:]
+        return None, *grads[:3], None, None, None, *grads[3:]
 
 
-def _differentiable_gradients(grad_outputs, inputs, bias, bidirectional, wanted):
+def _differentiable_gradients(grad_outputs, inputs, batch_sizes, bias, bidirectional, wanted):
     """The gradients of the wanted inputs as a differentiable function of inputs and grad_outputs."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each input, so that differentiation stops here even if one input was computed from another.
         local = [t.view_as(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
-        outputs = reference.lstm_layer(*local[:3], local[3:], bias, bidirectional)
+        outputs = reference.lstm_layer(*local[:3], local[3:], batch_sizes, bias, bidirectional)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
         grads = iter(
             torch.autograd.grad(

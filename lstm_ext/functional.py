@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import _stack, autograd
 
@@ -12,7 +14,7 @@ __all__ = ["lstm"]
 
 
 def lstm(
-    input: Tensor,
+    input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
     bias: bool = True,
@@ -21,13 +23,14 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Any, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers on a batch of sequences. The equations are those of :mod:`lstm_ext.reference`.
 
     L layers, D = 2 if bidirectional else 1, H hidden units, P the projection's size, or H without one.
 
     Args:
-        input: (T, B, I), or (B, T, I) with ``batch_first``; T >= 1, B >= 0, any strides.
+        input: (T, B, I), or (B, T, I) with ``batch_first``; T >= 1, B >= 0, any strides; or a
+            PackedSequence, whose ``data`` is (N, I).
         hx: the initial states ``(h0, c0)`` of shapes (L * D, B, P) and (L * D, B, H), whatever
             ``batch_first`` says; None for zeros.
         weights: a flat sequence in the order of ``torch.nn.LSTM.parameters()``: for each layer, and in it for

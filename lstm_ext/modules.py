@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _stack, autograd
+from . import _packing, _stack, autograd
 
 __all__ = ["LSTM"]
 
@@ -91,38 +91,62 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Run the layers on whole sequences.
 
         Args:
             input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
-                The dtype and device are those of the parameters, except under autocast.
+                The dtype and device are those of the parameters, except under autocast. Or a
+                ``PackedSequence``, whose ``data`` is (N, I); nothing is computed for padding.
             hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
-                unbatched input; None for zeros.
+                unbatched input; None for zeros. The order of the batch is that before packing.
 
         Returns:
             ``(output, (h_n, c_n))``: the last layer's h of every step, (T, B, D * P) in the layout of the
-            input; the states after the last step, in the shapes of ``hx``.
+            input, a ``PackedSequence`` of the same batch sizes and order if the input is one; the states
+            after the last step, of each sequence of a ``PackedSequence`` its own, in the shapes of ``hx``.
 
         Raises:
-            ValueError: rank of the input, or a dtype that is not the parameters'.
+            ValueError: rank of the input, or a dtype that is not the parameters'; batch sizes or indices of a
+                ``PackedSequence`` that make no sense.
             RuntimeError: another wrong size, device or dtype; an empty sequence; tracing by ``torch.jit``.
             TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
         """
         if not isinstance(input, Tensor):
-            _refuse_input(input)
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx)
+            raise TypeError(
+                f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
+            )
         rank = input.dim()
         if rank == 3:
             if self.batch_first:
-                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3)
+                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3, input.size(0))
                 return output.transpose(0, 1), (h_n, c_n)
-            output, h_n, c_n = self._run(input, hx, 3)
+            output, h_n, c_n = self._run(input, hx, 3, input.size(1))
             return output, (h_n, c_n)
         if rank == 2:
-            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2)
+            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2, 1)
             return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        data = packed.data
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        batch = _packing.batch_of(packed)
+        if hx is not None:
+            # Before the states are sorted: that would silently drop rows beyond the batch.
+            h0, c0 = _unpack_hx(hx)
+            self._check_states(h0, c0, batch)
+            hx = _packing.permuted(h0, packed.sorted_indices), _packing.permuted(c0, packed.sorted_indices)
+        output, h_n, c_n = self._run(data, hx, 3, batch, packed.batch_sizes)
+        h_n = _packing.permuted(h_n, packed.unsorted_indices)
+        c_n = _packing.permuted(c_n, packed.unsorted_indices)
+        return _packing.repacked(output, packed), (h_n, c_n)
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -154,26 +178,32 @@ class LSTM(nn.RNNBase):
             raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
         rank = x_t.dim()
         if rank == 2:
-            output, h, c = self._run(x_t[None], hx, 3)
+            output, h, c = self._run(x_t[None], hx, 3, x_t.size(0))
             return output[0], (h, c)
         if rank == 1:
-            output, h, c = self._run(x_t[None, None], hx, 2)
+            output, h, c = self._run(x_t[None, None], hx, 2, 1)
             return output[0, 0], (h.squeeze(1), c.squeeze(1))
         raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {rank}D instead")
 
-    def _run(self, x: Tensor, hx: Any, state_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Check and compute; x is (T, B, I). The way through here without an error is kept short."""
+    def _run(
+        self, x: Tensor, hx: Any, state_rank: int, batch: int, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Check and compute; x is (T, B, I), or (N, I) with ``batch_sizes``. The way through here without an
+        error is kept short.
+        """
         if torch.jit.is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
         weights = self._weights_by_layer()
         w = weights[0][0]
         dtype, device = x.dtype, x.device
-        steps, batch, features = x.shape
-        good = features == self.input_size and steps != 0 and dtype == w.dtype and device == w.device
+        shape = x.shape
+        good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
         if hx is None:
             h0 = c0 = None
         else:
-            h0, c0 = _unpack_hx(hx, state_rank)
+            h0, c0 = _unpack_hx(hx)
+            if state_rank == 2 or h0.dim() != 3 or c0.dim() != 3:
+                h0, c0 = _batched_states(h0, c0, state_rank)
             sets = 2 * self.num_layers if self.bidirectional else self.num_layers
             good = (
                 good
@@ -185,13 +215,14 @@ class LSTM(nn.RNNBase):
                 and c0.device == device
             )
         if not good:
-            self._explain(x, h0, c0, w)
+            self._explain(x, h0, c0, w, batch)
         return _stack.stack(
             autograd.lstm_layer,
             x,
             h0,
             c0,
             weights,
+            batch_sizes,
             self.bias,
             self.dropout,
             self.training,
@@ -218,7 +249,7 @@ class LSTM(nn.RNNBase):
             layers.append(layer)
         return layers
 
-    def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor) -> None:
+    def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:
         """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
 
         Returns if all is well, which happens under autocast: it reconciles dtypes.
@@ -229,23 +260,17 @@ class LSTM(nn.RNNBase):
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
                 f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
             )
-        if x.size(2) != self.input_size:
+        if x.size(-1) != self.input_size:
             raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(2)}"
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
             )
-        states = [(0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)]
-        sets = self.num_layers * (2 if self.bidirectional else 1)
-        for i, state, size in states:
-            if state is not None:
-                self.check_hidden_size(
-                    state, (sets, x.size(1), size), f"Expected hidden[{i}] size {{}}, got {{}}"
-                )
+        self._check_states(h0, c0, batch)
         if x.device != w.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, "
                 f"found input tensor at {x.device} and parameter tensor at {w.device}"
             )
-        for i, state, _ in states:
+        for i, state in ((0, h0), (1, c0)):
             if state is not None and state.device != x.device:
                 raise RuntimeError(
                     "Input and hidden tensors are not at the same device, "
@@ -258,6 +283,14 @@ class LSTM(nn.RNNBase):
                 )
         if x.size(0) == 0:
             raise RuntimeError(_stack.EMPTY_SEQUENCE)
+
+    def _check_states(self, h0: Tensor | None, c0: Tensor | None, batch: int) -> None:
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        for i, state, size in ((0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)):
+            if state is not None:
+                self.check_hidden_size(
+                    state, (sets, batch, size), f"Expected hidden[{i}] size {{}}, got {{}}"
+                )
 
     def __prepare_scriptable__(self) -> NoReturn:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
@@ -273,31 +306,22 @@ class LSTM(nn.RNNBase):
         self._layer_names = self._group_names()
 
 
-def _unpack_hx(hx: Any, rank: int) -> tuple[Tensor, Tensor]:
-    """``(h0, c0)`` as 3-D tensors, or torch's error for a wrong rank."""
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        raise TypeError(
-            f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {_stack.describe_hx(hx)}"
-        )
-    h0, c0 = hx
-    if not isinstance(h0, Tensor) or not isinstance(c0, Tensor):
-        raise TypeError(
-            f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {_stack.describe_hx(hx)}"
-        )
+def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+        h0, c0 = hx
+        if isinstance(h0, Tensor) and isinstance(c0, Tensor):
+            return h0, c0
+    raise TypeError(
+        f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {_stack.describe_hx(hx)}"
+    )
+
+
+def _batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The states as 3-D tensors, or torch's error for a wrong rank."""
     if h0.dim() != rank or c0.dim() != rank:
         batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
         raise RuntimeError(
             f"For {batched} input, hx and cx should also be {rank}-D "
             f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
         )
-    return (h0, c0) if rank == 3 else (h0.unsqueeze(1), c0.unsqueeze(1))
-
-
-def _refuse_input(input: Any) -> NoReturn:
-    if isinstance(input, PackedSequence):
-        raise TypeError(
-            "LSTM: a PackedSequence is not supported yet: pass a padded tensor "
-            "(torch.nn.utils.rnn.pad_packed_sequence), or use torch.nn.LSTM "
-            "(lstm_ext.to_torch gives one with the same parameters)"
-        )
-    raise TypeError(f"LSTM: expected input to be a Tensor, got {type(input).__name__}")
+    return h0.unsqueeze(1), c0.unsqueeze(1)

@@ -1,0 +1,65 @@
+"""``PackedSequence`` in and out: what is checked, and how the states follow the order of the sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["batch_of", "permuted", "repacked"]
+
+
+def batch_of(packed: PackedSequence) -> int:
+    """The number of sequences, B, of a sound ``packed``.
+
+    The batch sizes themselves are checked where they are read, in the kernel or in `reference`.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if data.dim() != 2:
+        raise ValueError(f"PackedSequence.data: expected 2 dimensions (rows, features), got {data.dim()}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
+        raise TypeError(
+            "PackedSequence.batch_sizes: expected one dimension of int64 on the CPU, "
+            f"got {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)} on {batch_sizes.device}"
+        )
+    if batch_sizes.numel() == 0:
+        raise ValueError("PackedSequence.batch_sizes: expected at least one time step, got none")
+    looking = torch.compiler.is_compiling()
+    if looking and sorted_indices is not None:
+        return sorted_indices.size(0)  # a size, where batch_sizes[0] would be an unknown number
+    batch = int(batch_sizes[0])
+    for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+        if indices is not None and indices.shape != (batch,):
+            raise ValueError(
+                f"PackedSequence.{name}: expected shape {(batch,)}, the number of sequences, "
+                f"got {tuple(indices.shape)}"
+            )
+    # Read on the host only: on a device it would have to wait.
+    if sorted_indices is not None and not looking and sorted_indices.device.type == "cpu":
+        if unsorted_indices is None:
+            raise ValueError(
+                "PackedSequence.unsorted_indices: expected a Tensor, as sorted_indices is one, got None"
+            )
+        # What argsort gives is always a permutation, so each being the argsort of the other says all.
+        if not (
+            torch.equal(torch.argsort(sorted_indices), unsorted_indices)
+            and torch.equal(torch.argsort(unsorted_indices), sorted_indices)
+        ):
+            raise ValueError(
+                f"PackedSequence.sorted_indices and unsorted_indices: expected permutations of 0 ... {batch - 1} "
+                f"that undo each other, got {sorted_indices.tolist()} and {unsorted_indices.tolist()}"
+            )
+    return batch
+
+
+def permuted(state: Tensor, indices: Tensor | None) -> Tensor:
+    """A state (sets, B, features) with its batch axis in the order of ``indices``."""
+    return state if indices is None else state.index_select(1, indices)
+
+
+def repacked(data: Tensor, like: PackedSequence) -> PackedSequence:
+    """``data`` with the batch sizes and the order of ``like``."""
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
