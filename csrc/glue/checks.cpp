@@ -17,19 +17,19 @@ std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tenso
   const at::Tensor sizes = batch_sizes.contiguous();
   const int64_t* size = sizes.const_data_ptr<int64_t>();
   const int64_t steps = sizes.numel();
-  TORCH_CHECK(steps >= 1, "lstm_ext: batch_sizes is empty, expected at least one time step");
+  TORCH_CHECK_VALUE(steps >= 1, "lstm_ext: batch_sizes is empty, expected at least one time step");
   std::vector<int64_t> offsets(steps + 1, 0);
   for (int64_t t = 0; t < steps; ++t) {
-    TORCH_CHECK(size[t] >= 1, "lstm_ext: batch_sizes[", t, "] is ", size[t], ", expected at least 1");
-    TORCH_CHECK(t == 0 || size[t] <= size[t - 1], "lstm_ext: batch_sizes[", t, "] is ", size[t], ", more than the ",
-                size[t - 1], " before it; expected numbers that never rise");
+    TORCH_CHECK_VALUE(size[t] >= 1, "lstm_ext: batch_sizes[", t, "] is ", size[t], ", expected at least 1");
+    TORCH_CHECK_VALUE(t == 0 || size[t] <= size[t - 1], "lstm_ext: batch_sizes[", t, "] is ", size[t],
+                      ", more than the ", size[t - 1], " before it; expected numbers that never rise");
     offsets[t + 1] = offsets[t] + size[t];
     // Also keeps the sum from overflowing.
-    TORCH_CHECK(offsets[t + 1] <= input.size(0), "lstm_ext: the sum of batch_sizes is more than the ", input.size(0),
-                " rows of the input");
+    TORCH_CHECK_VALUE(offsets[t + 1] <= input.size(0), "lstm_ext: the sum of batch_sizes is more than the ",
+                      input.size(0), " rows of the input");
   }
-  TORCH_CHECK(offsets[steps] == input.size(0), "lstm_ext: the sum of batch_sizes is ", offsets[steps],
-              ", expected the number of rows of the input, ", input.size(0));
+  TORCH_CHECK_VALUE(offsets[steps] == input.size(0), "lstm_ext: the sum of batch_sizes is ", offsets[steps],
+                    ", expected the number of rows of the input, ", input.size(0));
   return offsets;
 }
 

@@ -1,0 +1,387 @@
+"""PackedSequence in and out, against torch's layer and in float64."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from accuracy import (
+    assert_as_accurate_as_torch,
+    assert_module_as_accurate_as_torch,
+    relative_error,
+    stacked,
+    values_and_gradients,
+)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import lstm_ext
+from lstm_ext import _backend, autograd, functional, reference
+
+_C = _backend.extension()
+
+
+class Ragged(nn.Module):
+    """A layer that is given padded data and packs them; its output is that of the packed rows."""
+
+    def __init__(self, lstm: nn.Module, lengths: list[int], enforce_sorted: bool = False) -> None:
+        super().__init__()
+        self.lstm = lstm
+        self.lengths = lengths
+        self.enforce_sorted = enforce_sorted
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None):
+        packed = pack_padded_sequence(
+            input, self.lengths, batch_first=self.lstm.batch_first, enforce_sorted=self.enforce_sorted
+        )
+        output, states = self.lstm(packed, hx)
+        assert isinstance(output, PackedSequence)
+        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            assert getattr(output, name) is getattr(packed, name)
+        return output.data, states
+
+
+LENGTHS = {
+    "one": [5],
+    "equal": [4, 4, 4],
+    "sorted": [9, 7, 7, 4, 2, 1],
+    "unsorted": [2, 9, 1, 7, 4, 7],
+    "one long": [40, 2, 1, 1, 3, 2, 1],
+    "many": [1 + (7 * i) % 31 for i in range(40)],
+}
+
+
+def assert_as_accurate(
+    module: lstm_ext.LSTM, lengths: list[int], seeds: int = 4, hx: bool = True, **kwargs: bool
+) -> None:
+    """All values and gradients, of several draws judged together."""
+    theirs = lstm_ext.to_torch(module)
+    sets = module.num_layers * (2 if module.bidirectional else 1)
+    results: list[list[dict[str, Tensor]]] = [[], [], []]
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        module.reset_parameters()
+        size = (len(lengths), max(lengths)) if module.batch_first else (max(lengths), len(lengths))
+        dtype = module.weight_ih_l0.dtype
+        input = torch.randn(*size, module.input_size).to(dtype)
+        states = None
+        if hx:
+            states = tuple(
+                torch.randn(sets, len(lengths), n).to(dtype)
+                for n in (module.proj_size or module.hidden_size, module.hidden_size)
+            )
+        for result, lstm, precision in zip(
+            results, (module, theirs, theirs), (None, None, torch.float64), strict=True
+        ):
+            result.append(
+                values_and_gradients(Ragged(lstm, lengths, **kwargs), input, states, dtype=precision)
+            )
+    assert_as_accurate_as_torch(*[stacked(r) for r in results])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hx", [False, True])
+def test_lengths(lengths, bidirectional, dtype, hx):
+    module = lstm_ext.LSTM(5, 18, bidirectional=bidirectional, dtype=dtype)
+    assert_as_accurate(module, lengths, hx=hx)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_layers": 3},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        {"proj_size": 7, "bidirectional": True},
+        {"proj_size": 7, "num_layers": 2, "bias": False},
+    ],
+    ids=str,
+)
+def test_configurations(arguments):
+    for dtype in (torch.float32, torch.float64):
+        assert_as_accurate(lstm_ext.LSTM(5, 18, dtype=dtype, **arguments), LENGTHS["unsorted"])
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def capability(request):
+    if request.param not in _C.cpu_capabilities():
+        pytest.skip(f"this processor does not run {request.param}")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# Sizes at which two workers share the batch, share the units, and what the plan says then.
+GRIDS = {
+    "two teams": (60, 70, 0, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
+    "two teams, projected": (60, 70, 33, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
+    "two members": (1, 401, 0, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
+    "two members, projected": (1, 401, 77, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_instruction_sets_and_workers(capability, two_threads, grid):
+    batch, hidden, proj, expected = GRIDS[grid]
+    # The plan goes by the number of rows of a step, on average: those of two members are nearly alone.
+    lengths = [1 + (7 * i) % 29 for i in range(batch)] if batch > 1 else [30, 2]
+    plan = _C.cpu_plan(
+        steps=max(lengths), batch=max(1, sum(lengths) // max(lengths)), input_size=200, hidden_size=hidden,
+        proj_size=proj, threads=2, save=True,
+    )  # fmt: skip
+    for name, value in expected.items():
+        assert plan[name] == value, plan
+    module = lstm_ext.LSTM(200, hidden, proj_size=proj, bidirectional=True)
+    assert_as_accurate(module, lengths, seeds=2)
+
+
+@pytest.mark.parametrize("proj_size", [0, 9])
+def test_several_chunks(proj_size):
+    lengths = [150 - 3 * i for i in range(45)]
+    module = lstm_ext.LSTM(5, 50, proj_size=proj_size, bidirectional=True)
+    plan = _C.cpu_plan(
+        steps=150, batch=sum(lengths) // 150, input_size=5, hidden_size=50, proj_size=proj_size
+    )
+    assert 2 * plan["forward_chunk_rows"] < sum(lengths)
+    assert 2 * plan["backward_chunk_rows"] < sum(lengths)
+    assert_as_accurate(module, lengths, seeds=2)
+
+
+def test_inference_gives_the_same():
+    for proj_size in (0, 9):
+        module = lstm_ext.LSTM(5, 18, 2, bidirectional=True, proj_size=proj_size, dtype=torch.float64)
+        packed = pack_sequence([torch.randn(n, 5).double() for n in LENGTHS["many"]], enforce_sorted=False)
+        with_gradient = module(packed)
+        with torch.no_grad():
+            without = module(packed)
+        for a, b in zip(_tensors(with_gradient), _tensors(without), strict=True):
+            assert torch.equal(a, b)
+
+
+def _tensors(result) -> list[Tensor]:
+    output, (h, c) = result
+    return [output.data if isinstance(output, PackedSequence) else output, h, c]
+
+
+def test_equals_each_sequence_alone():
+    module = lstm_ext.LSTM(5, 18, 2, bidirectional=True, dtype=torch.float64)
+    sequences = [torch.randn(n, 5).double() for n in LENGTHS["unsorted"]]
+    h0, c0 = torch.randn(2, 4, len(sequences), 18).double()
+    output, (h_n, c_n) = module(pack_sequence(sequences, enforce_sorted=False), (h0, c0))
+    padded, lengths = pad_packed_sequence(output, batch_first=True)
+    for b, sequence in enumerate(sequences):
+        y, (h, c) = module(sequence, (h0[:, b], c0[:, b]))
+        torch.testing.assert_close(padded[b, : lengths[b]], y, rtol=0, atol=1e-13)
+        torch.testing.assert_close(h_n[:, b], h, rtol=0, atol=1e-13)
+        torch.testing.assert_close(c_n[:, b], c, rtol=0, atol=1e-13)
+        assert not padded[b, lengths[b] :].any()
+
+
+def test_one_kernel_call_a_layer(monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(_C, name)
+
+    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    module = lstm_ext.LSTM(5, 6, 3, bidirectional=True)
+    output, _ = module(pack_sequence([torch.randn(n, 5) for n in (7, 3, 1)]))
+    assert calls == ["lstm_layer_forward"] * 3
+    output.data.sum().backward()
+    assert calls[3:] == ["lstm_layer_backward"] * 3
+
+
+def test_index_forms():
+    """None, sorted, unsorted and hand-made; enforce_sorted leaves the indices out."""
+    module = lstm_ext.LSTM(3, 4)
+    theirs = lstm_ext.to_torch(module)
+    data = torch.randn(7, 3)
+    batch_sizes = torch.tensor([3, 2, 2])
+    hx = torch.randn(2, 1, 3, 4).unbind()
+    forms = [
+        PackedSequence(data, batch_sizes),
+        PackedSequence(data, batch_sizes, torch.tensor([2, 0, 1])),
+        PackedSequence(data, batch_sizes, torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])),
+        pack_sequence([torch.randn(n, 3) for n in (1, 3, 2)], enforce_sorted=False),
+        pack_sequence([torch.randn(n, 3) for n in (3, 2, 1)], enforce_sorted=True),
+        PackedSequence(torch.randn(3, 7).t(), batch_sizes),
+    ]
+    for packed in forms:
+        for states in (None, hx, list(hx)):
+            ours = _tensors(module(packed, states))
+            for a, b in zip(ours, _tensors(theirs(packed, states)), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_dropout_draws_the_masks_of_torch():
+    module = lstm_ext.LSTM(5, 8, 3, dropout=0.4, bidirectional=True, dtype=torch.float64).train()
+    theirs = lstm_ext.to_torch(module)
+    packed = pack_sequence([torch.randn(n, 5).double() for n in (2, 9, 4)], enforce_sorted=False)
+    results, states = [], []
+    for lstm in (module, theirs):
+        torch.manual_seed(5)
+        results.append(_tensors(lstm(packed)))
+        states.append(torch.get_rng_state())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(*states)
+
+
+def test_functional_and_reference():
+    module = lstm_ext.LSTM(5, 8, 2, bidirectional=True, proj_size=3, dtype=torch.float64)
+    weights = list(module.parameters())
+    packed = pack_sequence([torch.randn(n, 5).double() for n in (2, 9, 4)], enforce_sorted=False)
+    hx = (torch.randn(4, 3, 3).double(), torch.randn(4, 3, 8).double())
+    expected = _tensors(lstm_ext.to_torch(module)(packed, hx))
+    for function in (functional.lstm, reference.lstm):
+        result = function(packed, hx, weights, num_layers=2, bidirectional=True)
+        assert isinstance(result[0], PackedSequence)
+        assert result[0].unsorted_indices is packed.unsorted_indices
+        for a, b in zip(_tensors(result), expected, strict=True):
+            assert relative_error(a, b) <= 64 * torch.finfo(torch.float64).eps
+
+
+def test_double_backward():
+    module = lstm_ext.LSTM(3, 4, bidirectional=True, dtype=torch.float64)
+    batch_sizes = torch.tensor([3, 2, 2, 1])
+    data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    h0 = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(data, h0, c0, *weights):
+        packed = PackedSequence(data, batch_sizes, torch.tensor([2, 0, 1]))
+        output, states = torch.func.functional_call(
+            module, dict(zip(dict(module.named_parameters()), weights, strict=True)), (packed, (h0, c0))
+        )
+        return output.data, *states
+
+    inputs = (data, h0, c0, *module.parameters())
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("wanted", ["input", "hx", "weights"])
+def test_part_of_the_gradients(wanted):
+    module = lstm_ext.LSTM(5, 6, bidirectional=True, dtype=torch.float64)
+    module.requires_grad_(wanted == "weights")
+    theirs = copy.deepcopy(lstm_ext.to_torch(module))
+    gradients = []
+    for lstm in (module, theirs):
+        torch.manual_seed(1)
+        data = torch.randn(7, 5, dtype=torch.float64, requires_grad=wanted == "input")
+        hx = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=wanted == "hx")
+        output, (h, c) = lstm(PackedSequence(data, torch.tensor([3, 3, 1])), hx.unbind())
+        leaves = {"input": [data], "hx": [hx], "weights": list(lstm.parameters())}[wanted]
+        gradients.append(torch.autograd.grad([output.data.square().sum() + h.sum() + c.sum()], leaves))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def packed_of(batch_sizes: list[int], **fields) -> PackedSequence:
+    return PackedSequence(torch.randn(7, 3), torch.tensor(batch_sizes), **fields)
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "message"),
+    [
+        ([3, 2, 1], "sum of batch_sizes is 6, expected the number of rows of the input, 7"),
+        ([3, 3, 2], "sum of batch_sizes is more than the 7 rows"),
+        ([2, 3, 2], "batch_sizes[1] is 3, more than the 2 before it"),
+        ([5, 2, 0], "batch_sizes[2] is 0, expected at least 1"),
+        ([7, 0], "batch_sizes[1] is 0"),
+        ([9, -2], "more than the 7 rows"),
+    ],
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_bad_batch_sizes(batch_sizes, message, gradient):
+    module = lstm_ext.LSTM(3, 4).requires_grad_(gradient)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(packed_of(batch_sizes))
+    with pytest.raises(ValueError, match="batch_sizes"):
+        reference.lstm(packed_of(batch_sizes), None, list(module.parameters()))
+
+
+def test_other_bad_fields():
+    module = lstm_ext.LSTM(3, 4)
+    for dtype in (torch.int32, torch.float32):
+        with pytest.raises(TypeError, match=r"batch_sizes: expected one dimension of int64"):
+            module(PackedSequence(torch.randn(7, 3), torch.tensor([3, 2, 2], dtype=dtype)))
+    with pytest.raises(ValueError, match="batch_sizes: expected at least one time step"):
+        module(PackedSequence(torch.randn(0, 3), torch.tensor([], dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"sorted_indices: expected shape \(3,\)"):
+        module(packed_of([3, 2, 2], sorted_indices=torch.tensor([0, 1])))
+    for sorted_indices, unsorted_indices in (
+        ([0, 1, 1], [0, 1, 2]),
+        ([1, 2, 0], [1, 2, 0]),
+        ([0, 1, 5], [0, 1, 5]),
+    ):
+        with pytest.raises(ValueError, match=r"permutations of 0 \.\.\. 2 that undo each other"):
+            module(
+                packed_of(
+                    [3, 2, 2],
+                    sorted_indices=torch.tensor(sorted_indices),
+                    unsorted_indices=torch.tensor(unsorted_indices),
+                )
+            )
+
+
+@pytest.mark.parametrize(
+    "hx_sizes",
+    [
+        ((1, 4, 4), (1, 4, 4)),
+        ((1, 2, 4), (1, 2, 4)),
+        ((1, 3, 5), (1, 3, 4)),
+        ((3, 4), (3, 4)),
+        ((2, 3, 4), (2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("indices", [None, [2, 0, 1]])
+def test_bad_hx(hx_sizes, indices):
+    """Also more rows than sequences, of which torch silently drops some."""
+    module = lstm_ext.LSTM(3, 4)
+    packed = packed_of([3, 2, 2], sorted_indices=None if indices is None else torch.tensor(indices))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[\d\] size \(1, 3, 4\), got"):
+        module(packed, tuple(torch.randn(size) for size in hx_sizes))
+    module(packed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PackedSequence(torch.randn(7, 3, 1), torch.tensor([3, 2, 2])),
+        lambda: PackedSequence(torch.randn(7, 3).double(), torch.tensor([3, 2, 2])),
+    ],
+    ids=["rank", "dtype"],
+)
+def test_torchs_errors(make):
+    module = lstm_ext.LSTM(3, 4)
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        lstm_ext.to_torch(module)(make())
+    with pytest.raises(type(theirs.value), match="^" + re.escape(str(theirs.value)) + "$"):
+        module(make())
+
+
+def test_wrong_features():
+    """Where torch speaks of the shapes of a product inside."""
+    with pytest.raises(RuntimeError, match="must be equal to input_size. Expected 3, got 4"):
+        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 4), torch.tensor([3, 2, 2])))
+
+
+def test_long_and_narrow():
+    """More steps than a chunk has rows, with one row left for most of them."""
+    assert_module_as_accurate_as_torch(lstm_ext.LSTM(3, 16), torch.randn(600, 1, 3))
+    assert_as_accurate(lstm_ext.LSTM(3, 16, bidirectional=True), [600, 3, 1], seeds=2)
