@@ -307,6 +307,7 @@ def _foreign_lstm(module: nn.Module) -> str | None:
 
 def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
     """LSTMs in the module's own code: in what is left of a model by torch.jit.freeze."""
-    for method in module._c._get_methods():
+    for name in module._c._method_names():
+        graph = module._c._get_method(name).graph
         for kind in ("aten::lstm", "aten::lstm_cell"):
-            yield from method.graph.findAllNodes(kind)
+            yield from graph.findAllNodes(kind)
