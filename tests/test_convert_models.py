@@ -628,3 +628,17 @@ def test_traced_by_fx(way):
     function(model)
     assert type(model.get_submodule("1")) is target.LSTM
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_converted_model_compiles_as_one_graph():
+    """torch.nn.LSTM does not."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(5, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = compiled(x)
+        lstm_ext.convert(compiled)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+        assert torch._dynamo.explain(model)(x).graph_count == 1
