@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from . import _backend, functional, reference
 from ._build_config import VERSION as __version__
-from .convert import from_gates, from_torch, to_torch
+from ._convert import convert, from_torch, revert, to_torch
+from ._gates import from_gates
+from .cell import LSTMCell
 from .modules import LSTM
 
 # An extension that was built ahead of time for another torch: say so now, not in the first call.
 _backend.check()
 
-__all__ = ["LSTM", "__version__", "from_gates", "from_torch", "functional", "reference", "to_torch"]
+__all__ = [
+    "LSTM",
+    "LSTMCell",
+    "__version__",
+    "convert",
+    "from_gates",
+    "from_torch",
+    "functional",
+    "reference",
+    "revert",
+    "to_torch",
+]

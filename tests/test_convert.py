@@ -139,7 +139,8 @@ def test_attributes_of_the_user_are_carried(way):
 
 def test_other_types_are_refused(way):
     convert, source, target = way
-    name = "torch.nn.LSTM" if source is nn.LSTM else "lstm_ext.LSTM"
+    package = "torch.nn" if source is nn.LSTM else "lstm_ext"
+    name = f"{package}.LSTM or {package}.LSTMCell"
     for wrong in (target(3, 4), nn.GRU(3, 4), None):
         with pytest.raises(TypeError, match=f"expected a {name}, got .*{type(wrong).__name__}"):
             convert(wrong)
