@@ -45,7 +45,7 @@ format: $(LINTERS)
 
 # Leaves the environment.
 clean:
-	rm -rf build dist *.egg-info lstm_ext/_C.*.so $(EXTENSION)
+	rm -rf build dist *.egg-info lstm_ext/_C.*.so lstm_ext/_ops.so $(EXTENSION)
 
 $(EXTENSION): $(CSRC) setup.py lstm_ext/_build_config.py $(PACKAGES) build/environment
 	@echo "building the extension, about two minutes the first time; the compiler's output is in build/log.txt"

@@ -1,4 +1,4 @@
-"""Builds lstm_ext._C ahead of time. What is built and how: lstm_ext/_build_config.py; all else: pyproject.toml."""
+"""Builds the extension ahead of time. What is built and how: lstm_ext/_build_config.py; all else: pyproject.toml."""
 
 import importlib.util
 import os
@@ -23,19 +23,21 @@ def extension_arguments() -> dict:
     try:
         config.check_headers()
         command, compiler = config.find_compiler()
-        sources = [str(path.relative_to(ROOT)) for path in config.sources(ROOT / "csrc")]
+        ops_sources, module_sources = config.split_sources(ROOT / "csrc")
     except config.BuildError as error:
         sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
     os.environ.setdefault("CXX", command)
     os.environ["PATH"] = config.search_path()
 
     class BuildAndRecord(BuildExtension):
-        """Leaves beside the library a record of the torch that it was built for."""
+        """Leaves beside the libraries a record of the torch that they were built for."""
 
         def finalize_options(self):
             super().finalize_options()
             # torch's headers are no dependencies of the objects: another torch starts with an empty folder.
             self.build_temp += f"-torch{torch.__version__}"
+            # The second library is linked with the first. Their sources are compiled in parallel all the same.
+            self.parallel = None
 
         def record_directories(self):
             built = Path(self.build_lib) / "lstm_ext"
@@ -51,19 +53,38 @@ def extension_arguments() -> dict:
             for directory in self.record_directories():
                 config.write_record(directory, torch.__version__, compiler, config.digest(ROOT / "csrc"))
 
+        def get_ext_filename(self, ext_name):
+            path = Path(super().get_ext_filename(ext_name))
+            if ext_name.rpartition(".")[2] == config.OPS_MODULE.rpartition(".")[2]:
+                # It belongs to a torch, not to a Python.
+                path = path.with_name(config.OPS_LIBRARY)
+            return str(path)
+
+        def build_extension(self, ext):
+            if ext.name == config.MODULE:
+                ext.extra_link_args = config.module_link_flags(self.get_ext_fullpath(config.OPS_MODULE))
+            super().build_extension(ext)
+
         def get_outputs(self):
             return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / config.RECORD)]
 
-    extension = CppExtension(
-        config.MODULE,
-        sources,
-        include_dirs=[str(ROOT / "csrc")],
-        # As system headers, so that our warnings are about our code.
-        extra_compile_args=[*config.COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths())],
-        extra_link_args=config.LINK_FLAGS,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildAndRecord}}
+    def extension(name, sources, link_flags):
+        return CppExtension(
+            name,
+            [str(path.relative_to(ROOT)) for path in sources],
+            include_dirs=[str(ROOT / "csrc")],
+            # As system headers, so that our warnings are about our code.
+            extra_compile_args=[*config.COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+            extra_link_args=link_flags,
+            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        )
+
+    ops = extension(config.OPS_MODULE, ops_sources, config.ops_link_flags(config.OPS_LIBRARY))
+    ops.libraries.remove("torch_python")
+    module = extension(
+        config.MODULE, module_sources, []
+    )  # linked in build_extension, when it is known where ops is
+    return {"ext_modules": [ops, module], "cmdclass": {"build_ext": BuildAndRecord}}
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:

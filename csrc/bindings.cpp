@@ -1,46 +1,19 @@
-// The Python entry point; see lstm_ext/_C.pyi for the signatures.
+// The Python entry point, and nothing else: the kernels are in _ops, which it is linked with. See lstm_ext/_C.pyi for
+// the signatures.
 #include <torch/extension.h>
 
-#include "cpu/kernels.h"
-#include "glue/lstm_layer.h"
+#include "exports.h"
 
 #ifndef LSTM_EXT_VERSION
 #define LSTM_EXT_VERSION "unknown"
 #endif
 
 namespace py = pybind11;
+namespace exports = lstm_ext::exports;
 
 namespace {
 
-std::vector<std::string> cpu_capabilities() {
-  const char* names[3];
-  return {names, names + lstm_ext::cpu::available_capabilities(names)};
-}
-
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
-template <typename T>
-py::dict plan(const lstm_ext::LayerShape& shape, int threads, bool save) {
-  using namespace lstm_ext::cpu;
-  const Machine machine{kernels<T>().lanes, sizeof(T), threads};
-  const ForwardPlan forward = plan_forward(shape, machine, save);
-  const BackwardPlan backward = plan_backward(shape, machine, true);
-  py::dict result;
-  result["lanes"] = machine.lanes;
-  result["tile_rows"] = kernels<T>().tile_rows;
-  result["forward_batch_groups"] = forward.grid.batch_groups;
-  result["forward_hidden_groups"] = forward.grid.hidden_groups;
-  result["pack_input"] = forward.pack_input;
-  result["pack_recurrent"] = forward.pack_recurrent;
-  result["forward_chunk_rows"] = forward.chunk_rows;
-  result["forward_workspace_bytes"] = forward.workspace_bytes;
-  result["backward_batch_groups"] = backward.grid.batch_groups;
-  result["backward_hidden_groups"] = backward.grid.hidden_groups;
-  result["backward_pack"] = backward.pack;
-  result["backward_chunk_rows"] = backward.chunk_rows;
-  result["backward_workspace_bytes"] = backward.workspace_bytes;
-  return result;
-}
-
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
                   bool save, bool float64) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
@@ -50,7 +23,22 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
               proj_size);
   const lstm_ext::LayerShape shape{
       steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false, nullptr};
-  return float64 ? plan<double>(shape, threads, save) : plan<float>(shape, threads, save);
+  const exports::CpuPlan plan = exports::cpu_plan(shape, threads, save, float64);
+  py::dict result;
+  result["lanes"] = plan.machine.lanes;
+  result["tile_rows"] = plan.tile_rows;
+  result["forward_batch_groups"] = plan.forward.grid.batch_groups;
+  result["forward_hidden_groups"] = plan.forward.grid.hidden_groups;
+  result["pack_input"] = plan.forward.pack_input;
+  result["pack_recurrent"] = plan.forward.pack_recurrent;
+  result["forward_chunk_rows"] = plan.forward.chunk_rows;
+  result["forward_workspace_bytes"] = plan.forward.workspace_bytes;
+  result["backward_batch_groups"] = plan.backward.grid.batch_groups;
+  result["backward_hidden_groups"] = plan.backward.grid.hidden_groups;
+  result["backward_pack"] = plan.backward.pack;
+  result["backward_chunk_rows"] = plan.backward.chunk_rows;
+  result["backward_workspace_bytes"] = plan.backward.workspace_bytes;
+  return result;
 }
 
 py::dict build_info() {
@@ -65,22 +53,20 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
-  m.def("lstm_layer_forward", &lstm_ext::lstm_layer_forward, py::arg("input"), py::arg("h0"), py::arg("c0"),
+  m.def("lstm_layer_forward", &exports::lstm_layer_forward, py::arg("input"), py::arg("h0"), py::arg("c0"),
         py::arg("weights"), py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("lstm_layer_backward", &lstm_ext::lstm_layer_backward, py::arg("grad_output"), py::arg("grad_h_n"),
+  m.def("lstm_layer_backward", &exports::lstm_layer_backward, py::arg("grad_output"), py::arg("grad_h_n"),
         py::arg("grad_c_n"), py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
         py::arg("output"), py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_capability", [] { return std::string(lstm_ext::cpu::capability().name); });
-  m.def("cpu_capabilities", &cpu_capabilities);
-  m.def(
-      "set_cpu_capability", [](const std::string& name) { lstm_ext::cpu::set_capability(name.c_str()); },
-      py::arg("name"));
+  m.def("cpu_capability", &exports::cpu_capability);
+  m.def("cpu_capabilities", &exports::cpu_capabilities);
+  m.def("set_cpu_capability", &exports::set_cpu_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false);
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
-  lstm_ext::cpu::capability();
+  exports::cpu_capability();
 }

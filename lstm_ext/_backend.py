@@ -1,4 +1,8 @@
-"""Finds the compiled extension: built ahead of time, else built on first use, else none (the PyTorch reference)."""
+"""Finds the compiled extension: built ahead of time, else built on first use, else none (the PyTorch reference).
+
+It is two libraries in one folder: that of the operators is loaded first, and the Python module, linked with it, finds
+it in the process.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ from ._build_config import BuildError
 
 CHOICES = ("auto", "aot", "jit", "reference")
 _JIT_NAME = "lstm_ext_C"
+_JIT_OPS_NAME = "lstm_ext_ops"
 _log = logging.getLogger("lstm_ext")
 
 
@@ -34,7 +39,8 @@ class Status:
     """How the extension was found; `reason` says why there is none, or why the choice fell as it did."""
 
     backend: str  # "aot", "jit" or "reference"
-    path: str | None = None
+    path: str | None = None  # of the Python module
+    ops_path: str | None = None  # of the operators' library
     reason: str | None = None
     torch_version: str | None = None  # that it was built for
     compiler: str | None = None
@@ -75,6 +81,9 @@ def extension() -> ModuleType | None:
             if _result is None:
                 _result, unavailable = _choose()
             result = _result
+        if result.module is not None:
+            # After the lock: whoever imports it first, in another thread, may wait for the lock.
+            from . import ops  # noqa: F401  (registers the fake kernels)
         if unavailable is not None:
             warnings.warn(
                 f"lstm_ext runs on its PyTorch reference, which is slow: {unavailable}",
@@ -159,7 +168,12 @@ class _Refused(ImportError):
     """The library fits and says itself why it does not want to run, e.g. for a bad LSTM_EXT_CPU_CAPABILITY."""
 
 
-def _import(name: str, path: Path) -> ModuleType:
+def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
+    try:
+        torch.ops.load_library(str(ops_path))
+    except OSError as error:
+        # torch's message says which library, its cause says why.
+        raise ImportError(str(error.__cause__ or error), path=str(ops_path)) from error
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     try:
@@ -193,6 +207,10 @@ def _check_record(path: Path) -> dict:
             f"{path} was built for torch {record['torch']}, but torch {torch.__version__} is installed: "
             f"rebuild it with {_build_command()}."
         )
+    if not (path.parent / config.OPS_LIBRARY).is_file():
+        raise ImportError(
+            f"{path} has no {config.OPS_LIBRARY} beside it: rebuild it with {_build_command()}."
+        )
     return record
 
 
@@ -202,7 +220,7 @@ def _load_aot() -> _Result | None:
         return None
     record = _check_record(path)
     try:
-        module = _import(config.MODULE, path)
+        module = _load(config.MODULE, path, path.parent / config.OPS_LIBRARY)
     except _Refused:
         raise
     except ImportError as error:
@@ -211,11 +229,11 @@ def _load_aot() -> _Result | None:
             f"the extension does not fit the installed torch {torch.__version__} ({first_line}): "
             f"rebuild it with {_build_command()}."
         ) from error
-    return _Result(module, _status_of("aot", path, record))
+    return _Result(module, _status_of("aot", path, path.parent / config.OPS_LIBRARY, record))
 
 
-def _status_of(backend: str, path: Path, record: dict) -> Status:
-    return Status(backend, str(path), None, record["torch"], record.get("compiler"))
+def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:
+    return Status(backend, str(path), str(ops_path), None, record["torch"], record.get("compiler"))
 
 
 # ---- built on first use
@@ -295,17 +313,21 @@ def _jit_root() -> Path:
 def _load_finished(directory: Path) -> _Result | None:
     """None too for what a killed build left, and for a library that was cut short since."""
     record = config.read_record(directory)
-    library = directory / f"{_JIT_NAME}.so"
-    if record is None or not library.is_file() or library.stat().st_size != record.get("size"):
+    library, ops_library = directory / f"{_JIT_NAME}.so", directory / f"{_JIT_OPS_NAME}.so"
+    if record is None or record.get("sizes") != _sizes(library, ops_library):
         return None
     try:
-        module = _import(_JIT_NAME, library)
+        module = _load(_JIT_NAME, library, ops_library)
     except _Refused:
         raise
     except ImportError as error:
         _log.info("%s does not load: %s", library, error)
         return None
-    return _Result(module, _status_of("jit", library, record))
+    return _Result(module, _status_of("jit", library, ops_library, record))
+
+
+def _sizes(*paths: Path) -> list[int] | None:
+    return [path.stat().st_size for path in paths] if all(path.is_file() for path in paths) else None
 
 
 @contextlib.contextmanager
@@ -343,7 +365,8 @@ def _environment(**values: str) -> Iterator[None]:
 def _build(source_dir: Path, directory: Path) -> None:
     """Compiles into `directory`; the record is written last, so a folder without one is unfinished."""
     command, compiler = _jit_requirements()
-    source_files = [str(path) for path in config.sources(source_dir)]
+    ops_sources, module_sources = config.split_sources(source_dir)
+    ops_file = f"{_JIT_OPS_NAME}.so"
     if directory.exists():
         # Objects of a killed build, and the lock file that torch would wait for without end. Moved first: its
         # compiler may be running still, and takes the folder along as its working directory.
@@ -356,24 +379,30 @@ def _build(source_dir: Path, directory: Path) -> None:
     with _environment(CXX=command, PATH=config.search_path(), TORCH_DONT_CHECK_COMPILER_ABI="1"):
         from torch.utils import cpp_extension
 
-        try:
+        def build(name: str, sources: list[Path], link_flags: list[str]) -> None:
             cpp_extension.load(
-                _JIT_NAME,
-                source_files,
+                name,
+                [str(path) for path in sources],
                 extra_cflags=[shlex.quote(flag) for flag in config.COMPILE_FLAGS],
-                extra_ldflags=list(config.LINK_FLAGS),
+                # ninja reads them first and a shell after it.
+                extra_ldflags=[shlex.quote(flag).replace("$", "$$") for flag in link_flags],
                 extra_include_paths=[str(source_dir)],
                 build_directory=str(directory),
                 with_cuda=False,
                 # Only build it: it is imported in one place, _load_finished, whoever built it and when.
                 is_python_module=False,
             )
+
+        try:
+            build(_JIT_OPS_NAME, ops_sources, config.ops_link_flags(ops_file))
+            # By a relative path: the linker runs in the folder.
+            build(_JIT_NAME, module_sources, config.module_link_flags(f"./{ops_file}"))
         except RuntimeError as error:
             raise BuildError(f"compiling with `{command}` failed: {_first_error(str(error))}") from error
         except OSError as error:
             raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
-    size = (directory / f"{_JIT_NAME}.so").stat().st_size
-    config.write_record(directory, torch.__version__, compiler, config.digest(source_dir), size=size)
+    sizes = _sizes(directory / f"{_JIT_NAME}.so", directory / ops_file)
+    config.write_record(directory, torch.__version__, compiler, config.digest(source_dir), sizes=sizes)
 
 
 def _first_error(output: str) -> str:

@@ -1,5 +1,9 @@
 """The one description of the compiled extension, used by setup.py (ahead of time) and _backend.py (on first use).
 
+It is two libraries. The operators' (_ops) has the kernels and registers the operators; it needs libtorch and no
+Python, so that a C++ process can load it too. The Python module (_C), one source, is linked with it and calls it
+directly. Both lie in one folder.
+
 It imports neither torch nor anything of this package: setup.py loads it by path.
 """
 
@@ -19,6 +23,8 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 MODULE = "lstm_ext._C"
+OPS_MODULE = "lstm_ext._ops"  # not one that Python can import: setuptools names libraries so
+OPS_LIBRARY = "_ops.so"
 PACKAGE = Path(__file__).resolve().parent
 # Written beside every library that we build, after it: says for which torch it was built.
 RECORD = "_build_info.json"
@@ -39,6 +45,18 @@ COMPILE_FLAGS = [
 # in some releases under another name: two OpenMP runtimes in one process have two thread pools and two thread
 # counts. Left undefined, GOMP_* is found in whichever runtime libtorch_cpu.so itself depends on.
 LINK_FLAGS: list[str] = []
+
+
+def ops_link_flags(file_name: str) -> list[str]:
+    """The operators' library, by the name under which the Python module asks the system for it."""
+    # torch's build on first use also links libtorch_python, which nothing in this library calls: not taken along.
+    return [*LINK_FLAGS, f"-Wl,-soname,{file_name}", "-Wl,--as-needed"]
+
+
+def module_link_flags(ops_library: str | Path) -> list[str]:
+    """The Python module, which finds the operators' library in its own folder."""
+    return [*LINK_FLAGS, str(ops_library), "-Wl,-rpath,$ORIGIN"]
+
 
 INSTALL_COMPILER = "install one, e.g. `apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora)"
 INSTALL_TORCH = (
@@ -80,12 +98,20 @@ def sources(directory: Path) -> list[Path]:
     return found
 
 
+def split_sources(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The sources of the operators' library, and those of the Python module."""
+    found = sources(directory)
+    bindings = [path for path in found if path.name == "bindings.cpp"]
+    return [path for path in found if path not in bindings], bindings
+
+
 def digest(directory: Path, *more: str) -> str:
     """Changes with every source, header and flag, and with `more`."""
     result = hashlib.sha256()
     for path in sorted([*directory.rglob("*.cpp"), *directory.rglob("*.h")]):
         result.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    for text in (*COMPILE_FLAGS, "--", *LINK_FLAGS, "--", *more):
+    flags = (*COMPILE_FLAGS, "--", *ops_link_flags(OPS_LIBRARY), "--", *module_link_flags(OPS_LIBRARY))
+    for text in (*flags, "--", *more):
         result.update(text.encode() + b"\0")
     return result.hexdigest()[:16]
 

@@ -34,7 +34,8 @@ def _lines() -> list[tuple[str, str]]:
     else:
         how = {"aot": "built ahead of time", "jit": "built on first use"}[status.backend]
         lines.append(("extension", f"loaded, {how}"))
-        lines.append(("  library", str(status.path)))
+        lines.append(("  module", str(status.path)))
+        lines.append(("  operators", str(status.ops_path)))
         lines.append(("  built for", f"torch {status.torch_version}"))
         lines.append(("  compiler", str(status.compiler)))
         changed = _changed_sources(status)

@@ -17,6 +17,17 @@ import lstm_ext
 from lstm_ext import _build_config as config
 
 # The smallest csrc/ that builds: without torch's headers it takes a second.
+TINY_OPS = """
+#ifdef BROKEN
+void missing_from_torch();
+#endif
+extern "C" __attribute__((visibility("default"))) int tiny() {
+#ifdef BROKEN
+  missing_from_torch();
+#endif
+  return 1;
+}
+"""
 TINY = """
 #include <Python.h>
 #define INIT_(name) PyInit_##name
@@ -24,6 +35,7 @@ TINY = """
 #ifdef BROKEN
 void missing_from_torch();
 #endif
+extern "C" int tiny();
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() {
 #ifdef BROKEN
@@ -33,7 +45,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION
     PyErr_SetString(PyExc_ImportError, "TINY_REFUSES is set");
     return nullptr;
   }
-  return PyModule_Create(&module);
+  return tiny() == 1 ? PyModule_Create(&module) : nullptr;
 }
 """
 SHOW = "from lstm_ext import _backend; _backend.extension(); print(_backend.status().backend)"
@@ -68,6 +80,8 @@ class Project:
         (root / "setup.py").touch()
         (root / "csrc").mkdir()
         (root / "csrc" / "bindings.cpp").write_text(TINY)
+        (root / "csrc" / "operators.cpp").write_text(TINY_OPS)
+        (self.package / "ops.py").write_text("")  # it wants operators, and there are none
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("LSTM_EXT_")}
@@ -93,8 +107,9 @@ class Project:
         path.chmod(0o755)
         return str(path)
 
-    def ahead_of_time(self, torch_version: str | None, content: bytes = b"") -> None:
+    def ahead_of_time(self, torch_version: str | None, content: bytes = b"", ops: bytes = b"") -> None:
         (self.package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+        (self.package / config.OPS_LIBRARY).write_bytes(ops)
         if torch_version is not None:
             config.write_record(self.package, torch_version, "a compiler", "a digest")
 
@@ -109,10 +124,11 @@ def test_version_is_said_once() -> None:
 
 
 def test_flags_leave_to_torch_what_is_torchs() -> None:
-    flags = config.COMPILE_FLAGS + config.LINK_FLAGS
+    link_flags = config.ops_link_flags("ops.so") + config.module_link_flags("ops.so")
+    flags = config.COMPILE_FLAGS + link_flags
     assert not [f for f in flags if f.startswith(("-std", "-march", "-mtune", "-gencode", "-arch"))]
     assert "-fopenmp" in config.COMPILE_FLAGS  # or at::parallel_for is serial, and says nothing
-    assert "-fopenmp" not in config.LINK_FLAGS
+    assert "-fopenmp" not in link_flags
 
 
 def test_sources_with_one_stem_are_refused(tmp_path: Path) -> None:
@@ -173,9 +189,12 @@ def test_build_on_first_use(project: Project) -> None:
     assert "compiling" not in err
     assert err.splitlines()[-1] == "ImportError: TINY_REFUSES is set"
 
-    # A library that was cut short.
+    # A library that was cut short, or is gone.
     (directory / "lstm_ext_C.so").write_bytes(b"\x7fELF")
     assert project.run("-c", SHOW)[:2] == (0, "jit")
+    (directory / "lstm_ext_ops.so").unlink()
+    assert project.run("-c", SHOW)[:2] == (0, "jit")
+    assert (directory / "lstm_ext_ops.so").is_file()
 
 
 @pytest.mark.parametrize(
@@ -255,17 +274,30 @@ def test_built_for_nobody_knows_what(project: Project) -> None:
     assert f"has no {config.RECORD} beside it: rebuild it with" in project.last_error(SHOW)
 
 
-def test_undefined_symbol(project: Project) -> None:
+@pytest.mark.parametrize("broken", ["bindings", "operators"])
+def test_undefined_symbol(project: Project, broken: str) -> None:
     command, _ = config.find_compiler()
-    include = sysconfig.get_path("include")
-    flags = ["-shared", "-fPIC", "-DBROKEN", "-DTORCH_EXTENSION_NAME=_C", f"-I{include}"]
-    library = project.root / "broken.so"
-    subprocess.run([command, *flags, project.root / "csrc" / "bindings.cpp", "-o", library], check=True)
-    project.ahead_of_time(torch.__version__, library.read_bytes())
+    common = ["-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_C", f"-I{sysconfig.get_path('include')}"]
+    contents = {}
+    for name, link_flags in (
+        ("operators", config.ops_link_flags(config.OPS_LIBRARY)),
+        ("bindings", config.module_link_flags("./operators.so")),
+    ):
+        define = ["-DBROKEN"] if name == broken else []
+        arguments = [*common, *define, f"csrc/{name}.cpp", *link_flags, "-o", f"{name}.so"]
+        subprocess.run([command, *arguments], check=True, cwd=project.root)
+        contents[name] = (project.root / f"{name}.so").read_bytes()
+    project.ahead_of_time(torch.__version__, contents["bindings"], contents["operators"])
     error = project.last_error(SHOW)
     assert f"does not fit the installed torch {torch.__version__}" in error
     assert "missing_from_torch" in error
     assert "rebuild it with" in error
+
+
+def test_one_library_without_the_other(project: Project) -> None:
+    project.ahead_of_time(torch.__version__)
+    (project.package / config.OPS_LIBRARY).unlink()
+    assert f"has no {config.OPS_LIBRARY} beside it: rebuild it with" in project.last_error(SHOW)
 
 
 def test_record_is_whole_or_absent(tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""The registered operators, ``torch.ops.lstm_ext``: one call computes one layer, all time steps, both directions.
+
+They are what a tracer sees (``torch.compile``, ``torch.export``, ``make_fx``, fake and meta tensors) and what a C++
+process calls that loads the operators' library. This module gives them shapes without values (fake kernels) and
+FLOP counts; :func:`lstm_ext._backend.extension` imports it once the library is loaded.
+
+T time steps, B batch rows, I input features, H hidden units, P the projection's size, or H without one, D = 2 if
+bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T, B), and B = batch_sizes[0].
+
+``lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional) -> (output, h_n, c_n)``
+    input (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence; h0 (D, B, P) and
+    c0 (D, B, H), None means zeros; weights: one set per direction of weight_ih (4H, I), weight_hh (4H, P), bias_ih
+    and bias_hh (4H) if ``has_bias``, weight_hr (P, H) with a projection; all of input's dtype. Gives output
+    (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H). Differentiable once.
+
+``lstm_layer_forward(...) -> (output, h_n, c_n, gates, cells, hidden)``
+    The same, and what the backward pass needs: gates (D, T, B, 4H) or (D, N, 4H), cells and, with a projection,
+    hidden (D, T, B, H) or (D, N, H); hidden is empty without one. float32 for the 16-bit dtypes, else input's dtype.
+
+``lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates, cells,
+hidden, has_bias, bidirectional, wanted) -> Tensor[]``
+    ``wanted`` has an entry for input, h0, c0 and each weight. The result has the gradients of those that are True,
+    in this order and nothing for the others. A gradient of an output that is None means zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _backend
+
+__all__ = ["lstm_layer", "lstm_layer_backward", "lstm_layer_forward"]
+
+# Set already when the backend imports this module, which it does once the operators are registered.
+if not hasattr(torch.ops.lstm_ext, "lstm_layer") and _backend.extension() is None:
+    raise ImportError(
+        f"lstm_ext.ops needs the compiled extension, which is not there: {_backend.status().reason}"
+    )
+
+_Layer = tuple[Tensor, Tensor, Tensor]
+_LayerAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+lstm_layer: Callable[..., _Layer] = torch.ops.lstm_ext.lstm_layer.default
+lstm_layer_forward: Callable[..., _LayerAndSaved] = torch.ops.lstm_ext.lstm_layer_forward.default
+lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default
+
+
+class _Sizes(NamedTuple):
+    directions: int
+    input_size: Any  # int or SymInt, as the others
+    hidden_size: Any
+    output_size: Any
+    projected: bool
+
+
+def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Sizes:
+    """Of a layer with these weights, or with weights of these shapes."""
+    directions = 2 if bidirectional else 1
+    plain = 4 if has_bias else 2
+    per_direction, rest = divmod(len(weights), directions)
+    if rest or per_direction not in (plain, plain + 1):
+        raise RuntimeError(
+            f"lstm_ext: got {len(weights)} weights, expected {plain * directions}, "
+            f"or {(plain + 1) * directions} with a projection"
+        )
+    shapes = [w.shape if isinstance(w, Tensor) else w for w in weights[:per_direction]]
+    projected = per_direction == plain + 1
+    output_size = shapes[1][1]
+    return _Sizes(
+        directions, shapes[0][1], shapes[-1][1] if projected else output_size, output_size, projected
+    )
+
+
+# ---- shapes, strides and dtypes: as csrc/glue/lstm_layer.cpp allocates them, all contiguous
+
+
+def _batch(input: Tensor, h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None) -> Any:
+    if batch_sizes is None:
+        return input.shape[1]
+    for state in (h0, c0):
+        if state is not None:
+            return state.shape[1]
+    if batch_sizes.device.type == "cpu" and type(batch_sizes) is Tensor:  # with meta tensors
+        return int(batch_sizes[0])
+    return torch.library.get_ctx().new_dynamic_size(min=1)
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer")
+def _(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+) -> _Layer:
+    return _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
+
+
+def _fake_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+) -> _Layer:
+    s = _sizes(weights, has_bias, bidirectional)
+    expected = 3 if batch_sizes is None else 2
+    torch._check(
+        input.dim() == expected,
+        lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
+    )
+    batch = _batch(input, h0, c0, batch_sizes)
+    return (
+        input.new_empty((*input.shape[:-1], s.directions * s.output_size)),
+        input.new_empty((s.directions, batch, s.output_size)),
+        input.new_empty((s.directions, batch, s.hidden_size)),
+    )
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_forward")
+def _(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+) -> _LayerAndSaved:
+    results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
+    s = _sizes(weights, has_bias, bidirectional)
+    dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    rows = (s.directions, *input.shape[:-1])
+    return (
+        *results,
+        input.new_empty((*rows, 4 * s.hidden_size), dtype=dtype),
+        input.new_empty((*rows, s.hidden_size), dtype=dtype),
+        input.new_empty((*rows, s.hidden_size) if s.projected else (0,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_backward")
+def _(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    hidden: Tensor,
+    has_bias: bool,
+    bidirectional: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    _sizes(weights, has_bias, bidirectional)
+    inputs = (input, h0, c0, *weights)
+    if len(wanted) != len(inputs):
+        raise RuntimeError(
+            f"lstm_ext: wanted has {len(wanted)} entries, expected {len(inputs)} (input, h0, c0 and each weight)"
+        )
+    chosen = [t for t, w in zip(inputs, wanted, strict=True) if w]
+    if any(t is None for t in chosen):
+        raise RuntimeError("lstm_ext: wanted asks for the gradient of an initial state that was not given")
+    return [t.new_empty(t.shape) for t in chosen if t is not None]
+
+
+# ---- floating-point operations of the matrix products, as torch counts them: shapes in place of tensors
+
+
+def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
+    """Those of one product with W_ih, W_hh and W_hr for all rows of all directions."""
+    rows = 2 * s.directions * prod(input[:-1])
+    gates = 4 * s.hidden_size
+    return (
+        rows * gates * s.input_size,
+        rows * gates * s.output_size,
+        rows * s.output_size * s.hidden_size if s.projected else 0,
+    )
+
+
+@register_flop_formula([torch.ops.lstm_ext.lstm_layer, torch.ops.lstm_ext.lstm_layer_forward])
+def _forward_flops(
+    input: Sequence[int],
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Sequence[int]],
+    batch_sizes: Any,
+    has_bias: bool,
+    bidirectional: bool,
+    **_: Any,
+) -> int:
+    return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
+
+
+@register_flop_formula(torch.ops.lstm_ext.lstm_layer_backward)
+def _backward_flops(
+    grad_output: Any,
+    grad_h_n: Any,
+    grad_c_n: Any,
+    input: Sequence[int],
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Sequence[int]],
+    batch_sizes: Any,
+    output: Any,
+    gates: Any,
+    cells: Any,
+    hidden: Any,
+    has_bias: bool,
+    bidirectional: bool,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
+    s = _sizes(weights, has_bias, bidirectional)
+    input_product, recurrent_product, projection_product = _products(input, s)
+    # Through time, always; then the gradients that are wanted.
+    total = recurrent_product + projection_product
+    if wanted[0]:
+        total += input_product
+    per_direction = len(weights) // s.directions
+
+    def of_weight(i: int, product: int) -> int:
+        return product // s.directions * _count(wanted[3 + i :: per_direction])
+
+    total += of_weight(0, input_product) + of_weight(1, recurrent_product)
+    if s.projected:
+        total += of_weight(per_direction - 1, projection_product)
+    return total
+
+
+def _count(flags: Iterable[bool]) -> int:
+    return sum(map(bool, flags))
