@@ -219,7 +219,8 @@ TRAINING: dict[str, Callable[[], dict[str, Any]]] = {
     for layers in LAYERS
     for optimizer in OPTIMIZERS
 } | {"fsdp_from_meta stack Adam": functools.partial(fsdp_from_meta, "stack", "Adam")}
-CASES = TRAINING | {f.__name__: f for f in (step, shards, dtensors, fail)}
+CALLS = {f.__name__: f for f in (step, shards, dtensors)}
+CASES = TRAINING | CALLS | {"fail": fail}
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,18 +45,13 @@ def launch(folder: Path, *names: str) -> list[dict[str, dict]]:
         *(worker.__file__, str(folder), *names),
     ]
     process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        process.terminate()  # torchrun then ends the processes that it has started
+        output, _ = process.communicate(timeout=60)
         raise AssertionError(f"not done after {TIMEOUT} seconds:\n{output}") from None
     assert process.returncode == 0, f"exit code {process.returncode}:\n{output}"
     return [
@@ -67,30 +61,25 @@ def launch(folder: Path, *names: str) -> list[dict[str, dict]]:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("training"), *worker.TRAINING)
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("calls"), "step", "shards", "dtensors")
+def processes(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("found"), *worker.TRAINING, *worker.CALLS)
 
 
 @pytest.mark.parametrize("name", worker.TRAINING)
-def test_training_equals_that_of_one_process(training, name):
+def test_training_equals_that_of_one_process(processes, name):
     layers, optimizer = re.fullmatch(r"\w+ (.*) (\w+)", name).groups()
     # torch's own layer: another implementation, that knows nothing of other processes
     model = worker.make_model(nn.LSTM, layers)
     losses = worker.train(model, optimizer, worker.make_input(layers))
     assert losses[-1] < losses[0] - 0.1
-    for found in training:
+    for found in processes:
         assert found[name]["losses"] == pytest.approx(losses, rel=1e-10)
         torch.testing.assert_close(found[name]["state"], model.state_dict(), **CLOSE)
 
 
-def test_initial_weights_of_shards(training):
+def test_initial_weights_of_shards(processes):
     """reset_parameters() reaches every weight of every shard, none of which had a value."""
-    for found in training:
+    for found in processes:
         drawn = found["fsdp_from_meta stack Adam"]["drawn"]
         assert len(drawn) == 20
         for name, p in drawn.items():
@@ -108,8 +97,8 @@ def expected():
     }
 
 
-def test_step_of_a_sharded_module(calls, expected):
-    for found in calls:
+def test_step_of_a_sharded_module(processes, expected):
+    for found in processes:
         step = found["step"]
         for name in ("output", "h_n", "c_n"):
             torch.testing.assert_close(step[name], expected[name], **CLOSE)
@@ -118,9 +107,9 @@ def test_step_of_a_sharded_module(calls, expected):
             torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
-def test_shards_are_refused(calls, expected):
+def test_shards_are_refused(processes, expected):
     """A call past FSDP's hooks finds parameters that are shards: an error, and the module works afterwards."""
-    for found in calls:
+    for found in processes:
         errors = found["shards"]["errors"]
         assert len(errors) == 6
         for call, (kind, text) in errors.items():
@@ -130,8 +119,8 @@ def test_shards_are_refused(calls, expected):
 
 
 @pytest.mark.parametrize("placement", ["replicated", "cut"])
-def test_dtensors_throughout(calls, expected, placement):
-    for found in calls:
+def test_dtensors_throughout(processes, expected, placement):
+    for found in processes:
         for name, value in found["dtensors"][placement].items():
             torch.testing.assert_close(value, expected[name], **CLOSE)
 
