@@ -63,6 +63,16 @@ def test_signature():
     assert ours.weight_ih_l0.dtype == torch.float64
 
 
+def test_defaults():
+    ours, theirs = lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)
+    for name in list(inspect.signature(lstm_ext.LSTM).parameters)[:8]:
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
+    keywords = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bias": False, "batch_first": True}
+    keywords |= {"dropout": 1, "bidirectional": True, "proj_size": 2, "device": None, "dtype": None}
+    assert repr(lstm_ext.LSTM(**keywords)) == repr(nn.LSTM(**keywords))
+
+
 def test_is_an_rnn_base():
     assert isinstance(lstm_ext.LSTM(2, 3), nn.RNNBase)
 
@@ -101,7 +111,13 @@ def test_parameters_and_initial_weights(config):
         {"num_layers": 0},
         {"num_layers": -1},
         {"num_layers": 1.5},
+        {"dropout": None},
+        {"dropout": float("nan"), "num_layers": 2},
+        {"dropout": np.float64(0.5), "num_layers": 2},
         {"num_layers": "a"},
+        {"num_layers": None},
+        {"num_layers": True},
+        {"num_layers": np.int64(2)},
         {"input_size": 0},
         {"input_size": -3},
         {"input_size": 1.0},
@@ -110,17 +126,27 @@ def test_parameters_and_initial_weights(config):
         {"hidden_size": 0},
         {"hidden_size": -3},
         {"hidden_size": 2.5},
+        {"hidden_size": True},
+        {"hidden_size": None},
         {"hidden_size": np.int64(3)},
         {"proj_size": -1},
         {"proj_size": 4},
         {"proj_size": 5},
         {"proj_size": "a"},
+        {"proj_size": None},
+        {"proj_size": 2.0},
+        {"proj_size": True},
+        {"proj_size": np.int64(2)},
         {"proj_size": 2, "dropout": 0.5, "bias": False},
         {"bias": 1},
         {"bias": None},
+        {"bias": np.bool_(True)},
         {"batch_first": 1},
+        {"batch_first": np.bool_(False)},
         {"batch_first": "yes"},
+        {"bidirectional": 1},
         {"bidirectional": 2},
+        {"bidirectional": None},
         {"dtype": torch.int32},
         {"dtype": "float"},
         {"device": "nowhere"},
@@ -130,6 +156,25 @@ def test_parameters_and_initial_weights(config):
 def test_same_errors_and_warnings(kwargs):
     arguments = {"input_size": 3, "hidden_size": 4} | kwargs
     assert outcome(lambda: lstm_ext.LSTM(**arguments)) == outcome(lambda: nn.LSTM(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((3,), {}),
+        ((3, 4, 1, True, False, 0.0, False, 0, None, None, 5), {}),
+        ((3, 4), {"input_size": 3}),
+        ((3, 4), {"layers": 2}),
+    ],
+    ids=str,
+)
+def test_wrong_calls(args, kwargs):
+    (ours, _), (theirs, _) = (outcome(lambda m=m: m(*args, **kwargs)) for m in (lstm_ext.LSTM, nn.LSTM))
+    assert ours[0] is theirs[0] is TypeError
+    # nn.LSTM hands everything on, so Python names another function, and counts the mode as an argument.
+    kind = ours[1].removeprefix("LSTM.__init__() ").split()[:2]
+    assert kind == theirs[1].removeprefix("RNNBase.__init__() ").split()[:2]
 
 
 def test_extras_are_absent():
@@ -149,6 +194,27 @@ def test_meta_to_empty_and_reset():
     for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours_p, theirs_p)
     ours(torch.randn(2, 1, 3))
+
+
+def test_defaults_of_dtype_and_device():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {p.dtype for p in lstm_ext.LSTM(3, 4).parameters()} == {torch.float64}
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        assert all(p.is_meta for p in lstm_ext.LSTM(3, 4).parameters())
+        assert not lstm_ext.LSTM(3, 4, device="cpu").weight_hh_l0.is_meta
+
+
+def test_skip_init():
+    """torch.nn.utils.skip_init draws no random numbers."""
+    state = torch.get_rng_state()
+    ours = nn.utils.skip_init(lstm_ext.LSTM, 3, 4, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    ours.load_state_dict(nn.LSTM(3, 4, 2).state_dict())
+    assert torch.isfinite(ours(torch.randn(2, 1, 3))[0]).all()
 
 
 def test_flatten_parameters_does_nothing():

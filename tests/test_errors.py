@@ -23,6 +23,10 @@ BAD = {
     "features, unbatched": (zeros(5, 4),),
     "dtype": (zeros(5, 2, 3, dtype=torch.float64),),
     "integers": (zeros(5, 2, 3, dtype=torch.int64),),
+    "complex": (zeros(5, 2, 3, dtype=torch.complex64),),
+    "bool": (zeros(5, 2, 3, dtype=torch.bool),),
+    "float16": (zeros(5, 2, 3, dtype=torch.float16),),
+    "float16, T == 0": (zeros(0, 2, 3, dtype=torch.float16),),
     "dtype and features": (zeros(5, 2, 4, dtype=torch.float64),),
     "T == 0": (zeros(0, 2, 3),),
     "T == 0, unbatched": (zeros(0, 3),),
@@ -39,6 +43,14 @@ BAD = {
     "hx 3-D, unbatched": (zeros(5, 3), (zeros(1, 1, 4), zeros(1, 1, 4))),
     "hx 4-D": (zeros(5, 2, 3), (zeros(1, 1, 2, 4), zeros(1, 1, 2, 4))),
     "hx sizes, unbatched": (zeros(5, 3), (zeros(1, 5), zeros(1, 4))),
+    "hx 1-D": (zeros(5, 2, 3), (zeros(4), zeros(4))),
+    "hx 1-D, unbatched": (zeros(5, 3), (zeros(4), zeros(4))),
+    "hx list": (zeros(5, 2, 3), [zeros(1, 3, 4), zeros(1, 3, 4)]),
+    "T == 0, hx": (zeros(0, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))),
+    "T == 0 and h batch": (zeros(0, 2, 3), (zeros(1, 3, 4), zeros(1, 2, 4))),
+    "features and h batch": (zeros(5, 2, 4), (zeros(1, 3, 4), zeros(1, 2, 4))),
+    "dtype and h batch": (zeros(5, 2, 3, dtype=torch.float64), (zeros(1, 3, 4), zeros(1, 2, 4))),
+    "B == 0 and h batch": (zeros(5, 0, 3), (zeros(1, 1, 4), zeros(1, 0, 4))),
     "hx rank and dtype": (zeros(5, 2, 3, dtype=torch.float64), (zeros(1, 4), zeros(1, 4))),
     "input device": (zeros(5, 2, 3, device="meta"),),
     "h device": (zeros(5, 2, 3), (zeros(1, 2, 4, device="meta"), zeros(1, 2, 4))),
@@ -69,6 +81,16 @@ def test_errors_are_those_of_torch(name, batch_first, grad):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"input": zeros(5, 2, 3), "h0": None}], ids=str)
+def test_wrong_calls(kwargs):
+    errors = []
+    for module in (lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)):
+        with pytest.raises(TypeError) as caught:
+            module(**kwargs)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
 @pytest.mark.parametrize("config", [{"proj_size": 2}, {"num_layers": 2, "bidirectional": True}], ids=str)
 def test_sizes_of_states_with_projection_and_directions(config):
     for h, c in ((zeros(1, 2, 4), zeros(1, 2, 4)), (zeros(4, 2, 4), zeros(2, 2, 4))):
@@ -92,6 +114,9 @@ def test_sizes_of_states_with_projection_and_directions(config):
             r"hx to be a tuple of two Tensors \(h_0, c_0\), got Tensor",
         ),
         ((zeros(5, 2, 3), zeros(2, 2, 4)), TypeError, "got Tensor"),
+        ((zeros(5, 2, 3).numpy(),), TypeError, "expected input to be a Tensor, got ndarray"),
+        ((zeros(5, 2, 3).to_sparse(),), RuntimeError, "input has layout Sparse, expected strided"),
+        ((zeros(5, 2, 3), ()), TypeError, r"got tuple of \(\)"),
         ((zeros(5, 2, 3), (zeros(1, 2, 4),)), TypeError, r"got tuple of \(Tensor\)"),
         ((zeros(5, 2, 3), [zeros(1, 2, 4)] * 3), TypeError, r"got list of \(Tensor, Tensor, Tensor\)"),
         ((zeros(5, 2, 3), (zeros(1, 2, 4), None)), TypeError, r"got tuple of \(Tensor, NoneType\)"),
@@ -139,6 +164,41 @@ def test_weight_of_another_shape():
     module.bias_hh_l0 = nn.Parameter(zeros(15))
     with pytest.raises((RuntimeError, ValueError)):
         module(zeros(5, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "value", [zeros(16, 4), 3, "text", nn.LSTM(3, 4)], ids=["Tensor", "int", "str", "Module"]
+)
+def test_what_may_not_be_assigned_to_a_parameter(value):
+    errors = []
+    for module in (lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)):
+        before = module.weight_hh_l0
+        with pytest.raises((TypeError, KeyError)) as caught:
+            module.weight_hh_l0 = value
+        errors.append((caught.type, str(caught.value)))
+        assert module.weight_hh_l0 is before
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("part", ["input", "module", "hx"])
+def test_inference_tensors_in_training(part):
+    """What was made in inference mode may not be saved for a backward pass."""
+    errors = []
+    for make in (lstm_ext.LSTM, nn.LSTM):
+        module, x, hx = make(3, 4), zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))
+        with torch.inference_mode():
+            if part == "input":
+                x = zeros(5, 2, 3)
+            elif part == "hx":
+                hx = (zeros(1, 2, 4), zeros(1, 2, 4))
+            else:
+                module = make(3, 4)
+            module(x, hx)
+        with torch.no_grad():
+            module(x, hx)
+        errors.append(error_of(module, (x, hx)))
+    assert errors[0] is not None
+    assert errors[0] == errors[1]
 
 
 def weights(input_size=3, hidden=4, bias=True, proj=0, layers=1, directions=1):

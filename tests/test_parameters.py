@@ -60,8 +60,15 @@ def x():
         lambda p: setattr(p, "data", torch.randn_like(p)),
         lambda p: p.detach().fill_(0.1),
         lambda p: p.detach().numpy().fill(0.25),
+        lambda p: setattr(p, "data", torch.randn_like(p.movedim(0, -1).contiguous()).movedim(-1, 0)),
+        lambda p: setattr(p, "data", torch.randn_like(p[:1]).expand_as(p)),
+        lambda p: setattr(p, "data", torch.randn_like(p.repeat_interleave(2, dim=0))[::2]),
+        lambda p: setattr(p, "data", torch.randn(p.numel() + 1, dtype=p.dtype)[1:].view_as(p)),
     ],
-    ids=["data.copy_", "data.mul_", "data=", "detach", "numpy"],
+    ids=[
+        *("data.copy_", "data.mul_", "data=", "detach", "numpy"),
+        *("transposed", "expanded", "every other row", "odd address"),
+    ],
 )
 def test_a_changed_weight_is_seen_by_the_next_call(lstm, x, change, grad):
     lstm.requires_grad_(grad)
@@ -80,16 +87,16 @@ def test_set_on_a_parameter(lstm, x):
     assert_same_as_torch(lstm, x)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_optimizer_steps(x, optimizer, foreach):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("implementation", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_optimizer_steps(x, optimizer, implementation):
     torch.manual_seed(0)
     ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
     theirs = nn.LSTM(3, 4, **FULL, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict())
     losses = []
     for module in (ours, theirs):
-        steps = optimizer(module.parameters(), lr=0.05, foreach=foreach)
+        steps = optimizer(module.parameters(), lr=0.05, **implementation)
         for _ in range(4):
             loss = output_of(module, x).square().sum()
             losses.append(loss.item())
@@ -116,6 +123,67 @@ def test_assignment_and_tying(lstm, x):
         lstm(x)
     lstm.register_parameter(name, nn.Parameter(torch.randn(16, 4, dtype=torch.float64)))
     assert_same_as_torch(lstm, x)
+
+
+def test_delete_and_add_again(lstm, x):
+    weight = lstm.weight_hh_l0
+    del lstm.weight_hh_l0
+    with pytest.raises(AttributeError, match="weight_hh_l0"):
+        lstm(x)
+    lstm.weight_hh_l0 = nn.Parameter(2 * weight.detach())
+    assert_same_as_torch(lstm, x)
+    assert [name for name, _ in lstm.named_parameters()][-1] == "weight_hh_l0"
+    assert lstm._flat_weights[1] is lstm.weight_hh_l0
+    assert lstm.all_weights[0][1] is lstm.weight_hh_l0
+
+    del lstm.bias_ih_l0
+    lstm.register_buffer("bias_ih_l0", torch.randn(16, dtype=torch.float64))
+    assert_same_as_torch(lstm, x)
+    lstm(x)[0].sum().backward()
+    assert lstm.bias_hh_l0.grad.abs().sum() > 0
+
+
+def test_all_weights_follow(lstm):
+    def assert_follow():
+        assert all(
+            a is getattr(lstm, name)
+            for a, name in zip(lstm._flat_weights, lstm._flat_weights_names, strict=True)
+        )
+        assert [id(w) for w in lstm.all_weights[0]] == [id(w) for w in lstm._flat_weights]
+
+    lstm.weight_ih_l0 = nn.Parameter(torch.zeros(16, 3, dtype=torch.float64))
+    assert_follow()
+    lstm.float()
+    assert_follow()
+    lstm.to_empty(device="meta")
+    assert_follow()
+    assert lstm.weight_ih_l0.is_meta
+    lstm.to_empty(device="cpu").reset_parameters()
+    assert_follow()
+
+
+def test_parameters_as_one_vector(lstm, x):
+    """vector_to_parameters: each weight is a piece of the vector, wherever that begins."""
+    vector = nn.utils.parameters_to_vector(lstm.parameters()).detach()
+    nn.utils.vector_to_parameters(torch.randn(len(vector) + 1, dtype=torch.float64)[1:], lstm.parameters())
+    assert not torch.equal(nn.utils.parameters_to_vector(lstm.parameters()), vector)
+    assert_same_as_torch(lstm, x)
+
+
+def test_averaged_model(x):
+    ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        ours, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    averaged.update_parameters(ours)
+    first = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    for p in ours.parameters():
+        p.data.copy_(torch.randn_like(p))
+    assert not torch.equal(output_of(averaged, x), output_of(ours, x))
+    averaged.update_parameters(ours)
+    for name, p in averaged.module.named_parameters():
+        torch.testing.assert_close(p, (first[name] + getattr(ours, name)) / 2)
+    assert_same_as_torch(averaged.module, x)
 
 
 def test_dropped_weights(lstm, x):
@@ -146,6 +214,20 @@ def test_functional_call(lstm, x):
 
     half = {name: p.float() for name, p in others.items()}
     assert functional_call(lstm, half, (x.float(),))[0].dtype == torch.float32
+
+
+def test_functional_call_in_a_model(x):
+    """Names with a prefix, weights tied by the model, some parameters only."""
+    model = nn.Sequential(lstm_ext.LSTM(3, 3, dtype=torch.float64), lstm_ext.LSTM(3, 3, dtype=torch.float64))
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    model.forward = lambda x: model[1](model[0](x)[0])[0]
+    weight = torch.randn(12, 3, dtype=torch.float64)
+    output = functional_call(model, {"0.weight_hh_l0": weight}, (x,))
+    before = model(x)
+    with torch.no_grad():
+        model[0].weight_hh_l0.copy_(weight)
+    assert torch.equal(output, model(x))
+    assert not torch.equal(output, before)
 
 
 def test_functional_call_gradients(lstm, x):
@@ -258,6 +340,23 @@ def test_conversions_of_dtype_and_sharing(lstm, x):
     assert all(p.is_shared() for p in lstm.parameters())
     assert torch.isfinite(output_of(lstm, x)).all()
     assert output_of(lstm, x).shape == expected.shape
+
+
+@pytest.mark.parametrize("frozen", range(20))
+def test_one_weight_frozen(frozen):
+    """Every gradient that remains is what it was."""
+    ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    names = [name for name, _ in ours.named_parameters()]
+    assert len(names) == 20
+    output_of(ours, x).square().sum().backward()
+    expected = {name: p.grad for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    getattr(ours, names[frozen]).requires_grad_(False)
+    output_of(ours, x).square().sum().backward()
+    assert ours.get_parameter(names.pop(frozen)).grad is None
+    for name in names:
+        torch.testing.assert_close(getattr(ours, name).grad, expected[name], rtol=1e-12, atol=1e-14)
 
 
 def test_frozen_weights(lstm, x):

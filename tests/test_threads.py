@@ -1,0 +1,135 @@
+"""Python threads: the kernels run without the GIL, and callers at the same time do not disturb each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+import lstm_ext
+
+ENOUGH = 0.1  # seconds; the interpreter takes the GIL from a thread that runs Python every 0.005
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call_of(direction: str, steps: int) -> Callable[[], object]:
+    """A call that spends nearly all of its time in one kernel."""
+    module, x = lstm_ext.LSTM(64, 128), torch.randn(steps, 16, 64)
+    if direction == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return forward
+    output, _ = module(x)
+    gradient, weights = torch.randn_like(output), list(module.parameters())
+    return lambda: torch.autograd.grad(output, weights, gradient, retain_graph=True)
+
+
+def long_enough(direction: str) -> Callable[[], object]:
+    steps = 100
+    while True:
+        call = call_of(direction, steps)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        if min(times) > ENOUGH:
+            return call
+        steps *= 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_others_run_during_a_kernel(one_thread, direction):
+    """While a thread is in a long kernel, another one runs Python and kernels of its own: no GIL, no lock."""
+    long, short = long_enough(direction), call_of(direction, 1)
+    done = threading.Event()
+    calls: list[float] = []
+
+    def other() -> None:
+        while not done.is_set():
+            time.sleep(0.001)
+            short()
+            calls.append(time.perf_counter())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    during = []
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            long()
+            end = time.perf_counter()
+            # not the edges, where the long call is in Python
+            margin = 0.2 * (end - start)
+            during.append(sum(start + margin < t < end - margin for t in calls))
+    finally:
+        done.set()
+        thread.join()
+    # Nothing could happen if the kernel kept the GIL; on an idle machine dozens of calls do.
+    assert sorted(during)[len(during) // 2] >= 5, during
+
+
+# What one call does differs: weights read in place or packed, one worker or several, teams that meet every step.
+SHAPES = {
+    "streaming": ({"hidden_size": 24}, 1),
+    "row-major": ({"hidden_size": 40, "num_layers": 2, "bidirectional": True}, 2),
+    "packed": ({"hidden_size": 72, "num_layers": 2, "bidirectional": True}, 12),
+    "projection": ({"hidden_size": 72, "proj_size": 20, "num_layers": 2}, 12),
+    "shared units": ({"hidden_size": 320}, 1),
+}
+CALLERS = 8
+FEATURES = 48
+
+
+def results(module: lstm_ext.LSTM, x: Tensor, hx: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Outputs and all gradients; inference as well."""
+    with torch.no_grad():
+        inference, _ = module(x, hx)
+    output, (h_n, c_n) = module(x, hx)
+    loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+    return [inference, output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_callers_do_not_disturb_each_other(shape, threads):
+    config, batch = SHAPES[shape]
+    module = lstm_ext.LSTM(FEATURES, **config)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = []
+        for i in range(CALLERS):
+            x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
+            _, state = module(x.detach())
+            arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
+        alone = [results(module, *a) for a in arguments]
+        start = threading.Barrier(CALLERS, timeout=60)
+
+        def call(i: int) -> list[list[Tensor]]:
+            start.wait()
+            return [results(module, *arguments[i]) for _ in range(4)]
+
+        with ThreadPoolExecutor(CALLERS) as pool:
+            together = list(pool.map(call, range(CALLERS)))
+    finally:
+        torch.set_num_threads(before)
+    assert not any(p.grad is not None for p in module.parameters())
+    for i, repeated in enumerate(together):
+        for found in repeated:
+            assert [torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)] == [True] * len(alone[i])

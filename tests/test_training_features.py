@@ -1,0 +1,331 @@
+"""What a training loop does around the layer: hooks, accumulation, checkpoints, anomaly mode, profiles."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lstm_ext
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+CONFIGS = [
+    {},
+    {"num_layers": 2, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False},
+]
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def pair(**config) -> tuple[lstm_ext.LSTM, nn.LSTM]:
+    """Our layer and torch's, with the same weights, each with its own."""
+    ours = lstm_ext.LSTM(3, 4, **config, dtype=torch.float64)
+    theirs = nn.LSTM(3, 4, **config, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def gradients(module, *more):
+    return [p.grad for p in (*module.parameters(), *more)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_hooks_on_tensors(x, config):
+    """Each sees the gradient that torch's layer shows it, and what it returns goes on."""
+    seen = []
+    for module in pair(**config):
+        grads, handles = {}, []
+
+        def keep(name, factor, grads=grads):
+            def hook(grad):
+                grads[name] = grad.clone()
+                return factor * grad
+
+            return hook
+
+        leaf = x.detach().requires_grad_()
+        given = leaf * 1
+        given.retain_grad()
+        given.register_hook(keep("input", 1))
+        output, (h_n, c_n) = module(given)
+        for factor, (name, tensor) in enumerate((("output", output), ("h_n", h_n), ("c_n", c_n)), start=2):
+            tensor.retain_grad()
+            tensor.register_hook(keep(name, factor))
+        for name, p in module.named_parameters():
+            handles.append(p.register_hook(keep(name, 1)))
+        module.weight_hh_l0.register_post_accumulate_grad_hook(
+            lambda p, grads=grads: grads.__setitem__("accumulated", p.grad.clone())
+        )
+        (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
+        assert len(grads) == 5 + len(handles)
+        same(grads["accumulated"], grads["weight_hh_l0"])
+        seen.append([grads, output.grad, h_n.grad, c_n.grad, given.grad, leaf.grad, gradients(module)])
+    same(*seen)
+
+
+def test_hooks_on_the_module(x):
+    """Hooks may replace arguments and results; those of the backward pass see torch's gradients."""
+    seen = []
+    for module in pair():
+        calls = []
+
+        def note(name, tensors, calls=calls):
+            calls.append((name, [None if t is None else t.detach().clone() for t in tensors]))
+
+        def before(m, args, kwargs, note=note):
+            note("before", args)
+            return (2 * args[0],), kwargs | {"hx": (torch.ones(1, 2, 4), torch.ones(1, 2, 4))}
+
+        def after(m, args, kwargs, result, note=note):
+            assert set(kwargs) == {"hx"}
+            output, (h_n, c_n) = result
+            note("after", (output, h_n, c_n))
+            return 3 * output, (h_n, c_n)
+
+        def to_float64(m, args, kwargs):
+            return args, {"hx": tuple(s.double() for s in kwargs["hx"])}
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_pre_hook(to_float64, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
+        module.register_full_backward_pre_hook(lambda m, grads, note=note: note("backward before", grads[:1]))
+        module.register_full_backward_hook(lambda m, grads, _, note=note: note("backward", grads))
+        leaf = x.detach().requires_grad_()
+        output, (h_n, c_n) = module(leaf)
+        (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+        assert [name for name, _ in calls] == ["before", "after", "backward before", "backward"]
+        seen.append([[tensors for _, tensors in calls], gradients(module, leaf)])
+    same(*seen)
+
+
+def test_gradients_accumulate(x):
+    ours, theirs = pair(num_layers=2)
+    for module in (ours, theirs):
+        module(x.detach())[0].sum().backward()
+    before = gradients(ours)
+    pointers = [g.data_ptr() for g in before]
+    kept = [g.clone() for g in before]
+    for module in (ours, theirs):
+        module(2 * x.detach())[0].square().sum().backward()
+    same(gradients(ours), gradients(theirs))
+    assert [g.data_ptr() for g in gradients(ours)] == pointers
+    assert not torch.equal(ours.weight_hh_l0.grad, kept[1])
+
+    ours.zero_grad(set_to_none=False)
+    assert [g.data_ptr() for g in gradients(ours)] == pointers
+    assert not any(g.any() for g in gradients(ours))
+    ours(x.detach())[0].sum().backward()
+    same(gradients(ours), kept)
+    ours.zero_grad(set_to_none=True)
+    assert gradients(ours) == [None] * 8
+    ours(x.detach())[0].sum().backward()
+    same(gradients(ours), kept)
+    # No two weights may share a gradient: each is updated in place.
+    assert len({g.untyped_storage().data_ptr() for g in gradients(ours)}) == 8
+
+
+def test_gradients_for_chosen_inputs(x):
+    ours, theirs = pair(num_layers=2)
+    for module in (ours, theirs):
+        module(x)[0].square().sum().backward(inputs=[module.weight_hh_l1, module.bias_ih_l0])
+    assert x.grad is None
+    given = [name for name, p in ours.named_parameters() if p.grad is not None]
+    assert given == ["bias_ih_l0", "weight_hh_l1"]
+    same([ours.bias_ih_l0.grad, ours.weight_hh_l1.grad], [theirs.bias_ih_l0.grad, theirs.weight_hh_l1.grad])
+
+
+def test_gradient_of_a_weight_with_other_strides(x):
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        module.weight_ih_l0 = nn.Parameter(module.weight_ih_l0.detach().T.contiguous().T)
+        module(x.detach())[0].square().sum().backward()
+    same(gradients(ours), gradients(theirs))
+    assert ours.weight_ih_l0.grad.stride() == theirs.weight_ih_l0.grad.stride() == ours.weight_ih_l0.stride()
+
+
+class Cut(torch.autograd.Function):
+    """The identity, without a gradient: what comes before sees an undefined one."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(
+    "cut", [("output", "h_n", "c_n"), ("output",), ("h_n",), ("c_n",), ("output", "c_n")], ids=str
+)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_undefined_gradients(x, config, cut):
+    found = []
+    for module in pair(**config):
+        leaf = x.detach().requires_grad_()
+        output, (h_n, c_n) = module(leaf)
+        results = {"output": output, "h_n": h_n, "c_n": c_n}
+        sum((Cut.apply(t) if name in cut else t).square().sum() for name, t in results.items()).backward()
+        found.append(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in (leaf, *module.parameters())]
+        )
+    same(*found)
+    assert any(g.any() for g in found[0]) == (len(cut) < 3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_gradient_of_a_learned_initial_state(x, config):
+    """One row for the whole batch, expanded; c from the same tensor as h."""
+    found = []
+    for module in pair(**config):
+        sets = len(module.all_weights)
+        row = torch.linspace(-1, 1, sets * 4, dtype=torch.float64).view(sets, 1, 4).requires_grad_()
+        batch = 5 if module.batch_first else 2
+        state = row.expand(-1, batch, -1)
+        output, (h_n, c_n) = module(x.detach(), (state[..., : module.proj_size or 4], state))
+        (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+        found.append([row.grad, *gradients(module)])
+    same(*found)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_draws_the_same_dropout(x, use_reentrant):
+    ours, theirs = pair(num_layers=3, dropout=0.5)
+    found = []
+    for module in (ours, theirs):
+        for run in (
+            module,
+            lambda x, m=module: checkpoint(lambda x: m(x)[0], x, use_reentrant=use_reentrant),
+        ):
+            module.zero_grad()
+            leaf = x.detach().requires_grad_()
+            torch.manual_seed(3)
+            result = run(leaf)
+            output = result if isinstance(result, torch.Tensor) else result[0]
+            torch.rand(7)  # the second forward pass must not go on from here
+            output.square().sum().backward()
+            found.append([output, *(g.clone() for g in gradients(module, leaf))])
+    for other in found[1:]:
+        same(found[0], other)
+
+
+def test_anomaly_mode(x):
+    ours, theirs = pair()
+    x.data[2, 1, 0] = torch.nan
+    errors = []
+    for module in (ours, theirs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # anomaly mode announces itself
+            with torch.autograd.detect_anomaly():
+                module(x[:2])[0].sum().backward()
+                with pytest.raises(RuntimeError, match="returned nan values in its") as caught:
+                    module(x)[0].sum().backward()
+        errors.append(str(caught.value).partition("returned")[2])
+    assert errors[0] == errors[1]
+
+
+def test_profile(x):
+    """Both passes have ranges of their own, under the layer's name."""
+    layer = lstm_ext.LSTM(3, 4, 2, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = layer(x)[0].sum()
+    forward = {e.key: e.count for e in profile.key_averages() if e.key.startswith("lstm_ext::")}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    backward = {e.key: e.count for e in profile.key_averages() if e.key.startswith("lstm_ext::")}
+    assert set(forward.values()) == set(backward.values()) == {2}  # layers
+    assert not forward.keys() & backward.keys()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("which", ["h_n", "c_n"])
+def test_states_may_be_changed_in_place(x, config, which):
+    found = []
+    for module in pair(**config):
+        output, (h_n, c_n) = module(x.detach())
+        (h_n if which == "h_n" else c_n).mul_(2)
+        (output.square().sum() + h_n.square().sum() + c_n.square().sum()).backward()
+        found.append(gradients(module))
+    same(*found)
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_output_changed_in_place(x, config, unbatched):
+    """The gradient is that of relu() out of place, or there is an error, as in most of torch's own cases."""
+    ours, theirs = pair(**config)
+    given = x.detach()[0] if unbatched else x.detach()
+    theirs(given)[0].relu().square().sum().backward()
+    output, _ = ours(given)
+    loss = output.relu_().square().sum()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        assert gradients(ours) == [None] * len(gradients(ours))
+    else:
+        same(gradients(ours), gradients(theirs))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_memory_that_nobody_has_written(x, config):
+    """With deterministic algorithms torch fills new memory with NaN: a kernel that reads it would show."""
+    ours, theirs = pair(**config)
+    long = torch.randn(40, 40, 3, dtype=torch.float64)
+    before = torch.are_deterministic_algorithms_enabled()
+    for given in (x.detach(), long):
+        found = []
+        for module in (ours, theirs):
+            module.zero_grad()
+            output, (h_n, c_n) = module(given)
+            (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+            found.append([output, h_n, c_n, *gradients(module)])
+        same(*found)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.utils.deterministic.fill_uninitialized_memory
+            assert torch.empty(9).isnan().all()
+            ours.zero_grad()
+            output, (h_n, c_n) = ours(given)
+            (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+        finally:
+            torch.use_deterministic_algorithms(before)
+        for a, b in zip([output, h_n, c_n, *gradients(ours)], found[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_clipped_gradients(x):
+    norms = []
+    for module in pair(num_layers=2):
+        module(x.detach())[0].square().sum().backward()
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), 0.1))
+        norms.append(nn.utils.get_total_norm(gradients(module)))
+    same(norms[:2], norms[2:])
+    assert norms[0] > 1
+    assert norms[1].item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_requires_grad_changes_between_calls(x):
+    ours, theirs = pair(num_layers=2)
+    for wanted in (False, True, False):
+        for module in (ours, theirs):
+            module.requires_grad_(wanted)
+            assert module(x.detach())[0].requires_grad == wanted
+            module.zero_grad()
+            module(x)[0].square().sum().backward()
+        assert [g is None for g in gradients(ours)] == [not wanted] * 8
+        if wanted:
+            same(gradients(ours), gradients(theirs))
