@@ -1,26 +1,35 @@
 """One layer of an LSTM, differentiable: chooses between the compiled kernels and the reference equations.
 
-Three routes, chosen in `lstm_layer` and nowhere else:
+The routes, chosen in `lstm_layer` and nowhere else:
 
 1. plain tensors, no gradient wanted: the kernel is called directly and saves nothing;
 2. plain tensors with gradients: an `autograd.Function` around the forward and backward kernels;
-3. everything that needs to look into the computation (`torch.compile`, `torch.export`, functorch transforms,
-   forward-mode AD, dispatch modes, tensor subclasses, fake and meta tensors), and dtypes and devices without a
-   kernel: the differentiable equations of `reference`. A tensor without real memory must never reach the kernel.
+3. what looks into the computation sees one registered operator a layer: the compilers, dispatch modes, fake and meta
+   tensors through `ops`, the transforms of ``torch.func`` through `transforms`;
+4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
+   differentiable equations of `reference`.
+
+A tensor without real memory must never reach a kernel directly.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import _backend, reference
+from . import _backend, reference, transforms
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+# Types that an operator's fake kernel serves.
+_TRACED_TYPES = _PLAIN_TYPES | {FakeTensor, FunctionalTensor}
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
+_OPERATOR_DEVICES = frozenset(("cpu", "meta"))
 
 
 def lstm_layer(
@@ -33,9 +42,10 @@ def lstm_layer(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments, results and shapes as in `reference.lstm_layer`."""
-    kernels = _backend.extension() if _can_run_kernel(input, h0, c0, weights) else None
+    kernels = _backend.extension() if _is_direct(input, h0, c0, weights) else None
     if kernels is None:
-        return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
+        layer = _indirect_layer(input, h0, c0, weights)
+        return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
     if torch.is_grad_enabled() and (
         input.requires_grad
         or any([w.requires_grad for w in weights])
@@ -46,7 +56,8 @@ def lstm_layer(
     return kernels.lstm_layer_forward(input, h0, c0, weights, batch_sizes, bias, bidirectional, False)[:3]
 
 
-def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernels may be called past the dispatcher."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
@@ -61,6 +72,60 @@ def _can_run_kernel(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]):
+    """The function that computes the layer for arguments that must not reach the kernels directly."""
+    tensors = [t for t in (input, h0, c0, *weights) if t is not None]
+    if any([w is None for w in weights]):
+        raise TypeError("LSTM: a weight is None, expected a Tensor (bias=False makes a layer without biases)")
+    if (
+        input.device.type not in _OPERATOR_DEVICES
+        or input.dtype not in _KERNEL_DTYPES
+        or torch.autograd.forward_ad._current_level >= 0
+        or _backend.extension() is None
+    ):
+        return reference.lstm_layer
+    if torch.compiler.is_compiling():
+        return reference.lstm_layer if _in_transform() else _operator
+    if torch._C._is_tracing() or not all([type(t) in _TRACED_TYPES for t in tensors]):
+        _refuse_shards(tensors)
+        return reference.lstm_layer
+    transformations = torch._C._functorch.get_interpreter_stack()
+    if not transformations:
+        return _operator
+    kinds = {t.key() for t in transformations}
+    if kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
+        return transforms.lstm_layer
+    return reference.lstm_layer
+
+
+def _in_transform() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _operator(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.lstm_ext.lstm_layer(input, h0, c0, list(weights), batch_sizes, bias, bidirectional)
+
+
+def _refuse_shards(tensors: Sequence[Tensor]) -> None:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None or isinstance(tensors[0], dtensor.DTensor):
+        return
+    if any([isinstance(t, dtensor.DTensor) for t in tensors]):
+        raise RuntimeError(
+            "LSTM: the weights are DTensors and the input is not. FSDP2 gathers its shards in hooks: call the "
+            "module, not its forward(); to use step(), say once after fully_shard: "
+            "torch.distributed.fsdp.register_fsdp_forward_method(module, 'step')"
+        )
 
 
 def _is_plain(grad: Tensor) -> bool:
@@ -92,7 +157,7 @@ class _LSTMLayer(torch.autograd.Function):
             grads = [None] * len(wanted)
         elif (
             torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
-            or not _can_run_kernel(input, h0, c0, weights)
+            or not _is_direct(input, h0, c0, weights)
             or not all([g is None or _is_plain(g) for g in (grad_output, grad_h_n, grad_c_n)])
         ):
             grads = _differentiable_gradients(

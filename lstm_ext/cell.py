@@ -177,6 +177,7 @@ def _step(
         None if h is None else h[None],
         None if c is None else c[None],
         weights,
+        None,
         len(weights) == 4,
         False,
     )
