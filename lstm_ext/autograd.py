@@ -78,7 +78,7 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
     """The function that computes the layer for arguments that must not reach the kernels directly."""
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
     if any([w is None for w in weights]):
-        raise TypeError("LSTM: a weight is None, expected a Tensor (bias=False makes a layer without biases)")
+        raise TypeError("LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)")
     if (
         input.device.type not in _OPERATOR_DEVICES
         or input.dtype not in _KERNEL_DTYPES

@@ -164,6 +164,9 @@ class LSTM(nn.RNNBase):
         Raises:
             RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
                 is in training mode with dropout; and what :meth:`forward` raises.
+
+        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, say once
+        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")``.
         """
         if self.bidirectional:
             raise RuntimeError(
@@ -195,6 +198,8 @@ class LSTM(nn.RNNBase):
             raise RuntimeError(_NO_TORCHSCRIPT)
         weights = self._weights_by_layer()
         w = weights[0][0]
+        if w is None:
+            raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
         dtype, device = x.dtype, x.device
         shape = x.shape
         good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device

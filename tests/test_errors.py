@@ -315,3 +315,11 @@ HX = (zeros(1, 2, 4), zeros(1, 2, 4))
 def test_functional_errors(function, arguments, kwargs, error, text):
     with pytest.raises(error, match=text):
         function(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l1"])
+def test_a_weight_of_none_is_refused(name):
+    for module in (nn.LSTM(3, 4, 2), lstm_ext.LSTM(3, 4, 2)):
+        setattr(module, name, None)
+        with pytest.raises(TypeError):
+            module(zeros(5, 2, 3))

@@ -1,0 +1,195 @@
+"""bfloat16 and float16: arguments and results in the dtype, everything between them in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_torch, relative_error, stacked, values_and_gradients
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import lstm_ext
+from lstm_ext import _backend, autograd, reference
+
+_C = _backend.extension()
+DTYPES = [torch.bfloat16, torch.float16]
+
+CONFIGS = [
+    {},
+    {"bias": False, "bidirectional": True},
+    {"proj_size": 9},
+    {"proj_size": 9, "bidirectional": True, "num_layers": 2, "batch_first": True},
+]
+
+
+def layers(config: dict, dtype: torch.dtype) -> tuple[lstm_ext.LSTM, lstm_ext.LSTM]:
+    """A layer, and one in float32 with the same weights."""
+    module = lstm_ext.LSTM(10, 40, **config, dtype=dtype)
+    same = lstm_ext.LSTM(10, 40, **config)
+    same.load_state_dict(module.state_dict())
+    return module, same
+
+
+def states(module: lstm_ext.LSTM, batch: int) -> tuple[Tensor, Tensor]:
+    sets = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = module.weight_ih_l0.dtype
+    return (
+        torch.randn(sets, batch, module.proj_size or module.hidden_size).to(dtype),
+        torch.randn(sets, batch, module.hidden_size).to(dtype),
+    )
+
+
+def tensors(result) -> list[Tensor]:
+    output, (h_n, c_n) = result
+    return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def capability(request):
+    if request.param not in _C.cpu_capabilities():
+        pytest.skip(f"this processor does not run {request.param}")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", [1, 30])
+def test_is_the_float32_layer_rounded_once(capability, dtype, steps):
+    """To the bit, so that neither the sums nor the states between the steps are of lower precision."""
+    for config in CONFIGS[:3]:
+        module, same = layers(config, dtype)
+        x, hx = torch.randn(steps, 4, 10).to(dtype), states(module, 4)
+        packed = pack_sequence([torch.randn(n, 10).to(dtype) for n in (steps, 1, 1)])
+        packed32 = PackedSequence(packed.data.float(), packed.batch_sizes)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for ours, expected in (
+                    (module(x, hx), same(x.float(), (hx[0].float(), hx[1].float()))),
+                    (module(packed), same(packed32)),
+                ):
+                    for a, b in zip(tensors(ours), tensors(expected), strict=True):
+                        assert a.dtype == dtype
+                        assert torch.equal(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_accuracy(dtype, config, packed):
+    module = lstm_ext.LSTM(10, 40, **config, dtype=dtype)
+    theirs = lstm_ext.to_torch(module)
+    lengths = [25, 9, 9, 3]
+
+    class Call(torch.nn.Module):
+        def __init__(self, lstm):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, input, hx):
+            if packed:
+                output, hx = self.lstm(PackedSequence(input, batch_sizes), hx)
+                return output.data, hx
+            return self.lstm(input, hx)
+
+    batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(25)])
+    results: list[list[dict[str, Tensor]]] = [[], [], []]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module.reset_parameters()
+        shape = (sum(lengths), 10) if packed else (4, 25, 10) if module.batch_first else (25, 4, 10)
+        x, hx = torch.randn(shape).to(dtype), states(module, 4)
+        for i, (lstm, precision) in enumerate(((module, None), (theirs, None), (theirs, torch.float64))):
+            results[i].append(values_and_gradients(Call(lstm), x, hx, dtype=precision))
+    assert_as_accurate_as_torch(*[stacked(r) for r in results])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [lstm_ext.LSTM, reference.lstm], ids=["kernels", "reference"])
+def test_the_cell_state_is_not_rounded_at_each_step(dtype, layer):
+    """A sum of many small numbers, which would stand still once they are below half a rounding step of it."""
+    module = lstm_ext.LSTM(1, 1, dtype=dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+        # i and f are 1 (sigmoid(30)), g is tanh(0.004), so c grows by 0.004 a step.
+        module.bias_ih_l0.copy_(torch.tensor([30.0, 30.0, 0.004, 0.0]))
+        x = torch.zeros(2000, 1, 1, dtype=dtype)
+        if layer is reference.lstm:
+            _, (_, c) = reference.lstm(x, None, list(module.parameters()))
+        else:
+            _, (_, c) = module(x)
+        step = torch.tanh(module.bias_ih_l0[2].double()).item()
+    assert c.dtype == dtype
+    assert abs(c.item() / (2000 * step) - 1) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_are_called_and_save_float32(monkeypatch, dtype):
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(_C, name)
+
+    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    module = lstm_ext.LSTM(3, 5, dtype=dtype)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output, _ = module(torch.randn(7, 2, 3).to(dtype))
+    assert sorted(t.shape[-1] for t in saved if t.dtype == torch.float32) == [5, 20]  # cells, gates
+    output.sum().backward()
+    assert calls == ["lstm_layer_forward", "lstm_layer_backward"]
+    assert module.weight_hh_l0.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_autocast(dtype, config):
+    """Output, h_n and c_n in autocast's dtype, for dense, packed and projected, whatever comes in; not float64."""
+    module = lstm_ext.LSTM(10, 40, **config)
+    rounded = lstm_ext.LSTM(10, 40, **config, dtype=dtype)
+    rounded.load_state_dict(module.state_dict())
+    dense = torch.randn(4, 4, 10)
+    packed = pack_sequence([torch.randn(n, 10) for n in (2, 9, 4, 1)], enforce_sorted=False)
+    for x in (dense, packed):
+        for hx in (None, states(module, 4)):
+            expected = tensors(
+                rounded(x.to(dtype), None if hx is None else (hx[0].to(dtype), hx[1].to(dtype)))
+            )
+            for argument in (x, x.to(dtype)):
+                with torch.autocast("cpu", dtype=dtype):
+                    result = tensors(module(argument, hx))
+                for a, b in zip(result, expected, strict=True):
+                    assert a.dtype == dtype
+                    assert torch.equal(a, b)
+            with torch.autocast("cpu", dtype=dtype, enabled=False):
+                assert {t.dtype for t in tensors(module(x, hx))} == {torch.float32}
+        with torch.autocast("cpu", dtype=dtype):
+            double = lstm_ext.LSTM(10, 40, **config, dtype=torch.float64)
+            assert {t.dtype for t in tensors(double(x.to(torch.float64)))} == {torch.float64}
+    with torch.autocast("cpu", dtype=dtype):
+        output, _ = module(dense)
+    output.float().sum().backward()
+    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_double_backward_and_reference_agree_with_float32(dtype):
+    module, same = layers({"bidirectional": True}, dtype)
+    x = torch.randn(6, 2, 10).to(dtype)
+    results = []
+    for lstm, argument in ((module, x), (same, x.float())):
+        argument = argument.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(lstm(argument)[0].square().sum(), argument, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [argument, *lstm.parameters()]))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, b) < 4 * torch.finfo(dtype).eps
