@@ -1,0 +1,211 @@
+"""What the contract says of cost, on the CPU: packed data, vmap, Python threads, 16-bit dtypes.
+
+    python benchmarks/bench_contract.py [--only GROUP ...] [--threads N ...] [--budget SECONDS]
+                                        [--output results/NAME.json]
+
+packed    a ragged batch against the padded one, per row: 1 says the cost follows the sum of the lengths; and
+          torch.nn.LSTM's time for the same PackedSequence
+vmap      torch.vmap over 8 inputs against one call on a batch 8 times as large
+callers   two Python threads, each with one intra-op thread, against one
+16-bit    torch.nn.LSTM's time in bfloat16 and float16, and lstm_ext's own in float32
+
+Nothing fails here: what a busy machine measures is no verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from shapes import Shape
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_ext
+
+GROUPS = ["packed", "vmap", "callers", "16-bit"]
+SHAPES = {
+    "tagger": Shape(40, 32, 100, 128),
+    "speech": Shape(200, 16, 80, 256),
+    "characters": Shape(100, 64, 64, 128),
+    "small": Shape(50, 64, 16, 32),
+}
+SAMPLES = 8  # of vmap
+TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
+
+
+def call_of(layer: nn.Module, x: torch.Tensor | PackedSequence, training: bool) -> Callable[[], object]:
+    if not training:
+
+        def infer() -> object:
+            with torch.inference_mode():
+                return layer(x)[0]
+
+        return infer
+
+    data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
+    argument = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+    grad = torch.randn(
+        *data.shape[:-1], layer.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float32
+    ).to(data.dtype)
+
+    def train() -> object:
+        data.grad = None
+        layer.zero_grad(set_to_none=True)
+        output = layer(argument)[0]
+        (output.data if isinstance(output, PackedSequence) else output).backward(grad)
+        return data.grad
+
+    return train
+
+
+def lengths_of(shape: Shape) -> torch.Tensor:
+    """Spread evenly from a tenth of the steps to all of them, in no order."""
+    lengths = torch.linspace(shape.steps / 10, shape.steps, shape.batch).round().long().clamp_min(1)
+    return lengths[torch.randperm(shape.batch, generator=torch.Generator().manual_seed(3))]
+
+
+def packed(shape: Shape, training: bool, budget: float) -> dict:
+    theirs, ours = harness.make_layers(shape)
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    lengths = lengths_of(shape)
+    ragged = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    share = lengths.sum().item() / (shape.steps * shape.batch)
+    against_padded = harness.compare(call_of(ours, ragged, training), call_of(ours, x, training), budget / 2)
+    against_torch = harness.compare(
+        call_of(theirs, ragged, training), call_of(ours, ragged, training), budget / 2
+    )
+    return {
+        "cost": against_padded.ratio / share,
+        "share_of_rows": share,
+        "over_torch": against_torch.ratio,
+        "times": [harness.as_dict(against_padded), harness.as_dict(against_torch)],
+    }
+
+
+def vmap(shape: Shape, training: bool, budget: float) -> dict:
+    _, ours = harness.make_layers(shape)
+    xs = torch.randn(
+        SAMPLES, shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1)
+    )
+    large = xs.transpose(0, 1).reshape(shape.steps, SAMPLES * shape.batch, shape.input_size)
+
+    class Mapped(nn.Module):
+        hidden_size = shape.hidden_size
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ours
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.vmap(lambda one: self.layer(one)[0])(x),)
+
+    comparison = harness.compare(call_of(Mapped(), xs, training), call_of(ours, large, training), budget)
+    return {"cost": comparison.ratio, "times": [harness.as_dict(comparison)]}
+
+
+def callers(shape: Shape, training: bool, budget: float) -> dict:
+    """One intra-op thread each, whatever --threads says; weights are read by both, gradients are each one's own."""
+    torch.set_num_threads(1)
+    _, ours = harness.make_layers(shape)
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(shape.steps, shape.batch, shape.hidden_size)
+
+    def call() -> None:
+        if training:
+            torch.autograd.grad(ours(x)[0], list(ours.parameters()), grad)
+        else:
+            with torch.inference_mode():
+                ours(x)
+
+    def timed(threads: int) -> float:
+        start = time.perf_counter()
+        workers = [threading.Thread(target=lambda: [call() for _ in range(repeats)]) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    repeats = 1
+    timed(2)
+    repeats = max(1, round(0.1 / timed(1)))
+    samples: tuple[list[float], list[float]] = ([], [])
+    deadline = time.perf_counter() + budget
+    while time.perf_counter() < deadline or len(samples[0]) < harness.MIN_REPEATS:
+        for threads in (1, 2):
+            samples[threads - 1].append(timed(threads))
+    one, two = (statistics.median(s) for s in samples)
+    return {"cost": two / one, "seconds": [one, two], "repeats": len(samples[0])}
+
+
+def low_precision(shape: Shape, training: bool, budget: float) -> dict:
+    theirs, ours = harness.make_layers(shape)
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    plain = call_of(lstm_ext.from_torch(nn.LSTM(shape.input_size, shape.hidden_size)), x, training)
+    result: dict = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        a, b = (call_of(m.to(dtype), x.to(dtype), training) for m in (theirs, ours))
+        result[f"{name}_over_torch"] = harness.compare(a, b, budget / 4).ratio
+        result[f"{name}_over_float32"] = harness.compare(plain, b, budget / 4).ratio
+    return result
+
+
+MEASURE = {"packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds per case")
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    facts = harness.facts()
+    results = []
+    for group in options.only:
+        # What two callers cost says nothing on more intra-op threads than one.
+        for threads in [1] if group == "callers" else options.threads:
+            for name in options.shapes:
+                for training in (False, True):
+                    torch.set_num_threads(threads)
+                    figures = MEASURE[group](SHAPES[name], training, options.budget)
+                    case = {
+                        "group": group,
+                        "shape": name,
+                        "threads": threads,
+                        "training": training,
+                        **figures,
+                    }
+                    results.append(case)
+                    shown = {k: f"{v:.2f}" for k, v in figures.items() if isinstance(v, float)}
+                    print(
+                        f"{group:<8} {name:<11} {threads} thr  {'training' if training else 'inference':<9}  "
+                        + "  ".join(f"{k} {v}" for k, v in shown.items()),
+                        flush=True,
+                    )
+    for group, target in TARGETS.items():
+        costs = [r["cost"] for r in results if r["group"] == group]
+        if costs:
+            print(
+                f"{group}: cost {harness.geometric_mean(costs):.2f} in the mean, at most {max(costs):.2f} "
+                f"(target: at most {target})"
+            )
+    if options.output:
+        options.output.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
