@@ -106,7 +106,7 @@ def test_sizes_of_states_with_projection_and_directions(config):
     ("arguments", "error", "text"),
     [
         (([[1.0]],), TypeError, "expected input to be a Tensor or PackedSequence, got list"),
-        ((None,), TypeError, "expected input to be a Tensor, got NoneType"),
+        ((None,), TypeError, "expected input to be a Tensor or PackedSequence, got NoneType"),
         (
             (zeros(5, 2, 3), zeros(1, 2, 4)),
             TypeError,

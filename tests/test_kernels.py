@@ -123,8 +123,14 @@ PATHS: dict[str, tuple[Sizes, dict[str, object]]] = {
         {"pack_input": True, "pack_recurrent": False},
     ),
     "packed": ((10, 9, 20, 40, 0, False, True), {"pack_input": True, "pack_recurrent": True}),
-    "several forward chunks": ((150, 7, 5, 100, 0, True, True), {"forward_chunk_rows": range(2 * 7, 150 * 7)}),
-    "several backward chunks": ((150, 7, 5, 50, 0, True, True), {"backward_chunk_rows": range(2 * 7, 75 * 7)}),
+    "several forward chunks": (
+        (150, 7, 5, 100, 0, True, True),
+        {"forward_chunk_rows": range(2 * 7, 150 * 7)},
+    ),
+    "several backward chunks": (
+        (150, 7, 5, 50, 0, True, True),
+        {"backward_chunk_rows": range(2 * 7, 75 * 7)},
+    ),
     "several backward chunks, projected": (
         (150, 7, 5, 50, 9, True, True),
         {"backward_chunk_rows": range(2 * 7, 75 * 7)},

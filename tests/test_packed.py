@@ -370,7 +370,7 @@ def test_wrong_dtype_is_torchs_error():
 
 def test_wrong_features():
     """Where torch speaks of the shapes of a product inside."""
-    with pytest.raises(RuntimeError, match="must be equal to input_size. Expected 3, got 4"):
+    with pytest.raises(RuntimeError, match=r"must be equal to input_size. Expected 3, got 4"):
         lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 4), torch.tensor([3, 2, 2])))
     with pytest.raises(RuntimeError, match="input must have 2 dimensions, got 3"):
         lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3, 1), torch.tensor([3, 2, 2])))

@@ -23,9 +23,12 @@ at::Tensor materialized(const at::Tensor& t) {
   return t.resolve_neg();
 }
 
+// Without a trip through the dispatcher where there is nothing to do.
+at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
 // What the kernels want of a sequence: the innermost axis contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = materialized(tensor).to(type);
+  const at::Tensor t = in_type(materialized(tensor), type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
@@ -51,13 +54,13 @@ const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
 }
 
 at::Tensor contiguous_or_undefined(const OptionalTensor& t, at::ScalarType type) {
-  return t && t->defined() ? materialized(*t).to(type).contiguous() : at::Tensor();
+  return t && t->defined() ? in_type(materialized(*t), type).contiguous() : at::Tensor();
 }
 
 std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights, at::ScalarType type) {
   std::vector<at::Tensor> result;
   result.reserve(weights.size());
-  for (const at::Tensor& w : weights) result.push_back(materialized(w).to(type).contiguous());
+  for (const at::Tensor& w : weights) result.push_back(in_type(materialized(w), type).contiguous());
   return result;
 }
 
@@ -131,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
   }
   const auto results = [&] {
     const at::ScalarType dtype = input.scalar_type();
-    return std::make_tuple(output.to(dtype), h_n.to(dtype), c_n.to(dtype), saved);
+    return std::make_tuple(in_type(output, dtype), in_type(h_n, dtype), in_type(c_n, dtype), saved);
   };
   if (s.batch == 0) return results();
 
@@ -200,7 +203,7 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
   }
   const auto results = [&] {
     for (at::Tensor& g : grads) {
-      if (g.defined()) g = g.to(dtype);
+      if (g.defined()) g = in_type(g, dtype);
     }
     return grads;
   };
