@@ -126,13 +126,14 @@ class Backward {
     // Rows that had a step in this loop before; those after them begin here, at the end of their sequence.
     const int64_t continued = smaller(count, team_rows(s - 1));
     if (team_rows(s - 1) > count) initial_state_gradient(s);
+    cells_ = cells_of_step(s);
     for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
       const Range part = begins ? Range{continued, count} : Range{0, continued};
       if (part.begin == part.end) continue;
       if (!shape_.projected) {
         recurrent_gradient(part, begins ? -1 : s - 1, begins ? p_.grad_h_n : nullptr, t,
                            [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                             cell_gradient(s, part.begin + row, begins != 0, column, S::load(sums), lanes);
+                             cell_gradient(part.begin + row, begins != 0, column, S::load(sums), lanes);
                            });
       } else {
         const RowGrid<T> out = rows_.grid(grad_hidden(s), shape_.output_size, part.begin, part.end);
@@ -147,10 +148,10 @@ class Backward {
       const RowGrid<const T> out = rows_.grid(const_cast<const T*>(grad_hidden(s)), shape_.output_size, 0, count);
       multiply(
           out, count, projection_weight(), hidden_columns_, partial_sums(0, count),
-          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(s, row, column); },
+          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(row, column); },
           [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
           [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            cell_gradient(s, row, row >= continued, column, S::load(sums), lanes);
+            cell_gradient(row, row >= continued, column, S::load(sums), lanes);
           });
     }
     meet_team();
@@ -188,65 +189,77 @@ class Backward {
     RightHandSide<T> weight = recurrent_weight();
     if (later < 0) weight.depth = 0;
     const T* gates = later < 0 ? nullptr : grad_gates(later);
-    const int64_t s = t < 0 ? -1 : steps_.time(t);
     multiply(
         rows_.grid(gates, plan_.gate_row, part.begin, part.end), count, weight, output_columns_,
         partial_sums(part.begin, part.end),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
-          if (!shape_.projected && s >= 0) prefetch_cell(s, part.begin + row, column);
+          if (!shape_.projected && t >= 0) prefetch_cell(part.begin + row, column);
         },
         start, finish);
   }
 
-  // Fetches what cell_gradient will read; a row of the team.
-  LSTM_EXT_INLINE void prefetch_cell(int64_t s, int64_t row, int64_t unit) const {
+  // What cell_gradient reads and writes in a step; row 0 of the batch.
+  struct StepCells {
+    const T* gates;
+    const T* cells;
+    const T* previous;      // c_{t-1}, in the direction of the forward pass, of the rows that have one
+    int64_t previous_rows;  // the others have c0
+    const T* grad_output;
+    T* grad_gates;
+  };
+  StepCells cells_of_step(int64_t s) const {
     const int64_t H = shape_.hidden_size;
     const int64_t t = steps_.time(s);
+    const int64_t at = steps_.rows_before(t);
+    const int64_t before = s + 1 < shape_.steps ? steps_.rows_before(steps_.time(s + 1)) : 0;
+    return {p_.gates + at * 4 * H,
+            p_.cells + at * H,
+            p_.cells + before * H,
+            steps_.rows_of_step(s + 1),
+            p_.grad_output.data ? steps_.at(p_.grad_output, t) : nullptr,
+            grad_gates(s)};
+  }
+  // c_{t-1} of a batch row; null for zeros.
+  LSTM_EXT_INLINE const T* previous_cell(int64_t b) const {
+    if (b < cells_.previous_rows) return cells_.previous + b * shape_.hidden_size;
+    return p_.c0 ? p_.c0 + b * shape_.hidden_size : nullptr;
+  }
+
+  // Fetches what cell_gradient will read; a row of the team.
+  LSTM_EXT_INLINE void prefetch_cell(int64_t row, int64_t unit) const {
+    const int64_t H = shape_.hidden_size;
     const int64_t b = rows_.batch_row(row);
-    const int64_t at = steps_.rows_before(t) + b;
-    const T* gates = p_.gates + at * 4 * H + unit;
+    const T* gates = cells_.gates + b * 4 * H + unit;
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * H);
-    __builtin_prefetch(p_.cells + at * H + unit);
-    const T* previous = previous_cell(s, row);
+    __builtin_prefetch(cells_.cells + b * H + unit);
+    const T* previous = previous_cell(b);
     if (previous) __builtin_prefetch(previous + unit);
-    if (p_.grad_output.data && !shape_.projected) {
-      __builtin_prefetch(steps_.at(p_.grad_output, t) + b * p_.grad_output.stride_b + unit);
+    if (cells_.grad_output && !shape_.projected) {
+      __builtin_prefetch(cells_.grad_output + b * p_.grad_output.stride_b + unit);
     }
   }
 
-  // c_{t-1} of a row of the team, in the direction of the forward pass; null for zeros.
-  LSTM_EXT_INLINE const T* previous_cell(int64_t s, int64_t row) const {
+  // The gate gradients of one row of the team and `lanes` units, from dL/dh before the projection.
+  // `begins`: this is the first step of the loop that the row has.
+  LSTM_EXT_INLINE void cell_gradient(int64_t row, bool begins, int64_t unit, Reg<T> grad_h, int lanes) {
     const int64_t H = shape_.hidden_size;
     const int64_t b = rows_.batch_row(row);
-    if (s + 1 < shape_.steps) {
-      const int64_t t = steps_.time(s + 1);
-      if (!steps_.packed() || b < steps_.rows_at(t)) return p_.cells + (steps_.rows_before(t) + b) * H;
-    }
-    return p_.c0 ? p_.c0 + b * H : nullptr;
-  }
-
-  // The gate gradients of one row of the team and `lanes` units in step s, from dL/dh before the
-  // projection. `begins`: this is the first step of the loop that the row has.
-  LSTM_EXT_INLINE void cell_gradient(int64_t s, int64_t row, bool begins, int64_t unit, Reg<T> grad_h, int lanes) {
-    const int64_t H = shape_.hidden_size;
-    const int64_t b = rows_.batch_row(row);
-    const int64_t at = steps_.rows_before(steps_.time(s)) + b;
     const Reg<T> one = S::set1(T(1));
-    const T* gates = p_.gates + at * 4 * H + unit;
+    const T* gates = cells_.gates + b * 4 * H + unit;
     const Reg<T> i = load_lanes<T>(gates, lanes);
     const Reg<T> f = load_lanes<T>(gates + H, lanes);
     const Reg<T> g = load_lanes<T>(gates + 2 * H, lanes);
     const Reg<T> o = load_lanes<T>(gates + 3 * H, lanes);
-    const Reg<T> tanh_c = tanh<T>(load_lanes<T>(p_.cells + at * H + unit, lanes));
-    const T* previous = previous_cell(s, row);
+    const Reg<T> tanh_c = tanh<T>(load_lanes<T>(cells_.cells + b * H + unit, lanes));
+    const T* previous = previous_cell(b);
 
     T* running = p_.grad_c + b * H + unit;
     Reg<T> grad_c = !begins       ? load_lanes<T>(running, lanes)
                     : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes)
                                   : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
-    T* out = grad_gates(s) + b * plan_.gate_row + unit;
+    T* out = cells_.grad_gates + b * plan_.gate_row + unit;
     store_lanes<T>(out, grad_c * g * (i * (one - i)), lanes);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
     store_lanes<T>(out + H, grad_c * c_previous * (f * (one - f)), lanes);
@@ -431,6 +444,7 @@ class Backward {
   const T** row_list_;
   T* zero_row_;
   Chunk chunk_, before_;
+  StepCells cells_;
 };
 
 template <typename T>
