@@ -43,15 +43,17 @@ std::vector<Tensor> lstm_layer_backward_cpu(const OptionalTensor& grad_output, c
   std::vector<Tensor> grads =
       lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights.vec(), batch_sizes, output,
                                     saved, has_bias, bidirectional, wanted_flags);
-  std::vector<Tensor> result;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (wanted_flags[i]) result.push_back(grads[i]);
+  // An operator cannot return an undefined tensor.
+  for (Tensor& grad : grads) {
+    if (!grad.defined()) grad = at::empty({0}, input.options());
   }
-  return result;
+  return grads;
 }
 
 }  // namespace
 
+// torch.compile keeps graphs on disk and knows them by the names in them: an operator whose results come to mean
+// something else, the one that it is differentiated by included, has to get a new name.
 TORCH_LIBRARY(lstm_ext, m) {
   // Whoever runs an operator on fake or meta tensors without the fake kernels is told to import this module.
   m.set_python_module("lstm_ext.ops");

@@ -19,8 +19,8 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
 
 ``lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates, cells,
 hidden, has_bias, bidirectional, wanted) -> Tensor[]``
-    ``wanted`` has an entry for input, h0, c0 and each weight. The result has the gradients of those that are True,
-    in this order and nothing for the others. A gradient of an output that is None means zeros.
+    ``wanted`` has an entry for input, h0, c0 and each weight, and so has the result: its gradient, or, where
+    ``wanted`` is False, a tensor without elements. A gradient of an output that is None means zeros.
 """
 
 from __future__ import annotations
@@ -173,10 +173,12 @@ def _(
         raise RuntimeError(
             f"lstm_ext: wanted has {len(wanted)} entries, expected {len(inputs)} (input, h0, c0 and each weight)"
         )
-    chosen = [t for t, w in zip(inputs, wanted, strict=True) if w]
-    if any(t is None for t in chosen):
+    if any(w and t is None for t, w in zip(inputs, wanted, strict=True)):
         raise RuntimeError("lstm_ext: wanted asks for the gradient of an initial state that was not given")
-    return [t.new_empty(t.shape) for t in chosen if t is not None]
+    return [
+        t.new_empty(t.shape) if w and t is not None else input.new_empty((0,))
+        for t, w in zip(inputs, wanted, strict=True)
+    ]
 
 
 # ---- floating-point operations of the matrix products, as torch counts them: shapes in place of tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,25 @@ def test_one_openmp_runtime() -> None:
     assert len(run.stdout.split()) == 1, run.stdout
 
 
+def needed_by(library: Path) -> list[str]:
+    run = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", run.stdout)
+
+
+def test_build_ahead_of_time(project: Project) -> None:
+    shutil.copy(Path(__file__).parents[1] / "setup.py", project.root)
+    # Asked for two at a time: the second library is linked with the first, and has to wait for it.
+    returncode, _, err = project.run("setup.py", "build_ext", "--inplace", "--parallel", "2")
+    assert returncode == 0, err
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {path.name for path in project.package.glob("*.so")} == {config.OPS_LIBRARY, f"_C{suffix}"}
+    assert config.OPS_LIBRARY in needed_by(project.package / f"_C{suffix}")
+    assert not [name for name in needed_by(project.package / config.OPS_LIBRARY) if "python" in name]
+    assert project.run("-c", SHOW, LSTM_EXT_BACKEND="aot") == (0, "aot", "")
+    code = "import importlib, torch; importlib.import_module('lstm_ext._C')"
+    assert project.run("-c", code) == (0, "", "")  # the one finds the other, wherever both lie
+
+
 def test_build_on_first_use(project: Project) -> None:
     # Two at once: one builds, the other waits for it.
     processes = [project.start("-c", SHOW), project.start("-c", SHOW)]
@@ -173,6 +193,9 @@ def test_build_on_first_use(project: Project) -> None:
 
     # Built once and for all: a compiler is not needed any more.
     assert project.run("-c", SHOW, CXX="no-such-compiler") == (0, "jit", "")
+    (ops_library,) = (project.root / "jit").glob("*/lstm_ext_ops.so")
+    assert not [name for name in needed_by(ops_library) if "python" in name]
+    assert ops_library.name in needed_by(ops_library.with_name("lstm_ext_C.so"))
 
     # A build that was killed leaves objects, torch's lock file and no record.
     (directory,) = (path for path in (project.root / "jit").iterdir() if path.is_dir())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,21 +23,24 @@ from lstm_ext import _backend, ops, reference
 from lstm_ext import _build_config as config
 
 T, B, I, H, P = 5, 2, 3, 4, 2
-# bias, bidirectional, projection, initial states
+BATCH_SIZES = [2, 2, 2, 1, 1]
+# bias, bidirectional, projection, initial states, packed
 CASES = {
-    "plain": (True, False, False, True),
-    "no_states": (True, False, False, False),
-    "no_bias": (False, False, False, True),
-    "both_directions": (True, True, False, False),
-    "projected": (False, False, True, False),
-    "all": (True, True, True, True),
+    "plain": (True, False, False, True, False),
+    "no_states": (True, False, False, False, False),
+    "no_bias": (False, False, False, True, False),
+    "both_directions": (True, True, False, False, False),
+    "projected": (False, False, True, False, False),
+    "all": (True, True, True, True, False),
+    "packed": (True, True, True, True, True),
+    "packed_no_states": (True, False, False, False, True),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
 
 def arguments(case: str, requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> tuple:
     """Those of lstm_layer, on plain contiguous tensors."""
-    bias, bidirectional, projected, states = CASES[case]
+    bias, bidirectional, projected, states, packed = CASES[case]
     directions, output_size = 2 if bidirectional else 1, P if projected else H
 
     def tensor(*sizes: int) -> Tensor:
@@ -48,7 +52,9 @@ def arguments(case: str, requires_grad: bool = False, dtype: torch.dtype = torch
     weights = [tensor(*shape) for _ in range(directions) for shape in shapes]
     h0 = tensor(directions, B, output_size) if states else None
     c0 = tensor(directions, B, H) if states else None
-    return tensor(T, B, I), h0, c0, weights, None, bias, bidirectional
+    input = tensor(sum(BATCH_SIZES), I) if packed else tensor(T, B, I)
+    batch_sizes = torch.tensor(BATCH_SIZES) if packed else None
+    return input, h0, c0, weights, batch_sizes, bias, bidirectional
 
 
 def tensors_of(args: tuple) -> list[Tensor]:
@@ -107,8 +113,8 @@ def test_forward_and_backward_pass_opcheck(case: str) -> None:
 
 def test_opcheck_with_some_gradients() -> None:
     args = arguments("all")
-    args[1].requires_grad_()
-    args[3][1].requires_grad_()
+    for t in (args[1], args[3][1]):
+        t.requires_grad_()
     torch.library.opcheck(ops.lstm_layer, args)
     some = backward_arguments(args, wanted_of(args))
     detached = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, some)
@@ -123,17 +129,26 @@ def test_opcheck_with_some_gradients() -> None:
 
 
 def assert_same_layout(fake: list[Tensor], real: list[Tensor]) -> None:
-    assert len(fake) == len(real)
     for f, r in zip(fake, real, strict=True):
-        assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
+        assert f.dtype == r.dtype and f.dim() == r.dim()
+        if all(isinstance(n, int) for n in f.shape):
+            assert (f.shape, f.stride()) == (r.shape, r.stride())
+        else:
+            # Only the values of batch_sizes say how many rows a state has, if no state was given.
+            assert f.is_contiguous() and r.is_contiguous()
+            assert [n for i, n in enumerate(f.shape) if i != 1] == [
+                n for i, n in enumerate(r.shape) if i != 1
+            ]
+            assert isinstance(f.shape[1], torch.SymInt) and r.shape[1] == BATCH_SIZES[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch_first", [False, True])
 @every_case
 def test_fake_results_look_like_real_ones(case: str, batch_first: bool, dtype: torch.dtype) -> None:
     args = arguments(case, dtype=dtype)
     if batch_first:
+        # Of packed data: rows in the order of columns.
         args = (args[0].transpose(0, 1).contiguous().transpose(0, 1), *args[1:])
     backward_args = backward_arguments(args)
     for op, op_args in (
@@ -142,55 +157,17 @@ def test_fake_results_look_like_real_ones(case: str, batch_first: bool, dtype: t
         (ops.lstm_layer_backward, backward_args),
     ):
         real = op(*op_args)
-        with FakeTensorMode() as mode:
-            fake = op(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, op_args))
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            fake = op(
+                *torch.utils._pytree.tree_map_only(
+                    Tensor, lambda t: mode.from_tensor(t, static_shapes=True), op_args
+                )
+            )
         assert_same_layout(fake, real)
-        on_meta = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), op_args)
+        on_meta = torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t.to("meta") if t.is_floating_point() else t, op_args
+        )
         assert_same_layout(op(*on_meta), real)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fake_results_of_16_bit_numbers(dtype: torch.dtype) -> None:
-    args = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta", dtype), arguments("all"))
-    output, h_n, c_n, *saved = ops.lstm_layer_forward(*args)
-    assert {output.dtype, h_n.dtype, c_n.dtype} == {dtype}
-    assert {t.dtype for t in saved} == {torch.float32}
-    grads = ops.lstm_layer_backward(output, None, c_n, *args[:5], output, *saved, *args[5:], [True] * 13)
-    assert {g.dtype for g in grads} == {dtype}
-
-
-@pytest.mark.parametrize("case", ["no_states", "all"])
-def test_fake_results_of_packed_data(case: str) -> None:
-    input, h0, c0, weights, _, bias, bidirectional = arguments(case)
-    batch_sizes = torch.tensor([2, 2, 1])
-    args = (torch.randn(5, I), h0, c0, weights, batch_sizes, bias, bidirectional)
-    directions, output_size = 2 if bidirectional else 1, P if CASES[case][2] else H
-    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fake = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: mode.from_tensor(t, static_shapes=True), args
-        )
-        results = ops.lstm_layer_forward(*fake)
-        grads = ops.lstm_layer_backward(
-            *results[:3],
-            *fake[:5],
-            results[0],
-            *results[3:],
-            *fake[5:],
-            [t is not None for t in (input, h0, c0)] + [True] * len(weights),
-        )
-    on_meta = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.to("meta") if t.is_floating_point() else t, args
-    )
-    for output, h_n, c_n, gates, cells, hidden in (results, ops.lstm_layer_forward(*on_meta)):
-        assert output.shape == (5, directions * output_size)
-        assert gates.shape == (directions, 5, 4 * H)
-        assert cells.shape == (directions, 5, H)
-        assert hidden.shape == ((directions, 5, H) if CASES[case][2] else (0,))
-        batch = h_n.shape[1]
-        assert h_n.shape[::2] == (directions, output_size) and c_n.shape == (directions, batch, H)
-        # Without initial states, only the values of batch_sizes say it.
-        assert batch == 2 if isinstance(batch, int) else h0 is None and results[1] is h_n
-    assert_same_layout(grads, [t for t in (args[0], h0, c0, *weights) if t is not None])
 
 
 def test_fake_kernels_refuse_what_cannot_be() -> None:
@@ -225,15 +202,16 @@ def test_kernel_refuses_a_wrong_wanted() -> None:
 @every_case
 def test_same_numbers_as_the_module(case: str, through: tuple[int, ...]) -> None:
     args = arguments(case, requires_grad=True)
-    input, h0, c0, weights, _, bias, bidirectional = args
+    input, h0, c0, weights, batch_sizes, bias, bidirectional = args
     module = lstm_ext.LSTM(I, H, bias=bias, bidirectional=bidirectional, proj_size=P if CASES[case][2] else 0)
     names = [name for name, _ in module.named_parameters()]
 
     def through_module() -> list[Tensor]:
         hx = None if h0 is None else (h0, c0)
         parameters = dict(zip(names, weights, strict=True))
-        output, states = torch.func.functional_call(module, parameters, (input, hx))
-        return [output, *states]
+        x = input if batch_sizes is None else PackedSequence(input, batch_sizes)
+        output, states = torch.func.functional_call(module, parameters, (x, hx))
+        return [output if batch_sizes is None else output.data, *states]
 
     expected, actual = through_module(), ops.lstm_layer(*args)
     weightings = [torch.randn_like(t) for t in expected]
@@ -334,11 +312,11 @@ def test_tangents_are_not_lost() -> None:
 @every_case
 def test_flops_are_those_of_the_products(case: str) -> None:
     args = arguments(case, requires_grad=True)
-    input, h0, c0, weights, _, bias, bidirectional = args
+    input, h0, c0, weights, batch_sizes, bias, bidirectional = args
     counts = []
     for layer in (
         lambda: ops.lstm_layer(*args),
-        lambda: reference.lstm_layer(input, h0, c0, weights, bias, bidirectional),
+        lambda: reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional),
     ):
         with FlopCounterMode(display=False) as forward:
             output, *_ = layer()
@@ -375,10 +353,18 @@ def step(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tens
     return [t.sin() for t in torch.ops.lstm_ext.lstm_layer(input.cos(), h0, c0, weights, *flags)]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("case", ["no_states", "all"])
-def test_compile(case: str, backend: str) -> None:
+@pytest.fixture
+def no_cache():
+    """torch knows a compiled graph on disk by its operators' names: one that an older build made would be found."""
     torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("case", ["all", "packed", "packed_no_states"])
+def test_compile(case: str, backend: str) -> None:
     args = arguments(case, requires_grad=True)
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     results = [function(*args) for function in (step, compiled)]
@@ -555,15 +541,61 @@ int main(int, char** argv) {
 """
 
 
-def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
+def run_cpp(code: str, directory: Path, *arguments: str | None) -> subprocess.CompletedProcess[str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     command, _ = config.find_compiler()
-    source, program = tmp_path / "program.cpp", tmp_path / "program"
-    source.write_text(CPP)
+    source, program = directory / "program.cpp", directory / "program"
+    source.write_text(code)
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     build = [command, "-std=c++20", "-O0", *(f"-isystem{path}" for path in include_paths()), str(source)]
     build += [*libraries, "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
     subprocess.run(build, check=True)
-    run = subprocess.run([str(program), str(_backend.status().ops_path)], capture_output=True, text=True)
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
+    run = run_cpp(CPP, tmp_path, _backend.status().ops_path)
     assert (run.returncode, run.stdout) == (0, "computed without Python\n"), run.stderr
+
+
+CPP_PACKAGE = r"""
+#include <ATen/ATen.h>
+#include <dlfcn.h>
+#include <iostream>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+int main(int, char** argv) {
+  if (dlopen(argv[1], RTLD_NOW) == nullptr) { std::cerr << dlerror() << "\n"; return 1; }
+  torch::inductor::AOTIModelPackageLoader loader(argv[2]);
+  const at::Tensor input = at::linspace(-1, 1, 7 * 2 * 3).reshape({7, 2, 3});
+  for (const at::Tensor& t : loader.run({input})) std::cout << t.sum().item<double>() << "\n";
+}
+"""
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("no_cache")
+def test_cpp_program_runs_a_compiled_package(tmp_path: Path) -> None:
+    input, _, _, weights, *_ = arguments("no_states")
+    module = Layer(weights).requires_grad_(False)
+    program = torch.export.export(module, (input,), dynamic_shapes={"input": {0: torch.export.Dim("time")}})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run = run_cpp(CPP_PACKAGE, tmp_path, _backend.status().ops_path, package)
+    assert run.returncode == 0, run.stderr
+    expected = module(torch.linspace(-1, 1, 7 * 2 * 3).reshape(7, 2, 3))
+    sums = torch.tensor([float(line) for line in run.stdout.split()])
+    torch.testing.assert_close(sums, torch.stack([t.sum() for t in expected]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("wanted", ["one", "all"])
+def test_compile_with_a_cpp_wrapper(wanted: str) -> None:
+    args = arguments("all", requires_grad=wanted == "all")
+    args[0].requires_grad_()
+    inputs = [t for t in tensors_of(args) if t.requires_grad]
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        results = [function(*args) for function in (step, torch.compile(step, fullgraph=True))]
+        grads = [torch.autograd.grad(sum(t.sum() for t in r), inputs) for r in results]
+    torch.testing.assert_close((results[1], grads[1]), (results[0], grads[0]), rtol=1e-5, atol=1e-6)

@@ -116,9 +116,8 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     const std::vector<Tensor> computed =
         layer_backward_op().call(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, kept[0], kept[1],
                                  kept[2], kept[3], flag("has_bias"), flag("bidirectional"), wanted);
-    auto gradient = computed.begin();
     for (size_t i = 0; i < wanted.size(); ++i) {
-      if (wanted[i]) result[i] = *gradient++;
+      if (wanted[i]) result[i] = computed[i];
     }
     return result;
   }

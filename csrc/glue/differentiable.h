@@ -27,7 +27,8 @@ using LayerOp = LayerResult(const Tensor& input, const OptionalTensor& h0, const
 using LayerForwardOp = LayerResultAndSaved(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                            at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
                                            bool bidirectional);
-// The gradients that `wanted` names, of input, h0, c0 and each weight, in this order and without gaps.
+// The gradients of input, h0, c0 and each weight, in this order; without elements where `wanted` is false. Never a
+// list of one, which inductor's C++ wrapper would take for a tensor.
 using LayerBackwardOp = std::vector<Tensor>(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
