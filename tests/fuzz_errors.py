@@ -135,7 +135,9 @@ SHARED: dict[str, Fault] = {
     "weight: row missing": Fault(lambda c: c.weight(lambda w: w[:-1]), WRONG_WEIGHT, ask_torch=False),
     "weight: row too many": Fault(lambda c: c.weight(lambda w: longer(w, 0, c.amount)), WRONG_WEIGHT, ask_torch=False),
     "weight: column missing": Fault(lambda c: c.weight(lambda w: w[..., :-1]), WRONG_WEIGHT, ask_torch=False),
-    "weight: column too many": Fault(lambda c: c.weight(lambda w: longer(w, -1, c.amount)), WRONG_WEIGHT, ask_torch=False),
+    "weight: column too many": Fault(
+        lambda c: c.weight(lambda w: longer(w, -1, c.amount)), WRONG_WEIGHT, ask_torch=False
+    ),
     "weight: rank": Fault(lambda c: c.weight(lambda w: w[None]), WRONG_WEIGHT, ask_torch=False),
     "weight: dtype": Fault(lambda c: c.weight(lambda w: other_dtype(w, c.amount)), WRONG_WEIGHT),
     "weight: meta": Fault(lambda c: c.weight(lambda w: w.to("meta"))),

@@ -40,6 +40,8 @@ NAMES = [name for name in CATEGORIES if PACKED_WORKS or "packed" not in name]
 FEW = 250
 MANY = int(os.environ.get("LSTM_EXT_FUZZ_CASES", "2000"))
 SEED = int(os.environ.get("LSTM_EXT_FUZZ_SEED", "1"))
+# Later in a run hypothesis makes most cases out of earlier ones, with one entry another: too much of the same here.
+BATCH = 10
 # Where to leave each case before it runs: after a crash, nobody else knows which it was.
 LAST = os.environ.get("LSTM_EXT_FUZZ_LAST")
 
@@ -68,30 +70,32 @@ def features(case: Case) -> list[str]:
 
 
 def run(category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
+    """At least ``number`` different cases."""
     layouts, judge, _ = CATEGORIES[category]
-    strategy = broken(layouts) if judge is check_broken else cases(layouts)
+    counter = counts[category]
+    seen: set[Case | Broken] = set()
 
-    @hypothesis.seed(seed)
-    @settings(
-        max_examples=number,
+    def each(case: Case | Broken) -> None:
+        if case in seen:  # the simplest one, in each batch
+            return
+        if LAST:
+            Path(LAST).write_text(f"{judge.__name__}({case!r})\n")
+        result = judge(case, kind)
+        seen.add(case)
+        counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
+
+    decorated = settings(
+        max_examples=BATCH,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
-    )
-    @given(strategy)
-    def each(case: Case | Broken) -> None:
-        if LAST:
-            Path(LAST).write_text(f"{judge.__name__}({case!r})\n")
-        counter = counts[category]
-        counter["cases"] += 1
-        result = judge(case, kind)
-        if isinstance(case, Broken):
-            counter.update([case.fault, f"outcome: {result}"])
-        else:
-            counter.update(features(case))
-
-    each()
+    )(given(broken(layouts) if judge is check_broken else cases(layouts))(each))
+    batch = 0
+    while len(seen) < number:
+        hypothesis.seed(1_000_000 * seed + batch)(decorated)()
+        batch += 1
+    counter["cases"] = len(seen)
 
 
 @pytest.mark.parametrize("category", NAMES)
@@ -125,10 +129,10 @@ def test_torch_passes(category):
     run(category, 25, 2, nn.LSTM)
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-3), ("float64", 1e-11)])
+@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-2), ("float64", 1e-11)])
 @pytest.mark.parametrize("layout", ["batched", "handmade"])
 def test_one_wrong_row_is_seen(layout, dtype, relative):
-    """What the bound is worth: one row of one result a little too large, in turn for every value and gradient."""
+    """What the bound is worth: one row of middling size a little too large, in turn for every value and gradient."""
     for seed in range(10):
         lengths = (9, 9, 9, 9) if layout == "batched" else (9, 9, 6, 1)
         case = Case(
@@ -139,7 +143,7 @@ def test_one_wrong_row_is_seen(layout, dtype, relative):
         assert max(trial.excess().values()) <= 1
         for name, value in trial.result.values.items():
             rows = value.clone().view(-1, value.size(-1)) if value.dim() > 1 else value.clone()[:, None]
-            row = int(rows.norm(dim=-1).argmin())
+            row = int(rows.norm(dim=-1).argsort()[len(rows) // 2])
             rows[row] *= 1 + relative
             trial.result.values[name] = rows.view(value.shape)
             assert trial.excess()[name] > 1, (case, name)
