@@ -16,7 +16,7 @@ CXX_FILES = find csrc -name '*.cpp' -o -name '*.h'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
-.PHONY: build test test-full demo bench-quick lint format clean force
+.PHONY: build test test-full fuzz demo bench-quick lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -26,6 +26,11 @@ test: build
 
 test-full: build
 	$(PY) -m pytest -q -m '' $(ARGS)
+
+# What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
+fuzz: build
+	LSTM_EXT_FUZZ_CASES=$${LSTM_EXT_FUZZ_CASES:-20000} LSTM_EXT_FUZZ_LAST=build/fuzz_case.txt \
+	  $(PY) -m pytest -q -m full tests/test_fuzz.py $(ARGS)
 
 demo: build
 	$(PY) examples/char_lm.py $(ARGS)

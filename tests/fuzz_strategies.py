@@ -1,0 +1,133 @@
+"""What hypothesis draws a ``fuzz_cases.Case`` from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fuzz_cases import CAPABILITIES, PACKINGS, SORTED_PACKINGS, STRIDES, WEIGHT_STRIDES, Case
+from fuzz_errors import KNOWN_FAULTS, PACKED_FAULTS, TENSOR_FAULTS, Broken
+from hypothesis import strategies as st
+
+# Lists from which each entry is drawn equally often; integers() prefers the very small.
+# Around the widths of registers and tiles, and anything.
+EDGES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65]
+SIZES = st.sampled_from(3 * EDGES + list(range(1, 71)))
+STEPS = st.sampled_from([1] * 8 + [2, 3, 4, 5, 6] * 4 + list(range(7, 25)))
+ROWS = st.sampled_from([1] * 8 + [2, 3, 4, 5, 6, 7, 8, 9] * 4 + [12, 13, 19] + [0] * 2)
+DTYPES = ["float32"] * 3 + ["float64"] * 3 + ["bfloat16", "float16"]
+OUTPUTS = ("output", "h_n", "c_n")
+ALL = st.just(OUTPUTS)
+SOME = st.sampled_from(
+    [("output",), ("h_n",), ("c_n",), ("output", "h_n"), ("output", "c_n"), ("h_n", "c_n")]
+)
+
+
+@st.composite
+def lengths(draw: st.DrawFn, layout: str) -> tuple[int, ...]:
+    if layout == "unbatched":
+        return (draw(STEPS),)
+    if layout == "batched":
+        return (draw(STEPS),) * draw(ROWS)
+    longest = draw(STEPS)
+    rows = draw(st.lists(st.integers(1, longest), min_size=1, max_size=12))
+    return tuple(sorted(rows, reverse=True) if layout in SORTED_PACKINGS else rows)
+
+
+@st.composite
+def frozen(draw: st.DrawFn, weights: int) -> frozenset[str]:
+    arguments = ["input", "h0", "c0"]
+    parameters = [str(i) for i in range(weights)]
+    everything = frozenset(arguments + parameters)
+    how = draw(st.sampled_from(["none", "none", "arguments", "weights", "some", "all but one", "all"]))
+    if how == "some":
+        return draw(st.frozensets(st.sampled_from(sorted(everything))))
+    if how == "all but one":
+        return everything - {draw(st.sampled_from(sorted(everything)))}
+    return {
+        "none": frozenset[str](),
+        "arguments": frozenset(arguments),
+        "weights": frozenset(parameters),
+        "all": everything,
+    }[how]
+
+
+@st.composite
+def cases(draw: st.DrawFn, layouts: Sequence[str]) -> Case:
+    layout = draw(st.sampled_from(layouts))
+    rows = draw(lengths(layout))
+    input_size, hidden_size = draw(SIZES), draw(SIZES)
+    num_layers, bias = draw(st.sampled_from([1, 1, 2, 3])), draw(st.booleans())
+    bidirectional = draw(st.sampled_from([False, False, True]))
+    dtype = draw(st.sampled_from(DTYPES))
+    if dtype in ("float32", "float64") and draw(st.sampled_from([False] * 14 + [True])):
+        # Large enough for two threads, whichever way the work is split.
+        rows, num_layers = tuple(min(n + 3, 12) for n in rows), 1
+        input_size, hidden_size = draw(st.integers(60, 300)), draw(st.integers(100, 260))
+    proj_size = draw(st.one_of(st.just(0), st.integers(0, hidden_size - 1)))
+    weights = num_layers * (2 if bidirectional else 1) * (2 + 2 * bias + (proj_size > 0))
+    mode = draw(st.sampled_from(["grad", "grad", "grad", "no_grad", "inference_mode"]))
+    grad = mode == "grad"
+    strides = st.one_of(st.just("dense"), st.sampled_from(list(STRIDES)))
+    return Case(
+        layout=layout,
+        lengths=rows,
+        steps=draw(STEPS) if not rows else Case.steps,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        proj_size=proj_size,
+        num_layers=num_layers,
+        bias=bias,
+        batch_first=draw(st.booleans()),
+        bidirectional=bidirectional,
+        dropout=draw(st.one_of(st.just(0.0), st.sampled_from([0.1, 0.5, 1.0]))),
+        training=draw(st.sampled_from([True, True, False])),
+        dtype=dtype,
+        hx=draw(st.booleans()),
+        input_strides=draw(strides),
+        hx_strides=draw(strides),
+        weight_strides=draw(st.one_of(st.just("dense"), st.sampled_from(WEIGHT_STRIDES))),
+        grad_strides=draw(strides) if grad else "dense",
+        mode=mode,
+        frozen=draw(frozen(weights)) if grad else frozenset(),
+        grad_of=draw(st.one_of(ALL, SOME)) if grad else OUTPUTS,
+        repeat_backward=grad and draw(st.booleans()),
+        threads=draw(st.sampled_from([1, 2])),
+        capability=draw(st.sampled_from(CAPABILITIES)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+BATCHED, UNBATCHED, PACKED = ["batched"], ["unbatched"], list(PACKINGS)
+
+
+@st.composite
+def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
+    """A small case and a fault."""
+    layout = draw(st.sampled_from(layouts))
+    faults = PACKED_FAULTS if layout in PACKINGS else TENSOR_FAULTS
+    fault = draw(st.sampled_from([name for name in faults if name not in KNOWN_FAULTS]))
+    needs_hx = faults[fault].needs_hx
+    rows, steps = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    if layout in PACKINGS:
+        ends = draw(st.lists(st.integers(1, steps), min_size=rows, max_size=rows))
+        lengths = tuple(sorted(ends, reverse=True) if layout in SORTED_PACKINGS else ends)
+    else:
+        lengths = (steps,) * (1 if layout == "unbatched" else rows)
+    hidden_size = draw(st.integers(1, 9))
+    case = Case(
+        layout=layout,
+        lengths=lengths,
+        input_size=draw(st.integers(1, 9)),
+        hidden_size=hidden_size,
+        proj_size=draw(st.one_of(st.just(0), st.integers(0, hidden_size - 1))),
+        num_layers=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        batch_first=draw(st.booleans()),
+        bidirectional=draw(st.booleans()),
+        dtype=draw(st.sampled_from(["float32", "float64"])),
+        hx=needs_hx or draw(st.booleans()),
+        mode=draw(st.sampled_from(["grad", "no_grad"])),
+        capability=draw(st.sampled_from(CAPABILITIES)),
+        seed=draw(st.integers(0, 1000)),
+    )
+    return Broken(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 19)))

@@ -1,0 +1,173 @@
+"""The LSTM cases of ONNX's own backend test suite, and the same nodes with random numbers.
+
+The suite's weights are all one number, so that it cannot tell one gate from another: the second test can. Not covered:
+peepholes, which the layer does not have (neither has torch's).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accuracy import allowed_error, relative_error
+from torch import Tensor, nn
+
+import lstm_ext
+
+pytest.importorskip("onnx")
+
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+
+def onnx_cases() -> list[Any]:
+    """Importing the module of one operator adds its cases to this list; collect_testcases() imports all operators'."""
+    importlib.import_module("onnx.backend.test.case.node.lstm")
+    cases = importlib.import_module("onnx.backend.test.case.node")._NodeTestCases
+    return [case for case in cases if case.model.graph.node[0].op_type == "LSTM"]
+
+
+ALL_CASES = {case.name: case for case in onnx_cases()}
+WITH_PEEPHOLES = {name for name, case in ALL_CASES.items() if "P" in case.model.graph.node[0].input}
+NAMES = sorted(ALL_CASES.keys() - WITH_PEEPHOLES)
+ATTRIBUTES = {
+    "hidden_size",
+    "direction",
+    "layout",
+}  # the others (clip, activations, input_forget) are not the layer's
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+    attributes = {a.name: a.s.decode() if a.s else a.i for a in node.attribute}
+    assert attributes.keys() <= ATTRIBUTES, f"attributes that no layer has: {attributes}"
+    return attributes
+
+
+def torch_order(x: np.ndarray) -> Tensor:
+    """Rows of ONNX's gates i, o, f, c as i, f, g, o."""
+    i, o, f, c = np.split(x, 4)
+    return torch.from_numpy(np.concatenate([i, f, c, o]))
+
+
+def run_node(node: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the node computes, by ``lstm_ext.LSTM``: Y, Y_h and Y_c in ONNX's shapes.
+
+    ``inputs``: X (T, B, I), W (D, 4H, I), R (D, 4H, H) and perhaps B (D, 8H), initial_h and initial_c (D, B, H);
+    with layout 1, X is (B, T, I) and the states are (B, D, H).
+    """
+    attributes = attributes_of(node)
+    direction, batch_first = attributes.get("direction", "forward"), attributes.get("layout", 0) == 1
+    W, R, B = inputs["W"], inputs["R"], inputs.get("B")
+    hidden_size = attributes["hidden_size"]
+    assert hidden_size == R.shape[2]
+    module = lstm_ext.LSTM(
+        W.shape[2],
+        hidden_size,
+        bias=B is not None,
+        batch_first=batch_first,
+        bidirectional=direction == "bidirectional",
+        dtype=torch.from_numpy(W).dtype,
+    )
+    for d, suffix in enumerate(["", "_reverse"][: W.shape[0]]):
+        values = {"weight_ih": W[d], "weight_hh": R[d]}
+        if B is not None:
+            values |= {"bias_ih": B[d][: 4 * hidden_size], "bias_hh": B[d][4 * hidden_size :]}
+        for name, value in values.items():
+            setattr(module, f"{name}_l0{suffix}", nn.Parameter(torch_order(value)))
+
+    x = torch.from_numpy(inputs["X"])
+    time = 1 if batch_first else 0
+    batch = x.size(1 - time)
+    # The layer has no reverse direction alone: time turned round, there and back.
+    turned = direction == "reverse"
+    states = [inputs.get(name) for name in ("initial_h", "initial_c")]
+    hx = None
+    if any(s is not None for s in states):
+        zeros = np.zeros((W.shape[0], batch, hidden_size), W.dtype)
+        h0, c0 = (
+            zeros
+            if s is None
+            else s.swapaxes(0, 1)
+            if batch_first
+            else s  # batch first holds for ONNX's states, too
+            for s in states
+        )
+        hx = (torch.from_numpy(h0), torch.from_numpy(c0))
+    with torch.no_grad():
+        output, (h_n, c_n) = module(x.flip(time) if turned else x, hx)
+    if turned:
+        output = output.flip(time)
+    y = output.unflatten(2, (W.shape[0], hidden_size))  # ONNX has an axis for the direction
+    if batch_first:
+        return {"Y": y.numpy(), "Y_h": h_n.transpose(0, 1).numpy(), "Y_c": c_n.transpose(0, 1).numpy()}
+    return {"Y": y.transpose(1, 2).numpy(), "Y_h": h_n.numpy(), "Y_c": c_n.numpy()}
+
+
+def test_the_suite_is_there():
+    assert {"test_lstm_defaults", "test_lstm_with_initial_bias", "test_lstm_batchwise"} <= set(NAMES)
+    assert {"test_lstm_with_peepholes"} == WITH_PEEPHOLES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case_of_the_suite(name):
+    case = ALL_CASES[name]
+    (node,) = case.model.graph.node
+    for inputs, outputs in case.data_sets:
+        names = [n for n in node.input if n]
+        result = run_node(node, dict(zip(names, inputs, strict=True)))
+        compared = [n for n in node.output if n]
+        assert compared
+        for n, expected in zip(compared, outputs, strict=True):
+            # Closer than the suite itself asks for (1e-3).
+            np.testing.assert_allclose(result[n], expected, rtol=1e-5, atol=1e-6, err_msg=n)
+
+
+def node_of(inputs: dict[str, np.ndarray], **attributes: Any) -> Any:
+    order = ["X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c"]
+    names = [name if name in inputs else "" for name in order]
+    return helper.make_node("LSTM", names, ["Y", "Y_h", "Y_c"], **attributes)
+
+
+def by_onnx(inputs: dict[str, np.ndarray], hidden_size: int) -> list[np.ndarray]:
+    """Y, Y_h, Y_c by ONNX's reference implementation: forward, one direction, layout 0, all that older ones can."""
+    node = node_of(inputs, hidden_size=hidden_size)
+    given = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, x.shape) for n, x in inputs.items()]
+    results = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, None) for n in node.output]
+    graph = helper.make_graph([node], "lstm", given, results)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)])
+    return list(ReferenceEvaluator(model).run(None, inputs))
+
+
+@pytest.mark.parametrize("states", [(), ("initial_h", "initial_c"), ("initial_c",)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_random_numbers(direction, layout, bias, states):
+    T, B, I, H, D = 5, 3, 4, 6, 2 if direction == "bidirectional" else 1
+    random = np.random.default_rng(0)
+    shapes = {"X": (T, B, I), "W": (D, 4 * H, I), "R": (D, 4 * H, H)}
+    shapes |= ({"B": (D, 8 * H)} if bias else {}) | dict.fromkeys(states, (D, B, H))
+    inputs = {name: random.uniform(-1, 1, shape) for name, shape in shapes.items()}
+
+    parts = []
+    for d in range(D):
+        turned = direction == "reverse" or d == 1
+        one = {name: x if name == "X" else x[d : d + 1] for name, x in inputs.items()}
+        y, y_h, y_c = by_onnx(one | ({"X": inputs["X"][::-1]} if turned else {}), H)
+        parts.append((y[::-1] if turned else y, y_h, y_c))
+    axes = {"Y": 1, "Y_h": 0, "Y_c": 0}  # of the direction
+    expected = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(axes.items())}
+    if layout == 1:
+        expected["Y"] = expected["Y"].transpose(2, 0, 1, 3)
+        for name in ("Y_h", "Y_c"):
+            expected[name] = expected[name].swapaxes(0, 1)
+        for name in ("X", *states):
+            inputs[name] = inputs[name].swapaxes(0, 1)
+
+    result = run_node(node_of(inputs, hidden_size=H, direction=direction, layout=layout), inputs)
+    for name, value in expected.items():
+        error = relative_error(torch.from_numpy(result[name].copy()), torch.from_numpy(value.copy()))
+        assert error <= allowed_error(0.0, torch.float64), name
