@@ -230,7 +230,7 @@ def test_fewer_threads_than_planned():
         "torch.set_num_threads(2)\n"
         "m = lstm_ext.LSTM(64, 256); x = torch.randn(20, 8, 64)\n"
         "y, _ = m(x); ours = torch.autograd.grad(y.sum(), list(m.parameters()))\n"
-        "r = lstm_ext.reference.lstm_layer(x, None, None, list(m.parameters()), True, False)[0]\n"
+        "r = lstm_ext.reference.lstm_layer(x, None, None, list(m.parameters()), None, True, False)[0]\n"
         "torch.testing.assert_close(y, r)\n"
         "ref = torch.autograd.grad(r.sum(), list(m.parameters()))\n"
         "torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-4)\n"
@@ -280,9 +280,9 @@ def test_nonlinearities_over_their_whole_range(capability, dtype):
         bias[gate] = 0
         c0 = torch.full((1, len(x), 1), 0.5 if gate == 1 else 0.0, dtype=dtype)  # else c could cancel
         weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
-        out = autograd.lstm_layer(x.view(1, -1, 1), None, c0, weights, True, False)
+        out = autograd.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
         ref = reference.lstm_layer(
-            x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], True, False
+            x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], None, True, False
         )
         for ours, exact in zip(out, ref, strict=True):
             # A closed gate of less than 1e-18 may be any number of that size.
@@ -302,8 +302,10 @@ def test_infinities_and_nan_follow_the_equations(capability, dtype):
             weights = [torch.randn(4 * 5, 3, dtype=dtype), torch.randn(4 * 5, 5, dtype=dtype)]
             if batch == 9:
                 x = x.repeat(3, 1, 1)
-            out = autograd.lstm_layer(x, None, None, weights, False, False)
-            ref = reference.lstm_layer(x.double(), None, None, [w.double() for w in weights], False, False)
+            out = autograd.lstm_layer(x, None, None, weights, None, False, False)
+            ref = reference.lstm_layer(
+                x.double(), None, None, [w.double() for w in weights], None, False, False
+            )
             for ours, exact in zip(out, ref, strict=True):
                 torch.testing.assert_close(ours, exact.to(dtype), equal_nan=True)
             if batch > 1:  # rows do not touch each other
@@ -319,7 +321,7 @@ def test_gradcheck(capability, sizes):
     arguments = (input.requires_grad_(), *(s.requires_grad_() for s in hx), *module.parameters())
 
     def layer(input, h0, c0, *weights):
-        return autograd.lstm_layer(input, h0, c0, weights, bias, bidirectional)
+        return autograd.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
 
     assert torch.autograd.gradcheck(layer, arguments, fast_mode=True)
     # Double backward runs on the reference equations; here the two have to fit together.

@@ -66,15 +66,15 @@ def test_one_layer(config):
     theirs, x, hx = make(config, True)
     bias, bidirectional = theirs.bias, theirs.bidirectional
     weights = list(theirs.parameters())
-    result = reference.lstm_layer(x, *hx, weights, bias, bidirectional)
+    result = reference.lstm_layer(x, *hx, weights, None, bias, bidirectional)
     for a, b in zip(result, flat(theirs(x, hx)), strict=True):
         torch.testing.assert_close(a, b)
     pointers = {t.untyped_storage().data_ptr() for t in [*result, x, *hx]}
     assert len(pointers) == 6
     zeros = [torch.zeros_like(s) for s in hx]
     for a, b in zip(
-        reference.lstm_layer(x, None, None, weights, bias, bidirectional),
-        reference.lstm_layer(x, *zeros, weights, bias, bidirectional),
+        reference.lstm_layer(x, None, None, weights, None, bias, bidirectional),
+        reference.lstm_layer(x, *zeros, weights, None, bias, bidirectional),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -109,7 +109,7 @@ def test_second_derivatives():
     hx = [torch.randn(2, 1, size, dtype=torch.float64, requires_grad=True) for size in (2, 3)]
 
     def layer(*args):
-        return reference.lstm_layer(*args, weights, True, True)
+        return reference.lstm_layer(*args, weights, None, True, True)
 
     assert torch.autograd.gradgradcheck(layer, (x, *hx))
 
