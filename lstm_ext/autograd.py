@@ -4,8 +4,8 @@ The routes, chosen in `lstm_layer` and nowhere else:
 
 1. plain tensors, no gradient wanted: the kernel is called directly and saves nothing;
 2. plain tensors with gradients: an `autograd.Function` around the forward and backward kernels;
-3. what looks into the computation sees one registered operator a layer: the compilers, dispatch modes, fake and meta
-   tensors through `ops`, the transforms of ``torch.func`` through `transforms`;
+3. what looks into the computation sees one registered operator a layer: the compilers call it, the transforms of
+   ``torch.func``, dispatch modes, fake and meta tensors reach it through `transforms`;
 4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
    differentiable equations of `reference`.
 
@@ -19,14 +19,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import _backend, reference, transforms
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-# Types that an operator's fake kernel serves.
-_TRACED_TYPES = _PLAIN_TYPES | {FakeTensor, FunctionalTensor}
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
 _OPERATOR_DEVICES = frozenset(("cpu", "meta"))
@@ -88,20 +84,14 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
         return reference.lstm_layer
     if torch.compiler.is_compiling():
         return reference.lstm_layer if _in_transform() else _operator
-    if torch._C._is_tracing() or not all([type(t) in _TRACED_TYPES for t in tensors]):
+    if torch._C._is_tracing() or not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
         _refuse_shards(tensors)
         return reference.lstm_layer
-    transformations = torch._C._functorch.get_interpreter_stack()
-    if not transformations:
-        return _operator
-    kinds = {t.key() for t in transformations}
-    if kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
-        return transforms.lstm_layer
-    return reference.lstm_layer
+    return transforms.lstm_layer if transforms.are_supported() else reference.lstm_layer
 
 
 def _in_transform() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # dynamo knows this one, and guards it
 
 
 def _operator(
@@ -128,11 +118,6 @@ def _refuse_shards(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _is_plain(grad: Tensor) -> bool:
-    # is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
-    return type(grad) in _PLAIN_TYPES and not torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
 class _LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, input, h0, c0, batch_sizes, bias, bidirectional, *weights):
@@ -144,39 +129,26 @@ class _LSTMLayer(torch.autograd.Function):
         ctx.bidirectional = bidirectional
         ctx.weight_count = len(weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, h0, c0, batch_sizes, *weights, output, *saved)
+        ctx.save_for_backward(batch_sizes, input, h0, c0, *weights, output, *saved)
         return output, h_n, c_n
 
     @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+    def backward(ctx, *grads):
         kept = ctx.saved_tensors  # once: checkpoint recomputes it at the first access and refuses a second
         end = 4 + ctx.weight_count
-        (input, h0, c0, batch_sizes), weights = kept[:4], kept[4:end]
+        batch_sizes, layer = kept[0], kept[1:end]
         wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[7:]
-        if grad_output is None and grad_h_n is None and grad_c_n is None:
-            grads = [None] * len(wanted)
-        elif (
-            torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
-            or not _is_direct(input, h0, c0, weights)
-            or not all([g is None or _is_plain(g) for g in (grad_output, grad_h_n, grad_c_n)])
+        input, h0, c0, *weights = layer
+        output, *saved = kept[end:]
+        if (
+            not torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
+            and _is_direct(input, h0, c0, weights)
+            and all([g is None or _is_plain(g) for g in grads])
+            and any([g is not None for g in grads])
         ):
-            grads = _differentiable_gradients(
-                (grad_output, grad_h_n, grad_c_n),
-                (input, h0, c0, *weights),
-                batch_sizes,
-                ctx.bias,
-                ctx.bidirectional,
-                wanted,
-            )
-        else:
-            output, *saved = kept[end:]
-            grads = ctx.kernels.lstm_layer_backward(
-                grad_output,
-                grad_h_n,
-                grad_c_n,
-                input,
-                h0,
-                c0,
+            result = ctx.kernels.lstm_layer_backward(
+                *grads,
+                *layer[:3],
                 weights,
                 batch_sizes,
                 output,
@@ -185,24 +157,15 @@ class _LSTMLayer(torch.autograd.Function):
                 ctx.bidirectional,
                 wanted,
             )
-        return None, *grads[:3], None, None, None, *grads[3:]
-
-
-def _differentiable_gradients(grad_outputs, inputs, batch_sizes, bias, bidirectional, wanted):
-    """The gradients of the wanted inputs as a differentiable function of inputs and grad_outputs."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view of each input, so that differentiation stops here even if one input was computed from another.
-        local = [t.view_as(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
-        outputs = reference.lstm_layer(*local[:3], local[3:], batch_sizes, bias, bidirectional)
-        pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
-        grads = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                [t for t, w in zip(local, wanted, strict=True) if w],
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
+        else:
+            if len(saved) == 2:
+                saved.append(saved[0].new_empty(0))  # no hidden without a projection
+            result = transforms.layer_gradients(
+                wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
             )
-        )
-    return [next(grads) if w else None for w in wanted]
+        return None, *result[:3], None, None, None, *result[3:]
+
+
+def _is_plain(grad: Tensor) -> bool:
+    # is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
+    return type(grad) in _PLAIN_TYPES and not torch._C._functorch.is_legacy_batchedtensor(grad)
