@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backend, reference, transforms
 
@@ -26,6 +27,14 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
 _OPERATOR_DEVICES = frozenset(("cpu", "meta"))
+
+# Asked in every call, so without the way through the modules.
+_is_compiling = torch.compiler.is_compiling
+_is_jit_tracing = torch._C._is_tracing
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_active = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # make_fx(pre_dispatch=True), whose mode is not among the others
 
 
 def lstm_layer(
@@ -54,7 +63,7 @@ def lstm_layer(
 
 def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels may be called past the dispatcher."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if _is_compiling() or _is_jit_tracing():
         return False
     if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
@@ -64,9 +73,11 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     if (h0 is not None and type(h0) not in _PLAIN_TYPES) or (c0 is not None and type(c0) not in _PLAIN_TYPES):
         return False
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
+        _innermost_transform() is None
+        and _dispatch_modes() == 0
+        and forward_ad._current_level < 0
+        and not _is_active(transforms.LEGACY_VMAP)
+        and not _is_active(_PRE_DISPATCH)
     )
 
 
@@ -87,7 +98,12 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
     if torch._C._is_tracing() or not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
         _refuse_shards(tensors)
         return reference.lstm_layer
-    return transforms.lstm_layer if transforms.are_supported() else reference.lstm_layer
+    if not transforms.are_supported():
+        return reference.lstm_layer
+    wants_gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
+        return _operator
+    return transforms.lstm_layer
 
 
 def _in_transform() -> bool:
@@ -143,12 +159,14 @@ class _LSTMLayer(torch.autograd.Function):
         if (
             not torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
             and _is_direct(input, h0, c0, weights)
-            and all([g is None or _is_plain(g) for g in grads])
+            and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
             and any([g is not None for g in grads])
         ):
             result = ctx.kernels.lstm_layer_backward(
                 *grads,
-                *layer[:3],
+                input,
+                h0,
+                c0,
                 weights,
                 batch_sizes,
                 output,
@@ -164,8 +182,3 @@ class _LSTMLayer(torch.autograd.Function):
                 wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
             )
         return None, *result[:3], None, None, None, *result[3:]
-
-
-def _is_plain(grad: Tensor) -> bool:
-    # is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
-    return type(grad) in _PLAIN_TYPES and not torch._C._functorch.is_legacy_batchedtensor(grad)

@@ -16,21 +16,26 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from . import reference
 
-__all__ = ["OPERATOR_TYPES", "are_supported", "layer_gradients", "lstm_layer"]
+__all__ = ["LEGACY_VMAP", "OPERATOR_TYPES", "are_supported", "layer_gradients", "lstm_layer"]
 
 # Types of tensors that the operators take: those with numbers, and those that their fake kernels serve.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
+
+# Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
+# tensors and have no memory of their own.
+LEGACY_VMAP = torch._C._parse_dispatch_key("VmapMode")
 
 _Dims = Sequence[Any]  # for each argument, where the samples lie in it, or None
 _Tensors = tuple[Tensor, ...]
 
 
 def are_supported() -> bool:
-    """Whether the transforms of ``torch.func`` that are active, if any, are among those that this module serves."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    """Whether this module serves the transforms that are active, if there are any."""
+    if forward_ad._current_level >= 0 or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP):
         return False
     kinds = {t.key() for t in torch._C._functorch.get_interpreter_stack() or ()}
     return kinds <= {TransformType.Grad, TransformType.Vmap}
@@ -70,21 +75,17 @@ def layer_gradients(
     Returns:
         One gradient for each of ``layer``, None where it is not wanted, or where all of ``grads`` are None.
     """
-    given = [g for g in grads if g is not None]
-    if not given or not any(wanted):
+    if all([g is None for g in grads]) or not any(wanted):
         return [None] * len(layer)
-    if are_supported() and all([type(g) in OPERATOR_TYPES and not _is_legacy(g) for g in given]):
-        computed = _LayerGradients.apply(
-            tuple(wanted), bias, bidirectional, batch_sizes, *grads, *kept, *layer
-        )
+    arguments = (tuple(wanted), bias, bidirectional, batch_sizes, *grads, *kept, *layer)
+    if torch.compiler.is_compiling():  # compiled autograd: once differentiable
+        computed = _LayerGradients.forward(*arguments)
+    elif are_supported() and all([g is None or type(g) in OPERATOR_TYPES for g in grads]):
+        computed = _LayerGradients.apply(*arguments)
     else:
         computed = _reference_gradients(wanted, bias, bidirectional, batch_sizes, grads, layer)
     gradient = iter(computed)
     return [next(gradient) if w else None for w in wanted]
-
-
-# is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
-_is_legacy = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _reference_gradients(
