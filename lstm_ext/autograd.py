@@ -34,7 +34,9 @@ _is_jit_tracing = torch._C._is_tracing
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_active = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # make_fx(pre_dispatch=True), whose mode is not among the others
+_PRE_DISPATCH = (
+    torch._C.DispatchKey.PreDispatch
+)  # make_fx(pre_dispatch=True), whose mode is not among the others
 
 
 def lstm_layer(
@@ -50,6 +52,9 @@ def lstm_layer(
     kernels = _backend.extension() if _is_direct(input, h0, c0, weights) else None
     if kernels is None:
         layer = _indirect_layer(input, h0, c0, weights)
+        if batch_sizes is not None and h0 is None and c0 is None and _is_traced(batch_sizes):
+            # The fake kernels get batch_sizes without its numbers, and the batch from the states.
+            h0 = input.new_zeros(2 if bidirectional else 1, batch_sizes.tolist()[0], weights[1].size(1))
         return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -104,6 +109,10 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
     if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
         return _operator
     return transforms.lstm_layer
+
+
+def _is_traced(batch_sizes: Tensor) -> bool:
+    return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
 
 
 def _in_transform() -> bool:

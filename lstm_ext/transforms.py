@@ -156,9 +156,7 @@ def _sample(argument: Any, dim: Any, n: int) -> Any:
 def _one_by_one(
     call: Callable[..., _Tensors], samples: int, in_dims: _Dims, args: Sequence[Any]
 ) -> tuple[_Tensors, tuple[int, ...]]:
-    results = [
-        call(*[_sample(a, d, n) for a, d in zip(args, in_dims, strict=True)]) for n in range(samples)
-    ]
+    results = [call(*[_sample(a, d, n) for a, d in zip(args, in_dims, strict=True)]) for n in range(samples)]
     stacked = tuple([torch.stack(parts) for parts in zip(*results, strict=True)])
     return stacked, (0,) * len(stacked)
 
@@ -178,6 +176,11 @@ def _vmap(
     ]
     results, dims = rule(1, in_dims, one)
     return tuple([x if d is None else x.narrow(d, 0, 0) for x, d in zip(results, dims, strict=True)]), dims
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The saved tensors, without the wrappers of a transform that is over (a function from ``vjp`` outlives it)."""
+    return [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors]
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -246,9 +249,7 @@ class _Layer(_LayerFunction):
         bidirectional: bool,
         *weights: Tensor,
     ) -> _Tensors:
-        return torch.ops.lstm_ext.lstm_layer_forward(
-            input, h0, c0, weights, batch_sizes, bias, bidirectional
-        )
+        return torch.ops.lstm_ext.lstm_layer_forward(input, h0, c0, weights, batch_sizes, bias, bidirectional)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -260,7 +261,7 @@ class _Layer(_LayerFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
+        batch_sizes, *tensors = _saved(ctx)
         needed = ctx.needs_input_grad
         wanted = (*needed[:3], *needed[6:])
         kept, layer = tensors[:4], tensors[4:]
@@ -325,7 +326,7 @@ class _LayerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        batch_sizes, *arguments = ctx.saved_tensors
+        batch_sizes, *arguments = _saved(ctx)
         needed = (*ctx.needs_input_grad[4:7], *ctx.needs_input_grad[11:])
 
         def gradients(*chosen: Tensor) -> _Tensors:
