@@ -27,10 +27,20 @@ def batch_of(packed: PackedSequence) -> int:
         )
     if batch_sizes.numel() == 0:
         raise ValueError("PackedSequence.batch_sizes: expected at least one time step, got none")
-    looking = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    traced = not compiling and torch._C._len_torch_dispatch_stack() > 0
+    looking = compiling or traced
     if looking and sorted_indices is not None:
         return sorted_indices.size(0)  # a size, where batch_sizes[0] would be an unknown number
-    batch = int(batch_sizes[0])
+    if not looking and torch._C._functorch.is_batchedtensor(batch_sizes):
+        raise ValueError(
+            "PackedSequence.batch_sizes: expected the same for all samples under vmap (in_dims=None), "
+            "got one for each sample"
+        )
+    if traced and type(batch_sizes) is Tensor:
+        batch = batch_sizes.tolist()[0]  # a tracer would take batch_sizes[0] for a result of its own
+    else:
+        batch = int(batch_sizes[0])
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
         if indices is not None and indices.shape != (batch,):
             raise ValueError(

@@ -4,8 +4,8 @@ The routes, chosen in `lstm_layer` and nowhere else:
 
 1. plain tensors, no gradient wanted: the kernel is called directly and saves nothing;
 2. plain tensors with gradients: an `autograd.Function` around the forward and backward kernels;
-3. what looks into the computation sees one registered operator a layer: the compilers, dispatch modes, fake and meta
-   tensors through `ops`, the transforms of ``torch.func`` through `transforms`;
+3. what looks into the computation sees one registered operator a layer: the compilers call it, the transforms of
+   ``torch.func``, dispatch modes, fake and meta tensors reach it through `transforms`;
 4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
    differentiable equations of `reference`.
 
@@ -19,17 +19,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from . import _backend, reference, transforms
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-# Types that an operator's fake kernel serves.
-_TRACED_TYPES = _PLAIN_TYPES | {FakeTensor, FunctionalTensor}
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
 _OPERATOR_DEVICES = frozenset(("cpu", "meta"))
+
+# Asked in every call, so without the way through the modules.
+_is_compiling = torch.compiler.is_compiling
+_is_jit_tracing = torch._C._is_tracing
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_active = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = (
+    torch._C.DispatchKey.PreDispatch
+)  # make_fx(pre_dispatch=True), whose mode is not among the others
 
 
 def lstm_layer(
@@ -45,6 +52,9 @@ def lstm_layer(
     kernels = _backend.extension() if _is_direct(input, h0, c0, weights) else None
     if kernels is None:
         layer = _indirect_layer(input, h0, c0, weights)
+        if batch_sizes is not None and h0 is None and c0 is None and _is_traced(batch_sizes):
+            # The fake kernels get batch_sizes without its numbers, and the batch from the states.
+            h0 = input.new_zeros(2 if bidirectional else 1, batch_sizes.tolist()[0], weights[1].size(1))
         return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -58,7 +68,7 @@ def lstm_layer(
 
 def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels may be called past the dispatcher."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if _is_compiling() or _is_jit_tracing():
         return False
     if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
@@ -68,9 +78,11 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     if (h0 is not None and type(h0) not in _PLAIN_TYPES) or (c0 is not None and type(c0) not in _PLAIN_TYPES):
         return False
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
+        _innermost_transform() is None
+        and _dispatch_modes() == 0
+        and forward_ad._current_level < 0
+        and not _is_active(transforms.LEGACY_VMAP)
+        and not _is_active(_PRE_DISPATCH)
     )
 
 
@@ -88,20 +100,23 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
         return reference.lstm_layer
     if torch.compiler.is_compiling():
         return reference.lstm_layer if _in_transform() else _operator
-    if torch._C._is_tracing() or not all([type(t) in _TRACED_TYPES for t in tensors]):
+    if torch._C._is_tracing() or not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
         _refuse_shards(tensors)
         return reference.lstm_layer
-    transformations = torch._C._functorch.get_interpreter_stack()
-    if not transformations:
+    if not transforms.are_supported():
+        return reference.lstm_layer
+    wants_gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
         return _operator
-    kinds = {t.key() for t in transformations}
-    if kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
-        return transforms.lstm_layer
-    return reference.lstm_layer
+    return transforms.lstm_layer
+
+
+def _is_traced(batch_sizes: Tensor) -> bool:
+    return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
 
 
 def _in_transform() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # dynamo knows this one, and guards it
 
 
 def _operator(
@@ -128,11 +143,6 @@ def _refuse_shards(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _is_plain(grad: Tensor) -> bool:
-    # is_grads_batched=True hands in batches that look like plain tensors and have no memory of their own.
-    return type(grad) in _PLAIN_TYPES and not torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
 class _LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, input, h0, c0, batch_sizes, bias, bidirectional, *weights):
@@ -144,36 +154,25 @@ class _LSTMLayer(torch.autograd.Function):
         ctx.bidirectional = bidirectional
         ctx.weight_count = len(weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, h0, c0, batch_sizes, *weights, output, *saved)
+        ctx.save_for_backward(batch_sizes, input, h0, c0, *weights, output, *saved)
         return output, h_n, c_n
 
     @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+    def backward(ctx, *grads):
         kept = ctx.saved_tensors  # once: checkpoint recomputes it at the first access and refuses a second
         end = 4 + ctx.weight_count
-        (input, h0, c0, batch_sizes), weights = kept[:4], kept[4:end]
+        batch_sizes, layer = kept[0], kept[1:end]
         wanted = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[7:]
-        if grad_output is None and grad_h_n is None and grad_c_n is None:
-            grads = [None] * len(wanted)
-        elif (
-            torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
-            or not _is_direct(input, h0, c0, weights)
-            or not all([g is None or _is_plain(g) for g in (grad_output, grad_h_n, grad_c_n)])
+        input, h0, c0, *weights = layer
+        output, *saved = kept[end:]
+        if (
+            not torch.is_grad_enabled()  # create_graph=True: the gradients must themselves be differentiable
+            and _is_direct(input, h0, c0, weights)
+            and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
+            and any([g is not None for g in grads])
         ):
-            grads = _differentiable_gradients(
-                (grad_output, grad_h_n, grad_c_n),
-                (input, h0, c0, *weights),
-                batch_sizes,
-                ctx.bias,
-                ctx.bidirectional,
-                wanted,
-            )
-        else:
-            output, *saved = kept[end:]
-            grads = ctx.kernels.lstm_layer_backward(
-                grad_output,
-                grad_h_n,
-                grad_c_n,
+            result = ctx.kernels.lstm_layer_backward(
+                *grads,
                 input,
                 h0,
                 c0,
@@ -185,24 +184,10 @@ class _LSTMLayer(torch.autograd.Function):
                 ctx.bidirectional,
                 wanted,
             )
-        return None, *grads[:3], None, None, None, *grads[3:]
-
-
-def _differentiable_gradients(grad_outputs, inputs, batch_sizes, bias, bidirectional, wanted):
-    """The gradients of the wanted inputs as a differentiable function of inputs and grad_outputs."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view of each input, so that differentiation stops here even if one input was computed from another.
-        local = [t.view_as(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
-        outputs = reference.lstm_layer(*local[:3], local[3:], batch_sizes, bias, bidirectional)
-        pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
-        grads = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                [t for t, w in zip(local, wanted, strict=True) if w],
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
+        else:
+            if len(saved) == 2:
+                saved.append(saved[0].new_empty(0))  # no hidden without a projection
+            result = transforms.layer_gradients(
+                wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
             )
-        )
-    return [next(grads) if w else None for w in wanted]
+        return None, *result[:3], None, None, None, *result[3:]
