@@ -83,7 +83,7 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
         input.device.type not in _OPERATOR_DEVICES
         or input.dtype not in _KERNEL_DTYPES
         or torch.autograd.forward_ad._current_level >= 0
-        or _backend.extension() is None
+        or not _backend.has_kernels()
     ):
         return reference.lstm_layer
     if torch.compiler.is_compiling():
@@ -101,7 +101,7 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
 
 
 def _in_transform() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # dynamo knows this one, and guards it
 
 
 def _operator(
