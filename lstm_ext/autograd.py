@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import _backend, reference, transforms
+from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 # Types that an operator's fake kernel serves.
@@ -74,7 +75,9 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     )
 
 
-def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]):
+def _indirect_layer(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> LayerFunction:
     """The function that computes the layer for arguments that must not reach the kernels directly."""
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
     if any([w is None for w in weights]):
@@ -87,21 +90,29 @@ def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights
     ):
         return reference.lstm_layer
     if torch.compiler.is_compiling():
-        return reference.lstm_layer if _in_transform() else _operator
+        return _LAYERS[_transformed_by(compiling=True)]
     if torch._C._is_tracing() or not all([type(t) in _TRACED_TYPES for t in tensors]):
         _refuse_shards(tensors)
         return reference.lstm_layer
-    transformations = torch._C._functorch.get_interpreter_stack()
-    if not transformations:
-        return _operator
-    kinds = {t.key() for t in transformations}
-    if kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
-        return transforms.lstm_layer
-    return reference.lstm_layer
+    return _LAYERS[_transformed_by(compiling=False)]
 
 
-def _in_transform() -> bool:
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # dynamo knows this one, and guards it
+def _transformed_by(compiling: bool) -> str:
+    """Which transforms of ``torch.func`` are at work: a key of `_LAYERS`."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if not stack:
+        return "none"
+    kinds = {t.key() for t in stack}
+    if not kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
+        return "others"
+    if compiling:
+        # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
+        torch.compiler.allow_in_graph(transforms.lstm_layer)
+    return "grad and vmap"
+
+
+# Called by dynamo, not traced, as `_backend.has_kernels` is: dynamo enters the transforms while it traces them.
+_transformed_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _operator(
@@ -114,6 +125,13 @@ def _operator(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.lstm_ext.lstm_layer(input, h0, c0, list(weights), batch_sizes, bias, bidirectional)
+
+
+_LAYERS: dict[str, LayerFunction] = {
+    "none": _operator,
+    "grad and vmap": transforms.lstm_layer,
+    "others": reference.lstm_layer,
+}
 
 
 def _refuse_shards(tensors: Sequence[Tensor]) -> None:
