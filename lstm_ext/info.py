@@ -102,7 +102,10 @@ def main() -> int:
             print(operators_library())
             return 0
         if sys.argv[1:]:
-            print(f"lstm_ext.info: expected no argument or --operators, got {' '.join(sys.argv[1:])}", file=sys.stderr)
+            print(
+                f"lstm_ext.info: expected no argument or --operators, got {' '.join(sys.argv[1:])}",
+                file=sys.stderr,
+            )
             return 2
         lines = _lines()
     except (ImportError, ValueError) as error:  # no extension; a bad LSTM_EXT_BACKEND

@@ -54,9 +54,7 @@ def export(
     # How the file is written is for save(), which is called when the weights are in place.
     saving = {k: options.pop(k) for k in ("external_data", "keep_initializers_as_inputs") if k in options}
     try:
-        program = torch.onnx.export(
-            model, args, dynamo=True, custom_translation_table=table, **options
-        )
+        program = torch.onnx.export(model, args, dynamo=True, custom_translation_table=table, **options)
     except torch.onnx.OnnxExporterError as error:
         reason: BaseException | None = error
         while reason is not None and not isinstance(reason, UnsupportedLayerError):
