@@ -95,6 +95,17 @@ def extension() -> ModuleType | None:
     return result.module
 
 
+def has_kernels() -> bool:
+    """Whether extension() gives a module: for tracers, to whom the answer is a constant."""
+    return extension() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would be most of the
+# time of importing this package: the compiler calls the function, so that the operators are there when it meets
+# them, and does not look into it.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def status() -> Status:
     """What extension() found; looks for it first, where nothing has yet."""
     if _result is None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["batch_of", "permuted", "repacked"]
+__all__ = ["batch_of", "permuted", "repacked", "zero_states"]
 
 
-def batch_of(packed: PackedSequence) -> int:
+def batch_of(packed: PackedSequence, hx: Any = None) -> int:
     """The number of sequences, B, of a sound ``packed``.
 
-    The batch sizes themselves are checked where they are read, in the kernel or in `reference`.
+    The batch sizes themselves are checked where they are read, in the kernel or in `reference`. A compiler does not
+    know their values: while it looks, B is the size of another tensor that must have it, and the kernel checks that.
 
     Raises:
         ValueError, TypeError: naming the field.
@@ -31,7 +34,9 @@ def batch_of(packed: PackedSequence) -> int:
     traced = not compiling and torch._C._len_torch_dispatch_stack() > 0
     looking = compiling or traced
     if looking and sorted_indices is not None:
-        return sorted_indices.size(0)  # a size, where batch_sizes[0] would be an unknown number
+        return sorted_indices.size(0)
+    if looking and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+        return hx[0].size(1)
     if not looking and torch._C._functorch.is_batchedtensor(batch_sizes):
         raise ValueError(
             "PackedSequence.batch_sizes: expected the same for all samples under vmap (in_dims=None), "
@@ -63,6 +68,11 @@ def batch_of(packed: PackedSequence) -> int:
                 f"that undo each other, got {sorted_indices.tolist()} and {unsorted_indices.tolist()}"
             )
     return batch
+
+
+def zero_states(data: Tensor, sets: int, batch: int, *sizes: int) -> tuple[Tensor, ...]:
+    """The zeros that no ``hx`` means, for a compiler: they tell it how many sequences there are."""
+    return tuple([data.new_zeros(sets, batch, size) for size in sizes])
 
 
 def permuted(state: Tensor, indices: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ def lstm(
     """``functional.lstm`` for a given layer function: check, stack, put the layout back."""
     packed = input if isinstance(input, PackedSequence) else None
     if packed is not None:
-        batch = _packing.batch_of(packed)
+        batch = _packing.batch_of(packed, hx)
         input = x = packed.data
     elif not isinstance(input, Tensor):
         raise TypeError(
@@ -117,7 +117,10 @@ def lstm(
     layers, hidden_size, state_size = _split_weights(weights, input, bias, num_layers, bidirectional)
     h0, c0 = _check_hx(hx, input, len(layers) * (2 if bidirectional else 1), batch, hidden_size, state_size)
     if packed is not None:
-        if h0 is not None and c0 is not None:
+        if h0 is None and torch.compiler.is_compiling():
+            sets = len(layers) * (2 if bidirectional else 1)
+            h0, c0 = _packing.zero_states(input, sets, batch, state_size, hidden_size)
+        elif h0 is not None and c0 is not None:
             h0 = _packing.permuted(h0, packed.sorted_indices)
             c0 = _packing.permuted(c0, packed.sorted_indices)
         output, h_n, c_n = stack(

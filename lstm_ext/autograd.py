@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, reference, transforms
+from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -86,20 +87,24 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     )
 
 
-def _indirect_layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]):
+def _indirect_layer(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> LayerFunction:
     """The function that computes the layer for arguments that must not reach the kernels directly."""
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
     if any([w is None for w in weights]):
-        raise TypeError("LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)")
+        raise TypeError(
+            "LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)"
+        )
     if (
         input.device.type not in _OPERATOR_DEVICES
         or input.dtype not in _KERNEL_DTYPES
         or torch.autograd.forward_ad._current_level >= 0
-        or _backend.extension() is None
+        or not _backend.has_kernels()
     ):
         return reference.lstm_layer
     if torch.compiler.is_compiling():
-        return reference.lstm_layer if _in_transform() else _operator
+        return _COMPILED_LAYERS[_transformed_by()]
     if torch._C._is_tracing() or not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
         _refuse_shards(tensors)
         return reference.lstm_layer
@@ -115,8 +120,19 @@ def _is_traced(batch_sizes: Tensor) -> bool:
     return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
 
 
-def _in_transform() -> bool:
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # dynamo knows this one, and guards it
+def _transformed_by() -> str:
+    """Which transforms of ``torch.func`` are at work while dynamo looks: a key of `_COMPILED_LAYERS`."""
+    if not torch._C._functorch.get_interpreter_stack():
+        return "none"
+    if not transforms.are_supported():
+        return "others"
+    # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
+    torch.compiler.allow_in_graph(transforms.lstm_layer)
+    return "grad and vmap"
+
+
+# Called by dynamo, not traced, as `_backend.has_kernels` is: dynamo enters the transforms while it traces them.
+_transformed_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _operator(
@@ -129,6 +145,13 @@ def _operator(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.lstm_ext.lstm_layer(input, h0, c0, list(weights), batch_sizes, bias, bidirectional)
+
+
+_COMPILED_LAYERS: dict[str, LayerFunction] = {
+    "none": _operator,
+    "grad and vmap": transforms.lstm_layer,
+    "others": reference.lstm_layer,
+}
 
 
 def _refuse_shards(tensors: Sequence[Tensor]) -> None:

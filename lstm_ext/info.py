@@ -1,4 +1,7 @@
-"""python -m lstm_ext.info: what is installed, how it was built, what runs here. Exit code 1 without the extension."""
+"""python -m lstm_ext.info: what is installed, how it was built, what runs here. Exit code 1 without the extension.
+
+python -m lstm_ext.info --operators: only the path of the operators' library, as `operators_library` gives it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,20 @@ import torch
 
 from . import _backend
 from . import _build_config as config
+
+
+def operators_library() -> str:
+    """The path of the shared library that registers the operators, ``torch.ops.lstm_ext``.
+
+    A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; it needs no
+    Python. See examples/aoti_inference.
+
+    Raises:
+        ImportError: there is no compiled extension; the text says why.
+    """
+    if _backend.extension() is None:
+        raise ImportError(f"there is no compiled extension: {_backend.status().reason}")
+    return str(_backend.status().ops_path)
 
 
 def _lines() -> list[tuple[str, str]]:
@@ -81,8 +98,17 @@ def _jit_state() -> str:
 
 def main() -> int:
     try:
+        if sys.argv[1:] == ["--operators"]:
+            print(operators_library())
+            return 0
+        if sys.argv[1:]:
+            print(
+                f"lstm_ext.info: expected no argument or --operators, got {' '.join(sys.argv[1:])}",
+                file=sys.stderr,
+            )
+            return 2
         lines = _lines()
-    except ValueError as error:  # a bad LSTM_EXT_BACKEND
+    except (ImportError, ValueError) as error:  # no extension; a bad LSTM_EXT_BACKEND
         print(error, file=sys.stderr)
         return 1
     for name, text in lines:

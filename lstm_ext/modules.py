@@ -137,8 +137,13 @@ class LSTM(nn.RNNBase):
         data = packed.data
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        batch = _packing.batch_of(packed)
-        if hx is not None:
+        batch = _packing.batch_of(packed, hx)
+        if hx is None:
+            if torch.compiler.is_compiling():
+                sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+                sizes = self.proj_size or self.hidden_size, self.hidden_size
+                hx = _packing.zero_states(data, sets, batch, *sizes)
+        else:
             # Before the states are sorted: that would silently drop rows beyond the batch.
             h0, c0 = _unpack_hx(hx)
             self._check_states(h0, c0, batch)

@@ -1,0 +1,174 @@
+"""``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``.
+
+Needs the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``), when one of its functions is called and not
+before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["UnsupportedLayerError", "export", "translation_table"]
+
+# The gates' rows: i, f, g, o here and i, o, f, c there, where c is our g.
+_GATES = (0, 3, 1, 2)
+
+
+class UnsupportedLayerError(NotImplementedError):
+    """A layer that the operator ``LSTM`` of ONNX cannot express."""
+
+
+def export(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    f: Any = None,
+    *,
+    custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """``torch.onnx.export(model, args, f, dynamo=True, ...)`` for a model that contains layers of this package.
+
+    The weights are stored in the gates' order of ONNX. Everything else is as without this function, and as without
+    it, a batch size and a sequence length that may change have to be named in ``dynamic_shapes``::
+
+        batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+        lstm_ext.onnx.export(model.eval(), (x,), "model.onnx", dynamic_shapes=({0: batch, 1: time},))
+
+    Args:
+        model, args, f: as in ``torch.onnx.export``.
+        custom_translation_table: for operators of your own, in addition to :func:`translation_table`.
+        options: all other arguments of ``torch.onnx.export``, except ``dynamo``, by name.
+
+    Returns:
+        the ``torch.onnx.ONNXProgram``, also where ``f`` is given.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing, or the compiled extension.
+        UnsupportedLayerError: a layer with a projection, or packed input.
+    """
+    table = translation_table() | (custom_translation_table or {})
+    # How the file is written is for save(), which is called when the weights are in place.
+    saving = {k: options.pop(k) for k in ("external_data", "keep_initializers_as_inputs") if k in options}
+    try:
+        program = torch.onnx.export(model, args, dynamo=True, custom_translation_table=table, **options)
+    except torch.onnx.OnnxExporterError as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, UnsupportedLayerError):
+            reason = reason.__cause__
+        if reason is None:
+            raise
+        raise UnsupportedLayerError(str(reason)) from error
+    if options.get("optimize", True):
+        _fold_weights(program.model)
+    if f is not None:
+        program.save(f, **saving)
+    return program
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)`` needs to know of this package.
+
+    Of large weights the file then holds the original and the nodes that bring the gates into the order of ONNX, which
+    a runtime does once, when it loads the model; :func:`export` stores them in that order.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing, or the compiled extension.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"lstm_ext.onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from . import ops
+
+    return {ops.lstm_layer: _translated_layer}
+
+
+def _translated_layer(
+    input: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    batch_sizes: Any,
+    has_bias: bool,
+    bidirectional: bool,
+) -> tuple[Any, Any, Any]:
+    """The operator ``lstm_layer`` in the operators of ONNX; the exporter calls it with symbolic values."""
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    directions = 2 if bidirectional else 1
+    per_set = len(weights) // directions
+    if batch_sizes is not None:
+        raise UnsupportedLayerError(
+            "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
+        )
+    if per_set == (5 if has_bias else 3):
+        raise UnsupportedLayerError(
+            "lstm_ext.onnx: a layer with a projection (proj_size > 0) cannot be exported: "
+            "the operator LSTM of ONNX has none"
+        )
+    kinds = [weights[kind::per_set] for kind in range(per_set)]  # each with one weight a direction
+    hidden, features = weights[1].shape[1], weights[0].shape[1]
+    dtype = input.dtype
+    # As in the kernels: between the arguments and the results all is float32.
+    widened = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+    def wide(x: Any) -> Any:
+        return op.Cast(x, to=ir.DataType.FLOAT) if widened and x is not None else x
+
+    def narrow(x: Any) -> Any:
+        return op.Cast(x, to=dtype) if widened else x
+
+    def reordered(parts: Sequence[Any], sets: int, *columns: int) -> Any:
+        """(directions, sets * 4 * H, *columns)"""
+        joined = op.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
+        by_gate = op.Reshape(joined, op.Constant(value_ints=[directions, sets, 4, hidden, *columns]))
+        by_gate = op.Gather(by_gate, op.Constant(value_ints=_GATES), axis=2)
+        return wide(op.Reshape(by_gate, op.Constant(value_ints=[directions, sets * 4 * hidden, *columns])))
+
+    biases = None
+    if has_bias:
+        biases = reordered([b for pair in zip(*kinds[2:], strict=True) for b in pair], 2)
+    output, h_n, c_n = op.LSTM(
+        wide(input),
+        reordered(kinds[0], 1, features),
+        reordered(kinds[1], 1, hidden),
+        biases,
+        None,  # lengths
+        wide(h0),
+        wide(c0),
+        direction="bidirectional" if bidirectional else "forward",
+        hidden_size=hidden,
+    )
+    # (T, directions, B, H) to (T, B, directions * H)
+    output = op.Transpose(output, perm=[0, 2, 1, 3])
+    output = op.Reshape(output, op.Constant(value_ints=[0, 0, directions * hidden]))
+    return narrow(output), narrow(h_n), narrow(c_n)
+
+
+def _fold_weights(model: Any) -> None:
+    """Compute what lies between the weights and the layers, whatever their size: the exporter stops at a few kB."""
+    from onnxscript import optimizer
+
+    before = [
+        value.producer()
+        for node in model.graph.all_nodes()
+        if node.op_type == "LSTM" and node.domain == ""
+        for value in node.inputs[1:4]
+        if value is not None
+    ]
+    found = set()
+    while before:
+        node = before.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            before += [value.producer() for value in node.inputs if value is not None]
+    optimizer.fold_constants(
+        model,
+        # A node whose inputs are all known is asked for; weights that the model computes are not among them.
+        should_fold=lambda node: True if node in found else None,
+    )
+    optimizer.remove_unused_nodes(model)
