@@ -315,7 +315,7 @@ class _LayerGradients(torch.autograd.Function):
             bidirectional,
             wanted,
         )
-        return tuple(gradients)
+        return tuple([g for g, w in zip(gradients, wanted, strict=True) if w])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
