@@ -27,7 +27,7 @@ OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTe
 
 # Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
 # tensors and have no memory of their own.
-LEGACY_VMAP = torch._C._parse_dispatch_key("VmapMode")
+LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 
 _Dims = Sequence[Any]  # for each argument, where the samples lie in it, or None
 _Tensors = tuple[Tensor, ...]
@@ -77,7 +77,7 @@ def layer_gradients(
     """
     if all([g is None for g in grads]) or not any(wanted):
         return [None] * len(layer)
-    arguments = (tuple(wanted), bias, bidirectional, batch_sizes, *grads, *kept, *layer)
+    arguments: tuple[Any, ...] = (tuple(wanted), bias, bidirectional, batch_sizes, *grads, *kept, *layer)
     if torch.compiler.is_compiling():  # compiled autograd: once differentiable
         computed = _LayerGradients.forward(*arguments)
     elif are_supported() and all([g is None or type(g) in OPERATOR_TYPES for g in grads]):
@@ -114,7 +114,7 @@ def _pulled_back(
     """The gradients of ``primals`` for the ``grads`` of the results; differentiable, where gradients are enabled."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         # Whatever the tensors are wrapped in, by levels in use or left.
-        _, pull = torch.func.vjp(function, *primals)
+        pull = torch.func.vjp(function, *primals)[1]
         return pull(tuple(grads))
     # Without a transform: torch.func refuses to run under saved_tensors_hooks.
     create_graph = torch.is_grad_enabled()

@@ -1,0 +1,284 @@
+"""Forward mode, and what mixes transforms with one another and with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from derivative_cases import (
+    F64,
+    assert_as_on_reference,
+    assert_close,
+    every_model,
+    make_case,
+    on_reference,
+    operator_calls,
+    several,
+)
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import (
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    vjp,
+    vmap,
+)
+from torch.utils._pytree import tree_leaves, tree_map
+
+import lstm_ext
+
+# ---- forward mode: the equations of the reference, against reverse mode on the kernels
+
+
+@every_model
+def test_forward_mode(model):
+    case = make_case(model)
+    tangents = tree_map(torch.randn_like, case.arguments)
+    jacobian = jacrev(case.call, (0, 1, 2, 3))(*case.arguments)
+
+    def product(of_output):
+        parts = zip(tree_leaves(of_output), tree_leaves(tangents), strict=True)
+        return sum(torch.tensordot(j, t, t.dim()) for j, t in parts)
+
+    expected = [product(j) for j in jacobian]
+    values, derivative = jvp(case.call, case.arguments, tangents)
+    assert_close(values, case.call(*case.arguments))
+    assert_close(derivative, expected)
+    values, linear = linearize(case.call, *case.arguments)
+    assert_close(values, case.call(*case.arguments))
+    assert_close(linear(*tangents), expected)
+    with forward_ad.dual_level():
+        duals = tree_map(forward_ad.make_dual, case.arguments, tangents)
+        results = [forward_ad.unpack_dual(t) for t in case.call(*duals)]
+    assert_close([r.primal for r in results], values)
+    assert_close([r.tangent for r in results], expected)
+    assert_close(jacfwd(case.call, (1, 2))(*case.arguments), jacrev(case.call, (1, 2))(*case.arguments))
+
+
+@every_model
+def test_forward_over_reverse_and_reverse_over_forward(model):
+    case = make_case(model)
+    for i in (1, 3):
+        f, a = case.of(i), case[i]
+        expected = jacrev(grad(f))(a)
+        assert_close(hessian(f)(a), expected)
+        assert_close(jacrev(jacfwd(f))(a), expected)
+        direction = torch.randn_like(a)
+        product = torch.tensordot(expected, direction, a.dim())
+        assert_close(jvp(grad(f), (a,), (direction,))[1], product)
+        assert_close(grad(lambda a: jvp(f, (a,), (direction,))[1])(a), product)  # noqa: B023
+    xs = several(case.x)
+    batched = vmap(hessian(case.of(1)))(xs)
+    assert_close(batched, torch.stack([jacrev(grad(case.of(1)))(x) for x in xs]))
+    batched = vmap(lambda x: jvp(case.of(1), (x,), (x,)))(xs)
+    assert_close(batched, vmap(lambda x: (case.of(1)(x), (grad(case.of(1))(x) * x).sum()))(xs))
+
+
+@every_model
+def test_tangents_of_the_gradients_that_go_in(model):
+    """Forward mode through a backward pass whose forward pass is over: that is linear."""
+    case = make_case(model)
+    xs = several(case.x)
+
+    def call(p, x):
+        return vmap(case.call, (None, 0, None, None))(p, x, case.h, case.c)
+
+    y, pull = vjp(call, case.p, xs)
+    a, b = (tree_map(torch.randn_like, y) for _ in range(2))
+    expected = pull(b)
+    assert_close(vmap(pull)(tree_map(lambda *ts: torch.stack(ts), a, b))[1][1], expected[1])
+    value, tangent = jvp(pull, (a,), (b,))
+    assert_close(value, pull(a))
+    assert_close(tangent, expected)
+
+    p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, xs))
+    leaves = [*p.values(), x]
+    for y in (call(p, x), vmap_by_hand(lambda x: case.call(p, x, case.h, case.c), x)):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(s, t) for s, t in zip(a, b, strict=True)]
+            grads = torch.autograd.grad(y, leaves, duals, retain_graph=True)
+            assert_close([forward_ad.unpack_dual(g).tangent for g in grads], expected)
+
+
+def vmap_by_hand(function: Callable[[Tensor], tuple[Tensor, ...]], xs: Tensor) -> list[Tensor]:
+    return [torch.stack(ts) for ts in zip(*[function(x) for x in xs], strict=True)]
+
+
+# ---- autograd and torch.func in one another
+
+
+@every_model
+def test_autograd_over_transforms(model):
+    case = make_case(model)
+    xs = several(case.x)
+
+    def leaves_of(*trees):
+        return tree_map(lambda t: t.clone().requires_grad_(), trees)
+
+    def over_vmap():
+        p, x = leaves_of(case.p, xs)
+        y = vmap(case.call, (None, 0, None, None))(p, x, case.h, case.c)
+        first = torch.autograd.grad(sum(t.sin().sum() for t in y), [*p.values(), x], create_graph=True)
+        return first, torch.autograd.grad(sum(t.square().sum() for t in first), [*p.values(), x])
+
+    def over_grad():
+        p, x = leaves_of(case.p, case.x)
+        first = tree_leaves(grad(case.loss, (0, 1))(p, x, case.h, case.c))
+        second = torch.autograd.grad(
+            sum(t.square().sum() for t in first), [*p.values(), x], create_graph=True
+        )
+        return first, second, torch.autograd.grad(sum(t.sin().sum() for t in second), x)
+
+    def over_per_sample_gradients():
+        p, x = leaves_of(case.p, xs)
+        first = tree_leaves(vmap(grad(case.loss, (0, 1)), (None, 0, None, None))(p, x, case.h, case.c))
+        return first, torch.autograd.grad(sum(t.square().sum() for t in first), [*p.values(), x])
+
+    def under_no_grad():
+        with torch.no_grad():
+            return grad(case.loss, (0, 1))(*case.arguments)
+
+    for compute in (over_vmap, over_grad, over_per_sample_gradients, under_no_grad):
+        assert_as_on_reference(lambda compute=compute: tree_map(Tensor.detach, compute()))
+    with on_reference():
+        expected = grad(case.loss, 1)(*case.arguments)
+
+    def no_grad_within(x):
+        with torch.no_grad():
+            constant = case.of(1)(x)
+        return constant * case.of(1)(x)
+
+    assert_close(grad(no_grad_within)(case.x), case.of(1)(case.x) * expected)
+
+
+@every_model
+@pytest.mark.parametrize("transformed", [False, True], ids=["eager", "vmap"])
+def test_batches_of_gradients(model, transformed):
+    case = make_case(model)
+    p, x = tree_map(
+        lambda t: t.clone().requires_grad_(), (case.p, several(case.x) if transformed else case.x)
+    )
+    call = vmap(case.call, (None, 0, None, None)) if transformed else case.call
+    y = call(p, x, case.h, case.c)
+    leaves = [*p.values(), x]
+    grads = several(tree_map(torch.randn_like, y), 3)
+
+    def one(*grads, **options):
+        return torch.autograd.grad(y, leaves, grads, retain_graph=True, **options)
+
+    expected = [torch.stack(gs) for gs in zip(*[one(*[g[i] for g in grads]) for i in range(3)], strict=True)]
+    assert_close(one(*grads, is_grads_batched=True), expected)
+    assert_close(vmap(one)(*grads), expected)
+    again = one(*grads, is_grads_batched=True, create_graph=True)
+    assert_close(again, expected)
+    loss = sum(g.square().sum() for g in again)
+    loss_one_by_one = sum(
+        g.square().sum() for i in range(3) for g in one(*[g[i] for g in grads], create_graph=True)
+    )
+    second = [torch.autograd.grad(t, leaves, retain_graph=True) for t in (loss, loss_one_by_one)]
+    assert_close(*second)
+
+
+def test_gradients_of_gradients_in_a_batch():
+    """is_grads_batched=True for the second backward pass."""
+    case = make_case("packed, two layers, both directions")
+    p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, case.x))
+    leaves = [*p.values(), x]
+    with operator_calls() as calls:
+        first = torch.autograd.grad(case.loss(p, x, case.h, case.c), leaves, create_graph=True)
+    assert calls == ["lstm_layer_backward"] * 2
+    grads = several(tree_map(torch.randn_like, first), 3)
+
+    def one(*grads, **options):
+        return torch.autograd.grad(first, leaves, grads, retain_graph=True, **options)
+
+    expected = [torch.stack(gs) for gs in zip(*[one(*[g[i] for g in grads]) for i in range(3)], strict=True)]
+    assert_close(one(*grads, is_grads_batched=True), expected)
+    assert_close(vmap(one)(*grads), expected)
+
+
+@every_model
+def test_torch_autograd_functional(model):
+    case = make_case(model)
+    module = torch.autograd.functional
+
+    def f(x, c):
+        return case.call(case.p, x, case.h, c)
+
+    def loss(x, c):
+        return case.loss(case.p, x, case.h, c)
+
+    inputs = (case.x, case.c)
+    jacobian = jacrev(f, (0, 1))(*inputs)
+    second = jacrev(grad(loss, (0, 1)), (0, 1))(*inputs)
+    for options in ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
+        assert_close(module.jacobian(f, inputs, **options), jacobian)
+    assert_close(module.jacobian(lambda x: loss(x, case.c), case.x, create_graph=True), grad(loss)(*inputs))
+    for options in (
+        {},
+        {"vectorize": True},
+        {"vectorize": True, "outer_jacobian_strategy": "forward-mode"},
+    ):
+        assert_close(module.hessian(loss, inputs, **options), second)
+    v = tree_map(torch.randn_like, inputs)
+    product = [sum(torch.tensordot(m, t, t.dim()) for m, t in zip(row, v, strict=True)) for row in second]
+    assert_close(module.vhp(loss, inputs, v)[1], product)
+    assert_close(module.hvp(loss, inputs, v)[1], product)
+    y, tangent = jvp(f, inputs, v)
+    assert_close(module.jvp(f, inputs, v), (y, tangent))
+    assert_close(module.vjp(f, inputs, y)[1], vjp(f, *inputs)[1](y))
+
+
+@every_model
+def test_functionalize(model):
+    case = make_case(model)
+    assert_close(functionalize(case.call)(*case.arguments), case.call(*case.arguments))
+    assert_close(functionalize(grad(case.loss))(*case.arguments), grad(case.loss)(*case.arguments))
+    xs = several(case.x)
+    assert_close(functionalize(vmap(case.of(1)))(xs), vmap(case.of(1))(xs))
+    _, pull = vjp(case.of(1), case.x)
+    one = torch.ones((), dtype=F64)
+    assert_close(functionalize(pull)(one), pull(one))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_that_have_left_their_transform(inference):
+    """E.g. a state that a loss function keeps for the next call: a wrapper around a plain tensor."""
+    module = lstm_ext.LSTM(2, 3, dtype=F64)
+    x = torch.randn(3, 2, 2, dtype=F64)
+    kept = []
+
+    def loss(x):
+        output, state = module(x)
+        kept.append((2 * x, state))
+        return output.sin().sum()
+
+    grad(loss)(x)
+    (wrapped, state) = kept[0]
+    assert torch._C._functorch.is_gradtrackingtensor(wrapped)
+    with torch.set_grad_enabled(not inference):
+        _, plain_state = module(x)
+        expected = module(2 * x, plain_state)
+        result = module(wrapped, state)
+        assert_close(result, expected)
+        if not inference:
+            leaves = list(module.parameters())
+            grads = [torch.autograd.grad(r[0].sum() + r[1][1].sum(), leaves) for r in (result, expected)]
+            assert_close(*grads)
+
+
+def test_autocast_within_vmap():
+    module = lstm_ext.LSTM(2, 3)
+    xs = torch.randn(3, 4, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = vmap(module)(xs)
+        expected = [module(x) for x in xs]
+    for r, e in zip(tree_leaves(result), zip(*map(tree_leaves, expected), strict=True), strict=True):
+        assert r.dtype == torch.bfloat16
+        torch.testing.assert_close(r, torch.stack(e))
