@@ -24,9 +24,6 @@ from fuzz_errors import Broken, check_broken  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
-# Whether lstm_ext.LSTM takes a PackedSequence.
-PACKED_WORKS = False
-
 # Layouts, what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
     "batched": (BATCHED, check, 0.45),
@@ -35,7 +32,7 @@ CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
     "errors": (BATCHED + UNBATCHED, check_broken, 0.1),
     "errors, packed": (PACKED, check_broken, 0.1),
 }
-NAMES = [name for name in CATEGORIES if PACKED_WORKS or "packed" not in name]
+NAMES = list(CATEGORIES)
 
 FEW = 250
 MANY = int(os.environ.get("LSTM_EXT_FUZZ_CASES", "2000"))
@@ -118,11 +115,6 @@ def summary(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("category", NAMES)
 def test_many(category, summary):
     run(category, max(1, int(MANY * CATEGORIES[category][2])), SEED)
-
-
-@pytest.mark.xfail(strict=True, reason="computes as if the layer had one bias; torch raises TypeError")
-def test_known_fault():
-    check_broken(Broken(Case(), "bias: none"))
 
 
 # --- the harness itself --------------------------------------------------------------------------------------------
