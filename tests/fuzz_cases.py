@@ -405,8 +405,12 @@ class Trial:
             expected = self.ref.values[name]
             norm = torch.linalg.vector_norm(expected).item()
             error = relative_error(value, expected) * (norm if norm > 0 else 1.0)
-            allowed = eps * (SLACK * self.moves[name] + inside * norm)
-            ratios[name] = error / allowed if allowed > 0 else (0.0 if error == 0 else math.inf)
+            if norm == 0 and self.moves[name] == 0:  # nothing reaches it
+                ratios[name] = 0.0 if error == 0 else math.inf
+                continue
+            # Below the normal numbers, where float16 soon is, the spacing of numbers is an absolute one.
+            spacing = torch.finfo(dtype).smallest_normal * eps * value.numel() ** 0.5
+            ratios[name] = error / (eps * (SLACK * self.moves[name] + inside * norm) + SLACK * spacing)
         return ratios
 
 
@@ -416,7 +420,8 @@ def try_out(case: Case, kind: type[nn.Module]) -> Trial:
     with environment(plain):
         tensors = tensors_of(case)
         ref = run(nn.LSTM, plain, tensors, torch.float64)
-        moves = movement(plain, tensors, ref)
+        # With its strides: numbers that are one in memory are changed as one, as their rounding errors are one.
+        moves = movement(dataclasses.replace(case, repeat_backward=False), tensors, ref)
     with environment(case):
         result = run(kind, case, tensors, case.torch_dtype)
     assert result.values.keys() == ref.values.keys(), (list(result.values), list(ref.values))
@@ -443,4 +448,4 @@ def check(case: Case, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
         for name, ratio in try_out(case, kind).excess().items()
         if not ratio <= 1
     ]
-    assert not wrong, f"{case}:\n" + "\n".join(wrong)
+    assert not wrong, f"check({case}):\n" + "\n".join(wrong)

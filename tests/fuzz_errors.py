@@ -334,24 +334,26 @@ def check_broken(broken: Broken, kind: type[nn.Module] = lstm_ext.LSTM) -> str:
 
     assert isinstance(before, dict) and isinstance(afterwards, dict), (before, afterwards)
     for name, value in before.items():
-        assert torch.equal(afterwards[name], value), f"{broken}: afterwards {name} is another"
+        assert torch.equal(afterwards[name], value), f"check_broken({broken}): afterwards {name} is another"
     if isinstance(ours, how.or_else) and not valid:
         return type(ours).__name__
     if theirs is None:
-        assert how.may_pass and isinstance(ours, dict), f"{broken}:\n{describe(ours)}"
+        assert how.may_pass and isinstance(ours, dict), f"check_broken({broken}):\n{describe(ours)}"
         return "passed"
     if isinstance(theirs, Exception):
         assert type(ours) is type(theirs), (
-            f"{broken}:\n{describe(ours)}\nexpected torch's\n{describe(theirs)}"
+            f"check_broken({broken}):\n{describe(ours)}\nexpected torch's\n{describe(theirs)}"
         )
         return type(ours).__name__
     assert not isinstance(ours, Exception), (
-        f"{broken}:\n{describe(ours)}\nand torch computes {describe(theirs)}"
+        f"check_broken({broken}):\n{describe(ours)}\nand torch computes {describe(theirs)}"
     )
     for name, value in ours.items():
         assert value.device == theirs[name].device
         if value.device.type != "meta":
-            torch.testing.assert_close(value, theirs[name], msg=lambda m, n=name: f"{broken}: {n}: {m}")
+            torch.testing.assert_close(
+                value, theirs[name], msg=lambda m, n=name: f"check_broken({broken}): {n}: {m}"
+            )
     return "accepted"
 
 
