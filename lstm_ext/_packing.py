@@ -35,7 +35,7 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
         return sorted_indices.size(0)
     if looking and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
         return hx[0].size(1)
-    batch = int(batch_sizes[0])
+    batch = batch_sizes[0].item()
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
         if indices is not None and indices.shape != (batch,):
             raise ValueError(

@@ -105,6 +105,8 @@ def _transformed_by(compiling: bool) -> str:
     kinds = {t.key() for t in stack}
     if not kinds <= {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}:
         return "others"
+    if torch.compiler.is_exporting():
+        return "others"  # torch.export takes no Function with a rule for vmap
     if compiling:
         # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
         torch.compiler.allow_in_graph(transforms.lstm_layer)
