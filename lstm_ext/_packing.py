@@ -45,7 +45,7 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
     if traced and type(batch_sizes) is Tensor:
         batch = batch_sizes.tolist()[0]  # a tracer would take batch_sizes[0] for a result of its own
     else:
-        batch = int(batch_sizes[0])
+        batch = batch_sizes[0].item()
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
         if indices is not None and indices.shape != (batch,):
             raise ValueError(

@@ -126,6 +126,8 @@ def _transformed_by() -> str:
         return "none"
     if not transforms.are_supported():
         return "others"
+    if torch.compiler.is_exporting():
+        return "others"  # torch.export takes no Function with a rule for vmap
     # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
     torch.compiler.allow_in_graph(transforms.lstm_layer)
     return "grad and vmap"

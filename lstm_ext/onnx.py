@@ -41,7 +41,7 @@ def export(
     Args:
         model, args, f: as in ``torch.onnx.export``.
         custom_translation_table: for operators of your own, in addition to :func:`translation_table`.
-        options: all other arguments of ``torch.onnx.export``, except ``dynamo``, by name.
+        options: the other arguments of ``torch.onnx.export``, by name, except ``dynamo``.
 
     Returns:
         the ``torch.onnx.ONNXProgram``, also where ``f`` is given.
@@ -51,8 +51,12 @@ def export(
         UnsupportedLayerError: a layer with a projection, or packed input.
     """
     table = translation_table() | (custom_translation_table or {})
-    # How the file is written is for save(), which is called when the weights are in place.
-    saving = {k: options.pop(k) for k in ("external_data", "keep_initializers_as_inputs") if k in options}
+    # Saved here, when the weights are in place.
+    saving = {
+        "include_initializers": options.pop("export_params", True),
+        "keep_initializers_as_inputs": options.pop("keep_initializers_as_inputs", False),
+        "external_data": options.pop("external_data", True),
+    }
     try:
         program = torch.onnx.export(model, args, dynamo=True, custom_translation_table=table, **options)
     except torch.onnx.OnnxExporterError as error:

@@ -1,0 +1,280 @@
+"""Export to ONNX: a layer becomes the operator LSTM, and ONNX Runtime computes with it what the layer computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves
+
+import lstm_ext
+import lstm_ext.onnx
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporter, about itself
+
+I, H = 3, 4
+batch, time = Dim("batch"), Dim("time")
+
+# Constructor's arguments, whether there is an hx
+CASES = {
+    "plain": ({}, False),
+    "hx": ({}, True),
+    "batch_first": ({"batch_first": True}, True),
+    "both_directions": ({"bidirectional": True}, True),
+    "no_bias": ({"bias": False}, False),
+    "layers": ({"num_layers": 3, "bidirectional": True, "batch_first": True}, True),
+    "layers_without": ({"num_layers": 2, "bias": False, "bidirectional": True}, False),
+}
+
+
+def arguments(module: lstm_ext.LSTM, time: int, batch: int, has_hx: bool, dtype=torch.float32) -> tuple:
+    x = torch.randn((batch, time, I) if module.batch_first else (time, batch, I), dtype=dtype)
+    sets = module.num_layers * (2 if module.bidirectional else 1)
+    return (x, tuple(torch.randn(sets, batch, H, dtype=dtype) for _ in "hc")) if has_hx else (x,)
+
+
+def shapes(module: lstm_ext.LSTM, has_hx: bool) -> tuple:
+    x = {0: batch, 1: time} if module.batch_first else {0: time, 1: batch}
+    return (x, ({1: batch}, {1: batch})) if has_hx else (x,)
+
+
+def run(model: str | Path | onnx.ModelProto, args: tuple) -> list[Tensor]:
+    if isinstance(model, onnx.ModelProto):
+        model = model.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options)
+    names = [i.name for i in session.get_inputs()]
+    inputs = dict(zip(names, [x.numpy() for x in tree_leaves(args)], strict=True))
+    return [torch.from_numpy(x) for x in session.run(None, inputs)]
+
+
+def assert_same(model: str | Path | onnx.ModelProto, module: nn.Module, calls: Sequence[tuple]) -> None:
+    for args in calls:
+        with torch.no_grad():
+            expected = tree_leaves(module(*args))
+        results = run(model, args)
+        assert [x.shape for x in results] == [x.shape for x in expected]
+        torch.testing.assert_close(results, expected)
+
+
+def count(model: onnx.ModelProto, operator: str = "LSTM") -> int:
+    return sum(node.op_type == operator for node in model.graph.node)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer(case: str) -> None:
+    options, has_hx = CASES[case]
+    module = lstm_ext.LSTM(I, H, **options).eval()
+    program = lstm_ext.onnx.export(
+        module, arguments(module, 5, 2, has_hx), dynamic_shapes=shapes(module, has_hx)
+    )
+    model = program.model_proto
+    onnx.checker.check_model(model, full_check=True)
+    layers = [node for node in model.graph.node if node.op_type == "LSTM"]
+    assert len(layers) == module.num_layers
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for layer in layers:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in layer.attribute}
+        assert attributes["hidden_size"] == H and attributes.get("layout", 0) == 0
+        assert attributes["direction"] == (b"bidirectional" if module.bidirectional else b"forward")
+        weights = layer.input[1 : 4 if module.bias else 3]
+        assert all(name in constants for name in weights)
+    assert_same(model, module, [arguments(module, *sizes, has_hx) for sizes in ((7, 3), (1, 1), (4, 2))])
+
+
+class Model(nn.Module):
+    def __init__(self, hidden: int = H) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, I)
+        self.lstm = lstm_ext.LSTM(I, hidden, 2, dropout=0.5, batch_first=True)
+        self.out = nn.Linear(hidden, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(self.embedding(x))[0])
+
+
+def test_file_of_a_model_with_large_weights(tmp_path: Path) -> None:
+    """Weights beyond what the exporter itself folds."""
+    model = Model(hidden=200).eval()
+    path = tmp_path / "model.onnx"
+    dynamic = ({0: batch, 1: time},)
+    x = torch.randint(7, (2, 5))
+    program = lstm_ext.onnx.export(model, (x,), path, dynamic_shapes=dynamic)
+    assert_same(path, model, [(torch.randint(7, (3, 9)),)])
+    saved = onnx.load(path)
+    assert count(saved) == 2
+    sizes = {tuple(tensor.dims) for tensor in saved.graph.initializer}
+    assert (1, 800, 200) in sizes and (800, 200) not in sizes  # in the order of ONNX, and not twice
+    constants = {tensor.name for tensor in saved.graph.initializer}
+    for node in saved.graph.node:
+        if node.op_type == "LSTM":
+            assert set(node.input[1:4]) <= constants
+    assert program.model_proto.graph.node == saved.graph.node
+
+    # Without our function, the weights are brought in order by nodes of the graph.
+    plain = torch.onnx.export(
+        model,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=dynamic,
+        custom_translation_table=lstm_ext.onnx.translation_table(),
+    )
+    assert_same(plain.model_proto, model, [(torch.randint(7, (3, 9)),)])
+
+    inside = tmp_path / "one_file.onnx"
+    lstm_ext.onnx.export(model, (x,), inside, dynamic_shapes=dynamic, external_data=False)
+    assert_same(inside, model, [(torch.randint(7, (3, 9)),)])
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data", "one_file.onnx"}
+
+
+def test_weights_that_the_model_computes() -> None:
+    module = lstm_ext.LSTM(I, H).eval()
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    args = arguments(module, 5, 2, has_hx=False)
+    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
+    assert_same(program.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
+
+    class Generated(nn.Module):
+        def forward(self, x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
+            return lstm_ext.functional.lstm(x, None, [w_ih, w_hh], bias=False)[0]
+
+    args = (torch.randn(5, 2, I), torch.randn(4 * H, I), torch.randn(4 * H, H))
+    program = lstm_ext.onnx.export(Generated(), args)
+    assert_same(program.model_proto, Generated(), [tuple(torch.randn_like(x) for x in args)])
+
+
+@pytest.mark.parametrize("kind", ["step", "cell", "unbatched"])
+def test_other_calls(kind: str) -> None:
+    module = lstm_ext.LSTM(I, H, 2).eval()
+    if kind == "cell":
+        model, dynamic = lstm_ext.LSTMCell(I, H), ({0: batch}, ({0: batch}, {0: batch}))
+        calls = [(torch.randn(n, I), (torch.randn(n, H), torch.randn(n, H))) for n in (2, 5)]
+    elif kind == "step":
+
+        class Step(nn.Module):
+            def forward(self, x: Tensor, h: Tensor, c: Tensor):
+                return module.step(x, (h, c))
+
+        model, dynamic = Step(), ({0: batch}, {1: batch}, {1: batch})
+        calls = [(torch.randn(n, I), torch.randn(2, n, H), torch.randn(2, n, H)) for n in (2, 5)]
+    else:
+        model, dynamic = module, ({0: time},)
+        calls = [(torch.randn(n, I),) for n in (4, 7)]
+    program = lstm_ext.onnx.export(model, calls[0], dynamic_shapes=dynamic)
+    assert count(program.model_proto) == (1 if kind == "cell" else 2)
+    assert_same(program.model_proto, model, calls)
+
+
+def test_float64() -> None:
+    """Which the standard allows and ONNX Runtime does not compute: onnx's own evaluator does."""
+    module = lstm_ext.LSTM(I, H, 2, dtype=torch.float64).eval()
+    args = arguments(module, 5, 2, True, torch.float64)
+    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    evaluator = ReferenceEvaluator(program.model_proto)
+    args = arguments(module, 7, 3, True, torch.float64)
+    results = evaluator.run(
+        None, dict(zip(evaluator.input_names, [x.numpy() for x in tree_leaves(args)], strict=True))
+    )
+    expected = [x.detach().numpy() for x in tree_leaves(module(*args))]
+    for x, y in zip(results, expected, strict=True):
+        assert x.dtype == numpy.float64
+        numpy.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_float16() -> None:
+    """Computed in float32, as in the kernels."""
+    module = lstm_ext.LSTM(I, H, bidirectional=True, dtype=torch.float16).eval()
+    args = arguments(module, 5, 2, True, torch.float16)
+    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
+    assert_same(program.model_proto, module, [arguments(module, 7, 3, True, torch.float16)])
+
+
+@pytest.mark.parametrize("opset", [18, 22])
+def test_opsets(opset: int) -> None:
+    module = lstm_ext.LSTM(I, H).eval()
+    program = lstm_ext.onnx.export(
+        module,
+        arguments(module, 5, 2, False),
+        dynamic_shapes=shapes(module, False),
+        opset_version=opset,
+    )
+    model = program.model_proto
+    onnx.checker.check_model(model, full_check=True)
+    assert {o.domain: o.version for o in model.opset_import}[""] == opset
+    assert_same(model, module, [arguments(module, 7, 3, False)])
+
+
+def test_exported_program_names_and_own_translations() -> None:
+    module = lstm_ext.LSTM(I, H).eval()
+    args = arguments(module, 5, 2, has_hx=False)
+    program = torch.export.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
+    calls = []
+
+    def own(input, h0, c0, weights, batch_sizes, has_bias, bidirectional):
+        calls.append(has_bias)
+        translate = lstm_ext.onnx.translation_table()[torch.ops.lstm_ext.lstm_layer.default]
+        return translate(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
+
+    result = lstm_ext.onnx.export(
+        program,
+        custom_translation_table={torch.ops.lstm_ext.lstm_layer.default: own},
+        input_names=["x"],
+        output_names=["y", "h", "c"],
+    )
+    assert calls == [True]
+    assert [i.name for i in result.model_proto.graph.input] == ["x"]
+    assert [o.name for o in result.model_proto.graph.output] == ["y", "h", "c"]
+    assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(I, H)
+
+    def forward(self, data: Tensor, *rest: Tensor) -> Tensor:
+        return self.lstm(PackedSequence(data, *rest))[0].data
+
+
+def test_what_onnx_cannot_express() -> None:
+    packed = pack_padded_sequence(torch.randn(5, 2, I), torch.tensor([3, 5]), enforce_sorted=False)
+    for model, args, said in (
+        (lstm_ext.LSTM(I, H, proj_size=2), (torch.randn(5, 2, I),), r"projection \(proj_size > 0\)"),
+        (lstm_ext.LSTM(I, H, proj_size=2, bias=False), (torch.randn(5, 2, I),), "projection"),
+        (Packed(), tuple(packed), "a PackedSequence cannot be exported"),
+    ):
+        with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match=said):
+            lstm_ext.onnx.export(model.eval(), args)
+    # Other errors are torch's own.
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        lstm_ext.onnx.export(lstm_ext.LSTM(I, H).eval(), (torch.randn(5, 2, I + 1),))
+
+
+def test_needs_its_packages_only_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, torch, lstm_ext.onnx\n"
+        "assert not {'onnx', 'onnxscript'} & sys.modules.keys()\n"
+        "import onnx\n"
+        "assert onnx is not lstm_ext.onnx and hasattr(onnx, 'ModelProto')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"lstm_ext\.onnx needs onnx and onnxscript: pip install onnx onnxscript"
+    ):
+        lstm_ext.onnx.export(lstm_ext.LSTM(I, H), (torch.randn(5, 2, I),))
