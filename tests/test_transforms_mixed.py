@@ -30,6 +30,7 @@ from torch.func import (
     vmap,
 )
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 
@@ -155,6 +156,37 @@ def test_autograd_over_transforms(model):
         return constant * case.of(1)(x)
 
     assert_close(grad(no_grad_within)(case.x), case.of(1)(case.x) * expected)
+
+
+@every_model
+def test_no_grad_within_a_transform_is_no_grad_outside_too(model):
+    case = make_case(model)
+
+    def product(x):
+        with torch.no_grad():
+            constant = case.call(case.p, x, case.h, case.c)[0].sum()
+        return constant * x.sin().sum()
+
+    x = case.x.clone().requires_grad_()
+    expected = case.call(case.p, case.x, case.h, case.c)[0].sum()
+    gradient = grad(product)(x)
+    assert_close(gradient, expected * x.cos())
+    assert_close(torch.autograd.grad(gradient.sum(), x)[0], -expected * x.sin())
+
+
+@every_model
+def test_double_backward_of_a_checkpoint(model):
+    case = make_case(model)
+
+    def gradients(run):
+        p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, case.x))
+        (first,) = torch.autograd.grad(
+            run(lambda x: case.loss(p, x, case.h, case.c), x), x, create_graph=True
+        )
+        return first, torch.autograd.grad(first.square().sum(), [x, *p.values()], materialize_grads=True)
+
+    expected = gradients(lambda f, x: f(x))
+    assert_close(gradients(lambda f, x: checkpoint(f, x, use_reentrant=False)), expected)
 
 
 @every_model
