@@ -132,6 +132,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cell": Cell,
 }
 every_model = pytest.mark.parametrize("model", MODELS)
+# For what is slow and more about the transforms than about the layer.
+some_models = pytest.mark.parametrize(
+    "model",
+    ["plain", "two layers, both directions", "no states", "packed, two layers, both directions", "cell"],
+)
 
 
 class Case(NamedTuple):
