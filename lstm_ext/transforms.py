@@ -230,7 +230,8 @@ class _InferenceLayer(_LayerFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        # functorch calls forward with gradients enabled again, for the levels below.
+        ctx.mark_non_differentiable(*output)
 
     @staticmethod
     def vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[_Tensors, _Dims]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import aot_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._vmap_internals import _vmap as legacy_vmap
@@ -313,6 +314,28 @@ def test_tracing_into_a_graph(layer, x, events):
     assert not [e for e in events if e.startswith("kernel")]
 
 
+def test_aot_function(layer, x):
+    seen: list[str] = []
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def compiler(graph, _):
+        seen.extend(
+            n.target._opname for n in graph.graph.nodes if getattr(n.target, "namespace", "") == "lstm_ext"
+        )
+        return graph
+
+    def function():  # a new one: it keeps to what it traced first
+        return aot_function(lambda p, x: functional_call(layer, p, (x,))[0], compiler)
+
+    torch.testing.assert_close(function()(parameters, x), layer(x)[0])
+    assert seen == ["lstm_layer"]
+    seen.clear()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(function()(parameters, x).sin().sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x)[0].sin().sum(), x)[0])
+    assert seen == list(KERNELS)
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called; unlike `events`, something that compilers can look at."""
@@ -342,17 +365,17 @@ def compiled(function: Callable[..., Any], graphs: list[torch.fx.GraphModule]) -
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-def test_compile(layer, x):
+def test_compile(layer, x, kernel_calls):
     graphs: list[torch.fx.GraphModule] = []
-    expected = layer(x)[0]
+    expected = lstm_ext.to_torch(layer)(x)[0]
     torch.testing.assert_close(compiled(layer, graphs)(x)[0], expected)
     assert [name.split(".")[0] for name in targets_of(graphs)] == ["lstm_layer"]
-    # torch.compile takes a transform apart, and there is no rule for the operator.
     for transform in (vmap(lambda x: layer(x)[0]), grad(lambda xs: layer(xs[0])[0].sum())):
         graphs.clear()
-        torch.testing.assert_close(compiled(transform, graphs)(x[None]), transform(x[None]))
+        expected = transform(x[None])
+        torch.testing.assert_close(compiled(transform, graphs)(x[None]), expected)
         assert len(graphs) == 1
-        assert not targets_of(graphs)
+    assert not kernel_calls
 
 
 def test_compiled_autograd(layer, x):
@@ -393,6 +416,8 @@ def test_transforms(layer, x, taken):
     with torch.no_grad():
         assert taken(lambda: vmap(layer)(xs)) == TRANSFORM_INFERENCE
         assert taken(lambda: grad(loss, 1)(parameters, x)) == TRANSFORM + OPERATOR_BACKWARD
+    with torch.inference_mode():
+        assert taken(lambda: vmap(layer)(xs)) == TRANSFORM_INFERENCE
     assert taken(lambda: vmap(grad(loss, 1), (None, 0))(parameters, xs)) == TRANSFORM + OPERATOR_BACKWARD
     assert taken(lambda: vjp(loss, parameters, x)) == TRANSFORM
     assert taken(lambda: vmap(layer)(xs)[0].sum().backward()) == TRANSFORM + OPERATOR_BACKWARD
@@ -412,6 +437,11 @@ def test_transforms(layer, x, taken):
     with torch.no_grad():
         assert taken(lambda: layer(kept[0])) == DIRECT
         torch.testing.assert_close(layer(kept[0])[0], layer(2 * x)[0])
+    # Unless they are batches, which have nothing left to stand for.
+    vmap(lambda x: (kept.append(x), x)[1])(xs)
+    for grad_mode in (False, True):
+        with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError, match="doesn't have storage"):
+            layer(kept[1])
 
 
 def test_transforms_on_the_reference(layer, x, taken):

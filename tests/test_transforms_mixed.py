@@ -10,11 +10,11 @@ from derivative_cases import (
     F64,
     assert_as_on_reference,
     assert_close,
-    every_model,
     make_case,
     on_reference,
     operator_calls,
     several,
+    some_models,
 )
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,13 +30,14 @@ from torch.func import (
     vmap,
 )
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 
 # ---- forward mode: the equations of the reference, against reverse mode on the kernels
 
 
-@every_model
+@some_models
 def test_forward_mode(model):
     case = make_case(model)
     tangents = tree_map(torch.randn_like, case.arguments)
@@ -61,7 +62,7 @@ def test_forward_mode(model):
     assert_close(jacfwd(case.call, (1, 2))(*case.arguments), jacrev(case.call, (1, 2))(*case.arguments))
 
 
-@every_model
+@some_models
 def test_forward_over_reverse_and_reverse_over_forward(model):
     case = make_case(model)
     for i in (1, 3):
@@ -80,7 +81,7 @@ def test_forward_over_reverse_and_reverse_over_forward(model):
     assert_close(batched, vmap(lambda x: (case.of(1)(x), (grad(case.of(1))(x) * x).sum()))(xs))
 
 
-@every_model
+@some_models
 def test_tangents_of_the_gradients_that_go_in(model):
     """Forward mode through a backward pass whose forward pass is over: that is linear."""
     case = make_case(model)
@@ -113,7 +114,7 @@ def vmap_by_hand(function: Callable[[Tensor], tuple[Tensor, ...]], xs: Tensor) -
 # ---- autograd and torch.func in one another
 
 
-@every_model
+@some_models
 def test_autograd_over_transforms(model):
     case = make_case(model)
     xs = several(case.x)
@@ -157,7 +158,38 @@ def test_autograd_over_transforms(model):
     assert_close(grad(no_grad_within)(case.x), case.of(1)(case.x) * expected)
 
 
-@every_model
+@some_models
+def test_no_grad_within_a_transform_is_no_grad_outside_too(model):
+    case = make_case(model)
+
+    def product(x):
+        with torch.no_grad():
+            constant = case.call(case.p, x, case.h, case.c)[0].sum()
+        return constant * x.sin().sum()
+
+    x = case.x.clone().requires_grad_()
+    expected = case.call(case.p, case.x, case.h, case.c)[0].sum()
+    gradient = grad(product)(x)
+    assert_close(gradient, expected * x.cos())
+    assert_close(torch.autograd.grad(gradient.sum(), x)[0], -expected * x.sin())
+
+
+@some_models
+def test_double_backward_of_a_checkpoint(model):
+    case = make_case(model)
+
+    def gradients(run):
+        p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, case.x))
+        (first,) = torch.autograd.grad(
+            run(lambda x: case.loss(p, x, case.h, case.c), x), x, create_graph=True
+        )
+        return first, torch.autograd.grad(first.square().sum(), [x, *p.values()], materialize_grads=True)
+
+    expected = gradients(lambda f, x: f(x))
+    assert_close(gradients(lambda f, x: checkpoint(f, x, use_reentrant=False)), expected)
+
+
+@some_models
 @pytest.mark.parametrize("transformed", [False, True], ids=["eager", "vmap"])
 def test_batches_of_gradients(model, transformed):
     case = make_case(model)
@@ -203,7 +235,7 @@ def test_gradients_of_gradients_in_a_batch():
     assert_close(vmap(one)(*grads), expected)
 
 
-@every_model
+@some_models
 def test_torch_autograd_functional(model):
     case = make_case(model)
     module = torch.autograd.functional
@@ -235,7 +267,7 @@ def test_torch_autograd_functional(model):
     assert_close(module.vjp(f, inputs, y)[1], vjp(f, *inputs)[1](y))
 
 
-@every_model
+@some_models
 def test_functionalize(model):
     case = make_case(model)
     assert_close(functionalize(case.call)(*case.arguments), case.call(*case.arguments))
