@@ -79,7 +79,7 @@ def layer_gradients(
         return [None] * len(layer)
     arguments: tuple[Any, ...] = (tuple(wanted), bias, bidirectional, batch_sizes, *grads, *kept, *layer)
     if torch.compiler.is_compiling() and torch._C._functorch.get_dynamic_layer_stack_depth() == 0:
-        # Compiled autograd: once differentiable.
+        # Compiled autograd: once differentiable. Not so under a transform that dynamo looks at.
         computed = _LayerGradients.forward(*arguments)
     elif are_supported() and all([g is None or type(g) in OPERATOR_TYPES for g in grads]):
         computed = _LayerGradients.apply(*arguments)

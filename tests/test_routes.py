@@ -370,11 +370,13 @@ def test_compile(layer, x, kernel_calls):
     expected = lstm_ext.to_torch(layer)(x)[0]
     torch.testing.assert_close(compiled(layer, graphs)(x)[0], expected)
     assert [name.split(".")[0] for name in targets_of(graphs)] == ["lstm_layer"]
+    # torch.compile takes a transform apart, and leaves what is in `transforms` to what comes after it.
     for transform in (vmap(lambda x: layer(x)[0]), grad(lambda xs: layer(xs[0])[0].sum())):
         graphs.clear()
         expected = transform(x[None])
         torch.testing.assert_close(compiled(transform, graphs)(x[None]), expected)
         assert len(graphs) == 1
+        assert targets_of(graphs) == [transforms.lstm_layer.__name__]
     assert not kernel_calls
 
 
