@@ -58,16 +58,20 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
             raise ValueError(
                 "PackedSequence.unsorted_indices: expected a Tensor, as sorted_indices is one, got None"
             )
-        # What argsort gives is always a permutation, so each being the argsort of the other says all.
-        if not (
-            torch.equal(torch.argsort(sorted_indices), unsorted_indices)
-            and torch.equal(torch.argsort(unsorted_indices), sorted_indices)
-        ):
+        if not _undo_each_other(sorted_indices, unsorted_indices):
             raise ValueError(
                 f"PackedSequence.sorted_indices and unsorted_indices: expected permutations of 0 ... {batch - 1} "
                 f"that undo each other, got {sorted_indices.tolist()} and {unsorted_indices.tolist()}"
             )
     return batch
+
+
+def _undo_each_other(a: Tensor, b: Tensor) -> bool:
+    """Whether both are permutations, and each the inverse of the other: of two maps of a finite set, one says all."""
+    try:
+        return torch.equal(a.index_select(0, b), torch.arange(a.size(0), dtype=a.dtype))
+    except (IndexError, RuntimeError):  # a number out of range, or no numbers that can be indices
+        return False
 
 
 def zero_states(data: Tensor, sets: int, batch: int, *sizes: int) -> tuple[Tensor, ...]:
