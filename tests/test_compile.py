@@ -449,6 +449,42 @@ def test_transforms_inside_a_compiled_function(transform: str) -> None:
     assert not [name for name in names if "sigmoid" in name or "tanh" in name]
 
 
+def test_sizes_change_under_transforms() -> None:
+    # Outer second derivatives, of the weights, would fix the number of steps.
+    module = lstm_ext.LSTM(I, H).requires_grad_(False)
+
+    def gradients(x: Tensor) -> Tensor:
+        return torch.vmap(torch.func.grad(lambda x: module(x)[0].sin().sum()))(x)
+
+    graphs = Graphs()
+    ours = compiled(gradients, graphs)
+    for time in (5, 7, 9):
+        x = torch.randn(2, time, B, I)
+        assert_equal(ours(x), gradients(x))
+    assert len(graphs.all) == 2
+
+
+def test_backward_through_a_compiled_transform() -> None:
+    module = lstm_ext.LSTM(I, H)
+
+    def learned(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        """A step of gradient descent, and the loss after it."""
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(module, parameters, (x,))[0].sin().sum()
+
+        grads = torch.func.grad(loss)(parameters)
+        return loss({name: p - 0.1 * grads[name] for name, p in parameters.items()})
+
+    parameters = dict(module.named_parameters())
+    x = torch.randn(T, B, I)
+    ours, expected = (
+        torch.autograd.grad(f(parameters, x), list(parameters.values()))
+        for f in (compiled(learned, Graphs()), learned)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 def test_forward_mode_inside_a_compiled_function() -> None:
     """Takes the equations of the reference, as it does without a compiler."""
     module = lstm_ext.LSTM(I, H)

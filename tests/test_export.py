@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 import lstm_ext.info
+from lstm_ext import _backend
 
 T, B, I, H = 5, 3, 2, 4
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aoti_inference"
@@ -68,7 +69,7 @@ def states(module: lstm_ext.LSTM, *batch: int) -> tuple[Tensor, Tensor]:
 
 @both_ways
 @pytest.mark.parametrize("has_hx", [False, True], ids=["no_hx", "hx"])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3, "bias": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 3, "bias": False}], ids=str)
 def test_sizes_that_change(options: dict, has_hx: bool, strict: bool) -> None:
     model = Model(**options).eval()
 
@@ -219,6 +220,20 @@ def test_loading_a_program_needs_the_operators_only() -> None:
     run = subprocess.run([sys.executable, "-c", program], input=file.getvalue(), capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
     assert float(run.stdout) == pytest.approx(module(torch.ones(5, 3, 2))[0].sum().item())
+
+
+def test_where_the_operators_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "lstm_ext.info"]
+    run = subprocess.run([*command, "--operators"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.rstrip()) == (0, lstm_ext.info.operators_library())
+    assert Path(run.stdout.rstrip()).is_file()
+    run = subprocess.run([*command, "--operator"], capture_output=True, text=True)
+    assert run.returncode == 2 and "expected no argument or --operators, got --operator" in run.stderr
+
+    nothing = _backend._Result(None, _backend.Status("reference", reason="none was built"))
+    monkeypatch.setattr(_backend, "_result", nothing)
+    with pytest.raises(ImportError, match="there is no compiled extension: none was built"):
+        lstm_ext.info.operators_library()
 
 
 def test_example_in_cpp(tmp_path: Path) -> None:
