@@ -13,8 +13,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
+
+
+def tensors(result: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Output, or its data where it is packed, h_n and c_n."""
+    output, (h_n, c_n) = result
+    return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skips that tests/expected_skips.txt does not list", red=True)
         for line in _unexpected:
             terminalreporter.line(line)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor runs, in use for one test."""
+    from lstm_ext import _backend
+
+    extension = _backend.extension()
+    if request.param not in extension.cpu_capabilities():
+        pytest.skip(f"this processor does not run {request.param}")
+    before = extension.cpu_capability()
+    extension.set_cpu_capability(request.param)
+    yield request.param
+    extension.set_cpu_capability(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from accuracy import assert_module_as_accurate_as_torch, values_and_gradients
+from accuracy import assert_module_as_accurate_as_torch, tensors, values_and_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,11 +32,6 @@ def make_hx(module, *batch, dtype=None):
         torch.randn(sets, *batch, module.proj_size or module.hidden_size, dtype=dtype),
         torch.randn(sets, *batch, module.hidden_size, dtype=dtype),
     )
-
-
-def tensors(result):
-    output, (h_n, c_n) = result
-    return [output, h_n, c_n]
 
 
 def assert_equal(result, expected):

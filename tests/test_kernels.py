@@ -23,16 +23,6 @@ DTYPES = [torch.float32, torch.float64]
 SEEDS = 20
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in CAPABILITIES:
-        pytest.skip(f"this processor does not run {request.param}")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

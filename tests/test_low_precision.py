@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, relative_error, stacked, values_and_gradients
+from accuracy import assert_as_accurate_as_torch, relative_error, stacked, tensors, values_and_gradients
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -37,21 +37,6 @@ def states(module: lstm_ext.LSTM, batch: int) -> tuple[Tensor, Tensor]:
         torch.randn(sets, batch, module.proj_size or module.hidden_size).to(dtype),
         torch.randn(sets, batch, module.hidden_size).to(dtype),
     )
-
-
-def tensors(result) -> list[Tensor]:
-    output, (h_n, c_n) = result
-    return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def capability(request):
-    if request.param not in _C.cpu_capabilities():
-        pytest.skip(f"this processor does not run {request.param}")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

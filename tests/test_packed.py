@@ -12,6 +12,7 @@ from accuracy import (
     assert_module_as_accurate_as_torch,
     relative_error,
     stacked,
+    tensors,
     values_and_gradients,
 )
 from torch import Tensor, nn
@@ -105,16 +106,6 @@ def test_configurations(arguments):
         assert_as_accurate(lstm_ext.LSTM(5, 18, dtype=dtype, **arguments), LENGTHS["unsorted"])
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def capability(request):
-    if request.param not in _C.cpu_capabilities():
-        pytest.skip(f"this processor does not run {request.param}")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -166,13 +157,8 @@ def test_inference_gives_the_same():
         with_gradient = module(packed)
         with torch.no_grad():
             without = module(packed)
-        for a, b in zip(_tensors(with_gradient), _tensors(without), strict=True):
+        for a, b in zip(tensors(with_gradient), tensors(without), strict=True):
             assert torch.equal(a, b)
-
-
-def _tensors(result) -> list[Tensor]:
-    output, (h, c) = result
-    return [output.data if isinstance(output, PackedSequence) else output, h, c]
 
 
 def test_equals_each_sequence_alone():
@@ -222,8 +208,8 @@ def test_index_forms():
     ]
     for packed in forms:
         for states in (None, hx, list(hx)):
-            ours = _tensors(module(packed, states))
-            for a, b in zip(ours, _tensors(theirs(packed, states)), strict=True):
+            ours = tensors(module(packed, states))
+            for a, b in zip(ours, tensors(theirs(packed, states)), strict=True):
                 torch.testing.assert_close(a, b)
 
 
@@ -234,7 +220,7 @@ def test_dropout_draws_the_masks_of_torch():
     results, states = [], []
     for lstm in (module, theirs):
         torch.manual_seed(5)
-        results.append(_tensors(lstm(packed)))
+        results.append(tensors(lstm(packed)))
         states.append(torch.get_rng_state())
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -246,12 +232,12 @@ def test_functional_and_reference():
     weights = list(module.parameters())
     packed = pack_sequence([torch.randn(n, 5).double() for n in (2, 9, 4)], enforce_sorted=False)
     hx = (torch.randn(4, 3, 3).double(), torch.randn(4, 3, 8).double())
-    expected = _tensors(lstm_ext.to_torch(module)(packed, hx))
+    expected = tensors(lstm_ext.to_torch(module)(packed, hx))
     for function in (functional.lstm, reference.lstm):
         result = function(packed, hx, weights, num_layers=2, bidirectional=True)
         assert isinstance(result[0], PackedSequence)
         assert result[0].unsorted_indices is packed.unsorted_indices
-        for a, b in zip(_tensors(result), expected, strict=True):
+        for a, b in zip(tensors(result), expected, strict=True):
             assert relative_error(a, b) <= 64 * torch.finfo(torch.float64).eps
 
 
