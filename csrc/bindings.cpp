@@ -15,14 +15,27 @@ namespace {
 
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
-                  bool save, bool float64) {
+                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
     TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
   }
   TORCH_CHECK(proj_size >= 0 && proj_size < hidden_size, "cpu_plan: expected 0 <= proj_size < hidden_size, got ",
               proj_size);
-  const lstm_ext::LayerShape shape{
-      steps, batch, input_size, hidden_size, proj_size > 0 ? proj_size : hidden_size, proj_size > 0, false, nullptr};
+  std::vector<int64_t> offsets;
+  if (batch_sizes) {
+    TORCH_CHECK(static_cast<int64_t>(batch_sizes->size()) == steps && batch_sizes->front() == batch,
+                "cpu_plan: expected as many batch_sizes as steps, the first of them the batch");
+    offsets.push_back(0);
+    for (const int64_t rows : *batch_sizes) offsets.push_back(offsets.back() + rows);
+  }
+  const lstm_ext::LayerShape shape{steps,
+                                   batch,
+                                   input_size,
+                                   hidden_size,
+                                   proj_size > 0 ? proj_size : hidden_size,
+                                   proj_size > 0,
+                                   false,
+                                   batch_sizes ? offsets.data() : nullptr};
   const exports::CpuPlan plan = exports::cpu_plan(shape, threads, save, float64);
   py::dict result;
   result["lanes"] = plan.machine.lanes;
@@ -65,7 +78,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", &exports::set_cpu_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
-        py::arg("float64") = false);
+        py::arg("float64") = false, py::arg("batch_sizes") = py::none());
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
   exports::cpu_capability();

@@ -55,10 +55,11 @@ def cpu_plan(
     threads: int = 1,
     save: bool = False,
     float64: bool = False,
+    batch_sizes: Sequence[int] | None = None,
 ) -> dict[str, int | bool]:
     """How a call of these sizes is cut up with the instruction set in use; see csrc/cpu/plan.h.
 
-    ``save`` is True for a forward pass that a backward pass will follow.
+    ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
     """
 
 def build_info() -> dict[str, str]:

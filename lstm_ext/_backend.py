@@ -78,9 +78,10 @@ def extension() -> ModuleType | None:
     if result is None:
         unavailable = None
         with _lock:
-            if _result is None:
-                _result, unavailable = _choose()
             result = _result
+            if result is None:
+                result, unavailable = _choose()
+                _result = result
         if result.module is not None:
             # After the lock: whoever imports it first, in another thread, may wait for the lock.
             from . import ops  # noqa: F401  (registers the fake kernels)
@@ -180,6 +181,7 @@ class _Refused(ImportError):
 
 
 def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
+    _refuse_second_registration(ops_path)
     try:
         torch.ops.load_library(str(ops_path))
     except OSError as error:
@@ -196,6 +198,19 @@ def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
         raise
     sys.modules[name] = module
     return module
+
+
+def _refuse_second_registration(ops_path: Path) -> None:
+    """A second library that registers the operators would end the process."""
+    if not torch._C._jit_get_operation("lstm_ext::lstm_layer")[0]:
+        return
+    loaded = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    if str(ops_path.resolve()) not in loaded:
+        others = sorted(name for name in loaded if Path(name).name == config.OPS_LIBRARY)
+        raise _Refused(
+            "the operators of lstm_ext are registered in this process already, "
+            f"by {', '.join(others) or 'another file'}; {ops_path} cannot be loaded beside it"
+        )
 
 
 # ---- built ahead of time

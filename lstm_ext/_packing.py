@@ -52,6 +52,10 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
                 f"PackedSequence.{name}: expected shape {(batch,)}, the number of sequences, "
                 f"got {tuple(indices.shape)}"
             )
+        if indices is not None and indices.device != data.device:
+            raise ValueError(
+                f"PackedSequence.{name}: expected on {data.device}, as the data, got on {indices.device}"
+            )
     # Read on the host only: on a device it would have to wait.
     if sorted_indices is not None and not looking and sorted_indices.device.type == "cpu":
         if unsorted_indices is None:

@@ -14,7 +14,9 @@ A tensor without real memory must never reach a kernel directly.
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -102,6 +104,8 @@ def _indirect_layer(
         or torch.autograd.forward_ad._current_level >= 0
         or not _backend.has_kernels()
     ):
+        if input.device.type == "cuda" and not torch.compiler.is_compiling():
+            _warn_of_cuda()
         return reference.lstm_layer
     if torch.compiler.is_compiling():
         return _COMPILED_LAYERS[_transformed_by()]
@@ -154,6 +158,15 @@ _COMPILED_LAYERS: dict[str, LayerFunction] = {
     "grad and vmap": transforms.lstm_layer,
     "others": reference.lstm_layer,
 }
+
+
+@functools.cache
+def _warn_of_cuda() -> None:
+    warnings.warn(
+        "lstm_ext has no CUDA kernels yet: it runs on its PyTorch reference, which is slow",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _refuse_shards(tensors: Sequence[Tensor]) -> None:

@@ -110,8 +110,10 @@ class LSTM(nn.RNNBase):
         Raises:
             ValueError: rank of the input, or a dtype that is not the parameters'; batch sizes or indices of a
                 ``PackedSequence`` that make no sense.
-            RuntimeError: another wrong size, device or dtype; an empty sequence; tracing by ``torch.jit``.
-            TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
+            RuntimeError: another wrong size, device or dtype, or the rank of packed data; an empty sequence; tracing
+                by ``torch.jit``.
+            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` not two Tensors, or batch sizes are
+                no integers.
         """
         if not isinstance(input, Tensor):
             if isinstance(input, PackedSequence):
@@ -202,6 +204,10 @@ class LSTM(nn.RNNBase):
         if torch.jit.is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
         weights = self._weights_by_layer()
+        if len(weights) != self.num_layers:
+            raise RuntimeError(
+                f"LSTM: num_layers is {self.num_layers}, but the module was made with {len(weights)} layers"
+            )
         w = weights[0][0]
         if w is None:
             raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")

@@ -119,32 +119,75 @@ GRIDS = {
     "two teams": (60, 70, 0, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
     "two teams, projected": (60, 70, 33, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
     "two members": (1, 401, 0, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
-    "two members, projected": (1, 401, 77, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
+    "two members, projected": (1, 401, 150, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
 }
+
+
+def plan_of(lengths: list[int], input_size: int, hidden_size: int, proj_size: int, threads: int, **kwargs):
+    batch_sizes = [sum(n > t for n in lengths) for t in range(max(lengths))]
+    return _C.cpu_plan(
+        steps=len(batch_sizes), batch=len(lengths), input_size=input_size, hidden_size=hidden_size,
+        proj_size=proj_size, threads=threads, save=True, batch_sizes=batch_sizes, **kwargs,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_instruction_sets_and_workers(capability, two_threads, grid):
     batch, hidden, proj, expected = GRIDS[grid]
-    # The plan goes by the number of rows of a step, on average: those of two members are nearly alone.
-    lengths = [1 + (7 * i) % 29 for i in range(batch)] if batch > 1 else [30, 2]
-    plan = _C.cpu_plan(
-        steps=max(lengths), batch=max(1, sum(lengths) // max(lengths)), input_size=200, hidden_size=hidden,
-        proj_size=proj, threads=2, save=True,
-    )  # fmt: skip
+    lengths = [1 + (7 * i) % 29 for i in range(batch)] if batch > 1 else [60, 20, 7, 7]
+    plan = plan_of(lengths, 200, hidden, proj, 2)
     for name, value in expected.items():
         assert plan[name] == value, plan
     module = lstm_ext.LSTM(200, hidden, proj_size=proj, bidirectional=True)
     assert_as_accurate(module, lengths, seeds=2)
 
 
+# Lengths, I, H, P, and the workers of the forward pass for 1 to 4 threads: teams x members.
+WORKERS = {
+    "teams without rows in most steps": ([200] + [60] * 11, 60, 70, 0, "1x1 2x1 3x1 4x1"),
+    "the same, projected": ([200] + [60] * 11, 60, 70, 33, "1x1 2x1 3x1 4x1"),
+    "rows join at the edges of chunks": ([90 - 2 * i for i in range(40)], 30, 96, 0, "1x1 2x1 3x1 4x1"),
+    "members of teams": ([60, 60, 60, 31, 7], 200, 401, 0, "1x1 2x1 1x3 2x2"),
+    "members of teams, projected": ([60, 60, 60, 31, 7], 200, 401, 150, "1x1 2x1 1x3 2x2"),
+    "members": ([60, 20, 7, 7], 200, 401, 0, "1x1 1x2 1x3 1x4"),
+    "members, row-major": ([30, 2], 200, 401, 0, "1x1 1x2 1x3 1x4"),
+}
+
+
+@pytest.mark.parametrize("case", WORKERS)
+def test_no_bit_depends_on_the_workers(case):
+    lengths, features, hidden, proj, grids = WORKERS[case]
+    module = lstm_ext.LSTM(features, hidden, bidirectional=True, proj_size=proj, dtype=torch.float64)
+    packed = pack_sequence([torch.randn(n, features).double() for n in lengths])
+    hx = tuple(torch.randn(2, len(lengths), n).double().requires_grad_() for n in (proj or hidden, hidden))
+    before = torch.get_num_threads()
+    expected: list[Tensor] = []
+    try:
+        for threads, grid in enumerate(grids.split(), start=1):
+            plan = plan_of(lengths, features, hidden, proj, threads, float64=True)
+            assert f"{plan['forward_batch_groups']}x{plan['forward_hidden_groups']}" == grid
+            torch.set_num_threads(threads)
+            x = packed._replace(data=packed.data.clone().requires_grad_())
+            results = tensors(module(x, hx))
+            loss = sum(r.square().sum() for r in results)
+            results += torch.autograd.grad(loss, [x.data, *hx, *module.parameters()])
+            expected = expected or results
+            for a, b in zip(results, expected, strict=True):
+                assert torch.equal(a, b), threads
+    finally:
+        torch.set_num_threads(before)
+    theirs = values_and_gradients(
+        Ragged(lstm_ext.to_torch(module), lengths), pad_packed_sequence(packed)[0], hx
+    )
+    for a, name in zip(expected, ("output", "h_n", "c_n"), strict=False):
+        assert relative_error(a, theirs[name]) <= 64 * torch.finfo(torch.float64).eps
+
+
 @pytest.mark.parametrize("proj_size", [0, 9])
 def test_several_chunks(proj_size):
     lengths = [150 - 3 * i for i in range(45)]
     module = lstm_ext.LSTM(5, 50, proj_size=proj_size, bidirectional=True)
-    plan = _C.cpu_plan(
-        steps=150, batch=sum(lengths) // 150, input_size=5, hidden_size=50, proj_size=proj_size
-    )
+    plan = plan_of(lengths, 5, 50, proj_size, 1)
     assert 2 * plan["forward_chunk_rows"] < sum(lengths)
     assert 2 * plan["backward_chunk_rows"] < sum(lengths)
     assert_as_accurate(module, lengths, seeds=2)

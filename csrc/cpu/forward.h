@@ -101,7 +101,7 @@ class Forward {
     const int64_t gate_row = 4 * shape_.hidden_size;
     const int64_t count = team_rows(s);
     if (p_.gates) return rows_.grid(p_.gates + steps_.rows_before(steps_.time(s)) * gate_row, gate_row, 0, count);
-    return {buffer_ + done * gate_row, 0, gate_row, count};
+    return {buffer_ + done * gate_row, count * gate_row, gate_row, count};
   }
 
   // Each member uses the panels of its own units only; the teams share the work of packing them.

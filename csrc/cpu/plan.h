@@ -17,7 +17,8 @@ struct Machine {
 
 // Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of
 // hidden_groups members, each owning a slice of the hidden units of the team's rows. Teams never
-// wait for each other inside the time loop; members do, once a step (twice with a projection).
+// wait for each other inside the time loop, in the backward pass once a chunk; members do, once a
+// step (twice with a projection).
 // A team's rows lie side by side; of packed data, whose first rows run longest, it has every
 // batch_groups-th row, so that all teams have the same to do in every step.
 struct WorkerGrid {

@@ -49,6 +49,8 @@ void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& 
                   at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device() == input.device(), "lstm_ext: ", name, " is on ", tensor.device(), ", the input on ",
               input.device(), "; all tensors of a layer must be on one device");
+  TORCH_CHECK(tensor.layout() == at::kStrided, "lstm_ext: ", name, " has layout ", tensor.layout(),
+              ", expected strided");
   TORCH_CHECK(tensor.scalar_type() == dtype, "lstm_ext: ", name, " has dtype ", tensor.scalar_type(), ", expected ",
               dtype, dtype == input.scalar_type() ? ", that of the input" : "");
   TORCH_CHECK(tensor.sizes() == sizes, "lstm_ext: ", name, " has shape ", tensor.sizes(), ", expected ", sizes);
