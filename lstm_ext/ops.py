@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _backend
+from .reference import check_shapes
 
 __all__ = ["lstm_layer", "lstm_layer_backward", "lstm_layer_forward"]
 
@@ -119,6 +120,7 @@ def _fake_layer(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
+    check_shapes(input, h0, c0, weights, has_bias, bidirectional)
     batch = _batch(input, h0, c0, batch_sizes)
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),

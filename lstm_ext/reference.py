@@ -71,6 +71,7 @@ def lstm_layer(
         arguments = [t if t is None else t.float() for t in (input, h0, c0, *weights)]
         results = lstm_layer(*arguments[:3], arguments[3:], batch_sizes, bias, bidirectional)
         return tuple([r.to(input.dtype) for r in results])
+    check_shapes(input, h0, c0, weights, bias, bidirectional)
     per_set = len(weights) // 2 if bidirectional else len(weights)
     # How many rows each step has. Dense data are the case of always the same number.
     sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
@@ -114,6 +115,51 @@ def lstm_layer(
         c_n.append(torch.cat([c for _, c in ended[::-1]]))
     output = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
     return output, torch.stack(h_n), torch.stack(c_n)
+
+
+def check_shapes(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    bidirectional: bool,
+) -> None:
+    """What the kernels check, for where they do not run: a bias of shape (1,), say, would be spread out in silence.
+
+    Raises:
+        RuntimeError: naming the argument.
+    """
+    directions = 2 if bidirectional else 1
+    plain = 4 if bias else 2
+    per_set, rest = divmod(len(weights), directions)
+    if rest or per_set not in (plain, plain + 1):
+        raise RuntimeError(
+            f"lstm_ext: got {len(weights)} weights, expected {plain * directions}, "
+            f"or {(plain + 1) * directions} with a projection"
+        )
+    projected = per_set == plain + 1
+    hidden = weights[0].size(0) // 4
+    state = weights[per_set - 1].size(0) if projected else hidden
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
+    for d in range(directions):
+        w_ih, w_hh, *others = weights[d * per_set : (d + 1) * per_set]
+        expected += [
+            ("weight_ih", w_ih, (4 * hidden, input.size(-1))),
+            ("weight_hh", w_hh, (4 * hidden, state)),
+        ]
+        expected += [("bias", b, (4 * hidden,)) for b in others[: plain - 2]]
+        expected += [("weight_hr", w, (state, hidden)) for w in others[plain - 2 :]]
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(f"lstm_ext: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    for name, initial, size in (("h0", h0, state), ("c0", c0, hidden)):
+        if initial is not None and (
+            initial.dim() != 3 or initial.size(0) != directions or initial.size(2) != size
+        ):
+            raise RuntimeError(
+                f"lstm_ext: {name} has shape {tuple(initial.shape)}, expected ({directions}, batch, {size})"
+            )
 
 
 def _check_batch_sizes(batch_sizes: Tensor, input: Tensor) -> list[int]:

@@ -360,3 +360,20 @@ def test_info_where_the_extension_does_not_fit(project: Project) -> None:
     assert returncode == 1
     assert "was built for torch 1.2.3" in out
     assert "Traceback" not in err
+
+
+def test_operators_of_another_file_are_an_error(tmp_path):
+    """Loading a second library that registers them would end the process."""
+    from lstm_ext import _backend
+
+    copy = tmp_path / config.OPS_LIBRARY
+    shutil.copy(str(_backend.status().ops_path), copy)
+    program = (
+        f"import torch; torch.ops.load_library({str(copy)!r})\n"
+        "import lstm_ext\n"
+        "try: lstm_ext.LSTM(3, 4)(torch.randn(5, 2, 3))\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"registered in this process already, by {copy}" in run.stdout

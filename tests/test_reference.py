@@ -154,3 +154,21 @@ def test_functional_has_the_arguments_of_torch():
     output, h_n, c_n = torch.lstm(*arguments)
     for a, b in zip(flat(functional.lstm(*arguments)), (output, h_n, c_n), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0_reverse", "weight_hr_l0"])
+def test_shapes_of_weights_are_checked(name):
+    """Also where no kernel looks at them: with forward-mode AD, on meta tensors."""
+    module = lstm_ext.LSTM(3, 4, bidirectional=True, proj_size=2)
+    weight = getattr(module, name)
+    for shape in ((*weight.shape[:-1], 1), (*weight.shape[:-1], weight.size(-1) + 1)):
+        setattr(module, name, torch.nn.Parameter(torch.ones(shape)))
+        x = torch.randn(5, 2, 3)
+        with pytest.raises(RuntimeError, match="has shape"):
+            module(x)
+        with pytest.raises(RuntimeError, match="has shape"):
+            torch.func.jvp(lambda x: module(x)[0], (x,), (x,))
+        with pytest.raises(RuntimeError, match="has shape"):
+            torch.func.functional_call(
+                module, {k: v.to("meta") for k, v in module.named_parameters()}, (x.to("meta"),)
+            )
