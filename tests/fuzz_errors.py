@@ -147,7 +147,7 @@ SHARED_FAULTS: dict[str, Fault] = {
     "weight: sparse": Fault(lambda c: c.weight(lambda w: w.to_sparse()), WRONG_WEIGHT, ask_torch=False),
     # Torch stumbles over its dtype (AttributeError), or says TypeError.
     "weight: none": Fault(lambda c: c.weight(lambda w: None, ("weight",)), (TypeError,)),
-    "bias: none": Fault(lambda c: c.weight(lambda w: None, ("bias",))),
+    "bias: none": Fault(lambda c: c.weight(lambda w: None, ("bias",)), (TypeError,)),  # a weight, without a bias
 }  # fmt: skip
 
 TENSOR_FAULTS: dict[str, Fault] = SHARED_FAULTS | {

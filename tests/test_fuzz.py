@@ -79,6 +79,7 @@ def run(category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.
             Path(LAST).write_text(f"{judge.__name__}({case!r})\n")
         result = judge(case, kind)
         seen.add(case)
+        counter["cases"] += 1
         counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
 
     decorated = settings(
@@ -92,7 +93,6 @@ def run(category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.
     while len(seen) < number:
         hypothesis.seed(1_000_000 * seed + batch)(decorated)()
         batch += 1
-    counter["cases"] = len(seen)
 
 
 @pytest.mark.parametrize("category", NAMES)
@@ -106,7 +106,7 @@ def summary(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         for category, counter in counts.items():
-            total = counter.pop("cases")
+            total = counter.pop("cases", 0)
             print(f"\n{category}: {total} cases, seed {SEED}, of them")
             print("   " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
 
