@@ -96,7 +96,11 @@ def extension_arguments() -> dict:
                 "nvcc": [*config.NVCC_FLAGS, *(cuda.nvcc_flags if cuda else ())],
             },
             extra_link_args=link_flags,
-            depends=[str(path.relative_to(ROOT)) for kind in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{kind}")],
+            depends=[
+                str(path.relative_to(ROOT))
+                for kind in ("h", "cuh")
+                for path in (ROOT / "csrc").rglob(f"*.{kind}")
+            ],
         )
 
     ops_flags, module_flags = config.compile_flags(cuda), config.module_compile_flags(cuda)

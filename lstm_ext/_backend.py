@@ -466,7 +466,8 @@ def _build(source_dir: Path, directory: Path, cuda: config.Cuda | None) -> None:
                 name,
                 [str(path) for path in sources],
                 extra_cflags=[
-                    shlex.quote(flag) for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
+                    shlex.quote(flag)
+                    for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
                 ],
                 extra_cuda_cflags=[shlex.quote(flag) for flag in nvcc_flags],
                 # ninja reads them first and a shell after it.
@@ -497,9 +498,7 @@ def _build(source_dir: Path, directory: Path, cuda: config.Cuda | None) -> None:
         except OSError as error:
             raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
     sizes = _sizes(directory / f"{_JIT_NAME}.so", directory / ops_file)
-    config.write_record(
-        directory, torch.__version__, compiler, config.digest(source_dir), cuda, sizes=sizes
-    )
+    config.write_record(directory, torch.__version__, compiler, config.digest(source_dir), cuda, sizes=sizes)
 
 
 def _first_error(output: str) -> str:

@@ -137,7 +137,15 @@ def digest(directory: Path, *more: str) -> str:
     result = hashlib.sha256()
     for path in sorted(path for kind in SOURCE_KINDS for path in directory.rglob(f"*.{kind}")):
         result.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (*COMPILE_FLAGS, "--", *NVCC_FLAGS, "--", *ops_link_flags(OPS_LIBRARY), "--", *module_link_flags(OPS_LIBRARY))
+    flags = (
+        *COMPILE_FLAGS,
+        "--",
+        *NVCC_FLAGS,
+        "--",
+        *ops_link_flags(OPS_LIBRARY),
+        "--",
+        *module_link_flags(OPS_LIBRARY),
+    )
     for text in (*flags, "--", *more):
         result.update(text.encode() + b"\0")
     return result.hexdigest()[:16]
@@ -358,7 +366,9 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
             [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"`{nvcc}` does not run ({error}): repair it, or set CUDA_HOME to another toolkit.") from None
+        raise BuildError(
+            f"`{nvcc}` does not run ({error}): repair it, or set CUDA_HOME to another toolkit."
+        ) from None
     if run.returncode != 0:
         lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line), [*lines, f"exit code {run.returncode}"][0])
@@ -372,22 +382,22 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
 def _header_dirs(home: Path, version: str) -> list[str]:
     """Those of the wheels that torch's own CUDA libraries come in, if the toolkit lacks a header."""
 
-    def missing(folders: list[Path]) -> list[str]:
-        return [h for h in _TORCHS_CUDA_HEADERS if not any((folder / h).is_file() for folder in folders)]
-
-    if not missing([home / "include"]):
-        return []
-    spec = importlib.util.find_spec("nvidia")
-    wheels = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    missing = {header for header in _TORCHS_CUDA_HEADERS if not (home / "include" / header).is_file()}
+    spec = importlib.util.find_spec("nvidia") if missing else None
     # nvidia/cu13/include since CUDA 13, a folder for each library before.
-    found = [path for wheel in wheels for path in sorted(wheel.glob("*/include")) if path.is_dir()]
-    still_missing = missing([home / "include", *found])
-    if still_missing:
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    found: list[str] = []
+    for folder in sorted(path for place in places for path in place.glob("*/include")):
+        there = {header for header in missing if (folder / header).is_file()}
+        if there:
+            found.append(str(folder))
+            missing -= there
+    if missing:
         raise BuildError(
-            f"{', '.join(still_missing)} was not found in {home / 'include'}: "
+            f"{', '.join(sorted(missing))} was not found in {home / 'include'}: "
             f"install the whole CUDA toolkit {version}, with its libraries' headers."
         )
-    return [str(path) for path in found]
+    return found
 
 
 def gpu_capabilities() -> list[tuple[int, int]]:
@@ -402,7 +412,8 @@ def gpu_capabilities() -> list[tuple[int, int]]:
             device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
             if (
                 nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(i), ctypes.byref(device)) == 0
-                and nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) == 0
+                and nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+                == 0
             ):
                 result.append((major.value, minor.value))
     return result

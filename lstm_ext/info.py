@@ -81,9 +81,9 @@ def _cuda_lines(is_loaded: bool, status: _backend.Status) -> list[tuple[str, str
         lines = [("cuda", f"kernels built with CUDA {status.cuda}")]
         choice = _cuda_kernel.choice()
         lines.append(("  kernel", f"{choice.kernel}: {choice.reason}"))
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    lines.append(("  devices", f"{count or 'none'}; this torch was built for {built_for}"))
+    lines.append(("  devices", f"{count or 'none'}; torch is built {built}"))
     for i in range(count):
         lines += _device_lines(torch.device("cuda", i), status)
     return lines

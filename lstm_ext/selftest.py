@@ -105,7 +105,9 @@ class Problem:
         arguments, grads = _numbers(case, dtype)
         self.case = case
         self.numbers = {name: value.to(device, dtype) for name, value in arguments.items()}
-        self.arguments = {name: torch.zeros_like(value).requires_grad_() for name, value in self.numbers.items()}
+        self.arguments = {
+            name: torch.zeros_like(value).requires_grad_() for name, value in self.numbers.items()
+        }
         self.grads = [grad.to(device, dtype) for grad in grads]
 
     def fill(self) -> None:
@@ -149,7 +151,12 @@ def _expected(case: Case, dtype: torch.dtype) -> tuple[Results, dict[str, float]
     exact.arguments = {name: value.clone().requires_grad_() for name, value in exact.numbers.items()}
     exact.grads = _numbers(case, dtype)[1]
     rounded.fill()
-    ref, at_dtype = exact.compute(reference.lstm_layer), rounded.compute(reference.lstm_layer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: on a busy machine, threads that wait for each other are far slower
+    try:
+        ref, at_dtype = exact.compute(reference.lstm_layer), rounded.compute(reference.lstm_layer)
+    finally:
+        torch.set_num_threads(threads)
     return ref, {name: _error(at_dtype[name], ref[name]) for name in ref}
 
 
@@ -298,7 +305,10 @@ def run(device: torch.device, checks: Iterator[Check]) -> bool:
         good[check.variant] = good.get(check.variant, True) and verdict.passed
         count += 1
         failures += not verdict.passed
-        print(f"{'ok' if verdict.passed else 'FAILED':<7}{check.variant:<10}{check.name:<66}{verdict.text}", flush=True)
+        print(
+            f"{'ok' if verdict.passed else 'FAILED':<7}{check.variant:<10}{check.name:<66}{verdict.text}",
+            flush=True,
+        )
     passed = [variant for variant, is_good in good.items() if is_good]
     try:
         _selftest_record.write(device, passed, [variant for variant in good if variant not in passed])
@@ -327,7 +337,9 @@ def cuda_devices() -> tuple[list[torch.device], list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lstm_ext.selftest", description=(__doc__ or "").partition("\n")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m lstm_ext.selftest", description=(__doc__ or "").partition("\n")[2]
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this kind")
     chosen = parser.parse_args().device
     try:

@@ -34,5 +34,6 @@ if __name__ == "__main__":
     sys.argv = sys.argv[:1]
     info.main()
     found = problems()
-    print(*(f"error: {problem}" for problem in found), sep="\n")
+    for problem in found:
+        print(f"error: {problem}")
     sys.exit(1 if found else 0)
