@@ -116,16 +116,17 @@ def compile_driver(
     mode: str = "plain",
     defines: Sequence[str] = (),
     include_dirs: Sequence[Path | str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value.
+    `mode` is plain, asan or race; `defines` are NAME or NAME=value. `flags` are for the sources, not for the emulator.
     """
     # As system headers: the warnings we want are about our code.
     system = ["-isystem", str(cuda_include())]
     includes = [f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)]
     common = [*COMMON_FLAGS, *includes, *system]
-    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines)]
+    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
     headers = _headers()
     for folder in include_dirs:
@@ -140,6 +141,13 @@ def compile_driver(
         _run([compiler(), *LINK_FLAGS[mode], *map(str, objects), "-ldl", "-o", str(partial)])
         partial.replace(program)
     return program
+
+
+def compile_ptx_driver(driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more) -> Path:
+    """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
+    # Memory has no types in PTX: an f32 may be stored and loaded as a b32.
+    flags = ["-fno-strict-aliasing", "-ffp-contract=off"]
+    return compile_driver([driver, HERE / "ptx" / "runtime.cpp", *translated], mode, flags=flags, **more)
 
 
 def build_extension_module(name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()) -> ModuleType:
