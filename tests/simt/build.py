@@ -143,11 +143,30 @@ def compile_driver(
     return program
 
 
+# Memory has no types in PTX: an f32 may be stored and loaded as a b32.
+PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
+PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
+
+
 def compile_ptx_driver(driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more) -> Path:
     """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
-    # Memory has no types in PTX: an f32 may be stored and loaded as a b32.
-    flags = ["-fno-strict-aliasing", "-ffp-contract=off"]
-    return compile_driver([driver, HERE / "ptx" / "runtime.cpp", *translated], mode, flags=flags, **more)
+    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
+
+
+def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
+    """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
+    flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
+    flags += ["-isystem", str(cuda_include())]
+    headers = _headers()
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
+    name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"
+    library = BUILD / name
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        _run([compiler(), "-shared", *map(str, objects), str(module), "-o", str(partial)])
+        partial.replace(library)
+    return library
 
 
 def build_extension_module(name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()) -> ModuleType:

@@ -9,8 +9,12 @@ import build
 import nvcc
 import ptx_cases
 import pytest
+import test_stepwise
+import torch
+from emulated_layer import stepwise_module
 from ptx.emit import translate
 from ptx.parse import Parser, PtxError
+from ptx_route import TranslatedKernels
 
 HERE = Path(__file__).parent
 if build.missing():
@@ -56,3 +60,37 @@ def test_cases_are_ptx(tmp_path: Path) -> None:
     command = [ptxas, "-arch=sm_90", source, "-o", tmp_path / "cases.cubin"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- the stepwise kernels -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stepwise_kernels() -> TranslatedKernels:
+    sources = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
+    return TranslatedKernels(stepwise_module(), sources)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", test_stepwise.CASES)
+@pytest.mark.parametrize("dtype", test_stepwise.EPS, ids=lambda d: str(d).removeprefix("torch."))
+def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
+    """On both routes the same, but for the last bits of exp and tanh."""
+    case = test_stepwise.CASES[name]
+    layer = test_stepwise.Layer(case, dtype, 0)
+    plain = layer.emulated(case, dtype)
+    with stepwise_kernels.in_use():
+        translated = layer.emulated(case, dtype)
+    for n, (x, y) in enumerate(zip(translated, plain, strict=True)):
+        assert test_stepwise.error(x, y.double()) <= 16 * test_stepwise.EPS[dtype], n
+
+
+@needs_nvcc
+def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
+    """Otherwise the test above compares the C++ route with itself. nvcc's exp is not libm's."""
+    case = test_stepwise.Case(steps=3, hidden_size=64)
+    layer = test_stepwise.Layer(case, torch.float32, 0)
+    plain = layer.emulated(case, torch.float32)
+    with stepwise_kernels.in_use():
+        translated = layer.emulated(case, torch.float32)
+    assert not torch.equal(translated[0], plain[0])

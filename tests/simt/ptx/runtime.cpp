@@ -25,10 +25,12 @@ simt::TranslatedKernel find(const void* host, size_t argument_bytes) {
 
 Registration::Registration(const Kernel& kernel) {
   registered().push_back(kernel);
-  simt::translated_kernel = find;
+  ptx_use_translated_kernels(true);
 }
 
 const std::vector<Kernel>& kernels() { return registered(); }
+
+extern "C" void ptx_use_translated_kernels(bool use) { simt::translated_kernel = use ? find : nullptr; }
 
 char* own_shared(b32 address, const char* file, int line) {
   char* place = cluster_shared(address, file, line);

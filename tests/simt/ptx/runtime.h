@@ -34,6 +34,9 @@ struct Registration {
 
 const std::vector<Kernel>& kernels();
 
+// Whether launches run the translated kernels (which they do once there are any) or those that g++ made.
+extern "C" void ptx_use_translated_kernels(bool use);
+
 // nvcc and g++ mangle a kernel's name alike, so that the linker finds its counterpart.
 #define PTX_KERNEL(function, mangled, bytes)                            \
   extern "C" __attribute__((weak)) void host_##function() asm(mangled); \
