@@ -176,6 +176,8 @@ Options& options() {
   return set;
 }
 
+TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes) = nullptr;
+
 void launch(const LaunchConfig& config, std::function<void()> body) {
   check(config);
   if (options().stack_bytes == 0) options().stack_bytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
