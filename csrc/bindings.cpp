@@ -13,6 +13,25 @@ namespace exports = lstm_ext::exports;
 
 namespace {
 
+using at::Tensor;
+using lstm_ext::OptionalTensor;
+
+auto forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+             const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional,
+             bool save, const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
+  return exports::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional,
+                                     {resets, reset_h, reset_c}, save);
+}
+
+auto backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+              const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+              const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, const Tensor& output,
+              const std::vector<Tensor>& saved, bool has_bias, bool bidirectional, const std::vector<bool>& wanted,
+              const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
+  return exports::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
+                                      saved, has_bias, bidirectional, {resets, reset_h, reset_c}, wanted);
+}
+
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
                   bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes) {
@@ -35,7 +54,8 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    proj_size > 0 ? proj_size : hidden_size,
                                    proj_size > 0,
                                    false,
-                                   batch_sizes ? offsets.data() : nullptr};
+                                   batch_sizes ? offsets.data() : nullptr,
+                                   nullptr};
   const exports::CpuPlan plan = exports::cpu_plan(shape, threads, save, float64);
   py::dict result;
   result["lanes"] = plan.machine.lanes;
@@ -71,12 +91,14 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
-  m.def("lstm_layer_forward", &exports::lstm_layer_forward, py::arg("input"), py::arg("h0"), py::arg("c0"),
-        py::arg("weights"), py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
+  m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
+        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
+        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none(),
         py::call_guard<py::gil_scoped_release>());
-  m.def("lstm_layer_backward", &exports::lstm_layer_backward, py::arg("grad_output"), py::arg("grad_h_n"),
-        py::arg("grad_c_n"), py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
-        py::arg("output"), py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
+  m.def("lstm_layer_backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"),
+        py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
+        py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
+        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none(),
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &exports::cpu_capability);
   m.def("cpu_capabilities", &exports::cpu_capabilities);

@@ -33,6 +33,16 @@ struct LayerShape {
   // comment below says (T, B, n), read (N, n). A sequence begins from h0 and c0 at its first step in
   // the direction of time, and h_n and c_n are its states after its last one.
   const int64_t* step_offsets;
+  // Null, or (T, B) contiguous: not 0 where the state of a row is replaced before the step, in the
+  // direction of time. What replaces it is in the params.
+  const uint8_t* resets;
+};
+
+// The state that replaces others; null means zeros.
+template <typename T>
+struct ResetState {
+  const T* h;  // (B, P) contiguous
+  const T* c;  // (B, H) contiguous
 };
 
 // Weights are contiguous, in torch's layout. Null where the layer has none.
@@ -52,6 +62,7 @@ struct ForwardParams {
   Sequence<const T> input;  // (T, B, I)
   const T* h0;              // (B, P) contiguous; null means zeros
   const T* c0;              // (B, H) contiguous; null means zeros
+  ResetState<T> reset_state;
   Sequence<T> output;       // (T, B, P); also read back as h_{t-1}
   T* h_n;                   // (B, P) contiguous
   T* c_n;                   // (B, H) contiguous; holds the running cell state in inference
@@ -68,6 +79,7 @@ struct BackwardParams {
   Sequence<const T> input;
   const T* h0;
   const T* c0;
+  ResetState<T> reset_state;
   Sequence<const T> output;
   const T* gates;
   const T* cells;
@@ -80,6 +92,8 @@ struct BackwardParams {
   Sequence<T> grad_input;      // (T, B, I)
   bool accumulate_grad_input;  // add to what is there (second direction of a layer)
   T* grad_h0;                  // (B, P) contiguous
+  T* grad_reset_h;             // (B, P) contiguous; written, not accumulated
+  T* grad_reset_c;             // (B, H) contiguous; the same
   T* grad_weight_ih;           // (4H, I) contiguous, like the weights; written, not accumulated
   T* grad_weight_hh;           // (4H, P)
   T* grad_bias;                // (4H), the gradient of either bias

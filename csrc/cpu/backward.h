@@ -28,7 +28,10 @@ class Backward {
         grad_hidden_(reinterpret_cast<T*>(workspace + plan.grad_hidden)),
         outer_products_(reinterpret_cast<T*>(workspace + plan.outer_products)),
         row_list_(reinterpret_cast<const T**>(workspace + plan.row_lists) + worker * plan.chunk_rows),
-        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_row)) {}
+        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_rows) + worker * plan.gate_row),
+        gate_rows_(reinterpret_cast<const T**>(workspace + plan.state_lists) +
+                   worker * divide_up(shape_.batch, plan.grid.batch_groups)),
+        reset_gates_(p_.grad_reset_h ? reinterpret_cast<T*>(workspace + plan.reset_gates) : nullptr) {}
 
   void run() {
     prepare_weights();
@@ -36,7 +39,10 @@ class Backward {
       before_ = chunk_;
       chunk_ = chunk_from(first);
       for (int64_t s = first; s < first + chunk_.count; ++s) step(s);
-      if (first + chunk_.count == shape_.steps) initial_state_gradient(shape_.steps);
+      if (first + chunk_.count == shape_.steps) {
+        initial_state_gradient(shape_.steps);
+        reset_state_gradient();
+      }
       // One meeting a chunk is enough with two buffers: whoever writes the next chunk but one has
       // met everybody after they had read this one.
       if (plan_.grid.workers() > 1) all_workers_->wait(plan_.grid.workers());
@@ -103,8 +109,8 @@ class Backward {
   }
 
   void prepare_weights() {
-    // Read after the first meeting of all.
-    if (steps_.packed() && worker_ == 0) zero_rows(zero_row_, shape_.output_size, Range{0, 1});
+    if (steps_.packed() || shape_.resets) zero_rows(zero_row_, plan_.gate_row, Range{0, 1});
+    zero_reset_gradients();
     if (!plan_.pack) return;
     const int teams = plan_.grid.batch_groups;
     const int64_t gates = 4 * shape_.hidden_size;
@@ -167,6 +173,33 @@ class Backward {
     });
   }
 
+  // Sums over the steps in which a row's state was replaced: of the gate gradients, of which one product with U makes
+  // dL/dh of the state that replaced it, and of dL/dc. Each member has its own units of the team's rows.
+  void zero_reset_gradients() {
+    if (!p_.grad_reset_c && !reset_gates_) return;
+    for (int64_t row = 0; row < rows_.most; ++row) {
+      const int64_t b = rows_.batch_row(row);
+      for (int64_t unit = hidden_columns_.begin; unit < hidden_columns_.end; ++unit) {
+        if (p_.grad_reset_c) p_.grad_reset_c[b * shape_.hidden_size + unit] = T(0);
+        if (!reset_gates_) continue;
+        for (int gate = 0; gate < 4; ++gate) reset_gates_[b * plan_.gate_row + gate * shape_.hidden_size + unit] = T(0);
+      }
+    }
+  }
+  void reset_state_gradient() {
+    if (!reset_gates_) return;
+    const Range all{0, rows_.most};
+    const RowGrid<T> out = rows_.grid(p_.grad_reset_h, shape_.output_size, all.begin, all.end);
+    multiply(
+        rows_.grid(const_cast<const T*>(reset_gates_), plan_.gate_row, all.begin, all.end), rows_.most,
+        recurrent_weight(), output_columns_, partial_sums(all.begin, all.end),
+        [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
+        [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
+        [&](int64_t row, int64_t column, const T* sums, int lanes) {
+          store_lanes<T>(out(row) + column, S::load(sums), lanes);
+        });
+  }
+
   // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
   RowGrid<T> partial_sums(int64_t begin, int64_t end) const {
     return rows_.grid(partial_sums_, shape_.hidden_size, begin, end);
@@ -188,9 +221,18 @@ class Backward {
     };
     RightHandSide<T> weight = recurrent_weight();
     if (later < 0) weight.depth = 0;
-    const T* gates = later < 0 ? nullptr : grad_gates(later);
+    RowGrid<const T> gates =
+        rows_.grid(const_cast<const T*>(later < 0 ? nullptr : grad_gates(later)), plan_.gate_row, part.begin, part.end);
+    const uint8_t* resets = later < 0 ? nullptr : steps_.resets_at(steps_.time(later));
+    if (rows_.any(resets, part.begin, part.end)) {
+      for (int64_t row = 0; row < count; ++row) {
+        const bool cut = resets[rows_.batch_row(part.begin + row)] != 0;
+        gate_rows_[row] = cut ? zero_row_ : gates.data + row * gates.inner_step;
+      }
+      gates.each = gate_rows_;
+    }
     multiply(
-        rows_.grid(gates, plan_.gate_row, part.begin, part.end), count, weight, output_columns_,
+        gates, count, weight, output_columns_,
         partial_sums(part.begin, part.end),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
           if (!shape_.projected && t >= 0) prefetch_cell(part.begin + row, column);
@@ -206,6 +248,7 @@ class Backward {
     int64_t previous_rows;  // the others have c0
     const T* grad_output;
     T* grad_gates;
+    const uint8_t* resets;  // or null
   };
   StepCells cells_of_step(int64_t s) const {
     const int64_t H = shape_.hidden_size;
@@ -217,10 +260,13 @@ class Backward {
             p_.cells + before * H,
             steps_.rows_of_step(s + 1),
             p_.grad_output.data ? steps_.at(p_.grad_output, t) : nullptr,
-            grad_gates(s)};
+            grad_gates(s),
+            steps_.resets_at(t)};
   }
+  LSTM_EXT_INLINE bool is_reset(int64_t b) const { return cells_.resets && cells_.resets[b] != 0; }
   // c_{t-1} of a batch row; null for zeros.
   LSTM_EXT_INLINE const T* previous_cell(int64_t b) const {
+    if (is_reset(b)) return p_.reset_state.c ? p_.reset_state.c + b * shape_.hidden_size : nullptr;
     if (b < cells_.previous_rows) return cells_.previous + b * shape_.hidden_size;
     return p_.c0 ? p_.c0 + b * shape_.hidden_size : nullptr;
   }
@@ -266,6 +312,22 @@ class Backward {
     store_lanes<T>(out + 2 * H, grad_c * i * (one - g * g), lanes);
     store_lanes<T>(out + 3 * H, grad_h * tanh_c * (o * (one - o)), lanes);
     store_lanes<T>(running, grad_c * f, lanes);
+    if (is_reset(b)) cut_gradient(b, unit, lanes, running, out);
+  }
+
+  // The gradients of the state before the step belong to the one that replaced it.
+  void cut_gradient(int64_t b, int64_t unit, int lanes, T* grad_c, const T* gates) {
+    const int64_t H = shape_.hidden_size;
+    if (p_.grad_reset_c) {
+      T* sum = p_.grad_reset_c + b * H + unit;
+      store_lanes<T>(sum, load_lanes<T>(sum, lanes) + load_lanes<T>(grad_c, lanes), lanes);
+    }
+    store_lanes<T>(grad_c, S::zero(), lanes);
+    if (!reset_gates_) return;
+    for (int gate = 0; gate < 4; ++gate) {
+      T* sum = reset_gates_ + b * plan_.gate_row + gate * H + unit;
+      store_lanes<T>(sum, load_lanes<T>(sum, lanes) + load_lanes<T>(gates + gate * H, lanes), lanes);
+    }
   }
 
   // For `rows` rows and `columns`: a * b + start(row, column, lanes), kLanes columns at a time to
@@ -369,7 +431,7 @@ class Backward {
     }
     if (p_.grad_weight_hh) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
-      if (steps_.packed()) {
+      if (steps_.packed() || shape_.resets) {
         list_previous_rows();
         RowGrid<const T> previous{};
         previous.each = row_list_;
@@ -404,7 +466,7 @@ class Backward {
     }
   }
 
-  // row_list_ = h_{t-1} of every row of the chunk, of packed data.
+  // row_list_ = h_{t-1} of every row of the chunk, where it is not the output of the step before throughout.
   void list_previous_rows() {
     int64_t n = 0;
     for (int64_t t = chunk_.begin; t < chunk_.begin + chunk_.count; ++t) {
@@ -412,10 +474,13 @@ class Backward {
       const int64_t rows = steps_.rows_at(t);
       const int64_t continued = smaller(rows, steps_.rows_of_step(s + 1));
       const T* before = continued > 0 ? steps_.at(p_.output, steps_.time(s + 1)) : nullptr;
+      const uint8_t* resets = steps_.resets_at(t);
       for (int64_t b = 0; b < rows; ++b, ++n) {
-        row_list_[n] = b < continued ? before + b * p_.output.stride_b
-                       : p_.h0       ? p_.h0 + b * shape_.output_size
-                                     : zero_row_;
+        const T* start = resets && resets[b] ? p_.reset_state.h : b < continued ? nullptr : p_.h0;
+        const bool goes_on = b < continued && !(resets && resets[b]);
+        row_list_[n] = goes_on ? before + b * p_.output.stride_b
+                       : start ? start + b * shape_.output_size
+                               : zero_row_;
       }
     }
   }
@@ -443,6 +508,8 @@ class Backward {
   T* outer_products_;
   const T** row_list_;
   T* zero_row_;
+  const T** gate_rows_;  // of the team's rows in a step after which one of them is cut off
+  T* reset_gates_;       // or null
   Chunk chunk_, before_;
   StepCells cells_;
 };

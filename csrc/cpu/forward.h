@@ -65,7 +65,10 @@ class Forward {
                 team_ * plan.chunk_rows * 4 * shape_.hidden_size),
         hidden_(reinterpret_cast<T*>(workspace + plan.hidden)),
         input_rows_(reinterpret_cast<const T**>(workspace + plan.row_lists) + worker * 2 * plan.chunk_rows),
-        pre_rows_(reinterpret_cast<T**>(workspace + plan.row_lists) + (worker * 2 + 1) * plan.chunk_rows) {}
+        pre_rows_(reinterpret_cast<T**>(workspace + plan.row_lists) + (worker * 2 + 1) * plan.chunk_rows),
+        h_rows_(reinterpret_cast<const T**>(workspace + plan.state_lists) + worker * 2 * most_rows(plan)),
+        c_rows_(h_rows_ + most_rows(plan)),
+        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_rows) + worker * shape_.output_size) {}
 
   void run() {
     prepare_weights();
@@ -89,6 +92,7 @@ class Forward {
   static constexpr int kLanes = Simd<T>::kLanes;
 
   int lanes_of(int64_t block) const { return static_cast<int>(smaller(shape_.hidden_size - block * kLanes, kLanes)); }
+  int64_t most_rows(const ForwardPlan& plan) const { return divide_up(shape_.batch, plan.grid.batch_groups); }
   // Rows of the team in step s.
   int64_t team_rows(int64_t s) const { return rows_.of(steps_.rows_of_step(s)); }
   void meet_team() {
@@ -108,6 +112,9 @@ class Forward {
   void prepare_weights() {
     const LayerWeights<T>& w = p_.weights;
     const int teams = plan_.grid.batch_groups;
+    if (shape_.resets) {
+      for (int64_t k = 0; k < shape_.output_size; ++k) zero_row_[k] = T(0);
+    }
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       if (block % teams != team_) continue;
       if (plan_.pack_input) {
@@ -198,7 +205,7 @@ class Forward {
     const int64_t P = shape_.output_size;
     const int64_t t = steps_.time(s);
     const int64_t before = begins ? 0 : steps_.time(s - 1);
-    const RowGrid<const T> h = begins ? rows_.grid(p_.h0, P, part.begin, part.end)
+    RowGrid<const T> h = begins ? rows_.grid(p_.h0, P, part.begin, part.end)
                                       : rows_.grid(const_cast<const T*>(steps_.at(p_.output, before)),
                                                    p_.output.stride_b, part.begin, part.end);
     const T* const c_start = begins ? p_.c0 : p_.cells ? p_.cells + steps_.rows_before(before) * H : p_.c_n;
@@ -208,14 +215,30 @@ class Forward {
     RowGrid<T> pre = pre_rows;
     pre.data = pre_rows(part.begin);
     const int64_t count = part.end - part.begin;
+    const uint8_t* resets = steps_.resets_at(t);
+    const bool replaced = rows_.any(resets, part.begin, part.end);
+    int64_t h_size = h.data ? P : 0;
+    if (replaced) {
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t b = rows_.batch_row(part.begin + row);
+        const bool reset = resets[b] != 0;
+        const T* other_h = p_.reset_state.h ? p_.reset_state.h + b * P : zero_row_;
+        h_rows_[row] = reset ? other_h : h.data ? h.data + row * h.inner_step : zero_row_;
+        const T* other_c = p_.reset_state.c ? p_.reset_state.c + b * H : nullptr;
+        c_rows_[row] = reset ? other_c : c_previous.data ? c_previous.data + row * c_previous.inner_step : nullptr;
+      }
+      h.each = h_rows_;
+      h_size = P;
+    }
     const auto cell = [&](int64_t row, int64_t block, Reg<T> i, Reg<T> f, Reg<T> g, Reg<T> o) LSTM_EXT_LAMBDA_INLINE {
-      const CellState<T> state{c_previous.data ? c_previous.data + row * c_previous.inner_step : nullptr,
-                               c_current.data + row * c_current.inner_step};
+      const T* previous = replaced          ? c_rows_[row]
+                          : c_previous.data ? c_previous.data + row * c_previous.inner_step
+                                            : nullptr;
+      const CellState<T> state{previous, c_current.data + row * c_current.inner_step};
       update_cell<T>(i, f, g, o, state, block * kLanes, lanes_of(block),
                      hidden.data + (part.begin + row) * hidden.inner_step,
                      p_.gates ? pre.data + row * pre.inner_step : nullptr, H);
     };
-    const int64_t h_size = h.data ? P : 0;
     if (plan_.pack_recurrent) {
       multiply_gate_panels(count, h, h_size, recurrent_panels_, pre, static_cast<const T*>(nullptr),
                            [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
@@ -382,6 +405,9 @@ class Forward {
   T* hidden_;
   const T** input_rows_;  // of the chunk, of packed data
   T** pre_rows_;
+  const T** h_rows_;  // of the team's rows in a step in which one of them is replaced
+  const T** c_rows_;
+  T* zero_row_;
 };
 
 template <typename T>

@@ -104,11 +104,15 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
   if (s.step_offsets) {  // per worker, a list of rows of the input and one of pre-activations
     plan.row_lists = layout.reserve(plan.grid.workers() * 2 * plan.chunk_rows * kPointerBytes);
   }
+  if (s.resets) {  // per worker, a list of h_{t-1} and one of c_{t-1} of the team's rows, and a row of zeros
+    plan.state_lists = layout.reserve(plan.grid.workers() * 2 * team_rows * kPointerBytes);
+    plan.zero_rows = layout.reserve(plan.grid.workers() * s.output_size * m.element_size);
+  }
   plan.workspace_bytes = layout.end;
   return plan;
 }
 
-BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input) {
+BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input, bool want_grad_reset_h) {
   BackwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
   const double other_work = static_cast<double>(samples_of(s)) * static_cast<double>(gates) *
@@ -140,9 +144,13 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   plan.gate_row = gates * m.element_size % 1024 == 0 ? gates + kCacheLine / m.element_size : gates;
   plan.grad_gates = layout.reserve(kept_rows * plan.gate_row * m.element_size);
   if (s.projected) plan.grad_hidden = layout.reserve(kept_rows * s.output_size * m.element_size);
-  if (s.step_offsets) {  // per worker, a list of the rows of h_{t-1}
+  if (s.step_offsets || s.resets) {  // per worker, a list of the rows of h_{t-1}, and a row of zeros
     plan.row_lists = layout.reserve(plan.grid.workers() * plan.chunk_rows * kPointerBytes);
-    plan.zero_row = layout.reserve(s.output_size * m.element_size);
+    plan.zero_rows = layout.reserve(plan.grid.workers() * plan.gate_row * m.element_size);
+  }
+  if (s.resets) {  // per worker, a list of the gate gradients of the team's rows in a step
+    plan.state_lists = layout.reserve(plan.grid.workers() * divide_up(s.batch, plan.grid.batch_groups) * kPointerBytes);
+    if (want_grad_reset_h) plan.reset_gates = layout.reserve(s.batch * plan.gate_row * m.element_size);
   }
   plan.workspace_bytes = layout.end;
   return plan;

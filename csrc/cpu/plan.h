@@ -34,7 +34,7 @@ struct ForwardPlan {
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   // Byte offsets into the workspace; barriers come first.
   int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0, hidden = 0,
-          row_lists = 0;
+          row_lists = 0, state_lists = 0, zero_rows = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -49,7 +49,7 @@ struct BackwardPlan {
   // is a power of two share a few sets of the caches and drive each other out.
   int64_t gate_row = 0;
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
-          grad_hidden = 0, outer_products = 0, row_lists = 0, zero_row = 0;
+          grad_hidden = 0, outer_products = 0, row_lists = 0, zero_rows = 0, state_lists = 0, reset_gates = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -65,6 +65,8 @@ static constexpr int64_t outer_product_scratch(int64_t lanes, int64_t rows) {
 }
 
 ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save);
-BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input);
+// `want_grad_reset_h`: that of the state that replaces others.
+BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input,
+                           bool want_grad_reset_h = false);
 
 }  // namespace lstm_ext::cpu

@@ -20,6 +20,11 @@ class Steps {
   // Rows of the steps s before and after; none beyond the ends.
   LSTM_EXT_INLINE int64_t rows_of_step(int64_t s) const { return s >= 0 && s < shape_.steps ? rows_at(time(s)) : 0; }
 
+  // Of the rows at time t, or null where there are none in the whole sequence.
+  LSTM_EXT_INLINE const uint8_t* resets_at(int64_t t) const {
+    return shape_.resets ? shape_.resets + rows_before(t) : nullptr;
+  }
+
   // Row 0 of a sequence at time t.
   template <typename T>
   LSTM_EXT_INLINE T* at(const Sequence<T>& x, int64_t t) const {
@@ -54,6 +59,13 @@ struct TeamRows {
     return rows > first ? divide_up(rows - first, step) : 0;
   }
   LSTM_EXT_INLINE int64_t batch_row(int64_t row) const { return first + row * step; }
+  // Whether a flag is set for one of rows begin ... end - 1 of the team; `flags` are those of the batch, or null.
+  LSTM_EXT_INLINE bool any(const uint8_t* flags, int64_t begin, int64_t end) const {
+    if (!flags) return false;
+    uint8_t found = 0;
+    for (int64_t row = begin; row < end; ++row) found |= flags[batch_row(row)];
+    return found != 0;
+  }
   // Rows begin ... end - 1 of the team, in an array with `stride` from one batch row to the next.
   template <typename T>
   LSTM_EXT_INLINE RowGrid<T> grid(T* data, int64_t stride, int64_t begin, int64_t end) const {

@@ -58,7 +58,7 @@ void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& 
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                        const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                       bool bidirectional) {
+                       bool bidirectional, const Resets& resets) {
   TORCH_CHECK(input.device().is_cpu() || input.device().is_cuda(), "lstm_ext: input is on ", input.device(),
               ", expected the CPU or a CUDA device");
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
@@ -119,6 +119,13 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   }
   if (h0) check_tensor("h0", *h0, input, dtype, {s.directions, s.batch, s.output_size});
   if (c0) check_tensor("c0", *c0, input, dtype, {s.directions, s.batch, s.hidden_size});
+  TORCH_CHECK(resets.flags || !(resets.h || resets.c), "lstm_ext: got a reset state, but no resets");
+  if (resets.flags) {
+    const std::vector<int64_t> sizes = packed ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
+    check_tensor("resets", *resets.flags, input, at::kBool, sizes);
+    if (resets.h) check_tensor("reset_h", *resets.h, input, dtype, {s.directions, s.batch, s.output_size});
+    if (resets.c) check_tensor("reset_c", *resets.c, input, dtype, {s.directions, s.batch, s.hidden_size});
+  }
   return s;
 }
 

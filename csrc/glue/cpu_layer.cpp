@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__linux__)
@@ -50,9 +51,39 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
           s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
 }
 
-LayerShape shape_of(const LayerSizes& s, int64_t direction) {
-  return {s.steps,       s.batch,     s.input_size,   s.hidden_size,
-          s.output_size, s.projected, direction == 1, s.packed() ? s.step_offsets.data() : nullptr};
+// The resets as a direction meets them: what comes before a step in the reverse direction is the one after it in time.
+at::Tensor resets_of_direction(const at::Tensor& flags, const LayerSizes& s, int64_t direction) {
+  if (!flags.defined() || direction == 0) return flags;
+  const at::Tensor moved = at::zeros_like(flags);
+  const bool* from = flags.const_data_ptr<bool>();
+  bool* to = moved.mutable_data_ptr<bool>();
+  const auto offset = [&](int64_t t) { return s.packed() ? s.step_offsets[t] : t * s.batch; };
+  for (int64_t t = 0; t + 1 < s.steps; ++t) {
+    std::copy(from + offset(t + 1), from + offset(t + 2), to + offset(t));
+  }
+  return moved;
+}
+
+LayerShape shape_of(const LayerSizes& s, int64_t direction, const at::Tensor& resets) {
+  static_assert(sizeof(bool) == sizeof(uint8_t));
+  return {s.steps,
+          s.batch,
+          s.input_size,
+          s.hidden_size,
+          s.output_size,
+          s.projected,
+          direction == 1,
+          s.packed() ? s.step_offsets.data() : nullptr,
+          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
+}
+
+// The tensors of Resets, as kernels want them.
+struct ResetTensors {
+  at::Tensor flags, h, c;
+};
+ResetTensors reset_tensors(const Resets& resets, at::ScalarType type) {
+  return {contiguous_or_undefined(resets.flags, at::kBool), contiguous_or_undefined(resets.h, type),
+          contiguous_or_undefined(resets.c, type)};
 }
 
 template <typename T>
@@ -114,11 +145,14 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   const at::Tensor h = contiguous_or_undefined(layer.h0, type);
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(layer.weights, type);
+  const ResetTensors reset = reset_tensors(layer.resets, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      p.shape = shape_of(s, d);
+      const at::Tensor flags = resets_of_direction(reset.flags, s, d);
+      p.shape = shape_of(s, d, flags);
+      p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
       p.weights = weights_of<scalar_t>(w, s, layer.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
@@ -150,13 +184,17 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
   const auto count = static_cast<int64_t>(weights.size());
-  std::vector<at::Tensor> grads(3 + count);
+  std::vector<at::Tensor> grads(wanted.size());
   if (wanted[0]) grads[0] = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
   if (wanted[1] && layer.h0) grads[1] = at::empty({s.directions, s.batch, s.output_size}, options);
   const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
   if (wanted[2] && layer.c0) grads[2] = grad_c;
   for (int64_t i = 0; i < count; ++i) {
     if (wanted[3 + i]) grads[3 + i] = empty_in_huge_pages(weights[i].sizes(), options);
+  }
+  if (layer.resets.flags) {
+    if (wanted[3 + count] && layer.resets.h) grads[3 + count] = at::empty(layer.resets.h->sizes(), options);
+    if (wanted[4 + count] && layer.resets.c) grads[4 + count] = at::empty(layer.resets.c->sizes(), options);
   }
   const auto results = [&] {
     for (at::Tensor& g : grads) {
@@ -175,6 +213,7 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::Tensor h = contiguous_or_undefined(layer.h0, type);
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(weights, type);
+  const ResetTensors reset = reset_tensors(layer.resets, type);
   const at::Tensor y = with_contiguous_rows(g.output, type);
   const at::Tensor dy = g.grad_output ? with_contiguous_rows(*g.grad_output, type) : at::Tensor();
   const at::Tensor dh = contiguous_or_undefined(g.grad_h_n, type);
@@ -188,7 +227,9 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
     for (int64_t d = 0; d < s.directions; ++d) {
       const int64_t first = 3 + d * s.weights_per_direction;
       BackwardParams<scalar_t> p{};
-      p.shape = shape_of(s, d);
+      const at::Tensor flags = resets_of_direction(reset.flags, s, d);
+      p.shape = shape_of(s, d, flags);
+      p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
       p.weights = weights_of<scalar_t>(w, s, has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
@@ -204,6 +245,10 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       if (grads[0].defined()) p.grad_input = columns_of<scalar_t>(grads[0], 0);
       p.accumulate_grad_input = d > 0;
       p.grad_h0 = part_or_null<scalar_t>(grads[1], d);
+      if (layer.resets.flags) {
+        p.grad_reset_h = part_or_null<scalar_t>(grads[3 + count], d);
+        p.grad_reset_c = part_or_null<scalar_t>(grads[4 + count], d);
+      }
       const auto weight_grad = [&](int64_t i) {
         return grads[first + i].defined() ? grads[first + i].mutable_data_ptr<scalar_t>() : nullptr;
       };
@@ -213,7 +258,8 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       if (s.projected) p.grad_weight_hr = weight_grad(s.weights_per_direction - 1);
       run_kernel(
           [&](int threads) {
-            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr);
+            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr,
+                                      p.grad_reset_h != nullptr);
           },
           [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
             kernels.backward(p, plan, workspace, worker);

@@ -26,10 +26,10 @@ void register_cuda_backend(const Backend& backend) { cuda_backend() = backend; }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save) {
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
-  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-  return backend_for(input).forward({input, h0, c0, weights, has_bias}, s, save);
+  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
+  return backend_for(input).forward({input, h0, c0, weights, has_bias, resets}, s, save);
 }
 
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -37,12 +37,14 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const OptionalTensor& h0, const OptionalTensor& c0,
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
-                                            bool has_bias, bool bidirectional, const std::vector<bool>& wanted) {
+                                            bool has_bias, bool bidirectional, const Resets& resets,
+                                            const std::vector<bool>& wanted) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
-  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
   const at::ScalarType dtype = input.scalar_type();
-  TORCH_CHECK(wanted.size() == 3 + weights.size(), "lstm_ext: wanted has ", wanted.size(), " entries, expected ",
-              3 + weights.size(), " (input, h0, c0 and each weight)");
+  const size_t inputs = 3 + weights.size() + (resets.flags ? 2 : 0);
+  TORCH_CHECK(wanted.size() == inputs, "lstm_ext: wanted has ", wanted.size(), " entries, expected ", inputs,
+              " (input, h0, c0 and each weight", resets.flags ? ", reset_h, reset_c)" : ")");
   const size_t saved_count = s.projected ? 3 : 2;
   TORCH_CHECK(saved.size() == saved_count, "lstm_ext: saved has ", saved.size(), " tensors, expected ", saved_count);
   check_tensor("output", output, input, dtype, s.sequence_sizes(s.directions * s.output_size));
@@ -52,7 +54,7 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
   if (grad_output) check_tensor("grad_output", *grad_output, input, dtype, output.sizes());
   if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, dtype, {s.directions, s.batch, s.output_size});
   if (grad_c_n) check_tensor("grad_c_n", *grad_c_n, input, dtype, {s.directions, s.batch, s.hidden_size});
-  return backend_for(input).backward({input, h0, c0, weights, has_bias}, s,
+  return backend_for(input).backward({input, h0, c0, weights, has_bias, resets}, s,
                                      {grad_output, grad_h_n, grad_c_n, output, saved, wanted});
 }
 

@@ -11,6 +11,15 @@ namespace lstm_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Where the state of a row is replaced before a step. resets (T, B), or (N) if packed: bool, True where it is; in the
+// reverse direction the cut is between the same two steps. By what: reset_h (D, B, P) and reset_c (D, B, H), absent means
+// zeros.
+struct Resets {
+  OptionalTensor flags;
+  OptionalTensor h;
+  OptionalTensor c;
+};
+
 // input (T, B, I), any strides; h0 (D, B, P) and c0 (D, B, H), absent means zeros; weights of the
 // layer in torch's order, a set per direction: weight_ih (4H, I), weight_hh (4H, P),
 // [bias_ih (4H), bias_hh (4H)] if has_bias, [weight_hr (P, H)] with a projection.
@@ -23,15 +32,16 @@ using OptionalTensor = std::optional<at::Tensor>;
 // arguments and the results is float32, what is saved included.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, bool save);
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save);
 
-// Gradients in the order input, h0, c0, *weights; undefined where `wanted` is false. An absent
+// Gradients in the order input, h0, c0, *weights, and with resets reset_h and reset_c; undefined where `wanted` is false. An absent
 // gradient of an output means zeros.
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
-                                            bool has_bias, bool bidirectional, const std::vector<bool>& wanted);
+                                            bool has_bias, bool bidirectional, const Resets& resets,
+                                            const std::vector<bool>& wanted);
 
 }  // namespace lstm_ext

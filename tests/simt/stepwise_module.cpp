@@ -95,7 +95,7 @@ lstm_ext::ForwardResult forward(const at::Tensor& input, const OptionalTensor& h
                                 const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                 bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes) {
   const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias}, sizes, save, device(tf32, chunk_bytes));
+  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, {}}, sizes, save, device(tf32, chunk_bytes));
 }
 
 std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -105,7 +105,7 @@ std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const Option
                                  const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
                                  const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes) {
   const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias}, sizes,
+  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, {}}, sizes,
                                      {grad_output, grad_h_n, grad_c_n, output, saved, wanted},
                                      device(tf32, chunk_bytes));
 }
