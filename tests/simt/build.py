@@ -84,10 +84,10 @@ def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
     return content.hexdigest()[:20]
 
 
-def _headers() -> list[Path]:
+def _headers(folders: Iterable[Path]) -> list[Path]:
     # All that a source might include: cheaper to read than to ask the compiler.
     suffixes = {".h", ".cuh", ".cu", ".inc"}
-    return [path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in suffixes]
+    return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
 
 
 def _run(command: list[str]) -> None:
@@ -127,12 +127,12 @@ def compile_driver(
     common = [*COMMON_FLAGS, *includes, *system]
     driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines)]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
-    headers = _headers()
-    for folder in include_dirs:
-        headers += [path for path in Path(folder).rglob("*") if path.suffix in {".h", ".cuh", ".inc"}]
-    jobs = [(Path(source).resolve(), driver_flags) for source in sources] + [(path, emulator_flags) for path in EMULATOR]
+    own_headers = _headers([HERE])
+    all_headers = _headers([HERE, ROOT / "csrc", *map(Path, include_dirs)])
+    jobs = [(Path(source).resolve(), driver_flags, all_headers) for source in sources]
+    jobs += [(path, emulator_flags, own_headers) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     name = Path(sources[0]).stem
     program = BUILD / f"{name}-{mode}-{_digest([str(path) for path in objects], [])}"
     if not program.exists():
