@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,10 +37,11 @@ EMULATOR = sorted(
 # What a mode is for is in README.md. The race detector's hooks are in the emulator, so libtsan is not linked.
 COMPILE_FLAGS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "race": ["-O1", "-g", "-fsanitize=thread"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "race": ["-O1", "-g1", "-fsanitize=thread"],
 }
-EMULATOR_FLAGS = {**COMPILE_FLAGS, "race": COMPILE_FLAGS["plain"]}
+# The hooks are in the driver's code only; the emulator's objects serve two modes.
+EMULATOR_FLAGS = {"plain": ["-O2"], "asan": ["-O1", "-g1", "-fsanitize=address"], "race": ["-O2"]}
 LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "race": []}
 COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DLSTM_EXT_SIMT"]
 MAX_JOBS = 2
@@ -56,15 +58,18 @@ def compiler() -> str | None:
 
 def cuda_include() -> Path | None:
     """The folder of cuda_fp16.h: CUDA_HOME's, nvcc's, or that of NVIDIA's wheels."""
-    candidates = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [
+        Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         candidates.append(Path(nvcc).resolve().parents[1] / "include")
-    candidates += [*sorted(Path("/usr/local").glob("cuda*/include"), reverse=True), Path("/usr/include")]
-    for candidate in candidates:
-        if (candidate / "cuda_fp16.h").is_file() and (candidate / "cuda_bf16.h").is_file():
-            return candidate
-    return None
+    candidates += sorted(Path("/usr/local").glob("cuda*/include"), reverse=True)
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in (wheels.submodule_search_locations or ()) if wheels is not None else ():
+        candidates += sorted(Path(folder).glob("*/include"), reverse=True)
+    wanted = ("cuda_fp16.h", "cuda_bf16.h", "driver_types.h", "crt/host_defines.h")
+    return next((path for path in candidates if all((path / name).is_file() for name in wanted)), None)
 
 
 def missing() -> str | None:
@@ -142,7 +147,9 @@ def compile_driver(
     return program
 
 
-def build_extension_module(name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()) -> ModuleType:
+def build_extension_module(
+    name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()
+) -> ModuleType:
     """A Python module of torch whose kernels run on the emulator (mode plain), compiled without CUDA."""
     from torch.utils import cpp_extension
 
