@@ -89,7 +89,7 @@ def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
     return content.hexdigest()[:20]
 
 
-def _headers(folders: Iterable[Path]) -> list[Path]:
+def _headers(*folders: Path) -> list[Path]:
     # All that a source might include: cheaper to read than to ask the compiler.
     suffixes = {".h", ".cuh", ".cu", ".inc"}
     return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
@@ -121,20 +121,23 @@ def compile_driver(
     mode: str = "plain",
     defines: Sequence[str] = (),
     include_dirs: Sequence[Path | str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value.
+    `mode` is plain, asan or race; `defines` are NAME or NAME=value; `include_dirs` come before the project's own.
+    `flags` are for the sources, not for the emulator.
     """
     # As system headers: the warnings we want are about our code.
     system = ["-isystem", str(cuda_include())]
-    includes = [f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)]
-    common = [*COMMON_FLAGS, *includes, *system]
-    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines)]
+    common = [*COMMON_FLAGS, *(f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc")), *system]
+    first = [f"-I{path}" for path in include_dirs]
+    driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
-    own_headers = _headers([HERE])
-    all_headers = _headers([HERE, ROOT / "csrc", *map(Path, include_dirs)])
-    jobs = [(Path(source).resolve(), driver_flags, all_headers) for source in sources]
+    # Not csrc's: a kernel that changes leaves the emulator's objects as they are.
+    own_headers = sorted(HERE.glob("*.h"))
+    headers = _headers(HERE, ROOT / "csrc", *map(Path, include_dirs))
+    jobs = [(Path(source).resolve(), driver_flags, headers) for source in sources]
     jobs += [(path, emulator_flags, own_headers) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
@@ -145,6 +148,34 @@ def compile_driver(
         _run([compiler(), *LINK_FLAGS[mode], *map(str, objects), "-ldl", "-o", str(partial)])
         partial.replace(program)
     return program
+
+
+# Memory has no types in PTX: an f32 may be stored and loaded as a b32.
+PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
+PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
+
+
+def compile_ptx_driver(
+    driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more
+) -> Path:
+    """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
+    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
+
+
+def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
+    """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
+    flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
+    flags += ["-isystem", str(cuda_include())]
+    headers = _headers(HERE, ROOT / "csrc")
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
+    name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"
+    library = BUILD / name
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        _run([compiler(), "-shared", *map(str, objects), str(module), "-o", str(partial)])
+        partial.replace(library)
+    return library
 
 
 def build_extension_module(
@@ -166,7 +197,7 @@ def build_extension_module(
             plain_cpp.append(wrapper)
         else:
             plain_cpp.append(source.resolve())
-    # ninja names objects by their sources' names, which must not repeat; its own dependency files find changed headers.
+    # ninja names objects by their sources' names, which must not repeat; its dependency files find changed headers.
     return cpp_extension.load(
         name=name,
         sources=[str(path) for path in (*plain_cpp, *EMULATOR)],

@@ -175,6 +175,8 @@ Options& options() {
   return set;
 }
 
+TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes) = nullptr;
+
 void launch(const LaunchConfig& config, std::function<void()> body) {
   if (current != nullptr) fail("a kernel cannot launch a kernel", current->file, current->line);
   // There is one machine. Autograd may call from a thread of its own.

@@ -125,6 +125,16 @@ void fence_mbarrier_init(const char* file, int line) {
   }
 }
 
+void mbarrier_inval(uint64_t* address, const char* file, int line) {
+  note_position("mbarrier.inval", file, line);
+  Block* owner;
+  const Mbarrier& barrier = find(address, owner, file, line);
+  if (owner != current->block) fail("mbarrier.inval of another block's mbarrier", file, line);
+  if (barrier.pending_bytes != 0) fail("mbarrier.inval while bytes are under way", file, line);
+  race::access(*current, address, sizeof *address, /*writes=*/true, file, line);
+  owner->mbarriers.erase(address);
+}
+
 void mbarrier_arrive(uint64_t* address, uint32_t arrivals, const char* file, int line) {
   note_position("mbarrier.arrive", file, line);
   maybe_switch(file, line);

@@ -112,8 +112,8 @@ def everywhere(message: str) -> dict[str, str]:
     return dict.fromkeys(MODES, message)
 
 
-# Planted bugs: the kernel, the name in toy_lstm.cuh, what each mode that must catch it says, and the modes that are known
-# to miss it: the reason why there are several. Random modes have to catch it in one of their orders.
+# Planted bugs: the kernel, the name in toy_lstm.cuh, what each mode that must catch it says, and the modes that are
+# known to miss it: the reason why there are several. Random modes have to catch it in one of their orders.
 PLANTED: list[tuple[str, str, dict[str, str], list[str]]] = [
     ("grid_f32", "kNoSyncAfterLoad", {"late": WRONG, "random": WRONG, "race": RACE}, []),
     ("grid_f32", "kSharedWritePastEnd", {"late": "past the end of shared array", "asan": POISON}, []),

@@ -1,4 +1,4 @@
-"""csrc/cuda/platform.h under both compilers: what kernels may use compiles, without a warning, for every architecture."""
+"""csrc/cuda/platform.h under both compilers: what it offers compiles for every architecture, without a warning."""
 
 from __future__ import annotations
 
