@@ -13,6 +13,7 @@ from ptx.parse import (
     Immediate,
     Instruction,
     Label,
+    Location,
     Module,
     Name,
     Not,
@@ -37,6 +38,10 @@ _SPECIAL |= {
         *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
     )
 }
+
+
+# Whose lines say nothing about what a kernel does: the wrappers of PTX, and CUDA's inline functions.
+_WRAPPERS = re.compile(r"(/cuda/ptx\.h|/cuda/platform\.h|\.hpp)$")
 
 
 class Modifiers:
@@ -234,6 +239,12 @@ class Emitter:
                 lines.append(f"  alignas({variable.alignment}) char {name}[{variable.size}];")
         return lines
 
+    def source_line(self, location: Location) -> Location:
+        """The line that a message should name: that of the kernel, or of a function of its own."""
+        while location.caller is not None and _WRAPPERS.search(self.files[location.file]):
+            location = location.caller
+        return location
+
     def definition(self) -> str:
         """A function of the block of parameters, as a host would pass it to the launch."""
         lines = [f"static void kernel_{identifier(self.function.name)}([[maybe_unused]] const char* parameters) {{"]
@@ -244,7 +255,7 @@ class Emitter:
                 lines.append(f"{item.name}:;")
                 continue
             if item.location is not None:
-                number, line = item.location
+                number, line, _ = self.source_line(item.location)
                 lines.append(f"#line {line}" if number == file else f'#line {line} "{self.files[number]}"')
                 file = number
             lines.append(f"  {self.statement(item)}  // {item.text}")

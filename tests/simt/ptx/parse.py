@@ -68,6 +68,7 @@ class Location(NamedTuple):
 
     file: int  # in Module.files: the names come after the code
     line: int
+    caller: Location | None  # where the function that the line belongs to was inlined
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Parser:
         self._tokens = [*tokens(text), Token("", text.count("\n") + 1)]
         self._position = 0
         self._location: Location | None = None
+        self._locations: dict[tuple[str, ...], Location] = {}  # by file, line and column as they are written
 
     # Tokens.
 
@@ -363,10 +365,15 @@ class Parser:
                 function.body.append(self._instruction(scope))
 
     def _loc(self) -> None:
-        _, file, line, *_ = self._rest_of_line()
+        """.loc file line column[, function_name label, inlined_at file line column]"""
+        _, *place = self._rest_of_line()
+        caller = None
+        if "inlined_at" in place:
+            caller = self._locations.get(tuple(place[place.index("inlined_at") + 1 :]))
+        file, line = int(place[0]), int(place[1])
         # Line 0: code that belongs to no line.
-        if int(line):
-            self._location = Location(int(file), int(line))
+        if line:
+            self._location = self._locations[tuple(place[:3])] = Location(file, line, caller)
 
     def _label(self, function: Function, scope: _Scope) -> None:
         name = scope.find(self._next())
