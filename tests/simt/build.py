@@ -120,20 +120,21 @@ def compile_driver(
 ) -> Path:
     """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value. `flags` are for the sources, not for the emulator.
+    `mode` is plain, asan or race; `defines` are NAME or NAME=value. `include_dirs` come before the project's own; like
+    `flags` they are for the sources, not for the emulator.
     """
     # As system headers: the warnings we want are about our code.
     system = ["-isystem", str(cuda_include())]
-    includes = [f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)]
-    common = [*COMMON_FLAGS, *includes, *system]
-    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines), *flags]
+    common = [*COMMON_FLAGS, f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", *system]
+    first = [f"-I{path}" for path in include_dirs]
+    driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
     headers = _headers()
-    for folder in include_dirs:
-        headers += [path for path in Path(folder).rglob("*") if path.suffix in {".h", ".cuh", ".inc"}]
-    jobs = [(Path(source).resolve(), driver_flags) for source in sources] + [(path, emulator_flags) for path in EMULATOR]
+    more = [p for folder in include_dirs for p in Path(folder).rglob("*") if p.suffix in {".h", ".cuh", ".inc"}]
+    jobs = [(Path(source).resolve(), driver_flags, [*headers, *more]) for source in sources]
+    jobs += [(path, emulator_flags, headers) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     name = Path(sources[0]).stem
     program = BUILD / f"{name}-{mode}-{_digest([str(path) for path in objects], [])}"
     if not program.exists():

@@ -107,8 +107,8 @@ def command(unit: Unit, output: Path) -> list[str]:
     # PTX is an input of the emulator, not of ptxas: ptxas does not run.
     warnings = WARNINGS[:-1] if unit.kind == "ptx" else WARNINGS
     return [
-        *(find_nvcc(), kind, f"-arch={unit.architecture}", f"-std={unit.standard}", f"-I{CSRC}"),
-        *(*TORCH_DEFINES, *warnings, *unit.flags, "-o", str(output), str(unit.source)),
+        *(find_nvcc(), kind, f"-arch={unit.architecture}", f"-std={unit.standard}", *unit.flags, f"-I{CSRC}"),
+        *(*TORCH_DEFINES, *warnings, "-o", str(output), str(unit.source)),
     ]
 
 

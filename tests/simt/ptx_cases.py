@@ -218,6 +218,7 @@ instruction("and.b32 $0, $1, $2;", b32(0b1000), b32(0b1100), b32(0b1010))
 instruction("or.b64 $0, $1, $2;", b64(0b1110), b64(0b1100), b64(0b1010))
 instruction("xor.b16 $0, $1, $2;", b16(0b0110), b16(0b1100), b16(0b1010))
 instruction("not.b32 $0, $1;", b32(0xFFFF00FF), b32(0x0000FF00))
+instruction("cnot.b32 $0, $1;", b32(1), b32(0))
 instruction("and.pred $0, $1, $2;", pred(False), pred(True), pred(False))
 instruction("xor.pred $0, $1, $2;", pred(True), pred(True), pred(False))
 instruction("not.pred $0, $1;", pred(False), pred(True))
@@ -779,6 +780,13 @@ with_shared(
     selp.u32 %r3, 1, 0, %p3; mov.b64 %d0, {%r2, %r3};""",
     [u64(lane ^ 3) for lane in LANES],
 )
+kernel(
+    "fences",
+    """st.global.u64 [%d38], 3; membar.gl; fence.acq_rel.gpu; fence.sc.sys; fence.proxy.async.shared::cta;
+    fence.proxy.async; nanosleep.u32 100; ld.global.u64 %d0, [%d38];""",
+    u64(3),
+)
+kernel("exit", "st.global.u64 [%d38], 4; exit; mov.b64 %d0, 5;", u64(4))
 kernel("clocks", "mov.u64 %d1, %clock64; mov.u64 %d2, %clock64; setp.ge.u64 %p1, %d2, %d1; selp.u64 %d0, 1, 0, %p1;", u64(1))
 
 # ---- what has to be found -----------------------------------------------------------------------

@@ -154,7 +154,7 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def integer(text: str) -> int:
-    """A literal's value; a leading 0 would make it octal, which nvcc does not write."""
+    """A literal's value. A leading 0 would make it octal, which nvcc does not write."""
     return int(text.rstrip("U"), 16 if text[:2] in ("0x", "0X") else 10)
 
 
@@ -209,6 +209,11 @@ class Parser:
         self._position += 1
         return True
 
+    def _integer(self) -> int:
+        if not _NUMBER.fullmatch(self._peek()):
+            raise self._error("a number expected")
+        return integer(self._next())
+
     def _error(self, reason: str) -> PtxError:
         line = self._line()
         return PtxError(line, " ".join(t.text for t in self._tokens if t.line == line), reason)
@@ -257,7 +262,7 @@ class Parser:
         space = self._next()[1:]
         alignment = None
         if self._accept(".align"):
-            alignment = integer(self._next())
+            alignment = self._integer()
         kind = self._next()[1:]
         if kind not in WIDTHS:
             raise self._error("a variable of an unknown type")
@@ -268,7 +273,7 @@ class Parser:
             if self._accept("]"):
                 count = None
                 continue
-            count *= integer(self._next())
+            count *= self._integer()
             self._expect("]")
         data = b""
         if self._accept("="):
@@ -313,7 +318,7 @@ class Parser:
             return parameters, end
         while not self._accept(")"):
             self._expect(".param")
-            alignment = integer(self._next()) if self._accept(".align") else None
+            alignment = self._integer() if self._accept(".align") else None
             kind = self._next()[1:]
             while self._peek() in (".ptr", ".global", ".shared", ".const"):
                 self._next()
@@ -322,7 +327,7 @@ class Parser:
             name, size = self._next(), WIDTHS[kind] // 8
             alignment = alignment or size
             if self._accept("["):
-                size *= integer(self._next())
+                size *= self._integer()
                 self._expect("]")
             parameters[name] = (end + alignment - 1) // alignment * alignment
             end = parameters[name] + size
@@ -394,7 +399,7 @@ class Parser:
         while True:
             name = self._next()
             if self._accept("<"):
-                names = [f"{name}{i}" for i in range(integer(self._next()))]
+                names = [f"{name}{i}" for i in range(self._integer())]
                 self._expect(">")
             else:
                 names = [name]
@@ -454,7 +459,7 @@ class Parser:
             sign = 1
             while self._peek() in ("+", "-"):
                 sign *= -1 if self._next() == "-" else 1
-            offset += sign * integer(self._next())
+            offset += sign * self._integer()
         return Address(base, offset)
 
 
