@@ -84,10 +84,10 @@ def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
     return content.hexdigest()[:20]
 
 
-def _headers() -> list[Path]:
+def _headers(folders: Iterable[Path]) -> list[Path]:
     # All that a source might include: cheaper to read than to ask the compiler.
     suffixes = {".h", ".cuh", ".cu", ".inc"}
-    return [path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in suffixes]
+    return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
 
 
 def _run(command: list[str]) -> None:
@@ -129,10 +129,10 @@ def compile_driver(
     first = [f"-I{path}" for path in include_dirs]
     driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
-    headers = _headers()
-    more = [p for folder in include_dirs for p in Path(folder).rglob("*") if p.suffix in {".h", ".cuh", ".inc"}]
-    jobs = [(Path(source).resolve(), driver_flags, [*headers, *more]) for source in sources]
-    jobs += [(path, emulator_flags, headers) for path in EMULATOR]
+    own_headers = _headers([HERE])
+    all_headers = _headers([HERE, ROOT / "csrc", *map(Path, include_dirs)])
+    jobs = [(Path(source).resolve(), driver_flags, all_headers) for source in sources]
+    jobs += [(path, emulator_flags, own_headers) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
     name = Path(sources[0]).stem
@@ -158,7 +158,7 @@ def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
     """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
     flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
     flags += ["-isystem", str(cuda_include())]
-    headers = _headers()
+    headers = _headers([HERE])
     with ThreadPoolExecutor(MAX_JOBS) as pool:
         objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
     name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"

@@ -13,8 +13,9 @@ namespace {
 
 constexpr unsigned kMaxThreadsPerBlock = 1024;
 constexpr size_t kMaxDynamicShared = 227 * 1024;
-// Threads alive at once in launches that need not be co-resident, where options().resident_blocks does not say.
+// Alive at once in launches that need not be co-resident, where options().resident_blocks does not say.
 constexpr unsigned kMaxThreadsAlive = 8192;
+constexpr unsigned kMaxBlocksAlive = 256;
 constexpr unsigned kWarp = 32;
 
 template <typename Value>
@@ -196,7 +197,8 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   const unsigned threads = config.block.x * config.block.y * config.block.z;
   uint64_t wave = blocks;
   if (!config.cooperative) {
-    wave = options().resident_blocks != 0 ? options().resident_blocks : std::max(1u, kMaxThreadsAlive / threads);
+    wave = options().resident_blocks != 0 ? options().resident_blocks
+                                          : std::min(kMaxBlocksAlive, std::max(1u, kMaxThreadsAlive / threads));
     wave = (wave + config.cluster - 1) / config.cluster * config.cluster;
   }
   // Blocks start in any order, those of a cluster together.

@@ -61,6 +61,12 @@ std::string describe(Site site) {
 
 void hook(const void* address, size_t bytes, bool writes, const void* program_counter) {
   if (current == nullptr || inside) return;
+  // Most accesses are to the thread's own variables.
+  const Stack& stack = current->context.stack;
+  if (static_cast<const char*>(address) - stack.base >= 0 &&
+      static_cast<size_t>(static_cast<const char*>(address) - stack.base) < stack.bytes) {
+    return;
+  }
   inside = true;
   check_access(current->id, address, bytes, writes, reinterpret_cast<Site>(program_counter), /*asynchronous=*/false);
   inside = false;
