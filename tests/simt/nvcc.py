@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA sources: objects for every architecture, and the resources that ptxas reports.
 
-Neither a GPU nor torch is needed. Objects are kept in build/nvcc, named by a hash of all that goes into them.
+No GPU is needed. Objects are kept in build/nvcc, named by a hash of all that goes into them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from lstm_ext import _build_config as config
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -34,7 +36,6 @@ TORCH_DEFINES = (
 # A spill, or an array that ended in local memory, is a warning of ptxas and so an error.
 WARNINGS = (
     "-Werror=all-warnings",
-    "-Xcompiler=-Wall",
     "-Xptxas=-v,--warning-as-error,--warn-on-spills,--warn-on-local-memory-usage",
 )
 
@@ -108,7 +109,7 @@ def command(unit: Unit, output: Path) -> list[str]:
     warnings = WARNINGS[:-1] if unit.kind == "ptx" else WARNINGS
     return [
         *(find_nvcc(), kind, f"-arch={unit.architecture}", f"-std={unit.standard}", *unit.flags, f"-I{CSRC}"),
-        *(*TORCH_DEFINES, *warnings, "-o", str(output), str(unit.source)),
+        *(*config.NVCC_FLAGS, *TORCH_DEFINES, *warnings, "-o", str(output), str(unit.source)),
     ]
 
 
