@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,6 +89,15 @@ def version() -> str:
     """As in "13.0.88"."""
     text = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"\bV(\d+\.\d+\.\d+)", text)[1]
+
+
+@functools.cache
+def architectures() -> list[str]:
+    """Those that this nvcc knows."""
+    known = subprocess.run(
+        [find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
+    return [architecture for architecture in ARCHITECTURES if architecture in known.split()]
 
 
 def sources() -> list[Path]:
@@ -206,5 +214,3 @@ def resources(log: str) -> dict[str, Resources]:
     if set(entries) != set(found):
         raise ValueError(f"ptxas's report was not understood:\n{log}")
     return dict(zip(demangle(list(found)), found.values(), strict=True))
-
-

@@ -41,7 +41,9 @@ def wrappers(program: Path) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in text.splitlines())
 
 
-def wrappers_by_ptx(mode: str = "plain", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD) -> dict[str, str]:
+def wrappers_by_ptx(
+    mode: str = "plain", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
+) -> dict[str, str]:
     source = translated(HERE / "wrappers.cu", csrc, directory)
     return wrappers(build.compile_ptx_driver(HERE / "wrappers_driver.cpp", [source], mode))
 
@@ -85,7 +87,11 @@ ROUNDS: dict[str, tuple[str, dict[str, Mistake]]] = {
     "mbarriers": (
         "plain",
         {
-            "mbarrier_arrive_remote": ("mbarrier_arrive_remote(", "cluster_shared_address(", "shared_address("),
+            "mbarrier_arrive_remote": (
+                "mbarrier_arrive_remote(",
+                "cluster_shared_address(",
+                "shared_address(",
+            ),
             "mbarrier_expect_tx": ("mbarrier_expect_tx(", "[%0], %1", "[%1], %0"),
             "st_async_u32": ("mbarrier_arrive_expect_tx(", "[%0], %1", "[%1], %0"),
         },
@@ -149,7 +155,9 @@ def toy_driver(mode: str) -> Path:
 @pytest.mark.parametrize("schedule", ["fifo", "random", "priority"])
 @pytest.mark.parametrize("kernel", TOYS)
 def test_toy(kernel: str, schedule: str) -> None:
-    status, text = run(toy_driver("plain"), kernel, SIMT_SCHEDULE=schedule, SIMT_COPIES="mixed", SIMT_SEED="3")
+    status, text = run(
+        toy_driver("plain"), kernel, SIMT_SCHEDULE=schedule, SIMT_COPIES="mixed", SIMT_SEED="3"
+    )
     assert status == 0, text
 
 

@@ -16,7 +16,8 @@ struct Arguments {
 LSTM_DEVICE uint32_t* out_of_block(const Arguments& s) { return s.out + 64 * blockIdx.x; }
 LSTM_DEVICE uint32_t lane() { return threadIdx.x; }
 
-// ---- copies -----------------------------------------------------------------------------------------------------------
+// ---- copies
+// -----------------------------------------------------------------------------------------------------------
 template <int bytes>
 LSTM_KERNEL copy(Arguments s) {
   LSTM_SHARED(uint4, buffer, 32);
@@ -41,7 +42,8 @@ LSTM_KERNEL copy_groups(Arguments s) {
   out_of_block(s)[32 + lane()] = buffer[32 + lane()];
 }
 
-// ---- tensor cores -----------------------------------------------------------------------------------------------------
+// ---- tensor cores
+// -----------------------------------------------------------------------------------------------------
 LSTM_DEVICE void fill(uint32_t (&rows)[128], const Arguments& s) {
   for (int i = 0; i < 4; ++i) rows[32 * i + lane()] = s.in[32 * i + lane()];
   __syncwarp();
@@ -107,7 +109,8 @@ LSTM_KERNEL round_to_tf32(Arguments s) {
   out_of_block(s)[lane()] = to_tf32(__uint_as_float(0x3f800000u + (s.in[lane()] & 0xf000u)));
 }
 
-// ---- words that other blocks wait for ---------------------------------------------------------------------------------
+// ---- words that other blocks wait for
+// ---------------------------------------------------------------------------------
 LSTM_KERNEL words(Arguments s) {
   if (lane() != 0) return;
   uint32_t* word = out_of_block(s);
@@ -139,7 +142,8 @@ LSTM_KERNEL handover_by_counter(Arguments s) {
   }
 }
 
-// ---- clusters of four blocks ------------------------------------------------------------------------------------------
+// ---- clusters of four blocks
+// ------------------------------------------------------------------------------------------
 LSTM_KERNEL identity(Arguments s) { out_of_block(s)[lane()] = 10 * cluster_rank() + cluster_size(); }
 
 LSTM_KERNEL peers(Arguments s) {

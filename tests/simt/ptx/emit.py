@@ -25,20 +25,21 @@ from ptx.parse import (
     integer,
 )
 
-# What runtime.h calls them.
-_SPECIAL = {
-    f"%{name}.{axis}": f"{name}().{axis}"
-    for name in ("tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid")
-    for axis in "xyz"
-}
-_SPECIAL |= {
-    f"%{name}": f"{name}()"
-    for name in (
-        *("laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer", "cluster_ctarank", "cluster_nctarank"),
-        *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
-    )
-}
-
+# Special registers. runtime.h has functions of the same names.
+_THREE = ["tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid"]
+_ONE = [
+    "laneid",
+    "warpid",
+    "nwarpid",
+    "clock",
+    "clock64",
+    "globaltimer",
+    "cluster_ctarank",
+    "cluster_nctarank",
+]
+_ONE += [f"lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")]
+_SPECIAL = {f"%{name}.{axis}": f"{name}().{axis}" for name in _THREE for axis in "xyz"}
+_SPECIAL |= {f"%{name}": f"{name}()" for name in _ONE}
 
 # Whose lines say nothing about what a kernel does: the wrappers of PTX, and CUDA's inline functions.
 _WRAPPERS = re.compile(r"(/cuda/ptx\.h|/cuda/platform\.h|\.hpp)$")
@@ -192,9 +193,9 @@ class Emitter:
             return f"{window}({self.value(base, 'b32')} + b32({offset}), PTX_HERE)"
         if space not in ("", "global", "local", "const", "param"):
             raise self.error(f"the state space {space}")
-        if isinstance(base, Name) and base.text in self.variables:
-            if self.variables[base.text].space == "shared":
-                raise self.error("a shared variable by a generic address")
+        variable = self.variables.get(base.text)
+        if variable is not None and variable.space == "shared":
+            raise self.error("a shared variable by a generic address")
         return f"pointer({self.value(base, 'b64')}, {offset})"
 
     # Code.
@@ -218,12 +219,7 @@ class Emitter:
 
     def declarations(self) -> list[str]:
         """Of what is used. nvcc declares more, and g++ warns of that."""
-        used = {
-            name
-            for item in self.function.body
-            if isinstance(item, Instruction)
-            for name in _names(item)
-        }
+        used = {name for item in self.function.body if isinstance(item, Instruction) for name in _names(item)}
         by_type: dict[str, list[str]] = {}
         for name, kind in self.function.registers:
             if name in used:
@@ -247,7 +243,8 @@ class Emitter:
 
     def definition(self) -> str:
         """A function of the block of parameters, as a host would pass it to the launch."""
-        lines = [f"static void kernel_{identifier(self.function.name)}([[maybe_unused]] const char* parameters) {{"]
+        name = f"kernel_{identifier(self.function.name)}"
+        lines = [f"static void {name}([[maybe_unused]] const char* parameters) {{"]
         lines += self.declarations()
         file = None
         for item in self.function.body:
@@ -288,9 +285,9 @@ def _shared(variable: Variable) -> str:
 
 def _data(variable: Variable) -> str:
     constant = "const " if variable.space == "const" else ""
+    array = f"{constant}unsigned char {identifier(variable.name)}[{variable.size}]"
     data = ", ".join(str(byte) for byte in variable.data)
-    name = identifier(variable.name)
-    return f"alignas({variable.alignment}) static {constant}unsigned char {name}[{variable.size}] = {{{data}}};"
+    return f"alignas({variable.alignment}) static {array} = {{{data}}};"
 
 
 def translate(module: Module) -> str:

@@ -11,8 +11,8 @@ SCOPES = ("cta", "cluster", "gpu", "sys")
 VECTORS = ("v2", "v4", "v8")
 # Hints about caches: they change no value.
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
-EVICTIONS = tuple(f"L{n}::{how}" for n in (1, 2) for how in ("evict_normal", "evict_unchanged", "evict_first"))
-EVICTIONS += ("L1::evict_last", "L1::no_allocate", "L2::evict_last")
+EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
+EVICTIONS += ("L1::no_allocate",)
 PREFETCHES = ("L2::64B", "L2::128B", "L2::256B")
 # For messages: where in the source a thread waits.
 HERE = "PTX_HERE"

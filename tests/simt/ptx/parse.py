@@ -126,8 +126,8 @@ class Module:
 
 
 # Bits of a value of each type.
-WIDTHS = {"pred": 1, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32": 32, "f64": 64, "b128": 128}
-WIDTHS |= {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
+WIDTHS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
+WIDTHS |= {"pred": 1, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32": 32, "f64": 64}
 
 _TOKEN = re.compile(
     r"""
@@ -303,7 +303,7 @@ class Parser:
         parameters, size = self._parameters()
         while self._peek() != "{":
             # .maxntid, .minnctapersm, .reqnctapercluster and so on: limits that ptxas needs and we do not.
-            if not self._peek().startswith(".") and not _NUMBER.fullmatch(self._peek()) and self._peek() != ",":
+            if not (self._peek() == "," or self._peek().startswith(".") or _NUMBER.fullmatch(self._peek())):
                 raise self._error("not supported before a kernel's body")
             self._next()
         function = Function(name, parameters, size)
