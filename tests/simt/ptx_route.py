@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import build
-import nvcc
-from ptx.emit import translate
-from ptx.parse import parse
+from simt import build, nvcc
+from simt.ptx.emit import translate
+from simt.ptx.parse import parse
 
 ARCHITECTURE = "sm_90"
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nvcc
+from simt import nvcc
 
 TABLE = Path(__file__).with_name("resources.json")
 # By source, kernel and architecture.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvcc
+from simt import nvcc
 
 
 def find_nvdisasm() -> str | None:

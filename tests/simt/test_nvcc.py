@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import nvcc
 import pytest
-import resources
-import sass
+from simt import nvcc, resources, sass
 
 if nvcc.find_nvcc() is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
@@ -58,7 +56,7 @@ def test_resources_are_as_recorded(compilations: nvcc.Compilations) -> None:
         pytest.skip(f"recorded with nvcc {version}; this one is {nvcc.version()}")
     changed = resources.differences(before, resources.measure(compilations))
     assert not changed, "\n".join(
-        ["if this is meant: python tests/simt/resources.py --write, and commit the table", *changed]
+        ["if this is meant: cd tests && python -m simt.resources --write, and commit the table", *changed]
     )
 
 

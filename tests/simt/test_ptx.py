@@ -5,12 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import build
-import nvcc
-import ptx_cases
 import pytest
-from ptx.emit import HANDLERS, translate
-from ptx.parse import Parser, PtxError
+from simt import build, nvcc, ptx_cases
+from simt.ptx.emit import HANDLERS, translate
+from simt.ptx.parse import Parser, PtxError
 
 HERE = Path(__file__).parent
 if build.missing():

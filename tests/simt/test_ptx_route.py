@@ -7,13 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import build
-import nvcc
 import pytest
 import test_stepwise
 import torch
 from emulated_layer import stepwise_module
-from ptx_route import TranslatedKernels, translated
+from simt import build, nvcc
+from simt.ptx_route import TranslatedKernels, translated
 
 HERE = Path(__file__).parent
 if build.missing():

@@ -103,9 +103,9 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     h[i] = problem.h0[i];
     h_bf16[i] = __float2bfloat16_rn(problem.h0[i]);
   }
-  const toy::Arguments arguments{projected.data(), u.data(),     u_bf16.data(),   c0.data(),     h.data(),
-                                 h_bf16.data(),    c.data(),     norms.data(),    arrivals.data(), status.data(),
-                                 steps,            batch,        bug};
+  const toy::Arguments arguments{
+      projected.data(), u.data(),      u_bf16.data(), c0.data(), h.data(), h_bf16.data(), c.data(), norms.data(),
+      arrivals.data(),  status.data(), steps,         batch,     bug};
   LaunchConfig config;
   config.grid = dim3(kBlocks);
   config.block = dim3(threads);

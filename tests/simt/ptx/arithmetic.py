@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ptx.emit import Emitter, Modifiers, handles, is_float
-from ptx.parse import WIDTHS, Instruction, Vector
+from simt.ptx.emit import Emitter, Modifiers, handles, is_float
+from simt.ptx.parse import WIDTHS, Instruction, Vector
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 TO_INTEGER = {"rni": "rn", "rzi": "rz", "rmi": "rm", "rpi": "rp"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from ptx.parse import (
+from simt.ptx.parse import (
     WIDTHS,
     Address,
     Function,
@@ -293,10 +292,9 @@ def _data(variable: Variable) -> str:
 def translate(module: Module) -> str:
     """One C++ source. Its kernels register themselves under the names that g++ gives the same kernels."""
     # They fill HANDLERS.
-    import ptx.arithmetic
-    import ptx.memory
+    from simt.ptx import arithmetic, memory
 
-    assert ptx.arithmetic and ptx.memory
+    assert arithmetic and memory
     lines = ['#include "simt/ptx/runtime.h"', "", "namespace ptx {", "namespace {", ""]
     lines += [_data(v) for v in module.variables if v.space in ("global", "const")]
     for function in module.functions:
@@ -307,8 +305,3 @@ def translate(module: Module) -> str:
         lines.append(f'PTX_KERNEL({name}, "{function.name}", {function.parameter_size});')
     return "\n".join([*lines, "}  // namespace ptx", ""])
 
-
-def translate_file(source: Path, output: Path) -> None:
-    from ptx.parse import parse
-
-    output.write_text(translate(parse(source)))

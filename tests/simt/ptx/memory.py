@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ptx.emit import Emitter, Modifiers, handles
-from ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
+from simt.ptx.emit import Emitter, Modifiers, handles
+from simt.ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
 
 SPACES = ("global", "local", "const", "param", "shared", "shared::cta", "shared::cluster")
 SHARED = ("shared", "shared::cta", "shared::cluster")

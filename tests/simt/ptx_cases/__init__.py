@@ -4,7 +4,7 @@ The kernel of a case puts one 64-bit number a thread into `out`. Expected number
 arithmetic from what the PTX manual says.
 """
 
-from ptx_cases import arithmetic, memory
-from ptx_cases.case import CASES, Case, module
+from simt.ptx_cases import arithmetic, memory
+from simt.ptx_cases.case import CASES, Case, module
 
 __all__ = ["CASES", "Case", "arithmetic", "memory", "module"]

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
-from ptx_cases.case import (
+from simt.ptx_cases.case import (
     FORMATS,
     LANES,
     Bits,

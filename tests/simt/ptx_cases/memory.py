@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ptx_cases.case import (
+from simt.ptx_cases.case import (
     FORMATS,
     LANES,
     Bits,
