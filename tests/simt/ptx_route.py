@@ -12,14 +12,14 @@ from simt import build, nvcc
 from simt.ptx.emit import translate
 from simt.ptx.parse import parse
 
-ARCHITECTURE = "sm_90"
 
-
-def translated(source: Path, csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD) -> Path:
+def translated(
+    source: Path, architecture: str = "sm_90", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
+) -> Path:
     """The C++ of a source's kernels. `csrc` may be a copy, if `directory` is one of its own."""
     # -lineinfo: so that the emulator's messages name lines of the source.
     flags = ("-lineinfo", f"-I{csrc}", f"-I{build.ROOT / 'tests'}")
-    compiled = nvcc.compile_unit(nvcc.Unit(source, ARCHITECTURE, kind="ptx", flags=flags), directory)
+    compiled = nvcc.compile_unit(nvcc.Unit(source, architecture, kind="ptx", flags=flags), directory)
     output = compiled.path.with_suffix(".cpp")
     text = translate(parse(compiled.path))
     if not output.exists() or output.read_text() != text:

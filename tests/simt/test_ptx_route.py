@@ -43,7 +43,7 @@ def wrappers(program: Path) -> dict[str, str]:
 def wrappers_by_ptx(
     mode: str = "plain", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
 ) -> dict[str, str]:
-    source = translated(HERE / "wrappers.cu", csrc, directory)
+    source = translated(HERE / "wrappers.cu", csrc=csrc, directory=directory)
     return wrappers(build.compile_ptx_driver(HERE / "wrappers_driver.cpp", [source], mode))
 
 
@@ -199,11 +199,29 @@ def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
 
 # ---- the stepwise kernels -----------------------------------------------------------------------
 
+STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule", "architecture"),
+    [
+        ("plain", "random", "sm_90"),
+        ("plain", "fifo", "sm_80"),
+        ("race", "priority", "sm_90"),
+        pytest.param("asan", "random", "sm_90", marks=pytest.mark.full),
+    ],
+)
+def test_stepwise_kernels(mode: str, schedule: str, architecture: str) -> None:
+    """Against float64, on fenced memory."""
+    sources = [translated(source, architecture) for source in STEPWISE]
+    program = build.compile_ptx_driver(HERE / "stepwise_driver.cpp", sources, mode)
+    status, text = run(program, SIMT_SCHEDULE=schedule, ASAN_OPTIONS="detect_leaks=0")
+    assert status == 0, text
+
 
 @pytest.fixture(scope="module")
 def stepwise_kernels() -> TranslatedKernels:
-    sources = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
-    return TranslatedKernels(stepwise_module(), sources)
+    return TranslatedKernels(stepwise_module(), STEPWISE)
 
 
 @pytest.mark.parametrize("name", test_stepwise.CASES)

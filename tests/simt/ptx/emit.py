@@ -304,4 +304,3 @@ def translate(module: Module) -> str:
         name = f"kernel_{identifier(function.name)}"
         lines.append(f'PTX_KERNEL({name}, "{function.name}", {function.parameter_size});')
     return "\n".join([*lines, "}  // namespace ptx", ""])
-

@@ -88,7 +88,8 @@ instruction("bfe.u64 $0, $1, $2, $3;", u64(0x1), u64(1 << 40), u32(40), u32(8))
 instruction("bfi.b32 $0, $1, $2, $3, $4;", b32(0x12ABC5EF), b32(0x345), b32(0x12ABCDEF), u32(8), u32(4))
 instruction("bfi.b64 $0, $1, $2, $3, $4;", b64(0x0F00000000), b64(0xFFF), b64(0), u32(32), u32(4))
 instruction("bmsk.clamp.b32 $0, $1, $2;", b32(0x1F0), b32(4), b32(5))
-instruction("lop3.b32 $0, $1, $2, $3, 0x2A;", b32((~0xF0 | ~0xCC) & 0xAA), b32(0xF0), b32(0xCC), b32(0xAA))
+# The table is what the function makes of 0xF0, 0xCC and 0xAA: here a & ~b | c.
+instruction("lop3.b32 $0, $1, $2, $3, 0xBA;", b32(0x301 & ~0x203 | 0x404), b32(0x301), b32(0x203), b32(0x404))
 instruction("brev.b32 $0, $1;", b32(0x80000001 | 1 << 30), b32(0x80000001 | 1 << 1))
 instruction("popc.b32 $0, $1;", u32(5), b32(0x10F))
 instruction("popc.b64 $0, $1;", u32(5), b64(0x10F << 30))
@@ -167,6 +168,8 @@ instruction("div.rn.f32 $0, $1, $2;", f32(0.25), f32(1), f32(4))
 instruction("div.rn.f64 $0, $1, $2;", f64(0.25), f64(1), f64(4))
 instruction("div.full.f32 $0, $1, $2;", f32(0.25), f32(1), f32(4))
 instruction("min.f32 $0, $1, $2;", f32(-1), f32(NAN), f32(-1))
+instruction("min.NaN.f32 $0, $1, $2;", b32(0x7FFFFFFF), b32(0x7FFFFFFF), f32(-1))
+instruction("max.NaN.f32 $0, $1, $2;", b32(0x7FFFFFFF), f32(-1), b32(0x7FFFFFFF))
 instruction("max.f32 $0, $1, $2;", f32(2), f32(2), f32(-1))
 instruction("min.f64 $0, $1, $2;", f64(-0.0), f64(0.0), f64(-0.0))
 instruction("neg.f32 $0, $1;", f32(-2), f32(2))
@@ -239,6 +242,13 @@ for kind, modes in (("f32", ("rn", "rz", "rm", "rp")), ("f16", ("rn",)), ("bf16"
         instruction(f"mul.{mode}.{kind} $0, $1, $2;", products, operands[0], operands[1])
         instruction(f"fma.{mode}.{kind} $0, $1, $2, $3;", both, *operands)
 
+# What is lost in a double decides: a tie that is none, a whole number that is not reached.
+instruction("add.rm.f32 $0, $1, $2;", f32(1 - 2**-24), f32(1), f32(-(2**-80)))
+instruction("add.rp.f32 $0, $1, $2;", f32(1 + 2**-23), f32(1), f32(2**-80))
+instruction("add.rz.f32 $0, $1, $2;", f32(-(1 - 2**-24)), f32(-1), f32(2**-80))
+instruction("fma.rm.f32 $0, $1, $2, $3;", f32(6 - 2**-21), f32(2), f32(3), f32(-(2**-80)))
+instruction("fma.rn.bf16 $0, $1, $2, $3;", bf16(258 / 256), bf16(7), bf16(37 / 256), bf16(-(2**-60)))
+
 # ---- conversions --------------------------------------------------------------------------------
 
 for kind, mode in (("f16", "rn"), ("bf16", "rn"), ("f16", "rz"), ("bf16", "rz"), ("tf32", "rna")):
@@ -261,6 +271,16 @@ instruction("cvt.f64.f32 $0, $1;", f64(-1.5), f32(-1.5))
 instruction("cvt.rn.f16.f32 $0, $1;", f16(math.inf), f32(65520))
 instruction("cvt.rz.f16.f32 $0, $1;", f16(65504), f32(65535))
 instruction("cvt.rn.bf16.f32 $0, $1;", bf16(-math.inf), f32(-3.4e38))
+LARGEST = f32((2 - 2**-23) * 2.0**127)
+for mode, positive, negative in (
+    ("rn", f32(math.inf), f32(-math.inf)),
+    ("rz", LARGEST, f32(-(2 - 2**-23) * 2.0**127)),
+):
+    instruction(f"cvt.{mode}.f32.f64 $0, $1;", positive, f64(1e300))
+    instruction(f"cvt.{mode}.f32.f64 $0, $1;", negative, f64(-1e300))
+instruction("cvt.rm.f32.f64 $0, $1;", f32(-math.inf), f64(-1e300))
+instruction("cvt.rm.f32.f64 $0, $1;", LARGEST, f64(1e300))
+instruction("cvt.rp.f32.f64 $0, $1;", f32(math.inf), f64(1e300))
 instruction("cvt.rn.f16x2.f32 $0, $1, $2;", pair(f16(2), f16(1)), f32(1), f32(2))
 instruction("cvt.rn.bf16x2.f32 $0, $1, $2;", pair(bf16(2), bf16(1)), f32(1), f32(2))
 instruction("cvt.rn.relu.bf16x2.f32 $0, $1, $2;", pair(bf16(2), bf16(0)), f32(-1), f32(2))
