@@ -9,7 +9,7 @@
 namespace lstm_ext::ops {
 namespace {
 
-LayerResult lstm_layer_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+LayerResult run_layer(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                            at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
                            bool bidirectional) {
   auto [output, h_n, c_n, saved] =
@@ -17,7 +17,7 @@ LayerResult lstm_layer_cpu(const Tensor& input, const OptionalTensor& h0, const 
   return {output, h_n, c_n};
 }
 
-LayerResultAndSaved lstm_layer_forward_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+LayerResultAndSaved run_layer_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                            at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
                                            bool bidirectional) {
   auto [output, h_n, c_n, saved] =
@@ -26,7 +26,7 @@ LayerResultAndSaved lstm_layer_forward_cpu(const Tensor& input, const OptionalTe
   return {output, h_n, c_n, saved[0], saved[1], hidden};
 }
 
-std::vector<Tensor> lstm_layer_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+std::vector<Tensor> run_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                             const OptionalTensor& batch_sizes, const Tensor& output,
@@ -74,10 +74,18 @@ TORCH_LIBRARY(lstm_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
-  m.impl("lstm_layer", &lstm_layer_cpu);
-  m.impl("lstm_layer_forward", &lstm_layer_forward_cpu);
-  m.impl("lstm_layer_backward", &lstm_layer_backward_cpu);
+  m.impl("lstm_layer", &run_layer);
+  m.impl("lstm_layer_forward", &run_layer_forward);
+  m.impl("lstm_layer_backward", &run_layer_backward);
 }
+
+#if defined(LSTM_EXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) {
+  m.impl("lstm_layer", &run_layer);
+  m.impl("lstm_layer_forward", &run_layer_forward);
+  m.impl("lstm_layer_backward", &run_layer_backward);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
   m.impl("lstm_layer", &lstm_layer_autograd);

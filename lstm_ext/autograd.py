@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, reference, transforms
+from . import _backend, _cuda_devices, reference, transforms
 from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
-_OPERATOR_DEVICES = frozenset(("cpu", "meta"))
 
 # Asked in every call, so without the way through the modules.
 _is_compiling = torch.compiler.is_compiling
@@ -73,7 +72,10 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     """Whether the kernels may be called past the dispatcher."""
     if _is_compiling() or _is_jit_tracing():
         return False
-    if input.device != _CPU or input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
+    device = input.device
+    if device != _CPU and (device.type != "cuda" or not _cuda_devices.is_supported(device.index)):
+        return False
+    if input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
     for w in weights:
         if type(w) not in _PLAIN_TYPES:
@@ -98,14 +100,11 @@ def _indirect_layer(
         raise TypeError(
             "LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)"
         )
-    if (
-        input.device.type not in _OPERATOR_DEVICES
-        or input.dtype not in _KERNEL_DTYPES
-        or torch.autograd.forward_ad._current_level >= 0
-        or not _backend.has_kernels()
-    ):
+    if not _has_operators(input.device):
         if input.device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_of_cuda()
+            _warn_of_cuda(_cuda_devices.problem(input.device.index))
+        return reference.lstm_layer
+    if input.dtype not in _KERNEL_DTYPES or torch.autograd.forward_ad._current_level >= 0:
         return reference.lstm_layer
     if torch.compiler.is_compiling():
         return _COMPILED_LAYERS[_transformed_by()]
@@ -118,6 +117,12 @@ def _indirect_layer(
     if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
         return _operator
     return transforms.lstm_layer
+
+
+def _has_operators(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return _cuda_devices.is_supported(device.index)
+    return device.type in ("cpu", "meta") and _backend.has_kernels()
 
 
 def _is_traced(batch_sizes: Tensor) -> bool:
@@ -161,9 +166,9 @@ _COMPILED_LAYERS: dict[str, LayerFunction] = {
 
 
 @functools.cache
-def _warn_of_cuda() -> None:
+def _warn_of_cuda(reason: str) -> None:
     warnings.warn(
-        "lstm_ext has no CUDA kernels yet: it runs on its PyTorch reference, which is slow",
+        f"lstm_ext runs CUDA tensors on its PyTorch reference, which is slow: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )

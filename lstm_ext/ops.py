@@ -15,7 +15,8 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
 
 ``lstm_layer_forward(...) -> (output, h_n, c_n, gates, cells, hidden)``
     The same, and what the backward pass needs: gates (D, T, B, 4H) or (D, N, 4H), cells and, with a projection,
-    hidden (D, T, B, H) or (D, N, H); hidden is empty without one. float32 for the 16-bit dtypes, else input's dtype.
+    hidden (D, T, B, H) or (D, N, H); hidden is empty without one. Of input's dtype; for the 16-bit dtypes cells are
+    float32, and on the CPU gates and hidden too. On CUDA, gates are those before the nonlinearity.
 
 ``lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates, cells,
 hidden, has_bias, bidirectional, wanted) -> Tensor[]``
@@ -141,13 +142,14 @@ def _(
 ) -> _LayerAndSaved:
     results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
     s = _sizes(weights, has_bias, bidirectional)
-    dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    sum_dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    gates_dtype = input.dtype if input.device.type == "cuda" else sum_dtype
     rows = (s.directions, *input.shape[:-1])
     return (
         *results,
-        input.new_empty((*rows, 4 * s.hidden_size), dtype=dtype),
-        input.new_empty((*rows, s.hidden_size), dtype=dtype),
-        input.new_empty((*rows, s.hidden_size) if s.projected else (0,), dtype=dtype),
+        input.new_empty((*rows, 4 * s.hidden_size), dtype=gates_dtype),
+        input.new_empty((*rows, s.hidden_size), dtype=sum_dtype),
+        input.new_empty((*rows, s.hidden_size) if s.projected else (0,), dtype=gates_dtype),
     )
 
 

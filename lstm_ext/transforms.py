@@ -9,7 +9,7 @@ of `reference`, and so is everything where forward-mode AD is on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,23 +131,32 @@ def _pulled_back(
 
 
 # What one call of a function under vmap becomes: one call on a batch that holds all samples, where they share their
-# weights; else one call each. Axis 2 of dense data (T, B, samples, features) and of states (D, B, samples, features),
-# axis 1 of packed data (N, samples, features): the samples of one sequence lie side by side, so that packed data stay
-# sorted by length.
+# weights; else one call each. The batch of dense data holds one sample after the other, which moves whole batches when
+# data is copied. In packed data the samples of one sequence lie side by side, so that they stay sorted by length.
 
 
-def _joined(x: Tensor | None, dim: int | None, samples: int, axis: int) -> Tensor | None:
-    """The samples of ``x`` within the axis before ``axis``; each the same where ``x`` has only one."""
-    if x is None:
-        return None
-    x = x.unsqueeze(axis) if dim is None else x.movedim(dim, axis)
-    shape = list(x.shape)
-    shape[axis] = samples
-    return x.expand(shape).flatten(axis - 1, axis)
+class _Joining(NamedTuple):
+    """Where the axis of the samples goes: into the batch (of packed data: the rows) of each tensor."""
 
+    samples: int
+    packed: bool
 
-def _parted(x: Tensor, samples: int, axis: int) -> Tensor:
-    return x.unflatten(axis - 1, (-1, samples))
+    def joined(self, x: Tensor | None, dim: int | None, batch_axis: int) -> Tensor | None:
+        """All samples of ``x``; each the same where ``x`` has only one."""
+        if x is None:
+            return None
+        axis = self.axis(batch_axis)
+        x = x.unsqueeze(axis) if dim is None else x.movedim(dim, axis)
+        shape = list(x.shape)
+        shape[axis] = self.samples
+        return x.expand(shape).flatten(batch_axis, batch_axis + 1)
+
+    def parted(self, x: Tensor, batch_axis: int) -> Tensor:
+        return x.unflatten(batch_axis, (-1, self.samples) if self.packed else (self.samples, -1))
+
+    def axis(self, batch_axis: int) -> int:
+        """Where `parted` puts the samples."""
+        return batch_axis + 1 if self.packed else batch_axis
 
 
 def _sample(argument: Any, dim: Any, n: int) -> Any:
@@ -196,20 +205,21 @@ class _LayerFunction(torch.autograd.Function):
         if any([d is not None for d in in_dims[6:]]):
             return _one_by_one(cls.apply, samples, in_dims, args)
         input, h0, c0, batch_sizes, bias, bidirectional, *weights = args
-        axis = 2 if batch_sizes is None else 1
+        joining = _Joining(samples, batch_sizes is not None)
+        axis = 1 if batch_sizes is None else 0  # of the batch in the input
         results = cls.apply(
-            _joined(input, in_dims[0], samples, axis),
-            _joined(h0, in_dims[1], samples, 2),
-            _joined(c0, in_dims[2], samples, 2),
+            joining.joined(input, in_dims[0], axis),
+            joining.joined(h0, in_dims[1], 1),
+            joining.joined(c0, in_dims[2], 1),
             None if batch_sizes is None else batch_sizes * samples,
             bias,
             bidirectional,
             *weights,
         )
-        axes = (axis, 2, 2) + (axis + 1,) * (len(results) - 3)
+        axes = (axis, 1, 1) + (axis + 1,) * (len(results) - 3)
         # Without a projection there is no hidden, but an empty tensor in its place.
-        dims = [None if x.dim() == 1 else a for x, a in zip(results, axes, strict=True)]
-        parted = [x if d is None else _parted(x, samples, d) for x, d in zip(results, dims, strict=True)]
+        parted = [x if x.dim() == 1 else joining.parted(x, a) for x, a in zip(results, axes, strict=True)]
+        dims = [None if x.dim() == 1 else joining.axis(a) for x, a in zip(results, axes, strict=True)]
         return tuple(parted), tuple(dims)
 
 
@@ -353,13 +363,15 @@ class _LayerGradients(torch.autograd.Function):
         if any(wanted[3:]) or any([d is not None for d in in_dims[14:]]):
             # Each sample has gradients of the weights of its own.
             return _one_by_one(_LayerGradients.apply, samples, in_dims, args)
-        axis = 2 if batch_sizes is None else 1
-        axes = (axis, 2, 2, axis, axis + 1, axis + 1, axis + 1, axis, 2, 2)
+        joining = _Joining(samples, batch_sizes is not None)
+        axis = 1 if batch_sizes is None else 0  # of the batch in the input
+        axes = (axis, 1, 1, axis, axis + 1, axis + 1, axis + 1, axis, 1, 1)
         joined = [
-            x if x is None or x.dim() == 1 else _joined(x, d, samples, a)
+            x if x is None or x.dim() == 1 else joining.joined(x, d, a)
             for x, d, a in zip(args[4:14], in_dims[4:14], axes, strict=True)
         ]
         sizes = None if batch_sizes is None else batch_sizes * samples
         results = _LayerGradients.apply(wanted, bias, bidirectional, sizes, *joined, *args[14:])
-        dims = tuple([a for a, w in zip((axis, 2, 2), wanted[:3], strict=True) if w])
-        return tuple([_parted(x, samples, a) for x, a in zip(results, dims, strict=True)]), dims
+        batch_axes = [a for a, w in zip((axis, 1, 1), wanted[:3], strict=True) if w]
+        parted = [joining.parted(x, a) for x, a in zip(results, batch_axes, strict=True)]
+        return tuple(parted), tuple([joining.axis(a) for a in batch_axes])

@@ -59,7 +59,8 @@ void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                        const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
                        bool bidirectional) {
-  TORCH_CHECK(input.device().is_cpu(), "lstm_ext: input is on ", input.device(), ", expected the CPU");
+  TORCH_CHECK(input.device().is_cpu() || input.device().is_cuda(), "lstm_ext: input is on ", input.device(),
+              ", expected the CPU or a CUDA device");
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
   const at::ScalarType dtype = input.scalar_type();
   const bool low_precision = dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -71,7 +72,8 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   TORCH_CHECK(!packed || input.dim() == 2, "lstm_ext: input has ", input.dim(),
               " dimensions, expected 2 with batch_sizes: (rows, features)");
   LayerSizes s{};
-  s.compute_type = low_precision ? at::kFloat : dtype;
+  s.sum_type = low_precision ? at::kFloat : dtype;
+  s.gates_type = input.device().is_cpu() ? s.sum_type : dtype;
   if (packed) {
     s.step_offsets = step_offsets(*batch_sizes, input);
     s.steps = static_cast<int64_t>(s.step_offsets.size()) - 1;

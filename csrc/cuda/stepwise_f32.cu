@@ -1,0 +1,3 @@
+#include "cuda/stepwise_launch.cuh"
+
+LSTM_EXT_STEPWISE(float)
