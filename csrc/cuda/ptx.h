@@ -12,7 +12,8 @@
 #define LSTM_KERNEL __global__ void
 #define LSTM_DEVICE __device__ __forceinline__
 #define LSTM_HOST_DEVICE __host__ __device__ __forceinline__
-#define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+// Told no number of blocks, ptxas aims at one of its own, and spills registers to reach it.
+#define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
 #define LSTM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define LSTM_DYNAMIC_SHARED(T, name)                                             \
   extern __shared__ __align__(128) unsigned char lstm_ext_dynamic_shared_bytes[]; \

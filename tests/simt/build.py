@@ -116,20 +116,21 @@ def compile_driver(
     mode: str = "plain",
     defines: Sequence[str] = (),
     include_dirs: Sequence[Path | str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value.
+    `mode` is plain, asan or race; `defines` are NAME or NAME=value; `include_dirs` come before the project's own. `flags` are for the sources, not for the emulator.
     """
     # As system headers: the warnings we want are about our code.
     system = ["-isystem", str(cuda_include())]
-    includes = [f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)]
-    common = [*COMMON_FLAGS, *includes, *system]
-    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines)]
+    common = [*COMMON_FLAGS, *(f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc")), *system]
+    first = [f"-I{path}" for path in include_dirs]
+    driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
     headers = _headers()
     for folder in include_dirs:
-        headers += [path for path in Path(folder).rglob("*") if path.suffix in {".h", ".cuh", ".inc"}]
+        headers += [path for path in Path(folder).rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".inc"}]
     jobs = [(Path(source).resolve(), driver_flags) for source in sources] + [(path, emulator_flags) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
         objects = list(pool.map(lambda job: _object(*job, headers), jobs))
@@ -140,6 +141,32 @@ def compile_driver(
         _run([compiler(), *LINK_FLAGS[mode], *map(str, objects), "-ldl", "-o", str(partial)])
         partial.replace(program)
     return program
+
+
+# Memory has no types in PTX: an f32 may be stored and loaded as a b32.
+PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
+PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
+
+
+def compile_ptx_driver(driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more) -> Path:
+    """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
+    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
+
+
+def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
+    """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
+    flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
+    flags += ["-isystem", str(cuda_include())]
+    headers = _headers()
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
+    name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"
+    library = BUILD / name
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        _run([compiler(), "-shared", *map(str, objects), str(module), "-o", str(partial)])
+        partial.replace(library)
+    return library
 
 
 def build_extension_module(name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()) -> ModuleType:

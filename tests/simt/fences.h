@@ -6,7 +6,7 @@
 
 namespace simt {
 
-constexpr unsigned char kPattern[2] = {0xa5, 0xff};
+constexpr unsigned char kPattern[2] = {0xf5, 0xff};
 
 // The pattern's phase follows from the address, so that neighbouring stretches agree.
 inline unsigned char pattern_at(const char* address) { return kPattern[reinterpret_cast<uintptr_t>(address) & 1]; }

@@ -103,7 +103,7 @@ std::string describe_deadlock() {
   std::map<std::string, unsigned> waiting;
   for (const Thread& thread : machine.threads) {
     if (thread.finished) continue;
-    ++waiting[std::string(thread.doing) + " at " + thread.file + ":" + std::to_string(thread.line) + " in block " +
+    ++waiting[std::string(thread.doing) + " at " + place(thread.file, thread.line) + " in block " +
               std::to_string(thread.block->index.x) + "," + std::to_string(thread.block->index.y) + "," +
               std::to_string(thread.block->index.z)];
   }
@@ -145,7 +145,7 @@ void run_wave(const std::vector<uint64_t>& numbers) {
   std::string& error = machine.error;
   if (error.empty() && machine.live > 0) error = describe_deadlock();
   for (const auto& block : machine.blocks) {
-    if (error.empty() || block->live > 0) add_line(error, check_shared_fences(*block));
+    add_line(error, check_shared_fences(*block));
     retire_shared(*block);
   }
   add_line(error, check_global_fences());
@@ -162,7 +162,12 @@ void clear_wave() {
   machine.messages.clear();
   machine.ready.clear();
   machine.ready_head = 0;
+  machine.running = false;
 }
+
+struct ClearWaveAtEnd {
+  ~ClearWaveAtEnd() { clear_wave(); }
+};
 
 }  // namespace
 
@@ -170,6 +175,8 @@ Options& options() {
   static Options set = options_of_environment();
   return set;
 }
+
+TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes) = nullptr;
 
 void launch(const LaunchConfig& config, std::function<void()> body) {
   check(config);
@@ -179,6 +186,7 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   machine.random.seed(options().seed);
   machine.error.clear();
   machine.messages_sent = 0;
+  machine.clock_has_leapt = false;
   machine.shared_arrays.clear();
   machine.static_shared_end = 0;
   blockDim = config.block;
@@ -202,8 +210,8 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
     for (uint64_t i = first; i < std::min(blocks, first + wave); ++i) {
       numbers.push_back(clusters[i / config.cluster] * config.cluster + i % config.cluster);
     }
+    const ClearWaveAtEnd clear;
     run_wave(numbers);
-    clear_wave();
   }
   if (!machine.error.empty()) throw Error(machine.error);
 }

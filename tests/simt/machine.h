@@ -94,6 +94,7 @@ struct Block {
   std::vector<Thread*> threads;
   BlockBarrier barrier;
   char* shared = nullptr;
+  bool shared_closed = false;
   std::unordered_map<const uint64_t*, Mbarrier> mbarriers;
   // The phase of the cluster barrier in which a peer last took an address in this block's shared memory, plus one.
   uint64_t mapped_in_phase = 0;
@@ -147,6 +148,7 @@ struct Machine {
   size_t ready_head = 0;
   int64_t clock = 0;
   int64_t clock_leap = 1;
+  bool clock_has_leapt = false;  // waits may have expired
   uint64_t polls_without_progress = 0;
 
   std::vector<Message> messages;
@@ -175,6 +177,7 @@ void note_progress();
 void run_threads();
 
 // ---- the parts of a launch ------------------------------------------------------------------------------------------
+std::string place(const char* file, int line);  // "file:line", the file without its folders
 std::string position_of(const Thread& thread);
 // block_barrier.cpp: the rules for leaving
 void check_thread_exit(Thread& thread);
@@ -186,7 +189,8 @@ void check_mbarriers_at_exit(const Block& block);
 // shared_memory.cpp
 void allocate_shared(size_t blocks);
 void prepare_shared(Block& block, size_t index);
-void retire_shared(Block& block);
+void close_shared(Block& block);   // when the block ends
+void retire_shared(Block& block);  // when the wave does
 size_t shared_bytes_per_block();
 std::string check_shared_fences(const Block& block);
 Block* block_of(const void* pointer);  // null where it does not point to shared memory

@@ -192,6 +192,11 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.dynamic_shared = config.dynamic_shared;
   emulated.cluster = config.cluster;
   emulated.cooperative = config.cooperative;
+  if (simt::translated_kernel != nullptr) {
+    const auto translated = simt::translated_kernel(reinterpret_cast<const void*>(kernel), sizeof args);
+    simt::launch(emulated, [translated, args] { translated(reinterpret_cast<const char*>(&args)); });
+    return cudaSuccess;
+  }
   simt::launch(emulated, [kernel, args] { kernel(args); });
   return cudaSuccess;
 }

@@ -26,6 +26,8 @@ struct Event {
 // An asynchronous write that nobody has waited for: later than everything.
 constexpr uint32_t kPending = 0xffffffffu;
 constexpr int kReaders = 3;
+// Clocks take memory and time by the square of it.
+constexpr unsigned kMaxThreads = 16384;
 
 // What is remembered of one place in memory. Of many readers, the latest few.
 struct Place {
@@ -164,6 +166,10 @@ void check_access(unsigned thread, const void* address, size_t bytes, bool write
 
 void begin(unsigned count) {
   if (!enabled) return;
+  if (count > kMaxThreads) {
+    throw Error("simt: " + std::to_string(count) + " threads at once, and the race detector follows up to " +
+                std::to_string(kMaxThreads) + ": fewer resident_blocks, or a smaller case");
+  }
   threads = count;
   knowledge.assign(count, VectorClock(count, 0));
   for (unsigned i = 0; i < count; ++i) tick(i);
@@ -276,7 +282,7 @@ void read_only_access(Thread& thread, const void* address, size_t bytes, const c
 }
 
 void block_ends(Block& block) {
-  if (!enabled) return;
+  if (!enabled || machine.config.cluster == 1) return;
   // The block is over when all its threads are.
   meet(block.threads.data(), block.threads.size());
   const unsigned last = current->id;
@@ -288,6 +294,7 @@ void block_ends(Block& block) {
     for (const Event& reader : place.readers) {
       if (unordered(reader, last, site)) report(range, index, last, true, site, reader, false);
     }
+    place.writer = Event{last + 1, knowledge[last][last], site};
   });
 }
 

@@ -3,7 +3,8 @@
 //
 // Ordered are accesses on both sides of __syncthreads, __syncwarp, a cluster barrier, a release and the acquire that
 // reads it (with __threadfence, also relaxed ones), an mbarrier's phase and a wait for it, a cp.async and a wait for it.
-// Shuffles and mma order nothing. What it reports does not depend on the schedule of this run.
+// Shuffles and mma order nothing. What it reports depends little on the schedule: two accesses need not come close in
+// time. But which release an acquire reads from is a matter of schedule, so random schedules add to what it finds.
 #pragma once
 
 #include <cstddef>

@@ -92,12 +92,17 @@ Statistics& statistics() {
   return counts;
 }
 
+std::string place(const char* file, int line) {
+  const std::string path = file;
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+}
+
 std::string position_of(const Thread& thread) {
   const auto triple = [](const uint3& at) {
     return std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z);
   };
-  return " [block " + triple(thread.block->index) + " thread " + triple(thread.index) + " at " + thread.file + ":" +
-         std::to_string(thread.line) + "]";
+  return " [block " + triple(thread.block->index) + " thread " + triple(thread.index) + " at " +
+         place(thread.file, thread.line) + "]";
 }
 
 void note_position(const char* doing, const char* file, int line) {
@@ -146,6 +151,7 @@ void poll(const char* file, int line) {
       fail("livelock: every thread that can run is polling, and no wait is bounded", file, line);
     }
     if ((polls - quiet) % (machine.live + 1) == 0) {
+      machine.clock_has_leapt = true;
       machine.clock_leap *= 2;
       machine.clock += machine.clock_leap;
     }

@@ -69,18 +69,30 @@ void prepare_shared(Block& block, size_t index) {
   race::watch(block.shared, arena.per_block, kGranularity, "shared");
 }
 
-void retire_shared(Block& block) {
+void close_shared(Block& block) {
+  // Alone in its cluster, it has nobody who could still write to it.
+  if (machine.config.cluster == 1) return;
+  const std::string found = check_shared_fences(block);
+  if (!found.empty()) machine.error = found;
+  for (const auto& [key, array] : machine.shared_arrays) open_array(block.shared + array.offset, array.bytes);
+  open_array(block.shared + kDynamicOffset, machine.config.dynamic_shared);
+  block.shared_closed = true;
   ASAN_POISON_MEMORY_REGION(block.shared, arena.per_block);
-  if (!machine.running) {
-    ASAN_UNPOISON_MEMORY_REGION(block.shared, arena.per_block);
-    race::forget(block.shared);
-  }
+}
+
+void retire_shared(Block& block) {
+  ASAN_UNPOISON_MEMORY_REGION(block.shared, arena.per_block);
+  race::forget(block.shared);
 }
 
 std::string check_shared_fences(const Block& block) {
   const auto check = [&](size_t offset, size_t bytes, const std::string& name) {
     const char* array = block.shared + offset;
     const std::string where = " of shared array " + name + " in block " + std::to_string(block.index.x);
+    if (block.shared_closed) {
+      const std::string late = check_fence(array, array + bytes, "simt: memory was written after the end of the block" + where);
+      if (!late.empty()) return late;
+    }
     std::string found = check_fence(array - kFence, array, "simt: memory was written before the start" + where);
     if (found.empty()) found = check_fence(array + bytes, array + bytes + kFence, "simt: memory was written past the end" + where);
     return found;
