@@ -16,7 +16,7 @@ CXX_FILES = find csrc -name '*.cpp' -o -name '*.h'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
-.PHONY: build test test-full fuzz demo bench-quick lint format clean force
+.PHONY: build test test-full fuzz demo bench-quick gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -37,6 +37,10 @@ demo: build
 
 bench-quick: build
 	$(PY) benchmarks/bench_quick.py $(ARGS)
+
+# On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(LINTERS)
 	$(PY) -m ruff check .
