@@ -12,11 +12,20 @@ LINTERS := $(VENV)/.lstm_ext-linters
 EXTENSION := lstm_ext/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
-CXX_FILES = find csrc -name '*.cpp' -o -name '*.h'
+CXX_FILES = find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
-.PHONY: build test test-full fuzz demo bench-quick gpu-check lint format clean force
+# For cuda-build: a second environment, whose torch is built with CUDA. torch is named here, since PyPI's newest may be
+# for a newer CUDA than the nvcc at hand. A python3.12 that is not there or does not run is replaced by PYTHON.
+CUDA_PYTHON ?= python3.12
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0
+CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
+CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
+CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
+
+.PHONY: build test test-full fuzz demo bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -42,6 +51,13 @@ bench-quick: build
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
+# That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
+# installed, not built in place, where that of VENV is. Needs nvcc, and 12 GB for the environment.
+cuda-build: $(CUDA_INSTALLED)
+	@mkdir -p build/cuda
+	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py
+	cd build/cuda && $(CUDA_PY) -m pytest -q -c ../../pyproject.toml ../../tests $(ARGS)
+
 lint: $(LINTERS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -60,10 +76,11 @@ $(EXTENSION): $(CSRC) setup.py lstm_ext/_build_config.py $(PACKAGES) build/envir
 	@echo "building the extension, about two minutes the first time; the compiler's output is in build/log.txt"
 	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
-# Rewritten, which means a rebuild, only when VENV is another one than last time: its torch may be another one too.
+# Rewritten, which means a rebuild, only when something in it has changed. With another VENV, torch may be another one.
+BUILT_FOR = $(abspath $(VENV)) $(LSTM_EXT_CUDA) $(TORCH_CUDA_ARCH_LIST)
 build/environment: force
 	@mkdir -p build
-	@echo '$(abspath $(VENV))' | cmp -s - $@ || echo '$(abspath $(VENV))' > $@
+	@echo '$(BUILT_FOR)' | cmp -s - $@ || echo '$(BUILT_FOR)' > $@
 
 $(PACKAGES): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -78,4 +95,21 @@ $(PACKAGES): pyproject.toml
 
 $(LINTERS): $(PACKAGES)
 	$(PIP_INSTALL) -e '.[lint]'
+	@touch $@
+
+# Folders of earlier builds may hold modules that are gone; the objects, which take the time, lie elsewhere.
+$(CUDA_INSTALLED): $(CSRC) $(wildcard lstm_ext/*.py lstm_ext/*.pyi) setup.py $(CUDA_PACKAGES)
+	@mkdir -p build/cuda
+	@rm -rf build/lib build/lib.*
+	@echo "building and installing the extension with CUDA; the output is in build/cuda/log.txt"
+	@LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v --no-build-isolation --no-deps --force-reinstall . \
+	  > build/cuda/log.txt 2>&1 || { cat build/cuda/log.txt; exit 1; }
+	@touch $@
+
+$(CUDA_PACKAGES): pyproject.toml
+	@$(CUDA_PY) -m pip --version >/dev/null 2>&1 || \
+	  { $(CUDA_PYTHON) -c '' 2>/dev/null && $(CUDA_PYTHON) -m venv $(CUDA_VENV); } || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PY) -m pip install -q '$(CUDA_TORCH)' 'setuptools>=77'
+	@$(CUDA_PY) -c 'import torch; assert torch.version.cuda, f"error: torch {torch.__version__} is a build without CUDA"'
+	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
 	@touch $@

@@ -10,24 +10,37 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("_build_config", ROOT / "lstm_ext" / "_build_config.py")
 config = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = config  # where its dataclass looks for it
 spec.loader.exec_module(config)
 
 
 def extension_arguments() -> dict:
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ModuleNotFoundError as error:
         sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
 
     try:
         config.check_headers()
         command, compiler = config.find_compiler()
-        ops_sources, module_sources = config.split_sources(ROOT / "csrc")
+        cuda, cuda_reason = config.choose_cuda(torch.version.cuda)
+        ops_sources, module_sources = config.split_sources(ROOT / "csrc", with_cuda=cuda is not None)
     except config.BuildError as error:
         sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
+    if cuda_reason and torch.version.cuda:
+        print(f"warning: the extension is built without CUDA kernels: {cuda_reason}", file=sys.stderr)
     os.environ.setdefault("CXX", command)
     os.environ["PATH"] = config.search_path()
+    if cuda:
+        # Read when cpp_extension is imported.
+        os.environ |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
+
+    built_cuda = str(cuda) if cuda else None
+    device = "cuda" if cuda else "cpu"
 
     class BuildAndRecord(BuildExtension):
         """Leaves beside the libraries a record of the torch that they were built for."""
@@ -46,12 +59,14 @@ def extension_arguments() -> dict:
         def run(self):
             for directory in self.record_directories():
                 record = config.read_record(directory)
-                if record is None or record["torch"] != torch.__version__:
+                if record is None or record["torch"] != torch.__version__ or record.get("cuda") != built_cuda:
                     self.force = True
                 (directory / config.RECORD).unlink(missing_ok=True)
             super().run()
             for directory in self.record_directories():
-                config.write_record(directory, torch.__version__, compiler, config.digest(ROOT / "csrc"))
+                config.write_record(
+                    directory, torch.__version__, compiler, config.digest(ROOT / "csrc"), cuda, cuda_reason
+                )
 
         def get_ext_filename(self, ext_name):
             path = Path(super().get_ext_filename(ext_name))
@@ -68,22 +83,33 @@ def extension_arguments() -> dict:
         def get_outputs(self):
             return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / config.RECORD)]
 
-    def extension(name, sources, link_flags):
+    def extension(name, sources, compile_flags, link_flags):
+        # As system headers, so that our warnings are about our code.
+        header_dirs = [*include_paths(device), *(cuda.header_dirs if cuda else ())]
         return CppExtension(
             name,
             [str(path.relative_to(ROOT)) for path in sources],
             include_dirs=[str(ROOT / "csrc")],
-            # As system headers, so that our warnings are about our code.
-            extra_compile_args=[*config.COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+            library_dirs=library_paths(device),
+            extra_compile_args={
+                "cxx": [*compile_flags, *(f"-isystem{path}" for path in header_dirs)],
+                "nvcc": [*config.NVCC_FLAGS, *(cuda.nvcc_flags if cuda else ())],
+            },
             extra_link_args=link_flags,
-            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+            depends=[
+                str(path.relative_to(ROOT))
+                for kind in ("h", "cuh")
+                for path in (ROOT / "csrc").rglob(f"*.{kind}")
+            ],
         )
 
-    ops = extension(config.OPS_MODULE, ops_sources, config.ops_link_flags(config.OPS_LIBRARY))
+    ops_flags, module_flags = config.compile_flags(cuda), config.module_compile_flags(cuda)
+    ops = extension(config.OPS_MODULE, ops_sources, ops_flags, config.ops_link_flags(config.OPS_LIBRARY))
     ops.libraries.remove("torch_python")
-    module = extension(
-        config.MODULE, module_sources, []
-    )  # linked in build_extension, when it is known where ops is
+    if cuda:
+        ops.libraries += ["cudart", "c10_cuda", "torch_cuda"]
+    # It is linked in build_extension, when it is known where ops is.
+    module = extension(config.MODULE, module_sources, module_flags, [])
     return {"ext_modules": [ops, module], "cmdclass": {"build_ext": BuildAndRecord}}
 
 

@@ -63,4 +63,5 @@ def cpu_plan(
     """
 
 def build_info() -> dict[str, str]:
-    """How this binary was built."""
+    """How this binary was built: ``version``, ``torch``, ``compiler``, and ``cuda``, which is empty without kernels
+    for it, else CUDA's version and the architectures ("13.0 for 8.0 9.0+PTX")."""

@@ -19,13 +19,14 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from . import _build_config as config
+from . import _cuda_kernel
 from ._build_config import BuildError
 
 CHOICES = ("auto", "aot", "jit", "reference")
@@ -44,6 +45,9 @@ class Status:
     reason: str | None = None
     torch_version: str | None = None  # that it was built for
     compiler: str | None = None
+    sources: str | None = None  # their digest
+    cuda: str | None = None  # the CUDA version and the architectures that it has kernels for
+    cuda_reason: str | None = None  # why it has none
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,14 @@ def has_kernels() -> bool:
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def has_cuda_kernels() -> bool:
+    """As `has_kernels`, for CUDA tensors."""
+    return extension() is not None and status().cuda is not None
+
+
+has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def status() -> Status:
     """What extension() found; looks for it first, where nothing has yet."""
     if _result is None:
@@ -140,6 +152,7 @@ def _requested() -> str:
 def _choose() -> tuple[_Result, str | None]:
     """The result, and the text of the warning that is due."""
     requested = _requested()
+    _cuda_kernel.requested()  # as early as for the one above, and once
     if requested == "reference":
         return _Result(None, Status("reference", reason="LSTM_EXT_BACKEND=reference asks for it")), None
 
@@ -158,7 +171,7 @@ def _choose() -> tuple[_Result, str | None]:
 
     try:
         return _load_jit(), None
-    except _Refused as error:
+    except (_Refused, config.SwitchError) as error:
         return _Result(None, Status("reference", reason=str(error)), error=str(error)), None
     except BuildError as error:
         reason = str(error)
@@ -259,7 +272,17 @@ def _load_aot() -> _Result | None:
 
 
 def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:
-    return Status(backend, str(path), str(ops_path), None, record["torch"], record.get("compiler"))
+    return Status(
+        backend,
+        str(path),
+        str(ops_path),
+        None,
+        record["torch"],
+        record.get("compiler"),
+        record.get("sources"),
+        record.get("cuda"),
+        record.get("cuda_reason"),
+    )
 
 
 # ---- built on first use
@@ -299,28 +322,50 @@ def _jit_requirements() -> tuple[str, str]:
 
 def _load_jit() -> _Result:
     source_dir = _jit_sources()
+    reason = config.no_cuda_wanted(torch.version.cuda)
+    if reason is None:
+        # Once it is built, it needs no nvcc: so it is looked for first.
+        directory = _jit_folder(source_dir, "cuda", config.requested_architectures())
+        result = _load_finished(directory)
+        if result is not None:
+            return result
+        cuda, reason = config.choose_cuda(torch.version.cuda)
+        if cuda is not None:
+            return _load_or_build(source_dir, directory, cuda, None)
+    return _load_or_build(source_dir, _jit_folder(source_dir, "cpu"), None, reason)
+
+
+def _jit_folder(source_dir: Path, *kind: str) -> Path:
     # Everything that the library depends on is in the folder's name, so a finished folder never changes.
-    key = config.digest(source_dir, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "")
-    directory = _jit_root() / f"{_JIT_NAME}_{key}"
+    key = config.digest(source_dir, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "", *kind)
+    return _jit_root() / f"{_JIT_NAME}_{key}"
+
+
+def _load_or_build(
+    source_dir: Path, directory: Path, cuda: config.Cuda | None, cuda_reason: str | None
+) -> _Result:
     result = _load_finished(directory)
-    if result is not None:
-        return result
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(directory.with_suffix(".lock")):
-            result = _load_finished(directory)  # another process may have built it while we waited
-            if result is None:
-                _build(source_dir, directory)
-                result = _load_finished(directory)
-    except OSError as error:
-        raise BuildError(
-            f"cannot build in {directory.parent} ({error}): set TORCH_EXTENSIONS_DIR to a folder that you can write."
-        ) from error
+    if result is None:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with _exclusive(directory.with_suffix(".lock")):
+                result = _load_finished(directory)  # another process may have built it while we waited
+                if result is None:
+                    if cuda_reason is not None and torch.version.cuda is not None:
+                        _log.warning("lstm_ext: the extension is built without CUDA kernels: %s", cuda_reason)
+                    _build(source_dir, directory, cuda)
+                    result = _load_finished(directory)
+        except OSError as error:
+            raise BuildError(
+                f"cannot build in {directory.parent} ({error}): "
+                "set TORCH_EXTENSIONS_DIR to a folder that you can write."
+            ) from error
     if result is None:
         raise BuildError(
             f"the library in {directory} does not load: report this with `python -m lstm_ext.info`."
         )
-    return result
+    # Not what was missing when it was built, but what is missing now.
+    return replace(result, status=replace(result.status, cuda_reason=cuda_reason))
 
 
 def _jit_root() -> Path:
@@ -388,10 +433,10 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _build(source_dir: Path, directory: Path) -> None:
+def _build(source_dir: Path, directory: Path, cuda: config.Cuda | None) -> None:
     """Compiles into `directory`; the record is written last, so a folder without one is unfinished."""
     command, compiler = _jit_requirements()
-    ops_sources, module_sources = config.split_sources(source_dir)
+    ops_sources, module_sources = config.split_sources(source_dir, with_cuda=cuda is not None)
     ops_file = f"{_JIT_OPS_NAME}.so"
     if directory.exists():
         # Objects of a killed build, and the lock file that torch would wait for without end. Moved first: its
@@ -402,33 +447,58 @@ def _build(source_dir: Path, directory: Path) -> None:
     directory.mkdir()
     _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
     # torch would warn about a compiler that calls itself something else than g++.
-    with _environment(CXX=command, PATH=config.search_path(), TORCH_DONT_CHECK_COMPILER_ABI="1"):
+    environment = {"CXX": command, "PATH": config.search_path(), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    if cuda is not None:
+        environment |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
+    with _environment(**environment):
         from torch.utils import cpp_extension
 
-        def build(name: str, sources: list[Path], link_flags: list[str]) -> None:
+        if cuda is not None:
+            # Read when it was imported, which may have been long before.
+            cpp_extension.CUDA_HOME = str(cuda.home)
+
+        def build(
+            name: str, sources: list[Path], compile_flags: list[str], link_flags: list[str], with_cuda: bool
+        ) -> None:
+            header_dirs = cuda.header_dirs if cuda is not None and with_cuda else ()
+            nvcc_flags = [*config.NVCC_FLAGS, *cuda.nvcc_flags] if cuda is not None and with_cuda else []
             cpp_extension.load(
                 name,
                 [str(path) for path in sources],
-                extra_cflags=[shlex.quote(flag) for flag in config.COMPILE_FLAGS],
+                extra_cflags=[
+                    shlex.quote(flag)
+                    for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
+                ],
+                extra_cuda_cflags=[shlex.quote(flag) for flag in nvcc_flags],
                 # ninja reads them first and a shell after it.
                 extra_ldflags=[shlex.quote(flag).replace("$", "$$") for flag in link_flags],
                 extra_include_paths=[str(source_dir)],
                 build_directory=str(directory),
-                with_cuda=False,
+                with_cuda=with_cuda,
                 # Only build it: it is imported in one place, _load_finished, whoever built it and when.
                 is_python_module=False,
             )
 
         try:
-            build(_JIT_OPS_NAME, ops_sources, config.ops_link_flags(ops_file))
+            build(
+                _JIT_OPS_NAME,
+                ops_sources,
+                config.compile_flags(cuda),
+                config.ops_link_flags(ops_file),
+                cuda is not None,
+            )
             # By a relative path: the linker runs in the folder.
-            build(_JIT_NAME, module_sources, config.module_link_flags(f"./{ops_file}"))
+            link_flags = config.module_link_flags(f"./{ops_file}")
+            build(_JIT_NAME, module_sources, config.module_compile_flags(cuda), link_flags, False)
         except RuntimeError as error:
-            raise BuildError(f"compiling with `{command}` failed: {_first_error(str(error))}") from error
+            advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
+            raise BuildError(
+                f"compiling with `{command}` failed: {_first_error(str(error))}{advice}"
+            ) from error
         except OSError as error:
             raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
     sizes = _sizes(directory / f"{_JIT_NAME}.so", directory / ops_file)
-    config.write_record(directory, torch.__version__, compiler, config.digest(source_dir), sizes=sizes)
+    config.write_record(directory, torch.__version__, compiler, config.digest(source_dir), cuda, sizes=sizes)
 
 
 def _first_error(output: str) -> str:

@@ -72,7 +72,10 @@ def _to_autocast_dtype(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Sequence[Tensor]]]:
     """What autocast does to the arguments of an operator on its lower-precision list."""
     device_type = input.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # Dynamo of torch 2.11 cannot look into is_autocast_available; these two have it.
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return input, h0, c0, weights
+    if not torch.is_autocast_enabled(device_type):
         return input, h0, c0, weights
     dtype = torch.get_autocast_dtype(device_type)
 

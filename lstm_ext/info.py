@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import _backend
+from . import _backend, _cuda_kernel, _selftest_record
 from . import _build_config as config
 
 
@@ -68,8 +68,43 @@ def _lines() -> list[tuple[str, str]]:
     lines.append(("  aot", "in use" if in_use == "aot" else _aot_state()))
     lines.append(("  jit", "in use" if in_use == "jit" else _jit_state()))
     lines.append(("  reference", "in use" if in_use == "reference" else "works (LSTM_EXT_BACKEND=reference)"))
-    lines.append(("  cuda", "not part of this release; CUDA tensors run on the reference"))
+    lines += _cuda_lines(module is not None, status)
     return lines
+
+
+def _cuda_lines(is_loaded: bool, status: _backend.Status) -> list[tuple[str, str]]:
+    if not is_loaded:
+        lines = [("cuda", "no kernels: the extension is not loaded")]
+    elif status.cuda is None:
+        lines = [("cuda", f"no kernels, CUDA tensors run on the reference: {status.cuda_reason}")]
+    else:
+        lines = [("cuda", f"kernels built with CUDA {status.cuda}")]
+        choice = _cuda_kernel.choice()
+        lines.append(("  kernel", f"{choice.kernel}: {choice.reason}"))
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines.append(("  devices", f"{count or 'none'}; torch is built {built}"))
+    for i in range(count):
+        lines += _device_lines(torch.device("cuda", i), status)
+    return lines
+
+
+def _device_lines(device: torch.device, status: _backend.Status) -> list[tuple[str, str]]:
+    major, minor = torch.cuda.get_device_capability(device)
+    text = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    if status.cuda is None:
+        return [(f"  {device}", f"{text}: runs on the reference")]
+    reason = _cuda_kernel.unsupported((major, minor), status.cuda)
+    if reason is not None:
+        return [(f"  {device}", f"{text}: not supported: {reason}")]
+    entry = _selftest_record.find(device)
+    if entry is None:
+        tested = "not run for this device and build: python -m lstm_ext.selftest"
+    else:
+        results = [(entry.get("passed"), "passed"), (entry.get("failed"), "FAILED")]
+        tested = "; ".join(f"{', '.join(names)} {said}" for names, said in results if names)
+        tested += f" on {entry.get('date')}"
+    return [(f"  {device}", f"{text}: supported"), ("    selftest", tested)]
 
 
 def _changed_sources(status: _backend.Status) -> str | None:

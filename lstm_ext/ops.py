@@ -16,7 +16,7 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
 ``lstm_layer_forward(...) -> (output, h_n, c_n, gates, cells, hidden)``
     The same, and what the backward pass needs: gates (D, T, B, 4H) or (D, N, 4H), cells and, with a projection,
     hidden (D, T, B, H) or (D, N, H); hidden is empty without one. Of input's dtype; for the 16-bit dtypes cells are
-    float32, and on the CPU gates and hidden too.
+    float32, and on the CPU gates and hidden too. On CUDA, gates are those before the nonlinearity.
 
 ``lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates, cells,
 hidden, has_bias, bidirectional, wanted) -> Tensor[]``

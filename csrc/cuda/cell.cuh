@@ -33,6 +33,15 @@ LSTM_DEVICE typename Types<T>::Accumulate summed_gradient(const Step& s, int64_t
   return sum;
 }
 
+template <typename A>
+struct Gates {
+  A i, f, g, o;
+};
+template <typename A>
+LSTM_DEVICE Gates<A> gates_of(const A (&z)[4]) {
+  return {sigmoid(z[0]), sigmoid(z[1]), hyperbolic_tangent(z[2]), sigmoid(z[3])};
+}
+
 template <typename T>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> s) {
   using A = typename Types<T>::Accumulate;
@@ -50,17 +59,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> 
     if (b < s.recurrent_rows) {
       for (int gate = 0; gate < 4; ++gate) z[gate] += s.recurrent_part[(b * 4 + gate) * H + j];
     }
-    const A i = sigmoid(z[0]), f = sigmoid(z[1]), g = hyperbolic_tangent(z[2]), o = sigmoid(z[3]);
-    const A c = f * previous_cell<T>(s.c_previous, b, j, H) + i * g;
-    const T h = narrow<T>(o * hyperbolic_tangent(c));
+    const Gates<A> gates = gates_of(z);
+    const A c = gates.f * previous_cell<T>(s.c_previous, b, j, H) + gates.i * gates.g;
+    const T h = narrow<T>(gates.o * hyperbolic_tangent(c));
     s.c[b * H + j] = c;
     s.h[b * s.h_stride + j] = h;
-    if (s.gates) {
-      T* gates = s.gates + b * 4 * H + j;
-      gates[0] = narrow<T>(i);
-      gates[H] = narrow<T>(f);
-      gates[2 * H] = narrow<T>(g);
-      gates[3 * H] = narrow<T>(o);
+    if (s.pre_activations) {
+      for (int gate = 0; gate < 4; ++gate) s.pre_activations[(b * 4 + gate) * H + j] = narrow<T>(z[gate]);
     }
     if (b >= s.going_on) {
       if (s.h_n) s.h_n[b * H + j] = h;
@@ -78,8 +83,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T
   if (j >= H) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < s.rows; b += stride) {
-    const T* gates = s.gates + b * 4 * H + j;
-    const A i = widen(gates[0]), f = widen(gates[H]), g = widen(gates[2 * H]), o = widen(gates[3 * H]);
+    A z[4];
+    for (int gate = 0; gate < 4; ++gate) z[gate] = widen(s.pre_activations[(b * 4 + gate) * H + j]);
+    const auto [i, f, g, o] = gates_of(z);
     const A tanh_c = hyperbolic_tangent(s.cells[b * H + j]);
     const A dh = summed_gradient<T>(s, b, j, H);
     A dc = dh * o * (1 - tanh_c * tanh_c);

@@ -63,22 +63,23 @@ struct CellForward {
   Accumulate* c;  // (rows, H) contiguous: c_t. May be c_previous.previous
   T* h;           // (rows, H), rows h_stride apart: o * tanh(c_t)
   int64_t h_stride;
-  T* gates;  // (rows, 4H) contiguous: i, f, g, o after the nonlinearity; null in inference
+  T* pre_activations;  // (rows, 4H) contiguous: what i, f, g, o are the nonlinearities of; null in inference
   // Rows from going_on on have no further step: their states are final.
   int64_t going_on;
   T* h_n;  // (B, H) contiguous, or null: with a projection, the host's
   T* c_n;  // (B, H) contiguous
 };
 
-// One step of the backward pass: from dL/dh_t and dL/dc_t to the gate gradients and dL/dc_{t-1}.
+// One step of the backward pass: from dL/dh_t and dL/dc_t to the gate gradients and dL/dc_{t-1}. The gates are computed
+// again: of a gate near 1 in 16 bits, 1 - gate has hardly a digit left, and of its pre-activation it has all.
 template <typename T>
 struct CellBackward {
   using Accumulate = typename Types<T>::Accumulate;
   using Gradient = typename Types<T>::Gradient;
   int64_t rows;
   int64_t hidden_size;
-  const T* gates;           // (rows, 4H) contiguous
-  const Accumulate* cells;  // (rows, H) contiguous: c_t
+  const T* pre_activations;  // (rows, 4H) contiguous
+  const Accumulate* cells;   // (rows, H) contiguous: c_t
   PreviousCell<T> c_previous;
   // dL/dh_t is the sum of these three. The first two may be null.
   const T* grad_output;  // (rows, H), rows grad_output_stride apart

@@ -10,8 +10,8 @@ struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;
-  // Of what is saved for the backward pass: gates, and what a projection projects; cells have sum_type, float32 for
-  // the 16-bit dtypes.
+  // Of what is saved for the backward pass: the gates (on CUDA: before the nonlinearity), and what a projection
+  // projects; cells have sum_type, float32 for the 16-bit dtypes.
   at::ScalarType sum_type;
   at::ScalarType gates_type;
   std::vector<int64_t> step_offsets;  // see LayerShape; empty for dense data

@@ -229,7 +229,7 @@ class StepwiseForward : Stepwise {
         const at::Tensor& h = s.projected ? hidden : output;
         p.h = row_pointer<T>(h, place);
         p.h_stride = h.stride(0);
-        p.gates = row_pointer<T>(gates, step.offset);
+        p.pre_activations = row_pointer<T>(gates, step.offset);
         p.going_on = step.going_on;
         p.h_n = s.projected ? nullptr : row_pointer<T>(h_n);
         p.c_n = row_pointer<T>(c_n);
@@ -346,7 +346,7 @@ class StepwiseBackward : Stepwise {
         cuda::CellBackward<T> p{};
         p.rows = step.rows;
         p.hidden_size = H;
-        p.gates = const_row_pointer<T>(gates, step.offset);
+        p.pre_activations = const_row_pointer<T>(gates, step.offset);
         p.cells = const_row_pointer<A>(cells, step.offset);
         p.c_previous = {step.continuing, const_row_pointer<A>(cells, n > 0 ? steps[n - 1].offset : 0),
                         const_row_pointer<T>(l.c0)};

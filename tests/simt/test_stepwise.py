@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lstm_ext import reference
 
-from .stepwise import emulated_layer
+from emulated_layer import stepwise_module
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -133,7 +133,7 @@ class Layer:
         return [*results, *torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)]
 
     def emulated(self, case: Case, dtype: torch.dtype, tf32: bool = False) -> list[Tensor]:
-        layer = emulated_layer()
+        layer = stepwise_module()
 
         def stored(t: Tensor | None) -> Tensor | None:
             return t if t is None else with_strides(t, "dense").to(dtype)
@@ -227,6 +227,6 @@ def test_products_are_described_as_blas_wants_them(dtype, layout_a, layout_b):
     start = torch.randn(m, n + 2).to(dtype)
     for accumulate in (False, True):
         c = start.clone()[:, :n]
-        emulated_layer().gemm(c, a, b, accumulate, False)
+        stepwise_module().gemm(c, a, b, accumulate, False)
         expected = a.double() @ b.double() + (start[:, :n].double() if accumulate else 0)
         torch.testing.assert_close(c.double(), expected.to(dtype).double(), rtol=4 * EPS[dtype], atol=4 * EPS[dtype])

@@ -1,0 +1,75 @@
+// The one header that every kernel includes: the language of CUDA, and what of PTX the kernels use, under two compilers.
+//
+// nvcc gets inline PTX (cuda/ptx.h). A plain C++ compiler, with LSTM_EXT_SIMT defined and tests/ on the include path,
+// gets calls into the emulator of tests/simt, so that the very same kernel sources run on a CPU. Both sides define the
+// same names:
+//
+//   LSTM_KERNEL, LSTM_DEVICE, LSTM_HOST_DEVICE, LSTM_LAUNCH_BOUNDS(threads)
+//   LSTM_SHARED(T, name, count)          a static shared array, aligned to 16 bytes
+//   LSTM_DYNAMIC_SHARED(T, name)         T* to the dynamic shared memory, aligned to 128 bytes
+//   LSTM_SITE_PARAMETERS, LSTM_SITE      handed on by helpers, so that the emulator names their caller's line; see below
+//   in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers, st_async, now
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#if defined(LSTM_EXT_SIMT)
+#include "simt/platform.h"
+#else
+#include "cuda/ptx.h"
+#endif
+
+namespace lstm_ext::cuda {
+
+// A kernel takes one struct by value.
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                   const Args& args) {
+  LaunchConfig config;
+  config.grid = grid;
+  config.block = block;
+  config.dynamic_shared = dynamic_shared;
+  config.stream = stream;
+  return launch(kernel, config, args);
+}
+
+// Asynchronous copies from global to shared memory. Both addresses are aligned to the bytes copied. The forms with
+// `source_bytes` read so many and fill up with zeros.
+LSTM_DEVICE void cp_async4(void* shared, const void* global LSTM_SITE_PARAMETERS) {
+  cp_async<4>(shared, global, 4 LSTM_SITE);
+}
+LSTM_DEVICE void cp_async8(void* shared, const void* global LSTM_SITE_PARAMETERS) {
+  cp_async<8>(shared, global, 8 LSTM_SITE);
+}
+LSTM_DEVICE void cp_async16(void* shared, const void* global LSTM_SITE_PARAMETERS) {
+  cp_async<16>(shared, global, 16 LSTM_SITE);
+}
+
+LSTM_DEVICE void cluster_sync(LSTM_SITE_ONLY_PARAMETERS) {
+  cluster_arrive(LSTM_SITE_ONLY);
+  cluster_wait(LSTM_SITE_ONLY);
+}
+
+// Waits for the phase of this parity. False: `limit` cycles went by first, and the caller gives up in good order.
+LSTM_DEVICE bool mbarrier_wait(uint64_t* barrier, uint32_t parity, int64_t limit LSTM_SITE_PARAMETERS) {
+  const int64_t start = now();
+  while (!mbarrier_try_wait(barrier, parity LSTM_SITE)) {
+    if (now() - start > limit) return false;
+  }
+  return true;
+}
+
+// The same for a counter in global memory that only grows.
+LSTM_DEVICE bool wait_at_least(const uint32_t* counter, uint32_t value, int64_t limit LSTM_SITE_PARAMETERS) {
+  const int64_t start = now();
+  while (load_acquire(counter LSTM_SITE) < value) {
+    if (now() - start > limit) return false;
+  }
+  return true;
+}
+
+}  // namespace lstm_ext::cuda

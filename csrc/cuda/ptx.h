@@ -1,0 +1,293 @@
+// nvcc's side of platform.h: launches, and inline PTX.
+//
+// Every operand order here is checked by the route of tests/simt that executes nvcc's PTX. What needs sm_90 compiles for
+// sm_80 too, as a trap: the host never launches such a kernel there.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#define LSTM_KERNEL __global__ void
+#define LSTM_DEVICE __device__ __forceinline__
+#define LSTM_HOST_DEVICE __host__ __device__ __forceinline__
+// Told no number of blocks, ptxas aims at one of its own, and spills registers to reach it.
+#define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+#define LSTM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
+#define LSTM_DYNAMIC_SHARED(T, name)                                             \
+  extern __shared__ __align__(128) unsigned char lstm_ext_dynamic_shared_bytes[]; \
+  T* name = reinterpret_cast<T*>(lstm_ext_dynamic_shared_bytes)
+
+#define LSTM_SITE_PARAMETERS
+#define LSTM_SITE
+#define LSTM_SITE_ONLY_PARAMETERS
+#define LSTM_SITE_ONLY
+
+namespace lstm_ext::cuda {
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_shared = 0;
+  cudaStream_t stream = nullptr;
+  unsigned cluster = 1;      // blocks in a cluster, consecutive in x
+  bool cooperative = false;  // all blocks at once, or an error
+};
+
+// The error, if there is one, is the caller's to report: it is not left behind for the next cudaGetLastError.
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args& args) {
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  constexpr unsigned kPortableCluster = 8;
+  cudaError_t status = cudaSuccess;
+  if (config.dynamic_shared > kSharedWithoutAsking) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(config.dynamic_shared));
+  }
+  if (status == cudaSuccess && config.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                  1);
+  }
+  if (status == cudaSuccess) {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t description = {};
+    description.gridDim = config.grid;
+    description.blockDim = config.block;
+    description.dynamicSmemBytes = config.dynamic_shared;
+    description.stream = config.stream;
+    description.attrs = attributes;
+    if (config.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[description.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = config.cluster;
+      cluster.val.clusterDim.y = 1;
+      cluster.val.clusterDim.z = 1;
+    }
+    if (config.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes[description.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
+    status = cudaLaunchKernelEx(&description, kernel, args);
+  }
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define LSTM_SM90(...) __trap()
+#else
+#define LSTM_SM90(...) __VA_ARGS__
+#endif
+
+// An address within shared memory of this block, as most instructions want it.
+LSTM_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- copies from global to shared memory ------------------------------------------------------------------------------
+template <int bytes>
+LSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 16) {  // past the first-level cache, which only this size allows
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "n"(bytes), "r"(source_bytes)
+                 : "memory");
+  }
+}
+LSTM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int groups_left>
+LSTM_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(groups_left) : "memory");
+}
+
+// ---- tensor cores -----------------------------------------------------------------------------------------------------
+LSTM_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+LSTM_DEVICE void ldmatrix_x2(uint32_t (&d)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+LSTM_DEVICE void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+LSTM_DEVICE void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a * b
+LSTM_DEVICE void mma_f16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LSTM_DEVICE void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LSTM_DEVICE void mma_tf32_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LSTM_DEVICE uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// ---- global memory that other blocks wait for -------------------------------------------------------------------------
+LSTM_DEVICE uint32_t load_acquire(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+LSTM_DEVICE uint32_t load_relaxed(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+LSTM_DEVICE void store_release(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
+}
+LSTM_DEVICE void store_relaxed(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
+}
+LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
+}
+
+LSTM_DEVICE int64_t now() { return clock64(); }
+
+// ---- clusters, sm_90 and later ----------------------------------------------------------------------------------------
+LSTM_DEVICE void cluster_arrive() {
+  LSTM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory"));
+}
+LSTM_DEVICE void cluster_wait() { LSTM_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory")); }
+LSTM_DEVICE uint32_t cluster_rank() {
+  uint32_t rank = 0;
+  LSTM_SM90(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
+  return rank;
+}
+LSTM_DEVICE uint32_t cluster_size() {
+  uint32_t size = 1;
+  LSTM_SM90(asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size)));
+  return size;
+}
+// The same place in the shared memory of another block of the cluster.
+template <typename T>
+LSTM_DEVICE T* map_rank(T* own, uint32_t rank) {
+  uint64_t other = 0;
+  LSTM_SM90(asm volatile("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(rank)));
+  return reinterpret_cast<T*>(other);
+}
+// An address within shared memory of any block of the cluster.
+LSTM_DEVICE uint32_t cluster_shared_address(const void* pointer) {
+  uint64_t address = 0;
+  LSTM_SM90(asm("cvta.to.shared::cluster.u64 %0, %1;" : "=l"(address) : "l"(pointer)));
+  return static_cast<uint32_t>(address);
+}
+
+// ---- mbarriers, sm_90 and later ---------------------------------------------------------------------------------------
+LSTM_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  LSTM_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                         :
+                         : "r"(shared_address(barrier)), "r"(arrivals)
+                         : "memory"));
+}
+// Makes the initialisation known to the cluster; a cluster barrier has to follow before a peer uses the barrier.
+LSTM_DEVICE void fence_mbarrier_init() {
+  LSTM_SM90(asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"));
+}
+LSTM_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+  LSTM_SM90(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];"
+                         :
+                         : "r"(shared_address(barrier))
+                         : "memory"));
+}
+LSTM_DEVICE void mbarrier_arrive_remote(uint64_t* barrier) {
+  LSTM_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+                         :
+                         : "r"(cluster_shared_address(barrier))
+                         : "memory"));
+}
+LSTM_DEVICE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  LSTM_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
+                         :
+                         : "r"(shared_address(barrier)), "r"(bytes)
+                         : "memory"));
+}
+LSTM_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  LSTM_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
+                         :
+                         : "r"(shared_address(barrier)), "r"(bytes)
+                         : "memory"));
+}
+// Whether the phase of this parity is complete; the hardware may wait a little before it says no.
+LSTM_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t complete = 0;
+  // Of the cluster's scope: what completes a phase are writes of peers.
+  LSTM_SM90(
+      asm volatile("{\n"
+                   ".reg .pred complete;\n"
+                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+                   "selp.u32 %0, 1, 0, complete;\n"
+                   "}"
+                   : "=r"(complete)
+                   : "r"(shared_address(barrier)), "r"(parity)
+                   : "memory"));
+  return complete != 0;
+}
+
+// Writes to a peer's shared memory and counts the bytes off at an mbarrier of the same peer. Both pointers are from
+// map_rank.
+LSTM_DEVICE void st_async(uint32_t* remote, uint32_t value, uint64_t* remote_barrier) {
+  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                         :
+                         : "r"(cluster_shared_address(remote)), "r"(value), "r"(cluster_shared_address(remote_barrier))
+                         : "memory"));
+}
+LSTM_DEVICE void st_async(uint64_t* remote, uint64_t value, uint64_t* remote_barrier) {
+  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];"
+                         :
+                         : "r"(cluster_shared_address(remote)), "l"(value), "r"(cluster_shared_address(remote_barrier))
+                         : "memory"));
+}
+LSTM_DEVICE void st_async(uint4* remote, const uint4& value, uint64_t* remote_barrier) {
+  LSTM_SM90(
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                   :
+                   : "r"(cluster_shared_address(remote)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
+                     "r"(cluster_shared_address(remote_barrier))
+                   : "memory"));
+}
+
+#undef LSTM_SM90
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,368 @@
+"""python -m lstm_ext.selftest [--device cpu|cuda]: checks every kernel variant on this machine's devices.
+
+Each line is one check: values and all gradients of one layer, through the registered operators, against
+``lstm_ext.reference`` in float64. An error is ``|out - ref| / |ref|`` (2-norms); allowed is twice that of the
+reference at the same dtype + 4 eps, and 64 eps in float64, in which the reference is no more exact than the kernels.
+Exit code 1 if a check fails. What passed is recorded for this user and device (see ``_selftest_record``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _cuda_kernel, _selftest_record, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TF32_EPS = 2.0**-10
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    steps: int = 9
+    batch: int = 5
+    input_size: int = 20
+    hidden_size: int = 24
+    proj_size: int = 0
+    bidirectional: bool = False
+    lengths: tuple[int, ...] | None = None  # of packed data: falling, as many as the batch
+    bias: bool = True
+    states: bool = True  # whether h0 and c0 are given
+    batch_first: bool = False  # in memory; the operators see a transposed view
+
+    @property
+    def batch_sizes(self) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return torch.tensor([sum(length > t for length in self.lengths) for t in range(self.lengths[0])])
+
+
+PACKED = (9, 9, 6, 4, 1)
+CASES = (
+    Case("dense"),
+    Case("one step", steps=1, batch=1),
+    Case("larger", steps=20, batch=33, input_size=70, hidden_size=136),
+    Case("no biases, no initial states", bias=False, states=False),
+    Case("batch-first strides", batch_first=True),
+    Case("packed", lengths=PACKED),
+    Case("bidirectional", bidirectional=True),
+    Case("projection", proj_size=10),
+    Case("packed, bidirectional, projection", lengths=PACKED, bidirectional=True, proj_size=10),
+)
+EVERYTHING = CASES[-1]
+
+
+@functools.cache
+def _numbers(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The arguments by name, rounded to the dtype and held in float64, and a gradient for each result."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).double()
+
+    directions = 2 if case.bidirectional else 1
+    hidden, state = case.hidden_size, case.proj_size or case.hidden_size
+    if case.lengths is not None:
+        rows: tuple[int, ...] = (sum(case.lengths),)
+    else:
+        rows = (case.batch, case.steps) if case.batch_first else (case.steps, case.batch)
+    arguments = {"input": draw(*rows, case.input_size)}
+    if case.states:
+        arguments |= {"h0": draw(directions, case.batch, state), "c0": draw(directions, case.batch, hidden)}
+    for suffix in ("", "_reverse")[:directions]:
+        scale = hidden**-0.5
+        arguments["weight_ih" + suffix] = draw(4 * hidden, case.input_size, scale=scale)
+        arguments["weight_hh" + suffix] = draw(4 * hidden, state, scale=scale)
+        if case.bias:
+            arguments["bias_ih" + suffix] = draw(4 * hidden, scale=scale)
+            arguments["bias_hh" + suffix] = draw(4 * hidden, scale=scale)
+        if case.proj_size:
+            arguments["weight_hr" + suffix] = draw(state, hidden, scale=scale)
+    grads = [
+        draw(*rows, directions * state),
+        draw(directions, case.batch, state),
+        draw(directions, case.batch, hidden),
+    ]
+    return arguments, grads
+
+
+class Problem:
+    """One layer to compute: the arguments hold zeros until `fill`, so that it shows who computes too early."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        arguments, grads = _numbers(case, dtype)
+        self.case = case
+        self.numbers = {name: value.to(device, dtype) for name, value in arguments.items()}
+        self.arguments = {
+            name: torch.zeros_like(value).requires_grad_() for name, value in self.numbers.items()
+        }
+        self.grads = [grad.to(device, dtype) for grad in grads]
+
+    def fill(self) -> None:
+        with torch.no_grad():
+            for name, argument in self.arguments.items():
+                argument.copy_(self.numbers[name])
+
+    def compute(self, layer: Callable[..., Any]) -> Results:
+        """What inference gives, what training gives, and the gradients."""
+        case = self.case
+
+        def run() -> list[Tensor]:
+            named = dict(self.arguments)
+            input, h0, c0 = named.pop("input"), named.pop("h0", None), named.pop("c0", None)
+            if case.batch_first:
+                input = input.transpose(0, 1)
+            weights = list(named.values())
+            output, *states = layer(input, h0, c0, weights, case.batch_sizes, case.bias, case.bidirectional)
+            return [output.transpose(0, 1) if case.batch_first else output, *states]
+
+        with torch.no_grad():
+            inference = run()
+        training = run()
+        gradients = torch.autograd.grad(training, list(self.arguments.values()), self.grads)
+        names = ("output", "h_n", "c_n")
+        results = {f"{name} in inference": t for name, t in zip(names, inference, strict=True)}
+        results |= {name: t.detach() for name, t in zip(names, training, strict=True)}
+        return results | {f"grad of {n}": g for n, g in zip(self.arguments, gradients, strict=True)}
+
+
+def _operator(*arguments: Any) -> Any:
+    return torch.ops.lstm_ext.lstm_layer(*arguments)
+
+
+@functools.cache
+def _expected(case: Case, dtype: torch.dtype) -> tuple[Results, dict[str, float]]:
+    """In float64, and the errors of the reference at the dtype."""
+    cpu = torch.device("cpu")
+    exact, rounded = Problem(case, dtype, cpu), Problem(case, dtype, cpu)
+    exact.numbers = _numbers(case, dtype)[0]
+    exact.arguments = {name: value.clone().requires_grad_() for name, value in exact.numbers.items()}
+    exact.grads = _numbers(case, dtype)[1]
+    rounded.fill()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: on a busy machine, threads that wait for each other are far slower
+    try:
+        ref, at_dtype = exact.compute(reference.lstm_layer), rounded.compute(reference.lstm_layer)
+    finally:
+        torch.set_num_threads(threads)
+    return ref, {name: _error(at_dtype[name], ref[name]) for name in ref}
+
+
+def _error(out: Tensor, ref: Tensor) -> float:
+    out = out.detach().cpu().double()
+    if out.shape != ref.shape:
+        return math.inf
+    error = torch.linalg.vector_norm(out - ref).item() / max(torch.linalg.vector_norm(ref).item(), 1e-30)
+    return error if math.isfinite(error) else math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    passed: bool
+    text: str
+
+
+def judge(results: Results, case: Case, dtype: torch.dtype, eps: float | None = None) -> Verdict:
+    """By the tensor that is nearest to what is allowed, or furthest beyond it."""
+    ref, errors_of_reference = _expected(case, dtype)
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    worst, text = 0.0, ""
+    for name, expected in ref.items():
+        allowed = 64 * eps if dtype == torch.float64 else 2 * errors_of_reference[name] + 4 * eps
+        if results[name].dtype != dtype:
+            return Verdict(False, f"{name} has dtype {results[name].dtype}")
+        error = _error(results[name], expected)
+        if not text or error / allowed > worst:
+            worst, text = error / allowed, f"error {error:.1e}, allowed {allowed:.1e} ({name})"
+    return Verdict(worst <= 1, text)
+
+
+# ---- the ways to run a problem
+
+
+def _plainly(problem: Problem) -> Results:
+    problem.fill()
+    return problem.compute(_operator)
+
+
+def _on_a_stream(problem: Problem) -> Results:
+    """The stream is busy, then fills the arguments: a kernel on another one would read the zeros."""
+    device = next(iter(problem.numbers.values())).device
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        problem.fill()
+        results = problem.compute(_operator)
+    stream.synchronize()
+    return results
+
+
+def _in_a_graph(problem: Problem) -> Results:
+    """Captured with zeros in the arguments, replayed with them, then with the numbers."""
+    device = next(iter(problem.numbers.values())).device
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                problem.compute(_operator)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = problem.compute(_operator)
+        graph.replay()
+        problem.fill()
+        graph.replay()
+        torch.cuda.synchronize()
+    return results
+
+
+@contextlib.contextmanager
+def _fp32_precision(value: str) -> Iterator[None]:
+    places = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = value
+    try:
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            place.fp32_precision = old
+
+
+@dataclass(frozen=True)
+class Check:
+    variant: str
+    name: str
+    run: Callable[[], Verdict]
+
+
+def _check(
+    variant: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    how: Callable[[Problem], Results] = _plainly,
+    note: str = "",
+    precision: str = "ieee",
+) -> Check:
+    def run() -> Verdict:
+        with _fp32_precision(precision) if device.type == "cuda" else contextlib.nullcontext():
+            results = how(Problem(case, dtype, device))
+        return judge(results, case, dtype, TF32_EPS if precision == "tf32" else None)
+
+    name = f"{str(dtype).removeprefix('torch.'):<9}{case.name}{note}"
+    return Check(variant, name, run)
+
+
+def cpu_checks() -> Iterator[Check]:
+    """While one of them is in use, its instruction set is."""
+    module = _backend.extension()
+    assert module is not None
+    before = module.cpu_capability()
+    try:
+        for capability in module.cpu_capabilities():
+            module.set_cpu_capability(capability)
+            for dtype, case in itertools.product(DTYPES, CASES):
+                yield _check(capability, case, dtype, torch.device("cpu"))
+    finally:
+        module.set_cpu_capability(before)
+
+
+def cuda_checks(device: torch.device) -> Iterator[Check]:
+    for kernel in _cuda_kernel.IN_THIS_RELEASE:
+        for dtype, case in itertools.product(DTYPES, CASES):
+            yield _check(kernel, case, dtype, device)
+        for case in CASES:
+            yield _check(kernel, case, torch.float32, device, note=", TF32", precision="tf32")
+        for dtype in DTYPES:
+            yield _check(kernel, EVERYTHING, dtype, device, _on_a_stream, ", on another stream")
+            yield _check(kernel, EVERYTHING, dtype, device, _in_a_graph, ", captured and replayed")
+
+
+def run(device: torch.device, checks: Iterator[Check]) -> bool:
+    """Prints a line for each check and records the result; whether all passed."""
+    good: dict[str, bool] = {}
+    count = failures = 0
+    for check in checks:
+        try:
+            verdict = check.run()
+        except Exception as error:  # whatever it is, it is a line of the report and the others go on
+            verdict = Verdict(False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        good[check.variant] = good.get(check.variant, True) and verdict.passed
+        count += 1
+        failures += not verdict.passed
+        print(
+            f"{'ok' if verdict.passed else 'FAILED':<7}{check.variant:<10}{check.name:<66}{verdict.text}",
+            flush=True,
+        )
+    passed = [variant for variant, is_good in good.items() if is_good]
+    try:
+        _selftest_record.write(device, passed, [variant for variant in good if variant not in passed])
+        recorded = f"recorded in {_selftest_record.path()}"
+    except (OSError, RuntimeError) as error:
+        recorded = f"not recorded: {error}"
+    print(f"{device}: {count - failures} of {count} checks passed; {recorded}")
+    return failures == 0
+
+
+def cuda_devices() -> tuple[list[torch.device], list[str]]:
+    """Those with kernels, and why the others have none."""
+    status = _backend.status()
+    if not torch.cuda.is_available():
+        return [], ["there is no GPU that this torch can use"]
+    if status.cuda is None:
+        return [], [f"the extension has no CUDA kernels: {status.cuda_reason}"]
+    devices, reasons = [], []
+    for i in range(torch.cuda.device_count()):
+        reason = _cuda_kernel.unsupported(torch.cuda.get_device_capability(i), status.cuda)
+        if reason is None:
+            devices.append(torch.device("cuda", i))
+        else:
+            reasons.append(f"{torch.cuda.get_device_name(i)}: {reason}")
+    return devices, reasons
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lstm_ext.selftest", description=(__doc__ or "").partition("\n")[2]
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only this kind")
+    chosen = parser.parse_args().device
+    try:
+        module = _backend.extension()
+    except (ImportError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if module is None:
+        print(f"there is no compiled extension: {_backend.status().reason}", file=sys.stderr)
+        return 1
+    passed = True
+    if chosen != "cuda":
+        passed = run(torch.device("cpu"), cpu_checks())
+    if chosen != "cpu":
+        devices, reasons = cuda_devices()
+        for device in devices:
+            passed = run(device, cuda_checks(device)) and passed
+        for reason in reasons:
+            print(f"cuda: not checked: {reason}")
+        if chosen == "cuda" and not devices:
+            passed = False
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+// The SIMT emulator: runs CUDA C++ kernels, compiled by a plain C++ compiler, on one CPU thread. README.md explains it.
+//
+// Every CUDA thread of a launch is a fiber with a stack of its own; all blocks are alive at once, so that kernels may
+// wait for each other's blocks. A fiber runs until it reaches something that synchronises; the schedule of options.h
+// says which one goes on. This is the interface of drivers (and of code generated from PTX); kernels see platform.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include <vector_types.h>
+
+#include "simt/options.h"
+
+namespace simt {
+
+// What a kernel did wrong. The message names block, thread, file and line.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_shared = 0;
+  unsigned cluster = 1;      // blocks in a cluster, consecutive in x
+  bool cooperative = false;  // all blocks alive at once, whatever options().resident_blocks says
+};
+
+// Runs `body` once for every thread. Throws Error.
+void launch(const LaunchConfig& config, std::function<void()> body);
+
+// What runs in place of a kernel, where a program holds kernels translated from PTX (ptx/README.md); else null.
+using TranslatedKernel = void (*)(const char* args);
+extern TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes);
+
+// Of the thread that runs, for code generated from PTX.
+unsigned lane_index();
+unsigned cluster_rank();
+unsigned cluster_size();
+
+// A clock that every thread reads the same: it advances as threads are scheduled, and in leaps once all threads that
+// can run only poll. A wait bounded by it ends in a deadlock, and not before.
+int64_t clock();
+
+// Ends the launch with an Error.
+[[noreturn]] void fail(const std::string& message, const char* file, int line);
+
+// ---- of a block -----------------------------------------------------------------------------------------------------
+void syncthreads(const char* file, int line);
+void cluster_arrive(const char* file, int line);
+void cluster_wait(const char* file, int line);
+
+// ---- of a warp ------------------------------------------------------------------------------------------------------
+enum class Shuffle { Index, Up, Down, Xor };
+
+void syncwarp(uint32_t mask, const char* file, int line);
+// The value of the lane named; the own one where the lane lies outside the segment of `width` lanes.
+uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, uint32_t argument, int width, const char* file, int line);
+uint32_t ballot(uint32_t mask, bool predicate, const char* file, int line);
+
+// ---- tensor cores (tensor_core.cpp) ---------------------------------------------------------------------------------
+enum class Operand { F16, BF16, TF32 };
+
+// d = a * b + c; m16n8k16 for F16 and BF16, m16n8k8 for TF32; fragments as the PTX manual lays them out.
+void mma(Operand type, float* d, const uint32_t* a, const uint32_t* b, const float* c, const char* file, int line);
+// `matrices` is 1, 2 or 4; lane 8 m + r gives the address of row r of matrix m.
+void ldmatrix(int matrices, bool transposed, uint32_t* registers, const void* row, const char* file, int line);
+// Rounded as cvt.rna.tf32.f32 does: to nearest, ties away from zero.
+uint32_t to_tf32(float value);
+
+// ---- cp.async (async_copy.cpp) --------------------------------------------------------------------------------------
+// Bytes after the first `source_bytes` are zeros.
+void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, const char* file, int line);
+void cp_async_commit(const char* file, int line);
+void cp_async_wait(unsigned groups_left, const char* file, int line);
+void cp_async_wait_all(const char* file, int line);
+
+// ---- shared memory (shared_memory.cpp) ------------------------------------------------------------------------------
+// The array that `key` stands for, in the block of the thread that runs.
+void* shared_array(const void* key, size_t bytes, size_t alignment, const char* name);
+void* dynamic_shared();
+size_t dynamic_shared_bytes();
+// The same place in another block of the cluster.
+void* map_rank(const void* own, unsigned rank, const char* file, int line);
+// 32-bit shared addresses, as PTX has them: the block's rank, counted from one, in the top eight bits, or zeros for the
+// block of the thread that runs.
+uint32_t shared_address(const void* pointer, const char* file, int line);
+void* shared_pointer(uint32_t address, const char* file, int line);
+
+// ---- mbarrier and st.async (mbarrier.cpp) ---------------------------------------------------------------------------
+void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
+void fence_mbarrier_init(const char* file, int line);
+// The memory is free for something else. Only the barrier's own block may.
+void mbarrier_inval(uint64_t* barrier, const char* file, int line);
+// `barrier` may lie in another block of the cluster.
+void mbarrier_arrive(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
+void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, const char* file, int line);
+void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes, const char* file, int line);
+// Whether the phase of this parity is complete. May let other threads run before it answers.
+bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, const char* file, int line);
+// Writes 4, 8 or 16 bytes to `remote` and counts them off at `remote_barrier`, both in the same block of the cluster.
+void st_async(void* remote, const void* value, unsigned bytes, uint64_t* remote_barrier, const char* file, int line);
+
+// ---- global memory (global_memory.cpp) ------------------------------------------------------------------------------
+enum class Order { Relaxed, Acquire, Release, AcquireRelease };
+
+// To be called before an access that other threads may be waiting for. A load lets other threads run first: it is
+// taken for one turn of a polling loop. Neither touches the memory.
+void before_atomic_load(const void* address, unsigned bytes, Order order, const char* file, int line);
+void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line);
+// __ldg, ld.global.nc: for the race detector, which has to know that data came by way of the read-only cache.
+void before_read_only_load(const void* address, unsigned bytes, const char* file, int line);
+void thread_fence(const char* file, int line);
+
+}  // namespace simt

@@ -1,0 +1,97 @@
+#include "simt/global_memory.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "simt/fences.h"
+#include "simt/machine.h"
+
+namespace simt {
+namespace {
+
+// cudaMalloc aligns to 256 bytes; no more here, lest a kernel come to rely on it.
+constexpr size_t kAlignment = 256;
+constexpr size_t kFence = 4096 + kAlignment;
+
+// Not a variable of this file's own, which a buffer of static storage duration might outlive.
+std::vector<const FencedMemory*>& buffers() {
+  static auto* alive = new std::vector<const FencedMemory*>;
+  return *alive;
+}
+
+}  // namespace
+
+FencedMemory::FencedMemory(size_t bytes, size_t granularity, std::string name) : bytes_(bytes), name_(std::move(name)) {
+  const size_t whole = (2 * kFence + bytes + 4095) / 4096 * 4096;
+  allocation_ = static_cast<char*>(std::aligned_alloc(4096, whole));
+  if (allocation_ == nullptr) throw std::bad_alloc();
+  data_ = allocation_ + kFence;
+  fill_with_pattern(allocation_, 2 * kFence + bytes);
+  ASAN_POISON_MEMORY_REGION(allocation_, kFence);
+  ASAN_POISON_MEMORY_REGION(data_ + bytes_, whole - kFence - bytes_);
+  buffers().push_back(this);
+  race::watch(data_, bytes_, std::min<size_t>(granularity, 4), name_);
+}
+
+FencedMemory::~FencedMemory() {
+  race::forget(data_);
+  auto& alive = buffers();
+  alive.erase(std::find(alive.begin(), alive.end(), this));
+  ASAN_UNPOISON_MEMORY_REGION(allocation_, 2 * kFence + bytes_);
+  std::free(allocation_);
+}
+
+std::string FencedMemory::check() const {
+  const auto changed = [](const char* from, const char* to) {
+    ASAN_UNPOISON_MEMORY_REGION(from, static_cast<size_t>(to - from));
+    const bool found = first_change(from, to) != nullptr;
+    ASAN_POISON_MEMORY_REGION(from, static_cast<size_t>(to - from));
+    return found;
+  };
+  const char* end = data_ + bytes_;
+  if (changed(data_ - kFence, data_)) return "simt: memory was written before the start of buffer " + name_;
+  if (changed(end, end + kFence)) return "simt: memory was written past the end of buffer " + name_;
+  return "";
+}
+
+std::string check_global_fences() {
+  for (const FencedMemory* buffer : buffers()) {
+    std::string found = buffer->check();
+    if (!found.empty()) return found;
+  }
+  return "";
+}
+
+WatchedMemory::WatchedMemory(const void* memory, size_t bytes, size_t granularity, const std::string& name)
+    : memory_(memory) {
+  race::watch(memory, bytes, std::min<size_t>(granularity, 4), name);
+}
+
+WatchedMemory::~WatchedMemory() { race::forget(memory_); }
+
+void before_atomic_load(const void* address, unsigned bytes, Order order, const char* file, int line) {
+  poll(file, line);
+  race::atomic_access(*current, address, bytes, /*writes=*/false, order == Order::Acquire, false, file, line);
+}
+
+void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line) {
+  note_position("atomic", file, line);
+  maybe_switch(file, line);
+  note_progress();
+  const bool acquires = order == Order::Acquire || order == Order::AcquireRelease;
+  const bool releases = order == Order::Release || order == Order::AcquireRelease;
+  race::atomic_access(*current, address, bytes, /*writes=*/true, acquires, releases, file, line);
+}
+
+void before_read_only_load(const void* address, unsigned bytes, const char* file, int line) {
+  note_position("read-only load", file, line);
+  race::read_only_access(*current, address, bytes, file, line);
+}
+
+void thread_fence(const char* file, int line) {
+  note_position("__threadfence", file, line);
+  maybe_switch(file, line);
+  race::fence(*current);
+}
+
+}  // namespace simt

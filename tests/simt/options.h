@@ -1,0 +1,59 @@
+// How a launch is emulated. A driver sets simt::options() before it launches; the environment sets the defaults.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+// Which of the threads that can run goes next.
+enum class Schedule {
+  Fifo,      // in turn
+  Random,    // any
+  Priority,  // by priorities drawn per thread, warp or block (the seed chooses) and redrawn now and then
+};
+
+// When an asynchronous operation takes effect.
+enum class Delivery {
+  Now,    // when it is issued
+  Late,   // as late as its rules allow
+  Mixed,  // at any moment between
+};
+
+// How a tensor core adds up the products of one mma.
+enum class MmaSum {
+  Exact,      // exactly, rounded once
+  Truncated,  // terms aligned with the largest, low bits dropped, the sum truncated
+};
+
+struct Options {
+  Schedule schedule = Schedule::Fifo;  // SIMT_SCHEDULE=fifo|random|priority
+  uint64_t seed = 1;                   // SIMT_SEED
+  Delivery copies = Delivery::Late;    // SIMT_COPIES=now|late|mixed, cp.async
+  Delivery messages = Delivery::Late;  // SIMT_MESSAGES=now|late|mixed, st.async
+  MmaSum mma = MmaSum::Exact;          // SIMT_MMA=exact|truncated
+  int mma_bits = 24;                   // Truncated: bits kept below the largest exponent
+  // A cluster kernel that arms an mbarrier twice in a phase waits for bytes that nobody sends. PTX allows several
+  // expect_tx in a phase; the project's protocol does not.
+  bool one_expect_tx_per_phase = true;
+  // Blocks alive at once in a launch that is not cooperative; 0: all of them, up to a bound on threads.
+  unsigned resident_blocks = 0;
+  // The st.async of this number (from 0, in the order of issue) is lost on the way; -1: none.
+  int64_t lose_message = -1;
+  size_t stack_bytes = 0;  // of a thread; 0: enough for this build
+};
+
+// What one launch did, for tests that want to know that a mode was exercised.
+struct Statistics {
+  uint64_t switches = 0;
+  uint64_t barriers = 0;
+  uint64_t polls = 0;
+  uint64_t mmas = 0;
+  uint64_t copies = 0;
+  uint64_t messages = 0;
+};
+
+Options& options();
+Statistics& statistics();
+
+}  // namespace simt

@@ -1,0 +1,288 @@
+// The emulator's side of csrc/cuda/platform.h, which includes it: the names of CUDA and of the kernels' PTX wrappers.
+//
+// Functions take the caller's file and line as default arguments, so that a message names the kernel's line.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <driver_types.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include "simt/emulator.h"
+
+#define LSTM_KERNEL void
+#define LSTM_DEVICE inline
+#define LSTM_HOST_DEVICE inline
+#define LSTM_LAUNCH_BOUNDS(threads)
+// The type of a lambda is another one wherever it is written, and in every instance of a template: it is the array's name.
+#define LSTM_SHARED(T, name, count) T(&name)[count] = ::simt::shared_variable<T[count]>([] {}, #name)
+#define LSTM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::simt::dynamic_shared())
+
+#define LSTM_SITE_ONLY_PARAMETERS const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define LSTM_SITE_ONLY file, line
+#define LSTM_SITE_PARAMETERS , LSTM_SITE_ONLY_PARAMETERS
+#define LSTM_SITE , LSTM_SITE_ONLY
+
+// Of the thread that runs; set by the scheduler.
+extern uint3 threadIdx;
+extern uint3 blockIdx;
+extern dim3 blockDim;
+extern dim3 gridDim;
+constexpr int warpSize = 32;
+
+namespace simt {
+
+template <typename T, typename Key>
+T& shared_variable(Key, const char* name) {
+  static const char key = 0;
+  constexpr size_t kAlignment = alignof(T) > 16 ? alignof(T) : 16;
+  return *static_cast<T*>(shared_array(&key, sizeof(T), kAlignment, name));
+}
+
+template <typename T>
+T shuffle_value(Shuffle kind, uint32_t mask, T value, uint32_t argument, int width, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = shuffle(kind, mask, bits, argument, width, file, line);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The emulator switches threads in before_atomic_write and never between a load and a store.
+template <typename T, typename Change>
+__attribute__((no_sanitize("thread"))) T atomic_change(T* address, Order order, Change change, const char* file,
+                                                       int line) {
+  before_atomic_write(address, sizeof(T), order, file, line);
+  const T before = *address;
+  *address = change(before);
+  return before;
+}
+
+template <typename T>
+__attribute__((no_sanitize("thread"))) T atomic_load(const T* address, Order order, const char* file, int line) {
+  before_atomic_load(address, sizeof(T), order, file, line);
+  return *address;
+}
+
+}  // namespace simt
+
+// ---- of a block and of a warp -----------------------------------------------------------------------------------------
+inline void __syncthreads(LSTM_SITE_ONLY_PARAMETERS) { simt::syncthreads(LSTM_SITE_ONLY); }
+inline void __syncwarp(unsigned mask = 0xffffffffu LSTM_SITE_PARAMETERS) { simt::syncwarp(mask LSTM_SITE); }
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32 LSTM_SITE_PARAMETERS) {
+  return simt::shuffle_value(simt::Shuffle::Index, mask, value, static_cast<uint32_t>(lane), width LSTM_SITE);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32 LSTM_SITE_PARAMETERS) {
+  return simt::shuffle_value(simt::Shuffle::Up, mask, value, delta, width LSTM_SITE);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32 LSTM_SITE_PARAMETERS) {
+  return simt::shuffle_value(simt::Shuffle::Down, mask, value, delta, width LSTM_SITE);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32 LSTM_SITE_PARAMETERS) {
+  return simt::shuffle_value(simt::Shuffle::Xor, mask, value, static_cast<uint32_t>(lanes), width LSTM_SITE);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate != 0 LSTM_SITE);
+}
+inline int __any_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate != 0 LSTM_SITE) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate == 0 LSTM_SITE) == 0;
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------------------
+template <typename T>
+T atomicAdd(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
+  return simt::atomic_change(address, simt::Order::Relaxed, [=](T before) { return before + value; } LSTM_SITE);
+}
+template <typename T>
+T atomicExch(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
+  return simt::atomic_change(address, simt::Order::Relaxed, [=](T) { return value; } LSTM_SITE);
+}
+template <typename T>
+T atomicMax(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
+  return simt::atomic_change(
+      address, simt::Order::Relaxed, [=](T before) { return before < value ? value : before; } LSTM_SITE);
+}
+template <typename T>
+T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
+  return simt::atomic_change(
+      address, simt::Order::Relaxed, [=](T before) { return before == expected ? value : before; } LSTM_SITE);
+}
+inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
+inline void __threadfence_block(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
+template <typename T>
+T __ldg(const T* address LSTM_SITE_PARAMETERS) {
+  simt::before_read_only_load(address, sizeof(T) LSTM_SITE);
+  return *address;
+}
+// Through the second-level cache: an ordinary access, as far as order goes.
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+// ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here ----------------------------------------------
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.f / x; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __int_as_float(int x) {
+  float value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
+}
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
+inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+namespace lstm_ext::cuda {
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_shared = 0;
+  cudaStream_t stream = nullptr;
+  unsigned cluster = 1;
+  bool cooperative = false;
+};
+
+// Runs the kernel to its end. What it does wrong becomes a simt::Error.
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args& args) {
+  simt::LaunchConfig emulated;
+  emulated.grid = config.grid;
+  emulated.block = config.block;
+  emulated.dynamic_shared = config.dynamic_shared;
+  emulated.cluster = config.cluster;
+  emulated.cooperative = config.cooperative;
+  if (simt::translated_kernel != nullptr) {
+    const auto translated = simt::translated_kernel(reinterpret_cast<const void*>(kernel), sizeof args);
+    simt::launch(emulated, [translated, args] { translated(reinterpret_cast<const char*>(&args)); });
+    return cudaSuccess;
+  }
+  simt::launch(emulated, [kernel, args] { kernel(args); });
+  return cudaSuccess;
+}
+
+template <int bytes>
+void cp_async(void* shared, const void* global, int source_bytes LSTM_SITE_PARAMETERS) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  simt::cp_async(shared, global, bytes, static_cast<unsigned>(source_bytes) LSTM_SITE);
+}
+inline void cp_async_commit(LSTM_SITE_ONLY_PARAMETERS) { simt::cp_async_commit(LSTM_SITE_ONLY); }
+template <int groups_left>
+void cp_async_wait(LSTM_SITE_ONLY_PARAMETERS) {
+  simt::cp_async_wait(groups_left LSTM_SITE);
+}
+
+inline void ldmatrix_x4(uint32_t (&d)[4], const void* row LSTM_SITE_PARAMETERS) {
+  simt::ldmatrix(4, false, d, row LSTM_SITE);
+}
+inline void ldmatrix_x2(uint32_t (&d)[2], const void* row LSTM_SITE_PARAMETERS) {
+  simt::ldmatrix(2, false, d, row LSTM_SITE);
+}
+inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row LSTM_SITE_PARAMETERS) {
+  simt::ldmatrix(4, true, d, row LSTM_SITE);
+}
+inline void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row LSTM_SITE_PARAMETERS) {
+  simt::ldmatrix(2, true, d, row LSTM_SITE);
+}
+inline void mma_f16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LSTM_SITE_PARAMETERS) {
+  simt::mma(simt::Operand::F16, d, a, b, d LSTM_SITE);
+}
+inline void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LSTM_SITE_PARAMETERS) {
+  simt::mma(simt::Operand::BF16, d, a, b, d LSTM_SITE);
+}
+inline void mma_tf32_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LSTM_SITE_PARAMETERS) {
+  simt::mma(simt::Operand::TF32, d, a, b, d LSTM_SITE);
+}
+using simt::to_tf32;
+
+inline uint32_t load_acquire(const uint32_t* address LSTM_SITE_PARAMETERS) {
+  return simt::atomic_load(address, simt::Order::Acquire LSTM_SITE);
+}
+inline uint32_t load_relaxed(const uint32_t* address LSTM_SITE_PARAMETERS) {
+  return simt::atomic_load(address, simt::Order::Relaxed LSTM_SITE);
+}
+inline void store_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
+  simt::atomic_change(address, simt::Order::Release, [=](uint32_t) { return value; } LSTM_SITE);
+}
+inline void store_relaxed(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
+  simt::atomic_change(address, simt::Order::Relaxed, [=](uint32_t) { return value; } LSTM_SITE);
+}
+inline void red_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
+  simt::atomic_change(address, simt::Order::Release, [=](uint32_t before) { return before + value; } LSTM_SITE);
+}
+
+inline int64_t now() { return simt::clock(); }
+
+inline void cluster_arrive(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_arrive(LSTM_SITE_ONLY); }
+inline void cluster_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_wait(LSTM_SITE_ONLY); }
+inline uint32_t cluster_rank() { return simt::cluster_rank(); }
+inline uint32_t cluster_size() { return simt::cluster_size(); }
+template <typename T>
+T* map_rank(T* own, uint32_t rank LSTM_SITE_PARAMETERS) {
+  return static_cast<T*>(simt::map_rank(own, rank LSTM_SITE));
+}
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals LSTM_SITE_PARAMETERS) {
+  simt::mbarrier_init(barrier, arrivals LSTM_SITE);
+}
+inline void fence_mbarrier_init(LSTM_SITE_ONLY_PARAMETERS) { simt::fence_mbarrier_init(LSTM_SITE_ONLY); }
+inline void mbarrier_arrive(uint64_t* barrier LSTM_SITE_PARAMETERS) { simt::mbarrier_arrive(barrier, 1 LSTM_SITE); }
+inline void mbarrier_arrive_remote(uint64_t* barrier LSTM_SITE_PARAMETERS) {
+  simt::mbarrier_arrive(barrier, 1 LSTM_SITE);
+}
+inline void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes LSTM_SITE_PARAMETERS) {
+  simt::mbarrier_expect_tx(barrier, bytes LSTM_SITE);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LSTM_SITE_PARAMETERS) {
+  simt::mbarrier_arrive_expect_tx(barrier, bytes LSTM_SITE);
+}
+inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity LSTM_SITE_PARAMETERS) {
+  return simt::mbarrier_try_wait(barrier, parity LSTM_SITE);
+}
+template <typename T>
+void st_async(T* remote, const std::common_type_t<T>& value, uint64_t* remote_barrier LSTM_SITE_PARAMETERS) {
+  static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t> || std::is_same_v<T, uint4>);
+  simt::st_async(remote, &value, sizeof value, remote_barrier LSTM_SITE);
+}
+
+}  // namespace lstm_ext::cuda

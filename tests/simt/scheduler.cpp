@@ -1,0 +1,187 @@
+// Which thread runs, when it stops, and what happens when none can go on.
+#include <algorithm>
+#include <exception>
+
+#include "simt/machine.h"
+
+// The CUDA names of the thread that runs, set at every switch.
+uint3 threadIdx{};
+uint3 blockIdx{};
+dim3 blockDim;
+dim3 gridDim;
+
+namespace simt {
+
+Machine machine;
+Thread* current = nullptr;
+
+namespace {
+
+// Without progress for so many polls per thread that can run, everything else has had its turn: what polls now waits
+// for something that no running thread will do.
+constexpr uint64_t kQuietPollsPerThread = 64;
+// Rounds of polls, after that, in which the clock leaps twice as far each time. A wait bounded by the clock ends in one
+// of them; what still polls after them is not bounded.
+constexpr uint64_t kLeaps = 50;
+
+uint64_t quiet_polls() { return 256 + kQuietPollsPerThread * machine.live; }
+
+uint64_t urgency(const Thread& thread) { return thread.polling ? 0 : *thread.priority; }
+
+Thread* take_ready() {
+  auto& ready = machine.ready;
+  size_t& head = machine.ready_head;
+  const size_t waiting = ready.size() - head;
+  if (waiting == 0) return nullptr;
+  if (options().schedule == Schedule::Random) {
+    std::swap(ready[head], ready[head + machine.random() % waiting]);
+  } else if (options().schedule == Schedule::Priority) {
+    // The best of a sample, or a switch would take time in proportion to the number of threads.
+    size_t best = head + machine.random() % waiting;
+    for (int i = 0; i < 16; ++i) {
+      const size_t other = head + machine.random() % waiting;
+      if (urgency(*ready[other]) > urgency(*ready[best])) best = other;
+    }
+    std::swap(ready[head], ready[best]);
+    if (draw(64)) *ready[head]->priority = machine.random();
+  }
+  Thread* thread = ready[head++];
+  thread->queued = false;
+  if (head == ready.size()) {
+    ready.clear();
+    head = 0;
+  } else if (head > 4096 && head * 2 > ready.size()) {
+    ready.erase(ready.begin(), ready.begin() + static_cast<ptrdiff_t>(head));
+    head = 0;
+  }
+  return thread;
+}
+
+void thread_main() {
+  arrived_on_new_stack(machine.main);
+  try {
+    machine.body();
+    check_thread_exit(*current);
+  } catch (const std::exception& error) {
+    machine.error = std::string("simt: the kernel threw: ") + error.what() + position_of(*current);
+  }
+  current->finished = true;
+  switch_context(current->context, machine.main, /*from_ends=*/true);
+}
+
+void resume(Thread& thread) {
+  if (!thread.started) {
+    thread.started = true;
+    prepare(thread.context, machine.stacks.take(options().stack_bytes), thread_main);
+  }
+  current = &thread;
+  threadIdx = thread.index;
+  blockIdx = thread.block->index;
+  ++statistics().switches;
+  ++machine.clock;
+  switch_context(machine.main, thread.context);
+  current = nullptr;
+  // Not before it has left its stack for good.
+  if (thread.finished) machine.stacks.give_back(thread.context.stack);
+}
+
+}  // namespace
+
+Statistics& statistics() {
+  static Statistics counts;
+  return counts;
+}
+
+std::string place(const char* file, int line) {
+  const std::string path = file;
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+}
+
+std::string position_of(const Thread& thread) {
+  const auto triple = [](const uint3& at) {
+    return std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z);
+  };
+  return " [block " + triple(thread.block->index) + " thread " + triple(thread.index) + " at " +
+         place(thread.file, thread.line) + "]";
+}
+
+void note_position(const char* doing, const char* file, int line) {
+  if (current == nullptr) throw Error(std::string("simt: ") + doing + " outside a kernel");
+  current->doing = doing;
+  current->file = file;
+  current->line = line;
+}
+
+void fail(const std::string& message, const char* file, int line) {
+  if (current == nullptr) throw Error("simt: " + message);
+  note_position(current->doing, file, line);
+  machine.error = "simt: " + message + position_of(*current);
+  // The launch is over: no thread is resumed any more, this one neither.
+  switch_context(current->context, machine.main);
+  std::terminate();
+}
+
+int64_t clock() { return machine.clock; }
+
+void note_progress() {
+  machine.polls_without_progress = 0;
+  machine.clock_leap = 1;
+}
+
+void make_ready(Thread* thread) {
+  if (thread->queued || thread->finished) return;
+  thread->queued = true;
+  machine.ready.push_back(thread);
+}
+
+void wait_here(const char* doing, const char* file, int line) {
+  note_position(doing, file, line);
+  switch_context(current->context, machine.main);
+}
+
+void poll(const char* file, int line) {
+  ++statistics().polls;
+  const uint64_t polls = ++machine.polls_without_progress;
+  const uint64_t quiet = quiet_polls();
+  // All that can run have polled once: nobody is about to do anything else.
+  if (polls >= machine.live + 16 && !machine.messages.empty()) {
+    deliver_messages(/*all_of_them=*/false);
+  } else if (polls > quiet) {
+    if (polls > quiet + kLeaps * (machine.live + 1)) {
+      fail("livelock: every thread that can run is polling, and no wait is bounded", file, line);
+    }
+    if ((polls - quiet) % (machine.live + 1) == 0) {
+      machine.clock_has_leapt = true;
+      machine.clock_leap *= 2;
+      machine.clock += machine.clock_leap;
+    }
+  }
+  current->polling = true;
+  make_ready(current);
+  wait_here("polling", file, line);
+  current->polling = false;
+}
+
+void maybe_switch(const char* file, int line) {
+  if (options().schedule == Schedule::Fifo || !draw(4)) return;
+  make_ready(current);
+  wait_here("running", file, line);
+}
+
+void run_threads() {
+  machine.running = true;
+  while (machine.error.empty()) {
+    if (options().messages == Delivery::Mixed && !machine.messages.empty() && draw(8)) deliver_messages(false);
+    Thread* thread = take_ready();
+    if (thread != nullptr) {
+      resume(*thread);
+    } else if (!machine.messages.empty()) {
+      deliver_messages(/*all_of_them=*/true);  // everybody waits at a barrier, or has left
+    } else {
+      break;
+    }
+  }
+  machine.running = false;
+}
+
+}  // namespace simt

@@ -1,0 +1,286 @@
+"""python -m lstm_ext.selftest: it has to find what is wrong; and which CUDA kernel runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_build import SHOW, Project
+
+from lstm_ext import _backend, _cuda_kernel, _selftest_record, info, reference, selftest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "CASES", (selftest.CASES[0], selftest.EVERYTHING))
+    monkeypatch.setattr(selftest, "DTYPES", (torch.float32, torch.bfloat16))
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["selftest", *arguments])
+    return selftest.main()
+
+
+def test_every_case_passes_on_the_cpu(capability: str) -> None:
+    for dtype in selftest.DTYPES:
+        for case in selftest.CASES:
+            verdict = selftest._check(capability, case, dtype, CPU).run()
+            assert verdict.passed, (case, dtype, verdict.text)
+
+
+def test_report_and_record(few, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    capabilities = _backend.extension().cpu_capabilities()
+    before = _backend.extension().cpu_capability()
+    assert _selftest_record.find(CPU) is None
+    assert run_main(monkeypatch, "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = 4 * len(capabilities)
+    assert len(lines) == count + 1
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert lines[-1] == f"cpu: {count} of {count} checks passed; recorded in {_selftest_record.path()}"
+    assert _backend.extension().cpu_capability() == before
+    entry = _selftest_record.find(CPU)
+    assert entry["passed"] == capabilities
+    assert entry["failed"] == []
+
+    # Once more: the entry is replaced.
+    assert run_main(monkeypatch, "--device", "cpu") == 0
+    assert len(json.loads(_selftest_record.path().read_text())) == 1
+
+
+@pytest.mark.parametrize("changed", ["device", "capability", "driver", "torch", "lstm_ext", "sources"])
+def test_a_record_is_about_one_state_of_things(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    _selftest_record.write(CPU, ["avx2"], [])
+    key = _selftest_record.key_of(CPU)
+    assert set(key) == set(_selftest_record.KEY)
+    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
+    monkeypatch.setattr(_selftest_record, "key_of", lambda device: key | {changed: "another"})
+    assert _selftest_record.find(CPU) is None
+    _selftest_record.write(CPU, [], ["avx2"])
+    monkeypatch.setattr(_selftest_record, "key_of", lambda device: key)
+    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
+
+
+def test_a_damaged_record_counts_as_none() -> None:
+    _selftest_record.path().parent.mkdir(parents=True)
+    for text in ("", "{", '{"device": 1}', "[1, 2]"):
+        _selftest_record.path().write_text(text)
+        assert _selftest_record.find(CPU) is None
+    _selftest_record.write(CPU, ["avx2"], [])
+    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
+
+
+Layer = Callable[..., Any]
+
+
+def slightly_wrong(output, h_n, c_n):
+    return output * (1 + 2e-3), h_n, c_n
+
+
+def wrong_gradient(output, h_n, c_n):
+    """The values are right, their gradient is 1 % too large."""
+    return output, h_n, c_n.detach() + (c_n - c_n.detach()) * 1.01
+
+
+def not_a_number(output, h_n, c_n):
+    return torch.where(torch.arange(output.size(-1)) == 3, torch.nan, output), h_n, c_n
+
+
+def wrong_dtype(output, h_n, c_n):
+    return output, h_n.double(), c_n
+
+
+def wrong_shape(output, h_n, c_n):
+    return output, h_n, c_n[..., :1].expand_as(c_n)
+
+
+def raises(output, h_n, c_n):
+    raise RuntimeError("no such kernel\nand more")
+
+
+@pytest.mark.parametrize(
+    "bug", [slightly_wrong, wrong_gradient, not_a_number, wrong_dtype, wrong_shape, raises]
+)
+def test_a_wrong_kernel_is_found(few, monkeypatch: pytest.MonkeyPatch, capsys, bug: Layer) -> None:
+    right = selftest._operator
+    module = _backend.extension()
+    broken, *sound = module.cpu_capabilities()[::-1]
+
+    def operator(*arguments: Any) -> Any:
+        result = right(*arguments)
+        is_broken = module.cpu_capability() == broken and result[0].dtype == torch.float32
+        return bug(*result) if is_broken else result
+
+    monkeypatch.setattr(selftest, "_operator", operator)
+    assert run_main(monkeypatch, "--device", "cpu") == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert len(failed) == 2  # the two cases in float32
+    assert all(broken in line and "float32" in line for line in failed)
+    if bug is raises:
+        assert failed[0].endswith("RuntimeError: no such kernel")
+    entry = _selftest_record.find(CPU)
+    assert (entry["passed"], entry["failed"]) == (sound[::-1], [broken])
+
+
+def test_where_nothing_can_be_recorded(few, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    assert run_main(monkeypatch, "--device", "cpu") == 0
+    assert "; not recorded: " in capsys.readouterr().out
+
+
+def test_arguments_hold_zeros_until_they_are_filled() -> None:
+    """What the checks on a stream and of a captured graph rely on: both fail if they see the zeros."""
+    case, dtype = selftest.EVERYTHING, torch.float32
+    problem = selftest.Problem(case, dtype, CPU)
+    assert not selftest.judge(problem.compute(selftest._operator), case, dtype).passed
+    problem.fill()
+    assert selftest.judge(problem.compute(selftest._operator), case, dtype).passed
+
+
+def test_precision_is_put_back() -> None:
+    places = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    with selftest._fp32_precision("ieee"):
+        assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+    assert [place.fp32_precision for place in places] == before
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_main(monkeypatch, "--device", "cuda") == 1
+    assert capsys.readouterr().out == "cuda: not checked: there is no GPU that this torch can use\n"
+
+
+def test_without_the_extension(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    returncode, out, err = project.run("-m", "lstm_ext.selftest", CXX="no-such-compiler")
+    assert returncode == 1
+    assert out == ""
+    assert "there is no compiled extension: no C++ compiler was found" in err
+
+
+class Gpus:
+    """GPUs that torch tells of and that nothing runs on."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, built: str | None, *capabilities: tuple[int, int]
+    ) -> None:
+        class Properties:
+            def __init__(self, capability: tuple[int, int]) -> None:
+                self.name, (self.major, self.minor) = "A GPU", capability
+
+        def index(device: torch.device | int) -> int:
+            return device.index if isinstance(device, torch.device) else device
+
+        status = _backend.Status(
+            "aot", "_C.so", "_ops.so", sources="0", cuda=built, cuda_reason=None if built else "none"
+        )
+        monkeypatch.setattr(_backend, "status", lambda: status)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[index(device)])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: Properties(capabilities[index(device)])
+        )
+        monkeypatch.setattr(_selftest_record, "_driver", lambda: "580.65")
+
+
+def test_which_gpus_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6), (9, 0))
+    devices, reasons = selftest.cuda_devices()
+    assert devices == [torch.device("cuda", 1)]
+    assert [reason.partition(": ")[0] for reason in reasons] == ["A GPU", "A GPU"]
+    Gpus(monkeypatch, None, (8, 6))
+    assert selftest.cuda_devices() == ([], ["the extension has no CUDA kernels: none"])
+
+
+def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6))
+    text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, _backend.status())]
+    assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
+    assert text[1] == "kernel: stepwise: the only one in this release"
+    assert text[2].startswith("devices: 2; ")
+    assert text[3].startswith("cuda:0: A GPU, compute capability 7.5: not supported: the kernels need")
+    assert text[4] == "cuda:1: A GPU, compute capability 8.6: supported"
+    assert text[5] == "selftest: not run for this device and build: python -m lstm_ext.selftest"
+
+    _selftest_record.write(torch.device("cuda", 1), ["stepwise"], [])
+    assert info._device_lines(torch.device("cuda", 1), _backend.status())[1][1].startswith(
+        "stepwise passed on 2"
+    )
+    _selftest_record.write(torch.device("cuda", 1), [], ["stepwise"])
+    assert info._device_lines(torch.device("cuda", 1), _backend.status())[1][1].startswith(
+        "stepwise FAILED on 2"
+    )
+
+    Gpus(monkeypatch, None, (8, 6))
+    text = [text for _, text in info._cuda_lines(True, _backend.status())]
+    assert text[0] == "no kernels, CUDA tensors run on the reference: none"
+    assert text[-1] == "A GPU, compute capability 8.6: runs on the reference"
+
+
+def test_cuda_kernels() -> None:
+    """The checks themselves, on every GPU that is here."""
+    devices, reasons = selftest.cuda_devices()
+    if not devices:
+        pytest.skip(reasons[0])
+    for device in devices:
+        for check in selftest.cuda_checks(device):
+            verdict = check.run()
+            assert verdict.passed, (device, check.name, verdict.text)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "the only one in this release"),
+        ("auto", "the only one in this release"),
+        ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
+    ],
+)
+def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reason: str) -> None:
+    monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", value)
+    assert _cuda_kernel.choice() == _cuda_kernel.Choice("stepwise", reason)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            "fast",
+            "LSTM_EXT_CUDA_KERNEL is 'fast': set it to one of auto, stepwise, cluster, grid, or unset it.",
+        ),
+        (
+            "grid",
+            "LSTM_EXT_CUDA_KERNEL=grid: the persistent kernels, cluster and grid, are not part of this release; "
+            "set it to stepwise or auto, or unset it.",
+        ),
+    ],
+)
+def test_kernel_that_is_not_there(value: str, said: str) -> None:
+    """No layer runs then, on no device: what was asked for is not to be had."""
+    run = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        env={"LSTM_EXT_CUDA_KERNEL": value, "PYTHONPATH": str(Path(reference.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"ValueError: {said}"
