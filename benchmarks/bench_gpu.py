@@ -6,10 +6,10 @@
 
 Times are CUDA events, medians with quartiles, both sides alternating. The GPU is idle when a sample starts, so the
 time that launches take is in it; short calls are timed several at once. Per shape and dtype: inference; a training
-step, forward and backward with every gradient, apart; µs a time step; the share that the floor has of the time; the
-peak of memory. The floor is what no implementation can beat on this card: the time of the products at the rate that
-torch.mm reaches here, or of reading and writing arguments and results at the bandwidth of a large copy, whichever is
-longer. gpu_shapes.py says what is measured and in which order; when the budget is spent, the rest is left out and
+step, forward and backward with every gradient, and its two halves; µs a time step; the share that the floor has of the
+time; the peak of memory. The floor is what no implementation can beat on this card: the time of the products at the
+rate that torch.mm reaches here, or of reading arguments and writing results at the bandwidth of a large copy, whichever
+is longer. gpu_shapes.py says what is measured and in which order; when the budget is spent, the rest is left out and
 counted. The file is rewritten after every case.
 """
 
@@ -77,30 +77,47 @@ class Clock:
         return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
 
 
-# A call gives its marks: [start, end], or [start, end of forward, end].
-Call = Callable[[], list[Any]]
+def nothing() -> None:
+    pass
 
 
-def sample(clock: Clock, call: Call, calls: int) -> list[float]:
-    """Milliseconds of a call, in all and between its marks."""
+# Is given a function to call between forward and backward.
+Call = Callable[[Callable[[], None]], None]
+
+
+def sample(clock: Clock, call: Call, calls: int) -> float:
+    """Milliseconds of a call."""
     clock.idle()
-    marks = [call() for _ in range(calls)]
+    start = clock.mark()
+    for _ in range(calls):
+        call(nothing)
+    end = clock.mark()
     clock.idle()
-    total = clock.milliseconds(marks[0][0], marks[-1][-1]) / calls
-    parts = [sum(clock.milliseconds(m[i], m[i + 1]) for m in marks) / calls for i in range(len(marks[0]) - 1)]
-    return [total, *parts]
+    return clock.milliseconds(start, end) / calls
 
 
-def compare(
-    clock: Clock, theirs: Call, ours: Call, budget: float
-) -> tuple[list[list[float]], list[list[float]], int]:
+def halves(clock: Clock, call: Call, repeats: int = 5) -> tuple[float, float]:
+    """Milliseconds of forward and of backward, medians. Apart from the totals: a mark takes time of its own."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        clock.idle()
+        marks = [clock.mark()]
+        call(lambda marks=marks: marks.append(clock.mark()))
+        marks.append(clock.mark())
+        clock.idle()
+        for i, part in enumerate(found):
+            part.append(clock.milliseconds(marks[i], marks[i + 1]))
+    return statistics.median(found[0]), statistics.median(found[1])
+
+
+def compare(clock: Clock, theirs: Call, ours: Call, budget: float) -> tuple[list[float], list[float], int]:
     """Samples of each side in about `budget` seconds, and how many calls a sample has."""
     for call in (theirs, ours, theirs, ours):
         sample(clock, call, 1)
-    once = [min(sample(clock, call, 1)[0] for _ in range(3)) for call in (theirs, ours)]
+    once = [min(sample(clock, call, 1) for _ in range(3)) for call in (theirs, ours)]
     calls = max(1, min(100, round(min(MIN_SAMPLE_MS, 20 * budget) / max(min(once), 1e-3))))
     repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(1e3 * budget / (calls * sum(once)))))
-    samples: tuple[list[list[float]], list[list[float]]] = ([], [])
+    samples: tuple[list[float], list[float]] = ([], [])
     sides = (theirs, ours)
     gc.collect()
     gc.disable()
@@ -135,14 +152,12 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def median_ms(clock: Clock, function: Callable[[], object], repeats: int) -> float:
-    def call() -> list[Any]:
-        start = clock.mark()
+    def call(_: object) -> None:
         function()
-        return [start, clock.mark()]
 
     for _ in range(3):
         sample(clock, call, 1)
-    return statistics.median(sample(clock, call, 1)[0] for _ in range(repeats))
+    return statistics.median(sample(clock, call, 1) for _ in range(repeats))
 
 
 def measure_ceilings(clock: Clock, device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -170,12 +185,11 @@ def floor_ms(case: Case, kind: str, rows: int, ceilings: dict[str, Any]) -> floa
         products += 2 * rows * 4 * h * (features + h)
         weights += 4 * h * (features + h + 2)
     sequences = rows * (case.input_size + h)
-    # Backward: two more products for each; weights and input read again and their gradients written, the output's read.
-    factor = 3 if kind == "training" else 1
-    bytes_moved = width * factor * (weights + sequences)
-    return 1e3 * max(
-        factor * products / ceilings["flops"][case.dtype], bytes_moved / ceilings["bytes_per_second"]
-    )
+    if kind == "training":
+        # Two more products for each; and the output's gradient is read, those of input and weights are written.
+        products, weights, sequences = 3 * products, 2 * weights, 2 * sequences
+    moved = width * (weights + sequences)
+    return 1e3 * max(products / ceilings["flops"][case.dtype], moved / ceilings["bytes_per_second"])
 
 
 # ---- the two sides
@@ -214,11 +228,9 @@ class Sides:
     def inference(self, side: str) -> Call:
         layer = self.layers[side]
 
-        def call() -> list[Any]:
+        def call(_: object) -> None:
             with torch.no_grad():
-                start = self.clock.mark()
                 self.run(layer, self.x)
-                return [start, self.clock.mark()]
 
         return call
 
@@ -226,14 +238,12 @@ class Sides:
         layer, x = self.layers[side], self.x.detach().clone().requires_grad_()
         leaves = [x, *layer.parameters()]
 
-        def call() -> list[Any]:
+        def call(between: Callable[[], None]) -> None:
             for leaf in leaves:
                 leaf.grad = None
-            start = self.clock.mark()
             output = self.run(layer, x)
-            middle = self.clock.mark()
+            between()
             output.backward(self.grad)
-            return [start, middle, self.clock.mark()]
 
         return call
 
@@ -253,10 +263,8 @@ class Sides:
             with torch.cuda.graph(graph):
                 self.run(layer, self.x, states)
 
-        def call() -> list[Any]:
-            start = self.clock.mark()
+        def call(_: object) -> None:
             graph.replay()
-            return [start, self.clock.mark()]
 
         return call
 
@@ -282,13 +290,13 @@ class Sides:
         if self.device.type != "cuda":
             return None
         call = self.training(side)
-        call()
+        call(nothing)
         for p in self.layers[side].parameters():
             p.grad = None
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        call(nothing)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
@@ -325,13 +333,11 @@ def measure(
                 "floor_ms": floor_ms(case, kind, sides.rows, ceilings),
             }
             for side, of_side in zip(("torch", "ours"), samples, strict=True):
-                columns = list(zip(*of_side, strict=True))
-                # harness.timing takes seconds.
-                timing = asdict(harness.timing([ms / 1e3 for ms in columns[0]]))
+                timing = asdict(harness.timing([ms / 1e3 for ms in of_side]))  # which takes seconds
                 timing["us_per_step"] = 1e3 * timing["median"] / case.steps
                 timing["share_of_floor"] = result["floor_ms"] / timing["median"]
                 if kind == "training":
-                    timing["forward"], timing["backward"] = (statistics.median(c) for c in columns[1:])
+                    timing["forward"], timing["backward"] = halves(clock, make(side))
                     timing["peak_bytes"] = sides.peak_memory(side)
                 result[side] = timing
             result["ratio"] = result["torch"]["median"] / result["ours"]["median"]

@@ -59,7 +59,7 @@ LIMITS = {
     "selftest": 60,
     "suite": 200,
     "checks": 120,
-    "sanitizer": 75,
+    "sanitizer": 90,
     "benchmark": 600,
 }
 CORRECTNESS = ("build", "info", "selftest", "suite", "checks", "sanitizer")
