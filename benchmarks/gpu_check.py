@@ -21,37 +21,20 @@ on the CPU: tiny shapes, nothing built, and what needs a GPU is listed as not ru
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "pytest",
-    "expecttest",
-    "hypothesis",
-    "onnx",
-    "matplotlib",
-    "ninja",
-    "setuptools",
-)
+from gpu_session import ROOT, Outcome, Session, judged, version_of
+
 # Seconds that a phase may take at most. The benchmark gets what the others leave.
 LIMITS = {
     "build": 270,
@@ -67,126 +50,10 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 DRY_TESTS = ("tests/test_second_derivatives.py", "tests/test_cell.py", "-k", "hooks or forms_of_hx")
 
 
-@dataclass
-class Outcome:
-    result: str  # "passed", "failed", "incomplete" (no verdict), "not run"
-    reason: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Finished:
-    code: int | None  # None: killed, the time was up
-    log: Path
-
-    @property
-    def tail(self) -> str:
-        # What is committed of it names no folder of the machine.
-        return self.log.read_text(errors="replace")[-3000:].replace(f"{ROOT}{os.sep}", "")
-
-    def __str__(self) -> str:
-        if self.code is None:
-            return "the time was up"
-        return f"ended by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
-
-
-class Session:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.dry = options.dry
-        self.device = "cpu" if options.dry else "cuda"
-        self.output: Path = options.output.resolve()
-        self.logs = self.output.with_name(self.output.stem + "_logs")
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.deadline = time.monotonic() + options.budget
-        self.gpu_works = options.dry
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            # Not the build on first use, nor the reference: they would look like a success.
-            "LSTM_EXT_BACKEND": "aot",
-            # Else some of torch's own products refuse to run under use_deterministic_algorithms.
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        }
-        if options.dry:
-            self.environment["OMP_NUM_THREADS"] = "1"
-        if options.commit:
-            self.environment["LSTM_EXT_COMMIT"] = options.commit
-        self.record: dict[str, Any] = {
-            "format": 1,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-            "dry": options.dry,
-            "git_commit": options.commit,
-            "packages": {name: version_of(name) for name in PACKAGES},
-            "facts": None,
-            "verdict": "unfinished",
-            "phases": [],
-            "benchmark": None,
-        }
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def write(self) -> None:
-        unfinished = self.output.with_name(self.output.name + ".part")
-        unfinished.write_text(json.dumps(self.record, indent=1) + "\n")
-        unfinished.replace(self.output)
-
-    def start(self, name: str, arguments: Sequence[str], **environment: str) -> Child:
-        return Child(arguments, self.logs / f"{name}.txt", {**self.environment, **environment})
-
-    def run(self, name: str, arguments: Sequence[str], seconds: float, **environment: str) -> Finished:
-        return self.start(name, arguments, **environment).wait(time.monotonic() + seconds)
-
-    def python(self, name: str, arguments: Sequence[str], seconds: float, **environment: str) -> Finished:
-        return self.run(name, [sys.executable, *arguments], seconds, **environment)
-
-
-class Child:
-    """A process whose output goes to a file, in a group of its own, so that nothing of it is left behind."""
-
-    def __init__(self, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        self.log = log
-        with log.open("wb") as output:
-            output.write(f"$ {' '.join(map(str, arguments))}\n".encode())
-            output.flush()
-            self.process = subprocess.Popen(
-                [str(a) for a in arguments],
-                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def wait(self, deadline: float) -> Finished:
-        try:
-            return Finished(self.process.wait(max(0.1, deadline - time.monotonic())), self.log)
-        except subprocess.TimeoutExpired:
-            return Finished(None, self.log)
-        finally:
-            self.kill()
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def judged(run: Finished, **details: Any) -> Outcome:
-    if run.code == 0:
-        return Outcome("passed", details=details)
-    return Outcome("failed", str(run), {**details, "output": run.tail})
-
-
 # ---- build
 
 # What a build would be made of, and what is there.
-FITS = """
-import json, torch
+FITS = """import json, torch  # does it fit?
 from lstm_ext import _build_config as config
 record = config.read_record(config.PACKAGE)
 wants_cuda = torch.version.cuda is not None
@@ -211,10 +78,7 @@ print(json.dumps({"problem": problem, "record": record}))
 
 def existing_extension(session: Session) -> dict[str, Any]:
     run = session.python("build_fits", ["-c", FITS], 60)
-    try:
-        return json.loads(run.log.read_text().splitlines()[-1])
-    except (ValueError, IndexError):
-        return {"problem": f"asking for it: {run}", "output": run.tail}
+    return run.last_json() or {"problem": f"asking for it: {run}", "output": run.tail}
 
 
 def build(session: Session, seconds: float) -> Outcome:
@@ -236,8 +100,7 @@ def build(session: Session, seconds: float) -> Outcome:
 
 # ---- info
 
-KERNELS = """
-import torch
+KERNELS = """import torch  # do the kernels run?
 from lstm_ext import _backend, _cuda_devices
 assert _backend.extension() is not None, _backend.status()
 assert torch.cuda.is_available(), "torch finds no GPU"
@@ -256,11 +119,11 @@ def info(session: Session, seconds: float) -> Outcome:
     run = session.python(
         "facts", ["benchmarks/bench_gpu.py", "--facts", "--device", session.device], seconds / 3
     )
-    if run.code == 0:
-        facts = session.record["facts"] = json.loads(run.log.read_text().splitlines()[-1])
+    if facts := run.last_json():
+        session.record["facts"] = facts
         session.record["git_commit"] = facts["git_commit"]
     about = session.python("info", ["-m", "lstm_ext.info"], seconds / 3)
-    details = {"info": about.tail.splitlines(), "facts": run.code == 0}
+    details = {"info": about.tail.splitlines(), "facts": str(run)}
     if session.dry:
         return judged(about, **details)
     kernels = session.python("kernels", ["-W", "error::RuntimeWarning", "-c", KERNELS], seconds / 3)
@@ -273,22 +136,22 @@ def info(session: Session, seconds: float) -> Outcome:
 
 
 def selftest(session: Session, seconds: float) -> Outcome:
-    if not (ROOT / "lstm_ext" / "selftest.py").exists():
+    if not (session.root / "lstm_ext" / "selftest.py").exists():
         return Outcome("not run", "there is no lstm_ext.selftest")
     if session.dry:
         return Outcome("not run", "dry")
     run = session.python("selftest", ["-m", "lstm_ext.selftest", "--device", "cuda"], seconds)
-    lines = run.log.read_text(errors="replace").splitlines()
+    lines = run.text.splitlines()
     return judged(run, summary=lines[-1:], failed=[line for line in lines if line.startswith("FAILED")])
 
 
 # ---- suite
 
 
-def device_tests() -> tuple[list[Path], dict[str, str]]:
+def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
     """The files with tests for CUDA that can be imported here, and why others cannot."""
     files, left_out = [], {}
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(tests.glob("test_*.py")):
         text = path.read_text()
         if "mark.devices" not in text:
             continue
@@ -315,12 +178,12 @@ def shares(files: Sequence[Path], count: int) -> list[list[Path]]:
 def suite(session: Session, seconds: float) -> Outcome:
     if session.record["packages"]["pytest"] is None:
         return Outcome("failed", "pytest is not installed")
-    files, left_out = device_tests()
+    files, left_out = device_tests(session.root / "tests")
     # The checks have a phase of their own.
     files = [path for path in files if path.name != "test_cuda_checks.py"]
     options = ["-m", "pytest", "-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
     groups = [
-        [str(p.relative_to(ROOT)) for p in share]
+        [str(p.relative_to(session.root)) for p in share]
         for share in shares(files, 1 if session.dry else processes())
     ]
     if session.dry:
@@ -391,18 +254,19 @@ def read_junit(path: Path) -> tuple[list[dict[str, str]], dict[str, int]]:
 def checks(session: Session, seconds: float) -> Outcome:
     """One process does them all; if it dies or hangs, another one does the rest."""
     listing = session.python("checks_list", ["-c", LIST_CHECKS], 60)
-    if listing.code != 0:
+    to_do: list[str] = listing.last_json() or []
+    if listing.code != 0 or not to_do:
         return Outcome("failed", f"the checks cannot be listed: {listing}", {"output": listing.tail})
-    to_do: list[str] = json.loads(listing.log.read_text().splitlines()[-1])
     results: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + seconds
     quick = ["--quick"] if session.dry else []
     while to_do and time.monotonic() < deadline:
         arguments = ["tests/cuda_checks.py", "--device", session.device, *quick, *to_do]
         # No check takes longer than a third of the time: a hang leaves time for the others.
-        run = run_checks(session, f"checks{len(results)}", arguments, deadline, seconds / 3)
+        child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments])
+        run = child.wait_while_it_talks(deadline, seconds / 3)
         started = None
-        for line in run.log.read_text(errors="replace").splitlines():
+        for line in run.text.splitlines():
             try:
                 said = json.loads(line)
             except ValueError:
@@ -428,32 +292,11 @@ def checks(session: Session, seconds: float) -> Outcome:
     return Outcome("failed" if count["failed"] else "passed", reason, {"checks": list(results.values())})
 
 
-LIST_CHECKS = """
-import json, sys
+LIST_CHECKS = """import json, sys  # which checks are there?
 sys.path.insert(0, "tests")
 import cuda_checks
 print(json.dumps(list(cuda_checks.CHECKS)))
 """
-
-
-def run_checks(
-    session: Session, name: str, arguments: Sequence[str], deadline: float, patience: float
-) -> Finished:
-    """Until the end, the deadline, or until nothing new has been said for `patience` seconds."""
-    child = session.start(name, [sys.executable, "-u", *arguments])
-    size, since = -1, time.monotonic()
-    try:
-        while time.monotonic() < deadline:
-            if child.process.poll() is not None:
-                return Finished(child.process.returncode, child.log)
-            if child.log.stat().st_size != size:
-                size, since = child.log.stat().st_size, time.monotonic()
-            if time.monotonic() - since > patience:
-                break
-            time.sleep(0.1)
-        return Finished(None, child.log)
-    finally:
-        child.kill()
 
 
 # ---- sanitizer
@@ -578,7 +421,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=BENCHMARKS / "results" / "local_gpu_check.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "local_gpu_check.json"
+    )
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (570)")
     parser.add_argument(
         "--skip", nargs="+", choices=PHASES, default=[], metavar="PHASE", help=", ".join(PHASES)
@@ -629,7 +474,7 @@ def report(session: Session) -> None:
     else:
         print("no picture: matplotlib is not installed")
     run = session.python("report", [str(a) for a in arguments], 60)
-    print(run.log.read_text(errors="replace").partition("\n")[2])
+    print(run.text.partition("\n")[2])
 
 
 if __name__ == "__main__":

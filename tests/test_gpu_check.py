@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402
 import gpu_shapes  # noqa: E402
 import report_gpu  # noqa: E402
+from gpu_session import Session  # noqa: E402
 from test_benchmarks import run  # noqa: E402
 
 
@@ -99,14 +100,11 @@ def test_the_grid():
 
 
 @pytest.fixture
-def session(tmp_path, monkeypatch):
+def session(tmp_path):
     """In a project of its own, whose tests and checks are what the test writes there."""
-    root = tmp_path / "project"
-    (root / "tests").mkdir(parents=True)
-    monkeypatch.setattr(gpu_check, "ROOT", root)
-    monkeypatch.setattr(gpu_check, "TESTS", root / "tests")
+    (tmp_path / "project" / "tests").mkdir(parents=True)
     options = argparse.Namespace(dry=True, output=tmp_path / "out.json", budget=100.0, commit=None)
-    return gpu_check.Session(options)
+    return Session(options, tmp_path / "project")
 
 
 CHECKS = """
@@ -126,7 +124,7 @@ if __name__ == "__main__":
 
 
 def test_a_check_that_dies_or_hangs_leaves_the_others(session):
-    (gpu_check.TESTS / "cuda_checks.py").write_text(CHECKS)
+    (session.root / "tests" / "cuda_checks.py").write_text(CHECKS)
     outcome = gpu_check.checks(session, 9.0)
     assert outcome.result == "failed"
     found = {c["check"]: (c["result"], c.get("reason")) for c in outcome.details["checks"]}
@@ -140,7 +138,7 @@ def test_a_check_that_dies_or_hangs_leaves_the_others(session):
 
 
 def test_checks_that_cannot_be_imported(session):
-    (gpu_check.TESTS / "cuda_checks.py").write_text("import nothing_of_this_name\n")
+    (session.root / "tests" / "cuda_checks.py").write_text("import nothing_of_this_name\n")
     outcome = gpu_check.checks(session, 20.0)
     assert outcome.result == "failed"
     assert "nothing_of_this_name" in outcome.details["output"]
@@ -160,10 +158,10 @@ def pytest_configure(config): config.addinivalue_line("markers", "devices(*names
 """
 
 
-def test_a_suite_with_a_failure_and_one_that_hangs(session, monkeypatch):
-    (gpu_check.TESTS / "conftest.py").write_text(CONFTEST)
-    (gpu_check.TESTS / "test_some.py").write_text(SUITE)
-    (gpu_check.TESTS / "test_not_for_devices.py").write_text("def test_bad(): assert False\n")
+def test_a_suite_with_a_failure_and_one_that_hangs(session):
+    (session.root / "tests" / "conftest.py").write_text(CONFTEST)
+    (session.root / "tests" / "test_some.py").write_text(SUITE)
+    (session.root / "tests" / "test_not_for_devices.py").write_text("def test_bad(): assert False\n")
     session.dry = False
     outcome = gpu_check.suite(session, 60.0)
     assert outcome.result == "failed"
@@ -180,9 +178,9 @@ def test_a_suite_with_a_failure_and_one_that_hangs(session, monkeypatch):
 
 
 def test_a_suite_of_which_nothing_runs_has_not_passed(session):
-    (gpu_check.TESTS / "conftest.py").write_text(CONFTEST)
+    (session.root / "tests" / "conftest.py").write_text(CONFTEST)
     text = "import pytest\n@pytest.mark.devices('cuda')\ndef test_one(): pytest.skip('so')\n"
-    (gpu_check.TESTS / "test_some.py").write_text(text)
+    (session.root / "tests" / "test_some.py").write_text(text)
     session.dry = False
     assert gpu_check.suite(session, 60.0).result == "failed"
 
