@@ -29,7 +29,9 @@ import sys
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,64 +165,57 @@ def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
     return files, left_out
 
 
-def shares(files: Sequence[Path], count: int) -> list[list[Path]]:
-    """About as much work for each process. Compiling takes longer than the length of a file tells."""
-    slow = {"test_compile.py": 4, "test_ops.py": 2, "test_export.py": 2}
-    result: list[list[Path]] = [[] for _ in range(count)]
-    weights = [0] * count
-    for path in sorted(files, key=lambda p: -p.stat().st_size * slow.get(p.name, 1)):
-        lightest = weights.index(min(weights))
-        result[lightest].append(path)
-        weights[lightest] += path.stat().st_size * slow.get(path.name, 1)
-    return [share for share in result if share]
+def by_length(files: Sequence[Path]) -> list[Path]:
+    """The longest first. Compiling takes longer than the length of a file tells."""
+    slow = {"test_compile.py": 4, "test_ops.py": 2}
+    return sorted(files, key=lambda path: -path.stat().st_size * slow.get(path.name, 1))
 
 
 def suite(session: Session, seconds: float) -> Outcome:
+    """Each file in a process of its own: an illegal access leaves nothing behind that works."""
     if session.record["packages"]["pytest"] is None:
         return Outcome("failed", "pytest is not installed")
     files, left_out = device_tests(session.root / "tests")
-    # The checks have a phase of their own.
-    files = [path for path in files if path.name != "test_cuda_checks.py"]
-    options = ["-m", "pytest", "-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
-    groups = [
-        [str(p.relative_to(session.root)) for p in share]
-        for share in shares(files, 1 if session.dry else processes())
-    ]
+    groups = [[str(path.relative_to(session.root))] for path in by_length(files)]
+    for group in groups:
+        if group[0].endswith("test_cuda_checks.py"):
+            group += ["-k", "not test_checks"]  # they have a phase of their own
     if session.dry:
         groups = [list(DRY_TESTS)]
     deadline = time.monotonic() + seconds
-    children = []
-    for i, group in enumerate(groups):
-        report = session.logs / f"suite{i}.xml"
+    options = ["-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
+    options += ["-o", "faulthandler_timeout=60"]  # so that it shows where one hangs
+
+    def run(group: list[str]) -> dict[str, Any]:
+        name = f"suite_{Path(group[0]).stem}"
+        report = session.logs / f"{name}.xml"
         report.unlink(missing_ok=True)
-        arguments = [sys.executable, *options, f"--junitxml={report}", *group]
-        children.append((group, report, session.start(f"suite{i}", arguments)))
-    totals = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    failed: list[dict[str, str]] = []
-    ends, slowest = [], []
-    for group, report, child in children:
-        run = child.wait(deadline)
-        ends.append({"tests": group, "end": str(run)})
-        if run.code != 0:
-            ends[-1]["output"] = run.tail
-        try:
-            cases, counted = read_junit(report)
-        except (OSError, ElementTree.ParseError):
-            continue  # killed before it was written; `end` says so
-        for name in totals:
-            totals[name] += counted[name]
-        failed += [c for c in cases if c["result"] in ("failure", "error")]
-        slowest += [(float(c["seconds"]), c["test"]) for c in cases]
-    good = all(end["end"] == "exit code 0" for end in ends) and totals["tests"] > totals["skipped"]
+        if time.monotonic() > deadline:
+            return {"tests": group[0], "end": "the time was up before it began", "cases": []}
+        child = session.start(
+            name, [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
+        )
+        finished = child.wait(deadline)
+        result = {"tests": group[0], "end": str(finished), "cases": read_junit(report)}
+        return result if finished.code == 0 else result | {"output": finished.tail}
+
+    with ThreadPoolExecutor(processes()) as pool:
+        ends = list(pool.map(run, groups))
+    cases = [case for end in ends for case in end.pop("cases")]
+    count = Counter(case["result"] for case in cases)
+    failed = [case for case in cases if case["result"] in ("failure", "error")]
+    good = all(end["end"] == "exit code 0" for end in ends) and count["passed"] > 0
+    slowest = sorted(cases, key=lambda case: -case["seconds"])[:10]
     return Outcome(
         "passed" if good else "failed",
-        f"{totals['tests']} tests, {len(failed)} failed, {totals['skipped']} skipped",
+        f"{len(cases)} tests, {len(failed)} failed, {count['skipped']} skipped",
         {
-            **totals,
+            "tests": len(cases),
+            **count,
             "left_out": left_out,
             "failed": failed[:200],
-            "processes": ends,
-            "slowest": [f"{s:.1f} s {test}" for s, test in sorted(slowest, reverse=True)[:10]],
+            "files": ends,
+            "slowest": [f"{case['seconds']} s {case['test']}" for case in slowest],
         },
     )
 
@@ -229,23 +224,24 @@ def processes() -> int:
     return max(1, min(6, len(os.sched_getaffinity(0)) // 2))
 
 
-def read_junit(path: Path) -> tuple[list[dict[str, str]], dict[str, int]]:
-    cases, counts = [], {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    plural = {"failure": "failures", "error": "errors", "skipped": "skipped"}
-    for case in ElementTree.parse(path).iter("testcase"):
-        found = next((child for child in case if child.tag in plural), None)
-        counts["tests"] += 1
-        if found is not None:
-            counts[plural[found.tag]] += 1
+def read_junit(path: Path) -> list[dict[str, Any]]:
+    """Nothing, if the process was killed before it was written."""
+    try:
+        report = ElementTree.parse(path)
+    except (OSError, ElementTree.ParseError):
+        return []
+    cases = []
+    for case in report.iter("testcase"):
+        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         cases.append(
             {
                 "test": f"{case.get('classname', '')}::{case.get('name', '')}",
-                "seconds": case.get("time", "0"),
+                "seconds": float(case.get("time", "0")),
                 "result": "passed" if found is None else found.tag,
                 "message": "" if found is None else (found.get("message") or "")[:500],
             }
         )
-    return cases, counts
+    return cases
 
 
 # ---- checks

@@ -551,8 +551,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.names or CHECKS:
         print(json.dumps({"check": name, "result": "started"}), flush=True)
         result = perform(name, run)
-        failed = failed or result["result"] == "failed"
         print(json.dumps(result), flush=True)
+        if result["result"] == "failed":
+            failed = True
+            if run.device.type == "cuda":
+                # After an illegal access nothing works any more in this process: that is an error here, and ends it.
+                torch.zeros(1, device=run.device).add_(1).item()
     return 1 if failed else 0
 
 

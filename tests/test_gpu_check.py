@@ -173,7 +173,7 @@ def test_a_suite_with_a_failure_and_one_that_hangs(session):
     start = time.monotonic()
     outcome = gpu_check.suite(session, 6.0)
     assert outcome.result == "failed"
-    assert [p["end"] for p in outcome.details["processes"]] == ["the time was up"]
+    assert [f["end"] for f in outcome.details["files"]] == ["the time was up"]
     assert time.monotonic() - start < 30
 
 
