@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import types
 
 import cuda_checks
 import pytest
@@ -126,7 +126,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_cuda_devices, "_problems", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Pretended")
-    monkeypatch.setattr(_backend, "has_cuda_kernels", lambda: True, raising=False)
+    built = dataclasses.replace(_backend.status(), cuda="13.0 for 8.0 9.0+PTX")
+    monkeypatch.setattr(_backend, "status", lambda: built)
 
     def capability(*value: int) -> None:
         _cuda_devices._problems.clear()
@@ -149,9 +150,8 @@ def test_cards_that_are_too_old(pretend) -> None:
 
 
 def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "has_cuda_kernels", lambda: False, raising=False)
-    status = types.SimpleNamespace(reason=None, cuda_reason="nvcc was not found")
-    monkeypatch.setattr(_backend, "status", lambda: status)
+    built = dataclasses.replace(_backend.status(), cuda=None, cuda_reason="nvcc was not found")
+    monkeypatch.setattr(_backend, "status", lambda: built)
     assert _cuda_devices.problem(0) == "nvcc was not found"
 
 
