@@ -49,6 +49,8 @@ LIMITS = {
 }
 CORRECTNESS = ("build", "info", "selftest", "suite", "checks", "sanitizer")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
+# Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 DRY_TESTS = ("tests/test_second_derivatives.py", "tests/test_cell.py", "-k", "hooks or forms_of_hx")
 
 
@@ -192,9 +194,8 @@ def suite(session: Session, seconds: float) -> Outcome:
         report.unlink(missing_ok=True)
         if time.monotonic() > deadline:
             return {"tests": group[0], "end": "the time was up before it began", "cases": []}
-        child = session.start(
-            name, [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
-        )
+        arguments = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
+        child = session.start(name, arguments, **DETERMINISTIC)
         finished = child.wait(deadline)
         result = {"tests": group[0], "end": str(finished), "cases": read_junit(report)}
         return result if finished.code == 0 else result | {"output": finished.tail}
@@ -259,7 +260,7 @@ def checks(session: Session, seconds: float) -> Outcome:
     while to_do and time.monotonic() < deadline:
         arguments = ["tests/cuda_checks.py", "--device", session.device, *quick, *to_do]
         # No check takes longer than a third of the time: a hang leaves time for the others.
-        child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments])
+        child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments], **DETERMINISTIC)
         run = child.wait_while_it_talks(deadline, seconds / 3)
         started = None
         for line in run.text.splitlines():

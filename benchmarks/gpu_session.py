@@ -72,8 +72,6 @@ class Session:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             # Not the build on first use, nor the reference: they would look like a success.
             "LSTM_EXT_BACKEND": "aot",
-            # Else some of torch's own products refuse to run under use_deterministic_algorithms.
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         }
         if options.dry:
             self.environment["OMP_NUM_THREADS"] = "1"
