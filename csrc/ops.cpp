@@ -12,7 +12,7 @@ namespace {
 LayerResult run_layer(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional) {
   auto [output, h_n, c_n, saved] =
-      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, false);
+      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, {}, false);
   return {output, h_n, c_n};
 }
 
@@ -20,7 +20,7 @@ LayerResultAndSaved run_layer_forward(const Tensor& input, const OptionalTensor&
                                       at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
                                       bool bidirectional) {
   auto [output, h_n, c_n, saved] =
-      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, true);
+      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, {}, true);
   const Tensor hidden = saved.size() > 2 ? saved[2] : at::empty({0}, saved[0].options());
   return {output, h_n, c_n, saved[0], saved[1], hidden};
 }
@@ -41,7 +41,7 @@ std::vector<Tensor> run_layer_backward(const OptionalTensor& grad_output, const 
   if (projected) saved.push_back(hidden);
   std::vector<Tensor> grads =
       lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights.vec(), batch_sizes, output,
-                                    saved, has_bias, bidirectional, wanted_flags);
+                                    saved, has_bias, bidirectional, {}, wanted_flags);
   // An operator cannot return an undefined tensor.
   for (Tensor& grad : grads) {
     if (!grad.defined()) grad = at::empty({0}, input.options());
