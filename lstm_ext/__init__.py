@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import _backend, functional, reference
 from ._build_config import VERSION as __version__
 from ._convert import convert, from_torch, revert, to_torch
+from ._extras import LSTMExtras
 from ._gates import from_gates
 from .cell import LSTMCell
 from .modules import LSTM
@@ -19,6 +20,7 @@ _backend.check()
 __all__ = [
     "LSTM",
     "LSTMCell",
+    "LSTMExtras",
     "__version__",
     "convert",
     "from_gates",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
-from .modules import LSTM
+from .modules import LSTM, extras_of
 
 __all__ = ["convert", "from_torch", "revert", "to_torch"]
 
@@ -24,6 +24,8 @@ _NAMES = {
     LSTM: "lstm_ext.LSTM",
     LSTMCell: "lstm_ext.LSTMCell",
 }
+
+_HAS_EXTRAS = "it has what torch.nn.LSTM does not have: {}"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -48,6 +50,8 @@ def from_torch(module: Any) -> Any:
             something that cannot be carried, which the text names: parametrized, normed or pruned weights,
             added parameters, buffers or submodules, methods replaced on the instance, hooks on loading that
             are tied to the module. :func:`convert`, which keeps the module, carries most of these.
+            :func:`to_torch` also refuses a layer with ``recurrent_dropout``, ``zoneout``, ``layer_norm``,
+            ``forget_bias`` or ``recompute``.
     """
     return _carry_over(module, _OURS, "from_torch")
 
@@ -96,6 +100,10 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
         )
     if type(module) is not source:
         raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
+
+    extras = extras_of(module) if source is LSTM else []
+    if extras:
+        raise refuse(_HAS_EXTRAS.format(", ".join(extras)))
 
     new = _on_meta(pairs[source], module)
     names = [name for name, p in new._parameters.items() if p is not None]
@@ -189,7 +197,8 @@ def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
-    The inverse of :func:`convert`: arguments, result, errors and what is kept are as described there.
+    The inverse of :func:`convert`: arguments, result, errors and what is kept are as described there. A layer with
+    ``recurrent_dropout``, ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute`` cannot be reverted.
     """
     return _change_classes(model, _TORCHS, "revert", skip)
 
@@ -219,6 +228,8 @@ def _change_classes(
             replaced = _replaced_methods(module, source)
             if cls is None:
                 reason = f"a subclass of {_NAMES[source]}, whose own behaviour might be lost"
+            elif source is LSTM and extras_of(module):
+                reason = _HAS_EXTRAS.format(", ".join(extras_of(module)))
             elif replaced:
                 reason = f"{', '.join(replaced)} is replaced on the instance"
             else:

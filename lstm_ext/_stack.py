@@ -8,6 +8,7 @@ the reference share every line above the layer itself. Tensors are time-major, (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _packing
+from . import _arguments, _packing
+from ._extras import LSTMExtras, StackExtras, collected
 
 __all__ = ["EMPTY_SEQUENCE", "LayerFunction", "any_autocast", "lstm", "stack"]
 
 # (input, h0, c0, weights, batch_sizes, bias, bidirectional) -> (output, h_n, c_n)
-LayerFunction = Callable[
-    [Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor], "Tensor | None", bool, bool],
-    tuple[Tensor, Tensor, Tensor],
-]
+# (input, h0, c0, weights, batch_sizes, bias, bidirectional, LayerExtras) -> (output, h_n, c_n, cell states, gates)
+LayerFunction = Callable[..., Any]
 
 # torch's own text, from aten/src/ATen/native/RNN.cpp
 EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
@@ -43,12 +43,20 @@ def stack(
     dropout: float,
     training: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    extras: StackExtras | None = None,
+) -> Any:
     """Run the layers on a time-major or packed ``input``; one entry of ``weights`` per layer. Checks nothing.
 
     The masks between the layers come from ``torch.nn.functional.dropout`` on the time-major output, which is
     what torch itself does (also with ``batch_first``): the same seed gives the same masks.
+
+    Returns:
+        output, h_n, c_n, and, if there are ``extras``, an LSTMExtras.
     """
+    if extras is not None:
+        return _stack_with_extras(
+            layer, input, h0, c0, weights, batch_sizes, bias, dropout, training, bidirectional, extras
+        )
     if any_autocast():
         input, h0, c0, weights = _to_autocast_dtype(input, h0, c0, weights)
     if len(weights) == 1:
@@ -65,6 +73,41 @@ def stack(
         h_n.append(h)
         c_n.append(c)
     return input, torch.cat(h_n), torch.cat(c_n)
+
+
+def _stack_with_extras(
+    layer: LayerFunction,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Sequence[Tensor]],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    extras: StackExtras,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras]:
+    if any_autocast():
+        # The parameters of layer normalisation keep their dtype, as torch.nn.LayerNorm's do.
+        reset_h, reset_c = _to_autocast_dtype(input, extras.reset_h, extras.reset_c, [])[1:3]
+        extras = replace(extras, reset_h=reset_h, reset_c=reset_c)
+        input, h0, c0, weights = _to_autocast_dtype(input, h0, c0, weights)
+    directions = 2 if bidirectional else 1
+    h0_of = [None] * len(weights) if h0 is None else h0.split(directions)
+    c0_of = [None] * len(weights) if c0 is None else c0.split(directions)
+    h_n, c_n, more = [], [], []
+    for k, layer_weights in enumerate(weights):
+        if k > 0 and dropout != 0 and training:
+            input = F.dropout(input, dropout, True)
+        of_layer = extras.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
+        input, h, c, cells, gates = layer(
+            input, h0_of[k], c0_of[k], layer_weights, batch_sizes, bias, bidirectional, of_layer
+        )
+        h_n.append(h)
+        c_n.append(c)
+        more.append((cells, gates))
+    return input, torch.cat(h_n), torch.cat(c_n), collected(more)
 
 
 def _to_autocast_dtype(
@@ -99,8 +142,17 @@ def lstm(
     training: bool,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """``functional.lstm`` for a given layer function: check, stack, put the layout back."""
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    norm_weights: Sequence[Tensor] | None = None,
+    recompute: bool = False,
+    **asked: Any,
+) -> Any:
+    """``functional.lstm`` for a given layer function: check, stack, put the layout back.
+
+    ``asked``: the arguments of one call, as `_arguments.run` takes them; without any of them, and of those before, this
+    is the way of the plain layer.
+    """
     packed = input if isinstance(input, PackedSequence) else None
     if packed is not None:
         batch = _packing.batch_of(packed, hx)
@@ -118,12 +170,37 @@ def lstm(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a number in range [0, 1], got {dropout}")
     layers, hidden_size, state_size = _split_weights(weights, input, bias, num_layers, bidirectional)
-    h0, c0 = _check_hx(hx, input, len(layers) * (2 if bidirectional else 1), batch, hidden_size, state_size)
+    sets = len(layers) * (2 if bidirectional else 1)
+    h0, c0 = _check_hx(hx, input, sets, batch, hidden_size, state_size)
+    if packed is not None and h0 is None and torch.compiler.is_compiling():
+        h0, c0 = _packing.zero_states(input, sets, batch, state_size, hidden_size)
+    if (
+        recurrent_dropout != 0
+        or zoneout != 0
+        or norm_weights is not None
+        or recompute is not False
+        or any([value is not None and value is not False for value in asked.values()])
+    ):
+        options = StackExtras(
+            recurrent_dropout=_arguments.probability("recurrent_dropout", recurrent_dropout),
+            zoneout=_arguments.zoneout_pair(zoneout),
+            training=training,
+            norm=_split_norm(norm_weights, input, bias, len(layers), bidirectional, hidden_size),
+            recompute=_arguments.flag("recompute", recompute),
+        )
+        if packed is None and x.size(0) == 0:
+            raise RuntimeError(EMPTY_SEQUENCE)
+
+        def stacked(x: Tensor, h0: Any, c0: Any, batch_sizes: Tensor | None, extras: Any) -> Any:
+            return stack(
+                layer, x, h0, c0, layers, batch_sizes, bias, dropout, training, bidirectional, extras
+            )
+
+        layout = _arguments.Layout(1 if packed else x.size(0), batch, batch_first, packed=packed)
+        shapes = (sets, batch, state_size), (sets, batch, hidden_size)
+        return _arguments.run(stacked, x, h0, c0, layout, shapes, options, **asked)
     if packed is not None:
-        if h0 is None and torch.compiler.is_compiling():
-            sets = len(layers) * (2 if bidirectional else 1)
-            h0, c0 = _packing.zero_states(input, sets, batch, state_size, hidden_size)
-        elif h0 is not None and c0 is not None:
+        if h0 is not None and c0 is not None:
             h0 = _packing.permuted(h0, packed.sorted_indices)
             c0 = _packing.permuted(c0, packed.sorted_indices)
         output, h_n, c_n = stack(
@@ -196,6 +273,36 @@ def _split_weights(
         _check_like_input(f"weights[{i}] ({name})", weight, input)
     n = per_set * directions
     return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
+
+
+def _split_norm(
+    weights: Sequence[Tensor] | None,
+    input: Tensor,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    hidden: int,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Check the flat sequence of parameters of layer normalisation and cut it into layers."""
+    if weights is None:
+        return ()
+    if isinstance(weights, Tensor) or not all([isinstance(w, Tensor) for w in weights]):
+        raise TypeError("norm_weights: expected None or a flat sequence of Tensors")
+    kinds = ["gain_ih", "gain_hh", "gain_c"] + (["bias_c"] if bias else [])
+    directions = 2 if bidirectional else 1
+    n = len(kinds) * directions
+    if len(weights) != num_layers * n:
+        raise ValueError(
+            f"norm_weights: expected {num_layers * n} tensors ({', '.join(kinds)}, for each layer and direction), "
+            f"got {len(weights)}"
+        )
+    for i, w in enumerate(weights):
+        kind = kinds[i % len(kinds)]
+        expected = (hidden,) if kind.endswith("_c") else (4 * hidden,)
+        if tuple(w.shape) != expected:
+            raise ValueError(f"norm_weights[{i}] ({kind}): expected shape {expected}, got {_shape(w)}")
+        _check_like_input(f"norm_weights[{i}] ({kind})", w, input)
+    return tuple([tuple(weights[k * n : (k + 1) * n]) for k in range(num_layers)])
 
 
 def _check_like_input(name: str, x: Tensor, input: Tensor) -> None:

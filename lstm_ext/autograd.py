@@ -17,13 +17,17 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _cuda_devices, reference, transforms
+from ._extras import LayerExtras
 from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -49,8 +53,11 @@ def lstm_layer(
     batch_sizes: Tensor | None,
     bias: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    extras: LayerExtras | None = None,
+) -> Any:
     """Arguments, results and shapes as in `reference.lstm_layer`."""
+    if extras is not None:
+        return _layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     kernels = _backend.extension() if _is_direct(input, h0, c0, weights) else None
     if kernels is None:
         layer = _indirect_layer(input, h0, c0, weights)
@@ -66,6 +73,92 @@ def lstm_layer(
     ):
         return _LSTMLayer.apply(kernels, input, h0, c0, batch_sizes, bias, bidirectional, *weights)
     return kernels.lstm_layer_forward(input, h0, c0, weights, batch_sizes, bias, bidirectional, False)[:3]
+
+
+def _layer_with_extras(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    extras: LayerExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The one place that decides what computes the extras: the equations of `reference`, until there are kernels."""
+    if extras.recompute:
+        return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
+    if extras.is_plain():
+        return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
+    if batch_sizes is not None and (_is_compiling() or _dispatch_modes() > 0):
+        # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
+        raise RuntimeError(
+            "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with resets, "
+            "recurrent_dropout, zoneout, layer_norm, return_cell_states or return_gates: give padded input and lengths"
+        )
+    return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
+
+
+def _recomputed(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    extras: LayerExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The layer, of which only the arguments are kept for the backward pass: that computes it once more."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "LSTM: recompute=True is not supported with forward-mode AD: there is nothing to keep"
+        )
+    count = len(weights)
+
+    def computed(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        input, h0, c0 = tensors[:3]
+        own = replace(extras.with_tensors(tensors[3 + count :]), recompute=False)
+        results = _layer_with_extras(
+            input, h0, c0, tensors[3 : 3 + count], batch_sizes, bias, bidirectional, own
+        )
+        return tuple([r for r in results if r is not None])
+
+    arguments = (input, h0, c0, *weights, *extras.tensors())
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        results = computed(*arguments)
+    elif _is_compiling():
+        # What the compilers know, and it keeps the same. All random masks are among the arguments.
+        results = checkpoint(computed, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        results = _Recomputed.apply(computed, *arguments)
+    left = iter(results[3:])
+    cells = next(left) if extras.return_cell_states else None
+    gates = next(left) if extras.return_gates else None
+    return *results[:3], cells, gates
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors, computed again in the backward pass; differentiable again and transformable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *arguments: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return function(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.function, *arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *transforms.gradients_of(
+            ctx.function, ctx.needs_input_grad[1:], transforms.saved(ctx), grads
+        )
 
 
 def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:

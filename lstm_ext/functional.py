@@ -23,7 +23,18 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-) -> tuple[Any, tuple[Tensor, Tensor]]:
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | PackedSequence | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    norm_weights: Sequence[Tensor] | None = None,
+    recompute: bool = False,
+    return_cell_states: bool = False,
+    return_gates: bool = False,
+) -> Any:
     """A stack of LSTM layers on a batch of sequences. The equations are those of :mod:`lstm_ext.reference`.
 
     L layers, D = 2 if bidirectional else 1, H hidden units, P the projection's size, or H without one.
@@ -43,14 +54,21 @@ def lstm(
         training: whether dropout is active.
         bidirectional: whether each layer has a second set of weights that reads time backwards.
         batch_first: the layout of ``input`` and ``output``.
+        lengths, resets, reset_state, mask, return_cell_states, return_gates: as in :meth:`lstm_ext.LSTM.forward`.
+        recurrent_dropout, zoneout, recompute: as in :class:`lstm_ext.LSTM`; the first is active, and the second random,
+            only if ``training``.
+        norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
+            direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for a layer
+            without.
 
     Returns:
         ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
-        P); c_n (L * D, B, H). The dtype is that of ``input``, or autocast's where autocast is on.
+        P); c_n (L * D, B, H). The dtype is that of ``input``, or autocast's where autocast is on. A third element,
+        :class:`lstm_ext.LSTMExtras`, where ``return_cell_states`` or ``return_gates`` is True.
 
     Raises:
-        TypeError: ``input``, ``hx`` or ``weights`` is not made of tensors.
-        ValueError: a wrong shape, number of weights, dtype or device; the text names the argument.
+        TypeError: ``input``, ``hx`` or ``weights`` is not made of tensors, or another argument is of a wrong type.
+        ValueError: a wrong shape, number of weights, dtype, device or value; the text names the argument.
         RuntimeError: the sequence is empty (T == 0), with torch's text.
     """
     return _stack.lstm(
@@ -64,4 +82,14 @@ def lstm(
         training,
         bidirectional,
         batch_first,
+        recurrent_dropout,
+        zoneout,
+        norm_weights,
+        recompute,
+        lengths=lengths,
+        resets=resets,
+        reset_state=reset_state,
+        mask=mask,
+        return_cell_states=return_cell_states,
+        return_gates=return_gates,
     )

@@ -18,6 +18,32 @@ https://arxiv.org/abs/1402.1128) for the projection; these are the equations of 
 gates' rows lie one after the other in the weights: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction
 runs from the last step to the first.
 
+What a layer can do beyond that (``extras``), in the order in which step t does it:
+
+.. code-block:: text
+
+    resets                  h_{t-1}, c_{t-1} = reset_h, reset_c, or zeros, in the rows where resets_t is true, before
+                            all else; no gradient reaches the state that is replaced. The reverse direction is cut at
+                            the same borders: its state is replaced after a step where resets_t is true, except after
+                            the first step of the sequence, where its result is the final state.
+    recurrent_dropout       W_h* h_{t-1} becomes W_h* (m * h_{t-1}), with one m of 0 or 1 / (1 - p) for all steps
+    layer_norm              W_i* x_t + b_i* becomes gain_ih * N(W_i* x_t) + b_i*, and W_h* h_{t-1} + b_h* becomes
+                            gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H pre-activations of the gates together,
+                            and h_t = o_t * tanh(gain_c * N(c_t) + bias_c), with N over the H units.
+                            N(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), with the biased variance.
+    zoneout                 of what the equations above give, c'_t and h'_t (with a projection: the projected h'_t),
+                            c_t = k_c * c_{t-1} + (1 - k_c) * c'_t, h_t = k_h * h_{t-1} + (1 - k_h) * h'_t,
+                            k random, 0 or 1, for each element and step in training, and their mean in evaluation;
+                            h'_t is made of c'_t, not of c_t
+    lengths                 from step lengths[b] on, row b keeps its h and c, and its output is 0
+
+Recurrent dropout is that of Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates,
+as in Keras. Zoneout is that of Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation is that of
+Ba, Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), as in the library Haste: c_t goes on
+as it is, and only what h_t sees of it is normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the
+normalised c_t on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum;
+the two biases of the layer are that already.
+
 Every function is differentiable as often as one likes and takes any device and any dtype. bfloat16 and float16
 are computed in float32, the cell state included, and rounded once, at the end of a layer.
 """
@@ -34,6 +60,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _stack
+from ._extras import LayerExtras
+from ._lengths import count_mask
 
 __all__ = ["lstm", "lstm_layer"]
 
@@ -46,7 +74,8 @@ def lstm_layer(
     batch_sizes: Tensor | None,
     bias: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    extras: LayerExtras | None = None,
+) -> Any:
     """One layer, all time steps, both directions if ``bidirectional``.
 
     Shapes, with D = 2 if bidirectional else 1 and P the projection's size, or H without a projection:
@@ -61,60 +90,186 @@ def lstm_layer(
             ``c0``, in the reverse direction at its own last step. None for dense input.
         bias: whether the sets hold the two biases.
         bidirectional: whether there are two sets, the second for the reverse direction.
+        extras: what the layer does beyond ``torch.nn.LSTM``, with their shapes; ``recompute`` means nothing here.
 
     Returns:
         output (T, B, D * P), or (N, D * P) with ``batch_sizes``, h_n (D, B, P), c_n (D, B, H); none of them
-        shares memory with another.
+        shares memory with another. With ``extras`` also the cell states, (D, T, B, H) or (D, N, H), and the gates
+        i, f, g, o, the same with a last axis of 4; None where they are not wanted.
     """
     if input.dtype in (torch.bfloat16, torch.float16):
-        # As in the kernels: between the arguments and the results all is float32.
-        arguments = [t if t is None else t.float() for t in (input, h0, c0, *weights)]
-        results = lstm_layer(*arguments[:3], arguments[3:], batch_sizes, bias, bidirectional)
-        return tuple([r.to(input.dtype) for r in results])
+        return _in_float32(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     check_shapes(input, h0, c0, weights, bias, bidirectional)
-    per_set = len(weights) // 2 if bidirectional else len(weights)
+    results = _equations(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras or LayerExtras())
+    return results[:3] if extras is None else results
+
+
+def _in_float32(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    extras: LayerExtras | None,
+) -> Any:
+    """As in the kernels: between the arguments and the results all is float32."""
+
+    def wide(x: Tensor | None) -> Any:
+        return x.float() if x is not None and x.is_floating_point() else x
+
+    arguments = [wide(t) for t in (input, h0, c0, *weights)]
+    if extras is not None:
+        extras = extras.map(wide)
+    device = input.device.type
+    if _stack.any_autocast() and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # it would round the arguments of every product
+            results = lstm_layer(*arguments[:3], arguments[3:], batch_sizes, bias, bidirectional, extras)
+    else:
+        results = lstm_layer(*arguments[:3], arguments[3:], batch_sizes, bias, bidirectional, extras)
+    return tuple([r if r is None else r.to(input.dtype) for r in results])
+
+
+_LAYER_NORM_EPS = 1e-5
+
+
+def _equations(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    extras: LayerExtras,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    directions = 2 if bidirectional else 1
+    per_set = len(weights) // directions
     # How many rows each step has. Dense data are the case of always the same number.
     sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
     batch = sizes[0] if sizes else input.size(1)
-    outputs, h_n, c_n = [], [], []
-    for d in range(2 if bidirectional else 1):
+
+    def by_step(x: Tensor) -> Sequence[Tensor]:
+        return x.split(sizes) if sizes else x.unbind(0)
+
+    def joined(steps: list[Tensor]) -> Tensor:
+        return torch.cat(steps) if sizes else torch.stack(steps)
+
+    resets = None if extras.resets is None else by_step(extras.resets.unsqueeze(-1))
+    lengths = None if extras.lengths is None else extras.lengths.unsqueeze(-1)
+    if extras.lengths is not None:
+        # Padding may hold anything, and 0 times infinity is not 0 in a gradient.
+        input = _zero_unless(count_mask(extras.lengths, input.size(0)).unsqueeze(-1), input)
+    outputs, h_n, c_n, all_cells, all_gates = [], [], [], [], []
+    for d in range(directions):
         w_ih, w_hh, *rest = weights[d * per_set : (d + 1) * per_set]
         b_ih, b_hh = rest[:2] if bias else (None, None)
         w_hr = rest[-1] if len(rest) == (3 if bias else 1) else None
+        hidden = w_hh.size(0) // 4
+        norm = extras.norm[d * len(extras.norm) // directions : (d + 1) * len(extras.norm) // directions]
+        mask = None if extras.recurrent_mask is None else extras.recurrent_mask[d]
+        kept_h, kept_c = [
+            by_step(kept[d]) if isinstance(kept, Tensor) else kept
+            for kept in (extras.zoneout_h, extras.zoneout_c)
+        ]
+        reset_h, reset_c = [None if x is None else x[d] for x in (extras.reset_h, extras.reset_c)]
         h_start = h0[d] if h0 is not None else input.new_zeros(batch, w_hh.size(1))
-        c_start = c0[d] if c0 is not None else input.new_zeros(batch, w_hh.size(0) // 4)
+        c_start = c0[d] if c0 is not None else input.new_zeros(batch, hidden)
 
         # The input's share of the gates needs no earlier step: one product for all of them.
-        from_input = F.linear(input, w_ih, b_ih)
-        gates_of_step = from_input.split(sizes) if sizes else from_input.unbind(0)
+        if norm:
+            from_input = F.layer_norm(
+                F.linear(input, w_ih), (4 * hidden,), norm[0], b_ih, eps=_LAYER_NORM_EPS
+            )
+        else:
+            from_input = F.linear(input, w_ih, b_ih)
+        gates_of_step = by_step(from_input)
+        order = range(len(gates_of_step))
+        h, c = h_start, c_start
         if d == 1:
-            gates_of_step = gates_of_step[::-1]
-        first = gates_of_step[0].size(0)
-        h, c = h_start[:first], c_start[:first]
-        steps: list[Tensor] = []
+            order = order[::-1]
+            h, c = h[: gates_of_step[-1].size(0)], c[: gates_of_step[-1].size(0)]
+        steps, cells, gates = [], [], []
         ended: list[tuple[Tensor, Tensor]] = []
-        for gates_x in gates_of_step:
-            rows = gates_x.size(0)
-            if sizes and rows < h.size(0):  # some sequences have ended
+        for t in order:
+            rows = gates_of_step[t].size(0)
+            if rows < h.size(0):  # some sequences have ended
                 ended.append((h[rows:], c[rows:]))
                 h, c = h[:rows], c[:rows]
-            elif sizes and rows > h.size(0):  # in the reverse direction, some begin
+            elif rows > h.size(0):  # in the reverse direction, some begin
                 h = torch.cat([h, h_start[h.size(0) : rows]])
                 c = torch.cat([c, c_start[c.size(0) : rows]])
-            i, f, g, o = (gates_x + F.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
+            if resets is not None and d == 0:
+                h, c = _replaced(h, reset_h, resets[t]), _replaced(c, reset_c, resets[t])
+
+            seen = h if mask is None else h * mask[:rows]
+            if norm:
+                from_state = F.layer_norm(
+                    F.linear(seen, w_hh), (4 * hidden,), norm[1], b_hh, eps=_LAYER_NORM_EPS
+                )
+            else:
+                from_state = F.linear(seen, w_hh, b_hh)
+            i, f, g, o = (gates_of_step[t] + from_state).chunk(4, dim=-1)
+            i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+            new_c = f * c + i * g
+            visible = new_c
+            if norm:
+                shift = norm[3] if len(norm) == 4 else None
+                visible = F.layer_norm(new_c, (hidden,), norm[2], shift, eps=_LAYER_NORM_EPS)
+            new_h = o * torch.tanh(visible)
             if w_hr is not None:
-                h = F.linear(h, w_hr)
-            steps.append(h)
+                new_h = F.linear(new_h, w_hr)
+            new_c = _zoned(new_c, c, kept_c if isinstance(kept_c, float) else kept_c[t])
+            new_h = _zoned(new_h, h, kept_h if isinstance(kept_h, float) else kept_h[t])
+
+            if lengths is None:
+                h, c = new_h, new_c
+                steps.append(h)
+            else:
+                counts = lengths > t
+                h, c = torch.where(counts, new_h, h), torch.where(counts, new_c, c)
+                steps.append(_zero_unless(counts, new_h))
+            if extras.return_cell_states:
+                cells.append(c if lengths is None else _zero_unless(counts, c))
+            if extras.return_gates:
+                of_step = torch.stack([i, f, g, o], dim=-1)
+                gates.append(of_step if lengths is None else _zero_unless(counts.unsqueeze(-1), of_step))
+            if resets is not None and d == 1 and t > 0:
+                h, c = _replaced(h, reset_h, resets[t]), _replaced(c, reset_c, resets[t])
         ended.append((h, c))
         if d == 1:
-            steps.reverse()
-        outputs.append(torch.cat(steps) if sizes else torch.stack(steps))
+            for values in (steps, cells, gates):
+                values.reverse()
+        outputs.append(joined(steps))
         h_n.append(torch.cat([h for h, _ in ended[::-1]]))
         c_n.append(torch.cat([c for _, c in ended[::-1]]))
-    output = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
-    return output, torch.stack(h_n), torch.stack(c_n)
+        if extras.return_cell_states:
+            all_cells.append(joined(cells))
+        if extras.return_gates:
+            all_gates.append(joined(gates))
+    return (
+        torch.cat(outputs, dim=-1) if bidirectional else outputs[0],
+        torch.stack(h_n),
+        torch.stack(c_n),
+        torch.stack(all_cells) if all_cells else None,
+        torch.stack(all_gates) if all_gates else None,
+    )
+
+
+def _replaced(state: Tensor, by: Tensor | None, where: Tensor) -> Tensor:
+    """where (rows, 1)"""
+    return torch.where(where, state.new_zeros(()) if by is None else by[: state.size(0)], state)
+
+
+def _zero_unless(counts: Tensor, x: Tensor) -> Tensor:
+    return torch.where(counts, x, x.new_zeros(()))
+
+
+def _zoned(new: Tensor, old: Tensor, kept: Tensor | float) -> Tensor:
+    if isinstance(kept, Tensor):
+        return torch.where(kept, old, new)
+    return torch.lerp(new, old, kept) if kept else new
 
 
 def check_shapes(
@@ -183,8 +338,38 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-) -> tuple[Any, tuple[Tensor, Tensor]]:
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | PackedSequence | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    norm_weights: Sequence[Tensor] | None = None,
+    recompute: bool = False,
+    return_cell_states: bool = False,
+    return_gates: bool = False,
+) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
     return _stack.lstm(
-        lstm_layer, input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first
+        lstm_layer,
+        input,
+        hx,
+        weights,
+        bias,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        batch_first,
+        recurrent_dropout,
+        zoneout,
+        norm_weights,
+        recompute,
+        lengths=lengths,
+        resets=resets,
+        reset_state=reset_state,
+        mask=mask,
+        return_cell_states=return_cell_states,
+        return_gates=return_gates,
     )

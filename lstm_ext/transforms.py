@@ -20,7 +20,15 @@ from torch.autograd import forward_ad
 
 from . import reference
 
-__all__ = ["LEGACY_VMAP", "OPERATOR_TYPES", "are_supported", "layer_gradients", "lstm_layer"]
+__all__ = [
+    "LEGACY_VMAP",
+    "OPERATOR_TYPES",
+    "are_supported",
+    "gradients_of",
+    "layer_gradients",
+    "lstm_layer",
+    "saved",
+]
 
 # Types of tensors that the operators take: those with numbers, and those that their fake kernels serve.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
@@ -99,14 +107,33 @@ def _reference_gradients(
 ) -> _Tensors:
     """Those that are wanted and no others."""
 
-    def outputs_of(*chosen: Tensor) -> _Tensors:
+    def results_of(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> _Tensors:
+        return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
+
+    return tuple([g for g in gradients_of(results_of, wanted, layer, grads) if g is not None])
+
+
+def gradients_of(
+    function: Callable[..., _Tensors],
+    wanted: Sequence[bool],
+    arguments: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the ``wanted`` arguments for the ``grads`` of the results, of which None means zeros.
+
+    Differentiable, where gradients are enabled. None for an argument that is not wanted, or if all ``grads`` are.
+    """
+    if all([g is None for g in grads]) or not any(wanted):
+        return [None] * len(arguments)
+
+    def results_of(*chosen: Tensor) -> _Tensors:
         left = iter(chosen)
-        input, h0, c0, *weights = [next(left) if w else t for t, w in zip(layer, wanted, strict=True)]
-        results = reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)  # type: ignore[arg-type]
+        results = function(*[next(left) if w else t for t, w in zip(arguments, wanted, strict=True)])
         return tuple([y for y, g in zip(results, grads, strict=True) if g is not None])
 
-    chosen = [t for t, w in zip(layer, wanted, strict=True) if w and t is not None]
-    return _pulled_back(outputs_of, chosen, [g for g in grads if g is not None])
+    chosen = [t for t, w in zip(arguments, wanted, strict=True) if w and t is not None]
+    gradient = iter(_pulled_back(results_of, chosen, [g for g in grads if g is not None]))
+    return [next(gradient) if w else None for w in wanted]
 
 
 def _pulled_back(
@@ -188,7 +215,7 @@ def _vmap(
     return tuple([x if d is None else x.narrow(d, 0, 0) for x, d in zip(results, dims, strict=True)]), dims
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Any]:
     """The saved tensors, without the wrappers of a transform that is over (a function from ``vjp`` outlives it)."""
     return [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors]
 
@@ -273,7 +300,7 @@ class _Layer(_LayerFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *tensors = _saved(ctx)
+        batch_sizes, *tensors = saved(ctx)
         needed = ctx.needs_input_grad
         wanted = (*needed[:3], *needed[6:])
         kept, layer = tensors[:4], tensors[4:]
@@ -338,7 +365,7 @@ class _LayerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        batch_sizes, *arguments = _saved(ctx)
+        batch_sizes, *arguments = saved(ctx)
         needed = (*ctx.needs_input_grad[4:7], *ctx.needs_input_grad[11:])
 
         def gradients(*chosen: Tensor) -> _Tensors:
