@@ -85,6 +85,9 @@ class LayerExtras:
             and not self.return_gates
         )
 
+    def are_only_resets(self) -> bool:
+        return self.resets is not None and replace(self, resets=None, reset_h=None, reset_c=None).is_plain()
+
     def tensors(self) -> list[Tensor]:
         """All tensors, in an order that `with_tensors` knows."""
         values = [getattr(self, field.name) for field in fields(self)]

@@ -85,11 +85,22 @@ def _layer_with_extras(
     bidirectional: bool,
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The one place that decides what computes the extras: the equations of `reference`, until there are kernels."""
+    """The one place that decides what computes the extras: kernels for resets, the equations of `reference` else."""
     if extras.recompute:
         return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if extras.is_plain():
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
+    if (
+        extras.are_only_resets()
+        and input.device == _CPU
+        and _is_direct(input, h0, c0, (*weights, *extras.tensors()))
+        and _backend.has_kernels()
+    ):
+        return (
+            *_layer_with_resets(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras),
+            None,
+            None,
+        )
     if batch_sizes is not None and (_is_compiling() or _dispatch_modes() > 0):
         # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
         raise RuntimeError(
@@ -327,3 +338,81 @@ class _LSTMLayer(torch.autograd.Function):
                 wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
             )
         return None, *result[:3], None, None, None, *result[3:]
+
+
+def _layer_with_resets(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    extras: LayerExtras,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _backend.extension()
+    tensors = [input, h0, c0, *weights, extras.reset_h, extras.reset_c]
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        return _LSTMLayerWithResets.apply(kernels, batch_sizes, bias, bidirectional, extras.resets, *tensors)
+    return kernels.lstm_layer_forward(
+        *tensors[:3], weights, batch_sizes, bias, bidirectional, False, extras.resets, *tensors[-2:]
+    )[:3]
+
+
+class _LSTMLayerWithResets(torch.autograd.Function):
+    """As `_LSTMLayer`; the tensors are input, h0, c0, the weights, reset_h and reset_c."""
+
+    @staticmethod
+    def forward(ctx, kernels, batch_sizes, bias, bidirectional, resets, *tensors):
+        input, h0, c0, *weights, reset_h, reset_c = tensors
+        output, h_n, c_n, saved = kernels.lstm_layer_forward(
+            input, h0, c0, weights, batch_sizes, bias, bidirectional, True, resets, reset_h, reset_c
+        )
+        ctx.kernels = kernels
+        ctx.bias = bias
+        ctx.bidirectional = bidirectional
+        ctx.tensor_count = len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, resets, *tensors, output, *saved)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, *grads):
+        batch_sizes, resets, *kept = ctx.saved_tensors
+        tensors, (output, *saved) = kept[: ctx.tensor_count], kept[ctx.tensor_count :]
+        wanted = ctx.needs_input_grad[5:]
+        input, h0, c0, *weights, reset_h, reset_c = tensors
+        if all([g is None for g in grads]):
+            result = [None] * len(tensors)
+        elif (
+            not torch.is_grad_enabled()
+            and _is_direct(input, h0, c0, (*weights, *[t for t in (reset_h, reset_c) if t is not None]))
+            and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
+        ):
+            result = ctx.kernels.lstm_layer_backward(
+                *grads,
+                input,
+                h0,
+                c0,
+                weights,
+                batch_sizes,
+                output,
+                saved,
+                ctx.bias,
+                ctx.bidirectional,
+                wanted,
+                resets,
+                reset_h,
+                reset_c,
+            )
+        else:
+
+            def layer(input, h0, c0, *others):
+                *weights, reset_h, reset_c = others
+                extras = LayerExtras(resets, reset_h, reset_c)
+                return reference.lstm_layer(
+                    input, h0, c0, weights, batch_sizes, ctx.bias, ctx.bidirectional, extras
+                )[:3]
+
+            result = transforms.gradients_of(layer, wanted, tensors, grads)
+        return None, None, None, None, None, *result
