@@ -158,7 +158,7 @@ PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
 def compile_ptx_driver(
     driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more
 ) -> Path:
-    """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
+    """A driver whose kernels are C++ that ptx/translate.py made of nvcc's PTX."""
     return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
 
 

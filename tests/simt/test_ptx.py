@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from simt import build, nvcc, ptx_cases
-from simt.ptx.emit import HANDLERS, translate
+from simt.ptx.emit import HANDLERS
 from simt.ptx.parse import Parser, PtxError
+from simt.ptx.translate import translate
 
 HERE = Path(__file__).parent
 if build.missing():
@@ -102,6 +103,10 @@ REFUSED = {
     "a predicated copy": ("cp.async.ca.shared.global [%r1], [%d1], 4, %p1;", "cp.async with a predicate"),
     "an unknown name": ("mov.u32 %r1, nothing;", "nothing is not declared"),
     "an unknown special register": ("mov.u32 %r1, %smid;", "%smid is not declared"),
+    "an order without a scope": (
+        "ld.acquire.global.u32 %r1, [%d1];",
+        "one of cta, cluster, gpu, sys is missing",
+    ),
     "a texture's space": ("ld.tex.u32 %r1, [%d1];", "not supported with .tex"),
     "a vector of the wrong length": ("ld.global.v4.u32 {%r1, %r2}, [%d1];", "as many registers"),
     "an integer as a float": ("add.f32 %r1, %r2, 1;", "an integer literal as a floating-point operand"),
