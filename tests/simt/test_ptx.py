@@ -140,3 +140,9 @@ def test_scopes_keep_names_apart() -> None:
     """A variable of an inner scope hides one of the same name, and is not seen outside."""
     with pytest.raises(PtxError, match="inner is not declared"):
         translate(Parser(_kernel("{ .reg .b32 inner; mov.u32 inner, 1; } mov.u32 %r1, inner;")).module())
+
+
+def test_parameters_are_aligned() -> None:
+    text = ".visible .entry k(.param .u32 a, .param .u64 b, .param .align 16 .b8 c[20], .param .u8 d) { ret; }"
+    (function,) = Parser(ptx_cases.module([]) + text).module().functions
+    assert function.parameters == {"a": 0, "b": 8, "c": 16, "d": 36} and function.parameter_size == 37
