@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from emulated_layer import stepwise_module
 from torch import Tensor
 
 from lstm_ext import reference
-
-from emulated_layer import stepwise_module
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 

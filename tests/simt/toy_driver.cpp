@@ -10,10 +10,6 @@
 #include "simt/global_memory.h"
 #include "simt/toy_cluster.cuh"
 
-#if defined(TOY_FROM_PTX)
-#include TOY_FROM_PTX
-#endif
-
 namespace {
 
 constexpr int kHidden = 128;
@@ -133,9 +129,6 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     std::fprintf(stderr, "no kernel %s\n", kernel.c_str());
     return 64;
   }
-#if defined(TOY_FROM_PTX)
-  entry = toy_from_ptx(kernel);
-#endif
 
   lstm_ext::cuda::launch(entry, config, arguments);
   if (status[0] != 0) {
