@@ -143,6 +143,8 @@ def test_scopes_keep_names_apart() -> None:
 
 
 def test_parameters_are_aligned() -> None:
-    text = ".visible .entry k(.param .u32 a, .param .u64 b, .param .align 16 .b8 c[20], .param .u8 d) { ret; }"
+    text = (
+        ".visible .entry k(.param .u32 a, .param .u64 b, .param .align 16 .b8 c[20], .param .u8 d) { ret; }"
+    )
     (function,) = Parser(ptx_cases.module([]) + text).module().functions
     assert function.parameters == {"a": 0, "b": 8, "c": 16, "d": 36} and function.parameter_size == 37
