@@ -42,7 +42,11 @@ COMPILE_FLAGS = {
     "ucontext": ["-O2", "-DSIMT_UCONTEXT"],  # fibers as other processors than x86-64 have them
 }
 # The hooks are in the driver's code only; the emulator's objects serve two modes.
-EMULATOR_FLAGS = {**COMPILE_FLAGS, "asan": ["-O1", "-g1", "-fsanitize=address"], "race": COMPILE_FLAGS["plain"]}
+EMULATOR_FLAGS = {
+    **COMPILE_FLAGS,
+    "asan": ["-O1", "-g1", "-fsanitize=address"],
+    "race": COMPILE_FLAGS["plain"],
+}
 LINK_FLAGS = {"asan": ["-fsanitize=address,undefined"]}
 COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DLSTM_EXT_SIMT"]
 MAX_JOBS = 2
