@@ -48,7 +48,7 @@ bench-quick: build
 	$(PY) benchmarks/bench_quick.py $(ARGS)
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
-# installed, not built in place, where that of VENV is. Needs nvcc, and 12 GB for the environment.
+# installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
 # Without the tests of what does not depend on the build. Compile workers: at exit, torch 2.11 can wait minutes for them.
 CUDA_LEFT_OUT := simt test_benchmarks.py test_demo.py
 cuda-build: $(CUDA_INSTALLED)
@@ -106,8 +106,11 @@ $(CUDA_INSTALLED): $(CSRC) $(wildcard lstm_ext/*.py lstm_ext/*.pyi) setup.py $(C
 	@touch $@
 
 $(CUDA_PACKAGES): pyproject.toml
+	@command -v nvcc >/dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || { \
+	  echo "error: no nvcc was found: install the CUDA toolkit, or set CUDA_HOME to its folder"; exit 1; }
 	@$(CUDA_PY) -m pip --version >/dev/null 2>&1 || \
 	  { $(CUDA_PYTHON) -c '' 2>/dev/null && $(CUDA_PYTHON) -m venv $(CUDA_VENV); } || $(PYTHON) -m venv $(CUDA_VENV)
+	@echo "installing torch with CUDA and what the tests need into $(CUDA_VENV), 5 GB"
 	$(CUDA_PY) -m pip install -q '$(CUDA_TORCH)' 'setuptools>=77'
 	@$(CUDA_PY) -c 'import torch; assert torch.version.cuda, f"error: torch {torch.__version__} is a build without CUDA"'
 	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
