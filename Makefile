@@ -12,7 +12,7 @@ LINTERS := $(VENV)/.lstm_ext-linters
 EXTENSION := lstm_ext/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
-CXX_FILES = find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/simt examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
@@ -25,7 +25,7 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
-.PHONY: build test test-full fuzz demo bench-quick cuda-build lint format clean force
+.PHONY: build test test-full fuzz demo bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -46,6 +46,10 @@ demo: build
 
 bench-quick: build
 	$(PY) benchmarks/bench_quick.py $(ARGS)
+
+# On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.

@@ -92,7 +92,7 @@ def values_and_gradients(
 
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values.values()]
+    grads = [torch.randn(v.shape, generator=generator, device="cpu").to(v) for v in values.values()]
     chosen = [i for i, name in enumerate(values) if name in grad_of]
     gradients = torch.autograd.grad(
         [list(values.values())[i] for i in chosen],
