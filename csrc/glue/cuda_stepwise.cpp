@@ -113,7 +113,8 @@ class Stepwise {
     product(describe_gemm(c, left, right, accumulate, tf32_));
   }
   RowsGemm rows_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const { return {c, a, b, tf32_}; }
-  std::optional<RowsGemm> rows_gemm_if(bool there, const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const {
+  std::optional<RowsGemm> rows_gemm_if(bool there, const at::Tensor& c, const at::Tensor& a,
+                                       const at::Tensor& b) const {
     return there ? std::optional<RowsGemm>(rows_gemm(c, a, b)) : std::nullopt;
   }
 
@@ -298,8 +299,8 @@ class StepwiseBackward : Stepwise {
  private:
   // The factors and results of the products over a piece of the sequence.
   struct Gradients {
-    at::Tensor gates;                // (rows of a piece, 4H)
-    at::Tensor output;               // (rows of a piece, P), with a projection
+    at::Tensor gates;                                  // (rows of a piece, 4H)
+    at::Tensor output;                                 // (rows of a piece, P), with a projection
     at::Tensor weight_ih, weight_hh, bias, weight_hr;  // sums; undefined where not wanted
   };
 
@@ -482,8 +483,7 @@ class StepwiseBackward : Stepwise {
       p.h0 = const_row_pointer<T>(l.h0);
       for (; n < piece.end && p.steps < p.kSteps; ++n) {
         const Step step = steps[n];
-        p.step[p.steps++] = {step.rows, step.continuing,
-                             const_row_pointer<T>(h, n > 0 ? steps[n - 1].offset : 0),
+        p.step[p.steps++] = {step.rows, step.continuing, const_row_pointer<T>(h, n > 0 ? steps[n - 1].offset : 0),
                              row_pointer<D>(result, step.offset - first)};
       }
       check(cuda::previous_outputs(p, device_.stream), "previous_outputs");

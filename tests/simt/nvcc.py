@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA sources: objects for every architecture, and the resources that ptxas reports.
 
-Neither a GPU nor torch is needed. Objects are kept in build/nvcc, named by a hash of all that goes into them.
+No GPU is needed. Objects are kept in build/nvcc, named by a hash of all that goes into them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import subprocess
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from lstm_ext import _build_config as config
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -34,7 +35,6 @@ TORCH_DEFINES = (
 # A spill, or an array that ended in local memory, is a warning of ptxas and so an error.
 WARNINGS = (
     "-Werror=all-warnings",
-    "-Xcompiler=-Wall",
     "-Xptxas=-v,--warning-as-error,--warn-on-spills,--warn-on-local-memory-usage",
 )
 
@@ -91,6 +91,15 @@ def version() -> str:
     return re.search(r"\bV(\d+\.\d+\.\d+)", text)[1]
 
 
+@functools.cache
+def architectures() -> list[str]:
+    """Those that this nvcc knows."""
+    known = subprocess.run(
+        [find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
+    return [architecture for architecture in ARCHITECTURES if architecture in known.split()]
+
+
 def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
@@ -107,8 +116,8 @@ def command(unit: Unit, output: Path) -> list[str]:
     # PTX is an input of the emulator, not of ptxas: ptxas does not run.
     warnings = WARNINGS[:-1] if unit.kind == "ptx" else WARNINGS
     return [
-        *(find_nvcc(), kind, f"-arch={unit.architecture}", f"-std={unit.standard}", f"-I{CSRC}"),
-        *(*TORCH_DEFINES, *warnings, *unit.flags, "-o", str(output), str(unit.source)),
+        *(find_nvcc(), kind, f"-arch={unit.architecture}", f"-std={unit.standard}", *unit.flags, f"-I{CSRC}"),
+        *(*config.NVCC_FLAGS, *TORCH_DEFINES, *warnings, "-o", str(output), str(unit.source)),
     ]
 
 
@@ -205,5 +214,3 @@ def resources(log: str) -> dict[str, Resources]:
     if set(entries) != set(found):
         raise ValueError(f"ptxas's report was not understood:\n{log}")
     return dict(zip(demangle(list(found)), found.values(), strict=True))
-
-

@@ -8,23 +8,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import build
-import nvcc
-from ptx.emit import translate
-from ptx.parse import parse
-
-ARCHITECTURE = "sm_90"
+from simt import build, nvcc
+from simt.ptx.emit import translate
+from simt.ptx.parse import parse
 
 
-def translated(source: Path, include_dirs: Sequence[Path] = (), defines: Sequence[str] = ()) -> Path:
-    """The C++ of a source's kernels."""
+def translated(
+    source: Path, architecture: str = "sm_90", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
+) -> Path:
+    """The C++ of a source's kernels. `csrc` may be a copy, if `directory` is one of its own."""
     # -lineinfo: so that the emulator's messages name lines of the source.
-    flags = ("-lineinfo", *(f"-I{path}" for path in include_dirs), *(f"-D{define}" for define in defines))
-    compiled = nvcc.compile_unit(nvcc.Unit(source, ARCHITECTURE, kind="ptx", flags=flags))
-    output = build.BUILD / "ptx" / f"{compiled.path.stem}.cpp"
+    flags = ("-lineinfo", f"-I{csrc}", f"-I{build.ROOT / 'tests'}")
+    compiled = nvcc.compile_unit(nvcc.Unit(source, architecture, kind="ptx", flags=flags), directory)
+    output = compiled.path.with_suffix(".cpp")
     text = translate(parse(compiled.path))
     if not output.exists() or output.read_text() != text:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
     return output
 

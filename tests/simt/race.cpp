@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <set>
 #include <unordered_map>
@@ -53,7 +52,7 @@ std::vector<VectorClock> fenced_knowledge;  // at its last fence: what a relaxed
 std::vector<VectorClock> fence_to_acquire;  // what its relaxed loads have seen and its next fence makes known
 std::unordered_map<const void*, VectorClock> published;  // by the address of an atomic
 
-std::vector<Watched> watched;
+std::vector<Watched> watched;  // by address
 size_t last_hit = 0;
 
 constexpr size_t kListed = 8;
@@ -74,15 +73,14 @@ Place* allocate_places(const Watched& range) {
   return static_cast<Place*>(std::calloc(range.count(), sizeof(Place)));
 }
 
+bool is_before(const char* address, const Watched& range) { return address < range.memory; }
+
 Watched* find(const char* address) {
   if (last_hit < watched.size() && watched[last_hit].contains(address)) return &watched[last_hit];
-  for (size_t i = 0; i < watched.size(); ++i) {
-    if (watched[i].contains(address)) {
-      last_hit = i;
-      return &watched[i];
-    }
-  }
-  return nullptr;
+  const auto after = std::upper_bound(watched.begin(), watched.end(), address, is_before);
+  if (after == watched.begin() || !(after - 1)->contains(address)) return nullptr;
+  last_hit = static_cast<size_t>(after - 1 - watched.begin());
+  return &watched[last_hit];
 }
 
 std::string who(unsigned thread) {
@@ -195,8 +193,9 @@ std::string findings() {
 void watch(const void* memory, size_t bytes, size_t granularity, const std::string& name) {
   if (!enabled) return;
   forget(memory);
-  watched.push_back({static_cast<const char*>(memory), bytes, granularity, name, nullptr});
-  watched.back().places = allocate_places(watched.back());
+  Watched range{static_cast<const char*>(memory), bytes, granularity, name, nullptr};
+  range.places = allocate_places(range);
+  watched.insert(std::upper_bound(watched.begin(), watched.end(), range.memory, is_before), range);
 }
 
 void forget(const void* memory) {

@@ -1,7 +1,7 @@
 """Registers and shared memory of every kernel and architecture, as resources.json records them.
 
-    python tests/simt/resources.py            what has changed
-    python tests/simt/resources.py --write    records what is
+python tests/simt/resources.py            what has changed
+python tests/simt/resources.py --write    records what is
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nvcc
+from simt import nvcc
 
 TABLE = Path(__file__).with_name("resources.json")
 # By source, kernel and architecture.
@@ -20,7 +20,7 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 
 def units() -> list[nvcc.Unit]:
-    return [nvcc.Unit(source, arch) for source in nvcc.sources() for arch in nvcc.ARCHITECTURES]
+    return [nvcc.Unit(source, arch) for source in nvcc.sources() for arch in nvcc.architectures()]
 
 
 def entry(kernel: nvcc.Resources) -> dict[str, int]:

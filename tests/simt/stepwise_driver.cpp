@@ -26,13 +26,21 @@ double to_double(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <typename T>
 double eps();
 template <>
-double eps<double>() { return 0x1p-52; }
+double eps<double>() {
+  return 0x1p-52;
+}
 template <>
-double eps<float>() { return 0x1p-23; }
+double eps<float>() {
+  return 0x1p-23;
+}
 template <>
-double eps<__half>() { return 0x1p-10; }
+double eps<__half>() {
+  return 0x1p-10;
+}
 template <>
-double eps<__nv_bfloat16>() { return 0x1p-7; }
+double eps<__nv_bfloat16>() {
+  return 0x1p-7;
+}
 
 template <typename T>
 DeviceBuffer<T> random_values(size_t count, const char* name) {
@@ -62,9 +70,9 @@ void expect_near(T got, double wanted, const std::string& what) {
 }
 
 struct Shape {
-  int64_t rows, units;         // of the step
+  int64_t rows, units;           // of the step
   int64_t continuing, going_on;  // see stepwise.h
-  bool states;                 // h0, c0 and gradients of h_n, c_n
+  bool states;                   // h0, c0 and gradients of h_n, c_n
 };
 
 template <typename T>
@@ -241,7 +249,7 @@ void check_column_sums(int64_t rows, int64_t columns) {
 template <typename T>
 void check_all() {
   check_cell<T>({1, 1, 0, 0, false});
-  check_cell<T>({5, 37, 3, 2, true});     // some rows begin, some end; one warp and a bit
+  check_cell<T>({5, 37, 3, 2, true});  // some rows begin, some end; one warp and a bit
   check_cell<T>({5, 37, 3, 2, false});
   check_cell<T>({3, 130, 3, 3, true});    // more units than a block is wide
   check_cell<T>({11, 33, 0, 11, false});  // more rows than a block is high

@@ -81,8 +81,7 @@ void gemm_by_definition(const Gemm& g, void*) {
 lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
                               bool bidirectional) {
-  lstm_ext::LayerSizes sizes =
-      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  lstm_ext::LayerSizes sizes = lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
   sizes.gates_type = input.scalar_type();  // as on a GPU
   return sizes;
 }

@@ -44,7 +44,7 @@ PLANTED = {
         "reduction.cuh", "    __syncthreads();\n", "", ["random", "race"],
     ),
     "a unit too many": ("cell.cuh", "if (j >= H) return;", "if (j > H) return;", ["asan", "fifo"]),
-    "rows that begin take the state of others": ("cell.cuh", "if (b < c.continuing)", "if (b <= c.continuing)", ["fifo"]),
+    "rows that begin take another state": ("cell.cuh", "if (b < c.continuing)", "if (b <= c.continuing)", ["fifo"]),
     "a part too few": ("stepwise_launch.cuh", "{parts, s.columns, parts,", "{parts - 1, s.columns, parts,", ["fifo"]),
     "a final state too early": ("cell.cuh", "if (b >= s.going_on) {", "if (b >= s.going_on - 1) {", ["fifo"]),
 }  # fmt: skip

@@ -63,8 +63,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) cluster_stores(Arguments a) {
 
 // st.async: data and arrival in one operation, no barrier per step.
 //
-// Two buffers are enough without a barrier that says "empty": h_{t+1} goes where h_{t-1} was, and a thread sends it only
-// after it has all of h_t. Every thread of every peer has sent its part of h_t after its last read of h_{t-1}.
+// Two buffers are enough without a barrier that says "empty": h_{t+1} goes where h_{t-1} was, and a thread sends it
+// only after it has all of h_t. Every thread of every peer has sent its part of h_t after its last read of h_{t-1}.
 template <int kHidden, int kUnits, int kBatch>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) cluster_messages(Arguments a) {
   LSTM_SHARED(float, h_rows, 2 * kBatch * kHidden);

@@ -10,18 +10,27 @@ namespace ptx {
 // Does something to each element of a pair, or to the one value there is.
 template <typename T, typename Function>
 T elementwise(Function function, T a) {
-  if constexpr (is_pair<T>) return {function(a.low), function(a.high)};
-  else return function(a);
+  if constexpr (is_pair<T>) {
+    return {function(a.low), function(a.high)};
+  } else {
+    return function(a);
+  }
 }
 template <typename T, typename Function>
 T elementwise(Function function, T a, T b) {
-  if constexpr (is_pair<T>) return {function(a.low, b.low), function(a.high, b.high)};
-  else return function(a, b);
+  if constexpr (is_pair<T>) {
+    return {function(a.low, b.low), function(a.high, b.high)};
+  } else {
+    return function(a, b);
+  }
 }
 template <typename T, typename Function>
 T elementwise(Function function, T a, T b, T c) {
-  if constexpr (is_pair<T>) return {function(a.low, b.low, c.low), function(a.high, b.high, c.high)};
-  else return function(a, b, c);
+  if constexpr (is_pair<T>) {
+    return {function(a.low, b.low, c.low), function(a.high, b.high, c.high)};
+  } else {
+    return function(a, b, c);
+  }
 }
 
 // ---- modifiers ------------------------------------------------------------------------------------------------------
@@ -42,8 +51,12 @@ inline f64 flushed(f64 a) { return std::fabs(a) < 0x1p-1022 ? std::copysign(0.0,
 // .sat: clamped to [0, 1]; a NaN becomes 0.
 template <typename T>
 T saturated(T a) {
-  return elementwise([](auto x) { return wide(x) > 0 ? (wide(x) < 1 ? x : narrow<decltype(x)>(1)) : narrow<decltype(x)>(0); },
-                     a);
+  return elementwise(
+      [](auto x) {
+        if (wide(x) >= 1) return narrow<decltype(x)>(1);
+        return wide(x) > 0 ? x : narrow<decltype(x)>(0);
+      },
+      a);
 }
 
 template <typename T>
@@ -353,18 +366,18 @@ u32 bfind(T a) {
 }
 
 // ---- comparisons ----------------------------------------------------------------------------------------------------
-#define PTX_COMPARISON(name, sign)                                                            \
-  template <typename T>                                                                       \
-  bool compare_##name(T a, T b) {                                                             \
-    return a sign b;                                                                          \
-  }                                                                                           \
-  template <typename T>                                                                       \
-  bool float_compare_##name(T a, T b) {                                                       \
-    return !std::isunordered(wide(a), wide(b)) && wide(a) sign wide(b);                       \
-  }                                                                                           \
-  template <typename T>                                                                       \
-  bool float_compare_##name##u(T a, T b) {                                                    \
-    return std::isunordered(wide(a), wide(b)) || wide(a) sign wide(b);                        \
+#define PTX_COMPARISON(name, sign)                                      \
+  template <typename T>                                                 \
+  bool compare_##name(T a, T b) {                                       \
+    return a sign b;                                                    \
+  }                                                                     \
+  template <typename T>                                                 \
+  bool float_compare_##name(T a, T b) {                                 \
+    return !std::isunordered(wide(a), wide(b)) && wide(a) sign wide(b); \
+  }                                                                     \
+  template <typename T>                                                 \
+  bool float_compare_##name##u(T a, T b) {                              \
+    return std::isunordered(wide(a), wide(b)) || wide(a) sign wide(b);  \
   }
 PTX_COMPARISON(eq, ==)
 PTX_COMPARISON(ne, !=)

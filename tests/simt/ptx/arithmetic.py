@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ptx.emit import Emitter, Modifiers, handles, is_float
-from ptx.parse import WIDTHS, Instruction, Vector
+from simt.ptx.emit import Emitter, Modifiers, handles, is_float
+from simt.ptx.parse import WIDTHS, Instruction, Vector
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 TO_INTEGER = {"rni": "rn", "rzi": "rz", "rmi": "rm", "rpi": "rp"}
@@ -229,7 +229,8 @@ def move(f: Emitter, m: Modifiers, i: Instruction) -> str:
     target, source = i.operands
     if isinstance(target, Vector):
         part = f"b{WIDTHS[kind] // len(target.parts)}"
-        return f"{{ const Parts<{part}, {bits(kind)}> q({f.value(source, bits(kind))}); {f.assign_each(target, part, 'q')} }}"
+        parts = f"const Parts<{part}, {bits(kind)}> q({f.value(source, bits(kind))});"
+        return f"{{ {parts} {f.assign_each(target, part, 'q')} }}"
     if isinstance(source, Vector):
         part = f"b{WIDTHS[kind] // len(source.parts)}"
         return f.assign(target, bits(kind), f"packed<{bits(kind)}, {part}>({f.values(source.parts, part)})")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from ptx.parse import (
+from simt.ptx.parse import (
     WIDTHS,
     Address,
     Function,
     Immediate,
     Instruction,
     Label,
+    Location,
     Module,
     Name,
     Not,
@@ -24,19 +24,24 @@ from ptx.parse import (
     integer,
 )
 
-# What runtime.h calls them.
-_SPECIAL = {
-    f"%{name}.{axis}": f"{name}().{axis}"
-    for name in ("tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid")
-    for axis in "xyz"
-}
-_SPECIAL |= {
-    f"%{name}": f"{name}()"
-    for name in (
-        *("laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer", "cluster_ctarank", "cluster_nctarank"),
-        *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
-    )
-}
+# Special registers. runtime.h has functions of the same names.
+_THREE = ["tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid"]
+_ONE = [
+    "laneid",
+    "warpid",
+    "nwarpid",
+    "clock",
+    "clock64",
+    "globaltimer",
+    "cluster_ctarank",
+    "cluster_nctarank",
+]
+_ONE += [f"lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")]
+_SPECIAL = {f"%{name}.{axis}": f"{name}().{axis}" for name in _THREE for axis in "xyz"}
+_SPECIAL |= {f"%{name}": f"{name}()" for name in _ONE}
+
+# Whose lines say nothing about what a kernel does: the wrappers of PTX, and CUDA's inline functions.
+_WRAPPERS = re.compile(r"(/cuda/ptx\.h|/cuda/platform\.h|\.hpp)$")
 
 
 class Modifiers:
@@ -187,9 +192,9 @@ class Emitter:
             return f"{window}({self.value(base, 'b32')} + b32({offset}), PTX_HERE)"
         if space not in ("", "global", "local", "const", "param"):
             raise self.error(f"the state space {space}")
-        if isinstance(base, Name) and base.text in self.variables:
-            if self.variables[base.text].space == "shared":
-                raise self.error("a shared variable by a generic address")
+        variable = self.variables.get(base.text)
+        if variable is not None and variable.space == "shared":
+            raise self.error("a shared variable by a generic address")
         return f"pointer({self.value(base, 'b64')}, {offset})"
 
     # Code.
@@ -213,12 +218,7 @@ class Emitter:
 
     def declarations(self) -> list[str]:
         """Of what is used. nvcc declares more, and g++ warns of that."""
-        used = {
-            name
-            for item in self.function.body
-            if isinstance(item, Instruction)
-            for name in _names(item)
-        }
+        used = {name for item in self.function.body if isinstance(item, Instruction) for name in _names(item)}
         by_type: dict[str, list[str]] = {}
         for name, kind in self.function.registers:
             if name in used:
@@ -234,9 +234,16 @@ class Emitter:
                 lines.append(f"  alignas({variable.alignment}) char {name}[{variable.size}];")
         return lines
 
+    def source_line(self, location: Location) -> Location:
+        """The line that a message should name: that of the kernel, or of a function of its own."""
+        while location.caller is not None and _WRAPPERS.search(self.files[location.file]):
+            location = location.caller
+        return location
+
     def definition(self) -> str:
         """A function of the block of parameters, as a host would pass it to the launch."""
-        lines = [f"static void kernel_{identifier(self.function.name)}([[maybe_unused]] const char* parameters) {{"]
+        name = f"kernel_{identifier(self.function.name)}"
+        lines = [f"static void {name}([[maybe_unused]] const char* parameters) {{"]
         lines += self.declarations()
         file = None
         for item in self.function.body:
@@ -244,7 +251,7 @@ class Emitter:
                 lines.append(f"{item.name}:;")
                 continue
             if item.location is not None:
-                number, line = item.location
+                number, line, _ = self.source_line(item.location)
                 lines.append(f"#line {line}" if number == file else f'#line {line} "{self.files[number]}"')
                 file = number
             lines.append(f"  {self.statement(item)}  // {item.text}")
@@ -277,18 +284,17 @@ def _shared(variable: Variable) -> str:
 
 def _data(variable: Variable) -> str:
     constant = "const " if variable.space == "const" else ""
+    array = f"{constant}unsigned char {identifier(variable.name)}[{variable.size}]"
     data = ", ".join(str(byte) for byte in variable.data)
-    name = identifier(variable.name)
-    return f"alignas({variable.alignment}) static {constant}unsigned char {name}[{variable.size}] = {{{data}}};"
+    return f"alignas({variable.alignment}) static {array} = {{{data}}};"
 
 
 def translate(module: Module) -> str:
     """One C++ source. Its kernels register themselves under the names that g++ gives the same kernels."""
     # They fill HANDLERS.
-    import ptx.arithmetic
-    import ptx.memory
+    from simt.ptx import arithmetic, memory
 
-    assert ptx.arithmetic and ptx.memory
+    assert arithmetic and memory
     lines = ['#include "simt/ptx/runtime.h"', "", "namespace ptx {", "namespace {", ""]
     lines += [_data(v) for v in module.variables if v.space in ("global", "const")]
     for function in module.functions:
@@ -298,9 +304,3 @@ def translate(module: Module) -> str:
         name = f"kernel_{identifier(function.name)}"
         lines.append(f'PTX_KERNEL({name}, "{function.name}", {function.parameter_size});')
     return "\n".join([*lines, "}  // namespace ptx", ""])
-
-
-def translate_file(source: Path, output: Path) -> None:
-    from ptx.parse import parse
-
-    output.write_text(translate(parse(source)))

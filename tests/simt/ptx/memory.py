@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ptx.emit import Emitter, Modifiers, handles
-from ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
+from simt.ptx.emit import Emitter, Modifiers, handles
+from simt.ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
 
 SPACES = ("global", "local", "const", "param", "shared", "shared::cta", "shared::cluster")
 SHARED = ("shared", "shared::cta", "shared::cluster")
@@ -11,8 +11,8 @@ SCOPES = ("cta", "cluster", "gpu", "sys")
 VECTORS = ("v2", "v4", "v8")
 # Hints about caches: they change no value.
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
-EVICTIONS = tuple(f"L{n}::{how}" for n in (1, 2) for how in ("evict_normal", "evict_unchanged", "evict_first"))
-EVICTIONS += ("L1::evict_last", "L1::no_allocate", "L2::evict_last")
+EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
+EVICTIONS += ("L1::no_allocate",)
 PREFETCHES = ("L2::64B", "L2::128B", "L2::256B")
 # For messages: where in the source a thread waits.
 HERE = "PTX_HERE"

@@ -68,6 +68,7 @@ class Location(NamedTuple):
 
     file: int  # in Module.files: the names come after the code
     line: int
+    caller: Location | None  # where the function that the line belongs to was inlined
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class Module:
 
 
 # Bits of a value of each type.
-WIDTHS = {"pred": 1, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32": 32, "f64": 64, "b128": 128}
-WIDTHS |= {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
+WIDTHS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
+WIDTHS |= {"pred": 1, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32": 32, "f64": 64}
 
 _TOKEN = re.compile(
     r"""
@@ -153,7 +154,7 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def integer(text: str) -> int:
-    """A literal's value; a leading 0 would make it octal, which nvcc does not write."""
+    """A literal's value. A leading 0 would make it octal, which nvcc does not write."""
     return int(text.rstrip("U"), 16 if text[:2] in ("0x", "0X") else 10)
 
 
@@ -180,6 +181,7 @@ class Parser:
         self._tokens = [*tokens(text), Token("", text.count("\n") + 1)]
         self._position = 0
         self._location: Location | None = None
+        self._locations: dict[tuple[str, ...], Location] = {}  # by file, line and column as they are written
 
     # Tokens.
 
@@ -206,6 +208,11 @@ class Parser:
             return False
         self._position += 1
         return True
+
+    def _integer(self) -> int:
+        if not _NUMBER.fullmatch(self._peek()):
+            raise self._error("a number expected")
+        return integer(self._next())
 
     def _error(self, reason: str) -> PtxError:
         line = self._line()
@@ -255,7 +262,7 @@ class Parser:
         space = self._next()[1:]
         alignment = None
         if self._accept(".align"):
-            alignment = integer(self._next())
+            alignment = self._integer()
         kind = self._next()[1:]
         if kind not in WIDTHS:
             raise self._error("a variable of an unknown type")
@@ -266,7 +273,7 @@ class Parser:
             if self._accept("]"):
                 count = None
                 continue
-            count *= integer(self._next())
+            count *= self._integer()
             self._expect("]")
         data = b""
         if self._accept("="):
@@ -296,7 +303,7 @@ class Parser:
         parameters, size = self._parameters()
         while self._peek() != "{":
             # .maxntid, .minnctapersm, .reqnctapercluster and so on: limits that ptxas needs and we do not.
-            if not self._peek().startswith(".") and not _NUMBER.fullmatch(self._peek()) and self._peek() != ",":
+            if not (self._peek() == "," or self._peek().startswith(".") or _NUMBER.fullmatch(self._peek())):
                 raise self._error("not supported before a kernel's body")
             self._next()
         function = Function(name, parameters, size)
@@ -311,7 +318,7 @@ class Parser:
             return parameters, end
         while not self._accept(")"):
             self._expect(".param")
-            alignment = integer(self._next()) if self._accept(".align") else None
+            alignment = self._integer() if self._accept(".align") else None
             kind = self._next()[1:]
             while self._peek() in (".ptr", ".global", ".shared", ".const"):
                 self._next()
@@ -320,7 +327,7 @@ class Parser:
             name, size = self._next(), WIDTHS[kind] // 8
             alignment = alignment or size
             if self._accept("["):
-                size *= integer(self._next())
+                size *= self._integer()
                 self._expect("]")
             parameters[name] = (end + alignment - 1) // alignment * alignment
             end = parameters[name] + size
@@ -363,10 +370,15 @@ class Parser:
                 function.body.append(self._instruction(scope))
 
     def _loc(self) -> None:
-        _, file, line, *_ = self._rest_of_line()
+        """.loc file line column[, function_name label, inlined_at file line column]"""
+        _, *place = self._rest_of_line()
+        caller = None
+        if "inlined_at" in place:
+            caller = self._locations.get(tuple(place[place.index("inlined_at") + 1 :]))
+        file, line = int(place[0]), int(place[1])
         # Line 0: code that belongs to no line.
-        if int(line):
-            self._location = Location(int(file), int(line))
+        if line:
+            self._location = self._locations[tuple(place[:3])] = Location(file, line, caller)
 
     def _label(self, function: Function, scope: _Scope) -> None:
         name = scope.find(self._next())
@@ -387,7 +399,7 @@ class Parser:
         while True:
             name = self._next()
             if self._accept("<"):
-                names = [f"{name}{i}" for i in range(integer(self._next()))]
+                names = [f"{name}{i}" for i in range(self._integer())]
                 self._expect(">")
             else:
                 names = [name]
@@ -447,7 +459,7 @@ class Parser:
             sign = 1
             while self._peek() in ("+", "-"):
                 sign *= -1 if self._next() == "-" else 1
-            offset += sign * integer(self._next())
+            offset += sign * self._integer()
         return Address(base, offset)
 
 

@@ -164,18 +164,21 @@ PTX_UNCHECKED T exchange(char* place, Operation operation, simt::Order order, co
 }
 template <typename T>
 T sum(T a, T b) {
-  if constexpr (std::is_integral_v<T>) return integer_add<T>(a, b);
-  else return float_add<T, Rounding::rn>(a, b);
+  if constexpr (std::is_integral_v<T>) {
+    return integer_add<T>(a, b);
+  } else {
+    return float_add<T, Rounding::rn>(a, b);
+  }
 }
-#define PTX_ATOMIC(name, result)                                                                 \
-  template <typename T>                                                                          \
-  T atomic_##name(char* place, T value, simt::Order order, const char* file, int line) {         \
+#define PTX_ATOMIC(name, result)                                                                     \
+  template <typename T>                                                                              \
+  T atomic_##name(char* place, T value, simt::Order order, const char* file, int line) {             \
     return exchange<T>(place, [value](T old) { return static_cast<T>(result); }, order, file, line); \
   }
 PTX_ATOMIC(add, sum(old, value))
 PTX_ATOMIC(min, std::min(old, value))
 PTX_ATOMIC(max, std::max(old, value))
-PTX_ATOMIC(and, old & value)
+PTX_ATOMIC(and, old& value)
 PTX_ATOMIC(or, old | value)
 PTX_ATOMIC(xor, old ^ value)
 PTX_ATOMIC(exch, ((void)old, value))
@@ -206,7 +209,9 @@ inline void bar_warp_sync(b32 mask, const char* file, int line) { simt::syncwarp
 inline void cluster_arrive(const char* file, int line) { simt::cluster_arrive(file, line); }
 inline void cluster_wait(const char* file, int line) { simt::cluster_wait(file, line); }
 
-inline uint64_t* mbarrier_at(char* place, const char* file, int line) { return aligned<uint64_t, 1>(place, file, line); }
+inline uint64_t* mbarrier_at(char* place, const char* file, int line) {
+  return aligned<uint64_t, 1>(place, file, line);
+}
 inline void mbarrier_init(char* place, u32 arrivals, const char* file, int line) {
   simt::mbarrier_init(mbarrier_at(place, file, line), arrivals, file, line);
 }
@@ -277,22 +282,22 @@ T reduce(T value, b32 mask, Operation operation, const char* file, int line) {
   T result{};
   for (u32 lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
-    const auto other = static_cast<T>(
-        simt::shuffle(simt::Shuffle::Index, mask, static_cast<uint64_t>(value), lane, 32, file, line));
+    const auto other =
+        static_cast<T>(simt::shuffle(simt::Shuffle::Index, mask, static_cast<uint64_t>(value), lane, 32, file, line));
     result = first ? other : static_cast<T>(operation(result, other));
     first = false;
   }
   return result;
 }
-#define PTX_REDUX(name, result)                                                              \
-  template <typename T>                                                                      \
-  T redux_##name(T value, b32 mask, const char* file, int line) {                            \
-    return reduce<T>(value, mask, [](T a, T b) { return result; }, file, line);              \
+#define PTX_REDUX(name, result)                                                 \
+  template <typename T>                                                         \
+  T redux_##name(T value, b32 mask, const char* file, int line) {               \
+    return reduce<T>(value, mask, [](T a, T b) { return result; }, file, line); \
   }
 PTX_REDUX(add, integer_add<T>(a, b))
 PTX_REDUX(min, std::min(a, b))
 PTX_REDUX(max, std::max(a, b))
-PTX_REDUX(and, a & b)
+PTX_REDUX(and, a& b)
 PTX_REDUX(or, a | b)
 PTX_REDUX(xor, a ^ b)
 #undef PTX_REDUX
