@@ -226,7 +226,7 @@ class Sides:
         return layer(x, hx)[0]
 
     def inference(self, side: str) -> Call:
-        layer = self.layers[side]
+        layer = self.layers[side].eval()  # cuDNN keeps what backward needs otherwise, also under no_grad
 
         def call(_: object) -> None:
             with torch.no_grad():
@@ -235,7 +235,7 @@ class Sides:
         return call
 
     def training(self, side: str) -> Call:
-        layer, x = self.layers[side], self.x.detach().clone().requires_grad_()
+        layer, x = self.layers[side].train(), self.x.detach().clone().requires_grad_()
         leaves = [x, *layer.parameters()]
 
         def call(between: Callable[[], None]) -> None:
@@ -249,7 +249,7 @@ class Sides:
 
     def replay(self, side: str) -> Call:
         """One call with carried state, captured in a CUDA graph."""
-        layer, case = self.layers[side], self.case
+        layer, case = self.layers[side].eval(), self.case
         states = tuple(torch.zeros(case.layers, case.batch, case.hidden_size, device=self.device).to(self.x.dtype)
                        for _ in range(2))  # fmt: skip
         with torch.no_grad():
@@ -289,10 +289,10 @@ class Sides:
         """Bytes that a training step needs beyond weights, input and the output's gradient."""
         if self.device.type != "cuda":
             return None
-        call = self.training(side)
-        call(nothing)
+        self.training(side)(nothing)
         for p in self.layers[side].parameters():
             p.grad = None
+        call = self.training(side)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -51,7 +51,6 @@ CORRECTNESS = ("build", "info", "selftest", "suite", "checks", "sanitizer")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 # Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-DRY_TESTS = ("tests/test_second_derivatives.py", "tests/test_cell.py", "-k", "hooks or forms_of_hx")
 
 
 # ---- build
@@ -120,9 +119,8 @@ print("the kernels run")
 
 
 def info(session: Session, seconds: float) -> Outcome:
-    run = session.python(
-        "facts", ["benchmarks/bench_gpu.py", "--facts", "--device", session.device], seconds / 3
-    )
+    bench = session.root / "benchmarks" / "bench_gpu.py"
+    run = session.python("facts", [bench, "--facts", "--device", session.device], seconds / 3)
     if facts := run.last_json():
         session.record["facts"] = facts
         session.record["git_commit"] = facts["git_commit"]
@@ -178,14 +176,15 @@ def suite(session: Session, seconds: float) -> Outcome:
     if session.record["packages"]["pytest"] is None:
         return Outcome("failed", "pytest is not installed")
     files, left_out = device_tests(session.root / "tests")
-    groups = [[str(path.relative_to(session.root))] for path in by_length(files)]
+    groups = [[str(path)] for path in by_length(files)]
     for group in groups:
         if group[0].endswith("test_cuda_checks.py"):
             group += ["-k", "not test_checks"]  # they have a phase of their own
     if session.dry:
-        groups = [list(DRY_TESTS)]
+        groups = [[str(session.root / "tests" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
     deadline = time.monotonic() + seconds
     options = ["-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
+    options += ["--rootdir", str(session.root), "-c", str(session.root / "pyproject.toml")]
     options += ["-o", "faulthandler_timeout=60"]  # so that it shows where one hangs
 
     def run(group: list[str]) -> dict[str, Any]:
@@ -193,11 +192,11 @@ def suite(session: Session, seconds: float) -> Outcome:
         report = session.logs / f"{name}.xml"
         report.unlink(missing_ok=True)
         if time.monotonic() > deadline:
-            return {"tests": group[0], "end": "the time was up before it began", "cases": []}
+            return {"tests": Path(group[0]).name, "end": "the time was up before it began", "cases": []}
         arguments = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
         child = session.start(name, arguments, **DETERMINISTIC)
         finished = child.wait(deadline)
-        result = {"tests": group[0], "end": str(finished), "cases": read_junit(report)}
+        result = {"tests": Path(group[0]).name, "end": str(finished), "cases": read_junit(report)}
         return result if finished.code == 0 else result | {"output": finished.tail}
 
     with ThreadPoolExecutor(processes()) as pool:
@@ -250,7 +249,8 @@ def read_junit(path: Path) -> list[dict[str, Any]]:
 
 def checks(session: Session, seconds: float) -> Outcome:
     """One process does them all; if it dies or hangs, another one does the rest."""
-    listing = session.python("checks_list", ["-c", LIST_CHECKS], 60)
+    program = session.root / "tests" / "cuda_checks.py"
+    listing = session.python("checks_list", [program, "--list"], 60)
     to_do: list[str] = listing.last_json() or []
     if listing.code != 0 or not to_do:
         return Outcome("failed", f"the checks cannot be listed: {listing}", {"output": listing.tail})
@@ -258,7 +258,7 @@ def checks(session: Session, seconds: float) -> Outcome:
     deadline = time.monotonic() + seconds
     quick = ["--quick"] if session.dry else []
     while to_do and time.monotonic() < deadline:
-        arguments = ["tests/cuda_checks.py", "--device", session.device, *quick, *to_do]
+        arguments = [program, "--device", session.device, *quick, *to_do]
         # No check takes longer than a third of the time: a hang leaves time for the others.
         child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments], **DETERMINISTIC)
         run = child.wait_while_it_talks(deadline, seconds / 3)
@@ -289,13 +289,6 @@ def checks(session: Session, seconds: float) -> Outcome:
     return Outcome("failed" if count["failed"] else "passed", reason, {"checks": list(results.values())})
 
 
-LIST_CHECKS = """import json, sys  # which checks are there?
-sys.path.insert(0, "tests")
-import cuda_checks
-print(json.dumps(list(cuda_checks.CHECKS)))
-"""
-
-
 # ---- sanitizer
 
 
@@ -309,7 +302,7 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(session: Session, seconds: float) -> Outcome:
-    script = ["tests/cuda_checks.py", "--device", session.device, "sanitized"]
+    script = [session.root / "tests" / "cuda_checks.py", "--device", session.device, "sanitized"]
     if session.dry:
         run = session.python("sanitized", script, seconds)
         return judged(run) if run.code else Outcome("not run", "dry; the program that it would watch runs")
@@ -353,16 +346,9 @@ def benchmark(session: Session, seconds: float) -> Outcome:
     path = session.logs / "benchmark.json"
     path.unlink(missing_ok=True)
     budget = max(1.0, seconds - 20)  # the case that runs when it is spent is finished
-    arguments = [
-        "benchmarks/bench_gpu.py",
-        "--device",
-        session.device,
-        "--budget",
-        f"{budget:.0f}",
-        "--output",
-        path,
-    ]
-    run = session.python("benchmark", [*map(str, arguments), *(["--tiny"] if session.dry else [])], seconds)
+    options = ["--device", session.device, "--budget", f"{budget:.0f}", *(["--tiny"] if session.dry else [])]
+    bench = session.root / "benchmarks" / "bench_gpu.py"
+    run = session.python("benchmark", [bench, *options, "--output", path], seconds)
     if not path.exists():
         return Outcome("failed", str(run), {"output": run.tail})
     measured = session.record["benchmark"] = json.loads(path.read_text())
@@ -465,12 +451,12 @@ def report(session: Session) -> None:
     """The table, and the picture where matplotlib is. Nothing that the verdict depends on."""
     if session.record["benchmark"] is None:
         return
-    arguments = ["benchmarks/report_gpu.py", session.output]
+    arguments = [session.root / "benchmarks" / "report_gpu.py", session.output]
     if session.record["packages"]["matplotlib"] is not None:
         arguments += ["--picture", session.output.with_suffix(".png")]
     else:
         print("no picture: matplotlib is not installed")
-    run = session.python("report", [str(a) for a in arguments], 60)
+    run = session.python("report", arguments, 60)
     print(run.text.partition("\n")[2])
 
 

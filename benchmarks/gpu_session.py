@@ -67,9 +67,11 @@ class Session:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + options.budget
         self.gpu_works = options.dry
+        paths = [os.environ.get("PYTHONPATH"), str(root)]
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+            # Dry, the lstm_ext that is there; else the one that was built in place.
+            "PYTHONPATH": os.pathsep.join(filter(None, paths if options.dry else reversed(paths))),
             # Not the build on first use, nor the reference: they would look like a success.
             "LSTM_EXT_BACKEND": "aot",
         }
@@ -97,27 +99,31 @@ class Session:
         unfinished.write_text(json.dumps(self.record, indent=1) + "\n")
         unfinished.replace(self.output)
 
-    def start(self, name: str, arguments: Sequence[str], **environment: str) -> Child:
+    def start(self, name: str, arguments: Sequence[str | Path], **environment: str) -> Child:
         return Child(arguments, self.logs / f"{name}.txt", self.root, {**self.environment, **environment})
 
-    def run(self, name: str, arguments: Sequence[str], seconds: float, **environment: str) -> Finished:
-        return self.start(name, arguments, **environment).wait(time.monotonic() + seconds)
-
-    def python(self, name: str, arguments: Sequence[str], seconds: float, **environment: str) -> Finished:
-        return self.run(name, [sys.executable, *arguments], seconds, **environment)
+    def python(
+        self, name: str, arguments: Sequence[str | Path], seconds: float, **environment: str
+    ) -> Finished:
+        child = self.start(name, [sys.executable, *arguments], **environment)
+        return child.wait(time.monotonic() + seconds)
 
 
 class Child:
     """A process whose output goes to a file, in a group of its own, so that nothing of it is left behind."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, root: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: Sequence[str | Path], log: Path, root: Path, environment: dict[str, str]
+    ) -> None:
         self.log, self.root = log, root
+        # Python looks for modules in the current folder first, and that may have another lstm_ext than is meant.
+        folder = root if "setup.py" in arguments else log.parent
         with log.open("wb") as output:
             output.write(f"$ {' '.join(str(a).partition(chr(10))[0] for a in arguments)}\n".encode())
             output.flush()
             self.process = subprocess.Popen(
                 [str(a) for a in arguments],
-                cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 

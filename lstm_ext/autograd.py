@@ -333,7 +333,7 @@ class _LSTMLayer(torch.autograd.Function):
             )
         else:
             if len(saved) == 2:
-                saved.append(saved[0].new_empty(0))  # no hidden without a projection
+                saved = [*saved, saved[0].new_empty(0)]  # no hidden without a projection
             result = transforms.layer_gradients(
                 wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
             )

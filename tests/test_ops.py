@@ -559,7 +559,8 @@ def run_cpp(code: str, directory: Path, *arguments: str | None) -> subprocess.Co
     source.write_text(code)
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     build = [command, "-std=c++20", "-O0", *(f"-isystem{path}" for path in include_paths()), str(source)]
-    build += [*libraries, "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
+    # torch, which brings torch_cuda where there is one
+    build += [*libraries, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
     subprocess.run(build, check=True)
     return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
 

@@ -398,6 +398,10 @@ def test_compile(layer, x, kernel_calls):
     assert not kernel_calls
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="compiled autograd of torch 2.11 cannot look into the backward pass of an eager layer",
+)
 def test_compiled_autograd(layer, x):
     loss = layer(x)[0].sin().sum()
     expected = torch.autograd.grad(loss, layer.weight_hh_l0, retain_graph=True)[0]

@@ -108,6 +108,9 @@ class Stepwise {
 
   // c = a b, or c += a b.
   void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate = false) const {
+    // A cell may have no input features; what cuBLAS does then it does not say.
+    if (a.size(1) == 0 && !accumulate) c.zero_();
+    if (a.size(1) == 0 || c.numel() == 0) return;
     // Kept until the product is on its way; the allocator keeps the memory until it is done.
     const at::Tensor left = gemm_operand(a), right = gemm_operand(b);
     product(describe_gemm(c, left, right, accumulate, tf32_));

@@ -39,10 +39,15 @@ COMPILE_FLAGS = {
     "plain": ["-O2"],
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "race": ["-O1", "-g1", "-fsanitize=thread"],
+    "ucontext": ["-O2", "-DSIMT_UCONTEXT"],  # fibers as other processors than x86-64 have them
 }
 # The hooks are in the driver's code only; the emulator's objects serve two modes.
-EMULATOR_FLAGS = {"plain": ["-O2"], "asan": ["-O1", "-g1", "-fsanitize=address"], "race": ["-O2"]}
-LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "race": []}
+EMULATOR_FLAGS = {
+    **COMPILE_FLAGS,
+    "asan": ["-O1", "-g1", "-fsanitize=address"],
+    "race": COMPILE_FLAGS["plain"],
+}
+LINK_FLAGS = {"asan": ["-fsanitize=address,undefined"]}
 COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DLSTM_EXT_SIMT"]
 MAX_JOBS = 2
 
@@ -145,7 +150,7 @@ def compile_driver(
     program = BUILD / f"{name}-{mode}-{_digest([str(path) for path in objects], [])}"
     if not program.exists():
         partial = program.with_suffix(f".{os.getpid()}")
-        _run([compiler(), *LINK_FLAGS[mode], *map(str, objects), "-ldl", "-o", str(partial)])
+        _run([compiler(), *LINK_FLAGS.get(mode, []), *map(str, objects), "-ldl", "-o", str(partial)])
         partial.replace(program)
     return program
 
@@ -158,7 +163,7 @@ PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
 def compile_ptx_driver(
     driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more
 ) -> Path:
-    """A driver whose kernels are C++ that ptx/emit.py made of nvcc's PTX."""
+    """A driver whose kernels are C++ that ptx/translate.py made of nvcc's PTX."""
     return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
 
 

@@ -44,7 +44,7 @@ MODES = {
 }
 
 # For `make test-full`.
-MANY_SEEDS = Mode("plain", _random(range(1, 41), **MIXED))
+MANY_SEEDS = Mode("plain", _random(range(1, 17), **MIXED))
 
 
 def run(

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from simt import build, nvcc
-from simt.ptx.emit import translate
 from simt.ptx.parse import parse
+from simt.ptx.translate import translate
 
 
 def translated(

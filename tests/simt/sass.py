@@ -29,6 +29,7 @@ def find_nvdisasm() -> str | None:
 
 
 _FUNCTION = re.compile(r"^\.text\.(\S+):$", re.MULTILINE)
+_ADDRESS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -36,8 +37,14 @@ def opcodes(cubin: Path) -> dict[str, list[str]]:
     """The instructions of each kernel with their modifiers, as in LDG.E.128, in order."""
     text = subprocess.run([find_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     _, *parts = _FUNCTION.split(text)
-    names, bodies = parts[::2], parts[1::2]
-    return {name: _INSTRUCTION.findall(body) for name, body in zip(nvcc.demangle(names), bodies, strict=True)}
+    names, bodies = nvcc.demangle(parts[::2]), parts[1::2]
+    code = {name: _INSTRUCTION.findall(body) for name, body in zip(names, bodies, strict=True)}
+    # A line that is not understood would look like code without faults.
+    if not code or [len(found) for found in code.values()] != [
+        len(_ADDRESS.findall(body)) for body in bodies
+    ]:
+        raise ValueError(f"nvdisasm's text was not understood:\n{text[:2000]}")
+    return code
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ void prepare_shared(Block& block, size_t index) {
   ASAN_POISON_MEMORY_REGION(block.shared, arena.per_block);
   for (const auto& [key, array] : machine.shared_arrays) open_array(block.shared + array.offset, array.bytes);
   open_array(block.shared + kDynamicOffset, machine.config.dynamic_shared);
-  constexpr size_t kGranularity = 2;  // neighbours of 16 bits belong to different threads
+  constexpr size_t kGranularity = 1;  // neighbouring bytes may belong to different threads
   race::watch(block.shared, arena.per_block, kGranularity, "shared");
 }
 

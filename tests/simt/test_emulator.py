@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from simt import build
-from simt.modes import MANY_SEEDS, MODES, run
+from simt.modes import MANY_SEEDS, MODES, Mode, run
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,7 +28,7 @@ def report(done: subprocess.CompletedProcess) -> str:
     return f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
 
 
-def assert_passes(driver: str, *arguments: object, mode: str | object) -> None:
+def assert_passes(driver: str, *arguments: object, mode: str | Mode) -> None:
     mode = MODES[mode] if isinstance(mode, str) else mode
     for done in run(program(driver, mode.build), *arguments, mode=mode):
         assert done.returncode == 0, report(done)
@@ -43,6 +43,11 @@ def test_primitives(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["late", "now", "random", "asan", "race"])
 def test_rules(mode: str) -> None:
     assert_passes("rules_driver", mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["race", "race-random"])
+def test_race_detector(mode: str) -> None:
+    assert_passes("race_driver", mode=mode)
 
 
 WILD_ACCESSES = [
@@ -76,6 +81,14 @@ KERNELS = ["grid_f32", "grid_bf16", "cluster_stores", "cluster_messages"]
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_toy_kernels(kernel: str, mode: str) -> None:
     assert_passes("toy_driver", kernel, mode=mode)
+
+
+@pytest.mark.full
+def test_fibers_of_other_processors() -> None:
+    mode = Mode("ucontext", MODES["random"].environments)
+    for kernel in KERNELS:
+        assert_passes("toy_driver", kernel, mode=mode)
+    assert_passes("rules_driver", mode=mode)
 
 
 @pytest.mark.full
@@ -148,6 +161,7 @@ PLANTED: list[tuple[str, str, dict[str, str], list[str]]] = [
     ("cluster_messages", "kSingleBuffer", {"now": WRONG, "random": WRONG, "race": RACE}, ["late", "asan"]),
     ("cluster_messages", "kExitWithoutBarrier", everywhere("a peer has taken an address|has ended"), []),
     ("cluster_messages", "kUnboundedWait", everywhere("livelock"), []),
+    ("cluster_messages", "kIdleThreadsWait", {"random": EXPIRED}, ["late", "now", "asan"]),
     ("cluster_messages", "kNoWait", {"late": WRONG, "random": WRONG, "race": RACE}, []),
 ]
 
@@ -168,7 +182,8 @@ def planted_cases() -> list:
 def outcomes(kernel: str, bug: str, mode: str) -> list[subprocess.CompletedProcess]:
     environment = {"TOY_LOSE_MESSAGE": "1000"} if bug == "kUnboundedWait" else {}
     driver = program("toy_driver", MODES[mode].build)
-    return list(run(driver, kernel, bug_number(bug), mode=MODES[mode], **environment))
+    shape = (7, 1) if bug == "kIdleThreadsWait" else ()  # steps and batch
+    return list(run(driver, kernel, bug_number(bug), *shape, mode=MODES[mode], **environment))
 
 
 @pytest.mark.parametrize(("kernel", "bug", "mode", "message"), planted_cases())

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from simt import build, nvcc, ptx_cases
-from simt.ptx.emit import HANDLERS, translate
+from simt.ptx.emit import HANDLERS
 from simt.ptx.parse import Parser, PtxError
+from simt.ptx.translate import translate
 
 HERE = Path(__file__).parent
 if build.missing():
@@ -102,6 +103,10 @@ REFUSED = {
     "a predicated copy": ("cp.async.ca.shared.global [%r1], [%d1], 4, %p1;", "cp.async with a predicate"),
     "an unknown name": ("mov.u32 %r1, nothing;", "nothing is not declared"),
     "an unknown special register": ("mov.u32 %r1, %smid;", "%smid is not declared"),
+    "an order without a scope": (
+        "ld.acquire.global.u32 %r1, [%d1];",
+        "one of cta, cluster, gpu, sys is missing",
+    ),
     "a texture's space": ("ld.tex.u32 %r1, [%d1];", "not supported with .tex"),
     "a vector of the wrong length": ("ld.global.v4.u32 {%r1, %r2}, [%d1];", "as many registers"),
     "an integer as a float": ("add.f32 %r1, %r2, 1;", "an integer literal as a floating-point operand"),
@@ -135,3 +140,11 @@ def test_scopes_keep_names_apart() -> None:
     """A variable of an inner scope hides one of the same name, and is not seen outside."""
     with pytest.raises(PtxError, match="inner is not declared"):
         translate(Parser(_kernel("{ .reg .b32 inner; mov.u32 inner, 1; } mov.u32 %r1, inner;")).module())
+
+
+def test_parameters_are_aligned() -> None:
+    text = (
+        ".visible .entry k(.param .u32 a, .param .u64 b, .param .align 16 .b8 c[20], .param .u8 d) { ret; }"
+    )
+    (function,) = Parser(ptx_cases.module([]) + text).module().functions
+    assert function.parameters == {"a": 0, "b": 8, "c": 16, "d": 36} and function.parameter_size == 37

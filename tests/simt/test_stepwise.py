@@ -36,6 +36,7 @@ CASES = {
     "dense": Case(),
     "one step": Case(steps=1),
     "one row": Case(batch=1),
+    "no features": Case(input_size=0, bidirectional=True),
     "one of everything": Case(steps=1, batch=1, input_size=1, hidden_size=1),
     "no bias, no hx": Case(bias=False, hx=False),
     "more units than a block": Case(steps=2, hidden_size=150),

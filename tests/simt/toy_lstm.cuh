@@ -36,14 +36,15 @@ enum Bug : int {
   kNoSyncwarp,          // lanes read what other lanes wrote, without __syncwarp
   kPartialMask,         // a shuffle of lanes of which some never come
   // st.async and mbarriers.
-  kNoInitFence,     // mbarriers are initialised, and no fence says so to the cluster
-  kNoInitBarrier,   // no cluster barrier between initialisation and the first message
-  kSecondExpectTx,  // a phase is armed twice
-  kTooFewBytes,     // a phase is armed for one message less than comes
-  kTooManyBytes,    // and for one more
-  kWrongParity,     // the wait is for the phase before
-  kUnboundedWait,   // no clock bounds the wait
-  kNoWait,          // one step does not wait at all
+  kNoInitFence,      // mbarriers are initialised, and no fence says so to the cluster
+  kNoInitBarrier,    // no cluster barrier between initialisation and the first message
+  kSecondExpectTx,   // a phase is armed twice
+  kTooFewBytes,      // a phase is armed for one message less than comes
+  kTooManyBytes,     // and for one more
+  kWrongParity,      // the wait is for the phase before
+  kUnboundedWait,    // no clock bounds the wait
+  kNoWait,           // one step does not wait at all
+  kIdleThreadsWait,  // threads that send nothing wait too, and may fall two phases behind
 };
 
 struct Arguments {

@@ -26,16 +26,8 @@ from simt.ptx.parse import (
 
 # Special registers. runtime.h has functions of the same names.
 _THREE = ["tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid"]
-_ONE = [
-    "laneid",
-    "warpid",
-    "nwarpid",
-    "clock",
-    "clock64",
-    "globaltimer",
-    "cluster_ctarank",
-    "cluster_nctarank",
-]
+_ONE = ["laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer", "cluster_ctarank"]
+_ONE += ["cluster_nctarank"]
 _ONE += [f"lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")]
 _SPECIAL = {f"%{name}.{axis}": f"{name}().{axis}" for name in _THREE for axis in "xyz"}
 _SPECIAL |= {f"%{name}": f"{name}()" for name in _ONE}
@@ -65,14 +57,6 @@ class Modifiers:
         if not found:
             raise self._instruction.error(f"one of {', '.join(options)} is missing")
         return found
-
-    def has(self, *options: str) -> bool:
-        """All of them, which are then taken."""
-        there = all(o in self._left for o in options)
-        if there:
-            for option in options:
-                self._left.remove(option)
-        return there
 
     def type(self) -> str:
         """The last one: an instruction with two types, such as cvt, ends in that of its source."""
@@ -156,9 +140,9 @@ class Emitter:
     def _symbol(self, name: str) -> str:
         """The address of a variable or a parameter: in the shared window for shared memory, else the host's."""
         if name in self.variables:
-            return identifier(name) if self.variables[name].space == "shared" else f"b64({identifier(name)})"
+            return identifier(name)
         if name in self.function.parameters:
-            return f"b64(parameters + {self.function.parameters[name]})"
+            return f"parameters + {self.function.parameters[name]}"
         raise self.error(f"{name} is not declared")
 
     def assign(self, operand: Operand, kind: str, expression: str) -> str:
@@ -279,28 +263,4 @@ def _names(item: Instruction | Operand) -> list[str]:
 def _shared(variable: Variable) -> str:
     if variable.size is None:
         return "dynamic_shared()"
-    return f'shared_variable("{variable.name}", {variable.size}, {variable.alignment})'
-
-
-def _data(variable: Variable) -> str:
-    constant = "const " if variable.space == "const" else ""
-    array = f"{constant}unsigned char {identifier(variable.name)}[{variable.size}]"
-    data = ", ".join(str(byte) for byte in variable.data)
-    return f"alignas({variable.alignment}) static {array} = {{{data}}};"
-
-
-def translate(module: Module) -> str:
-    """One C++ source. Its kernels register themselves under the names that g++ gives the same kernels."""
-    # They fill HANDLERS.
-    from simt.ptx import arithmetic, memory
-
-    assert arithmetic and memory
-    lines = ['#include "simt/ptx/runtime.h"', "", "namespace ptx {", "namespace {", ""]
-    lines += [_data(v) for v in module.variables if v.space in ("global", "const")]
-    for function in module.functions:
-        lines += [Emitter(function, module).definition(), ""]
-    lines += ["}  // namespace", ""]
-    for function in module.functions:
-        name = f"kernel_{identifier(function.name)}"
-        lines.append(f'PTX_KERNEL({name}, "{function.name}", {function.parameter_size});')
-    return "\n".join([*lines, "}  // namespace ptx", ""])
+    return f'shared_variable("{variable.symbol}", {variable.size}, {variable.alignment})'

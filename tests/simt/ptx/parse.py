@@ -1,4 +1,4 @@
-"""PTX text as Python objects. Knows PTX's syntax; what an instruction means is instructions.py's."""
+"""PTX text as Python objects. Knows PTX's syntax; what an instruction means is others' to know."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class Label:
 class Variable:
     """An array of bytes. `space` is shared, local, global or const; no size: dynamic shared memory."""
 
-    name: str
+    name: str  # in C++
+    symbol: str  # in PTX
     space: str
     alignment: int
     size: int | None
@@ -267,7 +268,7 @@ class Parser:
         if kind not in WIDTHS:
             raise self._error("a variable of an unknown type")
         size = WIDTHS[kind] // 8
-        name = declare(self._next())
+        symbol = self._next()
         count: int | None = 1
         while self._accept("["):
             if self._accept("]"):
@@ -279,7 +280,8 @@ class Parser:
         if self._accept("="):
             data = self._initializer(size)
         self._expect(";")
-        return Variable(name, space, alignment or size, None if count is None else count * size, data)
+        total = None if count is None else count * size
+        return Variable(declare(symbol), symbol, space, alignment or size, total, data)
 
     def _initializer(self, size: int) -> bytes:
         values = []
