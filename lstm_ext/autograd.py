@@ -92,7 +92,6 @@ def _layer_with_extras(
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
     if (
         extras.are_only_resets()
-        and input.device == _CPU
         and _is_direct(input, h0, c0, (*weights, *extras.tensors()))
         and _backend.has_kernels()
     ):

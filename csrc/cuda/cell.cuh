@@ -16,9 +16,12 @@ LSTM_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 LSTM_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 LSTM_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 
+LSTM_DEVICE bool is_reset(const ResetFlags& resets, int64_t b) { return b < resets.rows && resets.flags[b] != 0; }
+
 // c_{t-1} of unit j of row b.
 template <typename T>
 LSTM_DEVICE typename Types<T>::Accumulate previous_cell(const PreviousCell<T>& c, int64_t b, int64_t j, int64_t size) {
+  if (is_reset(c.resets, b)) return c.reset_c ? widen(c.reset_c[b * size + j]) : 0;
   if (b < c.continuing) return c.previous[b * size + j];
   return c.c0 ? widen(c.c0[b * size + j]) : 0;
 }
@@ -28,7 +31,7 @@ template <typename T, typename Step>
 LSTM_DEVICE typename Types<T>::Accumulate summed_gradient(const Step& s, int64_t b, int64_t j, int64_t size) {
   typename Types<T>::Accumulate sum = 0;
   if (s.grad_output) sum += widen(s.grad_output[b * s.grad_output_stride + j]);
-  if (b < s.recurrent_rows) sum += s.recurrent_part[b * size + j];
+  if (b < s.recurrent_rows && !is_reset(s.resets_after, b)) sum += s.recurrent_part[b * size + j];
   if (s.grad_h_n && b >= s.going_on) sum += widen(s.grad_h_n[b * size + j]);
   return sum;
 }
@@ -56,8 +59,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> 
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < s.rows; b += stride) {
     A z[4];
     for (int gate = 0; gate < 4; ++gate) z[gate] = s.input_part[b * s.input_stride + gate * H + j] + bias[gate];
-    if (b < s.recurrent_rows) {
-      for (int gate = 0; gate < 4; ++gate) z[gate] += s.recurrent_part[(b * 4 + gate) * H + j];
+    const A* recurrent = b < s.recurrent_rows ? s.recurrent_part : nullptr;
+    if (is_reset(s.c_previous.resets, b)) recurrent = s.reset_part;
+    if (recurrent) {
+      for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[(b * 4 + gate) * H + j];
     }
     const Gates<A> gates = gates_of(z);
     const A c = gates.f * previous_cell<T>(s.c_previous, b, j, H) + gates.i * gates.g;
@@ -94,12 +99,15 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T
     } else if (s.grad_c_n) {
       dc += widen(s.grad_c_n[b * H + j]);
     }
-    s.grad_c[b * H + j] = dc * f;
-    D* grad = s.grad_gates + b * 4 * H + j;
-    grad[0] = narrow<D>(dc * g * i * (1 - i));
-    grad[H] = narrow<D>(dc * previous_cell<T>(s.c_previous, b, j, H) * f * (1 - f));
-    grad[2 * H] = narrow<D>(dc * i * (1 - g * g));
-    grad[3 * H] = narrow<D>(dh * tanh_c * o * (1 - o));
+    const A grad[4] = {dc * g * i * (1 - i), dc * previous_cell<T>(s.c_previous, b, j, H) * f * (1 - f),
+                       dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)};
+    for (int gate = 0; gate < 4; ++gate) s.grad_gates[(b * 4 + gate) * H + j] = narrow<D>(grad[gate]);
+    const bool reset = is_reset(s.c_previous.resets, b);
+    s.grad_c[b * H + j] = reset ? 0 : dc * f;
+    if (reset && s.grad_reset_c) s.grad_reset_c[b * H + j] += dc * f;
+    if (reset && s.reset_gates) {
+      for (int gate = 0; gate < 4; ++gate) s.reset_gates[(b * 4 + gate) * H + j] += grad[gate];
+    }
   }
 }
 
@@ -124,7 +132,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) previous_outputs_kernel(PreviousOut
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < step.rows; b += stride) {
     typename Types<T>::Accumulate h = 0;
-    if (b < step.continuing) {
+    if (is_reset(step.resets, b)) {
+      h = s.reset_h ? widen(s.reset_h[b * P + j]) : 0;
+    } else if (b < step.continuing) {
       h = widen(step.previous[b * s.previous_stride + j]);
     } else if (s.h0) {
       h = widen(s.h0[b * P + j]);

@@ -38,13 +38,22 @@ struct Types<__half> {
   using Gradient = float;
 };
 
+// Which rows of a step have their state replaced before it: those below `rows` whose flag is not 0. Null: none.
+struct ResetFlags {
+  const uint8_t* flags;
+  int64_t rows;
+};
+
 // c_{t-1} of a row: rows below `continuing` took part in the step before (in the direction of time) and have it in
-// `previous` (continuing, H); the others begin here, from c0 (B, H), or from zeros where c0 is null.
+// `previous` (continuing, H); the others begin here, from c0 (B, H), or from zeros where c0 is null. Of a row that is
+// replaced, it is that of reset_c (B, H), or zeros.
 template <typename T>
 struct PreviousCell {
   int64_t continuing;
   const typename Types<T>::Accumulate* previous;
   const T* c0;
+  ResetFlags resets;
+  const T* reset_c;
 };
 
 // One step of the forward pass: gates, cell state, output.
@@ -57,7 +66,8 @@ struct CellForward {
   int64_t input_stride;
   const Accumulate* recurrent_part;  // (recurrent_rows, 4H) contiguous: U h_{t-1}; zeros for the other rows
   int64_t recurrent_rows;
-  const T* bias_ih;  // (4H) or null
+  const Accumulate* reset_part;  // (B, 4H): the same of rows that are replaced; null means zeros
+  const T* bias_ih;              // (4H) or null
   const T* bias_hh;
   PreviousCell<T> c_previous;
   Accumulate* c;  // (rows, H) contiguous: c_t. May be c_previous.previous
@@ -88,9 +98,14 @@ struct CellBackward {
   const Accumulate* recurrent_part;  // (recurrent_rows, H) contiguous: through h_t; zeros for the other rows
   int64_t recurrent_rows;
   int64_t going_on;
-  const T* grad_c_n;     // (B, H) contiguous or null: as grad_h_n
-  Accumulate* grad_c;    // (B, H) contiguous. In: dL/dc_t of the rows below going_on; out: dL/dc_{t-1} of all rows
-  Gradient* grad_gates;  // (rows, 4H) contiguous: of the pre-activations
+  ResetFlags resets_after;  // of the step after: what these rows do there is not through h_t
+  const T* grad_c_n;        // (B, H) contiguous or null: as grad_h_n
+  Accumulate* grad_c;       // (B, H) contiguous. In: dL/dc_t of the rows below going_on; out: dL/dc_{t-1} of all rows
+  Gradient* grad_gates;     // (rows, 4H) contiguous: of the pre-activations
+  // Sums over the steps in which a row is replaced: of its gate gradients (B, 4H) and of dL/dc_{t-1} (B, H), which
+  // are dL/dc of what replaced it. Null where not wanted.
+  Accumulate* reset_gates;
+  Accumulate* grad_reset_c;
 };
 
 // dL/d(output) of a step with a projection: what CellBackward sums up, for P features instead of H.
@@ -104,6 +119,7 @@ struct OutputGradient {
   const typename Types<T>::Accumulate* recurrent_part;  // (recurrent_rows, P) contiguous
   int64_t recurrent_rows;
   int64_t going_on;
+  ResetFlags resets_after;              // as in CellBackward
   typename Types<T>::Gradient* result;  // (rows, P) contiguous
 };
 
@@ -117,10 +133,12 @@ struct PreviousOutputs {
     int64_t continuing;                   // rows that have h_{t-1} in `previous`; the others have it in h0
     const T* previous;                    // (continuing, P), rows previous_stride apart
     typename Types<T>::Gradient* result;  // (rows, P) contiguous
+    ResetFlags resets;
   };
   int64_t output_size;
   int64_t previous_stride;
-  const T* h0;  // (B, P) contiguous; null means zeros
+  const T* h0;       // (B, P) contiguous; null means zeros
+  const T* reset_h;  // the same, of rows that are replaced
   int steps;
   Step step[kSteps];
 };

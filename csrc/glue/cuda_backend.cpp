@@ -23,7 +23,6 @@ StepwiseDevice current_device() {
 
 ForwardResult cuda_forward(const LayerArguments& layer, const LayerSizes& sizes, bool save) {
   const c10::cuda::CUDAGuard guard(layer.input.device());
-  TORCH_CHECK(!layer.resets.flags, "lstm_ext: the CUDA kernels do not take resets yet");
   return stepwise_forward(layer, sizes, save, current_device());
 }
 

@@ -71,6 +71,7 @@ struct Direction {
   at::Tensor weight_ih, weight_hh;
   at::Tensor bias_ih, bias_hh;  // undefined where the layer has none
   at::Tensor weight_hr;
+  at::Tensor reset_h, reset_c;  // as h0 and c0
 };
 
 class Stepwise {
@@ -84,7 +85,10 @@ class Stepwise {
         input_(with_contiguous_rows(layer.input)),
         h0_(contiguous_or_undefined(layer.h0, dtype_)),
         c0_(contiguous_or_undefined(layer.c0, dtype_)),
-        weights_(contiguous_weights(layer.weights, dtype_)) {}
+        weights_(contiguous_weights(layer.weights, dtype_)),
+        resets_(contiguous_or_undefined(layer.resets.flags, at::kBool)),
+        reset_h_(contiguous_or_undefined(layer.resets.h, dtype_)),
+        reset_c_(contiguous_or_undefined(layer.resets.c, dtype_)) {}
 
  protected:
   Direction direction(int64_t d) const {
@@ -96,7 +100,18 @@ class Stepwise {
             w[1],
             has_bias_ ? w[2] : at::Tensor(),
             has_bias_ ? w[3] : at::Tensor(),
-            s.projected ? w[s.weights_per_direction - 1] : at::Tensor()};
+            s.projected ? w[s.weights_per_direction - 1] : at::Tensor(),
+            part_of(reset_h_, d),
+            part_of(reset_c_, d)};
+  }
+
+  // Of step n in the direction of time. In the reverse direction a cut lies before the step that is after it in time.
+  cuda::ResetFlags resets_of(const Steps& steps, int64_t n) const {
+    const int64_t cut = steps.reverse() ? n - 1 : n;
+    if (!resets_.defined() || cut < 0 || cut >= steps.count()) return {nullptr, 0};
+    const Step step = steps[cut];
+    static_assert(sizeof(bool) == sizeof(uint8_t));
+    return {static_cast<const uint8_t*>(resets_.const_data_ptr()) + step.offset, step.rows};
   }
 
   // All rows of the sequence, one below the other.
@@ -134,6 +149,7 @@ class Stepwise {
   const bool has_bias_;
   const at::Tensor input_, h0_, c0_;
   const std::vector<at::Tensor> weights_;
+  const at::Tensor resets_, reset_h_, reset_c_;  // undefined where there are none
 };
 
 // ---- forward
@@ -210,6 +226,9 @@ class StepwiseForward : Stepwise {
     const std::optional<RowsGemm> from_h0 = rows_gemm_if(l.h0.defined(), recurrent, l.h0, l.weight_hh.t());
     const std::optional<RowsGemm> projection = rows_gemm_if(s.projected, output, hidden, transposed(l.weight_hr));
 
+    const at::Tensor reset_part = empty_if(l.reset_h.defined(), {s.batch, 4 * H}, options(s.sum_type));
+    if (reset_part.defined()) product(reset_part, l.reset_h, l.weight_hh.t());
+
     const int64_t limit = piece_rows(4 * H * static_cast<int64_t>(sizeof(A)));
     for (int64_t n = 0; n < steps.count();) {
       const Piece piece(steps, n, steps.piece_end(n, limit));
@@ -227,10 +246,11 @@ class StepwiseForward : Stepwise {
         p.input_stride = input.stride * 4 * H;
         p.recurrent_part = const_row_pointer<A>(recurrent);
         p.recurrent_rows = l.h0.defined() ? step.rows : step.continuing;
+        p.reset_part = const_row_pointer<A>(reset_part);
         p.bias_ih = const_row_pointer<T>(l.bias_ih);
         p.bias_hh = const_row_pointer<T>(l.bias_hh);
         p.c_previous = {step.continuing, const_row_pointer<A>(cells, save ? before.offset : 0),
-                        const_row_pointer<T>(l.c0)};
+                        const_row_pointer<T>(l.c0), resets_of(steps, n), const_row_pointer<T>(l.reset_c)};
         p.c = row_pointer<A>(cells, save ? step.offset : 0);
         const int64_t place = s.projected && !save ? 0 : step.offset;
         const at::Tensor& h = s.projected ? hidden : output;
@@ -274,7 +294,7 @@ class StepwiseBackward : Stepwise {
         grad_h_n_(contiguous_or_undefined(arguments.grad_h_n, dtype_)),
         grad_c_n_(contiguous_or_undefined(arguments.grad_c_n, dtype_)),
         gradient_type_(dtype_ == at::kHalf ? at::kFloat : dtype_),
-        grads_(3 + weights_.size()) {
+        grads_(wanted_.size()) {
     if (wanted_[0]) grads_[0] = at::empty(s.sequence_sizes(s.input_size), options(dtype_));
     if (wanted_[1] && h0_.defined()) {
       grads_[1] = at::empty({s.directions, s.batch, s.output_size}, options(s.sum_type));
@@ -284,6 +304,11 @@ class StepwiseBackward : Stepwise {
     }
     for (size_t i = 0; i < weights_.size(); ++i) {
       if (wanted_[3 + i]) grads_[3 + i] = at::zeros(weights_[i].sizes(), options(s.sum_type));
+    }
+    if (resets_.defined()) {
+      const size_t first = reset_gradients();
+      if (wanted_[first] && reset_h_.defined()) grads_[first] = at::zeros(reset_h_.sizes(), options(s.sum_type));
+      if (wanted_[first + 1] && reset_c_.defined()) grads_[first + 1] = at::zeros(reset_c_.sizes(), options(s.sum_type));
     }
   }
 
@@ -306,6 +331,9 @@ class StepwiseBackward : Stepwise {
     at::Tensor output;                                 // (rows of a piece, P), with a projection
     at::Tensor weight_ih, weight_hh, bias, weight_hr;  // sums; undefined where not wanted
   };
+
+  // The place of the gradients of what replaces states.
+  size_t reset_gradients() const { return 3 + weights_.size(); }
 
   at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type_); }
 
@@ -339,6 +367,14 @@ class StepwiseBackward : Stepwise {
     Gradients g = gradients(d);
     g.gates = at::empty({longest, 4 * H}, options(gradient_type_));
     if (s.projected) g.output = at::empty({longest, P}, options(gradient_type_));
+    at::Tensor grad_reset_h, grad_reset_c;
+    if (resets_.defined()) {
+      grad_reset_h = part_of(grads_[reset_gradients()], d);
+      grad_reset_c = part_of(grads_[reset_gradients() + 1], d);
+    }
+    // One product makes dL/dh of what replaced states of the sum of the gate gradients in those steps.
+    at::Tensor reset_gates;
+    if (grad_reset_h.defined()) reset_gates = at::zeros({s.batch, 4 * H}, options(s.sum_type));
     const RowsGemm through_gates = rows_gemm(recurrent, g.gates, weight_hh);
     const std::optional<RowsGemm> to_h0 = rows_gemm_if(grad_h0.defined(), grad_h0, g.gates, weight_hh);
     const std::optional<RowsGemm> projection = rows_gemm_if(s.projected, grad_hidden, g.output, weight_hr);
@@ -354,7 +390,9 @@ class StepwiseBackward : Stepwise {
         p.pre_activations = const_row_pointer<T>(gates, step.offset);
         p.cells = const_row_pointer<A>(cells, step.offset);
         p.c_previous = {step.continuing, const_row_pointer<A>(cells, n > 0 ? steps[n - 1].offset : 0),
-                        const_row_pointer<T>(l.c0)};
+                        const_row_pointer<T>(l.c0), resets_of(steps, n), const_row_pointer<T>(l.reset_c)};
+        p.reset_gates = row_pointer<A>(reset_gates);
+        p.grad_reset_c = row_pointer<A>(grad_reset_c);
         p.going_on = step.going_on;
         p.grad_c_n = const_row_pointer<T>(grad_c_n);
         p.grad_c = row_pointer<A>(grad_c);
@@ -369,6 +407,7 @@ class StepwiseBackward : Stepwise {
           sum.recurrent_part = const_row_pointer<A>(recurrent);
           sum.recurrent_rows = step.going_on;
           sum.going_on = step.going_on;
+          sum.resets_after = resets_of(steps, n + 1);
           sum.result = row_pointer<D>(g.output, place);
           check(cuda::output_gradient(sum, device_.stream), "output_gradient");
           product((*projection)(0, place, step.rows));
@@ -380,14 +419,19 @@ class StepwiseBackward : Stepwise {
           p.grad_h_n = const_row_pointer<T>(grad_h_n);
           p.recurrent_part = const_row_pointer<A>(recurrent);
           p.recurrent_rows = step.going_on;
+          p.resets_after = resets_of(steps, n + 1);
         }
         check(cuda::cell_backward(p, device_.stream), "cell_backward");
         const int64_t beginning = step.rows - step.continuing;
         if (step.continuing > 0) product(through_gates(0, place, step.continuing));
         if (beginning > 0 && to_h0) product((*to_h0)(step.continuing, place + step.continuing, beginning));
+        if (n == 0 && to_h0 && resets_of(steps, 0).rows > 0) {  // rows that are replaced before their first step
+          grad_h0.masked_fill_(resets_.narrow(0, 0, s.packed() ? step.rows : 1).view({step.rows, 1}), 0);
+        }
       }
       add_piece<T>(l, steps, *piece, d, g);
     }
+    if (reset_gates.defined()) product(grad_reset_h, reset_gates, in_type(l.weight_hh, s.sum_type));
     // Both biases are added to the same sum, so they have the same gradient.
     if (has_bias_) {
       const size_t ih = 3 + d * s.weights_per_direction + 2;
@@ -451,7 +495,7 @@ class StepwiseBackward : Stepwise {
   void add_recurrent_gradient(const Direction& l, const Steps& steps, const Piece& piece, int64_t d,
                               const at::Tensor& gates, const at::Tensor& weight_hh) const {
     const int64_t P = s.output_size;
-    if (s.packed()) {
+    if (s.packed() || resets_.defined()) {
       product(weight_hh, gates.t(), previous_outputs<T>(l, steps, piece, d), true);
       return;
     }
@@ -477,17 +521,18 @@ class StepwiseBackward : Stepwise {
   at::Tensor previous_outputs(const Direction& l, const Steps& steps, const Piece& piece, int64_t d) const {
     using D = typename cuda::Types<T>::Gradient;
     const int64_t P = s.output_size, first = steps.offset(piece.begin);
-    const at::Tensor h = output_.narrow(1, d * P, P);
+    const at::Tensor h = rows_between(output_.narrow(-1, d * P, P), steps, 0, steps.count());
     const at::Tensor result = at::empty({steps.offset(piece.finish) - first, P}, options(gradient_type_));
     for (int64_t n = piece.first; n < piece.end;) {
       cuda::PreviousOutputs<T> p{};
       p.output_size = P;
       p.previous_stride = h.stride(0);
       p.h0 = const_row_pointer<T>(l.h0);
+      p.reset_h = const_row_pointer<T>(l.reset_h);
       for (; n < piece.end && p.steps < p.kSteps; ++n) {
         const Step step = steps[n];
         p.step[p.steps++] = {step.rows, step.continuing, const_row_pointer<T>(h, n > 0 ? steps[n - 1].offset : 0),
-                             row_pointer<D>(result, step.offset - first)};
+                             row_pointer<D>(result, step.offset - first), resets_of(steps, n)};
       }
       check(cuda::previous_outputs(p, device_.stream), "previous_outputs");
     }

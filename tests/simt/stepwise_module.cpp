@@ -12,6 +12,8 @@
 // Of the CUDA runtime, which is not there. An emulated launch throws what went wrong.
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no error of an emulated launch"; }
 
+namespace py = pybind11;
+
 namespace {
 
 using lstm_ext::Gemm;
@@ -80,8 +82,9 @@ void gemm_by_definition(const Gemm& g, void*) {
 
 lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                              bool bidirectional) {
-  lstm_ext::LayerSizes sizes = lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+                              bool bidirectional, const lstm_ext::Resets& resets) {
+  lstm_ext::LayerSizes sizes =
+      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
   sizes.gates_type = input.scalar_type();  // as on a GPU
   return sizes;
 }
@@ -92,9 +95,12 @@ lstm_ext::StepwiseDevice device(bool tf32, int64_t chunk_bytes) {
 
 lstm_ext::ForwardResult forward(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                 const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
-                                bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes) {
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, {}}, sizes, save, device(tf32, chunk_bytes));
+                                bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes,
+                                const OptionalTensor& flags, const OptionalTensor& reset_h,
+                                const OptionalTensor& reset_c) {
+  const lstm_ext::Resets resets{flags, reset_h, reset_c};
+  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
+  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, resets}, sizes, save, device(tf32, chunk_bytes));
 }
 
 std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -102,9 +108,12 @@ std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const Option
                                  const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
                                  const OptionalTensor& batch_sizes, const at::Tensor& output,
                                  const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
-                                 const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes) {
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, {}}, sizes,
+                                 const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes,
+                                 const OptionalTensor& flags, const OptionalTensor& reset_h,
+                                 const OptionalTensor& reset_c) {
+  const lstm_ext::Resets resets{flags, reset_h, reset_c};
+  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
+  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, resets}, sizes,
                                      {grad_output, grad_h_n, grad_c_n, output, saved, wanted},
                                      device(tf32, chunk_bytes));
 }
@@ -118,7 +127,12 @@ at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, b
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("forward", &forward);
-  m.def("backward", &backward);
+  m.def("forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
+        py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"), py::arg("tf32"), py::arg("chunk_bytes"),
+        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none());
+  m.def("backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("input"),
+        py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"), py::arg("saved"),
+        py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"), py::arg("tf32"), py::arg("chunk_bytes"),
+        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none());
   m.def("gemm", &gemm);
 }

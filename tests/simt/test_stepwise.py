@@ -10,6 +10,7 @@ from emulated_layer import stepwise_module
 from torch import Tensor
 
 from lstm_ext import reference
+from lstm_ext._extras import LayerExtras
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -30,6 +31,7 @@ class Case:
     strides: str = "dense"  # of the input and of the gradient of the output
     unwanted: tuple[int, ...] = ()  # places among input, h0, c0, weights
     given: tuple[bool, bool, bool] = (True, True, True)  # gradients of output, h_n, c_n
+    resets: str = ""  # "to zeros" or "to a state"
 
 
 CASES = {
@@ -62,6 +64,12 @@ CASES = {
     "gradient of output only": Case(given=(True, False, False), bidirectional=True),
     "gradient of h_n only": Case(given=(False, True, False), lengths=(4, 3, 1)),
     "gradient of c_n only": Case(given=(False, False, True), lengths=(4, 3, 1), bidirectional=True),
+    "resets": Case(resets="to a state"),
+    "resets, no hx": Case(resets="to zeros", hx=False, bias=False),
+    "resets, both directions, in pieces": Case(steps=9, chunk_bytes=700, bidirectional=True, resets="to a state"),
+    "resets, projection": Case(resets="to a state", proj_size=2, bidirectional=True),
+    "resets, packed": Case(resets="to a state", lengths=(6, 4, 4, 2), bidirectional=True),
+    "resets, packed, projection": Case(resets="to zeros", lengths=(5, 3, 1), proj_size=2),
     "gradient of h_n only, projection": Case(given=(False, True, False), proj_size=2, lengths=(3, 1)),
 }
 
@@ -111,22 +119,36 @@ class Layer:
                 self.weights += [draw(4 * H, scale=scale), draw(4 * H, scale=scale)]
             if case.proj_size:
                 self.weights.append(draw(P, H, scale=scale))
+        self.resets = None
+        self.reset_h, self.reset_c = (
+            (draw(D, B, P), draw(D, B, H)) if case.resets == "to a state" else (None, None)
+        )
+        if case.resets:
+            self.resets = torch.rand(self.input.shape[:-1], generator=generator) < 0.4
         grads = (grad_output, draw(D, B, P), draw(D, B, H))
         self.grads = [g if given else None for g, given in zip(grads, case.given, strict=True)]
         self.wanted = [
             t is not None and n not in case.unwanted
             for n, t in enumerate([self.input, self.h0, self.c0, *self.weights])
         ]
+        if case.resets:
+            self.wanted += [self.reset_h is not None, self.reset_c is not None]
+
+    def tensors(self) -> list[Tensor | None]:
+        reset = [] if self.resets is None else [self.reset_h, self.reset_c]
+        return [self.input, self.h0, self.c0, *self.weights, *reset]
 
     def expected(self, case: Case, dtype: torch.dtype) -> list[Tensor]:
         """Results and wanted gradients of the equations, computed in ``dtype``."""
         leaves = [
             t if t is None else t.detach().to(dtype).requires_grad_(w)
-            for t, w in zip([self.input, self.h0, self.c0, *self.weights], self.wanted, strict=True)
+            for t, w in zip(self.tensors(), self.wanted, strict=True)
         ]
+        end = 3 + len(self.weights)
+        extras = LayerExtras(self.resets, *leaves[end:]) if case.resets else None
         results = reference.lstm_layer(
-            leaves[0], leaves[1], leaves[2], leaves[3:], self.batch_sizes, case.bias, case.bidirectional
-        )
+            *leaves[:3], leaves[3:end], self.batch_sizes, case.bias, case.bidirectional, extras
+        )[:3]
         outputs = [y for y, g in zip(results, self.grads, strict=True) if g is not None]
         grads = [g.to(dtype) for g in self.grads if g is not None]
         inputs = [t for t, w in zip(leaves, self.wanted, strict=True) if w]
@@ -149,7 +171,7 @@ class Layer:
             grads[0] = with_strides(grads[0].contiguous(), case.strides)
         h0, c0, weights = stored(self.h0), stored(self.c0), [w.to(dtype) for w in self.weights]
         flags = (case.bias, case.bidirectional)
-        device = (tf32, case.chunk_bytes)
+        device = (tf32, case.chunk_bytes, self.resets, stored(self.reset_h), stored(self.reset_c))
         *results, saved = layer.forward(input, h0, c0, weights, self.batch_sizes, *flags, True, *device)
         *inferred, nothing = layer.forward(input, h0, c0, weights, self.batch_sizes, *flags, False, *device)
         assert nothing == []
