@@ -63,9 +63,9 @@ struct ForwardParams {
   const T* h0;              // (B, P) contiguous; null means zeros
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
-  Sequence<T> output;       // (T, B, P); also read back as h_{t-1}
-  T* h_n;                   // (B, P) contiguous
-  T* c_n;                   // (B, H) contiguous; holds the running cell state in inference
+  Sequence<T> output;  // (T, B, P); also read back as h_{t-1}
+  T* h_n;              // (B, P) contiguous
+  T* c_n;              // (B, H) contiguous; holds the running cell state in inference
   // What backward needs; all null in inference. Contiguous, no aliasing with the above.
   T* gates;   // (T, B, 4H) i, f, g, o after the nonlinearity
   T* cells;   // (T, B, H) c_t

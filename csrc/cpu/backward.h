@@ -232,8 +232,7 @@ class Backward {
       gates.each = gate_rows_;
     }
     multiply(
-        gates, count, weight, output_columns_,
-        partial_sums(part.begin, part.end),
+        gates, count, weight, output_columns_, partial_sums(part.begin, part.end),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
           if (!shape_.projected && t >= 0) prefetch_cell(part.begin + row, column);
         },
@@ -478,9 +477,7 @@ class Backward {
       for (int64_t b = 0; b < rows; ++b, ++n) {
         const T* start = resets && resets[b] ? p_.reset_state.h : b < continued ? nullptr : p_.h0;
         const bool goes_on = b < continued && !(resets && resets[b]);
-        row_list_[n] = goes_on ? before + b * p_.output.stride_b
-                       : start ? start + b * shape_.output_size
-                               : zero_row_;
+        row_list_[n] = goes_on ? before + b * p_.output.stride_b : start ? start + b * shape_.output_size : zero_row_;
       }
     }
   }

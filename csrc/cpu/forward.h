@@ -206,8 +206,8 @@ class Forward {
     const int64_t t = steps_.time(s);
     const int64_t before = begins ? 0 : steps_.time(s - 1);
     RowGrid<const T> h = begins ? rows_.grid(p_.h0, P, part.begin, part.end)
-                                      : rows_.grid(const_cast<const T*>(steps_.at(p_.output, before)),
-                                                   p_.output.stride_b, part.begin, part.end);
+                                : rows_.grid(const_cast<const T*>(steps_.at(p_.output, before)), p_.output.stride_b,
+                                             part.begin, part.end);
     const T* const c_start = begins ? p_.c0 : p_.cells ? p_.cells + steps_.rows_before(before) * H : p_.c_n;
     const RowGrid<const T> c_previous = rows_.grid(c_start, H, part.begin, part.end);
     const RowGrid<T> c_current =

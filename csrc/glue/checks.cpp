@@ -121,7 +121,8 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   if (c0) check_tensor("c0", *c0, input, dtype, {s.directions, s.batch, s.hidden_size});
   TORCH_CHECK(resets.flags || !(resets.h || resets.c), "lstm_ext: got a reset state, but no resets");
   if (resets.flags) {
-    const std::vector<int64_t> sizes = packed ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
+    const std::vector<int64_t> sizes =
+        packed ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
     check_tensor("resets", *resets.flags, input, at::kBool, sizes);
     if (resets.h) check_tensor("reset_h", *resets.h, input, dtype, {s.directions, s.batch, s.output_size});
     if (resets.c) check_tensor("reset_c", *resets.c, input, dtype, {s.directions, s.batch, s.hidden_size});

@@ -308,7 +308,8 @@ class StepwiseBackward : Stepwise {
     if (resets_.defined()) {
       const size_t first = reset_gradients();
       if (wanted_[first] && reset_h_.defined()) grads_[first] = at::zeros(reset_h_.sizes(), options(s.sum_type));
-      if (wanted_[first + 1] && reset_c_.defined()) grads_[first + 1] = at::zeros(reset_c_.sizes(), options(s.sum_type));
+      if (wanted_[first + 1] && reset_c_.defined())
+        grads_[first + 1] = at::zeros(reset_c_.sizes(), options(s.sum_type));
     }
   }
 

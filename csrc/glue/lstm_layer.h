@@ -12,8 +12,8 @@ namespace lstm_ext {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Where the state of a row is replaced before a step. resets (T, B), or (N) if packed: bool, True where it is; in the
-// reverse direction the cut is between the same two steps. By what: reset_h (D, B, P) and reset_c (D, B, H), absent means
-// zeros.
+// reverse direction the cut is between the same two steps. By what: reset_h (D, B, P) and reset_c (D, B, H), absent
+// means zeros.
 struct Resets {
   OptionalTensor flags;
   OptionalTensor h;
@@ -34,8 +34,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
     const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save);
 
-// Gradients in the order input, h0, c0, *weights, and with resets reset_h and reset_c; undefined where `wanted` is false. An absent
-// gradient of an output means zeros.
+// Gradients in the order input, h0, c0, *weights, and with resets reset_h and reset_c; undefined where `wanted` is
+// false. An absent gradient of an output means zeros.
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,

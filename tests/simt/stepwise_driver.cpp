@@ -73,7 +73,15 @@ struct Shape {
   int64_t rows, units;           // of the step
   int64_t continuing, going_on;  // see stepwise.h
   bool states;                   // h0, c0 and gradients of h_n, c_n
+  enum { kNever, kToZeros, kToState } resets = kNever;
 };
+
+// Of every third row, from the second on.
+DeviceBuffer<uint8_t> reset_flags(int64_t rows, const char* name) {
+  std::vector<uint8_t> flags(rows, 0);
+  for (int64_t b = 1; b < rows; b += 3) flags[b] = 1;
+  return DeviceBuffer<uint8_t>(flags, name);
+}
 
 template <typename T>
 void check_cell(const Shape& s) {
@@ -85,6 +93,16 @@ void check_cell(const Shape& s) {
   const auto bias_ih = random_values<T>(4 * H, "bias_ih"), bias_hh = random_values<T>(4 * H, "bias_hh");
   const auto previous = random_values<A>(std::max<int64_t>(s.continuing, 1) * H, "previous c");
   const auto c0 = random_values<T>(R * H, "c0");
+  // As many flags as there are rows, and of the step after as many as go on: beyond them is a fence.
+  const auto flags = reset_flags(R, "resets"),
+             flags_after = reset_flags(std::max<int64_t>(s.going_on, 1), "resets after");
+  const auto reset_c = random_values<T>(R * H, "reset_c");
+  const auto reset_part = random_values<A>(R * 4 * H, "reset part");
+  const bool to_state = s.resets == Shape::kToState;
+  const auto is_reset = [&](int64_t b) { return s.resets != Shape::kNever && flags[b] != 0; };
+  const auto is_reset_after = [&](int64_t b) {
+    return s.resets != Shape::kNever && b < s.going_on && flags_after[b] != 0;
+  };
   DeviceBuffer<A> c(R * H, "c");
   DeviceBuffer<T> h(R * apart, "h"), saved(R * 4 * H, "pre-activations"), h_n(R * H, "h_n"), c_n(R * H, "c_n");
 
@@ -97,7 +115,10 @@ void check_cell(const Shape& s) {
   f.recurrent_rows = s.states ? R : s.continuing;
   f.bias_ih = bias_ih.data();
   f.bias_hh = bias_hh.data();
-  f.c_previous = {s.continuing, previous.data(), s.states ? c0.data() : nullptr};
+  f.c_previous = {
+      s.continuing, previous.data(), s.states ? c0.data() : nullptr, {}, to_state ? reset_c.data() : nullptr};
+  if (s.resets != Shape::kNever) f.c_previous.resets = {flags.data(), R};
+  f.reset_part = to_state ? reset_part.data() : nullptr;
   f.c = c.data();
   f.h = h.data();
   f.h_stride = apart;
@@ -108,6 +129,7 @@ void check_cell(const Shape& s) {
   lstm_ext::cuda::cell_forward(f, nullptr);
 
   const auto previous_of = [&](int64_t b, int64_t j) {
+    if (is_reset(b)) return to_state ? to_double(reset_c[b * H + j]) : 0.0;
     if (b < s.continuing) return to_double(previous[b * H + j]);
     return s.states ? to_double(c0[b * H + j]) : 0.0;
   };
@@ -116,7 +138,11 @@ void check_cell(const Shape& s) {
       double z[4];
       for (int q = 0; q < 4; ++q) {
         z[q] = to_double(input[b * 5 * H + q * H + j]) + to_double(bias_ih[q * H + j]) + to_double(bias_hh[q * H + j]);
-        if (b < f.recurrent_rows) z[q] += to_double(recurrent[(b * 4 + q) * H + j]);
+        if (is_reset(b)) {
+          if (to_state) z[q] += to_double(reset_part[(b * 4 + q) * H + j]);
+        } else if (b < f.recurrent_rows) {
+          z[q] += to_double(recurrent[(b * 4 + q) * H + j]);
+        }
         expect_near(saved[(b * 4 + q) * H + j], z[q], "pre-activation");
       }
       const double state = sigmoid(z[1]) * previous_of(b, j) + sigmoid(z[0]) * std::tanh(z[2]);
@@ -138,6 +164,9 @@ void check_cell(const Shape& s) {
   const auto grad_c = random_values<A>(R * H, "grad_c");
   const std::vector<A> grad_c_before = grad_c.values();
   DeviceBuffer<D> grad_gates(R * 4 * H, "grad_gates");
+  const auto reset_gates = random_values<A>(R * 4 * H, "reset gates");
+  const auto grad_reset_c = random_values<A>(R * H, "grad_reset_c");
+  const std::vector<A> reset_gates_before = reset_gates.values(), grad_reset_c_before = grad_reset_c.values();
   lstm_ext::cuda::CellBackward<T> g{};
   g.rows = R;
   g.hidden_size = H;
@@ -153,6 +182,9 @@ void check_cell(const Shape& s) {
   g.grad_c_n = s.states ? grad_c_n.data() : nullptr;
   g.grad_c = grad_c.data();
   g.grad_gates = grad_gates.data();
+  if (s.resets != Shape::kNever) g.resets_after = {flags_after.data(), s.going_on};
+  g.reset_gates = to_state ? reset_gates.data() : nullptr;
+  g.grad_reset_c = to_state ? grad_reset_c.data() : nullptr;
   lstm_ext::cuda::cell_backward(g, nullptr);
 
   for (int64_t b = 0; b < R; ++b) {
@@ -163,7 +195,7 @@ void check_cell(const Shape& s) {
       const double tanh_c = std::tanh(to_double(c[b * H + j]));
       double dh = to_double(grad_output[b * apart + j]), dc = 0;
       if (b < s.going_on) {
-        dh += to_double(grad_recurrent[b * H + j]);
+        if (!is_reset_after(b)) dh += to_double(grad_recurrent[b * H + j]);
         dc += to_double(grad_c_before[b * H + j]);
       } else if (s.states) {
         dh += to_double(grad_h_n[b * H + j]);
@@ -173,7 +205,14 @@ void check_cell(const Shape& s) {
       const double wanted[4] = {dc * cell * i * (1 - i), dc * previous_of(b, j) * forget * (1 - forget),
                                 dc * i * (1 - cell * cell), dh * tanh_c * o * (1 - o)};
       for (int q = 0; q < 4; ++q) expect_near(grad_gates[(b * 4 + q) * H + j], wanted[q], "gate gradient");
-      expect_near(grad_c[b * H + j], dc * forget, "grad_c");
+      expect_near(grad_c[b * H + j], is_reset(b) ? 0 : dc * forget, "grad_c");
+      const bool summed = to_state && is_reset(b);
+      expect_near(grad_reset_c[b * H + j], to_double(grad_reset_c_before[b * H + j]) + (summed ? dc * forget : 0),
+                  "grad_reset_c");
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = (b * 4 + q) * H + j;
+        expect_near(reset_gates[at], to_double(reset_gates_before[at]) + (summed ? wanted[q] : 0), "reset gates");
+      }
     }
   }
 
@@ -187,12 +226,14 @@ void check_cell(const Shape& s) {
   o.recurrent_part = grad_recurrent.data();
   o.recurrent_rows = s.going_on;
   o.going_on = s.going_on;
+  o.resets_after = g.resets_after;
   o.result = sum.data();
   lstm_ext::cuda::output_gradient(o, nullptr);
   for (int64_t b = 0; b < R; ++b) {
     for (int64_t j = 0; j < H; ++j) {
       double wanted = s.states ? to_double(grad_output[b * apart + j]) : 0;
-      wanted += b < s.going_on ? to_double(grad_recurrent[b * H + j]) : to_double(grad_h_n[b * H + j]);
+      if (b >= s.going_on) wanted += to_double(grad_h_n[b * H + j]);
+      if (b < s.going_on && !is_reset_after(b)) wanted += to_double(grad_recurrent[b * H + j]);
       expect_near(sum[b * H + j], wanted, "gradient of the output");
     }
   }
@@ -204,15 +245,20 @@ void check_previous_outputs() {
   constexpr int64_t P = 35, apart = 40;
   const int64_t rows[] = {2, 5, 1}, continuing[] = {0, 2, 1};
   const auto h = random_values<T>(5 * apart, "h"), h0 = random_values<T>(5 * P, "h0");
+  const auto reset_h = random_values<T>(5 * P, "reset_h");
+  const auto flags = reset_flags(5, "resets");
   DeviceBuffer<D> result(8 * P, "previous outputs");
   for (const bool given : {true, false}) {
     lstm_ext::cuda::PreviousOutputs<T> p{};
     p.output_size = P;
     p.previous_stride = apart;
     p.h0 = given ? h0.data() : nullptr;
+    p.reset_h = given ? reset_h.data() : nullptr;
     int64_t place = 0;
     for (int n = 0; n < 3; ++n) {
-      p.step[p.steps++] = {rows[n], continuing[n], h.data(), result.data() + place * P};
+      // Flags of the second step only.
+      const lstm_ext::cuda::ResetFlags resets{n == 1 ? flags.data() : nullptr, n == 1 ? rows[n] : 0};
+      p.step[p.steps++] = {rows[n], continuing[n], h.data(), result.data() + place * P, resets};
       place += rows[n];
     }
     lstm_ext::cuda::previous_outputs(p, nullptr);
@@ -220,7 +266,9 @@ void check_previous_outputs() {
     for (int n = 0; n < 3; ++n) {
       for (int64_t b = 0; b < rows[n]; ++b, ++place) {
         for (int64_t j = 0; j < P; ++j) {
-          const double wanted = b < continuing[n] ? to_double(h[b * apart + j]) : given ? to_double(h0[b * P + j]) : 0;
+          double wanted = given ? to_double(h0[b * P + j]) : 0;
+          if (b < continuing[n]) wanted = to_double(h[b * apart + j]);
+          if (n == 1 && flags[b]) wanted = given ? to_double(reset_h[b * P + j]) : 0;
           checks::expect(to_double(result[place * P + j]) == wanted, "previous output");
         }
       }
@@ -253,6 +301,8 @@ void check_all() {
   check_cell<T>({5, 37, 3, 2, false});
   check_cell<T>({3, 130, 3, 3, true});    // more units than a block is wide
   check_cell<T>({11, 33, 0, 11, false});  // more rows than a block is high
+  check_cell<T>({8, 37, 6, 4, true, Shape::kToState});
+  check_cell<T>({8, 37, 6, 4, false, Shape::kToZeros});
   check_previous_outputs<T>();
   check_column_sums<T>(3, 5);
   check_column_sums<T>(700, 40);  // two parts, a block of columns and a bit
