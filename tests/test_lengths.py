@@ -238,3 +238,27 @@ def test_torch_agrees():
     theirs.load_state_dict(module.state_dict())
     x = torch.randn(T, B, I, dtype=torch.float64)
     torch.testing.assert_close(module(x, lengths=LENGTHS), through_packing(theirs, x, LENGTHS))
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_no_number_on_a_device_is_read(checked, monkeypatch):
+    """Meta tensors have none: whoever reads one gets an error, as on a GPU he would have to wait."""
+    monkeypatch.setattr(_arguments, "CHECK", checked)
+    options = {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.5, "bidirectional": True}
+    module = lstm_ext.LSTM(I, H, 2, **options, device="meta")
+    x, resets = torch.empty(T, B, I, device="meta"), torch.empty(T, B, device="meta")
+    counts = torch.empty(B, device="meta", dtype=torch.int32)
+    mask = torch.empty(T, B, device="meta", dtype=torch.bool)
+    for form in (
+        {"lengths": counts},
+        {"lengths": LENGTHS},
+        {"lengths": torch.tensor(LENGTHS)},
+        {"mask": mask},
+    ):
+        output, (h_n, _), extras = module(x, **form, resets=resets, return_cell_states=True)
+        assert output.is_meta
+        assert h_n.is_meta
+        assert extras.cell_states.is_meta
+        output.sum().backward()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        counts.tolist()
