@@ -483,3 +483,10 @@ def test_stateless_function():
             lstm_ext.functional.lstm(x, None, weights, **arguments)
     with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
         lstm_ext.functional.lstm(x[:0], None, weights, return_gates=True)
+
+
+def test_a_weight_that_is_none():
+    module = lstm_ext.LSTM(I, H, layer_norm=True)
+    module.bias_hh_l0 = None
+    with pytest.raises(TypeError, match="one of the weights is None"):
+        module(zeros(T, B, I))

@@ -96,6 +96,19 @@ def test_packed_extras_are_refused_by_compilers():
         torch.export.export(module, (packed,), strict=False)
 
 
+def test_packed_recompute_in_a_compiled_layer():
+    torch._dynamo.reset()
+    data = pack_sequence([torch.randn(n, I) for n in (4, 2)], enforce_sorted=False)
+    module = lstm_ext.LSTM(I, H, 2, recompute=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    ours, expected = compiled(data), module(data)
+    close((ours[0].data, ours[1]), (expected[0].data, expected[1]))
+    gradients = [
+        torch.autograd.grad(y.data.sin().sum(), list(module.parameters())) for y in (ours[0], expected[0])
+    ]
+    close(*gradients)
+
+
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_onnx(name, call):
     pytest.importorskip("onnxscript")
