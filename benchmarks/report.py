@@ -97,13 +97,13 @@ def markdown(record: dict) -> str:
     return "\n".join(lines)
 
 
-def update_readme(path: Path, table: str) -> None:
+def replace_between(path: Path, begin: str, end: str, table: str) -> None:
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{path}: expected the line {BEGIN}, and below it {END}, once each")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{path}: expected the line {begin}, and below it {end}, once each")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    path.write_text(f"{head}{begin}\n{table}\n{end}{tail}")
 
 
 def draw(record: dict, path: Path) -> None:
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     record = json.loads(options.results.read_text())
     if options.readme:
-        update_readme(options.readme, markdown(record))
+        replace_between(options.readme, BEGIN, END, markdown(record))
     else:
         print(markdown(record))
     if options.picture:

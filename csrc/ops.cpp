@@ -9,17 +9,16 @@
 namespace lstm_ext::ops {
 namespace {
 
-LayerResult run_layer(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                           at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
-                           bool bidirectional) {
+LayerResult run_layer(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional) {
   auto [output, h_n, c_n, saved] =
       lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, false);
   return {output, h_n, c_n};
 }
 
 LayerResultAndSaved run_layer_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                           at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
-                                           bool bidirectional) {
+                                      at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
+                                      bool bidirectional) {
   auto [output, h_n, c_n, saved] =
       lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, true);
   const Tensor hidden = saved.size() > 2 ? saved[2] : at::empty({0}, saved[0].options());
@@ -27,11 +26,11 @@ LayerResultAndSaved run_layer_forward(const Tensor& input, const OptionalTensor&
 }
 
 std::vector<Tensor> run_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                            const OptionalTensor& grad_c_n, const Tensor& input,
-                                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                            const OptionalTensor& batch_sizes, const Tensor& output,
-                                            const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                                            bool has_bias, bool bidirectional, c10::List<bool> wanted) {
+                                       const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
+                                       const OptionalTensor& c0, at::TensorList weights,
+                                       const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
+                                       const Tensor& cells, const Tensor& hidden, bool has_bias, bool bidirectional,
+                                       c10::List<bool> wanted) {
   const std::vector<bool> wanted_flags(wanted.begin(), wanted.end());
   TORCH_CHECK(wanted_flags.size() == 3 + weights.size(), "lstm_ext: wanted has ", wanted_flags.size(),
               " entries, expected ", 3 + weights.size(), " (input, h0, c0 and each weight)");

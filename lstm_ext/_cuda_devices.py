@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import _backend
+from . import _backend, _cuda_kernel
 
 __all__ = ["is_supported", "problem"]
-
-OLDEST = (8, 0)  # compute capability
 
 _problems: dict[int | None, str | None] = {}
 
@@ -29,15 +27,13 @@ is_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_problem(index: int | None) -> str | None:
-    if not _backend.has_cuda_kernels():
-        status = _backend.status()
+    status = _backend.status()
+    if status.cuda is None:
         return status.reason or status.cuda_reason or "the extension was built without CUDA"
     if not torch.cuda.is_available():
         return None  # the tensors are fake, and so are the kernels
     capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST:
-        return (
-            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, "
-            f"and the kernels need {OLDEST[0]}.{OLDEST[1]} or later"
-        )
-    return None
+    reason = _cuda_kernel.unsupported(capability, status.cuda)
+    if reason is None:
+        return None
+    return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}: {reason}"

@@ -21,7 +21,8 @@ def operators_library() -> str:
     """The path of the shared library that registers the operators, ``torch.ops.lstm_ext``.
 
     A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; it needs no
-    Python. See examples/aoti_inference.
+    Python. The process has to be linked with all of libtorch (``-Wl,--no-as-needed -ltorch``): a library that was built
+    with CUDA needs that of libtorch. See examples/aoti_inference.
 
     Raises:
         ImportError: there is no compiled extension; the text says why.

@@ -152,7 +152,9 @@ def _expected(case: Case, dtype: torch.dtype) -> tuple[Results, dict[str, float]
     exact.grads = _numbers(case, dtype)[1]
     rounded.fill()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small products: on a busy machine, threads that wait for each other are far slower
+    torch.set_num_threads(
+        1
+    )  # small products: on a busy machine, threads that wait for each other are far slower
     try:
         ref, at_dtype = exact.compute(reference.lstm_layer), rounded.compute(reference.lstm_layer)
     finally:

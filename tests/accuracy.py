@@ -92,7 +92,7 @@ def values_and_gradients(
 
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values.values()]
+    grads = [torch.randn(v.shape, generator=generator, device="cpu").to(v) for v in values.values()]
     chosen = [i for i, name in enumerate(values) if name in grad_of]
     gradients = torch.autograd.grad(
         [list(values.values())[i] for i in chosen],
@@ -119,6 +119,10 @@ def assert_module_as_accurate_as_torch(
 ) -> None:
     """Values and all gradients of a module, against torch's layer with the same weights."""
     theirs = lstm_ext.to_torch(module)
+    if not theirs.training:
+        # cuDNN has no backward pass in eval mode. Without dropout, training mode computes the same.
+        theirs.dropout = 0.0
+        theirs.train()
     assert_as_accurate_as_torch(
         values_and_gradients(module, input, hx, grad_of=grad_of),
         values_and_gradients(theirs, input, hx, grad_of=grad_of),

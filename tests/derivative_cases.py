@@ -60,7 +60,9 @@ class Packed(Dense):
     indices = torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output, states = self.lstm(PackedSequence(x, BATCH_SIZES, *self.indices), (h, c))
+        output, states = self.lstm(
+            PackedSequence(x, BATCH_SIZES, *[i.to(x.device) for i in self.indices]), (h, c)
+        )
         return output.data, *states
 
 

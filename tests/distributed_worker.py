@@ -191,13 +191,18 @@ def shards() -> dict[str, Any]:
     return {"errors": errors, "output": module(x)[0].detach()}
 
 
+PLACEMENTS = {"replicated": Replicate(), "cut": Shard(1)}
+if torch.__version__.startswith("2.11."):
+    del PLACEMENTS["cut"]  # it cannot multiply (T, B, I) that is cut along B
+
+
 def dtensors() -> dict[str, Any]:
     """Everything a DTensor: the weights the same in every process, the input the same or cut along the batch."""
     module = make_model(lstm_ext.LSTM, "one layer").lstm
     for name, p in list(module.named_parameters()):
         setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh(), [Replicate()])))
     found = {}
-    for name, placement in (("replicated", Replicate()), ("cut", Shard(1))):
+    for name, placement in PLACEMENTS.items():
         module.zero_grad()
         output, (_, c_n) = module(distribute_tensor(make_input("one layer"), mesh(), [placement]))
         (output.square().sum() + c_n.sum()).backward()

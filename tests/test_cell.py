@@ -8,12 +8,15 @@ import warnings
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_torch, relative_error, stacked
+from devices import moved
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing._internal.common_modules import module_db
 
 import lstm_ext
 from lstm_ext import _backend, autograd
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 zeros = torch.zeros
 
@@ -44,6 +47,7 @@ def make_hx(cell, *batch):
 # Construction
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
@@ -89,12 +93,12 @@ def test_errors_of_the_constructor(args):
     assert ours == theirs
 
 
-def test_meta_and_to_empty():
+def test_meta_and_to_empty(device):
     cell = lstm_ext.LSTMCell(3, 4, device="meta")
     h, c = cell(zeros(2, 3, device="meta"))
     assert h.shape == c.shape == (2, 4)
     assert h.is_meta
-    cell = cell.to_empty(device="cpu")
+    cell = cell.to_empty(device=device)
     torch.manual_seed(5)
     cell.reset_parameters()
     torch.manual_seed(5)
@@ -117,7 +121,9 @@ def values_and_gradients(cell, x, hx, seed=1, dtype=None, grad_of=("h", "c")):
     leaves |= dict(cell.named_parameters())
     generator = torch.Generator().manual_seed(seed)
     values = {"h": h, "c": c}
-    grads = {name: torch.randn(v.shape, generator=generator).to(v.dtype) for name, v in values.items()}
+    grads = {
+        name: torch.randn(v.shape, generator=generator, device="cpu").to(v) for name, v in values.items()
+    }
     gradients = torch.autograd.grad(
         [values[name] for name in grad_of],
         list(leaves.values()),
@@ -156,8 +162,8 @@ def test_values_and_gradients(bias, batch, state, dtype, grad_of):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_torchs_own_test_inputs(dtype):
-    inputs = INFO.module_inputs_func(INFO, device="cpu", dtype=dtype, requires_grad=True, training=True)
+def test_torchs_own_test_inputs(dtype, device):
+    inputs = INFO.module_inputs_func(INFO, device=device, dtype=dtype, requires_grad=True, training=True)
     assert len(inputs) >= 2
     for given in inputs:
         args, kwargs = given.constructor_input.args, given.constructor_input.kwargs
@@ -199,18 +205,19 @@ def test_gradients_through_time():
     results = []
     cell = lstm_ext.LSTMCell(3, 4, dtype=torch.float64)
     x = torch.randn(6, 2, 3, dtype=torch.float64)
-    for module in (cell, to_torch(cell)):
-        h = c = zeros(2, 4, dtype=torch.float64)
+    # On the CPU: torch's fused cell for GPUs saves its result c, and does not let it be changed.
+    for module, given in ((cell, x), (copy.deepcopy(to_torch(cell)).cpu(), x.cpu())):
+        h = c = zeros(2, 4, dtype=torch.float64, device=given.device)
         loss = 0
         for t in range(6):
-            h, c = module(x[t], (h, c))
+            h, c = module(given[t], (h, c))
             h[1] *= 0.5
-            c.mul_(torch.tensor([[1.0], [0.0]]) if t == 3 else 1)
+            c.mul_(torch.tensor([[1.0], [0.0]], device=given.device) if t == 3 else 1)
             loss = loss + h.square().sum()
         loss.backward()
         results.append([loss, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):
-        assert relative_error(a, b) <= 1e-14
+        assert relative_error(a.cpu(), b) <= 1e-14
 
 
 LAYOUTS = {
@@ -332,14 +339,17 @@ BAD = {
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_errors_are_those_of_torch(name, grad):
+def test_errors_are_those_of_torch(name, grad, device):
+    arguments = moved(BAD[name], device)
     with torch.set_grad_enabled(grad):
-        ours, theirs = (error_of(lambda m=m: m(*BAD[name])) for m in CELLS)
+        ours, theirs = (error_of(lambda m=m: m(*arguments)) for m in cells())
     assert ours is not None
-    assert ours == theirs
+    # With a dtype that does not fit, torch's cell on CUDA speaks of its fused kernel's arguments.
+    assert ours == theirs or (device == "cuda" and "dtype" in name and theirs is not None)
 
 
-CELLS = (lstm_ext.LSTMCell(3, 4), nn.LSTMCell(3, 4))
+def cells():
+    return lstm_ext.LSTMCell(3, 4), nn.LSTMCell(3, 4)
 
 
 @pytest.mark.parametrize(
@@ -350,20 +360,20 @@ CELLS = (lstm_ext.LSTMCell(3, 4), nn.LSTMCell(3, 4))
         ("weight_ih", zeros(16, 3, dtype=torch.float64)),
     ],
 )
-def test_weights_that_do_not_fit(name, weight):
+def test_weights_that_do_not_fit(name, weight, device):
     errors = []
     for cell in (lstm_ext.LSTMCell(3, 4), nn.LSTMCell(3, 4)):
-        setattr(cell, name, nn.Parameter(weight))
+        setattr(cell, name, nn.Parameter(weight.to(device)))
         errors.append(error_of(lambda cell=cell: cell(zeros(2, 3))))
     assert errors[0] is not None
     assert errors[0] == errors[1]
 
 
-def test_a_weight_on_another_device():
+def test_a_weight_on_another_device(device):
     cell = lstm_ext.LSTMCell(3, 4)
     cell.weight_ih = nn.Parameter(zeros(16, 3, device="meta"))
     # torch's cell gives meta tensors
-    with pytest.raises(RuntimeError, match=r"input .* on cpu does not fit weight_ih .* on meta"):
+    with pytest.raises(RuntimeError, match=rf"input .* on {device}.* does not fit weight_ih .* on meta"):
         cell(zeros(2, 3))
 
 
@@ -393,9 +403,9 @@ def test_a_weight_on_another_device():
         ),
     ],
 )
-def test_errors_better_than_torchs(arguments, error, text):
+def test_errors_better_than_torchs(arguments, error, text, device):
     with pytest.raises(error, match=text):
-        CELLS[0](*arguments)
+        cells()[0](*moved(arguments, device))
 
 
 def test_torchscript_is_refused():
@@ -415,11 +425,11 @@ def test_torchscript_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-def test_autocast(dtype, batch):
+def test_autocast(dtype, batch, device):
     cell = lstm_ext.LSTMCell(3, 4)
     x, (h, c) = torch.randn(*batch, 3), make_hx(cell, *batch)
     low = copy.deepcopy(cell).to(dtype)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         for given, hx in (
             (x, None),
             (x, (h, c)),
@@ -435,7 +445,7 @@ def test_autocast(dtype, batch):
         double = lstm_ext.LSTMCell(3, 4, dtype=torch.float64)
         assert double(x.double())[0].dtype == torch.float64
         for bad in (x.double(), x.long()):
-            ours, theirs = (error_of(lambda m=m, bad=bad: m(bad)) for m in CELLS)
+            ours, theirs = (error_of(lambda m=m, bad=bad: m(bad)) for m in cells())
             assert ours is not None
             assert ours == theirs
     assert all(p.grad.dtype == torch.float32 for p in cell.parameters())
@@ -515,7 +525,9 @@ def test_a_bias_taken_away(missing):
         setattr(ours, name, None)
         setattr(theirs, name, None)
     x, hx = torch.randn(2, 3), make_hx(ours, 2)
-    torch.testing.assert_close(values_and_gradients(ours, x, hx), values_and_gradients(theirs, x, hx))
+    # On the CPU: torch's fused cell for GPUs has no answer to one bias.
+    expected = values_and_gradients(copy.deepcopy(theirs).cpu(), x.cpu(), tuple(s.cpu() for s in hx))
+    torch.testing.assert_close(values_and_gradients(ours, x, hx), moved(expected, x.device))
 
 
 @pytest.mark.parametrize("bias", [True, False])

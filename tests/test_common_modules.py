@@ -10,14 +10,17 @@ from torch.testing._internal.common_modules import module_db
 
 import lstm_ext
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.devices("cpu", "cuda"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 (INFO,) = [info for info in module_db if info.module_cls is nn.LSTM]
 
 
-def module_inputs(dtype, training):
+def module_inputs(dtype, training, device="cpu"):
     torch.manual_seed(0)
-    inputs = INFO.module_inputs_func(INFO, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    inputs = INFO.module_inputs_func(INFO, device=device, dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 32
     return inputs
 
@@ -29,10 +32,11 @@ DRAWS = 8
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("number", range(COUNT))
-def test_agrees_with_torch(number, dtype, training):
-    given = module_inputs(dtype, training)[number]
+def test_agrees_with_torch(number, dtype, training, device):
+    given = module_inputs(dtype, training, device)[number]
     args, kwargs = given.constructor_input.args, given.constructor_input.kwargs
-    theirs = nn.LSTM(*args, **kwargs, dtype=dtype).train(training)
+    # cuDNN has no backward pass in eval mode; there is no dropout in any of these.
+    theirs = nn.LSTM(*args, **kwargs, dtype=dtype).train(training or device == "cuda")
     ours = lstm_ext.LSTM(*args, **kwargs, dtype=dtype).train(training)
 
     assert not given.forward_input.kwargs

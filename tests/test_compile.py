@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 TORCH_2_11 = torch.__version__.startswith("2.11.")
 
 T, B, I, H = 5, 3, 2, 4
@@ -114,6 +116,7 @@ def training_step(module: nn.Module, *args) -> list[Tensor]:
     return [*(v.detach() for v in values), *(p.grad for p in module.parameters())]
 
 
+@pytest.mark.devices("cpu")  # CUDA needs Triton; benchmarks/gpu_checks.py compiles where it is
 def test_inductor() -> None:
     model = Model()
     graphs = Graphs("inductor")
@@ -293,13 +296,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
-def test_autocast(where: str) -> None:
+def test_autocast(where: str, device: str) -> None:
     module = lstm_ext.LSTM(I, H, 2, proj_size=2)
     graphs = Graphs()
     ours = copy.deepcopy(module)
 
     def forward(x: Tensor):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return ours(x)
 
     function = compiled(forward, graphs) if where == "inside" else forward
@@ -307,7 +310,7 @@ def test_autocast(where: str) -> None:
         ours.compile(backend=graphs, fullgraph=True)
     x = torch.randn(T, B, I)
     result = function(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         expected = module(x)
     assert result[0].dtype == torch.bfloat16
     assert_equal(result, expected)
@@ -354,7 +357,7 @@ def test_wrong_arguments() -> None:
 
 def packed(lengths: list[int], enforce_sorted: bool) -> PackedSequence:
     x = torch.randn(max(lengths), len(lengths), I)
-    return pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+    return pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
 
 
 @pytest.mark.parametrize("has_hx", [False, True])
@@ -414,7 +417,7 @@ def test_packing_inside_a_compiled_function() -> None:
         output, hx = module(data)
         return pad_packed_sequence(output)[0], hx
 
-    x, lengths = torch.randn(T, B, I), torch.tensor([3, 5, 2])
+    x, lengths = torch.randn(T, B, I), torch.tensor([3, 5, 2], device="cpu")
     graphs = Graphs()
     assert_equal(torch.compile(forward, backend=graphs)(x, lengths), forward(x, lengths))
     assert sum(operators(g.graph)["lstm_ext.lstm_layer"] for g in graphs.all) == 2
@@ -501,6 +504,7 @@ def test_forward_mode_inside_a_compiled_function() -> None:
     def hessian(x: Tensor):
         return torch.func.hessian(lambda x: module(x)[0].sum())(x)
 
+    torch.set_default_device(None)  # dynamo cannot look through its mode here
     for function in (jvp, hessian):
         torch._dynamo.reset()
         torch.testing.assert_close(compiled(function, Graphs())(x), function(x))
@@ -567,6 +571,7 @@ def test_shapes_without_values(case: str, kind: str) -> None:
 # ---- a process of its own
 
 
+@pytest.mark.devices("cpu")
 def test_first_call_of_a_process_is_the_compiled_one() -> None:
     program = """
 import torch, lstm_ext
@@ -593,6 +598,7 @@ def test_without_the_extension_the_equations_are_compiled(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         lstm_ext._backend, "_result", lstm_ext._backend._Result(None, lstm_ext._backend.Status("reference"))
     )
+    monkeypatch.setattr(lstm_ext._cuda_devices, "_problems", {})  # what was found before
     graphs = Graphs()
     torch.testing.assert_close(training_step(in_place(module, graphs), x), expected)
     [graph] = graphs.all

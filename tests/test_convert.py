@@ -11,7 +11,10 @@ from torch.nn.utils import parametrizations, prune
 
 import lstm_ext
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.devices("cpu", "cuda"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 CONFIGS = [
     {},
@@ -195,8 +198,11 @@ def notebook_parameters(dtype=torch.float64):
     generator = torch.Generator().manual_seed(4)
     shapes = {"W": (FEATURES, HIDDEN), "U": (HIDDEN, HIDDEN), "b": (1, HIDDEN)}
     return {
-        f"{letter}_{gate}": torch.randn(shapes[letter], generator=generator, dtype=torch.float64).to(dtype)
-        * 0.3
+        f"{letter}_{gate}": torch.randn(
+            shapes[letter], generator=generator, dtype=torch.float64, device="cpu"
+        )
+        .to(torch.get_default_device(), dtype)
+        .mul(0.3)
         for gate in "ifgo"
         for letter in "WUb"
     }
@@ -265,6 +271,7 @@ def test_from_gates_parameters(dtype):
     assert torch.equal(lstm_ext.from_gates(**flat).bias_ih_l0, module.bias_ih_l0)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize(
     ("name", "wrong", "error", "text"),
     [

@@ -4,9 +4,12 @@ import warnings
 
 import pytest
 import torch
+from devices import moved
 from torch import nn
 
 import lstm_ext
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 
 def zeros(*shape, **kwargs):
@@ -69,8 +72,8 @@ def error_of(module, arguments):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_errors_are_those_of_torch(name, batch_first, grad):
-    arguments = BAD[name]
+def test_errors_are_those_of_torch(name, batch_first, grad, device):
+    arguments = moved(BAD[name], device)
     if batch_first and arguments[0].dim() == 3:
         arguments = (arguments[0].transpose(0, 1), *arguments[1:])
     with torch.set_grad_enabled(grad):
@@ -81,8 +84,9 @@ def test_errors_are_those_of_torch(name, batch_first, grad):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"input": zeros(5, 2, 3), "h0": None}], ids=str)
-def test_wrong_calls(kwargs):
+def test_wrong_calls(kwargs, device):
     errors = []
+    kwargs = moved(kwargs, device)
     for module in (lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)):
         with pytest.raises(TypeError) as caught:
             module(**kwargs)
@@ -137,13 +141,13 @@ def test_sizes_of_states_with_projection_and_directions(config):
         (
             (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4, device="meta"))),
             RuntimeError,
-            "not at the same device.*input tensor at cpu and hidden tensor at meta",
+            "not at the same device.*input tensor at (cpu|cuda:0) and hidden tensor at meta",
         ),
     ],
 )
-def test_errors_better_than_torchs(arguments, error, text):
+def test_errors_better_than_torchs(arguments, error, text, device):
     with pytest.raises(error, match=text):
-        lstm_ext.LSTM(3, 4)(*arguments)
+        lstm_ext.LSTM(3, 4)(*moved(arguments, device))
 
 
 def test_weights_of_two_dtypes():
@@ -167,8 +171,9 @@ def test_weight_of_another_shape():
 @pytest.mark.parametrize(
     "value", [zeros(16, 4), 3, "text", nn.LSTM(3, 4)], ids=["Tensor", "int", "str", "Module"]
 )
-def test_what_may_not_be_assigned_to_a_parameter(value):
+def test_what_may_not_be_assigned_to_a_parameter(value, device):
     errors = []
+    value = moved(value, device)
     for module in (lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)):
         before = module.weight_hh_l0
         with pytest.raises((TypeError, KeyError)) as caught:
@@ -179,7 +184,7 @@ def test_what_may_not_be_assigned_to_a_parameter(value):
 
 
 @pytest.mark.parametrize("part", ["input", "module", "hx"])
-def test_inference_tensors_in_training(part):
+def test_inference_tensors_in_training(part, device):
     """What was made in inference mode may not be saved for a backward pass."""
     errors = []
     for make in (lstm_ext.LSTM, nn.LSTM):
@@ -196,7 +201,8 @@ def test_inference_tensors_in_training(part):
             module(x, hx)
         errors.append(error_of(module, (x, hx)))
     assert errors[0] is not None
-    assert errors[0] == errors[1]
+    # cuDNN packs the weights first, and may stumble over that.
+    assert errors[0] == errors[1] or (device == "cuda" and errors[0][0] is errors[1][0])
 
 
 def weights(input_size=3, hidden=4, bias=True, proj=0, layers=1, directions=1):
@@ -262,7 +268,7 @@ HX = (zeros(1, 2, 4), zeros(1, 2, 4))
             (zeros(5, 2, 3), None, replaced(2, zeros(16, device="meta"))),
             {},
             ValueError,
-            r"weights\[2\] \(bias_ih_l0\): expected device cpu as input, got meta",
+            r"weights\[2\] \(bias_ih_l0\): expected device (cpu|cuda:0) as input, got meta",
         ),
         (
             (zeros(5, 2, 3), None, weights(layers=2, directions=2)[:-1] + [zeros(9)]),
@@ -310,9 +316,9 @@ HX = (zeros(1, 2, 4), zeros(1, 2, 4))
     ],
 )
 @pytest.mark.parametrize("function", [lstm_ext.functional.lstm, lstm_ext.reference.lstm])
-def test_functional_errors(function, arguments, kwargs, error, text):
+def test_functional_errors(function, arguments, kwargs, error, text, device):
     with pytest.raises(error, match=text):
-        function(*arguments, **kwargs)
+        function(*moved(arguments, device), **kwargs)
 
 
 @pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l1"])

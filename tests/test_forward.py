@@ -1,5 +1,6 @@
 """The forward pass and its gradients, seen from outside: forms of input and state, layouts, dropout, aliasing."""
 
+import copy
 import warnings
 from collections import namedtuple
 
@@ -11,7 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.devices("cpu", "cuda"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 CONFIGS = [
     {},
@@ -151,6 +155,7 @@ def test_sum_of_the_output():
     torch.testing.assert_close(ours, theirs.weight_hh_l0.grad)
 
 
+@pytest.mark.devices("cpu")  # those of cuDNN cannot be had
 @pytest.mark.parametrize("dropout", [0.3, 1.0])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_nothing_aliases(config, steps, grad):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_empty_batch(config, batch_first):
     module = lstm_ext.LSTM(5, 7, **config, batch_first=batch_first)
-    theirs = lstm_ext.to_torch(module)
+    theirs = copy.deepcopy(lstm_ext.to_torch(module))
     x = torch.randn((0, 6, 5) if batch_first else (6, 0, 5))
     for hx in (None, make_hx(module, 0)):
         ours, torchs = values_and_gradients(module, x, hx), values_and_gradients(theirs, x, hx)
@@ -253,7 +258,13 @@ def test_saved_tensors_can_be_moved_or_recomputed(with_hx):
         return [t.grad for t in wanted]
 
     def hooked(x, hx):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
+        def pack(t):
+            return t.device, t.detach().to("cpu", copy=True)
+
+        def unpack(kept):
+            return kept[1].to(kept[0])
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return module(x, hx)
 
     def on_cpu(x, hx):
@@ -351,12 +362,12 @@ def test_half_precision(config, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_autocast(config, dtype):
+def test_autocast(config, dtype, device):
     module = lstm_ext.LSTM(5, 7, **config)
     x, hx = torch.randn(6, 4, 5), make_hx(module, 4)
     expected = module(x, hx)
     for argument, state in ((x, hx), (x.to(dtype), hx), (x, tuple(s.to(dtype) for s in hx))):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             result = module(argument, state)
             assert module.double()(x.double())[0].dtype == torch.float64
             module.float()

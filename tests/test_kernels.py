@@ -259,6 +259,10 @@ def test_training_and_inference_agree_to_the_bit(capability, threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_nonlinearities_over_their_whole_range(capability, dtype):
+    assert_nonlinearities(dtype)
+
+
+def assert_nonlinearities(dtype: torch.dtype) -> None:
     """With one weight that is not zero, one gate is a function of one number: sweep it."""
     x = torch.cat(
         [torch.linspace(-60, 60, 997), torch.logspace(-30, 2, 400), -torch.logspace(-30, 2, 400)]
@@ -284,6 +288,10 @@ def test_nonlinearities_over_their_whole_range(capability, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_infinities_and_nan_follow_the_equations(capability, dtype):
+    assert_infinities_and_nan(dtype)
+
+
+def assert_infinities_and_nan(dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
     for value in (inf, -inf, nan, 1e30, -1e30):
         for batch in (1, 9):  # row-major and packed
@@ -329,6 +337,10 @@ def test_backward_leaves_what_was_saved(capability):
 
 
 def test_every_subset_of_wanted_gradients():
+    assert_subsets_of_wanted_gradients()
+
+
+def assert_subsets_of_wanted_gradients() -> None:
     """A gradient is the same whatever else is wanted, and nothing else is computed."""
     module, input, hx = module_of((6, 7, 5, 20, 3, True, True), torch.float64)
     weights = [w.detach() for w in module.parameters()]

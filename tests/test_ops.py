@@ -22,6 +22,8 @@ import lstm_ext
 from lstm_ext import _backend, ops, reference
 from lstm_ext import _build_config as config
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 T, B, I, H, P = 5, 2, 3, 4, 2
 BATCH_SIZES = [2, 2, 2, 1, 1]
 # bias, bidirectional, projection, initial states, packed
@@ -53,7 +55,7 @@ def arguments(case: str, requires_grad: bool = False, dtype: torch.dtype = torch
     h0 = tensor(directions, B, output_size) if states else None
     c0 = tensor(directions, B, H) if states else None
     input = tensor(sum(BATCH_SIZES), I) if packed else tensor(T, B, I)
-    batch_sizes = torch.tensor(BATCH_SIZES) if packed else None
+    batch_sizes = torch.tensor(BATCH_SIZES, device="cpu") if packed else None
     return input, h0, c0, weights, batch_sizes, bias, bidirectional
 
 
@@ -129,8 +131,11 @@ def test_opcheck_with_some_gradients() -> None:
 
 
 def assert_same_layout(fake: list[Tensor], real: list[Tensor]) -> None:
+    # What is saved has another dtype on CUDA, and a meta tensor does not know what it stands for.
+    known = 3 if fake[0].is_meta and real[0].is_cuda and len(real) == 6 else len(real)
+    assert [f.dtype for f in fake[:known]] == [r.dtype for r in real[:known]]
     for f, r in zip(fake, real, strict=True):
-        assert f.dtype == r.dtype and f.dim() == r.dim()
+        assert f.dim() == r.dim()
         if all(isinstance(n, int) for n in f.shape):
             assert (f.shape, f.stride()) == (r.shape, r.stride())
         else:
@@ -364,7 +369,9 @@ def no_cache():
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("case", ["all", "packed", "packed_no_states"])
-def test_compile(case: str, backend: str) -> None:
+def test_compile(case: str, backend: str, device: str) -> None:
+    if (backend, device) == ("inductor", "cuda"):
+        pytest.importorskip("triton")
     args = arguments(case, requires_grad=True)
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     results = [function(*args) for function in (step, compiled)]
@@ -439,6 +446,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.devices("cpu")
 def test_module_of_the_operators_finds_the_extension() -> None:
     code = "import lstm_ext.ops as o, torch; print(o.lstm_layer is torch.ops.lstm_ext.lstm_layer.default)"
     run = run_python(code)
@@ -448,6 +456,7 @@ def test_module_of_the_operators_finds_the_extension() -> None:
     assert "ImportError: lstm_ext.ops needs the compiled extension" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.devices("cpu")
 def test_library_without_its_python_module() -> None:
     """A process that loads the operators only, e.g. to run an exported program, computes with them."""
     code = f"""if True:
@@ -474,6 +483,7 @@ def dynamic_symbols(path: str, *options: str) -> list[str]:
     return [line.split()[-1] for line in run.stdout.splitlines()]
 
 
+@pytest.mark.devices("cpu")
 def test_library_needs_no_python() -> None:
     path = _backend.status().ops_path
     header = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
@@ -549,11 +559,13 @@ def run_cpp(code: str, directory: Path, *arguments: str | None) -> subprocess.Co
     source.write_text(code)
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     build = [command, "-std=c++20", "-O0", *(f"-isystem{path}" for path in include_paths()), str(source)]
-    build += [*libraries, "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
+    # torch, which brings torch_cuda where there is one
+    build += [*libraries, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
     subprocess.run(build, check=True)
     return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.devices("cpu")
 def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
     run = run_cpp(CPP, tmp_path, _backend.status().ops_path)
     assert (run.returncode, run.stdout) == (0, "computed without Python\n"), run.stderr
@@ -574,6 +586,7 @@ int main(int, char** argv) {
 """
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.full
 @pytest.mark.usefixtures("no_cache")
 def test_cpp_program_runs_a_compiled_package(tmp_path: Path) -> None:
@@ -588,6 +601,7 @@ def test_cpp_program_runs_a_compiled_package(tmp_path: Path) -> None:
     torch.testing.assert_close(sums, torch.stack([t.sum() for t in expected]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.full
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize("wanted", ["one", "all"])

@@ -15,11 +15,14 @@ from accuracy import (
     tensors,
     values_and_gradients,
 )
+from devices import pack_sequence
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import lstm_ext
 from lstm_ext import _backend, autograd, functional, reference
+
+pytestmark = pytest.mark.devices("cpu", "cuda")
 
 _C = _backend.extension()
 
@@ -131,6 +134,7 @@ def plan_of(lengths: list[int], input_size: int, hidden_size: int, proj_size: in
     )  # fmt: skip
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_instruction_sets_and_workers(capability, two_threads, grid):
     batch, hidden, proj, expected = GRIDS[grid]
@@ -154,6 +158,7 @@ WORKERS = {
 }
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("case", WORKERS)
 def test_no_bit_depends_on_the_workers(case):
     lengths, features, hidden, proj, grids = WORKERS[case]
@@ -183,6 +188,7 @@ def test_no_bit_depends_on_the_workers(case):
         assert relative_error(a, theirs[name]) <= 64 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("proj_size", [0, 9])
 def test_several_chunks(proj_size):
     lengths = [150 - 3 * i for i in range(45)]
@@ -239,7 +245,7 @@ def test_index_forms():
     module = lstm_ext.LSTM(3, 4)
     theirs = lstm_ext.to_torch(module)
     data = torch.randn(7, 3)
-    batch_sizes = torch.tensor([3, 2, 2])
+    batch_sizes = torch.tensor([3, 2, 2], device="cpu")
     hx = torch.randn(2, 1, 3, 4).unbind()
     forms = [
         PackedSequence(data, batch_sizes),
@@ -256,6 +262,7 @@ def test_index_forms():
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.devices("cpu")  # those of cuDNN cannot be had
 def test_dropout_draws_the_masks_of_torch():
     module = lstm_ext.LSTM(5, 8, 3, dropout=0.4, bidirectional=True, dtype=torch.float64).train()
     theirs = lstm_ext.to_torch(module)
@@ -286,7 +293,7 @@ def test_functional_and_reference():
 
 def test_double_backward():
     module = lstm_ext.LSTM(3, 4, bidirectional=True, dtype=torch.float64)
-    batch_sizes = torch.tensor([3, 2, 2, 1])
+    batch_sizes = torch.tensor([3, 2, 2, 1], device="cpu")
     data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     h0 = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     c0 = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -313,7 +320,7 @@ def test_part_of_the_gradients(wanted):
         torch.manual_seed(1)
         data = torch.randn(7, 5, dtype=torch.float64, requires_grad=wanted == "input")
         hx = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=wanted == "hx")
-        output, (h, c) = lstm(PackedSequence(data, torch.tensor([3, 3, 1])), hx.unbind())
+        output, (h, c) = lstm(PackedSequence(data, torch.tensor([3, 3, 1], device="cpu")), hx.unbind())
         leaves = {"input": [data], "hx": [hx], "weights": list(lstm.parameters())}[wanted]
         gradients.append(torch.autograd.grad([output.data.square().sum() + h.sum() + c.sum()], leaves))
     for a, b in zip(*gradients, strict=True):
@@ -321,7 +328,7 @@ def test_part_of_the_gradients(wanted):
 
 
 def packed_of(batch_sizes: list[int], **fields) -> PackedSequence:
-    return PackedSequence(torch.randn(7, 3), torch.tensor(batch_sizes), **fields)
+    return PackedSequence(torch.randn(7, 3), torch.tensor(batch_sizes, device="cpu"), **fields)
 
 
 @pytest.mark.parametrize(
@@ -348,11 +355,16 @@ def test_other_bad_fields():
     module = lstm_ext.LSTM(3, 4)
     for dtype in (torch.int32, torch.float32):
         with pytest.raises(TypeError, match=r"batch_sizes: expected one dimension of int64"):
-            module(PackedSequence(torch.randn(7, 3), torch.tensor([3, 2, 2], dtype=dtype)))
+            module(PackedSequence(torch.randn(7, 3), torch.tensor([3, 2, 2], dtype=dtype, device="cpu")))
     with pytest.raises(ValueError, match="batch_sizes: expected at least one time step"):
-        module(PackedSequence(torch.randn(0, 3), torch.tensor([], dtype=torch.int64)))
+        module(PackedSequence(torch.randn(0, 3), torch.tensor([], dtype=torch.int64, device="cpu")))
     with pytest.raises(ValueError, match=r"sorted_indices: expected shape \(3,\)"):
         module(packed_of([3, 2, 2], sorted_indices=torch.tensor([0, 1])))
+
+
+@pytest.mark.devices("cpu")  # numbers on a device are not read
+def test_indices_that_do_not_undo_each_other():
+    module = lstm_ext.LSTM(3, 4)
     for sorted_indices, unsorted_indices in (
         ([0, 1, 1], [0, 1, 2]),
         ([1, 2, 0], [1, 2, 0]),
@@ -390,12 +402,13 @@ def test_bad_hx(hx_sizes, indices):
 
 def test_wrong_data():
     """Where torch speaks of the shapes of a product inside."""
+    batch_sizes = torch.tensor([3, 2, 2], device="cpu")
     with pytest.raises(RuntimeError, match=r"must be equal to input_size. Expected 3, got 4"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 4), torch.tensor([3, 2, 2])))
+        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 4), batch_sizes))
     with pytest.raises(ValueError, match=r"input dtype \(torch.float64\) does not match weight dtype"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3).double(), torch.tensor([3, 2, 2])))
+        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3).double(), batch_sizes))
     with pytest.raises(RuntimeError, match="input must have 2 dimensions, got 3"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3, 1), torch.tensor([3, 2, 2])))
+        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3, 1), batch_sizes))
 
 
 def test_long_and_narrow():

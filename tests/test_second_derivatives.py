@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lstm_ext import reference
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("config", CONFIGS)

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 FULL = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 
 
@@ -47,6 +49,11 @@ WAYS = {
 }
 
 x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _x_is_on_the_device(device, monkeypatch):
+    monkeypatch.setitem(globals(), "x", x.to(device))
 
 
 def after_backward(module):
@@ -211,11 +218,11 @@ def test_state_dict_in_a_model():
     assert not list(ours.buffers())
 
 
-def test_load_without_pickle(tmp_path):
+def test_load_without_pickle(tmp_path, device):
     """weights_only for the state, also mapped from the file; a module only if its class is said to be safe."""
     module = lstm_ext.LSTM(3, 4, **FULL)
     torch.save(module.state_dict(), tmp_path / "state.pt")
-    for options in ({}, {"mmap": True}, {"map_location": "cpu"}):
+    for options in ({}, {"mmap": True}, {"map_location": device}):
         other = lstm_ext.LSTM(3, 4, **FULL, device="meta")
         other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, **options), assign=True)
         assert torch.equal(other(x)[0], module(x)[0])
@@ -258,6 +265,7 @@ def work_on(module, results):
     results.put("done")
 
 
+@pytest.mark.devices("cpu")
 def test_a_second_process_shares_the_weights():
     context = torch.multiprocessing.get_context("spawn")
     module = lstm_ext.LSTM(3, 4, 2).share_memory()
@@ -293,6 +301,7 @@ class Encoded(Dataset):
             return self.module(x[: i + 1].repeat(20, 1, 1))[0]
 
 
+@pytest.mark.devices("cpu")
 def test_workers_of_a_data_loader():
     """They are forks of a process whose threads have run kernels."""
     module = lstm_ext.LSTM(3, 128)

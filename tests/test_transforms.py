@@ -40,6 +40,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import lstm_ext
 from lstm_ext import autograd
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 # ---- transforms without vmap
 
 DERIVATIVES: dict[str, Callable[[Case], Any]] = {
@@ -75,6 +77,7 @@ def test_derivatives(transform, model):
     assert_as_on_reference(lambda: DERIVATIVES[transform](case))
 
 
+@pytest.mark.devices("cpu")  # cuDNN's layer has no rule for jacrev
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("projection", "all")])
 def test_derivatives_as_of_torch(config):
     """torch's layer has derivatives of first order under torch.func, and no rule for vmap."""
@@ -268,6 +271,7 @@ def test_batch_sizes_of_each_sample_are_refused():
         assert vmap(function, (0, None))(torch.randn(2, 6, 2), sizes[0]).shape == (2, 6, 3)
 
 
+@pytest.mark.devices("cpu")  # on CUDA, vmap draws in another way than no vmap
 def test_dropout_asks_how_random_it_is():
     """As torch's dropout does: an error, masks of their own for each sample, or the same one for all."""
     module = lstm_ext.LSTM(2, 3, 2, dropout=0.5, dtype=F64)

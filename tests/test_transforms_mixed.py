@@ -34,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 
+pytestmark = pytest.mark.devices("cpu", "cuda")
+
 # ---- forward mode: the equations of the reference, against reverse mode on the kernels
 
 
@@ -305,10 +307,10 @@ def test_tensors_that_have_left_their_transform(inference):
             assert_close(*grads)
 
 
-def test_autocast_within_vmap():
+def test_autocast_within_vmap(device):
     module = lstm_ext.LSTM(2, 3)
     xs = torch.randn(3, 4, 2, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         result = vmap(module)(xs)
         expected = [module(x) for x in xs]
     for r, e in zip(tree_leaves(result), zip(*map(tree_leaves, expected), strict=True), strict=True):

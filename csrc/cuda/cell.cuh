@@ -109,8 +109,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) output_gradient_kernel(OutputGradie
   if (j >= s.output_size) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < s.rows; b += stride) {
-    s.result[b * s.output_size + j] =
-        narrow<typename Types<T>::Gradient>(summed_gradient<T>(s, b, j, s.output_size));
+    s.result[b * s.output_size + j] = narrow<typename Types<T>::Gradient>(summed_gradient<T>(s, b, j, s.output_size));
   }
 }
 

@@ -1,4 +1,5 @@
-// The one header that every kernel includes: the language of CUDA, and what of PTX the kernels use, under two compilers.
+// The one header that every kernel includes: the language of CUDA, and what of PTX the kernels use, under two
+// compilers.
 //
 // nvcc gets inline PTX (cuda/ptx.h). A plain C++ compiler, with LSTM_EXT_SIMT defined and tests/ on the include path,
 // gets calls into the emulator of tests/simt, so that the very same kernel sources run on a CPU. Both sides define the
@@ -7,8 +8,9 @@
 //   LSTM_KERNEL, LSTM_DEVICE, LSTM_HOST_DEVICE, LSTM_LAUNCH_BOUNDS(threads)
 //   LSTM_SHARED(T, name, count)          a static shared array, aligned to 16 bytes
 //   LSTM_DYNAMIC_SHARED(T, name)         T* to the dynamic shared memory, aligned to 128 bytes
-//   LSTM_SITE_PARAMETERS, LSTM_SITE      handed on by helpers, so that the emulator names their caller's line; see below
-//   in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers, st_async, now
+//   LSTM_SITE_PARAMETERS, LSTM_SITE      handed on by helpers, so that the emulator names their caller's line; see
+//   below in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers,
+//   st_async, now
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // nvcc's side of platform.h: launches, and inline PTX.
 //
-// Every operand order here is checked by the route of tests/simt that executes nvcc's PTX. What needs sm_90 compiles for
-// sm_80 too, as a trap: the host never launches such a kernel there.
+// Every operand order here is checked by the route of tests/simt that executes nvcc's PTX. What needs sm_90 compiles
+// for sm_80 too, as a trap: the host never launches such a kernel there.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,10 @@
 #define LSTM_KERNEL __global__ void
 #define LSTM_DEVICE __device__ __forceinline__
 #define LSTM_HOST_DEVICE __host__ __device__ __forceinline__
-#define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+// Told no number of blocks, ptxas aims at one of its own, and spills registers to reach it.
+#define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
 #define LSTM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
-#define LSTM_DYNAMIC_SHARED(T, name)                                             \
+#define LSTM_DYNAMIC_SHARED(T, name)                                              \
   extern __shared__ __align__(128) unsigned char lstm_ext_dynamic_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(lstm_ext_dynamic_shared_bytes)
 
@@ -45,8 +46,8 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
                                   static_cast<int>(config.dynamic_shared));
   }
   if (status == cudaSuccess && config.cluster > kPortableCluster) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                  1);
+    status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (status == cudaSuccess) {
     cudaLaunchAttribute attributes[2];
@@ -85,7 +86,8 @@ LSTM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- copies from global to shared memory ------------------------------------------------------------------------------
+// ---- copies from global to shared memory
+// ------------------------------------------------------------------------------
 template <int bytes>
 LSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
@@ -107,7 +109,8 @@ LSTM_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(groups_left) : "memory");
 }
 
-// ---- tensor cores -----------------------------------------------------------------------------------------------------
+// ---- tensor cores
+// -----------------------------------------------------------------------------------------------------
 LSTM_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -161,7 +164,8 @@ LSTM_DEVICE uint32_t to_tf32(float value) {
   return bits;
 }
 
-// ---- global memory that other blocks wait for -------------------------------------------------------------------------
+// ---- global memory that other blocks wait for
+// -------------------------------------------------------------------------
 LSTM_DEVICE uint32_t load_acquire(const uint32_t* address) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -184,10 +188,9 @@ LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
 
 LSTM_DEVICE int64_t now() { return clock64(); }
 
-// ---- clusters, sm_90 and later ----------------------------------------------------------------------------------------
-LSTM_DEVICE void cluster_arrive() {
-  LSTM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory"));
-}
+// ---- clusters, sm_90 and later
+// ----------------------------------------------------------------------------------------
+LSTM_DEVICE void cluster_arrive() { LSTM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory")); }
 LSTM_DEVICE void cluster_wait() { LSTM_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory")); }
 LSTM_DEVICE uint32_t cluster_rank() {
   uint32_t rank = 0;
@@ -213,40 +216,32 @@ LSTM_DEVICE uint32_t cluster_shared_address(const void* pointer) {
   return static_cast<uint32_t>(address);
 }
 
-// ---- mbarriers, sm_90 and later ---------------------------------------------------------------------------------------
+// ---- mbarriers, sm_90 and later
+// ---------------------------------------------------------------------------------------
 LSTM_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-  LSTM_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                         :
-                         : "r"(shared_address(barrier)), "r"(arrivals)
-                         : "memory"));
+  LSTM_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)),
+                         "r"(arrivals) : "memory"));
 }
 // Makes the initialisation known to the cluster; a cluster barrier has to follow before a peer uses the barrier.
 LSTM_DEVICE void fence_mbarrier_init() {
   LSTM_SM90(asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"));
 }
 LSTM_DEVICE void mbarrier_arrive(uint64_t* barrier) {
-  LSTM_SM90(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];"
-                         :
-                         : "r"(shared_address(barrier))
-                         : "memory"));
+  LSTM_SM90(
+      asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" : : "r"(shared_address(barrier)) : "memory"));
 }
 LSTM_DEVICE void mbarrier_arrive_remote(uint64_t* barrier) {
-  LSTM_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
-                         :
-                         : "r"(cluster_shared_address(barrier))
-                         : "memory"));
+  LSTM_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(
+      cluster_shared_address(barrier)) : "memory"));
 }
 LSTM_DEVICE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
-  LSTM_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
-                         :
-                         : "r"(shared_address(barrier)), "r"(bytes)
-                         : "memory"));
+  LSTM_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)),
+                         "r"(bytes) : "memory"));
 }
 LSTM_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
-  LSTM_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
-                         :
-                         : "r"(shared_address(barrier)), "r"(bytes)
-                         : "memory"));
+  LSTM_SM90(asm volatile(
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(barrier)),
+      "r"(bytes) : "memory"));
 }
 // Whether the phase of this parity is complete; the hardware may wait a little before it says no.
 LSTM_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
@@ -257,34 +252,28 @@ LSTM_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
                    ".reg .pred complete;\n"
                    "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
                    "selp.u32 %0, 1, 0, complete;\n"
-                   "}"
-                   : "=r"(complete)
-                   : "r"(shared_address(barrier)), "r"(parity)
-                   : "memory"));
+                   "}" : "=r"(complete) : "r"(shared_address(barrier)),
+                   "r"(parity) : "memory"));
   return complete != 0;
 }
 
 // Writes to a peer's shared memory and counts the bytes off at an mbarrier of the same peer. Both pointers are from
 // map_rank.
 LSTM_DEVICE void st_async(uint32_t* remote, uint32_t value, uint64_t* remote_barrier) {
-  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                         :
-                         : "r"(cluster_shared_address(remote)), "r"(value), "r"(cluster_shared_address(remote_barrier))
-                         : "memory"));
+  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" : : "r"(
+                             cluster_shared_address(remote)),
+                         "r"(value), "r"(cluster_shared_address(remote_barrier)) : "memory"));
 }
 LSTM_DEVICE void st_async(uint64_t* remote, uint64_t value, uint64_t* remote_barrier) {
-  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];"
-                         :
-                         : "r"(cluster_shared_address(remote)), "l"(value), "r"(cluster_shared_address(remote_barrier))
-                         : "memory"));
+  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" : : "r"(
+                             cluster_shared_address(remote)),
+                         "l"(value), "r"(cluster_shared_address(remote_barrier)) : "memory"));
 }
 LSTM_DEVICE void st_async(uint4* remote, const uint4& value, uint64_t* remote_barrier) {
-  LSTM_SM90(
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                   :
-                   : "r"(cluster_shared_address(remote)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
-                     "r"(cluster_shared_address(remote_barrier))
-                   : "memory"));
+  LSTM_SM90(asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" : : "r"(
+          cluster_shared_address(remote)),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(cluster_shared_address(remote_barrier)) : "memory"));
 }
 
 #undef LSTM_SM90

@@ -100,8 +100,8 @@ struct OutputGradient {
   int64_t output_size;
   const T* grad_output;  // (rows, P), rows grad_output_stride apart, or null
   int64_t grad_output_stride;
-  const T* grad_h_n;                                      // (B, P) contiguous or null
-  const typename Types<T>::Accumulate* recurrent_part;    // (recurrent_rows, P) contiguous
+  const T* grad_h_n;                                    // (B, P) contiguous or null
+  const typename Types<T>::Accumulate* recurrent_part;  // (recurrent_rows, P) contiguous
   int64_t recurrent_rows;
   int64_t going_on;
   typename Types<T>::Gradient* result;  // (rows, P) contiguous
@@ -114,8 +114,8 @@ struct PreviousOutputs {
   static constexpr int kSteps = 64;  // as many as fit into a kernel's parameters
   struct Step {
     int64_t rows;
-    int64_t continuing;  // rows that have h_{t-1} in `previous`; the others have it in h0
-    const T* previous;   // (continuing, P), rows previous_stride apart
+    int64_t continuing;                   // rows that have h_{t-1} in `previous`; the others have it in h0
+    const T* previous;                    // (continuing, P), rows previous_stride apart
     typename Types<T>::Gradient* result;  // (rows, P) contiguous
   };
   int64_t output_size;

@@ -59,8 +59,9 @@ cudaError_t column_sums(const ColumnSums<T>& s, cudaStream_t stream) {
   const dim3 block(kSumColumns, kSumHeight);
   const auto width = static_cast<unsigned>((s.columns + kSumColumns - 1) / kSumColumns);
   const int64_t rows_per_part = (s.rows + parts - 1) / parts;
-  const cudaError_t error = launch(sum_of_rows_kernel<D, A>, dim3(width, static_cast<unsigned>(parts)), block, 0,
-                                   stream, SumOfRows<D, A>{s.rows, s.columns, rows_per_part, s.values, s.partial, false});
+  const cudaError_t error =
+      launch(sum_of_rows_kernel<D, A>, dim3(width, static_cast<unsigned>(parts)), block, 0, stream,
+             SumOfRows<D, A>{s.rows, s.columns, rows_per_part, s.values, s.partial, false});
   if (error != cudaSuccess) return error;
   return launch(sum_of_rows_kernel<A, A>, dim3(width), block, 0, stream,
                 SumOfRows<A, A>{parts, s.columns, parts, s.partial, s.sums, true});
@@ -68,11 +69,11 @@ cudaError_t column_sums(const ColumnSums<T>& s, cudaStream_t stream) {
 
 }  // namespace lstm_ext::cuda
 
-#define LSTM_EXT_STEPWISE(T)                                                                              \
-  namespace lstm_ext::cuda {                                                                              \
-  template cudaError_t cell_forward<T>(const CellForward<T>& step, cudaStream_t stream);                  \
-  template cudaError_t cell_backward<T>(const CellBackward<T>& step, cudaStream_t stream);                \
-  template cudaError_t output_gradient<T>(const OutputGradient<T>& step, cudaStream_t stream);            \
-  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& steps, cudaStream_t stream);         \
-  template cudaError_t column_sums<T>(const ColumnSums<T>& sums, cudaStream_t stream);                    \
+#define LSTM_EXT_STEPWISE(T)                                                                      \
+  namespace lstm_ext::cuda {                                                                      \
+  template cudaError_t cell_forward<T>(const CellForward<T>& step, cudaStream_t stream);          \
+  template cudaError_t cell_backward<T>(const CellBackward<T>& step, cudaStream_t stream);        \
+  template cudaError_t output_gradient<T>(const OutputGradient<T>& step, cudaStream_t stream);    \
+  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& steps, cudaStream_t stream); \
+  template cudaError_t column_sums<T>(const ColumnSums<T>& sums, cudaStream_t stream);            \
   }

@@ -34,6 +34,8 @@ const T* const_row_pointer(const at::Tensor& t, int64_t row = 0) {
 
 at::Tensor part_of(const at::Tensor& t, int64_t direction) { return t.defined() ? t.select(0, direction) : t; }
 
+at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.t() : t; }
+
 at::Tensor empty_if(bool there, at::IntArrayRef sizes, const at::TensorOptions& options) {
   return there ? at::empty(sizes, options) : at::Tensor();
 }
@@ -73,9 +75,10 @@ struct Direction {
 
 class Stepwise {
  public:
-  Stepwise(const LayerArguments& layer, const LayerSizes& sizes, const StepwiseDevice& device)
+  Stepwise(const LayerArguments& layer, const LayerSizes& sizes, const StepwiseDevice& device, bool tf32)
       : s(sizes),
         device_(device),
+        tf32_(tf32),
         dtype_(layer.input.scalar_type()),
         has_bias_(layer.has_bias),
         input_(with_contiguous_rows(layer.input)),
@@ -105,13 +108,20 @@ class Stepwise {
 
   // c = a b, or c += a b.
   void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate = false) const {
-    product(c, a, b, accumulate, device_.tf32);
-  }
-  void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32) const {
+    // A cell may have no input features; what cuBLAS does then it does not say.
+    if (a.size(1) == 0 && !accumulate) c.zero_();
+    if (a.size(1) == 0 || c.numel() == 0) return;
     // Kept until the product is on its way; the allocator keeps the memory until it is done.
     const at::Tensor left = gemm_operand(a), right = gemm_operand(b);
-    device_.gemm(describe_gemm(c, left, right, accumulate, tf32), device_.context);
+    product(describe_gemm(c, left, right, accumulate, tf32_));
   }
+  RowsGemm rows_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) const { return {c, a, b, tf32_}; }
+  std::optional<RowsGemm> rows_gemm_if(bool there, const at::Tensor& c, const at::Tensor& a,
+                                       const at::Tensor& b) const {
+    return there ? std::optional<RowsGemm>(rows_gemm(c, a, b)) : std::nullopt;
+  }
+
+  void product(const Gemm& gemm) const { device_.gemm(gemm, device_.context); }
 
   void check(cudaError_t error, const char* kernel) const {
     TORCH_CHECK(error == cudaSuccess, "lstm_ext: the kernel ", kernel, " did not start: ", cudaGetErrorString(error));
@@ -119,6 +129,7 @@ class Stepwise {
 
   const LayerSizes& s;
   const StepwiseDevice& device_;
+  const bool tf32_;
   const at::ScalarType dtype_;
   const bool has_bias_;
   const at::Tensor input_, h0_, c0_;
@@ -140,7 +151,7 @@ struct InputPart {
 class StepwiseForward : Stepwise {
  public:
   StepwiseForward(const LayerArguments& layer, const LayerSizes& sizes, bool save, const StepwiseDevice& device)
-      : Stepwise(layer, sizes, device),
+      : Stepwise(layer, sizes, device, device.tf32),
         output_(at::empty(s.sequence_sizes(s.directions * s.output_size), options(dtype_))),
         h_n_(at::empty({s.directions, s.batch, s.output_size}, options(dtype_))),
         c_n_(at::empty({s.directions, s.batch, s.hidden_size}, options(dtype_))),
@@ -195,7 +206,9 @@ class StepwiseForward : Stepwise {
     at::Tensor hidden;
     if (s.projected) hidden = save ? saved_rows(hidden_) : at::empty({s.batch, H}, options(dtype_));
     const at::Tensor recurrent = at::empty({s.batch, 4 * H}, options(s.sum_type));
-    const at::Tensor weight_hh_t = l.weight_hh.t();
+    const RowsGemm from_output = rows_gemm(recurrent, output, l.weight_hh.t());
+    const std::optional<RowsGemm> from_h0 = rows_gemm_if(l.h0.defined(), recurrent, l.h0, l.weight_hh.t());
+    const std::optional<RowsGemm> projection = rows_gemm_if(s.projected, output, hidden, transposed(l.weight_hr));
 
     const int64_t limit = piece_rows(4 * H * static_cast<int64_t>(sizeof(A)));
     for (int64_t n = 0; n < steps.count();) {
@@ -204,15 +217,9 @@ class StepwiseForward : Stepwise {
       for (; n < piece.end; ++n) {
         const Step step = steps[n];
         const Step before = n > 0 ? steps[n - 1] : Step{};
-        if (step.continuing > 0) {
-          product(recurrent.narrow(0, 0, step.continuing), output.narrow(0, before.offset, step.continuing),
-                  weight_hh_t);
-        }
+        if (step.continuing > 0) product(from_output(0, before.offset, step.continuing));
         const int64_t beginning = step.rows - step.continuing;
-        if (beginning > 0 && l.h0.defined()) {
-          product(recurrent.narrow(0, step.continuing, beginning), l.h0.narrow(0, step.continuing, beginning),
-                  weight_hh_t);
-        }
+        if (beginning > 0 && from_h0) product((*from_h0)(step.continuing, step.continuing, beginning));
         cuda::CellForward<T> p{};
         p.rows = step.rows;
         p.hidden_size = H;
@@ -234,17 +241,14 @@ class StepwiseForward : Stepwise {
         p.h_n = s.projected ? nullptr : row_pointer<T>(h_n);
         p.c_n = row_pointer<T>(c_n);
         check(cuda::cell_forward(p, device_.stream), "cell_forward");
-        if (s.projected) project(l, step, hidden.narrow(0, place, step.rows), output, h_n);
+        if (projection) {
+          product((*projection)(step.offset, place, step.rows));
+          const int64_t ending = step.rows - step.going_on;
+          if (ending > 0) {
+            h_n.narrow(0, step.going_on, ending).copy_(output.narrow(0, step.offset + step.going_on, ending));
+          }
+        }
       }
-    }
-  }
-
-  void project(const Direction& l, const Step& step, const at::Tensor& hidden, const at::Tensor& output,
-               const at::Tensor& h_n) const {
-    product(output.narrow(0, step.offset, step.rows), hidden, l.weight_hr.t());
-    const int64_t ending = step.rows - step.going_on;
-    if (ending > 0) {
-      h_n.narrow(0, step.going_on, ending).copy_(output.narrow(0, step.offset + step.going_on, ending));
     }
   }
 
@@ -258,7 +262,9 @@ class StepwiseBackward : Stepwise {
  public:
   StepwiseBackward(const LayerArguments& layer, const LayerSizes& sizes, const BackwardArguments& arguments,
                    const StepwiseDevice& device)
-      : Stepwise(layer, sizes, device),
+      // float16 has no more digits than TF32, so its products lose nothing of an operand by it; the gate gradients,
+      // which are float32 there, keep what float16 would lose.
+      : Stepwise(layer, sizes, device, device.tf32 || layer.input.scalar_type() == at::kHalf),
         wanted_(arguments.wanted),
         output_(with_contiguous_rows(arguments.output)),
         gates_(arguments.saved[0].contiguous()),
@@ -296,16 +302,12 @@ class StepwiseBackward : Stepwise {
  private:
   // The factors and results of the products over a piece of the sequence.
   struct Gradients {
-    at::Tensor gates;                // (rows of a piece, 4H)
-    at::Tensor output;               // (rows of a piece, P), with a projection
+    at::Tensor gates;                                  // (rows of a piece, 4H)
+    at::Tensor output;                                 // (rows of a piece, P), with a projection
     at::Tensor weight_ih, weight_hh, bias, weight_hr;  // sums; undefined where not wanted
   };
 
   at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type_); }
-  void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate = false) const {
-    // float16 has no more digits than TF32, so nothing of an operand is lost; gate gradients keep what float16 would.
-    Stepwise::product(c, a, b, accumulate, device_.tf32 || gradient_type_ != dtype_);
-  }
 
   template <typename T>
   void run_direction(int64_t d) {
@@ -337,6 +339,9 @@ class StepwiseBackward : Stepwise {
     Gradients g = gradients(d);
     g.gates = at::empty({longest, 4 * H}, options(gradient_type_));
     if (s.projected) g.output = at::empty({longest, P}, options(gradient_type_));
+    const RowsGemm through_gates = rows_gemm(recurrent, g.gates, weight_hh);
+    const std::optional<RowsGemm> to_h0 = rows_gemm_if(grad_h0.defined(), grad_h0, g.gates, weight_hh);
+    const std::optional<RowsGemm> projection = rows_gemm_if(s.projected, grad_hidden, g.output, weight_hr);
 
     for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) {
       for (int64_t n = piece->end - 1; n >= piece->first; --n) {
@@ -366,7 +371,7 @@ class StepwiseBackward : Stepwise {
           sum.going_on = step.going_on;
           sum.result = row_pointer<D>(g.output, place);
           check(cuda::output_gradient(sum, device_.stream), "output_gradient");
-          product(grad_hidden.narrow(0, 0, step.rows), g.output.narrow(0, place, step.rows), weight_hr);
+          product((*projection)(0, place, step.rows));
           p.recurrent_part = const_row_pointer<A>(grad_hidden);
           p.recurrent_rows = step.rows;
         } else {
@@ -378,13 +383,8 @@ class StepwiseBackward : Stepwise {
         }
         check(cuda::cell_backward(p, device_.stream), "cell_backward");
         const int64_t beginning = step.rows - step.continuing;
-        if (step.continuing > 0) {
-          product(recurrent.narrow(0, 0, step.continuing), g.gates.narrow(0, place, step.continuing), weight_hh);
-        }
-        if (beginning > 0 && grad_h0.defined()) {
-          product(grad_h0.narrow(0, step.continuing, beginning),
-                  g.gates.narrow(0, place + step.continuing, beginning), weight_hh);
-        }
+        if (step.continuing > 0) product(through_gates(0, place, step.continuing));
+        if (beginning > 0 && to_h0) product((*to_h0)(step.continuing, place + step.continuing, beginning));
       }
       add_piece<T>(l, steps, *piece, d, g);
     }
@@ -486,8 +486,7 @@ class StepwiseBackward : Stepwise {
       p.h0 = const_row_pointer<T>(l.h0);
       for (; n < piece.end && p.steps < p.kSteps; ++n) {
         const Step step = steps[n];
-        p.step[p.steps++] = {step.rows, step.continuing,
-                             const_row_pointer<T>(h, n > 0 ? steps[n - 1].offset : 0),
+        p.step[p.steps++] = {step.rows, step.continuing, const_row_pointer<T>(h, n > 0 ? steps[n - 1].offset : 0),
                              row_pointer<D>(result, step.offset - first)};
       }
       check(cuda::previous_outputs(p, device_.stream), "previous_outputs");

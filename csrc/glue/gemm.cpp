@@ -39,4 +39,25 @@ Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
   return gemm;
 }
 
+RowsGemm::RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool tf32)
+    : gemm_(describe_gemm(c.narrow(0, 0, 1), a.narrow(0, 0, 1), b, false, tf32)) {
+  TORCH_INTERNAL_ASSERT(has_contiguous_rows(a) && has_contiguous_rows(c), "rows of strides ", a.strides(), " and ",
+                        c.strides());
+  // Of one row describe_gemm cannot tell how far apart the rows are, nor that it is one.
+  const auto apart = [](const at::Tensor& t) { return std::max(t.stride(0), t.size(1)); };
+  gemm_.b.ld = apart(a);
+  gemm_.b.transposed = false;
+  gemm_.c.ld = apart(c);
+  a_bytes_ = gemm_.b.ld * a.element_size();
+  c_bytes_ = gemm_.c.ld * c.element_size();
+}
+
+Gemm RowsGemm::operator()(int64_t c_row, int64_t a_row, int64_t rows) const {
+  Gemm gemm = gemm_;
+  gemm.n = rows;
+  gemm.b.data = static_cast<char*>(gemm.b.data) + a_row * a_bytes_;
+  gemm.c.data = static_cast<char*>(gemm.c.data) + c_row * c_bytes_;
+  return gemm;
+}
+
 }  // namespace lstm_ext

@@ -19,9 +19,22 @@ struct Gemm {
   bool tf32;        // float32 operands may be rounded to TF32; sums are float32 all the same
 };
 
-// c = a b, or c += a b, of matrices (rows, columns) with one contiguous axis each; see gemm_operand. Operands of 16 bits
-// may have a float32 result; sums are float32, or float64 for float64.
+// c = a b, or c += a b, of matrices (rows, columns) with one contiguous axis each; see gemm_operand. Operands of 16
+// bits may have a float32 result; sums are float32, or float64 for float64.
 Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32);
+
+// The same product for other rows in every time step: c[c_row : c_row + rows] = a[a_row : a_row + rows] b. What does
+// not change is found out once; a step's part in the time of a layer is a few microseconds. `a` and `c` have contiguous
+// rows.
+class RowsGemm {
+ public:
+  RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool tf32);
+  Gemm operator()(int64_t c_row, int64_t a_row, int64_t rows) const;
+
+ private:
+  Gemm gemm_;
+  int64_t a_bytes_, c_bytes_;  // of a row
+};
 
 // The matrix itself if describe_gemm takes it, else a contiguous copy.
 at::Tensor gemm_operand(const at::Tensor& matrix);

@@ -16,9 +16,7 @@ inline at::Tensor materialized(const at::Tensor& t) {
 }
 
 // Without a trip through the dispatcher where there is nothing to do.
-inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) {
-  return t.scalar_type() == type ? t : t.to(type);
-}
+inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
 inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& t, at::ScalarType type) {
   return t && t->defined() ? in_type(materialized(*t), type).contiguous() : at::Tensor();

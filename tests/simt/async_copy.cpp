@@ -40,12 +40,14 @@ void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % bytes != 0) {
     fail("cp.async: an address is not aligned to the bytes copied", file, line);
   }
-  if (block_of(shared) != current->block) fail("cp.async: the destination is not in this block's shared memory", file, line);
+  if (block_of(shared) != current->block)
+    fail("cp.async: the destination is not in this block's shared memory", file, line);
   if (block_of(global) != nullptr) fail("cp.async: the source is in shared memory", file, line);
   ++statistics().copies;
   if (source_bytes > 0) race::access(*current, global, source_bytes, /*writes=*/false, file, line);
   race::asynchronous_write(*current, shared, bytes, file, line);
-  current->open_group.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes, source_bytes, false});
+  current->open_group.push_back(
+      {static_cast<char*>(shared), static_cast<const char*>(global), bytes, source_bytes, false});
   if (options().copies == Delivery::Now) carry_out(current->open_group.back());
   if (options().copies == Delivery::Mixed) carry_out_some();
 }

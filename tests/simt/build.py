@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,11 +37,17 @@ EMULATOR = sorted(
 # What a mode is for is in README.md. The race detector's hooks are in the emulator, so libtsan is not linked.
 COMPILE_FLAGS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "race": ["-O1", "-g", "-fsanitize=thread"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "race": ["-O1", "-g1", "-fsanitize=thread"],
+    "ucontext": ["-O2", "-DSIMT_UCONTEXT"],  # fibers as other processors than x86-64 have them
 }
-EMULATOR_FLAGS = {**COMPILE_FLAGS, "race": COMPILE_FLAGS["plain"]}
-LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "race": []}
+# The hooks are in the driver's code only; the emulator's objects serve two modes.
+EMULATOR_FLAGS = {
+    **COMPILE_FLAGS,
+    "asan": ["-O1", "-g1", "-fsanitize=address"],
+    "race": COMPILE_FLAGS["plain"],
+}
+LINK_FLAGS = {"asan": ["-fsanitize=address,undefined"]}
 COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DLSTM_EXT_SIMT"]
 MAX_JOBS = 2
 
@@ -56,15 +63,18 @@ def compiler() -> str | None:
 
 def cuda_include() -> Path | None:
     """The folder of cuda_fp16.h: CUDA_HOME's, nvcc's, or that of NVIDIA's wheels."""
-    candidates = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [
+        Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         candidates.append(Path(nvcc).resolve().parents[1] / "include")
-    candidates += [*sorted(Path("/usr/local").glob("cuda*/include"), reverse=True), Path("/usr/include")]
-    for candidate in candidates:
-        if (candidate / "cuda_fp16.h").is_file() and (candidate / "cuda_bf16.h").is_file():
-            return candidate
-    return None
+    candidates += sorted(Path("/usr/local").glob("cuda*/include"), reverse=True)
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in (wheels.submodule_search_locations or ()) if wheels is not None else ():
+        candidates += sorted(Path(folder).glob("*/include"), reverse=True)
+    wanted = ("cuda_fp16.h", "cuda_bf16.h", "driver_types.h", "crt/host_defines.h")
+    return next((path for path in candidates if all((path / name).is_file() for name in wanted)), None)
 
 
 def missing() -> str | None:
@@ -84,10 +94,10 @@ def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
     return content.hexdigest()[:20]
 
 
-def _headers() -> list[Path]:
+def _headers(*folders: Path) -> list[Path]:
     # All that a source might include: cheaper to read than to ask the compiler.
     suffixes = {".h", ".cuh", ".cu", ".inc"}
-    return [path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in suffixes]
+    return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
 
 
 def _run(command: list[str]) -> None:
@@ -116,33 +126,66 @@ def compile_driver(
     mode: str = "plain",
     defines: Sequence[str] = (),
     include_dirs: Sequence[Path | str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value.
+    `mode` is plain, asan or race; `defines` are NAME or NAME=value; `include_dirs` come before the project's own.
+    `flags` are for the sources, not for the emulator.
     """
     # As system headers: the warnings we want are about our code.
     system = ["-isystem", str(cuda_include())]
-    includes = [f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)]
-    common = [*COMMON_FLAGS, *includes, *system]
-    driver_flags = [*COMPILE_FLAGS[mode], *common, *(f"-D{define}" for define in defines)]
+    common = [*COMMON_FLAGS, *(f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc")), *system]
+    first = [f"-I{path}" for path in include_dirs]
+    driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
     emulator_flags = [*EMULATOR_FLAGS[mode], *common]
-    headers = _headers()
-    for folder in include_dirs:
-        headers += [path for path in Path(folder).rglob("*") if path.suffix in {".h", ".cuh", ".inc"}]
-    jobs = [(Path(source).resolve(), driver_flags) for source in sources] + [(path, emulator_flags) for path in EMULATOR]
+    # Not csrc's: a kernel that changes leaves the emulator's objects as they are.
+    own_headers = sorted(HERE.glob("*.h"))
+    headers = _headers(HERE, ROOT / "csrc", *map(Path, include_dirs))
+    jobs = [(Path(source).resolve(), driver_flags, headers) for source in sources]
+    jobs += [(path, emulator_flags, own_headers) for path in EMULATOR]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     name = Path(sources[0]).stem
     program = BUILD / f"{name}-{mode}-{_digest([str(path) for path in objects], [])}"
     if not program.exists():
         partial = program.with_suffix(f".{os.getpid()}")
-        _run([compiler(), *LINK_FLAGS[mode], *map(str, objects), "-ldl", "-o", str(partial)])
+        _run([compiler(), *LINK_FLAGS.get(mode, []), *map(str, objects), "-ldl", "-o", str(partial)])
         partial.replace(program)
     return program
 
 
-def build_extension_module(name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()) -> ModuleType:
+# Memory has no types in PTX: an f32 may be stored and loaded as a b32.
+PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
+PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
+
+
+def compile_ptx_driver(
+    driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more
+) -> Path:
+    """A driver whose kernels are C++ that ptx/translate.py made of nvcc's PTX."""
+    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS, **more)
+
+
+def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
+    """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
+    flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
+    flags += ["-isystem", str(cuda_include())]
+    headers = _headers(HERE, ROOT / "csrc")
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
+    name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"
+    library = BUILD / name
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        _run([compiler(), "-shared", *map(str, objects), str(module), "-o", str(partial)])
+        partial.replace(library)
+    return library
+
+
+def build_extension_module(
+    name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()
+) -> ModuleType:
     """A Python module of torch whose kernels run on the emulator (mode plain), compiled without CUDA."""
     from torch.utils import cpp_extension
 
@@ -159,7 +202,7 @@ def build_extension_module(name: str, sources: Sequence[Path | str], include_dir
             plain_cpp.append(wrapper)
         else:
             plain_cpp.append(source.resolve())
-    # ninja names objects by their sources' names, which must not repeat; its own dependency files find changed headers.
+    # ninja names objects by their sources' names, which must not repeat; its dependency files find changed headers.
     return cpp_extension.load(
         name=name,
         sources=[str(path) for path in (*plain_cpp, *EMULATOR)],

@@ -8,6 +8,7 @@
 #include "cuda/platform.h"
 #include "simt/emulator.h"
 #include "simt/global_memory.h"
+#include "simt/race.h"
 
 namespace checks {
 

@@ -34,6 +34,10 @@ struct LaunchConfig {
 // Runs `body` once for every thread. Throws Error.
 void launch(const LaunchConfig& config, std::function<void()> body);
 
+// What runs in place of a kernel, where a program holds kernels translated from PTX (ptx/README.md); else null.
+using TranslatedKernel = void (*)(const char* args);
+extern TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes);
+
 // Of the thread that runs, for code generated from PTX.
 unsigned lane_index();
 unsigned cluster_rank();
@@ -91,6 +95,8 @@ void* shared_pointer(uint32_t address, const char* file, int line);
 // ---- mbarrier and st.async (mbarrier.cpp) ---------------------------------------------------------------------------
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
 void fence_mbarrier_init(const char* file, int line);
+// The memory is free for something else. Only the barrier's own block may.
+void mbarrier_inval(uint64_t* barrier, const char* file, int line);
 // `barrier` may lie in another block of the cluster.
 void mbarrier_arrive(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
 void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, const char* file, int line);

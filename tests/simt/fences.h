@@ -1,4 +1,5 @@
-// The pattern of memory that nobody has written: a NaN as float, double, half and bfloat16, and easy to tell from others.
+// The pattern of memory that nobody has written: a NaN as float, double, half and bfloat16, and easy to tell from
+// others.
 #pragma once
 
 #include <cstddef>

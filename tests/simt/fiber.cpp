@@ -10,6 +10,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if SIMT_ASAN
+// A launch that fails leaves its threads where they are, and what they own with them.
+extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
+#endif
+
 namespace simt {
 namespace {
 
@@ -18,7 +23,7 @@ constexpr size_t kStacksPerSlab = 256;
 // Every guard page is a mapping of its own, and a process has 65,530 of them.
 constexpr size_t kGuardedSlabs = 32;
 
-#if defined(__x86_64__)
+#if SIMT_OWN_SWITCH
 // Saves what the calling convention says a call preserves, and nothing else.
 __attribute__((naked, noinline)) void exchange_stacks(void** /*save*/, void* /*load*/) {
   asm volatile(
@@ -71,7 +76,7 @@ void StackPool::give_back(const Stack& stack) { free_.push_back(stack); }
 void prepare(Context& context, const Stack& stack, void (*entry)()) {
   context.stack = stack;
   context.fake_stack = nullptr;
-#if defined(__x86_64__)
+#if SIMT_OWN_SWITCH
   // As if `entry` had been called from address 0: 16-byte aligned before the return address was pushed.
   void** top = reinterpret_cast<void**>(stack.base + stack.bytes - 64);
   *--top = nullptr;
@@ -94,7 +99,7 @@ void switch_context(Context& from, Context& to, bool from_ends) {
 #else
   (void)from_ends;
 #endif
-#if defined(__x86_64__)
+#if SIMT_OWN_SWITCH
   exchange_stacks(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.registers, &to.registers);

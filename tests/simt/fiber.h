@@ -4,7 +4,11 @@
 #include <cstddef>
 #include <vector>
 
-#if !defined(__x86_64__)
+// SIMT_UCONTEXT is for testing what other processors use.
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_OWN_SWITCH 1
+#else
+#define SIMT_OWN_SWITCH 0
 #include <ucontext.h>
 #endif
 
@@ -40,7 +44,7 @@ class StackPool {
 
 // Where a stack was left.
 struct Context {
-#if defined(__x86_64__)
+#if SIMT_OWN_SWITCH
   void* stack_pointer = nullptr;
 #else
   ucontext_t registers;

@@ -1,4 +1,5 @@
-// Memory that kernels get from their caller. DeviceBuffer stands for a cudaMalloc: fenced on both sides, filled with NaNs.
+// Memory that kernels get from their caller. DeviceBuffer stands for a cudaMalloc: fenced on both sides, filled with
+// NaNs.
 #pragma once
 
 #include <algorithm>

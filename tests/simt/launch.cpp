@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <mutex>
 
 #include "simt/machine.h"
 
@@ -13,8 +14,9 @@ namespace {
 
 constexpr unsigned kMaxThreadsPerBlock = 1024;
 constexpr size_t kMaxDynamicShared = 227 * 1024;
-// Threads alive at once in launches that need not be co-resident, where options().resident_blocks does not say.
+// Alive at once in launches that need not be co-resident, where options().resident_blocks does not say.
 constexpr unsigned kMaxThreadsAlive = 8192;
+constexpr unsigned kMaxBlocksAlive = 256;
 constexpr unsigned kWarp = 32;
 
 template <typename Value>
@@ -31,12 +33,10 @@ Value one_of(const char* variable, Value otherwise, std::initializer_list<std::p
 
 Options options_of_environment() {
   Options set;
-  set.schedule =
-      one_of("SIMT_SCHEDULE", set.schedule,
-             {{"fifo", Schedule::Fifo}, {"random", Schedule::Random}, {"priority", Schedule::Priority}});
+  set.schedule = one_of("SIMT_SCHEDULE", set.schedule,
+                        {{"fifo", Schedule::Fifo}, {"random", Schedule::Random}, {"priority", Schedule::Priority}});
   const auto delivery = [](const char* variable, Delivery otherwise) {
-    return one_of(variable, otherwise,
-                  {{"now", Delivery::Now}, {"late", Delivery::Late}, {"mixed", Delivery::Mixed}});
+    return one_of(variable, otherwise, {{"now", Delivery::Now}, {"late", Delivery::Late}, {"mixed", Delivery::Mixed}});
   };
   set.copies = delivery("SIMT_COPIES", set.copies);
   set.messages = delivery("SIMT_MESSAGES", set.messages);
@@ -50,16 +50,15 @@ void check(const LaunchConfig& config) {
     if (!holds) throw Error("simt: launch: " + what);
   };
   const uint64_t threads = uint64_t{config.block.x} * config.block.y * config.block.z;
-  require(!machine.running, "a kernel cannot launch a kernel");
   require(config.grid.x > 0 && config.grid.y > 0 && config.grid.z > 0 && threads > 0, "an empty grid or block");
   require(threads <= kMaxThreadsPerBlock, "more than 1024 threads in a block");
   require(config.block.z <= 64, "more than 64 threads in z");
   require(config.grid.x <= 0x7fffffffu && config.grid.y <= 65535 && config.grid.z <= 65535,
           "more than 2^31 - 1 blocks in x, or 65535 in y or z");
   require(config.dynamic_shared <= kMaxDynamicShared, "more than 227 KiB of dynamic shared memory");
-  require(config.cluster == 1 || config.cluster == 2 || config.cluster == 4 || config.cluster == 8 ||
-              config.cluster == 16,
-          "a cluster has 1, 2, 4, 8 or 16 blocks");
+  require(
+      config.cluster == 1 || config.cluster == 2 || config.cluster == 4 || config.cluster == 8 || config.cluster == 16,
+      "a cluster has 1, 2, 4, 8 or 16 blocks");
   require(config.grid.x % config.cluster == 0, "the grid is not a multiple of the cluster");
 }
 
@@ -176,7 +175,13 @@ Options& options() {
   return set;
 }
 
+TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument_bytes) = nullptr;
+
 void launch(const LaunchConfig& config, std::function<void()> body) {
+  if (current != nullptr) fail("a kernel cannot launch a kernel", current->file, current->line);
+  // There is one machine. Autograd may call from a thread of its own.
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   check(config);
   if (options().stack_bytes == 0) options().stack_bytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
   machine.config = config;
@@ -194,7 +199,8 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   const unsigned threads = config.block.x * config.block.y * config.block.z;
   uint64_t wave = blocks;
   if (!config.cooperative) {
-    wave = options().resident_blocks != 0 ? options().resident_blocks : std::max(1u, kMaxThreadsAlive / threads);
+    wave = options().resident_blocks != 0 ? options().resident_blocks
+                                          : std::min(kMaxBlocksAlive, std::max(1u, kMaxThreadsAlive / threads));
     wave = (wave + config.cluster - 1) / config.cluster * config.cluster;
   }
   // Blocks start in any order, those of a cluster together.

@@ -125,6 +125,16 @@ void fence_mbarrier_init(const char* file, int line) {
   }
 }
 
+void mbarrier_inval(uint64_t* address, const char* file, int line) {
+  note_position("mbarrier.inval", file, line);
+  Block* owner;
+  const Mbarrier& barrier = find(address, owner, file, line);
+  if (owner != current->block) fail("mbarrier.inval of another block's mbarrier", file, line);
+  if (barrier.pending_bytes != 0) fail("mbarrier.inval while bytes are under way", file, line);
+  race::access(*current, address, sizeof *address, /*writes=*/true, file, line);
+  owner->mbarriers.erase(address);
+}
+
 void mbarrier_arrive(uint64_t* address, uint32_t arrivals, const char* file, int line) {
   note_position("mbarrier.arrive", file, line);
   maybe_switch(file, line);
@@ -176,10 +186,10 @@ void st_async(void* remote, const void* value, unsigned bytes, uint64_t* remote_
   find(remote_barrier, receiver, file, line);
   if (block_of(remote) != receiver) fail("st.async: data and mbarrier are in different blocks", file, line);
   note_use(remote_barrier, /*writes=*/true, file, line);
-  race::asynchronous_write(*current, remote, bytes, file, line);
   const int64_t number = machine.messages_sent++;
   ++statistics().messages;
   if (number == options().lose_message) return;
+  race::asynchronous_write(*current, remote, bytes, file, line);
   Message message{receiver, static_cast<char*>(remote), {}, bytes, remote_barrier, current->id, 0, {}};
   std::memcpy(message.value, value, bytes);
   message.sender_time = race::time_of(*current);
@@ -197,8 +207,8 @@ void check_mbarriers_at_exit(const Block& block) {
   if (machine.clock_has_leapt) return;
   for (const auto& [address, barrier] : block.mbarriers) {
     if (barrier.pending_bytes == 0) continue;
-    fail("the block ends while its mbarrier initialised at " + place(barrier.file, barrier.line) + " is " + std::to_string(barrier.pending_bytes) +
-             " bytes away from what it expects",
+    fail("the block ends while its mbarrier initialised at " + place(barrier.file, barrier.line) + " is " +
+             std::to_string(barrier.pending_bytes) + " bytes away from what it expects",
          current->file, current->line);
   }
 }

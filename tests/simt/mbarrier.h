@@ -1,4 +1,5 @@
-// The state of an mbarrier. The eight bytes in shared memory only hold a cookie, to see whether a kernel overwrites them.
+// The state of an mbarrier. The eight bytes in shared memory only hold a cookie, to see whether a kernel overwrites
+// them.
 #pragma once
 
 #include <cstdint>

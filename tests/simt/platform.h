@@ -21,7 +21,8 @@
 #define LSTM_DEVICE inline
 #define LSTM_HOST_DEVICE inline
 #define LSTM_LAUNCH_BOUNDS(threads)
-// The type of a lambda is another one wherever it is written, and in every instance of a template: it is the array's name.
+// The type of a lambda is another one wherever it is written, and in every instance of a template: it is the array's
+// name.
 #define LSTM_SHARED(T, name, count) T(&name)[count] = ::simt::shared_variable<T[count]>([] {}, #name)
 #define LSTM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::simt::dynamic_shared())
 
@@ -74,7 +75,8 @@ __attribute__((no_sanitize("thread"))) T atomic_load(const T* address, Order ord
 
 }  // namespace simt
 
-// ---- of a block and of a warp -----------------------------------------------------------------------------------------
+// ---- of a block and of a warp
+// -----------------------------------------------------------------------------------------
 inline void __syncthreads(LSTM_SITE_ONLY_PARAMETERS) { simt::syncthreads(LSTM_SITE_ONLY); }
 inline void __syncwarp(unsigned mask = 0xffffffffu LSTM_SITE_PARAMETERS) { simt::syncwarp(mask LSTM_SITE); }
 template <typename T>
@@ -103,7 +105,8 @@ inline int __all_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
   return simt::ballot(mask, predicate == 0 LSTM_SITE) == 0;
 }
 
-// ---- memory -----------------------------------------------------------------------------------------------------------
+// ---- memory
+// -----------------------------------------------------------------------------------------------------------
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
   return simt::atomic_change(address, simt::Order::Relaxed, [=](T before) { return before + value; } LSTM_SITE);
@@ -114,13 +117,13 @@ T atomicExch(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
 }
 template <typename T>
 T atomicMax(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(
-      address, simt::Order::Relaxed, [=](T before) { return before < value ? value : before; } LSTM_SITE);
+  return simt::atomic_change(address, simt::Order::Relaxed,
+                             [=](T before) { return before < value ? value : before; } LSTM_SITE);
 }
 template <typename T>
 T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(
-      address, simt::Order::Relaxed, [=](T before) { return before == expected ? value : before; } LSTM_SITE);
+  return simt::atomic_change(address, simt::Order::Relaxed,
+                             [=](T before) { return before == expected ? value : before; } LSTM_SITE);
 }
 inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 inline void __threadfence_block(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
@@ -147,7 +150,8 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-// ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here ----------------------------------------------
+// ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here
+// ----------------------------------------------
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -192,6 +196,11 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.dynamic_shared = config.dynamic_shared;
   emulated.cluster = config.cluster;
   emulated.cooperative = config.cooperative;
+  if (simt::translated_kernel != nullptr) {
+    const auto translated = simt::translated_kernel(reinterpret_cast<const void*>(kernel), sizeof args);
+    simt::launch(emulated, [translated, args] { translated(reinterpret_cast<const char*>(&args)); });
+    return cudaSuccess;
+  }
   simt::launch(emulated, [kernel, args] { kernel(args); });
   return cudaSuccess;
 }

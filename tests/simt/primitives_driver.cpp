@@ -16,25 +16,26 @@ using simt::DeviceBuffer;
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// ---- tensor cores -----------------------------------------------------------------------------------------------------
-// Fragments are written down here as the tables of the PTX manual ("Matrix Fragments for mma.m16n8k16") have them, one
-// register at a time.
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------- Fragments are
+// written down here as the tables of the PTX manual ("Matrix Fragments for mma.m16n8k16") have them, one register at a
+// time.
 struct MmaArguments {
-  const uint16_t* a;   // (16, 16), f16 or bf16
-  const uint16_t* b;   // (16, 8)
+  const uint16_t* a;    // (16, 16), f16 or bf16
+  const uint16_t* b;    // (16, 8)
   const float* a_tf32;  // (16, 8)
   const float* b_tf32;  // (8, 8)
-  const float* c;      // (16, 8)
-  float* d;            // (16, 8)
-  int kind;            // 0 f16, 1 bf16, 2 tf32; +10: by ldmatrix; +20: A by ldmatrix, B by ldmatrix.trans
+  const float* c;       // (16, 8)
+  float* d;             // (16, 8)
+  int kind;             // 0 f16, 1 bf16, 2 tf32; +10: by ldmatrix; +20: A by ldmatrix, B by ldmatrix.trans
 };
 
 uint32_t pair(uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; }
 
 LSTM_KERNEL mma_kernel(MmaArguments s) {
-  LSTM_SHARED(uint16_t, a_rows, 16 * 24);        // (16, 16), rows 48 bytes apart
-  LSTM_SHARED(uint16_t, b_transposed, 8 * 24);   // (8, 16)
-  LSTM_SHARED(uint16_t, b_rows, 16 * 8);         // (16, 8)
+  LSTM_SHARED(uint16_t, a_rows, 16 * 24);       // (16, 16), rows 48 bytes apart
+  LSTM_SHARED(uint16_t, b_transposed, 8 * 24);  // (8, 16)
+  LSTM_SHARED(uint16_t, b_rows, 16 * 8);        // (16, 8)
   const int lane = static_cast<int>(threadIdx.x);
   const int group = lane >> 2;
   const int member = lane % 4;
@@ -114,7 +115,8 @@ void check_mma() {
     };
     const auto bits = [&](const std::vector<float>& values) {
       std::vector<uint16_t> out;
-      for (const float x : values) out.push_back(f16 ? bits_of(from_float<__half>(x)) : bits_of(from_float<__nv_bfloat16>(x)));
+      for (const float x : values)
+        out.push_back(f16 ? bits_of(from_float<__half>(x)) : bits_of(from_float<__nv_bfloat16>(x)));
       return out;
     };
     DeviceBuffer<uint16_t> a_bits(bits(a)), b_bits(bits(b));
@@ -165,7 +167,8 @@ void check_f16_values() {
   }
 }
 
-// ---- warps ------------------------------------------------------------------------------------------------------------
+// ---- warps
+// ------------------------------------------------------------------------------------------------------------
 struct WarpArguments {
   int* out;  // (8, 32)
   double* wide;
@@ -213,7 +216,8 @@ void check_warp() {
   simt::options().schedule = simt::Schedule::Fifo;
 }
 
-// ---- copies -----------------------------------------------------------------------------------------------------------
+// ---- copies
+// -----------------------------------------------------------------------------------------------------------
 struct CopyArguments {
   const float* from;
   float* out;  // (4, 32)
@@ -260,7 +264,8 @@ void check_copies() {
   simt::options().copies = simt::Delivery::Late;
 }
 
-// ---- indices, waves, shared memory, atomics ---------------------------------------------------------------------------
+// ---- indices, waves, shared memory, atomics
+// ---------------------------------------------------------------------------
 struct IndexArguments {
   uint32_t* visits;
   uint32_t* total;
@@ -340,13 +345,15 @@ void check_atomics() {
     DeviceBuffer<uint64_t> wide(1, uint64_t{0});
     DeviceBuffer<float> real(1, 0.f);
     run(atomic_kernel, shape(2, 64), AtomicArguments{word.data(), wide.data(), real.data()});
-    expect(word[0] == 63 && word[1] == 128 && word[2] == 7 && word[3] == 9 && word[4] == 11 && word[5] == 256, "atomics");
+    expect(word[0] == 63 && word[1] == 128 && word[2] == 7 && word[3] == 9 && word[4] == 11 && word[5] == 256,
+           "atomics");
     expect(wide[0] == uint64_t{128} << 33 && real[0] == 64.f, "atomics of 64 bits and of floats");
   }
   simt::options().schedule = simt::Schedule::Fifo;
 }
 
-// ---- clusters and messages --------------------------------------------------------------------------------------------
+// ---- clusters and messages
+// --------------------------------------------------------------------------------------------
 struct ClusterArguments {
   uint32_t* out;  // (blocks, 16)
 };

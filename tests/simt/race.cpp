@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <set>
 #include <unordered_map>
@@ -32,6 +31,7 @@ constexpr unsigned kMaxThreads = 16384;
 // What is remembered of one place in memory. Of many readers, the latest few.
 struct Place {
   Event writer;
+  Event atomic_writer;  // apart, or an atomic would hide the plain write before it
   Event readers[kReaders];
   Site read_only_reader = 0;
 };
@@ -53,7 +53,7 @@ std::vector<VectorClock> fenced_knowledge;  // at its last fence: what a relaxed
 std::vector<VectorClock> fence_to_acquire;  // what its relaxed loads have seen and its next fence makes known
 std::unordered_map<const void*, VectorClock> published;  // by the address of an atomic
 
-std::vector<Watched> watched;
+std::vector<Watched> watched;  // by address
 size_t last_hit = 0;
 
 constexpr size_t kListed = 8;
@@ -74,15 +74,14 @@ Place* allocate_places(const Watched& range) {
   return static_cast<Place*>(std::calloc(range.count(), sizeof(Place)));
 }
 
+bool is_before(const char* address, const Watched& range) { return address < range.memory; }
+
 Watched* find(const char* address) {
   if (last_hit < watched.size() && watched[last_hit].contains(address)) return &watched[last_hit];
-  for (size_t i = 0; i < watched.size(); ++i) {
-    if (watched[i].contains(address)) {
-      last_hit = i;
-      return &watched[i];
-    }
-  }
-  return nullptr;
+  const auto after = std::upper_bound(watched.begin(), watched.end(), address, is_before);
+  if (after == watched.begin() || !(after - 1)->contains(address)) return nullptr;
+  last_hit = static_cast<size_t>(after - 1 - watched.begin());
+  return &watched[last_hit];
 }
 
 std::string who(unsigned thread) {
@@ -147,7 +146,9 @@ void check_access(unsigned thread, const void* address, size_t bytes, bool write
   for_each_place(address, bytes, [&](Watched& range, size_t index) {
     Place& place = range.places[index];
     const Event event{thread + 1, asynchronous ? kPending : knowledge[thread][thread], site};
-    if (unordered(place.writer, thread, site)) report(range, index, thread, writes, site, place.writer, true);
+    for (const Event* writer : {&place.writer, &place.atomic_writer}) {
+      if (unordered(*writer, thread, site)) report(range, index, thread, writes, site, *writer, true);
+    }
     if (!writes) {
       remember_reader(place, thread, event);
       return;
@@ -160,7 +161,7 @@ void check_access(unsigned thread, const void* address, size_t bytes, bool write
       reports.push_back("read through the read-only cache at " + describe(place.read_only_reader) +
                         " of memory that the same launch writes at " + describe(site));
     }
-    place.writer = event;
+    (is_atomic(site) ? place.atomic_writer : place.writer) = event;
   });
 }
 
@@ -195,8 +196,9 @@ std::string findings() {
 void watch(const void* memory, size_t bytes, size_t granularity, const std::string& name) {
   if (!enabled) return;
   forget(memory);
-  watched.push_back({static_cast<const char*>(memory), bytes, granularity, name, nullptr});
-  watched.back().places = allocate_places(watched.back());
+  Watched range{static_cast<const char*>(memory), bytes, granularity, name, nullptr};
+  range.places = allocate_places(range);
+  watched.insert(std::upper_bound(watched.begin(), watched.end(), range.memory, is_before), range);
 }
 
 void forget(const void* memory) {
@@ -273,9 +275,10 @@ void read_only_access(Thread& thread, const void* address, size_t bytes, const c
   for_each_place(address, bytes, [&](Watched& range, size_t index) {
     Place& place = range.places[index];
     place.read_only_reader = site;
-    if (place.writer.thread_plus_one != 0 && first_of_its_kind(site, place.writer.site)) {
+    for (const Event* writer : {&place.writer, &place.atomic_writer}) {
+      if (writer->thread_plus_one == 0 || !first_of_its_kind(site, writer->site)) continue;
       reports.push_back("read through the read-only cache at " + describe(site) +
-                        " of memory that the same launch has written at " + describe(place.writer.site));
+                        " of memory that the same launch has written at " + describe(writer->site));
     }
   });
   check_access(thread.id, address, bytes, /*writes=*/false, site, /*asynchronous=*/false);
@@ -289,12 +292,16 @@ void block_ends(Block& block) {
   const Site site = site_of("(end of the block)", 0);
   for_each_place(block.shared, shared_bytes_per_block(), [&](Watched& range, size_t index) {
     Place& place = range.places[index];
-    if (place.writer.thread_plus_one == 0 && place.readers[0].thread_plus_one == 0) return;
-    if (unordered(place.writer, last, site)) report(range, index, last, true, site, place.writer, true);
+    for (const Event* writer : {&place.writer, &place.atomic_writer}) {
+      if (unordered(*writer, last, site)) report(range, index, last, true, site, *writer, true);
+    }
     for (const Event& reader : place.readers) {
       if (unordered(reader, last, site)) report(range, index, last, true, site, reader, false);
     }
-    place.writer = Event{last + 1, knowledge[last][last], site};
+    // A place that nobody has touched is not worth a page of memory.
+    const bool touched = place.writer.thread_plus_one + place.atomic_writer.thread_plus_one != 0 ||
+                         place.readers[0].thread_plus_one != 0;
+    if (touched) place.writer = Event{last + 1, knowledge[last][last], site};
   });
 }
 

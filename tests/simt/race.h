@@ -2,9 +2,9 @@
 // (and linked without libtsan): g++ then announces every access to memory, see race_hooks.cpp.
 //
 // Ordered are accesses on both sides of __syncthreads, __syncwarp, a cluster barrier, a release and the acquire that
-// reads it (with __threadfence, also relaxed ones), an mbarrier's phase and a wait for it, a cp.async and a wait for it.
-// Shuffles and mma order nothing. What it reports depends little on the schedule: two accesses need not come close in
-// time. But which release an acquire reads from is a matter of schedule, so random schedules add to what it finds.
+// reads it (with __threadfence, also relaxed ones), an mbarrier's phase and a wait for it, a cp.async and a wait for
+// it. Shuffles and mma order nothing. What it reports depends little on the schedule: two accesses need not come close
+// in time. But which release an acquire reads from is a matter of schedule, so random schedules add to what it finds.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +43,8 @@ void access(Thread& thread, const void* address, size_t bytes, bool writes, cons
 void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, bool acquires, bool releases,
                    const char* file, int line);
 void read_only_access(Thread& thread, const void* address, size_t bytes, const char* file, int line);
-// A write by an asynchronous operation: nobody may touch the place until somebody waited for it, its own thread neither.
+// A write by an asynchronous operation: nobody may touch the place until somebody waited for it, its own thread
+// neither.
 void asynchronous_write(Thread& thread, const void* address, size_t bytes, const char* file, int line);
 // From now on it counts as a write of `thread` at `time`.
 void asynchronous_write_done(unsigned thread, uint32_t time, const void* address, size_t bytes);

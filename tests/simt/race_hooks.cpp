@@ -61,6 +61,12 @@ std::string describe(Site site) {
 
 void hook(const void* address, size_t bytes, bool writes, const void* program_counter) {
   if (current == nullptr || inside) return;
+  // Most accesses are to the thread's own variables.
+  const Stack& stack = current->context.stack;
+  if (static_cast<const char*>(address) - stack.base >= 0 &&
+      static_cast<size_t>(static_cast<const char*>(address) - stack.base) < stack.bytes) {
+    return;
+  }
   inside = true;
   check_access(current->id, address, bytes, writes, reinterpret_cast<Site>(program_counter), /*asynchronous=*/false);
   inside = false;
@@ -70,7 +76,7 @@ void hook(const void* address, size_t bytes, bool writes, const void* program_co
 
 #define SIMT_HOOK(name, bytes, writes) \
   void name(void* address) { simt::race::hook(address, bytes, writes, __builtin_return_address(0)); }
-#define SIMT_HOOKS(bytes)                             \
+#define SIMT_HOOKS(bytes)                               \
   SIMT_HOOK(__tsan_read##bytes, bytes, false)           \
   SIMT_HOOK(__tsan_write##bytes, bytes, true)           \
   SIMT_HOOK(__tsan_unaligned_read##bytes, bytes, false) \
@@ -79,29 +85,29 @@ void hook(const void* address, size_t bytes, bool writes, const void* program_co
   SIMT_HOOK(__tsan_volatile_write##bytes, bytes, true)
 
 // A driver's host code may use atomics (shared_ptr does); they are no part of a kernel.
-#define SIMT_ATOMIC(bits)                                                                                            \
-  int##bits##_t __tsan_atomic##bits##_load(const volatile int##bits##_t* a, int) {                                   \
-    return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                                     \
-  }                                                                                                                  \
-  void __tsan_atomic##bits##_store(volatile int##bits##_t* a, int##bits##_t v, int) {                                \
-    __atomic_store_n(a, v, __ATOMIC_SEQ_CST);                                                                        \
-  }                                                                                                                  \
-  int##bits##_t __tsan_atomic##bits##_exchange(volatile int##bits##_t* a, int##bits##_t v, int) {                    \
-    return __atomic_exchange_n(a, v, __ATOMIC_SEQ_CST);                                                              \
-  }                                                                                                                  \
-  int##bits##_t __tsan_atomic##bits##_fetch_add(volatile int##bits##_t* a, int##bits##_t v, int) {                   \
-    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                                               \
-  }                                                                                                                  \
-  int##bits##_t __tsan_atomic##bits##_fetch_sub(volatile int##bits##_t* a, int##bits##_t v, int) {                   \
-    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                                               \
-  }                                                                                                                  \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile int##bits##_t* a, int##bits##_t* e, int##bits##_t v,    \
-                                                    int, int) {                                                      \
-    return __atomic_compare_exchange_n(a, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                          \
-  }                                                                                                                  \
-  int __tsan_atomic##bits##_compare_exchange_weak(volatile int##bits##_t* a, int##bits##_t* e, int##bits##_t v, int, \
-                                                  int) {                                                             \
-    return __atomic_compare_exchange_n(a, e, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                           \
+#define SIMT_ATOMIC(bits)                                                                                              \
+  int##bits##_t __tsan_atomic##bits##_load(const volatile int##bits##_t* a, int) {                                     \
+    return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                                       \
+  }                                                                                                                    \
+  void __tsan_atomic##bits##_store(volatile int##bits##_t* a, int##bits##_t v, int) {                                  \
+    __atomic_store_n(a, v, __ATOMIC_SEQ_CST);                                                                          \
+  }                                                                                                                    \
+  int##bits##_t __tsan_atomic##bits##_exchange(volatile int##bits##_t* a, int##bits##_t v, int) {                      \
+    return __atomic_exchange_n(a, v, __ATOMIC_SEQ_CST);                                                                \
+  }                                                                                                                    \
+  int##bits##_t __tsan_atomic##bits##_fetch_add(volatile int##bits##_t* a, int##bits##_t v, int) {                     \
+    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                                                 \
+  }                                                                                                                    \
+  int##bits##_t __tsan_atomic##bits##_fetch_sub(volatile int##bits##_t* a, int##bits##_t v, int) {                     \
+    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                                                 \
+  }                                                                                                                    \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile int##bits##_t* a, int##bits##_t* e, int##bits##_t v, int, \
+                                                    int) {                                                             \
+    return __atomic_compare_exchange_n(a, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                            \
+  }                                                                                                                    \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile int##bits##_t* a, int##bits##_t* e, int##bits##_t v, int,   \
+                                                  int) {                                                               \
+    return __atomic_compare_exchange_n(a, e, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                             \
   }
 
 extern "C" {

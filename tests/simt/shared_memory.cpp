@@ -1,7 +1,7 @@
 // Shared memory: one stretch a block, arrays apart from each other, filled with NaNs, with fences between.
 //
-// A fence is a stretch that no array owns. Under ASan it is poisoned. Without, it holds a pattern that is a NaN in every
-// floating-point type, and is looked at when the launch ends.
+// A fence is a stretch that no array owns. Under ASan it is poisoned. Without, it holds a pattern that is a NaN in
+// every floating-point type, and is looked at when the launch ends.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -65,7 +65,7 @@ void prepare_shared(Block& block, size_t index) {
   ASAN_POISON_MEMORY_REGION(block.shared, arena.per_block);
   for (const auto& [key, array] : machine.shared_arrays) open_array(block.shared + array.offset, array.bytes);
   open_array(block.shared + kDynamicOffset, machine.config.dynamic_shared);
-  constexpr size_t kGranularity = 2;  // neighbours of 16 bits belong to different threads
+  constexpr size_t kGranularity = 1;  // neighbouring bytes may belong to different threads
   race::watch(block.shared, arena.per_block, kGranularity, "shared");
 }
 
@@ -90,11 +90,13 @@ std::string check_shared_fences(const Block& block) {
     const char* array = block.shared + offset;
     const std::string where = " of shared array " + name + " in block " + std::to_string(block.index.x);
     if (block.shared_closed) {
-      const std::string late = check_fence(array, array + bytes, "simt: memory was written after the end of the block" + where);
+      const std::string late =
+          check_fence(array, array + bytes, "simt: memory was written after the end of the block" + where);
       if (!late.empty()) return late;
     }
     std::string found = check_fence(array - kFence, array, "simt: memory was written before the start" + where);
-    if (found.empty()) found = check_fence(array + bytes, array + bytes + kFence, "simt: memory was written past the end" + where);
+    if (found.empty())
+      found = check_fence(array + bytes, array + bytes + kFence, "simt: memory was written past the end" + where);
     return found;
   };
   for (const auto& [key, array] : machine.shared_arrays) {

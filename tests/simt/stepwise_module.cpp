@@ -55,15 +55,24 @@ void check_call(const Gemm& g) {
 
 void gemm_by_definition(const Gemm& g, void*) {
   check_call(g);
-  const auto at = [&](const Gemm::Matrix& m, int64_t row, int64_t column) {
-    const double x = element(m, m.transposed ? column + row * m.ld : row + column * m.ld);
-    return g.tf32 && m.type == at::kFloat ? rounded_to_tf32(x) : x;
+  // op(A) row by row and op(B) column by column.
+  const auto read = [&](const Gemm::Matrix& m, int64_t count, int64_t step_ld, int64_t step_one) {
+    std::vector<double> values(count * g.k);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < g.k; ++k) {
+        const double x = element(m, (i * step_ld + k * step_one) * m.ld + i * (1 - step_ld) + k * (1 - step_one));
+        values[i * g.k + k] = g.tf32 && m.type == at::kFloat ? rounded_to_tf32(x) : x;
+      }
+    }
+    return values;
   };
-  for (int64_t row = 0; row < g.m; ++row) {
-    for (int64_t column = 0; column < g.n; ++column) {
+  const std::vector<double> a = read(g.a, g.m, g.a.transposed ? 1 : 0, g.a.transposed ? 0 : 1);
+  const std::vector<double> b = read(g.b, g.n, g.b.transposed ? 0 : 1, g.b.transposed ? 1 : 0);
+  for (int64_t column = 0; column < g.n; ++column) {
+    for (int64_t row = 0; row < g.m; ++row) {
       const int64_t place = row + column * g.c.ld;
       double sum = g.accumulate ? element(g.c, place) : 0;
-      for (int64_t k = 0; k < g.k; ++k) sum += at(g.a, row, k) * at(g.b, k, column);
+      for (int64_t k = 0; k < g.k; ++k) sum += a[row * g.k + k] * b[column * g.k + k];
       set_element(g.c, place, sum);
     }
   }
@@ -72,8 +81,7 @@ void gemm_by_definition(const Gemm& g, void*) {
 lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
                               bool bidirectional) {
-  lstm_ext::LayerSizes sizes =
-      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  lstm_ext::LayerSizes sizes = lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
   sizes.gates_type = input.scalar_type();  // as on a GPU
   return sizes;
 }

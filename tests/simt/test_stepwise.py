@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from emulated_layer import stepwise_module
 from torch import Tensor
 
 from lstm_ext import reference
-
-from emulated_layer import stepwise_module
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -37,6 +36,7 @@ CASES = {
     "dense": Case(),
     "one step": Case(steps=1),
     "one row": Case(batch=1),
+    "no features": Case(input_size=0, bidirectional=True),
     "one of everything": Case(steps=1, batch=1, input_size=1, hidden_size=1),
     "no bias, no hx": Case(bias=False, hx=False),
     "more units than a block": Case(steps=2, hidden_size=150),
@@ -130,7 +130,10 @@ class Layer:
         outputs = [y for y, g in zip(results, self.grads, strict=True) if g is not None]
         grads = [g.to(dtype) for g in self.grads if g is not None]
         inputs = [t for t, w in zip(leaves, self.wanted, strict=True) if w]
-        return [*results, *torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)]
+        return [
+            *results,
+            *torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True),
+        ]
 
     def emulated(self, case: Case, dtype: torch.dtype, tf32: bool = False) -> list[Tensor]:
         layer = stepwise_module()
@@ -229,4 +232,6 @@ def test_products_are_described_as_blas_wants_them(dtype, layout_a, layout_b):
         c = start.clone()[:, :n]
         stepwise_module().gemm(c, a, b, accumulate, False)
         expected = a.double() @ b.double() + (start[:, :n].double() if accumulate else 0)
-        torch.testing.assert_close(c.double(), expected.to(dtype).double(), rtol=4 * EPS[dtype], atol=4 * EPS[dtype])
+        torch.testing.assert_close(
+            c.double(), expected.to(dtype).double(), rtol=4 * EPS[dtype], atol=4 * EPS[dtype]
+        )

@@ -63,8 +63,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) cluster_stores(Arguments a) {
 
 // st.async: data and arrival in one operation, no barrier per step.
 //
-// Two buffers are enough without a barrier that says "empty": h_{t+1} goes where h_{t-1} was, and a thread sends it only
-// after it has all of h_t. Every thread of every peer has sent its part of h_t after its last read of h_{t-1}.
+// Two buffers are enough without a barrier that says "empty": h_{t+1} goes where h_{t-1} was, and a thread sends it
+// only after it has all of h_t. Every thread of every peer has sent its part of h_t after its last read of h_{t-1}.
+// Nor can a thread that waits fall two phases behind, where the parity would be the one it began with: phases end only
+// with its own messages. So only threads that send may wait.
 template <int kHidden, int kUnits, int kBatch>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) cluster_messages(Arguments a) {
   LSTM_SHARED(float, h_rows, 2 * kBatch * kHidden);
@@ -97,7 +99,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) cluster_messages(Arguments a) {
   } else {
     cuda::cluster_sync();
   }
-  for (int t = 0; t < a.steps; ++t) {
+  for (int t = 0; t < a.steps && (active || a.bug == kIdleThreadsWait); ++t) {
     if (t > 0 && !(a.bug == kNoWait && t == 2)) {
       uint32_t parity = static_cast<uint32_t>((t - 1) / 2 % 2);
       if (a.bug == kWrongParity) parity ^= 1;

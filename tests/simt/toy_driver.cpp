@@ -10,10 +10,6 @@
 #include "simt/global_memory.h"
 #include "simt/toy_cluster.cuh"
 
-#if defined(TOY_FROM_PTX)
-#include TOY_FROM_PTX
-#endif
-
 namespace {
 
 constexpr int kHidden = 128;
@@ -107,9 +103,9 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     h[i] = problem.h0[i];
     h_bf16[i] = __float2bfloat16_rn(problem.h0[i]);
   }
-  const toy::Arguments arguments{projected.data(), u.data(),     u_bf16.data(),   c0.data(),     h.data(),
-                                 h_bf16.data(),    c.data(),     norms.data(),    arrivals.data(), status.data(),
-                                 steps,            batch,        bug};
+  const toy::Arguments arguments{
+      projected.data(), u.data(),      u_bf16.data(), c0.data(), h.data(), h_bf16.data(), c.data(), norms.data(),
+      arrivals.data(),  status.data(), steps,         batch,     bug};
   LaunchConfig config;
   config.grid = dim3(kBlocks);
   config.block = dim3(threads);
@@ -133,9 +129,6 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     std::fprintf(stderr, "no kernel %s\n", kernel.c_str());
     return 64;
   }
-#if defined(TOY_FROM_PTX)
-  entry = toy_from_ptx(kernel);
-#endif
 
   lstm_ext::cuda::launch(entry, config, arguments);
   if (status[0] != 0) {

@@ -1,8 +1,8 @@
 // Toy persistent LSTM kernels, to prove the emulator on: correct ones, with bugs that can be planted by name.
 //
 // Gates have the order i, f, g, o. `projected` holds W x_t + b for all steps as (T, B, 4H), U is (4H, H), h is
-// (T + 1, B, H) with h[0] given, c is (B, H). A block owns kUnits hidden units; a thread owns one unit of one batch row.
-// The bugs are chosen at run time, so that one build has them all, under nvcc too.
+// (T + 1, B, H) with h[0] given, c is (B, H). A block owns kUnits hidden units; a thread owns one unit of one batch
+// row. The bugs are chosen at run time, so that one build has them all, under nvcc too.
 #pragma once
 
 #include "cuda/platform.h"
@@ -14,36 +14,37 @@ namespace cuda = lstm_ext::cuda;
 enum Bug : int {
   kNone,
   // Grid barrier, float32.
-  kNoSyncAfterLoad,       // shared memory is read before all of it is written
-  kSharedWritePastEnd,    // one element past the end of a shared array
-  kNoCopyWait,            // cp.async is used before it is waited for
-  kNoRelease,             // the grid barrier's arrival is a relaxed atomic
-  kTargetOffByOne,        // the grid barrier waits for the previous step
-  kGlobalReadPastEnd,     // the last step reads one step further
-  kGlobalWritePastEnd,    // one element past the end of a buffer
-  kDivergentBarrier,      // half the block comes to a barrier
-  kReadOnlyLoad,          // h goes through the read-only cache, where the next step finds the old one
-  kLeavesEarly,           // threads without a batch row leave before the others' barriers
-  kCopyNeverAwaited,      // a prefetch is still under way at the end
-  kMisalignedCopy,        // cp.async of 16 bytes to an address that is a multiple of 4
+  kNoSyncAfterLoad,     // shared memory is read before all of it is written
+  kSharedWritePastEnd,  // one element past the end of a shared array
+  kNoCopyWait,          // cp.async is used before it is waited for
+  kNoRelease,           // the grid barrier's arrival is a relaxed atomic
+  kTargetOffByOne,      // the grid barrier waits for the previous step
+  kGlobalReadPastEnd,   // the last step reads one step further
+  kGlobalWritePastEnd,  // one element past the end of a buffer
+  kDivergentBarrier,    // half the block comes to a barrier
+  kReadOnlyLoad,        // h goes through the read-only cache, where the next step finds the old one
+  kLeavesEarly,         // threads without a batch row leave before the others' barriers
+  kCopyNeverAwaited,    // a prefetch is still under way at the end
+  kMisalignedCopy,      // cp.async of 16 bytes to an address that is a multiple of 4
   // bfloat16 tensor cores.
   kNoSyncBeforeLdmatrix,  // fragments are loaded before all copies of the block have landed
   kSwappedFragments,      // two registers of A in each other's place
   kMisalignedLdmatrix,    // rows of shared memory that are no multiple of 16 bytes
   // Distributed shared memory.
-  kExitWithoutBarrier,    // a block may end while a peer writes to it
-  kSingleBuffer,          // the next h lands where this step's is still read
-  kNoSyncwarp,            // lanes read what other lanes wrote, without __syncwarp
-  kPartialMask,           // a shuffle of lanes of which some never come
+  kExitWithoutBarrier,  // a block may end while a peer writes to it
+  kSingleBuffer,        // the next h lands where this step's is still read
+  kNoSyncwarp,          // lanes read what other lanes wrote, without __syncwarp
+  kPartialMask,         // a shuffle of lanes of which some never come
   // st.async and mbarriers.
-  kNoInitFence,           // mbarriers are initialised, and no fence says so to the cluster
-  kNoInitBarrier,         // no cluster barrier between initialisation and the first message
-  kSecondExpectTx,        // a phase is armed twice
-  kTooFewBytes,           // a phase is armed for one message less than comes
-  kTooManyBytes,          // and for one more
-  kWrongParity,           // the wait is for the phase before
-  kUnboundedWait,         // no clock bounds the wait
-  kNoWait,                // one step does not wait at all
+  kNoInitFence,      // mbarriers are initialised, and no fence says so to the cluster
+  kNoInitBarrier,    // no cluster barrier between initialisation and the first message
+  kSecondExpectTx,   // a phase is armed twice
+  kTooFewBytes,      // a phase is armed for one message less than comes
+  kTooManyBytes,     // and for one more
+  kWrongParity,      // the wait is for the phase before
+  kUnboundedWait,    // no clock bounds the wait
+  kNoWait,           // one step does not wait at all
+  kIdleThreadsWait,  // threads that send nothing wait too, and may fall two phases behind
 };
 
 struct Arguments {
@@ -102,8 +103,8 @@ LSTM_DEVICE bool grid_barrier(const Arguments& a, int step) {
 template <int kHidden, int kUnits, int kBatch>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
   LSTM_DYNAMIC_SHARED(float, shared);
-  float* u_rows = shared;                              // (4 kUnits, kHidden)
-  float* h_rows = u_rows + 4 * kUnits * kHidden;       // (kBatch, kHidden)
+  float* u_rows = shared;                         // (4 kUnits, kHidden)
+  float* h_rows = u_rows + 4 * kUnits * kHidden;  // (kBatch, kHidden)
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits;
@@ -159,9 +160,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_bf16(Arguments a) {
   constexpr int kSums = kBatch + 1;
   const int stride = kHidden + (a.bug == kMisalignedLdmatrix ? 4 : 8);  // 16 bytes more: rows start in other banks
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
-  float* sums = reinterpret_cast<float*>(shared);                                       // (kRows, kSums)
+  float* sums = reinterpret_cast<float*>(shared);                                        // (kRows, kSums)
   __nv_bfloat16* u_rows = reinterpret_cast<__nv_bfloat16*>(sums + kRows * (kSums + 3));  // (kRows, stride)
-  __nv_bfloat16* h_rows = u_rows + kRows * stride;                                      // (kBatch, stride)
+  __nv_bfloat16* h_rows = u_rows + kRows * stride;                                       // (kBatch, stride)
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;

@@ -1,0 +1,464 @@
+"""Everything that a machine with a GPU is for, in ten minutes: `make gpu-check`.
+
+    python3 benchmarks/gpu_check.py [--output results/NAME.json] [--budget SECONDS] [--skip PHASE ...] [--dry]
+
+Needs no network and no virtual environment; takes the torch that this Python has. Phases, each in processes of its own,
+so that a crash or a hang of one leaves the others:
+
+    build       the extension, in place; one that is there and fits is kept
+    info        the card and the versions; the kernels are loaded and run on this card
+    selftest    python -m lstm_ext.selftest
+    suite       the tests marked for CUDA, in several processes
+    checks      tests/cuda_checks.py: streams, graphs, determinism, races, memory
+    sanitizer   compute-sanitizer on every kernel, where it is installed
+    benchmark   bench_gpu.py against cuDNN, with the time that is left
+
+One JSON file holds the outcome of each; it is rewritten after every phase, and the output of all is kept in a folder
+beside it. The exit code is 1 if a phase failed that says whether the layer is right. ``--dry`` tries out this program
+on the CPU: tiny shapes, nothing built, and what needs a GPU is listed as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gpu_session import ROOT, Outcome, Session, judged, version_of
+
+# Seconds that a phase may take at most. The benchmark gets what the others leave.
+LIMITS = {
+    "build": 270,
+    "info": 60,
+    "selftest": 60,
+    "suite": 200,
+    "checks": 120,
+    "sanitizer": 90,
+    "benchmark": 600,
+}
+CORRECTNESS = ("build", "info", "selftest", "suite", "checks", "sanitizer")
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
+# Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+# ---- build
+
+# What a build would be made of, and what is there.
+FITS = """import json, torch  # does it fit?
+from lstm_ext import _build_config as config
+record = config.read_record(config.PACKAGE)
+wants_cuda = torch.version.cuda is not None
+problem = None
+if record is None:
+    problem = "none is there"
+elif record["torch"] != torch.__version__:
+    problem = f"it was built for torch {record['torch']}, this is {torch.__version__}"
+elif record.get("sources") != config.digest(config.source_dir()):
+    problem = "the sources have changed"
+elif wants_cuda and not record.get("cuda"):
+    problem = "it has no CUDA kernels"
+else:
+    from lstm_ext import _backend
+    try:
+        _backend.extension()
+    except ImportError as error:
+        problem = str(error)
+print(json.dumps({"problem": problem, "record": record}))
+"""
+
+
+def existing_extension(session: Session) -> dict[str, Any]:
+    run = session.python("build_fits", ["-c", FITS], 60)
+    return run.last_json() or {"problem": f"asking for it: {run}", "output": run.tail}
+
+
+def build(session: Session, seconds: float) -> Outcome:
+    found = existing_extension(session)
+    if found["problem"] is None:
+        return Outcome("passed", "the extension that is there fits", found)
+    if session.dry:
+        return Outcome("not run", f"dry; the extension that is there: {found['problem']}", found)
+    jobs = str(len(os.sched_getaffinity(0)))
+    run = session.python("build", ["setup.py", "build_ext", "--inplace"], seconds - 60, MAX_JOBS=jobs)
+    outcome = judged(run, before=found, ninja=shutil.which("ninja") or version_of("ninja"))
+    if outcome.result == "passed":
+        found = existing_extension(session)
+        outcome.details["after"] = found
+        if found["problem"] is not None:
+            return Outcome("failed", f"built, but {found['problem']}", outcome.details)
+    return outcome
+
+
+# ---- info
+
+KERNELS = """import torch  # do the kernels run?
+from lstm_ext import _backend, _cuda_devices
+assert _backend.extension() is not None, _backend.status()
+assert torch.cuda.is_available(), "torch finds no GPU"
+assert _cuda_devices.problem(0) is None, _cuda_devices.problem(0)
+import lstm_ext
+layer = lstm_ext.LSTM(3, 4, device="cuda")
+output, _ = layer(torch.randn(5, 2, 3, device="cuda"))
+output.sum().backward()
+torch.cuda.synchronize()
+assert layer.weight_hh_l0.grad.isfinite().all()
+print("the kernels run")
+"""
+
+
+def info(session: Session, seconds: float) -> Outcome:
+    bench = session.root / "benchmarks" / "bench_gpu.py"
+    run = session.python("facts", [bench, "--facts", "--device", session.device], seconds / 3)
+    if facts := run.last_json():
+        session.record["facts"] = facts
+        session.record["git_commit"] = facts["git_commit"]
+    about = session.python("info", ["-m", "lstm_ext.info"], seconds / 3)
+    details = {"info": about.tail.splitlines(), "facts": str(run)}
+    if session.dry:
+        return judged(about, **details)
+    kernels = session.python("kernels", ["-W", "error::RuntimeWarning", "-c", KERNELS], seconds / 3)
+    session.gpu_works = kernels.code == 0
+    if not session.gpu_works:
+        return Outcome(
+            "failed", f"the kernels do not run here: {kernels}", {**details, "output": kernels.tail}
+        )
+    return judged(about, **details)
+
+
+def selftest(session: Session, seconds: float) -> Outcome:
+    if not (session.root / "lstm_ext" / "selftest.py").exists():
+        return Outcome("not run", "there is no lstm_ext.selftest")
+    if session.dry:
+        return Outcome("not run", "dry")
+    run = session.python("selftest", ["-m", "lstm_ext.selftest", "--device", "cuda"], seconds)
+    lines = run.text.splitlines()
+    return judged(run, summary=lines[-1:], failed=[line for line in lines if line.startswith("FAILED")])
+
+
+# ---- suite
+
+
+def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with tests for CUDA that can be imported here, and why others cannot."""
+    files, left_out = [], {}
+    for path in sorted(tests.glob("test_*.py")):
+        text = path.read_text()
+        if "mark.devices" not in text:
+            continue
+        missing = [name for name in ("expecttest", "numpy") if importlib.util.find_spec(name) is None]
+        if "torch.testing._internal" in text and missing:
+            left_out[path.name] = f"{', '.join(missing)} is not installed"
+        else:
+            files.append(path)
+    return files, left_out
+
+
+def by_length(files: Sequence[Path]) -> list[Path]:
+    """The longest first. Compiling takes longer than the length of a file tells."""
+    slow = {"test_compile.py": 4, "test_ops.py": 2}
+    return sorted(files, key=lambda path: -path.stat().st_size * slow.get(path.name, 1))
+
+
+def suite(session: Session, seconds: float) -> Outcome:
+    """Each file in a process of its own: an illegal access leaves nothing behind that works."""
+    if session.record["packages"]["pytest"] is None:
+        return Outcome("failed", "pytest is not installed")
+    files, left_out = device_tests(session.root / "tests")
+    groups = [[str(path)] for path in by_length(files)]
+    for group in groups:
+        if group[0].endswith("test_cuda_checks.py"):
+            group += ["-k", "not test_checks"]  # they have a phase of their own
+    if session.dry:
+        groups = [[str(session.root / "tests" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
+    deadline = time.monotonic() + seconds
+    options = ["-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
+    options += ["--rootdir", str(session.root), "-c", str(session.root / "pyproject.toml")]
+    options += ["-o", "faulthandler_timeout=60"]  # so that it shows where one hangs
+
+    def run(group: list[str]) -> dict[str, Any]:
+        name = f"suite_{Path(group[0]).stem}"
+        report = session.logs / f"{name}.xml"
+        report.unlink(missing_ok=True)
+        if time.monotonic() > deadline:
+            return {"tests": Path(group[0]).name, "end": "the time was up before it began", "cases": []}
+        arguments = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
+        child = session.start(name, arguments, **DETERMINISTIC)
+        finished = child.wait(deadline)
+        result = {"tests": Path(group[0]).name, "end": str(finished), "cases": read_junit(report)}
+        return result if finished.code == 0 else result | {"output": finished.tail}
+
+    with ThreadPoolExecutor(processes()) as pool:
+        ends = list(pool.map(run, groups))
+    cases = [case for end in ends for case in end.pop("cases")]
+    count = Counter(case["result"] for case in cases)
+    failed = [case for case in cases if case["result"] in ("failure", "error")]
+    good = all(end["end"] == "exit code 0" for end in ends) and count["passed"] > 0
+    slowest = sorted(cases, key=lambda case: -case["seconds"])[:10]
+    return Outcome(
+        "passed" if good else "failed",
+        f"{len(cases)} tests, {len(failed)} failed, {count['skipped']} skipped",
+        {
+            "tests": len(cases),
+            **count,
+            "left_out": left_out,
+            "failed": failed[:200],
+            "files": ends,
+            "slowest": [f"{case['seconds']} s {case['test']}" for case in slowest],
+        },
+    )
+
+
+def processes() -> int:
+    return max(1, min(6, len(os.sched_getaffinity(0)) // 2))
+
+
+def read_junit(path: Path) -> list[dict[str, Any]]:
+    """Nothing, if the process was killed before it was written."""
+    try:
+        report = ElementTree.parse(path)
+    except (OSError, ElementTree.ParseError):
+        return []
+    cases = []
+    for case in report.iter("testcase"):
+        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        cases.append(
+            {
+                "test": f"{case.get('classname', '')}::{case.get('name', '')}",
+                "seconds": float(case.get("time", "0")),
+                "result": "passed" if found is None else found.tag,
+                "message": "" if found is None else (found.get("message") or "")[:500],
+            }
+        )
+    return cases
+
+
+# ---- checks
+
+
+def checks(session: Session, seconds: float) -> Outcome:
+    """One process does them all; if it dies or hangs, another one does the rest."""
+    program = session.root / "tests" / "cuda_checks.py"
+    listing = session.python("checks_list", [program, "--list"], 60)
+    to_do: list[str] = listing.last_json() or []
+    if listing.code != 0 or not to_do:
+        return Outcome("failed", f"the checks cannot be listed: {listing}", {"output": listing.tail})
+    results: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + seconds
+    quick = ["--quick"] if session.dry else []
+    while to_do and time.monotonic() < deadline:
+        arguments = [program, "--device", session.device, *quick, *to_do]
+        # No check takes longer than a third of the time: a hang leaves time for the others.
+        child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments], **DETERMINISTIC)
+        run = child.wait_while_it_talks(deadline, seconds / 3)
+        started = None
+        for line in run.text.splitlines():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(said, dict) or "check" not in said:
+                continue
+            if said["result"] == "started":
+                started = said["check"]
+            else:
+                results[said["check"]] = said
+                started = None
+        if started is not None:
+            results[started] = {"check": started, "result": "failed", "reason": str(run), "output": run.tail}
+        elif not any(name in results for name in to_do):
+            return Outcome("failed", f"no check was started: {run}", {"output": run.tail})
+        to_do = [name for name in to_do if name not in results]
+    for name in to_do:
+        results[name] = {"check": name, "result": "failed", "reason": "the time was up before it began"}
+    count = {
+        kind: sum(r["result"] == kind for r in results.values()) for kind in ("passed", "failed", "not run")
+    }
+    reason = ", ".join(f"{number} {kind}" for kind, number in count.items())
+    return Outcome("failed" if count["failed"] else "passed", reason, {"checks": list(results.values())})
+
+
+# ---- sanitizer
+
+
+def find_sanitizer() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [Path(home) for home in homes if home] + [Path("/usr/local/cuda")]
+    places = [folder / sub for folder in folders for sub in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next(
+        (str(p / "compute-sanitizer") for p in places if (p / "compute-sanitizer").is_file()), None
+    )
+
+
+def sanitizer(session: Session, seconds: float) -> Outcome:
+    script = [session.root / "tests" / "cuda_checks.py", "--device", session.device, "sanitized"]
+    if session.dry:
+        run = session.python("sanitized", script, seconds)
+        return judged(run) if run.code else Outcome("not run", "dry; the program that it would watch runs")
+    program = find_sanitizer()
+    if program is None:
+        return Outcome("not run", "compute-sanitizer was not found")
+    deadline = time.monotonic() + seconds
+    children = {
+        tool: session.start(
+            f"sanitizer_{tool}",
+            [
+                program,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "99",
+                "--target-processes",
+                "all",
+                sys.executable,
+                *script,
+            ],
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # so that each tensor has memory of its own, with ends to run past
+        )
+        for tool in SANITIZER_TOOLS
+    }
+    runs = {tool: child.wait(deadline) for tool, child in children.items()}
+    details = {
+        tool: {"end": str(run), "output": run.tail if run.code != 0 else run.tail[-300:]}
+        for tool, run in runs.items()
+    }
+    reason = ", ".join(f"{tool}: {run}" for tool, run in runs.items())
+    if any(run.code not in (0, None) for run in runs.values()):
+        return Outcome("failed", reason, details)
+    return Outcome("passed" if all(run.code == 0 for run in runs.values()) else "incomplete", reason, details)
+
+
+# ---- benchmark
+
+
+def benchmark(session: Session, seconds: float) -> Outcome:
+    path = session.logs / "benchmark.json"
+    path.unlink(missing_ok=True)
+    budget = max(1.0, seconds - 20)  # the case that runs when it is spent is finished
+    options = ["--device", session.device, "--budget", f"{budget:.0f}", *(["--tiny"] if session.dry else [])]
+    bench = session.root / "benchmarks" / "bench_gpu.py"
+    run = session.python("benchmark", [bench, *options, "--output", path], seconds)
+    if not path.exists():
+        return Outcome("failed", str(run), {"output": run.tail})
+    measured = session.record["benchmark"] = json.loads(path.read_text())
+    results = measured["results"]
+    errors = [f"{r['group']} {r['shape']} {r['dtype']}: {r['error']}" for r in results if "error" in r]
+    apart = [f"{r['group']} {r['shape']} {r['dtype']}: {r['largest_difference']:.1e}" for r in results
+             if not r.get("agree", True)]  # fmt: skip
+    details = {
+        "results": len(results),
+        "left_out": len(measured["left_out"]),
+        "errors": errors,
+        "disagree": apart,
+    }
+    if run.code is None or measured["left_out"]:
+        return Outcome("incomplete", f"{len(results)} results; the time was up", details)
+    if run.code != 0:
+        return Outcome("failed", str(run), {**details, "output": run.tail})
+    return Outcome("passed", f"{len(results)} results", details)
+
+
+PHASES: dict[str, Callable[[Session, float], Outcome]] = {
+    "build": build,
+    "info": info,
+    "selftest": selftest,
+    "suite": suite,
+    "checks": checks,
+    "sanitizer": sanitizer,
+    "benchmark": benchmark,
+}
+
+
+def perform(name: str, session: Session) -> dict[str, Any]:
+    start = time.monotonic()
+    seconds = min(LIMITS[name], session.left())
+    if seconds < 1:
+        outcome = Outcome(
+            "failed" if name in CORRECTNESS else "incomplete", "the time was up before it began"
+        )
+    elif not session.gpu_works and name not in ("build", "info"):
+        outcome = Outcome("not run", "the kernels do not run here")
+    else:
+        try:
+            outcome = PHASES[name](session, seconds)
+        except Exception as error:  # of this program itself: the other phases go on
+            text = "".join(traceback.format_exception(error))
+            outcome = Outcome("failed", f"{type(error).__name__}: {error}", {"traceback": text[-3000:]})
+    spent = round(time.monotonic() - start, 1)
+    phase = {"phase": name, "result": outcome.result, "reason": outcome.reason, "seconds": spent}
+    return phase | outcome.details
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "local_gpu_check.json"
+    )
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (570)")
+    parser.add_argument(
+        "--skip", nargs="+", choices=PHASES, default=[], metavar="PHASE", help=", ".join(PHASES)
+    )
+    parser.add_argument("--commit", help="what to say of the commit, where there is no git")
+    parser.add_argument("--dry", action="store_true", help="try this program out, on the CPU")
+    options = parser.parse_args(arguments)
+    session = Session(options)
+    session.write()
+    for name in PHASES:
+        if name in options.skip:
+            phase = {"phase": name, "result": "not run", "reason": "--skip", "seconds": 0.0}
+        else:
+            print(f"{name} ...", flush=True)
+            phase = perform(name, session)
+        session.record["phases"].append(phase)
+        session.write()
+        print(f"{name}: {phase['result']} ({phase['seconds']} s) {phase['reason']}", flush=True)
+        if phase["result"] == "failed":
+            print(
+                phase.get("output")
+                or phase.get("traceback")
+                or json.dumps(phase.get("failed", ""), indent=1)[:3000]
+            )
+    failed = [
+        p["phase"] for p in session.record["phases"] if p["result"] == "failed" and p["phase"] in CORRECTNESS
+    ]
+    if not session.gpu_works:
+        failed = failed or ["info"]
+    session.record["verdict"] = "failed" if failed else "passed"
+    session.record["failed"] = failed
+    session.record["seconds"] = round(options.budget - session.left(), 1)
+    session.write()
+    report(session)
+    print(
+        f"{session.record['verdict']}{': ' + ', '.join(failed) if failed else ''}; written to {session.output}"
+    )
+    return 1 if failed else 0
+
+
+def report(session: Session) -> None:
+    """The table, and the picture where matplotlib is. Nothing that the verdict depends on."""
+    if session.record["benchmark"] is None:
+        return
+    arguments = [session.root / "benchmarks" / "report_gpu.py", session.output]
+    if session.record["packages"]["matplotlib"] is not None:
+        arguments += ["--picture", session.output.with_suffix(".png")]
+    else:
+        print("no picture: matplotlib is not installed")
+    run = session.python("report", arguments, 60)
+    print(run.text.partition("\n")[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What bench_gpu.py measures, the most telling first: a run that is cut short still says most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import shapes
+
+DTYPES = (
+    "float16",
+    "bfloat16",
+    "tf32",
+    "float32",
+)  # tf32: float32 with TF32 allowed, which is torch's default
+
+
+@dataclass(frozen=True)
+class Case:
+    group: str
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    dtype: str
+    layers: int = 1
+    packed: bool = False  # lengths from a tenth of the steps to all of them
+    graph: bool = False  # captured once, replayed; inference only
+
+    @property
+    def shape(self) -> str:
+        layers = f"-{self.layers}layers" if self.layers > 1 else ""
+        features = f"-I{self.input_size}" if self.input_size != self.hidden_size else ""
+        packed = "-packed" if self.packed else ""
+        return f"B{self.batch}-T{self.steps}{features}-H{self.hidden_size}{layers}{packed}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.group} {self.shape} {self.dtype}" + (" graph" if self.graph else "")
+
+
+def _each(case: Case, *dtypes: str) -> Iterator[Case]:
+    for dtype in dtypes or DTYPES:
+        yield replace(case, dtype=dtype)
+
+
+def _in_order() -> Iterator[Case]:
+    flash = Case("flashrnn", 16, 1024, 768, 768, "")
+    step = Case("step", 1, 1, 128, 128, "")
+    yield from _each(flash)
+    yield from _each(step)
+    yield from _each(replace(step, graph=True))
+    yield from _each(Case("fastrnns", 64, 100, 512, 512, ""))
+    yield from _each(Case("torchrl", 256, 128, 32, 512, ""), "float32", "tf32", "bfloat16")
+    yield from _each(Case("two layers", 8, 2000, 256, 256, "", layers=2), "tf32", "bfloat16", "float32")
+    for steps in (100, 1000):
+        yield from _each(Case("packed", 32, steps, 256, 256, "", packed=True), "tf32", "bfloat16")
+    for batch in (64, 2, 256, 32, 128, 8):
+        yield from _each(replace(flash, batch=batch), "bfloat16", "float16")
+    for name, s in shapes.SHAPES.items():
+        if name != shapes.STEP:
+            yield from _each(
+                Case("cpu table", s.batch, s.steps, s.input_size, s.hidden_size, ""), "tf32", "bfloat16"
+            )
+    for batch, hidden in (
+        (64, 512),
+        (1, 1024),
+        (16, 128),
+        (128, 2048),
+        (64, 1024),
+        (16, 512),
+        (1, 128),
+        (128, 128),
+    ):
+        yield from _each(Case("haste", batch, 50, 128, hidden, ""), "float32", "tf32")
+    for steps in (256, 512, 2048):
+        yield from _each(replace(flash, steps=steps), "bfloat16", "float16", "tf32")
+    for batch, hidden in ((1, 512), (32, 256), (64, 1024)):
+        yield from _each(
+            replace(step, batch=batch, input_size=hidden, hidden_size=hidden), "bfloat16", "tf32"
+        )
+        yield from _each(
+            replace(step, batch=batch, input_size=hidden, hidden_size=hidden, graph=True), "bfloat16", "tf32"
+        )
+    for steps in (10, 4000):
+        yield from _each(Case("packed", 32, steps, 256, 256, "", packed=True), "tf32", "bfloat16")
+    for batch in (64, 256, 2):
+        yield from _each(replace(flash, batch=batch), "tf32", "float32")
+    for batch, hidden in ((128, 512), (1, 4096), (32, 4096), (32, 2048)):
+        yield from _each(Case("haste", batch, 50, 512, hidden, ""), "float32", "tf32")
+
+
+CASES = list(dict.fromkeys(_in_order()))
+
+# For a trial without a GPU: one of each kind.
+TINY = [
+    Case("flashrnn", 2, 4, 8, 8, "bfloat16"),
+    Case("step", 1, 1, 8, 8, "float32"),
+    Case("step", 1, 1, 8, 8, "float32", graph=True),
+    Case("packed", 3, 10, 8, 8, "tf32", packed=True),
+    Case("two layers", 2, 4, 8, 8, "float32", layers=2),
+]

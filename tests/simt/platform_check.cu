@@ -1,0 +1,86 @@
+// Everything that cuda/platform.h and cuda/numeric.cuh offer, used once, and the toy kernels: for nvcc to compile.
+#include "cuda/numeric.cuh"
+#include "simt/toy_cluster.cuh"
+
+namespace {
+
+using namespace lstm_ext::cuda;
+
+struct Arguments {
+  float* f32;
+  double* f64;
+  __half* f16;
+  __nv_bfloat16* bf16;
+  uint32_t* words;
+};
+
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
+  LSTM_SHARED(uint64_t, barriers, 2);
+  LSTM_SHARED(uint32_t, inbox, 256);
+  LSTM_DYNAMIC_SHARED(float, shared);
+
+  cp_async16(shared, a.f32);
+  cp_async8(shared + 4, a.f32);
+  cp_async4(shared + 8, a.f32);
+  cp_async<16>(shared + 16, a.f32, 8);
+  cp_async_commit();
+  cp_async_wait<1>();
+  cp_async_wait<0>();
+
+  uint32_t fragment_a[4];
+  uint32_t fragment_b[2];
+  float d[4] = {0.f, 0.f, 0.f, 0.f};
+  ldmatrix_x4(fragment_a, shared);
+  ldmatrix_x2(fragment_b, shared);
+  mma_f16_16816(d, fragment_a, fragment_b);
+  ldmatrix_x4_trans(fragment_a, shared);
+  ldmatrix_x2_trans(fragment_b, shared);
+  mma_bf16_16816(d, fragment_a, fragment_b);
+  fragment_a[0] = to_tf32(d[0]);
+  mma_tf32_1688(d, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) a.f32[i] = d[i];
+
+  a.words[0] = load_relaxed(a.words + 1);
+  store_release(a.words, 1);
+  store_relaxed(a.words, 2);
+  red_release(a.words, 1);
+  if (!wait_at_least(a.words, 3, 100)) return;
+
+  if (threadIdx.x == 0) {
+    mbarrier_init(barriers, 1);
+    fence_mbarrier_init();
+  }
+  cluster_sync();
+  mbarrier_arrive_expect_tx(barriers, 28);
+  mbarrier_expect_tx(barriers, 4);
+  mbarrier_arrive(barriers);
+  const uint32_t peer = (cluster_rank() + 1) % cluster_size();
+  uint64_t* bell = map_rank(barriers, peer);
+  mbarrier_arrive_remote(bell);
+  st_async(map_rank(inbox, peer), 5u, bell);
+  st_async(reinterpret_cast<uint64_t*>(map_rank(inbox + 2, peer)), uint64_t{5}, bell);
+  st_async(reinterpret_cast<uint4*>(map_rank(inbox + 4, peer)), make_uint4(1, 2, 3, 4), bell);
+  if (!mbarrier_wait(barriers, 0, 1000)) a.words[0] = 7;
+
+  a.f16[0] = from_float<__half>(to_float(a.bf16[0]));
+  a.bf16[1] = from_float<__nv_bfloat16>(to_float(a.f16[1]));
+  a.f64[0] = narrow<double>(widen(a.f64[1])) + to_float(from_float<double>(a.f32[5]));
+  a.bf16[3] = narrow<__nv_bfloat16>(widen(a.f16[3]));
+  cluster_sync();
+}
+
+}  // namespace
+
+cudaError_t launch_everything(cudaStream_t stream) {
+  LaunchConfig config;
+  config.grid = dim3(8);
+  config.block = dim3(32);
+  config.cluster = 8;
+  const cudaError_t status = launch(use_everything, config, Arguments{});
+  return status != cudaSuccess ? status : launch(use_everything, dim3(8), dim3(32), 1024, stream, Arguments{});
+}
+
+template LSTM_KERNEL toy::grid_f32<128, 16, 16>(toy::Arguments);
+template LSTM_KERNEL toy::grid_bf16<128, 16, 16>(toy::Arguments);
+template LSTM_KERNEL toy::cluster_stores<128, 16, 16>(toy::Arguments);
+template LSTM_KERNEL toy::cluster_messages<128, 16, 16>(toy::Arguments);

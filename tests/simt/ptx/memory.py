@@ -1,0 +1,350 @@
+"""Instructions that see other threads, memory or the way: everything that arithmetic.py is not."""
+
+from __future__ import annotations
+
+from simt.ptx.emit import Emitter, Modifiers, handles
+from simt.ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
+
+SPACES = ("global", "local", "const", "param", "shared", "shared::cta", "shared::cluster")
+SHARED = ("shared", "shared::cta", "shared::cluster")
+SCOPES = ("cta", "cluster", "gpu", "sys")
+VECTORS = ("v2", "v4", "v8")
+# Hints about caches: they change no value.
+CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
+EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
+EVICTIONS += ("L1::no_allocate",)
+PREFETCHES = ("L2::64B", "L2::128B", "L2::256B")
+# For messages: where in the source a thread waits.
+HERE = "PTX_HERE"
+
+
+def truth(value: object) -> str:
+    return "true" if value else "false"
+
+
+def take_hints(m: Modifiers) -> None:
+    for hints in (CACHES, EVICTIONS, PREFETCHES):
+        m.take(*hints)
+
+
+# Control flow.
+
+
+@handles("bra")
+def branch(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.take("uni")
+    return f"goto {i.operands[0].text};"
+
+
+@handles("brx")
+def branch_by_index(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("idx"), m.take("uni")
+    targets = f.function.branch_targets[i.operands[1].text]
+    cases = " ".join(f"case {n}: goto {target};" for n, target in enumerate(targets))
+    return f"switch ({f.value(i.operands[0], 'u32')}) {{ {cases} default: unreachable({HERE}); }}"
+
+
+@handles("ret", "exit")
+def leave(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.take("uni")
+    return "return;"
+
+
+@handles("trap")
+def trap(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    return f"trap({HERE});"
+
+
+@handles("nanosleep")
+def sleep(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("u32")
+    return ";"  # any time may be zero
+
+
+# Memory.
+
+
+def take_order(m: Modifiers) -> str:
+    """weak (which is the default), volatile, relaxed, acquire or release; a scope belongs to the last three."""
+    order = m.take("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", default="weak")
+    if order not in ("weak", "volatile"):
+        m.need(*SCOPES)
+    return order
+
+
+@handles("ld")
+def load(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    kind, space, order = m.type(), m.take(*SPACES), take_order(m)
+    non_coherent = m.take("nc")
+    take_hints(m)
+    count = int(m.take(*VECTORS, default="v1")[1:])
+    target, source = i.operands
+    if len(f.parts(target)) != count:
+        raise i.error("as many registers as the vector has parts expected")
+    place = f.address(source, space)
+    if order != "weak":
+        if count != 1:
+            raise i.error("a vector that is loaded in an order")
+        return f.assign(target, kind, f"load_{order}<{kind}>({place}, {HERE})")
+    code = f"const {kind}* p = aligned<const {kind}, {count}>({place}, {HERE}); "
+    if non_coherent:
+        code += f"note_non_coherent(p, {count} * sizeof *p, {HERE}); "
+    return f"{{ {code}{f.assign_each(target, kind, 'p')} }}"
+
+
+@handles("st")
+def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    if m.take("async"):
+        return store_async(f, m, i)
+    kind, space, order = m.type(), m.take(*SPACES), take_order(m)
+    take_hints(m)
+    count = int(m.take(*VECTORS, default="v1")[1:])
+    target, source = i.operands
+    parts = f.parts(source)
+    if len(parts) != count:
+        raise i.error("as many registers as the vector has parts expected")
+    place = f.address(target, space)
+    if order != "weak":
+        if count != 1:
+            raise i.error("a vector that is stored in an order")
+        return f"store_{order}<{kind}>({place}, {f.value(source, kind)}, {HERE});"
+    stores = " ".join(f"p[{n}] = {f.value(part, kind)};" for n, part in enumerate(parts))
+    return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {stores} }}"
+
+
+def store_async(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.take("weak")
+    m.need("shared::cluster")
+    m.need("mbarrier::complete_tx::bytes")
+    kind = m.type()
+    count = int(m.take("v2", "v4", default="v1")[1:])
+    if WIDTHS[kind] < 32 or kind not in WIDTHS:
+        raise i.error("st.async stores 32 bits and more")
+    target, source, barrier = i.operands
+    parts = f.parts(source)
+    if len(parts) != count:
+        raise i.error("as many registers as the vector has parts expected")
+    places = f"{f.address(target, 'shared::cluster')}, {f.address(barrier, 'shared::cluster')}"
+    return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; st_async({places}, v, {HERE}); }}"
+
+
+ORDERS = {
+    "relaxed": "simt::Order::Relaxed",
+    "acquire": "simt::Order::Acquire",
+    "release": "simt::Order::Release",
+    "acq_rel": "simt::Order::AcquireRelease",
+}
+OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas")
+
+
+@handles("atom", "red")
+def atomic(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    kind = m.type()
+    space = m.take("global", *SHARED)
+    operation = m.need(*OPERATIONS)
+    order = m.take(*ORDERS, default="relaxed")
+    m.take(*SCOPES)
+    m.take("noftz")
+    returns = m.name == "atom"
+    operands = i.operands[1:] if returns else i.operands
+    place = f.address(operands[0], space)
+    arguments = f"{place}, {f.values(operands[1:], kind)}, {ORDERS[order]}, {HERE}"
+    code = f"atomic_{operation}<{kind}>({arguments})"
+    return f.assign(i.operands[0], kind, code) if returns else f"{code};"
+
+
+@handles("membar", "fence")
+def fence(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    if m.take("mbarrier_init"):
+        m.need("release"), m.need("cluster")
+        return f"fence_mbarrier_init({HERE});"
+    if m.take("proxy"):
+        m.need("async")
+        m.take("global", *SHARED)
+        return f"fence_proxy_async({HERE});"
+    m.take("sc", "acq_rel")
+    m.need("gl", *SCOPES)
+    return f"fence({HERE});"
+
+
+@handles("cvta")
+def convert_address(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    """Generic addresses are the host's; those of the shared window are not."""
+    kind, to, space = m.type(), m.take("to"), m.need(*SPACES)
+    code = f.value(i.operands[1], kind)
+    if space.startswith("shared"):
+        window = "cluster_shared" if space == "shared::cluster" else "own_shared"
+        code = f"{f'generic_to_{window}' if to else 'shared_to_generic'}({code}, {HERE})"
+    return f.assign(i.operands[0], kind, code)
+
+
+@handles("mapa")
+def map_address(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    kind, window = m.type(), m.take("shared::cluster")
+    rank = f.value(i.operands[2], "u32")
+    if window:
+        code = f"map_shared({f.value(i.operands[1], kind)}, {rank}, {HERE})"
+    else:
+        code = f"map_generic({f.value(i.operands[1], kind)}, {rank}, {HERE})"
+    return f.assign(i.operands[0], kind, code)
+
+
+# Copies in the background.
+
+
+@handles("cp")
+def copy_async(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("async")
+    if m.take("commit_group"):
+        return f"cp_async_commit({HERE});"
+    if m.take("wait_all"):
+        return f"cp_async_wait_all({HERE});"
+    if m.take("wait_group"):
+        return f"cp_async_wait({f.value(i.operands[0], 'u32')}, {HERE});"
+    cache = m.need("ca", "cg")
+    m.need("shared", "shared::cta"), m.need("global")
+    take_hints(m)
+    target, source, size, *rest = i.operands
+    if not isinstance(size, Immediate) or integer(size.text) not in ((4, 8, 16) if cache == "ca" else (16,)):
+        raise i.error("a size that cp.async does not copy")
+    if rest and not _is_size(f, rest[0]):
+        raise i.error("cp.async with a predicate")
+    places = f"{f.address(target, 'shared')}, {f.address(source, 'global')}"
+    read = f.value(rest[0], "u32") if rest else size.text
+    return f"cp_async({places}, {size.text}, {read}, {HERE});"
+
+
+def _is_size(f: Emitter, operand) -> bool:
+    return isinstance(operand, Immediate) or (
+        isinstance(operand, Name) and f.registers.get(operand.text) not in (None, "pred")
+    )
+
+
+# Barriers.
+
+
+@handles("bar", "barrier")
+def barrier(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    if m.take("cluster"):
+        m.take("aligned")
+        if m.take("arrive"):
+            # .relaxed, which orders no memory, is left and so refused.
+            m.take("release")
+            return f"cluster_arrive({HERE});"
+        m.need("wait")
+        m.take("acquire")
+        return f"cluster_wait({HERE});"
+    if m.take("warp"):
+        m.need("sync")
+        return f"bar_warp_sync({f.value(i.operands[0], 'b32')}, {HERE});"
+    m.take("cta")
+    m.need("sync")
+    m.take("aligned")
+    if i.operands != (Immediate("0"),):
+        raise i.error("a barrier other than that of the whole block")
+    return f"bar_sync({HERE});"
+
+
+@handles("mbarrier")
+def mbarrier(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("b64")
+    action = m.need("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait")
+    both = action == "arrive" and m.take("expect_tx")
+    order = m.take("release", "acquire", "relaxed")
+    m.take("cta", "cluster")
+    space = m.take(*SHARED)
+    operands = i.operands
+    if action in ("init", "expect_tx"):
+        return f"mbarrier_{action}({f.address(operands[0], space)}, {f.value(operands[1], 'u32')}, {HERE});"
+    if action == "inval":
+        return f"mbarrier_inval({f.address(operands[0], space)}, {HERE});"
+    place = f.address(operands[1], space)
+    if action == "arrive":
+        count = f.value(operands[2], "u32") if len(operands) > 2 else "1u"
+        if both:
+            call = f"mbarrier_arrive_expect_tx({place}, {count}, {HERE})"
+        else:
+            call = f"mbarrier_arrive({place}, {count}, {HERE})"
+        if order == "relaxed":
+            raise i.error("an arrival that orders nothing")
+        # The state it returns is for waits that name no parity, which are refused.
+        return f"{call};"
+    m.need("parity")
+    if order == "relaxed":
+        raise i.error("a wait that orders nothing")
+    # A further operand of try_wait is a time limit: it may be shorter anyhow.
+    return f.assign(operands[0], "pred", f"mbarrier_try_wait({place}, {f.value(operands[2], 'u32')}, {HERE})")
+
+
+# Warps.
+
+
+@handles("shfl")
+def shuffle(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync"), m.need("b32")
+    mode = m.need("up", "down", "bfly", "idx")
+    value, predicate = f.pair(i.operands[0])
+    a, b, c, mask = (f.value(operand, "b32") for operand in i.operands[1:5])
+    writes = f.assign(value, "b32", "s.value")
+    if predicate is not None:
+        writes += " " + f.assign(predicate, "pred", "s.in_range")
+    return f"{{ const Shuffled s = shfl_{mode}({a}, {b}, {c}, {mask}, {HERE}); {writes} }}"
+
+
+@handles("vote")
+def vote(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync")
+    mode, kind = m.need("ballot", "all", "any", "uni"), m.type()
+    predicate, mask = f.value(i.operands[1], "pred"), f.value(i.operands[2], "b32")
+    return f.assign(i.operands[0], kind, f"vote_{mode}({predicate}, {mask}, {HERE})")
+
+
+@handles("redux")
+def reduce(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync")
+    kind, operation = m.type(), m.need("add", "min", "max", "and", "or", "xor")
+    value, mask = f.value(i.operands[1], kind), f.value(i.operands[2], "b32")
+    return f.assign(i.operands[0], kind, f"redux_{operation}<{kind}>({value}, {mask}, {HERE})")
+
+
+@handles("elect")
+def elect(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync")
+    leader, predicate = f.pair(i.operands[0])
+    mask = f.value(i.operands[1], "b32")
+    writes = f"{f.assign(leader, 'b32', 'lane')} {f.assign(predicate, 'pred', 'lane == laneid()')}"
+    return f"{{ const b32 lane = elect({mask}, {HERE}); {writes} }}"
+
+
+# Tensor cores.
+
+
+@handles("ldmatrix")
+def ldmatrix(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync"), m.need("aligned"), m.need("m8n8"), m.need("b16"), m.need("shared", "shared::cta")
+    count, transposed = int(m.need("x1", "x2", "x4")[1:]), truth(m.take("trans"))
+    if len(f.parts(i.operands[0])) != count:
+        raise i.error("a register for each matrix expected")
+    place = f.address(i.operands[1], "shared")
+    load = f"ldmatrix<{count}, {transposed}>(q, {place}, {HERE});"
+    return f"{{ b32 q[{count}]; {load} {f.assign_each(i.operands[0], 'b32', 'q')} }}"
+
+
+# The types of a and b, with the shape that the emulator has for them.
+MMA = {"bf16": "m16n8k16", "f16": "m16n8k16", "tf32": "m16n8k8"}
+
+
+@handles("mma")
+def mma(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    m.need("sync"), m.need("aligned"), m.need("row"), m.need("col")
+    shape = m.need("m16n8k16", "m16n8k8")
+    sum_type, b_type, a_type, result_type = m.type(), m.type(), m.type(), m.type()
+    if MMA.get(a_type) != shape or a_type != b_type or (sum_type, result_type) != ("f32", "f32"):
+        raise i.error("an mma that the emulator has not")
+    d, a, b, c = (f.parts(operand) for operand in i.operands)
+    if [len(x) for x in (d, a, b, c)] != [4, 4, 2, 4]:
+        raise i.error("the wrong number of registers")
+    operands = f"const b32 a[] = {{{f.values(a, 'b32')}}}, b[] = {{{f.values(b, 'b32')}}};"
+    sums = f"f32 c[4] = {{{f.values(c, 'f32')}}};"
+    call = f"mma<{a_type}>(c, a, b, {HERE});"
+    return f"{{ {operands} {sums} {call} {f.assign_each(i.operands[0], 'f32', 'c')} }}"

@@ -1,0 +1,320 @@
+// What memory.py's instructions do, on the emulator; and the kernels that a program has from PTX.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "simt/ptx/arithmetic.h"
+#include "simt/emulator.h"
+
+extern uint3 threadIdx;
+extern uint3 blockIdx;
+extern dim3 blockDim;
+extern dim3 gridDim;
+
+// Where in the source, for messages: the translator writes #line.
+#define PTX_HERE __FILE__, __LINE__
+// Accesses that the race detector hears of otherwise, as atomic ones.
+#define PTX_UNCHECKED __attribute__((no_sanitize("thread")))
+
+namespace ptx {
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+struct Kernel {
+  const char* name;  // mangled
+  void (*body)(const char* parameters);
+  size_t parameter_bytes;
+  const void* host;  // the kernel that g++ made of the same source; null where the program has none
+};
+
+// Makes the kernel known while the program starts.
+struct Registration {
+  explicit Registration(const Kernel& kernel);
+};
+
+const std::vector<Kernel>& kernels();
+
+// Whether launches run the translated kernels (which they do once there are any) or those that g++ made.
+extern "C" void ptx_use_translated_kernels(bool use);
+
+// nvcc and g++ mangle a kernel's name alike, so that the linker finds its counterpart.
+#define PTX_KERNEL(function, mangled, bytes)                            \
+  extern "C" __attribute__((weak)) void host_##function() asm(mangled); \
+  static const Registration registration_##function(                    \
+      {mangled, function, bytes, reinterpret_cast<const void*>(&host_##function)})
+
+// ---- special registers ----------------------------------------------------------------------------------------------
+inline uint3 tid() { return threadIdx; }
+inline uint3 ctaid() { return blockIdx; }
+inline dim3 ntid() { return blockDim; }
+inline dim3 nctaid() { return gridDim; }
+inline u32 laneid() { return simt::lane_index(); }
+inline u32 thread_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+inline u32 warpid() { return thread_number() / 32; }
+inline u32 nwarpid() { return (blockDim.x * blockDim.y * blockDim.z + 31) / 32; }
+inline u64 clock64() { return static_cast<u64>(simt::clock()); }
+inline u32 clock() { return static_cast<u32>(simt::clock()); }
+inline u64 globaltimer() { return clock64(); }
+inline u32 cluster_ctarank() { return simt::cluster_rank(); }
+inline u32 cluster_nctarank() { return simt::cluster_size(); }
+// Clusters lie along x.
+inline uint3 cluster_ctaid() { return {simt::cluster_rank(), 0, 0}; }
+inline uint3 cluster_nctaid() { return {simt::cluster_size(), 1, 1}; }
+inline uint3 clusterid() { return {blockIdx.x / simt::cluster_size(), blockIdx.y, blockIdx.z}; }
+inline uint3 nclusterid() { return {gridDim.x / simt::cluster_size(), gridDim.y, gridDim.z}; }
+inline b32 lanemask_eq() { return 1u << laneid(); }
+inline b32 lanemask_lt() { return lanemask_eq() - 1; }
+inline b32 lanemask_le() { return lanemask_eq() | lanemask_lt(); }
+inline b32 lanemask_gt() { return ~lanemask_le(); }
+inline b32 lanemask_ge() { return ~lanemask_lt(); }
+
+// ---- control --------------------------------------------------------------------------------------------------------
+[[noreturn]] inline void trap(const char* file, int line) { simt::fail("trap", file, line); }
+[[noreturn]] inline void unreachable(const char* file, int line) {
+  simt::fail("a jump past the end of its table", file, line);
+}
+
+// ---- addresses ------------------------------------------------------------------------------------------------------
+// Generic addresses are the host's. Those of shared memory in 32 bits are as simt::shared_address has them.
+inline char* pointer(b64 base, int64_t offset) { return reinterpret_cast<char*>(base) + offset; }
+// .shared, .shared::cta: a peer's memory must not be reached by these.
+char* own_shared(b32 address, const char* file, int line);
+inline char* cluster_shared(b32 address, const char* file, int line) {
+  return static_cast<char*>(simt::shared_pointer(address, file, line));
+}
+inline b32 shared_variable(const char* name, size_t bytes, size_t alignment) {
+  return simt::shared_address(simt::shared_array(name, bytes, alignment, name), name, 0);
+}
+inline b32 dynamic_shared() { return simt::shared_address(simt::dynamic_shared(), "dynamic shared memory", 0); }
+inline b64 shared_to_generic(b64 address, const char* file, int line) {
+  return reinterpret_cast<b64>(cluster_shared(static_cast<b32>(address), file, line));
+}
+inline b64 generic_to_cluster_shared(b64 address, const char* file, int line) {
+  return simt::shared_address(reinterpret_cast<const void*>(address), file, line);
+}
+b64 generic_to_own_shared(b64 address, const char* file, int line);
+inline b64 map_generic(b64 address, u32 rank, const char* file, int line) {
+  return reinterpret_cast<b64>(simt::map_rank(reinterpret_cast<const void*>(address), rank, file, line));
+}
+inline b32 map_shared(b64 address, u32 rank, const char* file, int line) {
+  const void* own = own_shared(static_cast<b32>(address), file, line);
+  return simt::shared_address(simt::map_rank(own, rank, file, line), file, line);
+}
+
+// ---- loads and stores -----------------------------------------------------------------------------------------------
+// A vector has to be aligned as a whole.
+template <typename T, unsigned count>
+T* aligned(char* place, const char* file, int line) {
+  if (reinterpret_cast<uintptr_t>(place) % (count * sizeof(T)) != 0) {
+    simt::fail("an access of " + std::to_string(count * sizeof(T)) + " bytes that is not aligned to them", file, line);
+  }
+  return reinterpret_cast<T*>(place);
+}
+inline void note_non_coherent(const void* place, size_t bytes, const char* file, int line) {
+  simt::before_read_only_load(place, static_cast<unsigned>(bytes), file, line);
+}
+
+template <typename T, simt::Order order>
+PTX_UNCHECKED T load_in_order(char* place, const char* file, int line) {
+  const T* p = aligned<const T, 1>(place, file, line);
+  simt::before_atomic_load(p, sizeof(T), order, file, line);
+  return *p;
+}
+template <typename T, simt::Order order>
+PTX_UNCHECKED void store_in_order(char* place, T value, const char* file, int line) {
+  T* p = aligned<T, 1>(place, file, line);
+  simt::before_atomic_write(p, sizeof(T), order, file, line);
+  *p = value;
+}
+// A volatile access is a relaxed one.
+template <typename T>
+T load_volatile(char* place, const char* file, int line) {
+  return load_in_order<T, simt::Order::Relaxed>(place, file, line);
+}
+template <typename T>
+T load_relaxed(char* place, const char* file, int line) {
+  return load_in_order<T, simt::Order::Relaxed>(place, file, line);
+}
+template <typename T>
+T load_acquire(char* place, const char* file, int line) {
+  return load_in_order<T, simt::Order::Acquire>(place, file, line);
+}
+template <typename T>
+void store_volatile(char* place, T value, const char* file, int line) {
+  store_in_order<T, simt::Order::Relaxed>(place, value, file, line);
+}
+template <typename T>
+void store_relaxed(char* place, T value, const char* file, int line) {
+  store_in_order<T, simt::Order::Relaxed>(place, value, file, line);
+}
+template <typename T>
+void store_release(char* place, T value, const char* file, int line) {
+  store_in_order<T, simt::Order::Release>(place, value, file, line);
+}
+
+// ---- atomics --------------------------------------------------------------------------------------------------------
+// Sets *place to operation(*place) and returns what was there.
+template <typename T, typename Operation>
+PTX_UNCHECKED T exchange(char* place, Operation operation, simt::Order order, const char* file, int line) {
+  T* p = aligned<T, 1>(place, file, line);
+  simt::before_atomic_write(p, sizeof(T), order, file, line);
+  const T old = *p;
+  *p = operation(old);
+  return old;
+}
+template <typename T>
+T sum(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    return integer_add<T>(a, b);
+  } else {
+    return float_add<T, Rounding::rn>(a, b);
+  }
+}
+#define PTX_ATOMIC(name, result)                                                                     \
+  template <typename T>                                                                              \
+  T atomic_##name(char* place, T value, simt::Order order, const char* file, int line) {             \
+    return exchange<T>(place, [value](T old) { return static_cast<T>(result); }, order, file, line); \
+  }
+PTX_ATOMIC(add, sum(old, value))
+PTX_ATOMIC(min, std::min(old, value))
+PTX_ATOMIC(max, std::max(old, value))
+PTX_ATOMIC(and, old& value)
+PTX_ATOMIC(or, old | value)
+PTX_ATOMIC(xor, old ^ value)
+PTX_ATOMIC(exch, ((void)old, value))
+PTX_ATOMIC(inc, old >= value ? 0 : old + 1)
+PTX_ATOMIC(dec, old == 0 || old > value ? value : old - 1)
+#undef PTX_ATOMIC
+template <typename T>
+T atomic_cas(char* place, T expected, T value, simt::Order order, const char* file, int line) {
+  return exchange<T>(place, [=](T old) { return old == expected ? value : old; }, order, file, line);
+}
+
+inline void fence(const char* file, int line) { simt::thread_fence(file, line); }
+inline void fence_mbarrier_init(const char* file, int line) { simt::fence_mbarrier_init(file, line); }
+// Between writes of threads and operations of the asynchronous proxy. The emulator has one proxy.
+inline void fence_proxy_async(const char* file, int line) { simt::thread_fence(file, line); }
+
+// ---- cp.async -------------------------------------------------------------------------------------------------------
+inline void cp_async(char* shared, const char* global, u32 bytes, u32 read, const char* file, int line) {
+  simt::cp_async(shared, global, bytes, read, file, line);
+}
+inline void cp_async_commit(const char* file, int line) { simt::cp_async_commit(file, line); }
+inline void cp_async_wait(u32 groups_left, const char* file, int line) { simt::cp_async_wait(groups_left, file, line); }
+inline void cp_async_wait_all(const char* file, int line) { simt::cp_async_wait_all(file, line); }
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+inline void bar_sync(const char* file, int line) { simt::syncthreads(file, line); }
+inline void bar_warp_sync(b32 mask, const char* file, int line) { simt::syncwarp(mask, file, line); }
+inline void cluster_arrive(const char* file, int line) { simt::cluster_arrive(file, line); }
+inline void cluster_wait(const char* file, int line) { simt::cluster_wait(file, line); }
+
+inline uint64_t* mbarrier_at(char* place, const char* file, int line) {
+  return aligned<uint64_t, 1>(place, file, line);
+}
+inline void mbarrier_init(char* place, u32 arrivals, const char* file, int line) {
+  simt::mbarrier_init(mbarrier_at(place, file, line), arrivals, file, line);
+}
+inline void mbarrier_inval(char* place, const char* file, int line) {
+  simt::mbarrier_inval(mbarrier_at(place, file, line), file, line);
+}
+inline void mbarrier_expect_tx(char* place, u32 bytes, const char* file, int line) {
+  simt::mbarrier_expect_tx(mbarrier_at(place, file, line), bytes, file, line);
+}
+inline void mbarrier_arrive(char* place, u32 arrivals, const char* file, int line) {
+  simt::mbarrier_arrive(mbarrier_at(place, file, line), arrivals, file, line);
+}
+inline void mbarrier_arrive_expect_tx(char* place, u32 bytes, const char* file, int line) {
+  simt::mbarrier_arrive_expect_tx(mbarrier_at(place, file, line), bytes, file, line);
+}
+inline bool mbarrier_try_wait(char* place, u32 parity, const char* file, int line) {
+  return simt::mbarrier_try_wait(mbarrier_at(place, file, line), parity, file, line);
+}
+template <typename T, size_t count>
+void st_async(char* place, char* barrier, const T (&values)[count], const char* file, int line) {
+  simt::st_async(place, values, sizeof values, mbarrier_at(barrier, file, line), file, line);
+}
+
+// ---- warps ----------------------------------------------------------------------------------------------------------
+struct Shuffled {
+  b32 value;
+  bool in_range;
+};
+enum class ShuffleMode { up, down, bfly, idx };
+// b and c as in PTX: c holds the bound in bits 0 to 4, and in bits 8 to 12 which bits of the lane name its segment.
+Shuffled shuffle(ShuffleMode mode, b32 a, b32 b, b32 c, b32 mask, const char* file, int line);
+inline Shuffled shfl_up(b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
+  return shuffle(ShuffleMode::up, a, b, c, mask, file, line);
+}
+inline Shuffled shfl_down(b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
+  return shuffle(ShuffleMode::down, a, b, c, mask, file, line);
+}
+inline Shuffled shfl_bfly(b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
+  return shuffle(ShuffleMode::bfly, a, b, c, mask, file, line);
+}
+inline Shuffled shfl_idx(b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
+  return shuffle(ShuffleMode::idx, a, b, c, mask, file, line);
+}
+
+inline b32 vote_ballot(bool predicate, b32 mask, const char* file, int line) {
+  return simt::ballot(mask, predicate, file, line);
+}
+inline bool vote_all(bool predicate, b32 mask, const char* file, int line) {
+  return simt::ballot(mask, predicate, file, line) == mask;
+}
+inline bool vote_any(bool predicate, b32 mask, const char* file, int line) {
+  return simt::ballot(mask, predicate, file, line) != 0;
+}
+inline bool vote_uni(bool predicate, b32 mask, const char* file, int line) {
+  const b32 votes = simt::ballot(mask, predicate, file, line);
+  return votes == 0 || votes == mask;
+}
+
+// The lane that elect.sync chooses is any, but always the same one.
+inline b32 elect(b32 mask, const char* file, int line) {
+  return static_cast<b32>(__builtin_ctz(simt::ballot(mask, true, file, line)));
+}
+
+// The value of each lane of the mask in turn.
+template <typename T, typename Operation>
+T reduce(T value, b32 mask, Operation operation, const char* file, int line) {
+  bool first = true;
+  T result{};
+  for (u32 lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1) == 0) continue;
+    const auto other =
+        static_cast<T>(simt::shuffle(simt::Shuffle::Index, mask, static_cast<uint64_t>(value), lane, 32, file, line));
+    result = first ? other : static_cast<T>(operation(result, other));
+    first = false;
+  }
+  return result;
+}
+#define PTX_REDUX(name, result)                                                 \
+  template <typename T>                                                         \
+  T redux_##name(T value, b32 mask, const char* file, int line) {               \
+    return reduce<T>(value, mask, [](T a, T b) { return result; }, file, line); \
+  }
+PTX_REDUX(add, integer_add<T>(a, b))
+PTX_REDUX(min, std::min(a, b))
+PTX_REDUX(max, std::max(a, b))
+PTX_REDUX(and, a& b)
+PTX_REDUX(or, a | b)
+PTX_REDUX(xor, a ^ b)
+#undef PTX_REDUX
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+template <int matrices, bool transposed>
+void ldmatrix(b32* registers, const char* row, const char* file, int line) {
+  simt::ldmatrix(matrices, transposed, registers, row, file, line);
+}
+template <typename T>
+constexpr simt::Operand operand_of = std::is_same_v<T, f16>    ? simt::Operand::F16
+                                     : std::is_same_v<T, bf16> ? simt::Operand::BF16
+                                                               : simt::Operand::TF32;
+// sums += a * b.
+template <typename T>
+void mma(f32* sums, const b32* a, const b32* b, const char* file, int line) {
+  simt::mma(operand_of<T>, sums, a, b, sums, file, line);
+}
+
+}  // namespace ptx

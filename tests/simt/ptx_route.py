@@ -1,0 +1,48 @@
+"""From CUDA sources to kernels on the emulator by way of nvcc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from simt import build, nvcc
+from simt.ptx.parse import parse
+from simt.ptx.translate import translate
+
+
+def translated(
+    source: Path, architecture: str = "sm_90", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
+) -> Path:
+    """The C++ of a source's kernels. `csrc` may be a copy, if `directory` is one of its own."""
+    # -lineinfo: so that the emulator's messages name lines of the source.
+    flags = ("-lineinfo", f"-I{csrc}", f"-I{build.ROOT / 'tests'}")
+    compiled = nvcc.compile_unit(nvcc.Unit(source, architecture, kind="ptx", flags=flags), directory)
+    output = compiled.path.with_suffix(".cpp")
+    text = translate(parse(compiled.path))
+    if not output.exists() or output.read_text() != text:
+        output.write_text(text)
+    return output
+
+
+class TranslatedKernels:
+    """The kernels of `sources`, for a module whose own ones are g++'s."""
+
+    def __init__(self, module: ModuleType, sources: Sequence[Path]) -> None:
+        self._library = ctypes.CDLL(
+            build.compile_ptx_library([translated(source) for source in sources], Path(module.__file__))
+        )
+        self._use(False)
+
+    def _use(self, use: bool) -> None:
+        self._library.ptx_use_translated_kernels(ctypes.c_bool(use))
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        self._use(True)
+        try:
+            yield
+        finally:
+            self._use(False)

@@ -1,0 +1,326 @@
+// What orders accesses and what does not: small kernels, each with the race detector's verdict. Race builds only.
+#include <string>
+#include <vector>
+
+#include "simt/check.h"
+
+namespace {
+
+using namespace lstm_ext::cuda;
+using checks::shape;
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int64_t kLimit = int64_t{1} << 32;
+
+struct Data {
+  uint32_t* words;
+  uint32_t* flag;
+  const uint32_t* constants;
+  uint16_t* halves;
+};
+
+unsigned me() { return threadIdx.x; }
+unsigned neighbour() { return (threadIdx.x + 1) % blockDim.x; }
+
+// ---- within a block
+// ---------------------------------------------------------------------------------------------------
+template <bool ordered>
+LSTM_KERNEL block_barrier(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (ordered) __syncthreads();
+  d.words[me()] = array[neighbour()];
+}
+template <bool ordered>
+LSTM_KERNEL warp_barrier(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (ordered) __syncwarp();
+  d.words[me()] = array[me() ^ 1];
+}
+LSTM_KERNEL warp_barrier_for_a_block(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __syncwarp();
+  d.words[me()] = array[me() ^ 32];
+}
+LSTM_KERNEL half_a_warp(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (me() % 32 < 16) {
+    __syncwarp(0x0000ffffu);
+    d.words[me()] = array[me() ^ 1];
+  }
+}
+// The values of a shuffle arrive, other memory does not.
+LSTM_KERNEL shuffle_as_barrier(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __shfl_xor_sync(kAll, 1, 1);
+  d.words[me()] = array[me() ^ 1];
+}
+LSTM_KERNEL read_before_overwritten(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __syncthreads();
+  d.words[me()] = array[neighbour()];
+  array[me()] = 0;
+}
+LSTM_KERNEL same_value_twice(Data d) { d.words[0] = 1; }
+LSTM_KERNEL neighbouring_halves(Data d) { d.halves[me() + blockIdx.x * 64] = 1; }
+LSTM_KERNEL neighbouring_bytes(Data d) {
+  LSTM_SHARED(uint8_t, bytes, 64);
+  bytes[me()] = 1;
+  d.words[me() + blockIdx.x * 64] = bytes[me()];
+}
+
+// ---- between blocks
+// ---------------------------------------------------------------------------------------------------
+LSTM_KERNEL blocks_apart(Data d) { d.words[blockIdx.x * 64 + me()] = 1; }
+LSTM_KERNEL blocks_on_each_other(Data d) {
+  __syncthreads();
+  d.words[me()] = blockIdx.x;
+}
+LSTM_KERNEL atomics_together(Data d) {
+  atomicAdd(d.words, 1u);
+  atomicMax(d.words, me());
+}
+LSTM_KERNEL atomic_beside_plain(Data d) {
+  if (blockIdx.x == 0) {
+    atomicAdd(d.words, 1u);
+  } else if (me() == 0) {
+    d.words[0] = 5;
+  }
+}
+
+enum class Publish { Release, Fence, Relaxed, FlagFirst };
+enum class Learn { Acquire, Fence, Relaxed };
+
+template <Publish publish, Learn learn>
+LSTM_KERNEL message_passing(Data d) {
+  if (me() != 0) return;
+  if (blockIdx.x == 0) {
+    if (publish == Publish::FlagFirst) store_release(d.flag, 1);
+    d.words[7] = 1;
+    if (publish == Publish::Release) store_release(d.flag, 1);
+    if (publish == Publish::Fence) __threadfence();
+    if (publish == Publish::Fence || publish == Publish::Relaxed) store_relaxed(d.flag, 1);
+    return;
+  }
+  if (learn == Learn::Acquire) {
+    wait_at_least(d.flag, 1, kLimit);
+  } else {
+    while (load_relaxed(d.flag) == 0) {
+    }
+  }
+  if (learn == Learn::Fence) __threadfence();
+  d.words[8] = d.words[7];
+}
+
+// A counter that all add to, as in a grid barrier.
+LSTM_KERNEL counting(Data d) {
+  d.words[blockIdx.x] = 1;
+  red_release(d.flag, 1);
+  wait_at_least(d.flag, gridDim.x, kLimit);
+  uint32_t sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += d.words[block];
+  checks::expect(sum == gridDim.x, "all blocks have counted");
+}
+
+LSTM_KERNEL constants_read_only(Data d) { d.words[me() + blockIdx.x * 64] = __ldg(d.constants + me()); }
+LSTM_KERNEL own_data_read_only(Data d) {
+  if (blockIdx.x > 0) return;
+  d.words[me()] = 1;
+  __syncthreads();
+  d.words[me()] = __ldg(d.words + me());
+}
+
+// ---- asynchronous copies
+// ----------------------------------------------------------------------------------------------
+enum class Copy { Waited, NoBarrier, NoWait, WrongGroup };
+
+template <Copy copy>
+LSTM_KERNEL copying(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  cp_async4(array + me(), d.constants + me());
+  cp_async_commit();
+  if (copy == Copy::WrongGroup) {
+    cp_async_wait<1>();
+  } else if (copy != Copy::NoWait) {
+    cp_async_wait<0>();
+  }
+  if (copy != Copy::NoBarrier) __syncthreads();
+  d.words[me()] = array[neighbour()];
+  cp_async_wait<0>();
+}
+LSTM_KERNEL own_copy_before_the_wait(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  cp_async4(array + me(), d.constants + me());
+  cp_async_commit();
+  d.words[me()] = array[me()];
+  cp_async_wait<0>();
+}
+LSTM_KERNEL copy_over_what_is_read(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = 1;
+  __syncthreads();
+  d.words[me()] = array[neighbour()];
+  cp_async4(array + me(), d.constants + me());
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// ---- clusters
+// ---------------------------------------------------------------------------------------------------------
+template <bool ordered>
+LSTM_KERNEL peers_memory(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  map_rank(array, 1 - cluster_rank())[me()] = me();
+  if (ordered) cluster_sync();
+  d.words[blockIdx.x * 64 + me()] = array[neighbour()];
+  cluster_sync();
+}
+LSTM_KERNEL block_barrier_for_a_cluster(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  map_rank(array, 1 - cluster_rank())[me()] = me();
+  __syncthreads();
+  d.words[blockIdx.x * 64 + me()] = array[me()];
+  cluster_sync();
+}
+// Between arriving and waiting nothing is known of the others.
+LSTM_KERNEL reading_between(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  map_rank(array, 1 - cluster_rank())[me()] = me();
+  cluster_arrive();
+  d.words[blockIdx.x * 64 + me()] = array[me()];
+  cluster_wait();
+}
+
+enum class Inbox { Waited, OneWaits, NobodyWaits, OverwrittenEarly };
+
+template <Inbox inbox>
+LSTM_KERNEL messages(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  LSTM_SHARED(uint64_t, barriers, 2);
+  if (me() == 0) {
+    mbarrier_init(barriers, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(barriers, 64 * 4);
+  }
+  if (inbox == Inbox::OverwrittenEarly) array[me()] = 7;
+  cluster_sync();
+  if (inbox == Inbox::OverwrittenEarly) d.words[blockIdx.x * 64 + me()] = array[neighbour()];
+  const unsigned peer = 1 - cluster_rank();
+  st_async(map_rank(array + me(), peer), me(), map_rank(barriers, peer));
+  if (inbox != Inbox::NobodyWaits && (inbox != Inbox::OneWaits || me() == 0)) mbarrier_wait(barriers, 0, kLimit);
+  if (inbox != Inbox::OverwrittenEarly) d.words[blockIdx.x * 64 + me()] = array[neighbour()];
+  if (me() == 0) mbarrier_wait(barriers, 0, kLimit);
+  cluster_sync();
+}
+
+template <bool in_order>
+LSTM_KERNEL arrivals(Data d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  LSTM_SHARED(uint64_t, barriers, 2);
+  if (me() == 0) mbarrier_init(barriers, blockDim.x);
+  __syncthreads();
+  if (in_order) array[me()] = me();
+  mbarrier_arrive(barriers);
+  if (!in_order) array[me()] = me();
+  mbarrier_wait(barriers, 0, kLimit);
+  d.words[me()] = array[neighbour()];
+}
+LSTM_KERNEL barrier_used_before_it_is_known(Data) {
+  LSTM_SHARED(uint64_t, barriers, 2);
+  if (me() == 0) mbarrier_init(barriers, 2);
+  __shfl_sync(kAll, 1, 0);
+  if (me() % 32 == 0) mbarrier_arrive(barriers);
+}
+
+struct Case {
+  const char* name;
+  void (*kernel)(Data);
+  LaunchConfig config;
+  bool races;
+};
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = {
+      {"block_barrier", block_barrier<true>, shape(1, 64), false},
+      {"no_block_barrier", block_barrier<false>, shape(1, 64), true},
+      {"warp_barrier", warp_barrier<true>, shape(1, 64), false},
+      {"no_warp_barrier", warp_barrier<false>, shape(1, 64), true},
+      {"warp_barrier_for_a_block", warp_barrier_for_a_block, shape(1, 64), true},
+      {"half_a_warp", half_a_warp, shape(1, 64), false},
+      {"shuffle_as_barrier", shuffle_as_barrier, shape(1, 64), true},
+      {"read_before_overwritten", read_before_overwritten, shape(1, 64), true},
+      {"same_value_twice", same_value_twice, shape(1, 64), true},
+      {"neighbouring_halves", neighbouring_halves, shape(2, 64), false},
+      {"neighbouring_bytes", neighbouring_bytes, shape(2, 64), false},
+      {"blocks_apart", blocks_apart, shape(2, 64), false},
+      {"blocks_on_each_other", blocks_on_each_other, shape(2, 64), true},
+      {"atomics_together", atomics_together, shape(2, 64), false},
+      {"atomic_beside_plain", atomic_beside_plain, shape(2, 64), true},
+      {"release_acquire", message_passing<Publish::Release, Learn::Acquire>, shape(2, 32), false},
+      {"release_fence", message_passing<Publish::Release, Learn::Fence>, shape(2, 32), false},
+      {"fence_acquire", message_passing<Publish::Fence, Learn::Acquire>, shape(2, 32), false},
+      {"fence_fence", message_passing<Publish::Fence, Learn::Fence>, shape(2, 32), false},
+      {"relaxed_acquire", message_passing<Publish::Relaxed, Learn::Acquire>, shape(2, 32), true},
+      {"release_relaxed", message_passing<Publish::Release, Learn::Relaxed>, shape(2, 32), true},
+      {"fence_relaxed", message_passing<Publish::Fence, Learn::Relaxed>, shape(2, 32), true},
+      {"flag_first", message_passing<Publish::FlagFirst, Learn::Acquire>, shape(2, 32), true},
+      {"counting", counting, shape(8, 1), false},
+      {"constants_read_only", constants_read_only, shape(2, 64), false},
+      {"own_data_read_only", own_data_read_only, shape(2, 64), true},
+      {"copy", copying<Copy::Waited>, shape(1, 64), false},
+      {"copy_without_barrier", copying<Copy::NoBarrier>, shape(1, 64), true},
+      {"copy_without_wait", copying<Copy::NoWait>, shape(1, 64), true},
+      {"copy_of_the_wrong_group", copying<Copy::WrongGroup>, shape(1, 64), true},
+      {"own_copy_before_the_wait", own_copy_before_the_wait, shape(1, 64), true},
+      {"copy_over_what_is_read", copy_over_what_is_read, shape(1, 64), true},
+      {"peers_memory", peers_memory<true>, shape(2, 64, 2), false},
+      {"peers_memory_at_once", peers_memory<false>, shape(2, 64, 2), true},
+      {"block_barrier_for_a_cluster", block_barrier_for_a_cluster, shape(2, 64, 2), true},
+      {"reading_between", reading_between, shape(2, 64, 2), true},
+      {"messages", messages<Inbox::Waited>, shape(2, 64, 2), false},
+      {"messages_one_waits", messages<Inbox::OneWaits>, shape(2, 64, 2), true},
+      {"messages_nobody_waits", messages<Inbox::NobodyWaits>, shape(2, 64, 2), true},
+      {"messages_over_what_is_read", messages<Inbox::OverwrittenEarly>, shape(2, 64, 2), true},
+      {"arrivals", arrivals<true>, shape(1, 64), false},
+      {"arrivals_too_early", arrivals<false>, shape(1, 64), true},
+      {"barrier_used_before_it_is_known", barrier_used_before_it_is_known, shape(1, 64), true},
+  };
+  return all;
+}
+
+void check(const Case& one) {
+  simt::DeviceBuffer<uint32_t> words(256, 0u, "words"), flag(1, 0u, "flag"), constants(64, 3u, "constants");
+  simt::DeviceBuffer<uint16_t> halves(256, uint16_t{0}, "halves");
+  const Data data{words.data(), flag.data(), constants.data(), halves.data()};
+  std::string said;
+  try {
+    // Twice: one launch is ordered after the other.
+    launch(one.kernel, one.config, data);
+    flag[0] = 0;
+    launch(one.kernel, one.config, data);
+  } catch (const simt::Error& error) {
+    said = error.what();
+  }
+  // Some orders break a rule before they come to the race.
+  const bool raced =
+      said.find("racy accesses") != std::string::npos || said.find("not initialised") != std::string::npos;
+  checks::expect(raced == one.races && (raced || said.empty()),
+                 std::string(one.name) + (said.empty() ? ": no race" : ": " + said));
+}
+
+}  // namespace
+
+int main() {
+  if (!simt::race::enabled) {
+    std::printf("not a race build\n");
+    return 64;
+  }
+  for (const Case& one : cases()) check(one);
+  std::printf("%zu cases, %d failures\n", cases().size(), checks::failures);
+  return checks::failures == 0 ? 0 : 1;
+}

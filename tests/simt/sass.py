@@ -1,0 +1,127 @@
+"""Machine code of the kernels, and what is expected in it: instructions that only show there were meant or feared."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from simt import nvcc
+
+
+def find_nvdisasm() -> str | None:
+    """NVIDIA's disassembler: from its wheel, or from a toolkit."""
+    try:
+        files = importlib.metadata.distribution("nvidia-cuda-nvdisasm").files or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "nvdisasm":
+            return str(file.locate())
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=f"{home}/bin")
+
+
+_FUNCTION = re.compile(r"^\.text\.(\S+):$", re.MULTILINE)
+_ADDRESS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+def opcodes(cubin: Path) -> dict[str, list[str]]:
+    """The instructions of each kernel with their modifiers, as in LDG.E.128, in order."""
+    text = subprocess.run([find_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    _, *parts = _FUNCTION.split(text)
+    names, bodies = nvcc.demangle(parts[::2]), parts[1::2]
+    code = {name: _INSTRUCTION.findall(body) for name, body in zip(names, bodies, strict=True)}
+    # A line that is not understood would look like code without faults.
+    if not code or [len(found) for found in code.values()] != [
+        len(_ADDRESS.findall(body)) for body in bodies
+    ]:
+        raise ValueError(f"nvdisasm's text was not understood:\n{text[:2000]}")
+    return code
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """For kernels whose name, without namespaces and parameters, is like `kernels`. The patterns are regular
+    expressions of whole opcodes."""
+
+    kernels: str
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = nvcc.ARCHITECTURES
+
+    def problems(self, name: str, architecture: str, code: Iterable[str]) -> list[str]:
+        if architecture not in self.architectures or not fnmatch.fnmatchcase(name, self.kernels):
+            return []
+        code = sorted(set(code))
+        missing = [p for p in self.present if not any(re.fullmatch(p, opcode) for opcode in code)]
+        unwanted = [o for o in code for p in self.absent if re.fullmatch(p, o)]
+        return [f"{p} is missing" for p in missing] + [f"{opcode} is there" for opcode in unwanted]
+
+
+FROM_HOPPER = ("sm_90", "sm_100", "sm_120")
+# Opcodes by what they are for.
+LOCAL_MEMORY = (r"LDL.*", r"STL.*")
+ATOMICS = (r"ATOM.*", r"REDG?(\..*)?")
+DOUBLE = (r"D(ADD|MUL|FMA|SETP|MNMX)(\..*)?", r"F2F\.F64.*", r"F2F\.F32\.F64.*", r"MUFU\.\w*64H")
+EXPONENTIAL = (r"MUFU\.EX2.*",)
+TANH_OF_11_BITS = (r"MUFU\.TANH.*",)
+BLOCK_BARRIER = (r"BAR\.SYNC.*",)
+GENERIC = (r"LD\.E.*", r"ST\.E.*")  # the hardware has to find out which memory it is
+COPY_16 = (r"LDGSTS\.E\.BYPASS\.128.*", r"LDGDEPBAR.*", r"DEPBAR\.LE.*")
+MATRIX_LOADS = (r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2")
+MMA_BF16 = (r"HMMA\.16816\.F32\.BF16",)
+CLUSTER_BARRIER = (r"UCGABAR_ARV", r"UCGABAR_WAIT")
+# Of an mbarrier: its initialisation, an arrival with and without bytes expected, a wait.
+MBARRIER = (r"SYNCS\.EXCH\.64", r"SYNCS\.ARRIVE\.TRANS64.*", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT")
+
+FLOATS = ("float", "__half", "__nv_bfloat16")
+EXPECTATIONS = (
+    Expectation("*", absent=LOCAL_MEMORY),
+    # Pointers of kernels are to global memory, shared arrays are used by name: nvcc sees which it is. Not where a
+    # pointer is chosen from a table of them, as in previous_outputs_kernel.
+    *(Expectation(f"{k}_kernel<*>", absent=GENERIC) for k in ("cell_*", "output_gradient", "sum_of_rows")),
+    # A sum whose order depends on timing differs from run to run.
+    Expectation("*_kernel<*>", absent=ATOMICS),
+    # An unmarked constant is a double: 1.0 where 1.0f is meant makes a float kernel several times slower.
+    *(Expectation(f"*_kernel<{t}>", absent=DOUBLE) for t in FLOATS),
+    *(Expectation(f"sum_of_rows_kernel<{t}, float>", absent=DOUBLE) for t in ("float", "__nv_bfloat16")),
+    *(Expectation(f"cell_*_kernel<{t}>", (*EXPONENTIAL, r"MUFU\.RCP.*"), TANH_OF_11_BITS) for t in FLOATS),
+    Expectation("cell_*_kernel<double>", present=(r"DFMA.*",)),
+    Expectation("sum_of_rows_kernel<*>", present=BLOCK_BARRIER),
+)
+
+# Of the toys of the emulator's tests, which have what the project's own kernels have not yet: they show that these
+# patterns are those of today's machine code.
+TOY_EXPECTATIONS = (
+    Expectation("*", absent=LOCAL_MEMORY),
+    Expectation("toy::grid_f32<*>", present=(*COPY_16, r"LDS\.128", r"REDG?\.E\.ADD\.STRONG\.GPU")),
+    Expectation("toy::grid_bf16<*>", present=(*MATRIX_LOADS, *MMA_BF16, r"LDGSTS\.E\.64.*")),
+    Expectation("toy::cluster_stores<*>", present=(*CLUSTER_BARRIER, r"ST\.E"), architectures=FROM_HOPPER),
+    Expectation(
+        "toy::cluster_messages<*>",
+        present=(*MBARRIER, *CLUSTER_BARRIER, r"STAS"),
+        absent=(r"ST\.E",),
+        architectures=FROM_HOPPER,
+    ),
+    Expectation("wrappers::messages<uint4>", present=(*MBARRIER, r"STAS\.128"), architectures=FROM_HOPPER),
+    Expectation("wrappers::messages<unsigned long>", present=(r"STAS\.64",), architectures=FROM_HOPPER),
+    Expectation("wrappers::load_x4_trans", present=(r"LDSM\.16\.MT88\.4",)),
+    Expectation("wrappers::multiply<(wrappers::Format)0>", present=(r"HMMA\.16816\.F32",)),
+    Expectation("wrappers::multiply<(wrappers::Format)2>", present=(r"HMMA\.1688\.F32\.TF32",)),
+    # What needs sm_90 is a trap before it.
+    Expectation("toy::cluster_*", present=(r"BPT\.TRAP",), absent=CLUSTER_BARRIER, architectures=("sm_80",)),
+)
+
+
+def problems(
+    name: str, architecture: str, code: list[str], expectations: Iterable[Expectation] = EXPECTATIONS
+) -> list[str]:
+    return [problem for e in expectations for problem in e.problems(name, architecture, code)]

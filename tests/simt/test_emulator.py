@@ -1,0 +1,212 @@
+"""The emulator's own tests: what it computes, the rules it enforces, and bugs that it has to find.
+
+A driver is a C++ program (see README.md); how it was run is in the test's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from simt import build
+from simt.modes import MANY_SEEDS, MODES, Mode, run
+
+HERE = Path(__file__).resolve().parent
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+@functools.cache
+def program(name: str, mode: str) -> Path:
+    return build.compile_driver([HERE / f"{name}.cpp"], mode)
+
+
+def report(done: subprocess.CompletedProcess) -> str:
+    return f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def assert_passes(driver: str, *arguments: object, mode: str | Mode) -> None:
+    mode = MODES[mode] if isinstance(mode, str) else mode
+    for done in run(program(driver, mode.build), *arguments, mode=mode):
+        assert done.returncode == 0, report(done)
+
+
+# The drivers set schedules and times of delivery themselves.
+@pytest.mark.parametrize("mode", ["late", "asan", "race"])
+def test_primitives(mode: str) -> None:
+    assert_passes("primitives_driver", mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["late", "now", "random", "asan", "race"])
+def test_rules(mode: str) -> None:
+    assert_passes("rules_driver", mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["race", "race-random"])
+def test_race_detector(mode: str) -> None:
+    assert_passes("race_driver", mode=mode)
+
+
+WILD_ACCESSES = [
+    "past_a_static_array",
+    "before_a_static_array",
+    "past_dynamic_memory",
+    "past_a_buffer",
+    "before_a_buffer",
+    "writing_after_the_end",
+]
+
+
+@pytest.mark.parametrize("rule", WILD_ACCESSES)
+def test_wild_access(rule: str) -> None:
+    assert_passes("rules_driver", rule, mode="late")
+    for done in run(program("rules_driver", "asan"), rule, mode=MODES["asan"]):
+        assert done.returncode != 0 and "use-after-poison" in done.stderr, report(done)
+
+
+def test_the_environment_is_checked() -> None:
+    for done in run(program("toy_driver", "plain"), "grid_f32", mode=MODES["late"], SIMT_SCHEDULE="frantic"):
+        assert done.returncode == 2 and "frantic, and not one of: fifo random priority" in done.stdout, (
+            report(done)
+        )
+
+
+KERNELS = ["grid_f32", "grid_bf16", "cluster_stores", "cluster_messages"]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_toy_kernels(kernel: str, mode: str) -> None:
+    assert_passes("toy_driver", kernel, mode=mode)
+
+
+@pytest.mark.full
+def test_fibers_of_other_processors() -> None:
+    mode = Mode("ucontext", MODES["random"].environments)
+    for kernel in KERNELS:
+        assert_passes("toy_driver", kernel, mode=mode)
+    assert_passes("rules_driver", mode=mode)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("batch", [1, 8, 16])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_toy_kernels_with_many_orders(kernel: str, steps: int, batch: int) -> None:
+    assert_passes("toy_driver", kernel, 0, steps, batch, mode=MANY_SEEDS)
+    for mode in ("asan", "race", "race-random"):
+        assert_passes("toy_driver", kernel, 0, steps, batch, mode=mode)
+
+
+def test_a_lost_message_ends_in_a_status() -> None:
+    """The kernel that bounds its waits says that it gave up, whatever the order of events."""
+    for mode in ("late", "now", "random", "race"):
+        driver = program("toy_driver", MODES[mode].build)
+        for done in run(driver, "cluster_messages", mode=MODES[mode], TOY_LOSE_MESSAGE="1000"):
+            assert done.returncode == 3 and "a wait expired" in done.stdout, report(done)
+
+
+@functools.cache
+def bug_number(name: str) -> int:
+    declared = re.search(r"enum Bug : int \{(.*?)\};", (HERE / "toy_lstm.cuh").read_text(), re.S)
+    return re.findall(r"^ +(k\w+),", declared[1], re.M).index(name)
+
+
+WRONG = "wrong numbers"
+EXPIRED = "a wait expired"
+RACE = "racy accesses"
+POISON = "use-after-poison"
+
+
+def everywhere(message: str) -> dict[str, str]:
+    return dict.fromkeys(MODES, message)
+
+
+# Planted bugs: the kernel, the name in toy_lstm.cuh, what each mode that must catch it says, and the modes that are
+# known to miss it: the reason why there are several. Random modes have to catch it in one of their orders.
+PLANTED: list[tuple[str, str, dict[str, str], list[str]]] = [
+    ("grid_f32", "kNoSyncAfterLoad", {"late": WRONG, "random": WRONG, "race": RACE}, []),
+    ("grid_f32", "kSharedWritePastEnd", {"late": "past the end of shared array", "asan": POISON}, []),
+    ("grid_f32", "kNoCopyWait", {"late": WRONG, "random": WRONG, "race": RACE}, ["now"]),
+    ("grid_f32", "kNoRelease", {"race": RACE}, ["late", "now", "random", "asan"]),
+    ("grid_f32", "kTargetOffByOne", {"random": WRONG, "race-random": RACE}, ["late", "now", "asan", "race"]),
+    ("grid_f32", "kGlobalReadPastEnd", {"late": WRONG, "asan": POISON}, []),
+    ("grid_f32", "kGlobalWritePastEnd", {"late": "past the end of buffer c", "asan": POISON}, []),
+    ("grid_f32", "kDivergentBarrier", everywhere("divergent __syncthreads"), []),
+    ("grid_f32", "kReadOnlyLoad", {"race": "read-only cache"}, ["late", "now", "random", "asan"]),
+    ("grid_f32", "kLeavesEarly", everywhere("leaves while others|after a thread of the block has left"), []),
+    ("grid_f32", "kCopyNeverAwaited", everywhere("a cp.async that it has not waited for"), []),
+    ("grid_f32", "kMisalignedCopy", everywhere("not aligned to the bytes copied"), []),
+    ("grid_bf16", "kNoSyncBeforeLdmatrix", {"late": WRONG, "random": WRONG, "race": RACE}, []),
+    ("grid_bf16", "kSwappedFragments", {"late": WRONG}, []),
+    ("grid_bf16", "kMisalignedLdmatrix", everywhere("ldmatrix: a row is not 16-byte aligned"), []),
+    ("cluster_stores", "kExitWithoutBarrier", everywhere("a peer has taken an address|has ended"), []),
+    ("cluster_stores", "kSingleBuffer", {"late": WRONG, "random": WRONG, "race": RACE}, []),
+    ("cluster_stores", "kNoSyncwarp", {"random": WRONG, "race": RACE}, ["late", "now", "asan"]),
+    ("cluster_stores", "kPartialMask", everywhere("other lanes are in"), []),
+    (
+        "cluster_messages",
+        "kNoInitFence",
+        everywhere("without a fence.mbarrier_init|before a cluster barrier"),
+        [],
+    ),
+    ("cluster_messages", "kNoInitBarrier", everywhere("before a cluster barrier|is not initialised"), []),
+    ("cluster_messages", "kSecondExpectTx", everywhere("a second expect_tx in one phase"), []),
+    ("cluster_messages", "kTooFewBytes", {"late": "bytes away from what it expects", "race": RACE}, []),
+    ("cluster_messages", "kTooManyBytes", everywhere(EXPIRED), []),
+    ("cluster_messages", "kWrongParity", everywhere("a second expect_tx in one phase"), []),
+    ("cluster_messages", "kSingleBuffer", {"now": WRONG, "random": WRONG, "race": RACE}, ["late", "asan"]),
+    ("cluster_messages", "kExitWithoutBarrier", everywhere("a peer has taken an address|has ended"), []),
+    ("cluster_messages", "kUnboundedWait", everywhere("livelock"), []),
+    ("cluster_messages", "kIdleThreadsWait", {"random": EXPIRED}, ["late", "now", "asan"]),
+    ("cluster_messages", "kNoWait", {"late": WRONG, "random": WRONG, "race": RACE}, []),
+]
+
+# "everywhere" is checked in these; in all of MODES by the full tests.
+QUICK = {"late", "race"}
+
+
+def planted_cases() -> list:
+    cases = []
+    for kernel, bug, caught, _ in PLANTED:
+        for mode, message in caught.items():
+            full = len(caught) == len(MODES) and mode not in QUICK
+            marks = [pytest.mark.full] if full else []
+            cases.append(pytest.param(kernel, bug, mode, message, id=f"{kernel}-{bug}-{mode}", marks=marks))
+    return cases
+
+
+def outcomes(kernel: str, bug: str, mode: str) -> list[subprocess.CompletedProcess]:
+    environment = {"TOY_LOSE_MESSAGE": "1000"} if bug == "kUnboundedWait" else {}
+    driver = program("toy_driver", MODES[mode].build)
+    shape = (7, 1) if bug == "kIdleThreadsWait" else ()  # steps and batch
+    return list(run(driver, kernel, bug_number(bug), *shape, mode=MODES[mode], **environment))
+
+
+@pytest.mark.parametrize(("kernel", "bug", "mode", "message"), planted_cases())
+def test_planted_bug_is_caught(kernel: str, bug: str, mode: str, message: str) -> None:
+    runs = outcomes(kernel, bug, mode)
+    caught = [
+        done.returncode != 0 and any(part in done.stdout + done.stderr for part in message.split("|"))
+        for done in runs
+    ]
+    assert any(caught), "\n".join(map(report, runs))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bug", "mode"),
+    [pytest.param(k, bug, mode, id=f"{k}-{bug}-{mode}") for k, bug, _, missed in PLANTED for mode in missed],
+)
+def test_planted_bug_that_a_mode_misses(kernel: str, bug: str, mode: str) -> None:
+    """Should one of these fail, the emulator has become better, and the table above can say so."""
+    for done in outcomes(kernel, bug, mode):
+        assert done.returncode == 0, report(done)
+
+
+def test_every_bug_is_planted() -> None:
+    declared = re.search(r"enum Bug : int \{(.*?)\};", (HERE / "toy_lstm.cuh").read_text(), re.S)
+    names = set(re.findall(r"^ +(k\w+),", declared[1], re.M))
+    assert names - {"kNone"} == {bug for _, bug, _, _ in PLANTED}

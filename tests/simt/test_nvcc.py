@@ -1,0 +1,152 @@
+"""The CUDA sources under nvcc, for every architecture: warnings, registers, and what is in the machine code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from simt import nvcc, resources, sass
+
+if nvcc.find_nvcc() is None:
+    pytest.skip("nvcc is not installed", allow_module_level=True)
+
+needs_disassembler = pytest.mark.skipif(
+    sass.find_nvdisasm() is None, reason="nvdisasm (nvidia-cuda-nvdisasm, of the group `test`) is missing"
+)
+
+HERE = Path(__file__).parent
+UNITS = resources.units()
+# The newest torch compiles as C++20. With the host's part, which g++ compiles.
+OBJECTS = [nvcc.Unit(source, "sm_90", "c++20", "object") for source in nvcc.sources()]
+
+# The kernels of the emulator's tests, for what the project's own ones have not yet.
+TOYS = [
+    nvcc.Unit(HERE / f"{name}.cu", arch, flags=(f"-I{HERE.parent}",))
+    for name in ("toy", "wrappers")
+    for arch in nvcc.architectures()
+]
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[nvcc.Compilations]:
+    running = nvcc.Compilations([*UNITS, *OBJECTS, *TOYS])
+    yield running
+    running.close()
+
+
+def test_there_are_sources() -> None:
+    assert UNITS
+
+
+@pytest.mark.parametrize("unit", [*UNITS, *OBJECTS], ids=str)
+def test_compiles_without_warnings_spills_and_stack_frames(
+    unit: nvcc.Unit, compilations: nvcc.Compilations
+) -> None:
+    kernels = nvcc.resources(compilations[unit].log)
+    assert kernels
+    for name, kernel in kernels.items():
+        assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), name
+
+
+def test_resources_are_as_recorded(compilations: nvcc.Compilations) -> None:
+    version, before = resources.recorded()
+    if version != nvcc.version():
+        pytest.skip(f"recorded with nvcc {version}; this one is {nvcc.version()}")
+    changed = resources.differences(before, resources.measure(compilations))
+    assert not changed, "\n".join(
+        ["if this is meant: cd tests && python -m simt.resources --write, and commit the table", *changed]
+    )
+
+
+@needs_disassembler
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_machine_code(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
+    problems = [
+        f"{name}: {problem}"
+        for name, code in sass.opcodes(compilations[unit].path).items()
+        for problem in sass.problems(name, unit.architecture, code)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("expectations", ["EXPECTATIONS", "TOY_EXPECTATIONS"])
+def test_every_expectation_is_about_some_kernel(expectations: str, compilations: nvcc.Compilations) -> None:
+    units = UNITS if expectations == "EXPECTATIONS" else TOYS
+    kernels = [(name, u.architecture) for u in units for name in nvcc.resources(compilations[u].log)]
+    for expectation in getattr(sass, expectations):
+        assert expectation.present or expectation.absent
+        # No code has what has to be there.
+        probe = dataclasses.replace(expectation, present=("NOTHING",))
+        assert any(probe.problems(name, arch, []) for name, arch in kernels), expectation
+
+
+@needs_disassembler
+@pytest.mark.parametrize("unit", TOYS, ids=str)
+def test_machine_code_of_toys(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
+    problems = [
+        f"{name}: {problem}"
+        for name, code in sass.opcodes(compilations[unit].path).items()
+        for problem in sass.problems(name, unit.architecture, code, sass.TOY_EXPECTATIONS)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+# The tests above fail where they should.
+
+_KERNEL = 'extern "C" __global__ void kernel(float* p, int n) {{ {body} }}'
+_FAULTS = {
+    "an unused variable": ("int unused; p[n] = 1;", "unused"),
+    "an array in local memory": (
+        "float a[64]; for (int i = 0; i < 64; ++i) a[i * n & 63] = p[i]; p[0] = a[n & 63];",
+        "[Ll]ocal memory",
+    ),
+    "an operator that torch removes": (
+        "reinterpret_cast<__half*>(p)[n] = reinterpret_cast<__half*>(p)[0] + reinterpret_cast<__half*>(p)[1];",
+        "no operator",
+    ),
+}
+
+
+def _planted(directory: Path, text: str) -> nvcc.Unit:
+    source = directory / "planted.cu"
+    source.write_text(f"#include <cuda_fp16.h>\n{text}\n")
+    return nvcc.Unit(source, "sm_90")
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_planted_fault_does_not_compile(fault: str, tmp_path: Path) -> None:
+    body, message = _FAULTS[fault]
+    with pytest.raises(nvcc.CompileError, match=message):
+        nvcc.compile_unit(_planted(tmp_path, _KERNEL.format(body=body)), tmp_path)
+
+
+def test_planted_spill_is_reported(tmp_path: Path) -> None:
+    """80 values at once, in the 32 registers that the launch bounds leave."""
+    loads = "float s[80]; for (int i = 0; i < 80; ++i) s[i] = p[i * n]; __syncthreads();"
+    stores = "for (int i = 0; i < 80; ++i) p[i] = s[i] - s[(7 * i + 3) % 80];"
+    text = _KERNEL.format(body=f"{loads} {stores}").replace("void", "void __launch_bounds__(1024, 2)")
+    with pytest.raises(nvcc.CompileError, match=r"[Ss]pill"):
+        nvcc.compile_unit(_planted(tmp_path, text), tmp_path)
+
+
+@needs_disassembler
+def test_planted_expectations_are_not_met(tmp_path: Path) -> None:
+    text = _KERNEL.format(body="atomicAdd(p + n, 1.0f);")
+    code = sass.opcodes(nvcc.compile_unit(_planted(tmp_path, text), tmp_path).path)["kernel"]
+    wanted = sass.Expectation("ker*", present=(r"LDGSTS.*",), absent=sass.ATOMICS)
+    problems = sass.problems("kernel", "sm_90", code, [wanted])
+    assert len(problems) == 2 and problems[0] == "LDGSTS.* is missing", problems
+    assert not sass.problems("other", "sm_90", code, [wanted])
+
+
+def test_objects_are_used_again_until_something_changes(tmp_path: Path) -> None:
+    text = _KERNEL.format(body="p[n] = 1;")
+    unit = _planted(tmp_path, text)
+    first = nvcc.compile_unit(unit, tmp_path)
+    changed = first.path.stat().st_mtime_ns
+    assert nvcc.compile_unit(unit, tmp_path).path.stat().st_mtime_ns == changed
+    second = nvcc.compile_unit(_planted(tmp_path, text.replace("1;", "2;")), tmp_path)
+    assert second.path != first.path and not first.path.exists()

@@ -1,0 +1,247 @@
+"""The PTX route: kernels as nvcc compiles them, on the emulator, against the same kernels as g++ compiles them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import test_stepwise
+import torch
+from emulated_layer import stepwise_module
+from simt import build, nvcc
+from simt.ptx_route import TranslatedKernels, translated
+
+HERE = Path(__file__).parent
+if build.missing():
+    pytest.skip(build.missing(), allow_module_level=True)
+if nvcc.find_nvcc() is None:
+    pytest.skip("nvcc is not installed", allow_module_level=True)
+
+MODES = ("plain", "race")
+
+
+def run(program: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+# ---- the wrappers of PTX ------------------------------------------------------------------------
+
+
+def wrappers(program: Path) -> dict[str, str]:
+    """What each kernel of wrappers.cuh made, by the wrapper it is about."""
+    status, text = run(program)
+    assert status == 0, text
+    return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def wrappers_by_ptx(
+    mode: str = "plain", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
+) -> dict[str, str]:
+    source = translated(HERE / "wrappers.cu", csrc=csrc, directory=directory)
+    return wrappers(build.compile_ptx_driver(HERE / "wrappers_driver.cpp", [source], mode))
+
+
+def wrappers_by_gcc(mode: str = "plain", *include_dirs: Path) -> dict[str, str]:
+    return wrappers(build.compile_driver([HERE / "wrappers_driver.cpp"], mode, include_dirs=include_dirs))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrappers_do_the_same_on_both_routes(mode: str) -> None:
+    by_ptx, by_gcc = wrappers_by_ptx(mode), wrappers_by_gcc(mode)
+    assert len(by_ptx) > 20
+    assert by_ptx == by_gcc
+    assert not any("simt:" in line for line in by_ptx.values())
+
+
+# Mistakes in csrc/cuda/ptx.h that compile: the function, what is written there, what should not be. A round has those
+# that do not disturb each other; the wrapper whose kernel shows it is the key.
+Mistake = tuple[str, str, str]
+ROUNDS: dict[str, tuple[str, dict[str, Mistake]]] = {
+    "operands": (
+        "plain",
+        {
+            "cp_async4": ("void cp_async(", "[%0], [%1], %2, %3;", "[%3], [%1], %2, %0;"),
+            "cp_async8": ("void cp_async(", "", ""),  # by the same
+            "cp_async16": ("void cp_async(", "[%0], [%1], 16, %2", "[%2], [%1], 16, %0"),
+            "ldmatrix_x4": ("ldmatrix_x4(", "%1, %2,", "%2, %1,"),
+            "ldmatrix_x2": ("ldmatrix_x2(", "{%0, %1}", "{%1, %0}"),
+            "ldmatrix_x4_trans": ("ldmatrix_x4_trans(", ".trans", ""),
+            "ldmatrix_x2_trans": ("ldmatrix_x2_trans(", "{%0, %1}", "{%1, %0}"),
+            "mma_f16_16816": ("mma_f16_16816(", "%5, %6,", "%6, %5,"),
+            "mma_bf16_16816": ("mma_bf16_16816(", "{%8, %9}", "{%9, %8}"),
+            "mma_tf32_1688": ("mma_tf32_1688(", "{%0, %1, %2, %3}, {%4", "{%0, %2, %1, %3}, {%4"),
+            "to_tf32": ("to_tf32(", "cvt.rna.", "cvt.rn."),
+            "words": ("red_release(", ".add.", ".max."),
+            "st_async_u32": ("st_async(uint32_t*", "[%0], %1, [%2]", "[%2], %1, [%0]"),
+            "st_async_u64": ("st_async(uint64_t*", "[%0], %1, [%2]", "[%2], %1, [%0]"),
+            "st_async_v4": ("st_async(uint4*", "%2, %3,", "%3, %2,"),
+        },
+    ),
+    "mbarriers": (
+        "plain",
+        {
+            "mbarrier_arrive_remote": (
+                "mbarrier_arrive_remote(",
+                "cluster_shared_address(",
+                "shared_address(",
+            ),
+            "mbarrier_expect_tx": ("mbarrier_expect_tx(", "[%0], %1", "[%1], %0"),
+            "st_async_u32": ("mbarrier_arrive_expect_tx(", "[%0], %1", "[%1], %0"),
+        },
+    ),
+    "initialisation": ("plain", {"mbarrier_arrive": ("mbarrier_init(", "[%0], %1", "[%1], %0")}),
+    "parity": ("plain", {"mbarrier_arrive": ("mbarrier_try_wait(", "[%1], %2", "[%2], %1")}),
+    "rank": ("plain", {"cluster_rank": ("cluster_rank(", "cluster_ctarank", "cluster_nctarank")}),
+    "cluster barrier": ("plain", {"map_rank": ("cluster_arrive(", ".arrive.release.", ".wait.acquire.")}),
+    "release": (
+        "race",
+        {
+            "store_release": ("store_release(", "st.release.", "st.relaxed."),
+            "red_release": ("red_release(", "red.release.", "red.relaxed."),
+        },
+    ),
+    "acquire": ("race", {"store_release": ("load_acquire(", "ld.acquire.", "ld.relaxed.")}),
+}
+
+
+def with_mistakes(csrc: Path, mistakes: dict[str, Mistake]) -> None:
+    """Makes a copy of csrc/ that has them."""
+    shutil.copytree(nvcc.CSRC, csrc)
+    header = csrc / "cuda" / "ptx.h"
+    text = header.read_text()
+    for function, right, wrong in mistakes.values():
+        at = text.index(right, text.index(f"{function}"))
+        text = text[:at] + wrong + text[at + len(right) :]
+    header.write_text(text)
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> None:
+    mode, mistakes = ROUNDS[name]
+    with_mistakes(tmp_path / "csrc", mistakes)
+    right = wrappers_by_ptx(mode)
+    wrong = wrappers_by_ptx(mode, tmp_path / "csrc", tmp_path)
+    found = {wrapper for wrapper in right if right[wrapper] != wrong[wrapper]}
+    assert found >= mistakes.keys()
+    if name == "operands":
+        # Each by its own kernel and not by another one's, but for two kernels that need another wrapper too.
+        assert found == mistakes.keys() | {"cp_async_wait", "mbarrier_expect_tx"}
+
+
+def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
+    """Which is why there is a PTX route."""
+    mistakes = {f"{name} {wrapper}": m for name, (_, ms) in ROUNDS.items() for wrapper, m in ms.items()}
+    del mistakes["acquire store_release"], mistakes["release store_release"]
+    with_mistakes(tmp_path / "csrc", mistakes)
+    assert wrappers_by_gcc("plain", tmp_path / "csrc") == wrappers_by_gcc("plain")
+
+
+# ---- the toy kernels ----------------------------------------------------------------------------
+
+TOYS = ("grid_f32", "grid_bf16", "cluster_stores", "cluster_messages")
+
+
+def toy_driver(mode: str) -> Path:
+    return build.compile_ptx_driver(HERE / "toy_driver.cpp", [translated(HERE / "toy.cu")], mode)
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "random", "priority"])
+@pytest.mark.parametrize("kernel", TOYS)
+def test_toy(kernel: str, schedule: str) -> None:
+    status, text = run(
+        toy_driver("plain"), kernel, SIMT_SCHEDULE=schedule, SIMT_COPIES="mixed", SIMT_SEED="3"
+    )
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("kernel", TOYS)
+def test_toy_has_no_races(kernel: str) -> None:
+    status, text = run(toy_driver("race"), kernel, SIMT_SCHEDULE="random")
+    assert status == 0, text
+
+
+# Bugs of toy_lstm.cuh by name: the kernel, the mode that finds them, and what it says.
+BUGS = {
+    "kNoSyncAfterLoad": ("grid_f32", "race", "unordered with"),
+    "kSharedWritePastEnd": ("grid_f32", "plain", "past the end of shared array"),
+    "kNoCopyWait": ("grid_f32", "plain", "wrong numbers"),
+    "kNoRelease": ("grid_f32", "race", "unordered with"),
+    "kDivergentBarrier": ("grid_f32", "plain", "divergent __syncthreads"),
+    "kReadOnlyLoad": ("grid_f32", "race", "read-only cache"),
+    "kLeavesEarly": ("grid_f32", "plain", "leaves while others"),
+    "kMisalignedCopy": ("grid_f32", "plain", "not aligned"),
+    "kSwappedFragments": ("grid_bf16", "plain", "wrong numbers"),
+    "kMisalignedLdmatrix": ("grid_bf16", "plain", "16-byte aligned"),
+    "kExitWithoutBarrier": ("cluster_stores", "plain", "the block ends although a peer"),
+    "kNoSyncwarp": ("cluster_stores", "race", "unordered with"),
+    "kNoInitFence": ("cluster_messages", "plain", "without a fence.mbarrier_init"),
+    "kTooFewBytes": ("cluster_messages", "plain", "bytes away from what it expects"),
+    "kTooManyBytes": ("cluster_messages", "plain", "a wait expired"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
+    kernel, mode, message = BUGS[bug]
+    body = (HERE / "toy_lstm.cuh").read_text().split("enum Bug : int {")[1].split("}")[0]
+    names = [line.split(",")[0].strip() for line in body.splitlines() if line.strip().startswith("k")]
+    status, text = run(toy_driver(mode), kernel, str(names.index(bug)))
+    assert status != 0 and message in text
+    # Where it says a place, it is in the toys' own source, not in a wrapper or in generated code.
+    assert " at " not in text or "at toy_" in text
+
+
+# ---- the stepwise kernels -----------------------------------------------------------------------
+
+STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule", "architecture"),
+    [
+        ("plain", "random", "sm_90"),
+        ("plain", "fifo", "sm_80"),
+        ("race", "priority", "sm_90"),
+        pytest.param("asan", "random", "sm_90", marks=pytest.mark.full),
+    ],
+)
+def test_stepwise_kernels(mode: str, schedule: str, architecture: str) -> None:
+    """Against float64, on fenced memory."""
+    sources = [translated(source, architecture) for source in STEPWISE]
+    program = build.compile_ptx_driver(HERE / "stepwise_driver.cpp", sources, mode)
+    status, text = run(program, SIMT_SCHEDULE=schedule, ASAN_OPTIONS="detect_leaks=0")
+    assert status == 0, text
+
+
+@pytest.fixture(scope="module")
+def stepwise_kernels() -> TranslatedKernels:
+    return TranslatedKernels(stepwise_module(), STEPWISE)
+
+
+@pytest.mark.parametrize("name", test_stepwise.CASES)
+@pytest.mark.parametrize("dtype", test_stepwise.EPS, ids=lambda d: str(d).removeprefix("torch."))
+def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
+    """On both routes the same, but for the last bits of exp and tanh."""
+    case = test_stepwise.CASES[name]
+    layer = test_stepwise.Layer(case, dtype, 0)
+    plain = layer.emulated(case, dtype)
+    with stepwise_kernels.in_use():
+        by_ptx = layer.emulated(case, dtype)
+    for n, (x, y) in enumerate(zip(by_ptx, plain, strict=True)):
+        assert test_stepwise.error(x, y.double()) <= 16 * test_stepwise.EPS[dtype], n
+
+
+def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
+    """Otherwise the test above compares one route with itself. nvcc's exp is not libm's."""
+    case = test_stepwise.Case(steps=3, hidden_size=64)
+    layer = test_stepwise.Layer(case, torch.float32, 0)
+    plain = layer.emulated(case, torch.float32)
+    with stepwise_kernels.in_use():
+        by_ptx = layer.emulated(case, torch.float32)
+    assert not torch.equal(by_ptx[0], plain[0])

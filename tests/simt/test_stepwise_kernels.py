@@ -1,0 +1,67 @@
+"""The stepwise kernels in every mode of the emulator; mistakes planted in copies of them are caught."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from build import ROOT, compile_driver, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+DRIVER = ROOT / "tests" / "simt" / "stepwise_driver.cpp"
+
+
+def run(program: Path, **variables: str) -> tuple[int, str]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
+    done = subprocess.run([str(program)], capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables"),
+    [
+        ("plain", {"SIMT_SCHEDULE": "fifo"}),
+        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1"}),
+        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
+        ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
+        ("asan", {"SIMT_SCHEDULE": "fifo"}),
+        ("race", {"SIMT_SCHEDULE": "random"}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
+)
+def test_right_numbers(mode, variables):
+    returncode, said = run(compile_driver([DRIVER], mode), **variables)
+    assert returncode == 0, said
+
+
+# A file, what is there, what is put in its place, and the modes that must see it.
+PLANTED = {
+    "no barrier before the tree of sums": (
+        "reduction.cuh", "    __syncthreads();\n", "", ["random", "race"],
+    ),
+    "a unit too many": ("cell.cuh", "if (j >= H) return;", "if (j > H) return;", ["asan", "fifo"]),
+    "rows that begin take another state": ("cell.cuh", "if (b < c.continuing)", "if (b <= c.continuing)", ["fifo"]),
+    "a part too few": ("stepwise_launch.cuh", "{parts, s.columns, parts,", "{parts - 1, s.columns, parts,", ["fifo"]),
+    "a final state too early": ("cell.cuh", "if (b >= s.going_on) {", "if (b >= s.going_on - 1) {", ["fifo"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("planted", "mode"), [(name, mode) for name, (*_, modes) in PLANTED.items() for mode in modes]
+)
+def test_planted_mistakes_are_caught(planted, mode, tmp_path):
+    file, before, after, _ = PLANTED[planted]
+    shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / "cuda")
+    text = (tmp_path / "cuda" / file).read_text()
+    assert text.count(before) >= 1
+    (tmp_path / "cuda" / file).write_text(text.replace(before, after))
+    shutil.copy(DRIVER, tmp_path / DRIVER.name)
+    build = mode if mode in ("asan", "race") else "plain"
+    schedule = mode if build == "plain" else "fifo"
+    program = compile_driver([tmp_path / DRIVER.name], build, ["FLOAT_ONLY"], [tmp_path])
+    outcomes = (run(program, SIMT_SCHEDULE=schedule, SIMT_SEED=str(seed)) for seed in range(1, 6))
+    assert any(returncode for returncode, _ in outcomes), f"{mode} does not see it"

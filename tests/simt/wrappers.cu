@@ -1,0 +1,14 @@
+// For nvcc: what wrappers_driver.cpp launches.
+#include "simt/wrappers.cuh"
+
+namespace wrappers {
+template LSTM_KERNEL copy<4>(Arguments);
+template LSTM_KERNEL copy<8>(Arguments);
+template LSTM_KERNEL copy<16>(Arguments);
+template LSTM_KERNEL multiply<Format::F16>(Arguments);
+template LSTM_KERNEL multiply<Format::BF16>(Arguments);
+template LSTM_KERNEL multiply<Format::TF32>(Arguments);
+template LSTM_KERNEL messages<uint32_t>(Arguments);
+template LSTM_KERNEL messages<uint64_t>(Arguments);
+template LSTM_KERNEL messages<uint4>(Arguments);
+}  // namespace wrappers

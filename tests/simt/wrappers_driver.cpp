@@ -1,0 +1,60 @@
+// Runs the kernels of wrappers.cuh and prints what each made: its name, then words, or what the emulator has to say.
+// Everything that a kernel computes is exact, so that the lines are the same however it was compiled.
+#include "simt/wrappers.cuh"
+
+#include <cstdio>
+#include <string>
+
+#include "simt/global_memory.h"
+
+namespace {
+
+using wrappers::Arguments;
+using wrappers::Format;
+
+void run(const char* name, void (*kernel)(Arguments), unsigned blocks = 1, unsigned cluster = 1) {
+  simt::DeviceBuffer<uint32_t> out(64 * blocks, 0u, "out"), in(1024, "in");
+  for (uint32_t i = 0; i < 1024; ++i) in[i] = i * 2654435761u + 12345u;
+  lstm_ext::cuda::LaunchConfig config;
+  config.grid = dim3(blocks);
+  config.block = dim3(32);
+  config.cluster = cluster;
+  config.cooperative = true;
+  std::printf("%s:", name);
+  try {
+    lstm_ext::cuda::launch(kernel, config, Arguments{out.data(), in.data()});
+    for (uint32_t word : out) std::printf(" %x", word);
+  } catch (const simt::Error& error) {
+    const std::string message = error.what();
+    std::printf(" %s", message.substr(0, message.find('\n')).c_str());
+  }
+  std::printf("\n");
+}
+
+}  // namespace
+
+int main() {
+  run("cp_async4", wrappers::copy<4>);
+  run("cp_async8", wrappers::copy<8>);
+  run("cp_async16", wrappers::copy<16>);
+  run("cp_async_wait", wrappers::copy_groups);
+  run("ldmatrix_x4", wrappers::load_x4);
+  run("ldmatrix_x2", wrappers::load_x2);
+  run("ldmatrix_x4_trans", wrappers::load_x4_trans);
+  run("ldmatrix_x2_trans", wrappers::load_x2_trans);
+  run("mma_f16_16816", wrappers::multiply<Format::F16>);
+  run("mma_bf16_16816", wrappers::multiply<Format::BF16>);
+  run("mma_tf32_1688", wrappers::multiply<Format::TF32>);
+  run("to_tf32", wrappers::round_to_tf32);
+  run("words", wrappers::words);
+  run("store_release", wrappers::handover, 2);
+  run("red_release", wrappers::handover_by_counter, 2);
+  run("cluster_rank", wrappers::identity, 8, 4);
+  run("map_rank", wrappers::peers, 8, 4);
+  run("mbarrier_arrive", wrappers::own_arrivals, 1);
+  run("mbarrier_arrive_remote", wrappers::peers_arrivals, 8, 4);
+  run("st_async_u32", wrappers::messages<uint32_t>, 8, 4);
+  run("st_async_u64", wrappers::messages<uint64_t>, 8, 4);
+  run("st_async_v4", wrappers::messages<uint4>, 8, 4);
+  run("mbarrier_expect_tx", wrappers::expected_apart, 8, 4);
+}

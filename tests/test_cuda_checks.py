@@ -1,0 +1,169 @@
+"""The checks of cuda_checks.py as tests; and the errors that only CUDA has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import cuda_checks
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+from lstm_ext import _backend, _cuda_devices, autograd
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("name", cuda_checks.CHECKS)
+def test_checks(name: str) -> None:
+    torch.set_default_device(None)
+    try:
+        cuda_checks.CHECKS[name](cuda_checks.Run(torch.device("cuda", 0), quick=True))
+    except cuda_checks.NotRun as reason:
+        pytest.skip(str(reason))
+
+
+def test_checks_fail_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that cannot fail shows nothing: here every second call is off by one bit."""
+    run = cuda_checks.Run(torch.device("cpu"), quick=True)
+    training, calls = cuda_checks.Problem.training, []
+
+    def wrong(problem: cuda_checks.Problem) -> list[torch.Tensor]:
+        results = training(problem)
+        calls.append(len(results))
+        if len(calls) % 2 == 0:
+            results[-1] = torch.nextafter(results[-1].double(), torch.full((), torch.inf).double()).to(
+                results[-1]
+            )
+            results[-1].view(-1)[-1] *= 1.25
+        return results
+
+    monkeypatch.setattr(cuda_checks.Problem, "training", wrong)
+    for name in ("determinism", "race_loop", "agrees_with_float64_on_the_cpu"):
+        result = cuda_checks.perform(name, run)
+        assert result["result"] == "failed", result
+        assert "AssertionError" in result["reason"]
+    assert cuda_checks.perform("side_streams", run) == {
+        "check": "side_streams",
+        "result": "not run",
+        "reason": "not on cpu",
+    }
+
+
+# ---- errors
+
+
+def outcome(call) -> tuple[type, str] | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("on_cpu", ["input", "h", "c", "hx", "module"])
+def test_tensors_on_two_devices(on_cpu: str, grad: bool) -> None:
+    errors = []
+    for make in (lstm_ext.LSTM, nn.LSTM):
+        module, x = make(3, 4), torch.randn(5, 2, 3)
+        h, c = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+        if on_cpu == "module":
+            module.cpu()
+        x = x.cpu() if on_cpu == "input" else x
+        h = h.cpu() if on_cpu in ("h", "hx") else h
+        c = c.cpu() if on_cpu in ("c", "hx") else c
+        with torch.set_grad_enabled(grad):
+            errors.append(outcome(lambda m=module, x=x, h=h, c=c: m(x, (h, c))))
+    assert errors[0] is not None and errors[1] is not None
+    assert errors[0][0] is errors[1][0]
+    assert "device" in errors[0][1]
+
+
+@pytest.mark.devices("cuda")
+def test_a_weight_on_the_cpu_is_refused() -> None:
+    module = lstm_ext.LSTM(3, 4)
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().cpu())
+    with pytest.raises((RuntimeError, ValueError), match="cpu"):
+        module(torch.randn(5, 2, 3))
+
+
+@pytest.mark.devices("cuda")
+def test_the_same_seed_gives_the_same_weights_and_masks() -> None:
+    """Weights are those of torch's layer; the masks of dropout are our own, and come again with the seed."""
+    modules = []
+    for make in (nn.LSTM, lstm_ext.LSTM):
+        torch.manual_seed(5)
+        modules.append(make(3, 4, 3, dropout=0.5))
+    for a, b in zip(*[m.parameters() for m in modules], strict=True):
+        assert torch.equal(a, b)
+    x = torch.randn(5, 2, 3)
+    outputs = []
+    for _ in range(2):
+        torch.cuda.manual_seed(7)
+        outputs.append(modules[1](x)[0])
+    assert torch.equal(*outputs)
+    assert not torch.equal(modules[1](x)[0], outputs[0])
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_moving_between_devices(dtype: torch.dtype) -> None:
+    module = lstm_ext.LSTM(3, 4, 2, bidirectional=True, dtype=dtype)
+    x = torch.randn(5, 2, 3).to(dtype)
+    result = module(x)[0]
+    torch.testing.assert_close(module.cpu()(x.cpu())[0], result.cpu(), rtol=0.05, atol=0.05)
+    assert torch.equal(module.cuda()(x)[0], result)
+
+
+# ---- which devices have kernels. Without a GPU: torch's answers are made up.
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_cuda_devices, "_problems", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Pretended")
+    built = dataclasses.replace(_backend.status(), cuda="13.0 for 8.0 9.0+PTX")
+    monkeypatch.setattr(_backend, "status", lambda: built)
+
+    def capability(*value: int) -> None:
+        _cuda_devices._problems.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: value)
+
+    capability(9, 0)
+    return capability
+
+
+def test_cards_that_are_too_old(pretend) -> None:
+    for old in ((7, 5), (7, 0), (6, 1)):
+        pretend(*old)
+        problem = _cuda_devices.problem(0)
+        assert problem is not None
+        assert re.search(rf"Pretended.* {old[0]}\.{old[1]}.* 8\.0 or later", problem)
+        assert not _cuda_devices.is_supported(0)
+    for new in ((8, 0), (8, 6), (9, 0), (12, 0)):
+        pretend(*new)
+        assert _cuda_devices.problem(0) is None
+
+
+def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = dataclasses.replace(_backend.status(), cuda=None, cuda_reason="nvcc was not found")
+    monkeypatch.setattr(_backend, "status", lambda: built)
+    assert _cuda_devices.problem(0) == "nvcc was not found"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_card_without_kernels_runs_on_the_reference(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning, that says why."""
+    pretend(7, 5)
+    autograd._warn_of_cuda.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
+    arguments = (torch.zeros(1), None, None, [torch.zeros(1)])
+    assert not autograd._is_direct(*arguments)
+    with pytest.warns(RuntimeWarning, match=r"CUDA tensors on its PyTorch reference.*Pretended.*7\.5"):
+        assert autograd._indirect_layer(*arguments) is autograd.reference.lstm_layer
+    assert autograd._indirect_layer(*arguments) is autograd.reference.lstm_layer
+    autograd._warn_of_cuda.cache_clear()
