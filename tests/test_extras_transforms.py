@@ -64,6 +64,19 @@ def test_compile(name, call):
     close(torch.autograd.grad(total(ours), leaves), torch.autograd.grad(total(expected), leaves))
 
 
+def test_numbers_of_the_module_compile_with_dynamic_sizes():
+    """dynamo may take a float for a number that changes from call to call."""
+    torch._dynamo.reset()
+    module = lstm_ext.LSTM(I, H, zoneout=(0.2, 0.3)).eval()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(T, batch, I)
+        close(compiled(x), module(x))
+    module = lstm_ext.LSTM(I, H, recurrent_dropout=0.5, zoneout=0.2)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled(torch.randn(T, B, I))[0].sum().backward()
+
+
 def test_random_masks_are_drawn_in_a_compiled_layer():
     torch._dynamo.reset()
     module = lstm_ext.LSTM(I, H, recurrent_dropout=0.5, zoneout=(0.3, 0.3))
