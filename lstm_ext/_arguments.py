@@ -419,7 +419,7 @@ def _lengths_of_mask(mask: Any, layout: Layout) -> Tensor:
     falls = steps[1:] <= steps[:-1]
     if not _is_readable(steps):
         _assert_later(falls, "mask: expected True up to the end of each sequence, and False from there on")
-        return steps.to(torch.int64).cumprod(0).sum(0)
+        return ((~steps).to(torch.int64).cumsum(0) == 0).sum(0)
     if not falls.all():
         t, b = (~falls).nonzero()[0].tolist()
         raise ValueError(

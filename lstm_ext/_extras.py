@@ -80,7 +80,7 @@ class LayerExtras:
             and not isinstance(self.zoneout_h, Tensor)
             and not isinstance(self.zoneout_c, Tensor)
             and self.zoneout_h == self.zoneout_c == 0
-            and not self.norm
+            and len(self.norm) == 0
             and not self.return_cell_states
             and not self.return_gates
         )
@@ -135,7 +135,7 @@ class StackExtras:
             and self.lengths is None
             and not (self.training and self.recurrent_dropout)
             and self.zoneout == (0.0, 0.0)
-            and not self.norm
+            and len(self.norm) == 0
             and not self.return_cell_states
             and not self.return_gates
             and not self.recompute

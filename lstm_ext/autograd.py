@@ -9,6 +9,8 @@ The routes, chosen in `lstm_layer` and nowhere else:
 4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
    differentiable equations of `reference`.
 
+With `LayerExtras`, which say what the layer does beyond that of torch, it is `_layer_with_extras` that chooses.
+
 A tensor without real memory must never reach a kernel directly.
 """
 
@@ -106,6 +108,8 @@ def _layer_with_extras(
             "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with resets, "
             "recurrent_dropout, zoneout, layer_norm, return_cell_states or return_gates: give padded input and lengths"
         )
+    _refuse_none(weights)
+    _refuse_shards([input, *weights])
     return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
 
 
@@ -199,10 +203,7 @@ def _indirect_layer(
 ) -> LayerFunction:
     """The function that computes the layer for arguments that must not reach the kernels directly."""
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
-    if any([w is None for w in weights]):
-        raise TypeError(
-            "LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)"
-        )
+    _refuse_none(weights)
     if not _has_operators(input.device):
         if input.device.type == "cuda" and not torch.compiler.is_compiling():
             _warn_of_cuda(_cuda_devices.problem(input.device.index))
@@ -220,6 +221,13 @@ def _indirect_layer(
     if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
         return _operator
     return transforms.lstm_layer
+
+
+def _refuse_none(weights: Sequence[Tensor]) -> None:
+    if any([w is None for w in weights]):
+        raise TypeError(
+            "LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)"
+        )
 
 
 def _has_operators(device: torch.device) -> bool:

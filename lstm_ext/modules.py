@@ -21,6 +21,18 @@ _NO_TORCHSCRIPT = (
 )
 
 
+_jit_is_tracing = torch._C._is_tracing
+
+
+def _is_tracing() -> bool:
+    """torch.jit.is_tracing(), in a shorter way: asked in every call."""
+    return _jit_is_tracing()
+
+
+# For dynamo, which would not look into it, as `_backend.has_kernels`.
+_is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class LSTM(nn.RNNBase):
     """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
 
@@ -66,8 +78,9 @@ class LSTM(nn.RNNBase):
     """
 
     # Of the class, so that a layer without extras has the attributes of torch's, and one pickled before has these.
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
+    # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
+    recurrent_dropout: float = 0
+    zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
     forget_bias: float | None = None
     recompute: bool = False
@@ -285,7 +298,7 @@ class LSTM(nn.RNNBase):
 
     def _forward_with_extras(self, input: Any, hx: Any, **asked: Any) -> tuple[Any, ...]:
         """``forward`` where there is something that ``torch.nn.LSTM`` does not have."""
-        if torch.jit.is_tracing():
+        if _is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
         packed, state_rank = None, 3
         if isinstance(input, PackedSequence):
@@ -307,13 +320,30 @@ class LSTM(nn.RNNBase):
             layout = Layout(x.size(0), 1, batched=False)
         else:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        weights, w = self._checked_weights()
+        weights = self._weights_by_layer()
+        w = weights[0][0]
         h0, c0 = (None, None) if hx is None else _unpack_hx(hx)
         if h0 is not None and c0 is not None and (state_rank == 2 or h0.dim() != 3 or c0.dim() != 3):
             h0, c0 = _batched_states(h0, c0, state_rank)
         self._explain(x, h0, c0, w, layout.batch)
+
+        def stacked(x: Tensor, h0: Any, c0: Any, batch_sizes: Tensor | None, extras: Any) -> Any:
+            return _stack.stack(
+                autograd.lstm_layer,
+                x,
+                h0,
+                c0,
+                weights,
+                batch_sizes,
+                self.bias,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+                extras,
+            )
+
         return _arguments.run(
-            lambda x, h0, c0, batch_sizes, extras: self._stacked(x, h0, c0, weights, batch_sizes, extras),
+            stacked,
             x,
             h0,
             c0,
@@ -408,9 +438,10 @@ class LSTM(nn.RNNBase):
         """Check and compute; x is (T, B, I), or (N, I) with ``batch_sizes``. The way through here without an
         error is kept short.
         """
-        if torch.jit.is_tracing():
+        if _is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
-        weights, w = self._checked_weights()
+        weights = self._weights_by_layer()
+        w = weights[0][0]
         dtype, device = x.dtype, x.device
         shape = x.shape
         good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
@@ -432,17 +463,6 @@ class LSTM(nn.RNNBase):
             )
         if not good:
             self._explain(x, h0, c0, w, batch)
-        return self._stacked(x, h0, c0, weights, batch_sizes, None)
-
-    def _stacked(
-        self,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Sequence[Sequence[Tensor]],
-        batch_sizes: Tensor | None,
-        extras: StackExtras | None,
-    ) -> Any:
         return _stack.stack(
             autograd.lstm_layer,
             x,
@@ -454,20 +474,7 @@ class LSTM(nn.RNNBase):
             self.dropout,
             self.training,
             self.bidirectional,
-            extras,
         )
-
-    def _checked_weights(self) -> tuple[list[list[Tensor]], Tensor]:
-        """The weights by layer, and the first of them."""
-        weights = self._weights_by_layer()
-        if len(weights) != self.num_layers:
-            raise RuntimeError(
-                f"LSTM: num_layers is {self.num_layers}, but the module was made with {len(weights)} layers"
-            )
-        w = weights[0][0]
-        if w is None:
-            raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
-        return weights, w
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
@@ -487,6 +494,12 @@ class LSTM(nn.RNNBase):
                 else:
                     layer.append(parameters[name])
             layers.append(layer)
+        if len(layers) != self.num_layers:
+            raise RuntimeError(
+                f"LSTM: num_layers is {self.num_layers}, but the module was made with {len(layers)} layers"
+            )
+        if layers[0][0] is None:
+            raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
         return layers
 
     def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:

@@ -38,11 +38,11 @@ What a layer can do beyond that (``extras``), in the order in which step t does 
     lengths                 from step lengths[b] on, row b keeps its h and c, and its output is 0
 
 Recurrent dropout is that of Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates,
-as in Keras. Zoneout is that of Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation is that of
-Ba, Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), as in the library Haste: c_t goes on
-as it is, and only what h_t sees of it is normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the
-normalised c_t on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum;
-the two biases of the layer are that already.
+as in Keras 3. Zoneout is that of Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation is that
+of Ba, Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), as in the library Haste: c_t
+goes on as it is, and only what h_t sees of it is normalised (the cells of TorchScript's ``fastrnns`` benchmark carry
+the normalised c_t on, which is another layer). The paper adds a shift to each of the two products and a bias to their
+sum; the two biases of the layer are that already.
 
 Every function is differentiable as often as one likes and takes any device and any dtype. bfloat16 and float16
 are computed in float32, the cell state included, and rounded once, at the end of a layer.

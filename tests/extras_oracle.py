@@ -6,6 +6,7 @@ slices, and a gate is computed by itself. Random masks are arguments; `drawn` dr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ class Cell:
 
 def segments(length: int, resets: Sequence[bool]) -> list[tuple[int, int]]:
     borders = [0] + [t for t in range(1, length) if resets[t]] + [length]
-    return list(zip(borders[:-1], borders[1:], strict=True)) if length else []
+    return list(itertools.pairwise(borders)) if length else []
 
 
 def oracle(

@@ -1,4 +1,4 @@
-"""Every extra and every combination of them that is supported, values and gradients, against the oracle of the tests."""
+"""Every combination of extras, values and gradients, against the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def call(module, form, x, hx, lengths, resets, reset_state) -> Result:
 
 
 def assert_equal_gradients(ours: Result, expected: Result, leaves: dict[str, Tensor]) -> None:
-    """Of random numbers for all results together, and of each result alone."""
+    """Values, and the gradients for random gradients of all results."""
     for name, a, b in zip(Result._fields, ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     grads = [torch.randn_like(t) for t in ours]
@@ -115,7 +115,7 @@ def cases():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("layer", "cell", "cut"), cases())
+@pytest.mark.parametrize(("layer", "cell", "cut"), list(cases()))
 def test_values_and_gradients(layer, cell, cut, form, monkeypatch):
     module = make(layer, cell)
     batch = 1 if form == "unbatched" else B
@@ -139,3 +139,78 @@ def test_values_and_gradients(layer, cell, cut, form, monkeypatch):
     if reset_state is not None:
         leaves |= {"reset h": reset_state[0], "reset c": reset_state[1]}
     assert_equal_gradients(ours, expected, leaves)
+
+
+def test_the_oracle_is_torchs_layer():
+    """Where there is nothing else: what everything above is compared with."""
+    module = make("all", "plain")
+    theirs = lstm_ext.to_torch(module)
+    x, hx = torch.randn(T, B, I, dtype=torch.float64), states(module)
+    expected = oracle(module, x, hx)
+    output, (h_n, c_n) = theirs(x.transpose(0, 1), hx)
+    for a, b in zip(expected, (output.transpose(0, 1), h_n, c_n), strict=False):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_each_result_alone():
+    module = make("all", "norm")
+    x, hx = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True), states(module)
+    resets = torch.rand(T, B) < 0.3
+    leaves = [x, *hx, *module.parameters()]
+    ours = call(module, "lengths", x, hx, LENGTHS, resets, None)
+    expected = oracle(module, x, hx, LENGTHS, resets)
+    for a, b in zip(ours, expected, strict=True):
+        grad = torch.randn_like(a)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        for g, e in zip(
+            torch.autograd.grad(a, leaves, grad, **options),
+            torch.autograd.grad(b, leaves, grad, **options),
+            strict=True,
+        ):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("returned", ["return_cell_states", "return_gates"])
+def test_one_of_the_two_results(returned):
+    module = lstm_ext.LSTM(I, H, 2)
+    x = torch.randn(T, B, I)
+    output, states_, extras = module(x, **{returned: True})
+    assert isinstance(extras, lstm_ext.LSTMExtras)
+    plain, plain_states = module(x)
+    torch.testing.assert_close((output, states_), (plain, plain_states))
+    if returned == "return_cell_states":
+        assert extras.gates is None
+        assert extras.cell_states.shape == (2, T, B, H)
+        torch.testing.assert_close(extras.cell_states[:, -1], plain_states[1])
+    else:
+        assert extras.cell_states is None
+        assert extras.gates.shape == (2, T, B, H, 4)
+
+
+def test_stateless_function_equals_the_module():
+    module = make("all", "all, recomputed")
+    x, hx, reset_state = torch.randn(B, T, I, dtype=torch.float64), states(module), states(module)
+    resets = torch.rand(B, T, 1).round()
+    call_ = {"resets": resets, "reset_state": reset_state, "lengths": LENGTHS, "return_gates": True}
+    torch.manual_seed(1)
+    expected = module(x, hx, **call_)
+    plain = [p for name, p in module.named_parameters() if not name.startswith("ln_")]
+    norm = [p for name, p in module.named_parameters() if name.startswith("ln_")]
+    options = {"recurrent_dropout": 0.4, "zoneout": 0.3, "norm_weights": norm, "recompute": True}
+    for function in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        torch.manual_seed(1)
+        ours = function(x, hx, plain, True, 2, 0.0, True, True, True, **call_, **options)
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_rounded_once(dtype):
+    x, resets = torch.randn(T, B, I, dtype=dtype), torch.rand(T, B) < 0.3
+    layer = lstm_ext.LSTM(I, H, layer_norm=True, zoneout=(0.2, 0.3), dtype=dtype).eval()
+    layer(x, resets=resets)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    ours = layer(x, resets=resets, return_gates=True, return_cell_states=True)
+    exact = layer.double()(x.double(), resets=resets, return_gates=True, return_cell_states=True)
+    assert {t.dtype for t in (ours[0], *ours[1], *ours[2])} == {dtype}
+    for a, b in zip((ours[0], *ours[1], *ours[2]), (exact[0], *exact[1], *exact[2]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -1,0 +1,264 @@
+"""Lengths and masks: padded data, on the CPU at the cost of packed data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
+
+import lstm_ext
+from lstm_ext import _arguments, _backend, autograd, reference
+
+T, B, I, H = 7, 5, 3, 6
+LENGTHS = [3, 7, 1, 7, 4]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def through_packing(module, x, lengths, hx=None):
+    """What ``lengths`` must equal."""
+    packed = pack_padded_sequence(x, lengths, batch_first=module.batch_first, enforce_sorted=False)
+    output, states = module(packed, hx)
+    time = x.size(1) if module.batch_first else x.size(0)
+    padded, _ = pad_packed_sequence(output, batch_first=module.batch_first, total_length=time)
+    return padded, states
+
+
+def states(module, batch=B):
+    sets = module.num_layers * (2 if module.bidirectional else 1)
+    return tuple(
+        torch.randn(sets, batch, n) for n in (module.proj_size or module.hidden_size, module.hidden_size)
+    )
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "dropout": 0.5, "bidirectional": True}, {"proj_size": 2, "num_layers": 2}],
+    ids=str,
+)
+def test_equals_packing_by_hand(options, batch_first):
+    """Bit for bit: the same kernels on the same rows, and the same masks of dropout."""
+    module = lstm_ext.LSTM(I, H, batch_first=batch_first, **options)
+    x, hx = torch.randn((B, T, I) if batch_first else (T, B, I), requires_grad=True), states(module)
+    torch.manual_seed(1)
+    ours = module(x, hx, lengths=LENGTHS)
+    torch.manual_seed(1)
+    expected = through_packing(module, x, LENGTHS, hx)
+    same(ours, expected)
+    assert ours[0].is_contiguous()
+    grad = torch.randn_like(ours[0])
+    leaves = [x, *module.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(ours[0], leaves, grad),
+        torch.autograd.grad(expected[0], leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_forms():
+    module = lstm_ext.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    expected = module(x, lengths=LENGTHS)
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        same(module(x, lengths=torch.tensor(LENGTHS, dtype=dtype)), expected)
+    same(module(x, lengths=tuple(LENGTHS)), expected)
+    mask = torch.arange(T).unsqueeze(1) < torch.tensor(LENGTHS)
+    same(module(x, mask=mask), expected)
+    same(module(x, mask=mask.unsqueeze(-1)), expected)
+    module.batch_first = True
+    output, final = module(x.transpose(0, 1), mask=mask.T)
+    same((output.transpose(0, 1), final), expected)
+    alone = module(x[:, 0], lengths=3)
+    for form in (torch.tensor(3), torch.tensor([3]), [3]):
+        same(module(x[:, 0], lengths=form), alone)
+    same(module(x[:, 0], mask=mask[:, 0]), alone)
+    torch.testing.assert_close(alone[0], expected[0][:, 0])
+
+
+def test_sequences_without_a_step():
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True)
+    x, hx = torch.randn(T, 4, I), states(module, 4)
+    output, final = module(x, hx, lengths=[0, 5, 0, 2])
+    for b in (0, 2):
+        assert not output[:, b].any()
+        same([s[:, b] for s in final], [s[:, b] for s in hx])
+    assert not output[5:, 1].any()
+    for b, n in ((1, 5), (3, 2)):
+        y, one = module(x[:n, b], tuple(s[:, b] for s in hx))
+        torch.testing.assert_close(output[:n, b], y)
+        torch.testing.assert_close([s[:, b] for s in final], list(one))
+    output, final = module(x, lengths=[0, 5, 0, 2])
+    assert not any(s[:, b].any() for s in final for b in (0, 2))
+
+    hx = tuple(s.requires_grad_() for s in hx)
+    output, final = module(x, hx, lengths=[0] * 4)
+    assert output.shape == (T, 4, 2 * H)
+    assert not output.any()
+    same(final, hx)
+    assert all(a is not b for a, b in zip(final, hx, strict=True))
+    assert torch.equal(torch.autograd.grad(final[0].sum(), hx[0])[0], torch.ones_like(hx[0]))
+    output, final = module(torch.randn(T, 0, I), lengths=[])
+    assert output.shape == (T, 0, 2 * H)
+
+
+def test_full_lengths_are_the_dense_layer():
+    module = lstm_ext.LSTM(I, H, 2, dropout=0.5)
+    x = torch.randn(T, B, I)
+    for form in ({"lengths": [T] * B}, {"mask": torch.ones(T, B, dtype=torch.bool)}):
+        torch.manual_seed(1)
+        expected = module(x)
+        torch.manual_seed(1)
+        same(module(x, **form), expected)
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "bidirectional": True}], ids=str)
+def test_padding_may_hold_anything(options, read, monkeypatch):
+    if not read:
+        monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    module = lstm_ext.LSTM(I, H, 2, **options)
+    x = torch.randn(T, B, I)
+    garbage = x.clone()
+    for b, n in enumerate(LENGTHS):
+        garbage[n:, b] = float("nan")
+    results = []
+    for data in (x, garbage):
+        data = data.clone().requires_grad_()
+        output, (h_n, c_n) = module(data, lengths=torch.tensor(LENGTHS))
+        loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+        results.append([output, h_n, c_n, *torch.autograd.grad(loss, [data, *module.parameters()])])
+    same(*results)
+    assert all(r.isfinite().all() for r in results[0])
+
+
+def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
+    rows = []
+    extension = _backend.extension()
+
+    class Recorder:
+        def __getattr__(self, name):
+            function = getattr(extension, name)
+            if not name.startswith("lstm_layer"):
+                return function
+
+            def record(*args):
+                rows.extend(
+                    (name, a.shape[0]) for a in args[:4] if isinstance(a, torch.Tensor) and a.dim() == 2
+                )
+                return function(*args)
+
+            return record
+
+    def refused(*args):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    monkeypatch.setattr(reference, "lstm_layer", refused)
+    module = lstm_ext.LSTM(I, H, 2)
+    module(torch.randn(T, B, I), lengths=torch.tensor(LENGTHS))[0].sum().backward()
+    forward = [n for name, n in rows if name == "lstm_layer_forward"]
+    assert forward == [sum(LENGTHS)] * 2
+    assert any(name == "lstm_layer_backward" for name, _ in rows)
+
+
+def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeypatch):
+    module = lstm_ext.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    expected = module(x, lengths=[0, 7, 2, 7, 3])
+    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
+    mask = torch.arange(T).unsqueeze(1) < torch.tensor([0, 7, 2, 7, 3])
+    mask[4:, 2] = True
+    mask[-1, 0] = True
+    torch.testing.assert_close(module(x, mask=mask), expected)
+
+
+@pytest.mark.parametrize("value", ["0", "1", "yes"])
+def test_check_variable(value):
+    """LSTM_EXT_CHECK=1 checks what is not read."""
+    program = """
+import torch, lstm_ext
+from lstm_ext import _arguments
+_arguments._is_readable = lambda x: False
+module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
+hole = torch.tensor([True, False, True, True, True])
+for name, right, wrong in (
+    ("lengths", torch.tensor([0, 5]), torch.tensor([0, 6])),
+    ("mask", torch.ones(5, 2, dtype=torch.bool), hole.unsqueeze(1).expand(5, 2)),
+    ("resets", torch.ones(5, 2), torch.full((5, 2), 0.5)),
+):
+    module(x, **{name: right})
+    try:
+        module(x, **{name: wrong})
+    except RuntimeError as error:
+        assert name in str(error), error
+        bad.append(name)
+print(*bad)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"LSTM_EXT_CHECK": value},
+        capture_output=True,
+        text=True,
+    )
+    if value == "yes":
+        assert done.returncode != 0
+        assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == (["lengths", "mask", "resets"] if value == "1" else [])
+
+
+def test_meta_and_fake_tensors():
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, device="meta")
+    output, (h_n, c_n), extras = module(
+        torch.empty(T, B, I, device="meta"), lengths=LENGTHS, return_gates=True
+    )
+    assert output.shape == (T, B, 2 * H)
+    assert h_n.shape == c_n.shape == (4, B, H)
+    assert extras.gates.shape == (4, T, B, H, 4)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = lstm_ext.LSTM(I, H)(torch.empty(T, B, I), lengths=torch.tensor(LENGTHS))
+    assert tree_map(lambda t: t.shape, fake) == (torch.Size([T, B, H]), (torch.Size([1, B, H]),) * 2)
+
+
+def test_torch_agrees():
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64)
+    theirs = nn.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64)
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    torch.testing.assert_close(module(x, lengths=LENGTHS), through_packing(theirs, x, LENGTHS))
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_no_number_on_a_device_is_read(checked, monkeypatch):
+    """Meta tensors have none: whoever reads one gets an error, as on a GPU he would have to wait."""
+    monkeypatch.setattr(_arguments, "CHECK", checked)
+    options = {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.5, "bidirectional": True}
+    module = lstm_ext.LSTM(I, H, 2, **options, device="meta")
+    x, resets = torch.empty(T, B, I, device="meta"), torch.empty(T, B, device="meta")
+    counts = torch.empty(B, device="meta", dtype=torch.int32)
+    mask = torch.empty(T, B, device="meta", dtype=torch.bool)
+    for form in (
+        {"lengths": counts},
+        {"lengths": LENGTHS},
+        {"lengths": torch.tensor(LENGTHS)},
+        {"mask": mask},
+    ):
+        output, (h_n, _), extras = module(x, **form, resets=resets, return_cell_states=True)
+        assert output.is_meta
+        assert h_n.is_meta
+        assert extras.cell_states.is_meta
+        output.sum().backward()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        counts.tolist()

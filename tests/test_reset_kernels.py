@@ -1,0 +1,211 @@
+"""Resets in the CPU kernels: every instruction set, layout and way of sharing the work, against the equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_ext
+from lstm_ext import _backend, autograd, reference
+from lstm_ext._extras import LayerExtras
+
+EPS = {torch.float64: 2**-52, torch.float32: 2**-23}
+
+# steps, batch, input, hidden, projection, bias, bidirectional, initial state, packed
+SHAPES = {
+    "small": (5, 3, 4, 6, 0, True, False, True, False),
+    "one step of one row": (1, 1, 3, 4, 0, True, False, True, False),
+    "both directions": (5, 3, 4, 19, 0, True, True, True, False),
+    "no bias, no hx": (9, 7, 5, 20, 0, False, True, False, False),
+    "projection": (6, 4, 3, 19, 5, True, True, True, False),
+    "packed": (7, 5, 3, 18, 0, True, True, True, True),
+    "packed, projection": (7, 5, 3, 18, 4, True, True, False, True),
+    "packed panels": (40, 13, 9, 70, 0, True, True, True, False),
+    "units shared": (60, 3, 9, 200, 0, True, False, True, False),
+    "rows read as they are": (30, 2, 9, 300, 50, True, False, True, False),
+    "chunks": (130, 4, 3, 33, 0, True, True, True, False),
+}
+
+
+class Layer:
+    def __init__(self, shape: str, state: bool, dtype: torch.dtype, share: float = 0.3) -> None:
+        T, B, I, H, P, self.bias, self.bidirectional, hx, packed = SHAPES[shape]
+        D, S = 2 if self.bidirectional else 1, P or H
+
+        def draw(*sizes: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*sizes) * scale).to(dtype)
+
+        self.weights = []
+        for _ in range(D):
+            self.weights += [draw(4 * H, I, scale=H**-0.5), draw(4 * H, S, scale=H**-0.5)]
+            self.weights += [draw(4 * H), draw(4 * H)] if self.bias else []
+            self.weights += [draw(S, H, scale=H**-0.5)] if P else []
+        self.batch_sizes = None
+        rows: tuple[int, ...] = (T, B)
+        if packed:
+            lengths = torch.randint(1, T + 1, (B,))
+            lengths[0] = T
+            self.batch_sizes = (lengths > torch.arange(T).unsqueeze(1)).sum(1)
+            rows = (int(lengths.sum()),)
+        self.input = draw(*rows, I)
+        self.resets = torch.rand(rows) < share
+        self.h0, self.c0 = (draw(D, B, S), draw(D, B, H)) if hx else (None, None)
+        self.reset_h, self.reset_c = (draw(D, B, S), draw(D, B, H)) if state else (None, None)
+        self.grads = [draw(*rows, D * S), draw(D, B, S), draw(D, B, H)]
+
+    def results(self, function, dtype: torch.dtype) -> list[Tensor]:
+        """Values and gradients."""
+        tensors = [self.input, self.h0, self.c0, *self.weights, self.reset_h, self.reset_c]
+        leaves = [t if t is None else t.to(dtype).requires_grad_() for t in tensors]
+        input, h0, c0, *weights, reset_h, reset_c = leaves
+        extras = LayerExtras(self.resets, reset_h, reset_c)
+        values = function(input, h0, c0, weights, self.batch_sizes, self.bias, self.bidirectional, extras)[:3]
+        grads = torch.autograd.grad(
+            values,
+            [t for t in leaves if t is not None],
+            [g.to(dtype) for g in self.grads],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return [*values, *grads]
+
+
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize(("state", "threads"), [(False, 1), (True, 2)], ids=["to zeros", "to a state"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels(shape, state, threads, capability):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in EPS:
+            layer = Layer(shape, state, dtype)
+            expected = layer.results(reference.lstm_layer, torch.float64)
+            plain = layer.results(reference.lstm_layer, dtype)
+            ours = layer.results(autograd.lstm_layer, dtype)
+            for x, y, e in zip(ours, plain, expected, strict=True):
+                bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]
+                assert error(x, e) <= bound
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    monkeypatch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+    layer = lstm_ext.LSTM(3, 5, num_layers=2, bidirectional=True, dropout=0.2)
+    x, resets = torch.randn(6, 2, 3), torch.rand(6, 2) < 0.4
+    state = (torch.randn(4, 2, 5), torch.randn(4, 2, 5))
+    output, _ = layer(x, resets=resets, reset_state=state)
+    output.sum().backward()
+    with torch.no_grad():
+        layer(x, resets=resets)
+    packed = pack_padded_sequence(x, [6, 4])
+    layer(packed, resets=pack_padded_sequence(resets, [6, 4]))[0].data.sum().backward()
+
+
+@pytest.mark.parametrize("shape", ["both directions", "packed, projection"])
+def test_where_nothing_is_reset_the_bits_are_those_of_the_plain_layer(shape):
+    layer = Layer(shape, True, torch.float32, share=0.0)
+    ours = layer.results(autograd.lstm_layer, torch.float32)
+    plain = layer.results(lambda *a: autograd.lstm_layer(*a[:-1]), torch.float32)
+    for n, (x, y) in enumerate(zip(ours[:-2], plain[:-2], strict=True)):
+        # The outer products of weight_hh's gradient are summed up in other pieces.
+        assert torch.equal(x, y) or error(x, y.double()) < 1e-6 and n >= 6
+    assert not ours[-1].any() and not ours[-2].any()  # of a state that replaces nothing
+
+
+def test_some_gradients_only():
+    kernels = _backend.extension()
+    layer = Layer("projection", True, torch.float64)
+    flags = (layer.bias, layer.bidirectional)
+    reset = (layer.resets, layer.reset_h, layer.reset_c)
+    *values, saved = kernels.lstm_layer_forward(
+        layer.input, layer.h0, layer.c0, layer.weights, None, *flags, True, *reset
+    )
+    count = 3 + len(layer.weights) + 2
+
+    def gradients(wanted: list[bool], grads: list[Tensor | None]) -> list[Tensor | None]:
+        return kernels.lstm_layer_backward(
+            *grads,
+            layer.input,
+            layer.h0,
+            layer.c0,
+            layer.weights,
+            None,
+            values[0],
+            saved,
+            *flags,
+            wanted,
+            *reset,
+        )
+
+    full = gradients([True] * count, layer.grads)
+    for n in range(count):
+        wanted = [k == n for k in range(count)]
+        result = gradients(wanted, layer.grads)
+        assert [g is not None for g in result] == wanted
+        assert torch.equal(result[n], full[n])
+
+
+def test_second_derivatives():
+    layer = lstm_ext.LSTM(2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    state = tuple(torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    resets = torch.tensor([[0, 1], [1, 0], [0, 0], [0, 1]], dtype=torch.bool)
+
+    def function(x, h, c):
+        output, (h_n, c_n) = layer(x, resets=resets, reset_state=(h, c))
+        return output, h_n, c_n
+
+    assert torch.autograd.gradcheck(function, (x, *state))
+    assert torch.autograd.gradgradcheck(function, (x, *state))
+
+
+def test_batch_of_zero():
+    layer = lstm_ext.LSTM(2, 3)
+    x = torch.randn(4, 0, 2, requires_grad=True)
+    output, _ = layer(x, resets=torch.zeros(4, 0, dtype=torch.bool))
+    output.sum().backward()
+    assert output.shape == (4, 0, 3) and not layer.weight_hh_l0.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype):
+    layer = Layer("both directions", True, dtype)
+    expected = layer.results(reference.lstm_layer, torch.float64)
+    for x, e in zip(layer.results(autograd.lstm_layer, dtype), expected, strict=True):
+        assert x.dtype == dtype
+        assert error(x, e) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resets": lambda r: r[1:]}, "resets has shape"),
+        ({"resets": lambda r: r.int()}, "resets has dtype"),
+        ({"reset_h": lambda h: h[:, 1:]}, "reset_h has shape"),
+        ({"reset_c": lambda c: c.double()}, "reset_c has dtype"),
+        ({"resets": lambda r: None}, "a reset state, but no resets"),
+    ],
+)
+def test_kernels_check_their_arguments(change, said):
+    layer = Layer("small", True, torch.float32)
+    reset = {"resets": layer.resets, "reset_h": layer.reset_h, "reset_c": layer.reset_c}
+    for name, function in change.items():
+        reset[name] = function(reset[name])
+    with pytest.raises(RuntimeError, match=said):
+        _backend.extension().lstm_layer_forward(
+            layer.input,
+            layer.h0,
+            layer.c0,
+            layer.weights,
+            None,
+            layer.bias,
+            layer.bidirectional,
+            True,
+            **reset,
+        )
