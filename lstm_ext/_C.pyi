@@ -13,10 +13,13 @@ def lstm_layer_forward(
     has_bias: bool,
     bidirectional: bool,
     save: bool,
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """output, h_n, c_n, and with ``save`` what the backward pass needs.
 
-    Shapes as in :func:`lstm_ext.reference.lstm_layer`.
+    Shapes as in :func:`lstm_ext.reference.lstm_layer`; resets, reset_h and reset_c as in its ``extras``.
     """
 
 def lstm_layer_backward(
@@ -33,8 +36,11 @@ def lstm_layer_backward(
     has_bias: bool,
     bidirectional: bool,
     wanted: Sequence[bool],
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of input, h0, c0 and each weight, in this order; None where ``wanted`` is False."""
+    """The gradients of input, h0, c0, each weight, and with ``resets`` reset_h and reset_c, in this order; None where ``wanted`` is False."""
 
 def cpu_capability() -> str:
     """The instruction set in use."""

@@ -66,7 +66,9 @@ CASES = {
     "gradient of c_n only": Case(given=(False, False, True), lengths=(4, 3, 1), bidirectional=True),
     "resets": Case(resets="to a state"),
     "resets, no hx": Case(resets="to zeros", hx=False, bias=False),
-    "resets, both directions, in pieces": Case(steps=9, chunk_bytes=700, bidirectional=True, resets="to a state"),
+    "resets, both directions, in pieces": Case(
+        steps=9, chunk_bytes=700, bidirectional=True, resets="to a state"
+    ),
     "resets, projection": Case(resets="to a state", proj_size=2, bidirectional=True),
     "resets, packed": Case(resets="to a state", lengths=(6, 4, 4, 2), bidirectional=True),
     "resets, packed, projection": Case(resets="to zeros", lengths=(5, 3, 1), proj_size=2),
