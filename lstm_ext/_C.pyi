@@ -40,7 +40,10 @@ def lstm_layer_backward(
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of input, h0, c0, each weight, and with ``resets`` reset_h and reset_c, in this order; None where ``wanted`` is False."""
+    """The gradients of input, h0, c0, each weight, and with ``resets`` reset_h and reset_c, in this order.
+
+    None where ``wanted`` is False.
+    """
 
 def cpu_capability() -> str:
     """The instruction set in use."""

@@ -1,4 +1,4 @@
-"""Resets in the kernels, on the CPU: every instruction set, layout and way of sharing the work, against the equations."""
+"""Resets in the kernels, on the CPU: every instruction set, layout and way to share the work, against the equations."""
 
 from __future__ import annotations
 
