@@ -27,9 +27,11 @@ auto backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
               const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
               const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, const Tensor& output,
               const std::vector<Tensor>& saved, bool has_bias, bool bidirectional, const std::vector<bool>& wanted,
-              const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
+              const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+              const OptionalTensor& grad_gates, const OptionalTensor& grad_cells) {
   return exports::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
-                                      saved, has_bias, bidirectional, {resets, reset_h, reset_c}, wanted);
+                                      saved, has_bias, bidirectional, {resets, reset_h, reset_c}, wanted, grad_gates,
+                                      grad_cells);
 }
 
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
@@ -99,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
         py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
         py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none(),
+        py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none(),
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &exports::cpu_capability);
   m.def("cpu_capabilities", &exports::cpu_capabilities);

@@ -26,9 +26,10 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
                                             bool has_bias, bool bidirectional, const Resets& resets,
-                                            const std::vector<bool>& wanted) {
+                                            const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
+                                            const OptionalTensor& grad_cells) {
   return lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
-                                       saved, has_bias, bidirectional, resets, wanted);
+                                       saved, has_bias, bidirectional, resets, wanted, grad_gates, grad_cells);
 }
 
 std::string cpu_capability() { return cpu::capability().name; }

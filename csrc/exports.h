@@ -20,7 +20,8 @@ LSTM_EXT_EXPORT std::vector<at::Tensor> lstm_layer_backward(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
     const OptionalTensor& batch_sizes, const at::Tensor& output, const std::vector<at::Tensor>& saved, bool has_bias,
-    bool bidirectional, const Resets& resets, const std::vector<bool>& wanted);
+    bool bidirectional, const Resets& resets, const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
+    const OptionalTensor& grad_cells);
 
 // The instruction set in use, those that this CPU runs, and the choice of another one.
 LSTM_EXT_EXPORT std::string cpu_capability();

@@ -85,9 +85,12 @@ struct BackwardParams {
   const T* cells;
   const T* hidden;
   Sequence<const T> grad_output;  // (T, B, P); data null means zeros
-  const T* grad_h_n;              // (B, P) contiguous or null
-  const T* grad_c_n;              // (B, H) contiguous or null
-  T* grad_c;                      // (B, H) running gradient of the cell state; ends as that of c0
+  // Of c_t and of the gates themselves, where a loss sees them; null means zeros.
+  const T* grad_cells;  // (T, B, H) contiguous
+  const T* grad_gates;  // (T, B, 4H) contiguous
+  const T* grad_h_n;    // (B, P) contiguous or null
+  const T* grad_c_n;    // (B, H) contiguous or null
+  T* grad_c;            // (B, H) running gradient of the cell state; ends as that of c0
   // Wanted gradients; null where not wanted.
   Sequence<T> grad_input;      // (T, B, I)
   bool accumulate_grad_input;  // add to what is there (second direction of a layer)

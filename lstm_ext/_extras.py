@@ -85,8 +85,15 @@ class LayerExtras:
             and not self.return_gates
         )
 
-    def are_only_resets(self) -> bool:
-        return self.resets is not None and replace(self, resets=None, reset_h=None, reset_c=None).is_plain()
+    def have_kernels(self, device: torch.device) -> bool:
+        """Whether the fused kernels serve these extras on this kind of device."""
+        returned = self.return_cell_states or self.return_gates
+        if returned and device.type != "cpu":
+            return False
+        left = replace(
+            self, resets=None, reset_h=None, reset_c=None, return_cell_states=False, return_gates=False
+        )
+        return left.is_plain()
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in an order that `with_tensors` knows."""

@@ -87,21 +87,17 @@ def _layer_with_extras(
     bidirectional: bool,
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The one place that decides what computes the extras: kernels for resets, the equations of `reference` else."""
+    """The one place that decides what computes the extras: the kernels, or the equations of `reference`."""
     if extras.recompute:
         return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if extras.is_plain():
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
     if (
-        extras.are_only_resets()
+        extras.have_kernels(input.device)
         and _is_direct(input, h0, c0, (*weights, *extras.tensors()))
         and _backend.has_kernels()
     ):
-        return (
-            *_layer_with_resets(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras),
-            None,
-            None,
-        )
+        return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if batch_sizes is not None and (_is_compiling() or _dispatch_modes() > 0):
         # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
         raise RuntimeError(
@@ -347,7 +343,7 @@ class _LSTMLayer(torch.autograd.Function):
         return None, *result[:3], None, None, None, *result[3:]
 
 
-def _layer_with_resets(
+def _fused_layer_with_extras(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -356,21 +352,46 @@ def _layer_with_resets(
     bias: bool,
     bidirectional: bool,
     extras: LayerExtras,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     kernels = _backend.extension()
+    returned = (extras.return_cell_states, extras.return_gates)
     tensors = [input, h0, c0, *weights, extras.reset_h, extras.reset_c]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        return _LSTMLayerWithResets.apply(kernels, batch_sizes, bias, bidirectional, extras.resets, *tensors)
-    return kernels.lstm_layer_forward(
-        *tensors[:3], weights, batch_sizes, bias, bidirectional, False, extras.resets, *tensors[-2:]
-    )[:3]
+        *layer, cells, gates = _LSTMLayerWithExtras.apply(
+            kernels, batch_sizes, bias, bidirectional, extras.resets, returned, *tensors
+        )
+    else:
+        *layer, saved = kernels.lstm_layer_forward(
+            *tensors[:3],
+            weights,
+            batch_sizes,
+            bias,
+            bidirectional,
+            any(returned),
+            extras.resets,
+            *tensors[-2:],
+        )
+        gates, cells = saved[:2] if any(returned) else (None, None)
+    return (
+        *layer,
+        cells.to(input.dtype) if extras.return_cell_states else None,
+        _with_gates_last(gates).to(input.dtype) if extras.return_gates else None,
+    )
 
 
-class _LSTMLayerWithResets(torch.autograd.Function):
-    """As `_LSTMLayer`; the tensors are input, h0, c0, the weights, reset_h and reset_c."""
+def _with_gates_last(gates: Tensor) -> Tensor:
+    """(..., H, 4) of (..., 4H)."""
+    return gates.unflatten(-1, (4, -1)).transpose(-1, -2)
+
+
+class _LSTMLayerWithExtras(torch.autograd.Function):
+    """As `_LSTMLayer`; the tensors are input, h0, c0, the weights, reset_h and reset_c.
+
+    Results: output, h_n, c_n, and, where ``returned`` says so, the saved cells and gates; None in their place else.
+    """
 
     @staticmethod
-    def forward(ctx, kernels, batch_sizes, bias, bidirectional, resets, *tensors):
+    def forward(ctx, kernels, batch_sizes, bias, bidirectional, resets, returned, *tensors):
         input, h0, c0, *weights, reset_h, reset_c = tensors
         output, h_n, c_n, saved = kernels.lstm_layer_forward(
             input, h0, c0, weights, batch_sizes, bias, bidirectional, True, resets, reset_h, reset_c
@@ -378,17 +399,20 @@ class _LSTMLayerWithResets(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.bias = bias
         ctx.bidirectional = bidirectional
+        ctx.returned = returned
         ctx.tensor_count = len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, resets, *tensors, output, *saved)
-        return output, h_n, c_n
+        gates, cells = saved[:2]
+        return output, h_n, c_n, cells if returned[0] else None, gates if returned[1] else None
 
     @staticmethod
     def backward(ctx, *grads):
         batch_sizes, resets, *kept = ctx.saved_tensors
         tensors, (output, *saved) = kept[: ctx.tensor_count], kept[ctx.tensor_count :]
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         input, h0, c0, *weights, reset_h, reset_c = tensors
+        *grads_of_layer, grad_cells, grad_gates = grads
         if all([g is None for g in grads]):
             result = [None] * len(tensors)
         elif (
@@ -397,7 +421,7 @@ class _LSTMLayerWithResets(torch.autograd.Function):
             and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
         ):
             result = ctx.kernels.lstm_layer_backward(
-                *grads,
+                *grads_of_layer,
                 input,
                 h0,
                 c0,
@@ -407,19 +431,34 @@ class _LSTMLayerWithResets(torch.autograd.Function):
                 saved,
                 ctx.bias,
                 ctx.bidirectional,
-                wanted,
+                wanted if resets is not None else wanted[:-2],
                 resets,
                 reset_h,
                 reset_c,
+                grad_gates,
+                grad_cells,
             )
+            result += [None] * (
+                len(tensors) - len(result)
+            )  # without resets, of no state that replaces another
         else:
+            bias, bidirectional, returned = ctx.bias, ctx.bidirectional, ctx.returned
+            sum_dtype = saved[1].dtype
 
             def layer(input, h0, c0, *others):
                 *weights, reset_h, reset_c = others
-                extras = LayerExtras(resets, reset_h, reset_c)
-                return reference.lstm_layer(
-                    input, h0, c0, weights, batch_sizes, ctx.bias, ctx.bidirectional, extras
-                )[:3]
+                extras = LayerExtras(
+                    resets, reset_h, reset_c, return_cell_states=returned[0], return_gates=returned[1]
+                )
+                *results, cells, gates = reference.lstm_layer(
+                    input, h0, c0, weights, batch_sizes, bias, bidirectional, extras
+                )
+                # As the kernels save them.
+                return (
+                    *results,
+                    cells.to(sum_dtype) if returned[0] else None,
+                    gates.transpose(-1, -2).flatten(-2).to(sum_dtype) if returned[1] else None,
+                )
 
             result = transforms.gradients_of(layer, wanted, tensors, grads)
-        return None, None, None, None, None, *result
+        return None, None, None, None, None, None, *result

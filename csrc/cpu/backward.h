@@ -246,6 +246,8 @@ class Backward {
     const T* previous;      // c_{t-1}, in the direction of the forward pass, of the rows that have one
     int64_t previous_rows;  // the others have c0
     const T* grad_output;
+    const T* grad_cells;        // or null
+    const T* grad_gate_values;  // or null
     T* grad_gates;
     const uint8_t* resets;  // or null
   };
@@ -259,6 +261,8 @@ class Backward {
             p_.cells + before * H,
             steps_.rows_of_step(s + 1),
             p_.grad_output.data ? steps_.at(p_.grad_output, t) : nullptr,
+            p_.grad_cells ? p_.grad_cells + at * H : nullptr,
+            p_.grad_gates ? p_.grad_gates + at * 4 * H : nullptr,
             grad_gates(s),
             steps_.resets_at(t)};
   }
@@ -304,12 +308,21 @@ class Backward {
                     : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes)
                                   : S::zero();
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
+    if (cells_.grad_cells) grad_c = grad_c + load_lanes<T>(cells_.grad_cells + b * H + unit, lanes);
     T* out = cells_.grad_gates + b * plan_.gate_row + unit;
-    store_lanes<T>(out, grad_c * g * (i * (one - i)), lanes);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-    store_lanes<T>(out + H, grad_c * c_previous * (f * (one - f)), lanes);
-    store_lanes<T>(out + 2 * H, grad_c * i * (one - g * g), lanes);
-    store_lanes<T>(out + 3 * H, grad_h * tanh_c * (o * (one - o)), lanes);
+    Reg<T> grad_i = grad_c * g, grad_f = grad_c * c_previous, grad_g = grad_c * i, grad_o = grad_h * tanh_c;
+    if (cells_.grad_gate_values) {
+      const T* values = cells_.grad_gate_values + b * 4 * H + unit;
+      grad_i = grad_i + load_lanes<T>(values, lanes);
+      grad_f = grad_f + load_lanes<T>(values + H, lanes);
+      grad_g = grad_g + load_lanes<T>(values + 2 * H, lanes);
+      grad_o = grad_o + load_lanes<T>(values + 3 * H, lanes);
+    }
+    store_lanes<T>(out, grad_i * (i * (one - i)), lanes);
+    store_lanes<T>(out + H, grad_f * (f * (one - f)), lanes);
+    store_lanes<T>(out + 2 * H, grad_g * (one - g * g), lanes);
+    store_lanes<T>(out + 3 * H, grad_o * (o * (one - o)), lanes);
     store_lanes<T>(running, grad_c * f, lanes);
     if (is_reset(b)) cut_gradient(b, unit, lanes, running, out);
   }

@@ -221,6 +221,8 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::Tensor gates = g.saved[0].contiguous();
   const at::Tensor cells = g.saved[1].contiguous();
   const at::Tensor hidden = s.projected ? g.saved[2].contiguous() : at::Tensor();
+  const at::Tensor grad_gates = contiguous_or_undefined(g.grad_gates, type);
+  const at::Tensor grad_cells = contiguous_or_undefined(g.grad_cells, type);
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
@@ -239,6 +241,8 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       p.cells = const_part_or_null<scalar_t>(cells, d);
       p.hidden = const_part_or_null<scalar_t>(hidden, d);
       if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
+      p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
+      p.grad_gates = const_part_or_null<scalar_t>(grad_gates, d);
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);

@@ -38,7 +38,8 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
                                             bool has_bias, bool bidirectional, const Resets& resets,
-                                            const std::vector<bool>& wanted) {
+                                            const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
+                                            const OptionalTensor& grad_cells) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
   const LayerSizes s = check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
   const at::ScalarType dtype = input.scalar_type();
@@ -54,8 +55,10 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
   if (grad_output) check_tensor("grad_output", *grad_output, input, dtype, output.sizes());
   if (grad_h_n) check_tensor("grad_h_n", *grad_h_n, input, dtype, {s.directions, s.batch, s.output_size});
   if (grad_c_n) check_tensor("grad_c_n", *grad_c_n, input, dtype, {s.directions, s.batch, s.hidden_size});
+  if (grad_gates) check_tensor("grad_gates", *grad_gates, input, s.gates_type, s.saved_sizes(4 * s.hidden_size));
+  if (grad_cells) check_tensor("grad_cells", *grad_cells, input, s.sum_type, s.saved_sizes(s.hidden_size));
   return backend_for(input).backward({input, h0, c0, weights, has_bias, resets}, s,
-                                     {grad_output, grad_h_n, grad_c_n, output, saved, wanted});
+                                     {grad_output, grad_h_n, grad_c_n, grad_gates, grad_cells, output, saved, wanted});
 }
 
 }  // namespace lstm_ext

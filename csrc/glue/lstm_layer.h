@@ -35,13 +35,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
     const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save);
 
 // Gradients in the order input, h0, c0, *weights, and with resets reset_h and reset_c; undefined where `wanted` is
-// false. An absent gradient of an output means zeros.
+// false. An absent gradient of an output means zeros; grad_gates and grad_cells are those of what was
+// saved, which a loss may see too (only on the CPU).
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
                                             bool has_bias, bool bidirectional, const Resets& resets,
-                                            const std::vector<bool>& wanted);
+                                            const std::vector<bool>& wanted, const OptionalTensor& grad_gates = {},
+                                            const OptionalTensor& grad_cells = {});
 
 }  // namespace lstm_ext

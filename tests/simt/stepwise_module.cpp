@@ -114,7 +114,7 @@ std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const Option
   const lstm_ext::Resets resets{flags, reset_h, reset_c};
   const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
   return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, resets}, sizes,
-                                     {grad_output, grad_h_n, grad_c_n, output, saved, wanted},
+                                     {grad_output, grad_h_n, grad_c_n, {}, {}, output, saved, wanted},
                                      device(tf32, chunk_bytes));
 }
 

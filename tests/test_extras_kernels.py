@@ -1,4 +1,4 @@
-"""Resets in the kernels, on the CPU: every instruction set, layout and way to share the work, against the equations."""
+"""Extras in the kernels, on the CPU: every instruction set, layout and way to share the work, against the equations."""
 
 from __future__ import annotations
 
@@ -209,3 +209,70 @@ def test_kernels_check_their_arguments(change, said):
             True,
             **reset,
         )
+
+
+# ---- cell states and gates as results
+
+
+def returning(
+    layer: Layer, function, dtype: torch.dtype, asked: tuple[bool, bool], reset: bool
+) -> list[Tensor]:
+    """Values, and gradients through all of them."""
+    states = [layer.reset_h, layer.reset_c] if reset else [None, None]
+    leaves = [
+        t if t is None else t.to(dtype).requires_grad_()
+        for t in (layer.input, layer.h0, layer.c0, *layer.weights, *states)
+    ]
+    input, h0, c0, *weights, reset_h, reset_c = leaves
+    extras = LayerExtras(
+        layer.resets if reset else None,
+        reset_h,
+        reset_c,
+        return_cell_states=asked[0],
+        return_gates=asked[1],
+    )
+    results = function(input, h0, c0, weights, layer.batch_sizes, layer.bias, layer.bidirectional, extras)
+    values = [y for y in results if y is not None]
+    generator = torch.Generator().manual_seed(5)
+    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) for y in values]
+    wanted = [t for t in leaves if t is not None]
+    return [*values, *torch.autograd.grad(values, wanted, grads, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reset"),
+    [((True, False), False), ((False, True), True), ((True, True), True), ((True, True), False)],
+)
+@pytest.mark.parametrize("shape", ["both directions", "projection", "packed, projection"])
+def test_cell_states_and_gates(shape, asked, reset, capability):
+    for dtype in EPS:
+        layer = Layer(shape, True, dtype)
+        expected = returning(layer, reference.lstm_layer, torch.float64, asked, reset)
+        plain = returning(layer, reference.lstm_layer, dtype, asked, reset)
+        ours = returning(layer, autograd.lstm_layer, dtype, asked, reset)
+        for x, y, e in zip(ours, plain, expected, strict=True):
+            assert x.shape == e.shape
+            bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]
+            assert error(x, e) <= bound
+
+
+def test_cell_states_and_gates_come_from_the_kernels(monkeypatch):
+    monkeypatch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+    layer = lstm_ext.LSTM(3, 5, num_layers=2, bidirectional=True)
+    x = torch.randn(6, 2, 3)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            _, _, extras = layer(x, return_cell_states=True, return_gates=True, lengths=[4, 6])
+    assert extras.cell_states.shape == (4, 6, 2, 5) and extras.gates.shape == (4, 6, 2, 5, 4)
+
+
+def test_second_derivatives_through_cell_states_and_gates():
+    layer = lstm_ext.LSTM(2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        *_, extras = layer(x, return_cell_states=True, return_gates=True)
+        return extras.cell_states, extras.gates
+
+    assert torch.autograd.gradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,))
