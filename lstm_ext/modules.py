@@ -62,9 +62,9 @@ class LSTM(nn.RNNBase):
             the layer once more.
 
     What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
-    :mod:`lstm_ext.reference`. They run on its equations in plain PyTorch, except ``forget_bias``, ``recompute``, ``resets``
-    and, on the CPU, ``lengths``, ``mask``, ``return_cell_states`` and ``return_gates``, which use the kernels if none
-    of the others is there.
+    :mod:`lstm_ext.reference`. ``forget_bias``, ``recompute``, ``resets`` and, on the CPU, ``lengths``, ``mask``,
+    ``return_cell_states`` and ``return_gates`` use the kernels, if none of the others is there; all else runs on the
+    equations of that module, in plain PyTorch.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
