@@ -7,6 +7,7 @@ and the single process that they are compared with have in common.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -234,7 +235,12 @@ def main() -> None:
     for name in names:
         print(f"process {dist.get_rank()}: {name}", flush=True)
         torch.save(CASES[name](), Path(folder) / f"{name}.{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Without taking the interpreter down: a thread of gloo's may still drop a tensor that Python knows, which ends the
+    # process if Python is on its way out (torch 2.13, ProcessGroupGloo::runLoop).
+    os._exit(0)
 
 
 if __name__ == "__main__":
