@@ -18,20 +18,24 @@ using lstm_ext::OptionalTensor;
 
 auto forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
              const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional,
-             bool save, const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
-  return exports::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional,
-                                     {resets, reset_h, reset_c}, save);
+             bool save, const lstm_ext::Extras& extras) {
+  return exports::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras, save);
 }
 
 auto backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
               const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
               const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, const Tensor& output,
               const std::vector<Tensor>& saved, bool has_bias, bool bidirectional, const std::vector<bool>& wanted,
-              const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-              const OptionalTensor& grad_gates, const OptionalTensor& grad_cells) {
+              const lstm_ext::Extras& extras, const OptionalTensor& grad_gates, const OptionalTensor& grad_cells) {
   return exports::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
-                                      saved, has_bias, bidirectional, {resets, reset_h, reset_c}, wanted, grad_gates,
-                                      grad_cells);
+                                      saved, has_bias, bidirectional, extras, wanted, grad_gates, grad_cells);
+}
+
+lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                           const OptionalTensor& lengths, const OptionalTensor& recurrent_mask,
+                           const OptionalTensor& kept_h, const OptionalTensor& kept_c, double zoneout_h,
+                           double zoneout_c, const std::vector<Tensor>& norm, bool recompute) {
+  return {resets, reset_h, reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm, recompute};
 }
 
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
@@ -93,15 +97,18 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
+  py::class_<lstm_ext::Extras>(m, "Extras")
+      .def(py::init(&extras_of), py::kw_only(), py::arg("resets") = py::none(), py::arg("reset_h") = py::none(),
+           py::arg("reset_c") = py::none(), py::arg("lengths") = py::none(), py::arg("recurrent_mask") = py::none(),
+           py::arg("kept_h") = py::none(), py::arg("kept_c") = py::none(), py::arg("zoneout_h") = 0.0,
+           py::arg("zoneout_c") = 0.0, py::arg("norm") = std::vector<Tensor>{}, py::arg("recompute") = false);
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
-        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none(),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("extras") = lstm_ext::Extras{}, py::call_guard<py::gil_scoped_release>());
   m.def("lstm_layer_backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"),
         py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
         py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
-        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none(),
-        py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none(),
+        py::arg("extras") = lstm_ext::Extras{}, py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none(),
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &exports::cpu_capability);
   m.def("cpu_capabilities", &exports::cpu_capabilities);

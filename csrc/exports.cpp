@@ -16,8 +16,8 @@ CpuPlan plan_of(const LayerShape& shape, int threads, bool save) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save) {
-  return lstm_ext::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets, save);
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Extras& extras, bool save) {
+  return lstm_ext::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras, save);
 }
 
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -25,11 +25,11 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const OptionalTensor& h0, const OptionalTensor& c0,
                                             const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                             const at::Tensor& output, const std::vector<at::Tensor>& saved,
-                                            bool has_bias, bool bidirectional, const Resets& resets,
+                                            bool has_bias, bool bidirectional, const Extras& extras,
                                             const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
                                             const OptionalTensor& grad_cells) {
   return lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
-                                       saved, has_bias, bidirectional, resets, wanted, grad_gates, grad_cells);
+                                       saved, has_bias, bidirectional, extras, wanted, grad_gates, grad_cells);
 }
 
 std::string cpu_capability() { return cpu::capability().name; }

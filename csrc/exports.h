@@ -15,12 +15,12 @@ namespace lstm_ext::exports {
 // As lstm_ext::lstm_layer_forward and lstm_ext::lstm_layer_backward.
 LSTM_EXT_EXPORT std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Resets& resets, bool save);
+    const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Extras& extras, bool save);
 LSTM_EXT_EXPORT std::vector<at::Tensor> lstm_layer_backward(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
     const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
     const OptionalTensor& batch_sizes, const at::Tensor& output, const std::vector<at::Tensor>& saved, bool has_bias,
-    bool bidirectional, const Resets& resets, const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
+    bool bidirectional, const Extras& extras, const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
     const OptionalTensor& grad_cells);
 
 // The instruction set in use, those that this CPU runs, and the choice of another one.

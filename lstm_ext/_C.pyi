@@ -4,6 +4,29 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+class Extras:
+    """What a layer does beyond torch.nn.LSTM.
+
+    D directions, T steps, B sequences (N rows of packed data), H hidden units, P the size of h. All on the device of
+    the input; meanings as in :class:`lstm_ext._extras.LayerExtras`.
+    """
+
+    def __init__(
+        self,
+        *,
+        resets: Tensor | None = None,  # bool (T, B) or (N)
+        reset_h: Tensor | None = None,  # (D, B, P)
+        reset_c: Tensor | None = None,  # (D, B, H)
+        lengths: Tensor | None = None,  # int64 (B), not with packed input
+        recurrent_mask: Tensor | None = None,  # (D, B, P), float32 for a 16-bit input
+        kept_h: Tensor | None = None,  # bool (D, T, B, P) or (D, N, P)
+        kept_c: Tensor | None = None,  # bool (D, T, B, H) or (D, N, H)
+        zoneout_h: float = 0.0,  # the share that is kept, without kept_h
+        zoneout_c: float = 0.0,
+        norm: Sequence[Tensor] = (),
+        recompute: bool = False,
+    ) -> None: ...
+
 def lstm_layer_forward(
     input: Tensor,
     h0: Tensor | None,
@@ -13,13 +36,12 @@ def lstm_layer_forward(
     has_bias: bool,
     bidirectional: bool,
     save: bool,
-    resets: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
+    extras: Extras = ...,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """output, h_n, c_n, and with ``save`` what the backward pass needs.
 
-    Shapes as in :func:`lstm_ext.reference.lstm_layer`; resets, reset_h and reset_c as in its ``extras``.
+    Shapes as in :func:`lstm_ext.reference.lstm_layer`. What is needed: gates, cells, with a projection hidden, with
+    layer normalisation three more; with ``extras.recompute`` only the cells.
     """
 
 def lstm_layer_backward(
@@ -36,13 +58,13 @@ def lstm_layer_backward(
     has_bias: bool,
     bidirectional: bool,
     wanted: Sequence[bool],
-    resets: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
+    extras: Extras = ...,
+    grad_gates: Tensor | None = None,
+    grad_cells: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of input, h0, c0, each weight, and with ``resets`` reset_h and reset_c, in this order.
+    """The gradients of input, h0, c0, each weight, and, if ``wanted`` goes on so far, reset_h, reset_c, each of norm.
 
-    None where ``wanted`` is False.
+    None where ``wanted`` is False. ``grad_gates`` and ``grad_cells`` are those of what was saved.
     """
 
 def cpu_capability() -> str:

@@ -95,6 +95,26 @@ class LayerExtras:
         )
         return left.is_plain()
 
+    def constants(self) -> list[Tensor]:
+        """The tensors that have no gradients."""
+        names = ("resets", "lengths", "recurrent_mask", "zoneout_h", "zoneout_c")
+        return [v for v in (getattr(self, name) for name in names) if isinstance(v, Tensor)]
+
+    def without_tensors(self) -> LayerExtras:
+        """A copy for `with_constants`: with an empty tensor for each of `constants`, and without the others."""
+        empty = replace(self, reset_h=None, reset_c=None, norm=())
+        return empty.map(lambda _: torch.empty(0))
+
+    def with_constants(
+        self,
+        constants: Sequence[Tensor],
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
+        norm: Sequence[Tensor],
+    ) -> LayerExtras:
+        """What `without_tensors` took out, put back."""
+        return replace(self.with_tensors(constants), reset_h=reset_h, reset_c=reset_c, norm=tuple(norm))
+
     def tensors(self) -> list[Tensor]:
         """All tensors, in an order that `with_tensors` knows."""
         values = [getattr(self, field.name) for field in fields(self)]

@@ -354,28 +354,47 @@ def _fused_layer_with_extras(
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     kernels = _backend.extension()
-    returned = (extras.return_cell_states, extras.return_gates)
-    tensors = [input, h0, c0, *weights, extras.reset_h, extras.reset_c]
+    tensors = [input, h0, c0, *weights, extras.reset_h, extras.reset_c, *extras.norm]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         *layer, cells, gates = _LSTMLayerWithExtras.apply(
-            kernels, batch_sizes, bias, bidirectional, extras.resets, returned, *tensors
+            kernels, batch_sizes, bias, bidirectional, extras, len(weights), *tensors
         )
     else:
+        returned = extras.return_cell_states or extras.return_gates
         *layer, saved = kernels.lstm_layer_forward(
-            *tensors[:3],
+            input,
+            h0,
+            c0,
             weights,
             batch_sizes,
             bias,
             bidirectional,
-            any(returned),
-            extras.resets,
-            *tensors[-2:],
+            returned,
+            _of_kernels(kernels, replace(extras, recompute=False)),
         )
-        gates, cells = saved[:2] if any(returned) else (None, None)
+        gates, cells = saved[:2] if returned else (None, None)
     return (
         *layer,
         cells.to(input.dtype) if extras.return_cell_states else None,
         _with_gates_last(gates).to(input.dtype) if extras.return_gates else None,
+    )
+
+
+def _of_kernels(kernels: Any, extras: LayerExtras) -> Any:
+    """The extras as the kernels take them."""
+    kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in (extras.zoneout_h, extras.zoneout_c)]
+    return kernels.Extras(
+        resets=extras.resets,
+        reset_h=extras.reset_h,
+        reset_c=extras.reset_c,
+        lengths=extras.lengths,
+        recurrent_mask=extras.recurrent_mask,
+        kept_h=kept_h,
+        kept_c=kept_c,
+        zoneout_h=extras.zoneout_h if kept_h is None else 0.0,
+        zoneout_c=extras.zoneout_c if kept_c is None else 0.0,
+        norm=extras.norm,
+        recompute=extras.recompute,
     )
 
 
@@ -385,79 +404,82 @@ def _with_gates_last(gates: Tensor) -> Tensor:
 
 
 class _LSTMLayerWithExtras(torch.autograd.Function):
-    """As `_LSTMLayer`; the tensors are input, h0, c0, the weights, reset_h and reset_c.
+    """As `_LSTMLayer`; the tensors are input, h0, c0, the weights, reset_h, reset_c and the parameters of norm.
 
-    Results: output, h_n, c_n, and, where ``returned`` says so, the saved cells and gates; None in their place else.
+    Results: output, h_n, c_n, and the saved cells and gates where they are wanted, else None.
     """
 
     @staticmethod
-    def forward(ctx, kernels, batch_sizes, bias, bidirectional, resets, returned, *tensors):
-        input, h0, c0, *weights, reset_h, reset_c = tensors
+    def forward(ctx, kernels, batch_sizes, bias, bidirectional, extras, weight_count, *tensors):
+        # Gates that are returned are there anyway.
+        extras = replace(extras, recompute=extras.recompute and not extras.return_gates)
+        input, h0, c0, *weights = tensors[: 3 + weight_count]
         output, h_n, c_n, saved = kernels.lstm_layer_forward(
-            input, h0, c0, weights, batch_sizes, bias, bidirectional, True, resets, reset_h, reset_c
+            input, h0, c0, weights, batch_sizes, bias, bidirectional, True, _of_kernels(kernels, extras)
         )
+        others = extras.constants()
         ctx.kernels = kernels
         ctx.bias = bias
         ctx.bidirectional = bidirectional
-        ctx.returned = returned
-        ctx.tensor_count = len(tensors)
+        ctx.extras = extras.without_tensors()
+        ctx.counts = (len(tensors), len(others))
+        ctx.weight_count = weight_count
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, resets, *tensors, output, *saved)
-        gates, cells = saved[:2]
-        return output, h_n, c_n, cells if returned[0] else None, gates if returned[1] else None
+        ctx.save_for_backward(batch_sizes, *tensors, *others, output, *saved)
+        cells = saved[0 if extras.recompute else 1] if extras.return_cell_states else None
+        return output, h_n, c_n, cells, saved[0] if extras.return_gates else None
 
     @staticmethod
     def backward(ctx, *grads):
-        batch_sizes, resets, *kept = ctx.saved_tensors
-        tensors, (output, *saved) = kept[: ctx.tensor_count], kept[ctx.tensor_count :]
+        batch_sizes, *kept = ctx.saved_tensors
+        end, count = ctx.counts
+        tensors, others, (output, *saved) = kept[:end], kept[end : end + count], kept[end + count :]
         wanted = ctx.needs_input_grad[6:]
-        input, h0, c0, *weights, reset_h, reset_c = tensors
+        weight_count, bias, bidirectional = ctx.weight_count, ctx.bias, ctx.bidirectional
+
+        def extras_with(tensors):
+            reset_h, reset_c, *norm = tensors[3 + weight_count :]
+            return ctx.extras.with_constants(others, reset_h, reset_c, norm)
+
         *grads_of_layer, grad_cells, grad_gates = grads
         if all([g is None for g in grads]):
             result = [None] * len(tensors)
         elif (
             not torch.is_grad_enabled()
-            and _is_direct(input, h0, c0, (*weights, *[t for t in (reset_h, reset_c) if t is not None]))
+            and _is_direct(tensors[0], None, None, [t for t in (*tensors, *others) if t is not None])
             and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
         ):
             result = ctx.kernels.lstm_layer_backward(
                 *grads_of_layer,
-                input,
-                h0,
-                c0,
-                weights,
+                *tensors[:3],
+                tensors[3 : 3 + weight_count],
                 batch_sizes,
                 output,
                 saved,
-                ctx.bias,
-                ctx.bidirectional,
-                wanted if resets is not None else wanted[:-2],
-                resets,
-                reset_h,
-                reset_c,
+                bias,
+                bidirectional,
+                wanted,
+                _of_kernels(ctx.kernels, extras_with(tensors)),
                 grad_gates,
                 grad_cells,
             )
-            result += [None] * (
-                len(tensors) - len(result)
-            )  # without resets, of no state that replaces another
         else:
-            bias, bidirectional, returned = ctx.bias, ctx.bidirectional, ctx.returned
-            sum_dtype = saved[1].dtype
+            sum_dtype = saved[0].dtype
 
-            def layer(input, h0, c0, *others):
-                *weights, reset_h, reset_c = others
-                extras = LayerExtras(
-                    resets, reset_h, reset_c, return_cell_states=returned[0], return_gates=returned[1]
-                )
+            def layer(*tensors):
                 *results, cells, gates = reference.lstm_layer(
-                    input, h0, c0, weights, batch_sizes, bias, bidirectional, extras
+                    *tensors[:3],
+                    tensors[3 : 3 + weight_count],
+                    batch_sizes,
+                    bias,
+                    bidirectional,
+                    extras_with(tensors),
                 )
                 # As the kernels save them.
                 return (
                     *results,
-                    cells.to(sum_dtype) if returned[0] else None,
-                    gates.transpose(-1, -2).flatten(-2).to(sum_dtype) if returned[1] else None,
+                    None if cells is None else cells.to(sum_dtype),
+                    None if gates is None else gates.transpose(-1, -2).flatten(-2).to(sum_dtype),
                 )
 
             result = transforms.gradients_of(layer, wanted, tensors, grads)

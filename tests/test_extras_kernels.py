@@ -122,7 +122,7 @@ def test_some_gradients_only():
     kernels = _backend.extension()
     layer = Layer("projection", True, torch.float64)
     flags = (layer.bias, layer.bidirectional)
-    reset = (layer.resets, layer.reset_h, layer.reset_c)
+    reset = (kernels.Extras(resets=layer.resets, reset_h=layer.reset_h, reset_c=layer.reset_c),)
     *values, saved = kernels.lstm_layer_forward(
         layer.input, layer.h0, layer.c0, layer.weights, None, *flags, True, *reset
     )
@@ -207,7 +207,7 @@ def test_kernels_check_their_arguments(change, said):
             layer.bias,
             layer.bidirectional,
             True,
-            **reset,
+            _backend.extension().Extras(**reset),
         )
 
 

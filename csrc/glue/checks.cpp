@@ -33,6 +33,41 @@ std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tenso
   return offsets;
 }
 
+void check_extras(const at::Tensor& input, const LayerSizes& s, bool has_bias, const Extras& extras) {
+  const at::ScalarType dtype = input.scalar_type();
+  TORCH_CHECK(extras.resets || !(extras.reset_h || extras.reset_c), "lstm_ext: got a reset state, but no resets");
+  if (extras.resets) {
+    const std::vector<int64_t> sizes =
+        s.packed() ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
+    check_tensor("resets", *extras.resets, input, at::kBool, sizes);
+  }
+  const std::vector<int64_t> h_sizes{s.directions, s.batch, s.output_size};
+  if (extras.reset_h) check_tensor("reset_h", *extras.reset_h, input, dtype, h_sizes);
+  if (extras.reset_c) check_tensor("reset_c", *extras.reset_c, input, dtype, {s.directions, s.batch, s.hidden_size});
+  if (extras.lengths) {
+    TORCH_CHECK(!s.packed(), "lstm_ext: got lengths and batch_sizes, expected one of them");
+    check_tensor("lengths", *extras.lengths, input, at::kLong, {s.batch});
+  }
+  if (extras.recurrent_mask) check_tensor("recurrent_mask", *extras.recurrent_mask, input, s.sum_type, h_sizes);
+  if (extras.kept_h) check_tensor("kept_h", *extras.kept_h, input, at::kBool, s.saved_sizes(s.output_size));
+  if (extras.kept_c) check_tensor("kept_c", *extras.kept_c, input, at::kBool, s.saved_sizes(s.hidden_size));
+  for (const double share : {extras.zoneout_h, extras.zoneout_c}) {
+    TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
+  }
+  if (extras.norm.empty()) return;
+  constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
+  const size_t per_direction = has_bias ? 4 : 3;
+  TORCH_CHECK(extras.norm.size() == per_direction * s.directions, "lstm_ext: got ", extras.norm.size(),
+              " parameters of layer normalisation, expected ", per_direction * s.directions);
+  for (size_t i = 0; i < extras.norm.size(); ++i) {
+    const size_t kind = i % per_direction;
+    // Autocast leaves them in their own dtype.
+    const at::ScalarType own = extras.norm[i].scalar_type() == s.sum_type ? s.sum_type : dtype;
+    check_tensor(kNames[kind], extras.norm[i], input, own, {kind < 2 ? 4 * s.hidden_size : s.hidden_size});
+  }
+  TORCH_CHECK(!extras.recompute, "lstm_ext: the kernels do not compute gates with layer normalisation again");
+}
+
 }  // namespace
 
 std::vector<int64_t> LayerSizes::sequence_sizes(int64_t features) const {
@@ -58,7 +93,7 @@ void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& 
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                        const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                       bool bidirectional, const Resets& resets) {
+                       bool bidirectional, const Extras& extras) {
   TORCH_CHECK(input.device().is_cpu() || input.device().is_cuda(), "lstm_ext: input is on ", input.device(),
               ", expected the CPU or a CUDA device");
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
@@ -119,14 +154,7 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   }
   if (h0) check_tensor("h0", *h0, input, dtype, {s.directions, s.batch, s.output_size});
   if (c0) check_tensor("c0", *c0, input, dtype, {s.directions, s.batch, s.hidden_size});
-  TORCH_CHECK(resets.flags || !(resets.h || resets.c), "lstm_ext: got a reset state, but no resets");
-  if (resets.flags) {
-    const std::vector<int64_t> sizes =
-        packed ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
-    check_tensor("resets", *resets.flags, input, at::kBool, sizes);
-    if (resets.h) check_tensor("reset_h", *resets.h, input, dtype, {s.directions, s.batch, s.output_size});
-    if (resets.c) check_tensor("reset_c", *resets.c, input, dtype, {s.directions, s.batch, s.hidden_size});
-  }
+  check_extras(input, s, has_bias, extras);
   return s;
 }
 

@@ -24,7 +24,7 @@ struct LayerSizes {
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                        const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                       bool bidirectional, const Resets& resets = {});
+                       bool bidirectional, const Extras& extras = {});
 
 // `tensor` is of the device of `input`, and of the given dtype and sizes.
 void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,

@@ -77,13 +77,13 @@ LayerShape shape_of(const LayerSizes& s, int64_t direction, const at::Tensor& re
           resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
 }
 
-// The tensors of Resets, as kernels want them.
+// The resets, as kernels want them.
 struct ResetTensors {
   at::Tensor flags, h, c;
 };
-ResetTensors reset_tensors(const Resets& resets, at::ScalarType type) {
-  return {contiguous_or_undefined(resets.flags, at::kBool), contiguous_or_undefined(resets.h, type),
-          contiguous_or_undefined(resets.c, type)};
+ResetTensors reset_tensors(const Extras& extras, at::ScalarType type) {
+  return {contiguous_or_undefined(extras.resets, at::kBool), contiguous_or_undefined(extras.reset_h, type),
+          contiguous_or_undefined(extras.reset_c, type)};
 }
 
 template <typename T>
@@ -145,7 +145,7 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   const at::Tensor h = contiguous_or_undefined(layer.h0, type);
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(layer.weights, type);
-  const ResetTensors reset = reset_tensors(layer.resets, type);
+  const ResetTensors reset = reset_tensors(layer.extras, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
@@ -192,9 +192,10 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   for (int64_t i = 0; i < count; ++i) {
     if (wanted[3 + i]) grads[3 + i] = empty_in_huge_pages(weights[i].sizes(), options);
   }
-  if (layer.resets.flags) {
-    if (wanted[3 + count] && layer.resets.h) grads[3 + count] = at::empty(layer.resets.h->sizes(), options);
-    if (wanted[4 + count] && layer.resets.c) grads[4 + count] = at::empty(layer.resets.c->sizes(), options);
+  const bool more = static_cast<int64_t>(wanted.size()) > 3 + count;  // gradients of the extras
+  if (more) {
+    if (wanted[3 + count] && layer.extras.reset_h) grads[3 + count] = at::empty(layer.extras.reset_h->sizes(), options);
+    if (wanted[4 + count] && layer.extras.reset_c) grads[4 + count] = at::empty(layer.extras.reset_c->sizes(), options);
   }
   const auto results = [&] {
     for (at::Tensor& g : grads) {
@@ -213,7 +214,7 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::Tensor h = contiguous_or_undefined(layer.h0, type);
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(weights, type);
-  const ResetTensors reset = reset_tensors(layer.resets, type);
+  const ResetTensors reset = reset_tensors(layer.extras, type);
   const at::Tensor y = with_contiguous_rows(g.output, type);
   const at::Tensor dy = g.grad_output ? with_contiguous_rows(*g.grad_output, type) : at::Tensor();
   const at::Tensor dh = contiguous_or_undefined(g.grad_h_n, type);
@@ -249,7 +250,7 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       if (grads[0].defined()) p.grad_input = columns_of<scalar_t>(grads[0], 0);
       p.accumulate_grad_input = d > 0;
       p.grad_h0 = part_or_null<scalar_t>(grads[1], d);
-      if (layer.resets.flags) {
+      if (more) {
         p.grad_reset_h = part_or_null<scalar_t>(grads[3 + count], d);
         p.grad_reset_c = part_or_null<scalar_t>(grads[4 + count], d);
       }

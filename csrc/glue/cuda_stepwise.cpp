@@ -86,9 +86,9 @@ class Stepwise {
         h0_(contiguous_or_undefined(layer.h0, dtype_)),
         c0_(contiguous_or_undefined(layer.c0, dtype_)),
         weights_(contiguous_weights(layer.weights, dtype_)),
-        resets_(contiguous_or_undefined(layer.resets.flags, at::kBool)),
-        reset_h_(contiguous_or_undefined(layer.resets.h, dtype_)),
-        reset_c_(contiguous_or_undefined(layer.resets.c, dtype_)) {}
+        resets_(contiguous_or_undefined(layer.extras.resets, at::kBool)),
+        reset_h_(contiguous_or_undefined(layer.extras.reset_h, dtype_)),
+        reset_c_(contiguous_or_undefined(layer.extras.reset_c, dtype_)) {}
 
  protected:
   Direction direction(int64_t d) const {
@@ -305,8 +305,8 @@ class StepwiseBackward : Stepwise {
     for (size_t i = 0; i < weights_.size(); ++i) {
       if (wanted_[3 + i]) grads_[3 + i] = at::zeros(weights_[i].sizes(), options(s.sum_type));
     }
-    if (resets_.defined()) {
-      const size_t first = reset_gradients();
+    const size_t first = reset_gradients();
+    if (resets_.defined() && wanted_.size() > first) {
       if (wanted_[first] && reset_h_.defined()) grads_[first] = at::zeros(reset_h_.sizes(), options(s.sum_type));
       if (wanted_[first + 1] && reset_c_.defined())
         grads_[first + 1] = at::zeros(reset_c_.sizes(), options(s.sum_type));
@@ -369,7 +369,7 @@ class StepwiseBackward : Stepwise {
     g.gates = at::empty({longest, 4 * H}, options(gradient_type_));
     if (s.projected) g.output = at::empty({longest, P}, options(gradient_type_));
     at::Tensor grad_reset_h, grad_reset_c;
-    if (resets_.defined()) {
+    if (resets_.defined() && grads_.size() > reset_gradients()) {
       grad_reset_h = part_of(grads_[reset_gradients()], d);
       grad_reset_c = part_of(grads_[reset_gradients() + 1], d);
     }

@@ -13,7 +13,7 @@ struct LayerArguments {
   const OptionalTensor& c0;
   const std::vector<at::Tensor>& weights;
   bool has_bias;
-  const Resets& resets;
+  const Extras& extras;
 };
 
 // What a forward pass kept, and the gradients of its results. An absent gradient means zeros.

@@ -82,9 +82,9 @@ void gemm_by_definition(const Gemm& g, void*) {
 
 lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                              bool bidirectional, const lstm_ext::Resets& resets) {
+                              bool bidirectional, const lstm_ext::Extras& extras) {
   lstm_ext::LayerSizes sizes =
-      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
+      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
   sizes.gates_type = input.scalar_type();  // as on a GPU
   return sizes;
 }
@@ -98,9 +98,9 @@ lstm_ext::ForwardResult forward(const at::Tensor& input, const OptionalTensor& h
                                 bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes,
                                 const OptionalTensor& flags, const OptionalTensor& reset_h,
                                 const OptionalTensor& reset_c) {
-  const lstm_ext::Resets resets{flags, reset_h, reset_c};
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
-  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, resets}, sizes, save, device(tf32, chunk_bytes));
+  const lstm_ext::Extras extras{flags, reset_h, reset_c};
+  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
+  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, extras}, sizes, save, device(tf32, chunk_bytes));
 }
 
 std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -111,9 +111,9 @@ std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const Option
                                  const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes,
                                  const OptionalTensor& flags, const OptionalTensor& reset_h,
                                  const OptionalTensor& reset_c) {
-  const lstm_ext::Resets resets{flags, reset_h, reset_c};
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, resets);
-  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, resets}, sizes,
+  const lstm_ext::Extras extras{flags, reset_h, reset_c};
+  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
+  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, extras}, sizes,
                                      {grad_output, grad_h_n, grad_c_n, {}, {}, output, saved, wanted},
                                      device(tf32, chunk_bytes));
 }
