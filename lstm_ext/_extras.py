@@ -56,7 +56,7 @@ class LayerExtras:
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
         return_cell_states, return_gates: whether they are wanted.
-        recompute: keep only the arguments for the backward pass.
+        recompute: keep less for the backward pass, which computes the gates again.
     """
 
     resets: Tensor | None = None
@@ -87,13 +87,14 @@ class LayerExtras:
 
     def have_kernels(self, device: torch.device) -> bool:
         """Whether the fused kernels serve these extras on this kind of device."""
-        returned = self.return_cell_states or self.return_gates
-        if returned and device.type != "cpu":
-            return False
-        left = replace(
-            self, resets=None, reset_h=None, reset_c=None, return_cell_states=False, return_gates=False
-        )
+        if device.type == "cpu":
+            return self.lengths is None
+        left = replace(self, resets=None, reset_h=None, reset_c=None)
         return left.is_plain()
+
+    def can_be_rebuilt(self, device: torch.device) -> bool:
+        """Whether the backward kernels compute the gates again by themselves, so that only c_t need be saved."""
+        return device.type == "cpu" and len(self.norm) == 0
 
     def constants(self) -> list[Tensor]:
         """The tensors that have no gradients."""

@@ -88,15 +88,16 @@ def _layer_with_extras(
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The one place that decides what computes the extras: the kernels, or the equations of `reference`."""
-    if extras.recompute:
-        return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
-    if extras.is_plain():
-        return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
-    if (
+    direct = (
         extras.have_kernels(input.device)
         and _is_direct(input, h0, c0, (*weights, *extras.tensors()))
         and _backend.has_kernels()
-    ):
+    )
+    if extras.recompute and not (direct and extras.can_be_rebuilt(input.device)):
+        return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
+    if extras.is_plain() and not extras.recompute:
+        return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
+    if direct:
         return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if batch_sizes is not None and (_is_compiling() or _dispatch_modes() > 0):
         # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
