@@ -7,6 +7,7 @@ slices, and a gate is computed by itself. Random masks are arguments; `drawn` dr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,16 @@ class Result(NamedTuple):
     c_n: Tensor
     cell_states: Tensor  # (L * D, T, B, H)
     gates: Tensor  # (L * D, T, B, H, 4)
+
+
+def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
+    """What zoneout keeps, as docs/extras.md says that it is drawn on the CPU."""
+    if rate < 2**-16:
+        return torch.rand(shape) < rate
+    below = math.floor(torch.rand((), dtype=torch.float64).item() + rate * 65536)
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).numpy().view("uint16")
+    return torch.tensor([(w + 2**15) % 2**16 < below for w in words[:count].tolist()]).view(shape)
 
 
 def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
@@ -71,9 +82,9 @@ def drawn(
             if rate:
                 mask = torch.zeros(directions, time * batch, size, dtype=torch.float64)
                 if packed_as is None:
-                    mask[:] = (torch.rand(directions, time, batch, size) < rate).double().flatten(1, 2)
+                    mask[:] = kept_by_zoneout((directions, time, batch, size), rate).double().flatten(1, 2)
                 else:
-                    mask[:, rows] = (torch.rand(directions, len(rows), size) < rate).double()
+                    mask[:, rows] = kept_by_zoneout((directions, len(rows), size), rate).double()
                 mask = mask.unflatten(1, (time, batch))
             zoneout.append(mask)
         layers.append(Masks(recurrent, *zoneout))

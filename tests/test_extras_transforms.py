@@ -267,10 +267,9 @@ def test_recompute_keeps_less_and_gives_the_same(options):
         loss = output.square().sum() + states[1].sum()
         results.append([output, *states, *torch.autograd.grad(loss, [*hx, *m.parameters()])])
     torch.testing.assert_close(results[0], results[1])
-    # The output of the first layer, which is the input of the second, and little else.
-    of_one_output = 20 * 5 * 16 * 4
-    assert kept_bytes(lean, x) < 1.5 * of_one_output
-    assert kept_bytes(module, x) > 5 * of_one_output
+    # Beyond the result; the output of the first layer, which is the input of the second, is counted.
+    result = 20 * 5 * 16 * 4
+    assert kept_bytes(lean, x) - result <= 0.3 * (kept_bytes(module, x) - result)
 
 
 def test_recompute_draws_the_masks_once():

@@ -15,6 +15,7 @@ template <>
 struct Simd<float> {
   using Reg = __m512;
   typedef int Index __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
   static constexpr int kLanes = 16;
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
@@ -42,6 +43,7 @@ template <>
 struct Simd<double> {
   using Reg = __m512d;
   typedef long long Index __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
   static constexpr int kLanes = 8;
   static Reg zero() { return _mm512_setzero_pd(); }
   static Reg set1(double x) { return _mm512_set1_pd(x); }
@@ -75,6 +77,7 @@ template <>
 struct Simd<float> {
   using Reg = __m256;
   typedef int Index __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
   static constexpr int kLanes = 8;
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
@@ -103,6 +106,7 @@ template <>
 struct Simd<double> {
   using Reg = __m256d;
   typedef long long Index __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(4)));
   static constexpr int kLanes = 4;
   static Reg zero() { return _mm256_setzero_pd(); }
   static Reg set1(double x) { return _mm256_set1_pd(x); }
@@ -135,6 +139,7 @@ template <>
 struct Simd<float> {
   using Reg = __m128;
   typedef int Index __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(4)));
   static constexpr int kLanes = 4;
   static Reg zero() { return _mm_setzero_ps(); }
   static Reg set1(float x) { return _mm_set1_ps(x); }
@@ -167,6 +172,7 @@ template <>
 struct Simd<double> {
   using Reg = __m128d;
   typedef long long Index __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(2)));
   static constexpr int kLanes = 2;
   static Reg zero() { return _mm_setzero_pd(); }
   static Reg set1(double x) { return _mm_set1_pd(x); }

@@ -1,30 +1,26 @@
 // What the passes have in common of the extras of a step. Included inside a per-set anonymous namespace.
 
-// 1 where a flag is set, else 0.
+// Where a flag is set, a, else b: not a product, since what is not taken may be infinite.
 template <typename T>
-LSTM_EXT_INLINE Reg<T> flag_lanes(const uint8_t* flags, int lanes) {
-  constexpr int n = Simd<T>::kLanes;
-  alignas(64) T values[n];
-  if (lanes == n) {
-    for (int i = 0; i < n; ++i) values[i] = flags[i] != 0 ? T(1) : T(0);
+LSTM_EXT_INLINE Reg<T> where(const uint8_t* flags, int lanes, Reg<T> a, Reg<T> b) {
+  using Index = typename Simd<T>::Index;
+  typename Simd<T>::Bytes bytes = {};
+  if (lanes == Simd<T>::kLanes) {
+    __builtin_memcpy(&bytes, flags, sizeof(bytes));
   } else {
-    for (int i = 0; i < n; ++i) values[i] = i < lanes && flags[i] != 0 ? T(1) : T(0);
+    for (int i = 0; i < lanes; ++i) bytes[i] = flags[i];
   }
-  return Simd<T>::load(values);
-}
-
-// Where `flags` (0 or 1) are 1, a, else b: not a product, since what is not taken may be infinite.
-template <typename T>
-LSTM_EXT_INLINE Reg<T> where(Reg<T> flags, Reg<T> a, Reg<T> b) {
-  return flags != Simd<T>::zero() ? a : b;
+  return __builtin_convertvector(bytes, Index) != 0 ? a : b;
 }
 
 // What zoneout makes of the new state and of the one before: of one row of `lanes` units, from `flags` on, or, if that
 // is null, in the mean.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> zoned(Reg<T> fresh, Reg<T> before, const uint8_t* flags, T share, int lanes) {
-  if (flags) return where<T>(flag_lanes<T>(flags, lanes), before, fresh);
-  return Simd<T>::fma(Simd<T>::set1(share), before - fresh, fresh);
+  if (flags) return where<T>(flags, lanes, before, fresh);
+  // From the nearer end, as torch.lerp.
+  if (share < T(0.5)) return Simd<T>::fma(Simd<T>::set1(share), before - fresh, fresh);
+  return Simd<T>::fma(Simd<T>::set1(T(1) - share), fresh - before, before);
 }
 
 // Splits dL/d(state) into what belongs to the state before, which is returned, and to the new one, which stays.
@@ -33,9 +29,8 @@ LSTM_EXT_INLINE Reg<T> kept_gradient(Reg<T>& grad, const uint8_t* flags, T share
   const Reg<T> zero = Simd<T>::zero();
   Reg<T> kept;
   if (flags) {
-    const Reg<T> of_row = flag_lanes<T>(flags, lanes);
-    kept = where<T>(of_row, grad, zero);
-    grad = where<T>(of_row, zero, grad);
+    kept = where<T>(flags, lanes, grad, zero);
+    grad = where<T>(flags, lanes, zero, grad);
   } else {
     kept = grad * Simd<T>::set1(share);
     grad = grad - kept;
@@ -47,9 +42,11 @@ template <typename T>
 LSTM_EXT_INLINE T sum_of_lanes(Reg<T> v) {
   alignas(64) T lanes[Simd<T>::kLanes];
   Simd<T>::store(lanes, v);
-  T sum = 0;
-  for (int i = 0; i < Simd<T>::kLanes; ++i) sum += lanes[i];
-  return sum;
+#pragma GCC unroll 4
+  for (int half = Simd<T>::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // For pieces of kLanes of `count` numbers: f(first, lanes).
@@ -62,26 +59,38 @@ LSTM_EXT_INLINE void for_each_piece(int64_t count, F&& f) {
 LSTM_EXT_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 LSTM_EXT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
+// The sum of f(first, lanes) over the pieces of `count` numbers; lanes that are not there must be 0. In four parts,
+// since each addition waits for the one before.
+template <typename T, typename F>
+LSTM_EXT_INLINE T sum_over(int64_t count, F&& f) {
+  constexpr int n = Simd<T>::kLanes;
+  Reg<T> sums[4] = {Simd<T>::zero(), Simd<T>::zero(), Simd<T>::zero(), Simd<T>::zero()};
+  int64_t i = 0;
+  for (; i + 4 * n <= count; i += 4 * n) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + f(i + k * n, n);
+  }
+  for (; i < count; i += n) sums[0] = sums[0] + f(i, static_cast<int>(smaller(count - i, n)));
+  return sum_of_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // x becomes (x - mean) / sqrt(variance + epsilon), with the biased variance; returns 1 / that root. `from` may be x.
 template <typename T>
 LSTM_EXT_INLINE T normalise(const T* from, int64_t count, T* x) {
   using S = Simd<T>;
-  Reg<T> sum = S::zero();
-  for_each_piece<T>(count,
-                    [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE { sum = sum + load_lanes<T>(from + i, lanes); });
-  const Reg<T> mean = S::set1(sum_of_lanes<T>(sum) / static_cast<T>(count));
-  Reg<T> squares = S::zero();
-  for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
+  const T sum =
+      sum_over<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE { return load_lanes<T>(from + i, lanes); });
+  const Reg<T> mean = S::set1(sum / static_cast<T>(count));
+  const T squares = sum_over<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
     Reg<T> d = load_lanes<T>(from + i, lanes) - mean;
-    if (lanes < S::kLanes) {  // those that are not there must not count
+    if (lanes < S::kLanes) {
       alignas(64) T difference[S::kLanes];
       S::store(difference, d);
       d = S::load_partial(difference, lanes);
     }
-    squares = S::fma(d, d, squares);
+    return d * d;
   });
-  const T variance = sum_of_lanes<T>(squares) / static_cast<T>(count);
-  const T factor = T(1) / square_root(variance + static_cast<T>(kLayerNormEpsilon));
+  const T factor = T(1) / square_root(squares / static_cast<T>(count) + static_cast<T>(kLayerNormEpsilon));
   const Reg<T> scale = S::set1(factor);
   for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
     store_lanes<T>(x + i, (load_lanes<T>(from + i, lanes) - mean) * scale, lanes);
