@@ -86,13 +86,10 @@ class LayerExtras:
         )
 
     def have_kernels(self, device: torch.device) -> bool:
-        """Whether the fused kernels serve these extras on this kind of device."""
-        returned = self.return_cell_states or self.return_gates
-        if returned and device.type != "cpu":
-            return False
-        left = replace(
-            self, resets=None, reset_h=None, reset_c=None, return_cell_states=False, return_gates=False
-        )
+        """Whether the fused kernels serve these extras on this kind of device; meta is like the CPU."""
+        left = replace(self, resets=None, reset_h=None, reset_c=None)
+        if device.type in ("cpu", "meta"):
+            left = replace(left, lengths=None, return_cell_states=False, return_gates=False)
         return left.is_plain()
 
     def constants(self) -> list[Tensor]:
