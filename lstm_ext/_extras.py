@@ -14,7 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LSTMExtras", "LayerExtras", "StackExtras", "collected"]
+__all__ = ["OPERANDS", "LSTMExtras", "LayerExtras", "StackExtras", "collected"]
+
+# What `LayerExtras.operands` gives, as the registered operators and the kernels name it. kept_h and kept_c are the
+# masks of zoneout, zoneout_h and zoneout_c the shares that are kept where there is no mask.
+OPERANDS = (
+    "resets",
+    "reset_h",
+    "reset_c",
+    "lengths",
+    "recurrent_mask",
+    "kept_h",
+    "kept_c",
+    "zoneout_h",
+    "zoneout_c",
+    "norm",
+)
 
 
 class LSTMExtras(NamedTuple):
@@ -91,6 +106,36 @@ class LayerExtras:
         if device.type in ("cpu", "meta"):
             left = replace(left, lengths=None, return_cell_states=False, return_gates=False)
         return left.is_plain()
+
+    def operands(self) -> tuple[Any, ...]:
+        """As the registered operators take them, after the arguments of the plain layer; `from_operands` reads them."""
+        kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in (self.zoneout_h, self.zoneout_c)]
+        return (
+            self.resets,
+            self.reset_h,
+            self.reset_c,
+            self.lengths,
+            self.recurrent_mask,
+            kept_h,
+            kept_c,
+            self.zoneout_h if kept_h is None else 0.0,
+            self.zoneout_c if kept_c is None else 0.0,
+            list(self.norm),
+        )
+
+    @classmethod
+    def from_operands(
+        cls, operands: Sequence[Any], return_cell_states: bool, return_gates: bool
+    ) -> LayerExtras:
+        *tensors, kept_h, kept_c, share_h, share_c, norm = operands
+        return cls(
+            *tensors,
+            share_h if kept_h is None else kept_h,
+            share_c if kept_c is None else kept_c,
+            tuple(norm),
+            return_cell_states,
+            return_gates,
+        )
 
     def constants(self) -> list[Tensor]:
         """The tensors that have no gradients."""
