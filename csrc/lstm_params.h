@@ -45,6 +45,39 @@ struct ResetState {
   const T* c;  // (B, H) contiguous
 };
 
+// Of the state before a step, what is kept: zoneout.
+template <typename T>
+struct Zoneout {
+  // (T, B, P) and (T, B, H) contiguous: not 0 where it is kept. Null: the share below is.
+  const uint8_t* kept_h;
+  const uint8_t* kept_c;
+  T share_h, share_c;
+
+  bool of_h() const { return kept_h || share_h != 0; }
+  bool of_c() const { return kept_c || share_c != 0; }
+};
+
+// Layer normalisation; all null without it, else bias_c only.
+template <typename T>
+struct LayerNorm {
+  const T* gain_ih;  // (4H), of W x
+  const T* gain_hh;  // (4H), of U h
+  const T* gain_c;   // (H), of c
+  const T* bias_c;   // (H)
+};
+// What is added to a variance before the root.
+constexpr double kLayerNormEpsilon = 1e-5;
+
+// What changes the equations of a step.
+template <typename T>
+struct StepExtras {
+  const T* recurrent_mask;  // (B, P) contiguous: what h_{t-1} is multiplied by before the product with U; or null
+  Zoneout<T> zoneout;
+  LayerNorm<T> norm;
+
+  bool any() const { return recurrent_mask || zoneout.of_h() || zoneout.of_c() || norm.gain_ih; }
+};
+
 // Weights are contiguous, in torch's layout. Null where the layer has none.
 template <typename T>
 struct LayerWeights {
@@ -63,6 +96,7 @@ struct ForwardParams {
   const T* h0;              // (B, P) contiguous; null means zeros
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
+  StepExtras<T> extras;
   Sequence<T> output;  // (T, B, P); also read back as h_{t-1}
   T* h_n;              // (B, P) contiguous
   T* c_n;              // (B, H) contiguous; holds the running cell state in inference
@@ -70,20 +104,31 @@ struct ForwardParams {
   T* gates;   // (T, B, 4H) i, f, g, o after the nonlinearity
   T* cells;   // (T, B, H) c_t
   T* hidden;  // (T, B, H) o * tanh(c) before the projection; null without one
+  // With layer normalisation, else null: W x and U h, normalised, before their gains, and 1 / their standard
+  // deviations.
+  T* norm_input;      // (T, B, 4H)
+  T* norm_recurrent;  // (T, B, 4H)
+  T* norm_factors;    // (T, B, 2)
 };
 
 template <typename T>
 struct BackwardParams {
   LayerShape shape;
-  LayerWeights<T> weights;  // biases are not read
+  LayerWeights<T> weights;
   Sequence<const T> input;
   const T* h0;
   const T* c0;
   ResetState<T> reset_state;
+  StepExtras<T> extras;
   Sequence<const T> output;
+  // As in ForwardParams. gates and hidden may be null: they are computed again, for which the biases are read. Not with
+  // layer normalisation.
   const T* gates;
   const T* cells;
   const T* hidden;
+  const T* norm_input;
+  const T* norm_recurrent;
+  const T* norm_factors;
   Sequence<const T> grad_output;  // (T, B, P); data null means zeros
   // Of c_t and of the gates themselves, where a loss sees them; null means zeros.
   const T* grad_cells;  // (T, B, H) contiguous
@@ -101,6 +146,10 @@ struct BackwardParams {
   T* grad_weight_hh;           // (4H, P)
   T* grad_bias;                // (4H), the gradient of either bias
   T* grad_weight_hr;           // (P, H)
+  T* grad_gain_ih;             // (4H)
+  T* grad_gain_hh;             // (4H)
+  T* grad_gain_c;              // (H)
+  T* grad_bias_c;              // (H)
 };
 
 }  // namespace lstm_ext

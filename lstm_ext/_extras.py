@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 __all__ = ["OPERANDS", "LSTMExtras", "LayerExtras", "StackExtras", "collected"]
 
@@ -52,6 +53,10 @@ class LSTMExtras(NamedTuple):
     gates: Tensor | None
 
 
+# torch.export.save writes down what a model returns.
+_pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtras")
+
+
 @dataclass(frozen=True, eq=False)
 class LayerExtras:
     """The extras of one layer, both directions; time first.
@@ -71,7 +76,7 @@ class LayerExtras:
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
         return_cell_states, return_gates: whether they are wanted.
-        recompute: keep only the arguments for the backward pass.
+        recompute: keep less for the backward pass, which computes the gates again.
     """
 
     resets: Tensor | None = None
@@ -102,14 +107,21 @@ class LayerExtras:
 
     def have_kernels(self, device: torch.device) -> bool:
         """Whether the fused kernels serve these extras on this kind of device; meta is like the CPU."""
-        left = replace(self, resets=None, reset_h=None, reset_c=None)
         if device.type in ("cpu", "meta"):
-            left = replace(left, lengths=None, return_cell_states=False, return_gates=False)
+            return True
+        left = replace(self, resets=None, reset_h=None, reset_c=None)
         return left.is_plain()
+
+    def can_be_rebuilt(self, device: torch.device) -> bool:
+        """Whether the backward kernels compute the gates again by themselves, so that only c_t need be saved."""
+        return device.type == "cpu" and len(self.norm) == 0
 
     def operands(self) -> tuple[Any, ...]:
         """As the registered operators take them, after the arguments of the plain layer; `from_operands` reads them."""
-        kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in (self.zoneout_h, self.zoneout_c)]
+        zoneout = (self.zoneout_h, self.zoneout_c)
+        kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in zoneout]
+        # A literal 0 where there is no share: a compiler takes the numbers of a module for inputs of the graph.
+        share_h, share_c = [0.0 if isinstance(z, Tensor) or z == 0 else z for z in zoneout]
         return (
             self.resets,
             self.reset_h,
@@ -118,8 +130,8 @@ class LayerExtras:
             self.recurrent_mask,
             kept_h,
             kept_c,
-            self.zoneout_h if kept_h is None else 0.0,
-            self.zoneout_c if kept_c is None else 0.0,
+            share_h,
+            share_c,
             list(self.norm),
         )
 

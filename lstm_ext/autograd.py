@@ -87,15 +87,17 @@ def _layer_with_extras(
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The one place that decides what computes the extras: the kernels, or the equations of `reference`."""
-    if extras.recompute:
+    tensors = (*weights, *extras.tensors())
+    have_kernels = extras.have_kernels(input.device)
+    direct = have_kernels and _is_direct(input, h0, c0, tensors) and _backend.has_kernels()
+    if extras.recompute and not (direct and extras.can_be_rebuilt(input.device)):
         return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
-    if extras.is_plain():
+    if extras.is_plain() and not extras.recompute:
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
+    if direct:
+        return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     layer = reference.lstm_layer
-    if extras.have_kernels(input.device):
-        tensors = (*weights, *extras.tensors())
-        if _is_direct(input, h0, c0, tensors) and _backend.has_kernels():
-            return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
+    if have_kernels:
         layer = _indirect_layer(input, h0, c0, tensors)
     else:
         _refuse_none(weights)

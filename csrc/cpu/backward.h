@@ -16,6 +16,7 @@ class Backward {
         team_(worker / plan.grid.hidden_groups),
         member_(worker % plan.grid.hidden_groups),
         rows_(shape_, plan.grid.batch_groups, team_),
+        hidden_blocks_(share(divide_up(shape_.hidden_size, kLanes), plan.grid.hidden_groups, member_)),
         hidden_columns_(columns_of(shape_.hidden_size)),
         output_columns_(columns_of(shape_.output_size)),
         all_workers_(reinterpret_cast<Barrier*>(workspace)),
@@ -31,24 +32,36 @@ class Backward {
         zero_row_(reinterpret_cast<T*>(workspace + plan.zero_rows) + worker * plan.gate_row),
         gate_rows_(reinterpret_cast<const T**>(workspace + plan.state_lists) +
                    worker * divide_up(shape_.batch, plan.grid.batch_groups)),
-        reset_gates_(p_.grad_reset_h ? reinterpret_cast<T*>(workspace + plan.reset_gates) : nullptr) {}
+        reset_gates_(p_.grad_reset_h ? reinterpret_cast<T*>(workspace + plan.reset_gates) : nullptr),
+        extras_(params, plan, workspace, worker),
+        rebuilt_(params, plan, workspace, worker) {}
 
   void run() {
     prepare_weights();
     for (int64_t first = 0; first < shape_.steps; first += chunk_.count) {
       before_ = chunk_;
       chunk_ = chunk_from(first);
-      for (int64_t s = first; s < first + chunk_.count; ++s) step(s);
+      if (p_.extras.recurrent_mask) mask_previous_rows();
+      if (!p_.gates) rebuild_gates();
+      for (int64_t s = first; s < first + chunk_.count; ++s) {
+        if (p_.extras.any()) {
+          extended_step(s);
+        } else {
+          step(s);
+        }
+      }
       if (first + chunk_.count == shape_.steps) {
         initial_state_gradient(shape_.steps);
         reset_state_gradient();
       }
+      if (normalised()) add_norm_sums();
       // One meeting a chunk is enough with two buffers: whoever writes the next chunk but one has
       // met everybody after they had read this one.
       if (plan_.grid.workers() > 1) all_workers_->wait(plan_.grid.workers());
       if (p_.grad_input.data) input_gradient();
       weight_gradients();
     }
+    if (normalised()) norm_gradients();
   }
 
  private:
@@ -62,6 +75,11 @@ class Backward {
     int64_t first = 0, count = 0, begin = 0, rows = 0;
     T* grad_gates = nullptr;
     T* grad_hidden = nullptr;
+    // Of the extras, else null: with layer normalisation dL/d(W x), where grad_gates is dL/d(U h); and the masked
+    // h_{t-1}.
+    T* grad_input_part = nullptr;
+    T* masked_h = nullptr;
+    T* hidden = nullptr;  // o * tanh(c_t), where it is computed again
   };
 
   // As many steps as a buffer has rows for; chunks use two buffers in turn.
@@ -75,6 +93,9 @@ class Backward {
     const int64_t at = first == 0 || chunk_.grad_gates != grad_gates_ ? 0 : plan_.chunk_rows;
     c.grad_gates = grad_gates_ + at * plan_.gate_row;
     c.grad_hidden = grad_hidden_ + at * shape_.output_size;
+    if (normalised()) c.grad_input_part = extras_.grad_input_part + at * plan_.gate_row;
+    if (p_.extras.recurrent_mask) c.masked_h = extras_.masked_h + at * shape_.output_size;
+    if (!p_.gates && shape_.projected) c.hidden = rebuilt_.hidden + at * shape_.hidden_size;
     return c;
   }
 
@@ -109,8 +130,11 @@ class Backward {
   }
 
   void prepare_weights() {
-    if (steps_.packed() || shape_.resets) zero_rows(zero_row_, plan_.gate_row, Range{0, 1});
+    if (steps_.packed() || shape_.resets || p_.extras.any() || !p_.gates)
+      zero_rows(zero_row_, plan_.gate_row, Range{0, 1});
     zero_reset_gradients();
+    if (normalised()) zero_norm_gradients();
+    if (!p_.gates) prepare_rebuilding();
     if (!plan_.pack) return;
     const int teams = plan_.grid.batch_groups;
     const int64_t gates = 4 * shape_.hidden_size;
@@ -167,6 +191,10 @@ class Backward {
   void initial_state_gradient(int64_t s) {
     const Range part{team_rows(s), team_rows(s - 1)};
     if (!p_.grad_h0 || part.begin == part.end) return;
+    if (p_.extras.any()) {
+      extended_initial_gradient(part, s - 1);
+      return;
+    }
     const RowGrid<T> out = rows_.grid(p_.grad_h0, shape_.output_size, part.begin, part.end);
     recurrent_gradient(part, s - 1, nullptr, -1, [&](int64_t row, int64_t column, const T* sums, int lanes) {
       store_lanes<T>(out(row) + column, S::load(sums), lanes);
@@ -184,6 +212,10 @@ class Backward {
         if (!reset_gates_) continue;
         for (int gate = 0; gate < 4; ++gate) reset_gates_[b * plan_.gate_row + gate * shape_.hidden_size + unit] = T(0);
       }
+      if (!extras_.reset_kept_h) continue;
+      for (int64_t k = output_columns_.begin; k < output_columns_.end; ++k) {
+        extras_.reset_kept_h[b * shape_.output_size + k] = T(0);
+      }
     }
   }
   void reset_state_gradient() {
@@ -196,7 +228,11 @@ class Backward {
         [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
         [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
         [&](int64_t row, int64_t column, const T* sums, int lanes) {
-          store_lanes<T>(out(row) + column, S::load(sums), lanes);
+          Reg<T> sum = S::load(sums);
+          const int64_t at = rows_.batch_row(row) * shape_.output_size + column;
+          if (p_.extras.recurrent_mask) sum = sum * load_lanes<T>(p_.extras.recurrent_mask + at, lanes);
+          if (extras_.reset_kept_h) sum = sum + load_lanes<T>(extras_.reset_kept_h + at, lanes);
+          store_lanes<T>(out(row) + column, sum, lanes);
         });
   }
 
@@ -250,13 +286,15 @@ class Backward {
     const T* grad_gate_values;  // or null
     T* grad_gates;
     const uint8_t* resets;  // or null
+    int64_t rows_before;    // the step, in arrays (T, B, n)
+    T* grad_input_part;     // with layer normalisation
   };
   StepCells cells_of_step(int64_t s) const {
     const int64_t H = shape_.hidden_size;
     const int64_t t = steps_.time(s);
     const int64_t at = steps_.rows_before(t);
     const int64_t before = s + 1 < shape_.steps ? steps_.rows_before(steps_.time(s + 1)) : 0;
-    return {p_.gates + at * 4 * H,
+    return {p_.gates ? p_.gates + at * 4 * H : rebuilt_.gates + row_in_chunk(chunk_, s) * 4 * H,
             p_.cells + at * H,
             p_.cells + before * H,
             steps_.rows_of_step(s + 1),
@@ -264,7 +302,9 @@ class Backward {
             p_.grad_cells ? p_.grad_cells + at * H : nullptr,
             p_.grad_gates ? p_.grad_gates + at * 4 * H : nullptr,
             grad_gates(s),
-            steps_.resets_at(t)};
+            steps_.resets_at(t),
+            at,
+            normalised() ? chunk_.grad_input_part + row_in_chunk(chunk_, s) * plan_.gate_row : nullptr};
   }
   LSTM_EXT_INLINE bool is_reset(int64_t b) const { return cells_.resets && cells_.resets[b] != 0; }
   // c_{t-1} of a batch row; null for zeros.
@@ -325,6 +365,25 @@ class Backward {
     store_lanes<T>(out + 3 * H, grad_o * (o * (one - o)), lanes);
     store_lanes<T>(running, grad_c * f, lanes);
     if (is_reset(b)) cut_gradient(b, unit, lanes, running, out);
+  }
+
+  // dL/dc_t of what comes after the cell in time, and of where a loss sees it.
+  LSTM_EXT_INLINE Reg<T> state_gradient(int64_t b, bool begins, int64_t unit, int lanes) const {
+    const int64_t H = shape_.hidden_size;
+    Reg<T> grad_c = !begins       ? load_lanes<T>(p_.grad_c + b * H + unit, lanes)
+                    : p_.grad_c_n ? load_lanes<T>(p_.grad_c_n + b * H + unit, lanes)
+                                  : S::zero();
+    if (cells_.grad_cells) grad_c = grad_c + load_lanes<T>(cells_.grad_cells + b * H + unit, lanes);
+    return grad_c;
+  }
+  // Where a loss sees the gates themselves.
+  LSTM_EXT_INLINE void add_gate_value_gradients(Reg<T> (&grads)[4], int64_t b, int64_t unit, int lanes) const {
+    if (!cells_.grad_gate_values) return;
+    const T* values = cells_.grad_gate_values + b * 4 * shape_.hidden_size + unit;
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+      grads[gate] = grads[gate] + load_lanes<T>(values + gate * shape_.hidden_size, lanes);
+    }
   }
 
   // The gradients of the state before the step belong to the one that replaced it.
@@ -407,6 +466,10 @@ class Backward {
     for_each_column_block<T>(columns.begin, columns.end, column_block);
   }
 
+  bool normalised() const { return p_.extras.norm.gain_ih != nullptr; }
+  // dL/d(W x + b) of the chunk, with layer normalisation dL/d(W x).
+  const T* input_part_gradient() const { return normalised() ? chunk_.grad_input_part : chunk_.grad_gates; }
+
   // The chunk's dL/dx = dgates W; workers share the rows.
   void input_gradient() {
     const RowGrid<T> out = steps_.from(p_.grad_input, chunk_.begin);
@@ -416,7 +479,7 @@ class Backward {
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
       const int64_t rows = smaller(kRows, mine.end - begin);
       multiply(
-          RowGrid<const T>{chunk_.grad_gates + begin * plan_.gate_row, rows * plan_.gate_row, plan_.gate_row, rows},
+          RowGrid<const T>{input_part_gradient() + begin * plan_.gate_row, rows * plan_.gate_row, plan_.gate_row, rows},
           rows, weight, Range{0, shape_.input_size},
           [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
           [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
@@ -438,15 +501,19 @@ class Backward {
     T* scratch = outer_products_ + worker_ * outer_product_scratch(kLanes, divide_up(4 * H, plan_.grid.workers()));
     if (p_.grad_weight_ih) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_ih, shape_.input_size, mine);
-      add_outer_products<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, steps_.from(p_.input, chunk.begin),
+      add_outer_products<T>(input_part_gradient(), plan_.gate_row, chunk.rows, mine, steps_.from(p_.input, chunk.begin),
                             shape_.input_size, p_.grad_weight_ih, scratch);
     }
     if (p_.grad_weight_hh) {
       if (chunk.first == 0) zero_rows(p_.grad_weight_hh, P, mine);
-      if (steps_.packed() || shape_.resets) {
-        list_previous_rows();
+      if (steps_.packed() || shape_.resets || chunk.masked_h) {
         RowGrid<const T> previous{};
-        previous.each = row_list_;
+        if (chunk.masked_h) {
+          previous = {chunk.masked_h, chunk.rows * P, P, chunk.rows};
+        } else {
+          list_previous_rows();
+          previous.each = row_list_;
+        }
         add_outer_products<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, previous, P, p_.grad_weight_hh,
                               scratch);
       } else {
@@ -466,7 +533,7 @@ class Backward {
         }
       }
     }
-    if (p_.grad_bias) {
+    if (p_.grad_bias && !normalised()) {
       if (chunk.first == 0) zero_rows(p_.grad_bias, 1, mine);
       add_columns<T>(chunk.grad_gates, plan_.gate_row, chunk.rows, mine, p_.grad_bias);
     }
@@ -474,7 +541,8 @@ class Backward {
       const Range projected = share(P, plan_.grid.workers(), worker_);
       if (chunk.first == 0) zero_rows(p_.grad_weight_hr, H, projected);
       add_outer_products<T>(chunk.grad_hidden, P, chunk.rows, projected,
-                            {p_.hidden + steps_.rows_before(chunk.begin) * H, H, H, 1}, H, p_.grad_weight_hr, scratch);
+                            {chunk.hidden ? chunk.hidden : p_.hidden + steps_.rows_before(chunk.begin) * H, H, H, 1}, H,
+                            p_.grad_weight_hr, scratch);
     }
   }
 
@@ -495,6 +563,23 @@ class Backward {
     }
   }
 
+  // With what changes the equations of a step: in backward_extras.h.
+  void extended_step(int64_t s);
+  void extended_hidden_gradient(int64_t s, Range part, bool begins);
+  template <typename Finish>
+  void recurrent_product(Range part, int64_t later, Finish&& finish);
+  void extended_initial_gradient(Range part, int64_t first_step);
+  void extended_cell_gradient(int64_t row, bool begins, Range units);
+  void normalised_cell_gradient(int64_t row, bool begins);
+  void mask_previous_rows();
+  void add_norm_sums();
+  void zero_norm_gradients();
+  void norm_gradients();
+
+  // Gates that were not saved: in rebuild.h.
+  void prepare_rebuilding();
+  void rebuild_gates();
+
   static void zero_rows(T* matrix, int64_t columns, Range rows) {
     for (int64_t i = rows.begin * columns; i < rows.end * columns; ++i) matrix[i] = T(0);
   }
@@ -505,7 +590,8 @@ class Backward {
   const Steps steps_;  // of the backward pass, against the direction of the forward pass
   const int64_t worker_, team_, member_;
   const TeamRows rows_;
-  const Range hidden_columns_;  // hidden units of this member
+  const Range hidden_blocks_;   // blocks of kLanes hidden units of this member
+  const Range hidden_columns_;  // the units
   const Range output_columns_;  // output features of this member; the same without a projection
   Barrier* all_workers_;
   Barrier* team_barrier_;
@@ -520,6 +606,8 @@ class Backward {
   T* zero_row_;
   const T** gate_rows_;  // of the team's rows in a step after which one of them is cut off
   T* reset_gates_;       // or null
+  ExtraBuffers<T> extras_;
+  RebuiltGates<T> rebuilt_;
   Chunk chunk_, before_;
   StepCells cells_;
 };

@@ -55,6 +55,7 @@ class Forward {
         member_(worker % plan.grid.hidden_groups),
         rows_(shape_, plan.grid.batch_groups, team_),
         blocks_(share(divide_up(shape_.hidden_size, kLanes), plan.grid.hidden_groups, member_)),
+        product_(shape_.hidden_size, blocks_),
         all_workers_(reinterpret_cast<Barrier*>(workspace)),
         team_barrier_(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team_))),
         input_panels_(reinterpret_cast<T*>(workspace + plan.input_panels)),
@@ -68,7 +69,11 @@ class Forward {
         pre_rows_(reinterpret_cast<T**>(workspace + plan.row_lists) + (worker * 2 + 1) * plan.chunk_rows),
         h_rows_(reinterpret_cast<const T**>(workspace + plan.state_lists) + worker * 2 * most_rows(plan)),
         c_rows_(h_rows_ + most_rows(plan)),
-        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_rows) + worker * shape_.output_size) {}
+        zero_row_(reinterpret_cast<T*>(workspace + plan.zero_rows) + worker * 4 * shape_.hidden_size),
+        masked_h_(reinterpret_cast<T*>(workspace + plan.masked_h) + worker * most_rows(plan) * shape_.output_size),
+        recurrent_part_(reinterpret_cast<T*>(workspace + plan.recurrent_parts) +
+                        team_ * most_rows(plan) * 4 * shape_.hidden_size),
+        visible_c_(reinterpret_cast<T*>(workspace + plan.visible_cells) + worker * shape_.hidden_size) {}
 
   void run() {
     prepare_weights();
@@ -80,7 +85,11 @@ class Forward {
       if (rows > 0) input_part(first, end, rows);
       int64_t done = 0;
       for (int64_t s = first; s < end; ++s) {
-        step(s, pre_activations(s, done));
+        if (p_.extras.any()) {
+          extended_step(s, pre_activations(s, done));
+        } else {
+          step(s, pre_activations(s, done));
+        }
         done += team_rows(s);
       }
       first = end;
@@ -91,7 +100,7 @@ class Forward {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  int lanes_of(int64_t block) const { return static_cast<int>(smaller(shape_.hidden_size - block * kLanes, kLanes)); }
+  int lanes_of(int64_t block) const { return product_.lanes_of(block); }
   int64_t most_rows(const ForwardPlan& plan) const { return divide_up(shape_.batch, plan.grid.batch_groups); }
   // Rows of the team in step s.
   int64_t team_rows(int64_t s) const { return rows_.of(steps_.rows_of_step(s)); }
@@ -99,12 +108,19 @@ class Forward {
     if (plan_.grid.hidden_groups > 1) team_barrier_->wait(plan_.grid.hidden_groups);
   }
 
-  // Where the pre-activations of step s are: in training where its gates will be, else in the
-  // buffer, after those of the `done` rows of the chunk's earlier steps.
+  bool normalised() const { return p_.extras.norm.gain_ih != nullptr; }
+  // Of all steps, where what pre_activations says is kept; null in inference.
+  T* kept_pre_activations() const { return normalised() ? p_.norm_input : p_.gates; }
+
+  // Where the pre-activations of step s are, or the normalised W x: in training where it is kept (the
+  // pre-activations, where the gates will be), else in the buffer, after those of the `done` rows of
+  // the chunk's earlier steps.
   RowGrid<T> pre_activations(int64_t s, int64_t done) const {
     const int64_t gate_row = 4 * shape_.hidden_size;
     const int64_t count = team_rows(s);
-    if (p_.gates) return rows_.grid(p_.gates + steps_.rows_before(steps_.time(s)) * gate_row, gate_row, 0, count);
+    if (T* kept = kept_pre_activations()) {
+      return rows_.grid(kept + steps_.rows_before(steps_.time(s)) * gate_row, gate_row, 0, count);
+    }
     return {buffer_ + done * gate_row, count * gate_row, gate_row, count};
   }
 
@@ -112,8 +128,8 @@ class Forward {
   void prepare_weights() {
     const LayerWeights<T>& w = p_.weights;
     const int teams = plan_.grid.batch_groups;
-    if (shape_.resets) {
-      for (int64_t k = 0; k < shape_.output_size; ++k) zero_row_[k] = T(0);
+    if (shape_.resets || p_.extras.any()) {
+      for (int64_t k = 0; k < 4 * shape_.hidden_size; ++k) zero_row_[k] = T(0);
     }
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       if (block % teams != team_) continue;
@@ -155,7 +171,7 @@ class Forward {
       input = rows_.grid(steps_.at(p_.input, t), p_.input.stride_b, 0, rows_.most);
       input.outer_step = direction * p_.input.stride_t;
       pre = pre_activations(first, 0);
-      pre.outer_step = p_.gates ? direction * shape_.batch * gate_row : rows_.most * gate_row;
+      pre.outer_step = kept_pre_activations() ? direction * shape_.batch * gate_row : rows_.most * gate_row;
     } else {
       int64_t n = 0;
       for (int64_t s = first; s < end; ++s) {
@@ -170,12 +186,9 @@ class Forward {
       input.each = input_rows_;
       pre.each = pre_rows_;
     }
-    if (plan_.pack_input) {
-      multiply_gate_panels(rows, input, shape_.input_size, input_panels_, pre, bias_,
-                           [](int64_t, int64_t, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
-    } else {
-      dot_gates(p_.weights.weight_ih, shape_.input_size, rows, input, bias_, pre);
-    }
+    product_.multiply(rows, input, shape_.input_size, p_.weights.weight_ih, plan_.pack_input ? input_panels_ : nullptr,
+                      pre, normalised() ? zero_row_ : bias_);
+    if (normalised()) normalise_input_part(rows, pre);
   }
 
   void step(int64_t s, const RowGrid<T>& pre) {
@@ -240,17 +253,17 @@ class Forward {
                      p_.gates ? pre.data + row * pre.inner_step : nullptr, H);
     };
     if (plan_.pack_recurrent) {
-      multiply_gate_panels(count, h, h_size, recurrent_panels_, pre, static_cast<const T*>(nullptr),
-                           [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
-                             constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
+      product_.multiply_panels(count, h, h_size, recurrent_panels_, pre, static_cast<const T*>(nullptr),
+                               [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+                                 constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
 #pragma GCC unroll 6
-                             for (int r = 0; r < R; ++r) {
-                               cell(row + r, block, tile.acc[r][0], tile.acc[r][1], tile.acc[r][2], tile.acc[r][3]);
-                             }
-                             return true;
-                           });
+                                 for (int r = 0; r < R; ++r) {
+                                   cell(row + r, block, tile.acc[r][0], tile.acc[r][1], tile.acc[r][2], tile.acc[r][3]);
+                                 }
+                                 return true;
+                               });
     } else {
-      if (h_size > 0) dot_gates(p_.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
+      if (h_size > 0) product_.dot_gates(p_.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
       for (int64_t row = 0; row < count; ++row) {
         for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
           const T* at = pre(row) + block * kLanes;
@@ -283,94 +296,11 @@ class Forward {
     }
   }
 
-  // For this member's panels: tile = a * panel + (bias, or what is in `pre`); then finish(row,
-  // block, tile), which says whether it consumed the tile; if not, the tile goes to `pre`.
-  template <typename A, typename Finish>
-  LSTM_EXT_INLINE void multiply_gate_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
-                                            const RowGrid<T>& pre, const T* bias, Finish&& finish) {
-    const int64_t H = shape_.hidden_size;
-    for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      const int lanes = lanes_of(block);
-      const T* panel = panels + block * 4 * kLanes * count;
-      for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
-        const int64_t depth = smaller(kBlockK, count - k);
-        const bool last = k + depth >= count;
-        for_each_row_tile(rows, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
-          constexpr int R = height();
-          const T* a[R];
-          T* out[R];
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            a[r] = count > 0 ? a_row(row + r) + k : nullptr;
-            out[r] = pre(row + r) + block * kLanes;
-          }
-          // The sum starts from zero and meets the rest at its end: adding many small products to a
-          // large number would round each of them at the large one's precision.
-          Tile<T, R, 4> tile;
-          tile.zero();
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
-          accumulate_rows(tile, a, panel + k * 4 * kLanes, 4 * kLanes, depth);
-          const bool from_bias = bias && k == 0;
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            const T* start = from_bias ? bias + block * kLanes : out[r];
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) {
-              tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
-            }
-          }
-          if (last && finish(row, block, tile)) return;
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
-        });
-      }
-    }
-  }
-
-  // The row-major path: pre = (bias, or what is in `pre`) + weight * a, for this member's units.
-  template <typename A>
-  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const RowGrid<T>& pre) {
-    const int64_t H = shape_.hidden_size;
-    const int64_t begin = blocks_.begin * kLanes;
-    const int64_t end = smaller(blocks_.end * kLanes, H);
-    if (begin == 0 && end == H) {  // all units: the four gates are one range
-      dot_range(weight, count, 0, 4 * H, rows, a_row, bias, pre);
-    } else {
-      for (int gate = 0; gate < 4; ++gate) {
-        dot_range(weight, count, gate * H + begin, gate * H + end, rows, a_row, bias, pre);
-      }
-    }
-  }
-
-  template <typename A>
-  void dot_range(const T* weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
-                 const T* bias, const RowGrid<T>& pre) {
-    constexpr int kMany = kLanes >= 4 ? 4 : kLanes;
-    for (int64_t m = begin; m < end;) {
-      int64_t row = 0;
-      const int64_t many_end = smaller(m + kLanes, end);
-      for (; row + kMany <= rows; row += kMany) {
-        for (int64_t j = m; j < many_end; j += kLanes / kMany) {
-          dot_tile<T, kMany>(
-              weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr);
-        }
-      }
-      for (; row < rows; ++row) {
-        dot_tile<T, 1>(
-            weight + m * count, count, static_cast<int>(many_end - m),
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
-      }
-      m = many_end;
-    }
-  }
+  // In forward_extras.h.
+  void extended_step(int64_t s, const RowGrid<T>& pre);
+  void list_previous_states(int64_t s, int64_t count);
+  void normalise_input_part(int64_t rows, const RowGrid<T>& pre);
+  void keep_part_of_h(int64_t t, const RowGrid<T>& h);
 
   void final_state() {
     // The last step ended with a meeting of the team, so all columns are there.
@@ -395,6 +325,7 @@ class Forward {
   const int64_t team_, member_;
   const TeamRows rows_;
   const Range blocks_;  // blocks of kLanes hidden units of this member
+  GateProduct<T> product_;
   Barrier* all_workers_;
   Barrier* team_barrier_;
   T* input_panels_;
@@ -408,6 +339,11 @@ class Forward {
   const T** h_rows_;  // of the team's rows in a step in which one of them is replaced
   const T** c_rows_;
   T* zero_row_;
+  // Of the extras: the masked h_{t-1} of the team's rows, their U h_{t-1} where it is not kept, and a row of c_t as
+  // layer normalisation shows it to h_t.
+  T* masked_h_;
+  T* recurrent_part_;
+  T* visible_c_;
 };
 
 template <typename T>

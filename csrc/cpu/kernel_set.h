@@ -23,9 +23,15 @@ namespace {
 #include "cpu/row_major.h"
 #include "cpu/barrier.h"
 #include "cpu/steps.h"
+#include "cpu/gate_product.h"
+#include "cpu/step_extras.h"
 #include "cpu/forward.h"
+#include "cpu/forward_extras.h"
 #include "cpu/weight_gradient.h"
+#include "cpu/backward_buffers.h"
 #include "cpu/backward.h"
+#include "cpu/backward_extras.h"
+#include "cpu/rebuild.h"
 
 template <typename T>
 constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, &forward<T>, &backward<T>};

@@ -72,12 +72,17 @@ WorkerGrid choose_grid(const LayerShape& s, const Machine& m, double row_work, d
   return best;
 }
 
+// How often the members of a team meet in a step.
+int64_t barriers(const LayerShape& s, const PlannedExtras& extras) {
+  return 1 + (s.projected ? 1 : 0) + (extras.norm ? 1 : 0);
+}
+
 }  // namespace
 
-ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
+ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save, const PlannedExtras& extras) {
   ForwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
-  plan.grid = choose_grid(s, m, row_work(s, s.input_size), 0.0, s.projected ? 2 : 1);
+  plan.grid = choose_grid(s, m, row_work(s, s.input_size), 0.0, barriers(s, extras));
   const int64_t samples = samples_of(s);
   plan.pack_input = samples > kRowMajorRows;
   plan.pack_recurrent = plan.pack_input && s.batch > kRowMajorBatch;
@@ -104,20 +109,27 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save) {
   if (s.step_offsets) {  // per worker, a list of rows of the input and one of pre-activations
     plan.row_lists = layout.reserve(plan.grid.workers() * 2 * plan.chunk_rows * kPointerBytes);
   }
-  if (s.resets) {  // per worker, a list of h_{t-1} and one of c_{t-1} of the team's rows, and a row of zeros
-    plan.state_lists = layout.reserve(plan.grid.workers() * 2 * team_rows * kPointerBytes);
-    plan.zero_rows = layout.reserve(plan.grid.workers() * s.output_size * m.element_size);
+  const int64_t workers = plan.grid.workers();
+  if (s.resets || extras.change_steps()) {  // per worker, lists of h_{t-1} and c_{t-1} of the team's rows, and zeros
+    plan.state_lists = layout.reserve(workers * 2 * team_rows * kPointerBytes);
+    plan.zero_rows = layout.reserve(workers * row_bytes);
+  }
+  if (extras.recurrent_mask) plan.masked_h = layout.reserve(workers * team_rows * s.output_size * m.element_size);
+  if (extras.norm) {
+    plan.visible_cells = layout.reserve(workers * s.hidden_size * m.element_size);
+    if (!save) plan.recurrent_parts = layout.reserve(plan.grid.batch_groups * team_rows * row_bytes);
   }
   plan.workspace_bytes = layout.end;
   return plan;
 }
 
-BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input, bool want_grad_reset_h) {
+BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad_input, bool want_grad_reset_h,
+                           const PlannedExtras& extras) {
   BackwardPlan plan;
   const int64_t gates = 4 * s.hidden_size;
   const double other_work = static_cast<double>(samples_of(s)) * static_cast<double>(gates) *
                             static_cast<double>(2 * s.input_size + s.output_size);
-  plan.grid = choose_grid(s, m, row_work(s, 0), other_work, s.projected ? 2 : 1);
+  plan.grid = choose_grid(s, m, row_work(s, 0), other_work, barriers(s, extras));
   const int64_t samples = samples_of(s);
   plan.pack = samples > kRowMajorRows;
 
@@ -144,13 +156,37 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   plan.gate_row = gates * m.element_size % 1024 == 0 ? gates + kCacheLine / m.element_size : gates;
   plan.grad_gates = layout.reserve(kept_rows * plan.gate_row * m.element_size);
   if (s.projected) plan.grad_hidden = layout.reserve(kept_rows * s.output_size * m.element_size);
-  if (s.step_offsets || s.resets) {  // per worker, a list of the rows of h_{t-1}, and a row of zeros
+  if (s.step_offsets || s.resets || extras.change_steps() || extras.rebuild) {
+    // Per worker, a list of the rows of h_{t-1}, and a row of zeros.
     plan.row_lists = layout.reserve(plan.grid.workers() * plan.chunk_rows * kPointerBytes);
     plan.zero_rows = layout.reserve(plan.grid.workers() * plan.gate_row * m.element_size);
   }
   if (s.resets) {  // per worker, a list of the gate gradients of the team's rows in a step
     plan.state_lists = layout.reserve(plan.grid.workers() * divide_up(s.batch, plan.grid.batch_groups) * kPointerBytes);
     if (want_grad_reset_h) plan.reset_gates = layout.reserve(s.batch * plan.gate_row * m.element_size);
+  }
+  const int64_t workers = plan.grid.workers();
+  if (extras.change_steps()) plan.grad_h = layout.reserve(s.batch * s.hidden_size * m.element_size);
+  if (extras.zoneout_h) {
+    plan.kept_h = layout.reserve(s.batch * s.output_size * m.element_size);
+    if (want_grad_reset_h) plan.reset_kept_h = layout.reserve(s.batch * s.output_size * m.element_size);
+  }
+  if (extras.recurrent_mask) plan.masked_h = layout.reserve(kept_rows * s.output_size * m.element_size);
+  if (extras.norm) {
+    plan.grad_input_part = layout.reserve(kept_rows * plan.gate_row * m.element_size);
+    plan.norm_rows = layout.reserve(workers * 2 * s.hidden_size * m.element_size);
+    plan.norm_sums = layout.reserve(2 * workers * kNormSums * s.hidden_size * m.element_size);
+  }
+  if (extras.rebuild) {
+    const int64_t padded = round_up(s.hidden_size, m.lanes);
+    plan.rebuilt_gates = layout.reserve(plan.chunk_rows * gates * m.element_size);
+    if (s.projected) plan.rebuilt_hidden = layout.reserve(kept_rows * s.hidden_size * m.element_size);
+    if (plan.pack) {
+      plan.rebuilt_input_panels = layout.reserve(4 * padded * s.input_size * m.element_size);
+      plan.rebuilt_recurrent_panels = layout.reserve(4 * padded * s.output_size * m.element_size);
+    }
+    plan.rebuilt_bias = layout.reserve(workers * gates * m.element_size);
+    plan.rebuilt_lists = layout.reserve(workers * 3 * plan.chunk_rows * kPointerBytes);
   }
   plan.workspace_bytes = layout.end;
   return plan;

@@ -15,6 +15,16 @@ struct Machine {
   int threads;           // threads the caller may use
 };
 
+// What a call does beyond the plain passes.
+struct PlannedExtras {
+  bool recurrent_mask = false;
+  bool zoneout_h = false;
+  bool zoneout_c = false;
+  bool norm = false;
+  bool rebuild = false;  // the backward pass computes the gates again
+  bool change_steps() const { return recurrent_mask || zoneout_h || zoneout_c || norm; }
+};
+
 // Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of
 // hidden_groups members, each owning a slice of the hidden units of the team's rows. Teams never
 // wait for each other inside the time loop, in the backward pass once a chunk; members do, once a
@@ -35,6 +45,7 @@ struct ForwardPlan {
   // Byte offsets into the workspace; barriers come first.
   int64_t input_panels = 0, recurrent_panels = 0, bias = 0, projection_panels = 0, pre_activations = 0, hidden = 0,
           row_lists = 0, state_lists = 0, zero_rows = 0;
+  int64_t masked_h = 0, recurrent_parts = 0, visible_cells = 0;  // see forward_extras.h
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -50,12 +61,17 @@ struct BackwardPlan {
   int64_t gate_row = 0;
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, partial_sums = 0, grad_gates = 0,
           grad_hidden = 0, outer_products = 0, row_lists = 0, zero_rows = 0, state_lists = 0, reset_gates = 0;
+  // See backward_buffers.h.
+  int64_t grad_h = 0, kept_h = 0, reset_kept_h = 0, masked_h = 0, grad_input_part = 0, norm_rows = 0, norm_sums = 0;
+  int64_t rebuilt_gates = 0, rebuilt_hidden = 0, rebuilt_input_panels = 0, rebuilt_recurrent_panels = 0,
+          rebuilt_bias = 0, rebuilt_lists = 0;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
 constexpr int64_t kSumBlock = 512;     // samples whose outer products are summed in registers
 constexpr int64_t kTileColumns = 4;    // of a register tile, in registers
+constexpr int64_t kNormSums = 14;      // times H: of the gradients of layer normalisation, see backward_buffers.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
 // Numbers of scratch with which a worker adds up the outer products for at most so many rows of a
@@ -64,9 +80,9 @@ static constexpr int64_t outer_product_scratch(int64_t lanes, int64_t rows) {
   return kSumBlock * (kTileColumns * lanes + rows);
 }
 
-ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save);
+ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save, const PlannedExtras& extras = {});
 // `want_grad_reset_h`: that of the state that replaces others.
 BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input,
-                           bool want_grad_reset_h = false);
+                           bool want_grad_reset_h = false, const PlannedExtras& extras = {});
 
 }  // namespace lstm_ext::cpu

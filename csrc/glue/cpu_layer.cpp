@@ -87,6 +87,46 @@ ResetTensors reset_tensors(const Extras& extras, at::ScalarType type) {
           contiguous_or_undefined(extras.reset_c, type)};
 }
 
+// The extras that change a step, as kernels want them: what is drawn at random, in its own type, and parameters.
+struct StepTensors {
+  at::Tensor recurrent_mask, kept_h, kept_c;
+  std::vector<at::Tensor> norm;
+  double zoneout_h, zoneout_c;
+};
+StepTensors step_tensors(const Extras& extras, at::ScalarType type) {
+  return {contiguous_or_undefined(extras.recurrent_mask, type),
+          contiguous_or_undefined(extras.kept_h, at::kBool),
+          contiguous_or_undefined(extras.kept_c, at::kBool),
+          contiguous_weights(extras.norm, type),
+          extras.zoneout_h,
+          extras.zoneout_c};
+}
+
+const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
+  return reinterpret_cast<const uint8_t*>(const_part_or_null<bool>(t, direction));
+}
+
+template <typename T>
+StepExtras<T> extras_of(const StepTensors& t, const LayerSizes& s, int64_t direction) {
+  StepExtras<T> e{};
+  e.recurrent_mask = const_part_or_null<T>(t.recurrent_mask, direction);
+  e.zoneout = {flags_or_null(t.kept_h, direction), flags_or_null(t.kept_c, direction), static_cast<T>(t.zoneout_h),
+               static_cast<T>(t.zoneout_c)};
+  if (!t.norm.empty()) {
+    const size_t count = t.norm.size() / s.directions;
+    const at::Tensor* own = t.norm.data() + direction * count;
+    const auto data = [&](size_t i) { return own[i].const_data_ptr<T>(); };
+    e.norm = {data(0), data(1), data(2), count == 4 ? data(3) : nullptr};
+  }
+  return e;
+}
+
+template <typename T>
+cpu::PlannedExtras planned(const StepExtras<T>& extras, bool rebuild = false) {
+  return {extras.recurrent_mask != nullptr, extras.zoneout.of_h(), extras.zoneout.of_c(),
+          extras.norm.gain_ih != nullptr, rebuild};
+}
+
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, static_cast<int64_t>(sizeof(T)), threads};
@@ -132,10 +172,21 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
   const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
   std::vector<at::Tensor> saved;
+  const auto save_rows = [&](int64_t features) {
+    saved.push_back(empty_in_huge_pages(s.saved_sizes(features), options));
+    return saved.back();
+  };
+  at::Tensor gates, cells, hidden, norm_input, norm_recurrent, norm_factors;
   if (save) {
-    saved.push_back(empty_in_huge_pages(s.saved_sizes(4 * s.hidden_size), options));
-    saved.push_back(empty_in_huge_pages(s.saved_sizes(s.hidden_size), options));
-    if (s.projected) saved.push_back(empty_in_huge_pages(s.saved_sizes(s.hidden_size), options));
+    const bool all = !layer.extras.recompute;
+    if (all) gates = save_rows(4 * s.hidden_size);
+    cells = save_rows(s.hidden_size);
+    if (all && s.projected) hidden = save_rows(s.hidden_size);
+    if (!layer.extras.norm.empty()) {
+      norm_input = save_rows(4 * s.hidden_size);
+      norm_recurrent = save_rows(4 * s.hidden_size);
+      norm_factors = save_rows(2);
+    }
   }
   const auto results = [&] {
     const at::ScalarType dtype = input.scalar_type();
@@ -148,6 +199,7 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(layer.weights, type);
   const ResetTensors reset = reset_tensors(layer.extras, type);
+  const StepTensors of_steps = step_tensors(layer.extras, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
@@ -162,16 +214,22 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
       p.output = columns_of<scalar_t>(output, d * s.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
-      if (save) {
-        p.gates = part_or_null<scalar_t>(saved[0], d);
-        p.cells = part_or_null<scalar_t>(saved[1], d);
-        p.hidden = s.projected ? part_or_null<scalar_t>(saved[2], d) : nullptr;
-      }
-      run_kernel([&](int threads) { return cpu::plan_forward(p.shape, machine_for(kernels, threads), save); },
-                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
-                   kernels.forward(p, plan, workspace, worker);
-                 },
-                 options);
+      p.extras = extras_of<scalar_t>(of_steps, s, d);
+      p.gates = part_or_null<scalar_t>(gates, d);
+      p.cells = part_or_null<scalar_t>(cells, d);
+      p.hidden = part_or_null<scalar_t>(hidden, d);
+      p.norm_input = part_or_null<scalar_t>(norm_input, d);
+      p.norm_recurrent = part_or_null<scalar_t>(norm_recurrent, d);
+      p.norm_factors = part_or_null<scalar_t>(norm_factors, d);
+      run_kernel(
+          [&](int threads) {
+            // What is not kept needs a place in the workspace.
+            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gates != nullptr, planned(p.extras));
+          },
+          [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
+            kernels.forward(p, plan, workspace, worker);
+          },
+          options);
     }
   });
   return results();
@@ -199,10 +257,15 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   if (more) {
     if (wanted[3 + count] && layer.extras.reset_h) grads[3 + count] = at::empty(layer.extras.reset_h->sizes(), options);
     if (wanted[4 + count] && layer.extras.reset_c) grads[4 + count] = at::empty(layer.extras.reset_c->sizes(), options);
+    for (size_t i = 0; i < layer.extras.norm.size(); ++i) {
+      if (wanted[5 + count + i]) grads[5 + count + i] = at::empty(layer.extras.norm[i].sizes(), options);
+    }
   }
   const auto results = [&] {
-    for (at::Tensor& g : grads) {
-      if (g.defined()) g = in_type(g, dtype);
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      const size_t of_norm = 5 + weights.size();  // whose parameters keep their own type under autocast
+      grads[i] = in_type(grads[i], i < of_norm ? dtype : layer.extras.norm[i - of_norm].scalar_type());
     }
     return grads;
   };
@@ -218,13 +281,19 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::Tensor c = contiguous_or_undefined(layer.c0, type);
   const std::vector<at::Tensor> w = contiguous_weights(weights, type);
   const ResetTensors reset = reset_tensors(layer.extras, type);
+  const StepTensors of_steps = step_tensors(layer.extras, type);
   const at::Tensor y = with_contiguous_rows(g.output, type);
   const at::Tensor dy = g.grad_output ? with_contiguous_rows(*g.grad_output, type) : at::Tensor();
   const at::Tensor dh = contiguous_or_undefined(g.grad_h_n, type);
   const at::Tensor dc = contiguous_or_undefined(g.grad_c_n, type);
-  const at::Tensor gates = g.saved[0].contiguous();
-  const at::Tensor cells = g.saved[1].contiguous();
-  const at::Tensor hidden = s.projected ? g.saved[2].contiguous() : at::Tensor();
+  const bool rebuild = layer.extras.recompute;
+  const at::Tensor gates = rebuild ? at::Tensor() : g.saved[0].contiguous();
+  const at::Tensor cells = g.saved[rebuild ? 0 : 1].contiguous();
+  const at::Tensor hidden = s.projected && !rebuild ? g.saved[2].contiguous() : at::Tensor();
+  std::vector<at::Tensor> of_norm(3);
+  if (!layer.extras.norm.empty()) {
+    for (size_t i = 0; i < 3; ++i) of_norm[i] = g.saved[g.saved.size() - 3 + i].contiguous();
+  }
   const at::Tensor grad_gates = contiguous_or_undefined(g.grad_gates, type);
   const at::Tensor grad_cells = contiguous_or_undefined(g.grad_cells, type);
 
@@ -244,6 +313,10 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       p.gates = const_part_or_null<scalar_t>(gates, d);
       p.cells = const_part_or_null<scalar_t>(cells, d);
       p.hidden = const_part_or_null<scalar_t>(hidden, d);
+      p.extras = extras_of<scalar_t>(of_steps, s, d);
+      p.norm_input = const_part_or_null<scalar_t>(of_norm[0], d);
+      p.norm_recurrent = const_part_or_null<scalar_t>(of_norm[1], d);
+      p.norm_factors = const_part_or_null<scalar_t>(of_norm[2], d);
       if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
       p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
       p.grad_gates = const_part_or_null<scalar_t>(grad_gates, d);
@@ -256,6 +329,15 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       if (more) {
         p.grad_reset_h = part_or_null<scalar_t>(grads[3 + count], d);
         p.grad_reset_c = part_or_null<scalar_t>(grads[4 + count], d);
+        const size_t sets = layer.extras.norm.size() / s.directions;
+        const auto norm_grad = [&](size_t i) {
+          const at::Tensor& grad = i < sets ? grads[5 + count + d * sets + i] : at::Tensor();
+          return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
+        };
+        p.grad_gain_ih = norm_grad(0);
+        p.grad_gain_hh = norm_grad(1);
+        p.grad_gain_c = norm_grad(2);
+        p.grad_bias_c = norm_grad(3);
       }
       const auto weight_grad = [&](int64_t i) {
         return grads[first + i].defined() ? grads[first + i].mutable_data_ptr<scalar_t>() : nullptr;
@@ -267,7 +349,7 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       run_kernel(
           [&](int threads) {
             return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr,
-                                      p.grad_reset_h != nullptr);
+                                      p.grad_reset_h != nullptr, planned(p.extras, rebuild));
           },
           [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
             kernels.backward(p, plan, workspace, worker);
