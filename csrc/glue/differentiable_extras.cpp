@@ -191,7 +191,8 @@ LayerCall LayerCall::of(at::ArrayRef<IValue> arguments) {
   }
   e.zoneout_h = take().toDouble();
   e.zoneout_c = take().toDouble();
-  e.norm = take().toTensorVector();
+  // AOTInductor hands over None for a list without an element.
+  if (const IValue& norm = take(); !norm.isNone()) e.norm = norm.toTensorVector();
   return call;
 }
 
