@@ -97,7 +97,7 @@ def _layer_with_extras(
     if direct:
         return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     layer = reference.lstm_layer
-    if have_kernels:
+    if have_kernels and not _is_exporting_to_onnx():
         layer = _indirect_layer(input, h0, c0, tensors)
     else:
         _refuse_none(weights)
@@ -238,6 +238,14 @@ def _has_operators(device: torch.device) -> bool:
 
 def _is_traced(batch_sizes: Tensor) -> bool:
     return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
+
+
+def _is_exporting_to_onnx() -> bool:
+    """ONNX has no operator for the extras: they go there as equations."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+_is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _with_batch_known(
