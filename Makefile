@@ -25,7 +25,7 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
-.PHONY: build test test-full fuzz demo bench-quick cuda-build gpu-check lint format clean force
+.PHONY: build test test-full fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -44,6 +44,9 @@ fuzz: build
 demo: build
 	$(PY) examples/char_lm.py $(ARGS)
 
+demo-rl: build
+	$(PY) examples/recurrent_ppo.py $(ARGS)
+
 bench-quick: build
 	$(PY) benchmarks/bench_quick.py $(ARGS)
 
@@ -55,7 +58,8 @@ gpu-check:
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
 # Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
 # package. Compile workers: torch 2.11 can wait minutes for them as it exits.
-CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_demo.py test_gpu_check.py
+CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_demo.py test_gpu_check.py \
+  test_recurrent_ppo.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py
