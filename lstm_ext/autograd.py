@@ -9,7 +9,8 @@ The routes, chosen in `lstm_layer` and nowhere else:
 4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
    differentiable equations of `reference`.
 
-With `LayerExtras`, which say what the layer does beyond that of torch, it is `_layer_with_extras` that chooses.
+With `LayerExtras`, which say what the layer does beyond that of torch, it is `_layer_with_extras` that chooses: of the
+same routes where the extras have kernels, else 4.
 
 A tensor without real memory must never reach a kernel directly.
 """
