@@ -14,8 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree
 
-__all__ = ["LSTMExtras", "LayerExtras", "StackExtras", "collected"]
+__all__ = ["OPERANDS", "LSTMExtras", "LayerExtras", "StackExtras", "collected"]
+
+# What `LayerExtras.operands` gives, as the registered operators and the kernels name it. kept_h and kept_c are the
+# masks of zoneout, zoneout_h and zoneout_c the shares that are kept where there is no mask.
+OPERANDS = (
+    "resets",
+    "reset_h",
+    "reset_c",
+    "lengths",
+    "recurrent_mask",
+    "kept_h",
+    "kept_c",
+    "zoneout_h",
+    "zoneout_c",
+    "norm",
+)
 
 
 class LSTMExtras(NamedTuple):
@@ -36,6 +52,10 @@ class LSTMExtras(NamedTuple):
 
     cell_states: Tensor | None
     gates: Tensor | None
+
+
+# torch.export.save writes down what a model returns.
+_pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtras")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +107,48 @@ class LayerExtras:
         )
 
     def have_kernels(self, device: torch.device) -> bool:
-        """Whether the fused kernels serve these extras on this kind of device."""
-        if device.type == "cpu":
-            return self.lengths is None
+        """Whether the fused kernels serve these extras on this kind of device; meta is like the CPU."""
+        if device.type in ("cpu", "meta"):
+            return True
         left = replace(self, resets=None, reset_h=None, reset_c=None)
         return left.is_plain()
 
     def can_be_rebuilt(self, device: torch.device) -> bool:
         """Whether the backward kernels compute the gates again by themselves, so that only c_t need be saved."""
         return device.type == "cpu" and len(self.norm) == 0
+
+    def operands(self) -> tuple[Any, ...]:
+        """As the registered operators take them, after the arguments of the plain layer; `from_operands` reads them."""
+        zoneout = (self.zoneout_h, self.zoneout_c)
+        kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in zoneout]
+        # A literal 0 where there is no share: a compiler takes the numbers of a module for inputs of the graph.
+        share_h, share_c = [0.0 if isinstance(z, Tensor) or z == 0 else z for z in zoneout]
+        return (
+            self.resets,
+            self.reset_h,
+            self.reset_c,
+            self.lengths,
+            self.recurrent_mask,
+            kept_h,
+            kept_c,
+            share_h,
+            share_c,
+            list(self.norm),
+        )
+
+    @classmethod
+    def from_operands(
+        cls, operands: Sequence[Any], return_cell_states: bool, return_gates: bool
+    ) -> LayerExtras:
+        *tensors, kept_h, kept_c, share_h, share_c, norm = operands
+        return cls(
+            *tensors,
+            share_h if kept_h is None else kept_h,
+            share_c if kept_c is None else kept_c,
+            tuple(norm),
+            return_cell_states,
+            return_gates,
+        )
 
     def constants(self) -> list[Tensor]:
         """The tensors that have no gradients."""

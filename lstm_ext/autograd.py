@@ -9,7 +9,8 @@ The routes, chosen in `lstm_layer` and nowhere else:
 4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel take the
    differentiable equations of `reference`.
 
-With `LayerExtras`, which say what the layer does beyond that of torch, it is `_layer_with_extras` that chooses.
+With `LayerExtras`, which say what the layer does beyond that of torch, it is `_layer_with_extras` that chooses: of the
+same routes where the extras have kernels, else 4.
 
 A tensor without real memory must never reach a kernel directly.
 """
@@ -29,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _cuda_devices, reference, transforms
-from ._extras import LayerExtras
+from ._extras import OPERANDS, LayerExtras
 from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -63,9 +64,8 @@ def lstm_layer(
     kernels = _backend.extension() if _is_direct(input, h0, c0, weights) else None
     if kernels is None:
         layer = _indirect_layer(input, h0, c0, weights)
-        if batch_sizes is not None and h0 is None and c0 is None and _is_traced(batch_sizes):
-            # The fake kernels get batch_sizes without its numbers, and the batch from the states.
-            h0 = input.new_zeros(2 if bidirectional else 1, batch_sizes.tolist()[0], weights[1].size(1))
+        if batch_sizes is not None:
+            h0 = _with_batch_known(input, h0, c0, weights, batch_sizes, bidirectional)
         return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -88,26 +88,30 @@ def _layer_with_extras(
     extras: LayerExtras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The one place that decides what computes the extras: the kernels, or the equations of `reference`."""
-    direct = (
-        extras.have_kernels(input.device)
-        and _is_direct(input, h0, c0, (*weights, *extras.tensors()))
-        and _backend.has_kernels()
-    )
+    tensors = (*weights, *extras.tensors())
+    have_kernels = extras.have_kernels(input.device)
+    direct = have_kernels and _is_direct(input, h0, c0, tensors) and _backend.has_kernels()
     if extras.recompute and not (direct and extras.can_be_rebuilt(input.device)):
         return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if extras.is_plain() and not extras.recompute:
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
     if direct:
         return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
-    if batch_sizes is not None and (_is_compiling() or _dispatch_modes() > 0):
-        # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
-        raise RuntimeError(
-            "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with resets, "
-            "recurrent_dropout, zoneout, layer_norm, return_cell_states or return_gates: give padded input and lengths"
-        )
-    _refuse_none(weights)
-    _refuse_shards([input, *weights])
-    return reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
+    layer = reference.lstm_layer
+    if have_kernels and not _is_exporting_to_onnx():
+        layer = _indirect_layer(input, h0, c0, tensors)
+    else:
+        _refuse_none(weights)
+        _refuse_shards([input, *weights])
+    if batch_sizes is not None:
+        if layer is reference.lstm_layer and (_is_compiling() or _dispatch_modes() > 0):
+            # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
+            raise RuntimeError(
+                "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with extras "
+                "that have no kernels here (docs/extras.md): give padded input and lengths"
+            )
+        h0 = _with_batch_known(input, h0, c0, weights, batch_sizes, bidirectional)
+    return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
 
 
 def _recomputed(
@@ -237,6 +241,28 @@ def _is_traced(batch_sizes: Tensor) -> bool:
     return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
 
 
+def _is_exporting_to_onnx() -> bool:
+    """ONNX has no operator for the extras: they go there as equations."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+_is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _with_batch_known(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor,
+    bidirectional: bool,
+) -> Tensor | None:
+    """h0, or zeros where the fake kernels, which get batch_sizes without its numbers, need it for the batch."""
+    if h0 is None and c0 is None and _is_traced(batch_sizes):
+        return input.new_zeros(2 if bidirectional else 1, batch_sizes.tolist()[0], weights[1].size(1))
+    return h0
+
+
 def _transformed_by() -> str:
     """Which transforms of ``torch.func`` are at work while dynamo looks: a key of `_COMPILED_LAYERS`."""
     if not torch._C._functorch.get_interpreter_stack():
@@ -246,7 +272,7 @@ def _transformed_by() -> str:
     if torch.compiler.is_exporting():
         return "others"  # torch.export takes no Function with a rule for vmap
     # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
-    torch.compiler.allow_in_graph(transforms.lstm_layer)
+    torch.compiler.allow_in_graph(transforms.flat_lstm_layer)
     return "grad and vmap"
 
 
@@ -262,8 +288,15 @@ def _operator(
     batch_sizes: Tensor | None,
     bias: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.lstm_ext.lstm_layer(input, h0, c0, list(weights), batch_sizes, bias, bidirectional)
+    extras: LayerExtras | None = None,
+) -> Any:
+    if extras is None:
+        return torch.ops.lstm_ext.lstm_layer(input, h0, c0, list(weights), batch_sizes, bias, bidirectional)
+    asked = extras.return_cell_states, extras.return_gates
+    *results, cells, gates = torch.ops.lstm_ext.lstm_layer_with_extras(
+        input, h0, c0, list(weights), batch_sizes, bias, bidirectional, *extras.operands(), *asked
+    )
+    return *results, cells if asked[0] else None, gates if asked[1] else None
 
 
 _COMPILED_LAYERS: dict[str, LayerFunction] = {
@@ -338,9 +371,8 @@ class _LSTMLayer(torch.autograd.Function):
         else:
             if len(saved) == 2:
                 saved = [*saved, saved[0].new_empty(0)]  # no hidden without a projection
-            result = transforms.layer_gradients(
-                wanted, ctx.bias, ctx.bidirectional, batch_sizes, grads, (output, *saved), layer
-            )
+            call = transforms.LayerCall(ctx.bias, ctx.bidirectional, ctx.weight_count)
+            result = transforms.layer_gradients(call, wanted, batch_sizes, grads, (output, *saved), layer)
         return None, *result[:3], None, None, None, *result[3:]
 
 
@@ -383,25 +415,21 @@ def _fused_layer_with_extras(
 
 def _of_kernels(kernels: Any, extras: LayerExtras) -> Any:
     """The extras as the kernels take them."""
-    kept_h, kept_c = [z if isinstance(z, Tensor) else None for z in (extras.zoneout_h, extras.zoneout_c)]
-    return kernels.Extras(
-        resets=extras.resets,
-        reset_h=extras.reset_h,
-        reset_c=extras.reset_c,
-        lengths=extras.lengths,
-        recurrent_mask=extras.recurrent_mask,
-        kept_h=kept_h,
-        kept_c=kept_c,
-        zoneout_h=extras.zoneout_h if kept_h is None else 0.0,
-        zoneout_c=extras.zoneout_c if kept_c is None else 0.0,
-        norm=extras.norm,
-        recompute=extras.recompute,
-    )
+    operands = dict(zip(OPERANDS, extras.operands(), strict=True))
+    return kernels.Extras(**operands, recompute=extras.recompute)
 
 
 def _with_gates_last(gates: Tensor) -> Tensor:
     """(..., H, 4) of (..., 4H)."""
     return gates.unflatten(-1, (4, -1)).transpose(-1, -2)
+
+
+def _as_operators_keep(output: Tensor, saved: Sequence[Tensor], normalised: bool) -> list[Tensor]:
+    """The output and what the kernels saved, with an empty tensor for each that the layer does not need."""
+    count = len(saved) - (3 if normalised else 0)  # without those of layer normalisation
+    hidden = saved[2:count] or [saved[0].new_empty(0)]
+    norm = saved[count:] or [saved[0].new_empty(0)] * 3
+    return [output, *saved[:2], *hidden, *norm]
 
 
 class _LSTMLayerWithExtras(torch.autograd.Function):
@@ -465,23 +493,22 @@ class _LSTMLayerWithExtras(torch.autograd.Function):
                 grad_cells,
             )
         else:
-            sum_dtype = saved[0].dtype
-
-            def layer(*tensors):
-                *results, cells, gates = reference.lstm_layer(
-                    *tensors[:3],
-                    tensors[3 : 3 + weight_count],
-                    batch_sizes,
-                    bias,
-                    bidirectional,
-                    extras_with(tensors),
-                )
-                # As the kernels save them.
-                return (
-                    *results,
-                    None if cells is None else cells.to(sum_dtype),
-                    None if gates is None else gates.transpose(-1, -2).flatten(-2).to(sum_dtype),
-                )
-
-            result = transforms.gradients_of(layer, wanted, tensors, grads)
+            extras = extras_with(tensors)
+            call, arguments = transforms.flattened(
+                tensors[: 3 + weight_count],
+                bias,
+                bidirectional,
+                extras.operands(),
+                extras.return_cell_states,
+                extras.return_gates,
+            )
+            # As the operators have them: of the results, not of what is saved.
+            dtype = tensors[0].dtype
+            grads = (
+                *grads_of_layer,
+                None if grad_cells is None else grad_cells.to(dtype),
+                None if grad_gates is None else _with_gates_last(grad_gates).to(dtype),
+            )
+            kept = None if extras.recompute else _as_operators_keep(output, saved, bool(extras.norm))
+            result = transforms.layer_gradients(call, wanted, batch_sizes, grads, kept, arguments)
         return None, None, None, None, None, None, *result

@@ -62,9 +62,8 @@ class LSTM(nn.RNNBase):
             the layer once more.
 
     What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
-    :mod:`lstm_ext.reference`. ``forget_bias``, ``recompute``, ``resets`` and, on the CPU, ``lengths``, ``mask``,
-    ``return_cell_states`` and ``return_gates`` use the kernels, if none of the others is there; all else runs on the
-    equations of that module, in plain PyTorch.
+    :mod:`lstm_ext.reference`. On the CPU all of them use the kernels; on CUDA ``forget_bias``, ``recompute`` and
+    ``resets`` do, if none of the others is there, and all else runs on the equations of that module, in plain PyTorch.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from . import reference
+from ._extras import LayerExtras
+
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
 # The gates' rows: i, f, g, o here and i, o, f, c there, where c is our g.
@@ -48,8 +51,11 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is missing, or the compiled extension.
-        UnsupportedLayerError: a layer with a projection, or packed input.
+        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with extras
+            whose number of steps may change.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = _with_equations(model)
     table = translation_table() | (custom_translation_table or {})
     # Saved here, when the weights are in place.
     saving = {
@@ -151,6 +157,37 @@ def _translated_layer(
     output = op.Transpose(output, perm=[0, 2, 1, 3])
     output = op.Reshape(output, op.Constant(value_ints=[0, 0, directions * hidden]))
     return narrow(output), narrow(h_n), narrow(c_n)
+
+
+def _with_equations(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with torch's operators in place of that of a layer with extras, for which ONNX has none."""
+    from . import ops
+
+    if not any([node.target is ops.lstm_layer_with_extras for node in program.graph.nodes]):
+        return program
+    return program.run_decompositions({ops.lstm_layer_with_extras: _equations})
+
+
+def _equations(
+    input: torch.Tensor,
+    h0: torch.Tensor | None,
+    c0: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    batch_sizes: torch.Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+    *others: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The operator ``lstm_layer_with_extras`` in torch's operators."""
+    *operands, return_cell_states, return_gates = others
+    if batch_sizes is not None or not isinstance(input.size(0), int):
+        raise UnsupportedLayerError(
+            "lstm_ext.onnx: a layer with extras is exported step by step: it needs padded sequences and a fixed number "
+            "of steps"
+        )
+    extras = LayerExtras.from_operands(operands, return_cell_states, return_gates)
+    results = reference.lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras)
+    return tuple([input.new_empty(0) if r is None else r for r in results])
 
 
 def _fold_weights(model: Any) -> None:

@@ -22,22 +22,52 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
 hidden, has_bias, bidirectional, wanted) -> Tensor[]``
     ``wanted`` has an entry for input, h0, c0 and each weight, and so has the result: its gradient, or, where
     ``wanted`` is False, a tensor without elements. A gradient of an output that is None means zeros.
+
+The layer with what goes beyond ``torch.nn.LSTM`` has three operators of its own. EXTRAS stands for ``resets, reset_h,
+reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm``: as the attributes of
+:class:`lstm_ext._extras.LayerExtras`, where a tensor may be None, kept_h and kept_c are the bool masks of zoneout,
+zoneout_h and zoneout_c the shares that are kept where there is no mask, and norm is a list, empty without layer
+normalisation. Which of them the kernels serve: docs/extras.md.
+
+``lstm_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, return_cell_states,
+return_gates) -> (output, h_n, c_n, cell_states, gate_values)``
+    cell_states (D, T, B, H) or (D, N, H), gate_values the same with a last axis of 4: i, f, g, o, after the
+    nonlinearity; without elements where they are not asked for. Of input's dtype. Differentiable once.
+
+``lstm_layer_with_extras_forward(...) -> (output, h_n, c_n, cell_states, gate_values, gates, cells, hidden,
+normalised_input, normalised_hidden, norm_factors)``
+    The same, and what the backward pass needs: gates, cells and hidden as above, and with layer normalisation the
+    normalised products of the input and of h, as gates, and what they were multiplied by, (D, T, B, 2) or (D, N, 2), of
+    the dtype of cells; without elements where there are none. With ``lengths`` they have the shapes of the padded data.
+
+``lstm_layer_with_extras_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, grad_output,
+grad_h_n, grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, normalised_input,
+normalised_hidden, norm_factors, wanted) -> Tensor[]``
+    As ``lstm_layer_backward``; after those of the weights, ``wanted`` has entries for reset_h, reset_c and norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _backend
+from ._extras import OPERANDS
 from .reference import check_shapes
 
-__all__ = ["lstm_layer", "lstm_layer_backward", "lstm_layer_forward"]
+__all__ = [
+    "lstm_layer",
+    "lstm_layer_backward",
+    "lstm_layer_forward",
+    "lstm_layer_with_extras",
+    "lstm_layer_with_extras_backward",
+    "lstm_layer_with_extras_forward",
+]
 
 # Set already when the backend imports this module, which it does once the operators are registered.
 if not hasattr(torch.ops.lstm_ext, "lstm_layer") and _backend.extension() is None:
@@ -51,6 +81,13 @@ _LayerAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 lstm_layer: Callable[..., _Layer] = torch.ops.lstm_ext.lstm_layer.default
 lstm_layer_forward: Callable[..., _LayerAndSaved] = torch.ops.lstm_ext.lstm_layer_forward.default
 lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default
+lstm_layer_with_extras: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer_with_extras.default
+lstm_layer_with_extras_forward: Callable[..., tuple[Tensor, ...]] = (
+    torch.ops.lstm_ext.lstm_layer_with_extras_forward.default
+)
+lstm_layer_with_extras_backward: Callable[..., list[Tensor]] = (
+    torch.ops.lstm_ext.lstm_layer_with_extras_backward.default
+)
 
 
 class _Sizes(NamedTuple):
@@ -114,6 +151,7 @@ def _fake_layer(
     batch_sizes: Tensor | None,
     has_bias: bool,
     bidirectional: bool,
+    batch_of: Tensor | None = None,
 ) -> _Layer:
     s = _sizes(weights, has_bias, bidirectional)
     expected = 3 if batch_sizes is None else 2
@@ -122,7 +160,7 @@ def _fake_layer(
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
     check_shapes(input, h0, c0, weights, has_bias, bidirectional)
-    batch = _batch(input, h0, c0, batch_sizes)
+    batch = _batch(input, h0 if batch_of is None else batch_of, c0, batch_sizes)
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),
         input.new_empty((s.directions, batch, s.output_size)),
@@ -141,12 +179,20 @@ def _(
     bidirectional: bool,
 ) -> _LayerAndSaved:
     results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
-    s = _sizes(weights, has_bias, bidirectional)
+    return *results, *_fake_saved(input, _sizes(weights, has_bias, bidirectional))
+
+
+def _saved_dtypes(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Those of gates and of cells."""
     sum_dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
-    gates_dtype = input.dtype if input.device.type == "cuda" else sum_dtype
+    return input.dtype if input.device.type == "cuda" else sum_dtype, sum_dtype
+
+
+def _fake_saved(input: Tensor, s: _Sizes) -> _Layer:
+    """gates, cells and hidden."""
+    gates_dtype, sum_dtype = _saved_dtypes(input)
     rows = (s.directions, *input.shape[:-1])
     return (
-        *results,
         input.new_empty((*rows, 4 * s.hidden_size), dtype=gates_dtype),
         input.new_empty((*rows, s.hidden_size), dtype=sum_dtype),
         input.new_empty((*rows, s.hidden_size) if s.projected else (0,), dtype=gates_dtype),
@@ -172,17 +218,105 @@ def _(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     _sizes(weights, has_bias, bidirectional)
-    inputs = (input, h0, c0, *weights)
+    return _fake_gradients(
+        (input, h0, c0, *weights), wanted, "input, h0, c0 and each weight", "an initial state"
+    )
+
+
+def _fake_gradients(
+    inputs: Sequence[Tensor | None], wanted: Sequence[bool], names: str, state: str
+) -> list[Tensor]:
     if len(wanted) != len(inputs):
-        raise RuntimeError(
-            f"lstm_ext: wanted has {len(wanted)} entries, expected {len(inputs)} (input, h0, c0 and each weight)"
-        )
+        raise RuntimeError(f"lstm_ext: wanted has {len(wanted)} entries, expected {len(inputs)} ({names})")
     if any(w and t is None for t, w in zip(inputs, wanted, strict=True)):
-        raise RuntimeError("lstm_ext: wanted asks for the gradient of an initial state that was not given")
+        raise RuntimeError(f"lstm_ext: wanted asks for the gradient of {state} that was not given")
+    nothing = cast(Tensor, inputs[0]).new_empty
     return [
-        t.new_empty(t.shape) if w and t is not None else input.new_empty((0,))
+        t.new_empty(t.shape) if w and t is not None else nothing((0,))
         for t, w in zip(inputs, wanted, strict=True)
     ]
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_with_extras")
+def _fake_layer_with_extras(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    lengths: Tensor | None,
+    recurrent_mask: Tensor | None,
+    kept_h: Tensor | None,
+    kept_c: Tensor | None,
+    zoneout_h: float,
+    zoneout_c: float,
+    norm: Sequence[Tensor],
+    return_cell_states: bool,
+    return_gates: bool,
+) -> tuple[Tensor, ...]:
+    if batch_sizes is not None and lengths is not None:
+        raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
+    # Any of these knows the batch of packed data.
+    batch_of = next((t for t in (h0, reset_h, recurrent_mask) if t is not None), None)
+    output, h_n, c_n = _fake_layer(
+        input, h0, c0, weights, batch_sizes, has_bias, bidirectional, batch_of=batch_of
+    )
+    hidden_size = _sizes(weights, has_bias, bidirectional).hidden_size
+    rows = (2 if bidirectional else 1, *input.shape[:-1])
+    return (
+        output,
+        h_n,
+        c_n,
+        input.new_empty((*rows, hidden_size) if return_cell_states else (0,)),
+        input.new_empty((*rows, hidden_size, 4) if return_gates else (0,)),
+    )
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_forward")
+def _(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+    *extras: Any,
+) -> tuple[Tensor, ...]:
+    results = _fake_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *extras)
+    s = _sizes(weights, has_bias, bidirectional)
+    gates_dtype, sum_dtype = _saved_dtypes(input)
+    rows = (s.directions, *input.shape[:-1])
+    norm = extras[OPERANDS.index("norm")]
+
+    def of_norm(features: Any, dtype: torch.dtype) -> Tensor:
+        return input.new_empty((*rows, features) if len(norm) else (0,), dtype=dtype)
+
+    products = [of_norm(4 * s.hidden_size, gates_dtype) for _ in range(2)]
+    return *results, *_fake_saved(input, s), *products, of_norm(2, sum_dtype)
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_backward")
+def _(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+    *others: Any,
+) -> list[Tensor]:
+    _sizes(weights, has_bias, bidirectional)
+    extras = dict(zip(OPERANDS, others[: len(OPERANDS)], strict=True))
+    inputs = (input, h0, c0, *weights, extras["reset_h"], extras["reset_c"], *extras["norm"])
+    names = "input, h0, c0, each weight, reset_h, reset_c and each parameter of norm"
+    return _fake_gradients(inputs, others[-1], names, "a state")
 
 
 # ---- floating-point operations of the matrix products, as torch counts them: shapes in place of tensors
@@ -199,7 +333,14 @@ def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
     )
 
 
-@register_flop_formula([torch.ops.lstm_ext.lstm_layer, torch.ops.lstm_ext.lstm_layer_forward])
+@register_flop_formula(
+    [
+        torch.ops.lstm_ext.lstm_layer,
+        torch.ops.lstm_ext.lstm_layer_forward,
+        torch.ops.lstm_ext.lstm_layer_with_extras,
+        torch.ops.lstm_ext.lstm_layer_with_extras_forward,
+    ]
+)
 def _forward_flops(
     input: Sequence[int],
     h0: Any,
@@ -208,6 +349,7 @@ def _forward_flops(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
+    *_extras: Any,
     **_: Any,
 ) -> int:
     return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
@@ -232,6 +374,31 @@ def _backward_flops(
     wanted: Sequence[bool],
     **_: Any,
 ) -> int:
+    return _gradient_flops(input, weights, has_bias, bidirectional, wanted)
+
+
+@register_flop_formula(torch.ops.lstm_ext.lstm_layer_with_extras_backward)
+def _backward_with_extras_flops(
+    input: Sequence[int],
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Sequence[int]],
+    batch_sizes: Any,
+    has_bias: bool,
+    bidirectional: bool,
+    *others: Any,
+    **_: Any,
+) -> int:
+    return _gradient_flops(input, weights, has_bias, bidirectional, others[-1])
+
+
+def _gradient_flops(
+    input: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    has_bias: bool,
+    bidirectional: bool,
+    wanted: Sequence[bool],
+) -> int:
     s = _sizes(weights, has_bias, bidirectional)
     input_product, recurrent_product, projection_product = _products(input, s)
     # Through time, always; then the gradients that are wanted.
@@ -241,7 +408,7 @@ def _backward_flops(
     per_direction = len(weights) // s.directions
 
     def of_weight(i: int, product: int) -> int:
-        return product // s.directions * _count(wanted[3 + i :: per_direction])
+        return product // s.directions * _count(wanted[3 + i : 3 + len(weights) : per_direction])
 
     total += of_weight(0, input_product) + of_weight(1, recurrent_product)
     if s.projected:

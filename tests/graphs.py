@@ -1,4 +1,4 @@
-"""What a compiler was given: a backend for torch.compile that keeps the graphs."""
+"""What a compiler was given, and what was called: a backend for torch.compile that keeps the graphs, and a mode."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
@@ -52,3 +53,20 @@ class Graphs:
         assert len(self.all) == graphs
         for module in self.all:
             assert_layers(module.graph, count)
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of this library's operators, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lstm_ext":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
+from lstm_ext._extras import LayerExtras
 
 T, B, I, H = 4, 3, 3, 4
 RESETS = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
@@ -99,13 +100,14 @@ def test_export(name, call, strict):
     close(program.module()(x, **CALLS[call]), module(x, **CALLS[call]))
 
 
-def test_packed_extras_are_refused_by_compilers():
+def test_packed_extras_without_kernels_are_refused_by_compilers(monkeypatch):
+    monkeypatch.setattr(LayerExtras, "have_kernels", lambda self, device: False)
     packed = pack_sequence([torch.randn(n, I) for n in (4, 2)])
     module = lstm_ext.LSTM(I, H, layer_norm=True)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="do not support a PackedSequence together with resets"):
+    with pytest.raises(Exception, match="do not support a PackedSequence together with extras"):
         torch.compile(module, backend="eager", fullgraph=True)(packed)
-    with pytest.raises(Exception, match="do not support a PackedSequence together with resets"):
+    with pytest.raises(Exception, match="do not support a PackedSequence together with extras"):
         torch.export.export(module, (packed,), strict=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 import lstm_ext
 from lstm_ext import _arguments, _backend, autograd, reference
+from lstm_ext._extras import LayerExtras
 
 T, B, I, H = 7, 5, 3, 6
 LENGTHS = [3, 7, 1, 7, 4]
@@ -262,3 +264,76 @@ def test_no_number_on_a_device_is_read(checked, monkeypatch):
         output.sum().backward()
     with pytest.raises((NotImplementedError, RuntimeError)):
         counts.tolist()
+
+
+# ---- lengths that only the kernels read
+
+
+def layer_results(function, lengths, options, dtype=torch.float64):
+    """Values and gradients of one layer, with NaN in the padding."""
+    projected, bidirectional, states, resets, returned, batch_first = options
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    D, S = 2 if bidirectional else 1, 2 if projected else H
+    x = draw(T, B, I)
+    for b, n in enumerate(lengths):
+        x[max(n, 0) :, b] = float("nan")
+    if batch_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    shapes = [(4 * H, I), (4 * H, S), (4 * H,), (4 * H,)] + ([(S, H)] if projected else [])
+    weights = [draw(*shape) for _ in range(D) for shape in shapes]
+    hx = [draw(D, B, S), draw(D, B, H)] if states else [None, None]
+    reset_state = [draw(D, B, S), draw(D, B, H)] if resets else [None, None]
+    leaves = [t if t is None else t.requires_grad_() for t in (x, *hx, *weights, *reset_state)]
+    lengths = torch.tensor(lengths)
+    flags = (torch.rand(T, B, generator=generator) < 0.3) & (torch.arange(T).unsqueeze(1) < lengths)
+    extras = LayerExtras(
+        flags if resets else None,
+        *leaves[-2:],
+        lengths=lengths,
+        return_cell_states=returned,
+        return_gates=returned,
+    )
+    values = function(*leaves[:3], leaves[3:-2], None, True, bidirectional, extras)
+    values = [v for v in values if v is not None]
+    grads = torch.autograd.grad(
+        values,
+        [t for t in leaves if t is not None],
+        [draw(*v.shape) for v in values],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [*values, *grads]
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 7, 7, 1], [7] * 5, [0] * 5, [7, 1, 1, -2, 9]], ids=str)
+def test_kernels_read_them(lengths, monkeypatch):
+    for options in itertools.product([False, True], repeat=6):
+        clamped = [min(max(n, 0), T) for n in lengths]
+        expected = layer_results(reference.lstm_layer, clamped, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+            ours = layer_results(autograd.lstm_layer, lengths, options)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+        assert all(r.isfinite().all() for r in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch):
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dtype=dtype)
+    x, hx = torch.randn(T, B, I, dtype=dtype), tuple(s.to(dtype) for s in states(module))
+    lengths = torch.tensor([3, 0, 7, 7, 1])
+    expected = module(x, hx, lengths=lengths)
+    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    same(module(x, hx, lengths=lengths), expected)
+
+
+def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
+    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    module = lstm_ext.LSTM(I, H)
+    output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
+    output.sum().backward()
+    assert output.shape == (T, 0, H)

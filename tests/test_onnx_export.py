@@ -240,6 +240,21 @@ def test_exported_program_names_and_own_translations() -> None:
     assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
 
 
+def test_exported_program_with_extras() -> None:
+    """Made outside of an export to ONNX, it holds the layer's own operator, of which ONNX knows nothing."""
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True, zoneout=(0.1, 0.2)).eval()
+    args = arguments(module, 5, 2, has_hx=False)
+    program = torch.export.export(module, args, dynamic_shapes=({1: batch},))
+    assert_same(
+        lstm_ext.onnx.export(program).model_proto,
+        module,
+        [arguments(module, 5, n, has_hx=False) for n in (2, 4)],
+    )
+    program = torch.export.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
+    with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match="a fixed number of steps"):
+        lstm_ext.onnx.export(program)
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from graphs import Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
@@ -78,23 +78,6 @@ def backward_arguments(args: tuple, wanted: list[bool] | None = None) -> tuple:
     grads = [torch.randn_like(t) for t in results[:3]]
     output, saved = results[0], results[3:]
     return (*grads, input, h0, c0, weights, batch_sizes, output, *saved, bias, bidirectional, wanted)
-
-
-class Recorder(TorchDispatchMode):
-    """The calls of this library's operators, below autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "lstm_ext":
-            self.calls.append((func._opname, args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
 
 
 # ---- what torch demands of an operator

@@ -394,7 +394,7 @@ def test_compile(layer, x, kernel_calls):
         expected = transform(x[None])
         torch.testing.assert_close(compiled(transform, graphs)(x[None]), expected)
         assert len(graphs) == 1
-        assert targets_of(graphs) == [transforms.lstm_layer.__name__]
+        assert targets_of(graphs) == [transforms.flat_lstm_layer.__name__]
     assert not kernel_calls
 
 

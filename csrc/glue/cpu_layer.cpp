@@ -8,6 +8,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "glue/cpu_lengths.h"
 #include "glue/layer.h"
 #include "glue/parallel.h"
 #include "glue/tensors.h"
@@ -163,6 +164,7 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
 }
 
 ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool save) {
+  if (layer.extras.lengths) return forward_with_lengths(layer, s, save);
   const at::Tensor& input = layer.input;
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
@@ -234,6 +236,7 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
 }
 
 std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSizes& s, const BackwardArguments& g) {
+  if (layer.extras.lengths) return backward_with_lengths(layer, s, g);
   const at::Tensor& input = layer.input;
   const std::vector<at::Tensor>& weights = layer.weights;
   const bool has_bias = layer.has_bias;

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "glue/autograd_tracking.h"
+
 // GCC 12 takes Function::apply's std::vector<bool>::reserve, of a vector that is empty then, for an overflow.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Warray-bounds"
@@ -31,22 +33,6 @@ const auto& layer_forward_op() {
 const auto& layer_backward_op() {
   static const auto op = find<LayerBackwardOp>("lstm_ext::lstm_layer_backward");
   return op;
-}
-
-// Whether autograd has anything to do. A tangent counts: forward mode must end in Function's error, not be lost.
-bool is_tracked(const Tensor& t) {
-  return t.defined() && ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined());
-}
-bool is_tracked(const OptionalTensor& t) { return t && is_tracked(*t); }
-bool is_tracked(at::TensorList list) {
-  for (const Tensor& t : list) {
-    if (is_tracked(t)) return true;
-  }
-  return false;
-}
-template <typename... T>
-bool any_tracked(const T&... tensors) {
-  return (is_tracked(tensors) || ...);
 }
 
 void append(variable_list& list, const OptionalTensor& t) {
@@ -122,10 +108,6 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     return result;
   }
 };
-
-constexpr const char* kNoGradient =
-    " has no gradient of its own. Differentiate lstm_ext::lstm_layer once; for second derivatives, call the module "
-    "lstm_ext.LSTM outside of torch.compile and torch.export, which differentiates its backward pass as well.";
 
 // The forward and backward kernels, which are the two ends of LSTMLayer: asked for a gradient, they say so.
 class LSTMLayerForward : public torch::autograd::Function<LSTMLayerForward> {
