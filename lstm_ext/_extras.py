@@ -268,12 +268,16 @@ def _kept(input: Tensor, directions: int, size: int, p: float) -> Any:
     if p == 0:
         return 0.0
     shape = (directions, *input.shape[:-1], size)
-    mapped = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if input.device.type != "cpu" or p < 2**-16 or mapped:
+    if (
+        input.device.type != "cpu"
+        or p < 2**-16
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return torch.rand(shape, dtype=torch.float32, device=input.device) < p
-    # A quarter of the time, where no vmap forbids it: 16 random bits an element, of which those below a multiple of
-    # 2**-16 of all are kept. Which of the two neighbours of p is that multiple is drawn too, so each element is kept with
-    # probability p.
+    # A quarter of the time, where neither dynamo nor vmap forbids it: 16 random bits an element, of which those below a
+    # multiple of 2**-16 of all are kept. Which of the two neighbours of p is that multiple is drawn too, so that each
+    # element is kept with probability p.
     below = torch.rand((), dtype=torch.float64).add(p * 2**16).floor()
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
