@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from graphs import Graphs, Recorder, assert_layers
+from graphs import Graphs, Recorder, assert_layers, operators
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
@@ -137,6 +137,20 @@ def test_training_calls_the_ends_and_inference_the_operator():
         compiled(x, **call)
     for graph, end in zip(seen, ("_forward", "_backward", ""), strict=True):
         assert_layers(graph, 2, OP + end)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["everything in a call", "norm"])
+def test_transforms_inside_a_compiled_function(name):
+    module, graphs = module_of(name).eval(), Graphs()
+    call, xs = call_of(name, module), torch.randn(2, T, B, I)
+
+    def gradients(xs, call):
+        return vmap(grad(lambda x: total(module(x, **call))))(xs)
+
+    compiled = torch.compile(gradients, backend=graphs, fullgraph=True)
+    close(compiled(xs, call), gradients(xs, call))
+    assert operators(graphs.all[0].graph)["flat_lstm_layer"] == 2
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
