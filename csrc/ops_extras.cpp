@@ -34,17 +34,9 @@ Tensor gate_values(const LayerCall& call, const Tensor& saved) {
   return in_type(values, call.input.scalar_type()).contiguous();
 }
 
-// The gradient of what was saved of the gates, for that of the gates as results.
-Tensor saved_gates_gradient(const LayerCall& call, const Tensor& grad, const Tensor& saved) {
-  Tensor result = grad.transpose(-1, -2).flatten(-2);
-  if (saved.is_cuda()) {
-    const at::ScalarType wide = saved.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    std::vector<Tensor> slopes = activated(in_type(saved, wide));
-    for (size_t k = 0; k < 4; ++k) slopes[k] = k == 2 ? 1 - slopes[k].square() : slopes[k] * (1 - slopes[k]);
-    result = in_type(result, wide) * at::cat(slopes, -1);
-    if (call.extras.lengths) result = result.where(count_mask(*call.extras.lengths, call.input.size(0)), 0);
-  }
-  return in_type(result, saved.scalar_type());
+// The gradient of the gates as results, as the kernels take it: (..., 4H).
+Tensor saved_gates_gradient(const Tensor& grad, const Tensor& saved) {
+  return in_type(grad.transpose(-1, -2).flatten(-2), saved.scalar_type());
 }
 
 bool is_projected(const LayerCall& call) { return call.weights.size() % (call.has_bias ? 5 : 3) == 0; }
@@ -111,7 +103,7 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   if (!call.extras.norm.empty()) saved.insert(saved.end(), {kept(4), kept(5), kept(6)});
   OptionalTensor grad_cells = grad(3), grad_gates = grad(4);
   if (grad_cells) grad_cells = in_type(*grad_cells, saved[1].scalar_type());
-  if (grad_gates) grad_gates = saved_gates_gradient(call, *grad_gates, saved[0]);
+  if (grad_gates) grad_gates = saved_gates_gradient(*grad_gates, saved[0]);
   std::vector<Tensor> grads = lstm_ext::lstm_layer_backward(
       grad(0), grad(1), grad(2), call.input, call.h0, call.c0, call.weights, call.batch_sizes, kept(0), saved,
       call.has_bias, call.bidirectional, call.extras, wanted, grad_gates, grad_cells);

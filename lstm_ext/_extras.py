@@ -108,14 +108,11 @@ class LayerExtras:
 
     def have_kernels(self, device: torch.device) -> bool:
         """Whether the fused kernels serve these extras on this kind of device; meta is like the CPU."""
-        if device.type in ("cpu", "meta"):
-            return True
-        left = replace(self, resets=None, reset_h=None, reset_c=None)
-        return left.is_plain()
+        return device.type in ("cpu", "meta", "cuda")
 
     def can_be_rebuilt(self, device: torch.device) -> bool:
         """Whether the backward kernels compute the gates again by themselves, so that only c_t need be saved."""
-        return device.type == "cpu" and len(self.norm) == 0
+        return device.type in ("cpu", "cuda") and len(self.norm) == 0
 
     def operands(self) -> tuple[Any, ...]:
         """As the registered operators take them, after the arguments of the plain layer; `from_operands` reads them."""

@@ -405,7 +405,7 @@ def _fused_layer_with_extras(
             returned,
             _of_kernels(kernels, replace(extras, recompute=False)),
         )
-        gates, cells = saved[:2] if returned else (None, None)
+        gates, cells = (_gate_values(saved[0]), saved[1]) if returned else (None, None)
     return (
         *layer,
         cells.to(input.dtype) if extras.return_cell_states else None,
@@ -417,6 +417,19 @@ def _of_kernels(kernels: Any, extras: LayerExtras) -> Any:
     """The extras as the kernels take them."""
     operands = dict(zip(OPERANDS, extras.operands(), strict=True))
     return kernels.Extras(**operands, recompute=extras.recompute)
+
+
+def _gate_values(saved: Tensor) -> Tensor:
+    """i, f, g, o of what the kernels save of the gates."""
+    return saved if saved.is_cpu else _nonlinearities(saved)
+
+
+def _nonlinearities(pre_activations: Tensor) -> Tensor:
+    """(..., 4H): what the CUDA kernels save. Past the end of a row they are such that the values are 0."""
+    values = pre_activations.sigmoid()
+    hidden = values.size(-1) // 4
+    values.narrow(-1, 2 * hidden, hidden).copy_(pre_activations.narrow(-1, 2 * hidden, hidden).tanh())
+    return values
 
 
 def _with_gates_last(gates: Tensor) -> Tensor:
@@ -456,7 +469,7 @@ class _LSTMLayerWithExtras(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, *tensors, *others, output, *saved)
         cells = saved[0 if extras.recompute else 1] if extras.return_cell_states else None
-        return output, h_n, c_n, cells, saved[0] if extras.return_gates else None
+        return output, h_n, c_n, cells, _gate_values(saved[0]) if extras.return_gates else None
 
     @staticmethod
     def backward(ctx, *grads):

@@ -58,12 +58,11 @@ class LSTM(nn.RNNBase):
         layer_norm: whether to normalise the two products of the gates, over their 4H values, and what h_t sees of c_t.
         forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
             ``bias_hh`` to 0. None for an initial value like all others.
-        recompute: whether to keep only the arguments and results of a layer for the backward pass, which then computes
-            the layer once more.
+        recompute: whether to keep only c_t, of the gates and cell states, for the backward pass, which computes the
+            gates again.
 
     What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
-    :mod:`lstm_ext.reference`. On the CPU all of them use the kernels; on CUDA ``forget_bias``, ``recompute`` and
-    ``resets`` do, if none of the others is there, and all else runs on the equations of that module, in plain PyTorch.
+    :mod:`lstm_ext.reference`. All of them use the kernels, together too, wherever the plain layer does.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and

@@ -27,11 +27,12 @@ class Shape:
     hidden_size: int
     options: tuple[tuple[str, Any], ...] = ()
     packed: bool = False
+    extras: bool = False  # lengths, resets, and cell states and gates as results
 
     def __str__(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.options)
         sizes = f"T {self.steps}, B {self.batch}, I {self.input_size}, H {self.hidden_size}"
-        return f"{sizes}{options}{', packed' if self.packed else ''}"
+        return f"{sizes}{options}{', packed' if self.packed else ''}{', extras' if self.extras else ''}"
 
 
 EVERYTHING = (("num_layers", 2), ("bidirectional", True), ("proj_size", 5))
@@ -40,6 +41,20 @@ SHAPES = (
     Shape(6, 4, 9, 24, EVERYTHING),
     Shape(9, 6, 9, 24, EVERYTHING, packed=True),
     Shape(1, 1, 16, 64),
+    Shape(
+        6,
+        5,
+        9,
+        24,
+        (
+            ("num_layers", 2),
+            ("bidirectional", True),
+            ("proj_size", 20),
+            ("layer_norm", True),
+            ("zoneout", (0.2, 0.1)),
+        ),
+        extras=True,
+    ),
 )
 
 
@@ -56,7 +71,7 @@ class Problem:
         self.layer = lstm_ext.LSTM(
             shape.input_size, shape.hidden_size, **dict(shape.options), dtype=torch.float64
         ).to(device, dtype)
-        m = self.layer
+        m = self.layer.eval()  # zoneout without randomness
         sets, state = len(m.all_weights), m.proj_size or m.hidden_size
         self.batch_sizes = None
         rows: tuple[int, ...] = (shape.steps, shape.batch)
@@ -70,11 +85,22 @@ class Problem:
         self.leaves = [self.x, self.h, self.c, *m.parameters()]
         features = state * (2 if m.bidirectional else 1)
         self.grads = [draw(*rows, features), draw(*self.h.shape), draw(*self.c.shape)]
+        self.extras: dict[str, Any] = {}
+        if shape.extras:
+            lengths = torch.arange(shape.steps, shape.steps - shape.batch, -1).clamp_min(0)
+            resets = torch.rand(rows, generator=generator) < 0.3
+            self.extras = {"lengths": lengths.to(device), "resets": resets.to(device)}
+            self.extras |= {"return_cell_states": True, "return_gates": True}
+            self.grads += [draw(sets, *rows, m.hidden_size), draw(sets, *rows, m.hidden_size, 4)]
 
     def forward(self) -> list[Tensor]:
         x = self.x if self.batch_sizes is None else PackedSequence(self.x, self.batch_sizes)
-        output, states = self.layer(x, (self.h, self.c))
-        return [output if self.batch_sizes is None else output.data, *states]
+        output, states, *extras = self.layer(x, (self.h, self.c), **self.extras)
+        return [
+            output if self.batch_sizes is None else output.data,
+            *states,
+            *(values for result in extras for values in result),
+        ]
 
     def inference(self) -> list[Tensor]:
         with torch.no_grad():
@@ -94,6 +120,7 @@ class Problem:
         )
         other.leaves = [other.x, other.h, other.c, *other.layer.parameters()]
         other.grads = [g.to(device, dtype) for g in self.grads]
+        other.extras = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.extras.items()}
         return other
 
 

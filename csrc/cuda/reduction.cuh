@@ -1,6 +1,8 @@
 // Sums of columns, in an order that depends on the shape only: the gradient of a bias is the same bits in every run.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/numeric.cuh"
 #include "cuda/stepwise.h"
 
@@ -11,19 +13,20 @@ namespace lstm_ext::cuda {
 constexpr int kSumColumns = 32;
 constexpr int kSumHeight = 8;
 
-// `values` may be `partial` of a first launch.
-template <typename Value, typename A>
+// `values` may be `partial` of a first launch. Factor is the type of what they are multiplied by, or void.
+template <typename Value, typename A, typename Factor = void>
 struct SumOfRows {
   int64_t rows;
   int64_t columns;
   int64_t rows_per_part;
-  const Value* values;  // (rows, columns)
-  A* result;            // (parts, columns)
-  bool accumulate;      // add to what is there
+  const Value* values;              // (rows, columns)
+  A* result;                        // (parts, columns)
+  bool accumulate;                  // add to what is there
+  const Factor* factors = nullptr;  // (rows, columns), or null for ones
 };
 
-template <typename Value, typename A>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOfRows<Value, A> s) {
+template <typename Value, typename A, typename Factor = void>
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOfRows<Value, A, Factor> s) {
   LSTM_SHARED(A, sums, kSumColumns * kSumHeight);
   const int64_t column = int64_t{blockIdx.x} * kSumColumns + threadIdx.x;
   const int64_t first = int64_t{blockIdx.y} * s.rows_per_part;
@@ -31,7 +34,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOf
   A sum = 0;
   if (column < s.columns) {
     for (int64_t row = first + threadIdx.y; row < end; row += kSumHeight) {
-      sum += widen(s.values[row * s.columns + column]);
+      A value = widen(s.values[row * s.columns + column]);
+      if constexpr (!std::is_void_v<Factor>) {
+        if (s.factors) value *= widen(s.factors[row * s.columns + column]);
+      }
+      sum += value;
     }
   }
   const int place = threadIdx.y * kSumColumns + threadIdx.x;

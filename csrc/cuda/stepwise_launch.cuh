@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/cell.cuh"
+#include "cuda/layer_norm.cuh"
 #include "cuda/reduction.cuh"
 #include "cuda/stepwise.h"
 
@@ -27,20 +28,46 @@ inline CellGrid cell_grid(int64_t rows, int64_t units, int64_t steps = 1) {
 
 template <typename T>
 cudaError_t cell_forward(const CellForward<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.rows, step.hidden_size);
-  return launch(cell_forward_kernel<T>, g.grid, g.block, 0, stream, step);
+  const CellGrid g = cell_grid(step.of.rows, step.hidden_size);
+  const auto kernel = has_extras(step) ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, step);
 }
 
 template <typename T>
 cudaError_t cell_backward(const CellBackward<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.rows, step.hidden_size);
-  return launch(cell_backward_kernel<T>, g.grid, g.block, 0, stream, step);
+  const CellGrid g = cell_grid(step.of.rows, step.hidden_size);
+  const auto kernel = has_extras(step) ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, step);
+}
+
+// A block for each row, in whole warps.
+inline dim3 norm_block(int64_t units) {
+  return dim3(static_cast<unsigned>(std::min<int64_t>((units + 31) / 32 * 32, kNormThreads)));
+}
+
+template <typename T>
+cudaError_t norm_cell_forward(const NormCellForward<T>& step, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(step.cell.of.rows));
+  return launch(norm_cell_forward_kernel<T>, grid, norm_block(step.cell.hidden_size), 0, stream, step);
+}
+
+template <typename T>
+cudaError_t norm_cell_backward(const NormCellBackward<T>& step, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(step.cell.of.rows));
+  return launch(norm_cell_backward_kernel<T>, grid, norm_block(step.cell.hidden_size), 0, stream, step);
+}
+
+template <typename T>
+cudaError_t output_forward(const OutputForward<T>& step, cudaStream_t stream) {
+  const CellGrid g = cell_grid(step.of.rows, step.output_size);
+  return launch(output_forward_kernel<T>, g.grid, g.block, 0, stream, step);
 }
 
 template <typename T>
 cudaError_t output_gradient(const OutputGradient<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.rows, step.output_size);
-  return launch(output_gradient_kernel<T>, g.grid, g.block, 0, stream, step);
+  const CellGrid g = cell_grid(step.of.rows, step.output_size);
+  const auto kernel = has_extras(step) ? output_gradient_kernel<T, true> : output_gradient_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, step);
 }
 
 template <typename T>
@@ -51,29 +78,44 @@ cudaError_t previous_outputs(const PreviousOutputs<T>& steps, cudaStream_t strea
   return launch(previous_outputs_kernel<T>, g.grid, g.block, 0, stream, steps);
 }
 
+// In two launches: parts of the rows, then the parts.
+template <typename Value, typename A, typename Factor>
+cudaError_t sums_of_rows(int64_t rows, int64_t columns, const Value* values, const Factor* factors, A* partial, A* sums,
+                         cudaStream_t stream) {
+  const int64_t parts = column_sum_parts(rows);
+  const dim3 block(kSumColumns, kSumHeight);
+  const auto width = static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns);
+  const int64_t rows_per_part = (rows + parts - 1) / parts;
+  const cudaError_t error =
+      launch(sum_of_rows_kernel<Value, A, Factor>, dim3(width, static_cast<unsigned>(parts)), block, 0, stream,
+             SumOfRows<Value, A, Factor>{rows, columns, rows_per_part, values, partial, false, factors});
+  if (error != cudaSuccess) return error;
+  return launch(sum_of_rows_kernel<A, A, void>, dim3(width), block, 0, stream,
+                SumOfRows<A, A>{parts, columns, parts, partial, sums, true});
+}
+
 template <typename T>
 cudaError_t column_sums(const ColumnSums<T>& s, cudaStream_t stream) {
-  using A = typename Types<T>::Accumulate;
-  using D = typename Types<T>::Gradient;
-  const int64_t parts = column_sum_parts(s.rows);
-  const dim3 block(kSumColumns, kSumHeight);
-  const auto width = static_cast<unsigned>((s.columns + kSumColumns - 1) / kSumColumns);
-  const int64_t rows_per_part = (s.rows + parts - 1) / parts;
-  const cudaError_t error =
-      launch(sum_of_rows_kernel<D, A>, dim3(width, static_cast<unsigned>(parts)), block, 0, stream,
-             SumOfRows<D, A>{s.rows, s.columns, rows_per_part, s.values, s.partial, false});
-  if (error != cudaSuccess) return error;
-  return launch(sum_of_rows_kernel<A, A>, dim3(width), block, 0, stream,
-                SumOfRows<A, A>{parts, s.columns, parts, s.partial, s.sums, true});
+  return sums_of_rows<typename Types<T>::Gradient, typename Types<T>::Accumulate, void>(
+      s.rows, s.columns, s.values, nullptr, s.partial, s.sums, stream);
+}
+
+template <typename T>
+cudaError_t product_sums(const ProductSums<T>& s, cudaStream_t stream) {
+  return sums_of_rows(s.rows, s.columns, s.values, s.factors, s.partial, s.sums, stream);
 }
 
 }  // namespace lstm_ext::cuda
 
-#define LSTM_EXT_STEPWISE(T)                                                                      \
-  namespace lstm_ext::cuda {                                                                      \
-  template cudaError_t cell_forward<T>(const CellForward<T>& step, cudaStream_t stream);          \
-  template cudaError_t cell_backward<T>(const CellBackward<T>& step, cudaStream_t stream);        \
-  template cudaError_t output_gradient<T>(const OutputGradient<T>& step, cudaStream_t stream);    \
-  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& steps, cudaStream_t stream); \
-  template cudaError_t column_sums<T>(const ColumnSums<T>& sums, cudaStream_t stream);            \
+#define LSTM_EXT_STEPWISE(T)                                                                        \
+  namespace lstm_ext::cuda {                                                                        \
+  template cudaError_t cell_forward<T>(const CellForward<T>& step, cudaStream_t stream);            \
+  template cudaError_t cell_backward<T>(const CellBackward<T>& step, cudaStream_t stream);          \
+  template cudaError_t norm_cell_forward<T>(const NormCellForward<T>& step, cudaStream_t stream);   \
+  template cudaError_t norm_cell_backward<T>(const NormCellBackward<T>& step, cudaStream_t stream); \
+  template cudaError_t output_forward<T>(const OutputForward<T>& step, cudaStream_t stream);        \
+  template cudaError_t output_gradient<T>(const OutputGradient<T>& step, cudaStream_t stream);      \
+  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& steps, cudaStream_t stream);   \
+  template cudaError_t column_sums<T>(const ColumnSums<T>& sums, cudaStream_t stream);              \
+  template cudaError_t product_sums<T>(const ProductSums<T>& sums, cudaStream_t stream);            \
   }

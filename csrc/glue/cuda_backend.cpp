@@ -29,8 +29,6 @@ ForwardResult cuda_forward(const LayerArguments& layer, const LayerSizes& sizes,
 std::vector<at::Tensor> cuda_backward(const LayerArguments& layer, const LayerSizes& sizes,
                                       const BackwardArguments& arguments) {
   const c10::cuda::CUDAGuard guard(layer.input.device());
-  TORCH_CHECK(!arguments.grad_gates && !arguments.grad_cells,
-              "lstm_ext: the CUDA kernels take no gradients of gates and cells");
   return stepwise_backward(layer, sizes, arguments, current_device());
 }
 

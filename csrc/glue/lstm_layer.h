@@ -46,8 +46,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_lay
     const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional, const Extras& extras, bool save);
 
 // Gradients in the order input, h0, c0, *weights, and, where `wanted` has entries for them, reset_h, reset_c, *norm;
-// undefined where `wanted` is false. An absent gradient of an output means zeros; grad_gates and grad_cells are those
-// of what was saved, which a loss may see too (only on the CPU).
+// undefined where `wanted` is false. An absent gradient of an output means zeros; grad_gates and grad_cells are
+// those of the values of the gates and of c_t, which a loss may see too; in the shapes of what is saved of them.
 std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                             const OptionalTensor& grad_c_n, const at::Tensor& input,
                                             const OptionalTensor& h0, const OptionalTensor& c0,

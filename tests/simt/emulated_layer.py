@@ -7,7 +7,12 @@ from types import ModuleType
 
 from build import ROOT, build_extension_module
 
-SOURCES = ["glue/checks.cpp", "glue/cuda_stepwise.cpp", "glue/gemm.cpp"]
+SOURCES = [
+    "glue/checks.cpp",
+    "glue/cuda_stepwise_backward.cpp",
+    "glue/cuda_stepwise_forward.cpp",
+    "glue/gemm.cpp",
+]
 
 
 @functools.cache

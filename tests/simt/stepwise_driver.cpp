@@ -3,6 +3,7 @@
 // FLOAT_ONLY: of float alone, which compiles in a fraction of the time.
 #include <cmath>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "cuda/stepwise_f32.cu"
@@ -61,12 +62,16 @@ DeviceBuffer<T> random_values(size_t count, const char* name) {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// Of a number of type T computed in sums of another type: a few roundings of each.
+// Of a number of type T computed in sums of another type: a few roundings of each, and of terms of the size `terms`.
 template <typename T>
-void expect_near(T got, double wanted, const std::string& what) {
+void expect_near(T got, double wanted, const std::string& what, double terms = 0) {
   const double x = to_double(got);
-  checks::expect(std::fabs(x - wanted) <= 8 * eps<T>() * (1 + std::fabs(wanted)),
+  checks::expect(std::fabs(x - wanted) <= 8 * eps<T>() * (1 + std::fabs(wanted) + terms),
                  what + ": " + std::to_string(x) + ", expected " + std::to_string(wanted));
+}
+template <typename T>
+void expect_equal(T got, double wanted, const std::string& what) {
+  checks::expect(to_double(got) == wanted, what + ": " + std::to_string(to_double(got)));
 }
 
 struct Shape {
@@ -74,167 +79,421 @@ struct Shape {
   int64_t continuing, going_on;  // see stepwise.h
   bool states;                   // h0, c0 and gradients of h_n, c_n
   enum { kNever, kToZeros, kToState } resets = kNever;
+  enum { kAll, kForward, kReverse } lengths = kAll;
+  enum { kNone, kFlags, kShares } zoneout = kNone;
+  bool mask = false;
+  bool returned = false;  // gradients of gates and cells, and the hidden state once more
+  bool norm = false;
+  bool projected = false;
 };
 
-// Of every third row, from the second on.
-DeviceBuffer<uint8_t> reset_flags(int64_t rows, const char* name) {
-  std::vector<uint8_t> flags(rows, 0);
-  for (int64_t b = 1; b < rows; b += 3) flags[b] = 1;
+DeviceBuffer<uint8_t> flags_of_every_third(int64_t count, const char* name) {
+  std::vector<uint8_t> flags(count, 0);
+  for (int64_t b = 1; b < count; b += 3) flags[b] = 1;
   return DeviceBuffer<uint8_t>(flags, name);
 }
+
+// The step is at this time: of the lengths, one is past it, one ends with it, one has yet to go on, one is 0.
+constexpr int64_t kTime = 3;
+DeviceBuffer<int64_t> lengths_of(int64_t rows) {
+  std::vector<int64_t> lengths(rows);
+  for (int64_t b = 0; b < rows; ++b) lengths[b] = std::vector<int64_t>{9, 4, 3, 5, 0}[b % 5];
+  return DeviceBuffer<int64_t>(lengths, "lengths");
+}
+
+// Mean and factor of layer normalisation.
+std::pair<double, double> moments(const std::vector<double>& values) {
+  double mean = 0, variance = 0;
+  for (const double x : values) mean += x / values.size();
+  for (const double x : values) variance += (x - mean) * (x - mean) / values.size();
+  return {mean, 1 / std::sqrt(variance + 1e-5)};
+}
+
+// Who is who in a step, written again.
+template <typename T>
+struct Rows {
+  Shape s;
+  DeviceBuffer<int64_t> lengths;
+  // As many flags as there are rows, and of the step after as many as go on: beyond them is a fence.
+  DeviceBuffer<uint8_t> flags, flags_after;
+
+  explicit Rows(const Shape& shape)
+      : s(shape),
+        lengths(lengths_of(s.rows)),
+        flags(flags_of_every_third(s.rows, "resets")),
+        flags_after(flags_of_every_third(std::max<int64_t>(s.going_on, 1), "resets after")) {}
+
+  bool counts(int64_t b) const { return s.lengths == Shape::kAll || lengths[b] > kTime; }
+  bool continues(int64_t b) const {
+    return b < s.continuing && !(s.lengths == Shape::kReverse && lengths[b] <= kTime + 1);
+  }
+  bool goes_on(int64_t b) const { return b < s.going_on && !(s.lengths == Shape::kForward && lengths[b] <= kTime + 1); }
+  bool is_reset(int64_t b) const {
+    return s.resets != Shape::kNever && flags[b] != 0 && (s.lengths != Shape::kReverse || continues(b));
+  }
+  bool is_reset_after(int64_t b) const { return s.resets != Shape::kNever && b < s.going_on && flags_after[b] != 0; }
+  lstm_ext::cuda::RowsOfStep of() const {
+    lstm_ext::cuda::RowsOfStep of{};
+    of.rows = s.rows;
+    of.continuing = s.continuing;
+    of.going_on = s.going_on;
+    if (s.resets != Shape::kNever) of.resets = {flags.data(), s.rows};
+    if (s.resets != Shape::kNever) of.resets_after = {flags_after.data(), s.going_on};
+    if (s.lengths != Shape::kAll) of.lengths = lengths.data();
+    of.time = kTime;
+    of.reverse = s.lengths == Shape::kReverse;
+    return of;
+  }
+};
 
 template <typename T>
 void check_cell(const Shape& s) {
   using A = typename Types<T>::Accumulate;
   using D = typename Types<T>::Gradient;
+  const Rows<T> rows(s);
   const int64_t R = s.rows, H = s.units, apart = H + 3;
+  const bool to_state = s.resets == Shape::kToState, zoned = s.zoneout != Shape::kNone;
   const auto input = random_values<A>(R * 5 * H, "input part");  // rows 5H apart
   const auto recurrent = random_values<A>(R * 4 * H, "recurrent part");
+  const auto begin_part = random_values<A>(R * 4 * H, "begin part");
+  const auto reset_part = random_values<A>(R * 4 * H, "reset part");
   const auto bias_ih = random_values<T>(4 * H, "bias_ih"), bias_hh = random_values<T>(4 * H, "bias_hh");
   const auto previous = random_values<A>(std::max<int64_t>(s.continuing, 1) * H, "previous c");
-  const auto c0 = random_values<T>(R * H, "c0");
-  // As many flags as there are rows, and of the step after as many as go on: beyond them is a fence.
-  const auto flags = reset_flags(R, "resets"),
-             flags_after = reset_flags(std::max<int64_t>(s.going_on, 1), "resets after");
-  const auto reset_c = random_values<T>(R * H, "reset_c");
-  const auto reset_part = random_values<A>(R * 4 * H, "reset part");
-  const bool to_state = s.resets == Shape::kToState;
-  const auto is_reset = [&](int64_t b) { return s.resets != Shape::kNever && flags[b] != 0; };
-  const auto is_reset_after = [&](int64_t b) {
-    return s.resets != Shape::kNever && b < s.going_on && flags_after[b] != 0;
-  };
-  DeviceBuffer<A> c(R * H, "c");
+  const auto c0 = random_values<T>(R * H, "c0"), h0 = random_values<T>(R * H, "h0");
+  const auto reset_c = random_values<T>(R * H, "reset_c"), reset_h = random_values<T>(R * H, "reset_h");
+  const auto kept_h = flags_of_every_third(R * H, "kept h"), kept_c = flags_of_every_third(R * H + 1, "kept c");
+  const auto mask = random_values<A>(R * H, "mask");
+  const auto carried = random_values<A>(R * H, "carried h");
+  const std::vector<A> carried_before = carried.values();
+  const auto gain_ih = random_values<A>(4 * H, "gain_ih"), gain_hh = random_values<A>(4 * H, "gain_hh");
+  const auto gain_c = random_values<A>(H, "gain_c"), bias_c = random_values<A>(H, "bias_c");
+  DeviceBuffer<A> c(R * H, "c"), factors(R * 2, "factors"), workspace(R * 2 * H, "workspace");
   DeviceBuffer<T> h(R * apart, "h"), saved(R * 4 * H, "pre-activations"), h_n(R * H, "h_n"), c_n(R * H, "c_n");
+  DeviceBuffer<T> masked(R * H, "masked h"), x_hat(R * 4 * H, "input hat"), h_hat(R * 4 * H, "recurrent hat");
+
+  const auto share = [&](const DeviceBuffer<uint8_t>& kept, double share, int64_t place) {
+    return !zoned ? 0.0 : s.zoneout == Shape::kShares ? share : kept[place] ? 1.0 : 0.0;
+  };
+  const auto zoneout = [&](const DeviceBuffer<uint8_t>& kept, double share) {
+    lstm_ext::cuda::Zoneout<A> z{};
+    if (s.zoneout == Shape::kFlags) z.kept = kept.data();
+    if (s.zoneout == Shape::kShares) z.share = static_cast<A>(share);
+    return z;
+  };
+  constexpr double kShareH = 0.25, kShareC = 0.375;
 
   lstm_ext::cuda::CellForward<T> f{};
-  f.rows = R;
+  f.of = rows.of();
   f.hidden_size = H;
   f.input_part = input.data();
   f.input_stride = 5 * H;
   f.recurrent_part = recurrent.data();
-  f.recurrent_rows = s.states ? R : s.continuing;
+  f.begin_part = s.states ? begin_part.data() : nullptr;
+  f.reset_part = to_state ? reset_part.data() : nullptr;
   f.bias_ih = bias_ih.data();
   f.bias_hh = bias_hh.data();
-  f.c_previous = {
-      s.continuing, previous.data(), s.states ? c0.data() : nullptr, {}, to_state ? reset_c.data() : nullptr};
-  if (s.resets != Shape::kNever) f.c_previous.resets = {flags.data(), R};
-  f.reset_part = to_state ? reset_part.data() : nullptr;
+  f.c_previous = {previous.data(), s.states ? c0.data() : nullptr, to_state ? reset_c.data() : nullptr};
+  f.zoneout = zoneout(kept_c, kShareC);
   f.c = c.data();
-  f.h = h.data();
-  f.h_stride = apart;
-  f.pre_activations = saved.data();
-  f.going_on = s.going_on;
-  f.h_n = h_n.data();
   f.c_n = c_n.data();
-  lstm_ext::cuda::cell_forward(f, nullptr);
+  f.pre_activations = saved.data();
+  lstm_ext::cuda::NewOutput<T> y{};
+  y.h = h.data();
+  y.h_stride = apart;
+  y.h_n = h_n.data();
+  y.zoneout = zoneout(kept_h, kShareH);
+  y.h_carried = zoned ? carried.data() : nullptr;
+  y.h0 = s.states ? h0.data() : nullptr;
+  y.reset_h = to_state ? reset_h.data() : nullptr;
+  y.mask = s.mask ? mask.data() : nullptr;
+  y.masked = s.mask ? masked.data() : nullptr;
+  DeviceBuffer<T> hidden(R * H, "hidden");
+  if (s.projected) {
+    f.output.h = hidden.data();
+    f.output.h_stride = H;
+  } else {
+    f.output = y;
+  }
+  if (s.norm) {
+    lstm_ext::cuda::norm_cell_forward<T>(
+        {f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, x_hat.data(),
+         h_hat.data(), factors.data(), workspace.data()},
+        nullptr);
+  } else {
+    lstm_ext::cuda::cell_forward(f, nullptr);
+  }
+  const auto projected = random_values<A>(R * H, "projected");
+  if (s.projected) lstm_ext::cuda::output_forward<T>({rows.of(), H, projected.data(), y}, nullptr);
 
-  const auto previous_of = [&](int64_t b, int64_t j) {
-    if (is_reset(b)) return to_state ? to_double(reset_c[b * H + j]) : 0.0;
-    if (b < s.continuing) return to_double(previous[b * H + j]);
-    return s.states ? to_double(c0[b * H + j]) : 0.0;
+  const auto previous_of = [&](int64_t b, int64_t place) {
+    if (rows.is_reset(b)) return to_state ? to_double(reset_c[place]) : 0.0;
+    if (rows.continues(b)) return to_double(previous[place]);
+    return s.states ? to_double(c0[place]) : 0.0;
   };
+  const auto previous_h_of = [&](int64_t b, int64_t place) {
+    if (rows.is_reset(b)) return to_state ? to_double(reset_h[place]) : 0.0;
+    if (rows.continues(b)) return to_double(carried_before[place]);
+    return s.states ? to_double(h0[place]) : 0.0;
+  };
+  const auto unwritten = [](auto x) { return std::isnan(to_double(x)); };
   for (int64_t b = 0; b < R; ++b) {
-    for (int64_t j = 0; j < H; ++j) {
-      double z[4];
-      for (int q = 0; q < 4; ++q) {
-        z[q] = to_double(input[b * 5 * H + q * H + j]) + to_double(bias_ih[q * H + j]) + to_double(bias_hh[q * H + j]);
-        if (is_reset(b)) {
-          if (to_state) z[q] += to_double(reset_part[(b * 4 + q) * H + j]);
-        } else if (b < f.recurrent_rows) {
-          z[q] += to_double(recurrent[(b * 4 + q) * H + j]);
+    if (!rows.counts(b)) {
+      for (int64_t j = 0; j < H; ++j) {
+        expect_equal(c[b * H + j], 0, "c of a row that takes no part");
+        expect_equal(h[b * apart + j], 0, "h of a row that takes no part");
+        if (s.projected) expect_equal(hidden[b * H + j], 0, "hidden of a row that takes no part");
+        if (s.mask) expect_equal(masked[b * H + j], 0, "masked h of a row that takes no part");
+        for (int q = 0; q < 4; ++q) {
+          expect_equal(saved[(b * 4 + q) * H + j], q == 2 ? 0 : -INFINITY, "pre-activation past the end");
+          if (s.norm) expect_equal(x_hat[(b * 4 + q) * H + j], 0, "normalised product past the end");
+          if (s.norm) expect_equal(h_hat[(b * 4 + q) * H + j], 0, "normalised product past the end");
         }
-        expect_near(saved[(b * 4 + q) * H + j], z[q], "pre-activation");
+        checks::expect(unwritten(h_n[b * H + j]) && unwritten(c_n[b * H + j]), "a final state was written");
       }
-      const double state = sigmoid(z[1]) * previous_of(b, j) + sigmoid(z[0]) * std::tanh(z[2]);
-      expect_near(c[b * H + j], state, "c");
-      expect_near(h[b * apart + j], sigmoid(z[3]) * std::tanh(state), "h");
-      if (b >= s.going_on) {
-        expect_near(h_n[b * H + j], sigmoid(z[3]) * std::tanh(state), "h_n");
-        expect_near(c_n[b * H + j], state, "c_n");
+      continue;
+    }
+    std::vector<double> from_x(4 * H), from_h(4 * H, 0.0);
+    for (int64_t k = 0; k < 4 * H; ++k) {
+      from_x[k] = to_double(input[b * 5 * H + k]);
+      const int64_t place = b * 4 * H + k;
+      if (rows.is_reset(b)) {
+        if (to_state) from_h[k] = to_double(reset_part[place]);
+      } else if (rows.continues(b)) {
+        from_h[k] = to_double(recurrent[place]);
+      } else if (s.states) {
+        from_h[k] = to_double(begin_part[place]);
+      }
+    }
+    if (s.norm) {
+      int which = 0;
+      for (std::vector<double>* product : {&from_x, &from_h}) {
+        const auto [mean, factor] = moments(*product);
+        expect_near(factors[b * 2 + which], factor, "factor", factor);
+        const DeviceBuffer<T>& hat = which == 0 ? x_hat : h_hat;
+        for (int64_t k = 0; k < 4 * H; ++k) {
+          const double normalised = ((*product)[k] - mean) * factor;
+          expect_near(hat[b * 4 * H + k], normalised, "normalised product");
+          (*product)[k] = normalised * to_double((which == 0 ? gain_ih : gain_hh)[k]);
+        }
+        ++which;
+      }
+    }
+    std::vector<double> z(4 * H), new_c(H);
+    for (int64_t k = 0; k < 4 * H; ++k) {
+      z[k] = from_x[k] + from_h[k] + to_double(bias_ih[k]) + to_double(bias_hh[k]);
+      expect_near(saved[b * 4 * H + k], z[k], "pre-activation", 4);
+    }
+    for (int64_t j = 0; j < H; ++j) {
+      const int64_t place = b * H + j;
+      new_c[j] = sigmoid(z[H + j]) * previous_of(b, place) + sigmoid(z[j]) * std::tanh(z[2 * H + j]);
+      const double k = share(kept_c, kShareC, place);
+      const double state = k * previous_of(b, place) + (1 - k) * new_c[j];
+      expect_near(c[place], state, "c", 1);
+      if (rows.goes_on(b)) {
+        checks::expect(unwritten(c_n[place]), "the final state of a row that goes on was written");
       } else {
-        checks::expect(std::isnan(to_double(h_n[b * H + j])) && std::isnan(to_double(c_n[b * H + j])),
-                       "the final state of a row that goes on was written");
+        expect_near(c_n[place], state, "c_n", 1);
+      }
+    }
+    const auto [mean, factor] = moments(new_c);
+    for (int64_t j = 0; j < H; ++j) {
+      const int64_t place = b * H + j;
+      double visible = new_c[j];
+      if (s.norm) visible = to_double(gain_c[j]) * (visible - mean) * factor + (s.states ? to_double(bias_c[j]) : 0);
+      double now = sigmoid(z[3 * H + j]) * std::tanh(visible);
+      const double terms = s.norm ? 4 : 0;
+      if (s.projected) expect_near(hidden[place], now, "hidden", terms);
+      if (s.projected) now = to_double(projected[place]);
+      const double k = share(kept_h, kShareH, place);
+      const double output = k * previous_h_of(b, place) + (1 - k) * now;
+      expect_near(h[b * apart + j], output, "h", terms);
+      if (zoned) expect_near(carried[place], output, "carried h", terms);
+      if (s.mask) expect_near(masked[place], output * to_double(mask[place]), "masked h", terms);
+      if (rows.goes_on(b)) {
+        checks::expect(unwritten(h_n[place]), "the final state of a row that goes on was written");
+      } else {
+        expect_near(h_n[place], output, "h_n", terms);
       }
     }
   }
 
+  // ---- backward
   const auto grad_output = random_values<T>(R * apart, "grad_output");
   const auto grad_recurrent = random_values<A>(R * H, "recurrent part of dh");
+  const auto grad_hidden = random_values<A>(R * H, "grad_hidden");
   const auto grad_h_n = random_values<T>(R * H, "grad_h_n"), grad_c_n = random_values<T>(R * H, "grad_c_n");
-  const auto grad_c = random_values<A>(R * H, "grad_c");
-  const std::vector<A> grad_c_before = grad_c.values();
-  DeviceBuffer<D> grad_gates(R * 4 * H, "grad_gates");
+  const auto grad_values = random_values<T>(R * 4 * H, "gradients of gates");
+  const auto grad_cells = random_values<A>(R * H, "gradients of cells");
+  const auto grad_c = random_values<A>(R * H, "grad_c"), grad_h = random_values<A>(R * H, "grad_h");
   const auto reset_gates = random_values<A>(R * 4 * H, "reset gates");
   const auto grad_reset_c = random_values<A>(R * H, "grad_reset_c");
-  const std::vector<A> reset_gates_before = reset_gates.values(), grad_reset_c_before = grad_reset_c.values();
+  const auto grad_reset_h = random_values<A>(R * H, "grad_reset_h");
+  const auto grad_c_before = grad_c.values(), grad_h_before = grad_h.values(),
+             reset_gates_before = reset_gates.values(), grad_reset_c_before = grad_reset_c.values(),
+             grad_reset_h_before = grad_reset_h.values();
+  DeviceBuffer<D> grad_gates(R * 4 * H, "grad_gates"), begin_gates(R * 4 * H, "begin gates");
+  DeviceBuffer<D> grad_input(R * 4 * H, "gradients of the input's part"), sum(R * H, "sum");
+  DeviceBuffer<A> grad_z(R * 4 * H, "gradients of pre-activations"), grad_visible(R * H, "grad_visible");
+  DeviceBuffer<T> c_hat(R * H, "cell hat"), hidden_again(R * H, "hidden again");
+
+  lstm_ext::cuda::GradOutput<T> o{};
+  o.grad_output = grad_output.data();
+  o.grad_output_stride = apart;
+  o.grad_h_n = s.states ? grad_h_n.data() : nullptr;
+  o.recurrent_part = grad_recurrent.data();
+  o.mask = y.mask;
+  o.zoneout = y.zoneout;
+  o.grad_h = zoned ? grad_h.data() : nullptr;
+  o.grad_reset_h = zoned && to_state ? grad_reset_h.data() : nullptr;
   lstm_ext::cuda::CellBackward<T> g{};
-  g.rows = R;
+  g.of = f.of;
   g.hidden_size = H;
   g.pre_activations = saved.data();
   g.cells = c.data();
   g.c_previous = f.c_previous;
-  g.grad_output = grad_output.data();
-  g.grad_output_stride = apart;
-  g.grad_h_n = s.states ? grad_h_n.data() : nullptr;
-  g.recurrent_part = grad_recurrent.data();
-  g.recurrent_rows = s.going_on;
-  g.going_on = s.going_on;
+  g.zoneout = f.zoneout;
+  if (s.projected) {
+    g.grad_hidden = grad_hidden.data();
+    lstm_ext::cuda::output_gradient<T>({f.of, H, o, sum.data()}, nullptr);
+  } else {
+    g.output = o;
+  }
   g.grad_c_n = s.states ? grad_c_n.data() : nullptr;
+  g.grad_gate_values = s.returned ? grad_values.data() : nullptr;
+  g.grad_cells = s.returned ? grad_cells.data() : nullptr;
   g.grad_c = grad_c.data();
   g.grad_gates = grad_gates.data();
-  if (s.resets != Shape::kNever) g.resets_after = {flags_after.data(), s.going_on};
+  g.begin_gates = begin_gates.data();
   g.reset_gates = to_state ? reset_gates.data() : nullptr;
   g.grad_reset_c = to_state ? grad_reset_c.data() : nullptr;
-  lstm_ext::cuda::cell_backward(g, nullptr);
-
-  for (int64_t b = 0; b < R; ++b) {
-    for (int64_t j = 0; j < H; ++j) {
-      double z[4];
-      for (int q = 0; q < 4; ++q) z[q] = to_double(saved[(b * 4 + q) * H + j]);
-      const double i = sigmoid(z[0]), forget = sigmoid(z[1]), cell = std::tanh(z[2]), o = sigmoid(z[3]);
-      const double tanh_c = std::tanh(to_double(c[b * H + j]));
-      double dh = to_double(grad_output[b * apart + j]), dc = 0;
-      if (b < s.going_on) {
-        if (!is_reset_after(b)) dh += to_double(grad_recurrent[b * H + j]);
-        dc += to_double(grad_c_before[b * H + j]);
-      } else if (s.states) {
-        dh += to_double(grad_h_n[b * H + j]);
-        dc += to_double(grad_c_n[b * H + j]);
-      }
-      dc += dh * o * (1 - tanh_c * tanh_c);
-      const double wanted[4] = {dc * cell * i * (1 - i), dc * previous_of(b, j) * forget * (1 - forget),
-                                dc * i * (1 - cell * cell), dh * tanh_c * o * (1 - o)};
-      for (int q = 0; q < 4; ++q) expect_near(grad_gates[(b * 4 + q) * H + j], wanted[q], "gate gradient");
-      expect_near(grad_c[b * H + j], is_reset(b) ? 0 : dc * forget, "grad_c");
-      const bool summed = to_state && is_reset(b);
-      expect_near(grad_reset_c[b * H + j], to_double(grad_reset_c_before[b * H + j]) + (summed ? dc * forget : 0),
-                  "grad_reset_c");
-      for (int q = 0; q < 4; ++q) {
-        const int64_t at = (b * 4 + q) * H + j;
-        expect_near(reset_gates[at], to_double(reset_gates_before[at]) + (summed ? wanted[q] : 0), "reset gates");
-      }
-    }
+  g.hidden = s.returned && !s.norm ? hidden_again.data() : nullptr;
+  if (s.norm) {
+    lstm_ext::cuda::norm_cell_backward<T>(
+        {g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, x_hat.data(),
+         h_hat.data(), factors.data(), grad_input.data(), grad_z.data(), grad_visible.data(), c_hat.data()},
+        nullptr);
+  } else {
+    lstm_ext::cuda::cell_backward(g, nullptr);
   }
 
-  DeviceBuffer<D> sum(R * H, "sum");
-  lstm_ext::cuda::OutputGradient<T> o{};
-  o.rows = R;
-  o.output_size = H;
-  o.grad_output = s.states ? grad_output.data() : nullptr;
-  o.grad_output_stride = apart;
-  o.grad_h_n = grad_h_n.data();
-  o.recurrent_part = grad_recurrent.data();
-  o.recurrent_rows = s.going_on;
-  o.going_on = s.going_on;
-  o.resets_after = g.resets_after;
-  o.result = sum.data();
-  lstm_ext::cuda::output_gradient(o, nullptr);
   for (int64_t b = 0; b < R; ++b) {
+    const bool reset = rows.is_reset(b), summed = to_state && reset;
+    std::vector<double> new_c(H), visible_grad(H), hat(H), output_gate_grad(H), grad(4 * H);
+    std::vector<std::vector<double>> gates(H);
     for (int64_t j = 0; j < H; ++j) {
-      double wanted = s.states ? to_double(grad_output[b * apart + j]) : 0;
-      if (b >= s.going_on) wanted += to_double(grad_h_n[b * H + j]);
-      if (b < s.going_on && !is_reset_after(b)) wanted += to_double(grad_recurrent[b * H + j]);
-      expect_near(sum[b * H + j], wanted, "gradient of the output");
+      const int64_t place = b * H + j;
+      for (int q = 0; q < 4; ++q) {
+        const double z = to_double(saved[(b * 4 + q) * H + j]);
+        gates[j].push_back(q == 2 ? std::tanh(z) : sigmoid(z));
+      }
+      new_c[j] = zoned ? gates[j][1] * previous_of(b, place) + gates[j][0] * gates[j][2] : to_double(c[place]);
+    }
+    const auto [mean, factor] = moments(new_c);
+    double sum_grad = 0, sum_hat = 0;
+    for (int64_t j = 0; j < H; ++j) {
+      const int64_t place = b * H + j;
+      double dh = to_double(grad_output[b * apart + j]);
+      if (rows.goes_on(b)) {
+        if (!rows.is_reset_after(b)) {
+          dh += to_double(grad_recurrent[place]) * (s.mask ? to_double(mask[place]) : 1);
+        }
+        if (zoned) dh += to_double(grad_h_before[place]);
+      } else if (s.states) {
+        dh += to_double(grad_h_n[place]);
+      }
+      const double k = share(kept_h, kShareH, place);
+      if (!rows.counts(b)) {
+        if (zoned) expect_equal(grad_h[place], to_double(grad_h_before[place]), "what zoneout keeps, past the end");
+        dh = 0;
+      } else if (zoned) {
+        expect_near(grad_h[place], reset ? 0 : k * dh, "what zoneout keeps of dh", 4);
+        expect_near(grad_reset_h[place], to_double(grad_reset_h_before[place]) + (summed ? k * dh : 0), "grad_reset_h",
+                    4);
+      }
+      dh *= 1 - k;
+      if (s.projected) {
+        expect_near(sum[place], dh, "gradient of the output", 4);
+        dh = to_double(grad_hidden[place]);
+      }
+      hat[j] = (new_c[j] - mean) * factor;
+      const double visible = s.norm ? to_double(gain_c[j]) * hat[j] + (s.states ? to_double(bias_c[j]) : 0) : new_c[j];
+      const double tanh_c = std::tanh(visible);
+      visible_grad[j] = dh * gates[j][3] * (1 - tanh_c * tanh_c);
+      output_gate_grad[j] = dh * tanh_c;
+      sum_grad += visible_grad[j] * to_double(gain_c[j]) / H;
+      sum_hat += visible_grad[j] * to_double(gain_c[j]) * hat[j] / H;
+      if (!rows.counts(b)) continue;
+      if (g.hidden) expect_near(hidden_again[place], gates[j][3] * tanh_c, "hidden again");
+      if (s.norm) expect_near(grad_visible[place], visible_grad[j], "grad_visible", 16);
+      if (s.norm) expect_near(c_hat[place], hat[j], "cell hat", 4);
+    }
+    if (!rows.counts(b)) {
+      for (int64_t j = 0; j < H; ++j) {
+        expect_equal(grad_c[b * H + j], to_double(grad_c_before[b * H + j]), "grad_c past the end");
+        if (g.hidden) expect_equal(hidden_again[b * H + j], 0, "hidden again, past the end");
+        for (int64_t at = (b * 4) * H + j; at < (b + 1) * 4 * H; at += H) {
+          expect_equal(grad_gates[at], 0, "gate gradient past the end");
+          checks::expect(unwritten(begin_gates[at]), "a row began past its end");
+          if (s.norm) expect_equal(grad_input[at], 0, "gate gradient past the end");
+          if (s.norm) expect_equal(grad_z[at], 0, "gate gradient past the end");
+        }
+        if (s.norm) expect_equal(grad_visible[b * H + j], 0, "grad_visible past the end");
+        if (s.norm) expect_equal(c_hat[b * H + j], 0, "cell hat past the end");
+      }
+      continue;
+    }
+    const double terms = s.norm ? 16 * factor : 4;  // of a sum, the largest
+    for (int64_t j = 0; j < H; ++j) {
+      const int64_t place = b * H + j;
+      const auto [i, forget, cell, out] = std::tuple(gates[j][0], gates[j][1], gates[j][2], gates[j][3]);
+      double later = s.returned ? to_double(grad_cells[place]) : 0;
+      if (rows.goes_on(b)) {
+        later += to_double(grad_c_before[place]);
+      } else if (s.states) {
+        later += to_double(grad_c_n[place]);
+      }
+      const double k = share(kept_c, kShareC, place);
+      double dc = visible_grad[j];
+      if (s.norm) dc = factor * (dc * to_double(gain_c[j]) - sum_grad - hat[j] * sum_hat);
+      dc += (1 - k) * later;
+      double d[4] = {dc * cell, dc * previous_of(b, place), dc * i, output_gate_grad[j]};
+      for (int q = 0; q < 4; ++q) {
+        if (s.returned) d[q] += to_double(grad_values[(b * 4 + q) * H + j]);
+        const double value = gates[j][q];
+        grad[q * H + j] = d[q] * (q == 2 ? 1 - value * value : value * (1 - value));
+      }
+      const double before = dc * forget + k * later;
+      expect_near(grad_c[place], reset ? 0 : before, "grad_c", terms);
+      expect_near(grad_reset_c[place], to_double(grad_reset_c_before[place]) + (summed ? before : 0), "grad_reset_c",
+                  terms);
+    }
+    double sums[4] = {};
+    for (int64_t k = 0; s.norm && k < 4 * H; ++k) {
+      expect_near(grad_z[b * 4 * H + k], grad[k], "gradient of a pre-activation", terms);
+      const double to_x = grad[k] * to_double(gain_ih[k]), to_h = grad[k] * to_double(gain_hh[k]);
+      sums[0] += to_x / (4 * H);
+      sums[1] += to_x * to_double(x_hat[b * 4 * H + k]) / (4 * H);
+      sums[2] += to_h / (4 * H);
+      sums[3] += to_h * to_double(h_hat[b * 4 * H + k]) / (4 * H);
+    }
+    for (int64_t k = 0; k < 4 * H; ++k) {
+      const int64_t at = b * 4 * H + k;
+      double wanted = grad[k], size = terms;
+      if (s.norm) {
+        const double factor_x = to_double(factors[b * 2]), factor_h = to_double(factors[b * 2 + 1]);
+        size = terms * std::max(1.0, std::max(factor_x, factor_h));
+        expect_near(grad_input[at],
+                    factor_x * (grad[k] * to_double(gain_ih[k]) - sums[0] - to_double(x_hat[at]) * sums[1]),
+                    "gradient of the input's part", size);
+        wanted = factor_h * (grad[k] * to_double(gain_hh[k]) - sums[2] - to_double(h_hat[at]) * sums[3]);
+      }
+      expect_near(grad_gates[at], wanted, "gate gradient", size);
+      expect_near(reset_gates[at], to_double(reset_gates_before[at]) + (summed ? wanted : 0), "reset gates", size);
+      if (rows.continues(b)) {
+        checks::expect(unwritten(begin_gates[at]), "a row began that goes on");
+      } else {
+        expect_near(begin_gates[at], reset ? 0 : wanted, "begin gates", size);
+      }
     }
   }
 }
@@ -246,10 +505,16 @@ void check_previous_outputs() {
   const int64_t rows[] = {2, 5, 1}, continuing[] = {0, 2, 1};
   const auto h = random_values<T>(5 * apart, "h"), h0 = random_values<T>(5 * P, "h0");
   const auto reset_h = random_values<T>(5 * P, "reset_h");
-  const auto flags = reset_flags(5, "resets");
+  const auto flags = flags_of_every_third(5, "resets");
+  const DeviceBuffer<int64_t> lengths(std::vector<int64_t>{9, 4, 3, 5, 9}, "lengths");
+  const auto mask = random_values<typename Types<T>::Accumulate>(5 * P, "mask");
   DeviceBuffer<D> result(8 * P, "previous outputs");
-  for (const bool given : {true, false}) {
+  for (const int variant : {0, 1, 2, 3}) {
+    const bool given = variant != 0, extras = variant > 1, reverse = variant == 3;
     lstm_ext::cuda::PreviousOutputs<T> p{};
+    if (extras) p.lengths = lengths.data();
+    if (extras) p.mask = mask.data();
+    p.reverse = reverse;
     p.output_size = P;
     p.previous_stride = apart;
     p.h0 = given ? h0.data() : nullptr;
@@ -258,7 +523,7 @@ void check_previous_outputs() {
     for (int n = 0; n < 3; ++n) {
       // Flags of the second step only.
       const lstm_ext::cuda::ResetFlags resets{n == 1 ? flags.data() : nullptr, n == 1 ? rows[n] : 0};
-      p.step[p.steps++] = {rows[n], continuing[n], h.data(), result.data() + place * P, resets};
+      p.step[p.steps++] = {rows[n], continuing[n], h.data(), result.data() + place * P, resets, kTime};
       place += rows[n];
     }
     lstm_ext::cuda::previous_outputs(p, nullptr);
@@ -267,9 +532,16 @@ void check_previous_outputs() {
       for (int64_t b = 0; b < rows[n]; ++b, ++place) {
         for (int64_t j = 0; j < P; ++j) {
           double wanted = given ? to_double(h0[b * P + j]) : 0;
-          if (b < continuing[n]) wanted = to_double(h[b * apart + j]);
-          if (n == 1 && flags[b]) wanted = given ? to_double(reset_h[b * P + j]) : 0;
-          checks::expect(to_double(result[place * P + j]) == wanted, "previous output");
+          const bool continues = b < continuing[n] && !(reverse && lengths[b] <= kTime + 1);
+          if (continues) wanted = to_double(h[b * apart + j]);
+          if (n == 1 && flags[b] && (!reverse || continues)) wanted = given ? to_double(reset_h[b * P + j]) : 0;
+          if (extras && lengths[b] <= kTime) wanted = 0;
+          if (extras) {
+            expect_near(result[place * P + j], wanted * to_double(mask[b * P + j]), "masked previous output",
+                        eps<T>() / eps<D>());
+          } else {
+            expect_equal(result[place * P + j], wanted, "previous output");
+          }
         }
       }
     }
@@ -277,20 +549,34 @@ void check_previous_outputs() {
 }
 
 template <typename T>
-void check_column_sums(int64_t rows, int64_t columns) {
+void check_sums(int64_t rows, int64_t columns) {
   using A = typename Types<T>::Accumulate;
-  const auto values = random_values<typename Types<T>::Gradient>(rows * columns, "values");
-  const auto sums = random_values<A>(columns, "sums");
-  const std::vector<A> before = sums.values();
+  using D = typename Types<T>::Gradient;
+  const auto values = random_values<D>(rows * columns, "values");
+  const auto wide = random_values<A>(rows * columns, "wide values");
+  const auto factors = random_values<T>(rows * columns, "factors");
+  const std::vector<A> before = random_values<A>(columns, "sums").values();
   DeviceBuffer<A> partial(lstm_ext::cuda::column_sum_parts(rows) * columns, "partial sums");
-  lstm_ext::cuda::column_sums<T>({rows, columns, values.data(), partial.data(), sums.data()}, nullptr);
-  for (int64_t j = 0; j < columns; ++j) {
-    double wanted = to_double(before[j]), size = std::fabs(wanted);
-    for (int64_t row = 0; row < rows; ++row) {
-      wanted += to_double(values[row * columns + j]);
-      size += std::fabs(to_double(values[row * columns + j]));
+  enum { kColumns, kWide, kProducts };
+  for (const int kind : {kColumns, kWide, kProducts}) {
+    const DeviceBuffer<A> sums(before, "sums");
+    if (kind == kColumns) {
+      lstm_ext::cuda::column_sums<T>({rows, columns, values.data(), partial.data(), sums.data()}, nullptr);
+    } else {
+      lstm_ext::cuda::product_sums<T>(
+          {rows, columns, wide.data(), kind == kProducts ? factors.data() : nullptr, partial.data(), sums.data()},
+          nullptr);
     }
-    checks::expect(std::fabs(to_double(sums[j]) - wanted) <= 8 * eps<A>() * size, "column sum");
+    for (int64_t j = 0; j < columns; ++j) {
+      double wanted = to_double(before[j]), size = std::fabs(wanted);
+      for (int64_t at = j; at < rows * columns; at += columns) {
+        double term = kind == kColumns ? to_double(values[at]) : to_double(wide[at]);
+        if (kind == kProducts) term *= to_double(factors[at]);
+        wanted += term;
+        size += std::fabs(term);
+      }
+      checks::expect(std::fabs(to_double(sums[j]) - wanted) <= 8 * eps<A>() * size, "column sum");
+    }
   }
 }
 
@@ -303,9 +589,34 @@ void check_all() {
   check_cell<T>({11, 33, 0, 11, false});  // more rows than a block is high
   check_cell<T>({8, 37, 6, 4, true, Shape::kToState});
   check_cell<T>({8, 37, 6, 4, false, Shape::kToZeros});
+  Shape s{8, 37, 6, 4, true, Shape::kToState};
+  s.zoneout = Shape::kFlags;
+  s.mask = true;
+  check_cell<T>(s);
+  s.lengths = Shape::kForward;
+  s.zoneout = Shape::kShares;
+  s.returned = true;
+  s.going_on = 8;
+  check_cell<T>(s);
+  s.lengths = Shape::kReverse;
+  s.continuing = 8;
+  s.projected = true;
+  check_cell<T>(s);
+  // With layer normalisation: alone, a warp and a bit; with all else; more units than threads.
+  s.norm = true;
+  check_cell<T>(s);
+  s.lengths = Shape::kForward;
+  s.projected = false;
+  check_cell<T>(s);
+  s = {3, 37, 2, 1, false};
+  s.norm = true;
+  check_cell<T>(s);
+  s = {2, 300, 1, 1, true};
+  s.norm = true;
+  check_cell<T>(s);
   check_previous_outputs<T>();
-  check_column_sums<T>(3, 5);
-  check_column_sums<T>(700, 40);  // two parts, a block of columns and a bit
+  check_sums<T>(3, 5);
+  check_sums<T>(700, 40);  // two parts, a block of columns and a bit
 }
 
 }  // namespace

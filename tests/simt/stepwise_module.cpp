@@ -89,6 +89,14 @@ lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0,
   return sizes;
 }
 
+// As in csrc/bindings.cpp.
+lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                           const OptionalTensor& lengths, const OptionalTensor& recurrent_mask,
+                           const OptionalTensor& kept_h, const OptionalTensor& kept_c, double zoneout_h,
+                           double zoneout_c, const std::vector<at::Tensor>& norm, bool recompute) {
+  return {resets, reset_h, reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm, recompute};
+}
+
 lstm_ext::StepwiseDevice device(bool tf32, int64_t chunk_bytes) {
   return {nullptr, &gemm_by_definition, nullptr, tf32, chunk_bytes};
 }
@@ -96,9 +104,7 @@ lstm_ext::StepwiseDevice device(bool tf32, int64_t chunk_bytes) {
 lstm_ext::ForwardResult forward(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                 const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
                                 bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes,
-                                const OptionalTensor& flags, const OptionalTensor& reset_h,
-                                const OptionalTensor& reset_c) {
-  const lstm_ext::Extras extras{flags, reset_h, reset_c};
+                                const lstm_ext::Extras& extras) {
   const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
   return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, extras}, sizes, save, device(tf32, chunk_bytes));
 }
@@ -109,12 +115,11 @@ std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const Option
                                  const OptionalTensor& batch_sizes, const at::Tensor& output,
                                  const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
                                  const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes,
-                                 const OptionalTensor& flags, const OptionalTensor& reset_h,
-                                 const OptionalTensor& reset_c) {
-  const lstm_ext::Extras extras{flags, reset_h, reset_c};
+                                 const lstm_ext::Extras& extras, const OptionalTensor& grad_gates,
+                                 const OptionalTensor& grad_cells) {
   const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
   return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, extras}, sizes,
-                                     {grad_output, grad_h_n, grad_c_n, {}, {}, output, saved, wanted},
+                                     {grad_output, grad_h_n, grad_c_n, grad_gates, grad_cells, output, saved, wanted},
                                      device(tf32, chunk_bytes));
 }
 
@@ -127,12 +132,17 @@ at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, b
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  // Of this module only: _C has its own.
+  py::class_<lstm_ext::Extras>(m, "Extras", py::module_local())
+      .def(py::init(&extras_of), py::kw_only(), py::arg("resets"), py::arg("reset_h"), py::arg("reset_c"),
+           py::arg("lengths"), py::arg("recurrent_mask"), py::arg("kept_h"), py::arg("kept_c"), py::arg("zoneout_h"),
+           py::arg("zoneout_c"), py::arg("norm"), py::arg("recompute"));
   m.def("forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
         py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"), py::arg("tf32"), py::arg("chunk_bytes"),
-        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none());
+        py::arg("extras") = lstm_ext::Extras{});
   m.def("backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("input"),
         py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"), py::arg("saved"),
         py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"), py::arg("tf32"), py::arg("chunk_bytes"),
-        py::arg("resets") = py::none(), py::arg("reset_h") = py::none(), py::arg("reset_c") = py::none());
+        py::arg("extras") = lstm_ext::Extras{}, py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none());
   m.def("gemm", &gemm);
 }

@@ -2,163 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from emulated_layer import stepwise_module
 from torch import Tensor
 
-from lstm_ext import reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import autograd
+from lstm_ext._extras import OPERANDS, LayerExtras
 
-EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    steps: int = 5
-    batch: int = 3
-    input_size: int = 4
-    hidden_size: int = 6
-    proj_size: int = 0
-    bias: bool = True
-    bidirectional: bool = False
-    hx: bool = True
-    batch_first: bool = False
-    lengths: tuple[int, ...] = ()  # packed, if there are any
-    chunk_bytes: int = 1 << 25
-    strides: str = "dense"  # of the input and of the gradient of the output
-    unwanted: tuple[int, ...] = ()  # places among input, h0, c0, weights
-    given: tuple[bool, bool, bool] = (True, True, True)  # gradients of output, h_n, c_n
-    resets: str = ""  # "to zeros" or "to a state"
+import layer_cases
+from layer_cases import CASES, EPS, EXTRAS, LOW, Case, error, with_strides
 
 
-CASES = {
-    "dense": Case(),
-    "one step": Case(steps=1),
-    "one row": Case(batch=1),
-    "no features": Case(input_size=0, bidirectional=True),
-    "one of everything": Case(steps=1, batch=1, input_size=1, hidden_size=1),
-    "no bias, no hx": Case(bias=False, hx=False),
-    "more units than a block": Case(steps=2, hidden_size=150),
-    "more rows than a block": Case(steps=2, batch=20, hidden_size=33),
-    "batch first": Case(batch_first=True),
-    "batch first, in pieces": Case(batch_first=True, chunk_bytes=600),
-    "in pieces": Case(steps=9, chunk_bytes=700),
-    "in pieces, both directions": Case(steps=9, chunk_bytes=700, bidirectional=True),
-    "both directions": Case(bidirectional=True),
-    "projection": Case(proj_size=2),
-    "projection, both directions, no hx": Case(proj_size=3, bidirectional=True, hx=False, bias=False),
-    "packed": Case(lengths=(5, 5, 3, 1)),
-    "packed, no hx": Case(lengths=(4, 2, 1), hx=False),
-    "packed, both directions": Case(lengths=(6, 4, 4, 2), bidirectional=True),
-    "packed, both directions, projection, in pieces": Case(
-        lengths=(6, 4, 4, 2), bidirectional=True, proj_size=2, chunk_bytes=400
-    ),
-    "packed, more steps than a launch": Case(lengths=(70, 66, 1), hidden_size=2, input_size=1),
-    "expanded": Case(strides="expanded"),
-    "columns apart": Case(strides="columns apart"),
-    "frozen input and weights": Case(unwanted=(0, 3, 6), bidirectional=True),
-    "frozen biases and states": Case(unwanted=(1, 2, 5), proj_size=2),
-    "gradient of output only": Case(given=(True, False, False), bidirectional=True),
-    "gradient of h_n only": Case(given=(False, True, False), lengths=(4, 3, 1)),
-    "gradient of c_n only": Case(given=(False, False, True), lengths=(4, 3, 1), bidirectional=True),
-    "resets": Case(resets="to a state"),
-    "resets, no hx": Case(resets="to zeros", hx=False, bias=False),
-    "resets, both directions, in pieces": Case(
-        steps=9, chunk_bytes=700, bidirectional=True, resets="to a state"
-    ),
-    "resets, projection": Case(resets="to a state", proj_size=2, bidirectional=True),
-    "resets, packed": Case(resets="to a state", lengths=(6, 4, 4, 2), bidirectional=True),
-    "resets, packed, projection": Case(resets="to zeros", lengths=(5, 3, 1), proj_size=2),
-    "gradient of h_n only, projection": Case(given=(False, True, False), proj_size=2, lengths=(3, 1)),
-}
-
-
-def with_strides(x: Tensor, strides: str) -> Tensor:
-    if strides == "expanded":  # all rows of a step are one in memory
-        return x[:, :1].expand(x.shape)
-    if strides == "columns apart":
-        return torch.stack([x, x], dim=-1)[..., 0]
-    return x
-
-
-class Layer:
-    """The arguments of a layer and the gradients of its results, in float64, with values that `dtype` holds."""
-
-    def __init__(self, case: Case, dtype: torch.dtype, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            x = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-            return x.to(dtype).double()
-
-        D = 2 if case.bidirectional else 1
-        H, P = case.hidden_size, case.proj_size or case.hidden_size
-        B = len(case.lengths) or case.batch
-        scale = H**-0.5
-        self.batch_sizes = None
-        if case.lengths:
-            steps = range(max(case.lengths))
-            self.batch_sizes = torch.tensor([sum(n > t for n in case.lengths) for t in steps])
-            self.input = draw(sum(case.lengths), case.input_size)
-            grad_output = draw(sum(case.lengths), D * P)
-        else:
-            first, second = (B, case.steps) if case.batch_first else (case.steps, B)
-            self.input = draw(first, second, case.input_size)
-            grad_output = draw(first, second, D * P)
-            if case.batch_first:
-                self.input, grad_output = self.input.transpose(0, 1), grad_output.transpose(0, 1)
-            self.input = with_strides(self.input, case.strides)
-            grad_output = with_strides(grad_output, case.strides)
-        self.h0 = draw(D, B, P) if case.hx else None
-        self.c0 = draw(D, B, H) if case.hx else None
-        self.weights = []
-        for _ in range(D):
-            self.weights += [draw(4 * H, case.input_size, scale=scale), draw(4 * H, P, scale=scale)]
-            if case.bias:
-                self.weights += [draw(4 * H, scale=scale), draw(4 * H, scale=scale)]
-            if case.proj_size:
-                self.weights.append(draw(P, H, scale=scale))
-        self.resets = None
-        self.reset_h, self.reset_c = (
-            (draw(D, B, P), draw(D, B, H)) if case.resets == "to a state" else (None, None)
-        )
-        if case.resets:
-            self.resets = torch.rand(self.input.shape[:-1], generator=generator) < 0.4
-        grads = (grad_output, draw(D, B, P), draw(D, B, H))
-        self.grads = [g if given else None for g, given in zip(grads, case.given, strict=True)]
-        self.wanted = [
-            t is not None and n not in case.unwanted
-            for n, t in enumerate([self.input, self.h0, self.c0, *self.weights])
-        ]
-        if case.resets:
-            self.wanted += [self.reset_h is not None, self.reset_c is not None]
-
-    def tensors(self) -> list[Tensor | None]:
-        reset = [] if self.resets is None else [self.reset_h, self.reset_c]
-        return [self.input, self.h0, self.c0, *self.weights, *reset]
-
-    def expected(self, case: Case, dtype: torch.dtype) -> list[Tensor]:
-        """Results and wanted gradients of the equations, computed in ``dtype``."""
-        leaves = [
-            t if t is None else t.detach().to(dtype).requires_grad_(w)
-            for t, w in zip(self.tensors(), self.wanted, strict=True)
-        ]
-        end = 3 + len(self.weights)
-        extras = LayerExtras(self.resets, *leaves[end:]) if case.resets else None
-        results = reference.lstm_layer(
-            *leaves[:3], leaves[3:end], self.batch_sizes, case.bias, case.bidirectional, extras
-        )[:3]
-        outputs = [y for y, g in zip(results, self.grads, strict=True) if g is not None]
-        grads = [g.to(dtype) for g in self.grads if g is not None]
-        inputs = [t for t, w in zip(leaves, self.wanted, strict=True) if w]
-        return [
-            *results,
-            *torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True),
-        ]
-
+class Layer(layer_cases.Layer):
     def emulated(self, case: Case, dtype: torch.dtype, tf32: bool = False) -> list[Tensor]:
         layer = stepwise_module()
 
@@ -168,35 +29,78 @@ class Layer:
         input = self.input.to(dtype)  # keeps the strides of dense tensors
         if case.strides != "dense":
             input = with_strides(input.contiguous(), case.strides)
-        grads = [stored(g) for g in self.grads]
+        grads = [stored(g) for g in self.grads[:3]]
         if grads[0] is not None and case.strides != "dense":
             grads[0] = with_strides(grads[0].contiguous(), case.strides)
         h0, c0, weights = stored(self.h0), stored(self.c0), [w.to(dtype) for w in self.weights]
         flags = (case.bias, case.bidirectional)
-        device = (tf32, case.chunk_bytes, self.resets, stored(self.reset_h), stored(self.reset_c))
-        *results, saved = layer.forward(input, h0, c0, weights, self.batch_sizes, *flags, True, *device)
-        *inferred, nothing = layer.forward(input, h0, c0, weights, self.batch_sizes, *flags, False, *device)
+        device = (tf32, case.chunk_bytes)
+        learned = [stored(t) for t in self.learned()]
+        if case.norm == "float32" and dtype != torch.float64:
+            learned[2:] = [t.float() for t in self.norm]
+        extras = autograd._of_kernels(layer, self.extras(case, dtype, learned) or LayerExtras())
+        *results, saved = layer.forward(
+            input, h0, c0, weights, self.batch_sizes, *flags, True, *device, extras
+        )
+        *inferred, nothing = layer.forward(
+            input, h0, c0, weights, self.batch_sizes, *flags, False, *device, extras
+        )
         assert nothing == []
         for a, b in zip(results, inferred, strict=True):
             assert torch.equal(a, b), "inference and training differ"
+        before = [t.clone() for t in saved]
+        returned = {}
+        if case.returned:
+            # As autograd.py hands them out, and takes their gradients.
+            assert saved[0].dtype == dtype
+            cells = saved[0 if case.recompute else 1]
+            results.append(cells.to(dtype))
+            returned["grad_cells"] = self.grads[3].to(cells.dtype)
+            if not case.recompute:
+                results.append(autograd._with_gates_last(autograd._nonlinearities(saved[0])))
+                returned["grad_gates"] = self.grads[4].to(dtype).transpose(-1, -2).flatten(-2)
         computed = layer.backward(
-            *grads, input, h0, c0, weights, self.batch_sizes, results[0], saved, *flags, self.wanted, *device
+            *grads,
+            input,
+            h0,
+            c0,
+            weights,
+            self.batch_sizes,
+            results[0],
+            saved,
+            *flags,
+            self.wanted,
+            *device,
+            extras,
+            **returned,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(saved, before, strict=True)), (
+            "saved tensors were changed"
         )
         assert [g is not None for g in computed] == self.wanted
-        return [*results, *[g for g in computed if g is not None]]
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return ((result.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        assert {g.dtype for g in computed[: 3 + len(weights)] if g is not None} <= {dtype}
+        for t, g in zip(learned[2:], computed[len(computed) - len(learned) + 2 :], strict=True):
+            assert g is None or g.dtype == t.dtype
+        return [*results, *[g.to(dtype) for g in computed if g is not None]]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_values_and_gradients(name, dtype):
+    check_values_and_gradients(name, dtype, 6 if name in EXTRAS else 20 if dtype in LOW else 3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
+def test_values_and_gradients_of_many_layers(name, dtype):
+    check_values_and_gradients(name, dtype, 20)
+
+
+def check_values_and_gradients(name: str, dtype: torch.dtype, seeds: int) -> None:
     case = CASES[name]
-    seeds = range(20) if dtype in (torch.float16, torch.bfloat16) else range(3)
     worst: dict[int, tuple[float, float]] = {}
-    for seed in seeds:
+    for seed in range(seeds):
         layer = Layer(case, dtype, seed)
         expected = layer.expected(case, torch.float64)
         plain = layer.expected(case, dtype)
@@ -259,3 +163,79 @@ def test_products_are_described_as_blas_wants_them(dtype, layout_a, layout_b):
         torch.testing.assert_close(
             c.double(), expected.to(dtype).double(), rtol=4 * EPS[dtype], atol=4 * EPS[dtype]
         )
+
+
+class AsExtension:
+    """The emulated layer with the functions of `_C`."""
+
+    def __init__(self) -> None:
+        self.layer = stepwise_module()
+        self.Extras = self.layer.Extras
+        self.backward_calls = 0
+
+    def lstm_layer_forward(self, *arguments):
+        *layer, save, extras = arguments
+        output, h_n, c_n, saved = self.layer.forward(*layer, save, False, 1 << 25, extras)
+        return output, h_n, c_n, saved
+
+    def lstm_layer_backward(self, *arguments):
+        *layer, extras, grad_gates, grad_cells = arguments
+        self.backward_calls += 1
+        return self.layer.backward(*layer, False, 1 << 25, extras, grad_gates, grad_cells)
+
+    def operator_backward(self, *arguments):
+        """The registered operator of the gradients, for CUDA tensors."""
+        (input, h0, c0, weights, batch_sizes, bias, bidirectional), extras = arguments[:7], arguments[7:17]
+        *grads, grad_cells, grad_gates = arguments[17:22]
+        output, *saved = arguments[22:29]
+        if grad_gates is not None:
+            grad_gates = grad_gates.transpose(-1, -2).flatten(-2).to(saved[0].dtype)
+        if grad_cells is not None:
+            grad_cells = grad_cells.to(saved[1].dtype)
+        return self.lstm_layer_backward(
+            *grads,
+            *(input, h0, c0, weights, batch_sizes, output, [t for t in saved if t.numel() > 0]),
+            *(bias, bidirectional, arguments[29]),
+            self.Extras(**dict(zip(OPERANDS, extras, strict=True)), recompute=False),
+            grad_gates,
+            grad_cells,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["all", "recompute, all", "returned"])
+def test_autograd_around_it(name, dtype, monkeypatch):
+    """The way from a layer's extras to the kernels and back; with create_graph=True, that of the operators."""
+    kernels, case = AsExtension(), CASES[name]
+    monkeypatch.setattr(torch.ops.lstm_ext, "lstm_layer_with_extras_backward", kernels.operator_backward)
+    monkeypatch.setattr(autograd._backend, "extension", lambda: kernels)
+    monkeypatch.setattr(autograd, "_gate_values", autograd._nonlinearities)
+    layer = Layer(case, dtype, 0)
+    expected = layer.expected(case, torch.float64)
+
+    def results() -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [
+            t if t is None else t.detach().to(dtype).requires_grad_(w)
+            for t, w in zip(layer.tensors(), layer.wanted, strict=True)
+        ]
+        end = 3 + len(layer.weights)
+        extras = layer.extras(case, dtype, leaves[end:])
+        if layer.lengths is not None:
+            extras = layer.without_flags_past_the_end(extras)
+        ys = autograd._fused_layer_with_extras(
+            *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
+        )
+        return [y for y in ys if y is not None], [t for t in leaves if t is not None and t.requires_grad]
+
+    grads = [g.to(dtype) for g in layer.grads]
+    for create_graph in (False, True):
+        ys, leaves = results()
+        computed = torch.autograd.grad(ys, leaves, grads, create_graph=create_graph)
+        # With recompute and create_graph, the layer is computed again, by operators; here those of the CPU.
+        assert kernels.backward_calls == (2 if create_graph and not case.recompute else 1)
+        assert computed[0].requires_grad == create_graph
+        for y, e in zip([*ys, *computed], expected, strict=True):
+            assert y.dtype == dtype and y.shape == e.shape
+            assert error(y, e) <= (1e-12 if dtype == torch.float64 else 16 * EPS[dtype])
+    with torch.no_grad():
+        assert [y.shape for y in results()[0]] == [y.shape for y in ys]

@@ -44,9 +44,23 @@ PLANTED = {
         "reduction.cuh", "    __syncthreads();\n", "", ["random", "race"],
     ),
     "a unit too many": ("cell.cuh", "if (j >= H) return;", "if (j > H) return;", ["asan", "fifo"]),
-    "rows that begin take another state": ("cell.cuh", "if (b < c.continuing)", "if (b <= c.continuing)", ["fifo"]),
-    "a part too few": ("stepwise_launch.cuh", "{parts, s.columns, parts,", "{parts - 1, s.columns, parts,", ["fifo"]),
-    "a final state too early": ("cell.cuh", "if (b >= s.going_on) {", "if (b >= s.going_on - 1) {", ["fifo"]),
+    "rows that begin take another state": (
+        "state.cuh", "return b < s.continuing;", "return b <= s.continuing;", ["fifo"],
+    ),
+    "a part too few": ("stepwise_launch.cuh", "{parts, columns, parts,", "{parts - 1, columns, parts,", ["fifo"]),
+    "a final state too early": ("state.cuh", "return b < s.going_on;", "return b < s.going_on - 1;", ["fifo"]),
+    "a row goes on past its end": (
+        "state.cuh", "!s.reverse && s.time + 1 >= s.lengths[b]", "!s.reverse && s.time >= s.lengths[b]", ["fifo"],
+    ),
+    "no barrier before the sums of a block": (
+        "layer_norm.cuh", "  __syncthreads();  // the sums before have been read\n", "", ["race"],
+    ),
+    "no barrier after the sums of a warp": (
+        "layer_norm.cuh", "  __syncthreads();\n  for (int n", "  for (int n", ["random", "race"],
+    ),
+    "a warp too few": (
+        "layer_norm.cuh", "warp < blockDim.x / 32;", "warp < blockDim.x / 32 - 1;", ["fifo"],
+    ),
 }  # fmt: skip
 
 
