@@ -21,7 +21,8 @@ struct BackwardArguments {
   const OptionalTensor& grad_output;
   const OptionalTensor& grad_h_n;
   const OptionalTensor& grad_c_n;
-  const OptionalTensor& grad_gates;  // of the values of the gates, (D, T, B, 4H), and of the saved cells: both may be results
+  const OptionalTensor&
+      grad_gates;  // of the values of the gates, (D, T, B, 4H), and of the saved cells: both may be results
   const OptionalTensor& grad_cells;
   const at::Tensor& output;
   const std::vector<at::Tensor>& saved;
