@@ -25,19 +25,13 @@ from pathlib import Path
 
 import harness
 import torch
-from shapes import Shape
+from shapes import TASKS, Shape
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
 GROUPS = ["packed", "vmap", "resets", "callers", "16-bit"]
-SHAPES = {
-    "tagger": Shape(40, 32, 100, 128),
-    "speech": Shape(200, 16, 80, 256),
-    "characters": Shape(100, 64, 64, 128),
-    "small": Shape(50, 64, 16, 32),
-}
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "resets": 1.05, "callers": 1.3}  # at most
 
@@ -188,7 +182,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds per case")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
@@ -202,7 +196,7 @@ def main() -> None:
             for name in options.shapes:
                 for training in (False, True):
                     torch.set_num_threads(threads)
-                    figures = MEASURE[group](SHAPES[name], training, options.budget)
+                    figures = MEASURE[group](TASKS[name], training, options.budget)
                     case = {
                         "group": group,
                         "shape": name,

@@ -166,16 +166,16 @@ def memory_status(name: str) -> int:
     raise OSError(f"no {name} in /proc/self/status")
 
 
-def memory_child(kind: str, shape: Shape, threads: int) -> None:
+def memory_child(kind: str, shape: Shape, threads: int, options: dict[str, object]) -> None:
     """Print by how many bytes training steps of one layer raise the peak memory of this process."""
     import lstm_ext
 
     torch.set_num_threads(threads)
     make = {"torch": nn.LSTM, "ours": lstm_ext.LSTM}[kind]
     # Loads what is loaded on first use, kernels and thread stacks included: not part of the layer's bill.
-    training_call(make(8, 8), Shape(2 * threads, 4, 8, 8))()
+    training_call(make(8, 8, **options), Shape(2 * threads, 4, 8, 8))()
     torch.manual_seed(0)
-    call = training_call(make(shape.input_size, shape.hidden_size), shape)
+    call = training_call(make(shape.input_size, shape.hidden_size, **options), shape)
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the memory in use now
@@ -187,8 +187,10 @@ def memory_child(kind: str, shape: Shape, threads: int) -> None:
     print(json.dumps(memory_status("VmHWM") - before))
 
 
-def peak_memory(kind: str, shape: Shape, threads: int) -> int:
+def peak_memory(kind: str, shape: Shape, threads: int, options: dict[str, object] | None = None) -> int:
     """Bytes by which a training step of one layer (kind "torch" or "ours") raises a fresh process's peak.
+
+    `options` are keyword arguments of the layer.
 
     Counted is everything beyond weights, input and the output's gradient: what is saved for the backward
     pass, workspaces, gradients.
@@ -198,7 +200,7 @@ def peak_memory(kind: str, shape: Shape, threads: int) -> int:
     parent, and would hide everything below that. Why the malloc settings: large freed blocks go back to the
     system at once, so that the peak is of memory in use at the same time, not of what malloc kept for later.
     """
-    command = [sys.executable, __file__, kind, *map(str, shape), str(threads)]
+    command = [sys.executable, __file__, kind, *map(str, shape), str(threads), json.dumps(options or {})]
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -270,4 +272,4 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    memory_child(sys.argv[1], Shape(*map(int, sys.argv[2:6])), int(sys.argv[6]))
+    memory_child(sys.argv[1], Shape(*map(int, sys.argv[2:6])), int(sys.argv[6]), json.loads(sys.argv[7]))

@@ -29,3 +29,11 @@ SHAPES: dict[str, Shape] = {
 STEP = "B1-T1-H128"
 # Below a few MiB, pages and the allocator's own blocks are what a process's peak memory shows.
 MEMORY = ["B32-T100-H64", "B32-T100-H128", "B64-T50-H256", "B16-T128-H512", "B64-T25-H1024"]
+
+# Of small models in use: what the layer can do beyond torch's is measured on these.
+TASKS: dict[str, Shape] = {
+    "tagger": Shape(32, 40, 100, 128),
+    "speech": Shape(16, 200, 80, 256),
+    "characters": Shape(64, 100, 64, 128),
+    "small": Shape(64, 50, 16, 32),
+}

@@ -38,6 +38,10 @@ lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& r
   return {resets, reset_h, reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm, recompute};
 }
 
+Tensor random_flags(const std::vector<int64_t>& sizes, double probability, int64_t seed) {
+  return exports::random_flags(sizes, probability, seed);
+}
+
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
                   bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes) {
@@ -109,6 +113,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
         py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
         py::arg("extras") = lstm_ext::Extras{}, py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none(),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("random_flags", &random_flags, py::arg("sizes"), py::arg("probability"), py::arg("seed"),
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &exports::cpu_capability);
   m.def("cpu_capabilities", &exports::cpu_capabilities);

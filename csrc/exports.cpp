@@ -1,6 +1,7 @@
 #include "exports.h"
 
 #include "cpu/kernels.h"
+#include "glue/random_flags.h"
 
 namespace lstm_ext::exports {
 namespace {
@@ -30,6 +31,10 @@ std::vector<at::Tensor> lstm_layer_backward(const OptionalTensor& grad_output, c
                                             const OptionalTensor& grad_cells) {
   return lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
                                        saved, has_bias, bidirectional, extras, wanted, grad_gates, grad_cells);
+}
+
+at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed) {
+  return lstm_ext::random_flags(sizes, probability, seed);
 }
 
 std::string cpu_capability() { return cpu::capability().name; }

@@ -23,6 +23,9 @@ LSTM_EXT_EXPORT std::vector<at::Tensor> lstm_layer_backward(
     bool bidirectional, const Extras& extras, const std::vector<bool>& wanted, const OptionalTensor& grad_gates,
     const OptionalTensor& grad_cells);
 
+// As lstm_ext::random_flags.
+LSTM_EXT_EXPORT at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed);
+
 // The instruction set in use, those that this CPU runs, and the choice of another one.
 LSTM_EXT_EXPORT std::string cpu_capability();
 LSTM_EXT_EXPORT std::vector<std::string> cpu_capabilities();

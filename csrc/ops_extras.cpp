@@ -77,7 +77,6 @@ void run_layer_forward(const OperatorHandle& op, Stack* stack) {
   push_if(true, cells_type);
   push_if(is_projected(call), gates_type);
   push_if(!call.extras.norm.empty(), gates_type);
-  push_if(!call.extras.norm.empty(), gates_type);
   push_if(!call.extras.norm.empty(), cells_type);
 }
 
@@ -100,7 +99,7 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   }
   std::vector<Tensor> saved{kept(1), kept(2)};
   if (is_projected(call)) saved.push_back(kept(3));
-  if (!call.extras.norm.empty()) saved.insert(saved.end(), {kept(4), kept(5), kept(6)});
+  if (!call.extras.norm.empty()) saved.insert(saved.end(), {kept(4), kept(5)});
   OptionalTensor grad_cells = grad(3), grad_gates = grad(4);
   if (grad_cells) grad_cells = in_type(*grad_cells, saved[1].scalar_type());
   if (grad_gates) grad_gates = saved_gates_gradient(*grad_gates, saved[0]);
@@ -122,7 +121,7 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   "Tensor? kept_c, float zoneout_h, float zoneout_c, Tensor[] norm, "
 #define LSTM_EXT_RESULTS "Tensor output, Tensor h_n, Tensor c_n, Tensor cell_states, Tensor gate_values"
 #define LSTM_EXT_SAVED \
-  "Tensor gates, Tensor cells, Tensor hidden, Tensor normalised_input, Tensor normalised_hidden, Tensor norm_factors"
+  "Tensor gates, Tensor cells, Tensor hidden, Tensor normalised_products, Tensor norm_factors"
 // clang-format on
 
 }  // namespace

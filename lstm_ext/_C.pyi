@@ -41,7 +41,7 @@ def lstm_layer_forward(
     """output, h_n, c_n, and with ``save`` what the backward pass needs.
 
     Shapes as in :func:`lstm_ext.reference.lstm_layer`. What is needed: gates, cells, with a projection hidden, with
-    layer normalisation three more; with ``extras.recompute`` only the cells.
+    layer normalisation two more; with ``extras.recompute`` only the cells.
     """
 
 def lstm_layer_backward(
@@ -64,8 +64,11 @@ def lstm_layer_backward(
 ) -> list[Tensor | None]:
     """The gradients of input, h0, c0, each weight, and, if ``wanted`` goes on so far, reset_h, reset_c, each of norm.
 
-    None where ``wanted`` is False. ``grad_gates`` and ``grad_cells`` are those of what was saved.
+    None where ``wanted`` is False. ``grad_gates`` and ``grad_cells`` are those of the values of the gates and of c_t.
     """
+
+def random_flags(sizes: Sequence[int], probability: float, seed: int) -> Tensor:
+    """Flags on the CPU, each True with ``probability``; the same for the same seed. How: csrc/glue/random_flags.h."""
 
 def cpu_capability() -> str:
     """The instruction set in use."""

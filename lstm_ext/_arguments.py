@@ -142,18 +142,17 @@ def run(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    extras = replace(
-        options,
-        return_cell_states=flag("return_cell_states", return_cell_states),
-        return_gates=flag("return_gates", return_gates),
-    )
+    of_call: dict[str, Any] = {
+        "return_cell_states": flag("return_cell_states", return_cell_states),
+        "return_gates": flag("return_gates", return_gates),
+    }
     if resets is not None:
-        extras = replace(extras, resets=_resets(resets, x, layout))
+        of_call["resets"] = _resets(resets, x, layout)
     if reset_state is not None:
         if resets is None:
             raise ValueError("reset_state: expected together with resets, got resets=None")
-        reset_h, reset_c = _reset_state(reset_state, x, state_shapes, layout)
-        extras = replace(extras, reset_h=reset_h, reset_c=reset_c)
+        of_call["reset_h"], of_call["reset_c"] = _reset_state(reset_state, x, state_shapes, layout)
+    extras = replace(options, **of_call)
     if mask is not None and lengths is not None:
         raise ValueError("mask: expected without lengths, which say the same, got both")
     wanted = extras.return_cell_states or extras.return_gates

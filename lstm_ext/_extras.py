@@ -6,7 +6,6 @@ one :class:`LayerExtras` a layer and draws the random masks. The meanings are in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree
+
+from . import _backend
 
 __all__ = ["OPERANDS", "LSTMExtras", "LayerExtras", "StackExtras", "collected"]
 
@@ -147,29 +148,12 @@ class LayerExtras:
             return_gates,
         )
 
-    def constants(self) -> list[Tensor]:
-        """The tensors that have no gradients."""
-        names = ("resets", "lengths", "recurrent_mask", "zoneout_h", "zoneout_c")
-        return [v for v in (getattr(self, name) for name in names) if isinstance(v, Tensor)]
-
-    def without_tensors(self) -> LayerExtras:
-        """A copy for `with_constants`: with an empty tensor for each of `constants`, and without the others."""
-        empty = replace(self, reset_h=None, reset_c=None, norm=())
-        return empty.map(lambda _: torch.empty(0))
-
-    def with_constants(
-        self,
-        constants: Sequence[Tensor],
-        reset_h: Tensor | None,
-        reset_c: Tensor | None,
-        norm: Sequence[Tensor],
-    ) -> LayerExtras:
-        """What `without_tensors` took out, put back."""
-        return replace(self.with_tensors(constants), reset_h=reset_h, reset_c=reset_c, norm=tuple(norm))
-
     def tensors(self) -> list[Tensor]:
         """All tensors, in an order that `with_tensors` knows."""
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = (
+            *(self.resets, self.reset_h, self.reset_c, self.lengths),
+            *(self.recurrent_mask, self.zoneout_h, self.zoneout_c),
+        )
         return [v for v in values if isinstance(v, Tensor)] + list(self.norm)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> LayerExtras:
@@ -265,20 +249,20 @@ def _kept(input: Tensor, directions: int, size: int, p: float) -> Any:
     if p == 0:
         return 0.0
     shape = (directions, *input.shape[:-1], size)
-    if (
-        input.device.type != "cpu"
-        or p < 2**-16
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if input.device.type != "cpu" or p < 2**-16 or not _may_draw_flags():
         return torch.rand(shape, dtype=torch.float32, device=input.device) < p
-    # A quarter of the time, where neither dynamo nor vmap forbids it: 16 random bits an element, of which those below a
-    # multiple of 2**-16 of all are kept. Which of the two neighbours of p is that multiple is drawn too, so that each
-    # element is kept with probability p.
-    below = torch.rand((), dtype=torch.float64).add(p * 2**16).floor()
-    count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (words[:count] <= below.sub(2**15 + 1).to(torch.int16)).view(shape)
+    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+    return _backend.extension().random_flags(shape, p, seed.item())
+
+
+def _may_draw_flags() -> bool:
+    """Whether masks may come from the extension, in a tenth of the time; no compiler or transform knows its function."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _backend.has_kernels()
+    )
 
 
 def collected(layers: Sequence[tuple[Tensor | None, Tensor | None]]) -> LSTMExtras:

@@ -403,7 +403,7 @@ def _fused_layer_with_extras(
             bias,
             bidirectional,
             returned,
-            _of_kernels(kernels, replace(extras, recompute=False)),
+            _of_kernels(kernels, extras.operands(), recompute=False),
         )
         gates, cells = (_gate_values(saved[0]), saved[1]) if returned else (None, None)
     return (
@@ -413,10 +413,9 @@ def _fused_layer_with_extras(
     )
 
 
-def _of_kernels(kernels: Any, extras: LayerExtras) -> Any:
+def _of_kernels(kernels: Any, operands: Sequence[Any], recompute: bool) -> Any:
     """The extras as the kernels take them."""
-    operands = dict(zip(OPERANDS, extras.operands(), strict=True))
-    return kernels.Extras(**operands, recompute=extras.recompute)
+    return kernels.Extras(**dict(zip(OPERANDS, operands, strict=True)), recompute=recompute)
 
 
 def _gate_values(saved: Tensor) -> Tensor:
@@ -439,9 +438,9 @@ def _with_gates_last(gates: Tensor) -> Tensor:
 
 def _as_operators_keep(output: Tensor, saved: Sequence[Tensor], normalised: bool) -> list[Tensor]:
     """The output and what the kernels saved, with an empty tensor for each that the layer does not need."""
-    count = len(saved) - (3 if normalised else 0)  # without those of layer normalisation
+    count = len(saved) - (2 if normalised else 0)  # without those of layer normalisation
     hidden = saved[2:count] or [saved[0].new_empty(0)]
-    norm = saved[count:] or [saved[0].new_empty(0)] * 3
+    norm = saved[count:] or [saved[0].new_empty(0)] * 2
     return [output, *saved[:2], *hidden, *norm]
 
 
@@ -454,41 +453,40 @@ class _LSTMLayerWithExtras(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, batch_sizes, bias, bidirectional, extras, weight_count, *tensors):
         # Gates that are returned are there anyway.
-        extras = replace(extras, recompute=extras.recompute and not extras.return_gates)
+        recompute = extras.recompute and not extras.return_gates
         input, h0, c0, *weights = tensors[: 3 + weight_count]
+        operands = extras.operands()
         output, h_n, c_n, saved = kernels.lstm_layer_forward(
-            input, h0, c0, weights, batch_sizes, bias, bidirectional, True, _of_kernels(kernels, extras)
+            *(input, h0, c0, weights, batch_sizes, bias, bidirectional, True),
+            _of_kernels(kernels, operands, recompute),
         )
-        others = extras.constants()
+        resets, _, _, lengths, mask, kept_h, kept_c, *shares, _ = operands
         ctx.kernels = kernels
         ctx.bias = bias
         ctx.bidirectional = bidirectional
-        ctx.extras = extras.without_tensors()
-        ctx.counts = (len(tensors), len(others))
+        ctx.returned = extras.return_cell_states, extras.return_gates
+        ctx.recompute = recompute
+        ctx.shares = shares
         ctx.weight_count = weight_count
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, *tensors, *others, output, *saved)
-        cells = saved[0 if extras.recompute else 1] if extras.return_cell_states else None
+        ctx.save_for_backward(batch_sizes, resets, lengths, mask, kept_h, kept_c, *tensors, output, *saved)
+        cells = saved[0 if recompute else 1] if extras.return_cell_states else None
         return output, h_n, c_n, cells, _gate_values(saved[0]) if extras.return_gates else None
 
     @staticmethod
     def backward(ctx, *grads):
         batch_sizes, *kept = ctx.saved_tensors
-        end, count = ctx.counts
-        tensors, others, (output, *saved) = kept[:end], kept[end : end + count], kept[end + count :]
         wanted = ctx.needs_input_grad[6:]
+        constants, tensors, (output, *saved) = kept[:5], kept[5 : 5 + len(wanted)], kept[5 + len(wanted) :]
         weight_count, bias, bidirectional = ctx.weight_count, ctx.bias, ctx.bidirectional
-
-        def extras_with(tensors):
-            reset_h, reset_c, *norm = tensors[3 + weight_count :]
-            return ctx.extras.with_constants(others, reset_h, reset_c, norm)
-
+        reset_h, reset_c, *norm = tensors[3 + weight_count :]
+        operands = (constants[0], reset_h, reset_c, *constants[1:], *ctx.shares, norm)
         *grads_of_layer, grad_cells, grad_gates = grads
         if all([g is None for g in grads]):
             result = [None] * len(tensors)
         elif (
             not torch.is_grad_enabled()
-            and _is_direct(tensors[0], None, None, [t for t in (*tensors, *others) if t is not None])
+            and _is_direct(tensors[0], None, None, [t for t in (*tensors, *constants) if t is not None])
             and all([g is None or type(g) in _PLAIN_TYPES for g in grads])
         ):
             result = ctx.kernels.lstm_layer_backward(
@@ -501,19 +499,13 @@ class _LSTMLayerWithExtras(torch.autograd.Function):
                 bias,
                 bidirectional,
                 wanted,
-                _of_kernels(ctx.kernels, extras_with(tensors)),
+                _of_kernels(ctx.kernels, operands, ctx.recompute),
                 grad_gates,
                 grad_cells,
             )
         else:
-            extras = extras_with(tensors)
             call, arguments = transforms.flattened(
-                tensors[: 3 + weight_count],
-                bias,
-                bidirectional,
-                extras.operands(),
-                extras.return_cell_states,
-                extras.return_gates,
+                tensors[: 3 + weight_count], bias, bidirectional, operands, *ctx.returned
             )
             # As the operators have them: of the results, not of what is saved.
             dtype = tensors[0].dtype
@@ -522,6 +514,6 @@ class _LSTMLayerWithExtras(torch.autograd.Function):
                 None if grad_cells is None else grad_cells.to(dtype),
                 None if grad_gates is None else _with_gates_last(grad_gates).to(dtype),
             )
-            kept = None if extras.recompute else _as_operators_keep(output, saved, bool(extras.norm))
+            kept = None if ctx.recompute else _as_operators_keep(output, saved, len(norm) > 0)
             result = transforms.layer_gradients(call, wanted, batch_sizes, grads, kept, arguments)
         return None, None, None, None, None, None, *result

@@ -35,14 +35,15 @@ return_gates) -> (output, h_n, c_n, cell_states, gate_values)``
     nonlinearity; without elements where they are not asked for. Of input's dtype. Differentiable once.
 
 ``lstm_layer_with_extras_forward(...) -> (output, h_n, c_n, cell_states, gate_values, gates, cells, hidden,
-normalised_input, normalised_hidden, norm_factors)``
+normalised_products, norm_factors)``
     The same, and what the backward pass needs: gates, cells and hidden as above, and with layer normalisation the
-    normalised products of the input and of h, as gates, and what they were multiplied by, (D, T, B, 2) or (D, N, 2), of
-    the dtype of cells; without elements where there are none. With ``lengths`` they have the shapes of the padded data.
+    normalised products, as gates, but (2 D, ...), those of the input before those of h, and what they were multiplied
+    by, (D, T, B, 2) or (D, N, 2), of the dtype of cells; without elements where there are none. With
+    ``lengths`` they have the shapes of the padded data.
 
 ``lstm_layer_with_extras_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, grad_output,
-grad_h_n, grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, normalised_input,
-normalised_hidden, norm_factors, wanted) -> Tensor[]``
+grad_h_n, grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, normalised_products,
+norm_factors, wanted) -> Tensor[]``
     As ``lstm_layer_backward``; after those of the weights, ``wanted`` has entries for reset_h, reset_c and norm.
 """
 
@@ -291,14 +292,14 @@ def _(
     results = _fake_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *extras)
     s = _sizes(weights, has_bias, bidirectional)
     gates_dtype, sum_dtype = _saved_dtypes(input)
-    rows = (s.directions, *input.shape[:-1])
     norm = extras[OPERANDS.index("norm")]
 
-    def of_norm(features: Any, dtype: torch.dtype) -> Tensor:
-        return input.new_empty((*rows, features) if len(norm) else (0,), dtype=dtype)
+    def of_norm(first: int, features: Any, dtype: torch.dtype) -> Tensor:
+        sizes = (first, *input.shape[:-1], features) if len(norm) else (0,)
+        return input.new_empty(sizes, dtype=dtype)
 
-    products = [of_norm(4 * s.hidden_size, gates_dtype) for _ in range(2)]
-    return *results, *_fake_saved(input, s), *products, of_norm(2, sum_dtype)
+    products = of_norm(2 * s.directions, 4 * s.hidden_size, gates_dtype)
+    return *results, *_fake_saved(input, s), products, of_norm(s.directions, 2, sum_dtype)
 
 
 @torch.library.register_fake("lstm_ext::lstm_layer_with_extras_backward")

@@ -480,7 +480,7 @@ class _LayerGradients(torch.autograd.Function):
     def _parts(call: LayerCall, arguments: Sequence[Any]) -> tuple[Sequence[Any], ...]:
         """The gradients of the results, what was kept, and the call's tensors."""
         start = call.results
-        end = start + (7 if call.has_extras else 4)
+        end = start + (6 if call.has_extras else 4)
         return arguments[:start], arguments[start:end], arguments[end:]
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,14 +34,25 @@ class Result(NamedTuple):
     gates: Tensor  # (L * D, T, B, H, 4)
 
 
+def split_mix(seed: int) -> Iterator[int]:
+    """The numbers of SplitMix64."""
+    while True:
+        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        yield z ^ (z >> 31)
+
+
 def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
     """What zoneout keeps, as docs/extras.md says that it is drawn on the CPU."""
     if rate < 2**-16:
         return torch.rand(shape) < rate
-    below = math.floor(torch.rand((), dtype=torch.float64).item() + rate * 65536)
+    numbers = split_mix(torch.empty((), dtype=torch.int64).random_(-(2**63), None).item())
+    below = math.floor((next(numbers) >> 11) / 2**53 + rate * 65536)
     count = math.prod(shape)
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).numpy().view("uint16")
-    return torch.tensor([(w + 2**15) % 2**16 < below for w in words[:count].tolist()]).view(shape)
+    words = list(itertools.islice(numbers, -(-count // 4)))
+    bits = [(word >> 16 * k) % 2**16 for word in words for k in range(4)]
+    return torch.tensor([b < below for b in bits[:count]]).view(shape)
 
 
 def rates(module: lstm_ext.LSTM) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,11 +98,10 @@ class Case:
             return t.to(dtype) if dtype is not None and t is not None and t.is_floating_point() else t
 
         extras = LayerExtras.from_operands(self.operands, *self.asked)
-        constants = extras.constants()
         leaves = [None if t is None else cast(t.detach()).requires_grad_() for t in self.differentiable]
         count = len(self.weights)
         reset_h, reset_c, *norm = leaves[3 + count :]
-        extras = extras.without_tensors().with_constants([cast(t) for t in constants], reset_h, reset_c, norm)
+        extras = replace(extras.map(cast), reset_h=reset_h, reset_c=reset_c, norm=tuple(norm))
         arguments = (
             *leaves[:3],
             leaves[3 : 3 + count],

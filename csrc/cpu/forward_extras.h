@@ -4,15 +4,20 @@
 // The sums of a step go to memory, and a pass over them makes the states: of a member's own units, or, with layer
 // normalisation, whose statistics are of whole rows, of its share of the team's rows.
 
-// The gates and c_t, from the pre-activations of `lanes` units; returns c_t before zoneout.
+// The gates and c_t, from the pre-activations of `lanes` units; returns c_t before zoneout. With `precise`, c_t is as
+// near as its products allow: layer normalisation makes small differences of c_t large.
 template <typename T>
-LSTM_EXT_INLINE Reg<T> gates_and_cell(Reg<T> (&gates)[4], const T* previous, int64_t unit, int lanes) {
+LSTM_EXT_INLINE Reg<T> gates_and_cell(Reg<T> (&gates)[4], const T* previous, int64_t unit, int lanes, bool precise) {
   using S = Simd<T>;
   const Reg<T> one = S::set1(T(1));
-  // Each has its own division, unlike in update_cell: layer normalisation makes small differences of c_t large.
+  // Each has its own division, unlike in update_cell, for the same reason.
 #pragma GCC unroll 4
   for (int gate = 0; gate < 4; ++gate) {
-    gates[gate] = gate == 2 ? tanh<T>(gates[gate]) : one / sigmoid_denominator<T>(gates[gate]);
+    if (gate == 2) {
+      gates[gate] = precise ? precise_tanh<T>(gates[gate]) : tanh<T>(gates[gate]);
+    } else {
+      gates[gate] = one / sigmoid_denominator<T>(gates[gate]);
+    }
   }
   Reg<T> c = gates[0] * gates[2];
   if (previous) c = S::fma(gates[1], load_lanes<T>(previous + unit, lanes), c);
@@ -130,7 +135,7 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
           gates[gate] = S::fma(load_lanes<T>(norm.gain_hh + at, lanes), load_lanes<T>(from_h + at, lanes), gates[gate]);
         }
       }
-      const Reg<T> new_c = gates_and_cell<T>(gates, previous, unit, lanes);
+      const Reg<T> new_c = gates_and_cell<T>(gates, previous, unit, lanes, normalised());
       const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
       const Reg<T> c =
           zone_c ? zoned<T>(new_c, old_c, kept_c ? kept_c + unit : nullptr, extras.zoneout.share_c, lanes) : new_c;

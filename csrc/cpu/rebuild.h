@@ -57,7 +57,7 @@ void Backward<T>::rebuild_gates() {
         const int lanes = product.lanes_of(block);
         Reg<T> values[4];
         for (int gate = 0; gate < 4; ++gate) values[gate] = load_lanes<T>(of_row + gate * H + unit, lanes);
-        const Reg<T> c = gates_and_cell<T>(values, previous, unit, lanes);
+        const Reg<T> c = gates_and_cell<T>(values, previous, unit, lanes, false);
         for (int gate = 0; gate < 4; ++gate) store_lanes<T>(of_row + gate * H + unit, values[gate], lanes);
         if (shape_.projected) store_lanes<T>(chunk_.hidden + (before + b) * H + unit, values[3] * tanh<T>(c), lanes);
       }

@@ -75,25 +75,45 @@ LSTM_EXT_INLINE T sum_over(int64_t count, F&& f) {
 }
 
 // x becomes (x - mean) / sqrt(variance + epsilon), with the biased variance; returns 1 / that root. `from` may be x.
+//
+// The mean that is taken off is rounded, which shifts all that is left by as much. Where the numbers lie close together
+// that shows, so what is left is centred once more (Chan, Golub and LeVeque, 1983, the corrected two-pass algorithm).
 template <typename T>
 LSTM_EXT_INLINE T normalise(const T* from, int64_t count, T* x) {
   using S = Simd<T>;
+  constexpr int n = S::kLanes;
+  const T number = static_cast<T>(count);
   const T sum =
       sum_over<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE { return load_lanes<T>(from + i, lanes); });
-  const Reg<T> mean = S::set1(sum / static_cast<T>(count));
-  const T squares = sum_over<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
+  const Reg<T> mean = S::set1(sum / number);
+  // Two of each, since each addition waits for the one before.
+  Reg<T> sums[2] = {S::zero(), S::zero()}, squares[2] = {S::zero(), S::zero()};
+  int64_t i = 0;
+  for (; i + 2 * n <= count; i += 2 * n) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const Reg<T> d = S::load(from + i + k * n) - mean;
+      sums[k] = sums[k] + d;
+      squares[k] = S::fma(d, d, squares[k]);
+    }
+  }
+  for (; i < count; i += n) {
+    const int lanes = static_cast<int>(smaller(count - i, n));
     Reg<T> d = load_lanes<T>(from + i, lanes) - mean;
-    if (lanes < S::kLanes) {
-      alignas(64) T difference[S::kLanes];
+    if (lanes < n) {
+      alignas(64) T difference[n];
       S::store(difference, d);
       d = S::load_partial(difference, lanes);
     }
-    return d * d;
-  });
-  const T factor = T(1) / square_root(squares / static_cast<T>(count) + static_cast<T>(kLayerNormEpsilon));
-  const Reg<T> scale = S::set1(factor);
-  for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
-    store_lanes<T>(x + i, (load_lanes<T>(from + i, lanes) - mean) * scale, lanes);
+    sums[0] = sums[0] + d;
+    squares[0] = S::fma(d, d, squares[0]);
+  }
+  const T rest = sum_of_lanes<T>(sums[0] + sums[1]) / number;
+  const T variance = sum_of_lanes<T>(squares[0] + squares[1]) / number - rest * rest;
+  const T factor = T(1) / square_root(variance + static_cast<T>(kLayerNormEpsilon));
+  const Reg<T> scale = S::set1(factor), shift = S::set1(rest);
+  for_each_piece<T>(count, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
+    store_lanes<T>(x + at, ((load_lanes<T>(from + at, lanes) - mean) - shift) * scale, lanes);
   });
   return factor;
 }

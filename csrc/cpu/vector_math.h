@@ -38,9 +38,9 @@ struct ExpConstants<double> {
                                         1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
-// x = n ln 2 + r; returns e^r - 1 and n.
+// x = n ln 2 + r; returns e^r - 1 and n, and in `rest` what its last rounding took off.
 template <typename T>
-LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
+LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n, Reg<T>& rest) {
   using S = Simd<T>;
   using C = ExpConstants<T>;
   n = S::round(x * S::set1(static_cast<T>(1.44269504088896340736)));
@@ -49,7 +49,15 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   Reg<T> p = S::set1(C::kQ[C::kTerms - 1]);
 #pragma GCC unroll 12
   for (int i = C::kTerms - 2; i >= 0; --i) p = S::fma(p, r, S::set1(C::kQ[i]));
-  return S::fma(p, r * r, r);
+  const Reg<T> square = r * r;
+  const Reg<T> result = S::fma(p, square, r);
+  rest = S::fma(p, square, r - result);
+  return result;
+}
+template <typename T>
+LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
+  Reg<T> rest;
+  return expm1_reduced<T>(x, n, rest);
 }
 
 // Fractions whose denominators the caller may multiply, so that several share one division.
@@ -85,4 +93,25 @@ LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
   Reg<T> numerator, denominator;
   tanh_fraction<T>(x, numerator, denominator);
   return numerator / denominator;
+}
+
+// The same with an error of little more than half a unit in the last place instead of two: numerator and denominator
+// are sums of two registers each.
+template <typename T>
+LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
+  using S = Simd<T>;
+  using C = ExpConstants<T>;
+  const Reg<T> one = S::set1(T(1)), two = S::set1(T(2));
+  const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
+  Reg<T> n, rest;
+  const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n, rest);
+  const Reg<T> scale = S::scale_by_power_of_two(one, n);
+  const Reg<T> high = S::fma(p, scale, scale - one);
+  const Reg<T> low = S::fma(rest, scale, S::fma(p, scale, (scale - one) - high));
+  const Reg<T> denominator = high + two;
+  const Reg<T> denominator_low = ((two - denominator) + high) + low;
+  const Reg<T> reciprocal = one / denominator;
+  const Reg<T> quotient = high * reciprocal;
+  const Reg<T> left = S::fma(-quotient, denominator, high) + S::fma(-quotient, denominator_low, low);
+  return S::copy_sign(S::fma(left, reciprocal, quotient), x);
 }

@@ -80,6 +80,12 @@ std::vector<int64_t> LayerSizes::saved_sizes(int64_t features) const {
   return {directions, steps, batch, features};
 }
 
+std::vector<int64_t> LayerSizes::saved_product_sizes() const {
+  std::vector<int64_t> sizes = saved_sizes(4 * hidden_size);
+  sizes[0] *= 2;
+  return sizes;
+}
+
 void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,
                   at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device() == input.device(), "lstm_ext: ", name, " is on ", tensor.device(), ", the input on ",

@@ -20,6 +20,8 @@ struct LayerSizes {
   // Sizes of a tensor with the time and batch axes of the input: [directions,] time, batch, features.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
   std::vector<int64_t> saved_sizes(int64_t features) const;
+  // Of the normalised products, which are saved as one: first those of the input, then those of h.
+  std::vector<int64_t> saved_product_sizes() const;
 };
 
 LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,

@@ -172,19 +172,19 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
   const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
   std::vector<at::Tensor> saved;
-  const auto save_rows = [&](int64_t features) {
-    saved.push_back(empty_in_huge_pages(s.saved_sizes(features), options));
+  const auto save_as = [&](at::IntArrayRef sizes) {
+    saved.push_back(empty_in_huge_pages(sizes, options));
     return saved.back();
   };
-  at::Tensor gates, cells, hidden, norm_input, norm_recurrent, norm_factors;
+  const auto save_rows = [&](int64_t features) { return save_as(s.saved_sizes(features)); };
+  at::Tensor gates, cells, hidden, norm_products, norm_factors;
   if (save) {
     const bool all = !layer.extras.recompute;
     if (all) gates = save_rows(4 * s.hidden_size);
     cells = save_rows(s.hidden_size);
     if (all && s.projected) hidden = save_rows(s.hidden_size);
     if (!layer.extras.norm.empty()) {
-      norm_input = save_rows(4 * s.hidden_size);
-      norm_recurrent = save_rows(4 * s.hidden_size);
+      norm_products = save_as(s.saved_product_sizes());
       norm_factors = save_rows(2);
     }
   }
@@ -218,8 +218,8 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
       p.gates = part_or_null<scalar_t>(gates, d);
       p.cells = part_or_null<scalar_t>(cells, d);
       p.hidden = part_or_null<scalar_t>(hidden, d);
-      p.norm_input = part_or_null<scalar_t>(norm_input, d);
-      p.norm_recurrent = part_or_null<scalar_t>(norm_recurrent, d);
+      p.norm_input = part_or_null<scalar_t>(norm_products, d);
+      p.norm_recurrent = part_or_null<scalar_t>(norm_products, s.directions + d);
       p.norm_factors = part_or_null<scalar_t>(norm_factors, d);
       run_kernel(
           [&](int threads) {
@@ -290,9 +290,10 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
   const at::Tensor gates = rebuild ? at::Tensor() : g.saved[0].contiguous();
   const at::Tensor cells = g.saved[rebuild ? 0 : 1].contiguous();
   const at::Tensor hidden = s.projected && !rebuild ? g.saved[2].contiguous() : at::Tensor();
-  std::vector<at::Tensor> of_norm(3);
+  at::Tensor norm_products, norm_factors;
   if (!layer.extras.norm.empty()) {
-    for (size_t i = 0; i < 3; ++i) of_norm[i] = g.saved[g.saved.size() - 3 + i].contiguous();
+    norm_products = g.saved[g.saved.size() - 2].contiguous();
+    norm_factors = g.saved.back().contiguous();
   }
   const at::Tensor grad_gates = contiguous_or_undefined(g.grad_gates, type);
   const at::Tensor grad_cells = contiguous_or_undefined(g.grad_cells, type);
@@ -314,9 +315,9 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       p.cells = const_part_or_null<scalar_t>(cells, d);
       p.hidden = const_part_or_null<scalar_t>(hidden, d);
       p.extras = extras_of<scalar_t>(of_steps, s, d);
-      p.norm_input = const_part_or_null<scalar_t>(of_norm[0], d);
-      p.norm_recurrent = const_part_or_null<scalar_t>(of_norm[1], d);
-      p.norm_factors = const_part_or_null<scalar_t>(of_norm[2], d);
+      p.norm_input = const_part_or_null<scalar_t>(norm_products, d);
+      p.norm_recurrent = const_part_or_null<scalar_t>(norm_products, s.directions + d);
+      p.norm_factors = const_part_or_null<scalar_t>(norm_factors, d);
       if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
       p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
       p.grad_gates = const_part_or_null<scalar_t>(grad_gates, d);

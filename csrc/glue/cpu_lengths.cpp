@@ -124,14 +124,13 @@ ForwardResult result_of_nothing(const LayerArguments& layer, const LayerSizes& s
   };
   std::vector<at::Tensor> saved;
   if (save) {
-    const auto zeros = [&](int64_t features) {
-      saved.push_back(at::zeros(s.saved_sizes(features), options.dtype(s.sum_type)));
-    };
-    if (!layer.extras.recompute) zeros(4 * s.hidden_size);
-    zeros(s.hidden_size);
-    if (s.projected && !layer.extras.recompute) zeros(s.hidden_size);
+    const auto zeros = [&](at::IntArrayRef sizes) { saved.push_back(at::zeros(sizes, options.dtype(s.sum_type))); };
+    if (!layer.extras.recompute) zeros(s.saved_sizes(4 * s.hidden_size));
+    zeros(s.saved_sizes(s.hidden_size));
+    if (s.projected && !layer.extras.recompute) zeros(s.saved_sizes(s.hidden_size));
     if (!layer.extras.norm.empty()) {
-      for (const int64_t features : {4 * s.hidden_size, 4 * s.hidden_size, int64_t{2}}) zeros(features);
+      zeros(s.saved_product_sizes());
+      zeros(s.saved_sizes(2));
     }
   }
   return {at::zeros(s.sequence_sizes(s.directions * s.output_size), options), state(layer.h0, s.output_size),

@@ -102,7 +102,7 @@ class StepwiseBackward : Stepwise {
     cells_ = (next++)->contiguous();
     if (s.projected && !recompute_) hidden_ = (next++)->contiguous();
     if (norm_.empty()) return;
-    for (at::Tensor* t : {&input_hat_, &recurrent_hat_, &factors_}) *t = (next++)->contiguous();
+    for (at::Tensor* t : {&products_hat_, &factors_}) *t = (next++)->contiguous();
   }
 
   Gradients gradients(int64_t d) const {
@@ -263,8 +263,8 @@ class StepwiseBackward : Stepwise {
     p.gain_hh = const_row_pointer<A>(l.gain_hh);
     p.gain_c = const_row_pointer<A>(l.gain_c);
     p.bias_c = const_row_pointer<A>(l.bias_c);
-    p.input_hat = const_row_pointer<T>(saved_rows(input_hat_, d), step.offset);
-    p.recurrent_hat = const_row_pointer<T>(saved_rows(recurrent_hat_, d), step.offset);
+    p.input_hat = const_row_pointer<T>(saved_rows(products_hat_, d), step.offset);
+    p.recurrent_hat = const_row_pointer<T>(saved_rows(products_hat_, s.directions + d), step.offset);
     p.factors = const_row_pointer<A>(saved_rows(factors_, d), step.offset);
     p.grad_input_part = row_pointer<D>(b.input_gates, place);
     p.grad_pre_activations = row_pointer<A>(b.pre_activations, place);
@@ -321,8 +321,9 @@ class StepwiseBackward : Stepwise {
     if (g.weight_hh.defined()) add_recurrent_gradient<T>(l, steps, piece, d, gates, g.weight_hh);
     if (l.normalised()) {
       add_products<T>(g.bias, b.pre_activations, {}, rows);
-      add_products<T>(g.gain_ih, b.pre_activations, saved_rows(input_hat_, d).narrow(0, first, rows), rows);
-      add_products<T>(g.gain_hh, b.pre_activations, saved_rows(recurrent_hat_, d).narrow(0, first, rows), rows);
+      add_products<T>(g.gain_ih, b.pre_activations, saved_rows(products_hat_, d).narrow(0, first, rows), rows);
+      add_products<T>(g.gain_hh, b.pre_activations, saved_rows(products_hat_, s.directions + d).narrow(0, first, rows),
+                      rows);
       add_products<T>(g.gain_c, b.visible, b.cell_hat, rows);
       add_products<T>(g.bias_c, b.visible, {}, rows);
     } else if (g.bias.defined()) {
@@ -441,7 +442,7 @@ class StepwiseBackward : Stepwise {
 
   const std::vector<bool>& wanted_;
   const at::Tensor output_;
-  at::Tensor gates_, cells_, hidden_, input_hat_, recurrent_hat_, factors_;
+  at::Tensor gates_, cells_, hidden_, products_hat_, factors_;
   const at::Tensor grad_output_, grad_h_n_, grad_c_n_, grad_gate_values_, grad_cells_;
   const at::ScalarType gradient_type_;  // as cuda::Types<T>::Gradient
   std::vector<at::Tensor> grads_;       // sums, and that of the input

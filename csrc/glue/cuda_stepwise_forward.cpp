@@ -23,8 +23,7 @@ class StepwiseForward : Stepwise {
         gates_(empty_if(save && !recompute_, s.saved_sizes(4 * s.hidden_size), options(s.gates_type))),
         cells_(empty_if(save, s.saved_sizes(s.hidden_size), options(s.sum_type))),
         hidden_(empty_if(save && !recompute_ && s.projected, s.saved_sizes(s.hidden_size), options(s.gates_type))),
-        input_hat_(empty_if(save && !norm_.empty(), s.saved_sizes(4 * s.hidden_size), options(s.gates_type))),
-        recurrent_hat_(empty_if(save && !norm_.empty(), s.saved_sizes(4 * s.hidden_size), options(s.gates_type))),
+        products_hat_(empty_if(save && !norm_.empty(), s.saved_product_sizes(), options(s.gates_type))),
         factors_(empty_if(save && !norm_.empty(), s.saved_sizes(2), options(s.sum_type))) {
     if (!lengths_.defined()) return;
     // A row of length 0 has no last step.
@@ -43,7 +42,7 @@ class StepwiseForward : Stepwise {
       }
     }
     std::vector<at::Tensor> saved;
-    for (const at::Tensor& t : {gates_, cells_, hidden_, input_hat_, recurrent_hat_, factors_}) {
+    for (const at::Tensor& t : {gates_, cells_, hidden_, products_hat_, factors_}) {
       if (t.defined()) saved.push_back(t);
     }
     return {output_, h_n_, c_n_, saved};
@@ -95,8 +94,8 @@ class StepwiseForward : Stepwise {
     b.h_n = h_n_.select(0, d);
     b.c_n = c_n_.select(0, d);
     b.gates = saved_rows(gates_, d);
-    b.input_hat = saved_rows(input_hat_, d);
-    b.recurrent_hat = saved_rows(recurrent_hat_, d);
+    b.input_hat = saved_rows(products_hat_, d);
+    b.recurrent_hat = saved_rows(products_hat_, s.directions + d);
     b.factors = saved_rows(factors_, d);
     b.cells = cells_.defined() ? saved_rows(cells_, d) : of_step(true, H, s.sum_type);
     if (s.projected) b.hidden = hidden_.defined() ? saved_rows(hidden_, d) : of_step(true, H, dtype_);
@@ -214,7 +213,7 @@ class StepwiseForward : Stepwise {
   }
 
   const at::Tensor output_, h_n_, c_n_;
-  const at::Tensor gates_, cells_, hidden_, input_hat_, recurrent_hat_, factors_;  // undefined where not saved
+  const at::Tensor gates_, cells_, hidden_, products_hat_, factors_;  // undefined where not saved
 };
 
 }  // namespace

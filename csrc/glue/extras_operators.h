@@ -34,7 +34,7 @@ struct LayerCall {
 
 // After output, h_n, c_n, cell_states and gates, the forward operator returns what the backward operator needs.
 constexpr size_t kResults = 5;
-constexpr size_t kSaved = 6;  // gates, cells, hidden, normalised_input, normalised_hidden, norm_factors
+constexpr size_t kSaved = 5;  // gates, cells, hidden, normalised_products, norm_factors
 
 inline at::ArrayRef<c10::IValue> arguments_on(const OperatorHandle& op, const Stack& stack) {
   return torch::jit::last(stack, op.schema().arguments().size());

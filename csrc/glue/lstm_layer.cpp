@@ -23,20 +23,21 @@ const Backend& backend_for(const at::Tensor& input) {
 // What lstm_layer_forward saves, in this order.
 void check_saved(const at::Tensor& input, const LayerSizes& s, const Extras& extras,
                  const std::vector<at::Tensor>& saved) {
-  std::vector<std::tuple<const char*, at::ScalarType, int64_t>> expected;
-  if (!extras.recompute) expected.emplace_back("saved gates", s.gates_type, 4 * s.hidden_size);
-  expected.emplace_back("saved cells", s.sum_type, s.hidden_size);
-  if (s.projected && !extras.recompute) expected.emplace_back("saved hidden", s.gates_type, s.hidden_size);
+  std::vector<std::tuple<const char*, at::ScalarType, std::vector<int64_t>>> expected;
+  if (!extras.recompute) expected.emplace_back("saved gates", s.gates_type, s.saved_sizes(4 * s.hidden_size));
+  expected.emplace_back("saved cells", s.sum_type, s.saved_sizes(s.hidden_size));
+  if (s.projected && !extras.recompute) {
+    expected.emplace_back("saved hidden", s.gates_type, s.saved_sizes(s.hidden_size));
+  }
   if (!extras.norm.empty()) {
-    expected.emplace_back("saved normalised products of the input", s.gates_type, 4 * s.hidden_size);
-    expected.emplace_back("saved normalised products of h", s.gates_type, 4 * s.hidden_size);
-    expected.emplace_back("saved factors of layer normalisation", s.sum_type, 2);
+    expected.emplace_back("saved normalised products", s.gates_type, s.saved_product_sizes());
+    expected.emplace_back("saved factors of layer normalisation", s.sum_type, s.saved_sizes(2));
   }
   TORCH_CHECK(saved.size() == expected.size(), "lstm_ext: saved has ", saved.size(), " tensors, expected ",
               expected.size());
   for (size_t i = 0; i < saved.size(); ++i) {
-    const auto& [name, dtype, features] = expected[i];
-    check_tensor(name, saved[i], input, dtype, s.saved_sizes(features));
+    const auto& [name, dtype, sizes] = expected[i];
+    check_tensor(name, saved[i], input, dtype, sizes);
   }
 }
 

@@ -37,8 +37,8 @@ struct Extras {
 // B = batch_sizes[0] sequences sorted by falling length, N the sum of batch_sizes.
 // Returns output (T, B, D*P), or (N, D*P) if packed, h_n (D, B, P), c_n (D, B, H), and, if `save`, what
 // backward needs: gates (D, T, B, 4H), cells (D, T, B, H), [hidden (D, T, B, H)] with a projection, with layer
-// normalisation the normalised products of the input and of h, (D, T, B, 4H) each, and what they were multiplied by,
-// (D, T, B, 2); if packed, N in place of T, B. With extras.recompute only the cells.
+// normalisation the normalised products, (2 D, T, B, 4H), those of the input before those of h, and what they were
+// multiplied by, (D, T, B, 2); if packed, N in place of T, B. With extras.recompute only the cells.
 // float32 and float64 are computed in themselves; of bfloat16 and float16 everything between the
 // arguments and the results is float32, what is saved included.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_layer_forward(

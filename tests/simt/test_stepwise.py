@@ -187,7 +187,7 @@ class AsExtension:
         """The registered operator of the gradients, for CUDA tensors."""
         (input, h0, c0, weights, batch_sizes, bias, bidirectional), extras = arguments[:7], arguments[7:17]
         *grads, grad_cells, grad_gates = arguments[17:22]
-        output, *saved = arguments[22:29]
+        output, *saved = arguments[22:28]
         if grad_gates is not None:
             grad_gates = grad_gates.transpose(-1, -2).flatten(-2).to(saved[0].dtype)
         if grad_cells is not None:
@@ -195,7 +195,7 @@ class AsExtension:
         return self.lstm_layer_backward(
             *grads,
             *(input, h0, c0, weights, batch_sizes, output, [t for t in saved if t.numel() > 0]),
-            *(bias, bidirectional, arguments[29]),
+            *(bias, bidirectional, arguments[28]),
             self.Extras(**dict(zip(OPERANDS, extras, strict=True)), recompute=False),
             grad_gates,
             grad_cells,

@@ -1,0 +1,219 @@
+"""What the extras cost on the CPU, in time and in memory: the layer with one against the layer without.
+
+    python benchmarks/bench_extras.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--budget SECONDS]
+                                      [--output results/NAME.json]
+
+time    a call of the layer with the extra over one without, random masks drawn in both the forward pass's time and
+        its training step's; layer_norm+recompute is over layer_norm
+memory  bytes that a layer with recompute=True saves for its backward pass beyond input, output and weights, and the
+        peak of a training step, both over those without
+step    microseconds of one step with carried state: the kernel's function, LSTMCell, LSTM.step, and torch.nn.LSTMCell
+
+Nothing fails here: what a busy machine measures is no verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from shapes import TASKS, Shape
+from torch import nn
+
+import lstm_ext
+from lstm_ext import _backend
+
+GROUPS = ["time", "memory", "step"]
+STEPS = {"small": Shape(1, 1, 32, 64), "speech": Shape(1, 1, 80, 128), "large": Shape(1, 1, 256, 256)}
+OPTIONS: dict[str, dict] = {
+    "recurrent_dropout": {"recurrent_dropout": 0.25},
+    "zoneout of h": {"zoneout": 0.1},
+    "zoneout of h and c": {"zoneout": (0.1, 0.1)},
+    "layer_norm": {"layer_norm": True},
+    "recompute": {"recompute": True},
+    "layer_norm+recompute": {"layer_norm": True, "recompute": True},
+}
+CALLS: dict[str, Callable[[Shape], dict]] = {
+    "resets": lambda shape: {"resets": torch.rand(shape.steps, shape.batch) < 0.03},
+    "returned states": lambda shape: {"return_cell_states": True},
+}
+# Of a training step, at most.
+TARGETS = {
+    "recurrent_dropout": 1.2,
+    "zoneout of h": 1.2,
+    "zoneout of h and c": 1.2,
+    "layer_norm": 1.6,
+    "recompute": 1.5,
+    "layer_norm+recompute": 1.5,
+    "resets": 1.05,
+}
+
+
+class Called(nn.Module):
+    """A layer that is always called with the same keyword arguments."""
+
+    def __init__(self, layer: nn.Module, **arguments: object) -> None:
+        super().__init__()
+        self.layer = layer
+        self.arguments = arguments
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.layer(x, **self.arguments)
+
+
+def layer_of(shape: Shape, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return lstm_ext.LSTM(shape.input_size, shape.hidden_size, **options)
+
+
+def with_and_without(name: str, shape: Shape) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    without = layer_of(shape, layer_norm=True) if name == "layer_norm+recompute" else layer_of(shape)
+    if name in CALLS:
+        return Called(layer_of(shape), **CALLS[name](shape)), without
+    return layer_of(shape, **OPTIONS[name]), without
+
+
+def time_of(shape: Shape, threads: int, budget: float) -> list[dict]:
+    results = []
+    for name in (*OPTIONS, *CALLS):
+        for training in (False, True):
+            if "recompute" in name and not training:
+                continue  # there is nothing to keep
+            call = harness.training_call if training else harness.inference_call
+            sides = [call(layer.train(), shape) for layer in with_and_without(name, shape)]
+            comparison = harness.compare(*sides, budget)
+            results.append(
+                {
+                    "extra": name,
+                    "training": training,
+                    "cost": comparison.ratio,
+                    "milliseconds": {"with": comparison.torch.median, "without": comparison.ours.median},
+                    "repeats": comparison.repeats,
+                }
+            )
+    return results
+
+
+def saved_bytes(layer: nn.Module, shape: Shape) -> int:
+    """Of storages that a graph keeps, each once, without those of input, output and weights."""
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = layer(x)[0]
+    for known in (x, output, *layer.parameters()):
+        kept.pop(known.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def memory_of(shape: Shape, threads: int, budget: float) -> list[dict]:
+    results = []
+    for name, other in [("recompute", "none"), ("layer_norm+recompute", "layer_norm")]:
+        options = OPTIONS.get(other, {})
+        saved = [saved_bytes(layer_of(shape, **o), shape) for o in (OPTIONS[name], options)]
+        peaks = [harness.peak_memory("ours", shape, threads, o) for o in (OPTIONS[name], options)]
+        results.append(
+            {
+                "extra": name,
+                "saved": saved[0] / saved[1],
+                "peak": peaks[0] / peaks[1],
+                "bytes_saved": {"with": saved[0], "without": saved[1]},
+                "bytes_at_peak": {"with": peaks[0], "without": peaks[1]},
+            }
+        )
+    return results
+
+
+def step_of(shape: Shape, threads: int, budget: float) -> list[dict]:
+    torch.manual_seed(0)
+    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size)
+    cell = lstm_ext.LSTMCell(shape.input_size, shape.hidden_size)
+    cell.load_state_dict(theirs.state_dict())
+    layer = layer_of(shape)
+    x = torch.randn(shape.batch, shape.input_size)
+    h, c = (torch.randn(shape.batch, shape.hidden_size) for _ in range(2))
+    hx = (h[None], c[None])
+    arguments = (x[None], *hx, list(cell.parameters()), None, True, False, False)
+    kernel = _backend.extension().lstm_layer_forward
+
+    def inferring(function: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            with torch.inference_mode():
+                return function()
+
+        return call
+
+    sides = {
+        "LSTMCell": inferring(lambda: cell(x, (h, c))),
+        "LSTM.step": inferring(lambda: layer.step(x, hx)),
+        "torch.nn.LSTMCell": inferring(lambda: theirs(x, (h, c))),
+    }
+    alone = inferring(lambda: kernel(*arguments))
+    results = []
+    for name, side in sides.items():
+        comparison = harness.compare(side, alone, budget)
+        microseconds = [1e3 * t.median for t in (comparison.torch, comparison.ours)]
+        results.append(
+            {
+                "call": name,
+                "microseconds": microseconds[0],
+                "kernel_microseconds": microseconds[1],
+                "beyond_the_kernel": microseconds[0] - microseconds[1],
+            }
+        )
+    return results
+
+
+MEASURE = {"time": time_of, "memory": memory_of, "step": step_of}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    parser.add_argument("--shapes", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison")
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    record: dict = {"facts": harness.facts(), "targets": TARGETS, "results": []}
+    for group in options.only:
+        shapes = STEPS if group == "step" else {name: TASKS[name] for name in options.shapes}
+        for threads in [1] if group == "step" else options.threads:
+            for name, shape in shapes.items():
+                torch.set_num_threads(threads)
+                for figures in MEASURE[group](shape, threads, options.budget):
+                    case = {"group": group, "shape": name, **shape._asdict(), "threads": threads, **figures}
+                    record["results"].append(case)
+                    print(
+                        f"{group:<6} {name:<10} {threads} thr  "
+                        f"{figures.get('extra') or figures['call']:<20} "
+                        + {True: "training   ", False: "inference  ", None: ""}[figures.get("training")]
+                        + "  ".join(f"{k} {v:.2f}" for k, v in figures.items() if type(v) is float),
+                        flush=True,
+                    )
+    for extra, target in TARGETS.items():
+        costs = [r["cost"] for r in record["results"] if r.get("extra") == extra and r.get("training")]
+        if costs:
+            print(
+                f"{extra}: a training step costs {harness.geometric_mean(costs):.2f} in the mean, "
+                f"at most {max(costs):.2f} (target: at most {target})"
+            )
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

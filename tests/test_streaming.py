@@ -1,0 +1,133 @@
+"""A sequence fed step by step gives the numbers of the whole sequence; to the bit where both are few rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lstm_ext
+
+DTYPES = [torch.float32, torch.float64]
+ROWS = 32  # steps times sequences up to which the CPU kernels read the weights as they lie
+
+OPTIONS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "projection": {"proj_size": 3},
+    "three layers": {"num_layers": 3},
+    "zoneout": {"zoneout": (0.3, 0.1)},
+    "layer_norm": {"layer_norm": True},
+    "all": {
+        "num_layers": 2,
+        "proj_size": 6,
+        "zoneout": (0.3, 0.1),
+        "layer_norm": True,
+        "recurrent_dropout": 0.5,
+        "recompute": True,
+    },
+}
+
+
+def step_by_step(layer, x, hx):
+    """x (T, B, I)."""
+    outputs = []
+    for x_t in x:
+        y, hx = layer.step(x_t, hx)
+        outputs.append(y)
+    return torch.stack(outputs), hx
+
+
+def make(options, input_size, hidden_size, dtype):
+    layer = lstm_ext.LSTM(input_size, hidden_size, **options, dtype=dtype).eval()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+def states(layer, batch):
+    L, P = layer.num_layers, layer.proj_size or layer.hidden_size
+    dtype = layer.weight_ih_l0.dtype
+    return torch.randn(L, batch, P, dtype=dtype), torch.randn(L, batch, layer.hidden_size, dtype=dtype)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_few_rows_are_equal_to_the_bit(name, dtype):
+    """With gradients or without, whatever the number of threads, from states and from none."""
+    before = torch.get_num_threads()
+    torch.manual_seed(3)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for steps, batch in [(32, 1), (16, 2), (10, 3), (2, 16), (5, 1), (1, 32)]:
+                assert steps * batch <= ROWS
+                for input_size, hidden_size in [(3, 7), (40, 33), (1, 130), (80, 256)]:
+                    layer = make(OPTIONS[name], input_size, hidden_size, dtype)
+                    x = torch.randn(steps, batch, input_size, dtype=dtype)
+                    hx = states(layer, batch) if batch != 2 else None
+                    output, (h, c) = layer(x, hx)
+                    with torch.no_grad():
+                        without_gradients = layer(x, hx)[0]
+                        stepped, (h_n, c_n) = step_by_step(layer, x, hx)
+                    assert output.requires_grad
+                    assert torch.equal(without_gradients, output)
+                    assert torch.equal(stepped, output)
+                    assert torch.equal(h_n, h)
+                    assert torch.equal(c_n, c)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cells_of_few_rows_too(dtype):
+    torch.manual_seed(3)
+    layer = lstm_ext.LSTM(20, 70, dtype=dtype)
+    cell = lstm_ext.LSTMCell(20, 70, dtype=dtype)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x, hx = torch.randn(8, 4, 20, dtype=dtype), None
+    output = layer(x)[0]
+    for x_t, y in zip(x, output, strict=True):
+        hx = cell(x_t, hx)
+        assert torch.equal(hx[0], y)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_many_rows_within_rounding(name, dtype, device):
+    """The kernels add up in another order there; in 16 bits each step rounds, and a sequence does not."""
+    torch.manual_seed(3)
+    layer = make(OPTIONS[name], 12, 40, dtype).to(device)
+    x = torch.randn(30, 20, 12, dtype=dtype, device=device)
+    with torch.no_grad():
+        output, (h, c) = layer(x)
+        stepped, (h_n, c_n) = step_by_step(layer, x, None)
+    for a, b in [(stepped, output), (h_n, h), (c_n, c)]:
+        difference = (a.double() - b.double()).norm() / b.double().norm()
+        assert difference < 64 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_batch_first_and_unbatched(name, device):
+    torch.manual_seed(3)
+    options = OPTIONS[name]
+    layer = make(options, 5, 9, torch.float64).to(device)
+    first = lstm_ext.LSTM(5, 9, **options, batch_first=True, dtype=torch.float64, device=device).eval()
+    first.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 5, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        output, (h, c) = layer(x)
+        stepped, (h_n, c_n) = step_by_step(layer, x, None)
+        of_batch, (h_b, c_b) = step_by_step(first, x[:, None], None)
+    assert h_n.shape == h.shape and c_n.shape == c.shape
+    for a, b in [
+        (stepped, output),
+        (h_n, h),
+        (c_n, c),
+        (of_batch[:, 0], output),
+        (h_b[:, 0], h),
+        (c_b[:, 0], c),
+    ]:
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
