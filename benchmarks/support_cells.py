@@ -7,6 +7,7 @@ and exported ones look at what the graph holds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -427,13 +428,18 @@ def _differences(compared: Compared, tolerance: float) -> str:
     return ""
 
 
+@functools.cache
+def _problem(feature: str) -> Problem:
+    return Problem(FEATURES[feature])
+
+
 def tried(feature: str, composition: str, dtype: str, device: str = "cpu") -> Outcome:
     """Run one cell."""
     known = refusal(feature, composition)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trial = Trial(Problem(FEATURES[feature]), DTYPES[dtype], device)
+            trial = Trial(_problem(feature), DTYPES[dtype], device)
             seen, compared = _compositions[composition](trial)
             wrong = _differences(compared, _tolerance(composition, dtype))
             name = seen.name()

@@ -241,11 +241,12 @@ class Problem:
         return module.to(device, dtype)
 
     def arguments(self, dtype: torch.dtype, device: str, sample: int = 0) -> list[Tensor]:
-        """Those of the module, in its dtype. What PackedSequence holds on the CPU stays there."""
-        return [
-            x if name == "batch_sizes" else x.to(device, dtype) if x.is_floating_point() else x.to(device)
-            for name, x in self.samples[sample].items()
-        ]
+        """Those of the module, in its dtype: copies. What PackedSequence holds on the CPU stays there."""
+        arguments = []
+        for name, x in self.samples[sample].items():
+            to = "cpu" if name == "batch_sizes" else device
+            arguments.append(x.to(to, dtype if x.is_floating_point() else x.dtype, copy=True))
+        return arguments
 
     # ---- what it must give
 

@@ -9,7 +9,7 @@ which code ran: the kernels or the equations in plain PyTorch; or it is an error
 message. Anything else, wrong values and other errors, is a failure: the script names the cell and its exit code is 1.
 
 --check compares with the record and fails at any difference; --fast leaves out what takes seconds a cell. A whole run
-takes some three minutes. With --device cuda the record is support_cuda.json; that has not been run on any GPU yet.
+takes two to three minutes. With --device cuda the record is support_cuda.json; that has not been run on any GPU yet.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ def markdown(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> s
         *[f"{i}. {note}" for i, note in enumerate(notes.texts, 1)],
         "",
         dtypes_line(columns),
-        "In training mode, ONNX in evaluation mode. Double backward: the second derivatives; what comes before is on the "
-        "kernels. `jvp`, `vmap`, `grad`: of `torch.func`. `torch.compile`: inductor, `fullgraph=True`, forward and "
-        "backward. All together: all options and arguments above except `mask`, with two layers, both directions and "
-        "a projection.",
+        "In training mode, ONNX in evaluation mode. Double backward: the second derivatives; the forward pass before "
+        "them is on the kernels. `jvp`, `vmap`, `grad`: of `torch.func`. Autocast: to bfloat16, forward and backward. "
+        "`torch.compile`: inductor, `fullgraph=True`, forward and backward. All together: two layers with `dropout`, "
+        "both directions, a projection and all from `lengths` down except `mask`, which says the same.",
         "",
         f"CUDA: {cuda_line(record, of_cuda)}",
         "",
@@ -171,14 +171,18 @@ def dtypes_line(columns: Sequence[str]) -> str:
     by_dtypes: dict[tuple[str, ...], list[str]] = {}
     for composition in columns:
         by_dtypes.setdefault(dtypes_of(composition), []).append(COLUMNS[composition])
-    alike = {4: "all of ", 2: "", 1: ""}
-    parts = [f"{alike[len(d)]}{', '.join(d)} in {', '.join(c)}" for d, c in by_dtypes.items()]
-    return "Tried, with the same outcome where a cell does not name them: " + "; ".join(parts) + "."
+    parts = [
+        f"{'all of ' if len(d) == len(DTYPES) else ''}{', '.join(d)}: {', '.join(c)}"
+        for d, c in by_dtypes.items()
+    ]
+    return "Tried in, with one outcome where a cell does not name them: " + "; ".join(parts) + "."
 
 
 def cuda_line(record: dict[str, Any], of_cuda: dict[str, Any] | None) -> str:
     if of_cuda is None:
-        return "built, not run on a GPU: there is no record of these cells from one ([docs/cuda.md](docs/cuda.md))."
+        return (
+            "kernels are built, not run on a GPU; there is no record from one ([docs/cuda.md](docs/cuda.md))."
+        )
     ours, theirs = named(of_cuda["cells"]), named(record["cells"])
     other = [f"{name}: {said}" for name, said in ours.items() if said != theirs.get(name)]
     card = of_cuda["facts"]["card"]
@@ -235,7 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.as_recorded:
         record = recorded
     else:
-        torch.set_num_threads(1)
         compositions = [c for c in COLUMNS if c in EAGER or not options.fast]
         if options.device == "cuda" and "onnx" in compositions:
             compositions.remove("onnx")
@@ -266,4 +269,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # all sizes are small
     sys.exit(main())
