@@ -19,6 +19,7 @@ import torch
 import torch._inductor.config
 from support_features import FEATURES, SAMPLES, SEED, Called, Problem
 from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.func import functional_call, grad, jvp, vmap
 
 from lstm_ext import _backend, reference
@@ -366,11 +367,13 @@ def _autocast(trial: Trial) -> Any:
 
 @_looking
 def _compile(trial: Trial, seen: Seen) -> Compared:
-    inner = torch._dynamo.lookup_backend("inductor")
+    def looked_into(graph: fx.GraphModule, *arguments: Any, **options: Any) -> Any:
+        looked_at(graph.graph, seen)
+        return compile_fx_inner(graph, *arguments, **options)
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
-        looked_at(module.graph, seen)
-        return inner(module, inputs)
+        # The graphs of the forward and of the backward pass go through the inner one.
+        return compile_fx(module, inputs, inner_compile=looked_into)
 
     torch._dynamo.reset()
     leaves = trial.leaves()
