@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from support_features import FEATURES, SAMPLES, SEED, Called, Problem
 from torch import Tensor, fx
@@ -379,7 +380,9 @@ def _compile(trial: Trial, seen: Seen) -> Compared:
     leaves = trial.leaves()
     compiled = torch.compile(trial.module, backend=backend, fullgraph=True)
     torch.manual_seed(SEED)
-    with torch._inductor.config.patch(fallback_random=True):  # torch's own random numbers
+    own_random_numbers = torch._inductor.config.patch(fallback_random=True)
+    no_graph_from_a_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with own_random_numbers, no_graph_from_a_cache:
         results = compiled(*trial.inputs)
         gradients = trial.gradients(results, leaves, trial.cotangents)
     return [*results, *gradients], _values_and_gradients(trial, trial.masks(functions=True, known=False))
