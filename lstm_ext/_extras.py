@@ -256,7 +256,7 @@ def _kept(input: Tensor, directions: int, size: int, p: float) -> Any:
 
 
 def _may_draw_flags() -> bool:
-    """Whether masks may come from the extension, in a tenth of the time; no compiler or transform knows its function."""
+    """Whether masks may come from the extension, in a tenth of the time: none but eager calls know it."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None

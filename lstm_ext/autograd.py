@@ -106,6 +106,13 @@ def _layer_with_extras(
     if batch_sizes is not None:
         if layer is reference.lstm_layer and (_is_compiling() or _dispatch_modes() > 0):
             # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
+            if _is_exporting_to_onnx():
+                from .onnx import UnsupportedLayerError
+
+                raise UnsupportedLayerError(
+                    "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences, "
+                    "and their lengths"
+                )
             raise RuntimeError(
                 "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with extras "
                 "that have no kernels here (docs/extras.md): give padded input and lengths"

@@ -244,6 +244,23 @@ def test_autocast(name, call):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_layer_norm_in_the_other_16_bits_under_autocast(dtype, computed):
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True).to(dtype)
+    x = torch.randn(T, B, I, dtype=dtype)
+    with torch.autocast("cpu", computed):
+        results = module(x)
+    exact = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True)
+    exact.load_state_dict(module.state_dict())
+    for a, b in zip(tree_leaves(results), tree_leaves(exact(x.float())), strict=True):
+        assert a.dtype == computed
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.02)
+    total(results).backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in module.parameters())
+
+
 # recompute
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnx
@@ -256,9 +257,9 @@ def test_exported_program_with_extras() -> None:
 
 
 class Packed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.lstm = lstm_ext.LSTM(I, H)
+        self.lstm = lstm_ext.LSTM(I, H, **options)
 
     def forward(self, data: Tensor, *rest: Tensor) -> Tensor:
         return self.lstm(PackedSequence(data, *rest))[0].data
@@ -270,6 +271,7 @@ def test_what_onnx_cannot_express() -> None:
         (lstm_ext.LSTM(I, H, proj_size=2), (torch.randn(5, 2, I),), r"projection \(proj_size > 0\)"),
         (lstm_ext.LSTM(I, H, proj_size=2, bias=False), (torch.randn(5, 2, I),), "projection"),
         (Packed(), tuple(packed), "a PackedSequence cannot be exported"),
+        (Packed(layer_norm=True), tuple(packed), "a PackedSequence cannot be exported"),
     ):
         with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match=said):
             lstm_ext.onnx.export(model.eval(), args)

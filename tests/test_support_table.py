@@ -1,0 +1,162 @@
+"""The support table: the README shows the record, and the record is what comes out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lstm_ext import autograd, reference
+from lstm_ext._extras import LayerExtras
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import support_cells  # noqa: E402
+import support_table  # noqa: E402
+from support_features import FEATURES  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """All sizes are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return support_table.read(support_table.RESULTS / "support_cpu.json")
+
+
+def row(feature: str, *compositions: str, dtype: str = "float32"):
+    return {c: support_cells.tried(feature, c, dtype).result for c in compositions}
+
+
+def test_readme_shows_the_record(record):
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(support_table.BEGIN)[1].split(support_table.END)[0]
+    of_cuda = support_table.read(support_table.RESULTS / "support_cuda.json")
+    assert shown.strip() == support_table.markdown(record, of_cuda)
+
+
+def test_the_record_is_whole_and_without_failures(record):
+    assert list(record["cells"]) == list(FEATURES)
+    for of_feature in record["cells"].values():
+        assert list(of_feature) == list(support_table.COLUMNS)
+        for composition, of_dtypes in of_feature.items():
+            assert tuple(of_dtypes) == support_table.dtypes_of(composition)
+    assert set(support_table.COLUMNS) == set(support_cells.COMPOSITIONS)
+    assert not support_table.failures(record["cells"])
+
+
+def test_eager_cells_give_what_the_record_says(record):
+    chosen = "float32", "bfloat16"
+    found = dict(support_table.run_features(list(FEATURES), support_cells.EAGER, dtypes=chosen))
+    assert len(support_table.named(found)) == 2 * len(FEATURES) * len(support_cells.EAGER)
+    assert not support_table.differences(found, record["cells"], whole=False)
+
+
+def plant(monkeypatch, changed):
+    """Change the output of each layer."""
+    layer = autograd.lstm_layer
+
+    def planted(*arguments, **options):
+        output, *others = layer(*arguments, **options)
+        return changed(output), *others
+
+    monkeypatch.setattr(autograd, "lstm_layer", planted)
+
+
+def test_a_wrong_value_is_a_failure(monkeypatch, capsys):
+    plant(monkeypatch, lambda y: y * 1.1)
+    for dtype in support_cells.DTYPES:
+        assert set(row("plain", *support_cells.EAGER, dtype=dtype).values()) == {"failure"}
+    assert row("layer_norm", "export") == {"export": "failure"}
+    assert support_table.main(["--fast", "--only", "cell", "step"]) == 1
+    said = capsys.readouterr().err
+    assert "step, jvp, float16: failure: result 0: off by" in said
+
+
+def test_a_wrong_gradient_is_a_failure(monkeypatch):
+    plant(monkeypatch, lambda y: y + 0.1 * (y - y.detach()))
+    assert row("lengths", "forward", "backward", "double_backward", "grad", "per_sample", "autocast") == {
+        "forward": "kernels"
+    } | dict.fromkeys(("backward", "double_backward", "grad", "per_sample", "autocast"), "failure")
+
+
+def test_another_random_mask_is_a_failure(monkeypatch):
+    drop = torch.nn.functional.dropout
+
+    def late(*arguments):
+        if len(arguments) == 3:  # the call of the layer, not that of the table
+            torch.rand(())
+        return drop(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", late)
+    assert row("recurrent_dropout", "backward") == {"backward": "failure"}
+    assert row("plain", "backward") == {"backward": "kernels"}
+
+
+def test_an_unlisted_error_is_a_failure(monkeypatch, capsys):
+    def raising(*arguments, **options):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(autograd, "lstm_layer", raising)
+    assert support_table.main(["--fast", "--only", "recompute"]) == 1
+    said = capsys.readouterr().err
+    assert "recompute, forward, float64: failure: RuntimeError: no such layer" in said
+    assert "recompute, jvp, float64: failure: RuntimeError: no such layer" in said  # there another is listed
+
+
+def test_a_listed_error_that_does_not_come_is_a_failure(monkeypatch):
+    wrong = support_cells.Refusal("forward", ("plain",), "not supported")
+    monkeypatch.setattr(support_cells, "REFUSALS", (*support_cells.REFUSALS, wrong))
+    assert support_cells.tried("plain", "forward", "float32") == (
+        "failure",
+        "expected an error, not supported",
+    )
+    assert support_cells.tried("plain", "backward", "float32").result == "kernels"
+
+
+def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(LayerExtras, "have_kernels", lambda self, device: False)
+    assert support_table.main(["--check", "--fast", "--only", "layer_norm"]) == 1
+    said = capsys.readouterr().err
+    assert "layer_norm, forward, float32: equations, in the record: kernels" in said
+    assert "double_backward" not in said
+    assert reference.lstm_layer.__module__ == "lstm_ext.reference"  # nothing stays patched
+
+
+def test_check_notices_missing_cells(record):
+    cells = {name: of_feature for name, of_feature in record["cells"].items() if name != "plain"}
+    assert not support_table.differences(cells, record["cells"], whole=False)
+    assert "plain, forward, float64: not tried, in the record: kernels" in support_table.differences(
+        cells, record["cells"], whole=True
+    )
+
+
+def test_dtypes_that_differ_are_named():
+    notes = support_table.Notes()
+    said = {"float64": "kernels", "float32": "kernels", "bfloat16": "error: not so", "float16": "equations"}
+    assert support_table.cell(said, notes) == "✓ (float64, float32), –<sup>1</sup> (bfloat16), eq (float16)"
+    assert notes.texts == ["error: `not so`"]
+
+
+def test_a_record_of_a_gpu_is_named(record):
+    cells = {"plain": {"forward": {"float32": "kernels"}}}
+    of_cuda = {"facts": {"card": "A GPU"}, "cells": cells}
+    assert "CUDA: 1 cells tried on A GPU, all as on the CPU." in support_table.markdown(record, of_cuda)
+    cells["plain"]["forward"]["float32"] = "equations"
+    assert "different from the CPU: plain, forward, float32: equations." in support_table.markdown(
+        record, of_cuda
+    )
+
+
+@pytest.mark.full
+def test_all_cells_give_what_the_record_says():
+    assert support_table.main(["--check"]) == 0
