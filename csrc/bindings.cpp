@@ -102,7 +102,7 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
   py::class_<lstm_ext::Extras>(m, "Extras")
-      .def(py::init(&extras_of), py::kw_only(), py::arg("resets") = py::none(), py::arg("reset_h") = py::none(),
+      .def(py::init(&extras_of), py::arg("resets") = py::none(), py::arg("reset_h") = py::none(),
            py::arg("reset_c") = py::none(), py::arg("lengths") = py::none(), py::arg("recurrent_mask") = py::none(),
            py::arg("kept_h") = py::none(), py::arg("kept_c") = py::none(), py::arg("zoneout_h") = 0.0,
            py::arg("zoneout_c") = 0.0, py::arg("norm") = std::vector<Tensor>{}, py::arg("recompute") = false);

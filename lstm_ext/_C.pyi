@@ -13,7 +13,6 @@ class Extras:
 
     def __init__(
         self,
-        *,
         resets: Tensor | None = None,  # bool (T, B) or (N)
         reset_h: Tensor | None = None,  # (D, B, P)
         reset_c: Tensor | None = None,  # (D, B, H)

@@ -118,6 +118,8 @@ def _stack_with_extras(
         input, h, c, cells, gates = layer(
             input, h0_of[k], c0_of[k], layer_weights, batch_sizes, bias, bidirectional, of_layer
         )
+        if len(weights) == 1:
+            return input, h, c, LSTMExtras(cells, gates)
         h_n.append(h)
         c_n.append(c)
         more.append((cells, gates))

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _cuda_devices, reference, transforms
-from ._extras import OPERANDS, LayerExtras
+from ._extras import LayerExtras
 from ._stack import LayerFunction
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -421,8 +421,8 @@ def _fused_layer_with_extras(
 
 
 def _of_kernels(kernels: Any, operands: Sequence[Any], recompute: bool) -> Any:
-    """The extras as the kernels take them."""
-    return kernels.Extras(**dict(zip(OPERANDS, operands, strict=True)), recompute=recompute)
+    """The extras as the kernels take them; by place, which is quicker than by name."""
+    return kernels.Extras(*operands, recompute)
 
 
 def _gate_values(saved: Tensor) -> Tensor:

@@ -570,7 +570,8 @@ class Backward {
   void recurrent_product(Range part, int64_t later, Finish&& finish);
   void extended_initial_gradient(Range part, int64_t first_step);
   void extended_cell_gradient(int64_t row, bool begins, Range units);
-  void normalised_cell_gradient(int64_t row, bool begins);
+  void normalise_cells(Range group, T* factors);
+  void normalised_cell_gradient(int64_t row, bool begins, const T* visible, T factor);
   void mask_previous_rows();
   void add_norm_sums();
   void zero_norm_gradients();

@@ -8,7 +8,7 @@ struct ExtraBuffers {
   T* reset_kept_h = nullptr;     // (B, P): sums of it, for the state that replaced h_{t-1}
   T* masked_h = nullptr;         // (rows of the chunks, P)
   T* grad_input_part = nullptr;  // (rows of the chunks, 4H), as grad_gates
-  T* row = nullptr;              // 2H numbers of this worker
+  T* row = nullptr;              // kNormRows + 1 rows of H numbers, of this worker
   // Sums of this worker over a chunk, then over all: of the gradients of the biases (4H), gain_ih (4H), gain_hh (4H),
   // gain_c (H) and bias_c (H), kNormSums * H in all.
   T* chunk_sums = nullptr;
@@ -27,7 +27,7 @@ struct ExtraBuffers {
     if (p.extras.recurrent_mask) masked_h = at(plan.masked_h);
     if (!p.extras.norm.gain_ih) return;
     grad_input_part = at(plan.grad_input_part);
-    row = at(plan.norm_rows) + worker * 2 * H;
+    row = at(plan.norm_rows) + worker * (kNormRows + 1) * H;
     chunk_sums = at(plan.norm_sums) + worker * kNormSums * H;
     all_sums = at(plan.norm_sums) + plan.grid.workers() * kNormSums * H;
     sums = all_sums + worker * kNormSums * H;

@@ -49,7 +49,14 @@ void Backward<T>::extended_step(int64_t s) {
   if (normalised()) {
     meet_team();
     const Range mine = share(count, plan_.grid.hidden_groups, member_);
-    for (int64_t row = mine.begin; row < mine.end; ++row) normalised_cell_gradient(row, row >= continued);
+    for (int64_t first = mine.begin; first < mine.end; first += kNormRows) {
+      const Range group{first, smaller(first + kNormRows, mine.end)};
+      T factors[kNormRows];
+      normalise_cells(group, factors);
+      for (int64_t row = group.begin; row < group.end; ++row) {
+        normalised_cell_gradient(row, row >= continued, extras_.row + (row - first) * H, factors[row - first]);
+      }
+    }
   } else {
     for (int64_t row = 0; row < count; ++row) extended_cell_gradient(row, row >= continued, hidden_columns_);
   }
@@ -160,10 +167,30 @@ void Backward<T>::extended_cell_gradient(int64_t row, bool begins, Range units) 
   }
 }
 
-// The same of a row with layer normalisation, and of what it normalises:
+// N(c_t) of some rows, at most kNormRows, to extras_.row.
+template <typename T>
+void Backward<T>::normalise_cells(Range group, T* factors) {
+  const int64_t H = shape_.hidden_size;
+  T* visible[kNormRows];
+  for (int64_t row = group.begin; row < group.end; ++row) {
+    const int64_t b = rows_.batch_row(row);
+    const T* const previous = previous_cell(b);
+    const T* const gates = cells_.gates + b * 4 * H;
+    T* const out = visible[row - group.begin] = extras_.row + (row - group.begin) * H;
+    for_each_piece<T>(H, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      Reg<T> c = load_lanes<T>(gates + unit, lanes) * load_lanes<T>(gates + 2 * H + unit, lanes);
+      if (previous) c = S::fma(load_lanes<T>(gates + H + unit, lanes), load_lanes<T>(previous + unit, lanes), c);
+      store_lanes<T>(out + unit, c, lanes);
+    });
+  }
+  normalise<T>(visible, group.end - group.begin, H, factors);
+}
+
+// As extended_cell_gradient, of a row with layer normalisation, and of what it normalises; `visible` is N(c_t), and
+// `factor` what it was multiplied by:
 // of y = N(x) = (x - mean) * r it is dx = r * (dy - mean(dy) - y * mean(dy * y)).
 template <typename T>
-void Backward<T>::normalised_cell_gradient(int64_t row, bool begins) {
+void Backward<T>::normalised_cell_gradient(int64_t row, bool begins, const T* visible, T factor) {
   const int64_t H = shape_.hidden_size;
   const int64_t b = rows_.batch_row(row);
   const int64_t place = cells_.rows_before + b;
@@ -176,8 +203,7 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins) {
   const T* const of_input = p_.norm_input + place * 4 * H;
   const T* const of_h = p_.norm_recurrent + place * 4 * H;
   const T* const grad_h = extras_.grad_h + b * H;
-  T* const visible = extras_.row;  // N(c_t)
-  T* const grad_visible = extras_.row + H;
+  T* const grad_visible = extras_.row + kNormRows * H;
   T* const grad_bias = extras_.chunk_sums;
   T* const grad_gain_ih = grad_bias + 4 * H;
   T* const grad_gain_hh = grad_gain_ih + 4 * H;
@@ -186,12 +212,7 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins) {
   const auto add = [](T* sum, Reg<T> v, int lanes)
                        LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(sum, load_lanes<T>(sum, lanes) + v, lanes); };
 
-  for_each_piece<T>(H, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
-    Reg<T> c = load_lanes<T>(gates + unit, lanes) * load_lanes<T>(gates + 2 * H + unit, lanes);
-    if (previous) c = S::fma(load_lanes<T>(gates + H + unit, lanes), load_lanes<T>(previous + unit, lanes), c);
-    store_lanes<T>(visible + unit, c, lanes);
-  });
-  const Reg<T> factor_c = S::set1(normalise<T>(visible, H, visible));
+  const Reg<T> factor_c = S::set1(factor);
   T* const out_h = cells_.grad_gates + b * plan_.gate_row;
   T* const out_input = cells_.grad_input_part + b * plan_.gate_row;
   Reg<T> sum = S::zero(), product = S::zero();
@@ -211,8 +232,8 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins) {
     sum = sum + scaled;
     product = S::fma(scaled, y, product);
   });
-  const Reg<T> mean_c = S::set1(sum_of_lanes<T>(sum) / static_cast<T>(H));
-  const Reg<T> slope_c = S::set1(sum_of_lanes<T>(product) / static_cast<T>(H));
+  const Reg<T> mean_c = sum_of_lanes<T>(sum) / S::set1(static_cast<T>(H));
+  const Reg<T> slope_c = sum_of_lanes<T>(product) / S::set1(static_cast<T>(H));
 
   Reg<T> sum_input = S::zero(), product_input = S::zero(), sum_h = S::zero(), product_h = S::zero();
   for_each_piece<T>(H, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
@@ -253,9 +274,9 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins) {
     }
   });
   const auto through_norm = [&](T* grad, const T* y, T factor, Reg<T> total, Reg<T> weighted) LSTM_EXT_LAMBDA_INLINE {
-    const T count = static_cast<T>(4 * H);
-    const Reg<T> mean = S::set1(sum_of_lanes<T>(total) / count);
-    const Reg<T> slope = S::set1(sum_of_lanes<T>(weighted) / count);
+    const Reg<T> count = S::set1(static_cast<T>(4 * H));
+    const Reg<T> mean = sum_of_lanes<T>(total) / count;
+    const Reg<T> slope = sum_of_lanes<T>(weighted) / count;
     const Reg<T> scale = S::set1(factor);
     for_each_piece<T>(4 * H, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
       const Reg<T> v = load_lanes<T>(grad + at, lanes) - mean - load_lanes<T>(y + at, lanes) * slope;

@@ -73,7 +73,7 @@ class Forward {
         masked_h_(reinterpret_cast<T*>(workspace + plan.masked_h) + worker * most_rows(plan) * shape_.output_size),
         recurrent_part_(reinterpret_cast<T*>(workspace + plan.recurrent_parts) +
                         team_ * most_rows(plan) * 4 * shape_.hidden_size),
-        visible_c_(reinterpret_cast<T*>(workspace + plan.visible_cells) + worker * shape_.hidden_size) {}
+        visible_c_(reinterpret_cast<T*>(workspace + plan.visible_cells) + worker * kNormRows * shape_.hidden_size) {}
 
   void run() {
     prepare_weights();

@@ -54,10 +54,15 @@ void Forward<T>::normalise_input_part(int64_t rows, const RowGrid<T>& pre) {
   meet_team();
   const int64_t gates = 4 * shape_.hidden_size;
   const Range mine = share(rows, plan_.grid.hidden_groups, member_);
-  for (int64_t n = mine.begin; n < mine.end; ++n) {
-    T* row = pre(n);
-    const T factor = normalise<T>(row, gates, row);
-    if (p_.norm_input) p_.norm_factors[(row - p_.norm_input) / gates * 2] = factor;
+  for (int64_t n = mine.begin; n < mine.end; n += kNormRows) {
+    const int64_t group = smaller(kNormRows, mine.end - n);
+    T* rows_of_group[kNormRows];
+    T factors[kNormRows];
+    for (int64_t r = 0; r < group; ++r) rows_of_group[r] = pre(n + r);
+    normalise<T>(rows_of_group, group, gates, factors);
+    for (int64_t r = 0; r < group && p_.norm_input; ++r) {
+      p_.norm_factors[(rows_of_group[r] - p_.norm_input) / gates * 2] = factors[r];
+    }
   }
 }
 
@@ -100,28 +105,23 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
   const bool zone_h = extras.zoneout.of_h() && !shape_.projected;
   const bool zone_c = extras.zoneout.of_c();
   const LayerNorm<T>& norm = extras.norm;
-  const Range my_rows = normalised() ? share(count, plan_.grid.hidden_groups, member_) : Range{0, count};
   const Range my_blocks = normalised() ? Range{0, divide_up(H, kLanes)} : blocks_;
-  for (int64_t row = my_rows.begin; row < my_rows.end; ++row) {
-    const int64_t place = steps_.rows_before(t) + rows_.batch_row(row);  // in arrays (T, B, n)
-    const uint8_t* kept_h = extras.zoneout.kept_h ? extras.zoneout.kept_h + place * P : nullptr;
-    const uint8_t* kept_c = extras.zoneout.kept_c ? extras.zoneout.kept_c + place * H : nullptr;
-    T* const from_input = pre(row);
-    T* const gate_row = p_.gates ? p_.gates + place * 4 * H : from_input;
-    T* const from_h = normalised() ? recurrent(row) : nullptr;
-    if (normalised()) {
-      const T factor = normalise<T>(from_h, 4 * H, from_h);
-      if (p_.norm_factors) p_.norm_factors[place * 2 + 1] = factor;
+  const auto place_of = [&](int64_t row) { return steps_.rows_before(t) + rows_.batch_row(row); };  // in (T, B, n)
+  const auto gate_row = [&](int64_t row) { return p_.gates ? p_.gates + place_of(row) * 4 * H : pre(row); };
+  const auto finish = [&](int64_t row, int64_t unit, int lanes, Reg<T> o, Reg<T> visible) LSTM_EXT_LAMBDA_INLINE {
+    Reg<T> new_h = o * tanh<T>(visible);
+    if (zone_h) {
+      const uint8_t* kept = extras.zoneout.kept_h ? extras.zoneout.kept_h + place_of(row) * P + unit : nullptr;
+      new_h = zoned<T>(new_h, load_lanes<T>(h_rows_[row] + unit, lanes), kept, extras.zoneout.share_h, lanes);
     }
+    store_lanes<T>(hidden(row) + unit, new_h, lanes);
+  };
+  const auto cell = [&](int64_t row, T* visible) LSTM_EXT_LAMBDA_INLINE {
+    const uint8_t* kept_c = extras.zoneout.kept_c ? extras.zoneout.kept_c + place_of(row) * H : nullptr;
+    T* const from_input = pre(row);
+    T* const from_h = normalised() ? recurrent(row) : nullptr;
+    T* const gates_of_row = gate_row(row);
     const T* const previous = c_rows_[row];
-    const auto finish = [&](int64_t unit, int lanes, Reg<T> o, Reg<T> visible) LSTM_EXT_LAMBDA_INLINE {
-      Reg<T> new_h = o * tanh<T>(visible);
-      if (zone_h) {
-        new_h = zoned<T>(new_h, load_lanes<T>(h_rows_[row] + unit, lanes), kept_h ? kept_h + unit : nullptr,
-                         extras.zoneout.share_h, lanes);
-      }
-      store_lanes<T>(hidden(row) + unit, new_h, lanes);
-    };
     for (int64_t block = my_blocks.begin; block < my_blocks.end; ++block) {
       const int64_t unit = block * kLanes;
       const int lanes = lanes_of(block);
@@ -142,22 +142,44 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
       store_lanes<T>(cells(row) + unit, c, lanes);
       if (p_.gates || normalised()) {
 #pragma GCC unroll 4
-        for (int gate = 0; gate < 4; ++gate) store_lanes<T>(gate_row + gate * H + unit, gates[gate], lanes);
+        for (int gate = 0; gate < 4; ++gate) store_lanes<T>(gates_of_row + gate * H + unit, gates[gate], lanes);
       }
       if (normalised()) {
-        store_lanes<T>(visible_c_ + unit, new_c, lanes);
+        store_lanes<T>(visible + unit, new_c, lanes);
       } else {
-        finish(unit, lanes, gates[3], new_c);
+        finish(row, unit, lanes, gates[3], new_c);
       }
     }
-    if (!normalised()) continue;
-    normalise<T>(visible_c_, H, visible_c_);
-    for_each_piece<T>(H, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
-      const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
-      const Reg<T> visible =
-          S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(visible_c_ + unit, lanes), shift);
-      finish(unit, lanes, load_lanes<T>(gate_row + 3 * H + unit, lanes), visible);
-    });
+  };
+  if (!normalised()) {
+    for (int64_t row = 0; row < count; ++row) cell(row, nullptr);
+  } else {
+    const Range mine = share(count, plan_.grid.hidden_groups, member_);
+    for (int64_t first = mine.begin; first < mine.end; first += kNormRows) {
+      const int64_t group = smaller(kNormRows, mine.end - first);
+      T* from_h[kNormRows];
+      T* visible[kNormRows];
+      T factors[kNormRows];
+      for (int64_t r = 0; r < group; ++r) {
+        from_h[r] = recurrent(first + r);
+        visible[r] = visible_c_ + r * H;
+      }
+      normalise<T>(from_h, group, 4 * H, factors);
+      for (int64_t r = 0; r < group; ++r) {
+        if (p_.norm_factors) p_.norm_factors[place_of(first + r) * 2 + 1] = factors[r];
+        cell(first + r, visible[r]);
+      }
+      normalise<T>(visible, group, H, factors);
+      for (int64_t r = 0; r < group; ++r) {
+        const T* const gates_of_row = gate_row(first + r);
+        for_each_piece<T>(H, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+          const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
+          const Reg<T> seen =
+              S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(visible[r] + unit, lanes), shift);
+          finish(first + r, unit, lanes, load_lanes<T>(gates_of_row + 3 * H + unit, lanes), seen);
+        });
+      }
+    }
   }
   meet_team();
   if (shape_.projected) {

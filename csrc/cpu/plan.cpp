@@ -116,7 +116,7 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& m, bool save, const
   }
   if (extras.recurrent_mask) plan.masked_h = layout.reserve(workers * team_rows * s.output_size * m.element_size);
   if (extras.norm) {
-    plan.visible_cells = layout.reserve(workers * s.hidden_size * m.element_size);
+    plan.visible_cells = layout.reserve(workers * kNormRows * s.hidden_size * m.element_size);
     if (!save) plan.recurrent_parts = layout.reserve(plan.grid.batch_groups * team_rows * row_bytes);
   }
   plan.workspace_bytes = layout.end;
@@ -174,7 +174,7 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& m, bool want_grad
   if (extras.recurrent_mask) plan.masked_h = layout.reserve(kept_rows * s.output_size * m.element_size);
   if (extras.norm) {
     plan.grad_input_part = layout.reserve(kept_rows * plan.gate_row * m.element_size);
-    plan.norm_rows = layout.reserve(workers * 2 * s.hidden_size * m.element_size);
+    plan.norm_rows = layout.reserve(workers * (kNormRows + 1) * s.hidden_size * m.element_size);
     plan.norm_sums = layout.reserve(2 * workers * kNormSums * s.hidden_size * m.element_size);
   }
   if (extras.rebuild) {

@@ -72,6 +72,7 @@ struct BackwardPlan {
 constexpr int64_t kSumBlock = 512;     // samples whose outer products are summed in registers
 constexpr int64_t kTileColumns = 4;    // of a register tile, in registers
 constexpr int64_t kNormSums = 14;      // times H: of the gradients of layer normalisation, see backward_buffers.h
+constexpr int64_t kNormRows = 4;       // normalised side by side, see step_extras.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
 // Numbers of scratch with which a worker adds up the outer products for at most so many rows of a

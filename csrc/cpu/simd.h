@@ -27,6 +27,7 @@ struct Simd<float> {
   // Both return `v` where it is NaN: min and max give their second operand then.
   static Reg at_most(Reg v, float bound) { return _mm512_min_ps(set1(bound), v); }
   static Reg at_least(Reg v, float bound) { return _mm512_max_ps(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm512_sqrt_ps(v); }
   static Reg abs(Reg v) { return _mm512_abs_ps(v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude), _mm512_castps_si512(sign),
@@ -54,6 +55,7 @@ struct Simd<double> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg at_most(Reg v, double bound) { return _mm512_min_pd(set1(bound), v); }
   static Reg at_least(Reg v, double bound) { return _mm512_max_pd(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm512_sqrt_pd(v); }
   static Reg abs(Reg v) { return _mm512_abs_pd(v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(magnitude), _mm512_castpd_si512(sign),
@@ -88,6 +90,7 @@ struct Simd<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg at_most(Reg v, float bound) { return _mm256_min_ps(set1(bound), v); }
   static Reg at_least(Reg v, float bound) { return _mm256_max_ps(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm256_sqrt_ps(v); }
   static Reg abs(Reg v) { return _mm256_andnot_ps(set1(-0.0f), v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     return _mm256_or_ps(abs(magnitude), _mm256_and_ps(set1(-0.0f), sign));
@@ -117,6 +120,7 @@ struct Simd<double> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg at_most(Reg v, double bound) { return _mm256_min_pd(set1(bound), v); }
   static Reg at_least(Reg v, double bound) { return _mm256_max_pd(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm256_sqrt_pd(v); }
   static Reg abs(Reg v) { return _mm256_andnot_pd(set1(-0.0), v); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     return _mm256_or_pd(abs(magnitude), _mm256_and_pd(set1(-0.0), sign));
@@ -158,6 +162,7 @@ struct Simd<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
   static Reg at_most(Reg v, float bound) { return _mm_min_ps(set1(bound), v); }
   static Reg at_least(Reg v, float bound) { return _mm_max_ps(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm_sqrt_ps(v); }
   static Reg abs(Reg v) { return _mm_andnot_ps(set1(-0.0f), v); }
   static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_ps(abs(magnitude), _mm_and_ps(set1(-0.0f), sign)); }
   // Only for |v| < 2^31, which is all that exp needs (a NaN becomes a number; exp adds it back).
@@ -186,6 +191,7 @@ struct Simd<double> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
   static Reg at_most(Reg v, double bound) { return _mm_min_pd(set1(bound), v); }
   static Reg at_least(Reg v, double bound) { return _mm_max_pd(set1(bound), v); }
+  static Reg square_root(Reg v) { return _mm_sqrt_pd(v); }
   static Reg abs(Reg v) { return _mm_andnot_pd(set1(-0.0), v); }
   static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_pd(abs(magnitude), _mm_and_pd(set1(-0.0), sign)); }
   static Reg round(Reg v) { return _mm_cvtepi32_pd(_mm_cvtpd_epi32(v)); }

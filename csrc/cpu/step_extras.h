@@ -38,15 +38,29 @@ LSTM_EXT_INLINE Reg<T> kept_gradient(Reg<T>& grad, const uint8_t* flags, T share
   return kept;
 }
 
-template <typename T>
-LSTM_EXT_INLINE T sum_of_lanes(Reg<T> v) {
-  alignas(64) T lanes[Simd<T>::kLanes];
-  Simd<T>::store(lanes, v);
-#pragma GCC unroll 4
-  for (int half = Simd<T>::kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// Within registers where the compiler can: a sum by way of memory waits for the stores.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LSTM_EXT_SHUFFLES
+#endif
+#endif
+template <typename V, int kStep, int... kLane>
+LSTM_EXT_INLINE V lanes_from(V v, std::integer_sequence<int, kLane...>) {
+#ifdef LSTM_EXT_SHUFFLES
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+#else
+  return V{v[kLane ^ kStep]...};
+#endif
+}
+
+// The sum of the lanes, in each of them.
+template <typename T, int kStep = Simd<T>::kLanes / 2>
+LSTM_EXT_INLINE Reg<T> sum_of_lanes(Reg<T> v) {
+  if constexpr (kStep > 0) {
+    v = v + lanes_from<Reg<T>, kStep>(v, std::make_integer_sequence<int, Simd<T>::kLanes>{});
+    return sum_of_lanes<T, kStep / 2>(v);
   }
-  return lanes[0];
+  return v;
 }
 
 // For pieces of kLanes of `count` numbers: f(first, lanes).
@@ -56,64 +70,57 @@ LSTM_EXT_INLINE void for_each_piece(int64_t count, F&& f) {
   for (int64_t i = 0; i < count; i += n) f(i, static_cast<int>(smaller(count - i, n)));
 }
 
-LSTM_EXT_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-LSTM_EXT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
-
-// The sum of f(first, lanes) over the pieces of `count` numbers; lanes that are not there must be 0. In four parts,
-// since each addition waits for the one before.
-template <typename T, typename F>
-LSTM_EXT_INLINE T sum_over(int64_t count, F&& f) {
-  constexpr int n = Simd<T>::kLanes;
-  Reg<T> sums[4] = {Simd<T>::zero(), Simd<T>::zero(), Simd<T>::zero(), Simd<T>::zero()};
-  int64_t i = 0;
-  for (; i + 4 * n <= count; i += 4 * n) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + f(i + k * n, n);
-  }
-  for (; i < count; i += n) sums[0] = sums[0] + f(i, static_cast<int>(smaller(count - i, n)));
-  return sum_of_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// x becomes (x - mean) / sqrt(variance + epsilon), with the biased variance; returns 1 / that root. `from` may be x.
-//
-// The mean that is taken off is rounded, which shifts all that is left by as much. Where the numbers lie close together
-// that shows, so what is left is centred once more (Chan, Golub and LeVeque, 1983, the corrected two-pass algorithm).
-template <typename T>
-LSTM_EXT_INLINE T normalise(const T* from, int64_t count, T* x) {
+// Each of some rows of `count` numbers becomes (x - mean) / sqrt(variance + epsilon), with the biased variance;
+// `factors` get 1 / that root.
+template <typename T, int kRows>
+LSTM_EXT_INLINE void normalise(T* const* rows, int64_t count, T* factors) {
   using S = Simd<T>;
   constexpr int n = S::kLanes;
-  const T number = static_cast<T>(count);
-  const T sum =
-      sum_over<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE { return load_lanes<T>(from + i, lanes); });
-  const Reg<T> mean = S::set1(sum / number);
-  // Two of each, since each addition waits for the one before.
-  Reg<T> sums[2] = {S::zero(), S::zero()}, squares[2] = {S::zero(), S::zero()};
-  int64_t i = 0;
-  for (; i + 2 * n <= count; i += 2 * n) {
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k) {
-      const Reg<T> d = S::load(from + i + k * n) - mean;
-      sums[k] = sums[k] + d;
-      squares[k] = S::fma(d, d, squares[k]);
-    }
-  }
-  for (; i < count; i += n) {
-    const int lanes = static_cast<int>(smaller(count - i, n));
-    Reg<T> d = load_lanes<T>(from + i, lanes) - mean;
-    if (lanes < n) {
-      alignas(64) T difference[n];
-      S::store(difference, d);
-      d = S::load_partial(difference, lanes);
-    }
-    sums[0] = sums[0] + d;
-    squares[0] = S::fma(d, d, squares[0]);
-  }
-  const T rest = sum_of_lanes<T>(sums[0] + sums[1]) / number;
-  const T variance = sum_of_lanes<T>(squares[0] + squares[1]) / number - rest * rest;
-  const T factor = T(1) / square_root(variance + static_cast<T>(kLayerNormEpsilon));
-  const Reg<T> scale = S::set1(factor), shift = S::set1(rest);
-  for_each_piece<T>(count, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
-    store_lanes<T>(x + at, ((load_lanes<T>(from + at, lanes) - mean) - shift) * scale, lanes);
+  const Reg<T> number = S::set1(static_cast<T>(count));
+  Reg<T> mean[kRows], factor[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) mean[r] = S::zero();
+  for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) mean[r] = mean[r] + load_lanes<T>(rows[r] + i, lanes);
   });
-  return factor;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    mean[r] = sum_of_lanes<T>(mean[r]) / number;
+    factor[r] = S::zero();
+  }
+  for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      Reg<T> d = load_lanes<T>(rows[r] + i, lanes) - mean[r];
+      if (lanes < n) {
+        alignas(64) T difference[n];
+        S::store(difference, d);
+        d = S::load_partial(difference, lanes);
+      }
+      factor[r] = S::fma(d, d, factor[r]);
+    }
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const Reg<T> variance = sum_of_lanes<T>(factor[r]) / number;
+    factor[r] = S::set1(T(1)) / S::square_root(variance + S::set1(static_cast<T>(kLayerNormEpsilon)));
+    S::store_partial(factors + r, factor[r], 1);
+  }
+  for_each_piece<T>(count, [&](int64_t i, int lanes) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      store_lanes<T>(rows[r] + i, (load_lanes<T>(rows[r] + i, lanes) - mean[r]) * factor[r], lanes);
+    }
+  });
+}
+
+// At most kNormRows rows, side by side: in each the sums and the root wait for one another.
+template <typename T>
+LSTM_EXT_INLINE void normalise(T* const* rows, int64_t number_of_rows, int64_t count, T* factors) {
+  if (number_of_rows == kNormRows) {
+    normalise<T, kNormRows>(rows, count, factors);
+  } else {
+    for (int64_t r = 0; r < number_of_rows; ++r) normalise<T, 1>(rows + r, count, factors + r);
+  }
 }
