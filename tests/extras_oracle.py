@@ -19,11 +19,15 @@ import lstm_ext
 
 
 class Masks(NamedTuple):
-    """Of one layer. recurrent (D, B, P), zoneout_h (D, T, B, P), zoneout_c (D, T, B, H); None for none."""
+    """Of one layer. recurrent (D, B, P), zoneout_h (D, T, B, P), zoneout_c (D, T, B, H); None for none.
+
+    between (T, B, D * P): that of dropout on its input, from the second layer on.
+    """
 
     recurrent: Tensor | None
     zoneout_h: Tensor | None
     zoneout_c: Tensor | None
+    between: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -41,7 +45,7 @@ def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
     below = math.floor(torch.rand((), dtype=torch.float64).item() + rate * 65536)
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).numpy().view("uint16")
-    return torch.tensor([(w + 2**15) % 2**16 < below for w in words[:count].tolist()]).view(shape)
+    return torch.from_numpy((words[:count].astype("int64") + 2**15) % 2**16 < below).view(shape)
 
 
 def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
@@ -49,11 +53,16 @@ def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
 
 
 def drawn(
-    module: lstm_ext.LSTM, time: int, batch: int, packed_as: Sequence[int] | None
+    module: lstm_ext.LSTM,
+    time: int,
+    batch: int,
+    packed_as: Sequence[int] | None,
+    order: Tensor | None = None,
 ) -> list[Masks | None]:
     """The masks of each layer in training mode, from torch's generator.
 
-    Time-first, or, where the lengths are known, for the rows of the packed data and the sequences in their order.
+    Time-first, or, where the lengths are known, for the rows of the packed data and the sequences in their order, which
+    is ``order``, or without one that of pack_padded_sequence.
     """
     if not module.training:
         return [None] * module.num_layers
@@ -62,15 +71,26 @@ def drawn(
     state = module.proj_size or hidden
     steps, sequences = torch.meshgrid(torch.arange(time), torch.arange(batch), indexing="ij")
     rows = steps.flatten() * batch + sequences.flatten()
-    order = torch.arange(batch)
-    if packed_as is not None:
+    if packed_as is None:
+        order = torch.arange(batch)
+    else:
         lengths = torch.tensor(packed_as)
-        order = torch.sort(lengths, descending=True).indices[: int((lengths > 0).sum())]
+        if order is None:
+            order = torch.sort(lengths, descending=True).indices
+        order = order[: int((lengths > 0).sum())]
         places = (steps * batch + sequences)[:, order]
         rows = pack_padded_sequence(places, lengths[order]).data
 
     layers: list[Masks | None] = []
-    for _ in range(module.num_layers):
+    for k in range(module.num_layers):
+        between = None
+        if k > 0 and module.dropout:
+            width = directions * state
+            between = torch.zeros(time * batch, width, dtype=torch.float64)
+            shape = (time, batch, width) if packed_as is None else (len(rows), width)
+            mask = torch.nn.functional.dropout(torch.ones(shape, dtype=torch.float64), module.dropout)
+            between[rows] = mask.view(len(rows), width)
+            between = between.view(time, batch, width)
         recurrent = None
         if module.recurrent_dropout:
             ones = torch.ones(directions, len(order), state, dtype=torch.float64)
@@ -87,7 +107,7 @@ def drawn(
                     mask[:, rows] = kept_by_zoneout((directions, len(rows), size), rate).double()
                 mask = mask.unflatten(1, (time, batch))
             zoneout.append(mask)
-        layers.append(Masks(recurrent, *zoneout))
+        layers.append(Masks(recurrent, *zoneout, between))
     return layers
 
 
@@ -141,7 +161,7 @@ def oracle(
     reset_state: tuple[Tensor, Tensor] | None = None,
     masks: Sequence[Masks | None] | None = None,
 ) -> Result:
-    """x (T, B, I); resets (T, B), bool; no dropout between layers."""
+    """x (T, B, I); resets (T, B), bool."""
     time, batch, _ = x.shape
     hidden, directions = module.hidden_size, 2 if module.bidirectional else 1
     state = module.proj_size or hidden
@@ -151,6 +171,8 @@ def oracle(
     lengths = [time] * batch if lengths is None else lengths
     h_n, c_n, all_cells, all_gates = [], [], [], []
     for k in range(module.num_layers):
+        if masks is not None and masks[k] is not None and masks[k].between is not None:
+            x = x * masks[k].between
         outputs = []
         for d in range(directions):
             s = k * directions + d

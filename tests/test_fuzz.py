@@ -53,7 +53,9 @@ def features(case: Case) -> list[str]:
     found += ["projection"] * (case.proj_size > 0) + ["frozen parts"] * bool(case.frozen)
     found += ["dropout"] * (case.dropout > 0 and case.training and case.num_layers > 1)
     found += ["batch of 0"] * (B == 0) + ["batch of 1"] * (B == 1) + ["one step"] * (T == 1)
-    found += ["some outputs"] * (len(case.grad_of) < 3)
+    found += ["some outputs"] * (len(case.grad_of) < len(case.results))
+    if case.extras:
+        found += ["extras", *case.extras.features(case.training)]
     strides = ("input_strides", "hx_strides", "weight_strides", "grad_strides")
     found += [name for name in strides if getattr(case, name) != "dense"]
     if B and case.threads > 1 and case.dtype in ("float32", "float64"):
@@ -66,8 +68,10 @@ def features(case: Case) -> list[str]:
     return found
 
 
-def run(category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
-    """At least ``number`` different cases."""
+def run(
+    category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.LSTM, shrink: bool = True
+) -> None:
+    """At least ``number`` different cases; for torch's layer none with extras."""
     layouts, judge, _ = CATEGORIES[category]
     counter = counts[category]
     seen: set[Case | Broken] = set()
@@ -82,13 +86,16 @@ def run(category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.
         counter["cases"] += 1
         counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
 
+    ours = issubclass(kind, lstm_ext.LSTM)
+    drawn = broken(layouts) if judge is check_broken else cases(layouts, ours)
     decorated = settings(
         max_examples=BATCH,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )(given(broken(layouts) if judge is check_broken else cases(layouts))(each))
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        report_multiple_bugs=shrink,
+    )(given(drawn)(each))
     batch = 0
     while len(seen) < number:
         hypothesis.seed(1_000_000 * seed + batch)(decorated)()
