@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from extras_oracle import Result, drawn, oracle
@@ -172,6 +174,49 @@ def check_initialisation(extras: Extras, sizes: tuple[Any, ...], directions: int
     assert len(ours) == norm, list(ours)
     for name, p in ours.items():
         assert (p == (0.0 if name.startswith("ln_bias") else 1.0)).all(), f"initial {name}"
+
+
+# --- rounding in a normalisation -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def rounding_normalisation(change: float, generator: torch.Generator) -> Iterator[None]:
+    """Within, layer normalisation changes what it is given and each of its means by a relative ``change``.
+
+    How exact a normalised number can be had cannot be seen from changed arguments of the layer alone. Of a single unit,
+    c - mean(c) is 0 whatever c is, but not with a mean that was rounded; and the sum of normalised gradients along the
+    weights of a single feature is next to 0 for any weights, but not where the product of the two was rounded.
+    """
+
+    def changed(x: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype) * 2 - 1
+        return x * (1 + change * signs)
+
+    def mean(x: Tensor) -> Tensor:
+        return changed(changed(x).mean(-1, keepdim=True))
+
+    class Normalised(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+            x = changed(x)
+            centred = x - mean(x)
+            scale = (mean(centred * centred) + eps).rsqrt()
+            ctx.save_for_backward(centred * scale, scale)
+            return centred * scale
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            normalised, scale = ctx.saved_tensors
+            return changed(scale * (grad - mean(grad) - normalised * mean(grad * normalised))), None
+
+    def layer_norm(
+        x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
+        y = Normalised.apply(x, eps) * weight
+        return y if bias is None else y + bias
+
+    with mock.patch.object(torch.nn.functional, "layer_norm", layer_norm):
+        yield
 
 
 # --- the oracle, as a layer ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from fuzz_cases import CAPABILITIES, PACKINGS, SORTED_PACKINGS, STRIDES, WEIGHT_STRIDES, Case
 from fuzz_errors import PACKED_FAULTS, TENSOR_FAULTS, Broken
 from fuzz_extras import LENGTHS_AS, RESETS_AS, UNBATCHED_ONLY, Extras
+from fuzz_extras_errors import NORM, Refused, faults_of
 from hypothesis import strategies as st
 
 # Lists from which each entry is drawn equally often; integers() prefers the very small.
@@ -158,20 +159,16 @@ BATCHED, UNBATCHED, PACKED = ["batched"], ["unbatched"], list(PACKINGS)
 
 
 @st.composite
-def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
-    """A small case and a fault."""
-    layout = draw(st.sampled_from(layouts))
-    faults = PACKED_FAULTS if layout in PACKINGS else TENSOR_FAULTS
-    fault = draw(st.sampled_from(list(faults)))
-    needs_hx = faults[fault].needs_hx
-    rows, steps = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+def small(draw: st.DrawFn, layout: str, needs_hx: bool = False, fewest_steps: int = 1) -> Case:
+    """A case for the checks of arguments."""
+    rows, steps = draw(st.integers(1, 4)), draw(st.integers(fewest_steps, 5))
     if layout in PACKINGS:
         ends = draw(st.lists(st.integers(1, steps), min_size=rows, max_size=rows))
         lengths = tuple(sorted(ends, reverse=True) if layout in SORTED_PACKINGS else ends)
     else:
         lengths = (steps,) * (1 if layout == "unbatched" else rows)
     hidden_size = draw(st.integers(1, 9))
-    case = Case(
+    return Case(
         layout=layout,
         lengths=lengths,
         input_size=draw(st.integers(1, 9)),
@@ -187,4 +184,29 @@ def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
         capability=draw(st.sampled_from(CAPABILITIES)),
         seed=draw(st.integers(0, 1000)),
     )
+
+
+@st.composite
+def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
+    """A fault in the arguments that torch's layer has too; half of the time with extras that leave the results."""
+    layout = draw(st.sampled_from(layouts))
+    faults = PACKED_FAULTS if layout in PACKINGS else TENSOR_FAULTS
+    fault = draw(st.sampled_from(list(faults)))
+    case = draw(small(layout, faults[fault].needs_hx))
+    if draw(st.booleans()):
+        names = draw(some(["return_cell_states", "return_gates", "recompute"]))
+        case = dataclasses.replace(case, extras=Extras(**dict.fromkeys(names, True)))
     return Broken(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 19)))
+
+
+@st.composite
+def refused(draw: st.DrawFn, layouts: Sequence[str]) -> Refused:
+    """A fault in the extras, among good ones."""
+    layout = draw(st.sampled_from(layouts))
+    fault = draw(st.sampled_from(faults_of(layout in PACKINGS)))
+    case = draw(small(layout, fewest_steps=2))
+    more = draw(extras(layout, case.lengths, case.bias))
+    if fault in NORM:
+        more = dataclasses.replace(more, layer_norm=True)
+    case = dataclasses.replace(case, extras=dataclasses.replace(more, unread=False))
+    return Refused(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 59)))

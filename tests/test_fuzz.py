@@ -1,7 +1,8 @@
 """Random layers and arguments, right and wrong, drawn and made small by hypothesis.
 
 A few hundred cases in each run; `make fuzz` runs 20,000 and says what they were. LSTM_EXT_FUZZ_CASES and
-LSTM_EXT_FUZZ_SEED change the number and the draw. What fails is printed as a call of ``check`` or ``check_broken``.
+LSTM_EXT_FUZZ_SEED change the number and the draw. What fails is printed as a call of ``check``, ``check_broken``
+or ``check_refused``.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from fuzz_cases import _C, Case, check, try_out  # noqa: E402
 from fuzz_errors import Broken, check_broken  # noqa: E402
-from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases  # noqa: E402
+from fuzz_extras_errors import Refused, check_refused  # noqa: E402
+from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
 # Layouts, what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
-    "batched": (BATCHED, check, 0.45),
+    "batched": (BATCHED, check, 0.4),
     "unbatched": (UNBATCHED, check, 0.1),
     "packed": (PACKED, check, 0.25),
-    "errors": (BATCHED + UNBATCHED, check_broken, 0.1),
-    "errors, packed": (PACKED, check_broken, 0.1),
+    "errors": (BATCHED + UNBATCHED, check_broken, 0.08),
+    "errors, packed": (PACKED, check_broken, 0.07),
+    "errors, extras": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
 }
+STRATEGIES = {check: cases, check_broken: broken, check_refused: refused}
 NAMES = list(CATEGORIES)
 
 FEW = 250
@@ -74,9 +78,9 @@ def run(
     """At least ``number`` different cases; for torch's layer none with extras."""
     layouts, judge, _ = CATEGORIES[category]
     counter = counts[category]
-    seen: set[Case | Broken] = set()
+    seen: set[Case | Broken | Refused] = set()
 
-    def each(case: Case | Broken) -> None:
+    def each(case: Case | Broken | Refused) -> None:
         if case in seen:  # the simplest one, in each batch
             return
         if LAST:
@@ -87,7 +91,7 @@ def run(
         counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
 
     ours = issubclass(kind, lstm_ext.LSTM)
-    drawn = broken(layouts) if judge is check_broken else cases(layouts, ours)
+    drawn = STRATEGIES[judge](layouts) if ours else cases(layouts, with_extras=False)
     decorated = settings(
         max_examples=BATCH,
         deadline=None,
