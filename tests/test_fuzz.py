@@ -8,6 +8,7 @@ or ``check_refused``.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from fuzz_cases import _C, Case, check, try_out  # noqa: E402
 from fuzz_errors import Broken, check_broken  # noqa: E402
+from fuzz_extras import Extras  # noqa: E402
 from fuzz_extras_errors import Refused, check_refused  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
@@ -156,3 +158,97 @@ def test_one_wrong_row_is_seen(layout, dtype, relative):
             trial.result.values[name] = rows.view(value.shape)
             assert trial.excess()[name] > 1, (case, name)
             trial.result.values[name] = value
+
+
+# One mistake each: what is said to the layer, or what it says.
+
+
+def resets_a_step_late(module, call, asked):
+    flags = asked["resets"]
+    return call(**asked | {"resets": flags.roll(1, 1 if module.batch_first else 0)})
+
+
+def resets_without_a_gradient(module, call, asked):
+    return call(**asked | {"reset_state": tuple([s.detach() for s in asked["reset_state"]])})
+
+
+def lengths_one_too_small(module, call, asked):
+    return call(**asked | {"lengths": [max(0, int(n) - 1) for n in asked["lengths"]]})
+
+
+def zoneout_of_the_other_state(module, call, asked):
+    module.zoneout = module.zoneout[::-1]
+    return call(**asked)
+
+
+def zoneout_a_little_more(module, call, asked):
+    module.zoneout = 1.0001 * module.zoneout
+    return call(**asked)
+
+
+def recurrent_dropout_without_scaling(module, call, asked):
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0 * (1 - module.recurrent_dropout))
+    return call(**asked)
+
+
+def no_normalisation(module, call, asked):
+    module.layer_norm = False
+    return call(**asked)
+
+
+def gates_in_another_order(module, call, asked):
+    y, states, extras = call(**asked)
+    return y, states, extras._replace(gates=extras.gates.roll(1, -1))
+
+
+def cell_states_of_the_next_set(module, call, asked):
+    y, states, extras = call(**asked)
+    return y, states, extras._replace(cell_states=extras.cell_states.roll(1, 0))
+
+
+MISTAKES: dict[Callable[..., Any], Extras] = {
+    resets_a_step_late: Extras(resets=0.3),
+    resets_without_a_gradient: Extras(resets=0.3, reset_state=True),
+    lengths_one_too_small: Extras(lengths=(3, 5, 0, 1)),
+    zoneout_of_the_other_state: Extras(zoneout=(0.1, 0.3)),
+    zoneout_a_little_more: Extras(zoneout=0.5),
+    recurrent_dropout_without_scaling: Extras(recurrent_dropout=0.1),
+    no_normalisation: Extras(layer_norm=True),
+    gates_in_another_order: Extras(return_gates=True),
+    cell_states_of_the_next_set: Extras(return_cell_states=True),
+}
+
+
+def mistaken(mistake: Callable[..., Any]) -> type[nn.Module]:
+    class Mistaken(lstm_ext.LSTM):
+        def forward(self, input, hx=None, **asked):
+            return mistake(self, lambda **k: super(Mistaken, self).forward(input, hx, **k), asked)
+
+    return Mistaken
+
+
+SEEN = r"times as large as allowed|another use of random numbers"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_with_extras_is_seen(mistake):
+    for seed in range(2):
+        case = Case(
+            lengths=(5, 5, 5, 5), input_size=8 + seed, hidden_size=6 + 5 * seed, num_layers=2, bidirectional=True,
+            proj_size=seed, training="zoneout_a" not in mistake.__name__, seed=seed,
+            dtype=["float32", "float64"][seed], extras=MISTAKES[mistake],
+        )  # fmt: skip
+        case = dataclasses.replace(case, grad_of=case.results)
+        check(case)
+        with pytest.raises(AssertionError, match=SEEN):
+            check(case, mistaken(mistake))
+
+
+def test_a_mistake_is_drawn():
+    """And not only seen where somebody looks for it."""
+
+    def one_of_them(module, call, asked):
+        return resets_a_step_late(module, call, asked) if "resets" in asked else call(**asked)
+
+    with pytest.raises(AssertionError, match=SEEN):
+        run("batched", 100, 3, mistaken(one_of_them), shrink=False)
