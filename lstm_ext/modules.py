@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -361,9 +360,10 @@ class LSTM(nn.RNNBase):
         if self.layer_norm:
             names = self._norm_names()
             norm = tuple([tuple([getattr(self, name) for name in of_layer]) for of_layer in names])
-            for name, parameter in zip(itertools.chain(*names), itertools.chain(*norm), strict=True):
-                if parameter is None:
-                    raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+            for of_layer, parameters in zip(names, norm, strict=True):
+                for name, parameter in zip(of_layer, parameters, strict=True):
+                    if parameter is None:
+                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
         return StackExtras(
             recurrent_dropout=_arguments.probability("recurrent_dropout", self.recurrent_dropout),
             zoneout=_arguments.zoneout_pair(self.zoneout),

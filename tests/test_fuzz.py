@@ -45,6 +45,8 @@ MANY = int(os.environ.get("LSTM_EXT_FUZZ_CASES", "2000"))
 SEED = int(os.environ.get("LSTM_EXT_FUZZ_SEED", "1"))
 # Later in a run hypothesis makes most cases out of earlier ones, with one entry another: too much of the same here.
 BATCH = 10
+# Tests a category is cut into: after ten minutes in one of them, pytest prints where it is (pyproject.toml).
+PARTS = 4
 # Where to leave each case before it runs: after a crash, nobody else knows which it was.
 LAST = os.environ.get("LSTM_EXT_FUZZ_LAST")
 
@@ -75,9 +77,14 @@ def features(case: Case) -> list[str]:
 
 
 def run(
-    category: str, number: int, seed: int, kind: type[nn.Module] = lstm_ext.LSTM, shrink: bool = True
+    category: str,
+    number: int,
+    seed: int,
+    kind: type[nn.Module] = lstm_ext.LSTM,
+    shrink: bool = True,
+    part: int = 0,
 ) -> None:
-    """At least ``number`` different cases; for torch's layer none with extras."""
+    """At least ``number`` different cases; for torch's layer none with extras. Each ``part`` draws others."""
     layouts, judge, _ = CATEGORIES[category]
     counter = counts[category]
     seen: set[Case | Broken | Refused] = set()
@@ -102,7 +109,7 @@ def run(
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         report_multiple_bugs=shrink,
     )(given(drawn)(each))
-    batch = 0
+    batch = part * 100_000
     while len(seen) < number:
         hypothesis.seed(1_000_000 * seed + batch)(decorated)()
         batch += 1
@@ -115,19 +122,24 @@ def test_a_few(category):
 
 @pytest.fixture
 def summary(request: pytest.FixtureRequest) -> Iterator[None]:
-    counts.clear()
+    """Printed after the last part of a category."""
     yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        for category, counter in counts.items():
-            total = counter.pop("cases", 0)
+    category, part = (request.node.callspec.params[name] for name in ("category", "part"))
+    if part == PARTS - 1:
+        counter = counts.pop(category)
+        total = counter.pop("cases", 0)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(f"\n{category}: {total} cases, seed {SEED}, of them")
             print("   " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("category", NAMES)
-def test_many(category, summary):
-    run(category, max(1, int(MANY * CATEGORIES[category][2])), SEED)
+def test_many(category, part, summary):
+    if part == 0:
+        counts.pop(category, None)
+    run(category, max(1, int(MANY * CATEGORIES[category][2] / PARTS)), SEED, part=part)
 
 
 # --- the harness itself --------------------------------------------------------------------------------------------
