@@ -21,7 +21,10 @@ wrong row, one missing term of a sum or a mask of another seed are orders of mag
 A case with extras has the oracle of extras_oracle.py in the place of torch's layer, and the equations of
 ``lstm_ext.reference`` for the runs with changed numbers, as these are many times faster. The equations themselves are
 held to the bound of float64 too. With layer normalisation, what it is given and its means are changed as well
-(fuzz_extras.py, rounding_normalisation).
+(fuzz_extras.py, rounding_normalisation); and where few numbers are normalised, as those of a state that is projected
+to one or two, the bound may be a thousand times wider: so far do the results move with the smallest change of the
+arguments. A row that is 1% too large may then not be seen in a gradient in float32; a layer that computes
+something else is (test_fuzz.py, test_a_mistake_with_extras_is_seen).
 """
 
 from __future__ import annotations

@@ -152,20 +152,28 @@ def test_torch_passes(category):
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-2), ("float64", 1e-11)])
-@pytest.mark.parametrize("layout", ["batched", "handmade"])
+@pytest.mark.parametrize("layout", ["batched", "handmade", "extras"])
 def test_one_wrong_row_is_seen(layout, dtype, relative):
     """What the bound is worth: one row of middling size a little too large, in turn for every value and gradient."""
-    for seed in range(10):
-        lengths = (9, 9, 9, 9) if layout == "batched" else (9, 9, 6, 1)
-        case = Case(
-            layout, lengths, input_size=20 + seed, hidden_size=17 + 5 * seed, num_layers=2, bidirectional=True,
-            proj_size=seed % 3, hx=True, dtype=dtype, seed=seed,
+    extras = None
+    if layout == "extras":
+        extras = Extras(
+            lengths=(9, 9, 6, 1), resets=0.2, reset_state=True, return_cell_states=True, return_gates=True,
+            zoneout=(0.1, 0.2), recurrent_dropout=0.3,
         )  # fmt: skip
-        trial = try_out(case, nn.LSTM)
+    for seed in range(2 if extras else 10):
+        case = Case(
+            "handmade" if layout == "handmade" else "batched", (9, 9, 6, 1) if layout == "handmade" else (9,) * 4,
+            input_size=20 + seed, hidden_size=17 + 5 * seed, num_layers=2, bidirectional=True, proj_size=seed % 3,
+            hx=True, dtype=dtype, seed=seed, extras=extras,
+        )  # fmt: skip
+        case = dataclasses.replace(case, grad_of=case.results)
+        trial = try_out(case, lstm_ext.LSTM if extras else nn.LSTM)
         assert max(trial.excess().values()) <= 1
         for name, value in trial.result.values.items():
             rows = value.clone().view(-1, value.size(-1)) if value.dim() > 1 else value.clone()[:, None]
-            row = int(rows.norm(dim=-1).argsort()[len(rows) // 2])
+            sizes = rows.norm(dim=-1)
+            row = int(sizes.argsort()[-((sizes > 0).sum() + 1) // 2])  # padding is 0
             rows[row] *= 1 + relative
             trial.result.values[name] = rows.view(value.shape)
             assert trial.excess()[name] > 1, (case, name)
