@@ -174,8 +174,10 @@ def run(
         return layout.restored(output, h_n, c_n, more if wanted else None)
 
     if lengths is not None:
+        _refuse_meta("lengths", lengths, x)
         of_rows = _lengths(lengths, layout)
     elif mask is not None:
+        _refuse_meta("mask", mask, x)
         of_rows = _lengths_of_mask(mask, layout)
     else:
         of_rows = None
@@ -261,6 +263,12 @@ def _kind(x: Any) -> str:
     return type(x).__name__
 
 
+def _refuse_meta(name: str, value: Any, x: Tensor) -> None:
+    """Any device will do for lengths and masks, but for the one that has no numbers."""
+    if isinstance(value, Tensor) and value.device.type == "meta" and x.device.type != "meta":
+        raise ValueError(f"{name}: expected a device with numbers, as input on {x.device}, got meta")
+
+
 def _assert_later(good: Tensor, message: str) -> None:
     """The check of values that nobody waits for, with LSTM_EXT_CHECK=1."""
     if CHECK:
@@ -285,7 +293,7 @@ def _per_step(name: str, value: Any, layout: Layout) -> Tensor:
 def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
     """As bool, (T, B) or (N,)."""
     if layout.packed is not None:
-        steps = _packed_resets(resets, layout.packed)
+        steps = _packed_resets(resets, layout.packed, layout.batch)
     elif isinstance(resets, PackedSequence):
         raise TypeError("resets: expected a Tensor, as the input is one, got PackedSequence")
     else:
@@ -307,7 +315,7 @@ def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
     return set_
 
 
-def _packed_resets(resets: Any, packed: PackedSequence) -> Tensor:
+def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
     if not isinstance(resets, PackedSequence):
         raise TypeError(f"resets: expected a PackedSequence, as the input is one, got {_kind(resets)}")
     rows = resets.data
@@ -327,7 +335,9 @@ def _packed_resets(resets: Any, packed: PackedSequence) -> Tensor:
     ours, theirs = resets.sorted_indices, packed.sorted_indices
     if ours is not theirs:
         either = ours if theirs is None else theirs
-        in_order = torch.arange(either.size(0), device=either.device)
+        # A compiler may not know the number of sequences.
+        count = batch if _is_readable(packed.batch_sizes) else either.size(0)
+        in_order = torch.arange(count, device=either.device)
         ours, theirs = [in_order if i is None else i for i in (ours, theirs)]
         if ours.device != theirs.device or ours.shape != theirs.shape:
             raise ValueError(

@@ -101,7 +101,7 @@ def _layer_with_extras(
     if have_kernels and not _is_exporting_to_onnx():
         layer = _indirect_layer(input, h0, c0, tensors)
     else:
-        _refuse_none(weights)
+        refuse_none(weights)
         _refuse_shards([input, *weights])
     if batch_sizes is not None:
         if layer is reference.lstm_layer and (_is_compiling() or _dispatch_modes() > 0):
@@ -211,7 +211,7 @@ def _indirect_layer(
 ) -> LayerFunction:
     """The function that computes the layer for arguments that must not reach the kernels directly."""
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
-    _refuse_none(weights)
+    refuse_none(weights)
     if not _has_operators(input.device):
         if input.device.type == "cuda" and not torch.compiler.is_compiling():
             _warn_of_cuda(_cuda_devices.problem(input.device.index))
@@ -231,7 +231,7 @@ def _indirect_layer(
     return transforms.lstm_layer
 
 
-def _refuse_none(weights: Sequence[Tensor]) -> None:
+def refuse_none(weights: Sequence[Tensor]) -> None:
     if any([w is None for w in weights]):
         raise TypeError(
             "LSTM: one of the weights is None, expected Tensors (bias=False makes a layer without biases)"

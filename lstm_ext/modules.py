@@ -242,8 +242,8 @@ class LSTM(nn.RNNBase):
             or resets is not None
             or reset_state is not None
             or mask is not None
-            or return_cell_states
-            or return_gates
+            or return_cell_states is not False
+            or return_gates is not False
         ):
             return self._forward_with_extras(
                 input,
@@ -320,6 +320,8 @@ class LSTM(nn.RNNBase):
         else:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         weights = self._weights_by_layer()
+        for of_layer in weights:
+            autograd.refuse_none(of_layer)
         w = weights[0][0]
         h0, c0 = (None, None) if hx is None else _unpack_hx(hx)
         if h0 is not None and c0 is not None and (state_rank == 2 or h0.dim() != 3 or c0.dim() != 3):
@@ -356,7 +358,12 @@ class LSTM(nn.RNNBase):
         """What the attributes say; they may have been changed since the module was made."""
         norm: tuple[tuple[Tensor, ...], ...] = ()
         if self.layer_norm:
-            norm = tuple([tuple([getattr(self, name) for name in names]) for names in self._norm_names()])
+            names = self._norm_names()
+            norm = tuple([tuple([getattr(self, name) for name in of_layer]) for of_layer in names])
+            for of_layer, parameters in zip(names, norm, strict=True):
+                for name, parameter in zip(of_layer, parameters, strict=True):
+                    if parameter is None:
+                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
         return StackExtras(
             recurrent_dropout=_arguments.probability("recurrent_dropout", self.recurrent_dropout),
             zoneout=_arguments.zoneout_pair(self.zoneout),

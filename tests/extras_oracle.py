@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -19,11 +20,15 @@ import lstm_ext
 
 
 class Masks(NamedTuple):
-    """Of one layer. recurrent (D, B, P), zoneout_h (D, T, B, P), zoneout_c (D, T, B, H); None for none."""
+    """Of one layer. recurrent (D, B, P), zoneout_h (D, T, B, P), zoneout_c (D, T, B, H); None for none.
+
+    between (T, B, D * P): that of dropout on its input, from the second layer on.
+    """
 
     recurrent: Tensor | None
     zoneout_h: Tensor | None
     zoneout_c: Tensor | None
+    between: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -34,25 +39,24 @@ class Result(NamedTuple):
     gates: Tensor  # (L * D, T, B, H, 4)
 
 
-def split_mix(seed: int) -> Iterator[int]:
-    """The numbers of SplitMix64."""
-    while True:
-        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
-        z = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-        yield z ^ (z >> 31)
+def split_mix(seed: int, count: int) -> np.ndarray:
+    """The first numbers of SplitMix64, as uint64."""
+    z = np.uint64(seed % 2**64) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
     """What zoneout keeps, as docs/extras.md says that it is drawn on the CPU."""
     if rate < 2**-16:
         return torch.rand(shape) < rate
-    numbers = split_mix(torch.empty((), dtype=torch.int64).random_(-(2**63), None).item())
-    below = math.floor((next(numbers) >> 11) / 2**53 + rate * 65536)
+    seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
     count = math.prod(shape)
-    words = list(itertools.islice(numbers, -(-count // 4)))
-    bits = [(word >> 16 * k) % 2**16 for word in words for k in range(4)]
-    return torch.tensor([b < below for b in bits[:count]]).view(shape)
+    first, *words = split_mix(seed, 1 + -(-count // 4))
+    below = math.floor((int(first) >> 11) / 2**53 + rate * 65536)
+    bits = np.array(words, dtype=np.uint64).view(np.uint16)[:count]
+    return torch.from_numpy(bits.astype(np.int64) < below).view(shape)
 
 
 def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
@@ -60,11 +64,16 @@ def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
 
 
 def drawn(
-    module: lstm_ext.LSTM, time: int, batch: int, packed_as: Sequence[int] | None
+    module: lstm_ext.LSTM,
+    time: int,
+    batch: int,
+    packed_as: Sequence[int] | None,
+    order: Tensor | None = None,
 ) -> list[Masks | None]:
     """The masks of each layer in training mode, from torch's generator.
 
-    Time-first, or, where the lengths are known, for the rows of the packed data and the sequences in their order.
+    Time-first, or, where the lengths are known, for the rows of the packed data and the sequences in their order, which
+    is ``order``, or without one that of pack_padded_sequence.
     """
     if not module.training:
         return [None] * module.num_layers
@@ -73,15 +82,26 @@ def drawn(
     state = module.proj_size or hidden
     steps, sequences = torch.meshgrid(torch.arange(time), torch.arange(batch), indexing="ij")
     rows = steps.flatten() * batch + sequences.flatten()
-    order = torch.arange(batch)
-    if packed_as is not None:
+    if packed_as is None:
+        order = torch.arange(batch)
+    else:
         lengths = torch.tensor(packed_as)
-        order = torch.sort(lengths, descending=True).indices[: int((lengths > 0).sum())]
+        if order is None:
+            order = torch.sort(lengths, descending=True).indices
+        order = order[: int((lengths > 0).sum())]
         places = (steps * batch + sequences)[:, order]
         rows = pack_padded_sequence(places, lengths[order]).data
 
     layers: list[Masks | None] = []
-    for _ in range(module.num_layers):
+    for k in range(module.num_layers):
+        between = None
+        if k > 0 and module.dropout:
+            width = directions * state
+            between = torch.zeros(time * batch, width, dtype=torch.float64)
+            shape = (time, batch, width) if packed_as is None else (len(rows), width)
+            mask = torch.nn.functional.dropout(torch.ones(shape, dtype=torch.float64), module.dropout)
+            between[rows] = mask.view(len(rows), width)
+            between = between.view(time, batch, width)
         recurrent = None
         if module.recurrent_dropout:
             ones = torch.ones(directions, len(order), state, dtype=torch.float64)
@@ -98,7 +118,7 @@ def drawn(
                     mask[:, rows] = kept_by_zoneout((directions, len(rows), size), rate).double()
                 mask = mask.unflatten(1, (time, batch))
             zoneout.append(mask)
-        layers.append(Masks(recurrent, *zoneout))
+        layers.append(Masks(recurrent, *zoneout, between))
     return layers
 
 
@@ -152,7 +172,7 @@ def oracle(
     reset_state: tuple[Tensor, Tensor] | None = None,
     masks: Sequence[Masks | None] | None = None,
 ) -> Result:
-    """x (T, B, I); resets (T, B), bool; no dropout between layers."""
+    """x (T, B, I); resets (T, B), bool."""
     time, batch, _ = x.shape
     hidden, directions = module.hidden_size, 2 if module.bidirectional else 1
     state = module.proj_size or hidden
@@ -162,6 +182,8 @@ def oracle(
     lengths = [time] * batch if lengths is None else lengths
     h_n, c_n, all_cells, all_gates = [], [], [], []
     for k in range(module.num_layers):
+        if masks is not None and masks[k] is not None and masks[k].between is not None:
+            x = x * masks[k].between
         outputs = []
         for d in range(directions):
             s = k * directions + d

@@ -17,6 +17,14 @@ It is not meant to see a rounding error twice as large as necessary; test_random
 meant to see what is wrong: in float32 the bound is typically 1e-5 of a tensor's norm, in float64 1e-14, and one
 wrong row, one missing term of a sum or a mask of another seed are orders of magnitude above it
 (test_fuzz.py, test_one_wrong_row_is_seen).
+
+A case with extras has the oracle of extras_oracle.py in the place of torch's layer, and the equations of
+``lstm_ext.reference`` for the runs with changed numbers, as these are many times faster. The equations themselves are
+held to the bound of float64 too. With layer normalisation, what it is given and its means are changed as well
+(fuzz_extras.py, rounding_normalisation); and where few numbers are normalised, as those of a state that is projected
+to one or two, the bound may be a thousand times wider: so far do the results move with the smallest change of the
+arguments. A row that is 1% too large may then not be seen in a gradient in float32; a layer that computes
+something else is (test_fuzz.py, test_a_mistake_with_extras_is_seen).
 """
 
 from __future__ import annotations
@@ -27,14 +35,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from accuracy import relative_error
+from fuzz_extras import (
+    Extras,
+    OracleLSTM,
+    call_arguments,
+    check_initialisation,
+    differing,
+    rounding_normalisation,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import lstm_ext
-from lstm_ext import _backend
+from lstm_ext import _arguments, _backend, autograd, reference
 
 _C = _backend.extension()
 CAPABILITIES = tuple(_C.cpu_capabilities()) if _C else ()
@@ -78,15 +95,10 @@ class Case:
     threads: int = 1
     capability: str = ""  # "": the one in use
     seed: int = 0
+    extras: Extras | None = None
 
     def __repr__(self) -> str:
-        """Only what differs from the defaults."""
-        differing = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"Case({', '.join(differing)})"
+        return differing(self)
 
     @property
     def packed(self) -> bool:
@@ -103,6 +115,20 @@ class Case:
     @property
     def state_sizes(self) -> tuple[int, int]:
         return self.proj_size or self.hidden_size, self.hidden_size
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of the output, without its features."""
+        B, T = len(self.lengths), max(self.lengths, default=self.steps)
+        if self.packed:
+            return (sum(self.lengths),)
+        if self.layout == "unbatched":
+            return (T,)
+        return (B, T) if self.batch_first else (T, B)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("output", "h_n", "c_n") + (self.extras.returned if self.extras else ())
 
 
 # --- strides -------------------------------------------------------------------------------------------------------
@@ -178,7 +204,9 @@ class Tensors:
     input: Tensor
     hx: tuple[Tensor, Tensor] | None
     weights: list[Tensor]
-    grads: dict[str, Tensor]  # of output, h_n, c_n
+    grads: dict[str, Tensor]  # of the results
+    reset_state: tuple[Tensor, Tensor] | None = None
+    resets: Tensor | None = None  # bool
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Tensors:
         return Tensors(
@@ -186,6 +214,8 @@ class Tensors:
             None if self.hx is None else (f(self.hx[0]), f(self.hx[1])),
             [f(w) for w in self.weights],
             {name: f(g) for name, g in self.grads.items()},
+            None if self.reset_state is None else (f(self.reset_state[0]), f(self.reset_state[1])),
+            self.resets,
         )
 
 
@@ -199,32 +229,64 @@ def tensors_of(case: Case) -> Tensors:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    module = make_module(nn.LSTM, dataclasses.replace(case, weight_strides="dense"), torch.float64, None)
+    plain = dataclasses.replace(case, weight_strides="dense")
+    module = make_module(lstm_ext.LSTM, plain, torch.float64, None)
     weights = [
         (torch.rand(p.shape, generator=generator, dtype=torch.float64) * 2 - 1) / case.hidden_size**0.5
-        for p in module.parameters()
+        for name, p in module.named_parameters()
     ]
+    for w, (name, _) in zip(weights, module.named_parameters(), strict=True):
+        if name.startswith("ln_gain"):
+            w += 1
 
     B, T = len(case.lengths), max(case.lengths, default=case.steps)
     I, width = case.input_size, case.directions * case.state_sizes[0]
     # With far more features than units the gates would saturate, and 1 - f would lose its digits.
     scale = min(1.0, (case.hidden_size / I) ** 0.5)
-    rows = (sum(case.lengths),) if case.packed else (T,) if case.layout == "unbatched" else (T, B)
-    if case.layout == "batched" and case.batch_first:
-        rows = (B, T)
-    input = normal(*((T, B) if case.packed and not case.layout.startswith("handmade") else rows), I) * scale
+    rows = (T, B) if case.packed and not case.layout.startswith("handmade") else case.rows
+    input = normal(*rows, I) * scale
     sets = case.num_layers * case.directions
     batch = () if case.layout == "unbatched" else (B,)
     states = tuple(normal(sets, *batch, n) for n in case.state_sizes)
-    grads = {"output": normal(*rows, width)}
+    grads = {"output": normal(*case.rows, width)}
     grads |= {name: normal(*s.shape) for name, s in zip(("h_n", "c_n"), states, strict=True)}
+
+    resets, reset_state = None, None
+    if case.extras is not None:
+        for name in case.extras.returned:
+            last = (case.hidden_size,) if name == "cell_states" else (case.hidden_size, 4)
+            grads[name] = normal(sets, *case.rows, *last)
+        if case.extras.resets is not None:
+            resets = torch.rand(rows, generator=generator) < case.extras.resets
+        if case.extras.reset_state:
+            h, c = [strided(case.hx_strides, normal(*s.shape)) for s in states]
+            reset_state = h, c
     tensors = Tensors(
         strided(case.input_strides, input),
         (strided(case.hx_strides, states[0]), strided(case.hx_strides, states[1])) if case.hx else None,
         weights,
         {name: strided(case.grad_strides, g) for name, g in grads.items()},
+        reset_state,
+        resets,
     )
-    return tensors.map(lambda t: t.to(case.torch_dtype).double().resolve_neg().contiguous())
+    tensors = tensors.map(lambda t: t.to(case.torch_dtype).double().resolve_neg().contiguous())
+    if case.extras is not None and case.extras.nan_padding and case.extras.lengths is not None:
+        for b, n in enumerate(case.extras.lengths):
+            of_row = (
+                tensors.input
+                if case.layout == "unbatched"
+                else tensors.input.select(0 if case.batch_first else 1, b)
+            )
+            of_row[n:] = math.nan
+    return tensors
+
+
+def sizes_of(case: Case) -> tuple[Any, ...]:
+    """The arguments of the constructor that torch's layer has too."""
+    return (
+        case.input_size, case.hidden_size, case.num_layers, case.bias, case.batch_first, case.dropout,
+        case.bidirectional, case.proj_size,
+    )  # fmt: skip
 
 
 def make_module(
@@ -233,16 +295,10 @@ def make_module(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dropout with one layer
         module = kind(
-            case.input_size,
-            case.hidden_size,
-            case.num_layers,
-            case.bias,
-            case.batch_first,
-            case.dropout,
-            case.bidirectional,
-            case.proj_size,
+            *sizes_of(case),
             dtype=dtype,
             device="meta",
+            **(case.extras.options if case.extras is not None and issubclass(kind, lstm_ext.LSTM) else {}),
         ).train(case.training)
     if weights is not None:
         names = [name for name, _ in module.named_parameters()]
@@ -258,11 +314,15 @@ def make_module(
 @contextlib.contextmanager
 def environment(case: Case) -> Iterator[None]:
     before = _C.cpu_capability(), torch.get_num_threads()
+    unread = case.extras is not None and case.extras.unread
+    reading = (
+        mock.patch.object(_arguments, "_is_readable", lambda x: False) if unread else contextlib.nullcontext()
+    )
     try:
         if case.capability:
             _C.set_cpu_capability(case.capability)
         torch.set_num_threads(case.threads)
-        with warnings.catch_warnings():
+        with reading, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # oneDNN and projections; parts of one chunk of memory
             yield
     finally:
@@ -275,26 +335,43 @@ def leaf(x: Tensor, requires_grad: bool) -> Tensor:
     return x.detach().requires_grad_(requires_grad)
 
 
-def arguments_of(case: Case, tensors: Tensors, dtype: torch.dtype) -> tuple[dict[str, Tensor], Any, Any]:
-    """The leaves by name, and from them ``input`` and ``hx`` as the layer is called with them."""
+def arguments_of(
+    case: Case, tensors: Tensors, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Any, Any, dict[str, Any]]:
+    """The leaves by name, and from them ``input``, ``hx`` and the extras as the layer is called with them."""
     leaves = {"input": leaf(strided(case.input_strides, tensors.input.to(dtype)), "input" not in case.frozen)}
-    input: Any = leaves["input"]
-    if case.packed:
-        input = PACKINGS[case.layout](input, case.lengths)
-    if tensors.hx is None:
-        return leaves, input, None
-    for name, s in zip(("h0", "c0"), tensors.hx, strict=True):
-        leaves[name] = leaf(strided(case.hx_strides, s.to(dtype)), name not in case.frozen)
-    return leaves, input, (leaves["h0"], leaves["c0"])
+
+    def pack(x: Tensor) -> PackedSequence:
+        return PACKINGS[case.layout](x, case.lengths)
+
+    def states(pair: tuple[Tensor, Tensor] | None, *names: str) -> tuple[Tensor, ...] | None:
+        if pair is None:
+            return None
+        for name, s in zip(names, pair, strict=True):
+            leaves[name] = leaf(strided(case.hx_strides, s.to(dtype)), name not in case.frozen)
+        return tuple([leaves[name] for name in names])
+
+    input = pack(leaves["input"]) if case.packed else leaves["input"]
+    hx = states(tensors.hx, "h0", "c0")
+    if case.extras is None:
+        return leaves, input, hx, {}
+    reset_state: Any = states(tensors.reset_state, "reset_h", "reset_c")
+    packing = pack if case.packed else None
+    more = call_arguments(case.extras, case.rows, case.batch_first, tensors.resets, reset_state, packing)
+    return leaves, input, hx, more
 
 
 def named(result: Any) -> dict[str, Tensor]:
-    output, (h_n, c_n) = result
-    return {
+    output, (h_n, c_n), *rest = result
+    values = {
         "output": output.data if isinstance(output, PackedSequence) else output,
         "h_n": h_n,
         "c_n": c_n,
     }
+    for extras in rest:
+        assert type(extras) is lstm_ext.LSTMExtras
+        values |= {name: x for name, x in extras._asdict().items() if x is not None}
+    return values
 
 
 @dataclasses.dataclass
@@ -309,12 +386,12 @@ def run(kind: type[nn.Module], case: Case, tensors: Tensors, dtype: torch.dtype)
     """One forward and, in mode grad, one backward pass; also sees to it that nothing given was changed."""
     module = make_module(kind, case, dtype, tensors.weights)
     modes = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-    leaves, input, hx = arguments_of(case, tensors, dtype)
+    leaves, input, hx, more = arguments_of(case, tensors, dtype)
     leaves |= dict(module.named_parameters())
     before = {name: t.detach().clone() for name, t in leaves.items()}
     torch.manual_seed(case.seed)
     with modes[case.mode]():
-        result = module(input, hx)
+        result = module(input, hx, **more)
     state = torch.get_rng_state()
     values = named(result)
     requires_grad = any(v.requires_grad for v in values.values())
@@ -348,12 +425,20 @@ def run(kind: type[nn.Module], case: Case, tensors: Tensors, dtype: torch.dtype)
                 assert torch.equal(a, b), f"grad of {name}: another one in the second backward pass"
         gradients = {f"grad of {name}": g for name, g in zip(wanted, first, strict=True)}
     for name, t in leaves.items():
-        assert torch.equal(t, before[name]), f"{name} was changed"
+        assert torch.equal(t.nan_to_num(5.0), before[name].nan_to_num(5.0)), f"{name} was changed"
     values = {name: v.detach() for name, v in values.items()}
     return Run(values | gradients, result[0], state, requires_grad)
 
 
 # --- the judgement -------------------------------------------------------------------------------------------------
+
+
+def fast_run(case: Case, tensors: Tensors) -> Run:
+    """In float64, by torch's layer or, with extras, by the equations."""
+    if case.extras is None:
+        return run(nn.LSTM, case, tensors, torch.float64)
+    with mock.patch.object(autograd, "lstm_layer", reference.lstm_layer):
+        return run(lstm_ext.LSTM, case, tensors, torch.float64)
 
 
 def movement(case: Case, tensors: Tensors, ref: Run) -> dict[str, float]:
@@ -366,7 +451,11 @@ def movement(case: Case, tensors: Tensors, ref: Run) -> dict[str, float]:
 
     largest = dict.fromkeys(ref.values, 0.0)
     for _ in range(DRAWS):
-        other = run(nn.LSTM, case, tensors.map(changed), torch.float64)
+        if case.extras is not None and case.extras.layer_norm:
+            with rounding_normalisation(CHANGE, generator):
+                other = fast_run(case, tensors.map(changed))
+        else:
+            other = fast_run(case, tensors.map(changed))
         for name, value in other.values.items():
             distance = torch.linalg.vector_norm(value - ref.values[name]).item() / CHANGE
             largest[name] = max(largest[name], distance)
@@ -384,12 +473,13 @@ def reference_case(case: Case) -> Case:
         repeat_backward=False,
         threads=1,
         capability="",
+        extras=case.extras and case.extras.plain_form(),
     )
 
 
 @dataclasses.dataclass
 class Trial:
-    """A case that has been run, by the layer in question and by torch's in float64."""
+    """A case that has been run, by the layer in question and by torch's, or the oracle, in float64."""
 
     case: Case
     result: Run
@@ -398,7 +488,7 @@ class Trial:
 
     def excess(self) -> dict[str, float]:
         """The error of every value and gradient as a multiple of what is allowed."""
-        dtype = self.case.torch_dtype
+        dtype = next(iter(self.result.values.values())).dtype
         eps, inside = torch.finfo(dtype).eps, INSIDE.get(dtype, INSIDE_OTHERWISE)
         ratios = {}
         for name, value in self.result.values.items():
@@ -419,9 +509,18 @@ def try_out(case: Case, kind: type[nn.Module]) -> Trial:
     plain = reference_case(case)
     with environment(plain):
         tensors = tensors_of(case)
-        ref = run(nn.LSTM, plain, tensors, torch.float64)
+        ref = run(nn.LSTM if case.extras is None else OracleLSTM, plain, tensors, torch.float64)
         # With its strides: numbers that are one in memory are changed as one, as their rounding errors are one.
-        moves = movement(dataclasses.replace(case, repeat_backward=False), tensors, ref)
+        unrepeated = dataclasses.replace(case, repeat_backward=False)
+        if case.extras is None:
+            moves = movement(unrepeated, tensors, ref)
+        else:
+            if case.extras.forget_bias is not None or case.extras.layer_norm:
+                check_initialisation(case.extras, sizes_of(case), case.directions)
+            equations = fast_run(unrepeated, tensors)
+            moves = movement(unrepeated, tensors, equations)
+            wrong = {n: r for n, r in Trial(case, equations, ref, moves).excess().items() if not r <= 1}
+            assert not wrong, f"the equations and the oracle differ: {wrong}"
     with environment(case):
         result = run(kind, case, tensors, case.torch_dtype)
     assert result.values.keys() == ref.values.keys(), (list(result.values), list(ref.values))

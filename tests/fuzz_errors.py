@@ -26,6 +26,7 @@ class Call:
     hx: Any
     amount: int  # 1 to 3
     which: int  # of h0 and c0, or of the weights
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)  # the extras
 
     @property
     def data(self) -> Tensor:
@@ -293,7 +294,7 @@ class Broken:
 def outcome(call: Call, grad: bool) -> Exception | dict[str, Tensor]:
     with torch.set_grad_enabled(grad):
         try:
-            values = named(call.module(call.input, call.hx))
+            values = named(call.module(call.input, call.hx, **call.asked))
             if any(v.requires_grad for v in values.values()):
                 sum(v.real.double().sum() for v in values.values()).backward()
         except Exception as error:  # of any kind: that is the question
@@ -309,8 +310,10 @@ def check_broken(broken: Broken, kind: type[nn.Module] = lstm_ext.LSTM) -> str:
         grad = case.mode == "grad"
 
         def call_of(module: nn.Module) -> Call:
-            _, input, hx = arguments_of(case, tensors, case.torch_dtype)
-            return Call(module, input, hx, broken.amount, broken.which)
+            _, input, hx, asked = arguments_of(case, tensors, case.torch_dtype)
+            if not isinstance(module, lstm_ext.LSTM):
+                asked = {}
+            return Call(module, input, hx, broken.amount, broken.which, asked)
 
         def attempt(layer: type[nn.Module]) -> Exception | dict[str, Tensor]:
             module = make_module(layer, case, case.torch_dtype, tensors.weights)
@@ -348,7 +351,8 @@ def check_broken(broken: Broken, kind: type[nn.Module] = lstm_ext.LSTM) -> str:
     assert not isinstance(ours, Exception), (
         f"check_broken({broken}):\n{describe(ours)}\nand torch computes {describe(theirs)}"
     )
-    for name, value in ours.items():
+    for name in theirs:
+        value = ours[name]
         assert value.device == theirs[name].device
         if value.device.type != "meta":
             torch.testing.assert_close(

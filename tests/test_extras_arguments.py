@@ -322,6 +322,16 @@ BAD = [
     ({"lengths": zeros(3)}, ValueError, "lengths: expected an integer dtype, got torch.float32"),
     ({"lengths": zeros(3).bool()}, ValueError, "lengths: expected an integer dtype, got torch.bool"),
     ({"lengths": zeros(3, 1).long()}, ValueError, r"lengths: expected shape \(3,\).* got \(3, 1\)"),
+    (
+        {"lengths": zeros(3, device="meta").long()},
+        ValueError,
+        "lengths: expected a device with numbers.* got meta",
+    ),
+    (
+        {"mask": zeros(5, 3, device="meta").bool()},
+        ValueError,
+        "mask: expected a device with numbers.* got meta",
+    ),
     ({"mask": [True] * 5}, TypeError, "mask: expected a Tensor, got list"),
     (
         {"mask": zeros(5, 2).bool()},
@@ -349,6 +359,8 @@ BAD = [
     ({"resets": zeros(5, 3, device="meta")}, ValueError, "resets: expected device cpu as input, got meta"),
     ({"reset_state": (zeros(1, 3, H),) * 2}, ValueError, "reset_state: expected together with resets"),
     ({"return_gates": 1}, TypeError, "return_gates should be a bool, got 1"),
+    ({"return_gates": None}, TypeError, "return_gates should be a bool, got None"),
+    ({"return_cell_states": 0}, TypeError, "return_cell_states should be a bool, got 0"),
     ({"return_cell_states": "yes"}, TypeError, "return_cell_states should be a bool, got 'yes'"),
 ]
 STATE = zeros(1, B, H)
@@ -485,8 +497,19 @@ def test_stateless_function():
         lstm_ext.functional.lstm(x[:0], None, weights, return_gates=True)
 
 
-def test_a_weight_that_is_none():
-    module = lstm_ext.LSTM(I, H, layer_norm=True)
-    module.bias_hh_l0 = None
-    with pytest.raises(TypeError, match="one of the weights is None"):
+def test_resets_packed_for_more_sequences_than_there_are():
+    packed = pack_padded_sequence(zeros(T, 1, I), [T])
+    resets = PackedSequence(zeros(T), packed.batch_sizes, torch.arange(2), torch.arange(2))
+    with pytest.raises(
+        ValueError, match=r"resets: expected the sorted_indices of the input, .* shape \(1,\), got"
+    ):
+        lstm_ext.LSTM(I, H)(packed, resets=resets)
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0", "ln_gain_hh_l0", "ln_bias_c_l0"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_weight_that_is_none(name, recompute):
+    module = lstm_ext.LSTM(I, H, layer_norm=True, recompute=recompute)
+    setattr(module, name, None)
+    with pytest.raises(TypeError, match=f"{name} is None" if "ln_" in name else "one of the weights is None"):
         module(zeros(T, B, I))
