@@ -4,7 +4,7 @@
                                       [--output results/NAME.json]
 
 time    a call of the layer with the extra over one without, random masks drawn in both the forward pass's time and
-        its training step's; layer_norm+recompute is over layer_norm
+        its training step's; layer_norm, recompute is over layer_norm
 memory  bytes that a layer with recompute=True saves for its backward pass beyond input, output and weights, and the
         peak of a training step, both over those without
 step    microseconds of one step with carried state: the kernel's function, LSTMCell, LSTM.step, and torch.nn.LSTMCell
@@ -30,25 +30,25 @@ from lstm_ext import _backend
 GROUPS = ["time", "memory", "step"]
 STEPS = {"small": Shape(1, 1, 32, 64), "speech": Shape(1, 1, 80, 128), "large": Shape(1, 1, 256, 256)}
 OPTIONS: dict[str, dict] = {
-    "recurrent_dropout": {"recurrent_dropout": 0.25},
-    "zoneout of h": {"zoneout": 0.1},
-    "zoneout of h and c": {"zoneout": (0.1, 0.1)},
+    "recurrent_dropout=0.25": {"recurrent_dropout": 0.25},
+    "zoneout=0.1": {"zoneout": 0.1},
+    "zoneout=(0.1, 0.1)": {"zoneout": (0.1, 0.1)},
     "layer_norm": {"layer_norm": True},
     "recompute": {"recompute": True},
-    "layer_norm+recompute": {"layer_norm": True, "recompute": True},
+    "layer_norm, recompute": {"layer_norm": True, "recompute": True},
 }
 CALLS: dict[str, Callable[[Shape], dict]] = {
     "resets": lambda shape: {"resets": torch.rand(shape.steps, shape.batch) < 0.03},
-    "returned states": lambda shape: {"return_cell_states": True},
+    "return_cell_states": lambda shape: {"return_cell_states": True},
 }
 # Of a training step, at most.
 TARGETS = {
-    "recurrent_dropout": 1.2,
-    "zoneout of h": 1.2,
-    "zoneout of h and c": 1.2,
+    "recurrent_dropout=0.25": 1.2,
+    "zoneout=0.1": 1.2,
+    "zoneout=(0.1, 0.1)": 1.2,
     "layer_norm": 1.6,
     "recompute": 1.5,
-    "layer_norm+recompute": 1.5,
+    "layer_norm, recompute": 1.5,
     "resets": 1.05,
 }
 
@@ -72,7 +72,7 @@ def layer_of(shape: Shape, **options: object) -> nn.Module:
 
 def with_and_without(name: str, shape: Shape) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(1)
-    without = layer_of(shape, layer_norm=True) if name == "layer_norm+recompute" else layer_of(shape)
+    without = layer_of(shape, layer_norm=True) if name == "layer_norm, recompute" else layer_of(shape)
     if name in CALLS:
         return Called(layer_of(shape), **CALLS[name](shape)), without
     return layer_of(shape, **OPTIONS[name]), without
@@ -118,7 +118,7 @@ def saved_bytes(layer: nn.Module, shape: Shape) -> int:
 
 def memory_of(shape: Shape, threads: int, budget: float) -> list[dict]:
     results = []
-    for name, other in [("recompute", "none"), ("layer_norm+recompute", "layer_norm")]:
+    for name, other in [("recompute", "none"), ("layer_norm, recompute", "layer_norm")]:
         options = OPTIONS.get(other, {})
         saved = [saved_bytes(layer_of(shape, **o), shape) for o in (OPTIONS[name], options)]
         peaks = [harness.peak_memory("ours", shape, threads, o) for o in (OPTIONS[name], options)]

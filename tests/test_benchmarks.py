@@ -105,3 +105,38 @@ def test_report_wants_markers(results, tmp_path):
     assert done.returncode != 0
     assert "bench:begin" in done.stderr
     assert readme.read_text() == "no markers\n"
+
+
+def test_extras(tmp_path):
+    output = tmp_path / "extras.json"
+    stdout = run(
+        "bench_extras.py",
+        *("--only", "time", "step", "--shapes", "small", "--threads", 1),
+        *("--budget", 0.02, "--output", output),
+    )
+    results = json.loads(output.read_text())["results"]
+    costs = {r["extra"]: r["cost"] for r in results if r["group"] == "time" and r["training"]}
+    assert len(costs) == 8 and all(cost > 0 for cost in costs.values())
+    calls = [r["call"] for r in results if r["group"] == "step"]
+    assert calls == ["LSTMCell", "LSTM.step", "torch.nn.LSTMCell"] * 3
+    assert "layer_norm: a training step costs" in stdout
+
+
+@pytest.mark.full
+def test_memory_of_recompute(tmp_path):
+    output = tmp_path / "extras.json"
+    run("bench_extras.py", "--only", "memory", "--shapes", "speech", "--threads", 1, "--output", output)
+    recompute, _ = json.loads(output.read_text())["results"]
+    # Exactly: c_t of 5 numbers a unit, step and sequence.
+    assert recompute["saved"] == pytest.approx(0.2, abs=0.01)
+    assert recompute["peak"] < 0.7
+
+
+def test_tables_of_the_extras_are_those_of_the_committed_figures(tmp_path):
+    document = BENCHMARKS.parent / "docs" / "extras.md"
+    copy = tmp_path / "extras.md"
+    copy.write_text(document.read_text())
+    figures = [BENCHMARKS / "results" / name for name in ("extras_cpu.json", "torchrl_cpu.json")]
+    run("report_extras.py", *figures, "--document", copy)
+    assert copy.read_text() == document.read_text()
+    assert "wanted: at most" in document.read_text()
