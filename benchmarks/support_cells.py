@@ -94,7 +94,7 @@ class Seen:
         raise AssertionError("neither the kernels nor the equations ran")
 
 
-_ENTRIES = ("lstm_layer_forward", "lstm_layer_backward")
+_ENTRIES = ("lstm_layer_forward", "lstm_layer_backward", "lstm_cell_forward")
 _OPERATORS = tuple(
     f"lstm_layer{extras}{end}" for extras in ("", "_with_extras") for end in ("", "_forward", "_backward")
 )

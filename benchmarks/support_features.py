@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
-from lstm_ext import reference
+from lstm_ext import _backend, reference
 from lstm_ext._extras import LayerExtras
 
 # At import, so that nothing that is planted or counted in the package gets here.
@@ -251,14 +251,14 @@ class Problem:
     # ---- what it must give
 
     def masks(
-        self, dtype: torch.dtype, device: str = "cpu", packed: bool = False, words: bool = False
+        self, dtype: torch.dtype, device: str = "cpu", packed: bool = False, by_extension: bool = False
     ) -> list[LayerMasks]:
         """Those that the module draws after `torch.manual_seed(SEED)`.
 
         Args:
             dtype: of the input of the layers.
             packed: whether rows are computed for the steps that count only, so that masks are drawn for these.
-            words: whether masks of zoneout are made of 16 random bits an element.
+            by_extension: whether masks of zoneout are drawn by the extension.
         """
         feature = self.feature
         if not feature.training:
@@ -289,12 +289,11 @@ class Problem:
 
         def kept(p: float) -> Callable[[tuple[int, ...]], Tensor]:
             def draw(shape: tuple[int, ...]) -> Tensor:
-                if not words:
+                if not by_extension:
                     return torch.rand(shape, device=device) < p
-                below = int(torch.rand((), dtype=torch.float64).item() + p * 2**16 // 1)
-                count = torch.Size(shape).numel()
-                drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-                return (drawn.view(torch.int16)[:count].int() < below - 2**15).view(shape)
+                # What this function gives is a matter of its own tests.
+                seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
+                return _backend.extension().random_flags(shape, p, seed)
 
             return draw
 

@@ -22,6 +22,16 @@ auto forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor
   return exports::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras, save);
 }
 
+// A layer's forward pass on a sequence of one step; the axis of time is added and taken off here, where it costs less.
+std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                        const std::vector<Tensor>& weights, bool has_bias) {
+  const auto with_time = [](const Tensor& t) { return t.unsqueeze(0); };
+  const auto if_given = [&](const OptionalTensor& t) { return t ? OptionalTensor(with_time(*t)) : std::nullopt; };
+  const auto [output, h_n, c_n, saved] = exports::lstm_layer_forward(
+      with_time(input), if_given(h), if_given(c), weights, std::nullopt, has_bias, false, lstm_ext::Extras{}, false);
+  return {h_n.squeeze(0), c_n.squeeze(0)};
+}
+
 auto backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
               const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
               const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, const Tensor& output,
@@ -109,6 +119,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
         py::arg("extras") = lstm_ext::Extras{}, py::call_guard<py::gil_scoped_release>());
+  m.def("lstm_cell_forward", &cell_forward, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"),
+        py::arg("has_bias"), py::call_guard<py::gil_scoped_release>());
   m.def("lstm_layer_backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"),
         py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
         py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),

@@ -43,6 +43,11 @@ def lstm_layer_forward(
     layer normalisation two more; with ``extras.recompute`` only the cells.
     """
 
+def lstm_cell_forward(
+    input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """h and c after one step, for input (B, I), h and c (B, H); without a gradient, and without a projection."""
+
 def lstm_layer_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,

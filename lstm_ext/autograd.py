@@ -77,6 +77,28 @@ def lstm_layer(
     return kernels.lstm_layer_forward(input, h0, c0, weights, batch_sizes, bias, bidirectional, False)[:3]
 
 
+def lstm_cell(
+    input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], bias: bool
+) -> tuple[Tensor, Tensor]:
+    """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it."""
+    if _is_direct(input, h, c, weights) and not (
+        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (input, h, c, *weights)])
+    ):
+        kernels = _backend.extension()
+        if kernels is not None:
+            return kernels.lstm_cell_forward(input, h, c, weights, bias)
+    _, h_n, c_n = lstm_layer(
+        input[None],  # quicker than unsqueeze
+        None if h is None else h[None],
+        None if c is None else c[None],
+        weights,
+        None,
+        bias,
+        False,
+    )
+    return h_n[0], c_n[0]
+
+
 def _layer_with_extras(
     input: Tensor,
     h0: Tensor | None,

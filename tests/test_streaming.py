@@ -90,8 +90,11 @@ def test_cells_of_few_rows_too(dtype):
     x, hx = torch.randn(8, 4, 20, dtype=dtype), None
     output = layer(x)[0]
     for x_t, y in zip(x, output, strict=True):
+        with torch.no_grad():
+            inferred = cell(x_t, hx)
         hx = cell(x_t, hx)
         assert torch.equal(hx[0], y)
+        assert torch.equal(inferred[0], hx[0]) and torch.equal(inferred[1], hx[1])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)

@@ -205,9 +205,9 @@ STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64"
 @pytest.mark.parametrize(
     ("mode", "schedule", "architecture"),
     [
-        ("plain", "random", "sm_90"),
-        ("plain", "fifo", "sm_80"),
         ("race", "priority", "sm_90"),
+        pytest.param("plain", "random", "sm_90", marks=pytest.mark.full),
+        pytest.param("plain", "fifo", "sm_80", marks=pytest.mark.full),
         pytest.param("asan", "random", "sm_90", marks=pytest.mark.full),
     ],
 )
@@ -224,6 +224,7 @@ def stepwise_kernels() -> TranslatedKernels:
     return TranslatedKernels(stepwise_module(), STEPWISE)
 
 
+@pytest.mark.full  # translating and compiling takes most of a minute
 @pytest.mark.parametrize("name", test_stepwise.CASES)
 @pytest.mark.parametrize("dtype", test_stepwise.EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
@@ -237,6 +238,7 @@ def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: Transla
         assert test_stepwise.error(x, y.double()) <= 16 * test_stepwise.EPS[dtype], n
 
 
+@pytest.mark.full
 def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
     """Otherwise the test above compares one route with itself. nvcc's exp is not libm's."""
     case = test_stepwise.Case(steps=3, hidden_size=64)

@@ -38,7 +38,8 @@ class Layer(layer_cases.Layer):
         learned = [stored(t) for t in self.learned()]
         if case.norm == "float32" and dtype != torch.float64:
             learned[2:] = [t.float() for t in self.norm]
-        extras = autograd._of_kernels(layer, self.extras(case, dtype, learned) or LayerExtras())
+        extras = self.extras(case, dtype, learned) or LayerExtras()
+        extras = autograd._of_kernels(layer, extras.operands(), extras.recompute)
         *results, saved = layer.forward(
             input, h0, c0, weights, self.batch_sizes, *flags, True, *device, extras
         )
