@@ -391,7 +391,7 @@ def _lengths(lengths: Any, layout: Layout) -> Tensor:
         for b, n in enumerate(lengths):
             if not 0 <= n <= time:
                 raise ValueError(_wrong_length(time, n, b))
-        return torch.tensor(lengths, dtype=torch.int64)
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected a list of integers or a Tensor, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

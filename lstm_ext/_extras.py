@@ -1,6 +1,6 @@
 """What a layer can do beyond ``torch.nn.LSTM``: how it travels from the module down to one layer's function.
 
-:class:`StackExtras` is for all layers, as `_arguments.prepared` makes it of what the user gave; `of_layer` cuts it into
+:class:`StackExtras` is for all layers, as `_arguments.run` makes it of what the user gave; `of_layer` cuts it into
 one :class:`LayerExtras` a layer and draws the random masks. The meanings are in `reference`, with the equations.
 """
 
@@ -261,6 +261,8 @@ def _may_draw_flags() -> bool:
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         and _backend.has_kernels()
     )
 

@@ -73,7 +73,7 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
 def _undo_each_other(a: Tensor, b: Tensor) -> bool:
     """Whether both are permutations, and each the inverse of the other: of two maps of a finite set, one says all."""
     try:
-        return torch.equal(a.index_select(0, b), torch.arange(a.size(0), dtype=a.dtype))
+        return torch.equal(a.index_select(0, b), torch.arange(a.size(0), dtype=a.dtype, device=a.device))
     except (IndexError, RuntimeError):  # a number out of range, or no numbers that can be indices
         return False
 

@@ -1,6 +1,6 @@
 """One layer of an LSTM, differentiable: chooses between the compiled kernels and the reference equations.
 
-The routes, chosen in `lstm_layer` and nowhere else:
+The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, knows the first):
 
 1. plain tensors, no gradient wanted: the kernel is called directly and saves nothing;
 2. plain tensors with gradients: an `autograd.Function` around the forward and backward kernels;

@@ -513,3 +513,26 @@ def test_a_weight_that_is_none(name, recompute):
     setattr(module, name, None)
     with pytest.raises(TypeError, match=f"{name} is None" if "ln_" in name else "one of the weights is None"):
         module(zeros(T, B, I))
+
+
+@pytest.mark.devices("cpu")
+def test_another_default_device():
+    """What is made of the arguments is where they are, not where new tensors go."""
+    module = lstm_ext.LSTM(I, H, 2, zoneout=0.3, recurrent_dropout=0.2)
+    x, resets = torch.randn(T, B, I), torch.rand(T, B) < 0.3
+    packed = pack_padded_sequence(x, [3, 5, 2], enforce_sorted=False)
+    packed_resets = pack_padded_sequence(resets, [3, 5, 2], enforce_sorted=False)
+
+    def results():
+        torch.manual_seed(3)
+        y = module(x, lengths=[3, 5, 2], resets=resets)[0]
+        return y, module(packed, resets=packed_resets)[0].data, module(x, mask=x[..., 0] < 9)[0]
+
+    expected = results()
+    torch.set_default_device("meta")
+    try:
+        found = results()
+    finally:
+        torch.set_default_device(None)
+    for y, e in zip(found, expected, strict=True):
+        assert torch.equal(y, e)

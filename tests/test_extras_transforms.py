@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
+from lstm_ext import functional, reference
 from lstm_ext._extras import LayerExtras
 
 T, B, I, H = 4, 3, 3, 4
@@ -337,3 +339,25 @@ def test_recompute_without_gradients_and_repeated():
     first = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(module.parameters()))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["torch.jit.trace", "make_fx"])
+def test_a_traced_function_draws_new_masks(how):
+    weights = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H), torch.randn(4 * H)]
+    x = torch.randn(T, B, I)
+
+    def function(x: Tensor) -> Tensor:
+        return functional.lstm(x, None, weights, zoneout=0.5, training=True)[0]
+
+    if how == "make_fx":
+        traced = make_fx(function, pre_dispatch=True)(x)
+    else:
+        traced = torch.jit.trace(function, x, check_trace=False)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        output = traced(x)
+        torch.manual_seed(seed)
+        extras = LayerExtras(zoneout_h=torch.rand(1, T, B, H) < 0.5)
+        expected = reference.lstm_layer(x, None, None, weights, None, True, False, extras)[0]
+        torch.testing.assert_close(output, expected)

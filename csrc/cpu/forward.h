@@ -339,8 +339,8 @@ class Forward {
   const T** h_rows_;  // of the team's rows in a step in which one of them is replaced
   const T** c_rows_;
   T* zero_row_;
-  // Of the extras: the masked h_{t-1} of the team's rows, their U h_{t-1} where it is not kept, and a row of c_t as
-  // layer normalisation shows it to h_t.
+  // Of the extras: the masked h_{t-1} of the team's rows, their U h_{t-1} where it is not kept, and kNormRows rows
+  // of c_t as layer normalisation shows it to h_t.
   T* masked_h_;
   T* recurrent_part_;
   T* visible_c_;

@@ -28,7 +28,7 @@ struct PlannedExtras {
 // Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of
 // hidden_groups members, each owning a slice of the hidden units of the team's rows. Teams never
 // wait for each other inside the time loop, in the backward pass once a chunk; members do, once a
-// step (twice with a projection).
+// step (once more with a projection, and with layer normalisation).
 // A team's rows lie side by side; of packed data, whose first rows run longest, it has every
 // batch_groups-th row, so that all teams have the same to do in every step.
 struct WorkerGrid {

@@ -95,8 +95,8 @@ LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
   return numerator / denominator;
 }
 
-// The same with an error of little more than half a unit in the last place instead of two: numerator and denominator
-// are sums of two registers each.
+// The same with an error of little more than half a unit in the last place instead of two (of one, without FMA):
+// numerator and denominator are sums of two registers each.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
   using S = Simd<T>;

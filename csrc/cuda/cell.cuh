@@ -284,7 +284,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) previous_outputs_kernel(PreviousOut
       } else if (s.h0) {
         h = widen(s.h0[b * P + j]);
       }
-      // Rounded as it was before the product.
+      // As write_output made it, of the h_t that is a result.
       if (s.mask) h = widen(narrow<T>(s.mask[b * P + j] * h));
     }
     step.result[b * P + j] = narrow<D>(h);

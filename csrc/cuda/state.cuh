@@ -95,9 +95,11 @@ LSTM_DEVICE void write_output(const NewOutput<T>& s, const RowsOfStep& rows, int
       h = mixed(s.zoneout, place, previous_state<true>(rows, b, place, carried, s.h0, s.reset_h), h);
       s.h_carried[place] = h;
     }
-    if (s.mask) s.masked[place] = narrow<T>(s.mask[place] * h);
   }
   const T stored = narrow<T>(h);
+  if constexpr (kExtras) {
+    if (s.mask) s.masked[place] = narrow<T>(s.mask[place] * widen(stored));
+  }
   s.h[b * s.h_stride + j] = stored;
   if (s.h_n && !goes_on<kExtras>(rows, b)) s.h_n[place] = stored;
 }

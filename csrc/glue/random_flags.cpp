@@ -42,7 +42,7 @@ at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed)
   const at::Tensor result = at::empty(sizes, at::kBool);
   const auto start = static_cast<uint64_t>(seed);
   const double u = static_cast<double>(split_mix(start, 0) >> 11) * 0x1p-53;
-  const auto below = static_cast<int64_t>(std::floor(u + probability * 0x1p16));
+  const auto below = std::min<int64_t>(static_cast<int64_t>(std::floor(u + probability * 0x1p16)), 1 << 16);
   if (below == 0) return result.zero_();
   const int64_t count = result.numel(), piece = kWords * kElements;
   bool* const flags = result.mutable_data_ptr<bool>();

@@ -20,9 +20,10 @@ namespace lstm_ext {
 //     z = (z ^ (z >> 27)) * 0x94d049bb133111eb
 //     z ^ (z >> 31)
 //
-// The first one gives u in [0, 1), by its upper 53 bits, and below = floor(u + probability * 2^16). Each one after it
-// gives 16 bits to each of four elements, the lowest bits to the first; flags are those bits < below. `below` is one of
-// the two neighbours of probability * 2^16, so that the probability of each flag is what was asked for.
+// The first one gives u in [0, 1), by its upper 53 bits, and below = floor(u + probability * 2^16), at most 2^16. Each
+// one after it gives 16 bits to each of four elements, the lowest bits to the first; flags are those bits < below.
+// `below` is one of the two neighbours of probability * 2^16, so that the probability of each flag is what was asked
+// for.
 at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed);
 
 }  // namespace lstm_ext
