@@ -140,7 +140,8 @@ def test_training_calls_the_ends_and_inference_the_operator():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["everything in a call", pytest.param("norm", marks=pytest.mark.full)])
+@pytest.mark.full  # seconds each, of which dynamo takes most
+@pytest.mark.parametrize("name", ["everything in a call", "norm"])
 def test_transforms_inside_a_compiled_function(name):
     module, graphs = module_of(name).eval(), Graphs()
     call, xs = call_of(name, module), torch.randn(2, T, B, I)

@@ -135,7 +135,7 @@ def test_packed_recompute_in_a_compiled_layer():
 
 # Each takes seconds.
 IN_ONNX = [
-    case if n in (1, 2, 4) else pytest.param(*case, marks=pytest.mark.full) for n, case in enumerate(CASES)
+    case if n in (2, 4) else pytest.param(*case, marks=pytest.mark.full) for n, case in enumerate(CASES)
 ]
 
 

@@ -161,6 +161,7 @@ def pytest_configure(config): config.addinivalue_line("markers", "devices(*names
 """
 
 
+@pytest.mark.full
 def test_a_suite_with_a_failure_and_one_that_hangs(session):
     (session.root / "tests" / "conftest.py").write_text(CONFTEST)
     (session.root / "tests" / "test_some.py").write_text(SUITE)

@@ -200,6 +200,7 @@ def test_program(capsys):
     assert all(float(line.split()[-1]) < 1e-5 for line in lines[1:])
 
 
+@pytest.mark.full
 def test_benchmark(tmp_path):
     """It runs, and both sides compute the same; what the figures say is no matter of a test."""
     paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]

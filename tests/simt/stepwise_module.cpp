@@ -134,9 +134,9 @@ at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, b
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // Of this module only: _C has its own.
   py::class_<lstm_ext::Extras>(m, "Extras", py::module_local())
-      .def(py::init(&extras_of), py::arg("resets"), py::arg("reset_h"), py::arg("reset_c"),
-           py::arg("lengths"), py::arg("recurrent_mask"), py::arg("kept_h"), py::arg("kept_c"), py::arg("zoneout_h"),
-           py::arg("zoneout_c"), py::arg("norm"), py::arg("recompute"));
+      .def(py::init(&extras_of), py::arg("resets"), py::arg("reset_h"), py::arg("reset_c"), py::arg("lengths"),
+           py::arg("recurrent_mask"), py::arg("kept_h"), py::arg("kept_c"), py::arg("zoneout_h"), py::arg("zoneout_c"),
+           py::arg("norm"), py::arg("recompute"));
   m.def("forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
         py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"), py::arg("tf32"), py::arg("chunk_bytes"),
         py::arg("extras") = lstm_ext::Extras{});

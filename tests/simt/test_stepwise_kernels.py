@@ -28,7 +28,7 @@ def run(program: Path, **variables: str) -> tuple[int, str]:
         ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1"}),
         ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
         ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
-        ("asan", {"SIMT_SCHEDULE": "fifo"}),
+        pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
         ("race", {"SIMT_SCHEDULE": "random"}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
@@ -65,7 +65,12 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(
-    ("planted", "mode"), [(name, mode) for name, (*_, modes) in PLANTED.items() for mode in modes]
+    ("planted", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.full if mode == "asan" or mode != modes[-1] else ())
+        for name, (*_, modes) in PLANTED.items()
+        for mode in modes
+    ],
 )
 def test_planted_mistakes_are_caught(planted, mode, tmp_path):
     file, before, after, _ = PLANTED[planted]
