@@ -1,4 +1,4 @@
-"""What the contract says of cost, on the CPU: packed data, vmap, resets, Python threads, 16-bit dtypes.
+"""What the contract says of cost, on the CPU: packed data, vmap, Python threads, 16-bit dtypes.
 
     python benchmarks/bench_contract.py [--only GROUP ...] [--threads N ...] [--budget SECONDS]
                                         [--output results/NAME.json]
@@ -6,7 +6,6 @@
 packed    a ragged batch against the padded one, per row: 1 says the cost follows the sum of the lengths; and
           torch.nn.LSTM's time for the same PackedSequence
 vmap      torch.vmap over 8 inputs against one call on a batch 8 times as large
-resets    a batch of which 3 in 100 steps begin anew against one without resets
 callers   two Python threads, each with one intra-op thread, against one
 16-bit    torch.nn.LSTM's time in bfloat16 and float16, and lstm_ext's own in float32
 
@@ -15,13 +14,11 @@ Nothing fails here: what a busy machine measures is no verdict.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import harness
 import torch
@@ -31,9 +28,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
-GROUPS = ["packed", "vmap", "resets", "callers", "16-bit"]
+GROUPS = ["packed", "vmap", "callers", "16-bit"]
 SAMPLES = 8  # of vmap
-TARGETS = {"packed": 1.15, "vmap": 1.2, "resets": 1.05, "callers": 1.3}  # at most
+TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
 
 def call_of(layer: nn.Module, x: torch.Tensor | PackedSequence, training: bool) -> Callable[[], object]:
@@ -106,26 +103,6 @@ def vmap(shape: Shape, training: bool, budget: float) -> dict:
     return {"cost": comparison.ratio, "times": [harness.as_dict(comparison)]}
 
 
-def resets(shape: Shape, training: bool, budget: float) -> dict:
-    _, ours = harness.make_layers(shape)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=generator)
-    flags = torch.rand(shape.steps, shape.batch, generator=generator) < 0.03
-
-    class Resetting(nn.Module):
-        hidden_size = shape.hidden_size
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = ours
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            return self.layer(x, resets=flags)
-
-    comparison = harness.compare(call_of(Resetting(), x, training), call_of(ours, x, training), budget)
-    return {"cost": comparison.ratio, "times": [harness.as_dict(comparison)]}
-
-
 def callers(shape: Shape, training: bool, budget: float) -> dict:
     """One intra-op thread each, whatever --threads says; weights are read by both, gradients are each one's own."""
     torch.set_num_threads(1)
@@ -174,18 +151,12 @@ def low_precision(shape: Shape, training: bool, budget: float) -> dict:
     return result
 
 
-MEASURE = {"packed": packed, "vmap": vmap, "resets": resets, "callers": callers, "16-bit": low_precision}
+MEASURE = {"packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.options_of(__doc__, TASKS, budget=4.0)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
-    parser.add_argument("--shapes", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds per case")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
 
     facts = harness.facts()

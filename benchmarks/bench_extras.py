@@ -14,10 +14,8 @@ Nothing fails here: what a busy machine measures is no verdict.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import harness
 import torch
@@ -178,14 +176,8 @@ MEASURE = {"time": time_of, "memory": memory_of, "step": step_of}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.options_of(__doc__, TASKS, budget=2.0)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
-    parser.add_argument("--shapes", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
 
     record: dict = {"facts": harness.facts(), "targets": TARGETS, "results": []}

@@ -14,7 +14,6 @@ Needs torchrl. Nothing fails here: what a busy machine measures is no verdict.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -77,16 +76,10 @@ def measure(shape: Shape, resets: float, training: bool, budget: float) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser = harness.options_of(__doc__, SHAPES, budget=8.0)
     parser.add_argument(
         "--resets", type=float, default=0.025, help="share of the steps that begin an episode"
     )
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds per case")
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
 
     facts = {**harness.facts(), "torchrl": version("torchrl"), "tensordict": version("tensordict")}

@@ -6,6 +6,7 @@ the two sides alternate call by call, and what disturbs one disturbs the other.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
@@ -209,6 +210,21 @@ def peak_memory(kind: str, shape: Shape, threads: int, options: dict[str, object
     }
     child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(child.stdout.splitlines()[-1])
+
+
+# ---- the command line -----------------------------------------------------------------------------
+
+
+def options_of(description: str, shapes: dict[str, Shape], budget: float) -> argparse.ArgumentParser:
+    """What the benchmarks of named shapes have in common; the budget is that of a case, in seconds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds per case")
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    return parser
 
 
 # ---- the facts of the machine --------------------------------------------------------------------

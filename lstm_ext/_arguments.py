@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _packing
+from ._eager import LEGACY_VMAP, is_active
 from ._extras import LSTMExtras, StackExtras
 from ._lengths import Packing, count_mask
 
 __all__ = ["Layout", "flag", "forget_bias_value", "probability", "run", "zoneout_pair"]
-
-_LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 def _check_is_on() -> bool:
@@ -252,7 +251,7 @@ def _is_readable(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP)
+        and not is_active(LEGACY_VMAP)
         and type(x) in (Tensor, torch.nn.Parameter)
     )
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from . import _backend
+from ._eager import nothing_looks_on
 
 __all__ = ["OPERANDS", "LSTMExtras", "LayerExtras", "StackExtras", "collected"]
 
@@ -106,14 +107,6 @@ class LayerExtras:
             and not self.return_cell_states
             and not self.return_gates
         )
-
-    def have_kernels(self, device: torch.device) -> bool:
-        """Whether the fused kernels serve these extras on this kind of device; meta is like the CPU."""
-        return device.type in ("cpu", "meta", "cuda")
-
-    def can_be_rebuilt(self, device: torch.device) -> bool:
-        """Whether the backward kernels compute the gates again by themselves, so that only c_t need be saved."""
-        return device.type in ("cpu", "cuda") and len(self.norm) == 0
 
     def operands(self) -> tuple[Any, ...]:
         """As the registered operators take them, after the arguments of the plain layer; `from_operands` reads them."""
@@ -249,22 +242,11 @@ def _kept(input: Tensor, directions: int, size: int, p: float) -> Any:
     if p == 0:
         return 0.0
     shape = (directions, *input.shape[:-1], size)
-    if input.device.type != "cpu" or p < 2**-16 or not _may_draw_flags():
+    # The extension does it in a fraction of the time, but none that looks on knows its function.
+    if input.device.type != "cpu" or p < 2**-16 or not nothing_looks_on() or not _backend.has_kernels():
         return torch.rand(shape, dtype=torch.float32, device=input.device) < p
     seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return _backend.extension().random_flags(shape, p, seed.item())
-
-
-def _may_draw_flags() -> bool:
-    """Whether masks may come from the extension, in a tenth of the time: none but eager calls know it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
-        and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-        and _backend.has_kernels()
-    )
 
 
 def collected(layers: Sequence[tuple[Tensor | None, Tensor | None]]) -> LSTMExtras:

@@ -75,9 +75,6 @@ def stack(
     return input, torch.cat(h_n), torch.cat(c_n)
 
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
 def _stack_with_extras(
     layer: LayerFunction,
     input: Tensor,
@@ -96,16 +93,8 @@ def _stack_with_extras(
         input, h0, c0, weights = _to_autocast_dtype(input, h0, c0, weights)
         # The parameters of layer normalisation keep their dtype, as torch.nn.LayerNorm's do. Only the other of the two
         # 16-bit dtypes, which a layer does not take, becomes float32, in which the layer computes: no rounding.
-        norm = extras.norm
-        if input.dtype in _LOW_PRECISION:
-            norm = tuple(
-                [
-                    tuple(
-                        [w.float() if w.dtype in _LOW_PRECISION and w.dtype != input.dtype else w for w in ws]
-                    )
-                    for ws in norm
-                ]
-            )
+        other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(input.dtype)
+        norm = tuple([tuple([w.float() if w.dtype == other else w for w in of]) for of in extras.norm])
         extras = replace(extras, reset_h=reset_h, reset_c=reset_c, norm=norm)
     directions = 2 if bidirectional else 1
     h0_of = [None] * len(weights) if h0 is None else h0.split(directions)

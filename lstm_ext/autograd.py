@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _cuda_devices, reference, transforms
+from ._eager import PRE_DISPATCH, dispatch_modes, innermost_transform, is_active, nothing_looks_on
 from ._extras import LayerExtras
 from ._stack import LayerFunction
 
@@ -37,15 +38,7 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _CPU = torch.device("cpu")
 
-# Asked in every call, so without the way through the modules.
 _is_compiling = torch.compiler.is_compiling
-_is_jit_tracing = torch._C._is_tracing
-_innermost_transform = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_active = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = (
-    torch._C.DispatchKey.PreDispatch
-)  # make_fx(pre_dispatch=True), whose mode is not among the others
 
 
 def lstm_layer(
@@ -81,13 +74,20 @@ def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], bias: bool
 ) -> tuple[Tensor, Tensor]:
     """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it."""
-    if _is_direct(input, h, c, weights) and not (
-        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (input, h, c, *weights)])
+    if (
+        weights[1].size(-1)
+        and _is_direct(input, h, c, weights)
+        and not (
+            torch.is_grad_enabled()
+            and any([t is not None and t.requires_grad for t in (input, h, c, *weights)])
+        )
     ):
         kernels = _backend.extension()
         if kernels is not None:
             return kernels.lstm_cell_forward(input, h, c, weights, bias)
-    _, h_n, c_n = lstm_layer(
+    # Without hidden units there is nothing to compute, and nothing that a kernel accepts.
+    layer = lstm_layer if weights[1].size(-1) else reference.lstm_layer
+    _, h_n, c_n = layer(
         input[None],  # quicker than unsqueeze
         None if h is None else h[None],
         None if c is None else c[None],
@@ -111,22 +111,22 @@ def _layer_with_extras(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The one place that decides what computes the extras: the kernels, or the equations of `reference`."""
     tensors = (*weights, *extras.tensors())
-    have_kernels = extras.have_kernels(input.device)
-    direct = have_kernels and _is_direct(input, h0, c0, tensors) and _backend.has_kernels()
-    if extras.recompute and not (direct and extras.can_be_rebuilt(input.device)):
+    direct = _is_direct(input, h0, c0, tensors) and _backend.has_kernels()
+    # The backward kernels compute the gates again by themselves, but for those with layer normalisation.
+    if extras.recompute and (not direct or extras.norm):
         return _recomputed(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
     if extras.is_plain() and not extras.recompute:
         return *lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional), None, None
     if direct:
         return _fused_layer_with_extras(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
-    layer = reference.lstm_layer
-    if have_kernels and not _is_exporting_to_onnx():
-        layer = _indirect_layer(input, h0, c0, tensors)
-    else:
+    if _is_exporting_to_onnx():
+        layer = reference.lstm_layer
         refuse_none(weights)
         _refuse_shards([input, *weights])
+    else:
+        layer = _indirect_layer(input, h0, c0, tensors)
     if batch_sizes is not None:
-        if layer is reference.lstm_layer and (_is_compiling() or _dispatch_modes() > 0):
+        if layer is reference.lstm_layer and (_is_compiling() or dispatch_modes() > 0):
             # The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made.
             if _is_exporting_to_onnx():
                 from .onnx import UnsupportedLayerError
@@ -207,7 +207,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels may be called past the dispatcher."""
-    if _is_compiling() or _is_jit_tracing():
+    if not nothing_looks_on() or forward_ad._current_level >= 0:
         return False
     device = input.device
     if device != _CPU and (device.type != "cuda" or not _cuda_devices.is_supported(device.index)):
@@ -217,15 +217,7 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     for w in weights:
         if type(w) not in _PLAIN_TYPES:
             return False
-    if (h0 is not None and type(h0) not in _PLAIN_TYPES) or (c0 is not None and type(c0) not in _PLAIN_TYPES):
-        return False
-    return (
-        _innermost_transform() is None
-        and _dispatch_modes() == 0
-        and forward_ad._current_level < 0
-        and not _is_active(transforms.LEGACY_VMAP)
-        and not _is_active(_PRE_DISPATCH)
-    )
+    return (h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)
 
 
 def _indirect_layer(
@@ -248,7 +240,7 @@ def _indirect_layer(
     if not transforms.are_supported():
         return reference.lstm_layer
     wants_gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-    if _innermost_transform() is None and (_is_active(_PRE_DISPATCH) or not wants_gradients):
+    if innermost_transform() is None and (is_active(PRE_DISPATCH) or not wants_gradients):
         return _operator
     return transforms.lstm_layer
 
@@ -267,7 +259,7 @@ def _has_operators(device: torch.device) -> bool:
 
 
 def _is_traced(batch_sizes: Tensor) -> bool:
-    return not _is_compiling() and _dispatch_modes() > 0 and type(batch_sizes) is Tensor
+    return not _is_compiling() and dispatch_modes() > 0 and type(batch_sizes) is Tensor
 
 
 def _is_exporting_to_onnx() -> bool:

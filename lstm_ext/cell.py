@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import _stack, autograd, reference
+from . import _stack, autograd
 
 __all__ = ["LSTMCell"]
 
@@ -164,22 +164,10 @@ def _step(
     x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """x (B, I), h and c (B, H)."""
-    w_ih, w_hh, b_ih, b_hh = weights
+    b_ih, b_hh = weights[2:]
     if b_ih is None and b_hh is None:
         weights = weights[:2]
     elif b_ih is None or b_hh is None:  # set by the user; torch's cell takes it too
         b = b_hh if b_ih is None else b_ih
-        weights = [w_ih, w_hh, b, torch.zeros_like(b)]
-    if w_hh.size(-1) == 0:
-        # There is nothing to compute, and nothing that a kernel accepts.
-        _, h_n, c_n = reference.lstm_layer(
-            x[None],
-            None if h is None else h[None],
-            None if c is None else c[None],
-            weights,
-            None,
-            len(weights) == 4,
-            False,
-        )
-        return h_n[0], c_n[0]
+        weights = [*weights[:2], b, torch.zeros_like(b)]
     return autograd.lstm_cell(x, h, c, weights, len(weights) == 4)

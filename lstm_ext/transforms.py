@@ -19,10 +19,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from . import reference
+from ._eager import LEGACY_VMAP, is_active
 from ._extras import LayerExtras
 
 __all__ = [
-    "LEGACY_VMAP",
     "OPERATOR_TYPES",
     "LayerCall",
     "are_supported",
@@ -37,17 +37,13 @@ __all__ = [
 # Types of tensors that the operators take: those with numbers, and those that their fake kernels serve.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 
-# Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
-# tensors and have no memory of their own.
-LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
-
 _Dims = Sequence[Any]  # for each argument, where the samples lie in it, or None
 _Tensors = tuple[Tensor, ...]
 
 
 def are_supported() -> bool:
     """Whether this module serves the transforms that are active, if there are any."""
-    if forward_ad._current_level >= 0 or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP):
+    if forward_ad._current_level >= 0 or is_active(LEGACY_VMAP):
         return False
     kinds = {t.key() for t in torch._C._functorch.get_interpreter_stack() or ()}
     return kinds <= {TransformType.Grad, TransformType.Vmap}

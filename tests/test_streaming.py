@@ -109,7 +109,13 @@ def test_many_rows_within_rounding(name, dtype, device):
         stepped, (h_n, c_n) = step_by_step(layer, x, None)
     for a, b in [(stepped, output), (h_n, h), (c_n, c)]:
         difference = (a.double() - b.double()).norm() / b.double().norm()
-        assert difference < 64 * torch.finfo(dtype).eps
+        # What is normalised makes more of a rounding; the sums of 16 bits are those of float32.
+        bound = (
+            (64 if dtype != torch.bfloat16 else 4)
+            if layer.layer_norm
+            else (4 if dtype != torch.bfloat16 else 1)
+        )
+        assert difference < bound * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", OPTIONS)

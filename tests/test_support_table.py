@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_ext import autograd, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import _backend, autograd, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -124,7 +123,7 @@ def test_a_listed_error_that_does_not_come_is_a_failure(monkeypatch):
 
 
 def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(LayerExtras, "have_kernels", lambda self, device: False)
+    monkeypatch.setattr(_backend, "has_kernels", lambda: False)
     assert support_table.main(["--check", "--fast", "--only", "layer_norm"]) == 1
     said = capsys.readouterr().err
     assert "layer_norm, forward, float32: equations, in the record: kernels" in said
