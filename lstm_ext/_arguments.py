@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ CHECK = _check_is_on()
 
 def probability(name: str, value: Any) -> float:
     """Raises: ValueError, as torch's layer for ``dropout``."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1], got {value!r}")
@@ -73,7 +75,7 @@ def forget_bias_value(value: Any, bias: bool) -> float:
 # Of a call
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Layout:
     """How the arguments of a call lie: the input's axes, without that of the features."""
 
@@ -121,7 +123,7 @@ def run(
     c0: Tensor | None,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
-    options: StackExtras,
+    extras: StackExtras,
     *,
     lengths: Any = None,
     resets: Any = None,
@@ -136,22 +138,19 @@ def run(
         stacked: the layers, (x, h0, c0, batch_sizes, extras or None) -> (output, h_n, c_n[, LSTMExtras]).
         x: (T, B, I) or (N, I), checked, as are h0 and c0, with a batch axis in the order of the user.
         state_shapes: those of h0 and c0.
-        options: what the constructor's arguments say.
+        extras: what the constructor's arguments say; made for this call, it gets what the call asks for.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    of_call: dict[str, Any] = {
-        "return_cell_states": flag("return_cell_states", return_cell_states),
-        "return_gates": flag("return_gates", return_gates),
-    }
+    extras.return_cell_states = flag("return_cell_states", return_cell_states)
+    extras.return_gates = flag("return_gates", return_gates)
     if resets is not None:
-        of_call["resets"] = _resets(resets, x, layout)
+        extras.resets = _resets(resets, x, layout)
     if reset_state is not None:
         if resets is None:
             raise ValueError("reset_state: expected together with resets, got resets=None")
-        of_call["reset_h"], of_call["reset_c"] = _reset_state(reset_state, x, state_shapes, layout)
-    extras = replace(options, **of_call)
+        extras.reset_h, extras.reset_c = _reset_state(reset_state, x, state_shapes, layout)
     if mask is not None and lengths is not None:
         raise ValueError("mask: expected without lengths, which say the same, got both")
     wanted = extras.return_cell_states or extras.return_gates
@@ -162,11 +161,10 @@ def run(
                 raise ValueError(
                     f"{name}: expected None for a PackedSequence, which has its own lengths, got {_kind(value)}"
                 )
-        h0, c0, reset_h, reset_c = [
+        h0, c0, extras.reset_h, extras.reset_c = [
             None if s is None else _packing.permuted(s, packed.sorted_indices)
             for s in (h0, c0, extras.reset_h, extras.reset_c)
         ]
-        extras = replace(extras, reset_h=reset_h, reset_c=reset_c)
         output, h_n, c_n, more = _called(stacked, x, h0, c0, packed.batch_sizes, extras)
         h_n = _packing.permuted(h_n, packed.unsorted_indices)
         c_n = _packing.permuted(c_n, packed.unsorted_indices)
@@ -189,11 +187,9 @@ def run(
         elif max(numbers) > 0:
             return _run_packed(Packing(of_rows, layout.time), stacked, x, h0, c0, layout, extras, wanted)
     if of_rows is not None:
-        of_rows = of_rows.to(x.device, non_blocking=True)
-        counted = extras.resets
-        if counted is not None:
-            counted = counted & count_mask(of_rows, layout.time)
-        extras = replace(extras, lengths=of_rows, resets=counted)
+        extras.lengths = of_rows.to(x.device, non_blocking=True)
+        if extras.resets is not None:
+            extras.resets = extras.resets & count_mask(extras.lengths, layout.time)
     output, h_n, c_n, more = _called(stacked, x, h0, c0, None, extras)
     return layout.restored(output, h_n, c_n, more if wanted else None)
 
@@ -222,12 +218,9 @@ def _run_packed(
     wanted: bool,
 ) -> tuple[Any, ...]:
     """Padded input whose lengths are known: nothing is computed for padding."""
-    extras = replace(
-        extras,
-        resets=None if extras.resets is None else packing.packed(extras.resets),
-        reset_h=packing.packed_state(extras.reset_h),
-        reset_c=packing.packed_state(extras.reset_c),
-    )
+    extras.resets = None if extras.resets is None else packing.packed(extras.resets)
+    extras.reset_h = packing.packed_state(extras.reset_h)
+    extras.reset_c = packing.packed_state(extras.reset_c)
     output, h_n, c_n, more = _called(
         stacked,
         packing.packed(x),

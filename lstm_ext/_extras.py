@@ -60,7 +60,7 @@ class LSTMExtras(NamedTuple):
 _pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtras")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: made in every call, which then takes four times as long
 class LayerExtras:
     """The extras of one layer, both directions; time first.
 
@@ -161,7 +161,7 @@ class LayerExtras:
         return self.with_tensors([function(t) for t in self.tensors()])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StackExtras:
     """The extras of all L layers. What is not explained here is as in :class:`LayerExtras`.
 
