@@ -7,6 +7,7 @@ the two sides alternate call by call, and what disturbs one disturbs the other.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -228,6 +229,19 @@ def options_of(description: str, shapes: dict[str, Shape], budget: float) -> arg
 
 
 # ---- the facts of the machine --------------------------------------------------------------------
+
+
+def keep_freed_memory() -> bool:
+    """From now on the process keeps what it frees, as glibc's `mallopt` offers; returns whether it does.
+
+    Else malloc gives the memory of a training step back to the system when it ends and asks for it in the next, where
+    every page of it is a fault. When it does is a matter of the largest piece ever freed, so that the same step takes
+    twice as long, or not, with what happened to run before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_threshold = -1, -3  # M_... of malloc.h
+    most = 2**31 - 1
+    return mallopt is not None and bool(mallopt(trim_threshold, most) and mallopt(mmap_threshold, 2**30))
 
 
 def cpu_model() -> str:

@@ -66,10 +66,11 @@ def steps(record: dict) -> list[str]:
 def extras_table(record: dict) -> str:
     parts = [times(record), memory(record), steps(record)]
     tables = "\n\n".join("\n".join(part) for part in parts if len(part) > 2)
+    kept = " Freed memory stays with the process." if record["facts"]["freed_memory_kept"] else ""
     return (
         f"{tables}\n\nOver the layer without the extra (`layer_norm, recompute`: over `layer_norm`), float32, on 1 and "
         f"on 2 threads; masks are drawn in every step, 3 in 100 steps are reset. Both sides alternate in one run; "
-        f"medians.\n\n{facts_line(record)}"
+        f"medians.{kept}\n\n{facts_line(record)}"
     )
 
 
