@@ -88,7 +88,12 @@ class Layer(layer_cases.Layer):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_values_and_gradients(name, dtype):
-    check_values_and_gradients(name, dtype, 6 if name in EXTRAS else 20 if dtype in LOW else 3)
+    few = 6 if name in EXTRAS else 3
+    # Few layers say little where chance decides how exact the other side is: in 16 bits, and with layer normalisation,
+    # whose draws may be badly conditioned.
+    many = dtype == torch.float32 if name in EXTRAS else dtype in LOW
+    seeds = 20 if many else few
+    check_values_and_gradients(name, dtype, seeds)
 
 
 @pytest.mark.full
