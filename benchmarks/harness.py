@@ -157,7 +157,7 @@ def largest_difference(theirs: Callable[[], object], ours: Callable[[], object])
     return ((a - b.reshape(a.shape)).abs().max() / a.abs().max()).item()
 
 
-# ---- peak memory ---------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def memory_status(name: str) -> int:
@@ -213,6 +213,21 @@ def peak_memory(kind: str, shape: Shape, threads: int, options: dict[str, object
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def keep_freed_memory() -> bool:
+    """From now on the process keeps what it frees, but for pieces above 32 MiB; returns whether glibc takes it so.
+
+    Else malloc gives the memory of a training step back to the system when it ends and asks for it in the next, where
+    every page of it is a fault. When it does is a matter of the largest piece ever freed, so that the same step takes
+    twice as long, or not, with what happened to run before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_threshold = (
+        -1,
+        -3,
+    )  # M_... of malloc.h; the second takes no more than 32 MiB everywhere
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
+
+
 # ---- the command line -----------------------------------------------------------------------------
 
 
@@ -229,19 +244,6 @@ def options_of(description: str, shapes: dict[str, Shape], budget: float) -> arg
 
 
 # ---- the facts of the machine --------------------------------------------------------------------
-
-
-def keep_freed_memory() -> bool:
-    """From now on the process keeps what it frees, as glibc's `mallopt` offers; returns whether it does.
-
-    Else malloc gives the memory of a training step back to the system when it ends and asks for it in the next, where
-    every page of it is a fault. When it does is a matter of the largest piece ever freed, so that the same step takes
-    twice as long, or not, with what happened to run before.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_threshold = -1, -3  # M_... of malloc.h
-    most = 2**31 - 1
-    return mallopt is not None and bool(mallopt(trim_threshold, most) and mallopt(mmap_threshold, 2**30))
 
 
 def cpu_model() -> str:

@@ -36,8 +36,6 @@ CHECK = _check_is_on()
 
 def probability(name: str, value: Any) -> float:
     """Raises: ValueError, as torch's layer for ``dropout``."""
-    if type(value) is float and 0 <= value <= 1:
-        return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1], got {value!r}")

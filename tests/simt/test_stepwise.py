@@ -88,17 +88,20 @@ class Layer(layer_cases.Layer):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_values_and_gradients(name, dtype):
-    few = 6 if name in EXTRAS else 3
     # Few layers say little where chance decides how exact the other side is: in 16 bits, and with layer normalisation,
-    # whose draws may be badly conditioned.
-    many = dtype == torch.float32 if name in EXTRAS else dtype in LOW
-    seeds = 20 if many else few
+    # whose draws may be badly conditioned. The extras in other dtypes have many in the long tier.
+    if name in EXTRAS:
+        seeds = 20 if dtype == torch.float32 else 6
+    else:
+        seeds = 20 if dtype in LOW else 3
     check_values_and_gradients(name, dtype, seeds)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", EXTRAS)
-@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [d for d in EPS if d != torch.float32], ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_values_and_gradients_of_many_layers(name, dtype):
     check_values_and_gradients(name, dtype, 20)
 
