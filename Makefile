@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters
 # The last file that a build writes.
-EXTENSION := lstm_ext/_build_info.json
+EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 CXX_FILES = find csrc tests/simt examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -78,9 +78,9 @@ format: $(LINTERS)
 
 # Leaves the environment.
 clean:
-	rm -rf build dist *.egg-info lstm_ext/_C.*.so lstm_ext/_ops.so $(EXTENSION)
+	rm -rf build dist *.egg-info lstm_ext/native/_C.*.so lstm_ext/native/_ops.so $(EXTENSION)
 
-$(EXTENSION): $(CSRC) setup.py lstm_ext/_build_config.py $(PACKAGES) build/environment
+$(EXTENSION): $(CSRC) setup.py lstm_ext/native/config.py $(PACKAGES) build/environment
 	@echo "building the extension, about two minutes the first time; the compiler's output is in build/log.txt"
 	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
@@ -106,7 +106,7 @@ $(LINTERS): $(PACKAGES)
 	@touch $@
 
 # Folders of earlier builds may hold modules that are gone; the objects, which take the time, lie elsewhere.
-$(CUDA_INSTALLED): $(CSRC) $(wildcard lstm_ext/*.py lstm_ext/*.pyi) setup.py $(CUDA_PACKAGES)
+$(CUDA_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") setup.py $(CUDA_PACKAGES)
 	@mkdir -p build/cuda
 	@rm -rf build/lib build/lib.*
 	@echo "building and installing the extension with CUDA; the output is in build/cuda/log.txt"

@@ -1,4 +1,4 @@
-"""Builds the extension ahead of time. What is built and how: lstm_ext/_build_config.py; all else: pyproject.toml."""
+"""Builds the extension ahead of time. What is built and how: lstm_ext/native/config.py; all else: pyproject.toml."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import setuptools
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("_build_config", ROOT / "lstm_ext" / "_build_config.py")
+spec = importlib.util.spec_from_file_location("_build_config", ROOT / "lstm_ext" / "native" / "config.py")
 config = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = config  # where its dataclass looks for it
 spec.loader.exec_module(config)
@@ -53,8 +53,8 @@ def extension_arguments() -> dict:
             self.parallel = None
 
         def record_directories(self):
-            built = Path(self.build_lib) / "lstm_ext"
-            return [built, ROOT / "lstm_ext"] if self.inplace else [built]
+            built = Path(self.build_lib) / "lstm_ext" / "native"
+            return [built, ROOT / "lstm_ext" / "native"] if self.inplace else [built]
 
         def run(self):
             for directory in self.record_directories():
@@ -81,7 +81,7 @@ def extension_arguments() -> dict:
             super().build_extension(ext)
 
         def get_outputs(self):
-            return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / config.RECORD)]
+            return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / "native" / config.RECORD)]
 
     def extension(name, sources, compile_flags, link_flags):
         # As system headers, so that our warnings are about our code.

@@ -25,7 +25,7 @@ from shapes import TASKS, Shape
 from torch import nn
 
 import lstm_ext
-from lstm_ext import _backend
+from lstm_ext.native import loader
 
 GROUPS = ["time", "memory", "step"]
 STEPS = {"small": Shape(1, 1, 32, 64), "speech": Shape(1, 1, 80, 128), "large": Shape(1, 1, 256, 256)}
@@ -144,7 +144,7 @@ def step_of(shape: Shape, threads: int, budget: float) -> list[dict]:
     h, c = (torch.randn(shape.batch, shape.hidden_size) for _ in range(2))
     hx = (h[None], c[None])
     arguments = (x[None], *hx, list(cell.parameters()), None, True, False, False)
-    kernel = _backend.extension().lstm_layer_forward
+    kernel = loader.extension().lstm_layer_forward
 
     def inferring(function: Callable[[], object]) -> Callable[[], object]:
         def call() -> object:

@@ -371,9 +371,9 @@ def nvidia_smi() -> dict[str, str] | None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     import lstm_ext
-    from lstm_ext import _backend
+    from lstm_ext.native import loader
 
-    status = _backend.status()
+    status = loader.status()
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "device": device.type,

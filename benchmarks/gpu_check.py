@@ -57,7 +57,7 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 # What a build would be made of, and what is there.
 FITS = """import json, torch  # does it fit?
-from lstm_ext import _build_config as config
+from lstm_ext.native import config
 record = config.read_record(config.PACKAGE)
 wants_cuda = torch.version.cuda is not None
 problem = None
@@ -70,9 +70,9 @@ elif record.get("sources") != config.digest(config.source_dir()):
 elif wants_cuda and not record.get("cuda"):
     problem = "it has no CUDA kernels"
 else:
-    from lstm_ext import _backend
+    from lstm_ext.native import loader
     try:
-        _backend.extension()
+        loader.extension()
     except ImportError as error:
         problem = str(error)
 print(json.dumps({"problem": problem, "record": record}))
@@ -104,10 +104,10 @@ def build(session: Session, seconds: float) -> Outcome:
 # ---- info
 
 KERNELS = """import torch  # do the kernels run?
-from lstm_ext import _backend, _cuda_devices
-assert _backend.extension() is not None, _backend.status()
+from lstm_ext.native import loader, devices as native_devices
+assert loader.extension() is not None, loader.status()
 assert torch.cuda.is_available(), "torch finds no GPU"
-assert _cuda_devices.problem(0) is None, _cuda_devices.problem(0)
+assert native_devices.problem(0) is None, native_devices.problem(0)
 import lstm_ext
 layer = lstm_ext.LSTM(3, 4, device="cuda")
 output, _ = layer(torch.randn(5, 2, 3, device="cuda"))

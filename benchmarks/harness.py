@@ -277,9 +277,9 @@ def load() -> float:
 
 def facts() -> dict[str, object]:
     import lstm_ext
-    from lstm_ext import _backend
+    from lstm_ext.native import loader
 
-    extension = _backend.extension()
+    extension = loader.extension()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
@@ -289,7 +289,7 @@ def facts() -> dict[str, object]:
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "lstm_ext": lstm_ext.__version__,
-        "lstm_ext_backend": _backend.status().backend,
+        "lstm_ext_backend": loader.status().backend,
         "lstm_ext_cpu_capability": extension.cpu_capability() if extension else None,
         "git_commit": git_commit(),
     }

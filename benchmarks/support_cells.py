@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.func import functional_call, grad, jvp, vmap
 
-from lstm_ext import _backend, reference
+from lstm_ext import reference
+from lstm_ext.native import loader
 
 DTYPES = {
     "float64": torch.float64,
@@ -104,7 +105,7 @@ _OPERATORS = tuple(
 def watched() -> Iterator[Seen]:
     """Counts the calls of eager code. A dispatch mode would do so too, but it changes the way that calls take."""
     seen = Seen()
-    extension, equations = _backend.extension(), reference.lstm_layer
+    extension, equations = loader.extension(), reference.lstm_layer
 
     class Kernels:
         def __getattr__(self, name: str) -> Any:
@@ -129,7 +130,7 @@ def watched() -> Iterator[Seen]:
 
     kernels = None if extension is None else Kernels()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_backend, "extension", lambda: kernels))
+        stack.enter_context(mock.patch.object(loader, "extension", lambda: kernels))
         stack.enter_context(mock.patch.object(reference, "lstm_layer", counted))
         for name in _OPERATORS if extension is not None else ():
             wrapped = Operator(getattr(torch.ops.lstm_ext, name))

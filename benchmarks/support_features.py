@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
-from lstm_ext import _backend, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import reference
+from lstm_ext.layer.options import LayerExtras
+from lstm_ext.native import loader
 
 # At import, so that nothing that is planted or counted in the package gets here.
 _layer_of_equations = reference.lstm_layer
@@ -293,7 +294,7 @@ class Problem:
                     return torch.rand(shape, device=device) < p
                 # What this function gives is a matter of its own tests.
                 seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
-                return _backend.extension().random_flags(shape, p, seed)
+                return loader.extension().random_flags(shape, p, seed)
 
             return draw
 

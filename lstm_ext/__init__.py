@@ -6,16 +6,17 @@ this package compiles nothing; the compiled kernels are looked for when the firs
 
 from __future__ import annotations
 
-from . import _backend, functional, reference
-from ._build_config import VERSION as __version__
-from ._convert import convert, from_torch, revert, to_torch
-from ._extras import LSTMExtras
-from ._gates import from_gates
-from .cell import LSTMCell
-from .modules import LSTM
+from . import functional, reference
+from .layer.options import LSTMExtras
+from .native import loader
+from .native.config import VERSION as __version__
+from .nn.cell import LSTMCell
+from .nn.convert import convert, from_torch, revert, to_torch
+from .nn.from_gates import from_gates
+from .nn.lstm import LSTM
 
 # An extension that was built ahead of time for another torch: say so now, not in the first call.
-_backend.check()
+loader.check()
 
 __all__ = [
     "LSTM",

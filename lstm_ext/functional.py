@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _stack, autograd
+from .call import stack
+from .layer import route
 
 __all__ = ["lstm"]
 
@@ -71,8 +72,8 @@ def lstm(
         ValueError: a wrong shape, number of weights, dtype, device or value; the text names the argument.
         RuntimeError: the sequence is empty (T == 0), with torch's text.
     """
-    return _stack.lstm(
-        autograd.lstm_layer,
+    return stack.lstm(
+        route.lstm_layer,
         input,
         hx,
         weights,

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import _backend, _cuda_kernel, _selftest_record
-from . import _build_config as config
+from .native import config, cuda, loader, selftest_record
 
 
 def operators_library() -> str:
@@ -27,9 +26,9 @@ def operators_library() -> str:
     Raises:
         ImportError: there is no compiled extension; the text says why.
     """
-    if _backend.extension() is None:
-        raise ImportError(f"there is no compiled extension: {_backend.status().reason}")
-    return str(_backend.status().ops_path)
+    if loader.extension() is None:
+        raise ImportError(f"there is no compiled extension: {loader.status().reason}")
+    return str(loader.status().ops_path)
 
 
 def _lines() -> list[tuple[str, str]]:
@@ -40,9 +39,9 @@ def _lines() -> list[tuple[str, str]]:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the lines below say what the warning would
-        status = _backend.status()
+        status = loader.status()
         try:
-            module = _backend.extension()
+            module = loader.extension()
             in_use = status.backend
         except ImportError:  # every call raises it: not even the reference is used
             module, in_use = None, "none"
@@ -73,14 +72,14 @@ def _lines() -> list[tuple[str, str]]:
     return lines
 
 
-def _cuda_lines(is_loaded: bool, status: _backend.Status) -> list[tuple[str, str]]:
+def _cuda_lines(is_loaded: bool, status: loader.Status) -> list[tuple[str, str]]:
     if not is_loaded:
         lines = [("cuda", "no kernels: the extension is not loaded")]
     elif status.cuda is None:
         lines = [("cuda", f"no kernels, CUDA tensors run on the reference: {status.cuda_reason}")]
     else:
         lines = [("cuda", f"kernels built with CUDA {status.cuda}")]
-        choice = _cuda_kernel.choice()
+        choice = cuda.choice()
         lines.append(("  kernel", f"{choice.kernel}: {choice.reason}"))
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -90,15 +89,15 @@ def _cuda_lines(is_loaded: bool, status: _backend.Status) -> list[tuple[str, str
     return lines
 
 
-def _device_lines(device: torch.device, status: _backend.Status) -> list[tuple[str, str]]:
+def _device_lines(device: torch.device, status: loader.Status) -> list[tuple[str, str]]:
     major, minor = torch.cuda.get_device_capability(device)
     text = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     if status.cuda is None:
         return [(f"  {device}", f"{text}: runs on the reference")]
-    reason = _cuda_kernel.unsupported((major, minor), status.cuda)
+    reason = cuda.unsupported((major, minor), status.cuda)
     if reason is not None:
         return [(f"  {device}", f"{text}: not supported: {reason}")]
-    entry = _selftest_record.find(device)
+    entry = selftest_record.find(device)
     if entry is None:
         tested = "not run for this device and build: python -m lstm_ext.selftest"
     else:
@@ -108,27 +107,27 @@ def _device_lines(device: torch.device, status: _backend.Status) -> list[tuple[s
     return [(f"  {device}", f"{text}: supported"), ("    selftest", tested)]
 
 
-def _changed_sources(status: _backend.Status) -> str | None:
+def _changed_sources(status: loader.Status) -> str | None:
     source_dir = config.source_dir()
     record = config.read_record(Path(str(status.path)).parent)
     if source_dir is None or record is None or record.get("sources") == config.digest(source_dir):
         return None
-    return f"{source_dir} has changed since the build: rebuild with {_backend._build_command()}"
+    return f"{source_dir} has changed since the build: rebuild with {loader._build_command()}"
 
 
 def _aot_state() -> str:
-    path = _backend._find_aot()
+    path = loader._find_aot()
     if path is None:
-        return f"no {config.MODULE} here: build it with {_backend._build_command()}"
+        return f"no {config.MODULE} here: build it with {loader._build_command()}"
     try:
-        _backend._check_record(path)
+        loader._check_record(path)
     except ImportError as error:
         return f"does not fit: {error}"
     return f"there, not in use: {path}"
 
 
 def _jit_state() -> str:
-    problem = _backend.jit_problem()
+    problem = loader.jit_problem()
     return f"cannot be built: {problem}" if problem else "can be built (LSTM_EXT_BACKEND=jit)"
 
 
@@ -149,7 +148,7 @@ def main() -> int:
         return 1
     for name, text in lines:
         print(f"{name:<13}{text}".rstrip())
-    return 0 if _backend.status().backend != "reference" else 1
+    return 0 if loader.status().backend != "reference" else 1
 
 
 if __name__ == "__main__":

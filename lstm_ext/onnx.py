@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import reference
-from ._extras import LayerExtras
+from .layer import equations
+from .layer.options import LayerExtras
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
@@ -186,7 +186,7 @@ def _equations(
             "of steps"
         )
     extras = LayerExtras.from_operands(operands, return_cell_states, return_gates)
-    results = reference.lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras)
+    results = equations.lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras)
     return tuple([input.new_empty(0) if r is None else r for r in results])
 
 

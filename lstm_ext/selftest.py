@@ -3,7 +3,7 @@
 Each line is one check: values and all gradients of one layer, through the registered operators, against
 ``lstm_ext.reference`` in float64. An error is ``|out - ref| / |ref|`` (2-norms); allowed is twice that of the
 reference at the same dtype + 4 eps, and 64 eps in float64, in which the reference is no more exact than the kernels.
-Exit code 1 if a check fails. What passed is recorded for this user and device (see ``_selftest_record``).
+Exit code 1 if a check fails. What passed is recorded for this user and device (see ``selftest_record``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, _cuda_kernel, _selftest_record, reference
+from . import reference
+from .native import cuda, loader, selftest_record
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TF32_EPS = 2.0**-10
@@ -272,7 +273,7 @@ def _check(
 
 def cpu_checks() -> Iterator[Check]:
     """While one of them is in use, its instruction set is."""
-    module = _backend.extension()
+    module = loader.extension()
     assert module is not None
     before = module.cpu_capability()
     try:
@@ -285,7 +286,7 @@ def cpu_checks() -> Iterator[Check]:
 
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
-    for kernel in _cuda_kernel.IN_THIS_RELEASE:
+    for kernel in cuda.IN_THIS_RELEASE:
         for dtype, case in itertools.product(DTYPES, CASES):
             yield _check(kernel, case, dtype, device)
         for case in CASES:
@@ -313,8 +314,8 @@ def run(device: torch.device, checks: Iterator[Check]) -> bool:
         )
     passed = [variant for variant, is_good in good.items() if is_good]
     try:
-        _selftest_record.write(device, passed, [variant for variant in good if variant not in passed])
-        recorded = f"recorded in {_selftest_record.path()}"
+        selftest_record.write(device, passed, [variant for variant in good if variant not in passed])
+        recorded = f"recorded in {selftest_record.path()}"
     except (OSError, RuntimeError) as error:
         recorded = f"not recorded: {error}"
     print(f"{device}: {count - failures} of {count} checks passed; {recorded}")
@@ -323,14 +324,14 @@ def run(device: torch.device, checks: Iterator[Check]) -> bool:
 
 def cuda_devices() -> tuple[list[torch.device], list[str]]:
     """Those with kernels, and why the others have none."""
-    status = _backend.status()
+    status = loader.status()
     if not torch.cuda.is_available():
         return [], ["there is no GPU that this torch can use"]
     if status.cuda is None:
         return [], [f"the extension has no CUDA kernels: {status.cuda_reason}"]
     devices, reasons = [], []
     for i in range(torch.cuda.device_count()):
-        reason = _cuda_kernel.unsupported(torch.cuda.get_device_capability(i), status.cuda)
+        reason = cuda.unsupported(torch.cuda.get_device_capability(i), status.cuda)
         if reason is None:
             devices.append(torch.device("cuda", i))
         else:
@@ -345,12 +346,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this kind")
     chosen = parser.parse_args().device
     try:
-        module = _backend.extension()
+        module = loader.extension()
     except (ImportError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if module is None:
-        print(f"there is no compiled extension: {_backend.status().reason}", file=sys.stderr)
+        print(f"there is no compiled extension: {loader.status().reason}", file=sys.stderr)
         return 1
     passed = True
     if chosen != "cuda":

@@ -6,12 +6,13 @@ import sys
 
 import torch
 
-from lstm_ext import _backend, info
+from lstm_ext import info
+from lstm_ext.native import loader
 
 
 def problems() -> list[str]:
-    module = _backend.extension()
-    status = _backend.status()
+    module = loader.extension()
+    status = loader.status()
     if module is None or status.backend != "aot":
         return [f"the extension is not one built ahead of time: {status}"]
     found = []

@@ -38,11 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @functools.cache
 def _problem_of_cuda() -> str | None:
     """Why the tests of CUDA cannot run here."""
-    from lstm_ext import _cuda_devices
+    from lstm_ext.native import devices as native_devices
 
     if not torch.cuda.is_available():
         return f"{NO_GPU}: torch finds none"
-    problem = _cuda_devices.problem(torch.cuda.current_device())
+    problem = native_devices.problem(torch.cuda.current_device())
     return None if problem is None else f"{NO_GPU}: {problem}"
 
 
@@ -63,10 +63,10 @@ def _expected_skips() -> list[re.Pattern[str]]:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     try:
-        from lstm_ext import _backend
+        from lstm_ext.native import loader
 
-        loaded = _backend.extension() is not None
-        reason = _backend.status().reason
+        loaded = loader.extension() is not None
+        reason = loader.status().reason
     except ImportError as error:
         loaded, reason = False, error
     if not loaded:
@@ -137,9 +137,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor runs, in use for one test."""
-    from lstm_ext import _backend
+    from lstm_ext.native import loader
 
-    extension = _backend.extension()
+    extension = loader.extension()
     if request.param not in extension.cpu_capabilities():
         pytest.skip(f"this processor does not run {request.param}")
     before = extension.cpu_capability()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from lstm_ext import _arguments
+from lstm_ext.call import arguments
 
 
 def differing(description: Any) -> str:
@@ -270,7 +270,7 @@ class OracleLSTM(lstm_ext.LSTM):
                 x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         time, batch = x.shape[:2]
         # The masks are drawn for packed rows where the lengths are known and some steps do not count.
-        if known is None and lengths is not None and _arguments._is_readable(torch.tensor(lengths)):
+        if known is None and lengths is not None and arguments._is_readable(torch.tensor(lengths)):
             known = lengths if 0 < sum(lengths) < time * batch else None
 
         masks = drawn(self, time, batch, known, order)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext.layer.options import LayerExtras
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 LOW = (torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lstm_ext
-from lstm_ext import _build_config as config
+from lstm_ext.native import config
 
 # The smallest csrc/ that builds: without torch's headers it takes a second.
 TINY_OPS = """
@@ -49,7 +49,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION
   return tiny() == 1 ? PyModule_Create(&module) : nullptr;
 }
 """
-SHOW = "from lstm_ext import _backend; _backend.extension(); print(_backend.status().backend)"
+SHOW = "from lstm_ext.native import loader; loader.extension(); print(loader.status().backend)"
 # Runs the layer twice on whatever there is, and shows every warning.
 USE = """
 import warnings
@@ -75,14 +75,16 @@ class Project:  # also used by test_build_cuda.py
         self.root = root
         self.package = root / "lstm_ext"
         source = Path(lstm_ext.__file__).parent
-        shutil.copytree(
-            source, self.package, ignore=lambda _, names: [n for n in names if not n.endswith(".py")]
-        )
+
+        def other_than_python(folder: str, names: list[str]) -> list[str]:
+            return [n for n in names if not n.endswith(".py") and not (Path(folder) / n).is_dir()]
+
+        shutil.copytree(source, self.package, ignore=other_than_python)
         (root / "setup.py").touch()
         (root / "csrc").mkdir()
-        (root / "csrc" / "bindings.cpp").write_text(TINY)
+        (root / "csrc" / "python.cpp").write_text(TINY)
         (root / "csrc" / "operators.cpp").write_text(TINY_OPS)
-        (self.package / "ops.py").write_text("")  # it wants operators, and there are none
+        (self.package / "layer" / "operators.py").write_text("")  # it wants operators, and there are none
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("LSTM_EXT_")}
@@ -109,10 +111,10 @@ class Project:  # also used by test_build_cuda.py
         return str(path)
 
     def ahead_of_time(self, torch_version: str | None, content: bytes = b"", ops: bytes = b"") -> None:
-        (self.package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
-        (self.package / config.OPS_LIBRARY).write_bytes(ops)
+        (self.package / "native" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+        (self.package / "native" / config.OPS_LIBRARY).write_bytes(ops)
         if torch_version is not None:
-            config.write_record(self.package, torch_version, "a compiler", "a digest")
+            config.write_record(self.package / "native", torch_version, "a compiler", "a digest")
 
 
 @pytest.fixture
@@ -169,8 +171,8 @@ def test_one_openmp_runtime() -> None:
         import re, torch, lstm_ext
         with torch.no_grad():
             lstm_ext.LSTM(8, 8)(torch.randn(4, 64, 8))
-        from lstm_ext import _backend
-        assert _backend.extension() is not None
+        from lstm_ext.native import loader
+        assert loader.extension() is not None
         print(*{line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib(gomp|i?omp)", line)})
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -188,11 +190,16 @@ def test_build_ahead_of_time(project: Project) -> None:
     returncode, _, err = project.run("setup.py", "build_ext", "--inplace", "--parallel", "2")
     assert returncode == 0, err
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert {path.name for path in project.package.glob("*.so")} == {config.OPS_LIBRARY, f"_C{suffix}"}
-    assert config.OPS_LIBRARY in needed_by(project.package / f"_C{suffix}")
-    assert not [name for name in needed_by(project.package / config.OPS_LIBRARY) if "python" in name]
+    assert {path.name for path in (project.package / "native").glob("*.so")} == {
+        config.OPS_LIBRARY,
+        f"_C{suffix}",
+    }
+    assert config.OPS_LIBRARY in needed_by(project.package / "native" / f"_C{suffix}")
+    assert not [
+        name for name in needed_by(project.package / "native" / config.OPS_LIBRARY) if "python" in name
+    ]
     assert project.run("-c", SHOW, LSTM_EXT_BACKEND="aot") == (0, "aot", "")
-    code = "import importlib, torch; importlib.import_module('lstm_ext._C')"
+    code = "import importlib, torch; importlib.import_module('lstm_ext.native._C')"
     assert project.run("-c", code) == (0, "", "")  # the one finds the other, wherever both lie
 
 
@@ -267,7 +274,7 @@ def test_fallback_warns_once(project: Project, compiler: str | None, said: str) 
     ids=["ninja", "platform", "sources"],
 )
 def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> None:
-    code = f"from lstm_ext import _backend, _build_config as config\n{patch}\n_backend.extension()"
+    code = f"from lstm_ext.native import loader, config\n{patch}\nloader.extension()"
     returncode, _, err = project.run("-W", "always", "-c", code)
     assert returncode == 0, err
     assert err.count("RuntimeWarning") == 1
@@ -294,13 +301,15 @@ def test_bad_backend(project: Project) -> None:
 
 def test_backend_that_is_not_there(project: Project) -> None:
     error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
-    assert error.startswith("ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext._C: build it with")
+    assert error.startswith(
+        "ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext.native._C: build it with"
+    )
 
 
 @pytest.mark.parametrize("call", ["extension", "check"])
 def test_built_for_another_torch(project: Project, call: str) -> None:
     project.ahead_of_time("1.2.3")
-    error = project.last_error(f"from lstm_ext import _backend; _backend.{call}()")
+    error = project.last_error(f"from lstm_ext.native import loader; loader.{call}()")
     assert f"was built for torch 1.2.3, but torch {torch.__version__} is installed: rebuild it with" in error
 
 
@@ -331,7 +340,7 @@ def test_undefined_symbol(project: Project, broken: str) -> None:
 
 def test_one_library_without_the_other(project: Project) -> None:
     project.ahead_of_time(torch.__version__)
-    (project.package / config.OPS_LIBRARY).unlink()
+    (project.package / "native" / config.OPS_LIBRARY).unlink()
     assert f"has no {config.OPS_LIBRARY} beside it: rebuild it with" in project.last_error(SHOW)
 
 
@@ -376,10 +385,10 @@ def test_info_where_the_extension_does_not_fit(project: Project) -> None:
 
 def test_operators_of_another_file_are_an_error(tmp_path):
     """Loading a second library that registers them would end the process."""
-    from lstm_ext import _backend
+    from lstm_ext.native import loader
 
     copy = tmp_path / config.OPS_LIBRARY
-    shutil.copy(str(_backend.status().ops_path), copy)
+    shutil.copy(str(loader.status().ops_path), copy)
     program = (
         f"import torch; torch.ops.load_library({str(copy)!r})\n"
         "import lstm_ext\n"

@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_build import SHOW, Project, needed_by
 
-from lstm_ext import _backend, _cuda_kernel
-from lstm_ext import _build_config as config
+from lstm_ext.native import config, loader
+from lstm_ext.native import cuda as native_cuda
 
-SHOW_CUDA = SHOW + "; print(_backend.status().cuda); print(_backend.status().cuda_reason)"
+SHOW_CUDA = SHOW + "; print(loader.status().cuda); print(loader.status().cuda_reason)"
 HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
 
@@ -63,8 +63,8 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
 
 
 def test_sources_of_a_build_without_cuda(tmp_path: Path) -> None:
-    plain = ("bindings.cpp", "ops.cpp", "cuda/heuristics.cpp", "glue/stepwise_layer.cpp", "cpu/plan.cpp")
-    cuda = ("cuda/stepwise_f32.cu", "ops_cuda.cpp", "glue/gemm_cublas.cpp", "glue/cuda_stream.cpp")
+    plain = ("python.cpp", "ops.cpp", "cuda/heuristics.cpp", "torch/stepwise_layer.cpp", "cpu/plan.cpp")
+    cuda = ("cuda/stepwise_f32.cu", "ops_cuda.cpp", "torch/gemm_cublas.cpp", "torch/cuda_stream.cpp")
     for name in (*plain, *cuda):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -250,22 +250,22 @@ def test_capabilities_from_the_drivers_library(tmp_path: Path) -> None:
     ],
 )
 def test_which_gpus_a_build_runs_on(capability: tuple[int, int], built: str, said: str | None) -> None:
-    reason = _cuda_kernel.unsupported(capability, built)
+    reason = native_cuda.unsupported(capability, built)
     assert reason is None if said is None else said in reason
 
 
 def test_the_binary_and_the_record_agree() -> None:
-    module, status = _backend.extension(), _backend.status()
+    module, status = loader.extension(), loader.status()
     assert module.build_info()["cuda"] == (status.cuda or "")
     assert (status.cuda is None) == (status.cuda_reason is not None)
-    assert _backend.has_cuda_kernels() == bool(status.cuda)
+    assert loader.has_cuda_kernels() == bool(status.cuda)
 
 
 def test_operators_have_cuda_kernels_if_the_build_says_so() -> None:
     operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lstm_ext::")]
     assert operators
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert {has_kernel(name, "CUDA") for name in operators} == {_backend.has_cuda_kernels()}
+    assert {has_kernel(name, "CUDA") for name in operators} == {loader.has_cuda_kernels()}
 
 
 # ---- whole builds. A torch that says it has CUDA is enough to see what happens without nvcc.
@@ -297,7 +297,7 @@ def test_ahead_of_time_without_nvcc(project: Project, tmp_path: Path) -> None:
     returncode, _, err = project.run(*build, CUDA_HOME=str(tmp_path))
     assert returncode == 0, err
     assert "warning: the extension is built without CUDA kernels: nvcc was not found in CUDA_HOME=" in err
-    record = config.read_record(project.package)
+    record = config.read_record(project.package / "native")
     assert record["cuda"] is None
     assert record["cuda_reason"].startswith("nvcc was not found in CUDA_HOME=")
     assert project.run("-c", SHOW_CUDA)[1] == f"aot\nNone\n{record['cuda_reason']}"
@@ -356,7 +356,7 @@ def test_ahead_of_time_with_cuda(cuda_project: Project, cuda: config.Cuda) -> No
     returncode, _, err = project.run(*build, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
     assert returncode == 0, err
     assert project.run("-c", SHOW_CUDA) == (0, f"aot\n{cuda.version} for 8.0 9.0+PTX\nNone", "")
-    ops_library = project.package / config.OPS_LIBRARY
+    ops_library = project.package / "native" / config.OPS_LIBRARY
     assert "libc10_cuda.so" in needed_by(ops_library)
     code = f"import ctypes, torch; print(ctypes.CDLL({str(ops_library)!r}).tiny_devices() >= 0)"
     assert project.run("-c", code)[:2] == (0, "True")

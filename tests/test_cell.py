@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.testing._internal.common_modules import module_db
 
 import lstm_ext
-from lstm_ext import _backend, autograd
+from lstm_ext.layer import route
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -289,14 +290,14 @@ def test_empty_sizes(batch, features, hidden):
 @pytest.mark.parametrize("grad", [True, False])
 def test_kernels_are_called(monkeypatch, grad):
     calls = []
-    extension = _backend.extension()
+    extension = loader.extension()
 
     class Recorder:
         def __getattr__(self, name):
             calls.append(name)
             return getattr(extension, name)
 
-    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    monkeypatch.setattr(route.loader, "extension", lambda: Recorder())
     cell = lstm_ext.LSTMCell(3, 4).requires_grad_(grad)
     h, _ = cell(torch.randn(2, 3))
     assert calls == ["lstm_layer_forward" if grad else "lstm_cell_forward"]

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
-from lstm_ext import transforms
+from lstm_ext.layer import transforms
+from lstm_ext.native import devices as native_devices
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -576,9 +578,9 @@ def test_shapes_without_values(case: str, kind: str) -> None:
 def test_first_call_of_a_process_is_the_compiled_one() -> None:
     program = """
 import torch, lstm_ext
-from lstm_ext import _backend
+from lstm_ext.native import loader
 assert "torch._dynamo" not in __import__("sys").modules, "importing lstm_ext takes seconds"
-assert _backend._result is None
+assert loader._result is None
 calls = []
 def backend(module, inputs):
     calls.append([n for n in module.graph.nodes if "lstm_layer" in str(n.target) and n.op == "call_function"])
@@ -596,10 +598,8 @@ def test_without_the_extension_the_equations_are_compiled(monkeypatch: pytest.Mo
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = training_step(module, x)
-    monkeypatch.setattr(
-        lstm_ext._backend, "_result", lstm_ext._backend._Result(None, lstm_ext._backend.Status("reference"))
-    )
-    monkeypatch.setattr(lstm_ext._cuda_devices, "_problems", {})  # what was found before
+    monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("reference")))
+    monkeypatch.setattr(native_devices, "_problems", {})  # what was found before
     graphs = Graphs()
     torch.testing.assert_close(training_step(in_place(module, graphs), x), expected)
     [graph] = graphs.all

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 import lstm_ext.info
-from lstm_ext import _backend
+from lstm_ext.native import loader
 
 T, B, I, H = 5, 3, 2, 4
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aoti_inference"
@@ -230,8 +230,8 @@ def test_where_the_operators_are(monkeypatch: pytest.MonkeyPatch) -> None:
     run = subprocess.run([*command, "--operator"], capture_output=True, text=True)
     assert run.returncode == 2 and "expected no argument or --operators, got --operator" in run.stderr
 
-    nothing = _backend._Result(None, _backend.Status("reference", reason="none was built"))
-    monkeypatch.setattr(_backend, "_result", nothing)
+    nothing = loader._Result(None, loader.Status("reference", reason="none was built"))
+    monkeypatch.setattr(loader, "_result", nothing)
     with pytest.raises(ImportError, match="there is no compiled extension: none was built"):
         lstm_ext.info.operators_library()
 

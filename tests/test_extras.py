@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
-from lstm_ext import _arguments
+from lstm_ext.call import arguments
 
 T, B, I, H, P = 4, 4, 3, 5, 2
 
@@ -128,7 +128,7 @@ def test_values_and_gradients(layer, cell, cut, form, monkeypatch):
     if cut == "to a state":
         reset_state = states(module, batch)
     if "unread" in form:
-        monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+        monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
 
     torch.manual_seed(1)
     ours = call(module, form, x, hx, lengths, resets, reset_state)

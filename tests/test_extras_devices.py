@@ -9,7 +9,7 @@ from layer_cases import CASES, EPS, EXTRAS, Case, Layer, error
 from torch import Tensor
 
 import lstm_ext
-from lstm_ext import autograd, reference
+from lstm_ext.layer import equations, route
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -25,7 +25,7 @@ def computed(layer: Layer, case: Case, dtype: torch.dtype, device: str) -> list[
     extras = layer.extras(case, dtype, leaves[end:]).map(lambda t: t.to(device))
     if layer.lengths is not None and layer.resets is not None:
         extras = layer.without_flags_past_the_end(extras)
-    results = autograd.lstm_layer(
+    results = route.lstm_layer(
         *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
     )
     results = [y for y in results if y is not None]
@@ -57,7 +57,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, device: str) -> Non
 @pytest.mark.devices("cuda")
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_the_kernels_are_what_runs(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+    monkeypatch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
     module = lstm_ext.LSTM(
         3,
         8,

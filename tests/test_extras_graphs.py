@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import lstm_ext
-from lstm_ext import autograd, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext.layer import equations, route
+from lstm_ext.layer.options import LayerExtras
 
 T, B, I, H = 5, 3, 2, 4
 BATCH_SIZES = [3, 2, 2, 1, 1]
@@ -27,7 +27,7 @@ OP = "lstm_layer_with_extras"
 
 @pytest.fixture
 def no_equations(monkeypatch):
-    monkeypatch.setattr(reference, "_equations", lambda *_: pytest.fail("the equations ran"))
+    monkeypatch.setattr(equations, "_equations", lambda *_: pytest.fail("the equations ran"))
 
 
 # Arguments of the constructor and of the call.
@@ -377,7 +377,7 @@ def test_vmap_over_packed_data():
     def layer(x, resets):
         extras = LayerExtras(resets, return_cell_states=True)
         return [
-            y for y in autograd.lstm_layer(x, None, None, weights, sizes, True, True, extras) if y is not None
+            y for y in route.lstm_layer(x, None, None, weights, sizes, True, True, extras) if y is not None
         ]
 
     ours = vmap(layer)(xs, flags)

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
-from lstm_ext import _backend, autograd, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import reference
+from lstm_ext.layer import equations, route
+from lstm_ext.layer.options import LayerExtras
+from lstm_ext.native import loader
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23}
 
@@ -146,7 +148,7 @@ def error(x: Tensor, expected: Tensor) -> float:
 def check(layer: Layer, dtype: torch.dtype) -> None:
     expected = layer.results(reference.lstm_layer, torch.float64)
     plain = layer.results(reference.lstm_layer, dtype)
-    ours = layer.results(autograd.lstm_layer, dtype)
+    ours = layer.results(route.lstm_layer, dtype)
     for x, y, e in zip(ours, plain, expected, strict=True):
         bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]
         assert error(x, e) <= bound
@@ -204,7 +206,7 @@ def test_worst_of_twenty(shape, kind):
         torch.manual_seed(seed)
         layer = Layer(shape, True, torch.float32, kind=KINDS[kind])
         expected = layer.results(reference.lstm_layer, torch.float64)
-        for errors, function in ((ours, autograd.lstm_layer), (plain, reference.lstm_layer)):
+        for errors, function in ((ours, route.lstm_layer), (plain, reference.lstm_layer)):
             results = layer.results(function, torch.float32)
             errors.append([error(x, e) for x, e in zip(results, expected, strict=True)])
     for x, y in zip(zip(*ours, strict=True), zip(*plain, strict=True), strict=True):
@@ -224,7 +226,7 @@ def test_kernels_of_other_steps_on_many_threads(shape, kind, threads, number_of_
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
-    monkeypatch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+    monkeypatch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
     layer = lstm_ext.LSTM(3, 5, num_layers=2, bidirectional=True, dropout=0.2)
     x, resets = torch.randn(6, 2, 3), torch.rand(6, 2) < 0.4
     state = (torch.randn(4, 2, 5), torch.randn(4, 2, 5))
@@ -239,8 +241,8 @@ def test_the_kernels_are_what_runs(monkeypatch):
 @pytest.mark.parametrize("shape", ["both directions", "packed, projection"])
 def test_where_nothing_is_reset_the_bits_are_those_of_the_plain_layer(shape):
     layer = Layer(shape, True, torch.float32, share=0.0)
-    ours = layer.results(autograd.lstm_layer, torch.float32)
-    plain = layer.results(lambda *a: autograd.lstm_layer(*a[:-1]), torch.float32)
+    ours = layer.results(route.lstm_layer, torch.float32)
+    plain = layer.results(lambda *a: route.lstm_layer(*a[:-1]), torch.float32)
     for n, (x, y) in enumerate(zip(ours[:-2], plain[:-2], strict=True)):
         # The outer products of weight_hh's gradient are summed up in other pieces.
         assert torch.equal(x, y) or (n >= 6 and error(x, y.double()) < 1e-6)
@@ -248,7 +250,7 @@ def test_where_nothing_is_reset_the_bits_are_those_of_the_plain_layer(shape):
 
 
 def test_some_gradients_only():
-    kernels = _backend.extension()
+    kernels = loader.extension()
     layer = Layer("projection", True, torch.float64)
     flags = (layer.bias, layer.bidirectional)
     reset = (kernels.Extras(resets=layer.resets, reset_h=layer.reset_h, reset_c=layer.reset_c),)
@@ -306,7 +308,7 @@ def test_batch_of_zero():
 def test_sixteen_bits(dtype):
     layer = Layer("both directions", True, dtype)
     expected = layer.results(reference.lstm_layer, torch.float64)
-    for x, e in zip(layer.results(autograd.lstm_layer, dtype), expected, strict=True):
+    for x, e in zip(layer.results(route.lstm_layer, dtype), expected, strict=True):
         assert x.dtype == dtype
         assert error(x, e) <= 2 * torch.finfo(dtype).eps
 
@@ -327,7 +329,7 @@ def test_kernels_check_their_arguments(change, said):
     for name, function in change.items():
         reset[name] = function(reset[name])
     with pytest.raises(RuntimeError, match=said):
-        _backend.extension().lstm_layer_forward(
+        loader.extension().lstm_layer_forward(
             layer.input,
             layer.h0,
             layer.c0,
@@ -336,7 +338,7 @@ def test_kernels_check_their_arguments(change, said):
             layer.bias,
             layer.bidirectional,
             True,
-            _backend.extension().Extras(**reset),
+            loader.extension().Extras(**reset),
         )
 
 
@@ -378,7 +380,7 @@ def test_cell_states_and_gates(shape, asked, reset, capability):
         layer = Layer(shape, True, dtype)
         expected = returning(layer, reference.lstm_layer, torch.float64, asked, reset)
         plain = returning(layer, reference.lstm_layer, dtype, asked, reset)
-        ours = returning(layer, autograd.lstm_layer, dtype, asked, reset)
+        ours = returning(layer, route.lstm_layer, dtype, asked, reset)
         for x, y, e in zip(ours, plain, expected, strict=True):
             assert x.shape == e.shape
             bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]
@@ -386,7 +388,7 @@ def test_cell_states_and_gates(shape, asked, reset, capability):
 
 
 def test_cell_states_and_gates_come_from_the_kernels(monkeypatch):
-    monkeypatch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+    monkeypatch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
     layer = lstm_ext.LSTM(3, 5, num_layers=2, bidirectional=True)
     x = torch.randn(6, 2, 3)
     for context in (torch.enable_grad, torch.no_grad):

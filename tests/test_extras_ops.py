@@ -14,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from lstm_ext import autograd, ops, reference
-from lstm_ext._extras import OPERANDS, LayerExtras
+from lstm_ext import ops, reference
+from lstm_ext.layer import route
+from lstm_ext.layer.options import OPERANDS, LayerExtras
 
 T, B, I, H, P = 5, 3, 2, 4, 2
 BATCH_SIZES = [3, 2, 2, 1, 1]
@@ -228,8 +229,8 @@ def test_numbers(name):
     """Of the operator, and of the functions for transforms: those of the equations, and bit by bit the kernels'."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         case = make(name, dtype=dtype)
-        kernels = case.through(autograd.lstm_layer)
-        for function in (autograd._operator, autograd.transforms.lstm_layer):
+        kernels = case.through(route.lstm_layer)
+        for function in (route._operator, route.transforms.lstm_layer):
             for x, y in zip(case.through(function), kernels, strict=True):
                 assert torch.equal(x, y)
         if dtype == torch.float64:

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
-from lstm_ext import _backend, functional, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import functional, reference
+from lstm_ext.layer.options import LayerExtras
+from lstm_ext.native import loader
 
 T, B, I, H = 4, 3, 3, 4
 RESETS = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
@@ -110,7 +111,7 @@ def test_export(name, call, strict):
 
 
 def test_packed_extras_without_kernels_are_refused_by_compilers(monkeypatch):
-    monkeypatch.setattr(_backend, "has_kernels", lambda: False)
+    monkeypatch.setattr(loader, "has_kernels", lambda: False)
     packed = pack_sequence([torch.randn(n, I) for n in (4, 2)])
     module = lstm_ext.LSTM(I, H, layer_norm=True)
     torch._dynamo.reset()

@@ -15,9 +15,11 @@ from accuracy import allowed_error, relative_error, values_and_gradients
 from torch import Tensor
 
 import lstm_ext
-from lstm_ext import _backend, autograd, reference
+from lstm_ext import reference
+from lstm_ext.layer import route
+from lstm_ext.native import loader
 
-_C = _backend.extension()
+_C = loader.extension()
 CAPABILITIES = _C.cpu_capabilities() if _C else []
 DTYPES = [torch.float32, torch.float64]
 SEEDS = 20
@@ -274,7 +276,7 @@ def assert_nonlinearities(dtype: torch.dtype) -> None:
         bias[gate] = 0
         c0 = torch.full((1, len(x), 1), 0.5 if gate == 1 else 0.0, dtype=dtype)  # else c could cancel
         weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
-        out = autograd.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
+        out = route.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
         ref = reference.lstm_layer(
             x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], None, True, False
         )
@@ -300,7 +302,7 @@ def assert_infinities_and_nan(dtype: torch.dtype) -> None:
             weights = [torch.randn(4 * 5, 3, dtype=dtype), torch.randn(4 * 5, 5, dtype=dtype)]
             if batch == 9:
                 x = x.repeat(3, 1, 1)
-            out = autograd.lstm_layer(x, None, None, weights, None, False, False)
+            out = route.lstm_layer(x, None, None, weights, None, False, False)
             ref = reference.lstm_layer(
                 x.double(), None, None, [w.double() for w in weights], None, False, False
             )
@@ -319,7 +321,7 @@ def test_gradcheck(capability, sizes):
     arguments = (input.requires_grad_(), *(s.requires_grad_() for s in hx), *module.parameters())
 
     def layer(input, h0, c0, *weights):
-        return autograd.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
+        return route.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
 
     assert torch.autograd.gradcheck(layer, arguments, fast_mode=True)
     # Double backward runs on the reference equations; here the two have to fit together.
@@ -364,7 +366,7 @@ def assert_subsets_of_wanted_gradients() -> None:
 def test_capability_by_name():
     with pytest.raises(ValueError, match="expected 'avx512', 'avx2' or 'baseline', got 'sse9'"):
         _C.set_cpu_capability("sse9")
-    code = "from lstm_ext import _backend; print(_backend.extension().cpu_capability())"
+    code = "from lstm_ext.native import loader; print(loader.extension().cpu_capability())"
     for name in CAPABILITIES:
         environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": name}
         run = subprocess.run(
@@ -381,7 +383,7 @@ def test_baseline_contains_no_newer_instructions():
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", "-C", _backend.status().ops_path],
+        ["objdump", "-d", "--no-show-raw-insn", "-C", loader.status().ops_path],
         capture_output=True,
         text=True,
         check=True,

@@ -14,8 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
 import lstm_ext
-from lstm_ext import _arguments, _backend, autograd, reference
-from lstm_ext._extras import LayerExtras
+from lstm_ext import reference
+from lstm_ext.call import arguments
+from lstm_ext.layer import equations, route
+from lstm_ext.layer.options import LayerExtras
+from lstm_ext.native import loader
 
 T, B, I, H = 7, 5, 3, 6
 LENGTHS = [3, 7, 1, 7, 4]
@@ -127,7 +130,7 @@ def test_full_lengths_are_the_dense_layer():
 @pytest.mark.parametrize("options", [{}, {"layer_norm": True, "bidirectional": True}], ids=str)
 def test_padding_may_hold_anything(options, read, monkeypatch):
     if not read:
-        monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+        monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H, 2, **options)
     x = torch.randn(T, B, I)
     garbage = x.clone()
@@ -145,7 +148,7 @@ def test_padding_may_hold_anything(options, read, monkeypatch):
 
 def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
     rows = []
-    extension = _backend.extension()
+    extension = loader.extension()
 
     class Recorder:
         def __getattr__(self, name):
@@ -164,8 +167,8 @@ def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
     def refused(*args):
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
-    monkeypatch.setattr(reference, "lstm_layer", refused)
+    monkeypatch.setattr(route.loader, "extension", lambda: Recorder())
+    monkeypatch.setattr(equations, "lstm_layer", refused)
     module = lstm_ext.LSTM(I, H, 2)
     module(torch.randn(T, B, I), lengths=torch.tensor(LENGTHS))[0].sum().backward()
     forward = [n for name, n in rows if name == "lstm_layer_forward"]
@@ -177,7 +180,7 @@ def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeyp
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = module(x, lengths=[0, 7, 2, 7, 3])
-    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
     mask = torch.arange(T).unsqueeze(1) < torch.tensor([0, 7, 2, 7, 3])
     mask[4:, 2] = True
@@ -190,8 +193,8 @@ def test_check_variable(value):
     """LSTM_EXT_CHECK=1 checks what is not read."""
     program = """
 import torch, lstm_ext
-from lstm_ext import _arguments
-_arguments._is_readable = lambda x: False
+from lstm_ext.call import arguments
+arguments._is_readable = lambda x: False
 module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
 hole = torch.tensor([True, False, True, True, True])
 for name, right, wrong in (
@@ -245,7 +248,7 @@ def test_torch_agrees():
 @pytest.mark.parametrize("checked", [False, True])
 def test_no_number_on_a_device_is_read(checked, monkeypatch):
     """Meta tensors have none: whoever reads one gets an error, as on a GPU he would have to wait."""
-    monkeypatch.setattr(_arguments, "CHECK", checked)
+    monkeypatch.setattr(arguments, "CHECK", checked)
     options = {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.5, "bidirectional": True}
     module = lstm_ext.LSTM(I, H, 2, **options, device="meta")
     x, resets = torch.empty(T, B, I, device="meta"), torch.empty(T, B, device="meta")
@@ -315,8 +318,8 @@ def test_kernels_read_them(lengths, monkeypatch):
         clamped = [min(max(n, 0), T) for n in lengths]
         expected = layer_results(reference.lstm_layer, clamped, options)
         with monkeypatch.context() as patch:
-            patch.setattr(reference, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
-            ours = layer_results(autograd.lstm_layer, lengths, options)
+            patch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
+            ours = layer_results(route.lstm_layer, lengths, options)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
         assert all(r.isfinite().all() for r in ours)
 
@@ -327,12 +330,12 @@ def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch)
     x, hx = torch.randn(T, B, I, dtype=dtype), tuple(s.to(dtype) for s in states(module))
     lengths = torch.tensor([3, 0, 7, 7, 1])
     expected = module(x, hx, lengths=lengths)
-    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
     same(module(x, hx, lengths=lengths), expected)
 
 
 def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
-    monkeypatch.setattr(_arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H)
     output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
     output.sum().backward()

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from lstm_ext import _backend, autograd, reference
+from lstm_ext import reference
+from lstm_ext.layer import route
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-_C = _backend.extension()
+_C = loader.extension()
 DTYPES = [torch.bfloat16, torch.float16]
 
 CONFIGS = [
@@ -123,7 +125,7 @@ def test_kernels_are_called_and_save_float32(monkeypatch, dtype, device):
             calls.append(name)
             return getattr(_C, name)
 
-    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    monkeypatch.setattr(route.loader, "extension", lambda: Recorder())
     module = lstm_ext.LSTM(3, 5, dtype=dtype)
     saved: list[Tensor] = []
 

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
-from lstm_ext import _backend, ops, reference
-from lstm_ext import _build_config as config
+from lstm_ext import ops, reference
+from lstm_ext.native import config, loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -444,7 +444,7 @@ def test_library_without_its_python_module() -> None:
     """A process that loads the operators only, e.g. to run an exported program, computes with them."""
     code = f"""if True:
         import torch
-        torch.ops.load_library({_backend.status().ops_path!r})
+        torch.ops.load_library({loader.status().ops_path!r})
         weights = [torch.ones(4, 1), torch.ones(4, 1), torch.zeros(4), torch.zeros(4)]
         layer = torch.ops.lstm_ext.lstm_layer
         output, _, _ = layer(torch.ones(1, 1, 1), None, None, weights, None, True, False)
@@ -458,7 +458,7 @@ def test_library_without_its_python_module() -> None:
     """
     run = run_python(code)
     assert run.returncode == 0, run.stderr
-    assert "lstm_ext.ops" in run.stdout
+    assert "lstm_ext.layer.operators" in run.stdout
 
 
 def dynamic_symbols(path: str, *options: str) -> list[str]:
@@ -468,7 +468,7 @@ def dynamic_symbols(path: str, *options: str) -> list[str]:
 
 @pytest.mark.devices("cpu")
 def test_library_needs_no_python() -> None:
-    path = _backend.status().ops_path
+    path = loader.status().ops_path
     header = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", header)
     assert "libtorch_cpu.so" in needed
@@ -550,7 +550,7 @@ def run_cpp(code: str, directory: Path, *arguments: str | None) -> subprocess.Co
 
 @pytest.mark.devices("cpu")
 def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
-    run = run_cpp(CPP, tmp_path, _backend.status().ops_path)
+    run = run_cpp(CPP, tmp_path, loader.status().ops_path)
     assert (run.returncode, run.stdout) == (0, "computed without Python\n"), run.stderr
 
 
@@ -577,7 +577,7 @@ def test_cpp_program_runs_a_compiled_package(tmp_path: Path) -> None:
     module = Layer(weights).requires_grad_(False)
     program = torch.export.export(module, (input,), dynamic_shapes={"input": {0: torch.export.Dim("time")}})
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    run = run_cpp(CPP_PACKAGE, tmp_path, _backend.status().ops_path, package)
+    run = run_cpp(CPP_PACKAGE, tmp_path, loader.status().ops_path, package)
     assert run.returncode == 0, run.stderr
     expected = module(torch.linspace(-1, 1, 7 * 2 * 3).reshape(7, 2, 3))
     sums = torch.tensor([float(line) for line in run.stdout.split()])

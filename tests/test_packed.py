@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import lstm_ext
-from lstm_ext import _backend, autograd, functional, reference
+from lstm_ext import functional, reference
+from lstm_ext.layer import route
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-_C = _backend.extension()
+_C = loader.extension()
 
 
 class Ragged(nn.Module):
@@ -232,7 +234,7 @@ def test_one_kernel_call_a_layer(monkeypatch):
             calls.append(name)
             return getattr(_C, name)
 
-    monkeypatch.setattr(autograd._backend, "extension", lambda: Recorder())
+    monkeypatch.setattr(route.loader, "extension", lambda: Recorder())
     module = lstm_ext.LSTM(5, 6, 3, bidirectional=True)
     output, _ = module(pack_sequence([torch.randn(n, 5) for n in (7, 3, 1)]))
     assert calls == ["lstm_layer_forward"] * 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from extras_oracle import split_mix
 
-from lstm_ext import _backend
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -23,7 +23,7 @@ def expected(count: int, probability: float, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("probability", [0.0, 2**-15, 0.1, 0.5, 1.0])
 def test_as_documented(count, probability):
     for seed in (0, 1, -1, 2**62 + 12345):
-        flags = _backend.extension().random_flags([count], probability, seed)
+        flags = loader.extension().random_flags([count], probability, seed)
         assert flags.dtype == torch.bool
         assert torch.equal(flags, expected(count, probability, seed))
 
@@ -46,7 +46,7 @@ def test_the_same_for_any_number_of_threads():
         flags = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            flags.append(_backend.extension().random_flags([3, 50, 64, 32], 0.3, 7))
+            flags.append(loader.extension().random_flags([3, 50, 64, 32], 0.3, 7))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(flags[0], flags[1]) and torch.equal(flags[0], flags[2])
@@ -56,7 +56,7 @@ def test_the_same_for_any_number_of_threads():
 def test_share(probability):
     count, seeds = 40_000, 50
     share = sum(
-        _backend.extension().random_flags([count], probability, seed).double().mean().item()
+        loader.extension().random_flags([count], probability, seed).double().mean().item()
         for seed in range(seeds)
     )
     deviation = (probability * (1 - probability) / (count * seeds)) ** 0.5 + 2**-16 / seeds**0.5
@@ -66,4 +66,4 @@ def test_share(probability):
 @pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
 def test_no_probability(probability):
     with pytest.raises(RuntimeError, match=r"expected a probability in \[0, 1\], got"):
-        _backend.extension().random_flags([3], probability, 0)
+        loader.extension().random_flags([3], probability, 0)

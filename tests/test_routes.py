@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
-from lstm_ext import _backend, _cuda_devices, autograd, functional, reference, transforms
+from lstm_ext import functional, reference
+from lstm_ext.layer import equations, route, transforms
+from lstm_ext.native import devices as native_devices
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -63,7 +66,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return record
 
-    extension = _backend.extension()
+    extension = loader.extension()
 
     class Kernels:
         def __getattr__(self, name):
@@ -71,14 +74,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return recorded(f"kernel {name}", value) if name in ENTRIES else value
 
     class Function:
-        apply = staticmethod(recorded("Function", autograd._LSTMLayer.apply))
+        apply = staticmethod(recorded("Function", route._LSTMLayer.apply))
 
     kernels = Kernels()
-    monkeypatch.setattr(_backend, "extension", lambda: kernels)
-    monkeypatch.setattr(autograd, "_LSTMLayer", Function)
+    monkeypatch.setattr(loader, "extension", lambda: kernels)
+    monkeypatch.setattr(route, "_LSTMLayer", Function)
     monkeypatch.setattr(transforms, "lstm_layer", recorded("transforms", transforms.lstm_layer))
     monkeypatch.setattr(transforms, "layer_gradients", recorded("gradients", transforms.layer_gradients))
-    monkeypatch.setattr(reference, "lstm_layer", recorded("reference", reference.lstm_layer))
+    monkeypatch.setattr(equations, "lstm_layer", recorded("reference", reference.lstm_layer))
 
     class Operator:
         """torch looks an operator up again by its name, and then for an overload of it."""
@@ -239,9 +242,9 @@ def test_pending_negation_and_zeros_without_memory(taken, device):
 
 @pytest.mark.filterwarnings("ignore:lstm_ext runs CUDA tensors on its PyTorch reference")
 def test_without_the_extension(layer, x, events, taken, monkeypatch):
-    monkeypatch.setattr(_backend, "extension", lambda: None)
-    monkeypatch.setattr(_backend, "status", lambda: _backend.Status("reference"))
-    monkeypatch.setattr(_cuda_devices, "_problems", {})  # what was found before
+    monkeypatch.setattr(loader, "extension", lambda: None)
+    monkeypatch.setattr(loader, "status", lambda: loader.Status("reference"))
+    monkeypatch.setattr(native_devices, "_problems", {})  # what was found before
     assert taken(lambda: layer(x)[0].sum().backward()) == REFERENCE
     assert taken(lambda: vmap(layer)(x[None])) == REFERENCE
 
@@ -313,7 +316,7 @@ def test_one_meta_tensor_among_others_is_refused(layer, x, name, device):
         functional.lstm(input, (h0, c0), weights)
     if name != "input":  # of a module, whose way is short, the kernel checks the rest
         with pytest.raises(RuntimeError, match=f"is on meta, the input on {device}"):
-            autograd.lstm_layer(input, h0, c0, weights, None, True, False)
+            route.lstm_layer(input, h0, c0, weights, None, True, False)
 
 
 def test_tracing_into_a_graph(layer, x, events):
@@ -359,14 +362,14 @@ def test_aot_function(layer, x):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called; unlike `events`, something that compilers can look at."""
     calls: list[str] = []
-    extension = _backend.extension()
+    extension = loader.extension()
 
     class Recorder:
         def __getattr__(self, name):
             calls.append(name)
             return getattr(extension, name)
 
-    monkeypatch.setattr(_backend, "extension", lambda: Recorder())
+    monkeypatch.setattr(loader, "extension", lambda: Recorder())
     return calls
 
 
@@ -523,7 +526,7 @@ def test_subclasses(layer, x, taken, wrap, place):
 
     def call(tensors):
         input, h0, c0, *weights = tensors.values()
-        return autograd.lstm_layer(input, h0, c0, weights, None, True, False)[0]
+        return route.lstm_layer(input, h0, c0, weights, None, True, False)[0]
 
     expected = call(tensors)
     wrapped = {name: wrap(t) if place in (name, "all") else t for name, t in tensors.items()}

@@ -19,7 +19,7 @@ from torch.func import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lstm_ext import reference
+from lstm_ext.layer import equations
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -95,7 +95,7 @@ def test_first_gradients_are_the_kernels_also_with_create_graph(monkeypatch):
     x, h, c = (t.requires_grad_() for t in module.arguments())
     leaves = [x, h, c, *module.parameters()]
     expected = torch.autograd.grad(module(x, h, c)[0].sin().sum(), leaves)
-    monkeypatch.setattr(reference, "lstm_layer", None)
+    monkeypatch.setattr(equations, "lstm_layer", None)
     with operator_calls() as calls:
         grads = torch.autograd.grad(module(x, h, c)[0].sin().sum(), leaves, create_graph=True)
     assert calls == ["lstm_layer_backward"]

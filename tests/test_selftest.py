@@ -13,7 +13,9 @@ import pytest
 import torch
 from test_build import SHOW, Project
 
-from lstm_ext import _backend, _cuda_kernel, _selftest_record, info, reference, selftest
+from lstm_ext import info, reference, selftest
+from lstm_ext.native import cuda as native_cuda
+from lstm_ext.native import loader, selftest_record
 
 CPU = torch.device("cpu")
 
@@ -42,45 +44,45 @@ def test_every_case_passes_on_the_cpu(capability: str) -> None:
 
 
 def test_report_and_record(few, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    capabilities = _backend.extension().cpu_capabilities()
-    before = _backend.extension().cpu_capability()
-    assert _selftest_record.find(CPU) is None
+    capabilities = loader.extension().cpu_capabilities()
+    before = loader.extension().cpu_capability()
+    assert selftest_record.find(CPU) is None
     assert run_main(monkeypatch, "--device", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     count = 4 * len(capabilities)
     assert len(lines) == count + 1
     assert all(line.startswith("ok ") for line in lines[:-1])
-    assert lines[-1] == f"cpu: {count} of {count} checks passed; recorded in {_selftest_record.path()}"
-    assert _backend.extension().cpu_capability() == before
-    entry = _selftest_record.find(CPU)
+    assert lines[-1] == f"cpu: {count} of {count} checks passed; recorded in {selftest_record.path()}"
+    assert loader.extension().cpu_capability() == before
+    entry = selftest_record.find(CPU)
     assert entry["passed"] == capabilities
     assert entry["failed"] == []
 
     # Once more: the entry is replaced.
     assert run_main(monkeypatch, "--device", "cpu") == 0
-    assert len(json.loads(_selftest_record.path().read_text())) == 1
+    assert len(json.loads(selftest_record.path().read_text())) == 1
 
 
 @pytest.mark.parametrize("changed", ["device", "capability", "driver", "torch", "lstm_ext", "sources"])
 def test_a_record_is_about_one_state_of_things(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
-    _selftest_record.write(CPU, ["avx2"], [])
-    key = _selftest_record.key_of(CPU)
-    assert set(key) == set(_selftest_record.KEY)
-    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
-    monkeypatch.setattr(_selftest_record, "key_of", lambda device: key | {changed: "another"})
-    assert _selftest_record.find(CPU) is None
-    _selftest_record.write(CPU, [], ["avx2"])
-    monkeypatch.setattr(_selftest_record, "key_of", lambda device: key)
-    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
+    selftest_record.write(CPU, ["avx2"], [])
+    key = selftest_record.key_of(CPU)
+    assert set(key) == set(selftest_record.KEY)
+    assert selftest_record.find(CPU)["passed"] == ["avx2"]
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: key | {changed: "another"})
+    assert selftest_record.find(CPU) is None
+    selftest_record.write(CPU, [], ["avx2"])
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
+    assert selftest_record.find(CPU)["passed"] == ["avx2"]
 
 
 def test_a_damaged_record_counts_as_none() -> None:
-    _selftest_record.path().parent.mkdir(parents=True)
+    selftest_record.path().parent.mkdir(parents=True)
     for text in ("", "{", '{"device": 1}', "[1, 2]"):
-        _selftest_record.path().write_text(text)
-        assert _selftest_record.find(CPU) is None
-    _selftest_record.write(CPU, ["avx2"], [])
-    assert _selftest_record.find(CPU)["passed"] == ["avx2"]
+        selftest_record.path().write_text(text)
+        assert selftest_record.find(CPU) is None
+    selftest_record.write(CPU, ["avx2"], [])
+    assert selftest_record.find(CPU)["passed"] == ["avx2"]
 
 
 Layer = Callable[..., Any]
@@ -116,7 +118,7 @@ def raises(output, h_n, c_n):
 )
 def test_a_wrong_kernel_is_found(few, monkeypatch: pytest.MonkeyPatch, capsys, bug: Layer) -> None:
     right = selftest._operator
-    module = _backend.extension()
+    module = loader.extension()
     broken, *sound = module.cpu_capabilities()[::-1]
 
     def operator(*arguments: Any) -> Any:
@@ -132,7 +134,7 @@ def test_a_wrong_kernel_is_found(few, monkeypatch: pytest.MonkeyPatch, capsys, b
     assert all(broken in line and "float32" in line for line in failed)
     if bug is raises:
         assert failed[0].endswith("RuntimeError: no such kernel")
-    entry = _selftest_record.find(CPU)
+    entry = selftest_record.find(CPU)
     assert (entry["passed"], entry["failed"]) == (sound[::-1], [broken])
 
 
@@ -186,10 +188,10 @@ class Gpus:
         def index(device: torch.device | int) -> int:
             return device.index if isinstance(device, torch.device) else device
 
-        status = _backend.Status(
+        status = loader.Status(
             "aot", "_C.so", "_ops.so", sources="0", cuda=built, cuda_reason=None if built else "none"
         )
-        monkeypatch.setattr(_backend, "status", lambda: status)
+        monkeypatch.setattr(loader, "status", lambda: status)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[index(device)])
@@ -197,7 +199,7 @@ class Gpus:
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: Properties(capabilities[index(device)])
         )
-        monkeypatch.setattr(_selftest_record, "_driver", lambda: "580.65")
+        monkeypatch.setattr(selftest_record, "_driver", lambda: "580.65")
 
 
 def test_which_gpus_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +213,7 @@ def test_which_gpus_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6))
-    text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, _backend.status())]
+    text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, loader.status())]
     assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
     assert text[1] == "kernel: stepwise: the only one in this release"
     assert text[2].startswith("devices: 2; ")
@@ -219,17 +221,17 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text[4] == "cuda:1: A GPU, compute capability 8.6: supported"
     assert text[5] == "selftest: not run for this device and build: python -m lstm_ext.selftest"
 
-    _selftest_record.write(torch.device("cuda", 1), ["stepwise"], [])
-    assert info._device_lines(torch.device("cuda", 1), _backend.status())[1][1].startswith(
+    selftest_record.write(torch.device("cuda", 1), ["stepwise"], [])
+    assert info._device_lines(torch.device("cuda", 1), loader.status())[1][1].startswith(
         "stepwise passed on 2"
     )
-    _selftest_record.write(torch.device("cuda", 1), [], ["stepwise"])
-    assert info._device_lines(torch.device("cuda", 1), _backend.status())[1][1].startswith(
+    selftest_record.write(torch.device("cuda", 1), [], ["stepwise"])
+    assert info._device_lines(torch.device("cuda", 1), loader.status())[1][1].startswith(
         "stepwise FAILED on 2"
     )
 
     Gpus(monkeypatch, None, (8, 6))
-    text = [text for _, text in info._cuda_lines(True, _backend.status())]
+    text = [text for _, text in info._cuda_lines(True, loader.status())]
     assert text[0] == "no kernels, CUDA tensors run on the reference: none"
     assert text[-1] == "A GPU, compute capability 8.6: runs on the reference"
 
@@ -257,7 +259,7 @@ def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reaso
     monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
     if value is not None:
         monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", value)
-    assert _cuda_kernel.choice() == _cuda_kernel.Choice("stepwise", reason)
+    assert native_cuda.choice() == native_cuda.Choice("stepwise", reason)
 
 
 @pytest.mark.parametrize(

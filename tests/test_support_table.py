@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_ext import _backend, autograd, reference
+from lstm_ext import reference
+from lstm_ext.layer import route
+from lstm_ext.native import loader
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -62,13 +64,13 @@ def test_eager_cells_give_what_the_record_says(record):
 
 def plant(monkeypatch, changed):
     """Change the output of each layer."""
-    layer = autograd.lstm_layer
+    layer = route.lstm_layer
 
     def planted(*arguments, **options):
         output, *others = layer(*arguments, **options)
         return changed(output), *others
 
-    monkeypatch.setattr(autograd, "lstm_layer", planted)
+    monkeypatch.setattr(route, "lstm_layer", planted)
 
 
 def test_a_wrong_value_is_a_failure(monkeypatch, capsys):
@@ -105,7 +107,7 @@ def test_an_unlisted_error_is_a_failure(monkeypatch, capsys):
     def raising(*arguments, **options):
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr(autograd, "lstm_layer", raising)
+    monkeypatch.setattr(route, "lstm_layer", raising)
     assert support_table.main(["--fast", "--only", "recompute"]) == 1
     said = capsys.readouterr().err
     assert "recompute, forward, float64: failure: RuntimeError: no such layer" in said
@@ -123,7 +125,7 @@ def test_a_listed_error_that_does_not_come_is_a_failure(monkeypatch):
 
 
 def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(_backend, "has_kernels", lambda: False)
+    monkeypatch.setattr(loader, "has_kernels", lambda: False)
     assert support_table.main(["--check", "--fast", "--only", "layer_norm"]) == 1
     said = capsys.readouterr().err
     assert "layer_norm, forward, float32: equations, in the record: kernels" in said

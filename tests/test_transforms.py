@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
-from lstm_ext import autograd
+from lstm_ext.layer import route
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -262,7 +262,7 @@ def test_batch_sizes_of_each_sample_are_refused():
         return module(PackedSequence(x, sizes))[0].data
 
     def layer(x, sizes):
-        return autograd.lstm_layer(x, None, None, weights, sizes, True, False)[0]
+        return route.lstm_layer(x, None, None, weights, sizes, True, False)[0]
 
     sizes = torch.stack([BATCH_SIZES] * 2)
     for function in (call, layer):

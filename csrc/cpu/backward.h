@@ -41,10 +41,10 @@ class Backward {
     for (int64_t first = 0; first < shape_.steps; first += chunk_.count) {
       before_ = chunk_;
       chunk_ = chunk_from(first);
-      if (p_.extras.recurrent_mask) mask_previous_rows();
-      if (!p_.gates) rebuild_gates();
+      if (p_.options.recurrent_mask) mask_previous_rows();
+      if (!p_.gate_values) rebuild_gates();
       for (int64_t s = first; s < first + chunk_.count; ++s) {
-        if (p_.extras.any()) {
+        if (p_.options.any()) {
           extended_step(s);
         } else {
           step(s);
@@ -94,8 +94,8 @@ class Backward {
     c.grad_gates = grad_gates_ + at * plan_.gate_row;
     c.grad_hidden = grad_hidden_ + at * shape_.output_size;
     if (normalised()) c.grad_input_part = extras_.grad_input_part + at * plan_.gate_row;
-    if (p_.extras.recurrent_mask) c.masked_h = extras_.masked_h + at * shape_.output_size;
-    if (!p_.gates && shape_.projected) c.hidden = rebuilt_.hidden + at * shape_.hidden_size;
+    if (p_.options.recurrent_mask) c.masked_h = extras_.masked_h + at * shape_.output_size;
+    if (!p_.gate_values && shape_.projected) c.hidden = rebuilt_.hidden + at * shape_.hidden_size;
     return c;
   }
 
@@ -130,11 +130,11 @@ class Backward {
   }
 
   void prepare_weights() {
-    if (steps_.packed() || shape_.resets || p_.extras.any() || !p_.gates)
+    if (steps_.packed() || shape_.resets || p_.options.any() || !p_.gate_values)
       zero_rows(zero_row_, plan_.gate_row, Range{0, 1});
     zero_reset_gradients();
     if (normalised()) zero_norm_gradients();
-    if (!p_.gates) prepare_rebuilding();
+    if (!p_.gate_values) prepare_rebuilding();
     if (!plan_.pack) return;
     const int teams = plan_.grid.batch_groups;
     const int64_t gates = 4 * shape_.hidden_size;
@@ -191,7 +191,7 @@ class Backward {
   void initial_state_gradient(int64_t s) {
     const Range part{team_rows(s), team_rows(s - 1)};
     if (!p_.grad_h0 || part.begin == part.end) return;
-    if (p_.extras.any()) {
+    if (p_.options.any()) {
       extended_initial_gradient(part, s - 1);
       return;
     }
@@ -230,7 +230,7 @@ class Backward {
         [&](int64_t row, int64_t column, const T* sums, int lanes) {
           Reg<T> sum = S::load(sums);
           const int64_t at = rows_.batch_row(row) * shape_.output_size + column;
-          if (p_.extras.recurrent_mask) sum = sum * load_lanes<T>(p_.extras.recurrent_mask + at, lanes);
+          if (p_.options.recurrent_mask) sum = sum * load_lanes<T>(p_.options.recurrent_mask + at, lanes);
           if (extras_.reset_kept_h) sum = sum + load_lanes<T>(extras_.reset_kept_h + at, lanes);
           store_lanes<T>(out(row) + column, sum, lanes);
         });
@@ -294,13 +294,13 @@ class Backward {
     const int64_t t = steps_.time(s);
     const int64_t at = steps_.rows_before(t);
     const int64_t before = s + 1 < shape_.steps ? steps_.rows_before(steps_.time(s + 1)) : 0;
-    return {p_.gates ? p_.gates + at * 4 * H : rebuilt_.gates + row_in_chunk(chunk_, s) * 4 * H,
+    return {p_.gate_values ? p_.gate_values + at * 4 * H : rebuilt_.gates + row_in_chunk(chunk_, s) * 4 * H,
             p_.cells + at * H,
             p_.cells + before * H,
             steps_.rows_of_step(s + 1),
             p_.grad_output.data ? steps_.at(p_.grad_output, t) : nullptr,
             p_.grad_cells ? p_.grad_cells + at * H : nullptr,
-            p_.grad_gates ? p_.grad_gates + at * 4 * H : nullptr,
+            p_.grad_gate_values ? p_.grad_gate_values + at * 4 * H : nullptr,
             grad_gates(s),
             steps_.resets_at(t),
             at,
@@ -466,7 +466,7 @@ class Backward {
     for_each_column_block<T>(columns.begin, columns.end, column_block);
   }
 
-  bool normalised() const { return p_.extras.norm.gain_ih != nullptr; }
+  bool normalised() const { return p_.options.norm.gain_ih != nullptr; }
   // dL/d(W x + b) of the chunk, with layer normalisation dL/d(W x).
   const T* input_part_gradient() const { return normalised() ? chunk_.grad_input_part : chunk_.grad_gates; }
 

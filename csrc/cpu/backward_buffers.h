@@ -18,14 +18,14 @@ struct ExtraBuffers {
   ExtraBuffers(const BackwardParams<T>& p, const BackwardPlan& plan, char* workspace, int worker) {
     const auto at = [&](int64_t offset) { return reinterpret_cast<T*>(workspace + offset); };
     const int64_t H = p.shape.hidden_size;
-    if (!p.extras.any()) return;
+    if (!p.options.any()) return;
     grad_h = at(plan.grad_h);
-    if (p.extras.zoneout.of_h()) {
+    if (p.options.zoneout_h.active()) {
       kept_h = at(plan.kept_h);
       if (p.grad_reset_h) reset_kept_h = at(plan.reset_kept_h);
     }
-    if (p.extras.recurrent_mask) masked_h = at(plan.masked_h);
-    if (!p.extras.norm.gain_ih) return;
+    if (p.options.recurrent_mask) masked_h = at(plan.masked_h);
+    if (!p.options.norm.gain_ih) return;
     grad_input_part = at(plan.grad_input_part);
     row = at(plan.norm_rows) + worker * (kNormRows + 1) * H;
     chunk_sums = at(plan.norm_sums) + worker * kNormSums * H;
@@ -48,7 +48,7 @@ struct RebuiltGates {
   T** gate_rows = nullptr;
 
   RebuiltGates(const BackwardParams<T>& p, const BackwardPlan& plan, char* workspace, int worker) {
-    if (p.gates) return;
+    if (p.gate_values) return;
     const auto at = [&](int64_t offset) { return reinterpret_cast<T*>(workspace + offset); };
     gates = at(plan.rebuilt_gates);
     hidden = at(plan.rebuilt_hidden);

@@ -15,7 +15,7 @@ void Backward<T>::mask_previous_rows() {
     const Range mine = share(team_rows(s), plan_.grid.hidden_groups, member_);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const int64_t b = rows_.batch_row(row);
-      const T* const mask = p_.extras.recurrent_mask + b * P;
+      const T* const mask = p_.options.recurrent_mask + b * P;
       const T* const h = row_list_[before + b];
       T* const out = chunk_.masked_h + (before + b) * P;
       for_each_piece<T>(P, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {
@@ -88,9 +88,9 @@ void Backward<T>::recurrent_product(Range part, int64_t later, Finish&& finish) 
       [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = S::zero(); },
       [&](int64_t row, int64_t column, const T* sums, int lanes) {
         Reg<T> v = S::load(sums);
-        if (p_.extras.recurrent_mask) {
+        if (p_.options.recurrent_mask) {
           const int64_t b = rows_.batch_row(part.begin + row);
-          v = v * load_lanes<T>(p_.extras.recurrent_mask + b * P + column, lanes);
+          v = v * load_lanes<T>(p_.options.recurrent_mask + b * P + column, lanes);
         }
         finish(row, column, v, lanes);
       });
@@ -100,7 +100,7 @@ void Backward<T>::recurrent_product(Range part, int64_t later, Finish&& finish) 
 template <typename T>
 void Backward<T>::extended_hidden_gradient(int64_t s, Range part, bool begins) {
   const int64_t P = shape_.output_size;
-  const Zoneout<T>& zoneout = p_.extras.zoneout;
+  const StepOptions<T>& options = p_.options;
   recurrent_product(part, begins ? -1 : s - 1, [&](int64_t row, int64_t column, Reg<T> v, int lanes) {
     const int64_t b = rows_.batch_row(part.begin + row);
     const int64_t at = b * P + column;
@@ -108,8 +108,8 @@ void Backward<T>::extended_hidden_gradient(int64_t s, Range part, bool begins) {
     if (begins && p_.grad_h_n) v = v + load_lanes<T>(p_.grad_h_n + at, lanes);
     if (extras_.kept_h) {
       if (!begins) v = v + load_lanes<T>(extras_.kept_h + at, lanes);
-      const uint8_t* flags = zoneout.kept_h ? zoneout.kept_h + cells_.rows_before * P + at : nullptr;
-      Reg<T> kept = kept_gradient<T>(v, flags, zoneout.share_h, lanes);
+      const uint8_t* flags = options.zoneout_h.keep ? options.zoneout_h.keep + cells_.rows_before * P + at : nullptr;
+      Reg<T> kept = kept_gradient<T>(v, flags, options.zoneout_h.share, lanes);
       if (is_reset(b)) {
         if (T* sum = extras_.reset_kept_h) store_lanes<T>(sum + at, load_lanes<T>(sum + at, lanes) + kept, lanes);
         kept = S::zero();
@@ -136,10 +136,10 @@ template <typename T>
 void Backward<T>::extended_cell_gradient(int64_t row, bool begins, Range units) {
   const int64_t H = shape_.hidden_size;
   const int64_t b = rows_.batch_row(row);
-  const Zoneout<T>& zoneout = p_.extras.zoneout;
+  const StepOptions<T>& options = p_.options;
   const Reg<T> one = S::set1(T(1));
   const T* const previous = previous_cell(b);
-  const uint8_t* const kept_c = zoneout.kept_c ? zoneout.kept_c + (cells_.rows_before + b) * H : nullptr;
+  const uint8_t* const kept_c = options.zoneout_c.keep ? options.zoneout_c.keep + (cells_.rows_before + b) * H : nullptr;
   const T* const gates = cells_.gates + b * 4 * H;
   T* const out = cells_.grad_gates + b * plan_.gate_row;
   for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
@@ -153,7 +153,7 @@ void Backward<T>::extended_cell_gradient(int64_t row, bool begins, Range units) 
     const Reg<T> grad_h = load_lanes<T>(extras_.grad_h + b * H + unit, lanes);
     Reg<T> grad_c = state_gradient(b, begins, unit, lanes);
     Reg<T> kept = S::zero();
-    if (zoneout.of_c()) kept = kept_gradient<T>(grad_c, kept_c ? kept_c + unit : nullptr, zoneout.share_c, lanes);
+    if (options.zoneout_c.active()) kept = kept_gradient<T>(grad_c, kept_c ? kept_c + unit : nullptr, options.zoneout_c.share, lanes);
     grad_c = S::fma(grad_h * o, one - tanh_c * tanh_c, grad_c);
     Reg<T> grads[4] = {grad_c * g, grad_c * c_previous, grad_c * i, grad_h * tanh_c};
     add_gate_value_gradients(grads, b, unit, lanes);
@@ -194,11 +194,11 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins, const T* vi
   const int64_t H = shape_.hidden_size;
   const int64_t b = rows_.batch_row(row);
   const int64_t place = cells_.rows_before + b;
-  const Zoneout<T>& zoneout = p_.extras.zoneout;
-  const LayerNorm<T>& norm = p_.extras.norm;
+  const StepOptions<T>& options = p_.options;
+  const LayerNorm<T>& norm = p_.options.norm;
   const Reg<T> one = S::set1(T(1));
   const T* const previous = previous_cell(b);
-  const uint8_t* const kept_c = zoneout.kept_c ? zoneout.kept_c + place * H : nullptr;
+  const uint8_t* const kept_c = options.zoneout_c.keep ? options.zoneout_c.keep + place * H : nullptr;
   const T* const gates = cells_.gates + b * 4 * H;
   const T* const of_input = p_.norm_input + place * 4 * H;
   const T* const of_h = p_.norm_recurrent + place * 4 * H;
@@ -245,7 +245,7 @@ void Backward<T>::normalised_cell_gradient(int64_t row, bool begins, const T* vi
     const Reg<T> y = load_lanes<T>(visible + unit, lanes);
     Reg<T> grad_c = state_gradient(b, begins, unit, lanes);
     Reg<T> kept = S::zero();
-    if (zoneout.of_c()) kept = kept_gradient<T>(grad_c, kept_c ? kept_c + unit : nullptr, zoneout.share_c, lanes);
+    if (options.zoneout_c.active()) kept = kept_gradient<T>(grad_c, kept_c ? kept_c + unit : nullptr, options.zoneout_c.share, lanes);
     grad_c = S::fma(factor_c, load_lanes<T>(grad_visible + unit, lanes) - mean_c - y * slope_c, grad_c);
     Reg<T> grads[4] = {grad_c * g, grad_c * c_previous, grad_c * i, load_lanes<T>(out_h + 3 * H + unit, lanes)};
     add_gate_value_gradients(grads, b, unit, lanes);

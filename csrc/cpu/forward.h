@@ -85,7 +85,7 @@ class Forward {
       if (rows > 0) input_part(first, end, rows);
       int64_t done = 0;
       for (int64_t s = first; s < end; ++s) {
-        if (p_.extras.any()) {
+        if (p_.options.any()) {
           extended_step(s, pre_activations(s, done));
         } else {
           step(s, pre_activations(s, done));
@@ -108,9 +108,9 @@ class Forward {
     if (plan_.grid.hidden_groups > 1) team_barrier_->wait(plan_.grid.hidden_groups);
   }
 
-  bool normalised() const { return p_.extras.norm.gain_ih != nullptr; }
+  bool normalised() const { return p_.options.norm.gain_ih != nullptr; }
   // Of all steps, where what pre_activations says is kept; null in inference.
-  T* kept_pre_activations() const { return normalised() ? p_.norm_input : p_.gates; }
+  T* kept_pre_activations() const { return normalised() ? p_.norm_input : p_.gate_values; }
 
   // Where the pre-activations of step s are, or the normalised W x: in training where it is kept (the
   // pre-activations, where the gates will be), else in the buffer, after those of the `done` rows of
@@ -128,7 +128,7 @@ class Forward {
   void prepare_weights() {
     const LayerWeights<T>& w = p_.weights;
     const int teams = plan_.grid.batch_groups;
-    if (shape_.resets || p_.extras.any()) {
+    if (shape_.resets || p_.options.any()) {
       for (int64_t k = 0; k < 4 * shape_.hidden_size; ++k) zero_row_[k] = T(0);
     }
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
@@ -250,7 +250,7 @@ class Forward {
       const CellState<T> state{previous, c_current.data + row * c_current.inner_step};
       update_cell<T>(i, f, g, o, state, block * kLanes, lanes_of(block),
                      hidden.data + (part.begin + row) * hidden.inner_step,
-                     p_.gates ? pre.data + row * pre.inner_step : nullptr, H);
+                     p_.gate_values ? pre.data + row * pre.inner_step : nullptr, H);
     };
     if (plan_.pack_recurrent) {
       product_.multiply_panels(count, h, h_size, recurrent_panels_, pre, static_cast<const T*>(nullptr),

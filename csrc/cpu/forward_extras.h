@@ -73,7 +73,7 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
   const int64_t P = shape_.output_size;
   const int64_t t = steps_.time(s);
   const int64_t count = pre.rows;
-  const StepExtras<T>& extras = p_.extras;
+  const StepOptions<T>& extras = p_.options;
   list_previous_states(s, count);
 
   RowGrid<const T> h{};
@@ -102,22 +102,22 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
   RowGrid<T> hidden = rows_.grid(steps_.at(p_.output, t), p_.output.stride_b, 0, count);
   if (shape_.projected) hidden = rows_.grid(p_.hidden ? p_.hidden + steps_.rows_before(t) * H : hidden_, H, 0, count);
   const RowGrid<T> cells = rows_.grid(p_.cells ? p_.cells + steps_.rows_before(t) * H : p_.c_n, H, 0, count);
-  const bool zone_h = extras.zoneout.of_h() && !shape_.projected;
-  const bool zone_c = extras.zoneout.of_c();
+  const bool zone_h = extras.zoneout_h.active() && !shape_.projected;
+  const bool zone_c = extras.zoneout_c.active();
   const LayerNorm<T>& norm = extras.norm;
   const Range my_blocks = normalised() ? Range{0, divide_up(H, kLanes)} : blocks_;
   const auto place_of = [&](int64_t row) { return steps_.rows_before(t) + rows_.batch_row(row); };  // in (T, B, n)
-  const auto gate_row = [&](int64_t row) { return p_.gates ? p_.gates + place_of(row) * 4 * H : pre(row); };
+  const auto gate_row = [&](int64_t row) { return p_.gate_values ? p_.gate_values + place_of(row) * 4 * H : pre(row); };
   const auto finish = [&](int64_t row, int64_t unit, int lanes, Reg<T> o, Reg<T> visible) LSTM_EXT_LAMBDA_INLINE {
     Reg<T> new_h = o * tanh<T>(visible);
     if (zone_h) {
-      const uint8_t* kept = extras.zoneout.kept_h ? extras.zoneout.kept_h + place_of(row) * P + unit : nullptr;
-      new_h = zoned<T>(new_h, load_lanes<T>(h_rows_[row] + unit, lanes), kept, extras.zoneout.share_h, lanes);
+      const uint8_t* kept = extras.zoneout_h.keep ? extras.zoneout_h.keep + place_of(row) * P + unit : nullptr;
+      new_h = zoned<T>(new_h, load_lanes<T>(h_rows_[row] + unit, lanes), kept, extras.zoneout_h.share, lanes);
     }
     store_lanes<T>(hidden(row) + unit, new_h, lanes);
   };
   const auto cell = [&](int64_t row, T* visible) LSTM_EXT_LAMBDA_INLINE {
-    const uint8_t* kept_c = extras.zoneout.kept_c ? extras.zoneout.kept_c + place_of(row) * H : nullptr;
+    const uint8_t* kept_c = extras.zoneout_c.keep ? extras.zoneout_c.keep + place_of(row) * H : nullptr;
     T* const from_input = pre(row);
     T* const from_h = normalised() ? recurrent(row) : nullptr;
     T* const gates_of_row = gate_row(row);
@@ -138,9 +138,9 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
       const Reg<T> new_c = gates_and_cell<T>(gates, previous, unit, lanes, normalised());
       const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
       const Reg<T> c =
-          zone_c ? zoned<T>(new_c, old_c, kept_c ? kept_c + unit : nullptr, extras.zoneout.share_c, lanes) : new_c;
+          zone_c ? zoned<T>(new_c, old_c, kept_c ? kept_c + unit : nullptr, extras.zoneout_c.share, lanes) : new_c;
       store_lanes<T>(cells(row) + unit, c, lanes);
-      if (p_.gates || normalised()) {
+      if (p_.gate_values || normalised()) {
 #pragma GCC unroll 4
         for (int gate = 0; gate < 4; ++gate) store_lanes<T>(gates_of_row + gate * H + unit, gates[gate], lanes);
       }
@@ -184,7 +184,7 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
   meet_team();
   if (shape_.projected) {
     project(t, hidden);
-    if (extras.zoneout.of_h()) keep_part_of_h(t, hidden);
+    if (extras.zoneout_h.active()) keep_part_of_h(t, hidden);
     meet_team();
   }
 }
@@ -193,17 +193,17 @@ void Forward<T>::extended_step(int64_t s, const RowGrid<T>& pre) {
 template <typename T>
 void Forward<T>::keep_part_of_h(int64_t t, const RowGrid<T>& hidden) {
   const int64_t P = shape_.output_size;
-  const Zoneout<T>& zoneout = p_.extras.zoneout;
+  const StepOptions<T>& options = p_.options;
   const Range blocks = share(divide_up(P, kLanes), plan_.grid.hidden_groups, member_);
   for (int64_t row = 0; row < hidden.rows; ++row) {
     const int64_t b = rows_.batch_row(row);
     T* const h = steps_.at(p_.output, t) + b * p_.output.stride_b;
-    const uint8_t* kept = zoneout.kept_h ? zoneout.kept_h + (steps_.rows_before(t) + b) * P : nullptr;
+    const uint8_t* kept = options.zoneout_h.keep ? options.zoneout_h.keep + (steps_.rows_before(t) + b) * P : nullptr;
     for (int64_t k = blocks.begin * kLanes; k < smaller(blocks.end * kLanes, P); k += kLanes) {
       const int lanes = static_cast<int>(smaller(P - k, kLanes));
       store_lanes<T>(h + k,
                      zoned<T>(load_lanes<T>(h + k, lanes), load_lanes<T>(h_rows_[row] + k, lanes),
-                              kept ? kept + k : nullptr, zoneout.share_h, lanes),
+                              kept ? kept + k : nullptr, options.zoneout_h.share, lanes),
                      lanes);
     }
   }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu/plan.h"
-#include "lstm_params.h"
+#include "contract/params.h"
 
 namespace lstm_ext::cpu {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "lstm_params.h"
+#include "contract/params.h"
 
 namespace lstm_ext::cpu {
 

@@ -1,7 +1,7 @@
 // The stepwise CUDA kernels: one launch does the pointwise part of one time step for all rows. What the host passes to
 // them, and how it starts them. Plain old data, no torch. The matrix products around them are the host's.
 //
-// Notation as in lstm_params.h: B batch rows, H hidden units, P output features. Which data a step has is told row by
+// Notation as in contract/params.h: B batch rows, H hidden units, P output features. Which data a step has is told row by
 // row: row b of a step is row b of the batch, and a step of packed data has only the first `rows` of them. So dense,
 // batch-first and packed data differ in pointers and strides only. Counts and strides are in elements.
 #pragma once

@@ -1,6 +1,6 @@
 // Runs the model that export.py compiled, in a process without Python: see Makefile.
 //
-//   main model.pt2 sample.pt lstm_ext/_ops.so
+//   main model.pt2 sample.pt lstm_ext/native/_ops.so
 //
 // sample.pt holds x, h, c and the results that Python computed from them: scores, h, c. The sequences are handed to
 // the model in two pieces, as they would arrive from a sensor, with the state carried on from one to the next.
@@ -16,7 +16,7 @@
 
 int main(int argc, char** argv) {
   if (argc != 4) {
-    std::cerr << "usage: " << argv[0] << " model.pt2 sample.pt lstm_ext/_ops.so\n";
+    std::cerr << "usage: " << argv[0] << " model.pt2 sample.pt lstm_ext/native/_ops.so\n";
     return 2;
   }
   // The operators of lstm_ext register themselves when their library is loaded. That has to come before the model.

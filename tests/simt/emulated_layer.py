@@ -8,10 +8,10 @@ from types import ModuleType
 from build import ROOT, build_extension_module
 
 SOURCES = [
-    "glue/checks.cpp",
-    "glue/cuda_stepwise_backward.cpp",
-    "glue/cuda_stepwise_forward.cpp",
-    "glue/gemm.cpp",
+    "torch/checks.cpp",
+    "torch/cuda_stepwise_backward.cpp",
+    "torch/cuda_stepwise_forward.cpp",
+    "torch/gemm.cpp",
 ]
 
 

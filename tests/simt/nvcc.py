@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lstm_ext import _build_config as config
+from lstm_ext.native import config
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

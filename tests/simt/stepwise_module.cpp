@@ -7,7 +7,7 @@
 #include "cuda/stepwise_f16.cu"
 #include "cuda/stepwise_f32.cu"
 #include "cuda/stepwise_f64.cu"
-#include "glue/cuda_stepwise.h"
+#include "torch/cuda_stepwise.h"
 
 // Of the CUDA runtime, which is not there. An emulated launch throws what went wrong.
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no error of an emulated launch"; }
@@ -89,7 +89,7 @@ lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0,
   return sizes;
 }
 
-// As in csrc/bindings.cpp.
+// As in csrc/python.cpp.
 lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
                            const OptionalTensor& lengths, const OptionalTensor& recurrent_mask,
                            const OptionalTensor& kept_h, const OptionalTensor& kept_c, double zoneout_h,

@@ -10,8 +10,8 @@ import torch
 from emulated_layer import stepwise_module
 from torch import Tensor
 
-from lstm_ext import autograd
-from lstm_ext._extras import OPERANDS, LayerExtras
+from lstm_ext.layer import route
+from lstm_ext.layer.options import OPERANDS, LayerExtras
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -39,7 +39,7 @@ class Layer(layer_cases.Layer):
         if case.norm == "float32" and dtype != torch.float64:
             learned[2:] = [t.float() for t in self.norm]
         extras = self.extras(case, dtype, learned) or LayerExtras()
-        extras = autograd._of_kernels(layer, extras.operands(), extras.recompute)
+        extras = route._of_kernels(layer, extras.operands(), extras.recompute)
         *results, saved = layer.forward(
             input, h0, c0, weights, self.batch_sizes, *flags, True, *device, extras
         )
@@ -58,7 +58,7 @@ class Layer(layer_cases.Layer):
             results.append(cells.to(dtype))
             returned["grad_cells"] = self.grads[3].to(cells.dtype)
             if not case.recompute:
-                results.append(autograd._with_gates_last(autograd._nonlinearities(saved[0])))
+                results.append(route._with_gates_last(route._nonlinearities(saved[0])))
                 returned["grad_gates"] = self.grads[4].to(dtype).transpose(-1, -2).flatten(-2)
         computed = layer.backward(
             *grads,
@@ -217,8 +217,8 @@ def test_autograd_around_it(name, dtype, monkeypatch):
     """The way from a layer's extras to the kernels and back; with create_graph=True, that of the operators."""
     kernels, case = AsExtension(), CASES[name]
     monkeypatch.setattr(torch.ops.lstm_ext, "lstm_layer_with_extras_backward", kernels.operator_backward)
-    monkeypatch.setattr(autograd._backend, "extension", lambda: kernels)
-    monkeypatch.setattr(autograd, "_gate_values", autograd._nonlinearities)
+    monkeypatch.setattr(route.loader, "extension", lambda: kernels)
+    monkeypatch.setattr(route, "_gate_values", route._nonlinearities)
     layer = Layer(case, dtype, 0)
     expected = layer.expected(case, torch.float64)
 
@@ -231,7 +231,7 @@ def test_autograd_around_it(name, dtype, monkeypatch):
         extras = layer.extras(case, dtype, leaves[end:])
         if layer.lengths is not None:
             extras = layer.without_flags_past_the_end(extras)
-        ys = autograd._fused_layer_with_extras(
+        ys = route._fused_layer_with_extras(
             *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
         )
         return [y for y in ys if y is not None], [t for t in leaves if t is not None and t.requires_grad]

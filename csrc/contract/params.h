@@ -1,0 +1,120 @@
+// What the CPU kernels take: every pointer of one direction of one layer, in elements of T. Plain data, no torch.
+#pragma once
+
+#include "contract/layer.h"
+
+namespace lstm_ext {
+
+// A (T, B, n) array whose innermost axis is contiguous; strides in elements, never negative. For packed data (see
+// LayerShape) an (N, n) array, whose rows lie stride_b apart; stride_t has no meaning there.
+template <typename T>
+struct Sequence {
+  T* data;
+  int64_t stride_t;
+  int64_t stride_b;
+};
+
+// The state that resets put in place of the previous one; null means zeros.
+template <typename T>
+struct ResetState {
+  const T* h;  // (B, P) contiguous
+  const T* c;  // (B, H) contiguous
+};
+
+// The parameters of layer normalisation; all null without it, otherwise only bias_c may be null.
+template <typename T>
+struct LayerNorm {
+  const T* gain_ih;  // (4H), of W x
+  const T* gain_hh;  // (4H), of U h
+  const T* gain_c;   // (H), of c
+  const T* bias_c;   // (H)
+};
+
+// The options that change the equations of a step. Nothing set is the plain layer.
+template <typename T>
+struct StepOptions {
+  const T* recurrent_mask;  // (B, P) contiguous: h_{t-1} is multiplied by it before the product with U; or null
+  Zoneout<T> zoneout_h;     // keep: (T, B, P) contiguous
+  Zoneout<T> zoneout_c;     // keep: (T, B, H) contiguous
+  LayerNorm<T> norm;
+
+  LSTM_EXT_CONTRACT_INLINE bool normalised() const { return norm.gain_ih != nullptr; }
+  LSTM_EXT_CONTRACT_INLINE bool any() const {
+    return recurrent_mask || zoneout_h.active() || zoneout_c.active() || normalised();
+  }
+};
+
+// Weights are contiguous, in torch's layout. Null where the layer has none.
+template <typename T>
+struct LayerWeights {
+  const T* weight_ih;  // (4H, I)
+  const T* weight_hh;  // (4H, P)
+  const T* bias_ih;    // (4H) or null
+  const T* bias_hh;    // (4H) or null
+  const T* weight_hr;  // (P, H) or null
+};
+
+template <typename T>
+struct ForwardParams {
+  LayerShape shape;
+  LayerWeights<T> weights;
+  Sequence<const T> input;  // (T, B, I)
+  const T* h0;              // (B, P) contiguous; null means zeros
+  const T* c0;              // (B, H) contiguous; null means zeros
+  ResetState<T> reset_state;
+  StepOptions<T> options;
+  Sequence<T> output;  // (T, B, P); also read back as h_{t-1}
+  T* h_n;              // (B, P) contiguous
+  T* c_n;              // (B, H) contiguous; holds the running cell state in inference
+  // What backward needs; all null in inference. Contiguous, no aliasing with the above.
+  T* gate_values;  // (T, B, 4H)
+  T* cells;        // (T, B, H) c_t
+  T* hidden;       // (T, B, H) o * tanh(c) before the projection; null without one
+  // Null without layer normalisation: W x and U h, normalised, before their gains, and 1 / their standard deviations.
+  T* norm_input;      // (T, B, 4H)
+  T* norm_recurrent;  // (T, B, 4H)
+  T* norm_factors;    // (T, B, 2)
+};
+
+template <typename T>
+struct BackwardParams {
+  LayerShape shape;
+  LayerWeights<T> weights;
+  Sequence<const T> input;
+  const T* h0;
+  const T* c0;
+  ResetState<T> reset_state;
+  StepOptions<T> options;
+  Sequence<const T> output;
+  // As in ForwardParams. gate_values and hidden may be null: then they are recomputed, which reads the biases. Not with
+  // layer normalisation.
+  const T* gate_values;
+  const T* cells;
+  const T* hidden;
+  const T* norm_input;
+  const T* norm_recurrent;
+  const T* norm_factors;
+  Sequence<const T> grad_output;  // (T, B, P); data null means zeros
+  // Incoming gradients of c_t and of the gate values when they are returned to the caller; null means zero.
+  const T* grad_cells;        // (T, B, H) contiguous
+  const T* grad_gate_values;  // (T, B, 4H) contiguous
+  const T* grad_h_n;          // (B, P) contiguous or null
+  const T* grad_c_n;          // (B, H) contiguous or null
+  T* grad_c;                  // (B, H) running gradient of the cell state; ends as that of c0
+  // Requested gradients; null where not requested.
+  Sequence<T> grad_input;      // (T, B, I)
+  bool accumulate_grad_input;  // add to what is there (second direction of a layer)
+  T* grad_h0;                  // (B, P) contiguous
+  T* grad_reset_h;             // (B, P) contiguous; written, not accumulated
+  T* grad_reset_c;             // (B, H) contiguous; the same
+  T* grad_weight_ih;           // (4H, I) contiguous, like the weights; written, not accumulated
+  T* grad_weight_hh;           // (4H, P)
+  T* grad_bias;                // (4H), the gradient of either bias
+  T* grad_weight_hr;           // (P, H)
+  T* grad_gain_ih;             // (4H)
+  T* grad_gain_hh;             // (4H)
+  T* grad_gain_c;              // (H)
+  T* grad_bias_c;              // (H)
+};
+
+}  // namespace lstm_ext

@@ -1,0 +1,42 @@
+// The CUDA layers on the device that torch has chosen: its current device and stream, its handle of cuBLAS.
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "torch/cuda_stepwise.h"
+#include "torch/gemm_cublas.h"
+
+namespace lstm_ext {
+namespace {
+
+// Long sequences are taken in pieces of which the intermediate results fit into the second-level cache or nearly so.
+constexpr int64_t kChunkBytes = int64_t{32} << 20;
+
+StepwiseDevice current_device() {
+  const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
+  TORCH_CHECK(properties->major >= 8, "lstm_ext: the CUDA kernels need compute capability 8.0 or later, and ",
+              properties->name, " has ", properties->major, ".", properties->minor);
+  // The setting of cuDNN's RNNs: this layer stands in for one.
+  const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes};
+}
+
+ForwardResult cuda_forward(const LayerArguments& layer, const LayerSizes& sizes, bool save) {
+  const c10::cuda::CUDAGuard guard(layer.input.device());
+  return stepwise_forward(layer, sizes, save, current_device());
+}
+
+std::vector<at::Tensor> cuda_backward(const LayerArguments& layer, const LayerSizes& sizes,
+                                      const BackwardArguments& arguments) {
+  const c10::cuda::CUDAGuard guard(layer.input.device());
+  return stepwise_backward(layer, sizes, arguments, current_device());
+}
+
+// As the library is loaded.
+const bool registered = [] {
+  register_cuda_backend({&cuda_forward, &cuda_backward});
+  return true;
+}();
+
+}  // namespace
+}  // namespace lstm_ext

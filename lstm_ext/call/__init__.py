@@ -1,0 +1,1 @@
+"""One call: the layouts and arguments of the user, turned into layers."""

@@ -1,0 +1,429 @@
+"""The arguments of the extras, as users give them: checked, and turned into what the layers take."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..layer.options import LSTMExtras, StackExtras
+from ..layer.shapes import count_mask
+from ..layer.tracing import LEGACY_VMAP, is_active
+from . import layout as packed_layout
+from .packing import Packing
+
+__all__ = ["Layout", "flag", "forget_bias_value", "probability", "run", "zoneout_pair"]
+
+
+def _check_is_on() -> bool:
+    value = os.environ.get("LSTM_EXT_CHECK", "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"LSTM_EXT_CHECK is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
+# Whether values on a device are checked there, by an assertion that nobody waits for.
+CHECK = _check_is_on()
+
+
+# Of the constructor
+
+
+def probability(name: str, value: Any) -> float:
+    """Raises: ValueError, as torch's layer for ``dropout``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1], got {value!r}")
+    return float(value)
+
+
+def zoneout_pair(value: Any) -> tuple[float, float]:
+    """The probabilities for h and c. Raises: ValueError."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(
+                f"zoneout should be a number, for h, or a pair of numbers, for h and c, got {value!r}"
+            )
+        return probability("zoneout[0] (for h)", value[0]), probability("zoneout[1] (for c)", value[1])
+    return probability("zoneout", value), 0.0
+
+
+def flag(name: str, value: Any) -> bool:
+    """Raises: TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be a bool, got {value!r}")
+    return value
+
+
+def forget_bias_value(value: Any, bias: bool) -> float:
+    """Raises: ValueError."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(f"forget_bias should be a finite number or None, got {value!r}")
+    if not bias:
+        raise ValueError("forget_bias needs a layer with biases, got bias=False")
+    return float(value)
+
+
+# Of a call
+
+
+@dataclass(eq=False)
+class Layout:
+    """How the arguments of a call lie: the input's axes, without that of the features."""
+
+    time: int  # 1 for a PackedSequence
+    batch: int
+    batch_first: bool = False
+    batched: bool = True
+    packed: PackedSequence | None = None
+
+    def shape(self) -> tuple[int, ...]:
+        if not self.batched:
+            return (self.time,)
+        return (self.batch, self.time) if self.batch_first else (self.time, self.batch)
+
+    def time_first(self, x: Tensor) -> Tensor:
+        """(T, B) of a tensor of the input's shape without features."""
+        if not self.batched:
+            return x.unsqueeze(1)
+        return x.transpose(0, 1) if self.batch_first else x
+
+    def restored(
+        self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None
+    ) -> tuple[Any, ...]:
+        """The results in the user's layout, of those that are time-first; the states are in the order of the user."""
+        y: Any = output
+        if self.packed is not None:
+            y = packed_layout.repacked(output, self.packed)
+        elif not self.batched:
+            y, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
+            extras = _mapped(extras, lambda x: x.squeeze(2))
+        elif self.batch_first:
+            y = output.transpose(0, 1)
+            extras = _mapped(extras, lambda x: x.transpose(1, 2))
+        return (y, (h_n, c_n)) if extras is None else (y, (h_n, c_n), extras)
+
+
+def _mapped(extras: LSTMExtras | None, function: Callable[[Tensor], Tensor]) -> LSTMExtras | None:
+    return None if extras is None else LSTMExtras(*[None if x is None else function(x) for x in extras])
+
+
+def run(
+    stacked: Callable[..., tuple[Any, ...]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    layout: Layout,
+    state_shapes: Sequence[tuple[int, ...]],
+    extras: StackExtras,
+    *,
+    lengths: Any = None,
+    resets: Any = None,
+    reset_state: Any = None,
+    mask: Any = None,
+    return_cell_states: bool = False,
+    return_gates: bool = False,
+) -> tuple[Any, ...]:
+    """Check the extras of a call, compute, and give the results in the user's layout.
+
+    Args:
+        stacked: the layers, (x, h0, c0, batch_sizes, extras or None) -> (output, h_n, c_n[, LSTMExtras]).
+        x: (T, B, I) or (N, I), checked, as are h0 and c0, with a batch axis in the order of the user.
+        state_shapes: those of h0 and c0.
+        extras: what the constructor's arguments say; made for this call, it gets what the call asks for.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    extras.return_cell_states = flag("return_cell_states", return_cell_states)
+    extras.return_gates = flag("return_gates", return_gates)
+    if resets is not None:
+        extras.resets = _resets(resets, x, layout)
+    if reset_state is not None:
+        if resets is None:
+            raise ValueError("reset_state: expected together with resets, got resets=None")
+        extras.reset_h, extras.reset_c = _reset_state(reset_state, x, state_shapes, layout)
+    if mask is not None and lengths is not None:
+        raise ValueError("mask: expected without lengths, which say the same, got both")
+    wanted = extras.return_cell_states or extras.return_gates
+    packed = layout.packed
+    if packed is not None:
+        for name, value in (("lengths", lengths), ("mask", mask)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None for a PackedSequence, which has its own lengths, got {_kind(value)}"
+                )
+        h0, c0, extras.reset_h, extras.reset_c = [
+            None if s is None else packed_layout.permuted(s, packed.sorted_indices)
+            for s in (h0, c0, extras.reset_h, extras.reset_c)
+        ]
+        output, h_n, c_n, more = _called(stacked, x, h0, c0, packed.batch_sizes, extras)
+        h_n = packed_layout.permuted(h_n, packed.unsorted_indices)
+        c_n = packed_layout.permuted(c_n, packed.unsorted_indices)
+        return layout.restored(output, h_n, c_n, more if wanted else None)
+
+    if lengths is not None:
+        _refuse_meta("lengths", lengths, x)
+        of_rows = _lengths(lengths, layout)
+    elif mask is not None:
+        _refuse_meta("mask", mask, x)
+        of_rows = _lengths_of_mask(mask, layout)
+    else:
+        of_rows = None
+    if of_rows is not None and x.device.type == "cpu" and of_rows.device.type == "cuda":
+        of_rows = of_rows.cpu()
+    if of_rows is not None and x.device.type == "cpu" and _is_readable(of_rows):
+        numbers = of_rows.tolist()
+        if min(numbers, default=layout.time) == layout.time:
+            of_rows = None
+        elif max(numbers) > 0:
+            return _run_packed(Packing(of_rows, layout.time), stacked, x, h0, c0, layout, extras, wanted)
+    if of_rows is not None:
+        extras.lengths = of_rows.to(x.device, non_blocking=True)
+        if extras.resets is not None:
+            extras.resets = extras.resets & count_mask(extras.lengths, layout.time)
+    output, h_n, c_n, more = _called(stacked, x, h0, c0, None, extras)
+    return layout.restored(output, h_n, c_n, more if wanted else None)
+
+
+def _called(
+    stacked: Callable[..., tuple[Any, ...]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    extras: StackExtras,
+) -> tuple[Any, ...]:
+    if extras.is_empty():
+        return *stacked(x, h0, c0, batch_sizes, None), None
+    return stacked(x, h0, c0, batch_sizes, extras)
+
+
+def _run_packed(
+    packing: Packing,
+    stacked: Callable[..., tuple[Any, ...]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    layout: Layout,
+    extras: StackExtras,
+    wanted: bool,
+) -> tuple[Any, ...]:
+    """Padded input whose lengths are known: nothing is computed for padding."""
+    extras.resets = None if extras.resets is None else packing.packed(extras.resets)
+    extras.reset_h = packing.packed_state(extras.reset_h)
+    extras.reset_c = packing.packed_state(extras.reset_c)
+    output, h_n, c_n, more = _called(
+        stacked,
+        packing.packed(x),
+        packing.packed_state(h0),
+        packing.packed_state(c0),
+        packing.batch_sizes,
+        extras,
+    )
+    return layout.restored(
+        packing.padded(output, 0, x),
+        packing.padded_state(h_n, h0),
+        packing.padded_state(c_n, c0),
+        _mapped(more, lambda rows: packing.padded(rows, 1, x)) if wanted else None,
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether the numbers are at hand: on the host, and neither unknown nor another in each sample of a vmap."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_active(LEGACY_VMAP)
+        and type(x) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a Tensor of shape {tuple(x.shape)}"
+    return type(x).__name__
+
+
+def _refuse_meta(name: str, value: Any, x: Tensor) -> None:
+    """Any device will do for lengths and masks, but for the one that has no numbers."""
+    if isinstance(value, Tensor) and value.device.type == "meta" and x.device.type != "meta":
+        raise ValueError(f"{name}: expected a device with numbers, as input on {x.device}, got meta")
+
+
+def _assert_later(good: Tensor, message: str) -> None:
+    """The check of values that nobody waits for, with LSTM_EXT_CHECK=1."""
+    if CHECK:
+        torch._assert_async(good.all(), message)
+
+
+def _per_step(name: str, value: Any, layout: Layout) -> Tensor:
+    """A tensor (T, B) of one in the shape of the input without its features, or with one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    shape = layout.shape()
+    if tuple(value.shape) == (*shape, 1):
+        value = value.squeeze(-1)
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape} or {(*shape, 1)}, that of the input without its features, "
+            f"got {tuple(value.shape)}"
+        )
+    return layout.time_first(value)
+
+
+def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
+    """As bool, (T, B) or (N,)."""
+    if layout.packed is not None:
+        steps = _packed_resets(resets, layout.packed, layout.batch)
+    elif isinstance(resets, PackedSequence):
+        raise TypeError("resets: expected a Tensor, as the input is one, got PackedSequence")
+    else:
+        steps = _per_step("resets", resets, layout)
+    if steps.dtype != torch.bool and not steps.is_floating_point():
+        raise ValueError(
+            f"resets: expected dtype torch.bool, or a floating-point dtype with values 0 and 1, got {steps.dtype}"
+        )
+    if steps.device != x.device:
+        raise ValueError(f"resets: expected device {x.device} as input, got {steps.device}")
+    if steps.dtype == torch.bool:
+        return steps
+    set_ = steps != 0
+    good = ~set_ | (steps == 1)
+    if not _is_readable(steps):
+        _assert_later(good, "resets: expected the values 0 and 1")
+    elif not good.all():
+        raise ValueError(f"resets: expected the values 0 and 1, got {steps[~good][0].item()}")
+    return set_
+
+
+def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
+    if not isinstance(resets, PackedSequence):
+        raise TypeError(f"resets: expected a PackedSequence, as the input is one, got {_kind(resets)}")
+    rows = resets.data
+    expected = (packed.data.size(0),)
+    if tuple(rows.shape) == (*expected, 1):
+        rows = rows.squeeze(-1)
+    if tuple(rows.shape) != expected:
+        raise ValueError(
+            f"resets: expected data of shape {expected} or {(*expected, 1)}, the rows of the input, "
+            f"got {tuple(rows.shape)}"
+        )
+    ours, theirs = resets.batch_sizes, packed.batch_sizes
+    if ours is not theirs and _is_readable(theirs) and not torch.equal(ours, theirs):
+        raise ValueError(
+            f"resets: expected the batch_sizes of the input, {theirs.tolist()}, got {ours.tolist()}"
+        )
+    ours, theirs = resets.sorted_indices, packed.sorted_indices
+    if ours is not theirs:
+        either = ours if theirs is None else theirs
+        # A compiler may not know the number of sequences.
+        count = batch if _is_readable(packed.batch_sizes) else either.size(0)
+        in_order = torch.arange(count, device=either.device)
+        ours, theirs = [in_order if i is None else i for i in (ours, theirs)]
+        if ours.device != theirs.device or ours.shape != theirs.shape:
+            raise ValueError(
+                f"resets: expected the sorted_indices of the input, on {theirs.device}, of shape "
+                f"{tuple(theirs.shape)}, got them on {ours.device}, of shape {tuple(ours.shape)}"
+            )
+        if not _is_readable(theirs):
+            _assert_later(ours == theirs, "resets: expected the sorted_indices of the input")
+        elif not torch.equal(ours, theirs):
+            raise ValueError(
+                f"resets: expected the sorted_indices of the input, {theirs.tolist()}, got {ours.tolist()}"
+            )
+    return rows
+
+
+def _reset_state(
+    reset_state: Any, x: Tensor, shapes: Sequence[tuple[int, ...]], layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """With a batch axis."""
+    pair = isinstance(reset_state, (tuple, list)) and len(reset_state) == 2
+    if not pair or not all([isinstance(s, Tensor) for s in reset_state]):
+        got = type(reset_state).__name__
+        if isinstance(reset_state, (tuple, list)):
+            got += f" of ({', '.join([type(s).__name__ for s in reset_state])})"
+        raise TypeError(f"reset_state: expected a tuple of two Tensors (h, c), got {got}")
+    states = []
+    for i, (state, shape) in enumerate(zip(reset_state, shapes, strict=True)):
+        name = f"reset_state[{i}] ({'hc'[i]})"
+        expected = shape if layout.batched else (shape[0], shape[2])
+        if tuple(state.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, that of hx, got {tuple(state.shape)}")
+        if state.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as input, got {state.device}")
+        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"{name}: expected dtype {x.dtype} as input, got {state.dtype}")
+        states.append(state if layout.batched else state.unsqueeze(1))
+    return states[0], states[1]
+
+
+def _lengths(lengths: Any, layout: Layout) -> Tensor:
+    """int64 (B,), each in [0, T]: checked if the numbers are at hand, else clamped."""
+    time = layout.time
+    if not layout.batched and isinstance(lengths, int):
+        lengths = [lengths]
+    if isinstance(lengths, (list, tuple)):
+        for n in lengths:
+            if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
+                raise TypeError(f"lengths: expected integers, got {type(n).__name__}")
+        if len(lengths) != layout.batch:
+            raise ValueError(f"lengths: expected {layout.batch} numbers, one a sequence, got {len(lengths)}")
+        for b, n in enumerate(lengths):
+            if not 0 <= n <= time:
+                raise ValueError(_wrong_length(time, n, b))
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected a list of integers or a Tensor, got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if not layout.batched and lengths.dim() == 0:
+        lengths = lengths.unsqueeze(0)
+    if tuple(lengths.shape) != (layout.batch,):
+        raise ValueError(
+            f"lengths: expected shape {(layout.batch,)}, one a sequence, got {tuple(lengths.shape)}"
+        )
+    lengths = lengths.to(torch.int64)
+    good = (lengths >= 0) & (lengths <= time)
+    if not _is_readable(lengths):
+        _assert_later(good, "lengths: expected numbers from 0 to the number of time steps")
+        return lengths.clamp(0, time)
+    if not good.all():
+        b = int((~good).nonzero()[0])
+        raise ValueError(_wrong_length(time, int(lengths[b]), b))
+    return lengths
+
+
+def _wrong_length(time: int, length: int, sequence: int) -> str:
+    return (
+        f"lengths: expected numbers from 0 to {time}, the number of time steps, "
+        f"got {length} for sequence {sequence}"
+    )
+
+
+def _lengths_of_mask(mask: Any, layout: Layout) -> Tensor:
+    """int64 (B,): how many steps come before the first that does not count."""
+    steps = _per_step("mask", mask, layout)
+    if steps.dtype != torch.bool:
+        raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")
+    falls = steps[1:] <= steps[:-1]
+    if not _is_readable(steps):
+        _assert_later(falls, "mask: expected True up to the end of each sequence, and False from there on")
+        return ((~steps).to(torch.int64).cumsum(0) == 0).sum(0)
+    if not falls.all():
+        t, b = (~falls).nonzero()[0].tolist()
+        raise ValueError(
+            "mask: expected True up to the end of each sequence, and False from there on, "
+            f"got True at step {t + 1} of sequence {b}, after False"
+        )
+    return steps.sum(0)

@@ -1,0 +1,1 @@
+"""One layer: routes, operators, autograd, transforms, equations."""

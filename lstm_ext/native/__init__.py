@@ -1,0 +1,1 @@
+"""The compiled library: finding, building and loading it."""

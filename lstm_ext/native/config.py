@@ -1,0 +1,471 @@
+"""The one description of the compiled extension, used by setup.py (ahead of time) and loader.py (on first use).
+
+It is two libraries. The operators' (_ops) has the kernels and registers the operators; it needs libtorch and no
+Python, so that a C++ process can load it too. The Python module (_C), one source, is linked with it and calls it
+directly. Both lie in one folder.
+
+With a torch that is built with CUDA, and nvcc, the operators' library has the CUDA kernels too (see "CUDA" below).
+
+It imports neither torch nor anything of this package: setup.py loads it by path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = "0.1.0"
+MODULE = "lstm_ext.native._C"
+OPS_MODULE = "lstm_ext.native._ops"  # not one that Python can import: setuptools names libraries so
+OPS_LIBRARY = "_ops.so"
+SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
+# The package's folder, and that of the two libraries.
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARIES = Path(__file__).resolve().parent
+# Written beside every library that we build, after it: says for which torch it was built.
+RECORD = "_build_info.json"
+
+# Neither -std= (torch adds the one its headers need), nor -march= (each kernel source names its own instruction
+# set and the choice is made at load time), nor -g (most Pythons hand theirs on; it multiplies the library's size).
+COMPILE_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+    "-Wextra",
+    f'-DLSTM_EXT_VERSION="{VERSION}"',
+]
+# What a build with CUDA adds to them.
+CUDA_COMPILE_FLAGS = ["-DLSTM_EXT_WITH_CUDA"]
+# For nvcc. Neither -std= nor -gencode: torch adds its own, the latter from TORCH_CUDA_ARCH_LIST, but not if it finds
+# "arch" in a flag. No paths either: a kernel includes nothing but the C++ standard library, CUDA and csrc/.
+NVCC_FLAGS = [
+    "-O3",
+    "-Xcompiler=-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wextra",
+    *CUDA_COMPILE_FLAGS,
+]
+# -fopenmp is missing here on purpose. It would link the system's libgomp, but torch's wheels carry their own copy,
+# in some releases under another name: two OpenMP runtimes in one process have two thread pools and two thread
+# counts. Left undefined, GOMP_* is found in whichever runtime libtorch_cpu.so itself depends on.
+LINK_FLAGS: list[str] = []
+
+
+def ops_link_flags(file_name: str) -> list[str]:
+    """The operators' library, by the name under which the Python module asks the system for it."""
+    # torch's build on first use also links libtorch_python, which nothing in this library calls: not taken along.
+    return [*LINK_FLAGS, f"-Wl,-soname,{file_name}", "-Wl,--as-needed"]
+
+
+def module_link_flags(ops_library: str | Path) -> list[str]:
+    """The Python module, which finds the operators' library in its own folder."""
+    return [*LINK_FLAGS, str(ops_library), "-Wl,-rpath,$ORIGIN"]
+
+
+INSTALL_COMPILER = "install one, e.g. `apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora)"
+INSTALL_TORCH = (
+    "building lstm_ext needs the torch that it will run with: `pip install torch setuptools ninja`, "
+    "then `pip install --no-build-isolation .`"
+)
+
+
+class BuildError(RuntimeError):
+    """A build that cannot work. The message is one sentence that says what to do."""
+
+
+class SwitchError(BuildError):
+    """LSTM_EXT_CUDA makes no sense, or asks for what cannot be."""
+
+
+def is_supported_platform() -> bool:
+    return sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def source_dir() -> Path | None:
+    """csrc/: inside an installed package, beside the package in a checkout or sdist."""
+    if (PACKAGE / "csrc" / "python.cpp").is_file():
+        return PACKAGE / "csrc"
+    root = PACKAGE.parent
+    # setup.py tells our csrc/ from one that another project left in site-packages.
+    if (root / "setup.py").is_file() and (root / "csrc" / "python.cpp").is_file():
+        return root / "csrc"
+    return None
+
+
+def needs_cuda(source: Path) -> bool:
+    """Whether a source is compiled only in a build with CUDA."""
+    return source.suffix == ".cu" or "cuda" in source.stem or "cublas" in source.stem
+
+
+def sources(directory: Path, with_cuda: bool) -> list[Path]:
+    """Every source below `directory`, in a fixed order. It is also the only include directory of ours."""
+    found = sorted([*directory.rglob("*.cpp"), *directory.rglob("*.cu")])
+    if not found:
+        raise BuildError(f"there are no C++ sources in {directory}: reinstall lstm_ext.")
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        # torch's JIT build names objects by stem: of two with the same one, the second would overwrite the first.
+        other = by_stem.setdefault(path.stem, path)
+        if other is not path:
+            raise BuildError(f"{other} and {path} have the same stem: rename one of them.")
+    return [path for path in found if with_cuda or not needs_cuda(path)]
+
+
+def split_sources(directory: Path, with_cuda: bool) -> tuple[list[Path], list[Path]]:
+    """The sources of the operators' library, and those of the Python module."""
+    found = sources(directory, with_cuda)
+    bindings = [path for path in found if path.name == "python.cpp"]
+    return [path for path in found if path not in bindings], bindings
+
+
+def digest(directory: Path, *more: str) -> str:
+    """Changes with every source, header and flag, and with `more`."""
+    result = hashlib.sha256()
+    for path in sorted(path for kind in SOURCE_KINDS for path in directory.rglob(f"*.{kind}")):
+        result.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    flags = (
+        *COMPILE_FLAGS,
+        "--",
+        *NVCC_FLAGS,
+        "--",
+        *ops_link_flags(OPS_LIBRARY),
+        "--",
+        *module_link_flags(OPS_LIBRARY),
+    )
+    for text in (*flags, "--", *more):
+        result.update(text.encode() + b"\0")
+    return result.hexdigest()[:16]
+
+
+def search_path() -> str:
+    """PATH, with this Python's own scripts at the end: there is ninja in an environment that is not activated."""
+    return os.pathsep.join(filter(None, [os.environ.get("PATH"), sysconfig.get_path("scripts")]))
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler's command and the first line of its --version, or a BuildError."""
+    chosen = os.environ.get("CXX")
+    candidates = [chosen] if chosen else ["c++", "g++", "clang++"]
+    problem = f"no C++ compiler was found (looked for {', '.join(candidates)}): {INSTALL_COMPILER}."
+    for command in candidates:
+        # A path with a space in it, or a command with arguments.
+        words = [command] if shutil.which(command) else shlex.split(command)
+        if not words or shutil.which(words[0]) is None:
+            continue
+        try:
+            run = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = (
+                f"the C++ compiler `{command}` does not run ({error}): repair it, or set CXX to another one."
+            )
+            continue
+        if run.returncode != 0:
+            said = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()[0]
+            problem = (
+                f"the C++ compiler `{command}` does not work ({said}): repair it, or set CXX to another one."
+            )
+            continue
+        version = run.stdout.splitlines()[0] if run.stdout else command
+        if "clang" in run.stdout and not _process_exports("__kmpc_fork_call"):
+            problem = (
+                f"clang (`{command}`) calls an OpenMP runtime that this torch does not carry: "
+                "install g++ and set CXX=g++."
+            )
+            continue
+        return command, version
+    raise BuildError(problem)
+
+
+def _process_exports(symbol: str) -> bool:
+    # torch, which is imported by now, makes its OpenMP runtime visible to the whole process.
+    return hasattr(ctypes.CDLL(None), symbol)
+
+
+def check_headers() -> None:
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise BuildError(
+            "Python.h was not found: install Python's headers, e.g. `apt install python3-dev` (Debian, Ubuntu) "
+            "or `dnf install python3-devel` (Fedora)."
+        )
+
+
+# ---- CUDA
+
+# Where TORCH_CUDA_ARCH_LIST says nothing and no GPU is there: all that the kernels support and this nvcc knows, and
+# PTX for what is newer. Without a list, torch takes those of the GPUs, and fails where there is none.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+OLDEST_CAPABILITY = (8, 0)
+# Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
+_TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit that fits the torch at hand, and what to build with it."""
+
+    home: Path
+    version: str  # of nvcc
+    architectures: str  # as TORCH_CUDA_ARCH_LIST has them
+    nvcc_flags: tuple[str, ...]  # beside NVCC_FLAGS
+    header_dirs: tuple[str, ...]  # for headers that the toolkit lacks
+
+    def __str__(self) -> str:
+        """As the binary says it too, in build_info()."""
+        return f"{self.version} for {' '.join(self.architectures.replace(';', ' ').split())}"
+
+
+def compile_flags(cuda: Cuda | None) -> list[str]:
+    """Of the operators' library."""
+    return [*COMPILE_FLAGS, *(CUDA_COMPILE_FLAGS if cuda else [])]
+
+
+def module_compile_flags(cuda: Cuda | None) -> list[str]:
+    """Of the Python module, which knows what it is linked with."""
+    return [*COMPILE_FLAGS, *([f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
+
+
+def cuda_switch() -> bool | None:
+    """LSTM_EXT_CUDA: never, in any case, or if it can be."""
+    value = os.environ.get("LSTM_EXT_CUDA") or None
+    if value not in (None, "0", "1"):
+        raise SwitchError(f"LSTM_EXT_CUDA is {value!r}: set it to 0 or 1, or unset it.")
+    return None if value is None else value == "1"
+
+
+def no_cuda_wanted(torch_cuda: str | None) -> str | None:
+    """Why a build has no CUDA kernels whatever is installed, or None. `torch_cuda` is torch.version.cuda."""
+    switch = cuda_switch()
+    if switch is False:
+        return "LSTM_EXT_CUDA=0 asks for none"
+    if torch_cuda is None:
+        reason = "this torch is a build without CUDA"
+        if switch:
+            raise SwitchError(f"LSTM_EXT_CUDA=1, but {reason}: install one with it.")
+        return reason
+    return None
+
+
+def choose_cuda(torch_cuda: str | None) -> tuple[Cuda | None, str | None]:
+    """What to build the CUDA kernels with, or None and the reason. A BuildError if LSTM_EXT_CUDA=1 cannot be."""
+    reason = no_cuda_wanted(torch_cuda)
+    if reason is None:
+        assert torch_cuda is not None
+        try:
+            return find_cuda(torch_cuda), None
+        except BuildError as error:
+            reason = str(error)
+            if cuda_switch():
+                raise SwitchError(f"LSTM_EXT_CUDA=1, but {reason}") from None
+    return None, reason
+
+
+def find_cuda(torch_cuda: str) -> Cuda:
+    """The CUDA toolkit to build with, tried out, or a BuildError."""
+    home, version = _find_toolkit(torch_cuda)
+    nvcc = home / "bin" / "nvcc"
+    flags = _host_compiler_flags()
+    architectures = _architectures(nvcc)
+    with tempfile.TemporaryDirectory() as directory:
+        trial = Path(directory) / "trial.cu"
+        trial.write_text("#include <cuda_runtime.h>\n__global__ void trial(float* x) { *x = 1; }\n")
+        _run_nvcc(nvcc, *NVCC_FLAGS, *flags, "-c", str(trial), "-o", str(trial.with_suffix(".o")))
+    return Cuda(home, version, architectures, tuple(flags), tuple(_header_dirs(home, version)))
+
+
+def requested_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, else those of the GPUs that are here, else "default"."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if chosen and chosen != "native":
+        return chosen
+    found = sorted({capability for capability in gpu_capabilities() if capability >= OLDEST_CAPABILITY})
+    return ";".join(f"{major}.{minor}" for major, minor in found) + "+PTX" if found else "default"
+
+
+def _architectures(nvcc: Path) -> str:
+    requested = requested_architectures()
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() == requested:
+        return requested
+    known = set(_run_nvcc(nvcc, "--list-gpu-arch").split())
+
+    def is_known(architecture: str) -> bool:
+        return "compute_" + architecture.removesuffix("+PTX").replace(".", "") in known
+
+    if requested != "default" and all(is_known(a) for a in requested.split(";")):
+        return requested
+    # A GPU that is newer than nvcc runs the PTX of the newest that nvcc knows.
+    usable = [architecture for architecture in ARCHITECTURES if is_known(architecture)]
+    if not usable:
+        raise BuildError(f"`{nvcc}` knows none of {', '.join(ARCHITECTURES)}: install a newer CUDA toolkit.")
+    return ";".join(usable) + "+PTX"
+
+
+def _find_toolkit(torch_cuda: str) -> tuple[Path, str]:
+    major = torch_cuda.split(".")[0]
+    install = f"install the CUDA toolkit {major}.x, which has nvcc, or set CUDA_HOME to its folder"
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    if chosen:
+        homes = [Path(chosen)]
+    else:
+        homes = [_home_of(Path(on_path))] if on_path else []
+        homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob(f"cuda-{major}.*"), reverse=True)]
+    problem = None
+    for home in homes:
+        if not (home / "bin" / "nvcc").is_file():
+            continue
+        try:
+            said = _run_nvcc(home / "bin" / "nvcc", "--version")
+        except BuildError as error:
+            problem = problem or str(error)
+            continue
+        version = re.search(r"release (\d+\.\d+)", said)
+        if version and version[1].split(".")[0] == major:
+            return home, version[1]
+        problem = problem or (
+            f"{home} is CUDA {version[1] if version else 'of an unknown version'}, "
+            f"and this torch was built for CUDA {torch_cuda}: {install}."
+        )
+    where = f" in CUDA_HOME={chosen}" if chosen else ""
+    raise BuildError(problem or f"nvcc was not found{where}: {install}.")
+
+
+def _home_of(nvcc: Path) -> Path:
+    """The toolkit's folder. An nvcc on the PATH may be a script somewhere else that starts the real one."""
+    try:
+        said = _run_nvcc(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
+    except BuildError:
+        said = ""
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(top[1]).resolve() if top else nvcc.resolve().parents[1]
+
+
+def _host_compiler_flags() -> list[str]:
+    # torch hands nvcc the command in CC. Without one, nvcc would take g++ whatever CXX says.
+    chosen = shutil.which(os.environ.get("CXX") or "")
+    return [f"-ccbin={chosen}"] if chosen and not os.environ.get("CC") else []
+
+
+def _run_nvcc(nvcc: Path, *arguments: str) -> str:
+    """All that it prints, or a BuildError."""
+    try:
+        run = subprocess.run(
+            [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(
+            f"`{nvcc}` does not run ({error}): repair it, or set CUDA_HOME to another toolkit."
+        ) from None
+    if run.returncode != 0:
+        lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line), [*lines, f"exit code {run.returncode}"][0])
+        raise BuildError(
+            f"`{nvcc}` does not work ({said}): repair it, or set CUDA_HOME to another toolkit, or CXX to a compiler "
+            "that it takes."
+        )
+    return run.stdout
+
+
+def _header_dirs(home: Path, version: str) -> list[str]:
+    """Those of the wheels that torch's own CUDA libraries come in, if the toolkit lacks a header."""
+
+    missing = {header for header in _TORCHS_CUDA_HEADERS if not (home / "include" / header).is_file()}
+    spec = importlib.util.find_spec("nvidia") if missing else None
+    # nvidia/cu13/include since CUDA 13, a folder for each library before.
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    found: list[str] = []
+    for folder in sorted(path for place in places for path in place.glob("*/include")):
+        there = {header for header in missing if (folder / header).is_file()}
+        if there:
+            found.append(str(folder))
+            missing -= there
+    if missing:
+        raise BuildError(
+            f"{', '.join(sorted(missing))} was not found in {home / 'include'}: "
+            f"install the whole CUDA toolkit {version}, with its libraries' headers."
+        )
+    return found
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Of this machine's GPUs, as the driver's library says it: no process has to start CUDA for the answer, after
+    which it could not fork."""
+    result = []
+    with _management_library() as nvml:
+        count = ctypes.c_uint(0)
+        if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return []
+        for i in range(count.value):
+            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+            if (
+                nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(i), ctypes.byref(device)) == 0
+                and nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+                == 0
+            ):
+                result.append((major.value, minor.value))
+    return result
+
+
+@contextlib.contextmanager
+def _management_library() -> Iterator[ctypes.CDLL | None]:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        started = nvml.nvmlInit_v2() == 0
+    except (OSError, AttributeError):
+        yield None
+        return
+    try:
+        yield nvml if started else None
+    finally:
+        if started:
+            nvml.nvmlShutdown()
+
+
+# ---- the record
+
+
+def write_record(
+    directory: Path,
+    torch_version: str,
+    compiler: str,
+    source_digest: str,
+    cuda: Cuda | None = None,
+    cuda_reason: str | None = None,
+    **more: object,
+) -> None:
+    record = {
+        "torch": torch_version,
+        "python": platform.python_version(),
+        "compiler": compiler,
+        "sources": source_digest,
+        "cuda": str(cuda) if cuda else None,
+        "cuda_reason": cuda_reason,
+        **more,
+    }
+    # Complete or absent, also when we are killed in between.
+    unfinished = directory / f"{RECORD}.{os.getpid()}"
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(directory / RECORD)
+
+
+def read_record(directory: Path) -> dict | None:
+    try:
+        record = json.loads((directory / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("torch"), str) else None

@@ -1,0 +1,94 @@
+"""What ``python -m lstm_ext.selftest`` has found, for this user: a JSON file in the cache folder.
+
+An entry is about one device and one state of everything that the result depends on. A change of any of it, a new
+driver say, and there is no entry any more.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from . import config, loader
+
+KEY = ("device", "capability", "driver", "torch", "lstm_ext", "sources")
+
+
+def path() -> Path:
+    """Raises RuntimeError where there is no home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "lstm_ext" / "selftest.json"
+
+
+def key_of(device: torch.device) -> dict[str, str]:
+    """What a result is valid for. The device is looked at; CUDA is started for it if it is one of CUDA's."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, capability = properties.name, f"{properties.major}.{properties.minor}"
+        driver = _driver()
+    else:
+        module = loader.extension()
+        name, driver = _processor(), ""
+        capability = " ".join(module.cpu_capabilities()) if module is not None else ""
+    return {
+        "device": name,
+        "capability": capability,
+        "driver": driver,
+        "torch": torch.__version__,
+        "lstm_ext": config.VERSION,
+        "sources": str(loader.status().sources),
+    }
+
+
+def find(device: torch.device) -> dict | None:
+    """The entry for this device as it is now, or None."""
+    key = key_of(device)
+    return next((entry for entry in _entries() if _is_about(entry, key)), None)
+
+
+def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
+    """Takes the place of an older entry for the same device and state. Raises OSError or RuntimeError."""
+    key = key_of(device)
+    entries = [entry for entry in _entries() if not _is_about(entry, key)]
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    entries.append({**key, "passed": passed, "failed": failed, "date": date})
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(entries, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def _is_about(entry: dict, key: dict[str, str]) -> bool:
+    return all(entry.get(name) == key[name] for name in KEY)
+
+
+def _entries() -> list[dict]:
+    try:
+        entries = json.loads(path().read_text())
+    except (OSError, ValueError, RuntimeError):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _driver() -> str:
+    try:
+        version = re.search(r"Module.*?\s(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        version = None
+    # Else the version of CUDA that the driver is for.
+    return version[1] if version else str(torch._C._cuda_getDriverVersion())
+
+
+def _processor() -> str:
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1].strip() if model else platform.machine()

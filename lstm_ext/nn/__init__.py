@@ -1,0 +1,1 @@
+"""The modules: names, parameters, conversion."""

@@ -1,0 +1,174 @@
+"""``lstm_ext.LSTMCell``: the drop-in for ``torch.nn.LSTMCell``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..call import stack
+from ..layer import route
+
+__all__ = ["LSTMCell"]
+
+_NO_TORCHSCRIPT = (
+    "lstm_ext.LSTMCell does not support torch.jit.script and torch.jit.trace: use torch.export, "
+    "or lstm_ext.to_torch(module), which gives a torch.nn.LSTMCell with the same parameters"
+)
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class LSTMCell(nn.RNNCellBase):
+    """One step of one LSTM layer, with the interface, parameters and initial weights of ``torch.nn.LSTMCell``.
+
+    The equations are those of :mod:`lstm_ext.reference`. H hidden units, I features.
+
+    Args:
+        input_size: the number of features of the input, I.
+        hidden_size: the number of hidden units, H.
+        bias: whether to add ``bias_ih`` and ``bias_hh``.
+        device, dtype: of the parameters.
+
+    Parameters are named, shaped and ordered as in ``torch.nn.LSTMCell``: ``weight_ih (4H, I)``,
+    ``weight_hh (4H, H)``, ``bias_ih (4H)``, ``bias_hh (4H)``; the gates' rows are in the order i, f, g, o. They
+    are read by attribute in every call. Over many steps, :class:`lstm_ext.LSTM` on the whole sequence is
+    faster.
+
+    Raises:
+        TypeError, RuntimeError: as ``torch.nn.LSTMCell``, with its texts.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Compute one step.
+
+        Args:
+            input: (B, I), or (I,) without a batch. B >= 0, any strides. The dtype and device are those of the
+                parameters, except under autocast, which computes everything in its own dtype.
+            hx: ``(h, c)``, a tuple or list, both (B, H), or (H,) without a batch; None for zeros.
+
+        Returns:
+            ``(h, c)`` after the step, in the shapes of ``hx``.
+
+        Raises:
+            ValueError, RuntimeError, IndexError: a wrong rank, size, device or dtype, with the texts of
+                ``torch.nn.LSTMCell``; tracing by ``torch.jit``.
+            TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
+        """
+        if torch.jit.is_tracing():
+            raise RuntimeError(_NO_TORCHSCRIPT)
+        if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
+            self._refuse(input, hx)
+        weights = self._weights()
+        x = input
+        h, c = hx if hx is not None else (None, None)
+        if stack.any_autocast():
+            x, h, c, (weights,) = stack._to_autocast_dtype(x, h, c, [weights])
+
+        # The way through here without an error is kept short.
+        w_ih, w_hh = weights[:2]
+        shape, dtype, device = x.shape, x.dtype, x.device
+        rank, hidden = len(shape), w_hh.size(-1)
+        good = (
+            0 < rank <= 2
+            and w_ih.shape == (4 * hidden, shape[-1])
+            and w_ih.dtype == dtype
+            and w_ih.device == device
+        )
+        if good and h is not None:
+            state_shape = (*shape[:-1], hidden)
+            good = (
+                h.shape == state_shape
+                and c.shape == state_shape
+                and h.dtype == dtype
+                and c.dtype == dtype
+                and h.device == device
+                and c.device == device
+            )
+        if not good:
+            self._refuse(input, hx)
+
+        if rank == 2:
+            return _step(x, h, c, weights)
+        if h is not None:
+            h, c = h[None], c[None]
+        h, c = _step(x[None], h, c, weights)
+        return h[0], c[0]
+
+    def _weights(self) -> list[Tensor]:
+        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster."""
+        own = self.__dict__
+        parameters = own["_parameters"]
+        # As in getattr, an instance attribute goes before a parameter; a parametrized weight is in neither.
+        return [
+            parameters[name] if name in parameters and name not in own else getattr(self, name)
+            for name in _WEIGHTS
+        ]
+
+    def _refuse(self, input: Any, hx: Any) -> NoReturn:
+        """Raise the error for arguments that do not fit: torch's own, where it has a useful one."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"LSTMCell: expected input to be a Tensor, got {type(input).__name__}")
+        if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
+            with torch.no_grad():
+                nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
+        # Without an error: torch takes more than two states, broadcasts them where there is no batch, and
+        # promotes the dtype of c.
+        if hx is not None:
+            if not _is_pair(hx):
+                raise TypeError(
+                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {stack.describe_hx(hx)}"
+                )
+            expected = (*input.shape[:-1], self.weight_hh.size(-1))
+            for i, state in enumerate(hx):
+                if state.shape != expected:
+                    raise RuntimeError(
+                        f"LSTMCell: expected hx[{i}] of shape {expected}, got {tuple(state.shape)}"
+                    )
+                if state.dtype != input.dtype:
+                    raise RuntimeError(
+                        f"LSTMCell: hx[{i}] dtype ({state.dtype}) does not match input dtype ({input.dtype}). "
+                        f"Convert it: hx[{i}].to({input.dtype})"
+                    )
+        raise RuntimeError(
+            f"LSTMCell: input of shape {tuple(input.shape)}, {input.dtype}, on {input.device} does not fit "
+            f"weight_ih of shape {tuple(self.weight_ih.shape)}, {self.weight_ih.dtype}, on {self.weight_ih.device}"
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # The hook that torch.jit.script offers before it compiles a module or a module inside one.
+        raise RuntimeError(_NO_TORCHSCRIPT)
+
+
+def _is_pair(hx: Any) -> bool:
+    return (
+        isinstance(hx, (tuple, list))
+        and len(hx) == 2
+        and isinstance(hx[0], Tensor)
+        and isinstance(hx[1], Tensor)
+    )
+
+
+def _step(
+    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """x (B, I), h and c (B, H)."""
+    b_ih, b_hh = weights[2:]
+    if b_ih is None and b_hh is None:
+        weights = weights[:2]
+    elif b_ih is None or b_hh is None:  # set by the user; torch's cell takes it too
+        b = b_hh if b_ih is None else b_ih
+        weights = [*weights[:2], b, torch.zeros_like(b)]
+    return route.lstm_cell(x, h, c, weights, len(weights) == 4)

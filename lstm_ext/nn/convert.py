@@ -1,0 +1,324 @@
+"""Crossing over between ``torch.nn`` and this package: one layer, or all the layers of a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .cell import LSTMCell
+from .lstm import LSTM, extras_of
+
+__all__ = ["convert", "from_torch", "revert", "to_torch"]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_NAMES = {
+    nn.LSTM: "torch.nn.LSTM",
+    nn.LSTMCell: "torch.nn.LSTMCell",
+    LSTM: "lstm_ext.LSTM",
+    LSTMCell: "lstm_ext.LSTMCell",
+}
+
+_HAS_EXTRAS = "it has what torch.nn.LSTM does not have: {}"
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+# One layer: a new module
+
+
+@overload
+def from_torch(module: nn.LSTM) -> LSTM: ...
+@overload
+def from_torch(module: nn.LSTMCell) -> LSTMCell: ...
+def from_torch(module: Any) -> Any:
+    """The :class:`lstm_ext.LSTM` with the parameters of a ``torch.nn.LSTM``; so too for ``LSTMCell``.
+
+    The two modules are two faces of one layer. They share the *same* ``Parameter`` objects, so an optimizer
+    that holds them stays valid, and the same tables of hooks, so handles returned by
+    ``register_forward_hook`` and its like stay valid. The training flag, ``requires_grad`` and the attributes
+    set by the user are kept.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.LSTM`` or ``LSTMCell`` itself but a subclass; or it has
+            something that cannot be carried, which the text names: parametrized, normed or pruned weights,
+            added parameters, buffers or submodules, methods replaced on the instance, hooks on loading that
+            are tied to the module. :func:`convert`, which keeps the module, carries most of these.
+            :func:`to_torch` also refuses a layer with ``recurrent_dropout``, ``zoneout``, ``layer_norm``,
+            ``forget_bias`` or ``recompute``.
+    """
+    return _carry_over(module, _OURS, "from_torch")
+
+
+@overload
+def to_torch(module: LSTM) -> nn.LSTM: ...
+@overload
+def to_torch(module: LSTMCell) -> nn.LSTMCell: ...
+def to_torch(module: Any) -> Any:
+    """The ``torch.nn.LSTM`` with the parameters of a :class:`lstm_ext.LSTM`; inverse of :func:`from_torch`.
+
+    Parameters, hooks, flags and errors are as described there.
+    """
+    return _carry_over(module, _TORCHS, "to_torch")
+
+
+# Tables of hooks that hold nothing tied to one module.
+_HOOK_TABLES = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], function: str) -> Any:
+    def refuse(reason: str) -> TypeError:
+        return TypeError(f"{function}: cannot convert this {type(module).__name__}: {reason}")
+
+    source = next((source for source in pairs if isinstance(module, source)), None)
+    if source is None:
+        wanted = " or ".join(_NAMES[source] for source in pairs)
+        raise TypeError(
+            f"{function}: expected a {wanted}, got {type(module).__module__}.{type(module).__name__}"
+        )
+    if "parametrizations" in module._modules:
+        tensors = ", ".join(module.parametrizations)
+        raise refuse(
+            f"{tensors} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
+        )
+    if type(module) is not source:
+        raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
+
+    extras = extras_of(module) if source is LSTM else []
+    if extras:
+        raise refuse(_HAS_EXTRAS.format(", ".join(extras)))
+
+    new = _on_meta(pairs[source], module)
+    names = [name for name, p in new._parameters.items() if p is not None]
+    for name in names:
+        if not isinstance(module._parameters.get(name), nn.Parameter):
+            raise refuse(
+                f"{name} is not a plain parameter (weight_norm, pruning or dropped weights?); undo that first"
+            )
+    for kind, table, expected in (
+        ("parameter", module._parameters, new._parameters),
+        ("buffer", module._buffers, {}),
+        ("submodule", module._modules, {}),
+    ):
+        for name in table:
+            if name not in expected:
+                raise refuse(f"it has an additional {kind}, {name}")
+    if module._load_state_dict_pre_hooks:
+        raise refuse("it has load_state_dict pre-hooks, which are tied to the module; remove them first")
+
+    known = new.__dict__.keys() | _on_meta(source, module).__dict__.keys()
+    for name, value in module.__dict__.items():
+        if name in known:
+            continue
+        if hasattr(source, name):
+            raise refuse(f"{name} is replaced on the instance")
+        new.__dict__[name] = value
+    for name in names:
+        setattr(new, name, module._parameters[name])
+    if isinstance(new, nn.RNNBase):
+        new._init_flat_weights()
+    for name in _HOOK_TABLES:
+        if name in module.__dict__:
+            new.__dict__[name] = module.__dict__[name]
+    new._is_full_backward_hook = module._is_full_backward_hook
+    new.training = module.training
+    return new
+
+
+def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
+    """A ``cls`` with the sizes and options of ``module``. Allocates nothing and draws no random number."""
+    if issubclass(cls, nn.RNNCellBase):
+        return cls(module.input_size, module.hidden_size, module.bias, device="meta")
+    with warnings.catch_warnings():
+        # dropout with one layer: said when the module was made
+        warnings.simplefilter("ignore", UserWarning)
+        return cls(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            module.bias,
+            module.batch_first,
+            module.dropout,
+            module.bidirectional,
+            module.proj_size,
+            device="meta",
+        )
+
+
+# A model: its own modules, with another class
+
+
+def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
+    """Make every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` an LSTM or cell of this package, in place.
+
+    The modules stay the objects they are; only their class changes (as in ``torch.nn.utils.parametrize``). So
+    all that refers to them stays valid and all that belongs to them is kept: the parameters, and an optimizer
+    that holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their
+    handles; attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``,
+    pruning and parametrizations; plain lists of layers; ``torch.compile``, which compiles anew at the next
+    call. A module that was converted before is left as it is, and so is a model without an LSTM.
+
+    Args:
+        model: any module; it may itself be an LSTM, and may be compiled.
+        skip: names of submodules, as ``model.named_modules()`` gives them, that are left as they are, with
+            all that they contain.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module; or there are LSTMs that cannot be converted. The text gives the
+            name, class and reason of each: a subclass of ``torch.nn.LSTM`` or ``LSTMCell``, whose own
+            behaviour might be lost; a ``forward`` (or what it calls) replaced on the instance; a layer
+            compiled by TorchScript; a quantized layer. Nothing has been changed then: either deal with them
+            first or ``skip`` them.
+        ValueError: a name in ``skip`` that the model does not have.
+    """
+    return _change_classes(model, _OURS, "convert", skip)
+
+
+def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
+    """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
+
+    The inverse of :func:`convert`: arguments, result, errors and what is kept are as described there. A layer with
+    ``recurrent_dropout``, ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute`` cannot be reverted.
+    """
+    return _change_classes(model, _TORCHS, "revert", skip)
+
+
+class _Change(NamedTuple):
+    module: nn.Module
+    cls: type[nn.Module]
+    add: dict[str, Any]  # attributes of the instance
+    remove: list[str]
+
+
+def _change_classes(
+    model: _Model, pairs: dict[type[nn.Module], type[nn.Module]], function: str, skip: Iterable[str]
+) -> _Model:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    skipped = _skipped(model, skip, function)
+    changes: list[_Change] = []
+    refused = []
+    for name, module in model.named_modules():
+        if module in skipped:
+            continue
+        reason = None
+        source = next((source for source in pairs if isinstance(module, source)), None)
+        if source is not None:
+            cls = _with_base(type(module), source, pairs[source])
+            replaced = _replaced_methods(module, source)
+            if cls is None:
+                reason = f"a subclass of {_NAMES[source]}, whose own behaviour might be lost"
+            elif source is LSTM and extras_of(module):
+                reason = _HAS_EXTRAS.format(", ".join(extras_of(module)))
+            elif replaced:
+                reason = f"{', '.join(replaced)} is replaced on the instance"
+            else:
+                old, new = vars(_on_meta(source, module)), vars(_on_meta(pairs[source], module))
+                changes.append(
+                    _Change(
+                        module,
+                        cls,
+                        {key: value for key, value in new.items() if key not in old},
+                        [key for key in old if key not in new],
+                    )
+                )
+        elif pairs is _OURS:
+            reason = _foreign_lstm(module)
+        if reason is not None:
+            place = repr(name) if name else "the model itself"
+            refused.append(f"  {place} ({type(module).__module__}.{type(module).__qualname__}): {reason}")
+    if refused:
+        raise TypeError(
+            f"{function}: nothing was changed, because the following cannot be converted "
+            "(skip=[names] leaves them as they are):\n" + "\n".join(refused)
+        )
+
+    for module, cls, add, remove in changes:
+        for key in remove:
+            module.__dict__.pop(key, None)
+        module.__dict__.update(add)
+        module.__class__ = cls
+        if isinstance(module, nn.RNNBase):
+            # As after construction. Parametrized weights are computed here: no graph is wanted for that.
+            with torch.no_grad():
+                module._init_flat_weights()
+    return model
+
+
+def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Module]:
+    if isinstance(skip, str):
+        raise TypeError(f"{function}: expected skip to be a sequence of names, got the string {skip!r}")
+    known = dict(model.named_modules(remove_duplicate=False))
+    skipped: set[nn.Module] = set()
+    for name in skip:
+        if name not in known:
+            raise ValueError(f"{function}: skip: the model has no submodule named {name!r}")
+        skipped.update(known[name].modules())
+    return skipped
+
+
+def _with_base(
+    cls: type[nn.Module], source: type[nn.Module], target: type[nn.Module]
+) -> type[nn.Module] | None:
+    """``cls`` with ``target`` in the place of ``source``; None for subclasses, except those made by parametrize.
+
+    parametrize gives a module a class of its own, which holds one property for each parametrized tensor.
+    """
+    if cls is source:
+        return target
+    if cls.__bases__ == (source,) and cls.__module__ == parametrize.__name__:
+        return type(cls.__name__, (target,), dict(vars(cls)))
+    return None
+
+
+def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
+    """Methods of LSTMs, not of modules in general, that an attribute of the instance hides."""
+    own = source.__mro__[: source.__mro__.index(nn.Module)]
+    methods = {key for cls in own for key, value in vars(cls).items() if callable(value)}
+    # Commonly replaced to keep it from being called. It computes nothing.
+    methods.discard("flatten_parameters")
+    return [key for key in module.__dict__ if key in methods]
+
+
+_SCRIPTED = re.compile(r"__torch__\.torch\.nn\.modules\.rnn\.(___torch_mangle_\d+\.)?LSTM(Cell)?")
+
+
+def _foreign_lstm(module: nn.Module) -> str | None:
+    """Why an LSTM of torch that is no ``torch.nn.LSTM`` cannot be converted; None for anything else."""
+    if isinstance(module, torch.jit.ScriptModule):
+        if _SCRIPTED.fullmatch(module._c._type().qualified_name()) or any(_lstm_nodes(module)):
+            return "compiled by torch.jit; convert the model it was compiled from"
+    elif any(
+        cls.__module__.startswith("torch.ao.nn.quant") and cls.__name__ in ("LSTM", "LSTMCell")
+        for cls in type(module).__mro__
+    ):
+        return "a quantized layer"
+    return None
+
+
+def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
+    """LSTMs in the module's own code: in what is left of a model by torch.jit.freeze."""
+    for name in module._c._method_names():
+        graph = module._c._get_method(name).graph
+        for kind in ("aten::lstm", "aten::lstm_cell"):
+            yield from graph.findAllNodes(kind)

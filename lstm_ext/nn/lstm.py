@@ -1,0 +1,598 @@
+"""``lstm_ext.LSTM``: the drop-in for ``torch.nn.LSTM``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..call import arguments, stack
+from ..call import layout as packed_layout
+from ..call.arguments import Layout
+from ..layer import route
+from ..layer.options import StackExtras
+
+__all__ = ["LSTM"]
+
+_NO_TORCHSCRIPT = (
+    "lstm_ext.LSTM does not support torch.jit.script and torch.jit.trace: use torch.export, "
+    "or lstm_ext.to_torch(module), which gives a torch.nn.LSTM with the same parameters"
+)
+
+
+_jit_is_tracing = torch._C._is_tracing
+
+
+def _is_tracing() -> bool:
+    """torch.jit.is_tracing(), in a shorter way: asked in every call."""
+    return _jit_is_tracing()
+
+
+# For dynamo, which would not look into it, as `loader.has_kernels`.
+_is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class LSTM(nn.RNNBase):
+    """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
+
+    The equations are those of :mod:`lstm_ext.reference`. L layers, D = 2 if bidirectional else 1, H hidden
+    units, P the projection's size, or H without one.
+
+    Args:
+        input_size: the number of features of the input, I.
+        hidden_size: the number of hidden units, H.
+        num_layers: L.
+        bias: whether to add ``bias_ih`` and ``bias_hh``.
+        batch_first: input and output are (B, T, features) instead of (T, B, features). The states are not
+            affected, and neither is unbatched input.
+        dropout: probability of zeroing an element between two layers, in training mode. On the CPU the masks
+            are those that ``torch.nn.LSTM`` draws from the same seed.
+        bidirectional: whether each layer also reads time backwards.
+        proj_size: if positive, h is projected to this size (https://arxiv.org/abs/1402.1128).
+        device, dtype: of the parameters.
+        recurrent_dropout: probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in
+            training mode; one mask for all steps of a sequence, what is left is scaled by 1 / (1 - p).
+        zoneout: probability of keeping an element of h_{t-1} in h_t: a number, or a pair, for h and for c. In
+            evaluation mode the states are mixed in that proportion.
+        layer_norm: whether to normalise the two products of the gates, over their 4H values, and what h_t sees of c_t.
+        forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
+            ``bias_hh`` to 0. None for an initial value like all others.
+        recompute: whether to keep only c_t, of the gates and cell states, for the backward pass, which computes the
+            gates again.
+
+    What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
+    :mod:`lstm_ext.reference`. All of them use the kernels, together too, wherever the plain layer does.
+
+    Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
+    ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
+    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. They are read by attribute in
+    every call, so ``torch.func.functional_call``, ``weight_norm`` and parametrizations act as on any other
+    module. With ``layer_norm`` there follow, for each layer and direction, ``ln_gain_ih_l{k} (4H)``,
+    ``ln_gain_hh_l{k} (4H)``, ``ln_gain_c_l{k} (H)``, at first 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, at first 0.
+
+    Raises:
+        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; ValueError or TypeError for a value of the other
+            arguments that makes no sense, or ``forget_bias`` with ``bias=False``.
+    """
+
+    # Of the class, so that a layer without extras has the attributes of torch's, and one pickled before has these.
+    # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
+    recurrent_dropout: float = 0
+    zoneout: float | tuple[float, float] = 0
+    layer_norm: bool = False
+    forget_bias: float | None = None
+    recompute: bool = False
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        forget_bias: float | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self._layer_names = self._group_names()
+        if arguments.probability("recurrent_dropout", recurrent_dropout):
+            self.recurrent_dropout = float(recurrent_dropout)
+        of_h, of_c = arguments.zoneout_pair(zoneout)
+        if of_h or of_c:
+            self.zoneout = (of_h, of_c) if of_c else of_h
+        if arguments.flag("recompute", recompute):
+            self.recompute = True
+        if forget_bias is not None:
+            self.forget_bias = arguments.forget_bias_value(forget_bias, self.bias)
+        if arguments.flag("layer_norm", layer_norm):
+            self.layer_norm = True
+            kwargs = {"device": device, "dtype": dtype}
+            for name in [name for names in self._norm_names() for name in names]:
+                size = self.hidden_size if "_c_" in name else 4 * self.hidden_size
+                self.register_parameter(name, nn.Parameter(torch.empty(size, **kwargs)))
+        self._reset_extras()
+
+    def _norm_names(self) -> list[list[str]]:
+        """The names of the parameters of layer normalisation, one list per layer."""
+        kinds = ["gain_ih", "gain_hh", "gain_c"] + (["bias_c"] if self.bias else [])
+        suffixes = ["", "_reverse"] if self.bidirectional else [""]
+        return [
+            [f"ln_{kind}_l{k}{suffix}" for suffix in suffixes for kind in kinds]
+            for k in range(self.num_layers)
+        ]
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the extras set."""
+        super().reset_parameters()
+        self._reset_extras()
+
+    def _reset_extras(self) -> None:
+        if self.layer_norm:
+            for name in [name for names in self._norm_names() for name in names]:
+                nn.init.constant_(getattr(self, name), 0.0 if name.startswith("ln_bias") else 1.0)
+        if self.forget_bias is not None:
+            gate = slice(self.hidden_size, 2 * self.hidden_size)
+            with torch.no_grad():
+                for name in [name for names in self._layer_names for name in names]:
+                    if name.startswith("bias_"):
+                        bias = getattr(self, name)
+                        bias[gate] = self.forget_bias if name.startswith("bias_ih") else 0.0
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in _EXTRAS:
+            if name in self.__dict__:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def _group_names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the parameters, one tuple per layer."""
+        sets = self._all_weights
+        if self.bidirectional:
+            return tuple((*sets[k], *sets[k + 1]) for k in range(0, len(sets), 2))
+        return tuple(tuple(names) for names in sets)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read each parameter where it lies."""
+
+    # nn.LSTM's versions of these, for subclasses that call them.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | PackedSequence | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        return_cell_states: bool = False,
+        return_gates: bool = False,
+    ) -> Any:
+        """Run the layers on whole sequences.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
+                The dtype and device are those of the parameters, except under autocast. Or a
+                ``PackedSequence``, whose ``data`` is (N, I); nothing is computed for padding.
+            hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
+                unbatched input; None for zeros. The order of the batch is that before packing.
+            lengths: how many steps of each sequence count: a list of B integers or an integer tensor (B,), on any
+                device, in any order, from 0 to T; for unbatched input a number. The output of the steps that do not
+                count is 0, and the final state is that of the last one that counts; that of ``hx`` if none does.
+                The reverse direction begins with the last that counts. Numbers on the host are checked; those on a
+                GPU, or that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
+            resets: (T, B), in the layout of the input, and with a last axis of 1 if you like, bool, or 0 and 1 in a
+                floating-point dtype, on the device of the input; for a ``PackedSequence``, a ``PackedSequence`` of the
+                same batch sizes and order. Where true, the state is replaced before the step is computed; no gradient
+                crosses. Both directions are cut there, so that what is before never meets what is after.
+            reset_state: ``(h, c)`` in the shapes of ``hx``: what ``resets`` puts in place of the state, and what
+                receives the gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
+            mask: bool, (T, B) in the layout of the input, and with a last axis of 1 if you like, on any device: another
+                form of ``lengths``. True in the steps that count, which must come first. On a GPU nothing is read, and
+                what comes after the first False does not count.
+            return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
+
+        Returns:
+            ``(output, (h_n, c_n))``: the last layer's h of every step, (T, B, D * P) in the layout of the
+            input, a ``PackedSequence`` of the same batch sizes and order if the input is one; the states
+            after the last step, of each sequence of a ``PackedSequence`` its own, in the shapes of ``hx``.
+            A third element, :class:`lstm_ext.LSTMExtras`, where ``return_cell_states`` or ``return_gates`` is True.
+
+        Raises:
+            ValueError: rank of the input, or a dtype that is not the parameters'; batch sizes or indices of a
+                ``PackedSequence`` that make no sense; a wrong shape, dtype, device or number in an argument after
+                ``hx``, or two of them that exclude each other.
+            RuntimeError: another wrong size, device or dtype, or the rank of packed data; an empty sequence; tracing
+                by ``torch.jit``; what a transform or compiler does not support.
+            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` not two Tensors, batch sizes are
+                no integers, or an argument after ``hx`` is of a wrong type.
+        """
+        if (
+            self.recurrent_dropout
+            or self.zoneout
+            or self.layer_norm
+            or self.recompute
+            or lengths is not None
+            or resets is not None
+            or reset_state is not None
+            or mask is not None
+            or return_cell_states is not False
+            or return_gates is not False
+        ):
+            return self._forward_with_extras(
+                input,
+                hx,
+                lengths=lengths,
+                resets=resets,
+                reset_state=reset_state,
+                mask=mask,
+                return_cell_states=return_cell_states,
+                return_gates=return_gates,
+            )
+        if not isinstance(input, Tensor):
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx)
+            raise TypeError(
+                f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
+            )
+        rank = input.dim()
+        if rank == 3:
+            if self.batch_first:
+                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3, input.size(0))
+                return output.transpose(0, 1), (h_n, c_n)
+            output, h_n, c_n = self._run(input, hx, 3, input.size(1))
+            return output, (h_n, c_n)
+        if rank == 2:
+            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2, 1)
+            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        data = packed.data
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        batch = packed_layout.batch_of(packed, hx)
+        if hx is None:
+            if torch.compiler.is_compiling():
+                sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+                sizes = self.proj_size or self.hidden_size, self.hidden_size
+                hx = packed_layout.zero_states(data, sets, batch, *sizes)
+        else:
+            # Before the states are sorted: that would silently drop rows beyond the batch.
+            h0, c0 = _unpack_hx(hx)
+            self._check_states(h0, c0, batch)
+            hx = (
+                packed_layout.permuted(h0, packed.sorted_indices),
+                packed_layout.permuted(c0, packed.sorted_indices),
+            )
+        output, h_n, c_n = self._run(data, hx, 3, batch, packed.batch_sizes)
+        h_n = packed_layout.permuted(h_n, packed.unsorted_indices)
+        c_n = packed_layout.permuted(c_n, packed.unsorted_indices)
+        return packed_layout.repacked(output, packed), (h_n, c_n)
+
+    def _forward_with_extras(self, input: Any, hx: Any, **asked: Any) -> tuple[Any, ...]:
+        """``forward`` where there is something that ``torch.nn.LSTM`` does not have."""
+        if _is_tracing():
+            raise RuntimeError(_NO_TORCHSCRIPT)
+        packed, state_rank = None, 3
+        if isinstance(input, PackedSequence):
+            packed, x = input, input.data
+            if x.dim() != 2:
+                raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
+            layout = Layout(1, packed_layout.batch_of(packed, hx), packed=packed)
+            if hx is None and torch.compiler.is_compiling():
+                hx = tuple([x.new_zeros(shape) for shape in self._state_shapes(layout.batch)])
+        elif not isinstance(input, Tensor):
+            raise TypeError(
+                f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
+            )
+        elif input.dim() == 3:
+            x = input.transpose(0, 1) if self.batch_first else input
+            layout = Layout(x.size(0), x.size(1), self.batch_first)
+        elif input.dim() == 2:
+            x, state_rank = input.unsqueeze(1), 2
+            layout = Layout(x.size(0), 1, batched=False)
+        else:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        weights = self._weights_by_layer()
+        for of_layer in weights:
+            route.refuse_none(of_layer)
+        w = weights[0][0]
+        h0, c0 = (None, None) if hx is None else _unpack_hx(hx)
+        if h0 is not None and c0 is not None and (state_rank == 2 or h0.dim() != 3 or c0.dim() != 3):
+            h0, c0 = _batched_states(h0, c0, state_rank)
+        self._explain(x, h0, c0, w, layout.batch)
+
+        def stacked(x: Tensor, h0: Any, c0: Any, batch_sizes: Tensor | None, extras: Any) -> Any:
+            return stack.stack(
+                route.lstm_layer,
+                x,
+                h0,
+                c0,
+                weights,
+                batch_sizes,
+                self.bias,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+                extras,
+            )
+
+        return arguments.run(
+            stacked,
+            x,
+            h0,
+            c0,
+            layout,
+            self._state_shapes(layout.batch),
+            self._options(),
+            **asked,
+        )
+
+    def _options(self) -> StackExtras:
+        """What the attributes say; they may have been changed since the module was made."""
+        norm: tuple[tuple[Tensor, ...], ...] = ()
+        if self.layer_norm:
+            names = self._norm_names()
+            norm = tuple([tuple([getattr(self, name) for name in of_layer]) for of_layer in names])
+            for of_layer, parameters in zip(names, norm, strict=True):
+                for name, parameter in zip(of_layer, parameters, strict=True):
+                    if parameter is None:
+                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+        return StackExtras(
+            recurrent_dropout=arguments.probability("recurrent_dropout", self.recurrent_dropout),
+            zoneout=arguments.zoneout_pair(self.zoneout),
+            training=self.training,
+            norm=norm,
+            recompute=arguments.flag("recompute", self.recompute),
+        )
+
+    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
+
+    def step(
+        self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step: the streaming path. ``forward`` on T steps equals T calls that hand on the state: on the CPU,
+        in float32 and float64, to the bit where T * B is at most 32, else within rounding.
+
+        Args:
+            x_t: (B, I), or (I,) without a batch.
+            hx: ``(h, c)`` as in :meth:`forward`: (L, B, P) and (L, B, H), without the B for unbatched input;
+                None for zeros.
+
+        Returns:
+            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to hand to the next call.
+
+        Raises:
+            RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
+                is in training mode with dropout, recurrent_dropout or zoneout; and what :meth:`forward` raises.
+
+        To begin a new sequence in some rows, replace their states in ``hx`` before the call: that is what ``resets``
+        does.
+
+        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, say once
+        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")``.
+        """
+        if self.bidirectional:
+            raise RuntimeError(
+                "LSTM.step: not available for a bidirectional layer: its reverse direction needs the future"
+            )
+        if self.training and self.dropout > 0:
+            self._refuse_random_step("dropout")
+        if self.recurrent_dropout or self.zoneout or self.layer_norm or self.recompute:
+            return self._step_with_extras(x_t, hx)
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
+        rank = x_t.dim()
+        if rank == 2:
+            output, h, c = self._run(x_t[None], hx, 3, x_t.size(0))
+            return output[0], (h, c)
+        if rank == 1:
+            output, h, c = self._run(x_t[None, None], hx, 2, 1)
+            return output[0, 0], (h.squeeze(1), c.squeeze(1))
+        raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {rank}D instead")
+
+    def _refuse_random_step(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"LSTM.step: not available in training mode with {name} > 0: call eval() first, "
+            "or forward on whole sequences"
+        )
+
+    def _step_with_extras(self, x_t: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        options = self._options()
+        if self.training and options.recurrent_dropout > 0:
+            self._refuse_random_step("recurrent_dropout")
+        if self.training and max(options.zoneout) > 0:
+            self._refuse_random_step("zoneout")
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
+        if x_t.dim() not in (1, 2):
+            raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
+        time = 1 if self.batch_first and x_t.dim() == 2 else 0
+        output, states = self._forward_with_extras(x_t.unsqueeze(time), hx)
+        return output.squeeze(time), states
+
+    def _run(
+        self, x: Tensor, hx: Any, state_rank: int, batch: int, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Check and compute; x is (T, B, I), or (N, I) with ``batch_sizes``. The way through here without an
+        error is kept short.
+        """
+        if _is_tracing():
+            raise RuntimeError(_NO_TORCHSCRIPT)
+        weights = self._weights_by_layer()
+        w = weights[0][0]
+        dtype, device = x.dtype, x.device
+        shape = x.shape
+        good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
+        if hx is None:
+            h0 = c0 = None
+        else:
+            h0, c0 = _unpack_hx(hx)
+            if state_rank == 2 or h0.dim() != 3 or c0.dim() != 3:
+                h0, c0 = _batched_states(h0, c0, state_rank)
+            sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+            good = (
+                good
+                and h0.shape == (sets, batch, self.proj_size or self.hidden_size)
+                and c0.shape == (sets, batch, self.hidden_size)
+                and h0.dtype == dtype
+                and c0.dtype == dtype
+                and h0.device == device
+                and c0.device == device
+            )
+        if not good:
+            self._explain(x, h0, c0, w, batch)
+        return stack.stack(
+            route.lstm_layer,
+            x,
+            h0,
+            c0,
+            weights,
+            batch_sizes,
+            self.bias,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+
+    def _weights_by_layer(self) -> list[list[Tensor]]:
+        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
+
+        ``_flat_weights`` will not do: functional_call, weight_norm and parametrizations leave it stale.
+        """
+        own = self.__dict__
+        parameters = own["_parameters"]
+        layers = []
+        for names in self._layer_names:
+            layer = []
+            for name in names:
+                # As in getattr, an instance attribute goes before a parameter. A parametrized weight is a
+                # property of the class, and then it is not in _parameters.
+                if name in own or name not in parameters:
+                    layer.append(getattr(self, name))
+                else:
+                    layer.append(parameters[name])
+            layers.append(layer)
+        if len(layers) != self.num_layers:
+            raise RuntimeError(
+                f"LSTM: num_layers is {self.num_layers}, but the module was made with {len(layers)} layers"
+            )
+        if layers[0][0] is None:
+            raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
+        return layers
+
+    def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:
+        """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
+
+        Returns if all is well, which happens under autocast: it reconciles dtypes.
+        """
+        autocast = stack.any_autocast()
+        if x.dtype != w.dtype and not autocast:
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
+                f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
+            )
+        self._check_states(h0, c0, batch)
+        if x.device != w.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {x.device} and parameter tensor at {w.device}"
+            )
+        for i, state in ((0, h0), (1, c0)):
+            if state is not None and state.device != x.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, "
+                    f"found input tensor at {x.device} and hidden tensor at {state.device}"
+                )
+            if state is not None and state.dtype != x.dtype and not autocast:
+                raise RuntimeError(
+                    f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({x.dtype}). "
+                    f"Convert it: hx[{i}].to({x.dtype})"
+                )
+        if x.size(0) == 0:
+            raise RuntimeError(stack.EMPTY_SEQUENCE)
+
+    def _check_states(self, h0: Tensor | None, c0: Tensor | None, batch: int) -> None:
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        for i, state, size in ((0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)):
+            if state is not None:
+                self.check_hidden_size(
+                    state, (sets, batch, size), f"Expected hidden[{i}] size {{}}, got {{}}"
+                )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # The hook that torch.jit.script offers before it compiles a module or a module inside one.
+        raise RuntimeError(_NO_TORCHSCRIPT)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_layer_names", None)
+        return state
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)
+        self._layer_names = self._group_names()
+
+
+_EXTRAS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
+
+
+def extras_of(module: LSTM) -> list[str]:
+    """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
+    return [name for name in _EXTRAS if getattr(module, name) != getattr(LSTM, name)]
+
+
+def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+        h0, c0 = hx
+        if isinstance(h0, Tensor) and isinstance(c0, Tensor):
+            return h0, c0
+    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {stack.describe_hx(hx)}")
+
+
+def _batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The states as 3-D tensors, or torch's error for a wrong rank."""
+    if h0.dim() != rank or c0.dim() != rank:
+        batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
+        raise RuntimeError(
+            f"For {batched} input, hx and cx should also be {rank}-D "
+            f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+        )
+    return h0.unsqueeze(1), c0.unsqueeze(1)
