@@ -1,0 +1,74 @@
+// One call of a layer, described once: what the operators, the Python functions and both backends pass on.
+//
+// D directions, T time steps, B sequences, I input features, H hidden units, P output features (see contract/layer.h).
+// Packed data has N = sum(batch_sizes) rows in place of (T, B). A tensor that is absent is undefined.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace lstm_ext {
+
+// What a layer does beyond torch.nn.LSTM; lstm_ext/reference.py has the equations. Nothing set is the plain layer.
+struct LayerOptions {
+  // Where the state of a row is replaced before a step: bool (T, B), or (N) if packed. The reverse direction is cut
+  // between the same two steps. The state that replaces it: (D, B, P) and (D, B, H); absent means zeros.
+  at::Tensor resets, reset_h, reset_c;
+  // (B), int64 on the input's device: how many steps of a row count. Not with packed input.
+  at::Tensor lengths;
+  // (D, B, P) of LayerSizes::sum_type: h_{t-1} is multiplied by it before its product with weight_hh.
+  at::Tensor recurrent_mask;
+  // Zoneout: where the previous state is kept, bool (D, T, B, P) and (D, T, B, H), or with N in place of T, B. Without
+  // these flags, the share that is kept.
+  at::Tensor keep_h, keep_c;
+  double zoneout_h = 0, zoneout_c = 0;
+  // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
+  std::vector<at::Tensor> norm;
+  bool return_cell_states = false, return_gates = false;
+  // Save no gates: the backward pass recomputes them. Not with layer normalisation.
+  bool recompute = false;
+};
+
+struct LayerCall {
+  at::Tensor input;   // (T, B, I), any strides; packed (N, I)
+  at::Tensor h0, c0;  // (D, B, P) and (D, B, H); absent means zeros
+  // For each direction, in torch's order: weight_ih (4H, I), weight_hh (4H, P), [bias_ih (4H), bias_hh (4H)] if
+  // has_bias, [weight_hr (P, H)] with a projection.
+  std::vector<at::Tensor> weights;
+  at::Tensor batch_sizes;  // (T), int64 on the CPU, those of a PackedSequence; absent for dense data
+  bool has_bias = true, bidirectional = false;
+  LayerOptions options;
+};
+
+// What a forward pass keeps for the backward pass: of sum_type, or, where it says so, of gates_type (see LayerSizes).
+// LayerSizes::check_saved knows the sizes. Absent where the layer does not need it.
+struct Saved {
+  at::Tensor gates;   // (D, T, B, 4H), gates_type: gate values on the CPU, preactivations on CUDA; not with recompute
+  at::Tensor cells;   // (D, T, B, H): c_t
+  at::Tensor hidden;  // (D, T, B, H), gates_type: o * tanh(c_t), with a projection; not with recompute
+  // With layer normalisation: the normalised products (2 D, T, B, 4H), gates_type, those of the input before those of
+  // h; and what the centred products were multiplied by, (D, T, B, 2).
+  at::Tensor norm_products, norm_factors;
+};
+
+// The gradients of what a forward pass returns; absent means zeros.
+struct ResultGradients {
+  at::Tensor output, h_n, c_n;
+  at::Tensor cells;        // of c_t, in the shape and type of Saved::cells
+  at::Tensor gate_values;  // of the gate values, in the shape and type of Saved::gates
+};
+
+// One value for each tensor of a call that has a gradient.
+template <typename Value, typename Values>
+struct PerInput {
+  Value input{}, h0{}, c0{};
+  Values weights;
+  Value reset_h{}, reset_c{};
+  Values norm;
+};
+// Which gradients are requested, and the gradients: undefined where not requested.
+using NeedsGrad = PerInput<bool, std::vector<bool>>;
+using LayerGradients = PerInput<at::Tensor, std::vector<at::Tensor>>;
+
+}  // namespace lstm_ext
