@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ..native import devices, loader
+from ..native import cuda, loader
 from . import equations, transforms
 from .options import LayerExtras
 from .tracing import PRE_DISPATCH, dispatch_modes, innermost_transform, is_active, nothing_looks_on
@@ -213,7 +213,7 @@ def _is_direct(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Seq
     if not nothing_looks_on() or forward_ad._current_level >= 0:
         return False
     device = input.device
-    if device != _CPU and (device.type != "cuda" or not devices.is_supported(device.index)):
+    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
         return False
     if input.dtype not in _KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
@@ -231,7 +231,7 @@ def _indirect_layer(
     refuse_none(weights)
     if not _has_operators(input.device):
         if input.device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_of_cuda(devices.problem(input.device.index))
+            _warn_of_cuda(cuda.problem(input.device.index))
         return equations.lstm_layer
     if input.dtype not in _KERNEL_DTYPES or torch.autograd.forward_ad._current_level >= 0:
         return equations.lstm_layer
@@ -257,7 +257,7 @@ def refuse_none(weights: Sequence[Tensor]) -> None:
 
 def _has_operators(device: torch.device) -> bool:
     if device.type == "cuda":
-        return devices.is_supported(device.index)
+        return cuda.is_supported(device.index)
     return device.type in ("cpu", "meta") and loader.has_kernels()
 
 
