@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .native import config, cuda, loader, selftest_record
+from .native import config, cuda, jit, loader, selftest_record
 
 
 def operators_library() -> str:
@@ -112,22 +112,22 @@ def _changed_sources(status: loader.Status) -> str | None:
     record = config.read_record(Path(str(status.path)).parent)
     if source_dir is None or record is None or record.get("sources") == config.digest(source_dir):
         return None
-    return f"{source_dir} has changed since the build: rebuild with {loader._build_command()}"
+    return f"{source_dir} has changed since the build: rebuild with {loader.build_command()}"
 
 
 def _aot_state() -> str:
-    path = loader._find_aot()
+    path = loader.find_aot()
     if path is None:
-        return f"no {config.MODULE} here: build it with {loader._build_command()}"
+        return f"no {config.MODULE} here: build it with {loader.build_command()}"
     try:
-        loader._check_record(path)
+        loader.check_record(path)
     except ImportError as error:
         return f"does not fit: {error}"
     return f"there, not in use: {path}"
 
 
 def _jit_state() -> str:
-    problem = loader.jit_problem()
+    problem = jit.problem()
     return f"cannot be built: {problem}" if problem else "can be built (LSTM_EXT_BACKEND=jit)"
 
 

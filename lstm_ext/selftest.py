@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .native import cuda, loader, selftest_record
+from .native import config, cuda, loader, selftest_record
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TF32_EPS = 2.0**-10
@@ -286,7 +286,7 @@ def cpu_checks() -> Iterator[Check]:
 
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
-    for kernel in cuda.IN_THIS_RELEASE:
+    for kernel in config.CUDA_KERNELS_OF_THIS_RELEASE:
         for dtype, case in itertools.product(DTYPES, CASES):
             yield _check(kernel, case, dtype, device)
         for case in CASES:

@@ -38,11 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @functools.cache
 def _problem_of_cuda() -> str | None:
     """Why the tests of CUDA cannot run here."""
-    from lstm_ext.native import devices as native_devices
+    from lstm_ext.native import cuda as native_cuda
 
     if not torch.cuda.is_available():
         return f"{NO_GPU}: torch finds none"
-    problem = native_devices.problem(torch.cuda.current_device())
+    problem = native_cuda.problem(torch.cuda.current_device())
     return None if problem is None else f"{NO_GPU}: {problem}"
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lstm_ext
 from lstm_ext import functional, reference
 from lstm_ext.layer import eager, equations, transforms
-from lstm_ext.native import devices as native_devices
+from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -245,7 +245,7 @@ def test_pending_negation_and_zeros_without_memory(taken, device):
 def test_without_the_extension(layer, x, events, taken, monkeypatch):
     monkeypatch.setattr(loader, "extension", lambda: None)
     monkeypatch.setattr(loader, "status", lambda: loader.Status("reference"))
-    monkeypatch.setattr(native_devices, "_problems", {})  # what was found before
+    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
     assert taken(lambda: layer(x)[0].sum().backward()) == REFERENCE
     assert taken(lambda: vmap(layer)(x[None])) == REFERENCE
 

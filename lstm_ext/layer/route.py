@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..native import devices as cuda
-from ..native import loader
+from ..native import cuda, loader
 from . import eager, equations, transforms
 from .layer_call import LayerCall, LayerFunction, LayerResults
 from .tracing import (

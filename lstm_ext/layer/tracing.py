@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..native import devices as cuda
+from ..native import cuda
 from .layer_call import PLAIN, LayerCall
 
 __all__ = [

@@ -22,8 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "nvcc"
 
-# The oldest that is supported, the first with clusters, and both families of Blackwell.
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+def _first_of_each_generation(architectures: Sequence[str]) -> tuple[str, ...]:
+    first: dict[str, str] = {}
+    for architecture in architectures:
+        first.setdefault(architecture.partition(".")[0], f"sm_{architecture.replace('.', '')}")
+    return tuple(first.values())
+
+
+ARCHITECTURES = _first_of_each_generation(config.ARCHITECTURES)
 
 # torch compiles extensions with these. Code that passes without them may not pass with them.
 TORCH_DEFINES = (
