@@ -140,7 +140,7 @@ def _layer_with_extras(
                 )
             raise RuntimeError(
                 "LSTM: torch.compile, torch.export and tracing do not support a PackedSequence together with extras "
-                "that have no kernels here (docs/extras.md): give padded input and lengths"
+                "that have no kernels here (docs/options.md): give padded input and lengths"
             )
         h0 = _with_batch_known(input, h0, c0, weights, batch_sizes, bidirectional)
     return layer(input, h0, c0, weights, batch_sizes, bias, bidirectional, extras)
