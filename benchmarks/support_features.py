@@ -1,7 +1,7 @@
 """The rows of the support table: each feature as a module and its arguments, and what it must give, in float64.
 
 What it must give is computed by `lstm_ext.reference`, layer by layer, in float64 on the CPU. Random masks are drawn
-here, as docs/extras.md says that the layer draws them, and given to the equations as numbers. All values are multiples
+here, as docs/options.md says that the layer draws them, and given to the equations as numbers. All values are multiples
 of 1/64 below 2 in size, which all dtypes hold exactly: only what the layer itself rounds makes a difference.
 """
 
