@@ -49,7 +49,7 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is missing, or the compiled extension.
-        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with extras
+        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with options
             whose number of steps may change.
     """
     if isinstance(model, torch.export.ExportedProgram):
