@@ -7,7 +7,7 @@ this package compiles nothing; the compiled kernels are looked for when the firs
 from __future__ import annotations
 
 from . import functional, reference
-from .layer.options import LSTMExtras
+from .call.layout import LSTMExtras
 from .native import loader
 from .native.config import VERSION as __version__
 from .nn.cell import LSTMCell

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import stack
+from .call import run
 from .layer import route
 
 __all__ = ["lstm"]
@@ -72,7 +72,7 @@ def lstm(
         ValueError: a wrong shape, number of weights, dtype, device or value; the text names the argument.
         RuntimeError: the sequence is empty (T == 0), with torch's text.
     """
-    return stack.lstm(
+    return run.lstm(
         route.lstm_layer,
         input,
         hx,
@@ -83,10 +83,10 @@ def lstm(
         training,
         bidirectional,
         batch_first,
-        recurrent_dropout,
-        zoneout,
-        norm_weights,
-        recompute,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        norm_weights=norm_weights,
+        recompute=recompute,
         lengths=lengths,
         resets=resets,
         reset_state=reset_state,

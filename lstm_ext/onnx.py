@@ -13,16 +13,14 @@ from typing import Any
 import torch
 
 from .layer import equations
-from .layer.options import LayerExtras
+from .layer.layer_call import LayerCall, LayerOptions
+from .layer.route import UnsupportedLayerError
+from .layer.shapes import weights_per_direction
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
 # The gates' rows: i, f, g, o here and i, o, f, c there, where c is our g.
 _GATES = (0, 3, 1, 2)
-
-
-class UnsupportedLayerError(NotImplementedError):
-    """A layer that the operator ``LSTM`` of ONNX cannot express."""
 
 
 def export(
@@ -51,7 +49,7 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is missing, or the compiled extension.
-        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with extras
+        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with options
             whose number of steps may change.
     """
     if isinstance(model, torch.export.ExportedProgram):
@@ -104,18 +102,23 @@ def _translated_layer(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
-) -> tuple[Any, Any, Any]:
+    **options: Any,
+) -> tuple[Any, ...]:
     """The operator ``lstm_layer`` in the operators of ONNX; the exporter calls it with symbolic values."""
     from onnxscript import ir
     from onnxscript import opset18 as op
 
     directions = 2 if bidirectional else 1
-    per_set = len(weights) // directions
+    per_set, projected = weights_per_direction(len(weights), has_bias, bidirectional)
     if batch_sizes is not None:
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
-    if per_set == (5 if has_bias else 3):
+    if options:
+        raise UnsupportedLayerError(
+            f"lstm_ext.onnx: the operator LSTM of ONNX has no {', '.join(options)}: export the module, not a program"
+        )
+    if projected:
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a layer with a projection (proj_size > 0) cannot be exported: "
             "the operator LSTM of ONNX has none"
@@ -156,16 +159,18 @@ def _translated_layer(
     # (T, directions, B, H) to (T, B, directions * H)
     output = op.Transpose(output, perm=[0, 2, 1, 3])
     output = op.Reshape(output, op.Constant(value_ints=[0, 0, directions * hidden]))
-    return narrow(output), narrow(h_n), narrow(c_n)
+    # Cell states and gate values are not requested.
+    nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), input)
+    return narrow(output), narrow(h_n), narrow(c_n), nothing, nothing
 
 
 def _with_equations(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with torch's operators in place of that of a layer with extras, for which ONNX has none."""
+    """The program with torch's operators in place of each layer that has options, for which ONNX has no operator."""
     from . import ops
 
-    if not any([node.target is ops.lstm_layer_with_extras for node in program.graph.nodes]):
+    if not any([node.target is ops.lstm_layer and node.kwargs for node in program.graph.nodes]):
         return program
-    return program.run_decompositions({ops.lstm_layer_with_extras: _equations})
+    return program.run_decompositions({ops.lstm_layer: _equations})
 
 
 def _equations(
@@ -176,18 +181,18 @@ def _equations(
     batch_sizes: torch.Tensor | None,
     has_bias: bool,
     bidirectional: bool,
-    *others: Any,
-) -> tuple[torch.Tensor, ...]:
-    """The operator ``lstm_layer_with_extras`` in torch's operators."""
-    *operands, return_cell_states, return_gates = others
+    **options: Any,
+) -> Any:
+    """The operator ``lstm_layer`` in torch's operators; NotImplemented, which leaves the operator, without options."""
+    if not options:
+        return NotImplemented
     if batch_sizes is not None or not isinstance(input.size(0), int):
         raise UnsupportedLayerError(
-            "lstm_ext.onnx: a layer with extras is exported step by step: it needs padded sequences and a fixed number "
-            "of steps"
+            "lstm_ext.onnx: a layer with options is exported step by step: it needs padded sequences and a fixed "
+            "number of steps"
         )
-    extras = LayerExtras.from_operands(operands, return_cell_states, return_gates)
-    results = equations.lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras)
-    return tuple([input.new_empty(0) if r is None else r for r in results])
+    call = LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, LayerOptions(**options))
+    return tuple([input.new_empty(0) if r is None else r for r in equations.lstm_layer(call)])
 
 
 def _fold_weights(model: Any) -> None:

@@ -27,7 +27,7 @@ The layer with what goes beyond ``torch.nn.LSTM`` has three operators of its own
 reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm``: as the attributes of
 :class:`lstm_ext._extras.LayerExtras`, where a tensor may be None, kept_h and kept_c are the bool masks of zoneout,
 zoneout_h and zoneout_c the shares that are kept where there is no mask, and norm is a list, empty without layer
-normalisation. Which of them the kernels serve: docs/extras.md.
+normalisation. Which of them the kernels serve: docs/options.md.
 
 ``lstm_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, return_cell_states,
 return_gates) -> (output, h_n, c_n, cell_states, gate_values)``

@@ -18,7 +18,7 @@ https://arxiv.org/abs/1402.1128) for the projection; these are the equations of 
 gates' rows lie one after the other in the weights: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction
 runs from the last step to the first.
 
-What a layer can do beyond that (``extras``), in the order in which step t does it:
+What a layer can do beyond that (its options), in the order in which step t does it:
 
 .. code-block:: text
 
@@ -56,10 +56,48 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import stack
-from .layer.equations import lstm_layer
+from .call import run
+from .layer import equations
+from .layer.layer_call import PLAIN, LayerCall, LayerOptions
 
 __all__ = ["lstm", "lstm_layer"]
+
+
+def lstm_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    options: LayerOptions | None = None,
+) -> tuple[Any, ...]:
+    """One layer, all time steps, both directions if ``bidirectional``.
+
+    Shapes, with D = 2 if bidirectional else 1 and P the projection's size, or H without a projection:
+
+    Args:
+        input: (T, B, I), T >= 1, any strides; with ``batch_sizes`` (N, I), N their sum.
+        h0: (D, B, P), or None for zeros.
+        c0: (D, B, H), or None for zeros.
+        weights: D sets of ``w_ih (4H, I), w_hh (4H, P)[, b_ih (4H), b_hh (4H)][, w_hr (P, H)]``.
+        batch_sizes: (T,), int64 on the CPU, of a ``torch.nn.utils.rnn.PackedSequence``; None for dense input.
+        bias: whether the sets hold the two biases.
+        bidirectional: whether there are two sets, the second for the reverse direction.
+        options: what the layer does beyond ``torch.nn.LSTM``, with their shapes; ``recompute`` means nothing here.
+
+    Returns:
+        output (T, B, D * P), or (N, D * P) with ``batch_sizes``, h_n (D, B, P), c_n (D, B, H); none of them
+        shares memory with another. With ``options`` also the cell states, (D, T, B, H) or (D, N, H), and the gate
+        values i, f, g, o, the same with a last axis of 4; None where they are not requested.
+
+    Raises:
+        RuntimeError, ValueError: a wrong shape or number of weights; batch sizes that make no sense.
+    """
+    call = LayerCall(input, h0, c0, weights, batch_sizes, bias, bidirectional, options or PLAIN)
+    results = equations.lstm_layer(call)
+    return results[:3] if options is None else results
 
 
 def lstm(
@@ -85,8 +123,8 @@ def lstm(
     return_gates: bool = False,
 ) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
-    return stack.lstm(
-        lstm_layer,
+    return run.lstm(
+        equations.lstm_layer,
         input,
         hx,
         weights,
@@ -96,10 +134,10 @@ def lstm(
         training,
         bidirectional,
         batch_first,
-        recurrent_dropout,
-        zoneout,
-        norm_weights,
-        recompute,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        norm_weights=norm_weights,
+        recompute=recompute,
         lengths=lengths,
         resets=resets,
         reset_state=reset_state,

@@ -14,8 +14,21 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from .equations import check_shapes
-from .options import OPERANDS
+from .layer_call import LayerCall
+from .shapes import check_shapes
+
+OPERANDS = (
+    "resets",
+    "reset_h",
+    "reset_c",
+    "lengths",
+    "recurrent_mask",
+    "kept_h",
+    "kept_c",
+    "zoneout_h",
+    "zoneout_c",
+    "norm",
+)
 
 __all__ = ["register"]
 
@@ -112,7 +125,7 @@ def _fake_layer(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(input, h0, c0, weights, has_bias, bidirectional)
+    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional))
     batch = _batch(input, h0 if batch_of is None else batch_of, c0, batch_sizes)
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),

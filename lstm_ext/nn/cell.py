@@ -8,8 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..call import stack
+from ..call.run import describe_hx
+from ..call.stack import to_autocast_dtype
 from ..layer import route
+from ..layer.tracing import any_autocast
 
 __all__ = ["LSTMCell"]
 
@@ -74,8 +76,8 @@ class LSTMCell(nn.RNNCellBase):
         weights = self._weights()
         x = input
         h, c = hx if hx is not None else (None, None)
-        if stack.any_autocast():
-            x, h, c, (weights,) = stack._to_autocast_dtype(x, h, c, [weights])
+        if any_autocast():
+            x, h, c, (weights,) = to_autocast_dtype(x, h, c, [weights])
 
         # The way through here without an error is kept short.
         w_ih, w_hh = weights[:2]
@@ -129,7 +131,7 @@ class LSTMCell(nn.RNNCellBase):
         if hx is not None:
             if not _is_pair(hx):
                 raise TypeError(
-                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {stack.describe_hx(hx)}"
+                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {describe_hx(hx)}"
                 )
             expected = (*input.shape[:-1], self.weight_hh.size(-1))
             for i, state in enumerate(hx):

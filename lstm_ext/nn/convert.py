@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
-from .lstm import LSTM, extras_of
+from .lstm import LSTM, options_of
 
 __all__ = ["convert", "from_torch", "revert", "to_torch"]
 
@@ -25,7 +25,7 @@ _NAMES = {
     LSTMCell: "lstm_ext.LSTMCell",
 }
 
-_HAS_EXTRAS = "it has what torch.nn.LSTM does not have: {}"
+_HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -101,9 +101,9 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     if type(module) is not source:
         raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
 
-    extras = extras_of(module) if source is LSTM else []
-    if extras:
-        raise refuse(_HAS_EXTRAS.format(", ".join(extras)))
+    options = options_of(module) if source is LSTM else []
+    if options:
+        raise refuse(_HAS_OPTIONS.format(", ".join(options)))
 
     new = _on_meta(pairs[source], module)
     names = [name for name, p in new._parameters.items() if p is not None]
@@ -228,8 +228,8 @@ def _change_classes(
             replaced = _replaced_methods(module, source)
             if cls is None:
                 reason = f"a subclass of {_NAMES[source]}, whose own behaviour might be lost"
-            elif source is LSTM and extras_of(module):
-                reason = _HAS_EXTRAS.format(", ".join(extras_of(module)))
+            elif source is LSTM and options_of(module):
+                reason = _HAS_OPTIONS.format(", ".join(options_of(module)))
             elif replaced:
                 reason = f"{', '.join(replaced)} is replaced on the instance"
             else:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..call import arguments, stack
-from ..call import layout as packed_layout
-from ..call.arguments import Layout
+from ..call.arguments import (
+    any_requested,
+    flag,
+    forget_bias_value,
+    probability,
+    stack_options,
+    zoneout_pair,
+)
+from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
+from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
-from ..layer.options import StackExtras
+from ..layer.tracing import any_autocast
 
 __all__ = ["LSTM"]
 
@@ -78,7 +85,7 @@ class LSTM(nn.RNNBase):
             arguments that makes no sense, or ``forget_bias`` with ``bias=False``.
     """
 
-    # Of the class, so that a layer without extras has the attributes of torch's, and one pickled before has these.
+    # Of the class, so that a layer without options has the attributes of torch's, and one pickled before has these.
     # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
@@ -119,22 +126,22 @@ class LSTM(nn.RNNBase):
             dtype=dtype,
         )
         self._layer_names = self._group_names()
-        if arguments.probability("recurrent_dropout", recurrent_dropout):
+        if probability("recurrent_dropout", recurrent_dropout):
             self.recurrent_dropout = float(recurrent_dropout)
-        of_h, of_c = arguments.zoneout_pair(zoneout)
-        if of_h or of_c:
-            self.zoneout = (of_h, of_c) if of_c else of_h
-        if arguments.flag("recompute", recompute):
+        zoneout_h, zoneout_c = zoneout_pair(zoneout)
+        if zoneout_h or zoneout_c:
+            self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
+        if flag("recompute", recompute):
             self.recompute = True
         if forget_bias is not None:
-            self.forget_bias = arguments.forget_bias_value(forget_bias, self.bias)
-        if arguments.flag("layer_norm", layer_norm):
+            self.forget_bias = forget_bias_value(forget_bias, self.bias)
+        if flag("layer_norm", layer_norm):
             self.layer_norm = True
             kwargs = {"device": device, "dtype": dtype}
             for name in [name for names in self._norm_names() for name in names]:
                 size = self.hidden_size if "_c_" in name else 4 * self.hidden_size
                 self.register_parameter(name, nn.Parameter(torch.empty(size, **kwargs)))
-        self._reset_extras()
+        self._reset_options()
 
     def _norm_names(self) -> list[list[str]]:
         """The names of the parameters of layer normalisation, one list per layer."""
@@ -146,11 +153,11 @@ class LSTM(nn.RNNBase):
         ]
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the extras set."""
+        """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the options set."""
         super().reset_parameters()
-        self._reset_extras()
+        self._reset_options()
 
-    def _reset_extras(self) -> None:
+    def _reset_options(self) -> None:
         if self.layer_norm:
             for name in [name for names in self._norm_names() for name in names]:
                 nn.init.constant_(getattr(self, name), 0.0 if name.startswith("ln_bias") else 1.0)
@@ -164,7 +171,7 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in _EXTRAS:
+        for name in _OPTIONS:
             if name in self.__dict__:
                 text += f", {name}={getattr(self, name)}"
         return text
@@ -235,151 +242,25 @@ class LSTM(nn.RNNBase):
             TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` not two Tensors, batch sizes are
                 no integers, or an argument after ``hx`` is of a wrong type.
         """
-        if (
-            self.recurrent_dropout
-            or self.zoneout
-            or self.layer_norm
-            or self.recompute
-            or lengths is not None
-            or resets is not None
-            or reset_state is not None
-            or mask is not None
-            or return_cell_states is not False
-            or return_gates is not False
-        ):
-            return self._forward_with_extras(
-                input,
-                hx,
-                lengths=lengths,
-                resets=resets,
-                reset_state=reset_state,
-                mask=mask,
-                return_cell_states=return_cell_states,
-                return_gates=return_gates,
-            )
-        if not isinstance(input, Tensor):
-            if isinstance(input, PackedSequence):
-                return self._forward_packed(input, hx)
+        if isinstance(input, Tensor):
+            rank = input.dim()
+            if rank == 3:
+                layout = BATCH_FIRST if self.batch_first else TIME_FIRST
+            elif rank == 2:
+                layout = UNBATCHED
+            else:
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+        elif isinstance(input, PackedSequence):
+            if input.data.dim() != 2:
+                raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+            layout = PackedLayout(input, hx)
+        else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
             )
-        rank = input.dim()
-        if rank == 3:
-            if self.batch_first:
-                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3, input.size(0))
-                return output.transpose(0, 1), (h_n, c_n)
-            output, h_n, c_n = self._run(input, hx, 3, input.size(1))
-            return output, (h_n, c_n)
-        if rank == 2:
-            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2, 1)
-            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
-
-    def _forward_packed(
-        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
-    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        data = packed.data
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        batch = packed_layout.batch_of(packed, hx)
-        if hx is None:
-            if torch.compiler.is_compiling():
-                sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-                sizes = self.proj_size or self.hidden_size, self.hidden_size
-                hx = packed_layout.zero_states(data, sets, batch, *sizes)
-        else:
-            # Before the states are sorted: that would silently drop rows beyond the batch.
-            h0, c0 = _unpack_hx(hx)
-            self._check_states(h0, c0, batch)
-            hx = (
-                packed_layout.permuted(h0, packed.sorted_indices),
-                packed_layout.permuted(c0, packed.sorted_indices),
-            )
-        output, h_n, c_n = self._run(data, hx, 3, batch, packed.batch_sizes)
-        h_n = packed_layout.permuted(h_n, packed.unsorted_indices)
-        c_n = packed_layout.permuted(c_n, packed.unsorted_indices)
-        return packed_layout.repacked(output, packed), (h_n, c_n)
-
-    def _forward_with_extras(self, input: Any, hx: Any, **asked: Any) -> tuple[Any, ...]:
-        """``forward`` where there is something that ``torch.nn.LSTM`` does not have."""
-        if _is_tracing():
-            raise RuntimeError(_NO_TORCHSCRIPT)
-        packed, state_rank = None, 3
-        if isinstance(input, PackedSequence):
-            packed, x = input, input.data
-            if x.dim() != 2:
-                raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
-            layout = Layout(1, packed_layout.batch_of(packed, hx), packed=packed)
-            if hx is None and torch.compiler.is_compiling():
-                hx = tuple([x.new_zeros(shape) for shape in self._state_shapes(layout.batch)])
-        elif not isinstance(input, Tensor):
-            raise TypeError(
-                f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
-            )
-        elif input.dim() == 3:
-            x = input.transpose(0, 1) if self.batch_first else input
-            layout = Layout(x.size(0), x.size(1), self.batch_first)
-        elif input.dim() == 2:
-            x, state_rank = input.unsqueeze(1), 2
-            layout = Layout(x.size(0), 1, batched=False)
-        else:
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        weights = self._weights_by_layer()
-        for of_layer in weights:
-            route.refuse_none(of_layer)
-        w = weights[0][0]
-        h0, c0 = (None, None) if hx is None else _unpack_hx(hx)
-        if h0 is not None and c0 is not None and (state_rank == 2 or h0.dim() != 3 or c0.dim() != 3):
-            h0, c0 = _batched_states(h0, c0, state_rank)
-        self._explain(x, h0, c0, w, layout.batch)
-
-        def stacked(x: Tensor, h0: Any, c0: Any, batch_sizes: Tensor | None, extras: Any) -> Any:
-            return stack.stack(
-                route.lstm_layer,
-                x,
-                h0,
-                c0,
-                weights,
-                batch_sizes,
-                self.bias,
-                self.dropout,
-                self.training,
-                self.bidirectional,
-                extras,
-            )
-
-        return arguments.run(
-            stacked,
-            x,
-            h0,
-            c0,
-            layout,
-            self._state_shapes(layout.batch),
-            self._options(),
-            **asked,
+        return self._run(
+            input, hx, layout, lengths, resets, reset_state, mask, return_cell_states, return_gates
         )
-
-    def _options(self) -> StackExtras:
-        """What the attributes say; they may have been changed since the module was made."""
-        norm: tuple[tuple[Tensor, ...], ...] = ()
-        if self.layer_norm:
-            names = self._norm_names()
-            norm = tuple([tuple([getattr(self, name) for name in of_layer]) for of_layer in names])
-            for of_layer, parameters in zip(names, norm, strict=True):
-                for name, parameter in zip(of_layer, parameters, strict=True):
-                    if parameter is None:
-                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
-        return StackExtras(
-            recurrent_dropout=arguments.probability("recurrent_dropout", self.recurrent_dropout),
-            zoneout=arguments.zoneout_pair(self.zoneout),
-            training=self.training,
-            norm=norm,
-            recompute=arguments.flag("recompute", self.recompute),
-        )
-
-    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -411,17 +292,18 @@ class LSTM(nn.RNNBase):
             )
         if self.training and self.dropout > 0:
             self._refuse_random_step("dropout")
-        if self.recurrent_dropout or self.zoneout or self.layer_norm or self.recompute:
-            return self._step_with_extras(x_t, hx)
+        if self.training:
+            if self.recurrent_dropout and probability("recurrent_dropout", self.recurrent_dropout) > 0:
+                self._refuse_random_step("recurrent_dropout")
+            if self.zoneout and max(zoneout_pair(self.zoneout)) > 0:
+                self._refuse_random_step("zoneout")
         if not isinstance(x_t, Tensor):
             raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
         rank = x_t.dim()
         if rank == 2:
-            output, h, c = self._run(x_t[None], hx, 3, x_t.size(0))
-            return output[0], (h, c)
+            return self._run(x_t, hx, STEP)
         if rank == 1:
-            output, h, c = self._run(x_t[None, None], hx, 2, 1)
-            return output[0, 0], (h.squeeze(1), c.squeeze(1))
+            return self._run(x_t, hx, UNBATCHED_STEP)
         raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {rank}D instead")
 
     def _refuse_random_step(self, name: str) -> NoReturn:
@@ -430,28 +312,22 @@ class LSTM(nn.RNNBase):
             "or forward on whole sequences"
         )
 
-    def _step_with_extras(self, x_t: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        options = self._options()
-        if self.training and options.recurrent_dropout > 0:
-            self._refuse_random_step("recurrent_dropout")
-        if self.training and max(options.zoneout) > 0:
-            self._refuse_random_step("zoneout")
-        if not isinstance(x_t, Tensor):
-            raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
-        if x_t.dim() not in (1, 2):
-            raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
-        time = 1 if self.batch_first and x_t.dim() == 2 else 0
-        output, states = self._forward_with_extras(x_t.unsqueeze(time), hx)
-        return output.squeeze(time), states
-
     def _run(
-        self, x: Tensor, hx: Any, state_rank: int, batch: int, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Check and compute; x is (T, B, I), or (N, I) with ``batch_sizes``. The way through here without an
-        error is kept short.
-        """
+        self,
+        input: Any,
+        hx: Any,
+        layout: Layout,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_state: Any = None,
+        mask: Any = None,
+        return_cell_states: Any = False,
+        return_gates: Any = False,
+    ) -> Any:
+        """Check and compute. The way through here without an error or an option is kept short."""
         if _is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
+        x = layout.rows(input)
         weights = self._weights_by_layer()
         w = weights[0][0]
         dtype, device = x.dtype, x.device
@@ -459,34 +335,57 @@ class LSTM(nn.RNNBase):
         good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
         if hx is None:
             h0 = c0 = None
+            if layout.batch_sizes is not None and torch.compiler.is_compiling():
+                h0, c0 = zero_states(x, self._state_shapes(layout.batch(x)))
         else:
             h0, c0 = _unpack_hx(hx)
-            if state_rank == 2 or h0.dim() != 3 or c0.dim() != 3:
-                h0, c0 = _batched_states(h0, c0, state_rank)
-            sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+            rank = layout.state_rank
+            if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
+                h0, c0 = _batched_states(h0, c0, rank)
+            h_shape, c_shape = self._state_shapes(layout.batch(x))
             good = (
                 good
-                and h0.shape == (sets, batch, self.proj_size or self.hidden_size)
-                and c0.shape == (sets, batch, self.hidden_size)
+                and h0.shape == h_shape
+                and c0.shape == c_shape
                 and h0.dtype == dtype
                 and c0.dtype == dtype
                 and h0.device == device
                 and c0.device == device
             )
         if not good:
-            self._explain(x, h0, c0, w, batch)
-        return stack.stack(
-            route.lstm_layer,
-            x,
-            h0,
-            c0,
-            weights,
-            batch_sizes,
-            self.bias,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+            self._explain(x, h0, c0, w, layout.batch(x))
+        options = None
+        if any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates):
+            for layer_weights in weights:
+                route.refuse_none(layer_weights)
+            options = stack_options(
+                self,
+                self._norm_weights(),
+                x,
+                layout,
+                self._state_shapes(layout.batch(x)),
+                lengths=lengths,
+                resets=resets,
+                reset_state=reset_state,
+                mask=mask,
+                return_cell_states=return_cell_states,
+                return_gates=return_gates,
+            )
+        return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
+
+    def _norm_weights(self) -> list[list[Tensor]]:
+        """The parameters of layer normalisation at this moment, one list per layer; empty without it."""
+        if not self.layer_norm:
+            return []
+        layers = [[(name, getattr(self, name)) for name in names] for names in self._norm_names()]
+        for name, parameter in [pair for layer in layers for pair in layer]:
+            if parameter is None:
+                raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+        return [[parameter for _, parameter in layer] for layer in layers]
+
+    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
@@ -519,7 +418,7 @@ class LSTM(nn.RNNBase):
 
         Returns if all is well, which happens under autocast: it reconciles dtypes.
         """
-        autocast = stack.any_autocast()
+        autocast = any_autocast()
         if x.dtype != w.dtype and not autocast:
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
@@ -547,15 +446,12 @@ class LSTM(nn.RNNBase):
                     f"Convert it: hx[{i}].to({x.dtype})"
                 )
         if x.size(0) == 0:
-            raise RuntimeError(stack.EMPTY_SEQUENCE)
+            raise RuntimeError(EMPTY_SEQUENCE)
 
     def _check_states(self, h0: Tensor | None, c0: Tensor | None, batch: int) -> None:
-        sets = self.num_layers * (2 if self.bidirectional else 1)
-        for i, state, size in ((0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)):
+        for i, (state, shape) in enumerate(zip((h0, c0), self._state_shapes(batch), strict=True)):
             if state is not None:
-                self.check_hidden_size(
-                    state, (sets, batch, size), f"Expected hidden[{i}] size {{}}, got {{}}"
-                )
+                self.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
 
     def __prepare_scriptable__(self) -> NoReturn:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
@@ -571,12 +467,12 @@ class LSTM(nn.RNNBase):
         self._layer_names = self._group_names()
 
 
-_EXTRAS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
+_OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
 
 
-def extras_of(module: LSTM) -> list[str]:
+def options_of(module: LSTM) -> list[str]:
     """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
-    return [name for name in _EXTRAS if getattr(module, name) != getattr(LSTM, name)]
+    return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
 
 
 def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
@@ -584,7 +480,7 @@ def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
         h0, c0 = hx
         if isinstance(h0, Tensor) and isinstance(c0, Tensor):
             return h0, c0
-    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {stack.describe_hx(hx)}")
+    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
 
 
 def _batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
