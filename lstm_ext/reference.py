@@ -18,7 +18,7 @@ https://arxiv.org/abs/1402.1128) for the projection; these are the equations of 
 gates' rows lie one after the other in the weights: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction
 runs from the last step to the first.
 
-What a layer can do beyond that (``extras``), in the order in which step t does it:
+What a layer can do beyond that (its options), in the order in which step t does it:
 
 .. code-block:: text
 

@@ -184,7 +184,7 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
     """The number of sequences, B, of a sound ``packed``.
 
     The batch sizes themselves are checked where they are read, in the kernel or in the equations. A compiler does not
-    know their values: while it looks, B is the size of another tensor that must have it, and the kernel checks that.
+    know their values: then B is the size of another tensor that must have it, and the kernel checks that.
     """
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if data.dim() != 2:
@@ -197,18 +197,18 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
     if batch_sizes.numel() == 0:
         raise ValueError("PackedSequence.batch_sizes: expected at least one time step, got none")
     compiling = torch.compiler.is_compiling()
-    traced = not compiling and torch._C._len_torch_dispatch_stack() > 0
-    looking = compiling or traced
-    if looking and sorted_indices is not None:
+    tracing = not compiling and torch._C._len_torch_dispatch_stack() > 0
+    unknown = compiling or tracing
+    if unknown and sorted_indices is not None:
         return sorted_indices.size(0)
-    if looking and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+    if unknown and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
         return hx[0].size(1)
-    if not looking and torch._C._functorch.is_batchedtensor(batch_sizes):
+    if not unknown and torch._C._functorch.is_batchedtensor(batch_sizes):
         raise ValueError(
             "PackedSequence.batch_sizes: expected the same for all samples under vmap (in_dims=None), "
             "got one for each sample"
         )
-    if traced and type(batch_sizes) is Tensor:
+    if tracing and type(batch_sizes) is Tensor:
         batch = batch_sizes.tolist()[0]  # a tracer would take batch_sizes[0] for a result of its own
     else:
         batch = batch_sizes[0].item()
@@ -223,7 +223,7 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
                 f"PackedSequence.{name}: expected on {data.device}, as the data, got on {indices.device}"
             )
     # Read on the host only: on a device it would have to wait.
-    if sorted_indices is not None and not looking and sorted_indices.device.type == "cpu":
+    if sorted_indices is not None and not unknown and sorted_indices.device.type == "cpu":
         if unsorted_indices is None:
             raise ValueError(
                 "PackedSequence.unsorted_indices: expected a Tensor, as sorted_indices is one, got None"
@@ -257,9 +257,10 @@ class PaddedRows:
     def __init__(self, lengths: Tensor, time: int) -> None:
         """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0."""
         self._time, self._batch = time, lengths.size(0)
+        # _count sequences have a step; they come first in _order.
         falling, self._order = torch.sort(lengths, descending=True)
-        self._kept = int(torch.count_nonzero(falling))
-        counts = count_mask(falling[: self._kept], int(falling[0]))
+        self._count = int(torch.count_nonzero(falling))
+        counts = count_mask(falling[: self._count], int(falling[0]))
         self.batch_sizes = counts.sum(1)
         self._step, place = counts.nonzero(as_tuple=True)
         self._sequence = self._order[place]
@@ -286,13 +287,13 @@ class PaddedRows:
         return flat.unflatten(dim, (self._time, self._batch))
 
     def packed_state(self, state: Tensor | None) -> Tensor | None:
-        """The states (sets, kept, ...) of the sequences that are packed, in their order."""
-        return None if state is None else state.index_select(1, self._order[: self._kept])
+        """The states (sets, B, ...) of the sequences that are packed, in their order."""
+        return None if state is None else state.index_select(1, self._order[: self._count])
 
     def padded_state(self, final: Tensor, initial: Tensor | None) -> Tensor:
         """The final states (sets, B, ...) of all sequences: the initial one where there was no step."""
-        if self._kept < self._batch:
-            left_out = self._order[self._kept :]
+        if self._count < self._batch:
+            left_out = self._order[self._count :]
             if initial is None:
                 rest = final.new_zeros(final.size(0), left_out.size(0), final.size(2))
             else:

@@ -85,7 +85,7 @@ class LSTM(nn.RNNBase):
             arguments that makes no sense, or ``forget_bias`` with ``bias=False``.
     """
 
-    # Of the class, so that a layer without extras has the attributes of torch's, and one pickled before has these.
+    # Of the class, so that a layer without options has the attributes of torch's, and one pickled before has these.
     # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
