@@ -220,7 +220,7 @@ class LSTM(nn.RNNBase):
                 floating-point dtype; on the device of the input. For a ``PackedSequence``, a ``PackedSequence`` of the
                 same batch sizes and order. Where true, the state is replaced before the step is computed, and no
                 gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
-            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that ``resets`` puts in place, and that receives the
+            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that ``resets`` puts in place, and that gets the
                 gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
             mask: another form of ``lengths``: bool, (T, B) in the layout of the input, optionally with a last axis of
                 1, on any device. True in the steps that count, which must come first. On a GPU nothing is read, and
