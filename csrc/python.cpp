@@ -22,6 +22,8 @@ using lstm_ext::LayerResults;
 using lstm_ext::ResultGradients;
 using lstm_ext::Saved;
 using OptionalTensor = std::optional<Tensor>;
+// Not a pointer: pybind takes half a microsecond to see that None is one.
+using OptionalOptions = std::optional<LayerOptions>;
 
 // None is an undefined tensor, in both directions.
 Tensor or_undefined(OptionalTensor&& tensor) { return tensor ? std::move(*tensor) : Tensor(); }
@@ -38,7 +40,7 @@ LayerOptions make_options(OptionalTensor resets, OptionalTensor reset_h, Optiona
 }
 
 LayerCall make_call(Tensor&& input, OptionalTensor&& h0, OptionalTensor&& c0, std::vector<Tensor>&& weights,
-                    OptionalTensor&& batch_sizes, bool has_bias, bool bidirectional, const LayerOptions* options) {
+                    OptionalTensor&& batch_sizes, bool has_bias, bool bidirectional, OptionalOptions&& options) {
   LayerCall call;
   call.input = std::move(input);
   if (h0) call.h0 = std::move(*h0);
@@ -47,7 +49,7 @@ LayerCall make_call(Tensor&& input, OptionalTensor&& h0, OptionalTensor&& c0, st
   if (batch_sizes) call.batch_sizes = std::move(*batch_sizes);
   call.has_bias = has_bias;
   call.bidirectional = bidirectional;
-  if (options) call.options = *options;
+  if (options) call.options = std::move(*options);
   return call;
 }
 
@@ -55,10 +57,10 @@ using SavedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<SavedTensors>> forward(
     Tensor input, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, OptionalTensor batch_sizes,
-    bool has_bias, bool bidirectional, const LayerOptions* options, bool save) {
+    bool has_bias, bool bidirectional, OptionalOptions options, bool save) {
   LayerResults results =
       lstm_ext::lstm_layer_forward(make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                                             std::move(batch_sizes), has_bias, bidirectional, options),
+                                             std::move(batch_sizes), has_bias, bidirectional, std::move(options)),
                                    save);
   std::optional<SavedTensors> saved;
   if (save) {
@@ -86,12 +88,12 @@ std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTenso
 using OptionalTensors = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
 std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
-                             OptionalTensor batch_sizes, bool has_bias, bool bidirectional, const LayerOptions* options,
+                             OptionalTensor batch_sizes, bool has_bias, bool bidirectional, OptionalOptions options,
                              OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n,
                              OptionalTensor grad_cell_states, OptionalTensor grad_gate_values, const Tensor& output,
                              OptionalTensors saved, const std::vector<bool>& needs_grad) {
   const LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                                   std::move(batch_sizes), has_bias, bidirectional, options);
+                                   std::move(batch_sizes), has_bias, bidirectional, std::move(options));
   ResultGradients grads{or_undefined(std::move(grad_output)), or_undefined(std::move(grad_h_n)),
                         or_undefined(std::move(grad_c_n)), or_undefined(std::move(grad_cell_states)),
                         or_undefined(std::move(grad_gate_values))};
