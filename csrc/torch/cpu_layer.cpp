@@ -224,7 +224,8 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
       run_kernel(
           [&](int threads) {
             // What is not kept needs a place in the workspace.
-            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gate_values != nullptr, planned(p.options));
+            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gate_values != nullptr,
+                                     planned(p.options));
           },
           [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
             kernels.forward(p, plan, workspace, worker);
