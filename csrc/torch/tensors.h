@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
 #include <vector>
 
 namespace lstm_ext {
@@ -18,8 +17,8 @@ inline at::Tensor materialized(const at::Tensor& t) {
 // Without a trip through the dispatcher where there is nothing to do.
 inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
-inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& t, at::ScalarType type) {
-  return t && t->defined() ? in_type(materialized(*t), type).contiguous() : at::Tensor();
+inline at::Tensor contiguous_or_undefined(const at::Tensor& t, at::ScalarType type) {
+  return t.defined() ? in_type(materialized(t), type).contiguous() : at::Tensor();
 }
 
 inline std::vector<at::Tensor> contiguous_weights(const std::vector<at::Tensor>& weights, at::ScalarType type) {
