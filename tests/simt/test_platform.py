@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from simt import build
 
+pytestmark = pytest.mark.tools
+
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # What torch defines when it compiles extensions.

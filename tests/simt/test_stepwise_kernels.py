@@ -64,6 +64,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [
