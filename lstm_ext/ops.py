@@ -1,8 +1,8 @@
 """The registered operators, ``torch.ops.lstm_ext``: one call computes one layer, all time steps, both directions.
 
 They are what a tracer sees (``torch.compile``, ``torch.export``, ``make_fx``, fake and meta tensors) and what a C++
-process calls that loads the operators' library. This module gives them shapes without values (fake kernels) and
-FLOP counts; :func:`lstm_ext.native.loader.extension` imports it once the library is loaded.
+process calls that loads the operators' library. Importing this module loads
+the library, and they have shapes without values (fake kernels) and FLOP counts.
 
 T time steps, B batch rows, I input features, H hidden units, P the projection's size, or H without one, D = 2 if
 bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T, B), and B = batch_sizes[0].
@@ -27,7 +27,7 @@ The layer with what goes beyond ``torch.nn.LSTM`` has three operators of its own
 reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm``: as the attributes of
 :class:`lstm_ext._extras.LayerExtras`, where a tensor may be None, kept_h and kept_c are the bool masks of zoneout,
 zoneout_h and zoneout_c the shares that are kept where there is no mask, and norm is a list, empty without layer
-normalisation. Which of them the kernels serve: docs/extras.md.
+normalisation. Which of them the kernels serve: docs/options.md.
 
 ``lstm_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, return_cell_states,
 return_gates) -> (output, h_n, c_n, cell_states, gate_values)``
@@ -47,14 +47,15 @@ norm_factors, wanted) -> Tensor[]``
     As ``lstm_layer_backward``; after those of the weights, ``wanted`` has entries for reset_h, reset_c and norm.
 """
 
-from .layer.operators import (
-    lstm_layer,
-    lstm_layer_backward,
-    lstm_layer_forward,
-    lstm_layer_with_extras,
-    lstm_layer_with_extras_backward,
-    lstm_layer_with_extras_forward,
-)
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .layer import operators
+from .native import loader
 
 __all__ = [
     "lstm_layer",
@@ -64,3 +65,24 @@ __all__ = [
     "lstm_layer_with_extras_backward",
     "lstm_layer_with_extras_forward",
 ]
+
+# A process may have loaded the operators' library by itself.
+if not hasattr(torch.ops.lstm_ext, "lstm_layer") and loader.extension() is None:
+    raise ImportError(
+        f"lstm_ext.ops needs the compiled extension, which is not there: {loader.status().reason}"
+    )
+operators.register()
+
+_Layer = tuple[Tensor, Tensor, Tensor]
+_LayerAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+lstm_layer: Callable[..., _Layer] = torch.ops.lstm_ext.lstm_layer.default
+lstm_layer_forward: Callable[..., _LayerAndSaved] = torch.ops.lstm_ext.lstm_layer_forward.default
+lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default
+lstm_layer_with_extras: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer_with_extras.default
+lstm_layer_with_extras_forward: Callable[..., tuple[Tensor, ...]] = (
+    torch.ops.lstm_ext.lstm_layer_with_extras_forward.default
+)
+lstm_layer_with_extras_backward: Callable[..., list[Tensor]] = (
+    torch.ops.lstm_ext.lstm_layer_with_extras_backward.default
+)

@@ -49,11 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @functools.cache
 def _problem_of_cuda() -> str | None:
     """Why the tests of CUDA cannot run here."""
-    from lstm_ext.native import devices as native_devices
+    from lstm_ext.native import cuda as native_cuda
 
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    return native_devices.problem(torch.cuda.current_device())
+    return native_cuda.problem(torch.cuda.current_device())
 
 
 def _is_worker(config: pytest.Config) -> bool:

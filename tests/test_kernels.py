@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import internals
 import pytest
 import torch
 from accuracy import allowed_error, relative_error, values_and_gradients
@@ -16,7 +17,6 @@ from torch import Tensor
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.layer import route
 from lstm_ext.native import loader
 
 _C = loader.extension()
@@ -279,7 +279,7 @@ def assert_nonlinearities(dtype: torch.dtype) -> None:
         bias[gate] = 0
         c0 = torch.full((1, len(x), 1), 0.5 if gate == 1 else 0.0, dtype=dtype)  # else c could cancel
         weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
-        out = route.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
+        out = internals.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
         ref = reference.lstm_layer(
             x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], None, True, False
         )
@@ -305,7 +305,7 @@ def assert_infinities_and_nan(dtype: torch.dtype) -> None:
             weights = [torch.randn(4 * 5, 3, dtype=dtype), torch.randn(4 * 5, 5, dtype=dtype)]
             if batch == 9:
                 x = x.repeat(3, 1, 1)
-            out = route.lstm_layer(x, None, None, weights, None, False, False)
+            out = internals.lstm_layer(x, None, None, weights, None, False, False)
             ref = reference.lstm_layer(
                 x.double(), None, None, [w.double() for w in weights], None, False, False
             )
@@ -324,7 +324,7 @@ def test_gradcheck(capability, sizes):
     arguments = (input.requires_grad_(), *(s.requires_grad_() for s in hx), *module.parameters())
 
     def layer(input, h0, c0, *weights):
-        return route.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
+        return internals.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
 
     assert torch.autograd.gradcheck(layer, arguments, fast_mode=True)
     # Double backward runs on the reference equations; here the two have to fit together.

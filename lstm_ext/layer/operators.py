@@ -1,47 +1,59 @@
-"""The registered operators: fake kernels, FLOP counts. What they compute is explained in `lstm_ext.ops`."""
+"""Fake kernels and FLOP counts of the registered operators, which `lstm_ext.ops` explains.
+
+`register` gives them to torch. The loader calls it when it has loaded the operators: importing this loads nothing.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..native import loader
-from .equations import check_shapes
-from .options import OPERANDS
+from .layer_call import LayerCall
+from .shapes import check_shapes
 
-__all__ = [
-    "lstm_layer",
-    "lstm_layer_backward",
-    "lstm_layer_forward",
-    "lstm_layer_with_extras",
-    "lstm_layer_with_extras_backward",
-    "lstm_layer_with_extras_forward",
-]
+OPERANDS = (
+    "resets",
+    "reset_h",
+    "reset_c",
+    "lengths",
+    "recurrent_mask",
+    "kept_h",
+    "kept_c",
+    "zoneout_h",
+    "zoneout_c",
+    "norm",
+)
 
-# Set already when the backend imports this module, which it does once the operators are registered.
-if not hasattr(torch.ops.lstm_ext, "lstm_layer") and loader.extension() is None:
-    raise ImportError(
-        f"lstm_ext.ops needs the compiled extension, which is not there: {loader.status().reason}"
-    )
+__all__ = ["register"]
 
 _Layer = tuple[Tensor, Tensor, Tensor]
 _LayerAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-lstm_layer: Callable[..., _Layer] = torch.ops.lstm_ext.lstm_layer.default
-lstm_layer_forward: Callable[..., _LayerAndSaved] = torch.ops.lstm_ext.lstm_layer_forward.default
-lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default
-lstm_layer_with_extras: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer_with_extras.default
-lstm_layer_with_extras_forward: Callable[..., tuple[Tensor, ...]] = (
-    torch.ops.lstm_ext.lstm_layer_with_extras_forward.default
-)
-lstm_layer_with_extras_backward: Callable[..., list[Tensor]] = (
-    torch.ops.lstm_ext.lstm_layer_with_extras_backward.default
-)
+# By the names of the operators.
+_fake_kernels: dict[str, Callable[..., Any]] = {}
+_flop_formulas: dict[str, Callable[..., int]] = {}
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _fake_kernels[name] = function
+        return function
+
+    return add
+
+
+def _flops(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    def add(function: Callable[..., int]) -> Callable[..., int]:
+        _flop_formulas.update(dict.fromkeys(names, function))
+        return function
+
+    return add
 
 
 class _Sizes(NamedTuple):
@@ -84,7 +96,7 @@ def _batch(input: Tensor, h0: Tensor | None, c0: Tensor | None, batch_sizes: Ten
     return torch.library.get_ctx().new_dynamic_size(min=1)
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer")
+@_fake("lstm_layer")
 def _(
     input: Tensor,
     h0: Tensor | None,
@@ -113,7 +125,7 @@ def _fake_layer(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(input, h0, c0, weights, has_bias, bidirectional)
+    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional))
     batch = _batch(input, h0 if batch_of is None else batch_of, c0, batch_sizes)
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),
@@ -122,7 +134,7 @@ def _fake_layer(
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_forward")
+@_fake("lstm_layer_forward")
 def _(
     input: Tensor,
     h0: Tensor | None,
@@ -153,7 +165,7 @@ def _fake_saved(input: Tensor, s: _Sizes) -> _Layer:
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_backward")
+@_fake("lstm_layer_backward")
 def _(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -191,7 +203,7 @@ def _fake_gradients(
     ]
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras")
+@_fake("lstm_layer_with_extras")
 def _fake_layer_with_extras(
     input: Tensor,
     h0: Tensor | None,
@@ -231,7 +243,7 @@ def _fake_layer_with_extras(
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_forward")
+@_fake("lstm_layer_with_extras_forward")
 def _(
     input: Tensor,
     h0: Tensor | None,
@@ -255,7 +267,7 @@ def _(
     return *results, *_fake_saved(input, s), products, of_norm(s.directions, 2, sum_dtype)
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_backward")
+@_fake("lstm_layer_with_extras_backward")
 def _(
     input: Tensor,
     h0: Tensor | None,
@@ -287,13 +299,11 @@ def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
     )
 
 
-@register_flop_formula(
-    [
-        torch.ops.lstm_ext.lstm_layer,
-        torch.ops.lstm_ext.lstm_layer_forward,
-        torch.ops.lstm_ext.lstm_layer_with_extras,
-        torch.ops.lstm_ext.lstm_layer_with_extras_forward,
-    ]
+@_flops(
+    "lstm_layer",
+    "lstm_layer_forward",
+    "lstm_layer_with_extras",
+    "lstm_layer_with_extras_forward",
 )
 def _forward_flops(
     input: Sequence[int],
@@ -309,7 +319,7 @@ def _forward_flops(
     return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
 
 
-@register_flop_formula(torch.ops.lstm_ext.lstm_layer_backward)
+@_flops("lstm_layer_backward")
 def _backward_flops(
     grad_output: Any,
     grad_h_n: Any,
@@ -331,7 +341,7 @@ def _backward_flops(
     return _gradient_flops(input, weights, has_bias, bidirectional, wanted)
 
 
-@register_flop_formula(torch.ops.lstm_ext.lstm_layer_with_extras_backward)
+@_flops("lstm_layer_with_extras_backward")
 def _backward_with_extras_flops(
     input: Sequence[int],
     h0: Any,
@@ -372,3 +382,20 @@ def _gradient_flops(
 
 def _count(flags: Iterable[bool]) -> int:
     return sum(map(bool, flags))
+
+
+# ---- registration
+
+
+@functools.cache
+def register() -> None:
+    """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, function in _fake_kernels.items():
+        torch.library.register_fake(f"lstm_ext::{name}", function)
+    for name, formula in _flop_formulas.items():
+        register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
+
+
+loader.on_load(register)

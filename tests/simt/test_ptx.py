@@ -57,7 +57,7 @@ def test_every_instruction_has_a_case() -> None:
     assert {word.split(".")[0].rstrip(";") for word in text.split()} >= HANDLERS.keys()
 
 
-# ---- what stops ---------------------------------------------------------------------------------
+# ---- what stops
 
 
 def _kernel(body: str, before: str = "") -> str:

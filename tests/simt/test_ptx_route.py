@@ -28,7 +28,7 @@ def run(program: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-# ---- the wrappers of PTX ------------------------------------------------------------------------
+# ---- the wrappers of PTX
 
 
 def wrappers(program: Path) -> dict[str, str]:
@@ -142,7 +142,7 @@ def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
     assert wrappers_by_gcc("plain", tmp_path / "csrc") == wrappers_by_gcc("plain")
 
 
-# ---- the toy kernels ----------------------------------------------------------------------------
+# ---- the toy kernels
 
 TOYS = ("grid_f32", "grid_bf16", "cluster_stores", "cluster_messages")
 
@@ -200,7 +200,7 @@ def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
     assert " at " not in text or "at toy_" in text
 
 
-# ---- the stepwise kernels -----------------------------------------------------------------------
+# ---- the stepwise kernels
 
 STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
 
