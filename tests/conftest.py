@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported. Each process would have its own pool of inductor's compilers, and torch 2.11 can wait minutes
-# for them as it exits.
+# Before torch is imported. Each process would have a pool of inductor's compilers, and torch 2.11 can wait minutes for
+# them as it exits.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
