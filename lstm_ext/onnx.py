@@ -1,7 +1,6 @@
 """``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``.
 
-Needs the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``), when one of its functions is called and not
-before.
+Its functions need the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``); importing this module does not.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .layer.shapes import weights_per_direction
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
-# The gates' rows: i, f, g, o here and i, o, f, c there, where c is our g.
+# The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g.
 _GATES = (0, 3, 1, 2)
 
 
@@ -33,8 +32,8 @@ def export(
 ) -> Any:
     """``torch.onnx.export(model, args, f, dynamo=True, ...)`` for a model that contains layers of this package.
 
-    The weights are stored in the gates' order of ONNX. Everything else is as without this function, and as without
-    it, a batch size and a sequence length that may change have to be named in ``dynamic_shapes``::
+    The file holds the weights in the gates' order of ONNX. Everything else is as in ``torch.onnx.export``; as there,
+    ``dynamic_shapes`` has to name a batch size and a sequence length that may change::
 
         batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
         lstm_ext.onnx.export(model.eval(), (x,), "model.onnx", dynamic_shapes=({0: batch, 1: time},))
@@ -45,17 +44,17 @@ def export(
         options: the other arguments of ``torch.onnx.export``, by name, except ``dynamo``.
 
     Returns:
-        the ``torch.onnx.ONNXProgram``, also where ``f`` is given.
+        the ``torch.onnx.ONNXProgram``, also if ``f`` is given.
 
     Raises:
-        ImportError: onnx or onnxscript is missing, or the compiled extension.
-        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with options
-            whose number of steps may change.
+        ImportError: onnx, onnxscript or the compiled extension is missing.
+        UnsupportedLayerError: the model has a layer with a projection, or with packed input; or it is an
+            ``ExportedProgram`` of a layer with options whose number of steps may change.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = _with_equations(model)
     table = translation_table() | (custom_translation_table or {})
-    # Saved here, when the weights are in place.
+    # The program is saved below, when its weights are in the order of ONNX.
     saving = {
         "include_initializers": options.pop("export_params", True),
         "keep_initializers_as_inputs": options.pop("keep_initializers_as_inputs", False),
@@ -78,13 +77,16 @@ def export(
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)`` needs to know of this package.
+    """The translations of this package, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
-    Of large weights the file then holds the original and the nodes that bring the gates into the order of ONNX, which
-    a runtime does once, when it loads the model; :func:`export` stores them in that order.
+    With the table alone, the file holds large weights in torch's order, and nodes that bring the gates into the order
+    of ONNX; a runtime runs these nodes once, when it loads the model. :func:`export` stores the weights in that order.
+
+    Returns:
+        a function for each operator of this package, as ``custom_translation_table`` takes it.
 
     Raises:
-        ImportError: onnx or onnxscript is missing, or the compiled extension.
+        ImportError: onnx, onnxscript or the compiled extension is missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -126,7 +128,7 @@ def _translated_layer(
     kinds = [weights[kind::per_set] for kind in range(per_set)]  # each with one weight a direction
     hidden, features = weights[1].shape[1], weights[0].shape[1]
     dtype = input.dtype
-    # As in the kernels: between the arguments and the results all is float32.
+    # As in the kernels, everything between the arguments and the results is float32.
     widened = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
     def wide(x: Any) -> Any:
@@ -196,7 +198,7 @@ def _equations(
 
 
 def _fold_weights(model: Any) -> None:
-    """Compute what lies between the weights and the layers, whatever their size: the exporter stops at a few kB."""
+    """Compute all nodes between the weights and the layers. The exporter does so only up to a few kB."""
     from onnxscript import optimizer
 
     before = [
@@ -214,7 +216,7 @@ def _fold_weights(model: Any) -> None:
             before += [value.producer() for value in node.inputs if value is not None]
     optimizer.fold_constants(
         model,
-        # A node whose inputs are all known is asked for; weights that the model computes are not among them.
+        # A node is folded only if all its inputs are known, so never a weight that the model computes.
         should_fold=lambda node: True if node in found else None,
     )
     optimizer.remove_unused_nodes(model)

@@ -12,6 +12,9 @@ import pytest
 
 import lstm_ext
 
+pytestmark = pytest.mark.tools
+
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 

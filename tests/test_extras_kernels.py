@@ -159,7 +159,10 @@ def check(layer: Layer, dtype: torch.dtype) -> None:
         assert error(x, e) <= bound
 
 
-@pytest.mark.parametrize(("state", "threads"), [(False, 1), (True, 2)], ids=["to zeros", "to a state"])
+@pytest.mark.parametrize(
+    ("state", "threads"),
+    [pytest.param(False, 1, id="to zeros"), pytest.param(True, 2, id="to a state", marks=pytest.mark.alone)],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels(shape, state, threads, capability, number_of_threads):
     number_of_threads(threads)
@@ -191,11 +194,14 @@ PAIRS = [
     ("chunks", "all"),
     ("chunks", "rebuilt, with all"),
 ]
+MARKS = dict.fromkeys(("packed panels", "units shared"), pytest.mark.alone)  # of those on two threads
 
 
-@pytest.mark.parametrize(("shape", "kind"), PAIRS)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [pytest.param(*pair, marks=MARKS.get(pair[0], ())) for pair in PAIRS]
+)
 def test_kernels_of_other_steps(shape, kind, capability, number_of_threads):
-    number_of_threads(2 if shape in ("packed panels", "units shared") else 1)
+    number_of_threads(2 if shape in MARKS else 1)
     for dtype in EPS:
         # Of few numbers that are normalised, some lie so close together that any rounding becomes large, the equations'
         # own too: there float32 is judged by the worst of many draws, below.

@@ -20,6 +20,8 @@ import report_gpu  # noqa: E402
 from gpu_session import Session  # noqa: E402
 from test_benchmarks import run  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64]
 SEEDS = 20
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.alone)])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -158,6 +158,7 @@ GRIDS: dict[str, tuple[Sizes, tuple[int, int]]] = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_two_workers(capability, dtype, grid):
@@ -194,6 +195,7 @@ def test_two_workers(capability, dtype, grid):
         torch.set_num_threads(before)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "sizes",
     [(12, 16, 1, 720, 520, False, True), (12, 16, 300, 300, 0, True, True)],
@@ -231,6 +233,7 @@ def test_fewer_threads_than_planned():
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.alone
 def test_many_python_threads():
     """Callers in several Python threads do not share anything: each result is that of a lone call."""
     module = lstm_ext.LSTM(64, 128, 2)

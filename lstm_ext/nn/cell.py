@@ -35,9 +35,8 @@ class LSTMCell(nn.RNNCellBase):
         device, dtype: of the parameters.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTMCell``: ``weight_ih (4H, I)``,
-    ``weight_hh (4H, H)``, ``bias_ih (4H)``, ``bias_hh (4H)``; the gates' rows are in the order i, f, g, o. They
-    are read by attribute in every call. Over many steps, :class:`lstm_ext.LSTM` on the whole sequence is
-    faster.
+    ``weight_hh (4H, H)``, ``bias_ih (4H)``, ``bias_hh (4H)``; the gates' rows are in the order i, f, g, o. Every call
+    reads them by attribute. For many steps, :class:`lstm_ext.LSTM` on the whole sequence is faster.
 
     Raises:
         TypeError, RuntimeError: as ``torch.nn.LSTMCell``, with its texts.
@@ -57,7 +56,7 @@ class LSTMCell(nn.RNNCellBase):
         """Compute one step.
 
         Args:
-            input: (B, I), or (I,) without a batch. B >= 0, any strides. The dtype and device are those of the
+            input: (B, I), or (I,) without a batch. B >= 0, any strides. It has the dtype and device of the
                 parameters, except under autocast, which computes everything in its own dtype.
             hx: ``(h, c)``, a tuple or list, both (B, H), or (H,) without a batch; None for zeros.
 
@@ -79,7 +78,7 @@ class LSTMCell(nn.RNNCellBase):
         if any_autocast():
             x, h, c, (weights,) = to_autocast_dtype(x, h, c, [weights])
 
-        # The way through here without an error is kept short.
+        # The way through here without an error is short, because a single step takes microseconds.
         w_ih, w_hh = weights[:2]
         shape, dtype, device = x.shape, x.dtype, x.device
         rank, hidden = len(shape), w_hh.size(-1)
@@ -110,10 +109,10 @@ class LSTMCell(nn.RNNCellBase):
         return h[0], c[0]
 
     def _weights(self) -> list[Tensor]:
-        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster."""
+        """The present weights, as ``getattr`` returns them, only faster."""
         own = self.__dict__
         parameters = own["_parameters"]
-        # As in getattr, an instance attribute goes before a parameter; a parametrized weight is in neither.
+        # As in getattr, an instance attribute comes before a parameter; a parametrized weight is in neither.
         return [
             parameters[name] if name in parameters and name not in own else getattr(self, name)
             for name in _WEIGHTS
@@ -126,8 +125,8 @@ class LSTMCell(nn.RNNCellBase):
         if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
             with torch.no_grad():
                 nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
-        # Without an error: torch takes more than two states, broadcasts them where there is no batch, and
-        # promotes the dtype of c.
+        # torch raises no error for more than two states, for states that it can broadcast where there is no batch, and
+        # for another dtype of c.
         if hx is not None:
             if not _is_pair(hx):
                 raise TypeError(
@@ -170,7 +169,7 @@ def _step(
     b_ih, b_hh = weights[2:]
     if b_ih is None and b_hh is None:
         weights = weights[:2]
-    elif b_ih is None or b_hh is None:  # set by the user; torch's cell takes it too
+    elif b_ih is None or b_hh is None:  # the user has set one to None; torch's cell accepts that too
         b = b_hh if b_ih is None else b_ih
         weights = [*weights[:2], b, torch.zeros_like(b)]
     return route.lstm_cell(x, h, c, weights, len(weights) == 4)

@@ -34,18 +34,18 @@ _jit_is_tracing = torch._C._is_tracing
 
 
 def _is_tracing() -> bool:
-    """torch.jit.is_tracing(), in a shorter way: asked in every call."""
+    """torch.jit.is_tracing(), in a shorter way, because every call needs it."""
     return _jit_is_tracing()
 
 
-# For dynamo, which would not look into it, as `loader.has_kernels`.
+# Dynamo cannot look into the function; see `loader.has_kernels`.
 _is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class LSTM(nn.RNNBase):
     """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
 
-    The equations are those of :mod:`lstm_ext.reference`. L layers, D = 2 if bidirectional else 1, H hidden
+    :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
     units, P the projection's size, or H without one.
 
     Args:
@@ -53,39 +53,39 @@ class LSTM(nn.RNNBase):
         hidden_size: the number of hidden units, H.
         num_layers: L.
         bias: whether to add ``bias_ih`` and ``bias_hh``.
-        batch_first: input and output are (B, T, features) instead of (T, B, features). The states are not
-            affected, and neither is unbatched input.
+        batch_first: whether input and output are (B, T, features) instead of (T, B, features). States and unbatched
+            input are the same in both cases.
         dropout: probability of zeroing an element between two layers, in training mode. On the CPU the masks
             are those that ``torch.nn.LSTM`` draws from the same seed.
         bidirectional: whether each layer also reads time backwards.
         proj_size: if positive, h is projected to this size (https://arxiv.org/abs/1402.1128).
-        device, dtype: of the parameters.
+        device, dtype: those of the parameters.
         recurrent_dropout: probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in
-            training mode; one mask for all steps of a sequence, what is left is scaled by 1 / (1 - p).
-        zoneout: probability of keeping an element of h_{t-1} in h_t: a number, or a pair, for h and for c. In
+            training mode. A sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).
+        zoneout: probability of keeping an element of the previous state: a number for h, or a pair for h and c. In
             evaluation mode the states are mixed in that proportion.
-        layer_norm: whether to normalise the two products of the gates, over their 4H values, and what h_t sees of c_t.
+        layer_norm: whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.
         forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
             ``bias_hh`` to 0. None for an initial value like all others.
-        recompute: whether to keep only c_t, of the gates and cell states, for the backward pass, which computes the
-            gates again.
+        recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
-    What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
-    :mod:`lstm_ext.reference`. All of them use the kernels, together too, wherever the plain layer does.
+    :mod:`lstm_ext.reference` defines these five and the arguments of :meth:`forward` after ``hx``, with sources. All of
+    them use the kernels wherever the plain layer does, alone and together.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
-    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. They are read by attribute in
-    every call, so ``torch.func.functional_call``, ``weight_norm`` and parametrizations act as on any other
-    module. With ``layer_norm`` there follow, for each layer and direction, ``ln_gain_ih_l{k} (4H)``,
-    ``ln_gain_hh_l{k} (4H)``, ``ln_gain_c_l{k} (H)``, at first 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, at first 0.
+    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. Every call reads them by attribute,
+    so ``torch.func.functional_call``, ``weight_norm`` and parametrizations work as on any other module. With
+    ``layer_norm``, each layer and direction also has ``ln_gain_ih_l{k} (4H)``, ``ln_gain_hh_l{k} (4H)`` and
+    ``ln_gain_c_l{k} (H)``, initially 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, initially 0.
 
     Raises:
-        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; ValueError or TypeError for a value of the other
-            arguments that makes no sense, or ``forget_bias`` with ``bias=False``.
+        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; also for a value of the other arguments that makes
+            no sense, and for ``forget_bias`` with ``bias=False``.
     """
 
-    # Of the class, so that a layer without options has the attributes of torch's, and one pickled before has these.
+    # Attributes of the class, so that a layer without options has the same instance attributes as torch's, and a layer
+    # that was pickled before these options existed has them too.
     # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
@@ -184,9 +184,9 @@ class LSTM(nn.RNNBase):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read each parameter where it lies."""
+        """Does nothing: the kernels read each parameter in place."""
 
-    # nn.LSTM's versions of these, for subclasses that call them.
+    # The methods of nn.LSTM, for subclasses that call them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -207,40 +207,40 @@ class LSTM(nn.RNNBase):
 
         Args:
             input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
-                The dtype and device are those of the parameters, except under autocast. Or a
-                ``PackedSequence``, whose ``data`` is (N, I); nothing is computed for padding.
+                It has the dtype and device of the parameters, except under autocast. Or a ``PackedSequence``, whose
+                ``data`` is (N, I); nothing is computed for padding.
             hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
                 unbatched input; None for zeros. The order of the batch is that before packing.
             lengths: how many steps of each sequence count: a list of B integers or an integer tensor (B,), on any
                 device, in any order, from 0 to T; for unbatched input a number. The output of the steps that do not
-                count is 0, and the final state is that of the last one that counts; that of ``hx`` if none does.
-                The reverse direction begins with the last that counts. Numbers on the host are checked; those on a
-                GPU, or that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
-            resets: (T, B), in the layout of the input, and with a last axis of 1 if you like, bool, or 0 and 1 in a
-                floating-point dtype, on the device of the input; for a ``PackedSequence``, a ``PackedSequence`` of the
-                same batch sizes and order. Where true, the state is replaced before the step is computed; no gradient
-                crosses. Both directions are cut there, so that what is before never meets what is after.
-            reset_state: ``(h, c)`` in the shapes of ``hx``: what ``resets`` puts in place of the state, and what
-                receives the gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
-            mask: bool, (T, B) in the layout of the input, and with a last axis of 1 if you like, on any device: another
-                form of ``lengths``. True in the steps that count, which must come first. On a GPU nothing is read, and
-                what comes after the first False does not count.
+                count is 0. The final state is that of the last step that counts, or that of ``hx`` if none does.
+                The reverse direction begins with the last step that counts. Numbers on the host are checked; those on a
+                GPU, and those that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
+            resets: (T, B) in the layout of the input, optionally with a last axis of 1; bool, or 0 and 1 in a
+                floating-point dtype; on the device of the input. For a ``PackedSequence``, a ``PackedSequence`` of the
+                same batch sizes and order. Where true, the state is replaced before the step is computed, and no
+                gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
+            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that ``resets`` puts in place, and that gets the
+                gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
+            mask: another form of ``lengths``: bool, (T, B) in the layout of the input, optionally with a last axis of
+                1, on any device. True in the steps that count, which must come first. On a GPU nothing is read, and
+                nothing after the first False counts.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
 
         Returns:
-            ``(output, (h_n, c_n))``: the last layer's h of every step, (T, B, D * P) in the layout of the
-            input, a ``PackedSequence`` of the same batch sizes and order if the input is one; the states
-            after the last step, of each sequence of a ``PackedSequence`` its own, in the shapes of ``hx``.
-            A third element, :class:`lstm_ext.LSTMExtras`, where ``return_cell_states`` or ``return_gates`` is True.
+            ``(output, (h_n, c_n))``: output is the last layer's h of every step, (T, B, D * P) in the layout of the
+            input, or a ``PackedSequence`` of the same batch sizes and order; h_n and c_n are the states after the last
+            step of each sequence, in the shapes of ``hx``. If ``return_cell_states`` or ``return_gates`` is True, there
+            is a third element, :class:`lstm_ext.LSTMExtras`.
 
         Raises:
-            ValueError: rank of the input, or a dtype that is not the parameters'; batch sizes or indices of a
-                ``PackedSequence`` that make no sense; a wrong shape, dtype, device or number in an argument after
-                ``hx``, or two of them that exclude each other.
-            RuntimeError: another wrong size, device or dtype, or the rank of packed data; an empty sequence; tracing
-                by ``torch.jit``; what a transform or compiler does not support.
-            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` not two Tensors, batch sizes are
-                no integers, or an argument after ``hx`` is of a wrong type.
+            ValueError: the rank of the input is wrong, or its dtype is not that of the parameters; batch sizes or
+                indices of a ``PackedSequence`` make no sense; an argument after ``hx`` has a wrong shape, dtype, device
+                or number, or two of them exclude each other.
+            RuntimeError: another size, device or dtype, or the rank of packed data, is wrong; the sequence is empty;
+                ``torch.jit`` traces the layer; a transform or compiler does not support the call.
+            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` is not two Tensors, batch sizes are
+                not integers, or an argument after ``hx`` has a wrong type.
         """
         if isinstance(input, Tensor):
             rank = input.dim()
@@ -265,8 +265,10 @@ class LSTM(nn.RNNBase):
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One time step: the streaming path. ``forward`` on T steps equals T calls that hand on the state: on the CPU,
-        in float32 and float64, to the bit where T * B is at most 32, else within rounding.
+        """Compute one time step: the streaming path.
+
+        ``forward`` on T steps equals T calls of ``step`` that pass on the state: on the CPU, in float32 and float64, to
+        the bit if T * B is at most 32, else within rounding.
 
         Args:
             x_t: (B, I), or (I,) without a batch.
@@ -274,17 +276,17 @@ class LSTM(nn.RNNBase):
                 None for zeros.
 
         Returns:
-            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to hand to the next call.
+            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to pass to the next call.
 
         Raises:
             RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
-                is in training mode with dropout, recurrent_dropout or zoneout; and what :meth:`forward` raises.
+                is in training mode with dropout, recurrent_dropout or zoneout.
+            TypeError, ValueError, RuntimeError: as :meth:`forward`.
 
-        To begin a new sequence in some rows, replace their states in ``hx`` before the call: that is what ``resets``
-        does.
+        To begin a new sequence in some rows, replace their states in ``hx`` before the call, as ``resets`` does.
 
-        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, say once
-        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")``.
+        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, call
+        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")`` once.
         """
         if self.bidirectional:
             raise RuntimeError(
@@ -324,7 +326,7 @@ class LSTM(nn.RNNBase):
         return_cell_states: Any = False,
         return_gates: Any = False,
     ) -> Any:
-        """Check and compute. The way through here without an error or an option is kept short."""
+        """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
         if _is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
         x = layout.rows(input)
@@ -374,7 +376,7 @@ class LSTM(nn.RNNBase):
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
     def _norm_weights(self) -> list[list[Tensor]]:
-        """The parameters of layer normalisation at this moment, one list per layer; empty without it."""
+        """The present parameters of layer normalisation, one list per layer; empty without it."""
         if not self.layer_norm:
             return []
         layers = [[(name, getattr(self, name)) for name in names] for names in self._norm_names()]
@@ -388,7 +390,7 @@ class LSTM(nn.RNNBase):
         return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
-        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
+        """The present weights, one list per layer, as ``getattr`` returns them, only faster.
 
         ``_flat_weights`` will not do: functional_call, weight_norm and parametrizations leave it stale.
         """
@@ -398,8 +400,8 @@ class LSTM(nn.RNNBase):
         for names in self._layer_names:
             layer = []
             for name in names:
-                # As in getattr, an instance attribute goes before a parameter. A parametrized weight is a
-                # property of the class, and then it is not in _parameters.
+                # As in getattr, an instance attribute comes before a parameter. A parametrized weight is a
+                # property of the class and is not in _parameters.
                 if name in own or name not in parameters:
                     layer.append(getattr(self, name))
                 else:
@@ -416,7 +418,7 @@ class LSTM(nn.RNNBase):
     def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:
         """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
 
-        Returns if all is well, which happens under autocast: it reconciles dtypes.
+        Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
         """
         autocast = any_autocast()
         if x.dtype != w.dtype and not autocast:

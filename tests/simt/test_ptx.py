@@ -11,6 +11,9 @@ from simt.ptx.emit import HANDLERS
 from simt.ptx.parse import Parser, PtxError
 from simt.ptx.translate import translate
 
+pytestmark = pytest.mark.tools
+
+
 HERE = Path(__file__).parent
 if build.missing():
     pytest.skip(build.missing(), allow_module_level=True)

@@ -69,6 +69,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [
