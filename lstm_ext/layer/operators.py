@@ -55,9 +55,7 @@ def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Size
     shapes = [w.shape if isinstance(w, Tensor) else w for w in weights[:per_direction]]
     output_size = shapes[1][1]
     hidden_size = shapes[-1][1] if projected else output_size
-    return _Sizes(
-        2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected
-    )
+    return _Sizes(2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected)
 
 
 # ---- shapes, strides and dtypes: as the kernels in csrc/torch return them, all contiguous
