@@ -52,19 +52,6 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
           s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
 }
 
-// The resets as a direction meets them: what comes before a step in the reverse direction is the one after it in time.
-at::Tensor resets_of_direction(const at::Tensor& flags, const LayerSizes& s, int64_t direction) {
-  if (!flags.defined() || direction == 0) return flags;
-  const at::Tensor moved = at::zeros_like(flags);
-  const bool* from = flags.const_data_ptr<bool>();
-  bool* to = moved.mutable_data_ptr<bool>();
-  const auto offset = [&](int64_t t) { return s.packed() ? s.step_offsets[t] : t * s.batch; };
-  for (int64_t t = 0; t + 1 < s.steps; ++t) {
-    std::copy(from + offset(t + 1), from + offset(t + 2), to + offset(t));
-  }
-  return moved;
-}
-
 LayerShape shape_of(const LayerSizes& s, int64_t direction, const at::Tensor& resets) {
   static_assert(sizeof(bool) == sizeof(uint8_t));
   return {s.steps,
@@ -122,14 +109,8 @@ StepOptions<T> extras_of(const StepTensors& t, const LayerSizes& s, int64_t dire
 }
 
 template <typename T>
-cpu::PlannedExtras planned(const StepOptions<T>& extras, bool rebuild = false) {
-  return {extras.recurrent_mask != nullptr, extras.zoneout_h.active(), extras.zoneout_c.active(),
-          extras.norm.gain_ih != nullptr, rebuild};
-}
-
-template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, static_cast<int64_t>(sizeof(T)), threads};
+  return {kernels.lanes, threads};
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
@@ -204,8 +185,7 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(reset.flags, s, d);
-      p.shape = shape_of(s, d, flags);
+      p.shape = shape_of(s, d, reset.flags);
       p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
       p.weights = weights_of<scalar_t>(w, s, layer.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
@@ -221,15 +201,11 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
       p.norm_input = part_or_null<scalar_t>(norm_products, d);
       p.norm_recurrent = part_or_null<scalar_t>(norm_products, s.directions + d);
       p.norm_factors = part_or_null<scalar_t>(norm_factors, d);
-      run_kernel(
-          [&](int threads) {
-            // What is not kept needs a place in the workspace.
-            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gate_values != nullptr, planned(p.options));
-          },
-          [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
-            kernels.forward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
+                   kernels.forward(p, plan, workspace, worker);
+                 },
+                 options);
     }
   });
   return results();
@@ -303,8 +279,7 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
     for (int64_t d = 0; d < s.directions; ++d) {
       const int64_t first = 3 + d * s.weights_per_direction;
       BackwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(reset.flags, s, d);
-      p.shape = shape_of(s, d, flags);
+      p.shape = shape_of(s, d, reset.flags);
       p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
       p.weights = weights_of<scalar_t>(w, s, has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
@@ -347,15 +322,11 @@ std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSiz
       p.grad_weight_hh = weight_grad(1);
       if (has_bias) p.grad_bias = weight_grad(2) ? weight_grad(2) : weight_grad(3);
       if (s.projected) p.grad_weight_hr = weight_grad(s.weights_per_direction - 1);
-      run_kernel(
-          [&](int threads) {
-            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr,
-                                      p.grad_reset_h != nullptr, planned(p.options, rebuild));
-          },
-          [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
-            kernels.backward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_backward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
+                   kernels.backward(p, plan, workspace, worker);
+                 },
+                 options);
       // Both biases are added to the same sum, so they have the same gradient.
       if (has_bias && weight_grad(2) && weight_grad(3)) grads[first + 3].copy_(grads[first + 2]);
     }

@@ -8,9 +8,16 @@ namespace {
 
 template <typename T>
 CpuPlan plan_of(const LayerShape& shape, int threads, bool save) {
-  const cpu::Machine machine{cpu::kernels<T>().lanes, sizeof(T), threads};
-  return {machine, cpu::kernels<T>().tile_rows, cpu::plan_forward(shape, machine, save),
-          cpu::plan_backward(shape, machine, true)};
+  const cpu::Machine machine{cpu::kernels<T>().lanes, threads};
+  T present{};
+  ForwardParams<T> forward{};
+  forward.shape = shape;
+  forward.gate_values = forward.cells = forward.hidden = save ? &present : nullptr;
+  BackwardParams<T> backward{};
+  backward.shape = shape;
+  backward.gate_values = backward.cells = backward.hidden = backward.grad_input.data = &present;
+  return {machine, cpu::kernels<T>().tile_rows, cpu::plan_forward(forward, machine),
+          cpu::plan_backward(backward, machine)};
 }
 
 }  // namespace
