@@ -1,6 +1,7 @@
-"""python -m lstm_ext.info: what is installed, how it was built, what runs here. Exit code 1 without the extension.
+"""python -m lstm_ext.info: says what is installed, how it was built and what runs here.
+The exit code is 1 without the extension.
 
-python -m lstm_ext.info --operators: only the path of the operators' library, as `operators_library` gives it.
+python -m lstm_ext.info --operators: prints only the path of the operators' library, as `operators_library` returns it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from .native import config, cuda, jit, loader, selftest_record
 def operators_library() -> str:
     """The path of the shared library that registers the operators, ``torch.ops.lstm_ext``.
 
-    A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; it needs no
-    Python. The process has to be linked with all of libtorch (``-Wl,--no-as-needed -ltorch``): a library that was built
-    with CUDA needs that of libtorch. See examples/aoti_inference.
+    A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; the library
+    needs no Python. The process has to be linked with all of libtorch (``-Wl,--no-as-needed -ltorch``), because a
+    library that was built with CUDA needs the CUDA part of libtorch. See examples/aoti_inference.
 
     Raises:
         ImportError: there is no compiled extension; the text says why.

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from internals import LayerOptions
 from torch import Tensor
 
 from lstm_ext import reference
-from lstm_ext.layer.options import LayerExtras
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 LOW = (torch.float16, torch.bfloat16)
@@ -238,24 +238,30 @@ class Layer:
         self.has_extras = case.has_extras()
         self.wanted = [t is not None and n not in case.unwanted for n, t in enumerate(self.tensors())]
 
-    def extras(self, case: Case, dtype: torch.dtype, learned: Sequence[Tensor | None]) -> LayerExtras | None:
+    def extras(self, case: Case, dtype: torch.dtype, learned: Sequence[Tensor | None]) -> LayerOptions | None:
         """Those of the case; `learned` are reset_h, reset_c and the parameters of layer normalisation."""
         if not case.has_extras():
             return None
         mask = self.mask if self.mask is None or dtype.itemsize == 8 else self.mask.float()
-        return LayerExtras(
-            self.resets,
-            *learned[:2],
-            self.lengths,
-            mask,
-            *self.zoneout,
-            tuple(learned[2:]),
-            case.returned,
-            case.returned,
-            case.recompute,
+        keep = self.zoneout if case.zoneout == "masks" else (None, None)
+        shares = self.zoneout if case.zoneout == "shares" else (0.0, 0.0)
+        return LayerOptions(
+            resets=self.resets,
+            reset_h=learned[0],
+            reset_c=learned[1],
+            lengths=self.lengths,
+            recurrent_mask=mask,
+            keep_h=keep[0],
+            keep_c=keep[1],
+            zoneout_h=shares[0],
+            zoneout_c=shares[1],
+            norm=tuple(learned[2:]),
+            return_cell_states=case.returned,
+            return_gates=case.returned,
+            recompute=case.recompute,
         )
 
-    def without_flags_past_the_end(self, extras: LayerExtras) -> LayerExtras:
+    def without_flags_past_the_end(self, extras: LayerOptions) -> LayerOptions:
         """As a layer is given them; the kernels do not mind such a flag."""
         return dataclasses.replace(extras, resets=extras.resets & self.counts.to(extras.resets.device))
 

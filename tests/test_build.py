@@ -17,6 +17,9 @@ import torch
 import lstm_ext
 from lstm_ext.native import config
 
+pytestmark = pytest.mark.tools
+
+
 # The smallest csrc/ that builds: without torch's headers it takes a second.
 TINY_OPS = """
 #ifdef BROKEN

@@ -15,6 +15,9 @@ from test_build import SHOW, Project, needed_by
 from lstm_ext.native import config, loader
 from lstm_ext.native import cuda as native_cuda
 
+pytestmark = pytest.mark.tools
+
+
 SHOW_CUDA = SHOW + "; print(loader.status().cuda); print(loader.status().cuda_reason)"
 ALL = ";".join(config.ARCHITECTURES) + "+PTX"
 HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")

@@ -119,7 +119,7 @@ def training_step(module: nn.Module, *args) -> list[Tensor]:
     return [*(v.detach() for v in values), *(p.grad for p in module.parameters())]
 
 
-@pytest.mark.devices("cpu")  # CUDA needs Triton; benchmarks/gpu_checks.py compiles where it is
+@pytest.mark.devices("cpu")  # CUDA needs Triton; tests/cuda_checks.py compiles where it is
 def test_inductor() -> None:
     model = Model()
     graphs = Graphs("inductor")

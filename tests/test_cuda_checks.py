@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.layer import route
+from lstm_ext.layer import route, tracing
+from lstm_ext.layer.layer_call import LayerCall
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
@@ -161,11 +162,11 @@ def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_card_without_kernels_runs_on_the_reference(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one warning, that says why."""
     pretend(7, 5)
-    route._warn_of_cuda.cache_clear()
+    route._warn_about_cuda.cache_clear()
     monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
-    arguments = (torch.zeros(1), None, None, [torch.zeros(1)])
-    assert not route._is_direct(*arguments)
+    call = LayerCall(torch.zeros(1), None, None, [torch.zeros(1)], None, True, False)
+    assert not tracing.is_direct(call)
     with pytest.warns(RuntimeWarning, match=r"CUDA tensors on its PyTorch reference.*Pretended.*7\.5"):
-        assert route._indirect_layer(*arguments) is route.equations.lstm_layer
-    assert route._indirect_layer(*arguments) is route.equations.lstm_layer
-    route._warn_of_cuda.cache_clear()
+        assert route._indirect_layer(call) is route.equations.lstm_layer
+    assert route._indirect_layer(call) is route.equations.lstm_layer
+    route._warn_about_cuda.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import internals
 import pytest
 import torch
 from devices import moved
@@ -22,12 +23,11 @@ def computed(layer: Layer, case: Case, dtype: torch.dtype, device: str) -> list[
 
     leaves = [leaf(t, w) for t, w in zip(layer.tensors(), layer.wanted, strict=True)]
     end = 3 + len(layer.weights)
-    extras = layer.extras(case, dtype, leaves[end:]).map(lambda t: t.to(device))
+    extras = layer.extras(case, dtype, leaves[end:])
     if layer.lengths is not None and layer.resets is not None:
         extras = layer.without_flags_past_the_end(extras)
-    results = route.lstm_layer(
-        *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
-    )
+    arguments = *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
+    results = route.lstm_layer(internals.layer_call(*arguments).map(lambda t: t.to(device)))
     results = [y for y in results if y is not None]
     grads = [g.to(device, dtype) for g in layer.grads]
     inputs = [t for t, w in zip(leaves, layer.wanted, strict=True) if w]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import internals
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.layer import equations, route
-from lstm_ext.layer.options import LayerExtras
+from lstm_ext.layer import equations
 from lstm_ext.native import loader
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23}
@@ -47,6 +47,11 @@ KINDS: dict[str, frozenset[str]] = {
     "rebuilt": frozenset({"recompute"}),
     "rebuilt, with all": frozenset({"resets", "mask", "kept_h", "kept_c", "cells", "recompute"}),
 }
+
+
+def zoneout_options(state: str, zoneout: Tensor | float) -> dict[str, Tensor | float]:
+    """Flags in training, a share in evaluation."""
+    return {f"keep_{state}" if isinstance(zoneout, Tensor) else f"zoneout_{state}": zoneout}
 
 
 class Layer:
@@ -108,15 +113,15 @@ class Layer:
         leaves = [t if t is None else t.clone().to(dtype).requires_grad_() for t in tensors]
         input, h0, c0, *others = leaves
         weights, (reset_h, reset_c, *norm) = others[: len(self.weights)], others[len(self.weights) :]
-        extras = LayerExtras(
-            self.resets,
-            reset_h,
-            reset_c,
+        extras = internals.LayerOptions(
+            resets=self.resets,
+            reset_h=reset_h,
+            reset_c=reset_c,
             recurrent_mask=self.mask
             if self.mask is None
             else self.mask.to(dtype if dtype in EPS else torch.float32),
-            zoneout_h=self.kept_h,
-            zoneout_c=self.kept_c,
+            **zoneout_options("h", self.kept_h),
+            **zoneout_options("c", self.kept_c),
             norm=tuple(norm),
             return_cell_states=self.cells_wanted,
             return_gates=self.gates_wanted,
@@ -148,13 +153,16 @@ def error(x: Tensor, expected: Tensor) -> float:
 def check(layer: Layer, dtype: torch.dtype) -> None:
     expected = layer.results(reference.lstm_layer, torch.float64)
     plain = layer.results(reference.lstm_layer, dtype)
-    ours = layer.results(route.lstm_layer, dtype)
+    ours = layer.results(internals.lstm_layer, dtype)
     for x, y, e in zip(ours, plain, expected, strict=True):
         bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]
         assert error(x, e) <= bound
 
 
-@pytest.mark.parametrize(("state", "threads"), [(False, 1), (True, 2)], ids=["to zeros", "to a state"])
+@pytest.mark.parametrize(
+    ("state", "threads"),
+    [pytest.param(False, 1, id="to zeros"), pytest.param(True, 2, id="to a state", marks=pytest.mark.alone)],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels(shape, state, threads, capability, number_of_threads):
     number_of_threads(threads)
@@ -186,11 +194,14 @@ PAIRS = [
     ("chunks", "all"),
     ("chunks", "rebuilt, with all"),
 ]
+MARKS = dict.fromkeys(("packed panels", "units shared"), pytest.mark.alone)  # of those on two threads
 
 
-@pytest.mark.parametrize(("shape", "kind"), PAIRS)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [pytest.param(*pair, marks=MARKS.get(pair[0], ())) for pair in PAIRS]
+)
 def test_kernels_of_other_steps(shape, kind, capability, number_of_threads):
-    number_of_threads(2 if shape in ("packed panels", "units shared") else 1)
+    number_of_threads(2 if shape in MARKS else 1)
     for dtype in EPS:
         # Of few numbers that are normalised, some lie so close together that any rounding becomes large, the equations'
         # own too: there float32 is judged by the worst of many draws, below.
@@ -206,7 +217,7 @@ def test_worst_of_twenty(shape, kind):
         torch.manual_seed(seed)
         layer = Layer(shape, True, torch.float32, kind=KINDS[kind])
         expected = layer.results(reference.lstm_layer, torch.float64)
-        for errors, function in ((ours, route.lstm_layer), (plain, reference.lstm_layer)):
+        for errors, function in ((ours, internals.lstm_layer), (plain, reference.lstm_layer)):
             results = layer.results(function, torch.float32)
             errors.append([error(x, e) for x, e in zip(results, expected, strict=True)])
     for x, y in zip(zip(*ours, strict=True), zip(*plain, strict=True), strict=True):
@@ -241,8 +252,8 @@ def test_the_kernels_are_what_runs(monkeypatch):
 @pytest.mark.parametrize("shape", ["both directions", "packed, projection"])
 def test_where_nothing_is_reset_the_bits_are_those_of_the_plain_layer(shape):
     layer = Layer(shape, True, torch.float32, share=0.0)
-    ours = layer.results(route.lstm_layer, torch.float32)
-    plain = layer.results(lambda *a: route.lstm_layer(*a[:-1]), torch.float32)
+    ours = layer.results(internals.lstm_layer, torch.float32)
+    plain = layer.results(lambda *a: internals.lstm_layer(*a[:-1]), torch.float32)
     for n, (x, y) in enumerate(zip(ours[:-2], plain[:-2], strict=True)):
         # The outer products of weight_hh's gradient are summed up in other pieces.
         assert torch.equal(x, y) or (n >= 6 and error(x, y.double()) < 1e-6)
@@ -253,25 +264,27 @@ def test_some_gradients_only():
     kernels = loader.extension()
     layer = Layer("projection", True, torch.float64)
     flags = (layer.bias, layer.bidirectional)
-    reset = (kernels.Extras(resets=layer.resets, reset_h=layer.reset_h, reset_c=layer.reset_c),)
+    reset = kernels.LayerOptions(resets=layer.resets, reset_h=layer.reset_h, reset_c=layer.reset_c)
     *values, saved = kernels.lstm_layer_forward(
-        layer.input, layer.h0, layer.c0, layer.weights, None, *flags, True, *reset
+        layer.input, layer.h0, layer.c0, layer.weights, None, *flags, reset, True
     )
     count = 3 + len(layer.weights) + 2
 
     def gradients(wanted: list[bool], grads: list[Tensor | None]) -> list[Tensor | None]:
         return kernels.lstm_layer_backward(
-            *grads,
             layer.input,
             layer.h0,
             layer.c0,
             layer.weights,
             None,
+            *flags,
+            reset,
+            *grads,
+            None,
+            None,
             values[0],
             saved,
-            *flags,
             wanted,
-            *reset,
         )
 
     full = gradients([True] * count, layer.grads)
@@ -308,7 +321,7 @@ def test_batch_of_zero():
 def test_sixteen_bits(dtype):
     layer = Layer("both directions", True, dtype)
     expected = layer.results(reference.lstm_layer, torch.float64)
-    for x, e in zip(layer.results(route.lstm_layer, dtype), expected, strict=True):
+    for x, e in zip(layer.results(internals.lstm_layer, dtype), expected, strict=True):
         assert x.dtype == dtype
         assert error(x, e) <= 2 * torch.finfo(dtype).eps
 
@@ -337,8 +350,8 @@ def test_kernels_check_their_arguments(change, said):
             None,
             layer.bias,
             layer.bidirectional,
+            loader.extension().LayerOptions(**reset),
             True,
-            loader.extension().Extras(**reset),
         )
 
 
@@ -355,10 +368,10 @@ def returning(
         for t in (layer.input, layer.h0, layer.c0, *layer.weights, *states)
     ]
     input, h0, c0, *weights, reset_h, reset_c = leaves
-    extras = LayerExtras(
-        layer.resets if reset else None,
-        reset_h,
-        reset_c,
+    extras = internals.LayerOptions(
+        resets=layer.resets if reset else None,
+        reset_h=reset_h,
+        reset_c=reset_c,
         return_cell_states=asked[0],
         return_gates=asked[1],
     )
@@ -380,7 +393,7 @@ def test_cell_states_and_gates(shape, asked, reset, capability):
         layer = Layer(shape, True, dtype)
         expected = returning(layer, reference.lstm_layer, torch.float64, asked, reset)
         plain = returning(layer, reference.lstm_layer, dtype, asked, reset)
-        ours = returning(layer, route.lstm_layer, dtype, asked, reset)
+        ours = returning(layer, internals.lstm_layer, dtype, asked, reset)
         for x, y, e in zip(ours, plain, expected, strict=True):
             assert x.shape == e.shape
             bound = 64 * EPS[dtype] if dtype == torch.float64 else 2 * error(y, e) + 4 * EPS[dtype]

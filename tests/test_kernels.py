@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import internals
 import pytest
 import torch
 from accuracy import allowed_error, relative_error, values_and_gradients
@@ -16,7 +17,6 @@ from torch import Tensor
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.layer import route
 from lstm_ext.native import loader
 
 _C = loader.extension()
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64]
 SEEDS = 20
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.alone)])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -158,6 +158,7 @@ GRIDS: dict[str, tuple[Sizes, tuple[int, int]]] = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_two_workers(capability, dtype, grid):
@@ -194,6 +195,7 @@ def test_two_workers(capability, dtype, grid):
         torch.set_num_threads(before)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "sizes",
     [(12, 16, 1, 720, 520, False, True), (12, 16, 300, 300, 0, True, True)],
@@ -231,6 +233,7 @@ def test_fewer_threads_than_planned():
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.alone
 def test_many_python_threads():
     """Callers in several Python threads do not share anything: each result is that of a lone call."""
     module = lstm_ext.LSTM(64, 128, 2)
@@ -276,7 +279,7 @@ def assert_nonlinearities(dtype: torch.dtype) -> None:
         bias[gate] = 0
         c0 = torch.full((1, len(x), 1), 0.5 if gate == 1 else 0.0, dtype=dtype)  # else c could cancel
         weights = [w_ih, torch.zeros(4, 1, dtype=dtype), bias, torch.zeros_like(bias)]
-        out = route.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
+        out = internals.lstm_layer(x.view(1, -1, 1), None, c0, weights, None, True, False)
         ref = reference.lstm_layer(
             x.double().view(1, -1, 1), None, c0.double(), [w.double() for w in weights], None, True, False
         )
@@ -302,7 +305,7 @@ def assert_infinities_and_nan(dtype: torch.dtype) -> None:
             weights = [torch.randn(4 * 5, 3, dtype=dtype), torch.randn(4 * 5, 5, dtype=dtype)]
             if batch == 9:
                 x = x.repeat(3, 1, 1)
-            out = route.lstm_layer(x, None, None, weights, None, False, False)
+            out = internals.lstm_layer(x, None, None, weights, None, False, False)
             ref = reference.lstm_layer(
                 x.double(), None, None, [w.double() for w in weights], None, False, False
             )
@@ -321,7 +324,7 @@ def test_gradcheck(capability, sizes):
     arguments = (input.requires_grad_(), *(s.requires_grad_() for s in hx), *module.parameters())
 
     def layer(input, h0, c0, *weights):
-        return route.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
+        return internals.lstm_layer(input, h0, c0, weights, None, bias, bidirectional)
 
     assert torch.autograd.gradcheck(layer, arguments, fast_mode=True)
     # Double backward runs on the reference equations; here the two have to fit together.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import internals
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,6 @@ import lstm_ext
 from lstm_ext import reference
 from lstm_ext.call import arguments
 from lstm_ext.layer import equations, route
-from lstm_ext.layer.options import LayerExtras
 from lstm_ext.native import loader
 
 T, B, I, H = 7, 5, 3, 6
@@ -130,7 +130,7 @@ def test_full_lengths_are_the_dense_layer():
 @pytest.mark.parametrize("options", [{}, {"layer_norm": True, "bidirectional": True}], ids=str)
 def test_padding_may_hold_anything(options, read, monkeypatch):
     if not read:
-        monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H, 2, **options)
     x = torch.randn(T, B, I)
     garbage = x.clone()
@@ -180,7 +180,7 @@ def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeyp
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = module(x, lengths=[0, 7, 2, 7, 3])
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
     mask = torch.arange(T).unsqueeze(1) < torch.tensor([0, 7, 2, 7, 3])
     mask[4:, 2] = True
@@ -194,7 +194,7 @@ def test_check_variable(value):
     program = """
 import torch, lstm_ext
 from lstm_ext.call import arguments
-arguments._is_readable = lambda x: False
+arguments.is_readable = lambda x: False
 module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
 hole = torch.tensor([True, False, True, True, True])
 for name, right, wrong in (
@@ -293,9 +293,10 @@ def layer_results(function, lengths, options, dtype=torch.float64):
     leaves = [t if t is None else t.requires_grad_() for t in (x, *hx, *weights, *reset_state)]
     lengths = torch.tensor(lengths)
     flags = (torch.rand(T, B, generator=generator) < 0.3) & (torch.arange(T).unsqueeze(1) < lengths)
-    extras = LayerExtras(
-        flags if resets else None,
-        *leaves[-2:],
+    extras = internals.LayerOptions(
+        resets=flags if resets else None,
+        reset_h=leaves[-2],
+        reset_c=leaves[-1],
         lengths=lengths,
         return_cell_states=returned,
         return_gates=returned,
@@ -319,7 +320,7 @@ def test_kernels_read_them(lengths, monkeypatch):
         expected = layer_results(reference.lstm_layer, clamped, options)
         with monkeypatch.context() as patch:
             patch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
-            ours = layer_results(route.lstm_layer, lengths, options)
+            ours = layer_results(internals.lstm_layer, lengths, options)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
         assert all(r.isfinite().all() for r in ours)
 
@@ -330,12 +331,12 @@ def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch)
     x, hx = torch.randn(T, B, I, dtype=dtype), tuple(s.to(dtype) for s in states(module))
     lengths = torch.tensor([3, 0, 7, 7, 1])
     expected = module(x, hx, lengths=lengths)
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     same(module(x, hx, lengths=lengths), expected)
 
 
 def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H)
     output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
     output.sum().backward()

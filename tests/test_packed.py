@@ -136,6 +136,7 @@ def plan_of(lengths: list[int], input_size: int, hidden_size: int, proj_size: in
     )  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_instruction_sets_and_workers(capability, two_threads, grid):
@@ -160,6 +161,7 @@ WORKERS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("case", WORKERS)
 def test_no_bit_depends_on_the_workers(case):

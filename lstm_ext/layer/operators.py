@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from .equations import check_shapes
-from .shapes import weights_per_direction
+from .layer_call import LayerCall
+from .shapes import check_shapes, weights_per_direction
 
 __all__ = ["register"]
 
@@ -55,9 +55,7 @@ def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Size
     shapes = [w.shape if isinstance(w, Tensor) else w for w in weights[:per_direction]]
     output_size = shapes[1][1]
     hidden_size = shapes[-1][1] if projected else output_size
-    return _Sizes(
-        2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected
-    )
+    return _Sizes(2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected)
 
 
 # ---- shapes, strides and dtypes: as the kernels in csrc/torch return them, all contiguous
@@ -98,7 +96,7 @@ def _fake_layer(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(input, h0, c0, weights, has_bias, bidirectional)
+    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional))
     if batch_sizes is not None and lengths is not None:
         raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
     batch = _batch(input, batch_sizes, (h0, c0, reset_h, reset_c, recurrent_mask))

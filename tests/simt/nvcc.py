@@ -113,9 +113,8 @@ def sources() -> list[Path]:
 
 def _headers(source: Path) -> list[Path]:
     """All that a source may include: the backend's and the contract's headers, and what lies beside it."""
-    below = [CSRC / "cuda", source.parent]
-    found = {path for folder in below for suffix in ("*.h", "*.cuh") for path in folder.glob(suffix)}
-    return sorted(found | set(CSRC.glob("*.h")))
+    folders = [CSRC / "contract", CSRC / "cuda", source.parent]
+    return sorted({path for folder in folders for suffix in ("*.h", "*.cuh") for path in folder.glob(suffix)})
 
 
 def command(unit: Unit, output: Path) -> list[str]:

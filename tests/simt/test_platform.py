@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from simt import build, nvcc
 
+pytestmark = pytest.mark.tools
+
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
