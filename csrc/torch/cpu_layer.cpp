@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +19,7 @@ namespace {
 
 // What the kernels want of a sequence: the innermost axis contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = in_type(materialized(tensor), type);
+  const at::Tensor t = materialized(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
@@ -95,10 +96,15 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads};
 }
 
+// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor.
+at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::Tensor(at::detail::empty_cpu(sizes, options));
+}
+
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
 // a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor tensor = at::empty(sizes, options);
+  at::Tensor tensor = empty_on_cpu(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
@@ -132,8 +138,8 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
   const at::Tensor output = empty_in_huge_pages(s.sequence_sizes(s.directions * s.output_size), options);
-  const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  const at::Tensor h_n = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor c_n = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
   Saved saved = save ? s.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
   const auto results = [&]() -> LayerResults {
     const at::ScalarType dtype = input.scalar_type();
@@ -186,18 +192,18 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
   const auto options = input.options().dtype(type);
   LayerGradients grads;
   if (needs_grad.input) grads.input = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
-  if (needs_grad.h0) grads.h0 = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  if (needs_grad.h0) grads.h0 = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor grad_c = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
   grads.weights.resize(call.weights.size());
   for (size_t i = 0; i < call.weights.size(); ++i) {
     if (needs_grad.weights[i]) grads.weights[i] = empty_in_huge_pages(call.weights[i].sizes(), options);
   }
-  if (needs_grad.reset_h) grads.reset_h = at::empty(call.options.reset_h.sizes(), options);
-  if (needs_grad.reset_c) grads.reset_c = at::empty(call.options.reset_c.sizes(), options);
+  if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
+  if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
   grads.norm.resize(call.options.norm.size());
   for (size_t i = 0; i < call.options.norm.size(); ++i) {
-    if (needs_grad.norm[i]) grads.norm[i] = at::empty(call.options.norm[i].sizes(), options);
+    if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
   }
   const auto results = [&] {
     const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
