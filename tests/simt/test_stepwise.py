@@ -149,6 +149,10 @@ def test_products_are_described_as_blas_wants_them(dtype, layout_a, layout_b):
         )
 
 
+RESULTS = ("output", "h_n", "c_n", "cell_states", "gate_values")
+SAVED = ("gates", "cells", "hidden", "norm_products", "norm_factors")
+
+
 class AsExtension:
     """The emulated layer in place of `_C`."""
 
@@ -162,18 +166,13 @@ class AsExtension:
         self.backward_calls += 1
         return self.module.lstm_layer_backward(*arguments)
 
-    def operator_backward(self, *arguments, **options):
+    def operator_backward(self, *layer, **named):
         """The registered operator of the gradients, for CUDA tensors."""
-        layer, grads, (output, *saved), needs_grad = (
-            arguments[:7],
-            arguments[7:12],
-            arguments[12:18],
-            arguments[18],
-        )
-        saved = [t if t.numel() > 0 else None for t in saved]
-        return self.lstm_layer_backward(
-            *layer, self.LayerOptions(**options), *grads, output, saved, needs_grad
-        )
+        output, *saved = [named.pop(name) for name in ("output", *SAVED)]
+        saved = [t if t is not None and t.numel() > 0 else None for t in saved]
+        grads = [named.pop(f"grad_{name}") for name in RESULTS]
+        needs_grad = named.pop("needs_grad")
+        return self.lstm_layer_backward(*layer, self.LayerOptions(**named), *grads, output, saved, needs_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
