@@ -7,15 +7,9 @@ import re
 
 import pytest
 import torch
-from accuracy import (
-    assert_as_accurate_as_torch,
-    assert_module_as_accurate_as_torch,
-    relative_error,
-    stacked,
-    tensors,
-    values_and_gradients,
-)
+from cases import assert_module_as_accurate_as_torch, tensors, values_and_gradients
 from devices import pack_sequence
+from judge import assert_as_accurate_as_torch, relative_error, stacked
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, stacked, values_and_gradients
+from cases import values_and_gradients
+from judge import assert_as_accurate_as_torch, stacked
 from test_kernels import _C, CAPABILITIES, module_of
 
 import lstm_ext
