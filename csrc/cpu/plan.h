@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "contract/params.h"
+#include "contract/visibility.h"
 
 namespace lstm_ext::cpu {
 
@@ -81,9 +82,10 @@ static constexpr int64_t outer_product_scratch(int64_t lanes, int64_t rows) {
   return kSumBlock * (kTileColumns * lanes + rows);
 }
 
-ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save, const PlannedExtras& extras = {});
+LSTM_EXT_PUBLIC ForwardPlan plan_forward(const LayerShape& shape, const Machine& machine, bool save,
+                                         const PlannedExtras& extras = {});
 // `want_grad_reset_h`: that of the state that replaces others.
-BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input,
-                           bool want_grad_reset_h = false, const PlannedExtras& extras = {});
+LSTM_EXT_PUBLIC BackwardPlan plan_backward(const LayerShape& shape, const Machine& machine, bool want_grad_input,
+                                           bool want_grad_reset_h = false, const PlannedExtras& extras = {});
 
 }  // namespace lstm_ext::cpu

@@ -1,4 +1,4 @@
-// One layer on one kind of device, as lstm_layer.h calls it once the arguments are checked.
+// One layer on one kind of device: what lstm_layer_forward and lstm_layer_backward call once the arguments are checked.
 #pragma once
 
 #include "torch/checks.h"
@@ -6,13 +6,7 @@
 
 namespace lstm_ext {
 
-// Results in the dtype of the input; saved tensors in the types and sizes of LayerSizes::empty_saved, undefined where
-// absent.
-struct LayerResults {
-  at::Tensor output, h_n, c_n;
-  Saved saved;
-};
-
+// What the backward pass takes beside the call.
 struct BackwardArguments {
   const ResultGradients& grads;
   const at::Tensor& output;
@@ -21,16 +15,18 @@ struct BackwardArguments {
 };
 
 using Forward = LayerResults (*)(const LayerCall& call, const LayerSizes& sizes, bool save);
-using Backward = LayerGradients (*)(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args);
+using Backward = LayerGradients (*)(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments);
 
 struct Backend {
   Forward forward;
   Backward backward;
+  // Whether Saved::gates are preactivations, in the dtype of the input; else they are gate values, of sum_type.
+  bool saves_preactivations = false;
 };
 
 const Backend& cpu_backend();
 
-// The CUDA backend registers itself if it is part of the build.
+// The CUDA backend registers itself where it is part of the build.
 void register_cuda_backend(const Backend& backend);
 
 }  // namespace lstm_ext

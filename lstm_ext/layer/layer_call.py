@@ -25,8 +25,8 @@ class LayerOptions:
     on the device of the input. `lstm_ext.reference` has the equations.
 
     Attributes:
-        resets: bool (T, B), or (N,): the state is replaced before this step, in the reverse direction after it. False
-            past the end of a sequence.
+        resets: bool (T, B), or (N,): a flag at time t cuts the row between the times t - 1 and t, in both directions,
+            and the state is replaced there. False past the end of a sequence.
         reset_h, reset_c: (D, B, P) and (D, B, H), the state that replaces it; None for zeros. In the order of ``h0``.
         lengths: int64 (B,), each in [0, T]: how many steps of a sequence count. Never with packed input.
         recurrent_mask: (D, B, P): h_{t-1} is multiplied by it before the product with W_hh. float32 for a 16-bit

@@ -37,6 +37,11 @@ OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTe
 # The layer's own results; those after them are saved for the backward pass.
 _RESULTS = 5
 _SAVED = 5
+# The backward operator takes these after the layer: the gradients of the results, the output, and what was saved.
+_BACKWARD_ARGUMENTS = (
+    *("grad_output", "grad_h_n", "grad_c_n", "grad_cell_states", "grad_gate_values"),
+    *("output", "gates", "cells", "hidden", "norm_products", "norm_factors"),
+)
 
 _Dims = Sequence[Any]  # for each argument, where the samples lie in it, or None
 _Tensors = tuple[Tensor, ...]
@@ -350,7 +355,8 @@ class _LayerGradients(torch.autograd.Function):
     ) -> _Tensors:
         grads, saved, tensors = _LayerGradients._parts(arguments)
         layer, options = _operator_arguments(signature.call(batch_sizes, tensors))
-        gradients = torch.ops.lstm_ext.lstm_layer_backward(*layer, *grads, *saved, needs_grad, **options)
+        options |= dict(zip(_BACKWARD_ARGUMENTS, (*grads, *saved), strict=True))
+        gradients = torch.ops.lstm_ext.lstm_layer_backward(*layer, **options, needs_grad=needs_grad)
         return tuple([g for g, needed in zip(gradients, needs_grad, strict=True) if needed])
 
     @staticmethod

@@ -238,7 +238,7 @@ def _refuse_second_registration(ops_path: Path) -> None:
 
 
 def find_aot() -> Path | None:
-    # Only in this folder: for lstm_ext.native._C the finder of an editable install may offer that of another checkout.
+    # In this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
     directory = config.LIBRARIES
     candidates = (directory / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)

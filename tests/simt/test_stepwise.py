@@ -7,80 +7,55 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_layer import stepwise_module
+from emulated_layer import emulated_device, stepwise_module
 from torch import Tensor
 
-from lstm_ext.layer import route
-from lstm_ext.layer.options import OPERANDS, LayerExtras
+from lstm_ext.native import loader
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import internals
 import layer_cases
 from layer_cases import CASES, EPS, EXTRAS, LOW, Case, error, with_strides
 
 
 class Layer(layer_cases.Layer):
     def emulated(self, case: Case, dtype: torch.dtype, tf32: bool = False) -> list[Tensor]:
-        layer = stepwise_module()
-
         def stored(t: Tensor | None) -> Tensor | None:
             return t if t is None else with_strides(t, "dense").to(dtype)
 
         input = self.input.to(dtype)  # keeps the strides of dense tensors
         if case.strides != "dense":
             input = with_strides(input.contiguous(), case.strides)
-        grads = [stored(g) for g in self.grads[:3]]
+        grads = [stored(g) for g in self.grads] + [None] * (5 - len(self.grads))
         if grads[0] is not None and case.strides != "dense":
             grads[0] = with_strides(grads[0].contiguous(), case.strides)
-        h0, c0, weights = stored(self.h0), stored(self.c0), [w.to(dtype) for w in self.weights]
-        flags = (case.bias, case.bidirectional)
-        device = (tf32, case.chunk_bytes)
         learned = [stored(t) for t in self.learned()]
         if case.norm == "float32" and dtype != torch.float64:
             learned[2:] = [t.float() for t in self.norm]
-        extras = self.extras(case, dtype, learned) or LayerExtras()
-        extras = route._of_kernels(layer, extras.operands(), extras.recompute)
-        *results, saved = layer.forward(
-            input, h0, c0, weights, self.batch_sizes, *flags, True, *device, extras
-        )
-        *inferred, nothing = layer.forward(
-            input, h0, c0, weights, self.batch_sizes, *flags, False, *device, extras
-        )
-        assert nothing == []
-        for a, b in zip(results, inferred, strict=True):
-            assert torch.equal(a, b), "inference and training differ"
-        before = [t.clone() for t in saved]
-        returned = {}
-        if case.returned:
-            # As autograd.py hands them out, and takes their gradients.
-            assert saved[0].dtype == dtype
-            cells = saved[0 if case.recompute else 1]
-            results.append(cells.to(dtype))
-            returned["grad_cells"] = self.grads[3].to(cells.dtype)
-            if not case.recompute:
-                results.append(route._with_gates_last(route._nonlinearities(saved[0])))
-                returned["grad_gates"] = self.grads[4].to(dtype).transpose(-1, -2).flatten(-2)
-        computed = layer.backward(
-            *grads,
-            input,
-            h0,
-            c0,
-            weights,
-            self.batch_sizes,
-            results[0],
-            saved,
-            *flags,
-            self.wanted,
-            *device,
-            extras,
-            **returned,
-        )
-        assert all(torch.equal(a, b) for a, b in zip(saved, before, strict=True)), (
+        weights = [w.to(dtype) for w in self.weights]
+        options = self.extras(case, dtype, learned)
+        if options is not None:
+            options = stepwise_module().LayerOptions(**options.as_keywords())
+        layer = (input, stored(self.h0), stored(self.c0), weights, self.batch_sizes)
+        layer = (*layer, case.bias, case.bidirectional, options)
+        needs_grad = self.wanted + [False] * (0 if learned else 2)
+        with emulated_device(tf32, case.chunk_bytes) as module:
+            *results, saved = module.lstm_layer_forward(*layer, True)
+            *inferred, nothing = module.lstm_layer_forward(*layer, False)
+            assert nothing is None
+            results, inferred = ([t for t in ts if t is not None] for ts in (results, inferred))
+            for a, b in zip(results, inferred, strict=True):
+                assert torch.equal(a, b), "inference and training differ"
+            assert case.recompute or saved[0].dtype == dtype
+            before = [t if t is None else t.clone() for t in saved]
+            computed = module.lstm_layer_backward(*layer, *grads, results[0], saved, needs_grad)
+        assert all(t is None or torch.equal(t, b) for t, b in zip(saved, before, strict=True)), (
             "saved tensors were changed"
         )
-        assert [g is not None for g in computed] == self.wanted
+        assert [g is not None for g in computed] == needs_grad
         assert {g.dtype for g in computed[: 3 + len(weights)] if g is not None} <= {dtype}
-        for t, g in zip(learned[2:], computed[len(computed) - len(learned) + 2 :], strict=True):
+        for t, g in zip(learned[2:], computed[5 + len(weights) :], strict=True):
             assert g is None or g.dtype == t.dtype
         return [*results, *[g.to(dtype) for g in computed if g is not None]]
 
@@ -175,50 +150,39 @@ def test_products_are_described_as_blas_wants_them(dtype, layout_a, layout_b):
 
 
 class AsExtension:
-    """The emulated layer with the functions of `_C`."""
+    """The emulated layer in place of `_C`."""
 
     def __init__(self) -> None:
-        self.layer = stepwise_module()
-        self.Extras = self.layer.Extras
+        self.module = stepwise_module()
+        self.LayerOptions = self.module.LayerOptions
+        self.lstm_layer_forward = self.module.lstm_layer_forward
         self.backward_calls = 0
 
-    def lstm_layer_forward(self, *arguments):
-        *layer, save, extras = arguments
-        output, h_n, c_n, saved = self.layer.forward(*layer, save, False, 1 << 25, extras)
-        return output, h_n, c_n, saved
-
     def lstm_layer_backward(self, *arguments):
-        *layer, extras, grad_gates, grad_cells = arguments
         self.backward_calls += 1
-        return self.layer.backward(*layer, False, 1 << 25, extras, grad_gates, grad_cells)
+        return self.module.lstm_layer_backward(*arguments)
 
-    def operator_backward(self, *arguments):
+    def operator_backward(self, *arguments, **options):
         """The registered operator of the gradients, for CUDA tensors."""
-        (input, h0, c0, weights, batch_sizes, bias, bidirectional), extras = arguments[:7], arguments[7:17]
-        *grads, grad_cells, grad_gates = arguments[17:22]
-        output, *saved = arguments[22:28]
-        if grad_gates is not None:
-            grad_gates = grad_gates.transpose(-1, -2).flatten(-2).to(saved[0].dtype)
-        if grad_cells is not None:
-            grad_cells = grad_cells.to(saved[1].dtype)
+        layer, grads, (output, *saved), needs_grad = (
+            arguments[:7],
+            arguments[7:12],
+            arguments[12:18],
+            arguments[18],
+        )
+        saved = [t if t.numel() > 0 else None for t in saved]
         return self.lstm_layer_backward(
-            *grads,
-            *(input, h0, c0, weights, batch_sizes, output, [t for t in saved if t.numel() > 0]),
-            *(bias, bidirectional, arguments[28]),
-            self.Extras(**dict(zip(OPERANDS, extras, strict=True)), recompute=False),
-            grad_gates,
-            grad_cells,
+            *layer, self.LayerOptions(**options), *grads, output, saved, needs_grad
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["all", "recompute, all", "returned"])
 def test_autograd_around_it(name, dtype, monkeypatch):
-    """The way from a layer's extras to the kernels and back; with create_graph=True, that of the operators."""
+    """The way from a layer's options to the kernels and back; with create_graph=True, that of the operators."""
     kernels, case = AsExtension(), CASES[name]
-    monkeypatch.setattr(torch.ops.lstm_ext, "lstm_layer_with_extras_backward", kernels.operator_backward)
-    monkeypatch.setattr(route.loader, "extension", lambda: kernels)
-    monkeypatch.setattr(route, "_gate_values", route._nonlinearities)
+    monkeypatch.setattr(torch.ops.lstm_ext, "lstm_layer_backward", kernels.operator_backward)
+    monkeypatch.setattr(loader, "extension", lambda: kernels)
     layer = Layer(case, dtype, 0)
     expected = layer.expected(case, torch.float64)
 
@@ -228,11 +192,11 @@ def test_autograd_around_it(name, dtype, monkeypatch):
             for t, w in zip(layer.tensors(), layer.wanted, strict=True)
         ]
         end = 3 + len(layer.weights)
-        extras = layer.extras(case, dtype, leaves[end:])
+        options = layer.extras(case, dtype, leaves[end:])
         if layer.lengths is not None:
-            extras = layer.without_flags_past_the_end(extras)
-        ys = route._fused_layer_with_extras(
-            *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
+            options = layer.without_flags_past_the_end(options)
+        ys = internals.lstm_layer(
+            *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, options
         )
         return [y for y in ys if y is not None], [t for t in leaves if t is not None and t.requires_grad]
 
@@ -240,7 +204,7 @@ def test_autograd_around_it(name, dtype, monkeypatch):
     for create_graph in (False, True):
         ys, leaves = results()
         computed = torch.autograd.grad(ys, leaves, grads, create_graph=create_graph)
-        # With recompute and create_graph, the layer is computed again, by operators; here those of the CPU.
+        # With recompute and create_graph, equations compute the layer again.
         assert kernels.backward_calls == (2 if create_graph and not case.recompute else 1)
         assert computed[0].requires_grad == create_graph
         for y, e in zip([*ys, *computed], expected, strict=True):
