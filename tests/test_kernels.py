@@ -62,7 +62,7 @@ def edges(lanes: int, tile_rows: int) -> dict[str, list[Case]]:
             (6, 7, 5, 2 * lanes + 3, p, True, True) for p in (1, lanes - 1, lanes, lanes + 1) if p
         ],
         "projection, row-major": [
-            (2, 2, 5, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p
+            (3, 2, 6, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p
         ],
     }
     return {name: [sized(*sizes) for sizes in group] for name, group in groups.items()}
@@ -278,8 +278,8 @@ def assert_infinities_and_nan(dtype: torch.dtype) -> None:
             ref = reference.lstm_layer(
                 x.double(), None, None, [w.double() for w in weights], None, False, False
             )
-            for value, exact in zip(out, ref, strict=True):
-                torch.testing.assert_close(value, exact.to(dtype), equal_nan=True)
+            for result, exact in zip(out, ref, strict=True):
+                torch.testing.assert_close(result, exact.to(dtype), equal_nan=True)
             if batch > 1:  # rows do not touch each other
                 assert torch.isfinite(out[0][:, 1:]).all()
 
