@@ -28,6 +28,14 @@ using OptionalOptions = std::optional<LayerOptions>;
 // None is an undefined tensor, in both directions.
 Tensor or_undefined(OptionalTensor&& tensor) { return tensor ? std::move(*tensor) : Tensor(); }
 
+// Calls a function without the GIL. The arguments of a call are outside of it: a tensor that Python owns takes the GIL
+// when C++ lets go of it.
+template <typename Function>
+auto without_gil(const Function& function) {
+  const py::gil_scoped_release no_gil;
+  return function();
+}
+
 LayerOptions make_options(OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c, OptionalTensor lengths,
                           OptionalTensor recurrent_mask, OptionalTensor keep_h, OptionalTensor keep_c, double zoneout_h,
                           double zoneout_c, std::vector<Tensor> norm, bool return_cell_states, bool return_gates,
@@ -58,10 +66,9 @@ using SavedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<SavedTensors>> forward(
     Tensor input, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, OptionalTensor batch_sizes,
     bool has_bias, bool bidirectional, OptionalOptions options, bool save) {
-  LayerResults results =
-      lstm_ext::lstm_layer_forward(make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                                             std::move(batch_sizes), has_bias, bidirectional, std::move(options)),
-                                   save);
+  const LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
+                                   std::move(batch_sizes), has_bias, bidirectional, std::move(options));
+  LayerResults results = without_gil([&] { return lstm_ext::lstm_layer_forward(call, save); });
   std::optional<SavedTensors> saved;
   if (save) {
     Saved& s = results.saved;
@@ -76,13 +83,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<SavedTensors>> 
 std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                         std::vector<Tensor> weights, bool has_bias) {
   LayerCall call;
-  call.input = input.unsqueeze(0);
-  if (h) call.h0 = h->unsqueeze(0);
-  if (c) call.c0 = c->unsqueeze(0);
   call.weights = std::move(weights);
   call.has_bias = has_bias;
-  const LayerResults results = lstm_ext::lstm_layer_forward(call, /*save=*/false);
-  return {results.h_n.squeeze(0), results.c_n.squeeze(0)};
+  return without_gil([&]() -> std::tuple<Tensor, Tensor> {
+    call.input = input.unsqueeze(0);
+    if (h) call.h0 = h->unsqueeze(0);
+    if (c) call.c0 = c->unsqueeze(0);
+    const LayerResults results = lstm_ext::lstm_layer_forward(call, /*save=*/false);
+    return {results.h_n.squeeze(0), results.c_n.squeeze(0)};
+  });
 }
 
 using OptionalTensors = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
@@ -94,13 +103,15 @@ std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTensor c0,
                              OptionalTensors saved, const std::vector<bool>& needs_grad) {
   const LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
                                    std::move(batch_sizes), has_bias, bidirectional, std::move(options));
-  ResultGradients grads{or_undefined(std::move(grad_output)), or_undefined(std::move(grad_h_n)),
-                        or_undefined(std::move(grad_c_n)), or_undefined(std::move(grad_cell_states)),
-                        or_undefined(std::move(grad_gate_values))};
+  const ResultGradients grads{or_undefined(std::move(grad_output)), or_undefined(std::move(grad_h_n)),
+                              or_undefined(std::move(grad_c_n)), or_undefined(std::move(grad_cell_states)),
+                              or_undefined(std::move(grad_gate_values))};
   const Saved saved_tensors =
       std::apply([](auto&... tensors) { return Saved{or_undefined(std::move(tensors))...}; }, saved);
-  return lstm_ext::list_gradients(lstm_ext::lstm_layer_backward(call, std::move(grads), output, saved_tensors,
-                                                                lstm_ext::read_needs_grad(call, needs_grad)));
+  return without_gil([&] {
+    return lstm_ext::list_gradients(
+        lstm_ext::lstm_layer_backward(call, grads, output, saved_tensors, lstm_ext::read_needs_grad(call, needs_grad)));
+  });
 }
 
 std::vector<std::string> cpu_capabilities() {
@@ -178,15 +189,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("zoneout_c") = 0.0, py::arg("norm") = py::tuple(), py::arg("return_cell_states") = false,
            py::arg("return_gates") = false, py::arg("recompute") = false);
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
-        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"), py::arg("save"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"), py::arg("save"));
   m.def("lstm_cell_forward", &cell_forward, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"),
-        py::arg("has_bias"), py::call_guard<py::gil_scoped_release>());
+        py::arg("has_bias"));
   m.def("lstm_layer_backward", &backward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"),
         py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("grad_cell_states"),
-        py::arg("grad_gate_values"), py::arg("output"), py::arg("saved"), py::arg("needs_grad"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("grad_gate_values"), py::arg("output"), py::arg("saved"), py::arg("needs_grad"));
   m.def(
       "random_flags",
       [](const std::vector<int64_t>& sizes, double probability, int64_t seed) {

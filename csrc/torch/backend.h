@@ -20,6 +20,8 @@ using Backward = LayerGradients (*)(const LayerCall& call, const LayerSizes& siz
 struct Backend {
   Forward forward;
   Backward backward;
+  // Whether Saved::gates are preactivations, in the dtype of the input; else they are gate values, of sum_type.
+  bool saves_preactivations = false;
 };
 
 const Backend& cpu_backend();

@@ -114,6 +114,19 @@ std::vector<int64_t> LayerSizes::saved_sizes(int64_t features) const {
   return {directions, steps, batch, features};
 }
 
+LayerShape LayerSizes::shape(int64_t direction, const at::Tensor& resets) const {
+  static_assert(sizeof(bool) == sizeof(uint8_t));
+  return {steps,
+          batch,
+          input_size,
+          hidden_size,
+          output_size,
+          projected,
+          direction == 1,
+          packed() ? step_offsets.data() : nullptr,
+          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
+}
+
 Saved LayerSizes::empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate) const {
   Saved saved;
   visit_saved(call, *this,
@@ -164,7 +177,6 @@ LayerSizes check_layer(const LayerCall& call) {
               " dimensions, expected 2 with batch_sizes: (rows, features)");
   LayerSizes sizes{};
   sizes.sum_type = low_precision ? at::kFloat : dtype;
-  sizes.gates_type = input.device().is_cpu() ? sizes.sum_type : dtype;
   if (packed) {
     sizes.step_offsets = step_offsets(call.batch_sizes, input);
     sizes.steps = static_cast<int64_t>(sizes.step_offsets.size()) - 1;

@@ -1,6 +1,7 @@
 // Argument checks of a layer. Each error names the argument, what was expected and what came.
 #pragma once
 
+#include "contract/layer.h"
 #include "torch/layer_call.h"
 
 namespace lstm_ext {
@@ -23,8 +24,8 @@ struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;
-  // The types of what is saved, see Saved. sum_type is float32 for the 16-bit dtypes, else the input's; gates_type is
-  // sum_type on the CPU and the input's dtype on CUDA.
+  // The types of what is saved, see Saved. sum_type is float32 for the 16-bit dtypes, else the input's. gates_type
+  // depends on the backend, which is not known to check_layer: see Backend.
   at::ScalarType sum_type;
   at::ScalarType gates_type;
   std::vector<int64_t> step_offsets;  // see LayerShape; empty for dense data
@@ -33,6 +34,8 @@ struct LayerSizes {
   // Sizes of a tensor with the time and batch axes of the input: time, batch, features; and with the directions before.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
   std::vector<int64_t> saved_sizes(int64_t features) const;
+  // One direction, as kernels take it. It points to step_offsets and to `resets`, which is contiguous or undefined.
+  LayerShape shape(int64_t direction, const at::Tensor& resets) const;
 
   // Allocates what a forward pass of the call saves, on the device of `options`.
   Saved empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate = &allocate_empty) const;

@@ -65,19 +65,6 @@ at::Tensor resets_of_direction(const at::Tensor& flags, const LayerSizes& s, int
   return moved;
 }
 
-LayerShape shape_of(const LayerSizes& s, int64_t direction, const at::Tensor& resets) {
-  static_assert(sizeof(bool) == sizeof(uint8_t));
-  return {s.steps,
-          s.batch,
-          s.input_size,
-          s.hidden_size,
-          s.output_size,
-          s.projected,
-          direction == 1,
-          s.packed() ? s.step_offsets.data() : nullptr,
-          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
-}
-
 // The options, as kernels want them.
 struct OptionTensors {
   OptionTensors(const LayerOptions& options, at::ScalarType type)
@@ -183,7 +170,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
       const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = shape_of(s, d, flags);
+      p.shape = s.shape(d, flags);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
@@ -276,7 +263,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
     for (int64_t d = 0; d < s.directions; ++d) {
       BackwardParams<scalar_t> p{};
       const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = shape_of(s, d, flags);
+      p.shape = s.shape(d, flags);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);

@@ -33,7 +33,7 @@ LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, con
 
 // When the library is loaded.
 const bool registered = [] {
-  register_cuda_backend({&cuda_forward, &cuda_backward});
+  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true});
   return true;
 }();
 

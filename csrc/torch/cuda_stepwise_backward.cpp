@@ -109,7 +109,7 @@ class StepwiseBackward : Stepwise {
     g.reset_h = part_of(grads_.reset_h, d);
     g.reset_c = part_of(grads_.reset_c, d);
     if (norm_.empty()) return g;
-    const at::Tensor* n = grads_.norm.data() + d * norms_per_direction();
+    const at::Tensor* n = grads_.norm.data() + d * norms_per_direction(has_bias_);
     g.gain_ih = n[0];
     g.gain_hh = n[1];
     g.gain_c = n[2];

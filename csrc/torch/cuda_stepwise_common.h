@@ -124,15 +124,7 @@ class Stepwise {
   Direction direction(int64_t d) const {
     const at::Tensor* w = weights_.data() + d * sizes_.weights_per_direction;
     Direction layer;
-    layer.shape = {sizes_.steps,
-                   sizes_.batch,
-                   sizes_.input_size,
-                   sizes_.hidden_size,
-                   sizes_.output_size,
-                   sizes_.projected,
-                   d == 1,
-                   sizes_.packed() ? sizes_.step_offsets.data() : nullptr,
-                   resets_.defined() ? static_cast<const uint8_t*>(resets_.const_data_ptr()) : nullptr};
+    layer.shape = sizes_.shape(d, resets_);
     layer.input = input_;
     layer.h0 = part_of(h0_, d);
     layer.c0 = part_of(c0_, d);
@@ -149,7 +141,7 @@ class Stepwise {
     layer.keep_h = rows_of_direction(keep_h_, d);
     layer.keep_c = rows_of_direction(keep_c_, d);
     if (!norm_.empty()) {
-      const at::Tensor* n = norm_.data() + d * norms_per_direction();
+      const at::Tensor* n = norm_.data() + d * norms_per_direction(has_bias_);
       layer.gain_ih = n[0];
       layer.gain_hh = n[1];
       layer.gain_c = n[2];
@@ -157,7 +149,6 @@ class Stepwise {
     }
     return layer;
   }
-  int64_t norms_per_direction() const { return has_bias_ ? 4 : 3; }
 
   cuda::StepRows step_rows(const Direction& layer, int64_t n) const {
     const Steps steps = layer.steps();

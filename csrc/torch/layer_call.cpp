@@ -21,11 +21,18 @@ const Backend& backend_for(const at::Tensor& input) {
   return cuda_backend();
 }
 
+// The backend for the input, which decides the type of the gates that it saves.
+const Backend& choose_backend(const LayerCall& call, LayerSizes& sizes) {
+  const Backend& backend = backend_for(call.input);
+  sizes.gates_type = backend.saves_preactivations ? call.input.scalar_type() : sizes.sum_type;
+  return backend;
+}
+
 // The gate values as a result, (..., H, 4), of the gates that were saved, (..., 4H).
-at::Tensor gate_values_result(const at::Tensor& gates, at::ScalarType dtype) {
+at::Tensor gate_values_result(const at::Tensor& gates, bool are_preactivations, at::ScalarType dtype) {
   at::Tensor values = gates;
   const int64_t hidden_size = gates.size(-1) / 4;
-  if (gates.is_cuda()) {  // preactivations; past the end of a row they are such that the values are 0
+  if (are_preactivations) {  // past the end of a row they are such that the values are 0
     values = gates.sigmoid();
     const int64_t first = 2 * hidden_size;
     values.narrow(-1, first, hidden_size).copy_(gates.narrow(-1, first, hidden_size).tanh());
@@ -63,12 +70,13 @@ std::vector<at::Tensor> list_gradients(LayerGradients gradients) {
 
 LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
-  const LayerSizes sizes = check_layer(call);
+  LayerSizes sizes = check_layer(call);
+  const Backend& backend = choose_backend(call, sizes);
   const bool cell_states = call.options.return_cell_states, gates = call.options.return_gates;
-  LayerResults results = backend_for(call.input).forward(call, sizes, save || cell_states || gates);
+  LayerResults results = backend.forward(call, sizes, save || cell_states || gates);
   const at::ScalarType dtype = call.input.scalar_type();
   if (cell_states) results.cell_states = in_type(results.saved.cells, dtype);
-  if (gates) results.gate_values = gate_values_result(results.saved.gates, dtype);
+  if (gates) results.gate_values = gate_values_result(results.saved.gates, backend.saves_preactivations, dtype);
   if (!save && (cell_states || gates)) results.saved = {};
   return results;
 }
@@ -76,7 +84,8 @@ LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
 LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads, const at::Tensor& output,
                                    const Saved& saved, const NeedsGrad& needs_grad) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
-  const LayerSizes sizes = check_layer(call);
+  LayerSizes sizes = check_layer(call);
+  const Backend& backend = choose_backend(call, sizes);
   const at::Tensor& input = call.input;
   const at::ScalarType dtype = input.scalar_type();
   const int64_t hidden_size = sizes.hidden_size;
@@ -106,7 +115,7 @@ LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
     check_grad("grad_gate_values", grads.gate_values, expected);
     grads.gate_values = saved_gates_gradient(grads.gate_values, sizes.gates_type);
   }
-  return backend_for(input).backward(call, sizes, {grads, output, saved, needs_grad});
+  return backend.backward(call, sizes, {grads, output, saved, needs_grad});
 }
 
 }  // namespace lstm_ext

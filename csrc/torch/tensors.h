@@ -8,13 +8,12 @@
 namespace lstm_ext {
 
 // The numbers themselves in memory: no pending negation (of the imaginary part of a conjugate), and none of the zeros
-// that have no memory.
+// that have no memory. Without a trip through the dispatcher where there is nothing to do, here and below.
 inline at::Tensor materialized(const at::Tensor& t) {
   if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
-  return t.resolve_neg();
+  return t.is_neg() ? t.resolve_neg() : t;
 }
 
-// Without a trip through the dispatcher where there is nothing to do.
 inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
 inline at::Tensor contiguous_or_undefined(const at::Tensor& t, at::ScalarType type) {
