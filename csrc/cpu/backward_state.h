@@ -143,8 +143,9 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   RowGrid<T> partial_sums(Range part) const { return rows.grid(buffer(plan.partial_sums), shape.hidden_size, part); }
 
   // The gradients of the preactivations of step `later`, for rows of the team, as a step before it sees them: zeros
-  // where the state between the two was replaced.
+  // where the state between the two was replaced. No rows if `later` is -1.
   RowGrid<const T> later_grad_preactivations(int64_t later, Range part) const {
+    if (later < 0) return {};
     RowGrid<const T> grads = rows.grid(const_cast<const T*>(grad_preactivations(later)), gate_stride, part);
     const ResetFlags resets = steps.resets_before(steps.time(later));
     if (rows.any(resets, part)) {
@@ -206,16 +207,16 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
                               : load_lanes<T>(step.cells + b * H + unit, lanes);
     const Zoneout<T>& zoneout = params.options.zoneout_c;
     Reg<T> grad_c = state_gradient(b, begins, unit, lanes);
-    Reg<T> to_previous = S::zero();
+    Reg<T> previous_part = S::zero();
     if (kZoneout && zoneout.active()) {
-      to_previous = split_gradient<T>(zoneout, (step.place + b) * H + unit, grad_c, lanes);
+      previous_part = split_gradient<T>(zoneout, (step.place + b) * H + unit, grad_c, lanes);
     }
     const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad_c);
     const Gates<T> grads = preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
     T* const out = step.grad_preactivations + b * gate_stride + unit;
     store_gates<T>(out, grads, H, lanes);
     T* const running = params.grad_c + b * H + unit;
-    store_lanes<T>(running, kZoneout ? S::fma(grad_c, gates[kF], to_previous) : grad_c * gates[kF], lanes);
+    store_lanes<T>(running, kZoneout ? S::fma(grad_c, gates[kF], previous_part) : grad_c * gates[kF], lanes);
     if (step.previous.resets[b]) cut_gradient(b, unit, lanes, running, out);
   }
 

@@ -89,12 +89,8 @@ class FusedBackwardStep {
       if (grad_final.data) v = v + load_lanes<T>(grad_final.data + row * grad_final.inner_step + column, lanes);
     };
     RightHandSide<T> weight = pass_.recurrent_weight();
-    RowGrid<const T> grads{};
-    if (later < 0) {
-      weight.depth = 0;
-    } else {
-      grads = pass_.later_grad_preactivations(later, part);
-    }
+    if (later < 0) weight.depth = 0;
+    const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
     multiply_columns(
         grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part),
         [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
@@ -159,12 +155,8 @@ class UnfusedHiddenGradient {
   template <typename Finish>
   void recurrent_product(Range part, int64_t later, Finish&& finish) {
     RightHandSide<T> weight = pass_.recurrent_weight();
-    RowGrid<const T> grads{};
-    if (later < 0) {
-      weight.depth = 0;
-    } else {
-      grads = pass_.later_grad_preactivations(later, part);
-    }
+    if (later < 0) weight.depth = 0;
+    const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
     multiply_columns(grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part), kNoPrefetch,
                      kFromZero<T>, [&](int64_t row, int64_t column, const T* sums, int lanes) {
                        const int64_t b = pass_.rows.batch_row(part.begin + row);
@@ -190,12 +182,12 @@ class UnfusedHiddenGradient {
       if (pass_.grad_previous_h) {
         T* const running = pass_.grad_previous_h + at;
         if (!begins) v = v + load_lanes<T>(running, lanes);
-        Reg<T> to_previous = split_gradient<T>(options_.zoneout_h, step.place * P + at, v, lanes);
+        Reg<T> previous_part = split_gradient<T>(options_.zoneout_h, step.place * P + at, v, lanes);
         if (step.previous.resets[b]) {
-          if (pass_.reset_grad_previous_h) add_lanes<T>(pass_.reset_grad_previous_h + at, to_previous, lanes);
-          to_previous = S::zero();
+          if (pass_.reset_grad_previous_h) add_lanes<T>(pass_.reset_grad_previous_h + at, previous_part, lanes);
+          previous_part = S::zero();
         }
-        store_lanes<T>(running, to_previous, lanes);
+        store_lanes<T>(running, previous_part, lanes);
       }
       store_lanes<T>(out + at, v, lanes);
     });
@@ -329,11 +321,12 @@ class UnfusedBackwardStep {
       const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
       const Reg<T> o = load_lanes<T>(gate_row + kO * H_ + unit, lanes);
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + b * H_ + unit, lanes);
-      Reg<T> grad_seen = S::zero();
-      const Reg<T> grad_o = hidden_state_backward<T>(grad_h, o, S::fma(gain, y, shift), grad_seen);
-      add_lanes<T>(grad_gain_c + unit, grad_seen * y, lanes);
-      add_lanes<T>(grad_bias_c + unit, grad_seen, lanes);
-      const Reg<T> grad_y = grad_seen * gain;
+      Reg<T> grad_tanh_input = S::zero();
+      const Reg<T> grad_o = hidden_state_backward<T>(grad_h, o, S::fma(gain, y, shift), grad_tanh_input);
+      T* const sum_gain = grad_gain_c + unit;
+      store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
+      add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
+      const Reg<T> grad_y = grad_tanh_input * gain;
       store_lanes<T>(grad_normalised_c_ + unit, grad_y, lanes);
       store_lanes<T>(grad_recurrent_part + kO * H_ + unit, grad_o, lanes);
       sum_c = sum_c + grad_y;
@@ -349,14 +342,14 @@ class UnfusedBackwardStep {
       const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
       const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
       Reg<T> grad_c = pass_.state_gradient(b, begins, unit, lanes);
-      Reg<T> to_previous = S::zero();
+      Reg<T> previous_part = S::zero();
       if (options_.zoneout_c.active()) {
-        to_previous = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);
+        previous_part = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);
       }
       grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
       const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);
       const Gates<T> grads = pass_.preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
-      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, S::fma(grad_c, gates[kF], to_previous), lanes);
+      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, S::fma(grad_c, gates[kF], previous_part), lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H_ + unit;

@@ -24,7 +24,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   T* const recurrent_panels = buffer(plan.recurrent_panels);
   T* const projection_panels = buffer(plan.projection_panels);
   T* const bias = buffer(plan.bias);
-  T* const chunk_preactivations = buffer(plan.preactivations, team* plan.chunk_rows * 4 * shape.hidden_size);
+  T* const chunk_preactivations = buffer(plan.preactivations, plan.chunk_rows * team * 4 * shape.hidden_size);
   // Rows of the input and of the preactivations in a chunk of packed data.
   const T** const input_rows = row_list(plan.row_lists, worker * 2 * plan.chunk_rows);
   T** const preactivation_rows = writable_row_list(plan.row_lists, (worker * 2 + 1) * plan.chunk_rows);

@@ -269,9 +269,10 @@ class UnfusedForwardStep {
       const T* const gates_row = gate_row(row);
       for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
         const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
-        const Reg<T> seen = S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
+        const Reg<T> tanh_input =
+            S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
         const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
-        store_hidden(row, unit, lanes, hidden_state<T>(o, seen));
+        store_hidden(row, unit, lanes, hidden_state<T>(o, tanh_input));
       });
     }
   }
