@@ -41,6 +41,38 @@ std::vector<std::string> cpu_capabilities() {
   return {names, names + cpu::available_capabilities(names)};
 }
 
+// The plan of a call of this shape that saves everything, or nothing, and requests the gradient of the input.
+template <typename T>
+py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const cpu::Machine machine{kernels.lanes, threads};
+  T present{};
+  lstm_ext::ForwardParams<T> forward_params{};
+  forward_params.shape = shape;
+  forward_params.gate_values = forward_params.cells = forward_params.hidden = save ? &present : nullptr;
+  lstm_ext::BackwardParams<T> backward_params{};
+  backward_params.shape = shape;
+  backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
+  backward_params.grad_input.data = &present;
+  const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
+  const cpu::BackwardPlan backward = cpu::plan_backward(backward_params, machine);
+  py::dict result;
+  result["lanes"] = machine.lanes;
+  result["tile_rows"] = kernels.tile_rows;
+  result["forward_batch_groups"] = forward.grid.batch_groups;
+  result["forward_hidden_groups"] = forward.grid.hidden_groups;
+  result["pack_input"] = forward.pack_input;
+  result["pack_recurrent"] = forward.pack_recurrent;
+  result["forward_chunk_rows"] = forward.chunk_rows;
+  result["forward_workspace_bytes"] = forward.workspace_bytes;
+  result["backward_batch_groups"] = backward.grid.batch_groups;
+  result["backward_hidden_groups"] = backward.grid.hidden_groups;
+  result["backward_pack"] = backward.pack;
+  result["backward_chunk_rows"] = backward.chunk_rows;
+  result["backward_workspace_bytes"] = backward.workspace_bytes;
+  return result;
+}
+
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
                   bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes) {
@@ -65,26 +97,7 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    false,
                                    batch_sizes ? offsets.data() : nullptr,
                                    nullptr};
-  const cpu::Capability& capability = cpu::capability();
-  const cpu::Machine machine{float64 ? capability.f64.lanes : capability.f32.lanes,
-                             static_cast<int64_t>(float64 ? sizeof(double) : sizeof(float)), threads};
-  const cpu::ForwardPlan forward = cpu::plan_forward(shape, machine, save);
-  const cpu::BackwardPlan backward = cpu::plan_backward(shape, machine, /*want_grad_input=*/true);
-  py::dict result;
-  result["lanes"] = machine.lanes;
-  result["tile_rows"] = float64 ? capability.f64.tile_rows : capability.f32.tile_rows;
-  result["forward_batch_groups"] = forward.grid.batch_groups;
-  result["forward_hidden_groups"] = forward.grid.hidden_groups;
-  result["pack_input"] = forward.pack_input;
-  result["pack_recurrent"] = forward.pack_recurrent;
-  result["forward_chunk_rows"] = forward.chunk_rows;
-  result["forward_workspace_bytes"] = forward.workspace_bytes;
-  result["backward_batch_groups"] = backward.grid.batch_groups;
-  result["backward_hidden_groups"] = backward.grid.hidden_groups;
-  result["backward_pack"] = backward.pack;
-  result["backward_chunk_rows"] = backward.chunk_rows;
-  result["backward_workspace_bytes"] = backward.workspace_bytes;
-  return result;
+  return float64 ? plan_of<double>(shape, threads, save) : plan_of<float>(shape, threads, save);
 }
 
 py::dict build_info() {
