@@ -2,12 +2,13 @@
 
 #include <ATen/ATen.h>
 
-#include <string>
-
 namespace lstm_ext {
 namespace {
 
-constexpr const char* kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
+constexpr const char* kWeightNames[2][5] = {
+    {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"},
+    {"weight_ih of the reverse direction", "weight_hh of the reverse direction", "bias_ih of the reverse direction",
+     "bias_hh of the reverse direction", "weight_hr of the reverse direction"}};
 
 // Offsets of the steps from the number of sequences in each.
 std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tensor& input) {
@@ -207,15 +208,14 @@ LayerSizes check_layer(const LayerCall& call) {
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t place = i % sizes.weights_per_direction;
-    const int64_t name = sizes.projected && place == sizes.weights_per_direction - 1 ? 4 : place;
-    const std::string label =
-        std::string(kWeightNames[name]) + (i >= sizes.weights_per_direction ? " of the reverse direction" : "");
+    const int64_t kind = sizes.projected && place == sizes.weights_per_direction - 1 ? 4 : place;
+    const char* const name = kWeightNames[i / sizes.weights_per_direction][kind];
     const int64_t gates = 4 * sizes.hidden_size;
-    switch (name) {
-      case 0: check_tensor(label.c_str(), weights[i], input, dtype, {gates, sizes.input_size}); break;
-      case 1: check_tensor(label.c_str(), weights[i], input, dtype, {gates, sizes.output_size}); break;
-      case 4: check_tensor(label.c_str(), weights[i], input, dtype, {sizes.output_size, sizes.hidden_size}); break;
-      default: check_tensor(label.c_str(), weights[i], input, dtype, {gates}); break;
+    switch (kind) {
+      case 0: check_tensor(name, weights[i], input, dtype, {gates, sizes.input_size}); break;
+      case 1: check_tensor(name, weights[i], input, dtype, {gates, sizes.output_size}); break;
+      case 4: check_tensor(name, weights[i], input, dtype, {sizes.output_size, sizes.hidden_size}); break;
+      default: check_tensor(name, weights[i], input, dtype, {gates}); break;
     }
   }
   if (call.h0.defined()) check_tensor("h0", call.h0, input, dtype, {sizes.directions, sizes.batch, sizes.output_size});

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +19,7 @@ namespace {
 
 // What the kernels want of a sequence: the innermost axis contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = in_type(materialized(tensor), type);
+  const at::Tensor t = materialized(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
@@ -50,19 +51,6 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
   return {w[0].const_data_ptr<T>(), w[1].const_data_ptr<T>(), has_bias ? w[2].const_data_ptr<T>() : nullptr,
           has_bias ? w[3].const_data_ptr<T>() : nullptr,
           s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
-}
-
-// The resets as a direction meets them: what comes before a step in the reverse direction is the one after it in time.
-at::Tensor resets_of_direction(const at::Tensor& flags, const LayerSizes& s, int64_t direction) {
-  if (!flags.defined() || direction == 0) return flags;
-  const at::Tensor moved = at::zeros_like(flags);
-  const bool* from = flags.const_data_ptr<bool>();
-  bool* to = moved.mutable_data_ptr<bool>();
-  const auto offset = [&](int64_t t) { return s.packed() ? s.step_offsets[t] : t * s.batch; };
-  for (int64_t t = 0; t + 1 < s.steps; ++t) {
-    std::copy(from + offset(t + 1), from + offset(t + 2), to + offset(t));
-  }
-  return moved;
 }
 
 // The options, as kernels want them.
@@ -104,20 +92,19 @@ StepOptions<T> step_options(const OptionTensors& t, const LayerSizes& s, int64_t
 }
 
 template <typename T>
-cpu::PlannedExtras planned(const StepOptions<T>& extras, bool rebuild = false) {
-  return {extras.recurrent_mask != nullptr, extras.zoneout_h.active(), extras.zoneout_c.active(),
-          extras.norm.gain_ih != nullptr, rebuild};
+cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
+  return {kernels.lanes, threads};
 }
 
-template <typename T>
-cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, static_cast<int64_t>(sizeof(T)), threads};
+// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor.
+at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::Tensor(at::detail::empty_cpu(sizes, options));
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
 // a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor tensor = at::empty(sizes, options);
+  at::Tensor tensor = empty_on_cpu(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
@@ -151,8 +138,8 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
   const at::Tensor output = empty_in_huge_pages(s.sequence_sizes(s.directions * s.output_size), options);
-  const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  const at::Tensor h_n = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor c_n = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
   Saved saved = save ? s.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
   const auto results = [&]() -> LayerResults {
     const at::ScalarType dtype = input.scalar_type();
@@ -169,8 +156,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = s.shape(d, flags);
+      p.shape = s.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
@@ -187,16 +173,11 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
       p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
       p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, s.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
-      run_kernel(
-          [&](int threads) {
-            // What is not kept needs a place in the workspace.
-            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gate_values != nullptr,
-                                     planned(p.options));
-          },
-          [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
-            kernels.forward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
+                   kernels.forward(p, plan, workspace, worker);
+                 },
+                 options);
     }
   });
   return results();
@@ -211,18 +192,18 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
   const auto options = input.options().dtype(type);
   LayerGradients grads;
   if (needs_grad.input) grads.input = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
-  if (needs_grad.h0) grads.h0 = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
+  if (needs_grad.h0) grads.h0 = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor grad_c = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
   grads.weights.resize(call.weights.size());
   for (size_t i = 0; i < call.weights.size(); ++i) {
     if (needs_grad.weights[i]) grads.weights[i] = empty_in_huge_pages(call.weights[i].sizes(), options);
   }
-  if (needs_grad.reset_h) grads.reset_h = at::empty(call.options.reset_h.sizes(), options);
-  if (needs_grad.reset_c) grads.reset_c = at::empty(call.options.reset_c.sizes(), options);
+  if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
+  if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
   grads.norm.resize(call.options.norm.size());
   for (size_t i = 0; i < call.options.norm.size(); ++i) {
-    if (needs_grad.norm[i]) grads.norm[i] = at::empty(call.options.norm[i].sizes(), options);
+    if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
   }
   const auto results = [&] {
     const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
@@ -262,8 +243,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       BackwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = s.shape(d, flags);
+      p.shape = s.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
@@ -305,15 +285,11 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
         p.grad_gain_c = data_or_null(norm_grads[2]);
         if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
       }
-      run_kernel(
-          [&](int threads) {
-            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr,
-                                      p.grad_reset_h != nullptr, planned(p.options, p.gate_values == nullptr));
-          },
-          [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
-            kernels.backward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_backward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
+                   kernels.backward(p, plan, workspace, worker);
+                 },
+                 options);
       if (call.has_bias && weight_grads[2].defined() && weight_grads[3].defined())
         weight_grads[3].copy_(weight_grads[2]);
     }

@@ -32,7 +32,8 @@ const OperatorHandle& backward_op() {
 
 // Whether autograd has anything to do with a tensor. A tangent counts: forward mode must end in an error, not be lost.
 bool is_tracked(const Tensor& t) {
-  return t.defined() && ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined());
+  if (!t.defined() || !t.unsafeGetTensorImpl()->autograd_meta()) return false;
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
 }
 bool is_tracked(at::ArrayRef<IValue> values) {
   for (const IValue& value : values) {
