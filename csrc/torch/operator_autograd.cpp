@@ -77,31 +77,29 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     forward_op().callBoxed(stack);
     const at::ArrayRef<IValue> returned = torch::jit::last(stack, kResults + kSaved);
-
-    // An absent tensor is saved as an undefined one, which costs next to nothing.
     const LayerOptions& options = call.options;
     variable_list saved;
-    saved.reserve(12 + kSaved + call.weights.size() + options.norm.size());
-    visit_tensors(call, [&](const Tensor& tensor) { saved.push_back(tensor); });
+    saved.reserve(kResults + kSaved + call.weights.size() + options.norm.size());
+    std::string flags;  // whether something is there: a string, which compiled autograd takes for a constant
+    const auto save_flag = [&](bool flag) { flags.push_back(flag ? '1' : '0'); };
+    const auto save_if = [&](bool present, const Tensor& tensor) {
+      save_flag(present);
+      if (present) saved.push_back(tensor);
+    };
+    visit_tensors(call, [&](const Tensor& tensor) { save_if(tensor.defined(), tensor); });
     saved.push_back(returned[0].toTensor());
-    for (const IValue& value : returned.slice(kResults)) {
-      const Tensor& tensor = value.toTensor();
-      saved.push_back(tensor.dim() > 1 ? tensor : Tensor());
-    }
+    for (const IValue& value : returned.slice(kResults)) save_if(value.toTensor().dim() > 1, value.toTensor());
     saved.insert(saved.end(), call.weights.begin(), call.weights.end());
     saved.insert(saved.end(), options.norm.begin(), options.norm.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    const auto save_if_set = [&](const char* name, auto value) {
-      if (value) ctx->saved_data[name] = value;
-    };
-    save_if_set("has_bias", call.has_bias);
-    save_if_set("bidirectional", call.bidirectional);
-    save_if_set("zoneout_h", options.zoneout_h);
-    save_if_set("zoneout_c", options.zoneout_c);
-    save_if_set("has_norm", !options.norm.empty());
-    save_if_set("return_cell_states", options.return_cell_states);
-    save_if_set("return_gates", options.return_gates);
+    for (const bool flag :
+         {call.has_bias, call.bidirectional, options.return_cell_states, options.return_gates, !options.norm.empty()}) {
+      save_flag(flag);
+    }
+    ctx->saved_data["flags"] = std::move(flags);
+    if (options.zoneout_h != 0) ctx->saved_data["zoneout_h"] = options.zoneout_h;
+    if (options.zoneout_c != 0) ctx->saved_data["zoneout_c"] = options.zoneout_c;
 
     variable_list results;
     for (size_t i = 0; i < kResults; ++i) {
@@ -112,23 +110,32 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto flag = [&](const char* name) { return ctx->saved_data.count(name) > 0; };
-    const auto share = [&](const char* name) { return flag(name) ? ctx->saved_data[name].toDouble() : 0; };
     const variable_list saved = ctx->get_saved_variables();
     auto next = saved.begin();
+    const std::string& flags = ctx->saved_data["flags"].toStringRef();
+    auto next_flag = flags.begin();
+    const auto take_flag = [&] { return *next_flag++ == '1'; };
+    const auto take_if_present = [&](Tensor& tensor) {
+      if (take_flag()) tensor = *next++;
+    };
     LayerCall call;
     LayerOptions& options = call.options;
-    visit_tensors(call, [&](Tensor& tensor) { tensor = *next++; });
-    call.has_bias = flag("has_bias");
-    call.bidirectional = flag("bidirectional");
+    visit_tensors(call, take_if_present);
+    const Tensor output = *next++;
+    Saved saved_results;
+    Saved::visit(saved_results, take_if_present);
+    for (bool* flag : {&call.has_bias, &call.bidirectional, &options.return_cell_states, &options.return_gates}) {
+      *flag = take_flag();
+    }
+    const auto norm = saved.end() - (take_flag() ? norm_count(call.has_bias, call.bidirectional) : 0);
+    call.weights.assign(next, norm);
+    options.norm.assign(norm, saved.end());
+    const auto share = [&](const char* name) {
+      const auto entry = ctx->saved_data.find(name);
+      return entry == ctx->saved_data.end() ? 0 : entry->second.toDouble();
+    };
     options.zoneout_h = share("zoneout_h");
     options.zoneout_c = share("zoneout_c");
-    options.return_cell_states = flag("return_cell_states");
-    options.return_gates = flag("return_gates");
-    const auto output = next, weights = output + 1 + kSaved;
-    const auto norm = saved.end() - (flag("has_norm") ? norm_count(call.has_bias, call.bidirectional) : 0);
-    call.weights.assign(weights, norm);
-    options.norm.assign(norm, saved.end());
 
     // Edges of the graph lead to the tensors that were there, and to no others.
     size_t edges = 0;
@@ -151,7 +158,8 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     for (size_t i = 0; i < kResults; ++i) {
       stack.push_back(has_gradient(options, i) ? tensor_or_none(*grad++) : IValue());
     }
-    for (auto tensor = output; tensor != weights; ++tensor) stack.push_back(tensor_or_none(*tensor));
+    stack.emplace_back(output);
+    Saved::visit(saved_results, [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); });
     stack.emplace_back(needs_grad);
     backward_op().callBoxed(stack);
     const std::vector<Tensor> computed = stack.back().toTensorVector();
