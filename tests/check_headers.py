@@ -67,7 +67,10 @@ def torch_include_dirs() -> list[str]:
         return []
     from torch.utils.cpp_extension import include_paths
 
-    return [*include_paths("cpu"), sysconfig.get_paths()["include"]]  # its header for Python includes Python.h
+    return [
+        *include_paths("cpu"),
+        sysconfig.get_paths()["include"],
+    ]  # its header for Python includes Python.h
 
 
 def flags(header: Path, torch_dirs: list[str], cuda_dir: Path | None) -> Iterator[list[str]]:

@@ -194,9 +194,9 @@ def operator_calls() -> Iterator[list[str]]:
     def recorded(name: str) -> Callable[..., Any]:
         operator = getattr(torch.ops.lstm_ext, name)
 
-        def record(*args):
+        def record(*args, **options):
             calls.append(name)
-            return operator(*args)
+            return operator(*args, **options)
 
         return record
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext.layer import route, tracing
-from lstm_ext.layer.layer_call import LayerCall
+from lstm_ext.layer.layer_call import PLAIN, LayerCall
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
@@ -164,7 +164,7 @@ def test_a_card_without_kernels_runs_on_the_reference(pretend, monkeypatch: pyte
     pretend(7, 5)
     route._warn_about_cuda.cache_clear()
     monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
-    call = LayerCall(torch.zeros(1), None, None, [torch.zeros(1)], None, True, False)
+    call = LayerCall(torch.zeros(1), None, None, [torch.zeros(1)], None, True, False, PLAIN)
     assert not tracing.is_direct(call)
     with pytest.warns(RuntimeWarning, match=r"CUDA tensors on its PyTorch reference.*Pretended.*7\.5"):
         assert route._indirect_layer(call) is route.equations.lstm_layer

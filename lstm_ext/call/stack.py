@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer.layer_call import LayerCall, LayerFunction
+from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
 from .layout import LSTMExtras
@@ -47,7 +47,7 @@ def run_stack(
             options = _options_in_autocast(options, input)
     bias, bidirectional = stack.bias, stack.bidirectional
     if options is None and len(weights) == 1:  # the shortest way: microseconds count here
-        call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional)
+        call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, PLAIN)
         output, h_n, c_n, _, _ = layer(call)
         return output, h_n, c_n, None
 
@@ -58,11 +58,21 @@ def run_stack(
     for k, layer_weights in enumerate(weights):
         if k > 0 and stack.dropout != 0 and stack.training:
             input = F.dropout(input, stack.dropout, True)
-        call = LayerCall(
-            input, h0_by_layer[k], c0_by_layer[k], layer_weights, batch_sizes, bias, bidirectional
+        own_options = (
+            PLAIN
+            if options is None
+            else layer_options(options, k, input, h0, layer_weights, batch_sizes, directions)
         )
-        if options is not None:
-            call.options = layer_options(options, k, input, h0, layer_weights, batch_sizes, directions)
+        call = LayerCall(
+            input,
+            h0_by_layer[k],
+            c0_by_layer[k],
+            layer_weights,
+            batch_sizes,
+            bias,
+            bidirectional,
+            own_options,
+        )
         input, *others = layer(call)
         results.append(others)
     h_n, c_n, cells, gates = results[0] if len(results) == 1 else map(_cat, zip(*results, strict=True))

@@ -106,7 +106,7 @@ class LayerCall:
     batch_sizes: Tensor | None
     bias: bool
     bidirectional: bool
-    options: LayerOptions = PLAIN
+    options: LayerOptions
 
     def signature(self) -> Signature:
         """The call without its tensors."""

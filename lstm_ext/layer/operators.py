@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from .layer_call import LayerCall
+from .layer_call import PLAIN, LayerCall
 from .shapes import check_shapes, weights_per_direction
 
 __all__ = ["register"]
@@ -96,7 +96,7 @@ def _fake_layer(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional))
+    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, PLAIN))
     if batch_sizes is not None and lengths is not None:
         raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
     batch = _batch(input, batch_sizes, (h0, c0, reset_h, reset_c, recurrent_mask))

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from ..native import cuda, loader
 from . import eager, equations, transforms
-from .layer_call import LayerCall, LayerFunction, LayerResults
+from .layer_call import PLAIN, LayerCall, LayerFunction, LayerResults
 from .tracing import (
     KERNEL_DTYPES,
     PRE_DISPATCH,
@@ -77,7 +77,7 @@ def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], bias: bool
 ) -> tuple[Tensor, Tensor]:
     """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it."""
-    call = LayerCall(input, h, c, weights, None, bias, False)
+    call = LayerCall(input, h, c, weights, None, bias, False, PLAIN)
     if (
         weights[1].size(-1)
         and is_direct(call)

@@ -8,7 +8,7 @@ class LayerOptions:
     """What a layer does beyond torch.nn.LSTM. Nothing set is the plain layer.
 
     D directions, T steps, B sequences (N rows of packed data), H hidden units, P the size of h. All tensors are on the
-    device of the input; meanings as in :class:`lstm_ext.layer.options.LayerOptions`.
+    device of the input; meanings as in :class:`lstm_ext.layer.layer_call.LayerOptions`.
     """
 
     def __init__(
