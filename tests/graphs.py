@@ -60,13 +60,13 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
+        self.calls: list[tuple[str, tuple, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "lstm_ext":
-            self.calls.append((func._opname, args))
+            self.calls.append((func._opname, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     @property
     def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
+        return [name for name, *_ in self.calls]

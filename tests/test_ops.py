@@ -1,83 +1,25 @@
-"""The registered operators: what tracers see of them, and what a process without Python does with them."""
+"""The registered operators: what torch demands of them, and that they compute what the kernels do."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from graphs import Recorder
+from operator_cases import BATCH_SIZES, CASES, B, Case, H, I, P, T, make
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
-import lstm_ext
 from lstm_ext import ops, reference
-from lstm_ext.native import config, loader
+from lstm_ext.layer import equations, route, transforms
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-T, B, I, H, P = 5, 2, 3, 4, 2
-BATCH_SIZES = [2, 2, 2, 1, 1]
-# bias, bidirectional, projection, initial states, packed
-CASES = {
-    "plain": (True, False, False, True, False),
-    "no_states": (True, False, False, False, False),
-    "no_bias": (False, False, False, True, False),
-    "both_directions": (True, True, False, False, False),
-    "projected": (False, False, True, False, False),
-    "all": (True, True, True, True, False),
-    "packed": (True, True, True, True, True),
-    "packed_no_states": (True, False, False, False, True),
-}
-every_case = pytest.mark.parametrize("case", CASES)
-
-
-def arguments(case: str, requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> tuple:
-    """Those of lstm_layer, on plain contiguous tensors."""
-    bias, bidirectional, projected, states, packed = CASES[case]
-    directions, output_size = 2 if bidirectional else 1, P if projected else H
-
-    def tensor(*sizes: int) -> Tensor:
-        return torch.randn(sizes, dtype=dtype).requires_grad_(requires_grad)
-
-    shapes = [(4 * H, I), (4 * H, output_size)]
-    shapes += [(4 * H,), (4 * H,)] if bias else []
-    shapes += [(P, H)] if projected else []
-    weights = [tensor(*shape) for _ in range(directions) for shape in shapes]
-    h0 = tensor(directions, B, output_size) if states else None
-    c0 = tensor(directions, B, H) if states else None
-    input = tensor(sum(BATCH_SIZES), I) if packed else tensor(T, B, I)
-    batch_sizes = torch.tensor(BATCH_SIZES, device="cpu") if packed else None
-    return input, h0, c0, weights, batch_sizes, bias, bidirectional
-
-
-def tensors_of(args: tuple) -> list[Tensor]:
-    input, h0, c0, weights, *_ = args
-    return [t for t in (input, h0, c0, *weights) if t is not None]
-
-
-def wanted_of(args: tuple) -> list[bool]:
-    input, h0, c0, weights, *_ = args
-    return [t is not None and t.requires_grad for t in (input, h0, c0, *weights)]
-
-
-def backward_arguments(args: tuple, wanted: list[bool] | None = None) -> tuple:
-    input, h0, c0, weights, batch_sizes, bias, bidirectional = args
-    with torch.no_grad():
-        results = ops.lstm_layer_forward(*args)
-    if wanted is None:
-        wanted = [t is not None for t in (input, h0, c0, *weights)]
-    grads = [torch.randn_like(t) for t in results[:3]]
-    output, saved = results[0], results[3:]
-    return (*grads, input, h0, c0, weights, batch_sizes, output, *saved, bias, bidirectional, wanted)
+every_case = pytest.mark.parametrize("name", CASES)
 
 
 # ---- what torch demands of an operator
@@ -85,29 +27,53 @@ def backward_arguments(args: tuple, wanted: list[bool] | None = None) -> tuple:
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "gradients"])
 @every_case
-def test_layer_passes_opcheck(case: str, requires_grad: bool) -> None:
-    torch.library.opcheck(ops.lstm_layer, arguments(case, requires_grad))
+def test_layer_passes_opcheck(name: str, requires_grad: bool) -> None:
+    case = make(name, requires_grad=requires_grad)
+    torch.library.opcheck(ops.lstm_layer, case.layer, case.options)
 
 
 @every_case
-def test_forward_and_backward_pass_opcheck(case: str) -> None:
-    args = arguments(case)
-    torch.library.opcheck(ops.lstm_layer_forward, args)
-    torch.library.opcheck(ops.lstm_layer_backward, backward_arguments(args))
+def test_forward_and_backward_pass_opcheck(name: str) -> None:
+    case = make(name)
+    torch.library.opcheck(ops.lstm_layer_forward, case.layer, case.options)
+    torch.library.opcheck(ops.lstm_layer_backward, case.layer, case.backward_keywords())
 
 
 def test_opcheck_with_some_gradients() -> None:
-    args = arguments("all")
-    for t in (args[1], args[3][1]):
+    case = make("both directions, projected")
+    for t in (case.h0, case.weights[1]):
         t.requires_grad_()
-    torch.library.opcheck(ops.lstm_layer, args)
-    some = backward_arguments(args, wanted_of(args))
-    detached = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, some)
-    torch.library.opcheck(ops.lstm_layer_backward, (None, *detached[1:]))
-    # Autograd is registered on all three; asked for a gradient, these two say that they have none.
-    for op, op_args in ((ops.lstm_layer_forward, args), (ops.lstm_layer_backward, some)):
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(op, op_args, test_utils=utils)
+    torch.library.opcheck(ops.lstm_layer, case.layer, case.options)
+    some = case.backward_keywords([t is not None and t.requires_grad for t in case.inputs])
+    detached = case.with_tensors(Tensor.detach)
+    # None stands for what has no elements, too.
+    for changes in ({}, {"grad_output": None}, {"norm_products": None, "norm_factors": None}):
+        torch.library.opcheck(ops.lstm_layer_backward, detached.layer, {**some, **changes})
+
+
+@pytest.mark.parametrize("name", ["plain", "reset state"])
+def test_the_ends_have_no_gradient(name: str) -> None:
+    case = make(name, requires_grad=True)
+    # Autograd is registered on all three operators.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, keywords in (
+        (ops.lstm_layer_forward, case.options),
+        (ops.lstm_layer_backward, case.backward_keywords()),
+    ):
+        torch.library.opcheck(op, case.layer, keywords, test_utils=utils)
+    output, *_ = case.call(ops.lstm_layer_forward)
+    with pytest.raises(RuntimeError, match=r"lstm_layer_forward has no gradient.*lstm_ext::lstm_layer once"):
+        output.sum().backward()
+    output, *_ = case.call()
+    (grad,) = torch.autograd.grad(output.sum(), case.input, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"lstm_layer_backward has no gradient.*the module lstm_ext\.LSTM"):
+        grad.sum().backward()
+
+
+def test_options_are_taken_by_name_only() -> None:
+    case = make("resets")
+    with pytest.raises(RuntimeError, match="takes 7 positional argument"):
+        ops.lstm_layer(*case.layer, case.options["resets"])
 
 
 # ---- fake kernels
@@ -115,7 +81,7 @@ def test_opcheck_with_some_gradients() -> None:
 
 def assert_same_layout(fake: list[Tensor], real: list[Tensor]) -> None:
     # What is saved has another dtype on CUDA, and a meta tensor does not know what it stands for.
-    known = 3 if fake[0].is_meta and real[0].is_cuda and len(real) == 6 else len(real)
+    known = 5 if fake[0].is_meta and real[0].is_cuda and len(real) == 10 else len(real)
     assert [f.dtype for f in fake[:known]] == [r.dtype for r in real[:known]]
     for f, r in zip(fake, real, strict=True):
         assert f.dim() == r.dim()
@@ -130,127 +96,157 @@ def assert_same_layout(fake: list[Tensor], real: list[Tensor]) -> None:
             assert isinstance(f.shape[1], torch.SymInt) and r.shape[1] == BATCH_SIZES[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch_first", [False, True])
-@every_case
-def test_fake_results_look_like_real_ones(case: str, batch_first: bool, dtype: torch.dtype) -> None:
-    args = arguments(case, dtype=dtype)
-    if batch_first:
-        # Of packed data: rows in the order of columns.
-        args = (args[0].transpose(0, 1).contiguous().transpose(0, 1), *args[1:])
-    backward_args = backward_arguments(args)
-    for op, op_args in (
-        (ops.lstm_layer, args),
-        (ops.lstm_layer_forward, args),
-        (ops.lstm_layer_backward, backward_args),
-    ):
-        real = op(*op_args)
-        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-            fake = op(
-                *torch.utils._pytree.tree_map_only(
-                    Tensor, lambda t: mode.from_tensor(t, static_shapes=True), op_args
-                )
-            )
-        assert_same_layout(fake, real)
-        on_meta = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: t.to("meta") if t.is_floating_point() else t, op_args
-        )
-        assert_same_layout(op(*on_meta), real)
-
-
-def test_fake_kernels_refuse_what_cannot_be() -> None:
-    input, h0, c0, weights, *rest = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.to("meta"), arguments("plain")
+def on_meta(arguments: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t.to("meta") if t.is_floating_point() or t.dtype == torch.bool else t, arguments
     )
-    with pytest.raises(RuntimeError, match="got 3 weights, expected 4, or 5 with a projection"):
-        ops.lstm_layer(input, h0, c0, weights[:3], *rest)
-    with pytest.raises(RuntimeError, match="input has 2 dimensions, expected 3"):
-        ops.lstm_layer(input[0], h0, c0, weights, *rest)
-    results = ops.lstm_layer_forward(input, h0, c0, weights, *rest)
-    backward = (*results[:3], input, h0, None, weights, None, results[0], *results[3:], True, False)
-    with pytest.raises(RuntimeError, match="gradient of an initial state that was not given"):
-        ops.lstm_layer_backward(*backward, [True] * 7)
-    with pytest.raises(RuntimeError, match=r"wanted has 6 entries, expected 7"):
-        ops.lstm_layer_backward(*backward, [True] * 6)
 
 
-def test_kernel_refuses_a_wrong_wanted() -> None:
-    input, h0, _, weights, *_ = args = arguments("plain")
-    args = backward_arguments((input, h0, None, weights, None, True, False))
-    with pytest.raises(RuntimeError, match="gradient of an initial state that was not given"):
-        ops.lstm_layer_backward(*args[:-1], [True] * 7)
-    with pytest.raises(RuntimeError, match="wanted has 6 entries, expected 7"):
-        ops.lstm_layer_backward(*args[:-1], [True] * 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@every_case
+def test_fake_results_look_like_real_ones(name: str, dtype: torch.dtype) -> None:
+    case = make(name, dtype=dtype)
+    if dtype in (torch.float32, torch.bfloat16):
+        # Batch-first; of packed data, rows in the order of columns.
+        case.input = case.input.transpose(0, 1).contiguous().transpose(0, 1)
+    for op, keywords in (
+        (ops.lstm_layer, case.options),
+        (ops.lstm_layer_forward, case.options),
+        (ops.lstm_layer_backward, case.backward_keywords()),
+    ):
+        arguments = (case.layer, keywords)
+        real = op(*case.layer, **keywords)
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            layer, fakes = torch.utils._pytree.tree_map_only(
+                Tensor, lambda t, m=mode: m.from_tensor(t, static_shapes=True), arguments
+            )
+            assert_same_layout(op(*layer, **fakes), real)
+        layer, metas = on_meta(arguments)
+        assert_same_layout(op(*layer, **metas), real)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    """By the kernels, and by the fake kernels with the same words."""
+    plain = make("plain")
+    without_c0 = make("plain")
+    without_c0.c0 = None
+    resets, packed = Case("resets", states=False), Case(packed=True)
+    packed.options["lengths"] = torch.tensor([4, 0, 5])
+    for change in (lambda x: x, on_meta):
+
+        def call(case: Case, op: Any = ops.lstm_layer, change: Any = change, **keywords: Any) -> None:
+            layer, options = change((case.layer, {**case.options, **keywords}))
+            op(*layer, **options)
+
+        input, h0, c0, weights, *rest = change(plain.layer)
+        with pytest.raises(RuntimeError, match="got 3 weights, expected 4, or 5 with a projection"):
+            ops.lstm_layer(input, h0, c0, weights[:3], *rest)
+        with pytest.raises(RuntimeError, match="input has 2 dimensions, expected 3"):
+            ops.lstm_layer(input[0], h0, c0, weights, *rest)
+        with pytest.raises(RuntimeError, match="got lengths and batch_sizes, expected one of them"):
+            call(packed)
+        for case, count in ((without_c0, 9), (resets, 9)):
+            keywords = case.backward_keywords()
+            keywords["needs_grad"] = [True] * count
+            with pytest.raises(RuntimeError, match="asks for the gradient of a state that was not given"):
+                call(case, ops.lstm_layer_backward, **keywords)
+            keywords["needs_grad"] = [True] * 6
+            with pytest.raises(RuntimeError, match=f"needs_grad has 6 entries, expected {count}"):
+                call(case, ops.lstm_layer_backward, **keywords)
+
+
+def test_kernels_refuse_saved_tensors_of_another_layer() -> None:
+    case = make("plain")
+    keywords = case.backward_keywords()
+    with pytest.raises(RuntimeError, match="saved cells has shape"):
+        ops.lstm_layer_backward(*case.layer, **{**keywords, "cells": keywords["cells"][..., 1:]})
+    with pytest.raises(RuntimeError, match="saved has 3 tensors, expected 2"):
+        ops.lstm_layer_backward(*case.layer, **{**keywords, "hidden": keywords["cells"]})
+    keywords["cells"] = torch.empty(0)
+    with pytest.raises(RuntimeError, match="saved cells is not given"):
+        ops.lstm_layer_backward(*case.layer, **keywords)
 
 
 # ---- values and gradients
 
 
-@pytest.mark.parametrize("through", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def error(x: Tensor, expected: Tensor) -> float:
+    return ((x.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
 @every_case
-def test_same_numbers_as_the_module(case: str, through: tuple[int, ...]) -> None:
-    args = arguments(case, requires_grad=True)
-    input, h0, c0, weights, batch_sizes, bias, bidirectional = args
-    module = lstm_ext.LSTM(I, H, bias=bias, bidirectional=bidirectional, proj_size=P if CASES[case][2] else 0)
-    names = [name for name, _ in module.named_parameters()]
-
-    def through_module() -> list[Tensor]:
-        hx = None if h0 is None else (h0, c0)
-        parameters = dict(zip(names, weights, strict=True))
-        x = input if batch_sizes is None else PackedSequence(input, batch_sizes)
-        output, states = torch.func.functional_call(module, parameters, (x, hx))
-        return [output if batch_sizes is None else output.data, *states]
-
-    expected, actual = through_module(), ops.lstm_layer(*args)
-    weightings = [torch.randn_like(t) for t in expected]
-    grads = []
-    for results in (expected, actual):
-        loss = sum((results[i] * weightings[i]).sum() for i in through)
-        grads.append(torch.autograd.grad(loss, tensors_of(args)))
-    for e, a in zip((*expected, *grads[0]), (*actual, *grads[1]), strict=True):
-        assert torch.equal(e, a)
-    with torch.no_grad():
-        for e, a in zip(expected, ops.lstm_layer(*args), strict=True):
-            assert torch.equal(e, a)
+def test_numbers(name: str) -> None:
+    """The operator, and the functions for transforms: as the equations, and bit by bit as the kernels."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        case = make(name, dtype=dtype)
+        kernels = case.through(route.lstm_layer)
+        for function in (route._operator, transforms.lstm_layer):
+            for x, y in zip(case.through(function), kernels, strict=True):
+                assert torch.equal(x, y)
+        if dtype == torch.float64:
+            for x, e in zip(kernels, case.through(equations.lstm_layer), strict=True):
+                assert error(x, e) <= 64 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1, 4), (2, 3), (5, 6)], ids=str)
-def test_only_wanted_gradients_are_computed(chosen: tuple[int, ...]) -> None:
-    args = arguments("plain")
-    for i in chosen:
-        tensors_of(args)[i].requires_grad_()
+@pytest.mark.parametrize("results", [(0,), (1,), (2,)], ids=str)
+@every_case
+def test_gradients_of_one_result(name: str, results: tuple[int, ...]) -> None:
+    case = make(name)
+    expected = case.through(route.lstm_layer, results=results)
+    for x, e in zip(case.through(route._operator, results=results), expected, strict=True):
+        assert torch.equal(x, e)
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_values_without_gradients(name: str) -> None:
+    case = make(name)
+    for x, y in zip(case.call(), case.call(ops.lstm_layer_forward)[:5], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("names", [("input",), ("h0", "weight 1"), ("reset_h", "weight 0"), ("c0",)], ids=str)
+def test_only_requested_gradients_are_computed(names: tuple[str, ...]) -> None:
+    case = make("reset state")
+    weights = [f"weight {i}" for i in range(len(case.weights))]
+    all_names = ["input", "h0", "c0", *weights, "reset_h", "reset_c"]
+    for n, t in zip(all_names, case.inputs, strict=True):
+        t.requires_grad_(n in names)
     with Recorder() as recorder:
-        output, _, c_n = ops.lstm_layer(*args)
-        (output.sum() + c_n.sum()).backward()
+        output, _, _, cells, gates = case.call()
+        (output.sum() + cells.sum()).backward()
     assert recorder.names == ["lstm_layer_forward", "lstm_layer_backward"]
-    backward_args = recorder.calls[1][1]
-    assert list(backward_args[-1]) == [i in chosen for i in range(7)]
-    # No zeros are made for an output that nobody used.
-    assert backward_args[1] is None and isinstance(backward_args[2], Tensor)
-    assert [t.grad is not None for t in tensors_of(args)] == [i in chosen for i in range(7)]
+    _, _, keywords = recorder.calls[1]
+    assert list(keywords["needs_grad"]) == [n in names for n in all_names]
+    # No zeros are made for a result that nobody used.
+    grads = [keywords[f"grad_{r}"] for r in ("output", "h_n", "c_n", "cell_states", "gate_values")]
+    assert [g is None for g in grads] == [False, True, True, False, True]
+    assert [t.grad is not None for t in case.inputs] == [n in names for n in all_names]
+    assert cells.requires_grad and not gates.requires_grad and gates.numel() == 0
 
 
 def test_gradients_that_the_caller_does_not_ask_for() -> None:
-    args = arguments("no_states", requires_grad=True)
+    case = make("no states", requires_grad=True)
     with Recorder() as recorder:
-        output, *_ = ops.lstm_layer(*args)
-        (grad,) = torch.autograd.grad(output.sum(), args[3][1])
-    assert grad.shape == args[3][1].shape
-    assert list(recorder.calls[1][1][-1]) == [False, False, False, False, True, False, False]
+        output, *_ = case.call()
+        (grad,) = torch.autograd.grad(output.sum(), case.weights[1])
+    assert grad.shape == case.weights[1].shape
+    assert [i for i, needed in enumerate(recorder.calls[1][2]["needs_grad"]) if needed] == [4]
 
 
-def test_nothing_is_saved_without_gradients() -> None:
+@pytest.mark.parametrize("name", ["plain", "reset state"])
+def test_nothing_is_saved_without_gradients(name: str) -> None:
     with Recorder() as recorder:
-        assert not any(t.requires_grad for t in ops.lstm_layer(*arguments("plain")))
+        assert not any(t.requires_grad for t in make(name).call())
         with torch.no_grad():
-            assert not any(t.requires_grad for t in ops.lstm_layer(*arguments("plain", requires_grad=True)))
+            assert not any(t.requires_grad for t in make(name, requires_grad=True).call())
         with torch.inference_mode():
-            ops.lstm_layer(*arguments("plain"))
+            make(name).call()
     assert recorder.names == ["lstm_layer"] * 3
 
 
-def test_saved_tensors_pass_through_hooks() -> None:
-    args = arguments("all", requires_grad=True)
+@pytest.mark.parametrize("name", ["plain", "both directions, projected", "norm"])
+def test_saved_tensors_pass_through_hooks(name: str) -> None:
+    case = make(name, requires_grad=True)
     packed: list[Tensor] = []
 
     def pack(t: Tensor) -> int:
@@ -258,341 +254,130 @@ def test_saved_tensors_pass_through_hooks() -> None:
         return len(packed) - 1
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packed[i]):
-        output, *_ = ops.lstm_layer(*args)
-    grads = torch.autograd.grad(output.sum(), tensors_of(args))
-    assert len(packed) == len(tensors_of(args)) + 4  # output, gates, cells, hidden
-    expected = torch.autograd.grad(ops.lstm_layer(*args)[0].sum(), tensors_of(args))
+        output, *_ = case.call()
+    grads = torch.autograd.grad(output.sum(), case.leaves)
+    # output, gates and cells; hidden; lengths and the two of layer normalisation
+    more = {"plain": 3, "both directions, projected": 4, "norm": 6}
+    assert len(packed) == len(case.leaves) + more[name] and all(t.numel() for t in packed)
+    expected = torch.autograd.grad(case.call()[0].sum(), case.leaves)
     assert all(torch.equal(g, e) for g, e in zip(grads, expected, strict=True))
 
 
 def test_modified_input_is_noticed() -> None:
-    args = arguments("plain", requires_grad=True)
-    output, *_ = ops.lstm_layer(*args)
+    case = make("plain", requires_grad=True)
+    output, *_ = case.call()
     with torch.no_grad():
-        args[0].zero_()
+        case.input.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 
 
-def test_second_derivatives_end_in_a_sentence() -> None:
-    args = arguments("plain", requires_grad=True)
-    output, *_ = ops.lstm_layer(*args)
-    (grad,) = torch.autograd.grad(output.sum(), args[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"lstm_layer_backward has no gradient.*the module lstm_ext\.LSTM"):
-        grad.sum().backward()
+def test_results_may_be_changed_in_place() -> None:
+    """They share no memory with what is saved."""
+    case = make("lengths, resets", requires_grad=True)
+    grads = []
+    for change in (False, True):
+        results = case.call()
+        loss = sum(t.sum() for t in results)
+        if change:
+            for t in results[1:]:
+                t.detach().zero_()
+        grads.append(torch.autograd.grad(loss, case.weights))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
 
-    output, *_ = ops.lstm_layer_forward(*args)
-    with pytest.raises(RuntimeError, match=r"lstm_layer_forward has no gradient.*lstm_ext::lstm_layer once"):
-        output.sum().backward()
+
+def test_results_of_one_hidden_unit_share_no_memory() -> None:
+    """Where the gate values lie as the saved gates do."""
+    weights = [torch.randn(4, 1), torch.randn(4, 1)]
+    options = {"return_cell_states": True, "return_gates": True}
+    results = ops.lstm_layer_forward(torch.randn(2, 2, 1), None, None, weights, None, False, False, **options)
+    storages = {t.untyped_storage().data_ptr() for t in results if t.numel()}
+    assert len(storages) == 7
 
 
-def test_tangents_are_not_lost() -> None:
-    input, *rest = arguments("plain")
+def test_results_that_are_not_requested_are_tensors_of_their_own() -> None:
+    *_, cells, gates = make("plain").call()
+    assert cells.shape == gates.shape == (0,) and cells.dtype == torch.float32
+    assert cells.resize_(3).zero_().sum() == 0 and gates.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["plain", "resets"])
+def test_tangents_are_not_lost(name: str) -> None:
+    case = make(name)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        case.input = torch.autograd.forward_ad.make_dual(case.input, torch.ones_like(case.input))
         with torch.no_grad(), pytest.raises(RuntimeError, match="jvp is not implemented"):
-            ops.lstm_layer(dual, *rest)
+            case.call()
 
 
 # ---- floating-point operations
 
 
-@every_case
-def test_flops_are_those_of_the_products(case: str) -> None:
-    args = arguments(case, requires_grad=True)
-    input, h0, c0, weights, batch_sizes, bias, bidirectional = args
-    counts = []
-    for layer in (
-        lambda: ops.lstm_layer(*args),
-        lambda: reference.lstm_layer(input, h0, c0, weights, batch_sizes, bias, bidirectional),
-    ):
-        with FlopCounterMode(display=False) as forward:
-            output, *_ = layer()
-        with FlopCounterMode(display=False) as backward:
-            output.sum().backward()
-        counts.append((forward.get_total_flops(), backward.get_total_flops()))
-    (ours, ours_backward), (theirs, theirs_backward) = counts
-    if h0 is None:
+def flops(function: Any) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as forward:
+        output, *_ = function()
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case().options])
+def test_flops_are_those_of_the_products(name: str) -> None:
+    case = make(name, requires_grad=True)
+    ours, ours_backward = flops(case.call)
+    theirs, theirs_backward = flops(lambda: reference.lstm_layer(*case.layer))
+    if case.h0 is None:
         # Nothing is multiplied with an initial state of zeros, nor sent to it; the formulas are as for any step.
-        directions, output_size = 2 if bidirectional else 1, P if CASES[case][2] else H
-        first_step = directions * 2 * B * 4 * H * output_size
+        first_step = (2 if case.bidirectional else 1) * 2 * B * 4 * H * H
         assert ours - theirs in (0, first_step)
         assert ours_backward - theirs_backward in (0, first_step, 2 * first_step)
     else:
         assert (ours, ours_backward) == (theirs, theirs_backward)
     with FlopCounterMode(display=False) as inference, torch.no_grad():
-        ops.lstm_layer(*args)
+        case.call()
     assert inference.get_total_flops() == ours
 
 
-def test_flops_of_wanted_gradients_only() -> None:
-    args = backward_arguments(arguments("all"), [True, False, False] + [False, True, False, False, False] * 2)
+@pytest.mark.parametrize("name", ["reset state", "resets, packed", "norm"])
+def test_flops_of_options_are_those_of_the_plain_layer(name: str) -> None:
+    case = make(name, requires_grad=True)
+    assert flops(case.call) == flops(lambda: ops.lstm_layer(*case.layer)) > (0, 0)
+
+
+def test_flops_of_requested_gradients_only() -> None:
+    case = make("both directions, projected")
+    needs_grad = [True, False, False] + [False, True, False, False, False] * 2 + [False, False]
+    keywords = case.backward_keywords(needs_grad)
     with FlopCounterMode(display=False) as counter:
-        ops.lstm_layer_backward(*args)
+        ops.lstm_layer_backward(*case.layer, **keywords)
     product = 2 * 2 * T * B  # both directions
     through_time = product * 4 * H * P + product * P * H
     assert counter.get_total_flops() == through_time + product * 4 * H * I + product * 4 * H * P
 
 
-# ---- tracing and compiling
-
-
-def step(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], *flags) -> list[Tensor]:
-    return [t.sin() for t in torch.ops.lstm_ext.lstm_layer(input.cos(), h0, c0, weights, *flags)]
-
-
-@pytest.fixture
-def no_cache():
-    """torch knows a compiled graph on disk by its operators' names: one that an older build made would be found."""
-    torch.compiler.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-
-
-@pytest.mark.usefixtures("no_cache")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("case", ["all", "packed", "packed_no_states"])
-def test_compile(case: str, backend: str, device: str) -> None:
-    if (backend, device) == ("inductor", "cuda"):
-        pytest.importorskip("triton")
-    args = arguments(case, requires_grad=True)
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
-    results = [function(*args) for function in (step, compiled)]
-    grads = [torch.autograd.grad(sum(t.sum() for t in r), tensors_of(args)) for r in results]
-    # inductor's own sine and cosine differ in the last place.
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "inductor" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(results[1], results[0], **tolerance)
-    torch.testing.assert_close(grads[1], grads[0], **tolerance)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*args), step(*args), **tolerance)
-
-
-def test_compile_with_dynamic_sizes() -> None:
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
-    _, h0, c0, *rest = arguments("plain", requires_grad=True)
-    for steps, batch in ((7, 5), (8, 6), (11, 10)):
-        input = torch.randn(steps, batch, I, requires_grad=True)
-        states = [t.detach()[:, :1].expand(-1, batch, -1).requires_grad_() for t in (h0, c0)]
-        args = (input, *states, *rest)
-        results = [function(*args) for function in (step, compiled)]
-        grads = [torch.autograd.grad(sum(t.sum() for t in r), tensors_of(args)) for r in results]
-        torch.testing.assert_close((results[1], grads[1]), (results[0], grads[0]), rtol=0, atol=0)
-    assert counter.frame_count == 1
-
-
-def targets(graph: torch.fx.Graph) -> list[str]:
-    return [n.target._opname for n in graph.nodes if getattr(n.target, "namespace", "") == "lstm_ext"]
-
-
-def test_make_fx_sees_both_passes() -> None:
-    def gradients(*args):
-        output, _, c_n = ops.lstm_layer(*args)
-        return torch.autograd.grad(output.sum() + c_n.sum(), tensors_of(args))
-
-    args = arguments("all", requires_grad=True)
-    traced = make_fx(gradients, tracing_mode="symbolic")(*args)
-    assert targets(traced.graph) == ["lstm_layer_forward", "lstm_layer_backward"]
-    for a, e in zip(traced(*args), gradients(*args), strict=True):
-        assert torch.equal(a, e)
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        self.weights = torch.nn.ParameterList(weights)
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.lstm_ext.lstm_layer(input, None, None, list(self.weights), None, True, False)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(strict: bool) -> None:
-    input, _, _, weights, *_ = arguments("no_states")
-    module = Layer(weights)
-    dynamic = {0: torch.export.Dim("time"), 1: torch.export.Dim("batch")}
-    program = torch.export.export(module, (input,), dynamic_shapes={"input": dynamic}, strict=strict)
-    assert targets(program.graph) == ["lstm_layer"]
-    longer = torch.randn(T + 2, B + 1, I)
-    for a, e in zip(program.module()(longer), module(longer), strict=True):
-        assert torch.equal(a, e)
-    assert targets(program.run_decompositions().graph) == ["lstm_layer"]
-
-
-# ---- the library itself
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
-    )
+# ---- the Python functions, which the eager route calls
 
 
 @pytest.mark.devices("cpu")
-def test_module_of_the_operators_finds_the_extension() -> None:
-    code = "import lstm_ext.ops as o, torch; print(o.lstm_layer is torch.ops.lstm_ext.lstm_layer.default)"
-    run = run_python(code)
-    assert run.stdout.strip() == "True", run.stderr
-    run = run_python("import lstm_ext.ops", LSTM_EXT_BACKEND="reference")
-    assert run.returncode == 1
-    assert "ImportError: lstm_ext.ops needs the compiled extension" in run.stderr.splitlines()[-1]
-
-
-@pytest.mark.devices("cpu")
-def test_library_without_its_python_module() -> None:
-    """A process that loads the operators only, e.g. to run an exported program, computes with them."""
-    code = f"""if True:
-        import torch
-        torch.ops.load_library({loader.status().ops_path!r})
-        weights = [torch.ones(4, 1), torch.ones(4, 1), torch.zeros(4), torch.zeros(4)]
-        layer = torch.ops.lstm_ext.lstm_layer
-        output, _, _ = layer(torch.ones(1, 1, 1), None, None, weights, None, True, False)
-        one = torch.ones(())
-        expected = one.sigmoid() * (one.sigmoid() * one.tanh()).tanh()
-        torch.testing.assert_close(output.reshape(()), expected)
-        try:
-            layer(torch.ones(1, 1, 1, device="meta"), None, None, weights, None, True, False)
-        except NotImplementedError as error:
-            print(error)
-    """
-    run = run_python(code)
-    assert run.returncode == 0, run.stderr
-    assert "lstm_ext.layer.operators" in run.stdout
-
-
-def dynamic_symbols(path: str, *options: str) -> list[str]:
-    run = subprocess.run(["nm", "-D", *options, path], capture_output=True, text=True, check=True)
-    return [line.split()[-1] for line in run.stdout.splitlines()]
-
-
-@pytest.mark.devices("cpu")
-def test_library_needs_no_python() -> None:
-    path = loader.status().ops_path
-    header = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", header)
-    assert "libtorch_cpu.so" in needed
-    assert not [name for name in needed if "python" in name]
-    undefined = dynamic_symbols(path, "--undefined-only")
-    assert not [name for name in undefined if name.startswith(("Py", "_Py"))]
-    # It lends its name space to nobody: what it exports, but for weak C++ templates, is ours.
-    exported = dynamic_symbols(path, "--defined-only", "--no-weak")
-    ours = [name for name in exported if "8lstm_ext7exports" in name]
-    assert len(ours) == 7
-
-
-# at::lstm is the known result.
-CPP = r"""
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <dlfcn.h>
-#include <fstream>
-#include <iostream>
-
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-using Layer = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional&, const Optional&, at::TensorList,
-                                                 const Optional&, bool, bool);
-
-#define REQUIRE(condition) \
-  if (!(condition)) { std::cerr << #condition << " is false\n"; return 1; }
-
-int main(int, char** argv) {
-  if (dlopen(argv[1], RTLD_NOW) == nullptr) { std::cerr << dlerror() << "\n"; return 1; }
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lstm_ext::lstm_layer", "").typed<Layer>();
-
-  const auto random = [](at::IntArrayRef sizes) { return at::randn(sizes, at::kDouble).requires_grad_(); };
-  const Tensor input = random({5, 2, 3}), h0 = random({2, 2, 4}), c0 = random({2, 2, 4});
-  std::vector<Tensor> inputs{input, h0, c0}, weights;
-  for (int direction = 0; direction < 2; ++direction) {
-    for (at::IntArrayRef sizes : {at::IntArrayRef{16, 3}, {16, 4}, {16}, {16}}) weights.push_back(random(sizes));
-  }
-  inputs.insert(inputs.end(), weights.begin(), weights.end());
-  const auto gradients = [&](const std::tuple<Tensor, Tensor, Tensor>& results) {
-    const auto& [output, h_n, c_n] = results;
-    for (Tensor& t : inputs) t.mutable_grad() = Tensor();
-    (output.sin().sum() + h_n.sum() + c_n.cos().sum()).backward();
-    std::vector<Tensor> grads;
-    for (Tensor& t : inputs) grads.push_back(t.grad());
-    return grads;
-  };
-
-  const auto ours = op.call(input, h0, c0, weights, std::nullopt, true, true);
-  const auto theirs = at::lstm(input, {h0, c0}, weights, true, 1, 0.0, true, true, false);
-  REQUIRE(at::allclose(std::get<0>(ours), std::get<0>(theirs)));
-  REQUIRE(at::allclose(std::get<1>(ours), std::get<1>(theirs)));
-  REQUIRE(at::allclose(std::get<2>(ours), std::get<2>(theirs)));
-  const auto our_gradients = gradients(ours), their_gradients = gradients(theirs);
-  for (size_t i = 0; i < inputs.size(); ++i) REQUIRE(at::allclose(our_gradients[i], their_gradients[i]));
-
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    REQUIRE(line.find("libpython") == std::string::npos && line.find("torch_python") == std::string::npos);
-  }
-  std::cout << "computed without Python\n";
-}
-"""
-
-
-def run_cpp(code: str, directory: Path, *arguments: str | None) -> subprocess.CompletedProcess[str]:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    command, _ = config.find_compiler()
-    source, program = directory / "program.cpp", directory / "program"
-    source.write_text(code)
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    build = [command, "-std=c++20", "-O0", *(f"-isystem{path}" for path in include_paths()), str(source)]
-    # torch, which brings torch_cuda where there is one
-    build += [*libraries, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(program)]
-    subprocess.run(build, check=True)
-    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
-
-
-@pytest.mark.devices("cpu")
-def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
-    run = run_cpp(CPP, tmp_path, loader.status().ops_path)
-    assert (run.returncode, run.stdout) == (0, "computed without Python\n"), run.stderr
-
-
-CPP_PACKAGE = r"""
-#include <ATen/ATen.h>
-#include <dlfcn.h>
-#include <iostream>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-
-int main(int, char** argv) {
-  if (dlopen(argv[1], RTLD_NOW) == nullptr) { std::cerr << dlerror() << "\n"; return 1; }
-  torch::inductor::AOTIModelPackageLoader loader(argv[2]);
-  const at::Tensor input = at::linspace(-1, 1, 7 * 2 * 3).reshape({7, 2, 3});
-  for (const at::Tensor& t : loader.run({input})) std::cout << t.sum().item<double>() << "\n";
-}
-"""
-
-
-@pytest.mark.devices("cpu")
-@pytest.mark.full
-@pytest.mark.usefixtures("no_cache")
-def test_cpp_program_runs_a_compiled_package(tmp_path: Path) -> None:
-    input, _, _, weights, *_ = arguments("no_states")
-    module = Layer(weights).requires_grad_(False)
-    program = torch.export.export(module, (input,), dynamic_shapes={"input": {0: torch.export.Dim("time")}})
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    run = run_cpp(CPP_PACKAGE, tmp_path, loader.status().ops_path, package)
-    assert run.returncode == 0, run.stderr
-    expected = module(torch.linspace(-1, 1, 7 * 2 * 3).reshape(7, 2, 3))
-    sums = torch.tensor([float(line) for line in run.stdout.split()])
-    torch.testing.assert_close(sums, torch.stack([t.sum() for t in expected]), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.devices("cpu")
-@pytest.mark.full
-@pytest.mark.usefixtures("no_cache")
-@pytest.mark.parametrize("wanted", ["one", "all"])
-def test_compile_with_a_cpp_wrapper(wanted: str) -> None:
-    args = arguments("all", requires_grad=wanted == "all")
-    args[0].requires_grad_()
-    inputs = [t for t in tensors_of(args) if t.requires_grad]
-    with torch._inductor.config.patch(cpp_wrapper=True):
-        results = [function(*args) for function in (step, torch.compile(step, fullgraph=True))]
-        grads = [torch.autograd.grad(sum(t.sum() for t in r), inputs) for r in results]
-    torch.testing.assert_close((results[1], grads[1]), (results[0], grads[0]), rtol=1e-5, atol=1e-6)
+@every_case
+def test_python_functions_agree_with_the_operators(name: str) -> None:
+    """lstm_layer_forward and lstm_layer_backward take the same arguments in the same order."""
+    case = make(name)
+    kernels = loader.extension()
+    options = kernels.LayerOptions(**case.options) if case.options else None
+    results = case.call(ops.lstm_layer_forward)
+    values = [t if t.dim() > 1 else None for t in results]
+    *found, saved = kernels.lstm_layer_forward(*case.layer, options, True)
+    for x, y in zip((*found, *saved), values, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
+    assert kernels.lstm_layer_forward(*case.layer, options, False)[5] is None
+    keywords = case.backward_keywords()
+    grads = [keywords[f"grad_{r}"] for r in ("output", "h_n", "c_n", "cell_states", "gate_values")]
+    needs_grad = keywords["needs_grad"]
+    gradients = kernels.lstm_layer_backward(*case.layer, options, *grads, found[0], saved, needs_grad)
+    expected = ops.lstm_layer_backward(*case.layer, **keywords)
+    for x, y, needed in zip(gradients, expected, needs_grad, strict=True):
+        assert torch.equal(x, y) if needed else x is None
+    with pytest.raises(TypeError):
+        kernels.LayerOptions(None)
