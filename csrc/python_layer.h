@@ -16,9 +16,19 @@ namespace lstm_ext::python {
 namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+// Not a pointer: pybind takes half a microsecond to see that None is one.
+using OptionalOptions = std::optional<LayerOptions>;
 
 // None is an undefined tensor, in both directions.
 inline Tensor or_undefined(OptionalTensor&& tensor) { return tensor ? std::move(*tensor) : Tensor(); }
+
+// Calls a function without the GIL. The arguments of a call are outside of it: a tensor that Python owns takes the GIL
+// when C++ lets go of it.
+template <typename Function>
+auto without_gil(const Function& function) {
+  const py::gil_scoped_release no_gil;
+  return function();
+}
 
 inline LayerOptions make_options(OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
                                  OptionalTensor lengths, OptionalTensor recurrent_mask, OptionalTensor keep_h,
@@ -32,8 +42,7 @@ inline LayerOptions make_options(OptionalTensor resets, OptionalTensor reset_h, 
 }
 
 inline LayerCall make_call(Tensor&& input, OptionalTensor&& h0, OptionalTensor&& c0, std::vector<Tensor>&& weights,
-                           OptionalTensor&& batch_sizes, bool has_bias, bool bidirectional,
-                           const LayerOptions* options) {
+                           OptionalTensor&& batch_sizes, bool has_bias, bool bidirectional, OptionalOptions&& options) {
   LayerCall call;
   call.input = std::move(input);
   if (h0) call.h0 = std::move(*h0);
@@ -42,7 +51,7 @@ inline LayerCall make_call(Tensor&& input, OptionalTensor&& h0, OptionalTensor&&
   if (batch_sizes) call.batch_sizes = std::move(*batch_sizes);
   call.has_bias = has_bias;
   call.bidirectional = bidirectional;
-  if (options) call.options = *options;
+  if (options) call.options = std::move(*options);
   return call;
 }
 
@@ -50,11 +59,10 @@ using SavedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<SavedTensors>> forward(
     Tensor input, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, OptionalTensor batch_sizes,
-    bool has_bias, bool bidirectional, const LayerOptions* options, bool save) {
-  LayerResults results =
-      lstm_layer_forward(make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                                   std::move(batch_sizes), has_bias, bidirectional, options),
-                         save);
+    bool has_bias, bool bidirectional, OptionalOptions options, bool save) {
+  const LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
+                                   std::move(batch_sizes), has_bias, bidirectional, std::move(options));
+  LayerResults results = without_gil([&] { return lstm_layer_forward(call, save); });
   std::optional<SavedTensors> saved;
   if (save) {
     Saved& s = results.saved;
@@ -69,19 +77,20 @@ using OptionalTensors = std::tuple<OptionalTensor, OptionalTensor, OptionalTenso
 
 inline std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
                                     OptionalTensor batch_sizes, bool has_bias, bool bidirectional,
-                                    const LayerOptions* options, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                                    OptionalOptions options, OptionalTensor grad_output, OptionalTensor grad_h_n,
                                     OptionalTensor grad_c_n, OptionalTensor grad_cell_states,
                                     OptionalTensor grad_gate_values, const Tensor& output, OptionalTensors saved,
                                     const std::vector<bool>& needs_grad) {
   const LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                                   std::move(batch_sizes), has_bias, bidirectional, options);
-  ResultGradients grads{or_undefined(std::move(grad_output)), or_undefined(std::move(grad_h_n)),
-                        or_undefined(std::move(grad_c_n)), or_undefined(std::move(grad_cell_states)),
-                        or_undefined(std::move(grad_gate_values))};
+                                   std::move(batch_sizes), has_bias, bidirectional, std::move(options));
+  const ResultGradients grads{or_undefined(std::move(grad_output)), or_undefined(std::move(grad_h_n)),
+                              or_undefined(std::move(grad_c_n)), or_undefined(std::move(grad_cell_states)),
+                              or_undefined(std::move(grad_gate_values))};
   const Saved saved_tensors =
       std::apply([](auto&... tensors) { return Saved{or_undefined(std::move(tensors))...}; }, saved);
-  return list_gradients(
-      lstm_layer_backward(call, std::move(grads), output, saved_tensors, read_needs_grad(call, needs_grad)));
+  return without_gil([&] {
+    return list_gradients(lstm_layer_backward(call, grads, output, saved_tensors, read_needs_grad(call, needs_grad)));
+  });
 }
 
 // Two modules of one process may both bind the class: each knows its own.
@@ -93,13 +102,11 @@ inline void bind_layer(py::module_& m) {
            py::arg("zoneout_c") = 0.0, py::arg("norm") = py::tuple(), py::arg("return_cell_states") = false,
            py::arg("return_gates") = false, py::arg("recompute") = false);
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
-        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"), py::arg("save"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"), py::arg("save"));
   m.def("lstm_layer_backward", &backward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"),
         py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("grad_cell_states"),
-        py::arg("grad_gate_values"), py::arg("output"), py::arg("saved"), py::arg("needs_grad"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("grad_gate_values"), py::arg("output"), py::arg("saved"), py::arg("needs_grad"));
 }
 
 }  // namespace lstm_ext::python

@@ -117,6 +117,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = _chosen_devices(config)
     config.hook.pytest_deselected(items=[item for item in items if device_of(item) not in chosen])
     items[:] = [item for item in items if device_of(item) in chosen]
+    # The tests of one case for each instruction set follow each other, since cases.py keeps what torch makes of it.
+    groups: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        key: object = item.nodeid
+        if hasattr(item, "callspec") and "capability" in item.callspec.params:
+            others = {k: v for k, v in item.callspec.indices.items() if k not in ("capability", "threads")}
+            key = item.parent.nodeid, item.originalname, tuple(others.items())
+        groups.setdefault(key, []).append(item)
+    items[:] = [item for group in groups.values() for item in group]
 
 
 def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

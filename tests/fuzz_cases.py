@@ -38,7 +38,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accuracy import relative_error
 from fuzz_extras import (
     Extras,
     OracleLSTM,
@@ -47,6 +46,7 @@ from fuzz_extras import (
     differing,
     rounding_normalisation,
 )
+from judge import relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 

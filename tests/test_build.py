@@ -386,6 +386,26 @@ def test_info_where_the_extension_does_not_fit(project: Project) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("backend", "said"), [("auto", ["imported", "waited", "at once"]), ("reference", ["imported"])]
+)
+def test_functions_that_wait_for_the_extension(backend: str, said: list[str]) -> None:
+    program = (
+        "from lstm_ext.native import loader\n"
+        "loader.on_load(lambda: print('waited'))\n"
+        "print('imported')\n"
+        "loader.extension()\n"
+        "loader.on_load(lambda: print('at once'))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"LSTM_EXT_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines() == said, run.stderr
+
+
 def test_operators_of_another_file_are_an_error(tmp_path):
     """Loading a second library that registers them would end the process."""
     from lstm_ext.native import loader

@@ -90,6 +90,15 @@ def test_a_toolkit_that_fits(toolkit: Toolkit) -> None:
     ]
 
 
+def test_the_oldest_gpu_is_said_twice_and_the_same() -> None:
+    directory = config.source_dir()
+    assert directory is not None
+    text = (directory / "torch" / "cuda_backend.cpp").read_text()
+    major, minor = config.OLDEST_CAPABILITY
+    assert minor == 0 and f"properties->major >= {major}" in text
+    assert f"need compute capability {major}.{minor} or later" in text
+
+
 @pytest.mark.parametrize(
     ("knows", "gpus", "chosen", "expected"),
     [

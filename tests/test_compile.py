@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import values_and_gradients
+from cases import values_and_gradients
 from graphs import Graphs, assert_layers, operators
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

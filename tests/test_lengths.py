@@ -10,6 +10,8 @@ import sys
 import internals
 import pytest
 import torch
+from cases import Case, Layer
+from judge import assert_as_accurate_as_torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
@@ -272,57 +274,30 @@ def test_no_number_on_a_device_is_read(checked, monkeypatch):
 # ---- lengths that only the kernels read
 
 
-def layer_results(function, lengths, options, dtype=torch.float64):
-    """Values and gradients of one layer, with NaN in the padding."""
-    projected, bidirectional, states, resets, returned, batch_first = options
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*sizes):
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
-
-    D, S = 2 if bidirectional else 1, 2 if projected else H
-    x = draw(T, B, I)
-    for b, n in enumerate(lengths):
-        x[max(n, 0) :, b] = float("nan")
-    if batch_first:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    shapes = [(4 * H, I), (4 * H, S), (4 * H,), (4 * H,)] + ([(S, H)] if projected else [])
-    weights = [draw(*shape) for _ in range(D) for shape in shapes]
-    hx = [draw(D, B, S), draw(D, B, H)] if states else [None, None]
-    reset_state = [draw(D, B, S), draw(D, B, H)] if resets else [None, None]
-    leaves = [t if t is None else t.requires_grad_() for t in (x, *hx, *weights, *reset_state)]
-    lengths = torch.tensor(lengths)
-    flags = (torch.rand(T, B, generator=generator) < 0.3) & (torch.arange(T).unsqueeze(1) < lengths)
-    extras = internals.LayerOptions(
-        resets=flags if resets else None,
-        reset_h=leaves[-2],
-        reset_c=leaves[-1],
-        lengths=lengths,
-        return_cell_states=returned,
-        return_gates=returned,
-    )
-    values = function(*leaves[:3], leaves[3:-2], None, True, bidirectional, extras)
-    values = [v for v in values if v is not None]
-    grads = torch.autograd.grad(
-        values,
-        [t for t in leaves if t is not None],
-        [draw(*v.shape) for v in values],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return [*values, *grads]
-
-
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [[3, 0, 7, 7, 1], [7] * 5, [0] * 5, [7, 1, 1, -2, 9]], ids=str)
-def test_kernels_read_them(lengths, monkeypatch):
-    for options in itertools.product([False, True], repeat=6):
-        clamped = [min(max(n, 0), T) for n in lengths]
-        expected = layer_results(reference.lstm_layer, clamped, options)
+def test_kernels_read_them(lengths, bidirectional, monkeypatch):
+    choices = {
+        "proj_size": [0, 2],
+        "hx": [False, True],
+        "resets": ["", "to a state"],
+        "returned": ["", "both"],
+        "batch_first": [False, True],
+    }
+    clamped = tuple(min(max(n, 0), T) for n in lengths)
+    for values in itertools.product(*choices.values()):
+        case = Case(
+            **dict(zip(choices, values, strict=True)),
+            steps=T, lengths=clamped, input_size=I, hidden_size=H, bidirectional=bidirectional,
+        )  # fmt: skip
+        layer = Layer(case, torch.float64, 3)
+        expected = layer.results(reference.lstm_layer, torch.float64)
+        layer.lengths = torch.tensor(lengths)
         with monkeypatch.context() as patch:
             patch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
-            ours = layer_results(internals.lstm_layer, lengths, options)
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
-        assert all(r.isfinite().all() for r in ours)
+            ours = layer.results(internals.lstm_layer, torch.float64)
+        assert all(r.isfinite().all() for r in ours.values())
+        assert_as_accurate_as_torch(ours, expected, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

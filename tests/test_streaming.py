@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from accuracy import relative_error
+from judge import relative_error
 
 import lstm_ext
 

@@ -8,7 +8,6 @@ from typing import Any
 import internals
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch
 from derivative_cases import (
     BATCH_SIZES,
     CONFIGS,
@@ -26,6 +25,7 @@ from derivative_cases import (
     several,
     several_of,
 )
+from judge import assert_as_accurate_as_torch
 from torch.func import (
     functional_call,
     grad,

@@ -74,6 +74,9 @@ struct ForwardParams {
   T* norm_input;      // (T, B, 4H)
   T* norm_recurrent;  // (T, B, 4H)
   T* norm_factors;    // (T, B, 2)
+
+  // Where the input part of all steps is kept: the preactivations lie where the gate values will be. Null in inference.
+  LSTM_EXT_CONTRACT_INLINE T* kept_input_part() const { return options.normalised() ? norm_input : gate_values; }
 };
 
 template <typename T>

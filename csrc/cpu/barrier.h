@@ -1,8 +1,13 @@
 // A barrier for workers that all run at the same time, for waits of microseconds.
-// Included inside a per-set anonymous namespace.
 //
-// It spins, and gives up its processor after a while: with another program on the machine the
-// missing worker may need exactly the core this one spins on.
+// It spins, and gives up its processor after a while: with another program on the machine the missing worker may need
+// exactly the core that this one spins on.
+#pragma once
+
+#include "cpu/isa.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 struct alignas(64) Barrier {
   uint32_t arrived;
@@ -25,3 +30,6 @@ struct alignas(64) Barrier {
   }
 };
 static_assert(sizeof(Barrier) == kBarrierBytes);
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

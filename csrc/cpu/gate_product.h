@@ -1,15 +1,48 @@
-// Products of rows with a weight (4H, count) of the four gates, for a range of the hidden units. Included inside a
-// per-set anonymous namespace.
+// Products of rows with a weight (4H, count) of the four gates, for a range of the hidden units.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/gates.h"
+#include "cpu/pack.h"
+#include "cpu/range.h"
+#include "cpu/row_major.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
+// of the units side by side, [k][gate][lane].
+template <typename T>
+void pack_gate_panel(const T* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
+  constexpr int n = Simd<T>::kLanes;
+  const int64_t unit = block * n;
+  const int units = static_cast<int>(smaller(hidden_size - unit, n));
+  for (int gate = 0; gate < kGates; ++gate) {
+    pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * n, kGates * n);
+  }
+}
+
+// sums[range] = b_ih + b_hh; a bias that is absent is zeros.
+template <typename T>
+void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    sums[i] = (weights.bias_ih ? weights.bias_ih[i] : T(0)) + (weights.bias_hh ? weights.bias_hh[i] : T(0));
+  }
+}
 
 template <typename T>
 class GateProduct {
  public:
-  // `blocks` of kLanes units.
+  // `blocks`: of kLanes units.
   GateProduct(int64_t hidden_size, Range blocks) : hidden_size_(hidden_size), blocks_(blocks) {}
 
-  int lanes_of(int64_t block) const { return static_cast<int>(smaller(hidden_size_ - block * kLanes, kLanes)); }
+  int lanes_in(int64_t block) const { return static_cast<int>(smaller(hidden_size_ - block * kLanes, kLanes)); }
 
-  // pre = (bias, or what is in `pre`) + weight * a, with the panels of the weight, or, where these are null, without.
+  // pre = (bias, or what is in `pre`) + weight * a, from the panels of the weight or, if these are null, row by row.
   template <typename A>
   void multiply(int64_t rows, const A& a_row, int64_t count, const T* weight, const T* panels, const RowGrid<T>& pre,
                 const T* bias) {
@@ -21,15 +54,15 @@ class GateProduct {
     }
   }
 
-  // For the panels of these units: tile = a * panel + (bias, or what is in `pre`); then finish(row,
-  // block, tile), which says whether it consumed the tile; if not, the tile goes to `pre`.
+  // tile = a * panel + (bias, or what is in `pre`) for each block of units; then finish(row, block, tile), which says
+  // whether it consumed the tile. If not, the tile goes to `pre`.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
                                        const RowGrid<T>& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      const int lanes = lanes_of(block);
-      const T* panel = panels + block * 4 * kLanes * count;
+      const int lanes = lanes_in(block);
+      const T* panel = panels + block * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
         const int64_t depth = smaller(kBlockK, count - k);
         const bool last = k + depth >= count;
@@ -37,34 +70,34 @@ class GateProduct {
           constexpr int R = height();
           const T* a[R];
           T* out[R];
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
             a[r] = count > 0 ? a_row(row + r) + k : nullptr;
             out[r] = pre(row + r) + block * kLanes;
           }
           // The sum starts from zero and meets the rest at its end: adding many small products to a
           // large number would round each of them at the large one's precision.
-          Tile<T, R, 4> tile;
+          Tile<T, R, kGates> tile;
           tile.zero();
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
-          accumulate_rows(tile, a, panel + k * 4 * kLanes, 4 * kLanes, depth);
+#pragma GCC unroll kGates
+            for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
+          accumulate_rows(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth);
           const bool from_bias = bias && k == 0;
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
             const T* start = from_bias ? bias + block * kLanes : out[r];
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) {
+#pragma GCC unroll kGates
+            for (int gate = 0; gate < kGates; ++gate) {
               tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
             }
           }
           if (last && finish(row, block, tile)) return;
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int gate = 0; gate < 4; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
+#pragma GCC unroll kGates
+            for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
         });
       }
     }
@@ -79,7 +112,7 @@ class GateProduct {
     if (begin == 0 && end == H) {  // all units: the four gates are one range
       dot_range(weight, count, 0, 4 * H, rows, a_row, bias, pre);
     } else {
-      for (int gate = 0; gate < 4; ++gate) {
+      for (int gate = 0; gate < kGates; ++gate) {
         dot_range(weight, count, gate * H + begin, gate * H + end, rows, a_row, bias, pre);
       }
     }
@@ -116,3 +149,6 @@ class GateProduct {
   const int64_t hidden_size_;
   const Range blocks_;
 };
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

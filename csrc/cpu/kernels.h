@@ -40,6 +40,6 @@ LSTM_EXT_PUBLIC void set_capability(const char* name);
 LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 
 template <typename T>
-const Kernels<T>& kernels();  // of capability()
+LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // of capability()
 
 }  // namespace lstm_ext::cpu

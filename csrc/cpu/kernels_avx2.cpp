@@ -1,27 +1,14 @@
 // AVX2 and FMA.
-#include <sched.h>
-
-#include <cstdint>
-#include <type_traits>
-#include <utility>
-
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 
-#define LSTM_EXT_SET_AVX2
-#define LSTM_EXT_SET_NAME "avx2"
-#define LSTM_EXT_SET_NAMESPACE avx2
-#define LSTM_EXT_SET_FUNCTION capability_avx2
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
-
+#define LSTM_EXT_ISA_AVX2
 #include "cpu/kernel_set.h"
+
+namespace lstm_ext::cpu {
+const Capability* capability_avx2() { return &avx2::kCapability; }
+}  // namespace lstm_ext::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop

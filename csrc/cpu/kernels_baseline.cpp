@@ -1,21 +1,14 @@
 // Every x86-64 CPU: SSE2.
-#include <sched.h>
-
-#include <cstdint>
-#include <type_traits>
-#include <utility>
-
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 
-#define LSTM_EXT_SET_BASELINE
-#define LSTM_EXT_SET_NAME "baseline"
-#define LSTM_EXT_SET_NAMESPACE baseline
-#define LSTM_EXT_SET_FUNCTION capability_baseline
-
+#define LSTM_EXT_ISA_BASELINE
 #include "cpu/kernel_set.h"
+
+namespace lstm_ext::cpu {
+const Capability* capability_baseline() { return &baseline::kCapability; }
+}  // namespace lstm_ext::cpu
 
 #else
 namespace lstm_ext::cpu {

@@ -1,5 +1,13 @@
-// Products that read a weight matrix where it lies, row by row: for a handful of batch rows, where
-// packing the weights costs more than using them. Included inside a per-set anonymous namespace.
+// Products that read a weight matrix where it lies, row by row: for a handful of batch rows, where packing the weights
+// costs more than using them.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 // out(x)[j] = start[j] + weight[j] . a(x) for j < outputs (at most kLanes / X) and x < X, where
 // start is `bias`, or what out(x) holds. One accumulator per pair (j, x), lanes along k; every sum
@@ -56,3 +64,6 @@ LSTM_EXT_INLINE void dot_tile(const T* weight, int64_t count, int outputs, const
     }
   }
 }
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

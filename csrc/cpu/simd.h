@@ -1,13 +1,18 @@
-// SIMD registers of the instruction set this translation unit is compiled for, as one small
-// interface: Simd<float>, Simd<double>. Included inside a per-set anonymous namespace (see
-// kernel_set.h); nothing here may have external linkage.
-//
-// The register types are the compiler's vector types, so + - * / and < work on them.
+// SIMD registers of the instruction set this translation unit is compiled for, as one small interface: Simd<float>,
+// Simd<double>. The register types are the compiler's vector types, so + - * / and < work on them.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/range.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 template <typename T>
 struct Simd;
 
-#if defined(LSTM_EXT_SET_AVX512)
+#if defined(LSTM_EXT_ISA_AVX512)
 
 constexpr int kVectorRegisters = 32;
 
@@ -68,7 +73,7 @@ struct Simd<double> {
   static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 };
 
-#elif defined(LSTM_EXT_SET_AVX2)
+#elif defined(LSTM_EXT_ISA_AVX2)
 
 constexpr int kVectorRegisters = 16;
 
@@ -135,7 +140,7 @@ struct Simd<double> {
   static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - n)); }
 };
 
-#elif defined(LSTM_EXT_SET_BASELINE)  // x86-64 as every such CPU has it: SSE2, no FMA
+#elif defined(LSTM_EXT_ISA_BASELINE)  // x86-64 as every such CPU has it: SSE2, no FMA
 
 constexpr int kVectorRegisters = 16;
 
@@ -203,8 +208,6 @@ struct Simd<double> {
   }
 };
 
-#else
-#error "compile through one of the kernels_*.cpp"
 #endif
 
 template <typename T>
@@ -222,6 +225,11 @@ LSTM_EXT_INLINE void store_lanes(T* p, Reg<T> v, int n) {
   } else {
     Simd<T>::store_partial(p, v, n);
   }
+}
+
+template <typename T>
+LSTM_EXT_INLINE void add_lanes(T* p, Reg<T> v, int n) {
+  store_lanes<T>(p, load_lanes<T>(p, n) + v, n);
 }
 
 // Two-operand shuffle with indices known at compile time; lane j takes index(j), where b's lanes
@@ -256,3 +264,52 @@ LSTM_EXT_INLINE Reg<T> sum_each(Reg<T>* v) {
     return sum_each<T, 2 * Group>(v);
   }
 }
+
+// Where a flag is set, a, else b: not a product, since what is not taken may be infinite.
+template <typename T>
+LSTM_EXT_INLINE Reg<T> where(const uint8_t* flags, int lanes, Reg<T> a, Reg<T> b) {
+  using Index = typename Simd<T>::Index;
+  typename Simd<T>::Bytes bytes = {};
+  if (lanes == Simd<T>::kLanes) {
+    __builtin_memcpy(&bytes, flags, sizeof(bytes));
+  } else {
+    for (int i = 0; i < lanes; ++i) bytes[i] = flags[i];
+  }
+  return __builtin_convertvector(bytes, Index) != 0 ? a : b;
+}
+
+// Clang and GCC 12 shuffle in registers. Lane by lane, older compilers go through memory, and the sum waits for the
+// stores.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LSTM_EXT_SHUFFLES
+#endif
+#endif
+template <typename V, int kStep, int... kLane>
+LSTM_EXT_INLINE V lanes_from(V v, std::integer_sequence<int, kLane...>) {
+#ifdef LSTM_EXT_SHUFFLES
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+#else
+  return V{v[kLane ^ kStep]...};
+#endif
+}
+
+// The sum of the lanes, in each of them.
+template <typename T, int kStep = Simd<T>::kLanes / 2>
+LSTM_EXT_INLINE Reg<T> sum_of_lanes(Reg<T> v) {
+  if constexpr (kStep > 0) {
+    v = v + lanes_from<Reg<T>, kStep>(v, std::make_integer_sequence<int, Simd<T>::kLanes>{});
+    return sum_of_lanes<T, kStep / 2>(v);
+  }
+  return v;
+}
+
+// Calls f(first, lanes) for the registers that `count` numbers fill.
+template <typename T, typename F>
+LSTM_EXT_INLINE void for_each_register(int64_t count, F&& f) {
+  constexpr int n = Simd<T>::kLanes;
+  for (int64_t i = 0; i < count; i += n) f(i, static_cast<int>(smaller(count - i, n)));
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,9 +1,16 @@
 // The register tile: R batch rows x NV registers of columns, and the loops over k that fill it.
-// Included inside a per-set anonymous namespace.
 //
-// In the forward pass the NV = 4 registers of a row are the four gates of the same units (the
-// panels are gate-interleaved), so a cell update needs nothing but the tile. Everywhere else they
-// are neighbouring output columns.
+// In the forward pass the NV = 4 registers of a row are the four gates of the same units (the panels are
+// gate-interleaved), so a cell update needs nothing but the tile. Everywhere else they are neighbouring output columns.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/range.h"
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
@@ -12,25 +19,14 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 // tiles pass over them.
 constexpr int64_t kBlockK = 512;
 
-LSTM_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-LSTM_EXT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Piece `index` of [0, count) cut into `pieces` parts of nearly equal size.
-struct Range {
-  int64_t begin, end;
-};
-LSTM_EXT_INLINE Range share(int64_t count, int64_t pieces, int64_t index) {
-  return {count * index / pieces, count * (index + 1) / pieces};
-}
-
 template <typename T, int R, int NV>
 struct Tile {
   Reg<T> acc[R][NV];
 
   LSTM_EXT_INLINE void zero() {
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
       for (int v = 0; v < NV; ++v) acc[r][v] = Simd<T>::zero();
   }
 };
@@ -42,23 +38,23 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, 
   using S = Simd<T>;
   if constexpr (kVectorRegisters == 32) {
     Reg<T> w[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v)
       w[v] = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) {
       const Reg<T> x = S::set1(a(r));
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
       for (int v = 0; v < NV; ++v) tile.acc[r][v] = S::fma(x, w[v], tile.acc[r][v]);
     }
   } else {  // 12 accumulators, 3 broadcasts and one weight at a time fill 16 registers
     Reg<T> x[R];
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) x[r] = S::set1(a(r));
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
       const Reg<T> w = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }
   }
@@ -78,7 +74,7 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   free_registers();
   const T* row[R];
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
   for (int r = 0; r < R; ++r) {
     row[r] = a[r];
     if constexpr (kVectorRegisters == 16) asm("" : "+r"(row[r]));  // a new value, in a register
@@ -149,3 +145,6 @@ LSTM_EXT_INLINE void for_each_column_block(int64_t begin, int64_t end, F&& f) {
                                     static_cast<int>(smaller(left, lanes)), f);
   }
 }
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

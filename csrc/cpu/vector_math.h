@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh on SIMD registers. Included inside a per-set anonymous namespace.
+// exp, sigmoid and tanh on SIMD registers.
 //
 // exp(x) = 2^n e^r with n = round(x / ln 2), |r| <= a = ln 2 / 2. e^r - 1 = r + r^2 q(r) with q from
 // the Taylor series: to r^11 in float64 (remainder r^14/14! < 5e-18); in float32 to r^5, with the
@@ -6,6 +6,14 @@
 // the degree (error a^7/(16 * 7!) + a^8/8! < 1.3e-8, far below rounding).
 // tanh goes through e^x - 1, which keeps the relative accuracy near zero that 1 - e^x loses.
 // NaN propagates; infinities give the limits.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 template <typename T>
 struct ExpConstants;
@@ -115,3 +123,6 @@ LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
   const Reg<T> left = S::fma(-quotient, denominator, high) + S::fma(-quotient, denominator_low, low);
   return S::copy_sign(S::fma(left, reciprocal, quotient), x);
 }
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -53,19 +53,6 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
           s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
 }
 
-// The resets as a direction meets them: what comes before a step in the reverse direction is the one after it in time.
-at::Tensor resets_of_direction(const at::Tensor& flags, const LayerSizes& s, int64_t direction) {
-  if (!flags.defined() || direction == 0) return flags;
-  const at::Tensor moved = at::zeros_like(flags);
-  const bool* from = flags.const_data_ptr<bool>();
-  bool* to = moved.mutable_data_ptr<bool>();
-  const auto offset = [&](int64_t t) { return s.packed() ? s.step_offsets[t] : t * s.batch; };
-  for (int64_t t = 0; t + 1 < s.steps; ++t) {
-    std::copy(from + offset(t + 1), from + offset(t + 2), to + offset(t));
-  }
-  return moved;
-}
-
 // The options, as kernels want them.
 struct OptionTensors {
   OptionTensors(const LayerOptions& options, at::ScalarType type)
@@ -105,14 +92,8 @@ StepOptions<T> step_options(const OptionTensors& t, const LayerSizes& s, int64_t
 }
 
 template <typename T>
-cpu::PlannedExtras planned(const StepOptions<T>& extras, bool rebuild = false) {
-  return {extras.recurrent_mask != nullptr, extras.zoneout_h.active(), extras.zoneout_c.active(),
-          extras.norm.gain_ih != nullptr, rebuild};
-}
-
-template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, static_cast<int64_t>(sizeof(T)), threads};
+  return {kernels.lanes, threads};
 }
 
 // As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor.
@@ -175,8 +156,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = s.shape(d, flags);
+      p.shape = s.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
@@ -193,16 +173,11 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
       p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
       p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, s.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
-      run_kernel(
-          [&](int threads) {
-            // What is not kept needs a place in the workspace.
-            return cpu::plan_forward(p.shape, machine_for(kernels, threads), p.gate_values != nullptr,
-                                     planned(p.options));
-          },
-          [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
-            kernels.forward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
+                   kernels.forward(p, plan, workspace, worker);
+                 },
+                 options);
     }
   });
   return results();
@@ -268,8 +243,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       BackwardParams<scalar_t> p{};
-      const at::Tensor flags = resets_of_direction(option_tensors.resets, s, d);
-      p.shape = s.shape(d, flags);
+      p.shape = s.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
       p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
@@ -311,15 +285,11 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
         p.grad_gain_c = data_or_null(norm_grads[2]);
         if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
       }
-      run_kernel(
-          [&](int threads) {
-            return cpu::plan_backward(p.shape, machine_for(kernels, threads), p.grad_input.data != nullptr,
-                                      p.grad_reset_h != nullptr, planned(p.options, p.gate_values == nullptr));
-          },
-          [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
-            kernels.backward(p, plan, workspace, worker);
-          },
-          options);
+      run_kernel([&](int threads) { return cpu::plan_backward(p, machine_for(kernels, threads)); },
+                 [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
+                   kernels.backward(p, plan, workspace, worker);
+                 },
+                 options);
       if (call.has_bias && weight_grads[2].defined() && weight_grads[3].defined())
         weight_grads[3].copy_(weight_grads[2]);
     }

@@ -5,12 +5,12 @@ namespace {
 
 // One step of a sequence (T, B, n) or (N, n): the first row, and how far apart the rows are.
 template <typename T>
-struct RowsOf {
+struct StepData {
   const T* data;
   int64_t stride;
 };
 template <typename T>
-RowsOf<T> rows_of(const at::Tensor& sequence, const Step& step) {
+StepData<T> step_data(const at::Tensor& sequence, const Step& step) {
   if (!sequence.defined()) return {nullptr, 0};
   const int64_t first = sequence.dim() == 3 ? step.time : step.offset;
   return {const_row_pointer<T>(sequence, first), sequence.stride(-2)};
@@ -193,7 +193,7 @@ class StepwiseBackward : Stepwise {
       for (int64_t n = chunk->end - 1; n >= chunk->first; --n) {
         const Step step = step_at(steps, n);
         const int64_t row = step.offset - steps.rows_before(chunk->begin);  // of the step in the chunk's buffers
-        const RowsOf<T> dy = rows_of<T>(grad_output, step);
+        const StepData<T> dy = step_data<T>(grad_output, step);
         cuda::CellBackward<T> args{};
         args.rows = step_rows(layer, n);
         args.hidden_size = H;

@@ -11,6 +11,7 @@ import pytest
 import test_stepwise
 import torch
 from emulated_layer import stepwise_module
+from judge import EPS, relative_error
 from simt import build, nvcc
 from simt.ptx_route import TranslatedKernels, translated
 
@@ -230,24 +231,22 @@ def stepwise_kernels() -> TranslatedKernels:
 
 @pytest.mark.full  # translating and compiling takes most of a minute
 @pytest.mark.parametrize("name", test_stepwise.CASES)
-@pytest.mark.parametrize("dtype", test_stepwise.EPS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
     """On both routes the same, but for the last bits of exp and tanh."""
     case = test_stepwise.CASES[name]
-    layer = test_stepwise.Layer(case, dtype, 0)
-    plain = layer.emulated(case, dtype)
+    plain = test_stepwise.drawn(case, dtype, 0)
     with stepwise_kernels.in_use():
-        by_ptx = layer.emulated(case, dtype)
-    for n, (x, y) in enumerate(zip(by_ptx, plain, strict=True)):
-        assert test_stepwise.error(x, y.double()) <= 16 * test_stepwise.EPS[dtype], n
+        by_ptx = test_stepwise.drawn(case, dtype, 0)
+    for name, value in by_ptx.items():
+        assert relative_error(value, plain[name]) <= 16 * EPS[dtype], name
 
 
 @pytest.mark.full
 def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
     """Otherwise the test above compares one route with itself. nvcc's exp is not libm's."""
     case = test_stepwise.Case(steps=3, hidden_size=64)
-    layer = test_stepwise.Layer(case, torch.float32, 0)
-    plain = layer.emulated(case, torch.float32)
+    plain = test_stepwise.drawn(case, torch.float32, 0)
     with stepwise_kernels.in_use():
-        by_ptx = layer.emulated(case, torch.float32)
-    assert not torch.equal(by_ptx[0], plain[0])
+        by_ptx = test_stepwise.drawn(case, torch.float32, 0)
+    assert not torch.equal(by_ptx["output"], plain["output"])

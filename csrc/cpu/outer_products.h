@@ -1,15 +1,25 @@
-// Sums over time and batch: weight gradients (sums of outer products) and bias gradients.
-// Included inside a per-set anonymous namespace.
+// Sums over time and batch: of outer products, which are weight gradients, and of rows, which are bias gradients.
 //
-// Partial sums over a block of kSumBlock rows are formed in registers and then added to memory:
-// better locality, and a smaller rounding error than one running sum over all rows.
+// Partial sums over a block of kSumBlock rows are formed in registers and then added to memory: better locality, and a
+// smaller rounding error than one running sum over all rows.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
 
 // The left factor is copied where its rows lie at least this far apart: a column of it would touch
 // a page a row, and with sizes that are powers of two always the same few sets of the caches.
 constexpr int64_t kFarBytes = 4096;
 
 // sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`.
-// `scratch` has room for outer_product_scratch(rows) numbers.
+// `scratch`: see BackwardPlan::outer_product_size.
 template <typename T>
 void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
                         int64_t columns, T* sums, T* scratch) {
@@ -27,7 +37,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
         constexpr int R = tile_height();
         T* out = copied + first * depth;
         for (int64_t k = 0; k < depth; ++k)
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) out[k * R + r] = block[k * left_step + first + r];
       });
     }
@@ -35,7 +45,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
       constexpr int NV = width();
       for (int64_t k = 0; k < depth; ++k) {
         const T* row = right(n + k) + column;
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
         for (int v = 0; v < NV; ++v) {
           S::store(panel + (k * NV + v) * kLanes, load_lanes<T>(row + v * kLanes, v == NV - 1 ? last : kLanes));
         }
@@ -43,9 +53,9 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
       for_each_row_tile(height, [&](int64_t first, auto tile_height) {
         constexpr int R = tile_height();
         T* out = sums + (rows.begin + first) * columns + column;
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
           for (int v = 0; v < NV; ++v) __builtin_prefetch(out + r * columns + v * kLanes, 1);
         Tile<T, R, NV> tile;
         tile.zero();
@@ -54,9 +64,9 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
         } else {
           accumulate_columns(tile, block + first, left_step, panel, NV * kLanes, depth);
         }
-#pragma GCC unroll 6
+#pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll kTileColumns
           for (int v = 0; v < NV; ++v) {
             const int lanes = v == NV - 1 ? last : kLanes;
             T* at = out + r * columns + v * kLanes;
@@ -84,3 +94,6 @@ void add_columns(const T* matrix, int64_t row_step, int64_t rows, Range columns,
     store_lanes<T>(sums + column, total, lanes);
   }
 }
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

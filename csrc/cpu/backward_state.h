@@ -1,0 +1,271 @@
+// What the loop, the steps and the products of a backward pass work on.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/cell.h"
+#include "cpu/column_product.h"
+#include "cpu/gates.h"
+#include "cpu/pass.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/zoneout.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// Steps first ... first + count - 1 of the time loop, which are the times begin ... begin + count - 1, and what is kept
+// of them until the products over the chunk, in the order of time.
+template <typename T>
+struct Chunk {
+  int64_t first = 0, count = 0, begin = 0, rows = 0;
+  // Gradients of the preactivations. With layer normalisation dL/d(U h) and dL/d(W x); else the two are one.
+  T* grad_preactivations = nullptr;
+  T* grad_input_part = nullptr;
+  T* grad_hidden = nullptr;  // with a projection: dL/dh_t of the projected h_t
+  T* masked_h = nullptr;     // with recurrent dropout: h_{t-1} times its mask
+  T* hidden = nullptr;       // o * tanh(c_t), where it is recomputed
+};
+
+// One step as its cells read and write it: row 0 of the batch.
+template <typename T>
+struct BackwardStepRows {
+  const T* gate_values;
+  const T* cells;
+  const T* grad_output;       // or null
+  const T* grad_cells;        // or null
+  const T* grad_gate_values;  // or null
+  T* grad_preactivations;
+  T* grad_input_part;
+  int64_t place;  // of row 0 in arrays (T, B, n)
+  PreviousStates<T> previous;
+};
+
+template <typename T>
+struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
+  using Base = Pass<T, BackwardParams<T>, BackwardPlan>;
+  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::states_before, Base::zero_row;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::worker;
+  using S = Simd<T>;
+
+  const bool recomputes = !params.gate_values;
+  const int64_t gate_stride = plan.gate_stride;
+  const Range hidden_columns = columns(shape.hidden_size);  // the units of this member
+  const Range output_columns = columns(shape.output_size);  // its output features; the same without a projection
+  // h_{t-1} of the chunk's rows; see list_previous_h.
+  const T** const h_rows = row_list(plan.h_lists, worker* plan.chunk_rows);
+  // Gradients of the preactivations of the team's rows, in a step after which one of them is cut off.
+  const T** const cut_rows = row_list(plan.cut_lists, worker* plan.team_rows);
+  T* const outer_products = buffer(plan.outer_products, worker* plan.outer_product_size);
+  // Buffers (B, n); null where they are not needed.
+  T* const grad_h = buffer_if(params.options.any(), plan.grad_h);  // (B, H): dL/d(o * tanh(c)) of a step
+  // (B, P): the part of dL/dh_t that zoneout gives to h_{t-1}.
+  T* const grad_previous_h = buffer_if(params.options.zoneout_h.active(), plan.grad_previous_h);
+  // Sums over the steps before which a row is reset: of the gradients of the preactivations, of which one product with
+  // U makes dL/dh of the state that replaced the row's, and of grad_previous_h.
+  T* const reset_grad_preactivations = buffer_if(params.grad_reset_h, plan.reset_grad_preactivations);
+  T* const reset_grad_previous_h = buffer_if(params.grad_reset_h && grad_previous_h, plan.reset_grad_previous_h);
+  Chunk<T> chunk{}, earlier_chunk{};
+  BackwardStepRows<T> step{};
+
+  BackwardState(const BackwardParams<T>& params, const BackwardPlan& plan, char* workspace, int worker)
+      : Base(params, plan, Steps::Pass::kBackward, workspace, worker) {}
+
+  T* buffer_if(bool needed, int64_t offset) const { return needed ? buffer(offset) : nullptr; }
+
+  // Makes the chunk of steps from `first` on the current one: as many steps as a buffer has rows for. Chunks use two
+  // buffers in turn.
+  void begin_chunk(int64_t first) {
+    earlier_chunk = chunk;
+    Chunk<T> c;
+    c.first = first;
+    while (first + c.count < shape.steps && c.rows + steps.rows_in(first + c.count) <= plan.chunk_rows) {
+      c.rows += steps.rows_in(first + c.count++);
+    }
+    c.begin = shape.reverse ? first : shape.steps - first - c.count;
+    T* const even = buffer(plan.grad_preactivations);
+    const int64_t at = first == 0 || earlier_chunk.grad_preactivations != even ? 0 : plan.chunk_rows;
+    c.grad_preactivations = even + at * gate_stride;
+    c.grad_input_part =
+        params.options.normalised() ? buffer(plan.grad_input_part, at * gate_stride) : c.grad_preactivations;
+    c.grad_hidden = buffer(plan.grad_hidden, at * shape.output_size);
+    if (params.options.recurrent_mask) c.masked_h = buffer(plan.masked_h, at * shape.output_size);
+    if (recomputes && shape.projected) c.hidden = buffer(plan.recomputed_hidden, at * shape.hidden_size);
+    chunk = c;
+  }
+
+  // Where step s begins in its chunk, which is the current one or the earlier one.
+  int64_t row_in_chunk(const Chunk<T>& c, int64_t s) const {
+    return steps.rows_before(steps.time(s)) - steps.rows_before(c.begin);
+  }
+  int64_t row_in_chunk(int64_t s) const { return row_in_chunk(chunk, s); }
+  T* grad_preactivations(int64_t s) const {
+    const Chunk<T>& c = s >= chunk.first ? chunk : earlier_chunk;
+    return c.grad_preactivations + row_in_chunk(c, s) * gate_stride;
+  }
+  T* grad_hidden(int64_t s) const { return chunk.grad_hidden + row_in_chunk(s) * shape.output_size; }
+  // Of a chunk.
+  T* recomputed_gate_values(int64_t row) const {
+    return buffer(plan.recomputed_gate_values, row * 4 * shape.hidden_size);
+  }
+
+  // Makes step s of the chunk the current one.
+  void begin_step(int64_t s) {
+    const int64_t H = shape.hidden_size;
+    const int64_t t = steps.time(s);
+    const int64_t place = steps.rows_before(t);
+    step.gate_values = recomputes ? recomputed_gate_values(row_in_chunk(s)) : params.gate_values + place * 4 * H;
+    step.cells = params.cells + place * H;
+    step.grad_output = params.grad_output.data ? rows_at(params.grad_output, steps, t) : nullptr;
+    step.grad_cells = params.grad_cells ? params.grad_cells + place * H : nullptr;
+    step.grad_gate_values = params.grad_gate_values ? params.grad_gate_values + place * 4 * H : nullptr;
+    step.grad_preactivations = grad_preactivations(s);
+    step.grad_input_part = chunk.grad_input_part + row_in_chunk(s) * gate_stride;
+    step.place = place;
+    step.previous = states_before(t);
+  }
+
+  RightHandSide<T> recurrent_weight() const {
+    return {plan.pack ? buffer(plan.recurrent_panels) : params.weights.weight_hh, shape.output_size,
+            4 * shape.hidden_size, plan.pack};
+  }
+  RightHandSide<T> projection_weight() const {
+    return {plan.pack ? buffer(plan.projection_panels) : params.weights.weight_hr, shape.hidden_size, shape.output_size,
+            plan.pack};
+  }
+  RightHandSide<T> input_weight() const {
+    return {plan.pack ? buffer(plan.input_panels) : params.weights.weight_ih, shape.input_size, 4 * shape.hidden_size,
+            plan.pack};
+  }
+
+  // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
+  RowGrid<T> partial_sums(Range part) const { return rows.grid(buffer(plan.partial_sums), shape.hidden_size, part); }
+
+  // The gradients of the preactivations of step `later`, for rows of the team, as a step before it sees them: zeros
+  // where the state between the two was replaced. No rows if `later` is -1.
+  RowGrid<const T> later_grad_preactivations(int64_t later, Range part) const {
+    if (later < 0) return {};
+    RowGrid<const T> grads = rows.grid(const_cast<const T*>(grad_preactivations(later)), gate_stride, part);
+    const ResetFlags resets = steps.resets_before(steps.time(later));
+    if (rows.any(resets, part)) {
+      for (int64_t row = 0; row < part.end - part.begin; ++row) {
+        const bool cut = resets[rows.batch_row(part.begin + row)];
+        cut_rows[row] = cut ? zero_row : grads.data + row * grads.inner_step;
+      }
+      grads.list = cut_rows;
+    }
+    return grads;
+  }
+
+  // h_rows = h_{t-1} of every row of the chunk.
+  void list_previous_h() const {
+    int64_t n = 0;
+    for (int64_t t = chunk.begin; t < chunk.begin + chunk.count; ++t) {
+      const PreviousStates<T> previous = states_before(t);
+      for (int64_t b = 0; b < steps.rows_at(t); ++b, ++n) {
+        const T* const h = previous.h_row(b);
+        h_rows[n] = h ? h : zero_row;
+      }
+    }
+  }
+
+  // dL/dc_t from the step after, or from c_n in the first step of the loop that a row has, and from c_t as a result.
+  LSTM_EXT_INLINE Reg<T> state_gradient(int64_t b, bool begins, int64_t unit, int lanes) const {
+    const int64_t H = shape.hidden_size;
+    Reg<T> grad_c = !begins           ? load_lanes<T>(params.grad_c + b * H + unit, lanes)
+                    : params.grad_c_n ? load_lanes<T>(params.grad_c_n + b * H + unit, lanes)
+                                      : S::zero();
+    if (step.grad_cells) grad_c = grad_c + load_lanes<T>(step.grad_cells + b * H + unit, lanes);
+    return grad_c;
+  }
+
+  // From dL/dc_t and dL/do, of what the cell made: the gradients of the preactivations.
+  LSTM_EXT_INLINE Gates<T> preactivation_gradients(int64_t b, int64_t unit, int lanes, const Gates<T>& gates,
+                                                   Reg<T> c_previous, Reg<T> grad_c, Reg<T> grad_o) const {
+    const int64_t H = shape.hidden_size;
+    Gates<T> grads = cell_state_backward<T>(gates, c_previous, grad_c, grad_o);
+    if (step.grad_gate_values) {
+      const Gates<T> more = load_gates<T>(step.grad_gate_values + b * 4 * H + unit, H, lanes);
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) grads[gate] = grads[gate] + more[gate];
+    }
+    return gates_backward<T>(gates, grads);
+  }
+
+  // The cell of `lanes` units of a row of the team, from dL/dh before the projection: stores the gradients of the
+  // preactivations and carries dL/dc on. `begins`: this is the first step of the loop that the row has.
+  template <bool kZoneout>
+  LSTM_EXT_INLINE void cell_gradient(int64_t row, bool begins, int64_t unit, Reg<T> grad_h, int lanes) const {
+    const int64_t H = shape.hidden_size;
+    const int64_t b = rows.batch_row(row);
+    const Gates<T> gates = load_gates<T>(step.gate_values + b * 4 * H + unit, H, lanes);
+    const T* const previous = step.previous.c_row(b);
+    const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
+    // h_t sees c_t before zoneout, which is not saved.
+    const Reg<T> c = kZoneout ? cell_state<T>(gates, previous ? previous + unit : nullptr, lanes)
+                              : load_lanes<T>(step.cells + b * H + unit, lanes);
+    const Zoneout<T>& zoneout = params.options.zoneout_c;
+    Reg<T> grad_c = state_gradient(b, begins, unit, lanes);
+    Reg<T> previous_part = S::zero();
+    if (kZoneout && zoneout.active()) {
+      previous_part = split_gradient<T>(zoneout, (step.place + b) * H + unit, grad_c, lanes);
+    }
+    const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad_c);
+    const Gates<T> grads = preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
+    T* const out = step.grad_preactivations + b * gate_stride + unit;
+    store_gates<T>(out, grads, H, lanes);
+    T* const running = params.grad_c + b * H + unit;
+    store_lanes<T>(running, kZoneout ? S::fma(grad_c, gates[kF], previous_part) : grad_c * gates[kF], lanes);
+    if (step.previous.resets[b]) cut_gradient(b, unit, lanes, running, out);
+  }
+
+  // The gradients of the state before the step belong to the one that replaced it.
+  void cut_gradient(int64_t b, int64_t unit, int lanes, T* grad_c, const T* grad_preactivations) const {
+    const int64_t H = shape.hidden_size;
+    const auto add = [&](T* sum, const T* term)
+                         LSTM_EXT_LAMBDA_INLINE { add_lanes<T>(sum, load_lanes<T>(term, lanes), lanes); };
+    if (params.grad_reset_c) add(params.grad_reset_c + b * H + unit, grad_c);
+    store_lanes<T>(grad_c, S::zero(), lanes);
+    if (!reset_grad_preactivations) return;
+    for (int gate = 0; gate < kGates; ++gate) {
+      add(reset_grad_preactivations + b * gate_stride + gate * H + unit, grad_preactivations + gate * H);
+    }
+  }
+
+  // Of these sums each member has its own units of the team's rows.
+  void zero_reset_sums() const {
+    if (!params.grad_reset_c && !reset_grad_preactivations) return;
+    const int64_t H = shape.hidden_size;
+    const auto zero = [](T* row, Range part) {
+      for (int64_t k = part.begin; k < part.end; ++k) row[k] = T(0);
+    };
+    for (int64_t row = 0; row < rows.most; ++row) {
+      const int64_t b = rows.batch_row(row);
+      if (params.grad_reset_c) zero(params.grad_reset_c + b * H, hidden_columns);
+      for (int gate = 0; gate < kGates && reset_grad_preactivations; ++gate) {
+        zero(reset_grad_preactivations + b * gate_stride + gate * H, hidden_columns);
+      }
+      if (reset_grad_previous_h) {
+        zero(reset_grad_previous_h + b * shape.output_size, output_columns);
+      }
+    }
+  }
+  void finish_reset_sums() const {
+    if (!reset_grad_preactivations) return;
+    const Range part{0, rows.most};
+    const T* const mask = params.options.recurrent_mask;
+    multiply_columns(rows.grid(const_cast<const T*>(reset_grad_preactivations), gate_stride, part), rows.most,
+                     recurrent_weight(), output_columns, partial_sums(part), kNoPrefetch, kFromZero<T>,
+                     [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                       const int64_t at = rows.batch_row(row) * shape.output_size + column;
+                       Reg<T> sum = Simd<T>::load(sums);
+                       if (mask) sum = sum * load_lanes<T>(mask + at, lanes);
+                       if (reset_grad_previous_h) sum = sum + load_lanes<T>(reset_grad_previous_h + at, lanes);
+                       store_lanes<T>(params.grad_reset_h + at, sum, lanes);
+                     });
+  }
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

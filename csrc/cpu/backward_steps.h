@@ -1,0 +1,407 @@
+// One time step of the backward pass, in two ways, as in the forward pass; `Backward` runs one of them, chosen once a
+// call.
+//
+// The fused step is a tile of dL/dh_t = dL/d(output) + dL/d(preactivations of t + 1) U, which meets the cell in its
+// epilogue. It knows no options. The unfused step writes dL/dh_t to memory, and one pass over it does the cells.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/backward_state.h"
+#include "cpu/cell.h"
+#include "cpu/column_product.h"
+#include "cpu/gates.h"
+#include "cpu/layer_norm.h"
+#include "cpu/pass.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/zoneout.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+template <typename T>
+class FusedBackwardStep {
+ public:
+  explicit FusedBackwardStep(BackwardState<T>& pass) : pass_(pass) {}
+
+  void begin() {}
+  void finish_chunk() {}
+  void finish() {}
+
+  // Rows from `continued` on begin here, at the end of their sequence.
+  void run(int64_t s, int64_t count, int64_t continued) {
+    const bool projected = pass_.shape.projected;
+    const int64_t P = pass_.shape.output_size;
+    const int64_t t = pass_.steps.time(s);
+    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
+      const Range part = begins ? Range{continued, count} : Range{0, continued};
+      if (part.begin == part.end) continue;
+      const int64_t later = begins ? -1 : s - 1;
+      const T* const grad_h_n = begins ? pass_.params.grad_h_n : nullptr;
+      if (!projected) {
+        hidden_gradient(part, later, grad_h_n, t, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+          pass_.template cell_gradient<false>(part.begin + row, begins != 0, column, S::load(sums), lanes);
+        });
+      } else {
+        const RowGrid<T> out = pass_.rows.grid(pass_.grad_hidden(s), P, part);
+        hidden_gradient(part, later, grad_h_n, t, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+          store_lanes<T>(out(row) + column, S::load(sums), lanes);
+        });
+      }
+    }
+    if (projected) {
+      pass_.meet_team();
+      const RowGrid<const T> out = pass_.rows.grid(const_cast<const T*>(pass_.grad_hidden(s)), P, {0, count});
+      multiply_columns(
+          out, count, pass_.projection_weight(), pass_.hidden_columns, pass_.partial_sums({0, count}),
+          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(row, column); }, kFromZero<T>,
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            pass_.template cell_gradient<false>(row, row >= continued, column, S::load(sums), lanes);
+          });
+    }
+    pass_.meet_team();
+  }
+
+  // dL/dh0 of rows whose sequence had its first step in step `later`.
+  void initial_state_gradient(Range part, int64_t later) {
+    const RowGrid<T> out = pass_.rows.grid(pass_.params.grad_h0, pass_.shape.output_size, part);
+    hidden_gradient(part, later, nullptr, -1, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+      store_lanes<T>(out(row) + column, S::load(sums), lanes);
+    });
+  }
+
+ private:
+  using S = Simd<T>;
+
+  // dL/dh for some of the team's rows and this member's columns: from the output at time t, if t >= 0, from h_n, if
+  // given, and from the preactivations of step `later`, if >= 0.
+  template <typename Finish>
+  LSTM_EXT_INLINE void hidden_gradient(Range part, int64_t later, const T* grad_h_n, int64_t t, Finish&& finish) {
+    const Sequence<const T>& sequence = pass_.params.grad_output;
+    const bool from_output = t >= 0 && sequence.data;
+    const RowGrid<const T> grad_output =
+        pass_.rows.grid(from_output ? rows_at(sequence, pass_.steps, t) : nullptr, sequence.stride_b, part);
+    const RowGrid<const T> grad_final = pass_.rows.grid(grad_h_n, pass_.shape.output_size, part);
+    const auto start = [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
+      v = grad_output.data ? load_lanes<T>(grad_output.data + row * grad_output.inner_step + column, lanes) : S::zero();
+      if (grad_final.data) v = v + load_lanes<T>(grad_final.data + row * grad_final.inner_step + column, lanes);
+    };
+    RightHandSide<T> weight = pass_.recurrent_weight();
+    if (later < 0) weight.depth = 0;
+    const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
+    multiply_columns(
+        grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part),
+        [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
+          if (!pass_.shape.projected && t >= 0) prefetch_cell(part.begin + row, column);
+        },
+        start, finish);
+  }
+
+  // Fetches what cell_gradient will read; a row of the team.
+  LSTM_EXT_INLINE void prefetch_cell(int64_t row, int64_t unit) const {
+    const BackwardStepRows<T>& step = pass_.step;
+    const int64_t H = pass_.shape.hidden_size;
+    const int64_t b = pass_.rows.batch_row(row);
+    const T* const gates = step.gate_values + b * 4 * H + unit;
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates + gate * H);
+    __builtin_prefetch(step.cells + b * H + unit);
+    const T* const previous = step.previous.c_row(b);
+    if (previous) __builtin_prefetch(previous + unit);
+    if (step.grad_output && !pass_.shape.projected) {
+      __builtin_prefetch(step.grad_output + b * pass_.params.grad_output.stride_b + unit);
+    }
+  }
+
+  BackwardState<T>& pass_;
+};
+
+// The first part of an unfused step: dL/d(o * tanh(c_t)), to pass.grad_h.
+template <typename T>
+class UnfusedHiddenGradient {
+ public:
+  explicit UnfusedHiddenGradient(BackwardState<T>& pass) : pass_(pass), options_(pass.params.options) {}
+
+  void run(int64_t s, int64_t count, int64_t continued) {
+    if (continued > 0) output_gradient(s, Range{0, continued}, false);
+    if (continued < count) output_gradient(s, Range{continued, count}, true);
+    if (!pass_.shape.projected) return;
+    pass_.meet_team();
+    const RowGrid<const T> a =
+        pass_.rows.grid(const_cast<const T*>(pass_.grad_hidden(s)), pass_.shape.output_size, {0, count});
+    const RowGrid<T> out = pass_.rows.grid(pass_.grad_h, pass_.shape.hidden_size, {0, count});
+    multiply_columns(a, count, pass_.projection_weight(), pass_.hidden_columns, pass_.partial_sums({0, count}),
+                     kNoPrefetch, kFromZero<T>, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                       store_lanes<T>(out(row) + column, S::load(sums), lanes);
+                     });
+  }
+
+  // dL/dh0 of rows whose sequence had its first step in step `later`.
+  void initial_state(Range part, int64_t later) {
+    recurrent_product(part, later, [&](int64_t b, int64_t column, Reg<T> v, int lanes) {
+      const int64_t at = b * pass_.shape.output_size + column;
+      if (pass_.grad_previous_h) v = v + load_lanes<T>(pass_.grad_previous_h + at, lanes);
+      store_lanes<T>(pass_.params.grad_h0 + at, v, lanes);
+    });
+  }
+
+ private:
+  using S = Simd<T>;
+
+  // dL/dh_{t-1} through U and the mask of recurrent dropout, from step `later`: zeros if `later` < 0. For some of the
+  // team's rows and this member's columns, to finish(batch row, column, values, lanes).
+  template <typename Finish>
+  void recurrent_product(Range part, int64_t later, Finish&& finish) {
+    RightHandSide<T> weight = pass_.recurrent_weight();
+    if (later < 0) weight.depth = 0;
+    const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
+    multiply_columns(grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part), kNoPrefetch,
+                     kFromZero<T>, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                       const int64_t b = pass_.rows.batch_row(part.begin + row);
+                       Reg<T> v = S::load(sums);
+                       if (options_.recurrent_mask) {
+                         const int64_t at = b * pass_.shape.output_size + column;
+                         v = v * load_lanes<T>(options_.recurrent_mask + at, lanes);
+                       }
+                       finish(b, column, v, lanes);
+                     });
+  }
+
+  // dL/dh_t before zoneout, of rows of step s that begin there in this loop, or that do not.
+  void output_gradient(int64_t s, Range part, bool begins) {
+    const BackwardParams<T>& params = pass_.params;
+    const BackwardStepRows<T>& step = pass_.step;
+    const int64_t P = pass_.shape.output_size;
+    T* const out = pass_.shape.projected ? pass_.grad_hidden(s) : pass_.grad_h;
+    recurrent_product(part, begins ? -1 : s - 1, [&](int64_t b, int64_t column, Reg<T> v, int lanes) {
+      const int64_t at = b * P + column;
+      if (step.grad_output) v = v + load_lanes<T>(step.grad_output + b * params.grad_output.stride_b + column, lanes);
+      if (begins && params.grad_h_n) v = v + load_lanes<T>(params.grad_h_n + at, lanes);
+      if (pass_.grad_previous_h) {
+        T* const running = pass_.grad_previous_h + at;
+        if (!begins) v = v + load_lanes<T>(running, lanes);
+        Reg<T> previous_part = split_gradient<T>(options_.zoneout_h, step.place * P + at, v, lanes);
+        if (step.previous.resets[b]) {
+          if (pass_.reset_grad_previous_h) add_lanes<T>(pass_.reset_grad_previous_h + at, previous_part, lanes);
+          previous_part = S::zero();
+        }
+        store_lanes<T>(running, previous_part, lanes);
+      }
+      store_lanes<T>(out + at, v, lanes);
+    });
+  }
+
+  BackwardState<T>& pass_;
+  const StepOptions<T>& options_;
+};
+
+// With recurrent dropout, zoneout or layer normalisation. A member makes the cells of its own units, or, with layer
+// normalisation, of whole rows of the team, which its members share.
+template <typename T, bool kNormalised>
+class UnfusedBackwardStep {
+ public:
+  explicit UnfusedBackwardStep(BackwardState<T>& pass) : pass_(pass), options_(pass.params.options) {}
+
+  void begin() {
+    if constexpr (kNormalised) {
+      zero_rows(chunk_sums_, H_, Range{0, kNormSums});
+      zero_rows(worker_sums_, H_, Range{0, kNormSums});
+    }
+  }
+
+  void run(int64_t s, int64_t count, int64_t continued) {
+    hidden_gradient_.run(s, count, continued);
+    if constexpr (kNormalised) {
+      pass_.meet_team();
+      for_each_norm_group(pass_.member_share(count), [&](Range group) {
+        T factors[kNormRows];
+        normalise_cells(group, factors);
+        for (int64_t row = group.begin; row < group.end; ++row) {
+          const int64_t r = row - group.begin;
+          normalised_cell_gradient(row, row >= continued, normalised_c_ + r * H_, factors[r]);
+        }
+      });
+    } else {
+      const Range units = pass_.hidden_columns;
+      for (int64_t row = 0; row < count; ++row) {
+        const T* const grad_h = pass_.grad_h + pass_.rows.batch_row(row) * H_;
+        for (int64_t unit = units.begin; unit < units.end; unit += S::kLanes) {
+          const int lanes = static_cast<int>(smaller(units.end - unit, S::kLanes));
+          pass_.template cell_gradient<true>(row, row >= continued, unit, load_lanes<T>(grad_h + unit, lanes), lanes);
+        }
+      }
+    }
+    pass_.meet_team();
+  }
+
+  void initial_state_gradient(Range part, int64_t later) { hidden_gradient_.initial_state(part, later); }
+
+  // The chunk's sums are added to those of all: one running sum over all rows would be less exact.
+  void finish_chunk() {
+    if constexpr (kNormalised) {
+      for (int64_t k = 0; k < kNormSums * H_; ++k) {
+        worker_sums_[k] += chunk_sums_[k];
+        chunk_sums_[k] = T(0);
+      }
+    }
+  }
+
+  // The gradients of biases and of the parameters of layer normalisation: the sums of all workers, who met after their
+  // last chunk. Each adds up a share.
+  void finish() {
+    if constexpr (!kNormalised) return;
+    const BackwardParams<T>& params = pass_.params;
+    const int workers = pass_.plan.grid.workers();
+    const struct {
+      T* grad;
+      int64_t begin, end;
+    } parts[] = {{params.grad_bias, 0, 4 * H_},
+                 {params.grad_gain_ih, 4 * H_, 8 * H_},
+                 {params.grad_gain_hh, 8 * H_, 12 * H_},
+                 {params.grad_gain_c, 12 * H_, 13 * H_},
+                 {params.grad_bias_c, 13 * H_, 14 * H_}};
+    const int64_t count = kNormSums * H_;
+    const Range mine = share(count, workers, pass_.worker);
+    for (const auto& part : parts) {
+      if (!part.grad) continue;
+      for (int64_t k = mine.begin > part.begin ? mine.begin : part.begin; k < smaller(mine.end, part.end); ++k) {
+        T sum = 0;
+        for (int64_t worker = 0; worker < workers; ++worker) sum += all_sums_[worker * count + k];
+        part.grad[k - part.begin] = sum;
+      }
+    }
+  }
+
+ private:
+  using S = Simd<T>;
+
+  // N(c_t) of at most kNormRows rows.
+  void normalise_cells(Range group, T* factors) {
+    T* normalised[kNormRows];
+    for (int64_t row = group.begin; row < group.end; ++row) {
+      const int64_t b = pass_.rows.batch_row(row);
+      const T* const previous = pass_.step.previous.c_row(b);
+      const T* const gate_row = pass_.step.gate_values + b * 4 * H_;
+      T* const out = normalised[row - group.begin] = normalised_c_ + (row - group.begin) * H_;
+      for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+        const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
+        store_lanes<T>(out + unit, cell_state<T>(gates, previous ? previous + unit : nullptr, lanes), lanes);
+      });
+    }
+    normalise<T>(normalised, group.end - group.begin, H_, factors);
+  }
+
+  // As cell_gradient, for a whole row, and through its three normalisations: of y = N(x) = (x - mean) * r it is
+  // dx = r * (dy - mean(dy) - y * mean(dy * y)). `normalised` is N(c_t), and `factor` its r.
+  void normalised_cell_gradient(int64_t row, bool begins, const T* normalised, T factor) {
+    const BackwardStepRows<T>& step = pass_.step;
+    const LayerNorm<T>& norm = options_.norm;
+    const int64_t b = pass_.rows.batch_row(row);
+    const int64_t place = step.place + b;
+    const T* const previous = step.previous.c_row(b);
+    const T* const gate_row = step.gate_values + b * 4 * H_;
+    const T* const input_products = pass_.params.norm_input + place * 4 * H_;
+    const T* const recurrent_products = pass_.params.norm_recurrent + place * 4 * H_;
+    const T* const factors = pass_.params.norm_factors + place * 2;
+    T* const grad_input_part = step.grad_input_part + b * pass_.gate_stride;
+    T* const grad_recurrent_part = step.grad_preactivations + b * pass_.gate_stride;
+    T* const grad_bias = chunk_sums_;
+    T* const grad_gain_ih = grad_bias + 4 * H_;
+    T* const grad_gain_hh = grad_gain_ih + 4 * H_;
+    T* const grad_gain_c = grad_gain_hh + 4 * H_;
+    T* const grad_bias_c = grad_gain_c + H_;
+
+    // h_t = o tanh(gain_c N(c_t) + bias_c). dL/do waits where the gradients of the preactivations will be.
+    Reg<T> sum_c = S::zero(), product_c = S::zero();
+    for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
+      const Reg<T> gain = load_lanes<T>(norm.gain_c + unit, lanes);
+      const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
+      const Reg<T> o = load_lanes<T>(gate_row + kO * H_ + unit, lanes);
+      const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + b * H_ + unit, lanes);
+      Reg<T> grad_tanh_input = S::zero();
+      const Reg<T> grad_o = hidden_state_backward<T>(grad_h, o, S::fma(gain, y, shift), grad_tanh_input);
+      T* const sum_gain = grad_gain_c + unit;
+      store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
+      add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
+      const Reg<T> grad_y = grad_tanh_input * gain;
+      store_lanes<T>(grad_normalised_c_ + unit, grad_y, lanes);
+      store_lanes<T>(grad_recurrent_part + kO * H_ + unit, grad_o, lanes);
+      sum_c = sum_c + grad_y;
+      product_c = S::fma(grad_y, y, product_c);
+    });
+    const Reg<T> mean_c = sum_of_lanes<T>(sum_c) / S::set1(static_cast<T>(H_));
+    const Reg<T> slope_c = sum_of_lanes<T>(product_c) / S::set1(static_cast<T>(H_));
+    const Reg<T> factor_c = S::set1(factor);
+
+    Reg<T> sum_input = S::zero(), product_input = S::zero(), sum_recurrent = S::zero(), product_recurrent = S::zero();
+    for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
+      const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
+      const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
+      Reg<T> grad_c = pass_.state_gradient(b, begins, unit, lanes);
+      Reg<T> previous_part = S::zero();
+      if (options_.zoneout_c.active()) {
+        previous_part = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);
+      }
+      grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
+      const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);
+      const Gates<T> grads = pass_.preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
+      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, S::fma(grad_c, gates[kF], previous_part), lanes);
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) {
+        const int64_t at = gate * H_ + unit;
+        const Reg<T> y_input = load_lanes<T>(input_products + at, lanes);
+        const Reg<T> y_recurrent = load_lanes<T>(recurrent_products + at, lanes);
+        add_lanes<T>(grad_bias + at, grads[gate], lanes);
+        add_lanes<T>(grad_gain_ih + at, grads[gate] * y_input, lanes);
+        add_lanes<T>(grad_gain_hh + at, grads[gate] * y_recurrent, lanes);
+        const Reg<T> by_input = grads[gate] * load_lanes<T>(norm.gain_ih + at, lanes);
+        const Reg<T> by_recurrent = grads[gate] * load_lanes<T>(norm.gain_hh + at, lanes);
+        store_lanes<T>(grad_input_part + at, by_input, lanes);
+        store_lanes<T>(grad_recurrent_part + at, by_recurrent, lanes);
+        sum_input = sum_input + by_input;
+        product_input = S::fma(by_input, y_input, product_input);
+        sum_recurrent = sum_recurrent + by_recurrent;
+        product_recurrent = S::fma(by_recurrent, y_recurrent, product_recurrent);
+      }
+    });
+    through_norm(grad_input_part, input_products, factors[0], sum_input, product_input);
+    through_norm(grad_recurrent_part, recurrent_products, factors[1], sum_recurrent, product_recurrent);
+    if (step.previous.resets[b]) {
+      for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+        pass_.cut_gradient(b, unit, lanes, pass_.params.grad_c + b * H_ + unit, grad_recurrent_part + unit);
+      });
+    }
+  }
+
+  // A gate row of gradients dy becomes dx; `total` and `weighted` are the sums of dy and of dy * y in their lanes.
+  LSTM_EXT_INLINE void through_norm(T* grad, const T* y, T factor, Reg<T> total, Reg<T> weighted) const {
+    const Reg<T> count = S::set1(static_cast<T>(4 * H_));
+    const Reg<T> mean = sum_of_lanes<T>(total) / count;
+    const Reg<T> slope = sum_of_lanes<T>(weighted) / count;
+    const Reg<T> scale = S::set1(factor);
+    for_each_register<T>(4 * H_, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      const Reg<T> v = load_lanes<T>(grad + at, lanes) - mean - load_lanes<T>(y + at, lanes) * slope;
+      store_lanes<T>(grad + at, v * scale, lanes);
+    });
+  }
+
+  BackwardState<T>& pass_;
+  const StepOptions<T>& options_;
+  UnfusedHiddenGradient<T> hidden_gradient_{pass_};
+  const int64_t H_ = pass_.shape.hidden_size;
+  // With layer normalisation: kNormRows rows of N(c_t), and one of its gradient.
+  T* const normalised_c_ = pass_.buffer(pass_.plan.norm_rows, pass_.worker*(kNormRows + 1) * H_);
+  T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
+  // Its sums over a chunk, and over all chunks, of this worker: the gradients of the biases (4H), gain_ih (4H), gain_hh
+  // (4H), gain_c (H) and bias_c (H), kNormSums * H in all. And those of all workers.
+  T* const chunk_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.worker * kNormSums * H_);
+  T* const all_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.plan.grid.workers() * kNormSums * H_);
+  T* const worker_sums_ = all_sums_ + pass_.worker * kNormSums * H_;
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

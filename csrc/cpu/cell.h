@@ -1,0 +1,102 @@
+// The equations of an LSTM cell, forward and backward, on registers:
+//
+//   i, f, o = sigmoid(preactivations)   g = tanh(preactivation)   c_t = f c_{t-1} + i g   h_t = o tanh(c_t)
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/gates.h"
+#include "cpu/simd.h"
+#include "cpu/vector_math.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// How the nonlinearities of a cell are computed.
+enum class Nonlinearities {
+  // i and g share a division, and so do o and tanh(c): a division costs as much as an exponential. f has its own, since
+  // its rounding error is multiplied into c at every step. Only what meets in c_t or in h_t anyway shares, so that a
+  // NaN
+  // spreads no further than in the equations. For the fused step, which has nothing to wait for but these divisions.
+  kSharedDivisions,
+  // Each gate has its own division, and so has tanh(c).
+  kOwnDivisions,
+  // As kOwnDivisions, with g as exact as its type allows. Layer normalisation makes small differences of c_t large.
+  kPrecise,
+};
+
+template <typename T>
+struct Cell {
+  Gates<T> gates;  // values
+  Reg<T> c, h;     // c_t and o tanh(c_t)
+};
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const T* c_previous, int lanes) {
+  const Reg<T> c = gates[kI] * gates[kG];
+  return c_previous ? Simd<T>::fma(gates[kF], load_lanes<T>(c_previous, lanes), c) : c;
+}
+template <typename T>
+LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
+  return o * tanh<T>(c);
+}
+
+// A cell from its preactivations and from the `lanes` numbers of c_{t-1}, or null for zeros. The pointer is read late:
+// a register would be occupied from the beginning.
+template <Nonlinearities kNonlinearities, typename T>
+LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_previous, int lanes) {
+  const Reg<T> one = Simd<T>::set1(T(1));
+  Cell<T> cell;
+  Gates<T>& gates = cell.gates;
+  if constexpr (kNonlinearities == Nonlinearities::kSharedDivisions) {
+    gates[kF] = one / sigmoid_denominator<T>(preactivations[kF]);
+    const Reg<T> i_denominator = sigmoid_denominator<T>(preactivations[kI]);
+    Reg<T> g_numerator, g_denominator;
+    tanh_fraction<T>(preactivations[kG], g_numerator, g_denominator);
+    const Reg<T> inverse = one / (i_denominator * g_denominator);
+    gates[kI] = g_denominator * inverse;
+    gates[kG] = g_numerator * (i_denominator * inverse);
+    cell.c = cell_state<T>(gates, c_previous, lanes);
+    const Reg<T> o_denominator = sigmoid_denominator<T>(preactivations[kO]);
+    Reg<T> c_numerator, c_denominator;
+    tanh_fraction<T>(cell.c, c_numerator, c_denominator);
+    const Reg<T> o_inverse = one / (o_denominator * c_denominator);
+    gates[kO] = c_denominator * o_inverse;
+    cell.h = c_numerator * o_inverse;
+  } else {
+    gates[kI] = one / sigmoid_denominator<T>(preactivations[kI]);
+    gates[kF] = one / sigmoid_denominator<T>(preactivations[kF]);
+    gates[kO] = one / sigmoid_denominator<T>(preactivations[kO]);
+    gates[kG] =
+        kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
+    cell.c = cell_state<T>(gates, c_previous, lanes);
+    cell.h = hidden_state<T>(gates[kO], cell.c);
+  }
+  return cell;
+}
+
+// Through h_t = o tanh(c_t): returns dL/do, and adds to dL/dc_t.
+template <typename T>
+LSTM_EXT_INLINE Reg<T> hidden_state_backward(Reg<T> grad_h, Reg<T> o, Reg<T> c, Reg<T>& grad_c) {
+  const Reg<T> tanh_c = tanh<T>(c);
+  grad_c = Simd<T>::fma(grad_h * o, Simd<T>::set1(T(1)) - tanh_c * tanh_c, grad_c);
+  return grad_h * tanh_c;
+}
+
+// Through c_t = f c_{t-1} + i g: the gradients of the gate values. That of c_{t-1} is grad_c f.
+template <typename T>
+LSTM_EXT_INLINE Gates<T> cell_state_backward(const Gates<T>& gates, Reg<T> c_previous, Reg<T> grad_c, Reg<T> grad_o) {
+  return {{grad_c * gates[kG], grad_c * c_previous, grad_c * gates[kI], grad_o}};
+}
+
+// Through the nonlinearities: the gradients of the preactivations.
+template <typename T>
+LSTM_EXT_INLINE Gates<T> gates_backward(const Gates<T>& gates, const Gates<T>& grads) {
+  const Reg<T> one = Simd<T>::set1(T(1));
+  const auto sigmoid_slope = [&](Reg<T> value) LSTM_EXT_LAMBDA_INLINE { return value * (one - value); };
+  return {{grads[kI] * sigmoid_slope(gates[kI]), grads[kF] * sigmoid_slope(gates[kF]),
+           grads[kG] * (one - gates[kG] * gates[kG]), grads[kO] * sigmoid_slope(gates[kO])}};
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,0 +1,121 @@
+// The gradients that are products over all steps of a chunk: of the input, and of the weights and biases.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/backward_state.h"
+#include "cpu/column_product.h"
+#include "cpu/outer_products.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+template <typename T>
+class ChunkGradients {
+ public:
+  explicit ChunkGradients(BackwardState<T>& pass) : pass_(pass) {}
+
+  // The chunk's dL/dx = dL/d(W x) W; workers share the rows.
+  void input() {
+    const BackwardParams<T>& params = pass_.params;
+    if (!params.grad_input.data) return;
+    const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
+    const Range mine = workers_share(pass_.chunk.rows);
+    constexpr int64_t kRows = 16 * kTileRows;  // rows that pass over a panel while it is in cache
+    const RightHandSide<T> weight = pass_.input_weight();
+    for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
+      const int64_t rows = smaller(kRows, mine.end - begin);
+      const T* const grads = pass_.chunk.grad_input_part + begin * stride_;
+      multiply_columns(
+          RowGrid<const T>{grads, rows * stride_, stride_, rows}, rows, weight, Range{0, pass_.shape.input_size},
+          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
+          [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
+          [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
+            v = params.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : Simd<T>::zero();
+          },
+          [&](int64_t row, int64_t column, const T* sums, int lanes) {
+            store_lanes<T>(out(begin + row) + column, Simd<T>::load(sums), lanes);
+          });
+    }
+  }
+
+  // Adds the chunk's part; workers share the rows of the gradients.
+  void weights() {
+    const BackwardParams<T>& params = pass_.params;
+    const Chunk<T>& chunk = pass_.chunk;
+    const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
+    const Range mine = workers_share(4 * H);
+    if (params.grad_weight_ih) {
+      begin_sums(params.grad_weight_ih, I, mine);
+      add_products(chunk.grad_input_part, stride_, chunk.rows, mine, rows_from(params.input, pass_.steps, chunk.begin),
+                   I, params.grad_weight_ih);
+    }
+    if (params.grad_weight_hh) {
+      begin_sums(params.grad_weight_hh, P, mine);
+      recurrent_weight(mine);
+    }
+    // With layer normalisation it is one of the sums over its rows.
+    if (params.grad_bias && !params.options.normalised()) {
+      begin_sums(params.grad_bias, 1, mine);
+      add_columns<T>(chunk.grad_preactivations, stride_, chunk.rows, mine, params.grad_bias);
+    }
+    if (params.grad_weight_hr) {
+      const Range projected = workers_share(P);
+      const T* const hidden = chunk.hidden ? chunk.hidden : params.hidden + pass_.steps.rows_before(chunk.begin) * H;
+      begin_sums(params.grad_weight_hr, H, projected);
+      add_products(chunk.grad_hidden, P, chunk.rows, projected, {hidden, H, H, 1}, H, params.grad_weight_hr);
+    }
+  }
+
+ private:
+  void recurrent_weight(Range mine) {
+    const BackwardParams<T>& params = pass_.params;
+    const Chunk<T>& chunk = pass_.chunk;
+    const int64_t P = pass_.shape.output_size;
+    T* const sums = params.grad_weight_hh;
+    if (chunk.masked_h) {
+      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine,
+                   {chunk.masked_h, chunk.rows * P, P, chunk.rows}, P, sums);
+      return;
+    }
+    if (pass_.steps.packed() || pass_.shape.resets) {
+      pass_.list_previous_h();
+      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, listed_rows<const T>(pass_.h_rows), P, sums);
+      return;
+    }
+    // h_{t-1} is the output of the step before in the layer's direction; in its first step it is h0.
+    const int64_t B = pass_.shape.batch;
+    const bool reverse = pass_.shape.reverse;
+    const bool has_first = chunk.first + chunk.count == pass_.shape.steps;
+    const int64_t begin = has_first && !reverse ? 1 : 0;  // of the steps with an output before
+    const int64_t count = chunk.count - (has_first ? 1 : 0);
+    if (count > 0) {
+      const int64_t before = chunk.begin + begin + (reverse ? 1 : -1);
+      add_products(chunk.grad_preactivations + begin * B * stride_, stride_, count * B, mine,
+                   rows_from(params.output, pass_.steps, before), P, sums);
+    }
+    if (has_first && params.h0) {
+      add_products(pass_.grad_preactivations(pass_.shape.steps - 1), stride_, B, mine, {params.h0, B * P, P, B}, P,
+                   sums);
+    }
+  }
+
+  Range workers_share(int64_t count) const { return share(count, pass_.plan.grid.workers(), pass_.worker); }
+  void begin_sums(T* sums, int64_t columns, Range rows) const {
+    if (pass_.chunk.first == 0) zero_rows(sums, columns, rows);
+  }
+  void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
+                    int64_t columns, T* sums) const {
+    add_outer_products<T>(left, left_step, samples, rows, right, columns, sums, pass_.outer_products);
+  }
+
+  BackwardState<T>& pass_;
+  const int64_t stride_ = pass_.gate_stride;
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

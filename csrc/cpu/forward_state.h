@@ -1,0 +1,95 @@
+// What the loop and the steps of a forward pass work on.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/gate_product.h"
+#include "cpu/pass.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+template <typename T>
+struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
+  using Base = Pass<T, ForwardParams<T>, ForwardPlan>;
+  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::writable_row_list, Base::zero_row;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::team, Base::worker;
+
+  GateProduct<T> product;  // of this member's units
+  T* const input_panels = buffer(plan.input_panels);
+  T* const recurrent_panels = buffer(plan.recurrent_panels);
+  T* const projection_panels = buffer(plan.projection_panels);
+  T* const bias = buffer(plan.bias);
+  T* const chunk_preactivations = buffer(plan.preactivations, plan.chunk_rows * team * 4 * shape.hidden_size);
+  // Rows of the input and of the preactivations in a chunk of packed data.
+  const T** const input_rows = row_list(plan.row_lists, worker * 2 * plan.chunk_rows);
+  T** const preactivation_rows = writable_row_list(plan.row_lists, (worker * 2 + 1) * plan.chunk_rows);
+  // h_{t-1}, and c_{t-1} or null, of the team's rows in a step; see list_previous.
+  const T** const h_rows = row_list(plan.state_lists, worker * 2 * plan.team_rows);
+  const T** const c_rows = h_rows + plan.team_rows;
+
+  ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
+      : Base(params, plan, Steps::Pass::kForward, workspace, worker), product(shape.hidden_size, Base::blocks) {}
+
+  // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else
+  // in the buffer of the chunk, after the `done` rows of its earlier steps.
+  RowGrid<T> preactivations(int64_t s, int64_t done) const {
+    const int64_t gate_row = 4 * shape.hidden_size;
+    const int64_t count = rows_in(s);
+    if (T* const all = params.kept_input_part()) {
+      return rows.grid(all + steps.rows_before(steps.time(s)) * gate_row, gate_row, {0, count});
+    }
+    return {chunk_preactivations + done * gate_row, count * gate_row, gate_row, count};
+  }
+
+  // c_t, and o * tanh(c_t) before the projection, of these rows of the team at time t.
+  RowGrid<T> cells(int64_t t, Range part) const {
+    const int64_t H = shape.hidden_size;
+    return rows.grid(params.cells ? params.cells + steps.rows_before(t) * H : params.c_n, H, part);
+  }
+  RowGrid<T> hidden(int64_t t, Range part) const {
+    if (!shape.projected) return output(t, part);
+    const int64_t H = shape.hidden_size;
+    return rows.grid(params.hidden ? params.hidden + steps.rows_before(t) * H : buffer(plan.hidden), H, part);
+  }
+  RowGrid<T> output(int64_t t, Range part) const {
+    return rows.grid(rows_at(params.output, steps, t), params.output.stride_b, part);
+  }
+
+  // Fills h_rows and c_rows from the states before a step, for these rows of the team.
+  void list_previous(const PreviousStates<T>& previous, Range part) const {
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const int64_t b = rows.batch_row(row);
+      const T* const h = previous.h_row(b);
+      h_rows[row - part.begin] = h ? h : zero_row;
+      c_rows[row - part.begin] = previous.c_row(b);
+    }
+  }
+
+  // h_t = W_hr (o * tanh(c_t)), the members sharing the output columns.
+  void project(int64_t t, int64_t count) const {
+    const RowGrid<T> a_rows = hidden(t, {0, count});
+    const RowGrid<T> out = output(t, {0, count});
+    const Range mine = columns(shape.output_size);
+    for (int64_t column = mine.begin; column < mine.end; column += kLanes) {
+      const int lanes = static_cast<int>(smaller(mine.end - column, kLanes));
+      const T* const panel = projection_panels + column * shape.hidden_size;
+      for_each_row_tile(count, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = height();
+        const T* a[R];
+        for (int r = 0; r < R; ++r) a[r] = a_rows(row + r);
+        Tile<T, R, 1> tile;
+        tile.zero();
+        accumulate_rows(tile, a, panel, kLanes, shape.hidden_size);
+        for (int r = 0; r < R; ++r) store_lanes<T>(out(row + r) + column, tile.acc[r][0], lanes);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,0 +1,309 @@
+// One time step of the forward pass, in two ways; `Forward` runs one of them, chosen once a call.
+//
+// The fused step never writes its sums: the tile of U h_{t-1} meets the input part and becomes the cell in registers.
+// It knows no options. The unfused step writes its sums to memory, and one pass over them does all else.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/cell.h"
+#include "cpu/forward_state.h"
+#include "cpu/gates.h"
+#include "cpu/layer_norm.h"
+#include "cpu/pass.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/zoneout.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+template <typename T>
+class FusedForwardStep {
+ public:
+  explicit FusedForwardStep(ForwardState<T>& pass) : pass_(pass) {}
+
+  // What the input part starts from, and what is done to its rows in a chunk.
+  const T* input_bias() const { return pass_.bias; }
+  void finish_input_part(int64_t, const RowGrid<T>&) {}
+
+  void run(int64_t s, const RowGrid<T>& preactivations) {
+    const int64_t t = pass_.steps.time(s);
+    const int64_t count = preactivations.rows;
+    const PreviousStates<T> previous = pass_.states_before(t, pass_.params.c_n);
+    const int64_t continued = pass_.rows.count(previous.continued);
+    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
+      const Range part = begins ? Range{continued, count} : Range{0, continued};
+      if (part.begin < part.end) recurrence(t, part, begins != 0, previous, preactivations);
+    }
+    pass_.meet_team();
+    if (pass_.shape.projected) {
+      pass_.project(t, count);
+      pass_.meet_team();
+    }
+  }
+
+ private:
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  // preactivations += U h_{t-1}, then the cell, for rows of the team that all continue or all begin.
+  void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
+                  const RowGrid<T>& preactivations) {
+    const ForwardParams<T>& params = pass_.params;
+    const int64_t H = pass_.shape.hidden_size;
+    const int64_t P = pass_.shape.output_size;
+    const int64_t count = part.end - part.begin;
+    RowGrid<const T> h =
+        begins ? pass_.rows.grid(previous.h0, P, part) : pass_.rows.grid(previous.h, previous.h_step, part);
+    const RowGrid<const T> c_previous = pass_.rows.grid(begins ? previous.c0 : previous.c, H, part);
+    int64_t h_size = h.data ? P : 0;
+    const bool replaced = pass_.rows.any(previous.resets, part);
+    if (replaced) {
+      pass_.list_previous(previous, part);
+      h = listed_rows<const T>(pass_.h_rows);
+      h_size = P;
+    }
+    const RowGrid<T> c = pass_.cells(t, part);
+    const RowGrid<T> hidden = pass_.hidden(t, part);
+    RowGrid<T> pre = preactivations;
+    pre.data = preactivations(part.begin);
+
+    const auto finish = [&](int64_t row, int64_t block, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
+      const int64_t unit = block * kLanes;
+      const int lanes = pass_.product.lanes_in(block);
+      const T* const c_row = replaced          ? pass_.c_rows[row]
+                             : c_previous.data ? c_previous.data + row * c_previous.inner_step
+                                               : nullptr;
+      const Cell<T> cell =
+          cell_forward<Nonlinearities::kSharedDivisions, T>(sums, c_row ? c_row + unit : nullptr, lanes);
+      store_lanes<T>(c.data + row * c.inner_step + unit, cell.c, lanes);
+      store_lanes<T>(hidden.data + row * hidden.inner_step + unit, cell.h, lanes);
+      if (params.gate_values) store_gates<T>(pre.data + row * pre.inner_step + unit, cell.gates, H, lanes);
+    };
+    if (pass_.plan.pack_recurrent) {
+      pass_.product.multiply_panels(count, h, h_size, pass_.recurrent_panels, pre, static_cast<const T*>(nullptr),
+                                    [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+                                      constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
+#pragma GCC unroll kTileRows
+                                      for (int r = 0; r < R; ++r) {
+                                        const auto& sums = tile.acc[r];
+                                        finish(row + r, block, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
+                                      }
+                                      return true;
+                                    });
+    } else {
+      if (h_size > 0) {
+        pass_.product.dot_gates(params.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
+      }
+      for (int64_t row = 0; row < count; ++row) {
+        for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
+          finish(row, block, load_gates<T>(pre(row) + block * kLanes, H, pass_.product.lanes_in(block)));
+        }
+      }
+    }
+  }
+
+  ForwardState<T>& pass_;
+};
+
+// With recurrent dropout, zoneout or layer normalisation. A member makes the cells of its own units, or, with layer
+// normalisation, whose statistics are those of whole rows, of its share of the team's rows.
+template <typename T, bool kNormalised>
+class UnfusedForwardStep {
+ public:
+  explicit UnfusedForwardStep(ForwardState<T>& pass)
+      : pass_(pass),
+        options_(pass.params.options),
+        masked_h_(pass.buffer(pass.plan.masked_h, pass.worker * pass.plan.team_rows * pass.shape.output_size)),
+        recurrent_part_(pass.buffer(pass.plan.recurrent_parts, pass.team * pass.plan.team_rows * 4 * H_)),
+        normalised_c_(pass.buffer(pass.plan.normalised_cells, pass.worker * kNormRows * H_)) {}
+
+  // Layer normalisation leaves the biases to the cell.
+  const T* input_bias() const { return kNormalised ? pass_.zero_row : pass_.bias; }
+
+  // The chunk's W x become normalised, rows shared by the members of the team.
+  void finish_input_part(int64_t count, const RowGrid<T>& products) {
+    if constexpr (!kNormalised) return;
+    pass_.meet_team();
+    const ForwardParams<T>& params = pass_.params;
+    for_each_norm_group(pass_.member_share(count), [&](Range group) {
+      T* rows[kNormRows];
+      T factors[kNormRows];
+      for (int64_t n = group.begin; n < group.end; ++n) rows[n - group.begin] = products(n);
+      normalise<T>(rows, group.end - group.begin, 4 * H_, factors);
+      for (int64_t r = 0; r < group.end - group.begin && params.norm_input; ++r) {
+        params.norm_factors[(rows[r] - params.norm_input) / (4 * H_) * 2] = factors[r];
+      }
+    });
+  }
+
+  void run(int64_t s, const RowGrid<T>& preactivations) {
+    const int64_t t = pass_.steps.time(s);
+    const int64_t count = preactivations.rows;
+    pass_.list_previous(pass_.states_before(t, pass_.params.c_n), {0, count});
+    first_row_ = pass_.steps.rows_before(t);
+    input_part_ = preactivations;
+    recurrent_ = recurrent_part(count);
+    cells_ = pass_.cells(t, {0, count});
+    hidden_ = pass_.hidden(t, {0, count});
+    multiply_recurrent(count);
+    if constexpr (kNormalised) {
+      pass_.meet_team();
+      for_each_norm_group(pass_.member_share(count), [&](Range group) { normalised_cells(group); });
+    } else {
+      for (int64_t row = 0; row < count; ++row) cell_row(row, pass_.blocks, nullptr);
+    }
+    pass_.meet_team();
+    if (pass_.shape.projected) {
+      pass_.project(t, count);
+      if (options_.zoneout_h.active()) keep_part_of_output(t, count);
+      pass_.meet_team();
+    }
+  }
+
+ private:
+  using S = Simd<T>;
+  static constexpr int kLanes = S::kLanes;
+
+  // A row of the team in this step, in arrays (T, B, n).
+  int64_t place(int64_t row) const { return first_row_ + pass_.rows.batch_row(row); }
+  T* gate_row(int64_t row) const {
+    T* const all = pass_.params.gate_values;
+    return all ? all + place(row) * 4 * H_ : input_part_(row);
+  }
+
+  // Where U h_{t-1} goes: to the preactivations, or, with layer normalisation, to a place of its own.
+  RowGrid<T> recurrent_part(int64_t count) const {
+    if constexpr (!kNormalised) return input_part_;
+    T* const all = pass_.params.norm_recurrent;
+    if (all) return pass_.rows.grid(all + first_row_ * 4 * H_, 4 * H_, {0, count});
+    return {recurrent_part_, count * 4 * H_, 4 * H_, count};
+  }
+
+  void multiply_recurrent(int64_t count) {
+    const int64_t P = pass_.shape.output_size;
+    RowGrid<const T> h = listed_rows<const T>(pass_.h_rows);
+    if (options_.recurrent_mask) {
+      for (int64_t row = 0; row < count; ++row) {
+        const T* const mask = options_.recurrent_mask + pass_.rows.batch_row(row) * P;
+        for_each_register<T>(P, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {
+          const Reg<T> unmasked = load_lanes<T>(pass_.h_rows[row] + k, lanes);
+          store_lanes<T>(masked_h_ + row * P + k, unmasked * load_lanes<T>(mask + k, lanes), lanes);
+        });
+      }
+      h = {masked_h_, count * P, P, count};
+    }
+    pass_.product.multiply(count, h, P, pass_.params.weights.weight_hh,
+                           pass_.plan.pack_recurrent ? pass_.recurrent_panels : nullptr, recurrent_,
+                           kNormalised ? pass_.zero_row : nullptr);
+  }
+
+  // c_t of some units of a row and, without layer normalisation, o * tanh(c_t). With it, c_t before zoneout goes to
+  // `unnormalised_c`.
+  LSTM_EXT_INLINE void cell_row(int64_t row, Range blocks, T* unnormalised_c) {
+    const LayerNorm<T>& norm = options_.norm;
+    const T* const input_row = input_part_(row);
+    const T* const recurrent_row = recurrent_(row);
+    T* const gates_row = gate_row(row);
+    const T* const previous = pass_.c_rows[row];
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const int64_t unit = block * kLanes;
+      const int lanes = pass_.product.lanes_in(block);
+      Gates<T> sums = load_gates<T>(input_row + unit, H_, lanes);
+      if constexpr (kNormalised) {
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate) {
+          const int64_t at = gate * H_ + unit;
+          sums[gate] =
+              S::fma(load_lanes<T>(norm.gain_ih + at, lanes), sums[gate], load_lanes<T>(pass_.bias + at, lanes));
+          sums[gate] =
+              S::fma(load_lanes<T>(norm.gain_hh + at, lanes), load_lanes<T>(recurrent_row + at, lanes), sums[gate]);
+        }
+      }
+      constexpr auto kNonlinearities = kNormalised ? Nonlinearities::kPrecise : Nonlinearities::kOwnDivisions;
+      const Cell<T> cell = cell_forward<kNonlinearities, T>(sums, previous ? previous + unit : nullptr, lanes);
+      Reg<T> c = cell.c;
+      if (options_.zoneout_c.active()) {
+        const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
+        c = apply_zoneout<T>(options_.zoneout_c, place(row) * H_ + unit, cell.c, old_c, lanes);
+      }
+      store_lanes<T>(cells_(row) + unit, c, lanes);
+      if (kNormalised || pass_.params.gate_values) store_gates<T>(gates_row + unit, cell.gates, H_, lanes);
+      if constexpr (kNormalised) {
+        store_lanes<T>(unnormalised_c + unit, cell.c, lanes);
+      } else {
+        store_hidden(row, unit, lanes, cell.h);
+      }
+    }
+  }
+
+  LSTM_EXT_INLINE void store_hidden(int64_t row, int64_t unit, int lanes, Reg<T> h) {
+    if (options_.zoneout_h.active() && !pass_.shape.projected) {
+      const Reg<T> old_h = load_lanes<T>(pass_.h_rows[row] + unit, lanes);
+      h = apply_zoneout<T>(options_.zoneout_h, place(row) * H_ + unit, h, old_h, lanes);
+    }
+    store_lanes<T>(hidden_(row) + unit, h, lanes);
+  }
+
+  // The cells of at most kNormRows rows, from normalised products to o * tanh of the normalised c_t.
+  void normalised_cells(Range group) {
+    const LayerNorm<T>& norm = options_.norm;
+    const int64_t count = group.end - group.begin;
+    T* recurrent[kNormRows];
+    T* c[kNormRows];
+    T factors[kNormRows];
+    for (int64_t r = 0; r < count; ++r) {
+      recurrent[r] = recurrent_(group.begin + r);
+      c[r] = normalised_c_ + r * H_;
+    }
+    normalise<T>(recurrent, count, 4 * H_, factors);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = group.begin + r;
+      if (pass_.params.norm_factors) pass_.params.norm_factors[place(row) * 2 + 1] = factors[r];
+      cell_row(row, Range{0, divide_up(H_, kLanes)}, c[r]);
+    }
+    normalise<T>(c, count, H_, factors);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = group.begin + r;
+      const T* const gates_row = gate_row(row);
+      for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+        const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
+        const Reg<T> tanh_input =
+            S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
+        const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
+        store_hidden(row, unit, lanes, hidden_state<T>(o, tanh_input));
+      });
+    }
+  }
+
+  // Zoneout of the projected h_t, for the output columns that `project` gives this member.
+  void keep_part_of_output(int64_t t, int64_t count) {
+    const int64_t P = pass_.shape.output_size;
+    const RowGrid<T> output = pass_.output(t, {0, count});
+    const Range mine = pass_.columns(P);
+    for (int64_t row = 0; row < count; ++row) {
+      T* const h = output(row);
+      for (int64_t k = mine.begin; k < mine.end; k += kLanes) {
+        const int lanes = static_cast<int>(smaller(mine.end - k, kLanes));
+        const Reg<T> old_h = load_lanes<T>(pass_.h_rows[row] + k, lanes);
+        store_lanes<T>(
+            h + k, apply_zoneout<T>(options_.zoneout_h, place(row) * P + k, load_lanes<T>(h + k, lanes), old_h, lanes),
+            lanes);
+      }
+    }
+  }
+
+  ForwardState<T>& pass_;
+  const StepOptions<T>& options_;
+  const int64_t H_ = pass_.shape.hidden_size;
+  T* const masked_h_;        // of the team's rows
+  T* const recurrent_part_;  // their U h_{t-1}, where it is not kept
+  T* const normalised_c_;    // kNormRows rows of c_t as h_t sees it
+  // This step: its first row in arrays (T, B, n), and the team's rows.
+  int64_t first_row_ = 0;
+  RowGrid<T> input_part_{}, recurrent_{}, cells_{}, hidden_{};
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,0 +1,58 @@
+// The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
+// LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a header of the kernels; each of these includes this
+// file first.
+//
+// The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
+// everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
+// disassembly and profiles a name, and calls nothing inline with external linkage that is compiled for that target.
+// That is why all other headers that the kernels use are included here, before the target is raised: a header of the
+// kernels includes headers of the kernels only. test_baseline_contains_no_newer_instructions looks at the result.
+#pragma once
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "contract/layer.h"
+#include "contract/params.h"
+#include "contract/steps.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+
+#define LSTM_EXT_INLINE inline __attribute__((always_inline))
+#define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
+
+// LSTM_EXT_ISA: the namespace. The rest of the translation unit is compiled for the target; Clang wants the end of the
+// kernels_*.cpp to take it back.
+#if defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
+
+#define LSTM_EXT_ISA avx512
+#define LSTM_EXT_ISA_NAME "avx512"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#elif defined(LSTM_EXT_ISA_AVX2)  // and FMA
+
+#define LSTM_EXT_ISA avx2
+#define LSTM_EXT_ISA_NAME "avx2"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#elif defined(LSTM_EXT_ISA_BASELINE)  // SSE2, which every x86-64 CPU has
+
+#define LSTM_EXT_ISA baseline
+#define LSTM_EXT_ISA_NAME "baseline"
+
+#else
+#error "define LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 or LSTM_EXT_ISA_BASELINE, as the kernels_*.cpp do"
+#endif

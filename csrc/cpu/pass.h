@@ -1,0 +1,120 @@
+// What the forward and the backward pass of one worker share: the steps, the worker's place in the grid, its rows and
+// units, its buffers, and the states before a step.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/barrier.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// h_{t-1} and c_{t-1} of the batch rows of one step. A row continues, or begins from h0 and c0, or is reset.
+template <typename T>
+struct PreviousStates {
+  const T* h;  // row 0 of those that continue
+  const T* c;
+  int64_t h_step, hidden_size, output_size;
+  int64_t continued;  // these rows had a step before; the others begin
+  const T* h0;
+  const T* c0;
+  ResetState<T> reset_state;
+  ResetFlags resets;
+
+  // Null means zeros.
+  LSTM_EXT_INLINE const T* h_row(int64_t b) const {
+    if (!resets[b] && b < continued) return h + b * h_step;
+    const T* start = resets[b] ? reset_state.h : h0;
+    return start ? start + b * output_size : nullptr;
+  }
+  LSTM_EXT_INLINE const T* c_row(int64_t b) const {
+    if (resets[b]) return reset_state.c ? reset_state.c + b * hidden_size : nullptr;
+    if (b < continued) return c + b * hidden_size;
+    return c0 ? c0 + b * hidden_size : nullptr;
+  }
+};
+
+template <typename T, typename Params, typename Plan>
+struct Pass {
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  const Params& params;
+  const Plan& plan;
+  char* const workspace;
+  const LayerShape& shape;
+  const Steps steps;
+  const int64_t worker, team, member;
+  const TeamRows rows;
+  const Range blocks;  // of kLanes hidden units, of this member
+  Barrier* const all_workers;
+  Barrier* const team_barrier;
+  T* const zero_row;  // where a row of h may be zeros, else not reserved
+
+  Pass(const Params& params, const Plan& plan, Steps::Pass direction, char* workspace, int worker)
+      : params(params),
+        plan(plan),
+        workspace(workspace),
+        shape(params.shape),
+        steps(params.shape, direction),
+        worker(worker),
+        team(worker / plan.grid.hidden_groups),
+        member(worker % plan.grid.hidden_groups),
+        rows(shape, plan.grid.batch_groups, team),
+        blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
+        all_workers(reinterpret_cast<Barrier*>(workspace)),
+        team_barrier(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team))),
+        zero_row(buffer(plan.zero_rows, worker * plan.zero_row_size)) {}
+
+  // A place in the workspace, `index` elements after an offset of the plan: numbers, or a list of rows.
+  T* buffer(int64_t offset, int64_t index = 0) const { return place<T>(offset, index); }
+  const T** row_list(int64_t offset, int64_t index) const { return place<const T*>(offset, index); }
+  T** writable_row_list(int64_t offset, int64_t index) const { return place<T*>(offset, index); }
+
+  // Rows of the team in step s of this pass.
+  int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }
+  void meet_team() const {
+    if (plan.grid.hidden_groups > 1) team_barrier->wait(plan.grid.hidden_groups);
+  }
+  void meet_all() const {
+    if (plan.grid.workers() > 1) all_workers->wait(plan.grid.workers());
+  }
+  // This member's share of some columns, in whole registers.
+  Range columns(int64_t size) const {
+    const Range mine = share(divide_up(size, kLanes), plan.grid.hidden_groups, member);
+    return {mine.begin * kLanes, smaller(mine.end * kLanes, size)};
+  }
+  // This member's share of `count` rows.
+  Range member_share(int64_t count) const { return share(count, plan.grid.hidden_groups, member); }
+
+  // The states before the step at time t. `running_c` is (B, H), where c_t of all steps is not kept.
+  PreviousStates<T> states_before(int64_t t, const T* running_c = nullptr) const {
+    const int64_t H = shape.hidden_size;
+    const int64_t before = shape.reverse ? t + 1 : t - 1;
+    PreviousStates<T> previous{};
+    if (before >= 0 && before < shape.steps) {
+      previous.continued = smaller(steps.rows_at(t), steps.rows_at(before));
+      previous.h = rows_at(params.output, steps, before);
+      previous.c = params.cells ? params.cells + steps.rows_before(before) * H : running_c;
+    }
+    previous.h_step = params.output.stride_b;
+    previous.hidden_size = H;
+    previous.output_size = shape.output_size;
+    previous.h0 = params.h0;
+    previous.c0 = params.c0;
+    previous.reset_state = params.reset_state;
+    previous.resets = steps.resets_before(t);
+    return previous;
+  }
+
+ private:
+  template <typename Element>
+  Element* place(int64_t offset, int64_t index) const {
+    return reinterpret_cast<Element*>(workspace + offset) + index;
+  }
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,0 +1,97 @@
+// The gate values of a chunk of the backward pass, where the forward pass saved c_t only: two products over all its
+// rows, since all x_t and h_{t-1} are known.
+//
+// A member recomputes its own units of its team's rows, which are those that it reads.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/backward_state.h"
+#include "cpu/cell.h"
+#include "cpu/gate_product.h"
+#include "cpu/gates.h"
+#include "cpu/pass.h"
+#include "cpu/range.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+template <typename T>
+class Recompute {
+ public:
+  explicit Recompute(BackwardState<T>& pass) : pass_(pass) {}
+
+  void prepare_weights() {
+    const LayerWeights<T>& weights = pass_.params.weights;
+    const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
+    sum_biases(weights, Range{0, 4 * H}, bias_);
+    if (!pass_.plan.pack) return;
+    for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
+      if (block % pass_.plan.grid.batch_groups != pass_.team) continue;
+      pack_gate_panel(weights.weight_ih, H, I, block, input_panels_ + block * kGates * Simd<T>::kLanes * I);
+      pack_gate_panel(weights.weight_hh, H, P, block, recurrent_panels_ + block * kGates * Simd<T>::kLanes * P);
+    }
+  }
+
+  void run_chunk() {
+    const Chunk<T>& chunk = pass_.chunk;
+    const BackwardParams<T>& params = pass_.params;
+    const int64_t P = pass_.shape.output_size;
+    if (!chunk.masked_h) pass_.list_previous_h();
+    int64_t count = 0;
+    for (int64_t t = chunk.begin; t < chunk.begin + chunk.count; ++t) {
+      const int64_t s = pass_.steps.time(t);
+      const int64_t first_row = pass_.row_in_chunk(s);
+      const T* const input = rows_at(params.input, pass_.steps, t);
+      for (int64_t row = 0; row < pass_.rows_in(s); ++row, ++count) {
+        const int64_t b = pass_.rows.batch_row(row);
+        input_rows_[count] = input + b * params.input.stride_b;
+        h_rows_[count] = chunk.masked_h ? chunk.masked_h + (first_row + b) * P : pass_.h_rows[first_row + b];
+        gate_rows_[count] = pass_.recomputed_gate_values(first_row + b);
+      }
+    }
+    const RowGrid<T> gates = listed_rows<T>(gate_rows_);
+    product_.multiply(count, listed_rows<const T>(input_rows_), pass_.shape.input_size, params.weights.weight_ih,
+                      input_panels_, gates, bias_);
+    product_.multiply(count, listed_rows<const T>(h_rows_), P, params.weights.weight_hh, recurrent_panels_, gates,
+                      nullptr);
+    for (int64_t s = chunk.first; s < chunk.first + chunk.count; ++s) cells(s);
+  }
+
+ private:
+  // From preactivations to gate values, in place, and to o * tanh(c_t) before a projection.
+  void cells(int64_t s) {
+    const int64_t H = pass_.shape.hidden_size;
+    const int64_t first_row = pass_.row_in_chunk(s);
+    const PreviousStates<T> previous = pass_.states_before(pass_.steps.time(s));
+    for (int64_t row = 0; row < pass_.rows_in(s); ++row) {
+      const int64_t b = pass_.rows.batch_row(row);
+      T* const gate_row = pass_.recomputed_gate_values(first_row + b);
+      const T* const c_previous = previous.c_row(b);
+      for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
+        const int64_t unit = block * Simd<T>::kLanes;
+        const int lanes = product_.lanes_in(block);
+        const Cell<T> cell = cell_forward<Nonlinearities::kOwnDivisions, T>(
+            load_gates<T>(gate_row + unit, H, lanes), c_previous ? c_previous + unit : nullptr, lanes);
+        store_gates<T>(gate_row + unit, cell.gates, H, lanes);
+        if (pass_.shape.projected) store_lanes<T>(pass_.chunk.hidden + (first_row + b) * H + unit, cell.h, lanes);
+      }
+    }
+  }
+
+  BackwardState<T>& pass_;
+  const BackwardPlan& plan_ = pass_.plan;
+  GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks};
+  T* const input_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_input_panels);
+  T* const recurrent_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_recurrent_panels);
+  T* const bias_ = pass_.buffer(plan_.recompute_bias, pass_.worker * 4 * pass_.shape.hidden_size);
+  // The team's rows of a chunk.
+  const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, pass_.worker * 3 * plan_.chunk_rows);
+  const T** const h_rows_ = input_rows_ + plan_.chunk_rows;
+  T** const gate_rows_ = pass_.writable_row_list(plan_.recompute_lists, (pass_.worker * 3 + 2) * plan_.chunk_rows);
+};
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA
