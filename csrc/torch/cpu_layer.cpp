@@ -17,14 +17,14 @@
 namespace lstm_ext {
 namespace {
 
-// What the kernels want of a sequence: the innermost axis contiguous.
+// A sequence as the kernels take it: the innermost axis is contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
   const at::Tensor t = materialized(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
 
-// Columns from `first` on of a (T, B, n) or, if packed, (N, n) tensor.
+// The columns from `first` on of a (T, B, n) or, if packed, (N, n) tensor.
 template <typename T>
 Sequence<const T> const_columns_of(const at::Tensor& t, int64_t first) {
   return {t.const_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
@@ -34,7 +34,7 @@ Sequence<T> columns_of(const at::Tensor& t, int64_t first) {
   return {t.mutable_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
 }
 
-// Rows of `direction` of a contiguous (D, ...) tensor, or null.
+// The part of `direction` of a contiguous (D, ...) tensor, or null.
 template <typename T>
 T* part_or_null(const at::Tensor& t, int64_t direction) {
   return t.defined() ? t.mutable_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
@@ -45,15 +45,15 @@ const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
 }
 
 template <typename T>
-LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& s, bool has_bias,
+LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& sizes, bool has_bias,
                            int64_t direction) {
-  const at::Tensor* w = weights.data() + direction * s.weights_per_direction;
+  const at::Tensor* w = weights.data() + direction * sizes.weights_per_direction;
   return {w[0].const_data_ptr<T>(), w[1].const_data_ptr<T>(), has_bias ? w[2].const_data_ptr<T>() : nullptr,
           has_bias ? w[3].const_data_ptr<T>() : nullptr,
-          s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
+          sizes.projected ? w[sizes.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
 }
 
-// The options, as kernels want them.
+// The options as kernels take them.
 struct OptionTensors {
   OptionTensors(const LayerOptions& options, at::ScalarType type)
       : resets(contiguous_or_undefined(options.resets, at::kBool)),
@@ -77,18 +77,18 @@ const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
 }
 
 template <typename T>
-StepOptions<T> step_options(const OptionTensors& t, const LayerSizes& s, int64_t direction) {
-  StepOptions<T> e{};
-  e.recurrent_mask = const_part_or_null<T>(t.recurrent_mask, direction);
-  e.zoneout_h = {flags_or_null(t.keep_h, direction), static_cast<T>(t.zoneout_h)};
-  e.zoneout_c = {flags_or_null(t.keep_c, direction), static_cast<T>(t.zoneout_c)};
-  if (!t.norm.empty()) {
-    const size_t count = t.norm.size() / s.directions;
-    const at::Tensor* own = t.norm.data() + direction * count;
-    const auto data = [&](size_t i) { return own[i].const_data_ptr<T>(); };
-    e.norm = {data(0), data(1), data(2), count == 4 ? data(3) : nullptr};
+StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& sizes, int64_t direction) {
+  StepOptions<T> options{};
+  options.recurrent_mask = const_part_or_null<T>(tensors.recurrent_mask, direction);
+  options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.zoneout_h)};
+  options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.zoneout_c)};
+  if (!tensors.norm.empty()) {
+    const size_t count = tensors.norm.size() / sizes.directions;
+    const at::Tensor* norm = tensors.norm.data() + direction * count;
+    const auto data = [&](size_t i) { return norm[i].const_data_ptr<T>(); };
+    options.norm = {data(0), data(1), data(2), count == 4 ? data(3) : nullptr};
   }
-  return e;
+  return options;
 }
 
 template <typename T>
@@ -132,20 +132,20 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
   }
 }
 
-LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) {
-  if (call.options.lengths.defined()) return forward_with_lengths(call, s, save);
+LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
+  if (call.options.lengths.defined()) return forward_with_lengths(call, sizes, save);
   const at::Tensor& input = call.input;
-  const at::ScalarType type = s.sum_type;
+  const at::ScalarType type = sizes.sum_type;
   const auto options = input.options().dtype(type);
-  const at::Tensor output = empty_in_huge_pages(s.sequence_sizes(s.directions * s.output_size), options);
-  const at::Tensor h_n = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor c_n = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
-  Saved saved = save ? s.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
+  const at::Tensor output = empty_in_huge_pages(sizes.sequence_sizes(sizes.directions * sizes.output_size), options);
+  const at::Tensor h_n = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
+  const at::Tensor c_n = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
+  Saved saved = save ? sizes.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
   const auto results = [&]() -> LayerResults {
     const at::ScalarType dtype = input.scalar_type();
     return {in_type(output, dtype), in_type(h_n, dtype), in_type(c_n, dtype), std::move(saved)};
   };
-  if (s.batch == 0) return results();
+  if (sizes.batch == 0) return results();
 
   const at::Tensor x = with_contiguous_rows(input, type);
   const at::Tensor h = contiguous_or_undefined(call.h0, type);
@@ -154,24 +154,24 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
   const OptionTensors option_tensors(call.options, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
-    for (int64_t d = 0; d < s.directions; ++d) {
+    for (int64_t d = 0; d < sizes.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      p.shape = s.shape(d, option_tensors.resets);
+      p.shape = sizes.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
-      p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
+      p.weights = weights_of<scalar_t>(w, sizes, call.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
-      p.output = columns_of<scalar_t>(output, d * s.output_size);
+      p.output = columns_of<scalar_t>(output, d * sizes.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
-      p.options = step_options<scalar_t>(option_tensors, s, d);
+      p.options = step_options<scalar_t>(option_tensors, sizes, d);
       p.gate_values = part_or_null<scalar_t>(saved.gates, d);
       p.cells = part_or_null<scalar_t>(saved.cells, d);
       p.hidden = part_or_null<scalar_t>(saved.hidden, d);
       p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
-      p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, s.directions + d);
+      p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
       run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
                  [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
@@ -183,17 +183,17 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) 
   return results();
 }
 
-LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const BackwardArguments& arguments) {
-  if (call.options.lengths.defined()) return backward_with_lengths(call, s, arguments);
+LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
+  if (call.options.lengths.defined()) return backward_with_lengths(call, sizes, arguments);
   const at::Tensor& input = call.input;
   const NeedsGrad& needs_grad = arguments.needs_grad;
   const at::ScalarType dtype = input.scalar_type();
-  const at::ScalarType type = s.sum_type;
+  const at::ScalarType type = sizes.sum_type;
   const auto options = input.options().dtype(type);
   LayerGradients grads;
-  if (needs_grad.input) grads.input = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
-  if (needs_grad.h0) grads.h0 = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor grad_c = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
+  if (needs_grad.input) grads.input = empty_in_huge_pages(sizes.sequence_sizes(sizes.input_size), options);
+  if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
+  const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
   grads.weights.resize(call.weights.size());
   for (size_t i = 0; i < call.weights.size(); ++i) {
@@ -215,7 +215,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
     for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
     return std::move(grads);
   };
-  if (s.batch == 0) {
+  if (sizes.batch == 0) {
     visit_inputs(grads, grads, [](const at::Tensor& grad) {
       if (grad.defined()) grad.zero_();
     });
@@ -241,24 +241,24 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
-    for (int64_t d = 0; d < s.directions; ++d) {
+    for (int64_t d = 0; d < sizes.directions; ++d) {
       BackwardParams<scalar_t> p{};
-      p.shape = s.shape(d, option_tensors.resets);
+      p.shape = sizes.shape(d, option_tensors.resets);
       p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
                        const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
-      p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
+      p.weights = weights_of<scalar_t>(w, sizes, call.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
-      p.output = const_columns_of<scalar_t>(y, d * s.output_size);
+      p.output = const_columns_of<scalar_t>(y, d * sizes.output_size);
       p.gate_values = const_part_or_null<scalar_t>(saved.gates, d);
       p.cells = const_part_or_null<scalar_t>(saved.cells, d);
       p.hidden = const_part_or_null<scalar_t>(saved.hidden, d);
-      p.options = step_options<scalar_t>(option_tensors, s, d);
+      p.options = step_options<scalar_t>(option_tensors, sizes, d);
       p.norm_input = const_part_or_null<scalar_t>(saved.norm_products, d);
-      p.norm_recurrent = const_part_or_null<scalar_t>(saved.norm_products, s.directions + d);
+      p.norm_recurrent = const_part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = const_part_or_null<scalar_t>(saved.norm_factors, d);
-      if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
+      if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * sizes.output_size);
       p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
       p.grad_gate_values = const_part_or_null<scalar_t>(grad_gates, d);
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
@@ -272,12 +272,12 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
       const auto data_or_null = [](const at::Tensor& grad) {
         return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
       };
-      const at::Tensor* weight_grads = grads.weights.data() + d * s.weights_per_direction;
+      const at::Tensor* weight_grads = grads.weights.data() + d * sizes.weights_per_direction;
       p.grad_weight_ih = data_or_null(weight_grads[0]);
       p.grad_weight_hh = data_or_null(weight_grads[1]);
       // Both biases are added to the same sum, so they have the same gradient.
       if (call.has_bias) p.grad_bias = data_or_null(weight_grads[2].defined() ? weight_grads[2] : weight_grads[3]);
-      if (s.projected) p.grad_weight_hr = data_or_null(weight_grads[s.weights_per_direction - 1]);
+      if (sizes.projected) p.grad_weight_hr = data_or_null(weight_grads[sizes.weights_per_direction - 1]);
       if (!grads.norm.empty()) {
         const at::Tensor* norm_grads = grads.norm.data() + d * norms_per_direction(call.has_bias);
         p.grad_gain_ih = data_or_null(norm_grads[0]);
@@ -290,8 +290,8 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const Ba
                    kernels.backward(p, plan, workspace, worker);
                  },
                  options);
-      if (call.has_bias && weight_grads[2].defined() && weight_grads[3].defined())
-        weight_grads[3].copy_(weight_grads[2]);
+      const bool both_biases = call.has_bias && weight_grads[2].defined() && weight_grads[3].defined();
+      if (both_biases) weight_grads[3].copy_(weight_grads[2]);
     }
   });
   return results();

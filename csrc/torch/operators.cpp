@@ -23,7 +23,7 @@ Tensor or_no_elements(Tensor tensor, const LayerCall& call, at::ScalarType dtype
   return tensor.defined() ? std::move(tensor) : no_elements(call, dtype);
 }
 
-// Results are contiguous, and share no memory with each other: a loss sees them, the backward pass what is saved.
+// Results are contiguous. They share no memory with what is saved, so that the caller may change them in place.
 Tensor as_result(const Tensor& tensor, const LayerCall& call, const Tensor& saved) {
   if (!tensor.defined()) return no_elements(call, call.input.scalar_type());
   const bool shared = saved.defined() && tensor.is_alias_of(saved);

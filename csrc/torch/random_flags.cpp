@@ -18,11 +18,11 @@ uint64_t split_mix(uint64_t seed, uint64_t k) {
 }
 
 constexpr int64_t kElements = 4;  // of a word
-constexpr int64_t kWords = 64;    // of a piece, which stays in the first cache
-constexpr int64_t kGrain = 256;   // pieces that a thread should have at least
+constexpr int64_t kWords = 64;    // of a chunk, which stays in the first cache
+constexpr int64_t kGrain = 256;   // chunks that a thread should have at least
 
-// Flags of a piece; of the last piece, `count` of them.
-void fill_piece(bool* flags, int64_t count, uint64_t seed, int64_t first_word, uint16_t last) {
+// The first `count` flags of a chunk; only the last chunk has fewer than all.
+void fill_chunk(bool* flags, int64_t count, uint64_t seed, int64_t first_word, uint16_t last) {
   uint64_t words[kWords];
   uint16_t bits[kWords * kElements];
   static_assert(sizeof(words) == sizeof(bits));
@@ -44,11 +44,11 @@ at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed)
   const double u = static_cast<double>(split_mix(start, 0) >> 11) * 0x1p-53;
   const auto below = std::min<int64_t>(static_cast<int64_t>(std::floor(u + probability * 0x1p16)), 1 << 16);
   if (below == 0) return result.zero_();
-  const int64_t count = result.numel(), piece = kWords * kElements;
+  const int64_t count = result.numel(), chunk = kWords * kElements;
   bool* const flags = result.mutable_data_ptr<bool>();
-  at::parallel_for(0, (count + piece - 1) / piece, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (count + chunk - 1) / chunk, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      fill_piece(flags + i * piece, std::min(piece, count - i * piece), start, 1 + i * kWords,
+      fill_chunk(flags + i * chunk, std::min(chunk, count - i * chunk), start, 1 + i * kWords,
                  static_cast<uint16_t>(below - 1));
     }
   });

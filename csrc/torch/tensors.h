@@ -1,4 +1,4 @@
-// Arguments as kernels want them.
+// Arguments as kernels take them. These functions make no trip through the dispatcher where there is nothing to do.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,12 +7,10 @@
 
 namespace lstm_ext {
 
-// The functions here make no trip through the dispatcher where there is nothing to do.
-
 inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
-// The numbers themselves in memory: no pending negation (of the imaginary part of a conjugate), and none of the zeros
-// that have no memory.
+// Whether the numbers themselves are in memory: no negation is pending (of the imaginary part of a conjugate), and
+// there are no zeros without memory.
 inline bool is_materialized(const at::Tensor& t) { return !t.is_neg() && !t._is_zerotensor(); }
 inline at::Tensor materialized(const at::Tensor& t) {
   if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
