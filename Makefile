@@ -5,7 +5,12 @@ VENV ?= .venv
 # More arguments for the program that a target runs, e.g. make test ARGS='-k backward'
 ARGS ?=
 
+# Processes that run tests.
+JOBS ?= 2
+
 PY := $(VENV)/bin/python
+PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal
+PYTEST = $(PY) -m pytest $(PYTEST_OPTIONS)
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters
 # The last file that a build writes.
@@ -25,16 +30,22 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
-.PHONY: build test test-full fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
+.PHONY: build test test-tools test-full fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
 
+# The product: five minutes on two cores. JOBS processes side by side; ARGS='-n 0' for none but this one.
 test: build
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
+# What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks. .ci/run runs it as well.
+test-tools: build
+	$(PYTEST) -m 'tools and not full' $(ARGS)
+
+# These two, and the long matrices.
 test-full: build
-	$(PY) -m pytest -q -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 # What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
 fuzz: build
@@ -57,19 +68,21 @@ gpu-check:
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
 # Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
-# package. Compile workers: torch 2.11 can wait minutes for them as it exits.
+# package.
 CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_demo.py test_gpu_check.py \
   test_recurrent_ppo.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py
-	cd build/cuda && TORCHINDUCTOR_COMPILE_THREADS=1 $(CUDA_PY) -m pytest -q -c ../../pyproject.toml ../../tests \
+	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
 lint: $(LINTERS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(PY) tests/check_headers.py
 
 format: $(LINTERS)
 	$(PY) -m ruff check --fix .

@@ -3,7 +3,8 @@
     python benchmarks/bench_quick.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...]
                                      [--budget SECONDS] [--output results/NAME.json]
 
-Prints a table and writes the figures as JSON; report.py makes the README's table and the picture from that.
+Prints a table and writes the figures as JSON; report.py makes the table of docs/performance.md and the README's picture
+from it.
 Figures stand beside the project's targets, and nothing fails here: what a busy machine measures is no
 verdict.
 """

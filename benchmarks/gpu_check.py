@@ -104,10 +104,10 @@ def build(session: Session, seconds: float) -> Outcome:
 # ---- info
 
 KERNELS = """import torch  # do the kernels run?
-from lstm_ext.native import loader, devices as native_devices
+from lstm_ext.native import loader, cuda as native_cuda
 assert loader.extension() is not None, loader.status()
 assert torch.cuda.is_available(), "torch finds no GPU"
-assert native_devices.problem(0) is None, native_devices.problem(0)
+assert native_cuda.problem(0) is None, native_cuda.problem(0)
 import lstm_ext
 layer = lstm_ext.LSTM(3, 4, device="cuda")
 output, _ = layer(torch.randn(5, 2, 3, device="cuda"))

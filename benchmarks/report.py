@@ -1,8 +1,10 @@
-"""Make the README's table and the picture from the JSON of bench_quick.py.
+"""Make the table of docs/performance.md and the README's picture from the JSON of bench_quick.py.
 
-    python benchmarks/report.py benchmarks/results/NAME.json [--readme README.md] [--picture docs/bench_cpu.png]
+    python benchmarks/report.py benchmarks/results/NAME.json [--document docs/performance.md]
+                                [--block bench-avx2] [--picture docs/bench_cpu.png]
 
-Without --readme the table goes to standard output; with it, it replaces what stands between the two markers.
+Without --document the table goes to standard output; with it, the table replaces what stands between the two markers of
+the block, <!-- bench:begin --> and <!-- bench:end --> unless --block names another.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 TITLES = {"inference": "inference", "training": "training step", "step": "one step", "memory": "peak memory"}
 
 
@@ -34,6 +36,11 @@ def cell(result: dict | None) -> str:
         return f"{result['ratio']:.2f}"
     theirs, ours = (milliseconds(result[side]["median"]) for side in ("torch", "ours"))
     return f"{theirs} → {ours} ms, **{result['ratio']:.2f}×**"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def plural(threads: int) -> str:
@@ -62,11 +69,12 @@ def markdown(record: dict) -> str:
         for threads in sorted({r["threads"] for r in results if r["group"] == group})
     ]
     header = ["B", "T", "I", "H", *(f"{TITLES[group]}, {plural(threads)}" for group, threads in columns)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for shape, *sizes in shapes:
         cells = [cell(find(results, group, shape, threads)) for group, threads in columns]
         if any(cells):
-            lines.append("| " + " | ".join([*map(str, sizes), *cells]) + " |")
+            rows.append([*map(str, sizes), *cells])
+    lines = table(header, rows)
 
     steps = [
         f"{plural(r['threads'])}: {cell(r)}" + (" with `step()`" if r["method"] == "step" else "")
@@ -76,7 +84,7 @@ def markdown(record: dict) -> str:
     if steps:
         lines += [
             "",
-            f"One step with carried state, B 1, H 128, call of the module included: {'; '.join(steps)}.",
+            f"One step with carried state, B 1, H 128, from the call of the module on: {'; '.join(steps)}.",
         ]
 
     lines += ["", "| | cases | geometric mean (target) | worst (target) |", "|---|---|---|---|"]
@@ -89,21 +97,28 @@ def markdown(record: dict) -> str:
     lines += [
         "",
         "Time: torch.nn.LSTM → lstm_ext.LSTM, medians, and their ratio; above 1, lstm_ext is faster. Memory: peak of "
-        "a training step, lstm_ext / torch; below 1, lstm_ext needs less. float32, one layer, both sides alternating "
-        "in one run. In the second table, inference is without T = 1, which is the line below it.",
+        "a training step, lstm_ext / torch; below 1, lstm_ext needs less. float32, one layer; both sides alternate "
+        "in one run. In the second table, inference leaves out T = 1, which has a line of its own, one step.",
         "",
         facts_line(record),
     ]
     return "\n".join(lines)
 
 
-def replace_between(path: Path, begin: str, end: str, table: str) -> None:
+def split_at_block(path: Path, block: str) -> tuple[str, str, str]:
+    """The text before the block, with its first marker; in it; and after it, with its last marker."""
+    begin, end = (marker.format(block) for marker in MARKERS)
     text = path.read_text()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise SystemExit(f"{path}: expected the line {begin}, and below it {end}, once each")
     head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    path.write_text(f"{head}{begin}\n{table}\n{end}{tail}")
+    inside, tail = rest.split(end)
+    return head + begin, inside.strip("\n"), end + tail
+
+
+def replace_block(path: Path, block: str, content: str) -> None:
+    head, _, tail = split_at_block(path, block)
+    path.write_text(f"{head}\n{content}\n{tail}")
 
 
 def draw(record: dict, path: Path) -> None:
@@ -158,6 +173,7 @@ def draw(record: dict, path: Path) -> None:
     panels[0][0].set_yticks(range(len(shapes)), shapes)
     panels[0][0].invert_yaxis()
     panels[0][-1].legend(loc="lower right", frameon=False)
+    figure.supxlabel(f"float32, one layer, one machine: {facts_line(record)}", fontsize=8, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -166,12 +182,13 @@ def draw(record: dict, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A table and a picture from the JSON of bench_quick.py.")
     parser.add_argument("results", type=Path, metavar="results.json")
-    parser.add_argument("--readme", type=Path, help="replace the table between the markers of this file")
+    parser.add_argument("--document", type=Path, help="replace the table between the markers of this file")
+    parser.add_argument("--block", default="bench", help="the name in the markers")
     parser.add_argument("--picture", type=Path, help="where to write the picture")
     options = parser.parse_args(arguments)
     record = json.loads(options.results.read_text())
-    if options.readme:
-        replace_between(options.readme, BEGIN, END, markdown(record))
+    if options.document:
+        replace_block(options.document, options.block, markdown(record))
     else:
         print(markdown(record))
     if options.picture:

@@ -1,10 +1,11 @@
-"""Make the README's GPU table and the picture from the JSON of gpu_check.py or bench_gpu.py.
+"""Make the GPU table of docs/performance.md and the picture from the JSON of gpu_check.py or bench_gpu.py.
 
-    python benchmarks/report_gpu.py [results/NAME.json] [--all] [--readme README.md] [--picture docs/bench_gpu.png]
+    python benchmarks/report_gpu.py [results/NAME.json] [--all] [--document docs/performance.md]
+                                    [--picture docs/bench_gpu.png]
 
-Without a file, that of benchmarks/results/gpu_*.json whose run is the newest; where there is none, the table is a
-sentence that says so. Without --readme it goes to standard output; with it, it replaces what stands between the two
-markers. --all takes every shape, not only the first of each group.
+Without a file it takes the newest run of benchmarks/results/gpu_*.json; where there is none, the table is a sentence
+that says so. Without --document the table goes to standard output; with it, the table replaces what stands between the
+two markers. --all takes every shape, not only the first of each group.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 import harness
 from gpu_shapes import DTYPES
-from report import replace_between
+from report import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+BLOCK = "gpu"
 NOT_YET = (
     "Not run on any GPU yet: there are no figures. `make gpu-check` measures against cuDNN on a machine with a GPU, "
     "and `benchmarks/report_gpu.py` puts the table here."
@@ -216,14 +217,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, nargs="?", metavar="results.json")
     parser.add_argument("--all", action="store_true", help="every shape")
-    parser.add_argument("--readme", type=Path, help="replace what is between the markers of this file")
+    parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
     parser.add_argument("--picture", type=Path, help="where to write the picture")
     options = parser.parse_args(arguments)
     path = options.results or newest()
     record = json.loads(path.read_text()) if path else None
     table = markdown(record, options.all) if record and measured(record) else NOT_YET
-    if options.readme:
-        replace_between(options.readme, BEGIN, END, table)
+    if options.document:
+        replace_block(options.document, BLOCK, table)
     else:
         print(table)
     if options.picture and record and measured(record):

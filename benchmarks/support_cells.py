@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.func import functional_call, grad, jvp, vmap
 
-from lstm_ext import reference
+from lstm_ext.layer import equations
 from lstm_ext.native import loader
 
 DTYPES = {
@@ -96,16 +96,14 @@ class Seen:
 
 
 _ENTRIES = ("lstm_layer_forward", "lstm_layer_backward", "lstm_cell_forward")
-_OPERATORS = tuple(
-    f"lstm_layer{extras}{end}" for extras in ("", "_with_extras") for end in ("", "_forward", "_backward")
-)
+_OPERATORS = ("lstm_layer", "lstm_layer_forward", "lstm_layer_backward")
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Seen]:
     """Counts the calls of eager code. A dispatch mode would do so too, but it changes the way that calls take."""
     seen = Seen()
-    extension, equations = loader.extension(), reference.lstm_layer
+    extension, equations_of_layer = loader.extension(), equations.lstm_layer
 
     class Kernels:
         def __getattr__(self, name: str) -> Any:
@@ -117,21 +115,21 @@ def watched() -> Iterator[Seen]:
         def __init__(self, operator: Any) -> None:
             self.operator = operator
 
-        def __call__(self, *arguments: Any) -> Any:
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
             seen.kernels += 1
-            return self.operator(*arguments)
+            return self.operator(*arguments, **options)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.operator, name)
 
     def counted(*arguments: Any) -> Any:
         seen.equations += 1
-        return equations(*arguments)
+        return equations_of_layer(*arguments)
 
     kernels = None if extension is None else Kernels()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(loader, "extension", lambda: kernels))
-        stack.enter_context(mock.patch.object(reference, "lstm_layer", counted))
+        stack.enter_context(mock.patch.object(equations, "lstm_layer", counted))
         for name in _OPERATORS if extension is not None else ():
             wrapped = Operator(getattr(torch.ops.lstm_ext, name))
             stack.enter_context(mock.patch.object(torch.ops.lstm_ext, name, wrapped))

@@ -1,7 +1,7 @@
 """The rows of the support table: each feature as a module and its arguments, and what it must give, in float64.
 
 What it must give is computed by `lstm_ext.reference`, layer by layer, in float64 on the CPU. Random masks are drawn
-here, as docs/extras.md says that the layer draws them, and given to the equations as numbers. All values are multiples
+here, as docs/options.md says that the layer draws them, and given to the equations as numbers. All values are multiples
 of 1/64 below 2 in size, which all dtypes hold exactly: only what the layer itself rounds makes a difference.
 """
 
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.layer.options import LayerExtras
+from lstm_ext.layer.layer_call import LayerOptions
 from lstm_ext.native import loader
 
 # At import, so that nothing that is planted or counted in the package gets here.
@@ -352,19 +352,23 @@ class Problem:
             norm = []
             if feature.options.get("layer_norm"):
                 norm = [parameters[f"{n}_l{k}{suffix}"] for suffix in suffixes for n in norm_names]
-            extras = LayerExtras(
-                resets,
-                *(reset_state or (None, None)),
-                lengths,
-                masks[k].recurrent,
-                *masks[k].zoneout,
-                tuple(norm),
-                "return_cell_states" in feature.call,
-                "return_gates" in feature.call,
+            reset_h, reset_c = reset_state or (None, None)
+            zoneout = dict(zip("hc", masks[k].zoneout, strict=True))
+            options = LayerOptions(
+                resets=resets,
+                reset_h=reset_h,
+                reset_c=reset_c,
+                lengths=lengths,
+                recurrent_mask=masks[k].recurrent,
+                **{f"keep_{s}": z for s, z in zoneout.items() if isinstance(z, Tensor)},
+                **{f"zoneout_{s}": z for s, z in zoneout.items() if not isinstance(z, Tensor)},
+                norm=tuple(norm),
+                return_cell_states="return_cell_states" in feature.call,
+                return_gates="return_gates" in feature.call,
             )
             weights = [parameters[f"{n}_l{k}{suffix}"] for suffix in suffixes for n in weight_names]
             x, *others = _layer_of_equations(
-                x, h0, c0, weights, given.get("batch_sizes"), True, feature.directions == 2, extras
+                x, h0, c0, weights, given.get("batch_sizes"), True, feature.directions == 2, options
             )
             per_layer.append([o for o in others if o is not None])
         joined = [torch.cat(parts) for parts in zip(*per_layer, strict=True)]

@@ -1,7 +1,7 @@
-"""Try every feature in every composition and dtype, and make the README's support table of what came out.
+"""Try every feature in every composition and dtype, and make the table of docs/support.md from what came out.
 
-    python benchmarks/support_table.py [--json benchmarks/results/support_cpu.json] [--readme README.md]
-    python benchmarks/support_table.py --as-recorded --readme README.md      # the table of the record, nothing is run
+    python benchmarks/support_table.py [--json benchmarks/results/support_cpu.json] [--document docs/support.md]
+    python benchmarks/support_table.py --as-recorded --document docs/support.md     # from the record, runs nothing
     python benchmarks/support_table.py --check [--fast] [--only FEATURE ...]
 
 Each cell is run on small sizes and its values are compared with the equations in float64 (support_features.py). It says
@@ -23,12 +23,12 @@ from typing import Any
 
 import harness
 import torch
-from report import replace_between
+from report import replace_block
 from support_cells import DTYPES, EAGER, ERROR, FAILURE, GRAPHS, Outcome, tried
 from support_features import FEATURES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
+BLOCK = "support"
 COLUMNS = {
     "forward": "forward",
     "backward": "backward",
@@ -148,16 +148,17 @@ def markdown(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> s
         lines.append(f"| {FEATURES[feature].title} | " + " | ".join(shown) + " |")
     lines += [
         "",
-        "✓: on the kernels; in the column ONNX: one standard operator `LSTM` a layer. eq: works, on the equations in "
-        "plain PyTorch, in ONNX as its basic operators. –: an error that says so.",
+        "✓: runs on the kernels; in the column ONNX, is one standard operator `LSTM` a layer. eq: runs on the "
+        "equations in plain PyTorch; in ONNX, is made of basic operators. –: raises an error that says so.",
         "",
         *[f"{i}. {note}" for i, note in enumerate(notes.texts, 1)],
         "",
         dtypes_line(columns),
-        "In training mode, ONNX in evaluation mode. Double backward: the second derivatives; the forward pass before "
-        "them is on the kernels. `jvp`, `vmap`, `grad`: of `torch.func`. Autocast: to bfloat16, forward and backward. "
-        "`torch.compile`: inductor, `fullgraph=True`, forward and backward. All together: two layers with `dropout`, "
-        "both directions, a projection and all from `lengths` down except `mask`, which says the same.",
+        "All cells are in training mode, except those of ONNX, which are in evaluation mode. Double backward means "
+        "second derivatives; the forward pass before them runs on the kernels. `jvp`, `vmap` and `grad` are those of "
+        "`torch.func`. Autocast is to bfloat16, forward and backward. `torch.compile` is inductor with "
+        "`fullgraph=True`, forward and backward. All together means two layers with `dropout`, both directions, a "
+        "projection and every row from `lengths` down except `mask`, which says the same as `lengths`.",
         "",
         f"CUDA: {cuda_line(record, of_cuda)}",
         "",
@@ -175,13 +176,13 @@ def dtypes_line(columns: Sequence[str]) -> str:
         f"{'all of ' if len(d) == len(DTYPES) else ''}{', '.join(d)}: {', '.join(c)}"
         for d, c in by_dtypes.items()
     ]
-    return "Tried in, with one outcome where a cell does not name them: " + "; ".join(parts) + "."
+    return "Dtypes tried, with the same outcome unless a cell names them: " + "; ".join(parts) + "."
 
 
 def cuda_line(record: dict[str, Any], of_cuda: dict[str, Any] | None) -> str:
     if of_cuda is None:
         return (
-            "kernels are built, not run on a GPU; there is no record from one ([docs/cuda.md](docs/cuda.md))."
+            "the kernels compile, but they have not run on any GPU; there is no record ([cuda.md](cuda.md))."
         )
     ours, theirs = named(of_cuda["cells"]), named(record["cells"])
     other = [f"{name}: {said}" for name, said in ours.items() if said != theirs.get(name)]
@@ -195,7 +196,7 @@ def facts_line(record: dict[str, Any]) -> str:
     facts = record["facts"]
     count = len(named(record["cells"]))
     return (
-        f"{count} cells tried by `benchmarks/support_table.py`, which makes this table; torch {facts['torch']}, "
+        f"`benchmarks/support_table.py` tried {count} cells and made this table; torch {facts['torch']}, "
         f"lstm_ext {facts['lstm_ext']}"
         + (f" at {facts['git_commit']}" if facts["git_commit"] else "")
         + f", {facts['date'][:10]}."
@@ -230,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the record")
     parser.add_argument("--check", action="store_true", help="compare with the record; nothing is written")
     parser.add_argument("--as-recorded", action="store_true", help="run nothing, take the record")
-    parser.add_argument("--readme", type=Path, help="replace the table between the markers of this file")
+    parser.add_argument("--document", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args(arguments)
     recorded = read(RESULTS / f"support_{options.device}.json")
     if recorded is None and (options.check or options.as_recorded):
@@ -261,8 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(written(record))
 
     table = markdown(record, read(RESULTS / "support_cuda.json") if options.device == "cpu" else None)
-    if options.readme:
-        replace_between(options.readme, BEGIN, END, table)
+    if options.document:
+        replace_block(options.document, BLOCK, table)
     else:
         print(table)
     return 0

@@ -1,55 +1,76 @@
-// The Python entry point, and nothing else: the kernels are in _ops, which it is linked with. See lstm_ext/_C.pyi for
-// the signatures.
+// The Python entry point, and nothing else: the kernels are in _ops, which it is linked with. lstm_ext/native/_C.pyi
+// has the signatures.
 #include <torch/extension.h>
 
-#include "torch/exports.h"
+#include "cpu/kernels.h"
+#include "python_layer.h"
+#include "torch/random_flags.h"
 
 #ifndef LSTM_EXT_VERSION
 #define LSTM_EXT_VERSION "unknown"
 #endif
 
 namespace py = pybind11;
-namespace exports = lstm_ext::exports;
+namespace cpu = lstm_ext::cpu;
 
 namespace {
 
 using at::Tensor;
-using lstm_ext::OptionalTensor;
+using lstm_ext::LayerCall;
+using lstm_ext::LayerResults;
+using lstm_ext::python::OptionalTensor;
+using lstm_ext::python::without_gil;
 
-auto forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-             const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional,
-             bool save, const lstm_ext::Extras& extras) {
-  return exports::lstm_layer_forward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras, save);
-}
-
-// A layer's forward pass on a sequence of one step; the axis of time is added and taken off here, where it costs less.
+// A layer's forward pass on a sequence of one step. The axis of time is added and taken off here, where it costs less.
 std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
-                                        const std::vector<Tensor>& weights, bool has_bias) {
-  const auto with_time = [](const Tensor& t) { return t.unsqueeze(0); };
-  const auto if_given = [&](const OptionalTensor& t) { return t ? OptionalTensor(with_time(*t)) : std::nullopt; };
-  const auto [output, h_n, c_n, saved] = exports::lstm_layer_forward(
-      with_time(input), if_given(h), if_given(c), weights, std::nullopt, has_bias, false, lstm_ext::Extras{}, false);
-  return {h_n.squeeze(0), c_n.squeeze(0)};
+                                        std::vector<Tensor> weights, bool has_bias) {
+  LayerCall call;
+  call.weights = std::move(weights);
+  call.has_bias = has_bias;
+  return without_gil([&]() -> std::tuple<Tensor, Tensor> {
+    call.input = input.unsqueeze(0);
+    if (h) call.h0 = h->unsqueeze(0);
+    if (c) call.c0 = c->unsqueeze(0);
+    const LayerResults results = lstm_ext::lstm_layer_forward(call, /*save=*/false);
+    return {results.h_n.squeeze(0), results.c_n.squeeze(0)};
+  });
 }
 
-auto backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-              const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-              const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes, const Tensor& output,
-              const std::vector<Tensor>& saved, bool has_bias, bool bidirectional, const std::vector<bool>& wanted,
-              const lstm_ext::Extras& extras, const OptionalTensor& grad_gates, const OptionalTensor& grad_cells) {
-  return exports::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output,
-                                      saved, has_bias, bidirectional, extras, wanted, grad_gates, grad_cells);
+std::vector<std::string> cpu_capabilities() {
+  const char* names[3];
+  return {names, names + cpu::available_capabilities(names)};
 }
 
-lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-                           const OptionalTensor& lengths, const OptionalTensor& recurrent_mask,
-                           const OptionalTensor& kept_h, const OptionalTensor& kept_c, double zoneout_h,
-                           double zoneout_c, const std::vector<Tensor>& norm, bool recompute) {
-  return {resets, reset_h, reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm, recompute};
-}
-
-Tensor random_flags(const std::vector<int64_t>& sizes, double probability, int64_t seed) {
-  return exports::random_flags(sizes, probability, seed);
+// The plan of a call of this shape that saves everything, or nothing, and requests the gradient of the input.
+template <typename T>
+py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const cpu::Machine machine{kernels.lanes, threads};
+  T present{};
+  lstm_ext::ForwardParams<T> forward_params{};
+  forward_params.shape = shape;
+  forward_params.gate_values = forward_params.cells = forward_params.hidden = save ? &present : nullptr;
+  lstm_ext::BackwardParams<T> backward_params{};
+  backward_params.shape = shape;
+  backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
+  backward_params.grad_input.data = &present;
+  const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
+  const cpu::BackwardPlan backward = cpu::plan_backward(backward_params, machine);
+  py::dict result;
+  result["lanes"] = machine.lanes;
+  result["tile_rows"] = kernels.tile_rows;
+  result["forward_batch_groups"] = forward.grid.batch_groups;
+  result["forward_hidden_groups"] = forward.grid.hidden_groups;
+  result["pack_input"] = forward.pack_input;
+  result["pack_recurrent"] = forward.pack_recurrent;
+  result["forward_chunk_rows"] = forward.chunk_rows;
+  result["forward_workspace_bytes"] = forward.workspace_bytes;
+  result["backward_batch_groups"] = backward.grid.batch_groups;
+  result["backward_hidden_groups"] = backward.grid.hidden_groups;
+  result["backward_pack"] = backward.pack;
+  result["backward_chunk_rows"] = backward.chunk_rows;
+  result["backward_workspace_bytes"] = backward.workspace_bytes;
+  return result;
 }
 
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
@@ -76,22 +97,7 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    false,
                                    batch_sizes ? offsets.data() : nullptr,
                                    nullptr};
-  const exports::CpuPlan plan = exports::cpu_plan(shape, threads, save, float64);
-  py::dict result;
-  result["lanes"] = plan.machine.lanes;
-  result["tile_rows"] = plan.tile_rows;
-  result["forward_batch_groups"] = plan.forward.grid.batch_groups;
-  result["forward_hidden_groups"] = plan.forward.grid.hidden_groups;
-  result["pack_input"] = plan.forward.pack_input;
-  result["pack_recurrent"] = plan.forward.pack_recurrent;
-  result["forward_chunk_rows"] = plan.forward.chunk_rows;
-  result["forward_workspace_bytes"] = plan.forward.workspace_bytes;
-  result["backward_batch_groups"] = plan.backward.grid.batch_groups;
-  result["backward_hidden_groups"] = plan.backward.grid.hidden_groups;
-  result["backward_pack"] = plan.backward.pack;
-  result["backward_chunk_rows"] = plan.backward.chunk_rows;
-  result["backward_workspace_bytes"] = plan.backward.workspace_bytes;
-  return result;
+  return float64 ? plan_of<double>(shape, threads, save) : plan_of<float>(shape, threads, save);
 }
 
 py::dict build_info() {
@@ -111,30 +117,22 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
-  py::class_<lstm_ext::Extras>(m, "Extras")
-      .def(py::init(&extras_of), py::arg("resets") = py::none(), py::arg("reset_h") = py::none(),
-           py::arg("reset_c") = py::none(), py::arg("lengths") = py::none(), py::arg("recurrent_mask") = py::none(),
-           py::arg("kept_h") = py::none(), py::arg("kept_c") = py::none(), py::arg("zoneout_h") = 0.0,
-           py::arg("zoneout_c") = 0.0, py::arg("norm") = std::vector<Tensor>{}, py::arg("recompute") = false);
-  m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
-        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"),
-        py::arg("extras") = lstm_ext::Extras{}, py::call_guard<py::gil_scoped_release>());
+  lstm_ext::python::bind_layer(m);
   m.def("lstm_cell_forward", &cell_forward, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"),
-        py::arg("has_bias"), py::call_guard<py::gil_scoped_release>());
-  m.def("lstm_layer_backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"),
-        py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"),
-        py::arg("saved"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"),
-        py::arg("extras") = lstm_ext::Extras{}, py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none(),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("random_flags", &random_flags, py::arg("sizes"), py::arg("probability"), py::arg("seed"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_capability", &exports::cpu_capability);
-  m.def("cpu_capabilities", &exports::cpu_capabilities);
-  m.def("set_cpu_capability", &exports::set_cpu_capability, py::arg("name"));
+        py::arg("has_bias"));
+  m.def(
+      "random_flags",
+      [](const std::vector<int64_t>& sizes, double probability, int64_t seed) {
+        return lstm_ext::random_flags(sizes, probability, seed);
+      },
+      py::arg("sizes"), py::arg("probability"), py::arg("seed"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_capability", [] { return cpu::capability().name; });
+  m.def("cpu_capabilities", &cpu_capabilities);
+  m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false, py::arg("batch_sizes") = py::none());
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
-  exports::cpu_capability();
+  cpu::capability();
 }

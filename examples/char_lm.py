@@ -2,12 +2,12 @@
 
 The text is the English documentation that every CPython carries (pydoc's topics). Both models start from the
 same weights and see the same batches; one line differs, the class of the recurrent layer. The run ends with a
-table, a picture and a sample of generated text, and with exit code 1 if the two trainings part by more than
+table, a picture and a sample of generated text. Its exit code is 1 if the two trainings differ by more than
 float32 rounding explains.
 
-How "more than float32 explains" is decided: training is chaotic, so a difference in the last bit grows with
-the number of steps whatever its cause. A third run shows how much: torch.nn.LSTM from weights that are each
-moved by one unit in the last place. What it does to the curves, times FACTOR, is what lstm_ext may do.
+A third run measures how much rounding explains. Training is chaotic, so a difference in the last bit grows with
+the number of steps, whatever its cause. The third run trains torch.nn.LSTM from weights that are each moved by one
+unit in the last place. lstm_ext may change the curves by FACTOR times as much as that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYERS = 2
 EMBEDDING = 64
 LEARNING_RATE = 4e-3
 MAX_GRAD_NORM = 1.0
-BLOCK = 10  # training steps that one model does before it is the next one's turn
+BLOCK = 10  # training steps that one model does before the next one's turn
 EARLY_STEPS = 10  # the phase in which a rounding difference has not grown yet
 
 # The bound of the comparison: FACTOR times what one unit in the last place does, plus a floor. The two runs

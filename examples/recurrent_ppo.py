@@ -4,14 +4,14 @@ The task needs memory: the first observation of an episode shows a symbol, and t
 them, 3 to 19 steps later, other symbols pass by. No policy without memory gets a mean return above 1 / SYMBOLS.
 Episodes begin and end inside the rollouts, so a state is replaced by zeros where an episode begins.
 
-How the update does that is what differs. One model is a torch.nn.LSTM, called once per step with the states
-multiplied by (1 - done), as CleanRL's ppo_atari_lstm does. The other is an lstm_ext.LSTM, called once, with `resets`.
+The two models differ in how the update does that. One is a torch.nn.LSTM, called once per step with the states
+multiplied by (1 - done), as in CleanRL's ppo_atari_lstm. The other is an lstm_ext.LSTM, called once, with `resets`.
 Both start from the same weights, and environments, actions and minibatches come from the same random numbers, so that
-only rounding parts them. The run ends with a table and a picture, and with exit code 1 if they part by more than
-that, or if the task is not learned.
+they differ only by rounding. The run ends with a table and a picture. Its exit code is 1 if they differ by more than
+that, or if a model does not learn the task.
 
-How much rounding explains is measured: a third run, with `resets`, has its initial weights each moved by one unit in
-the last place. What it does to the figures, times FACTOR, plus a floor, is what the two may differ by.
+A third run measures how much rounding explains: it uses `resets`, from initial weights that are each moved by one unit
+in the last place. The two models may differ by FACTOR times as much as that, plus a floor.
 """
 
 from __future__ import annotations

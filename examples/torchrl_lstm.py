@@ -1,9 +1,9 @@
 """TorchRL: an LSTMModule that runs rows with episodes inside in one call, with `is_init` as `resets`.
 
 torchrl's own LSTMModule takes an lstm_ext.LSTM as it is: LSTMModule(lstm=lstm_ext.LSTM(I, H, batch_first=True), ...).
-In recurrent mode its backend "pad" cuts each row where an episode begins, pads the pieces and runs them as one larger
-batch. A layer that knows `resets` needs none of that, and the class below leaves it out. Run as a program, this file
-compares the two. Needs torchrl.
+In recurrent mode its backend "pad" cuts each row where an episode begins, pads the segments and runs them as one larger
+batch. A layer that has `resets` needs none of that, and the class below leaves it out. As a program, this file
+compares the two. It needs torchrl.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class ResetLSTMModule(torchrl.modules.LSTMModule):
 
     In recurrent mode, for a tensordict of shape (*batch, T), with L layers, D = 2 if bidirectional else 1:
 
-        in_keys   value (*batch, T, I); states (*batch, T, L * D, P) and (*batch, T, L * D, H), of which the first
-                  step's are used, or none, for zeros; is_init (*batch, T, 1), bool
+        in_keys   value (*batch, T, I); states (*batch, T, L * D, P) and (*batch, T, L * D, H), of which only those of
+                  the first step are used; no states mean zeros; is_init (*batch, T, 1), bool
         out_keys  value (*batch, T, D * P); states in the shapes above, those after the last step at the last step
 
-    Two differences from torchrl's. An episode always begins from zeros, which is what torchrl's primer stores there;
-    torchrl reads what is stored. And at the end of an episode inside a row the states in the result are 0, as at every
-    step but the last; torchrl has them there, where nothing goes on from them. Of a bidirectional layer only the first
-    of the results is torchrl's: the states of its reverse direction are those of whole rows here.
+    It differs from torchrl's module in two ways. An episode always begins from zeros, which torchrl's primer stores
+    there; torchrl reads whatever is stored. And the states in the result are 0 at every step except the last; torchrl
+    also has those at the end of an episode inside a row, from which nothing goes on. For a bidirectional layer only the
+    value equals torchrl's: here the states of its reverse direction are those of whole rows.
     """
 
     @dispatch

@@ -1,13 +1,13 @@
 """A faster drop-in for ``torch.nn.LSTM``.
 
-``lstm_ext.LSTM`` has the interface, the parameters and the random numbers of ``torch.nn.LSTM``. Importing
-this package compiles nothing; the compiled kernels are looked for when the first layer runs.
+``lstm_ext.LSTM`` has the interface, the parameters and the random numbers of ``torch.nn.LSTM``. Importing this package
+compiles nothing; the first layer that runs looks for the compiled kernels.
 """
 
 from __future__ import annotations
 
 from . import functional, reference
-from .layer.options import LSTMExtras
+from .call.layout import LSTMExtras
 from .native import loader
 from .native.config import VERSION as __version__
 from .nn.cell import LSTMCell
@@ -15,7 +15,7 @@ from .nn.convert import convert, from_torch, revert, to_torch
 from .nn.from_gates import from_gates
 from .nn.lstm import LSTM
 
-# An extension that was built ahead of time for another torch: say so now, not in the first call.
+# If the extension was built ahead of time for another torch, say so now, not in the first call.
 loader.check()
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import stack
+from .call import run
 from .layer import route
 
 __all__ = ["lstm"]
@@ -36,9 +36,10 @@ def lstm(
     return_cell_states: bool = False,
     return_gates: bool = False,
 ) -> Any:
-    """A stack of LSTM layers on a batch of sequences. The equations are those of :mod:`lstm_ext.reference`.
+    """Compute a stack of LSTM layers on a batch of sequences, with the equations of :mod:`lstm_ext.reference`.
 
-    L layers, D = 2 if bidirectional else 1, H hidden units, P the projection's size, or H without one.
+    T steps, B sequences, I features, L layers, D = 2 if bidirectional else 1, H hidden units, P the projection's size,
+    or H without one; N rows of a PackedSequence.
 
     Args:
         input: (T, B, I), or (B, T, I) with ``batch_first``; T >= 1, B >= 0, any strides; or a
@@ -47,32 +48,31 @@ def lstm(
             ``batch_first`` says; None for zeros.
         weights: a flat sequence in the order of ``torch.nn.LSTM.parameters()``: for each layer, and in it for
             each direction, ``w_ih (4H, I or D * P), w_hh (4H, P)``, then ``b_ih (4H), b_hh (4H)`` if
-            ``bias``, then ``w_hr (P, H)`` if there is a projection, which is recognised by the number of
-            tensors.
+            ``bias``, then ``w_hr (P, H)`` with a projection. The number of tensors says whether there is one.
         bias: whether ``weights`` holds biases.
         num_layers: L.
         dropout: probability of zeroing an element between two layers; only if ``training``.
-        training: whether dropout is active.
+        training: whether dropout, recurrent_dropout and random zoneout are active.
         bidirectional: whether each layer has a second set of weights that reads time backwards.
         batch_first: the layout of ``input`` and ``output``.
         lengths, resets, reset_state, mask, return_cell_states, return_gates: as in :meth:`lstm_ext.LSTM.forward`.
         recurrent_dropout, zoneout, recompute: as in :class:`lstm_ext.LSTM`; the first is active, and the second random,
             only if ``training``.
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
-            direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for a layer
-            without.
+            direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for layers
+            without it.
 
     Returns:
         ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
-        P); c_n (L * D, B, H). The dtype is that of ``input``, or autocast's where autocast is on. A third element,
-        :class:`lstm_ext.LSTMExtras`, where ``return_cell_states`` or ``return_gates`` is True.
+        P); c_n (L * D, B, H). The dtype is that of ``input``, or autocast's if autocast is on. If
+        ``return_cell_states`` or ``return_gates`` is True, there is a third element, :class:`lstm_ext.LSTMExtras`.
 
     Raises:
-        TypeError: ``input``, ``hx`` or ``weights`` is not made of tensors, or another argument is of a wrong type.
-        ValueError: a wrong shape, number of weights, dtype, device or value; the text names the argument.
+        TypeError: ``input``, ``hx`` or ``weights`` is not made of tensors, or another argument has a wrong type.
+        ValueError: a shape, number of weights, dtype, device or value is wrong; the text names the argument.
         RuntimeError: the sequence is empty (T == 0), with torch's text.
     """
-    return stack.lstm(
+    return run.lstm(
         route.lstm_layer,
         input,
         hx,
@@ -83,10 +83,10 @@ def lstm(
         training,
         bidirectional,
         batch_first,
-        recurrent_dropout,
-        zoneout,
-        norm_weights,
-        recompute,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        norm_weights=norm_weights,
+        recompute=recompute,
         lengths=lengths,
         resets=resets,
         reset_state=reset_state,

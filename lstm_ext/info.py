@@ -1,6 +1,7 @@
-"""python -m lstm_ext.info: what is installed, how it was built, what runs here. Exit code 1 without the extension.
+"""python -m lstm_ext.info: says what is installed, how it was built and what runs here.
+The exit code is 1 without the extension.
 
-python -m lstm_ext.info --operators: only the path of the operators' library, as `operators_library` gives it.
+python -m lstm_ext.info --operators: prints only the path of the operators' library, as `operators_library` returns it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from .native import config, cuda, loader, selftest_record
+from .native import config, cuda, jit, loader, selftest_record
 
 
 def operators_library() -> str:
     """The path of the shared library that registers the operators, ``torch.ops.lstm_ext``.
 
-    A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; it needs no
-    Python. The process has to be linked with all of libtorch (``-Wl,--no-as-needed -ltorch``): a library that was built
-    with CUDA needs that of libtorch. See examples/aoti_inference.
+    A C++ process that has libtorch loads it with ``dlopen`` before it runs a model made by AOTInductor; the library
+    needs no Python. The process has to be linked with all of libtorch (``-Wl,--no-as-needed -ltorch``), because a
+    library that was built with CUDA needs the CUDA part of libtorch. See examples/aoti_inference.
 
     Raises:
         ImportError: there is no compiled extension; the text says why.
@@ -112,22 +113,22 @@ def _changed_sources(status: loader.Status) -> str | None:
     record = config.read_record(Path(str(status.path)).parent)
     if source_dir is None or record is None or record.get("sources") == config.digest(source_dir):
         return None
-    return f"{source_dir} has changed since the build: rebuild with {loader._build_command()}"
+    return f"{source_dir} has changed since the build: rebuild with {loader.build_command()}"
 
 
 def _aot_state() -> str:
-    path = loader._find_aot()
+    path = loader.find_aot()
     if path is None:
-        return f"no {config.MODULE} here: build it with {loader._build_command()}"
+        return f"no {config.MODULE} here: build it with {loader.build_command()}"
     try:
-        loader._check_record(path)
+        loader.check_record(path)
     except ImportError as error:
         return f"does not fit: {error}"
     return f"there, not in use: {path}"
 
 
 def _jit_state() -> str:
-    problem = loader.jit_problem()
+    problem = jit.problem()
     return f"cannot be built: {problem}" if problem else "can be built (LSTM_EXT_BACKEND=jit)"
 
 

@@ -1,7 +1,6 @@
 """``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``.
 
-Needs the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``), when one of its functions is called and not
-before.
+Its functions need the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``); importing this module does not.
 """
 
 from __future__ import annotations
@@ -13,16 +12,14 @@ from typing import Any
 import torch
 
 from .layer import equations
-from .layer.options import LayerExtras
+from .layer.layer_call import LayerCall, LayerOptions
+from .layer.route import UnsupportedLayerError
+from .layer.shapes import weights_per_direction
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
-# The gates' rows: i, f, g, o here and i, o, f, c there, where c is our g.
+# The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g.
 _GATES = (0, 3, 1, 2)
-
-
-class UnsupportedLayerError(NotImplementedError):
-    """A layer that the operator ``LSTM`` of ONNX cannot express."""
 
 
 def export(
@@ -35,8 +32,8 @@ def export(
 ) -> Any:
     """``torch.onnx.export(model, args, f, dynamo=True, ...)`` for a model that contains layers of this package.
 
-    The weights are stored in the gates' order of ONNX. Everything else is as without this function, and as without
-    it, a batch size and a sequence length that may change have to be named in ``dynamic_shapes``::
+    The file holds the weights in the gates' order of ONNX. Everything else is as in ``torch.onnx.export``; as there,
+    ``dynamic_shapes`` has to name a batch size and a sequence length that may change::
 
         batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
         lstm_ext.onnx.export(model.eval(), (x,), "model.onnx", dynamic_shapes=({0: batch, 1: time},))
@@ -47,17 +44,17 @@ def export(
         options: the other arguments of ``torch.onnx.export``, by name, except ``dynamo``.
 
     Returns:
-        the ``torch.onnx.ONNXProgram``, also where ``f`` is given.
+        the ``torch.onnx.ONNXProgram``, also if ``f`` is given.
 
     Raises:
-        ImportError: onnx or onnxscript is missing, or the compiled extension.
-        UnsupportedLayerError: a layer with a projection, or packed input; an ``ExportedProgram`` of a layer with extras
-            whose number of steps may change.
+        ImportError: onnx, onnxscript or the compiled extension is missing.
+        UnsupportedLayerError: the model has a layer with a projection, or with packed input; or it is an
+            ``ExportedProgram`` of a layer with options whose number of steps may change.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = _with_equations(model)
     table = translation_table() | (custom_translation_table or {})
-    # Saved here, when the weights are in place.
+    # The program is saved below, when its weights are in the order of ONNX.
     saving = {
         "include_initializers": options.pop("export_params", True),
         "keep_initializers_as_inputs": options.pop("keep_initializers_as_inputs", False),
@@ -80,13 +77,16 @@ def export(
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)`` needs to know of this package.
+    """The translations of this package, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
-    Of large weights the file then holds the original and the nodes that bring the gates into the order of ONNX, which
-    a runtime does once, when it loads the model; :func:`export` stores them in that order.
+    With the table alone, the file holds large weights in torch's order, and nodes that bring the gates into the order
+    of ONNX; a runtime runs these nodes once, when it loads the model. :func:`export` stores the weights in that order.
+
+    Returns:
+        a function for each operator of this package, as ``custom_translation_table`` takes it.
 
     Raises:
-        ImportError: onnx or onnxscript is missing, or the compiled extension.
+        ImportError: onnx, onnxscript or the compiled extension is missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -104,18 +104,23 @@ def _translated_layer(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
-) -> tuple[Any, Any, Any]:
+    **options: Any,
+) -> tuple[Any, ...]:
     """The operator ``lstm_layer`` in the operators of ONNX; the exporter calls it with symbolic values."""
     from onnxscript import ir
     from onnxscript import opset18 as op
 
     directions = 2 if bidirectional else 1
-    per_set = len(weights) // directions
+    per_set, projected = weights_per_direction(len(weights), has_bias, bidirectional)
     if batch_sizes is not None:
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
-    if per_set == (5 if has_bias else 3):
+    if options:
+        raise UnsupportedLayerError(
+            f"lstm_ext.onnx: the operator LSTM of ONNX has no {', '.join(options)}: export the module, not a program"
+        )
+    if projected:
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a layer with a projection (proj_size > 0) cannot be exported: "
             "the operator LSTM of ONNX has none"
@@ -123,7 +128,7 @@ def _translated_layer(
     kinds = [weights[kind::per_set] for kind in range(per_set)]  # each with one weight a direction
     hidden, features = weights[1].shape[1], weights[0].shape[1]
     dtype = input.dtype
-    # As in the kernels: between the arguments and the results all is float32.
+    # As in the kernels, everything between the arguments and the results is float32.
     widened = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
     def wide(x: Any) -> Any:
@@ -156,16 +161,18 @@ def _translated_layer(
     # (T, directions, B, H) to (T, B, directions * H)
     output = op.Transpose(output, perm=[0, 2, 1, 3])
     output = op.Reshape(output, op.Constant(value_ints=[0, 0, directions * hidden]))
-    return narrow(output), narrow(h_n), narrow(c_n)
+    # Cell states and gate values are not requested.
+    nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), input)
+    return narrow(output), narrow(h_n), narrow(c_n), nothing, nothing
 
 
 def _with_equations(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with torch's operators in place of that of a layer with extras, for which ONNX has none."""
+    """The program with torch's operators in place of each layer that has options, for which ONNX has no operator."""
     from . import ops
 
-    if not any([node.target is ops.lstm_layer_with_extras for node in program.graph.nodes]):
+    if not any([node.target is ops.lstm_layer and node.kwargs for node in program.graph.nodes]):
         return program
-    return program.run_decompositions({ops.lstm_layer_with_extras: _equations})
+    return program.run_decompositions({ops.lstm_layer: _equations})
 
 
 def _equations(
@@ -176,22 +183,22 @@ def _equations(
     batch_sizes: torch.Tensor | None,
     has_bias: bool,
     bidirectional: bool,
-    *others: Any,
-) -> tuple[torch.Tensor, ...]:
-    """The operator ``lstm_layer_with_extras`` in torch's operators."""
-    *operands, return_cell_states, return_gates = others
+    **options: Any,
+) -> Any:
+    """The operator ``lstm_layer`` in torch's operators; NotImplemented, which leaves the operator, without options."""
+    if not options:
+        return NotImplemented
     if batch_sizes is not None or not isinstance(input.size(0), int):
         raise UnsupportedLayerError(
-            "lstm_ext.onnx: a layer with extras is exported step by step: it needs padded sequences and a fixed number "
-            "of steps"
+            "lstm_ext.onnx: a layer with options is exported step by step: it needs padded sequences and a fixed "
+            "number of steps"
         )
-    extras = LayerExtras.from_operands(operands, return_cell_states, return_gates)
-    results = equations.lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras)
-    return tuple([input.new_empty(0) if r is None else r for r in results])
+    call = LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, LayerOptions(**options))
+    return tuple([input.new_empty(0) if r is None else r for r in equations.lstm_layer(call)])
 
 
 def _fold_weights(model: Any) -> None:
-    """Compute what lies between the weights and the layers, whatever their size: the exporter stops at a few kB."""
+    """Compute all nodes between the weights and the layers. The exporter does so only up to a few kB."""
     from onnxscript import optimizer
 
     before = [
@@ -209,7 +216,7 @@ def _fold_weights(model: Any) -> None:
             before += [value.producer() for value in node.inputs if value is not None]
     optimizer.fold_constants(
         model,
-        # A node whose inputs are all known is asked for; weights that the model computes are not among them.
+        # A node is folded only if all its inputs are known, so never a weight that the model computes.
         should_fold=lambda node: True if node in found else None,
     )
     optimizer.remove_unused_nodes(model)

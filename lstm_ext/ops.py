@@ -1,66 +1,75 @@
 """The registered operators, ``torch.ops.lstm_ext``: one call computes one layer, all time steps, both directions.
 
-They are what a tracer sees (``torch.compile``, ``torch.export``, ``make_fx``, fake and meta tensors) and what a C++
-process calls that loads the operators' library. This module gives them shapes without values (fake kernels) and
-FLOP counts; :func:`lstm_ext.native.loader.extension` imports it once the library is loaded.
+Tracers see these operators (``torch.compile``, ``torch.export``, ``make_fx``, fake and meta tensors), and a C++ process
+that loads the operators' library calls them. Importing this module loads the library and registers fake kernels (shapes
+without values) and FLOP counts.
 
 T time steps, B batch rows, I input features, H hidden units, P the projection's size, or H without one, D = 2 if
 bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T, B), and B = batch_sizes[0].
 
-``lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional) -> (output, h_n, c_n)``
-    input (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence; h0 (D, B, P) and
-    c0 (D, B, H), None means zeros; weights: one set per direction of weight_ih (4H, I), weight_hh (4H, P), bias_ih
-    and bias_hh (4H) if ``has_bias``, weight_hr (P, H) with a projection; all of input's dtype. Gives output
-    (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H). Differentiable once.
+``lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS) -> (output, h_n, c_n,
+cell_states, gate_values)``
+    input (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence; h0 (D, B, P) and c0
+    (D, B, H), None means zeros; weights: for each direction weight_ih (4H, I), weight_hh (4H, P), bias_ih and bias_hh
+    (4H) if ``has_bias``, weight_hr (P, H) with a projection; all of input's dtype. It returns output (T, B, D * P) or
+    (N, D * P), h_n (D, B, P), c_n (D, B, H), and on request cell_states (D, T, B, H) or (D, N, H) and gate_values, the
+    same with a last axis of 4: i, f, g, o, after the nonlinearity. A result that is not requested has no elements. The
+    operator is differentiable once.
 
-``lstm_layer_forward(...) -> (output, h_n, c_n, gates, cells, hidden)``
-    The same, and what the backward pass needs: gates (D, T, B, 4H) or (D, N, 4H), cells and, with a projection,
-    hidden (D, T, B, H) or (D, N, H); hidden is empty without one. Of input's dtype; for the 16-bit dtypes cells are
-    float32, and on the CPU gates and hidden too. On CUDA, gates are those before the nonlinearity.
+OPTIONS are keyword arguments for everything that a layer does beyond ``torch.nn.LSTM``. With the defaults it is the
+plain layer. docs/options.md says which of them run on the kernels.
+    ``resets=None``: bool (T, B) or (N): a flag at time t cuts the row between the times t - 1 and t, in both
+    directions;
+    ``reset_h=None``, ``reset_c=None``: the state that replaces the one before, (D, B, P) and (D, B, H), None means
+    zeros.
+    ``lengths=None``: int64 (B), how many steps of a row count. Not together with ``batch_sizes``.
+    ``recurrent_mask=None``: (D, B, P), h is multiplied by it before its product with weight_hh; float32 for the 16-bit
+    dtypes.
+    ``keep_h=None``, ``keep_c=None``: bool (D, T, B, P) and (D, T, B, H), or (D, N, ...): where zoneout keeps the
+    previous state; ``zoneout_h=0``, ``zoneout_c=0``: the share of it that is kept, used if there are no flags.
+    ``norm=None``: the parameters of layer normalisation, for each direction gain_ih (4H), gain_hh (4H), gain_c (H), and
+    bias_c (H) if ``has_bias``.
+    ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
 
-``lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates, cells,
-hidden, has_bias, bidirectional, wanted) -> Tensor[]``
-    ``wanted`` has an entry for input, h0, c0 and each weight, and so has the result: its gradient, or, where
-    ``wanted`` is False, a tensor without elements. A gradient of an output that is None means zeros.
+``lstm_layer_forward(...) -> (output, h_n, c_n, cell_states, gate_values, gates, cells, hidden, norm_products,
+norm_factors)``
+    It returns the same, and the tensors that the backward pass needs: gates (D, T, B, 4H) and cells (D, T, B, H); with
+    a projection hidden (D, T, B, H); with layer normalisation the normalised products (2 D, T, B, 4H), those of the
+    input before those of h, and the factors that they were multiplied by, (D, T, B, 2). Packed data has N in place of
+    T, B. A tensor that the layer does not need has no elements. cells and norm_factors are of input's dtype, or float32
+    for the 16-bit dtypes. The others are so on the CPU, too; on CUDA they are of input's dtype. gates are the gate
+    values on the CPU and the preactivations on CUDA. The operator is not differentiable.
 
-The layer with what goes beyond ``torch.nn.LSTM`` has three operators of its own. EXTRAS stands for ``resets, reset_h,
-reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm``: as the attributes of
-:class:`lstm_ext._extras.LayerExtras`, where a tensor may be None, kept_h and kept_c are the bool masks of zoneout,
-zoneout_h and zoneout_c the shares that are kept where there is no mask, and norm is a list, empty without layer
-normalisation. Which of them the kernels serve: docs/extras.md.
+``lstm_layer_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS, grad_output, grad_h_n,
+grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, norm_products, norm_factors, needs_grad) ->
+Tensor[]``
+    ``needs_grad`` has an entry for input, h0, c0, each weight, reset_h, reset_c and each parameter of norm, and so has
+    the result: its gradient, or, where ``needs_grad`` is False, a tensor without elements. A gradient of a result that
+    is None means zeros; hidden, norm_products and norm_factors may be None where they have no elements. The operator is
+    not differentiable.
 
-``lstm_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, return_cell_states,
-return_gates) -> (output, h_n, c_n, cell_states, gate_values)``
-    cell_states (D, T, B, H) or (D, N, H), gate_values the same with a last axis of 4: i, f, g, o, after the
-    nonlinearity; without elements where they are not asked for. Of input's dtype. Differentiable once.
-
-``lstm_layer_with_extras_forward(...) -> (output, h_n, c_n, cell_states, gate_values, gates, cells, hidden,
-normalised_products, norm_factors)``
-    The same, and what the backward pass needs: gates, cells and hidden as above, and with layer normalisation the
-    normalised products, as gates, but (2 D, ...), those of the input before those of h, and what they were multiplied
-    by, (D, T, B, 2) or (D, N, 2), of the dtype of cells; without elements where there are none. With
-    ``lengths`` they have the shapes of the padded data.
-
-``lstm_layer_with_extras_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, EXTRAS, grad_output,
-grad_h_n, grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, normalised_products,
-norm_factors, wanted) -> Tensor[]``
-    As ``lstm_layer_backward``; after those of the weights, ``wanted`` has entries for reset_h, reset_c and norm.
+All raise RuntimeError or ValueError for arguments that do not fit, and name the argument.
 """
 
-from .layer.operators import (
-    lstm_layer,
-    lstm_layer_backward,
-    lstm_layer_forward,
-    lstm_layer_with_extras,
-    lstm_layer_with_extras_backward,
-    lstm_layer_with_extras_forward,
-)
+from __future__ import annotations
 
-__all__ = [
-    "lstm_layer",
-    "lstm_layer_backward",
-    "lstm_layer_forward",
-    "lstm_layer_with_extras",
-    "lstm_layer_with_extras_backward",
-    "lstm_layer_with_extras_forward",
-]
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .layer import operators
+from .native import loader
+
+__all__ = ["lstm_layer", "lstm_layer_backward", "lstm_layer_forward"]
+
+# A process may have loaded the operators' library by itself.
+if not hasattr(torch.ops.lstm_ext, "lstm_layer") and loader.extension() is None:
+    raise ImportError(
+        f"lstm_ext.ops needs the compiled extension, which is not there: {loader.status().reason}"
+    )
+operators.register()
+
+lstm_layer: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer.default
+lstm_layer_forward: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer_forward.default
+lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default

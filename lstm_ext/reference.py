@@ -13,39 +13,38 @@ direction computes
     h_t = o_t * tanh(c_t)                                       without a projection
     h_t = W_hr (o_t * tanh(c_t))                                with one (proj_size > 0)
 
-as Gers, Schmidhuber and Cummins (2000) give them, without peepholes, and Sak et al. (2014,
-https://arxiv.org/abs/1402.1128) for the projection; these are the equations of ``torch.nn.LSTM``. The four
-gates' rows lie one after the other in the weights: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction
-runs from the last step to the first.
+These are the equations of ``torch.nn.LSTM``: those of Gers, Schmidhuber and Cummins (2000) without peepholes, and for
+the projection those of Sak et al. (2014, https://arxiv.org/abs/1402.1128). The weights hold the four gates' rows one
+after the other: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction runs from the last step to the first.
 
-What a layer can do beyond that (``extras``), in the order in which step t does it:
+The options of a layer, which torch does not have, in the order in which step t applies them:
 
 .. code-block:: text
 
     resets                  h_{t-1}, c_{t-1} = reset_h, reset_c, or zeros, in the rows where resets_t is true, before
-                            all else; no gradient reaches the state that is replaced. The reverse direction is cut at
-                            the same borders: its state is replaced after a step where resets_t is true, except after
-                            the first step of the sequence, where its result is the final state.
+                            all else; no gradient reaches the state that is replaced. A flag cuts a row between the
+                            times t - 1 and t in both directions: the reverse direction replaces its state before the
+                            step at time t where resets_{t+1} is true.
     recurrent_dropout       W_h* h_{t-1} becomes W_h* (m * h_{t-1}), with one m of 0 or 1 / (1 - p) for all steps
     layer_norm              W_i* x_t + b_i* becomes gain_ih * N(W_i* x_t) + b_i*, and W_h* h_{t-1} + b_h* becomes
-                            gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H pre-activations of the gates together,
+                            gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H preactivations of the gates together,
                             and h_t = o_t * tanh(gain_c * N(c_t) + bias_c), with N over the H units.
                             N(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), with the biased variance.
-    zoneout                 of what the equations above give, c'_t and h'_t (with a projection: the projected h'_t),
-                            c_t = k_c * c_{t-1} + (1 - k_c) * c'_t, h_t = k_h * h_{t-1} + (1 - k_h) * h'_t,
-                            k random, 0 or 1, for each element and step in training, and their mean in evaluation;
-                            h'_t is made of c'_t, not of c_t
+    zoneout                 c_t = k_c * c_{t-1} + (1 - k_c) * c'_t and h_t = k_h * h_{t-1} + (1 - k_h) * h'_t, where
+                            c'_t and h'_t are the results of the equations above (with a projection, the projected
+                            h'_t); h'_t is made of c'_t, not of c_t. In training k is random, 0 or 1, for each element
+                            and step; in evaluation it is the mean of that.
     lengths                 from step lengths[b] on, row b keeps its h and c, and its output is 0
 
-Recurrent dropout is that of Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates,
-as in Keras 3. Zoneout is that of Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation is that
-of Ba, Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), as in the library Haste: c_t
-goes on as it is, and only what h_t sees of it is normalised (the cells of TorchScript's ``fastrnns`` benchmark carry
-the normalised c_t on, which is another layer). The paper adds a shift to each of the two products and a bias to their
-sum; the two biases of the layer are that already.
+Recurrent dropout follows Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates, as
+in Keras 3. Zoneout follows Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation follows Ba,
+Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on
+as it is, and only h_t sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t
+on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases
+of the layer serve as both.
 
-Every function is differentiable as often as one likes and takes any device and any dtype. bfloat16 and float16
-are computed in float32, the cell state included, and rounded once, at the end of a layer.
+Every function is differentiable any number of times and takes any device and any dtype. bfloat16 and float16 are
+computed in float32, the cell state included, and rounded once, at the end of a layer.
 """
 
 from __future__ import annotations
@@ -56,10 +55,50 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import stack
-from .layer.equations import lstm_layer
+from .call import run
+from .layer import equations
+from .layer.layer_call import PLAIN, LayerCall, LayerOptions
 
 __all__ = ["lstm", "lstm_layer"]
+
+
+def lstm_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    options: LayerOptions | None = None,
+) -> tuple[Any, ...]:
+    """Compute one layer: all time steps, and both directions if ``bidirectional``.
+
+    T steps, B sequences, I features, H hidden units, D = 2 if bidirectional else 1, P the projection's size, or H
+    without one.
+
+    Args:
+        input: (T, B, I), T >= 1, any strides; with ``batch_sizes`` (N, I), N their sum.
+        h0: (D, B, P), or None for zeros.
+        c0: (D, B, H), or None for zeros.
+        weights: D sets of ``w_ih (4H, I), w_hh (4H, P)[, b_ih (4H), b_hh (4H)][, w_hr (P, H)]``.
+        batch_sizes: (T,), int64 on the CPU, of a ``torch.nn.utils.rnn.PackedSequence``; None for dense input.
+        bias: whether the sets hold the two biases.
+        bidirectional: whether there are two sets, the second for the reverse direction.
+        options: what the layer does beyond ``torch.nn.LSTM``; `LayerOptions` has the shapes. ``recompute`` changes
+            nothing here.
+
+    Returns:
+        output (T, B, D * P), or (N, D * P) with ``batch_sizes``, h_n (D, B, P), c_n (D, B, H); none of them
+        shares memory with another. With ``options`` also the cell states, (D, T, B, H) or (D, N, H), and the gate
+        values i, f, g, o, the same with a last axis of 4; None where they are not requested.
+
+    Raises:
+        RuntimeError, ValueError: a shape or the number of weights is wrong, or batch sizes make no sense.
+    """
+    call = LayerCall(input, h0, c0, weights, batch_sizes, bias, bidirectional, options or PLAIN)
+    results = equations.lstm_layer(call)
+    return results[:3] if options is None else results
 
 
 def lstm(
@@ -85,8 +124,8 @@ def lstm(
     return_gates: bool = False,
 ) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
-    return stack.lstm(
-        lstm_layer,
+    return run.lstm(
+        equations.lstm_layer,
         input,
         hx,
         weights,
@@ -96,10 +135,10 @@ def lstm(
         training,
         bidirectional,
         batch_first,
-        recurrent_dropout,
-        zoneout,
-        norm_weights,
-        recompute,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        norm_weights=norm_weights,
+        recompute=recompute,
         lengths=lengths,
         resets=resets,
         reset_state=reset_state,

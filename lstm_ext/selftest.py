@@ -1,9 +1,9 @@
 """python -m lstm_ext.selftest [--device cpu|cuda]: checks every kernel variant on this machine's devices.
 
-Each line is one check: values and all gradients of one layer, through the registered operators, against
-``lstm_ext.reference`` in float64. An error is ``|out - ref| / |ref|`` (2-norms); allowed is twice that of the
-reference at the same dtype + 4 eps, and 64 eps in float64, in which the reference is no more exact than the kernels.
-Exit code 1 if a check fails. What passed is recorded for this user and device (see ``selftest_record``).
+Each line is one check: it compares the values and all gradients of one layer, computed by the registered operators,
+with ``lstm_ext.reference`` in float64. An error is ``|out - ref| / |ref|`` (2-norms). It may be twice the error of the
+reference at the same dtype + 4 eps; in float64, where the reference is no more exact than the kernels, 64 eps. The exit
+code is 1 if a check fails. The result is recorded for this user and device (see ``native/selftest_record.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .native import cuda, loader, selftest_record
+from .native import config, cuda, loader, selftest_record
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TF32_EPS = 2.0**-10
@@ -100,7 +100,7 @@ def _numbers(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Te
 
 
 class Problem:
-    """One layer to compute: the arguments hold zeros until `fill`, so that it shows who computes too early."""
+    """One layer to compute. The arguments hold zeros until `fill`, which exposes a kernel that reads them too early."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         arguments, grads = _numbers(case, dtype)
@@ -117,7 +117,7 @@ class Problem:
                 argument.copy_(self.numbers[name])
 
     def compute(self, layer: Callable[..., Any]) -> Results:
-        """What inference gives, what training gives, and the gradients."""
+        """The results of inference, the results of training, and the gradients."""
         case = self.case
 
         def run() -> list[Tensor]:
@@ -140,12 +140,12 @@ class Problem:
 
 
 def _operator(*arguments: Any) -> Any:
-    return torch.ops.lstm_ext.lstm_layer(*arguments)
+    return torch.ops.lstm_ext.lstm_layer(*arguments)[:3]  # without options it has no other results
 
 
 @functools.cache
 def _expected(case: Case, dtype: torch.dtype) -> tuple[Results, dict[str, float]]:
-    """In float64, and the errors of the reference at the dtype."""
+    """The expected results in float64, and the errors of the reference at the dtype."""
     cpu = torch.device("cpu")
     exact, rounded = Problem(case, dtype, cpu), Problem(case, dtype, cpu)
     exact.numbers = _numbers(case, dtype)[0]
@@ -178,7 +178,7 @@ class Verdict:
 
 
 def judge(results: Results, case: Case, dtype: torch.dtype, eps: float | None = None) -> Verdict:
-    """By the tensor that is nearest to what is allowed, or furthest beyond it."""
+    """The verdict by the tensor whose error is the largest share of what is allowed."""
     ref, errors_of_reference = _expected(case, dtype)
     eps = torch.finfo(dtype).eps if eps is None else eps
     worst, text = 0.0, ""
@@ -201,7 +201,7 @@ def _plainly(problem: Problem) -> Results:
 
 
 def _on_a_stream(problem: Problem) -> Results:
-    """The stream is busy, then fills the arguments: a kernel on another one would read the zeros."""
+    """Fills the arguments on a stream that is busy at first. A kernel on another stream would read the zeros."""
     device = next(iter(problem.numbers.values())).device
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
@@ -214,7 +214,7 @@ def _on_a_stream(problem: Problem) -> Results:
 
 
 def _in_a_graph(problem: Problem) -> Results:
-    """Captured with zeros in the arguments, replayed with them, then with the numbers."""
+    """Captures a graph with zeros in the arguments, replays it with them and then with the numbers."""
     device = next(iter(problem.numbers.values())).device
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
@@ -272,7 +272,7 @@ def _check(
 
 
 def cpu_checks() -> Iterator[Check]:
-    """While one of them is in use, its instruction set is."""
+    """The checks of each instruction set; while one of them runs, its set is in use."""
     module = loader.extension()
     assert module is not None
     before = module.cpu_capability()
@@ -286,7 +286,7 @@ def cpu_checks() -> Iterator[Check]:
 
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
-    for kernel in cuda.IN_THIS_RELEASE:
+    for kernel in config.CUDA_KERNELS_OF_THIS_RELEASE:
         for dtype, case in itertools.product(DTYPES, CASES):
             yield _check(kernel, case, dtype, device)
         for case in CASES:
@@ -297,13 +297,13 @@ def cuda_checks(device: torch.device) -> Iterator[Check]:
 
 
 def run(device: torch.device, checks: Iterator[Check]) -> bool:
-    """Prints a line for each check and records the result; whether all passed."""
+    """Prints a line for each check and records the result. Returns whether all passed."""
     good: dict[str, bool] = {}
     count = failures = 0
     for check in checks:
         try:
             verdict = check.run()
-        except Exception as error:  # whatever it is, it is a line of the report and the others go on
+        except Exception as error:  # any error becomes a line of the report, and the other checks go on
             verdict = Verdict(False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         good[check.variant] = good.get(check.variant, True) and verdict.passed
         count += 1
@@ -323,7 +323,7 @@ def run(device: torch.device, checks: Iterator[Check]) -> bool:
 
 
 def cuda_devices() -> tuple[list[torch.device], list[str]]:
-    """Those with kernels, and why the others have none."""
+    """The CUDA devices with kernels, and for each other one the reason why it has none."""
     status = loader.status()
     if not torch.cuda.is_available():
         return [], ["there is no GPU that this torch can use"]

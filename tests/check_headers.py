@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +67,7 @@ def torch_include_dirs() -> list[str]:
         return []
     from torch.utils.cpp_extension import include_paths
 
-    return include_paths("cpu")
+    return [*include_paths("cpu"), sysconfig.get_paths()["include"]]  # its header for Python includes Python.h
 
 
 def flags(header: Path, torch_dirs: list[str], cuda_dir: Path | None) -> Iterator[list[str]]:

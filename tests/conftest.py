@@ -1,18 +1,29 @@
 """A run that tests the wrong thing fails: without the compiled extension, and with a skip nobody has agreed to.
 
-Tests marked ``devices("cpu", "cuda")``, most often by a file's ``pytestmark``, run once on each of these devices: what
-they make without saying where, is made there. A mark on a test goes before that of its file. All others run on the CPU.
-``--device cuda`` runs what is for CUDA and nothing else, and fails where that cannot be; without the option CUDA's
-tests are skipped there.
+Tests marked ``devices("cpu", "cuda")``, most often by a file's ``pytestmark``, run once on each of these devices. The
+device is the default of everything that such a test makes. A mark on a test replaces that of its file. All others run
+on the CPU. Without a GPU that the kernels run on, the tests of CUDA are not collected. ``--device cuda`` runs the tests
+of CUDA and nothing else, and fails where they cannot run.
+
+Tests run side by side, in pytest-xdist's processes, each with one thread. A test marked ``alone`` has the machine to
+itself, and torch's own number of threads: it measures a time, or its threads wait for each other in a loop, which takes
+ages where they share a core.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported. Each process would have a pool of inductor's compilers, and torch 2.11 can wait minutes for
+# them as it exits.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -23,8 +34,7 @@ _unexpected: list[str] = []
 
 
 DEVICES = ("cpu", "cuda")
-NO_GPU = "no GPU with kernels"
-NO_GPU_PATTERN = "*cuda]"  # in expected_skips.txt
+THREADS = torch.get_num_threads()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,17 +43,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "devices(*names): the devices that a test runs on")
+    config.addinivalue_line("markers", "alone: no other test runs at the same time")
 
 
 @functools.cache
 def _problem_of_cuda() -> str | None:
     """Why the tests of CUDA cannot run here."""
-    from lstm_ext.native import devices as native_devices
+    from lstm_ext.native import cuda as native_cuda
 
     if not torch.cuda.is_available():
-        return f"{NO_GPU}: torch finds none"
-    problem = native_devices.problem(torch.cuda.current_device())
-    return None if problem is None else f"{NO_GPU}: {problem}"
+        return "torch finds no GPU"
+    return native_cuda.problem(torch.cuda.current_device())
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of pytest-xdist's processes. It reports to the first process, which judges the run."""
+    return hasattr(config, "workerinput")
 
 
 def _expected_skips() -> list[re.Pattern[str]]:
@@ -54,14 +69,14 @@ def _expected_skips() -> list[re.Pattern[str]]:
             pattern, separator, reason = line.partition("  #")
             if not separator or not reason.strip():
                 raise pytest.UsageError(f"expected_skips.txt: no reason given in {line!r}")
-            if pattern.strip() == NO_GPU_PATTERN and _problem_of_cuda() is None:
-                continue  # here a test of CUDA that is skipped is one too few
             # Not fnmatch: the brackets in a test's id are not sets of characters.
             patterns.append(re.compile(re.escape(pattern.strip()).replace(r"\*", ".*")))
     return patterns
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    if _is_worker(session.config):
+        return
     try:
         from lstm_ext.native import loader
 
@@ -78,24 +93,39 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[_PATTERNS] = _expected_skips()
 
 
+def _chosen_devices(config: pytest.Config) -> tuple[str, ...]:
+    chosen = config.getoption("--device")
+    if chosen is not None:
+        return (chosen,)
+    return DEVICES if _problem_of_cuda() is None else ("cpu",)
+
+
 @pytest.hookimpl(trylast=True)  # the device is the last part of a test's id
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("devices")
     if marker is not None:
-        metafunc.parametrize("device", marker.args, indirect=True)
+        here = [name for name in marker.args if name in _chosen_devices(metafunc.config)]
+        # A test for none of the chosen devices is deselected below: pytest would skip it for want of a parameter.
+        metafunc.parametrize("device", here or marker.args[:1], indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = config.getoption("--device")
-    if chosen is None:
-        return
-
     def device_of(item: pytest.Item) -> str:
         # Others may have a parameter of this name that means something else.
         return item.callspec.params["device"] if item.get_closest_marker("devices") else "cpu"
 
-    config.hook.pytest_deselected(items=[item for item in items if device_of(item) != chosen])
-    items[:] = [item for item in items if device_of(item) == chosen]
+    chosen = _chosen_devices(config)
+    config.hook.pytest_deselected(items=[item for item in items if device_of(item) not in chosen])
+    items[:] = [item for item in items if device_of(item) in chosen]
+    # The tests of one case for each instruction set follow each other, since cases.py keeps what torch makes of it.
+    groups: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        key: object = item.nodeid
+        if hasattr(item, "callspec") and "capability" in item.callspec.params:
+            others = {k: v for k, v in item.callspec.indices.items() if k not in ("capability", "threads")}
+            key = item.parent.nodeid, item.originalname, tuple(others.items())
+        groups.setdefault(key, []).append(item)
+    items[:] = [item for group in groups.values() for item in group]
 
 
 def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -104,12 +134,15 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
         _skips.append((report.nodeid, str(reason)))
 
 
+# With pytest-xdist, the first process gets the reports of all.
 pytest_runtest_logreport = _note_skip
 pytest_collectreport = _note_skip
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _is_worker(session.config):
+        return
     patterns = session.config.stash.get(_PATTERNS, [])
     _unexpected.extend(
         f"{nodeid}: {reason}" for nodeid, reason in _skips if not any(p.fullmatch(nodeid) for p in patterns)
@@ -118,20 +151,44 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, str] | None:
-    """A kind of their own for tests that want a GPU: counted, and not listed one by one."""
-    if report.skipped and isinstance(report.longrepr, tuple) and f"Skipped: {NO_GPU}" in report.longrepr[2]:
-        return "skipped for want of a GPU", "", "SKIPPED"
-    return None
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if wanting := len(terminalreporter.stats.get("skipped for want of a GPU", ())):
-        terminalreporter.write_line(f"SKIPPED [{wanting}] tests for CUDA: {_problem_of_cuda()}")
+    if (problem := _problem_of_cuda()) is not None:
+        terminalreporter.write_line(f"tests of CUDA were not collected: {problem}")
     if _unexpected:
         terminalreporter.section("skips that tests/expected_skips.txt does not list", red=True)
         for line in _unexpected:
             terminalreporter.line(line)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough while a forked process has the file too
+
+
+@pytest.fixture(scope="session")
+def _locks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A folder that all processes of this run share."""
+    if not _is_worker(request.config):
+        return None
+    return tmp_path_factory.getbasetemp().parent
+
+
+@pytest.fixture(autouse=True)
+def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -> Iterator[None]:
+    """One thread beside the tests of other processes; all threads and no other test for one that is `alone`."""
+    alone = request.node.get_closest_marker("alone") is not None
+    with contextlib.ExitStack() as locks:
+        if _locks is not None:
+            # Who waits for the room waits in the door, so that tests that share the room cannot go on for ever.
+            with _locked(_locks / "door", fcntl.LOCK_EX):
+                locks.enter_context(_locked(_locks / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        torch.set_num_threads(THREADS if alone else 1)
+        yield
 
 
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
@@ -155,8 +212,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "cpu":  # the default as it is
         yield name
         return
-    if problem := _problem_of_cuda():
-        pytest.skip(problem)
     torch.set_default_device(name)
     allow_tf32(False)
     try:

@@ -2,9 +2,9 @@
 
     python tests/cuda_checks.py [--device cuda|cpu] [--quick] [NAME ...]
 
-Writes one line of JSON before and one after each check, so that whoever reads them knows at which one a process died.
-Results: "passed", "failed", or "not run" with the reason. With ``--device cpu`` (to try out the checks themselves)
-whatever is about GPUs is not run. pytest runs the same checks: tests/test_cuda.py.
+Writes one line of JSON before and one after each check, so that its reader knows at which one a process died.
+Results: "passed", "failed", or "not run" with the reason. With ``--device cpu`` (to try out the checks themselves) the
+checks that are about GPUs do not run. pytest runs the same checks: tests/test_cuda_checks.py.
 """
 
 from __future__ import annotations

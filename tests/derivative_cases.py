@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
-from lstm_ext import functional, reference
-from lstm_ext.layer import route
+from lstm_ext import functional
+from lstm_ext.layer import equations, route
 
 F64 = torch.float64
 OPERATORS = ("lstm_layer", "lstm_layer_forward", "lstm_layer_backward")
@@ -209,7 +209,7 @@ def operator_calls() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def on_reference() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route, "lstm_layer", reference.lstm_layer)
+        patch.setattr(route, "lstm_layer", equations.lstm_layer)
         yield
 
 

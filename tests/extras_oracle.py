@@ -48,7 +48,7 @@ def split_mix(seed: int, count: int) -> np.ndarray:
 
 
 def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
-    """What zoneout keeps, as docs/extras.md says that it is drawn on the CPU."""
+    """What zoneout keeps, as docs/options.md says that it is drawn on the CPU."""
     if rate < 2**-16:
         return torch.rand(shape) < rate
     seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()

@@ -38,7 +38,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accuracy import relative_error
 from fuzz_extras import (
     Extras,
     OracleLSTM,
@@ -47,13 +46,13 @@ from fuzz_extras import (
     differing,
     rounding_normalisation,
 )
+from judge import relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import lstm_ext
-from lstm_ext import reference
 from lstm_ext.call import arguments
-from lstm_ext.layer import route
+from lstm_ext.layer import equations, route
 from lstm_ext.native import loader
 
 _C = loader.extension()
@@ -319,7 +318,7 @@ def environment(case: Case) -> Iterator[None]:
     before = _C.cpu_capability(), torch.get_num_threads()
     unread = case.extras is not None and case.extras.unread
     reading = (
-        mock.patch.object(arguments, "_is_readable", lambda x: False) if unread else contextlib.nullcontext()
+        mock.patch.object(arguments, "is_readable", lambda x: False) if unread else contextlib.nullcontext()
     )
     try:
         if case.capability:
@@ -440,7 +439,7 @@ def fast_run(case: Case, tensors: Tensors) -> Run:
     """In float64, by torch's layer or, with extras, by the equations."""
     if case.extras is None:
         return run(nn.LSTM, case, tensors, torch.float64)
-    with mock.patch.object(route, "lstm_layer", reference.lstm_layer):
+    with mock.patch.object(route, "lstm_layer", equations.lstm_layer):
         return run(lstm_ext.LSTM, case, tensors, torch.float64)
 
 

@@ -270,7 +270,7 @@ class OracleLSTM(lstm_ext.LSTM):
                 x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         time, batch = x.shape[:2]
         # The masks are drawn for packed rows where the lengths are known and some steps do not count.
-        if known is None and lengths is not None and arguments._is_readable(torch.tensor(lengths)):
+        if known is None and lengths is not None and arguments.is_readable(torch.tensor(lengths)):
             known = lengths if 0 < sum(lengths) < time * batch else None
 
         masks = drawn(self, time, batch, known, order)

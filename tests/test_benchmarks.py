@@ -12,6 +12,9 @@ import pytest
 
 import lstm_ext
 
+pytestmark = pytest.mark.tools
+
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -79,43 +82,43 @@ def test_figures(results):
 
 def test_report(results, tmp_path):
     path, _ = results
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
     picture = tmp_path / "docs" / "bench.png"
-    run("report.py", path, "--readme", readme, "--picture", picture)
-    text = readme.read_text()
+    run("report.py", path, "--document", page, "--picture", picture)
+    text = page.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n| B | T | I | H | inference, 1 thread |")
     assert text.endswith("\n<!-- bench:end -->\nafter\n")
     assert "old figures" not in text
     assert "| 10 | 30 | 20 | 10 |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    run("report.py", path, "--readme", readme)
-    assert readme.read_text() == text
+    run("report.py", path, "--document", page)
+    assert page.read_text() == text
 
 
 def test_report_wants_markers(results, tmp_path):
     path, _ = results
-    readme = tmp_path / "README.md"
-    readme.write_text("no markers\n")
+    page = tmp_path / "page.md"
+    page.write_text("no markers\n")
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "report.py"), str(path), "--readme", str(readme)],
+        [sys.executable, str(BENCHMARKS / "report.py"), str(path), "--document", str(page)],
         capture_output=True,
         text=True,
     )
     assert done.returncode != 0
     assert "bench:begin" in done.stderr
-    assert readme.read_text() == "no markers\n"
+    assert page.read_text() == "no markers\n"
 
 
-def test_extras(tmp_path):
-    output = tmp_path / "extras.json"
+def test_options(tmp_path):
+    output = tmp_path / "options.json"
     stdout = run(
-        "bench_extras.py",
+        "bench_options.py",
         *("--only", "time", "step", "--shapes", "small", "--threads", 1),
         *("--budget", 0.02, "--output", output),
     )
     results = json.loads(output.read_text())["results"]
-    costs = {r["extra"]: r["cost"] for r in results if r["group"] == "time" and r["training"]}
+    costs = {r["option"]: r["cost"] for r in results if r["group"] == "time" and r["training"]}
     assert len(costs) == 8 and all(cost > 0 for cost in costs.values())
     calls = [r["call"] for r in results if r["group"] == "step"]
     assert calls == ["LSTMCell", "LSTM.step", "torch.nn.LSTMCell"] * 3
@@ -124,19 +127,35 @@ def test_extras(tmp_path):
 
 @pytest.mark.full
 def test_memory_of_recompute(tmp_path):
-    output = tmp_path / "extras.json"
-    run("bench_extras.py", "--only", "memory", "--shapes", "speech", "--threads", 1, "--output", output)
+    output = tmp_path / "options.json"
+    run("bench_options.py", "--only", "memory", "--shapes", "speech", "--threads", 1, "--output", output)
     recompute, _ = json.loads(output.read_text())["results"]
     # Exactly: c_t of 5 numbers a unit, step and sequence.
     assert recompute["saved"] == pytest.approx(0.2, abs=0.01)
     assert recompute["peak"] < 0.7
 
 
-def test_tables_of_the_extras_are_those_of_the_committed_figures(tmp_path):
-    document = BENCHMARKS.parent / "docs" / "extras.md"
-    copy = tmp_path / "extras.md"
-    copy.write_text(document.read_text())
-    figures = [BENCHMARKS / "results" / name for name in ("extras_cpu.json", "torchrl_cpu.json")]
-    run("report_extras.py", *figures, "--document", copy)
-    assert copy.read_text() == document.read_text()
-    assert "wanted: at most" in document.read_text()
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [
+        ("README.md", [("report_readme.py",)]),
+        (
+            "docs/performance.md",
+            [
+                ("report.py", "cpu_epyc_zen4_2_cores.json"),
+                ("report.py", "cpu_epyc_zen3_2_cores.json", "--block", "bench-avx2"),
+                ("report_contract.py", "contract_epyc_zen5_2_cores.json"),
+            ],
+        ),
+        ("docs/options.md", [("report_options.py", "options_cpu.json", "torchrl_cpu.json")]),
+    ],
+)
+def test_pages_show_the_committed_figures(page, commands, tmp_path):
+    committed = (BENCHMARKS.parent / page).read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(committed)
+    for script, *arguments in commands:
+        named = [BENCHMARKS / "results" / a if a.endswith(".json") else a for a in arguments]
+        run(script, *named, "--document", copy)
+    assert copy.read_text() == committed
+    assert "torch.nn.LSTM" in committed

@@ -17,6 +17,9 @@ import torch
 import lstm_ext
 from lstm_ext.native import config
 
+pytestmark = pytest.mark.tools
+
+
 # The smallest csrc/ that builds: without torch's headers it takes a second.
 TINY_OPS = """
 #ifdef BROKEN
@@ -84,7 +87,7 @@ class Project:  # also used by test_build_cuda.py
         (root / "csrc").mkdir()
         (root / "csrc" / "python.cpp").write_text(TINY)
         (root / "csrc" / "operators.cpp").write_text(TINY_OPS)
-        (self.package / "layer" / "operators.py").write_text("")  # it wants operators, and there are none
+        (self.package / "layer" / "operators.py").write_text("")  # there are no operators to register
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("LSTM_EXT_")}
@@ -220,7 +223,7 @@ def test_build_on_first_use(project: Project) -> None:
     (directory,) = (path for path in (project.root / "jit").iterdir() if path.is_dir())
     (directory / config.RECORD).unlink()
     (directory / "lock").touch()
-    (directory / "bindings.o").write_text("half an object")
+    (directory / "python.o").write_text("half an object")
     returncode, out, err = project.run("-c", SHOW)
     assert (returncode, out) == (0, "jit"), err
     assert "compiling the extension" in err
@@ -318,20 +321,20 @@ def test_built_for_nobody_knows_what(project: Project) -> None:
     assert f"has no {config.RECORD} beside it: rebuild it with" in project.last_error(SHOW)
 
 
-@pytest.mark.parametrize("broken", ["bindings", "operators"])
+@pytest.mark.parametrize("broken", ["python", "operators"])
 def test_undefined_symbol(project: Project, broken: str) -> None:
     command, _ = config.find_compiler()
     common = ["-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_C", f"-I{sysconfig.get_path('include')}"]
     contents = {}
     for name, link_flags in (
         ("operators", config.ops_link_flags(config.OPS_LIBRARY)),
-        ("bindings", config.module_link_flags("./operators.so")),
+        ("python", config.module_link_flags("./operators.so")),
     ):
         define = ["-DBROKEN"] if name == broken else []
         arguments = [*common, *define, f"csrc/{name}.cpp", *link_flags, "-o", f"{name}.so"]
         subprocess.run([command, *arguments], check=True, cwd=project.root)
         contents[name] = (project.root / f"{name}.so").read_bytes()
-    project.ahead_of_time(torch.__version__, contents["bindings"], contents["operators"])
+    project.ahead_of_time(torch.__version__, contents["python"], contents["operators"])
     error = project.last_error(SHOW)
     assert f"does not fit the installed torch {torch.__version__}" in error
     assert "missing_from_torch" in error
@@ -381,6 +384,26 @@ def test_info_where_the_extension_does_not_fit(project: Project) -> None:
     assert returncode == 1
     assert "was built for torch 1.2.3" in out
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("auto", ["imported", "waited", "at once"]), ("reference", ["imported"])]
+)
+def test_functions_that_wait_for_the_extension(backend: str, said: list[str]) -> None:
+    program = (
+        "from lstm_ext.native import loader\n"
+        "loader.on_load(lambda: print('waited'))\n"
+        "print('imported')\n"
+        "loader.extension()\n"
+        "loader.on_load(lambda: print('at once'))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"LSTM_EXT_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines() == said, run.stderr
 
 
 def test_operators_of_another_file_are_an_error(tmp_path):

@@ -15,7 +15,11 @@ from test_build import SHOW, Project, needed_by
 from lstm_ext.native import config, loader
 from lstm_ext.native import cuda as native_cuda
 
+pytestmark = pytest.mark.tools
+
+
 SHOW_CUDA = SHOW + "; print(loader.status().cuda); print(loader.status().cuda_reason)"
+ALL = ";".join(config.ARCHITECTURES) + "+PTX"
 HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
 
@@ -40,7 +44,7 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
 
     def make(
         version: str = "13.0",
-        knows: str = "80 86 87 89 90 100 120 121",
+        knows: str = " ".join(config.ARCHITECTURES).replace(".", "") + " 87 121",
         compile: str = "true",
         headers=HEADERS,
     ) -> Path:
@@ -76,15 +80,23 @@ def test_a_toolkit_that_fits(toolkit: Toolkit) -> None:
     home = toolkit()
     cuda, reason = config.choose_cuda("13.0")
     assert reason is None
-    assert cuda == config.Cuda(home, "13.0", "8.0;8.6;8.9;9.0;10.0;12.0+PTX", (), ())
-    assert str(cuda) == "13.0 for 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
-    assert '-DLSTM_EXT_CUDA_BUILD="13.0 for 8.0 8.6 8.9 9.0 10.0 12.0+PTX"' in config.module_compile_flags(
-        cuda
-    )
+    assert cuda == config.Cuda(home, "13.0", ALL, (), ())
+    text = f"13.0 for {ALL.replace(';', ' ')}"
+    assert str(cuda) == text
+    assert f'-DLSTM_EXT_CUDA_BUILD="{text}"' in config.module_compile_flags(cuda)
     assert "-DLSTM_EXT_WITH_CUDA" in config.compile_flags(cuda)
     assert not [
         flag for flag in config.compile_flags(None) + config.module_compile_flags(None) if "CUDA" in flag
     ]
+
+
+def test_the_oldest_gpu_is_said_twice_and_the_same() -> None:
+    directory = config.source_dir()
+    assert directory is not None
+    text = (directory / "torch" / "cuda_backend.cpp").read_text()
+    major, minor = config.OLDEST_CAPABILITY
+    assert minor == 0 and f"properties->major >= {major}" in text
+    assert f"need compute capability {major}.{minor} or later" in text
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, relative_error, stacked
 from devices import moved
+from judge import assert_as_accurate_as_torch, relative_error, stacked
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing._internal.common_modules import module_db

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, stacked, values_and_gradients
+from cases import values_and_gradients
+from judge import assert_as_accurate_as_torch, stacked
 from torch import nn
 from torch.testing._internal.common_modules import module_db
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import values_and_gradients
+from cases import values_and_gradients
 from graphs import Graphs, assert_layers, operators
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 from lstm_ext.layer import transforms
-from lstm_ext.native import devices as native_devices
+from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -119,7 +119,7 @@ def training_step(module: nn.Module, *args) -> list[Tensor]:
     return [*(v.detach() for v in values), *(p.grad for p in module.parameters())]
 
 
-@pytest.mark.devices("cpu")  # CUDA needs Triton; benchmarks/gpu_checks.py compiles where it is
+@pytest.mark.devices("cpu")  # CUDA needs Triton; tests/cuda_checks.py compiles where it is
 def test_inductor() -> None:
     model = Model()
     graphs = Graphs("inductor")
@@ -599,7 +599,7 @@ def test_without_the_extension_the_equations_are_compiled(monkeypatch: pytest.Mo
     x = torch.randn(T, B, I)
     expected = training_step(module, x)
     monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("reference")))
-    monkeypatch.setattr(native_devices, "_problems", {})  # what was found before
+    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
     graphs = Graphs()
     torch.testing.assert_close(training_step(in_place(module, graphs), x), expected)
     [graph] = graphs.all

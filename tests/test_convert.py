@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from accuracy import relative_error
+from judge import relative_error
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.layer import route
-from lstm_ext.native import devices as native_devices
+from lstm_ext.layer import route, tracing
+from lstm_ext.layer.layer_call import LayerCall
+from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
 
@@ -125,14 +126,14 @@ def test_moving_between_devices(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native_devices, "_problems", {})
+    monkeypatch.setattr(native_cuda, "_problems", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Pretended")
     built = dataclasses.replace(loader.status(), cuda="13.0 for 8.0 9.0+PTX")
     monkeypatch.setattr(loader, "status", lambda: built)
 
     def capability(*value: int) -> None:
-        native_devices._problems.clear()
+        native_cuda._problems.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: value)
 
     capability(9, 0)
@@ -142,30 +143,30 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
 def test_cards_that_are_too_old(pretend) -> None:
     for old in ((7, 5), (7, 0), (6, 1)):
         pretend(*old)
-        problem = native_devices.problem(0)
+        problem = native_cuda.problem(0)
         assert problem is not None
         assert re.search(rf"Pretended.* {old[0]}\.{old[1]}.* 8\.0 or later", problem)
-        assert not native_devices.is_supported(0)
+        assert not native_cuda.is_supported(0)
     for new in ((8, 0), (8, 6), (9, 0), (12, 0)):
         pretend(*new)
-        assert native_devices.problem(0) is None
+        assert native_cuda.problem(0) is None
 
 
 def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     built = dataclasses.replace(loader.status(), cuda=None, cuda_reason="nvcc was not found")
     monkeypatch.setattr(loader, "status", lambda: built)
-    assert native_devices.problem(0) == "nvcc was not found"
+    assert native_cuda.problem(0) == "nvcc was not found"
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_card_without_kernels_runs_on_the_reference(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one warning, that says why."""
     pretend(7, 5)
-    route._warn_of_cuda.cache_clear()
+    route._warn_about_cuda.cache_clear()
     monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
-    arguments = (torch.zeros(1), None, None, [torch.zeros(1)])
-    assert not route._is_direct(*arguments)
+    call = LayerCall(torch.zeros(1), None, None, [torch.zeros(1)], None, True, False)
+    assert not tracing.is_direct(call)
     with pytest.warns(RuntimeWarning, match=r"CUDA tensors on its PyTorch reference.*Pretended.*7\.5"):
-        assert route._indirect_layer(*arguments) is route.equations.lstm_layer
-    assert route._indirect_layer(*arguments) is route.equations.lstm_layer
-    route._warn_of_cuda.cache_clear()
+        assert route._indirect_layer(call) is route.equations.lstm_layer
+    assert route._indirect_layer(call) is route.equations.lstm_layer
+    route._warn_about_cuda.cache_clear()

@@ -13,6 +13,9 @@ import pytest
 
 import lstm_ext
 
+pytestmark = pytest.mark.tools
+
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "char_lm.py"
 
 

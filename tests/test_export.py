@@ -236,6 +236,7 @@ def test_where_the_operators_are(monkeypatch: pytest.MonkeyPatch) -> None:
         lstm_ext.info.operators_library()
 
 
+@pytest.mark.tools
 def test_example_in_cpp(tmp_path: Path) -> None:
     """Builds and runs examples/aoti_inference by its Makefile, and loads the package into Python as well."""
     paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]

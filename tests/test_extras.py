@@ -128,7 +128,7 @@ def test_values_and_gradients(layer, cell, cut, form, monkeypatch):
     if cut == "to a state":
         reset_state = states(module, batch)
     if "unread" in form:
-        monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
 
     torch.manual_seed(1)
     ours = call(module, form, x, hx, lengths, resets, reset_state)

@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
+from cases import CASES, OPTIONS, Case
 from devices import moved
-from layer_cases import CASES, EPS, EXTRAS, Case, Layer, error
+from judge import EPS
 from torch import Tensor
 
 import lstm_ext
-from lstm_ext.layer import equations, route
+from lstm_ext.layer import equations
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
 
-def computed(layer: Layer, case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Results and wanted gradients of the layer that users call."""
-
-    def leaf(t: Tensor | None, wanted: bool) -> Tensor | None:
-        return t if t is None else t.detach().to(device, dtype).requires_grad_(wanted)
-
-    leaves = [leaf(t, w) for t, w in zip(layer.tensors(), layer.wanted, strict=True)]
-    end = 3 + len(layer.weights)
-    extras = layer.extras(case, dtype, leaves[end:]).map(lambda t: t.to(device))
-    if layer.lengths is not None and layer.resets is not None:
-        extras = layer.without_flags_past_the_end(extras)
-    results = route.lstm_layer(
-        *leaves[:3], leaves[3:end], layer.batch_sizes, case.bias, case.bidirectional, extras
-    )
-    results = [y for y in results if y is not None]
-    grads = [g.to(device, dtype) for g in layer.grads]
-    inputs = [t for t, w in zip(leaves, layer.wanted, strict=True) if w]
-    return [*results, *torch.autograd.grad(results, inputs, grads, allow_unused=True, materialize_grads=True)]
-
-
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_values_and_gradients(name: str, dtype: torch.dtype, device: str) -> None:
-    case = CASES[name]
-    worst: dict[int, tuple[float, float]] = {}
-    for seed in range(1 if device == "cpu" else 6):
-        with torch.device("cpu"):
-            layer = Layer(case, dtype, seed)
-            expected, plain = layer.expected(case, torch.float64), layer.expected(case, dtype)
-        for n, (y, z, e) in enumerate(
-            zip(computed(layer, case, dtype, device), plain, expected, strict=True)
-        ):
-            assert y.device.type == device and y.dtype == dtype
-            ours, theirs = worst.get(n, (0.0, 0.0))
-            worst[n] = (max(ours, error(y.cpu(), e)), max(theirs, error(z, e)))
-    for n, (ours, theirs) in worst.items():
-        limit = 64 * EPS[dtype] if dtype == torch.float64 else 2 * theirs + 4 * EPS[dtype]
-        assert ours <= limit, (n, ours, theirs)
+    def ours(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        results = cases.ours(case, dtype, seed, device)
+        assert {t.device.type for t in results.values()} == {device}
+        return {name: t.cpu() for name, t in results.items()}
+
+    cases.check(CASES[name], dtype, 1 if device == "cpu" else 6, ours=ours)
 
 
 @pytest.mark.devices("cuda")

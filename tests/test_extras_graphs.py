@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 
+import internals
 import pytest
 import torch
 from graphs import Graphs, Recorder, assert_layers, operators
@@ -17,12 +18,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import lstm_ext
-from lstm_ext.layer import equations, route
-from lstm_ext.layer.options import LayerExtras
+from lstm_ext.layer import equations
 
 T, B, I, H = 5, 3, 2, 4
 BATCH_SIZES = [3, 2, 2, 1, 1]
-OP = "lstm_layer_with_extras"
+OP = "lstm_layer"
 
 
 @pytest.fixture
@@ -375,9 +375,11 @@ def test_vmap_over_packed_data():
     xs, flags = torch.randn(3, sum(BATCH_SIZES), I), torch.rand(3, sum(BATCH_SIZES)) < 0.3
 
     def layer(x, resets):
-        extras = LayerExtras(resets, return_cell_states=True)
+        extras = internals.LayerOptions(resets=resets, return_cell_states=True)
         return [
-            y for y in route.lstm_layer(x, None, None, weights, sizes, True, True, extras) if y is not None
+            y
+            for y in internals.lstm_layer(x, None, None, weights, sizes, True, True, extras)
+            if y is not None
         ]
 
     ours = vmap(layer)(xs, flags)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from graphs import Recorder
+from lstm_ext.layer.options import OPERANDS, LayerExtras
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -16,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lstm_ext import ops, reference
 from lstm_ext.layer import route
-from lstm_ext.layer.options import OPERANDS, LayerExtras
 
 T, B, I, H, P = 5, 3, 2, 4, 2
 BATCH_SIZES = [3, 2, 2, 1, 1]

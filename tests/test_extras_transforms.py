@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import internals
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
 from lstm_ext import functional, reference
-from lstm_ext.layer.options import LayerExtras
 from lstm_ext.native import loader
 
 T, B, I, H = 4, 3, 3, 4
@@ -359,6 +359,6 @@ def test_a_traced_function_draws_new_masks(how):
         torch.manual_seed(seed)
         output = traced(x)
         torch.manual_seed(seed)
-        extras = LayerExtras(zoneout_h=torch.rand(1, T, B, H) < 0.5)
+        extras = internals.LayerOptions(keep_h=torch.rand(1, T, B, H) < 0.5)
         expected = reference.lstm_layer(x, None, None, weights, None, True, False, extras)[0]
         torch.testing.assert_close(output, expected)

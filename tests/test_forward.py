@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from accuracy import assert_module_as_accurate_as_torch, tensors, values_and_gradients
+from cases import assert_module_as_accurate_as_torch, tensors, values_and_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

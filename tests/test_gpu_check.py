@@ -15,9 +15,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_check  # noqa: E402
 import gpu_shapes  # noqa: E402
+import report  # noqa: E402
 import report_gpu  # noqa: E402
 from gpu_session import Session  # noqa: E402
 from test_benchmarks import run  # noqa: E402
+
+pytestmark = pytest.mark.tools
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +67,11 @@ def test_dry_run(dry):
 
 def test_report(dry, tmp_path):
     record, _, path = dry
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
     pytest.importorskip("matplotlib")
-    run("report_gpu.py", path, "--all", "--readme", readme, "--picture", tmp_path / "gpu.png")
-    text = readme.read_text()
+    run("report_gpu.py", path, "--all", "--document", page, "--picture", tmp_path / "gpu.png")
+    text = page.read_text()
     assert text.startswith("before\n<!-- gpu:begin -->\n| B | T |") and text.endswith(
         "<!-- gpu:end -->\nafter\n"
     )
@@ -78,12 +81,12 @@ def test_report(dry, tmp_path):
     assert report_gpu.measured(record | {"benchmark": None}) == []
 
 
-def test_readme_has_the_newest_figures():
+def test_the_page_has_the_newest_figures():
     """Or says that there are none."""
     path = report_gpu.newest()
     table = report_gpu.NOT_YET if path is None else report_gpu.markdown(json.loads(path.read_text()))
-    readme = (BENCHMARKS.parent / "README.md").read_text()
-    assert readme.partition(report_gpu.BEGIN)[2].partition(report_gpu.END)[0].strip() == table
+    page = BENCHMARKS.parent / "docs" / "performance.md"
+    assert report.split_at_block(page, report_gpu.BLOCK)[1] == table
 
 
 def test_the_grid():

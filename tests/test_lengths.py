@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 
+import internals
 import pytest
 import torch
+from cases import Case, Layer
+from judge import assert_as_accurate_as_torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
@@ -17,7 +20,6 @@ import lstm_ext
 from lstm_ext import reference
 from lstm_ext.call import arguments
 from lstm_ext.layer import equations, route
-from lstm_ext.layer.options import LayerExtras
 from lstm_ext.native import loader
 
 T, B, I, H = 7, 5, 3, 6
@@ -130,7 +132,7 @@ def test_full_lengths_are_the_dense_layer():
 @pytest.mark.parametrize("options", [{}, {"layer_norm": True, "bidirectional": True}], ids=str)
 def test_padding_may_hold_anything(options, read, monkeypatch):
     if not read:
-        monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H, 2, **options)
     x = torch.randn(T, B, I)
     garbage = x.clone()
@@ -180,7 +182,7 @@ def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeyp
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = module(x, lengths=[0, 7, 2, 7, 3])
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
     mask = torch.arange(T).unsqueeze(1) < torch.tensor([0, 7, 2, 7, 3])
     mask[4:, 2] = True
@@ -194,7 +196,7 @@ def test_check_variable(value):
     program = """
 import torch, lstm_ext
 from lstm_ext.call import arguments
-arguments._is_readable = lambda x: False
+arguments.is_readable = lambda x: False
 module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
 hole = torch.tensor([True, False, True, True, True])
 for name, right, wrong in (
@@ -272,56 +274,30 @@ def test_no_number_on_a_device_is_read(checked, monkeypatch):
 # ---- lengths that only the kernels read
 
 
-def layer_results(function, lengths, options, dtype=torch.float64):
-    """Values and gradients of one layer, with NaN in the padding."""
-    projected, bidirectional, states, resets, returned, batch_first = options
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*sizes):
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
-
-    D, S = 2 if bidirectional else 1, 2 if projected else H
-    x = draw(T, B, I)
-    for b, n in enumerate(lengths):
-        x[max(n, 0) :, b] = float("nan")
-    if batch_first:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    shapes = [(4 * H, I), (4 * H, S), (4 * H,), (4 * H,)] + ([(S, H)] if projected else [])
-    weights = [draw(*shape) for _ in range(D) for shape in shapes]
-    hx = [draw(D, B, S), draw(D, B, H)] if states else [None, None]
-    reset_state = [draw(D, B, S), draw(D, B, H)] if resets else [None, None]
-    leaves = [t if t is None else t.requires_grad_() for t in (x, *hx, *weights, *reset_state)]
-    lengths = torch.tensor(lengths)
-    flags = (torch.rand(T, B, generator=generator) < 0.3) & (torch.arange(T).unsqueeze(1) < lengths)
-    extras = LayerExtras(
-        flags if resets else None,
-        *leaves[-2:],
-        lengths=lengths,
-        return_cell_states=returned,
-        return_gates=returned,
-    )
-    values = function(*leaves[:3], leaves[3:-2], None, True, bidirectional, extras)
-    values = [v for v in values if v is not None]
-    grads = torch.autograd.grad(
-        values,
-        [t for t in leaves if t is not None],
-        [draw(*v.shape) for v in values],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return [*values, *grads]
-
-
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [[3, 0, 7, 7, 1], [7] * 5, [0] * 5, [7, 1, 1, -2, 9]], ids=str)
-def test_kernels_read_them(lengths, monkeypatch):
-    for options in itertools.product([False, True], repeat=6):
-        clamped = [min(max(n, 0), T) for n in lengths]
-        expected = layer_results(reference.lstm_layer, clamped, options)
+def test_kernels_read_them(lengths, bidirectional, monkeypatch):
+    choices = {
+        "proj_size": [0, 2],
+        "hx": [False, True],
+        "resets": ["", "to a state"],
+        "returned": ["", "both"],
+        "batch_first": [False, True],
+    }
+    clamped = tuple(min(max(n, 0), T) for n in lengths)
+    for values in itertools.product(*choices.values()):
+        case = Case(
+            **dict(zip(choices, values, strict=True)),
+            steps=T, lengths=clamped, input_size=I, hidden_size=H, bidirectional=bidirectional,
+        )  # fmt: skip
+        layer = Layer(case, torch.float64, 3)
+        expected = layer.results(reference.lstm_layer, torch.float64)
+        layer.lengths = torch.tensor(lengths)
         with monkeypatch.context() as patch:
             patch.setattr(equations, "lstm_layer", lambda *_: pytest.fail("the equations ran"))
-            ours = layer_results(route.lstm_layer, lengths, options)
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
-        assert all(r.isfinite().all() for r in ours)
+            ours = layer.results(internals.lstm_layer, torch.float64)
+        assert all(r.isfinite().all() for r in ours.values())
+        assert_as_accurate_as_torch(ours, expected, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -330,12 +306,12 @@ def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch)
     x, hx = torch.randn(T, B, I, dtype=dtype), tuple(s.to(dtype) for s in states(module))
     lengths = torch.tensor([3, 0, 7, 7, 1])
     expected = module(x, hx, lengths=lengths)
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     same(module(x, hx, lengths=lengths), expected)
 
 
 def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
-    monkeypatch.setattr(arguments, "_is_readable", lambda x: False)
+    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H)
     output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
     output.sum().backward()

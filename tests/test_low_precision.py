@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, relative_error, stacked, tensors, values_and_gradients
+from cases import tensors, values_and_gradients
 from devices import pack_sequence
+from judge import assert_as_accurate_as_torch, relative_error, stacked
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import allowed_error, relative_error
+from judge import allowed_error, relative_error
 from torch import Tensor, nn
 
 import lstm_ext

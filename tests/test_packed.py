@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 
+import cases
 import pytest
 import torch
-from accuracy import (
-    assert_as_accurate_as_torch,
-    assert_module_as_accurate_as_torch,
-    relative_error,
-    stacked,
-    tensors,
-    values_and_gradients,
-)
+from cases import Case, assert_module_as_accurate_as_torch, check, tensors, values_and_gradients
 from devices import pack_sequence
+from judge import assert_as_accurate_as_torch, relative_error, stacked
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -120,32 +116,41 @@ def two_threads():
 
 
 # Sizes at which two workers share the batch, share the units, and what the plan says then.
+TEAMS = {"forward_batch_groups": 2, "backward_batch_groups": 2}
+MEMBERS = {"forward_hidden_groups": 2, "backward_hidden_groups": 2}
+MANY = tuple(sorted((1 + (7 * i) % 29 for i in range(60)), reverse=True))
 GRIDS = {
-    "two teams": (60, 70, 0, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
-    "two teams, projected": (60, 70, 33, {"forward_batch_groups": 2, "backward_batch_groups": 2}),
-    "two members": (1, 401, 0, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
-    "two members, projected": (1, 401, 150, {"forward_hidden_groups": 2, "backward_hidden_groups": 2}),
+    "two teams": (MANY, 70, 0, TEAMS),
+    "two teams, projected": (MANY, 70, 33, TEAMS),
+    "two members": ((60, 20, 7, 7), 401, 0, MEMBERS),
+    "two members, projected": ((60, 20, 7, 7), 401, 150, MEMBERS),
 }
 
 
-def plan_of(lengths: list[int], input_size: int, hidden_size: int, proj_size: int, threads: int, **kwargs):
-    batch_sizes = [sum(n > t for n in lengths) for t in range(max(lengths))]
+def sized(lengths: Sequence[int], input_size: int, hidden_size: int, proj_size: int) -> Case:
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "proj_size": proj_size}
+    return Case(packed=tuple(lengths), **sizes, bidirectional=True)
+
+
+def plan_of(case: Case, dtype: torch.dtype, threads: int) -> dict[str, int]:
+    batch_sizes = [sum(n > t for n in case.packed) for t in range(max(case.packed))]
     return _C.cpu_plan(
-        steps=len(batch_sizes), batch=len(lengths), input_size=input_size, hidden_size=hidden_size,
-        proj_size=proj_size, threads=threads, save=True, batch_sizes=batch_sizes, **kwargs,
+        steps=len(batch_sizes), batch=len(case.packed), input_size=case.input_size,
+        hidden_size=case.hidden_size, proj_size=case.proj_size, threads=threads, save=True,
+        batch_sizes=batch_sizes, float64=dtype == torch.float64,
     )  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_instruction_sets_and_workers(capability, two_threads, grid):
-    batch, hidden, proj, expected = GRIDS[grid]
-    lengths = [1 + (7 * i) % 29 for i in range(batch)] if batch > 1 else [60, 20, 7, 7]
-    plan = plan_of(lengths, 200, hidden, proj, 2)
+    lengths, hidden, proj, expected = GRIDS[grid]
+    case = sized(lengths, 200, hidden, proj)
+    plan = plan_of(case, torch.float32, 2)
     for name, value in expected.items():
         assert plan[name] == value, plan
-    module = lstm_ext.LSTM(200, hidden, proj_size=proj, bidirectional=True)
-    assert_as_accurate(module, lengths, seeds=2)
+    check(case, torch.float32, draws=2)
 
 
 # Lengths, I, H, P, and the workers of the forward pass for 1 to 4 threads: teams x members.
@@ -160,45 +165,37 @@ WORKERS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.devices("cpu")
-@pytest.mark.parametrize("case", WORKERS)
-def test_no_bit_depends_on_the_workers(case):
-    lengths, features, hidden, proj, grids = WORKERS[case]
-    module = lstm_ext.LSTM(features, hidden, bidirectional=True, proj_size=proj, dtype=torch.float64)
-    packed = pack_sequence([torch.randn(n, features).double() for n in lengths])
-    hx = tuple(torch.randn(2, len(lengths), n).double().requires_grad_() for n in (proj or hidden, hidden))
+@pytest.mark.parametrize("name", WORKERS)
+def test_no_bit_depends_on_the_workers(name):
+    *sizes, grids = WORKERS[name]
+    case = sized(*sizes)
     before = torch.get_num_threads()
-    expected: list[Tensor] = []
+    alone: dict[str, Tensor] = {}
     try:
         for threads, grid in enumerate(grids.split(), start=1):
-            plan = plan_of(lengths, features, hidden, proj, threads, float64=True)
+            plan = plan_of(case, torch.float64, threads)
             assert f"{plan['forward_batch_groups']}x{plan['forward_hidden_groups']}" == grid
             torch.set_num_threads(threads)
-            x = packed._replace(data=packed.data.clone().requires_grad_())
-            results = tensors(module(x, hx))
-            loss = sum(r.square().sum() for r in results)
-            results += torch.autograd.grad(loss, [x.data, *hx, *module.parameters()])
-            expected = expected or results
-            for a, b in zip(results, expected, strict=True):
-                assert torch.equal(a, b), threads
+            results = cases.ours(case, torch.float64, 0)
+            alone = alone or results
+            assert [n for n in alone if not torch.equal(alone[n], results[n])] == [], threads
     finally:
         torch.set_num_threads(before)
-    theirs = values_and_gradients(
-        Ragged(lstm_ext.to_torch(module), lengths), pad_packed_sequence(packed)[0], hx
+    assert_as_accurate_as_torch(
+        alone, cases.torchs(case, torch.float64, 0), cases.expected(case, torch.float64, 0)
     )
-    for a, name in zip(expected, ("output", "h_n", "c_n"), strict=False):
-        assert relative_error(a, theirs[name]) <= 64 * torch.finfo(torch.float64).eps
 
 
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("proj_size", [0, 9])
 def test_several_chunks(proj_size):
-    lengths = [150 - 3 * i for i in range(45)]
-    module = lstm_ext.LSTM(5, 50, proj_size=proj_size, bidirectional=True)
-    plan = plan_of(lengths, 5, 50, proj_size, 1)
-    assert 2 * plan["forward_chunk_rows"] < sum(lengths)
-    assert 2 * plan["backward_chunk_rows"] < sum(lengths)
-    assert_as_accurate(module, lengths, seeds=2)
+    case = sized([150 - 3 * i for i in range(45)], 5, 50, proj_size)
+    plan = plan_of(case, torch.float32, 1)
+    assert 2 * plan["forward_chunk_rows"] < sum(case.packed)
+    assert 2 * plan["backward_chunk_rows"] < sum(case.packed)
+    check(case, torch.float32, draws=2)
 
 
 def test_inference_gives_the_same():

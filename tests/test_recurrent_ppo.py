@@ -14,6 +14,9 @@ import torch
 
 import lstm_ext
 
+pytestmark = pytest.mark.tools
+
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLE = EXAMPLES / "recurrent_ppo.py"
 

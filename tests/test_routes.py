@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import internals
 import pytest
 import torch
 from functorch.compile import aot_function
@@ -22,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext import functional, reference
-from lstm_ext.layer import equations, route, transforms
-from lstm_ext.native import devices as native_devices
+from lstm_ext.layer import eager, equations, transforms
+from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -74,14 +75,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return recorded(f"kernel {name}", value) if name in ENTRIES else value
 
     class Function:
-        apply = staticmethod(recorded("Function", route._LSTMLayer.apply))
+        apply = staticmethod(recorded("Function", eager._Layer.apply))
 
     kernels = Kernels()
     monkeypatch.setattr(loader, "extension", lambda: kernels)
-    monkeypatch.setattr(route, "_LSTMLayer", Function)
+    monkeypatch.setattr(eager, "_Layer", Function)
     monkeypatch.setattr(transforms, "lstm_layer", recorded("transforms", transforms.lstm_layer))
     monkeypatch.setattr(transforms, "layer_gradients", recorded("gradients", transforms.layer_gradients))
-    monkeypatch.setattr(equations, "lstm_layer", recorded("reference", reference.lstm_layer))
+    monkeypatch.setattr(equations, "lstm_layer", recorded("reference", equations.lstm_layer))
 
     class Operator:
         """torch looks an operator up again by its name, and then for an overload of it."""
@@ -90,13 +91,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             self.name, self.operator = name, getattr(torch.ops.lstm_ext, name)
             self.is_called = False
 
-        def __call__(self, *args):
+        def __call__(self, *args, **options):
             if self.is_called:  # looked up again by the mode behind a default device
-                return self.operator(*args)
+                return self.operator(*args, **options)
             seen.append(f"operator {self.name}")
             self.is_called = True
             try:
-                return self.operator(*args)
+                return self.operator(*args, **options)
             finally:
                 self.is_called = False
 
@@ -244,7 +245,7 @@ def test_pending_negation_and_zeros_without_memory(taken, device):
 def test_without_the_extension(layer, x, events, taken, monkeypatch):
     monkeypatch.setattr(loader, "extension", lambda: None)
     monkeypatch.setattr(loader, "status", lambda: loader.Status("reference"))
-    monkeypatch.setattr(native_devices, "_problems", {})  # what was found before
+    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
     assert taken(lambda: layer(x)[0].sum().backward()) == REFERENCE
     assert taken(lambda: vmap(layer)(x[None])) == REFERENCE
 
@@ -316,7 +317,7 @@ def test_one_meta_tensor_among_others_is_refused(layer, x, name, device):
         functional.lstm(input, (h0, c0), weights)
     if name != "input":  # of a module, whose way is short, the kernel checks the rest
         with pytest.raises(RuntimeError, match=f"is on meta, the input on {device}"):
-            route.lstm_layer(input, h0, c0, weights, None, True, False)
+            internals.lstm_layer(input, h0, c0, weights, None, True, False)
 
 
 def test_tracing_into_a_graph(layer, x, events):
@@ -526,7 +527,7 @@ def test_subclasses(layer, x, taken, wrap, place):
 
     def call(tensors):
         input, h0, c0, *weights = tensors.values()
-        return route.lstm_layer(input, h0, c0, weights, None, True, False)[0]
+        return internals.lstm_layer(input, h0, c0, weights, None, True, False)[0]
 
     expected = call(tensors)
     wrapped = {name: wrap(t) if place in (name, "all") else t for name, t in tensors.items()}

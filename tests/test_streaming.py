@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from accuracy import relative_error
+from judge import relative_error
 
 import lstm_ext
 
@@ -54,6 +54,7 @@ def states(layer, batch):
     return torch.randn(L, batch, P, dtype=dtype), torch.randn(L, batch, layer.hidden_size, dtype=dtype)
 
 
+@pytest.mark.alone
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)

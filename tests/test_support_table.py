@@ -1,4 +1,4 @@
-"""The support table: the README shows the record, and the record is what comes out."""
+"""The support table: docs/support.md shows the record, and the record is what comes out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_ext import reference
-from lstm_ext.layer import route
+from lstm_ext.layer import equations, route
 from lstm_ext.native import loader
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import report  # noqa: E402
 import support_cells  # noqa: E402
 import support_table  # noqa: E402
 from support_features import FEATURES  # noqa: E402
@@ -38,11 +38,10 @@ def row(feature: str, *compositions: str, dtype: str = "float32"):
     return {c: support_cells.tried(feature, c, dtype).result for c in compositions}
 
 
-def test_readme_shows_the_record(record):
-    text = (ROOT / "README.md").read_text()
-    shown = text.split(support_table.BEGIN)[1].split(support_table.END)[0]
+def test_the_page_shows_the_record(record):
+    _, shown, _ = report.split_at_block(ROOT / "docs" / "support.md", support_table.BLOCK)
     of_cuda = support_table.read(support_table.RESULTS / "support_cuda.json")
-    assert shown.strip() == support_table.markdown(record, of_cuda)
+    assert shown == support_table.markdown(record, of_cuda)
 
 
 def test_the_record_is_whole_and_without_failures(record):
@@ -130,7 +129,7 @@ def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "layer_norm, forward, float32: equations, in the record: kernels" in said
     assert "double_backward" not in said
-    assert reference.lstm_layer.__module__ == "lstm_ext.reference"  # nothing stays patched
+    assert equations.lstm_layer.__module__ == "lstm_ext.layer.equations"  # nothing stays patched
 
 
 def test_check_notices_missing_cells(record):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import lstm_ext
 
+pytestmark = pytest.mark.alone
+
 ENOUGH = 0.1  # seconds; the interpreter takes the GIL from a thread that runs Python every 0.005
 
 

@@ -193,6 +193,7 @@ def test_rollout_of_an_environment():
                 torch.testing.assert_close(found[key][-1], part[key][-1])
 
 
+@pytest.mark.tools
 def test_program(capsys):
     example.main()
     lines = capsys.readouterr().out.splitlines()

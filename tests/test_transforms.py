@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import internals
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch
 from derivative_cases import (
     BATCH_SIZES,
     CONFIGS,
@@ -25,6 +25,7 @@ from derivative_cases import (
     several,
     several_of,
 )
+from judge import assert_as_accurate_as_torch
 from torch.func import (
     functional_call,
     grad,
@@ -38,7 +39,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
-from lstm_ext.layer import route
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -262,7 +262,7 @@ def test_batch_sizes_of_each_sample_are_refused():
         return module(PackedSequence(x, sizes))[0].data
 
     def layer(x, sizes):
-        return route.lstm_layer(x, None, None, weights, sizes, True, False)[0]
+        return internals.lstm_layer(x, None, None, weights, sizes, True, False)[0]
 
     sizes = torch.stack([BATCH_SIZES] * 2)
     for function in (call, layer):

@@ -69,11 +69,11 @@ void set_capability(const char* name) {
 }
 
 template <>
-const Kernels<float>& kernels<float>() {
+LSTM_EXT_PUBLIC const Kernels<float>& kernels<float>() {
   return capability().f32;
 }
 template <>
-const Kernels<double>& kernels<double>() {
+LSTM_EXT_PUBLIC const Kernels<double>& kernels<double>() {
   return capability().f64;
 }
 

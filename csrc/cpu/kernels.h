@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-#include "cpu/plan.h"
 #include "contract/params.h"
+#include "contract/visibility.h"
+#include "cpu/plan.h"
 
 namespace lstm_ext::cpu {
 
@@ -32,13 +33,13 @@ const Capability* capability_avx2();
 const Capability* capability_avx512();
 
 // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
-const Capability& capability();
+LSTM_EXT_PUBLIC const Capability& capability();
 // Throws std::invalid_argument with a sentence if this CPU or this binary cannot run `name`.
-void set_capability(const char* name);
+LSTM_EXT_PUBLIC void set_capability(const char* name);
 // Fills `names` (room for 3) with what this CPU can run, best first; returns how many.
-int available_capabilities(const char** names);
+LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 
 template <typename T>
-const Kernels<T>& kernels();  // of capability()
+LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // of capability()
 
 }  // namespace lstm_ext::cpu

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "contract/params.h"
+#include "contract/visibility.h"
 
 namespace lstm_ext::cpu {
 
@@ -73,8 +74,8 @@ constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all worke
 // What a call needs follows from the parameters it has: in a forward pass a place in the workspace for what it does not
 // save, in a backward pass for what is requested and for what it recomputes.
 template <typename T>
-ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
+LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
 template <typename T>
-BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);
+LSTM_EXT_PUBLIC BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);
 
 }  // namespace lstm_ext::cpu

@@ -1,7 +1,7 @@
-// A time step with layer normalisation: a block has a row, since its mean and variance are needed in the midst of it.
-// Everything else is that of cell.cuh. A thread has every blockDim.x-th unit, the same ones in each loop, so that what
-// it leaves in memory for its next loop is for itself. Sums are in an order that depends on the shape only; variances
-// are sums of squares of centred values.
+// A time step with layer normalisation. A block has a row, since the step needs the mean and variance of the row
+// midway. Everything else is that of cell.cuh. A thread has every blockDim.x-th unit, the same ones in each loop, so
+// that it alone reads what it has left in memory. The order of sums depends on the shape only. Variances are sums of
+// squares of centred values.
 #pragma once
 
 #include "cuda/cell.cuh"
@@ -10,18 +10,17 @@ namespace lstm_ext::cuda {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
-constexpr int kNormSums = 4;  // at once, at most
-constexpr double kNormEps = 1e-5;
+constexpr int kNormSums = 4;  // at most, at once
 
 LSTM_DEVICE float square_root(float x) { return sqrtf(x); }
 LSTM_DEVICE double square_root(double x) { return sqrt(x); }
 
 template <typename A>
 LSTM_DEVICE A norm_factor(A sum_of_squares, int64_t count) {
-  return 1 / square_root(sum_of_squares / static_cast<A>(count) + static_cast<A>(kNormEps));
+  return 1 / square_root(sum_of_squares / static_cast<A>(count) + static_cast<A>(kLayerNormEpsilon));
 }
 
-// Each of the values summed up over the block, in every thread of it. Whole warps.
+// Sums each value over the block; every thread gets the sums. The block has whole warps.
 template <int kCount, typename A>
 LSTM_DEVICE void block_sums(A (&values)[kCount], A* shared) {
   static_assert(kCount <= kNormSums);
@@ -42,25 +41,25 @@ LSTM_DEVICE void block_sums(A (&values)[kCount], A* shared) {
 }
 
 template <typename T>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellForward<T> n) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellForward<T> args) {
   using A = typename Types<T>::Accumulate;
   LSTM_SHARED(A, shared, kNormWarps * kNormSums);
-  const CellForward<T>& s = n.cell;
-  const int64_t H = s.hidden_size, b = blockIdx.x;
-  const bool saves = n.factors != nullptr;
-  if (!takes_part<true>(s.of, b)) {
+  const CellForward<T>& cell = args.cell;
+  const int64_t H = cell.hidden_size, b = blockIdx.x;
+  const bool saves = args.norm_factors != nullptr;
+  if (!takes_part<true>(cell.rows, b)) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-      write_no_cell(s, b, j);
+      write_no_cell(cell, b, j);
       for (int gate = 0; saves && gate < 4; ++gate) {
-        n.input_hat[(b * 4 + gate) * H + j] = narrow<T>(0);
-        n.recurrent_hat[(b * 4 + gate) * H + j] = narrow<T>(0);
+        args.norm_input[(b * 4 + gate) * H + j] = narrow<T>(0);
+        args.norm_recurrent[(b * 4 + gate) * H + j] = narrow<T>(0);
       }
     }
-    if (saves && threadIdx.x < 2) n.factors[b * 2 + threadIdx.x] = 0;
+    if (saves && threadIdx.x < 2) args.norm_factors[b * 2 + threadIdx.x] = 0;
     return;
   }
-  const A* input = s.input_part + b * s.input_stride;
-  const A* recurrent = recurrent_row<true>(s, b);
+  const A* input = cell.input_part + b * cell.input_stride;
+  const A* recurrent = recurrent_row<true>(cell, b);
   const A gates_count = static_cast<A>(4 * H);
 
   A mean[2] = {};
@@ -83,10 +82,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellFo
   block_sums(factor, shared);
   for (int which = 0; which < 2; ++which) factor[which] = norm_factor(factor[which], 4 * H);
   if (saves && threadIdx.x == 0) {
-    for (int which = 0; which < 2; ++which) n.factors[b * 2 + which] = factor[which];
+    for (int which = 0; which < 2; ++which) args.norm_factors[b * 2 + which] = factor[which];
   }
 
-  A* const new_c = n.workspace + b * 2 * H;
+  A* const new_c = args.workspace + b * 2 * H;
   A* const output_gate = new_c + H;
   A mean_c[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
@@ -95,14 +94,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellFo
       const int64_t k = gate * H + j;
       const A x = (input[k] - mean[0]) * factor[0];
       const A y = recurrent ? (recurrent[k] - mean[1]) * factor[1] : 0;
-      z[gate] = n.gain_ih[k] * x + n.gain_hh[k] * y + bias_of(s, gate, j);
+      z[gate] = args.gain_ih[k] * x + args.gain_hh[k] * y + bias_at(cell, gate, j);
       if (saves) {
-        n.input_hat[b * 4 * H + k] = narrow<T>(x);
-        n.recurrent_hat[b * 4 * H + k] = narrow<T>(y);
+        args.norm_input[b * 4 * H + k] = narrow<T>(x);
+        args.norm_recurrent[b * 4 * H + k] = narrow<T>(y);
       }
     }
-    const Gates<A> gates = gates_of(z);
-    const A c = update_cell<true>(s, b, j, z, gates);
+    const GateValues<A> gates = gate_values(z);
+    const A c = update_cell<true>(cell, b, j, z, gates);
     new_c[j] = c;
     output_gate[j] = gates.o;
     mean_c[0] += c;
@@ -117,98 +116,98 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellFo
   block_sums(factor_c, shared);
   factor_c[0] = norm_factor(factor_c[0], H);
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    A visible = n.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
-    if (n.bias_c) visible += n.bias_c[j];
-    write_output<true>(s.output, s.of, b, j, H, output_gate[j] * hyperbolic_tangent(visible));
+    A tanh_input = args.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
+    if (args.bias_c) tanh_input += args.bias_c[j];
+    write_output<true>(cell.output, cell.rows, b, j, H, output_gate[j] * hyperbolic_tangent(tanh_input));
   }
 }
 
 template <typename T>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_backward_kernel(NormCellBackward<T> n) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_backward_kernel(NormCellBackward<T> args) {
   using A = typename Types<T>::Accumulate;
   using D = typename Types<T>::Gradient;
   LSTM_SHARED(A, shared, kNormWarps * kNormSums);
-  const CellBackward<T>& s = n.cell;
-  const int64_t H = s.hidden_size, b = blockIdx.x;
-  if (!takes_part<true>(s.of, b)) {
+  const CellBackward<T>& cell = args.cell;
+  const int64_t H = cell.hidden_size, b = blockIdx.x;
+  if (!takes_part<true>(cell.rows, b)) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-      write_no_gradients(s, b, j);
+      write_no_gradients(cell, b, j);
       for (int gate = 0; gate < 4; ++gate) {
-        n.grad_input_part[(b * 4 + gate) * H + j] = narrow<D>(0);
-        n.grad_pre_activations[(b * 4 + gate) * H + j] = 0;
+        args.grad_input_part[(b * 4 + gate) * H + j] = narrow<D>(0);
+        args.grad_preactivations[(b * 4 + gate) * H + j] = 0;
       }
-      n.grad_visible[b * H + j] = 0;
-      n.cell_hat[b * H + j] = narrow<T>(0);
+      args.grad_tanh_input[b * H + j] = 0;
+      args.norm_cell[b * H + j] = narrow<T>(0);
     }
     return;
   }
   const A units = static_cast<A>(H);
 
-  // N(c'_t) once more.
+  // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += new_cell<true>(s, b, j, saved_gates(s.pre_activations, b, j, H));
+    mean[0] += new_cell<true>(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = new_cell<true>(s, b, j, saved_gates(s.pre_activations, b, j, H)) - mean[0];
+    const A x = new_cell<true>(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
   factor[0] = norm_factor(factor[0], H);
 
-  // Through tanh: dL/do, left in the place of its pre-activation's gradient, and the sums for dL/dc'_t.
+  // Through tanh: dL/do, which waits in the place of the gradient of its preactivation, and the sums for dL/dc'_t.
   A sums_c[2] = {};
-  A* const grad_visible = n.grad_visible + b * H;
-  A* const grad_z = n.grad_pre_activations + b * 4 * H;
+  A* const grad_tanh_input = args.grad_tanh_input + b * H;
+  A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const Gates<A> gates = saved_gates(s.pre_activations, b, j, H);
-    const A hat = (new_cell<true>(s, b, j, gates) - mean[0]) * factor[0];
-    A visible = n.gain_c[j] * hat;
-    if (n.bias_c) visible += n.bias_c[j];
-    const A tanh_c = hyperbolic_tangent(visible);
-    const A dh = hidden_gradient<true>(s, b, j);
+    const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
+    const A hat = (new_cell<true>(cell, b, j, gates) - mean[0]) * factor[0];
+    A tanh_input = args.gain_c[j] * hat;
+    if (args.bias_c) tanh_input += args.bias_c[j];
+    const A tanh_c = hyperbolic_tangent(tanh_input);
+    const A dh = hidden_gradient<true>(cell, b, j);
     const A grad = dh * gates.o * (1 - tanh_c * tanh_c);
-    grad_visible[j] = grad;
-    n.cell_hat[b * H + j] = narrow<T>(hat);
+    grad_tanh_input[j] = grad;
+    args.norm_cell[b * H + j] = narrow<T>(hat);
     grad_z[3 * H + j] = dh * tanh_c;
-    sums_c[0] += grad * n.gain_c[j];
-    sums_c[1] += grad * n.gain_c[j] * hat;
+    sums_c[0] += grad * args.gain_c[j];
+    sums_c[1] += grad * args.gain_c[j] * hat;
   }
   block_sums(sums_c, shared);
 
   // The gates, and the sums for the gradients of the two products.
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const Gates<A> gates = saved_gates(s.pre_activations, b, j, H);
-    const A hat = (new_cell<true>(s, b, j, gates) - mean[0]) * factor[0];
-    const A dc = factor[0] * (grad_visible[j] * n.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
+    const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
+    const A hat = (new_cell<true>(cell, b, j, gates) - mean[0]) * factor[0];
+    const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
-    cell_gradients<true>(s, b, j, gates, dc, grad_z[3 * H + j], grad);
+    cell_gradients<true>(cell, b, j, gates, dc, grad_z[3 * H + j], grad);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad[gate];
-      sums[0] += grad[gate] * n.gain_ih[k];
-      sums[1] += grad[gate] * n.gain_ih[k] * widen(n.input_hat[b * 4 * H + k]);
-      sums[2] += grad[gate] * n.gain_hh[k];
-      sums[3] += grad[gate] * n.gain_hh[k] * widen(n.recurrent_hat[b * 4 * H + k]);
+      sums[0] += grad[gate] * args.gain_ih[k];
+      sums[1] += grad[gate] * args.gain_ih[k] * widen(args.norm_input[b * 4 * H + k]);
+      sums[2] += grad[gate] * args.gain_hh[k];
+      sums[3] += grad[gate] * args.gain_hh[k] * widen(args.norm_recurrent[b * 4 * H + k]);
     }
   }
   block_sums(sums, shared);
   for (int which = 0; which < 4; ++which) sums[which] /= static_cast<A>(4 * H);
 
-  const A factor_x = n.factors[b * 2], factor_h = n.factors[b * 2 + 1];
+  const A factor_x = args.norm_factors[b * 2], factor_h = args.norm_factors[b * 2 + 1];
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     A grad[4];
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
-      const A x = widen(n.input_hat[b * 4 * H + k]), y = widen(n.recurrent_hat[b * 4 * H + k]);
-      n.grad_input_part[b * 4 * H + k] = narrow<D>(factor_x * (grad_z[k] * n.gain_ih[k] - sums[0] - x * sums[1]));
-      grad[gate] = factor_h * (grad_z[k] * n.gain_hh[k] - sums[2] - y * sums[3]);
+      const A x = widen(args.norm_input[b * 4 * H + k]), y = widen(args.norm_recurrent[b * 4 * H + k]);
+      args.grad_input_part[b * 4 * H + k] = narrow<D>(factor_x * (grad_z[k] * args.gain_ih[k] - sums[0] - x * sums[1]));
+      grad[gate] = factor_h * (grad_z[k] * args.gain_hh[k] - sums[2] - y * sums[3]);
     }
-    write_gate_gradients<true>(s, b, j, grad);
+    write_recurrent_gradients<true>(cell, b, j, grad);
   }
 }
 

@@ -1,16 +1,20 @@
-// The one header that every kernel includes: the language of CUDA, and what of PTX the kernels use, under two
+// The one header that every kernel includes: the language of CUDA and the parts of PTX that kernels use, under two
 // compilers.
 //
 // nvcc gets inline PTX (cuda/ptx.h). A plain C++ compiler, with LSTM_EXT_SIMT defined and tests/ on the include path,
-// gets calls into the emulator of tests/simt, so that the very same kernel sources run on a CPU. Both sides define the
-// same names:
+// gets calls into the emulator of tests/simt: so the same kernel sources run on a CPU. Both sides define the same
+// names:
 //
 //   LSTM_KERNEL, LSTM_DEVICE, LSTM_HOST_DEVICE, LSTM_LAUNCH_BOUNDS(threads)
+//
 //   LSTM_SHARED(T, name, count)          a static shared array, aligned to 16 bytes
+//
 //   LSTM_DYNAMIC_SHARED(T, name)         T* to the dynamic shared memory, aligned to 128 bytes
-//   LSTM_SITE_PARAMETERS, LSTM_SITE      handed on by helpers, so that the emulator names their caller's line; see
-//   below in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers,
-//   st_async, now
+//
+//   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
+//
+// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers,
+// st_async, now.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +43,8 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t dynamic_s
   return launch(kernel, config, args);
 }
 
-// Asynchronous copies from global to shared memory. Both addresses are aligned to the bytes copied. The forms with
-// `source_bytes` read so many and fill up with zeros.
+// Asynchronous copies from global to shared memory. Both addresses are aligned to the bytes copied. cp_async with
+// `source_bytes` reads so many and fills up with zeros.
 LSTM_DEVICE void cp_async4(void* shared, const void* global LSTM_SITE_PARAMETERS) {
   cp_async<4>(shared, global, 4 LSTM_SITE);
 }

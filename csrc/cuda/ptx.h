@@ -1,7 +1,7 @@
 // nvcc's side of platform.h: launches, and inline PTX.
 //
-// Every operand order here is checked by the route of tests/simt that executes nvcc's PTX. What needs sm_90 compiles
-// for sm_80 too, as a trap: the host never launches such a kernel there.
+// The route of tests/simt that executes nvcc's PTX checks every operand order here. Code that needs sm_90 compiles for
+// sm_80 as a trap: the host never launches such a kernel there.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 #define LSTM_KERNEL __global__ void
 #define LSTM_DEVICE __device__ __forceinline__
 #define LSTM_HOST_DEVICE __host__ __device__ __forceinline__
-// Told no number of blocks, ptxas aims at one of its own, and spills registers to reach it.
+// Without a minimum block count ptxas picks an occupancy target and spills to meet it.
 #define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
 #define LSTM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define LSTM_DYNAMIC_SHARED(T, name)                                              \
@@ -35,7 +35,7 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks at once, or an error
 };
 
-// The error, if there is one, is the caller's to report: it is not left behind for the next cudaGetLastError.
+// Returns the error, which the caller reports, and clears it: the next cudaGetLastError does not see it.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args& args) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
@@ -87,7 +87,7 @@ LSTM_DEVICE uint32_t shared_address(const void* pointer) {
 }
 
 // ---- copies from global to shared memory
-// ------------------------------------------------------------------------------
+
 template <int bytes>
 LSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
@@ -110,7 +110,7 @@ LSTM_DEVICE void cp_async_wait() {
 }
 
 // ---- tensor cores
-// -----------------------------------------------------------------------------------------------------
+
 LSTM_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -165,7 +165,7 @@ LSTM_DEVICE uint32_t to_tf32(float value) {
 }
 
 // ---- global memory that other blocks wait for
-// -------------------------------------------------------------------------
+
 LSTM_DEVICE uint32_t load_acquire(const uint32_t* address) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -189,7 +189,7 @@ LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
 LSTM_DEVICE int64_t now() { return clock64(); }
 
 // ---- clusters, sm_90 and later
-// ----------------------------------------------------------------------------------------
+
 LSTM_DEVICE void cluster_arrive() { LSTM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory")); }
 LSTM_DEVICE void cluster_wait() { LSTM_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory")); }
 LSTM_DEVICE uint32_t cluster_rank() {
@@ -217,7 +217,7 @@ LSTM_DEVICE uint32_t cluster_shared_address(const void* pointer) {
 }
 
 // ---- mbarriers, sm_90 and later
-// ---------------------------------------------------------------------------------------
+
 LSTM_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   LSTM_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)),
                          "r"(arrivals) : "memory"));

@@ -1,4 +1,4 @@
-// Sums of columns, in an order that depends on the shape only: the gradient of a bias is the same bits in every run.
+// Sums of columns, in an order that depends on the shape only: the gradient of a bias has the same bits in every run.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@ namespace lstm_ext::cuda {
 constexpr int kSumColumns = 32;
 constexpr int kSumHeight = 8;
 
-// `values` may be `partial` of a first launch. Factor is the type of what they are multiplied by, or void.
+// `values` may be `partial` of a first launch. Factor is the type of the factors, or void without any.
 template <typename Value, typename A, typename Factor = void>
 struct SumOfRows {
   int64_t rows;
@@ -26,17 +26,17 @@ struct SumOfRows {
 };
 
 template <typename Value, typename A, typename Factor = void>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOfRows<Value, A, Factor> s) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOfRows<Value, A, Factor> args) {
   LSTM_SHARED(A, sums, kSumColumns * kSumHeight);
   const int64_t column = int64_t{blockIdx.x} * kSumColumns + threadIdx.x;
-  const int64_t first = int64_t{blockIdx.y} * s.rows_per_part;
-  const int64_t end = first + s.rows_per_part < s.rows ? first + s.rows_per_part : s.rows;
+  const int64_t first = int64_t{blockIdx.y} * args.rows_per_part;
+  const int64_t end = first + args.rows_per_part < args.rows ? first + args.rows_per_part : args.rows;
   A sum = 0;
-  if (column < s.columns) {
+  if (column < args.columns) {
     for (int64_t row = first + threadIdx.y; row < end; row += kSumHeight) {
-      A value = widen(s.values[row * s.columns + column]);
+      A value = widen(args.values[row * args.columns + column]);
       if constexpr (!std::is_void_v<Factor>) {
-        if (s.factors) value *= widen(s.factors[row * s.columns + column]);
+        if (args.factors) value *= widen(args.factors[row * args.columns + column]);
       }
       sum += value;
     }
@@ -47,9 +47,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kSumColumns* kSumHeight) sum_of_rows_kernel(SumOf
     __syncthreads();
     if (static_cast<int>(threadIdx.y) < half) sums[place] += sums[place + half * kSumColumns];
   }
-  if (threadIdx.y == 0 && column < s.columns) {
-    A* result = s.result + blockIdx.y * s.columns + column;
-    *result = s.accumulate ? *result + sums[place] : sums[place];
+  if (threadIdx.y == 0 && column < args.columns) {
+    A* result = args.result + blockIdx.y * args.columns + column;
+    *result = args.accumulate ? *result + sums[place] : sums[place];
   }
 }
 

@@ -1,6 +1,6 @@
-// The states of a row before and after a step, and the gradients of them: where they come from, and what zoneout, a
-// mask, a reset and the end of a row make of them. For all kernels of a step. kExtras is whether anything of that but
-// resets may be there: the plain layer's kernels have no instruction for it.
+// How the kernels of a step read and write the states of a row and their gradients. Zoneout, the recurrent mask, resets
+// and the end of a row are applied here, so that every kernel does the same. Without kOptions a kernel has instructions
+// for nothing but the plain layer and resets.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -10,139 +10,130 @@ namespace lstm_ext::cuda {
 
 // ---- rows
 
-template <bool kExtras>
-LSTM_DEVICE bool takes_part(const RowsOfStep& s, int64_t b) {
-  if constexpr (kExtras) return !s.lengths || s.time < s.lengths[b];
+// Whether row b takes part in the step. The functions below it are about rows that do.
+template <bool kOptions>
+LSTM_DEVICE bool takes_part(const StepRows& rows, int64_t b) {
+  if constexpr (kOptions) return !rows.lengths || rows.time < rows.lengths[b];
   return true;
 }
 
-// The following are of rows that take part.
-template <bool kExtras>
-LSTM_DEVICE bool continues(const RowsOfStep& s, int64_t b) {
-  if constexpr (kExtras) {
-    if (s.lengths && s.reverse && s.time + 1 >= s.lengths[b]) return false;
+// Whether row b takes part in the step before as well, or in the step after.
+template <bool kOptions>
+LSTM_DEVICE bool has_previous(const StepRows& rows, int64_t b) {
+  if constexpr (kOptions) {
+    if (rows.lengths && rows.reverse && rows.time + 1 >= rows.lengths[b]) return false;
   }
-  return b < s.continuing;
+  return b < rows.previous_count;
 }
-template <bool kExtras>
-LSTM_DEVICE bool goes_on(const RowsOfStep& s, int64_t b) {
-  if constexpr (kExtras) {
-    if (s.lengths && !s.reverse && s.time + 1 >= s.lengths[b]) return false;
+template <bool kOptions>
+LSTM_DEVICE bool has_next(const StepRows& rows, int64_t b) {
+  if constexpr (kOptions) {
+    if (rows.lengths && !rows.reverse && rows.time + 1 >= rows.lengths[b]) return false;
   }
-  return b < s.going_on;
+  return b < rows.next_count;
 }
 
-LSTM_DEVICE bool is_flagged(const ResetFlags& resets, int64_t b) { return b < resets.rows && resets.flags[b] != 0; }
-
-// In reverse, the flag is that of the step before, which the row may not have.
-template <bool kExtras>
-LSTM_DEVICE bool is_reset(const RowsOfStep& s, int64_t b) {
-  if constexpr (kExtras) return is_flagged(s.resets, b) && (!s.reverse || continues<true>(s, b));
-  return is_flagged(s.resets, b);
+// Whether the state of row b is replaced before the step.
+template <bool kOptions>
+LSTM_DEVICE bool is_reset(const StepRows& rows, int64_t b) {
+  if constexpr (kOptions) {
+    // In the reverse direction the flag is that of time + 1, where a row may have ended: then it means nothing.
+    return rows.resets[b] && (!rows.reverse || has_previous<true>(rows, b));
+  }
+  return rows.resets[b];
 }
 
-// Of three states (rows, size), that which row b has before the step: null means zeros.
-template <bool kExtras, typename A, typename T>
-LSTM_DEVICE A previous_state(const RowsOfStep& s, int64_t b, int64_t place, const A* continuing, const T* beginning,
+// The state of row b before the step, one of three (B, size): from the step before, from the beginning, or in place of
+// a state that is reset. Null means zeros.
+template <bool kOptions, typename A, typename T>
+LSTM_DEVICE A previous_state(const StepRows& rows, int64_t b, int64_t place, const A* previous, const T* initial,
                              const T* reset) {
-  if (is_reset<kExtras>(s, b)) return reset ? widen(reset[place]) : 0;
-  if (continues<kExtras>(s, b)) return continuing[place];
-  return beginning ? widen(beginning[place]) : 0;
+  if (is_reset<kOptions>(rows, b)) return reset ? widen(reset[place]) : 0;
+  if (has_previous<kOptions>(rows, b)) return previous[place];
+  return initial ? widen(initial[place]) : 0;
 }
 
-template <bool kExtras, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate previous_cell(const RowsOfStep& s, const PreviousCell<T>& c, int64_t b,
+template <bool kOptions, typename T>
+LSTM_DEVICE typename Types<T>::Accumulate previous_cell(const StepRows& rows, const PreviousCell<T>& c, int64_t b,
                                                         int64_t place) {
-  return previous_state<kExtras>(s, b, place, c.previous, c.c0, c.reset_c);
+  return previous_state<kOptions>(rows, b, place, c.previous, c.c0, c.reset_c);
 }
 
-// ---- zoneout
+// ---- zoneout: a state is a mix of the previous value and of the new one
 
+// A flag chooses: it does not multiply by 0 what may be infinite.
 template <typename A>
-LSTM_HOST_DEVICE bool is_active(const Zoneout<A>& z) {
-  return z.kept != nullptr || z.share != 0;
-}
-
-// A flag chooses, and does not multiply by 0 what may be infinite.
-template <typename A>
-LSTM_DEVICE A kept_part(const Zoneout<A>& z, int64_t place, A value) {
-  return z.kept ? (z.kept[place] != 0 ? value : A(0)) : z.share * value;
+LSTM_DEVICE A previous_share(const Zoneout<A>& z, int64_t place, A value) {
+  return z.keep ? (z.keep[place] != 0 ? value : A(0)) : z.share * value;
 }
 template <typename A>
-LSTM_DEVICE A new_part(const Zoneout<A>& z, int64_t place, A value) {
-  return z.kept ? (z.kept[place] != 0 ? A(0) : value) : (1 - z.share) * value;
+LSTM_DEVICE A new_share(const Zoneout<A>& z, int64_t place, A value) {
+  return z.keep ? (z.keep[place] != 0 ? A(0) : value) : (1 - z.share) * value;
 }
 template <typename A>
-LSTM_DEVICE A mixed(const Zoneout<A>& z, int64_t place, A before, A now) {
-  return kept_part(z, place, before) + new_part(z, place, now);
+LSTM_DEVICE A mix(const Zoneout<A>& z, int64_t place, A previous, A now) {
+  return previous_share(z, place, previous) + new_share(z, place, now);
 }
 
 // ---- outputs
 
-template <typename T>
-LSTM_HOST_DEVICE bool has_extras(const NewOutput<T>& s) {
-  return is_active(s.zoneout) || s.mask != nullptr;
-}
-
-// h'_t of unit j of a row that takes part.
-template <bool kExtras, typename T>
-LSTM_DEVICE void write_output(const NewOutput<T>& s, const RowsOfStep& rows, int64_t b, int64_t j, int64_t size,
+// Makes h_t from h'_t, for unit j of a row that takes part.
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
                               typename Types<T>::Accumulate h) {
   const int64_t place = b * size + j;
-  if constexpr (kExtras) {
-    if (s.h_carried) {
-      const auto* carried = s.h_carried;
-      h = mixed(s.zoneout, place, previous_state<true>(rows, b, place, carried, s.h0, s.reset_h), h);
-      s.h_carried[place] = h;
+  if constexpr (kOptions) {
+    if (output.running_h) {
+      const auto* running = output.running_h;
+      h = mix(output.zoneout, place, previous_state<true>(rows, b, place, running, output.h0, output.reset_h), h);
+      output.running_h[place] = h;
     }
   }
   const T stored = narrow<T>(h);
-  if constexpr (kExtras) {
-    if (s.mask) s.masked[place] = narrow<T>(s.mask[place] * widen(stored));
+  if constexpr (kOptions) {
+    if (output.recurrent_mask) {
+      output.recurrent_h[place] = narrow<T>(output.recurrent_mask[place] * widen(stored));
+    }
   }
-  s.h[b * s.h_stride + j] = stored;
-  if (s.h_n && !goes_on<kExtras>(rows, b)) s.h_n[place] = stored;
+  output.h[b * output.h_stride + j] = stored;
+  if (output.h_n && !has_next<kOptions>(rows, b)) output.h_n[place] = stored;
 }
 
-// Of a row that takes no part. What a product makes of it is not read, but shall not be made of anything.
+// Rows that take no part are written as zeros: a product reads them, though nothing reads its result.
 template <typename T>
-LSTM_DEVICE void write_no_output(const NewOutput<T>& s, int64_t b, int64_t j, int64_t size) {
-  s.h[b * s.h_stride + j] = narrow<T>(0);
-  if (s.mask) s.masked[b * size + j] = narrow<T>(0);
+LSTM_DEVICE void write_no_output(const NewOutput<T>& output, int64_t b, int64_t j, int64_t size) {
+  output.h[b * output.h_stride + j] = narrow<T>(0);
+  if (output.recurrent_mask) output.recurrent_h[b * size + j] = narrow<T>(0);
 }
 
-template <typename T>
-LSTM_HOST_DEVICE bool has_extras(const GradOutput<T>& s) {
-  return is_active(s.zoneout) || s.mask != nullptr;
-}
-
-// dL/dh'_t of unit j of a row that takes part. To be called once: it carries on what zoneout keeps.
-template <bool kExtras, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate output_gradient_of(const GradOutput<T>& s, const RowsOfStep& rows, int64_t b,
-                                                             int64_t j, int64_t size) {
+// Returns dL/dh'_t of unit j of a row that takes part. A kernel calls it once: it also leaves dL/dh_{t-1} through
+// zoneout for the step before.
+template <bool kOptions, typename T>
+LSTM_DEVICE typename Types<T>::Accumulate output_gradient_at(const GradOutput<T>& output, const StepRows& rows,
+                                                             int64_t b, int64_t j, int64_t size) {
   using A = typename Types<T>::Accumulate;
   const int64_t place = b * size + j;
   A sum = 0;
-  if (s.grad_output) sum += widen(s.grad_output[b * s.grad_output_stride + j]);
-  const bool continued = goes_on<kExtras>(rows, b);
-  if (continued && !is_flagged(rows.resets_after, b)) {
-    A through_product = s.recurrent_part[place];
-    if constexpr (kExtras) {
-      if (s.mask) through_product *= s.mask[place];
+  if (output.grad_output) sum += widen(output.grad_output[b * output.grad_output_stride + j]);
+  const bool next = has_next<kOptions>(rows, b);
+  if (next && !rows.resets_after[b]) {
+    A through_product = output.recurrent_part[place];
+    if constexpr (kOptions) {
+      if (output.recurrent_mask) through_product *= output.recurrent_mask[place];
     }
     sum += through_product;
   }
-  if constexpr (kExtras) {
-    if (s.grad_h && continued) sum += s.grad_h[place];  // 0 where the step after reset it
+  if constexpr (kOptions) {
+    if (output.grad_h && next) sum += output.grad_h[place];  // 0 where the step after reset the row
   }
-  if (s.grad_h_n && !continued) sum += widen(s.grad_h_n[place]);
-  if constexpr (kExtras) {
-    if (s.grad_h) {
-      const A before = kept_part(s.zoneout, place, sum);
+  if (output.grad_h_n && !next) sum += widen(output.grad_h_n[place]);
+  if constexpr (kOptions) {
+    if (output.grad_h) {
+      const A previous = previous_share(output.zoneout, place, sum);
       const bool reset = is_reset<true>(rows, b);
-      s.grad_h[place] = reset ? 0 : before;
-      if (reset && s.grad_reset_h) s.grad_reset_h[place] += before;
-      sum = new_part(s.zoneout, place, sum);
+      output.grad_h[place] = reset ? 0 : previous;
+      if (reset && output.grad_reset_h) output.grad_reset_h[place] += previous;
+      sum = new_share(output.zoneout, place, sum);
     }
   }
   return sum;

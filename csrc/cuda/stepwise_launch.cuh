@@ -1,4 +1,4 @@
-// How the stepwise kernels are started. Each stepwise_*.cu makes these functions for one type.
+// Starts the stepwise kernels. Each stepwise_*.cu instantiates these functions for one type.
 #pragma once
 
 #include <algorithm>
@@ -27,17 +27,17 @@ inline CellGrid cell_grid(int64_t rows, int64_t units, int64_t steps = 1) {
 }
 
 template <typename T>
-cudaError_t cell_forward(const CellForward<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.of.rows, step.hidden_size);
-  const auto kernel = has_extras(step) ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
-  return launch(kernel, g.grid, g.block, 0, stream, step);
+cudaError_t cell_forward(const CellForward<T>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(args.rows.count, args.hidden_size);
+  const auto kernel = args.rows.options ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t cell_backward(const CellBackward<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.of.rows, step.hidden_size);
-  const auto kernel = has_extras(step) ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
-  return launch(kernel, g.grid, g.block, 0, stream, step);
+cudaError_t cell_backward(const CellBackward<T>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(args.rows.count, args.hidden_size);
+  const auto kernel = args.rows.options ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 // A block for each row, in whole warps.
@@ -46,36 +46,36 @@ inline dim3 norm_block(int64_t units) {
 }
 
 template <typename T>
-cudaError_t norm_cell_forward(const NormCellForward<T>& step, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(step.cell.of.rows));
-  return launch(norm_cell_forward_kernel<T>, grid, norm_block(step.cell.hidden_size), 0, stream, step);
+cudaError_t norm_cell_forward(const NormCellForward<T>& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.cell.rows.count));
+  return launch(norm_cell_forward_kernel<T>, grid, norm_block(args.cell.hidden_size), 0, stream, args);
 }
 
 template <typename T>
-cudaError_t norm_cell_backward(const NormCellBackward<T>& step, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(step.cell.of.rows));
-  return launch(norm_cell_backward_kernel<T>, grid, norm_block(step.cell.hidden_size), 0, stream, step);
+cudaError_t norm_cell_backward(const NormCellBackward<T>& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.cell.rows.count));
+  return launch(norm_cell_backward_kernel<T>, grid, norm_block(args.cell.hidden_size), 0, stream, args);
 }
 
 template <typename T>
-cudaError_t output_forward(const OutputForward<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.of.rows, step.output_size);
-  return launch(output_forward_kernel<T>, g.grid, g.block, 0, stream, step);
+cudaError_t output_forward(const OutputForward<T>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(args.rows.count, args.output_size);
+  return launch(output_forward_kernel<T>, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t output_gradient(const OutputGradient<T>& step, cudaStream_t stream) {
-  const CellGrid g = cell_grid(step.of.rows, step.output_size);
-  const auto kernel = has_extras(step) ? output_gradient_kernel<T, true> : output_gradient_kernel<T, false>;
-  return launch(kernel, g.grid, g.block, 0, stream, step);
+cudaError_t output_gradient(const OutputGradient<T>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(args.rows.count, args.output_size);
+  const auto kernel = args.rows.options ? output_gradient_kernel<T, true> : output_gradient_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t previous_outputs(const PreviousOutputs<T>& steps, cudaStream_t stream) {
+cudaError_t previous_outputs(const PreviousOutputs<T>& args, cudaStream_t stream) {
   int64_t rows = 1;
-  for (int n = 0; n < steps.steps; ++n) rows = std::max(rows, steps.step[n].rows);
-  const CellGrid g = cell_grid(rows, steps.output_size, steps.steps);
-  return launch(previous_outputs_kernel<T>, g.grid, g.block, 0, stream, steps);
+  for (int n = 0; n < args.count; ++n) rows = std::max(rows, args.steps[n].count);
+  const CellGrid g = cell_grid(rows, args.output_size, args.count);
+  return launch(previous_outputs_kernel<T>, g.grid, g.block, 0, stream, args);
 }
 
 // In two launches: parts of the rows, then the parts.
@@ -95,27 +95,27 @@ cudaError_t sums_of_rows(int64_t rows, int64_t columns, const Value* values, con
 }
 
 template <typename T>
-cudaError_t column_sums(const ColumnSums<T>& s, cudaStream_t stream) {
+cudaError_t column_sums(const ColumnSums<T>& args, cudaStream_t stream) {
   return sums_of_rows<typename Types<T>::Gradient, typename Types<T>::Accumulate, void>(
-      s.rows, s.columns, s.values, nullptr, s.partial, s.sums, stream);
+      args.rows, args.columns, args.values, nullptr, args.partial, args.sums, stream);
 }
 
 template <typename T>
-cudaError_t product_sums(const ProductSums<T>& s, cudaStream_t stream) {
-  return sums_of_rows(s.rows, s.columns, s.values, s.factors, s.partial, s.sums, stream);
+cudaError_t product_sums(const ProductSums<T>& args, cudaStream_t stream) {
+  return sums_of_rows(args.rows, args.columns, args.values, args.factors, args.partial, args.sums, stream);
 }
 
 }  // namespace lstm_ext::cuda
 
 #define LSTM_EXT_STEPWISE(T)                                                                        \
   namespace lstm_ext::cuda {                                                                        \
-  template cudaError_t cell_forward<T>(const CellForward<T>& step, cudaStream_t stream);            \
-  template cudaError_t cell_backward<T>(const CellBackward<T>& step, cudaStream_t stream);          \
-  template cudaError_t norm_cell_forward<T>(const NormCellForward<T>& step, cudaStream_t stream);   \
-  template cudaError_t norm_cell_backward<T>(const NormCellBackward<T>& step, cudaStream_t stream); \
-  template cudaError_t output_forward<T>(const OutputForward<T>& step, cudaStream_t stream);        \
-  template cudaError_t output_gradient<T>(const OutputGradient<T>& step, cudaStream_t stream);      \
-  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& steps, cudaStream_t stream);   \
-  template cudaError_t column_sums<T>(const ColumnSums<T>& sums, cudaStream_t stream);              \
-  template cudaError_t product_sums<T>(const ProductSums<T>& sums, cudaStream_t stream);            \
+  template cudaError_t cell_forward<T>(const CellForward<T>& args, cudaStream_t stream);            \
+  template cudaError_t cell_backward<T>(const CellBackward<T>& args, cudaStream_t stream);          \
+  template cudaError_t norm_cell_forward<T>(const NormCellForward<T>& args, cudaStream_t stream);   \
+  template cudaError_t norm_cell_backward<T>(const NormCellBackward<T>& args, cudaStream_t stream); \
+  template cudaError_t output_forward<T>(const OutputForward<T>& args, cudaStream_t stream);        \
+  template cudaError_t output_gradient<T>(const OutputGradient<T>& args, cudaStream_t stream);      \
+  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& args, cudaStream_t stream);    \
+  template cudaError_t column_sums<T>(const ColumnSums<T>& args, cudaStream_t stream);              \
+  template cudaError_t product_sums<T>(const ProductSums<T>& args, cudaStream_t stream);            \
   }

@@ -1,48 +1,32 @@
-// One layer on one kind of device: what the functions of lstm_layer.h call once the arguments are checked.
+// One layer on one kind of device: what lstm_layer_forward and lstm_layer_backward call once the arguments are checked.
 #pragma once
 
 #include "torch/checks.h"
-#include "torch/lstm_layer.h"
+#include "torch/layer_call.h"
 
 namespace lstm_ext {
 
-// The arguments of a layer; see lstm_layer_forward.
-struct LayerArguments {
-  const at::Tensor& input;
-  const OptionalTensor& h0;
-  const OptionalTensor& c0;
-  const std::vector<at::Tensor>& weights;
-  bool has_bias;
-  const Extras& extras;
-};
-
-// What a forward pass kept, and the gradients of its results. An absent gradient means zeros.
+// What the backward pass takes beside the call.
 struct BackwardArguments {
-  const OptionalTensor& grad_output;
-  const OptionalTensor& grad_h_n;
-  const OptionalTensor& grad_c_n;
-  const OptionalTensor&
-      grad_gates;  // of the values of the gates, (D, T, B, 4H), and of the saved cells: both may be results
-  const OptionalTensor& grad_cells;
+  const ResultGradients& grads;
   const at::Tensor& output;
-  const std::vector<at::Tensor>& saved;
-  const std::vector<bool>& wanted;
+  const Saved& saved;
+  const NeedsGrad& needs_grad;
 };
 
-// Results in the dtype of the input, the saved tensors in those of LayerSizes.
-using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-using Forward = ForwardResult (*)(const LayerArguments& layer, const LayerSizes& sizes, bool save);
-using Backward = std::vector<at::Tensor> (*)(const LayerArguments& layer, const LayerSizes& sizes,
-                                             const BackwardArguments& arguments);
+using Forward = LayerResults (*)(const LayerCall& call, const LayerSizes& sizes, bool save);
+using Backward = LayerGradients (*)(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments);
 
 struct Backend {
   Forward forward;
   Backward backward;
+  // Whether Saved::gates are preactivations, in the dtype of the input; else they are gate values, of sum_type.
+  bool saves_preactivations = false;
 };
 
 const Backend& cpu_backend();
 
-// That of CUDA registers itself where it is part of the build.
+// The CUDA backend registers itself where it is part of the build.
 void register_cuda_backend(const Backend& backend);
 
 }  // namespace lstm_ext

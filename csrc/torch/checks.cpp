@@ -2,12 +2,13 @@
 
 #include <ATen/ATen.h>
 
-#include <string>
-
 namespace lstm_ext {
 namespace {
 
-constexpr const char* kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
+constexpr const char* kWeightNames[2][5] = {
+    {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"},
+    {"weight_ih of the reverse direction", "weight_hh of the reverse direction", "bias_ih of the reverse direction",
+     "bias_hh of the reverse direction", "weight_hr of the reverse direction"}};
 
 // Offsets of the steps from the number of sequences in each.
 std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tensor& input) {
@@ -33,42 +34,76 @@ std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tenso
   return offsets;
 }
 
-void check_extras(const at::Tensor& input, const LayerSizes& s, bool has_bias, const Extras& extras) {
+void check_options(const LayerCall& call, const LayerSizes& sizes) {
+  const LayerOptions& options = call.options;
+  const at::Tensor& input = call.input;
   const at::ScalarType dtype = input.scalar_type();
-  TORCH_CHECK(extras.resets || !(extras.reset_h || extras.reset_c), "lstm_ext: got a reset state, but no resets");
-  if (extras.resets) {
-    const std::vector<int64_t> sizes =
-        s.packed() ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{s.steps, s.batch};
-    check_tensor("resets", *extras.resets, input, at::kBool, sizes);
-  }
-  const std::vector<int64_t> h_sizes{s.directions, s.batch, s.output_size};
-  if (extras.reset_h) check_tensor("reset_h", *extras.reset_h, input, dtype, h_sizes);
-  if (extras.reset_c) check_tensor("reset_c", *extras.reset_c, input, dtype, {s.directions, s.batch, s.hidden_size});
-  if (extras.lengths) {
-    TORCH_CHECK(!s.packed(), "lstm_ext: got lengths and batch_sizes, expected one of them");
-    check_tensor("lengths", *extras.lengths, input, at::kLong, {s.batch});
-  }
-  if (extras.recurrent_mask) check_tensor("recurrent_mask", *extras.recurrent_mask, input, s.sum_type, h_sizes);
-  if (extras.kept_h) check_tensor("kept_h", *extras.kept_h, input, at::kBool, s.saved_sizes(s.output_size));
-  if (extras.kept_c) check_tensor("kept_c", *extras.kept_c, input, at::kBool, s.saved_sizes(s.hidden_size));
-  for (const double share : {extras.zoneout_h, extras.zoneout_c}) {
+  TORCH_CHECK(options.resets.defined() || !(options.reset_h.defined() || options.reset_c.defined()),
+              "lstm_ext: got a reset state, but no resets");
+  const auto check_if_given = [&](const char* name, const at::Tensor& tensor, at::ScalarType type,
+                                  const auto& expected_sizes) {
+    if (tensor.defined()) check_tensor(name, tensor, input, type, expected_sizes());
+  };
+  const auto state = [&](int64_t features) {
+    return [&sizes, features] { return std::vector<int64_t>{sizes.directions, sizes.batch, features}; };
+  };
+  const auto all_steps = [&](int64_t features) { return [&sizes, features] { return sizes.saved_sizes(features); }; };
+  check_if_given("resets", options.resets, at::kBool, [&] {
+    return sizes.packed() ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{sizes.steps, sizes.batch};
+  });
+  check_if_given("reset_h", options.reset_h, dtype, state(sizes.output_size));
+  check_if_given("reset_c", options.reset_c, dtype, state(sizes.hidden_size));
+  TORCH_CHECK(!options.lengths.defined() || !sizes.packed(),
+              "lstm_ext: got lengths and batch_sizes, expected one of them");
+  check_if_given("lengths", options.lengths, at::kLong, [&] { return std::vector<int64_t>{sizes.batch}; });
+  check_if_given("recurrent_mask", options.recurrent_mask, sizes.sum_type, state(sizes.output_size));
+  check_if_given("keep_h", options.keep_h, at::kBool, all_steps(sizes.output_size));
+  check_if_given("keep_c", options.keep_c, at::kBool, all_steps(sizes.hidden_size));
+  for (const double share : {options.zoneout_h, options.zoneout_c}) {
     TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
   }
-  if (extras.norm.empty()) return;
+  TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
+  if (options.norm.empty()) return;
   constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
-  const size_t per_direction = has_bias ? 4 : 3;
-  TORCH_CHECK(extras.norm.size() == per_direction * s.directions, "lstm_ext: got ", extras.norm.size(),
-              " parameters of layer normalisation, expected ", per_direction * s.directions);
-  for (size_t i = 0; i < extras.norm.size(); ++i) {
+  const size_t per_direction = norms_per_direction(call.has_bias);
+  TORCH_CHECK(options.norm.size() == per_direction * sizes.directions, "lstm_ext: got ", options.norm.size(),
+              " parameters of layer normalisation, expected ", per_direction * sizes.directions);
+  for (size_t i = 0; i < options.norm.size(); ++i) {
     const size_t kind = i % per_direction;
     // Autocast leaves them in their own dtype.
-    const at::ScalarType own = extras.norm[i].scalar_type() == s.sum_type ? s.sum_type : dtype;
-    check_tensor(kNames[kind], extras.norm[i], input, own, {kind < 2 ? 4 * s.hidden_size : s.hidden_size});
+    const at::ScalarType own = options.norm[i].scalar_type() == sizes.sum_type ? sizes.sum_type : dtype;
+    check_tensor(kNames[kind], options.norm[i], input, own, {kind < 2 ? 4 * sizes.hidden_size : sizes.hidden_size});
   }
-  TORCH_CHECK(!extras.recompute, "lstm_ext: the kernels do not compute gates with layer normalisation again");
+  TORCH_CHECK(!options.recompute, "lstm_ext: the kernels do not compute gates with layer normalisation again");
+}
+
+// Visits each tensor that a forward pass of the call saves: visit(the member of Saved, its name, dtype and sizes).
+template <typename Visit>
+void visit_saved(const LayerCall& call, const LayerSizes& sizes, const Visit& visit) {
+  const int64_t hidden = sizes.hidden_size;
+  const bool gates = !call.options.recompute;
+  if (gates) visit(&Saved::gates, "saved gates", sizes.gates_type, sizes.saved_sizes(4 * hidden));
+  visit(&Saved::cells, "saved cells", sizes.sum_type, sizes.saved_sizes(hidden));
+  if (gates && sizes.projected) visit(&Saved::hidden, "saved hidden", sizes.gates_type, sizes.saved_sizes(hidden));
+  if (call.options.norm.empty()) return;
+  std::vector<int64_t> products = sizes.saved_sizes(4 * hidden);
+  products[0] *= 2;
+  visit(&Saved::norm_products, "saved normalised products", sizes.gates_type, products);
+  visit(&Saved::norm_factors, "saved factors of layer normalisation", sizes.sum_type, sizes.saved_sizes(2));
 }
 
 }  // namespace
+
+at::Tensor allocate_empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::zeros(sizes, options); }
+
+WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional) {
+  const int64_t directions = bidirectional ? 2 : 1, plain = has_bias ? 4 : 2;
+  const bool projected = count == (plain + 1) * directions;
+  TORCH_CHECK(projected || count == plain * directions, "lstm_ext: got ", count, " weights, expected ",
+              plain * directions, ", or ", (plain + 1) * directions, " with a projection");
+  return {plain + (projected ? 1 : 0), projected};
+}
 
 std::vector<int64_t> LayerSizes::sequence_sizes(int64_t features) const {
   if (packed()) return {step_offsets.back(), features};
@@ -80,10 +115,39 @@ std::vector<int64_t> LayerSizes::saved_sizes(int64_t features) const {
   return {directions, steps, batch, features};
 }
 
-std::vector<int64_t> LayerSizes::saved_product_sizes() const {
-  std::vector<int64_t> sizes = saved_sizes(4 * hidden_size);
-  sizes[0] *= 2;
-  return sizes;
+LayerShape LayerSizes::shape(int64_t direction, const at::Tensor& resets) const {
+  static_assert(sizeof(bool) == sizeof(uint8_t));
+  return {steps,
+          batch,
+          input_size,
+          hidden_size,
+          output_size,
+          projected,
+          direction == 1,
+          packed() ? step_offsets.data() : nullptr,
+          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
+}
+
+Saved LayerSizes::empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate) const {
+  Saved saved;
+  visit_saved(call, *this,
+              [&](at::Tensor Saved::* tensor, const char*, at::ScalarType dtype, const std::vector<int64_t>& sizes) {
+                saved.*tensor = allocate(sizes, options.dtype(dtype));
+              });
+  return saved;
+}
+
+void LayerSizes::check_saved(const LayerCall& call, const Saved& saved) const {
+  size_t expected = 0, given = 0;
+  visit_saved(
+      call, *this,
+      [&](at::Tensor Saved::* tensor, const char* name, at::ScalarType dtype, const std::vector<int64_t>& sizes) {
+        ++expected;
+        TORCH_CHECK((saved.*tensor).defined(), "lstm_ext: ", name, " is not given");
+        check_tensor(name, saved.*tensor, call.input, dtype, sizes);
+      });
+  Saved::visit(saved, [&](const at::Tensor& tensor) { given += tensor.defined() ? 1 : 0; });
+  TORCH_CHECK(given == expected, "lstm_ext: saved has ", given, " tensors, expected ", expected);
 }
 
 void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,
@@ -97,9 +161,9 @@ void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& 
   TORCH_CHECK(tensor.sizes() == sizes, "lstm_ext: ", name, " has shape ", tensor.sizes(), ", expected ", sizes);
 }
 
-LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                       bool bidirectional, const Extras& extras) {
+LayerSizes check_layer(const LayerCall& call) {
+  const at::Tensor& input = call.input;
+  const std::vector<at::Tensor>& weights = call.weights;
   TORCH_CHECK(input.device().is_cpu() || input.device().is_cuda(), "lstm_ext: input is on ", input.device(),
               ", expected the CPU or a CUDA device");
   TORCH_CHECK(input.layout() == at::kStrided, "lstm_ext: input has layout ", input.layout(), ", expected strided");
@@ -107,61 +171,57 @@ LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const 
   const bool low_precision = dtype == at::kBFloat16 || dtype == at::kHalf;
   TORCH_CHECK(low_precision || dtype == at::kFloat || dtype == at::kDouble, "lstm_ext: input has dtype ", dtype,
               ", expected float32, float64, bfloat16 or float16");
-  const bool packed = batch_sizes && batch_sizes->defined();
+  const bool packed = call.batch_sizes.defined();
   TORCH_CHECK(packed || input.dim() == 3, "lstm_ext: input has ", input.dim(),
               " dimensions, expected 3: (time, batch, features)");
   TORCH_CHECK(!packed || input.dim() == 2, "lstm_ext: input has ", input.dim(),
               " dimensions, expected 2 with batch_sizes: (rows, features)");
-  LayerSizes s{};
-  s.sum_type = low_precision ? at::kFloat : dtype;
-  s.gates_type = input.device().is_cpu() ? s.sum_type : dtype;
+  LayerSizes sizes{};
+  sizes.sum_type = low_precision ? at::kFloat : dtype;
   if (packed) {
-    s.step_offsets = step_offsets(*batch_sizes, input);
-    s.steps = static_cast<int64_t>(s.step_offsets.size()) - 1;
-    s.batch = s.step_offsets[1];
+    sizes.step_offsets = step_offsets(call.batch_sizes, input);
+    sizes.steps = static_cast<int64_t>(sizes.step_offsets.size()) - 1;
+    sizes.batch = sizes.step_offsets[1];
   } else {
-    s.steps = input.size(0);
-    s.batch = input.size(1);
+    sizes.steps = input.size(0);
+    sizes.batch = input.size(1);
   }
-  s.input_size = input.size(-1);
-  s.directions = bidirectional ? 2 : 1;
-  TORCH_CHECK(s.steps >= 1, "lstm_ext: input has 0 time steps, expected at least 1");
-  const int64_t plain = has_bias ? 4 : 2;
+  sizes.input_size = input.size(-1);
+  sizes.directions = call.bidirectional ? 2 : 1;
+  TORCH_CHECK(sizes.steps >= 1, "lstm_ext: input has 0 time steps, expected at least 1");
   const auto count = static_cast<int64_t>(weights.size());
-  s.projected = count == (plain + 1) * s.directions;
-  TORCH_CHECK(s.projected || count == plain * s.directions, "lstm_ext: got ", count, " weights, expected ",
-              plain * s.directions, ", or ", (plain + 1) * s.directions, " with a projection");
-  s.weights_per_direction = plain + (s.projected ? 1 : 0);
+  const WeightCount weight_count = count_weights(count, call.has_bias, call.bidirectional);
+  sizes.weights_per_direction = weight_count.per_direction;
+  sizes.projected = weight_count.projected;
   TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) > 0 && weights[0].size(0) % 4 == 0,
               "lstm_ext: weight_ih has shape ", weights[0].sizes(), ", expected (4 * hidden_size, input_size)");
-  s.hidden_size = weights[0].size(0) / 4;
-  if (s.projected) {
-    const at::Tensor& weight_hr = weights[s.weights_per_direction - 1];
+  sizes.hidden_size = weights[0].size(0) / 4;
+  if (sizes.projected) {
+    const at::Tensor& weight_hr = weights[sizes.weights_per_direction - 1];
     TORCH_CHECK(weight_hr.dim() == 2 && weight_hr.size(0) > 0, "lstm_ext: weight_hr has shape ", weight_hr.sizes(),
                 ", expected (proj_size, hidden_size)");
-    s.output_size = weight_hr.size(0);
-    TORCH_CHECK(s.output_size < s.hidden_size, "lstm_ext: weight_hr has ", s.output_size,
-                " rows, expected fewer than hidden_size, ", s.hidden_size);
+    sizes.output_size = weight_hr.size(0);
+    TORCH_CHECK(sizes.output_size < sizes.hidden_size, "lstm_ext: weight_hr has ", sizes.output_size,
+                " rows, expected fewer than hidden_size, ", sizes.hidden_size);
   } else {
-    s.output_size = s.hidden_size;
+    sizes.output_size = sizes.hidden_size;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t place = i % s.weights_per_direction;
-    const int64_t name = s.projected && place == s.weights_per_direction - 1 ? 4 : place;
-    const std::string label =
-        std::string(kWeightNames[name]) + (i >= s.weights_per_direction ? " of the reverse direction" : "");
-    const int64_t gates = 4 * s.hidden_size;
-    switch (name) {
-      case 0: check_tensor(label.c_str(), weights[i], input, dtype, {gates, s.input_size}); break;
-      case 1: check_tensor(label.c_str(), weights[i], input, dtype, {gates, s.output_size}); break;
-      case 4: check_tensor(label.c_str(), weights[i], input, dtype, {s.output_size, s.hidden_size}); break;
-      default: check_tensor(label.c_str(), weights[i], input, dtype, {gates}); break;
+    const int64_t place = i % sizes.weights_per_direction;
+    const int64_t kind = sizes.projected && place == sizes.weights_per_direction - 1 ? 4 : place;
+    const char* const name = kWeightNames[i / sizes.weights_per_direction][kind];
+    const int64_t gates = 4 * sizes.hidden_size;
+    switch (kind) {
+      case 0: check_tensor(name, weights[i], input, dtype, {gates, sizes.input_size}); break;
+      case 1: check_tensor(name, weights[i], input, dtype, {gates, sizes.output_size}); break;
+      case 4: check_tensor(name, weights[i], input, dtype, {sizes.output_size, sizes.hidden_size}); break;
+      default: check_tensor(name, weights[i], input, dtype, {gates}); break;
     }
   }
-  if (h0) check_tensor("h0", *h0, input, dtype, {s.directions, s.batch, s.output_size});
-  if (c0) check_tensor("c0", *c0, input, dtype, {s.directions, s.batch, s.hidden_size});
-  check_extras(input, s, has_bias, extras);
-  return s;
+  if (call.h0.defined()) check_tensor("h0", call.h0, input, dtype, {sizes.directions, sizes.batch, sizes.output_size});
+  if (call.c0.defined()) check_tensor("c0", call.c0, input, dtype, {sizes.directions, sizes.batch, sizes.hidden_size});
+  check_options(call, sizes);
+  return sizes;
 }
 
 }  // namespace lstm_ext

@@ -1,34 +1,51 @@
-// Argument checks of the ops. Each error names the argument, what was expected and what came.
+// Argument checks of a layer. Each error names the argument, what was expected and what came.
 #pragma once
 
-#include "torch/lstm_layer.h"
+#include "contract/layer.h"
+#include "torch/layer_call.h"
 
 namespace lstm_ext {
+
+// Makes an uninitialised tensor, or one of zeros.
+using Allocate = at::Tensor (*)(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor allocate_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// How many tensors a direction has: of weights, and of layer normalisation.
+struct WeightCount {
+  int64_t per_direction;
+  bool projected;
+};
+WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
+inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
 
 // Sizes of a layer, read off its arguments and checked against each other.
 struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;
-  // Of what is saved for the backward pass: the gates (on CUDA: before the nonlinearity), and what a projection
-  // projects; cells have sum_type, float32 for the 16-bit dtypes.
+  // The types of what is saved, see Saved. sum_type is float32 for the 16-bit dtypes, else the input's. gates_type
+  // depends on the backend, which is not known to check_layer: see Backend.
   at::ScalarType sum_type;
   at::ScalarType gates_type;
   std::vector<int64_t> step_offsets;  // see LayerShape; empty for dense data
 
   bool packed() const { return !step_offsets.empty(); }
-  // Sizes of a tensor with the time and batch axes of the input: [directions,] time, batch, features.
+  // Sizes of a tensor with the time and batch axes of the input: time, batch, features; and with the directions before.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
   std::vector<int64_t> saved_sizes(int64_t features) const;
-  // Of the normalised products, which are saved as one: first those of the input, then those of h.
-  std::vector<int64_t> saved_product_sizes() const;
+  // One direction, as kernels take it. It points to step_offsets and to `resets`, which is contiguous or undefined.
+  LayerShape shape(int64_t direction, const at::Tensor& resets) const;
+
+  // Allocates what a forward pass of the call saves, on the device of `options`.
+  Saved empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate = &allocate_empty) const;
+  // Checks that `saved` is what empty_saved would allocate.
+  void check_saved(const LayerCall& call, const Saved& saved) const;
 };
 
-LayerSizes check_layer(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                       bool bidirectional, const Extras& extras = {});
+LayerSizes check_layer(const LayerCall& call);
 
-// `tensor` is of the device of `input`, and of the given dtype and sizes.
+// Checks that `tensor` is on the device of `input`, and of the given dtype and sizes.
 void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& input, at::ScalarType dtype,
                   at::IntArrayRef sizes);
 

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +19,7 @@ namespace {
 
 // What the kernels want of a sequence: the innermost axis contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = in_type(materialized(tensor), type);
+  const at::Tensor t = materialized(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
@@ -52,53 +53,35 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
           s.projected ? w[s.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
 }
 
-LayerShape shape_of(const LayerSizes& s, int64_t direction, const at::Tensor& resets) {
-  static_assert(sizeof(bool) == sizeof(uint8_t));
-  return {s.steps,
-          s.batch,
-          s.input_size,
-          s.hidden_size,
-          s.output_size,
-          s.projected,
-          direction == 1,
-          s.packed() ? s.step_offsets.data() : nullptr,
-          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
-}
+// The options, as kernels want them.
+struct OptionTensors {
+  OptionTensors(const LayerOptions& options, at::ScalarType type)
+      : resets(contiguous_or_undefined(options.resets, at::kBool)),
+        reset_h(contiguous_or_undefined(options.reset_h, type)),
+        reset_c(contiguous_or_undefined(options.reset_c, type)),
+        recurrent_mask(contiguous_or_undefined(options.recurrent_mask, type)),
+        keep_h(contiguous_or_undefined(options.keep_h, at::kBool)),
+        keep_c(contiguous_or_undefined(options.keep_c, at::kBool)),
+        norm(contiguous_weights(options.norm, type)),
+        zoneout_h(options.zoneout_h),
+        zoneout_c(options.zoneout_c) {}
 
-// The resets, as kernels want them.
-struct ResetTensors {
-  at::Tensor flags, h, c;
-};
-ResetTensors reset_tensors(const Extras& extras, at::ScalarType type) {
-  return {contiguous_or_undefined(extras.resets, at::kBool), contiguous_or_undefined(extras.reset_h, type),
-          contiguous_or_undefined(extras.reset_c, type)};
-}
-
-// The extras that change a step, as kernels want them: what is drawn at random, in its own type, and parameters.
-struct StepTensors {
-  at::Tensor recurrent_mask, kept_h, kept_c;
+  at::Tensor resets, reset_h, reset_c;
+  at::Tensor recurrent_mask, keep_h, keep_c;
   std::vector<at::Tensor> norm;
   double zoneout_h, zoneout_c;
 };
-StepTensors step_tensors(const Extras& extras, at::ScalarType type) {
-  return {contiguous_or_undefined(extras.recurrent_mask, type),
-          contiguous_or_undefined(extras.kept_h, at::kBool),
-          contiguous_or_undefined(extras.kept_c, at::kBool),
-          contiguous_weights(extras.norm, type),
-          extras.zoneout_h,
-          extras.zoneout_c};
-}
 
 const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
   return reinterpret_cast<const uint8_t*>(const_part_or_null<bool>(t, direction));
 }
 
 template <typename T>
-StepOptions<T> extras_of(const StepTensors& t, const LayerSizes& s, int64_t direction) {
+StepOptions<T> step_options(const OptionTensors& t, const LayerSizes& s, int64_t direction) {
   StepOptions<T> e{};
   e.recurrent_mask = const_part_or_null<T>(t.recurrent_mask, direction);
-  e.zoneout_h = {flags_or_null(t.kept_h, direction), static_cast<T>(t.zoneout_h)};
-  e.zoneout_c = {flags_or_null(t.kept_c, direction), static_cast<T>(t.zoneout_c)};
+  e.zoneout_h = {flags_or_null(t.keep_h, direction), static_cast<T>(t.zoneout_h)};
+  e.zoneout_c = {flags_or_null(t.keep_c, direction), static_cast<T>(t.zoneout_c)};
   if (!t.norm.empty()) {
     const size_t count = t.norm.size() / s.directions;
     const at::Tensor* own = t.norm.data() + direction * count;
@@ -113,10 +96,15 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads};
 }
 
+// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor.
+at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::Tensor(at::detail::empty_cpu(sizes, options));
+}
+
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
 // a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor tensor = at::empty(sizes, options);
+  at::Tensor tensor = empty_on_cpu(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
@@ -144,63 +132,47 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
   }
 }
 
-ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool save) {
-  if (layer.extras.lengths) return forward_with_lengths(layer, s, save);
-  const at::Tensor& input = layer.input;
+LayerResults cpu_forward(const LayerCall& call, const LayerSizes& s, bool save) {
+  if (call.options.lengths.defined()) return forward_with_lengths(call, s, save);
+  const at::Tensor& input = call.input;
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
   const at::Tensor output = empty_in_huge_pages(s.sequence_sizes(s.directions * s.output_size), options);
-  const at::Tensor h_n = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor c_n = at::empty({s.directions, s.batch, s.hidden_size}, options);
-  std::vector<at::Tensor> saved;
-  const auto save_as = [&](at::IntArrayRef sizes) {
-    saved.push_back(empty_in_huge_pages(sizes, options));
-    return saved.back();
-  };
-  const auto save_rows = [&](int64_t features) { return save_as(s.saved_sizes(features)); };
-  at::Tensor gates, cells, hidden, norm_products, norm_factors;
-  if (save) {
-    const bool all = !layer.extras.recompute;
-    if (all) gates = save_rows(4 * s.hidden_size);
-    cells = save_rows(s.hidden_size);
-    if (all && s.projected) hidden = save_rows(s.hidden_size);
-    if (!layer.extras.norm.empty()) {
-      norm_products = save_as(s.saved_product_sizes());
-      norm_factors = save_rows(2);
-    }
-  }
-  const auto results = [&] {
+  const at::Tensor h_n = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor c_n = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
+  Saved saved = save ? s.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
+  const auto results = [&]() -> LayerResults {
     const at::ScalarType dtype = input.scalar_type();
-    return std::make_tuple(in_type(output, dtype), in_type(h_n, dtype), in_type(c_n, dtype), saved);
+    return {in_type(output, dtype), in_type(h_n, dtype), in_type(c_n, dtype), std::move(saved)};
   };
   if (s.batch == 0) return results();
 
   const at::Tensor x = with_contiguous_rows(input, type);
-  const at::Tensor h = contiguous_or_undefined(layer.h0, type);
-  const at::Tensor c = contiguous_or_undefined(layer.c0, type);
-  const std::vector<at::Tensor> w = contiguous_weights(layer.weights, type);
-  const ResetTensors reset = reset_tensors(layer.extras, type);
-  const StepTensors of_steps = step_tensors(layer.extras, type);
+  const at::Tensor h = contiguous_or_undefined(call.h0, type);
+  const at::Tensor c = contiguous_or_undefined(call.c0, type);
+  const std::vector<at::Tensor> w = contiguous_weights(call.weights, type);
+  const OptionTensors option_tensors(call.options, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      p.shape = shape_of(s, d, reset.flags);
-      p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
-      p.weights = weights_of<scalar_t>(w, s, layer.has_bias, d);
+      p.shape = s.shape(d, option_tensors.resets);
+      p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
+                       const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
+      p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
       p.output = columns_of<scalar_t>(output, d * s.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
-      p.options = extras_of<scalar_t>(of_steps, s, d);
-      p.gate_values = part_or_null<scalar_t>(gates, d);
-      p.cells = part_or_null<scalar_t>(cells, d);
-      p.hidden = part_or_null<scalar_t>(hidden, d);
-      p.norm_input = part_or_null<scalar_t>(norm_products, d);
-      p.norm_recurrent = part_or_null<scalar_t>(norm_products, s.directions + d);
-      p.norm_factors = part_or_null<scalar_t>(norm_factors, d);
+      p.options = step_options<scalar_t>(option_tensors, s, d);
+      p.gate_values = part_or_null<scalar_t>(saved.gates, d);
+      p.cells = part_or_null<scalar_t>(saved.cells, d);
+      p.hidden = part_or_null<scalar_t>(saved.hidden, d);
+      p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
+      p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, s.directions + d);
+      p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
       run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
                  [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
                    kernels.forward(p, plan, workspace, worker);
@@ -211,124 +183,115 @@ ForwardResult cpu_forward(const LayerArguments& layer, const LayerSizes& s, bool
   return results();
 }
 
-std::vector<at::Tensor> cpu_backward(const LayerArguments& layer, const LayerSizes& s, const BackwardArguments& g) {
-  if (layer.extras.lengths) return backward_with_lengths(layer, s, g);
-  const at::Tensor& input = layer.input;
-  const std::vector<at::Tensor>& weights = layer.weights;
-  const bool has_bias = layer.has_bias;
-  const std::vector<bool>& wanted = g.wanted;
+LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& s, const BackwardArguments& arguments) {
+  if (call.options.lengths.defined()) return backward_with_lengths(call, s, arguments);
+  const at::Tensor& input = call.input;
+  const NeedsGrad& needs_grad = arguments.needs_grad;
   const at::ScalarType dtype = input.scalar_type();
   const at::ScalarType type = s.sum_type;
   const auto options = input.options().dtype(type);
-  const auto count = static_cast<int64_t>(weights.size());
-  std::vector<at::Tensor> grads(wanted.size());
-  if (wanted[0]) grads[0] = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
-  if (wanted[1] && layer.h0) grads[1] = at::empty({s.directions, s.batch, s.output_size}, options);
-  const at::Tensor grad_c = at::empty({s.directions, s.batch, s.hidden_size}, options);
-  if (wanted[2] && layer.c0) grads[2] = grad_c;
-  for (int64_t i = 0; i < count; ++i) {
-    if (wanted[3 + i]) grads[3 + i] = empty_in_huge_pages(weights[i].sizes(), options);
+  LayerGradients grads;
+  if (needs_grad.input) grads.input = empty_in_huge_pages(s.sequence_sizes(s.input_size), options);
+  if (needs_grad.h0) grads.h0 = empty_on_cpu({s.directions, s.batch, s.output_size}, options);
+  const at::Tensor grad_c = empty_on_cpu({s.directions, s.batch, s.hidden_size}, options);
+  if (needs_grad.c0) grads.c0 = grad_c;
+  grads.weights.resize(call.weights.size());
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    if (needs_grad.weights[i]) grads.weights[i] = empty_in_huge_pages(call.weights[i].sizes(), options);
   }
-  const bool more = static_cast<int64_t>(wanted.size()) > 3 + count;  // gradients of the extras
-  if (more) {
-    if (wanted[3 + count] && layer.extras.reset_h) grads[3 + count] = at::empty(layer.extras.reset_h->sizes(), options);
-    if (wanted[4 + count] && layer.extras.reset_c) grads[4 + count] = at::empty(layer.extras.reset_c->sizes(), options);
-    for (size_t i = 0; i < layer.extras.norm.size(); ++i) {
-      if (wanted[5 + count + i]) grads[5 + count + i] = at::empty(layer.extras.norm[i].sizes(), options);
-    }
+  if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
+  if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
+  grads.norm.resize(call.options.norm.size());
+  for (size_t i = 0; i < call.options.norm.size(); ++i) {
+    if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
   }
   const auto results = [&] {
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) continue;
-      const size_t of_norm = 5 + weights.size();  // whose parameters keep their own type under autocast
-      grads[i] = in_type(grads[i], i < of_norm ? dtype : layer.extras.norm[i - of_norm].scalar_type());
-    }
-    return grads;
+    const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
+      if (grad.defined()) grad = in_type(grad, own);
+    };
+    for (at::Tensor* grad : {&grads.input, &grads.h0, &grads.c0, &grads.reset_h, &grads.reset_c}) as_type(*grad, dtype);
+    for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
+    // Under autocast, the parameters of layer normalisation keep their own type.
+    for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
+    return std::move(grads);
   };
   if (s.batch == 0) {
-    for (const at::Tensor& g : grads) {
-      if (g.defined()) g.zero_();
-    }
+    visit_inputs(grads, grads, [](const at::Tensor& grad) {
+      if (grad.defined()) grad.zero_();
+    });
     return results();
   }
 
   const at::Tensor x = with_contiguous_rows(input, type);
-  const at::Tensor h = contiguous_or_undefined(layer.h0, type);
-  const at::Tensor c = contiguous_or_undefined(layer.c0, type);
-  const std::vector<at::Tensor> w = contiguous_weights(weights, type);
-  const ResetTensors reset = reset_tensors(layer.extras, type);
-  const StepTensors of_steps = step_tensors(layer.extras, type);
-  const at::Tensor y = with_contiguous_rows(g.output, type);
-  const at::Tensor dy = g.grad_output ? with_contiguous_rows(*g.grad_output, type) : at::Tensor();
-  const at::Tensor dh = contiguous_or_undefined(g.grad_h_n, type);
-  const at::Tensor dc = contiguous_or_undefined(g.grad_c_n, type);
-  const bool rebuild = layer.extras.recompute;
-  const at::Tensor gates = rebuild ? at::Tensor() : g.saved[0].contiguous();
-  const at::Tensor cells = g.saved[rebuild ? 0 : 1].contiguous();
-  const at::Tensor hidden = s.projected && !rebuild ? g.saved[2].contiguous() : at::Tensor();
-  at::Tensor norm_products, norm_factors;
-  if (!layer.extras.norm.empty()) {
-    norm_products = g.saved[g.saved.size() - 2].contiguous();
-    norm_factors = g.saved.back().contiguous();
-  }
-  const at::Tensor grad_gates = contiguous_or_undefined(g.grad_gates, type);
-  const at::Tensor grad_cells = contiguous_or_undefined(g.grad_cells, type);
+  const at::Tensor h = contiguous_or_undefined(call.h0, type);
+  const at::Tensor c = contiguous_or_undefined(call.c0, type);
+  const std::vector<at::Tensor> w = contiguous_weights(call.weights, type);
+  const OptionTensors option_tensors(call.options, type);
+  const at::Tensor y = with_contiguous_rows(arguments.output, type);
+  const ResultGradients& given = arguments.grads;
+  const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();
+  const at::Tensor dh = contiguous_or_undefined(given.h_n, type);
+  const at::Tensor dc = contiguous_or_undefined(given.c_n, type);
+  const at::Tensor grad_gates = contiguous_or_undefined(given.gate_values, type);
+  const at::Tensor grad_cells = contiguous_or_undefined(given.cells, type);
+  Saved saved = arguments.saved;
+  Saved::visit(saved, [](at::Tensor& tensor) {
+    if (tensor.defined()) tensor = tensor.contiguous();
+  });
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < s.directions; ++d) {
-      const int64_t first = 3 + d * s.weights_per_direction;
       BackwardParams<scalar_t> p{};
-      p.shape = shape_of(s, d, reset.flags);
-      p.reset_state = {const_part_or_null<scalar_t>(reset.h, d), const_part_or_null<scalar_t>(reset.c, d)};
-      p.weights = weights_of<scalar_t>(w, s, has_bias, d);
+      p.shape = s.shape(d, option_tensors.resets);
+      p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
+                       const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
+      p.weights = weights_of<scalar_t>(w, s, call.has_bias, d);
       p.input = const_columns_of<scalar_t>(x, 0);
       p.h0 = const_part_or_null<scalar_t>(h, d);
       p.c0 = const_part_or_null<scalar_t>(c, d);
       p.output = const_columns_of<scalar_t>(y, d * s.output_size);
-      p.gate_values = const_part_or_null<scalar_t>(gates, d);
-      p.cells = const_part_or_null<scalar_t>(cells, d);
-      p.hidden = const_part_or_null<scalar_t>(hidden, d);
-      p.options = extras_of<scalar_t>(of_steps, s, d);
-      p.norm_input = const_part_or_null<scalar_t>(norm_products, d);
-      p.norm_recurrent = const_part_or_null<scalar_t>(norm_products, s.directions + d);
-      p.norm_factors = const_part_or_null<scalar_t>(norm_factors, d);
+      p.gate_values = const_part_or_null<scalar_t>(saved.gates, d);
+      p.cells = const_part_or_null<scalar_t>(saved.cells, d);
+      p.hidden = const_part_or_null<scalar_t>(saved.hidden, d);
+      p.options = step_options<scalar_t>(option_tensors, s, d);
+      p.norm_input = const_part_or_null<scalar_t>(saved.norm_products, d);
+      p.norm_recurrent = const_part_or_null<scalar_t>(saved.norm_products, s.directions + d);
+      p.norm_factors = const_part_or_null<scalar_t>(saved.norm_factors, d);
       if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * s.output_size);
       p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
       p.grad_gate_values = const_part_or_null<scalar_t>(grad_gates, d);
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
-      if (grads[0].defined()) p.grad_input = columns_of<scalar_t>(grads[0], 0);
+      if (grads.input.defined()) p.grad_input = columns_of<scalar_t>(grads.input, 0);
       p.accumulate_grad_input = d > 0;
-      p.grad_h0 = part_or_null<scalar_t>(grads[1], d);
-      if (more) {
-        p.grad_reset_h = part_or_null<scalar_t>(grads[3 + count], d);
-        p.grad_reset_c = part_or_null<scalar_t>(grads[4 + count], d);
-        const size_t sets = layer.extras.norm.size() / s.directions;
-        const auto norm_grad = [&](size_t i) {
-          const at::Tensor& grad = i < sets ? grads[5 + count + d * sets + i] : at::Tensor();
-          return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
-        };
-        p.grad_gain_ih = norm_grad(0);
-        p.grad_gain_hh = norm_grad(1);
-        p.grad_gain_c = norm_grad(2);
-        p.grad_bias_c = norm_grad(3);
-      }
-      const auto weight_grad = [&](int64_t i) {
-        return grads[first + i].defined() ? grads[first + i].mutable_data_ptr<scalar_t>() : nullptr;
+      p.grad_h0 = part_or_null<scalar_t>(grads.h0, d);
+      p.grad_reset_h = part_or_null<scalar_t>(grads.reset_h, d);
+      p.grad_reset_c = part_or_null<scalar_t>(grads.reset_c, d);
+      const auto data_or_null = [](const at::Tensor& grad) {
+        return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
       };
-      p.grad_weight_ih = weight_grad(0);
-      p.grad_weight_hh = weight_grad(1);
-      if (has_bias) p.grad_bias = weight_grad(2) ? weight_grad(2) : weight_grad(3);
-      if (s.projected) p.grad_weight_hr = weight_grad(s.weights_per_direction - 1);
+      const at::Tensor* weight_grads = grads.weights.data() + d * s.weights_per_direction;
+      p.grad_weight_ih = data_or_null(weight_grads[0]);
+      p.grad_weight_hh = data_or_null(weight_grads[1]);
+      // Both biases are added to the same sum, so they have the same gradient.
+      if (call.has_bias) p.grad_bias = data_or_null(weight_grads[2].defined() ? weight_grads[2] : weight_grads[3]);
+      if (s.projected) p.grad_weight_hr = data_or_null(weight_grads[s.weights_per_direction - 1]);
+      if (!grads.norm.empty()) {
+        const at::Tensor* norm_grads = grads.norm.data() + d * norms_per_direction(call.has_bias);
+        p.grad_gain_ih = data_or_null(norm_grads[0]);
+        p.grad_gain_hh = data_or_null(norm_grads[1]);
+        p.grad_gain_c = data_or_null(norm_grads[2]);
+        if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
+      }
       run_kernel([&](int threads) { return cpu::plan_backward(p, machine_for(kernels, threads)); },
                  [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
                    kernels.backward(p, plan, workspace, worker);
                  },
                  options);
-      // Both biases are added to the same sum, so they have the same gradient.
-      if (has_bias && weight_grad(2) && weight_grad(3)) grads[first + 3].copy_(grads[first + 2]);
+      if (call.has_bias && weight_grads[2].defined() && weight_grads[3].defined())
+        weight_grads[3].copy_(weight_grads[2]);
     }
   });
   return results();

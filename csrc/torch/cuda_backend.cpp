@@ -9,7 +9,7 @@
 namespace lstm_ext {
 namespace {
 
-// Long sequences are taken in pieces of which the intermediate results fit into the second-level cache or nearly so.
+// The layer takes long sequences in chunks whose intermediate results nearly fit into the second-level cache.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
 StepwiseDevice current_device() {
@@ -21,20 +21,19 @@ StepwiseDevice current_device() {
   return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes};
 }
 
-ForwardResult cuda_forward(const LayerArguments& layer, const LayerSizes& sizes, bool save) {
-  const c10::cuda::CUDAGuard guard(layer.input.device());
-  return stepwise_forward(layer, sizes, save, current_device());
+LayerResults cuda_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
+  const c10::cuda::CUDAGuard guard(call.input.device());
+  return stepwise_forward(call, sizes, save, current_device());
 }
 
-std::vector<at::Tensor> cuda_backward(const LayerArguments& layer, const LayerSizes& sizes,
-                                      const BackwardArguments& arguments) {
-  const c10::cuda::CUDAGuard guard(layer.input.device());
-  return stepwise_backward(layer, sizes, arguments, current_device());
+LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args) {
+  const c10::cuda::CUDAGuard guard(call.input.device());
+  return stepwise_backward(call, sizes, args, current_device());
 }
 
-// As the library is loaded.
+// When the library is loaded.
 const bool registered = [] {
-  register_cuda_backend({&cuda_forward, &cuda_backward});
+  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true});
   return true;
 }();
 

@@ -1,68 +1,45 @@
-// The time steps of one direction of a layer, as the host's loop meets them.
+// The steps of one direction as the host's loop meets them, by contract/steps.h. Both passes number the steps in the
+// direction of the layer; the backward pass counts down.
 #pragma once
 
 #include <algorithm>
 
-#include "torch/checks.h"
+#include "contract/steps.h"
 
 namespace lstm_ext {
 
-// One step. Rows are those of the batch that take part in it; `offset` rows of the sequence lie before it in memory.
 struct Step {
   int64_t time;
-  int64_t offset;
+  int64_t offset;  // rows of the sequence that lie before it in memory
   int64_t rows;
-  int64_t continuing;  // rows that took part in the step before, in the direction of time
-  int64_t going_on;    // rows that take part in the step after
+  int64_t previous_rows;  // rows that take part in the step before as well
+  int64_t next_rows;      // rows that take part in the step after as well
 };
 
-class Steps {
- public:
-  Steps(const LayerSizes& sizes, bool reverse) : sizes_(sizes), reverse_(reverse) {}
+inline Step step_at(const Steps& steps, int64_t n) {
+  const int64_t time = steps.time(n), rows = steps.rows_in(n);
+  return {time, steps.rows_before(time), rows, std::min(rows, steps.rows_in(n - 1)),
+          std::min(rows, steps.rows_in(n + 1))};
+}
 
-  int64_t count() const { return sizes_.steps; }
-  bool reverse() const { return reverse_; }
+// Rows of the sequence that lie in memory before the step before n; 0 for the first step.
+inline int64_t previous_offset(const Steps& steps, int64_t n) {
+  return n > 0 ? steps.rows_before(steps.time(n - 1)) : 0;
+}
 
-  // Number n in the direction of time.
-  Step operator[](int64_t n) const {
-    const int64_t t = time(n);
-    const int64_t rows = rows_at(t);
-    const auto shared_with = [&](int64_t other) {
-      return 0 <= other && other < count() ? std::min(rows, rows_at(time(other))) : 0;
-    };
-    return {t, offset(t), rows, shared_with(n - 1), shared_with(n + 1)};
-  }
-
-  // Rows of the sequence before time t.
-  int64_t offset(int64_t t) const { return sizes_.packed() ? sizes_.step_offsets[t] : t * sizes_.batch; }
-
-  // The end of a piece of the sequence that begins with step n: as many steps as have `rows` rows in all, at least one.
-  int64_t piece_end(int64_t n, int64_t rows) const {
-    int64_t end = n + 1;
-    for (int64_t sum = rows_at(time(n)); end < count() && sum + rows_at(time(end)) <= rows; ++end) {
-      sum += rows_at(time(end));
-    }
-    return end;
-  }
-
- private:
-  int64_t time(int64_t n) const { return reverse_ ? count() - 1 - n : n; }
-  int64_t rows_at(int64_t t) const { return offset(t + 1) - offset(t); }
-
-  const LayerSizes& sizes_;
-  bool reverse_;
-};
-
-// The steps [first, end) in the direction of time, and where they lie in memory: from time `begin` to time `finish`.
-struct Piece {
+// The steps [first, end): a part of the sequence. In memory it lies from time `begin` to time `finish`.
+struct Chunk {
   int64_t first, end;
   int64_t begin, finish;
 
-  Piece(const Steps& steps, int64_t first_step, int64_t end_step)
-      : first(first_step),
-        end(end_step),
-        begin(steps.reverse() ? steps.count() - end_step : first_step),
-        finish(steps.reverse() ? steps.count() - first_step : end_step) {}
+  // As many steps as have `limit` rows in all, but at least one.
+  Chunk(const Steps& steps, int64_t first_step, int64_t limit) : first(first_step), end(first_step + 1) {
+    for (int64_t sum = steps.rows_in(first); end < steps.count() && sum + steps.rows_in(end) <= limit; ++end) {
+      sum += steps.rows_in(end);
+    }
+    begin = std::min(steps.time(first), steps.time(end - 1));
+    finish = std::max(steps.time(first), steps.time(end - 1)) + 1;
+  }
 };
 
 }  // namespace lstm_ext

@@ -1,8 +1,11 @@
-// What the two passes of the stepwise layer have in common: its arguments as kernels take them, direction by direction
-// and step by step.
+// What both passes of the stepwise layer share: its arguments as kernels take them, direction by direction and step by
+// step.
 #pragma once
 
 #include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
 
 #include "torch/cuda_steps.h"
 #include "torch/cuda_stepwise.h"
@@ -43,6 +46,8 @@ inline at::Tensor part_of(const at::Tensor& t, int64_t direction) { return t.def
 
 inline at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.t() : t; }
 
+inline at::Tensor contiguous_if(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+
 inline at::Tensor empty_if(bool there, at::IntArrayRef sizes, const at::TensorOptions& options) {
   return there ? at::empty(sizes, options) : at::Tensor();
 }
@@ -50,10 +55,10 @@ inline at::Tensor zeros_if(bool there, at::IntArrayRef sizes, const at::TensorOp
   return there ? at::zeros(sizes, options) : at::Tensor();
 }
 
-// The steps from time `begin` to time `finish` one below the other: (rows, n). A copy where memory has them otherwise.
+// The steps from time `begin` to time `finish`, one below the other: (rows, n). It copies if memory has them otherwise.
 inline at::Tensor rows_between(const at::Tensor& sequence, const Steps& steps, int64_t begin, int64_t finish) {
   if (sequence.dim() == 3) return sequence.narrow(0, begin, finish - begin).flatten(0, 1);
-  return sequence.narrow(0, steps.offset(begin), steps.offset(finish) - steps.offset(begin));
+  return sequence.narrow(0, steps.rows_before(begin), steps.rows_before(finish) - steps.rows_before(begin));
 }
 
 inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
@@ -61,120 +66,132 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-// The arguments of one direction. States (B, ...) contiguous or undefined, weights contiguous; undefined is what the
-// layer has not.
+// Whether a pass does anything beyond torch.nn.LSTM for which a kernel of a step needs instructions of its own: the one
+// answer, by which all kernels are chosen. Resets are flags that every kernel reads; layer normalisation has kernels of
+// its own. `args` is null in the forward pass.
+inline bool has_options(const LayerOptions& options, const LayerSizes& sizes, const BackwardArguments* args) {
+  const bool step = options.lengths.defined() || options.recurrent_mask.defined() || options.keep_h.defined() ||
+                    options.keep_c.defined() || options.zoneout_h != 0 || options.zoneout_c != 0;
+  if (!args) return step;
+  const bool recomputes_hidden = options.recompute && sizes.projected;
+  return step || args->grads.cells.defined() || args->grads.gate_values.defined() || recomputes_hidden;
+}
+
+// The arguments of one direction. States (B, ...) and weights are contiguous; what the layer does not have is
+// undefined.
 struct Direction {
+  LayerShape shape;
   at::Tensor input;
   at::Tensor h0, c0;
   at::Tensor weight_ih, weight_hh;
   at::Tensor bias_ih, bias_hh;
   at::Tensor weight_hr;
   at::Tensor reset_h, reset_c;                  // as h0 and c0
-  at::Tensor mask;                              // (B, P): what h is multiplied by before its product with U
-  at::Tensor kept_h, kept_c;                    // (all rows, P) and (all rows, H)
+  at::Tensor recurrent_mask;                    // (B, P)
+  at::Tensor keep_h, keep_c;                    // (all rows, P) and (all rows, H)
   at::Tensor gain_ih, gain_hh, gain_c, bias_c;  // of layer normalisation, in sum_type
   bool normalised() const { return gain_c.defined(); }
+  Steps steps() const { return {shape, Steps::Pass::kForward}; }
 };
 
 class Stepwise {
  public:
-  Stepwise(const LayerArguments& layer, const LayerSizes& sizes, const StepwiseDevice& device, bool tf32)
-      : s(sizes),
+  Stepwise(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments* args, const StepwiseDevice& device,
+           bool tf32)
+      : sizes_(sizes),
         device_(device),
         tf32_(tf32),
-        dtype_(layer.input.scalar_type()),
-        has_bias_(layer.has_bias),
-        input_(with_contiguous_rows(layer.input)),
-        h0_(contiguous_or_undefined(layer.h0, dtype_)),
-        c0_(contiguous_or_undefined(layer.c0, dtype_)),
-        weights_(contiguous_weights(layer.weights, dtype_)),
-        resets_(contiguous_or_undefined(layer.extras.resets, at::kBool)),
-        reset_h_(contiguous_or_undefined(layer.extras.reset_h, dtype_)),
-        reset_c_(contiguous_or_undefined(layer.extras.reset_c, dtype_)),
-        lengths_(contiguous_or_undefined(layer.extras.lengths, at::kLong)),
-        mask_(contiguous_or_undefined(layer.extras.recurrent_mask, s.sum_type)),
-        kept_h_(contiguous_or_undefined(layer.extras.kept_h, at::kBool)),
-        kept_c_(contiguous_or_undefined(layer.extras.kept_c, at::kBool)),
-        share_h_(layer.extras.zoneout_h),
-        share_c_(layer.extras.zoneout_c),
-        norm_(contiguous_weights(layer.extras.norm, s.sum_type)),
-        recompute_(layer.extras.recompute) {}
+        dtype_(call.input.scalar_type()),
+        has_bias_(call.has_bias),
+        input_(with_contiguous_rows(call.input)),
+        h0_(contiguous_or_undefined(call.h0, dtype_)),
+        c0_(contiguous_or_undefined(call.c0, dtype_)),
+        weights_(contiguous_weights(call.weights, dtype_)),
+        resets_(contiguous_or_undefined(call.options.resets, at::kBool)),
+        reset_h_(contiguous_or_undefined(call.options.reset_h, dtype_)),
+        reset_c_(contiguous_or_undefined(call.options.reset_c, dtype_)),
+        lengths_(contiguous_or_undefined(call.options.lengths, at::kLong)),
+        recurrent_mask_(contiguous_or_undefined(call.options.recurrent_mask, sizes.sum_type)),
+        keep_h_(contiguous_or_undefined(call.options.keep_h, at::kBool)),
+        keep_c_(contiguous_or_undefined(call.options.keep_c, at::kBool)),
+        share_h_(call.options.zoneout_h),
+        share_c_(call.options.zoneout_c),
+        norm_(contiguous_weights(call.options.norm, sizes.sum_type)),
+        recompute_(call.options.recompute),
+        has_options_(has_options(call.options, sizes, args)) {}
 
  protected:
   Direction direction(int64_t d) const {
-    const at::Tensor* w = weights_.data() + d * s.weights_per_direction;
-    Direction l;
-    l.input = input_;
-    l.h0 = part_of(h0_, d);
-    l.c0 = part_of(c0_, d);
-    l.weight_ih = w[0];
-    l.weight_hh = w[1];
+    const at::Tensor* w = weights_.data() + d * sizes_.weights_per_direction;
+    Direction layer;
+    layer.shape = sizes_.shape(d, resets_);
+    layer.input = input_;
+    layer.h0 = part_of(h0_, d);
+    layer.c0 = part_of(c0_, d);
+    layer.weight_ih = w[0];
+    layer.weight_hh = w[1];
     if (has_bias_) {
-      l.bias_ih = w[2];
-      l.bias_hh = w[3];
+      layer.bias_ih = w[2];
+      layer.bias_hh = w[3];
     }
-    if (s.projected) l.weight_hr = w[s.weights_per_direction - 1];
-    l.reset_h = part_of(reset_h_, d);
-    l.reset_c = part_of(reset_c_, d);
-    l.mask = part_of(mask_, d);
-    if (kept_h_.defined()) l.kept_h = kept_h_.select(0, d).view({total_rows(), -1});
-    if (kept_c_.defined()) l.kept_c = kept_c_.select(0, d).view({total_rows(), -1});
+    if (sizes_.projected) layer.weight_hr = w[sizes_.weights_per_direction - 1];
+    layer.reset_h = part_of(reset_h_, d);
+    layer.reset_c = part_of(reset_c_, d);
+    layer.recurrent_mask = part_of(recurrent_mask_, d);
+    layer.keep_h = rows_of_direction(keep_h_, d);
+    layer.keep_c = rows_of_direction(keep_c_, d);
     if (!norm_.empty()) {
-      const at::Tensor* n = norm_.data() + d * norms_per_direction();
-      l.gain_ih = n[0];
-      l.gain_hh = n[1];
-      l.gain_c = n[2];
-      if (has_bias_) l.bias_c = n[3];
+      const at::Tensor* n = norm_.data() + d * norms_per_direction(has_bias_);
+      layer.gain_ih = n[0];
+      layer.gain_hh = n[1];
+      layer.gain_c = n[2];
+      if (has_bias_) layer.bias_c = n[3];
     }
-    return l;
-  }
-  int64_t norms_per_direction() const { return has_bias_ ? 4 : 3; }
-
-  // Of step n in the direction of time. In the reverse direction a cut lies before the step that is after it in time.
-  cuda::ResetFlags resets_of(const Steps& steps, int64_t n) const {
-    const int64_t cut = steps.reverse() ? n - 1 : n;
-    if (!resets_.defined() || cut < 0 || cut >= steps.count()) return {nullptr, 0};
-    const Step step = steps[cut];
-    return {static_cast<const uint8_t*>(resets_.const_data_ptr()) + step.offset, step.rows};
+    return layer;
   }
 
-  cuda::RowsOfStep rows_of(const Steps& steps, int64_t n, const Step& step) const {
-    return {step.rows,           step.continuing,         step.going_on,
-            resets_of(steps, n), resets_of(steps, n + 1), const_row_pointer<int64_t>(lengths_),
-            step.time,           steps.reverse()};
+  cuda::StepRows step_rows(const Direction& layer, int64_t n) const {
+    const Steps steps = layer.steps();
+    const Step step = step_at(steps, n);
+    const bool last = n + 1 == steps.count();
+    return {step.rows,
+            step.previous_rows,
+            step.next_rows,
+            steps.resets_before(step.time),
+            last ? ResetFlags{nullptr, 0} : steps.resets_before(steps.time(n + 1)),
+            const_row_pointer<int64_t>(lengths_),
+            step.time,
+            layer.shape.reverse,
+            has_options_};
   }
 
-  bool keeps_h() const { return kept_h_.defined() || share_h_ != 0; }
+  bool has_zoneout_h() const { return keep_h_.defined() || share_h_ != 0; }
   template <typename A>
-  cuda::Zoneout<A> zoneout_h(const Direction& l, const Step& step) const {
-    return {flag_pointer(l.kept_h, step.offset), static_cast<A>(share_h_)};
+  Zoneout<A> zoneout_h(const Direction& layer, const Step& step) const {
+    return {flag_pointer(layer.keep_h, step.offset), static_cast<A>(share_h_)};
   }
   template <typename A>
-  cuda::Zoneout<A> zoneout_c(const Direction& l, const Step& step) const {
-    return {flag_pointer(l.kept_c, step.offset), static_cast<A>(share_c_)};
-  }
-
-  // h (B, P) as its product with U sees it.
-  at::Tensor masked(const at::Tensor& h, const at::Tensor& mask) const {
-    return h.defined() && mask.defined() ? h.to(s.sum_type).mul(mask).to(dtype_) : h;
+  Zoneout<A> zoneout_c(const Direction& layer, const Step& step) const {
+    return {flag_pointer(layer.keep_c, step.offset), static_cast<A>(share_c_)};
   }
 
   // All rows of the sequence, one below the other.
-  int64_t total_rows() const { return s.packed() ? s.step_offsets.back() : s.steps * s.batch; }
-  at::Tensor saved_rows(const at::Tensor& saved, int64_t d) const {
-    return saved.defined() ? saved.select(0, d).view({total_rows(), -1}) : saved;
+  int64_t total_rows() const { return sizes_.packed() ? sizes_.step_offsets.back() : sizes_.steps * sizes_.batch; }
+  // (all rows, n) of a contiguous (D, T, B, n) or (D, N, n), or undefined.
+  at::Tensor rows_of_direction(const at::Tensor& t, int64_t d) const {
+    return t.defined() ? t.select(0, d).view({total_rows(), -1}) : t;
   }
-  // How many rows a piece of the sequence may have, of which `bytes` are kept for each.
-  int64_t piece_rows(int64_t bytes) const { return std::max<int64_t>(device_.chunk_bytes / bytes, 1); }
+  // How many rows a chunk may have if it needs so many bytes for each.
+  int64_t chunk_rows(int64_t bytes) const { return std::max<int64_t>(device_.chunk_bytes / bytes, 1); }
 
   at::TensorOptions options(at::ScalarType type) const { return input_.options().dtype(type); }
 
   // c = a b, or c += a b.
   void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate = false) const {
-    // A cell may have no input features; what cuBLAS does then it does not say.
+    // A cell may have no input features, and cuBLAS does not say what it does then.
     if (a.size(1) == 0 && !accumulate) c.zero_();
     if (a.size(1) == 0 || c.numel() == 0) return;
-    // Kept until the product is on its way; the allocator keeps the memory until it is done.
+    // They live until the product is on its way; the allocator keeps the memory until it is done.
     const at::Tensor left = gemm_operand(a), right = gemm_operand(b);
     product(describe_gemm(c, left, right, accumulate, tf32_));
   }
@@ -190,18 +207,19 @@ class Stepwise {
     TORCH_CHECK(error == cudaSuccess, "lstm_ext: the kernel ", kernel, " did not start: ", cudaGetErrorString(error));
   }
 
-  const LayerSizes& s;
+  const LayerSizes& sizes_;
   const StepwiseDevice& device_;
   const bool tf32_;
   const at::ScalarType dtype_;
   const bool has_bias_;
   const at::Tensor input_, h0_, c0_;
   const std::vector<at::Tensor> weights_;
-  // Undefined or empty where there are none.
-  const at::Tensor resets_, reset_h_, reset_c_, lengths_, mask_, kept_h_, kept_c_;
-  const double share_h_, share_c_;  // of zoneout without masks
+  // Undefined or empty where the layer has none.
+  const at::Tensor resets_, reset_h_, reset_c_, lengths_, recurrent_mask_, keep_h_, keep_c_;
+  const double share_h_, share_c_;  // of zoneout without flags
   const std::vector<at::Tensor> norm_;
   const bool recompute_;
+  const bool has_options_;
 };
 
 }  // namespace lstm_ext

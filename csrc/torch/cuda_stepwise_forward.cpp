@@ -3,28 +3,25 @@
 namespace lstm_ext {
 namespace {
 
-// W x_t of a piece of the sequence; the rows of a step are `stride` rows apart.
+// W x_t for a chunk; the rows of a step are `stride` rows apart.
 struct InputPart {
   at::Tensor rows;
-  int64_t first_of_step(const Steps& steps, const Piece& piece, const Step& step) const {
-    return batch_first ? step.time : step.offset - steps.offset(piece.begin);
-  }
   int64_t stride;
   bool batch_first;
+
+  int64_t first_row(const Steps& steps, const Chunk& chunk, const Step& step) const {
+    return batch_first ? step.time : step.offset - steps.rows_before(chunk.begin);
+  }
 };
 
 class StepwiseForward : Stepwise {
  public:
-  StepwiseForward(const LayerArguments& layer, const LayerSizes& sizes, bool save, const StepwiseDevice& device)
-      : Stepwise(layer, sizes, device, device.tf32),
-        output_(at::empty(s.sequence_sizes(s.directions * s.output_size), options(dtype_))),
-        h_n_(at::empty({s.directions, s.batch, s.output_size}, options(dtype_))),
-        c_n_(at::empty({s.directions, s.batch, s.hidden_size}, options(dtype_))),
-        gates_(empty_if(save && !recompute_, s.saved_sizes(4 * s.hidden_size), options(s.gates_type))),
-        cells_(empty_if(save, s.saved_sizes(s.hidden_size), options(s.sum_type))),
-        hidden_(empty_if(save && !recompute_ && s.projected, s.saved_sizes(s.hidden_size), options(s.gates_type))),
-        products_hat_(empty_if(save && !norm_.empty(), s.saved_product_sizes(), options(s.gates_type))),
-        factors_(empty_if(save && !norm_.empty(), s.saved_sizes(2), options(s.sum_type))) {
+  StepwiseForward(const LayerCall& call, const LayerSizes& sizes, bool save, const StepwiseDevice& device)
+      : Stepwise(call, sizes, nullptr, device, device.tf32),
+        output_(at::empty(sizes.sequence_sizes(sizes.directions * sizes.output_size), options(dtype_))),
+        h_n_(at::empty({sizes.directions, sizes.batch, sizes.output_size}, options(dtype_))),
+        c_n_(at::empty({sizes.directions, sizes.batch, sizes.hidden_size}, options(dtype_))),
+        saved_(save ? sizes.empty_saved(call, input_.options()) : Saved{}) {
     if (!lengths_.defined()) return;
     // A row of length 0 has no last step.
     const auto begin_from = [](const at::Tensor& state, const at::Tensor& initial) {
@@ -34,193 +31,195 @@ class StepwiseForward : Stepwise {
     begin_from(c_n_, c0_);
   }
 
-  ForwardResult run() {
-    if (s.batch > 0) {
-      for (int64_t d = 0; d < s.directions; ++d) {
+  LayerResults run() {
+    if (sizes_.batch > 0) {
+      for (int64_t d = 0; d < sizes_.directions; ++d) {
         AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_forward",
                                         [&] { run_direction<typename Stored<scalar_t>::type>(d); });
       }
     }
-    std::vector<at::Tensor> saved;
-    for (const at::Tensor& t : {gates_, cells_, hidden_, products_hat_, factors_}) {
-      if (t.defined()) saved.push_back(t);
-    }
-    return {output_, h_n_, c_n_, saved};
+    return {output_, h_n_, c_n_, saved_};
   }
 
  private:
-  InputPart input_part(const Direction& l, const Steps& steps, const Piece& piece) const {
-    const int64_t batch = s.batch;
+  InputPart input_part(const Direction& layer, const Steps& steps, const Chunk& chunk) const {
+    const int64_t batch = sizes_.batch;
     const auto result = [&](const at::Tensor& x, int64_t stride, bool batch_first) {
-      const at::Tensor rows = at::empty({x.size(0), 4 * s.hidden_size}, options(s.sum_type));
-      product(rows, x, l.weight_ih.t());
+      const at::Tensor rows = at::empty({x.size(0), 4 * sizes_.hidden_size}, options(sizes_.sum_type));
+      product(rows, x, layer.weight_ih.t());
       return InputPart{rows, stride, batch_first};
     };
-    // Batch-first data, taken whole, as it lies.
-    const at::Tensor& x = l.input;
-    if (!s.packed() && piece.begin == 0 && piece.finish == s.steps && batch > 1 && x.stride(0) == x.size(2) &&
-        x.stride(1) == s.steps * x.size(2)) {
-      return result(x.transpose(0, 1).flatten(0, 1), s.steps, true);
+    // Batch-first data, taken whole, as they lie.
+    const at::Tensor& x = layer.input;
+    const bool whole = chunk.begin == 0 && chunk.finish == sizes_.steps;
+    if (!sizes_.packed() && whole && batch > 1 && x.stride(0) == x.size(2) && x.stride(1) == sizes_.steps * x.size(2)) {
+      return result(x.transpose(0, 1).flatten(0, 1), sizes_.steps, true);
     }
-    return result(rows_between(x, steps, piece.begin, piece.finish), 1, false);
+    return result(rows_between(x, steps, chunk.begin, chunk.finish), 1, false);
   }
 
-  // U h of states that do not come from the step before, for all rows at once.
-  at::Tensor recurrent_part_of(const at::Tensor& state, const Direction& l) const {
+  // U h for states that do not come from the step before, for all rows at once.
+  at::Tensor recurrent_part_of(const at::Tensor& state, const Direction& layer) const {
     if (!state.defined()) return {};
-    const at::Tensor result = at::empty({s.batch, 4 * s.hidden_size}, options(s.sum_type));
-    product(result, masked(state, l.mask), l.weight_hh.t());
+    const at::Tensor& mask = layer.recurrent_mask;
+    const at::Tensor h = mask.defined() ? state.to(sizes_.sum_type).mul(mask).to(dtype_) : state;
+    const at::Tensor result = at::empty({sizes_.batch, 4 * sizes_.hidden_size}, options(sizes_.sum_type));
+    product(result, h, layer.weight_hh.t());
     return result;
   }
 
-  // What the steps of a direction leave to each other, and hand to the products between them.
+  // What the steps of a direction leave for each other, and for the products between them.
   struct Buffers {
     at::Tensor output, h_n, c_n;
-    at::Tensor gates, input_hat, recurrent_hat, factors;
+    at::Tensor preactivations, norm_input, norm_recurrent, norm_factors;
     at::Tensor cells, hidden;  // of all steps if they are saved, else of one
     at::Tensor recurrent, begin_part, reset_part;
-    at::Tensor projected;            // with a projection and something to do after it
-    at::Tensor h_carried, h_masked;  // as in cuda::NewOutput
+    at::Tensor projected;               // with a projection and something to do after it
+    at::Tensor running_h, recurrent_h;  // as in cuda::NewOutput
     at::Tensor norm_workspace;
   };
 
-  Buffers buffers(const Direction& l, int64_t d) const {
-    const int64_t H = s.hidden_size, P = s.output_size;
-    const auto of_step = [&](bool there, int64_t features, at::ScalarType type) {
-      return empty_if(there, {s.batch, features}, options(type));
+  Buffers buffers(const Direction& layer, int64_t d) const {
+    const int64_t H = sizes_.hidden_size, P = sizes_.output_size;
+    const at::ScalarType sum_type = sizes_.sum_type;
+    const auto one_step = [&](bool there, int64_t features, at::ScalarType type) {
+      return empty_if(there, {sizes_.batch, features}, options(type));
     };
     Buffers b;
     b.output = output_.view({total_rows(), -1}).narrow(1, d * P, P);
     b.h_n = h_n_.select(0, d);
     b.c_n = c_n_.select(0, d);
-    b.gates = saved_rows(gates_, d);
-    b.input_hat = saved_rows(products_hat_, d);
-    b.recurrent_hat = saved_rows(products_hat_, s.directions + d);
-    b.factors = saved_rows(factors_, d);
-    b.cells = cells_.defined() ? saved_rows(cells_, d) : of_step(true, H, s.sum_type);
-    if (s.projected) b.hidden = hidden_.defined() ? saved_rows(hidden_, d) : of_step(true, H, dtype_);
-    b.recurrent = of_step(true, 4 * H, s.sum_type);
-    b.begin_part = recurrent_part_of(l.h0, l);
-    b.reset_part = recurrent_part_of(l.reset_h, l);
-    b.projected = of_step(s.projected && (lengths_.defined() || mask_.defined() || keeps_h()), P, s.sum_type);
-    b.h_carried = of_step(keeps_h(), P, s.sum_type);
-    b.h_masked = of_step(mask_.defined(), P, dtype_);
-    b.norm_workspace = of_step(l.normalised(), 2 * H, s.sum_type);
+    b.preactivations = rows_of_direction(saved_.gates, d);
+    b.norm_input = rows_of_direction(saved_.norm_products, d);
+    b.norm_recurrent = rows_of_direction(saved_.norm_products, sizes_.directions + d);
+    b.norm_factors = rows_of_direction(saved_.norm_factors, d);
+    b.cells = saved_.cells.defined() ? rows_of_direction(saved_.cells, d) : one_step(true, H, sum_type);
+    if (sizes_.projected) {
+      b.hidden = saved_.hidden.defined() ? rows_of_direction(saved_.hidden, d) : one_step(true, H, dtype_);
+    }
+    b.recurrent = one_step(true, 4 * H, sum_type);
+    b.begin_part = recurrent_part_of(layer.h0, layer);
+    b.reset_part = recurrent_part_of(layer.reset_h, layer);
+    const bool changes_output = lengths_.defined() || recurrent_mask_.defined() || has_zoneout_h();
+    b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
+    b.running_h = one_step(has_zoneout_h(), P, sum_type);
+    b.recurrent_h = one_step(recurrent_mask_.defined(), P, dtype_);
+    b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
     return b;
   }
 
   template <typename T>
-  cuda::NewOutput<T> new_output(const Direction& l, const Buffers& b, const Step& step) const {
+  cuda::NewOutput<T> new_output(const Direction& layer, const Buffers& b, const Step& step) const {
     using A = typename cuda::Types<T>::Accumulate;
-    cuda::NewOutput<T> p{};
-    p.h = row_pointer<T>(b.output, step.offset);
-    p.h_stride = b.output.stride(0);
-    p.h_n = row_pointer<T>(b.h_n);
-    p.h_carried = row_pointer<A>(b.h_carried);
-    p.zoneout = zoneout_h<A>(l, step);
-    p.h0 = const_row_pointer<T>(l.h0);
-    p.reset_h = const_row_pointer<T>(l.reset_h);
-    p.mask = const_row_pointer<A>(l.mask);
-    p.masked = row_pointer<T>(b.h_masked);
-    return p;
+    cuda::NewOutput<T> output{};
+    output.h = row_pointer<T>(b.output, step.offset);
+    output.h_stride = b.output.stride(0);
+    output.h_n = row_pointer<T>(b.h_n);
+    output.running_h = row_pointer<A>(b.running_h);
+    output.zoneout = zoneout_h<A>(layer, step);
+    output.h0 = const_row_pointer<T>(layer.h0);
+    output.reset_h = const_row_pointer<T>(layer.reset_h);
+    output.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
+    output.recurrent_h = row_pointer<T>(b.recurrent_h);
+    return output;
   }
 
   template <typename T>
   void run_direction(int64_t d) {
     using A = typename cuda::Types<T>::Accumulate;
-    const Direction l = direction(d);
-    const Steps steps(s, d == 1);
-    const Buffers b = buffers(l, d);
-    const int64_t H = s.hidden_size;
-    const bool save = cells_.defined();
-    const RowsGemm from_output = rows_gemm(b.recurrent, l.mask.defined() ? b.h_masked : b.output, l.weight_hh.t());
-    const std::optional<RowsGemm> projection =
-        rows_gemm_if(s.projected, b.projected.defined() ? b.projected : b.output, b.hidden, transposed(l.weight_hr));
+    const Direction layer = direction(d);
+    const Steps steps = layer.steps();
+    const Buffers b = buffers(layer, d);
+    const int64_t H = sizes_.hidden_size;
+    const bool save = saved_.cells.defined(), masked = layer.recurrent_mask.defined();
+    const RowsGemm from_output = rows_gemm(b.recurrent, masked ? b.recurrent_h : b.output, layer.weight_hh.t());
+    const std::optional<RowsGemm> projection = rows_gemm_if(
+        sizes_.projected, b.projected.defined() ? b.projected : b.output, b.hidden, transposed(layer.weight_hr));
 
-    const int64_t limit = piece_rows(4 * H * static_cast<int64_t>(sizeof(A)));
+    const int64_t limit = chunk_rows(4 * H * static_cast<int64_t>(sizeof(A)));
     for (int64_t n = 0; n < steps.count();) {
-      const Piece piece(steps, n, steps.piece_end(n, limit));
-      const InputPart input = input_part(l, steps, piece);
-      for (; n < piece.end; ++n) {
-        const Step step = steps[n];
-        const Step before = n > 0 ? steps[n - 1] : Step{};
-        if (step.continuing > 0) product(from_output(0, l.mask.defined() ? 0 : before.offset, step.continuing));
-        cuda::CellForward<T> p{};
-        p.of = rows_of(steps, n, step);
-        p.hidden_size = H;
-        p.input_part = const_row_pointer<A>(input.rows, input.first_of_step(steps, piece, step));
-        p.input_stride = input.stride * 4 * H;
-        p.recurrent_part = const_row_pointer<A>(b.recurrent);
-        p.begin_part = const_row_pointer<A>(b.begin_part);
-        p.reset_part = const_row_pointer<A>(b.reset_part);
-        p.bias_ih = const_row_pointer<T>(l.bias_ih);
-        p.bias_hh = const_row_pointer<T>(l.bias_hh);
-        p.c_previous = {const_row_pointer<A>(b.cells, save ? before.offset : 0), const_row_pointer<T>(l.c0),
-                        const_row_pointer<T>(l.reset_c)};
-        p.zoneout = zoneout_c<A>(l, step);
-        p.c = row_pointer<A>(b.cells, save ? step.offset : 0);
-        p.c_n = row_pointer<T>(b.c_n);
-        p.pre_activations = row_pointer<T>(b.gates, step.offset);
-        const int64_t place = hidden_.defined() ? step.offset : 0;
-        if (s.projected) {
-          p.output.h = row_pointer<T>(b.hidden, place);
-          p.output.h_stride = H;
+      const Chunk chunk(steps, n, limit);
+      const InputPart input = input_part(layer, steps, chunk);
+      for (; n < chunk.end; ++n) {
+        const Step step = step_at(steps, n);
+        const int64_t before = previous_offset(steps, n);
+        if (step.previous_rows > 0) product(from_output(0, masked ? 0 : before, step.previous_rows));
+        cuda::CellForward<T> args{};
+        args.rows = step_rows(layer, n);
+        args.hidden_size = H;
+        args.input_part = const_row_pointer<A>(input.rows, input.first_row(steps, chunk, step));
+        args.input_stride = input.stride * 4 * H;
+        args.recurrent_part = const_row_pointer<A>(b.recurrent);
+        args.begin_part = const_row_pointer<A>(b.begin_part);
+        args.reset_part = const_row_pointer<A>(b.reset_part);
+        args.bias_ih = const_row_pointer<T>(layer.bias_ih);
+        args.bias_hh = const_row_pointer<T>(layer.bias_hh);
+        args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
+                           const_row_pointer<T>(layer.reset_c)};
+        args.zoneout = zoneout_c<A>(layer, step);
+        args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
+        args.c_n = row_pointer<T>(b.c_n);
+        args.preactivations = row_pointer<T>(b.preactivations, step.offset);
+        const int64_t hidden_row = saved_.hidden.defined() ? step.offset : 0;
+        if (sizes_.projected) {
+          args.output.h = row_pointer<T>(b.hidden, hidden_row);
+          args.output.h_stride = H;
         } else {
-          p.output = new_output<T>(l, b, step);
+          args.output = new_output<T>(layer, b, step);
         }
-        start(p, l, b, step);
-        if (projection) project<T>(*projection, l, b, step, p.of, place);
+        start(args, layer, b, step);
+        if (projection) project<T>(*projection, layer, b, step, args.rows, hidden_row);
       }
     }
   }
 
   template <typename T>
-  void start(const cuda::CellForward<T>& cell, const Direction& l, const Buffers& b, const Step& step) const {
+  void start(const cuda::CellForward<T>& cell, const Direction& layer, const Buffers& b, const Step& step) const {
     using A = typename cuda::Types<T>::Accumulate;
-    if (!l.normalised()) {
+    if (!layer.normalised()) {
       check(cuda::cell_forward(cell, device_.stream), "cell_forward");
       return;
     }
-    cuda::NormCellForward<T> p{};
-    p.cell = cell;
-    p.gain_ih = const_row_pointer<A>(l.gain_ih);
-    p.gain_hh = const_row_pointer<A>(l.gain_hh);
-    p.gain_c = const_row_pointer<A>(l.gain_c);
-    p.bias_c = const_row_pointer<A>(l.bias_c);
-    p.input_hat = row_pointer<T>(b.input_hat, step.offset);
-    p.recurrent_hat = row_pointer<T>(b.recurrent_hat, step.offset);
-    p.factors = row_pointer<A>(b.factors, step.offset);
-    p.workspace = row_pointer<A>(b.norm_workspace);
-    check(cuda::norm_cell_forward(p, device_.stream), "norm_cell_forward");
+    cuda::NormCellForward<T> args{};
+    args.cell = cell;
+    args.gain_ih = const_row_pointer<A>(layer.gain_ih);
+    args.gain_hh = const_row_pointer<A>(layer.gain_hh);
+    args.gain_c = const_row_pointer<A>(layer.gain_c);
+    args.bias_c = const_row_pointer<A>(layer.bias_c);
+    args.norm_input = row_pointer<T>(b.norm_input, step.offset);
+    args.norm_recurrent = row_pointer<T>(b.norm_recurrent, step.offset);
+    args.norm_factors = row_pointer<A>(b.norm_factors, step.offset);
+    args.workspace = row_pointer<A>(b.norm_workspace);
+    check(cuda::norm_cell_forward(args, device_.stream), "norm_cell_forward");
   }
 
-  // `place`: of the step in b.hidden.
+  // `hidden_row`: where the step begins in b.hidden.
   template <typename T>
-  void project(const RowsGemm& projection, const Direction& l, const Buffers& b, const Step& step,
-               const cuda::RowsOfStep& rows, int64_t place) const {
+  void project(const RowsGemm& projection, const Direction& layer, const Buffers& b, const Step& step,
+               const cuda::StepRows& rows, int64_t hidden_row) const {
     using A = typename cuda::Types<T>::Accumulate;
     if (b.projected.defined()) {
-      product(projection(0, place, step.rows));
-      const cuda::OutputForward<T> p{rows, s.output_size, const_row_pointer<A>(b.projected), new_output<T>(l, b, step)};
-      check(cuda::output_forward(p, device_.stream), "output_forward");
+      product(projection(0, hidden_row, step.rows));
+      const cuda::OutputForward<T> args{rows, sizes_.output_size, const_row_pointer<A>(b.projected),
+                                        new_output<T>(layer, b, step)};
+      check(cuda::output_forward(args, device_.stream), "output_forward");
       return;
     }
-    product(projection(step.offset, place, step.rows));
-    const int64_t ending = step.rows - step.going_on;
+    product(projection(step.offset, hidden_row, step.rows));
+    const int64_t ending = step.rows - step.next_rows;
     if (ending > 0) {
-      b.h_n.narrow(0, step.going_on, ending).copy_(b.output.narrow(0, step.offset + step.going_on, ending));
+      b.h_n.narrow(0, step.next_rows, ending).copy_(b.output.narrow(0, step.offset + step.next_rows, ending));
     }
   }
 
   const at::Tensor output_, h_n_, c_n_;
-  const at::Tensor gates_, cells_, hidden_, products_hat_, factors_;  // undefined where not saved
+  const Saved saved_;  // all undefined in inference
 };
 
 }  // namespace
 
-ForwardResult stepwise_forward(const LayerArguments& layer, const LayerSizes& sizes, bool save,
-                               const StepwiseDevice& device) {
-  return StepwiseForward(layer, sizes, save, device).run();
+LayerResults stepwise_forward(const LayerCall& call, const LayerSizes& sizes, bool save, const StepwiseDevice& device) {
+  return StepwiseForward(call, sizes, save, device).run();
 }
 
 }  // namespace lstm_ext

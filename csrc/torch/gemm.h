@@ -1,4 +1,4 @@
-// A matrix product as the CUDA layers ask for it, in the terms of BLAS: what has to be computed, apart from who does.
+// Describes a matrix product of the CUDA layers in the terms of BLAS, apart from who computes it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,9 +23,8 @@ struct Gemm {
 // bits may have a float32 result; sums are float32, or float64 for float64.
 Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32);
 
-// The same product for other rows in every time step: c[c_row : c_row + rows] = a[a_row : a_row + rows] b. What does
-// not change is found out once; a step's part in the time of a layer is a few microseconds. `a` and `c` have contiguous
-// rows.
+// The same product for other rows in every time step: c[c_row : c_row + rows] = a[a_row : a_row + rows] b. It is
+// described once, because a step has only a few microseconds. `a` and `c` have contiguous rows.
 class RowsGemm {
  public:
   RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool tf32);

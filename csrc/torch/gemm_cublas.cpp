@@ -27,7 +27,7 @@ cublasOperation_t operation(const Gemm::Matrix& matrix) { return matrix.transpos
 }  // namespace
 
 void* cublas_handle() {
-  // torch sets the handle to TF32 where torch.backends.cuda.matmul allows it; here compute_type says so, product by
+  // torch sets the handle to TF32 where torch.backends.cuda.matmul allows it. Here compute_type decides for each
   // product.
   at::NoTF32Guard no_tf32;
   return at::cuda::getCurrentCUDABlasHandle();

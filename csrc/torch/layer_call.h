@@ -8,6 +8,8 @@
 
 #include <vector>
 
+#include "contract/visibility.h"
+
 namespace lstm_ext {
 
 // What a layer does beyond torch.nn.LSTM; lstm_ext/reference.py has the equations. Nothing set is the plain layer.
@@ -26,7 +28,7 @@ struct LayerOptions {
   // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
   std::vector<at::Tensor> norm;
   bool return_cell_states = false, return_gates = false;
-  // Save no gates: the backward pass recomputes them. Not with layer normalisation.
+  // Save no gates: the backward pass recomputes them. Not with return_gates, and not with layer normalisation.
   bool recompute = false;
 };
 
@@ -42,7 +44,7 @@ struct LayerCall {
 };
 
 // What a forward pass keeps for the backward pass: of sum_type, or, where it says so, of gates_type (see LayerSizes).
-// LayerSizes::check_saved knows the sizes. Absent where the layer does not need it.
+// LayerSizes::empty_saved knows the sizes. Absent where the layer does not need it.
 struct Saved {
   at::Tensor gates;   // (D, T, B, 4H), gates_type: gate values on the CPU, preactivations on CUDA; not with recompute
   at::Tensor cells;   // (D, T, B, H): c_t
@@ -50,14 +52,52 @@ struct Saved {
   // With layer normalisation: the normalised products (2 D, T, B, 4H), gates_type, those of the input before those of
   // h; and what the centred products were multiplied by, (D, T, B, 2).
   at::Tensor norm_products, norm_factors;
+
+  // Visits each tensor.
+  template <typename Self, typename Visit>
+  static void visit(Self& saved, const Visit& visit) {
+    visit(saved.gates);
+    visit(saved.cells);
+    visit(saved.hidden);
+    visit(saved.norm_products);
+    visit(saved.norm_factors);
+  }
+};
+
+// What a layer gives, in the dtype of the input; `saved` only on request.
+struct LayerResults {
+  at::Tensor output;    // (T, B, D P), packed (N, D P)
+  at::Tensor h_n, c_n;  // (D, B, P) and (D, B, H)
+  Saved saved;
+  // With return_cell_states (D, T, B, H), with return_gates (D, T, B, H, 4). The backends leave them undefined:
+  // lstm_layer_forward makes them of `saved`, and they may share its memory.
+  at::Tensor cell_states{}, gate_values{};
 };
 
 // The gradients of what a forward pass returns; absent means zeros.
 struct ResultGradients {
   at::Tensor output, h_n, c_n;
-  at::Tensor cells;        // of c_t, in the shape and type of Saved::cells
-  at::Tensor gate_values;  // of the gate values, in the shape and type of Saved::gates
+  // lstm_layer_backward takes these two as the results are: (D, T, B, H) and (D, T, B, H, 4), of the input's dtype. It
+  // gives them to the backends in the shapes of what is saved: `cells` as Saved::cells, `gate_values` (D, T, B, 4H), as
+  // Saved::gates.
+  at::Tensor cells, gate_values;
 };
+
+// Visits what has a gradient, in the order of all lists of gradients.
+template <typename Call, typename Options, typename Visit>
+void visit_inputs(Call& call, Options& options, const Visit& visit) {
+  visit(call.input);
+  visit(call.h0);
+  visit(call.c0);
+  for (auto&& weight : call.weights) visit(weight);
+  visit(options.reset_h);
+  visit(options.reset_c);
+  for (auto&& parameter : options.norm) visit(parameter);
+}
+template <typename Visit>
+void visit_inputs(const LayerCall& call, const Visit& visit) {
+  visit_inputs(call, call.options, visit);
+}
 
 // One value for each tensor of a call that has a gradient.
 template <typename Value, typename Values>
@@ -70,5 +110,19 @@ struct PerInput {
 // Which gradients are requested, and the gradients: undefined where not requested.
 using NeedsGrad = PerInput<bool, std::vector<bool>>;
 using LayerGradients = PerInput<at::Tensor, std::vector<at::Tensor>>;
+
+// Reads a list of flags in the order of visit_inputs.
+LSTM_EXT_PUBLIC NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags);
+// The gradients as a list in the order of visit_inputs.
+LSTM_EXT_PUBLIC std::vector<at::Tensor> list_gradients(LayerGradients gradients);
+
+// One layer, both directions, all time steps, on the device of the input. Both functions check their arguments.
+//
+// float32 and float64 are computed in themselves. For bfloat16 and float16, everything between the arguments and the
+// results is float32.
+LSTM_EXT_PUBLIC LayerResults lstm_layer_forward(const LayerCall& call, bool save);
+LSTM_EXT_PUBLIC LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
+                                                   const at::Tensor& output, const Saved& saved,
+                                                   const NeedsGrad& needs_grad);
 
 }  // namespace lstm_ext

@@ -1,10 +1,5 @@
-#include "torch/operator_autograd.h"
-
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include "torch/autograd_tracking.h"
+// The registered operators as autograd sees them. Everything here goes through the dispatcher, so it is traced by
+// torch.compile, torch.export and make_fx, and serves every device that has the kernels underneath.
 
 // GCC 12 takes Function::apply's std::vector<bool>::reserve, of a vector that is empty then, for an overflow.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -12,31 +7,62 @@
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
 #endif
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "torch/checks.h"
+#include "torch/operators.h"
+
 namespace lstm_ext::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-const auto& layer_op() {
-  static const auto op = find<LayerOp>("lstm_ext::lstm_layer");
+OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+const OperatorHandle& forward_op() {
+  static const OperatorHandle op = find("lstm_ext::lstm_layer_forward");
   return op;
 }
-const auto& layer_forward_op() {
-  static const auto op = find<LayerForwardOp>("lstm_ext::lstm_layer_forward");
-  return op;
-}
-const auto& layer_backward_op() {
-  static const auto op = find<LayerBackwardOp>("lstm_ext::lstm_layer_backward");
+const OperatorHandle& backward_op() {
+  static const OperatorHandle op = find("lstm_ext::lstm_layer_backward");
   return op;
 }
 
-void append(variable_list& list, const OptionalTensor& t) {
-  if (t) list.push_back(*t);
+// Whether autograd has anything to do with a tensor. A tangent counts: forward mode must end in an error, not be lost.
+bool is_tracked(const Tensor& t) {
+  if (!t.defined() || !t.unsafeGetTensorImpl()->autograd_meta()) return false;
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+}
+bool is_tracked(at::ArrayRef<IValue> values) {
+  for (const IValue& value : values) {
+    if (value.isTensor() ? is_tracked(value.toTensor()) : value.isTensorList() && is_tracked(value.toListRef())) {
+      return true;
+    }
+  }
+  return false;
+}
+
+variable_list tensors_in(at::ArrayRef<IValue> values) {
+  variable_list tensors;
+  for (const IValue& value : values) {
+    if (value.isTensor() && value.toTensor().defined()) tensors.push_back(value.toTensor());
+    if (value.isTensorList()) {
+      for (const IValue& element : value.toListRef()) tensors.push_back(element.toTensor());
+    }
+  }
+  return tensors;
+}
+
+// Visits what the backward pass takes of a call, but for the lists.
+template <typename Call, typename Visit>
+void visit_tensors(Call& call, const Visit& visit) {
+  auto& options = call.options;
+  for (auto* tensor : {&call.input, &call.h0, &call.c0, &call.batch_sizes, &options.resets, &options.reset_h,
+                       &options.reset_c, &options.lengths, &options.recurrent_mask, &options.keep_h, &options.keep_c}) {
+    visit(*tensor);
+  }
 }
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
@@ -44,142 +70,182 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   // The backward pass is made of calls through the dispatcher: compiled autograd may trace it.
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& h0,
-                               const OptionalTensor& c0, const at::TensorList& weights,
-                               const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional) {
+  // Takes the arguments off the stack and leaves the results there. Returns those that have a gradient: output, h_n,
+  // c_n, and, where requested, cell_states and gate_values.
+  static variable_list forward(AutogradContext* ctx, const at::TensorList& /*edges*/, const LayerCall& call,
+                               Stack& stack) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, h_n, c_n, gates, cells, hidden] =
-        layer_forward_op().call(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-    variable_list saved{input};
-    append(saved, h0);
-    append(saved, c0);
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    append(saved, batch_sizes);
-    for (const Tensor& t : {output, gates, cells, hidden}) saved.push_back(t);
+    forward_op().callBoxed(stack);
+    const at::ArrayRef<IValue> returned = torch::jit::last(stack, kResults + kSaved);
+    const LayerOptions& options = call.options;
+    variable_list saved;
+    saved.reserve(kResults + kSaved + call.weights.size() + options.norm.size());
+    std::string flags;  // whether something is there: a string, which compiled autograd takes for a constant
+    const auto save_flag = [&](bool flag) { flags.push_back(flag ? '1' : '0'); };
+    const auto save_if = [&](bool present, const Tensor& tensor) {
+      save_flag(present);
+      if (present) saved.push_back(tensor);
+    };
+    visit_tensors(call, [&](const Tensor& tensor) { save_if(tensor.defined(), tensor); });
+    saved.push_back(returned[0].toTensor());
+    for (const IValue& value : returned.slice(kResults)) save_if(value.toTensor().dim() > 1, value.toTensor());
+    saved.insert(saved.end(), call.weights.begin(), call.weights.end());
+    saved.insert(saved.end(), options.norm.begin(), options.norm.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["has_h0"] = h0.has_value();
-    ctx->saved_data["has_c0"] = c0.has_value();
-    ctx->saved_data["has_batch_sizes"] = batch_sizes.has_value();
-    ctx->saved_data["has_bias"] = has_bias;
-    ctx->saved_data["bidirectional"] = bidirectional;
-    return {output, h_n, c_n};
+    for (const bool flag :
+         {call.has_bias, call.bidirectional, options.return_cell_states, options.return_gates, !options.norm.empty()}) {
+      save_flag(flag);
+    }
+    ctx->saved_data["flags"] = std::move(flags);
+    if (options.zoneout_h != 0) ctx->saved_data["zoneout_h"] = options.zoneout_h;
+    if (options.zoneout_c != 0) ctx->saved_data["zoneout_c"] = options.zoneout_c;
+
+    variable_list results;
+    for (size_t i = 0; i < kResults; ++i) {
+      if (has_gradient(options, i)) results.push_back(returned[i].toTensor());
+    }
+    torch::jit::drop(stack, kSaved);
+    return results;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto flag = [&](const char* name) { return ctx->saved_data[name].toBool(); };
     const variable_list saved = ctx->get_saved_variables();
-    size_t next = 0;
-    const auto take_if = [&](bool there) { return there ? OptionalTensor(saved[next++]) : std::nullopt; };
-    const Tensor input = saved[next++];
-    const OptionalTensor h0 = take_if(flag("has_h0"));
-    const OptionalTensor c0 = take_if(flag("has_c0"));
-    const size_t weight_count = saved.size() - next - (flag("has_batch_sizes") ? 1 : 0) - 4;
-    const at::TensorList weights = at::TensorList(saved).slice(next, weight_count);
-    next += weight_count;
-    const OptionalTensor batch_sizes = take_if(flag("has_batch_sizes"));
-    const at::TensorList kept = at::TensorList(saved).slice(next, 4);  // output, gates, cells, hidden
+    auto next = saved.begin();
+    const std::string& flags = ctx->saved_data["flags"].toStringRef();
+    auto next_flag = flags.begin();
+    const auto take_flag = [&] { return *next_flag++ == '1'; };
+    const auto take_if_present = [&](Tensor& tensor) {
+      if (take_flag()) tensor = *next++;
+    };
+    LayerCall call;
+    LayerOptions& options = call.options;
+    visit_tensors(call, take_if_present);
+    const Tensor output = *next++;
+    Saved saved_results;
+    Saved::visit(saved_results, take_if_present);
+    for (bool* flag : {&call.has_bias, &call.bidirectional, &options.return_cell_states, &options.return_gates}) {
+      *flag = take_flag();
+    }
+    const auto norm = saved.end() - (take_flag() ? norm_count(call.has_bias, call.bidirectional) : 0);
+    call.weights.assign(next, norm);
+    options.norm.assign(norm, saved.end());
+    const auto share = [&](const char* name) {
+      const auto entry = ctx->saved_data.find(name);
+      return entry == ctx->saved_data.end() ? 0 : entry->second.toDouble();
+    };
+    options.zoneout_h = share("zoneout_h");
+    options.zoneout_c = share("zoneout_c");
 
     // Edges of the graph lead to the tensors that were there, and to no others.
-    size_t edge = 0;
-    bool any_wanted = false;
-    c10::List<bool> wanted;
-    const auto want_if = [&](bool there) {
-      const bool want = there && ctx->needs_input_grad(edge++);
-      wanted.push_back(want);
-      any_wanted |= want;
-    };
-    want_if(true);
-    want_if(h0.has_value());
-    want_if(c0.has_value());
-    for (size_t i = 0; i < weight_count; ++i) want_if(true);
+    size_t edges = 0;
+    bool any_needed = false;
+    c10::List<bool> needs_grad;
+    visit_inputs(call, [&](const Tensor& tensor) {
+      const bool needed = tensor.defined() && ctx->needs_input_grad(edges++);
+      needs_grad.push_back(needed);
+      any_needed |= needed;
+    });
+    // One for every argument of forward: those after the edges have none.
+    variable_list result(edges + 2);
+    bool any_given = false;
+    for (const Tensor& grad : grads) any_given |= grad.defined();
+    if (!any_needed || !any_given) return result;
 
-    // One for every argument of forward: batch_sizes and the two flags have none.
-    variable_list result(3 + weight_count + 3);
-    const auto given = [](const Tensor& grad) { return grad.defined() ? OptionalTensor(grad) : std::nullopt; };
-    const OptionalTensor grad_output = given(grads[0]), grad_h_n = given(grads[1]), grad_c_n = given(grads[2]);
-    if (!any_wanted || !(grad_output || grad_h_n || grad_c_n)) return result;
-    const std::vector<Tensor> computed =
-        layer_backward_op().call(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, kept[0], kept[1],
-                                 kept[2], kept[3], flag("has_bias"), flag("bidirectional"), wanted);
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      if (wanted[i]) result[i] = computed[i];
+    Stack stack;
+    push_call(call, stack);
+    auto grad = grads.begin();
+    for (size_t i = 0; i < kResults; ++i) {
+      stack.push_back(has_gradient(options, i) ? tensor_or_none(*grad++) : IValue());
     }
+    stack.emplace_back(output);
+    Saved::visit(saved_results, [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); });
+    stack.emplace_back(needs_grad);
+    backward_op().callBoxed(stack);
+    const std::vector<Tensor> computed = stack.back().toTensorVector();
+    size_t input = 0, edge = 0;
+    visit_inputs(call, [&](const Tensor& tensor) {
+      if (tensor.defined()) {
+        if (needs_grad[input]) result[edge] = computed[input];
+        ++edge;
+      }
+      ++input;
+    });
     return result;
   }
-};
 
-// The forward and backward kernels, which are the two ends of LSTMLayer: asked for a gradient, they say so.
-class LSTMLayerForward : public torch::autograd::Function<LSTMLayerForward> {
- public:
-  static variable_list forward(AutogradContext*, const Tensor& input, const OptionalTensor& h0,
-                               const OptionalTensor& c0, const at::TensorList& weights,
-                               const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, h_n, c_n, gates, cells, hidden] =
-        layer_forward_op().call(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-    return {output, h_n, c_n, gates, cells, hidden};
+  // Whether result number i has a gradient: what was not requested has no elements, and none.
+  static bool has_gradient(const LayerOptions& options, size_t i) {
+    return i < 3 || (i == 3 ? options.return_cell_states : options.return_gates);
   }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "lstm_ext::lstm_layer_forward", kNoGradient);
+
+ private:
+  static int64_t norm_count(bool has_bias, bool bidirectional) {
+    return norms_per_direction(has_bias) * (bidirectional ? 2 : 1);
   }
 };
 
-class LSTMLayerBackward : public torch::autograd::Function<LSTMLayerBackward> {
+// The forward and backward operators, which are the two ends of LSTMLayer: differentiated, they say that they have no
+// gradient.
+class WithoutGradient : public torch::autograd::Function<WithoutGradient> {
  public:
-  static variable_list forward(AutogradContext*, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                               const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                               const OptionalTensor& c0, const at::TensorList& weights,
-                               const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
-                               const Tensor& cells, const Tensor& hidden, bool has_bias, bool bidirectional,
-                               const c10::List<bool>& wanted) {
+  static variable_list forward(AutogradContext* ctx, const at::TensorList& /*edges*/, const OperatorHandle& op,
+                               Stack& stack) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer_backward_op().call(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates,
-                                    cells, hidden, has_bias, bidirectional, wanted);
+    ctx->saved_data["name"] = op.operator_name().name;
+    op.callBoxed(stack);
+    return tensors_in(torch::jit::last(stack, op.schema().returns().size()));
   }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "lstm_ext::lstm_layer_backward", kNoGradient);
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK(false, ctx->saved_data["name"].toStringRef(),
+                " has no gradient of its own. Differentiate lstm_ext::lstm_layer once; for second derivatives, call "
+                "the module lstm_ext.LSTM outside of torch.compile and torch.export, which differentiates its backward "
+                "pass as well.");
   }
 };
+
+void run_below_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
 
 }  // namespace
 
-LayerResult lstm_layer_autograd(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
-                                bool bidirectional) {
-  if (any_tracked(input, h0, c0, weights)) {
-    const variable_list r = LSTMLayer::apply(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-    return {r[0], r[1], r[2]};
+void layer_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const at::ArrayRef<IValue> arguments = arguments_on(op, *stack);
+  if (!is_tracked(arguments)) {
+    run_below_autograd(op, keys, stack);
+    return;
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return layer_op().call(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
+  const IValue* next_argument = arguments.begin();
+  const LayerCall call = read_call(next_argument);
+  variable_list edges;
+  edges.reserve(5 + call.weights.size() + call.options.norm.size());
+  visit_inputs(call, [&](const Tensor& tensor) {
+    if (tensor.defined()) edges.push_back(tensor);
+  });
+  variable_list results = LSTMLayer::apply(at::TensorList(edges), call, *stack);
+  auto next = results.begin();
+  for (size_t i = 0; i < kResults; ++i) {
+    if (LSTMLayer::has_gradient(call.options, i)) torch::jit::peek(*stack, i, kResults) = std::move(*next++);
+  }
 }
 
-LayerResultAndSaved lstm_layer_forward_autograd(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                                at::TensorList weights, const OptionalTensor& batch_sizes,
-                                                bool has_bias, bool bidirectional) {
-  if (any_tracked(input, h0, c0, weights)) {
-    const variable_list r = LSTMLayerForward::apply(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-    return {r[0], r[1], r[2], r[3], r[4], r[5]};
+void layer_ends_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const at::ArrayRef<IValue> arguments = arguments_on(op, *stack);
+  if (!is_tracked(arguments)) {
+    run_below_autograd(op, keys, stack);
+    return;
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return layer_forward_op().call(input, h0, c0, weights, batch_sizes, has_bias, bidirectional);
-}
-
-std::vector<Tensor> lstm_layer_backward_autograd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                                 const OptionalTensor& grad_c_n, const Tensor& input,
-                                                 const OptionalTensor& h0, const OptionalTensor& c0,
-                                                 at::TensorList weights, const OptionalTensor& batch_sizes,
-                                                 const Tensor& output, const Tensor& gates, const Tensor& cells,
-                                                 const Tensor& hidden, bool has_bias, bool bidirectional,
-                                                 c10::List<bool> wanted) {
-  if (any_tracked(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, output, gates, cells, hidden)) {
-    return LSTMLayerBackward::apply(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates,
-                                    cells, hidden, has_bias, bidirectional, wanted);
+  const variable_list edges = tensors_in(arguments);
+  variable_list results = WithoutGradient::apply(at::TensorList(edges), op, *stack);
+  const size_t returns = op.schema().returns().size();
+  torch::jit::drop(*stack, returns);
+  if (returns == 1) {
+    stack->emplace_back(std::move(results));
+  } else {
+    for (Tensor& tensor : results) stack->emplace_back(std::move(tensor));
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return layer_backward_op().call(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights, batch_sizes, output, gates,
-                                  cells, hidden, has_bias, bidirectional, wanted);
 }
 
 }  // namespace lstm_ext::ops

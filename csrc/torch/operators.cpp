@@ -1,55 +1,153 @@
-// The registered operators. No Python in here: a C++ process that has libtorch can load this library and run a model
-// that torch.export and AOTInductor made. Shapes and fake kernels: lstm_ext/ops.py.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// Schemas and kernels of the registered operators. Their fake kernels: lstm_ext/layer/operators.py.
+#include "torch/operators.h"
 
-#include "torch/operator_autograd.h"
-#include "torch/lstm_layer.h"
+#include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
 
 namespace lstm_ext::ops {
 namespace {
 
-LayerResult run_layer(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                      const OptionalTensor& batch_sizes, bool has_bias, bool bidirectional) {
-  auto [output, h_n, c_n, saved] =
-      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, {}, false);
-  return {output, h_n, c_n};
+// An operator cannot return an undefined tensor: what it does not return has no elements.
+Tensor no_elements(const LayerCall& call, at::ScalarType dtype) {
+  if (!call.input.is_cpu()) return at::empty({0}, call.input.options().dtype(dtype));
+  // As at::empty, in a fraction of the time: every call of a plain layer makes two.
+  constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CPU);
+  return at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, at::kCPU), c10::GetCPUAllocator(),
+                   /*resizable=*/true),
+      kKeys, caffe2::TypeMeta::fromScalarType(dtype));
 }
 
-LayerResultAndSaved run_layer_forward(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                      at::TensorList weights, const OptionalTensor& batch_sizes, bool has_bias,
-                                      bool bidirectional) {
-  auto [output, h_n, c_n, saved] =
-      lstm_ext::lstm_layer_forward(input, h0, c0, weights.vec(), batch_sizes, has_bias, bidirectional, {}, true);
-  const Tensor hidden = saved.size() > 2 ? saved[2] : at::empty({0}, saved[0].options());
-  return {output, h_n, c_n, saved[0], saved[1], hidden};
+Tensor or_no_elements(Tensor tensor, const LayerCall& call, at::ScalarType dtype) {
+  return tensor.defined() ? std::move(tensor) : no_elements(call, dtype);
 }
 
-std::vector<Tensor> run_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                       const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-                                       const OptionalTensor& c0, at::TensorList weights,
-                                       const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& gates,
-                                       const Tensor& cells, const Tensor& hidden, bool has_bias, bool bidirectional,
-                                       c10::List<bool> wanted) {
-  const std::vector<bool> wanted_flags(wanted.begin(), wanted.end());
-  TORCH_CHECK(wanted_flags.size() == 3 + weights.size(), "lstm_ext: wanted has ", wanted_flags.size(),
-              " entries, expected ", 3 + weights.size(), " (input, h0, c0 and each weight)");
-  TORCH_CHECK((h0 || !wanted_flags[1]) && (c0 || !wanted_flags[2]),
-              "lstm_ext: wanted asks for the gradient of an initial state that was not given");
-  const bool projected = weights.size() % (has_bias ? 5 : 3) == 0;
-  std::vector<Tensor> saved{gates, cells};
-  if (projected) saved.push_back(hidden);
-  std::vector<Tensor> grads =
-      lstm_ext::lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, weights.vec(), batch_sizes, output,
-                                    saved, has_bias, bidirectional, {}, wanted_flags);
-  // An operator cannot return an undefined tensor.
-  for (Tensor& grad : grads) {
-    if (!grad.defined()) grad = at::empty({0}, input.options());
+// Results are contiguous, and share no memory with each other: a loss sees them, the backward pass what is saved.
+Tensor as_result(const Tensor& tensor, const LayerCall& call, const Tensor& saved) {
+  if (!tensor.defined()) return no_elements(call, call.input.scalar_type());
+  const bool shared = saved.defined() && tensor.is_alias_of(saved);
+  return shared ? tensor.clone(at::MemoryFormat::Contiguous) : tensor.contiguous();
+}
+
+void run_layer(const OperatorHandle& op, Stack* stack) {
+  const at::ArrayRef<IValue> arguments = arguments_on(op, *stack);
+  const IValue* next = arguments.begin();
+  const LayerCall call = read_call(next);
+  LayerResults results = lstm_layer_forward(call, /*save=*/false);
+  torch::jit::drop(*stack, arguments.size());
+  torch::jit::push(*stack, std::move(results.output), std::move(results.h_n), std::move(results.c_n),
+                   as_result(results.cell_states, call, {}), as_result(results.gate_values, call, {}));
+}
+
+void run_layer_forward(const OperatorHandle& op, Stack* stack) {
+  const at::ArrayRef<IValue> arguments = arguments_on(op, *stack);
+  const IValue* next = arguments.begin();
+  const LayerCall call = read_call(next);
+  LayerResults results = lstm_layer_forward(call, /*save=*/true);
+  torch::jit::drop(*stack, arguments.size());
+  Saved& saved = results.saved;
+  torch::jit::push(*stack, std::move(results.output), std::move(results.h_n), std::move(results.c_n),
+                   as_result(results.cell_states, call, saved.cells),
+                   as_result(results.gate_values, call, saved.gates));
+  const at::ScalarType gates_type = saved.gates.scalar_type(), sum_type = saved.cells.scalar_type();
+  torch::jit::push(*stack, std::move(saved.gates), std::move(saved.cells),
+                   or_no_elements(std::move(saved.hidden), call, gates_type),
+                   or_no_elements(std::move(saved.norm_products), call, gates_type),
+                   or_no_elements(std::move(saved.norm_factors), call, sum_type));
+}
+
+void run_layer_backward(const OperatorHandle& op, Stack* stack) {
+  const at::ArrayRef<IValue> arguments = arguments_on(op, *stack);
+  const IValue* next = arguments.begin();
+  const LayerCall call = read_call(next);
+  const auto take = [&] { return tensor_or_undefined(*next++); };
+  ResultGradients grads;
+  for (Tensor* grad : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells, &grads.gate_values}) *grad = take();
+  const Tensor output = take();
+  Saved saved;
+  Saved::visit(saved, [&](Tensor& tensor) {
+    tensor = take();
+    // What the forward operator did not save has no elements, and no other axis.
+    if (tensor.defined() && tensor.dim() == 1) tensor = Tensor();
+  });
+  const c10::List<bool> flags = next->toBoolList();
+  const NeedsGrad needs_grad = read_needs_grad(call, std::vector<bool>(flags.begin(), flags.end()));
+  std::vector<Tensor> gradients =
+      list_gradients(lstm_layer_backward(call, std::move(grads), output, saved, needs_grad));
+  for (Tensor& gradient : gradients) {
+    if (!gradient.defined()) gradient = no_elements(call, call.input.scalar_type());
   }
-  return grads;
+  torch::jit::drop(*stack, arguments.size());
+  stack->emplace_back(std::move(gradients));
+}
+
+// clang-format off
+#define LSTM_EXT_CALL \
+  "Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, bool bidirectional, *, " \
+  "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? lengths=None, " \
+  "Tensor? recurrent_mask=None, Tensor? keep_h=None, Tensor? keep_c=None, float zoneout_h=0., float zoneout_c=0., " \
+  "Tensor[]? norm=None, bool return_cell_states=False, bool return_gates=False"
+#define LSTM_EXT_RESULTS "Tensor output, Tensor h_n, Tensor c_n, Tensor cell_states, Tensor gate_values"
+// clang-format on
+
+void implement(torch::Library& m) {
+  m.impl("lstm_layer", torch::CppFunction::makeFromBoxedFunction<&run_layer>());
+  m.impl("lstm_layer_forward", torch::CppFunction::makeFromBoxedFunction<&run_layer_forward>());
+  m.impl("lstm_layer_backward", torch::CppFunction::makeFromBoxedFunction<&run_layer_backward>());
 }
 
 }  // namespace
+
+LayerCall read_call(const IValue*& next) {
+  const auto take = [&]() -> const IValue& { return *next++; };
+  const auto take_tensor = [&](Tensor& tensor) {
+    if (const IValue& value = take(); !value.isNone()) tensor = value.toTensor();
+  };
+  LayerCall call;
+  take_tensor(call.input);
+  take_tensor(call.h0);
+  take_tensor(call.c0);
+  call.weights = take().toTensorVector();
+  take_tensor(call.batch_sizes);
+  call.has_bias = take().toBool();
+  call.bidirectional = take().toBool();
+  LayerOptions& options = call.options;
+  take_tensor(options.resets);
+  take_tensor(options.reset_h);
+  take_tensor(options.reset_c);
+  take_tensor(options.lengths);
+  take_tensor(options.recurrent_mask);
+  take_tensor(options.keep_h);
+  take_tensor(options.keep_c);
+  options.zoneout_h = take().toDouble();
+  options.zoneout_c = take().toDouble();
+  if (const IValue& norm = take(); !norm.isNone()) options.norm = norm.toTensorVector();
+  options.return_cell_states = take().toBool();
+  options.return_gates = take().toBool();
+  return call;
+}
+
+void push_call(const LayerCall& call, Stack& stack) {
+  const LayerOptions& options = call.options;
+  const auto push = [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); };
+  push(call.input);
+  push(call.h0);
+  push(call.c0);
+  stack.emplace_back(call.weights);
+  push(call.batch_sizes);
+  torch::jit::push(stack, call.has_bias, call.bidirectional);
+  push(options.resets);
+  push(options.reset_h);
+  push(options.reset_c);
+  push(options.lengths);
+  push(options.recurrent_mask);
+  push(options.keep_h);
+  push(options.keep_c);
+  torch::jit::push(stack, options.zoneout_h, options.zoneout_c);
+  stack.push_back(options.norm.empty() ? IValue() : IValue(options.norm));
+  torch::jit::push(stack, options.return_cell_states, options.return_gates);
+}
 
 // torch.compile keeps graphs on disk and knows them by the names in them: an operator whose results come to mean
 // something else, the one that it is differentiated by included, has to get a new name.
@@ -57,39 +155,28 @@ TORCH_LIBRARY(lstm_ext, m) {
   // Whoever runs an operator on fake or meta tensors without the fake kernels is told to import this module.
   m.set_python_module("lstm_ext.layer.operators");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def(
-      "lstm_layer(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, "
-      "bool bidirectional) -> (Tensor output, Tensor h_n, Tensor c_n)",
-      tags);
-  m.def(
-      "lstm_layer_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, "
-      "bool bidirectional) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)",
-      tags);
-  m.def(
-      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, "
-      "Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor output, Tensor gates, Tensor cells, Tensor hidden, "
-      "bool has_bias, bool bidirectional, bool[] wanted) -> Tensor[]",
-      tags);
+  m.def("lstm_layer(" LSTM_EXT_CALL ") -> (" LSTM_EXT_RESULTS ")", tags);
+  m.def("lstm_layer_forward(" LSTM_EXT_CALL ") -> (" LSTM_EXT_RESULTS
+        ", Tensor gates, Tensor cells, Tensor hidden, Tensor norm_products, Tensor norm_factors)",
+        tags);
+  // Never a list of one, which inductor's C++ wrapper would take for a tensor.
+  m.def("lstm_layer_backward(" LSTM_EXT_CALL
+        ", Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
+        "Tensor? grad_gate_values, Tensor output, Tensor gates, Tensor cells, Tensor? hidden, Tensor? norm_products, "
+        "Tensor? norm_factors, bool[] needs_grad) -> Tensor[]",
+        tags);
 }
 
-TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
-  m.impl("lstm_layer", &run_layer);
-  m.impl("lstm_layer_forward", &run_layer_forward);
-  m.impl("lstm_layer_backward", &run_layer_backward);
-}
+TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) { implement(m); }
 
 #if defined(LSTM_EXT_WITH_CUDA)
-TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) {
-  m.impl("lstm_layer", &run_layer);
-  m.impl("lstm_layer_forward", &run_layer_forward);
-  m.impl("lstm_layer_backward", &run_layer_backward);
-}
+TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) { implement(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
-  m.impl("lstm_layer", &lstm_layer_autograd);
-  m.impl("lstm_layer_forward", &lstm_layer_forward_autograd);
-  m.impl("lstm_layer_backward", &lstm_layer_backward_autograd);
+  m.impl("lstm_layer", torch::CppFunction::makeFromBoxedFunction<&layer_autograd>());
+  m.impl("lstm_layer_forward", torch::CppFunction::makeFromBoxedFunction<&layer_ends_autograd>());
+  m.impl("lstm_layer_backward", torch::CppFunction::makeFromBoxedFunction<&layer_ends_autograd>());
 }
 
 }  // namespace lstm_ext::ops

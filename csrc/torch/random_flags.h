@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "contract/visibility.h"
+
 namespace lstm_ext {
 
 // Flags of the given sizes, each true with the given probability in [0, 1]; the same ones for the same seed, whatever
@@ -24,6 +26,6 @@ namespace lstm_ext {
 // one after it gives 16 bits to each of four elements, the lowest bits to the first; flags are those bits < below.
 // `below` is one of the two neighbours of probability * 2^16, so that the probability of each flag is what was asked
 // for.
-at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed);
+LSTM_EXT_PUBLIC at::Tensor random_flags(at::IntArrayRef sizes, double probability, int64_t seed);
 
 }  // namespace lstm_ext

@@ -1,4 +1,4 @@
-"""Compiles a model that contains lstm_ext.LSTM into one file that a C++ program runs without Python: see Makefile."""
+"""Compiles a model with lstm_ext.LSTM into one file that a C++ program runs without Python: see Makefile."""
 
 from __future__ import annotations
 

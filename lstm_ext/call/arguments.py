@@ -1,24 +1,31 @@
-"""The arguments of the extras, as users give them: checked, and turned into what the layers take."""
+"""The arguments of one call beyond those of ``torch.nn.LSTM``: checked, and turned into `StackOptions`."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..layer.options import LSTMExtras, StackExtras
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
-from . import layout as packed_layout
-from .packing import Packing
+from .layout import Layout, PackedLayout, PaddedRows
 
-__all__ = ["Layout", "flag", "forget_bias_value", "probability", "run", "zoneout_pair"]
+__all__ = [
+    "Stack",
+    "StackOptions",
+    "any_requested",
+    "flag",
+    "forget_bias_value",
+    "probability",
+    "stack_options",
+    "zoneout_pair",
+]
 
 
 def _check_is_on() -> bool:
@@ -32,7 +39,7 @@ def _check_is_on() -> bool:
 CHECK = _check_is_on()
 
 
-# Of the constructor
+# ---- arguments of the constructor
 
 
 def probability(name: str, value: Any) -> float:
@@ -71,172 +78,149 @@ def forget_bias_value(value: Any, bias: bool) -> float:
     return float(value)
 
 
-# Of a call
+# ---- arguments of a call
 
 
-@dataclass(eq=False)
-class Layout:
-    """How the arguments of a call lie: the input's axes, without that of the features."""
+class Stack(Protocol):
+    """The attributes of a stack of layers, which `lstm_ext.LSTM` has, and `functional.lstm` makes of its arguments."""
 
-    time: int  # 1 for a PackedSequence
-    batch: int
-    batch_first: bool = False
-    batched: bool = True
-    packed: PackedSequence | None = None
-
-    def shape(self) -> tuple[int, ...]:
-        if not self.batched:
-            return (self.time,)
-        return (self.batch, self.time) if self.batch_first else (self.time, self.batch)
-
-    def time_first(self, x: Tensor) -> Tensor:
-        """(T, B) of a tensor of the input's shape without features."""
-        if not self.batched:
-            return x.unsqueeze(1)
-        return x.transpose(0, 1) if self.batch_first else x
-
-    def restored(
-        self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None
-    ) -> tuple[Any, ...]:
-        """The results in the user's layout, of those that are time-first; the states are in the order of the user."""
-        y: Any = output
-        if self.packed is not None:
-            y = packed_layout.repacked(output, self.packed)
-        elif not self.batched:
-            y, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
-            extras = _mapped(extras, lambda x: x.squeeze(2))
-        elif self.batch_first:
-            y = output.transpose(0, 1)
-            extras = _mapped(extras, lambda x: x.transpose(1, 2))
-        return (y, (h_n, c_n)) if extras is None else (y, (h_n, c_n), extras)
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    layer_norm: bool
+    recompute: bool
 
 
-def _mapped(extras: LSTMExtras | None, function: Callable[[Tensor], Tensor]) -> LSTMExtras | None:
-    return None if extras is None else LSTMExtras(*[None if x is None else function(x) for x in extras])
+def any_requested(
+    stack: Stack,
+    lengths: Any,
+    resets: Any,
+    reset_state: Any,
+    mask: Any,
+    return_cell_states: Any,
+    return_gates: Any,
+) -> bool:
+    """Whether a call of ``stack`` requests anything that ``torch.nn.LSTM`` does not have."""
+    return (
+        stack.recurrent_dropout != 0
+        or stack.zoneout != 0
+        or stack.layer_norm is not False
+        or stack.recompute is not False
+        or lengths is not None
+        or resets is not None
+        or reset_state is not None
+        or mask is not None
+        or return_cell_states is not False
+        or return_gates is not False
+    )
 
 
-def run(
-    stacked: Callable[..., tuple[Any, ...]],
+@dataclass(eq=False)  # not frozen, as LayerOptions
+class StackOptions:
+    """The options of all L layers. What is not explained here is as in :class:`lstm_ext.layer.layer_call.LayerOptions`.
+
+    Attributes:
+        recurrent_dropout: the probability.
+        zoneout: the probabilities for h and c.
+        training: whether the two are random.
+        norm: for each layer its `LayerOptions.norm`; empty without layer normalisation.
+        reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
+        padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
+    """
+
+    recurrent_dropout: float
+    zoneout: tuple[float, float]
+    training: bool
+    norm: Sequence[Sequence[Tensor]]
+    recompute: bool
+    return_cell_states: bool
+    return_gates: bool
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    lengths: Tensor | None = None
+    padded: PaddedRows | None = None
+
+
+def stack_options(
+    stack: Stack,
+    norm: Sequence[Sequence[Tensor]],
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
-    extras: StackExtras,
     *,
     lengths: Any = None,
     resets: Any = None,
     reset_state: Any = None,
     mask: Any = None,
-    return_cell_states: bool = False,
-    return_gates: bool = False,
-) -> tuple[Any, ...]:
-    """Check the extras of a call, compute, and give the results in the user's layout.
+    return_cell_states: Any = False,
+    return_gates: Any = False,
+) -> StackOptions:
+    """Check the options of a stack and those of a call.
 
     Args:
-        stacked: the layers, (x, h0, c0, batch_sizes, extras or None) -> (output, h_n, c_n[, LSTMExtras]).
-        x: (T, B, I) or (N, I), checked, as are h0 and c0, with a batch axis in the order of the user.
-        state_shapes: those of h0 and c0.
-        extras: what the constructor's arguments say; made for this call, it gets what the call asks for.
+        stack: attributes that may have been changed since the module was made.
+        norm: for each layer the parameters of layer normalisation, or empty.
+        x: (T, B, I) or (N, I), checked.
+        state_shapes: those of h0 and c0, with a batch axis.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    extras.return_cell_states = flag("return_cell_states", return_cell_states)
-    extras.return_gates = flag("return_gates", return_gates)
+    options = StackOptions(
+        recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
+        zoneout=zoneout_pair(stack.zoneout),
+        training=stack.training,
+        norm=norm,
+        recompute=flag("recompute", stack.recompute),
+        return_cell_states=flag("return_cell_states", return_cell_states),
+        return_gates=flag("return_gates", return_gates),
+    )
     if resets is not None:
-        extras.resets = _resets(resets, x, layout)
+        options.resets = _resets(resets, x, layout)
     if reset_state is not None:
         if resets is None:
             raise ValueError("reset_state: expected together with resets, got resets=None")
-        extras.reset_h, extras.reset_c = _reset_state(reset_state, x, state_shapes, layout)
+        options.reset_h, options.reset_c = _reset_state(reset_state, x, state_shapes, layout)
     if mask is not None and lengths is not None:
         raise ValueError("mask: expected without lengths, which say the same, got both")
-    wanted = extras.return_cell_states or extras.return_gates
-    packed = layout.packed
-    if packed is not None:
+    if isinstance(layout, PackedLayout):
         for name, value in (("lengths", lengths), ("mask", mask)):
             if value is not None:
                 raise ValueError(
                     f"{name}: expected None for a PackedSequence, which has its own lengths, got {_kind(value)}"
                 )
-        h0, c0, extras.reset_h, extras.reset_c = [
-            None if s is None else packed_layout.permuted(s, packed.sorted_indices)
-            for s in (h0, c0, extras.reset_h, extras.reset_c)
-        ]
-        output, h_n, c_n, more = _called(stacked, x, h0, c0, packed.batch_sizes, extras)
-        h_n = packed_layout.permuted(h_n, packed.unsorted_indices)
-        c_n = packed_layout.permuted(c_n, packed.unsorted_indices)
-        return layout.restored(output, h_n, c_n, more if wanted else None)
-
-    if lengths is not None:
+    elif lengths is not None:
         _refuse_meta("lengths", lengths, x)
-        of_rows = _lengths(lengths, layout)
+        _end_rows(options, _lengths(lengths, x, layout), x)
     elif mask is not None:
         _refuse_meta("mask", mask, x)
-        of_rows = _lengths_of_mask(mask, layout)
-    else:
-        of_rows = None
-    if of_rows is not None and x.device.type == "cpu" and of_rows.device.type == "cuda":
-        of_rows = of_rows.cpu()
-    if of_rows is not None and x.device.type == "cpu" and _is_readable(of_rows):
-        numbers = of_rows.tolist()
-        if min(numbers, default=layout.time) == layout.time:
-            of_rows = None
-        elif max(numbers) > 0:
-            return _run_packed(Packing(of_rows, layout.time), stacked, x, h0, c0, layout, extras, wanted)
-    if of_rows is not None:
-        extras.lengths = of_rows.to(x.device, non_blocking=True)
-        if extras.resets is not None:
-            extras.resets = extras.resets & count_mask(extras.lengths, layout.time)
-    output, h_n, c_n, more = _called(stacked, x, h0, c0, None, extras)
-    return layout.restored(output, h_n, c_n, more if wanted else None)
+        _end_rows(options, _lengths_of_mask(mask, x, layout), x)
+    return options
 
 
-def _called(
-    stacked: Callable[..., tuple[Any, ...]],
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    batch_sizes: Tensor | None,
-    extras: StackExtras,
-) -> tuple[Any, ...]:
-    if extras.is_empty():
-        return *stacked(x, h0, c0, batch_sizes, None), None
-    return stacked(x, h0, c0, batch_sizes, extras)
+def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
+    """Where the numbers are known, nothing is computed for padding; otherwise the layers get the lengths."""
+    time = x.size(0)
+    if x.device.type == "cpu" and lengths.device.type == "cuda":
+        lengths = lengths.cpu()
+    if x.device.type == "cpu" and is_readable(lengths):
+        numbers = lengths.tolist()
+        if min(numbers, default=time) == time:
+            return
+        if max(numbers) > 0:
+            options.padded = PaddedRows(lengths, time)
+            return
+    options.lengths = lengths.to(x.device, non_blocking=True)
+    if options.resets is not None:
+        options.resets = options.resets & count_mask(options.lengths, time)
 
 
-def _run_packed(
-    packing: Packing,
-    stacked: Callable[..., tuple[Any, ...]],
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    layout: Layout,
-    extras: StackExtras,
-    wanted: bool,
-) -> tuple[Any, ...]:
-    """Padded input whose lengths are known: nothing is computed for padding."""
-    extras.resets = None if extras.resets is None else packing.packed(extras.resets)
-    extras.reset_h = packing.packed_state(extras.reset_h)
-    extras.reset_c = packing.packed_state(extras.reset_c)
-    output, h_n, c_n, more = _called(
-        stacked,
-        packing.packed(x),
-        packing.packed_state(h0),
-        packing.packed_state(c0),
-        packing.batch_sizes,
-        extras,
-    )
-    return layout.restored(
-        packing.padded(output, 0, x),
-        packing.padded_state(h_n, h0),
-        packing.padded_state(c_n, c0),
-        _mapped(more, lambda rows: packing.padded(rows, 1, x)) if wanted else None,
-    )
-
-
-def _is_readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether the numbers are at hand: on the host, and neither unknown nor another in each sample of a vmap."""
     return (
         not torch.compiler.is_compiling()
@@ -266,11 +250,11 @@ def _assert_later(good: Tensor, message: str) -> None:
         torch._assert_async(good.all(), message)
 
 
-def _per_step(name: str, value: Any, layout: Layout) -> Tensor:
+def _per_step(name: str, value: Any, x: Tensor, layout: Layout) -> Tensor:
     """A tensor (T, B) of one in the shape of the input without its features, or with one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    shape = layout.shape()
+    shape = layout.shape(x)
     if tuple(value.shape) == (*shape, 1):
         value = value.squeeze(-1)
     if tuple(value.shape) != shape:
@@ -278,17 +262,17 @@ def _per_step(name: str, value: Any, layout: Layout) -> Tensor:
             f"{name}: expected shape {shape} or {(*shape, 1)}, that of the input without its features, "
             f"got {tuple(value.shape)}"
         )
-    return layout.time_first(value)
+    return layout.flags(value)
 
 
 def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
     """As bool, (T, B) or (N,)."""
-    if layout.packed is not None:
-        steps = _packed_resets(resets, layout.packed, layout.batch)
+    if isinstance(layout, PackedLayout):
+        steps = _packed_resets(resets, layout.packed, layout.batch(x))
     elif isinstance(resets, PackedSequence):
         raise TypeError("resets: expected a Tensor, as the input is one, got PackedSequence")
     else:
-        steps = _per_step("resets", resets, layout)
+        steps = _per_step("resets", resets, x, layout)
     if steps.dtype != torch.bool and not steps.is_floating_point():
         raise ValueError(
             f"resets: expected dtype torch.bool, or a floating-point dtype with values 0 and 1, got {steps.dtype}"
@@ -299,7 +283,7 @@ def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
         return steps
     set_ = steps != 0
     good = ~set_ | (steps == 1)
-    if not _is_readable(steps):
+    if not is_readable(steps):
         _assert_later(good, "resets: expected the values 0 and 1")
     elif not good.all():
         raise ValueError(f"resets: expected the values 0 and 1, got {steps[~good][0].item()}")
@@ -319,7 +303,7 @@ def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
             f"got {tuple(rows.shape)}"
         )
     ours, theirs = resets.batch_sizes, packed.batch_sizes
-    if ours is not theirs and _is_readable(theirs) and not torch.equal(ours, theirs):
+    if ours is not theirs and is_readable(theirs) and not torch.equal(ours, theirs):
         raise ValueError(
             f"resets: expected the batch_sizes of the input, {theirs.tolist()}, got {ours.tolist()}"
         )
@@ -327,7 +311,7 @@ def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
     if ours is not theirs:
         either = ours if theirs is None else theirs
         # A compiler may not know the number of sequences.
-        count = batch if _is_readable(packed.batch_sizes) else either.size(0)
+        count = batch if is_readable(packed.batch_sizes) else either.size(0)
         in_order = torch.arange(count, device=either.device)
         ours, theirs = [in_order if i is None else i for i in (ours, theirs)]
         if ours.device != theirs.device or ours.shape != theirs.shape:
@@ -335,7 +319,7 @@ def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
                 f"resets: expected the sorted_indices of the input, on {theirs.device}, of shape "
                 f"{tuple(theirs.shape)}, got them on {ours.device}, of shape {tuple(ours.shape)}"
             )
-        if not _is_readable(theirs):
+        if not is_readable(theirs):
             _assert_later(ours == theirs, "resets: expected the sorted_indices of the input")
         elif not torch.equal(ours, theirs):
             raise ValueError(
@@ -368,17 +352,17 @@ def _reset_state(
     return states[0], states[1]
 
 
-def _lengths(lengths: Any, layout: Layout) -> Tensor:
+def _lengths(lengths: Any, x: Tensor, layout: Layout) -> Tensor:
     """int64 (B,), each in [0, T]: checked if the numbers are at hand, else clamped."""
-    time = layout.time
+    time, batch = x.size(0), x.size(1)
     if not layout.batched and isinstance(lengths, int):
         lengths = [lengths]
     if isinstance(lengths, (list, tuple)):
         for n in lengths:
             if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
                 raise TypeError(f"lengths: expected integers, got {type(n).__name__}")
-        if len(lengths) != layout.batch:
-            raise ValueError(f"lengths: expected {layout.batch} numbers, one a sequence, got {len(lengths)}")
+        if len(lengths) != batch:
+            raise ValueError(f"lengths: expected {batch} numbers, one a sequence, got {len(lengths)}")
         for b, n in enumerate(lengths):
             if not 0 <= n <= time:
                 raise ValueError(_wrong_length(time, n, b))
@@ -389,13 +373,11 @@ def _lengths(lengths: Any, layout: Layout) -> Tensor:
         raise ValueError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if not layout.batched and lengths.dim() == 0:
         lengths = lengths.unsqueeze(0)
-    if tuple(lengths.shape) != (layout.batch,):
-        raise ValueError(
-            f"lengths: expected shape {(layout.batch,)}, one a sequence, got {tuple(lengths.shape)}"
-        )
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths: expected shape {(batch,)}, one a sequence, got {tuple(lengths.shape)}")
     lengths = lengths.to(torch.int64)
     good = (lengths >= 0) & (lengths <= time)
-    if not _is_readable(lengths):
+    if not is_readable(lengths):
         _assert_later(good, "lengths: expected numbers from 0 to the number of time steps")
         return lengths.clamp(0, time)
     if not good.all():
@@ -411,13 +393,13 @@ def _wrong_length(time: int, length: int, sequence: int) -> str:
     )
 
 
-def _lengths_of_mask(mask: Any, layout: Layout) -> Tensor:
+def _lengths_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
     """int64 (B,): how many steps come before the first that does not count."""
-    steps = _per_step("mask", mask, layout)
+    steps = _per_step("mask", mask, x, layout)
     if steps.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")
     falls = steps[1:] <= steps[:-1]
-    if not _is_readable(steps):
+    if not is_readable(steps):
         _assert_later(falls, "mask: expected True up to the end of each sequence, and False from there on")
         return ((~steps).to(torch.int64).cumsum(0) == 0).sum(0)
     if not falls.all():

@@ -1,24 +1,190 @@
-"""``PackedSequence`` in and out: what is checked, and how the states follow the order of the sequences."""
+"""How the tensors of one call lie: as the user gave them, and as the layers take them.
+
+The layers take time-first data, (T, B, features), or the rows of a ``PackedSequence``, (N, features). A `Layout` turns
+the input into that, and the results back. Dense layouts hold nothing of the call, so that there is one of each.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
-__all__ = ["batch_of", "permuted", "repacked", "zero_states"]
+from ..layer.shapes import count_mask
+
+__all__ = [
+    "BATCH_FIRST",
+    "STEP",
+    "TIME_FIRST",
+    "UNBATCHED",
+    "UNBATCHED_STEP",
+    "LSTMExtras",
+    "Layout",
+    "PackedLayout",
+    "PaddedRows",
+]
 
 
-def batch_of(packed: PackedSequence, hx: Any = None) -> int:
+class LSTMExtras(NamedTuple):
+    """The third result of :class:`lstm_ext.LSTM` where ``return_cell_states`` or ``return_gates`` requests one.
+
+    L layers, D = 2 if bidirectional else 1, H hidden units; a layer's directions lie side by side, as in ``h_n``, and
+    the values of the reverse direction stand at the step of the input that they belong to, as in the output.
+
+    Attributes:
+        cell_states: c_t of every layer and step, (L * D, T, B, H), (L * D, B, T, H) with ``batch_first``, or
+            (L * D, T, H) without a batch; for a ``PackedSequence`` (L * D, N, H), in the order of the rows of its
+            ``data``. None if it was not requested.
+        gates: i, f, g, o of every layer and step, after the nonlinearity: as ``cell_states``, with a last axis of 4.
+            None if not requested.
+
+    Both are differentiable, and 0 past the end of a sequence that ``lengths`` or ``mask`` ends.
+    """
+
+    cell_states: Tensor | None
+    gates: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LSTMExtras:
+        return LSTMExtras(*[None if x is None else function(x) for x in self])
+
+
+# torch.export.save writes down what a model returns.
+_pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtras")
+
+
+class Layout:
+    """Time-first data with a batch axis, (T, B, ...), and the interface of all layouts."""
+
+    state_rank = (
+        3  # of the states as the user gives them; 0 if torch's error for a wrong one is about their sizes
+    )
+    batched = True
+    batch_sizes: Tensor | None = None  # of packed data
+
+    def rows(self, input: Any) -> Tensor:
+        """The input as the layers take it."""
+        return input
+
+    def flags(self, x: Tensor) -> Tensor:
+        """(T, B) for a tensor of the input's shape without features."""
+        return x
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """The input's shape without features, as the user sees it, for ``x`` as the layers take it."""
+        return tuple(x.shape[:2])
+
+    def batch(self, x: Tensor) -> int:
+        return x.size(1)
+
+    def states(self, state: Tensor | None) -> Tensor | None:
+        """A state (sets, B, features), in the order of the user's batch, as the layers take it."""
+        return state
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        """The results of the call in the user's layout, given those of the layers."""
+        return (output, (h_n, c_n)) if extras is None else (output, (h_n, c_n), extras)
+
+
+class _BatchFirst(Layout):
+    def rows(self, input: Any) -> Tensor:
+        return input.transpose(0, 1)
+
+    def flags(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return x.size(1), x.size(0)
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        y = output.transpose(0, 1)
+        return (y, (h_n, c_n)) if extras is None else (y, (h_n, c_n), extras.map(lambda x: x.transpose(1, 2)))
+
+
+class _Unbatched(Layout):
+    state_rank = 2
+    batched = False
+
+    def rows(self, input: Any) -> Tensor:
+        return input.unsqueeze(1)
+
+    def flags(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(1)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.size(0),)
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        y, states = output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+        return (y, states) if extras is None else (y, states, extras.map(lambda x: x.squeeze(2)))
+
+
+class _Step(Layout):
+    """One time step, (B, features)."""
+
+    # Indexing is quicker than unsqueeze and squeeze.
+    def rows(self, input: Any) -> Tensor:
+        return input[None]
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        return output[0], (h_n, c_n)
+
+
+class _UnbatchedStep(Layout):
+    """One time step without a batch, (features,)."""
+
+    state_rank = 2
+    batched = False
+
+    def rows(self, input: Any) -> Tensor:
+        return input[None, None]
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        return output[0, 0], (h_n.squeeze(1), c_n.squeeze(1))
+
+
+TIME_FIRST, BATCH_FIRST, UNBATCHED = Layout(), _BatchFirst(), _Unbatched()
+STEP, UNBATCHED_STEP = _Step(), _UnbatchedStep()
+
+
+class PackedLayout(Layout):
+    """A ``PackedSequence``: the rows of all sequences, step by step, and the order of the sequences."""
+
+    state_rank = 0
+
+    def __init__(self, packed: PackedSequence, hx: Any = None) -> None:
+        """Raises ValueError or TypeError, naming the field, for a ``packed`` that makes no sense."""
+        self.packed = packed
+        self.batch_sizes = packed.batch_sizes
+        self._batch = _batch_of(packed, hx)
+
+    def rows(self, input: Any) -> Tensor:
+        return input.data
+
+    def batch(self, x: Tensor) -> int:
+        return self._batch
+
+    def states(self, state: Tensor | None) -> Tensor | None:
+        indices = self.packed.sorted_indices
+        return state if state is None or indices is None else state.index_select(1, indices)
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        packed = self.packed
+        y = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        indices = packed.unsorted_indices
+        if indices is not None:
+            h_n, c_n = h_n.index_select(1, indices), c_n.index_select(1, indices)
+        return (y, (h_n, c_n)) if extras is None else (y, (h_n, c_n), extras)
+
+
+def _batch_of(packed: PackedSequence, hx: Any) -> int:
     """The number of sequences, B, of a sound ``packed``.
 
-    The batch sizes themselves are checked where they are read, in the kernel or in `reference`. A compiler does not
-    know their values: while it looks, B is the size of another tensor that must have it, and the kernel checks that.
-
-    Raises:
-        ValueError, TypeError: naming the field.
+    The batch sizes themselves are checked where they are read, in the kernel or in the equations. A compiler does not
+    know their values: then B is the size of another tensor that must have it, and the kernel checks that.
     """
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if data.dim() != 2:
@@ -31,18 +197,18 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
     if batch_sizes.numel() == 0:
         raise ValueError("PackedSequence.batch_sizes: expected at least one time step, got none")
     compiling = torch.compiler.is_compiling()
-    traced = not compiling and torch._C._len_torch_dispatch_stack() > 0
-    looking = compiling or traced
-    if looking and sorted_indices is not None:
+    tracing = not compiling and torch._C._len_torch_dispatch_stack() > 0
+    unknown = compiling or tracing
+    if unknown and sorted_indices is not None:
         return sorted_indices.size(0)
-    if looking and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+    if unknown and isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
         return hx[0].size(1)
-    if not looking and torch._C._functorch.is_batchedtensor(batch_sizes):
+    if not unknown and torch._C._functorch.is_batchedtensor(batch_sizes):
         raise ValueError(
             "PackedSequence.batch_sizes: expected the same for all samples under vmap (in_dims=None), "
             "got one for each sample"
         )
-    if traced and type(batch_sizes) is Tensor:
+    if tracing and type(batch_sizes) is Tensor:
         batch = batch_sizes.tolist()[0]  # a tracer would take batch_sizes[0] for a result of its own
     else:
         batch = batch_sizes[0].item()
@@ -57,7 +223,7 @@ def batch_of(packed: PackedSequence, hx: Any = None) -> int:
                 f"PackedSequence.{name}: expected on {data.device}, as the data, got on {indices.device}"
             )
     # Read on the host only: on a device it would have to wait.
-    if sorted_indices is not None and not looking and sorted_indices.device.type == "cpu":
+    if sorted_indices is not None and not unknown and sorted_indices.device.type == "cpu":
         if unsorted_indices is None:
             raise ValueError(
                 "PackedSequence.unsorted_indices: expected a Tensor, as sorted_indices is one, got None"
@@ -78,16 +244,63 @@ def _undo_each_other(a: Tensor, b: Tensor) -> bool:
         return False
 
 
-def zero_states(data: Tensor, sets: int, batch: int, *sizes: int) -> tuple[Tensor, ...]:
-    """The zeros that no ``hx`` means, for a compiler: they tell it how many sequences there are."""
-    return tuple([data.new_zeros(sets, batch, size) for size in sizes])
+class PaddedRows:
+    """Where each row that counts lies in padded data, in the order of a ``PackedSequence``.
+
+    The order of the sequences is that of ``pack_padded_sequence(enforce_sorted=False)``, so that dropout between the
+    layers draws the same masks. Sequences without a step are left out.
+
+    Attributes:
+        batch_sizes: (longest,), int64.
+    """
+
+    def __init__(self, lengths: Tensor, time: int) -> None:
+        """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0."""
+        self._time, self._batch = time, lengths.size(0)
+        # _count sequences have a step; they come first in _order.
+        falling, self._order = torch.sort(lengths, descending=True)
+        self._count = int(torch.count_nonzero(falling))
+        counts = count_mask(falling[: self._count], int(falling[0]))
+        self.batch_sizes = counts.sum(1)
+        self._step, place = counts.nonzero(as_tuple=True)
+        self._sequence = self._order[place]
+        self._places = torch.argsort(self._order)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """The rows (N, ...) of padded data (T, B, ...)."""
+        # The data is read where it lies, also if it is a view of batch-first data.
+        if _is_batch_first(x):
+            flat, rows = x.transpose(0, 1).flatten(0, 1), self._sequence * self._time + self._step
+        else:
+            flat, rows = x.flatten(0, 1), self._step * self._batch + self._sequence
+        return flat.index_select(0, rows)
+
+    def padded(self, rows: Tensor, dim: int, like: Tensor) -> Tensor:
+        """Padded data (..., T, B, ...) of rows (..., N, ...) at ``dim``: 0 elsewhere; in memory as ``like`` is."""
+        shape = list(rows.shape)
+        shape[dim] = self._time * self._batch
+        zeros = rows.new_zeros(shape)
+        if _is_batch_first(like):
+            flat = zeros.index_copy(dim, self._sequence * self._time + self._step, rows)
+            return flat.unflatten(dim, (self._batch, self._time)).transpose(dim, dim + 1)
+        flat = zeros.index_copy(dim, self._step * self._batch + self._sequence, rows)
+        return flat.unflatten(dim, (self._time, self._batch))
+
+    def packed_state(self, state: Tensor | None) -> Tensor | None:
+        """The states (sets, B, ...) of the sequences that are packed, in their order."""
+        return None if state is None else state.index_select(1, self._order[: self._count])
+
+    def padded_state(self, final: Tensor, initial: Tensor | None) -> Tensor:
+        """The final states (sets, B, ...) of all sequences: the initial one where there was no step."""
+        if self._count < self._batch:
+            left_out = self._order[self._count :]
+            if initial is None:
+                rest = final.new_zeros(final.size(0), left_out.size(0), final.size(2))
+            else:
+                rest = initial.index_select(1, left_out).to(final.dtype)
+            final = torch.cat([final, rest], 1)
+        return final.index_select(1, self._places)
 
 
-def permuted(state: Tensor, indices: Tensor | None) -> Tensor:
-    """A state (sets, B, features) with its batch axis in the order of ``indices``."""
-    return state if indices is None else state.index_select(1, indices)
-
-
-def repacked(data: Tensor, like: PackedSequence) -> PackedSequence:
-    """``data`` with the batch sizes and the order of ``like``."""
-    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
+def _is_batch_first(x: Tensor) -> bool:
+    return x.stride(0) < x.stride(1)

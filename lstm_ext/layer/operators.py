@@ -1,47 +1,43 @@
-"""The registered operators: fake kernels, FLOP counts. What they compute is explained in `lstm_ext.ops`."""
+"""Fake kernels and FLOP counts of the registered operators, which `lstm_ext.ops` explains.
+
+`register` gives them to torch. The loader calls it when it has loaded the operators: importing this loads nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..native import loader
-from .equations import check_shapes
-from .options import OPERANDS
+from .layer_call import LayerCall
+from .shapes import check_shapes, weights_per_direction
 
-__all__ = [
-    "lstm_layer",
-    "lstm_layer_backward",
-    "lstm_layer_forward",
-    "lstm_layer_with_extras",
-    "lstm_layer_with_extras_backward",
-    "lstm_layer_with_extras_forward",
-]
+__all__ = ["register"]
 
-# Set already when the backend imports this module, which it does once the operators are registered.
-if not hasattr(torch.ops.lstm_ext, "lstm_layer") and loader.extension() is None:
-    raise ImportError(
-        f"lstm_ext.ops needs the compiled extension, which is not there: {loader.status().reason}"
-    )
+# By the names of the operators.
+_fake_kernels: dict[str, Callable[..., Any]] = {}
+_flop_formulas: dict[str, Callable[..., int]] = {}
 
-_Layer = tuple[Tensor, Tensor, Tensor]
-_LayerAndSaved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-lstm_layer: Callable[..., _Layer] = torch.ops.lstm_ext.lstm_layer.default
-lstm_layer_forward: Callable[..., _LayerAndSaved] = torch.ops.lstm_ext.lstm_layer_forward.default
-lstm_layer_backward: Callable[..., list[Tensor]] = torch.ops.lstm_ext.lstm_layer_backward.default
-lstm_layer_with_extras: Callable[..., tuple[Tensor, ...]] = torch.ops.lstm_ext.lstm_layer_with_extras.default
-lstm_layer_with_extras_forward: Callable[..., tuple[Tensor, ...]] = (
-    torch.ops.lstm_ext.lstm_layer_with_extras_forward.default
-)
-lstm_layer_with_extras_backward: Callable[..., list[Tensor]] = (
-    torch.ops.lstm_ext.lstm_layer_with_extras_backward.default
-)
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _fake_kernels[name] = function
+        return function
+
+    return add
+
+
+def _flops(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    def add(function: Callable[..., int]) -> Callable[..., int]:
+        _flop_formulas.update(dict.fromkeys(names, function))
+        return function
+
+    return add
 
 
 class _Sizes(NamedTuple):
@@ -49,34 +45,26 @@ class _Sizes(NamedTuple):
     input_size: Any  # int or SymInt, as the others
     hidden_size: Any
     output_size: Any
+    weights_per_direction: int
     projected: bool
 
 
 def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Sizes:
-    """Of a layer with these weights, or with weights of these shapes."""
-    directions = 2 if bidirectional else 1
-    plain = 4 if has_bias else 2
-    per_direction, rest = divmod(len(weights), directions)
-    if rest or per_direction not in (plain, plain + 1):
-        raise RuntimeError(
-            f"lstm_ext: got {len(weights)} weights, expected {plain * directions}, "
-            f"or {(plain + 1) * directions} with a projection"
-        )
+    """The sizes of a layer with these weights, or with weights of these shapes."""
+    per_direction, projected = weights_per_direction(len(weights), has_bias, bidirectional)
     shapes = [w.shape if isinstance(w, Tensor) else w for w in weights[:per_direction]]
-    projected = per_direction == plain + 1
     output_size = shapes[1][1]
-    return _Sizes(
-        directions, shapes[0][1], shapes[-1][1] if projected else output_size, output_size, projected
-    )
+    hidden_size = shapes[-1][1] if projected else output_size
+    return _Sizes(2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected)
 
 
-# ---- shapes, strides and dtypes: as csrc/torch/lstm_layer.cpp allocates them, all contiguous
+# ---- shapes, strides and dtypes: as the kernels in csrc/torch return them, all contiguous
 
 
-def _batch(input: Tensor, h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None) -> Any:
+def _batch(input: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | None]) -> Any:
     if batch_sizes is None:
         return input.shape[1]
-    for state in (h0, c0):
+    for state in states:
         if state is not None:
             return state.shape[1]
     if batch_sizes.device.type == "cpu" and type(batch_sizes) is Tensor:  # with meta tensors
@@ -84,19 +72,7 @@ def _batch(input: Tensor, h0: Tensor | None, c0: Tensor | None, batch_sizes: Ten
     return torch.library.get_ctx().new_dynamic_size(min=1)
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer")
-def _(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-) -> _Layer:
-    return _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
-
-
+@_fake("lstm_layer")
 def _fake_layer(
     input: Tensor,
     h0: Tensor | None,
@@ -105,25 +81,37 @@ def _fake_layer(
     batch_sizes: Tensor | None,
     has_bias: bool,
     bidirectional: bool,
-    batch_of: Tensor | None = None,
-) -> _Layer:
+    *,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recurrent_mask: Tensor | None = None,
+    return_cell_states: bool = False,
+    return_gates: bool = False,
+    **_: Any,
+) -> tuple[Tensor, ...]:
     s = _sizes(weights, has_bias, bidirectional)
     expected = 3 if batch_sizes is None else 2
     torch._check(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(input, h0, c0, weights, has_bias, bidirectional)
-    batch = _batch(input, h0 if batch_of is None else batch_of, c0, batch_sizes)
+    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional))
+    if batch_sizes is not None and lengths is not None:
+        raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
+    batch = _batch(input, batch_sizes, (h0, c0, reset_h, reset_c, recurrent_mask))
+    rows = (s.directions, *input.shape[:-1])
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),
         input.new_empty((s.directions, batch, s.output_size)),
         input.new_empty((s.directions, batch, s.hidden_size)),
+        input.new_empty((*rows, s.hidden_size) if return_cell_states else (0,)),
+        input.new_empty((*rows, s.hidden_size, 4) if return_gates else (0,)),
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_forward")
-def _(
+@_fake("lstm_layer_forward")
+def _fake_forward(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -131,132 +119,31 @@ def _(
     batch_sizes: Tensor | None,
     has_bias: bool,
     bidirectional: bool,
-) -> _LayerAndSaved:
-    results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional)
-    return *results, *_fake_saved(input, _sizes(weights, has_bias, bidirectional))
-
-
-def _saved_dtypes(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Those of gates and of cells."""
-    sum_dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
-    return input.dtype if input.device.type == "cuda" else sum_dtype, sum_dtype
-
-
-def _fake_saved(input: Tensor, s: _Sizes) -> _Layer:
-    """gates, cells and hidden."""
-    gates_dtype, sum_dtype = _saved_dtypes(input)
-    rows = (s.directions, *input.shape[:-1])
-    return (
-        input.new_empty((*rows, 4 * s.hidden_size), dtype=gates_dtype),
-        input.new_empty((*rows, s.hidden_size), dtype=sum_dtype),
-        input.new_empty((*rows, s.hidden_size) if s.projected else (0,), dtype=gates_dtype),
-    )
-
-
-@torch.library.register_fake("lstm_ext::lstm_layer_backward")
-def _(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    output: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    hidden: Tensor,
-    has_bias: bool,
-    bidirectional: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    _sizes(weights, has_bias, bidirectional)
-    return _fake_gradients(
-        (input, h0, c0, *weights), wanted, "input, h0, c0 and each weight", "an initial state"
-    )
-
-
-def _fake_gradients(
-    inputs: Sequence[Tensor | None], wanted: Sequence[bool], names: str, state: str
-) -> list[Tensor]:
-    if len(wanted) != len(inputs):
-        raise RuntimeError(f"lstm_ext: wanted has {len(wanted)} entries, expected {len(inputs)} ({names})")
-    if any(w and t is None for t, w in zip(inputs, wanted, strict=True)):
-        raise RuntimeError(f"lstm_ext: wanted asks for the gradient of {state} that was not given")
-    nothing = cast(Tensor, inputs[0]).new_empty
-    return [
-        t.new_empty(t.shape) if w and t is not None else nothing((0,))
-        for t, w in zip(inputs, wanted, strict=True)
-    ]
-
-
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras")
-def _fake_layer_with_extras(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    lengths: Tensor | None,
-    recurrent_mask: Tensor | None,
-    kept_h: Tensor | None,
-    kept_c: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-    norm: Sequence[Tensor],
-    return_cell_states: bool,
-    return_gates: bool,
+    *,
+    norm: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    if batch_sizes is not None and lengths is not None:
-        raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
-    # Any of these knows the batch of packed data.
-    batch_of = next((t for t in (h0, reset_h, recurrent_mask) if t is not None), None)
-    output, h_n, c_n = _fake_layer(
-        input, h0, c0, weights, batch_sizes, has_bias, bidirectional, batch_of=batch_of
-    )
-    hidden_size = _sizes(weights, has_bias, bidirectional).hidden_size
-    rows = (2 if bidirectional else 1, *input.shape[:-1])
-    return (
-        output,
-        h_n,
-        c_n,
-        input.new_empty((*rows, hidden_size) if return_cell_states else (0,)),
-        input.new_empty((*rows, hidden_size, 4) if return_gates else (0,)),
-    )
-
-
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_forward")
-def _(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-    *extras: Any,
-) -> tuple[Tensor, ...]:
-    results = _fake_layer_with_extras(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *extras)
+    results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, **options)
     s = _sizes(weights, has_bias, bidirectional)
-    gates_dtype, sum_dtype = _saved_dtypes(input)
-    norm = extras[OPERANDS.index("norm")]
+    sum_dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    gates_dtype = input.dtype if input.device.type == "cuda" else sum_dtype
 
-    def of_norm(first: int, features: Any, dtype: torch.dtype) -> Tensor:
-        sizes = (first, *input.shape[:-1], features) if len(norm) else (0,)
-        return input.new_empty(sizes, dtype=dtype)
+    def saved(directions: int, features: Any, dtype: torch.dtype, present: bool = True) -> Tensor:
+        return input.new_empty((directions, *input.shape[:-1], features) if present else (0,), dtype=dtype)
 
-    products = of_norm(2 * s.directions, 4 * s.hidden_size, gates_dtype)
-    return *results, *_fake_saved(input, s), products, of_norm(s.directions, 2, sum_dtype)
+    normalised = norm is not None and len(norm) > 0
+    return (
+        *results,
+        saved(s.directions, 4 * s.hidden_size, gates_dtype),
+        saved(s.directions, s.hidden_size, sum_dtype),
+        saved(s.directions, s.hidden_size, gates_dtype, s.projected),
+        saved(2 * s.directions, 4 * s.hidden_size, gates_dtype, normalised),
+        saved(s.directions, 2, sum_dtype, normalised),
+    )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_with_extras_backward")
-def _(
+@_fake("lstm_layer_backward")
+def _fake_backward(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -264,13 +151,26 @@ def _(
     batch_sizes: Tensor | None,
     has_bias: bool,
     bidirectional: bool,
-    *others: Any,
+    *,
+    needs_grad: Sequence[bool],
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    norm: Sequence[Tensor] | None = None,
+    **_: Any,
 ) -> list[Tensor]:
-    _sizes(weights, has_bias, bidirectional)
-    extras = dict(zip(OPERANDS, others[: len(OPERANDS)], strict=True))
-    inputs = (input, h0, c0, *weights, extras["reset_h"], extras["reset_c"], *extras["norm"])
-    names = "input, h0, c0, each weight, reset_h, reset_c and each parameter of norm"
-    return _fake_gradients(inputs, others[-1], names, "a state")
+    weights_per_direction(len(weights), has_bias, bidirectional)
+    inputs = (input, h0, c0, *weights, reset_h, reset_c, *(norm or ()))
+    if len(needs_grad) != len(inputs):
+        raise RuntimeError(
+            f"lstm_ext: needs_grad has {len(needs_grad)} entries, expected {len(inputs)} "
+            "(input, h0, c0, each weight, reset_h, reset_c and each parameter of norm)"
+        )
+    if any(needed and t is None for t, needed in zip(inputs, needs_grad, strict=True)):
+        raise RuntimeError("lstm_ext: needs_grad asks for the gradient of a state that was not given")
+    return [
+        t.new_empty(t.shape) if needed and t is not None else input.new_empty((0,))
+        for t, needed in zip(inputs, needs_grad, strict=True)
+    ]
 
 
 # ---- floating-point operations of the matrix products, as torch counts them: shapes in place of tensors
@@ -287,14 +187,7 @@ def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
     )
 
 
-@register_flop_formula(
-    [
-        torch.ops.lstm_ext.lstm_layer,
-        torch.ops.lstm_ext.lstm_layer_forward,
-        torch.ops.lstm_ext.lstm_layer_with_extras,
-        torch.ops.lstm_ext.lstm_layer_with_extras_forward,
-    ]
-)
+@_flops("lstm_layer", "lstm_layer_forward")
 def _forward_flops(
     input: Sequence[int],
     h0: Any,
@@ -303,36 +196,13 @@ def _forward_flops(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
-    *_extras: Any,
     **_: Any,
 ) -> int:
     return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
 
 
-@register_flop_formula(torch.ops.lstm_ext.lstm_layer_backward)
+@_flops("lstm_layer_backward")
 def _backward_flops(
-    grad_output: Any,
-    grad_h_n: Any,
-    grad_c_n: Any,
-    input: Sequence[int],
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Sequence[int]],
-    batch_sizes: Any,
-    output: Any,
-    gates: Any,
-    cells: Any,
-    hidden: Any,
-    has_bias: bool,
-    bidirectional: bool,
-    wanted: Sequence[bool],
-    **_: Any,
-) -> int:
-    return _gradient_flops(input, weights, has_bias, bidirectional, wanted)
-
-
-@register_flop_formula(torch.ops.lstm_ext.lstm_layer_with_extras_backward)
-def _backward_with_extras_flops(
     input: Sequence[int],
     h0: Any,
     c0: Any,
@@ -340,35 +210,39 @@ def _backward_with_extras_flops(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
-    *others: Any,
+    *,
+    needs_grad: Sequence[bool],
     **_: Any,
-) -> int:
-    return _gradient_flops(input, weights, has_bias, bidirectional, others[-1])
-
-
-def _gradient_flops(
-    input: Sequence[int],
-    weights: Sequence[Sequence[int]],
-    has_bias: bool,
-    bidirectional: bool,
-    wanted: Sequence[bool],
 ) -> int:
     s = _sizes(weights, has_bias, bidirectional)
     input_product, recurrent_product, projection_product = _products(input, s)
-    # Through time, always; then the gradients that are wanted.
+    # Through time, always; then the gradients that are requested.
     total = recurrent_product + projection_product
-    if wanted[0]:
+    if needs_grad[0]:
         total += input_product
-    per_direction = len(weights) // s.directions
 
     def of_weight(i: int, product: int) -> int:
-        return product // s.directions * _count(wanted[3 + i : 3 + len(weights) : per_direction])
+        needed = needs_grad[3 + i : 3 + len(weights) : s.weights_per_direction]
+        return product // s.directions * sum(map(bool, needed))
 
     total += of_weight(0, input_product) + of_weight(1, recurrent_product)
     if s.projected:
-        total += of_weight(per_direction - 1, projection_product)
+        total += of_weight(s.weights_per_direction - 1, projection_product)
     return total
 
 
-def _count(flags: Iterable[bool]) -> int:
-    return sum(map(bool, flags))
+# ---- registration
+
+
+@functools.cache
+def register() -> None:
+    """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, function in _fake_kernels.items():
+        torch.library.register_fake(f"lstm_ext::{name}", function)
+    for name, formula in _flop_formulas.items():
+        register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
+
+
+loader.on_load(register)

@@ -5,9 +5,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["count_mask"]
+from .layer_call import LayerCall
+
+__all__ = ["check_shapes", "count_mask", "weight_counts", "weights_per_direction"]
 
 
 def count_mask(lengths: Tensor, time: int) -> Tensor:
     """Which steps count, (T, B), for lengths (B,)."""
     return torch.arange(time, device=lengths.device).unsqueeze(1) < lengths
+
+
+def weight_counts(sets: int, bias: bool) -> tuple[int, int]:
+    """How many weights ``sets`` sets have, one for each layer and direction: without and with a projection."""
+    plain = 4 if bias else 2
+    return sets * plain, sets * (plain + 1)
+
+
+def weights_per_direction(count: int, bias: bool, bidirectional: bool) -> tuple[int, bool]:
+    """How many weights a direction has, and whether one of them is a projection, for ``count`` weights of a layer.
+
+    Raises:
+        RuntimeError: no layer has ``count`` weights.
+    """
+    directions = 2 if bidirectional else 1
+    plain, projected = weight_counts(directions, bias)
+    if count not in (plain, projected):
+        raise RuntimeError(
+            f"lstm_ext: got {count} weights, expected {plain}, or {projected} with a projection"
+        )
+    return count // directions, count == projected
+
+
+def check_shapes(call: LayerCall) -> None:
+    """The checks of the kernels, for where they do not run: a bias of shape (1,) would be spread out in silence.
+
+    Raises:
+        RuntimeError: naming the argument.
+    """
+    input, weights = call.input, call.weights
+    directions = 2 if call.bidirectional else 1
+    per_direction, projected = weights_per_direction(len(weights), call.bias, call.bidirectional)
+    hidden = weights[0].size(0) // 4
+    state = weights[per_direction - 1].size(0) if projected else hidden
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
+    for d in range(directions):
+        w_ih, w_hh, *others = weights[d * per_direction : (d + 1) * per_direction]
+        projections = others[-1:] if projected else []
+        expected += [
+            ("weight_ih", w_ih, (4 * hidden, input.size(-1))),
+            ("weight_hh", w_hh, (4 * hidden, state)),
+        ]
+        expected += [("bias", b, (4 * hidden,)) for b in others[: len(others) - len(projections)]]
+        expected += [("weight_hr", w, (state, hidden)) for w in projections]
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(f"lstm_ext: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    for name, initial, size in (("h0", call.h0, state), ("c0", call.c0, hidden)):
+        if initial is not None and (
+            initial.dim() != 3 or initial.size(0) != directions or initial.size(2) != size
+        ):
+            raise RuntimeError(
+                f"lstm_ext: {name} has shape {tuple(initial.shape)}, expected ({directions}, batch, {size})"
+            )

@@ -1,20 +1,31 @@
-"""Whether a call is plain eager code, which may go past the dispatcher: asked in every call."""
+"""Who looks at a call: compilers, tracers, transforms and dispatch modes. Asked in every call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..native import cuda
+from .layer_call import PLAIN, LayerCall
 
 __all__ = [
+    "KERNEL_DTYPES",
     "LEGACY_VMAP",
     "PRE_DISPATCH",
     "any_autocast",
+    "are_plain",
     "dispatch_modes",
     "innermost_transform",
     "is_active",
-    "nothing_looks_on",
+    "is_direct",
+    "is_exporting_to_onnx",
+    "is_plain_eager",
+    "refuse_shards",
 ]
 
 # Without the way through the modules.
@@ -26,15 +37,17 @@ is_active = torch._C._dispatch_tls_is_dispatch_key_included
 # Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
 # tensors and have no memory of their own.
 LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
-# That of make_fx(pre_dispatch=True), whose mode is not among the others.
+# The key of make_fx(pre_dispatch=True), whose mode is not among the others.
 PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
+KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_CPU = torch.device("cpu")
 # One call for all device types; RNNBase.check_input asks the same.
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
-def nothing_looks_on() -> bool:
-    """No compiler, tracer, transform or dispatch mode sees what is called. Forward-mode AD is not asked for."""
+def is_plain_eager() -> bool:
+    """Whether no compiler, tracer, transform or dispatch mode sees what is called. Ignores forward-mode AD."""
     return (
         not _is_compiling()
         and not _is_jit_tracing()
@@ -43,3 +56,47 @@ def nothing_looks_on() -> bool:
         and not is_active(LEGACY_VMAP)
         and not is_active(PRE_DISPATCH)
     )
+
+
+def is_direct(call: LayerCall) -> bool:
+    """Whether the kernels may be called past the dispatcher."""
+    if not is_plain_eager() or forward_ad._current_level >= 0:
+        return False
+    input, h0, c0 = call.input, call.h0, call.c0
+    device = input.device
+    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
+        return False
+    if input.dtype not in KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
+        return False
+    for w in call.weights:
+        if type(w) not in _PLAIN_TYPES:
+            return False
+    if call.options is not PLAIN and not are_plain(call.options.tensors()):
+        return False
+    return (h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)
+
+
+def are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether none of the tensors is of a subclass."""
+    return all([t is None or type(t) in _PLAIN_TYPES for t in tensors])
+
+
+def is_exporting_to_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+# Called by dynamo, not traced.
+is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse_shards(tensors: Sequence[Tensor]) -> None:
+    """Raises: RuntimeError if a tensor is a DTensor and the first one, the input, is not."""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None or isinstance(tensors[0], dtensor.DTensor):
+        return
+    if any([isinstance(t, dtensor.DTensor) for t in tensors]):
+        raise RuntimeError(
+            "LSTM: the weights are DTensors and the input is not. FSDP2 gathers its shards in hooks: call the "
+            "module, not its forward(); to use step(), say once after fully_shard: "
+            "torch.distributed.fsdp.register_fsdp_forward_method(module, 'step')"
+        )

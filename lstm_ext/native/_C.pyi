@@ -4,27 +4,33 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-class Extras:
-    """What a layer does beyond torch.nn.LSTM.
+class LayerOptions:
+    """What a layer does beyond torch.nn.LSTM. Nothing set is the plain layer.
 
-    D directions, T steps, B sequences (N rows of packed data), H hidden units, P the size of h. All on the device of
-    the input; meanings as in :class:`lstm_ext.layer.options.LayerExtras`.
+    D directions, T steps, B sequences (N rows of packed data), H hidden units, P the size of h. All tensors are on the
+    device of the input; meanings as in :class:`lstm_ext.layer.options.LayerOptions`.
     """
 
     def __init__(
         self,
+        *,
         resets: Tensor | None = None,  # bool (T, B) or (N)
         reset_h: Tensor | None = None,  # (D, B, P)
         reset_c: Tensor | None = None,  # (D, B, H)
         lengths: Tensor | None = None,  # int64 (B), not with packed input
         recurrent_mask: Tensor | None = None,  # (D, B, P), float32 for a 16-bit input
-        kept_h: Tensor | None = None,  # bool (D, T, B, P) or (D, N, P)
-        kept_c: Tensor | None = None,  # bool (D, T, B, H) or (D, N, H)
-        zoneout_h: float = 0.0,  # the share that is kept, without kept_h
+        keep_h: Tensor | None = None,  # bool (D, T, B, P) or (D, N, P)
+        keep_c: Tensor | None = None,  # bool (D, T, B, H) or (D, N, H)
+        zoneout_h: float = 0.0,  # the share that is kept, without keep_h
         zoneout_c: float = 0.0,
         norm: Sequence[Tensor] = (),
-        recompute: bool = False,
+        return_cell_states: bool = False,
+        return_gates: bool = False,
+        recompute: bool = False,  # without effect where gates are returned
     ) -> None: ...
+
+# gates, cells, hidden, norm_products, norm_factors: None where the layer does not need it.
+Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def lstm_layer_forward(
     input: Tensor,
@@ -34,13 +40,13 @@ def lstm_layer_forward(
     batch_sizes: Tensor | None,
     has_bias: bool,
     bidirectional: bool,
+    options: LayerOptions | None,
     save: bool,
-    extras: Extras = ...,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """output, h_n, c_n, and with ``save`` what the backward pass needs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Saved | None]:
+    """output, h_n, c_n, cell states, gate values, and with ``save`` what the backward pass needs.
 
-    Shapes as in :func:`lstm_ext.reference.lstm_layer`. What is needed: gates, cells, with a projection hidden, with
-    layer normalisation two more; with ``extras.recompute`` only the cells.
+    Shapes as in :func:`lstm_ext.reference.lstm_layer`. Cell states and gate values are None where ``options`` do not
+    request them; they may share memory with what is saved. With ``options.recompute`` only the cells are saved.
     """
 
 def lstm_cell_forward(
@@ -49,26 +55,27 @@ def lstm_cell_forward(
     """h and c after one step, for input (B, I), h and c (B, H); without a gradient, and without a projection."""
 
 def lstm_layer_backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    output: Tensor,
-    saved: Sequence[Tensor],
     has_bias: bool,
     bidirectional: bool,
-    wanted: Sequence[bool],
-    extras: Extras = ...,
-    grad_gates: Tensor | None = None,
-    grad_cells: Tensor | None = None,
+    options: LayerOptions | None,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cell_states: Tensor | None,
+    grad_gate_values: Tensor | None,
+    output: Tensor,
+    saved: Saved,
+    needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of input, h0, c0, each weight, and, if ``wanted`` goes on so far, reset_h, reset_c, each of norm.
+    """The gradients of input, h0, c0, each weight, reset_h, reset_c and each parameter of norm.
 
-    None where ``wanted`` is False. ``grad_gates`` and ``grad_cells`` are those of the values of the gates and of c_t.
+    ``needs_grad`` has an entry for each of them; where it is False, the gradient is None. The options are those of the
+    forward pass.
     """
 
 def random_flags(sizes: Sequence[int], probability: float, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one description of the compiled extension, used by setup.py (ahead of time) and loader.py (on first use).
+"""The one description of the compiled extension, used by setup.py (ahead of time) and jit.py (on first use).
 
 It is two libraries. The operators' (_ops) has the kernels and registers the operators; it needs libtorch and no
 Python, so that a C++ process can load it too. The Python module (_C), one source, is linked with it and calls it
@@ -207,10 +207,15 @@ def check_headers() -> None:
 
 # ---- CUDA
 
-# Where TORCH_CUDA_ARCH_LIST says nothing and no GPU is there: all that the kernels support and this nvcc knows, and
-# PTX for what is newer. Without a list, torch takes those of the GPUs, and fails where there is none.
+# The one list of the GPU architectures that the kernels support, oldest first. A build without a GPU and without
+# TORCH_CUDA_ARCH_LIST compiles for all of them that nvcc knows, and adds PTX for newer ones: torch itself would take
+# those of the GPUs, and fail where there is none. The tests compile for the first of each generation.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-OLDEST_CAPABILITY = (8, 0)
+OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
+# stepwise: a product and a small kernel for each step. cluster and grid: a thread-block cluster, or the whole grid,
+# keeps the recurrent weights for all steps.
+CUDA_KERNELS = ("stepwise", "cluster", "grid")
+CUDA_KERNELS_OF_THIS_RELEASE = ("stepwise",)
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
@@ -246,6 +251,25 @@ def cuda_switch() -> bool | None:
     if value not in (None, "0", "1"):
         raise SwitchError(f"LSTM_EXT_CUDA is {value!r}: set it to 0 or 1, or unset it.")
     return None if value is None else value == "1"
+
+
+def requested_cuda_kernel() -> str:
+    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, or "auto".
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    value = os.environ.get("LSTM_EXT_CUDA_KERNEL") or "auto"
+    if value not in ("auto", *CUDA_KERNELS):
+        raise ValueError(
+            f"LSTM_EXT_CUDA_KERNEL is {value!r}: set it to one of auto, {', '.join(CUDA_KERNELS)}, or unset it."
+        )
+    if value not in ("auto", *CUDA_KERNELS_OF_THIS_RELEASE):
+        raise ValueError(
+            f"LSTM_EXT_CUDA_KERNEL={value}: the persistent kernels, cluster and grid, are not part of this release; "
+            "set it to stepwise or auto, or unset it."
+        )
+    return value
 
 
 def no_cuda_wanted(torch_cuda: str | None) -> str | None:

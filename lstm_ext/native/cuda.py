@@ -1,17 +1,16 @@
-"""Which kernel computes a layer of CUDA tensors, and on which GPUs."""
+"""Which kernel computes a layer of CUDA tensors, and on which devices."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
-from .config import OLDEST_CAPABILITY
+import torch
 
-# One GEMM and one small kernel a step; thread-block clusters that keep the recurrent weights for all steps; the whole
-# grid doing so.
-KERNELS = ("stepwise", "cluster", "grid")
-IN_THIS_RELEASE = ("stepwise",)
+from . import loader
+from .config import OLDEST_CAPABILITY, requested_cuda_kernel
+
+__all__ = ["Choice", "choice", "is_supported", "problem", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -20,30 +19,49 @@ class Choice:
     reason: str
 
 
-def requested() -> str:
-    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, or "auto".
+def choice() -> Choice:
+    """The kernel that runs, and why.
 
     Raises:
-        ValueError: there is no such kernel.
+        ValueError: LSTM_EXT_CUDA_KERNEL names no kernel of this release.
     """
-    value = os.environ.get("LSTM_EXT_CUDA_KERNEL") or "auto"
-    if value not in ("auto", *KERNELS):
-        raise ValueError(
-            f"LSTM_EXT_CUDA_KERNEL is {value!r}: set it to one of auto, {', '.join(KERNELS)}, or unset it."
-        )
-    if value not in ("auto", *IN_THIS_RELEASE):
-        raise ValueError(
-            f"LSTM_EXT_CUDA_KERNEL={value}: the persistent kernels, cluster and grid, are not part of this release; "
-            "set it to stepwise or auto, or unset it."
-        )
-    return value
-
-
-def choice() -> Choice:
-    """The kernel that runs, and why."""
-    if requested() == "auto":
+    requested = requested_cuda_kernel()
+    if requested == "auto":
         return Choice("stepwise", "the only one in this release")
-    return Choice(requested(), f"LSTM_EXT_CUDA_KERNEL={requested()}")
+    return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
+
+
+# ---- devices
+
+_problems: dict[int | None, str | None] = {}
+
+
+def problem(index: int | None) -> str | None:
+    """Why there are no kernels for this device, or None."""
+    if index not in _problems:
+        _problems[index] = _find_problem(index)
+    return _problems[index]
+
+
+def is_supported(index: int | None) -> bool:
+    return problem(index) is None
+
+
+# For dynamo, as `loader.has_kernels`.
+is_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find_problem(index: int | None) -> str | None:
+    status = loader.status()
+    if status.cuda is None:
+        return status.reason or status.cuda_reason or "the extension was built without CUDA"
+    if not torch.cuda.is_available():
+        return None  # the tensors are fake, and so are the kernels
+    capability = torch.cuda.get_device_capability(index)
+    reason = unsupported(capability, status.cuda)
+    if reason is None:
+        return None
+    return f"{torch.cuda.get_device_name(index)} has compute capability {_text(capability)}: {reason}"
 
 
 def unsupported(capability: tuple[int, int], built: str) -> str | None:

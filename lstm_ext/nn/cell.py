@@ -8,8 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..call import stack
+from ..call.run import describe_hx
+from ..call.stack import to_autocast_dtype
 from ..layer import route
+from ..layer.tracing import any_autocast
 
 __all__ = ["LSTMCell"]
 
@@ -33,9 +35,8 @@ class LSTMCell(nn.RNNCellBase):
         device, dtype: of the parameters.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTMCell``: ``weight_ih (4H, I)``,
-    ``weight_hh (4H, H)``, ``bias_ih (4H)``, ``bias_hh (4H)``; the gates' rows are in the order i, f, g, o. They
-    are read by attribute in every call. Over many steps, :class:`lstm_ext.LSTM` on the whole sequence is
-    faster.
+    ``weight_hh (4H, H)``, ``bias_ih (4H)``, ``bias_hh (4H)``; the gates' rows are in the order i, f, g, o. Every call
+    reads them by attribute. For many steps, :class:`lstm_ext.LSTM` on the whole sequence is faster.
 
     Raises:
         TypeError, RuntimeError: as ``torch.nn.LSTMCell``, with its texts.
@@ -55,7 +56,7 @@ class LSTMCell(nn.RNNCellBase):
         """Compute one step.
 
         Args:
-            input: (B, I), or (I,) without a batch. B >= 0, any strides. The dtype and device are those of the
+            input: (B, I), or (I,) without a batch. B >= 0, any strides. It has the dtype and device of the
                 parameters, except under autocast, which computes everything in its own dtype.
             hx: ``(h, c)``, a tuple or list, both (B, H), or (H,) without a batch; None for zeros.
 
@@ -74,10 +75,10 @@ class LSTMCell(nn.RNNCellBase):
         weights = self._weights()
         x = input
         h, c = hx if hx is not None else (None, None)
-        if stack.any_autocast():
-            x, h, c, (weights,) = stack._to_autocast_dtype(x, h, c, [weights])
+        if any_autocast():
+            x, h, c, (weights,) = to_autocast_dtype(x, h, c, [weights])
 
-        # The way through here without an error is kept short.
+        # The way through here without an error is short, because a single step takes microseconds.
         w_ih, w_hh = weights[:2]
         shape, dtype, device = x.shape, x.dtype, x.device
         rank, hidden = len(shape), w_hh.size(-1)
@@ -108,10 +109,10 @@ class LSTMCell(nn.RNNCellBase):
         return h[0], c[0]
 
     def _weights(self) -> list[Tensor]:
-        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster."""
+        """The present weights, as ``getattr`` returns them, only faster."""
         own = self.__dict__
         parameters = own["_parameters"]
-        # As in getattr, an instance attribute goes before a parameter; a parametrized weight is in neither.
+        # As in getattr, an instance attribute comes before a parameter; a parametrized weight is in neither.
         return [
             parameters[name] if name in parameters and name not in own else getattr(self, name)
             for name in _WEIGHTS
@@ -124,12 +125,12 @@ class LSTMCell(nn.RNNCellBase):
         if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
             with torch.no_grad():
                 nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
-        # Without an error: torch takes more than two states, broadcasts them where there is no batch, and
-        # promotes the dtype of c.
+        # torch raises no error for more than two states, for states that it can broadcast where there is no batch, and
+        # for another dtype of c.
         if hx is not None:
             if not _is_pair(hx):
                 raise TypeError(
-                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {stack.describe_hx(hx)}"
+                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {describe_hx(hx)}"
                 )
             expected = (*input.shape[:-1], self.weight_hh.size(-1))
             for i, state in enumerate(hx):
@@ -168,7 +169,7 @@ def _step(
     b_ih, b_hh = weights[2:]
     if b_ih is None and b_hh is None:
         weights = weights[:2]
-    elif b_ih is None or b_hh is None:  # set by the user; torch's cell takes it too
+    elif b_ih is None or b_hh is None:  # the user has set one to None; torch's cell accepts that too
         b = b_hh if b_ih is None else b_ih
         weights = [*weights[:2], b, torch.zeros_like(b)]
     return route.lstm_cell(x, h, c, weights, len(weights) == 4)

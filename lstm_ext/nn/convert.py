@@ -1,4 +1,4 @@
-"""Crossing over between ``torch.nn`` and this package: one layer, or all the layers of a model."""
+"""Conversion between ``torch.nn`` and this package, of one layer or of all the layers of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
-from .lstm import LSTM, extras_of
+from .lstm import LSTM, options_of
 
 __all__ = ["convert", "from_torch", "revert", "to_torch"]
 
@@ -25,7 +25,7 @@ _NAMES = {
     LSTMCell: "lstm_ext.LSTMCell",
 }
 
-_HAS_EXTRAS = "it has what torch.nn.LSTM does not have: {}"
+_HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -38,20 +38,24 @@ def from_torch(module: nn.LSTM) -> LSTM: ...
 @overload
 def from_torch(module: nn.LSTMCell) -> LSTMCell: ...
 def from_torch(module: Any) -> Any:
-    """The :class:`lstm_ext.LSTM` with the parameters of a ``torch.nn.LSTM``; so too for ``LSTMCell``.
+    """The :class:`lstm_ext.LSTM` with the parameters of a ``torch.nn.LSTM``; the same for ``LSTMCell``.
 
-    The two modules are two faces of one layer. They share the *same* ``Parameter`` objects, so an optimizer
-    that holds them stays valid, and the same tables of hooks, so handles returned by
-    ``register_forward_hook`` and its like stay valid. The training flag, ``requires_grad`` and the attributes
-    set by the user are kept.
+    The two modules share the *same* ``Parameter`` objects, so an optimizer that holds them stays valid, and the same
+    tables of hooks, so handles returned by ``register_forward_hook`` and its like stay valid. The training flag,
+    ``requires_grad`` and the attributes set by the user are kept.
+
+    Args:
+        module: a ``torch.nn.LSTM`` or ``LSTMCell``. It is not changed.
+
+    Returns:
+        a new :class:`lstm_ext.LSTM` or :class:`lstm_ext.LSTMCell`.
 
     Raises:
-        TypeError: ``module`` is not a ``torch.nn.LSTM`` or ``LSTMCell`` itself but a subclass; or it has
-            something that cannot be carried, which the text names: parametrized, normed or pruned weights,
-            added parameters, buffers or submodules, methods replaced on the instance, hooks on loading that
-            are tied to the module. :func:`convert`, which keeps the module, carries most of these.
-            :func:`to_torch` also refuses a layer with ``recurrent_dropout``, ``zoneout``, ``layer_norm``,
-            ``forget_bias`` or ``recompute``.
+        TypeError: ``module`` is a subclass or something else; or it has something that cannot be carried over, which
+            the text names: parametrized, normed or pruned weights, added parameters, buffers or submodules, methods
+            replaced on the instance, hooks on loading that are tied to the module. :func:`convert`, which keeps the
+            module, carries most of these. :func:`to_torch` also refuses a layer with ``recurrent_dropout``,
+            ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute``.
     """
     return _carry_over(module, _OURS, "from_torch")
 
@@ -61,14 +65,14 @@ def to_torch(module: LSTM) -> nn.LSTM: ...
 @overload
 def to_torch(module: LSTMCell) -> nn.LSTMCell: ...
 def to_torch(module: Any) -> Any:
-    """The ``torch.nn.LSTM`` with the parameters of a :class:`lstm_ext.LSTM`; inverse of :func:`from_torch`.
+    """The ``torch.nn.LSTM`` with the parameters of a :class:`lstm_ext.LSTM`; the inverse of :func:`from_torch`.
 
-    Parameters, hooks, flags and errors are as described there.
+    Parameters, hooks, flags and errors are those of :func:`from_torch`.
     """
     return _carry_over(module, _TORCHS, "to_torch")
 
 
-# Tables of hooks that hold nothing tied to one module.
+# The tables of hooks that are not tied to one module.
 _HOOK_TABLES = (
     "_backward_pre_hooks",
     "_backward_hooks",
@@ -101,9 +105,9 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     if type(module) is not source:
         raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
 
-    extras = extras_of(module) if source is LSTM else []
-    if extras:
-        raise refuse(_HAS_EXTRAS.format(", ".join(extras)))
+    options = options_of(module) if source is LSTM else []
+    if options:
+        raise refuse(_HAS_OPTIONS.format(", ".join(options)))
 
     new = _on_meta(pairs[source], module)
     names = [name for name, p in new._parameters.items() if p is not None]
@@ -147,7 +151,7 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
     if issubclass(cls, nn.RNNCellBase):
         return cls(module.input_size, module.hidden_size, module.bias, device="meta")
     with warnings.catch_warnings():
-        # dropout with one layer: said when the module was made
+        # The warning about dropout with one layer came when the module was made.
         warnings.simplefilter("ignore", UserWarning)
         return cls(
             module.input_size,
@@ -168,17 +172,17 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
 def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` an LSTM or cell of this package, in place.
 
-    The modules stay the objects they are; only their class changes (as in ``torch.nn.utils.parametrize``). So
-    all that refers to them stays valid and all that belongs to them is kept: the parameters, and an optimizer
-    that holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their
-    handles; attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``,
-    pruning and parametrizations; plain lists of layers; ``torch.compile``, which compiles anew at the next
-    call. A module that was converted before is left as it is, and so is a model without an LSTM.
+    The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
+    reference to them stays valid, and everything that belongs to them is kept: the parameters, and an optimizer that
+    holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their handles;
+    attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``, pruning and
+    parametrizations; plain lists of layers; ``torch.compile``, which compiles again at the next call. A module that
+    was converted before stays unchanged, and so does a model without an LSTM.
 
     Args:
-        model: any module; it may itself be an LSTM, and may be compiled.
-        skip: names of submodules, as ``model.named_modules()`` gives them, that are left as they are, with
-            all that they contain.
+        model: any module; it may itself be an LSTM, and it may be compiled.
+        skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
+            that they contain.
 
     Returns:
         ``model``.
@@ -186,8 +190,8 @@ def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     Raises:
         TypeError: ``model`` is not a module; or there are LSTMs that cannot be converted. The text gives the
             name, class and reason of each: a subclass of ``torch.nn.LSTM`` or ``LSTMCell``, whose own
-            behaviour might be lost; a ``forward`` (or what it calls) replaced on the instance; a layer
-            compiled by TorchScript; a quantized layer. Nothing has been changed then: either deal with them
+            behaviour might be lost; a ``forward`` (or a method that it calls) replaced on the instance; a layer
+            compiled by TorchScript; a quantized layer. Nothing has been changed then: either deal with these modules
             first or ``skip`` them.
         ValueError: a name in ``skip`` that the model does not have.
     """
@@ -197,8 +201,8 @@ def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
-    The inverse of :func:`convert`: arguments, result, errors and what is kept are as described there. A layer with
-    ``recurrent_dropout``, ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute`` cannot be reverted.
+    The inverse of :func:`convert`, with the same arguments, result and errors; it keeps the same things. A layer with
+    ``recurrent_dropout``, ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute`` raises a TypeError.
     """
     return _change_classes(model, _TORCHS, "revert", skip)
 
@@ -228,8 +232,8 @@ def _change_classes(
             replaced = _replaced_methods(module, source)
             if cls is None:
                 reason = f"a subclass of {_NAMES[source]}, whose own behaviour might be lost"
-            elif source is LSTM and extras_of(module):
-                reason = _HAS_EXTRAS.format(", ".join(extras_of(module)))
+            elif source is LSTM and options_of(module):
+                reason = _HAS_OPTIONS.format(", ".join(options_of(module)))
             elif replaced:
                 reason = f"{', '.join(replaced)} is replaced on the instance"
             else:
@@ -259,7 +263,7 @@ def _change_classes(
         module.__dict__.update(add)
         module.__class__ = cls
         if isinstance(module, nn.RNNBase):
-            # As after construction. Parametrized weights are computed here: no graph is wanted for that.
+            # As after construction. This computes parametrized weights, which needs no graph.
             with torch.no_grad():
                 module._init_flat_weights()
     return model
@@ -280,7 +284,7 @@ def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Mod
 def _with_base(
     cls: type[nn.Module], source: type[nn.Module], target: type[nn.Module]
 ) -> type[nn.Module] | None:
-    """``cls`` with ``target`` in the place of ``source``; None for subclasses, except those made by parametrize.
+    """``cls`` with ``target`` in place of ``source``; None for subclasses, except those that parametrize made.
 
     parametrize gives a module a class of its own, which holds one property for each parametrized tensor.
     """
@@ -295,7 +299,7 @@ def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
     """Methods of LSTMs, not of modules in general, that an attribute of the instance hides."""
     own = source.__mro__[: source.__mro__.index(nn.Module)]
     methods = {key for cls in own for key, value in vars(cls).items() if callable(value)}
-    # Commonly replaced to keep it from being called. It computes nothing.
+    # Users replace this one to keep it from being called. It computes nothing.
     methods.discard("flatten_parameters")
     return [key for key in module.__dict__ if key in methods]
 
@@ -304,7 +308,7 @@ _SCRIPTED = re.compile(r"__torch__\.torch\.nn\.modules\.rnn\.(___torch_mangle_\d
 
 
 def _foreign_lstm(module: nn.Module) -> str | None:
-    """Why an LSTM of torch that is no ``torch.nn.LSTM`` cannot be converted; None for anything else."""
+    """Why an LSTM of torch that is not a ``torch.nn.LSTM`` cannot be converted; None for any other module."""
     if isinstance(module, torch.jit.ScriptModule):
         if _SCRIPTED.fullmatch(module._c._type().qualified_name()) or any(_lstm_nodes(module)):
             return "compiled by torch.jit; convert the model it was compiled from"
@@ -317,7 +321,7 @@ def _foreign_lstm(module: nn.Module) -> str | None:
 
 
 def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
-    """LSTMs in the module's own code: in what is left of a model by torch.jit.freeze."""
+    """The LSTMs in the module's own code, where torch.jit.freeze leaves them."""
     for name in module._c._method_names():
         graph = module._c._get_method(name).graph
         for kind in ("aten::lstm", "aten::lstm_cell"):

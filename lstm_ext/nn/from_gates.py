@@ -28,18 +28,18 @@ def from_gates(
 ) -> LSTM:
     """An :class:`lstm_ext.LSTM` of one layer from one set of matrices per gate.
 
-    For row vectors, as in lectures and notebooks: gate i is ``sigmoid(x @ W_i + h @ U_i + b_i)``, and so on
-    for the forget gate f, the cell candidate g (with tanh) and the output gate o.
+    The matrices are for row vectors, as in lectures and notebooks: gate i is ``sigmoid(x @ W_i + h @ U_i + b_i)``, and
+    likewise the forget gate f, the cell candidate g (with tanh) and the output gate o.
 
     Args:
         W_i, W_f, W_g, W_o: (features, hidden).
         U_i, U_f, U_g, U_o: (hidden, hidden).
         b_i, b_f, b_g, b_o: (hidden,) or (1, hidden).
-        batch_first: of the layer.
+        batch_first: whether the layer's input and output are (B, T, features).
 
     Returns:
-        a layer with new parameters that hold copies of the values, on the same device and with the same
-        dtype. b becomes ``bias_ih``; ``bias_hh`` is zero.
+        a layer with new parameters that hold copies of the values, with the same device and dtype. b becomes
+        ``bias_ih``; ``bias_hh`` is zero.
 
     Raises:
         TypeError: an argument is not a Tensor, or ``W_i`` is not of a floating-point dtype.
@@ -75,7 +75,7 @@ def from_gates(
     module = LSTM(features, hidden, batch_first=batch_first, device="meta")
     with torch.no_grad():
         values = {
-            # Here a row of the weights is one hidden unit, there it is a column.
+            # A hidden unit is a row of the layer's weights and a column of the matrices.
             "weight_ih_l0": torch.cat([W.T for W, _, _ in gates.values()]),
             "weight_hh_l0": torch.cat([U.T for _, U, _ in gates.values()]),
             "bias_ih_l0": torch.cat([b.reshape(hidden) for _, _, b in gates.values()]),

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..call import arguments, stack
-from ..call import layout as packed_layout
-from ..call.arguments import Layout
+from ..call.arguments import (
+    any_requested,
+    flag,
+    forget_bias_value,
+    probability,
+    stack_options,
+    zoneout_pair,
+)
+from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
+from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
-from ..layer.options import StackExtras
+from ..layer.tracing import any_autocast
 
 __all__ = ["LSTM"]
 
@@ -27,18 +34,18 @@ _jit_is_tracing = torch._C._is_tracing
 
 
 def _is_tracing() -> bool:
-    """torch.jit.is_tracing(), in a shorter way: asked in every call."""
+    """torch.jit.is_tracing(), in a shorter way, because every call needs it."""
     return _jit_is_tracing()
 
 
-# For dynamo, which would not look into it, as `loader.has_kernels`.
+# Dynamo cannot look into the function; see `loader.has_kernels`.
 _is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class LSTM(nn.RNNBase):
     """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
 
-    The equations are those of :mod:`lstm_ext.reference`. L layers, D = 2 if bidirectional else 1, H hidden
+    :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
     units, P the projection's size, or H without one.
 
     Args:
@@ -46,39 +53,39 @@ class LSTM(nn.RNNBase):
         hidden_size: the number of hidden units, H.
         num_layers: L.
         bias: whether to add ``bias_ih`` and ``bias_hh``.
-        batch_first: input and output are (B, T, features) instead of (T, B, features). The states are not
-            affected, and neither is unbatched input.
+        batch_first: whether input and output are (B, T, features) instead of (T, B, features). States and unbatched
+            input are the same in both cases.
         dropout: probability of zeroing an element between two layers, in training mode. On the CPU the masks
             are those that ``torch.nn.LSTM`` draws from the same seed.
         bidirectional: whether each layer also reads time backwards.
         proj_size: if positive, h is projected to this size (https://arxiv.org/abs/1402.1128).
-        device, dtype: of the parameters.
+        device, dtype: those of the parameters.
         recurrent_dropout: probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in
-            training mode; one mask for all steps of a sequence, what is left is scaled by 1 / (1 - p).
-        zoneout: probability of keeping an element of h_{t-1} in h_t: a number, or a pair, for h and for c. In
+            training mode. A sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).
+        zoneout: probability of keeping an element of the previous state: a number for h, or a pair for h and c. In
             evaluation mode the states are mixed in that proportion.
-        layer_norm: whether to normalise the two products of the gates, over their 4H values, and what h_t sees of c_t.
+        layer_norm: whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.
         forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
             ``bias_hh`` to 0. None for an initial value like all others.
-        recompute: whether to keep only c_t, of the gates and cell states, for the backward pass, which computes the
-            gates again.
+        recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
-    What these five and the arguments of :meth:`forward` after ``hx`` mean exactly, with sources, is in
-    :mod:`lstm_ext.reference`. All of them use the kernels, together too, wherever the plain layer does.
+    :mod:`lstm_ext.reference` defines these five and the arguments of :meth:`forward` after ``hx``, with sources. All of
+    them use the kernels wherever the plain layer does, alone and together.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
-    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. They are read by attribute in
-    every call, so ``torch.func.functional_call``, ``weight_norm`` and parametrizations act as on any other
-    module. With ``layer_norm`` there follow, for each layer and direction, ``ln_gain_ih_l{k} (4H)``,
-    ``ln_gain_hh_l{k} (4H)``, ``ln_gain_c_l{k} (H)``, at first 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, at first 0.
+    the same with ``_reverse``; the gates' rows are in the order i, f, g, o. Every call reads them by attribute,
+    so ``torch.func.functional_call``, ``weight_norm`` and parametrizations work as on any other module. With
+    ``layer_norm``, each layer and direction also has ``ln_gain_ih_l{k} (4H)``, ``ln_gain_hh_l{k} (4H)`` and
+    ``ln_gain_c_l{k} (H)``, initially 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, initially 0.
 
     Raises:
-        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; ValueError or TypeError for a value of the other
-            arguments that makes no sense, or ``forget_bias`` with ``bias=False``.
+        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; also for a value of the other arguments that makes
+            no sense, and for ``forget_bias`` with ``bias=False``.
     """
 
-    # Of the class, so that a layer without extras has the attributes of torch's, and one pickled before has these.
+    # Attributes of the class, so that a layer without options has the same instance attributes as torch's, and a layer
+    # that was pickled before these options existed has them too.
     # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
@@ -119,22 +126,22 @@ class LSTM(nn.RNNBase):
             dtype=dtype,
         )
         self._layer_names = self._group_names()
-        if arguments.probability("recurrent_dropout", recurrent_dropout):
+        if probability("recurrent_dropout", recurrent_dropout):
             self.recurrent_dropout = float(recurrent_dropout)
-        of_h, of_c = arguments.zoneout_pair(zoneout)
-        if of_h or of_c:
-            self.zoneout = (of_h, of_c) if of_c else of_h
-        if arguments.flag("recompute", recompute):
+        zoneout_h, zoneout_c = zoneout_pair(zoneout)
+        if zoneout_h or zoneout_c:
+            self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
+        if flag("recompute", recompute):
             self.recompute = True
         if forget_bias is not None:
-            self.forget_bias = arguments.forget_bias_value(forget_bias, self.bias)
-        if arguments.flag("layer_norm", layer_norm):
+            self.forget_bias = forget_bias_value(forget_bias, self.bias)
+        if flag("layer_norm", layer_norm):
             self.layer_norm = True
             kwargs = {"device": device, "dtype": dtype}
             for name in [name for names in self._norm_names() for name in names]:
                 size = self.hidden_size if "_c_" in name else 4 * self.hidden_size
                 self.register_parameter(name, nn.Parameter(torch.empty(size, **kwargs)))
-        self._reset_extras()
+        self._reset_options()
 
     def _norm_names(self) -> list[list[str]]:
         """The names of the parameters of layer normalisation, one list per layer."""
@@ -146,11 +153,11 @@ class LSTM(nn.RNNBase):
         ]
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the extras set."""
+        """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the options set."""
         super().reset_parameters()
-        self._reset_extras()
+        self._reset_options()
 
-    def _reset_extras(self) -> None:
+    def _reset_options(self) -> None:
         if self.layer_norm:
             for name in [name for names in self._norm_names() for name in names]:
                 nn.init.constant_(getattr(self, name), 0.0 if name.startswith("ln_bias") else 1.0)
@@ -164,7 +171,7 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in _EXTRAS:
+        for name in _OPTIONS:
             if name in self.__dict__:
                 text += f", {name}={getattr(self, name)}"
         return text
@@ -177,9 +184,9 @@ class LSTM(nn.RNNBase):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read each parameter where it lies."""
+        """Does nothing: the kernels read each parameter in place."""
 
-    # nn.LSTM's versions of these, for subclasses that call them.
+    # The methods of nn.LSTM, for subclasses that call them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -200,192 +207,68 @@ class LSTM(nn.RNNBase):
 
         Args:
             input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
-                The dtype and device are those of the parameters, except under autocast. Or a
-                ``PackedSequence``, whose ``data`` is (N, I); nothing is computed for padding.
+                It has the dtype and device of the parameters, except under autocast. Or a ``PackedSequence``, whose
+                ``data`` is (N, I); nothing is computed for padding.
             hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
                 unbatched input; None for zeros. The order of the batch is that before packing.
             lengths: how many steps of each sequence count: a list of B integers or an integer tensor (B,), on any
                 device, in any order, from 0 to T; for unbatched input a number. The output of the steps that do not
-                count is 0, and the final state is that of the last one that counts; that of ``hx`` if none does.
-                The reverse direction begins with the last that counts. Numbers on the host are checked; those on a
-                GPU, or that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
-            resets: (T, B), in the layout of the input, and with a last axis of 1 if you like, bool, or 0 and 1 in a
-                floating-point dtype, on the device of the input; for a ``PackedSequence``, a ``PackedSequence`` of the
-                same batch sizes and order. Where true, the state is replaced before the step is computed; no gradient
-                crosses. Both directions are cut there, so that what is before never meets what is after.
-            reset_state: ``(h, c)`` in the shapes of ``hx``: what ``resets`` puts in place of the state, and what
-                receives the gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
-            mask: bool, (T, B) in the layout of the input, and with a last axis of 1 if you like, on any device: another
-                form of ``lengths``. True in the steps that count, which must come first. On a GPU nothing is read, and
-                what comes after the first False does not count.
+                count is 0. The final state is that of the last step that counts, or that of ``hx`` if none does.
+                The reverse direction begins with the last step that counts. Numbers on the host are checked; those on a
+                GPU, and those that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
+            resets: (T, B) in the layout of the input, optionally with a last axis of 1; bool, or 0 and 1 in a
+                floating-point dtype; on the device of the input. For a ``PackedSequence``, a ``PackedSequence`` of the
+                same batch sizes and order. Where true, the state is replaced before the step is computed, and no
+                gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
+            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that ``resets`` puts in place, and that gets the
+                gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
+            mask: another form of ``lengths``: bool, (T, B) in the layout of the input, optionally with a last axis of
+                1, on any device. True in the steps that count, which must come first. On a GPU nothing is read, and
+                nothing after the first False counts.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
 
         Returns:
-            ``(output, (h_n, c_n))``: the last layer's h of every step, (T, B, D * P) in the layout of the
-            input, a ``PackedSequence`` of the same batch sizes and order if the input is one; the states
-            after the last step, of each sequence of a ``PackedSequence`` its own, in the shapes of ``hx``.
-            A third element, :class:`lstm_ext.LSTMExtras`, where ``return_cell_states`` or ``return_gates`` is True.
+            ``(output, (h_n, c_n))``: output is the last layer's h of every step, (T, B, D * P) in the layout of the
+            input, or a ``PackedSequence`` of the same batch sizes and order; h_n and c_n are the states after the last
+            step of each sequence, in the shapes of ``hx``. If ``return_cell_states`` or ``return_gates`` is True, there
+            is a third element, :class:`lstm_ext.LSTMExtras`.
 
         Raises:
-            ValueError: rank of the input, or a dtype that is not the parameters'; batch sizes or indices of a
-                ``PackedSequence`` that make no sense; a wrong shape, dtype, device or number in an argument after
-                ``hx``, or two of them that exclude each other.
-            RuntimeError: another wrong size, device or dtype, or the rank of packed data; an empty sequence; tracing
-                by ``torch.jit``; what a transform or compiler does not support.
-            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` not two Tensors, batch sizes are
-                no integers, or an argument after ``hx`` is of a wrong type.
+            ValueError: the rank of the input is wrong, or its dtype is not that of the parameters; batch sizes or
+                indices of a ``PackedSequence`` make no sense; an argument after ``hx`` has a wrong shape, dtype, device
+                or number, or two of them exclude each other.
+            RuntimeError: another size, device or dtype, or the rank of packed data, is wrong; the sequence is empty;
+                ``torch.jit`` traces the layer; a transform or compiler does not support the call.
+            TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` is not two Tensors, batch sizes are
+                not integers, or an argument after ``hx`` has a wrong type.
         """
-        if (
-            self.recurrent_dropout
-            or self.zoneout
-            or self.layer_norm
-            or self.recompute
-            or lengths is not None
-            or resets is not None
-            or reset_state is not None
-            or mask is not None
-            or return_cell_states is not False
-            or return_gates is not False
-        ):
-            return self._forward_with_extras(
-                input,
-                hx,
-                lengths=lengths,
-                resets=resets,
-                reset_state=reset_state,
-                mask=mask,
-                return_cell_states=return_cell_states,
-                return_gates=return_gates,
-            )
-        if not isinstance(input, Tensor):
-            if isinstance(input, PackedSequence):
-                return self._forward_packed(input, hx)
+        if isinstance(input, Tensor):
+            rank = input.dim()
+            if rank == 3:
+                layout = BATCH_FIRST if self.batch_first else TIME_FIRST
+            elif rank == 2:
+                layout = UNBATCHED
+            else:
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+        elif isinstance(input, PackedSequence):
+            if input.data.dim() != 2:
+                raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+            layout = PackedLayout(input, hx)
+        else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
             )
-        rank = input.dim()
-        if rank == 3:
-            if self.batch_first:
-                output, h_n, c_n = self._run(input.transpose(0, 1), hx, 3, input.size(0))
-                return output.transpose(0, 1), (h_n, c_n)
-            output, h_n, c_n = self._run(input, hx, 3, input.size(1))
-            return output, (h_n, c_n)
-        if rank == 2:
-            output, h_n, c_n = self._run(input.unsqueeze(1), hx, 2, 1)
-            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
-
-    def _forward_packed(
-        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
-    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        data = packed.data
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        batch = packed_layout.batch_of(packed, hx)
-        if hx is None:
-            if torch.compiler.is_compiling():
-                sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-                sizes = self.proj_size or self.hidden_size, self.hidden_size
-                hx = packed_layout.zero_states(data, sets, batch, *sizes)
-        else:
-            # Before the states are sorted: that would silently drop rows beyond the batch.
-            h0, c0 = _unpack_hx(hx)
-            self._check_states(h0, c0, batch)
-            hx = (
-                packed_layout.permuted(h0, packed.sorted_indices),
-                packed_layout.permuted(c0, packed.sorted_indices),
-            )
-        output, h_n, c_n = self._run(data, hx, 3, batch, packed.batch_sizes)
-        h_n = packed_layout.permuted(h_n, packed.unsorted_indices)
-        c_n = packed_layout.permuted(c_n, packed.unsorted_indices)
-        return packed_layout.repacked(output, packed), (h_n, c_n)
-
-    def _forward_with_extras(self, input: Any, hx: Any, **asked: Any) -> tuple[Any, ...]:
-        """``forward`` where there is something that ``torch.nn.LSTM`` does not have."""
-        if _is_tracing():
-            raise RuntimeError(_NO_TORCHSCRIPT)
-        packed, state_rank = None, 3
-        if isinstance(input, PackedSequence):
-            packed, x = input, input.data
-            if x.dim() != 2:
-                raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
-            layout = Layout(1, packed_layout.batch_of(packed, hx), packed=packed)
-            if hx is None and torch.compiler.is_compiling():
-                hx = tuple([x.new_zeros(shape) for shape in self._state_shapes(layout.batch)])
-        elif not isinstance(input, Tensor):
-            raise TypeError(
-                f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
-            )
-        elif input.dim() == 3:
-            x = input.transpose(0, 1) if self.batch_first else input
-            layout = Layout(x.size(0), x.size(1), self.batch_first)
-        elif input.dim() == 2:
-            x, state_rank = input.unsqueeze(1), 2
-            layout = Layout(x.size(0), 1, batched=False)
-        else:
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        weights = self._weights_by_layer()
-        for of_layer in weights:
-            route.refuse_none(of_layer)
-        w = weights[0][0]
-        h0, c0 = (None, None) if hx is None else _unpack_hx(hx)
-        if h0 is not None and c0 is not None and (state_rank == 2 or h0.dim() != 3 or c0.dim() != 3):
-            h0, c0 = _batched_states(h0, c0, state_rank)
-        self._explain(x, h0, c0, w, layout.batch)
-
-        def stacked(x: Tensor, h0: Any, c0: Any, batch_sizes: Tensor | None, extras: Any) -> Any:
-            return stack.stack(
-                route.lstm_layer,
-                x,
-                h0,
-                c0,
-                weights,
-                batch_sizes,
-                self.bias,
-                self.dropout,
-                self.training,
-                self.bidirectional,
-                extras,
-            )
-
-        return arguments.run(
-            stacked,
-            x,
-            h0,
-            c0,
-            layout,
-            self._state_shapes(layout.batch),
-            self._options(),
-            **asked,
+        return self._run(
+            input, hx, layout, lengths, resets, reset_state, mask, return_cell_states, return_gates
         )
-
-    def _options(self) -> StackExtras:
-        """What the attributes say; they may have been changed since the module was made."""
-        norm: tuple[tuple[Tensor, ...], ...] = ()
-        if self.layer_norm:
-            names = self._norm_names()
-            norm = tuple([tuple([getattr(self, name) for name in of_layer]) for of_layer in names])
-            for of_layer, parameters in zip(names, norm, strict=True):
-                for name, parameter in zip(of_layer, parameters, strict=True):
-                    if parameter is None:
-                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
-        return StackExtras(
-            recurrent_dropout=arguments.probability("recurrent_dropout", self.recurrent_dropout),
-            zoneout=arguments.zoneout_pair(self.zoneout),
-            training=self.training,
-            norm=norm,
-            recompute=arguments.flag("recompute", self.recompute),
-        )
-
-    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One time step: the streaming path. ``forward`` on T steps equals T calls that hand on the state: on the CPU,
-        in float32 and float64, to the bit where T * B is at most 32, else within rounding.
+        """Compute one time step: the streaming path.
+
+        ``forward`` on T steps equals T calls of ``step`` that pass on the state: on the CPU, in float32 and float64, to
+        the bit if T * B is at most 32, else within rounding.
 
         Args:
             x_t: (B, I), or (I,) without a batch.
@@ -393,17 +276,17 @@ class LSTM(nn.RNNBase):
                 None for zeros.
 
         Returns:
-            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to hand to the next call.
+            ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to pass to the next call.
 
         Raises:
             RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
-                is in training mode with dropout, recurrent_dropout or zoneout; and what :meth:`forward` raises.
+                is in training mode with dropout, recurrent_dropout or zoneout.
+            TypeError, ValueError, RuntimeError: as :meth:`forward`.
 
-        To begin a new sequence in some rows, replace their states in ``hx`` before the call: that is what ``resets``
-        does.
+        To begin a new sequence in some rows, replace their states in ``hx`` before the call, as ``resets`` does.
 
-        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, say once
-        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")``.
+        FSDP2 (``fully_shard``) gathers parameters in hooks of ``forward``. To use ``step`` under it, call
+        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "step")`` once.
         """
         if self.bidirectional:
             raise RuntimeError(
@@ -411,17 +294,18 @@ class LSTM(nn.RNNBase):
             )
         if self.training and self.dropout > 0:
             self._refuse_random_step("dropout")
-        if self.recurrent_dropout or self.zoneout or self.layer_norm or self.recompute:
-            return self._step_with_extras(x_t, hx)
+        if self.training:
+            if self.recurrent_dropout and probability("recurrent_dropout", self.recurrent_dropout) > 0:
+                self._refuse_random_step("recurrent_dropout")
+            if self.zoneout and max(zoneout_pair(self.zoneout)) > 0:
+                self._refuse_random_step("zoneout")
         if not isinstance(x_t, Tensor):
             raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
         rank = x_t.dim()
         if rank == 2:
-            output, h, c = self._run(x_t[None], hx, 3, x_t.size(0))
-            return output[0], (h, c)
+            return self._run(x_t, hx, STEP)
         if rank == 1:
-            output, h, c = self._run(x_t[None, None], hx, 2, 1)
-            return output[0, 0], (h.squeeze(1), c.squeeze(1))
+            return self._run(x_t, hx, UNBATCHED_STEP)
         raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {rank}D instead")
 
     def _refuse_random_step(self, name: str) -> NoReturn:
@@ -430,28 +314,22 @@ class LSTM(nn.RNNBase):
             "or forward on whole sequences"
         )
 
-    def _step_with_extras(self, x_t: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        options = self._options()
-        if self.training and options.recurrent_dropout > 0:
-            self._refuse_random_step("recurrent_dropout")
-        if self.training and max(options.zoneout) > 0:
-            self._refuse_random_step("zoneout")
-        if not isinstance(x_t, Tensor):
-            raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
-        if x_t.dim() not in (1, 2):
-            raise ValueError(f"LSTM.step: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
-        time = 1 if self.batch_first and x_t.dim() == 2 else 0
-        output, states = self._forward_with_extras(x_t.unsqueeze(time), hx)
-        return output.squeeze(time), states
-
     def _run(
-        self, x: Tensor, hx: Any, state_rank: int, batch: int, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Check and compute; x is (T, B, I), or (N, I) with ``batch_sizes``. The way through here without an
-        error is kept short.
-        """
+        self,
+        input: Any,
+        hx: Any,
+        layout: Layout,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_state: Any = None,
+        mask: Any = None,
+        return_cell_states: Any = False,
+        return_gates: Any = False,
+    ) -> Any:
+        """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
         if _is_tracing():
             raise RuntimeError(_NO_TORCHSCRIPT)
+        x = layout.rows(input)
         weights = self._weights_by_layer()
         w = weights[0][0]
         dtype, device = x.dtype, x.device
@@ -459,37 +337,60 @@ class LSTM(nn.RNNBase):
         good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
         if hx is None:
             h0 = c0 = None
+            if layout.batch_sizes is not None and torch.compiler.is_compiling():
+                h0, c0 = zero_states(x, self._state_shapes(layout.batch(x)))
         else:
             h0, c0 = _unpack_hx(hx)
-            if state_rank == 2 or h0.dim() != 3 or c0.dim() != 3:
-                h0, c0 = _batched_states(h0, c0, state_rank)
-            sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+            rank = layout.state_rank
+            if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
+                h0, c0 = _batched_states(h0, c0, rank)
+            h_shape, c_shape = self._state_shapes(layout.batch(x))
             good = (
                 good
-                and h0.shape == (sets, batch, self.proj_size or self.hidden_size)
-                and c0.shape == (sets, batch, self.hidden_size)
+                and h0.shape == h_shape
+                and c0.shape == c_shape
                 and h0.dtype == dtype
                 and c0.dtype == dtype
                 and h0.device == device
                 and c0.device == device
             )
         if not good:
-            self._explain(x, h0, c0, w, batch)
-        return stack.stack(
-            route.lstm_layer,
-            x,
-            h0,
-            c0,
-            weights,
-            batch_sizes,
-            self.bias,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+            self._explain(x, h0, c0, w, layout.batch(x))
+        options = None
+        if any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates):
+            for layer_weights in weights:
+                route.refuse_none(layer_weights)
+            options = stack_options(
+                self,
+                self._norm_weights(),
+                x,
+                layout,
+                self._state_shapes(layout.batch(x)),
+                lengths=lengths,
+                resets=resets,
+                reset_state=reset_state,
+                mask=mask,
+                return_cell_states=return_cell_states,
+                return_gates=return_gates,
+            )
+        return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
+
+    def _norm_weights(self) -> list[list[Tensor]]:
+        """The present parameters of layer normalisation, one list per layer; empty without it."""
+        if not self.layer_norm:
+            return []
+        layers = [[(name, getattr(self, name)) for name in names] for names in self._norm_names()]
+        for name, parameter in [pair for layer in layers for pair in layer]:
+            if parameter is None:
+                raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+        return [[parameter for _, parameter in layer] for layer in layers]
+
+    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
-        """The weights as attributes of the module, at this moment: what ``getattr`` gives, only faster.
+        """The present weights, one list per layer, as ``getattr`` returns them, only faster.
 
         ``_flat_weights`` will not do: functional_call, weight_norm and parametrizations leave it stale.
         """
@@ -499,8 +400,8 @@ class LSTM(nn.RNNBase):
         for names in self._layer_names:
             layer = []
             for name in names:
-                # As in getattr, an instance attribute goes before a parameter. A parametrized weight is a
-                # property of the class, and then it is not in _parameters.
+                # As in getattr, an instance attribute comes before a parameter. A parametrized weight is a
+                # property of the class and is not in _parameters.
                 if name in own or name not in parameters:
                     layer.append(getattr(self, name))
                 else:
@@ -517,9 +418,9 @@ class LSTM(nn.RNNBase):
     def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:
         """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
 
-        Returns if all is well, which happens under autocast: it reconciles dtypes.
+        Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
         """
-        autocast = stack.any_autocast()
+        autocast = any_autocast()
         if x.dtype != w.dtype and not autocast:
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
@@ -547,15 +448,12 @@ class LSTM(nn.RNNBase):
                     f"Convert it: hx[{i}].to({x.dtype})"
                 )
         if x.size(0) == 0:
-            raise RuntimeError(stack.EMPTY_SEQUENCE)
+            raise RuntimeError(EMPTY_SEQUENCE)
 
     def _check_states(self, h0: Tensor | None, c0: Tensor | None, batch: int) -> None:
-        sets = self.num_layers * (2 if self.bidirectional else 1)
-        for i, state, size in ((0, h0, self.proj_size or self.hidden_size), (1, c0, self.hidden_size)):
+        for i, (state, shape) in enumerate(zip((h0, c0), self._state_shapes(batch), strict=True)):
             if state is not None:
-                self.check_hidden_size(
-                    state, (sets, batch, size), f"Expected hidden[{i}] size {{}}, got {{}}"
-                )
+                self.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
 
     def __prepare_scriptable__(self) -> NoReturn:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
@@ -571,12 +469,12 @@ class LSTM(nn.RNNBase):
         self._layer_names = self._group_names()
 
 
-_EXTRAS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
+_OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
 
 
-def extras_of(module: LSTM) -> list[str]:
+def options_of(module: LSTM) -> list[str]:
     """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
-    return [name for name in _EXTRAS if getattr(module, name) != getattr(LSTM, name)]
+    return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
 
 
 def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
@@ -584,7 +482,7 @@ def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
         h0, c0 = hx
         if isinstance(h0, Tensor) and isinstance(c0, Tensor):
             return h0, c0
-    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {stack.describe_hx(hx)}")
+    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
 
 
 def _batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 from build import ROOT, build_extension_module
@@ -12,11 +14,24 @@ SOURCES = [
     "torch/cuda_stepwise_backward.cpp",
     "torch/cuda_stepwise_forward.cpp",
     "torch/gemm.cpp",
+    "torch/layer_call.cpp",
 ]
+CHUNK_BYTES = 1 << 25
 
 
 @functools.cache
 def stepwise_module() -> ModuleType:
-    """Its functions take what `_C.lstm_layer_forward` and `_C.lstm_layer_backward` take, and tf32 and chunk_bytes."""
+    """It has `LayerOptions`, `lstm_layer_forward` and `lstm_layer_backward` of `_C`."""
     sources = [ROOT / "tests" / "simt" / "stepwise_module.cpp", *(ROOT / "csrc" / name for name in SOURCES)]
     return build_extension_module("lstm_ext_stepwise_emulated", sources)
+
+
+@contextlib.contextmanager
+def emulated_device(tf32: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Iterator[ModuleType]:
+    """The module, on a device whose products may round to TF32, with chunks of so many bytes."""
+    module = stepwise_module()
+    module.set_device(tf32, chunk_bytes)
+    try:
+        yield module
+    finally:
+        module.set_device(False, CHUNK_BYTES)

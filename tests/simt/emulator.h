@@ -50,12 +50,14 @@ int64_t clock();
 // Ends the launch with an Error.
 [[noreturn]] void fail(const std::string& message, const char* file, int line);
 
-// ---- of a block -----------------------------------------------------------------------------------------------------
+// ---- of a block
+
 void syncthreads(const char* file, int line);
 void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
 
-// ---- of a warp ------------------------------------------------------------------------------------------------------
+// ---- of a warp
+
 enum class Shuffle { Index, Up, Down, Xor };
 
 void syncwarp(uint32_t mask, const char* file, int line);
@@ -63,7 +65,8 @@ void syncwarp(uint32_t mask, const char* file, int line);
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, uint32_t argument, int width, const char* file, int line);
 uint32_t ballot(uint32_t mask, bool predicate, const char* file, int line);
 
-// ---- tensor cores (tensor_core.cpp) ---------------------------------------------------------------------------------
+// ---- tensor cores (tensor_core.cpp)
+
 enum class Operand { F16, BF16, TF32 };
 
 // d = a * b + c; m16n8k16 for F16 and BF16, m16n8k8 for TF32; fragments as the PTX manual lays them out.
@@ -73,14 +76,16 @@ void ldmatrix(int matrices, bool transposed, uint32_t* registers, const void* ro
 // Rounded as cvt.rna.tf32.f32 does: to nearest, ties away from zero.
 uint32_t to_tf32(float value);
 
-// ---- cp.async (async_copy.cpp) --------------------------------------------------------------------------------------
+// ---- cp.async (async_copy.cpp)
+
 // Bytes after the first `source_bytes` are zeros.
 void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, const char* file, int line);
 void cp_async_commit(const char* file, int line);
 void cp_async_wait(unsigned groups_left, const char* file, int line);
 void cp_async_wait_all(const char* file, int line);
 
-// ---- shared memory (shared_memory.cpp) ------------------------------------------------------------------------------
+// ---- shared memory (shared_memory.cpp)
+
 // The array that `key` stands for, in the block of the thread that runs.
 void* shared_array(const void* key, size_t bytes, size_t alignment, const char* name);
 void* dynamic_shared();
@@ -92,7 +97,8 @@ void* map_rank(const void* own, unsigned rank, const char* file, int line);
 uint32_t shared_address(const void* pointer, const char* file, int line);
 void* shared_pointer(uint32_t address, const char* file, int line);
 
-// ---- mbarrier and st.async (mbarrier.cpp) ---------------------------------------------------------------------------
+// ---- mbarrier and st.async (mbarrier.cpp)
+
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
 void fence_mbarrier_init(const char* file, int line);
 // The memory is free for something else. Only the barrier's own block may.
@@ -106,7 +112,8 @@ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, const char* file, int
 // Writes 4, 8 or 16 bytes to `remote` and counts them off at `remote_barrier`, both in the same block of the cluster.
 void st_async(void* remote, const void* value, unsigned bytes, uint64_t* remote_barrier, const char* file, int line);
 
-// ---- global memory (global_memory.cpp) ------------------------------------------------------------------------------
+// ---- global memory (global_memory.cpp)
+
 enum class Order { Relaxed, Acquire, Release, AcquireRelease };
 
 // To be called before an access that other threads may be waiting for. A load lets other threads run first: it is

@@ -162,7 +162,8 @@ extern Machine machine;
 // The thread that runs; null outside a launch.
 extern Thread* current;
 
-// ---- scheduler.cpp --------------------------------------------------------------------------------------------------
+// ---- scheduler.cpp
+
 void note_position(const char* doing, const char* file, int line);
 void make_ready(Thread* thread);
 // Lets others run until somebody makes this thread ready.
@@ -176,7 +177,8 @@ void note_progress();
 // Runs the threads of the machine until all have ended or none can go on.
 void run_threads();
 
-// ---- the parts of a launch ------------------------------------------------------------------------------------------
+// ---- the parts of a launch
+
 std::string place(const char* file, int line);  // "file:line", the file without its folders
 std::string position_of(const Thread& thread);
 // block_barrier.cpp: the rules for leaving

@@ -22,8 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "nvcc"
 
-# The oldest that is supported, the first with clusters, and both families of Blackwell.
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+def _first_of_each_generation(architectures: Sequence[str]) -> tuple[str, ...]:
+    first: dict[str, str] = {}
+    for architecture in architectures:
+        first.setdefault(architecture.partition(".")[0], f"sm_{architecture.replace('.', '')}")
+    return tuple(first.values())
+
+
+ARCHITECTURES = _first_of_each_generation(config.ARCHITECTURES)
 
 # torch compiles extensions with these. Code that passes without them may not pass with them.
 TORCH_DEFINES = (
@@ -106,9 +113,8 @@ def sources() -> list[Path]:
 
 def _headers(source: Path) -> list[Path]:
     """All that a source may include: the backend's and the contract's headers, and what lies beside it."""
-    below = [CSRC / "cuda", source.parent]
-    found = {path for folder in below for suffix in ("*.h", "*.cuh") for path in folder.glob(suffix)}
-    return sorted(found | set(CSRC.glob("*.h")))
+    folders = [CSRC / "contract", CSRC / "cuda", source.parent]
+    return sorted({path for folder in folders for suffix in ("*.h", "*.cuh") for path in folder.glob(suffix)})
 
 
 def command(unit: Unit, output: Path) -> list[str]:

@@ -76,7 +76,7 @@ __attribute__((no_sanitize("thread"))) T atomic_load(const T* address, Order ord
 }  // namespace simt
 
 // ---- of a block and of a warp
-// -----------------------------------------------------------------------------------------
+
 inline void __syncthreads(LSTM_SITE_ONLY_PARAMETERS) { simt::syncthreads(LSTM_SITE_ONLY); }
 inline void __syncwarp(unsigned mask = 0xffffffffu LSTM_SITE_PARAMETERS) { simt::syncwarp(mask LSTM_SITE); }
 template <typename T>
@@ -106,7 +106,7 @@ inline int __all_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
 }
 
 // ---- memory
-// -----------------------------------------------------------------------------------------------------------
+
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
   return simt::atomic_change(address, simt::Order::Relaxed, [=](T before) { return before + value; } LSTM_SITE);
@@ -151,7 +151,7 @@ void __stcs(T* address, T value) {
 }
 
 // ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here
-// ----------------------------------------------
+
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -17,6 +17,7 @@ using simt::DeviceBuffer;
 constexpr unsigned kAll = 0xffffffffu;
 
 // ---- tensor cores
+
 // ----------------------------------------------------------------------------------------------------- Fragments are
 // written down here as the tables of the PTX manual ("Matrix Fragments for mma.m16n8k16") have them, one register at a
 // time.
@@ -168,7 +169,7 @@ void check_f16_values() {
 }
 
 // ---- warps
-// ------------------------------------------------------------------------------------------------------------
+
 struct WarpArguments {
   int* out;  // (8, 32)
   double* wide;
@@ -217,7 +218,7 @@ void check_warp() {
 }
 
 // ---- copies
-// -----------------------------------------------------------------------------------------------------------
+
 struct CopyArguments {
   const float* from;
   float* out;  // (4, 32)
@@ -265,7 +266,7 @@ void check_copies() {
 }
 
 // ---- indices, waves, shared memory, atomics
-// ---------------------------------------------------------------------------
+
 struct IndexArguments {
   uint32_t* visits;
   uint32_t* total;
@@ -353,7 +354,7 @@ void check_atomics() {
 }
 
 // ---- clusters and messages
-// --------------------------------------------------------------------------------------------
+
 struct ClusterArguments {
   uint32_t* out;  // (blocks, 16)
 };

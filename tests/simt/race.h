@@ -32,13 +32,15 @@ std::string findings();
 void watch(const void* memory, size_t bytes, size_t granularity, const std::string& name);
 void forget(const void* memory);
 
-// ---- order ----------------------------------------------------------------------------------------------------------
+// ---- order
+
 void meet(Thread* const* threads, size_t count);
 void release(Thread& thread, VectorClock& object);
 void acquire(Thread& thread, const VectorClock& object);
 void fence(Thread& thread);
 
-// ---- accesses -------------------------------------------------------------------------------------------------------
+// ---- accesses
+
 void access(Thread& thread, const void* address, size_t bytes, bool writes, const char* file, int line);
 void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, bool acquires, bool releases,
                    const char* file, int line);

@@ -23,7 +23,7 @@ unsigned me() { return threadIdx.x; }
 unsigned neighbour() { return (threadIdx.x + 1) % blockDim.x; }
 
 // ---- within a block
-// ---------------------------------------------------------------------------------------------------
+
 template <bool ordered>
 LSTM_KERNEL block_barrier(Data d) {
   LSTM_SHARED(uint32_t, array, 64);
@@ -75,7 +75,7 @@ LSTM_KERNEL neighbouring_bytes(Data d) {
 }
 
 // ---- between blocks
-// ---------------------------------------------------------------------------------------------------
+
 LSTM_KERNEL blocks_apart(Data d) { d.words[blockIdx.x * 64 + me()] = 1; }
 LSTM_KERNEL blocks_on_each_other(Data d) {
   __syncthreads();
@@ -136,7 +136,7 @@ LSTM_KERNEL own_data_read_only(Data d) {
 }
 
 // ---- asynchronous copies
-// ----------------------------------------------------------------------------------------------
+
 enum class Copy { Waited, NoBarrier, NoWait, WrongGroup };
 
 template <Copy copy>
@@ -171,7 +171,7 @@ LSTM_KERNEL copy_over_what_is_read(Data d) {
 }
 
 // ---- clusters
-// ---------------------------------------------------------------------------------------------------------
+
 template <bool ordered>
 LSTM_KERNEL peers_memory(Data d) {
   LSTM_SHARED(uint32_t, array, 64);

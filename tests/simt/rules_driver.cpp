@@ -27,7 +27,7 @@ struct Rule {
 };
 
 // ---- barriers
-// ---------------------------------------------------------------------------------------------------------
+
 LSTM_KERNEL divergent_barrier(Words) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -61,7 +61,7 @@ LSTM_KERNEL waits_for_another_block(Words w) {
 }
 
 // ---- warps
-// ------------------------------------------------------------------------------------------------------------
+
 LSTM_KERNEL own_lane_not_in_mask(Words) { __syncwarp(0x0000ffffu); }
 LSTM_KERNEL mask_with_lane_that_left(Words) {
   if (threadIdx.x == 31) return;
@@ -84,7 +84,7 @@ LSTM_KERNEL lane_outside_mask(Words) {
 LSTM_KERNEL odd_shuffle_width(Words) { __shfl_sync(kAll, 1, 0, 5); }
 
 // ---- tensor cores and copies
-// ------------------------------------------------------------------------------------------
+
 LSTM_KERNEL ldmatrix_misaligned(Words) {
   LSTM_SHARED(uint16_t, rows, 256);
   for (unsigned i = threadIdx.x; i < 256; i += 32) rows[i] = 0;
@@ -127,7 +127,7 @@ LSTM_KERNEL copy_not_awaited(Words w) {
 }
 
 // ---- clusters
-// ---------------------------------------------------------------------------------------------------------
+
 LSTM_KERNEL arriving_twice(Words) {
   cluster_arrive();
   cluster_arrive();
@@ -168,7 +168,7 @@ LSTM_KERNEL writing_after_the_end(Words w) {
 }
 
 // ---- mbarriers
-// --------------------------------------------------------------------------------------------------------
+
 enum class Start { Fenced, NoFence, NoClusterBarrier };
 
 // Two mbarriers for one arrival each; true for the one thread that goes on, of block 0.
@@ -269,6 +269,7 @@ LSTM_KERNEL ending_with_bytes_expected(Words) {
 }
 
 // ---- memory
+
 // ----------------------------------------------------------------------------------------------------------- The
 // compiler shall not see where it goes.
 void write_at(uint32_t* array, int64_t index) {
@@ -300,7 +301,7 @@ LSTM_KERNEL too_much_memory(Words) {
 }
 
 // ---- launches
-// ---------------------------------------------------------------------------------------------------------
+
 LSTM_KERNEL nothing(Words) {}
 LSTM_KERNEL launching(Words w) { launch(nothing, shape(1, 1), w); }
 LSTM_KERNEL throwing(Words) { throw std::runtime_error("out of cheese"); }

@@ -66,7 +66,9 @@ class Expectation:
         return [f"{p} is missing" for p in missing] + [f"{opcode} is there" for opcode in unwanted]
 
 
-FROM_HOPPER = ("sm_90", "sm_100", "sm_120")
+# Those with clusters, and those without.
+FROM_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if int(a.removeprefix("sm_")) >= 90)
+BEFORE_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if a not in FROM_HOPPER)
 # Opcodes by what they are for.
 LOCAL_MEMORY = (r"LDL.*", r"STL.*")
 ATOMICS = (r"ATOM.*", r"REDG?(\..*)?")
@@ -120,8 +122,8 @@ TOY_EXPECTATIONS = (
     Expectation("wrappers::load_x4_trans", present=(r"LDSM\.16\.MT88\.4",)),
     Expectation("wrappers::multiply<(wrappers::Format)0>", present=(r"HMMA\.16816\.F32",)),
     Expectation("wrappers::multiply<(wrappers::Format)2>", present=(r"HMMA\.1688\.F32\.TF32",)),
-    # What needs sm_90 is a trap before it.
-    Expectation("toy::cluster_*", present=(r"BPT\.TRAP",), absent=CLUSTER_BARRIER, architectures=("sm_80",)),
+    # What needs clusters is a trap before Hopper.
+    Expectation("toy::cluster_*", (r"BPT\.TRAP",), absent=CLUSTER_BARRIER, architectures=BEFORE_HOPPER),
 )
 
 

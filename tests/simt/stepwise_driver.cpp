@@ -1,6 +1,6 @@
-// Runs every stepwise kernel of every type on fenced memory against a loop in float64. How it is emulated: SIMT_...
-// variables. Ends with 0: right, 1: wrong numbers, 2: simt::Error. What is not written stays NaN, and is seen.
-// FLOAT_ONLY: of float alone, which compiles in a fraction of the time.
+// Runs every stepwise kernel of every type on fenced memory against a loop in float64. SIMT_... variables say how to
+// emulate it. Ends with 0: right, 1: wrong numbers, 2: simt::Error. Memory that is not written stays NaN, and is seen.
+// FLOAT_ONLY: float alone, which compiles in a fraction of the time.
 #include <cmath>
 #include <random>
 #include <tuple>
@@ -64,20 +64,20 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 // Of a number of type T computed in sums of another type: a few roundings of each, and of terms of the size `terms`.
 template <typename T>
-void expect_near(T got, double wanted, const std::string& what, double terms = 0) {
+void expect_near(T got, double expected, const std::string& what, double terms = 0) {
   const double x = to_double(got);
-  checks::expect(std::fabs(x - wanted) <= 8 * eps<T>() * (1 + std::fabs(wanted) + terms),
-                 what + ": " + std::to_string(x) + ", expected " + std::to_string(wanted));
+  checks::expect(std::fabs(x - expected) <= 8 * eps<T>() * (1 + std::fabs(expected) + terms),
+                 what + ": " + std::to_string(x) + ", expected " + std::to_string(expected));
 }
 template <typename T>
-void expect_equal(T got, double wanted, const std::string& what) {
-  checks::expect(to_double(got) == wanted, what + ": " + std::to_string(to_double(got)));
+void expect_equal(T got, double expected, const std::string& what) {
+  checks::expect(to_double(got) == expected, what + ": " + std::to_string(to_double(got)));
 }
 
 struct Shape {
-  int64_t rows, units;           // of the step
-  int64_t continuing, going_on;  // see stepwise.h
-  bool states;                   // h0, c0 and gradients of h_n, c_n
+  int64_t rows, units;               // of the step
+  int64_t previous_rows, next_rows;  // see StepRows
+  bool states;                       // h0, c0 and gradients of h_n, c_n
   enum { kNever, kToZeros, kToState } resets = kNever;
   enum { kAll, kForward, kReverse } lengths = kAll;
   enum { kNone, kFlags, kShares } zoneout = kNone;
@@ -85,6 +85,9 @@ struct Shape {
   bool returned = false;  // gradients of gates and cells, and the hidden state once more
   bool norm = false;
   bool projected = false;
+  bool options = false;  // the kernels with kOptions, whether they are needed or not
+
+  bool needs_options() const { return options || lengths != kAll || zoneout != kNone || mask || returned; }
 };
 
 DeviceBuffer<uint8_t> flags_of_every_third(int64_t count, const char* name) {
@@ -109,40 +112,43 @@ std::pair<double, double> moments(const std::vector<double>& values) {
   return {mean, 1 / std::sqrt(variance + 1e-5)};
 }
 
-// Who is who in a step, written again.
+// The rows of a step, written again.
 template <typename T>
 struct Rows {
   Shape s;
   DeviceBuffer<int64_t> lengths;
-  // As many flags as there are rows, and of the step after as many as go on: beyond them is a fence.
+  // As many flags as there are rows, and for the step after as many as take part in it: beyond them is a fence.
   DeviceBuffer<uint8_t> flags, flags_after;
 
   explicit Rows(const Shape& shape)
       : s(shape),
         lengths(lengths_of(s.rows)),
         flags(flags_of_every_third(s.rows, "resets")),
-        flags_after(flags_of_every_third(std::max<int64_t>(s.going_on, 1), "resets after")) {}
+        flags_after(flags_of_every_third(std::max<int64_t>(s.next_rows, 1), "resets after")) {}
 
   bool counts(int64_t b) const { return s.lengths == Shape::kAll || lengths[b] > kTime; }
-  bool continues(int64_t b) const {
-    return b < s.continuing && !(s.lengths == Shape::kReverse && lengths[b] <= kTime + 1);
+  bool has_previous(int64_t b) const {
+    return b < s.previous_rows && !(s.lengths == Shape::kReverse && lengths[b] <= kTime + 1);
   }
-  bool goes_on(int64_t b) const { return b < s.going_on && !(s.lengths == Shape::kForward && lengths[b] <= kTime + 1); }
+  bool has_next(int64_t b) const {
+    return b < s.next_rows && !(s.lengths == Shape::kForward && lengths[b] <= kTime + 1);
+  }
   bool is_reset(int64_t b) const {
-    return s.resets != Shape::kNever && flags[b] != 0 && (s.lengths != Shape::kReverse || continues(b));
+    return s.resets != Shape::kNever && flags[b] != 0 && (s.lengths != Shape::kReverse || has_previous(b));
   }
-  bool is_reset_after(int64_t b) const { return s.resets != Shape::kNever && b < s.going_on && flags_after[b] != 0; }
-  lstm_ext::cuda::RowsOfStep of() const {
-    lstm_ext::cuda::RowsOfStep of{};
-    of.rows = s.rows;
-    of.continuing = s.continuing;
-    of.going_on = s.going_on;
-    if (s.resets != Shape::kNever) of.resets = {flags.data(), s.rows};
-    if (s.resets != Shape::kNever) of.resets_after = {flags_after.data(), s.going_on};
-    if (s.lengths != Shape::kAll) of.lengths = lengths.data();
-    of.time = kTime;
-    of.reverse = s.lengths == Shape::kReverse;
-    return of;
+  bool is_reset_after(int64_t b) const { return s.resets != Shape::kNever && b < s.next_rows && flags_after[b] != 0; }
+  lstm_ext::cuda::StepRows args() const {
+    lstm_ext::cuda::StepRows args{};
+    args.count = s.rows;
+    args.previous_count = s.previous_rows;
+    args.next_count = s.next_rows;
+    if (s.resets != Shape::kNever) args.resets = {flags.data(), s.rows};
+    if (s.resets != Shape::kNever) args.resets_after = {flags_after.data(), s.next_rows};
+    if (s.lengths != Shape::kAll) args.lengths = lengths.data();
+    args.time = kTime;
+    args.reverse = s.lengths == Shape::kReverse;
+    args.options = s.needs_options();
+    return args;
   }
 };
 
@@ -158,32 +164,32 @@ void check_cell(const Shape& s) {
   const auto begin_part = random_values<A>(R * 4 * H, "begin part");
   const auto reset_part = random_values<A>(R * 4 * H, "reset part");
   const auto bias_ih = random_values<T>(4 * H, "bias_ih"), bias_hh = random_values<T>(4 * H, "bias_hh");
-  const auto previous = random_values<A>(std::max<int64_t>(s.continuing, 1) * H, "previous c");
+  const auto previous = random_values<A>(std::max<int64_t>(s.previous_rows, 1) * H, "previous c");
   const auto c0 = random_values<T>(R * H, "c0"), h0 = random_values<T>(R * H, "h0");
   const auto reset_c = random_values<T>(R * H, "reset_c"), reset_h = random_values<T>(R * H, "reset_h");
-  const auto kept_h = flags_of_every_third(R * H, "kept h"), kept_c = flags_of_every_third(R * H + 1, "kept c");
+  const auto keep_h = flags_of_every_third(R * H, "keep h"), keep_c = flags_of_every_third(R * H + 1, "keep c");
   const auto mask = random_values<A>(R * H, "mask");
-  const auto carried = random_values<A>(R * H, "carried h");
-  const std::vector<A> carried_before = carried.values();
+  const auto running = random_values<A>(R * H, "running h");
+  const std::vector<A> running_before = running.values();
   const auto gain_ih = random_values<A>(4 * H, "gain_ih"), gain_hh = random_values<A>(4 * H, "gain_hh");
   const auto gain_c = random_values<A>(H, "gain_c"), bias_c = random_values<A>(H, "bias_c");
   DeviceBuffer<A> c(R * H, "c"), factors(R * 2, "factors"), workspace(R * 2 * H, "workspace");
-  DeviceBuffer<T> h(R * apart, "h"), saved(R * 4 * H, "pre-activations"), h_n(R * H, "h_n"), c_n(R * H, "c_n");
-  DeviceBuffer<T> masked(R * H, "masked h"), x_hat(R * 4 * H, "input hat"), h_hat(R * 4 * H, "recurrent hat");
+  DeviceBuffer<T> h(R * apart, "h"), saved(R * 4 * H, "preactivations"), h_n(R * H, "h_n"), c_n(R * H, "c_n");
+  DeviceBuffer<T> recurrent_h(R * H, "masked h"), norm_x(R * 4 * H, "norm input"), norm_h(R * 4 * H, "norm recurrent");
 
-  const auto share = [&](const DeviceBuffer<uint8_t>& kept, double share, int64_t place) {
-    return !zoned ? 0.0 : s.zoneout == Shape::kShares ? share : kept[place] ? 1.0 : 0.0;
+  const auto share = [&](const DeviceBuffer<uint8_t>& keep, double share, int64_t place) {
+    return !zoned ? 0.0 : s.zoneout == Shape::kShares ? share : keep[place] ? 1.0 : 0.0;
   };
-  const auto zoneout = [&](const DeviceBuffer<uint8_t>& kept, double share) {
-    lstm_ext::cuda::Zoneout<A> z{};
-    if (s.zoneout == Shape::kFlags) z.kept = kept.data();
+  const auto zoneout = [&](const DeviceBuffer<uint8_t>& keep, double share) {
+    lstm_ext::Zoneout<A> z{};
+    if (s.zoneout == Shape::kFlags) z.keep = keep.data();
     if (s.zoneout == Shape::kShares) z.share = static_cast<A>(share);
     return z;
   };
   constexpr double kShareH = 0.25, kShareC = 0.375;
 
   lstm_ext::cuda::CellForward<T> f{};
-  f.of = rows.of();
+  f.rows = rows.args();
   f.hidden_size = H;
   f.input_part = input.data();
   f.input_stride = 5 * H;
@@ -193,20 +199,20 @@ void check_cell(const Shape& s) {
   f.bias_ih = bias_ih.data();
   f.bias_hh = bias_hh.data();
   f.c_previous = {previous.data(), s.states ? c0.data() : nullptr, to_state ? reset_c.data() : nullptr};
-  f.zoneout = zoneout(kept_c, kShareC);
+  f.zoneout = zoneout(keep_c, kShareC);
   f.c = c.data();
   f.c_n = c_n.data();
-  f.pre_activations = saved.data();
+  f.preactivations = saved.data();
   lstm_ext::cuda::NewOutput<T> y{};
   y.h = h.data();
   y.h_stride = apart;
   y.h_n = h_n.data();
-  y.zoneout = zoneout(kept_h, kShareH);
-  y.h_carried = zoned ? carried.data() : nullptr;
+  y.zoneout = zoneout(keep_h, kShareH);
+  y.running_h = zoned ? running.data() : nullptr;
   y.h0 = s.states ? h0.data() : nullptr;
   y.reset_h = to_state ? reset_h.data() : nullptr;
-  y.mask = s.mask ? mask.data() : nullptr;
-  y.masked = s.mask ? masked.data() : nullptr;
+  y.recurrent_mask = s.mask ? mask.data() : nullptr;
+  y.recurrent_h = s.mask ? recurrent_h.data() : nullptr;
   DeviceBuffer<T> hidden(R * H, "hidden");
   if (s.projected) {
     f.output.h = hidden.data();
@@ -216,23 +222,23 @@ void check_cell(const Shape& s) {
   }
   if (s.norm) {
     lstm_ext::cuda::norm_cell_forward<T>(
-        {f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, x_hat.data(),
-         h_hat.data(), factors.data(), workspace.data()},
+        {f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
+         norm_h.data(), factors.data(), workspace.data()},
         nullptr);
   } else {
     lstm_ext::cuda::cell_forward(f, nullptr);
   }
   const auto projected = random_values<A>(R * H, "projected");
-  if (s.projected) lstm_ext::cuda::output_forward<T>({rows.of(), H, projected.data(), y}, nullptr);
+  if (s.projected) lstm_ext::cuda::output_forward<T>({rows.args(), H, projected.data(), y}, nullptr);
 
   const auto previous_of = [&](int64_t b, int64_t place) {
     if (rows.is_reset(b)) return to_state ? to_double(reset_c[place]) : 0.0;
-    if (rows.continues(b)) return to_double(previous[place]);
+    if (rows.has_previous(b)) return to_double(previous[place]);
     return s.states ? to_double(c0[place]) : 0.0;
   };
   const auto previous_h_of = [&](int64_t b, int64_t place) {
     if (rows.is_reset(b)) return to_state ? to_double(reset_h[place]) : 0.0;
-    if (rows.continues(b)) return to_double(carried_before[place]);
+    if (rows.has_previous(b)) return to_double(running_before[place]);
     return s.states ? to_double(h0[place]) : 0.0;
   };
   const auto unwritten = [](auto x) { return std::isnan(to_double(x)); };
@@ -242,11 +248,11 @@ void check_cell(const Shape& s) {
         expect_equal(c[b * H + j], 0, "c of a row that takes no part");
         expect_equal(h[b * apart + j], 0, "h of a row that takes no part");
         if (s.projected) expect_equal(hidden[b * H + j], 0, "hidden of a row that takes no part");
-        if (s.mask) expect_equal(masked[b * H + j], 0, "masked h of a row that takes no part");
+        if (s.mask) expect_equal(recurrent_h[b * H + j], 0, "masked h of a row that takes no part");
         for (int q = 0; q < 4; ++q) {
-          expect_equal(saved[(b * 4 + q) * H + j], q == 2 ? 0 : -INFINITY, "pre-activation past the end");
-          if (s.norm) expect_equal(x_hat[(b * 4 + q) * H + j], 0, "normalised product past the end");
-          if (s.norm) expect_equal(h_hat[(b * 4 + q) * H + j], 0, "normalised product past the end");
+          expect_equal(saved[(b * 4 + q) * H + j], q == 2 ? 0 : -INFINITY, "preactivation past the end");
+          if (s.norm) expect_equal(norm_x[(b * 4 + q) * H + j], 0, "normalised product past the end");
+          if (s.norm) expect_equal(norm_h[(b * 4 + q) * H + j], 0, "normalised product past the end");
         }
         checks::expect(unwritten(h_n[b * H + j]) && unwritten(c_n[b * H + j]), "a final state was written");
       }
@@ -258,7 +264,7 @@ void check_cell(const Shape& s) {
       const int64_t place = b * 4 * H + k;
       if (rows.is_reset(b)) {
         if (to_state) from_h[k] = to_double(reset_part[place]);
-      } else if (rows.continues(b)) {
+      } else if (rows.has_previous(b)) {
         from_h[k] = to_double(recurrent[place]);
       } else if (s.states) {
         from_h[k] = to_double(begin_part[place]);
@@ -269,7 +275,7 @@ void check_cell(const Shape& s) {
       for (std::vector<double>* product : {&from_x, &from_h}) {
         const auto [mean, factor] = moments(*product);
         expect_near(factors[b * 2 + which], factor, "factor", factor);
-        const DeviceBuffer<T>& hat = which == 0 ? x_hat : h_hat;
+        const DeviceBuffer<T>& hat = which == 0 ? norm_x : norm_h;
         for (int64_t k = 0; k < 4 * H; ++k) {
           const double normalised = ((*product)[k] - mean) * factor;
           expect_near(hat[b * 4 * H + k], normalised, "normalised product");
@@ -281,15 +287,15 @@ void check_cell(const Shape& s) {
     std::vector<double> z(4 * H), new_c(H);
     for (int64_t k = 0; k < 4 * H; ++k) {
       z[k] = from_x[k] + from_h[k] + to_double(bias_ih[k]) + to_double(bias_hh[k]);
-      expect_near(saved[b * 4 * H + k], z[k], "pre-activation", 4);
+      expect_near(saved[b * 4 * H + k], z[k], "preactivation", 4);
     }
     for (int64_t j = 0; j < H; ++j) {
       const int64_t place = b * H + j;
       new_c[j] = sigmoid(z[H + j]) * previous_of(b, place) + sigmoid(z[j]) * std::tanh(z[2 * H + j]);
-      const double k = share(kept_c, kShareC, place);
+      const double k = share(keep_c, kShareC, place);
       const double state = k * previous_of(b, place) + (1 - k) * new_c[j];
       expect_near(c[place], state, "c", 1);
-      if (rows.goes_on(b)) {
+      if (rows.has_next(b)) {
         checks::expect(unwritten(c_n[place]), "the final state of a row that goes on was written");
       } else {
         expect_near(c_n[place], state, "c_n", 1);
@@ -304,12 +310,12 @@ void check_cell(const Shape& s) {
       const double terms = s.norm ? 4 : 0;
       if (s.projected) expect_near(hidden[place], now, "hidden", terms);
       if (s.projected) now = to_double(projected[place]);
-      const double k = share(kept_h, kShareH, place);
+      const double k = share(keep_h, kShareH, place);
       const double output = k * previous_h_of(b, place) + (1 - k) * now;
       expect_near(h[b * apart + j], output, "h", terms);
-      if (zoned) expect_near(carried[place], output, "carried h", terms);
-      if (s.mask) expect_near(masked[place], output * to_double(mask[place]), "masked h", terms);
-      if (rows.goes_on(b)) {
+      if (zoned) expect_near(running[place], output, "running h", terms);
+      if (s.mask) expect_near(recurrent_h[place], output * to_double(mask[place]), "masked h", terms);
+      if (rows.has_next(b)) {
         checks::expect(unwritten(h_n[place]), "the final state of a row that goes on was written");
       } else {
         expect_near(h_n[place], output, "h_n", terms);
@@ -325,36 +331,36 @@ void check_cell(const Shape& s) {
   const auto grad_values = random_values<T>(R * 4 * H, "gradients of gates");
   const auto grad_cells = random_values<A>(R * H, "gradients of cells");
   const auto grad_c = random_values<A>(R * H, "grad_c"), grad_h = random_values<A>(R * H, "grad_h");
-  const auto reset_gates = random_values<A>(R * 4 * H, "reset gates");
+  const auto grad_reset_part = random_values<A>(R * 4 * H, "grad_reset_part");
   const auto grad_reset_c = random_values<A>(R * H, "grad_reset_c");
   const auto grad_reset_h = random_values<A>(R * H, "grad_reset_h");
   const auto grad_c_before = grad_c.values(), grad_h_before = grad_h.values(),
-             reset_gates_before = reset_gates.values(), grad_reset_c_before = grad_reset_c.values(),
+             reset_part_before = grad_reset_part.values(), grad_reset_c_before = grad_reset_c.values(),
              grad_reset_h_before = grad_reset_h.values();
-  DeviceBuffer<D> grad_gates(R * 4 * H, "grad_gates"), begin_gates(R * 4 * H, "begin gates");
+  DeviceBuffer<D> grad_part(R * 4 * H, "grad_part"), grad_begin_part(R * 4 * H, "grad_begin_part");
   DeviceBuffer<D> grad_input(R * 4 * H, "gradients of the input's part"), sum(R * H, "sum");
-  DeviceBuffer<A> grad_z(R * 4 * H, "gradients of pre-activations"), grad_visible(R * H, "grad_visible");
-  DeviceBuffer<T> c_hat(R * H, "cell hat"), hidden_again(R * H, "hidden again");
+  DeviceBuffer<A> grad_z(R * 4 * H, "gradients of preactivations"), grad_tanh_input(R * H, "grad_tanh_input");
+  DeviceBuffer<T> norm_c(R * H, "norm cell"), recomputed_hidden(R * H, "recomputed hidden");
 
   lstm_ext::cuda::GradOutput<T> o{};
   o.grad_output = grad_output.data();
   o.grad_output_stride = apart;
   o.grad_h_n = s.states ? grad_h_n.data() : nullptr;
   o.recurrent_part = grad_recurrent.data();
-  o.mask = y.mask;
+  o.recurrent_mask = y.recurrent_mask;
   o.zoneout = y.zoneout;
   o.grad_h = zoned ? grad_h.data() : nullptr;
   o.grad_reset_h = zoned && to_state ? grad_reset_h.data() : nullptr;
   lstm_ext::cuda::CellBackward<T> g{};
-  g.of = f.of;
+  g.rows = f.rows;
   g.hidden_size = H;
-  g.pre_activations = saved.data();
+  g.preactivations = saved.data();
   g.cells = c.data();
   g.c_previous = f.c_previous;
   g.zoneout = f.zoneout;
   if (s.projected) {
     g.grad_hidden = grad_hidden.data();
-    lstm_ext::cuda::output_gradient<T>({f.of, H, o, sum.data()}, nullptr);
+    lstm_ext::cuda::output_gradient<T>({f.rows, H, o, sum.data()}, nullptr);
   } else {
     g.output = o;
   }
@@ -362,15 +368,15 @@ void check_cell(const Shape& s) {
   g.grad_gate_values = s.returned ? grad_values.data() : nullptr;
   g.grad_cells = s.returned ? grad_cells.data() : nullptr;
   g.grad_c = grad_c.data();
-  g.grad_gates = grad_gates.data();
-  g.begin_gates = begin_gates.data();
-  g.reset_gates = to_state ? reset_gates.data() : nullptr;
+  g.grad_recurrent_part = grad_part.data();
+  g.grad_begin_part = grad_begin_part.data();
+  g.grad_reset_part = to_state ? grad_reset_part.data() : nullptr;
   g.grad_reset_c = to_state ? grad_reset_c.data() : nullptr;
-  g.hidden = s.returned && !s.norm ? hidden_again.data() : nullptr;
+  g.hidden = s.returned && !s.norm ? recomputed_hidden.data() : nullptr;
   if (s.norm) {
     lstm_ext::cuda::norm_cell_backward<T>(
-        {g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, x_hat.data(),
-         h_hat.data(), factors.data(), grad_input.data(), grad_z.data(), grad_visible.data(), c_hat.data()},
+        {g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
+         norm_h.data(), factors.data(), grad_input.data(), grad_z.data(), grad_tanh_input.data(), norm_c.data()},
         nullptr);
   } else {
     lstm_ext::cuda::cell_backward(g, nullptr);
@@ -393,7 +399,7 @@ void check_cell(const Shape& s) {
     for (int64_t j = 0; j < H; ++j) {
       const int64_t place = b * H + j;
       double dh = to_double(grad_output[b * apart + j]);
-      if (rows.goes_on(b)) {
+      if (rows.has_next(b)) {
         if (!rows.is_reset_after(b)) {
           dh += to_double(grad_recurrent[place]) * (s.mask ? to_double(mask[place]) : 1);
         }
@@ -401,7 +407,7 @@ void check_cell(const Shape& s) {
       } else if (s.states) {
         dh += to_double(grad_h_n[place]);
       }
-      const double k = share(kept_h, kShareH, place);
+      const double k = share(keep_h, kShareH, place);
       if (!rows.counts(b)) {
         if (zoned) expect_equal(grad_h[place], to_double(grad_h_before[place]), "what zoneout keeps, past the end");
         dh = 0;
@@ -423,22 +429,22 @@ void check_cell(const Shape& s) {
       sum_grad += visible_grad[j] * to_double(gain_c[j]) / H;
       sum_hat += visible_grad[j] * to_double(gain_c[j]) * hat[j] / H;
       if (!rows.counts(b)) continue;
-      if (g.hidden) expect_near(hidden_again[place], gates[j][3] * tanh_c, "hidden again");
-      if (s.norm) expect_near(grad_visible[place], visible_grad[j], "grad_visible", 16);
-      if (s.norm) expect_near(c_hat[place], hat[j], "cell hat", 4);
+      if (g.hidden) expect_near(recomputed_hidden[place], gates[j][3] * tanh_c, "recomputed hidden");
+      if (s.norm) expect_near(grad_tanh_input[place], visible_grad[j], "grad_tanh_input", 16);
+      if (s.norm) expect_near(norm_c[place], hat[j], "norm cell", 4);
     }
     if (!rows.counts(b)) {
       for (int64_t j = 0; j < H; ++j) {
         expect_equal(grad_c[b * H + j], to_double(grad_c_before[b * H + j]), "grad_c past the end");
-        if (g.hidden) expect_equal(hidden_again[b * H + j], 0, "hidden again, past the end");
+        if (g.hidden) expect_equal(recomputed_hidden[b * H + j], 0, "recomputed hidden, past the end");
         for (int64_t at = (b * 4) * H + j; at < (b + 1) * 4 * H; at += H) {
-          expect_equal(grad_gates[at], 0, "gate gradient past the end");
-          checks::expect(unwritten(begin_gates[at]), "a row began past its end");
-          if (s.norm) expect_equal(grad_input[at], 0, "gate gradient past the end");
-          if (s.norm) expect_equal(grad_z[at], 0, "gate gradient past the end");
+          expect_equal(grad_part[at], 0, "gradient past the end");
+          checks::expect(unwritten(grad_begin_part[at]), "a row began past its end");
+          if (s.norm) expect_equal(grad_input[at], 0, "gradient past the end");
+          if (s.norm) expect_equal(grad_z[at], 0, "gradient past the end");
         }
-        if (s.norm) expect_equal(grad_visible[b * H + j], 0, "grad_visible past the end");
-        if (s.norm) expect_equal(c_hat[b * H + j], 0, "cell hat past the end");
+        if (s.norm) expect_equal(grad_tanh_input[b * H + j], 0, "grad_tanh_input past the end");
+        if (s.norm) expect_equal(norm_c[b * H + j], 0, "norm cell past the end");
       }
       continue;
     }
@@ -446,53 +452,54 @@ void check_cell(const Shape& s) {
     for (int64_t j = 0; j < H; ++j) {
       const int64_t place = b * H + j;
       const auto [i, forget, cell, out] = std::tuple(gates[j][0], gates[j][1], gates[j][2], gates[j][3]);
-      double later = s.returned ? to_double(grad_cells[place]) : 0;
-      if (rows.goes_on(b)) {
-        later += to_double(grad_c_before[place]);
+      double after = s.returned ? to_double(grad_cells[place]) : 0;
+      if (rows.has_next(b)) {
+        after += to_double(grad_c_before[place]);
       } else if (s.states) {
-        later += to_double(grad_c_n[place]);
+        after += to_double(grad_c_n[place]);
       }
-      const double k = share(kept_c, kShareC, place);
+      const double k = share(keep_c, kShareC, place);
       double dc = visible_grad[j];
       if (s.norm) dc = factor * (dc * to_double(gain_c[j]) - sum_grad - hat[j] * sum_hat);
-      dc += (1 - k) * later;
+      dc += (1 - k) * after;
       double d[4] = {dc * cell, dc * previous_of(b, place), dc * i, output_gate_grad[j]};
       for (int q = 0; q < 4; ++q) {
         if (s.returned) d[q] += to_double(grad_values[(b * 4 + q) * H + j]);
         const double value = gates[j][q];
         grad[q * H + j] = d[q] * (q == 2 ? 1 - value * value : value * (1 - value));
       }
-      const double before = dc * forget + k * later;
+      const double before = dc * forget + k * after;
       expect_near(grad_c[place], reset ? 0 : before, "grad_c", terms);
       expect_near(grad_reset_c[place], to_double(grad_reset_c_before[place]) + (summed ? before : 0), "grad_reset_c",
                   terms);
     }
     double sums[4] = {};
     for (int64_t k = 0; s.norm && k < 4 * H; ++k) {
-      expect_near(grad_z[b * 4 * H + k], grad[k], "gradient of a pre-activation", terms);
+      expect_near(grad_z[b * 4 * H + k], grad[k], "gradient of a preactivation", terms);
       const double to_x = grad[k] * to_double(gain_ih[k]), to_h = grad[k] * to_double(gain_hh[k]);
       sums[0] += to_x / (4 * H);
-      sums[1] += to_x * to_double(x_hat[b * 4 * H + k]) / (4 * H);
+      sums[1] += to_x * to_double(norm_x[b * 4 * H + k]) / (4 * H);
       sums[2] += to_h / (4 * H);
-      sums[3] += to_h * to_double(h_hat[b * 4 * H + k]) / (4 * H);
+      sums[3] += to_h * to_double(norm_h[b * 4 * H + k]) / (4 * H);
     }
     for (int64_t k = 0; k < 4 * H; ++k) {
       const int64_t at = b * 4 * H + k;
-      double wanted = grad[k], size = terms;
+      double expected = grad[k], size = terms;
       if (s.norm) {
         const double factor_x = to_double(factors[b * 2]), factor_h = to_double(factors[b * 2 + 1]);
         size = terms * std::max(1.0, std::max(factor_x, factor_h));
         expect_near(grad_input[at],
-                    factor_x * (grad[k] * to_double(gain_ih[k]) - sums[0] - to_double(x_hat[at]) * sums[1]),
+                    factor_x * (grad[k] * to_double(gain_ih[k]) - sums[0] - to_double(norm_x[at]) * sums[1]),
                     "gradient of the input's part", size);
-        wanted = factor_h * (grad[k] * to_double(gain_hh[k]) - sums[2] - to_double(h_hat[at]) * sums[3]);
+        expected = factor_h * (grad[k] * to_double(gain_hh[k]) - sums[2] - to_double(norm_h[at]) * sums[3]);
       }
-      expect_near(grad_gates[at], wanted, "gate gradient", size);
-      expect_near(reset_gates[at], to_double(reset_gates_before[at]) + (summed ? wanted : 0), "reset gates", size);
-      if (rows.continues(b)) {
-        checks::expect(unwritten(begin_gates[at]), "a row began that goes on");
+      expect_near(grad_part[at], expected, "gradient of U h", size);
+      expect_near(grad_reset_part[at], to_double(reset_part_before[at]) + (summed ? expected : 0), "grad_reset_part",
+                  size);
+      if (rows.has_previous(b)) {
+        checks::expect(unwritten(grad_begin_part[at]), "a row began that goes on");
       } else {
-        expect_near(begin_gates[at], reset ? 0 : wanted, "begin gates", size);
+        expect_near(grad_begin_part[at], reset ? 0 : expected, "grad_begin_part", size);
       }
     }
   }
@@ -502,7 +509,7 @@ template <typename T>
 void check_previous_outputs() {
   using D = typename Types<T>::Gradient;
   constexpr int64_t P = 35, apart = 40;
-  const int64_t rows[] = {2, 5, 1}, continuing[] = {0, 2, 1};
+  const int64_t rows[] = {2, 5, 1}, previous[] = {0, 2, 1};
   const auto h = random_values<T>(5 * apart, "h"), h0 = random_values<T>(5 * P, "h0");
   const auto reset_h = random_values<T>(5 * P, "reset_h");
   const auto flags = flags_of_every_third(5, "resets");
@@ -510,37 +517,37 @@ void check_previous_outputs() {
   const auto mask = random_values<typename Types<T>::Accumulate>(5 * P, "mask");
   DeviceBuffer<D> result(8 * P, "previous outputs");
   for (const int variant : {0, 1, 2, 3}) {
-    const bool given = variant != 0, extras = variant > 1, reverse = variant == 3;
-    lstm_ext::cuda::PreviousOutputs<T> p{};
-    if (extras) p.lengths = lengths.data();
-    if (extras) p.mask = mask.data();
-    p.reverse = reverse;
-    p.output_size = P;
-    p.previous_stride = apart;
-    p.h0 = given ? h0.data() : nullptr;
-    p.reset_h = given ? reset_h.data() : nullptr;
+    const bool given = variant != 0, options = variant > 1, reverse = variant == 3;
+    lstm_ext::cuda::PreviousOutputs<T> args{};
+    if (options) args.lengths = lengths.data();
+    if (options) args.recurrent_mask = mask.data();
+    args.reverse = reverse;
+    args.output_size = P;
+    args.previous_stride = apart;
+    args.h0 = given ? h0.data() : nullptr;
+    args.reset_h = given ? reset_h.data() : nullptr;
     int64_t place = 0;
     for (int n = 0; n < 3; ++n) {
-      // Flags of the second step only.
-      const lstm_ext::cuda::ResetFlags resets{n == 1 ? flags.data() : nullptr, n == 1 ? rows[n] : 0};
-      p.step[p.steps++] = {rows[n], continuing[n], h.data(), result.data() + place * P, resets, kTime};
+      // Only the second step has flags.
+      const lstm_ext::ResetFlags resets{n == 1 ? flags.data() : nullptr, n == 1 ? rows[n] : 0};
+      args.steps[args.count++] = {rows[n], previous[n], h.data(), result.data() + place * P, resets, kTime};
       place += rows[n];
     }
-    lstm_ext::cuda::previous_outputs(p, nullptr);
+    lstm_ext::cuda::previous_outputs(args, nullptr);
     place = 0;
     for (int n = 0; n < 3; ++n) {
       for (int64_t b = 0; b < rows[n]; ++b, ++place) {
         for (int64_t j = 0; j < P; ++j) {
-          double wanted = given ? to_double(h0[b * P + j]) : 0;
-          const bool continues = b < continuing[n] && !(reverse && lengths[b] <= kTime + 1);
-          if (continues) wanted = to_double(h[b * apart + j]);
-          if (n == 1 && flags[b] && (!reverse || continues)) wanted = given ? to_double(reset_h[b * P + j]) : 0;
-          if (extras && lengths[b] <= kTime) wanted = 0;
-          if (extras) {
-            expect_near(result[place * P + j], wanted * to_double(mask[b * P + j]), "masked previous output",
+          double expected = given ? to_double(h0[b * P + j]) : 0;
+          const bool has_previous = b < previous[n] && !(reverse && lengths[b] <= kTime + 1);
+          if (has_previous) expected = to_double(h[b * apart + j]);
+          if (n == 1 && flags[b] && (!reverse || has_previous)) expected = given ? to_double(reset_h[b * P + j]) : 0;
+          if (options && lengths[b] <= kTime) expected = 0;
+          if (options) {
+            expect_near(result[place * P + j], expected * to_double(mask[b * P + j]), "masked previous output",
                         eps<T>() / eps<D>());
           } else {
-            expect_equal(result[place * P + j], wanted, "previous output");
+            expect_equal(result[place * P + j], expected, "previous output");
           }
         }
       }
@@ -568,14 +575,14 @@ void check_sums(int64_t rows, int64_t columns) {
           nullptr);
     }
     for (int64_t j = 0; j < columns; ++j) {
-      double wanted = to_double(before[j]), size = std::fabs(wanted);
+      double expected = to_double(before[j]), size = std::fabs(expected);
       for (int64_t at = j; at < rows * columns; at += columns) {
         double term = kind == kColumns ? to_double(values[at]) : to_double(wide[at]);
         if (kind == kProducts) term *= to_double(factors[at]);
-        wanted += term;
+        expected += term;
         size += std::fabs(term);
       }
-      checks::expect(std::fabs(to_double(sums[j]) - wanted) <= 8 * eps<A>() * size, "column sum");
+      checks::expect(std::fabs(to_double(sums[j]) - expected) <= 8 * eps<A>() * size, "column sum");
     }
   }
 }
@@ -590,16 +597,18 @@ void check_all() {
   check_cell<T>({8, 37, 6, 4, true, Shape::kToState});
   check_cell<T>({8, 37, 6, 4, false, Shape::kToZeros});
   Shape s{8, 37, 6, 4, true, Shape::kToState};
+  s.options = true;  // with nothing set it is the plain layer
+  check_cell<T>(s);
   s.zoneout = Shape::kFlags;
   s.mask = true;
   check_cell<T>(s);
   s.lengths = Shape::kForward;
   s.zoneout = Shape::kShares;
   s.returned = true;
-  s.going_on = 8;
+  s.next_rows = 8;
   check_cell<T>(s);
   s.lengths = Shape::kReverse;
-  s.continuing = 8;
+  s.previous_rows = 8;
   s.projected = true;
   check_cell<T>(s);
   // With layer normalisation: alone, a warp and a bit; with all else; more units than threads.

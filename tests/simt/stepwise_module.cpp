@@ -1,15 +1,16 @@
-// The stepwise CUDA layer as a Python module that needs no GPU: the project's own host code and kernels, on tensors of
-// the CPU. The kernels run under the emulator; the matrix products, which are cuBLAS's on a GPU, are loops that follow
-// BLAS's definition to the letter.
+// The stepwise CUDA layer as a Python module that needs no GPU: the project's own bindings, checks, host code and
+// kernels, on tensors of the CPU. The kernels run under the emulator. The matrix products, which are cuBLAS's on a GPU,
+// are loops that follow BLAS's definition to the letter.
 #include <torch/extension.h>
 
 #include "cuda/stepwise_bf16.cu"
 #include "cuda/stepwise_f16.cu"
 #include "cuda/stepwise_f32.cu"
 #include "cuda/stepwise_f64.cu"
+#include "python_layer.h"
 #include "torch/cuda_stepwise.h"
 
-// Of the CUDA runtime, which is not there. An emulated launch throws what went wrong.
+// In place of the CUDA runtime's. An emulated launch throws what went wrong.
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no error of an emulated launch"; }
 
 namespace py = pybind11;
@@ -17,7 +18,6 @@ namespace py = pybind11;
 namespace {
 
 using lstm_ext::Gemm;
-using lstm_ext::OptionalTensor;
 
 double element(const Gemm::Matrix& m, int64_t place) {
   switch (m.type) {
@@ -80,47 +80,23 @@ void gemm_by_definition(const Gemm& g, void*) {
   }
 }
 
-lstm_ext::LayerSizes sizes_of(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                              const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes, bool has_bias,
-                              bool bidirectional, const lstm_ext::Extras& extras) {
-  lstm_ext::LayerSizes sizes =
-      lstm_ext::check_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
-  sizes.gates_type = input.scalar_type();  // as on a GPU
-  return sizes;
+// What torch's settings and the memory of a GPU decide.
+struct Device {
+  bool tf32 = false;
+  int64_t chunk_bytes = int64_t{1} << 25;
+} device;
+
+lstm_ext::StepwiseDevice emulated_device() {
+  return {nullptr, &gemm_by_definition, nullptr, device.tf32, device.chunk_bytes};
 }
 
-// As in csrc/python.cpp.
-lstm_ext::Extras extras_of(const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-                           const OptionalTensor& lengths, const OptionalTensor& recurrent_mask,
-                           const OptionalTensor& kept_h, const OptionalTensor& kept_c, double zoneout_h,
-                           double zoneout_c, const std::vector<at::Tensor>& norm, bool recompute) {
-  return {resets, reset_h, reset_c, lengths, recurrent_mask, kept_h, kept_c, zoneout_h, zoneout_c, norm, recompute};
+lstm_ext::LayerResults emulated_forward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes, bool save) {
+  return lstm_ext::stepwise_forward(call, sizes, save, emulated_device());
 }
 
-lstm_ext::StepwiseDevice device(bool tf32, int64_t chunk_bytes) {
-  return {nullptr, &gemm_by_definition, nullptr, tf32, chunk_bytes};
-}
-
-lstm_ext::ForwardResult forward(const at::Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                const std::vector<at::Tensor>& weights, const OptionalTensor& batch_sizes,
-                                bool has_bias, bool bidirectional, bool save, bool tf32, int64_t chunk_bytes,
-                                const lstm_ext::Extras& extras) {
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
-  return lstm_ext::stepwise_forward({input, h0, c0, weights, has_bias, extras}, sizes, save, device(tf32, chunk_bytes));
-}
-
-std::vector<at::Tensor> backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                                 const OptionalTensor& grad_c_n, const at::Tensor& input, const OptionalTensor& h0,
-                                 const OptionalTensor& c0, const std::vector<at::Tensor>& weights,
-                                 const OptionalTensor& batch_sizes, const at::Tensor& output,
-                                 const std::vector<at::Tensor>& saved, bool has_bias, bool bidirectional,
-                                 const std::vector<bool>& wanted, bool tf32, int64_t chunk_bytes,
-                                 const lstm_ext::Extras& extras, const OptionalTensor& grad_gates,
-                                 const OptionalTensor& grad_cells) {
-  const auto sizes = sizes_of(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, extras);
-  return lstm_ext::stepwise_backward({input, h0, c0, weights, has_bias, extras}, sizes,
-                                     {grad_output, grad_h_n, grad_c_n, grad_gates, grad_cells, output, saved, wanted},
-                                     device(tf32, chunk_bytes));
+lstm_ext::LayerGradients emulated_backward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes,
+                                           const lstm_ext::BackwardArguments& args) {
+  return lstm_ext::stepwise_backward(call, sizes, args, emulated_device());
 }
 
 at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32) {
@@ -131,18 +107,16 @@ at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, b
 
 }  // namespace
 
+// In place of the CPU kernels: the tensors are on the CPU.
+const lstm_ext::Backend& lstm_ext::cpu_backend() {
+  static const Backend backend{&emulated_forward, &emulated_backward, /*saves_preactivations=*/true};
+  return backend;
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // Of this module only: _C has its own.
-  py::class_<lstm_ext::Extras>(m, "Extras", py::module_local())
-      .def(py::init(&extras_of), py::arg("resets"), py::arg("reset_h"), py::arg("reset_c"), py::arg("lengths"),
-           py::arg("recurrent_mask"), py::arg("kept_h"), py::arg("kept_c"), py::arg("zoneout_h"), py::arg("zoneout_c"),
-           py::arg("norm"), py::arg("recompute"));
-  m.def("forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"),
-        py::arg("has_bias"), py::arg("bidirectional"), py::arg("save"), py::arg("tf32"), py::arg("chunk_bytes"),
-        py::arg("extras") = lstm_ext::Extras{});
-  m.def("backward", &backward, py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("input"),
-        py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("batch_sizes"), py::arg("output"), py::arg("saved"),
-        py::arg("has_bias"), py::arg("bidirectional"), py::arg("wanted"), py::arg("tf32"), py::arg("chunk_bytes"),
-        py::arg("extras") = lstm_ext::Extras{}, py::arg("grad_gates") = py::none(), py::arg("grad_cells") = py::none());
+  lstm_ext::python::bind_layer(m);
+  m.def(
+      "set_device", [](bool tf32, int64_t chunk_bytes) { device = {tf32, chunk_bytes}; }, py::arg("tf32"),
+      py::arg("chunk_bytes"));
   m.def("gemm", &gemm);
 }

@@ -35,16 +35,20 @@ def assert_passes(driver: str, *arguments: object, mode: str | Mode) -> None:
 
 
 # The drivers set schedules and times of delivery themselves.
-@pytest.mark.parametrize("mode", ["late", "asan", "race"])
+@pytest.mark.parametrize(
+    "mode", ["late", *(pytest.param(mode, marks=pytest.mark.tools) for mode in ("asan", "race"))]
+)
 def test_primitives(mode: str) -> None:
     assert_passes("primitives_driver", mode=mode)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("mode", ["late", "now", "random", "asan", "race"])
 def test_rules(mode: str) -> None:
     assert_passes("rules_driver", mode=mode)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("mode", ["race", "race-random"])
 def test_race_detector(mode: str) -> None:
     assert_passes("race_driver", mode=mode)
@@ -60,6 +64,7 @@ WILD_ACCESSES = [
 ]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("rule", WILD_ACCESSES)
 def test_wild_access(rule: str) -> None:
     assert_passes("rules_driver", rule, mode="late")
@@ -67,6 +72,7 @@ def test_wild_access(rule: str) -> None:
         assert done.returncode != 0 and "use-after-poison" in done.stderr, report(done)
 
 
+@pytest.mark.tools
 def test_the_environment_is_checked() -> None:
     for done in run(program("toy_driver", "plain"), "grid_f32", mode=MODES["late"], SIMT_SCHEDULE="frantic"):
         assert done.returncode == 2 and "frantic, and not one of: fifo random priority" in done.stdout, (
@@ -77,6 +83,7 @@ def test_the_environment_is_checked() -> None:
 KERNELS = ["grid_f32", "grid_bf16", "cluster_stores", "cluster_messages"]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_toy_kernels(kernel: str, mode: str) -> None:
@@ -101,6 +108,7 @@ def test_toy_kernels_with_many_orders(kernel: str, steps: int, batch: int) -> No
         assert_passes("toy_driver", kernel, 0, steps, batch, mode=mode)
 
 
+@pytest.mark.tools
 def test_a_lost_message_ends_in_a_status() -> None:
     """The kernel that bounds its waits says that it gave up, whatever the order of events."""
     for mode in ("late", "now", "random", "race"):
@@ -186,6 +194,7 @@ def outcomes(kernel: str, bug: str, mode: str) -> list[subprocess.CompletedProce
     return list(run(driver, kernel, bug_number(bug), *shape, mode=MODES[mode], **environment))
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("kernel", "bug", "mode", "message"), planted_cases())
 def test_planted_bug_is_caught(kernel: str, bug: str, mode: str, message: str) -> None:
     runs = outcomes(kernel, bug, mode)
@@ -196,6 +205,7 @@ def test_planted_bug_is_caught(kernel: str, bug: str, mode: str, message: str) -
     assert any(caught), "\n".join(map(report, runs))
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("kernel", "bug", "mode"),
     [pytest.param(k, bug, mode, id=f"{k}-{bug}-{mode}") for k, bug, _, missed in PLANTED for mode in missed],
@@ -206,6 +216,7 @@ def test_planted_bug_that_a_mode_misses(kernel: str, bug: str, mode: str) -> Non
         assert done.returncode == 0, report(done)
 
 
+@pytest.mark.tools
 def test_every_bug_is_planted() -> None:
     declared = re.search(r"enum Bug : int \{(.*?)\};", (HERE / "toy_lstm.cuh").read_text(), re.S)
     names = set(re.findall(r"^ +(k\w+),", declared[1], re.M))

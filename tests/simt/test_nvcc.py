@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from simt import nvcc, resources, sass
 
+pytestmark = pytest.mark.tools
+
+
 if nvcc.find_nvcc() is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
 

@@ -7,21 +7,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt import build
+from simt import build, nvcc
+
+pytestmark = pytest.mark.tools
+
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# What torch defines when it compiles extensions.
-TORCH_DEFINES = [
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("architecture", nvcc.ARCHITECTURES)
 def test_nvcc(architecture: str, tmp_path: Path) -> None:
     command = [
         "nvcc",
@@ -30,7 +26,7 @@ def test_nvcc(architecture: str, tmp_path: Path) -> None:
         "-cubin",
         "-Werror",
         "all-warnings",
-        *TORCH_DEFINES,
+        *nvcc.TORCH_DEFINES,
     ]
     command += ["-Xcompiler", "-Wall,-Wextra", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     command += [str(HERE / "platform_check.cu"), "-o", str(tmp_path / "out.cubin")]
@@ -43,7 +39,7 @@ def test_host_compiler(tmp_path: Path) -> None:
     command = [
         build.compiler(),
         *build.COMMON_FLAGS,
-        *TORCH_DEFINES,
+        *nvcc.TORCH_DEFINES,
         "-Werror",
         "-isystem",
         str(build.cuda_include()),

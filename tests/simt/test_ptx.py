@@ -11,6 +11,9 @@ from simt.ptx.emit import HANDLERS
 from simt.ptx.parse import Parser, PtxError
 from simt.ptx.translate import translate
 
+pytestmark = pytest.mark.tools
+
+
 HERE = Path(__file__).parent
 if build.missing():
     pytest.skip(build.missing(), allow_module_level=True)
@@ -54,7 +57,7 @@ def test_every_instruction_has_a_case() -> None:
     assert {word.split(".")[0].rstrip(";") for word in text.split()} >= HANDLERS.keys()
 
 
-# ---- what stops ---------------------------------------------------------------------------------
+# ---- what stops
 
 
 def _kernel(body: str, before: str = "") -> str:

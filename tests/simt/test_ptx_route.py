@@ -11,6 +11,7 @@ import pytest
 import test_stepwise
 import torch
 from emulated_layer import stepwise_module
+from judge import EPS, relative_error
 from simt import build, nvcc
 from simt.ptx_route import TranslatedKernels, translated
 
@@ -20,8 +21,6 @@ if build.missing():
 if nvcc.find_nvcc() is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
-MODES = ("plain", "race")
-
 
 def run(program: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
@@ -30,7 +29,7 @@ def run(program: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-# ---- the wrappers of PTX ------------------------------------------------------------------------
+# ---- the wrappers of PTX
 
 
 def wrappers(program: Path) -> dict[str, str]:
@@ -51,7 +50,7 @@ def wrappers_by_gcc(mode: str = "plain", *include_dirs: Path) -> dict[str, str]:
     return wrappers(build.compile_driver([HERE / "wrappers_driver.cpp"], mode, include_dirs=include_dirs))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["plain", pytest.param("race", marks=pytest.mark.tools)])
 def test_wrappers_do_the_same_on_both_routes(mode: str) -> None:
     by_ptx, by_gcc = wrappers_by_ptx(mode), wrappers_by_gcc(mode)
     assert len(by_ptx) > 20
@@ -121,6 +120,7 @@ def with_mistakes(csrc: Path, mistakes: dict[str, Mistake]) -> None:
     header.write_text(text)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("name", ROUNDS)
 def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> None:
     mode, mistakes = ROUNDS[name]
@@ -134,6 +134,7 @@ def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> No
         assert found == mistakes.keys() | {"cp_async_wait", "mbarrier_expect_tx"}
 
 
+@pytest.mark.tools
 def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
     """Which is why there is a PTX route."""
     mistakes = {f"{name} {wrapper}": m for name, (_, ms) in ROUNDS.items() for wrapper, m in ms.items()}
@@ -142,7 +143,7 @@ def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
     assert wrappers_by_gcc("plain", tmp_path / "csrc") == wrappers_by_gcc("plain")
 
 
-# ---- the toy kernels ----------------------------------------------------------------------------
+# ---- the toy kernels
 
 TOYS = ("grid_f32", "grid_bf16", "cluster_stores", "cluster_messages")
 
@@ -151,6 +152,7 @@ def toy_driver(mode: str) -> Path:
     return build.compile_ptx_driver(HERE / "toy_driver.cpp", [translated(HERE / "toy.cu")], mode)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("schedule", ["fifo", "random", "priority"])
 @pytest.mark.parametrize("kernel", TOYS)
 def test_toy(kernel: str, schedule: str) -> None:
@@ -160,6 +162,7 @@ def test_toy(kernel: str, schedule: str) -> None:
     assert status == 0, text
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("kernel", TOYS)
 def test_toy_has_no_races(kernel: str) -> None:
     status, text = run(toy_driver("race"), kernel, SIMT_SCHEDULE="random")
@@ -186,6 +189,7 @@ BUGS = {
 }
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
     kernel, mode, message = BUGS[bug]
@@ -197,11 +201,12 @@ def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
     assert " at " not in text or "at toy_" in text
 
 
-# ---- the stepwise kernels -----------------------------------------------------------------------
+# ---- the stepwise kernels
 
 STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("mode", "schedule", "architecture"),
     [
@@ -226,24 +231,22 @@ def stepwise_kernels() -> TranslatedKernels:
 
 @pytest.mark.full  # translating and compiling takes most of a minute
 @pytest.mark.parametrize("name", test_stepwise.CASES)
-@pytest.mark.parametrize("dtype", test_stepwise.EPS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
     """On both routes the same, but for the last bits of exp and tanh."""
     case = test_stepwise.CASES[name]
-    layer = test_stepwise.Layer(case, dtype, 0)
-    plain = layer.emulated(case, dtype)
+    plain = test_stepwise.drawn(case, dtype, 0)
     with stepwise_kernels.in_use():
-        by_ptx = layer.emulated(case, dtype)
-    for n, (x, y) in enumerate(zip(by_ptx, plain, strict=True)):
-        assert test_stepwise.error(x, y.double()) <= 16 * test_stepwise.EPS[dtype], n
+        by_ptx = test_stepwise.drawn(case, dtype, 0)
+    for name, value in by_ptx.items():
+        assert relative_error(value, plain[name]) <= 16 * EPS[dtype], name
 
 
 @pytest.mark.full
 def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
     """Otherwise the test above compares one route with itself. nvcc's exp is not libm's."""
     case = test_stepwise.Case(steps=3, hidden_size=64)
-    layer = test_stepwise.Layer(case, torch.float32, 0)
-    plain = layer.emulated(case, torch.float32)
+    plain = test_stepwise.drawn(case, torch.float32, 0)
     with stepwise_kernels.in_use():
-        by_ptx = layer.emulated(case, torch.float32)
-    assert not torch.equal(by_ptx[0], plain[0])
+        by_ptx = test_stepwise.drawn(case, torch.float32, 0)
+    assert not torch.equal(by_ptx["output"], plain["output"])

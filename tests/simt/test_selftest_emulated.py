@@ -6,31 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_layer import stepwise_module
+from emulated_layer import emulated_device
 from torch import Tensor
 
 from lstm_ext import selftest
 
-CHUNK_BYTES = 1 << 25
 CASES = [case for case in selftest.CASES if case.name != "larger"]  # that takes the emulator a minute
 
 
 class StepwiseLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tf32, has_bias, bidirectional, batch_sizes, input, h0, c0, *weights):
-        flags = (has_bias, bidirectional)
-        *results, saved = stepwise_module().forward(
-            input, h0, c0, weights, batch_sizes, *flags, True, tf32, CHUNK_BYTES
-        )
-        ctx.arguments = (input, h0, c0, weights, batch_sizes, results[0], saved, *flags)
-        ctx.tf32 = tf32
+        layer = (input, h0, c0, weights, batch_sizes, has_bias, bidirectional, None)
+        with emulated_device(tf32) as module:
+            *results, _, _, saved = module.lstm_layer_forward(*layer, True)
+        ctx.layer, ctx.output, ctx.saved, ctx.tf32 = layer, results[0], saved, tf32
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
-        wanted = ctx.needs_input_grad[4:]
-        computed = stepwise_module().backward(*grads, *ctx.arguments, wanted, ctx.tf32, CHUNK_BYTES)
-        return None, None, None, None, *computed
+        needs_grad = [*ctx.needs_input_grad[4:], False, False]
+        with emulated_device(ctx.tf32) as module:
+            computed = module.lstm_layer_backward(
+                *ctx.layer, *grads, None, None, ctx.output, ctx.saved, needs_grad
+            )
+        return None, None, None, None, *computed[:-2]
 
 
 @pytest.fixture
@@ -43,9 +43,8 @@ def tf32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     ) -> Any:
         if torch.is_grad_enabled():
             return StepwiseLayer.apply(tf32, *flags, batch_sizes, input, h0, c0, *weights)
-        return stepwise_module().forward(
-            input, h0, c0, weights, batch_sizes, *flags, False, tf32, CHUNK_BYTES
-        )[:3]
+        with emulated_device(tf32) as module:
+            return module.lstm_layer_forward(input, h0, c0, weights, batch_sizes, *flags, None, False)[:3]
 
     monkeypatch.setattr(selftest, "_operator", operator)
     return tf32

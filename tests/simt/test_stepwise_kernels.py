@@ -45,12 +45,17 @@ PLANTED = {
     ),
     "a unit too many": ("cell.cuh", "if (j >= H) return;", "if (j > H) return;", ["asan", "fifo"]),
     "rows that begin take another state": (
-        "state.cuh", "return b < s.continuing;", "return b <= s.continuing;", ["fifo"],
+        "state.cuh", "return b < rows.previous_count;", "return b <= rows.previous_count;", ["fifo"],
     ),
     "a part too few": ("stepwise_launch.cuh", "{parts, columns, parts,", "{parts - 1, columns, parts,", ["fifo"]),
-    "a final state too early": ("state.cuh", "return b < s.going_on;", "return b < s.going_on - 1;", ["fifo"]),
+    "a final state too early": (
+        "state.cuh", "return b < rows.next_count;", "return b < rows.next_count - 1;", ["fifo"],
+    ),
+    "a flag past the end of a row resets it": (
+        "state.cuh", "rows.resets[b] && (!rows.reverse || has_previous<true>(rows, b))", "rows.resets[b]", ["fifo"],
+    ),
     "a row goes on past its end": (
-        "state.cuh", "!s.reverse && s.time + 1 >= s.lengths[b]", "!s.reverse && s.time >= s.lengths[b]", ["fifo"],
+        "state.cuh", "!rows.reverse && rows.time + 1 >= rows.l", "!rows.reverse && rows.time >= rows.l", ["fifo"],
     ),
     "no barrier before the sums of a block": (
         "layer_norm.cuh", "  __syncthreads();  // the sums before have been read\n", "", ["race"],
@@ -64,6 +69,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [

@@ -17,7 +17,7 @@ LSTM_DEVICE uint32_t* out_of_block(const Arguments& s) { return s.out + 64 * blo
 LSTM_DEVICE uint32_t lane() { return threadIdx.x; }
 
 // ---- copies
-// -----------------------------------------------------------------------------------------------------------
+
 template <int bytes>
 LSTM_KERNEL copy(Arguments s) {
   LSTM_SHARED(uint4, buffer, 32);
@@ -43,7 +43,7 @@ LSTM_KERNEL copy_groups(Arguments s) {
 }
 
 // ---- tensor cores
-// -----------------------------------------------------------------------------------------------------
+
 LSTM_DEVICE void fill(uint32_t (&rows)[128], const Arguments& s) {
   for (int i = 0; i < 4; ++i) rows[32 * i + lane()] = s.in[32 * i + lane()];
   __syncwarp();
@@ -110,7 +110,7 @@ LSTM_KERNEL round_to_tf32(Arguments s) {
 }
 
 // ---- words that other blocks wait for
-// ---------------------------------------------------------------------------------
+
 LSTM_KERNEL words(Arguments s) {
   if (lane() != 0) return;
   uint32_t* word = out_of_block(s);
@@ -143,7 +143,7 @@ LSTM_KERNEL handover_by_counter(Arguments s) {
 }
 
 // ---- clusters of four blocks
-// ------------------------------------------------------------------------------------------
+
 LSTM_KERNEL identity(Arguments s) { out_of_block(s)[lane()] = 10 * cluster_rank() + cluster_size(); }
 
 LSTM_KERNEL peers(Arguments s) {

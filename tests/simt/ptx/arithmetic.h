@@ -33,7 +33,8 @@ T elementwise(Function function, T a, T b, T c) {
   }
 }
 
-// ---- modifiers ------------------------------------------------------------------------------------------------------
+// ---- modifiers
+
 // .ftz: of subnormal numbers only the sign stays.
 template <typename T>
 T flushed(T a) {
@@ -64,7 +65,8 @@ T relu(T x) {
   return wide(x) > 0 || std::isnan(wide(x)) ? x : narrow<T>(0);
 }
 
-// ---- floating point -------------------------------------------------------------------------------------------------
+// ---- floating point
+
 template <typename T, Rounding mode>
 T float_add(T a, T b) {
   if constexpr (std::is_same_v<T, f64> || (std::is_same_v<T, f32> && mode == Rounding::rn)) {
@@ -198,7 +200,8 @@ bool is_subnormal(T x) {
   return std::fpclassify(x) == FP_SUBNORMAL;
 }
 
-// ---- integers -------------------------------------------------------------------------------------------------------
+// ---- integers
+
 // They wrap around.
 template <typename T>
 using Unsigned = std::make_unsigned_t<T>;
@@ -285,7 +288,8 @@ T product_hi(T a, T b) {
   return static_cast<T>(product_wide<T>(a, b) >> (8 * sizeof(T)));
 }
 
-// ---- bits -----------------------------------------------------------------------------------------------------------
+// ---- bits
+
 template <typename T>
 T shl(T a, u32 amount) {
   return amount < 8 * sizeof(T) ? static_cast<T>(static_cast<Wrapping<T>>(a) << amount) : T{0};
@@ -365,7 +369,8 @@ u32 bfind(T a) {
   return bits == 0 ? ~0u : static_cast<u32>(8 * sizeof(T) - 1) - clz(bits);
 }
 
-// ---- comparisons ----------------------------------------------------------------------------------------------------
+// ---- comparisons
+
 #define PTX_COMPARISON(name, sign)                                      \
   template <typename T>                                                 \
   bool compare_##name(T a, T b) {                                       \
@@ -395,7 +400,8 @@ bool float_compare_nan(T a, T b) {
   return std::isunordered(wide(a), wide(b));
 }
 
-// ---- conversions ----------------------------------------------------------------------------------------------------
+// ---- conversions
+
 template <typename To, typename From>
 To resized(From a) {
   return static_cast<To>(a);

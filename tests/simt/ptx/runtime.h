@@ -19,7 +19,8 @@ extern dim3 gridDim;
 
 namespace ptx {
 
-// ---- kernels --------------------------------------------------------------------------------------------------------
+// ---- kernels
+
 struct Kernel {
   const char* name;  // mangled
   void (*body)(const char* parameters);
@@ -43,7 +44,8 @@ extern "C" void ptx_use_translated_kernels(bool use);
   static const Registration registration_##function(                    \
       {mangled, function, bytes, reinterpret_cast<const void*>(&host_##function)})
 
-// ---- special registers ----------------------------------------------------------------------------------------------
+// ---- special registers
+
 inline uint3 tid() { return threadIdx; }
 inline uint3 ctaid() { return blockIdx; }
 inline dim3 ntid() { return blockDim; }
@@ -68,13 +70,15 @@ inline b32 lanemask_le() { return lanemask_eq() | lanemask_lt(); }
 inline b32 lanemask_gt() { return ~lanemask_le(); }
 inline b32 lanemask_ge() { return ~lanemask_lt(); }
 
-// ---- control --------------------------------------------------------------------------------------------------------
+// ---- control
+
 [[noreturn]] inline void trap(const char* file, int line) { simt::fail("trap", file, line); }
 [[noreturn]] inline void unreachable(const char* file, int line) {
   simt::fail("a jump past the end of its table", file, line);
 }
 
-// ---- addresses ------------------------------------------------------------------------------------------------------
+// ---- addresses
+
 // Generic addresses are the host's. Those of shared memory in 32 bits are as simt::shared_address has them.
 inline char* pointer(b64 base, int64_t offset) { return reinterpret_cast<char*>(base) + offset; }
 // .shared, .shared::cta: a peer's memory must not be reached by these.
@@ -101,7 +105,8 @@ inline b32 map_shared(b64 address, u32 rank, const char* file, int line) {
   return simt::shared_address(simt::map_rank(own, rank, file, line), file, line);
 }
 
-// ---- loads and stores -----------------------------------------------------------------------------------------------
+// ---- loads and stores
+
 // A vector has to be aligned as a whole.
 template <typename T, unsigned count>
 T* aligned(char* place, const char* file, int line) {
@@ -152,7 +157,8 @@ void store_release(char* place, T value, const char* file, int line) {
   store_in_order<T, simt::Order::Release>(place, value, file, line);
 }
 
-// ---- atomics --------------------------------------------------------------------------------------------------------
+// ---- atomics
+
 // Sets *place to operation(*place) and returns what was there.
 template <typename T, typename Operation>
 PTX_UNCHECKED T exchange(char* place, Operation operation, simt::Order order, const char* file, int line) {
@@ -195,7 +201,8 @@ inline void fence_mbarrier_init(const char* file, int line) { simt::fence_mbarri
 // Between writes of threads and operations of the asynchronous proxy. The emulator has one proxy.
 inline void fence_proxy_async(const char* file, int line) { simt::thread_fence(file, line); }
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async
+
 inline void cp_async(char* shared, const char* global, u32 bytes, u32 read, const char* file, int line) {
   simt::cp_async(shared, global, bytes, read, file, line);
 }
@@ -203,7 +210,8 @@ inline void cp_async_commit(const char* file, int line) { simt::cp_async_commit(
 inline void cp_async_wait(u32 groups_left, const char* file, int line) { simt::cp_async_wait(groups_left, file, line); }
 inline void cp_async_wait_all(const char* file, int line) { simt::cp_async_wait_all(file, line); }
 
-// ---- barriers -------------------------------------------------------------------------------------------------------
+// ---- barriers
+
 inline void bar_sync(const char* file, int line) { simt::syncthreads(file, line); }
 inline void bar_warp_sync(b32 mask, const char* file, int line) { simt::syncwarp(mask, file, line); }
 inline void cluster_arrive(const char* file, int line) { simt::cluster_arrive(file, line); }
@@ -235,7 +243,8 @@ void st_async(char* place, char* barrier, const T (&values)[count], const char* 
   simt::st_async(place, values, sizeof values, mbarrier_at(barrier, file, line), file, line);
 }
 
-// ---- warps ----------------------------------------------------------------------------------------------------------
+// ---- warps
+
 struct Shuffled {
   b32 value;
   bool in_range;
@@ -302,7 +311,8 @@ PTX_REDUX(or, a | b)
 PTX_REDUX(xor, a ^ b)
 #undef PTX_REDUX
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores
+
 template <int matrices, bool transposed>
 void ldmatrix(b32* registers, const char* row, const char* file, int line) {
   simt::ldmatrix(matrices, transposed, registers, row, file, line);

@@ -86,7 +86,8 @@ Whole packed(Part first, Others... others) {
   }
 }
 
-// ---- rounding -------------------------------------------------------------------------------------------------------
+// ---- rounding
+
 enum class Rounding { rn, rz, rm, rp, rna };
 
 // An exact sum or product in two parts, |rest| being at most half a unit in the last place of value.
@@ -134,7 +135,8 @@ double rounded_to(double x, int digits, int min_exponent, double max) {
   return std::copysign(outward ? INFINITY : max, x);
 }
 
-// ---- formats --------------------------------------------------------------------------------------------------------
+// ---- formats
+
 // Encodes a number that the format has exactly.
 template <int kExponentBits, int kMantissaBits>
 uint32_t encoded(double x) {

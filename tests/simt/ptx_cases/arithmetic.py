@@ -30,7 +30,7 @@ from simt.ptx_cases.case import (
     u64,
 )
 
-# ---- integers -----------------------------------------------------------------------------------
+# ---- integers
 
 instruction("add.s32 $0, $1, $2;", s32(-2147483648), s32(2147483647), s32(1))
 instruction("add.u64 $0, $1, $2;", u64(1 << 32), u64(0xFFFFFFFF), u64(1))
@@ -99,7 +99,7 @@ instruction("bfind.u32 $0, $1;", u32(8), u32(0x10F))
 instruction("bfind.s32 $0, $1;", u32(7), s32(-256))
 instruction("bfind.u64 $0, $1;", u32(-1), u64(0))
 
-# ---- predicates and choices ---------------------------------------------------------------------
+# ---- predicates and choices
 
 instruction("setp.lt.s32 $0, $1, $2;", pred(True), s32(-1), s32(1))
 instruction("setp.lt.u32 $0, $1, $2;", pred(False), u32(-1), u32(1))
@@ -138,7 +138,7 @@ instruction("selp.f64 $0, $1, $2, $3;", f64(2), f64(1), f64(2), pred(False))
 instruction("slct.s32.s32 $0, $1, $2, $3;", s32(1), s32(1), s32(2), s32(0))
 instruction("slct.u64.f32 $0, $1, $2, $3;", u64(2), u64(1), u64(2), f32(-1))
 
-# ---- moves --------------------------------------------------------------------------------------
+# ---- moves
 
 instruction(
     "mov.b64 $0, {$1, $2};", b64(0x2222222211111111), b32(0x11111111), b32(0x22222222), name="mov_pack_64"
@@ -154,7 +154,7 @@ instruction("mov.u32 $0, %ntid.x;", u32(32), name="mov_ntid")
 instruction("mov.u32 $0, %lanemask_lt;", [u32((1 << lane) - 1) for lane in LANES], name="mov_lanemask_lt")
 instruction("mov.u32 $0, %lanemask_ge;", [u32(-(1 << lane)) for lane in LANES], name="mov_lanemask_ge")
 
-# ---- floating point -----------------------------------------------------------------------------
+# ---- floating point
 
 instruction("add.f32 $0, $1, $2;", f32(3.5), f32(1.25), f32(2.25))
 instruction("sub.f32 $0, $1, $2;", f32(-1), f32(1.25), f32(2.25))
@@ -251,7 +251,7 @@ instruction("add.rz.f32 $0, $1, $2;", f32(-(1 - 2**-24)), f32(-1), f32(2**-80))
 instruction("fma.rm.f32 $0, $1, $2, $3;", f32(6 - 2**-21), f32(2), f32(3), f32(-(2**-80)))
 instruction("fma.rn.bf16 $0, $1, $2, $3;", bf16(258 / 256), bf16(7), bf16(37 / 256), bf16(-(2**-60)))
 
-# ---- conversions --------------------------------------------------------------------------------
+# ---- conversions
 
 for kind, mode in (("f16", "rn"), ("bf16", "rn"), ("f16", "rz"), ("bf16", "rz"), ("tf32", "rna")):
     values = numbers("f32")

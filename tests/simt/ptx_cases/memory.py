@@ -20,7 +20,7 @@ from simt.ptx_cases.case import (
 
 RANDOM = random.Random(6)
 
-# ---- memory -------------------------------------------------------------------------------------
+# ---- memory
 
 
 def little(start: int, count: int = 4) -> int:
@@ -152,7 +152,7 @@ with_shared(
     u64(little(0) | little(20) << 32),
 )
 
-# ---- control ------------------------------------------------------------------------------------
+# ---- control
 
 kernel(
     "loop",
@@ -174,7 +174,7 @@ kernel(
     [u64({0: 5, 1: 7}.get(lane, 6)) for lane in LANES],
 )
 
-# ---- warps --------------------------------------------------------------------------------------
+# ---- warps
 
 
 def shuffled(mode: str, amount: int, width: int) -> list[tuple[int, bool]]:
@@ -231,7 +231,7 @@ with_shared(
     [u64(lane ^ 1) for lane in LANES],
 )
 
-# ---- tensor cores -------------------------------------------------------------------------------
+# ---- tensor cores
 
 # Row r of matrix m, of eight 16-bit numbers, starts at 16 * (8 * m + r) and holds 100 m + 10 r + column.
 FILL_MATRICES = """shr.u32 %r1, %r39, 3; mul.lo.u32 %r1, %r1, 100; and.b32 %r2, %r39, 7; mad.lo.u32 %r1, %r2, 10, %r1;
@@ -307,7 +307,7 @@ for kind in ("bf16", "f16", "tf32"):
         text = text.replace("$10", "%r10")
         instruction(text, [f32(row[n]) for row in outputs], *inputs, name=f"mma_{kind}_{n}")
 
-# ---- clusters -----------------------------------------------------------------------------------
+# ---- clusters
 
 BOTH = range(64)  # threads of the two blocks
 SYNC = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
@@ -390,7 +390,7 @@ kernel(
     u64(1),
 )
 
-# ---- what has to be found -----------------------------------------------------------------------
+# ---- what has to be found
 
 fails(
     "misaligned_vector",

@@ -1,10 +1,10 @@
-"""What the extras cost on the CPU, in time and in memory: the layer with one against the layer without.
+"""What the options cost on the CPU, in time and in memory: the layer with one against the layer without.
 
-    python benchmarks/bench_extras.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--budget SECONDS]
+    python benchmarks/bench_options.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--budget SECONDS]
                                       [--output results/NAME.json]
 
-time    a call of the layer with the extra over one without, random masks drawn in both the forward pass's time and
-        its training step's; layer_norm, recompute is over layer_norm
+time    a call of the layer with the option over one without; the time includes drawing random masks;
+        layer_norm, recompute is over layer_norm
 memory  bytes that a layer with recompute=True saves for its backward pass beyond input, output and weights, and the
         peak of a training step, both over those without
 step    microseconds of one step with carried state: the kernel's function, LSTMCell, LSTM.step, and torch.nn.LSTMCell
@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[[Shape], dict]] = {
     "resets": lambda shape: {"resets": torch.rand(shape.steps, shape.batch) < 0.03},
     "return_cell_states": lambda shape: {"return_cell_states": True},
 }
-# Of a training step, at most.
+# A training step with the option costs at most so many times one without.
 TARGETS = {
     "recurrent_dropout=0.25": 1.2,
     "zoneout=0.1": 1.2,
@@ -89,7 +89,7 @@ def time_of(shape: Shape, threads: int, budget: float) -> list[dict]:
             comparison = harness.compare(*sides, budget)
             results.append(
                 {
-                    "extra": name,
+                    "option": name,
                     "training": training,
                     "cost": comparison.ratio,
                     "milliseconds": {"with": comparison.torch.median, "without": comparison.ours.median},
@@ -124,7 +124,7 @@ def memory_of(shape: Shape, threads: int, budget: float) -> list[dict]:
         peaks = [harness.peak_memory("ours", shape, threads, o) for o in (OPTIONS[name], options)]
         results.append(
             {
-                "extra": name,
+                "option": name,
                 "saved": saved[0] / saved[1],
                 "peak": peaks[0] / peaks[1],
                 "bytes_saved": {"with": saved[0], "without": saved[1]},
@@ -194,16 +194,16 @@ def main() -> None:
                     record["results"].append(case)
                     print(
                         f"{group:<6} {name:<10} {threads} thr  "
-                        f"{figures.get('extra') or figures['call']:<20} "
+                        f"{figures.get('option') or figures['call']:<20} "
                         + {True: "training   ", False: "inference  ", None: ""}[figures.get("training")]
                         + "  ".join(f"{k} {v:.2f}" for k, v in figures.items() if type(v) is float),
                         flush=True,
                     )
-    for extra, target in TARGETS.items():
-        costs = [r["cost"] for r in record["results"] if r.get("extra") == extra and r.get("training")]
+    for option, target in TARGETS.items():
+        costs = [r["cost"] for r in record["results"] if r.get("option") == option and r.get("training")]
         if costs:
             print(
-                f"{extra}: a training step costs {harness.geometric_mean(costs):.2f} in the mean, "
+                f"{option}: a training step costs {harness.geometric_mean(costs):.2f} in the mean, "
                 f"at most {max(costs):.2f} (target: at most {target})"
             )
     if options.output:

@@ -1,6 +1,6 @@
-"""Make the tables of docs/extras.md from the JSON of bench_extras.py and of bench_torchrl.py.
+"""Make the tables of docs/options.md from the JSON of bench_options.py and of bench_torchrl.py.
 
-    python benchmarks/report_extras.py results/EXTRAS.json results/TORCHRL.json [--document docs/extras.md]
+    python benchmarks/report_options.py results/OPTIONS.json results/TORCHRL.json [--document docs/options.md]
 
 Without --document the tables go to standard output; with it, each replaces what stands between its two markers.
 """
@@ -12,9 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from report import facts_line, milliseconds, replace_between
-
-MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
+from report import facts_line, milliseconds, replace_block, table
 
 
 def shape_of(result: dict) -> str:
@@ -22,33 +20,28 @@ def shape_of(result: dict) -> str:
                     [("B", "batch"), ("T", "steps"), ("I", "input_size"), ("H", "hidden_size")])  # fmt: skip
 
 
-def rows_of(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
 def times(record: dict) -> list[str]:
     results = [r for r in record["results"] if r["group"] == "time" and r["training"]]
     shapes = list(dict.fromkeys(shape_of(r) for r in results))
     rows = []
-    for extra in dict.fromkeys(r["extra"] for r in results):
-        row = [f"`{extra}`"]
+    for option in dict.fromkeys(r["option"] for r in results):
+        row = [f"`{option}`"]
         for shape in shapes:
-            found = [r for r in results if r["extra"] == extra and shape_of(r) == shape]
+            found = [r for r in results if r["option"] == option and shape_of(r) == shape]
             row.append(", ".join(f"{r['cost']:.2f}" for r in found))
-        target = record["targets"].get(extra)
+        target = record["targets"].get(option)
         rows.append([*row, f"{target:g}" if target else ""])
-    return rows_of(["a training step costs", *shapes, "wanted: at most"], rows)
+    return table(["a training step costs", *shapes, "target: at most"], rows)
 
 
 def memory(record: dict) -> list[str]:
-    results = [r for r in record["results"] if r["group"] == "memory" and r["extra"] == "recompute"]
+    results = [r for r in record["results"] if r["group"] == "memory" and r["option"] == "recompute"]
     shapes = list(dict.fromkeys(shape_of(r) for r in results))
     rows = []
     for key, name in (("saved", "saved for the backward pass"), ("peak", "peak of a training step")):
         values = [", ".join(f"{r[key]:.2f}" for r in results if shape_of(r) == shape) for shape in shapes]
         rows.append([name, *values])
-    return rows_of(["memory with `recompute`", *shapes], rows)
+    return table(["memory with `recompute`", *shapes], rows)
 
 
 def steps(record: dict) -> list[str]:
@@ -60,17 +53,17 @@ def steps(record: dict) -> list[str]:
         rows.append([f"`{call}`", *[f"{own[s]['microseconds']:.1f} μs" for s in shapes]])
     kernel = {s: min(r["kernel_microseconds"] for r in results if shape_of(r) == s) for s in shapes}
     rows.append(["the kernel's function by itself", *[f"{kernel[s]:.1f} μs" for s in shapes]])
-    return rows_of(["one step, inference, 1 thread", *shapes], rows)
+    return table(["one step, inference, 1 thread", *shapes], rows)
 
 
-def extras_table(record: dict) -> str:
+def options_table(record: dict) -> str:
     parts = [times(record), memory(record), steps(record)]
     tables = "\n\n".join("\n".join(part) for part in parts if len(part) > 2)
-    kept = " Freed memory stays with the process." if record["facts"]["freed_memory_kept"] else ""
+    kept = " The process keeps freed memory." if record["facts"]["freed_memory_kept"] else ""
     return (
-        f"{tables}\n\nOver the layer without the extra (`layer_norm, recompute`: over `layer_norm`), float32, on 1 and "
-        f"on 2 threads; masks are drawn in every step, 3 in 100 steps are reset. Both sides alternate in one run; "
-        f"medians.{kept}\n\n{facts_line(record)}"
+        f"{tables}\n\nRelative to the layer without the option (`layer_norm, recompute`: to `layer_norm`), float32, "
+        f"on 1 and on 2 threads. Masks are drawn in every step; 3 in 100 steps are reset. Both sides alternate in one "
+        f"run; medians.{kept}\n\n{facts_line(record)}"
     )
 
 
@@ -93,27 +86,26 @@ def torchrl_table(record: dict) -> str:
     ]
     share = record["results"][0]["resets"]
     versions = f"torchrl {record['facts']['torchrl']}, {share:.1%} of the steps begin an episode"
-    return "\n".join(rows_of(head, rows)) + f"\n\n{versions}; {facts_line(record)}"
+    return "\n".join(table(head, rows)) + f"\n\n{versions}; {facts_line(record)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("extras", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("torchrl", type=Path)
     parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
     options = parser.parse_args(arguments)
     for name, path, table_of in (
-        ("cost", options.extras, extras_table),
+        ("cost", options.results, options_table),
         ("torchrl", options.torchrl, torchrl_table),
     ):
-        table = table_of(json.loads(path.read_text()))
+        text = table_of(json.loads(path.read_text()))
         if options.document:
-            begin, end = [marker.format(name) for marker in MARKERS]
-            replace_between(options.document, begin, end, table)
+            replace_block(options.document, name, text)
         else:
-            print(table, end="\n\n")
+            print(text, end="\n\n")
     return 0
 
 

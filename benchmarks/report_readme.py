@@ -1,0 +1,113 @@
+"""Make the README's lists of figures from the committed JSON of bench_quick.py, bench_contract.py and bench_torchrl.py.
+
+    python benchmarks/report_readme.py [--document README.md]
+
+Without --document the lists go to standard output; with it, each replaces what stands between its two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from report import replace_block
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RECORDS = {
+    "avx512": "cpu_epyc_zen4_2_cores.json",
+    "avx2": "cpu_epyc_zen3_2_cores.json",
+    "contract": "contract_epyc_zen5_2_cores.json",
+    "torchrl": "torchrl_cpu.json",
+}
+LARGE = 256  # hidden units from which the layer gains little, with a batch
+
+
+def linked(record: str) -> str:
+    return f"[record](benchmarks/results/{RECORDS[record]})"
+
+
+def span(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}× to {max(ratios):.2f}×"
+
+
+def faster(records: dict[str, dict]) -> str:
+    """What the layer gains: one line for each of five uses."""
+    quick = records["avx512"]
+    summary = {line["group"]: line for line in quick["summary"]}
+    steps = [r["ratio"] for r in quick["results"] if r["group"] == "step"]
+    training, memory = summary["training"], summary["memory"]
+    packed = [r for r in records["contract"]["results"] if r["group"] == "packed"]
+    ragged = [r["over_torch"] for r in packed]
+    resets = records["torchrl"]["results"]
+    over_torch = [r["over_torch"]["ratio"] for r in resets]
+    over_cut = [r["over_pad"]["ratio"] for r in resets]
+    return "\n".join(
+        [
+            f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
+            f"`make bench-quick`, {linked('avx512')}",
+            f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
+            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. The same command and record.",
+            f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
+            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. The same command and record.",
+            f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
+            f"**{span(ragged)}** as fast as in torch. `python benchmarks/bench_contract.py --only packed`, "
+            f"{linked('contract')}",
+            f"- **Resets** inside a sequence (recurrent policies), in TorchRL's `LSTMModule`: one call with `resets` "
+            f"is **{span(over_torch)}** as fast as torch's layer, which needs the rows cut at each reset, and "
+            f"{span(over_cut)} as fast as this layer on cut rows. `python benchmarks/bench_torchrl.py`, "
+            f"{linked('torchrl')}",
+        ]
+    )
+
+
+def not_faster(records: dict[str, dict]) -> str:
+    """Where the layer gains nothing, or loses."""
+
+    def large(record: str, group: str) -> str:
+        return span(
+            [
+                r["ratio"]
+                for r in records[record]["results"]
+                if r["group"] == group and r["hidden_size"] >= LARGE and r["batch"] > 1
+            ]
+        )
+
+    lines = [
+        f"{large(record, 'inference')} in inference and {large(record, 'training')} in training with {name} "
+        f"({linked(record)})"
+        for record, name in (("avx512", "AVX-512"), ("avx2", "AVX2"))
+    ]
+    bfloat16 = [
+        1 / r["bfloat16_over_torch"] for r in records["contract"]["results"] if r["group"] == "16-bit"
+    ]
+    return "\n".join(
+        [
+            f"- **H >= {LARGE} with a batch**: about as fast as torch, {'; '.join(lines)}.",
+            f"- **bfloat16** is computed in float32, so it gains no speed. torch's bfloat16 is up to "
+            f"{max(bfloat16):.1f} times as fast as ours on a processor with bfloat16 instructions "
+            f"({linked('contract')}). On one with matrix units (AMX) torch is ahead by far more; no record here covers "
+            f"that yet.",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
+    options = parser.parse_args(arguments)
+    records = {name: json.loads((RESULTS / file).read_text()) for name, file in RECORDS.items()}
+    for name, lines_of in (("faster", faster), ("not-faster", not_faster)):
+        lines = lines_of(records)
+        if options.document:
+            replace_block(options.document, name, lines)
+        else:
+            print(lines, end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""One call of a stack of layers: options checked, data laid out for the layers, and the results laid back.
+
+`run` serves `lstm_ext.LSTM`, its step, and the functions without a module, in every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..layer.layer_call import LayerFunction
+from ..layer.shapes import weight_counts
+from ..layer.tracing import any_autocast
+from .arguments import Stack, StackOptions, any_requested, stack_options
+from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
+from .stack import run_stack
+
+__all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
+
+# torch's own text, from aten/src/ATen/native/RNN.cpp
+EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
+
+
+def run(
+    stack: Stack,
+    layer: LayerFunction,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    layout: Layout,
+    options: StackOptions | None,
+) -> Any:
+    """Compute, and give the results in the user's layout.
+
+    Args:
+        layer: the function that computes one layer.
+        weights: one entry per layer.
+        x: the input as the layers take it, checked, as are h0 and c0, with a batch axis in the order of the user.
+        options: None if nothing beyond ``torch.nn.LSTM`` is requested.
+    """
+    batch_sizes = layout.batch_sizes
+    if batch_sizes is not None:
+        h0, c0 = layout.states(h0), layout.states(c0)
+    if options is None:
+        return layout.restored(*run_stack(stack, layer, weights, x, h0, c0, batch_sizes, None))
+    if batch_sizes is not None:
+        options.reset_h, options.reset_c = layout.states(options.reset_h), layout.states(options.reset_c)
+    if options.padded is None:
+        output, h_n, c_n, extras = run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options)
+    else:
+        output, h_n, c_n, extras = _run_padded(stack, layer, weights, x, h0, c0, options)
+    requested = options.return_cell_states or options.return_gates
+    return layout.restored(output, h_n, c_n, extras if requested else None)
+
+
+def _run_padded(
+    stack: Stack,
+    layer: LayerFunction,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    options: StackOptions,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras]:
+    """Padded input whose lengths are known: the rows that count are packed, and put back in their places."""
+    rows = options.padded
+    assert rows is not None
+    options.resets = None if options.resets is None else rows.packed(options.resets)
+    options.reset_h, options.reset_c = rows.packed_state(options.reset_h), rows.packed_state(options.reset_c)
+    output, h_n, c_n, extras = run_stack(
+        stack,
+        layer,
+        weights,
+        rows.packed(x),
+        rows.packed_state(h0),
+        rows.packed_state(c0),
+        rows.batch_sizes,
+        options,
+    )
+    assert extras is not None
+    return (
+        rows.padded(output, 0, x),
+        rows.padded_state(h_n, h0),
+        rows.padded_state(c_n, c0),
+        extras.map(lambda values: rows.padded(values, 1, x)),
+    )
+
+
+def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """The zeros that no ``hx`` means, for a compiler: they tell it how many sequences there are."""
+    return tuple([x.new_zeros(shape) for shape in shapes])
+
+
+# ---- without a module
+
+
+@dataclass(eq=False)
+class _Stack:
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    layer_norm: bool
+    recompute: bool
+
+
+def lstm(
+    layer: LayerFunction,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    *,
+    recurrent_dropout: float,
+    zoneout: float | tuple[float, float],
+    norm_weights: Sequence[Tensor] | None,
+    recompute: bool,
+    **arguments: Any,
+) -> Any:
+    """``functional.lstm`` for a given layer function. ``arguments``: as `stack_options` takes them."""
+    if isinstance(input, PackedSequence):
+        layout: Layout = PackedLayout(input, hx)
+        data = input.data
+    elif not isinstance(input, Tensor):
+        raise TypeError(
+            f"input: expected a Tensor of shape {_LAYOUT[batch_first]} or a PackedSequence, "
+            f"got {type(input).__name__}"
+        )
+    elif input.dim() != 3:
+        raise ValueError(f"input: expected 3 dimensions {_LAYOUT[batch_first]}, got shape {_shape(input)}")
+    else:
+        layout = BATCH_FIRST if batch_first else TIME_FIRST
+        data = input
+    x = layout.rows(input)
+    batch = layout.batch(x)
+    packed = layout.batch_sizes is not None
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a number in range [0, 1], got {dropout}")
+    layers, hidden_size, state_size = _split_weights(weights, data, bias, num_layers, bidirectional)
+    sets = len(layers) * (2 if bidirectional else 1)
+    shapes = (sets, batch, state_size), (sets, batch, hidden_size)
+    h0, c0 = _check_hx(hx, data, sets, batch, hidden_size, state_size)
+    if packed and h0 is None and torch.compiler.is_compiling():
+        h0, c0 = zero_states(x, shapes)
+    stack = _Stack(
+        bias,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        recurrent_dropout,
+        zoneout,
+        norm_weights is not None,
+        recompute,
+    )
+    requested = any_requested(stack, **arguments)
+    if requested:
+        norm = _split_norm(norm_weights, data, bias, num_layers, bidirectional, hidden_size)
+    if not packed and x.size(0) == 0:
+        raise RuntimeError(EMPTY_SEQUENCE)
+    options = stack_options(stack, norm, x, layout, shapes, **arguments) if requested else None
+    return run(stack, layer, layers, x, h0, c0, layout, options)
+
+
+_LAYOUT = {False: "(time, batch, features)", True: "(batch, time, features)"}
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _split_weights(
+    weights: Sequence[Tensor], input: Tensor, bias: bool, num_layers: int, bidirectional: bool
+) -> tuple[list[Sequence[Tensor]], int, int]:
+    """Check the flat sequence of weights and cut it into layers; also give H and the size of h (P or H)."""
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
+        raise TypeError(
+            "weights: expected a flat sequence of Tensors in the order of torch.nn.LSTM.parameters()"
+        )
+    directions = 2 if bidirectional else 1
+    sets = num_layers * directions
+    plain_count, projected_count = weight_counts(sets, bias)
+    if len(weights) not in (plain_count, projected_count):
+        raise ValueError(
+            f"weights: expected {plain_count} tensors ({projected_count} with a projection) "
+            f"for num_layers={num_layers}, bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
+        )
+    per_set, projected = len(weights) // sets, len(weights) == projected_count
+    names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if bias else [])
+    names += ["weight_hr"] if projected else []
+
+    w_hh = weights[1]
+    if w_hh.dim() != 2 or w_hh.size(0) % 4:
+        raise ValueError(f"weights[1] (weight_hh_l0): expected shape (4 * hidden, state), got {_shape(w_hh)}")
+    hidden, state = w_hh.size(0) // 4, w_hh.size(1)
+    if not projected and hidden != state:
+        raise ValueError(
+            f"weights[1] (weight_hh_l0): expected shape {(4 * hidden, hidden)} without weight_hr, "
+            f"got {_shape(w_hh)}"
+        )
+    if projected and state >= hidden:
+        raise ValueError(
+            f"weights[1] (weight_hh_l0): expected a state (proj_size) smaller than hidden, got shape {_shape(w_hh)}"
+        )
+    for i, weight in enumerate(weights):
+        place, kind = divmod(i, per_set)
+        k, reverse = divmod(place, directions)
+        name = f"{names[kind]}_l{k}{'_reverse' if reverse else ''}"
+        features = input.size(-1) if k == 0 else directions * state
+        expected: tuple[int, ...] = {
+            "weight_ih": (4 * hidden, features),
+            "weight_hh": (4 * hidden, state),
+            "weight_hr": (state, hidden),
+        }.get(names[kind], (4 * hidden,))
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"weights[{i}] ({name}): expected shape {expected}, got {_shape(weight)}")
+        _check_like_input(f"weights[{i}] ({name})", weight, input)
+    n = per_set * directions
+    return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
+
+
+def _split_norm(
+    weights: Sequence[Tensor] | None,
+    input: Tensor,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    hidden: int,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Check the flat sequence of parameters of layer normalisation and cut it into layers."""
+    if weights is None:
+        return ()
+    if isinstance(weights, Tensor) or not all([isinstance(w, Tensor) for w in weights]):
+        raise TypeError("norm_weights: expected None or a flat sequence of Tensors")
+    kinds = ["gain_ih", "gain_hh", "gain_c"] + (["bias_c"] if bias else [])
+    directions = 2 if bidirectional else 1
+    n = len(kinds) * directions
+    if len(weights) != num_layers * n:
+        raise ValueError(
+            f"norm_weights: expected {num_layers * n} tensors ({', '.join(kinds)}, for each layer and direction), "
+            f"got {len(weights)}"
+        )
+    for i, w in enumerate(weights):
+        kind = kinds[i % len(kinds)]
+        expected = (hidden,) if kind.endswith("_c") else (4 * hidden,)
+        if tuple(w.shape) != expected:
+            raise ValueError(f"norm_weights[{i}] ({kind}): expected shape {expected}, got {_shape(w)}")
+        _check_like_input(f"norm_weights[{i}] ({kind})", w, input)
+    return tuple([tuple(weights[k * n : (k + 1) * n]) for k in range(num_layers)])
+
+
+def _check_like_input(name: str, x: Tensor, input: Tensor) -> None:
+    if x.device != input.device:
+        raise ValueError(f"{name}: expected device {input.device} as input, got {x.device}")
+    if x.dtype != input.dtype and not any_autocast():
+        raise ValueError(f"{name}: expected dtype {input.dtype} as input, got {x.dtype}")
+
+
+def _check_hx(
+    hx: Any, input: Tensor, sets: int, batch: int, hidden_size: int, state_size: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if hx is None:
+        return None, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
+        raise TypeError(f"hx: expected None or a tuple of two Tensors (h0, c0), got {describe_hx(hx)}")
+    for name, x, size in (("hx[0] (h0)", hx[0], state_size), ("hx[1] (c0)", hx[1], hidden_size)):
+        expected = (sets, batch, size)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {_shape(x)}")
+        _check_like_input(name, x, input)
+    return hx[0], hx[1]
+
+
+def describe_hx(hx: Any) -> str:
+    """The type of a wrong ``hx``, with the types inside if it is a tuple or list."""
+    if isinstance(hx, (tuple, list)):
+        return f"{type(hx).__name__} of ({', '.join(type(x).__name__ for x in hx)})"
+    return type(hx).__name__

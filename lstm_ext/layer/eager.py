@@ -1,0 +1,112 @@
+"""The layer on plain eager tensors: direct calls of the kernels, and one `autograd.Function` around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import transforms
+from .layer_call import PLAIN, LayerCall, LayerOptions, LayerResults
+from .tracing import are_plain, is_direct
+
+__all__ = ["lstm_layer"]
+
+
+def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
+    """Only where `tracing.is_direct`."""
+    if torch.is_grad_enabled() and _needs_grad(call):
+        return _Layer.apply(kernels, call, *call.tensors())
+    return kernels.lstm_layer_forward(
+        call.input,
+        call.h0,
+        call.c0,
+        call.weights,
+        call.batch_sizes,
+        call.bias,
+        call.bidirectional,
+        _native(kernels, call.options),
+        False,
+    )[:5]
+
+
+def _needs_grad(call: LayerCall) -> bool:
+    h0, c0, options = call.h0, call.c0, call.options
+    return (
+        call.input.requires_grad
+        or any([w.requires_grad for w in call.weights])
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+        or (options is not PLAIN and any([t.requires_grad for t in options.tensors()]))
+    )
+
+
+def _native(kernels: Any, options: LayerOptions) -> Any:
+    """The options as the kernels take them; None for nothing set."""
+    return None if options is PLAIN else kernels.LayerOptions(**options.as_keywords())
+
+
+class _Layer(torch.autograd.Function):
+    """Arguments: the kernels, the call, and the call's tensors (see `Signature`)."""
+
+    @staticmethod
+    def forward(ctx, kernels, call, *tensors):
+        options = call.options
+        output, h_n, c_n, cells, gates, saved = kernels.lstm_layer_forward(
+            call.input,
+            call.h0,
+            call.c0,
+            call.weights,
+            call.batch_sizes,
+            call.bias,
+            call.bidirectional,
+            _native(kernels, options),
+            True,
+        )
+        ctx.kernels = kernels
+        ctx.signature = call.signature()
+        ctx.is_plain = options is PLAIN
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(call.batch_sizes, *tensors, output, *saved)
+        return output, h_n, c_n, cells, gates
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # Once: checkpoint recomputes the tensors at the first access and refuses a second.
+        batch_sizes, *rest = ctx.saved_tensors
+        signature = ctx.signature
+        count = len(ctx.needs_input_grad) - 2
+        tensors, (output, *saved) = rest[:count], rest[count:]
+        needs_grad = ctx.needs_input_grad[2 : 2 + signature.differentiable]
+        constants = (None,) * (count - len(needs_grad))
+        call = signature.call(batch_sizes, tensors)
+        if ctx.is_plain:
+            call.options = PLAIN
+        if all([g is None for g in grads]):
+            return None, None, *[None] * count
+        # With create_graph=True, the gradients must themselves be differentiable.
+        if not torch.is_grad_enabled() and is_direct(call) and are_plain(grads):
+            gradients = ctx.kernels.lstm_layer_backward(
+                call.input,
+                call.h0,
+                call.c0,
+                call.weights,
+                batch_sizes,
+                call.bias,
+                call.bidirectional,
+                _native(ctx.kernels, call.options),
+                *grads,
+                output,
+                saved,
+                needs_grad,
+            )
+        else:
+            if signature.recompute:
+                saved_results = None
+            else:
+                # The operators have a tensor without elements where the layer needs none.
+                saved_results = [output, *[output.new_empty(0) if t is None else t for t in saved]]
+            gradients = transforms.layer_gradients(
+                signature, needs_grad, batch_sizes, grads, saved_results, tensors
+            )
+        return None, None, *gradients, *constants

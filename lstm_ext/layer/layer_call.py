@@ -1,0 +1,206 @@
+"""One call of a layer, described once: what travels from the modules down to the kernels.
+
+csrc/torch/layer_call.h has the same names on the other side of the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["PLAIN", "LayerCall", "LayerFunction", "LayerOptions", "LayerResults", "Signature"]
+
+# output, h_n, c_n, cell states and gate values; the last two are None where they are not requested.
+LayerResults = tuple[Any, ...]
+
+
+@dataclass(eq=False)  # not frozen: one is made for each call, and a frozen one takes four times as long
+class LayerOptions:
+    """What a layer does beyond ``torch.nn.LSTM``, both directions; time first. Nothing set is the plain layer.
+
+    D directions, T steps, B sequences, H hidden units, P the size of h; N rows if the input is packed. All tensors are
+    on the device of the input. `lstm_ext.reference` has the equations.
+
+    Attributes:
+        resets: bool (T, B), or (N,): a flag at time t cuts the row between the times t - 1 and t, in both directions,
+            and the state is replaced there. False past the end of a sequence.
+        reset_h, reset_c: (D, B, P) and (D, B, H), the state that replaces it; None for zeros. In the order of ``h0``.
+        lengths: int64 (B,), each in [0, T]: how many steps of a sequence count. Never with packed input.
+        recurrent_mask: (D, B, P): h_{t-1} is multiplied by it before the product with W_hh. float32 for a 16-bit
+            input, otherwise of the input's dtype.
+        keep_h, keep_c: the flags of zoneout in training, bool (D, T, B, P or H) or (D, N, P or H): True where the
+            previous state is kept.
+        zoneout_h, zoneout_c: without flags, the share of the previous state that is kept.
+        norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
+            ``bias_c`` if the layer has biases. Empty without layer normalisation.
+        return_cell_states, return_gates: whether these results are requested.
+        recompute: save no gates for the backward pass, which computes them again.
+    """
+
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    lengths: Tensor | None = None
+    recurrent_mask: Tensor | None = None
+    keep_h: Tensor | None = None
+    keep_c: Tensor | None = None
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    norm: Sequence[Tensor] = ()
+    return_cell_states: bool = False
+    return_gates: bool = False
+    recompute: bool = False
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The options that are set, by name."""
+        # A compiler takes the numbers of a module for inputs of its graph, so a share of 0 is left out.
+        keywords: dict[str, Any] = {}
+        for name in _OPTION_NAMES:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                keywords[name] = value
+            elif isinstance(value, (tuple, list)):
+                if value:
+                    keywords[name] = list(value)
+            elif value:
+                keywords[name] = value
+        return keywords
+
+    def tensors(self) -> list[Tensor]:
+        values = (
+            *(self.resets, self.reset_h, self.reset_c, self.lengths),
+            *(self.recurrent_mask, self.keep_h, self.keep_c, *self.norm),
+        )
+        return [v for v in values if v is not None]
+
+
+_OPTION_NAMES = tuple(field.name for field in fields(LayerOptions))
+
+PLAIN = LayerOptions()
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One layer, all time steps, both directions if ``bidirectional``.
+
+    Attributes:
+        input: (T, B, I), T >= 1, any strides; with ``batch_sizes`` (N, I), N their sum.
+        h0: (D, B, P), or None for zeros.
+        c0: (D, B, H), or None for zeros.
+        weights: D sets of ``w_ih (4H, I), w_hh (4H, P)[, b_ih (4H), b_hh (4H)][, w_hr (P, H)]``.
+        batch_sizes: (T,), int64 on the CPU, of a ``torch.nn.utils.rnn.PackedSequence``: how many of the B sequences,
+            sorted by falling length, have a step t. A sequence begins from its row of ``h0`` and ``c0``, in the reverse
+            direction at its own last step. None for dense input.
+        bias: whether the sets hold the two biases.
+        bidirectional: whether there are two sets, the second for the reverse direction.
+        options: what the layer does beyond ``torch.nn.LSTM``.
+    """
+
+    input: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor]
+    batch_sizes: Tensor | None
+    bias: bool
+    bidirectional: bool
+    options: LayerOptions = PLAIN
+
+    def signature(self) -> Signature:
+        """The call without its tensors."""
+        options = self.options
+        return Signature(
+            self.bias,
+            self.bidirectional,
+            len(self.weights),
+            len(options.norm),
+            options.zoneout_h,
+            options.zoneout_c,
+            options.return_cell_states,
+            options.return_gates,
+            options.recompute,
+        )
+
+    def tensors(self) -> list[Any]:
+        """The tensors of the call in the order of `Signature`, without batch_sizes."""
+        options = self.options
+        tensors = [
+            self.input,
+            self.h0,
+            self.c0,
+            *self.weights,
+            options.reset_h,
+            options.reset_c,
+            *options.norm,
+        ]
+        tensors += [options.resets, options.lengths, options.recurrent_mask, options.keep_h, options.keep_c]
+        return tensors
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerCall:
+        """The same call with ``function`` of each tensor but batch_sizes."""
+        tensors = [None if t is None else function(t) for t in self.tensors()]
+        return self.signature().call(self.batch_sizes, tensors)
+
+
+# Any function that computes a layer.
+LayerFunction = Callable[[LayerCall], LayerResults]
+
+
+class Signature(NamedTuple):
+    """A call without its tensors.
+
+    The tensors lie in one sequence: first those with gradients, input, h0, c0, the weights, reset_h, reset_c and the
+    parameters of norm; then resets, lengths, recurrent_mask, keep_h and keep_c.
+    """
+
+    bias: bool
+    bidirectional: bool
+    weight_count: int
+    norm_count: int = 0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    return_cell_states: bool = False
+    return_gates: bool = False
+    recompute: bool = False
+
+    @property
+    def differentiable(self) -> int:
+        """How many of the tensors have gradients: the first ones."""
+        return 5 + self.weight_count + self.norm_count
+
+    def call(self, batch_sizes: Tensor | None, tensors: Sequence[Any]) -> LayerCall:
+        """The call of these tensors: the inverse of `LayerCall.tensors`."""
+        after_weights = 3 + self.weight_count
+        input, h0, c0, *weights = tensors[:after_weights]
+        reset_h, reset_c, *norm = tensors[after_weights : self.differentiable]
+        resets, lengths, recurrent_mask, keep_h, keep_c = tensors[self.differentiable :]
+        options = LayerOptions(
+            resets=resets,
+            reset_h=reset_h,
+            reset_c=reset_c,
+            lengths=lengths,
+            recurrent_mask=recurrent_mask,
+            keep_h=keep_h,
+            keep_c=keep_c,
+            zoneout_h=self.zoneout_h,
+            zoneout_c=self.zoneout_c,
+            norm=norm,
+            return_cell_states=self.return_cell_states,
+            return_gates=self.return_gates,
+            recompute=self.recompute,
+        )
+        return LayerCall(input, h0, c0, weights, batch_sizes, self.bias, self.bidirectional, options)
+
+    def batch_axes(self, packed: bool) -> tuple[int | None, ...]:
+        """For each tensor, where its batch lies, or its rows if packed; None for what belongs to the layer."""
+        axis = 0 if packed else 1  # in the input
+        weights, norm = (None,) * self.weight_count, (None,) * self.norm_count
+        return (axis, 1, 1, *weights, 1, 1, *norm, axis, 0, 1, axis + 1, axis + 1)
+
+    @staticmethod
+    def result_axes(packed: bool, count: int) -> tuple[int, ...]:
+        """The same for ``count`` results of the layer; those after the first three are by direction."""
+        axis = 0 if packed else 1
+        return (axis, 1, 1) + (axis + 1,) * (count - 3)

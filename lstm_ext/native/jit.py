@@ -1,0 +1,230 @@
+"""Builds the extension on first use, once for each torch, set of flags and state of the sources."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import config
+from .config import BuildError
+
+__all__ = [
+    "MODULE",
+    "build",
+    "exclusive",
+    "finished",
+    "folder",
+    "module",
+    "ops_library",
+    "problem",
+    "source_dir",
+]
+
+MODULE = "lstm_ext_C"
+_OPS_MODULE = "lstm_ext_ops"
+_log = logging.getLogger("lstm_ext")
+
+
+def module(directory: Path) -> Path:
+    """The Python module in a folder of a build."""
+    return directory / f"{MODULE}.so"
+
+
+def ops_library(directory: Path) -> Path:
+    """The operators' library in a folder of a build."""
+    return directory / f"{_OPS_MODULE}.so"
+
+
+def problem() -> str | None:
+    """Why a build on first use cannot work here, or None; finds out without building."""
+    try:
+        source_dir()
+        _requirements()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def source_dir() -> Path:
+    """csrc/, or a BuildError."""
+    if not config.is_supported_platform():
+        raise BuildError("the extension supports Linux on x86-64 only.")
+    directory = config.source_dir()
+    if directory is None:
+        raise BuildError(f"the C++ sources were not found beside {config.PACKAGE}: reinstall lstm_ext.")
+    return directory
+
+
+def _requirements() -> tuple[str, str]:
+    """The compiler's command and version, or a BuildError."""
+    compiler = config.find_compiler()
+    config.check_headers()
+    if shutil.which("ninja", path=config.search_path()) is None:
+        raise BuildError("ninja was not found: `pip install ninja`.")
+    if importlib.util.find_spec("setuptools") is None:
+        raise BuildError(
+            "setuptools, which torch's build on first use needs, was not found: `pip install setuptools`."
+        )
+    return compiler
+
+
+def folder(sources: Path, *kind: str) -> Path:
+    """Where the build of these sources is. Its name has everything that the build depends on, so that a finished
+    folder never changes."""
+    key = config.digest(sources, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "", *kind)
+    return _root() / f"{MODULE}_{key}"
+
+
+def _root() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return Path(root).absolute()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise BuildError(
+            "there is no home folder: set TORCH_EXTENSIONS_DIR to a folder that you can write."
+        ) from None
+    return cache / "torch_extensions" / "lstm_ext"
+
+
+def finished(directory: Path) -> dict | None:
+    """The record of a finished build. None for a build that was killed, and if a library was cut short since."""
+    record = config.read_record(directory)
+    return record if record is not None and record.get("sizes") == _sizes(directory) else None
+
+
+def _sizes(directory: Path) -> list[int] | None:
+    paths = (module(directory), ops_library(directory))
+    return [path.stat().st_size for path in paths] if all(path.is_file() for path in paths) else None
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """One process at a time. The kernel frees the lock of a process that dies; torch's own lock file would stay."""
+    import fcntl  # not on every platform that runs the reference
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("lstm_ext: waiting for another process that is compiling the extension")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Explicitly: a child forked meanwhile holds the file open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
+    """Compiles into ``directory``. It writes the record last, so a folder without one is unfinished.
+
+    Raises:
+        BuildError: something is missing, or the compiler refused.
+    """
+    command, compiler = _requirements()
+    ops_sources, module_sources = config.split_sources(sources, with_cuda=cuda is not None)
+    ops_file = ops_library(directory).name
+    if directory.exists():
+        # Objects of a killed build, and the lock file that torch would wait for without end. Moved first: its
+        # compiler may be running still, and takes the folder along as its working directory.
+        leftovers = directory.with_suffix(f".{os.getpid()}")
+        directory.rename(leftovers)
+        shutil.rmtree(leftovers, ignore_errors=True)
+    directory.mkdir()
+    _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
+    # torch would warn about a compiler that calls itself something else than g++.
+    environment = {"CXX": command, "PATH": config.search_path(), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    if cuda is not None:
+        environment |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
+    with _environment(**environment):
+        from torch.utils import cpp_extension
+
+        if cuda is not None:
+            # Read when it was imported, which may have been long before.
+            cpp_extension.CUDA_HOME = str(cuda.home)
+
+        def build_library(
+            name: str,
+            sources_of_it: list[Path],
+            compile_flags: list[str],
+            link_flags: list[str],
+            with_cuda: bool,
+        ) -> None:
+            header_dirs = cuda.header_dirs if cuda is not None and with_cuda else ()
+            nvcc_flags = [*config.NVCC_FLAGS, *cuda.nvcc_flags] if cuda is not None and with_cuda else []
+            cpp_extension.load(
+                name,
+                [str(path) for path in sources_of_it],
+                extra_cflags=[
+                    shlex.quote(flag)
+                    for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
+                ],
+                extra_cuda_cflags=[shlex.quote(flag) for flag in nvcc_flags],
+                # ninja reads them first and a shell after it.
+                extra_ldflags=[shlex.quote(flag).replace("$", "$$") for flag in link_flags],
+                extra_include_paths=[str(sources)],
+                build_directory=str(directory),
+                with_cuda=with_cuda,
+                # Only build it: the loader imports it, whoever built it and when.
+                is_python_module=False,
+            )
+
+        try:
+            build_library(
+                _OPS_MODULE,
+                ops_sources,
+                config.compile_flags(cuda),
+                config.ops_link_flags(ops_file),
+                cuda is not None,
+            )
+            # By a relative path: the linker runs in the folder.
+            link_flags = config.module_link_flags(f"./{ops_file}")
+            build_library(MODULE, module_sources, config.module_compile_flags(cuda), link_flags, False)
+        except RuntimeError as error:
+            advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
+            raise BuildError(
+                f"compiling with `{command}` failed: {_first_error(str(error))}{advice}"
+            ) from error
+        except OSError as error:
+            raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
+    sizes = _sizes(directory)
+    config.write_record(directory, torch.__version__, compiler, config.digest(sources), cuda, sizes=sizes)
+
+
+def _first_error(output: str) -> str:
+    """The compiler's own first complaint, out of all that ninja printed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for pattern in (r"\berror\b\s*:", r"\b(error|cannot|not found|undefined|killed)\b"):
+        for line in lines:
+            if re.search(pattern, line, re.IGNORECASE) and not line.startswith(
+                ("Error building", "ninja:", "FAILED:")
+            ):
+                return line
+    return lines[-1] if lines else "no output"

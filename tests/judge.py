@@ -1,0 +1,94 @@
+"""How exact a result has to be: no more than twice torch's own error at the same dtype.
+
+An error is ``|out - ref| / |ref|`` (2-norms over the whole tensor) against a float64 reference. Allowed is 2 x torch's
+error + 4 eps of the dtype. In float64 it is 64 eps, since the reference has an error of that kind itself. Where torch
+has no such layer, the equations in plain PyTorch stand in for it, computed in the same dtype.
+
+One draw says little about a tensor of a few numbers, of which torch may happen to have an error of next to nothing:
+`Worst` compares the worst errors of several draws, and `stacked` judges several draws as one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# Machine precision, the smallest distance from 1 to another number.
+EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """``|out - ref| / |ref|``; inf for anything not finite, and for anything but zeros where ref is zero."""
+    out, ref = out.detach().double(), ref.detach().double()
+    assert out.shape == ref.shape, f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+    error = torch.linalg.vector_norm(out - ref).item()
+    norm = torch.linalg.vector_norm(ref).item()
+    if not math.isfinite(error):
+        return math.inf
+    if norm == 0:
+        return math.inf if error > 0 else 0.0
+    return error / norm
+
+
+def allowed_error(torch_error: float, dtype: torch.dtype) -> float:
+    eps = EPS[dtype]
+    return 64 * eps if dtype == torch.float64 else 2 * torch_error + 4 * eps
+
+
+class Worst:
+    """The worst errors of several draws, by the names of the tensors: ours and torch's."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def add(
+        self, ours: Mapping[str, Tensor], torchs: Mapping[str, Tensor], ref: Mapping[str, Tensor]
+    ) -> None:
+        """``ours`` and ``torchs`` at one dtype, ``ref`` in float64."""
+        assert ours.keys() == torchs.keys() == ref.keys()
+        for name, out in ours.items():
+            expected = torchs[name]
+            assert out.shape == expected.shape, (
+                f"{name}: shape {tuple(out.shape)}, torch's {tuple(expected.shape)}"
+            )
+            assert out.dtype == expected.dtype, f"{name}: dtype {out.dtype}, torch's {expected.dtype}"
+            errors = relative_error(out, ref[name]), relative_error(expected, ref[name])
+            before = self.errors.get(name, (0.0, 0.0))
+            self.errors[name] = max(before[0], errors[0]), max(before[1], errors[1])
+            self.dtypes[name] = out.dtype
+
+    def problems(self) -> list[str]:
+        """A line for each tensor that is not exact enough."""
+        assert self.errors, "nothing was judged"
+        return [
+            f"{name}: error {ours:.3g}, allowed {allowed_error(torchs, self.dtypes[name]):.3g}, "
+            f"torch's {torchs:.3g}"
+            for name, (ours, torchs) in self.errors.items()
+            if not ours <= allowed_error(torchs, self.dtypes[name])
+        ]
+
+
+def assert_as_accurate_as_torch(
+    ours: Tensor | Mapping[str, Tensor],
+    torchs: Tensor | Mapping[str, Tensor],
+    ref: Tensor | Mapping[str, Tensor],
+) -> None:
+    """``ours`` and ``torchs`` at one dtype, ``ref`` in float64: tensors, or mappings from names to tensors.
+
+    The error lists every tensor that is not exact enough.
+    """
+    if isinstance(ours, Tensor):
+        ours, torchs, ref = {"result": ours}, {"result": torchs}, {"result": ref}
+    worst = Worst()
+    worst.add(ours, torchs, ref)
+    problems = worst.problems()
+    assert not problems, "\n".join(problems)
+
+
+def stacked(results: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Several results as one, so that their errors are judged together."""
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}

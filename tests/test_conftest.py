@@ -1,0 +1,114 @@
+"""conftest.py in a project of its own: skips are counted, CUDA's tests are chosen, one test may have the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.tools
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+SKIPS = """
+import pytest
+def test_passes(): pass
+def test_agreed(): pytest.skip("as agreed")
+"""
+UNEXPECTED = """
+import pytest
+def test_passes(): pass
+def test_surprise(): pytest.skip("a surprise")
+"""
+WHOLE_FILE = "import pytest\npytest.skip('a surprise', allow_module_level=True)\n"
+DEVICES = """
+import pytest
+@pytest.mark.devices("cpu", "cuda")
+def test_both(device): pass
+@pytest.mark.devices("cuda")
+def test_of_cuda(): assert False
+def test_of_the_cpu(): pass
+"""
+# Each notes what it has seen of the others while it ran.
+ALONE = """
+import os, time, pytest, torch
+from pathlib import Path
+RUNNING = Path(__file__).parent / "running"
+def note():
+    RUNNING.mkdir(exist_ok=True)
+    mine = RUNNING / str(os.getpid())
+    mine.touch()
+    seen = 0
+    for _ in range(20):
+        time.sleep(0.01)
+        seen = max(seen, len(list(RUNNING.iterdir())))
+    mine.unlink()
+    return seen
+@pytest.mark.parametrize("n", range(12))
+def test_beside_others(n):
+    note()
+    assert torch.get_num_threads() == 1
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(6))
+def test_alone(n):
+    assert note() == 1
+    assert torch.get_num_threads() == int(os.environ["THREADS"])
+"""
+
+
+def run(folder: Path, test: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    shutil.copy(HERE / "conftest.py", folder)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "expected_skips.txt").write_text("*::test_agreed  # for this test\n")
+    (folder / "test_some.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+processes = pytest.mark.parametrize("processes", ["0", "2"])
+
+
+@processes
+def test_agreed_skips_pass(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, SKIPS, "-n", processes)
+    assert code == 0, said
+    assert "1 passed, 1 skipped" in said
+
+
+@processes
+@pytest.mark.parametrize("test", [UNEXPECTED, WHOLE_FILE], ids=["test", "file"])
+def test_other_skips_fail(tmp_path: Path, test: str, processes: str) -> None:
+    (tmp_path / "test_another.py").write_text("def test_passes(): pass\n")
+    code, said = run(tmp_path, test, "test_another.py", "-n", processes)
+    assert code == 1, said
+    assert "skips that tests/expected_skips.txt does not list" in said
+    assert "a surprise" in said.partition("does not list")[2]
+
+
+@processes
+@pytest.mark.skipif("config.getoption('--device') == 'cuda'")
+def test_devices(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, DEVICES, "-n", processes, CUDA_VISIBLE_DEVICES="")
+    assert code == 0, said
+    assert "2 passed" in said and "tests of CUDA were not collected: torch finds no GPU" in said
+    code, said = run(tmp_path, DEVICES, "--device", "cuda", "-n", processes, CUDA_VISIBLE_DEVICES="")
+    assert code == 1, said
+    assert "--device cuda, but torch finds no GPU" in said
+
+
+def test_without_the_extension(tmp_path: Path) -> None:
+    code, said = run(tmp_path, SKIPS, "-n", "2", LSTM_EXT_BACKEND="reference")
+    assert code == 1, said
+    assert "the compiled extension is not loaded, so nothing would be tested" in said
+
+
+def test_alone(tmp_path: Path) -> None:
+    code, said = run(tmp_path, ALONE, "-n", "3", THREADS="2", OMP_NUM_THREADS="2")
+    assert code == 0, said
