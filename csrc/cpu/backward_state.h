@@ -45,8 +45,8 @@ struct BackwardStepRows {
 template <typename T>
 struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   using Base = Pass<T, BackwardParams<T>, BackwardPlan>;
-  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::states_before, Base::zero_row;
-  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::worker;
+  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::states_before;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::worker_buffer, Base::zero_row;
   using S = Simd<T>;
 
   const bool recomputes = !params.gate_values;
@@ -54,10 +54,10 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   const Range hidden_columns = columns(shape.hidden_size);  // the units of this member
   const Range output_columns = columns(shape.output_size);  // its output features; the same without a projection
   // h_{t-1} of the chunk's rows; see list_previous_h.
-  const T** const h_rows = row_list(plan.h_lists, worker* plan.chunk_rows);
+  const T** const h_rows = row_list(plan.h_lists, plan.chunk_rows);
   // Gradients of the preactivations of the team's rows, in a step after which one of them is cut off.
-  const T** const cut_rows = row_list(plan.cut_lists, worker* plan.team_rows);
-  T* const outer_products = buffer(plan.outer_products, worker* plan.outer_product_size);
+  const T** const cut_rows = row_list(plan.cut_lists, plan.team_rows);
+  T* const outer_products = worker_buffer(plan.outer_products, plan.outer_product_size);
   // Buffers (B, n); null where they are not needed.
   T* const grad_h = buffer_if(params.options.any(), plan.grad_h);  // (B, H): dL/d(o * tanh(c)) of a step
   // (B, P): the part of dL/dh_t that zoneout gives to h_{t-1}.
@@ -105,7 +105,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     return c.grad_preactivations + row_in_chunk(c, s) * gate_stride;
   }
   T* grad_hidden(int64_t s) const { return chunk.grad_hidden + row_in_chunk(s) * shape.output_size; }
-  // Of a chunk.
+  // Those of a row of the current chunk.
   T* recomputed_gate_values(int64_t row) const {
     return buffer(plan.recomputed_gate_values, row * 4 * shape.hidden_size);
   }

@@ -241,7 +241,7 @@ class UnfusedBackwardStep {
   // The chunk's sums are added to those of all: one running sum over all rows would be less exact.
   void finish_chunk() {
     if constexpr (kNormalised) {
-      for (int64_t k = 0; k < kNormSums * H_; ++k) {
+      for (int64_t k = 0; k < sums_size_; ++k) {
         worker_sums_[k] += chunk_sums_[k];
         chunk_sums_[k] = T(0);
       }
@@ -262,13 +262,12 @@ class UnfusedBackwardStep {
                  {params.grad_gain_hh, 8 * H_, 12 * H_},
                  {params.grad_gain_c, 12 * H_, 13 * H_},
                  {params.grad_bias_c, 13 * H_, 14 * H_}};
-    const int64_t count = kNormSums * H_;
-    const Range mine = share(count, workers, pass_.worker);
+    const Range mine = share(sums_size_, workers, pass_.worker);
     for (const auto& part : parts) {
       if (!part.grad) continue;
       for (int64_t k = mine.begin > part.begin ? mine.begin : part.begin; k < smaller(mine.end, part.end); ++k) {
         T sum = 0;
-        for (int64_t worker = 0; worker < workers; ++worker) sum += all_sums_[worker * count + k];
+        for (int64_t worker = 0; worker < workers; ++worker) sum += all_sums_[worker * sums_size_ + k];
         part.grad[k - part.begin] = sum;
       }
     }
@@ -394,13 +393,14 @@ class UnfusedBackwardStep {
   UnfusedHiddenGradient<T> hidden_gradient_{pass_};
   const int64_t H_ = pass_.shape.hidden_size;
   // With layer normalisation: kNormRows rows of N(c_t), and one of its gradient.
-  T* const normalised_c_ = pass_.buffer(pass_.plan.norm_rows, pass_.worker*(kNormRows + 1) * H_);
+  T* const normalised_c_ = pass_.worker_buffer(pass_.plan.norm_rows, (kNormRows + 1) * H_);
   T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
   // Its sums over a chunk, and over all chunks, of this worker: the gradients of the biases (4H), gain_ih (4H), gain_hh
   // (4H), gain_c (H) and bias_c (H), kNormSums * H in all. And those of all workers.
-  T* const chunk_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.worker * kNormSums * H_);
-  T* const all_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.plan.grid.workers() * kNormSums * H_);
-  T* const worker_sums_ = all_sums_ + pass_.worker * kNormSums * H_;
+  const int64_t sums_size_ = kNormSums * H_;
+  T* const chunk_sums_ = pass_.worker_buffer(pass_.plan.norm_sums, sums_size_);
+  T* const all_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.plan.grid.workers() * sums_size_);
+  T* const worker_sums_ = all_sums_ + pass_.worker * sums_size_;
 };
 
 }  // namespace

@@ -16,20 +16,20 @@ namespace {
 template <typename T>
 struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   using Base = Pass<T, ForwardParams<T>, ForwardPlan>;
-  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::writable_row_list, Base::zero_row;
-  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::team, Base::worker;
+  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::team_buffer, Base::zero_row;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
   GateProduct<T> product;  // of this member's units
   T* const input_panels = buffer(plan.input_panels);
   T* const recurrent_panels = buffer(plan.recurrent_panels);
   T* const projection_panels = buffer(plan.projection_panels);
   T* const bias = buffer(plan.bias);
-  T* const chunk_preactivations = buffer(plan.preactivations, plan.chunk_rows * team * 4 * shape.hidden_size);
+  T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
   // Rows of the input and of the preactivations in a chunk of packed data.
-  const T** const input_rows = row_list(plan.row_lists, worker * 2 * plan.chunk_rows);
-  T** const preactivation_rows = writable_row_list(plan.row_lists, (worker * 2 + 1) * plan.chunk_rows);
+  const T** const input_rows = row_list(plan.row_lists, 2 * plan.chunk_rows);
+  T** const preactivation_rows = writable_row_list(plan.row_lists, 2 * plan.chunk_rows) + plan.chunk_rows;
   // h_{t-1}, and c_{t-1} or null, of the team's rows in a step; see list_previous.
-  const T** const h_rows = row_list(plan.state_lists, worker * 2 * plan.team_rows);
+  const T** const h_rows = row_list(plan.state_lists, 2 * plan.team_rows);
   const T** const c_rows = h_rows + plan.team_rows;
 
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)

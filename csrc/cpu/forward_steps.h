@@ -115,9 +115,9 @@ class UnfusedForwardStep {
   explicit UnfusedForwardStep(ForwardState<T>& pass)
       : pass_(pass),
         options_(pass.params.options),
-        masked_h_(pass.buffer(pass.plan.masked_h, pass.worker * pass.plan.team_rows * pass.shape.output_size)),
-        recurrent_part_(pass.buffer(pass.plan.recurrent_parts, pass.team * pass.plan.team_rows * 4 * H_)),
-        normalised_c_(pass.buffer(pass.plan.normalised_cells, pass.worker * kNormRows * H_)) {}
+        masked_h_(pass.worker_buffer(pass.plan.masked_h, pass.plan.team_rows * pass.shape.output_size)),
+        recurrent_part_(pass.team_buffer(pass.plan.recurrent_parts, pass.plan.team_rows * 4 * H_)),
+        normalised_c_(pass.worker_buffer(pass.plan.normalised_cells, kNormRows * H_)) {}
 
   // Layer normalisation leaves the biases to the cell.
   const T* input_bias() const { return kNormalised ? pass_.zero_row : pass_.bias; }

@@ -66,12 +66,15 @@ struct Pass {
         blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
         all_workers(reinterpret_cast<Barrier*>(workspace)),
         team_barrier(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team))),
-        zero_row(buffer(plan.zero_rows, worker * plan.zero_row_size)) {}
+        zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)) {}
 
-  // A place in the workspace, `index` elements after an offset of the plan: numbers, or a list of rows.
-  T* buffer(int64_t offset, int64_t index = 0) const { return place<T>(offset, index); }
-  const T** row_list(int64_t offset, int64_t index) const { return place<const T*>(offset, index); }
-  T** writable_row_list(int64_t offset, int64_t index) const { return place<T*>(offset, index); }
+  // Places in the workspace, at an offset of the plan. Those of a worker or of a team lie one behind the other, each of
+  // `size` numbers or rows.
+  T* buffer(int64_t offset, int64_t index = 0) const { return place<T>(offset) + index; }
+  T* worker_buffer(int64_t offset, int64_t size) const { return buffer(offset) + worker * size; }
+  T* team_buffer(int64_t offset, int64_t size) const { return buffer(offset) + team * size; }
+  const T** row_list(int64_t offset, int64_t size) const { return place<const T*>(offset) + worker * size; }
+  T** writable_row_list(int64_t offset, int64_t size) const { return place<T*>(offset) + worker * size; }
 
   // Rows of the team in step s of this pass.
   int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }
@@ -111,8 +114,8 @@ struct Pass {
 
  private:
   template <typename Element>
-  Element* place(int64_t offset, int64_t index) const {
-    return reinterpret_cast<Element*>(workspace + offset) + index;
+  Element* place(int64_t offset) const {
+    return reinterpret_cast<Element*>(workspace + offset);
   }
 };
 

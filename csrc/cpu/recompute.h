@@ -86,11 +86,11 @@ class Recompute {
   GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks};
   T* const input_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_input_panels);
   T* const recurrent_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_recurrent_panels);
-  T* const bias_ = pass_.buffer(plan_.recompute_bias, pass_.worker * 4 * pass_.shape.hidden_size);
+  T* const bias_ = pass_.worker_buffer(plan_.recompute_bias, 4 * pass_.shape.hidden_size);
   // The team's rows of a chunk.
-  const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, pass_.worker * 3 * plan_.chunk_rows);
+  const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, 3 * plan_.chunk_rows);
   const T** const h_rows_ = input_rows_ + plan_.chunk_rows;
-  T** const gate_rows_ = pass_.writable_row_list(plan_.recompute_lists, (pass_.worker * 3 + 2) * plan_.chunk_rows);
+  T** const gate_rows_ = pass_.writable_row_list(plan_.recompute_lists, 3 * plan_.chunk_rows) + 2 * plan_.chunk_rows;
 };
 
 }  // namespace
