@@ -47,8 +47,9 @@ class LayerOptions:
     recurrent_mask: Tensor | None = None
     keep_h: Tensor | None = None
     keep_c: Tensor | None = None
-    zoneout_h: float = 0.0
-    zoneout_c: float = 0.0
+    # 0 and not 0.0: with dynamic=True, dynamo takes a float of an object for a number that may change.
+    zoneout_h: float = 0
+    zoneout_c: float = 0
     norm: Sequence[Tensor] = ()
     return_cell_states: bool = False
     return_gates: bool = False
