@@ -13,6 +13,7 @@ import pytest
 import torch
 from operator_cases import B, Case, I, T, make
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lstm_ext import ops
@@ -60,11 +61,15 @@ def test_compile(name: str, backend: str, device: str) -> None:
     if (backend, device) == ("inductor", "cuda"):
         pytest.importorskip("triton")
     case = make(name, requires_grad=True)
+    if backend == "inductor":
+        # Its own sine and cosine differ in the last place, which layer normalisation makes of any size in float32.
+        case = case.with_tensors(lambda t: t.detach().double() if t.is_floating_point() else t)
+        for t in case.leaves:
+            t.requires_grad_()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     results = [function(case.layer, case.options) for function in (step, compiled)]
     grads = [gradients(r, case.leaves) for r in results]
-    # inductor's own sine and cosine differ in the last place.
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "inductor" else {"rtol": 0, "atol": 0}
+    tolerance = {"rtol": 1e-9, "atol": 1e-10} if backend == "inductor" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(results[1], results[0], **tolerance)
     torch.testing.assert_close(grads[1], grads[0], **tolerance)
     with torch.no_grad():
@@ -101,20 +106,24 @@ def targets(graph: torch.fx.Graph) -> list[str]:
 def test_make_fx_sees_both_passes(name: str) -> None:
     case = make(name, requires_grad=True)
 
-    def both(layer, options):
-        output, _, c_n, *_ = ops.lstm_layer(*layer, **options)
-        input, h0, c0, weights, *_ = layer
-        inputs = [input, h0, c0, *weights]
-        return torch.autograd.grad(output.sum() + c_n.sum(), inputs)
+    input, h0, c0, weights, *flags = case.layer
+    tensors = {k: v for k, v in case.options.items() if isinstance(v, Tensor)}
+    inputs = (input, h0, c0, *weights, *tensors.values())
 
-    traced = make_fx(both, tracing_mode="symbolic")(case.layer, case.options)
+    def both(*inputs):
+        given = dict(zip(tensors, inputs[3 + len(weights) :], strict=True))
+        layer = (*inputs[:3], list(inputs[3 : 3 + len(weights)]), *flags)
+        output, _, c_n, *_ = ops.lstm_layer(*layer, **{**case.options, **given})
+        return torch.autograd.grad(output.sum() + c_n.sum(), inputs[: 3 + len(weights)])
+
+    traced = make_fx(both, tracing_mode="symbolic")(*inputs)
     assert targets(traced.graph) == ["lstm_layer_forward", "lstm_layer_backward"]
     # A graph shows what is set and nothing else.
     forward, backward = nodes(traced.graph)
     assert set(forward.kwargs) == set(case.options)
     absent = {k for k, v in backward.kwargs.items() if v is None}
     assert not absent & set(case.options)
-    for a, e in zip(traced(case.layer, case.options), both(case.layer, case.options), strict=True):
+    for a, e in zip(traced(*inputs), both(*inputs), strict=True):
         assert torch.equal(a, e)
 
 
@@ -123,10 +132,11 @@ def test_compiled_autograd_traces_the_backward_operator(name: str) -> None:
     case = make(name, requires_grad=True)
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(module)
         return module
 
+    backend = aot_autograd(fw_compiler=keep)
     expected = gradients(step(case.layer, case.options), case.leaves)
     for t in case.leaves:
         t.grad = None
