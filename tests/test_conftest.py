@@ -1,13 +1,19 @@
-"""conftest.py in a project of its own: skips are counted, CUDA's tests are chosen, one test may have the machine."""
+"""conftest.py in a project of its own: skips are counted, CUDA's tests are chosen, one test may have the machine.
+
+And what durations.py and paths.py say about a run.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import durations
+import paths
 import pytest
 
 pytestmark = pytest.mark.tools
@@ -112,3 +118,51 @@ def test_without_the_extension(tmp_path: Path) -> None:
 def test_alone(tmp_path: Path) -> None:
     code, said = run(tmp_path, ALONE, "-n", "3", THREADS="2", OMP_NUM_THREADS="2")
     assert code == 0, said
+
+
+# ---- what is written about a run
+
+TIMES = '<testcase classname="tests.{}" name="{}" time="{}"/>'
+
+
+def test_durations(tmp_path: Path) -> None:
+    cases = [("test_a", "one", 2.0), ("test_a", "two[x]", 1.0), ("simt.test_b", "three", 0.001)]
+    report = tmp_path / "test.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0" time="2.5">'
+        + "".join(TIMES.format(*case) for case in cases)
+        + "</testsuite></testsuites>"
+    )
+    table = durations.table(report)
+    assert table.startswith("3 passed, 0 failed, 0 skipped in 2 s; 3 s of tests")
+    assert "| `tests/test_a.py` | 2 | 3.0 | 2.0 s: `one` |\n| 1 others | 1 | 0.0 | |" in table
+    text = "# Runs\n\n## first\n\nold\n\n## second\n\nkept\n"
+    assert durations.written(text, "first", "new") == "# Runs\n\n## first\n\nnew\n\n## second\n\nkept\n"
+    assert durations.written(text, "third", "new") == f"{text}\n## third\n\nnew\n"
+
+
+def test_lost_paths_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ["cpu", "avx2", "float32", "training", "one", "panels", "one", "dense", "plain", "", "1"]
+    both, one = tmp_path / "both.json", tmp_path / "one.json"
+    both.write_text(
+        json.dumps({"fields": paths.FIELDS, "paths": [[path, 3], [[*path[:4], "teams", *path[5:]], 1]]})
+    )
+    one.write_text(json.dumps({"fields": paths.FIELDS, "paths": [[path, 7]]}))
+    assert paths.main([str(one), str(both)]) == 0
+    assert "lost:" not in capsys.readouterr().out
+    assert paths.main([str(both), str(one)]) == 1
+    assert "avx2 | float32 | training | teams | panels | one" in capsys.readouterr().out
+
+
+def test_paths_are_recorded(tmp_path: Path) -> None:
+    """By the processes of pytest-xdist too."""
+    listed = tmp_path / "paths.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "paths", "-n", "2"]
+    command += ["--list-paths", str(listed), "tests/test_extras_kernels.py", "-k", "sixteen or come_from_the"]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
+    found = paths.read(str(listed))
+    assert {"training", "backward"} <= {p["pass"] for p in found}
+    assert {"bfloat16", "float16", "float32"} <= {p["dtype"] for p in found}
+    assert "dense, resets" in {p["data"] for p in found}
+    assert {"plain", "returned"} <= {p["step"] for p in found}

@@ -115,9 +115,9 @@ def test_packed_extras_without_kernels_are_refused_by_compilers(monkeypatch):
     packed = pack_sequence([torch.randn(n, I) for n in (4, 2)])
     module = lstm_ext.LSTM(I, H, layer_norm=True)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="do not support a PackedSequence together with extras"):
+    with pytest.raises(Exception, match="do not support a PackedSequence together with options"):
         torch.compile(module, backend="eager", fullgraph=True)(packed)
-    with pytest.raises(Exception, match="do not support a PackedSequence together with extras"):
+    with pytest.raises(Exception, match="do not support a PackedSequence together with options"):
         torch.export.export(module, (packed,), strict=False)
 
 
