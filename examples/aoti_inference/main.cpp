@@ -2,8 +2,8 @@
 //
 //   main model.pt2 sample.pt lstm_ext/native/_ops.so
 //
-// sample.pt holds x, h, c and the results that Python computed from them: scores, h, c. The program passes the sequences
-// to the model in two parts, as they would arrive from a sensor, and carries the state from one to the next.
+// sample.pt holds x, h, c and the results that Python computed from them: scores, h, c. The program passes the
+// sequences to the model in two parts, as they would arrive from a sensor, and carries the state from one to the next.
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
