@@ -143,7 +143,7 @@ def step_of(shape: Shape, threads: int, budget: float) -> list[dict]:
     x = torch.randn(shape.batch, shape.input_size)
     h, c = (torch.randn(shape.batch, shape.hidden_size) for _ in range(2))
     hx = (h[None], c[None])
-    arguments = (x[None], *hx, list(cell.parameters()), None, True, False, False)
+    arguments = (x[None], *hx, list(cell.parameters()), None, True, False, None, False)
     kernel = loader.extension().lstm_layer_forward
 
     def inferring(function: Callable[[], object]) -> Callable[[], object]:
