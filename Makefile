@@ -30,7 +30,7 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
-.PHONY: build test test-tools test-full fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
+.PHONY: build test test-tools test-full durations planted fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -46,6 +46,17 @@ test-tools: build
 # These two, and the long matrices.
 test-full: build
 	$(PYTEST) -m '' $(ARGS)
+
+# Writes into tests/full_results.md how long the tests of the first two tiers take, file by file.
+durations: build
+	for tier in test test-tools; do \
+	  $(MAKE) $$tier ARGS="--junitxml=build/$$tier.xml" && \
+	  $(PY) tests/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
+	done
+
+# One wrong line in each kernel file, one after the other: does `make test` see it? An hour.
+planted: build
+	$(PY) tests/planted.py $(ARGS)
 
 # What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
 fuzz: build
