@@ -16,10 +16,14 @@ import durations
 import paths
 import pytest
 
+import lstm_ext
+
 pytestmark = pytest.mark.tools
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+# The package that is under test here: it may be an installed one, beside sources built for another torch.
+PACKAGE = Path(lstm_ext.__file__).resolve().parents[1]
 
 SKIPS = """
 import pytest
@@ -73,7 +77,7 @@ def run(folder: Path, test: str, *arguments: str, **environment: str) -> tuple[i
     (folder / "expected_skips.txt").write_text("*::test_agreed  # for this test\n")
     (folder / "test_some.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **environment}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
@@ -158,9 +162,10 @@ def test_paths_are_recorded(tmp_path: Path) -> None:
     """By the processes of pytest-xdist too."""
     listed = tmp_path / "paths.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "paths", "-n", "2"]
-    command += ["--list-paths", str(listed), "tests/test_extras_kernels.py", "-k", "sixteen or come_from_the"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
+    command += ["-c", str(ROOT / "pyproject.toml"), "--list-paths", str(listed)]
+    command += [str(HERE / "test_extras_kernels.py"), "-k", "sixteen or come_from_the"]
+    environment = os.environ | {"PYTHONPATH": f"{PACKAGE}{os.pathsep}{HERE}"}
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment, capture_output=True)
     found = paths.read(str(listed))
     assert {"training", "backward"} <= {p["pass"] for p in found}
     assert {"bfloat16", "float16", "float32"} <= {p["dtype"] for p in found}
