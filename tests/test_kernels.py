@@ -36,7 +36,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def sized(T: int, B: int, I: int, H: int, P: int, bidirectional: bool, bias: bool) -> Case:
     P = 0 if P >= H else P
     sizes = {"steps": T, "batch": B, "input_size": I, "hidden_size": H, "proj_size": P}
-    return Case(**sizes, bidirectional=bidirectional, bias=bias)
+    return Case(**sizes, bidirectional=bidirectional, bias=bias, weights_first=True)
 
 
 def plan_of(case: Case, dtype: torch.dtype, threads: int) -> dict[str, int]:
@@ -62,7 +62,7 @@ def edges(lanes: int, tile_rows: int) -> dict[str, list[Case]]:
             (6, 7, 5, 2 * lanes + 3, p, True, True) for p in (1, lanes - 1, lanes, lanes + 1) if p
         ],
         "projection, row-major": [
-            (3, 2, 6, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p
+            (2, 2, 5, lanes + 3, p, False, False) for p in (1, lanes - 1, lanes + 1) if p
         ],
     }
     return {name: [sized(*sizes) for sizes in group] for name, group in groups.items()}

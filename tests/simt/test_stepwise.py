@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False) -> dict[str, 
     return dict(zip(layer.names(), values, strict=True))
 
 
+def wide(name: str) -> Case:
+    return dataclasses.replace(CASES[name], wide_weights=True)
+
+
 def drawn(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     return emulated(cases.layer(case, dtype, seed), dtype)
 
@@ -76,7 +81,7 @@ def test_values_and_gradients(name, dtype):
         draws = 20 if dtype == torch.float32 else 6
     else:
         draws = 20 if dtype in LOW else 3
-    check(CASES[name], dtype, draws, ours=drawn, equations=True, together=name == "one of everything")
+    check(wide(name), dtype, draws, ours=drawn, equations=True)
 
 
 @pytest.mark.full
@@ -85,7 +90,7 @@ def test_values_and_gradients(name, dtype):
     "dtype", [d for d in EPS if d != torch.float32], ids=lambda d: str(d).removeprefix("torch.")
 )
 def test_values_and_gradients_of_many_layers(name, dtype):
-    check(CASES[name], dtype, 20, ours=drawn, equations=True)
+    check(wide(name), dtype, 20, ours=drawn, equations=True)
 
 
 def test_tf32_rounds_operands_and_no_more():
@@ -171,6 +176,7 @@ class AsExtension:
 def test_autograd_around_it(name, dtype, monkeypatch):
     """The way from a layer's options to the kernels and back; with create_graph=True, that of the operators."""
     kernels, case = AsExtension(), CASES[name]
+    loader.extension()  # registers the operators
     monkeypatch.setattr(torch.ops.lstm_ext, "lstm_layer_backward", kernels.operator_backward)
     monkeypatch.setattr(loader, "extension", lambda: kernels)
     layer = cases.layer(case, dtype, 0)
