@@ -170,14 +170,16 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
   }
 
-  // dL/dc_t from the step after, or from c_n in the first step of the loop that a row has, and from c_t as a result.
-  LSTM_EXT_INLINE Reg<T> state_gradient(int64_t b, bool begins, int64_t unit, int lanes) const {
+  // dL/dc_t from the step after, or from c_n in the first step of the loop that a row has.
+  LSTM_EXT_INLINE Reg<T> carried_gradient(int64_t b, bool begins, int64_t unit, int lanes) const {
     const int64_t H = shape.hidden_size;
-    Reg<T> grad_c = !begins           ? load_lanes<T>(params.grad_c + b * H + unit, lanes)
-                    : params.grad_c_n ? load_lanes<T>(params.grad_c_n + b * H + unit, lanes)
-                                      : S::zero();
-    if (step.grad_cells) grad_c = grad_c + load_lanes<T>(step.grad_cells + b * H + unit, lanes);
-    return grad_c;
+    return !begins           ? load_lanes<T>(params.grad_c + b * H + unit, lanes)
+           : params.grad_c_n ? load_lanes<T>(params.grad_c_n + b * H + unit, lanes)
+                             : S::zero();
+  }
+  // That of c_t as a result of the layer.
+  LSTM_EXT_INLINE void add_result_gradient(Reg<T>& grad_c, int64_t b, int64_t unit, int lanes) const {
+    if (step.grad_cells) grad_c = grad_c + load_lanes<T>(step.grad_cells + b * shape.hidden_size + unit, lanes);
   }
 
   // From dL/dc_t and dL/do, of what the cell made: the gradients of the preactivations.
@@ -206,12 +208,14 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     const Reg<T> c = kZoneout ? cell_state<T>(gates, previous ? previous + unit : nullptr, lanes)
                               : load_lanes<T>(step.cells + b * H + unit, lanes);
     const Zoneout<T>& zoneout = params.options.zoneout_c;
-    Reg<T> grad_c = state_gradient(b, begins, unit, lanes);
+    Reg<T> grad_c = carried_gradient(b, begins, unit, lanes);
     Reg<T> previous_part = S::zero();
+    if (kZoneout) add_result_gradient(grad_c, b, unit, lanes);  // zoneout divides it too
     if (kZoneout && zoneout.active()) {
       previous_part = split_gradient<T>(zoneout, (step.place + b) * H + unit, grad_c, lanes);
     }
     const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad_c);
+    if (!kZoneout) add_result_gradient(grad_c, b, unit, lanes);
     const Gates<T> grads = preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
     T* const out = step.grad_preactivations + b * gate_stride + unit;
     store_gates<T>(out, grads, H, lanes);

@@ -340,7 +340,8 @@ class UnfusedBackwardStep {
       const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
       const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
       const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
-      Reg<T> grad_c = pass_.state_gradient(b, begins, unit, lanes);
+      Reg<T> grad_c = pass_.carried_gradient(b, begins, unit, lanes);
+      pass_.add_result_gradient(grad_c, b, unit, lanes);
       Reg<T> previous_part = S::zero();
       if (options_.zoneout_c.active()) {
         previous_part = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);

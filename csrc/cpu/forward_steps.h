@@ -69,9 +69,7 @@ class FusedForwardStep {
     RowGrid<T> pre = preactivations;
     pre.data = preactivations(part.begin);
 
-    const auto finish = [&](int64_t row, int64_t block, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t unit = block * kLanes;
-      const int lanes = pass_.product.lanes_in(block);
+    const auto finish = [&](int64_t row, int64_t unit, int lanes, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
       const T* const c_row = replaced          ? pass_.c_rows[row]
                              : c_previous.data ? c_previous.data + row * c_previous.inner_step
                                                : nullptr;
@@ -83,23 +81,26 @@ class FusedForwardStep {
     };
     if (pass_.plan.pack_recurrent) {
       pass_.product.multiply_panels(count, h, h_size, pass_.recurrent_panels, pre, static_cast<const T*>(nullptr),
-                                    [&](int64_t row, int64_t block, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+                                    [&](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
                                       constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
 #pragma GCC unroll kTileRows
                                       for (int r = 0; r < R; ++r) {
                                         const auto& sums = tile.acc[r];
-                                        finish(row + r, block, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
+                                        finish(row + r, unit, lanes, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
                                       }
                                       return true;
                                     });
-    } else {
-      if (h_size > 0) {
-        pass_.product.dot_gates(params.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
-      }
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
-          finish(row, block, load_gates<T>(pre(row) + block * kLanes, H, pass_.product.lanes_in(block)));
-        }
+      return;
+    }
+    if (h_size > 0) {
+      pass_.product.dot_gates(params.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      const T* const sums = pre(row);
+      for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
+        const int64_t unit = block * kLanes;
+        const int lanes = pass_.product.lanes_in(block);
+        finish(row, unit, lanes, load_gates<T>(sums + unit, H, lanes));
       }
     }
   }

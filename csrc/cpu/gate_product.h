@@ -48,14 +48,14 @@ class GateProduct {
                 const T* bias) {
     if (panels) {
       multiply_panels(rows, a_row, count, panels, pre, bias,
-                      [](int64_t, int64_t, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
+                      [](int64_t, int64_t, int, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
     } else {
       dot_gates(weight, count, rows, a_row, bias, pre);
     }
   }
 
-  // tile = a * panel + (bias, or what is in `pre`) for each block of units; then finish(row, block, tile), which says
-  // whether it consumed the tile. If not, the tile goes to `pre`.
+  // tile = a * panel + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
+  // says whether it consumed the tile. If not, the tile goes to `pre`.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
                                        const RowGrid<T>& pre, const T* bias, Finish&& finish) {
@@ -93,7 +93,7 @@ class GateProduct {
               tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
             }
           }
-          if (last && finish(row, block, tile)) return;
+          if (last && finish(row, block * kLanes, lanes, tile)) return;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll kGates

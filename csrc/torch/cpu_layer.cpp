@@ -96,8 +96,13 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads};
 }
 
-// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor.
+// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor. Not where torch fills new
+// memory with NaN, which it does behind the dispatcher.
 at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    return at::empty(sizes, options);
+  }
   return at::Tensor(at::detail::empty_cpu(sizes, options));
 }
 
