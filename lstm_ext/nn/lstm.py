@@ -333,18 +333,20 @@ class LSTM(nn.RNNBase):
         weights = self._weights_by_layer()
         w = weights[0][0]
         dtype, device = x.dtype, x.device
-        shape = x.shape
+        shape, H = x.shape, self.hidden_size
+        batch = shape[1] if layout.batch_sizes is None else layout.batch(x)
+        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
+        state_shapes = h_shape, c_shape = (sets, batch, self.proj_size or H), (sets, batch, H)
         good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
         if hx is None:
             h0 = c0 = None
             if layout.batch_sizes is not None and torch.compiler.is_compiling():
-                h0, c0 = zero_states(x, self._state_shapes(layout.batch(x)))
+                h0, c0 = zero_states(x, state_shapes)
         else:
             h0, c0 = _unpack_hx(hx)
             rank = layout.state_rank
             if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
                 h0, c0 = _batched_states(h0, c0, rank)
-            h_shape, c_shape = self._state_shapes(layout.batch(x))
             good = (
                 good
                 and h0.shape == h_shape
@@ -355,7 +357,7 @@ class LSTM(nn.RNNBase):
                 and c0.device == device
             )
         if not good:
-            self._explain(x, h0, c0, w, layout.batch(x))
+            self._explain(x, h0, c0, w, state_shapes)
         options = None
         if any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates):
             for layer_weights in weights:
@@ -365,7 +367,7 @@ class LSTM(nn.RNNBase):
                 self._norm_weights(),
                 x,
                 layout,
-                self._state_shapes(layout.batch(x)),
+                state_shapes,
                 lengths=lengths,
                 resets=resets,
                 reset_state=reset_state,
@@ -384,10 +386,6 @@ class LSTM(nn.RNNBase):
             if parameter is None:
                 raise TypeError(f"LSTM: {name} is None, expected a Tensor")
         return [[parameter for _, parameter in layer] for layer in layers]
-
-    def _state_shapes(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-        return (sets, batch, self.proj_size or self.hidden_size), (sets, batch, self.hidden_size)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         """The present weights, one list per layer, as ``getattr`` returns them, only faster.
@@ -415,7 +413,14 @@ class LSTM(nn.RNNBase):
             raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
         return layers
 
-    def _explain(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, w: Tensor, batch: int) -> None:
+    def _explain(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        w: Tensor,
+        state_shapes: Sequence[tuple[int, ...]],
+    ) -> None:
         """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
 
         Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
@@ -430,7 +435,9 @@ class LSTM(nn.RNNBase):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
             )
-        self._check_states(h0, c0, batch)
+        for i, (state, shape) in enumerate(zip((h0, c0), state_shapes, strict=True)):
+            if state is not None:
+                self.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
         if x.device != w.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, "
@@ -449,11 +456,6 @@ class LSTM(nn.RNNBase):
                 )
         if x.size(0) == 0:
             raise RuntimeError(EMPTY_SEQUENCE)
-
-    def _check_states(self, h0: Tensor | None, c0: Tensor | None, batch: int) -> None:
-        for i, (state, shape) in enumerate(zip((h0, c0), self._state_shapes(batch), strict=True)):
-            if state is not None:
-                self.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
 
     def __prepare_scriptable__(self) -> NoReturn:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
