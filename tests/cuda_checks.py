@@ -27,7 +27,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from cuda_problems import DTYPES, EVERYTHING, LOW, SHAPES, Problem, Shape, assert_same_bits, error, tf32
+from cuda_problems import DTYPES, EVERYTHING, LOW, SHAPES, Problem, Shape, assert_same_bits, tf32
+from judge import relative_error
 
 import lstm_ext
 
@@ -79,9 +80,9 @@ def agrees_with_float64_on_the_cpu(run: Run) -> dict[str, Any]:
                 problem = Problem(shape, dtype, run.device)
                 expected = problem.on("cpu", torch.float64).training()
                 results = problem.training()
-                errors = [error(a, b) for a, b in zip(results, expected, strict=True)]
+                errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
                 inference = problem.inference()
-                errors += [error(a, b) for a, b in zip(inference, expected, strict=False)]
+                errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
                 assert max(errors) < bound[dtype], f"{shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
                 worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
     return {"worst_errors": worst}
@@ -133,7 +134,7 @@ def tf32_follows_the_setting_of_cudnn(run: Run) -> dict[str, Any]:
         for matmul in (False, True):
             with tf32(rnn, matmul):
                 results[rnn, matmul] = problem.training()
-            errors = [error(a, b) for a, b in zip(results[rnn, matmul], exact, strict=True)]
+            errors = [relative_error(a, b) for a, b in zip(results[rnn, matmul], exact, strict=True)]
             found[f"rnn {rnn}, matmul {matmul}"] = max(errors)
     assert_same_bits(results[False, True], results[False, False], "TF32 for matrix products alone")
     assert_same_bits(
@@ -449,14 +450,14 @@ def more_elements_than_int32_counts(run: Run) -> dict[str, Any]:
     )
     # Products of other heights are summed in another order.
     for a, b in ((output[:, some], expected), (c_n[:, some], c_few), (grads[0][:, some], grad_of_few)):
-        assert error(a, b) < 0.02, error(a, b)
+        assert relative_error(a, b) < 0.02, relative_error(a, b)
     assert torch.isfinite(grads[1]).all()
     assert grads[1].any()
     elements = output.numel()
     del output, c_n, grads
     with torch.no_grad():
         output, _ = layer(x)
-        assert error(output[:, some], expected) < 0.02
+        assert relative_error(output[:, some], expected) < 0.02
     return {"elements": elements}
 
 

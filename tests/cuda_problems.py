@@ -135,13 +135,6 @@ def assert_same_bits(result: list[Tensor], expected: list[Tensor], what: object)
             )
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, inf for anything not finite."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    value = torch.linalg.vector_norm(a - b).item() / max(torch.linalg.vector_norm(b).item(), 1e-30)
-    return value if value < float("inf") else float("inf")
-
-
 @contextlib.contextmanager
 def tf32(rnn: bool, matmul: bool = False) -> Iterator[None]:
     """Whether cuDNN's RNNs, for which this layer stands in, and matrix products may round to TF32."""

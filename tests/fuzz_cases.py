@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,7 +46,7 @@ from fuzz_extras import (
     differing,
     rounding_normalisation,
 )
-from judge import relative_error as strict_error
+from judge import absolute_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -57,7 +56,6 @@ from lstm_ext.layer import equations, route
 from lstm_ext.native import loader
 
 _C = loader.extension()
-relative_error = functools.partial(strict_error, absolute_of_zero=True)
 CAPABILITIES = tuple(_C.cpu_capabilities()) if _C else ()
 
 DRAWS = 3  # runs with changed inputs
@@ -65,7 +63,7 @@ CHANGE = 1e-7  # of every number, in float64, in those runs
 # Of the largest movement seen: rounding inside adds up, and three draws for a tensor of one number may all be small. In
 # 5,000 random cases torch's own layer needed 2.6 at most, and 4.4 for one such number.
 SLACK = 16.0
-# Rounding inside, in eps of the result: that of accuracy.py.
+# Rounding inside, in eps of the result: that of judge.py.
 INSIDE = {torch.float64: 64.0}
 INSIDE_OTHERWISE = 4.0
 
@@ -498,7 +496,7 @@ class Trial:
         for name, value in self.result.values.items():
             expected = self.ref.values[name]
             norm = torch.linalg.vector_norm(expected).item()
-            error = relative_error(value, expected) * (norm if norm > 0 else 1.0)
+            error = absolute_error(value, expected)
             if norm == 0 and self.moves[name] == 0:  # nothing reaches it
                 ratios[name] = 0.0 if error == 0 else math.inf
                 continue

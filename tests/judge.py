@@ -20,20 +20,19 @@ from torch import Tensor
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
-def relative_error(out: Tensor, ref: Tensor, absolute_of_zero: bool = False) -> float:
-    """``|out - ref| / |ref|``; inf for anything not finite, and for anything but zeros where ref is zero.
-
-    With ``absolute_of_zero`` the absolute error where ref is zero: random cases have results that only rounding makes
-    other than zero, such as the normalisation of a single unit.
-    """
-    out, ref = out.detach().double(), ref.detach().double()
+def absolute_error(out: Tensor, ref: Tensor) -> float:
+    """``|out - ref|``; inf for anything not finite."""
+    out, ref = (t.detach().double().cpu() for t in (out, ref))
     assert out.shape == ref.shape, f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     error = torch.linalg.vector_norm(out - ref).item()
-    norm = torch.linalg.vector_norm(ref).item()
-    if not math.isfinite(error):
-        return math.inf
+    return error if math.isfinite(error) else math.inf
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """``|out - ref| / |ref|``; inf for anything not finite, and for anything but zeros where ref is zero."""
+    error, norm = absolute_error(out, ref), torch.linalg.vector_norm(ref.detach().double()).item()
     if norm == 0:
-        return error if absolute_of_zero or error == 0 else math.inf
+        return math.inf if error > 0 else 0.0
     return error / norm
 
 

@@ -7,22 +7,15 @@ import functools
 from collections.abc import Iterator
 from types import ModuleType
 
-from build import ROOT, build_extension_module
+from build import HERE, build_extension_module
 
-SOURCES = [
-    "torch/checks.cpp",
-    "torch/cuda_stepwise_backward.cpp",
-    "torch/cuda_stepwise_forward.cpp",
-    "torch/gemm.cpp",
-    "torch/layer_call.cpp",
-]
 CHUNK_BYTES = 1 << 25
 
 
 @functools.cache
 def stepwise_module() -> ModuleType:
     """It has `LayerOptions`, `lstm_layer_forward` and `lstm_layer_backward` of `_C`."""
-    sources = [ROOT / "tests" / "simt" / "stepwise_module.cpp", *(ROOT / "csrc" / name for name in SOURCES)]
+    sources = [HERE / "stepwise_module.cpp", HERE / "stepwise_host.cpp"]
     return build_extension_module("lstm_ext_stepwise_emulated", sources)
 
 
