@@ -5,7 +5,9 @@
 #include <torch/extension.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,15 +32,43 @@ auto without_gil(const Function& function) {
   return function();
 }
 
-inline LayerOptions make_options(OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
-                                 OptionalTensor lengths, OptionalTensor recurrent_mask, OptionalTensor keep_h,
-                                 OptionalTensor keep_c, double zoneout_h, double zoneout_c, std::vector<Tensor> norm,
-                                 bool return_cell_states, bool return_gates, bool recompute) {
-  return {or_undefined(std::move(resets)), or_undefined(std::move(reset_h)), or_undefined(std::move(reset_c)),
-          or_undefined(std::move(lengths)), or_undefined(std::move(recurrent_mask)), or_undefined(std::move(keep_h)),
-          or_undefined(std::move(keep_c)), zoneout_h, zoneout_c, std::move(norm), return_cell_states, return_gates,
-          // Gates that are returned are there anyway.
-          recompute && !return_gates};
+template <typename Option>
+constexpr const char* kind_of_option() {
+  if constexpr (std::is_same_v<Option, Tensor>) return "a Tensor or None";
+  if constexpr (std::is_same_v<Option, std::vector<Tensor>>) return "a sequence of Tensors";
+  return std::is_same_v<Option, bool> ? "a bool" : "a number";
+}
+
+// Options by name; those that are not given are not set.
+inline LayerOptions make_options(const py::kwargs& given) {
+  LayerOptions options;
+  size_t known = 0;
+  const auto read = [&](const char* name, auto& option) {
+    using Option = std::decay_t<decltype(option)>;
+    PyObject* const value = PyDict_GetItemString(given.ptr(), name);
+    if (!value) return;
+    ++known;
+    if (std::is_same_v<Option, Tensor> && value == Py_None) return;
+    try {
+      option = py::cast<Option>(py::handle(value));
+    } catch (const py::cast_error&) {
+      throw py::type_error("LayerOptions: " + std::string(name) + ": expected " + kind_of_option<Option>() + ", got " +
+                           Py_TYPE(value)->tp_name);
+    }
+  };
+  visit_options(options, read);
+  read("recompute", options.recompute);
+  if (known != given.size()) {
+    bool found = false;
+    for (const auto& [name, value] : given) {
+      const std::string text = py::cast<std::string>(name);
+      found = text == "recompute";
+      visit_options(options, [&](const char* option, const auto&) { found |= text == option; });
+      if (!found) throw py::type_error("LayerOptions: there is no option " + text);
+    }
+  }
+  if (options.return_gates) options.recompute = false;  // gates that are returned are there anyway
+  return options;
 }
 
 inline LayerCall make_call(Tensor&& input, OptionalTensor&& h0, OptionalTensor&& c0, std::vector<Tensor>&& weights,
@@ -95,12 +125,7 @@ inline std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTen
 
 // Two modules of one process may both bind the class: each knows its own.
 inline void bind_layer(py::module_& m) {
-  py::class_<LayerOptions>(m, "LayerOptions", py::module_local())
-      .def(py::init(&make_options), py::kw_only(), py::arg("resets") = py::none(), py::arg("reset_h") = py::none(),
-           py::arg("reset_c") = py::none(), py::arg("lengths") = py::none(), py::arg("recurrent_mask") = py::none(),
-           py::arg("keep_h") = py::none(), py::arg("keep_c") = py::none(), py::arg("zoneout_h") = 0.0,
-           py::arg("zoneout_c") = 0.0, py::arg("norm") = py::tuple(), py::arg("return_cell_states") = false,
-           py::arg("return_gates") = false, py::arg("recompute") = false);
+  py::class_<LayerOptions>(m, "LayerOptions", py::module_local()).def(py::init(&make_options));
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"), py::arg("save"));
   m.def("lstm_layer_backward", &backward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),

@@ -195,18 +195,16 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::ScalarType dtype = input.scalar_type();
   const at::ScalarType type = sizes.sum_type;
   const auto options = input.options().dtype(type);
-  LayerGradients grads;
+  LayerGradients grads = LayerGradients::of(call);
   if (needs_grad.input) grads.input = empty_in_huge_pages(sizes.sequence_sizes(sizes.input_size), options);
   if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
-  grads.weights.resize(call.weights.size());
   for (size_t i = 0; i < call.weights.size(); ++i) {
     if (needs_grad.weights[i]) grads.weights[i] = empty_in_huge_pages(call.weights[i].sizes(), options);
   }
   if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
   if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
-  grads.norm.resize(call.options.norm.size());
   for (size_t i = 0; i < call.options.norm.size(); ++i) {
     if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
   }

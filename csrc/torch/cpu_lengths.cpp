@@ -122,9 +122,7 @@ LayerGradients gradients_of_no_steps(const LayerCall& call, const BackwardArgume
   visit_inputs(call, [&](const at::Tensor& tensor) { inputs.push_back(tensor); });
   std::vector<bool> needed;
   visit_inputs(arguments.needs_grad, arguments.needs_grad, [&](bool flag) { needed.push_back(flag); });
-  LayerGradients grads;
-  grads.weights.resize(call.weights.size());
-  grads.norm.resize(call.options.norm.size());
+  LayerGradients grads = LayerGradients::of(call);
   size_t i = 0;
   visit_inputs(grads, grads, [&](at::Tensor& grad) {
     if (needed[i]) grad = at::zeros(inputs[i].sizes(), inputs[i].options());

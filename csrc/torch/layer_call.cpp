@@ -50,20 +50,24 @@ at::Tensor saved_gates_gradient(const at::Tensor& grad, at::ScalarType dtype) {
 void register_cuda_backend(const Backend& backend) { cuda_backend() = backend; }
 
 NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags) {
-  const size_t expected = 5 + call.weights.size() + call.options.norm.size();
+  size_t expected = 0;
+  visit_inputs(call, [&](const at::Tensor&) { ++expected; });
   TORCH_CHECK(flags.size() == expected, "lstm_ext: needs_grad has ", flags.size(), " entries, expected ", expected,
               " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm)");
-  NeedsGrad needs_grad;
-  needs_grad.weights.resize(call.weights.size());
-  needs_grad.norm.resize(call.options.norm.size());
+  NeedsGrad needs_grad = NeedsGrad::of(call);
   size_t next = 0;
   visit_inputs(needs_grad, needs_grad, [&](auto&& flag) { flag = flags[next++]; });
+  next = 0;
+  visit_inputs(call, [&](const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.defined() || !flags[next],
+                "lstm_ext: needs_grad asks for the gradient of a state that was not given");
+    ++next;
+  });
   return needs_grad;
 }
 
 std::vector<at::Tensor> list_gradients(LayerGradients gradients) {
   std::vector<at::Tensor> list;
-  list.reserve(5 + gradients.weights.size() + gradients.norm.size());
   visit_inputs(gradients, gradients, [&](at::Tensor& grad) { list.push_back(std::move(grad)); });
   return list;
 }
@@ -89,14 +93,6 @@ LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
   const at::Tensor& input = call.input;
   const at::ScalarType dtype = input.scalar_type();
   const int64_t hidden_size = sizes.hidden_size;
-  const auto check_state = [&](bool requested, const at::Tensor& state) {
-    TORCH_CHECK(state.defined() || !requested,
-                "lstm_ext: needs_grad asks for the gradient of a state that was not given");
-  };
-  check_state(needs_grad.h0, call.h0);
-  check_state(needs_grad.c0, call.c0);
-  check_state(needs_grad.reset_h, call.options.reset_h);
-  check_state(needs_grad.reset_c, call.options.reset_c);
   check_tensor("output", output, input, dtype, sizes.sequence_sizes(sizes.directions * sizes.output_size));
   sizes.check_saved(call, saved);
   const auto check_grad = [&](const char* name, const at::Tensor& grad, at::IntArrayRef expected) {

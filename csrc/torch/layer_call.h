@@ -32,6 +32,32 @@ struct LayerOptions {
   bool recompute = false;
 };
 
+// Visits each option with its name, in the order of the operators' schemas: visit(name, option), a Tensor, a list of
+// them, a double or a bool. Not recompute, which no operator has.
+template <typename Options, typename Visit>
+void visit_options(Options& options, const Visit& visit) {
+  visit("resets", options.resets);
+  visit("reset_h", options.reset_h);
+  visit("reset_c", options.reset_c);
+  visit("lengths", options.lengths);
+  visit("recurrent_mask", options.recurrent_mask);
+  visit("keep_h", options.keep_h);
+  visit("keep_c", options.keep_c);
+  visit("zoneout_h", options.zoneout_h);
+  visit("zoneout_c", options.zoneout_c);
+  visit("norm", options.norm);
+  visit("return_cell_states", options.return_cell_states);
+  visit("return_gates", options.return_gates);
+}
+
+// One function of several, for a visitor.
+template <typename... Functions>
+struct Overloaded : Functions... {
+  using Functions::operator()...;
+};
+template <typename... Functions>
+Overloaded(Functions...) -> Overloaded<Functions...>;
+
 struct LayerCall {
   at::Tensor input;   // (T, B, I), any strides; packed (N, I)
   at::Tensor h0, c0;  // (D, B, P) and (D, B, H); absent means zeros
@@ -106,6 +132,14 @@ struct PerInput {
   Values weights;
   Value reset_h{}, reset_c{};
   Values norm;
+
+  // With lists as long as those of a call.
+  static PerInput of(const LayerCall& call) {
+    PerInput values;
+    values.weights.resize(call.weights.size());
+    values.norm.resize(call.options.norm.size());
+    return values;
+  }
 };
 // Which gradients are requested, and the gradients: undefined where not requested.
 using NeedsGrad = PerInput<bool, std::vector<bool>>;

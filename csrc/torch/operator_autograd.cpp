@@ -11,7 +11,6 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "torch/checks.h"
 #include "torch/operators.h"
 
 namespace lstm_ext::ops {
@@ -55,14 +54,17 @@ variable_list tensors_in(at::ArrayRef<IValue> values) {
   return tensors;
 }
 
-// Visits what the backward pass takes of a call, but for the lists.
+// Visits what the backward pass takes of a call.
 template <typename Call, typename Visit>
-void visit_tensors(Call& call, const Visit& visit) {
-  auto& options = call.options;
-  for (auto* tensor : {&call.input, &call.h0, &call.c0, &call.batch_sizes, &options.resets, &options.reset_h,
-                       &options.reset_c, &options.lengths, &options.recurrent_mask, &options.keep_h, &options.keep_c}) {
-    visit(*tensor);
-  }
+void visit_call(Call& call, const Visit& visit) {
+  visit("input", call.input);
+  visit("h0", call.h0);
+  visit("c0", call.c0);
+  visit("weights", call.weights);
+  visit("batch_sizes", call.batch_sizes);
+  visit("has_bias", call.has_bias);
+  visit("bidirectional", call.bidirectional);
+  visit_options(call.options, visit);
 }
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
@@ -80,26 +82,27 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     const LayerOptions& options = call.options;
     variable_list saved;
     saved.reserve(kResults + kSaved + call.weights.size() + options.norm.size());
-    std::string flags;  // whether something is there: a string, which compiled autograd takes for a constant
-    const auto save_flag = [&](bool flag) { flags.push_back(flag ? '1' : '0'); };
+    // Flags, and how many tensors there are of each kind: a string, which compiled autograd takes for a constant.
+    std::string counts;
+    const auto save_count = [&](size_t count) { counts.push_back(static_cast<char>('0' + count)); };
     const auto save_if = [&](bool present, const Tensor& tensor) {
-      save_flag(present);
+      save_count(present);
       if (present) saved.push_back(tensor);
     };
-    visit_tensors(call, [&](const Tensor& tensor) { save_if(tensor.defined(), tensor); });
+    visit_call(call, Overloaded{[&](const char*, const Tensor& tensor) { save_if(tensor.defined(), tensor); },
+                                [&](const char*, const std::vector<Tensor>& tensors) {
+                                  save_count(tensors.size());
+                                  saved.insert(saved.end(), tensors.begin(), tensors.end());
+                                },
+                                [&](const char* name, double number) {
+                                  if (number != 0) ctx->saved_data[name] = number;
+                                },
+                                [&](const char*, bool flag) { save_count(flag); }});
     saved.push_back(returned[0].toTensor());
     for (const IValue& value : returned.slice(kResults)) save_if(value.toTensor().dim() > 1, value.toTensor());
-    saved.insert(saved.end(), call.weights.begin(), call.weights.end());
-    saved.insert(saved.end(), options.norm.begin(), options.norm.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    for (const bool flag :
-         {call.has_bias, call.bidirectional, options.return_cell_states, options.return_gates, !options.norm.empty()}) {
-      save_flag(flag);
-    }
-    ctx->saved_data["flags"] = std::move(flags);
-    if (options.zoneout_h != 0) ctx->saved_data["zoneout_h"] = options.zoneout_h;
-    if (options.zoneout_c != 0) ctx->saved_data["zoneout_c"] = options.zoneout_c;
+    ctx->saved_data["counts"] = std::move(counts);
 
     variable_list results;
     for (size_t i = 0; i < kResults; ++i) {
@@ -112,30 +115,28 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     auto next = saved.begin();
-    const std::string& flags = ctx->saved_data["flags"].toStringRef();
-    auto next_flag = flags.begin();
-    const auto take_flag = [&] { return *next_flag++ == '1'; };
+    const std::string& counts = ctx->saved_data["counts"].toStringRef();
+    auto next_count = counts.begin();
+    const auto take_count = [&] { return *next_count++ - '0'; };
     const auto take_if_present = [&](Tensor& tensor) {
-      if (take_flag()) tensor = *next++;
+      if (take_count()) tensor = *next++;
     };
     LayerCall call;
-    LayerOptions& options = call.options;
-    visit_tensors(call, take_if_present);
+    const LayerOptions& options = call.options;
+    visit_call(call, Overloaded{[&](const char*, Tensor& tensor) { take_if_present(tensor); },
+                                [&](const char*, std::vector<Tensor>& tensors) {
+                                  const auto first = next;
+                                  next += take_count();
+                                  tensors.assign(first, next);
+                                },
+                                [&](const char* name, double& number) {
+                                  const auto entry = ctx->saved_data.find(name);
+                                  if (entry != ctx->saved_data.end()) number = entry->second.toDouble();
+                                },
+                                [&](const char*, bool& flag) { flag = take_count() != 0; }});
     const Tensor output = *next++;
     Saved saved_results;
     Saved::visit(saved_results, take_if_present);
-    for (bool* flag : {&call.has_bias, &call.bidirectional, &options.return_cell_states, &options.return_gates}) {
-      *flag = take_flag();
-    }
-    const auto norm = saved.end() - (take_flag() ? norm_count(call.has_bias, call.bidirectional) : 0);
-    call.weights.assign(next, norm);
-    options.norm.assign(norm, saved.end());
-    const auto share = [&](const char* name) {
-      const auto entry = ctx->saved_data.find(name);
-      return entry == ctx->saved_data.end() ? 0 : entry->second.toDouble();
-    };
-    options.zoneout_h = share("zoneout_h");
-    options.zoneout_c = share("zoneout_c");
 
     // Edges of the graph lead to the tensors that were there, and to no others.
     size_t edges = 0;
@@ -177,11 +178,6 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   // Whether result number i has a gradient: what was not requested has no elements, and none.
   static bool has_gradient(const LayerOptions& options, size_t i) {
     return i < 3 || (i == 3 ? options.return_cell_states : options.return_gates);
-  }
-
- private:
-  static int64_t norm_count(bool has_bias, bool bidirectional) {
-    return norms_per_direction(has_bias) * (bidirectional ? 2 : 1);
   }
 };
 

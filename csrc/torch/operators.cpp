@@ -5,6 +5,9 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <string>
+#include <vector>
+
 namespace lstm_ext::ops {
 namespace {
 
@@ -82,14 +85,22 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   stack->emplace_back(std::move(gradients));
 }
 
-// clang-format off
-#define LSTM_EXT_CALL \
-  "Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, bool bidirectional, *, " \
-  "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? lengths=None, " \
-  "Tensor? recurrent_mask=None, Tensor? keep_h=None, Tensor? keep_c=None, float zoneout_h=0., float zoneout_c=0., " \
-  "Tensor[]? norm=None, bool return_cell_states=False, bool return_gates=False"
-#define LSTM_EXT_RESULTS "Tensor output, Tensor h_n, Tensor c_n, Tensor cell_states, Tensor gate_values"
-// clang-format on
+// What the schemas of all operators begin with.
+std::string call_arguments() {
+  std::string text =
+      "Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, "
+      "bool bidirectional, *";
+  const auto add = [&](const char* type, const char* name, const char* value) {
+    text += std::string(", ") + type + " " + name + "=" + value;
+  };
+  const LayerOptions nothing_set;
+  visit_options(nothing_set,
+                Overloaded{[&](const char* name, const Tensor&) { add("Tensor?", name, "None"); },
+                           [&](const char* name, const std::vector<Tensor>&) { add("Tensor[]?", name, "None"); },
+                           [&](const char* name, double) { add("float", name, "0."); },
+                           [&](const char* name, bool) { add("bool", name, "False"); }});
+  return text;
+}
 
 void implement(torch::Library& m) {
   m.impl("lstm_layer", torch::CppFunction::makeFromBoxedFunction<&run_layer>());
@@ -112,24 +123,17 @@ LayerCall read_call(const IValue*& next) {
   take_tensor(call.batch_sizes);
   call.has_bias = take().toBool();
   call.bidirectional = take().toBool();
-  LayerOptions& options = call.options;
-  take_tensor(options.resets);
-  take_tensor(options.reset_h);
-  take_tensor(options.reset_c);
-  take_tensor(options.lengths);
-  take_tensor(options.recurrent_mask);
-  take_tensor(options.keep_h);
-  take_tensor(options.keep_c);
-  options.zoneout_h = take().toDouble();
-  options.zoneout_c = take().toDouble();
-  if (const IValue& norm = take(); !norm.isNone()) options.norm = norm.toTensorVector();
-  options.return_cell_states = take().toBool();
-  options.return_gates = take().toBool();
+  visit_options(call.options, Overloaded{[&](const char*, Tensor& option) { take_tensor(option); },
+                                         [&](const char*, std::vector<Tensor>& option) {
+                                           if (const IValue& value = take(); !value.isNone())
+                                             option = value.toTensorVector();
+                                         },
+                                         [&](const char*, double& option) { option = take().toDouble(); },
+                                         [&](const char*, bool& option) { option = take().toBool(); }});
   return call;
 }
 
 void push_call(const LayerCall& call, Stack& stack) {
-  const LayerOptions& options = call.options;
   const auto push = [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); };
   push(call.input);
   push(call.h0);
@@ -137,16 +141,12 @@ void push_call(const LayerCall& call, Stack& stack) {
   stack.emplace_back(call.weights);
   push(call.batch_sizes);
   torch::jit::push(stack, call.has_bias, call.bidirectional);
-  push(options.resets);
-  push(options.reset_h);
-  push(options.reset_c);
-  push(options.lengths);
-  push(options.recurrent_mask);
-  push(options.keep_h);
-  push(options.keep_c);
-  torch::jit::push(stack, options.zoneout_h, options.zoneout_c);
-  stack.push_back(options.norm.empty() ? IValue() : IValue(options.norm));
-  torch::jit::push(stack, options.return_cell_states, options.return_gates);
+  visit_options(call.options, Overloaded{[&](const char*, const Tensor& option) { push(option); },
+                                         [&](const char*, const std::vector<Tensor>& option) {
+                                           stack.push_back(option.empty() ? IValue() : IValue(option));
+                                         },
+                                         [&](const char*, double option) { torch::jit::push(stack, option); },
+                                         [&](const char*, bool option) { torch::jit::push(stack, option); }});
 }
 
 // torch.compile keeps graphs on disk and knows them by the names in them: an operator whose results come to mean
@@ -155,16 +155,19 @@ TORCH_LIBRARY(lstm_ext, m) {
   // Whoever runs an operator on fake or meta tensors without the fake kernels is told to import this module.
   m.set_python_module("lstm_ext.layer.operators");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def("lstm_layer(" LSTM_EXT_CALL ") -> (" LSTM_EXT_RESULTS ")", tags);
-  m.def("lstm_layer_forward(" LSTM_EXT_CALL ") -> (" LSTM_EXT_RESULTS
-        ", Tensor gates, Tensor cells, Tensor hidden, Tensor norm_products, Tensor norm_factors)",
-        tags);
+  const auto define = [&](const char* name, const std::string& more_arguments, const std::string& results) {
+    m.def((name + ("(" + call_arguments()) + more_arguments + ") -> " + results).c_str(), tags);
+  };
+  const std::string results = "Tensor output, Tensor h_n, Tensor c_n, Tensor cell_states, Tensor gate_values";
+  define("lstm_layer", "", "(" + results + ")");
+  define("lstm_layer_forward", "",
+         "(" + results + ", Tensor gates, Tensor cells, Tensor hidden, Tensor norm_products, Tensor norm_factors)");
   // Never a list of one, which inductor's C++ wrapper would take for a tensor.
-  m.def("lstm_layer_backward(" LSTM_EXT_CALL
-        ", Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
-        "Tensor? grad_gate_values, Tensor output, Tensor gates, Tensor cells, Tensor? hidden, Tensor? norm_products, "
-        "Tensor? norm_factors, bool[] needs_grad) -> Tensor[]",
-        tags);
+  define("lstm_layer_backward",
+         ", Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
+         "Tensor? grad_gate_values, Tensor output, Tensor gates, Tensor cells, Tensor? hidden, Tensor? norm_products, "
+         "Tensor? norm_factors, bool[] needs_grad",
+         "Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) { implement(m); }

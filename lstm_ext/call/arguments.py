@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
 from .layout import Layout, PackedLayout, PaddedRows
+from .masks import keep_flags, recurrent_mask
 
 __all__ = [
     "Stack",
@@ -144,6 +146,42 @@ class StackOptions:
     reset_c: Tensor | None = None
     lengths: Tensor | None = None
     padded: PaddedRows | None = None
+
+    def of_layer(
+        self,
+        k: int,
+        input: Tensor,
+        h0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        directions: int,
+    ) -> LayerOptions:
+        """Those of layer k. Draws its masks: the recurrent one first, then the flags of zoneout for h and for c."""
+        sets = slice(k * directions, (k + 1) * directions)
+        state, hidden = weights[1].size(1), weights[1].size(0) // 4
+        zoneout_h, zoneout_c = self.zoneout
+        layer = LayerOptions(
+            resets=self.resets,
+            reset_h=None if self.reset_h is None else self.reset_h[sets],
+            reset_c=None if self.reset_c is None else self.reset_c[sets],
+            lengths=self.lengths,
+            norm=self.norm[k] if self.norm else (),
+            return_cell_states=self.return_cell_states,
+            return_gates=self.return_gates,
+            recompute=self.recompute,
+        )
+        if not self.training:
+            layer.zoneout_h, layer.zoneout_c = zoneout_h, zoneout_c
+            return layer
+        if self.recurrent_dropout:
+            layer.recurrent_mask = recurrent_mask(
+                input, h0, batch_sizes, directions, state, self.recurrent_dropout
+            )
+        if zoneout_h:
+            layer.keep_h = keep_flags(input, directions, state, zoneout_h)
+        if zoneout_c:
+            layer.keep_c = keep_flags(input, directions, hidden, zoneout_c)
+        return layer
 
 
 def stack_options(

@@ -18,7 +18,6 @@ from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
 from .layout import LSTMExtras
-from .masks import layer_options
 
 __all__ = ["run_stack", "to_autocast_dtype"]
 
@@ -61,7 +60,7 @@ def run_stack(
         own_options = (
             PLAIN
             if options is None
-            else layer_options(options, k, input, h0, layer_weights, batch_sizes, directions)
+            else options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
         )
         call = LayerCall(
             input,

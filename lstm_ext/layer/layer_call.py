@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "LayerCall", "LayerFunction", "LayerOptions", "LayerResults", "Signature"]
+__all__ = ["OPTION_NAMES", "PLAIN", "LayerCall", "LayerFunction", "LayerOptions", "LayerResults", "Signature"]
 
 # output, h_n, c_n, cell states and gate values; the last two are None where they are not requested.
 LayerResults = tuple[Any, ...]
@@ -59,7 +59,7 @@ class LayerOptions:
         """The options that are set, by name."""
         # A compiler takes the numbers of a module for inputs of its graph, so a share of 0 is left out.
         keywords: dict[str, Any] = {}
-        for name in _OPTION_NAMES:
+        for name in OPTION_NAMES:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 keywords[name] = value
@@ -78,7 +78,7 @@ class LayerOptions:
         return [v for v in values if v is not None]
 
 
-_OPTION_NAMES = tuple(field.name for field in fields(LayerOptions))
+OPTION_NAMES = tuple(field.name for field in fields(LayerOptions))
 
 PLAIN = LayerOptions()
 

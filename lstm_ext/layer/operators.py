@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from .layer_call import PLAIN, LayerCall
+from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
 __all__ = ["register"]
@@ -72,68 +72,55 @@ def _batch(input: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | 
     return torch.library.get_ctx().new_dynamic_size(min=1)
 
 
+def _split(layer: Sequence[Any], keywords: dict[str, Any]) -> tuple[LayerCall, dict[str, Any]]:
+    """The call that the arguments of an operator describe, and the keywords that are not options of it."""
+    given = {name: value for name, value in keywords.items() if name in OPTION_NAMES and value is not None}
+    others = {name: value for name, value in keywords.items() if name not in OPTION_NAMES}
+    return LayerCall(*layer, LayerOptions(**given)), others
+
+
 @_fake("lstm_layer")
-def _fake_layer(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-    *,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    lengths: Tensor | None = None,
-    recurrent_mask: Tensor | None = None,
-    return_cell_states: bool = False,
-    return_gates: bool = False,
-    **_: Any,
-) -> tuple[Tensor, ...]:
-    s = _sizes(weights, has_bias, bidirectional)
+def _fake_layer(*layer: Any, **options: Any) -> tuple[Tensor, ...]:
+    return _results(_split(layer, options)[0])
+
+
+def _results(call: LayerCall) -> tuple[Tensor, ...]:
+    input, batch_sizes, options = call.input, call.batch_sizes, call.options
+    s = _sizes(call.weights, call.bias, call.bidirectional)
     expected = 3 if batch_sizes is None else 2
     torch._check(
         input.dim() == expected,
         lambda: f"lstm_ext: input has {input.dim()} dimensions, expected {expected}",
     )
-    check_shapes(LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, PLAIN))
-    if batch_sizes is not None and lengths is not None:
+    check_shapes(call)
+    if batch_sizes is not None and options.lengths is not None:
         raise RuntimeError("lstm_ext: got lengths and batch_sizes, expected one of them")
-    batch = _batch(input, batch_sizes, (h0, c0, reset_h, reset_c, recurrent_mask))
+    states = (call.h0, call.c0, options.reset_h, options.reset_c, options.recurrent_mask)
+    batch = _batch(input, batch_sizes, states)
     rows = (s.directions, *input.shape[:-1])
     return (
         input.new_empty((*input.shape[:-1], s.directions * s.output_size)),
         input.new_empty((s.directions, batch, s.output_size)),
         input.new_empty((s.directions, batch, s.hidden_size)),
-        input.new_empty((*rows, s.hidden_size) if return_cell_states else (0,)),
-        input.new_empty((*rows, s.hidden_size, 4) if return_gates else (0,)),
+        input.new_empty((*rows, s.hidden_size) if options.return_cell_states else (0,)),
+        input.new_empty((*rows, s.hidden_size, 4) if options.return_gates else (0,)),
     )
 
 
 @_fake("lstm_layer_forward")
-def _fake_forward(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-    *,
-    norm: Sequence[Tensor] | None = None,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    results = _fake_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, **options)
-    s = _sizes(weights, has_bias, bidirectional)
+def _fake_forward(*layer: Any, **options: Any) -> tuple[Tensor, ...]:
+    call, _ = _split(layer, options)
+    input = call.input
+    s = _sizes(call.weights, call.bias, call.bidirectional)
     sum_dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
     gates_dtype = input.dtype if input.device.type == "cuda" else sum_dtype
 
     def saved(directions: int, features: Any, dtype: torch.dtype, present: bool = True) -> Tensor:
         return input.new_empty((directions, *input.shape[:-1], features) if present else (0,), dtype=dtype)
 
-    normalised = norm is not None and len(norm) > 0
+    normalised = len(call.options.norm) > 0
     return (
-        *results,
+        *_results(call),
         saved(s.directions, 4 * s.hidden_size, gates_dtype),
         saved(s.directions, s.hidden_size, sum_dtype),
         saved(s.directions, s.hidden_size, gates_dtype, s.projected),
@@ -143,23 +130,11 @@ def _fake_forward(
 
 
 @_fake("lstm_layer_backward")
-def _fake_backward(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    has_bias: bool,
-    bidirectional: bool,
-    *,
-    needs_grad: Sequence[bool],
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    norm: Sequence[Tensor] | None = None,
-    **_: Any,
-) -> list[Tensor]:
-    weights_per_direction(len(weights), has_bias, bidirectional)
-    inputs = (input, h0, c0, *weights, reset_h, reset_c, *(norm or ()))
+def _fake_backward(*layer: Any, **keywords: Any) -> list[Tensor]:
+    call, others = _split(layer, keywords)
+    needs_grad = others["needs_grad"]
+    weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+    inputs = call.tensors()[: call.signature().differentiable]
     if len(needs_grad) != len(inputs):
         raise RuntimeError(
             f"lstm_ext: needs_grad has {len(needs_grad)} entries, expected {len(inputs)} "
@@ -168,7 +143,7 @@ def _fake_backward(
     if any(needed and t is None for t, needed in zip(inputs, needs_grad, strict=True)):
         raise RuntimeError("lstm_ext: needs_grad asks for the gradient of a state that was not given")
     return [
-        t.new_empty(t.shape) if needed and t is not None else input.new_empty((0,))
+        t.new_empty(t.shape) if needed and t is not None else call.input.new_empty((0,))
         for t, needed in zip(inputs, needs_grad, strict=True)
     ]
 
@@ -176,7 +151,7 @@ def _fake_backward(
 # ---- floating-point operations of the matrix products, as torch counts them: shapes in place of tensors
 
 
-def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
+def _products(input: Any, s: _Sizes) -> tuple[int, int, int]:
     """Those of one product with W_ih, W_hh and W_hr for all rows of all directions."""
     rows = 2 * s.directions * prod(input[:-1])
     gates = 4 * s.hidden_size
@@ -188,34 +163,17 @@ def _products(input: Sequence[int], s: _Sizes) -> tuple[int, int, int]:
 
 
 @_flops("lstm_layer", "lstm_layer_forward")
-def _forward_flops(
-    input: Sequence[int],
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Sequence[int]],
-    batch_sizes: Any,
-    has_bias: bool,
-    bidirectional: bool,
-    **_: Any,
-) -> int:
-    return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
+def _forward_flops(*layer: Any, **_: Any) -> int:
+    call = LayerCall(*layer, PLAIN)
+    return sum(_products(call.input, _sizes(call.weights, call.bias, call.bidirectional)))
 
 
 @_flops("lstm_layer_backward")
-def _backward_flops(
-    input: Sequence[int],
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Sequence[int]],
-    batch_sizes: Any,
-    has_bias: bool,
-    bidirectional: bool,
-    *,
-    needs_grad: Sequence[bool],
-    **_: Any,
-) -> int:
-    s = _sizes(weights, has_bias, bidirectional)
-    input_product, recurrent_product, projection_product = _products(input, s)
+def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
+    call = LayerCall(*layer, PLAIN)
+    weights = call.weights
+    s = _sizes(weights, call.bias, call.bidirectional)
+    input_product, recurrent_product, projection_product = _products(call.input, s)
     # Through time, always; then the gradients that are requested.
     total = recurrent_product + projection_product
     if needs_grad[0]:

@@ -5,29 +5,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 class LayerOptions:
-    """What a layer does beyond torch.nn.LSTM. Nothing set is the plain layer.
+    """What a layer does beyond torch.nn.LSTM. Nothing set is the plain layer."""
 
-    D directions, T steps, B sequences (N rows of packed data), H hidden units, P the size of h. All tensors are on the
-    device of the input; meanings as in :class:`lstm_ext.layer.layer_call.LayerOptions`.
-    """
+    def __init__(self, **options: Tensor | Sequence[Tensor] | float | bool | None) -> None:
+        """Options by name, with the types and shapes of :class:`lstm_ext.layer.layer_call.LayerOptions`.
 
-    def __init__(
-        self,
-        *,
-        resets: Tensor | None = None,  # bool (T, B) or (N)
-        reset_h: Tensor | None = None,  # (D, B, P)
-        reset_c: Tensor | None = None,  # (D, B, H)
-        lengths: Tensor | None = None,  # int64 (B), not with packed input
-        recurrent_mask: Tensor | None = None,  # (D, B, P), float32 for a 16-bit input
-        keep_h: Tensor | None = None,  # bool (D, T, B, P) or (D, N, P)
-        keep_c: Tensor | None = None,  # bool (D, T, B, H) or (D, N, H)
-        zoneout_h: float = 0.0,  # the share that is kept, without keep_h
-        zoneout_c: float = 0.0,
-        norm: Sequence[Tensor] = (),
-        return_cell_states: bool = False,
-        return_gates: bool = False,
-        recompute: bool = False,  # without effect where gates are returned
-    ) -> None: ...
+        ``recompute`` is without effect where ``return_gates`` is set.
+
+        Raises:
+            TypeError: there is no such option, or its value is of another type.
+        """
 
 # gates, cells, hidden, norm_products, norm_factors: None where the layer does not need it.
 Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
