@@ -145,9 +145,9 @@ FAULTS: dict[str, Fault] = {
     "contract/steps.h": Fault("const int64_t cut = shape_.reverse ? t + 1 : t;", "const int64_t cut = t;"),
 }  # fmt: skip
 
-# In the copy for one instruction set, the kernels of the others are left out.
 # Tests that need the kernels of all sets.
 OF_EVERY_SET = ("tests/test_kernels.py::test_baseline_contains_no_newer_instructions",)
+# In the copy for one instruction set, the kernels of the others are left out.
 LEFT_OUT = {
     name: f'#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {{\n'
     f"const Capability* capability_{name}() {{ return nullptr; }}\n}}\n"
