@@ -125,7 +125,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             others = {k: v for k, v in item.callspec.indices.items() if k not in ("capability", "threads")}
             key = item.parent.nodeid, item.originalname, tuple(others.items())
         groups.setdefault(key, []).append(item)
-    items[:] = [item for group in groups.values() for item in group]
+    # Those that have the machine to themselves come last: each change between the two kinds makes a process wait.
+    grouped = [item for group in groups.values() for item in group]
+    items[:] = sorted(grouped, key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -29,7 +29,7 @@ def run(program: Path, **variables: str) -> tuple[int, str]:
         ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
         ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
         pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
-        ("race", {"SIMT_SCHEDULE": "random"}),
+        pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
 )
