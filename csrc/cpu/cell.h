@@ -41,10 +41,14 @@ LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
   return o * tanh<T>(c);
 }
 
+constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
+
 // A cell from its preactivations and from the `lanes` numbers of c_{t-1}, or null for zeros. The pointer is read late:
-// a register would be occupied from the beginning.
-template <Nonlinearities kNonlinearities, typename T>
-LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_previous, int lanes) {
+// a register would be occupied from the beginning. store(c_t) runs as soon as c_t is known: of rows that are no whole
+// registers, the load of the next one waits for it.
+template <Nonlinearities kNonlinearities, typename T, typename Store = decltype(kNoStore)>
+LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_previous, int lanes,
+                                     const Store& store = kNoStore) {
   const Reg<T> one = Simd<T>::set1(T(1));
   Cell<T> cell;
   Gates<T>& gates = cell.gates;
@@ -57,6 +61,7 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
     gates[kI] = g_denominator * inverse;
     gates[kG] = g_numerator * (i_denominator * inverse);
     cell.c = cell_state<T>(gates, c_previous, lanes);
+    store(cell.c);
     const Reg<T> o_denominator = sigmoid_denominator<T>(preactivations[kO]);
     Reg<T> c_numerator, c_denominator;
     tanh_fraction<T>(cell.c, c_numerator, c_denominator);
@@ -70,6 +75,7 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
     gates[kG] =
         kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
     cell.c = cell_state<T>(gates, c_previous, lanes);
+    store(cell.c);
     cell.h = hidden_state<T>(gates[kO], cell.c);
   }
   return cell;

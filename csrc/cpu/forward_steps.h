@@ -73,9 +73,10 @@ class FusedForwardStep {
       const T* const c_row = replaced          ? pass_.c_rows[row]
                              : c_previous.data ? c_previous.data + row * c_previous.inner_step
                                                : nullptr;
-      const Cell<T> cell =
-          cell_forward<Nonlinearities::kSharedDivisions, T>(sums, c_row ? c_row + unit : nullptr, lanes);
-      store_lanes<T>(c.data + row * c.inner_step + unit, cell.c, lanes);
+      const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
+          sums, c_row ? c_row + unit : nullptr, lanes, [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE {
+            store_lanes<T>(c.data + row * c.inner_step + unit, state, lanes);
+          });
       store_lanes<T>(hidden.data + row * hidden.inner_step + unit, cell.h, lanes);
       if (params.gate_values) store_gates<T>(pre.data + row * pre.inner_step + unit, cell.gates, H, lanes);
     };

@@ -16,6 +16,8 @@ __all__ = ["lstm_layer"]
 def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
     """Only where `tracing.is_direct`."""
     if torch.is_grad_enabled() and _needs_grad(call):
+        if call.options is PLAIN:  # autograd takes its time over each argument and result, None or not
+            return *_Layer.apply(kernels, call, call.input, call.h0, call.c0, *call.weights), None, None
         return _Layer.apply(kernels, call, *call.tensors())
     return kernels.lstm_layer_forward(
         call.input,
@@ -47,7 +49,10 @@ def _native(kernels: Any, options: LayerOptions) -> Any:
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: the kernels, the call, and the call's tensors (see `Signature`)."""
+    """Arguments: the kernels, the call, and the call's tensors (see `Signature`).
+
+    Of a plain call only input, h0, c0 and the weights, and only the first three results.
+    """
 
     @staticmethod
     def forward(ctx, kernels, call, *tensors):
@@ -64,26 +69,29 @@ class _Layer(torch.autograd.Function):
             True,
         )
         ctx.kernels = kernels
-        ctx.signature = call.signature()
-        ctx.is_plain = options is PLAIN
+        ctx.flags = call.bias, call.bidirectional
+        ctx.signature = None if options is PLAIN else call.signature()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(call.batch_sizes, *tensors, output, *saved)
-        return output, h_n, c_n, cells, gates
+        return (output, h_n, c_n) if options is PLAIN else (output, h_n, c_n, cells, gates)
 
     @staticmethod
     def backward(ctx, *grads):
         # Once: checkpoint recomputes the tensors at the first access and refuses a second.
         batch_sizes, *rest = ctx.saved_tensors
-        signature = ctx.signature
         count = len(ctx.needs_input_grad) - 2
-        tensors, (output, *saved) = rest[:count], rest[count:]
-        needs_grad = ctx.needs_input_grad[2 : 2 + signature.differentiable]
-        constants = (None,) * (count - len(needs_grad))
-        call = signature.call(batch_sizes, tensors)
-        if ctx.is_plain:
-            call.options = PLAIN
         if all([g is None for g in grads]):
             return None, None, *[None] * count
+        tensors, (output, *saved) = rest[:count], rest[count:]
+        signature = ctx.signature
+        if signature is None:
+            input, h0, c0, *weights = tensors
+            call = LayerCall(input, h0, c0, weights, batch_sizes, *ctx.flags, PLAIN)
+            needs_grad = (*ctx.needs_input_grad[2:], False, False)  # no reset_h, no reset_c
+            grads = (*grads, None, None)
+        else:
+            call = signature.call(batch_sizes, tensors)
+            needs_grad = ctx.needs_input_grad[2 : 2 + signature.differentiable]
         # With create_graph=True, the gradients must themselves be differentiable.
         if not torch.is_grad_enabled() and is_direct(call) and are_plain(grads):
             gradients = ctx.kernels.lstm_layer_backward(
@@ -101,12 +109,13 @@ class _Layer(torch.autograd.Function):
                 needs_grad,
             )
         else:
-            if signature.recompute:
+            if call.options.recompute:
                 saved_results = None
             else:
                 # The operators have a tensor without elements where the layer needs none.
                 saved_results = [output, *[output.new_empty(0) if t is None else t for t in saved]]
             gradients = transforms.layer_gradients(
-                signature, needs_grad, batch_sizes, grads, saved_results, tensors
+                call.signature(), needs_grad, batch_sizes, grads, saved_results, call.tensors()
             )
-        return None, None, *gradients, *constants
+        gradients = gradients[:count]
+        return None, None, *gradients, *[None] * (count - len(gradients))
