@@ -54,8 +54,9 @@ struct LayerWeights {
   const T* weight_hr;  // (P, H) or null
 };
 
+// What both passes take of a layer.
 template <typename T>
-struct ForwardParams {
+struct LayerParams {
   LayerShape shape;
   LayerWeights<T> weights;
   Sequence<const T> input;  // (T, B, I)
@@ -63,6 +64,10 @@ struct ForwardParams {
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
   StepOptions<T> options;
+};
+
+template <typename T>
+struct ForwardParams : LayerParams<T> {
   Sequence<T> output;  // (T, B, P); also read back as h_{t-1}
   T* h_n;              // (B, P) contiguous
   T* c_n;              // (B, H) contiguous; holds the running cell state in inference
@@ -76,18 +81,11 @@ struct ForwardParams {
   T* norm_factors;    // (T, B, 2)
 
   // Where the input part of all steps is kept: the preactivations lie where the gate values will be. Null in inference.
-  LSTM_EXT_CONTRACT_INLINE T* kept_input_part() const { return options.normalised() ? norm_input : gate_values; }
+  LSTM_EXT_CONTRACT_INLINE T* kept_input_part() const { return this->options.normalised() ? norm_input : gate_values; }
 };
 
 template <typename T>
-struct BackwardParams {
-  LayerShape shape;
-  LayerWeights<T> weights;
-  Sequence<const T> input;
-  const T* h0;
-  const T* c0;
-  ResetState<T> reset_state;
-  StepOptions<T> options;
+struct BackwardParams : LayerParams<T> {
   Sequence<const T> output;
   // As in ForwardParams. gate_values and hidden may be null: then they are recomputed, which reads the biases. Not with
   // layer normalisation.

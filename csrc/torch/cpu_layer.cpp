@@ -91,6 +91,31 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   return options;
 }
 
+// The tensors of a call as the kernels take them: in their type, with contiguous rows.
+struct LayerTensors {
+  LayerTensors(const LayerCall& call, at::ScalarType type)
+      : input(with_contiguous_rows(call.input, type)),
+        h0(contiguous_or_undefined(call.h0, type)),
+        c0(contiguous_or_undefined(call.c0, type)),
+        weights(contiguous_weights(call.weights, type)),
+        options(call.options, type) {}
+
+  template <typename T>
+  LayerParams<T> params(const LayerSizes& sizes, bool has_bias, int64_t direction) const {
+    return {sizes.shape(direction, options.resets),
+            weights_of<T>(weights, sizes, has_bias, direction),
+            const_columns_of<T>(input, 0),
+            const_part_or_null<T>(h0, direction),
+            const_part_or_null<T>(c0, direction),
+            {const_part_or_null<T>(options.reset_h, direction), const_part_or_null<T>(options.reset_c, direction)},
+            step_options<T>(options, sizes, direction)};
+  }
+
+  at::Tensor input, h0, c0;
+  std::vector<at::Tensor> weights;
+  OptionTensors options;
+};
+
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads};
@@ -152,26 +177,15 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   };
   if (sizes.batch == 0) return results();
 
-  const at::Tensor x = with_contiguous_rows(input, type);
-  const at::Tensor h = contiguous_or_undefined(call.h0, type);
-  const at::Tensor c = contiguous_or_undefined(call.c0, type);
-  const std::vector<at::Tensor> w = contiguous_weights(call.weights, type);
-  const OptionTensors option_tensors(call.options, type);
+  const LayerTensors tensors(call, type);
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < sizes.directions; ++d) {
       ForwardParams<scalar_t> p{};
-      p.shape = sizes.shape(d, option_tensors.resets);
-      p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
-                       const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
-      p.weights = weights_of<scalar_t>(w, sizes, call.has_bias, d);
-      p.input = const_columns_of<scalar_t>(x, 0);
-      p.h0 = const_part_or_null<scalar_t>(h, d);
-      p.c0 = const_part_or_null<scalar_t>(c, d);
+      static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
       p.output = columns_of<scalar_t>(output, d * sizes.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
-      p.options = step_options<scalar_t>(option_tensors, sizes, d);
       p.gate_values = part_or_null<scalar_t>(saved.gates, d);
       p.cells = part_or_null<scalar_t>(saved.cells, d);
       p.hidden = part_or_null<scalar_t>(saved.hidden, d);
@@ -225,11 +239,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     return results();
   }
 
-  const at::Tensor x = with_contiguous_rows(input, type);
-  const at::Tensor h = contiguous_or_undefined(call.h0, type);
-  const at::Tensor c = contiguous_or_undefined(call.c0, type);
-  const std::vector<at::Tensor> w = contiguous_weights(call.weights, type);
-  const OptionTensors option_tensors(call.options, type);
+  const LayerTensors tensors(call, type);
   const at::Tensor y = with_contiguous_rows(arguments.output, type);
   const ResultGradients& given = arguments.grads;
   const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();
@@ -246,18 +256,11 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < sizes.directions; ++d) {
       BackwardParams<scalar_t> p{};
-      p.shape = sizes.shape(d, option_tensors.resets);
-      p.reset_state = {const_part_or_null<scalar_t>(option_tensors.reset_h, d),
-                       const_part_or_null<scalar_t>(option_tensors.reset_c, d)};
-      p.weights = weights_of<scalar_t>(w, sizes, call.has_bias, d);
-      p.input = const_columns_of<scalar_t>(x, 0);
-      p.h0 = const_part_or_null<scalar_t>(h, d);
-      p.c0 = const_part_or_null<scalar_t>(c, d);
+      static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
       p.output = const_columns_of<scalar_t>(y, d * sizes.output_size);
       p.gate_values = const_part_or_null<scalar_t>(saved.gates, d);
       p.cells = const_part_or_null<scalar_t>(saved.cells, d);
       p.hidden = const_part_or_null<scalar_t>(saved.hidden, d);
-      p.options = step_options<scalar_t>(option_tensors, sizes, d);
       p.norm_input = const_part_or_null<scalar_t>(saved.norm_products, d);
       p.norm_recurrent = const_part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = const_part_or_null<scalar_t>(saved.norm_factors, d);
