@@ -1,8 +1,9 @@
 """Make the tables of docs/performance.md on 16-bit dtypes and packed data from the JSON of bench_contract.py.
 
-    python benchmarks/report_contract.py benchmarks/results/NAME.json [--document docs/performance.md]
+    python benchmarks/report_contract.py benchmarks/results/NAME.json [--document docs/performance.md] [--block SUFFIX]
 
-Without --document the tables go to standard output; with it, each replaces what stands between its two markers.
+The tables of the groups that the file has. Without --document they go to standard output; with it, each replaces what
+stands between its two markers.
 """
 
 from __future__ import annotations
@@ -61,13 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, metavar="results.json")
     parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
+    parser.add_argument("--block", default="", metavar="SUFFIX", help="of the markers' names: another machine's")
     options = parser.parse_args(arguments)
     record = json.loads(options.results.read_text())
     for group, lines_of in (("16-bit", low_precision), ("packed", packed)):
         results = [r for r in record["results"] if r["group"] == group]
+        if not results:
+            continue
         lines = [*lines_of(results), "", facts_line(record)]
         if options.document:
-            replace_block(options.document, group, "\n".join(lines))
+            replace_block(options.document, group + options.block, "\n".join(lines))
         else:
             print(*lines, sep="\n", end="\n\n")
     return 0
