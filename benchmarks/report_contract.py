@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, metavar="results.json")
     parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
-    parser.add_argument("--block", default="", metavar="SUFFIX", help="of the markers' names: another machine's")
+    parser.add_argument(
+        "--block", default="", metavar="SUFFIX", help="of the markers' names: another machine's"
+    )
     options = parser.parse_args(arguments)
     record = json.loads(options.results.read_text())
     for group, lines_of in (("16-bit", low_precision), ("packed", packed)):
