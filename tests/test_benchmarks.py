@@ -145,7 +145,7 @@ def test_memory_of_recompute(tmp_path):
                 ("report.py", "cpu_epyc_zen4_2_cores.json"),
                 ("report.py", "cpu_epyc_zen3_2_cores.json", "--block", "bench-avx2"),
                 ("report_contract.py", "contract_epyc_zen5_2_cores.json"),
-                ("report_contract.py", "contract_xeon_amx_2_cores.json", "--block", "-amx"),
+                ("report_contract.py", "contract_xeon_amx_2_cores.json", "--block=-amx"),
             ],
         ),
         ("docs/options.md", [("report_options.py", "options_cpu.json", "torchrl_cpu.json")]),

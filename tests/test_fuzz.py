@@ -28,8 +28,6 @@ from fuzz_extras_errors import Refused, check_refused  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
-pytestmark = pytest.mark.tools
-
 
 # Layouts, what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
@@ -148,12 +146,14 @@ def test_many(category, part, summary):
 # --- the harness itself --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("category", ["batched", "packed"])
 def test_torch_passes(category):
     """The bound is none that only this package keeps; and packed cases are built as torch wants them."""
     run(category, 25, 2, nn.LSTM)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-2), ("float64", 1e-11)])
 @pytest.mark.parametrize("layout", ["batched", "handmade", "extras"])
 def test_one_wrong_row_is_seen(layout, dtype, relative):
@@ -253,6 +253,7 @@ def mistaken(mistake: Callable[..., Any]) -> type[nn.Module]:
 SEEN = r"times as large as allowed|another use of random numbers"
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_with_extras_is_seen(mistake):
     for seed in range(2):
@@ -267,6 +268,7 @@ def test_a_mistake_with_extras_is_seen(mistake):
             check(case, mistaken(mistake))
 
 
+@pytest.mark.tools
 def test_a_mistake_is_drawn():
     """And not only seen where somebody looks for it."""
 
