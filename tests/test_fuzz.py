@@ -28,7 +28,6 @@ from fuzz_extras_errors import Refused, check_refused  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
-
 # Layouts, what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
     "batched": (BATCHED, check, 0.4),
