@@ -59,12 +59,11 @@ inline LayerOptions make_options(const py::kwargs& given) {
   visit_options(options, read);
   read("recompute", options.recompute);
   if (known != given.size()) {
-    bool found = false;
-    for (const auto& [name, value] : given) {
-      const std::string text = py::cast<std::string>(name);
-      found = text == "recompute";
-      visit_options(options, [&](const char* option, const auto&) { found |= text == option; });
-      if (!found) throw py::type_error("LayerOptions: there is no option " + text);
+    for (const auto& [key, value] : given) {
+      const std::string name = py::cast<std::string>(key);
+      bool found = name == "recompute";
+      visit_options(options, [&](const char* option, const auto&) { found |= name == option; });
+      if (!found) throw py::type_error("LayerOptions: there is no option " + name);
     }
   }
   if (options.return_gates) options.recompute = false;  // gates that are returned are there anyway

@@ -40,9 +40,8 @@ class Case:
     input_size: int = 4
     input_scale: float = 1.0
     weights_first: bool = False  # drawn before the input
-    wide_weights: bool = (
-        False  # normal ones of the standard deviation H^-1/2, instead of torch's uniform ones up to it
-    )
+    # Normal ones of the standard deviation H^-1/2, instead of torch's uniform ones up to it.
+    wide_weights: bool = False
     hidden_size: int = 6
     proj_size: int = 0
     bias: bool = True

@@ -62,7 +62,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 # Of six units that are normalised, some lie so close together that any rounding becomes large, the equations' own too:
-# of sets of 20 draws, one in seven misses the rule. These do not.
+# of sets of 20 draws, one in six misses the rule. These do not.
 SHAPES = {name: dataclasses.replace(case, weights_first=True) for name, case in SHAPES.items()}
 
 

@@ -381,3 +381,19 @@ def test_python_functions_agree_with_the_operators(name: str) -> None:
         assert torch.equal(x, y) if needed else x is None
     with pytest.raises(TypeError):
         kernels.LayerOptions(None)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resets": 3}, "resets: expected a Tensor or None, got int"),
+        ({"norm": 5}, "norm: expected a sequence of Tensors, got int"),
+        ({"zoneout_h": "x"}, "zoneout_h: expected a number, got str"),
+        ({"return_gates": "x"}, "return_gates: expected a bool, got str"),
+        ({"recompute": True, "peephole": True}, "there is no option peephole"),
+    ],
+)
+def test_options_of_another_kind(options: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^LayerOptions: {message}$"):
+        loader.extension().LayerOptions(**options)
