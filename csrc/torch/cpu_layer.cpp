@@ -1,25 +1,37 @@
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cstring>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpu/kernels.h"
 #include "torch/cpu_lengths.h"
 #include "torch/backend.h"
 #include "torch/parallel.h"
+#include "torch/scratch.h"
 #include "torch/tensors.h"
 
 namespace lstm_ext {
 namespace {
 
+// In the type of the kernels, for use within the call.
+at::Tensor converted(const at::Tensor& tensor, at::ScalarType type) {
+  const at::Tensor t = is_materialized(tensor) ? tensor : materialized(tensor);
+  if (t.scalar_type() == type) return t;
+  return scratch_empty(t.sizes(), t.options().dtype(type)).copy_(t);
+}
+at::Tensor contiguous_converted(const at::Tensor& t, at::ScalarType type) {
+  return t.defined() ? converted(t, type).contiguous() : t;
+}
+std::vector<at::Tensor> converted_weights(const std::vector<at::Tensor>& weights, at::ScalarType type) {
+  std::vector<at::Tensor> result;
+  result.reserve(weights.size());
+  for (const at::Tensor& w : weights) result.push_back(contiguous_converted(w, type));
+  return result;
+}
+
 // A sequence as the kernels take it: the innermost axis is contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = materialized(tensor, type);
+  const at::Tensor t = converted(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
   return rows_contiguous ? t : t.contiguous();
 }
@@ -56,13 +68,13 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
 // The options as kernels take them.
 struct OptionTensors {
   OptionTensors(const LayerOptions& options, at::ScalarType type)
-      : resets(contiguous_or_undefined(options.resets, at::kBool)),
-        reset_h(contiguous_or_undefined(options.reset_h, type)),
-        reset_c(contiguous_or_undefined(options.reset_c, type)),
-        recurrent_mask(contiguous_or_undefined(options.recurrent_mask, type)),
-        keep_h(contiguous_or_undefined(options.keep_h, at::kBool)),
-        keep_c(contiguous_or_undefined(options.keep_c, at::kBool)),
-        norm(contiguous_weights(options.norm, type)),
+      : resets(contiguous_converted(options.resets, at::kBool)),
+        reset_h(contiguous_converted(options.reset_h, type)),
+        reset_c(contiguous_converted(options.reset_c, type)),
+        recurrent_mask(contiguous_converted(options.recurrent_mask, type)),
+        keep_h(contiguous_converted(options.keep_h, at::kBool)),
+        keep_c(contiguous_converted(options.keep_c, at::kBool)),
+        norm(converted_weights(options.norm, type)),
         zoneout_h(options.zoneout_h),
         zoneout_c(options.zoneout_c) {}
 
@@ -95,9 +107,9 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
 struct LayerTensors {
   LayerTensors(const LayerCall& call, at::ScalarType type)
       : input(with_contiguous_rows(call.input, type)),
-        h0(contiguous_or_undefined(call.h0, type)),
-        c0(contiguous_or_undefined(call.c0, type)),
-        weights(contiguous_weights(call.weights, type)),
+        h0(contiguous_converted(call.h0, type)),
+        c0(contiguous_converted(call.c0, type)),
+        weights(converted_weights(call.weights, type)),
         options(call.options, type) {}
 
   template <typename T>
@@ -121,29 +133,11 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads};
 }
 
-// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor. Not where torch fills new
-// memory with NaN, which it does behind the dispatcher.
-at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    return at::empty(sizes, options);
-  }
-  return at::Tensor(at::detail::empty_cpu(sizes, options));
-}
-
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
 // a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor tensor = empty_on_cpu(sizes, options);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + tensor.nbytes()) / kHugePage * kHugePage;
-  // Only whole huge pages inside the tensor, so that no memory is taken that would not be used. A
-  // refusal costs nothing but the gain.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
   return tensor;
 }
 
@@ -154,7 +148,7 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
   for (int threads = available_threads();; threads = 1) {
     const auto plan = make_plan(threads);
     constexpr int64_t kAlignment = 64;
-    const at::Tensor workspace = empty_in_huge_pages({plan.workspace_bytes + kAlignment}, options.dtype(at::kByte));
+    const at::Tensor workspace = scratch_empty({plan.workspace_bytes + kAlignment}, options.dtype(at::kByte));
     auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr<uint8_t>());
     char* base = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
     std::memset(base, 0, static_cast<size_t>(plan.barrier_bytes));
@@ -167,10 +161,11 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   const at::Tensor& input = call.input;
   const at::ScalarType type = sizes.sum_type;
   const auto options = input.options().dtype(type);
-  const at::Tensor output = empty_in_huge_pages(sizes.sequence_sizes(sizes.directions * sizes.output_size), options);
+  const auto empty_result = type == input.scalar_type() ? &empty_in_huge_pages : &scratch_empty;
+  const at::Tensor output = empty_result(sizes.sequence_sizes(sizes.directions * sizes.output_size), options);
   const at::Tensor h_n = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
   const at::Tensor c_n = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
-  Saved saved = save ? sizes.empty_saved(call, options, &empty_in_huge_pages) : Saved{};
+  Saved saved = save ? sizes.empty_saved(call, options, &scratch_empty) : Saved{};
   const auto results = [&]() -> LayerResults {
     const at::ScalarType dtype = input.scalar_type();
     return {in_type(output, dtype), in_type(h_n, dtype), in_type(c_n, dtype), std::move(saved)};
@@ -210,12 +205,13 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::ScalarType type = sizes.sum_type;
   const auto options = input.options().dtype(type);
   LayerGradients grads = LayerGradients::of(call);
-  if (needs_grad.input) grads.input = empty_in_huge_pages(sizes.sequence_sizes(sizes.input_size), options);
+  const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
+  if (needs_grad.input) grads.input = empty_result(sizes.sequence_sizes(sizes.input_size), options);
   if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
   for (size_t i = 0; i < call.weights.size(); ++i) {
-    if (needs_grad.weights[i]) grads.weights[i] = empty_in_huge_pages(call.weights[i].sizes(), options);
+    if (needs_grad.weights[i]) grads.weights[i] = empty_result(call.weights[i].sizes(), options);
   }
   if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
   if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
@@ -243,10 +239,10 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::Tensor y = with_contiguous_rows(arguments.output, type);
   const ResultGradients& given = arguments.grads;
   const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();
-  const at::Tensor dh = contiguous_or_undefined(given.h_n, type);
-  const at::Tensor dc = contiguous_or_undefined(given.c_n, type);
-  const at::Tensor grad_gates = contiguous_or_undefined(given.gate_values, type);
-  const at::Tensor grad_cells = contiguous_or_undefined(given.cells, type);
+  const at::Tensor dh = contiguous_converted(given.h_n, type);
+  const at::Tensor dc = contiguous_converted(given.c_n, type);
+  const at::Tensor grad_gates = contiguous_converted(given.gate_values, type);
+  const at::Tensor grad_cells = contiguous_converted(given.cells, type);
   Saved saved = arguments.saved;
   Saved::visit(saved, [](at::Tensor& tensor) {
     if (tensor.defined()) tensor = tensor.contiguous();

@@ -1,0 +1,136 @@
+#include "torch/scratch.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/Allocator.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace lstm_ext {
+namespace {
+
+// The C library keeps smaller ones itself.
+constexpr size_t kLeastBytes = size_t{64} << 10;
+constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{1} << 21;
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+// Blocks that no call uses. Where another thread is at it, or was in the process that this one was forked from, nobody
+// waits: the caller allocates and frees.
+class Kept {
+ public:
+  // The smallest that fits and is not far too large, or null.
+  Block* take(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return nullptr;
+    auto best = blocks_.end();
+    for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+      const bool fits = (*it)->bytes >= bytes && (*it)->bytes / 2 <= bytes;
+      if (fits && (best == blocks_.end() || (*it)->bytes < (*best)->bytes)) best = it;
+    }
+    if (best == blocks_.end()) return nullptr;
+    Block* const block = *best;
+    blocks_.erase(best);
+    bytes_ -= block->bytes;
+    return block;
+  }
+
+  // Keeps a block, dropping the oldest ones for it.
+  void give(Block* block) {
+    std::vector<Block*> dropped;
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock.owns_lock() || block->bytes > kScratchBytes) {
+        dropped.push_back(block);
+      } else {
+        size_t count = 0;
+        for (; bytes_ + block->bytes > kScratchBytes; ++count) bytes_ -= blocks_[count]->bytes;
+        dropped.assign(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(count));
+        blocks_.erase(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(count));
+        blocks_.push_back(block);
+        bytes_ += block->bytes;
+      }
+    }
+    for (Block* const old : dropped) {
+      std::free(old->data);
+      delete old;
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block*> blocks_;  // oldest first
+  size_t bytes_ = 0;
+};
+
+// Never destroyed: threads may outlive what the process destroys at its end.
+Kept& kept() {
+  static Kept& all = *new Kept;
+  return all;
+}
+
+class ScratchAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    Block* block = kept().take(bytes);
+    if (!block) {
+      const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+      const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      void* data = nullptr;
+      if (posix_memalign(&data, alignment, rounded) != 0) throw std::bad_alloc();
+      advise_huge_pages(data, rounded);
+      block = new Block{data, rounded};
+    }
+    return {block->data, block, raw_deleter(), c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override {
+    return [](void* block) { kept().give(static_cast<Block*>(block)); };
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
+}  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    return at::empty(sizes, options);
+  }
+  return at::Tensor(at::detail::empty_cpu(sizes, options));
+}
+
+at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(type);
+  const at::Context& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (bytes < kLeastBytes || filled) return empty_on_cpu(sizes, options);
+  static ScratchAllocator& allocator = *new ScratchAllocator;
+  return at::Tensor(
+      at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt));
+}
+
+}  // namespace lstm_ext

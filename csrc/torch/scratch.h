@@ -1,0 +1,22 @@
+// Memory that a call needs and gives back before it returns.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace lstm_ext {
+
+// An uninitialised CPU tensor for use within a call. Large ones are kept for the next call, up to kScratchBytes in a
+// process: new memory costs a page fault for each 4 KiB, which is as much time as a small layer takes.
+at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+constexpr size_t kScratchBytes = size_t{64} << 20;
+
+// As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor. Not where torch fills new
+// memory with NaN, which it does behind the dispatcher.
+at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Asks for huge pages, of which one saves 512 page faults. Only whole ones within the memory, so that none is taken
+// that would not be used; a refusal costs nothing but the gain.
+void advise_huge_pages(void* data, size_t bytes);
+
+}  // namespace lstm_ext
