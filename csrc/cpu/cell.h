@@ -49,15 +49,14 @@ constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
 template <Nonlinearities kNonlinearities, typename T, typename Store = decltype(kNoStore)>
 LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_previous, int lanes,
                                      const Store& store = kNoStore) {
-  const Reg<T> one = Simd<T>::set1(T(1));
   Cell<T> cell;
   Gates<T>& gates = cell.gates;
   if constexpr (kNonlinearities == Nonlinearities::kSharedDivisions) {
-    gates[kF] = one / sigmoid_denominator<T>(preactivations[kF]);
+    gates[kF] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kF]));
     const Reg<T> i_denominator = sigmoid_denominator<T>(preactivations[kI]);
     Reg<T> g_numerator, g_denominator;
     tanh_fraction<T>(preactivations[kG], g_numerator, g_denominator);
-    const Reg<T> inverse = one / (i_denominator * g_denominator);
+    const Reg<T> inverse = Simd<T>::reciprocal(i_denominator * g_denominator);
     gates[kI] = g_denominator * inverse;
     gates[kG] = g_numerator * (i_denominator * inverse);
     cell.c = cell_state<T>(gates, c_previous, lanes);
@@ -65,13 +64,13 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
     const Reg<T> o_denominator = sigmoid_denominator<T>(preactivations[kO]);
     Reg<T> c_numerator, c_denominator;
     tanh_fraction<T>(cell.c, c_numerator, c_denominator);
-    const Reg<T> o_inverse = one / (o_denominator * c_denominator);
+    const Reg<T> o_inverse = Simd<T>::reciprocal(o_denominator * c_denominator);
     gates[kO] = c_denominator * o_inverse;
     cell.h = c_numerator * o_inverse;
   } else {
-    gates[kI] = one / sigmoid_denominator<T>(preactivations[kI]);
-    gates[kF] = one / sigmoid_denominator<T>(preactivations[kF]);
-    gates[kO] = one / sigmoid_denominator<T>(preactivations[kO]);
+    gates[kI] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kI]));
+    gates[kF] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kF]));
+    gates[kO] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kO]));
     gates[kG] =
         kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
     cell.c = cell_state<T>(gates, c_previous, lanes);

@@ -100,7 +100,7 @@ template <typename T>
 LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
   Reg<T> numerator, denominator;
   tanh_fraction<T>(x, numerator, denominator);
-  return numerator / denominator;
+  return numerator * Simd<T>::reciprocal(denominator);
 }
 
 // The same with an error of little more than half a unit in the last place instead of two (of one, without FMA):
