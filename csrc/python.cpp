@@ -37,21 +37,23 @@ std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTenso
 }
 
 std::vector<std::string> cpu_capabilities() {
-  const char* names[3];
+  const char* names[cpu::kCapabilities];
   return {names, names + cpu::available_capabilities(names)};
 }
 
 // The plan of a call of this shape that saves everything, or nothing, and requests the gradient of the input.
 template <typename T>
-py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save) {
+py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int planes) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::Machine machine{kernels.lanes, threads};
+  const cpu::Machine machine{kernels.lanes, threads, kernels.matrix_unit};
   T present{};
   lstm_ext::ForwardParams<T> forward_params{};
   forward_params.shape = shape;
+  forward_params.planes = planes;
   forward_params.gate_values = forward_params.cells = forward_params.hidden = save ? &present : nullptr;
   lstm_ext::BackwardParams<T> backward_params{};
   backward_params.shape = shape;
+  backward_params.planes = planes;
   backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
   backward_params.grad_input.data = &present;
   const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
@@ -63,11 +65,16 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save) {
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack_input"] = forward.pack_input;
   result["pack_recurrent"] = forward.pack_recurrent;
+  result["input_planes"] = forward.input_unit.planes;
+  result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;
   result["forward_workspace_bytes"] = forward.workspace_bytes;
   result["backward_batch_groups"] = backward.grid.batch_groups;
   result["backward_hidden_groups"] = backward.grid.hidden_groups;
   result["backward_pack"] = backward.pack;
+  result["backward_recurrent_planes"] = backward.recurrent_unit.planes;
+  result["backward_input_planes"] = backward.input_unit.planes;
+  result["outer_planes"] = backward.outer_unit.planes;
   result["backward_chunk_rows"] = backward.chunk_rows;
   result["backward_workspace_bytes"] = backward.workspace_bytes;
   return result;
@@ -75,12 +82,13 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save) {
 
 // How a call would be cut up with the instruction set in use; for tests and for the curious.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
-                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes) {
+                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int planes) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
     TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
   }
   TORCH_CHECK(proj_size >= 0 && proj_size < hidden_size, "cpu_plan: expected 0 <= proj_size < hidden_size, got ",
               proj_size);
+  TORCH_CHECK(planes >= 1 && planes <= 3, "cpu_plan: expected planes of 1, 2 or 3, got ", planes);
   std::vector<int64_t> offsets;
   if (batch_sizes) {
     TORCH_CHECK(static_cast<int64_t>(batch_sizes->size()) == steps && batch_sizes->front() == batch,
@@ -97,7 +105,7 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    false,
                                    batch_sizes ? offsets.data() : nullptr,
                                    nullptr};
-  return float64 ? plan_of<double>(shape, threads, save) : plan_of<float>(shape, threads, save);
+  return float64 ? plan_of<double>(shape, threads, save, planes) : plan_of<float>(shape, threads, save, planes);
 }
 
 py::dict build_info() {
@@ -131,7 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
-        py::arg("float64") = false, py::arg("batch_sizes") = py::none());
+        py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("planes") = 3);
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
   cpu::capability();

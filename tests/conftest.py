@@ -193,7 +193,7 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
         yield
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor runs, in use for one test."""
     from lstm_ext.native import loader

@@ -72,12 +72,15 @@ FAULTS: dict[str, Fault] = {
         "  int64_t tile_rows;  // batch rows of a register tile\n",
         "  int64_t tile_rows;\n  int64_t lanes;\n",
     ),
-    "cpu/kernels_avx2.cpp": Fault("return &avx2::kCapability;", "return nullptr;", every_set=True),
-    "cpu/kernels_avx512.cpp": Fault("return &avx512::kCapability;", "return nullptr;", every_set=True),
-    "cpu/kernels_baseline.cpp": Fault("return &baseline::kCapability;", "return nullptr;", every_set=True),
+    "cpu/kernels_amx.cpp": Fault("return &amx::kKernels<float>;", "return nullptr;", every_set=True),
+    "cpu/kernels_avx2.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
+    "cpu/kernels_avx512.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
+    "cpu/kernels_baseline.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
     "cpu/layer_norm.h": Fault(
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
+    "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;"),
+    "cpu/plane_product.h": Fault("kRight[] = {2, 0, 1, 0, 0, 1};", "kRight[] = {2, 0, 1, 0, 0, 0};"),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, width)",
@@ -153,6 +156,10 @@ LEFT_OUT = {
     f"const Capability* capability_{name}() {{ return nullptr; }}\n}}\n"
     for name in ("avx512", "baseline")
 }
+LEFT_OUT["amx"] = (
+    '#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {\n'
+    "const Kernels<float>* kernels_amx() { return nullptr; }\n}\n"
+)
 
 
 def problems(csrc: Path = ROOT / "csrc") -> list[str]:

@@ -64,6 +64,9 @@ struct LayerParams {
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
   StepOptions<T> options;
+  // How exact the operands of products must be, where a matrix unit makes them of bfloat16: so many bfloat16 numbers an
+  // operand, 3 for all 24 bits of a float32, 2 for 16, 1 for 8. Without such a unit products take what T holds.
+  int planes;
 };
 
 template <typename T>

@@ -60,21 +60,28 @@ class Backward {
     const BackwardPlan& plan = pass_.plan;
     const LayerShape& shape = pass_.shape;
     const int64_t teams = plan.grid.batch_groups;
-    const int64_t gates = 4 * shape.hidden_size;
     zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
     if (pass_.recomputes) recompute_.prepare_weights();
-    if (!plan.pack) return;
-    pack_columns(params.weights.weight_hh, shape.output_size, gates, pass_.output_columns, pass_.team, teams,
-                 pass_.buffer(plan.recurrent_panels));
+    pack(pass_.recurrent_weight(), params.weights.weight_hh, pass_.output_columns, pass_.team, teams);
     if (shape.projected) {
-      pack_columns(params.weights.weight_hr, shape.hidden_size, shape.output_size, pass_.hidden_columns, pass_.team,
-                   teams, pass_.buffer(plan.projection_panels));
+      pack(pass_.projection_weight(), params.weights.weight_hr, pass_.hidden_columns, pass_.team, teams);
     }
     if (params.grad_input.data) {
-      pack_columns(params.weights.weight_ih, shape.input_size, gates, Range{0, shape.input_size}, pass_.worker,
-                   plan.grid.workers(), pass_.buffer(plan.input_panels));
+      pack(pass_.input_weight(), params.weights.weight_ih, Range{0, shape.input_size}, pass_.worker,
+           plan.grid.workers());
     }
-    if (teams > 1) pass_.meet_all();
+    if (plan.grid.workers() > 1) pass_.meet_all();
+  }
+
+  // Makes the panels or planes of some columns, if the weight has any; of `shares` callers, each makes its own.
+  void pack(const RightHandSide<T>& to, const T* matrix, Range columns, int64_t share_index, int64_t shares) {
+    if constexpr (kHasMatrixUnit<T>) {
+      if (to.planes.count > 0) {
+        pack_column_planes(matrix, to.row_step, to.depth, columns, share_index, shares, to.planes);
+        return;
+      }
+    }
+    if (to.packed) pack_columns(matrix, to.row_step, to.depth, columns, share_index, shares, const_cast<T*>(to.data));
   }
 
   // The chunk's masked h_{t-1}, each member some of its team's rows.

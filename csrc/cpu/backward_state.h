@@ -39,6 +39,7 @@ struct BackwardStepRows {
   T* grad_preactivations;
   T* grad_input_part;
   int64_t place;  // of row 0 in arrays (T, B, n)
+  bool odd;       // the number of the step
   PreviousStates<T> previous;
 };
 
@@ -123,20 +124,31 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     step.grad_preactivations = grad_preactivations(s);
     step.grad_input_part = chunk.grad_input_part + row_in_chunk(s) * gate_stride;
     step.place = place;
+    step.odd = s % 2 != 0;
     step.previous = states_before(t);
   }
 
+  // A (depth, columns) weight as the plan has it packed.
+  RightHandSide<T> right_hand_side(const T* matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
+                                   int64_t offset) const {
+    if (unit.planes > 0) {
+      return {nullptr, columns, depth, false, matrix, false, Base::planes(unit, offset), Base::tile_scratch()};
+    }
+    return {plan.pack ? buffer(offset) : matrix, columns, depth, plan.pack};
+  }
   RightHandSide<T> recurrent_weight() const {
-    return {plan.pack ? buffer(plan.recurrent_panels) : params.weights.weight_hh, shape.output_size,
-            4 * shape.hidden_size, plan.pack};
+    RightHandSide<T> weight = right_hand_side(params.weights.weight_hh, shape.output_size, 4 * shape.hidden_size,
+                                              plan.recurrent_unit, plan.recurrent_panels);
+    weight.backwards = step.odd;
+    return weight;
   }
   RightHandSide<T> projection_weight() const {
-    return {plan.pack ? buffer(plan.projection_panels) : params.weights.weight_hr, shape.hidden_size, shape.output_size,
-            plan.pack};
+    return right_hand_side(params.weights.weight_hr, shape.hidden_size, shape.output_size, plan.projection_unit,
+                           plan.projection_panels);
   }
   RightHandSide<T> input_weight() const {
-    return {plan.pack ? buffer(plan.input_panels) : params.weights.weight_ih, shape.input_size, 4 * shape.hidden_size,
-            plan.pack};
+    return right_hand_side(params.weights.weight_ih, shape.input_size, 4 * shape.hidden_size, plan.input_unit,
+                           plan.input_panels);
   }
 
   // The team's own place for sums that wait, wide enough for both products of a step (P <= H).

@@ -1,9 +1,16 @@
 // Which instruction set runs: the best this CPU has, or the one the user names.
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/kernels.h"
 
@@ -12,9 +19,28 @@ namespace {
 
 constexpr const char* kVariable = "LSTM_EXT_CPU_CAPABILITY";
 
+// Whether the CPU has AMX with bfloat16 and AVX-512-BF16, and the kernel lets this process use the tiles, which it must
+// be asked once: their state is 8 KB a thread.
+bool asks_for_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile) || !(d & kAmxBf16)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool cpu_runs(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (std::strcmp(name, "amx") == 0) {
+    static const bool granted = asks_for_tiles();
+    return granted && cpu_runs("avx512");
+  }
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
@@ -25,8 +51,23 @@ bool cpu_runs(const char* name) {
   return std::strcmp(name, "baseline") == 0;
 }
 
+// Best first; null where the binary has none.
+using Capabilities = std::array<const Capability*, kCapabilities>;
+const Capabilities& all_capabilities() {
+  static const Capabilities all = []() -> Capabilities {
+    const Capability* const avx512 = capability_avx512();
+    const Kernels<float>* const amx = avx512 ? kernels_amx() : nullptr;
+    static const Capability with_tiles = amx ? Capability{"amx", *amx, avx512->f64} : Capability{};
+    return {amx ? &with_tiles : nullptr, avx512, capability_avx2(), capability_baseline()};
+  }();
+  return all;
+}
+
+std::atomic<const Capability*> added{nullptr};
+
 const Capability* find(const std::string& name) {
-  for (const Capability* c : {capability_avx512(), capability_avx2(), capability_baseline()}) {
+  if (const Capability* c = added.load(std::memory_order_acquire); c && name == c->name) return c;
+  for (const Capability* c : all_capabilities()) {
     if (c && name == c->name) return c;
   }
   return nullptr;
@@ -35,11 +76,11 @@ const Capability* find(const std::string& name) {
 const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
-    throw std::invalid_argument(source + ": expected 'avx512', 'avx2' or 'baseline', got '" + name + "'");
+    throw std::invalid_argument(source + ": expected 'amx', 'avx512', 'avx2' or 'baseline', got '" + name + "'");
   }
-  if (!cpu_runs(c->name)) {
+  if (c != added.load(std::memory_order_acquire) && !cpu_runs(c->name)) {
     throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {
-      const char* names[3];
+      const char* names[kCapabilities];
       return available_capabilities(names) > 0 ? std::string(names[0]) : std::string();
     }() + "'");
   }
@@ -48,7 +89,7 @@ const Capability* require(const std::string& name, const std::string& source) {
 
 const Capability* initial() {
   if (const char* name = std::getenv(kVariable); name && *name) return require(name, kVariable);
-  const char* names[3];
+  const char* names[kCapabilities];
   if (available_capabilities(names) == 0) {
     throw std::runtime_error("lstm_ext was built for a CPU that is not x86-64: no kernels are there");
   }
@@ -68,6 +109,8 @@ void set_capability(const char* name) {
   current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);
 }
 
+void add_capability(const Capability* capability) { added.store(capability, std::memory_order_release); }
+
 template <>
 LSTM_EXT_PUBLIC const Kernels<float>& kernels<float>() {
   return capability().f32;
@@ -79,7 +122,7 @@ LSTM_EXT_PUBLIC const Kernels<double>& kernels<double>() {
 
 int available_capabilities(const char** names) {
   int count = 0;
-  for (const Capability* c : {capability_avx512(), capability_avx2(), capability_baseline()}) {
+  for (const Capability* c : all_capabilities()) {
     if (c && cpu_runs(c->name)) names[count++] = c->name;
   }
   return count;

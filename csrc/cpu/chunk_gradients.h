@@ -25,7 +25,8 @@ class ChunkGradients {
     if (!params.grad_input.data) return;
     const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
     const Range mine = workers_share(pass_.chunk.rows);
-    constexpr int64_t kRows = 16 * kTileRows;  // rows that pass over a panel while it is in cache
+    // Rows that pass over a panel while it is in cache.
+    constexpr int64_t kRows = kHasMatrixUnit<T> ? kUnitInputRows : 16 * kTileRows;
     const RightHandSide<T> weight = pass_.input_weight();
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
       const int64_t rows = smaller(kRows, mine.end - begin);
@@ -110,6 +111,14 @@ class ChunkGradients {
   }
   void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
                     int64_t columns, T* sums) const {
+    if constexpr (kHasMatrixUnit<T>) {
+      const int planes = pass_.plan.outer_unit.planes;
+      if (planes > 0) {
+        add_outer_planes(planes, left, left_step, samples, rows, right, columns, sums, pass_.tile_scratch(),
+                         pass_.outer_products);
+        return;
+      }
+    }
     add_outer_products<T>(left, left_step, samples, rows, right, columns, sums, pass_.outer_products);
   }
 

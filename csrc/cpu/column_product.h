@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 
+#include "cpu/plane_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -12,13 +13,17 @@ namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
 // A (depth, columns) row-major matrix as the right-hand side of a product: in place, or as panels of the blocks that
-// for_each_column_block makes of one range of columns, [k][register][lane].
+// for_each_column_block makes of one range of columns, [k][register][lane], or as planes of that range.
 template <typename T>
 struct RightHandSide {
   const T* data;
   int64_t row_step;  // of the row-major matrix
   int64_t depth;
   bool packed;
+  const T* matrix = nullptr;  // with planes: the row-major matrix
+  bool backwards = false;     // with planes: from the last column to the first; see GateProduct::Sweep
+  UnitPlanes planes{};
+  TileScratch scratch{};
 
   template <int NV>
   LSTM_EXT_INLINE int64_t step() const {
@@ -50,13 +55,92 @@ void pack_columns(const T* matrix, int64_t row_step, int64_t depth, Range column
   });
 }
 
-// For `rows` rows and `columns`: a * b + start(row, column, lanes, start value), kLanes columns at a time to
-// finish(row, column, sums, lanes). prefetch(row, column) asks for what `finish` will read. Between blocks of k the
-// sums wait in partial(row)[columns].
+#if defined(LSTM_EXT_MATRIX_UNIT)
+// The same, of planes: column tiles.
+inline void pack_column_planes(const float* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
+                               int64_t shares, const UnitPlanes& planes) {
+  const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
+  for (int64_t tile = share_index; tile < tiles; tile += shares) {
+    const int64_t column = columns.begin + tile * kUnitTileRows;
+    const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
+    const ColumnTile to = planes.column_tile(columns.begin, tile, tiles, depth);
+    const auto row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return matrix + k * row_step; };
+    with_planes(planes.count, [&](auto p) {
+      planes.splits[column / kUnitTileRows] =
+          split_row_pairs<p(), false>(row, column, lanes, depth, to.data, to.k_step);
+    });
+  }
+}
+
+// multiply_columns from planes. Returns how many rows it did: up to those that cannot be split, none if columns cannot.
+template <typename A, typename Prefetch, typename Start, typename Finish>
+int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide<float>& b, Range columns,
+                               const Prefetch& prefetch, const Start& start, const Finish& finish) {
+  const UnitPlanes& planes = b.planes;
+  const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
+  const int64_t k_tiles = divide_up(b.depth, kUnitTileDepth);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
+  }
+  const auto column_of = [&](int64_t tile) LSTM_EXT_LAMBDA_INLINE { return columns.begin + tile * kUnitTileRows; };
+  for (int64_t first = 0; first < rows; first += kMostUnitRows) {
+    const int64_t height = smaller(kMostUnitRows, rows - first);
+    const int64_t row_tiles = divide_up(height, kUnitTileRows);
+    const int64_t k_most = b.scratch.left_numbers / (row_tiles * planes.count * kOperandSize);
+    const int64_t k_blocks = divide_up(k_tiles, k_most);
+    const auto next_tile = [&](int64_t tile, int width)
+                               LSTM_EXT_LAMBDA_INLINE { return b.backwards ? tile - 2 * kGroupTiles : tile + width; };
+    const auto prefetch_row = [&](int64_t tile, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+      const int64_t end = smaller(tile + 2 * kGroupTiles, tiles);
+      for (tile = tile > 0 ? tile : 0; tile < end; ++tile) prefetch(first + row, column_of(tile));
+    };
+    Epilogue epilogue([&](int64_t tile, int width, int64_t row, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+      for (int i = 0; i < width; ++i) {
+        const int64_t column = column_of(tile + i);
+        const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
+        Reg<float> before;
+        start(first + row, column, lanes, before);
+        alignas(64) float numbers[kUnitTileRows];
+        Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
+        finish(first + row, column, numbers, lanes);
+      }
+      prefetch_row(next_tile(tile, width), row);
+    });
+    const TileGroups groups(tiles);
+    for (int64_t row = 0; row < height; ++row) prefetch_row(groups.begin(b.backwards ? groups.count - 1 : 0), row);
+    for (int64_t block = 0; block < k_blocks; ++block) {
+      const Range k = share(k_tiles, k_blocks, block);
+      const auto a_part = [&](int64_t row)
+                              LSTM_EXT_LAMBDA_INLINE { return a_row(first + row) + k.begin * kUnitTileDepth; };
+      const int64_t depth = smaller(b.depth, k.end * kUnitTileDepth) - k.begin * kUnitTileDepth;
+      if (!split_rows(planes.count, height, a_part, depth, b.scratch.left)) return first;
+      for (int64_t i = 0; i < groups.count; ++i) {
+        const int64_t group = b.backwards ? groups.count - 1 - i : i;
+        const int64_t tile = groups.begin(group);
+        const int width = groups.width(group);
+        RightTiles right = planes.columns(columns.begin, tile, tiles, b.depth);
+        right.data += k.begin * right.k_step;
+        float* const sums = k_blocks > 1 ? b.scratch.all_sums + tile * row_tiles * kSumsSize : b.scratch.sums(i % 2);
+        multiply_tiles(planes.count, b.scratch.left, row_tiles, right, width, k.end - k.begin, sums, block > 0,
+                       epilogue.between());
+        if (block + 1 == k_blocks) {
+          epilogue.rest();
+          epilogue.begin(tile, width, sums, height, planes.count,
+                         (k.end - k.begin) * row_tiles * divide_up(width, kGroupTiles) / 2);
+        }
+      }
+      epilogue.rest();
+    }
+  }
+  return rows;
+}
+#endif
+
+// multiply_columns without the matrix unit, for some rows.
 template <typename T, typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
-LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
-                                      const Partial& partial, const Prefetch& prefetch, const Start& start,
-                                      const Finish& finish) {
+LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const RightHandSide<T>& b, Range columns,
+                                              const Partial& partial, const Prefetch& prefetch, const Start& start,
+                                              const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
@@ -64,7 +148,8 @@ LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightH
     const bool exact = b.packed || last == kLanes;
     for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, b.depth - k);
-      for_each_row_tile(rows, [&](int64_t row, auto height) {
+      for_each_row_tile(rows.end - rows.begin, [&](int64_t first, auto height) {
+        const int64_t row = rows.begin + first;
         constexpr int R = height();
         Tile<T, R, NV> tile;
         tile.zero();
@@ -116,6 +201,27 @@ LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightH
     }
   };
   for_each_column_block<T>(columns.begin, columns.end, column_block);
+}
+
+// For `rows` rows and `columns`: a * b + start(row, column, lanes, start value), kLanes columns at a time to
+// finish(row, column, sums, lanes). prefetch(row, column) asks for what `finish` will read. Between blocks of k the
+// sums wait in partial(row)[columns].
+template <typename T, typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
+LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
+                                      const Partial& partial, const Prefetch& prefetch, const Start& start,
+                                      const Finish& finish) {
+  int64_t done = 0;
+  const RightHandSide<T>* in = &b;
+  RightHandSide<T> plain{};
+  if constexpr (kHasMatrixUnit<T>) {
+    if (b.planes.count > 0) {
+      if (b.depth > 0) done = multiply_column_planes(a_row, rows, b, columns, prefetch, start, finish);
+      if (done == rows) return;
+      plain = {b.matrix, b.row_step, b.depth, false};
+      in = &plain;
+    }
+  }
+  multiply_columns_of_rows(a_row, Range{done, rows}, *in, columns, partial, prefetch, start, finish);
 }
 
 // For products that prefetch nothing, and that start from zero.

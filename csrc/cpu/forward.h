@@ -54,12 +54,8 @@ class Forward {
     zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
     for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
       if (block % teams != pass_.team) continue;
-      if (plan.pack_input) {
-        pack_gate_panel(weights.weight_ih, H, I, block, pass_.input_panels + block * kGates * kLanes * I);
-      }
-      if (plan.pack_recurrent) {
-        pack_gate_panel(weights.weight_hh, H, P, block, pass_.recurrent_panels + block * kGates * kLanes * P);
-      }
+      pack_gates(pass_.input_weight, H, I, block);
+      pack_gates(pass_.recurrent_weight, H, P, block);
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H + block * kLanes;
         sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.bias);
@@ -105,8 +101,8 @@ class Forward {
       input = listed_rows<const T>(pass_.input_rows);
       preactivations = listed_rows<T>(pass_.preactivation_rows);
     }
-    pass_.product.multiply(count, input, pass_.shape.input_size, pass_.params.weights.weight_ih,
-                           pass_.plan.pack_input ? pass_.input_panels : nullptr, preactivations, step_.input_bias());
+    pass_.product.multiply(count, input, pass_.shape.input_size, pass_.input_weight, preactivations,
+                           step_.input_bias());
     step_.finish_input_part(count, preactivations);
   }
 

@@ -16,12 +16,15 @@ namespace {
 template <typename T>
 struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   using Base = Pass<T, ForwardParams<T>, ForwardPlan>;
-  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::team_buffer, Base::zero_row;
+  using Base::buffer, Base::columns, Base::gate_weight, Base::row_list, Base::rows, Base::rows_in, Base::team_buffer,
+      Base::zero_row;
   using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
   GateProduct<T> product;  // of this member's units
-  T* const input_panels = buffer(plan.input_panels);
-  T* const recurrent_panels = buffer(plan.recurrent_panels);
+  const GateWeight<T> input_weight =
+      gate_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
+  const GateWeight<T> recurrent_weight =
+      gate_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
   T* const projection_panels = buffer(plan.projection_panels);
   T* const bias = buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
@@ -33,7 +36,8 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   const T** const c_rows = h_rows + plan.team_rows;
 
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
-      : Base(params, plan, Steps::Pass::kForward, workspace, worker), product(shape.hidden_size, Base::blocks) {}
+      : Base(params, plan, Steps::Pass::kForward, workspace, worker),
+        product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
 
   // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else
   // in the buffer of the chunk, after the `done` rows of its earlier steps.

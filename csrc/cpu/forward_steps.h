@@ -80,17 +80,18 @@ class FusedForwardStep {
       store_lanes<T>(hidden.data + row * hidden.inner_step + unit, cell.h, lanes);
       if (params.gate_values) store_gates<T>(pre.data + row * pre.inner_step + unit, cell.gates, H, lanes);
     };
-    if (pass_.plan.pack_recurrent) {
-      pass_.product.multiply_panels(count, h, h_size, pass_.recurrent_panels, pre, static_cast<const T*>(nullptr),
-                                    [&](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
-                                      constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
+    const auto finish_tile = [&](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+      constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
 #pragma GCC unroll kTileRows
-                                      for (int r = 0; r < R; ++r) {
-                                        const auto& sums = tile.acc[r];
-                                        finish(row + r, unit, lanes, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
-                                      }
-                                      return true;
-                                    });
+      for (int r = 0; r < R; ++r) {
+        const auto& sums = tile.acc[r];
+        finish(row + r, unit, lanes, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
+      }
+      return true;
+    };
+    constexpr const T* kNoBias = nullptr;
+    if (pass_.recurrent_weight.packed()) {
+      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, kNoBias, finish_tile);
       return;
     }
     if (h_size > 0) {
@@ -196,9 +197,7 @@ class UnfusedForwardStep {
       }
       h = {masked_h_, count * P, P, count};
     }
-    pass_.product.multiply(count, h, P, pass_.params.weights.weight_hh,
-                           pass_.plan.pack_recurrent ? pass_.recurrent_panels : nullptr, recurrent_,
-                           kNormalised ? pass_.zero_row : nullptr);
+    pass_.product.multiply(count, h, P, pass_.recurrent_weight, recurrent_, kNormalised ? pass_.zero_row : nullptr);
   }
 
   // c_t of some units of a row and, without layer normalisation, o * tanh(c_t). With it, c_t before zoneout goes to

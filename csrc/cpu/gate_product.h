@@ -5,6 +5,7 @@
 
 #include "cpu/gates.h"
 #include "cpu/pack.h"
+#include "cpu/plane_product.h"
 #include "cpu/range.h"
 #include "cpu/row_major.h"
 #include "cpu/rows.h"
@@ -13,6 +14,16 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
+
+// A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
+template <typename T>
+struct GateWeight {
+  const T* rows;  // in torch's layout
+  T* panels = nullptr;
+  UnitPlanes planes{};
+
+  bool packed() const { return panels || planes.count > 0; }
+};
 
 // Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
 // of the units side by side, [k][gate][lane].
@@ -23,6 +34,39 @@ void pack_gate_panel(const T* weight, int64_t hidden_size, int64_t count, int64_
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
   for (int gate = 0; gate < kGates; ++gate) {
     pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * n, kGates * n);
+  }
+}
+
+#if defined(LSTM_EXT_MATRIX_UNIT)
+// The planes of the same units. Returns whether all numbers could be split.
+inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t count, int64_t block, int planes,
+                             uint16_t* out) {
+  const int64_t unit = block * kUnitTileRows;
+  const int units = static_cast<int>(smaller(hidden_size - unit, kUnitTileRows));
+  const int64_t k_step = kGroupTiles * planes * kOperandSize;
+  bool splits = true;
+  for (int gate = 0; gate < kGates; ++gate) {
+    const float* const rows = weight + (gate * hidden_size + unit) * count;
+    uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kUnitTileDepth) * k_step +
+                         gate % kGroupTiles * planes * kOperandSize;
+    with_planes(planes, [&](auto p) { splits &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
+  }
+  return splits;
+}
+#endif
+
+// Makes the panels or planes of kLanes units of a weight, if it has any.
+template <typename T>
+void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+  if (weight.panels) {
+    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
+  }
+  if constexpr (kHasMatrixUnit<T>) {
+    const UnitPlanes& planes = weight.planes;
+    if (planes.count == 0) return;
+    const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
+    planes.splits[block] =
+        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + block * size);
   }
 }
 
@@ -38,29 +82,44 @@ template <typename T>
 class GateProduct {
  public:
   // `blocks`: of kLanes units.
-  GateProduct(int64_t hidden_size, Range blocks) : hidden_size_(hidden_size), blocks_(blocks) {}
+  GateProduct(int64_t hidden_size, Range blocks, TileScratch scratch = {})
+      : hidden_size_(hidden_size), blocks_(blocks), scratch_(scratch) {}
 
   int lanes_in(int64_t block) const { return static_cast<int>(smaller(hidden_size_ - block * kLanes, kLanes)); }
 
-  // pre = (bias, or what is in `pre`) + weight * a, from the panels of the weight or, if these are null, row by row.
+  // pre = (bias, or what is in `pre`) + weight * a.
   template <typename A>
-  void multiply(int64_t rows, const A& a_row, int64_t count, const T* weight, const T* panels, const RowGrid<T>& pre,
+  void multiply(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const RowGrid<T>& pre,
                 const T* bias) {
-    if (panels) {
-      multiply_panels(rows, a_row, count, panels, pre, bias,
+    if (weight.packed()) {
+      multiply_packed(rows, a_row, count, weight, pre, bias,
                       [](int64_t, int64_t, int, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
     } else {
-      dot_gates(weight, count, rows, a_row, bias, pre);
+      dot_gates(weight.rows, count, rows, a_row, bias, pre);
     }
   }
 
-  // tile = a * panel + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
+  // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
   // says whether it consumed the tile. If not, the tile goes to `pre`.
+  template <typename A, typename Finish>
+  LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                                       const RowGrid<T>& pre, const T* bias, Finish&& finish) {
+    if constexpr (kHasMatrixUnit<T>) {
+      if (!weight.panels) {
+        multiply_planes(rows, a_row, count, weight, pre, bias, finish);
+        return;
+      }
+    }
+    multiply_panels(rows, a_row, count, weight.panels, pre, bias, finish);
+  }
+
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
                                        const RowGrid<T>& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
-    for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+    const Sweep sweep = next_sweep();
+    for (int64_t i = 0; i < sweep.count; ++i) {
+      const int64_t block = sweep.block(i);
       const int lanes = lanes_in(block);
       const T* panel = panels + block * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
@@ -103,9 +162,60 @@ class GateProduct {
     }
   }
 
+#if defined(LSTM_EXT_MATRIX_UNIT)
+  // The same from planes, on the matrix unit. Rows and units that cannot be split go the row-major path.
+  template <typename A, typename Finish>
+  LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                                       const RowGrid<T>& pre, const T* bias, Finish&& finish) {
+    const int64_t H = hidden_size_;
+    const UnitPlanes& planes = weight.planes;
+    const int64_t k_tiles = divide_up(count, kUnitTileDepth);
+    const int64_t most = scratch_.rows_for(count, planes.count);
+    for (int64_t first = 0; first < rows; first += most) {
+      const int64_t height = smaller(most, rows - first);
+      const int64_t row_tiles = divide_up(height, kUnitTileRows);
+      const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
+      const auto finish_row = [&](int64_t unit, int lanes, const T* start, int64_t row,
+                                  const float* sums) LSTM_EXT_LAMBDA_INLINE {
+        T* const out = pre(first + row) + unit;
+        const T* const before = start ? start + unit : out;
+        Tile<T, 1, kGates> tile;
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate) {
+          tile.acc[0][gate] = load_lanes<T>(before + gate * H, lanes);
+          if (sums) tile.acc[0][gate] = Simd<T>::load(sums + gate * kSumsSize) + tile.acc[0][gate];
+        }
+        if (finish(first + row, unit, lanes, tile)) return;
+        if (sums) store_gates<T>(out, {{tile.acc[0][kI], tile.acc[0][kF], tile.acc[0][kG], tile.acc[0][kO]}}, H, lanes);
+      };
+      const bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
+      Epilogue epilogue([&](int64_t block, int, int64_t row, const float* sums)
+                            LSTM_EXT_LAMBDA_INLINE { finish_row(block * kLanes, lanes_in(block), bias, row, sums); });
+      const Sweep sweep = next_sweep();
+      for (int64_t i = 0; i < sweep.count; ++i) {
+        const int64_t block = sweep.block(i);
+        if (splits && planes.splits[block]) {
+          multiply_tiles(planes.count, scratch_.left, row_tiles, planes.gates(block, k_tiles), 2 * kGroupTiles, k_tiles,
+                         scratch_.sums(block % 2), false, epilogue.between());
+          epilogue.rest();
+          epilogue.begin(block, kGates, scratch_.sums(block % 2), height, planes.count, k_tiles * row_tiles);
+          continue;
+        }
+        epilogue.rest();
+        GateProduct one(H, {block, block + 1});
+        one.dot_gates(weight.rows, count, height, a_part, bias,
+                      [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); });
+        for (int64_t row = 0; row < height; ++row) finish_row(block * kLanes, lanes_in(block), nullptr, row, nullptr);
+      }
+      epilogue.rest();
+    }
+  }
+
+#endif
+
   // The row-major path: pre = (bias, or what is in `pre`) + weight * a, for these units.
-  template <typename A>
-  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const RowGrid<T>& pre) {
+  template <typename A, typename Pre>
+  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const Pre& pre) {
     const int64_t H = hidden_size_;
     const int64_t begin = blocks_.begin * kLanes;
     const int64_t end = smaller(blocks_.end * kLanes, H);
@@ -118,9 +228,9 @@ class GateProduct {
     }
   }
 
-  template <typename A>
+  template <typename A, typename Pre>
   void dot_range(const T* weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
-                 const T* bias, const RowGrid<T>& pre) {
+                 const T* bias, const Pre& pre) {
     constexpr int kMany = kLanes >= 4 ? 4 : kLanes;
     for (int64_t m = begin; m < end;) {
       int64_t row = 0;
@@ -146,8 +256,22 @@ class GateProduct {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
+  // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
+  // hold all of it is what the product before used last.
+  struct Sweep {
+    int64_t first, step, count;
+    int64_t block(int64_t i) const { return first + i * step; }
+  };
+  Sweep next_sweep() {
+    forwards_ = !forwards_;
+    const int64_t count = blocks_.end - blocks_.begin;
+    return forwards_ ? Sweep{blocks_.begin, 1, count} : Sweep{blocks_.end - 1, -1, count};
+  }
+
   const int64_t hidden_size_;
   const Range blocks_;
+  const TileScratch scratch_;
+  bool forwards_ = false;
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
-// LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a header of the kernels; each of these includes this
-// file first.
+// The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AMX,
+// LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a header of the kernels; each of
+// these includes this file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
@@ -27,7 +27,19 @@
 
 // LSTM_EXT_ISA: the namespace. The rest of the translation unit is compiled for the target; Clang wants the end of the
 // kernels_*.cpp to take it back.
-#if defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
+#if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16, and the matrix unit; the assembler knows its instructions
+
+#define LSTM_EXT_ISA amx
+#define LSTM_EXT_ISA_NAME "amx"
+#if defined(__clang__)
+#pragma clang attribute push(                                                                            \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#endif
+
+#elif defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
 
 #define LSTM_EXT_ISA avx512
 #define LSTM_EXT_ISA_NAME "avx512"
@@ -53,6 +65,11 @@
 #define LSTM_EXT_ISA baseline
 #define LSTM_EXT_ISA_NAME "baseline"
 
+#elif defined(LSTM_EXT_ISA_SOFTWARE)  // of the tests: registers of 16 numbers and a matrix unit in plain C++
+
+#define LSTM_EXT_ISA software
+#define LSTM_EXT_ISA_NAME "software"
+
 #else
-#error "define LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 or LSTM_EXT_ISA_BASELINE, as the kernels_*.cpp do"
+#error "define LSTM_EXT_ISA_AMX, LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 or LSTM_EXT_ISA_BASELINE, as kernels_*.cpp do"
 #endif

@@ -5,6 +5,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/matrix_unit.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
 
@@ -12,9 +13,7 @@ namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
 template <typename T>
-constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, &forward<T>, &backward<T>};
-
-constexpr Capability kCapability{LSTM_EXT_ISA_NAME, kKernels<float>, kKernels<double>};
+constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, kHasMatrixUnit<T>, &forward<T>, &backward<T>};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -15,6 +15,7 @@ template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
   int64_t tile_rows;  // batch rows of a register tile
+  bool matrix_unit;   // whether products can run on one
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
@@ -31,12 +32,17 @@ struct Capability {
 const Capability* capability_baseline();
 const Capability* capability_avx2();
 const Capability* capability_avx512();
+const Kernels<float>* kernels_amx();
+
+constexpr int kCapabilities = 4;
 
 // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
 LSTM_EXT_PUBLIC const Capability& capability();
 // Throws std::invalid_argument with a sentence if this CPU or this binary cannot run `name`.
 LSTM_EXT_PUBLIC void set_capability(const char* name);
-// Fills `names` (room for 3) with what this CPU can run, best first; returns how many.
+// Lets set_capability and LSTM_EXT_CPU_CAPABILITY name one more, which the caller keeps; for tests.
+LSTM_EXT_PUBLIC void add_capability(const Capability* added);
+// Fills `names` (room for kCapabilities) with what this CPU can run, best first; returns how many.
 LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 
 template <typename T>

@@ -7,7 +7,10 @@
 #include "cpu/kernel_set.h"
 
 namespace lstm_ext::cpu {
-const Capability* capability_avx2() { return &avx2::kCapability; }
+const Capability* capability_avx2() {
+  static constexpr Capability capability{LSTM_EXT_ISA_NAME, avx2::kKernels<float>, avx2::kKernels<double>};
+  return &capability;
+}
 }  // namespace lstm_ext::cpu
 
 #if defined(__clang__)

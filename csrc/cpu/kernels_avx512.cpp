@@ -7,7 +7,10 @@
 #include "cpu/kernel_set.h"
 
 namespace lstm_ext::cpu {
-const Capability* capability_avx512() { return &avx512::kCapability; }
+const Capability* capability_avx512() {
+  static constexpr Capability capability{LSTM_EXT_ISA_NAME, avx512::kKernels<float>, avx512::kKernels<double>};
+  return &capability;
+}
 }  // namespace lstm_ext::cpu
 
 #if defined(__clang__)

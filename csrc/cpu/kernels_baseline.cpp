@@ -7,7 +7,10 @@
 #include "cpu/kernel_set.h"
 
 namespace lstm_ext::cpu {
-const Capability* capability_baseline() { return &baseline::kCapability; }
+const Capability* capability_baseline() {
+  static constexpr Capability capability{LSTM_EXT_ISA_NAME, baseline::kKernels<float>, baseline::kKernels<double>};
+  return &capability;
+}
 }  // namespace lstm_ext::cpu
 
 #else

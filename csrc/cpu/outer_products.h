@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 
+#include "cpu/plane_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -20,8 +21,8 @@ constexpr int64_t kFarBytes = 4096;
 
 // sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`.
 // `scratch`: see BackwardPlan::outer_product_size.
-template <typename T>
-void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
+template <typename T, typename Right>
+void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
                         int64_t columns, T* sums, T* scratch) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
@@ -76,6 +77,82 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
     });
   }
 }
+
+#if defined(LSTM_EXT_MATRIX_UNIT)
+// The same on the matrix unit, of so many planes. Blocks whose numbers cannot be split go the other way.
+inline void add_outer_planes(int planes, const float* left, int64_t left_step, int64_t samples, Range rows,
+                             const RowGrid<const float>& right, int64_t columns, float* sums, const TileScratch& tiles,
+                             float* scratch) {
+  const int64_t column_tiles = divide_up(columns, kUnitTileRows);
+  const int64_t most_k_tiles = tiles.right_numbers / (column_tiles * planes * kOperandSize);
+  const int64_t most_samples = smaller(kSumBlock, most_k_tiles * kUnitTileDepth);
+  const UnitPlanes right_planes{tiles.right, nullptr, planes};
+  for (int64_t n = 0; n < samples; n += most_samples) {
+    const int64_t depth = smaller(most_samples, samples - n);
+    const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
+    const int64_t left_tile = k_tiles * planes * kOperandSize;
+    const int64_t most_rows = tiles.rows_for(depth, planes);
+    const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return right(n + k); };
+    const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
+    const auto lanes_of = [](int64_t tile, int64_t size)
+                              LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
+    const auto without_unit = [&](Range part) {
+      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch);
+    };
+    bool splits = true;
+    for (int64_t tile = 0; tile < column_tiles; ++tile) {
+      const ColumnTile to = right_planes.column_tile(0, tile, column_tiles, depth);
+      with_planes(planes, [&](auto p) {
+        splits &= split_row_pairs<p(), false>(right_row, tile * kUnitTileRows, lanes_of(tile, columns), depth, to.data,
+                                              to.k_step);
+      });
+    }
+    if (!splits) {
+      without_unit(rows);
+      continue;
+    }
+    for (int64_t first = rows.begin; first < rows.end; first += most_rows) {
+      const int64_t height = smaller(most_rows, rows.end - first);
+      const int64_t row_tiles = divide_up(height, kUnitTileRows);
+      for (int64_t tile = 0; tile < row_tiles; ++tile) {
+        with_planes(planes, [&](auto p) {
+          splits &= split_row_pairs<p(), true>(left_row, first + tile * kUnitTileRows, lanes_of(tile, height), depth,
+                                               tiles.left + tile * left_tile, p() * kOperandSize);
+        });
+      }
+      if (!splits) {
+        without_unit({first, first + height});
+        splits = true;
+        continue;
+      }
+      const auto prefetch_row = [&](int64_t tile, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+        const int64_t end = smaller(tile + 2 * kGroupTiles, column_tiles);
+        for (; tile < end; ++tile) __builtin_prefetch(sums + (first + row) * columns + tile * kUnitTileRows, 1);
+      };
+      Epilogue epilogue([&](int64_t tile, int width, int64_t row, const float* terms) LSTM_EXT_LAMBDA_INLINE {
+        float* const out = sums + (first + row) * columns;
+        for (int i = 0; i < width; ++i) {
+          add_lanes<float>(out + (tile + i) * kUnitTileRows, Simd<float>::load(terms + i * kSumsSize),
+                           lanes_of(tile + i, columns));
+        }
+        prefetch_row(tile + width, row);
+      });
+      for (int64_t row = 0; row < height; ++row) prefetch_row(0, row);
+      const TileGroups groups(column_tiles);
+      for (int64_t i = 0; i < groups.count; ++i) {
+        const int64_t tile = groups.begin(i);
+        const int width = groups.width(i);
+        multiply_tiles(planes, tiles.left, row_tiles, right_planes.columns(0, tile, column_tiles, depth), width,
+                       k_tiles, tiles.sums(i % 2), false, epilogue.between());
+        epilogue.rest();
+        epilogue.begin(tile, width, tiles.sums(i % 2), height, planes,
+                       k_tiles * row_tiles * divide_up(width, kGroupTiles) / 2);
+      }
+      epilogue.rest();
+    }
+  }
+}
+#endif
 
 // sums[m] += sum over the rows n of matrix[n][m], for m in `columns`.
 template <typename T>

@@ -5,6 +5,8 @@
 #include "cpu/isa.h"
 
 #include "cpu/barrier.h"
+#include "cpu/gate_product.h"
+#include "cpu/plane_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -52,6 +54,7 @@ struct Pass {
   Barrier* const all_workers;
   Barrier* const team_barrier;
   T* const zero_row;  // where a row of h may be zeros, else not reserved
+  const UnitSession unit_session;
 
   Pass(const Params& params, const Plan& plan, Steps::Pass direction, char* workspace, int worker)
       : params(params),
@@ -66,7 +69,8 @@ struct Pass {
         blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
         all_workers(reinterpret_cast<Barrier*>(workspace)),
         team_barrier(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team))),
-        zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)) {}
+        zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
+        unit_session(plan.unit_scratch.sums_numbers > 0) {}
 
   // Places in the workspace, at an offset of the plan. Those of a worker or of a team lie one behind the other, each of
   // `size` numbers or rows.
@@ -75,6 +79,23 @@ struct Pass {
   T* team_buffer(int64_t offset, int64_t size) const { return buffer(offset) + team * size; }
   const T** row_list(int64_t offset, int64_t size) const { return place<const T*>(offset) + worker * size; }
   T** writable_row_list(int64_t offset, int64_t size) const { return place<T*>(offset) + worker * size; }
+
+  TileScratch tile_scratch() const {
+    const UnitScratch& scratch = plan.unit_scratch;
+    return {place<uint16_t>(scratch.left) + worker * scratch.left_numbers,   scratch.left_numbers,
+            place<uint16_t>(scratch.right) + worker * scratch.right_numbers, scratch.right_numbers,
+            place<float>(scratch.sums) + worker * 2 * scratch.sums_numbers,  scratch.sums_numbers};
+  }
+  // The planes of a weight for the matrix unit, at an offset of the plan.
+  UnitPlanes planes(const UnitProduct& unit, int64_t offset) const {
+    return {place<uint16_t>(offset), place<uint8_t>(unit.splits), unit.planes};
+  }
+
+  // A weight (4H, count) as the plan has it packed.
+  GateWeight<T> gate_weight(const T* rows, bool packed, const UnitProduct& unit, int64_t offset) const {
+    if (unit.planes > 0) return {rows, nullptr, planes(unit, offset)};
+    return {rows, packed ? buffer(offset) : nullptr};
+  }
 
   // Rows of the team in step s of this pass.
   int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }

@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace lstm_ext::cpu {
 namespace {
@@ -13,7 +14,12 @@ constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more th
 constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as the row-major path
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
+constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
 constexpr int64_t kCacheLine = 64;
+constexpr double kUnitCellFeatures = 30;  // a cell costs as much as so many input features, beside the matrix unit
+constexpr double kCacheBytes = 1.5e6;     // of weights that stay in the L2 cache
+constexpr double kLoadNumber = 2.0;       // what it costs to load a bfloat16 number of a weight from there
+constexpr double kLoadFarNumber = 6.0;    // and from further away
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
 // once, so larger weights are better off with longer chunks. Its gradients should stay in cache, so smaller ones are
 // better off with shorter ones.
@@ -48,13 +54,42 @@ double row_work(const LayerShape& shape, int64_t features) {
   return static_cast<double>(products + (shape.projected ? shape.hidden_size * shape.output_size : 0));
 }
 
-// The grid with the shortest estimated time. `row_work` is what one time step costs for one row, `other_work` what all
-// workers share evenly, `barriers` how often members of a team meet in a step. Many teams come before many members:
-// what is as fast on paper should not have to wait.
-WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, double row_work, double other_work,
+// What a time step costs.
+struct StepCost {
+  double row_work;            // for one row
+  int planes = 0;             // of the recurrent product, where it runs on the matrix unit
+  double weight_numbers = 0;  // of the recurrent weight
+
+  // For a worker that has so many rows of a batch, and such a share of the units.
+  double of(double rows, double batch, double share) const {
+    // A low tile is bound by loading the weights: two rows cost hardly more than one.
+    if (planes == 0) return row_work * std::max(rows, std::min(2.0, batch)) * share;
+    constexpr double tile = kUnitTileRows;
+    const double read = weight_numbers * planes * share;
+    const double loading = read * (2 * read > kCacheBytes ? kLoadFarNumber : kLoadNumber);
+    return std::max(row_work * std::ceil(rows / tile) * tile * share, loading);
+  }
+};
+
+// The cost of steps whose rows meet so many features beside h; `planes` as in StepCost. The unit is that much faster
+// than fused multiply-adds, which makes the cells weigh more.
+StepCost step_cost(const LayerShape& shape, int64_t features, int planes) {
+  if (planes == 0) return {row_work(shape, features)};
+  const double speed = planes == 3 ? 2.0 : planes == 2 ? 3.5 : 8.0;
+  const double gates = 4.0 * static_cast<double>(shape.hidden_size);
+  const double products = gates * static_cast<double>(features + shape.output_size);
+  return {products / speed + gates * kUnitCellFeatures, planes, gates * static_cast<double>(shape.output_size)};
+}
+
+// The grid with the shortest estimated time. `other_work` is what all workers share evenly, `barriers` how often
+// members of a team meet in a step. Many teams come before many members: what is as fast on paper should not have to
+// wait.
+WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
                        int64_t barriers) {
   const int64_t batch = divide_up(count_samples(shape), shape.steps);  // of a step, on average
-  const double total = row_work * static_cast<double>(batch * shape.steps) + other_work;
+  const double all_rows = static_cast<double>(batch);
+  const double one_worker = cost.planes > 0 ? cost.of(all_rows, all_rows, 1.0) : cost.row_work * all_rows;
+  const double total = one_worker * static_cast<double>(shape.steps) + other_work;
   const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
@@ -64,8 +99,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, double r
       if (hidden_groups > blocks) break;
       const double rows = static_cast<double>(divide_up(batch, batch_groups));
       const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
-      // A low tile is bound by loading the weights: two rows cost hardly more than one.
-      const double step = row_work * std::max(rows, std::min<double>(2.0, batch)) * share;
+      const double step = cost.of(rows, all_rows, share);
       const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
       const double time =
           (step + meet) * static_cast<double>(shape.steps) + other_work / (batch_groups * hidden_groups);
@@ -85,8 +119,74 @@ int64_t count_barriers(const Params& params) {
   return 1 + (params.shape.projected ? 1 : 0) + (params.options.normalised() ? 1 : 0);
 }
 
+// Products of so few rows, or in so small matrices, are faster without the matrix unit.
+constexpr int64_t kLeastUnitRows = 8;
+constexpr int64_t kLeastUnitSize = 32;
+// A left operand of a worker stays in its L2 cache.
+constexpr int64_t kUnitLeftNumbers = 512 * 1024;
+constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
+constexpr int64_t kUnitOuterRows = 64;
+
+// The planes with which a product of so many rows and a (columns, depth) matrix runs on the matrix unit, or 0.
+int unit_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
+  const bool worth_it = rows >= kLeastUnitRows && depth >= kLeastUnitSize && columns >= kLeastUnitSize;
+  return machine.matrix_unit && worth_it ? planes : 0;
+}
+
+// bfloat16 numbers in the planes of a (rows, depth) operand.
+int64_t plane_numbers(int64_t rows, int64_t depth, int planes) {
+  return round_up(rows, kUnitTileRows) * round_up(depth, kUnitTileDepth) * planes;
+}
+
+// The same where the sum may be made in pieces of k, and those of all columns wait in between.
+void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
+  const int64_t row_tiles = std::min(divide_up(rows, kUnitTileRows), kMostUnitRows / kUnitTileRows);
+  const int64_t k_tile = row_tiles * plane_numbers(1, 1, planes);
+  const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
+  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / k_tile);
+  scratch.left_numbers = std::max(scratch.left_numbers, std::min(k_tiles, most) * k_tile);
+  const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // of one of two buffers
+  scratch.sums_numbers =
+      std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kUnitTileRows * kUnitTileRows);
+}
+
+// Makes room for a left operand of so many rows, as far as it should be there at once, and for the sums.
+void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
+  const int64_t tile = plane_numbers(1, depth, planes);
+  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
+  const int64_t tiles = std::min({divide_up(rows, kUnitTileRows), most, kMostUnitRows / kUnitTileRows});
+  scratch.left_numbers = std::max(scratch.left_numbers, tiles * tile);
+  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
+}
+
+// The panels or planes of a weight (4H, depth) that meets so many rows at once; 0 if it has none.
+template <typename T>
+int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch,
+                            const LayerShape& shape, int64_t padded_hidden_size, int64_t rows, int64_t depth) {
+  if (unit.planes > 0) {
+    unit.splits = layout.reserve_bytes(divide_up(shape.hidden_size, kUnitTileRows));
+    need_left(scratch, rows, depth, unit.planes, kGateTiles);
+    return layout.reserve_bytes(2 * plane_numbers(4 * padded_hidden_size, depth, unit.planes));
+  }
+  return pack ? layout.reserve(4 * padded_hidden_size * depth) : 0;
+}
+template <typename T>
+void reserve_scratch(Layout<T>& layout, UnitScratch& scratch, int64_t workers) {
+  scratch.left = layout.reserve_bytes(workers * 2 * scratch.left_numbers);
+  scratch.right = layout.reserve_bytes(workers * 2 * scratch.right_numbers);
+  scratch.sums = layout.reserve_bytes(workers * 2 * static_cast<int64_t>(sizeof(float)) * scratch.sums_numbers);
+}
+
 // Numbers of scratch with which a worker adds up the outer products for at most so many rows of a weight.
 int64_t outer_product_scratch(int64_t lanes, int64_t rows) { return kSumBlock * (kTileColumns * lanes + rows); }
+
+// How many rows of a chunk at least share the reading of W.
+int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
+  const int planes = plan.input_unit.planes;
+  if (planes == 0) return kChunkRows;
+  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kCacheBytes;
+  return planes == 1 && far ? 2 * kUnitChunkRows : kUnitChunkRows;
+}
 
 }  // namespace
 
@@ -97,24 +197,31 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
   const int64_t gates = 4 * H;
   ForwardPlan plan;
-  plan.grid = choose_grid(shape, machine, row_work(shape, I), 0.0, count_barriers(params));
-  const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
   const int64_t samples = count_samples(shape);
   plan.pack_input = samples > kRowMajorRows;
   plan.pack_recurrent = plan.pack_input && shape.batch > kRowMajorBatch;
+  // By the size of the call, not by its share among threads: results do not depend on their number.
+  if (plan.pack_input) plan.input_unit.planes = unit_planes(machine, params.planes, samples, I, H);
+  if (plan.pack_recurrent) plan.recurrent_unit.planes = unit_planes(machine, params.planes, shape.batch, P, H);
+  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes), 0.0, count_barriers(params));
+  const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
   plan.team_rows = divide_up(shape.batch, teams);
-  const int64_t chunk_steps =
-      std::max(kChunkBytes / (plan.team_rows * row_bytes), divide_up(kChunkRows, plan.team_rows));
+  const int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
+                                       divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
   plan.chunk_rows = plan.team_rows * std::clamp<int64_t>(chunk_steps, 1, shape.steps);
 
   Layout<T> layout;
   layout.reserve_bytes(kBarrierBytes * (1 + teams));
   plan.barrier_bytes = layout.end;
   const int64_t padded = round_up(H, machine.lanes);
-  if (plan.pack_input) plan.input_panels = layout.reserve(4 * padded * I);
-  if (plan.pack_recurrent) plan.recurrent_panels = layout.reserve(4 * padded * P);
+  UnitScratch& scratch = plan.unit_scratch;
+  plan.input_panels =
+      reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, padded, plan.chunk_rows, I);
+  plan.recurrent_panels =
+      reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, padded, plan.team_rows, P);
+  reserve_scratch(layout, scratch, workers);
   plan.bias = layout.reserve(gates);
   if (shape.projected) {
     plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
@@ -145,28 +252,50 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
   const int64_t gates = 4 * H;
   const int64_t samples = count_samples(shape);
-  const double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
+  double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
-  plan.grid = choose_grid(shape, machine, row_work(shape, 0), other_work, count_barriers(params));
-  const int64_t workers = plan.grid.workers();
   plan.pack = samples > kRowMajorRows;
+  if (plan.pack) plan.recurrent_unit.planes = unit_planes(machine, params.planes, shape.batch, gates, P);
+  if (plan.recurrent_unit.planes > 0) other_work /= 2;
+  plan.grid =
+      choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes), other_work, count_barriers(params));
+  const int64_t workers = plan.grid.workers();
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
 
   Layout<T> layout;
   layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
   plan.barrier_bytes = layout.end;
+  plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, kMostSamples), shape.batch) * shape.batch;
+  if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
-  if (plan.pack) {
-    plan.recurrent_panels = layout.reserve(round_up(P, machine.lanes) * gates);
-    if (shape.projected) plan.projection_panels = layout.reserve(round_up(H, machine.lanes) * P);
-    if (params.grad_input.data) plan.input_panels = layout.reserve(round_up(I, machine.lanes) * gates);
+  UnitScratch& scratch = plan.unit_scratch;
+  const auto reserve_weight = [&](UnitProduct& unit, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
+    if (plan.pack) unit.planes = unit_planes(machine, params.planes, rows, depth, columns);
+    if (unit.planes > 0) {
+      unit.splits = layout.reserve_bytes(divide_up(columns, kUnitTileRows));
+      need_left_in_pieces(scratch, rows, depth, unit.planes, divide_up(columns, kUnitTileRows));
+      return layout.reserve_bytes(2 * plane_numbers(columns, depth, unit.planes));
+    }
+    return plan.pack ? layout.reserve(round_up(columns, machine.lanes) * depth) : 0;
+  };
+  plan.recurrent_panels = reserve_weight(plan.recurrent_unit, shape.batch, gates, P);
+  if (shape.projected) plan.projection_panels = reserve_weight(plan.projection_unit, shape.batch, P, H);
+  if (params.grad_input.data) {
+    plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
+  }
+  if (plan.pack) plan.outer_unit.planes = unit_planes(machine, params.planes, samples, samples, std::min(I, P));
+  if (plan.outer_unit.planes > 0) {
+    const int64_t columns = std::max({I, P, shape.projected ? H : 0});
+    const int64_t depth = std::min(kSumBlock, plan.chunk_rows);
+    need_left(scratch, kUnitOuterRows, depth, plan.outer_unit.planes, kGateTiles);
+    const int64_t whole = plane_numbers(columns, depth, plan.outer_unit.planes);
+    const int64_t one = plane_numbers(columns, kUnitTileDepth, plan.outer_unit.planes);
+    scratch.right_numbers = std::min(whole, std::max(one, kUnitRightNumbers / one * one));
   }
   plan.partial_sums = layout.reserve(shape.batch * H);
   plan.outer_product_size = outer_product_scratch(machine.lanes, divide_up(gates, workers));
   plan.outer_products = layout.reserve(workers * plan.outer_product_size);
 
-  plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, kMostSamples), shape.batch) * shape.batch;
-  if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
   const int64_t buffer_rows = (plan.chunk_rows == samples ? 1 : 2) * plan.chunk_rows;
   const int64_t element_size = sizeof(T);
   plan.gate_stride = gates * element_size % 1024 == 0 ? gates + kCacheLine / element_size : gates;
@@ -197,13 +326,16 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
     const int64_t padded = round_up(H, machine.lanes);
     plan.recomputed_gate_values = layout.reserve(plan.chunk_rows * gates);
     if (shape.projected) plan.recomputed_hidden = layout.reserve(buffer_rows * H);
-    if (plan.pack) {
-      plan.recompute_input_panels = layout.reserve(4 * padded * I);
-      plan.recompute_recurrent_panels = layout.reserve(4 * padded * P);
-    }
+    const auto reserve_gates = [&](UnitProduct& unit, int64_t depth) {
+      if (plan.pack) unit.planes = unit_planes(machine, params.planes, samples, depth, H);
+      return reserve_gate_weight(layout, plan.pack, unit, scratch, shape, padded, plan.chunk_rows, depth);
+    };
+    plan.recompute_input_panels = reserve_gates(plan.recompute_input_unit, I);
+    plan.recompute_recurrent_panels = reserve_gates(plan.recompute_recurrent_unit, P);
     plan.recompute_bias = layout.reserve(workers * gates);
     plan.recompute_lists = layout.reserve_pointers(workers * 3 * plan.chunk_rows);
   }
+  reserve_scratch(layout, scratch, workers);
   plan.workspace_bytes = layout.end;
   return plan;
 }

@@ -12,6 +12,20 @@ namespace lstm_ext::cpu {
 struct Machine {
   int64_t lanes;  // numbers in a SIMD register
   int threads;    // threads the caller may use
+  bool matrix_unit = false;
+};
+
+// Where a product runs on the matrix unit; see plane_product.h. Nothing is set for the others.
+struct UnitProduct {
+  int planes = 0;      // of its operands; 0: it does not
+  int64_t splits = 0;  // place of a flag for each 16 columns of the right operand
+};
+
+// A worker's scratch for such products.
+struct UnitScratch {
+  int64_t left = 0, left_numbers = 0;  // place, and bfloat16 numbers
+  int64_t right = 0, right_numbers = 0;
+  int64_t sums = 0, sums_numbers = 0;  // place of two buffers, and float32 numbers in one
 };
 
 // Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of hidden_groups
@@ -35,6 +49,8 @@ struct ForwardPlan {
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;    // numbers in a row of zeros
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
+  UnitProduct input_unit, recurrent_unit;
+  UnitScratch unit_scratch;
   int64_t preactivations = 0, hidden = 0;                           // of a chunk, and of a step, in inference
   int64_t row_lists = 0, state_lists = 0, zero_rows = 0;            // see ForwardState
   int64_t masked_h = 0, recurrent_parts = 0, normalised_cells = 0;  // see UnfusedForwardStep
@@ -61,12 +77,20 @@ struct BackwardPlan {
   int64_t norm_rows = 0, norm_sums = 0;  // see UnfusedBackwardStep
   int64_t recomputed_gate_values = 0, recomputed_hidden = 0;
   int64_t recompute_input_panels = 0, recompute_recurrent_panels = 0, recompute_bias = 0, recompute_lists = 0;
+  UnitProduct input_unit, recurrent_unit, projection_unit;  // where W, U and W_hr are the right operand
+  UnitProduct outer_unit;                                   // of the sums of outer products
+  UnitProduct recompute_input_unit, recompute_recurrent_unit;
+  UnitScratch unit_scratch;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
-constexpr int64_t kSumBlock = 512;     // samples whose outer products are summed in registers
-constexpr int64_t kTileColumns = 4;    // of a register tile, in registers
+constexpr int64_t kUnitTileRows = 16, kUnitTileDepth = 32;  // of an operand of the matrix unit
+constexpr int64_t kGateTiles = 4;                           // of sums, side by side, for the gates of as many units
+constexpr int64_t kMostUnitRows = 256;                      // of a left operand at once
+constexpr int64_t kUnitInputRows = 96;  // of the gradients whose products with W are the gradients of the input
+constexpr int64_t kSumBlock = 512;      // samples whose outer products are summed in registers
+constexpr int64_t kTileColumns = 4;     // of a register tile, in registers
 constexpr int64_t kNormSums = 14;      // times H: sums of the gradients of layer normalisation, see UnfusedBackwardStep
 constexpr int64_t kNormRows = 4;       // rows that are normalised side by side, see layer_norm.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team

@@ -27,11 +27,10 @@ class Recompute {
     const LayerWeights<T>& weights = pass_.params.weights;
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
     sum_biases(weights, Range{0, 4 * H}, bias_);
-    if (!pass_.plan.pack) return;
     for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
       if (block % pass_.plan.grid.batch_groups != pass_.team) continue;
-      pack_gate_panel(weights.weight_ih, H, I, block, input_panels_ + block * kGates * Simd<T>::kLanes * I);
-      pack_gate_panel(weights.weight_hh, H, P, block, recurrent_panels_ + block * kGates * Simd<T>::kLanes * P);
+      pack_gates(input_weight_, H, I, block);
+      pack_gates(recurrent_weight_, H, P, block);
     }
   }
 
@@ -53,10 +52,8 @@ class Recompute {
       }
     }
     const RowGrid<T> gates = listed_rows<T>(gate_rows_);
-    product_.multiply(count, listed_rows<const T>(input_rows_), pass_.shape.input_size, params.weights.weight_ih,
-                      input_panels_, gates, bias_);
-    product_.multiply(count, listed_rows<const T>(h_rows_), P, params.weights.weight_hh, recurrent_panels_, gates,
-                      nullptr);
+    product_.multiply(count, listed_rows<const T>(input_rows_), pass_.shape.input_size, input_weight_, gates, bias_);
+    product_.multiply(count, listed_rows<const T>(h_rows_), P, recurrent_weight_, gates, nullptr);
     for (int64_t s = chunk.first; s < chunk.first + chunk.count; ++s) cells(s);
   }
 
@@ -83,9 +80,11 @@ class Recompute {
 
   BackwardState<T>& pass_;
   const BackwardPlan& plan_ = pass_.plan;
-  GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks};
-  T* const input_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_input_panels);
-  T* const recurrent_panels_ = pass_.buffer_if(plan_.pack, plan_.recompute_recurrent_panels);
+  GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks, pass_.tile_scratch()};
+  const GateWeight<T> input_weight_ = pass_.gate_weight(pass_.params.weights.weight_ih, plan_.pack,
+                                                        plan_.recompute_input_unit, plan_.recompute_input_panels);
+  const GateWeight<T> recurrent_weight_ = pass_.gate_weight(
+      pass_.params.weights.weight_hh, plan_.pack, plan_.recompute_recurrent_unit, plan_.recompute_recurrent_panels);
   T* const bias_ = pass_.worker_buffer(plan_.recompute_bias, 4 * pass_.shape.hidden_size);
   // The team's rows of a chunk.
   const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, 3 * plan_.chunk_rows);

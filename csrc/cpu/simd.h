@@ -12,7 +12,7 @@ namespace {
 template <typename T>
 struct Simd;
 
-#if defined(LSTM_EXT_ISA_AVX512)
+#if defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_AMX)
 
 constexpr int kVectorRegisters = 32;
 
@@ -218,6 +218,8 @@ struct Simd<double> {
   }
 };
 
+#elif defined(LSTM_EXT_ISA_SOFTWARE)
+#include LSTM_EXT_SOFTWARE_SIMD
 #endif
 
 template <typename T>

@@ -103,6 +103,21 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   return options;
 }
 
+// How exact operands of products must be for a layer of this type; see LayerParams. A float32 layer follows torch's own
+// switch, torch.backends.mkldnn.rnn.fp32_precision.
+int planes_for(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16: return 1;
+    case at::kHalf: return 2;
+    default: break;
+  }
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN)) {
+    case at::Float32Precision::BF16: return 1;
+    case at::Float32Precision::TF32: return 2;
+    default: return 3;
+  }
+}
+
 // The tensors of a call as the kernels take them: in their type, with contiguous rows.
 struct LayerTensors {
   LayerTensors(const LayerCall& call, at::ScalarType type)
@@ -110,7 +125,8 @@ struct LayerTensors {
         h0(contiguous_converted(call.h0, type)),
         c0(contiguous_converted(call.c0, type)),
         weights(converted_weights(call.weights, type)),
-        options(call.options, type) {}
+        options(call.options, type),
+        planes(planes_for(call.input.scalar_type())) {}
 
   template <typename T>
   LayerParams<T> params(const LayerSizes& sizes, bool has_bias, int64_t direction) const {
@@ -120,17 +136,19 @@ struct LayerTensors {
             const_part_or_null<T>(h0, direction),
             const_part_or_null<T>(c0, direction),
             {const_part_or_null<T>(options.reset_h, direction), const_part_or_null<T>(options.reset_c, direction)},
-            step_options<T>(options, sizes, direction)};
+            step_options<T>(options, sizes, direction),
+            planes};
   }
 
   at::Tensor input, h0, c0;
   std::vector<at::Tensor> weights;
   OptionTensors options;
+  const int planes;
 };
 
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, threads};
+  return {kernels.lanes, threads, kernels.matrix_unit};
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs

@@ -88,10 +88,12 @@ def cpu_plan(
     save: bool = False,
     float64: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    planes: int = 3,
 ) -> dict[str, int | bool]:
     """How a call of these sizes is cut up with the instruction set in use; see csrc/cpu/plan.h.
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
+    ``planes`` are the bfloat16 numbers in an operand of a matrix unit; in the result, 0 is a product without it.
     """
 
 def build_info() -> dict[str, str]:

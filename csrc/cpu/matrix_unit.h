@@ -1,0 +1,83 @@
+// The matrix unit: it multiplies tiles of bfloat16 and sums in float32.
+//
+// It has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left operand
+// is 16 rows of 32 numbers. A right operand is 32 x 16 numbers in pairs, 16 rows of [16 columns][2]. Denormal operands
+// count as zeros, and denormal results become zeros. Of each product it sums the even and the odd k in two chains of
+// fused multiply-adds from zero, adds the two, and adds that to the sum.
+//
+// The kernels know the unit by this interface alone, so that the tests run them on one that is written in C++.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+constexpr int64_t kOperandSize = kUnitTileRows * kUnitTileDepth;  // bfloat16 numbers in a tile
+constexpr int64_t kSumsSize = kUnitTileRows * kUnitTileRows;      // float32 numbers in a tile
+
+#if defined(LSTM_EXT_ISA_AMX)
+#define LSTM_EXT_MATRIX_UNIT
+
+struct MatrixUnit {
+  // Once in a thread before the others, and at the end.
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } layout;
+    asm volatile("ldtilecfg (%0)" ::"r"(&layout) : "memory");
+  }
+  static void end() { asm volatile("tilerelease" ::: "memory"); }
+
+  template <int kTile>
+  LSTM_EXT_INLINE static void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  template <int kTile>
+  LSTM_EXT_INLINE static void load(const void* tile) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(tile), "r"(int64_t{64}), "i"(kTile) : "memory");
+  }
+  template <int kTile>
+  LSTM_EXT_INLINE static void store(float* tile) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(tile), "r"(int64_t{64}), "i"(kTile) : "memory");
+  }
+  template <int kSum, int kLeft, int kRight>
+  LSTM_EXT_INLINE static void multiply_add() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+  }
+
+  // 16 numbers rounded to bfloat16, to nearest, denormals to zero; and what they are, in float32.
+  using Half = __m256i;
+  LSTM_EXT_INLINE static Half round(Reg<float> v) { return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v)); }
+  LSTM_EXT_INLINE static Reg<float> widen(Half v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+  }
+  // 16 words of 32 bits: a[i] below, b[i] above.
+  using Words = __m512i;
+  LSTM_EXT_INLINE static Words pairs(Half a, Half b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+  }
+  LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
+};
+
+#elif defined(LSTM_EXT_MATRIX_UNIT)
+#include LSTM_EXT_MATRIX_UNIT
+#endif
+
+// Whether products of T can run on it.
+template <typename T>
+constexpr bool kHasMatrixUnit = false;
+#if defined(LSTM_EXT_MATRIX_UNIT)
+template <>
+constexpr bool kHasMatrixUnit<float> = true;
+#endif
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA

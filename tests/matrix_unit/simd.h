@@ -1,0 +1,65 @@
+// Registers of 16 numbers in plain C++, for csrc/cpu/simd.h: they give the bits of AVX-512's.
+constexpr int kVectorRegisters = 32;
+
+template <>
+struct Simd<float> {
+  typedef float Reg __attribute__((vector_size(64)));
+  typedef int Index __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  static constexpr int kLanes = 16;
+  static Reg zero() { return Reg{}; }
+  static Reg set1(float x) { return x - Reg{}; }
+  static Reg load(const float* p) {
+    Reg v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(float* p, Reg v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static Reg load_partial(const float* p, int n) {
+    Reg v = {};
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+  }
+  static void store_partial(float* p, Reg v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+  static Reg fma(Reg a, Reg b, Reg c) {
+    return each([&](int i) { return __builtin_fmaf(a[i], b[i], c[i]); });
+  }
+  static Reg at_most(Reg v, float bound) { return set1(bound) < v ? set1(bound) : v; }
+  static Reg at_least(Reg v, float bound) { return set1(bound) > v ? set1(bound) : v; }
+  static Reg square_root(Reg v) {
+    return each([&](int i) { return __builtin_sqrtf(v[i]); });
+  }
+  static Reg reciprocal(Reg v) {
+#if defined(__AVX512F__)  // rcp14 is not the same on every processor
+    const Reg near = _mm512_rcp14_ps(v);
+    return fma(near, fma(-near, v, set1(1.0f)), near);
+#else
+    return set1(1.0f) / v;
+#endif
+  }
+  static Reg abs(Reg v) { return reinterpret_cast<Reg>(reinterpret_cast<Index>(v) & 0x7FFFFFFF); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return reinterpret_cast<Reg>((reinterpret_cast<Index>(magnitude) & 0x7FFFFFFF) |
+                                 (reinterpret_cast<Index>(sign) & INT32_MIN));
+  }
+  static Reg round(Reg v) {
+    return each([&](int i) { return __builtin_nearbyintf(v[i]); });
+  }
+  static Reg scale_by_power_of_two(Reg v, Reg n) {
+    return each([&](int i) { return __builtin_ldexpf(v[i], static_cast<int>(n[i])); });
+  }
+
+ private:
+  template <typename F>
+  static Reg each(F&& f) {
+    Reg v;
+    for (int i = 0; i < kLanes; ++i) v[i] = f(i);
+    return v;
+  }
+};
+
+// Never run: the kernels of float64 have no matrix unit.
+template <>
+struct Simd<double>;

@@ -1,0 +1,336 @@
+"""Products on a matrix unit: on AMX where the processor has it, and everywhere on a unit in plain C++."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, check, expected, ours
+from judge import relative_error
+from matrix_unit import build
+from torch import Tensor
+
+import lstm_ext
+from lstm_ext.native import loader
+
+_C = loader.extension()
+HAS_AMX = _C is not None and "amx" in _C.cpu_capabilities()
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX")
+UNITS = ["software", pytest.param("amx", marks=needs_amx)]
+
+
+@contextlib.contextmanager
+def capability(name: str) -> Iterator[None]:
+    if name == "software":
+        build.add_kernels()
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_capability(before)
+
+
+@pytest.fixture(params=UNITS)
+def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    with capability(request.param):
+        yield request.param
+
+
+def plan_of(case: Case, threads: int = 1, planes: int = 3) -> dict[str, int]:
+    return _C.cpu_plan(
+        steps=case.steps, batch=case.batch, input_size=case.input_size, hidden_size=case.hidden_size,
+        proj_size=case.proj_size, threads=threads, save=True, planes=planes,
+    )  # fmt: skip
+
+
+# ---- the unit itself
+
+
+def pointer(t: Tensor) -> ctypes.c_void_p:
+    assert t.is_contiguous()
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def multiply_add(hardware: bool, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    result = sums.clone()
+    build.unit(hardware).multiply_add(
+        pointer(result), pointer(left), pointer(right), ctypes.c_int64(len(sums))
+    )
+    return result
+
+
+def operands(kind: str, count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    sums, left, right = normal(count, 16, 16), normal(count, 16, 32), normal(count, 16, 16, 2)
+    if kind == "of all sizes":
+        sums, left, right = (
+            t * torch.exp2(torch.randint(-140, 60, t.shape, generator=generator).float())
+            for t in (sums, left, right)
+        )
+    elif kind == "denormal":
+        sums, left, right = sums * 1e-38, left * 1e-38, right * 3e-1
+    elif kind == "not finite":
+        for t in (sums, left, right):
+            chosen = torch.rand(t.shape, generator=generator)
+            t[chosen < 0.01] = float("inf")
+            t[(chosen > 0.01) & (chosen < 0.02)] = -float("inf")
+            t[chosen > 0.99] = float("nan")
+    return sums, left.bfloat16().contiguous(), right.bfloat16().contiguous()
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    same = a.view(torch.int32) == b.view(torch.int32)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["normal", "of all sizes", "denormal", "not finite"])
+def test_unit_in_software_has_the_bits_of_amx(kind):
+    assert equal_bits(multiply_add(False, *operands(kind)), multiply_add(True, *operands(kind)))
+
+
+def test_unit_in_software_multiplies():
+    sums, left, right = operands("normal")
+    right_rows = right.double().permute(0, 1, 3, 2).reshape(-1, 32, 16)
+    product = left.double() @ right_rows
+    assert relative_error(multiply_add(False, sums, left, right), sums.double() + product) < 1e-6
+
+
+@pytest.mark.parametrize("hardware", [False, pytest.param(True, marks=needs_amx)], ids=["software", "amx"])
+def test_rounding_to_bfloat16(hardware):
+    numbers = torch.cat([operands("of all sizes")[0].flatten(), operands("not finite")[0].flatten()])
+    numbers = torch.cat(
+        [numbers, torch.tensor([1e-39, -1e-39, 0.0, -0.0, 3.39e38, -3.4e38, 1e-45, 2.0**-126] * 2)]
+    )
+    halves, back = torch.zeros(len(numbers), dtype=torch.bfloat16), torch.zeros(len(numbers))
+    build.unit(hardware).round_to_bfloat16(
+        pointer(numbers), pointer(halves), pointer(back), ctypes.c_int64(len(numbers))
+    )
+    expected = torch.where(numbers.abs() < 2.0**-126, numbers * 0, numbers).bfloat16()
+    assert equal_bits(halves.float(), expected.float()) and equal_bits(back, halves.float())
+
+
+# ---- layers
+
+
+def sized(steps: int, batch: int, input_size: int, hidden_size: int, proj_size: int = 0, **more: Any) -> Case:
+    return Case(
+        steps=steps, batch=batch, input_size=input_size, hidden_size=hidden_size, proj_size=proj_size,
+        weights_first=True, **more,
+    )  # fmt: skip
+
+
+# Around the edges of the tiles: rows in pairs of 16 and a last one, units and features in 16 and 32, groups of columns.
+SIZES = {
+    "rows": [sized(5, b, 40, 33) for b in (8, 15, 16, 17, 32, 33, 49)],
+    "units": [sized(4, 18, 40, h, bidirectional=True) for h in (32, 47, 48, 65, 81)],
+    "features": [sized(4, 16, i, 34) for i in (32, 33, 63, 64, 65, 97)],
+    "projection": [sized(4, 17, 35, 70, p, bidirectional=True) for p in (32, 33, 49)],
+    "no bias": [sized(4, 20, 33, 34, bias=False)],
+    "no states": [sized(4, 20, 33, 34, hx=False)],
+    "groups of rows": [sized(2, 290, 33, 34)],
+    "pieces of k": [sized(2, 130, 40, 430)],
+    "pieces of samples": [sized(29, 16, 1100, 33)],
+    "several chunks": [sized(70, 12, 33, 34, bidirectional=True)],
+    "strided": [sized(5, 18, 40, 40, strides="columns apart")],
+}
+OPTIONS = {
+    "packed": sized(0, 0, 35, 40, packed=(9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1), bidirectional=True),
+    "lengths": sized(7, 0, 35, 40, lengths=(7, 3, 0, 5, 1, 7, 2, 6, 4, 7, 1), bidirectional=True),
+    "resets": sized(7, 11, 35, 40, resets="to a state", bidirectional=True),
+    "resets to zeros": sized(7, 11, 35, 40, resets="to zeros"),
+    "mask": sized(6, 11, 35, 40, mask=True),
+    "zoneout": sized(6, 11, 35, 40, zoneout="flags", bidirectional=True),
+    "layer norm": sized(6, 11, 35, 40, norm="own"),
+    "returned": sized(6, 11, 35, 40, returned="both"),
+    "recompute": sized(6, 11, 35, 40, recompute=True, bidirectional=True),
+    "recompute, projection": sized(6, 11, 35, 70, 33, recompute=True),
+    "everything": sized(
+        6, 11, 35, 70, 33, mask=True, zoneout="flags", resets="to a state", bidirectional=True
+    ),
+}
+
+
+@pytest.mark.parametrize("group", SIZES)
+def test_sizes(unit, group):
+    for case in SIZES[group]:
+        check(case, torch.float32, draws=1 if case.hidden_size > 400 else 3)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(unit, name):
+    check(OPTIONS[name], torch.float32, draws=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["rows", "projection"])
+def test_16_bits(unit, name, dtype):
+    for case in SIZES[name][::2]:
+        check(case, dtype, draws=3, equations=True)
+
+
+# Float32 operands cut to 16 bits, or to 8: the errors of one product are about 2^-17 and 2^-9 of it.
+@pytest.mark.parametrize(("precision", "least", "most"), [("tf32", 5e-7, 3e-5), ("bf16", 5e-4, 2e-2)])
+def test_precision_of_float32_is_torchs_own_switch(unit, precision, least, most):
+    case = sized(6, 20, 70, 80, bidirectional=True)
+    exact, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
+    rnn = torch.backends.mkldnn.rnn
+    before = rnn.fp32_precision
+    try:
+        rnn.fp32_precision = "ieee"
+        same = ours(case, torch.float32, 0)
+        rnn.fp32_precision = precision
+        rounded = ours(case, torch.float32, 0)
+    finally:
+        rnn.fp32_precision = before
+    for name, value in exact.items():
+        assert torch.equal(value, same[name])
+        assert least < relative_error(rounded[name], reference[name]) < most, name
+
+
+def test_without_a_unit_the_switch_changes_nothing():
+    others = [name for name in _C.cpu_capabilities() if name != "amx"]
+    case = sized(6, 20, 70, 80)
+    with capability(others[0]):
+        exact = ours(case, torch.float32, 0)
+        rnn = torch.backends.mkldnn.rnn
+        before = rnn.fp32_precision
+        try:
+            rnn.fp32_precision = "bf16"
+            for name, value in ours(case, torch.float32, 0).items():
+                assert torch.equal(value, exact[name])
+        finally:
+            rnn.fp32_precision = before
+
+
+def test_which_products_run_on_the_unit(unit):
+    def planes(*sizes: int, **options: Any) -> tuple[int, ...]:
+        plan = plan_of(sized(*sizes), **options)
+        names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
+        return tuple(plan[f"{name}_planes"] for name in names)
+
+    assert planes(20, 32, 64, 64) == (3, 3, 3, 3, 3)
+    assert planes(20, 32, 64, 64, planes=1) == (1, 1, 1, 1, 1)
+    # Few rows a step: the products over all steps only.
+    assert planes(100, 1, 64, 64) == (3, 0, 0, 3, 3)
+    # Few samples are computed as one step after the other.
+    assert planes(4, 8, 64, 64) == (0, 0, 0, 0, 0)
+    # Few features, few units.
+    assert planes(20, 32, 8, 64) == (0, 3, 3, 0, 0)
+    assert planes(20, 32, 64, 8) == (0, 0, 0, 3, 0)
+    # Not a matter of how the work is shared.
+    assert planes(20, 16, 64, 256) == planes(20, 16, 64, 256, threads=2) == planes(20, 16, 64, 256, threads=4)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("shape", [(6, 32, 64, 128), (4, 16, 64, 256)], ids=["teams", "members"])
+def test_workers(unit, shape):
+    case = sized(*shape, bidirectional=True)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(ours(case, torch.float32, 0))
+    grids = plan_of(case, threads=2)
+    assert grids["forward_batch_groups"] * grids["forward_hidden_groups"] == 2
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@needs_amx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
+def test_amx_has_the_bits_of_the_unit_in_software(name, dtype):
+    for case in SIZES.get(name, [OPTIONS.get(name)])[:2]:
+        results = []
+        for unit in ("software", "amx"):
+            with capability(unit):
+                results.append(ours(case, dtype, 1))
+        for key, value in results[0].items():
+            assert torch.equal(value, results[1][key]), (case, key)
+
+
+# ---- numbers that three bfloat16 cannot hold
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3.4e38, -3.395e38])
+@pytest.mark.parametrize("where", ["input", "h0", "weight_ih", "weight_hh", "gradient"])
+def test_infinities_nan_and_huge_numbers(unit, where, value):
+    """They reach as far as without the unit, and the rest is what it was."""
+    other = next(name for name in _C.cpu_capabilities() if name != "amx")
+    results = []
+    for name in (other, unit):
+        with capability(name):
+            torch.manual_seed(1)
+            layer = lstm_ext.LSTM(40, 40)
+            x, h0, w = torch.randn(4, 20, 40), torch.randn(1, 20, 40), torch.randn(4, 20, 40)
+            with torch.no_grad():
+                if where == "input":
+                    x[1, 3, 7] = value
+                elif where == "h0":
+                    h0[0, 3, 7] = value
+                elif where == "gradient":
+                    w[2, 3, 7] = value
+                else:
+                    getattr(layer, f"{where}_l0")[50, 7] = value
+            x.requires_grad_()
+            output, _ = layer(x, (h0, torch.zeros_like(h0)))
+            grads = torch.autograd.grad(output, [x, *layer.parameters()], w)
+            results.append([output, *grads])
+    assert torch.equal(results[0][0].isnan(), results[1][0].isnan())
+    for reference, found in zip(*results, strict=True):
+        # Not NaN by NaN: a gradient of 1e-45 may become 0, of which infinity makes NaN.
+        ordinary = reference.isfinite()
+        assert torch.equal(ordinary, found.isfinite())
+        if where == "input" and reference.shape == layer.weight_ih_l0.shape:
+            ordinary[:, 7] = False  # times the gradients of saturated gates, which are nothing but rounding
+        assert relative_error(found[ordinary], reference[ordinary].double()) < 1e-5
+
+
+def test_tiny_numbers_keep_the_precision_that_is_left(unit):
+    """A number below about 2^-102 loses its lower planes, since a denormal counts as zero: 8 bits are left."""
+    case = sized(5, 20, 40, 40, input_scale=1e-33)
+    found, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
+    assert relative_error(found["output"], reference["output"]) < 1e-6
+    weight = next(
+        name for name, value in found.items() if name.startswith("grad") and value.shape == (160, 40)
+    )
+    assert relative_error(found[weight], reference[weight]) < 2**-8
+
+
+def test_training_goes_the_same_way(unit):
+    """Steps of SGD with six products, without the unit, and in float64: the first two differ as rounding does."""
+    steps = 1000 if unit == "amx" else 60
+    other = next(name for name in _C.cpu_capabilities() if name != "amx")
+    losses: dict[str, list[float]] = {}
+    ends: dict[str, Tensor] = {}
+    for name, set_, dtype in (
+        ("unit", unit, torch.float32),
+        ("fma", other, torch.float32),
+        ("exact", other, torch.float64),
+    ):
+        torch.manual_seed(0)
+        with capability(set_):
+            layer, head = lstm_ext.LSTM(32, 48).to(dtype), torch.nn.Linear(48, 8).to(dtype)
+            optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr=0.3, momentum=0.9)
+            generator = torch.Generator().manual_seed(1)
+            losses[name] = []
+            for _ in range(steps):
+                x = torch.randn(12, 16, 32, generator=generator).to(dtype)
+                target = x.cumsum(0)[..., :8].sign().to(dtype)
+                loss = torch.nn.functional.mse_loss(head(layer(x)[0]), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[name].append(loss.item())
+            ends[name] = torch.cat([p.detach().double().flatten() for p in layer.parameters()])
+    assert losses["exact"][-1] < 0.8 * losses["exact"][0]
+    errors = {name: relative_error(ends[name], ends["exact"]) for name in ("unit", "fma")}
+    assert errors["unit"] < 2 * errors["fma"] + 1e-6, errors
