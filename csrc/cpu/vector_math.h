@@ -20,9 +20,9 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  // Past these, sigmoid and tanh are 0 or 1 to far below one unit in the last place; the product of
-  // two denominators of sigmoid and one of tanh is still finite.
-  static constexpr float kLimit = 43.0f;
+  // Past these, sigmoid is about the smallest normal number or 1, and tanh is 1. The product of a denominator of sigmoid
+  // and one of tanh is still finite, and its reciprocal a normal number.
+  static constexpr float kLimit = 86.5f;
   static constexpr float kTanhLimit = 10.0f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
@@ -36,7 +36,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLimit = 350.0;
+  static constexpr double kLimit = 707.0;
   static constexpr double kTanhLimit = 20.0;
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
