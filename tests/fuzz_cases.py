@@ -58,7 +58,10 @@ from lstm_ext.native import loader
 _C = loader.extension()
 CAPABILITIES = tuple(_C.cpu_capabilities()) if _C else ()
 
-DRAWS = 3  # runs with changed inputs
+# Runs with changed inputs: so many are cheap, and a case that fails with them is judged by as many as judge.py's rule
+# takes. Of a tensor of one number the movements of three draws may all be small.
+DRAWS = 3
+DRAWS_OF_A_FAILURE = 20
 CHANGE = 1e-7  # of every number, in float64, in those runs
 # Of the largest movement seen: rounding inside adds up, and three draws for a tensor of one number may all be small. In
 # 5,000 random cases torch's own layer needed 2.6 at most, and 4.4 for one such number.
@@ -443,8 +446,8 @@ def fast_run(case: Case, tensors: Tensors) -> Run:
         return run(lstm_ext.LSTM, case, tensors, torch.float64)
 
 
-def movement(case: Case, tensors: Tensors, ref: Run) -> dict[str, float]:
-    """How far each result moves, per relative change of everything that goes in: the largest of a few draws."""
+def movement(case: Case, tensors: Tensors, ref: Run, draws: int) -> dict[str, float]:
+    """How far each result moves, per relative change of everything that goes in: the largest of so many draws."""
     generator = torch.Generator().manual_seed(case.seed + 1)
 
     def changed(x: Tensor) -> Tensor:
@@ -452,7 +455,7 @@ def movement(case: Case, tensors: Tensors, ref: Run) -> dict[str, float]:
         return x + CHANGE * x * signs
 
     largest = dict.fromkeys(ref.values, 0.0)
-    for _ in range(DRAWS):
+    for _ in range(draws):
         if case.extras is not None and case.extras.layer_norm:
             with rounding_normalisation(CHANGE, generator):
                 other = fast_run(case, tensors.map(changed))
@@ -506,7 +509,7 @@ class Trial:
         return ratios
 
 
-def try_out(case: Case, kind: type[nn.Module]) -> Trial:
+def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
     """Runs a case, and checks all that has to be exact."""
     plain = reference_case(case)
     with environment(plain):
@@ -515,12 +518,12 @@ def try_out(case: Case, kind: type[nn.Module]) -> Trial:
         # With its strides: numbers that are one in memory are changed as one, as their rounding errors are one.
         unrepeated = dataclasses.replace(case, repeat_backward=False)
         if case.extras is None:
-            moves = movement(unrepeated, tensors, ref)
+            moves = movement(unrepeated, tensors, ref, draws)
         else:
             if case.extras.forget_bias is not None or case.extras.layer_norm:
                 check_initialisation(case.extras, sizes_of(case), case.directions)
             equations = fast_run(unrepeated, tensors)
-            moves = movement(unrepeated, tensors, equations)
+            moves = movement(unrepeated, tensors, equations, draws)
             wrong = {n: r for n, r in Trial(case, equations, ref, moves).excess().items() if not r <= 1}
             assert not wrong, f"the equations and the oracle differ: {wrong}"
     with environment(case):
@@ -545,10 +548,15 @@ def check_form(output: Any, expected: Any) -> None:
 
 def check(case: Case, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
     try:
-        ratios = try_out(case, kind).excess()
-        wrong = [
-            f"{name}: error {r:.3g} times as large as allowed" for name, r in ratios.items() if not r <= 1
-        ]
-        assert not wrong, "\n".join(wrong)
-    except AssertionError as error:
-        raise AssertionError(f"check({case}):\n{error}") from error
+        _judge(case, kind, DRAWS)
+    except AssertionError:
+        try:
+            _judge(case, kind, DRAWS_OF_A_FAILURE)
+        except AssertionError as error:
+            raise AssertionError(f"check({case}):\n{error}") from error
+
+
+def _judge(case: Case, kind: type[nn.Module], draws: int) -> None:
+    ratios = try_out(case, kind, draws).excess()
+    wrong = [f"{name}: error {r:.3g} times as large as allowed" for name, r in ratios.items() if not r <= 1]
+    assert not wrong, "\n".join(wrong)
