@@ -114,9 +114,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Others may have a parameter of this name that means something else.
         return item.callspec.params["device"] if item.get_closest_marker("devices") else "cpu"
 
+    def repeats(item: pytest.Item) -> bool:
+        # In float64, amx has the kernels of avx512.
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("capability") == "amx" and params.get("dtype") == torch.float64
+
     chosen = _chosen_devices(config)
-    config.hook.pytest_deselected(items=[item for item in items if device_of(item) not in chosen])
-    items[:] = [item for item in items if device_of(item) in chosen]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if device_of(item) not in chosen or repeats(item) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
     # The tests of one case for each instruction set follow each other, since cases.py keeps what torch makes of it.
     groups: dict[object, list[pytest.Item]] = {}
     for item in items:

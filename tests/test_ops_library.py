@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,15 @@ def for_inductor(case: Case) -> tuple[Case, dict[str, float]]:
 GRAPHS = ("both directions, projected", "packed", "packed, no states", "all", "shares")
 
 
+def compilations() -> Iterator[Any]:
+    """Inductor takes ten seconds a graph; what it makes of most of them is in the longer tier."""
+    for name, backend in itertools.product(GRAPHS, ("eager", "aot_eager", "inductor")):
+        longer = backend == "inductor" and name not in ("packed", "all")
+        yield pytest.param(name, backend, marks=pytest.mark.tools if longer else ())
+
+
 @pytest.mark.usefixtures("no_cache")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("name", "backend"), compilations())
 def test_compile(name: str, backend: str, device: str) -> None:
     if (backend, device) == ("inductor", "cuda"):
         pytest.importorskip("triton")
