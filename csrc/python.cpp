@@ -45,7 +45,7 @@ std::vector<std::string> cpu_capabilities() {
 template <typename T>
 py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int planes) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::Machine machine{kernels.lanes, threads, kernels.matrix_unit};
+  const cpu::Machine machine{kernels.lanes, threads, kernels.unit};
   T present{};
   lstm_ext::ForwardParams<T> forward_params{};
   forward_params.shape = shape;

@@ -63,10 +63,19 @@ const Capabilities& all_capabilities() {
   return all;
 }
 
+// What tests brought along, the latest first.
 std::atomic<const Capability*> added{nullptr};
+bool was_added(const Capability* capability) {
+  for (const Capability* c = added.load(std::memory_order_acquire); c; c = c->next) {
+    if (c == capability) return true;
+  }
+  return false;
+}
 
 const Capability* find(const std::string& name) {
-  if (const Capability* c = added.load(std::memory_order_acquire); c && name == c->name) return c;
+  for (const Capability* c = added.load(std::memory_order_acquire); c; c = c->next) {
+    if (name == c->name) return c;
+  }
   for (const Capability* c : all_capabilities()) {
     if (c && name == c->name) return c;
   }
@@ -78,7 +87,7 @@ const Capability* require(const std::string& name, const std::string& source) {
   if (!c) {
     throw std::invalid_argument(source + ": expected 'amx', 'avx512', 'avx2' or 'baseline', got '" + name + "'");
   }
-  if (c != added.load(std::memory_order_acquire) && !cpu_runs(c->name)) {
+  if (!was_added(c) && !cpu_runs(c->name)) {
     throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {
       const char* names[kCapabilities];
       return available_capabilities(names) > 0 ? std::string(names[0]) : std::string();
@@ -109,7 +118,11 @@ void set_capability(const char* name) {
   current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);
 }
 
-void add_capability(const Capability* capability) { added.store(capability, std::memory_order_release); }
+void add_capability(Capability* capability) {
+  capability->next = added.load(std::memory_order_acquire);
+  while (!added.compare_exchange_weak(capability->next, capability)) {
+  }
+}
 
 template <>
 LSTM_EXT_PUBLIC const Kernels<float>& kernels<float>() {

@@ -15,7 +15,7 @@ template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
   int64_t tile_rows;  // batch rows of a register tile
-  bool matrix_unit;   // whether products can run on one
+  UnitLimits unit;    // of products on the matrix unit
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
@@ -26,6 +26,7 @@ struct Capability {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  const Capability* next = nullptr;  // of those that were added
 };
 
 // One per instruction set; null where the binary has none.
@@ -40,8 +41,8 @@ constexpr int kCapabilities = 4;
 LSTM_EXT_PUBLIC const Capability& capability();
 // Throws std::invalid_argument with a sentence if this CPU or this binary cannot run `name`.
 LSTM_EXT_PUBLIC void set_capability(const char* name);
-// Lets set_capability and LSTM_EXT_CPU_CAPABILITY name one more, which the caller keeps; for tests.
-LSTM_EXT_PUBLIC void add_capability(const Capability* added);
+// Lets set_capability name one more, which the caller keeps; for tests.
+LSTM_EXT_PUBLIC void add_capability(Capability* added);
 // Fills `names` (room for kCapabilities) with what this CPU can run, best first; returns how many.
 LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 

@@ -119,18 +119,22 @@ int64_t count_barriers(const Params& params) {
   return 1 + (params.shape.projected ? 1 : 0) + (params.options.normalised() ? 1 : 0);
 }
 
-// Products of so few rows, or in so small matrices, are faster without the matrix unit.
-constexpr int64_t kLeastUnitRows = 8;
-constexpr int64_t kLeastUnitSize = 32;
 // A left operand of a worker stays in its L2 cache.
 constexpr int64_t kUnitLeftNumbers = 512 * 1024;
 constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
 constexpr int64_t kUnitOuterRows = 64;
 
-// The planes with which a product of so many rows and a (columns, depth) matrix runs on the matrix unit, or 0.
-int unit_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
-  const bool worth_it = rows >= kLeastUnitRows && depth >= kLeastUnitSize && columns >= kLeastUnitSize;
-  return machine.matrix_unit && worth_it ? planes : 0;
+// The planes with which a product runs on the matrix unit, or 0: of so many rows with a weight (4H, depth), or with any
+// other matrix (depth, columns).
+int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {
+  const UnitLimits& least = machine.unit;
+  const bool worth_it = rows >= least.rows[planes] && hidden_size >= least.units[planes] && depth >= kUnitTileDepth;
+  return least.any() && worth_it ? planes : 0;
+}
+int column_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
+  const UnitLimits& least = machine.unit;
+  const bool worth_it = rows >= least.rows[planes] && columns >= least.columns[planes] && depth >= kUnitTileDepth;
+  return least.any() && worth_it ? planes : 0;
 }
 
 // bfloat16 numbers in the planes of a (rows, depth) operand.
@@ -201,8 +205,8 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.pack_input = samples > kRowMajorRows;
   plan.pack_recurrent = plan.pack_input && shape.batch > kRowMajorBatch;
   // By the size of the call, not by its share among threads: results do not depend on their number.
-  if (plan.pack_input) plan.input_unit.planes = unit_planes(machine, params.planes, samples, I, H);
-  if (plan.pack_recurrent) plan.recurrent_unit.planes = unit_planes(machine, params.planes, shape.batch, P, H);
+  if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
+  if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, params.planes, shape.batch, P, H);
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes), 0.0, count_barriers(params));
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
@@ -255,7 +259,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
   plan.pack = samples > kRowMajorRows;
-  if (plan.pack) plan.recurrent_unit.planes = unit_planes(machine, params.planes, shape.batch, gates, P);
+  if (plan.pack) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
   if (plan.recurrent_unit.planes > 0) other_work /= 2;
   plan.grid =
       choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes), other_work, count_barriers(params));
@@ -270,7 +274,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
   UnitScratch& scratch = plan.unit_scratch;
   const auto reserve_weight = [&](UnitProduct& unit, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
-    if (plan.pack) unit.planes = unit_planes(machine, params.planes, rows, depth, columns);
+    if (plan.pack) unit.planes = column_planes(machine, params.planes, rows, depth, columns);
     if (unit.planes > 0) {
       unit.splits = layout.reserve_bytes(divide_up(columns, kUnitTileRows));
       need_left_in_pieces(scratch, rows, depth, unit.planes, divide_up(columns, kUnitTileRows));
@@ -283,7 +287,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   if (params.grad_input.data) {
     plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
   }
-  if (plan.pack) plan.outer_unit.planes = unit_planes(machine, params.planes, samples, samples, std::min(I, P));
+  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, std::min(I, P));
   if (plan.outer_unit.planes > 0) {
     const int64_t columns = std::max({I, P, shape.projected ? H : 0});
     const int64_t depth = std::min(kSumBlock, plan.chunk_rows);
@@ -327,7 +331,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
     plan.recomputed_gate_values = layout.reserve(plan.chunk_rows * gates);
     if (shape.projected) plan.recomputed_hidden = layout.reserve(buffer_rows * H);
     const auto reserve_gates = [&](UnitProduct& unit, int64_t depth) {
-      if (plan.pack) unit.planes = unit_planes(machine, params.planes, samples, depth, H);
+      if (plan.pack) unit.planes = gate_planes(machine, params.planes, samples, depth, H);
       return reserve_gate_weight(layout, plan.pack, unit, scratch, shape, padded, plan.chunk_rows, depth);
     };
     plan.recompute_input_panels = reserve_gates(plan.recompute_input_unit, I);

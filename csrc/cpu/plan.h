@@ -9,10 +9,20 @@
 
 namespace lstm_ext::cpu {
 
+// From which sizes on a product is worth it on the matrix unit, by how many planes its operands have (see
+// plane_product.h).
+struct UnitLimits {
+  int64_t rows[4];     // of a step; all 0 where there is no such unit
+  int64_t units[4];    // hidden units, where a weight (4H, n) is the right operand
+  int64_t columns[4];  // of any other right operand
+
+  bool any() const { return rows[1] > 0; }
+};
+
 struct Machine {
   int64_t lanes;  // numbers in a SIMD register
   int threads;    // threads the caller may use
-  bool matrix_unit = false;
+  UnitLimits unit{};
 };
 
 // Where a product runs on the matrix unit; see plane_product.h. Nothing is set for the others.

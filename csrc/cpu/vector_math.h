@@ -20,8 +20,8 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  // Past these, sigmoid is about the smallest normal number or 1, and tanh is 1. The product of a denominator of sigmoid
-  // and one of tanh is still finite, and its reciprocal a normal number.
+  // Past these, sigmoid is about the smallest normal number or 1, and tanh is 1. The product of a denominator of
+  // sigmoid and one of tanh is still finite, and its reciprocal a normal number.
   static constexpr float kLimit = 86.5f;
   static constexpr float kTanhLimit = 10.0f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: n * high is exact

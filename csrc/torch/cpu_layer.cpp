@@ -148,7 +148,7 @@ struct LayerTensors {
 
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
-  return {kernels.lanes, threads, kernels.matrix_unit};
+  return {kernels.lanes, threads, kernels.unit};
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs

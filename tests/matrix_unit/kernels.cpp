@@ -1,21 +1,40 @@
 // The kernels of csrc/cpu over registers and a matrix unit in plain C++, which run on any processor. Loaded, this
-// library offers them to the extension as the instruction set "software".
+// library offers them to the extension as the instruction set "software", and AMX, where the processor has it, once
+// more as "amx, small sizes too". Both run small products on the unit, so that tests need no large ones.
 #define LSTM_EXT_ISA_SOFTWARE
 #define LSTM_EXT_SOFTWARE_SIMD "matrix_unit/simd.h"
 #define LSTM_EXT_MATRIX_UNIT "matrix_unit/unit.h"
 #include "cpu/kernel_set.h"
 
+#include <cstring>
+#include <string>
+
 namespace {
 
-using lstm_ext::cpu::Capability;
+using namespace lstm_ext::cpu;
 
-const Capability& software() {
-  // float64 has no matrix unit: the kernels of the processor's own set.
-  static const Capability capability{LSTM_EXT_ISA_NAME, lstm_ext::cpu::software::kKernels<float>,
-                                     lstm_ext::cpu::kernels<double>()};
-  return capability;
+constexpr UnitLimits kSmall{{0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}};
+
+// float64 has no matrix unit: the kernels of the processor's own set.
+Capability software{LSTM_EXT_ISA_NAME, software::kKernels<float>, kernels<double>()};
+Capability amx{"amx, small sizes too", {}, {}};
+
+bool add() {
+  software.f32.unit = kSmall;
+  add_capability(&software);
+  const char* names[kCapabilities];
+  if (available_capabilities(names) > 0 && std::strcmp(names[0], "amx") == 0) {
+    const std::string before = capability().name;
+    set_capability("amx");
+    amx.f32 = kernels<float>();
+    amx.f64 = kernels<double>();
+    amx.f32.unit = kSmall;
+    set_capability(before.c_str());
+    add_capability(&amx);
+  }
+  return true;
 }
 
-[[maybe_unused]] const bool added = (lstm_ext::cpu::add_capability(&software()), true);
+[[maybe_unused]] const bool added = add();
 
 }  // namespace
