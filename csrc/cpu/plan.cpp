@@ -269,7 +269,10 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   Layout<T> layout;
   layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
   plan.barrier_bytes = layout.end;
-  plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, kMostSamples), shape.batch) * shape.batch;
+  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, std::min(I, P));
+  // On the unit, each kSumBlock samples are added to memory in any case.
+  const int64_t most_samples = plan.outer_unit.planes > 0 ? kSumBlock : kMostSamples;
+  plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
   if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
   UnitScratch& scratch = plan.unit_scratch;
@@ -287,7 +290,6 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   if (params.grad_input.data) {
     plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
   }
-  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, std::min(I, P));
   if (plan.outer_unit.planes > 0) {
     const int64_t columns = std::max({I, P, shape.projected ? H : 0});
     const int64_t depth = std::min(kSumBlock, plan.chunk_rows);

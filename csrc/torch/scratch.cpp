@@ -31,23 +31,32 @@ struct Block {
 // waits: the caller allocates and frees.
 class Kept {
  public:
-  // The smallest that fits and is not far too large, or null.
+  // The smallest that fits and is not far too large. If there is none, null, and the oldest blocks of as many bytes are
+  // freed for the new one: what is kept does not add to the most that a process needs.
   Block* take(size_t bytes) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return nullptr;
-    auto best = blocks_.end();
-    for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
-      const bool fits = (*it)->bytes >= bytes && (*it)->bytes / 2 <= bytes;
-      if (fits && (best == blocks_.end() || (*it)->bytes < (*best)->bytes)) best = it;
+    std::vector<Block*> dropped;
+    Block* found = nullptr;
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock.owns_lock()) return nullptr;
+      auto best = blocks_.end();
+      for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+        const bool fits = (*it)->bytes >= bytes && (*it)->bytes / 2 <= bytes;
+        if (fits && (best == blocks_.end() || (*it)->bytes < (*best)->bytes)) best = it;
+      }
+      if (best != blocks_.end()) {
+        found = *best;
+        blocks_.erase(best);
+        bytes_ -= found->bytes;
+      } else {
+        dropped = oldest(bytes);
+      }
     }
-    if (best == blocks_.end()) return nullptr;
-    Block* const block = *best;
-    blocks_.erase(best);
-    bytes_ -= block->bytes;
-    return block;
+    free(dropped);
+    return found;
   }
 
-  // Keeps a block, dropping the oldest ones for it.
+  // Keeps a block, freeing the oldest ones for it.
   void give(Block* block) {
     std::vector<Block*> dropped;
     {
@@ -55,21 +64,35 @@ class Kept {
       if (!lock.owns_lock() || block->bytes > kScratchBytes) {
         dropped.push_back(block);
       } else {
-        size_t count = 0;
-        for (; bytes_ + block->bytes > kScratchBytes; ++count) bytes_ -= blocks_[count]->bytes;
-        dropped.assign(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(count));
-        blocks_.erase(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(count));
+        const size_t all = bytes_ + block->bytes;
+        if (all > kScratchBytes) dropped = oldest(all - kScratchBytes);
         blocks_.push_back(block);
         bytes_ += block->bytes;
       }
     }
-    for (Block* const old : dropped) {
-      std::free(old->data);
-      delete old;
-    }
+    free(dropped);
   }
 
  private:
+  // Takes out the oldest blocks, of so many bytes together, or all.
+  std::vector<Block*> oldest(size_t bytes) {
+    std::vector<Block*> taken;
+    size_t sum = 0;
+    while (sum < bytes && taken.size() < blocks_.size()) {
+      taken.push_back(blocks_[taken.size()]);
+      sum += taken.back()->bytes;
+    }
+    blocks_.erase(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(taken.size()));
+    bytes_ -= sum;
+    return taken;
+  }
+  static void free(const std::vector<Block*>& blocks) {
+    for (Block* const block : blocks) {
+      std::free(block->data);
+      delete block;
+    }
+  }
+
   std::mutex mutex_;
   std::vector<Block*> blocks_;  // oldest first
   size_t bytes_ = 0;
