@@ -409,6 +409,12 @@ def test_errors_better_than_torchs(arguments, error, text, device):
         cells()[0](*moved(arguments, device))
 
 
+def test_errors_where_ours_is_in_torchs_place(monkeypatch):
+    monkeypatch.setattr(nn, "LSTMCell", lstm_ext.LSTMCell)
+    with pytest.raises(RuntimeError, match="input has inconsistent input_size"):
+        nn.LSTMCell(3, 4)(torch.zeros(2, 5))
+
+
 def test_torchscript_is_refused():
     cell = lstm_ext.LSTMCell(3, 4)
     for module in (cell, nn.ModuleList([cell])):

@@ -23,6 +23,10 @@ _NO_TORCHSCRIPT = (
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
+# Now: users put our class in its place (torch.nn.LSTMCell = lstm_ext.LSTMCell).
+_torchs_forward = nn.LSTMCell.forward
+
+
 class LSTMCell(nn.RNNCellBase):
     """One step of one LSTM layer, with the interface, parameters and initial weights of ``torch.nn.LSTMCell``.
 
@@ -124,7 +128,7 @@ class LSTMCell(nn.RNNCellBase):
             raise TypeError(f"LSTMCell: expected input to be a Tensor, got {type(input).__name__}")
         if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
             with torch.no_grad():
-                nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
+                _torchs_forward(self, input, hx)  # type: ignore[arg-type]
         # torch raises no error for more than two states, for states that it can broadcast where there is no batch, and
         # for another dtype of c.
         if hx is not None:
