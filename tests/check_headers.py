@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 # Inline PTX: nvcc compiles it, in every build with CUDA.
 NVCC_ONLY = {"cuda/ptx.h"}
-INSTRUCTION_SETS = ("AMX", "AVX512", "AVX2", "BASELINE")
+INSTRUCTION_SETS = ("AMX", "AVX512_BF16", "AVX512", "AVX2", "BASELINE")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
 

@@ -203,7 +203,10 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
 
 @pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor runs, in use for one test."""
+    """Each instruction set that this processor runs, in use for one test.
+
+    Not avx512_bf16: it differs from avx512 in bfloat16 only (test_matrix_unit.py).
+    """
     from lstm_ext.native import loader
 
     extension = loader.extension()

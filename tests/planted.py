@@ -73,6 +73,7 @@ FAULTS: dict[str, Fault] = {
         "  int64_t tile_rows;\n  int64_t lanes;\n",
     ),
     "cpu/kernels_amx.cpp": Fault("return &amx::kKernels<float>;", "return nullptr;", every_set=True),
+    "cpu/kernels_avx512_bf16.cpp": Fault("return &avx512_bf16::kKernels<float>;", "return nullptr;", every_set=True),
     "cpu/kernels_avx2.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
     "cpu/kernels_avx512.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
     "cpu/kernels_baseline.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
@@ -156,10 +157,11 @@ LEFT_OUT = {
     f"const Capability* capability_{name}() {{ return nullptr; }}\n}}\n"
     for name in ("avx512", "baseline")
 }
-LEFT_OUT["amx"] = (
-    '#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {\n'
-    "const Kernels<float>* kernels_amx() { return nullptr; }\n}\n"
-)
+for _name in ("amx", "avx512_bf16"):
+    LEFT_OUT[_name] = (
+        '#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {\n'
+        f"const Kernels<float>* kernels_{_name}() {{ return nullptr; }}\n}}\n"
+    )
 
 
 def problems(csrc: Path = ROOT / "csrc") -> list[str]:

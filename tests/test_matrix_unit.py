@@ -180,6 +180,15 @@ def test_16_bits(unit, name, dtype):
         check(case, dtype, draws=3, equations=True)
 
 
+@pytest.mark.skipif("avx512_bf16" not in (_C.cpu_capabilities() if _C else []), reason="no AVX-512-BF16")
+@pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
+def test_pairs_in_vector_registers(name):
+    with capability("avx512_bf16"):
+        for case in SIZES.get(name, [OPTIONS.get(name)]):
+            assert bool(case.packed or case.lengths) or plan_of(case, planes=1)["recurrent_planes"] == 1
+            check(case, torch.bfloat16, draws=3, equations=True)
+
+
 # Float32 operands cut to 16 bits, or to 8: the errors of one product are about 2^-17 and 2^-9 of it.
 @pytest.mark.parametrize(("precision", "least", "most"), [("tf32", 5e-7, 3e-5), ("bf16", 5e-4, 2e-2)])
 def test_precision_of_float32_is_torchs_own_switch(unit, precision, least, most):
@@ -200,7 +209,7 @@ def test_precision_of_float32_is_torchs_own_switch(unit, precision, least, most)
 
 
 def test_without_a_unit_the_switch_changes_nothing():
-    others = [name for name in _C.cpu_capabilities() if name != "amx"]
+    others = [name for name in _C.cpu_capabilities() if name not in ("amx", "avx512_bf16")]
     case = sized(6, 20, 70, 80)
     with capability(others[0]):
         exact = ours(case, torch.float32, 0)

@@ -6,8 +6,10 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,15 +21,33 @@ namespace {
 
 constexpr const char* kVariable = "LSTM_EXT_CPU_CAPABILITY";
 
-// Whether the CPU has AMX with bfloat16 and AVX-512-BF16, and the kernel lets this process use the tiles, which it must
-// be asked once: their state is 8 KB a thread.
+// Bits of CPUID leaf 7 that GCC's __builtin_cpu_supports does not know in all versions.
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+#else
+  return false;
+#endif
+}
+
+bool multiplies_pairs_fast() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+// Whether the CPU has AMX with bfloat16, and the kernel lets this process use the tiles, which it must be asked once:
+// their state is 8 KB a thread.
 bool asks_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile) || !(d & kAmxBf16)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -39,8 +59,9 @@ bool cpu_runs(const char* name) {
   __builtin_cpu_init();
   if (std::strcmp(name, "amx") == 0) {
     static const bool granted = asks_for_tiles();
-    return granted && cpu_runs("avx512");
+    return granted && cpu_runs("avx512_bf16");
   }
+  if (std::strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16() && cpu_runs("avx512");
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
@@ -56,9 +77,18 @@ using Capabilities = std::array<const Capability*, kCapabilities>;
 const Capabilities& all_capabilities() {
   static const Capabilities all = []() -> Capabilities {
     const Capability* const avx512 = capability_avx512();
-    const Kernels<float>* const amx = avx512 ? kernels_amx() : nullptr;
-    static const Capability with_tiles = amx ? Capability{"amx", *amx, avx512->f64} : Capability{};
-    return {amx ? &with_tiles : nullptr, avx512, capability_avx2(), capability_baseline()};
+    const auto over_avx512 = [&](const char* name, const Kernels<float>* kernels, Capability& capability) {
+      if (!avx512 || !kernels) return static_cast<const Capability*>(nullptr);
+      capability = {name, *kernels, avx512->f64};
+      return static_cast<const Capability*>(&capability);
+    };
+    static Capability amx, avx512_bf16;
+    const Capability* const with_tiles = over_avx512("amx", kernels_amx(), amx);
+    const Capability* const with_pairs = over_avx512("avx512_bf16", kernels_avx512_bf16(), avx512_bf16);
+    // Intel's processors multiply pairs of bfloat16 at half the rate of fused multiply-adds, AMD's at their rate.
+    const bool pairs_pay = multiplies_pairs_fast();
+    return {with_tiles, pairs_pay ? with_pairs : avx512, pairs_pay ? avx512 : with_pairs, capability_avx2(),
+            capability_baseline()};
   }();
   return all;
 }
@@ -85,7 +115,8 @@ const Capability* find(const std::string& name) {
 const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
-    throw std::invalid_argument(source + ": expected 'amx', 'avx512', 'avx2' or 'baseline', got '" + name + "'");
+    throw std::invalid_argument(source + ": expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got '" +
+                                name + "'");
   }
   if (!was_added(c) && !cpu_runs(c->name)) {
     throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {

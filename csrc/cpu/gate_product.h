@@ -195,7 +195,7 @@ class GateProduct {
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i);
         if (splits && planes.splits[block]) {
-          multiply_tiles(planes.count, scratch_.left, row_tiles, planes.gates(block, k_tiles), 2 * kGroupTiles, k_tiles,
+          multiply_tiles(planes.count, scratch_.left, height, planes.gates(block, k_tiles), 2 * kGroupTiles, k_tiles,
                          scratch_.sums(block % 2), false, epilogue.between());
           epilogue.rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height, planes.count, k_tiles * row_tiles);

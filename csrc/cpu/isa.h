@@ -1,6 +1,6 @@
 // The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AMX,
-// LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a header of the kernels; each of
-// these includes this file first.
+// LSTM_EXT_ISA_AVX512_BF16, LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a
+// header of the kernels; each of these includes this file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
@@ -25,6 +25,11 @@
 #define LSTM_EXT_INLINE inline __attribute__((always_inline))
 #define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
 
+// LSTM_EXT_AVX512: whether a set has the registers and instructions of AVX-512.
+#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16) || defined(LSTM_EXT_ISA_AVX512)
+#define LSTM_EXT_AVX512
+#endif
+
 // LSTM_EXT_ISA: the namespace. The rest of the translation unit is compiled for the target; Clang wants the end of the
 // kernels_*.cpp to take it back.
 #if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16, and the matrix unit; the assembler knows its instructions
@@ -37,6 +42,17 @@
     apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#endif
+
+#elif defined(LSTM_EXT_ISA_AVX512_BF16)  // AVX-512 with BF16
+
+#define LSTM_EXT_ISA avx512_bf16
+#define LSTM_EXT_ISA_NAME "avx512_bf16"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 
 #elif defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
@@ -71,5 +87,5 @@
 #define LSTM_EXT_ISA_NAME "software"
 
 #else
-#error "define LSTM_EXT_ISA_AMX, LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 or LSTM_EXT_ISA_BASELINE, as kernels_*.cpp do"
+#error "define LSTM_EXT_ISA_AMX or another, as the kernels_*.cpp do"
 #endif

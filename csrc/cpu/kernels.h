@@ -33,9 +33,11 @@ struct Capability {
 const Capability* capability_baseline();
 const Capability* capability_avx2();
 const Capability* capability_avx512();
+// These have kernels of their own in float32 only.
+const Kernels<float>* kernels_avx512_bf16();
 const Kernels<float>* kernels_amx();
 
-constexpr int kCapabilities = 4;
+constexpr int kCapabilities = 5;
 
 // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
 LSTM_EXT_PUBLIC const Capability& capability();

@@ -18,10 +18,33 @@ namespace {
 constexpr int64_t kOperandSize = kUnitTileRows * kUnitTileDepth;  // bfloat16 numbers in a tile
 constexpr int64_t kSumsSize = kUnitTileRows * kUnitTileRows;      // float32 numbers in a tile
 
-#if defined(LSTM_EXT_ISA_AMX)
+#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16)
 #define LSTM_EXT_MATRIX_UNIT
 
-struct MatrixUnit {
+struct Avx512Bfloat16 {
+  // 16 numbers rounded to bfloat16, to nearest, denormals to zero; and what they are, in float32.
+  using Half = __m256i;
+  LSTM_EXT_INLINE static Half round(Reg<float> v) { return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v)); }
+  LSTM_EXT_INLINE static Reg<float> widen(Half v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+  }
+  // 16 words of 32 bits: a[i] below, b[i] above.
+  using Words = __m512i;
+  LSTM_EXT_INLINE static Words pairs(Half a, Half b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+  }
+  LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
+};
+
+#endif
+
+#if defined(LSTM_EXT_ISA_AMX)
+#define LSTM_EXT_TILE_REGISTERS
+
+struct MatrixUnit : Avx512Bfloat16 {
   // Once in a thread before the others, and at the end.
   static void begin() {
     struct alignas(64) {
@@ -49,41 +72,54 @@ struct MatrixUnit {
   LSTM_EXT_INLINE static void multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
   }
-
-  // 16 numbers rounded to bfloat16, to nearest, denormals to zero; and what they are, in float32.
-  using Half = __m256i;
-  LSTM_EXT_INLINE static Half round(Reg<float> v) { return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v)); }
-  LSTM_EXT_INLINE static Reg<float> widen(Half v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-  }
-  LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
-  }
-  // 16 words of 32 bits: a[i] below, b[i] above.
-  using Words = __m512i;
-  LSTM_EXT_INLINE static Words pairs(Half a, Half b) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-  }
-  LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
 };
 
+// From which sizes on it pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs about as
+// much as multiplying it by 64 others.
+constexpr UnitLimits kLimitsOfUnit{{0, 6, 8, 12}, {0, 32, 32, 64}, {0, 32, 32, 96}, {0, 8, 3.5, 2}, kUnitTileRows};
+
+#elif defined(LSTM_EXT_ISA_AVX512_BF16)
+
+// No unit of its own, but an instruction that multiplies pairs of bfloat16 in vector registers, and reads the same
+// operands. It does twice the work of a fused multiply-add, so it is for one plane only.
+struct MatrixUnit : Avx512Bfloat16 {
+  static void begin() {}
+  static void end() {}
+
+  using Pairs = __m512bh;
+  LSTM_EXT_INLINE static Pairs load_pairs(const uint16_t* columns) {
+    return reinterpret_cast<Pairs>(_mm512_loadu_si512(columns));
+  }
+  LSTM_EXT_INLINE static Pairs broadcast_pair(const uint16_t* row) {
+    int32_t pair;
+    __builtin_memcpy(&pair, row, sizeof(pair));
+    return reinterpret_cast<Pairs>(_mm512_set1_epi32(pair));
+  }
+  LSTM_EXT_INLINE static Reg<float> multiply_add(Reg<float> sums, Pairs row, Pairs columns) {
+    return _mm512_dpbf16_ps(sums, row, columns);
+  }
+};
+
+constexpr int64_t kNever = int64_t{1} << 62;
+constexpr UnitLimits kLimitsOfUnit{{0, 3, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1};
+
 #elif defined(LSTM_EXT_MATRIX_UNIT)
+#define LSTM_EXT_TILE_REGISTERS
 #include LSTM_EXT_MATRIX_UNIT
+constexpr UnitLimits kLimitsOfUnit{{0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}, {0, 8, 3.5, 2}, kUnitTileRows};
 #endif
 
 // Whether products of T can run on it.
 template <typename T>
 constexpr bool kHasMatrixUnit = false;
+template <typename T>
+constexpr UnitLimits kUnitLimits{};
 #if defined(LSTM_EXT_MATRIX_UNIT)
 template <>
 constexpr bool kHasMatrixUnit<float> = true;
+template <>
+constexpr UnitLimits kUnitLimits<float> = kLimitsOfUnit;
 #endif
-
-// Measured on a Xeon with AMX, against AVX-512: with three planes, splitting a number costs about as much as
-// multiplying it by 64 others. A k tile of features is the least of either.
-template <typename T>
-constexpr UnitLimits kUnitLimits =
-    kHasMatrixUnit<T> ? UnitLimits{{0, 6, 8, 12}, {0, 32, 32, 64}, {0, 32, 32, 96}} : UnitLimits{};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

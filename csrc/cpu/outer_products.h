@@ -142,8 +142,8 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
       for (int64_t i = 0; i < groups.count; ++i) {
         const int64_t tile = groups.begin(i);
         const int width = groups.width(i);
-        multiply_tiles(planes, tiles.left, row_tiles, right_planes.columns(0, tile, column_tiles, depth), width,
-                       k_tiles, tiles.sums(i % 2), false, epilogue.between());
+        multiply_tiles(planes, tiles.left, height, right_planes.columns(0, tile, column_tiles, depth), width, k_tiles,
+                       tiles.sums(i % 2), false, epilogue.between());
         epilogue.rest();
         epilogue.begin(tile, width, tiles.sums(i % 2), height, planes,
                        k_tiles * row_tiles * divide_up(width, kGroupTiles) / 2);

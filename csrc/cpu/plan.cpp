@@ -59,26 +59,26 @@ struct StepCost {
   double row_work;            // for one row
   int planes = 0;             // of the recurrent product, where it runs on the matrix unit
   double weight_numbers = 0;  // of the recurrent weight
+  double row_multiple = 1;
 
   // For a worker that has so many rows of a batch, and such a share of the units.
   double of(double rows, double batch, double share) const {
     // A low tile is bound by loading the weights: two rows cost hardly more than one.
     if (planes == 0) return row_work * std::max(rows, std::min(2.0, batch)) * share;
-    constexpr double tile = kUnitTileRows;
     const double read = weight_numbers * planes * share;
     const double loading = read * (2 * read > kCacheBytes ? kLoadFarNumber : kLoadNumber);
-    return std::max(row_work * std::ceil(rows / tile) * tile * share, loading);
+    return std::max(row_work * std::ceil(rows / row_multiple) * row_multiple * share, loading);
   }
 };
 
 // The cost of steps whose rows meet so many features beside h; `planes` as in StepCost. The unit is that much faster
 // than fused multiply-adds, which makes the cells weigh more.
-StepCost step_cost(const LayerShape& shape, int64_t features, int planes) {
+StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit) {
   if (planes == 0) return {row_work(shape, features)};
-  const double speed = planes == 3 ? 2.0 : planes == 2 ? 3.5 : 8.0;
   const double gates = 4.0 * static_cast<double>(shape.hidden_size);
   const double products = gates * static_cast<double>(features + shape.output_size);
-  return {products / speed + gates * kUnitCellFeatures, planes, gates * static_cast<double>(shape.output_size)};
+  return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes,
+          gates * static_cast<double>(shape.output_size), static_cast<double>(unit.row_multiple)};
 }
 
 // The grid with the shortest estimated time. `other_work` is what all workers share evenly, `barriers` how often
@@ -207,7 +207,8 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, params.planes, shape.batch, P, H);
-  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes), 0.0, count_barriers(params));
+  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
+                          count_barriers(params));
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
@@ -260,9 +261,9 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   BackwardPlan plan;
   plan.pack = samples > kRowMajorRows;
   if (plan.pack) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
-  if (plan.recurrent_unit.planes > 0) other_work /= 2;
-  plan.grid =
-      choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes), other_work, count_barriers(params));
+  if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
+  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit), other_work,
+                          count_barriers(params));
   const int64_t workers = plan.grid.workers();
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
 

@@ -15,6 +15,9 @@ struct UnitLimits {
   int64_t rows[4];     // of a step; all 0 where there is no such unit
   int64_t units[4];    // hidden units, where a weight (4H, n) is the right operand
   int64_t columns[4];  // of any other right operand
+  // How much faster than fused multiply-adds it is, about, and of how many rows it computes a multiple.
+  double speed[4];
+  int64_t row_multiple;
 
   bool any() const { return rows[1] > 0; }
 };

@@ -20,6 +20,7 @@
 #include "cpu/pack.h"
 #include "cpu/range.h"
 #include "cpu/simd.h"
+#include "cpu/tile.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
@@ -299,6 +300,21 @@ struct PlanePairs<3> {
   static constexpr int kLeft[] = {0, 2, 1, 1, 0, 0}, kRight[] = {2, 0, 1, 0, 0, 1};
 };
 
+// The column tiles of a range as they are multiplied at once: two groups of a right operand, then one, the last of
+// which may be narrower.
+struct TileGroups {
+  const int64_t tiles, whole = tiles / (2 * kGroupTiles);
+  const int64_t count = whole + divide_up(tiles - whole * 2 * kGroupTiles, kGroupTiles);
+
+  explicit TileGroups(int64_t tiles) : tiles(tiles) {}
+  LSTM_EXT_INLINE int64_t begin(int64_t i) const { return (i < whole ? 2 * i : whole + i) * kGroupTiles; }
+  LSTM_EXT_INLINE int width(int64_t i) const {
+    return i < whole ? 2 * kGroupTiles : static_cast<int>(smaller(kGroupTiles, tiles - begin(i)));
+  }
+};
+
+#if defined(LSTM_EXT_TILE_REGISTERS)
+
 // The sums of kRows x kColumns tiles, 2 x 2 at most or 1 x 4, in the registers from 0 on.
 template <int P, int kRows, int kColumns>
 class TileBlock {
@@ -372,35 +388,23 @@ class TileBlock {
   }
 };
 
-// The column tiles of a range as they are multiplied at once: two groups of a right operand, then one, the last of
-// which may be narrower.
-struct TileGroups {
-  const int64_t tiles, whole = tiles / (2 * kGroupTiles);
-  const int64_t count = whole + divide_up(tiles - whole * 2 * kGroupTiles, kGroupTiles);
-
-  explicit TileGroups(int64_t tiles) : tiles(tiles) {}
-  LSTM_EXT_INLINE int64_t begin(int64_t i) const { return (i < whole ? 2 * i : whole + i) * kGroupTiles; }
-  LSTM_EXT_INLINE int width(int64_t i) const {
-    return i < whole ? 2 * kGroupTiles : static_cast<int>(smaller(kGroupTiles, tiles - begin(i)));
-  }
-};
-
-// sums[row tile][column tile] = (or +=) left * right, for all row tiles of a left operand and `columns` tiles: those of
-// one column group, or four, of two.
+// sums[row tile][column tile] = (or +=) left * right, for all rows of a left operand and `columns` tiles: those of one
+// column group, or four, of two.
 template <int P>
-void multiply_tiles(const uint16_t* left, int64_t row_tiles, const RightTiles& right, int columns, int64_t k_tiles,
+void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right, int columns, int64_t k_tiles,
                     float* sums, bool add, const Between& between) {
   const int64_t left_row_step = k_tiles * P * kOperandSize;
   const int64_t sums_row_step = columns * kSumsSize;
-  const auto block = [&](int64_t row, auto rows, int column, auto width) LSTM_EXT_LAMBDA_INLINE {
+  const auto block = [&](int64_t row, auto height, int column, auto width) LSTM_EXT_LAMBDA_INLINE {
     RightTiles part = right;
     part.data += column / kGroupTiles * right.group_step;
-    TileBlock<P, rows(), width()>::multiply(left + row * left_row_step, left_row_step, part, k_tiles,
-                                            sums + row * sums_row_step + column * kSumsSize, sums_row_step, add,
-                                            between);
+    TileBlock<P, height(), width()>::multiply(left + row * left_row_step, left_row_step, part, k_tiles,
+                                              sums + row * sums_row_step + column * kSumsSize, sums_row_step, add,
+                                              between);
   };
   constexpr std::integral_constant<int, 1> kOne;
   constexpr std::integral_constant<int, 2> kTwo;
+  const int64_t row_tiles = divide_up(rows, kUnitTileRows);
   const int64_t pairs_end = row_tiles / 2 * 2;
   for (int column = 0; column < columns; column += kGroupTiles) {
     for (int64_t row = 0; row < pairs_end; row += 2) {
@@ -421,10 +425,70 @@ void multiply_tiles(const uint16_t* left, int64_t row_tiles, const RightTiles& r
   }
 }
 
-inline void multiply_tiles(int planes, const uint16_t* left, int64_t row_tiles, const RightTiles& right, int columns,
+#else
+
+// The sums of kRows rows of a row tile and kColumns column tiles, in vector registers.
+template <int P, int kRows, int kColumns>
+void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tiles, float* sums, bool add) {
+  constexpr int kPairs = sizeof(PlanePairs<P>::kLeft) / sizeof(int);
+  const auto at = [&](int r, int c) LSTM_EXT_LAMBDA_INLINE { return sums + c * kSumsSize + r * kUnitTileRows; };
+  Reg<float> acc[kRows][kColumns];
+#pragma GCC unroll kTileRows
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll kTileColumns
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = add ? Simd<float>::load(at(r, c)) : Simd<float>::zero();
+  for (int64_t k = 0; k < k_tiles; ++k) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const uint16_t* const a = left + (k * P + PlanePairs<P>::kLeft[pair]) * kOperandSize;
+      const uint16_t* const b = right.data + k * right.k_step + PlanePairs<P>::kRight[pair] * kOperandSize;
+      for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
+        MatrixUnit::Pairs columns[kColumns];
+#pragma GCC unroll kTileColumns
+        for (int c = 0; c < kColumns; ++c) {
+          const int64_t tile = c / kGroupTiles * right.group_step + c % kGroupTiles * P * kOperandSize;
+          columns[c] = MatrixUnit::load_pairs(b + tile + i * kUnitTileRows);
+        }
+#pragma GCC unroll kTileRows
+        for (int r = 0; r < kRows; ++r) {
+          const MatrixUnit::Pairs row = MatrixUnit::broadcast_pair(a + r * kUnitTileDepth + i);
+#pragma GCC unroll kTileColumns
+          for (int c = 0; c < kColumns; ++c) acc[r][c] = MatrixUnit::multiply_add(acc[r][c], row, columns[c]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll kTileRows
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll kTileColumns
+    for (int c = 0; c < kColumns; ++c) Simd<float>::store(at(r, c), acc[r][c]);
+}
+
+// As above. There is nothing to be done meanwhile: the processor itself does the work.
+template <int P>
+void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right, int columns, int64_t k_tiles,
+                    float* sums, bool add, const Between&) {
+  for (int64_t first = 0; first < rows; first += kUnitTileRows) {
+    const uint16_t* const tile = left + first / kUnitTileRows * k_tiles * P * kOperandSize;
+    float* const out = sums + first / kUnitTileRows * columns * kSumsSize;
+    for_each_row_tile(smaller(kUnitTileRows, rows - first), [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+      const uint16_t* const a = tile + row * kUnitTileDepth;
+      float* const at = out + row * kUnitTileRows;
+      if (columns == 2 * kGroupTiles) {
+        multiply_rows<P, height(), 4>(a, right, k_tiles, at, add);
+      } else if (columns == kGroupTiles) {
+        multiply_rows<P, height(), 2>(a, right, k_tiles, at, add);
+      } else {
+        multiply_rows<P, height(), 1>(a, right, k_tiles, at, add);
+      }
+    });
+  }
+}
+
+#endif
+
+inline void multiply_tiles(int planes, const uint16_t* left, int64_t rows, const RightTiles& right, int columns,
                            int64_t k_tiles, float* sums, bool add, const Between& between) {
-  with_planes(planes,
-              [&](auto p) { multiply_tiles<p()>(left, row_tiles, right, columns, k_tiles, sums, add, between); });
+  with_planes(planes, [&](auto p) { multiply_tiles<p()>(left, rows, right, columns, k_tiles, sums, add, between); });
 }
 
 #endif

@@ -12,7 +12,7 @@ namespace {
 template <typename T>
 struct Simd;
 
-#if defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_AMX)
+#if defined(LSTM_EXT_AVX512)
 
 constexpr int kVectorRegisters = 32;
 

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "matrix_unit"
-# For this processor: the same source as the extension's, fused multiply-adds included, gives the same bits.
+# For this processor : the same source as the extension's, fused multiply-adds included, gives the same bits.
 FLAGS = [
     "-std=c++17",
     "-O2",
@@ -35,7 +35,7 @@ def _library(source: str, *arguments: str) -> Path:
     target = BUILD / f"{Path(source).stem}-{content.hexdigest()[:20]}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        # Two processes may build the same thing: each its own file, the name given when it is whole.
+        # Two processes may build the same thing : each its own file, the name given when it is whole.
         partial = target.with_suffix(f".{os.getpid()}.so")
         subprocess.run([*command, "-o", str(partial)], check=True)
         partial.replace(target)

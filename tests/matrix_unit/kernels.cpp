@@ -13,14 +13,11 @@ namespace {
 
 using namespace lstm_ext::cpu;
 
-constexpr UnitLimits kSmall{{0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}};
-
 // float64 has no matrix unit: the kernels of the processor's own set.
 Capability software{LSTM_EXT_ISA_NAME, software::kKernels<float>, kernels<double>()};
 Capability amx{"amx, small sizes too", {}, {}};
 
 bool add() {
-  software.f32.unit = kSmall;
   add_capability(&software);
   const char* names[kCapabilities];
   if (available_capabilities(names) > 0 && std::strcmp(names[0], "amx") == 0) {
@@ -28,7 +25,7 @@ bool add() {
     set_capability("amx");
     amx.f32 = kernels<float>();
     amx.f64 = kernels<double>();
-    amx.f32.unit = kSmall;
+    amx.f32.unit = software.f32.unit;
     set_capability(before.c_str());
     add_capability(&amx);
   }
