@@ -11,9 +11,10 @@ from .call.layout import LSTMExtras
 from .native import loader
 from .native.config import VERSION as __version__
 from .nn.cell import LSTMCell
-from .nn.convert import convert, from_torch, revert, to_torch
+from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.from_gates import from_gates
 from .nn.lstm import LSTM
+from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
 
 # If the extension was built ahead of time for another torch, say so now, not in the first call.
 loader.check()
@@ -22,12 +23,16 @@ __all__ = [
     "LSTM",
     "LSTMCell",
     "LSTMExtras",
+    "TorchLSTM",
+    "TorchLSTMCell",
     "__version__",
     "convert",
     "from_gates",
     "from_torch",
     "functional",
+    "patch",
     "reference",
+    "report",
     "revert",
     "to_torch",
 ]

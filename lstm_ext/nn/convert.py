@@ -13,11 +13,20 @@ from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
 from .lstm import LSTM, options_of
+from .torchs import PatchedLSTM, PatchedLSTMCell, TorchLSTM, TorchLSTMCell, with_our_forward
 
-__all__ = ["convert", "from_torch", "revert", "to_torch"]
+__all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+# Ours that are torch's to isinstance.
+_AS_TORCHS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+_SAME: dict[type[nn.Module], type[nn.Module]] = {
+    TorchLSTM: LSTM,
+    PatchedLSTM: LSTM,
+    TorchLSTMCell: LSTMCell,
+    PatchedLSTMCell: LSTMCell,
+}
 _NAMES = {
     nn.LSTM: "torch.nn.LSTM",
     nn.LSTMCell: "torch.nn.LSTMCell",
@@ -102,7 +111,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
         raise refuse(
             f"{tensors} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
         )
-    if type(module) is not source:
+    if _SAME.get(type(module), type(module)) is not source:
         raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
 
     options = options_of(module) if source is LSTM else []
@@ -169,7 +178,9 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
 # A model: its own modules, with another class
 
 
-def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
+def convert(
+    model: _Model, *, skip: Iterable[str] = (), as_torchs: bool = False, subclasses: bool = False
+) -> _Model:
     """Make every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` an LSTM or cell of this package, in place.
 
     The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
@@ -183,19 +194,25 @@ def convert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
         model: any module; it may itself be an LSTM, and it may be compiled.
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
+        as_torchs: whether the layers are to be :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which
+            ``isinstance(layer, torch.nn.LSTM)`` holds: for a model that goes into other people's code. Then
+            ``torch.compile`` breaks the graph at them, as at torch's own.
+        subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
+            too. That code is kept, and its ``super().forward(...)`` becomes ours. Subclasses that override nothing
+            always are. Both stay instances of their class and of torch's.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module; or there are LSTMs that cannot be converted. The text gives the
-            name, class and reason of each: a subclass of ``torch.nn.LSTM`` or ``LSTMCell``, whose own
-            behaviour might be lost; a ``forward`` (or a method that it calls) replaced on the instance; a layer
+            name, class and reason of each: a subclass of ``torch.nn.LSTM`` or ``LSTMCell`` with code of its own,
+            without ``subclasses=True``; a ``forward`` (or a method that it calls) replaced on the instance; a layer
             compiled by TorchScript; a quantized layer. Nothing has been changed then: either deal with these modules
             first or ``skip`` them.
         ValueError: a name in ``skip`` that the model does not have.
     """
-    return _change_classes(model, _OURS, "convert", skip)
+    return _change_classes(model, _OURS, "convert", skip, as_torchs, subclasses)
 
 
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
@@ -207,6 +224,47 @@ def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     return _change_classes(model, _TORCHS, "revert", skip)
 
 
+class Entry(NamedTuple):
+    """One LSTM of a model, as :func:`report` has it."""
+
+    name: str
+    kind: str
+    ours: bool
+    reason: str
+
+    def __str__(self) -> str:
+        verdict = "ours" if self.ours else f"not ours: {self.reason}"
+        return f"{self.name or 'the model itself'} ({self.kind}): {verdict}"
+
+
+def report(model: nn.Module) -> list[Entry]:
+    """Each LSTM and LSTMCell in ``model``: its name, its class, whether it is ours, and why not.
+
+    ``print(*lstm_ext.report(model), sep="\\n")`` prints a line for each. A layer that :func:`convert` would convert has
+    the reason "not converted".
+
+    Args:
+        model: any module.
+
+    Returns:
+        a list of named tuples ``(name, kind, ours, reason)``, in the order of ``model.named_modules()``; ``reason`` is
+        empty for ours.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    entries = []
+    for name, module in model.named_modules():
+        ours = isinstance(module, tuple(_TORCHS))
+        cls, reason = (None, "") if ours else _new_class(module, _OURS, subclasses=False)
+        if ours or cls is not None or reason is not None:
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            entries.append(Entry(name, kind, ours, reason if reason is not None else "not converted"))
+    return entries
+
+
 class _Change(NamedTuple):
     module: nn.Module
     cls: type[nn.Module]
@@ -214,8 +272,46 @@ class _Change(NamedTuple):
     remove: list[str]
 
 
+def _new_class(
+    module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
+) -> tuple[type[nn.Module] | None, str | None]:
+    """The class that a module is to get, or why it gets none; neither for what is no such layer."""
+    if pairs is _OURS and isinstance(module, tuple(_TORCHS)):
+        return None, None
+    source = next((source for source in pairs if isinstance(module, source)), None)
+    if source is None:
+        return None, _foreign_lstm(module) if pairs is _OURS else None
+    cls = _with_base(type(module), source, pairs[source])
+    if cls is None and pairs is _OURS and type(module).__module__ != parametrize.__name__:
+        cls = (
+            with_our_forward(type(module)) if subclasses or _overrides_nothing(type(module), source) else None
+        )
+    if cls is None:
+        way_out = "; convert(model, subclasses=True) keeps its code over our layer" if pairs is _OURS else ""
+        return None, f"a subclass of {_NAMES[source]}, whose own behaviour might be lost{way_out}"
+    if source is LSTM and options_of(module):
+        return None, _HAS_OPTIONS.format(", ".join(options_of(module)))
+    replaced = _replaced_methods(module, source)
+    if replaced:
+        return None, f"{', '.join(replaced)} is replaced on the instance"
+    return cls, None
+
+
+def _overrides_nothing(cls: type[nn.Module], source: type[nn.Module]) -> bool:
+    """Whether the classes between the two have nothing but names and texts."""
+    between = cls.__mro__[: cls.__mro__.index(source)]
+    known = {"__module__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__weakref__"}
+    known |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__"}
+    return all(issubclass(c, source) and vars(c).keys() <= known for c in between)
+
+
 def _change_classes(
-    model: _Model, pairs: dict[type[nn.Module], type[nn.Module]], function: str, skip: Iterable[str]
+    model: _Model,
+    pairs: dict[type[nn.Module], type[nn.Module]],
+    function: str,
+    skip: Iterable[str],
+    as_torchs: bool = False,
+    subclasses: bool = False,
 ) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -225,29 +321,20 @@ def _change_classes(
     for name, module in model.named_modules():
         if module in skipped:
             continue
-        reason = None
-        source = next((source for source in pairs if isinstance(module, source)), None)
-        if source is not None:
-            cls = _with_base(type(module), source, pairs[source])
-            replaced = _replaced_methods(module, source)
-            if cls is None:
-                reason = f"a subclass of {_NAMES[source]}, whose own behaviour might be lost"
-            elif source is LSTM and options_of(module):
-                reason = _HAS_OPTIONS.format(", ".join(options_of(module)))
-            elif replaced:
-                reason = f"{', '.join(replaced)} is replaced on the instance"
-            else:
-                old, new = vars(_on_meta(source, module)), vars(_on_meta(pairs[source], module))
-                changes.append(
-                    _Change(
-                        module,
-                        cls,
-                        {key: value for key, value in new.items() if key not in old},
-                        [key for key in old if key not in new],
-                    )
+        cls, reason = _new_class(module, pairs, subclasses)
+        if as_torchs and type(module) in _AS_TORCHS:
+            changes.append(_Change(module, _AS_TORCHS[type(module)], {}, []))
+        elif cls is not None:
+            source = next(source for source in pairs if isinstance(module, source))
+            old, new = vars(_on_meta(source, module)), vars(_on_meta(pairs[source], module))
+            changes.append(
+                _Change(
+                    module,
+                    _AS_TORCHS.get(cls, cls) if as_torchs else cls,
+                    {key: value for key, value in new.items() if key not in old},
+                    [key for key in old if key not in new],
                 )
-        elif pairs is _OURS:
-            reason = _foreign_lstm(module)
+            )
         if reason is not None:
             place = repr(name) if name else "the model itself"
             refused.append(f"  {place} ({type(module).__module__}.{type(module).__qualname__}): {reason}")
@@ -288,8 +375,10 @@ def _with_base(
 
     parametrize gives a module a class of its own, which holds one property for each parametrized tensor.
     """
-    if cls is source:
+    if cls is source or _SAME.get(cls) is source:
         return target
+    if "_derived_from" in vars(cls) and target in _OURS:
+        return vars(cls)["_derived_from"]
     if cls.__bases__ == (source,) and cls.__module__ == parametrize.__name__:
         return type(cls.__name__, (target,), dict(vars(cls)))
     return None
@@ -316,7 +405,7 @@ def _foreign_lstm(module: nn.Module) -> str | None:
         cls.__module__.startswith("torch.ao.nn.quant") and cls.__name__ in ("LSTM", "LSTMCell")
         for cls in type(module).__mro__
     ):
-        return "a quantized layer"
+        return "a quantized layer; convert the model before it is quantized, or load it with float weights"
     return None
 
 

@@ -112,7 +112,9 @@ class LSTM(nn.RNNBase):
         forget_bias: float | None = None,
         recompute: bool = False,
     ) -> None:
-        super().__init__(
+        # By name: in a subclass of torch's layer too, the next class would be torch.nn.LSTM.
+        nn.RNNBase.__init__(
+            self,
             "LSTM",
             input_size,
             hidden_size,
