@@ -114,6 +114,23 @@ def test_hooks_on_the_module(x):
     same(*seen)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_that_nothing_depends_on_has_no_gradient(steps, bidirectional, bias):
+    torch.manual_seed(0)
+    theirs = nn.LSTM(3, 5, 2, proj_size=2, bidirectional=bidirectional, bias=bias)
+    ours = lstm_ext.from_torch(theirs)
+    x = torch.randn(steps, 4, 3)
+    gradients = []
+    for module in (theirs, ours):
+        _, (_, c) = module(x)
+        gradients.append(torch.autograd.grad(c.sum(), list(module.parameters()), allow_unused=True))
+    without = [[g is None for g in side] for side in gradients]
+    assert without[0] == without[1]
+    assert any(without[0]) == (steps == 1)
+
+
 def test_gradients_accumulate(x):
     ours, theirs = pair(num_layers=2)
     for module in (ours, theirs):

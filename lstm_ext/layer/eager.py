@@ -8,6 +8,7 @@ import torch
 
 from . import transforms
 from .layer_call import PLAIN, LayerCall, LayerOptions, LayerResults
+from .shapes import weights_per_direction
 from .tracing import are_plain, is_direct
 
 __all__ = ["lstm_layer"]
@@ -117,5 +118,10 @@ class _Layer(torch.autograd.Function):
             gradients = transforms.layer_gradients(
                 call.signature(), needs_grad, batch_sizes, grads, saved_results, call.tensors()
             )
-        gradients = gradients[:count]
+        gradients = list(gradients[:count])
+        if grads[0] is None and grads[1] is None and call.input.size(0) == 1 and batch_sizes is None:
+            # c of the only step does not depend on the projection, which torch leaves without a gradient.
+            per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+            if projected:
+                gradients[3 + per_set - 1 : 3 + len(call.weights) : per_set] = [None] * (len(call.weights) // per_set)
         return None, None, *gradients, *[None] * (count - len(gradients))
