@@ -123,5 +123,7 @@ class _Layer(torch.autograd.Function):
             # c of the only step does not depend on the projection, which torch leaves without a gradient.
             per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
             if projected:
-                gradients[3 + per_set - 1 : 3 + len(call.weights) : per_set] = [None] * (len(call.weights) // per_set)
+                gradients[3 + per_set - 1 : 3 + len(call.weights) : per_set] = [None] * (
+                    len(call.weights) // per_set
+                )
         return None, None, *gradients, *[None] * (count - len(gradients))

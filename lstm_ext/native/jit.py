@@ -10,17 +10,21 @@ import re
 import shlex
 import shutil
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from . import config
 from .config import BuildError
+from .trust import distrust
 
 __all__ = [
     "MODULE",
     "build",
+    "check_trust",
     "exclusive",
     "finished",
     "folder",
@@ -32,6 +36,8 @@ __all__ = [
 
 MODULE = "lstm_ext_C"
 _OPS_MODULE = "lstm_ext_ops"
+# Seconds for which a process waits for the build of another one.
+LONGEST_WAIT = 1800.0
 _log = logging.getLogger("lstm_ext")
 
 
@@ -98,6 +104,17 @@ def _root() -> Path:
     return cache / "torch_extensions" / "lstm_ext"
 
 
+def check_trust(directory: Path) -> None:
+    """Raises a BuildError if another user can have written into a folder of a build, or can."""
+    for path in (directory, module(directory), ops_library(directory), directory / config.RECORD):
+        reason = distrust(path)
+        if reason is not None:
+            raise BuildError(
+                f"what is in {directory.parent} is not trusted: {reason}, or set TORCH_EXTENSIONS_DIR to a folder that "
+                "is yours alone."
+            )
+
+
 def finished(directory: Path) -> dict | None:
     """The record of a finished build. None for a build that was killed, and if a library was cut short since."""
     record = config.read_record(directory)
@@ -115,17 +132,43 @@ def exclusive(directory: Path) -> Iterator[None]:
     import fcntl  # not on every platform that runs the reference
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.with_suffix(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("lstm_ext: waiting for another process that is compiling the extension")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    path = directory.with_suffix(".lock")
+    # Not through a link that another user may have put there, and nothing that is there is cut off.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(handle, "r+") as file:
+        _wait_for(file, path)
+        file.seek(0)
+        file.write(f"{os.getpid()}\n")
+        file.truncate()
+        file.flush()
         try:
             yield
         finally:
             # Explicitly: a child forked meanwhile holds the file open too.
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _wait_for(file: IO[str], path: Path) -> None:
+    """Takes the lock, or raises a BuildError when another process has held it for too long."""
+    import fcntl
+
+    deadline = time.monotonic() + LONGEST_WAIT
+    holder = ""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        if not holder:
+            file.seek(0)
+            holder = f"process {file.readline().strip() or 'unknown'}"
+            _log.warning("lstm_ext: waiting for %s, which is compiling the extension", holder)
+        if time.monotonic() > deadline:
+            raise BuildError(
+                f"{holder} has held {path} for {LONGEST_WAIT / 60:.0f} minutes: end it, or set TORCH_EXTENSIONS_DIR to "
+                "another folder."
+            )
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -337,6 +337,7 @@ def _load_or_build(
 
 def _load_finished(directory: Path) -> _Result | None:
     """None too for an unfinished build, and for a library that no longer loads."""
+    jit.check_trust(directory)
     record = jit.finished(directory)
     if record is None:
         return None

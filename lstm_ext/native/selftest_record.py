@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from . import config, loader
+from .trust import distrust
 
 KEY = ("device", "capability", "driver", "torch", "lstm_ext", "sources")
 
@@ -53,7 +54,13 @@ def find(device: torch.device) -> dict | None:
 
 
 def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
-    """Takes the place of an older entry for the same device and state. Raises OSError or RuntimeError."""
+    """Takes the place of an older entry for the same device and state.
+
+    Raises OSError or RuntimeError, also where another user could write the file.
+    """
+    reason = distrust(path())
+    if reason is not None:
+        raise RuntimeError(f"{path()} is not written, since nobody could trust it: {reason}")
     key = key_of(device)
     entries = [entry for entry in _entries() if not _is_about(entry, key)]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -71,6 +78,8 @@ def _is_about(entry: dict, key: dict[str, str]) -> bool:
 
 def _entries() -> list[dict]:
     try:
+        if distrust(path()) is not None:  # another user may have written it
+            return []
         entries = json.loads(path().read_text())
     except (OSError, ValueError, RuntimeError):
         return []
