@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "matrix_unit"
-# For this processor : the same source as the extension's, fused multiply-adds included, gives the same bits.
+# For this processor: the same source as the extension's, fused multiply-adds included, gives the same bits.
 FLAGS = [
     "-std=c++17",
     "-O2",
