@@ -422,9 +422,15 @@ def test_torchscript_is_refused():
             RuntimeError, match=r"LSTMCell does not support torch\.jit.*torch\.export.*to_torch"
         ):
             torch.jit.script(module)
-    with pytest.raises(RuntimeError, match=r"does not support torch\.jit"), warnings.catch_warnings():
+
+
+def test_a_trace_has_torchs_cell():
+    cell, x = lstm_ext.LSTMCell(3, 4), torch.randn(2, 3)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(cell, zeros(2, 3))
+        traced = torch.jit.trace(cell, x)
+    assert "lstm_ext::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), cell(x))
 
 
 # Autocast, compilation, transforms

@@ -1,6 +1,7 @@
 """The constructor: what nn.LSTM takes and refuses, lstm_ext.LSTM takes and refuses, in the same words."""
 
 import inspect
+import io
 import warnings
 
 import numpy as np
@@ -229,11 +230,78 @@ def test_flatten_parameters_does_nothing():
 
 def test_torchscript_is_refused():
     lstm = lstm_ext.LSTM(3, 4)
-    x = torch.randn(2, 1, 3)
     for module in (lstm, nn.Sequential(lstm)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecation of TorchScript
             with pytest.raises(RuntimeError, match=r"torch\.export.*to_torch"):
                 torch.jit.script(module)
-            with pytest.raises(RuntimeError, match=r"torch\.export.*to_torch"):
-                torch.jit.trace(module, x)
+
+
+LAYERS = {
+    "one layer": {},
+    "three layers, dropout": {"num_layers": 3, "dropout": 0.5},
+    "both directions": {"bidirectional": True, "num_layers": 2},
+    "projection": {"proj_size": 2},
+    "batch first, no bias": {"batch_first": True, "bias": False},
+}
+
+
+class Packing(nn.Module):
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0])[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # torch's own deprecation of TorchScript, and its warnings about packed data
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_trace_has_torchs_layer(name):
+    """As of torch.nn.LSTM: for any sizes, and the module is still ours."""
+    model = nn.Sequential(nn.LSTM(3, 4, **LAYERS[name])).eval()
+    x = torch.randn(5, 2, 3)
+    expected = model(x)
+    lstm_ext.convert(model)
+    traced = torch.jit.trace(model, x)
+    assert "aten::lstm" in str(traced.inlined_graph) and "lstm_ext::" not in str(traced.inlined_graph)
+    assert type(model[0]) is lstm_ext.LSTM
+    torch.testing.assert_close(traced(x), expected)
+    longer = torch.randn(7, 3, 3)
+    torch.testing.assert_close(traced(longer), model(longer))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_packed_data():
+    module = Packing(lstm_ext.LSTM(3, 4))
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([3, 5])
+    traced = torch.jit.trace(module, (x, lengths), check_trace=False)
+    torch.testing.assert_close(traced(x, lengths), module(x, lengths))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "projection"])  # ONNX has none
+def test_the_older_onnx_exporter(name):
+    runtime = pytest.importorskip("onnxruntime")
+    model = lstm_ext.convert(nn.Sequential(nn.LSTM(3, 4, **LAYERS[name]))).eval()
+    x, file = torch.randn(5, 2, 3), io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
+    output = runtime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(output), model(x)[0], rtol=1e-4, atol=1e-5)
+    assert type(model[0]) is lstm_ext.LSTM
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torchs_layer_does_not_have_is_not_traced():
+    x = torch.randn(5, 2, 3)
+    text = r"torch\.export, or lstm_ext\.onnx for ONNX"
+    with pytest.raises(RuntimeError, match=text):
+        torch.jit.trace(lstm_ext.LSTM(3, 4, layer_norm=True), x)
+    lstm = lstm_ext.LSTM(3, 4)
+    with pytest.raises(RuntimeError, match=text):
+        torch.jit.trace(lambda x: lstm(x, lengths=[5, 2])[0], x)
+    with pytest.raises(RuntimeError, match=text):
+        torch.jit.trace(lambda x: lstm.step(x[0])[0], x)

@@ -16,7 +16,7 @@ from ..layer.tracing import any_autocast
 __all__ = ["LSTMCell"]
 
 _NO_TORCHSCRIPT = (
-    "lstm_ext.LSTMCell does not support torch.jit.script and torch.jit.trace: use torch.export, "
+    "lstm_ext.LSTMCell does not support torch.jit.script: use torch.jit.trace, torch.export, "
     "or lstm_ext.to_torch(module), which gives a torch.nn.LSTMCell with the same parameters"
 )
 
@@ -74,7 +74,7 @@ class LSTMCell(nn.RNNCellBase):
             TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
         """
         if torch.jit.is_tracing():
-            raise RuntimeError(_NO_TORCHSCRIPT)
+            return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
         if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
             self._refuse(input, hx)
         weights = self._weights()

@@ -24,8 +24,14 @@ from ..layer.tracing import any_autocast
 
 __all__ = ["LSTM"]
 
+# Now: users put our class in its place.
+_torchs_forward = nn.LSTM.forward
+_NO_TRACE = (
+    "torch.jit.trace and the older ONNX exporter take lstm_ext.LSTM as torch.nn.LSTM, and so without what that does "
+    "not have (options of the layer, further arguments, step()): use torch.export, or lstm_ext.onnx for ONNX"
+)
 _NO_TORCHSCRIPT = (
-    "lstm_ext.LSTM does not support torch.jit.script and torch.jit.trace: use torch.export, "
+    "lstm_ext.LSTM does not support torch.jit.script: use torch.jit.trace, torch.export, "
     "or lstm_ext.to_torch(module), which gives a torch.nn.LSTM with the same parameters"
 )
 
@@ -330,7 +336,9 @@ class LSTM(nn.RNNBase):
     ) -> Any:
         """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
         if _is_tracing():
-            raise RuntimeError(_NO_TORCHSCRIPT)
+            return self._traced(
+                input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
+            )
         x = layout.rows(input)
         weights = self._weights_by_layer()
         w = weights[0][0]
@@ -458,6 +466,15 @@ class LSTM(nn.RNNBase):
                 )
         if x.size(0) == 0:
             raise RuntimeError(EMPTY_SEQUENCE)
+
+    def _traced(
+        self, input: Any, hx: Any, layout: Layout, given: tuple[Any, ...], wanted: tuple[Any, ...]
+    ) -> Any:
+        """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both know."""
+        named = layout is STEP or layout is UNBATCHED_STEP
+        if named or any([a is not None for a in given]) or any(wanted) or options_of(self):
+            raise RuntimeError(_NO_TRACE)
+        return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> NoReturn:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
