@@ -274,6 +274,39 @@ def test_a_trace_has_torchs_layer(name):
     torch.testing.assert_close(traced(longer), model(longer))
 
 
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.cell = nn.LSTM(3, 4), nn.LSTMCell(4, 5)
+
+    def forward(self, x, states):
+        output, (h, _) = self.lstm(x, states)
+        return self.cell(output[-1])[0] + h.sum()
+
+
+def test_symbolic_trace_has_a_leaf():
+    """As for the modules of torch.nn: the graph calls the layer, which stays the same object."""
+    model = Tagger()
+    x, states = torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    theirs = torch.fx.symbolic_trace(model)
+    lstm_ext.convert(model)
+    ours = torch.fx.symbolic_trace(model)
+    assert [(n.op, n.target) for n in ours.graph.nodes] == [(n.op, n.target) for n in theirs.graph.nodes]
+    assert ours.lstm is model.lstm and type(ours.cell) is lstm_ext.LSTMCell
+    torch.testing.assert_close(ours(x, states), model(x, states))
+
+    class WithOptions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = lstm_ext.LSTM(3, 4)
+
+        def forward(self, x, lengths):
+            return self.lstm(x, lengths=lengths)[0]
+
+    model, lengths = WithOptions(), torch.tensor([5, 2])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_packed_data():
     module = Packing(lstm_ext.LSTM(3, 4))

@@ -25,6 +25,7 @@ __all__ = [
     "is_direct",
     "is_exporting_to_onnx",
     "is_plain_eager",
+    "leaf_of_graph",
     "refuse_shards",
 ]
 
@@ -87,6 +88,14 @@ def is_exporting_to_onnx() -> bool:
 
 # Called by dynamo, not traced.
 is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def leaf_of_graph(
+    module: torch.nn.Module, input: torch.fx.Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.fx.Proxy:
+    """``torch.fx.symbolic_trace`` takes the layers of ``torch.nn`` as they are, without a look into them: ours too."""
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def refuse_shards(tensors: Sequence[Tensor]) -> None:

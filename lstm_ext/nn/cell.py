@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..call.run import describe_hx
 from ..call.stack import to_autocast_dtype
 from ..layer import route
-from ..layer.tracing import any_autocast
+from ..layer.tracing import any_autocast, leaf_of_graph
 
 __all__ = ["LSTMCell"]
 
@@ -76,6 +76,8 @@ class LSTMCell(nn.RNNCellBase):
         if torch.jit.is_tracing():
             return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
         if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
+            if isinstance(input, torch.fx.Proxy):
+                return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), {})  # type: ignore[return-value]
             self._refuse(input, hx)
         weights = self._weights()
         x = input

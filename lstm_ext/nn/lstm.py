@@ -20,7 +20,7 @@ from ..call.arguments import (
 from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
 from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
-from ..layer.tracing import any_autocast
+from ..layer.tracing import any_autocast, leaf_of_graph
 
 __all__ = ["LSTM"]
 
@@ -262,6 +262,12 @@ class LSTM(nn.RNNBase):
             if input.data.dim() != 2:
                 raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
             layout = PackedLayout(input, hx)
+        elif isinstance(input, torch.fx.Proxy):
+            given = {"lengths": lengths, "resets": resets, "reset_state": reset_state, "mask": mask}
+            wanted = {"return_cell_states": return_cell_states, "return_gates": return_gates}
+            set_ = {name: value for name, value in given.items() if value is not None}
+            set_ |= {name: value for name, value in wanted.items() if value}
+            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), set_)
         else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
