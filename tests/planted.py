@@ -26,6 +26,7 @@ FOLDERS = ("cpu", "cuda")  # below csrc/, each file of which has a fault
 TIMEOUT = 1200  # seconds for the tests of a fault
 
 CPU = ("tests/test_kernels.py", "tests/test_extras_kernels.py", "tests/test_packed.py")
+UNIT = ("tests/test_matrix_unit.py",)
 EMULATED = ("tests/simt/test_stepwise.py",)
 
 
@@ -80,8 +81,8 @@ FAULTS: dict[str, Fault] = {
     "cpu/layer_norm.h": Fault(
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
-    "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;"),
-    "cpu/plane_product.h": Fault("kRight[] = {2, 0, 1, 0, 0, 1};", "kRight[] = {2, 0, 1, 0, 0, 0};"),
+    "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;", UNIT),
+    "cpu/plane_product.h": Fault("kRight[] = {2, 0, 1, 0, 0, 1};", "kRight[] = {2, 0, 1, 0, 0, 0};", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, width)",
