@@ -124,6 +124,20 @@ def test_a_copy_of_a_subclass_has_its_attributes():
     assert deep.head is not module.head
 
 
+def test_a_state_that_has_lost_its_option_is_refused():
+    """It would compute a plain layer, with the parameters of another one."""
+    lstm = lstm_ext.LSTM(3, 4, layer_norm=True)
+    state = lstm.__getstate__()
+    del state["layer_norm"]
+    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
+    with pytest.raises(
+        RuntimeError, match=r"layer normalisation \(ln_gain_ih_l0, \.\.\.\) and no layer_norm=True"
+    ):
+        other.__setstate__(state)
+    for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        assert way(lstm).layer_norm
+
+
 def test_ties_survive_a_copy():
     """Between the layer's own weights, and with another module of the model."""
     model = nn.ModuleDict({"lstm": lstm_ext.LSTM(4, 4), "linear": nn.Linear(4, 16)})

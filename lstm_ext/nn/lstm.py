@@ -494,6 +494,12 @@ class LSTM(nn.RNNBase):
     def __setstate__(self, d: dict[str, Any]) -> None:
         super().__setstate__(d)
         self._layer_names = self._group_names()
+        norms = [name for name in self._parameters if name.startswith("ln_")]
+        if norms and not self.layer_norm:
+            raise RuntimeError(
+                f"LSTM: the state has parameters of layer normalisation ({norms[0]}, ...) and no layer_norm=True: it "
+                "would be loaded as a layer without it. Set layer_norm in the state, or take these parameters out"
+            )
 
 
 _OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
