@@ -128,9 +128,10 @@ def cases(draw: st.DrawFn, layouts: Sequence[str], with_extras: bool = True) -> 
     if more and input_strides.startswith("expanded"):  # no padding of its own
         more = dataclasses.replace(more, nan_padding=False)
     dropout = draw(st.one_of(st.just(0.0), st.sampled_from([0.1, 0.5, 1.0])))
-    if more and more.layer_norm and not bias and dropout == 1.0:
+    if more and more.layer_norm and dropout == 1.0 and (not bias or dtype == "float16"):
         # A layer that sees and says nothing but 0, where a normalisation is as steep as it can be: the gradient
-        # grows by up to 1 / 1e-5 a step, in ten steps beyond what float32 holds, and inf times 0 is NaN.
+        # grows by up to 1 / 1e-5 a step, in ten steps beyond what float32 holds, and inf times 0 is NaN. With biases
+        # it says something, and the gradient of what it sees is beyond float16's 65504 soon.
         dropout = 0.5
     results = ("output", "h_n", "c_n") + (more.returned if more else ())
     return Case(
