@@ -6,8 +6,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 from pathlib import Path
+
+from lstm_ext.native import loader
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -27,7 +30,7 @@ FLAGS = [
 
 
 def _library(source: str, *arguments: str) -> Path:
-    command = [os.environ.get("CXX", "g++"), *FLAGS, str(HERE / source), *arguments]
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, str(HERE / source), *arguments]
     content = hashlib.sha256("\0".join(command).encode())
     headers = [path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*.h")]
     for path in sorted([HERE / source, *headers]):
@@ -35,24 +38,17 @@ def _library(source: str, *arguments: str) -> Path:
     target = BUILD / f"{Path(source).stem}-{content.hexdigest()[:20]}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        # Two processes may build the same thing : each its own file, the name given when it is whole.
+        # Two processes may build the same thing: each its own file, the name given when it is whole.
         partial = target.with_suffix(f".{os.getpid()}.so")
         subprocess.run([*command, "-o", str(partial)], check=True)
         partial.replace(target)
     return target
 
 
-def extension_library() -> str:
-    """The library of the loaded extension that has its kernels."""
-    names = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    (path,) = (name for name in names if Path(name).name == "_ops.so")
-    return path
-
-
 @functools.cache
 def add_kernels() -> None:
     """Afterwards the loaded extension knows the instruction set "software"."""
-    ctypes.CDLL(str(_library("kernels.cpp", extension_library())))
+    ctypes.CDLL(str(_library("kernels.cpp", loader.status().ops_path)))
 
 
 @functools.cache
