@@ -62,6 +62,7 @@ class Backward {
     const int64_t teams = plan.grid.batch_groups;
     zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
     if (pass_.recomputes) recompute_.prepare_weights();
+    if (!plan.pack) return;
     pack(pass_.recurrent_weight(), params.weights.weight_hh, pass_.output_columns, pass_.team, teams);
     if (shape.projected) {
       pack(pass_.projection_weight(), params.weights.weight_hr, pass_.hidden_columns, pass_.team, teams);
@@ -70,10 +71,10 @@ class Backward {
       pack(pass_.input_weight(), params.weights.weight_ih, Range{0, shape.input_size}, pass_.worker,
            plan.grid.workers());
     }
-    if (plan.grid.workers() > 1) pass_.meet_all();
+    if (teams > 1) pass_.meet_all();
   }
 
-  // Makes the panels or planes of some columns, if the weight has any; of `shares` callers, each makes its own.
+  // Makes the panels or planes of some columns; of `shares` callers, each makes its own.
   void pack(const RightHandSide<T>& to, const T* matrix, Range columns, int64_t share_index, int64_t shares) {
     if constexpr (kHasMatrixUnit<T>) {
       if (to.planes.count > 0) {
@@ -81,7 +82,7 @@ class Backward {
         return;
       }
     }
-    if (to.packed) pack_columns(matrix, to.row_step, to.depth, columns, share_index, shares, const_cast<T*>(to.data));
+    pack_columns(matrix, to.row_step, to.depth, columns, share_index, shares, const_cast<T*>(to.data));
   }
 
   // The chunk's masked h_{t-1}, each member some of its team's rows.

@@ -477,8 +477,8 @@ class LSTM(nn.RNNBase):
         self, input: Any, hx: Any, layout: Layout, given: tuple[Any, ...], wanted: tuple[Any, ...]
     ) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both know."""
-        named = layout is STEP or layout is UNBATCHED_STEP
-        if named or any([a is not None for a in given]) or any(wanted) or options_of(self):
+        is_step = layout is STEP or layout is UNBATCHED_STEP
+        if is_step or any([a is not None for a in given]) or any(wanted) or options_of(self):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
