@@ -59,7 +59,7 @@ class Case:
         int, ...
     ] = ()  # of the rows of dense input, instead of batch; what is past them is not finite
     mask: bool = False  # of recurrent dropout
-    zoneout: str = ""  # "flags", "flags of h", "flags of c" or "shares"
+    zoneout: str = ""  # "flags" or "shares"; of one state "flags of h", "share of h" and so on
     norm: str = ""  # the dtype of its parameters: "own", or "float32" for 16-bit input
     returned: str = ""  # "cell states", "gates" or "both", and their gradients
     recompute: bool = False
@@ -130,6 +130,9 @@ OPTIONS = {
     ),
     "norm, more units than threads": Case(norm="own", steps=2, batch=2, hidden_size=300),
     "norm, in chunks": Case(norm="own", hidden_size=16, chunk_bytes=2000, resets="to a state"),
+    "mask, shares, lengths, resets, projection": Case(
+        mask=True, zoneout="shares", lengths=LENGTHS, resets="to a state", proj_size=2
+    ),
     "recompute": Case(recompute=True, bidirectional=True, chunk_bytes=1000),
     "recompute, all": Case(
         recompute=True,
@@ -284,7 +287,10 @@ class Layer:
             for x, junk in ((self.input, float("inf")), (self.grads[0], float("nan"))):
                 x.masked_fill_(~self.counts.unsqueeze(-1), junk)
         self.mask = chosen(D, B, P, share=0.7).double() / 0.7 if case.mask else None
-        self.shares = (0.3, 0.15) if case.zoneout == "shares" else (0.0, 0.0)
+        self.shares = (
+            0.3 if case.zoneout in ("shares", "share of h") else 0.0,
+            0.15 if case.zoneout in ("shares", "share of c") else 0.0,
+        )
         self.keep_h = chosen(D, *rows, P, share=0.3) if case.zoneout in ("flags", "flags of h") else None
         self.keep_c = chosen(D, *rows, H, share=0.4) if case.zoneout in ("flags", "flags of c") else None
         self.norm: list[Tensor] = []

@@ -280,6 +280,7 @@ def test_a_saved_program_runs_where_only_the_operators_are_known():
     assert run.returncode == 0, run.stderr.decode()
 
 
+@pytest.mark.tools
 def test_ahead_of_time(tmp_path):
     """AOTInductor calls the operator from C++; lists without a tensor and numbers are among its arguments."""
     model = Exported().eval()

@@ -339,8 +339,13 @@ def test_capability_by_name():
         ValueError, match="expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got 'sse9'"
     ):
         _C.set_cpu_capability("sse9")
-    code = "from lstm_ext.native import loader; print(loader.extension().cpu_capability())"
+    before = _C.cpu_capability()
     for name in CAPABILITIES:
+        _C.set_cpu_capability(name)
+        assert _C.cpu_capability() == name
+    _C.set_cpu_capability(before)
+    code = "from lstm_ext.native import loader; print(loader.extension().cpu_capability())"
+    for name in {CAPABILITIES[0], CAPABILITIES[-1]}:
         environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": name}
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

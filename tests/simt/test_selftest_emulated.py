@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lstm_ext import selftest
 
+pytestmark = pytest.mark.tools
+
 CASES = [case for case in selftest.CASES if case.name != "larger"]  # that takes the emulator a minute
 
 
