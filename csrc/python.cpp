@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "python_layer.h"
+#include "torch/frozen.h"
 #include "torch/random_flags.h"
 
 #ifndef LSTM_EXT_VERSION
@@ -34,6 +35,17 @@ std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTenso
     const LayerResults results = lstm_ext::lstm_layer_forward(call, /*save=*/false);
     return {results.h_n.squeeze(0), results.c_n.squeeze(0)};
   });
+}
+
+std::vector<Tensor> freeze_weights(const std::vector<Tensor>& weights, bool has_bias, bool bidirectional,
+                                   const std::string& kind) {
+  using lstm_ext::WeightKind;
+  const bool known = kind == "own" || kind == "bfloat16" || kind == "int8";
+  TORCH_CHECK_VALUE(known, "freeze_weights: kind: expected 'own', 'bfloat16' or 'int8', got '", kind, "'");
+  const WeightKind chosen = kind == "own"    ? WeightKind::kOwn
+                            : kind == "int8" ? WeightKind::kInt8
+                                             : WeightKind::kBFloat16;
+  return without_gil([&] { return lstm_ext::freeze_weights(weights, has_bias, bidirectional, chosen); });
 }
 
 std::vector<std::string> cpu_capabilities() {
@@ -134,6 +146,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return lstm_ext::random_flags(sizes, probability, seed);
       },
       py::arg("sizes"), py::arg("probability"), py::arg("seed"), py::call_guard<py::gil_scoped_release>());
+  m.def("freeze_weights", &freeze_weights, py::arg("weights"), py::arg("has_bias"), py::arg("bidirectional"),
+        py::arg("kind"));
   m.def("cpu_capability", [] { return cpu::capability().name; });
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));

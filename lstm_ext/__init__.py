@@ -13,6 +13,7 @@ from .native.config import VERSION as __version__
 from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.from_gates import from_gates
+from .nn.frozen import FrozenLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
 
@@ -21,12 +22,14 @@ loader.check()
 
 __all__ = [
     "LSTM",
+    "FrozenLSTM",
     "LSTMCell",
     "LSTMExtras",
     "TorchLSTM",
     "TorchLSTMCell",
     "__version__",
     "convert",
+    "freeze",
     "from_gates",
     "from_torch",
     "functional",
@@ -35,4 +38,5 @@ __all__ = [
     "report",
     "revert",
     "to_torch",
+    "unfreeze",
 ]

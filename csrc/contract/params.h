@@ -54,6 +54,31 @@ struct LayerWeights {
   const T* weight_hr;  // (P, H) or null
 };
 
+// The numbers of a weight, row by row, for products with a few rows: as T, or in fewer bits. A row of int8 has a
+// factor.
+enum class WeightKind : int32_t { kOwn, kBFloat16, kInt8 };
+template <typename T>
+struct WeightRows {
+  const void* data;
+  WeightKind kind;
+  const T* factors;
+};
+
+// The weights of a direction as products read them, made once for many calls; see FrozenPlan.
+template <typename T>
+struct FrozenWeights {
+  struct Gates {  // a weight (4H, n)
+    WeightRows<T> rows;
+    const T* panels;
+    const uint16_t* planes;  // null where no matrix unit is
+    const uint8_t* splits;
+  };
+  Gates input, recurrent;
+  const T* projection_panels;
+  const T* bias;  // (4H), the sum of both
+  int planes;
+};
+
 // What both passes take of a layer.
 template <typename T>
 struct LayerParams {
@@ -67,6 +92,7 @@ struct LayerParams {
   // How exact the operands of products must be, where a matrix unit makes them of bfloat16: so many bfloat16 numbers an
   // operand, 3 for all 24 bits of a float32, 2 for 16, 1 for 8. Without such a unit products take what T holds.
   int planes;
+  const FrozenWeights<T>* frozen;  // or null; a forward pass reads these and no weights then
 };
 
 template <typename T>

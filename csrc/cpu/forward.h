@@ -17,6 +17,17 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
+// Panels of kLanes output columns of W_hr, every `stride`-th of them.
+template <typename T>
+void pack_projection(const LayerWeights<T>& weights, const LayerShape& shape, Range blocks, int64_t stride, T* panels) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t H = shape.hidden_size;
+  for (int64_t block = blocks.begin; block < blocks.end; block += stride) {
+    const int lanes = static_cast<int>(smaller(shape.output_size - block * kLanes, kLanes));
+    pack_transposed<T>(weights.weight_hr + block * kLanes * H, lanes, H, panels + block * kLanes * H, kLanes);
+  }
+}
+
 template <typename T, typename Step>
 class Forward {
  public:
@@ -52,22 +63,19 @@ class Forward {
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
     const int teams = plan.grid.batch_groups;
     zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
+    if (pass_.frozen) return;
     for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
       if (block % teams != pass_.team) continue;
       pack_gates(pass_.input_weight, H, I, block);
       pack_gates(pass_.recurrent_weight, H, P, block);
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H + block * kLanes;
-        sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.bias);
+        sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.buffer(plan.bias));
       }
     }
     if (pass_.shape.projected) {
-      const int64_t blocks = divide_up(P, kLanes);
-      for (int64_t block = pass_.worker; block < blocks; block += plan.grid.workers()) {
-        const int lanes = static_cast<int>(smaller(P - block * kLanes, kLanes));
-        pack_transposed<T>(weights.weight_hr + block * kLanes * H, lanes, H,
-                           pass_.projection_panels + block * kLanes * H, kLanes);
-      }
+      pack_projection(weights, pass_.shape, Range{pass_.worker, divide_up(P, kLanes)}, plan.grid.workers(),
+                      pass_.buffer(plan.projection_panels));
     }
     if (teams > 1 || pass_.shape.projected) pass_.meet_all();
   }
@@ -126,6 +134,26 @@ class Forward {
   ForwardState<T> pass_;
   Step step_;
 };
+
+// What FrozenPlan has places for, at `data`: of weights that are what the layer computes with.
+template <typename T>
+void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenPlan& plan, char* data) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t H = shape.hidden_size;
+  const auto pack = [&](const T* rows, int64_t count, const FrozenPlan::Gates& place) {
+    const UnitPlanes planes{reinterpret_cast<uint16_t*>(data + place.planes),
+                            reinterpret_cast<uint8_t*>(data + place.splits), plan.planes};
+    const GateWeight<T> weight{{rows, WeightKind::kOwn, nullptr}, reinterpret_cast<T*>(data + place.panels), planes};
+    for (int64_t block = 0; block < divide_up(H, kLanes); ++block) pack_gates(weight, H, count, block);
+  };
+  pack(weights.weight_ih, shape.input_size, plan.input);
+  pack(weights.weight_hh, shape.output_size, plan.recurrent);
+  sum_biases(weights, Range{0, 4 * H}, reinterpret_cast<T*>(data + plan.bias));
+  if (shape.projected) {
+    pack_projection(weights, shape, Range{0, divide_up(shape.output_size, kLanes)}, 1,
+                    reinterpret_cast<T*>(data + plan.projection_panels));
+  }
+}
 
 template <typename T>
 void forward(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker) {

@@ -21,12 +21,15 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
   GateProduct<T> product;  // of this member's units
+  const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
-      gate_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
+      frozen ? frozen_weight(frozen->input, plan.pack_input, plan.input_unit.planes)
+             : gate_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
   const GateWeight<T> recurrent_weight =
-      gate_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
-  T* const projection_panels = buffer(plan.projection_panels);
-  T* const bias = buffer(plan.bias);
+      frozen ? frozen_weight(frozen->recurrent, plan.pack_recurrent, plan.recurrent_unit.planes)
+             : gate_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
+  const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
+  const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
   // Rows of the input and of the preactivations in a chunk of packed data.
   const T** const input_rows = row_list(plan.row_lists, 2 * plan.chunk_rows);
@@ -38,6 +41,15 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
       : Base(params, plan, Steps::Pass::kForward, workspace, worker),
         product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
+
+  // A weight that was made ready before the call. Nobody writes to it: Forward packs no frozen weight.
+  static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, bool packed, int planes) {
+    if (planes > 0) {
+      return {weight.rows, nullptr,
+              UnitPlanes{const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes}};
+    }
+    return {weight.rows, packed ? const_cast<T*>(weight.panels) : nullptr};
+  }
 
   // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else
   // in the buffer of the chunk, after the `done` rows of its earlier steps.

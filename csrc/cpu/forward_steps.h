@@ -95,7 +95,7 @@ class FusedForwardStep {
       return;
     }
     if (h_size > 0) {
-      pass_.product.dot_gates(params.weights.weight_hh, h_size, count, h, static_cast<const T*>(nullptr), pre);
+      pass_.product.dot_gates(pass_.recurrent_weight.rows, h_size, count, h, static_cast<const T*>(nullptr), pre);
     }
     for (int64_t row = 0; row < count; ++row) {
       const T* const sums = pre(row);

@@ -18,7 +18,7 @@ namespace {
 // A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
 template <typename T>
 struct GateWeight {
-  const T* rows;  // in torch's layout
+  WeightRows<T> rows;  // in torch's layout
   T* panels = nullptr;
   UnitPlanes planes{};
 
@@ -55,18 +55,18 @@ inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t c
 }
 #endif
 
-// Makes the panels or planes of kLanes units of a weight, if it has any.
+// Makes the panels or planes of kLanes units of a weight, if it has any; its rows are of T.
 template <typename T>
 void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+  const T* const rows = static_cast<const T*>(weight.rows.data);
   if (weight.panels) {
-    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
+    pack_gate_panel(rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
   }
   if constexpr (kHasMatrixUnit<T>) {
     const UnitPlanes& planes = weight.planes;
     if (planes.count == 0) return;
     const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    planes.splits[block] =
-        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + block * size);
+    planes.splits[block] = pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + block * size);
   }
 }
 
@@ -215,7 +215,8 @@ class GateProduct {
 
   // The row-major path: pre = (bias, or what is in `pre`) + weight * a, for these units.
   template <typename A, typename Pre>
-  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const Pre& pre) {
+  void dot_gates(const WeightRows<T>& weight, int64_t count, int64_t rows, const A& a_row, const T* bias,
+                 const Pre& pre) {
     const int64_t H = hidden_size_;
     const int64_t begin = blocks_.begin * kLanes;
     const int64_t end = smaller(blocks_.end * kLanes, H);
@@ -229,8 +230,21 @@ class GateProduct {
   }
 
   template <typename A, typename Pre>
-  void dot_range(const T* weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
+  void dot_range(const WeightRows<T>& weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
                  const T* bias, const Pre& pre) {
+    const auto dot = [&](const auto* numbers, const T* factors) LSTM_EXT_LAMBDA_INLINE {
+      dot_rows(numbers, factors, count, begin, end, rows, a_row, bias, pre);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (weight.kind == WeightKind::kInt8) return dot(static_cast<const int8_t*>(weight.data), weight.factors);
+      if (weight.kind == WeightKind::kBFloat16) return dot(static_cast<const uint16_t*>(weight.data), nullptr);
+    }
+    dot(static_cast<const T*>(weight.data), nullptr);
+  }
+
+  template <typename W, typename A, typename Pre>
+  void dot_rows(const W* weight, const T* factors, int64_t count, int64_t begin, int64_t end, int64_t rows,
+                const A& a_row, const T* bias, const Pre& pre) {
     constexpr int kMany = kLanes >= 4 ? 4 : kLanes;
     for (int64_t m = begin; m < end;) {
       int64_t row = 0;
@@ -240,14 +254,16 @@ class GateProduct {
           dot_tile<T, kMany>(
               weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
               [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr);
+              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr,
+              factors ? factors + j : nullptr);
         }
       }
       for (; row < rows; ++row) {
         dot_tile<T, 1>(
             weight + m * count, count, static_cast<int>(many_end - m),
             [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
+            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr,
+            factors ? factors + m : nullptr);
       }
       m = many_end;
     }

@@ -12,6 +12,7 @@ constexpr double kWorkPerThread = 6e5;       // below this a thread costs more t
 constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
 constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
 constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as the row-major path
+constexpr int64_t kNarrowRows = 4;           // up to here weights in fewer bits are read as they are
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
@@ -202,11 +203,15 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t gates = 4 * H;
   ForwardPlan plan;
   const int64_t samples = count_samples(shape);
-  plan.pack_input = samples > kRowMajorRows;
-  plan.pack_recurrent = plan.pack_input && shape.batch > kRowMajorBatch;
+  const FrozenWeights<T>* const frozen = params.frozen;
+  const bool narrow = frozen && frozen->input.rows.kind != WeightKind::kOwn;
+  const int64_t row_major_batch = narrow ? kNarrowRows : kRowMajorBatch;
+  const int planes = frozen ? frozen->planes : params.planes;
+  plan.pack_input = samples > (frozen ? row_major_batch : kRowMajorRows);
+  plan.pack_recurrent = plan.pack_input && shape.batch > row_major_batch;
   // By the size of the call, not by its share among threads: results do not depend on their number.
-  if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
-  if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, params.planes, shape.batch, P, H);
+  if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
+  if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
                           count_barriers(params));
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
@@ -222,16 +227,19 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.barrier_bytes = layout.end;
   const int64_t padded = round_up(H, machine.lanes);
   UnitScratch& scratch = plan.unit_scratch;
-  plan.input_panels =
-      reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, padded, plan.chunk_rows, I);
-  plan.recurrent_panels =
-      reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, padded, plan.team_rows, P);
-  reserve_scratch(layout, scratch, workers);
-  plan.bias = layout.reserve(gates);
-  if (shape.projected) {
-    plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
-    if (!params.hidden) plan.hidden = layout.reserve(shape.batch * H);
+  if (frozen) {
+    if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
+    if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
+  } else {
+    plan.input_panels =
+        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, padded, plan.chunk_rows, I);
+    plan.recurrent_panels = reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape,
+                                                padded, plan.team_rows, P);
+    plan.bias = layout.reserve(gates);
+    if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }
+  reserve_scratch(layout, scratch, workers);
+  if (shape.projected && !params.hidden) plan.hidden = layout.reserve(shape.batch * H);
   if (!params.kept_input_part()) plan.preactivations = layout.reserve(teams * plan.chunk_rows * gates);
   // For each worker, lists of the rows of the input and of the preactivations in a chunk.
   if (shape.step_offsets) plan.row_lists = layout.reserve_pointers(workers * 2 * plan.chunk_rows);
@@ -246,6 +254,41 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     if (!params.norm_recurrent) plan.recurrent_parts = layout.reserve(teams * plan.team_rows * gates);
   }
   plan.workspace_bytes = layout.end;
+  return plan;
+}
+
+template <typename T>
+FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, bool own_rows,
+                       int64_t first) {
+  const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
+  const int64_t padded = round_up(H, machine.lanes);
+  FrozenPlan plan;
+  plan.kind = kind;
+  // All that some number of rows would have.
+  plan.planes = gate_planes(machine, planes, machine.unit.rows[planes], kUnitTileDepth, H);
+  Layout<T> layout{round_up(first, kCacheLine)};
+  const auto reserve = [&](int64_t depth) {
+    FrozenPlan::Gates gates;
+    switch (kind) {
+      case WeightKind::kOwn: gates.rows = own_rows ? layout.reserve(4 * H * depth) : 0; break;
+      case WeightKind::kBFloat16: gates.rows = layout.reserve_bytes(2 * 4 * H * depth); break;
+      case WeightKind::kInt8:
+        gates.rows = layout.reserve_bytes(4 * H * depth);
+        gates.factors = layout.reserve(4 * H);
+        break;
+    }
+    gates.panels = layout.reserve(4 * padded * depth);
+    if (plan.planes > 0) {
+      gates.splits = layout.reserve_bytes(divide_up(H, kUnitTileRows));
+      gates.planes = layout.reserve_bytes(2 * plane_numbers(4 * padded, depth, plan.planes));
+    }
+    return gates;
+  };
+  plan.input = reserve(I);
+  plan.recurrent = reserve(P);
+  plan.bias = layout.reserve(4 * H);
+  if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
+  plan.bytes = layout.end;
   return plan;
 }
 
@@ -349,6 +392,8 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
 
 template ForwardPlan plan_forward(const ForwardParams<float>&, const Machine&);
 template ForwardPlan plan_forward(const ForwardParams<double>&, const Machine&);
+template FrozenPlan plan_frozen<float>(const LayerShape&, const Machine&, int, WeightKind, bool, int64_t);
+template FrozenPlan plan_frozen<double>(const LayerShape&, const Machine&, int, WeightKind, bool, int64_t);
 template BackwardPlan plan_backward(const BackwardParams<float>&, const Machine&);
 template BackwardPlan plan_backward(const BackwardParams<double>&, const Machine&);
 

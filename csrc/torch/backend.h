@@ -25,6 +25,9 @@ struct Backend {
 };
 
 const Backend& cpu_backend();
+// How exact the operands of its products must be for a layer of this type; see LayerParams. A float32 layer follows
+// torch's own switch, torch.backends.mkldnn.rnn.fp32_precision.
+int planes_for(at::ScalarType dtype);
 
 // The CUDA backend registers itself where it is part of the build.
 void register_cuda_backend(const Backend& backend);

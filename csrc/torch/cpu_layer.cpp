@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "torch/cpu_lengths.h"
 #include "torch/backend.h"
+#include "torch/frozen.h"
 #include "torch/parallel.h"
 #include "torch/scratch.h"
 #include "torch/tensors.h"
@@ -103,19 +104,19 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   return options;
 }
 
-// How exact operands of products must be for a layer of this type; see LayerParams. A float32 layer follows torch's own
-// switch, torch.backends.mkldnn.rnn.fp32_precision.
-int planes_for(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kBFloat16: return 1;
-    case at::kHalf: return 2;
-    default: break;
+// Frozen weights that the kernels can read, or none; and the weights that they read otherwise. Rows that are not
+// contiguous, which no frozen layer has, are read like those of another instruction set.
+std::vector<at::Tensor> ready_weights(const LayerCall& call) {
+  const std::vector<at::Tensor>& frozen = call.options.frozen;
+  if (frozen.empty() || !is_ready(frozen)) return {};
+  for (const at::Tensor& weight : call.weights) {
+    if (!is_materialized(weight) || !weight.is_contiguous()) return {};
   }
-  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN)) {
-    case at::Float32Precision::BF16: return 1;
-    case at::Float32Precision::TF32: return 2;
-    default: return 3;
-  }
+  return frozen;
+}
+std::vector<at::Tensor> weights_to_read(const LayerCall& call) {
+  const std::vector<at::Tensor>& frozen = call.options.frozen;
+  return frozen.empty() ? call.weights : thawed(frozen, call.weights);
 }
 
 // The tensors of a call as the kernels take them: in their type, with contiguous rows.
@@ -124,24 +125,38 @@ struct LayerTensors {
       : input(with_contiguous_rows(call.input, type)),
         h0(contiguous_converted(call.h0, type)),
         c0(contiguous_converted(call.c0, type)),
-        weights(converted_weights(call.weights, type)),
+        frozen(ready_weights(call)),
+        weights(frozen.empty() ? converted_weights(weights_to_read(call), type) : std::vector<at::Tensor>()),
         options(call.options, type),
         planes(planes_for(call.input.scalar_type())) {}
 
   template <typename T>
   LayerParams<T> params(const LayerSizes& sizes, bool has_bias, int64_t direction) const {
     return {sizes.shape(direction, options.resets),
-            weights_of<T>(weights, sizes, has_bias, direction),
+            frozen.empty() ? weights_of<T>(weights, sizes, has_bias, direction) : LayerWeights<T>{},
             const_columns_of<T>(input, 0),
             const_part_or_null<T>(h0, direction),
             const_part_or_null<T>(c0, direction),
             {const_part_or_null<T>(options.reset_h, direction), const_part_or_null<T>(options.reset_c, direction)},
             step_options<T>(options, sizes, direction),
-            planes};
+            planes,
+            nullptr};
+  }
+
+  // What is frozen of a direction. Rows in T that were not copied are those of the layer's own weights.
+  template <typename T>
+  FrozenWeights<T> frozen_params(const LayerCall& call, const LayerSizes& sizes, int64_t direction) const {
+    FrozenWeights<T> params = frozen_weights<T>(frozen[direction]);
+    for (auto [gates, place] : {std::pair{&params.input, 0}, std::pair{&params.recurrent, 1}}) {
+      const at::Tensor& weight = call.weights[direction * sizes.weights_per_direction + place];
+      if (!gates->rows.data) gates->rows = {weight.const_data_ptr<T>(), WeightKind::kOwn, nullptr};
+    }
+    return params;
   }
 
   at::Tensor input, h0, c0;
-  std::vector<at::Tensor> weights;
+  std::vector<at::Tensor> frozen;   // for each direction, or empty
+  std::vector<at::Tensor> weights;  // empty if they are frozen
   OptionTensors options;
   const int planes;
 };
@@ -196,6 +211,11 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
     for (int64_t d = 0; d < sizes.directions; ++d) {
       ForwardParams<scalar_t> p{};
       static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
+      FrozenWeights<scalar_t> frozen;
+      if (!tensors.frozen.empty()) {
+        frozen = tensors.frozen_params<scalar_t>(call, sizes, d);
+        p.frozen = &frozen;
+      }
       p.output = columns_of<scalar_t>(output, d * sizes.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
       p.c_n = part_or_null<scalar_t>(c_n, d);
@@ -318,6 +338,19 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
 }
 
 }  // namespace
+
+int planes_for(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16: return 1;
+    case at::kHalf: return 2;
+    default: break;
+  }
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN)) {
+    case at::Float32Precision::BF16: return 1;
+    case at::Float32Precision::TF32: return 2;
+    default: return 3;
+  }
+}
 
 const Backend& cpu_backend() {
   static const Backend backend{&cpu_forward, &cpu_backward};

@@ -9,6 +9,9 @@
 namespace lstm_ext {
 namespace {
 
+constexpr const char* kNoGradients =
+    "LSTM: a frozen layer has no gradients: call it under torch.no_grad(), or make it trainable with lstm_ext.unfreeze";
+
 Backend& cuda_backend() {
   static Backend backend{};
   return backend;
@@ -75,6 +78,7 @@ std::vector<at::Tensor> list_gradients(LayerGradients gradients) {
 LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
   LayerSizes sizes = check_layer(call);
+  TORCH_CHECK(!save || call.options.frozen.empty(), kNoGradients);
   const Backend& backend = choose_backend(call, sizes);
   const bool cell_states = call.options.return_cell_states, gates = call.options.return_gates;
   LayerResults results = backend.forward(call, sizes, save || cell_states || gates);
@@ -89,6 +93,7 @@ LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
                                    const Saved& saved, const NeedsGrad& needs_grad) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
   LayerSizes sizes = check_layer(call);
+  TORCH_CHECK(call.options.frozen.empty(), kNoGradients);
   const Backend& backend = choose_backend(call, sizes);
   const at::Tensor& input = call.input;
   const at::ScalarType dtype = input.scalar_type();

@@ -27,6 +27,9 @@ struct LayerOptions {
   double zoneout_h = 0, zoneout_c = 0;
   // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
   std::vector<at::Tensor> norm;
+  // For each direction what freeze_weights made of its weights, which the forward pass reads in their place; see
+  // torch/frozen.h. Such a layer has no backward pass.
+  std::vector<at::Tensor> frozen;
   bool return_cell_states = false, return_gates = false;
   // Save no gates: the backward pass recomputes them. Not with return_gates, and not with layer normalisation.
   bool recompute = false;
@@ -46,6 +49,7 @@ void visit_options(Options& options, const Visit& visit) {
   visit("zoneout_h", options.zoneout_h);
   visit("zoneout_c", options.zoneout_c);
   visit("norm", options.norm);
+  visit("frozen", options.frozen);
   visit("return_cell_states", options.return_cell_states);
   visit("return_gates", options.return_gates);
 }

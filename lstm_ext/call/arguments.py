@@ -95,6 +95,7 @@ class Stack(Protocol):
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
+    frozen: Sequence[Sequence[Tensor]]  # for each layer, see LayerOptions.frozen; or empty
 
 
 def any_requested(

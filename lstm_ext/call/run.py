@@ -111,6 +111,7 @@ class _Stack:
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
+    frozen: Sequence[Sequence[Tensor]] = ()
 
 
 def lstm(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
+from ..layer.layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
 from .layout import LSTMExtras
@@ -44,8 +44,8 @@ def run_stack(
         input, h0, c0, weights = to_autocast_dtype(input, h0, c0, weights)
         if options is not None:
             options = _options_in_autocast(options, input)
-    bias, bidirectional = stack.bias, stack.bidirectional
-    if options is None and len(weights) == 1:  # the shortest way: microseconds count here
+    bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
+    if options is None and len(weights) == 1 and not frozen:  # the shortest way: microseconds count here
         call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, PLAIN)
         output, h_n, c_n, _, _ = layer(call)
         return output, h_n, c_n, None
@@ -62,6 +62,10 @@ def run_stack(
             if options is None
             else options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
         )
+        if frozen:
+            own_options = (
+                LayerOptions(frozen=frozen[k]) if options is None else replace(own_options, frozen=frozen[k])
+            )
         call = LayerCall(
             input,
             h0_by_layer[k],

@@ -36,6 +36,8 @@ class LayerOptions:
         zoneout_h, zoneout_c: without flags, the share of the previous state that is kept.
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
+        frozen: D tensors of bytes, on the CPU: what the extension's ``freeze_weights`` made of the weights. The kernels
+            read them in place of the weights. Such a layer has no gradients. Empty for all others.
         return_cell_states, return_gates: whether these results are requested.
         recompute: save no gates for the backward pass, which computes them again.
     """
@@ -51,6 +53,7 @@ class LayerOptions:
     zoneout_h: float = 0
     zoneout_c: float = 0
     norm: Sequence[Tensor] = ()
+    frozen: Sequence[Tensor] = ()
     return_cell_states: bool = False
     return_gates: bool = False
     recompute: bool = False
@@ -73,7 +76,7 @@ class LayerOptions:
     def tensors(self) -> list[Tensor]:
         values = (
             *(self.resets, self.reset_h, self.reset_c, self.lengths),
-            *(self.recurrent_mask, self.keep_h, self.keep_c, *self.norm),
+            *(self.recurrent_mask, self.keep_h, self.keep_c, *self.norm, *self.frozen),
         )
         return [v for v in values if v is not None]
 
@@ -150,7 +153,7 @@ LayerFunction = Callable[[LayerCall], LayerResults]
 
 
 class Signature(NamedTuple):
-    """A call without its tensors.
+    """A call without its tensors, and without weights that are frozen.
 
     The tensors lie in one sequence: first those with gradients, input, h0, c0, the weights, reset_h, reset_c and the
     parameters of norm; then resets, lengths, recurrent_mask, keep_h and keep_c.

@@ -31,6 +31,7 @@ from . import eager, equations, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerResults
 from .tracing import (
     KERNEL_DTYPES,
+    LEGACY_VMAP,
     PRE_DISPATCH,
     dispatch_modes,
     innermost_transform,
@@ -102,6 +103,8 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
     input = call.input
     tensors = [t for t in (input, call.h0, call.c0, *call.weights, *call.options.tensors()) if t is not None]
     refuse_none(call.weights)
+    if call.options.frozen:
+        return _frozen_layer(tensors)
     if is_exporting_to_onnx() and call.options.as_keywords():
         refuse_shards(tensors)
         return equations.lstm_layer
@@ -122,6 +125,27 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
     if innermost_transform() is None and (is_active(PRE_DISPATCH) or not needs_grad):
         return _operator
     return transforms.lstm_layer
+
+
+def _frozen_layer(tensors: Sequence[Tensor]) -> LayerFunction:
+    """The operator: nothing else has these weights."""
+    if is_exporting_to_onnx():
+        raise UnsupportedLayerError(
+            "lstm_ext.onnx: a frozen layer cannot be exported to ONNX: export lstm_ext.unfreeze(model)"
+        )
+    if torch.compiler.is_compiling():
+        seen = _active_transforms() != "none"
+    else:
+        known = all([type(t) in transforms.OPERATOR_TYPES for t in tensors])
+        seen = (
+            innermost_transform() is not None or torch._C._is_tracing() or is_active(LEGACY_VMAP) or not known
+        )
+    if seen or torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "LSTM: a frozen layer has its kernels only, and no transforms of torch.func, forward-mode AD, torch.jit "
+            "or tensor subclasses: lstm_ext.unfreeze gives a layer that has them"
+        )
+    return _operator
 
 
 def refuse_none(weights: Sequence[Tensor]) -> None:

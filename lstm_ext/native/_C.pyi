@@ -41,6 +41,12 @@ def lstm_cell_forward(
 ) -> tuple[Tensor, Tensor]:
     """h and c after one step, for input (B, I), h and c (B, H); without a gradient, and without a projection."""
 
+def freeze_weights(weights: Sequence[Tensor], has_bias: bool, bidirectional: bool, kind: str) -> list[Tensor]:
+    """Bytes for each direction: the weights made ready for the instruction set in use.
+
+    ``kind`` is ``"own"``, ``"bfloat16"`` or ``"int8"``: what weight_ih and weight_hh are rounded to.
+    """
+
 def lstm_layer_backward(
     input: Tensor,
     h0: Tensor | None,

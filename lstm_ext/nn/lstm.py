@@ -98,6 +98,8 @@ class LSTM(nn.RNNBase):
     layer_norm: bool = False
     forget_bias: float | None = None
     recompute: bool = False
+    # For each layer, what FrozenLSTM has beside its weights.
+    frozen: Sequence[Sequence[Tensor]] = ()
 
     def __init__(
         self,

@@ -1,0 +1,187 @@
+#include "torch/frozen.h"
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "torch/backend.h"
+#include "torch/tensors.h"
+
+namespace lstm_ext {
+namespace {
+
+constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '1'};
+
+struct Header {
+  char mark[8];
+  char instruction_set[24];
+  int64_t input_size, hidden_size, output_size, bytes;
+  int32_t float64, projected;
+  cpu::FrozenPlan plan;
+};
+static_assert(std::is_trivially_copyable_v<Header>);
+
+const Header& header_of(const at::Tensor& frozen) { return *static_cast<const Header*>(frozen.const_data_ptr()); }
+
+// The numbers that a weight is rounded to: as int8 with a factor for each row.
+struct Rounded {
+  at::Tensor numbers, factors;
+};
+Rounded rounded_to_int8(const at::Tensor& weight, at::ScalarType type) {
+  const at::Tensor w = weight.to(type);
+  // A row of zeros keeps its zeros with any factor.
+  const at::Tensor factors = w.abs().amax(/*dim=*/1).div_(127).clamp_min_(std::numeric_limits<float>::min());
+  return {w.div(factors.unsqueeze(1)).round_().clamp_(-127, 127).to(at::kChar), factors};
+}
+at::Tensor widened(const Rounded& rounded) { return rounded.numbers.to(at::kFloat).mul_(rounded.factors.unsqueeze(1)); }
+
+at::Tensor bytes_view(const at::Tensor& frozen, int64_t first, const at::Tensor& like) {
+  return frozen.narrow(0, first, like.nbytes()).view(like.scalar_type()).view(like.sizes());
+}
+
+template <typename T>
+at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count, bool has_bias, WeightKind kind) {
+  const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+  const int64_t H = weights[0].size(0) / 4;
+  const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const bool own_rows = weights[0].scalar_type() != type;
+  if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
+  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(
+      shape, {kernels.lanes, 1, kernels.unit}, planes_for(weights[0].scalar_type()), kind, own_rows, sizeof(Header));
+  const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
+  char* const data = static_cast<char*>(frozen.mutable_data_ptr());
+  Header& header = *new (data) Header{};
+  std::memcpy(header.mark, kMark, sizeof(kMark));
+  std::strncpy(header.instruction_set, cpu::capability().name, sizeof(header.instruction_set) - 1);
+  header.input_size = shape.input_size;
+  header.hidden_size = H;
+  header.output_size = shape.output_size;
+  header.bytes = plan.bytes;
+  header.float64 = std::is_same_v<T, double>;
+  header.projected = count.projected;
+  header.plan = plan;
+
+  // The weights that the layer computes with.
+  std::vector<at::Tensor> used;
+  for (int64_t i = 0; i < count.per_direction; ++i) used.push_back(weights[i].detach().to(type).contiguous());
+  const cpu::FrozenPlan::Gates* const places[] = {&plan.input, &plan.recurrent};
+  for (int i = 0; i < 2; ++i) {
+    const auto keep = [&](int64_t place, const at::Tensor& tensor) { bytes_view(frozen, place, tensor).copy_(tensor); };
+    if (kind == WeightKind::kInt8) {
+      const Rounded rounded = rounded_to_int8(used[i], type);
+      keep(places[i]->rows, rounded.numbers);
+      keep(places[i]->factors, rounded.factors);
+      used[i] = widened(rounded);
+    } else if (kind == WeightKind::kBFloat16) {
+      const at::Tensor rounded = used[i].to(at::kBFloat16);
+      keep(places[i]->rows, rounded);
+      used[i] = rounded.to(type);
+    } else if (own_rows) {
+      keep(places[i]->rows, used[i]);
+    }
+  }
+  const auto data_of = [&](int64_t i) { return used[i].const_data_ptr<T>(); };
+  kernels.freeze({data_of(0), data_of(1), has_bias ? data_of(2) : nullptr, has_bias ? data_of(3) : nullptr,
+                  count.projected ? data_of(count.per_direction - 1) : nullptr},
+                 shape, plan, data);
+  return frozen;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional,
+                                       WeightKind kind) {
+  const WeightCount count = count_weights(static_cast<int64_t>(weights.size()), has_bias, bidirectional);
+  const at::ScalarType dtype = weights[0].scalar_type();
+  TORCH_CHECK(kind == WeightKind::kOwn || dtype != at::kDouble,
+              "lstm_ext: float64 weights are frozen as they are, not in fewer bits");
+  std::vector<at::Tensor> frozen;
+  for (int64_t d = 0; d < (bidirectional ? 2 : 1); ++d) {
+    const at::Tensor* const own = weights.data() + d * count.per_direction;
+    for (int64_t i = 0; i < count.per_direction; ++i) {
+      TORCH_CHECK(own[i].is_cpu() && own[i].scalar_type() == dtype,
+                  "lstm_ext: weights to freeze must be of one dtype, on the CPU");
+    }
+    frozen.push_back(dtype == at::kDouble ? freeze_direction<double>(own, count, has_bias, kind)
+                                          : freeze_direction<float>(own, count, has_bias, kind));
+  }
+  return frozen;
+}
+
+void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input) {
+  TORCH_CHECK(input.is_cpu(), "lstm_ext: a frozen layer runs on the CPU, and the input is on ", input.device());
+  TORCH_CHECK(static_cast<int64_t>(frozen.size()) == sizes.directions, "lstm_ext: got ", frozen.size(),
+              " tensors of frozen weights, expected one for each direction, ", sizes.directions);
+  for (const at::Tensor& tensor : frozen) {
+    const bool bytes = tensor.is_cpu() && tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
+                       tensor.is_contiguous() && tensor.numel() > static_cast<int64_t>(sizeof(Header));
+    TORCH_CHECK(bytes && std::memcmp(tensor.const_data_ptr(), kMark, sizeof(kMark)) == 0 &&
+                    header_of(tensor).bytes == tensor.numel(),
+                "lstm_ext: frozen weights are not what freeze_weights gives: ", tensor.toString(), " of shape ",
+                tensor.sizes());
+    const Header& header = header_of(tensor);
+    TORCH_CHECK(header.input_size == sizes.input_size && header.hidden_size == sizes.hidden_size &&
+                    header.output_size == sizes.output_size && header.projected == sizes.projected,
+                "lstm_ext: frozen weights are of a layer with ", header.input_size, " features and ",
+                header.hidden_size, " units, expected ", sizes.input_size, " and ", sizes.hidden_size);
+    TORCH_CHECK((header.float64 != 0) == (sizes.sum_type == at::kDouble),
+                "lstm_ext: frozen weights are of another dtype than the input, ", input.scalar_type());
+  }
+}
+
+bool is_ready(const std::vector<at::Tensor>& frozen) {
+  const char* const made_for = header_of(frozen[0]).instruction_set;
+  const bool ready = std::strcmp(made_for, cpu::capability().name) == 0;
+  if (!ready) {
+    TORCH_WARN_ONCE("lstm_ext: weights were frozen for ", made_for, ", and ", cpu::capability().name,
+                    " is in use: each call packs them. Freeze them again in this process.");
+  }
+  return ready;
+}
+
+std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std::vector<at::Tensor>& weights) {
+  std::vector<at::Tensor> result = weights;
+  const size_t per_direction = weights.size() / frozen.size();
+  for (size_t d = 0; d < frozen.size(); ++d) {
+    const cpu::FrozenPlan& plan = header_of(frozen[d]).plan;
+    const cpu::FrozenPlan::Gates* const places[] = {&plan.input, &plan.recurrent};
+    for (int i = 0; i < 2; ++i) {
+      at::Tensor& weight = result[d * per_direction + i];
+      const auto like = [&](at::ScalarType type) { return at::empty(weight.sizes(), type); };
+      if (plan.kind == WeightKind::kBFloat16) {
+        weight = bytes_view(frozen[d], places[i]->rows, like(at::kBFloat16)).to(at::kFloat);
+      } else if (plan.kind == WeightKind::kInt8) {
+        weight = widened({bytes_view(frozen[d], places[i]->rows, like(at::kChar)),
+                          bytes_view(frozen[d], places[i]->factors, at::empty({weight.size(0)}, at::kFloat))});
+      }
+    }
+  }
+  return result;
+}
+
+template <typename T>
+FrozenWeights<T> frozen_weights(const at::Tensor& frozen) {
+  const char* const data = static_cast<const char*>(frozen.const_data_ptr());
+  const cpu::FrozenPlan& plan = header_of(frozen).plan;
+  const auto gates = [&](const cpu::FrozenPlan::Gates& place) {
+    typename FrozenWeights<T>::Gates weight{};
+    if (place.rows) {
+      weight.rows = {data + place.rows, plan.kind, reinterpret_cast<const T*>(data + place.factors)};
+    }
+    weight.panels = reinterpret_cast<const T*>(data + place.panels);
+    if (plan.planes > 0) {
+      weight.planes = reinterpret_cast<const uint16_t*>(data + place.planes);
+      weight.splits = reinterpret_cast<const uint8_t*>(data + place.splits);
+    }
+    return weight;
+  };
+  return {gates(plan.input), gates(plan.recurrent), reinterpret_cast<const T*>(data + plan.projection_panels),
+          reinterpret_cast<const T*>(data + plan.bias), plan.planes};
+}
+
+template FrozenWeights<float> frozen_weights(const at::Tensor&);
+template FrozenWeights<double> frozen_weights(const at::Tensor&);
+
+}  // namespace lstm_ext

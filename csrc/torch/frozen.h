@@ -1,0 +1,31 @@
+// Weights that are made ready once, for many calls: what LayerOptions::frozen holds.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "contract/params.h"
+#include "contract/visibility.h"
+#include "torch/checks.h"
+
+namespace lstm_ext {
+
+// For each direction a tensor of bytes, for the instruction set in use: a header, then the places of a FrozenPlan.
+// `weights`: those of a LayerCall, of one dtype, on the CPU. `kind`: kOwn keeps their numbers; kBFloat16 rounds
+// weight_ih and weight_hh to bfloat16, and kInt8 to 255 multiples of a factor for each row, its largest number / 127.
+LSTM_EXT_PUBLIC std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, bool has_bias,
+                                                       bool bidirectional, WeightKind kind);
+
+// Checks that the tensors are what freeze_weights makes of a layer of these sizes.
+void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input);
+
+// Whether they were made for the instruction set in use. If not, `thawed` gives the weights that they stand for.
+bool is_ready(const std::vector<at::Tensor>& frozen);
+std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std::vector<at::Tensor>& weights);
+
+// One direction as kernels take it; T is the type it was made for.
+template <typename T>
+FrozenWeights<T> frozen_weights(const at::Tensor& frozen);
+
+}  // namespace lstm_ext

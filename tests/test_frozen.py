@@ -1,0 +1,356 @@
+"""lstm_ext.freeze: layers whose weights are packed once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from judge import Worst, relative_error
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_ext
+from lstm_ext import reference
+from lstm_ext.native import loader
+
+_C = loader.extension()
+KINDS = {"own": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "both directions, two layers": {"bidirectional": True, "num_layers": 2},
+    "projection": {"proj_size": 24},
+    "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
+}
+# Steps and rows: from one row, which reads the weights as they are, to what goes to a matrix unit.
+SHAPES = [(1, 1), (1, 3), (1, 5), (6, 2), (9, 4), (3, 40), (30, 1), (20, 33)]
+
+
+def layer_of(config: str, dtype: torch.dtype = torch.float32, input_size: int = 37) -> lstm_ext.LSTM:
+    torch.manual_seed(3)
+    return lstm_ext.LSTM(input_size, 70, **CONFIGS[config], dtype=dtype).eval()
+
+
+def rounded(weight: Tensor, kind: str) -> Tensor:
+    """What a weight is rounded to, as the docstring of freeze says it."""
+    if kind == "bfloat16":
+        return weight.bfloat16().to(weight.dtype)
+    if kind == "int8":
+        factors = weight.abs().amax(1, keepdim=True) / 127
+        return (weight / factors).round() * factors
+    return weight
+
+
+def with_rounded_weights(layer: lstm_ext.LSTM, kind: str) -> lstm_ext.LSTM:
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith(("weight_ih", "weight_hh")):
+                p.copy_(rounded(p, kind))
+    return layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.no_grad()
+def test_is_the_layer_with_these_weights(config: str, kind: str, capability: str) -> None:
+    """As exact as the layer itself with the rounded weights, at every number of rows."""
+    layer = layer_of(config)
+    frozen = lstm_ext.freeze(layer, KINDS[kind])
+    same = with_rounded_weights(layer, kind)
+    exact = copy.deepcopy(same).double()
+    worst = Worst()
+    for steps, batch in SHAPES:
+        x = torch.randn(steps, batch, 37)
+        sets = (2 if layer.bidirectional else 1) * layer.num_layers
+        hx = torch.randn(sets, batch, layer.proj_size or 70), torch.randn(sets, batch, 70)
+        sides = frozen(x, hx), same(x, hx), exact(x.double(), tuple(s.double() for s in hx))
+        worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+    assert not worst.problems()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_other_dtypes(dtype: torch.dtype, capability: str) -> None:
+    layer = layer_of("projection", dtype)
+    frozen = lstm_ext.freeze(layer)
+    for steps, batch in SHAPES:
+        x = torch.randn(steps, batch, 37, dtype=dtype)
+        y = frozen(x)[0]
+        assert y.dtype == dtype
+        bound = 64 if dtype == torch.float64 else 2
+        assert relative_error(y, layer(x)[0].double()) <= bound * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("own", 1e-6), ("bfloat16", 4e-3), ("int8", 8e-3)])
+@torch.no_grad()
+def test_the_error_is_what_the_docstring_says(kind: str, bound: float) -> None:
+    for config in ("plain", "projection", "both directions, two layers"):
+        layer = layer_of(config)
+        x = torch.randn(30, 3, 37)
+        error = relative_error(
+            lstm_ext.freeze(layer, KINDS[kind])(x)[0], copy.deepcopy(layer).double()(x.double())[0]
+        )
+        assert (kind == "own" or error > bound / 20) and error < bound
+
+
+@torch.no_grad()
+def test_calls_of_all_kinds() -> None:
+    layer = layer_of("both directions, two layers")
+    frozen = lstm_ext.freeze(layer)
+    x = torch.randn(9, 4, 37)
+    packed = pack_padded_sequence(x, [9, 6, 6, 2])
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(frozen(packed)[0].data, layer(packed)[0].data, **close)
+    torch.testing.assert_close(frozen(x, lengths=[3, 9, 0, 4])[0], layer(x, lengths=[3, 9, 0, 4])[0], **close)
+    torch.testing.assert_close(frozen(x[:, 0])[0], layer(x[:, 0])[0], **close)
+    resets = torch.rand(9, 4) < 0.3
+    ours, theirs = (m(x, resets=resets, return_cell_states=True, return_gates=True) for m in (frozen, layer))
+    torch.testing.assert_close(ours[2].cell_states, theirs[2].cell_states, **close)
+    torch.testing.assert_close(ours[2].gates, theirs[2].gates, **close)
+    assert frozen(torch.randn(3, 0, 37))[0].shape == (3, 0, 140)
+
+
+@torch.no_grad()
+def test_step_equals_the_sequence() -> None:
+    for kind in KINDS.values():
+        frozen = lstm_ext.freeze(lstm_ext.LSTM(37, 70, 2), kind)
+        x, hx, outputs = torch.randn(8, 2, 37), None, []
+        for x_t in x:
+            y, hx = frozen.step(x_t, hx)
+            outputs.append(y)
+        assert relative_error(torch.stack(outputs), frozen(x)[0].double()) < 1e-6
+
+
+@torch.no_grad()
+def test_weights_the_unit_cannot_split() -> None:
+    """Numbers near the largest of float32, and infinities, take the rows as they are."""
+    layer = layer_of("plain")
+    layer.weight_hh_l0[5, 3] = 3.4e38
+    layer.weight_ih_l0[150, 3] = float("inf")
+    x = torch.randn(4, 40, 37)
+    y, expected = lstm_ext.freeze(layer)(x)[0], layer(x)[0]
+    assert torch.equal(y.isnan(), expected.isnan())
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@torch.no_grad()
+def test_two_threads_change_no_bit() -> None:
+    frozen, x, before = (
+        lstm_ext.freeze(layer_of("projection")),
+        torch.randn(50, 16, 37),
+        torch.get_num_threads(),
+    )
+    try:
+        torch.set_num_threads(1)
+        one = frozen(x)[0]
+        torch.set_num_threads(2)
+        assert torch.equal(frozen(x)[0], one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_another_instruction_set_packs_in_each_call() -> None:
+    sets = _C.cpu_capabilities()
+    before = _C.cpu_capability()
+    x = torch.randn(5, 3, 37)
+    for kind in KINDS.values():
+        _C.set_cpu_capability(sets[0])
+        frozen = lstm_ext.freeze(layer_of("projection"), kind)
+        expected = frozen(x)[0]
+        try:
+            _C.set_cpu_capability("baseline")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert relative_error(frozen(x)[0], expected.double()) < 1e-6
+        finally:
+            _C.set_cpu_capability(before)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 37)
+        self.lstm = lstm_ext.LSTM(37, 20, 2, bidirectional=True)
+        self.same = self.lstm
+        self.read = nn.Linear(40, 3)
+        self.read.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.lstm(self.embed(x))[0])
+
+
+def test_models_are_copied() -> None:
+    model = Model()
+    x = torch.randn(6, 3, 8)
+    before = model(x).detach()
+    frozen = lstm_ext.freeze(model, torch.int8)
+    assert type(frozen.lstm) is lstm_ext.FrozenLSTM and frozen.same is frozen.lstm
+    assert type(model.lstm) is lstm_ext.LSTM and model.training and not frozen.training
+    y = frozen(x)  # nothing requires gradients
+    assert not y.requires_grad and relative_error(y, before.double()) < 2e-2
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(frozen(x), y)
+
+    back = lstm_ext.unfreeze(frozen)
+    torch.testing.assert_close(back(x), before)
+    needed = {name for name, p in back.named_parameters() if p.requires_grad}
+    assert needed == {name for name, p in Model().named_parameters() if p.requires_grad}
+    back.train()(x).sum().backward()
+    assert type(back.lstm) is lstm_ext.LSTM and back.same is back.lstm
+
+    part = lstm_ext.unfreeze(frozen.lstm)
+    assert all(p.requires_grad for p in part.parameters())
+    torchs = nn.Sequential(nn.LSTM(4, 5)).eval()
+    assert torch.equal(lstm_ext.freeze(torchs)[0](x[..., :4])[0], lstm_ext.freeze(torchs[0])(x[..., :4])[0])
+
+
+def test_state_dict_pickle_and_copies() -> None:
+    model, x = Model(), torch.randn(6, 3, 8)
+    frozen = lstm_ext.freeze(model, torch.bfloat16)
+    y = frozen(x)
+    assert frozen.state_dict().keys() == model.state_dict().keys()
+    data = pickle.dumps(frozen)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert len(data) < 1.5 * weights + 10_000  # without what is packed
+    for same in (pickle.loads(data), copy.deepcopy(frozen), lstm_ext.freeze(frozen, torch.bfloat16)):
+        assert torch.equal(same(x), y)
+    other = lstm_ext.freeze(Model(), torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), y)
+    assert frozen.half()(x.half()).dtype == torch.float16
+
+
+def test_compiled_and_exported(tmp_path: Any) -> None:
+    frozen, x = lstm_ext.freeze(Model(), torch.int8), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        y = frozen(x)
+        assert torch.equal(torch.compile(frozen, backend="aot_eager", fullgraph=True)(x), y)
+        sizes = ({0: torch.export.Dim("steps", max=50), 1: torch.export.Dim("batch", max=50)},)
+        program = torch.export.export(frozen, (x,), dynamic_shapes=sizes)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        assert torch.equal(torch.export.load(file).module()(x), y)
+        torch.library.opcheck(
+            torch.ops.lstm_ext.lstm_layer.default,
+            (torch.randn(4, 2, 37), None, None, list(frozen.lstm.parameters())[:8], None, True, True),
+            {"frozen": list(frozen.lstm.frozen[0])},
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.tools
+def test_ahead_of_time(tmp_path: Any) -> None:
+    frozen, x = lstm_ext.freeze(Model(), torch.int8), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(frozen, (x,)), package_path=str(tmp_path / "model.pt2")
+        )
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), frozen(x))
+
+
+def parametrized() -> nn.Module:
+    layer = lstm_ext.LSTM(3, 4)
+    return nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+
+
+def not_finite() -> nn.Module:
+    layer = lstm_ext.LSTM(3, 4)
+    with torch.no_grad():
+        layer.weight_hh_l0[1, 2] = float("nan")
+    return layer
+
+
+def of_two_dtypes() -> nn.Module:
+    layer = lstm_ext.LSTM(3, 4)
+    layer.bias_ih_l0 = nn.Parameter(layer.bias_ih_l0.detach().double())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: lstm_ext.freeze("model"), TypeError, "expected module to be a torch.nn.Module, got str"),
+        (lambda: lstm_ext.unfreeze(3), TypeError, "expected module to be a torch.nn.Module, got int"),
+        (lambda: lstm_ext.freeze(nn.Linear(2, 2)), ValueError, "expected an LSTM, or a model that has one, got Linear"),
+        (lambda: lstm_ext.freeze(lstm_ext.LSTMCell(2, 2)), ValueError, "expected an LSTM"),
+        (lambda: lstm_ext.unfreeze(lstm_ext.LSTM(2, 2)), ValueError, "expected a frozen LSTM"),
+        (
+            lambda: lstm_ext.freeze(lstm_ext.LSTM(2, 2), torch.float16),
+            ValueError,
+            "weights: expected None, torch.bfloat16 or torch.int8, got torch.float16",
+        ),
+        (
+            lambda: lstm_ext.freeze(lstm_ext.LSTM(2, 2, dtype=torch.float64), torch.int8),
+            ValueError,
+            "expected None for float64 parameters, got torch.int8",
+        ),
+        (lambda: lstm_ext.freeze(not_finite(), torch.int8), ValueError, "weight_hh_l0 has an infinity or a NaN"),
+        (lambda: lstm_ext.freeze(of_two_dtypes()), ValueError, "parameters of one dtype"),
+        (lambda: lstm_ext.freeze(parametrized()), TypeError, "cannot freeze this"),
+        (lambda: lstm_ext.freeze(lstm_ext.LSTM(2, 2, device="meta")), RuntimeError, "got parameters on meta"),
+        (lambda: frozen_layer().train(), RuntimeError, "there is no training mode"),
+        (lambda: frozen_layer().to("meta"), RuntimeError, "on the CPU, got parameters on meta"),
+        (lambda: frozen_layer(torch.int8).double(), ValueError, "expected None for float64 parameters"),
+        (lambda: frozen_layer()(torch.randn(2, 1, 3, requires_grad=True)), RuntimeError, "no gradients"),
+        (
+            lambda: frozen_layer().load_state_dict(lstm_ext.LSTM(3, 5).state_dict()),
+            RuntimeError,
+            "size mismatch for weight_ih_l0",
+        ),
+        (lambda: torch.func.vmap(frozen_layer())(torch.randn(2, 2, 1, 3)), RuntimeError, "unfreeze"),
+        (lambda: torch.jit.trace(frozen_layer(), torch.randn(2, 1, 3)), RuntimeError, "unfreeze"),
+        (lambda: torch.jit.script(frozen_layer()), RuntimeError, "unfreeze"),
+    ],
+)  # fmt: skip
+def test_errors(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def frozen_layer(weights: torch.dtype | None = None) -> lstm_ext.FrozenLSTM:
+    return lstm_ext.freeze(lstm_ext.LSTM(3, 4), weights)
+
+
+def test_bytes_that_are_not_frozen_weights() -> None:
+    layer = lstm_ext.LSTM(3, 4)
+    x, weights = torch.randn(2, 1, 3), list(layer.parameters())
+
+    def call(*frozen: Tensor) -> None:
+        torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, False, frozen=list(frozen))
+
+    good = frozen_layer().frozen[0][0]
+    with torch.no_grad():
+        call(good)
+        for tensors, text in (
+            ((good, good), "expected one for each direction, 1"),
+            ((good[:-1],), "not what freeze_weights gives"),
+            ((torch.zeros(5000, dtype=torch.uint8),), "not what freeze_weights gives"),
+            ((good.float(),), "not what freeze_weights gives"),
+            (
+                (lstm_ext.freeze(lstm_ext.LSTM(4, 4)).frozen[0][0],),
+                "4 features and 4 units, expected 3 and 4",
+            ),
+            ((lstm_ext.freeze(layer.double()).frozen[0][0],), "another dtype than the input"),
+        ):
+            layer.float()
+            with pytest.raises(RuntimeError, match=text):
+                call(*tensors)
+
+
+def test_the_reference_has_the_same_equations() -> None:
+    """Far from our kernels: the equations with the rounded weights, in float64."""
+    layer = layer_of("plain")
+    x = torch.randn(5, 2, 37)
+    weights = [rounded(p, "int8").double() if p.dim() == 2 else p.double() for p in layer.parameters()]
+    expected = reference.lstm_layer(x.double(), None, None, weights, None, True, False)[0]
+    assert relative_error(lstm_ext.freeze(layer, torch.int8)(x)[0], expected) < 1e-6
