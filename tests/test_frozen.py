@@ -243,7 +243,7 @@ def test_compiled_and_exported(tmp_path: Any) -> None:
         torch.library.opcheck(
             torch.ops.lstm_ext.lstm_layer.default,
             (torch.randn(4, 2, 37), None, None, list(frozen.lstm.parameters())[:8], None, True, True),
-            {"frozen": list(frozen.lstm.frozen[0])},
+            {"frozen": list(frozen.lstm.frozen[0].frozen)},
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -328,7 +328,10 @@ def test_bytes_that_are_not_frozen_weights() -> None:
     def call(*frozen: Tensor) -> None:
         torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, False, frozen=list(frozen))
 
-    good = frozen_layer().frozen[0][0]
+    def bytes_of(layer: lstm_ext.LSTM) -> Tensor:
+        return lstm_ext.freeze(layer).frozen[0].frozen[0]
+
+    good = bytes_of(layer)
     with torch.no_grad():
         call(good)
         for tensors, text in (
@@ -337,12 +340,11 @@ def test_bytes_that_are_not_frozen_weights() -> None:
             ((torch.zeros(5000, dtype=torch.uint8),), "not what freeze_weights gives"),
             ((good.float(),), "not what freeze_weights gives"),
             (
-                (lstm_ext.freeze(lstm_ext.LSTM(4, 4)).frozen[0][0],),
+                (bytes_of(lstm_ext.LSTM(4, 4)),),
                 "4 features and 4 units, expected 3 and 4",
             ),
-            ((lstm_ext.freeze(layer.double()).frozen[0][0],), "another dtype than the input"),
+            ((bytes_of(lstm_ext.LSTM(3, 4, dtype=torch.float64)),), "another dtype than the input"),
         ):
-            layer.float()
             with pytest.raises(RuntimeError, match=text):
                 call(*tensors)
 

@@ -54,22 +54,21 @@ struct LayerWeights {
   const T* weight_hr;  // (P, H) or null
 };
 
-// The numbers of a weight, row by row, for products with a few rows: as T, or in fewer bits. A row of int8 has a
-// factor.
+// What the numbers of a weight are kept in: T, or fewer bits. A row of int8 has a factor.
 enum class WeightKind : int32_t { kOwn, kBFloat16, kInt8 };
 template <typename T>
-struct WeightRows {
-  const void* data;
-  WeightKind kind;
-  const T* factors;
+struct NarrowPanels {
+  const void* data = nullptr;
+  WeightKind kind = WeightKind::kOwn;
+  const T* factors = nullptr;  // (4H)
 };
 
 // The weights of a direction as products read them, made once for many calls; see FrozenPlan.
 template <typename T>
 struct FrozenWeights {
   struct Gates {  // a weight (4H, n)
-    WeightRows<T> rows;
     const T* panels;
+    NarrowPanels<T> narrow;  // in place of `panels`
     const uint16_t* planes;  // null where no matrix unit is
     const uint8_t* splits;
   };

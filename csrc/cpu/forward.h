@@ -135,7 +135,8 @@ class Forward {
   Step step_;
 };
 
-// What FrozenPlan has places for, at `data`: of weights that are what the layer computes with.
+// What FrozenPlan has places for, at `data`, of weights that are what the layer computes with. The factors of int8 are
+// there already: a number is an integer times that of its row.
 template <typename T>
 void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenPlan& plan, char* data) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -143,8 +144,14 @@ void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const Froze
   const auto pack = [&](const T* rows, int64_t count, const FrozenPlan::Gates& place) {
     const UnitPlanes planes{reinterpret_cast<uint16_t*>(data + place.planes),
                             reinterpret_cast<uint8_t*>(data + place.splits), plan.planes};
-    const GateWeight<T> weight{{rows, WeightKind::kOwn, nullptr}, reinterpret_cast<T*>(data + place.panels), planes};
-    for (int64_t block = 0; block < divide_up(H, kLanes); ++block) pack_gates(weight, H, count, block);
+    char* const panels = data + place.panels;
+    const T* const factors = reinterpret_cast<const T*>(data + place.factors);
+    const bool own = plan.kind == WeightKind::kOwn;
+    const GateWeight<T> weight{rows, own ? reinterpret_cast<T*>(panels) : nullptr, planes};
+    for (int64_t block = 0; block < divide_up(H, kLanes); ++block) {
+      pack_gates(weight, H, count, block);
+      if (!own) pack_narrow_panel(rows, plan.kind, factors, H, count, block, panels);
+    }
   };
   pack(weights.weight_ih, shape.input_size, plan.input);
   pack(weights.weight_hh, shape.output_size, plan.recurrent);

@@ -23,10 +23,10 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   GateProduct<T> product;  // of this member's units
   const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
-      frozen ? frozen_weight(frozen->input, plan.pack_input, plan.input_unit.planes)
+      frozen ? frozen_weight(frozen->input, plan.input_unit.planes)
              : gate_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
   const GateWeight<T> recurrent_weight =
-      frozen ? frozen_weight(frozen->recurrent, plan.pack_recurrent, plan.recurrent_unit.planes)
+      frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
              : gate_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
   const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
@@ -43,12 +43,10 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
         product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
 
   // A weight that was made ready before the call. Nobody writes to it: Forward packs no frozen weight.
-  static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, bool packed, int planes) {
-    if (planes > 0) {
-      return {weight.rows, nullptr,
-              UnitPlanes{const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes}};
-    }
-    return {weight.rows, packed ? const_cast<T*>(weight.panels) : nullptr};
+  static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int planes) {
+    UnitPlanes unit{};
+    if (planes > 0) unit = {const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes};
+    return {nullptr, const_cast<T*>(weight.panels), unit, weight.narrow};
   }
 
   // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else

@@ -94,9 +94,7 @@ class FusedForwardStep {
       pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, kNoBias, finish_tile);
       return;
     }
-    if (h_size > 0) {
-      pass_.product.dot_gates(pass_.recurrent_weight.rows, h_size, count, h, static_cast<const T*>(nullptr), pre);
-    }
+    if (h_size > 0) pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, kNoBias);
     for (int64_t row = 0; row < count; ++row) {
       const T* const sums = pre(row);
       for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {

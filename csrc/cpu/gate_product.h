@@ -18,9 +18,10 @@ namespace {
 // A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
 template <typename T>
 struct GateWeight {
-  WeightRows<T> rows;  // in torch's layout
+  const T* rows;  // in torch's layout
   T* panels = nullptr;
   UnitPlanes planes{};
+  NarrowPanels<T> narrow{};
 
   bool packed() const { return panels || planes.count > 0; }
 };
@@ -34,6 +35,30 @@ void pack_gate_panel(const T* weight, int64_t hidden_size, int64_t count, int64_
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
   for (int gate = 0; gate < kGates; ++gate) {
     pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * n, kGates * n);
+  }
+}
+
+// The same panel in narrower numbers, of which those of the weight are made: bfloat16, or integers times a factor.
+template <typename T>
+void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
+                       int64_t block, void* panels) {
+  constexpr int n = Simd<T>::kLanes;
+  int64_t at = block * kGates * n * count;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int gate = 0; gate < kGates; ++gate) {
+      for (int lane = 0; lane < n; ++lane, ++at) {
+        const int64_t row = gate * hidden_size + block * n + lane;
+        const float number = block * n + lane < hidden_size ? static_cast<float>(weight[row * count + k]) : 0.0f;
+        if (kind == WeightKind::kBFloat16) {
+          uint32_t bits;
+          __builtin_memcpy(&bits, &number, sizeof(bits));
+          static_cast<uint16_t*>(panels)[at] = static_cast<uint16_t>(bits >> 16);
+        } else {
+          const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
+          static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(integer + (integer < 0 ? -0.5f : 0.5f));
+        }
+      }
+    }
   }
 }
 
@@ -55,18 +80,18 @@ inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t c
 }
 #endif
 
-// Makes the panels or planes of kLanes units of a weight, if it has any; its rows are of T.
+// Makes the panels or planes of kLanes units of a weight, if it has any.
 template <typename T>
 void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
-  const T* const rows = static_cast<const T*>(weight.rows.data);
   if (weight.panels) {
-    pack_gate_panel(rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
+    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
   }
   if constexpr (kHasMatrixUnit<T>) {
     const UnitPlanes& planes = weight.planes;
     if (planes.count == 0) return;
     const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    planes.splits[block] = pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + block * size);
+    planes.splits[block] =
+        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + block * size);
   }
 }
 
@@ -92,10 +117,9 @@ class GateProduct {
   void multiply(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const RowGrid<T>& pre,
                 const T* bias) {
     if (weight.packed()) {
-      multiply_packed(rows, a_row, count, weight, pre, bias,
-                      [](int64_t, int64_t, int, auto&) LSTM_EXT_LAMBDA_INLINE { return false; });
+      multiply_packed(rows, a_row, count, weight, pre, bias, KeepSums{});
     } else {
-      dot_gates(weight.rows, count, rows, a_row, bias, pre);
+      multiply_unpacked(rows, a_row, count, weight, pre, bias);
     }
   }
 
@@ -105,23 +129,43 @@ class GateProduct {
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const RowGrid<T>& pre, const T* bias, Finish&& finish) {
     if constexpr (kHasMatrixUnit<T>) {
-      if (!weight.panels) {
+      if (weight.planes.count > 0) {
         multiply_planes(rows, a_row, count, weight, pre, bias, finish);
         return;
       }
     }
-    multiply_panels(rows, a_row, count, weight.panels, pre, bias, finish);
+    multiply_panels(rows, a_row, count, weight.panels, nullptr, pre, bias, finish);
   }
 
-  template <typename A, typename Finish>
-  LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const T* panels,
-                                       const RowGrid<T>& pre, const T* bias, Finish&& finish) {
+  // pre = (bias, or what is in `pre`) + weight * a, from narrow panels or from the rows.
+  template <typename A, typename Pre>
+  void multiply_unpacked(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const Pre& pre,
+                         const T* bias) {
+    if constexpr (std::is_same_v<T, float>) {
+      const NarrowPanels<T>& narrow = weight.narrow;
+      if (narrow.kind == WeightKind::kInt8) {
+        multiply_panels(rows, a_row, count, static_cast<const int8_t*>(narrow.data), narrow.factors, pre, bias,
+                        KeepSums{});
+        return;
+      }
+      if (narrow.kind == WeightKind::kBFloat16) {
+        multiply_panels(rows, a_row, count, static_cast<const uint16_t*>(narrow.data), nullptr, pre, bias, KeepSums{});
+        return;
+      }
+    }
+    dot_gates(weight.rows, count, rows, a_row, bias, pre);
+  }
+
+  // `panels` of T, or of narrower numbers; `factors` of int8, for each row of the weight.
+  template <typename W, typename A, typename Pre, typename Finish>
+  LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const W* panels, const T* factors,
+                                       const Pre& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     for (int64_t i = 0; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       const int lanes = lanes_in(block);
-      const T* panel = panels + block * kGates * kLanes * count;
+      const W* panel = panels + block * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
         const int64_t depth = smaller(kBlockK, count - k);
         const bool last = k + depth >= count;
@@ -149,6 +193,9 @@ class GateProduct {
             const T* start = from_bias ? bias + block * kLanes : out[r];
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) {
+              if constexpr (std::is_same_v<W, int8_t>) {
+                tile.acc[r][gate] = tile.acc[r][gate] * load_lanes<T>(factors + block * kLanes + gate * H, lanes);
+              }
               tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
             }
           }
@@ -163,7 +210,7 @@ class GateProduct {
   }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-  // The same from planes, on the matrix unit. Rows and units that cannot be split go the row-major path.
+  // The same from planes, on the matrix unit. Rows and units that cannot be split go the way without it.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const RowGrid<T>& pre, const T* bias, Finish&& finish) {
@@ -203,8 +250,12 @@ class GateProduct {
         }
         epilogue.rest();
         GateProduct one(H, {block, block + 1});
-        one.dot_gates(weight.rows, count, height, a_part, bias,
-                      [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); });
+        const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
+        if (weight.panels) {
+          one.multiply_panels(height, a_part, count, weight.panels, nullptr, pre_part, bias, KeepSums{});
+        } else {
+          one.multiply_unpacked(height, a_part, count, weight, pre_part, bias);
+        }
         for (int64_t row = 0; row < height; ++row) finish_row(block * kLanes, lanes_in(block), nullptr, row, nullptr);
       }
       epilogue.rest();
@@ -215,8 +266,7 @@ class GateProduct {
 
   // The row-major path: pre = (bias, or what is in `pre`) + weight * a, for these units.
   template <typename A, typename Pre>
-  void dot_gates(const WeightRows<T>& weight, int64_t count, int64_t rows, const A& a_row, const T* bias,
-                 const Pre& pre) {
+  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const Pre& pre) {
     const int64_t H = hidden_size_;
     const int64_t begin = blocks_.begin * kLanes;
     const int64_t end = smaller(blocks_.end * kLanes, H);
@@ -230,21 +280,8 @@ class GateProduct {
   }
 
   template <typename A, typename Pre>
-  void dot_range(const WeightRows<T>& weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
+  void dot_range(const T* weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
                  const T* bias, const Pre& pre) {
-    const auto dot = [&](const auto* numbers, const T* factors) LSTM_EXT_LAMBDA_INLINE {
-      dot_rows(numbers, factors, count, begin, end, rows, a_row, bias, pre);
-    };
-    if constexpr (std::is_same_v<T, float>) {
-      if (weight.kind == WeightKind::kInt8) return dot(static_cast<const int8_t*>(weight.data), weight.factors);
-      if (weight.kind == WeightKind::kBFloat16) return dot(static_cast<const uint16_t*>(weight.data), nullptr);
-    }
-    dot(static_cast<const T*>(weight.data), nullptr);
-  }
-
-  template <typename W, typename A, typename Pre>
-  void dot_rows(const W* weight, const T* factors, int64_t count, int64_t begin, int64_t end, int64_t rows,
-                const A& a_row, const T* bias, const Pre& pre) {
     constexpr int kMany = kLanes >= 4 ? 4 : kLanes;
     for (int64_t m = begin; m < end;) {
       int64_t row = 0;
@@ -254,16 +291,14 @@ class GateProduct {
           dot_tile<T, kMany>(
               weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
               [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr,
-              factors ? factors + j : nullptr);
+              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr);
         }
       }
       for (; row < rows; ++row) {
         dot_tile<T, 1>(
             weight + m * count, count, static_cast<int>(many_end - m),
             [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr,
-            factors ? factors + m : nullptr);
+            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
       }
       m = many_end;
     }
@@ -271,6 +306,10 @@ class GateProduct {
 
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
+
+  struct KeepSums {
+    LSTM_EXT_INLINE bool operator()(int64_t, int64_t, int, const auto&) const { return false; }
+  };
 
   // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
   // hold all of it is what the product before used last.

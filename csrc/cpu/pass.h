@@ -93,9 +93,8 @@ struct Pass {
 
   // A weight (4H, count) as the plan has it packed.
   GateWeight<T> gate_weight(const T* rows, bool packed, const UnitProduct& unit, int64_t offset) const {
-    const WeightRows<T> own{rows, WeightKind::kOwn, nullptr};
-    if (unit.planes > 0) return {own, nullptr, planes(unit, offset)};
-    return {own, packed ? buffer(offset) : nullptr};
+    if (unit.planes > 0) return {rows, nullptr, planes(unit, offset)};
+    return {rows, packed ? buffer(offset) : nullptr};
   }
 
   // Rows of the team in step s of this pass.

@@ -12,7 +12,6 @@ constexpr double kWorkPerThread = 6e5;       // below this a thread costs more t
 constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
 constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
 constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as the row-major path
-constexpr int64_t kNarrowRows = 4;           // up to here weights in fewer bits are read as they are
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
@@ -204,11 +203,9 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   ForwardPlan plan;
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
-  const bool narrow = frozen && frozen->input.rows.kind != WeightKind::kOwn;
-  const int64_t row_major_batch = narrow ? kNarrowRows : kRowMajorBatch;
   const int planes = frozen ? frozen->planes : params.planes;
-  plan.pack_input = samples > (frozen ? row_major_batch : kRowMajorRows);
-  plan.pack_recurrent = plan.pack_input && shape.batch > row_major_batch;
+  plan.pack_input = frozen || samples > kRowMajorRows;
+  plan.pack_recurrent = frozen || (plan.pack_input && shape.batch > kRowMajorBatch);
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
@@ -258,8 +255,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
 }
 
 template <typename T>
-FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, bool own_rows,
-                       int64_t first) {
+FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first) {
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
   const int64_t padded = round_up(H, machine.lanes);
   FrozenPlan plan;
@@ -269,15 +265,15 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
   Layout<T> layout{round_up(first, kCacheLine)};
   const auto reserve = [&](int64_t depth) {
     FrozenPlan::Gates gates;
+    const int64_t numbers = 4 * padded * depth;
     switch (kind) {
-      case WeightKind::kOwn: gates.rows = own_rows ? layout.reserve(4 * H * depth) : 0; break;
-      case WeightKind::kBFloat16: gates.rows = layout.reserve_bytes(2 * 4 * H * depth); break;
+      case WeightKind::kOwn: gates.panels = layout.reserve(numbers); break;
+      case WeightKind::kBFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
       case WeightKind::kInt8:
-        gates.rows = layout.reserve_bytes(4 * H * depth);
+        gates.panels = layout.reserve_bytes(numbers);
         gates.factors = layout.reserve(4 * H);
         break;
     }
-    gates.panels = layout.reserve(4 * padded * depth);
     if (plan.planes > 0) {
       gates.splits = layout.reserve_bytes(divide_up(H, kUnitTileRows));
       gates.planes = layout.reserve_bytes(2 * plane_numbers(4 * padded, depth, plan.planes));
@@ -392,8 +388,8 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
 
 template ForwardPlan plan_forward(const ForwardParams<float>&, const Machine&);
 template ForwardPlan plan_forward(const ForwardParams<double>&, const Machine&);
-template FrozenPlan plan_frozen<float>(const LayerShape&, const Machine&, int, WeightKind, bool, int64_t);
-template FrozenPlan plan_frozen<double>(const LayerShape&, const Machine&, int, WeightKind, bool, int64_t);
+template FrozenPlan plan_frozen<float>(const LayerShape&, const Machine&, int, WeightKind, int64_t);
+template FrozenPlan plan_frozen<double>(const LayerShape&, const Machine&, int, WeightKind, int64_t);
 template BackwardPlan plan_backward(const BackwardParams<float>&, const Machine&);
 template BackwardPlan plan_backward(const BackwardParams<double>&, const Machine&);
 

@@ -76,8 +76,7 @@ struct FrozenPlan {
   int planes = 0;  // of the weights for the matrix unit; 0: it has none of them
   WeightKind kind = WeightKind::kOwn;
   struct Gates {  // a place that is not needed is 0
-    int64_t rows = 0, factors = 0;
-    int64_t panels = 0, planes = 0, splits = 0;
+    int64_t panels = 0, factors = 0, planes = 0, splits = 0;
   };
   Gates input, recurrent;
   int64_t projection_panels = 0, bias = 0;
@@ -125,10 +124,9 @@ constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all worke
 // save, in a backward pass for what is requested and for what it recomputes.
 template <typename T>
 LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
-// `own_rows`: with a place for rows of T, which the caller does not keep. `first`: the first byte that is free.
+// `first`: the first byte that is free.
 template <typename T>
-FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, bool own_rows,
-                       int64_t first);
+FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first);
 template <typename T>
 LSTM_EXT_PUBLIC BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);
 

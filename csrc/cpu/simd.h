@@ -25,6 +25,14 @@ struct Simd<float> {
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  // Of numbers in bfloat16, and of small integers.
+  static Reg load(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Reg load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
   static Reg load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store_partial(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
@@ -95,6 +103,13 @@ struct Simd<float> {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Reg load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
   static Reg load_partial(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
   static void store_partial(float* p, Reg v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
@@ -161,6 +176,11 @@ struct Simd<float> {
   static Reg zero() { return _mm_setzero_ps(); }
   static Reg set1(float x) { return _mm_set1_ps(x); }
   static Reg load(const float* p) { return _mm_loadu_ps(p); }
+  static Reg load(const uint16_t* p) {
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), bits));
+  }
+  static Reg load(const int8_t* p) { return _mm_cvtepi32_ps(_mm_setr_epi32(p[0], p[1], p[2], p[3])); }
   static void store(float* p, Reg v) { _mm_storeu_ps(p, v); }
   static Reg load_partial(const float* p, int n) {
     alignas(16) float lanes[kLanes] = {};

@@ -15,6 +15,8 @@ namespace {
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 
+constexpr int64_t kPrefetchAhead = 4096;
+
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
 // tiles pass over them.
 constexpr int64_t kBlockK = 512;
@@ -31,16 +33,25 @@ struct Tile {
   }
 };
 
-// One step of k: acc[r][v] += a(r) * b[v], where b is NV registers and a(r) one number.
+// Register v of NV.
+template <typename T, bool Partial, typename B>
+LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) {
+  const B* const at = b + v * Simd<T>::kLanes;
+  if constexpr (Partial) {
+    if (v == registers - 1) return Simd<T>::load_partial(at, last);
+  }
+  return Simd<T>::load(at);
+}
+
+// One step of k: acc[r][v] += a(r) * b[v], where b is NV registers, of T or of narrower numbers, and a(r) one number.
 // `last` lanes of the last register are there; the rest of it must not be read if Partial.
-template <typename T, int R, int NV, bool Partial, typename A>
-LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, int last) {
+template <typename T, int R, int NV, bool Partial, typename A, typename B>
+LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, int last) {
   using S = Simd<T>;
   if constexpr (kVectorRegisters == 32) {
     Reg<T> w[NV];
 #pragma GCC unroll kTileColumns
-    for (int v = 0; v < NV; ++v)
-      w[v] = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
+    for (int v = 0; v < NV; ++v) w[v] = load_columns<T, Partial>(b, v, NV, last);
 #pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) {
       const Reg<T> x = S::set1(a(r));
@@ -53,7 +64,7 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const T* b, 
     for (int r = 0; r < R; ++r) x[r] = S::set1(a(r));
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
-      const Reg<T> w = Partial && v == NV - 1 ? S::load_partial(b + v * S::kLanes, last) : S::load(b + v * S::kLanes);
+      const Reg<T> w = load_columns<T, Partial>(b, v, NV, last);
 #pragma GCC unroll kTileRows
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }
@@ -68,8 +79,8 @@ LSTM_EXT_INLINE void free_registers() {
 }
 
 // acc[r][:] += sum_k a[r][k] * b[k * b_step + :]
-template <typename T, int R, int NV, bool Partial = false>
-LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const T* b, int64_t b_step,
+template <typename T, int R, int NV, bool Partial = false, typename B>
+LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
                                      int64_t count, int last = 0) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   free_registers();
@@ -80,6 +91,11 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
     if constexpr (kVectorRegisters == 16) asm("" : "+r"(row[r]));  // a new value, in a register
   }
   for (int64_t k = 0; k < count; ++k, b += b_step) {
+    if constexpr (R == 1) {
+#pragma GCC unroll 4
+      for (int line = 0; line < NV * Simd<T>::kLanes * static_cast<int>(sizeof(B)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(b) + kPrefetchAhead + line);
+    }
     multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return row[r][k]; }, b, last);
   }
   free_registers();

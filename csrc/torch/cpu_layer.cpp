@@ -104,15 +104,10 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   return options;
 }
 
-// Frozen weights that the kernels can read, or none; and the weights that they read otherwise. Rows that are not
-// contiguous, which no frozen layer has, are read like those of another instruction set.
+// Frozen weights that the kernels can read, or none; and the weights that they read otherwise.
 std::vector<at::Tensor> ready_weights(const LayerCall& call) {
   const std::vector<at::Tensor>& frozen = call.options.frozen;
-  if (frozen.empty() || !is_ready(frozen)) return {};
-  for (const at::Tensor& weight : call.weights) {
-    if (!is_materialized(weight) || !weight.is_contiguous()) return {};
-  }
-  return frozen;
+  return !frozen.empty() && is_ready(frozen) ? frozen : std::vector<at::Tensor>();
 }
 std::vector<at::Tensor> weights_to_read(const LayerCall& call) {
   const std::vector<at::Tensor>& frozen = call.options.frozen;
@@ -141,17 +136,6 @@ struct LayerTensors {
             step_options<T>(options, sizes, direction),
             planes,
             nullptr};
-  }
-
-  // What is frozen of a direction. Rows in T that were not copied are those of the layer's own weights.
-  template <typename T>
-  FrozenWeights<T> frozen_params(const LayerCall& call, const LayerSizes& sizes, int64_t direction) const {
-    FrozenWeights<T> params = frozen_weights<T>(frozen[direction]);
-    for (auto [gates, place] : {std::pair{&params.input, 0}, std::pair{&params.recurrent, 1}}) {
-      const at::Tensor& weight = call.weights[direction * sizes.weights_per_direction + place];
-      if (!gates->rows.data) gates->rows = {weight.const_data_ptr<T>(), WeightKind::kOwn, nullptr};
-    }
-    return params;
   }
 
   at::Tensor input, h0, c0;
@@ -213,7 +197,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
       static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
       FrozenWeights<scalar_t> frozen;
       if (!tensors.frozen.empty()) {
-        frozen = tensors.frozen_params<scalar_t>(call, sizes, d);
+        frozen = frozen_weights<scalar_t>(tensors.frozen[d]);
         p.frozen = &frozen;
       }
       p.output = columns_of<scalar_t>(output, d * sizes.output_size);

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "torch/backend.h"
+#include "torch/scratch.h"
 #include "torch/tensors.h"
 
 namespace lstm_ext {
@@ -46,12 +47,12 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const int64_t H = weights[0].size(0) / 4;
   const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const bool own_rows = weights[0].scalar_type() != type;
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
-  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(
-      shape, {kernels.lanes, 1, kernels.unit}, planes_for(weights[0].scalar_type()), kind, own_rows, sizeof(Header));
+  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit},
+                                                   planes_for(weights[0].scalar_type()), kind, sizeof(Header));
   const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());
+  advise_huge_pages(data, frozen.nbytes());
   Header& header = *new (data) Header{};
   std::memcpy(header.mark, kMark, sizeof(kMark));
   std::strncpy(header.instruction_set, cpu::capability().name, sizeof(header.instruction_set) - 1);
@@ -68,18 +69,12 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   for (int64_t i = 0; i < count.per_direction; ++i) used.push_back(weights[i].detach().to(type).contiguous());
   const cpu::FrozenPlan::Gates* const places[] = {&plan.input, &plan.recurrent};
   for (int i = 0; i < 2; ++i) {
-    const auto keep = [&](int64_t place, const at::Tensor& tensor) { bytes_view(frozen, place, tensor).copy_(tensor); };
     if (kind == WeightKind::kInt8) {
       const Rounded rounded = rounded_to_int8(used[i], type);
-      keep(places[i]->rows, rounded.numbers);
-      keep(places[i]->factors, rounded.factors);
+      bytes_view(frozen, places[i]->factors, rounded.factors).copy_(rounded.factors);
       used[i] = widened(rounded);
     } else if (kind == WeightKind::kBFloat16) {
-      const at::Tensor rounded = used[i].to(at::kBFloat16);
-      keep(places[i]->rows, rounded);
-      used[i] = rounded.to(type);
-    } else if (own_rows) {
-      keep(places[i]->rows, used[i]);
+      used[i] = used[i].to(at::kBFloat16).to(type);
     }
   }
   const auto data_of = [&](int64_t i) { return used[i].const_data_ptr<T>(); };
@@ -146,16 +141,10 @@ std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std:
   const size_t per_direction = weights.size() / frozen.size();
   for (size_t d = 0; d < frozen.size(); ++d) {
     const cpu::FrozenPlan& plan = header_of(frozen[d]).plan;
-    const cpu::FrozenPlan::Gates* const places[] = {&plan.input, &plan.recurrent};
     for (int i = 0; i < 2; ++i) {
       at::Tensor& weight = result[d * per_direction + i];
-      const auto like = [&](at::ScalarType type) { return at::empty(weight.sizes(), type); };
-      if (plan.kind == WeightKind::kBFloat16) {
-        weight = bytes_view(frozen[d], places[i]->rows, like(at::kBFloat16)).to(at::kFloat);
-      } else if (plan.kind == WeightKind::kInt8) {
-        weight = widened({bytes_view(frozen[d], places[i]->rows, like(at::kChar)),
-                          bytes_view(frozen[d], places[i]->factors, at::empty({weight.size(0)}, at::kFloat))});
-      }
+      if (plan.kind == WeightKind::kBFloat16) weight = weight.to(at::kBFloat16).to(at::kFloat);
+      if (plan.kind == WeightKind::kInt8) weight = widened(rounded_to_int8(weight, at::kFloat));
     }
   }
   return result;
@@ -167,10 +156,11 @@ FrozenWeights<T> frozen_weights(const at::Tensor& frozen) {
   const cpu::FrozenPlan& plan = header_of(frozen).plan;
   const auto gates = [&](const cpu::FrozenPlan::Gates& place) {
     typename FrozenWeights<T>::Gates weight{};
-    if (place.rows) {
-      weight.rows = {data + place.rows, plan.kind, reinterpret_cast<const T*>(data + place.factors)};
+    if (plan.kind == WeightKind::kOwn) {
+      weight.panels = reinterpret_cast<const T*>(data + place.panels);
+    } else {
+      weight.narrow = {data + place.panels, plan.kind, reinterpret_cast<const T*>(data + place.factors)};
     }
-    weight.panels = reinterpret_cast<const T*>(data + place.panels);
     if (plan.planes > 0) {
       weight.planes = reinterpret_cast<const uint16_t*>(data + place.planes);
       weight.splits = reinterpret_cast<const uint8_t*>(data + place.splits);

@@ -95,7 +95,7 @@ class Stack(Protocol):
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
-    frozen: Sequence[Sequence[Tensor]]  # for each layer, see LayerOptions.frozen; or empty
+    frozen: Sequence[LayerOptions]  # for each layer those with its frozen weights, and nothing else; or empty
 
 
 def any_requested(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..layer.layer_call import LayerFunction
+from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions, any_requested, stack_options
@@ -111,7 +111,7 @@ class _Stack:
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
-    frozen: Sequence[Sequence[Tensor]] = ()
+    frozen: Sequence[LayerOptions] = ()
 
 
 def lstm(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer.layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions
+from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
 from .layout import LSTMExtras
@@ -45,8 +45,9 @@ def run_stack(
         if options is not None:
             options = _options_in_autocast(options, input)
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
-    if options is None and len(weights) == 1 and not frozen:  # the shortest way: microseconds count here
-        call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, PLAIN)
+    if options is None and len(weights) == 1:  # the shortest way: microseconds count here
+        own_options = frozen[0] if frozen else PLAIN
+        call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, own_options)
         output, h_n, c_n, _, _ = layer(call)
         return output, h_n, c_n, None
 
@@ -57,15 +58,12 @@ def run_stack(
     for k, layer_weights in enumerate(weights):
         if k > 0 and stack.dropout != 0 and stack.training:
             input = F.dropout(input, stack.dropout, True)
-        own_options = (
-            PLAIN
-            if options is None
-            else options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
-        )
-        if frozen:
-            own_options = (
-                LayerOptions(frozen=frozen[k]) if options is None else replace(own_options, frozen=frozen[k])
-            )
+        if options is None:
+            own_options = frozen[k] if frozen else PLAIN
+        else:
+            own_options = options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
+            if frozen:
+                own_options.frozen = frozen[k].frozen
         call = LayerCall(
             input,
             h0_by_layer[k],

@@ -46,7 +46,9 @@ def _needs_grad(call: LayerCall) -> bool:
 
 def _native(kernels: Any, options: LayerOptions) -> Any:
     """The options as the kernels take them; None for nothing set."""
-    return None if options is PLAIN else kernels.LayerOptions(**options.as_keywords())
+    if options is PLAIN or options.native is not None:
+        return options.native
+    return kernels.LayerOptions(**options.as_keywords())
 
 
 class _Layer(torch.autograd.Function):

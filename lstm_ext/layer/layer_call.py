@@ -57,6 +57,8 @@ class LayerOptions:
     return_cell_states: bool = False
     return_gates: bool = False
     recompute: bool = False
+    # No option: these as the extension takes them, where they serve many calls. Making them takes microseconds.
+    native = None
 
     def as_keywords(self) -> dict[str, Any]:
         """The options that are set, by name."""

@@ -72,7 +72,8 @@ def is_direct(call: LayerCall) -> bool:
     for w in call.weights:
         if type(w) not in _PLAIN_TYPES:
             return False
-    if call.options is not PLAIN and not are_plain(call.options.tensors()):
+    options = call.options
+    if options is not PLAIN and options.native is None and not are_plain(options.tensors()):
         return False
     return (h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layer.layer_call import LayerOptions
 from ..native import loader
 from .convert import from_torch
 from .lstm import LSTM
@@ -37,9 +38,11 @@ class FrozenLSTM(LSTM):
     frozen_weights: torch.dtype | None = None
 
     @property
-    def frozen(self) -> Sequence[Sequence[Tensor]]:  # type: ignore[override]
-        buffers = self._buffers
-        return [[buffers[name] for name in names] for names in self._frozen_names]  # type: ignore[misc]
+    def frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
+        if torch.compiler.is_compiling():  # which has to see the buffers
+            buffers: Any = self._buffers
+            return [LayerOptions(frozen=[buffers[name] for name in names]) for names in self._frozen_names]
+        return self._frozen_options
 
     def _pack(self) -> None:
         kernels = loader.extension()
@@ -52,6 +55,7 @@ class FrozenLSTM(LSTM):
         self._frozen_names = [
             [f"packed_l{k}{direction}" for direction in directions] for k in range(self.num_layers)
         ]
+        self._frozen_options, self._frozen_from = [], super()._weights_by_layer()
         for buffers, names in zip(self._frozen_names, self._layer_names, strict=True):
             weights = [getattr(self, name) for name in names]
             if kind == "int8":
@@ -59,6 +63,14 @@ class FrozenLSTM(LSTM):
             packed = kernels.freeze_weights(weights, self.bias, self.bidirectional, kind)
             for name, tensor in zip(buffers, packed, strict=True):
                 self.register_buffer(name, tensor, persistent=False)
+            options = LayerOptions(frozen=packed)
+            options.native = kernels.LayerOptions(frozen=packed)
+            self._frozen_options.append(options)
+
+    def _weights_by_layer(self) -> list[list[Tensor]]:
+        if torch.compiler.is_compiling():
+            return super()._weights_by_layer()
+        return self._frozen_from
 
     def train(self, mode: bool = True) -> FrozenLSTM:
         """Raises: RuntimeError for ``mode=True``."""
@@ -99,6 +111,8 @@ class FrozenLSTM(LSTM):
         # They belong to this processor.
         state = super().__getstate__()
         names = {name for layer in self._frozen_names for name in layer}
+        state.pop("_frozen_options")
+        state.pop("_frozen_from")
         state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k not in names}
         return state
 

@@ -20,6 +20,7 @@ from ..call.arguments import (
 from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
 from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
+from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, leaf_of_graph
 
 __all__ = ["LSTM"]
@@ -98,8 +99,8 @@ class LSTM(nn.RNNBase):
     layer_norm: bool = False
     forget_bias: float | None = None
     recompute: bool = False
-    # For each layer, what FrozenLSTM has beside its weights.
-    frozen: Sequence[Sequence[Tensor]] = ()
+    # What FrozenLSTM has beside its weights, see `call.arguments.Stack`.
+    frozen: Sequence[LayerOptions] = ()
 
     def __init__(
         self,

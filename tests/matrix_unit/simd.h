@@ -14,6 +14,14 @@ struct Simd<float> {
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
+  static Reg load(const uint16_t* p) {
+    Index bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<int>(static_cast<uint32_t>(p[i]) << 16);
+    return reinterpret_cast<Reg>(bits);
+  }
+  static Reg load(const int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
   static void store(float* p, Reg v) { __builtin_memcpy(p, &v, sizeof(v)); }
   static Reg load_partial(const float* p, int n) {
     Reg v = {};
