@@ -63,7 +63,9 @@ class Backward {
     zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
     if (pass_.recomputes) recompute_.prepare_weights();
     if (!plan.pack) return;
-    pack(pass_.recurrent_weight(), params.weights.weight_hh, pass_.output_columns, pass_.team, teams);
+    if (plan.pack_recurrent) {
+      pack(pass_.recurrent_weight(), params.weights.weight_hh, pass_.output_columns, pass_.team, teams);
+    }
     if (shape.projected) {
       pack(pass_.projection_weight(), params.weights.weight_hr, pass_.hidden_columns, pass_.team, teams);
     }

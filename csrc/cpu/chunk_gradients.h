@@ -50,42 +50,39 @@ class ChunkGradients {
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
     const Range mine = workers_share(4 * H);
+    const bool fresh = chunk.first == 0;
     if (params.grad_weight_ih) {
-      begin_sums(params.grad_weight_ih, I, mine);
       add_products(chunk.grad_input_part, stride_, chunk.rows, mine, rows_from(params.input, pass_.steps, chunk.begin),
-                   I, params.grad_weight_ih);
+                   I, params.grad_weight_ih, fresh);
     }
-    if (params.grad_weight_hh) {
-      begin_sums(params.grad_weight_hh, P, mine);
-      recurrent_weight(mine);
-    }
+    if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     // With layer normalisation it is one of the sums over its rows.
     if (params.grad_bias && !params.options.normalised()) {
-      begin_sums(params.grad_bias, 1, mine);
+      if (fresh) zero_rows(params.grad_bias, 1, mine);
       add_columns<T>(chunk.grad_preactivations, stride_, chunk.rows, mine, params.grad_bias);
     }
     if (params.grad_weight_hr) {
       const Range projected = workers_share(P);
       const T* const hidden = chunk.hidden ? chunk.hidden : params.hidden + pass_.steps.rows_before(chunk.begin) * H;
-      begin_sums(params.grad_weight_hr, H, projected);
-      add_products(chunk.grad_hidden, P, chunk.rows, projected, {hidden, H, H, 1}, H, params.grad_weight_hr);
+      add_products(chunk.grad_hidden, P, chunk.rows, projected, {hidden, H, H, 1}, H, params.grad_weight_hr, fresh);
     }
   }
 
  private:
-  void recurrent_weight(Range mine) {
+  void recurrent_weight(Range mine, bool fresh) {
     const BackwardParams<T>& params = pass_.params;
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t P = pass_.shape.output_size;
     T* const sums = params.grad_weight_hh;
     if (chunk.masked_h) {
       add_products(chunk.grad_preactivations, stride_, chunk.rows, mine,
-                   {chunk.masked_h, chunk.rows * P, P, chunk.rows}, P, sums);
+                   {chunk.masked_h, chunk.rows * P, P, chunk.rows}, P, sums, fresh);
       return;
     }
     if (pass_.steps.packed() || pass_.shape.resets) {
       pass_.list_previous_h();
-      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, listed_rows<const T>(pass_.h_rows), P, sums);
+      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, listed_rows<const T>(pass_.h_rows), P, sums,
+                   fresh);
       return;
     }
     // h_{t-1} is the output of the step before in the layer's direction; in its first step it is h0.
@@ -97,29 +94,31 @@ class ChunkGradients {
     if (count > 0) {
       const int64_t before = chunk.begin + begin + (reverse ? 1 : -1);
       add_products(chunk.grad_preactivations + begin * B * stride_, stride_, count * B, mine,
-                   rows_from(params.output, pass_.steps, before), P, sums);
+                   rows_from(params.output, pass_.steps, before), P, sums, fresh);
+      fresh = false;
     }
     if (has_first && params.h0) {
       add_products(pass_.grad_preactivations(pass_.shape.steps - 1), stride_, B, mine, {params.h0, B * P, P, B}, P,
-                   sums);
+                   sums, fresh);
+      fresh = false;
     }
+    if (fresh) zero_rows(sums, P, mine);
   }
 
   Range workers_share(int64_t count) const { return share(count, pass_.plan.grid.workers(), pass_.worker); }
-  void begin_sums(T* sums, int64_t columns, Range rows) const {
-    if (pass_.chunk.first == 0) zero_rows(sums, columns, rows);
-  }
+  // `fresh`: there are no sums yet.
   void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
-                    int64_t columns, T* sums) const {
+                    int64_t columns, T* sums, bool fresh) const {
     if constexpr (kHasMatrixUnit<T>) {
       const int planes = pass_.plan.outer_unit.planes;
       if (planes > 0) {
+        if (fresh) zero_rows(sums, columns, rows);
         add_outer_planes(planes, left, left_step, samples, rows, right, columns, sums, pass_.tile_scratch(),
                          pass_.outer_products);
         return;
       }
     }
-    add_outer_products<T>(left, left_step, samples, rows, right, columns, sums, pass_.outer_products);
+    add_outer_products<T>(left, left_step, samples, rows, right, columns, sums, pass_.outer_products, fresh);
   }
 
   BackwardState<T>& pass_;

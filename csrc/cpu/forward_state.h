@@ -24,10 +24,10 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
       frozen ? frozen_weight(frozen->input, plan.input_unit.planes)
-             : gate_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
+             : own_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
   const GateWeight<T> recurrent_weight =
       frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
-             : gate_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
+             : own_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
   const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
@@ -42,6 +42,20 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
       : Base(params, plan, Steps::Pass::kForward, workspace, worker),
         product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
 
+  // A weight that is packed in this call: all of it, or block by block, each worker in its own place.
+  GateWeight<T> own_weight(const T* matrix, bool packed, const UnitProduct& unit, int64_t offset) const {
+    GateWeight<T> weight = gate_weight(matrix, packed, unit, offset);
+    if (!plan.one_block || !weight.packed()) return weight;
+    weight.one_block = true;
+    const int64_t count = matrix == params.weights.weight_ih ? shape.input_size : shape.output_size;
+    if (weight.panels) weight.panels += Base::worker * kGates * kLanes * count;
+    if (unit.planes > 0) {
+      const int64_t size = kGates * divide_up(count, kUnitTileDepth) * unit.planes * kUnitTileRows * kUnitTileDepth;
+      weight.planes.data += Base::worker * size;
+      weight.planes.splits += Base::worker;
+    }
+    return weight;
+  }
   // A weight that was made ready before the call. Nobody writes to it: Forward packs no frozen weight.
   static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int planes) {
     UnitPlanes unit{};

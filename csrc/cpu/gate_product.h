@@ -22,6 +22,9 @@ struct GateWeight {
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
+  // Panels or planes are those of one block of units only, which a product makes when it gets there: for a weight that a
+  // call reads once, which is used from the cache then.
+  bool one_block = false;
 
   bool packed() const { return panels || planes.count > 0; }
 };
@@ -80,19 +83,23 @@ inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t c
 }
 #endif
 
-// Makes the panels or planes of kLanes units of a weight, if it has any.
+// Makes the panels or planes of kLanes units of a weight, if it has any, in place number `place`.
 template <typename T>
-void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block, int64_t place) {
   if (weight.panels) {
-    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + block * kGates * Simd<T>::kLanes * count);
+    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + place * kGates * Simd<T>::kLanes * count);
   }
   if constexpr (kHasMatrixUnit<T>) {
     const UnitPlanes& planes = weight.planes;
     if (planes.count == 0) return;
     const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    planes.splits[block] =
-        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + block * size);
+    planes.splits[place] =
+        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + place * size);
   }
+}
+template <typename T>
+void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+  if (!weight.one_block) pack_gates(weight, hidden_size, count, block, block);
 }
 
 // sums[range] = b_ih + b_hh; a bias that is absent is zeros.
@@ -134,7 +141,7 @@ class GateProduct {
         return;
       }
     }
-    multiply_panels(rows, a_row, count, weight.panels, nullptr, pre, bias, finish);
+    multiply_panels(rows, a_row, count, weight.panels, nullptr, pre, bias, finish, &weight);
   }
 
   // pre = (bias, or what is in `pre`) + weight * a, from narrow panels or from the rows.
@@ -156,16 +163,20 @@ class GateProduct {
     dot_gates(weight.rows, count, rows, a_row, bias, pre);
   }
 
-  // `panels` of T, or of narrower numbers; `factors` of int8, for each row of the weight.
+  // `panels` of T, or of narrower numbers; `factors` of int8, for each row of the weight. `weight`: whose panels they
+  // are, where they may be those of one block.
   template <typename W, typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const W* panels, const T* factors,
-                                       const Pre& pre, const T* bias, Finish&& finish) {
+                                       const Pre& pre, const T* bias, Finish&& finish,
+                                       const GateWeight<T>* weight = nullptr) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     for (int64_t i = 0; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       const int lanes = lanes_in(block);
-      const W* panel = panels + block * kGates * kLanes * count;
+      const bool one_block = weight && weight->one_block;
+      if (one_block) pack_gates(*weight, H, count, block, 0);
+      const W* panel = panels + (one_block ? 0 : block) * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
         const int64_t depth = smaller(kBlockK, count - k);
         const bool last = k + depth >= count;
@@ -240,9 +251,10 @@ class GateProduct {
                             LSTM_EXT_LAMBDA_INLINE { finish_row(block * kLanes, lanes_in(block), bias, row, sums); });
       const Sweep sweep = next_sweep();
       for (int64_t i = 0; i < sweep.count; ++i) {
-        const int64_t block = sweep.block(i);
-        if (splits && planes.splits[block]) {
-          multiply_tiles(planes.count, scratch_.left, height, planes.gates(block, k_tiles), 2 * kGroupTiles, k_tiles,
+        const int64_t block = sweep.block(i), place = weight.one_block ? 0 : block;
+        if (weight.one_block) pack_gates(weight, H, count, block, place);
+        if (splits && planes.splits[place]) {
+          multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
                          scratch_.sums(block % 2), false, epilogue.between());
           epilogue.rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height, planes.count, k_tiles * row_tiles);
@@ -251,7 +263,7 @@ class GateProduct {
         epilogue.rest();
         GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
-        if (weight.panels) {
+        if (weight.panels) {  // beside planes: frozen
           one.multiply_panels(height, a_part, count, weight.panels, nullptr, pre_part, bias, KeepSums{});
         } else {
           one.multiply_unpacked(height, a_part, count, weight, pre_part, bias);

@@ -19,11 +19,40 @@ namespace {
 // a page a row, and with sizes that are powers of two always the same few sets of the caches.
 constexpr int64_t kFarBytes = 4096;
 
-// sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`.
-// `scratch`: see BackwardPlan::outer_product_size.
+// Up to so many samples are read again for each row of the sums, which are written in the order of memory.
+constexpr int64_t kFewSamples = 8;
+
+// What add_outer_products does with a few samples.
+template <typename T, typename Right>
+void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
+                            int64_t columns, T* sums, bool fresh) {
+  using S = Simd<T>;
+  const T* right_rows[kFewSamples];
+  for (int64_t n = 0; n < samples; ++n) right_rows[n] = right(n);
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    Reg<T> factors[kFewSamples];
+    for (int64_t n = 0; n < samples; ++n) factors[n] = S::set1(left[n * left_step + m]);
+    T* const out = sums + m * columns;
+    for_each_register<T>(columns, [&](int64_t column, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      Reg<T> total = S::zero();
+      for (int64_t n = 0; n < samples; ++n) {
+        total = S::fma(factors[n], load_lanes<T>(right_rows[n] + column, lanes), total);
+      }
+      if (!fresh) total = load_lanes<T>(out + column, lanes) + total;
+      store_lanes<T>(out + column, total, lanes);
+    });
+  }
+}
+
+// sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; where the sums are fresh,
+// = instead of +=. `scratch`: see BackwardPlan::outer_product_size.
 template <typename T, typename Right>
 void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
-                        int64_t columns, T* sums, T* scratch) {
+                        int64_t columns, T* sums, T* scratch, bool fresh) {
+  if (samples <= kFewSamples) {
+    add_few_outer_products<T>(left, left_step, samples, rows, right, columns, sums, fresh);
+    return;
+  }
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
   const int64_t height = rows.end - rows.begin;
@@ -32,6 +61,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
   T* const copied = scratch + kSumBlock * kTileColumns * kLanes;
   for (int64_t n = 0; n < samples; n += kSumBlock) {
     const int64_t depth = smaller(kSumBlock, samples - n);
+    const bool first_block = fresh && n == 0;
     const T* block = left + n * left_step + rows.begin;
     if (far) {
       for_each_row_tile(height, [&](int64_t first, auto tile_height) LSTM_EXT_LAMBDA_INLINE {
@@ -71,7 +101,8 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
           for (int v = 0; v < NV; ++v) {
             const int lanes = v == NV - 1 ? last : kLanes;
             T* at = out + r * columns + v * kLanes;
-            store_lanes<T>(at, load_lanes<T>(at, lanes) + tile.acc[r][v], lanes);
+            const Reg<T> sum = tile.acc[r][v];
+            store_lanes<T>(at, first_block ? sum : load_lanes<T>(at, lanes) + sum, lanes);
           }
       });
     });
@@ -97,7 +128,8 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     const auto lanes_of = [](int64_t tile, int64_t size)
                               LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
     const auto without_unit = [&](Range part) {
-      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch);
+      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch,
+                                false);
     };
     bool splits = true;
     for (int64_t tile = 0; tile < column_tiles; ++tile) {

@@ -85,7 +85,7 @@ StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const 
 // members of a team meet in a step. Many teams come before many members: what is as fast on paper should not have to
 // wait.
 WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
-                       int64_t barriers) {
+                       int64_t barriers, int64_t most_teams) {
   const int64_t batch = divide_up(count_samples(shape), shape.steps);  // of a step, on average
   const double all_rows = static_cast<double>(batch);
   const double one_worker = cost.planes > 0 ? cost.of(all_rows, all_rows, 1.0) : cost.row_work * all_rows;
@@ -94,7 +94,8 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
   double best_time = total;
-  for (int batch_groups = static_cast<int>(std::min<int64_t>(threads, batch)); batch_groups >= 1; --batch_groups) {
+  for (int batch_groups = static_cast<int>(std::min({threads + int64_t{0}, batch, most_teams})); batch_groups >= 1;
+       --batch_groups) {
     for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
       if (hidden_groups > blocks) break;
       const double rows = static_cast<double>(divide_up(batch, batch_groups));
@@ -163,16 +164,16 @@ void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, in
   scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
 }
 
-// The panels or planes of a weight (4H, depth) that meets so many rows at once; 0 if it has none.
+// The panels or planes of so many units of a weight (4H, depth) that meets so many rows at once; 0 if it has none.
 template <typename T>
 int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch,
-                            const LayerShape& shape, int64_t padded_hidden_size, int64_t rows, int64_t depth) {
+                            const LayerShape& shape, int64_t units, int64_t rows, int64_t depth) {
   if (unit.planes > 0) {
-    unit.splits = layout.reserve_bytes(divide_up(shape.hidden_size, kUnitTileRows));
+    unit.splits = layout.reserve_bytes(std::max(divide_up(shape.hidden_size, kUnitTileRows), units / kUnitTileRows));
     need_left(scratch, rows, depth, unit.planes, kGateTiles);
-    return layout.reserve_bytes(2 * plane_numbers(4 * padded_hidden_size, depth, unit.planes));
+    return layout.reserve_bytes(2 * plane_numbers(4 * units, depth, unit.planes));
   }
-  return pack ? layout.reserve(4 * padded_hidden_size * depth) : 0;
+  return pack ? layout.reserve(4 * units * depth) : 0;
 }
 template <typename T>
 void reserve_scratch(Layout<T>& layout, UnitScratch& scratch, int64_t workers) {
@@ -209,8 +210,9 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
+  plan.one_block = !frozen && plan.pack_input && shape.steps == 1 && samples <= kMostUnitRows;
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
-                          count_barriers(params));
+                          count_barriers(params), plan.one_block ? 1 : shape.batch);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
@@ -228,10 +230,12 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
     if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
   } else {
+    // Units that have a place at once: all, or a block of each worker.
+    const int64_t units = plan.one_block ? workers * machine.lanes : padded;
     plan.input_panels =
-        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, padded, plan.chunk_rows, I);
-    plan.recurrent_panels = reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape,
-                                                padded, plan.team_rows, P);
+        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, units, plan.chunk_rows, I);
+    plan.recurrent_panels = reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, units,
+                                                plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }
@@ -299,10 +303,12 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
   plan.pack = samples > kRowMajorRows;
-  if (plan.pack) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
+  // One step alone has no use for U but in the gradients of the states before it.
+  plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
+  if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
   if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
   plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit), other_work,
-                          count_barriers(params));
+                          count_barriers(params), shape.batch);
   const int64_t workers = plan.grid.workers();
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
 
@@ -325,7 +331,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
     }
     return plan.pack ? layout.reserve(round_up(columns, machine.lanes) * depth) : 0;
   };
-  plan.recurrent_panels = reserve_weight(plan.recurrent_unit, shape.batch, gates, P);
+  if (plan.pack_recurrent) plan.recurrent_panels = reserve_weight(plan.recurrent_unit, shape.batch, gates, P);
   if (shape.projected) plan.projection_panels = reserve_weight(plan.projection_unit, shape.batch, P, H);
   if (params.grad_input.data) {
     plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);

@@ -58,6 +58,7 @@ struct ForwardPlan {
   WorkerGrid grid;
   bool pack_input = false;      // W as gate-interleaved panels; else W is read row-major
   bool pack_recurrent = false;  // the same for U
+  bool one_block = false;       // of these, since the call uses them once: see GateWeight
   int64_t team_rows = 0;        // batch rows of a team in a step, at most
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;    // numbers in a row of zeros
@@ -85,7 +86,8 @@ struct FrozenPlan {
 
 struct BackwardPlan {
   WorkerGrid grid;
-  bool pack = false;      // copy U, W and W_hr into column panels; else read them where they are
+  bool pack = false;      // copy W and W_hr into column panels; else read them where they are
+  bool pack_recurrent = false;  // the same for U
   int64_t team_rows = 0;  // batch rows of a team in a step, at most
   // Rows (steps x batch) whose gradients are kept until the products over them are done; whole steps, at least one. Two
   // buffers of so many rows, or one if that is all there is.
