@@ -19,22 +19,61 @@ namespace {
 using at::Tensor;
 using lstm_ext::LayerCall;
 using lstm_ext::LayerResults;
+using lstm_ext::python::make_call;
+using lstm_ext::python::OptionalOptions;
 using lstm_ext::python::OptionalTensor;
 using lstm_ext::python::without_gil;
 
-// A layer's forward pass on a sequence of one step. The axis of time is added and taken off here, where it costs less.
-std::tuple<Tensor, Tensor> cell_forward(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
-                                        std::vector<Tensor> weights, bool has_bias) {
-  LayerCall call;
-  call.weights = std::move(weights);
-  call.has_bias = has_bias;
-  return without_gil([&]() -> std::tuple<Tensor, Tensor> {
-    call.input = input.unsqueeze(0);
-    if (h) call.h0 = h->unsqueeze(0);
-    if (c) call.c0 = c->unsqueeze(0);
-    const LayerResults results = lstm_ext::lstm_layer_forward(call, /*save=*/false);
-    return {results.h_n.squeeze(0), results.c_n.squeeze(0)};
-  });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(Tensor input, OptionalTensor h0, OptionalTensor c0,
+                                                         std::vector<Tensor> weights, OptionalTensor batch_sizes,
+                                                         bool has_bias, bool bidirectional, OptionalOptions options) {
+  LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
+                             std::move(batch_sizes), has_bias, bidirectional, std::move(options));
+  LayerResults results = without_gil([&] { return lstm_ext::eager_layer(call, /*step=*/false); });
+  return {std::move(results.output), std::move(results.h_n), std::move(results.c_n), std::move(results.cell_states),
+          std::move(results.gate_values)};
+}
+
+// The axis of time is added and taken off in C++, where it costs less.
+std::tuple<Tensor, Tensor> cell(Tensor input, OptionalTensor h, OptionalTensor c, std::vector<Tensor> weights,
+                                bool has_bias) {
+  const LayerCall call = make_call(std::move(input), std::move(h), std::move(c), std::move(weights), {}, has_bias,
+                                   /*bidirectional=*/false, {});
+  LayerResults results = without_gil([&] { return lstm_ext::eager_layer(call, /*step=*/true); });
+  return {std::move(results.h_n), std::move(results.c_n)};
+}
+
+// See DifferentiableBackward: it is written in Python, above the operators.
+std::vector<Tensor> differentiable_backward(const LayerCall& call, const lstm_ext::ResultGradients& grads,
+                                            const Tensor& output, const lstm_ext::Saved& saved,
+                                            const std::vector<bool>& needs_grad) {
+  const py::gil_scoped_acquire gil;
+  const auto or_none = [](const Tensor& t) -> py::object { return t.defined() ? py::cast(t) : py::none(); };
+  py::dict options;
+  const auto add = [&](const char* name, const auto& option) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(option)>, Tensor>) {
+      if (option.defined()) options[name] = option;
+    } else {
+      options[name] = option;
+    }
+  };
+  lstm_ext::visit_options(call.options, add);
+  add("recompute", call.options.recompute);
+  py::list given, kept;
+  for (const Tensor* t : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells, &grads.gate_values}) {
+    given.append(or_none(*t));
+  }
+  lstm_ext::Saved::visit(saved, [&](const Tensor& t) { kept.append(or_none(t)); });
+  const py::object result =
+      py::module_::import("lstm_ext.layer.eager")
+          .attr("differentiable_backward")(call.input, or_none(call.h0), or_none(call.c0), call.weights,
+                                           or_none(call.batch_sizes), call.has_bias, call.bidirectional, options, given,
+                                           output, kept, needs_grad);
+  std::vector<Tensor> gradients;
+  for (const py::handle gradient : result) {
+    gradients.push_back(gradient.is_none() ? Tensor() : py::cast<Tensor>(gradient));
+  }
+  return gradients;
 }
 
 std::vector<Tensor> freeze_weights(const std::vector<Tensor>& weights, bool has_bias, bool bidirectional,
@@ -138,8 +177,10 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of lstm_ext";
   lstm_ext::python::bind_layer(m);
-  m.def("lstm_cell_forward", &cell_forward, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"),
-        py::arg("has_bias"));
+  m.def("lstm_layer", &layer, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
+        py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"));
+  m.def("lstm_cell", &cell, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"), py::arg("has_bias"));
+  lstm_ext::set_differentiable_backward(&differentiable_backward);
   m.def(
       "random_flags",
       [](const std::vector<int64_t>& sizes, double probability, int64_t seed) {

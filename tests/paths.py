@@ -43,6 +43,8 @@ class Recorder:
         value = getattr(self._module, name)
         if name == "LayerOptions":
             return self._layer_options
+        if name in ("lstm_layer", "lstm_cell"):
+            return self._layer if name == "lstm_layer" else self._cell
         if name == "lstm_layer_forward":
             return self._forward
         if name == "lstm_layer_backward":
@@ -53,6 +55,21 @@ class Recorder:
         made = self._module.LayerOptions(**options)
         self._options[id(made)] = options
         return made
+
+    def _layer(self, *arguments: Any) -> Any:
+        return self._noted(self._module.lstm_layer(*arguments), arguments)
+
+    def _cell(self, input: Any, h: Any, c: Any, weights: Any, bias: bool) -> Any:
+        layer = (input.unsqueeze(0), h, c, weights, None, bias, False, None)
+        return self._noted(self._module.lstm_cell(input, h, c, weights, bias), layer)
+
+    def _noted(self, results: Any, arguments: Sequence[Any]) -> Any:
+        """The backward pass of the results is noted when it runs."""
+        node = results[0].grad_fn
+        self._note(arguments, "inference" if node is None else "training")
+        if node is not None:
+            node.register_prehook(lambda _: self._note(arguments, "backward"))
+        return results
 
     def _forward(self, *arguments: Any) -> Any:
         self._note(arguments, "training" if arguments[8] else "inference")

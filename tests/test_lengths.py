@@ -173,9 +173,7 @@ def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
     monkeypatch.setattr(equations, "lstm_layer", refused)
     module = lstm_ext.LSTM(I, H, 2)
     module(torch.randn(T, B, I), lengths=torch.tensor(LENGTHS))[0].sum().backward()
-    forward = [n for name, n in rows if name == "lstm_layer_forward"]
-    assert forward == [sum(LENGTHS)] * 2
-    assert any(name == "lstm_layer_backward" for name, _ in rows)
+    assert rows == [("lstm_layer", sum(LENGTHS))] * 2
 
 
 def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeypatch):

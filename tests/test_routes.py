@@ -11,6 +11,7 @@ import pytest
 import torch
 from functorch.compile import aot_function
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._vmap_internals import _vmap as legacy_vmap
 from torch.autograd import forward_ad
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext import functional, reference
-from lstm_ext.layer import eager, equations, transforms
+from lstm_ext.layer import equations, transforms
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
@@ -31,13 +32,15 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 
 T, B, I, H = 5, 2, 3, 4
 KERNELS = ("lstm_layer_forward", "lstm_layer_backward")
-ENTRIES = (*KERNELS, "lstm_cell_forward")
+ENTRIES = ("lstm_layer", "lstm_cell")
 OPERATORS = ("lstm_layer", *KERNELS)
 
 # The routes, as `events` names them.
-DIRECT = ["kernel lstm_layer_forward"]
-FUNCTION = ["Function", *DIRECT]  # and backward:
-KERNEL_BACKWARD = ["kernel lstm_layer_backward"]
+DIRECT = ["kernel lstm_layer"]
+CELL = ["kernel lstm_cell"]
+KERNEL_BACKWARD: list[
+    str
+] = []  # in C++, and by none of the ways below; see test_backward_is_one_call_of_the_kernels
 OPERATOR = ["operator lstm_layer"]
 TRANSFORM = ["transforms", "operator lstm_layer_forward"]  # and backward:
 OPERATOR_BACKWARD = ["gradients", "operator lstm_layer_backward"]
@@ -74,12 +77,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             value = getattr(extension, name)
             return recorded(f"kernel {name}", value) if name in ENTRIES else value
 
-    class Function:
-        apply = staticmethod(recorded("Function", eager._Layer.apply))
-
     kernels = Kernels()
     monkeypatch.setattr(loader, "extension", lambda: kernels)
-    monkeypatch.setattr(eager, "_Layer", Function)
     monkeypatch.setattr(transforms, "lstm_layer", recorded("transforms", transforms.lstm_layer))
     monkeypatch.setattr(transforms, "layer_gradients", recorded("gradients", transforms.layer_gradients))
     monkeypatch.setattr(equations, "lstm_layer", recorded("reference", equations.lstm_layer))
@@ -166,11 +165,11 @@ def test_plain_tensors(layer, x, taken):
         assert taken(lambda: layer(x)) == DIRECT
     assert taken(lambda: layer.requires_grad_(False)(x)) == DIRECT
     state = torch.zeros(1, B, H)
-    assert taken(lambda: layer(x, (state, state.clone().requires_grad_()))) == FUNCTION
-    assert taken(lambda: layer(x.requires_grad_())) == FUNCTION
+    assert taken(lambda: layer(x, (state, state.clone().requires_grad_()))) == DIRECT
+    assert taken(lambda: layer(x.requires_grad_())) == DIRECT
     layer.bias_hh_l0.requires_grad_()
-    assert taken(lambda: layer(x.detach())) == FUNCTION
-    assert taken(lambda: layer(x)[0].sum().backward()) == FUNCTION + KERNEL_BACKWARD
+    assert taken(lambda: layer(x.detach())) == DIRECT
+    assert taken(lambda: layer(x)[0].sum().backward()) == DIRECT + KERNEL_BACKWARD
 
 
 def test_every_way_to_call(layer, x, taken, device):
@@ -183,7 +182,7 @@ def test_every_way_to_call(layer, x, taken, device):
         assert taken(lambda: layer(packed)) == DIRECT
         assert taken(lambda: layer(x[:, 0])) == DIRECT
         assert taken(lambda: half(x.bfloat16())) == DIRECT
-        assert taken(lambda: cell(x[0])) == ["kernel lstm_cell_forward"]
+        assert taken(lambda: cell(x[0])) == CELL
         assert taken(lambda: functional.lstm(x, None, weights)) == DIRECT
         assert taken(lambda: lstm_ext.LSTM(I, H, 3)(x)) == DIRECT * 3
         assert taken(lambda: reference.lstm(x, None, weights)) == REFERENCE
@@ -192,9 +191,20 @@ def test_every_way_to_call(layer, x, taken, device):
         # A mode that sees the functions of torch's Python interface, of which a kernel is none.
         with torch.device(device):
             assert taken(lambda: layer(x)) == DIRECT
-    assert taken(lambda: layer.step(x[0])[0].sum().backward()) == FUNCTION + KERNEL_BACKWARD
-    assert taken(lambda: layer(packed)[0].data.sum().backward()) == FUNCTION + KERNEL_BACKWARD
-    assert taken(lambda: cell(x[0])[0].sum().backward()) == FUNCTION + KERNEL_BACKWARD
+    assert taken(lambda: layer.step(x[0])[0].sum().backward()) == DIRECT + KERNEL_BACKWARD
+    assert taken(lambda: layer(packed)[0].data.sum().backward()) == DIRECT + KERNEL_BACKWARD
+    assert taken(lambda: cell(x[0])[0].sum().backward()) == CELL + KERNEL_BACKWARD
+
+
+def test_backward_is_one_call_of_the_kernels(layer: lstm_ext.LSTM, x: Tensor) -> None:
+    """And no operator, whose event would be a second one of this name, within it the kernels'."""
+    cell = lstm_ext.LSTMCell(I, H)
+    for compute in (lambda: layer(x)[0], lambda: layer.step(x[0])[0], lambda: cell(x[0])[0]):
+        output = compute()
+        with torch.autograd.profiler.profile() as profile:
+            output.sum().backward()
+        names = [event.name for event in profile.function_events]
+        assert names.count("lstm_ext::lstm_layer_backward") == 1
 
 
 def test_gradients_that_are_differentiated_again(layer, x, taken):
@@ -411,7 +421,16 @@ def test_compiled_autograd(layer, x):
     loss = layer(x)[0].sin().sum()
     expected = torch.autograd.grad(loss, layer.weight_hh_l0, retain_graph=True)[0]
     graphs: list[torch.fx.GraphModule] = []
-    with torch._dynamo.compiled_autograd._enable(lambda graph: compiled(graph, graphs)):
+
+    # Dynamo leaves a function in C++ to what comes after it.
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=collect)
+    with torch._dynamo.compiled_autograd._enable(
+        lambda graph: torch.compile(graph, fullgraph=True, backend=backend)
+    ):
         loss.backward()
     torch.testing.assert_close(layer.weight_hh_l0.grad, expected)
     assert [name.split(".")[0] for name in targets_of(graphs)] == ["lstm_layer_backward"]
@@ -488,7 +507,7 @@ def test_transforms_on_the_reference(layer, x, taken):
         dual = forward_ad.make_dual(x, x)
         assert taken(lambda: call(dual)) == REFERENCE
         assert forward_ad.unpack_dual(call(dual)).tangent is not None
-    assert taken(lambda: call(x)) == FUNCTION
+    assert taken(lambda: call(x)) == DIRECT
 
 
 def test_forward_mode_and_batches_of_gradients_in_the_backward_pass(layer, x, taken):
@@ -502,7 +521,8 @@ def test_forward_mode_and_batches_of_gradients_in_the_backward_pass(layer, x, ta
         assert taken(lambda: gradient(forward_ad.make_dual(ones, ones))) == ["gradients", *REFERENCE]
     batch = torch.ones(3, *output.shape)
     assert taken(lambda: gradient(batch, is_grads_batched=True)) == ["gradients", *REFERENCE]
-    assert taken(lambda: gradient(ones.as_subclass(Named))) == ["gradients", *REFERENCE]
+    # Autograd's C++ does not see a subclass that only has functions, nor does torch's layer.
+    assert taken(lambda: gradient(ones.as_subclass(Named))) == KERNEL_BACKWARD
 
 
 def test_legacy_vmap(layer, x, taken):

@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include "torch/frozen.h"
-
 namespace lstm_ext {
 namespace {
 
@@ -65,7 +63,6 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
     TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
   }
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
-  if (!options.frozen.empty()) check_frozen(options.frozen, sizes, input);
   if (options.norm.empty()) return;
   constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   const size_t per_direction = norms_per_direction(call.has_bias);

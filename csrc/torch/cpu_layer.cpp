@@ -174,6 +174,7 @@ void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::Tenso
 }
 
 LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
+  if (!call.options.frozen.empty()) check_frozen(call.options.frozen, sizes, call.input);
   if (call.options.lengths.defined()) return forward_with_lengths(call, sizes, save);
   const at::Tensor& input = call.input;
   const at::ScalarType type = sizes.sum_type;

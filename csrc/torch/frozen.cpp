@@ -106,7 +106,6 @@ std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, b
 }
 
 void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input) {
-  TORCH_CHECK(input.is_cpu(), "lstm_ext: a frozen layer runs on the CPU, and the input is on ", input.device());
   TORCH_CHECK(static_cast<int64_t>(frozen.size()) == sizes.directions, "lstm_ext: got ", frozen.size(),
               " tensors of frozen weights, expected one for each direction, ", sizes.directions);
   for (const at::Tensor& tensor : frozen) {

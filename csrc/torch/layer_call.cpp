@@ -79,6 +79,8 @@ LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
   LayerSizes sizes = check_layer(call);
   TORCH_CHECK(!save || call.options.frozen.empty(), kNoGradients);
+  TORCH_CHECK(call.options.frozen.empty() || call.input.is_cpu(),
+              "lstm_ext: a frozen layer runs on the CPU, and the input is on ", call.input.device());
   const Backend& backend = choose_backend(call, sizes);
   const bool cell_states = call.options.return_cell_states, gates = call.options.return_gates;
   LayerResults results = backend.forward(call, sizes, save || cell_states || gates);

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <vector>
 
 #include "contract/visibility.h"
@@ -162,5 +163,16 @@ LSTM_EXT_PUBLIC LayerResults lstm_layer_forward(const LayerCall& call, bool save
 LSTM_EXT_PUBLIC LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
                                                    const at::Tensor& output, const Saved& saved,
                                                    const NeedsGrad& needs_grad);
+
+// The same as a step of autograd, for plain tensors that no mode and no transform looks at. In a step, the input and
+// the states have no axis of time, (B, I), (B, H) and (B, H), and so have h_n and c_n; there is no other result.
+LSTM_EXT_PUBLIC LayerResults eager_layer(LayerCall call, bool step);
+
+// Computes the gradients of a layer where they must be differentiable themselves, or are not plain tensors:
+// list_gradients of lstm_layer_backward.
+using DifferentiableBackward =
+    std::function<std::vector<at::Tensor>(const LayerCall& call, const ResultGradients& grads, const at::Tensor& output,
+                                          const Saved& saved, const std::vector<bool>& needs_grad)>;
+LSTM_EXT_PUBLIC void set_differentiable_backward(DifferentiableBackward function);
 
 }  // namespace lstm_ext

@@ -1,5 +1,6 @@
-// The registered operators as autograd sees them. Everything here goes through the dispatcher, so it is traced by
-// torch.compile, torch.export and make_fx, and serves every device that has the kernels underneath.
+// A layer as autograd sees it: of the registered operators, where everything goes through the dispatcher and is traced
+// by torch.compile, torch.export and make_fx, and of plain tensors, where the kernels are called directly. Both serve
+// every device that has the kernels underneath.
 
 // GCC 12 takes Function::apply's std::vector<bool>::reserve, of a vector that is empty then, for an overflow.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -9,9 +10,16 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "torch/checks.h"
 #include "torch/operators.h"
+
+// From ATen/functorch/TensorWrapper.h, which includes what torch does not install.
+namespace at::functorch {
+TORCH_API at::Tensor unwrapIfDead(const at::Tensor& tensor);
+}
 
 namespace lstm_ext::ops {
 namespace {
@@ -65,6 +73,45 @@ void visit_call(Call& call, const Visit& visit) {
   visit("has_bias", call.has_bias);
   visit("bidirectional", call.bidirectional);
   visit_options(call.options, visit);
+  visit("recompute", call.options.recompute);
+}
+
+// How a layer runs; a digit of what is saved.
+enum class Route : char { kOperators = '0', kKernels = '1', kStepOfKernels = '2' };
+
+DifferentiableBackward& differentiable_backward() {
+  static DifferentiableBackward function;
+  return function;
+}
+
+Tensor with_time(const Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
+Tensor without_time(const Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
+// A step as a sequence of one.
+LayerCall with_time(LayerCall call) {
+  for (Tensor* t : {&call.input, &call.h0, &call.c0}) *t = with_time(*t);
+  return call;
+}
+
+// The states after a step, without the axis. Not as views, which autograd would watch over.
+void drop_time(LayerResults& results) {
+  for (Tensor* t : {&results.h_n, &results.c_n}) {
+    t->unsafeGetTensorImpl()->set_sizes_contiguous(t->sizes().slice(1).vec());
+  }
+}
+
+// Whether nobody but the kernels has anything to do with a computation on these tensors, whose gradients nobody asks
+// for.
+bool is_plain(const Tensor& t) {
+  // Not those of functorch: without a transform in the context, its wrappers are of one that is over.
+  constexpr c10::DispatchKeySet kOthers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return !t.defined() || (!t.key_set().has_any(kOthers) && !is_tracked(t));
+}
+bool is_plain_context() {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet kOthers({Key::Python, Key::PreDispatch, Key::Functionalize, Key::VmapMode, Key::Tracer,
+                                         Key::FuncTorchDynamicLayerFrontMode});
+  return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !c10::impl::tls_local_dispatch_key_set().included_.has_any(kOthers);
 }
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
@@ -72,18 +119,28 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   // The backward pass is made of calls through the dispatcher: compiled autograd may trace it.
   static constexpr bool is_traceable = true;
 
-  // Takes the arguments off the stack and leaves the results there. Returns those that have a gradient: output, h_n,
-  // c_n, and, where requested, cell_states and gate_values.
+  // Returns the results that have a gradient: output, h_n, c_n, and, where requested, cell_states and gate_values; of a
+  // step h_n and c_n. All of them are in `results`; the operators' results lie on the stack.
   static variable_list forward(AutogradContext* ctx, const at::TensorList& /*edges*/, const LayerCall& call,
-                               Stack& stack) {
+                               Route route, LayerResults& results, Stack* stack) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    forward_op().callBoxed(stack);
-    const at::ArrayRef<IValue> returned = torch::jit::last(stack, kResults + kSaved);
+    if (route == Route::kOperators) {
+      forward_op().callBoxed(*stack);
+      auto next = torch::jit::last(*stack, kResults + kSaved).begin();
+      const auto take = [&](Tensor& tensor) { tensor = (next++)->toTensor(); };
+      for (Tensor* t : {&results.output, &results.h_n, &results.c_n, &results.cell_states, &results.gate_values})
+        take(*t);
+      Saved::visit(results.saved, take);
+      torch::jit::drop(*stack, kSaved);
+    } else {
+      results = lstm_layer_forward(route == Route::kStepOfKernels ? with_time(call) : call, /*save=*/true);
+    }
     const LayerOptions& options = call.options;
     variable_list saved;
     saved.reserve(kResults + kSaved + call.weights.size() + options.norm.size());
-    // Flags, and how many tensors there are of each kind: a string, which compiled autograd takes for a constant.
-    std::string counts;
+    // The route, flags, and how many tensors there are of each kind: a string, which compiled autograd takes for a
+    // constant.
+    std::string counts(1, static_cast<char>(route));
     const auto save_count = [&](size_t count) { counts.push_back(static_cast<char>('0' + count)); };
     const auto save_if = [&](bool present, const Tensor& tensor) {
       save_count(present);
@@ -98,18 +155,21 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                   if (number != 0) ctx->saved_data[name] = number;
                                 },
                                 [&](const char*, bool flag) { save_count(flag); }});
-    saved.push_back(returned[0].toTensor());
-    for (const IValue& value : returned.slice(kResults)) save_if(value.toTensor().dim() > 1, value.toTensor());
+    saved.push_back(results.output);
+    // Of what it does not save, an operator has a tensor without elements.
+    Saved::visit(results.saved, [&](const Tensor& t) { save_if(t.defined() && t.dim() > 1, t); });
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
     ctx->saved_data["counts"] = std::move(counts);
 
-    variable_list results;
-    for (size_t i = 0; i < kResults; ++i) {
-      if (has_gradient(options, i)) results.push_back(returned[i].toTensor());
+    if (route == Route::kStepOfKernels) {
+      drop_time(results);
+      return {results.h_n, results.c_n};
     }
-    torch::jit::drop(stack, kSaved);
-    return results;
+    variable_list differentiable{results.output, results.h_n, results.c_n};
+    if (options.return_cell_states) differentiable.push_back(results.cell_states);
+    if (options.return_gates) differentiable.push_back(results.gate_values);
+    return differentiable;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -117,6 +177,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     auto next = saved.begin();
     const std::string& counts = ctx->saved_data["counts"].toStringRef();
     auto next_count = counts.begin();
+    const auto route = static_cast<Route>(*next_count++);
     const auto take_count = [&] { return *next_count++ - '0'; };
     const auto take_if_present = [&](Tensor& tensor) {
       if (take_count()) tensor = *next++;
@@ -141,33 +202,32 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     // Edges of the graph lead to the tensors that were there, and to no others.
     size_t edges = 0;
     bool any_needed = false;
-    c10::List<bool> needs_grad;
+    std::vector<bool> needs_grad;
     visit_inputs(call, [&](const Tensor& tensor) {
       const bool needed = tensor.defined() && ctx->needs_input_grad(edges++);
       needs_grad.push_back(needed);
       any_needed |= needed;
     });
     // One for every argument of forward: those after the edges have none.
-    variable_list result(edges + 2);
+    variable_list result(edges + 4);
     bool any_given = false;
     for (const Tensor& grad : grads) any_given |= grad.defined();
     if (!any_needed || !any_given) return result;
 
-    Stack stack;
-    push_call(call, stack);
+    ResultGradients given;
     auto grad = grads.begin();
+    Tensor* const of_results[] = {&given.output, &given.h_n, &given.c_n, &given.cells, &given.gate_values};
     for (size_t i = 0; i < kResults; ++i) {
-      stack.push_back(has_gradient(options, i) ? tensor_or_none(*grad++) : IValue());
+      if (has_gradient(options, route, i)) *of_results[i] = *grad++;
     }
-    stack.emplace_back(output);
-    Saved::visit(saved_results, [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); });
-    stack.emplace_back(needs_grad);
-    backward_op().callBoxed(stack);
-    const std::vector<Tensor> computed = stack.back().toTensorVector();
+    std::vector<Tensor> computed =
+        route == Route::kOperators
+            ? by_operator(call, of_results, output, saved_results, needs_grad)
+            : directly(call, route == Route::kStepOfKernels, std::move(given), output, saved_results, needs_grad);
     size_t input = 0, edge = 0;
     visit_inputs(call, [&](const Tensor& tensor) {
       if (tensor.defined()) {
-        if (needs_grad[input]) result[edge] = computed[input];
+        if (needs_grad[input]) result[edge] = std::move(computed[input]);
         ++edge;
       }
       ++input;
@@ -176,10 +236,67 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
   }
 
   // Whether result number i has a gradient: what was not requested has no elements, and none.
-  static bool has_gradient(const LayerOptions& options, size_t i) {
+  static bool has_gradient(const LayerOptions& options, Route route, size_t i) {
+    if (i == 0) return route != Route::kStepOfKernels;
     return i < 3 || (i == 3 ? options.return_cell_states : options.return_gates);
   }
+
+ private:
+  static std::vector<Tensor> by_operator(const LayerCall& call, Tensor* const* grads, const Tensor& output,
+                                         const Saved& saved, const std::vector<bool>& needs_grad) {
+    Stack stack;
+    push_call(call, stack);
+    for (size_t i = 0; i < kResults; ++i) stack.push_back(tensor_or_none(*grads[i]));
+    stack.emplace_back(output);
+    Saved::visit(saved, [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); });
+    c10::List<bool> flags;
+    for (const bool needed : needs_grad) flags.push_back(needed);
+    stack.emplace_back(std::move(flags));
+    backward_op().callBoxed(stack);
+    return stack.back().toTensorVector();
+  }
+
+  static std::vector<Tensor> directly(const LayerCall& given_call, bool step, ResultGradients grads,
+                                      const Tensor& output, const Saved& saved, const std::vector<bool>& needs_grad) {
+    bool plain = is_plain_context();
+    const auto see = [&](const Tensor& t) { plain = plain && is_plain(t); };
+    const LayerCall call = step ? with_time(given_call) : given_call;
+    if (step) {
+      for (Tensor* t : {&grads.h_n, &grads.c_n}) *t = with_time(*t);
+    }
+    for (const Tensor* t : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells, &grads.gate_values}) see(*t);
+    visit_call(call, Overloaded{[&](const char*, const Tensor& t) { see(t); },
+                                [&](const char*, const std::vector<Tensor>& tensors) {
+                                  for (const Tensor& t : tensors) see(t);
+                                },
+                                [](const char*, double) {}, [](const char*, bool) {}});
+    std::vector<Tensor> computed =
+        plain ? list_gradients(lstm_layer_backward(call, grads, output, saved, read_needs_grad(call, needs_grad)))
+              : differentiable_backward()(call, grads, output, saved, needs_grad);
+    if (step) {
+      for (int i = 0; i < 3; ++i) computed[i] = without_time(computed[i]);
+    }
+    // c of the only step does not depend on the projection, which torch leaves without a gradient.
+    const bool only_c = !grads.output.defined() && !grads.h_n.defined();
+    if (only_c && !call.batch_sizes.defined() && call.input.size(0) == 1) {
+      const auto count = static_cast<int64_t>(call.weights.size());
+      const WeightCount weights = count_weights(count, call.has_bias, call.bidirectional);
+      for (int64_t i = weights.per_direction - 1; weights.projected && i < count; i += weights.per_direction) {
+        computed[3 + i] = Tensor();
+      }
+    }
+    return computed;
+  }
 };
+
+variable_list edges_of(const LayerCall& call) {
+  variable_list edges;
+  edges.reserve(5 + call.weights.size() + call.options.norm.size());
+  visit_inputs(call, [&](const Tensor& tensor) {
+    if (tensor.defined()) edges.push_back(tensor);
+  });
+  return edges;
+}
 
 // The forward and backward operators, which are the two ends of LSTMLayer: differentiated, they say that they have no
 // gradient.
@@ -215,15 +332,13 @@ void layer_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* s
   }
   const IValue* next_argument = arguments.begin();
   const LayerCall call = read_call(next_argument);
-  variable_list edges;
-  edges.reserve(5 + call.weights.size() + call.options.norm.size());
-  visit_inputs(call, [&](const Tensor& tensor) {
-    if (tensor.defined()) edges.push_back(tensor);
-  });
-  variable_list results = LSTMLayer::apply(at::TensorList(edges), call, *stack);
+  LayerResults all;
+  variable_list results = LSTMLayer::apply(at::TensorList(edges_of(call)), call, Route::kOperators, all, stack);
   auto next = results.begin();
   for (size_t i = 0; i < kResults; ++i) {
-    if (LSTMLayer::has_gradient(call.options, i)) torch::jit::peek(*stack, i, kResults) = std::move(*next++);
+    if (LSTMLayer::has_gradient(call.options, Route::kOperators, i)) {
+      torch::jit::peek(*stack, i, kResults) = std::move(*next++);
+    }
   }
 }
 
@@ -245,3 +360,39 @@ void layer_ends_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Sta
 }
 
 }  // namespace lstm_ext::ops
+
+namespace lstm_ext {
+
+LayerResults eager_layer(LayerCall call, bool step) {
+  using ops::LSTMLayer, ops::Route;
+  // Wrappers of a transform that is over; the edges of the graph are those of the tensors within.
+  const auto unwrap = [](at::Tensor& t) {
+    if (t.defined() && t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) t = at::functorch::unwrapIfDead(t);
+  };
+  ops::visit_call(call, Overloaded{[&](const char*, at::Tensor& t) { unwrap(t); },
+                                   [&](const char*, std::vector<at::Tensor>& tensors) {
+                                     for (at::Tensor& t : tensors) unwrap(t);
+                                   },
+                                   [](const char*, double) {}, [](const char*, bool) {}});
+  bool tracked = false;
+  if (at::GradMode::is_enabled()) {
+    visit_inputs(call, [&](const at::Tensor& t) { tracked = tracked || (t.defined() && t.requires_grad()); });
+  }
+  LayerResults results;
+  if (!tracked) {
+    results = lstm_layer_forward(step ? ops::with_time(call) : call, /*save=*/false);
+    if (step) ops::drop_time(results);
+    return results;
+  }
+  const torch::autograd::variable_list edges = ops::edges_of(call);
+  const Route route = step ? Route::kStepOfKernels : Route::kKernels;
+  LSTMLayer::apply(at::TensorList(edges), call, route, results, static_cast<torch::jit::Stack*>(nullptr));
+  results.saved = {};
+  return results;
+}
+
+void set_differentiable_backward(DifferentiableBackward function) {
+  ops::differentiable_backward() = std::move(function);
+}
+
+}  // namespace lstm_ext

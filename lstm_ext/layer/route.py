@@ -2,11 +2,11 @@
 
 The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, knows the first):
 
-1. plain tensors, no gradient requested: the kernel is called directly and saves nothing;
-2. plain tensors with gradients: the `autograd.Function` of `eager`;
-3. a compiler, a transform of ``torch.func``, a dispatch mode, fake and meta tensors: one registered operator a layer,
+1. plain tensors: the compiled function of `eager`, which calls the kernels, and records a step of autograd where a
+   gradient is requested;
+2. a compiler, a transform of ``torch.func``, a dispatch mode, fake and meta tensors: one registered operator a layer,
    through `transforms` where something may differentiate it;
-4. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel: the differentiable
+3. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel: the differentiable
    `equations`.
 
 Options take the same routes, with two exceptions: an export to ONNX takes the equations, because ONNX has no operator
@@ -79,17 +79,10 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it."""
     call = LayerCall(input, h, c, weights, None, bias, False, PLAIN)
-    if (
-        weights[1].size(-1)
-        and is_direct(call)
-        and not (
-            torch.is_grad_enabled()
-            and any([t is not None and t.requires_grad for t in (input, h, c, *weights)])
-        )
-    ):
+    if weights[1].size(-1) and is_direct(call):
         kernels = loader.extension()
         if kernels is not None:
-            return kernels.lstm_cell_forward(input, h, c, weights, bias)
+            return kernels.lstm_cell(input, h, c, weights, bias)
     # Without hidden units there is nothing to compute, and nothing that a kernel accepts.
     layer = lstm_layer if weights[1].size(-1) else equations.lstm_layer
     # Indexing by None is quicker than unsqueeze.

@@ -36,10 +36,25 @@ def lstm_layer_forward(
     request them; they may share memory with what is saved. With ``options.recompute`` only the cells are saved.
     """
 
-def lstm_cell_forward(
+def lstm_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    has_bias: bool,
+    bidirectional: bool,
+    options: LayerOptions | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The first five results of lstm_layer_forward; a step of autograd where a gradient is requested.
+
+    For plain tensors that no mode and no transform looks at.
+    """
+
+def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """h and c after one step, for input (B, I), h and c (B, H); without a gradient, and without a projection."""
+    """h and c after one step, for input (B, I), h and c (B, H), without a projection; otherwise as lstm_layer."""
 
 def freeze_weights(weights: Sequence[Tensor], has_bias: bool, bidirectional: bool, kind: str) -> list[Tensor]:
     """Bytes for each direction: the weights made ready for the instruction set in use.

@@ -11,6 +11,7 @@ import torch
 from emulated_layer import emulated_device, stepwise_module
 from torch import Tensor
 
+from lstm_ext.layer import eager
 from lstm_ext.native import loader
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -148,14 +149,47 @@ RESULTS = ("output", "h_n", "c_n", "cell_states", "gate_values")
 SAVED = ("gates", "cells", "hidden", "norm_products", "norm_factors")
 
 
+class Step(torch.autograd.Function):
+    """As the extension's own step of autograd, over emulated kernels."""
+
+    @staticmethod
+    def forward(ctx, kernels, call, *_):
+        *results, saved = kernels.lstm_layer_forward(*call, True)
+        ctx.kernels, ctx.call, ctx.saved = kernels, call, (results[0], saved)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        kernels, (*layer, options), (output, saved) = ctx.kernels, ctx.call, ctx.saved
+        needs_grad = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            keywords = kernels.keywords
+            gradients = eager.differentiable_backward(*layer, keywords, grads, output, saved, needs_grad)
+        else:
+            gradients = kernels.lstm_layer_backward(*layer, options, *grads, output, saved, needs_grad)
+        return None, None, *gradients
+
+
 class AsExtension:
     """The emulated layer in place of `_C`."""
 
     def __init__(self) -> None:
         self.module = stepwise_module()
-        self.LayerOptions = self.module.LayerOptions
         self.lstm_layer_forward = self.module.lstm_layer_forward
         self.backward_calls = 0
+
+    def LayerOptions(self, **keywords):
+        self.keywords = keywords
+        return self.module.LayerOptions(**keywords)
+
+    def lstm_layer(self, input, h0, c0, weights, *others):
+        keywords = self.keywords
+        learned = [keywords.get("reset_h"), keywords.get("reset_c"), *keywords.get("norm", ())]
+        call = (input, h0, c0, weights, *others)
+        if not torch.is_grad_enabled():
+            return self.lstm_layer_forward(*call, False)[:5]
+        return Step.apply(self, call, input, h0, c0, *weights, *learned)
 
     def lstm_layer_backward(self, *arguments):
         self.backward_calls += 1
