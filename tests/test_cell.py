@@ -416,15 +416,6 @@ def test_errors_where_ours_is_in_torchs_place(monkeypatch):
         nn.LSTMCell(3, 4)(torch.zeros(2, 5))
 
 
-def test_torchscript_is_refused():
-    cell = lstm_ext.LSTMCell(3, 4)
-    for module in (cell, nn.ModuleList([cell])):
-        with pytest.raises(
-            RuntimeError, match=r"LSTMCell does not support torch\.jit.*torch\.export.*to_torch"
-        ):
-            torch.jit.script(module)
-
-
 def test_a_trace_has_torchs_cell():
     cell, x = lstm_ext.LSTMCell(3, 4), torch.randn(2, 3)
     with warnings.catch_warnings():

@@ -228,15 +228,6 @@ def test_flatten_parameters_does_nothing():
     assert pointers == [p.data_ptr() for p in lstm.parameters()]
 
 
-def test_torchscript_is_refused():
-    lstm = lstm_ext.LSTM(3, 4)
-    for module in (lstm, nn.Sequential(lstm)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecation of TorchScript
-            with pytest.raises(RuntimeError, match=r"torch\.export.*to_torch"):
-                torch.jit.script(module)
-
-
 LAYERS = {
     "one layer": {},
     "three layers, dropout": {"num_layers": 3, "dropout": 0.5},

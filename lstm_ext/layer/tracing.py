@@ -24,6 +24,7 @@ __all__ = [
     "is_active",
     "is_direct",
     "is_exporting_to_onnx",
+    "is_jit_tracing",
     "is_plain_eager",
     "leaf_of_graph",
     "refuse_shards",
@@ -81,6 +82,15 @@ def is_direct(call: LayerCall) -> bool:
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none of the tensors is of a subclass."""
     return all([t is None or type(t) in _PLAIN_TYPES for t in tensors])
+
+
+def is_jit_tracing() -> bool:
+    """torch.jit.is_tracing(), in a shorter way, because every call needs it."""
+    return _is_jit_tracing()
+
+
+# Dynamo cannot look into the function; see `loader.has_kernels`.
+is_jit_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_exporting_to_onnx() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -11,14 +12,10 @@ from torch import Tensor, nn
 from ..call.run import describe_hx
 from ..call.stack import to_autocast_dtype
 from ..layer import route
-from ..layer.tracing import any_autocast, leaf_of_graph
+from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
+from .scripted import refuse_scripting
 
 __all__ = ["LSTMCell"]
-
-_NO_TORCHSCRIPT = (
-    "lstm_ext.LSTMCell does not support torch.jit.script: use torch.jit.trace, torch.export, "
-    "or lstm_ext.to_torch(module), which gives a torch.nn.LSTMCell with the same parameters"
-)
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -73,7 +70,19 @@ class LSTMCell(nn.RNNCellBase):
                 ``torch.nn.LSTMCell``; tracing by ``torch.jit``.
             TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
         """
-        if torch.jit.is_tracing():
+        # The form that torch.jit.script compiles, which leaves the other branch alone.
+        if torch.jit.is_scripting():
+            return self._as_torchs(input, hx)
+        else:
+            return self._forward(input, hx)
+
+    # By another name, because torch.jit.script compiles both as methods.
+    _as_torchs = FunctionType(
+        _torchs_forward.__code__, _torchs_forward.__globals__, "_as_torchs", _torchs_forward.__defaults__
+    )
+
+    def _forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if is_jit_tracing():
             return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
         if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
             if isinstance(input, torch.fx.Proxy):
@@ -155,9 +164,10 @@ class LSTMCell(nn.RNNCellBase):
             f"weight_ih of shape {tuple(self.weight_ih.shape)}, {self.weight_ih.dtype}, on {self.weight_ih.device}"
         )
 
-    def __prepare_scriptable__(self) -> NoReturn:
+    def __prepare_scriptable__(self) -> LSTMCell:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.
-        raise RuntimeError(_NO_TORCHSCRIPT)
+        refuse_scripting(self, LSTMCell, [])
+        return self
 
 
 def _is_pair(hx: Any) -> bool:

@@ -36,6 +36,9 @@ _NAMES = {
 
 _HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
+# What torch.jit.script leaves in a layer: which of the class's methods it compiled.
+_LEFT_BEHIND = {"__overloads__"}
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -136,7 +139,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     if module._load_state_dict_pre_hooks:
         raise refuse("it has load_state_dict pre-hooks, which are tied to the module; remove them first")
 
-    known = new.__dict__.keys() | _on_meta(source, module).__dict__.keys()
+    known = new.__dict__.keys() | _on_meta(source, module).__dict__.keys() | _LEFT_BEHIND
     for name, value in module.__dict__.items():
         if name in known:
             continue
@@ -345,7 +348,7 @@ def _change_classes(
         )
 
     for module, cls, add, remove in changes:
-        for key in remove:
+        for key in (*remove, *_LEFT_BEHIND):
             module.__dict__.pop(key, None)
         module.__dict__.update(add)
         module.__class__ = cls
@@ -393,7 +396,9 @@ def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
     return [key for key in module.__dict__ if key in methods]
 
 
-_SCRIPTED = re.compile(r"__torch__\.torch\.nn\.modules\.rnn\.(___torch_mangle_\d+\.)?LSTM(Cell)?")
+_SCRIPTED = re.compile(
+    r"__torch__\.(torch\.nn\.modules\.rnn|lstm_ext\.nn\.\w+)\.(___torch_mangle_\d+\.)?(Torch|Patched)?LSTM(Cell)?"
+)
 
 
 def _foreign_lstm(module: nn.Module) -> str | None:

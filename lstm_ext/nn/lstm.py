@@ -21,7 +21,8 @@ from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_ST
 from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
 from ..layer.layer_call import LayerOptions
-from ..layer.tracing import any_autocast, leaf_of_graph
+from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
+from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 
 __all__ = ["LSTM"]
 
@@ -31,25 +32,9 @@ _NO_TRACE = (
     "torch.jit.trace and the older ONNX exporter take lstm_ext.LSTM as torch.nn.LSTM, and so without what that does "
     "not have (options of the layer, further arguments, step()): use torch.export, or lstm_ext.onnx for ONNX"
 )
-_NO_TORCHSCRIPT = (
-    "lstm_ext.LSTM does not support torch.jit.script: use torch.jit.trace, torch.export, "
-    "or lstm_ext.to_torch(module), which gives a torch.nn.LSTM with the same parameters"
-)
 
 
-_jit_is_tracing = torch._C._is_tracing
-
-
-def _is_tracing() -> bool:
-    """torch.jit.is_tracing(), in a shorter way, because every call needs it."""
-    return _jit_is_tracing()
-
-
-# Dynamo cannot look into the function; see `loader.has_kernels`.
-_is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class LSTM(nn.RNNBase):
+class LSTM(ScriptedLSTM):
     """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
 
     :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
@@ -197,11 +182,6 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read each parameter in place."""
 
-    # The methods of nn.LSTM, for subclasses that call them.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
-
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -344,7 +324,7 @@ class LSTM(nn.RNNBase):
         return_gates: Any = False,
     ) -> Any:
         """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
-        if _is_tracing():
+        if is_jit_tracing():
             return self._traced(
                 input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
             )
@@ -485,9 +465,12 @@ class LSTM(nn.RNNBase):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        # The hook that torch.jit.script offers before it compiles a module or a module inside one.
-        raise RuntimeError(_NO_TORCHSCRIPT)
+    def __prepare_scriptable__(self) -> LSTM:
+        # The hook that torch.jit.script offers before it compiles a module or a module inside one. What it returns
+        # stays in the user's model, so it is the layer itself.
+        refuse_scripting(self, LSTM, options_of(self))
+        prepare_to_compile(self)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
