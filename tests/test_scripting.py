@@ -1,4 +1,4 @@
-"""Models with our layers in ``torch.jit.script``, which sees torch's layers in their place."""
+"""Models with our layers in ``torch.jit.script`` and ``torch.onnx.export``, which see torch's layers in their place."""
 
 from __future__ import annotations
 
@@ -331,3 +331,79 @@ def test_traced_cell(cell):
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_module", "output"]
     torch.testing.assert_close(graph(x), layer(x))
     torch.testing.assert_close(torch.jit.script(graph)(x)[0], layer(x)[0])
+
+
+# torch.onnx.export, without lstm_ext.onnx
+
+
+def exported(model: nn.Module, args: tuple, **options) -> object:
+    pytest.importorskip("onnxscript")
+    return torch.onnx.export(model.eval(), args, dynamo=True, verbose=False, **options).model_proto
+
+
+def run_onnx(model: object, *args: torch.Tensor) -> list[torch.Tensor]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    names = [i.name for i in session.get_inputs()]
+    values = dict(zip(names, [x.numpy() for x in args], strict=True))
+    return [torch.from_numpy(x) for x in session.run(None, values)]
+
+
+@pytest.mark.parametrize("has_hx", [False, True], ids=["", "hx"])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_onnx_export_by_torch_alone(options, has_hx):
+    layer = lstm_ext.LSTM(3, 4, **options)
+    args = arguments(layer, "batched")[has_hx]
+    results = run_onnx(exported(layer, args), args[0], *(args[1] if has_hx else ()))
+    with torch.no_grad():
+        output, states = layer(*args)
+    torch.testing.assert_close(results, [output, *states])
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTMCell, lstm_ext.TorchLSTM])
+def test_onnx_export_of_others_by_torch_alone(kind):
+    layer, x = kind(3, 4), torch.randn(2, 3)
+    results = run_onnx(exported(layer, (x,)), x)
+    with torch.no_grad():
+        torch.testing.assert_close(results[0], layer(x)[0])
+
+
+def test_onnx_export_by_torch_alone_with_a_batch_that_changes():
+    layer, batch = lstm_ext.LSTM(3, 4, 2, bidirectional=True), torch.export.Dim("batch")
+    model = exported(layer, (torch.randn(5, 2, 3),), dynamic_shapes=({1: batch},))
+    x = torch.randn(5, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
+
+
+def test_onnx_export_by_torch_alone_takes_options_in_basic_operators():
+    layer, x = lstm_ext.LSTM(3, 4, zoneout=0.1, layer_norm=True), torch.randn(5, 2, 3)
+    model = exported(layer, (x,))
+    assert not any(node.op_type == "LSTM" for node in model.graph.node)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
+
+
+def test_onnx_export_by_torch_alone_refuses_a_time_that_changes():
+    pytest.importorskip("onnxscript")
+    shapes = ({0: torch.export.Dim("time")},)
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"fixed number of steps.*lstm_ext\.onnx\.export"):
+        exported(lstm_ext.LSTM(3, 4), (torch.randn(5, 2, 3),), dynamic_shapes=shapes)
+
+
+def test_onnx_export_by_torch_with_our_table():
+    pytest.importorskip("onnxscript")
+    from lstm_ext import onnx
+
+    layer, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
+    shapes = ({0: torch.export.Dim("time")},)
+    # One of several translations, in a table of the caller's own; then none, which is another export.
+    table = {**onnx.translation_table()}
+    model = exported(layer, (x,), dynamic_shapes=shapes, custom_translation_table=table)
+    assert sum(node.op_type == "LSTM" for node in model.graph.node) == 1
+    x = torch.randn(7, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
+        torch.testing.assert_close(run_onnx(exported(layer, (x,)), x)[0], layer(x)[0])

@@ -10,7 +10,8 @@ The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, 
    `equations`.
 
 Options take the same routes, with two exceptions: an export to ONNX takes the equations, because ONNX has no operator
-for them, and ``recompute`` without kernels for it computes the whole layer again.
+for them, and ``recompute`` without kernels for it computes the whole layer again. An export to ONNX that does not know
+our operator gets torch's.
 
 A tensor without real memory must never reach a kernel directly.
 """
@@ -29,6 +30,7 @@ from torch.autograd import forward_ad
 from ..native import cuda, loader
 from . import eager, equations, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerResults
+from .shapes import weights_per_direction
 from .tracing import (
     KERNEL_DTYPES,
     LEGACY_VMAP,
@@ -38,12 +40,14 @@ from .tracing import (
     is_active,
     is_direct,
     is_exporting_to_onnx,
+    onnx_has_our_operator,
     refuse_shards,
 )
 
 __all__ = ["UnsupportedLayerError", "lstm_cell", "lstm_layer", "refuse_none"]
 
 _is_compiling = torch.compiler.is_compiling
+_is_compiled_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
 class UnsupportedLayerError(NotImplementedError):
@@ -98,9 +102,12 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
     refuse_none(call.weights)
     if call.options.frozen:
         return _frozen_layer(tensors)
-    if is_exporting_to_onnx() and call.options.as_keywords():
-        refuse_shards(tensors)
-        return equations.lstm_layer
+    if is_exporting_to_onnx():
+        if call.options.as_keywords():
+            refuse_shards(tensors)
+            return equations.lstm_layer
+        if not onnx_has_our_operator():
+            return _layer_without_our_operator(call)
     if not _has_operators(input.device):
         if input.device.type == "cuda" and not torch.compiler.is_compiling():
             _warn_about_cuda(cuda.problem(input.device.index))
@@ -218,6 +225,34 @@ def _operator(call: LayerCall) -> LayerResults:
         cells if options.return_cell_states else None,
         gates if options.return_gates else None,
     )
+
+
+def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
+    """The function for a plain layer in ``torch.onnx.export``, which knows torch's operators only."""
+    # Under dynamo, which the exporter tries last, a size that may change looks like a number and would become one.
+    if _is_compiled_by_dynamo() or (call.batch_sizes is None and not isinstance(call.input.size(0), int)):
+        raise UnsupportedLayerError(
+            "LSTM: torch.onnx.export alone takes a fixed number of steps, and no dynamo: use lstm_ext.onnx.export"
+        )
+    _, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+    # torch translates its operator as if there were no projection.
+    return equations.lstm_layer if projected and call.batch_sizes is None else _torchs_operator
+
+
+def _torchs_operator(call: LayerCall) -> LayerResults:
+    """The plain layer by torch's own operator, for exporters that know no other."""
+    x, h0, c0 = call.input, call.h0, call.c0
+    if h0 is None or c0 is None:
+        batch = x.size(1) if call.batch_sizes is None else int(call.batch_sizes[0])
+        sets = 2 if call.bidirectional else 1
+        hidden = call.weights[1].size(0) // 4
+        h0 = x.new_zeros(sets, batch, call.weights[1].size(1)) if h0 is None else h0
+        c0 = x.new_zeros(sets, batch, hidden) if c0 is None else c0
+    options = (call.bias, 1, 0.0, False, call.bidirectional)
+    weights = list(call.weights)
+    if call.batch_sizes is None:
+        return (*torch.lstm(x, (h0, c0), weights, *options, False), None, None)
+    return (*torch.lstm(x, call.batch_sizes, (h0, c0), weights, *options), None, None)
 
 
 _COMPILED_LAYERS: dict[str, LayerFunction] = {

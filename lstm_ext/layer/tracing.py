@@ -27,6 +27,7 @@ __all__ = [
     "is_jit_tracing",
     "is_plain_eager",
     "leaf_of_graph",
+    "onnx_has_our_operator",
     "refuse_shards",
 ]
 
@@ -99,6 +100,25 @@ def is_exporting_to_onnx() -> bool:
 
 # Called by dynamo, not traced.
 is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def onnx_has_our_operator() -> bool:
+    """Whether the export to ONNX that is under way was given a translation of our operator.
+
+    torch tells nobody which translations an export has, so this looks for the call of ``torch.onnx.export``. It has
+    nothing to keep, which could be left behind, and sees a table that callers of torch's function pass themselves.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "export" and frame.f_globals.get("__name__") == "torch.onnx":
+            table = frame.f_locals.get("custom_translation_table") or {}
+            return any([str(operator).startswith("lstm_ext.lstm_layer") for operator in table])
+        frame = frame.f_back
+    return False
+
+
+# Called by dynamo, not traced.
+onnx_has_our_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leaf_of_graph(
