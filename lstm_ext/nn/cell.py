@@ -14,6 +14,7 @@ from ..call.stack import to_autocast_dtype
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import refuse_scripting
+from .tools import NotQuantized, introduce
 
 __all__ = ["LSTMCell"]
 
@@ -21,6 +22,7 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 # Now: users put our class in its place (torch.nn.LSTMCell = lstm_ext.LSTMCell).
+_torchs = nn.LSTMCell
 _torchs_forward = nn.LSTMCell.forward
 
 
@@ -163,6 +165,14 @@ class LSTMCell(nn.RNNCellBase):
             f"LSTMCell: input of shape {tuple(input.shape)}, {input.dtype}, on {input.device} does not fit "
             f"weight_ih of shape {tuple(self.weight_ih.shape)}, {self.weight_ih.dtype}, on {self.weight_ih.device}"
         )
+
+    qconfig = NotQuantized()
+
+    def train(self, mode: bool = True) -> LSTMCell:
+        """As in every module. Tools that look for layers by their exact class are told of this one."""
+        if type(self).__module__.startswith("lstm_ext."):
+            introduce(type(self), _torchs, lambda cell: None)
+        return super().train(mode)
 
     def __prepare_scriptable__(self) -> LSTMCell:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.

@@ -23,10 +23,12 @@ from ..layer import route
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
+from .tools import NotQuantized, introduce
 
 __all__ = ["LSTM"]
 
 # Now: users put our class in its place.
+_torchs = nn.LSTM
 _torchs_forward = nn.LSTM.forward
 _NO_TRACE = (
     "torch.jit.trace and the older ONNX exporter take lstm_ext.LSTM as torch.nn.LSTM, and so without what that does "
@@ -465,6 +467,14 @@ class LSTM(ScriptedLSTM):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
+    qconfig = NotQuantized()
+
+    def train(self, mode: bool = True) -> LSTM:
+        """As in every module. Tools that look for layers by their exact class are told of this one."""
+        if type(self).__module__.startswith("lstm_ext."):
+            introduce(type(self), _torchs, _refuse_options)
+        return super().train(mode)
+
     def __prepare_scriptable__(self) -> LSTM:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one. What it returns
         # stays in the user's model, so it is the layer itself.
@@ -494,6 +504,14 @@ _OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recomp
 def options_of(module: LSTM) -> list[str]:
     """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
     return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
+
+
+def _refuse_options(module: LSTM) -> None:
+    if options_of(module):
+        raise TypeError(
+            f"lstm_ext.LSTM: it has what torch.nn.LSTM does not have: {', '.join(options_of(module))}; no other layer "
+            "can take its place"
+        )
 
 
 def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
