@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import IO
 
 import torch
 
-from . import config
+from . import config, supervisor
 from .config import BuildError
 from .trust import distrust
 
@@ -185,6 +186,22 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _supervised(directory: Path) -> str:
+    """A PATH whose ninja ends with this process, or when torch kills it, and takes its compilers along."""
+    path = config.search_path()
+    ninja = shutil.which("ninja", path=path)
+    # In a program that embeds Python, sys.executable may be that program.
+    if ninja is None or "python" not in Path(sys.executable or "").name:
+        return path
+    command = [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute()), str(os.getpid()), ninja]
+    script = directory / "bin" / "ninja"
+    script.parent.mkdir()
+    # By a shell: the kernel takes no path with a space after "#!".
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o700)
+    return os.pathsep.join([str(script.parent), path])
+
+
 def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
     """Compiles into ``directory``. It writes the record last, so a folder without one is unfinished.
 
@@ -203,7 +220,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
     directory.mkdir()
     _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
     # torch would warn about a compiler that calls itself something else than g++.
-    environment = {"CXX": command, "PATH": config.search_path(), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    environment = {"CXX": command, "PATH": _supervised(directory), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
     if cuda is not None:
         environment |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
     with _environment(**environment):

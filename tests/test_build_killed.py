@@ -1,0 +1,93 @@
+"""A build on first use that is killed takes its compilers along, and leaves the way free for the next one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_build import SHOW, Project
+
+from lstm_ext.native import config
+
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(not config.is_supported_platform(), reason="no build on first use here"),
+]
+
+MARK = "LSTM_EXT_TEST_OF_A_KILLED_BUILD"
+# A driver and the compiler that it starts, as those of g++; both ignore polite requests.
+SLOW = """
+case $1 in --version) echo g++ 12; exit;; esac
+trap '' INT TERM HUP
+touch "$STARTED"
+sleep 300
+"""
+# In a process group of its own, as a shell starts it.
+START = f"import os; os.setpgid(0, 0)\n{SHOW}"
+
+
+def marked(mark: str) -> list[str]:
+    """The commands of all processes that have inherited the mark, except those that have ended."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it is gone, or not ours
+            pass
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize("to", ["the process", "the group"])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda kind: kind.name)
+def test_no_compiler_is_left(tmp_path: Path, kind: signal.Signals, to: str) -> None:
+    """A signal for the whole group is what a terminal sends."""
+    project = Project(tmp_path / "with a space")
+    started, mark = tmp_path / "started", str(tmp_path)
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark}
+    with project.start("-c", START, **environment) as process:
+        assert wait_until(started.exists, 60), process.communicate()
+        assert any(["sleep 300" in command for command in marked(mark)])
+        (os.killpg if to == "the group" else os.kill)(process.pid, kind)
+        process.communicate(timeout=10)
+    assert process.returncode in (-kind, 128 + kind)
+    assert wait_until(lambda: not marked(mark), 2), marked(mark)
+
+    returncode, out, err = project.run("-c", SHOW)
+    assert (returncode, out) == (0, "jit"), err
+    assert "waiting for" not in err
+    assert "compiling the extension" in err
+
+
+def test_an_exception_in_the_build_ends_it(tmp_path: Path) -> None:
+    """The process goes on, as a notebook does after an interrupt."""
+    project = Project(tmp_path / "with a space")
+    started, mark = tmp_path / "started", str(tmp_path)
+    program = (
+        "import time\n"
+        "from lstm_ext.native import loader\n"
+        "try: loader.extension()\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark}
+    with project.start("-c", program, **environment) as process:
+        assert wait_until(started.exists, 60), process.communicate()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert wait_until(lambda: len(marked(mark)) == 1, 2), marked(mark)
+        assert project.run("-c", SHOW)[:2] == (0, "jit")  # beside it: the lock is free
+        process.kill()
+        process.communicate(timeout=10)
