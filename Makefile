@@ -30,7 +30,13 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
-.PHONY: build test test-tools test-full durations planted fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
+# For compat: a second environment with the packages that are tried, on top of VENV, whose torch it has. A torch without
+# CUDA needs a torchvision without it: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS says where pip finds one.
+COMPAT_VENV ?= .venv-compat
+COMPAT_PY := $(COMPAT_VENV)/bin/python
+COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
+
+.PHONY: build test test-tools test-full compat durations planted fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -87,6 +93,10 @@ cuda-build: $(CUDA_INSTALLED)
 	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
+
+# Packages that have LSTMs, before and after lstm_ext.convert. Installs 1 GB.
+compat: build $(COMPAT_PACKAGES)
+	$(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat $(ARGS)
 
 lint: $(LINTERS)
 	$(PY) -m ruff check .
@@ -147,4 +157,15 @@ $(CUDA_PACKAGES): pyproject.toml
 	$(CUDA_PY) -m pip install -q '$(CUDA_TORCH)' 'setuptools>=77'
 	@$(CUDA_PY) -c 'import torch; assert torch.version.cuda, f"error: torch {torch.__version__} is a build without CUDA"'
 	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
+	@touch $@
+
+# pip sees what VENV has, and is held to its torch.
+$(COMPAT_PACKAGES): pyproject.toml $(PACKAGES)
+	@$(COMPAT_PY) -m pip --version >/dev/null 2>&1 || $(PY) -m venv $(COMPAT_VENV)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(PY) -c "$$site" > "$$($(COMPAT_PY) -c "$$site")/lstm_ext_venv.pth"
+	@$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(COMPAT_VENV)/torch.txt
+	@echo "installing what tests/compat needs into $(COMPAT_VENV), 1 GB"
+	$(COMPAT_PY) -m pip install -q 'setuptools>=77,<81'
+	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[compat]'
 	@touch $@
