@@ -27,8 +27,8 @@ using lstm_ext::python::without_gil;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(Tensor input, OptionalTensor h0, OptionalTensor c0,
                                                          std::vector<Tensor> weights, OptionalTensor batch_sizes,
                                                          bool has_bias, bool bidirectional, OptionalOptions options) {
-  LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights),
-                             std::move(batch_sizes), has_bias, bidirectional, std::move(options));
+  LayerCall call = make_call(std::move(input), std::move(h0), std::move(c0), std::move(weights), std::move(batch_sizes),
+                             has_bias, bidirectional, std::move(options));
   LayerResults results = without_gil([&] { return lstm_ext::eager_layer(call, /*step=*/false); });
   return {std::move(results.output), std::move(results.h_n), std::move(results.c_n), std::move(results.cell_states),
           std::move(results.gate_values)};
@@ -116,6 +116,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack_input"] = forward.pack_input;
   result["pack_recurrent"] = forward.pack_recurrent;
+  result["one_block"] = forward.one_block;
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;

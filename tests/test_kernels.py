@@ -104,6 +104,8 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
     "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack_recurrent": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
+    "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"one_block": True}),
+    "one step, projected": ((1, 70, 37, 70, 33, True, True), {"one_block": True}),
 }
 
 
@@ -117,6 +119,19 @@ def test_paths(capability, threads, dtype, path):
         assert plan[name] in (value if isinstance(value, range) else [value]), (name, plan)
     small = case.steps * case.batch * case.hidden_size < 10_000
     check(case, dtype, draws=20 if small else 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("scale", [5.0, 60.0])
+def test_closed_and_open_gates(capability, scale, dtype):
+    """Where a gate is next to 1, its slope is what is left of 1 - value."""
+    check(Case(steps=14, batch=3, input_size=1, input_scale=scale, hidden_size=16), dtype)
+
+
+def test_one_unit(capability):
+    """A tensor of one number may have any error in a single draw: many draws as one."""
+    case = Case(steps=2, batch=1, input_size=64, hidden_size=1, weights_first=True)
+    check(case, torch.float32, draws=200, together=True)
 
 
 # Two workers: as two teams, each with half of the batch; as one team whose members share the units.

@@ -142,6 +142,7 @@ SIZES = {
     "groups of rows": [sized(2, 290, 33, 34)],
     "pieces of k": [sized(2, 130, 40, 430)],
     "pieces of samples": [sized(29, 16, 1100, 33)],
+    "one step": [sized(1, 40, 70, 90, bidirectional=True), sized(1, 300, 40, 34)],
     "several chunks": [sized(70, 12, 33, 34, bidirectional=True)],
     "strided": [sized(5, 18, 40, 40, strides="columns apart")],
 }

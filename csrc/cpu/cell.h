@@ -52,25 +52,23 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
   Cell<T> cell;
   Gates<T>& gates = cell.gates;
   if constexpr (kNonlinearities == Nonlinearities::kSharedDivisions) {
-    gates[kF] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kF]));
-    const Reg<T> i_denominator = sigmoid_denominator<T>(preactivations[kI]);
-    Reg<T> g_numerator, g_denominator;
-    tanh_fraction<T>(preactivations[kG], g_numerator, g_denominator);
-    const Reg<T> inverse = Simd<T>::reciprocal(i_denominator * g_denominator);
-    gates[kI] = g_denominator * inverse;
-    gates[kG] = g_numerator * (i_denominator * inverse);
+    gates[kF] = sigmoid<T>(preactivations[kF]);
+    const SigmoidTerms<T> i(preactivations[kI]);
+    const TanhTerms<T> g(preactivations[kG]);
+    const Reg<T> inverse = Simd<T>::reciprocal(i.denominator * g.denominator);
+    gates[kI] = i.value(g.denominator * inverse);
+    gates[kG] = g.value(preactivations[kG], i.denominator * inverse);
     cell.c = cell_state<T>(gates, c_previous, lanes);
     store(cell.c);
-    const Reg<T> o_denominator = sigmoid_denominator<T>(preactivations[kO]);
-    Reg<T> c_numerator, c_denominator;
-    tanh_fraction<T>(cell.c, c_numerator, c_denominator);
-    const Reg<T> o_inverse = Simd<T>::reciprocal(o_denominator * c_denominator);
-    gates[kO] = c_denominator * o_inverse;
-    cell.h = c_numerator * o_inverse;
+    const SigmoidTerms<T> o(preactivations[kO]);
+    const TanhTerms<T> c(cell.c);
+    const Reg<T> o_inverse = Simd<T>::reciprocal(o.denominator * c.denominator);
+    gates[kO] = o.value(c.denominator * o_inverse);
+    cell.h = Simd<T>::copy_sign(c.em1 * o_inverse, cell.c);
   } else {
-    gates[kI] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kI]));
-    gates[kF] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kF]));
-    gates[kO] = Simd<T>::reciprocal(sigmoid_denominator<T>(preactivations[kO]));
+    gates[kI] = sigmoid<T>(preactivations[kI]);
+    gates[kF] = sigmoid<T>(preactivations[kF]);
+    gates[kO] = sigmoid<T>(preactivations[kO]);
     gates[kG] =
         kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
     cell.c = cell_state<T>(gates, c_previous, lanes);
@@ -83,9 +81,10 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
 // Through h_t = o tanh(c_t): returns dL/do, and adds to dL/dc_t.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> hidden_state_backward(Reg<T> grad_h, Reg<T> o, Reg<T> c, Reg<T>& grad_c) {
-  const Reg<T> tanh_c = tanh<T>(c);
-  grad_c = Simd<T>::fma(grad_h * o, Simd<T>::set1(T(1)) - tanh_c * tanh_c, grad_c);
-  return grad_h * tanh_c;
+  const TanhTerms<T> terms(c);
+  const Reg<T> inverse = Simd<T>::reciprocal(terms.denominator);
+  grad_c = Simd<T>::fma(grad_h * o, terms.slope(inverse), grad_c);
+  return grad_h * terms.value(c, inverse);
 }
 
 // Through c_t = f c_{t-1} + i g: the gradients of the gate values. That of c_{t-1} is grad_c f.

@@ -22,8 +22,8 @@ struct GateWeight {
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
-  // Panels or planes are those of one block of units only, which a product makes when it gets there: for a weight that a
-  // call reads once, which is used from the cache then.
+  // Panels or planes are those of one block of units only, which a product makes when it gets there: for a weight that
+  // a call reads once, which is used from the cache then.
   bool one_block = false;
 
   bool packed() const { return panels || planes.count > 0; }

@@ -128,8 +128,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     const auto lanes_of = [](int64_t tile, int64_t size)
                               LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
     const auto without_unit = [&](Range part) {
-      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch,
-                                false);
+      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch, false);
     };
     bool splits = true;
     for (int64_t tile = 0; tile < column_tiles; ++tile) {

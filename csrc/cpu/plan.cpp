@@ -234,8 +234,8 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     const int64_t units = plan.one_block ? workers * machine.lanes : padded;
     plan.input_panels =
         reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, units, plan.chunk_rows, I);
-    plan.recurrent_panels = reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, units,
-                                                plan.team_rows, P);
+    plan.recurrent_panels =
+        reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }

@@ -86,9 +86,9 @@ struct FrozenPlan {
 
 struct BackwardPlan {
   WorkerGrid grid;
-  bool pack = false;      // copy W and W_hr into column panels; else read them where they are
+  bool pack = false;            // copy W and W_hr into column panels; else read them where they are
   bool pack_recurrent = false;  // the same for U
-  int64_t team_rows = 0;  // batch rows of a team in a step, at most
+  int64_t team_rows = 0;        // batch rows of a team in a step, at most
   // Rows (steps x batch) whose gradients are kept until the products over them are done; whole steps, at least one. Two
   // buffers of so many rows, or one if that is all there is.
   int64_t chunk_rows = 0;

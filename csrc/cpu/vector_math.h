@@ -68,42 +68,71 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return expm1_reduced<T>(x, n, rest);
 }
 
-// Fractions whose denominators the caller may multiply, so that several share one division.
+// Both functions are made of 1 / denominator, which the caller computes: several may share one division. It may be some
+// units in the last place off. What the backward pass reads of a value near 1 is 1 - value, a few of its last bits, so
+// there the value is 1 minus something small.
 
-// sigmoid(x) = 1 / denominator, with the denominator in [1, e^limit + 1].
+// sigmoid(x) = 1 / (1 + e), e = exp(-x).
 template <typename T>
-LSTM_EXT_INLINE Reg<T> sigmoid_denominator(Reg<T> x) {
-  using S = Simd<T>;
-  using C = ExpConstants<T>;
-  const Reg<T> clamped = S::at_least(S::at_most(x, C::kLimit), -C::kLimit);
-  Reg<T> n;
-  const Reg<T> p = expm1_reduced<T>(-clamped, n);
-  const Reg<T> one = S::set1(T(1));
-  return one + S::scale_by_power_of_two(one + p, n);
-}
+struct SigmoidTerms {
+  Reg<T> e, denominator;  // in [1, e^limit + 1]
 
-// tanh(x) = numerator / denominator, with the denominator in [1, 2].
+  LSTM_EXT_INLINE explicit SigmoidTerms(Reg<T> x) {
+    using S = Simd<T>;
+    using C = ExpConstants<T>;
+    const Reg<T> clamped = S::at_least(S::at_most(x, C::kLimit), -C::kLimit);
+    Reg<T> n;
+    const Reg<T> p = expm1_reduced<T>(-clamped, n);
+    const Reg<T> one = S::set1(T(1));
+    e = S::scale_by_power_of_two(one + p, n);
+    denominator = one + e;
+  }
+  LSTM_EXT_INLINE Reg<T> value(Reg<T> inverse) const {
+    const Reg<T> one = Simd<T>::set1(T(1));
+    return e < one ? Simd<T>::fma(-e, inverse, one) : inverse;
+  }
+};
+
+// tanh(x) = +-(1 - e) / (1 + e), e = exp(-2 |x|).
 template <typename T>
-LSTM_EXT_INLINE void tanh_fraction(Reg<T> x, Reg<T>& numerator, Reg<T>& denominator) {
-  using S = Simd<T>;
-  using C = ExpConstants<T>;
-  const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
-  Reg<T> n;
-  const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n);
-  const Reg<T> scale = S::scale_by_power_of_two(S::set1(T(1)), n);
-  const Reg<T> em1 = S::fma(p, scale, scale - S::set1(T(1)));  // e^(-2|x|) - 1
-  numerator = S::copy_sign(em1, x);
-  denominator = em1 + S::set1(T(2));
-}
+struct TanhTerms {
+  Reg<T> e, em1, denominator;  // em1 = e - 1; the denominator is in [1, 2]
 
+  LSTM_EXT_INLINE explicit TanhTerms(Reg<T> x) {
+    using S = Simd<T>;
+    using C = ExpConstants<T>;
+    const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
+    Reg<T> n;
+    const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n);
+    const Reg<T> scale = S::scale_by_power_of_two(S::set1(T(1)), n);
+    e = S::fma(p, scale, scale);
+    em1 = S::fma(p, scale, scale - S::set1(T(1)));
+    denominator = em1 + S::set1(T(2));
+  }
+  LSTM_EXT_INLINE Reg<T> value(Reg<T> x, Reg<T> inverse) const {
+    using S = Simd<T>;
+    const Reg<T> large = S::fma(-(e + e), inverse, S::set1(T(1)));
+    return S::copy_sign(e < S::set1(T(0.25)) ? large : em1 * inverse, x);
+  }
+  // 1 - tanh(x)^2
+  LSTM_EXT_INLINE Reg<T> slope(Reg<T> inverse) const {
+    const Reg<T> twice = inverse + inverse;
+    return e * (twice * twice);
+  }
+};
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> sigmoid(Reg<T> x) {
+  const SigmoidTerms<T> terms(x);
+  return terms.value(Simd<T>::reciprocal(terms.denominator));
+}
 template <typename T>
 LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
-  Reg<T> numerator, denominator;
-  tanh_fraction<T>(x, numerator, denominator);
-  return numerator * Simd<T>::reciprocal(denominator);
+  const TanhTerms<T> terms(x);
+  return terms.value(x, Simd<T>::reciprocal(terms.denominator));
 }
 
-// The same with an error of little more than half a unit in the last place instead of two (of one, without FMA):
+// tanh with an error of little more than half a unit in the last place instead of two (of one, without FMA):
 // numerator and denominator are sums of two registers each.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
