@@ -112,9 +112,8 @@ class ChunkGradients {
     if constexpr (kHasMatrixUnit<T>) {
       const int planes = pass_.plan.outer_unit.planes;
       if (planes > 0) {
-        if (fresh) zero_rows(sums, columns, rows);
         add_outer_planes(planes, left, left_step, samples, rows, right, columns, sums, pass_.tile_scratch(),
-                         pass_.outer_products);
+                         pass_.outer_products, fresh);
         return;
       }
     }

@@ -113,7 +113,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
 // The same on the matrix unit, of so many planes. Blocks whose numbers cannot be split go the other way.
 inline void add_outer_planes(int planes, const float* left, int64_t left_step, int64_t samples, Range rows,
                              const RowGrid<const float>& right, int64_t columns, float* sums, const TileScratch& tiles,
-                             float* scratch) {
+                             float* scratch, bool fresh) {
   const int64_t column_tiles = divide_up(columns, kUnitTileRows);
   const int64_t most_k_tiles = tiles.right_numbers / (column_tiles * planes * kOperandSize);
   const int64_t most_samples = smaller(kSumBlock, most_k_tiles * kUnitTileDepth);
@@ -127,8 +127,10 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
     const auto lanes_of = [](int64_t tile, int64_t size)
                               LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
+    const bool first_block = fresh && n == 0;
     const auto without_unit = [&](Range part) {
-      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch, false);
+      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch,
+                                first_block);
     };
     bool splits = true;
     for (int64_t tile = 0; tile < column_tiles; ++tile) {
@@ -163,8 +165,10 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
       Epilogue epilogue([&](int64_t tile, int width, int64_t row, const float* terms) LSTM_EXT_LAMBDA_INLINE {
         float* const out = sums + (first + row) * columns;
         for (int i = 0; i < width; ++i) {
-          add_lanes<float>(out + (tile + i) * kUnitTileRows, Simd<float>::load(terms + i * kSumsSize),
-                           lanes_of(tile + i, columns));
+          float* const to = out + (tile + i) * kUnitTileRows;
+          const int lanes = lanes_of(tile + i, columns);
+          const Reg<float> sum = Simd<float>::load(terms + i * kSumsSize);
+          store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
         }
         prefetch_row(tile + width, row);
       });

@@ -58,13 +58,17 @@ double row_work(const LayerShape& shape, int64_t features) {
 struct StepCost {
   double row_work;            // for one row
   int planes = 0;             // of the recurrent product, where it runs on the matrix unit
-  double weight_numbers = 0;  // of the recurrent weight
+  double weight_numbers = 0;  // of the weights that are read in a step
   double row_multiple = 1;
 
   // For a worker that has so many rows of a batch, and such a share of the units.
   double of(double rows, double batch, double share) const {
-    // A low tile is bound by loading the weights: two rows cost hardly more than one.
-    if (planes == 0) return row_work * std::max(rows, std::min(2.0, batch)) * share;
+    if (planes == 0) {
+      // A low tile is bound by loading the weights: two rows cost hardly more than one.
+      const double computing = row_work * std::max(rows, std::min(2.0, batch)) * share;
+      const double bytes = sizeof(float) * weight_numbers * share;
+      return bytes > kCacheBytes ? std::max(computing, kLoadFarNumber * bytes / 2) : computing;
+    }
     const double read = weight_numbers * planes * share;
     const double loading = read * (2 * read > kCacheBytes ? kLoadFarNumber : kLoadNumber);
     return std::max(row_work * std::ceil(rows / row_multiple) * row_multiple * share, loading);
@@ -74,11 +78,13 @@ struct StepCost {
 // The cost of steps whose rows meet so many features beside h; `planes` as in StepCost. The unit is that much faster
 // than fused multiply-adds, which makes the cells weigh more.
 StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit) {
-  if (planes == 0) return {row_work(shape, features)};
   const double gates = 4.0 * static_cast<double>(shape.hidden_size);
   const double products = gates * static_cast<double>(features + shape.output_size);
-  return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes,
-          gates * static_cast<double>(shape.output_size), static_cast<double>(unit.row_multiple)};
+  // Of several steps, the weight of the input is read once for many of them.
+  const double read = shape.steps == 1 ? products : gates * static_cast<double>(shape.output_size);
+  if (planes == 0) return {row_work(shape, features), 0, read};
+  return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes, read,
+          static_cast<double>(unit.row_multiple)};
 }
 
 // The grid with the shortest estimated time. `other_work` is what all workers share evenly, `barriers` how often
@@ -88,8 +94,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
                        int64_t barriers, int64_t most_teams) {
   const int64_t batch = divide_up(count_samples(shape), shape.steps);  // of a step, on average
   const double all_rows = static_cast<double>(batch);
-  const double one_worker = cost.planes > 0 ? cost.of(all_rows, all_rows, 1.0) : cost.row_work * all_rows;
-  const double total = one_worker * static_cast<double>(shape.steps) + other_work;
+  const double total = cost.of(all_rows, all_rows, 1.0) * static_cast<double>(shape.steps) + other_work;
   const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
