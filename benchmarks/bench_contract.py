@@ -1,4 +1,4 @@
-"""What the contract says of cost, on the CPU: packed data, vmap, Python threads, 16-bit dtypes.
+"""What the contract says of cost, on the CPU: packed data, vmap, Python threads, 16-bit dtypes, cells, frozen layers.
 
     python benchmarks/bench_contract.py [--only GROUP ...] [--threads N ...] [--budget SECONDS]
                                         [--output results/NAME.json]
@@ -8,12 +8,15 @@ packed    a ragged batch against the padded one, per row: 1 says the cost follow
 vmap      torch.vmap over 8 inputs against one call on a batch 8 times as large
 callers   two Python threads, each with one intra-op thread, against one
 16-bit    torch.nn.LSTM's time in bfloat16 and float16, and lstm_ext's own in float32
+cell      torch.nn.LSTMCell's time
+frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer, with weights as they are and rounded
 
 Nothing fails here: what a busy machine measures is no verdict.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import threading
@@ -22,13 +25,13 @@ from collections.abc import Callable
 
 import harness
 import torch
-from shapes import TASKS, Shape
+from shapes import CELLS, STREAMS, TASKS, Shape
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
-GROUPS = ["packed", "vmap", "callers", "16-bit"]
+GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen"]
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
@@ -151,11 +154,52 @@ def low_precision(shape: Shape, training: bool, budget: float) -> dict:
     return result
 
 
-MEASURE = {"packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision}
+def cell(shape: Shape, training: bool, budget: float) -> dict:
+    """Forward, and with training backward, with the gradients of the weights."""
+    torch.manual_seed(0)
+    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size)
+    ours = lstm_ext.from_torch(copy.deepcopy(theirs))
+    x = torch.randn(shape.batch, shape.input_size)
+    state = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
+    grads = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
+
+    def call(module: nn.Module) -> Callable[[], object]:
+        def infer() -> object:
+            with torch.inference_mode():
+                return module(x, state)
+
+        def train() -> object:
+            module.zero_grad(set_to_none=True)
+            return torch.autograd.backward(module(x, state), grads)
+
+        return train if training else infer
+
+    comparison = harness.compare(call(theirs), call(ours), budget)
+    return {"over_torch": comparison.ratio, "times": [harness.as_dict(comparison)]}
+
+
+def frozen(shape: Shape, training: bool, budget: float) -> dict | None:
+    if training:
+        return None
+    theirs, ours = harness.make_layers(shape)
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    result = {}
+    for name, weights in (("as_they_are", None), ("bfloat16", torch.bfloat16), ("int8", torch.int8)):
+        ready = call_of(lstm_ext.freeze(ours, weights), x, False)
+        result[f"{name}_over_torch"] = harness.compare(call_of(theirs, x, False), ready, budget / 6).ratio
+        result[f"{name}_over_ours"] = harness.compare(call_of(ours, x, False), ready, budget / 6).ratio
+    return result
+
+
+MEASURE = {
+    "packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision, "cell": cell, "frozen": frozen,
+}  # fmt: skip
+# Those of a group that has its own.
+SHAPES = {"cell": CELLS, "frozen": {**STREAMS, **TASKS}}
 
 
 def main() -> None:
-    parser = harness.options_of(__doc__, TASKS, budget=4.0)
+    parser = harness.options_of(__doc__, {**TASKS, **CELLS, **STREAMS}, budget=4.0)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     options = parser.parse_args()
 
@@ -164,10 +208,13 @@ def main() -> None:
     for group in options.only:
         # What two callers cost says nothing on more intra-op threads than one.
         for threads in [1] if group == "callers" else options.threads:
-            for name in options.shapes:
+            shapes = {k: v for k, v in SHAPES.get(group, TASKS).items() if k in options.shapes}
+            for name in shapes:
                 for training in (False, True):
                     torch.set_num_threads(threads)
-                    figures = MEASURE[group](TASKS[name], training, options.budget)
+                    figures = MEASURE[group](shapes[name], training, options.budget)
+                    if figures is None:
+                        continue
                     case = {
                         "group": group,
                         "shape": name,

@@ -37,3 +37,13 @@ TASKS: dict[str, Shape] = {
     "characters": Shape(64, 100, 64, 128),
     "small": Shape(64, 50, 16, 32),
 }
+
+# A cell's one step.
+CELLS = {
+    f"cell-B{batch}-H{hidden}": Shape(batch, 1, hidden, hidden)
+    for batch in (1, 2, 16, 64)
+    for hidden in (64, 128, 256, 512, 1024)
+}
+
+# A step at a time, where the weights are read and hardly used.
+STREAMS = {f"stream-H{hidden}": Shape(1, 1, hidden, hidden) for hidden in (16, 64, 128, 256, 512, 1024)}
