@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import harness
 from report import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -50,7 +51,7 @@ def bfloat16(record: dict) -> list[float]:
 
 
 def faster(records: dict[str, dict]) -> str:
-    """What the layer gains: one line for each of six uses."""
+    """What the layer gains: one line for each use."""
     quick = records["avx512"]
     summary = {line["group"]: line for line in quick["summary"]}
     steps = [r["ratio"] for r in quick["results"] if r["group"] == "step"]
@@ -60,6 +61,11 @@ def faster(records: dict[str, dict]) -> str:
     resets = records["torchrl"]["results"]
     over_torch = [r["over_torch"]["ratio"] for r in resets]
     over_cut = [r["over_pad"]["ratio"] for r in resets]
+    with_unit = records["contract_amx"]["results"]
+    cells = [r["over_torch"] for r in with_unit if r["group"] == "cell"]
+    frozen = [r for r in with_unit if r["group"] == "frozen"]
+    streams = [r for r in frozen if r["shape"].startswith("stream")]
+    large = [r for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
     return "\n".join(
         [
             f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
@@ -70,6 +76,13 @@ def faster(records: dict[str, dict]) -> str:
             f"**{of_batches(records['amx'], 'inference', 128)}** as fast in inference and "
             f"**{of_batches(records['amx'], 'training', 128)}** in training, with an error below that of float32 "
             f"arithmetic. The same command, {linked('amx')}",
+            f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
+            f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
+            f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "
+            f"`python benchmarks/bench_contract.py --only frozen`, {linked('contract_amx')}",
+            f"- **LSTMCell**: {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: "
+            f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
+            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract_amx')}",
             f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
             f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. The same command, {linked('avx512')}",
             f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
