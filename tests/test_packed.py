@@ -158,7 +158,7 @@ WORKERS = {
     "teams without rows in most steps": ([200] + [60] * 11, 60, 70, 0, "1x1 2x1 3x1 4x1"),
     "the same, projected": ([200] + [60] * 11, 60, 70, 33, "1x1 2x1 3x1 4x1"),
     "rows join at the edges of chunks": ([90 - 2 * i for i in range(40)], 30, 96, 0, "1x1 2x1 3x1 4x1"),
-    "members of teams": ([60, 60, 60, 31, 7], 200, 401, 0, "1x1 2x1 1x3 2x2"),
+    "members of teams": ([60, 60, 60, 31, 7], 200, 401, 0, "1x1 1x2 1x3 2x2"),
     "members of teams, projected": ([60, 60, 60, 31, 7], 200, 401, 150, "1x1 2x1 1x3 2x2"),
     "members": ([60, 20, 7, 7], 200, 401, 0, "1x1 1x2 1x3 1x4"),
     "members, row-major": ([30, 2], 200, 401, 0, "1x1 1x2 1x3 1x4"),

@@ -83,8 +83,9 @@ template <typename T>
 LSTM_EXT_INLINE Reg<T> hidden_state_backward(Reg<T> grad_h, Reg<T> o, Reg<T> c, Reg<T>& grad_c) {
   const TanhTerms<T> terms(c);
   const Reg<T> inverse = Simd<T>::reciprocal(terms.denominator);
-  grad_c = Simd<T>::fma(grad_h * o, terms.slope(inverse), grad_c);
-  return grad_h * terms.value(c, inverse);
+  const Reg<T> tanh_c = terms.value(c, inverse);
+  grad_c = Simd<T>::fma(grad_h * o, terms.slope(tanh_c, inverse), grad_c);
+  return grad_h * tanh_c;
 }
 
 // Through c_t = f c_{t-1} + i g: the gradients of the gate values. That of c_{t-1} is grad_c f.

@@ -114,10 +114,11 @@ struct TanhTerms {
     const Reg<T> large = S::fma(-(e + e), inverse, S::set1(T(1)));
     return S::copy_sign(e < S::set1(T(0.25)) ? large : em1 * inverse, x);
   }
-  // 1 - tanh(x)^2
-  LSTM_EXT_INLINE Reg<T> slope(Reg<T> inverse) const {
+  // 1 - tanh(x)^2, for the value: as 4 e / (1 + e)^2 where that has more digits.
+  LSTM_EXT_INLINE Reg<T> slope(Reg<T> value, Reg<T> inverse) const {
+    using S = Simd<T>;
     const Reg<T> twice = inverse + inverse;
-    return e * (twice * twice);
+    return e < S::set1(T(0.25)) ? e * (twice * twice) : S::fma(-value, value, S::set1(T(1)));
   }
 };
 
