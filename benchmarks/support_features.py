@@ -171,8 +171,8 @@ class Problem:
 
     def __init__(self, feature: Feature) -> None:
         self.feature = feature
-        # Of 24 draws, the one in which the second derivatives of layer normalisation lose least: of so few numbers, some lie
-        # so close together in others that float32 loses all but four digits, in any order of operations.
+        # Of 24 draws, one in which the second derivatives of layer normalisation lose little: of so few numbers, some
+        # lie so close together in others that float32 keeps four digits, in any order of operations.
         generator = torch.Generator().manual_seed(13)
 
         def draw(shape: Sequence[int], scale: float = 1.0) -> Tensor:
