@@ -351,9 +351,15 @@ def run_onnx(model: object, *args: torch.Tensor) -> list[torch.Tensor]:
     return [torch.from_numpy(x) for x in session.run(None, values)]
 
 
+def needs_several_operators(layers: int) -> None:
+    if layers > 1 and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 cannot export two of its operators to ONNX")
+
+
 @pytest.mark.parametrize("has_hx", [False, True], ids=["", "hx"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 def test_onnx_export_by_torch_alone(options, has_hx):
+    needs_several_operators(options.get("num_layers", 1))
     layer = lstm_ext.LSTM(3, 4, **options)
     args = arguments(layer, "batched")[has_hx]
     results = run_onnx(exported(layer, args), args[0], *(args[1] if has_hx else ()))
@@ -371,6 +377,7 @@ def test_onnx_export_of_others_by_torch_alone(kind):
 
 
 def test_onnx_export_by_torch_alone_with_a_batch_that_changes():
+    needs_several_operators(2)
     layer, batch = lstm_ext.LSTM(3, 4, 2, bidirectional=True), torch.export.Dim("batch")
     model = exported(layer, (torch.randn(5, 2, 3),), dynamic_shapes=({1: batch},))
     x = torch.randn(5, 3, 3)
