@@ -116,7 +116,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack_input"] = forward.pack_input;
   result["pack_recurrent"] = forward.pack_recurrent;
-  result["one_block"] = forward.one_block;
+  result["pack_as_used"] = forward.pack_as_used;
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;

@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "projection": {"proj_size": 24},
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }
-# Steps and rows: from one row, which reads the weights as they are, to what goes to a matrix unit.
+# Steps and rows: from one row to what goes to a matrix unit.
 SHAPES = [(1, 1), (1, 3), (1, 5), (6, 2), (9, 4), (3, 40), (30, 1), (20, 33)]
 
 

@@ -104,8 +104,8 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
     "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack_recurrent": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
-    "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"one_block": True}),
-    "one step, projected": ((1, 70, 37, 70, 33, True, True), {"one_block": True}),
+    "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"pack_as_used": True}),
+    "one step, projected": ((1, 70, 37, 70, 33, True, True), {"pack_as_used": True}),
 }
 
 

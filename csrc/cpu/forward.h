@@ -66,8 +66,10 @@ class Forward {
     if (pass_.frozen) return;
     for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
       if (block % teams != pass_.team) continue;
-      pack_gates(pass_.input_weight, H, I, block);
-      pack_gates(pass_.recurrent_weight, H, P, block);
+      if (!plan.pack_as_used) {
+        pack_gates(pass_.input_weight, H, I, block);
+        pack_gates(pass_.recurrent_weight, H, P, block);
+      }
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H + block * kLanes;
         sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.buffer(plan.bias));

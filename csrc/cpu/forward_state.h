@@ -42,18 +42,10 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
       : Base(params, plan, Steps::Pass::kForward, workspace, worker),
         product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
 
-  // A weight that is packed in this call: all of it, or block by block, each worker in its own place.
+  // A weight that is packed in this call: all of it, or each worker's blocks one after the other in its own place.
   GateWeight<T> own_weight(const T* matrix, bool packed, const UnitProduct& unit, int64_t offset) const {
     GateWeight<T> weight = gate_weight(matrix, packed, unit, offset);
-    if (!plan.one_block || !weight.packed()) return weight;
-    weight.one_block = true;
-    const int64_t count = matrix == params.weights.weight_ih ? shape.input_size : shape.output_size;
-    if (weight.panels) weight.panels += Base::worker * kGates * kLanes * count;
-    if (unit.planes > 0) {
-      const int64_t size = kGates * divide_up(count, kUnitTileDepth) * unit.planes * kUnitTileRows * kUnitTileDepth;
-      weight.planes.data += Base::worker * size;
-      weight.planes.splits += Base::worker;
-    }
+    if (plan.pack_as_used) weight.one_place = Base::worker;
     return weight;
   }
   // A weight that was made ready before the call. Nobody writes to it: Forward packs no frozen weight.

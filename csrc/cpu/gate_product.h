@@ -22,10 +22,12 @@ struct GateWeight {
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
-  // Panels or planes are those of one block of units only, which a product makes when it gets there: for a weight that
-  // a call reads once, which is used from the cache then.
-  bool one_block = false;
+  // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
+  // call reads once. A product packs each block when it gets there, and uses it from the cache.
+  int64_t one_place = -1;
 
+  bool packs_as_used() const { return one_place >= 0; }
+  LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || planes.count > 0; }
 };
 
@@ -83,9 +85,10 @@ inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t c
 }
 #endif
 
-// Makes the panels or planes of kLanes units of a weight, if it has any, in place number `place`.
+// Makes the panels or planes of kLanes units of a weight, if it has any, in the block's place.
 template <typename T>
-void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block, int64_t place) {
+void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+  const int64_t place = weight.place(block);
   if (weight.panels) {
     pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + place * kGates * Simd<T>::kLanes * count);
   }
@@ -96,10 +99,6 @@ void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count,
     planes.splits[place] =
         pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + place * size);
   }
-}
-template <typename T>
-void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
-  if (!weight.one_block) pack_gates(weight, hidden_size, count, block, block);
 }
 
 // sums[range] = b_ih + b_hh; a bias that is absent is zeros.
@@ -141,7 +140,7 @@ class GateProduct {
         return;
       }
     }
-    multiply_panels(rows, a_row, count, weight.panels, nullptr, pre, bias, finish, &weight);
+    multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, finish);
   }
 
   // pre = (bias, or what is in `pre`) + weight * a, from narrow panels or from the rows.
@@ -151,32 +150,28 @@ class GateProduct {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
-        multiply_panels(rows, a_row, count, static_cast<const int8_t*>(narrow.data), narrow.factors, pre, bias,
-                        KeepSums{});
+        multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
         return;
       }
       if (narrow.kind == WeightKind::kBFloat16) {
-        multiply_panels(rows, a_row, count, static_cast<const uint16_t*>(narrow.data), nullptr, pre, bias, KeepSums{});
+        multiply_panels(rows, a_row, count, weight, static_cast<const uint16_t*>(narrow.data), pre, bias, KeepSums{});
         return;
       }
     }
     dot_gates(weight.rows, count, rows, a_row, bias, pre);
   }
 
-  // `panels` of T, or of narrower numbers; `factors` of int8, for each row of the weight. `weight`: whose panels they
-  // are, where they may be those of one block.
+  // `panels`: those of the weight, of T or of narrower numbers.
   template <typename W, typename A, typename Pre, typename Finish>
-  LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const W* panels, const T* factors,
-                                       const Pre& pre, const T* bias, Finish&& finish,
-                                       const GateWeight<T>* weight = nullptr) {
+  LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                                       const W* panels, const Pre& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     for (int64_t i = 0; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       const int lanes = lanes_in(block);
-      const bool one_block = weight && weight->one_block;
-      if (one_block) pack_gates(*weight, H, count, block, 0);
-      const W* panel = panels + (one_block ? 0 : block) * kGates * kLanes * count;
+      if (weight.packs_as_used()) pack_gates(weight, H, count, block);
+      const W* panel = panels + weight.place(block) * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
         const int64_t depth = smaller(kBlockK, count - k);
         const bool last = k + depth >= count;
@@ -205,7 +200,8 @@ class GateProduct {
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) {
               if constexpr (std::is_same_v<W, int8_t>) {
-                tile.acc[r][gate] = tile.acc[r][gate] * load_lanes<T>(factors + block * kLanes + gate * H, lanes);
+                tile.acc[r][gate] =
+                    tile.acc[r][gate] * load_lanes<T>(weight.narrow.factors + block * kLanes + gate * H, lanes);
               }
               tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
             }
@@ -251,8 +247,8 @@ class GateProduct {
                             LSTM_EXT_LAMBDA_INLINE { finish_row(block * kLanes, lanes_in(block), bias, row, sums); });
       const Sweep sweep = next_sweep();
       for (int64_t i = 0; i < sweep.count; ++i) {
-        const int64_t block = sweep.block(i), place = weight.one_block ? 0 : block;
-        if (weight.one_block) pack_gates(weight, H, count, block, place);
+        const int64_t block = sweep.block(i), place = weight.place(block);
+        if (weight.packs_as_used()) pack_gates(weight, H, count, block);
         if (splits && planes.splits[place]) {
           multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
                          scratch_.sums(block % 2), false, epilogue.between());
@@ -264,7 +260,7 @@ class GateProduct {
         GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
         if (weight.panels) {  // beside planes: frozen
-          one.multiply_panels(height, a_part, count, weight.panels, nullptr, pre_part, bias, KeepSums{});
+          one.multiply_panels(height, a_part, count, weight, weight.panels, pre_part, bias, KeepSums{});
         } else {
           one.multiply_unpacked(height, a_part, count, weight, pre_part, bias);
         }

@@ -20,7 +20,7 @@ struct Kernels {
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
-  // Makes what the plan has places for but rows in fewer bits, at `data`, aligned to 64.
+  // Makes what the plan has places for at `data`, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
 };
 

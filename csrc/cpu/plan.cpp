@@ -66,7 +66,7 @@ struct StepCost {
     if (planes == 0) {
       // A low tile is bound by loading the weights: two rows cost hardly more than one.
       const double computing = row_work * std::max(rows, std::min(2.0, batch)) * share;
-      const double bytes = sizeof(float) * weight_numbers * share;
+      const double bytes = sizeof(float) * weight_numbers * share;  // as many as two bfloat16 numbers each
       return bytes > kCacheBytes ? std::max(computing, kLoadFarNumber * bytes / 2) : computing;
     }
     const double read = weight_numbers * planes * share;
@@ -99,7 +99,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
   double best_time = total;
-  for (int batch_groups = static_cast<int>(std::min({threads + int64_t{0}, batch, most_teams})); batch_groups >= 1;
+  for (int batch_groups = static_cast<int>(std::min<int64_t>({threads, batch, most_teams})); batch_groups >= 1;
        --batch_groups) {
     for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
       if (hidden_groups > blocks) break;
@@ -171,10 +171,10 @@ void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, in
 
 // The panels or planes of so many units of a weight (4H, depth) that meets so many rows at once; 0 if it has none.
 template <typename T>
-int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch,
-                            const LayerShape& shape, int64_t units, int64_t rows, int64_t depth) {
+int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch, int64_t units,
+                            int64_t rows, int64_t depth) {
   if (unit.planes > 0) {
-    unit.splits = layout.reserve_bytes(std::max(divide_up(shape.hidden_size, kUnitTileRows), units / kUnitTileRows));
+    unit.splits = layout.reserve_bytes(divide_up(units, kUnitTileRows));
     need_left(scratch, rows, depth, unit.planes, kGateTiles);
     return layout.reserve_bytes(2 * plane_numbers(4 * units, depth, unit.planes));
   }
@@ -215,9 +215,9 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
-  plan.one_block = !frozen && plan.pack_input && shape.steps == 1 && samples <= kMostUnitRows;
+  plan.pack_as_used = !frozen && plan.pack_input && shape.steps == 1 && samples <= kMostUnitRows;
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
-                          count_barriers(params), plan.one_block ? 1 : shape.batch);
+                          count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
@@ -236,11 +236,11 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
   } else {
     // Units that have a place at once: all, or a block of each worker.
-    const int64_t units = plan.one_block ? workers * machine.lanes : padded;
+    const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
     plan.input_panels =
-        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, shape, units, plan.chunk_rows, I);
+        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, units, plan.chunk_rows, I);
     plan.recurrent_panels =
-        reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, shape, units, plan.team_rows, P);
+        reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }
@@ -385,7 +385,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
     if (shape.projected) plan.recomputed_hidden = layout.reserve(buffer_rows * H);
     const auto reserve_gates = [&](UnitProduct& unit, int64_t depth) {
       if (plan.pack) unit.planes = gate_planes(machine, params.planes, samples, depth, H);
-      return reserve_gate_weight(layout, plan.pack, unit, scratch, shape, padded, plan.chunk_rows, depth);
+      return reserve_gate_weight(layout, plan.pack, unit, scratch, padded, plan.chunk_rows, depth);
     };
     plan.recompute_input_panels = reserve_gates(plan.recompute_input_unit, I);
     plan.recompute_recurrent_panels = reserve_gates(plan.recompute_recurrent_unit, P);

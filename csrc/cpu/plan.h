@@ -58,7 +58,7 @@ struct ForwardPlan {
   WorkerGrid grid;
   bool pack_input = false;      // W as gate-interleaved panels; else W is read row-major
   bool pack_recurrent = false;  // the same for U
-  bool one_block = false;       // of these, since the call uses them once: see GateWeight
+  bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
   int64_t team_rows = 0;        // batch rows of a team in a step, at most
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;    // numbers in a row of zeros

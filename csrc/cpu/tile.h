@@ -15,7 +15,9 @@ namespace {
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 
-constexpr int64_t kPrefetchAhead = 4096;
+// How far ahead a tile of one row fetches its panel, which it reads faster than the processor's own prefetching begins
+// with each page of a weight that is no longer in the caches.
+constexpr int64_t kPrefetchBytes = 4096;
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
 // tiles pass over them.
@@ -92,9 +94,10 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
   }
   for (int64_t k = 0; k < count; ++k, b += b_step) {
     if constexpr (R == 1) {
+      constexpr int64_t kBytes = NV * Simd<T>::kLanes * static_cast<int64_t>(sizeof(B));
 #pragma GCC unroll 4
-      for (int line = 0; line < NV * Simd<T>::kLanes * static_cast<int>(sizeof(B)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(b) + kPrefetchAhead + line);
+      for (int64_t line = 0; line < kBytes; line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(b + kPrefetchBytes / kBytes * b_step) + line);
     }
     multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return row[r][k]; }, b, last);
   }

@@ -16,7 +16,7 @@
 #include "torch/checks.h"
 #include "torch/operators.h"
 
-// From ATen/functorch/TensorWrapper.h, which includes what torch does not install.
+// From ATen/functorch/DynamicLayer.h, which includes what torch does not install.
 namespace at::functorch {
 TORCH_API at::Tensor unwrapIfDead(const at::Tensor& tensor);
 }
@@ -116,7 +116,7 @@ bool is_plain_context() {
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
  public:
-  // The backward pass is made of calls through the dispatcher: compiled autograd may trace it.
+  // Compiled autograd may trace the backward pass: only plain tensors go past the dispatcher.
   static constexpr bool is_traceable = true;
 
   // Returns the results that have a gradient: output, h_n, c_n, and, where requested, cell_states and gate_values; of a

@@ -146,8 +146,8 @@ def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
             all other modules are copied as they are, ``LSTMCell`` too.
         weights: None keeps the numbers of ``weight_ih`` and ``weight_hh``. ``torch.bfloat16`` and ``torch.int8`` round
             them to 8 bits: to bfloat16, or to 255 multiples of a number for each row, the largest one / 127.
-            Everything else is computed as before. Calls of up to four rows, of a streaming step for example, read a
-            half or a quarter of the memory then, which is what they wait for. The rounding moves results by about
+            Everything else is computed as before. One streaming step, which waits for its weights, reads a half or a
+            quarter of the memory then. The rounding moves results by about
             2e-3 (bfloat16) and 4e-3 (int8) of their size, and further with layer normalisation.
 
     Returns:
