@@ -1,4 +1,4 @@
-"""What the contract says of cost, on the CPU: packed data, vmap, Python threads, 16-bit dtypes, cells, frozen layers.
+"""What the contract says of cost, on the CPU, where a call is more than one layer on dense float32 data.
 
     python benchmarks/bench_contract.py [--only GROUP ...] [--threads N ...] [--budget SECONDS]
                                         [--output results/NAME.json]
@@ -10,28 +10,35 @@ callers   two Python threads, each with one intra-op thread, against one
 16-bit    torch.nn.LSTM's time in bfloat16 and float16, and lstm_ext's own in float32
 cell      torch.nn.LSTMCell's time
 frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer, with weights as they are and rounded
+rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in which a state begins anew where an
+          episode does; in training also against one call of lstm_ext with `resets`
+busy      how much longer both layers take with one and with two programs that keep one of the cores busy
 
 Nothing fails here: what a busy machine measures is no verdict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import harness
 import torch
-from shapes import CELLS, STREAMS, TASKS, Shape
+from shapes import CELLS, ROLLOUTS, SHARED, STREAMS, TASKS, Shape
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
-GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen"]
+GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen", "rollout", "busy"]
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
@@ -191,15 +198,95 @@ def frozen(shape: Shape, training: bool, budget: float) -> dict | None:
     return result
 
 
+def rollout(shape: Shape, training: bool, budget: float) -> dict:
+    """Without gradients, what a policy does while it acts; with them, what it learns from the same observations."""
+    theirs, ours = harness.make_layers(shape)
+    generator = torch.Generator().manual_seed(1)
+    observations = torch.randn(shape.steps, shape.batch, shape.input_size, generator=generator)
+    starts = torch.rand(shape.steps, shape.batch, generator=generator) < 1 / 50
+    going_on = (~starts).float().unsqueeze(-1)
+    grad = torch.randn(shape.steps, shape.batch, shape.hidden_size, generator=generator)
+
+    def loop(layer: nn.Module) -> torch.Tensor:
+        h = c = torch.zeros(1, shape.batch, shape.hidden_size)
+        outputs = []
+        for t in range(shape.steps):
+            output, (h, c) = layer(observations[t : t + 1], (going_on[t] * h, going_on[t] * c))
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def one_call(layer: nn.Module) -> torch.Tensor:
+        return layer(observations, resets=starts)[0]
+
+    def timed(layer: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> Callable[[], object]:
+        def act() -> object:
+            with torch.no_grad():
+                return run(layer)
+
+        def learn() -> object:
+            layer.zero_grad(set_to_none=True)
+            return run(layer).backward(grad)
+
+        return learn if training else act
+
+    swapped = harness.compare(timed(theirs, loop), timed(ours, loop), budget)
+    result = {"over_torch": swapped.ratio, "times": [harness.as_dict(swapped)]}
+    if training:
+        at_once = harness.compare(timed(theirs, loop), timed(ours, one_call), budget)
+        result["resets_over_torch"] = at_once.ratio
+        result["times"].append(harness.as_dict(at_once))
+    return result
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many programs that compute without end, all on one core of those that this process may use."""
+    core = max(os.sched_getaffinity(0))
+    program = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(count)
+    ]
+    try:
+        for process in processes:
+            process.stdout.readline()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def busy(shape: Shape, training: bool, budget: float) -> dict:
+    theirs, ours = harness.make_layers(shape)
+    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    sides = call_of(theirs, x, training), call_of(ours, x, training)
+    idle = harness.compare(*sides, budget)
+    result = {"times": [harness.as_dict(idle)]}
+    for count in (1, 2):
+        with neighbours(count):
+            beside = harness.compare(*sides, budget)
+        result[f"torch_beside_{count}"] = beside.torch.median / idle.torch.median
+        result[f"ours_beside_{count}"] = beside.ours.median / idle.ours.median
+        result[f"over_torch_beside_{count}"] = beside.ratio
+        result["times"].append(harness.as_dict(beside))
+    return result
+
+
 MEASURE = {
     "packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision, "cell": cell, "frozen": frozen,
+    "rollout": rollout, "busy": busy,
 }  # fmt: skip
 # Those of a group that has its own.
-SHAPES = {"cell": CELLS, "frozen": {**STREAMS, **TASKS}}
+SHAPES = {
+    "cell": CELLS,
+    "frozen": {**STREAMS, **TASKS},
+    "rollout": ROLLOUTS,
+    "busy": {**SHARED, "tagger": TASKS["tagger"], "stream-H512": STREAMS["stream-H512"]},
+}
 
 
 def main() -> None:
-    parser = harness.options_of(__doc__, {**TASKS, **CELLS, **STREAMS}, budget=4.0)
+    parser = harness.options_of(__doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **SHARED}, budget=4.0)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     options = parser.parse_args()
 

@@ -45,5 +45,15 @@ CELLS = {
     for hidden in (64, 128, 256, 512, 1024)
 }
 
+# Environments that run side by side, and the observations that a policy sees of each before it learns.
+ROLLOUTS = {
+    f"rollout-B{environments}-H{hidden}": Shape(environments, 128, 32, hidden)
+    for environments in (1, 8, 32)
+    for hidden in (64, 256)
+}
+
+# What two workers share: the hidden units of one row, the rows of a batch.
+SHARED = {"one-row": Shape(1, 48, 160, 160), "batch": Shape(16, 100, 128, 128)}
+
 # A step at a time, where the weights are read and hardly used.
 STREAMS = {f"stream-H{hidden}": Shape(1, 1, hidden, hidden) for hidden in (16, 64, 128, 256, 512, 1024)}

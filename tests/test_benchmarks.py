@@ -125,6 +125,32 @@ def test_options(tmp_path):
     assert "layer_norm: a training step costs" in stdout
 
 
+@pytest.mark.parametrize(
+    ("group", "shape", "figures"),
+    [
+        ("packed", "small", {"cost", "over_torch"}),
+        ("vmap", "small", {"cost"}),
+        ("callers", "small", {"cost"}),
+        ("16-bit", "small", {"bfloat16_over_torch", "float16_over_float32"}),
+        ("cell", "cell-B1-H64", {"over_torch"}),
+        ("frozen", "stream-H16", {"as_they_are_over_torch", "int8_over_ours"}),
+        ("rollout", "rollout-B1-H64", {"over_torch"}),
+        ("busy", "stream-H512", {"torch_beside_1", "ours_beside_2", "over_torch_beside_2"}),
+    ],
+)
+def test_contract(group, shape, figures, tmp_path):
+    output = tmp_path / "contract.json"
+    run(
+        "bench_contract.py",
+        *("--only", group, "--shapes", shape, "--threads", 1, "--budget", 0.02, "--output", output),
+    )
+    results = json.loads(output.read_text())["results"]
+    assert [r["training"] for r in results] == ([False] if group == "frozen" else [False, True])
+    assert all(result[figure] > 0 for result in results for figure in figures)
+    if group == "rollout":
+        assert "resets_over_torch" in results[1]
+
+
 @pytest.mark.full
 def test_memory_of_recompute(tmp_path):
     output = tmp_path / "options.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ trap '' INT TERM HUP
 touch "$STARTED"
 sleep 300
 """
+# What nvcc is asked before it has something to compile.
+SLOW_NVCC = SLOW.replace("g++ 12", "release 13.0")
 # In a process group of its own, as a shell starts it.
 START = f"import os; os.setpgid(0, 0)\n{SHOW}"
 
@@ -39,6 +42,10 @@ def marked(mark: str) -> list[str]:
         except OSError:  # it is gone, or not ours
             pass
     return found
+
+
+def sleeps(mark: str) -> bool:
+    return any(["sleep 300" in command for command in marked(mark)])
 
 
 def wait_until(condition, seconds: float) -> bool:
@@ -56,16 +63,16 @@ def test_no_compiler_is_left(tmp_path: Path, kind: signal.Signals, to: str) -> N
     """A signal for the whole group is what a terminal sends."""
     project = Project(tmp_path / "with a space")
     started, mark = tmp_path / "started", str(tmp_path)
-    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark}
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, "LSTM_EXT_CUDA": "0"}
     with project.start("-c", START, **environment) as process:
         assert wait_until(started.exists, 60), process.communicate()
-        assert any(["sleep 300" in command for command in marked(mark)])
+        assert wait_until(lambda: sleeps(mark), 2), marked(mark)
         (os.killpg if to == "the group" else os.kill)(process.pid, kind)
         process.communicate(timeout=10)
     assert process.returncode in (-kind, 128 + kind)
     assert wait_until(lambda: not marked(mark), 2), marked(mark)
 
-    returncode, out, err = project.run("-c", SHOW)
+    returncode, out, err = project.run("-c", SHOW, LSTM_EXT_CUDA="0")
     assert (returncode, out) == (0, "jit"), err
     assert "waiting for" not in err
     assert "compiling the extension" in err
@@ -82,12 +89,29 @@ def test_an_exception_in_the_build_ends_it(tmp_path: Path) -> None:
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
         "time.sleep(300)\n"
     )
-    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark}
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, "LSTM_EXT_CUDA": "0"}
     with project.start("-c", program, **environment) as process:
         assert wait_until(started.exists, 60), process.communicate()
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
         assert wait_until(lambda: len(marked(mark)) == 1, 2), marked(mark)
-        assert project.run("-c", SHOW)[:2] == (0, "jit")  # beside it: the lock is free
+        assert project.run("-c", SHOW, LSTM_EXT_CUDA="0")[:2] == (0, "jit")  # beside it: the lock is free
         process.kill()
         process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=lambda kind: kind.name)
+def test_no_nvcc_is_left(tmp_path: Path, kind: signal.Signals) -> None:
+    """It is tried out before anything is built."""
+    project = Project(tmp_path / "with a space")
+    home, started, mark = tmp_path / "cuda", tmp_path / "started", str(tmp_path)
+    (home / "bin").mkdir(parents=True)
+    shutil.copy2(project.script(SLOW_NVCC), home / "bin" / "nvcc")
+    environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "8.0", "STARTED": str(started), MARK: mark}
+    program = "from lstm_ext.native import config; config.find_cuda('13.0')"
+    with project.start("-c", program, **environment) as process:
+        assert wait_until(started.exists, 60), process.communicate()
+        assert wait_until(lambda: sleeps(mark), 2), marked(mark)
+        process.send_signal(kind)
+        process.communicate(timeout=10)
+    assert wait_until(lambda: not marked(mark), 2), marked(mark)

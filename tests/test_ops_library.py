@@ -71,7 +71,7 @@ GRAPHS = ("both directions, projected", "packed", "packed, no states", "all", "s
 def compilations() -> Iterator[Any]:
     """Inductor takes ten seconds a graph; what it makes of most of them is in the longer tier."""
     for name, backend in itertools.product(GRAPHS, ("eager", "aot_eager", "inductor")):
-        longer = backend == "inductor" and name != "all"
+        longer = backend == "inductor"
         yield pytest.param(name, backend, marks=pytest.mark.tools if longer else ())
 
 

@@ -316,7 +316,10 @@ class GateProduct {
   static constexpr int kLanes = Simd<T>::kLanes;
 
   struct KeepSums {
-    LSTM_EXT_INLINE bool operator()(int64_t, int64_t, int, const auto&) const { return false; }
+    template <typename Sums>
+    LSTM_EXT_INLINE bool operator()(int64_t, int64_t, int, const Sums&) const {
+      return false;
+    }
   };
 
   // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot

@@ -197,6 +197,15 @@ def _process_exports(symbol: str) -> bool:
     return hasattr(ctypes.CDLL(None), symbol)
 
 
+def supervised(command: list[str]) -> list[str]:
+    """The command as one that ends with this process, or when it is killed, and takes its own processes along."""
+    # In a program that embeds Python, sys.executable may be that program.
+    if "python" not in Path(sys.executable or "").name:
+        return command
+    supervisor = Path(__file__).absolute().with_name("supervisor.py")
+    return [sys.executable, "-I", "-S", str(supervisor), str(os.getpid()), *command]
+
+
 def check_headers() -> None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise BuildError(
@@ -389,7 +398,11 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
     """All that it prints, or a BuildError."""
     try:
         run = subprocess.run(
-            [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+            supervised([str(nvcc), *arguments]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import IO
 
 import torch
 
-from . import config, supervisor
+from . import config
 from .config import BuildError
 from .trust import distrust
 
@@ -190,14 +189,12 @@ def _supervised(directory: Path) -> str:
     """A PATH whose ninja ends with this process, or when torch kills it, and takes its compilers along."""
     path = config.search_path()
     ninja = shutil.which("ninja", path=path)
-    # In a program that embeds Python, sys.executable may be that program.
-    if ninja is None or "python" not in Path(sys.executable or "").name:
+    if ninja is None:
         return path
-    command = [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute()), str(os.getpid()), ninja]
     script = directory / "bin" / "ninja"
     script.parent.mkdir()
     # By a shell: the kernel takes no path with a space after "#!".
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(config.supervised([ninja]))} "$@"\n')
     script.chmod(0o700)
     return os.pathsep.join([str(script.parent), path])
 

@@ -1,7 +1,7 @@
 """Runs a command whose processes all end with the process that asked for it, however that ends.
 
-A program by itself, ``python supervisor.py PID COMMAND...``, which imports nothing of this package: jit.py puts it in
-the place of ninja. Without it, the compilers of a build that is killed run on beside the next build.
+A program by itself, ``python supervisor.py PID COMMAND...``, which imports nothing of this package: see
+config.supervised. Without it, the compilers of a build that is killed run on beside the next build.
 
 It is two processes. The first is what the builder started: it waits for the second, and dies with the builder, or when
 the builder kills it. The second is in a session of its own, where it starts the command. When the first dies, by
@@ -54,7 +54,11 @@ def _supervise(watched: int, command: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _die_with(watched, signal.SIGTERM)
     # Python ignores SIGPIPE, which the command is not to inherit.
-    child = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
+    try:
+        child = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
+    except OSError as error:
+        print(f"{command[0]}: error: {error.strerror}", file=sys.stderr)
+        return 127
     code = None
     while code is None and signal.sigwait(waited_for) == signal.SIGCHLD:
         while code is None:  # one signal may stand for several children

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy
 import pytest
 import torch
 from sides import TRAINED, assert_same, check_accuracy, check_state_dicts, converted, with_gradients
@@ -172,18 +173,29 @@ def test_rsl_rl_learns_saves_and_loads(tmp_path):
     assert_same(other.alg.actor, ours.alg.actor, rtol=0, atol=0)
 
 
-def test_rsl_rl_exports_a_reverted_model(tmp_path):
+def test_rsl_rl_exports(tmp_path):
     """It looks for torch's layer by its class, and compiles it with TorchScript."""
+    onnxruntime = pytest.importorskip("onnxruntime")
     runner = runner_of_rsl_rl()
     lstm_ext.convert(runner.alg.actor)
     with pytest.raises(NotImplementedError, match=r"lstm_ext.*LSTM"):
         runner.export_policy_to_jit(str(tmp_path))
     lstm_ext.revert(runner.alg.actor)
+    lstm_ext.convert(runner.alg.actor, as_torchs=True)
     runner.export_policy_to_jit(str(tmp_path))
-    exported = torch.jit.load(tmp_path / "policy.pt")
+    runner.export_policy_to_onnx(str(tmp_path))
+    assert type(runner.alg.actor.rnn.rnn) is lstm_ext.TorchLSTM
+
     observations = runner.env.get_observations()[:1]
     runner.alg.actor.reset()
-    torch.testing.assert_close(exported(observations["policy"]), runner.alg.actor(observations))
+    expected = runner.alg.actor(observations)
+    exported = torch.jit.load(tmp_path / "policy.pt")
+    torch.testing.assert_close(exported(observations["policy"]), expected)
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"])
+    state = {i.name: numpy.zeros(i.shape, numpy.float32) for i in session.get_inputs()[1:]}
+    first = session.get_inputs()[0].name
+    actions = session.run(None, {first: observations["policy"].numpy(), **state})[0]
+    torch.testing.assert_close(torch.from_numpy(actions), expected)
 
 
 # ---- TorchRL; more of it in tests/test_torchrl.py

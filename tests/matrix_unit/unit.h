@@ -31,7 +31,7 @@ struct MatrixUnit {
     return half;
   }
   static Reg<float> widen(Half v) {
-    Reg<float> wide;
+    Reg<float> wide{};
     for (int i = 0; i < 16; ++i) wide[i] = number(static_cast<uint32_t>(v.numbers[i]) << 16);
     return wide;
   }
