@@ -14,13 +14,15 @@ rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in 
           episode does; in training also against one call of lstm_ext with `resets`
 busy      how much longer both layers take with one and with two programs that keep one of the cores busy
 
-Nothing fails here: what a busy machine measures is no verdict.
+The process keeps freed memory for the measurement: see `harness.keep_freed_memory`. Nothing fails here: what a busy
+machine measures is no verdict.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import statistics
@@ -256,19 +258,32 @@ def neighbours(count: int) -> Iterator[None]:
             process.communicate()
 
 
+def alone(call: Callable[[], object], budget: float) -> harness.Timing:
+    """Of one side for itself: threads that torch has used spin on for a while, and would hold up the other side."""
+    for _ in range(3):
+        call()
+    samples: list[float] = []
+    deadline = time.perf_counter() + budget
+    while time.perf_counter() < deadline or len(samples) < harness.MIN_REPEATS:
+        samples.append(harness.sample(call, 1))
+    return harness.timing(samples)
+
+
 def busy(shape: Shape, training: bool, budget: float) -> dict:
-    theirs, ours = harness.make_layers(shape)
+    sides = dict(zip(("torch", "ours"), harness.make_layers(shape), strict=True))
     x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-    sides = call_of(theirs, x, training), call_of(ours, x, training)
-    idle = harness.compare(*sides, budget)
-    result = {"times": [harness.as_dict(idle)]}
-    for count in (1, 2):
+    calls = {name: call_of(layer, x, training) for name, layer in sides.items()}
+    times = []
+    for count in (0, 1, 2):
         with neighbours(count):
-            beside = harness.compare(*sides, budget)
-        result[f"torch_beside_{count}"] = beside.torch.median / idle.torch.median
-        result[f"ours_beside_{count}"] = beside.ours.median / idle.ours.median
-        result[f"over_torch_beside_{count}"] = beside.ratio
-        result["times"].append(harness.as_dict(beside))
+            times.append({name: alone(call, budget / 3) for name, call in calls.items()})
+    result: dict = {
+        "times": [{name: dataclasses.asdict(t) for name, t in beside.items()} for beside in times]
+    }
+    for count in (1, 2):
+        for name in calls:
+            result[f"{name}_beside_{count}"] = times[count][name].median / times[0][name].median
+        result[f"over_torch_beside_{count}"] = times[count]["torch"].median / times[count]["ours"].median
     return result
 
 
@@ -290,7 +305,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     options = parser.parse_args()
 
-    facts = harness.facts()
+    facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
     results = []
     for group in options.only:
         # What two callers cost says nothing on more intra-op threads than one.

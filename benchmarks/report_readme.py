@@ -62,7 +62,10 @@ def faster(records: dict[str, dict]) -> str:
     over_torch = [r["over_torch"]["ratio"] for r in resets]
     over_cut = [r["over_pad"]["ratio"] for r in resets]
     with_unit = records["contract_amx"]["results"]
-    cells = [r["over_torch"] for r in with_unit if r["group"] == "cell"]
+    contract = records["contract"]["results"]
+    cells = [r["over_torch"] for r in contract if r["group"] == "cell"]
+    rollouts = [r for r in contract if r["group"] == "rollout"]
+    learning = [r for r in rollouts if r["training"]]
     frozen = [r for r in with_unit if r["group"] == "frozen"]
     streams = [r for r in frozen if r["shape"].startswith("stream")]
     large = [r for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
@@ -82,12 +85,17 @@ def faster(records: dict[str, dict]) -> str:
             f"`python benchmarks/bench_contract.py --only frozen`, {linked('contract_amx')}",
             f"- **LSTMCell**: {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: "
             f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
-            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract_amx')}",
+            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract')}",
             f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
             f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. The same command, {linked('avx512')}",
             f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
             f"**{span(ragged)}** as fast as in torch. `python benchmarks/bench_contract.py --only packed`, "
             f"{linked('contract')}",
+            f"- **Recurrent policies**, 1 to 32 environments: a loop over the steps is "
+            f"**{span([r['over_torch'] for r in rollouts])}** as fast with this layer in the place of torch's, acting "
+            f"and learning; learning by one call with `resets` "
+            f"**{span([r['resets_over_torch'] for r in learning])}**. "
+            f"`python benchmarks/bench_contract.py --only rollout`, {linked('contract')}",
             f"- **Resets** inside a sequence (recurrent policies), in TorchRL's `LSTMModule`: one call with `resets` "
             f"is **{span(over_torch)}** as fast as torch's layer, which needs the rows cut at each reset, and "
             f"{span(over_cut)} as fast as this layer on cut rows. `python benchmarks/bench_torchrl.py`, "
@@ -105,12 +113,21 @@ def not_faster(records: dict[str, dict]) -> str:
         for record, name in (("avx512", "AVX-512"), ("avx2", "AVX2"))
     ]
     without, with_unit = bfloat16(records["contract"]), bfloat16(records["contract_amx"])
+    busy = [r for r in records["contract"]["results"] if r["group"] == "busy" and r["threads"] == 2]
+
+    def longer(side: str, neighbours: int) -> str:
+        return span([r[f"{side}_beside_{neighbours}"] for r in busy])
+
     return "\n".join(
         [
             f"- **H >= {LARGE} with a batch, without matrix units**: about as fast as torch, {'; '.join(lines)}.",
-            f"- **bfloat16** without matrix units was computed in float32: {span(without)} of torch's speed on a "
-            f"processor with bfloat16 instructions ({linked('contract')}). With them it is {span(with_unit)} of "
-            f"torch's ({linked('contract_amx')}).",
+            f"- **bfloat16** without matrix units: {span(without)} of torch's speed on a processor with bfloat16 "
+            f"instructions ({linked('contract')}). With them it is {span(with_unit)} of torch's "
+            f"({linked('contract_amx')}).",
+            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
+            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
+            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
+            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
         ]
     )
 

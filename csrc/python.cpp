@@ -2,9 +2,13 @@
 // has the signatures.
 #include <torch/extension.h>
 
+#include <map>
+
 #include "cpu/kernels.h"
+#include "cuda/gpu_plan.h"
 #include "python_layer.h"
 #include "torch/frozen.h"
+#include "torch/parallel.h"
 #include "torch/random_flags.h"
 
 #ifndef LSTM_EXT_VERSION
@@ -160,6 +164,74 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
   return float64 ? plan_of<double>(shape, threads, save, planes) : plan_of<float>(shape, threads, save, planes);
 }
 
+py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
+  py::dict result;
+  result["name"] = device.name;
+  result["capability"] = device.capability;
+  result["multiprocessors"] = device.multiprocessors;
+  result["l2_bytes"] = device.l2_bytes;
+  result["shared_of_block"] = device.shared_of_block;
+  result["shared_of_multiprocessor"] = device.shared_of_multiprocessor;
+  result["clock_ghz"] = device.clock_ghz;
+  result["memory_gb_per_s"] = device.memory_gb_per_s;
+  return result;
+}
+
+py::list cuda_devices() {
+  py::list result;
+  for (const auto& device : lstm_ext::cuda::known_devices()) result.append(as_dict(device));
+  return result;
+}
+
+py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+                   int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool training,
+                   const std::string& kernel, bool validated) {
+  using namespace lstm_ext::cuda;
+  const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
+  const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
+  const DeviceFacts facts{py::cast<std::string>(device["name"]),
+                          static_cast<int>(integer("capability")),
+                          static_cast<int>(integer("multiprocessors")),
+                          integer("l2_bytes"),
+                          integer("shared_of_block"),
+                          integer("shared_of_multiprocessor"),
+                          real("clock_ghz"),
+                          real("memory_gb_per_s")};
+  for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
+    TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
+  }
+  const std::map<std::string, Number> numbers = {{"float64", Number::kFloat64},
+                                                 {"float32", Number::kFloat32},
+                                                 {"float16", Number::kFloat16},
+                                                 {"bfloat16", Number::kBFloat16}};
+  TORCH_CHECK(numbers.count(dtype) == 1, "cuda_plan: dtype: expected float64, float32, float16 or bfloat16, got ",
+              dtype);
+  TORCH_CHECK(kernel == "auto" || kernel == "stepwise" || kernel == "step",
+              "cuda_plan: kernel: expected auto, stepwise or step, got ", kernel);
+  Request request;
+  request.any = kernel == "auto";
+  request.kernel = kernel == "step" ? Kernel::kStep : Kernel::kStepwise;
+  request.step_validated = validated;
+  request.reasons = true;
+  const Plan found = plan(
+      {steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected, normalised, training},
+      facts, request);
+  py::dict result;
+  result["kernel"] = found.kernel == Kernel::kStep ? "step" : "stepwise";
+  result["problem"] = found.problem;
+  result["reasons"] = found.reasons;
+  result["launches"] = found.launches;
+  result["rows_of_block"] = found.rows_of_block;
+  result["blocks"] = found.blocks;
+  result["threads"] = found.threads;
+  result["shared_bytes"] = found.shared_bytes;
+  result["blocks_of_multiprocessor"] = found.blocks_of_multiprocessor;
+  result["parts_bytes"] = found.parts_bytes;
+  result["stepwise_us"] = found.stepwise_us;
+  result["step_us"] = found.step_us;
+  return result;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LSTM_EXT_VERSION;
@@ -196,6 +268,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("planes") = 3);
+  m.def("set_fewer_when_crowded", &lstm_ext::set_fewer_when_crowded, py::arg("wanted"));
+  m.def("cuda_devices", &cuda_devices);
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
+        py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
+        py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
+        py::arg("training") = false, py::arg("kernel") = "auto", py::arg("validated") = false);
+  m.def("set_cuda_step_validated", &lstm_ext::cuda::set_step_validated, py::arg("device"), py::arg("validated"));
+  m.def("crowded_calls", [] {
+    const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();
+    return std::make_pair(left.workers, left.calls);
+  });
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.
   cpu::capability();

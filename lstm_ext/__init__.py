@@ -12,6 +12,7 @@ from .native import loader
 from .native.config import VERSION as __version__
 from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
+from .nn.explain import explain, explain_data
 from .nn.from_gates import from_gates
 from .nn.frozen import FrozenLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
@@ -29,6 +30,8 @@ __all__ = [
     "TorchLSTMCell",
     "__version__",
     "convert",
+    "explain",
+    "explain_data",
     "freeze",
     "from_gates",
     "from_torch",

@@ -192,6 +192,16 @@ def _locks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tmp_path_factory.getbasetemp().parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _all_workers() -> None:
+    """Also where the machine is busy: a test of two workers has them."""
+    from lstm_ext.native import loader
+
+    extension = loader.extension()
+    if extension is not None:
+        extension.set_fewer_when_crowded(False)
+
+
 @pytest.fixture(autouse=True)
 def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -> Iterator[None]:
     """One thread beside the tests of other processes; all threads and no other test for one that is `alone`."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -135,3 +139,32 @@ def test_callers_do_not_disturb_each_other(shape, threads):
     for i, repeated in enumerate(together):
         for found in repeated:
             assert [torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)] == [True] * len(alone[i])
+
+
+ON_ONE_CORE = """
+import os, torch, lstm_ext
+from lstm_ext.native import loader
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.manual_seed(0)
+layer, x = lstm_ext.LSTM(160, 160), torch.randn(200, 8, 160)
+torch.set_num_threads(1)
+expected = layer(x)[0]
+torch.set_num_threads(2)
+limits = []
+for _ in range(40):
+    assert torch.equal(layer(x)[0], expected)
+    limits.append(loader.extension().crowded_calls())
+print(limits)
+"""
+
+
+def test_workers_that_share_a_core_become_one() -> None:
+    """Two of them, on a core that both need, hold each other up. The numbers stay the same."""
+    done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
+    limits = ast.literal_eval(done.stdout)
+    begun = [
+        calls for (_, before), (workers, calls) in itertools.pairwise([(1, 0), *limits]) if calls > before
+    ]
+    # It tries again after four calls, then after eight, and so on.
+    assert begun[:3] == [4, 8, 16], limits
+    assert all(workers == 1 for workers, _ in limits)

@@ -80,7 +80,16 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
       args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(gate == 2 ? A(0) : A(-INFINITY));
     }
   }
-  write_no_output(args.output, b, j, H);
+  write_no_output(args.output, b, j);
+}
+
+// From the preactivations of unit j of a row that takes part to its states and its output.
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j,
+                            const typename Types<T>::Accumulate (&z)[4]) {
+  const auto gates = gate_values(z);
+  const auto c = update_cell<kOptions>(args, b, j, z, gates);
+  write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, gates.o * hyperbolic_tangent(c));
 }
 
 template <typename T, bool kOptions>
@@ -102,9 +111,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> 
     if (const A* recurrent = recurrent_row<kOptions>(args, b)) {
       for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
     }
-    const GateValues<A> gates = gate_values(z);
-    const A c = update_cell<kOptions>(args, b, j, z, gates);
-    write_output<kOptions>(args.output, args.rows, b, j, H, gates.o * hyperbolic_tangent(c));
+    write_cell<kOptions>(args, b, j, z);
   }
 }
 
@@ -118,7 +125,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) output_forward_kernel(OutputForward
     if (takes_part<true>(args.rows, b)) {
       write_output<true>(args.output, args.rows, b, j, P, args.projected[b * P + j]);
     } else {
-      write_no_output(args.output, b, j, P);
+      write_no_output(args.output, b, j);
     }
   }
 }
@@ -212,6 +219,22 @@ LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int6
   if (args.hidden) args.hidden[b * H + j] = narrow<T>(0);
 }
 
+// From dL/dh_t and dL/dc_t of unit j of a row that takes part to everything that is written of it; returns the
+// gradients of its preactivations.
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+                                 typename Types<T>::Accumulate (&grad)[4]) {
+  using A = typename Types<T>::Accumulate;
+  const GateValues<A> gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
+  const A tanh_c = hyperbolic_tangent(new_cell<kOptions>(args, b, j, gates));
+  const A dh = hidden_gradient<kOptions>(args, b, j);
+  cell_gradients<kOptions>(args, b, j, gates, dh * gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
+  write_recurrent_gradients<kOptions>(args, b, j, grad);
+  if constexpr (kOptions) {
+    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(gates.o * tanh_c);
+  }
+}
+
 template <typename T, bool kOptions>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T> args) {
   using A = typename Types<T>::Accumulate;
@@ -224,15 +247,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T
       write_no_gradients(args, b, j);
       continue;
     }
-    const GateValues<A> gates = gate_values_at(args.preactivations, b, j, H);
-    const A tanh_c = hyperbolic_tangent(new_cell<kOptions>(args, b, j, gates));
-    const A dh = hidden_gradient<kOptions>(args, b, j);
     A grad[4];
-    cell_gradients<kOptions>(args, b, j, gates, dh * gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
-    write_recurrent_gradients<kOptions>(args, b, j, grad);
-    if constexpr (kOptions) {
-      if (args.hidden) args.hidden[b * H + j] = narrow<T>(gates.o * tanh_c);
-    }
+    write_gradients<kOptions>(args, b, j, grad);
   }
 }
 

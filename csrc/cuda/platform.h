@@ -13,8 +13,8 @@
 //
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
-// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, clusters, mbarriers,
-// st_async, now.
+// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, dependent launches,
+// clusters, mbarriers, st_async, now.
 #pragma once
 
 #include <cstddef>

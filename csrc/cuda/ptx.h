@@ -33,6 +33,8 @@ struct LaunchConfig {
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;      // blocks in a cluster, consecutive in x
   bool cooperative = false;  // all blocks at once, or an error
+  // May begin before the kernel in front of it in the stream has ended; see grid_dependency_wait. From sm_90 on.
+  bool dependent = false;
 };
 
 // Returns the error, which the caller reports, and clears it: the next cudaGetLastError does not see it.
@@ -50,7 +52,7 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (status == cudaSuccess) {
-    cudaLaunchAttribute attributes[2];
+    cudaLaunchAttribute attributes[3];
     cudaLaunchConfig_t description = {};
     description.gridDim = config.grid;
     description.blockDim = config.block;
@@ -68,6 +70,11 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
       cudaLaunchAttribute& cooperative = attributes[description.numAttrs++];
       cooperative.id = cudaLaunchAttributeCooperative;
       cooperative.val.cooperative = 1;
+    }
+    if (config.dependent) {
+      cudaLaunchAttribute& dependent = attributes[description.numAttrs++];
+      dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      dependent.val.programmaticStreamSerializationAllowed = 1;
     }
     status = cudaLaunchKernelEx(&description, kernel, args);
   }
@@ -187,6 +194,22 @@ LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
 }
 
 LSTM_DEVICE int64_t now() { return clock64(); }
+
+// ---- dependent launches. Before sm_90 a kernel begins when the one in front of it has ended.
+
+// Waits until the kernels in front of this one have ended and what they wrote can be read. Before it, a kernel reads
+// nothing that they write, and writes nothing.
+LSTM_DEVICE void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+// From here on the kernel behind this one may begin, once all blocks have come here.
+LSTM_DEVICE void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
 
 // ---- clusters, sm_90 and later
 

@@ -77,7 +77,7 @@ LSTM_DEVICE A mix(const Zoneout<A>& z, int64_t place, A previous, A now) {
 
 // ---- outputs
 
-// Makes h_t from h'_t, for unit j of a row that takes part.
+// Makes h_t from h'_t, for unit j of a row that takes part. A product of the next step may read recurrent_h.
 template <bool kOptions, typename T>
 LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
                               typename Types<T>::Accumulate h) {
@@ -90,10 +90,12 @@ LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, 
     }
   }
   const T stored = narrow<T>(h);
-  if constexpr (kOptions) {
-    if (output.recurrent_mask) {
-      output.recurrent_h[place] = narrow<T>(output.recurrent_mask[place] * widen(stored));
+  if (output.recurrent_h) {
+    T operand = stored;
+    if constexpr (kOptions) {
+      if (output.recurrent_mask) operand = narrow<T>(output.recurrent_mask[place] * widen(stored));
     }
+    output.recurrent_h[b * output.recurrent_stride + j] = operand;
   }
   output.h[b * output.h_stride + j] = stored;
   if (output.h_n && !has_next<kOptions>(rows, b)) output.h_n[place] = stored;
@@ -101,9 +103,9 @@ LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, 
 
 // Rows that take no part are written as zeros: a product reads them, though nothing reads its result.
 template <typename T>
-LSTM_DEVICE void write_no_output(const NewOutput<T>& output, int64_t b, int64_t j, int64_t size) {
+LSTM_DEVICE void write_no_output(const NewOutput<T>& output, int64_t b, int64_t j) {
   output.h[b * output.h_stride + j] = narrow<T>(0);
-  if (output.recurrent_mask) output.recurrent_h[b * size + j] = narrow<T>(0);
+  if (output.recurrent_h) output.recurrent_h[b * output.recurrent_stride + j] = narrow<T>(0);
 }
 
 // Returns dL/dh'_t of unit j of a row that takes part. A kernel calls it once: it also leaves dL/dh_{t-1} through
@@ -118,6 +120,9 @@ LSTM_DEVICE typename Types<T>::Accumulate output_gradient_at(const GradOutput<T>
   const bool next = has_next<kOptions>(rows, b);
   if (next && !rows.resets_after[b]) {
     A through_product = output.recurrent_part[place];
+    for (int64_t part = 1; part < output.recurrent_parts; ++part) {
+      through_product += output.recurrent_part[part * output.recurrent_part_stride + place];
+    }
     if constexpr (kOptions) {
       if (output.recurrent_mask) through_product *= output.recurrent_mask[place];
     }

@@ -79,10 +79,11 @@ struct NewOutput {
   Zoneout<Accumulate> zoneout;
   const T* h0;  // (B, n), as in PreviousCell
   const T* reset_h;
-  // With a recurrent mask: recurrent_h (B, n) = recurrent_mask (B, n) * h is the operand of the next step's product
-  // with U. Else both are null.
+  // What the product of the next step reads: h, or recurrent_mask (B, n) * h, in rows recurrent_stride apart. Null
+  // where that is `h` itself.
   const Accumulate* recurrent_mask;
   T* recurrent_h;
+  int64_t recurrent_stride;
 };
 
 // One step of the forward pass: gates, cell state, output.
@@ -141,8 +142,12 @@ struct GradOutput {
   using Accumulate = typename Types<T>::Accumulate;
   const T* grad_output;  // (rows, n), rows grad_output_stride apart, or null
   int64_t grad_output_stride;
-  const T* grad_h_n;                 // (B, n) contiguous or null: for rows that end here
-  const Accumulate* recurrent_part;  // (next_count, n) contiguous: through the product with U in the step after
+  const T* grad_h_n;  // (B, n) contiguous or null: for rows that end here
+  // (next_count, n) contiguous: through the product with U in the step after. A sum of recurrent_parts of them, each
+  // recurrent_part_stride behind the one before.
+  const Accumulate* recurrent_part;
+  int64_t recurrent_parts;
+  int64_t recurrent_part_stride;
   const Accumulate* recurrent_mask;  // that of NewOutput; recurrent_part has yet to be multiplied by it
   Zoneout<Accumulate> zoneout;
   // With zoneout (B, n). In: dL/dh_t through zoneout in the step after, for rows that take part in it; out: the same of

@@ -1,7 +1,8 @@
-// One layer on a GPU, step by step: for each time step a matrix product, and one kernel that does all the rest
-// (csrc/cuda/stepwise.h). For every size, dtype and GPU.
+// One layer on a GPU, step by step. Either each time step is a matrix product, and one kernel that does all the rest
+// (csrc/cuda/stepwise.h): for every size, dtype and GPU. Or it is one kernel (csrc/cuda/step.h).
 #pragma once
 
+#include "cuda/gpu_plan.h"
 #include "cuda/stepwise.h"
 #include "torch/backend.h"
 #include "torch/gemm.h"
@@ -16,6 +17,8 @@ struct StepwiseDevice {
   void* context;
   bool tf32;            // float32 products may round their operands to TF32
   int64_t chunk_bytes;  // limits what is computed for several steps at once and not kept
+  const cuda::DeviceFacts* facts;
+  cuda::Request request;  // which of the two
 };
 
 LayerResults stepwise_forward(const LayerCall& call, const LayerSizes& sizes, bool save, const StepwiseDevice& device);

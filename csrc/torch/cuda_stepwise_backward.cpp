@@ -44,7 +44,9 @@ class StepwiseBackward : Stepwise {
     const auto state = [&](bool requested, const at::Tensor& t) {  // a product writes it, or every step does
       return requested && t.defined() ? at::empty(t.sizes(), options(sizes.sum_type)) : at::Tensor();
     };
-    grads_.input = empty_if(needs_grad.input, sizes.sequence_sizes(sizes.input_size), options(dtype_));
+    // The sum of both directions is rounded once.
+    grads_.input = empty_if(needs_grad.input, sizes.sequence_sizes(sizes.input_size),
+                            options(sizes.directions == 2 ? sizes.sum_type : dtype_));
     grads_.h0 = state(needs_grad.h0, h0_);
     grads_.c0 = state(needs_grad.c0, c0_);
     grads_.weights = sums(needs_grad.weights, weights_);
@@ -83,6 +85,7 @@ class StepwiseBackward : Stepwise {
     at::Tensor output;                                 // (rows of a chunk, P), with a projection
     at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), where it was not saved
     at::Tensor recurrent;                              // (B, P): dL/dh_t through the step after t
+    at::Tensor parts[2];                               // fused, in its place, of two steps by turns: cuda::StepBackward
     at::Tensor grad_hidden;                            // (B, H), with a projection: dL/d(o * tanh(c_t))
     at::Tensor grad_c, grad_h;                         // (B, H); with zoneout (B, P): as in cuda::GradOutput
     at::Tensor begin_part, reset_part;                 // as in cuda::CellBackward
@@ -133,7 +136,10 @@ class StepwiseBackward : Stepwise {
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
     b.output = of_chunk(sizes_.projected, P, gradient_type_);
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
-    b.recurrent = of_step(true, P);
+    b.recurrent = of_step(!fused_, P);
+    if (fused_) {
+      for (at::Tensor& t : b.parts) t = at::empty({cuda::step_parts(H), sizes_.batch, H}, options(sizes_.sum_type));
+    }
     b.grad_hidden = of_step(sizes_.projected, H);
     b.grad_c = g.c0.defined() ? g.c0 : of_step(true, H);
     b.grad_h = of_step(has_zoneout_h(), P);
@@ -185,7 +191,8 @@ class StepwiseBackward : Stepwise {
     }
     const Gradients g = gradients(d);
     const Buffers b = buffers(layer, g, longest);
-    const RowsGemm through_gates = rows_gemm(b.recurrent, b.recurrent_part, weight_hh);
+    const std::optional<RowsGemm> through_gates = rows_gemm_if(!fused_, b.recurrent, b.recurrent_part, weight_hh);
+    const at::Tensor step_weight = fused_ ? with_aligned_rows(weight_hh) : at::Tensor();
     const std::optional<RowsGemm> projection = rows_gemm_if(sizes_.projected, b.grad_hidden, b.output, weight_hr);
 
     for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
@@ -216,7 +223,9 @@ class StepwiseBackward : Stepwise {
         dh.grad_output = dy.data;
         dh.grad_output_stride = dy.stride;
         dh.grad_h_n = const_row_pointer<T>(grad_h_n);
-        dh.recurrent_part = const_row_pointer<A>(b.recurrent);
+        dh.recurrent_part = const_row_pointer<A>(fused_ ? b.parts[n % 2] : b.recurrent);
+        dh.recurrent_parts = fused_ ? cuda::step_parts(H) : 1;
+        dh.recurrent_part_stride = step.next_rows * H;
         dh.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
         dh.zoneout = zoneout_h<A>(layer, step);
         dh.grad_h = row_pointer<A>(b.grad_h);
@@ -229,8 +238,14 @@ class StepwiseBackward : Stepwise {
         } else {
           args.output = dh;
         }
+        const bool multiplies = step.previous_rows > 0;
+        if (multiplies && fused_) {
+          // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
+          start_fused(args, step_weight, b.parts[(n - 1) % 2], step.previous_rows, dependent_ && n + 1 < steps.count());
+          continue;
+        }
         start(args, layer, b, step, row, d);
-        if (step.previous_rows > 0) product(through_gates(0, row, step.previous_rows));
+        if (multiplies) product((*through_gates)(0, row, step.previous_rows));
       }
       add_chunk<T>(layer, steps, *chunk, d, b, g);
     }
@@ -265,6 +280,19 @@ class StepwiseBackward : Stepwise {
     args.grad_tanh_input = row_pointer<A>(b.tanh_input, row);
     args.norm_cell = row_pointer<T>(b.norm_cell, row);
     check(cuda::norm_cell_backward(args, device_.stream), "norm_cell_backward");
+  }
+
+  // The cell, and the product for the step before, in one kernel.
+  template <typename T>
+  void start_fused(const cuda::CellBackward<T>& cell, const at::Tensor& weight, const at::Tensor& parts, int64_t rows,
+                   bool dependent) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    using D = typename cuda::Types<T>::Gradient;
+    if constexpr (kHasStep<T>) {
+      const cuda::StepBackward<T> args{cell, const_row_pointer<D>(weight), weight.stride(0), rows,
+                                       row_pointer<A>(parts)};
+      check(cuda::step_backward(args, dependent, device_.stream), "step_backward");
+    }
   }
 
   // dL/dh of h0 and of reset_h, each by one product for all steps.
@@ -358,13 +386,12 @@ class StepwiseBackward : Stepwise {
 
   void add_input_gradient(const at::Tensor& grad_input, const at::Tensor& input_part, const at::Tensor& weight_ih,
                           bool accumulate) const {
-    if (gradient_type_ == dtype_) {
+    if (gradient_type_ == dtype_ || grad_input.scalar_type() == sizes_.sum_type) {
       product(grad_input, input_part, weight_ih, accumulate);
       return;
     }
     const at::Tensor sum = at::empty(grad_input.sizes(), options(gradient_type_));
     product(sum, input_part, weight_ih);
-    if (accumulate) sum.add_(grad_input);
     grad_input.copy_(sum);
   }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "cuda/step.h"
 #include "torch/cuda_steps.h"
 #include "torch/cuda_stepwise.h"
 #include "torch/tensors.h"
@@ -77,6 +78,48 @@ inline bool has_options(const LayerOptions& options, const LayerSizes& sizes, co
   return step || args->grads.cells.defined() || args->grads.gate_values.defined() || recomputes_hidden;
 }
 
+// Whether a type has fused kernels.
+template <typename T>
+constexpr bool kHasStep = !std::is_same_v<T, double>;
+
+inline cuda::Number number_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return cuda::Number::kFloat64;
+    case at::kFloat: return cuda::Number::kFloat32;
+    case at::kHalf: return cuda::Number::kFloat16;
+    default: return cuda::Number::kBFloat16;
+  }
+}
+inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes, bool tf32) {
+  return {sizes.steps,
+          sizes.batch,
+          sizes.input_size,
+          sizes.hidden_size,
+          static_cast<int>(sizes.directions),
+          number_of(call.input.scalar_type()),
+          tf32,
+          sizes.projected,
+          !call.options.norm.empty(),
+          false};
+}
+
+// Rows that begin where the fused kernels can read them: `matrix` itself, or a copy.
+inline bool has_aligned_rows(const at::Tensor& matrix) {
+  const int64_t bytes = matrix.element_size(), address = reinterpret_cast<int64_t>(matrix.const_data_ptr());
+  return matrix.stride(1) == 1 && matrix.stride(0) * bytes % cuda::kStepAlignment == 0 &&
+         address % cuda::kStepAlignment == 0;
+}
+inline int64_t aligned_length(int64_t length, at::ScalarType type) {
+  const int64_t numbers = cuda::kStepAlignment / static_cast<int64_t>(c10::elementSize(type));
+  return (length + numbers - 1) / numbers * numbers;
+}
+inline at::Tensor with_aligned_rows(const at::Tensor& matrix) {
+  if (has_aligned_rows(matrix)) return matrix;
+  const int64_t rows = matrix.size(0), length = matrix.size(1);
+  const at::Tensor copy = at::empty({rows, aligned_length(length, matrix.scalar_type())}, matrix.options());
+  return copy.narrow(1, 0, length).copy_(matrix);
+}
+
 // The arguments of one direction. States (B, ...) and weights are contiguous; what the layer does not have is
 // undefined.
 struct Direction {
@@ -118,7 +161,15 @@ class Stepwise {
         share_c_(call.options.zoneout_c),
         norm_(contiguous_weights(call.options.norm, sizes.sum_type)),
         recompute_(call.options.recompute),
-        has_options_(has_options(call.options, sizes, args)) {}
+        has_options_(has_options(call.options, sizes, args)),
+        dependent_(device.facts->capability >= 90) {
+    const cuda::Plan plan = cuda::plan(facts_of(call, sizes, device.tf32), *device.facts, device.request);
+    TORCH_CHECK(plan.problem.empty(),
+                "lstm_ext: LSTM_EXT_CUDA_KERNEL=step asks for the kernel that does a step at once, "
+                "but ",
+                plan.problem, ": set it to stepwise or auto, or unset it");
+    fused_ = plan.kernel == cuda::Kernel::kStep;
+  }
 
  protected:
   Direction direction(int64_t d) const {
@@ -204,7 +255,14 @@ class Stepwise {
   void product(const Gemm& gemm) const { device_.gemm(gemm, device_.context); }
 
   void check(cudaError_t error, const char* kernel) const {
-    TORCH_CHECK(error == cudaSuccess, "lstm_ext: the kernel ", kernel, " did not start: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    // A fault stays until the process ends, and every launch after it reports it.
+    const bool fault = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+                       error == cudaErrorIllegalInstruction || error == cudaErrorLaunchFailure ||
+                       error == cudaErrorLaunchTimeout || error == cudaErrorAssert;
+    TORCH_CHECK(false, "lstm_ext: the kernel ", kernel,
+                fault ? " was not the first to fail: " : " did not start: ", cudaGetErrorString(error),
+                fault ? ". An earlier kernel did; CUDA_LAUNCH_BLOCKING=1 shows which" : "");
   }
 
   const LayerSizes& sizes_;
@@ -220,6 +278,8 @@ class Stepwise {
   const std::vector<at::Tensor> norm_;
   const bool recompute_;
   const bool has_options_;
+  const bool dependent_;  // kernels may begin before those in front of them have ended
+  bool fused_;            // a step is one kernel
 };
 
 }  // namespace lstm_ext

@@ -21,7 +21,8 @@ class StepwiseForward : Stepwise {
         output_(at::empty(sizes.sequence_sizes(sizes.directions * sizes.output_size), options(dtype_))),
         h_n_(at::empty({sizes.directions, sizes.batch, sizes.output_size}, options(dtype_))),
         c_n_(at::empty({sizes.directions, sizes.batch, sizes.hidden_size}, options(dtype_))),
-        saved_(save ? sizes.empty_saved(call, input_.options()) : Saved{}) {
+        saved_(save ? sizes.empty_saved(call, input_.options()) : Saved{}),
+        whole_(fused_ && sizes.steps == 1 && !resets_.defined()) {
     if (!lengths_.defined()) return;
     // A row of length 0 has no last step.
     const auto begin_from = [](const at::Tensor& state, const at::Tensor& initial) {
@@ -74,8 +75,11 @@ class StepwiseForward : Stepwise {
     at::Tensor preactivations, norm_input, norm_recurrent, norm_factors;
     at::Tensor cells, hidden;  // of all steps if they are saved, else of one
     at::Tensor recurrent, begin_part, reset_part;
-    at::Tensor projected;               // with a projection and something to do after it
-    at::Tensor running_h, recurrent_h;  // as in cuda::NewOutput
+    at::Tensor projected;  // with a projection and something to do after it
+    at::Tensor running_h;  // as in cuda::NewOutput
+    // As there, where the product of the next step reads no rows of `output`. Fused, of two steps by turns: other
+    // blocks read those of the step before when a block writes its own.
+    at::Tensor recurrent_h[2];
     at::Tensor norm_workspace;
   };
 
@@ -97,19 +101,22 @@ class StepwiseForward : Stepwise {
     if (sizes_.projected) {
       b.hidden = saved_.hidden.defined() ? rows_of_direction(saved_.hidden, d) : one_step(true, H, dtype_);
     }
-    b.recurrent = one_step(true, 4 * H, sum_type);
-    b.begin_part = recurrent_part_of(layer.h0, layer);
+    b.recurrent = one_step(!fused_, 4 * H, sum_type);
+    if (!whole_) b.begin_part = recurrent_part_of(layer.h0, layer);
     b.reset_part = recurrent_part_of(layer.reset_h, layer);
     const bool changes_output = lengths_.defined() || recurrent_mask_.defined() || has_zoneout_h();
     b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
     b.running_h = one_step(has_zoneout_h(), P, sum_type);
-    b.recurrent_h = one_step(recurrent_mask_.defined(), P, dtype_);
+    if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
+      b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, dtype_) : P, dtype_);
+      b.recurrent_h[1] = fused_ ? at::empty_like(b.recurrent_h[0]) : b.recurrent_h[0];
+    }
     b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
     return b;
   }
 
   template <typename T>
-  cuda::NewOutput<T> new_output(const Direction& layer, const Buffers& b, const Step& step) const {
+  cuda::NewOutput<T> new_output(const Direction& layer, const Buffers& b, const Step& step, int64_t n) const {
     using A = typename cuda::Types<T>::Accumulate;
     cuda::NewOutput<T> output{};
     output.h = row_pointer<T>(b.output, step.offset);
@@ -120,7 +127,9 @@ class StepwiseForward : Stepwise {
     output.h0 = const_row_pointer<T>(layer.h0);
     output.reset_h = const_row_pointer<T>(layer.reset_h);
     output.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
-    output.recurrent_h = row_pointer<T>(b.recurrent_h);
+    const at::Tensor& recurrent_h = b.recurrent_h[n % 2];
+    output.recurrent_h = row_pointer<T>(recurrent_h);
+    output.recurrent_stride = recurrent_h.defined() ? recurrent_h.stride(0) : 0;
     return output;
   }
 
@@ -132,18 +141,21 @@ class StepwiseForward : Stepwise {
     const Buffers b = buffers(layer, d);
     const int64_t H = sizes_.hidden_size;
     const bool save = saved_.cells.defined(), masked = layer.recurrent_mask.defined();
-    const RowsGemm from_output = rows_gemm(b.recurrent, masked ? b.recurrent_h : b.output, layer.weight_hh.t());
+    const std::optional<RowsGemm> from_output =
+        rows_gemm_if(!fused_, b.recurrent, masked ? b.recurrent_h[0] : b.output, layer.weight_hh.t());
+    const at::Tensor recurrent_weight = fused_ ? with_aligned_rows(layer.weight_hh) : at::Tensor();
     const std::optional<RowsGemm> projection = rows_gemm_if(
         sizes_.projected, b.projected.defined() ? b.projected : b.output, b.hidden, transposed(layer.weight_hr));
 
     const int64_t limit = chunk_rows(4 * H * static_cast<int64_t>(sizeof(A)));
     for (int64_t n = 0; n < steps.count();) {
       const Chunk chunk(steps, n, limit);
-      const InputPart input = input_part(layer, steps, chunk);
+      const InputPart input = whole_ ? InputPart{} : input_part(layer, steps, chunk);
       for (; n < chunk.end; ++n) {
         const Step step = step_at(steps, n);
         const int64_t before = previous_offset(steps, n);
-        if (step.previous_rows > 0) product(from_output(0, masked ? 0 : before, step.previous_rows));
+        const bool multiplies = step.previous_rows > 0;
+        if (multiplies && !fused_) product((*from_output)(0, masked ? 0 : before, step.previous_rows));
         cuda::CellForward<T> args{};
         args.rows = step_rows(layer, n);
         args.hidden_size = H;
@@ -165,10 +177,18 @@ class StepwiseForward : Stepwise {
           args.output.h = row_pointer<T>(b.hidden, hidden_row);
           args.output.h_stride = H;
         } else {
-          args.output = new_output<T>(layer, b, step);
+          args.output = new_output<T>(layer, b, step, n);
         }
-        start(args, layer, b, step);
-        if (projection) project<T>(*projection, layer, b, step, args.rows, hidden_row);
+        if (whole_) {
+          start_whole(args, layer, recurrent_weight);
+        } else if (multiplies && fused_) {
+          const at::Tensor& copies = b.recurrent_h[(n - 1) % 2];
+          const at::Tensor& h = copies.defined() ? copies : b.output;
+          start_fused(args, recurrent_weight, h, copies.defined() ? 0 : before, step.previous_rows);
+        } else {
+          start(args, layer, b, step);
+        }
+        if (projection) project<T>(*projection, layer, b, step, args.rows, n, hidden_row);
       }
     }
   }
@@ -193,15 +213,56 @@ class StepwiseForward : Stepwise {
     check(cuda::norm_cell_forward(args, device_.stream), "norm_cell_forward");
   }
 
+  template <typename T>
+  static cuda::StepProduct<T> step_product(const at::Tensor& weight, const at::Tensor& rows, int64_t first,
+                                           int64_t count) {
+    return {const_row_pointer<T>(weight),
+            weight.stride(0),
+            const_row_pointer<T>(rows, first),
+            rows.stride(0),
+            count,
+            weight.size(1)};
+  }
+
+  // U h_{t-1}, which begins at row `first` of `h`, and the cell, in one kernel. In front of it is always the kernel of
+  // a step, and not what made the weight, which a dependent kernel reads at once.
+  template <typename T>
+  void start_fused(const cuda::CellForward<T>& cell, const at::Tensor& weight, const at::Tensor& h, int64_t first,
+                   int64_t rows) const {
+    if constexpr (kHasStep<T>) {
+      const cuda::StepForward<T> args{cell, {step_product<T>(weight, h, first, rows), {}}, false};
+      check(cuda::step_forward(args, dependent_, device_.stream), "step_forward");
+    }
+  }
+
+  // The same for the only step of a sequence, W x included.
+  template <typename T>
+  void start_whole(const cuda::CellForward<T>& cell, const Direction& layer, const at::Tensor& weight) const {
+    if constexpr (kHasStep<T>) {
+      const int64_t B = sizes_.batch;
+      const at::Tensor x = with_aligned_rows(layer.input.dim() == 3 ? layer.input.select(0, 0) : layer.input);
+      const at::Tensor weight_ih = with_aligned_rows(layer.weight_ih);
+      cuda::StepForward<T> args{cell, {step_product<T>(weight_ih, x, 0, B), {}}, true};
+      at::Tensor h = layer.h0;
+      if (h.defined()) {
+        if (layer.recurrent_mask.defined()) h = h.to(sizes_.sum_type).mul(layer.recurrent_mask).to(dtype_);
+        h = with_aligned_rows(h);
+        args.products[1] = step_product<T>(weight, h, 0, B);
+      }
+      // In front of it may be any kernel of the caller's, one that writes the weights among them.
+      check(cuda::step_forward(args, /*dependent=*/false, device_.stream), "step_forward");
+    }
+  }
+
   // `hidden_row`: where the step begins in b.hidden.
   template <typename T>
   void project(const RowsGemm& projection, const Direction& layer, const Buffers& b, const Step& step,
-               const cuda::StepRows& rows, int64_t hidden_row) const {
+               const cuda::StepRows& rows, int64_t n, int64_t hidden_row) const {
     using A = typename cuda::Types<T>::Accumulate;
     if (b.projected.defined()) {
       product(projection(0, hidden_row, step.rows));
       const cuda::OutputForward<T> args{rows, sizes_.output_size, const_row_pointer<A>(b.projected),
-                                        new_output<T>(layer, b, step)};
+                                        new_output<T>(layer, b, step, n)};
       check(cuda::output_forward(args, device_.stream), "output_forward");
       return;
     }
@@ -214,6 +275,7 @@ class StepwiseForward : Stepwise {
 
   const at::Tensor output_, h_n_, c_n_;
   const Saved saved_;  // all undefined in inference
+  const bool whole_;   // one step is one kernel, W x included
 };
 
 }  // namespace

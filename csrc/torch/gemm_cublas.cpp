@@ -33,7 +33,34 @@ void* cublas_handle() {
   return at::cuda::getCurrentCUDABlasHandle();
 }
 
+namespace {
+
+// While it lives, a product of this handle with a result of 16 bits keeps its sums in float32, also where it is
+// computed in several parts that are added up at the end.
+class FullSums {
+ public:
+  FullSums(cublasHandle_t handle, bool needed) : handle_(needed ? handle : nullptr) {
+    if (!handle_) return;
+    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &before_));
+    set(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
+  }
+  ~FullSums() {
+    if (handle_) cublasSetMathMode(handle_, before_);
+  }
+  FullSums(const FullSums&) = delete;
+  FullSums& operator=(const FullSums&) = delete;
+
+ private:
+  void set(int mode) { TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode))); }
+
+  cublasHandle_t const handle_;
+  cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
+};
+
+}  // namespace
+
 void gemm_cublas(const Gemm& g, void* handle) {
+  const FullSums full_sums(static_cast<cublasHandle_t>(handle), g.c.type == at::kHalf || g.c.type == at::kBFloat16);
   const double one = 1, zero = 0;
   const float onef = 1, zerof = 0;
   const bool is_double = g.a.type == at::kDouble;

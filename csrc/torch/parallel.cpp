@@ -7,9 +7,70 @@
 #endif
 #include <omp.h>
 
-namespace lstm_ext {
+#include <ctime>
 
-int available_threads() { return at::in_parallel_region() || omp_in_parallel() ? 1 : at::get_num_threads(); }
+#include <algorithm>
+#include <atomic>
+
+namespace lstm_ext {
+namespace {
+
+constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thread may be most
+constexpr double kLeastShare =
+    0.65;  // of the time of a call that a worker with a core of its own computes; two get half
+constexpr int kFewestCalls = 4, kMostCalls = 64;
+
+double seconds(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// After a call in which workers shared their cores, the next ones have fewer workers. Then one tries again, and if it
+// fares no better, the next twice as many. All of a process: its threads share its cores.
+class Crowding {
+ public:
+  int limited(int threads) {
+    if (threads == 1 || calls_.load(std::memory_order_relaxed) <= 0) return threads;
+    if (!wanted.load(std::memory_order_relaxed)) return threads;
+    if (calls_.fetch_sub(1, std::memory_order_relaxed) <= 0) return threads;
+    return std::min(threads, workers_.load(std::memory_order_relaxed));
+  }
+
+  void note(int workers, int crowded) {
+    if (crowded == 0) {
+      if (calls_.load(std::memory_order_relaxed) <= 0) next_.store(kFewestCalls, std::memory_order_relaxed);
+      return;
+    }
+    const int calls = next_.load(std::memory_order_relaxed);
+    workers_.store(std::max(1, workers - crowded), std::memory_order_relaxed);
+    next_.store(std::min(2 * calls, kMostCalls), std::memory_order_relaxed);
+    calls_.store(calls, std::memory_order_relaxed);
+  }
+
+  CrowdedCalls left() const {
+    return {workers_.load(std::memory_order_relaxed), std::max(0, calls_.load(std::memory_order_relaxed))};
+  }
+
+  std::atomic<bool> wanted{true};
+
+ private:
+  std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
+};
+
+Crowding& crowding() {
+  static Crowding state;
+  return state;
+}
+
+}  // namespace
+
+int available_threads() {
+  return at::in_parallel_region() || omp_in_parallel() ? 1 : crowding().limited(at::get_num_threads());
+}
+
+CrowdedCalls crowded_calls() { return crowding().left(); }
+void set_fewer_when_crowded(bool wanted) { crowding().wanted.store(wanted, std::memory_order_relaxed); }
 
 bool run_at_once(int workers, void (*work)(void* context, int index), void* context) {
   if (workers == 1) {
@@ -17,15 +78,29 @@ bool run_at_once(int workers, void (*work)(void* context, int index), void* cont
     return true;
   }
   bool complete = false;
+  std::atomic<int> crowded{0};
+  // Asking for a thread's time takes as long as a short call's last percents.
+  static std::atomic<bool> last_was_long{false};
+  const bool measures = last_was_long.load(std::memory_order_relaxed);
+  const double begin = seconds(CLOCK_MONOTONIC);
 #pragma omp parallel num_threads(workers)
   {
     // All threads see the same number, so all agree.
     if (omp_get_num_threads() == workers) {
       if (omp_get_thread_num() == 0) complete = true;
+      const double before = measures ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
       work(context, omp_get_thread_num());
+      if (measures) {
+        // From the beginning of all: a thread that was woken late held up the others.
+        const double passed = seconds(CLOCK_MONOTONIC) - begin;
+        if (passed > kShortest && seconds(CLOCK_THREAD_CPUTIME_ID) - before < kLeastShare * passed) ++crowded;
+      }
     }
   }
-  return complete;
+  if (!complete) return false;
+  last_was_long.store(seconds(CLOCK_MONOTONIC) - begin > kShortest, std::memory_order_relaxed);
+  if (measures) crowding().note(workers, crowded.load(std::memory_order_relaxed));
+  return true;
 }
 
 }  // namespace lstm_ext

@@ -3,10 +3,22 @@
 
 #include <cstdint>
 
+#include "contract/visibility.h"
+
 namespace lstm_ext {
 
-// How many workers a call may have: torch's intra-op threads, or 1 inside a parallel region.
+// How many workers a call may have: torch's intra-op threads, or 1 inside a parallel region. Fewer, for a few calls, if
+// workers had to share their cores with other programs: those that share one also hold up the others, which wait for
+// them, so fewer workers are faster.
 int available_threads();
+
+// What is left of that: how many workers the next call may have at most, and for how many calls. For tests.
+struct CrowdedCalls {
+  int workers, calls;
+};
+LSTM_EXT_PUBLIC CrowdedCalls crowded_calls();
+// False: every call has all its workers, however busy the cores are.
+LSTM_EXT_PUBLIC void set_fewer_when_crowded(bool wanted);
 
 // Runs work(index) for index < workers on as many threads at once and returns true; or returns
 // false, having run nothing, if the system gives fewer threads. The work may wait for its fellows,

@@ -117,6 +117,42 @@ def cpu_plan(
     ``planes`` are the bfloat16 numbers in an operand of a matrix unit; in the result, 0 is a product without it.
     """
 
+def crowded_calls() -> tuple[int, int]:
+    """How many workers the next calls may have at most, and how many calls, because workers had to share their cores
+    with other programs."""
+
+def set_fewer_when_crowded(wanted: bool) -> None:
+    """False: every call has all its workers, however busy the cores are. For tests."""
+
+def cuda_devices() -> list[dict[str, str | int | float]]:
+    """What the makers say of the GPUs that :func:`cuda_plan` knows by name."""
+
+def cuda_plan(
+    *,
+    device: dict[str, str | int | float],
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    directions: int = 1,
+    dtype: str = "float32",
+    tf32: bool = True,
+    projected: bool = False,
+    normalised: bool = False,
+    training: bool = False,
+    kernel: str = "auto",
+    validated: bool = False,
+) -> dict[str, str | int | float | list[str]]:
+    """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
+
+    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; ``validated`` says that the kernel ``"step"`` has been
+    right on this GPU. In the result ``problem`` is empty, or says why what was requested cannot run. The times are
+    those of a model.
+    """
+
+def set_cuda_step_validated(device: int, validated: bool) -> None:
+    """Whether the kernel ``"step"`` may be chosen on this CUDA device of the process."""
+
 def build_info() -> dict[str, str]:
     """How this binary was built: ``version``, ``torch``, ``compiler``, and ``cuda``, which is empty without kernels
     for it, else CUDA's version and the architectures ("13.0 for 8.0 9.0+PTX")."""

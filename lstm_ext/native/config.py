@@ -221,10 +221,10 @@ def check_headers() -> None:
 # those of the GPUs, and fail where there is none. The tests compile for the first of each generation.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
-# stepwise: a product and a small kernel for each step. cluster and grid: a thread-block cluster, or the whole grid,
-# keeps the recurrent weights for all steps.
-CUDA_KERNELS = ("stepwise", "cluster", "grid")
-CUDA_KERNELS_OF_THIS_RELEASE = ("stepwise",)
+# stepwise: a product and a small kernel for each step. step: one kernel for each. cluster and grid: a thread-block
+# cluster, or the whole grid, keeps the recurrent weights for all steps.
+CUDA_KERNELS = ("stepwise", "step", "cluster", "grid")
+CUDA_KERNELS_OF_THIS_RELEASE = ("stepwise", "step")
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
@@ -276,7 +276,7 @@ def requested_cuda_kernel() -> str:
     if value not in ("auto", *CUDA_KERNELS_OF_THIS_RELEASE):
         raise ValueError(
             f"LSTM_EXT_CUDA_KERNEL={value}: the persistent kernels, cluster and grid, are not part of this release; "
-            "set it to stepwise or auto, or unset it."
+            "set it to stepwise, step or auto, or unset it."
         )
     return value
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import loader
+from . import loader, selftest_record
 from .config import OLDEST_CAPABILITY, requested_cuda_kernel
 
-__all__ = ["Choice", "choice", "is_supported", "problem", "unsupported"]
+__all__ = ["Choice", "choice", "facts", "is_step_validated", "is_supported", "problem", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,29 @@ def choice() -> Choice:
     """
     requested = requested_cuda_kernel()
     if requested == "auto":
-        return Choice("stepwise", "the only one in this release")
+        return Choice("stepwise", "on a device where `step` has passed the selftest, the faster of the two")
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
+
+
+def facts(device: torch.device) -> dict[str, str | int | float]:
+    """What the planner of kernels has to know of a GPU that is here; see csrc/cuda/gpu_plan.h."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "capability": found.major * 10 + found.minor,
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": found.L2_cache_size,
+        "shared_of_block": found.shared_memory_per_block_optin,
+        "shared_of_multiprocessor": found.shared_memory_per_multiprocessor,
+        "clock_ghz": found.clock_rate / 1e6,
+        "memory_gb_per_s": 2 * found.memory_clock_rate * found.memory_bus_width / 8 / 1e6,
+    }
+
+
+def is_step_validated(device: torch.device) -> bool:
+    """Whether the kernel that does a step at once has passed the selftest on this device, with this build."""
+    entry = selftest_record.find(device)
+    return entry is not None and "step" in (entry.get("passed") or [])
 
 
 # ---- devices
@@ -60,8 +81,16 @@ def _find_problem(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     reason = unsupported(capability, status.cuda)
     if reason is None:
+        _choose(torch.device("cuda", torch.cuda.current_device() if index is None else index))
         return None
     return f"{torch.cuda.get_device_name(index)} has compute capability {_text(capability)}: {reason}"
+
+
+def _choose(device: torch.device) -> None:
+    """Lets `auto` take the kernel that does a step at once, if it has been right there. For the life of the process."""
+    extension = loader.extension()
+    if extension is not None and is_step_validated(device):
+        extension.set_cuda_step_validated(device.index, True)
 
 
 def unsupported(capability: tuple[int, int], built: str) -> str | None:

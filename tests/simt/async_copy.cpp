@@ -43,6 +43,10 @@ void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_
   if (block_of(shared) != current->block)
     fail("cp.async: the destination is not in this block's shared memory", file, line);
   if (block_of(global) != nullptr) fail("cp.async: the source is in shared memory", file, line);
+  if (source_bytes > 0 && waits_for_launch(*current, global, /*writes=*/false)) {
+    fail("cp.async reads what the launch in front of this one may still write: grid_dependency_wait comes later", file,
+         line);
+  }
   ++statistics().copies;
   if (source_bytes > 0) race::access(*current, global, source_bytes, /*writes=*/false, file, line);
   race::asynchronous_write(*current, shared, bytes, file, line);

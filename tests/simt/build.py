@@ -48,7 +48,8 @@ EMULATOR_FLAGS = {
     "race": COMPILE_FLAGS["plain"],
 }
 LINK_FLAGS = {"asan": ["-fsanitize=address,undefined"]}
-COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-DLSTM_EXT_SIMT"]
+# "#pragma unroll" is for nvcc.
+COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT"]
 MAX_JOBS = 2
 
 
@@ -206,7 +207,7 @@ def build_extension_module(
     return cpp_extension.load(
         name=name,
         sources=[str(path) for path in (*plain_cpp, *EMULATOR)],
-        extra_cflags=["-O2", "-DLSTM_EXT_SIMT", f"-isystem{cuda_include()}"],
+        extra_cflags=["-O2", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT", f"-isystem{cuda_include()}"],
         extra_include_paths=[str(path) for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)],
         extra_ldflags=["-ldl"],
         build_directory=str(folder),

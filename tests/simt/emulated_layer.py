@@ -20,11 +20,14 @@ def stepwise_module() -> ModuleType:
 
 
 @contextlib.contextmanager
-def emulated_device(tf32: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Iterator[ModuleType]:
-    """The module, on a device whose products may round to TF32, with chunks of so many bytes."""
+def emulated_device(
+    tf32: bool = False, chunk_bytes: int = CHUNK_BYTES, step: bool = False
+) -> Iterator[ModuleType]:
+    """The module, on a device whose products may round to TF32, with chunks of so many bytes; a step is one kernel, or
+    a product and a kernel."""
     module = stepwise_module()
-    module.set_device(tf32, chunk_bytes)
+    module.set_device(tf32, chunk_bytes, step)
     try:
         yield module
     finally:
-        module.set_device(False, CHUNK_BYTES)
+        module.set_device(False, CHUNK_BYTES, False)

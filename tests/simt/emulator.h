@@ -29,6 +29,9 @@ struct LaunchConfig {
   size_t dynamic_shared = 0;
   unsigned cluster = 1;      // blocks in a cluster, consecutive in x
   bool cooperative = false;  // all blocks alive at once, whatever options().resident_blocks says
+  // May begin before the launch in front of it has ended: until grid_dependency_wait, a thread may read ConstantMemory,
+  // and no other global memory, and write none.
+  bool dependent = false;
 };
 
 // Runs `body` once for every thread. Throws Error.
@@ -55,6 +58,10 @@ int64_t clock();
 void syncthreads(const char* file, int line);
 void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
+
+// ---- dependent launches (global_memory.cpp)
+
+void grid_dependency_wait(const char* file, int line);
 
 // ---- of a warp
 

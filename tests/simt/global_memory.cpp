@@ -1,6 +1,8 @@
 #include "simt/global_memory.h"
 
 #include <cstdlib>
+#include <iterator>
+#include <map>
 #include <new>
 
 #include "simt/fences.h"
@@ -17,6 +19,12 @@ constexpr size_t kFence = 4096 + kAlignment;
 std::vector<const FencedMemory*>& buffers() {
   static auto* alive = new std::vector<const FencedMemory*>;
   return *alive;
+}
+
+// The ends of the ranges, by their beginnings.
+std::map<const char*, const char*>& constants() {
+  static auto* known = new std::map<const char*, const char*>;
+  return *known;
 }
 
 }  // namespace
@@ -60,6 +68,25 @@ std::string check_global_fences() {
     if (!found.empty()) return found;
   }
   return "";
+}
+
+ConstantMemory::ConstantMemory(const void* memory, size_t bytes) : memory_(static_cast<const char*>(memory)) {
+  constants()[memory_] = memory_ + bytes;
+}
+
+ConstantMemory::~ConstantMemory() { constants().erase(memory_); }
+
+bool waits_for_launch(const Thread& thread, const void* address, bool writes) {
+  if (thread.waited_for_launch || block_of(address) != nullptr) return false;
+  const auto* place = static_cast<const char*>(address);
+  const auto after = constants().upper_bound(place);
+  return writes || after == constants().begin() || std::prev(after)->second <= place;
+}
+
+void grid_dependency_wait(const char* file, int line) {
+  note_position("griddepcontrol.wait", file, line);
+  maybe_switch(file, line);
+  current->waited_for_launch = true;
 }
 
 WatchedMemory::WatchedMemory(const void* memory, size_t bytes, size_t granularity, const std::string& name)

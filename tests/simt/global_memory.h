@@ -51,6 +51,18 @@ class DeviceBuffer {
   FencedMemory memory_;
 };
 
+// Memory that the launch in front of a dependent one does not write: weights.
+class ConstantMemory {
+ public:
+  ConstantMemory(const void* memory, size_t bytes);
+  ~ConstantMemory();
+  ConstantMemory(const ConstantMemory&) = delete;
+  ConstantMemory& operator=(const ConstantMemory&) = delete;
+
+ private:
+  const char* memory_;
+};
+
 // Memory that somebody else owns (a tensor's), for the race detector.
 class WatchedMemory {
  public:

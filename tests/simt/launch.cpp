@@ -78,6 +78,7 @@ Block& add_block(uint64_t number, uint64_t* priority) {
     thread.index = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
     thread.lane = i % kWarp;
     thread.block = &block;
+    thread.waited_for_launch = !machine.config.dependent;
     thread.warp = &block.warps[i / kWarp];
     thread.warp->live |= 1u << thread.lane;
     thread.priority = priority + (unit == 0 ? i : unit == 1 ? i / kWarp : 0);
@@ -183,6 +184,7 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   check(config);
+  ++statistics().launches;
   if (options().stack_bytes == 0) options().stack_bytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
   machine.config = config;
   machine.body = std::move(body);

@@ -42,6 +42,7 @@ struct Thread {
   bool finished = false;
   bool queued = false;
   bool polling = false;
+  bool waited_for_launch = true;  // the one in front of this one has ended
   uint64_t* priority = nullptr;
   // What it does or waits for, and where.
   const char* doing = "start";
@@ -198,6 +199,9 @@ std::string check_shared_fences(const Block& block);
 Block* block_of(const void* pointer);  // null where it does not point to shared memory
 // global_memory.cpp
 std::string check_global_fences();
+// Whether this thread's launch may still write what is there, or has not ended reading it: the thread has to wait
+// first.
+bool waits_for_launch(const Thread& thread, const void* address, bool writes);
 
 inline bool draw(unsigned one_in) { return machine.random() % one_in == 0; }
 

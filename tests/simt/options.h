@@ -43,8 +43,9 @@ struct Options {
   size_t stack_bytes = 0;  // of a thread; 0: enough for this build
 };
 
-// What one launch did, for tests that want to know that a mode was exercised.
+// What launches did, for tests that want to know that a mode was exercised.
 struct Statistics {
+  uint64_t launches = 0;
   uint64_t switches = 0;
   uint64_t barriers = 0;
   uint64_t polls = 0;

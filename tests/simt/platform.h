@@ -185,6 +185,7 @@ struct LaunchConfig {
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;
   bool cooperative = false;
+  bool dependent = false;
 };
 
 // Runs the kernel to its end. What it does wrong becomes a simt::Error.
@@ -196,6 +197,7 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.dynamic_shared = config.dynamic_shared;
   emulated.cluster = config.cluster;
   emulated.cooperative = config.cooperative;
+  emulated.dependent = config.dependent;
   if (simt::translated_kernel != nullptr) {
     const auto translated = simt::translated_kernel(reinterpret_cast<const void*>(kernel), sizeof args);
     simt::launch(emulated, [translated, args] { translated(reinterpret_cast<const char*>(&args)); });
@@ -256,6 +258,9 @@ inline void red_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) 
 }
 
 inline int64_t now() { return simt::clock(); }
+
+inline void grid_dependency_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::grid_dependency_wait(LSTM_SITE_ONLY); }
+inline void launch_dependents() {}
 
 inline void cluster_arrive(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_arrive(LSTM_SITE_ONLY); }
 inline void cluster_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_wait(LSTM_SITE_ONLY); }

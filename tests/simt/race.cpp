@@ -143,7 +143,12 @@ void for_each_place(const void* address, size_t bytes, Visit visit) {
 }  // namespace
 
 void check_access(unsigned thread, const void* address, size_t bytes, bool writes, Site site, bool asynchronous) {
+  const bool too_early = waits_for_launch(machine.threads[thread], address, writes);
   for_each_place(address, bytes, [&](Watched& range, size_t index) {
+    if (too_early && first_of_its_kind(site, site)) {
+      reports.push_back(std::string(writes ? "write at " : "read at ") + describe(site) +
+                        " of global memory that is not constant, before grid_dependency_wait");
+    }
     Place& place = range.places[index];
     const Event event{thread + 1, asynchronous ? kPending : knowledge[thread][thread], site};
     for (const Event* writer : {&place.writer, &place.atomic_writer}) {

@@ -80,6 +80,8 @@ GENERIC = (r"LD\.E.*", r"ST\.E.*")  # the hardware has to find out which memory 
 COPY_16 = (r"LDGSTS\.E\.BYPASS\.128.*", r"LDGDEPBAR.*", r"DEPBAR\.LE.*")
 MATRIX_LOADS = (r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2")
 MMA_BF16 = (r"HMMA\.16816\.F32\.BF16",)
+# A wait for the launch in front, and leave for the one behind to begin.
+DEPENDENT_LAUNCH = (r"ACQBULK", r"PREEXIT")
 CLUSTER_BARRIER = (r"UCGABAR_ARV", r"UCGABAR_WAIT")
 # Of an mbarrier: its initialisation, an arrival with and without bytes expected, a wait.
 MBARRIER = (r"SYNCS\.EXCH\.64", r"SYNCS\.ARRIVE\.TRANS64.*", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT")
@@ -100,6 +102,16 @@ EXPECTATIONS = (
     *(Expectation(f"*cell_*_kernel<{t}*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), TANH_OF_11_BITS) for t in FLOATS),
     Expectation("*cell_*_kernel<double*>", present=(r"DFMA.*",)),
     Expectation("sum_of_rows_kernel<*>", present=BLOCK_BARRIER),
+    # Sums on the tensor cores, weights past the first-level cache; float16's gradients are float32 there.
+    Expectation(
+        "step_*_kernel<*>", (*COPY_16, *BLOCK_BARRIER, *EXPONENTIAL, r"MUFU\.RCP.*"), TANH_OF_11_BITS
+    ),
+    Expectation("step_*_kernel<__nv_bfloat16, *>", present=MMA_BF16),
+    Expectation("step_forward_kernel<__half, *>", present=(r"HMMA\.16816\.F32",)),
+    Expectation("step_backward_kernel<__half, *>", present=(r"HMMA\.1688\.F32\.TF32",)),
+    Expectation("step_*_kernel<float, *>", present=(r"HMMA\.1688\.F32\.TF32",)),
+    Expectation("step_*_kernel<*>", present=DEPENDENT_LAUNCH, architectures=FROM_HOPPER),
+    Expectation("step_*_kernel<*>", absent=DEPENDENT_LAUNCH, architectures=BEFORE_HOPPER),
     # A warp sums by shuffles, the warps of a block meet in shared memory.
     Expectation("norm_cell_*_kernel<*>", present=(*BLOCK_BARRIER, r"SHFL\.BFLY.*")),
 )

@@ -213,6 +213,7 @@ void check_cell(const Shape& s) {
   y.reset_h = to_state ? reset_h.data() : nullptr;
   y.recurrent_mask = s.mask ? mask.data() : nullptr;
   y.recurrent_h = s.mask ? recurrent_h.data() : nullptr;
+  y.recurrent_stride = H;
   DeviceBuffer<T> hidden(R * H, "hidden");
   if (s.projected) {
     f.output.h = hidden.data();

@@ -3,6 +3,9 @@
 // are loops that follow BLAS's definition to the letter.
 #include <torch/extension.h>
 
+#include "cuda/step_bf16.cu"
+#include "cuda/step_f16.cu"
+#include "cuda/step_f32.cu"
 #include "cuda/stepwise_bf16.cu"
 #include "cuda/stepwise_f16.cu"
 #include "cuda/stepwise_f32.cu"
@@ -80,14 +83,26 @@ void gemm_by_definition(const Gemm& g, void*) {
   }
 }
 
+int64_t products = 0;
+void counted_gemm(const Gemm& g, void* context) {
+  ++products;
+  gemm_by_definition(g, context);
+}
+
 // What torch's settings and the memory of a GPU decide.
 struct Device {
   bool tf32 = false;
   int64_t chunk_bytes = int64_t{1} << 25;
+  bool step = false;
 } device;
 
 lstm_ext::StepwiseDevice emulated_device() {
-  return {nullptr, &gemm_by_definition, nullptr, device.tf32, device.chunk_bytes};
+  // Of a capability that has no dependent launches: which tensors are weights, only the kernels' own driver says.
+  static const lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
+  lstm_ext::cuda::Request request;
+  request.any = false;
+  if (device.step) request.kernel = lstm_ext::cuda::Kernel::kStep;
+  return {nullptr, &counted_gemm, nullptr, device.tf32, device.chunk_bytes, &facts, request};
 }
 
 lstm_ext::LayerResults emulated_forward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes, bool save) {
@@ -116,7 +131,13 @@ const lstm_ext::Backend& lstm_ext::cpu_backend() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   lstm_ext::python::bind_layer(m);
   m.def(
-      "set_device", [](bool tf32, int64_t chunk_bytes) { device = {tf32, chunk_bytes}; }, py::arg("tf32"),
-      py::arg("chunk_bytes"));
+      "set_device", [](bool tf32, int64_t chunk_bytes, bool step) { device = {tf32, chunk_bytes, step}; },
+      py::arg("tf32"), py::arg("chunk_bytes"), py::arg("step"));
+  // Since the last call: launches of kernels, and products.
+  m.def("launches", [] {
+    const auto counted = std::make_pair(simt::statistics().launches, products);
+    simt::statistics().launches = products = 0;
+    return counted;
+  });
   m.def("gemm", &gemm);
 }

@@ -224,6 +224,26 @@ def test_stepwise_kernels(mode: str, schedule: str, architecture: str) -> None:
     assert status == 0, text
 
 
+STEP = [nvcc.CSRC / "cuda" / f"step_{name}.cu" for name in ("f32", "f16", "bf16")]
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    ("mode", "schedule", "architecture"),
+    [
+        ("race", "priority", "sm_90"),
+        pytest.param("plain", "random", "sm_90", marks=pytest.mark.full),
+        pytest.param("plain", "fifo", "sm_100", marks=pytest.mark.full),
+    ],
+)
+def test_step_kernels(mode: str, schedule: str, architecture: str) -> None:
+    """Both as nvcc compiles them: the same bits as the stepwise kernels."""
+    sources = [translated(source, architecture) for source in (*STEP, STEPWISE[0], *STEPWISE[2:])]
+    program = build.compile_ptx_driver(HERE / "step_driver.cpp", sources, mode)
+    status, text = run(program, SIMT_SCHEDULE=schedule)
+    assert status == 0, text
+
+
 @pytest.fixture(scope="module")
 def stepwise_kernels() -> TranslatedKernels:
     return TranslatedKernels(stepwise_module(), STEPWISE)

@@ -16,19 +16,19 @@ pytestmark = pytest.mark.tools
 CASES = [case for case in selftest.CASES if case.name != "larger"]  # that takes the emulator a minute
 
 
-class StepwiseLayer(torch.autograd.Function):
+class EmulatedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tf32, has_bias, bidirectional, batch_sizes, input, h0, c0, *weights):
+    def forward(ctx, device, has_bias, bidirectional, batch_sizes, input, h0, c0, *weights):
         layer = (input, h0, c0, weights, batch_sizes, has_bias, bidirectional, None)
-        with emulated_device(tf32) as module:
+        with emulated_device(**device) as module:
             *results, _, _, saved = module.lstm_layer_forward(*layer, True)
-        ctx.layer, ctx.output, ctx.saved, ctx.tf32 = layer, results[0], saved, tf32
+        ctx.layer, ctx.output, ctx.saved, ctx.device = layer, results[0], saved, device
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
         needs_grad = [*ctx.needs_input_grad[4:], False, False]
-        with emulated_device(ctx.tf32) as module:
+        with emulated_device(**ctx.device) as module:
             computed = module.lstm_layer_backward(
                 *ctx.layer, *grads, None, None, ctx.output, ctx.saved, needs_grad
             )
@@ -36,31 +36,44 @@ class StepwiseLayer(torch.autograd.Function):
 
 
 @pytest.fixture
-def tf32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether products are rounded so; selftest's operator is the emulated layer."""
-    tf32 = request.param
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """The emulated device; selftest's operator is the layer there."""
+    device = request.param
 
     def operator(
         input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], batch_sizes: Tensor, *flags: bool
     ) -> Any:
         if torch.is_grad_enabled():
-            return StepwiseLayer.apply(tf32, *flags, batch_sizes, input, h0, c0, *weights)
-        with emulated_device(tf32) as module:
+            return EmulatedLayer.apply(device, *flags, batch_sizes, input, h0, c0, *weights)
+        with emulated_device(**device) as module:
             return module.lstm_layer_forward(input, h0, c0, weights, batch_sizes, *flags, None, False)[:3]
 
     monkeypatch.setattr(selftest, "_operator", operator)
-    return tf32
+    return device
 
 
-def dtypes_and_tf32() -> list[Any]:
-    plain = [pytest.param(dtype, False, id=str(dtype)) for dtype in selftest.DTYPES]
-    return [*plain, pytest.param(torch.float32, True, id="tf32")]
+def checks() -> list[Any]:
+    """Those that selftest.cuda_checks makes of each kernel."""
+    found = []
+    for step in (False, True):
+        for dtype in selftest.DTYPES:
+            if not step or dtype in (torch.float16, torch.bfloat16):
+                found.append(pytest.param(dtype, {"step": step}, id=f"{dtype}{'-step' if step else ''}"))
+        found.append(
+            pytest.param(torch.float32, {"tf32": True, "step": step}, id=f"tf32{'-step' if step else ''}")
+        )
+    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize(("dtype", "tf32"), dtypes_and_tf32(), indirect=["tf32"])
-def test_stepwise_passes(tf32: bool, dtype: torch.dtype, case: selftest.Case) -> None:
+@pytest.mark.parametrize(("dtype", "device"), checks(), indirect=["device"])
+def test_passes(device: dict[str, bool], dtype: torch.dtype, case: selftest.Case) -> None:
+    if device["step"] and case.proj_size:
+        with pytest.raises(RuntimeError, match="there is none for projections"):
+            selftest._plainly(selftest.Problem(case, dtype, torch.device("cpu")))
+        return
     results = selftest._plainly(selftest.Problem(case, dtype, torch.device("cpu")))
+    tf32 = device.get("tf32", False)
     verdict = selftest.judge(results, case, dtype, selftest.TF32_EPS if tf32 else None)
     assert verdict.passed, verdict.text
     if tf32:  # and would not be passed without the allowance for it

@@ -1,4 +1,4 @@
-"""The stepwise CUDA layer, host code and kernels, on the emulator: values and gradients against float64."""
+"""The CUDA layer, host code and kernels, on the emulator: values and gradients against float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cases import CASES, LOW, OPTIONS, Case, Layer, check, with_strides
 from judge import EPS, relative_error
 
 
-def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False) -> dict[str, Tensor]:
+def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False, step: bool = False) -> dict[str, Tensor]:
     """Results and gradients of the emulated layer."""
     case = layer.case
 
@@ -44,7 +44,7 @@ def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False) -> dict[str, 
     call = (input, stored(layer.h0), stored(layer.c0), weights, layer.batch_sizes)
     call = (*call, case.bias, case.bidirectional, options)
     needs_grad = layer.needs_grad + [False] * (0 if learned else 2)
-    with emulated_device(tf32, case.chunk_bytes) as module:
+    with emulated_device(tf32, case.chunk_bytes, step) as module:
         *results, saved = module.lstm_layer_forward(*call, True)
         *inferred, nothing = module.lstm_layer_forward(*call, False)
         assert nothing is None
@@ -73,6 +73,11 @@ def drawn(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     return emulated(cases.layer(case, dtype, seed), dtype)
 
 
+def fused(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Each step in one kernel."""
+    return emulated(cases.layer(case, dtype, seed), dtype, tf32=dtype == torch.float32, step=True)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
 def test_values_and_gradients(name, dtype):
@@ -92,6 +97,79 @@ def test_values_and_gradients(name, dtype):
 )
 def test_values_and_gradients_of_many_layers(name, dtype):
     check(wide(name), dtype, 20, ours=drawn, equations=True)
+
+
+# Of the kernels that do a step at once. Their tiles have 16 units, 16 or 64 rows, 256 or 128 bytes of a state, 64
+# columns of U; and rows that do not begin at multiples of 16 bytes are copied.
+STEP_CASES = {name: case for name, case in CASES.items() if not case.proj_size and not case.norm} | {
+    "one step, rows that begin anywhere": Case(steps=1, batch=4, hidden_size=33, input_size=7),
+    "one step, no hx": Case(steps=1, batch=20, hidden_size=16, input_size=8, hx=False, bidirectional=True),
+    "one step, packed": Case(packed=(1, 1, 1), hidden_size=24, input_size=16, bidirectional=True),
+    "one step, all": Case(steps=1, mask=True, zoneout="flags", lengths=(1, 0, 1), returned="both"),
+    "one step, resets": Case(steps=1, resets="to a state"),
+    "several tiles of everything": Case(steps=3, batch=17, hidden_size=72, input_size=16),
+    "many rows, packed": Case(
+        packed=(3,) * 40 + (2,) * 30 + (1,) * 10, hidden_size=40, input_size=8, bidirectional=True
+    ),
+    "a long state": Case(steps=3, batch=2, hidden_size=600, input_size=8),
+    "both directions, rows that begin anywhere, mask": Case(
+        steps=4, batch=5, hidden_size=19, bidirectional=True, mask=True, resets="to a state", zoneout="shares"
+    ),
+}
+BIG = ("several tiles of everything", "many rows, packed", "a long state")
+
+
+@pytest.mark.parametrize("name", STEP_CASES)
+@pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
+def test_steps_at_once(name, dtype):
+    case = dataclasses.replace(STEP_CASES[name], wide_weights=True)
+    check(case, dtype, 1 if name in BIG else 6 if name in OPTIONS else 20, ours=fused, equations=True)
+
+
+@pytest.mark.parametrize("name", STEP_CASES)
+def test_steps_at_once_in_tf32(name):
+    """As exact as single products of operands so rounded are."""
+    case = dataclasses.replace(STEP_CASES[name], wide_weights=True)
+    expected, ours = cases.expected(case, torch.float32, 0), fused(case, torch.float32, 0)
+    stepwise = emulated(cases.layer(case, torch.float32, 0), torch.float32, tf32=True)
+    for result, e in expected.items():
+        bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[torch.float32])
+        assert relative_error(ours[result], e) <= bound, result
+
+
+def test_launches_of_a_step():
+    """One forward, one backward, but for those around the loop; a sequence of one step is one launch."""
+
+    def launches(steps: int, step: bool, backward: bool) -> tuple[int, int]:
+        layer = cases.layer(Case(steps=steps, hidden_size=16), torch.bfloat16, 0)
+        weights = [w.bfloat16() for w in layer.weights]
+        call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, False)
+        with emulated_device(step=step) as module:
+            call = (*call, module.LayerOptions())
+            module.launches()
+            *results, saved = module.lstm_layer_forward(*call, True)
+            forward = module.launches()
+            grads = [torch.ones_like(results[0]), None, None, None, None]
+            module.lstm_layer_backward(*call, *grads, results[0], saved, [True] * 7 + [False] * 2)
+            return module.launches() if backward else forward
+
+    for backward in (False, True):
+        ten, eleven = (launches(steps, True, backward) for steps in (10, 11))
+        assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
+        ten, eleven = (launches(steps, False, backward) for steps in (10, 11))
+        assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
+    assert launches(1, True, False) == (1, 0)
+
+
+def test_what_has_no_step_at_once():
+    for case, dtype, said in (
+        (Case(), torch.float64, "there is none for float64"),
+        (Case(), torch.float32, "products of float32 may not be rounded to TF32 here"),
+        (Case(proj_size=3), torch.bfloat16, "there is none for projections"),
+        (Case(norm="own"), torch.bfloat16, "there is none for layer normalisation"),
+    ):
+        with pytest.raises(RuntimeError, match=f"LSTM_EXT_CUDA_KERNEL=step asks .* but {said}"):
+            emulated(cases.layer(case, dtype, 0), dtype, step=True)
 
 
 def test_tf32_rounds_operands_and_no_more():

@@ -153,6 +153,11 @@ def atomic(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f.assign(i.operands[0], kind, code) if returns else f"{code};"
 
 
+@handles("griddepcontrol")
+def dependent_launch(f: Emitter, m: Modifiers, i: Instruction) -> str:
+    return f"grid_dependency_wait({HERE});" if m.need("wait", "launch_dependents") == "wait" else ""
+
+
 @handles("membar", "fence")
 def fence(f: Emitter, m: Modifiers, i: Instruction) -> str:
     if m.take("mbarrier_init"):

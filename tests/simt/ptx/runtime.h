@@ -206,6 +206,7 @@ inline void fence_proxy_async(const char* file, int line) { simt::thread_fence(f
 inline void cp_async(char* shared, const char* global, u32 bytes, u32 read, const char* file, int line) {
   simt::cp_async(shared, global, bytes, read, file, line);
 }
+inline void grid_dependency_wait(const char* file, int line) { simt::grid_dependency_wait(file, line); }
 inline void cp_async_commit(const char* file, int line) { simt::cp_async_commit(file, line); }
 inline void cp_async_wait(u32 groups_left, const char* file, int line) { simt::cp_async_wait(groups_left, file, line); }
 inline void cp_async_wait_all(const char* file, int line) { simt::cp_async_wait_all(file, line); }

@@ -152,6 +152,14 @@ with_shared(
     u64(little(0) | little(20) << 32),
 )
 
+# ---- dependent launches
+
+kernel(
+    "dependent_launch",
+    "griddepcontrol.wait; griddepcontrol.launch_dependents; cvt.u64.u32 %d0, %r39;",
+    [u64(lane) for lane in LANES],
+)
+
 # ---- control
 
 kernel(

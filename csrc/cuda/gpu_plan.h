@@ -1,0 +1,80 @@
+// Which kernels compute a layer on a GPU, and why: a pure function of the layer, of the device, and of what is
+// requested. Plain C++17 without CUDA's headers, so that every build can answer, for any device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "contract/visibility.h"
+
+namespace lstm_ext::cuda {
+
+// Of a step in one launch. A block has kStepUnits hidden units: in the forward pass those whose cells it updates, in
+// the backward pass those whose gates' gradients it multiplies by U. So a backward step leaves a sum of step_parts
+// parts.
+constexpr int kStepThreads = 128;
+constexpr int kStepStages = 4;  // of the ring of tiles in shared memory
+constexpr int kStepUnits = 16;
+inline int64_t step_parts(int64_t hidden_size) { return (hidden_size + kStepUnits - 1) / kStepUnits; }
+// Rows of the batch of a block: the instances that are compiled, and the one that a step of so many rows takes.
+constexpr int kStepRowsFew = 16;
+constexpr int kStepRowsMany = 64;
+inline int step_rows(int64_t rows) { return rows <= kStepRowsFew ? kStepRowsFew : kStepRowsMany; }
+
+enum class Kernel { kStepwise, kStep };
+enum class Number { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+struct LayerFacts {
+  int64_t steps, batch, input_size, hidden_size;
+  int directions;
+  Number number;
+  bool tf32;  // products of float32 may round their operands so
+  bool projected, normalised;
+  bool training;
+};
+
+struct DeviceFacts {
+  std::string name;
+  int capability;  // 90: compute capability 9.0
+  int multiprocessors;
+  int64_t l2_bytes;
+  int64_t shared_of_block, shared_of_multiprocessor;  // bytes
+  double clock_ghz;
+  double memory_gb_per_s;
+};
+
+struct Request {
+  bool any = true;  // take the best that is validated; else `kernel`
+  Kernel kernel = Kernel::kStepwise;
+  bool step_validated = false;  // has been right on this device, or on one of its compute capability
+  bool reasons = false;         // say why; a call does not ask
+};
+
+struct Plan {
+  Kernel kernel = Kernel::kStepwise;
+  std::string problem;  // why what was requested cannot run; then the rest says nothing
+  std::vector<std::string> reasons;
+  int launches = 0;  // a time step and direction, forward
+  // Of the fused kernel of the forward pass, also where it is not taken; 0 where there is none for the layer.
+  int rows_of_block = 0;
+  int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
+  int64_t parts_bytes = 0;  // what it keeps for the backward pass of a direction beside what stepwise keeps
+  // A time step of one direction, forward, by a model that has not been compared with any GPU.
+  double stepwise_us = 0, step_us = 0;
+};
+
+LSTM_EXT_PUBLIC Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request);
+
+// Why no fused kernel computes a layer, in words that follow "but "; null if one can.
+const char* step_problem(const LayerFacts& layer);
+
+// Whether the kernel that does a step at once has been right on a device of this process, as somebody has said; else
+// not.
+LSTM_EXT_PUBLIC void set_step_validated(int device, bool validated);
+bool is_step_validated(int device);
+
+// From the makers' data sheets.
+LSTM_EXT_PUBLIC const std::vector<DeviceFacts>& known_devices();
+
+}  // namespace lstm_ext::cuda

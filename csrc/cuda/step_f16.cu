@@ -1,0 +1,3 @@
+#include "cuda/step_launch.cuh"
+
+LSTM_EXT_STEP(__half)

@@ -1,0 +1,201 @@
+"""What would compute a layer on a device, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..native import config, cuda, loader
+
+__all__ = ["explain", "explain_data"]
+
+
+def explain(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Says in words which kernels would compute a layer for an input of this shape, and why. Nothing is computed.
+
+    Args:
+        module: an ``LSTM`` or ``LSTMCell``, of torch or of this package.
+        input_shape: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I); of a cell (B, I) or (I).
+        device: "cpu", a CUDA device ("cuda", "cuda:1"), or the name of a GPU that is not here: A100, A30, A10,
+            RTX 3090, L4, RTX 4090, H100, H200, B200, RTX 5090. None is the device of the parameters.
+        dtype: float32, float64, bfloat16 or float16. None is the dtype of the parameters.
+
+    Raises:
+        TypeError: ``module`` is no LSTM.
+        ValueError: another argument does not fit.
+        RuntimeError: there is no compiled extension, which has the rules.
+    """
+    data = explain_data(module, input_shape, device=device, dtype=dtype)
+    lines = [
+        f"{data['module']}, input {tuple(input_shape)}, {data['dtype']}, on {data['device']}"
+        f"{', in training' if data['training'] else ', in inference'}:"
+    ]
+    for layer in data["layers"]:
+        lines.append(f"  layer {layer['layer']}: {layer['summary']}")
+        lines += [f"    {reason}" for reason in layer["reasons"]]
+    return "\n".join(lines)
+
+
+def explain_data(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """The same as :func:`explain` as data.
+
+    Returns ``device``, ``dtype``, ``training``, and for each of the ``layers`` a dict with ``kernel``, ``summary``,
+    ``reasons`` and what the planner of that backend says. Times are those of a model that has not been compared with
+    any GPU. Arguments and errors are those of :func:`explain`.
+    """
+    steps, batch = _steps_and_batch(module, tuple(input_shape))
+    parameter = next(module.parameters())
+    dtype = parameter.dtype if dtype is None else dtype
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+    extension = loader.extension()
+    if extension is None:
+        raise RuntimeError(f"there is no compiled extension: {loader.status().reason}")
+    name, facts = _device(extension, parameter.device if device is None else device)
+    data: dict[str, Any] = {
+        "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "training": module.training,
+        "layers": [],
+    }
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    output = directions * (getattr(module, "proj_size", 0) or module.hidden_size)
+    for layer in range(getattr(module, "num_layers", 1)):
+        sizes = {
+            "steps": steps,
+            "batch": batch,
+            "input_size": output if layer else module.input_size,
+            "hidden_size": module.hidden_size,
+        }
+        if facts is None:
+            of_layer = _on_cpu(extension, module, sizes, dtype)
+        else:
+            of_layer = _on_cuda(extension, module, sizes, dtype, directions, facts)
+        data["layers"].append({"layer": layer, **sizes, **of_layer})
+    return data
+
+
+def _steps_and_batch(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    is_cell = isinstance(module, nn.RNNCellBase)
+    is_layer = isinstance(module, nn.RNNBase) and module.mode == "LSTM"
+    if not is_layer and not (
+        is_cell and getattr(module, "weight_ih", torch.empty(0)).shape[:1] == (4 * module.hidden_size,)
+    ):
+        raise TypeError(f"module: expected an LSTM or LSTMCell, got {type(module).__name__}")
+    wanted = "(B, I) or (I)" if is_cell else "(T, B, I), (B, T, I) with batch_first, or (T, I)"
+    if len(shape) not in ((1, 2) if is_cell else (2, 3)) or min(shape) < 1 or shape[-1] != module.input_size:
+        raise ValueError(
+            f"input_shape: expected {wanted} with I = {module.input_size} and sizes of at least 1, got {shape}"
+        )
+    if is_cell:
+        return 1, shape[0] if len(shape) == 2 else 1
+    if len(shape) == 2:
+        return shape[0], 1
+    return (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
+
+
+def _device(extension: Any, device: str | torch.device) -> tuple[str, dict[str, Any] | None]:
+    """Its name, and what a GPU's planner has to know of it."""
+    known = {facts["name"]: facts for facts in extension.cuda_devices()}
+    if device in known:
+        return str(device), known[str(device)]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected cpu, a CUDA device or one of {', '.join(known)}, got {device!r}"
+        ) from None
+    if found.type == "cpu":
+        return "cpu", None
+    if found.type != "cuda":
+        raise ValueError(f"device: expected cpu, a CUDA device or one of {', '.join(known)}, got {device!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
+    return f"{found}, {torch.cuda.get_device_name(found)}", {
+        **cuda.facts(found),
+        "validated": cuda.is_step_validated(found),
+    }
+
+
+def _on_cuda(
+    extension: Any,
+    module: nn.Module,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    directions: int,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    facts = dict(facts)
+    plan = extension.cuda_plan(
+        device=facts,
+        **sizes,
+        directions=directions,
+        dtype=str(dtype).removeprefix("torch."),
+        tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
+        projected=bool(getattr(module, "proj_size", 0)),
+        normalised=bool(getattr(module, "layer_norm", False)),
+        training=module.training,
+        kernel=config.requested_cuda_kernel(),
+        validated=facts.pop("validated", False),
+    )
+    if plan["problem"]:
+        return {**plan, "kernel": None, "summary": f"nothing: {plan['problem']}"}
+    if plan["kernel"] == "step":
+        summary = (
+            f"step: each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 units "
+            f"a block"
+        )
+    else:
+        summary = "stepwise: each time step is a product of cuBLAS and a kernel"
+        if plan["launches"] > 2:
+            summary += ", and the same for its projection"
+    return {**plan, "summary": summary}
+
+
+def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    plan = extension.cpu_plan(
+        **sizes,
+        proj_size=getattr(module, "proj_size", 0),
+        threads=threads,
+        save=module.training,
+        float64=dtype == torch.float64,
+        planes={torch.float16: 2, torch.bfloat16: 1}.get(dtype, 3),
+    )
+    rows, units = plan["forward_batch_groups"], plan["forward_hidden_groups"]
+    workers = rows * units
+    reasons = [
+        f"{workers} of {threads} threads"
+        + (f": {rows} share the batch" if rows > 1 else "")
+        + (f", {units} share the hidden units and meet once a step" if units > 1 else ""),
+        "weights are read as they are: each is used too seldom to be copied"
+        if not plan["pack_recurrent"]
+        else "weights are copied in the order in which they are read, once a call",
+    ]
+    if plan["recurrent_planes"]:
+        reasons.append(
+            f"products run on the matrix unit, each operand as {plan['recurrent_planes']} bfloat16 numbers"
+        )
+    capability = extension.cpu_capability()
+    return {
+        **plan,
+        "kernel": capability,
+        "summary": f"{capability}: one call of the CPU kernels for all time steps",
+        "reasons": reasons,
+    }

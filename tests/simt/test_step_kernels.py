@@ -1,0 +1,140 @@
+"""The kernels that do a step at once, in every mode of the emulator; mistakes planted in copies of them are caught."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from build import ROOT, compile_driver, missing
+from test_stepwise_kernels import run
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+DRIVER = ROOT / "tests" / "simt" / "step_driver.cpp"
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables"),
+    [
+        ("plain", {"SIMT_SCHEDULE": "fifo"}),
+        ("plain", {"SIMT_SCHEDULE": "fifo", "SIMT_COPIES": "now"}),
+        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1", "SIMT_COPIES": "mixed"}),
+        ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
+        pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
+        pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
+)
+def test_right_numbers(mode, variables):
+    returncode, said = run(compile_driver([DRIVER], mode), **variables)
+    assert returncode == 0, said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(20))
+def test_the_same_bits_in_any_order(seed):
+    """They are the stepwise kernels' bits."""
+    variables = {"SIMT_SCHEDULE": "random", "SIMT_COPIES": "mixed", "SIMT_SEED": str(seed)}
+    returncode, said = run(compile_driver([DRIVER], "plain"), **variables)
+    assert returncode == 0, said
+
+
+# A file, what is there, what is put in its place, and the modes that must see it.
+PLANTED = {
+    "no commit": (
+        "step_forward.cuh",
+        "    cp_async_commit();\n    multiply_tiles",
+        "    multiply_tiles",
+        ["fifo"],
+    ),
+    "a wait too few": (
+        "step_forward.cuh", "cp_async_wait<kStepStages - 2>", "cp_async_wait<kStepStages - 1>", ["fifo"],
+    ),
+    "a stage of the ring is taken too early": (
+        "step_forward.cuh",
+        "      ring.fetch_weight(n + kStepStages - 1);",
+        "      ring.fetch_weight(n + kStepStages);",
+        ["now", "fifo"],
+    ),
+    "no barrier before a tile is read": (
+        "step_forward.cuh",
+        "    __syncthreads();  // tile n has come",
+        "    // tile n has come",
+        ["random", "race"],
+    ),
+    "rows of U in another order": (
+        "step_forward.cuh", "row / 32 * 8 + row % 8}", "row / 32 * 8 + (row + 1) % 8}", ["fifo"],
+    ),
+    "the state is read before the wait": (
+        "step_forward.cuh",
+        "    if (n < tiles) ring.fetch_weight(n);",
+        "    if (n < tiles) { ring.fetch_weight(n); ring.fetch_rows(n); }",
+        ["fifo"],
+    ),
+    "columns beyond the units": ("step_tiles.cuh", "row ? length - k : 0", "row ? kNumbers : 0", ["fifo"]),
+    "rows beyond the batch": (
+        "step_forward.cuh",
+        "b >= args.cell.rows.count || j >=",
+        "b > args.cell.rows.count || j >=",
+        ["fifo"],
+    ),
+    "gates of a pair swapped": (
+        "step_forward.cuh",
+        "make_float4(sums[n][m][column], sums[n][m][2 + column],",
+        "make_float4(sums[n][m][2 + column], sums[n][m][column],",
+        ["fifo"],
+    ),
+    "half of the depth left out": (
+        "step_forward.cuh", "part < Tile::kParts; ++part", "part < Tile::kParts - 1; ++part", ["fifo"],
+    ),
+    "no barrier before the sums are read": (
+        "step_forward.cuh",
+        "  __syncthreads();\n  for (int cell = threadIdx.x;",
+        "  for (int cell = threadIdx.x;",
+        ["random", "race"],
+    ),
+    "parts added in another order": (
+        "state.cuh",
+        "output.recurrent_part[part * output.recurrent_part_stride + place]",
+        "output.recurrent_part[(output.recurrent_parts - part) * output.recurrent_part_stride + place + 1]",
+        ["fifo"],
+    ),
+    "gradients are read before the wait": (
+        "step_backward.cuh",
+        "  grid_dependency_wait();\n  launch_dependents();\n",
+        "  launch_dependents();\n",
+        ["race"],
+    ),
+    "gradients are multiplied before all are there": (
+        "step_backward.cuh",
+        "    __syncthreads();  // the gradients",
+        "    // the gradients",
+        ["random", "race"],
+    ),
+    "a part of another block": (
+        "step_backward.cuh", "int64_t{blockIdx.x} * args.row_count * H", "int64_t{blockIdx.x} * H", ["fifo"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    ("planted", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.full if mode != modes[-1] else ())
+        for name, (*_, modes) in PLANTED.items()
+        for mode in modes
+    ],
+)
+def test_planted_mistakes_are_caught(planted, mode, tmp_path):
+    file, before, after, _ = PLANTED[planted]
+    shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / "cuda")
+    text = (tmp_path / "cuda" / file).read_text()
+    assert text.count(before) == 1
+    (tmp_path / "cuda" / file).write_text(text.replace(before, after))
+    shutil.copy(DRIVER, tmp_path / DRIVER.name)
+    build = "race" if mode == "race" else "plain"
+    schedule = {"random": {"SIMT_SCHEDULE": "random"}, "now": {"SIMT_COPIES": "now"}}.get(mode, {})
+    program = compile_driver([tmp_path / DRIVER.name], build, ["BFLOAT_ONLY"], [tmp_path])
+    outcomes = (run(program, SIMT_SEED=str(seed), **schedule) for seed in range(1, 6))
+    assert any(returncode for returncode, _ in outcomes), f"{mode} does not see it"

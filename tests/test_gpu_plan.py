@@ -1,0 +1,195 @@
+"""Which kernels a GPU would run, and why: rules that hold for every layer and device, and the texts of `explain`."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+from lstm_ext.native import loader
+
+_C = loader.extension()
+CUDA = Path(lstm_ext.__file__).parents[1] / "csrc" / "cuda"
+DEVICES = {device["name"]: device for device in _C.cuda_devices()}
+REGISTERS = 65536  # of a multiprocessor of every supported card
+
+
+def instances() -> set[int]:
+    """The rows of a block for which step_launch.cuh instantiates the forward kernel."""
+    constants = dict(re.findall(r"constexpr int (kStepRows\w+) = (\d+);", (CUDA / "gpu_plan.h").read_text()))
+    used = re.findall(r"step_forward_kernel<T, \w+, (\w+)>", (CUDA / "step_launch.cuh").read_text())
+    return {int(constants[name]) for name in used}
+
+
+def drawn(rng: random.Random) -> dict[str, Any]:
+    def size(most: int) -> int:
+        return max(1, round(2 ** rng.uniform(0, most)))
+
+    return {
+        "steps": size(11),
+        "batch": size(13),
+        "input_size": size(12),
+        "hidden_size": size(12),
+        "directions": rng.choice((1, 2)),
+        "dtype": rng.choice(("float64", "float32", "float16", "bfloat16")),
+        "tf32": rng.random() < 0.5,
+        "projected": rng.random() < 0.1,
+        "normalised": rng.random() < 0.1,
+        "training": rng.random() < 0.5,
+        "kernel": rng.choice(("auto", "auto", "step", "stepwise")),
+        "validated": rng.random() < 0.5,
+    }
+
+
+def some_device(rng: random.Random) -> dict[str, Any]:
+    """One of the table's, or a part of one."""
+    device = dict(rng.choice(list(DEVICES.values())))
+    if rng.random() < 0.5:
+        device["multiprocessors"] = rng.randint(1, device["multiprocessors"])
+        device["l2_bytes"] = rng.randint(1 << 20, device["l2_bytes"])
+    return device
+
+
+def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> None:
+    plan = _C.cuda_plan(device=device, **layer)
+    eligible = not (
+        layer["projected"]
+        or layer["normalised"]
+        or layer["dtype"] == "float64"
+        or (layer["dtype"] == "float32" and not layer["tf32"])
+    )
+    if layer["kernel"] == "step" and not eligible:
+        assert plan["problem"]
+        return
+    assert not plan["problem"] and plan["reasons"]
+    if plan["kernel"] == "step":
+        assert eligible and (layer["kernel"] == "step" or layer["validated"])
+        assert layer["kernel"] == "step" or plan["step_us"] < plan["stepwise_us"]
+    assert layer["kernel"] in ("auto", plan["kernel"])
+    assert plan["launches"] == (1 if plan["kernel"] == "step" else 4 if layer["projected"] else 2)
+    assert plan["stepwise_us"] > 0
+    if not eligible:
+        return
+    rows = plan["rows_of_block"]
+    assert rows in compiled
+    assert plan["shared_bytes"] <= device["shared_of_block"]
+    at_once = plan["blocks_of_multiprocessor"]
+    assert at_once * (plan["shared_bytes"] + 1024) <= device["shared_of_multiprocessor"] or at_once == 1
+    assert plan["threads"] * 255 <= REGISTERS
+    units_blocks = -(-layer["hidden_size"] // 16)
+    assert plan["blocks"] == units_blocks * -(-layer["batch"] // rows)
+    larger = {**device, "multiprocessors": device["multiprocessors"] + 7}
+    with_more = _C.cuda_plan(device=larger, **layer)
+    for time in ("step_us", "stepwise_us"):
+        assert with_more[time] <= plan[time] * (1 + 1e-12)
+
+
+def test_every_plan_can_run() -> None:
+    rng, compiled = random.Random(1), instances()
+    assert len(compiled) == 2
+    for _ in range(200_000):
+        check(some_device(rng), drawn(rng), compiled)
+
+
+def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    for device in DEVICES.values():
+        assert _C.cuda_plan(device=device, **layer)["kernel"] == "stepwise"
+        assert _C.cuda_plan(device=device, **layer, validated=True)["kernel"] == "step"
+
+
+def test_large_products_are_left_to_the_library() -> None:
+    layer = {"steps": 100, "batch": 4096, "input_size": 512, "hidden_size": 2048, "dtype": "bfloat16"}
+    assert _C.cuda_plan(device=DEVICES["H100"], **layer, validated=True)["kernel"] == "stepwise"
+
+
+def test_older_cards_are_refused() -> None:
+    layer = {"steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1}
+    plan = _C.cuda_plan(device={**DEVICES["A100"], "capability": 75}, **layer)
+    assert plan["problem"] == "the kernels need compute capability 8.0 or later"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
+        ({"kernel": "fast"}, "kernel: expected auto, stepwise or step, got fast"),
+        ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
+    ],
+)
+def test_bad_questions(change: dict[str, Any], said: str) -> None:
+    layer = {"steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1, **change}
+    with pytest.raises(RuntimeError, match=said):
+        _C.cuda_plan(device=DEVICES["A100"], **layer)
+
+
+# ---- explain
+
+GOLDEN = Path(__file__).with_name("explained.txt")
+# LSTM_EXT_CUDA_KERNEL, module, input, device, dtype.
+EXPLAINED = (
+    ("auto", nn.LSTM(512, 768), (100, 16, 512), "H100", torch.bfloat16),
+    ("auto", nn.LSTM(64, 128, bidirectional=True, num_layers=2), (50, 1, 64), "RTX 4090", torch.float16),
+    ("auto", nn.LSTM(64, 128, proj_size=32), (50, 8, 64), "A100", torch.float32),
+    ("auto", nn.LSTM(64, 128, batch_first=True), (8, 50, 64), "L4", torch.float64),
+    ("auto", nn.LSTMCell(256, 256), (32, 256), "B200", torch.bfloat16),
+    ("step", nn.LSTM(1024, 1024), (200, 128, 1024), "A10", torch.float16),
+    ("step", nn.LSTM(64, 128), (200, 64), "H200", torch.float64),
+)
+
+
+def explanation(monkeypatch: pytest.MonkeyPatch, kernel: str, module: nn.Module, *rest: Any) -> str:
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", kernel)
+    shape, device, dtype = rest
+    return lstm_ext.explain(module, shape, device=device, dtype=dtype)
+
+
+def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of explained.txt. If a change is meant: LSTM_EXT_WRITE_GOLDEN=1 pytest tests/test_gpu_plan.py."""
+    texts = "\n\n".join(f"[{case[0]}] {explanation(monkeypatch, *case)}" for case in EXPLAINED) + "\n"
+    if os.environ.get("LSTM_EXT_WRITE_GOLDEN"):
+        GOLDEN.write_text(texts)
+    assert texts == GOLDEN.read_text()
+
+
+def test_data_of_a_layer_on_the_cpu() -> None:
+    data = lstm_ext.explain_data(lstm_ext.LSTM(8, 16, num_layers=2, bidirectional=True), (5, 3, 8))
+    assert (data["device"], data["dtype"], data["training"]) == ("cpu", "float32", True)
+    assert [layer["input_size"] for layer in data["layers"]] == [8, 32]
+    assert {layer["kernel"] for layer in data["layers"]} == {_C.cpu_capability()}
+    text = lstm_ext.explain(lstm_ext.LSTM(8, 16).eval(), (5, 3, 8))
+    assert text.startswith("LSTM(8, 16), input (5, 3, 8), float32, on cpu, in inference:\n  layer 0: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ((nn.GRU(2, 3), (4, 1, 2)), TypeError, "module: expected an LSTM or LSTMCell, got GRU"),
+        ((nn.Linear(2, 3), (4, 2)), TypeError, "module: expected an LSTM or LSTMCell, got Linear"),
+        ((nn.LSTM(2, 3), (4, 1, 3)), ValueError, "input_shape: expected .* with I = 2 .*, got \\(4, 1, 3\\)"),
+        ((nn.LSTM(2, 3), (4, 0, 2)), ValueError, "input_shape: expected"),
+        ((nn.LSTMCell(2, 3), (4, 1, 2)), ValueError, "input_shape: expected \\(B, I\\) or \\(I\\)"),
+        (
+            (nn.LSTM(2, 3), (4, 1, 2), "V100"),
+            ValueError,
+            "device: expected cpu, a CUDA device or one of A100, A30",
+        ),
+        (
+            (nn.LSTM(2, 3), (4, 1, 2), "meta"),
+            ValueError,
+            "device: expected cpu, a CUDA device or one of A100, A30",
+        ),
+        ((nn.LSTM(2, 3), (4, 1, 2), "cpu", torch.int8), ValueError, "dtype: expected float32"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], said: str) -> None:
+    module, shape, device, dtype = (*arguments, None, None)[:4]
+    with pytest.raises(error, match=said):
+        lstm_ext.explain(module, shape, device=device, dtype=dtype)
