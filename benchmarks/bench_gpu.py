@@ -39,6 +39,8 @@ from gpu_shapes import Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from lstm_ext.native import cuda
+
 RESULTS = Path(__file__).resolve().parent / "results"
 MIN_REPEATS, MAX_REPEATS = 5, 60
 SECONDS_PER_TIMING = 1.0
@@ -316,7 +318,7 @@ def measure(
     if case.graph and device.type != "cuda":
         return [{**row, "kind": "inference", "not_run": f"no graphs on {device.type}"}]
     results = []
-    with tf32(case.dtype == "tf32"):
+    with tf32(case.dtype == "tf32"), cuda.forced(case.kernel):
         sides = Sides(case, device, clock)
         difference = sides.difference()
         for kind in ("inference",) if case.graph else ("inference", "training"):
@@ -414,6 +416,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 def line(result: dict[str, Any]) -> str:
     name = f"{result['group']:<10} {result['shape']:<26} {result['dtype']:<9} {result['kind']:<9}"
     name += " graph" if result["graph"] else "      "
+    name += f" {result['kernel']:<8}"
     if "ratio" not in result:
         return f"{name}  {result.get('not_run') or result.get('error')}"
     theirs, ours = (

@@ -26,6 +26,7 @@ class Case:
     layers: int = 1
     packed: bool = False  # lengths from a tenth of the steps to all of them
     graph: bool = False  # captured once, replayed; inference only
+    kernel: str = "auto"  # LSTM_EXT_CUDA_KERNEL
 
     @property
     def shape(self) -> str:
@@ -36,7 +37,8 @@ class Case:
 
     @property
     def key(self) -> str:
-        return f"{self.group} {self.shape} {self.dtype}" + (" graph" if self.graph else "")
+        kernel = f" {self.kernel}" if self.kernel != "auto" else ""
+        return f"{self.group} {self.shape} {self.dtype}{kernel}" + (" graph" if self.graph else "")
 
 
 def _each(case: Case, *dtypes: str) -> Iterator[Case]:
@@ -50,6 +52,10 @@ def _in_order() -> Iterator[Case]:
     yield from _each(flash)
     yield from _each(step)
     yield from _each(replace(step, graph=True))
+    # What gpu_plan chooses between, where it matters most.
+    for case in (flash, step, Case("cpu table", 64, 50, 256, 256, "")):
+        for kernel in ("step", "stepwise"):
+            yield from _each(replace(case, kernel=kernel), "bfloat16", "float16", "tf32")
     yield from _each(Case("fastrnns", 64, 100, 512, 512, ""))
     yield from _each(Case("torchrl", 256, 128, 32, 512, ""), "float32", "tf32", "bfloat16")
     yield from _each(Case("two layers", 8, 2000, 256, 256, "", layers=2), "tf32", "bfloat16", "float32")
@@ -99,4 +105,5 @@ TINY = [
     Case("step", 1, 1, 8, 8, "float32", graph=True),
     Case("packed", 3, 10, 8, 8, "tf32", packed=True),
     Case("two layers", 2, 4, 8, 8, "float32", layers=2),
+    Case("flashrnn", 2, 4, 8, 8, "bfloat16", kernel="stepwise"),
 ]

@@ -69,6 +69,11 @@ def faster(records: dict[str, dict]) -> str:
     frozen = [r for r in with_unit if r["group"] == "frozen"]
     streams = [r for r in frozen if r["shape"].startswith("stream")]
     large = [r for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
+    busy = [r for r in contract if r["group"] == "busy" and r["threads"] == 2]
+
+    def longer(side: str, neighbours: int) -> str:
+        return span([r[f"{side}_beside_{neighbours}"] for r in busy])
+
     return "\n".join(
         [
             f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
@@ -96,6 +101,10 @@ def faster(records: dict[str, dict]) -> str:
             f"and learning; learning by one call with `resets` "
             f"**{span([r['resets_over_torch'] for r in learning])}**. "
             f"`python benchmarks/bench_contract.py --only rollout`, {linked('contract')}",
+            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
+            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
+            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
+            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
             f"- **Resets** inside a sequence (recurrent policies), in TorchRL's `LSTMModule`: one call with `resets` "
             f"is **{span(over_torch)}** as fast as torch's layer, which needs the rows cut at each reset, and "
             f"{span(over_cut)} as fast as this layer on cut rows. `python benchmarks/bench_torchrl.py`, "
@@ -113,21 +122,12 @@ def not_faster(records: dict[str, dict]) -> str:
         for record, name in (("avx512", "AVX-512"), ("avx2", "AVX2"))
     ]
     without, with_unit = bfloat16(records["contract"]), bfloat16(records["contract_amx"])
-    busy = [r for r in records["contract"]["results"] if r["group"] == "busy" and r["threads"] == 2]
-
-    def longer(side: str, neighbours: int) -> str:
-        return span([r[f"{side}_beside_{neighbours}"] for r in busy])
-
     return "\n".join(
         [
             f"- **H >= {LARGE} with a batch, without matrix units**: about as fast as torch, {'; '.join(lines)}.",
             f"- **bfloat16** without matrix units: {span(without)} of torch's speed on a processor with bfloat16 "
             f"instructions ({linked('contract')}). With them it is {span(with_unit)} of torch's "
             f"({linked('contract_amx')}).",
-            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
-            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
-            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
-            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
         ]
     )
 

@@ -274,6 +274,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
         py::arg("training") = false, py::arg("kernel") = "auto", py::arg("validated") = false);
+  m.def(
+      "set_cuda_kernel_of_thread",
+      [](const std::string& name) {
+        using lstm_ext::cuda::Kernel;
+        TORCH_CHECK(name.empty() || name == "stepwise" || name == "step",
+                    "set_cuda_kernel_of_thread: name: expected stepwise, step or nothing, got ", name);
+        const Kernel kernel = name == "step" ? Kernel::kStep : Kernel::kStepwise;
+        lstm_ext::cuda::set_request_of_thread(name.empty() ? nullptr : &kernel);
+      },
+      py::arg("name"));
   m.def("set_cuda_step_validated", &lstm_ext::cuda::set_step_validated, py::arg("device"), py::arg("validated"));
   m.def("crowded_calls", [] {
     const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ CASES = (
     Case("packed, bidirectional, projection", lengths=PACKED, bidirectional=True, proj_size=10),
 )
 EVERYTHING = CASES[-1]
-KERNEL_VARIABLE = "LSTM_EXT_CUDA_KERNEL"
 
 
 @functools.cache
@@ -248,20 +246,6 @@ def _fp32_precision(value: str) -> Iterator[None]:
             place.fp32_precision = old
 
 
-@contextlib.contextmanager
-def _kernel(name: str) -> Iterator[None]:
-    """The kernel that runs CUDA tensors, whatever the environment says: operators read the variable in each call."""
-    before = os.environ.get(KERNEL_VARIABLE)
-    os.environ[KERNEL_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[KERNEL_VARIABLE]
-        else:
-            os.environ[KERNEL_VARIABLE] = before
-
-
 @dataclass(frozen=True)
 class Check:
     variant: str
@@ -282,7 +266,7 @@ def _check(
         with contextlib.ExitStack() as settings:
             if device.type == "cuda":
                 settings.enter_context(_fp32_precision(precision))
-                settings.enter_context(_kernel(variant))
+                settings.enter_context(cuda.forced(variant))
             results = how(Problem(case, dtype, device))
         return judge(results, case, dtype, TF32_EPS if precision == "tf32" else None)
 

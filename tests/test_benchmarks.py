@@ -151,6 +151,12 @@ def test_contract(group, shape, figures, tmp_path):
         assert "resets_over_torch" in results[1]
 
 
+def test_pictures_of_the_planner(tmp_path):
+    run("report_gpu_plan.py", "--folder", tmp_path)
+    for name in ("cuda_blocks", "cuda_timeline", "cuda_choice"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.full
 def test_memory_of_recompute(tmp_path):
     output = tmp_path / "options.json"

@@ -177,6 +177,18 @@ void set_step_validated(int device, bool validated) {
 
 bool is_step_validated(int device) { return (validated_devices & bit_of(device)) != 0; }
 
+namespace {
+thread_local Kernel requested_kernel = Kernel::kStepwise;
+thread_local bool requests = false;
+}  // namespace
+
+void set_request_of_thread(const Kernel* kernel) {
+  requests = kernel != nullptr;
+  if (kernel) requested_kernel = *kernel;
+}
+
+const Kernel* request_of_thread() { return requests ? &requested_kernel : nullptr; }
+
 const std::vector<DeviceFacts>& known_devices() {
   constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
   static const std::vector<DeviceFacts> devices = {

@@ -74,6 +74,10 @@ const char* step_problem(const LayerFacts& layer);
 LSTM_EXT_PUBLIC void set_step_validated(int device, bool validated);
 bool is_step_validated(int device);
 
+// What this thread requests in place of the environment; null takes it back. For the check of a first use.
+LSTM_EXT_PUBLIC void set_request_of_thread(const Kernel* kernel);
+const Kernel* request_of_thread();
+
 // From the makers' data sheets.
 LSTM_EXT_PUBLIC const std::vector<DeviceFacts>& known_devices();
 

@@ -44,12 +44,19 @@ struct StepBackward {
   typename Types<T>::Accumulate* parts;
 };
 
+// One or two directions of a layer, whose steps have nothing to do with each other, in one launch.
+template <typename Step>
+struct StepSides {
+  Step sides[2];
+  int count;
+};
+
 // Each starts one kernel on the stream, waits for nothing, and returns the launch's own error. For float (whose
 // operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. `dependent`: it
 // may start before the kernel in front of it has ended, and waits for that itself; from compute capability 9.0 on.
 template <typename T>
-cudaError_t step_forward(const StepForward<T>& args, bool dependent, cudaStream_t stream);
+cudaError_t step_forward(const StepSides<StepForward<T>>& args, bool dependent, cudaStream_t stream);
 template <typename T>
-cudaError_t step_backward(const StepBackward<T>& args, bool dependent, cudaStream_t stream);
+cudaError_t step_backward(const StepSides<StepBackward<T>>& args, bool dependent, cudaStream_t stream);
 
 }  // namespace lstm_ext::cuda

@@ -78,7 +78,8 @@ LSTM_DEVICE void load_weights(uint32_t (&b)[2][2], const unsigned char* tile, in
 }
 
 template <typename T, bool kOptions, int kRows>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(StepBackward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONSTANT StepSides<StepBackward<T>> both) {
+  const StepBackward<T>& args = both.sides[blockIdx.z];
   using D = typename Types<T>::Gradient;
   using Tile = BackwardTile<D, kRows>;
   LSTM_DYNAMIC_SHARED(unsigned char, shared);

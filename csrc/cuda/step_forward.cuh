@@ -146,7 +146,8 @@ LSTM_DEVICE void finish_forward(const StepForward<T>& args, int64_t b, int64_t j
 }
 
 template <typename T, bool kOptions, int kRows>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(StepForward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONSTANT StepSides<StepForward<T>> both) {
+  const StepForward<T>& args = both.sides[blockIdx.z];
   using Tile = ForwardTile<T, kRows>;
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t first_unit = int64_t{blockIdx.x} * kStepUnits, first_row = int64_t{blockIdx.y} * kRows;

@@ -1,58 +1,65 @@
 // Starts the fused kernels. Each step_*.cu instantiates these functions for one type.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/step_backward.cuh"
 #include "cuda/step_forward.cuh"
 
 namespace lstm_ext::cuda {
 
-inline LaunchConfig step_config(int64_t units, int64_t rows, int rows_of_block, size_t shared, bool dependent,
-                                cudaStream_t stream) {
+// `instance` starts the kernel for so many rows of a block.
+template <typename Step, typename Instance>
+cudaError_t start_step(const StepSides<Step>& args, bool dependent, cudaStream_t stream, Instance&& instance) {
+  const auto& first = args.sides[0].cell;
+  int64_t rows = first.rows.count;
+  if (args.count == 2) rows = std::max(rows, args.sides[1].cell.rows.count);
+  const int rows_of_block = step_rows(rows);
   LaunchConfig config;
   config.grid =
-      dim3(static_cast<unsigned>(step_parts(units)), static_cast<unsigned>((rows + rows_of_block - 1) / rows_of_block));
+      dim3(static_cast<unsigned>(step_parts(first.hidden_size)),
+           static_cast<unsigned>((rows + rows_of_block - 1) / rows_of_block), static_cast<unsigned>(args.count));
   config.block = dim3(kStepThreads);
-  config.dynamic_shared = shared;
   config.stream = stream;
   config.dependent = dependent;
-  return config;
+  return instance(config, rows_of_block == kStepRowsFew, first.rows.options);
 }
 
 template <typename T>
-cudaError_t step_forward(const StepForward<T>& args, bool dependent, cudaStream_t stream) {
-  const auto start = [&](auto kernel, int rows, size_t shared) {
-    return launch(kernel, step_config(args.cell.hidden_size, args.cell.rows.count, rows, shared, dependent, stream),
-                  args);
-  };
-  const bool options = args.cell.rows.options;
-  if (step_rows(args.cell.rows.count) == kStepRowsFew) {
-    return start(options ? step_forward_kernel<T, true, kStepRowsFew> : step_forward_kernel<T, false, kStepRowsFew>,
-                 kStepRowsFew, ForwardTile<T, kStepRowsFew>::kSharedBytes);
-  }
-  return start(options ? step_forward_kernel<T, true, kStepRowsMany> : step_forward_kernel<T, false, kStepRowsMany>,
-               kStepRowsMany, ForwardTile<T, kStepRowsMany>::kSharedBytes);
+cudaError_t step_forward(const StepSides<StepForward<T>>& args, bool dependent, cudaStream_t stream) {
+  return start_step(args, dependent, stream, [&](LaunchConfig& config, bool few, bool options) {
+    config.dynamic_shared =
+        few ? ForwardTile<T, kStepRowsFew>::kSharedBytes : ForwardTile<T, kStepRowsMany>::kSharedBytes;
+    if (few) {
+      return launch(options ? step_forward_kernel<T, true, kStepRowsFew> : step_forward_kernel<T, false, kStepRowsFew>,
+                    config, args);
+    }
+    return launch(options ? step_forward_kernel<T, true, kStepRowsMany> : step_forward_kernel<T, false, kStepRowsMany>,
+                  config, args);
+  });
 }
 
 template <typename T>
-cudaError_t step_backward(const StepBackward<T>& args, bool dependent, cudaStream_t stream) {
+cudaError_t step_backward(const StepSides<StepBackward<T>>& args, bool dependent, cudaStream_t stream) {
   using D = typename Types<T>::Gradient;
-  const auto start = [&](auto kernel, int rows, size_t shared) {
-    return launch(kernel, step_config(args.cell.hidden_size, args.cell.rows.count, rows, shared, dependent, stream),
-                  args);
-  };
-  const bool options = args.cell.rows.options;
-  if (step_rows(args.cell.rows.count) == kStepRowsFew) {
-    return start(options ? step_backward_kernel<T, true, kStepRowsFew> : step_backward_kernel<T, false, kStepRowsFew>,
-                 kStepRowsFew, BackwardTile<D, kStepRowsFew>::kSharedBytes);
-  }
-  return start(options ? step_backward_kernel<T, true, kStepRowsMany> : step_backward_kernel<T, false, kStepRowsMany>,
-               kStepRowsMany, BackwardTile<D, kStepRowsMany>::kSharedBytes);
+  return start_step(args, dependent, stream, [&](LaunchConfig& config, bool few, bool options) {
+    config.dynamic_shared =
+        few ? BackwardTile<D, kStepRowsFew>::kSharedBytes : BackwardTile<D, kStepRowsMany>::kSharedBytes;
+    if (few) {
+      return launch(
+          options ? step_backward_kernel<T, true, kStepRowsFew> : step_backward_kernel<T, false, kStepRowsFew>, config,
+          args);
+    }
+    return launch(
+        options ? step_backward_kernel<T, true, kStepRowsMany> : step_backward_kernel<T, false, kStepRowsMany>, config,
+        args);
+  });
 }
 
 }  // namespace lstm_ext::cuda
 
-#define LSTM_EXT_STEP(T)                                                                                   \
-  namespace lstm_ext::cuda {                                                                               \
-  template cudaError_t step_forward<T>(const StepForward<T>& args, bool dependent, cudaStream_t stream);   \
-  template cudaError_t step_backward<T>(const StepBackward<T>& args, bool dependent, cudaStream_t stream); \
+#define LSTM_EXT_STEP(T)                                                                                              \
+  namespace lstm_ext::cuda {                                                                                          \
+  template cudaError_t step_forward<T>(const StepSides<StepForward<T>>& args, bool dependent, cudaStream_t stream);   \
+  template cudaError_t step_backward<T>(const StepSides<StepBackward<T>>& args, bool dependent, cudaStream_t stream); \
   }

@@ -15,13 +15,18 @@
 namespace lstm_ext {
 namespace {
 
-// The kernel that LSTM_EXT_CUDA_KERNEL asks for; lstm_ext/native/config.py has refused the names that there are not.
+// The kernel that this thread or LSTM_EXT_CUDA_KERNEL asks for; lstm_ext/native/config.py has refused the names that
+// there are not.
 cuda::Request request_of_environment() {
   const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");
   const std::string_view chosen = name ? name : "";
   cuda::Request request;
   request.any = chosen.empty() || chosen == "auto";
   if (chosen == "step") request.kernel = cuda::Kernel::kStep;
+  if (const cuda::Kernel* kernel = cuda::request_of_thread()) {
+    request.any = false;
+    request.kernel = *kernel;
+  }
   request.step_validated = cuda::is_step_validated(at::cuda::current_device());
   return request;
 }

@@ -1,3 +1,5 @@
+#include <list>
+
 #include "torch/cuda_stepwise_common.h"
 
 namespace lstm_ext {
@@ -61,10 +63,11 @@ class StepwiseBackward : Stepwise {
   }
 
   LayerGradients run() {
-    for (int64_t d = 0; d < sizes_.directions; ++d) {
-      if (sizes_.batch == 0) continue;
+    // Fused, both directions have a launch a step together.
+    const int64_t together = fused_ ? sizes_.directions : 1;
+    for (int64_t d = 0; d < sizes_.directions && sizes_.batch > 0; d += together) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_backward",
-                                      [&] { run_direction<typename Stored<scalar_t>::type>(d); });
+                                      [&] { run_directions<typename Stored<scalar_t>::type>(d, together); });
     }
     const auto finish = [](at::Tensor& t, at::ScalarType type) {
       if (t.defined()) t = in_type(t, type);
@@ -168,92 +171,165 @@ class StepwiseBackward : Stepwise {
     return chunks;
   }
 
+  // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
+  struct Running {
+    Running(const StepwiseBackward& pass, int64_t direction)
+        : d(direction),
+          layer(pass.direction(d)),
+          steps(layer.steps()),
+          gradients(pass.gradients(d)),
+          weight_hh(pass.operand(layer.weight_hh)),
+          weight_hr(pass.sizes_.projected ? pass.operand(layer.weight_hr) : at::Tensor()),
+          step_weight(pass.fused_ ? with_aligned_rows(weight_hh) : at::Tensor()),
+          chunks(pass.chunks_of(steps)),
+          buffers(pass.buffers(layer, gradients, longest())),
+          through_gates(pass.rows_gemm_if(!pass.fused_, buffers.recurrent, buffers.recurrent_part, weight_hh)),
+          projection(pass.rows_gemm_if(pass.sizes_.projected, buffers.grad_hidden, buffers.output, weight_hr)),
+          preactivations(pass.rows_of_direction(pass.saved_.gates, d)),
+          cells(pass.rows_of_direction(pass.saved_.cells, d)),
+          grad_output(pass.grad_output_.defined()
+                          ? pass.grad_output_.narrow(-1, d * pass.sizes_.output_size, pass.sizes_.output_size)
+                          : at::Tensor()),
+          grad_h_n(part_of(pass.grad_h_n_, d)),
+          grad_c_n(part_of(pass.grad_c_n_, d)),
+          grad_gate_values(pass.rows_of_direction(pass.grad_gate_values_, d)),
+          grad_cells(pass.rows_of_direction(pass.grad_cells_, d)) {}
+
+    int64_t longest() const {
+      int64_t rows = 0;
+      for (const Chunk& c : chunks) rows = std::max(rows, steps.rows_before(c.finish) - steps.rows_before(c.begin));
+      return rows;
+    }
+
+    const int64_t d;
+    const Direction layer;
+    const Steps steps;
+    const Gradients gradients;
+    const at::Tensor weight_hh, weight_hr;  // products know their memory, and do not keep it
+    const at::Tensor step_weight;           // the same as the fused kernels read it
+    std::vector<Chunk> chunks;              // those whose steps have yet to run; the last one runs
+    const Buffers buffers;
+    const std::optional<RowsGemm> through_gates, projection;
+    const at::Tensor preactivations, cells;
+    const at::Tensor grad_output, grad_h_n, grad_c_n, grad_gate_values, grad_cells;
+    at::Tensor recomputed;  // preactivations of the chunk that runs
+  };
+
   template <typename T>
-  void run_direction(int64_t d) {
-    using A = typename cuda::Types<T>::Accumulate;
-    using D = typename cuda::Types<T>::Gradient;
-    const Direction layer = direction(d);
-    const Steps steps = layer.steps();
-    const int64_t H = sizes_.hidden_size, P = sizes_.output_size;
-    const at::Tensor saved_preactivations = rows_of_direction(saved_.gates, d);
-    const at::Tensor cells = rows_of_direction(saved_.cells, d);
-    const at::Tensor grad_output = grad_output_.defined() ? grad_output_.narrow(-1, d * P, P) : grad_output_;
-    const at::Tensor grad_h_n = part_of(grad_h_n_, d), grad_c_n = part_of(grad_c_n_, d);
-    const at::Tensor grad_gate_values = rows_of_direction(grad_gate_values_, d),
-                     grad_cells = rows_of_direction(grad_cells_, d);
-    const at::Tensor weight_hh = operand(layer.weight_hh);
-    const at::Tensor weight_hr = sizes_.projected ? operand(layer.weight_hr) : at::Tensor();
-
-    const std::vector<Chunk> chunks = chunks_of(steps);
-    int64_t longest = 0;
-    for (const Chunk& chunk : chunks) {
-      longest = std::max(longest, steps.rows_before(chunk.finish) - steps.rows_before(chunk.begin));
-    }
-    const Gradients g = gradients(d);
-    const Buffers b = buffers(layer, g, longest);
-    const std::optional<RowsGemm> through_gates = rows_gemm_if(!fused_, b.recurrent, b.recurrent_part, weight_hh);
-    const at::Tensor step_weight = fused_ ? with_aligned_rows(weight_hh) : at::Tensor();
-    const std::optional<RowsGemm> projection = rows_gemm_if(sizes_.projected, b.grad_hidden, b.output, weight_hr);
-
-    for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
-      const at::Tensor recomputed = recompute_ ? preactivations_of<T>(layer, steps, *chunk, d) : at::Tensor();
-      for (int64_t n = chunk->end - 1; n >= chunk->first; --n) {
-        const Step step = step_at(steps, n);
-        const int64_t row = step.offset - steps.rows_before(chunk->begin);  // of the step in the chunk's buffers
-        const StepData<T> dy = step_data<T>(grad_output, step);
-        cuda::CellBackward<T> args{};
-        args.rows = step_rows(layer, n);
-        args.hidden_size = H;
-        args.preactivations = recompute_ ? const_row_pointer<T>(recomputed, row)
-                                         : const_row_pointer<T>(saved_preactivations, step.offset);
-        args.cells = const_row_pointer<A>(cells, step.offset);
-        args.c_previous = {const_row_pointer<A>(cells, previous_offset(steps, n)), const_row_pointer<T>(layer.c0),
-                           const_row_pointer<T>(layer.reset_c)};
-        args.zoneout = zoneout_c<A>(layer, step);
-        args.grad_c_n = const_row_pointer<T>(grad_c_n);
-        args.grad_gate_values = const_row_pointer<T>(grad_gate_values, step.offset);
-        args.grad_cells = const_row_pointer<A>(grad_cells, step.offset);
-        args.grad_c = row_pointer<A>(b.grad_c);
-        args.grad_recurrent_part = row_pointer<D>(b.recurrent_part, row);
-        args.grad_begin_part = row_pointer<D>(b.begin_part);
-        args.grad_reset_part = row_pointer<A>(b.reset_part);
-        args.grad_reset_c = row_pointer<A>(g.reset_c);
-        args.hidden = row_pointer<T>(b.hidden, row);
-        cuda::GradOutput<T> dh{};
-        dh.grad_output = dy.data;
-        dh.grad_output_stride = dy.stride;
-        dh.grad_h_n = const_row_pointer<T>(grad_h_n);
-        dh.recurrent_part = const_row_pointer<A>(fused_ ? b.parts[n % 2] : b.recurrent);
-        dh.recurrent_parts = fused_ ? cuda::step_parts(H) : 1;
-        dh.recurrent_part_stride = step.next_rows * H;
-        dh.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
-        dh.zoneout = zoneout_h<A>(layer, step);
-        dh.grad_h = row_pointer<A>(b.grad_h);
-        dh.grad_reset_h = row_pointer<A>(g.reset_h);
-        if (projection) {
-          const cuda::OutputGradient<T> output_args{args.rows, P, dh, row_pointer<D>(b.output, row)};
-          check(cuda::output_gradient(output_args, device_.stream), "output_gradient");
-          product((*projection)(0, row, step.rows));
-          args.grad_hidden = const_row_pointer<A>(b.grad_hidden);
-        } else {
-          args.output = dh;
+  void run_directions(int64_t first, int64_t count) {
+    std::list<Running> sides;
+    for (int64_t d = first; d < first + count; ++d) sides.emplace_back(*this, d);
+    // The directions meet a time in different chunks: each adds to what is there.
+    if (count == 2 && grads_.input.defined()) grads_.input.zero_();
+    const int64_t last = sides.front().steps.count() - 1;
+    cuda::StepSides<cuda::StepBackward<T>> fused{};
+    for (int64_t n = last; n >= 0; --n) {
+      for (Running& side : sides) {
+        if (recompute_ && n == side.chunks.back().end - 1) {
+          side.recomputed = preactivations_of<T>(side.layer, side.steps, side.chunks.back(), side.d);
         }
-        const bool multiplies = step.previous_rows > 0;
-        if (multiplies && fused_) {
-          // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
-          start_fused(args, step_weight, b.parts[(n - 1) % 2], step.previous_rows, dependent_ && n + 1 < steps.count());
-          continue;
-        }
-        start(args, layer, b, step, row, d);
-        if (multiplies) product((*through_gates)(0, row, step.previous_rows));
+        run_step<T>(side, n, fused);
       }
-      add_chunk<T>(layer, steps, *chunk, d, b, g);
+      // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
+      start(fused, dependent_ && n < last);
+      for (Running& side : sides) {
+        if (n > side.chunks.back().first) continue;
+        add_chunk<T>(side.layer, side.steps, side.chunks.back(), side.d, side.buffers, side.gradients,
+                     count == 2 || side.d > 0);
+        side.chunks.pop_back();
+      }
     }
-    finish_states(layer, b, g, grad_h_n, grad_c_n, weight_hh);
-    if (has_bias_) {
-      at::Tensor* biases = grads_.weights.data() + d * sizes_.weights_per_direction + 2;
+    for (const Running& side : sides) {
+      finish_states(side.layer, side.buffers, side.gradients, side.grad_h_n, side.grad_c_n, side.weight_hh);
+      if (!has_bias_) continue;
+      at::Tensor* biases = grads_.weights.data() + side.d * sizes_.weights_per_direction + 2;
       if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
     }
+  }
+
+  // Starts step n of a direction, or leaves it to be started with that of the other one.
+  template <typename T>
+  void run_step(const Running& side, int64_t n, cuda::StepSides<cuda::StepBackward<T>>& fused) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    using D = typename cuda::Types<T>::Gradient;
+    const Step step = step_at(side.steps, n);
+    // Of the step in the chunk's buffers.
+    const int64_t row = step.offset - side.steps.rows_before(side.chunks.back().begin);
+    const Buffers& b = side.buffers;
+    cuda::CellBackward<T> cell = cell_of<T>(side, n, row);
+    const cuda::GradOutput<T> dh = output_of<T>(side, n);
+    if (side.projection) {
+      const cuda::OutputGradient<T> output_args{cell.rows, sizes_.output_size, dh, row_pointer<D>(b.output, row)};
+      check(cuda::output_gradient(output_args, device_.stream), "output_gradient");
+      product((*side.projection)(0, row, step.rows));
+      cell.grad_hidden = const_row_pointer<A>(b.grad_hidden);
+    } else {
+      cell.output = dh;
+    }
+    const bool multiplies = step.previous_rows > 0;
+    if (multiplies && fused_) {
+      fused.sides[fused.count++] = {cell, const_row_pointer<D>(side.step_weight), side.step_weight.stride(0),
+                                    step.previous_rows, row_pointer<A>(b.parts[(n - 1) % 2])};
+      return;
+    }
+    start(cell, side.layer, b, step, row, side.d);
+    if (multiplies) product((*side.through_gates)(0, row, step.previous_rows));
+  }
+
+  // `row`: that of the step in the chunk's buffers.
+  template <typename T>
+  cuda::CellBackward<T> cell_of(const Running& side, int64_t n, int64_t row) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    using D = typename cuda::Types<T>::Gradient;
+    const Step step = step_at(side.steps, n);
+    const Buffers& b = side.buffers;
+    cuda::CellBackward<T> args{};
+    args.rows = step_rows(side.layer, n);
+    args.hidden_size = sizes_.hidden_size;
+    args.preactivations = recompute_ ? const_row_pointer<T>(side.recomputed, row)
+                                     : const_row_pointer<T>(side.preactivations, step.offset);
+    args.cells = const_row_pointer<A>(side.cells, step.offset);
+    args.c_previous = {const_row_pointer<A>(side.cells, previous_offset(side.steps, n)),
+                       const_row_pointer<T>(side.layer.c0), const_row_pointer<T>(side.layer.reset_c)};
+    args.zoneout = zoneout_c<A>(side.layer, step);
+    args.grad_c_n = const_row_pointer<T>(side.grad_c_n);
+    args.grad_gate_values = const_row_pointer<T>(side.grad_gate_values, step.offset);
+    args.grad_cells = const_row_pointer<A>(side.grad_cells, step.offset);
+    args.grad_c = row_pointer<A>(b.grad_c);
+    args.grad_recurrent_part = row_pointer<D>(b.recurrent_part, row);
+    args.grad_begin_part = row_pointer<D>(b.begin_part);
+    args.grad_reset_part = row_pointer<A>(b.reset_part);
+    args.grad_reset_c = row_pointer<A>(side.gradients.reset_c);
+    args.hidden = row_pointer<T>(b.hidden, row);
+    return args;
+  }
+
+  template <typename T>
+  cuda::GradOutput<T> output_of(const Running& side, int64_t n) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    const Step step = step_at(side.steps, n);
+    const Buffers& b = side.buffers;
+    const StepData<T> dy = step_data<T>(side.grad_output, step);
+    cuda::GradOutput<T> dh{};
+    dh.grad_output = dy.data;
+    dh.grad_output_stride = dy.stride;
+    dh.grad_h_n = const_row_pointer<T>(side.grad_h_n);
+    dh.recurrent_part = const_row_pointer<A>(fused_ ? b.parts[n % 2] : b.recurrent);
+    dh.recurrent_parts = fused_ ? cuda::step_parts(sizes_.hidden_size) : 1;
+    dh.recurrent_part_stride = step.next_rows * sizes_.hidden_size;
+    dh.recurrent_mask = const_row_pointer<A>(side.layer.recurrent_mask);
+    dh.zoneout = zoneout_h<A>(side.layer, step);
+    dh.grad_h = row_pointer<A>(b.grad_h);
+    dh.grad_reset_h = row_pointer<A>(side.gradients.reset_h);
+    return dh;
+  }
+
+  template <typename T>
+  void start(cuda::StepSides<cuda::StepBackward<T>>& steps, bool dependent) const {
+    if constexpr (kHasStep<T>) {
+      if (steps.count > 0) check(cuda::step_backward(steps, dependent, device_.stream), "step_backward");
+    }
+    steps.count = 0;
   }
 
   template <typename T>
@@ -280,19 +356,6 @@ class StepwiseBackward : Stepwise {
     args.grad_tanh_input = row_pointer<A>(b.tanh_input, row);
     args.norm_cell = row_pointer<T>(b.norm_cell, row);
     check(cuda::norm_cell_backward(args, device_.stream), "norm_cell_backward");
-  }
-
-  // The cell, and the product for the step before, in one kernel.
-  template <typename T>
-  void start_fused(const cuda::CellBackward<T>& cell, const at::Tensor& weight, const at::Tensor& parts, int64_t rows,
-                   bool dependent) const {
-    using A = typename cuda::Types<T>::Accumulate;
-    using D = typename cuda::Types<T>::Gradient;
-    if constexpr (kHasStep<T>) {
-      const cuda::StepBackward<T> args{cell, const_row_pointer<D>(weight), weight.stride(0), rows,
-                                       row_pointer<A>(parts)};
-      check(cuda::step_backward(args, dependent, device_.stream), "step_backward");
-    }
   }
 
   // dL/dh of h0 and of reset_h, each by one product for all steps.
@@ -322,17 +385,17 @@ class StepwiseBackward : Stepwise {
     add_where_empty(g.c0, grad_c_n);
   }
 
-  // The products over the steps of a chunk.
+  // The products over the steps of a chunk. `accumulate_grad_input`: add to what is there, by another direction.
   template <typename T>
   void add_chunk(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d, const Buffers& b,
-                 const Gradients& g) {
+                 const Gradients& g, bool accumulate_grad_input) {
     const int64_t first = steps.rows_before(chunk.begin);
     const int64_t rows = steps.rows_before(chunk.finish) - first;
     const at::Tensor recurrent_part = b.recurrent_part.narrow(0, 0, rows);
     const at::Tensor input_part = layer.normalised() ? b.input_part.narrow(0, 0, rows) : recurrent_part;
     if (grads_.input.defined()) {
       const at::Tensor grad_input = grads_.input.view({total_rows(), -1}).narrow(0, first, rows);
-      add_input_gradient(grad_input, input_part, operand(layer.weight_ih), d > 0);
+      add_input_gradient(grad_input, input_part, operand(layer.weight_ih), accumulate_grad_input);
     }
     if (g.weight_ih.defined()) {
       at::Tensor x = rows_between(layer.input, steps, chunk.begin, chunk.finish);

@@ -1,3 +1,6 @@
+#include <list>
+#include <tuple>
+
 #include "torch/cuda_stepwise_common.h"
 
 namespace lstm_ext {
@@ -12,6 +15,43 @@ struct InputPart {
   int64_t first_row(const Steps& steps, const Chunk& chunk, const Step& step) const {
     return batch_first ? step.time : step.offset - steps.rows_before(chunk.begin);
   }
+};
+
+// The fused steps of both directions that are started next, and what they read that nobody else keeps.
+template <typename T>
+struct FusedSteps {
+  // U h_{t-1}, which begins at row `first` of `h`.
+  void add(const cuda::CellForward<T>& cell, const at::Tensor& weight, const at::Tensor& h, int64_t first,
+           int64_t rows) {
+    sides.sides[sides.count++] = {cell, {product(weight, h, first, rows), {}}, false};
+  }
+
+  // The only step of a sequence: W x and, where there is a state, U h.
+  void add_whole(const cuda::CellForward<T>& cell, const Direction& layer, const at::Tensor& weight,
+                 const at::Tensor& h) {
+    const at::Tensor x = with_aligned_rows(layer.input.dim() == 3 ? layer.input.select(0, 0) : layer.input);
+    const at::Tensor weight_ih = with_aligned_rows(layer.weight_ih);
+    const int64_t rows = x.size(0);
+    cuda::StepForward<T> step{cell, {product(weight_ih, x, 0, rows), {}}, true};
+    kept.insert(kept.end(), {x, weight_ih});
+    if (h.defined()) {
+      kept.push_back(with_aligned_rows(h));
+      step.products[1] = product(weight, kept.back(), 0, rows);
+    }
+    sides.sides[sides.count++] = step;
+  }
+
+  static cuda::StepProduct<T> product(const at::Tensor& weight, const at::Tensor& rows, int64_t first, int64_t count) {
+    return {const_row_pointer<T>(weight),
+            weight.stride(0),
+            const_row_pointer<T>(rows, first),
+            rows.stride(0),
+            count,
+            weight.size(1)};
+  }
+
+  cuda::StepSides<cuda::StepForward<T>> sides{};
+  std::vector<at::Tensor> kept;
 };
 
 class StepwiseForward : Stepwise {
@@ -34,9 +74,11 @@ class StepwiseForward : Stepwise {
 
   LayerResults run() {
     if (sizes_.batch > 0) {
-      for (int64_t d = 0; d < sizes_.directions; ++d) {
+      // Fused, both directions have a launch a step together.
+      const int64_t together = fused_ ? sizes_.directions : 1;
+      for (int64_t d = 0; d < sizes_.directions; d += together) {
         AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_forward",
-                                        [&] { run_direction<typename Stored<scalar_t>::type>(d); });
+                                        [&] { run_directions<typename Stored<scalar_t>::type>(d, together); });
       }
     }
     return {output_, h_n_, c_n_, saved_};
@@ -59,11 +101,17 @@ class StepwiseForward : Stepwise {
     return result(rows_between(x, steps, chunk.begin, chunk.finish), 1, false);
   }
 
+  // A state as the product with U reads it, or undefined.
+  at::Tensor masked_state(const at::Tensor& state, const Direction& layer) const {
+    const at::Tensor& mask = layer.recurrent_mask;
+    if (!state.defined() || !mask.defined()) return state;
+    return state.to(sizes_.sum_type).mul(mask).to(dtype_);
+  }
+
   // U h for states that do not come from the step before, for all rows at once.
   at::Tensor recurrent_part_of(const at::Tensor& state, const Direction& layer) const {
     if (!state.defined()) return {};
-    const at::Tensor& mask = layer.recurrent_mask;
-    const at::Tensor h = mask.defined() ? state.to(sizes_.sum_type).mul(mask).to(dtype_) : state;
+    const at::Tensor h = masked_state(state, layer);
     const at::Tensor result = at::empty({sizes_.batch, 4 * sizes_.hidden_size}, options(sizes_.sum_type));
     product(result, h, layer.weight_hh.t());
     return result;
@@ -133,64 +181,102 @@ class StepwiseForward : Stepwise {
     return output;
   }
 
-  template <typename T>
-  void run_direction(int64_t d) {
-    using A = typename cuda::Types<T>::Accumulate;
-    const Direction layer = direction(d);
-    const Steps steps = layer.steps();
-    const Buffers b = buffers(layer, d);
-    const int64_t H = sizes_.hidden_size;
-    const bool save = saved_.cells.defined(), masked = layer.recurrent_mask.defined();
-    const std::optional<RowsGemm> from_output =
-        rows_gemm_if(!fused_, b.recurrent, masked ? b.recurrent_h[0] : b.output, layer.weight_hh.t());
-    const at::Tensor recurrent_weight = fused_ ? with_aligned_rows(layer.weight_hh) : at::Tensor();
-    const std::optional<RowsGemm> projection = rows_gemm_if(
-        sizes_.projected, b.projected.defined() ? b.projected : b.output, b.hidden, transposed(layer.weight_hr));
+  // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
+  struct Running {
+    Running(const StepwiseForward& pass, int64_t d)
+        : layer(pass.direction(d)),
+          steps(layer.steps()),
+          buffers(pass.buffers(layer, d)),
+          weight(pass.fused_ ? with_aligned_rows(layer.weight_hh) : at::Tensor()),
+          from_output(pass.rows_gemm_if(!pass.fused_, buffers.recurrent,
+                                        masked() ? buffers.recurrent_h[0] : buffers.output, layer.weight_hh.t())),
+          projection(pass.rows_gemm_if(pass.sizes_.projected,
+                                       buffers.projected.defined() ? buffers.projected : buffers.output, buffers.hidden,
+                                       transposed(layer.weight_hr))) {}
+    bool masked() const { return layer.recurrent_mask.defined(); }
 
-    const int64_t limit = chunk_rows(4 * H * static_cast<int64_t>(sizeof(A)));
-    for (int64_t n = 0; n < steps.count();) {
-      const Chunk chunk(steps, n, limit);
-      const InputPart input = whole_ ? InputPart{} : input_part(layer, steps, chunk);
-      for (; n < chunk.end; ++n) {
-        const Step step = step_at(steps, n);
-        const int64_t before = previous_offset(steps, n);
-        const bool multiplies = step.previous_rows > 0;
-        if (multiplies && !fused_) product((*from_output)(0, masked ? 0 : before, step.previous_rows));
-        cuda::CellForward<T> args{};
-        args.rows = step_rows(layer, n);
-        args.hidden_size = H;
-        args.input_part = const_row_pointer<A>(input.rows, input.first_row(steps, chunk, step));
-        args.input_stride = input.stride * 4 * H;
-        args.recurrent_part = const_row_pointer<A>(b.recurrent);
-        args.begin_part = const_row_pointer<A>(b.begin_part);
-        args.reset_part = const_row_pointer<A>(b.reset_part);
-        args.bias_ih = const_row_pointer<T>(layer.bias_ih);
-        args.bias_hh = const_row_pointer<T>(layer.bias_hh);
-        args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
-                           const_row_pointer<T>(layer.reset_c)};
-        args.zoneout = zoneout_c<A>(layer, step);
-        args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
-        args.c_n = row_pointer<T>(b.c_n);
-        args.preactivations = row_pointer<T>(b.preactivations, step.offset);
-        const int64_t hidden_row = saved_.hidden.defined() ? step.offset : 0;
-        if (sizes_.projected) {
-          args.output.h = row_pointer<T>(b.hidden, hidden_row);
-          args.output.h_stride = H;
-        } else {
-          args.output = new_output<T>(layer, b, step, n);
+    const Direction layer;
+    const Steps steps;
+    const Buffers buffers;
+    const at::Tensor weight;  // U as the fused kernels read it
+    const std::optional<RowsGemm> from_output, projection;
+    std::optional<Chunk> chunk;  // that of the step that runs, and W x of it
+    InputPart input{};
+  };
+
+  template <typename T>
+  void run_directions(int64_t first, int64_t count) {
+    using A = typename cuda::Types<T>::Accumulate;
+    std::list<Running> sides;
+    for (int64_t d = first; d < first + count; ++d) sides.emplace_back(*this, d);
+    const int64_t limit = chunk_rows(4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
+    FusedSteps<T> fused;
+    for (int64_t n = 0; n < sides.front().steps.count(); ++n) {
+      for (Running& side : sides) {
+        if (!whole_ && (!side.chunk || n == side.chunk->end)) {
+          side.chunk.emplace(side.steps, n, limit);
+          side.input = input_part(side.layer, side.steps, *side.chunk);
         }
-        if (whole_) {
-          start_whole(args, layer, recurrent_weight);
-        } else if (multiplies && fused_) {
-          const at::Tensor& copies = b.recurrent_h[(n - 1) % 2];
-          const at::Tensor& h = copies.defined() ? copies : b.output;
-          start_fused(args, recurrent_weight, h, copies.defined() ? 0 : before, step.previous_rows);
-        } else {
-          start(args, layer, b, step);
-        }
-        if (projection) project<T>(*projection, layer, b, step, args.rows, n, hidden_row);
+        run_step<T>(side, n, fused);
       }
+      start(fused);
     }
+  }
+
+  // Starts step n of a direction, or leaves it to be started with that of the other one.
+  template <typename T>
+  void run_step(const Running& side, int64_t n, FusedSteps<T>& fused) const {
+    const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
+    const Step step = step_at(steps, n);
+    const int64_t before = previous_offset(steps, n);
+    const bool multiplies = step.previous_rows > 0;
+    if (multiplies && !fused_) product((*side.from_output)(0, side.masked() ? 0 : before, step.previous_rows));
+    const int64_t hidden_row = saved_.hidden.defined() ? step.offset : 0;
+    const cuda::CellForward<T> cell = cell_of<T>(side, n, hidden_row);
+    if (whole_) {
+      fused.add_whole(cell, layer, side.weight, masked_state(layer.h0, layer));
+    } else if (multiplies && fused_) {
+      const at::Tensor& copies = b.recurrent_h[(n - 1) % 2];
+      const at::Tensor& h = copies.defined() ? copies : b.output;
+      fused.add(cell, side.weight, h, copies.defined() ? 0 : before, step.previous_rows);
+    } else {
+      start(cell, layer, b, step);
+    }
+    if (side.projection) project<T>(*side.projection, layer, b, step, cell.rows, n, hidden_row);
+  }
+
+  // `hidden_row`: where the step begins in the buffer `hidden`.
+  template <typename T>
+  cuda::CellForward<T> cell_of(const Running& side, int64_t n, int64_t hidden_row) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
+    const Step step = step_at(steps, n);
+    const int64_t before = previous_offset(steps, n), H = sizes_.hidden_size;
+    const bool save = saved_.cells.defined();
+    cuda::CellForward<T> args{};
+    args.rows = step_rows(layer, n);
+    args.hidden_size = H;
+    if (!whole_)
+      args.input_part = const_row_pointer<A>(side.input.rows, side.input.first_row(steps, *side.chunk, step));
+    args.input_stride = side.input.stride * 4 * H;
+    args.recurrent_part = const_row_pointer<A>(b.recurrent);
+    args.begin_part = const_row_pointer<A>(b.begin_part);
+    args.reset_part = const_row_pointer<A>(b.reset_part);
+    args.bias_ih = const_row_pointer<T>(layer.bias_ih);
+    args.bias_hh = const_row_pointer<T>(layer.bias_hh);
+    args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
+                       const_row_pointer<T>(layer.reset_c)};
+    args.zoneout = zoneout_c<A>(layer, step);
+    args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
+    args.c_n = row_pointer<T>(b.c_n);
+    args.preactivations = row_pointer<T>(b.preactivations, step.offset);
+    if (sizes_.projected) {
+      args.output.h = row_pointer<T>(b.hidden, hidden_row);
+      args.output.h_stride = H;
+    } else {
+      args.output = new_output<T>(layer, b, step, n);
+    }
+    return args;
   }
 
   template <typename T>
@@ -214,43 +300,13 @@ class StepwiseForward : Stepwise {
   }
 
   template <typename T>
-  static cuda::StepProduct<T> step_product(const at::Tensor& weight, const at::Tensor& rows, int64_t first,
-                                           int64_t count) {
-    return {const_row_pointer<T>(weight),
-            weight.stride(0),
-            const_row_pointer<T>(rows, first),
-            rows.stride(0),
-            count,
-            weight.size(1)};
-  }
-
-  // U h_{t-1}, which begins at row `first` of `h`, and the cell, in one kernel. In front of it is always the kernel of
-  // a step, and not what made the weight, which a dependent kernel reads at once.
-  template <typename T>
-  void start_fused(const cuda::CellForward<T>& cell, const at::Tensor& weight, const at::Tensor& h, int64_t first,
-                   int64_t rows) const {
+  void start(FusedSteps<T>& steps) const {
     if constexpr (kHasStep<T>) {
-      const cuda::StepForward<T> args{cell, {step_product<T>(weight, h, first, rows), {}}, false};
-      check(cuda::step_forward(args, dependent_, device_.stream), "step_forward");
-    }
-  }
-
-  // The same for the only step of a sequence, W x included.
-  template <typename T>
-  void start_whole(const cuda::CellForward<T>& cell, const Direction& layer, const at::Tensor& weight) const {
-    if constexpr (kHasStep<T>) {
-      const int64_t B = sizes_.batch;
-      const at::Tensor x = with_aligned_rows(layer.input.dim() == 3 ? layer.input.select(0, 0) : layer.input);
-      const at::Tensor weight_ih = with_aligned_rows(layer.weight_ih);
-      cuda::StepForward<T> args{cell, {step_product<T>(weight_ih, x, 0, B), {}}, true};
-      at::Tensor h = layer.h0;
-      if (h.defined()) {
-        if (layer.recurrent_mask.defined()) h = h.to(sizes_.sum_type).mul(layer.recurrent_mask).to(dtype_);
-        h = with_aligned_rows(h);
-        args.products[1] = step_product<T>(weight, h, 0, B);
-      }
-      // In front of it may be any kernel of the caller's, one that writes the weights among them.
-      check(cuda::step_forward(args, /*dependent=*/false, device_.stream), "step_forward");
+      if (steps.sides.count == 0) return;
+      // What is in front of the only step may be any kernel of the caller's, one that writes the weights among them.
+      // In front of all others is the kernel of a step.
+      check(cuda::step_forward(steps.sides, dependent_ && !whole_, device_.stream), "step_forward");
+      steps = {};
     }
   }
 

@@ -1,5 +1,6 @@
 #include "torch/parallel.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
 #if !defined(_OPENMP)
@@ -32,7 +33,8 @@ class Crowding {
  public:
   int limited(int threads) {
     if (threads == 1 || calls_.load(std::memory_order_relaxed) <= 0) return threads;
-    if (!wanted.load(std::memory_order_relaxed)) return threads;
+    // Some sums of layer normalisation have other bits with another number of workers.
+    if (!wanted.load(std::memory_order_relaxed) || at::globalContext().deterministicAlgorithms()) return threads;
     if (calls_.fetch_sub(1, std::memory_order_relaxed) <= 0) return threads;
     return std::min(threads, workers_.load(std::memory_order_relaxed));
   }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..native import cuda
+from . import first_use
 from .layer_call import PLAIN, LayerCall
 
 __all__ = [
@@ -67,8 +68,10 @@ def is_direct(call: LayerCall) -> bool:
         return False
     input, h0, c0 = call.input, call.h0, call.c0
     device = input.device
-    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
-        return False
+    if device != _CPU:
+        if device.type != "cuda" or not cuda.is_supported(device.index):
+            return False
+        first_use.choose(device)
     if input.dtype not in KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
     for w in call.weights:

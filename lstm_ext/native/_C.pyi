@@ -150,6 +150,9 @@ def cuda_plan(
     those of a model.
     """
 
+def set_cuda_kernel_of_thread(name: str) -> None:
+    """``"stepwise"`` or ``"step"``: what runs CUDA layers that this thread calls; ``""`` asks the environment again."""
+
 def set_cuda_step_validated(device: int, validated: bool) -> None:
     """Whether the kernel ``"step"`` may be chosen on this CUDA device of the process."""
 

@@ -281,6 +281,18 @@ def requested_cuda_kernel() -> str:
     return value
 
 
+def cuda_check_wanted() -> bool:
+    """LSTM_EXT_CUDA_CHECK: whether the first call on a GPU may try a kernel out.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get("LSTM_EXT_CUDA_CHECK") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"LSTM_EXT_CUDA_CHECK is {value!r}: set it to 0 or 1, or unset it.")
+    return value == "1"
+
+
 def no_cuda_wanted(torch_cuda: str | None) -> str | None:
     """Why a build has no CUDA kernels whatever is installed, or None. `torch_cuda` is torch.version.cuda."""
     switch = cuda_switch()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +13,16 @@ import torch
 from . import loader, selftest_record
 from .config import OLDEST_CAPABILITY, requested_cuda_kernel
 
-__all__ = ["Choice", "choice", "facts", "is_step_validated", "is_supported", "problem", "unsupported"]
+__all__ = [
+    "Choice",
+    "choice",
+    "facts",
+    "forced",
+    "is_step_validated",
+    "is_supported",
+    "problem",
+    "unsupported",
+]
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,22 @@ def choice() -> Choice:
     """
     requested = requested_cuda_kernel()
     if requested == "auto":
-        return Choice("stepwise", "on a device where `step` has passed the selftest, the faster of the two")
+        return Choice("stepwise", "on a device where `step` has been right, the faster of the two")
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
+
+
+@contextlib.contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """The kernel that runs CUDA tensors, whatever the environment says: each call reads the variable."""
+    before = os.environ.get("LSTM_EXT_CUDA_KERNEL")
+    os.environ["LSTM_EXT_CUDA_KERNEL"] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LSTM_EXT_CUDA_KERNEL"]
+        else:
+            os.environ["LSTM_EXT_CUDA_KERNEL"] = before
 
 
 def facts(device: torch.device) -> dict[str, str | int | float]:
@@ -47,7 +73,7 @@ def facts(device: torch.device) -> dict[str, str | int | float]:
 
 
 def is_step_validated(device: torch.device) -> bool:
-    """Whether the kernel that does a step at once has passed the selftest on this device, with this build."""
+    """Whether the kernel that does a step at once has been right on this device, with this build, as a record says."""
     entry = selftest_record.find(device)
     return entry is not None and "step" in (entry.get("passed") or [])
 
@@ -81,16 +107,8 @@ def _find_problem(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     reason = unsupported(capability, status.cuda)
     if reason is None:
-        _choose(torch.device("cuda", torch.cuda.current_device() if index is None else index))
         return None
     return f"{torch.cuda.get_device_name(index)} has compute capability {_text(capability)}: {reason}"
-
-
-def _choose(device: torch.device) -> None:
-    """Lets `auto` take the kernel that does a step at once, if it has been right there. For the life of the process."""
-    extension = loader.extension()
-    if extension is not None and is_step_validated(device):
-        extension.set_cuda_step_validated(device.index, True)
 
 
 def unsupported(capability: tuple[int, int], built: str) -> str | None:

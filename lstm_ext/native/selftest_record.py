@@ -1,4 +1,4 @@
-"""What ``python -m lstm_ext.selftest`` has found, for this user: a JSON file in the cache folder.
+"""What ``python -m lstm_ext.selftest`` and first uses have found, for this user: a JSON file in the cache folder.
 
 An entry is about one device and one state of everything that the result depends on. A change of any of it, a new
 driver say, and there is no entry any more.
@@ -70,6 +70,14 @@ def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(entries, indent=1) + "\n")
     unfinished.replace(file)
+
+
+def add(device: torch.device, variant: str, passed: bool) -> None:
+    """The outcome for one more variant, beside what the entry says of others. Errors as in `write`."""
+    entry = find(device) or {}
+    good, bad = ([v for v in entry.get(name) or [] if v != variant] for name in ("passed", "failed"))
+    (good if passed else bad).append(variant)
+    write(device, good, bad)
 
 
 def _is_about(entry: dict, key: dict[str, str]) -> bool:

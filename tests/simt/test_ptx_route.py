@@ -237,7 +237,7 @@ STEP = [nvcc.CSRC / "cuda" / f"step_{name}.cu" for name in ("f32", "f16", "bf16"
     ],
 )
 def test_step_kernels(mode: str, schedule: str, architecture: str) -> None:
-    """Both as nvcc compiles them: the same bits as the stepwise kernels."""
+    """Both as nvcc compiles them: what the stepwise kernels give, but for the last bits."""
     sources = [translated(source, architecture) for source in (*STEP, STEPWISE[0], *STEPWISE[2:])]
     program = build.compile_ptx_driver(HERE / "step_driver.cpp", sources, mode)
     status, text = run(program, SIMT_SCHEDULE=schedule)

@@ -140,17 +140,19 @@ def test_steps_at_once_in_tf32(name):
 def test_launches_of_a_step():
     """One forward, one backward, but for those around the loop; a sequence of one step is one launch."""
 
-    def launches(steps: int, step: bool, backward: bool) -> tuple[int, int]:
-        layer = cases.layer(Case(steps=steps, hidden_size=16), torch.bfloat16, 0)
+    def launches(steps: int, step: bool, backward: bool, both: bool = False) -> tuple[int, int]:
+        layer = cases.layer(Case(steps=steps, hidden_size=16, bidirectional=both), torch.bfloat16, 0)
         weights = [w.bfloat16() for w in layer.weights]
-        call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, False)
+        call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, both)
         with emulated_device(step=step) as module:
             call = (*call, module.LayerOptions())
             module.launches()
             *results, saved = module.lstm_layer_forward(*call, True)
             forward = module.launches()
             grads = [torch.ones_like(results[0]), None, None, None, None]
-            module.lstm_layer_backward(*call, *grads, results[0], saved, [True] * 7 + [False] * 2)
+            module.lstm_layer_backward(
+                *call, *grads, results[0], saved, [True] * (3 + len(weights)) + [False] * 2
+            )
             return module.launches() if backward else forward
 
     for backward in (False, True):
@@ -158,7 +160,10 @@ def test_launches_of_a_step():
         assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
         ten, eleven = (launches(steps, False, backward) for steps in (10, 11))
         assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
-    assert launches(1, True, False) == (1, 0)
+        # Both directions have a launch together.
+        ten, eleven = (launches(steps, True, backward, both=True) for steps in (10, 11))
+        assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
+    assert launches(1, True, False) == launches(1, True, False, both=True) == (1, 0)
 
 
 def test_what_has_no_step_at_once():

@@ -1,0 +1,174 @@
+"""The first use of a CUDA kernel, on a stand-in for a GPU: the emulated layer, on tensors of the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import missing
+from emulated_layer import CHUNK_BYTES, stepwise_module
+from torch import Tensor
+
+from lstm_ext.layer import first_use
+from lstm_ext.native import loader, selftest_record
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+CPU = torch.device("cpu")
+
+
+class StandIn:
+    """`_C` of a machine with a GPU. `fault` changes what the kernel ``step`` gives."""
+
+    def __init__(self) -> None:
+        self.module = stepwise_module()
+        self.kernel = ""
+        self.validated: list[tuple[int | None, bool]] = []
+        self.calls = 0
+        self.fault: Any = lambda calls, output: output
+
+    def set_cuda_kernel_of_thread(self, name: str) -> None:
+        self.kernel = name
+        self.module.set_device(True, CHUNK_BYTES, name == "step")
+
+    def set_cuda_step_validated(self, index: int | None, validated: bool) -> None:
+        self.validated.append((index, validated))
+
+    def lstm_layer_forward(self, *call: Any) -> Any:
+        output, *others = self.module.lstm_layer_forward(*call)
+        if self.kernel == "step":
+            self.calls += 1
+            output = self.fault(self.calls, output)
+        return (output, *others)
+
+    def lstm_layer_backward(self, *call: Any) -> Any:
+        return self.module.lstm_layer_backward(*call)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
+    stand_in = StandIn()
+    extension = loader.extension()  # what a record is about
+    key = selftest_record.key_of(CPU)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
+    monkeypatch.delenv("LSTM_EXT_CUDA_CHECK", raising=False)
+    monkeypatch.setattr(loader, "extension", lambda: stand_in)
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(first_use, "_chosen", set())
+    monkeypatch.setattr(first_use, "REPEATS", 3)
+    monkeypatch.setattr(first_use, "LIMIT", 60)
+    yield stand_in
+    stand_in.set_cuda_kernel_of_thread("")
+    stand_in.module.set_device(False, CHUNK_BYTES, False)
+    assert extension is not None
+
+
+def recorded() -> dict[str, Any] | None:
+    return selftest_record.find(CPU)
+
+
+def test_it_is_right(gpu: StandIn) -> None:
+    selftest_record.write(CPU, ["stepwise"], [])
+    before = torch.get_rng_state()
+    first_use.choose(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert gpu.validated == [(None, True)] and gpu.kernel == ""
+    assert recorded()["passed"] == ["stepwise", "step"] and recorded()["failed"] == []
+    calls = gpu.calls
+    first_use.choose(CPU)  # once a process
+    first_use._chosen.clear()
+    first_use.choose(CPU)  # in the next one the record decides
+    assert gpu.calls == calls
+    assert gpu.validated == [(None, True)] * 2
+
+
+def flip(output: Tensor) -> Tensor:
+    output = output.clone()
+    output[-1, -1] += 0.5
+    return output
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda calls, output: flip(output), "output is .* off"),
+        (lambda calls, output: output * float("nan"), "output is nan off"),
+        (lambda calls, output: flip(output) if calls == 3 else output, "did not give the same bits"),
+        (lambda calls, output: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["wrong", "NaN", "now and then", "error"],
+)
+def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
+    gpu.fault = fault
+    with pytest.warns(RuntimeWarning, match=f"'step' is not used on cpu, where it was tried: .*{said}"):
+        first_use.choose(CPU)
+    assert gpu.validated == [] and gpu.kernel == ""
+    assert recorded()["failed"] == ["step"]
+    gpu.calls = 0
+    first_use._chosen.clear()
+    first_use.choose(CPU)  # never again on that device
+    assert gpu.calls == 0 and gpu.validated == []
+
+
+def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "LIMIT", -1)
+    first_use.choose(CPU)
+    assert gpu.validated == [] and recorded() is None and gpu.kernel == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(selftest_record, "write", refuse)
+    first_use.choose(CPU)
+    assert gpu.validated == [(None, True)] and recorded() is None
+
+
+def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
+    first_use.choose(CPU)
+    first_use._chosen.clear()
+    monkeypatch.delenv("LSTM_EXT_CUDA_CHECK")
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
+    first_use.choose(CPU)
+    assert gpu.calls == 0 and gpu.validated == []
+
+
+def test_another_value_of_the_variable(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "no")
+    with pytest.raises(ValueError, match="LSTM_EXT_CUDA_CHECK is 'no': set it to 0 or 1, or unset it"):
+        first_use.choose(CPU)
+
+
+def test_not_while_a_graph_is_captured(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first_use.choose(CPU)
+    assert gpu.calls == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first_use.choose(CPU)
+    assert gpu.calls > 0 and gpu.validated == [(None, True)]
+
+
+ADD = """
+import sys, torch
+from lstm_ext.native import selftest_record
+for _ in range(20): selftest_record.add(torch.device("cpu"), sys.argv[1], True)
+"""
+
+
+def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole at any time. One may lose what the other has just added, and finds it out again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    running = [subprocess.Popen([sys.executable, "-c", ADD, name]) for name in ("step", "other")]
+    assert [process.wait() for process in running] == [0, 0]
+    assert recorded()["passed"] and set(recorded()["passed"]) <= {"step", "other"}
