@@ -14,7 +14,7 @@ import lstm_ext
 from lstm_ext.layer import route, tracing
 from lstm_ext.layer.layer_call import PLAIN, LayerCall
 from lstm_ext.native import cuda as native_cuda
-from lstm_ext.native import loader, selftest_record
+from lstm_ext.native import loader
 
 
 @pytest.mark.devices("cuda")
@@ -131,7 +131,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Pretended")
     built = dataclasses.replace(loader.status(), cuda="13.0 for 8.0 9.0+PTX")
     monkeypatch.setattr(loader, "status", lambda: built)
-    monkeypatch.setattr(selftest_record, "find", lambda device: None)
 
     def capability(*value: int) -> None:
         native_cuda._problems.clear()
@@ -151,26 +150,6 @@ def test_cards_that_are_too_old(pretend) -> None:
     for new in ((8, 0), (8, 6), (9, 0), (12, 0)):
         pretend(*new)
         assert native_cuda.problem(0) is None
-
-
-def test_a_kernel_is_chosen_once_it_has_passed(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the selftest, on this device and with this build; else `auto` is stepwise."""
-    told = []
-
-    class Extension:
-        def set_cuda_step_validated(self, device: int, validated: bool) -> None:
-            told.append((device, validated))
-
-    monkeypatch.setattr(loader, "extension", Extension)
-    for entry in (None, {"passed": ["stepwise"], "failed": ["step"]}, {"failed": []}):
-        pretend(9, 0)
-        monkeypatch.setattr(selftest_record, "find", lambda device, entry=entry: entry)
-        assert native_cuda.is_supported(1)
-    assert told == []
-    pretend(9, 0)
-    monkeypatch.setattr(selftest_record, "find", lambda device: {"passed": ["stepwise", "step"]})
-    assert native_cuda.is_supported(1) and native_cuda.is_supported(1)
-    assert told == [(1, True)]
 
 
 def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
