@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.native import loader
+from lstm_ext.native import config, loader
 
 _C = loader.extension()
-CUDA = Path(lstm_ext.__file__).parents[1] / "csrc" / "cuda"
+CUDA = config.source_dir() / "cuda"
 DEVICES = {device["name"]: device for device in _C.cuda_devices()}
 REGISTERS = 65536  # of a multiprocessor of every supported card
 
