@@ -184,7 +184,7 @@ py::list cuda_devices() {
 }
 
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-                   int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool training,
+                   int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool backward,
                    const std::string& kernel, bool validated) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
@@ -214,7 +214,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   request.step_validated = validated;
   request.reasons = true;
   const Plan found = plan(
-      {steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected, normalised, training},
+      {steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected, normalised, backward},
       facts, request);
   py::dict result;
   result["kernel"] = found.kernel == Kernel::kStep ? "step" : "stepwise";
@@ -230,6 +230,14 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   result["stepwise_us"] = found.stepwise_us;
   result["step_us"] = found.step_us;
   return result;
+}
+
+void request(const std::string& name, void (*set)(const lstm_ext::cuda::Kernel*)) {
+  using lstm_ext::cuda::Kernel;
+  TORCH_CHECK_VALUE(name.empty() || name == "stepwise" || name == "step",
+                    "name: expected stepwise, step or nothing, got ", name);
+  const Kernel kernel = name == "step" ? Kernel::kStep : Kernel::kStepwise;
+  set(name.empty() ? nullptr : &kernel);
 }
 
 py::dict build_info() {
@@ -273,18 +281,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
-        py::arg("training") = false, py::arg("kernel") = "auto", py::arg("validated") = false);
+        py::arg("backward") = false, py::arg("kernel") = "auto", py::arg("validated") = false);
+  m.def(
+      "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));
   m.def(
       "set_cuda_kernel_of_thread",
-      [](const std::string& name) {
-        using lstm_ext::cuda::Kernel;
-        TORCH_CHECK(name.empty() || name == "stepwise" || name == "step",
-                    "set_cuda_kernel_of_thread: name: expected stepwise, step or nothing, got ", name);
-        const Kernel kernel = name == "step" ? Kernel::kStep : Kernel::kStepwise;
-        lstm_ext::cuda::set_request_of_thread(name.empty() ? nullptr : &kernel);
-      },
-      py::arg("name"));
-  m.def("set_cuda_step_validated", &lstm_ext::cuda::set_step_validated, py::arg("device"), py::arg("validated"));
+      [](const std::string& name) { request(name, &lstm_ext::cuda::set_request_of_thread); }, py::arg("name"));
+  m.def("set_cuda_step_validated", &lstm_ext::cuda::set_step_validated, py::arg("device"), py::arg("tf32"),
+        py::arg("validated"));
   m.def("crowded_calls", [] {
     const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();
     return std::make_pair(left.workers, left.calls);

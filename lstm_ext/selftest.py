@@ -55,6 +55,8 @@ CASES = (
     Case("dense"),
     Case("one step", steps=1, batch=1),
     Case("larger", steps=20, batch=33, input_size=70, hidden_size=136),
+    Case("wide", steps=4, hidden_size=520),
+    Case("rows that begin anywhere", batch=18, hidden_size=67),
     Case("no biases, no initial states", bias=False, states=False),
     Case("batch-first strides", batch_first=True),
     Case("packed", lengths=PACKED),
@@ -261,12 +263,13 @@ def _check(
     how: Callable[[Problem], Results] = _plainly,
     note: str = "",
     precision: str = "ieee",
+    kernel: str = "auto",
 ) -> Check:
     def run() -> Verdict:
         with contextlib.ExitStack() as settings:
             if device.type == "cuda":
                 settings.enter_context(_fp32_precision(precision))
-                settings.enter_context(cuda.forced(variant))
+                settings.enter_context(cuda.forced(kernel))
             results = how(Problem(case, dtype, device))
         return judge(results, case, dtype, TF32_EPS if precision == "tf32" else None)
 
@@ -294,13 +297,17 @@ def cuda_checks(device: torch.device) -> Iterator[Check]:
         fused = kernel == "step"
         cases = [case for case in CASES if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
+        in_tf32 = cuda.step_variant(torch.float32) if fused else kernel
         for dtype, case in itertools.product(dtypes, cases):
-            yield _check(kernel, case, dtype, device)
+            yield _check(kernel, case, dtype, device, kernel=kernel)
         for case in cases:
-            yield _check(kernel, case, torch.float32, device, note=", TF32", precision="tf32")
+            yield _check(in_tf32, case, torch.float32, device, note=", TF32", precision="tf32", kernel=kernel)
         for dtype in dtypes:
-            yield _check(kernel, cases[-1], dtype, device, _on_a_stream, ", on another stream")
-            yield _check(kernel, cases[-1], dtype, device, _in_a_graph, ", captured and replayed")
+            for how, note in (
+                (_on_a_stream, ", on another stream"),
+                (_in_a_graph, ", captured and replayed"),
+            ):
+                yield _check(kernel, cases[-1], dtype, device, how, note, kernel=kernel)
 
 
 def run(device: torch.device, checks: Iterator[Check]) -> bool:

@@ -42,7 +42,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "tf32": rng.random() < 0.5,
         "projected": rng.random() < 0.1,
         "normalised": rng.random() < 0.1,
-        "training": rng.random() < 0.5,
+        "backward": rng.random() < 0.5,
         "kernel": rng.choice(("auto", "auto", "step", "stepwise")),
         "validated": rng.random() < 0.5,
     }
@@ -72,6 +72,7 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
     if plan["kernel"] == "step":
         assert eligible and (layer["kernel"] == "step" or layer["validated"])
         assert layer["kernel"] == "step" or plan["step_us"] < plan["stepwise_us"]
+        assert layer["kernel"] == "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
     assert layer["kernel"] in ("auto", plan["kernel"])
     assert plan["launches"] == (1 if plan["kernel"] == "step" else 4 if layer["projected"] else 2)
     assert plan["stepwise_us"] > 0
@@ -103,6 +104,25 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
     for device in DEVICES.values():
         assert _C.cuda_plan(device=device, **layer)["kernel"] == "stepwise"
         assert _C.cuda_plan(device=device, **layer, validated=True)["kernel"] == "step"
+
+
+def test_what_the_backward_pass_keeps_fits_into_the_cache() -> None:
+    """H / 16 partial sums of every number of dL/dh, of two steps."""
+    layer = {"steps": 100, "batch": 256, "input_size": 1024, "hidden_size": 1024, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, validated=True)
+    assert plan["parts_bytes"] == 2 * 64 * 256 * 1024 * 4
+    assert plan["kernel"] == "stepwise"
+    assert plan["reasons"][-1] == "the partial sums of one kernel would fill the second-level cache"
+    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, validated=True)
+    assert small["kernel"] == "step"
+
+
+def test_more_rows_than_a_grid_has() -> None:
+    layer = {"steps": 1, "batch": 64 * 65535 + 1, "input_size": 1, "hidden_size": 1, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, validated=True)
+    assert (plan["kernel"], plan["problem"]) == ("stepwise", "")
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="step")
+    assert plan["problem"] == "its grid has no room for so many rows"
 
 
 def test_large_products_are_left_to_the_library() -> None:

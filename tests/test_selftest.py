@@ -215,7 +215,7 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6))
     text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, loader.status())]
     assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
-    assert text[1] == "kernel: stepwise: on a device where `step` has been right, the faster of the two"
+    assert text[1] == "kernel: auto: stepwise; on a device where `step` has been right, the faster of the two"
     assert text[2].startswith("devices: 2; ")
     assert text[3].startswith("cuda:0: A GPU, compute capability 7.5: not supported: the kernels need")
     assert text[4] == "cuda:1: A GPU, compute capability 8.6: supported"
@@ -250,16 +250,17 @@ def test_cuda_kernels() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "on a device where `step` has been right, the faster of the two"),
-        ("auto", "on a device where `step` has been right, the faster of the two"),
+        (None, "stepwise; on a device where `step` has been right, the faster of the two"),
+        ("auto", "stepwise; on a device where `step` has been right, the faster of the two"),
         ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
+        ("step", "LSTM_EXT_CUDA_KERNEL=step"),
     ],
 )
 def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reason: str) -> None:
     monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
     if value is not None:
         monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", value)
-    assert native_cuda.choice() == native_cuda.Choice("stepwise", reason)
+    assert native_cuda.choice() == native_cuda.Choice(value or "auto", reason)
 
 
 @pytest.mark.parametrize(

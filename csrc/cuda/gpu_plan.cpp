@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
+#include <string_view>
 
 namespace lstm_ext::cuda {
 namespace {
@@ -66,7 +68,8 @@ struct Model {
   double read_us(double bytes, double unique) const {
     const double cache = bytes / (kShareOfCache * 64 * device.multiprocessors * clocks_of_us);
     const double beyond = std::max(0.0, unique - static_cast<double>(device.l2_bytes));
-    return cache + beyond / (device.memory_gb_per_s * 1e3);
+    // Some drivers do not say how fast the memory is.
+    return cache + (device.memory_gb_per_s > 0 ? beyond / (device.memory_gb_per_s * 1e3) : 0);
   }
 
   double stepwise_us() const {
@@ -86,7 +89,9 @@ struct Model {
     const double of_block = at_once * std::max(block_bytes / (kBytesOfClock * clocks_of_us), block_work / speed());
     const double all = read_us(static_cast<double>(plan.blocks) * block_bytes, weight_bytes());
     const double launch = device.capability >= 90 ? kDependentLaunchUs : kLaunchUs;
-    return launch + kRampUs + kEpilogueUs + std::max(waves * of_block, all);
+    // Backward, the parts of a step are written, and read by the next one.
+    const double parts = static_cast<double>(plan.parts_bytes) / layer.directions;
+    return launch + kRampUs + kEpilogueUs + std::max(waves * of_block, all) + read_us(parts, parts);
   }
 };
 
@@ -119,22 +124,28 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
   const Model model(layer, device);
   result.stepwise_us = model.stepwise_us();
   const char* none = step_problem(layer);
-  bool fits = false;
+  bool fits = false, too_many = false;
   if (!none) {
     result.rows_of_block = step_rows(layer.batch);
     result.blocks = step_parts(layer.hidden_size) * ceil_div(layer.batch, result.rows_of_block);
     result.threads = kStepThreads;
     result.shared_bytes = shared_of_step(result.rows_of_block);
-    fits = result.shared_bytes <= device.shared_of_block;
+    // The grid's second axis has the rows.
+    too_many = ceil_div(layer.batch, result.rows_of_block) > 65535;
+    fits = result.shared_bytes <= device.shared_of_block && !too_many;
     // A block's shared memory costs another kibibyte.
     result.blocks_of_multiprocessor =
         std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
                                       kThreadsOfMultiprocessor / kStepThreads));
-    if (layer.training) result.parts_bytes = 2 * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
+    if (layer.backward) {
+      result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
+    }
     result.step_us = model.step_us(result);
   }
   if (none || !fits) {
-    const std::string why = none ? none : "its tiles do not fit into a block's shared memory";
+    const std::string why = none       ? none
+                            : too_many ? "its grid has no room for so many rows"
+                                       : "its tiles do not fit into a block's shared memory";
     if (!request.any && request.kernel == Kernel::kStep) {
       result.problem = why;
       return result;
@@ -143,7 +154,8 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     result.launches = layer.projected ? 4 : 2;
     return result;
   }
-  const bool faster = result.step_us < result.stepwise_us;
+  const bool small = 2 * result.parts_bytes <= device.l2_bytes;
+  const bool faster = small && result.step_us < result.stepwise_us;
   because([&] {
     return text("a step is about %.1f us in one kernel and ", result.step_us) +
            text("%.1f us as a product and a kernel (a model, not measured)", result.stepwise_us);
@@ -151,6 +163,8 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
   if (!request.any) {
     result.kernel = request.kernel;
     because([] { return std::string("it is requested"); });
+  } else if (!small) {
+    because([] { return std::string("the partial sums of one kernel would fill the second-level cache"); });
   } else if (faster && request.step_validated) {
     result.kernel = Kernel::kStep;
     because([] { return std::string("it has been right on this device"); });
@@ -162,32 +176,55 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
 }
 
 namespace {
-// A bit a device; a process has no more of them.
+
+// Two bits a device; a process has no more than 32 of them.
 std::atomic<uint64_t> validated_devices{0};
-uint64_t bit_of(int device) { return device >= 0 && device < 64 ? uint64_t{1} << device : 0; }
+uint64_t bit_of(int device, bool tf32) {
+  return device >= 0 && device < 32 ? uint64_t{1} << (2 * device + (tf32 ? 1 : 0)) : 0;
+}
+
+constexpr int kNothing = -1;
+std::atomic<int> request_of_process{kNothing};
+thread_local int requested_by_thread = kNothing;
+int number_of(const Kernel* kernel) { return kernel ? static_cast<int>(*kernel) : kNothing; }
+
 }  // namespace
 
-void set_step_validated(int device, bool validated) {
+void set_step_validated(int device, bool tf32, bool validated) {
   if (validated) {
-    validated_devices |= bit_of(device);
+    validated_devices |= bit_of(device, tf32);
   } else {
-    validated_devices &= ~bit_of(device);
+    validated_devices &= ~bit_of(device, tf32);
   }
 }
 
-bool is_step_validated(int device) { return (validated_devices & bit_of(device)) != 0; }
+bool is_step_validated(int device, bool tf32) { return (validated_devices & bit_of(device, tf32)) != 0; }
 
-namespace {
-thread_local Kernel requested_kernel = Kernel::kStepwise;
-thread_local bool requests = false;
-}  // namespace
+void set_request(const Kernel* kernel) { request_of_process = number_of(kernel); }
+void set_request_of_thread(const Kernel* kernel) { requested_by_thread = number_of(kernel); }
 
-void set_request_of_thread(const Kernel* kernel) {
-  requests = kernel != nullptr;
-  if (kernel) requested_kernel = *kernel;
+std::optional<Kernel> request_of_thread() {
+  if (requested_by_thread == kNothing) return {};
+  return static_cast<Kernel>(requested_by_thread);
 }
 
-const Kernel* request_of_thread() { return requests ? &requested_kernel : nullptr; }
+Request current_request(bool* known) {
+  Request request;
+  *known = true;
+  const int asked = requested_by_thread != kNothing ? requested_by_thread : request_of_process.load();
+  if (asked != kNothing) {
+    request.any = false;
+    request.kernel = static_cast<Kernel>(asked);
+    return request;
+  }
+  const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");
+  const std::string_view chosen = name ? name : "";
+  if (chosen.empty() || chosen == "auto") return request;
+  *known = chosen == "step" || chosen == "stepwise";
+  request.any = false;
+  if (chosen == "step") request.kernel = Kernel::kStep;
+  return request;
+}
 
 const std::vector<DeviceFacts>& known_devices() {
   constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ struct LayerFacts {
   Number number;
   bool tf32;  // products of float32 may round their operands so
   bool projected, normalised;
-  bool training;
+  bool backward;  // the pass; else forward
 };
 
 struct DeviceFacts {
@@ -55,12 +56,12 @@ struct Plan {
   Kernel kernel = Kernel::kStepwise;
   std::string problem;  // why what was requested cannot run; then the rest says nothing
   std::vector<std::string> reasons;
-  int launches = 0;  // a time step and direction, forward
-  // Of the fused kernel of the forward pass, also where it is not taken; 0 where there is none for the layer.
+  int launches = 0;  // a time step
+  // Of the fused kernel, also where it is not taken; 0 where there is none for the layer.
   int rows_of_block = 0;
   int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
-  int64_t parts_bytes = 0;  // what it keeps for the backward pass of a direction beside what stepwise keeps
-  // A time step of one direction, forward, by a model that has not been compared with any GPU.
+  int64_t parts_bytes = 0;  // backward, of all directions: partial sums of two steps
+  // A time step of one direction, by a model that has not been compared with any GPU.
   double stepwise_us = 0, step_us = 0;
 };
 
@@ -69,14 +70,18 @@ LSTM_EXT_PUBLIC Plan plan(const LayerFacts& layer, const DeviceFacts& device, co
 // Why no fused kernel computes a layer, in words that follow "but "; null if one can.
 const char* step_problem(const LayerFacts& layer);
 
-// Whether the kernel that does a step at once has been right on a device of this process, as somebody has said; else
-// not.
-LSTM_EXT_PUBLIC void set_step_validated(int device, bool validated);
-bool is_step_validated(int device);
+// Whether the kernel that does a step at once has been right on a device of this process, as somebody has said, in 16
+// bits or for float32 operands that are rounded to TF32; else not.
+LSTM_EXT_PUBLIC void set_step_validated(int device, bool tf32, bool validated);
+bool is_step_validated(int device, bool tf32);
 
-// What this thread requests in place of the environment; null takes it back. For the check of a first use.
+// What is requested in place of the environment, by the whole process, or by one thread before that. Null takes it
+// back. A thread that asks also gets TF32, whatever torch's settings say: for the check of a first use.
+LSTM_EXT_PUBLIC void set_request(const Kernel* kernel);
 LSTM_EXT_PUBLIC void set_request_of_thread(const Kernel* kernel);
-const Kernel* request_of_thread();
+std::optional<Kernel> request_of_thread();
+// That of the thread, of the process or of LSTM_EXT_CUDA_KERNEL; any, without one. `known` is false for another name.
+Request current_request(bool* known);
 
 // From the makers' data sheets.
 LSTM_EXT_PUBLIC const std::vector<DeviceFacts>& known_devices();

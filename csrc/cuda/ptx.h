@@ -84,6 +84,17 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   return status;
 }
 
+// Whether the code of a kernel was compiled for sm_90 or later, and not made of PTX for an earlier one.
+template <typename Args>
+bool is_compiled_for_sm90(void (*kernel)(Args)) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.ptxVersion >= 90;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define LSTM_SM90(...) __trap()
 #else

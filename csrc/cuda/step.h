@@ -51,6 +51,10 @@ struct StepSides {
   int count;
 };
 
+// Whether the code that this device runs waits for the kernel in front of it, as a dependent launch must: not what a
+// driver makes of PTX for a compute capability below 9.0.
+bool step_kernels_wait();
+
 // Each starts one kernel on the stream, waits for nothing, and returns the launch's own error. For float (whose
 // operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. `dependent`: it
 // may start before the kernel in front of it has ended, and waits for that itself; from compute capability 9.0 on.

@@ -161,8 +161,9 @@ at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& o
 // Plans the call, lays out the workspace and runs the kernel on the planned workers; on one, if
 // the system refuses threads.
 template <typename MakePlan, typename Kernel>
-void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::TensorOptions& options) {
-  for (int threads = available_threads();; threads = 1) {
+void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::TensorOptions& options, bool normalised) {
+  // Layer normalisation has gradients that are sums over the workers.
+  for (int threads = available_threads(/*always_all=*/normalised);; threads = 1) {
     const auto plan = make_plan(threads);
     constexpr int64_t kAlignment = 64;
     const at::Tensor workspace = scratch_empty({plan.workspace_bytes + kAlignment}, options.dtype(at::kByte));
@@ -214,7 +215,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
                  [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
                    kernels.forward(p, plan, workspace, worker);
                  },
-                 options);
+                 options, !call.options.norm.empty());
     }
   });
   return results();
@@ -314,7 +315,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
                  [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
                    kernels.backward(p, plan, workspace, worker);
                  },
-                 options);
+                 options, !call.options.norm.empty());
       const bool both_biases = call.has_bias && weight_grads[2].defined() && weight_grads[3].defined();
       if (both_biases) weight_grads[3].copy_(weight_grads[2]);
     }

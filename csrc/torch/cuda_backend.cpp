@@ -3,11 +3,9 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <string_view>
 
 #include "torch/cuda_stepwise.h"
 #include "torch/gemm_cublas.h"
@@ -15,28 +13,12 @@
 namespace lstm_ext {
 namespace {
 
-// The kernel that this thread or LSTM_EXT_CUDA_KERNEL asks for; lstm_ext/native/config.py has refused the names that
-// there are not.
-cuda::Request request_of_environment() {
-  const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");
-  const std::string_view chosen = name ? name : "";
-  cuda::Request request;
-  request.any = chosen.empty() || chosen == "auto";
-  if (chosen == "step") request.kernel = cuda::Kernel::kStep;
-  if (const cuda::Kernel* kernel = cuda::request_of_thread()) {
-    request.any = false;
-    request.kernel = *kernel;
-  }
-  request.step_validated = cuda::is_step_validated(at::cuda::current_device());
-  return request;
-}
-
 cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
-  int clock_khz = 0;
-  int memory_khz = 0;
-  int index = at::cuda::current_device();
+  int clock_khz = 0, memory_khz = 0;
+  const int index = at::cuda::current_device();
   cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, index);
   cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index);
+  cudaGetLastError();  // what a driver does not know is 0
   return {device.name,
           device.major * 10 + device.minor,
           device.multiProcessorCount,
@@ -58,34 +40,31 @@ const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
 }
 
 // The layer takes long sequences in chunks whose intermediate results nearly fit into the second-level cache.
-// Half of a small one: the weights want room too.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
-StepwiseDevice current_device() {
+StepwiseDevice current_device(at::ScalarType number) {
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
   TORCH_CHECK(properties->major >= 8, "lstm_ext: the CUDA kernels need compute capability 8.0 or later, and ",
               properties->name, " has ", properties->major, ".", properties->minor);
-  // The setting of cuDNN's RNNs: this layer stands in for one.
-  const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
   const cuda::DeviceFacts& facts = current_facts(*properties);
-  const int64_t chunk_bytes = std::max(std::min(kChunkBytes, facts.l2_bytes / 2), int64_t{1} << 20);
-  return {at::cuda::getCurrentCUDAStream().stream(),
-          &gemm_cublas,
-          cublas_handle(),
-          tf32,
-          chunk_bytes,
-          &facts,
-          request_of_environment()};
+  bool known = true;
+  cuda::Request request = cuda::current_request(&known);
+  TORCH_CHECK(known, "lstm_ext: LSTM_EXT_CUDA_KERNEL is '", std::getenv("LSTM_EXT_CUDA_KERNEL"),
+              "': set it to auto, stepwise or step, or unset it");
+  // The setting of cuDNN's RNNs: this layer stands in for one.
+  const bool tf32 = cuda::request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+  request.step_validated = cuda::is_step_validated(at::cuda::current_device(), number == at::kFloat);
+  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request};
 }
 
 LayerResults cuda_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
   const c10::cuda::CUDAGuard guard(call.input.device());
-  return stepwise_forward(call, sizes, save, current_device());
+  return stepwise_forward(call, sizes, save, current_device(call.input.scalar_type()));
 }
 
 LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args) {
   const c10::cuda::CUDAGuard guard(call.input.device());
-  return stepwise_backward(call, sizes, args, current_device());
+  return stepwise_backward(call, sizes, args, current_device(call.input.scalar_type()));
 }
 
 // When the library is loaded.

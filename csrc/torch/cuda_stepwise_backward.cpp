@@ -140,7 +140,7 @@ class StepwiseBackward : Stepwise {
     b.output = of_chunk(sizes_.projected, P, gradient_type_);
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
     b.recurrent = of_step(!fused_, P);
-    if (fused_) {
+    if (fused_ && sizes_.steps > 1) {
       for (at::Tensor& t : b.parts) t = at::empty({cuda::step_parts(H), sizes_.batch, H}, options(sizes_.sum_type));
     }
     b.grad_hidden = of_step(sizes_.projected, H);
@@ -163,7 +163,7 @@ class StepwiseBackward : Stepwise {
     int64_t bytes = 4 * sizes_.hidden_size * gradient;
     if (!norm_.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
     if (recompute_) bytes += 4 * sizes_.hidden_size * sum;
-    const int64_t limit = chunk_rows(bytes);
+    const int64_t limit = chunk_rows(device_.chunk_bytes, bytes);
     std::vector<Chunk> chunks;
     for (int64_t n = 0; n < steps.count(); n = chunks.back().end) {
       chunks.emplace_back(steps, n, limit);

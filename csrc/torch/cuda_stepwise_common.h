@@ -90,7 +90,7 @@ inline cuda::Number number_of(at::ScalarType type) {
     default: return cuda::Number::kBFloat16;
   }
 }
-inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes, bool tf32) {
+inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes, bool tf32, bool backward) {
   return {sizes.steps,
           sizes.batch,
           sizes.input_size,
@@ -100,7 +100,7 @@ inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes,
           tf32,
           sizes.projected,
           !call.options.norm.empty(),
-          false};
+          backward};
 }
 
 // Rows that begin where the fused kernels can read them: `matrix` itself, or a copy.
@@ -162,12 +162,12 @@ class Stepwise {
         norm_(contiguous_weights(call.options.norm, sizes.sum_type)),
         recompute_(call.options.recompute),
         has_options_(has_options(call.options, sizes, args)),
-        dependent_(device.facts->capability >= 90) {
-    const cuda::Plan plan = cuda::plan(facts_of(call, sizes, device.tf32), *device.facts, device.request);
-    TORCH_CHECK(plan.problem.empty(),
-                "lstm_ext: LSTM_EXT_CUDA_KERNEL=step asks for the kernel that does a step at once, "
-                "but ",
-                plan.problem, ": set it to stepwise or auto, or unset it");
+        dependent_(device.facts->capability >= 90 && cuda::step_kernels_wait()) {
+    const cuda::Plan plan =
+        cuda::plan(facts_of(call, sizes, device.tf32, args != nullptr), *device.facts, device.request);
+    // What the forward pass has saved is the same for both ways: so this one goes on where that cannot.
+    TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=step asks for the kernel that does a ",
+                "step at once, but ", plan.problem, ": set it to stepwise or auto, or unset it");
     fused_ = plan.kernel == cuda::Kernel::kStep;
   }
 
@@ -232,8 +232,8 @@ class Stepwise {
   at::Tensor rows_of_direction(const at::Tensor& t, int64_t d) const {
     return t.defined() ? t.select(0, d).view({total_rows(), -1}) : t;
   }
-  // How many rows a chunk may have if it needs so many bytes for each.
-  int64_t chunk_rows(int64_t bytes) const { return std::max<int64_t>(device_.chunk_bytes / bytes, 1); }
+  // How many rows a chunk of so many bytes may have if it needs `bytes` for each.
+  static int64_t chunk_rows(int64_t chunk_bytes, int64_t bytes) { return std::max<int64_t>(chunk_bytes / bytes, 1); }
 
   at::TensorOptions options(at::ScalarType type) const { return input_.options().dtype(type); }
 

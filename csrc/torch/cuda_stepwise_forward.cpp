@@ -209,7 +209,9 @@ class StepwiseForward : Stepwise {
     using A = typename cuda::Types<T>::Accumulate;
     std::list<Running> sides;
     for (int64_t d = first; d < first + count; ++d) sides.emplace_back(*this, d);
-    const int64_t limit = chunk_rows(4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
+    // Half of a small second-level cache: U wants room too.
+    const int64_t bytes = std::min(device_.chunk_bytes, std::max(device_.facts->l2_bytes / 2, int64_t{1} << 20));
+    const int64_t limit = chunk_rows(bytes, 4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
     FusedSteps<T> fused;
     for (int64_t n = 0; n < sides.front().steps.count(); ++n) {
       for (Running& side : sides) {
@@ -304,7 +306,7 @@ class StepwiseForward : Stepwise {
     if constexpr (kHasStep<T>) {
       if (steps.sides.count == 0) return;
       // What is in front of the only step may be any kernel of the caller's, one that writes the weights among them.
-      // In front of all others is the kernel of a step.
+      // Between what makes the weights and all others is the first step's kernel, which is not a dependent one.
       check(cuda::step_forward(steps.sides, dependent_ && !whole_, device_.stream), "step_forward");
       steps = {};
     }

@@ -1,6 +1,5 @@
 #include "torch/parallel.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
 #if !defined(_OPENMP)
@@ -33,8 +32,7 @@ class Crowding {
  public:
   int limited(int threads) {
     if (threads == 1 || calls_.load(std::memory_order_relaxed) <= 0) return threads;
-    // Some sums of layer normalisation have other bits with another number of workers.
-    if (!wanted.load(std::memory_order_relaxed) || at::globalContext().deterministicAlgorithms()) return threads;
+    if (!wanted.load(std::memory_order_relaxed)) return threads;
     if (calls_.fetch_sub(1, std::memory_order_relaxed) <= 0) return threads;
     return std::min(threads, workers_.load(std::memory_order_relaxed));
   }
@@ -67,8 +65,9 @@ Crowding& crowding() {
 
 }  // namespace
 
-int available_threads() {
-  return at::in_parallel_region() || omp_in_parallel() ? 1 : crowding().limited(at::get_num_threads());
+int available_threads(bool always_all) {
+  if (at::in_parallel_region() || omp_in_parallel()) return 1;
+  return always_all ? at::get_num_threads() : crowding().limited(at::get_num_threads());
 }
 
 CrowdedCalls crowded_calls() { return crowding().left(); }

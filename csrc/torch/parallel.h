@@ -9,8 +9,8 @@ namespace lstm_ext {
 
 // How many workers a call may have: torch's intra-op threads, or 1 inside a parallel region. Fewer, for a few calls, if
 // workers had to share their cores with other programs: those that share one also hold up the others, which wait for
-// them, so fewer workers are faster.
-int available_threads();
+// them, so fewer workers are faster. Not if `always_all`: a call whose bits depend on their number.
+int available_threads(bool always_all);
 
 // What is left of that: how many workers the next call may have at most, and for how many calls. For tests.
 struct CrowdedCalls {

@@ -2,146 +2,157 @@
 
 `choose` runs in the first eager call on a device. A record of ``python -m lstm_ext.selftest``, or of an earlier first
 use, for this device, driver and build decides. Without one it tries the kernel ``step`` beside ``stepwise`` on small
-random layers, for a fifth of a second at most, and records the outcome. What is chosen holds for the life of the
-process.
+random layers, and records the outcome. What is chosen holds for the life of the process.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native import config, loader, selftest_record
+from ..native import config, cuda, loader, selftest_record
 
 __all__ = ["LIMIT", "REPEATS", "check", "choose"]
 
-LIMIT = 0.2  # seconds for everything
+LIMIT = 0.2  # seconds for the repeats of a variant
 REPEATS = 200  # of one layer, which has to have the same bits each time
-_VARIANT = "step"
+# What is tried, recorded and chosen by itself.
+_VARIANTS = {"step": (torch.bfloat16, torch.float16), "step-tf32": (torch.float32,)}
 _chosen: set[int | None] = set()
 
 
 @dataclass(frozen=True)
 class _Problem:
-    dtype: torch.dtype
     batch: int
     hidden_size: int
+    steps: int = 4
     bidirectional: bool = False
     packed: bool = False
+    options: bool = False
 
 
-def _problems(tf32: bool) -> Iterator[_Problem]:
-    for dtype in (torch.bfloat16, torch.float16, *([torch.float32] if tf32 else [])):
-        yield _Problem(dtype, 5, 40)
-        yield _Problem(dtype, 33, 24, bidirectional=True, packed=True)
+PROBLEMS = (
+    _Problem(5, 520),  # more tiles than stages, in both passes
+    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin anywhere, and many of them
+    _Problem(18, 40, options=True),
+    _Problem(3, 40, steps=1),
+)
 
 
 def choose(device: torch.device) -> None:
     """Lets `auto` take ``step`` on a CUDA device where it has been right. Not while a graph is captured: then a later
-    call does."""
+    call does.
+
+    Raises:
+        ValueError: an environment variable has a value that it cannot have.
+    """
     index = device.index
     if index in _chosen:
         return
-    if config.requested_cuda_kernel() != "auto":
-        _chosen.add(index)
-        return
-    if torch.cuda.is_current_stream_capturing():
-        return
-    _chosen.add(index)
-    entry = selftest_record.find(device) or {}
-    if _VARIANT in (entry.get("failed") or []):
-        return
-    passed: bool | None = _VARIANT in (entry.get("passed") or [])
-    if not passed:
-        if not config.cuda_check_wanted():
+    wanted = config.cuda_check_wanted()
+    if config.requested_cuda_kernel() == "auto":
+        if torch.cuda.is_current_stream_capturing():
             return
-        passed = _tried(device)
-    if passed:
-        loader.extension().set_cuda_step_validated(index, True)
+        _chosen.add(index)
+        for variant, dtypes in _VARIANTS.items():
+            passed = cuda.step_outcome(device, dtypes[0])
+            if passed is None and wanted:
+                passed = _tried(device, variant)
+            if passed:
+                loader.extension().set_cuda_step_validated(index, dtypes[0] == torch.float32, True)
+    _chosen.add(index)
 
 
-def _tried(device: torch.device) -> bool | None:
+def _tried(device: torch.device, variant: str) -> bool | None:
+    """None if it could not be tried."""
     try:
         with torch.cuda.device(device):
-            passed, reason = check(device, tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32")
+            passed, reason = check(device, _VARIANTS[variant])
     except (
         Exception
-    ) as error:  # whatever it is, a layer that is called for the first time must not fail by it
-        passed, reason = False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if passed is None:
-        return None
-    try:
-        selftest_record.add(device, _VARIANT, passed)
-    except (OSError, RuntimeError):
-        pass  # it is tried again in the next process
-    if not passed:
-        warnings.warn(
-            f"lstm_ext: the CUDA kernel {_VARIANT!r} is not used on {device}, where it was tried: {reason}. Please "
-            "report it with what `python -m lstm_ext.selftest --device cuda` prints.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    ) as error:  # no memory, say: a layer that is called for the first time must not fail by it
+        passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if passed is not None:
+        try:
+            selftest_record.add(device, variant, passed)
+        except (OSError, RuntimeError):
+            pass  # it is tried again in the next process
+    if passed is False:
+        said = f"it was wrong: {reason}. Please report it with what `python -m lstm_ext.selftest --device cuda` prints."
+    elif passed is None and reason:
+        said = f"it could not be tried: {reason}"
+    else:
+        return passed
+    warnings.warn(
+        f"lstm_ext: the CUDA kernel {variant!r} is not used on {device}: {said}", RuntimeWarning, stacklevel=2
+    )
     return passed
 
 
-def check(device: torch.device, tf32: bool) -> tuple[bool | None, str]:
+def check(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
     """Whether ``step`` computes what ``stepwise`` does, values and gradients, and the same bits again and again.
 
-    None if there was no time to find out. The text says why it is not True.
+    None if there was no time to find out. The text says why it is False.
     """
-    begin = time.monotonic()
     kernels = loader.extension()
-    for problem in _problems(tf32):
-        call = _call(problem, device)
-        try:
-            kernels.set_cuda_kernel_of_thread("stepwise")
-            expected = _results(kernels, call)
-            kernels.set_cuda_kernel_of_thread(_VARIANT)
-            found = _results(kernels, call)
-            wrong = _differences(found, expected, problem.dtype)
-            if wrong:
-                return False, f"{problem.dtype}: {wrong}"
-            if problem.packed:
-                continue
+    try:
+        for dtype in dtypes:
+            calls = [_call(problem, dtype, device) for problem in PROBLEMS]
+            for call in calls:
+                kernels.set_cuda_kernel_of_thread("stepwise")
+                expected = _results(kernels, call)
+                kernels.set_cuda_kernel_of_thread("step")
+                wrong = _differences(_results(kernels, call), expected, dtype)
+                if wrong:
+                    return False, f"{dtype}: {wrong}"
+            expected = _results(kernels, calls[0])
             same = torch.ones((), dtype=torch.bool, device=device)
+            begin = time.monotonic()
             for _ in range(REPEATS):
                 if time.monotonic() - begin > LIMIT:
-                    return None, "there was no time"
-                output = kernels.lstm_layer_forward(*call, None, False)[0]
-                same &= (output == found["output"]).all()
+                    return None, ""
+                found = _results(kernels, calls[0])
+                same &= torch.stack([(found[name] == expected[name]).all() for name in found]).all()
             if not same.item():
-                return False, f"{problem.dtype}: it did not give the same bits each time"
-        finally:
-            kernels.set_cuda_kernel_of_thread("")
+                return False, f"{dtype}: it did not give the same bits each time"
+    finally:
+        kernels.set_cuda_kernel_of_thread("")
     return True, ""
 
 
-def _call(problem: _Problem, device: torch.device) -> tuple[Any, ...]:
+def _call(problem: _Problem, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """The arguments of the layer. They come from a generator of their own: torch's random state stays as it is."""
     generator = torch.Generator().manual_seed(7)
-    H, B, D = problem.hidden_size, problem.batch, 2 if problem.bidirectional else 1
+    T, H, B, D = problem.steps, problem.hidden_size, problem.batch, 2 if problem.bidirectional else 1
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, problem.dtype)
+        return (torch.randn(shape, generator=generator, device="cpu") * scale).to(device, dtype)
 
-    sizes = torch.tensor([B, B, B // 2, 1]) if problem.packed else None
-    rows = (int(sizes.sum()),) if sizes is not None else (4, B)
+    sizes = torch.tensor([B, B, B // 2, 1], device="cpu") if problem.packed else None
+    rows = (int(sizes.sum()),) if sizes is not None else (T, B)
     weights = []
     for _ in range(D):
         weights += [draw(4 * H, 12, scale=H**-0.5), draw(4 * H, H, scale=H**-0.5)]
         weights += [draw(4 * H, scale=H**-0.5), draw(4 * H, scale=H**-0.5)]
     states = draw(D, B, H), draw(D, B, H)
-    return (draw(*rows, 12), *states, weights, sizes, True, problem.bidirectional)
+    options = None
+    if problem.options:
+        mask = (torch.rand(D, B, H, generator=generator, device="cpu") < 0.7).float() / 0.7
+        lengths = torch.arange(B, device="cpu") % (T + 1)
+        options = loader.extension().LayerOptions(
+            recurrent_mask=mask.to(device), lengths=lengths.to(device), zoneout_c=0.1
+        )
+    return (draw(*rows, 12), *states, weights, sizes, True, problem.bidirectional, options)
 
 
 def _results(kernels: Any, call: tuple[Any, ...]) -> dict[str, Tensor]:
-    output, h_n, c_n, _, _, saved = kernels.lstm_layer_forward(*call, None, True)
+    output, h_n, c_n, _, _, saved = kernels.lstm_layer_forward(*call, True)
     grads = (
         torch.sin(output.float()).to(output.dtype),
         torch.ones_like(h_n),
@@ -150,7 +161,7 @@ def _results(kernels: Any, call: tuple[Any, ...]) -> dict[str, Tensor]:
         None,
     )
     needs_grad = [True] * (3 + len(call[3])) + [False, False]
-    gradients = kernels.lstm_layer_backward(*call, None, *grads, output, saved, needs_grad)
+    gradients = kernels.lstm_layer_backward(*call, *grads, output, saved, needs_grad)
     named = {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
     return {"output": output, "h_n": h_n, "c_n": c_n, **named}
 

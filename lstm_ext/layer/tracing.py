@@ -68,10 +68,8 @@ def is_direct(call: LayerCall) -> bool:
         return False
     input, h0, c0 = call.input, call.h0, call.c0
     device = input.device
-    if device != _CPU:
-        if device.type != "cuda" or not cuda.is_supported(device.index):
-            return False
-        first_use.choose(device)
+    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
+        return False
     if input.dtype not in KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
         return False
     for w in call.weights:
@@ -80,7 +78,11 @@ def is_direct(call: LayerCall) -> bool:
     options = call.options
     if options is not PLAIN and options.native is None and not are_plain(options.tensors()):
         return False
-    return (h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)
+    if not ((h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)):
+        return False
+    if device != _CPU:
+        first_use.choose(device)
+    return True
 
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:

@@ -139,7 +139,7 @@ def cuda_plan(
     tf32: bool = True,
     projected: bool = False,
     normalised: bool = False,
-    training: bool = False,
+    backward: bool = False,
     kernel: str = "auto",
     validated: bool = False,
 ) -> dict[str, str | int | float | list[str]]:
@@ -150,11 +150,15 @@ def cuda_plan(
     those of a model.
     """
 
-def set_cuda_kernel_of_thread(name: str) -> None:
-    """``"stepwise"`` or ``"step"``: what runs CUDA layers that this thread calls; ``""`` asks the environment again."""
+def set_cuda_kernel(name: str) -> None:
+    """``"stepwise"`` or ``"step"``: what runs CUDA layers, in place of LSTM_EXT_CUDA_KERNEL; ``""`` asks that again."""
 
-def set_cuda_step_validated(device: int, validated: bool) -> None:
-    """Whether the kernel ``"step"`` may be chosen on this CUDA device of the process."""
+def set_cuda_kernel_of_thread(name: str) -> None:
+    """The same for layers that this thread calls, before all else. They may round to TF32, whatever torch's settings
+    say."""
+
+def set_cuda_step_validated(device: int, tf32: bool, validated: bool) -> None:
+    """Whether the kernel ``"step"`` may be chosen on this CUDA device of the process, for float32 or for 16 bits."""
 
 def build_info() -> dict[str, str]:
     """How this binary was built: ``version``, ``torch``, ``compiler``, and ``cuda``, which is empty without kernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ __all__ = [
     "choice",
     "facts",
     "forced",
-    "is_step_validated",
     "is_supported",
     "problem",
     "unsupported",
@@ -39,22 +37,22 @@ def choice() -> Choice:
     """
     requested = requested_cuda_kernel()
     if requested == "auto":
-        return Choice("stepwise", "on a device where `step` has been right, the faster of the two")
+        return Choice("auto", "stepwise; on a device where `step` has been right, the faster of the two")
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
 
 
 @contextlib.contextmanager
 def forced(kernel: str) -> Iterator[None]:
-    """The kernel that runs CUDA tensors, whatever the environment says: each call reads the variable."""
-    before = os.environ.get("LSTM_EXT_CUDA_KERNEL")
-    os.environ["LSTM_EXT_CUDA_KERNEL"] = kernel
+    """The kernel that runs CUDA tensors, in all threads, whatever the environment says. "auto" changes nothing."""
+    extension = loader.extension()
+    if extension is None or kernel == "auto":
+        yield
+        return
+    extension.set_cuda_kernel(kernel)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["LSTM_EXT_CUDA_KERNEL"]
-        else:
-            os.environ["LSTM_EXT_CUDA_KERNEL"] = before
+        extension.set_cuda_kernel("")
 
 
 def facts(device: torch.device) -> dict[str, str | int | float]:
@@ -72,10 +70,17 @@ def facts(device: torch.device) -> dict[str, str | int | float]:
     }
 
 
-def is_step_validated(device: torch.device) -> bool:
-    """Whether the kernel that does a step at once has been right on this device, with this build, as a record says."""
-    entry = selftest_record.find(device)
-    return entry is not None and "step" in (entry.get("passed") or [])
+def step_variant(dtype: torch.dtype) -> str:
+    """What records call the kernel that does a step at once, for tensors of this dtype."""
+    return "step-tf32" if dtype == torch.float32 else "step"
+
+
+def step_outcome(device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Whether that kernel has been right on this device, with this build, as a record says. None if there is none."""
+    entry = selftest_record.find(device) or {}
+    if step_variant(dtype) in (entry.get("passed") or []):
+        return True
+    return False if step_variant(dtype) in (entry.get("failed") or []) else None
 
 
 # ---- devices

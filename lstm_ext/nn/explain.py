@@ -66,7 +66,7 @@ def explain_data(
     extension = loader.extension()
     if extension is None:
         raise RuntimeError(f"there is no compiled extension: {loader.status().reason}")
-    name, facts = _device(extension, parameter.device if device is None else device)
+    name, facts = _device(extension, parameter.device if device is None else device, dtype)
     data: dict[str, Any] = {
         "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",
         "device": name,
@@ -110,7 +110,9 @@ def _steps_and_batch(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, in
     return (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
 
 
-def _device(extension: Any, device: str | torch.device) -> tuple[str, dict[str, Any] | None]:
+def _device(
+    extension: Any, device: str | torch.device, dtype: torch.dtype
+) -> tuple[str, dict[str, Any] | None]:
     """Its name, and what a GPU's planner has to know of it."""
     known = {facts["name"]: facts for facts in extension.cuda_devices()}
     if device in known:
@@ -129,7 +131,8 @@ def _device(extension: Any, device: str | torch.device) -> tuple[str, dict[str, 
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
     return f"{found}, {torch.cuda.get_device_name(found)}", {
         **cuda.facts(found),
-        "validated": cuda.is_step_validated(found),
+        "problem": cuda.problem(found.index),
+        "outcome": cuda.step_outcome(found, dtype),
     }
 
 
@@ -142,30 +145,48 @@ def _on_cuda(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     facts = dict(facts)
-    plan = extension.cuda_plan(
-        device=facts,
-        **sizes,
-        directions=directions,
-        dtype=str(dtype).removeprefix("torch."),
-        tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
-        projected=bool(getattr(module, "proj_size", 0)),
-        normalised=bool(getattr(module, "layer_norm", False)),
-        training=module.training,
-        kernel=config.requested_cuda_kernel(),
-        validated=facts.pop("validated", False),
-    )
+    problem, outcome = facts.pop("problem", None), facts.pop("outcome", None)
+    if problem:
+        return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [problem]}
+
+    def plan_of(backward: bool) -> dict[str, Any]:
+        found = extension.cuda_plan(
+            device=facts,
+            **sizes,
+            directions=directions,
+            dtype=str(dtype).removeprefix("torch."),
+            tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
+            projected=bool(getattr(module, "proj_size", 0)),
+            normalised=bool(getattr(module, "layer_norm", False)),
+            backward=backward,
+            kernel=config.requested_cuda_kernel(),
+            validated=outcome is True,
+        )
+        if outcome is False:
+            found["reasons"] = [
+                "the kernel that does a step at once was wrong on this device" if "not been tried" in r else r
+                for r in found["reasons"]
+            ]
+        return found
+
+    plan = plan_of(backward=False)
     if plan["problem"]:
         return {**plan, "kernel": None, "summary": f"nothing: {plan['problem']}"}
     if plan["kernel"] == "step":
         summary = (
-            f"step: each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 units "
-            f"a block"
+            f"step: each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 "
+            "units a block"
         )
     else:
         summary = "stepwise: each time step is a product of cuBLAS and a kernel"
         if plan["launches"] > 2:
             summary += ", and the same for its projection"
-    return {**plan, "summary": summary}
+    reasons = list(plan["reasons"])
+    if module.training:
+        backward = plan_of(backward=True)
+        plan["backward"] = backward
+        reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
+    return {**plan, "summary": summary, "reasons": reasons}
 
 
 def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:

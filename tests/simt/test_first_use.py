@@ -19,6 +19,7 @@ from lstm_ext.native import loader, selftest_record
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 CPU = torch.device("cpu")
+PROBLEMS = first_use.PROBLEMS
 
 
 class StandIn:
@@ -27,7 +28,8 @@ class StandIn:
     def __init__(self) -> None:
         self.module = stepwise_module()
         self.kernel = ""
-        self.validated: list[tuple[int | None, bool]] = []
+        self.validated: list[bool] = []  # whether for float32
+        self.LayerOptions = self.module.LayerOptions
         self.calls = 0
         self.fault: Any = lambda calls, output: output
 
@@ -35,8 +37,9 @@ class StandIn:
         self.kernel = name
         self.module.set_device(True, CHUNK_BYTES, name == "step")
 
-    def set_cuda_step_validated(self, index: int | None, validated: bool) -> None:
-        self.validated.append((index, validated))
+    def set_cuda_step_validated(self, index: int | None, tf32: bool, validated: bool) -> None:
+        assert index is None and validated
+        self.validated.append(tf32)
 
     def lstm_layer_forward(self, *call: Any) -> Any:
         output, *others = self.module.lstm_layer_forward(*call)
@@ -61,8 +64,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
     monkeypatch.setattr(first_use, "_chosen", set())
+    monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:])  # the small ones
     monkeypatch.setattr(first_use, "REPEATS", 3)
     monkeypatch.setattr(first_use, "LIMIT", 60)
     yield stand_in
@@ -75,19 +78,20 @@ def recorded() -> dict[str, Any] | None:
     return selftest_record.find(CPU)
 
 
-def test_it_is_right(gpu: StandIn) -> None:
+def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS)
     selftest_record.write(CPU, ["stepwise"], [])
     before = torch.get_rng_state()
     first_use.choose(CPU)
     assert torch.equal(torch.get_rng_state(), before)
-    assert gpu.validated == [(None, True)] and gpu.kernel == ""
-    assert recorded()["passed"] == ["stepwise", "step"] and recorded()["failed"] == []
+    assert gpu.validated == [False, True] and gpu.kernel == ""
+    assert recorded()["passed"] == ["stepwise", "step", "step-tf32"] and recorded()["failed"] == []
     calls = gpu.calls
     first_use.choose(CPU)  # once a process
     first_use._chosen.clear()
     first_use.choose(CPU)  # in the next one the record decides
     assert gpu.calls == calls
-    assert gpu.validated == [(None, True)] * 2
+    assert gpu.validated == [False, True] * 2
 
 
 def flip(output: Tensor) -> Tensor:
@@ -101,21 +105,41 @@ def flip(output: Tensor) -> Tensor:
     [
         (lambda calls, output: flip(output), "output is .* off"),
         (lambda calls, output: output * float("nan"), "output is nan off"),
-        (lambda calls, output: flip(output) if calls == 3 else output, "did not give the same bits"),
-        (lambda calls, output: 1 / 0, "ZeroDivisionError: division by zero"),
+        (
+            lambda calls, output: flip(output) if calls > 2 + 1 else output,
+            "did not give the same bits",
+        ),
     ],
-    ids=["wrong", "NaN", "now and then", "error"],
+    ids=["wrong", "NaN", "now and then"],
 )
 def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
     gpu.fault = fault
-    with pytest.warns(RuntimeWarning, match=f"'step' is not used on cpu, where it was tried: .*{said}"):
+    with pytest.warns(RuntimeWarning, match=f"'step' is not used on cpu: it was wrong: .*{said}"):
         first_use.choose(CPU)
     assert gpu.validated == [] and gpu.kernel == ""
-    assert recorded()["failed"] == ["step"]
+    assert recorded()["failed"] == ["step", "step-tf32"]
     gpu.calls = 0
     first_use._chosen.clear()
     first_use.choose(CPU)  # never again on that device
     assert gpu.calls == 0 and gpu.validated == []
+
+
+def test_only_one_of_them_is_wrong(gpu: StandIn) -> None:
+    """What float32 does says nothing about 16 bits."""
+    gpu.fault = lambda calls, output: flip(output) if output.dtype == torch.float32 else output
+    with pytest.warns(RuntimeWarning, match="'step-tf32' is not used on cpu: it was wrong"):
+        first_use.choose(CPU)
+    assert gpu.validated == [False]
+    assert (recorded()["passed"], recorded()["failed"]) == (["step"], ["step-tf32"])
+
+
+def test_it_cannot_be_tried(gpu: StandIn) -> None:
+    """No memory, say. That is no verdict."""
+    gpu.fault = lambda calls, output: 1 / 0
+    said = "'step' is not used on cpu: it could not be tried: ZeroDivisionError: division by zero"
+    with pytest.warns(RuntimeWarning, match=said):
+        first_use.choose(CPU)
+    assert gpu.validated == [] and recorded() is None and gpu.kernel == ""
 
 
 def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,12 +155,16 @@ def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selftest_record, "write", refuse)
     first_use.choose(CPU)
-    assert gpu.validated == [(None, True)] and recorded() is None
+    assert gpu.validated == [False, True] and recorded() is None
 
 
 def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
     first_use.choose(CPU)
+    selftest_record.write(CPU, ["step"], [])
+    first_use._chosen.clear()
+    first_use.choose(CPU)  # it asks for no more than a record
+    assert gpu.validated.pop() is False
     first_use._chosen.clear()
     monkeypatch.delenv("LSTM_EXT_CUDA_CHECK")
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
@@ -156,7 +184,7 @@ def test_not_while_a_graph_is_captured(gpu: StandIn, monkeypatch: pytest.MonkeyP
     assert gpu.calls == 0
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     first_use.choose(CPU)
-    assert gpu.calls > 0 and gpu.validated == [(None, True)]
+    assert gpu.calls > 0 and gpu.validated == [False, True]
 
 
 ADD = """
