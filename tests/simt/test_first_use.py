@@ -78,8 +78,11 @@ def recorded() -> dict[str, Any] | None:
     return selftest_record.find(CPU)
 
 
-def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS)
+@pytest.mark.parametrize(
+    "problems", [PROBLEMS[2:], pytest.param(PROBLEMS, marks=pytest.mark.tools)], ids=["small", "all"]
+)
+def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, problems: Any) -> None:
+    monkeypatch.setattr(first_use, "PROBLEMS", problems)
     selftest_record.write(CPU, ["stepwise"], [])
     before = torch.get_rng_state()
     first_use.choose(CPU)
