@@ -17,7 +17,7 @@ from report import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = {
-    "avx512": "cpu_epyc_zen4_2_cores.json",
+    "avx512": "cpu_epyc_zen5_2_cores.json",
     "avx2": "cpu_epyc_zen3_2_cores.json",
     "contract": "contract_epyc_zen5_2_cores.json",
     "amx": "cpu_xeon_amx_2_cores.json",

@@ -38,6 +38,22 @@ def test_right_numbers(mode, variables):
     assert returncode == 0, said
 
 
+def with_mistake(
+    file: str, before: str, after: str, driver: Path, mode: str, define: str, folder: Path
+) -> Path:
+    """The driver over a copy of csrc/cuda in which a file has something else in the place of what is there."""
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda")
+    text = (folder / "cuda" / file).read_text()
+    assert text.count(before) >= 1
+    (folder / "cuda" / file).write_text(text.replace(before, after))
+    shutil.copy(driver, folder / driver.name)
+    return compile_driver([folder / driver.name], mode, [define], [folder])
+
+
+def is_caught(program: Path, **variables: str) -> bool:
+    return any(run(program, SIMT_SEED=str(seed), **variables)[0] for seed in range(1, 6))
+
+
 # A file, what is there, what is put in its place, and the modes that must see it.
 PLANTED = {
     "no barrier before the tree of sums": (
@@ -80,13 +96,6 @@ PLANTED = {
 )
 def test_planted_mistakes_are_caught(planted, mode, tmp_path):
     file, before, after, _ = PLANTED[planted]
-    shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / "cuda")
-    text = (tmp_path / "cuda" / file).read_text()
-    assert text.count(before) >= 1
-    (tmp_path / "cuda" / file).write_text(text.replace(before, after))
-    shutil.copy(DRIVER, tmp_path / DRIVER.name)
     build = mode if mode in ("asan", "race") else "plain"
-    schedule = mode if build == "plain" else "fifo"
-    program = compile_driver([tmp_path / DRIVER.name], build, ["FLOAT_ONLY"], [tmp_path])
-    outcomes = (run(program, SIMT_SCHEDULE=schedule, SIMT_SEED=str(seed)) for seed in range(1, 6))
-    assert any(returncode for returncode, _ in outcomes), f"{mode} does not see it"
+    program = with_mistake(file, before, after, DRIVER, build, "FLOAT_ONLY", tmp_path)
+    assert is_caught(program, SIMT_SCHEDULE=mode if build == "plain" else "fifo"), f"{mode} does not see it"
