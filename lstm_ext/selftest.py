@@ -64,7 +64,6 @@ CASES = (
     Case("projection", proj_size=10),
     Case("packed, bidirectional, projection", lengths=PACKED, bidirectional=True, proj_size=10),
 )
-EVERYTHING = CASES[-1]
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "CASES", (selftest.CASES[0], selftest.EVERYTHING))
+    monkeypatch.setattr(selftest, "CASES", (selftest.CASES[0], selftest.CASES[-1]))
     monkeypatch.setattr(selftest, "DTYPES", (torch.float32, torch.bfloat16))
 
 
@@ -146,7 +146,7 @@ def test_where_nothing_can_be_recorded(few, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_arguments_hold_zeros_until_they_are_filled() -> None:
     """What the checks on a stream and of a captured graph rely on: both fail if they see the zeros."""
-    case, dtype = selftest.EVERYTHING, torch.float32
+    case, dtype = selftest.CASES[-1], torch.float32
     problem = selftest.Problem(case, dtype, CPU)
     assert not selftest.judge(problem.compute(selftest._operator), case, dtype).passed
     problem.fill()

@@ -10,6 +10,7 @@
 namespace lstm_ext::cuda {
 
 constexpr int64_t kStepAlignment = 16;
+
 // What is multiplied: the rows (row_count, depth) of a state or an input by a weight (4H, depth). Strides in elements.
 template <typename T>
 struct StepProduct {

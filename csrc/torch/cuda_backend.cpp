@@ -42,7 +42,7 @@ const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
 // The layer takes long sequences in chunks whose intermediate results nearly fit into the second-level cache.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
-StepwiseDevice current_device(at::ScalarType number) {
+StepwiseDevice current_device(at::ScalarType dtype) {
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
   TORCH_CHECK(properties->major >= 8, "lstm_ext: the CUDA kernels need compute capability 8.0 or later, and ",
               properties->name, " has ", properties->major, ".", properties->minor);
@@ -53,7 +53,7 @@ StepwiseDevice current_device(at::ScalarType number) {
               "': set it to auto, stepwise or step, or unset it");
   // The setting of cuDNN's RNNs: this layer stands in for one.
   const bool tf32 = cuda::request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
-  request.step_validated = cuda::is_step_validated(at::cuda::current_device(), number == at::kFloat);
+  request.step_validated = cuda::is_step_validated(at::cuda::current_device(), dtype == at::kFloat);
   return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request};
 }
 

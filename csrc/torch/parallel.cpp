@@ -16,8 +16,8 @@ namespace lstm_ext {
 namespace {
 
 constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thread may be most
-constexpr double kLeastShare =
-    0.65;  // of the time of a call that a worker with a core of its own computes; two get half
+// Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
+constexpr double kLeastShare = 0.65;
 constexpr int kFewestCalls = 4, kMostCalls = 64;
 
 double seconds(clockid_t clock) {
@@ -80,7 +80,7 @@ bool run_at_once(int workers, void (*work)(void* context, int index), void* cont
   }
   bool complete = false;
   std::atomic<int> crowded{0};
-  // Asking for a thread's time takes as long as a short call's last percents.
+  // Asking for a thread's time takes a few percent of a short call.
   static std::atomic<bool> last_was_long{false};
   const bool measures = last_was_long.load(std::memory_order_relaxed);
   const double begin = seconds(CLOCK_MONOTONIC);

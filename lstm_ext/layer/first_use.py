@@ -21,7 +21,8 @@ from ..native import config, cuda, loader, selftest_record
 __all__ = ["LIMIT", "REPEATS", "check", "choose"]
 
 LIMIT = 0.2  # seconds for the repeats of a variant
-REPEATS = 200  # of one layer, which has to have the same bits each time
+REPEATS = 200  # of one layer, which has to have the same bits each time: so many, or what fits into LIMIT,
+FEWEST_REPEATS = 20  # but for so many there must be time
 # What is tried, recorded and chosen by itself.
 _VARIANTS = {"step": (torch.bfloat16, torch.float16), "step-tf32": (torch.float32,)}
 _chosen: set[int | None] = set()
@@ -55,18 +56,18 @@ def choose(device: torch.device) -> None:
     index = device.index
     if index in _chosen:
         return
-    wanted = config.cuda_check_wanted()
-    if config.requested_cuda_kernel() == "auto":
-        if torch.cuda.is_current_stream_capturing():
-            return
-        _chosen.add(index)
-        for variant, dtypes in _VARIANTS.items():
-            passed = cuda.step_outcome(device, dtypes[0])
-            if passed is None and wanted:
-                passed = _tried(device, variant)
-            if passed:
-                loader.extension().set_cuda_step_validated(index, dtypes[0] == torch.float32, True)
+    wanted, is_free = config.cuda_check_wanted(), config.requested_cuda_kernel() == "auto"
+    if is_free and torch.cuda.is_current_stream_capturing():
+        return
     _chosen.add(index)
+    if not is_free:
+        return
+    for variant, dtypes in _VARIANTS.items():
+        passed = cuda.step_outcome(device, dtypes[0])
+        if passed is None and wanted:
+            passed = _tried(device, variant)
+        if passed:
+            loader.extension().set_cuda_step_validated(index, dtypes[0] == torch.float32, True)
 
 
 def _tried(device: torch.device, variant: str) -> bool | None:
@@ -74,9 +75,8 @@ def _tried(device: torch.device, variant: str) -> bool | None:
     try:
         with torch.cuda.device(device):
             passed, reason = check(device, _VARIANTS[variant])
-    except (
-        Exception
-    ) as error:  # no memory, say: a layer that is called for the first time must not fail by it
+    except Exception as error:
+        # No memory, say. A layer that is called for the first time must not fail by it.
         passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if passed is not None:
         try:
@@ -114,9 +114,11 @@ def check(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[bool | N
             expected = _results(kernels, calls[0])
             same = torch.ones((), dtype=torch.bool, device=device)
             begin = time.monotonic()
-            for _ in range(REPEATS):
+            for done in range(REPEATS):
                 if time.monotonic() - begin > LIMIT:
-                    return None, ""
+                    if done < FEWEST_REPEATS:
+                        return None, ""
+                    break
                 found = _results(kernels, calls[0])
                 same &= torch.stack([(found[name] == expected[name]).all() for name in found]).all()
             if not same.item():

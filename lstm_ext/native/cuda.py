@@ -19,6 +19,8 @@ __all__ = [
     "forced",
     "is_supported",
     "problem",
+    "step_outcome",
+    "step_variant",
     "unsupported",
 ]
 

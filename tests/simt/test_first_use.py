@@ -151,6 +151,13 @@ def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu.validated == [] and recorded() is None and gpu.kernel == ""
 
 
+def test_there_is_time_for_a_few(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "LIMIT", -1)
+    monkeypatch.setattr(first_use, "FEWEST_REPEATS", 0)
+    first_use.choose(CPU)
+    assert gpu.validated == [False, True] and recorded()["passed"] == ["step", "step-tf32"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import pytest
 from build import ROOT, compile_driver, missing
-from test_stepwise_kernels import is_caught, run, with_mistake
+from test_stepwise_kernels import MODES, is_caught, name_of_mode, run, with_mistake
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 DRIVER = ROOT / "tests" / "simt" / "step_driver.cpp"
 
 
-@pytest.mark.parametrize(
-    ("mode", "variables"),
-    [
-        ("plain", {"SIMT_SCHEDULE": "fifo"}),
-        ("plain", {"SIMT_SCHEDULE": "fifo", "SIMT_COPIES": "now"}),
-        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1", "SIMT_COPIES": "mixed"}),
-        ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
-        pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
-        pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
-)
+# Its copies are asynchronous.
+MODES_OF_COPIES = [
+    ("plain", {"SIMT_SCHEDULE": "fifo", "SIMT_COPIES": "now"}),
+    ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1", "SIMT_COPIES": "mixed"}),
+]
+
+
+@pytest.mark.parametrize(("mode", "variables"), [*MODES, *MODES_OF_COPIES], ids=name_of_mode)
 def test_right_numbers(mode, variables):
     returncode, said = run(compile_driver([DRIVER], mode), **variables)
     assert returncode == 0, said

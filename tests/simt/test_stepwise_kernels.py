@@ -21,18 +21,21 @@ def run(program: Path, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("mode", "variables"),
-    [
-        ("plain", {"SIMT_SCHEDULE": "fifo"}),
-        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1"}),
-        ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
-        ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
-        pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
-        pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
-)
+MODES = [
+    ("plain", {"SIMT_SCHEDULE": "fifo"}),
+    ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "1"}),
+    ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
+    ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
+    pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
+    pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
+]
+
+
+def name_of_mode(x: str | dict[str, str]) -> str:
+    return x if isinstance(x, str) else "-".join(x.values())
+
+
+@pytest.mark.parametrize(("mode", "variables"), MODES, ids=name_of_mode)
 def test_right_numbers(mode, variables):
     returncode, said = run(compile_driver([DRIVER], mode), **variables)
     assert returncode == 0, said
