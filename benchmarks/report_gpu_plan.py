@@ -35,7 +35,7 @@ def plan(card: str, batch: int, hidden: int) -> dict[str, Any]:
     devices = {device["name"]: device for device in extension.cuda_devices()}
     return extension.cuda_plan(
         device=devices[card], steps=100, batch=batch, input_size=hidden, hidden_size=hidden, dtype="bfloat16",
-        validated=True,
+        outcome=True,
     )  # fmt: skip
 
 

@@ -3,10 +3,13 @@
 #include <torch/extension.h>
 
 #include <map>
+#include <optional>
+#include <tuple>
 
 #include "cpu/kernels.h"
 #include "cuda/gpu_plan.h"
 #include "python_layer.h"
+#include "torch/backend.h"
 #include "torch/frozen.h"
 #include "torch/parallel.h"
 #include "torch/random_flags.h"
@@ -174,6 +177,9 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   result["shared_of_multiprocessor"] = device.shared_of_multiprocessor;
   result["clock_ghz"] = device.clock_ghz;
   result["memory_gb_per_s"] = device.memory_gb_per_s;
+  result["step_blocks"] = std::make_pair(device.step_blocks[0], device.step_blocks[1]);
+  result["clusters"] = device.clusters;
+  result["shared"] = device.shared;
   return result;
 }
 
@@ -183,20 +189,27 @@ py::list cuda_devices() {
   return result;
 }
 
+py::dict cuda_facts(int device) {
+  const std::optional<lstm_ext::cuda::DeviceFacts> facts = lstm_ext::cuda_facts(device);
+  TORCH_CHECK(facts, "cuda_facts: this build has no CUDA kernels");
+  return as_dict(*facts);
+}
+
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
                    int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool backward,
-                   const std::string& kernel, bool validated) {
+                   bool packed, bool extras, const std::string& kernel, const std::optional<bool>& outcome) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
   const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
-  const DeviceFacts facts{py::cast<std::string>(device["name"]),
-                          static_cast<int>(integer("capability")),
-                          static_cast<int>(integer("multiprocessors")),
-                          integer("l2_bytes"),
-                          integer("shared_of_block"),
-                          integer("shared_of_multiprocessor"),
-                          real("clock_ghz"),
-                          real("memory_gb_per_s")};
+  DeviceFacts facts{py::cast<std::string>(device["name"]),
+                    static_cast<int>(integer("capability")),
+                    static_cast<int>(integer("multiprocessors")),
+                    integer("l2_bytes"),
+                    integer("shared_of_block"),
+                    integer("shared_of_multiprocessor"),
+                    real("clock_ghz"),
+                    real("memory_gb_per_s")};
+  std::tie(facts.step_blocks[0], facts.step_blocks[1]) = py::cast<std::pair<int, int>>(device["step_blocks"]);
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
   }
@@ -211,16 +224,17 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   Request request;
   request.any = kernel == "auto";
   request.kernel = kernel == "step" ? Kernel::kStep : Kernel::kStepwise;
-  request.step_validated = validated;
+  if (outcome) request.step = *outcome ? Outcome::kRight : Outcome::kWrong;
   request.reasons = true;
-  const Plan found = plan(
-      {steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected, normalised, backward},
-      facts, request);
+  const Plan found = plan({steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected,
+                           normalised, backward, packed, extras},
+                          facts, request);
   py::dict result;
   result["kernel"] = found.kernel == Kernel::kStep ? "step" : "stepwise";
   result["problem"] = found.problem;
   result["reasons"] = found.reasons;
   result["launches"] = found.launches;
+  result["one_product"] = found.one_product;
   result["rows_of_block"] = found.rows_of_block;
   result["blocks"] = found.blocks;
   result["threads"] = found.threads;
@@ -281,7 +295,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
-        py::arg("backward") = false, py::arg("kernel") = "auto", py::arg("validated") = false);
+        py::arg("backward") = false, py::arg("packed") = false, py::arg("extras") = false, py::arg("kernel") = "auto",
+        py::arg("outcome") = py::none());
+  m.def("cuda_facts", &cuda_facts, py::arg("device"));
   m.def(
       "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));
   m.def(

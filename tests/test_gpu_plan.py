@@ -43,8 +43,10 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "projected": rng.random() < 0.1,
         "normalised": rng.random() < 0.1,
         "backward": rng.random() < 0.5,
+        "packed": rng.random() < 0.2,
+        "extras": rng.random() < 0.2,
         "kernel": rng.choice(("auto", "auto", "step", "stepwise")),
-        "validated": rng.random() < 0.5,
+        "outcome": rng.choice((None, True, False)),
     }
 
 
@@ -55,6 +57,16 @@ def some_device(rng: random.Random) -> dict[str, Any]:
         device["multiprocessors"] = rng.randint(1, device["multiprocessors"])
         device["l2_bytes"] = rng.randint(1 << 20, device["l2_bytes"])
     return device
+
+
+def launches(layer: dict[str, Any], kernel: str) -> int:
+    """Of a time step: a kernel of all directions, and their products."""
+    if kernel == "step":
+        return 1
+    products = layer["directions"]
+    if not layer["projected"]:
+        return 1 + (1 if layer["steps"] >= 8 and not layer["packed"] else products)
+    return 1 + 2 * products + (1 if layer["backward"] or layer["extras"] else 0)
 
 
 def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> None:
@@ -70,11 +82,11 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         return
     assert not plan["problem"] and plan["reasons"]
     if plan["kernel"] == "step":
-        assert eligible and (layer["kernel"] == "step" or layer["validated"])
+        assert eligible and (layer["kernel"] == "step" or layer["outcome"])
         assert layer["kernel"] == "step" or plan["step_us"] < plan["stepwise_us"]
         assert layer["kernel"] == "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
     assert layer["kernel"] in ("auto", plan["kernel"])
-    assert plan["launches"] == (1 if plan["kernel"] == "step" else 4 if layer["projected"] else 2)
+    assert plan["launches"] == launches(layer, plan["kernel"])
     assert plan["stepwise_us"] > 0
     if not eligible:
         return
@@ -103,23 +115,37 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
     layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
     for device in DEVICES.values():
         assert _C.cuda_plan(device=device, **layer)["kernel"] == "stepwise"
-        assert _C.cuda_plan(device=device, **layer, validated=True)["kernel"] == "step"
+        assert _C.cuda_plan(device=device, **layer, outcome=True)["kernel"] == "step"
+
+
+def test_what_the_runtime_says_of_a_device_counts() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    device = {**DEVICES["H100"], "step_blocks": (1, 7)}
+    assert _C.cuda_plan(device=device, **layer)["blocks_of_multiprocessor"] == 1
+    assert _C.cuda_plan(device=device, **{**layer, "batch": 17})["blocks_of_multiprocessor"] == 7
+
+
+def test_a_kernel_that_was_wrong_is_not_taken() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=False)
+    assert plan["kernel"] == "stepwise"
+    assert plan["reasons"][-1] == "the kernel that does a step at once was wrong on this device"
 
 
 def test_what_the_backward_pass_keeps_fits_into_the_cache() -> None:
     """H / 16 partial sums of every number of dL/dh, of two steps."""
     layer = {"steps": 100, "batch": 256, "input_size": 1024, "hidden_size": 1024, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, validated=True)
+    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, outcome=True)
     assert plan["parts_bytes"] == 2 * 64 * 256 * 1024 * 4
     assert plan["kernel"] == "stepwise"
     assert plan["reasons"][-1] == "the partial sums of one kernel would fill the second-level cache"
-    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, validated=True)
+    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, outcome=True)
     assert small["kernel"] == "step"
 
 
 def test_more_rows_than_a_grid_has() -> None:
     layer = {"steps": 1, "batch": 64 * 65535 + 1, "input_size": 1, "hidden_size": 1, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, validated=True)
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=True)
     assert (plan["kernel"], plan["problem"]) == ("stepwise", "")
     plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="step")
     assert plan["problem"] == "its grid has no room for so many rows"
@@ -127,7 +153,7 @@ def test_more_rows_than_a_grid_has() -> None:
 
 def test_large_products_are_left_to_the_library() -> None:
     layer = {"steps": 100, "batch": 4096, "input_size": 512, "hidden_size": 2048, "dtype": "bfloat16"}
-    assert _C.cuda_plan(device=DEVICES["H100"], **layer, validated=True)["kernel"] == "stepwise"
+    assert _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=True)["kernel"] == "stepwise"
 
 
 def test_older_cards_are_refused() -> None:

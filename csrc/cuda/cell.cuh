@@ -1,6 +1,7 @@
 // The pointwise part of a time step. A thread has one hidden unit of one row and all four gates of it, so everything
 // from the preactivations to h_t happens in its registers. A block is some units wide and some rows high. The grid
-// covers the units, and takes the rows in strides if there are more than it can be high.
+// covers the units, and takes the rows in strides if there are more than it can be high. It has a slice in z for each
+// direction.
 #pragma once
 
 #include <cmath>
@@ -93,7 +94,8 @@ LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j,
 }
 
 template <typename T, bool kOptions>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONSTANT StepSides<CellForward<T>> both) {
+  const CellForward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
   const int64_t H = args.hidden_size;
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -116,7 +118,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(CellForward<T> 
 }
 
 template <typename T>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) output_forward_kernel(OutputForward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
+    output_forward_kernel(LSTM_GRID_CONSTANT StepSides<OutputForward<T>> both) {
+  const OutputForward<T>& args = both.sides[blockIdx.z];
   const int64_t P = args.output_size;
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (j >= P) return;
@@ -236,7 +240,8 @@ LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t
 }
 
 template <typename T, bool kOptions>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(LSTM_GRID_CONSTANT StepSides<CellBackward<T>> both) {
+  const CellBackward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
   const int64_t H = args.hidden_size;
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -253,7 +258,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(CellBackward<T
 }
 
 template <typename T, bool kOptions>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) output_gradient_kernel(OutputGradient<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
+    output_gradient_kernel(LSTM_GRID_CONSTANT StepSides<OutputGradient<T>> both) {
+  const OutputGradient<T>& args = both.sides[blockIdx.z];
   using D = typename Types<T>::Gradient;
   const int64_t P = args.output_size;
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;

@@ -121,6 +121,15 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     result.problem = "the kernels need compute capability 8.0 or later";
     return result;
   }
+  // A step as products and kernels, which have both directions at once.
+  const auto stepwise = [&] {
+    result.one_product =
+        layer.directions == 2 && !layer.packed && !layer.projected && layer.steps >= kStepsOfOneProduct;
+    const int products = result.one_product ? 1 : layer.directions;
+    result.launches = 1 + products;
+    // Forward, a projection has a kernel only if something is done to what it gives.
+    if (layer.projected) result.launches += products + (layer.backward || layer.extras ? 1 : 0);
+  };
   const Model model(layer, device);
   result.stepwise_us = model.stepwise_us();
   const char* none = step_problem(layer);
@@ -134,9 +143,11 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     too_many = ceil_div(layer.batch, result.rows_of_block) > 65535;
     fits = result.shared_bytes <= device.shared_of_block && !too_many;
     // A block's shared memory costs another kibibyte.
+    const int known = device.step_blocks[result.rows_of_block == kStepRowsFew ? 0 : 1];
     result.blocks_of_multiprocessor =
-        std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
-                                      kThreadsOfMultiprocessor / kStepThreads));
+        known > 0 ? known
+                  : std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
+                                                  kThreadsOfMultiprocessor / kStepThreads));
     if (layer.backward) {
       result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
     }
@@ -151,7 +162,7 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
       return result;
     }
     because([&] { return "not the kernel that does a step at once: " + why; });
-    result.launches = layer.projected ? 4 : 2;
+    stepwise();
     return result;
   }
   const bool small = 2 * result.parts_bytes <= device.l2_bytes;
@@ -165,13 +176,20 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     because([] { return std::string("it is requested"); });
   } else if (!small) {
     because([] { return std::string("the partial sums of one kernel would fill the second-level cache"); });
-  } else if (faster && request.step_validated) {
+  } else if (faster && request.step == Outcome::kRight) {
     result.kernel = Kernel::kStep;
     because([] { return std::string("it has been right on this device"); });
   } else if (faster) {
-    because([] { return std::string("the kernel that does a step at once has not been tried on this device yet"); });
+    because([&] {
+      return std::string("the kernel that does a step at once ") +
+             (request.step == Outcome::kWrong ? "was wrong on this device" : "has not been tried on this device yet");
+    });
   }
-  result.launches = result.kernel == Kernel::kStep ? 1 : 2;
+  if (result.kernel == Kernel::kStep) {
+    result.launches = 1;
+  } else {
+    stepwise();
+  }
   return result;
 }
 

@@ -33,6 +33,8 @@ struct LayerFacts {
   bool tf32;  // products of float32 may round their operands so
   bool projected, normalised;
   bool backward;  // the pass; else forward
+  bool packed = false;
+  bool extras = false;  // lengths, zoneout or a recurrent mask
 };
 
 struct DeviceFacts {
@@ -43,20 +45,28 @@ struct DeviceFacts {
   int64_t shared_of_block, shared_of_multiprocessor;  // bytes
   double clock_ghz;
   double memory_gb_per_s;
+  // What only the runtime of a device that is here can say. A part of one (MIG) has its own sizes above.
+  int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
+  int clusters = -1;            // of 8 such blocks, on the whole device at once; -1: not known
+  bool shared = false;          // with kernels of other programs (MPS)
 };
 
+// Whether the kernel that does a step at once has been right on this device, or on one of its compute capability.
+enum class Outcome { kNotTried, kRight, kWrong };
+
 struct Request {
-  bool any = true;  // take the best that is validated; else `kernel`
+  bool any = true;  // take the best that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  bool step_validated = false;  // has been right on this device, or on one of its compute capability
-  bool reasons = false;         // say why; a call does not ask
+  Outcome step = Outcome::kNotTried;
+  bool reasons = false;  // say why; a call does not ask
 };
 
 struct Plan {
   Kernel kernel = Kernel::kStepwise;
   std::string problem;  // why what was requested cannot run; then the rest says nothing
   std::vector<std::string> reasons;
-  int launches = 0;  // a time step
+  int launches = 0;          // a time step, of all directions: kernels, and products of the library
+  bool one_product = false;  // the products of both directions are one
   // Of the fused kernel, also where it is not taken; 0 where there is none for the layer.
   int rows_of_block = 0;
   int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
@@ -66,6 +76,9 @@ struct Plan {
 };
 
 LSTM_EXT_PUBLIC Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request);
+
+// One product of both directions needs U of both side by side: that many steps pay for a copy.
+constexpr int64_t kStepsOfOneProduct = 8;
 
 // Why no fused kernel computes a layer, in words that follow "but "; null if one can.
 const char* step_problem(const LayerFacts& layer);

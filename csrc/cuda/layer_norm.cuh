@@ -41,12 +41,15 @@ LSTM_DEVICE void block_sums(A (&values)[kCount], A* shared) {
 }
 
 template <typename T>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellForward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
+    norm_cell_forward_kernel(LSTM_GRID_CONSTANT StepSides<NormCellForward<T>> both) {
+  const NormCellForward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
   LSTM_SHARED(A, shared, kNormWarps * kNormSums);
   const CellForward<T>& cell = args.cell;
   const int64_t H = cell.hidden_size, b = blockIdx.x;
   const bool saves = args.norm_factors != nullptr;
+  if (b >= cell.rows.count) return;  // the other direction has more
   if (!takes_part<true>(cell.rows, b)) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
       write_no_cell(cell, b, j);
@@ -123,12 +126,15 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_forward_kernel(NormCellFo
 }
 
 template <typename T>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads) norm_cell_backward_kernel(NormCellBackward<T> args) {
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
+    norm_cell_backward_kernel(LSTM_GRID_CONSTANT StepSides<NormCellBackward<T>> both) {
+  const NormCellBackward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
   using D = typename Types<T>::Gradient;
   LSTM_SHARED(A, shared, kNormWarps * kNormSums);
   const CellBackward<T>& cell = args.cell;
   const int64_t H = cell.hidden_size, b = blockIdx.x;
+  if (b >= cell.rows.count) return;  // the other direction has more
   if (!takes_part<true>(cell.rows, b)) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
       write_no_gradients(cell, b, j);

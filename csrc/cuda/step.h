@@ -16,10 +16,15 @@ template <typename T>
 struct StepProduct {
   const T* weight;
   int64_t weight_stride;
-  const T* rows;
+  const T* rows;  // null means zeros
   int64_t row_stride;
   int64_t row_count;
   int64_t depth;
+  // Of the only step of a sequence: rows whose state is replaced before it, and what takes their place (row_count,
+  // depth), or null: zeros.
+  ResetFlags resets;
+  const T* reset_rows;
+  int64_t reset_stride;
 };
 
 // A step of the forward pass. cell.recurrent_part is not read.
@@ -45,16 +50,16 @@ struct StepBackward {
   typename Types<T>::Accumulate* parts;
 };
 
-// One or two directions of a layer, whose steps have nothing to do with each other, in one launch.
-template <typename Step>
-struct StepSides {
-  Step sides[2];
-  int count;
-};
-
 // Whether the code that this device runs waits for the kernel in front of it, as a dependent launch must: not what a
 // driver makes of PTX for a compute capability below 9.0.
 bool step_kernels_wait();
+
+// Of the forward kernels on this device, as its runtime says; 0 and -1 where it does not.
+struct StepOccupancy {
+  int few = 0, many = 0;  // blocks of one multiprocessor at once, by the rows of a block
+  int clusters = -1;      // of 8 blocks, of the whole device at once
+};
+StepOccupancy step_occupancy(bool has_clusters);
 
 // Each starts one kernel on the stream, waits for nothing, and returns the launch's own error. For float (whose
 // operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. `dependent`: it

@@ -60,10 +60,8 @@ class ForwardRing {
     const int64_t k = depth_of(n);
     for (int i = threadIdx.x; i < kRows * Tile::kPieces; i += kStepThreads) {
       const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
-      const int64_t b = first_row_ + row;
-      const T* from = b < product.row_count ? product.rows + b * product.row_stride : nullptr;
-      copy_piece(rows(n) + row * Tile::kPitch + piece * kPieceBytes, from,
-                 k + piece * (kPieceBytes / static_cast<int>(sizeof(T))), product.depth, product.rows);
+      copy_piece(rows(n) + row * Tile::kPitch + piece * kPieceBytes, row_of(product, first_row_ + row),
+                 k + piece * (kPieceBytes / static_cast<int>(sizeof(T))), product.depth, product.weight);
     }
   }
 
@@ -73,6 +71,11 @@ class ForwardRing {
  private:
   LSTM_DEVICE static int64_t tiles_of(const StepProduct<T>& product) {
     return (product.depth + Tile::kDepth - 1) / Tile::kDepth;
+  }
+  LSTM_DEVICE static const T* row_of(const StepProduct<T>& product, int64_t b) {
+    if (b >= product.row_count) return nullptr;
+    if (product.resets[b]) return product.reset_rows ? product.reset_rows + b * product.reset_stride : nullptr;
+    return product.rows ? product.rows + b * product.row_stride : nullptr;
   }
   LSTM_DEVICE const StepProduct<T>& product_of(int64_t n) const {
     return n < tiles_of(args_.products[0]) ? args_.products[0] : args_.products[1];

@@ -1,8 +1,6 @@
 // Starts the fused kernels. Each step_*.cu instantiates these functions for one type.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/step_backward.cuh"
 #include "cuda/step_forward.cuh"
 
@@ -12,8 +10,7 @@ namespace lstm_ext::cuda {
 template <typename Step, typename Instance>
 cudaError_t start_step(const StepSides<Step>& args, bool dependent, cudaStream_t stream, Instance&& instance) {
   const auto& first = args.sides[0].cell;
-  int64_t rows = first.rows.count;
-  if (args.count == 2) rows = std::max(rows, args.sides[1].cell.rows.count);
+  const int64_t rows = most_rows(args, [](const Step& step) -> const StepRows& { return step.cell.rows; });
   const int rows_of_block = step_rows(rows);
   LaunchConfig config;
   config.grid =

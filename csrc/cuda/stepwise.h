@@ -40,6 +40,19 @@ struct Types<__half> {
   using Gradient = float;
 };
 
+// One or two directions of a layer, whose steps have nothing to do with each other, in one launch.
+template <typename Step>
+struct StepSides {
+  Step sides[2];
+  int count;
+
+  void add(const Step& step) { sides[count++] = step; }
+};
+template <typename Step>
+StepSides<Step> one_side(const Step& step) {
+  return {{step}, 1};
+}
+
 // The rows of one step.
 struct StepRows {
   int64_t count;
@@ -56,6 +69,14 @@ struct StepRows {
   // the output `hidden`. Without it the kernels without kOptions run, which ignore all of these.
   bool options;
 };
+
+// As many rows as the longer of the directions has.
+template <typename Step, typename RowsOf>
+int64_t most_rows(const StepSides<Step>& args, RowsOf&& rows_of) {
+  int64_t most = 0;
+  for (int side = 0; side < args.count; ++side) most = std::max(most, rows_of(args.sides[side]).count);
+  return most;
+}
 
 // c_{t-1}: from the step before, from the beginning, and in place of a state that is reset. Null means zeros.
 template <typename T>
@@ -266,17 +287,17 @@ inline int64_t column_sum_parts(int64_t rows) { return std::min<int64_t>((rows +
 
 // Each starts one kernel (the sums: two) on the stream, waits for nothing, and returns the launch's own error.
 template <typename T>
-cudaError_t cell_forward(const CellForward<T>& args, cudaStream_t stream);
+cudaError_t cell_forward(const StepSides<CellForward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t cell_backward(const CellBackward<T>& args, cudaStream_t stream);
+cudaError_t cell_backward(const StepSides<CellBackward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t norm_cell_forward(const NormCellForward<T>& args, cudaStream_t stream);
+cudaError_t norm_cell_forward(const StepSides<NormCellForward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t norm_cell_backward(const NormCellBackward<T>& args, cudaStream_t stream);
+cudaError_t norm_cell_backward(const StepSides<NormCellBackward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t output_forward(const OutputForward<T>& args, cudaStream_t stream);
+cudaError_t output_forward(const StepSides<OutputForward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t output_gradient(const OutputGradient<T>& args, cudaStream_t stream);
+cudaError_t output_gradient(const StepSides<OutputGradient<T>>& args, cudaStream_t stream);
 template <typename T>
 cudaError_t previous_outputs(const PreviousOutputs<T>& args, cudaStream_t stream);
 template <typename T>

@@ -26,47 +26,55 @@ inline CellGrid cell_grid(int64_t rows, int64_t units, int64_t steps = 1) {
   return {grid, block};
 }
 
+template <typename Step>
+int64_t most_rows(const StepSides<Step>& args) {
+  return most_rows(args, [](const Step& step) -> const StepRows& { return step.rows; });
+}
+
 template <typename T>
-cudaError_t cell_forward(const CellForward<T>& args, cudaStream_t stream) {
-  const CellGrid g = cell_grid(args.rows.count, args.hidden_size);
-  const auto kernel = args.rows.options ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
+cudaError_t cell_forward(const StepSides<CellForward<T>>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(most_rows(args), args.sides[0].hidden_size, args.count);
+  const auto kernel = args.sides[0].rows.options ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
   return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t cell_backward(const CellBackward<T>& args, cudaStream_t stream) {
-  const CellGrid g = cell_grid(args.rows.count, args.hidden_size);
-  const auto kernel = args.rows.options ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
+cudaError_t cell_backward(const StepSides<CellBackward<T>>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(most_rows(args), args.sides[0].hidden_size, args.count);
+  const auto kernel = args.sides[0].rows.options ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
   return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 // A block for each row, in whole warps.
-inline dim3 norm_block(int64_t units) {
-  return dim3(static_cast<unsigned>(std::min<int64_t>((units + 31) / 32 * 32, kNormThreads)));
+template <typename Step>
+CellGrid norm_grid(const StepSides<Step>& args) {
+  const int64_t rows = most_rows(args, [](const Step& step) -> const StepRows& { return step.cell.rows; });
+  const int64_t width = std::min<int64_t>((args.sides[0].cell.hidden_size + 31) / 32 * 32, kNormThreads);
+  return {dim3(static_cast<unsigned>(rows), 1, static_cast<unsigned>(args.count)), dim3(static_cast<unsigned>(width))};
 }
 
 template <typename T>
-cudaError_t norm_cell_forward(const NormCellForward<T>& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(args.cell.rows.count));
-  return launch(norm_cell_forward_kernel<T>, grid, norm_block(args.cell.hidden_size), 0, stream, args);
+cudaError_t norm_cell_forward(const StepSides<NormCellForward<T>>& args, cudaStream_t stream) {
+  const CellGrid g = norm_grid(args);
+  return launch(norm_cell_forward_kernel<T>, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t norm_cell_backward(const NormCellBackward<T>& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(args.cell.rows.count));
-  return launch(norm_cell_backward_kernel<T>, grid, norm_block(args.cell.hidden_size), 0, stream, args);
+cudaError_t norm_cell_backward(const StepSides<NormCellBackward<T>>& args, cudaStream_t stream) {
+  const CellGrid g = norm_grid(args);
+  return launch(norm_cell_backward_kernel<T>, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t output_forward(const OutputForward<T>& args, cudaStream_t stream) {
-  const CellGrid g = cell_grid(args.rows.count, args.output_size);
+cudaError_t output_forward(const StepSides<OutputForward<T>>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(most_rows(args), args.sides[0].output_size, args.count);
   return launch(output_forward_kernel<T>, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
-cudaError_t output_gradient(const OutputGradient<T>& args, cudaStream_t stream) {
-  const CellGrid g = cell_grid(args.rows.count, args.output_size);
-  const auto kernel = args.rows.options ? output_gradient_kernel<T, true> : output_gradient_kernel<T, false>;
+cudaError_t output_gradient(const StepSides<OutputGradient<T>>& args, cudaStream_t stream) {
+  const CellGrid g = cell_grid(most_rows(args), args.sides[0].output_size, args.count);
+  const auto kernel = args.sides[0].rows.options ? output_gradient_kernel<T, true> : output_gradient_kernel<T, false>;
   return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
@@ -107,15 +115,15 @@ cudaError_t product_sums(const ProductSums<T>& args, cudaStream_t stream) {
 
 }  // namespace lstm_ext::cuda
 
-#define LSTM_EXT_STEPWISE(T)                                                                        \
-  namespace lstm_ext::cuda {                                                                        \
-  template cudaError_t cell_forward<T>(const CellForward<T>& args, cudaStream_t stream);            \
-  template cudaError_t cell_backward<T>(const CellBackward<T>& args, cudaStream_t stream);          \
-  template cudaError_t norm_cell_forward<T>(const NormCellForward<T>& args, cudaStream_t stream);   \
-  template cudaError_t norm_cell_backward<T>(const NormCellBackward<T>& args, cudaStream_t stream); \
-  template cudaError_t output_forward<T>(const OutputForward<T>& args, cudaStream_t stream);        \
-  template cudaError_t output_gradient<T>(const OutputGradient<T>& args, cudaStream_t stream);      \
-  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& args, cudaStream_t stream);    \
-  template cudaError_t column_sums<T>(const ColumnSums<T>& args, cudaStream_t stream);              \
-  template cudaError_t product_sums<T>(const ProductSums<T>& args, cudaStream_t stream);            \
+#define LSTM_EXT_STEPWISE(T)                                                                                   \
+  namespace lstm_ext::cuda {                                                                                   \
+  template cudaError_t cell_forward<T>(const StepSides<CellForward<T>>& args, cudaStream_t stream);            \
+  template cudaError_t cell_backward<T>(const StepSides<CellBackward<T>>& args, cudaStream_t stream);          \
+  template cudaError_t norm_cell_forward<T>(const StepSides<NormCellForward<T>>& args, cudaStream_t stream);   \
+  template cudaError_t norm_cell_backward<T>(const StepSides<NormCellBackward<T>>& args, cudaStream_t stream); \
+  template cudaError_t output_forward<T>(const StepSides<OutputForward<T>>& args, cudaStream_t stream);        \
+  template cudaError_t output_gradient<T>(const StepSides<OutputGradient<T>>& args, cudaStream_t stream);      \
+  template cudaError_t previous_outputs<T>(const PreviousOutputs<T>& args, cudaStream_t stream);               \
+  template cudaError_t column_sums<T>(const ColumnSums<T>& args, cudaStream_t stream);                         \
+  template cudaError_t product_sums<T>(const ProductSums<T>& args, cudaStream_t stream);                       \
   }

@@ -1,6 +1,9 @@
 // One layer on one kind of device: what lstm_layer_forward and lstm_layer_backward call once the arguments are checked.
 #pragma once
 
+#include <optional>
+
+#include "cuda/gpu_plan.h"
 #include "torch/checks.h"
 #include "torch/layer_call.h"
 
@@ -22,6 +25,8 @@ struct Backend {
   Backward backward;
   // Whether Saved::gates are preactivations, in the dtype of the input; else they are gate values, of sum_type.
   bool saves_preactivations = false;
+  // Of a GPU: what the planner of kernels has to know of it.
+  cuda::DeviceFacts (*facts)(int device) = nullptr;
 };
 
 const Backend& cpu_backend();
@@ -31,5 +36,7 @@ int planes_for(at::ScalarType dtype);
 
 // The CUDA backend registers itself where it is part of the build.
 void register_cuda_backend(const Backend& backend);
+// Nothing where it is not.
+LSTM_EXT_PUBLIC std::optional<cuda::DeviceFacts> cuda_facts(int device);
 
 }  // namespace lstm_ext

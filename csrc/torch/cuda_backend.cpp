@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "cuda/step.h"
 #include "torch/cuda_stepwise.h"
 #include "torch/gemm_cublas.h"
 
@@ -14,19 +15,26 @@ namespace lstm_ext {
 namespace {
 
 cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
-  int clock_khz = 0, memory_khz = 0;
+  int clock_khz = 0, memory_khz = 0, shared = 0;
   const int index = at::cuda::current_device();
   cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, index);
   cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, index);
   cudaGetLastError();  // what a driver does not know is 0
-  return {device.name,
-          device.major * 10 + device.minor,
-          device.multiProcessorCount,
-          device.l2CacheSize,
-          static_cast<int64_t>(device.sharedMemPerBlockOptin),
-          static_cast<int64_t>(device.sharedMemPerMultiprocessor),
-          clock_khz / 1e6,
-          2.0 * memory_khz * device.memoryBusWidth / 8 / 1e6};
+  cuda::DeviceFacts facts{device.name,
+                          device.major * 10 + device.minor,
+                          device.multiProcessorCount,
+                          device.l2CacheSize,
+                          static_cast<int64_t>(device.sharedMemPerBlockOptin),
+                          static_cast<int64_t>(device.sharedMemPerMultiprocessor),
+                          clock_khz / 1e6,
+                          2.0 * memory_khz * device.memoryBusWidth / 8 / 1e6};
+  const cuda::StepOccupancy occupancy = cuda::step_occupancy(facts.capability >= 90);
+  facts.step_blocks[0] = occupancy.few;
+  facts.step_blocks[1] = occupancy.many;
+  facts.clusters = occupancy.clusters;
+  facts.shared = shared != 0;
+  return facts;
 }
 
 // One a device; a call has no time to ask again.
@@ -53,8 +61,13 @@ StepwiseDevice current_device(at::ScalarType dtype) {
               "': set it to auto, stepwise or step, or unset it");
   // The setting of cuDNN's RNNs: this layer stands in for one.
   const bool tf32 = cuda::request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
-  request.step_validated = cuda::is_step_validated(at::cuda::current_device(), dtype == at::kFloat);
+  if (cuda::is_step_validated(at::cuda::current_device(), dtype == at::kFloat)) request.step = cuda::Outcome::kRight;
   return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request};
+}
+
+cuda::DeviceFacts facts_of_device(int index) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+  return current_facts(*at::cuda::getCurrentDeviceProperties());
 }
 
 LayerResults cuda_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
@@ -69,7 +82,7 @@ LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, con
 
 // When the library is loaded.
 const bool registered = [] {
-  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true});
+  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device});
   return true;
 }();
 

@@ -32,8 +32,7 @@ class StepwiseBackward : Stepwise {
         grad_h_n_(contiguous_or_undefined(args.grads.h_n, dtype_)),
         grad_c_n_(contiguous_or_undefined(args.grads.c_n, dtype_)),
         grad_gate_values_(contiguous_or_undefined(args.grads.gate_values, sizes.gates_type)),
-        grad_cells_(contiguous_or_undefined(args.grads.cells, sizes.sum_type)),
-        gradient_type_(dtype_ == at::kHalf ? at::kFloat : dtype_) {
+        grad_cells_(contiguous_or_undefined(args.grads.cells, sizes.sum_type)) {
     const NeedsGrad& needs_grad = args.needs_grad;
     const auto sum = [&](bool requested, const at::Tensor& t) {
       return requested && t.defined() ? at::zeros(t.sizes(), options(sizes.sum_type)) : at::Tensor();
@@ -63,11 +62,9 @@ class StepwiseBackward : Stepwise {
   }
 
   LayerGradients run() {
-    // Fused, both directions have a launch a step together.
-    const int64_t together = fused_ ? sizes_.directions : 1;
-    for (int64_t d = 0; d < sizes_.directions && sizes_.batch > 0; d += together) {
+    if (sizes_.batch > 0) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_backward",
-                                      [&] { run_directions<typename Stored<scalar_t>::type>(d, together); });
+                                      [&] { run_steps<typename Stored<scalar_t>::type>(); });
     }
     const auto finish = [](at::Tensor& t, at::ScalarType type) {
       if (t.defined()) t = in_type(t, type);
@@ -100,7 +97,7 @@ class StepwiseBackward : Stepwise {
     at::Tensor gain_ih, gain_hh, gain_c, bias_c;
   };
 
-  at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type_); }
+  at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type()); }
 
   Gradients gradients(int64_t d) const {
     const at::Tensor* w = grads_.weights.data() + d * sizes_.weights_per_direction;
@@ -123,8 +120,17 @@ class StepwiseBackward : Stepwise {
     return g;
   }
 
-  Buffers buffers(const Direction& layer, const Gradients& g, int64_t chunk) const {
+  // Those that one product reads and writes for both directions, if there is one.
+  struct Both {
+    at::Tensor recurrent_part, recurrent;
+  };
+
+  Buffers buffers(const Direction& layer, const Gradients& g, int64_t chunk, int64_t d, Both& both) const {
     const int64_t H = sizes_.hidden_size, P = sizes_.output_size;
+    if (one_product() && d == 0) {
+      both.recurrent_part = at::empty({2, chunk, 4 * H}, options(gradient_type()));
+      both.recurrent = at::empty({2, sizes_.batch, P}, options(sizes_.sum_type));
+    }
     const auto of_chunk = [&](bool there, int64_t features, at::ScalarType type) {
       return empty_if(there, {chunk, features}, options(type));
     };
@@ -132,21 +138,21 @@ class StepwiseBackward : Stepwise {
       return empty_if(there, {sizes_.batch, features}, options(sizes_.sum_type));
     };
     Buffers b;
-    b.recurrent_part = of_chunk(true, 4 * H, gradient_type_);
-    b.input_part = of_chunk(layer.normalised(), 4 * H, gradient_type_);
+    b.recurrent_part = one_product() ? both.recurrent_part.select(0, d) : of_chunk(true, 4 * H, gradient_type());
+    b.input_part = of_chunk(layer.normalised(), 4 * H, gradient_type());
     b.preactivations = of_chunk(layer.normalised(), 4 * H, sizes_.sum_type);
     b.tanh_input = of_chunk(layer.normalised(), H, sizes_.sum_type);
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
-    b.output = of_chunk(sizes_.projected, P, gradient_type_);
+    b.output = of_chunk(sizes_.projected, P, gradient_type());
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
-    b.recurrent = of_step(!fused_, P);
+    b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_, P);
     if (fused_ && sizes_.steps > 1) {
       for (at::Tensor& t : b.parts) t = at::empty({cuda::step_parts(H), sizes_.batch, H}, options(sizes_.sum_type));
     }
     b.grad_hidden = of_step(sizes_.projected, H);
     b.grad_c = g.c0.defined() ? g.c0 : of_step(true, H);
     b.grad_h = of_step(has_zoneout_h(), P);
-    b.begin_part = empty_if(g.h0.defined(), {sizes_.batch, 4 * H}, options(gradient_type_));
+    b.begin_part = empty_if(g.h0.defined(), {sizes_.batch, 4 * H}, options(gradient_type()));
     b.reset_part = zeros_if(g.reset_h.defined(), {sizes_.batch, 4 * H}, options(sizes_.sum_type));
     if (lengths_.defined()) {  // rows of length 0 have no step that writes these
       for (const at::Tensor& t : {b.grad_c, b.grad_h, b.begin_part}) {
@@ -158,7 +164,7 @@ class StepwiseBackward : Stepwise {
 
   std::vector<Chunk> chunks_of(const Steps& steps) const {
     // The bytes of Buffers for each row of a chunk.
-    const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type_));
+    const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
     const auto sum = static_cast<int64_t>(c10::elementSize(sizes_.sum_type));
     int64_t bytes = 4 * sizes_.hidden_size * gradient;
     if (!norm_.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
@@ -173,16 +179,16 @@ class StepwiseBackward : Stepwise {
 
   // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
   struct Running {
-    Running(const StepwiseBackward& pass, int64_t direction)
+    Running(const StepwiseBackward& pass, int64_t direction, Both& both)
         : d(direction),
           layer(pass.direction(d)),
           steps(layer.steps()),
           gradients(pass.gradients(d)),
-          weight_hh(pass.operand(layer.weight_hh)),
+          weight_hh(pass.one_product() ? pass.both_weight_hh_.select(0, d) : pass.operand(layer.weight_hh)),
           weight_hr(pass.sizes_.projected ? pass.operand(layer.weight_hr) : at::Tensor()),
           step_weight(pass.fused_ ? with_aligned_rows(weight_hh) : at::Tensor()),
           chunks(pass.chunks_of(steps)),
-          buffers(pass.buffers(layer, gradients, longest())),
+          buffers(pass.buffers(layer, gradients, longest(), d, both)),
           through_gates(pass.rows_gemm_if(!pass.fused_, buffers.recurrent, buffers.recurrent_part, weight_hh)),
           projection(pass.rows_gemm_if(pass.sizes_.projected, buffers.grad_hidden, buffers.output, weight_hr)),
           preactivations(pass.rows_of_direction(pass.saved_.gates, d)),
@@ -215,27 +221,27 @@ class StepwiseBackward : Stepwise {
     at::Tensor recomputed;  // preactivations of the chunk that runs
   };
 
+  // Both directions have their launches together.
   template <typename T>
-  void run_directions(int64_t first, int64_t count) {
+  void run_steps() {
     std::list<Running> sides;
-    for (int64_t d = first; d < first + count; ++d) sides.emplace_back(*this, d);
+    Both both;
+    for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d, both);
     // The directions meet a time in different chunks: each adds to what is there.
-    if (count == 2 && grads_.input.defined()) grads_.input.zero_();
+    if (sizes_.directions == 2 && grads_.input.defined()) grads_.input.zero_();
     const int64_t last = sides.front().steps.count() - 1;
-    cuda::StepSides<cuda::StepBackward<T>> fused{};
     for (int64_t n = last; n >= 0; --n) {
       for (Running& side : sides) {
         if (recompute_ && n == side.chunks.back().end - 1) {
           side.recomputed = preactivations_of<T>(side.layer, side.steps, side.chunks.back(), side.d);
         }
-        run_step<T>(side, n, fused);
       }
+      if (sizes_.projected) project<T>(sides, n);
       // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
-      start(fused, dependent_ && n < last);
+      run_step<T>(sides, n, dependent_ && n < last);
       for (Running& side : sides) {
         if (n > side.chunks.back().first) continue;
-        add_chunk<T>(side.layer, side.steps, side.chunks.back(), side.d, side.buffers, side.gradients,
-                     count == 2 || side.d > 0);
+        add_chunk<T>(side.layer, side.steps, side.chunks.back(), side.d, side.buffers, side.gradients);
         side.chunks.pop_back();
       }
     }
@@ -247,41 +253,67 @@ class StepwiseBackward : Stepwise {
     }
   }
 
-  // Starts step n of a direction, or leaves it to be started with that of the other one.
-  template <typename T>
-  void run_step(const Running& side, int64_t n, cuda::StepSides<cuda::StepBackward<T>>& fused) const {
-    using A = typename cuda::Types<T>::Accumulate;
-    using D = typename cuda::Types<T>::Gradient;
-    const Step step = step_at(side.steps, n);
-    // Of the step in the chunk's buffers.
-    const int64_t row = step.offset - side.steps.rows_before(side.chunks.back().begin);
-    const Buffers& b = side.buffers;
-    cuda::CellBackward<T> cell = cell_of<T>(side, n, row);
-    const cuda::GradOutput<T> dh = output_of<T>(side, n);
-    if (side.projection) {
-      const cuda::OutputGradient<T> output_args{cell.rows, sizes_.output_size, dh, row_pointer<D>(b.output, row)};
-      check(cuda::output_gradient(output_args, device_.stream), "output_gradient");
-      product((*side.projection)(0, row, step.rows));
-      cell.grad_hidden = const_row_pointer<A>(b.grad_hidden);
-    } else {
-      cell.output = dh;
-    }
-    const bool multiplies = step.previous_rows > 0;
-    if (multiplies && fused_) {
-      fused.sides[fused.count++] = {cell, const_row_pointer<D>(side.step_weight), side.step_weight.stride(0),
-                                    step.previous_rows, row_pointer<A>(b.parts[(n - 1) % 2])};
-      return;
-    }
-    start(cell, side.layer, b, step, row, side.d);
-    if (multiplies) product((*side.through_gates)(0, row, step.previous_rows));
+  // Where a step begins in the chunk's buffers.
+  static int64_t row_in_chunk(const Running& side, const Step& step) {
+    return step.offset - side.steps.rows_before(side.chunks.back().begin);
   }
 
-  // `row`: that of the step in the chunk's buffers.
+  // dL/d(o * tanh(c_t)) of a step.
   template <typename T>
-  cuda::CellBackward<T> cell_of(const Running& side, int64_t n, int64_t row) const {
+  void project(const std::list<Running>& sides, int64_t n) const {
+    using D = typename cuda::Types<T>::Gradient;
+    cuda::StepSides<cuda::OutputGradient<T>> outputs{};
+    cuda::StepSides<Gemm> multiplied{};
+    for (const Running& side : sides) {
+      const Step step = step_at(side.steps, n);
+      const int64_t row = row_in_chunk(side, step);
+      outputs.add({step_rows(side.layer, n), sizes_.output_size, output_of<T>(side, n),
+                   row_pointer<D>(side.buffers.output, row)});
+      multiplied.add((*side.projection)(0, row, step.rows));
+    }
+    check(cuda::output_gradient(outputs, device_.stream), "output_gradient");
+    products(multiplied);
+  }
+
+  template <typename T>
+  void run_step(const std::list<Running>& sides, int64_t n, bool dependent) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    using D = typename cuda::Types<T>::Gradient;
+    cuda::StepSides<cuda::StepBackward<T>> fused{};
+    cuda::StepSides<cuda::CellBackward<T>> cells{};
+    cuda::StepSides<cuda::NormCellBackward<T>> norm_cells{};
+    cuda::StepSides<Gemm> multiplied{};
+    for (const Running& side : sides) {
+      const Step step = step_at(side.steps, n);
+      const int64_t row = row_in_chunk(side, step);
+      const cuda::CellBackward<T> cell = cell_of<T>(side, n);
+      const bool multiplies = step.previous_rows > 0;
+      if (multiplies && fused_) {
+        fused.add({cell, const_row_pointer<D>(side.step_weight), side.step_weight.stride(0), step.previous_rows,
+                   row_pointer<A>(side.buffers.parts[(n - 1) % 2])});
+        continue;
+      }
+      if (side.layer.normalised()) {
+        norm_cells.add(norm_cell_of<T>(cell, side, step));
+      } else {
+        cells.add(cell);
+      }
+      if (multiplies) multiplied.add((*side.through_gates)(0, row, step.previous_rows));
+    }
+    if (cells.count > 0) check(cuda::cell_backward(cells, device_.stream), "cell_backward");
+    if (norm_cells.count > 0) check(cuda::norm_cell_backward(norm_cells, device_.stream), "norm_cell_backward");
+    if constexpr (kHasStep<T>) {
+      if (fused.count > 0) check(cuda::step_backward(fused, dependent, device_.stream), "step_backward");
+    }
+    products(multiplied);
+  }
+
+  template <typename T>
+  cuda::CellBackward<T> cell_of(const Running& side, int64_t n) const {
     using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
     const Step step = step_at(side.steps, n);
+    const int64_t row = row_in_chunk(side, step);
     const Buffers& b = side.buffers;
     cuda::CellBackward<T> args{};
     args.rows = step_rows(side.layer, n);
@@ -301,6 +333,11 @@ class StepwiseBackward : Stepwise {
     args.grad_reset_part = row_pointer<A>(b.reset_part);
     args.grad_reset_c = row_pointer<A>(side.gradients.reset_c);
     args.hidden = row_pointer<T>(b.hidden, row);
+    if (sizes_.projected) {
+      args.grad_hidden = const_row_pointer<A>(b.grad_hidden);
+    } else {
+      args.output = output_of<T>(side, n);
+    }
     return args;
   }
 
@@ -325,37 +362,28 @@ class StepwiseBackward : Stepwise {
   }
 
   template <typename T>
-  void start(cuda::StepSides<cuda::StepBackward<T>>& steps, bool dependent) const {
-    if constexpr (kHasStep<T>) {
-      if (steps.count > 0) check(cuda::step_backward(steps, dependent, device_.stream), "step_backward");
-    }
-    steps.count = 0;
-  }
-
-  template <typename T>
-  void start(const cuda::CellBackward<T>& cell, const Direction& layer, const Buffers& b, const Step& step, int64_t row,
-             int64_t d) const {
+  cuda::NormCellBackward<T> norm_cell_of(const cuda::CellBackward<T>& cell, const Running& side,
+                                         const Step& step) const {
     using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
-    if (!layer.normalised()) {
-      check(cuda::cell_backward(cell, device_.stream), "cell_backward");
-      return;
-    }
+    const Direction& layer = side.layer;
+    const Buffers& b = side.buffers;
+    const int64_t row = row_in_chunk(side, step);
     cuda::NormCellBackward<T> args{};
     args.cell = cell;
     args.gain_ih = const_row_pointer<A>(layer.gain_ih);
     args.gain_hh = const_row_pointer<A>(layer.gain_hh);
     args.gain_c = const_row_pointer<A>(layer.gain_c);
     args.bias_c = const_row_pointer<A>(layer.bias_c);
-    args.norm_input = const_row_pointer<T>(rows_of_direction(saved_.norm_products, d), step.offset);
+    args.norm_input = const_row_pointer<T>(rows_of_direction(saved_.norm_products, side.d), step.offset);
     args.norm_recurrent =
-        const_row_pointer<T>(rows_of_direction(saved_.norm_products, sizes_.directions + d), step.offset);
-    args.norm_factors = const_row_pointer<A>(rows_of_direction(saved_.norm_factors, d), step.offset);
+        const_row_pointer<T>(rows_of_direction(saved_.norm_products, sizes_.directions + side.d), step.offset);
+    args.norm_factors = const_row_pointer<A>(rows_of_direction(saved_.norm_factors, side.d), step.offset);
     args.grad_input_part = row_pointer<D>(b.input_part, row);
     args.grad_preactivations = row_pointer<A>(b.preactivations, row);
     args.grad_tanh_input = row_pointer<A>(b.tanh_input, row);
     args.norm_cell = row_pointer<T>(b.norm_cell, row);
-    check(cuda::norm_cell_backward(args, device_.stream), "norm_cell_backward");
+    return args;
   }
 
   // dL/dh of h0 and of reset_h, each by one product for all steps.
@@ -385,17 +413,17 @@ class StepwiseBackward : Stepwise {
     add_where_empty(g.c0, grad_c_n);
   }
 
-  // The products over the steps of a chunk. `accumulate_grad_input`: add to what is there, by another direction.
+  // The products over the steps of a chunk.
   template <typename T>
   void add_chunk(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d, const Buffers& b,
-                 const Gradients& g, bool accumulate_grad_input) {
+                 const Gradients& g) {
     const int64_t first = steps.rows_before(chunk.begin);
     const int64_t rows = steps.rows_before(chunk.finish) - first;
     const at::Tensor recurrent_part = b.recurrent_part.narrow(0, 0, rows);
     const at::Tensor input_part = layer.normalised() ? b.input_part.narrow(0, 0, rows) : recurrent_part;
     if (grads_.input.defined()) {
       const at::Tensor grad_input = grads_.input.view({total_rows(), -1}).narrow(0, first, rows);
-      add_input_gradient(grad_input, input_part, operand(layer.weight_ih), accumulate_grad_input);
+      add_input_gradient(grad_input, input_part, operand(layer.weight_ih), sizes_.directions == 2);
     }
     if (g.weight_ih.defined()) {
       at::Tensor x = rows_between(layer.input, steps, chunk.begin, chunk.finish);
@@ -449,11 +477,11 @@ class StepwiseBackward : Stepwise {
 
   void add_input_gradient(const at::Tensor& grad_input, const at::Tensor& input_part, const at::Tensor& weight_ih,
                           bool accumulate) const {
-    if (gradient_type_ == dtype_ || grad_input.scalar_type() == sizes_.sum_type) {
+    if (gradient_type() == dtype_ || grad_input.scalar_type() == sizes_.sum_type) {
       product(grad_input, input_part, weight_ih, accumulate);
       return;
     }
-    const at::Tensor sum = at::empty(grad_input.sizes(), options(gradient_type_));
+    const at::Tensor sum = at::empty(grad_input.sizes(), options(gradient_type()));
     product(sum, input_part, weight_ih);
     grad_input.copy_(sum);
   }
@@ -485,14 +513,14 @@ class StepwiseBackward : Stepwise {
     }
   }
 
-  // As cuda::PreviousOutputs, for a chunk (rows, P), in gradient_type_.
+  // As cuda::PreviousOutputs, for a chunk (rows, P), in gradient_type().
   template <typename T>
   at::Tensor previous_outputs(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d) const {
     using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
     const int64_t P = sizes_.output_size, first = steps.rows_before(chunk.begin);
     const at::Tensor h = rows_between(output_.narrow(-1, d * P, P), steps, 0, steps.count());
-    const at::Tensor result = at::empty({steps.rows_before(chunk.finish) - first, P}, options(gradient_type_));
+    const at::Tensor result = at::empty({steps.rows_before(chunk.finish) - first, P}, options(gradient_type()));
     for (int64_t n = chunk.first; n < chunk.end;) {
       cuda::PreviousOutputs<T> args{};
       args.output_size = P;
@@ -530,7 +558,6 @@ class StepwiseBackward : Stepwise {
   const at::Tensor output_;
   const Saved saved_;
   const at::Tensor grad_output_, grad_h_n_, grad_c_n_, grad_gate_values_, grad_cells_;
-  const at::ScalarType gradient_type_;      // as cuda::Types<T>::Gradient
   LayerGradients grads_;                    // sums, and the gradient of the input
   std::vector<at::ScalarType> norm_types_;  // of the gradients of the parameters of layer normalisation
   at::Tensor padding_;                      // (all rows, 1), with lengths: whether a row takes no part

@@ -100,7 +100,8 @@ inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes,
           tf32,
           sizes.projected,
           !call.options.norm.empty(),
-          backward};
+          backward,
+          sizes.packed()};
 }
 
 // Rows that begin where the fused kernels can read them: `matrix` itself, or a copy.
@@ -169,6 +170,9 @@ class Stepwise {
     TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=step asks for the kernel that does a ",
                 "step at once, but ", plan.problem, ": set it to stepwise or auto, or unset it");
     fused_ = plan.kernel == cuda::Kernel::kStep;
+    if (!plan.one_product) return;
+    const at::ScalarType type = args ? gradient_type() : dtype_;
+    both_weight_hh_ = at::stack({in_type(weights_[1], type), in_type(weights_[sizes.weights_per_direction + 1], type)});
   }
 
  protected:
@@ -214,6 +218,20 @@ class Stepwise {
             step.time,
             layer.shape.reverse,
             has_options_};
+  }
+
+  // As cuda::Types<T>::Gradient.
+  at::ScalarType gradient_type() const { return dtype_ == at::kHalf ? at::kFloat : dtype_; }
+
+  // Whether the products of a step of both directions are one.
+  bool one_product() const { return both_weight_hh_.defined(); }
+
+  void products(const cuda::StepSides<Gemm>& of_step) const {
+    if (one_product() && of_step.count == 2) {
+      product(both_products(of_step.sides[0], of_step.sides[1]));
+      return;
+    }
+    for (int side = 0; side < of_step.count; ++side) product(of_step.sides[side]);
   }
 
   bool has_zoneout_h() const { return keep_h_.defined() || share_h_ != 0; }
@@ -278,8 +296,9 @@ class Stepwise {
   const std::vector<at::Tensor> norm_;
   const bool recompute_;
   const bool has_options_;
-  const bool dependent_;  // kernels may begin before those in front of them have ended
-  bool fused_;            // a step is one kernel
+  const bool dependent_;       // kernels may begin before those in front of them have ended
+  bool fused_;                 // a step is one kernel
+  at::Tensor both_weight_hh_;  // U of both directions, one behind the other, where one product reads them
 };
 
 }  // namespace lstm_ext

@@ -17,37 +17,51 @@ struct InputPart {
   }
 };
 
-// The fused steps of both directions that are started next, and what they read that nobody else keeps.
+// The fused steps that are started next, and what they read that nobody else keeps.
 template <typename T>
 struct FusedSteps {
   // U h_{t-1}, which begins at row `first` of `h`.
   void add(const cuda::CellForward<T>& cell, const at::Tensor& weight, const at::Tensor& h, int64_t first,
            int64_t rows) {
-    sides.sides[sides.count++] = {cell, {product(weight, h, first, rows), {}}, false};
+    sides.add({cell, {product(weight, h, first, rows), {}}, false});
   }
 
-  // The only step of a sequence: W x and, where there is a state, U h.
+  // The only step of a sequence: W x and, where there is a state, U h. `reset_h` takes the place of h where
+  // cell.rows.resets says so.
   void add_whole(const cuda::CellForward<T>& cell, const Direction& layer, const at::Tensor& weight,
-                 const at::Tensor& h) {
+                 const at::Tensor& h, const at::Tensor& reset_h) {
     const at::Tensor x = with_aligned_rows(layer.input.dim() == 3 ? layer.input.select(0, 0) : layer.input);
     const at::Tensor weight_ih = with_aligned_rows(layer.weight_ih);
     const int64_t rows = x.size(0);
     cuda::StepForward<T> step{cell, {product(weight_ih, x, 0, rows), {}}, true};
     kept.insert(kept.end(), {x, weight_ih});
-    if (h.defined()) {
-      kept.push_back(with_aligned_rows(h));
-      step.products[1] = product(weight, kept.back(), 0, rows);
+    if (h.defined() || reset_h.defined()) {
+      cuda::StepProduct<T>& of_state = step.products[1];
+      of_state = product(weight, aligned(h), 0, rows);
+      of_state.resets = cell.rows.resets;
+      const at::Tensor in_place = aligned(reset_h);
+      of_state.reset_rows = const_row_pointer<T>(in_place);
+      of_state.reset_stride = row_stride(in_place);
     }
-    sides.sides[sides.count++] = step;
+    sides.add(step);
   }
 
   static cuda::StepProduct<T> product(const at::Tensor& weight, const at::Tensor& rows, int64_t first, int64_t count) {
     return {const_row_pointer<T>(weight),
             weight.stride(0),
             const_row_pointer<T>(rows, first),
-            rows.stride(0),
+            row_stride(rows),
             count,
-            weight.size(1)};
+            weight.size(1),
+            {nullptr, 0},
+            nullptr,
+            0};
+  }
+  static int64_t row_stride(const at::Tensor& rows) { return rows.defined() ? rows.stride(0) : 0; }
+  at::Tensor aligned(const at::Tensor& rows) {
+    if (!rows.defined()) return rows;
+    kept.push_back(with_aligned_rows(rows));
+    return kept.back();
   }
 
   cuda::StepSides<cuda::StepForward<T>> sides{};
@@ -62,7 +76,9 @@ class StepwiseForward : Stepwise {
         h_n_(at::empty({sizes.directions, sizes.batch, sizes.output_size}, options(dtype_))),
         c_n_(at::empty({sizes.directions, sizes.batch, sizes.hidden_size}, options(dtype_))),
         saved_(save ? sizes.empty_saved(call, input_.options()) : Saved{}),
-        whole_(fused_ && sizes.steps == 1 && !resets_.defined()) {
+        whole_(fused_ && sizes.steps == 1),
+        both_recurrent_(empty_if(one_product(), {2, sizes.batch, 4 * sizes.hidden_size}, options(sizes.sum_type))),
+        both_h_(empty_if(one_product(), {2, sizes.batch, sizes.output_size}, options(dtype_))) {
     if (!lengths_.defined()) return;
     // A row of length 0 has no last step.
     const auto begin_from = [](const at::Tensor& state, const at::Tensor& initial) {
@@ -74,12 +90,8 @@ class StepwiseForward : Stepwise {
 
   LayerResults run() {
     if (sizes_.batch > 0) {
-      // Fused, both directions have a launch a step together.
-      const int64_t together = fused_ ? sizes_.directions : 1;
-      for (int64_t d = 0; d < sizes_.directions; d += together) {
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_forward",
-                                        [&] { run_directions<typename Stored<scalar_t>::type>(d, together); });
-      }
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_forward",
+                                      [&] { run_steps<typename Stored<scalar_t>::type>(); });
     }
     return {output_, h_n_, c_n_, saved_};
   }
@@ -125,8 +137,9 @@ class StepwiseForward : Stepwise {
     at::Tensor recurrent, begin_part, reset_part;
     at::Tensor projected;  // with a projection and something to do after it
     at::Tensor running_h;  // as in cuda::NewOutput
-    // As there, where the product of the next step reads no rows of `output`. Fused, of two steps by turns: other
-    // blocks read those of the step before when a block writes its own.
+    // As there, where the product of the next step reads no rows of `output`: with a mask, where rows begin anywhere,
+    // and where one product reads those of both directions, which meet at no time in `output`. Fused, of two steps by
+    // turns: other blocks read those of the step before when a block writes its own.
     at::Tensor recurrent_h[2];
     at::Tensor norm_workspace;
   };
@@ -149,13 +162,17 @@ class StepwiseForward : Stepwise {
     if (sizes_.projected) {
       b.hidden = saved_.hidden.defined() ? rows_of_direction(saved_.hidden, d) : one_step(true, H, dtype_);
     }
-    b.recurrent = one_step(!fused_, 4 * H, sum_type);
-    if (!whole_) b.begin_part = recurrent_part_of(layer.h0, layer);
-    b.reset_part = recurrent_part_of(layer.reset_h, layer);
+    b.recurrent = one_product() ? both_recurrent_.select(0, d) : one_step(!fused_, 4 * H, sum_type);
+    if (!whole_) {
+      b.begin_part = recurrent_part_of(layer.h0, layer);
+      b.reset_part = recurrent_part_of(layer.reset_h, layer);
+    }
     const bool changes_output = lengths_.defined() || recurrent_mask_.defined() || has_zoneout_h();
     b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
     b.running_h = one_step(has_zoneout_h(), P, sum_type);
-    if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
+    if (one_product()) {
+      b.recurrent_h[0] = b.recurrent_h[1] = both_h_.select(0, d);
+    } else if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
       b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, dtype_) : P, dtype_);
       b.recurrent_h[1] = fused_ ? at::empty_like(b.recurrent_h[0]) : b.recurrent_h[0];
     }
@@ -188,12 +205,13 @@ class StepwiseForward : Stepwise {
           steps(layer.steps()),
           buffers(pass.buffers(layer, d)),
           weight(pass.fused_ ? with_aligned_rows(layer.weight_hh) : at::Tensor()),
-          from_output(pass.rows_gemm_if(!pass.fused_, buffers.recurrent,
-                                        masked() ? buffers.recurrent_h[0] : buffers.output, layer.weight_hh.t())),
+          from_output(
+              pass.rows_gemm_if(!pass.fused_, buffers.recurrent, copies_h() ? buffers.recurrent_h[0] : buffers.output,
+                                (pass.one_product() ? pass.both_weight_hh_.select(0, d) : layer.weight_hh).t())),
           projection(pass.rows_gemm_if(pass.sizes_.projected,
                                        buffers.projected.defined() ? buffers.projected : buffers.output, buffers.hidden,
                                        transposed(layer.weight_hr))) {}
-    bool masked() const { return layer.recurrent_mask.defined(); }
+    bool copies_h() const { return buffers.recurrent_h[0].defined(); }
 
     const Direction layer;
     const Steps steps;
@@ -204,52 +222,70 @@ class StepwiseForward : Stepwise {
     InputPart input{};
   };
 
+  // Both directions have their launches together.
   template <typename T>
-  void run_directions(int64_t first, int64_t count) {
+  void run_steps() {
     using A = typename cuda::Types<T>::Accumulate;
     std::list<Running> sides;
-    for (int64_t d = first; d < first + count; ++d) sides.emplace_back(*this, d);
+    for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d);
     // Half of a small second-level cache: U wants room too.
     const int64_t bytes = std::min(device_.chunk_bytes, std::max(device_.facts->l2_bytes / 2, int64_t{1} << 20));
     const int64_t limit = chunk_rows(bytes, 4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
-    FusedSteps<T> fused;
     for (int64_t n = 0; n < sides.front().steps.count(); ++n) {
       for (Running& side : sides) {
-        if (!whole_ && (!side.chunk || n == side.chunk->end)) {
-          side.chunk.emplace(side.steps, n, limit);
-          side.input = input_part(side.layer, side.steps, *side.chunk);
-        }
-        run_step<T>(side, n, fused);
+        if (whole_ || (side.chunk && n < side.chunk->end)) continue;
+        side.chunk.emplace(side.steps, n, limit);
+        side.input = input_part(side.layer, side.steps, *side.chunk);
       }
-      start(fused);
+      run_step<T>(sides, n);
+      if (sizes_.projected) project<T>(sides, n);
     }
   }
 
-  // Starts step n of a direction, or leaves it to be started with that of the other one.
   template <typename T>
-  void run_step(const Running& side, int64_t n, FusedSteps<T>& fused) const {
-    const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
-    const Step step = step_at(steps, n);
-    const int64_t before = previous_offset(steps, n);
-    const bool multiplies = step.previous_rows > 0;
-    if (multiplies && !fused_) product((*side.from_output)(0, side.masked() ? 0 : before, step.previous_rows));
-    const int64_t hidden_row = saved_.hidden.defined() ? step.offset : 0;
-    const cuda::CellForward<T> cell = cell_of<T>(side, n, hidden_row);
-    if (whole_) {
-      fused.add_whole(cell, layer, side.weight, masked_state(layer.h0, layer));
-    } else if (multiplies && fused_) {
-      const at::Tensor& copies = b.recurrent_h[(n - 1) % 2];
-      const at::Tensor& h = copies.defined() ? copies : b.output;
-      fused.add(cell, side.weight, h, copies.defined() ? 0 : before, step.previous_rows);
-    } else {
-      start(cell, layer, b, step);
+  void run_step(const std::list<Running>& sides, int64_t n) const {
+    FusedSteps<T> fused;
+    cuda::StepSides<Gemm> multiplied{};
+    cuda::StepSides<cuda::CellForward<T>> cells{};
+    cuda::StepSides<cuda::NormCellForward<T>> norm_cells{};
+    for (const Running& side : sides) {
+      const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
+      const Step step = step_at(steps, n);
+      const bool multiplies = step.previous_rows > 0;
+      const int64_t before = side.copies_h() ? 0 : previous_offset(steps, n);
+      const cuda::CellForward<T> cell = cell_of<T>(side, n);
+      if (whole_) {
+        fused.add_whole(cell, layer, side.weight, masked_state(layer.h0, layer), masked_state(layer.reset_h, layer));
+        continue;
+      }
+      if (multiplies && fused_) {
+        fused.add(cell, side.weight, side.copies_h() ? b.recurrent_h[(n - 1) % 2] : b.output, before,
+                  step.previous_rows);
+        continue;
+      }
+      if (multiplies) multiplied.add((*side.from_output)(0, before, step.previous_rows));
+      if (layer.normalised()) {
+        norm_cells.add(norm_cell_of<T>(cell, layer, b, step));
+      } else {
+        cells.add(cell);
+      }
     }
-    if (side.projection) project<T>(*side.projection, layer, b, step, cell.rows, n, hidden_row);
+    products(multiplied);
+    if (cells.count > 0) check(cuda::cell_forward(cells, device_.stream), "cell_forward");
+    if (norm_cells.count > 0) check(cuda::norm_cell_forward(norm_cells, device_.stream), "norm_cell_forward");
+    if constexpr (kHasStep<T>) {
+      // What is in front of the only step may be any kernel of the caller's, one that writes the weights among them.
+      // Between what makes the weights and all others is the first step's kernel, which is not a dependent one.
+      const bool dependent = dependent_ && !whole_;
+      if (fused.sides.count > 0) check(cuda::step_forward(fused.sides, dependent, device_.stream), "step_forward");
+    }
   }
 
-  // `hidden_row`: where the step begins in the buffer `hidden`.
+  // Where a step begins in the buffer `hidden`.
+  int64_t hidden_row(const Step& step) const { return saved_.hidden.defined() ? step.offset : 0; }
+
   template <typename T>
-  cuda::CellForward<T> cell_of(const Running& side, int64_t n, int64_t hidden_row) const {
+  cuda::CellForward<T> cell_of(const Running& side, int64_t n) const {
     using A = typename cuda::Types<T>::Accumulate;
     const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
     const Step step = step_at(steps, n);
@@ -273,7 +309,7 @@ class StepwiseForward : Stepwise {
     args.c_n = row_pointer<T>(b.c_n);
     args.preactivations = row_pointer<T>(b.preactivations, step.offset);
     if (sizes_.projected) {
-      args.output.h = row_pointer<T>(b.hidden, hidden_row);
+      args.output.h = row_pointer<T>(b.hidden, hidden_row(step));
       args.output.h_stride = H;
     } else {
       args.output = new_output<T>(layer, b, step, n);
@@ -282,12 +318,9 @@ class StepwiseForward : Stepwise {
   }
 
   template <typename T>
-  void start(const cuda::CellForward<T>& cell, const Direction& layer, const Buffers& b, const Step& step) const {
+  cuda::NormCellForward<T> norm_cell_of(const cuda::CellForward<T>& cell, const Direction& layer, const Buffers& b,
+                                        const Step& step) const {
     using A = typename cuda::Types<T>::Accumulate;
-    if (!layer.normalised()) {
-      check(cuda::cell_forward(cell, device_.stream), "cell_forward");
-      return;
-    }
     cuda::NormCellForward<T> args{};
     args.cell = cell;
     args.gain_ih = const_row_pointer<A>(layer.gain_ih);
@@ -298,42 +331,35 @@ class StepwiseForward : Stepwise {
     args.norm_recurrent = row_pointer<T>(b.norm_recurrent, step.offset);
     args.norm_factors = row_pointer<A>(b.norm_factors, step.offset);
     args.workspace = row_pointer<A>(b.norm_workspace);
-    check(cuda::norm_cell_forward(args, device_.stream), "norm_cell_forward");
+    return args;
   }
 
   template <typename T>
-  void start(FusedSteps<T>& steps) const {
-    if constexpr (kHasStep<T>) {
-      if (steps.sides.count == 0) return;
-      // What is in front of the only step may be any kernel of the caller's, one that writes the weights among them.
-      // Between what makes the weights and all others is the first step's kernel, which is not a dependent one.
-      check(cuda::step_forward(steps.sides, dependent_ && !whole_, device_.stream), "step_forward");
-      steps = {};
-    }
-  }
-
-  // `hidden_row`: where the step begins in b.hidden.
-  template <typename T>
-  void project(const RowsGemm& projection, const Direction& layer, const Buffers& b, const Step& step,
-               const cuda::StepRows& rows, int64_t n, int64_t hidden_row) const {
+  void project(const std::list<Running>& sides, int64_t n) const {
     using A = typename cuda::Types<T>::Accumulate;
-    if (b.projected.defined()) {
-      product(projection(0, hidden_row, step.rows));
-      const cuda::OutputForward<T> args{rows, sizes_.output_size, const_row_pointer<A>(b.projected),
-                                        new_output<T>(layer, b, step, n)};
-      check(cuda::output_forward(args, device_.stream), "output_forward");
-      return;
+    cuda::StepSides<cuda::OutputForward<T>> outputs{};
+    for (const Running& side : sides) {
+      const auto& [layer, steps, b] = std::tie(side.layer, side.steps, side.buffers);
+      const Step step = step_at(steps, n);
+      if (b.projected.defined()) {
+        product((*side.projection)(0, hidden_row(step), step.rows));
+        outputs.add({step_rows(layer, n), sizes_.output_size, const_row_pointer<A>(b.projected),
+                     new_output<T>(layer, b, step, n)});
+        continue;
+      }
+      product((*side.projection)(step.offset, hidden_row(step), step.rows));
+      const int64_t ending = step.rows - step.next_rows;
+      if (ending > 0) {
+        b.h_n.narrow(0, step.next_rows, ending).copy_(b.output.narrow(0, step.offset + step.next_rows, ending));
+      }
     }
-    product(projection(step.offset, hidden_row, step.rows));
-    const int64_t ending = step.rows - step.next_rows;
-    if (ending > 0) {
-      b.h_n.narrow(0, step.next_rows, ending).copy_(b.output.narrow(0, step.offset + step.next_rows, ending));
-    }
+    if (outputs.count > 0) check(cuda::output_forward(outputs, device_.stream), "output_forward");
   }
 
   const at::Tensor output_, h_n_, c_n_;
-  const Saved saved_;  // all undefined in inference
-  const bool whole_;   // one step is one kernel, W x included
+  const Saved saved_;                         // all undefined in inference
+  const bool whole_;                          // one step is one kernel, W x included
+  const at::Tensor both_recurrent_, both_h_;  // Buffers::recurrent and recurrent_h of both, where one product does
 };
 
 }  // namespace

@@ -60,4 +60,20 @@ Gemm RowsGemm::operator()(int64_t c_row, int64_t a_row, int64_t rows) const {
   return gemm;
 }
 
+Gemm both_products(const Gemm& first, const Gemm& second) {
+  TORCH_INTERNAL_ASSERT(first.m == second.m && first.n == second.n && first.k == second.k, "products of ", first.m, "x",
+                        first.k, "x", first.n, " and ", second.m, "x", second.k, "x", second.n);
+  Gemm both = first;
+  both.batch = 2;
+  const auto set_apart = [](Gemm::Matrix& matrix, const Gemm::Matrix& next) {
+    const auto bytes = static_cast<const char*>(next.data) - static_cast<const char*>(matrix.data);
+    TORCH_INTERNAL_ASSERT(bytes > 0 && matrix.ld == next.ld, "matrices ", bytes, " bytes apart");
+    matrix.apart = bytes / static_cast<int64_t>(c10::elementSize(matrix.type));
+  };
+  set_apart(both.a, second.a);
+  set_apart(both.b, second.b);
+  set_apart(both.c, second.c);
+  return both;
+}
+
 }  // namespace lstm_ext

@@ -12,11 +12,14 @@ struct Gemm {
     at::ScalarType type;
     int64_t ld;
     bool transposed;
+    int64_t apart = 0;
   };
   int64_t m, n, k;
   Matrix a, b, c;
   bool accumulate;  // add to C
   bool tf32;        // float32 operands may be rounded to TF32; sums are float32 all the same
+  // So many products of the same sizes, whose matrices lie `apart` elements from each other.
+  int64_t batch = 1;
 };
 
 // c = a b, or c += a b, of matrices (rows, columns) with one contiguous axis each; see gemm_operand. Operands of 16
@@ -34,6 +37,9 @@ class RowsGemm {
   Gemm gemm_;
   int64_t a_bytes_, c_bytes_;  // of a row
 };
+
+// Two products of the same sizes as one. Each matrix of the second lies behind that of the first.
+Gemm both_products(const Gemm& first, const Gemm& second);
 
 // The matrix itself if describe_gemm takes it, else a contiguous copy.
 at::Tensor gemm_operand(const at::Tensor& matrix);

@@ -66,10 +66,17 @@ void gemm_cublas(const Gemm& g, void* handle) {
   const bool is_double = g.a.type == at::kDouble;
   const void* alpha = is_double ? static_cast<const void*>(&one) : &onef;
   const void* beta = g.accumulate ? alpha : is_double ? static_cast<const void*>(&zero) : &zerof;
-  TORCH_CUDABLAS_CHECK(cublasGemmEx_64(static_cast<cublasHandle_t>(handle), operation(g.a), operation(g.b), g.m, g.n,
-                                       g.k, alpha, g.a.data, data_type(g.a.type), g.a.ld, g.b.data, data_type(g.b.type),
-                                       g.b.ld, beta, g.c.data, data_type(g.c.type), g.c.ld, compute_type(g),
-                                       CUBLAS_GEMM_DEFAULT));
+  if (g.batch == 1) {
+    TORCH_CUDABLAS_CHECK(cublasGemmEx_64(static_cast<cublasHandle_t>(handle), operation(g.a), operation(g.b), g.m, g.n,
+                                         g.k, alpha, g.a.data, data_type(g.a.type), g.a.ld, g.b.data,
+                                         data_type(g.b.type), g.b.ld, beta, g.c.data, data_type(g.c.type), g.c.ld,
+                                         compute_type(g), CUBLAS_GEMM_DEFAULT));
+    return;
+  }
+  TORCH_CUDABLAS_CHECK(cublasGemmStridedBatchedEx_64(
+      static_cast<cublasHandle_t>(handle), operation(g.a), operation(g.b), g.m, g.n, g.k, alpha, g.a.data,
+      data_type(g.a.type), g.a.ld, g.a.apart, g.b.data, data_type(g.b.type), g.b.ld, g.b.apart, beta, g.c.data,
+      data_type(g.c.type), g.c.ld, g.c.apart, g.batch, compute_type(g), CUBLAS_GEMM_DEFAULT));
 }
 
 }  // namespace lstm_ext

@@ -52,6 +52,11 @@ at::Tensor saved_gates_gradient(const at::Tensor& grad, at::ScalarType dtype) {
 
 void register_cuda_backend(const Backend& backend) { cuda_backend() = backend; }
 
+std::optional<cuda::DeviceFacts> cuda_facts(int device) {
+  if (!cuda_backend().facts) return {};
+  return cuda_backend().facts(device);
+}
+
 NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags) {
   size_t expected = 0;
   visit_inputs(call, [&](const at::Tensor&) { ++expected; });

@@ -127,6 +127,10 @@ def set_fewer_when_crowded(wanted: bool) -> None:
 def cuda_devices() -> list[dict[str, str | int | float]]:
     """What the makers say of the GPUs that :func:`cuda_plan` knows by name."""
 
+def cuda_facts(device: int) -> dict[str, str | int | float | bool | tuple[int, int]]:
+    """What :func:`cuda_plan` has to know of a CUDA device that is here, as its runtime says. RuntimeError without CUDA
+    kernels."""
+
 def cuda_plan(
     *,
     device: dict[str, str | int | float],
@@ -140,14 +144,17 @@ def cuda_plan(
     projected: bool = False,
     normalised: bool = False,
     backward: bool = False,
+    packed: bool = False,
+    extras: bool = False,
     kernel: str = "auto",
-    validated: bool = False,
+    outcome: bool | None = None,
 ) -> dict[str, str | int | float | list[str]]:
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
-    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; ``validated`` says that the kernel ``"step"`` has been
-    right on this GPU. In the result ``problem`` is empty, or says why what was requested cannot run. The times are
-    those of a model.
+    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; ``outcome`` says whether the kernel ``"step"`` has been
+    right on this GPU, None that it was not tried; ``extras`` are lengths, zoneout or a recurrent mask. In the
+    result ``problem`` is empty, or says why what was requested cannot run; ``launches`` are those of a time step. The
+    times are those of a model.
     """
 
 def set_cuda_kernel(name: str) -> None:

@@ -54,9 +54,10 @@ def explain_data(
 ) -> dict[str, Any]:
     """The same as :func:`explain` as data.
 
-    Returns ``device``, ``dtype``, ``training``, and for each of the ``layers`` a dict with ``kernel``, ``summary``,
-    ``reasons`` and what the planner of that backend says. Times are those of a model that has not been compared with
-    any GPU. Arguments and errors are those of :func:`explain`.
+    Returns ``device``, ``dtype``, ``training``, of a GPU the ``facts`` that its planner knows (csrc/cuda/gpu_plan.h has
+    their units), and for each of the ``layers`` a dict with ``kernel``, ``summary``, ``reasons`` and what the planner
+    of that backend says. Times are those of a model that has not been compared with any GPU. Arguments and errors are
+    those of :func:`explain`.
     """
     steps, batch = _steps_and_batch(module, tuple(input_shape))
     parameter = next(module.parameters())
@@ -74,6 +75,8 @@ def explain_data(
         "training": module.training,
         "layers": [],
     }
+    if facts is not None:
+        data["facts"] = {name: fact for name, fact in facts.items() if name not in ("problem", "outcome")}
     directions = 2 if getattr(module, "bidirectional", False) else 1
     output = directions * (getattr(module, "proj_size", 0) or module.hidden_size)
     for layer in range(getattr(module, "num_layers", 1)):
@@ -130,7 +133,7 @@ def _device(
     if not torch.cuda.is_available():
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
     return f"{found}, {torch.cuda.get_device_name(found)}", {
-        **cuda.facts(found),
+        **extension.cuda_facts(torch.cuda.current_device() if found.index is None else found.index),
         "problem": cuda.problem(found.index),
         "outcome": cuda.step_outcome(found, dtype),
     }
@@ -150,7 +153,7 @@ def _on_cuda(
         return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [problem]}
 
     def plan_of(backward: bool) -> dict[str, Any]:
-        found = extension.cuda_plan(
+        return extension.cuda_plan(
             device=facts,
             **sizes,
             directions=directions,
@@ -160,14 +163,8 @@ def _on_cuda(
             normalised=bool(getattr(module, "layer_norm", False)),
             backward=backward,
             kernel=config.requested_cuda_kernel(),
-            validated=outcome is True,
+            outcome=outcome,
         )
-        if outcome is False:
-            found["reasons"] = [
-                "the kernel that does a step at once was wrong on this device" if "not been tried" in r else r
-                for r in found["reasons"]
-            ]
-        return found
 
     plan = plan_of(backward=False)
     if plan["problem"]:
@@ -178,9 +175,13 @@ def _on_cuda(
             "units a block"
         )
     else:
-        summary = "stepwise: each time step is a product of cuBLAS and a kernel"
-        if plan["launches"] > 2:
-            summary += ", and the same for its projection"
+        products = plan["launches"] - 1
+        summary = (
+            f"stepwise: each time step is {'a product' if products == 1 else f'{products} products'} of cuBLAS and "
+            "a kernel"
+        )
+        if directions == 2:
+            summary += ", both directions together"
     reasons = list(plan["reasons"])
     if module.training:
         backward = plan_of(backward=True)

@@ -208,6 +208,16 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   return cudaSuccess;
 }
 
+// The emulator has no occupancy.
+template <typename Args>
+int blocks_at_once(void (*)(Args), int, size_t) {
+  return 0;
+}
+template <typename Args>
+int clusters_at_once(void (*)(Args), int, size_t, unsigned) {
+  return -1;
+}
+
 template <typename Args>
 bool is_compiled_for_sm90(void (*)(Args)) {
   return true;

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -78,6 +80,15 @@ struct Shape {
   bool options, resets, copies;
 };
 
+// The kernels that ran, by what they are instantiated for.
+std::set<std::string> instances;
+template <typename T>
+void note_instance(const char* pass, const Shape& s) {
+  const char* type = std::is_same_v<T, float> ? "float" : std::is_same_v<T, __half> ? "half" : "bfloat16";
+  instances.insert(std::string(pass) + " " + type + (s.options ? " options " : " plain ") +
+                   std::to_string(lstm_ext::cuda::step_rows(s.rows)));
+}
+
 template <typename T>
 void check_forward(const Shape& s, int64_t I) {
   using A = typename Types<T>::Accumulate;
@@ -117,6 +128,8 @@ void check_forward(const Shape& s, int64_t I) {
     return result.values();
   };
   const DeviceBuffer<A> recurrent(product(U, h, H, multiplied), "recurrent part");
+  const Matrix<T> reset_rows(B, H, "rows in place of h");
+  const DeviceBuffer<A> of_reset(whole ? product(U, reset_rows, H, B) : reset_part.values(), "U h of a reset");
   const DeviceBuffer<A> of_input(whole ? product(W, x, I, B) : input_part.values(), "W x");
 
   struct Results {
@@ -142,7 +155,7 @@ void check_forward(const Shape& s, int64_t I) {
     cell.input_stride = 4 * H;
     cell.begin_part = whole && !fused ? recurrent.data() : begin_part.data();
     if (!fused) cell.recurrent_part = recurrent.data();
-    cell.reset_part = reset_part.data();
+    if (!whole || !fused) cell.reset_part = of_reset.data();
     cell.bias_ih = biases.data.data();
     cell.bias_hh = biases.data.data() + biases.stride;
     cell.c_previous = {before.data(), c0.data(), reset_c.data()};
@@ -167,17 +180,22 @@ void check_forward(const Shape& s, int64_t I) {
     return cell;
   };
   const auto side = [&](const Results& r) {
-    const lstm_ext::cuda::StepProduct<T> of_h{U.data.data(), U.stride, h.data.data(), h.stride, multiplied, H};
+    lstm_ext::cuda::StepProduct<T> of_h{U.data.data(), U.stride, h.data.data(), h.stride, multiplied, H, {},
+                                        nullptr,       0};
     lstm_ext::cuda::StepForward<T> args{cell_of(true, r), {of_h, {}}, whole};
     if (whole) {
-      args.products[0] = {W.data.data(), W.stride, x.data.data(), x.stride, B, I};
+      args.products[0] = {W.data.data(), W.stride, x.data.data(), x.stride, B, I, {}, nullptr, 0};
+      of_h.resets = args.cell.rows.resets;
+      of_h.reset_rows = reset_rows.data.data();
+      of_h.reset_stride = reset_rows.stride;
       args.products[1] = of_h;
     }
     return args;
   };
   const Results a = nothing(), other = nothing(), b = nothing();
+  note_instance<T>("forward", s);
   lstm_ext::cuda::step_forward<T>({{side(a), side(other)}, 2}, /*dependent=*/true, nullptr);
-  lstm_ext::cuda::cell_forward(cell_of(false, b), nullptr);
+  lstm_ext::cuda::cell_forward(one_side(cell_of(false, b)), nullptr);
   for (const Results* one : {&a, &other}) {
     expect_same_bits(one->c, b.c, "c");
     expect_same_bits(one->c_n, b.c_n, "c_n");
@@ -266,8 +284,9 @@ void check_backward(const Shape& s) {
     return lstm_ext::cuda::StepBackward<T>{cell_of(r), U.data.data(), U.stride, s.previous_rows, r.parts.data()};
   };
   const Results a = nothing(), other = nothing(), b = nothing();
+  note_instance<T>("backward", s);
   lstm_ext::cuda::step_backward<T>({{side(a), side(other)}, 2}, /*dependent=*/true, nullptr);
-  lstm_ext::cuda::cell_backward(cell_of(b), nullptr);
+  lstm_ext::cuda::cell_backward(one_side(cell_of(b)), nullptr);
   expect_same_bits(other.parts, a.parts, "parts of the other side");
   expect_same_bits(other.dz, a.dz, "gate gradients of the other side");
   expect_same_bits(a.grad_c, b.grad_c, "grad of c");
@@ -319,7 +338,7 @@ void check_all() {
     check_forward<T>(s, 0);
     check_backward<T>(s);
   }
-  for (const Shape& s : {Shape{4, 0, 0, 24, false, false, false}, Shape{18, 0, 0, 35, true, false, true}}) {
+  for (const Shape& s : {Shape{4, 0, 0, 24, false, false, false}, Shape{18, 0, 0, 35, true, true, true}}) {
     check_forward<T>(s, 13);
     check_forward<T>(s, 160);
   }
@@ -338,5 +357,6 @@ int main() {
     std::printf("%s\n", error.what());
     return 2;
   }
+  for (const std::string& instance : instances) std::printf("ran: %s\n", instance.c_str());
   return checks::failures == 0 ? 0 : 1;
 }

@@ -223,14 +223,15 @@ void check_cell(const Shape& s) {
   }
   if (s.norm) {
     lstm_ext::cuda::norm_cell_forward<T>(
-        {f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
-         norm_h.data(), factors.data(), workspace.data()},
+        {{{f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
+           norm_h.data(), factors.data(), workspace.data()}},
+         1},
         nullptr);
   } else {
-    lstm_ext::cuda::cell_forward(f, nullptr);
+    lstm_ext::cuda::cell_forward(one_side(f), nullptr);
   }
   const auto projected = random_values<A>(R * H, "projected");
-  if (s.projected) lstm_ext::cuda::output_forward<T>({rows.args(), H, projected.data(), y}, nullptr);
+  if (s.projected) lstm_ext::cuda::output_forward<T>({{{rows.args(), H, projected.data(), y}}, 1}, nullptr);
 
   const auto previous_of = [&](int64_t b, int64_t place) {
     if (rows.is_reset(b)) return to_state ? to_double(reset_c[place]) : 0.0;
@@ -361,7 +362,7 @@ void check_cell(const Shape& s) {
   g.zoneout = f.zoneout;
   if (s.projected) {
     g.grad_hidden = grad_hidden.data();
-    lstm_ext::cuda::output_gradient<T>({f.rows, H, o, sum.data()}, nullptr);
+    lstm_ext::cuda::output_gradient<T>({{{f.rows, H, o, sum.data()}}, 1}, nullptr);
   } else {
     g.output = o;
   }
@@ -376,11 +377,12 @@ void check_cell(const Shape& s) {
   g.hidden = s.returned && !s.norm ? recomputed_hidden.data() : nullptr;
   if (s.norm) {
     lstm_ext::cuda::norm_cell_backward<T>(
-        {g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
-         norm_h.data(), factors.data(), grad_input.data(), grad_z.data(), grad_tanh_input.data(), norm_c.data()},
+        {{{g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
+           norm_h.data(), factors.data(), grad_input.data(), grad_z.data(), grad_tanh_input.data(), norm_c.data()}},
+         1},
         nullptr);
   } else {
-    lstm_ext::cuda::cell_backward(g, nullptr);
+    lstm_ext::cuda::cell_backward(one_side(g), nullptr);
   }
 
   for (int64_t b = 0; b < R; ++b) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from build import ROOT, compile_driver, missing
 from test_stepwise_kernels import MODES, is_caught, name_of_mode, run, with_mistake
@@ -10,6 +12,19 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 DRIVER = ROOT / "tests" / "simt" / "step_driver.cpp"
 
+
+# All that are compiled: those of step_launch.cuh for the types of the files step_*.cu.
+CUDA = ROOT / "csrc" / "cuda"
+NAMES = {"__nv_bfloat16": "bfloat16", "__half": "half", "float": "float"}
+ROWS = dict(re.findall(r"constexpr int (kStepRows\w+) = (\d+);", (CUDA / "gpu_plan.h").read_text()))
+INSTANCES = {
+    f"{kernel} {NAMES[type]} {'options' if options == 'true' else 'plain'} {ROWS[rows]}"
+    for file in CUDA.glob("step_*.cu")
+    for type in re.findall(r"LSTM_EXT_STEP\((\w+)\)", file.read_text())
+    for kernel, options, rows in re.findall(
+        r"step_(\w+)_kernel<T, (\w+), (\w+)>", (CUDA / "step_launch.cuh").read_text()
+    )
+}
 
 # Its copies are asynchronous.
 MODES_OF_COPIES = [
@@ -22,6 +37,7 @@ MODES_OF_COPIES = [
 def test_right_numbers(mode, variables):
     returncode, said = run(compile_driver([DRIVER], mode), **variables)
     assert returncode == 0, said
+    assert {line.removeprefix("ran: ") for line in said.splitlines()} == INSTANCES
 
 
 @pytest.mark.full
@@ -80,6 +96,9 @@ PLANTED = {
     ),
     "half of the depth left out": (
         "step_forward.cuh", "part < Tile::kParts; ++part", "part < Tile::kParts - 1; ++part", ["fifo"],
+    ),
+    "a state that is reset is multiplied": (
+        "step_forward.cuh", "if (product.resets[b]) return", "if (false) return", ["fifo"],
     ),
     "no barrier before the sums are read": (
         "step_forward.cuh",

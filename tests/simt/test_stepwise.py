@@ -107,6 +107,12 @@ STEP_CASES = {name: case for name, case in CASES.items() if not case.proj_size a
     "one step, packed": Case(packed=(1, 1, 1), hidden_size=24, input_size=16, bidirectional=True),
     "one step, all": Case(steps=1, mask=True, zoneout="flags", lengths=(1, 0, 1), returned="both"),
     "one step, resets": Case(steps=1, resets="to a state"),
+    "one step, resets to zeros, rows that begin anywhere": Case(
+        steps=1, batch=5, hidden_size=19, resets="to zeros"
+    ),
+    "one step, resets, no hx, mask": Case(
+        steps=1, hx=False, resets="to a state", mask=True, bidirectional=True
+    ),
     "several tiles of everything": Case(steps=3, batch=17, hidden_size=72, input_size=16),
     "many rows, packed": Case(
         packed=(3,) * 40 + (2,) * 30 + (1,) * 10, hidden_size=40, input_size=8, bidirectional=True
@@ -140,12 +146,17 @@ def test_steps_at_once_in_tf32(name):
 def test_launches_of_a_step():
     """One forward, one backward, but for those around the loop; a sequence of one step is one launch."""
 
-    def launches(steps: int, step: bool, backward: bool, both: bool = False) -> tuple[int, int]:
-        layer = cases.layer(Case(steps=steps, hidden_size=16, bidirectional=both), torch.bfloat16, 0)
+    def launches(
+        steps: int, step: bool, backward: bool, both: bool = False, resets: str = ""
+    ) -> tuple[int, int]:
+        case = Case(steps=steps, hidden_size=16, bidirectional=both, resets=resets)
+        layer = cases.layer(case, torch.bfloat16, 0)
         weights = [w.bfloat16() for w in layer.weights]
+        learned = [t if t is None else t.bfloat16() for t in layer.learned()]
+        options = layer.options(torch.bfloat16, learned) or internals.LayerOptions()
         call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, both)
         with emulated_device(step=step) as module:
-            call = (*call, module.LayerOptions())
+            call = (*call, module.LayerOptions(**options.as_keywords()))
             module.launches()
             *results, saved = module.lstm_layer_forward(*call, True)
             forward = module.launches()
@@ -158,12 +169,15 @@ def test_launches_of_a_step():
     for backward in (False, True):
         ten, eleven = (launches(steps, True, backward) for steps in (10, 11))
         assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
-        ten, eleven = (launches(steps, False, backward) for steps in (10, 11))
-        assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
-        # Both directions have a launch together.
-        ten, eleven = (launches(steps, True, backward, both=True) for steps in (10, 11))
-        assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
-    assert launches(1, True, False) == launches(1, True, False, both=True) == (1, 0)
+        # Both directions have a launch together, and a product.
+        for both in (False, True):
+            ten, eleven = (launches(steps, False, backward, both) for steps in (10, 11))
+            assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
+            ten, eleven = (launches(steps, True, backward, both) for steps in (10, 11))
+            assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
+    for both in (False, True):
+        for resets in ("", "to zeros", "to a state"):
+            assert launches(1, True, False, both, resets) == (1, 0)
 
 
 def test_what_has_no_step_at_once():
