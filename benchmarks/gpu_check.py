@@ -1,6 +1,7 @@
 """Everything that a machine with a GPU is for, in ten minutes: `make gpu-check`.
 
     python3 benchmarks/gpu_check.py [--output results/NAME.json] [--budget SECONDS] [--skip PHASE ...] [--dry]
+    python3 benchmarks/gpu_check.py --accept results/NAME.json
 
 Needs no network and no virtual environment; takes the torch that this Python has. Phases, each in processes of its own,
 so that a crash or a hang of one leaves the others:
@@ -144,7 +145,40 @@ def selftest(session: Session, seconds: float) -> Outcome:
         return Outcome("not run", "dry")
     run = session.python("selftest", ["-m", "lstm_ext.selftest", "--device", "cuda"], seconds)
     lines = run.text.splitlines()
-    return judged(run, summary=lines[-1:], failed=[line for line in lines if line.startswith("FAILED")])
+    found = session.python("variants", ["-c", VARIANTS], 30).last_json()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return judged(run, summary=lines[-1:], failed=failed, variants=found)
+
+
+VARIANTS = """import json, torch
+from lstm_ext.native import config, selftest_record
+entry = selftest_record.find(torch.device("cuda", torch.cuda.current_device())) or {}
+found = {name: entry.get(name) for name in ("capability", "passed", "failed")}
+print(json.dumps({**found, "kernels": config.digest(config.source_dir() / "cuda")}))
+"""
+
+
+def accept(path: Path) -> str:
+    """Puts a committed result into the release: on every card of its compute capability, `auto` then takes the kernels
+    that have been right there, without a check of its own. Raises ValueError."""
+    record = json.loads(path.read_text())
+    phases = {phase["phase"]: phase for phase in record["phases"]}
+    if record.get("dry") or record.get("verdict") != "passed":
+        raise ValueError(f"{path}: expected a result of a GPU that passed, got {record.get('verdict')}")
+    for name in ("selftest", "suite", "checks"):
+        if phases[name]["result"] != "passed":
+            raise ValueError(f"{path}: the phase {name} was {phases[name]['result']}")
+    found = phases["selftest"].get("variants") or {}
+    if not found.get("passed"):
+        raise ValueError(f"{path}: it does not say which kernels passed")
+    path = path.resolve()
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    from lstm_ext.native import selftest_record
+
+    selftest_record.commit(
+        found["capability"], found["kernels"], found["passed"], found["failed"] or [], name
+    )
+    return f"{selftest_record.COMMITTED.name}: {', '.join(found['passed'])} on {found['capability']}"
 
 
 # ---- suite
@@ -413,7 +447,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--commit", help="what to say of the commit, where there is no git")
     parser.add_argument("--dry", action="store_true", help="try this program out, on the CPU")
+    parser.add_argument(
+        "--accept",
+        type=Path,
+        metavar="RESULT",
+        help="put a result that passed into the release, and do nothing else",
+    )
     options = parser.parse_args(arguments)
+    if options.accept:
+        try:
+            print(accept(options.accept))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--accept: {error}")
+        return 0
     session = Session(options)
     session.write()
     for name in PHASES:

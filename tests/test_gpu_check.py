@@ -226,3 +226,23 @@ def test_verdict(tmp_path, monkeypatch):
     # Without a GPU, and not dry, nothing has been shown.
     outcomes["checks"] = gpu_check.Outcome("passed")
     assert gpu_check.main(arguments[1:]) == 1
+
+
+def test_a_result_is_put_into_the_release(dry, tmp_path, monkeypatch, capsys):
+    from lstm_ext.native import selftest_record
+
+    monkeypatch.setattr(selftest_record, "COMMITTED", tmp_path / "results.json")
+    selftest_record.COMMITTED.write_text("[]")
+    record, _, path = dry
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--accept", str(path)])
+    assert "expected a result of a GPU that passed" in capsys.readouterr().err
+    variants = {"capability": "9.0", "passed": ["stepwise", "step"], "failed": [], "kernels": "0123"}
+    phases = [
+        {**p, "result": "passed", "variants": variants} if p["phase"] == "selftest" else p
+        for p in record["phases"]
+    ]
+    passed = tmp_path / "passed.json"
+    passed.write_text(json.dumps({**record, "dry": False, "phases": phases}))
+    assert gpu_check.main(["--accept", str(passed)]) == 0
+    assert json.loads(selftest_record.COMMITTED.read_text()) == [{**variants, "result": "passed.json"}]

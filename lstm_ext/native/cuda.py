@@ -15,7 +15,6 @@ from .config import OLDEST_CAPABILITY, requested_cuda_kernel
 __all__ = [
     "Choice",
     "choice",
-    "facts",
     "forced",
     "is_supported",
     "problem",
@@ -57,32 +56,19 @@ def forced(kernel: str) -> Iterator[None]:
         extension.set_cuda_kernel("")
 
 
-def facts(device: torch.device) -> dict[str, str | int | float]:
-    """What the planner of kernels has to know of a GPU that is here; see csrc/cuda/gpu_plan.h."""
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "capability": found.major * 10 + found.minor,
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": found.L2_cache_size,
-        "shared_of_block": found.shared_memory_per_block_optin,
-        "shared_of_multiprocessor": found.shared_memory_per_multiprocessor,
-        "clock_ghz": found.clock_rate / 1e6,
-        "memory_gb_per_s": 2 * found.memory_clock_rate * found.memory_bus_width / 8 / 1e6,
-    }
-
-
 def step_variant(dtype: torch.dtype) -> str:
     """What records call the kernel that does a step at once, for tensors of this dtype."""
     return "step-tf32" if dtype == torch.float32 else "step"
 
 
 def step_outcome(device: torch.device, dtype: torch.dtype) -> bool | None:
-    """Whether that kernel has been right on this device, with this build, as a record says. None if there is none."""
-    entry = selftest_record.find(device) or {}
-    if step_variant(dtype) in (entry.get("passed") or []):
-        return True
-    return False if step_variant(dtype) in (entry.get("failed") or []) else None
+    """Whether that kernel has been right: on this device with this build, as the user's record says, else on one of its
+    compute capability, as a result that comes with this release says. None if neither knows."""
+    for entry in (selftest_record.find(device), selftest_record.find_committed(device)):
+        for outcome, name in ((True, "passed"), (False, "failed")):
+            if entry and step_variant(dtype) in (entry.get(name) or []):
+                return outcome
+    return None
 
 
 # ---- devices

@@ -53,6 +53,32 @@ def find(device: torch.device) -> dict | None:
     return next((entry for entry in _entries() if _is_about(entry, key)), None)
 
 
+COMMITTED = Path(__file__).with_name("cuda_results.json")
+
+
+def find_committed(device: torch.device) -> dict | None:
+    """What `make gpu-check` has found on a card of this compute capability, for the CUDA kernels of this build, as this
+    release has it; or None."""
+    sources = config.source_dir()
+    if sources is None or config.digest(sources) != loader.status().sources:
+        return None  # what is loaded was made of others
+    capability, kernels = key_of(device)["capability"], config.digest(sources / "cuda")
+    return next((e for e in _committed() if (e["capability"], e["kernels"]) == (capability, kernels)), None)
+
+
+def _committed() -> list[dict]:
+    return json.loads(COMMITTED.read_text())
+
+
+def commit(capability: str, kernels: str, passed: list[str], failed: list[str], result: str) -> None:
+    """Adds a result to those of the release: `benchmarks/gpu_check.py --accept`. Raises OSError."""
+    entries = [e for e in _committed() if e["capability"] != capability]
+    entries.append(
+        {"capability": capability, "kernels": kernels, "passed": passed, "failed": failed, "result": result}
+    )
+    COMMITTED.write_text(json.dumps(sorted(entries, key=lambda e: e["capability"]), indent=1) + "\n")
+
+
 def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
     """Takes the place of an older entry for the same device and state.
 

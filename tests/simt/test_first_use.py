@@ -14,7 +14,7 @@ from emulated_layer import CHUNK_BYTES, stepwise_module
 from torch import Tensor
 
 from lstm_ext.layer import first_use
-from lstm_ext.native import loader, selftest_record
+from lstm_ext.native import config, loader, selftest_record
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -95,6 +95,31 @@ def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, problems: An
     first_use.choose(CPU)  # in the next one the record decides
     assert gpu.calls == calls
     assert gpu.validated == [False, True] * 2
+
+
+def test_a_result_that_comes_with_the_release_decides(
+    gpu: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(selftest_record, "COMMITTED", tmp_path / "results.json")
+    selftest_record.COMMITTED.write_text("[]")
+    capability = selftest_record.key_of(CPU)["capability"]
+    kernels = config.digest(config.source_dir() / "cuda")
+    selftest_record.commit(capability, kernels, ["stepwise", "step"], ["step-tf32"], "a result")
+    selftest_record.commit("another capability", kernels, ["step-tf32"], [], "another result")
+    first_use.choose(CPU)
+    assert gpu.validated == [False] and gpu.calls == 0 and recorded() is None
+    # Of other kernels it says nothing.
+    selftest_record.commit(capability, "of others", ["step", "step-tf32"], [], "an older result")
+    first_use._chosen.clear()
+    first_use.choose(CPU)
+    assert gpu.calls > 0 and recorded()["passed"] == ["step", "step-tf32"]
+    # What the user's own card has found counts first.
+    selftest_record.commit(capability, kernels, ["step", "step-tf32"], [], "a result")
+    selftest_record.write(CPU, [], ["step"])
+    first_use._chosen.clear()
+    gpu.validated.clear()
+    first_use.choose(CPU)
+    assert gpu.validated == [True]
 
 
 def flip(output: Tensor) -> Tensor:
