@@ -21,7 +21,6 @@ machine measures is no verdict.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -33,59 +32,21 @@ import time
 from collections.abc import Callable, Iterator
 
 import harness
+import sides
 import torch
+from harness import call_of, input_of
 from shapes import CELLS, ROLLOUTS, SHARED, STREAMS, TASKS, Shape
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
-import lstm_ext
 
 GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen", "rollout", "busy"]
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
 
-def call_of(layer: nn.Module, x: torch.Tensor | PackedSequence, training: bool) -> Callable[[], object]:
-    if not training:
-
-        def infer() -> object:
-            with torch.inference_mode():
-                return layer(x)[0]
-
-        return infer
-
-    data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
-    argument = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
-    grad = torch.randn(
-        *data.shape[:-1], layer.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float32
-    ).to(data.dtype)
-
-    def train() -> object:
-        data.grad = None
-        layer.zero_grad(set_to_none=True)
-        output = layer(argument)[0]
-        (output.data if isinstance(output, PackedSequence) else output).backward(grad)
-        return data.grad
-
-    return train
-
-
-def lengths_of(shape: Shape) -> torch.Tensor:
-    """Spread evenly from a tenth of the steps to all of them, in no order."""
-    lengths = torch.linspace(shape.steps / 10, shape.steps, shape.batch).round().long().clamp_min(1)
-    return lengths[torch.randperm(shape.batch, generator=torch.Generator().manual_seed(3))]
-
-
 def packed(shape: Shape, training: bool, budget: float) -> dict:
-    theirs, ours = harness.make_layers(shape)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-    lengths = lengths_of(shape)
-    ragged = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    share = lengths.sum().item() / (shape.steps * shape.batch)
-    against_padded = harness.compare(call_of(ours, ragged, training), call_of(ours, x, training), budget / 2)
-    against_torch = harness.compare(
-        call_of(theirs, ragged, training), call_of(ours, ragged, training), budget / 2
-    )
+    calls, share = sides.packed(shape, training)
+    against_padded = harness.compare(calls["ours"], calls["padded"], budget / 2)
+    against_torch = harness.compare(calls["torch"], calls["ours"], budget / 2)
     return {
         "cost": against_padded.ratio / share,
         "share_of_rows": share,
@@ -119,7 +80,7 @@ def callers(shape: Shape, training: bool, budget: float) -> dict:
     """One intra-op thread each, whatever --threads says; weights are read by both, gradients are each one's own."""
     torch.set_num_threads(1)
     _, ours = harness.make_layers(shape)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    x = input_of(shape)
     grad = torch.randn(shape.steps, shape.batch, shape.hidden_size)
 
     def call() -> None:
@@ -151,90 +112,37 @@ def callers(shape: Shape, training: bool, budget: float) -> dict:
 
 
 def low_precision(shape: Shape, training: bool, budget: float) -> dict:
-    theirs, ours = harness.make_layers(shape)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-    plain = call_of(lstm_ext.from_torch(nn.LSTM(shape.input_size, shape.hidden_size)), x, training)
     result: dict = {}
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        a, b = (call_of(m.to(dtype), x.to(dtype), training) for m in (theirs, ours))
-        result[f"{name}_over_torch"] = harness.compare(a, b, budget / 4).ratio
-        result[f"{name}_over_float32"] = harness.compare(plain, b, budget / 4).ratio
+        calls = sides.low_precision(shape, training, dtype)
+        for over in ("torch", "float32"):
+            result[f"{name}_over_{over}"] = harness.compare(calls[over], calls["ours"], budget / 4).ratio
     return result
 
 
 def cell(shape: Shape, training: bool, budget: float) -> dict:
-    """Forward, and with training backward, with the gradients of the weights."""
-    torch.manual_seed(0)
-    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size)
-    ours = lstm_ext.from_torch(copy.deepcopy(theirs))
-    x = torch.randn(shape.batch, shape.input_size)
-    state = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
-    grads = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
-
-    def call(module: nn.Module) -> Callable[[], object]:
-        def infer() -> object:
-            with torch.inference_mode():
-                return module(x, state)
-
-        def train() -> object:
-            module.zero_grad(set_to_none=True)
-            return torch.autograd.backward(module(x, state), grads)
-
-        return train if training else infer
-
-    comparison = harness.compare(call(theirs), call(ours), budget)
+    calls = sides.cell(shape, training)
+    comparison = harness.compare(calls["torch"], calls["ours"], budget)
     return {"over_torch": comparison.ratio, "times": [harness.as_dict(comparison)]}
 
 
 def frozen(shape: Shape, training: bool, budget: float) -> dict | None:
     if training:
         return None
-    theirs, ours = harness.make_layers(shape)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-    result = {}
-    for name, weights in (("as_they_are", None), ("bfloat16", torch.bfloat16), ("int8", torch.int8)):
-        ready = call_of(lstm_ext.freeze(ours, weights), x, False)
-        result[f"{name}_over_torch"] = harness.compare(call_of(theirs, x, False), ready, budget / 6).ratio
-        result[f"{name}_over_ours"] = harness.compare(call_of(ours, x, False), ready, budget / 6).ratio
+    calls, result = sides.frozen(shape), {}
+    for name, side in (("as_they_are", "frozen"), ("bfloat16", "frozen-bfloat16"), ("int8", "frozen-int8")):
+        for over in ("torch", "ours"):
+            result[f"{name}_over_{over}"] = harness.compare(calls[over], calls[side], budget / 6).ratio
     return result
 
 
 def rollout(shape: Shape, training: bool, budget: float) -> dict:
-    """Without gradients, what a policy does while it acts; with them, what it learns from the same observations."""
-    theirs, ours = harness.make_layers(shape)
-    generator = torch.Generator().manual_seed(1)
-    observations = torch.randn(shape.steps, shape.batch, shape.input_size, generator=generator)
-    starts = torch.rand(shape.steps, shape.batch, generator=generator) < 1 / 50
-    going_on = (~starts).float().unsqueeze(-1)
-    grad = torch.randn(shape.steps, shape.batch, shape.hidden_size, generator=generator)
-
-    def loop(layer: nn.Module) -> torch.Tensor:
-        h = c = torch.zeros(1, shape.batch, shape.hidden_size)
-        outputs = []
-        for t in range(shape.steps):
-            output, (h, c) = layer(observations[t : t + 1], (going_on[t] * h, going_on[t] * c))
-            outputs.append(output)
-        return torch.cat(outputs)
-
-    def one_call(layer: nn.Module) -> torch.Tensor:
-        return layer(observations, resets=starts)[0]
-
-    def timed(layer: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> Callable[[], object]:
-        def act() -> object:
-            with torch.no_grad():
-                return run(layer)
-
-        def learn() -> object:
-            layer.zero_grad(set_to_none=True)
-            return run(layer).backward(grad)
-
-        return learn if training else act
-
-    swapped = harness.compare(timed(theirs, loop), timed(ours, loop), budget)
+    calls = sides.rollout(shape, training)
+    swapped = harness.compare(calls["torch"], calls["ours"], budget)
     result = {"over_torch": swapped.ratio, "times": [harness.as_dict(swapped)]}
     if training:
-        at_once = harness.compare(timed(theirs, loop), timed(ours, one_call), budget)
+        at_once = harness.compare(calls["torch"], calls["resets"], budget)
         result["resets_over_torch"] = at_once.ratio
         result["times"].append(harness.as_dict(at_once))
     return result
@@ -258,33 +166,48 @@ def neighbours(count: int) -> Iterator[None]:
             process.communicate()
 
 
-def alone(call: Callable[[], object], budget: float) -> harness.Timing:
-    """Of one side for itself: threads that torch has used spin on for a while, and would hold up the other side."""
+def alone(call: Callable[[], object], budget: float) -> list[float]:
+    """Seconds of one side for itself: threads that torch has used spin on for a while, and would hold up the other."""
     for _ in range(3):
         call()
     samples: list[float] = []
     deadline = time.perf_counter() + budget
     while time.perf_counter() < deadline or len(samples) < harness.MIN_REPEATS:
         samples.append(harness.sample(call, 1))
-    return harness.timing(samples)
+    return samples
+
+
+def beside_neighbours(shape: Shape, training: bool, budget: float) -> list[dict[str, list[float]]]:
+    """Seconds of the calls of each side beside no, one and two busy programs; `budget` for a side beside so many."""
+    layers = dict(zip(("torch", "ours"), harness.make_layers(shape), strict=True))
+    calls = {name: call_of(layer, input_of(shape), training) for name, layer in layers.items()}
+    found = []
+    for count in (0, 1, 2):
+        with neighbours(count):
+            found.append({name: alone(call, budget) for name, call in calls.items()})
+    return found
+
+
+def slowdowns(medians: list[dict[str, float]]) -> dict[str, float]:
+    """How many times as long a call takes beside one and two busy programs, and ours over torch's there."""
+    result = {}
+    for count in (1, 2):
+        for name in ("torch", "ours"):
+            result[f"{name}_beside_{count}"] = medians[count][name] / medians[0][name]
+        result[f"over_torch_beside_{count}"] = medians[count]["torch"] / medians[count]["ours"]
+    return result
 
 
 def busy(shape: Shape, training: bool, budget: float) -> dict:
-    sides = dict(zip(("torch", "ours"), harness.make_layers(shape), strict=True))
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-    calls = {name: call_of(layer, x, training) for name, layer in sides.items()}
-    times = []
-    for count in (0, 1, 2):
-        with neighbours(count):
-            times.append({name: alone(call, budget / 3) for name, call in calls.items()})
-    result: dict = {
-        "times": [{name: dataclasses.asdict(t) for name, t in beside.items()} for beside in times]
+    times = [
+        {name: harness.timing(samples) for name, samples in beside.items()}
+        for beside in beside_neighbours(shape, training, budget / 3)
+    ]
+    medians = [{name: t.median for name, t in beside.items()} for beside in times]
+    return {
+        "times": [{name: dataclasses.asdict(t) for name, t in beside.items()} for beside in times],
+        **slowdowns(medians),
     }
-    for count in (1, 2):
-        for name in calls:
-            result[f"{name}_beside_{count}"] = times[count][name].median / times[0][name].median
-        result[f"over_torch_beside_{count}"] = times[count]["torch"].median / times[count]["ours"].median
-    return result
 
 
 MEASURE = {

@@ -59,6 +59,7 @@ class Called(nn.Module):
     def __init__(self, layer: nn.Module, **arguments: object) -> None:
         super().__init__()
         self.layer = layer
+        self.hidden_size = layer.hidden_size
         self.arguments = arguments
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

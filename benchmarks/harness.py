@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from shapes import Shape
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 MIN_REPEATS = 5
 MAX_REPEATS = 2000
@@ -64,35 +65,75 @@ def sample(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def compare(theirs: Callable[[], object], ours: Callable[[], object], budget: float) -> Comparison:
-    """Alternate `theirs` and `ours` for about `budget` seconds. Which goes first alternates as well."""
-    for function in (theirs, ours, theirs, ours):
+@dataclass
+class Interleaved:
+    seconds: dict[str, list[float]]  # of a call, a number for each sample
+    calls: int  # in a sample
+
+
+def interleave(
+    sides: dict[str, Callable[[], object]],
+    budget: float,
+    least: int = MIN_REPEATS,
+    most: int = MAX_REPEATS,
+    pause: float = 0.0,
+) -> Interleaved:
+    """Take turns between the sides for about `budget` seconds; all of them in each turn, `least` to `most` turns.
+
+    Who goes first rotates, and the direction changes after each rotation: no side always follows the same other one.
+
+    With a `pause`, in seconds, each sample waits so long, and an untimed call goes before it. It is for sides that
+    have threads of their own: those of the side before may spin for some milliseconds on the cores that these need.
+    """
+    for function in sides.values():
         function()
-    slower = max(min(sample(f, 1) for _ in range(3)) for f in (theirs, ours))
-    # Both sides get the same number of calls, so that each finds the caches as full of itself as the other
-    # does.
-    calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / slower))
-    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget / (2 * calls * slower))))
-    samples: tuple[list[float], list[float]] = ([], [])
-    sides = (theirs, ours)
+    once = {name: sample(function, 1) for name, function in sides.items()}
+    if sum(once.values()) < budget / 4:  # else a call takes so long that nothing but the samples matters
+        for name, function in sides.items():
+            once[name] = min(once[name], *(sample(function, 1) for _ in range(3)))
+    slowest = max(once.values())
+    # All sides get the same number of calls, so that each finds the caches as full of itself as the others do.
+    calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / slowest))
+    names = list(sides)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         deadline = time.perf_counter() + budget
-        for repeat in range(repeats):
-            if repeat >= MIN_REPEATS and time.perf_counter() > deadline:
+        for turn in range(most):
+            if turn >= least and time.perf_counter() > deadline:
                 break
-            for side in (0, 1) if repeat % 2 == 0 else (1, 0):
-                samples[side].append(sample(sides[side], calls))
+            for name in order_of(names, turn):
+                if pause:
+                    time.sleep(pause)
+                    sides[name]()
+                seconds[name].append(sample(sides[name], calls))
     finally:
         if enabled:
             gc.enable()
-    a, b = timing(samples[0]), timing(samples[1])
-    return Comparison(a, b, a.median / b.median, len(samples[0]), calls)
+    return Interleaved(seconds, calls)
+
+
+def order_of(names: list[str], turn: int) -> list[str]:
+    count = len(names)
+    step = 1 if turn // count % 2 == 0 else -1
+    return [names[(turn + step * place) % count] for place in range(count)]
+
+
+def compare(theirs: Callable[[], object], ours: Callable[[], object], budget: float) -> Comparison:
+    """Alternate `theirs` and `ours` for about `budget` seconds. Which goes first alternates as well."""
+    found = interleave({"torch": theirs, "ours": ours}, budget)
+    a, b = (timing(samples) for samples in found.seconds.values())
+    return Comparison(a, b, a.median / b.median, len(found.seconds["ours"]), found.calls)
 
 
 # ---- the two sides -------------------------------------------------------------------------------
+
+
+def layer_options(shape: Shape) -> dict[str, object]:
+    """Keyword arguments of the layers."""
+    return {"num_layers": shape.layers, "bidirectional": shape.directions == 2}
 
 
 def make_layers(shape: Shape) -> tuple[nn.Module, nn.Module]:
@@ -100,44 +141,57 @@ def make_layers(shape: Shape) -> tuple[nn.Module, nn.Module]:
     import lstm_ext
 
     torch.manual_seed(0)
-    theirs = nn.LSTM(shape.input_size, shape.hidden_size)
-    ours = lstm_ext.LSTM(shape.input_size, shape.hidden_size)
+    theirs = nn.LSTM(shape.input_size, shape.hidden_size, **layer_options(shape))
+    ours = lstm_ext.LSTM(shape.input_size, shape.hidden_size, **layer_options(shape))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def inference_call(layer: nn.Module, shape: Shape) -> Callable[[], object]:
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
-
-    def call() -> torch.Tensor:
-        with torch.inference_mode():
-            return layer(x)[0]
-
-    return call
+def input_of(shape: Shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape.steps, shape.batch, shape.input_size, generator=generator)
 
 
-def training_call(layer: nn.Module, shape: Shape) -> Callable[[], object]:
-    """Forward and backward with every gradient, the input's included.
+def call_of(layer: nn.Module, x: torch.Tensor | PackedSequence, training: bool) -> Callable[[], object]:
+    """A call without gradients, or forward and backward with every gradient, the input's included.
 
     The gradient of the output is random: with ones, as out.sum() gives, some of the work could be saved.
     """
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape.steps, shape.batch, shape.input_size, generator=generator, requires_grad=True)
-    grad = torch.randn(shape.steps, shape.batch, shape.hidden_size, generator=generator)
-    leaves = [x, *layer.parameters()]
+    if not training:
 
-    def call() -> torch.Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        layer(x)[0].backward(grad)
-        return x.grad
+        def infer() -> object:
+            with torch.inference_mode():
+                return layer(x)[0]
 
-    return call
+        return infer
+
+    data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
+    argument = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+    units = layer.hidden_size * (2 if getattr(layer, "bidirectional", False) else 1)
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(*data.shape[:-1], units, generator=generator).to(data.dtype)
+
+    def train() -> object:
+        data.grad = None
+        layer.zero_grad(set_to_none=True)
+        output = layer(argument)[0]
+        (output.data if isinstance(output, PackedSequence) else output).backward(grad)
+        return data.grad
+
+    return train
+
+
+def inference_call(layer: nn.Module, shape: Shape) -> Callable[[], object]:
+    return call_of(layer, input_of(shape), training=False)
+
+
+def training_call(layer: nn.Module, shape: Shape) -> Callable[[], object]:
+    return call_of(layer, input_of(shape), training=True)
 
 
 def step_call(layer: nn.Module, shape: Shape, method: str) -> Callable[[], object]:
     """One time step with carried state; method "call" is the module's call, "step" is lstm_ext.LSTM.step."""
-    x = torch.randn(1, shape.batch, shape.input_size, generator=torch.Generator().manual_seed(1))
+    x = input_of(shape._replace(steps=1))
     hx = (torch.zeros(1, shape.batch, shape.hidden_size), torch.zeros(1, shape.batch, shape.hidden_size))
 
     def call() -> torch.Tensor:
@@ -151,9 +205,16 @@ def step_call(layer: nn.Module, shape: Shape, method: str) -> Callable[[], objec
     return step if method == "step" else call
 
 
+def tensor_of(result: object) -> torch.Tensor:
+    """The output among what a side returns: a tensor or an array, a PackedSequence, or the first of several."""
+    if isinstance(result, tuple):  # a PackedSequence too, whose data come first
+        result = result[0]
+    return torch.as_tensor(result).detach().clone()
+
+
 def largest_difference(theirs: Callable[[], object], ours: Callable[[], object]) -> float:
     """Of the two results, relative to the largest value: a fast wrong answer must not look like a success."""
-    a, b = theirs(), ours()
+    a, b = (tensor_of(function()) for function in (theirs, ours))
     return ((a - b.reshape(a.shape)).abs().max() / a.abs().max()).item()
 
 
@@ -177,7 +238,8 @@ def memory_child(kind: str, shape: Shape, threads: int, options: dict[str, objec
     # Loads what is loaded on first use, kernels and thread stacks included: not part of the layer's bill.
     training_call(make(8, 8, **options), Shape(2 * threads, 4, 8, 8))()
     torch.manual_seed(0)
-    call = training_call(make(shape.input_size, shape.hidden_size, **options), shape)
+    layer = make(shape.input_size, shape.hidden_size, **layer_options(shape), **options)
+    call = training_call(layer, shape)
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the memory in use now
@@ -304,4 +366,5 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    memory_child(sys.argv[1], Shape(*map(int, sys.argv[2:6])), int(sys.argv[6]), json.loads(sys.argv[7]))
+    kind, *sizes, threads, options = sys.argv[1:]
+    memory_child(kind, Shape(*map(int, sizes)), int(threads), json.loads(options))

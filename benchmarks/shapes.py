@@ -1,4 +1,4 @@
-"""The shapes that the benchmarks run, by name: one layer, one direction, float32."""
+"""The shapes that the benchmarks run, by name: one layer and one direction where nothing else is said."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ class Shape(NamedTuple):
     steps: int
     input_size: int
     hidden_size: int
+    layers: int = 1
+    directions: int = 1
 
 
 # From one streaming step to a batch that fills every core; the sizes that other LSTM benchmarks publish lie
@@ -57,3 +59,42 @@ SHARED = {"one-row": Shape(1, 48, 160, 160), "batch": Shape(16, 100, 128, 128)}
 
 # A step at a time, where the weights are read and hardly used.
 STREAMS = {f"stream-H{hidden}": Shape(1, 1, hidden, hidden) for hidden in (16, 64, 128, 256, 512, 1024)}
+
+# More of what users have: sizes that no register divides, deep, both directions, long, one row, many rows.
+USERS: dict[str, Shape] = {
+    "odd-B3-T17-H37": Shape(3, 17, 29, 37),
+    "odd-B7-T33-H100": Shape(7, 33, 50, 100),
+    "odd-B13-T50-H200": Shape(13, 50, 40, 200),
+    "odd-B33-T20-H300": Shape(33, 20, 300, 300),
+    "odd-B5-T11-H1": Shape(5, 11, 3, 1),
+    "series-B32-T60-H50": Shape(32, 60, 1, 50),
+    "wide-B32-T20-H64": Shape(32, 20, 1000, 64),
+    "deep2-B20-T35-H200": Shape(20, 35, 200, 200, layers=2),
+    "deep2-B20-T35-H650": Shape(20, 35, 650, 650, layers=2),
+    "deep4-B32-T50-H128": Shape(32, 50, 128, 128, layers=4),
+    "deep8-B8-T50-H64": Shape(8, 50, 64, 64, layers=8),
+    "both-B1-T30-H100": Shape(1, 30, 100, 100, directions=2),
+    "both-B32-T40-H128": Shape(32, 40, 100, 128, directions=2),
+    "both2-B16-T100-H256": Shape(16, 100, 80, 256, layers=2, directions=2),
+    "long-B1-T2000-H64": Shape(1, 2000, 32, 64),
+    "long-B4-T1000-H128": Shape(4, 1000, 64, 128),
+    "long-B8-T500-H256": Shape(8, 500, 128, 256),
+    "one-T20-H256": Shape(1, 20, 256, 256),
+    "one-T50-H32": Shape(1, 50, 16, 32),
+    "one-T30-H1024": Shape(1, 30, 512, 1024),
+    "many-B512-T1-H128": Shape(512, 1, 64, 128),
+    "many-B512-T20-H64": Shape(512, 20, 32, 64),
+    "many-B512-T10-H256": Shape(512, 10, 128, 256),
+    "many-B256-T30-H128": Shape(256, 30, 64, 128),
+}
+
+# One size changes and the others stay: for pictures over T, B and H.
+CENTRE = Shape(16, 64, 128, 128)
+SWEEPS: dict[str, dict[str, Shape]] = {
+    "T": {f"over-T{steps}": CENTRE._replace(steps=steps) for steps in (1, 4, 16, 64, 256, 1024)},
+    "B": {f"over-B{batch}": CENTRE._replace(batch=batch) for batch in (1, 2, 4, 8, 32, 64, 128, 256)},
+    "H": {
+        f"over-H{hidden}": CENTRE._replace(input_size=hidden, hidden_size=hidden)
+        for hidden in (16, 32, 64, 256, 512, 1024)
+    },
+}
