@@ -82,8 +82,9 @@ def interleave(
 
     Who goes first rotates, and the direction changes after each rotation: no side always follows the same other one.
 
-    With a `pause`, in seconds, each sample waits so long, and an untimed call goes before it. It is for sides that
-    have threads of their own: those of the side before may spin for some milliseconds on the cores that these need.
+    With a `pause`, in seconds, each sample waits so long, and an untimed call goes before a sample of short calls. It
+    is for sides that have threads of their own: those of the side before may spin for some milliseconds on the cores
+    that these need.
     """
     for function in sides.values():
         function()
@@ -107,7 +108,8 @@ def interleave(
             for name in order_of(names, turn):
                 if pause:
                     time.sleep(pause)
-                    sides[name]()
+                    if calls > 1:
+                        sides[name]()
                 seconds[name].append(sample(sides[name], calls))
     finally:
         if enabled:
@@ -293,14 +295,32 @@ def keep_freed_memory() -> bool:
 # ---- the command line -----------------------------------------------------------------------------
 
 
+def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """For argparse: an int or a float above 0."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a {_KINDS[kind]} above 0, got {text!r}")
+        return value
+
+    return parse
+
+
+_KINDS = {int: "whole number", float: "number"}
+
+
 def options_of(description: str, shapes: dict[str, Shape], budget: float) -> argparse.ArgumentParser:
     """What the benchmarks of named shapes have in common; the budget is that of a case, in seconds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
-    parser.add_argument("--budget", type=float, default=budget, help="seconds per case")
+    parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
+    parser.add_argument("--budget", type=positive(float), default=budget, help="seconds per case")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     return parser
 
@@ -359,6 +379,11 @@ def facts() -> dict[str, object]:
 
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def rounded(value: float) -> float:
+    """To four significant digits: no more is measured, and records stay small."""
+    return float(f"{value:.4g}")
 
 
 def as_dict(comparison: Comparison) -> dict[str, object]:

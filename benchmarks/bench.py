@@ -1,0 +1,236 @@
+"""The benchmark suite: `make bench`.
+
+    python benchmarks/bench.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--dtypes NAME ...]
+                               [--budget SECONDS] [--quick] [--list] [--output FILE]
+
+All sides of a case take turns in one run, and every sample is kept. Peers that are not installed are named in one line
+and left out (peers.py). Results are torch's time over that of a side: above 1 the side is faster. compare.py compares
+two files, plots.py makes pictures of one, and report_bench.py a table.
+
+The process keeps freed memory: see `harness.keep_freed_memory`. Nothing fails here: what a busy machine measures is no
+verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import groups
+import harness
+import machine
+import peers
+import records
+import torch
+from groups import GROUPS, Case, Settings
+from records import Result
+
+OUTPUT = Path("build") / "bench.json"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+BUDGET, QUICK_BUDGET = 1.5, 0.15  # seconds of a case
+REPEATS, QUICK_REPEATS = 3, 1  # of child processes
+# Of the largest value; a warning, no verdict.
+DIFFERENCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+# Rounded weights: the difference is meant.
+ROUNDED = ("frozen-bfloat16", "frozen-int8", "torch-int8")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = {name for group in GROUPS.values() for name in group.shapes}
+
+    def shape_name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected a name that --list shows, got {text!r}")
+        return text
+
+    positive = harness.positive
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP",
+                        help=", ".join(GROUPS))  # fmt: skip
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_name, metavar="NAME", help="of the cases: see --list"
+    )
+    parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME",
+                        help=", ".join(DTYPES))  # fmt: skip
+    parser.add_argument("--budget", type=positive(float), help=f"seconds for each case ({BUDGET})")
+    parser.add_argument("--repeats", type=positive(int), help=f"processes for each figure of one ({REPEATS})")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"a few cases of each group, {QUICK_BUDGET} s each, in about five minutes")  # fmt: skip
+    parser.add_argument(
+        "--list", action="store_true", help="show groups, cases and peers, and measure nothing"
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"where to write the JSON ({OUTPUT})")
+    options = parser.parse_args(arguments)
+    options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
+    options.repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
+    options.cases = cases_of(options)
+    if not options.cases:
+        parser.error(
+            "--only, --shapes and --dtypes: expected at least one case that all of them name, got none"
+        )
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    found = []
+    for name in options.only:
+        group = GROUPS[name]
+        wanted = options.shapes or (group.quick if options.quick else list(group.shapes))
+        cases = group.cases(name, options.threads, options.dtypes)
+        found += [case for case in cases if case.name in wanted]
+    return found
+
+
+def show_list(options: argparse.Namespace) -> None:
+    for name in options.only:
+        cases = [case for case in options.cases if case.group == name]
+        print(f"{name}: {GROUPS[name].about}; {len(cases)} cases")
+        for shape_name, shape in {case.name: case.shape for case in cases}.items():
+            print(f"  {shape_name:<20} {text_of(shape)}".rstrip())
+    print("peers:")
+    for peer in peers.PEERS.values():
+        print(f"  {peer.missing() or f'{peer.name}: {peer.how}'}")
+
+
+def text_of(shape: Any) -> str:
+    if shape is None:
+        return ""
+    text = f"B {shape.batch}, T {shape.steps}, I {shape.input_size}, H {shape.hidden_size}"
+    text += f", {shape.layers} layers" if shape.layers > 1 else ""
+    return text + (", both directions" if shape.directions > 1 else "")
+
+
+def measure_case(case: Case, settings: Settings) -> Result:
+    torch.set_num_threads(case.threads)
+    sizes = case.shape._asdict() if case.shape else {}
+    head = {"group": case.group, "case": case.name, **sizes, "threads": case.threads}
+    start = time.perf_counter()
+    figures = GROUPS[case.group].measure(case, settings)
+    took = harness.rounded(time.perf_counter() - start)
+    return {**head, "dtype": case.dtype, "training": case.training, "seconds": took, **figures}
+
+
+def line_of(result: Result) -> str:
+    parts = []
+    for name, side in result["sides"].items():
+        value = side["median"] / harness.MEBIBYTE if result["unit"] == "bytes" else side["median"]
+        unit = "MiB" if result["unit"] == "bytes" else result["unit"]
+        ratio = records.ratio(result, name)
+        times = f" {ratio:.2f}x" if name != "torch" and ratio else ""
+        parts.append(f"{name} {value:.4g} {unit}{times}")
+    return f"{records.title(result)}: {', '.join(parts)}"
+
+
+def warnings_of(result: Result) -> list[str]:
+    lines = [f"{name} cannot run it: {why}" for name, why in result.get("refused", {}).items()]
+    for name, difference in result.get("differences", {}).items():
+        if name not in ROUNDED and not difference < DIFFERENCE[result["dtype"]]:
+            lines.append(f"{name} differs from torch by {difference:.1e} of the largest value")
+    for name, bound in result.get("bounds", {}).items():
+        if not bound["met"]:
+            lines.append(
+                f"{name} takes {bound['median_us']} us, more than the bound of {bound['bound_us']} us"
+            )
+    return [f"  {records.title(result)}: {line}" for line in lines]
+
+
+def print_summary(lines: list[Result]) -> None:
+    print(f"\n{'group':<11}{'':<10}{'dtype':<9} thr  {'side':<20} cases  geometric mean  worst   best")
+    for line in lines:
+        kind = "training" if line["training"] else "inference"
+        print(
+            f"{line['group']:<11}{kind:<10}{line['dtype']:<9} {line['threads']:3}  {line['side']:<20} "
+            f"{line['cases']:5}  {line['geometric_mean']:14.2f} {line['worst']:6.2f} {line['best']:6.2f}"
+        )
+    print("torch / the side; above 1 the side takes less time, or memory")
+
+
+@dataclass
+class Run:
+    """What is written: after each group, and where the run is stopped."""
+
+    record: Result
+    settings: Settings
+    output: Path
+
+    def write(self) -> None:
+        self.record["facts"]["load_at_end"] = harness.load()
+        self.record["machine"] = self.settings.machine.record()
+        self.record["summary"] = records.summary(self.record["results"])
+        records.write(self.record, self.output)
+
+
+def new_record(options: argparse.Namespace, kept: bool) -> Result:
+    facts = harness.facts() | machine.facts() | {"freed_memory_kept": kept, "peers": peers.facts()}
+    names = ("only", "shapes", "threads", "dtypes", "budget", "repeats", "quick")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"pause": groups.PAUSE, "sample_seconds": harness.MIN_SAMPLE_SECONDS}
+    return {
+        "suite": records.SUITE, "format": records.FORMAT, "facts": facts, "settings": settings, "results": [],
+    }  # fmt: skip
+
+
+def measure_machine(options: argparse.Namespace, found: machine.Machine) -> None:
+    for threads in options.threads:
+        for dtype in options.dtypes:
+            print(f"peak, {dtype}, threads {threads}: {found.peak(dtype, threads):.0f} GFLOP/s", flush=True)
+        for size in machine.SIZES:
+            speed = found.bandwidth(size, threads)
+            print(f"bandwidth, {size // 1024} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    if options.list:
+        show_list(options)
+        return 0
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("error: bench.py needs tqdm: pip install 'lstm_ext[bench]'", file=sys.stderr)
+        return 1
+
+    before = torch.get_num_threads()
+    start = time.perf_counter()
+    record = new_record(options, harness.keep_freed_memory())
+    for name, value in record["facts"].items():
+        if name != "peers":
+            print(f"{name}: {value}")
+    for name, peer in record["facts"]["peers"].items():
+        print(peer["missing"] or f"{name} {peer['version']}: {peer['how']}")
+    if record["facts"]["load_at_start"] > 0.3:
+        print("warning: other programs are running; with more than one thread, they are what is measured")
+    settings = Settings(options.budget, options.repeats, machine.Machine(min(0.2, options.budget)))
+    run = Run(record, settings, options.output)
+    try:
+        measure_machine(options, settings.machine)
+        with tqdm(options.cases, unit="case", mininterval=1, dynamic_ncols=True) as bar:
+            for place, case in enumerate(bar):
+                bar.set_description(f"{case.group} {case.name}")
+                result = measure_case(case, settings)
+                record["results"].append(result)
+                for line in (line_of(result), *warnings_of(result)):
+                    bar.write(line)
+                if (
+                    options.cases[place + 1 : place + 2] != []
+                    and options.cases[place + 1].group != case.group
+                ):
+                    run.write()
+    finally:
+        torch.set_num_threads(before)
+        record["seconds"] = round(time.perf_counter() - start, 1)
+        run.write()
+    print_summary(record["summary"])
+    print(f"{len(record['results'])} cases in {record['seconds']:.0f} s, written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

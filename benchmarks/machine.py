@@ -1,0 +1,199 @@
+"""What the machine can do: its peak of arithmetic by a large product, and its bandwidth for buffers of given sizes.
+
+    python benchmarks/machine.py [--threads N ...]
+
+Both are measured with torch and not with lstm_ext, and the best of several tries counts: what is asked for is a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+import harness
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KIBIBYTE = 1024
+MEMORY = 128 * harness.MEBIBYTE  # of a buffer that no cache holds
+SIZES = (*(size * KIBIBYTE for size in (8, 128, 512, 2048, 8192)), MEMORY)
+READ_AT_LEAST = 32 * harness.MEBIBYTE  # in one call, so that the call itself does not count
+
+
+def peak(dtype: str, threads: int, budget: float) -> float:
+    """GFLOP/s of the best product of two square matrices, which grow while one takes a tenth of the budget or less."""
+    torch.set_num_threads(threads)
+    best, size = 0.0, 256
+    deadline = time.perf_counter() + budget
+    while True:
+        a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+        out = torch.empty_like(a)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
+            return torch.mm(a, b, out=out)
+
+        product()
+        seconds = harness.sample(product, 1)
+        while time.perf_counter() < deadline:
+            seconds = min(seconds, harness.sample(product, 1))
+            if size < 2048 and seconds < budget / 10:
+                break
+        best = max(best, 2e-9 * size**3 / seconds)
+        if time.perf_counter() >= deadline:
+            return best
+        size *= 2
+
+
+def bandwidth(size: int, threads: int, budget: float) -> float:
+    """GB/s at which a buffer of so many bytes is read again and again, a share of it by each thread.
+
+    Read by a sum, whose rows are all one and the same memory: one call of torch reads it many times.
+    """
+    import numpy
+
+    torch.set_num_threads(1)  # each of the threads below is one
+    numbers = max(16, size // 4 // threads)
+    times = max(1, READ_AT_LEAST // (4 * numbers))
+    # numpy asks for huge pages where a buffer is large, as a frozen layer does.
+    shares = [torch.from_numpy(numpy.ones(numbers, numpy.float32)).expand(times, -1) for _ in range(threads)]
+    if threads == 1:
+        seconds = _best(lambda: shares[0].sum(), budget)
+    else:
+        seconds = _best_of_threads(shares, budget)
+    return 1e-9 * 4 * numbers * times * threads / seconds
+
+
+def _best(function: object, budget: float) -> float:
+    function()
+    best, deadline = float("inf"), time.perf_counter() + budget
+    while best == float("inf") or time.perf_counter() < deadline:
+        best = min(best, harness.sample(function, 1))
+    return best
+
+
+def _best_of_threads(shares: list[torch.Tensor], budget: float) -> float:
+    """Seconds in which all threads read their share once, from the start of the first to the end of the last."""
+    together = threading.Barrier(len(shares))
+    times: list[tuple[float, float]] = [(0.0, 0.0)] * len(shares)
+    rounds: list[float] = []
+    deadline = time.perf_counter() + budget
+    going_on = [True]
+
+    def read(place: int) -> None:
+        while True:
+            together.wait()
+            if not going_on[0]:
+                return
+            start = time.perf_counter()
+            shares[place].sum()
+            times[place] = start, time.perf_counter()
+            together.wait()
+            if place == 0:
+                rounds.append(max(end for _, end in times) - min(start for start, _ in times))
+                going_on[0] = len(rounds) < 3 or time.perf_counter() < deadline
+
+    workers = [threading.Thread(target=read, args=(place,)) for place in range(len(shares))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return min(rounds[1:])
+
+
+class Machine:
+    """Measures on demand, each figure once; `record` has what was measured."""
+
+    def __init__(self, budget: float = 0.2) -> None:
+        self.budget = budget
+        self.peaks: dict[tuple[str, int], float] = {}
+        self.bandwidths: dict[tuple[int, int], float] = {}
+
+    def peak(self, dtype: str, threads: int) -> float:
+        key = dtype, threads
+        if key not in self.peaks:
+            self.peaks[key] = peak(dtype, threads, self.budget)
+        return self.peaks[key]
+
+    def bandwidth(self, size: int, threads: int) -> float:
+        key = size, threads
+        if key not in self.bandwidths:
+            before = torch.get_num_threads()
+            self.bandwidths[key] = bandwidth(size, threads, self.budget)
+            torch.set_num_threads(before)
+        return self.bandwidths[key]
+
+    def record(self) -> dict[str, list[dict[str, object]]]:
+        return {
+            "peak": [
+                {"dtype": dtype, "threads": threads, "gflops": harness.rounded(value)}
+                for (dtype, threads), value in self.peaks.items()
+            ],
+            "bandwidth": [
+                {"bytes": size, "threads": threads, "gigabytes_per_second": harness.rounded(value)}
+                for (size, threads), value in sorted(self.bandwidths.items())
+            ],
+        }
+
+
+def facts() -> dict[str, object]:
+    """Of the machine, beyond harness.facts."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "kernel": platform.release(),
+        "libc": " ".join(platform.libc_ver()),
+        "memory_bytes": memory,
+        "caches": _caches(),
+        "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "threads_set_by_environment": {
+            name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+        },
+    }
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _chosen(path: str) -> str | None:
+    """Of "always [madvise] never", the word in brackets."""
+    text = _text(path)
+    return text.partition("[")[2].partition("]")[0] if text else None
+
+
+def _caches() -> dict[str, str]:
+    """Of the first core: {"L1 Data": "32K", ...}"""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_text(str(folder / name)) for name in ("level", "type", "size"))
+        if level and kind and size:
+            found[f"L{level} {kind}"] = size
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", nargs="+", type=harness.positive(int), default=[1, 2], metavar="N")
+    options = parser.parse_args()
+    for name, value in facts().items():
+        print(f"{name}: {value}")
+    machine = Machine()
+    for threads in options.threads:
+        for dtype in DTYPES:
+            print(f"{dtype}, threads {threads}: {machine.peak(dtype, threads):.0f} GFLOP/s", flush=True)
+        for size in SIZES:
+            speed = machine.bandwidth(size, threads)
+            print(f"{size // KIBIBYTE} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
