@@ -36,7 +36,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build test test-tools test-full compat durations planted fuzz demo demo-rl bench-quick cuda-build gpu-check lint format clean force
+.PHONY: build test test-tools test-full compat durations planted fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -74,6 +74,10 @@ demo: build
 
 demo-rl: build
 	$(PY) examples/recurrent_ppo.py $(ARGS)
+
+# All groups, with every peer that is installed, in about 45 minutes; ARGS=--quick takes five. Writes build/bench.json.
+bench: build
+	$(PY) benchmarks/bench.py $(ARGS)
 
 bench-quick: build
 	$(PY) benchmarks/bench_quick.py $(ARGS)

@@ -31,7 +31,7 @@ from records import Result
 
 OUTPUT = Path("build") / "bench.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-BUDGET, QUICK_BUDGET = 1.5, 0.15  # seconds of a case
+BUDGET, QUICK_BUDGET = 2.0, 0.15  # seconds of a case
 REPEATS, QUICK_REPEATS = 3, 1  # of child processes
 # Of the largest value; a warning, no verdict.
 DIFFERENCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -123,7 +123,7 @@ def line_of(result: Result) -> str:
         value = side["median"] / harness.MEBIBYTE if result["unit"] == "bytes" else side["median"]
         unit = "MiB" if result["unit"] == "bytes" else result["unit"]
         ratio = records.ratio(result, name)
-        times = f" {ratio:.2f}x" if name != "torch" and ratio else ""
+        times = f" {ratio:.2f}x" if ratio and name != records.base_of(name) else ""
         parts.append(f"{name} {value:.4g} {unit}{times}")
     return f"{records.title(result)}: {', '.join(parts)}"
 
@@ -211,18 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(record, settings, options.output)
     try:
         measure_machine(options, settings.machine)
-        with tqdm(options.cases, unit="case", mininterval=1, dynamic_ncols=True) as bar:
+        with tqdm(options.cases, unit="case", dynamic_ncols=True, disable=None) as bar:  # none in a file
             for place, case in enumerate(bar):
-                bar.set_description(f"{case.group} {case.name}")
+                bar.set_description(f"{case.group} {case.name}", refresh=False)
                 result = measure_case(case, settings)
                 record["results"].append(result)
                 for line in (line_of(result), *warnings_of(result)):
                     bar.write(line)
-                if (
-                    options.cases[place + 1 : place + 2] != []
-                    and options.cases[place + 1].group != case.group
-                ):
-                    run.write()
+                if {c.group for c in options.cases[place + 1 : place + 2]} - {case.group}:
+                    run.write()  # a group is done
     finally:
         torch.set_num_threads(before)
         record["seconds"] = round(time.perf_counter() - start, 1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -166,25 +167,30 @@ def neighbours(count: int) -> Iterator[None]:
             process.communicate()
 
 
-def alone(call: Callable[[], object], budget: float) -> list[float]:
-    """Seconds of one side for itself: threads that torch has used spin on for a while, and would hold up the other."""
-    for _ in range(3):
-        call()
+def alone(call: Callable[[], object], budget: float, least: float) -> list[float]:
+    """Seconds of one side for itself: threads that torch has used spin on for a while, and would hold up the other.
+
+    A sample is as many calls as take `least` seconds.
+    """
+    once = min(harness.sample(call, 1) for _ in range(3))
+    calls = max(1, math.ceil(least / once))
     samples: list[float] = []
     deadline = time.perf_counter() + budget
     while time.perf_counter() < deadline or len(samples) < harness.MIN_REPEATS:
-        samples.append(harness.sample(call, 1))
+        samples.append(harness.sample(call, calls))
     return samples
 
 
-def beside_neighbours(shape: Shape, training: bool, budget: float) -> list[dict[str, list[float]]]:
+def beside_neighbours(
+    shape: Shape, training: bool, budget: float, least: float = 0.0
+) -> list[dict[str, list[float]]]:
     """Seconds of the calls of each side beside no, one and two busy programs; `budget` for a side beside so many."""
     layers = dict(zip(("torch", "ours"), harness.make_layers(shape), strict=True))
     calls = {name: call_of(layer, input_of(shape), training) for name, layer in layers.items()}
     found = []
     for count in (0, 1, 2):
         with neighbours(count):
-            found.append({name: alone(call, budget) for name, call in calls.items()})
+            found.append({name: alone(call, budget, least) for name, call in calls.items()})
     return found
 
 

@@ -70,9 +70,15 @@ def title(result: Result) -> str:
     return f"{result['group']} {result['case']} {result['dtype']} {result['threads']} thr {kind}"
 
 
-def ratio(result: Result, name: str, base: str = "torch") -> float | None:
-    """How many times less a side needs than `base`: above 1 it is better. None where the case has not both."""
-    sides = result["sides"]
+def base_of(name: str) -> str:
+    """The side of torch that stands against a side: that of "ours beside 1" is "torch beside 1"."""
+    _, beside, count = name.partition(" beside ")
+    return "torch" + beside + count
+
+
+def ratio(result: Result, name: str) -> float | None:
+    """How many times less a side needs than torch: above 1 it is better. None where the case has not both."""
+    sides, base = result["sides"], base_of(name)
     if name not in sides or base not in sides:
         return None
     return sides[base]["median"] / sides[name]["median"]
@@ -84,7 +90,7 @@ def summary(results: list[Result]) -> list[Result]:
     for result in results:
         for name in result["sides"]:
             value = ratio(result, name)
-            if name != "torch" and value is not None:
+            if name != base_of(name) and value is not None:
                 line = result["group"], result["training"], result["dtype"], result["threads"], name
                 found.setdefault(line, []).append(value)
     names = ("group", "training", "dtype", "threads", "side")

@@ -1,0 +1,113 @@
+"""Make tables from a file of bench.py: the means of each group, and one step of frozen layers beside its bound.
+
+    python benchmarks/report_bench.py RECORD.json [--document PAGE.md] [--block bench-suite]
+
+Without --document the tables go to standard output; with it, they replace what stands between the two markers of the
+block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import records
+from records import Result
+from report import facts_line, plural, replace_block, table
+
+SIDES = {
+    "ours": "lstm_ext",
+    "frozen": "lstm_ext, frozen",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+NOTE = (
+    "Geometric mean and, in brackets, the worst case of torch's median over the side's: above 1, the side takes less "
+    "time, or memory. All sides of a case take turns in one run."
+)
+
+
+def means(record: Result) -> list[str]:
+    rows: dict[tuple[str, bool, str, int], dict[str, Result]] = {}
+    for line in record["summary"]:
+        key = line["group"], line["training"], line["dtype"], line["threads"]
+        rows.setdefault(key, {})[line["side"]] = line
+    sides = [name for name in SIDES if any([name in found for found in rows.values()])]
+    lines = []
+    for (group, training, dtype, threads), found in rows.items():
+        if not any([name in found for name in sides]):
+            continue
+        kind = "training step" if training else "inference"
+        name = group if group == kind or group == "training" else f"{group}, {kind}"
+        name += f", {dtype}" if dtype != "float32" else ""
+        cases = max(line["cases"] for line in found.values())
+        cells = [
+            f"{found[side]['geometric_mean']:.2f} ({found[side]['worst']:.2f})" if side in found else ""
+            for side in sides
+        ]
+        lines.append([name, plural(threads), str(cases), *cells])
+    return table(["", "", "cases", *[SIDES[name] for name in sides]], lines)
+
+
+def steps(record: Result) -> list[str]:
+    """One step with carried state, in microseconds: for each kind of weights the median, and the bound in brackets."""
+    found = [r for r in record["results"] if r["group"] == "step" and "bounds" in r]
+    if not found:
+        return []
+    kinds = list(found[0]["bounds"])
+    rows = []
+    for result in found:
+        cells = []
+        for kind in kinds:
+            bound = result["bounds"][kind]
+            sign = "≤" if bound["met"] else "**>**"
+            cells.append(f"{bound['median_us']:.3g} {sign} {bound['bound_us']:.3g}")
+        torch = f"{1e3 * result['sides']['torch']['median']:.3g}"
+        rows.append([str(result["hidden_size"]), plural(result["threads"]), torch, *cells])
+    head = ["H", "", "torch", *[kind.replace("frozen-", "frozen, ") for kind in kinds]]
+    return [
+        "",
+        "One step with carried state, batch 1, I = H, in µs: the median, and the bound of 8 µs + 1.25 times what it "
+        "takes to read as many bytes as the weights have.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def markdown(record: Result) -> str:
+    peers = [
+        f"{name} {peer['version']}" if not peer["missing"] else peer["missing"]
+        for name, peer in record["facts"]["peers"].items()
+    ]
+    lines = [
+        *means(record),
+        "",
+        NOTE,
+        *steps(record),
+        "",
+        f"Peers: {'; '.join(peers)}.",
+        "",
+        facts_line(record),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path, metavar="RECORD.json")
+    parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
+    parser.add_argument("--block", default="bench-suite", help="the name in the markers")
+    options = parser.parse_args(arguments)
+    text = markdown(records.read(options.record))
+    if options.document:
+        replace_block(options.document, options.block, text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
