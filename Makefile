@@ -90,7 +90,7 @@ gpu-check:
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
 # Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
 # package.
-CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_demo.py test_gpu_check.py \
+CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_bench_suite.py test_demo.py test_gpu_check.py \
   test_recurrent_ppo.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda

@@ -1,7 +1,7 @@
 """The benchmark suite: `make bench`.
 
     python benchmarks/bench.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--dtypes NAME ...]
-                               [--budget SECONDS] [--quick] [--list] [--output FILE]
+                               [--budget SECONDS] [--repeats N] [--quick] [--list] [--output FILE]
 
 All sides of a case take turns in one run, and every sample is kept. Peers that are not installed are named in one line
 and left out (peers.py). Results are torch's time over that of a side: above 1 the side is faster. compare.py compares

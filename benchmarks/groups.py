@@ -104,7 +104,7 @@ def with_peers(
     result = timed(calls, settings, alike, PAUSE if made and case.threads > 1 else 0.0)
     if refused:
         result["refused"] = refused
-    if case.shape.steps == 1 and case.shape.batch == 1:
+    if state:  # without one, the recurrent weights are not read
         result["bounds"] = bounds(case, result, settings.machine)
     return result
 
@@ -280,7 +280,7 @@ GROUPS: dict[str, Group] = {
         kinds=(False,),
     ),
     "frozen": Group(
-        "frozen layers with weights as they are, in bfloat16 and int8; all peers, and the bound of one step",
+        "frozen layers with weights as they are, in bfloat16 and int8, and all peers",
         {**STREAMS, **TASKS},
         frozen,
         ("stream-H16", "stream-H128", "stream-H1024", "tagger"),
@@ -294,7 +294,7 @@ GROUPS: dict[str, Group] = {
         kinds=(True,),
     ),
     "step": Group(
-        "one step with carried state (call, step(), frozen, peers), and LSTMCell with and without gradients",
+        "one step with carried state (call, step(), frozen and its bound, peers), and LSTMCell",
         {**STREAMS, **CELLS},
         step,
         ("stream-H16", "stream-H1024", "cell-B1-H64", "cell-B16-H256"),

@@ -97,13 +97,16 @@ def shape_of(result: Result) -> Shape:
 
 
 def work_of(shape: Shape) -> tuple[float, float]:
-    """Floating-point operations of the products, and bytes that the steps read and write: the weights in each step."""
+    """Floating-point operations of the products, and bytes that the steps read and write: the weights in each step.
+
+    The first step begins with a state of zeros, and has no product with the recurrent weights.
+    """
     flops = moved = 0.0
     features, hidden = shape.input_size, shape.hidden_size
     for _ in range(shape.layers):
-        weights = 4 * hidden * (features + hidden)
-        flops += 2.0 * shape.directions * shape.steps * shape.batch * weights
-        moved += 4.0 * shape.directions * shape.steps * (weights + shape.batch * (features + 2 * hidden))
+        weights = 4 * hidden * (shape.steps * features + (shape.steps - 1) * hidden)  # each time it is read
+        flops += 2.0 * shape.directions * shape.batch * weights
+        moved += 4.0 * shape.directions * (weights + shape.steps * shape.batch * (features + 2 * hidden))
         features = hidden * shape.directions
     return flops, moved
 
@@ -126,9 +129,10 @@ def finish(figure: Any, record: Result, axes: Any = None) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    rows = math.ceil(len(handles) / 5)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(5, len(handles)), frameon=False,
-        fontsize=9,
+        handles.values(), handles.keys(), loc="outside upper center", ncols=math.ceil(len(handles) / rows),
+        frameon=False, fontsize=9,
     )  # fmt: skip
     text = "\n".join(textwrap.wrap(facts_line(record), 140))
     figure.supxlabel(text, fontsize=7.5, color="#555555")
@@ -449,9 +453,9 @@ def draw_roofs(panel: Any, record: Result, threads: int, span: tuple[float, floa
     speeds = {b["bytes"]: b["gigabytes_per_second"] for b in machine["bandwidth"] if b["threads"] == threads}
     top = peaks[0] if peaks else float("inf")
     if peaks:
-        panel.plot(span, [top, top], color="black", lw=1.2, label="peak of torch.mm")
+        panel.plot(span, [top, top], color="black", lw=1.2, label="peak of a product")
     for size, style, name in ((512 * 1024, "--", "512 KiB"), (MEMORY, ":", "128 MiB")):
-        if size in speeds:
+        if size in speeds and top / speeds[size] > span[0]:
             ends = [span[0], min(span[1], top / speeds[size])]
             panel.plot(
                 ends,

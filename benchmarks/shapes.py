@@ -88,11 +88,11 @@ USERS: dict[str, Shape] = {
     "many-B256-T30-H128": Shape(256, 30, 64, 128),
 }
 
-# One size changes and the others stay: for pictures over T, B and H.
+# One size changes and the others stay: for pictures over T, B and H. What is above is not repeated: B 1 is B1-T64-H128.
 CENTRE = Shape(16, 64, 128, 128)
 SWEEPS: dict[str, dict[str, Shape]] = {
     "T": {f"over-T{steps}": CENTRE._replace(steps=steps) for steps in (1, 4, 16, 64, 256, 1024)},
-    "B": {f"over-B{batch}": CENTRE._replace(batch=batch) for batch in (1, 2, 4, 8, 32, 64, 128, 256)},
+    "B": {f"over-B{batch}": CENTRE._replace(batch=batch) for batch in (2, 4, 8, 32, 64, 128, 256)},
     "H": {
         f"over-H{hidden}": CENTRE._replace(input_size=hidden, hidden_size=hidden)
         for hidden in (16, 32, 64, 256, 512, 1024)
