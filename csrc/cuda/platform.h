@@ -14,7 +14,7 @@
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
 // and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, dependent launches,
-// clusters, mbarriers, st_async, now.
+// relaxed accesses of 16 bytes, clusters, mbarriers, st_async, now.
 #pragma once
 
 #include <cstddef>
@@ -60,20 +60,40 @@ LSTM_DEVICE void cluster_sync(LSTM_SITE_ONLY_PARAMETERS) {
   cluster_wait(LSTM_SITE_ONLY);
 }
 
-// Waits for the phase of this parity. False: `limit` cycles went by first, and the caller gives up in good order.
+// Bounds a loop that polls: asked after each try that failed, it says when to give up. `limit` is in nanoseconds; 0:
+// never. Reading the clock takes as long as a try or two, so that it is read at one in 256: a wait that succeeds at
+// once reads none, and one that expires lasts so many tries longer.
+class WaitLimit {
+ public:
+  LSTM_DEVICE explicit WaitLimit(int64_t limit) : limit_(limit) {}
+  LSTM_DEVICE bool is_over() {
+    if (limit_ == 0 || ++tries_ % 256 != 0) return false;
+    const int64_t time = now();
+    if (start_ == 0) start_ = time;
+    return time - start_ > limit_;
+  }
+
+ private:
+  int64_t limit_;
+  int64_t start_ = 0;
+  uint32_t tries_ = 0;
+};
+
+// Waits for the phase of this parity. False: `limit` nanoseconds (0: no limit) went by first, and the caller gives up
+// in good order.
 LSTM_DEVICE bool mbarrier_wait(uint64_t* barrier, uint32_t parity, int64_t limit LSTM_SITE_PARAMETERS) {
-  const int64_t start = now();
+  WaitLimit wait(limit);
   while (!mbarrier_try_wait(barrier, parity LSTM_SITE)) {
-    if (now() - start > limit) return false;
+    if (wait.is_over()) return false;
   }
   return true;
 }
 
 // The same for a counter in global memory that only grows.
 LSTM_DEVICE bool wait_at_least(const uint32_t* counter, uint32_t value, int64_t limit LSTM_SITE_PARAMETERS) {
-  const int64_t start = now();
+  WaitLimit wait(limit);
   while (load_acquire(counter LSTM_SITE) < value) {
-    if (now() - start > limit) return false;
+    if (wait.is_over()) return false;
   }
   return true;
 }

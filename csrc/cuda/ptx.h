@@ -242,7 +242,29 @@ LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
 }
 
-LSTM_DEVICE int64_t now() { return clock64(); }
+// Sixteen aligned bytes by one instruction. PTX takes a vector for so many accesses of its parts, in no order: it
+// promises that a word is whole, and not that the four belong together.
+LSTM_DEVICE uint4 load_relaxed_16(const void* address) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+LSTM_DEVICE void store_relaxed_16(void* address, uint4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// Nanoseconds, of one clock for all multiprocessors, which goes on in steps: of a microsecond on some cards.
+LSTM_DEVICE int64_t now() {
+  int64_t nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+  return nanoseconds;
+}
 
 // ---- dependent launches. Before sm_90 a kernel begins when the one in front of it has ended.
 

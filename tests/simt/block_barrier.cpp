@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 namespace simt {
 
@@ -22,6 +23,7 @@ void syncthreads(const char* file, int line) {
     ++statistics().barriers;
     note_progress();
     race::meet(barrier.waiting.data(), barrier.waiting.size());
+    weak::meet(barrier.waiting.data(), barrier.waiting.size());
     for (Thread* other : barrier.waiting) {
       if (other != &thread) make_ready(other);
     }

@@ -1,5 +1,6 @@
 // Clusters: their barrier, and shared memory of other blocks.
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 namespace simt {
 
@@ -27,6 +28,7 @@ void cluster_arrive(const char* file, int line) {
   thread.arrived_at_cluster = true;
   thread.cluster_phase = cluster.phase;
   race::release(thread, cluster.released[cluster.phase & 1]);
+  weak::publish(thread);
   ++cluster.arrived;
   finish_cluster_barrier_if_complete(cluster);
   maybe_switch(file, line);

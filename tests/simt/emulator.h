@@ -47,7 +47,7 @@ unsigned cluster_rank();
 unsigned cluster_size();
 
 // A clock that every thread reads the same: it advances as threads are scheduled, and in leaps once all threads that
-// can run only poll. A wait bounded by it ends in a deadlock, and not before.
+// can run only poll and have read it twice. A wait bounded by it ends in a deadlock, and not before.
 int64_t clock();
 
 // Ends the launch with an Error.
@@ -123,9 +123,14 @@ void st_async(void* remote, const void* value, unsigned bytes, uint64_t* remote_
 
 enum class Order { Relaxed, Acquire, Release, AcquireRelease };
 
-// To be called before an access that other threads may be waiting for. A load lets other threads run first: it is
-// taken for one turn of a polling loop. Neither touches the memory.
-void before_atomic_load(const void* address, unsigned bytes, Order order, const char* file, int line);
+// Loads and relaxed stores that other threads may be waiting for. `part` is the size of the elements of a vector, which
+// are accesses of their own; else that of the whole. A load lets other threads run first: it is taken for one turn of a
+// polling loop. What it finds, and when a store is seen: weak_memory.h.
+void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, Order order, const char* file,
+                 int line);
+void relaxed_store(void* address, const void* value, unsigned bytes, unsigned part, const char* file, int line);
+// To be called before any other atomic write: one that releases, or that reads what it changes. All see it at once.
+// Does not touch the memory.
 void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line);
 // __ldg, ld.global.nc: for the race detector, which has to know that data came by way of the read-only cache.
 void before_read_only_load(const void* address, unsigned bytes, const char* file, int line);

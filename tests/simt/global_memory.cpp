@@ -7,6 +7,7 @@
 
 #include "simt/fences.h"
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 namespace simt {
 namespace {
@@ -19,6 +20,11 @@ constexpr size_t kFence = 4096 + kAlignment;
 std::vector<const FencedMemory*>& buffers() {
   static auto* alive = new std::vector<const FencedMemory*>;
   return *alive;
+}
+
+void check_alignment(const void* address, unsigned bytes, const char* file, int line) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  fail("an access of " + std::to_string(bytes) + " bytes that is not aligned to them", file, line);
 }
 
 // The ends of the ranges, by their beginnings.
@@ -96,9 +102,27 @@ WatchedMemory::WatchedMemory(const void* memory, size_t bytes, size_t granularit
 
 WatchedMemory::~WatchedMemory() { race::forget(memory_); }
 
-void before_atomic_load(const void* address, unsigned bytes, Order order, const char* file, int line) {
+void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, Order order, const char* file,
+                 int line) {
+  check_alignment(address, bytes, file, line);
   poll(file, line);
-  race::atomic_access(*current, address, bytes, /*writes=*/false, order == Order::Acquire, false, file, line);
+  for (unsigned at = 0; at < bytes; at += part) {
+    race::atomic_access(*current, static_cast<const char*>(address) + at, part, /*writes=*/false,
+                        order == Order::Acquire, /*releases=*/false, file, line);
+  }
+  weak::load(*current, value, address, bytes);
+}
+
+void relaxed_store(void* address, const void* value, unsigned bytes, unsigned part, const char* file, int line) {
+  note_position("relaxed store", file, line);
+  check_alignment(address, bytes, file, line);
+  maybe_switch(file, line);
+  note_progress();
+  for (unsigned at = 0; at < bytes; at += part) {
+    race::atomic_access(*current, static_cast<char*>(address) + at, part, /*writes=*/true, /*acquires=*/false,
+                        /*releases=*/false, file, line);
+  }
+  weak::store(*current, address, value, bytes, part);
 }
 
 void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line) {
@@ -108,6 +132,8 @@ void before_atomic_write(const void* address, unsigned bytes, Order order, const
   const bool acquires = order == Order::Acquire || order == Order::AcquireRelease;
   const bool releases = order == Order::Release || order == Order::AcquireRelease;
   race::atomic_access(*current, address, bytes, /*writes=*/true, acquires, releases, file, line);
+  if (releases) weak::publish(*current);
+  weak::settle(address, bytes);
 }
 
 void before_read_only_load(const void* address, unsigned bytes, const char* file, int line) {
@@ -119,6 +145,7 @@ void thread_fence(const char* file, int line) {
   note_position("__threadfence", file, line);
   maybe_switch(file, line);
   race::fence(*current);
+  weak::publish(*current);
 }
 
 }  // namespace simt

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 extern dim3 blockDim;
 extern dim3 gridDim;
@@ -40,6 +41,8 @@ Options options_of_environment() {
   };
   set.copies = delivery("SIMT_COPIES", set.copies);
   set.messages = delivery("SIMT_MESSAGES", set.messages);
+  set.stores = delivery("SIMT_STORES", set.stores);
+  set.torn = one_of("SIMT_PIECES", set.torn, {{"whole", false}, {"torn", true}});
   set.mma = one_of("SIMT_MMA", set.mma, {{"exact", MmaSum::Exact}, {"truncated", MmaSum::Truncated}});
   if (const char* seed = std::getenv("SIMT_SEED")) set.seed = std::strtoull(seed, nullptr, 10);
   return set;
@@ -67,6 +70,7 @@ Block& add_block(uint64_t number, uint64_t* priority) {
   const dim3& shape = machine.config.block;
   machine.blocks.push_back(std::make_unique<Block>());
   Block& block = *machine.blocks.back();
+  block.number = static_cast<unsigned>(machine.blocks.size() - 1);
   block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                  static_cast<unsigned>(number / grid.x / grid.y)};
   block.size = block.live = shape.x * shape.y * shape.z;
@@ -130,8 +134,7 @@ void run_wave(const std::vector<uint64_t>& numbers) {
   machine.priorities.resize(numbers.size() * threads);
   for (uint64_t& priority : machine.priorities) priority = machine.random() | 1;
   machine.live = static_cast<unsigned>(numbers.size() * threads);
-  machine.polls_without_progress = 0;
-  machine.clock_leap = 1;
+  note_progress();
   race::begin(machine.live);
   allocate_shared(numbers.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
@@ -153,6 +156,7 @@ void run_wave(const std::vector<uint64_t>& numbers) {
 }
 
 void clear_wave() {
+  weak::forget();
   for (Thread& thread : machine.threads) {
     if (thread.started && !thread.finished) machine.stacks.give_back(thread.context.stack);
   }

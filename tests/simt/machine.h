@@ -43,6 +43,7 @@ struct Thread {
   bool queued = false;
   bool polling = false;
   bool waited_for_launch = true;  // the one in front of this one has ended
+  uint64_t leap_seen = 0;         // the last one that it has read the clock after
   uint64_t* priority = nullptr;
   // What it does or waits for, and where.
   const char* doing = "start";
@@ -87,6 +88,7 @@ struct BlockBarrier {
 
 struct Block {
   uint3 index{};
+  unsigned number = 0;  // among the blocks that are alive
   unsigned rank = 0;
   unsigned size = 0;
   unsigned live = 0;
@@ -148,9 +150,11 @@ struct Machine {
   std::vector<Thread*> ready;
   size_t ready_head = 0;
   int64_t clock = 0;
-  int64_t clock_leap = 1;
+  uint64_t leaps = 1;
+  int leaps_without_progress = 0;
   bool clock_has_leapt = false;  // waits may have expired
   uint64_t polls_without_progress = 0;
+  uint64_t polls_at_clock_reading = 0;
 
   std::vector<Message> messages;
   int64_t messages_sent = 0;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 namespace simt {
 namespace {
@@ -62,6 +63,7 @@ void arrive(Mbarrier& barrier, uint32_t arrivals, const char* file, int line) {
     fail("more arrivals at an mbarrier than its phase expects", file, line);
   }
   race::release(*current, barrier.arriving);
+  weak::publish(*current);
   barrier.pending_arrivals -= arrivals;
   note_progress();
   complete_phase_if_due(barrier);

@@ -29,6 +29,13 @@ LATE = {"SIMT_COPIES": "late", "SIMT_MESSAGES": "late"}
 NOW = {"SIMT_COPIES": "now", "SIMT_MESSAGES": "now"}
 MIXED = {"SIMT_COPIES": "mixed", "SIMT_MESSAGES": "mixed"}
 
+
+def _stores_seen_late(**also: str) -> tuple[dict[str, str], ...]:
+    return {**LATE, "SIMT_STORES": "late", **also}, *_random(
+        range(1, 7), **MIXED, SIMT_STORES="mixed", **also
+    )
+
+
 MODES = {
     # Threads in turn; asynchronous operations as late as they may be.
     "late": Mode("plain", (LATE,)),
@@ -36,6 +43,10 @@ MODES = {
     "now": Mode("plain", (NOW,)),
     # Threads in any order, asynchronous operations at any time.
     "random": Mode("plain", _random(range(1, 7), **MIXED)),
+    # Relaxed stores that each block sees when it likes, in any order: as late as may be, and at any time.
+    "weak": Mode("plain", _stores_seen_late()),
+    # And of sixteen bytes each word on its own.
+    "torn": Mode("plain", _stores_seen_late(SIMT_PIECES="torn")),
     # Sums of tensor cores as they might be, for what a tolerance has to allow.
     "truncated": Mode("plain", ({**LATE, "SIMT_MMA": "truncated"},)),
     "asan": Mode("asan", (LATE,)),

@@ -31,8 +31,13 @@ struct Options {
   uint64_t seed = 1;                   // SIMT_SEED
   Delivery copies = Delivery::Late;    // SIMT_COPIES=now|late|mixed, cp.async
   Delivery messages = Delivery::Late;  // SIMT_MESSAGES=now|late|mixed, st.async
-  MmaSum mma = MmaSum::Exact;          // SIMT_MMA=exact|truncated
-  int mma_bits = 24;                   // Truncated: bits kept below the largest exponent
+  // When a relaxed store can be seen by threads that nothing has told of it. Late, mixed: by each block at a time of
+  // its own, in any order.
+  Delivery stores = Delivery::Now;  // SIMT_STORES=now|late|mixed
+  // Where stores are late or mixed: the words of a vector are seen each on its own.
+  bool torn = false;           // SIMT_PIECES=whole|torn
+  MmaSum mma = MmaSum::Exact;  // SIMT_MMA=exact|truncated
+  int mma_bits = 24;           // Truncated: bits kept below the largest exponent
   // A cluster kernel that arms an mbarrier twice in a phase waits for bytes that nobody sends. PTX allows several
   // expect_tx in a phase; the project's protocol does not.
   bool one_expect_tx_per_phase = true;
@@ -52,6 +57,8 @@ struct Statistics {
   uint64_t mmas = 0;
   uint64_t copies = 0;
   uint64_t messages = 0;
+  uint64_t stores = 0;       // relaxed ones that were not seen by all at once
+  uint64_t stale_loads = 0;  // loads that found something older than the newest
 };
 
 Options& options();

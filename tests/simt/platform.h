@@ -69,9 +69,10 @@ __attribute__((no_sanitize("thread"))) T atomic_change(T* address, Order order, 
 }
 
 template <typename T>
-__attribute__((no_sanitize("thread"))) T atomic_load(const T* address, Order order, const char* file, int line) {
-  before_atomic_load(address, sizeof(T), order, file, line);
-  return *address;
+T load_in_order(const T* address, Order order, const char* file, int line) {
+  T value;
+  atomic_load(&value, address, sizeof(T), sizeof(T), order, file, line);
+  return value;
 }
 
 }  // namespace simt
@@ -258,19 +259,28 @@ inline void mma_tf32_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 using simt::to_tf32;
 
 inline uint32_t load_acquire(const uint32_t* address LSTM_SITE_PARAMETERS) {
-  return simt::atomic_load(address, simt::Order::Acquire LSTM_SITE);
+  return simt::load_in_order(address, simt::Order::Acquire LSTM_SITE);
 }
 inline uint32_t load_relaxed(const uint32_t* address LSTM_SITE_PARAMETERS) {
-  return simt::atomic_load(address, simt::Order::Relaxed LSTM_SITE);
+  return simt::load_in_order(address, simt::Order::Relaxed LSTM_SITE);
 }
 inline void store_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
   simt::atomic_change(address, simt::Order::Release, [=](uint32_t) { return value; } LSTM_SITE);
 }
 inline void store_relaxed(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
-  simt::atomic_change(address, simt::Order::Relaxed, [=](uint32_t) { return value; } LSTM_SITE);
+  simt::relaxed_store(address, &value, sizeof value, sizeof value LSTM_SITE);
 }
 inline void red_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
   simt::atomic_change(address, simt::Order::Release, [=](uint32_t before) { return before + value; } LSTM_SITE);
+}
+
+inline uint4 load_relaxed_16(const void* address LSTM_SITE_PARAMETERS) {
+  uint4 value;
+  simt::atomic_load(&value, address, sizeof value, sizeof value.x, simt::Order::Relaxed LSTM_SITE);
+  return value;
+}
+inline void store_relaxed_16(void* address, uint4 value LSTM_SITE_PARAMETERS) {
+  simt::relaxed_store(address, &value, sizeof value, sizeof value.x LSTM_SITE);
 }
 
 inline int64_t now() { return simt::clock(); }

@@ -1,6 +1,7 @@
 // Everything that cuda/platform.h and cuda/numeric.cuh offer, used once, and the toy kernels: for nvcc to compile.
 #include "cuda/numeric.cuh"
 #include "simt/toy_cluster.cuh"
+#include "simt/toy_mailbox.cuh"
 
 namespace {
 
@@ -45,6 +46,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
   store_relaxed(a.words, 2);
   red_release(a.words, 1);
   if (!wait_at_least(a.words, 3, 100)) return;
+  store_relaxed_16(a.words, load_relaxed_16(a.words + 4));
 
   if (threadIdx.x == 0) {
     mbarrier_init(barriers, 1);
@@ -84,3 +86,4 @@ template LSTM_KERNEL toy::grid_f32<128, 16, 16>(toy::Arguments);
 template LSTM_KERNEL toy::grid_bf16<128, 16, 16>(toy::Arguments);
 template LSTM_KERNEL toy::cluster_stores<128, 16, 16>(toy::Arguments);
 template LSTM_KERNEL toy::cluster_messages<128, 16, 16>(toy::Arguments);
+template LSTM_KERNEL toy::mailbox<4, 16>(toy::MailboxArguments);

@@ -353,6 +353,43 @@ void check_atomics() {
   simt::options().schedule = simt::Schedule::Fifo;
 }
 
+struct PieceArguments {
+  uint4* pieces;    // one a thread, and one more a block
+  uint32_t* tries;  // until a wait was over
+};
+
+LSTM_KERNEL piece_kernel(PieceArguments s) {
+  const uint32_t thread = threadIdx.x;
+  store_relaxed_16(s.pieces + thread, make_uint4(thread, thread + 100, thread + 200, thread + 300));
+  __syncthreads();
+  const uint4 other = load_relaxed_16(s.pieces + (thread ^ 1));
+  if (thread == 0) s.pieces[blockDim.x] = other;
+  if (thread == 1) {
+    // The first look at the clock is where the time begins, the next one is 256 tries later.
+    WaitLimit no_time(1), no_limit(0);
+    while (!no_time.is_over()) ++s.tries[0];
+    for (int i = 0; i < 100000; ++i) s.tries[1] += no_limit.is_over();
+  }
+}
+
+void check_pieces() {
+  for (const auto stores : {simt::Delivery::Now, simt::Delivery::Late}) {
+    simt::options().stores = stores;
+    DeviceBuffer<uint4> pieces(65);
+    DeviceBuffer<uint32_t> tries(2, 0u);
+    run(piece_kernel, shape(1, 64), PieceArguments{pieces.data(), tries.data()});
+    for (uint32_t i = 0; i < 64; ++i) {
+      const uint4 piece = pieces[i];
+      expect(piece.x == i && piece.y == i + 100 && piece.z == i + 200 && piece.w == i + 300, "a store of 16 bytes");
+    }
+    const uint4 piece = pieces[64];
+    expect(piece.x == 1 && piece.y == 101 && piece.z == 201 && piece.w == 301, "a load of 16 bytes");
+    expect(tries[0] >= 511 && tries[0] % 256 == 255, "a wait is over at a look at the clock");
+    expect(tries[1] == 0, "a wait without limit is not over");
+  }
+  simt::options().stores = simt::Delivery::Now;
+}
+
 // ---- clusters and messages
 
 struct ClusterArguments {
@@ -468,6 +505,7 @@ int main() {
     check_copies();
     check_indices();
     check_atomics();
+    check_pieces();
     check_clusters();
     check_addresses();
     check_conversions();

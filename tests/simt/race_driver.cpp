@@ -117,6 +117,32 @@ LSTM_KERNEL message_passing(Data d) {
   d.words[8] = d.words[7];
 }
 
+// Pieces of a mailbox are strong accesses: no race on them, nor on a word of them. What is around them is not ordered.
+enum class Piece { Alone, Word, WithData, WithFences, Plain };
+
+template <Piece piece>
+LSTM_KERNEL pieces(Data d) {
+  uint32_t* place = d.words + 16;
+  if (me() != 0) return;
+  if (blockIdx.x == 0) {
+    if (piece == Piece::WithData || piece == Piece::WithFences) d.words[7] = 1;
+    if (piece == Piece::WithFences) __threadfence();
+    store_relaxed_16(place, make_uint4(1, 1, 1, 1));
+    return;
+  }
+  if (piece == Piece::Word) {
+    while (load_relaxed(place + 3) == 0) {
+    }
+  } else if (piece == Piece::Plain) {
+    d.words[8] = place[3];
+  } else {
+    while (load_relaxed_16(place).w == 0) {
+    }
+  }
+  if (piece == Piece::WithFences) __threadfence();
+  if (piece == Piece::WithData || piece == Piece::WithFences) d.words[8] = d.words[7];
+}
+
 // A counter that all add to, as in a grid barrier.
 LSTM_KERNEL counting(Data d) {
   d.words[blockIdx.x] = 1;
@@ -269,6 +295,11 @@ const std::vector<Case>& cases() {
       {"release_relaxed", message_passing<Publish::Release, Learn::Relaxed>, shape(2, 32), true},
       {"fence_relaxed", message_passing<Publish::Fence, Learn::Relaxed>, shape(2, 32), true},
       {"flag_first", message_passing<Publish::FlagFirst, Learn::Acquire>, shape(2, 32), true},
+      {"pieces", pieces<Piece::Alone>, shape(2, 32), false},
+      {"word_of_a_piece", pieces<Piece::Word>, shape(2, 32), false},
+      {"piece_with_data", pieces<Piece::WithData>, shape(2, 32), true},
+      {"piece_with_data_and_fences", pieces<Piece::WithFences>, shape(2, 32), false},
+      {"piece_read_plainly", pieces<Piece::Plain>, shape(2, 32), true},
       {"counting", counting, shape(8, 1), false},
       {"constants_read_only", constants_read_only, shape(2, 64), false},
       {"own_data_read_only", own_data_read_only, shape(2, 64), true},
@@ -302,6 +333,7 @@ void check(const Case& one) {
     // Twice: one launch is ordered after the other.
     launch(one.kernel, one.config, data);
     flag[0] = 0;
+    std::fill(words.begin(), words.end(), 0u);
     launch(one.kernel, one.config, data);
   } catch (const simt::Error& error) {
     said = error.what();

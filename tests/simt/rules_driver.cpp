@@ -54,6 +54,21 @@ LSTM_KERNEL bounded_wait(Words w) {
   const bool in_time = wait_at_least(w.words, 1, int64_t{1} << 40);
   checks::expect(!in_time, "a bounded wait in a deadlock expires");
 }
+LSTM_KERNEL piece_misaligned(Words w) { store_relaxed_16(w.words + 1, make_uint4(1, 2, 3, 4)); }
+LSTM_KERNEL piece_read_misaligned(Words w) { w.words[0] = load_relaxed_16(w.words + 2).x; }
+// A wait of many loads a try, which reads the clock seldom.
+LSTM_KERNEL bounded_wait_for_many(Words w) {
+  WaitLimit wait(int64_t{1} << 33);
+  bool in_time = true;
+  while (in_time) {
+    uint32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += load_relaxed_16(w.words).x;
+    if (sum != 0) break;
+    in_time = !wait.is_over();
+  }
+  checks::expect(!in_time, "a bounded wait for many words expires");
+}
+LSTM_KERNEL wait_without_limit(Words w) { wait_at_least(w.words, 1, 0); }
 LSTM_KERNEL waits_for_another_block(Words w) {
   red_release(w.words, 1);
   while (load_acquire(w.words) < gridDim.x * blockDim.x) {
@@ -322,6 +337,10 @@ const std::vector<Rule>& rules() {
       {"waiting_for_each_other", waiting_for_each_other, shape(1, 64), "deadlock: 64 threads wait for each other"},
       {"nobody_sets_the_flag", nobody_sets_the_flag, shape(2, 64), "livelock"},
       {"bounded_wait", bounded_wait, shape(2, 64), ""},
+      {"bounded_wait_for_many", bounded_wait_for_many, shape(2, 64), ""},
+      {"wait_without_limit", wait_without_limit, shape(2, 64), "livelock"},
+      {"piece_misaligned", piece_misaligned, shape(1, 1), "16 bytes that is not aligned"},
+      {"piece_read_misaligned", piece_read_misaligned, shape(1, 1), "16 bytes that is not aligned"},
       {"waits_for_another_block", waits_for_another_block, cooperative(shape(4, 32)), ""},
       {"waits_for_absent_blocks", waits_for_another_block, shape(4, 32), "livelock"},
       {"own_lane_not_in_mask", own_lane_not_in_mask, shape(1, 32), "the mask lacks the lane itself"},

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "simt/machine.h"
+#include "simt/weak_memory.h"
 
 // The CUDA names of the thread that runs, set at every switch.
 uint3 threadIdx{};
@@ -20,11 +21,27 @@ namespace {
 // Without progress for so many polls per thread that can run, everything else has had its turn: what polls now waits
 // for something that no running thread will do.
 constexpr uint64_t kQuietPollsPerThread = 64;
-// Rounds of polls, after that, in which the clock leaps twice as far each time. A wait bounded by the clock ends in one
-// of them; what still polls after them is not bounded.
-constexpr uint64_t kLeaps = 50;
+// Then the clock leaps, each time so much further, once a thread has read it twice since the last leap. A wait bounded
+// by it ends in one of the leaps; what still polls after them is not bounded.
+constexpr int kLeapBits = 4;
+constexpr int kLeaps = 14;
+// Who bounds a wait reads the clock at one in 256 tries (cuda/platform.h) of up to 16 loads. Where nobody has for
+// longer, nobody does.
+constexpr uint64_t kPollsPerClockReading = 256 * 16;
 
 uint64_t quiet_polls() { return 256 + kQuietPollsPerThread * machine.live; }
+
+// Something that comes at the latest when there is nothing else to come.
+bool deliver_something() {
+  if (!machine.messages.empty()) {
+    deliver_messages(/*all_of_them=*/false);
+  } else if (weak::pending()) {
+    weak::reveal_some();
+  } else {
+    return false;
+  }
+  return true;
+}
 
 uint64_t urgency(const Thread& thread) { return thread.polling ? 0 : *thread.priority; }
 
@@ -122,11 +139,24 @@ void fail(const std::string& message, const char* file, int line) {
 }
 
 // Reading it takes time, or a thread that only looks at it would look forever.
-int64_t clock() { return ++machine.clock; }
+int64_t clock() {
+  ++machine.clock;
+  if (current != nullptr && machine.polls_without_progress > quiet_polls()) {
+    machine.polls_at_clock_reading = machine.polls_without_progress;
+    if (current->leap_seen == machine.leaps) {
+      ++machine.leaps;
+      machine.clock_has_leapt = true;
+      machine.clock += int64_t{1} << kLeapBits * std::min(++machine.leaps_without_progress, kLeaps);
+    }
+    current->leap_seen = machine.leaps;
+  }
+  return machine.clock;
+}
 
 void note_progress() {
   machine.polls_without_progress = 0;
-  machine.clock_leap = 1;
+  machine.polls_at_clock_reading = 0;
+  machine.leaps_without_progress = 0;
 }
 
 void make_ready(Thread* thread) {
@@ -143,18 +173,11 @@ void wait_here(const char* doing, const char* file, int line) {
 void poll(const char* file, int line) {
   ++statistics().polls;
   const uint64_t polls = ++machine.polls_without_progress;
-  const uint64_t quiet = quiet_polls();
   // All that can run have polled once: nobody is about to do anything else.
-  if (polls >= machine.live + 16 && !machine.messages.empty()) {
-    deliver_messages(/*all_of_them=*/false);
-  } else if (polls > quiet) {
-    if (polls > quiet + kLeaps * (machine.live + 1)) {
+  if (polls < machine.live + 16 || !deliver_something()) {
+    const uint64_t unread = polls - machine.polls_at_clock_reading;
+    if (unread > quiet_polls() + kPollsPerClockReading * machine.live || machine.leaps_without_progress > kLeaps) {
       fail("livelock: every thread that can run is polling, and no wait is bounded", file, line);
-    }
-    if ((polls - quiet) % (machine.live + 1) == 0) {
-      machine.clock_has_leapt = true;
-      machine.clock_leap *= 2;
-      machine.clock += machine.clock_leap;
     }
   }
   current->polling = true;
@@ -173,6 +196,7 @@ void run_threads() {
   machine.running = true;
   while (machine.error.empty()) {
     if (options().messages == Delivery::Mixed && !machine.messages.empty() && draw(8)) deliver_messages(false);
+    if (options().stores == Delivery::Mixed && weak::pending() && draw(8)) weak::reveal_some();
     Thread* thread = take_ready();
     if (thread != nullptr) {
       resume(*thread);

@@ -110,6 +110,8 @@ REFUSED = {
         "ld.acquire.global.u32 %r1, [%d1];",
         "one of cta, cluster, gpu, sys is missing",
     ),
+    "a vector in an order": ("ld.acquire.gpu.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d1];", "in an order"),
+    "a vector that is released": ("st.release.gpu.global.v2.u32 [%d1], {%r1, %r2};", "in an order"),
     "a texture's space": ("ld.tex.u32 %r1, [%d1];", "not supported with .tex"),
     "a vector of the wrong length": ("ld.global.v4.u32 {%r1, %r2}, [%d1];", "as many registers"),
     "an integer as a float": ("add.f32 %r1, %r2, 1;", "an integer literal as a floating-point operand"),

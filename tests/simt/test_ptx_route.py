@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from emulated_layer import stepwise_module
 from judge import EPS, relative_error
 from simt import build, nvcc
+from simt.modes import MODES
 from simt.ptx_route import TranslatedKernels, translated
 
 HERE = Path(__file__).parent
@@ -77,6 +79,8 @@ ROUNDS: dict[str, tuple[str, dict[str, Mistake]]] = {
             "mma_tf32_1688": ("mma_tf32_1688(", "{%0, %1, %2, %3}, {%4", "{%0, %2, %1, %3}, {%4"),
             "to_tf32": ("to_tf32(", "cvt.rna.", "cvt.rn."),
             "words": ("red_release(", ".add.", ".max."),
+            "load_relaxed_16": ("load_relaxed_16(", "%1, %2,", "%2, %1,"),
+            "store_relaxed_16": ("store_relaxed_16(", "%3, %4}", "%4, %3}"),
             "st_async_u32": ("st_async(uint32_t*", "[%0], %1, [%2]", "[%2], %1, [%0]"),
             "st_async_u64": ("st_async(uint64_t*", "[%0], %1, [%2]", "[%2], %1, [%0]"),
             "st_async_v4": ("st_async(uint4*", "%2, %3,", "%3, %2,"),
@@ -130,8 +134,8 @@ def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> No
     found = {wrapper for wrapper in right if right[wrapper] != wrong[wrapper]}
     assert found >= mistakes.keys()
     if name == "operands":
-        # Each by its own kernel and not by another one's, but for two kernels that need another wrapper too.
-        assert found == mistakes.keys() | {"cp_async_wait", "mbarrier_expect_tx"}
+        # Each by its own kernel and not by another one's, but for kernels that need another wrapper too.
+        assert found == mistakes.keys() | {"cp_async_wait", "mbarrier_expect_tx", "handover_of_a_piece"}
 
 
 @pytest.mark.tools
@@ -169,6 +173,42 @@ def test_toy_has_no_races(kernel: str) -> None:
     assert status == 0, text
 
 
+def mailbox_driver(mode: str) -> Path:
+    return build.compile_ptx_driver(HERE / "mailbox_driver.cpp", [translated(HERE / "toy.cu")], mode)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("mode", ["weak", "torn", "race-random"])
+def test_mailbox(mode: str) -> None:
+    for settings in MODES[mode].environments:
+        status, text = run(mailbox_driver(MODES[mode].build), "mailbox", **settings)
+        assert status == 0, text
+        assert (", 0 stale loads" in text) == (mode == "race-random"), text
+
+
+def bug_number(source: str, name: str) -> str:
+    body = re.search(r"enum \w*Bug : int \{(.*?)\};", (HERE / source).read_text(), re.S)[1]
+    return str(re.findall(r"^ +(k\w+),", body, re.M).index(name))
+
+
+# With the mode that finds them.
+MAILBOX_BUGS = {
+    "kOneWordTested": ("torn", "wrong numbers"),
+    "kFlagWithoutFence": ("weak", "wrong numbers"),
+    "kLostStore": ("now", "a wait expired"),
+}
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("bug", MAILBOX_BUGS)
+def test_planted_bug_in_the_mailbox_is_found(bug: str) -> None:
+    mode, message = MAILBOX_BUGS[bug]
+    number = bug_number("toy_mailbox.cuh", bug)
+    environments = MODES[mode].environments
+    runs = [run(mailbox_driver("plain"), "mailbox", number, **settings) for settings in environments]
+    assert any(status != 0 and message in text for status, text in runs), runs
+
+
 # Bugs of toy_lstm.cuh by name: the kernel, the mode that finds them, and what it says.
 BUGS = {
     "kNoSyncAfterLoad": ("grid_f32", "race", "unordered with"),
@@ -193,9 +233,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
     kernel, mode, message = BUGS[bug]
-    body = (HERE / "toy_lstm.cuh").read_text().split("enum Bug : int {")[1].split("}")[0]
-    names = [line.split(",")[0].strip() for line in body.splitlines() if line.strip().startswith("k")]
-    status, text = run(toy_driver(mode), kernel, str(names.index(bug)))
+    status, text = run(toy_driver(mode), kernel, bug_number("toy_lstm.cuh", bug))
     assert status != 0 and message in text
     # Where it says a place, it is in the toys' own source, not in a wrapper or in generated code.
     assert " at " not in text or "at toy_" in text

@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "simt/weak_memory.h"
+
 namespace simt {
 namespace {
 
@@ -56,7 +58,10 @@ Collective::Slot* collective(const char* operation, uint32_t mask, bool orders_m
     return slots;
   }
   if (finish != nullptr) finish(slots);
-  if (orders_memory) race::meet(here.lanes, here.count);
+  if (orders_memory) {
+    race::meet(here.lanes, here.count);
+    weak::meet(here.lanes, here.count);
+  }
   for (unsigned i = 0; i < here.count; ++i) {
     if (here.lanes[i] != &thread) make_ready(here.lanes[i]);
   }

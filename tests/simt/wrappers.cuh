@@ -122,6 +122,39 @@ LSTM_KERNEL words(Arguments s) {
   word[4] = load_relaxed(s.in + 5);
 }
 
+LSTM_KERNEL load_piece(Arguments s) {
+  const uint4 piece = load_relaxed_16(s.in + 4 * lane());
+  out_of_block(s)[lane()] = piece.x + 3 * piece.y + 5 * piece.z + 7 * piece.w;
+}
+LSTM_KERNEL store_piece(Arguments s) {
+  const uint32_t* in = s.in + 4 * lane();
+  if (lane() < 16) store_relaxed_16(out_of_block(s) + 4 * lane(), make_uint4(in[0], in[1], in[2], in[3]));
+}
+
+// What one block hands to another without a flag.
+LSTM_KERNEL handover_of_a_piece(Arguments s) {
+  if (lane() != 0) return;
+  if (blockIdx.x == 0) {
+    store_relaxed_16(s.out + 8, make_uint4(s.in[0], s.in[1], s.in[2], s.in[3]));
+  } else {
+    WaitLimit wait(int64_t{1} << 32);
+    uint4 piece = load_relaxed_16(s.out + 8);
+    while ((piece.x == 0 || piece.y == 0 || piece.z == 0 || piece.w == 0) && !wait.is_over()) {
+      piece = load_relaxed_16(s.out + 8);
+    }
+    s.out[16] = piece.x + 3 * piece.y + 5 * piece.z + 7 * piece.w;
+  }
+}
+LSTM_KERNEL piece_that_never_comes(Arguments s) {
+  if (lane() != 0) return;
+  WaitLimit wait(int64_t{1} << 32);
+  while (load_relaxed_16(s.out + 8).x == 0) {
+    if (!wait.is_over()) continue;
+    s.out[0] = 7;
+    return;
+  }
+}
+
 // Two blocks. Data goes from one to the other, by a flag that is released and acquired.
 LSTM_KERNEL handover(Arguments s) {
   if (lane() != 0) return;

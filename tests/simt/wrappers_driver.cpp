@@ -47,6 +47,10 @@ int main() {
   run("mma_tf32_1688", wrappers::multiply<Format::TF32>);
   run("to_tf32", wrappers::round_to_tf32);
   run("words", wrappers::words);
+  run("load_relaxed_16", wrappers::load_piece);
+  run("store_relaxed_16", wrappers::store_piece);
+  run("handover_of_a_piece", wrappers::handover_of_a_piece, 2);
+  run("now", wrappers::piece_that_never_comes);
   run("store_release", wrappers::handover, 2);
   run("red_release", wrappers::handover_by_counter, 2);
   run("cluster_rank", wrappers::identity, 8, 4);

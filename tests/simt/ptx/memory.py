@@ -9,6 +9,8 @@ SPACES = ("global", "local", "const", "param", "shared", "shared::cta", "shared:
 SHARED = ("shared", "shared::cta", "shared::cluster")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 VECTORS = ("v2", "v4", "v8")
+# Seen by other threads as they happen, but in no order.
+UNORDERED = ("relaxed", "volatile")
 # Hints about caches: they change no value.
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
@@ -83,9 +85,12 @@ def load(f: Emitter, m: Modifiers, i: Instruction) -> str:
         raise i.error("as many registers as the vector has parts expected")
     place = f.address(source, space)
     if order != "weak":
-        if count != 1:
+        if count == 1:
+            return f.assign(target, kind, f"load_{order}<{kind}>({place}, {HERE})")
+        if order not in UNORDERED:
             raise i.error("a vector that is loaded in an order")
-        return f.assign(target, kind, f"load_{order}<{kind}>({place}, {HERE})")
+        call = f"load_vector({place}, v, {HERE});"
+        return f"{{ {kind} v[{count}]; {call} {f.assign_each(target, kind, 'v')} }}"
     code = f"const {kind}* p = aligned<const {kind}, {count}>({place}, {HERE}); "
     if non_coherent:
         code += f"note_non_coherent(p, {count} * sizeof *p, {HERE}); "
@@ -105,9 +110,11 @@ def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
         raise i.error("as many registers as the vector has parts expected")
     place = f.address(target, space)
     if order != "weak":
-        if count != 1:
+        if count == 1:
+            return f"store_{order}<{kind}>({place}, {f.value(source, kind)}, {HERE});"
+        if order not in UNORDERED:
             raise i.error("a vector that is stored in an order")
-        return f"store_{order}<{kind}>({place}, {f.value(source, kind)}, {HERE});"
+        return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; store_vector({place}, v, {HERE}); }}"
     stores = " ".join(f"p[{n}] = {f.value(part, kind)};" for n, part in enumerate(parts))
     return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {stores} }}"
 

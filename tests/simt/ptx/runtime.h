@@ -120,16 +120,19 @@ inline void note_non_coherent(const void* place, size_t bytes, const char* file,
 }
 
 template <typename T, simt::Order order>
-PTX_UNCHECKED T load_in_order(char* place, const char* file, int line) {
-  const T* p = aligned<const T, 1>(place, file, line);
-  simt::before_atomic_load(p, sizeof(T), order, file, line);
-  return *p;
+T load_in_order(char* place, const char* file, int line) {
+  T value;
+  simt::atomic_load(&value, place, sizeof value, sizeof value, order, file, line);
+  return value;
 }
-template <typename T, simt::Order order>
-PTX_UNCHECKED void store_in_order(char* place, T value, const char* file, int line) {
-  T* p = aligned<T, 1>(place, file, line);
-  simt::before_atomic_write(p, sizeof(T), order, file, line);
-  *p = value;
+// Relaxed: so many accesses, in no order among themselves.
+template <typename T, unsigned count>
+void load_vector(char* place, T (&values)[count], const char* file, int line) {
+  simt::atomic_load(values, place, sizeof values, sizeof(T), simt::Order::Relaxed, file, line);
+}
+template <typename T, unsigned count>
+void store_vector(char* place, const T (&values)[count], const char* file, int line) {
+  simt::relaxed_store(place, values, sizeof values, sizeof(T), file, line);
 }
 // A volatile access is a relaxed one.
 template <typename T>
@@ -145,16 +148,18 @@ T load_acquire(char* place, const char* file, int line) {
   return load_in_order<T, simt::Order::Acquire>(place, file, line);
 }
 template <typename T>
-void store_volatile(char* place, T value, const char* file, int line) {
-  store_in_order<T, simt::Order::Relaxed>(place, value, file, line);
-}
-template <typename T>
 void store_relaxed(char* place, T value, const char* file, int line) {
-  store_in_order<T, simt::Order::Relaxed>(place, value, file, line);
+  simt::relaxed_store(place, &value, sizeof value, sizeof value, file, line);
 }
 template <typename T>
-void store_release(char* place, T value, const char* file, int line) {
-  store_in_order<T, simt::Order::Release>(place, value, file, line);
+void store_volatile(char* place, T value, const char* file, int line) {
+  store_relaxed<T>(place, value, file, line);
+}
+template <typename T>
+PTX_UNCHECKED void store_release(char* place, T value, const char* file, int line) {
+  T* p = aligned<T, 1>(place, file, line);
+  simt::before_atomic_write(p, sizeof(T), simt::Order::Release, file, line);
+  *p = value;
 }
 
 // ---- atomics

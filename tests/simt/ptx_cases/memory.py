@@ -41,6 +41,12 @@ kernel("ld_u8", "ld.global.u8 %r1, [%d39+200]; cvt.s64.s32 %d0, %r1;", s64(200))
 kernel("ld_s16", "ld.global.s16 %r1, [%d39+200]; cvt.s64.s32 %d0, %r1;", s64(little(200, 2) - 65536))
 kernel("ld_acquire", "ld.acquire.gpu.global.u32 %r1, [%d39+4]; cvt.u64.u32 %d0, %r1;", u64(little(4)))
 kernel("ld_relaxed", "ld.relaxed.sys.u64 %d0, [%d39+8];", u64(little(8, 8)))
+kernel(
+    "ld_relaxed_v4",
+    "ld.relaxed.gpu.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d39+16]; mov.b64 %d0, {%r2, %r4};",
+    u64(little(20) | little(28) << 32),
+)
+kernel("ld_relaxed_v2", "ld.relaxed.sys.global.v2.u64 {%d1, %d0}, [%d39+32];", u64(little(40, 8)))
 kernel("ld_volatile", "ld.volatile.global.u32 %r1, [%d39+4]; cvt.u64.u32 %d0, %r1;", u64(little(4)))
 kernel(
     "ld_cache", "ld.global.L1::no_allocate.L2::128B.u32 %r1, [%d39+4]; cvt.u64.u32 %d0, %r1;", u64(little(4))
@@ -54,6 +60,13 @@ kernel(
     "st_v2",
     "mov.b32 %r1, 1; mov.b32 %r2, 2; st.global.v2.b32 [%d38], {%r1, %r2}; ld.global.u64 %d0, [%d38];",
     u64(1 | 2 << 32),
+)
+kernel(
+    "st_relaxed_v4",  # by every other thread, over its neighbour's slot too
+    """and.b32 %r1, %r39, 1; setp.ne.u32 %p1, %r1, 0; @%p1 bra ODD; mov.b32 %r1, 1; mov.b32 %r2, 2; mov.b32 %r3, 3;
+    mov.b32 %r4, 4; st.relaxed.gpu.global.v4.b32 [%d38], {%r1, %r2, %r3, %r4}; ODD: bar.warp.sync -1;
+    ld.global.u64 %d0, [%d38];""",
+    [u64((3 | 4 << 32) if lane % 2 else (1 | 2 << 32)) for lane in LANES],
 )
 kernel("st_u8", "mov.b32 %r1, 0x1234; st.global.u8 [%d38+1], %r1; ld.global.u64 %d0, [%d38];", u64(0x3400))
 
@@ -404,6 +417,11 @@ fails(
     "misaligned_vector",
     "ld.global.v2.u32 {%r1, %r2}, [%d39+4]; mov.b64 %d0, 0;",
     "8 bytes that is not aligned",
+)
+fails(
+    "misaligned_relaxed_vector",
+    "ld.relaxed.gpu.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d39+8]; mov.b64 %d0, 0;",
+    "16 bytes that is not aligned",
 )
 fails("trapping", "trap; mov.b64 %d0, 0;", "trap")
 fails(
