@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,40 @@ _ADDRESS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
-def opcodes(cubin: Path) -> dict[str, list[str]]:
-    """The instructions of each kernel with their modifiers, as in LDG.E.128, in order."""
+_LABEL = re.compile(r"^(\.L_\w+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+
+
+class Code(list[str]):
+    """Instructions with their modifiers, as in LDG.E.128, in order; and which of them make a loop."""
+
+    def __init__(self, body: str) -> None:
+        super().__init__()
+        labels: dict[str, int] = {}
+        ends: dict[int, int] = {}  # by the loop's beginning
+        for line in body.splitlines():
+            if label := _LABEL.match(line):
+                labels[label[1]] = len(self)
+            if instruction := _INSTRUCTION.match(line):
+                self.append(instruction[1])
+                branch = _BRANCH.search(line)
+                if branch and branch[1] in labels:
+                    ends[labels[branch[1]]] = len(self)
+        self.loops = tuple(range(begin, end) for begin, end in ends.items())
+
+    def longest_loop(self) -> list[str]:
+        """From the target of a branch back to the branch: all that happens in a step, if the loop is that of the steps.
+        Loops within it are part of it."""
+        loop = max(self.loops, key=len, default=range(0))
+        return self[loop.start : loop.stop]
+
+
+def opcodes(cubin: Path) -> dict[str, Code]:
+    """The code of each kernel."""
     text = subprocess.run([find_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     _, *parts = _FUNCTION.split(text)
     names, bodies = nvcc.demangle(parts[::2]), parts[1::2]
-    code = {name: _INSTRUCTION.findall(body) for name, body in zip(names, bodies, strict=True)}
+    code = {name: Code(body) for name, body in zip(names, bodies, strict=True)}
     # A line that is not understood would look like code without faults.
     if not code or [len(found) for found in code.values()] != [
         len(_ADDRESS.findall(body)) for body in bodies
@@ -50,20 +78,31 @@ def opcodes(cubin: Path) -> dict[str, list[str]]:
 @dataclass(frozen=True)
 class Expectation:
     """For kernels whose name, without namespaces and parameters, is like `kernels`. The patterns are regular
-    expressions of whole opcodes."""
+    expressions of whole opcodes; `counts` has how often those are there that one matches. `in_loop`: of the code,
+    only the longest loop counts."""
 
     kernels: str
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     architectures: tuple[str, ...] = nvcc.ARCHITECTURES
+    counts: tuple[tuple[str, int], ...] = ()
+    in_loop: bool = False
 
-    def problems(self, name: str, architecture: str, code: Iterable[str]) -> list[str]:
+    def problems(self, name: str, architecture: str, code: Sequence[str]) -> list[str]:
         if architecture not in self.architectures or not fnmatch.fnmatchcase(name, self.kernels):
             return []
-        code = sorted(set(code))
-        missing = [p for p in self.present if not any(re.fullmatch(p, opcode) for opcode in code)]
-        unwanted = [o for o in code for p in self.absent if re.fullmatch(p, o)]
-        return [f"{p} is missing" for p in missing] + [f"{opcode} is there" for opcode in unwanted]
+        if self.in_loop:
+            code = code.longest_loop() if isinstance(code, Code) else []
+        kinds = sorted(set(code))
+        missing = [p for p in self.present if not any(re.fullmatch(p, opcode) for opcode in kinds)]
+        unwanted = [o for o in kinds for p in self.absent if re.fullmatch(p, o)]
+        found = [(p, wanted, sum(1 for o in code if re.fullmatch(p, o))) for p, wanted in self.counts]
+        where = " in the loop" if self.in_loop else ""
+        return [
+            *(f"{p} is missing{where}" for p in missing),
+            *(f"{opcode} is there{where}" for opcode in unwanted),
+            *(f"{p} is there{where} {n} times, not {wanted}" for p, wanted, n in found if n != wanted),
+        ]
 
 
 # Those with clusters, and those without.
@@ -72,6 +111,9 @@ BEFORE_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if a not in FROM_HOPPER)
 # Opcodes by what they are for.
 LOCAL_MEMORY = (r"LDL.*", r"STL.*")
 ATOMICS = (r"ATOM.*", r"REDG?(\..*)?")
+# What fences and acquiring loads become: they wait for all stores, or empty the first-level cache.
+FENCES = (r"MEMBAR.*", r"(CGA)?ERRBAR.*", r"CCTL.*")
+STRONG_16 = (r"LDG\.E\.128\.STRONG\.GPU", r"STG\.E\.128\.STRONG\.GPU")
 DOUBLE = (r"D(ADD|MUL|FMA|SETP|MNMX)(\..*)?", r"F2F\.F64.*", r"F2F\.F32\.F64.*", r"MUFU\.\w*64H")
 EXPONENTIAL = (r"MUFU\.EX2.*",)
 TANH_OF_11_BITS = (r"MUFU\.TANH.*",)
@@ -122,6 +164,16 @@ TOY_EXPECTATIONS = (
     Expectation("*", absent=LOCAL_MEMORY),
     Expectation("toy::grid_f32<*>", present=(*COPY_16, r"LDS\.128", r"REDG?\.E\.ADD\.STRONG\.GPU")),
     Expectation("toy::grid_bf16<*>", present=(*MATRIX_LOADS, *MMA_BF16, r"LDGSTS\.E\.64.*")),
+    # A mailbox costs no fence.
+    Expectation(
+        "toy::mailbox<*>",
+        present=STRONG_16,
+        absent=(*FENCES, *LOCAL_MEMORY),
+        counts=((BLOCK_BARRIER[0], 1),),
+        in_loop=True,
+    ),
+    # Here they are.
+    Expectation("toy::grid_f32<*>", present=(r"MEMBAR.*", r"CCTL.*"), in_loop=True),
     Expectation("toy::cluster_stores<*>", present=(*CLUSTER_BARRIER, r"ST\.E"), architectures=FROM_HOPPER),
     Expectation(
         "toy::cluster_messages<*>",

@@ -145,6 +145,23 @@ def test_planted_expectations_are_not_met(tmp_path: Path) -> None:
     assert not sass.problems("other", "sm_90", code, [wanted])
 
 
+@needs_disassembler
+def test_planted_expectations_of_a_loop_are_not_met(tmp_path: Path) -> None:
+    """What stands in front of the loop is not in it."""
+    step = "p[i + threadIdx.x] *= 2; __syncthreads(); if (p[i] > 1) { __threadfence(); } __syncthreads();"
+    loop = f"\n#pragma unroll 1\nfor (int i = 0; i < n; ++i) {{ {step} }}"
+    text = _KERNEL.format(body=f"atomicAdd(p + n, 1.0f); {loop}")
+    code = sass.opcodes(nvcc.compile_unit(_planted(tmp_path, text), tmp_path).path)["kernel"]
+    assert 0 < len(code.longest_loop()) < len(code)
+    barriers = ((sass.BLOCK_BARRIER[0], 1),)
+    wanted = sass.Expectation(
+        "ker*", sass.ATOMICS, (r"MEMBAR.*", *sass.ATOMICS), counts=barriers, in_loop=True
+    )
+    problems = sass.problems("kernel", "sm_90", code, [wanted])
+    assert len(problems) == 4 and problems[0] == "ATOM.* is missing in the loop", problems
+    assert "MEMBAR" in problems[2] and problems[3].endswith("in the loop 2 times, not 1"), problems
+
+
 def test_objects_are_used_again_until_something_changes(tmp_path: Path) -> None:
     text = _KERNEL.format(body="p[n] = 1;")
     unit = _planted(tmp_path, text)
