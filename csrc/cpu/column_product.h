@@ -148,6 +148,11 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
     const bool exact = b.packed || last == kLanes;
     for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, b.depth - k);
+      // Of a matrix that is packed, the panel behind this one.
+      const T* const here = b.template at<NV>(column, k);
+      const int64_t numbers = smaller(kBlockK, b.depth) * NV * kLanes;
+      const bool there = b.packed && (k + depth < b.depth || column + NV * kLanes < columns.end);
+      NextPanel next_panel(here + depth * NV * kLanes, there ? numbers * static_cast<int64_t>(sizeof(T)) : 0, here);
       for_each_row_tile(rows.end - rows.begin, [&](int64_t first, auto height) {
         const int64_t row = rows.begin + first;
         constexpr int R = height();
@@ -165,7 +170,9 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
         const T* panel = b.template at<NV>(column, k);
         const int64_t step = b.template step<NV>();
         if (exact) {
-          accumulate_rows(tile, a, panel, step, depth);
+          constexpr bool kFetch = NextPanel::kUsed && R > 1 && NV > 1;
+          accumulate_rows<T, R, NV, false, kFetch>(tile, a, panel, step, depth, 0,
+                                                   kFetch ? next_panel.take(depth) : nullptr);
         } else {
           accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
         }

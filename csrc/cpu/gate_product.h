@@ -175,6 +175,12 @@ class GateProduct {
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
         const int64_t depth = smaller(kBlockK, count - k);
         const bool last = k + depth >= count;
+        const int64_t after = !last ? k + depth : 0;
+        const bool there = !last || (i + 1 < sweep.count && !weight.packs_as_used());
+        const int64_t next_block = last && there ? sweep.block(i + 1) : block;
+        const W* const next = panels + (weight.place(next_block) * count + after) * kGates * kLanes;
+        const int64_t next_steps = there ? smaller(kBlockK, count - after) : 0;
+        NextPanel next_panel(next, next_steps * kGates * kLanes * static_cast<int64_t>(sizeof(W)), panel);
         for_each_row_tile(rows, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
           constexpr int R = height();
           const T* a[R];
@@ -192,7 +198,9 @@ class GateProduct {
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
-          accumulate_rows(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth);
+          constexpr bool kFetch = NextPanel::kUsed && R > 1;
+          accumulate_rows<T, R, kGates, false, kFetch>(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth, 0,
+                                                       kFetch ? next_panel.take(depth) : nullptr);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {

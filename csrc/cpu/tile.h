@@ -73,6 +73,29 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
   }
 }
 
+// A panel that is read after the present one. Tiles of that one fetch it into the second-level cache, a line in each
+// step of k: the first of the tiles that read it would else wait for the third. With 32 registers only, where a loop
+// has one left for its address.
+class NextPanel {
+ public:
+  static constexpr bool kUsed = kVectorRegisters == 32;
+
+  // `here`: the present panel, of which there is something to read in any case.
+  LSTM_EXT_INLINE NextPanel(const void* next, int64_t bytes, const void* here)
+      : at_(static_cast<const char*>(next)), end_(at_ + bytes), here_(static_cast<const char*>(here)) {}
+  // Where a tile of so many steps begins to fetch.
+  LSTM_EXT_INLINE const char* take(int64_t steps) {
+    if (at_ >= end_) return here_;
+    const char* const begin = at_;
+    at_ += steps * kLine;
+    return begin;
+  }
+  static constexpr int64_t kLine = 64;
+
+ private:
+  const char *at_, *const end_, *const here_;
+};
+
 // Before and after a loop: what lives across both leaves these registers to the loop. In functions as long as those
 // that tiles are inlined in, the compiler else puts the loop's own counter and pointers in memory (GCC 12 does, with 16
 // vector registers; with 32 its loops are clean).
@@ -80,10 +103,10 @@ LSTM_EXT_INLINE void free_registers() {
   if constexpr (kVectorRegisters == 16) asm volatile("" ::: "rbx", "r12", "r13", "r14", "r15");
 }
 
-// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]
-template <typename T, int R, int NV, bool Partial = false, typename B>
+// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. `fetched`: see NextPanel; null: nothing.
+template <typename T, int R, int NV, bool Partial = false, bool Fetch = false, typename B>
 LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
-                                     int64_t count, int last = 0) {
+                                     int64_t count, int last = 0, const char* fetched = nullptr) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   free_registers();
   const T* row[R];
@@ -98,6 +121,10 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
 #pragma GCC unroll 4
       for (int64_t line = 0; line < kBytes; line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(b + kPrefetchBytes / kBytes * b_step) + line);
+    }
+    if constexpr (Fetch) {
+      __builtin_prefetch(fetched, 0, 2);
+      fetched += NextPanel::kLine;
     }
     multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return row[r][k]; }, b, last);
   }
