@@ -121,8 +121,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["tile_rows"] = kernels.tile_rows;
   result["forward_batch_groups"] = forward.grid.batch_groups;
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
-  result["pack_input"] = forward.pack_input;
-  result["pack_recurrent"] = forward.pack_recurrent;
+  result["pack"] = forward.pack;
   result["pack_as_used"] = forward.pack_as_used;
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;

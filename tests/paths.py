@@ -145,8 +145,7 @@ def planned(plan: dict[str, int], rows: int, kind: str) -> tuple[str, str, str]:
     if kind == "backward":
         layout = "panels" if plan["backward_pack"] else "as they are"
     else:
-        input, recurrent = plan["pack_input"], plan["pack_recurrent"]
-        layout = "panels" if input and recurrent else "W in panels" if input else "as they are"
+        layout = "panels" if plan["pack"] else "as they are"
     return workers, layout, "several" if plan[f"{which}_chunk_rows"] * teams < rows else "one"
 
 

@@ -83,12 +83,9 @@ def test_tile_edges(capability, threads, dtype, group):
 
 # What a call of each size is for, and how the plan shows that it gets there.
 PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
-    "row-major": ((3, 2, 20, 40, 0, False, True), {"pack_input": False, "pack_recurrent": False}),
-    "packed input, row-major recurrence": (
-        (50, 2, 20, 40, 0, False, True),
-        {"pack_input": True, "pack_recurrent": False},
-    ),
-    "packed": ((10, 9, 20, 40, 0, False, True), {"pack_input": True, "pack_recurrent": True}),
+    "row-major": ((3, 2, 20, 40, 0, False, True), {"pack": False}),
+    "packed, few rows": ((50, 2, 20, 40, 0, False, True), {"pack": True}),
+    "packed": ((10, 9, 20, 40, 0, False, True), {"pack": True}),
     "several forward chunks": (
         (150, 7, 5, 100, 0, True, True),
         {"forward_chunk_rows": range(2 * 7, 150 * 7)},
@@ -101,7 +98,7 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
         (150, 7, 5, 50, 9, True, True),
         {"backward_chunk_rows": range(2 * 7, 75 * 7)},
     ),
-    "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack_recurrent": True}),
+    "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
     "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"pack_as_used": True}),

@@ -24,10 +24,10 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
       frozen ? frozen_weight(frozen->input, plan.input_unit.planes)
-             : own_weight(params.weights.weight_ih, plan.pack_input, plan.input_unit, plan.input_panels);
+             : own_weight(params.weights.weight_ih, plan.pack, plan.input_unit, plan.input_panels);
   const GateWeight<T> recurrent_weight =
       frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
-             : own_weight(params.weights.weight_hh, plan.pack_recurrent, plan.recurrent_unit, plan.recurrent_panels);
+             : own_weight(params.weights.weight_hh, plan.pack, plan.recurrent_unit, plan.recurrent_panels);
   const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);

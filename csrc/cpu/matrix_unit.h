@@ -101,7 +101,7 @@ struct MatrixUnit : Avx512Bfloat16 {
 };
 
 constexpr int64_t kNever = int64_t{1} << 62;
-constexpr UnitLimits kLimitsOfUnit{{0, 3, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1};
+constexpr UnitLimits kLimitsOfUnit{{0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1};
 
 #elif defined(LSTM_EXT_MATRIX_UNIT)
 #define LSTM_EXT_TILE_REGISTERS

@@ -11,7 +11,6 @@ namespace {
 constexpr double kWorkPerThread = 6e5;       // below this a thread costs more than it brings
 constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
 constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
-constexpr int64_t kRowMajorBatch = 2;        // a tile this low loads as much as the row-major path
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
@@ -210,12 +209,11 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
   const int planes = frozen ? frozen->planes : params.planes;
-  plan.pack_input = frozen || samples > kRowMajorRows;
-  plan.pack_recurrent = frozen || (plan.pack_input && shape.batch > kRowMajorBatch);
+  plan.pack = frozen || samples > kRowMajorRows;
   // By the size of the call, not by its share among threads: results do not depend on their number.
-  if (plan.pack_input) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
-  if (plan.pack_recurrent) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
-  plan.pack_as_used = !frozen && plan.pack_input && shape.steps == 1 && samples <= kMostUnitRows;
+  if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
+  if (plan.pack) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
+  plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
@@ -238,9 +236,9 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     // Units that have a place at once: all, or a block of each worker.
     const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
     plan.input_panels =
-        reserve_gate_weight(layout, plan.pack_input, plan.input_unit, scratch, units, plan.chunk_rows, I);
+        reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
     plan.recurrent_panels =
-        reserve_gate_weight(layout, plan.pack_recurrent, plan.recurrent_unit, scratch, units, plan.team_rows, P);
+        reserve_gate_weight(layout, plan.pack, plan.recurrent_unit, scratch, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }

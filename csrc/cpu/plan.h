@@ -56,8 +56,7 @@ struct WorkerGrid {
 // Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first.
 struct ForwardPlan {
   WorkerGrid grid;
-  bool pack_input = false;      // W as gate-interleaved panels; else W is read row-major
-  bool pack_recurrent = false;  // the same for U
+  bool pack = false;  // W and U as gate-interleaved panels or as planes; else they are read row-major
   bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
   int64_t team_rows = 0;        // batch rows of a team in a step, at most
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once

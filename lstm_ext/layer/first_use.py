@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..native import config, cuda, loader, selftest_record
 
-__all__ = ["LIMIT", "REPEATS", "check", "choose"]
+__all__ = ["LIMIT", "REPEATS", "check", "choose", "outcome"]
 
 LIMIT = 0.2  # seconds for the repeats of a variant
 REPEATS = 200  # of one layer, which has to have the same bits each time: so many, or what fits into LIMIT,
@@ -26,6 +26,7 @@ FEWEST_REPEATS = 20  # but for so many there must be time
 # What is tried, recorded and chosen by itself.
 _VARIANTS = {"step": (torch.bfloat16, torch.float16), "step-tf32": (torch.float32,)}
 _chosen: set[int | None] = set()
+_found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,16 @@ def choose(device: torch.device) -> None:
     for variant, dtypes in _VARIANTS.items():
         passed = cuda.step_outcome(device, dtypes[0])
         if passed is None and wanted:
-            passed = _tried(device, variant)
+            passed = _found[index, variant] = _tried(device, variant)
         if passed:
             loader.extension().set_cuda_step_validated(index, dtypes[0] == torch.float32, True)
+
+
+def outcome(device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Whether ``step`` has been right for tensors of this dtype, as a record says, or this process, which perhaps could
+    not record it. None if it has not been tried."""
+    recorded = cuda.step_outcome(device, dtype)
+    return _found.get((device.index, cuda.step_variant(dtype))) if recorded is None else recorded
 
 
 def _tried(device: torch.device, variant: str) -> bool | None:

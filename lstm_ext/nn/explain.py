@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layer import first_use
 from ..native import config, cuda, loader
 
 __all__ = ["explain", "explain_data"]
@@ -132,10 +133,11 @@ def _device(
         raise ValueError(f"device: expected cpu, a CUDA device or one of {', '.join(known)}, got {device!r}")
     if not torch.cuda.is_available():
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
+    index = torch.cuda.current_device() if found.index is None else found.index
     return f"{found}, {torch.cuda.get_device_name(found)}", {
-        **extension.cuda_facts(torch.cuda.current_device() if found.index is None else found.index),
-        "problem": cuda.problem(found.index),
-        "outcome": cuda.step_outcome(found, dtype),
+        **extension.cuda_facts(index),
+        "problem": cuda.problem(index),
+        "outcome": first_use.outcome(torch.device("cuda", index), dtype),
     }
 
 
@@ -207,7 +209,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         + (f": {rows} share the batch" if rows > 1 else "")
         + (f", {units} share the hidden units and meet once a step" if units > 1 else ""),
         "weights are read as they are: each is used too seldom to be copied"
-        if not plan["pack_recurrent"]
+        if not plan["pack"]
         else "weights are copied in the order in which they are read, once a call",
     ]
     if plan["recurrent_planes"]:

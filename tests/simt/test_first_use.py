@@ -65,6 +65,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
     monkeypatch.setattr(first_use, "_chosen", set())
+    monkeypatch.setattr(first_use, "_found", {})
     monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:])  # the small ones
     monkeypatch.setattr(first_use, "REPEATS", 3)
     monkeypatch.setattr(first_use, "LIMIT", 60)
@@ -146,6 +147,7 @@ def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
         first_use.choose(CPU)
     assert gpu.validated == [] and gpu.kernel == ""
     assert recorded()["failed"] == ["step", "step-tf32"]
+    assert first_use.outcome(CPU, torch.bfloat16) is False
     gpu.calls = 0
     first_use._chosen.clear()
     first_use.choose(CPU)  # never again on that device
@@ -191,6 +193,7 @@ def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(selftest_record, "write", refuse)
     first_use.choose(CPU)
     assert gpu.validated == [False, True] and recorded() is None
+    assert first_use.outcome(CPU, torch.bfloat16) and first_use.outcome(CPU, torch.float32)
 
 
 def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
