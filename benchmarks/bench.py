@@ -136,7 +136,7 @@ def warnings_of(result: Result) -> list[str]:
     for name, bound in result.get("bounds", {}).items():
         if not bound["met"]:
             lines.append(
-                f"{name} takes {bound['median_us']} us, more than the bound of {bound['bound_us']} us"
+                f"{name} takes {bound['alone_us']} us, more than the bound of {bound['bound_us']} us"
             )
     return [f"  {records.title(result)}: {line}" for line in lines]
 

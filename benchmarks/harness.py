@@ -117,6 +117,13 @@ def interleave(
     return Interleaved(seconds, calls)
 
 
+def alone(function: Callable[[], object], samples: int = 9) -> float:
+    """Seconds of a call that is made again and again, by itself: the median of some samples."""
+    once = min(sample(function, 1) for _ in range(4))
+    calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / once))
+    return statistics.median([sample(function, calls) for _ in range(samples)])
+
+
 def order_of(names: list[str], turn: int) -> list[str]:
     count = len(names)
     step = 1 if turn // count % 2 == 0 else -1
@@ -192,17 +199,19 @@ def training_call(layer: nn.Module, shape: Shape) -> Callable[[], object]:
 
 
 def step_call(layer: nn.Module, shape: Shape, method: str) -> Callable[[], object]:
-    """One time step with carried state; method "call" is the module's call, "step" is lstm_ext.LSTM.step."""
+    """One time step with carried state; method "call" is the module's call, "step" is lstm_ext.LSTM.step.
+
+    To be called in torch.inference_mode(): a stream enters it once, and entering takes a tenth of a step.
+    """
     x = input_of(shape._replace(steps=1))
+    x_t = x[0]
     hx = (torch.zeros(1, shape.batch, shape.hidden_size), torch.zeros(1, shape.batch, shape.hidden_size))
 
     def call() -> torch.Tensor:
-        with torch.inference_mode():
-            return layer(x, hx)[0]
+        return layer(x, hx)[0]
 
     def step() -> torch.Tensor:
-        with torch.inference_mode():
-            return layer.step(x[0], hx)[0]
+        return layer.step(x_t, hx)[0]
 
     return step if method == "step" else call
 

@@ -1,4 +1,5 @@
-"""Make the README's lists of figures from the committed JSON of bench_quick.py, bench_contract.py and bench_torchrl.py.
+"""Make the README's lists of figures from the committed JSON of bench.py, bench_quick.py, bench_contract.py and
+bench_torchrl.py.
 
     python benchmarks/report_readme.py [--document README.md]
 
@@ -23,7 +24,9 @@ RECORDS = {
     "amx": "cpu_xeon_amx_2_cores.json",
     "contract_amx": "contract_xeon_amx_2_cores.json",
     "torchrl": "torchrl_cpu.json",
+    "suite": "suite_epyc_zen5_2_cores.json",
 }
+PEERS = ("torch", "onnxruntime", "openvino")
 LARGE = 256  # hidden units from which the layer gains little without a matrix unit, with a batch
 
 
@@ -43,6 +46,24 @@ def of_batches(record: dict, group: str, least: int) -> str:
             for r in record["results"]
             if r["group"] == group and r["hidden_size"] >= least and r["batch"] > 1
         ]
+    )
+
+
+def beside_peers(suite: dict) -> str:
+    """Inference of the suite: our layer over torch's, and the frozen one over the best of all peers."""
+    cases = [
+        {name: side["median"] for name, side in r["sides"].items()}
+        for r in suite["results"]
+        if r["group"] == "inference"
+    ]
+    shapes = {r["case"] for r in suite["results"] if r["group"] == "inference"}
+    ours = [medians["torch"] / medians["ours"] for medians in cases]
+    frozen = [min(medians[name] for name in PEERS) / medians["frozen"] for medians in cases]
+    return (
+        f"- **Inference** of {len(shapes)} shapes from one step to B 512, with 1 and 2 threads: "
+        f"**{harness.geometric_mean(ours):.2f}×** as fast as torch in the geometric mean, {min(ours):.2f}× in the "
+        f"worst; frozen, **{harness.geometric_mean(frozen):.2f}×** as fast as the best of torch, ONNX Runtime and "
+        f"OpenVINO, {min(frozen):.2f}× in the worst. `make bench`, {linked('suite')}"
     )
 
 
@@ -80,6 +101,7 @@ def faster(records: dict[str, dict]) -> str:
             f"`make bench-quick`, {linked('avx512')}",
             f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
             f"{training['cases']} cases, {training['worst']:.2f}× in the worst. The same command and record.",
+            beside_peers(records["suite"]),
             f"- **Matrix units** (AMX): float32 with a batch and H >= 128 is "
             f"**{of_batches(records['amx'], 'inference', 128)}** as fast in inference and "
             f"**{of_batches(records['amx'], 'training', 128)}** in training, with an error below that of float32 "
