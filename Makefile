@@ -75,7 +75,7 @@ demo: build
 demo-rl: build
 	$(PY) examples/recurrent_ppo.py $(ARGS)
 
-# All groups, with every peer that is installed, in about 45 minutes; ARGS=--quick takes five. Writes build/bench.json.
+# All groups, with every peer that is installed, in about half an hour; ARGS=--quick takes five minutes. Writes build/bench.json.
 bench: build
 	$(PY) benchmarks/bench.py $(ARGS)
 

@@ -99,6 +99,23 @@ def test_values_and_gradients_of_many_layers(name, dtype):
     check(wide(name), dtype, 20, ours=drawn, equations=True)
 
 
+# Enough steps for one product of both directions: its operands lie elsewhere.
+ONE_PRODUCT = {
+    "mask, zoneout, resets": Case(
+        steps=9, bidirectional=True, mask=True, zoneout="flags", resets="to a state"
+    ),
+    "norm, in chunks": Case(steps=9, bidirectional=True, norm="own", hidden_size=16, chunk_bytes=2000),
+    "lengths, recompute": Case(steps=8, bidirectional=True, lengths=(8, 1, 5), recompute=True),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PRODUCT)
+@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
+def test_one_product_of_both_directions(name, dtype):
+    case = dataclasses.replace(ONE_PRODUCT[name], wide_weights=True)
+    check(case, dtype, 20 if dtype in LOW else 6, ours=drawn, equations=True)
+
+
 # Of the kernels that do a step at once. Their tiles have 16 units, 16 or 64 rows, 256 or 128 bytes of a state, 64
 # columns of U; and rows that do not begin at multiples of 16 bytes are copied.
 STEP_CASES = {name: case for name, case in CASES.items() if not case.proj_size and not case.norm} | {
