@@ -19,6 +19,10 @@ constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thr
 // Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
 constexpr double kLeastShare = 0.65;
 constexpr int kFewestCalls = 4, kMostCalls = 64;
+// Between two tries in a row that fare badly, at least: a try may cost a turn of the system's scheduler, milliseconds.
+constexpr double kLeastPause = 0.03;
+// So long without a bad call, and it begins anew. A few good ones may be luck: the system gives turns of milliseconds.
+constexpr double kForgotten = 0.2;
 
 double seconds(clockid_t clock) {
   timespec now;
@@ -31,21 +35,30 @@ double seconds(clockid_t clock) {
 class Crowding {
  public:
   int limited(int threads) {
-    if (threads == 1 || calls_.load(std::memory_order_relaxed) <= 0) return threads;
-    if (!wanted.load(std::memory_order_relaxed)) return threads;
-    if (calls_.fetch_sub(1, std::memory_order_relaxed) <= 0) return threads;
+    const double until = until_.load(std::memory_order_relaxed);
+    if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
+    const bool more = calls_.load(std::memory_order_relaxed) > 0 && calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
+    if (!more && seconds(CLOCK_MONOTONIC) >= until) {
+      until_.store(0, std::memory_order_relaxed);
+      return threads;
+    }
     return std::min(threads, workers_.load(std::memory_order_relaxed));
   }
 
   void note(int workers, int crowded) {
+    const int calls = next_.load(std::memory_order_relaxed);
     if (crowded == 0) {
-      if (calls_.load(std::memory_order_relaxed) <= 0) next_.store(kFewestCalls, std::memory_order_relaxed);
+      if (calls > kFewestCalls && seconds(CLOCK_MONOTONIC) - last_.load(std::memory_order_relaxed) > kForgotten) {
+        next_.store(kFewestCalls, std::memory_order_relaxed);
+      }
       return;
     }
-    const int calls = next_.load(std::memory_order_relaxed);
     workers_.store(std::max(1, workers - crowded), std::memory_order_relaxed);
     next_.store(std::min(2 * calls, kMostCalls), std::memory_order_relaxed);
     calls_.store(calls, std::memory_order_relaxed);
+    const double now = seconds(CLOCK_MONOTONIC);
+    last_.store(now, std::memory_order_relaxed);
+    until_.store(now + (calls > kFewestCalls ? kLeastPause : 0), std::memory_order_relaxed);
   }
 
   CrowdedCalls left() const {
@@ -56,6 +69,8 @@ class Crowding {
 
  private:
   std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
+  // By the clock: when the last bad call ended; and when the next try may be, 0 while nothing is limited.
+  std::atomic<double> last_{0}, until_{0};
 };
 
 Crowding& crowding() {
