@@ -235,8 +235,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   } else {
     // Units that have a place at once: all, or a block of each worker.
     const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
-    plan.input_panels =
-        reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
+    plan.input_panels = reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
     plan.recurrent_panels =
         reserve_gate_weight(layout, plan.pack, plan.recurrent_unit, scratch, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
