@@ -64,7 +64,7 @@ baseline | float64 | backward | lengths | mask, norm |
 GRIDS = """
 avx2 | bfloat16 | backward | one | panels | plain | 12, 3, 5, 10, 0
 avx2 | bfloat16 | backward | teams | panels | plain | 12, 32, 5, 20, 10
-avx2 | float32 | training | one | W in panels | plain | 20, 2, 5, 10, 5
+avx2 | float32 | training | one | panels | plain | 20, 2, 5, 10, 5
 avx512 | bfloat16 | backward | members | as they are | plain | 8, 1, 200, 70, 0
 avx512 | bfloat16 | backward | teams | panels | plain | 30, 9, 5, 20, 0
 avx512 | bfloat16 | training | members | as they are | plain | 8, 2, 20, 130, 0
