@@ -50,6 +50,10 @@ def means(record: Result) -> list[str]:
     return table(["", "", "cases", *[SIDES[name] for name in sides]], lines)
 
 
+def microseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def steps(record: Result) -> list[str]:
     """One step with carried state, in microseconds: for each kind of weights the median, and the bound in brackets."""
     found = [r for r in record["results"] if r["group"] == "step" and "bounds" in r]
@@ -62,8 +66,8 @@ def steps(record: Result) -> list[str]:
         for kind in kinds:
             bound = result["bounds"][kind]
             sign = "≤" if bound["met"] else "**>**"
-            cells.append(f"{bound['alone_us']:.3g} {sign} {bound['bound_us']:.3g}")
-        torch = f"{1e3 * result['sides']['torch']['median']:.3g}"
+            cells.append(f"{microseconds(bound['alone_us'])} {sign} {microseconds(bound['bound_us'])}")
+        torch = microseconds(1e3 * result["sides"]["torch"]["median"])
         rows.append([str(result["hidden_size"]), plural(result["threads"]), torch, *cells])
     head = ["H", "", "torch", *[kind.replace("frozen-", "frozen, ") for kind in kinds]]
     return [

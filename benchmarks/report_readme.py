@@ -100,12 +100,12 @@ def faster(records: dict[str, dict]) -> str:
             f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
             f"`make bench-quick`, {linked('avx512')}",
             f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
-            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. The same command and record.",
+            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. `make bench-quick`, {linked('avx512')}",
             beside_peers(records["suite"]),
             f"- **Matrix units** (AMX): float32 with a batch and H >= 128 is "
             f"**{of_batches(records['amx'], 'inference', 128)}** as fast in inference and "
             f"**{of_batches(records['amx'], 'training', 128)}** in training, with an error below that of float32 "
-            f"arithmetic. The same command, {linked('amx')}",
+            f"arithmetic. `make bench-quick`, {linked('amx')}",
             f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
             f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
             f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "
@@ -114,7 +114,7 @@ def faster(records: dict[str, dict]) -> str:
             f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
             f"`python benchmarks/bench_contract.py --only cell`, {linked('contract')}",
             f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
-            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. The same command, {linked('avx512')}",
+            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. `make bench-quick`, {linked('avx512')}",
             f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
             f"**{span(ragged)}** as fast as in torch. `python benchmarks/bench_contract.py --only packed`, "
             f"{linked('contract')}",

@@ -233,7 +233,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   result["problem"] = found.problem;
   result["reasons"] = found.reasons;
   result["launches"] = found.launches;
-  result["one_product"] = found.one_product;
+  result["products"] = found.products;
   result["rows_of_block"] = found.rows_of_block;
   result["blocks"] = found.blocks;
   result["threads"] = found.threads;

@@ -86,7 +86,7 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         assert layer["kernel"] == "step" or plan["step_us"] < plan["stepwise_us"]
         assert layer["kernel"] == "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
     assert layer["kernel"] in ("auto", plan["kernel"])
-    assert plan["launches"] == launches(layer, plan["kernel"])
+    assert plan["launches"] == launches(layer, plan["kernel"]) > plan["products"]
     assert plan["stepwise_us"] > 0
     if not eligible:
         return

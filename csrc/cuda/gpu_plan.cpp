@@ -125,10 +125,10 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
   const auto stepwise = [&] {
     result.one_product =
         layer.directions == 2 && !layer.packed && !layer.projected && layer.steps >= kStepsOfOneProduct;
-    const int products = result.one_product ? 1 : layer.directions;
-    result.launches = 1 + products;
+    result.products = (result.one_product ? 1 : layer.directions) * (layer.projected ? 2 : 1);
     // Forward, a projection has a kernel only if something is done to what it gives.
-    if (layer.projected) result.launches += products + (layer.backward || layer.extras ? 1 : 0);
+    const bool another = layer.projected && (layer.backward || layer.extras);
+    result.launches = result.products + (another ? 2 : 1);
   };
   const Model model(layer, device);
   result.stepwise_us = model.stepwise_us();

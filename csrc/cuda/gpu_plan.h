@@ -65,7 +65,8 @@ struct Plan {
   Kernel kernel = Kernel::kStepwise;
   std::string problem;  // why what was requested cannot run; then the rest says nothing
   std::vector<std::string> reasons;
-  int launches = 0;          // a time step, of all directions: kernels, and products of the library
+  int launches = 0;  // a time step, of all directions: kernels, and `products` of the library
+  int products = 0;
   bool one_product = false;  // the products of both directions are one
   // Of the fused kernel, also where it is not taken; 0 where there is none for the layer.
   int rows_of_block = 0;

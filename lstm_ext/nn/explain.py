@@ -164,6 +164,7 @@ def _on_cuda(
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
             backward=backward,
+            extras=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
             outcome=outcome,
         )
@@ -177,10 +178,10 @@ def _on_cuda(
             "units a block"
         )
     else:
-        products = plan["launches"] - 1
+        products, kernels = plan["products"], plan["launches"] - plan["products"]
         summary = (
             f"stepwise: each time step is {'a product' if products == 1 else f'{products} products'} of cuBLAS and "
-            "a kernel"
+            f"{'a kernel' if kernels == 1 else f'{kernels} kernels'}"
         )
         if directions == 2:
             summary += ", both directions together"
