@@ -366,6 +366,10 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
+# What holds torch and lstm_ext to an older instruction set than the processor has.
+HELD_BY = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LSTM_EXT_CPU_CAPABILITY")
+
+
 def facts() -> dict[str, object]:
     import lstm_ext
     from lstm_ext.native import loader

@@ -173,8 +173,10 @@ def facts() -> dict[str, object]:
         "caches": _caches(),
         "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "threads_set_by_environment": {
-            name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+        "set_by_environment": {
+            name: os.environ[name]
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *harness.HELD_BY)
+            if name in os.environ
         },
     }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Peer:
 
     def missing(self) -> str | None:
         """One line that says why the peer cannot run here."""
+        if held := [name for name in harness.HELD_BY if name in os.environ]:
+            return f"{self.name}: not measured: {' and '.join(held)} would hold the others back, and not it"
         absent = [name for name in self.packages if _problem_of_import(name)]
         if not absent:
             return None

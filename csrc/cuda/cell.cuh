@@ -50,14 +50,15 @@ LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward
   return part ? part + b * 4 * args.hidden_size : nullptr;
 }
 
-// Writes c_t of unit j of row b, and returns c'_t, the cell state of the equations without zoneout.
+// Writes c_t of unit j of row b, and returns c'_t, the cell state of the equations without zoneout. `before` is
+// c_{t-1}, as previous_cell gives it.
 template <bool kOptions, typename T>
 LSTM_DEVICE typename Types<T>::Accumulate update_cell(const CellForward<T>& args, int64_t b, int64_t j,
                                                       const typename Types<T>::Accumulate (&z)[4],
-                                                      const GateValues<typename Types<T>::Accumulate>& gates) {
+                                                      const GateValues<typename Types<T>::Accumulate>& gates,
+                                                      typename Types<T>::Accumulate before) {
   using A = typename Types<T>::Accumulate;
   const int64_t H = args.hidden_size, place = b * H + j;
-  const A before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
   const A now = gates.f * before + gates.i * gates.g;
   A c = now;
   if constexpr (kOptions) {
@@ -84,13 +85,27 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
   write_no_output(args.output, b, j);
 }
 
-// From the preactivations of unit j of a row that takes part to its states and its output.
+// From the preactivations of unit j of a row that takes part, and c_{t-1}, to its states and its output. Returns what
+// the product of the next step reads.
 template <bool kOptions, typename T>
-LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j,
-                            const typename Types<T>::Accumulate (&z)[4]) {
+LSTM_DEVICE T write_cell(const CellForward<T>& args, int64_t b, int64_t j, const typename Types<T>::Accumulate (&z)[4],
+                         typename Types<T>::Accumulate before) {
   const auto gates = gate_values(z);
-  const auto c = update_cell<kOptions>(args, b, j, z, gates);
-  write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, gates.o * hyperbolic_tangent(c));
+  const auto c = update_cell<kOptions>(args, b, j, z, gates, before);
+  return write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, gates.o * hyperbolic_tangent(c));
+}
+
+// The same for the fused kernels, from what does not depend on the step before, W x and the biases, and the sum of the
+// product with U, which counts unless the row begins here or is reset.
+template <bool kOptions, typename T>
+LSTM_DEVICE T finish_cell(const CellForward<T>& args, int64_t b, int64_t j, float (&z)[4], float before,
+                          const float (&product)[4]) {
+  if (has_previous<kOptions>(args.rows, b) && !is_reset<kOptions>(args.rows, b)) {
+    for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
+  } else if (const float* recurrent = recurrent_row<kOptions>(args, b)) {
+    for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * args.hidden_size + j];
+  }
+  return write_cell<kOptions>(args, b, j, z, before);
 }
 
 template <typename T, bool kOptions>
@@ -113,7 +128,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONST
     if (const A* recurrent = recurrent_row<kOptions>(args, b)) {
       for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
     }
-    write_cell<kOptions>(args, b, j, z);
+    write_cell<kOptions>(args, b, j, z, previous_cell<kOptions>(args.rows, args.c_previous, b, b * H + j));
   }
 }
 
@@ -136,37 +151,29 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
 
 // ---- backward
 
-// c'_t.
+// c'_t, from the gates and c_{t-1}.
 template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate new_cell(const CellBackward<T>& args, int64_t b, int64_t j,
-                                                   const GateValues<typename Types<T>::Accumulate>& gates) {
-  const int64_t place = b * args.hidden_size + j;
+LSTM_DEVICE typename Types<T>::Accumulate new_cell(const CellBackward<T>& args, int64_t place,
+                                                   const GateValues<typename Types<T>::Accumulate>& gates,
+                                                   typename Types<T>::Accumulate before) {
   if constexpr (kOptions) {
-    if (args.zoneout.active()) {
-      return gates.f * previous_cell<true>(args.rows, args.c_previous, b, place) + gates.i * gates.g;
-    }
+    if (args.zoneout.active()) return gates.f * before + gates.i * gates.g;
   }
   return args.cells[place];
 }
 
-// dL/d(o * tanh(c_t)).
+// What the gradients of a unit of a row that takes part need and dL/dh_t does not change.
+template <typename A>
+struct CellValues {
+  GateValues<A> gates;
+  A before;  // c_{t-1}
+  A tanh_c;  // of c'_t
+  A output;  // dL/dh_t as the caller gave it
+  A after;   // dL/dc_t but for its part through h_t
+};
 template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate hidden_gradient(const CellBackward<T>& args, int64_t b, int64_t j) {
-  if (args.grad_hidden) return args.grad_hidden[b * args.hidden_size + j];
-  return output_gradient_at<kOptions>(args.output, args.rows, b, j, args.hidden_size);
-}
-
-// From dL/dc'_t through h_t, and dL/do, to the gradients of the preactivations. It leaves dL/dc_{t-1} for the step
-// before.
-template <bool kOptions, typename T>
-LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                const GateValues<typename Types<T>::Accumulate>& gates,
-                                typename Types<T>::Accumulate dc, typename Types<T>::Accumulate d_o,
-                                typename Types<T>::Accumulate (&grad)[4]) {
-  using A = typename Types<T>::Accumulate;
-  const auto [i, f, g, o] = gates;
-  const int64_t H = args.hidden_size, place = b * H + j;
-  A after = 0, past = 0;  // dL/dc_t but for its part through h_t, and the share that zoneout sends past the step
+LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& args, int64_t b, int64_t place) {
+  typename Types<T>::Accumulate after = 0;
   if (has_next<kOptions>(args.rows, b)) {
     after = args.grad_c[place];
   } else if (args.grad_c_n) {
@@ -174,13 +181,41 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
   }
   if constexpr (kOptions) {
     if (args.grad_cells) after += args.grad_cells[place];
+  }
+  return after;
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBackward<T>& args, int64_t b, int64_t j) {
+  const int64_t place = b * args.hidden_size + j;
+  CellValues<typename Types<T>::Accumulate> values;
+  values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
+  values.before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
+  values.tanh_c = hyperbolic_tangent(new_cell<kOptions>(args, place, values.gates, values.before));
+  values.output = given_gradient(args.output, b, j);
+  values.after = gradient_after<kOptions>(args, b, place);
+  return values;
+}
+
+// From dL/dc'_t through h_t, and dL/do, to the gradients of the preactivations. It leaves dL/dc_{t-1} for the step
+// before. `before` and `after` as in CellValues.
+template <bool kOptions, typename T>
+LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+                                const GateValues<typename Types<T>::Accumulate>& gates,
+                                typename Types<T>::Accumulate before, typename Types<T>::Accumulate after,
+                                typename Types<T>::Accumulate dc, typename Types<T>::Accumulate d_o,
+                                typename Types<T>::Accumulate (&grad)[4]) {
+  using A = typename Types<T>::Accumulate;
+  const auto [i, f, g, o] = gates;
+  const int64_t H = args.hidden_size, place = b * H + j;
+  A past = 0;  // the share that zoneout sends past the step
+  if constexpr (kOptions) {
     if (args.zoneout.active()) {
       past = previous_share(args.zoneout, place, after);
       after = new_share(args.zoneout, place, after);
     }
   }
   dc += after;
-  A d[4] = {dc * g, dc * previous_cell<kOptions>(args.rows, args.c_previous, b, place), dc * i, d_o};
+  A d[4] = {dc * g, dc * before, dc * i, d_o};
   if constexpr (kOptions) {
     if (args.grad_gate_values) {
       for (int gate = 0; gate < 4; ++gate) d[gate] += widen(args.grad_gate_values[(b * 4 + gate) * H + j]);
@@ -190,11 +225,11 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
   grad[1] = d[1] * f * (1 - f);
   grad[2] = d[2] * (1 - g * g);
   grad[3] = d[3] * o * (1 - o);
-  A before = dc * f;
-  if constexpr (kOptions) before += past;
+  A grad_before = dc * f;
+  if constexpr (kOptions) grad_before += past;
   const bool reset = is_reset<kOptions>(args.rows, b);
-  args.grad_c[place] = reset ? 0 : before;
-  if (reset && args.grad_reset_c) args.grad_reset_c[place] += before;
+  args.grad_c[place] = reset ? 0 : grad_before;
+  if (reset && args.grad_reset_c) args.grad_reset_c[place] += grad_before;
 }
 
 // Writes the gradients of U h_{t-1} of unit j wherever the products behind it read them.
@@ -204,7 +239,9 @@ LSTM_DEVICE void write_recurrent_gradients(const CellBackward<T>& args, int64_t 
   using D = typename Types<T>::Gradient;
   const int64_t H = args.hidden_size;
   const bool reset = is_reset<kOptions>(args.rows, b);
-  for (int gate = 0; gate < 4; ++gate) args.grad_recurrent_part[(b * 4 + gate) * H + j] = narrow<D>(grad[gate]);
+  if (args.grad_recurrent_part) {
+    for (int gate = 0; gate < 4; ++gate) args.grad_recurrent_part[(b * 4 + gate) * H + j] = narrow<D>(grad[gate]);
+  }
   if (reset && args.grad_reset_part) {
     for (int gate = 0; gate < 4; ++gate) args.grad_reset_part[(b * 4 + gate) * H + j] += grad[gate];
   }
@@ -219,24 +256,38 @@ template <typename T>
 LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int64_t j) {
   using D = typename Types<T>::Gradient;
   const int64_t H = args.hidden_size;
-  for (int gate = 0; gate < 4; ++gate) args.grad_recurrent_part[(b * 4 + gate) * H + j] = narrow<D>(0);
+  if (args.grad_recurrent_part) {
+    for (int gate = 0; gate < 4; ++gate) args.grad_recurrent_part[(b * 4 + gate) * H + j] = narrow<D>(0);
+  }
   if (args.hidden) args.hidden[b * H + j] = narrow<T>(0);
 }
 
 // From dL/dh_t and dL/dc_t of unit j of a row that takes part to everything that is written of it; returns the
-// gradients of its preactivations.
+// gradients of its preactivations. `through_product` gives dL/dh_t through the product with U in the step after.
+template <bool kOptions, typename T, typename Through>
+LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+                                 const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
+                                 typename Types<T>::Accumulate (&grad)[4]) {
+  using A = typename Types<T>::Accumulate;
+  const A tanh_c = values.tanh_c;
+  const A dh = args.grad_hidden ? args.grad_hidden[b * args.hidden_size + j]
+                                : output_gradient<kOptions>(args.output, args.rows, b, j, args.hidden_size,
+                                                            values.output, through_product);
+  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.after,
+                           dh * values.gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
+  write_recurrent_gradients<kOptions>(args, b, j, grad);
+  if constexpr (kOptions) {
+    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates.o * tanh_c);
+  }
+}
+
+// The same where the products of the step after lie in memory.
 template <bool kOptions, typename T>
 LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
                                  typename Types<T>::Accumulate (&grad)[4]) {
-  using A = typename Types<T>::Accumulate;
-  const GateValues<A> gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
-  const A tanh_c = hyperbolic_tangent(new_cell<kOptions>(args, b, j, gates));
-  const A dh = hidden_gradient<kOptions>(args, b, j);
-  cell_gradients<kOptions>(args, b, j, gates, dh * gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
-  write_recurrent_gradients<kOptions>(args, b, j, grad);
-  if constexpr (kOptions) {
-    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(gates.o * tanh_c);
-  }
+  write_gradients<kOptions>(
+      args, b, j, cell_values<kOptions>(args, b, j),
+      [&] { return sum_of_parts(args.output, b * args.hidden_size + j); }, grad);
 }
 
 template <typename T, bool kOptions>

@@ -23,6 +23,29 @@ constexpr int kStepRowsFew = 16;
 constexpr int kStepRowsMany = 64;
 inline int step_rows(int64_t rows) { return rows <= kStepRowsFew ? kStepRowsFew : kStepRowsMany; }
 
+// Of all steps of a chunk in one launch: see cuda/persistent.h. A block has eight warps. Their weights are in
+// registers, in pieces of 16 bytes that a thread reads at once; those that have no room there lie in shared memory.
+enum class Exchange { kNone, kMailbox };
+constexpr int kPersistentThreads = 256;
+constexpr int kPersistentRows = 8;  // of a tile of the batch: the columns of an instruction
+constexpr int kPieceBytes = 16;
+struct PersistentShape {
+  int parts;            // of the depth of the product; a warp has one
+  int tiles;            // of 16 rows of weights, of a warp
+  int pieces;           // of a row of weights, of a thread, in registers
+  int units;            // of a block
+  int64_t extra_bytes;  // of shared memory, for one more piece of each thread
+  int64_t depth(int size) const { return int64_t{parts} * 4 * pieces * (kPieceBytes / size); }
+};
+// By the pass, the exchange and the size of an operand's number. A thread has 128 registers of weights in all of them.
+constexpr PersistentShape persistent_shape(bool backward, Exchange exchange, int size) {
+  const int parts = exchange == Exchange::kNone ? 1 : 8;
+  const int tiles = backward ? 1 : exchange == Exchange::kMailbox && size == 4 ? 2 : 4;
+  // Forward, a unit has four rows of weights, and backward one, which is four times as long.
+  const int units = 8 / parts * tiles * (backward ? 16 : 4);
+  return {parts, tiles, 16 / tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
+}
+
 enum class Kernel { kStepwise, kStep };
 enum class Number { kFloat64, kFloat32, kFloat16, kBFloat16 };
 

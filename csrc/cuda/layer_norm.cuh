@@ -104,7 +104,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
       }
     }
     const GateValues<A> gates = gate_values(z);
-    const A c = update_cell<true>(cell, b, j, z, gates);
+    const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
+    const A c = update_cell<true>(cell, b, j, z, gates, before);
     new_c[j] = c;
     output_gate[j] = gates.o;
     mean_c[0] += c;
@@ -123,6 +124,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     if (args.bias_c) tanh_input += args.bias_c[j];
     write_output<true>(cell.output, cell.rows, b, j, H, output_gate[j] * hyperbolic_tangent(tanh_input));
   }
+}
+
+// c'_t of a row.
+template <typename T>
+LSTM_DEVICE typename Types<T>::Accumulate new_cell_at(const CellBackward<T>& cell, int64_t b, int64_t j,
+                                                      const GateValues<typename Types<T>::Accumulate>& gates) {
+  const int64_t place = b * cell.hidden_size + j;
+  return new_cell<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place));
 }
 
 template <typename T>
@@ -152,13 +161,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += new_cell<true>(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
+    mean[0] += new_cell_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = new_cell<true>(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
+    const A x = new_cell_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -170,11 +179,12 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (new_cell<true>(cell, b, j, gates) - mean[0]) * factor[0];
+    const A hat = (new_cell_at(cell, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
     const A tanh_c = hyperbolic_tangent(tanh_input);
-    const A dh = hidden_gradient<true>(cell, b, j);
+    const A dh =
+        cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, cell.rows, b, j, H);
     const A grad = dh * gates.o * (1 - tanh_c * tanh_c);
     grad_tanh_input[j] = grad;
     args.norm_cell[b * H + j] = narrow<T>(hat);
@@ -188,10 +198,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (new_cell<true>(cell, b, j, gates) - mean[0]) * factor[0];
+    const A hat = (new_cell_at(cell, b, j, gates) - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
-    cell_gradients<true>(cell, b, j, gates, dc, grad_z[3 * H + j], grad);
+    cell_gradients<true>(cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j),
+                         gradient_after<true>(cell, b, b * H + j), dc, grad_z[3 * H + j], grad);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad[gate];

@@ -77,10 +77,10 @@ LSTM_DEVICE A mix(const Zoneout<A>& z, int64_t place, A previous, A now) {
 
 // ---- outputs
 
-// Makes h_t from h'_t, for unit j of a row that takes part. A product of the next step may read recurrent_h.
+// Makes h_t from h'_t, for unit j of a row that takes part. Returns what the product of the next step reads.
 template <bool kOptions, typename T>
-LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
-                              typename Types<T>::Accumulate h) {
+LSTM_DEVICE T write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
+                           typename Types<T>::Accumulate h) {
   const int64_t place = b * size + j;
   if constexpr (kOptions) {
     if (output.running_h) {
@@ -90,15 +90,14 @@ LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, 
     }
   }
   const T stored = narrow<T>(h);
-  if (output.recurrent_h) {
-    T operand = stored;
-    if constexpr (kOptions) {
-      if (output.recurrent_mask) operand = narrow<T>(output.recurrent_mask[place] * widen(stored));
-    }
-    output.recurrent_h[b * output.recurrent_stride + j] = operand;
+  T operand = stored;
+  if constexpr (kOptions) {
+    if (output.recurrent_mask) operand = narrow<T>(output.recurrent_mask[place] * widen(stored));
   }
+  if (output.recurrent_h) output.recurrent_h[b * output.recurrent_stride + j] = operand;
   output.h[b * output.h_stride + j] = stored;
   if (output.h_n && !has_next<kOptions>(rows, b)) output.h_n[place] = stored;
+  return operand;
 }
 
 // Rows that take no part are written as zeros: a product reads them, though nothing reads its result.
@@ -108,25 +107,38 @@ LSTM_DEVICE void write_no_output(const NewOutput<T>& output, int64_t b, int64_t 
   if (output.recurrent_h) output.recurrent_h[b * output.recurrent_stride + j] = narrow<T>(0);
 }
 
-// Returns dL/dh'_t of unit j of a row that takes part. A kernel calls it once: it also leaves dL/dh_{t-1} through
-// zoneout for the step before.
-template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate output_gradient_at(const GradOutput<T>& output, const StepRows& rows,
-                                                             int64_t b, int64_t j, int64_t size) {
+// dL/dh_t of unit j as the caller gave it.
+template <typename T>
+LSTM_DEVICE typename Types<T>::Accumulate given_gradient(const GradOutput<T>& output, int64_t b, int64_t j) {
+  if (!output.grad_output) return 0;
+  return widen(output.grad_output[b * output.grad_output_stride + j]);
+}
+// And through the product with U in the step after.
+template <typename T>
+LSTM_DEVICE typename Types<T>::Accumulate sum_of_parts(const GradOutput<T>& output, int64_t place) {
+  auto sum = output.recurrent_part[place];
+  for (int64_t part = 1; part < output.recurrent_parts; ++part) {
+    sum += output.recurrent_part[part * output.recurrent_part_stride + place];
+  }
+  return sum;
+}
+
+// Returns dL/dh'_t of unit j of a row that takes part, from what the two functions above give. A kernel calls it once:
+// it also leaves dL/dh_{t-1} through zoneout for the step before.
+template <bool kOptions, typename T, typename Through>
+LSTM_DEVICE typename Types<T>::Accumulate output_gradient(const GradOutput<T>& output, const StepRows& rows, int64_t b,
+                                                          int64_t j, int64_t size, typename Types<T>::Accumulate given,
+                                                          Through&& through_product) {
   using A = typename Types<T>::Accumulate;
   const int64_t place = b * size + j;
-  A sum = 0;
-  if (output.grad_output) sum += widen(output.grad_output[b * output.grad_output_stride + j]);
+  A sum = given;
   const bool next = has_next<kOptions>(rows, b);
   if (next && !rows.resets_after[b]) {
-    A through_product = output.recurrent_part[place];
-    for (int64_t part = 1; part < output.recurrent_parts; ++part) {
-      through_product += output.recurrent_part[part * output.recurrent_part_stride + place];
-    }
+    A through = through_product();
     if constexpr (kOptions) {
-      if (output.recurrent_mask) through_product *= output.recurrent_mask[place];
+      if (output.recurrent_mask) through *= output.recurrent_mask[place];
     }
-    sum += through_product;
+    sum += through;
   }
   if constexpr (kOptions) {
     if (output.grad_h && next) sum += output.grad_h[place];  // 0 where the step after reset the row
@@ -142,6 +154,12 @@ LSTM_DEVICE typename Types<T>::Accumulate output_gradient_at(const GradOutput<T>
     }
   }
   return sum;
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE typename Types<T>::Accumulate output_gradient_at(const GradOutput<T>& output, const StepRows& rows,
+                                                             int64_t b, int64_t j, int64_t size) {
+  return output_gradient<kOptions>(output, rows, b, j, size, given_gradient(output, b, j),
+                                   [&] { return sum_of_parts(output, b * size + j); });
 }
 
 }  // namespace lstm_ext::cuda

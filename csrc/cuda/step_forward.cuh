@@ -136,16 +136,15 @@ LSTM_DEVICE void finish_forward(const StepForward<T>& args, int64_t b, int64_t j
     return;
   }
   float z[4];
-  for (int gate = 0; gate < 4; ++gate) {
-    z[gate] = bias_at(cell, gate, j);
-    if (!args.whole) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
-  }
-  if (args.whole || (has_previous<kOptions>(cell.rows, b) && !is_reset<kOptions>(cell.rows, b))) {
+  for (int gate = 0; gate < 4; ++gate) z[gate] = bias_at(cell, gate, j);
+  const float before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * H + j);
+  if (args.whole) {
     for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
-  } else if (const float* recurrent = recurrent_row<kOptions>(cell, b)) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
+    write_cell<kOptions>(cell, b, j, z, before);
+    return;
   }
-  write_cell<kOptions>(cell, b, j, z);
+  for (int gate = 0; gate < 4; ++gate) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
+  finish_cell<kOptions>(cell, b, j, z, before, product);
 }
 
 template <typename T, bool kOptions, int kRows>

@@ -9,8 +9,6 @@
 namespace lstm_ext::cuda {
 
 constexpr int kStepGateRows = 4 * kStepUnits;
-constexpr int kPieceBytes = 16;  // what one asynchronous copy takes
-
 // Copies the numbers [k, k + 16 bytes) of a row of `length` numbers; what lies beyond them is 0, and so is a row that
 // is null. `somewhere` is any address that may be read.
 template <typename T>

@@ -1,0 +1,103 @@
+// The arguments of the persistent CUDA kernels: one launch does all time steps of a chunk of the sequence, with the
+// weights of a block in its registers. Plain data, no torch. They take what the stepwise kernels take (cuda/stepwise.h)
+// for the first row of the sequence, and find the rest of a step by its place.
+//
+// Two exchanges carry what a step leaves for the next one, h forward and the gates' gradients backward:
+//   kNone      a block has all hidden units of its rows and keeps it in shared memory; blocks never meet.
+//   kMailbox   the units of some rows are spread over a group of blocks. A block writes its part to a mailbox in global
+//              memory, and the others poll it. Each piece of 16 bytes is written once; before the launch all bits of
+//              the mailbox are set, and a piece has come when none of its words is kSentinel. Data are their own flag.
+#pragma once
+
+#include "cuda/gpu_plan.h"
+#include "cuda/stepwise.h"
+
+namespace lstm_ext::cuda {
+
+constexpr int kPersistentPackedSteps = 256;  // of a chunk of packed data, at most
+
+// A word that no piece has: half of it is a NaN in 16 bits, all of it one in 32, and kernels write another NaN.
+constexpr uint32_t kSentinel = 0xffffffffu;
+
+// The steps [first, end) of a direction, in its order.
+struct ChunkOfSteps {
+  int32_t first, end;
+  int32_t count;  // of the sequence
+  int32_t batch;
+  bool reverse;
+  bool packed;
+  int64_t first_row;  // rows of the sequence that lie before the chunk's
+  // Packed: rows before each time, without first_row: from the time before the chunk's first one in memory to the time
+  // after its last one, and the end of that. A time that there is not has no rows.
+  int32_t rows_before[kPersistentPackedSteps + 3];
+};
+
+// What a step leaves for the next one in the pass: (rows, length), as the next step's product reads it.
+template <typename D>
+struct Mailbox {
+  D* slots;         // of the chunk's rows; kNone: (B, length), of its last step alone
+  const D* before;  // of the step in front of the chunk in the pass (B, length); null if there is none
+  int64_t length;   // H, or 4 H gate by gate, H rounded up to whole pieces
+};
+
+// What blocks of a launch say to each other beside that. All bits set before the launch, but for `before`.
+struct PersistentControl {
+  uint32_t* words;         // two: somebody has given up if the first one is 0; how many blocks have left
+  const uint32_t* before;  // those of the launch in front of this one, or null
+  uint32_t* status;        // of the host: 1 if somebody gave up
+  int64_t limit;           // of a wait, in nanoseconds; 0: none
+};
+
+// T is what is stored; the product's operands are T forward, and Types<T>::Gradient backward.
+template <typename T>
+struct PersistentForward {
+  // Of row 0 of the sequence, and time 0, but for: input_part, which begins at the chunk's first row;
+  // c_previous.previous and c, of one step only if cells are not kept. cell.rows but for lengths, reverse and options,
+  // and cell.recurrent_part and output.recurrent_h are not read.
+  CellForward<T> cell;
+  ChunkOfSteps steps;
+  const uint8_t* resets;  // of time 0, as the caller gave them, or null
+  bool keeps_cells;
+  bool batch_first;  // row t of input_part, and not row t * B, is the first one of time t
+  const T* weight;   // U (4H, H)
+  int64_t weight_stride;
+  Mailbox<T> mailbox;
+};
+
+template <typename T>
+struct PersistentBackward {
+  using Gradient = typename Types<T>::Gradient;
+  // Of row 0 of the sequence, and time 0, but for grad_recurrent_part and hidden, and preactivations if they are
+  // recomputed, which begin at the chunk's first row. grad_recurrent_part is null where it is the mailbox itself.
+  // cell.rows as above; output.recurrent_part is not read.
+  CellBackward<T> cell;
+  ChunkOfSteps steps;
+  const uint8_t* resets;
+  bool recomputed;
+  int64_t grad_output_time_stride;  // from one time of grad_output to the next; 0: rows lie as those of the sequence
+  const Gradient* weight;           // U (4H, H)
+  int64_t weight_stride;
+  Mailbox<Gradient> mailbox;
+};
+
+// One or two directions, and how the launch is divided.
+template <typename Pass>
+struct PersistentSides {
+  Pass sides[2];
+  int count;
+  int groups;  // kMailbox: of blocks that have all units; they take tiles of rows by turns
+  int extra;   // pieces of a thread's weights that lie in shared memory
+  PersistentControl control;
+};
+
+// Each starts one kernel on the stream, waits for nothing, and returns the launch's own error. For float (whose
+// operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. The grid
+// follows from the sizes.
+template <typename T>
+cudaError_t persistent_forward(const PersistentSides<PersistentForward<T>>& args, Exchange exchange,
+                               cudaStream_t stream);
+template <typename T>
+cudaError_t persistent_backward(const PersistentSides<PersistentBackward<T>>& args, Exchange exchange,
+                                cudaStream_t stream);
+
+}  // namespace lstm_ext::cuda

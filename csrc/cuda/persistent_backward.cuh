@@ -1,0 +1,113 @@
+// The backward pass of the persistent kernels: the gradients of the gates go from step to step, against the direction
+// of the layer. A block gathers those of all units, and multiplies them by its units' columns of U.
+#pragma once
+
+#include "cuda/persistent_chunk.cuh"
+
+namespace lstm_ext::cuda {
+
+template <typename T, bool kOptions>
+struct PersistentBackwardPass {
+  using Arguments = PersistentBackward<T>;
+  using Operand = typename Types<T>::Gradient;
+  static constexpr bool kBackward = true;
+  static constexpr bool kHasOptions = kOptions;
+  static constexpr int kSums = 1;
+  using Cell = CellValues<float>;
+
+  const Arguments& args;
+
+  LSTM_DEVICE explicit PersistentBackwardPass(const Arguments& arguments) : args(arguments) {}
+
+  LSTM_DEVICE static int64_t rows_before(const StepPlace& place) { return place.next_rows; }
+
+  // Row `row` of a tile is a unit; along it run all gates' rows of U, gate by gate.
+  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
+                                 int64_t piece) const {
+    constexpr int kNumbers = kPieceNumbers<Operand>;
+    const int64_t H = args.cell.hidden_size, unit = first_unit + (warp_row + tile * warp_rows) * 16 + row;
+    const int64_t length = args.mailbox.length / 4, gate = piece * kNumbers / length;
+    const int64_t first = piece * kNumbers - gate * length;
+    union {
+      uint4 bits;
+      Operand numbers[kNumbers];
+    } result = {make_uint4(0, 0, 0, 0)};
+    if (unit >= H || gate >= 4) return result.bits;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      if (first + i < H) result.numbers[i] = args.weight[(gate * H + first + i) * args.weight_stride + unit];
+    }
+    return result.bits;
+  }
+
+  LSTM_DEVICE CellBackward<T> step(int n, const StepPlace& place) const {
+    const ChunkOfSteps& steps = args.steps;
+    const int64_t H = args.cell.hidden_size, row = steps.first_row + place.local;
+    CellBackward<T> cell = args.cell;
+    cell.rows = step_rows_of(args.cell.rows, steps, args.resets, n, place);
+    cell.preactivations += (args.recomputed ? place.local : row) * 4 * H;
+    cell.cells += row * H;
+    // The first step has none before it.
+    if (n > 0) cell.c_previous.previous += row_of(steps.reverse ? place.time + 1 : place.time - 1) * H;
+    if (cell.zoneout.keep) cell.zoneout.keep += row * H;
+    if (cell.grad_gate_values) cell.grad_gate_values += row * 4 * H;
+    if (cell.grad_cells) cell.grad_cells += row * H;
+    if (cell.grad_recurrent_part) cell.grad_recurrent_part += int64_t{place.local} * 4 * H;
+    if (cell.hidden) cell.hidden += int64_t{place.local} * H;
+    GradOutput<T>& output = cell.output;
+    if (output.grad_output) {
+      output.grad_output += args.grad_output_time_stride != 0 ? place.time * args.grad_output_time_stride
+                                                              : row * output.grad_output_stride;
+    }
+    if (output.zoneout.keep) output.zoneout.keep += row * H;
+    return cell;
+  }
+
+  LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, int64_t b, int64_t j) const {
+    if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return {};
+    return cell_values<kOptions>(cell, b, j);
+  }
+
+  LSTM_DEVICE void finish_cell(const CellBackward<T>& cell, const Cell& begun, int64_t b, int64_t j,
+                               const float (&product)[1], Operand (&left)[4]) const {
+    float grad[4] = {};
+    if (is_cell(cell, b, j)) {
+      if (takes_part<kOptions>(cell.rows, b)) {
+        write_gradients<kOptions>(cell, b, j, begun, [&] { return product[0]; }, grad);
+      } else {
+        write_no_gradients(cell, b, j);
+      }
+    }
+    for (int gate = 0; gate < 4; ++gate) left[gate] = narrow<Operand>(grad[gate]);
+  }
+
+  // NaN for everything that the chunk writes and others read.
+  LSTM_DEVICE void spoil() const {
+    const CellBackward<T>& cell = args.cell;
+    const ChunkOfSteps& steps = args.steps;
+    const int64_t H = cell.hidden_size;
+    const int64_t rows = local_row(steps, chunk_begin(steps) + steps.end - steps.first);
+    const float nan = __int_as_float(0x7fffffff);
+    Operand* const parts = cell.grad_recurrent_part ? cell.grad_recurrent_part : args.mailbox.slots;
+    for (int64_t i = threadIdx.x; i < rows * 4 * H; i += kPersistentThreads) parts[i] = narrow<Operand>(nan);
+    for (int64_t i = threadIdx.x; i < int64_t{steps.batch} * H; i += kPersistentThreads) {
+      cell.grad_c[i] = nan;
+      if (cell.output.grad_h) cell.output.grad_h[i] = nan;
+      if (cell.output.grad_reset_h) cell.output.grad_reset_h[i] = nan;
+      if (cell.grad_reset_c) cell.grad_reset_c[i] = nan;
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t place = (i / H * 4 + gate) * H + i % H;
+        if (cell.grad_begin_part) cell.grad_begin_part[place] = narrow<Operand>(nan);
+        if (cell.grad_reset_part) cell.grad_reset_part[place] = nan;
+      }
+    }
+  }
+
+ private:
+  LSTM_DEVICE static bool is_cell(const CellBackward<T>& cell, int64_t b, int64_t j) {
+    return b < cell.rows.count && j < cell.hidden_size;
+  }
+  LSTM_DEVICE int64_t row_of(int time) const { return args.steps.first_row + local_row(args.steps, time); }
+};
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,541 @@
+// What both passes of the persistent kernels share: the loop over the steps of a chunk. A pass (persistent_forward.cuh,
+// persistent_backward.cuh) says what the rows of its weights are, what a cell is, and what it leaves for others.
+#pragma once
+
+#include "cuda/persistent.h"
+#include "cuda/step_tiles.cuh"
+
+namespace lstm_ext::cuda {
+
+// ---- the steps of a chunk
+
+struct StepPlace {
+  int time;
+  int local;  // rows of the chunk before the step's
+  int rows, previous_rows, next_rows;
+};
+
+// `time` may be one beside the chunk.
+LSTM_DEVICE int chunk_begin(const ChunkOfSteps& c) { return c.reverse ? c.count - c.end : c.first; }
+LSTM_DEVICE int rows_at(const ChunkOfSteps& c, int time) {
+  if (time < 0 || time >= c.count) return 0;
+  if (!c.packed) return c.batch;
+  const int i = time - chunk_begin(c) + 1;
+  return c.rows_before[i + 1] - c.rows_before[i];
+}
+LSTM_DEVICE int local_row(const ChunkOfSteps& c, int time) {
+  const int i = time - chunk_begin(c);
+  return c.packed ? c.rows_before[i + 1] : i * c.batch;
+}
+
+// Of step n of the direction. Rows begin and end with the sequences of packed data.
+LSTM_DEVICE StepPlace place_of(const ChunkOfSteps& c, int n) {
+  StepPlace place;
+  place.time = c.reverse ? c.count - 1 - n : n;
+  place.local = local_row(c, place.time);
+  place.rows = rows_at(c, place.time);
+  const int previous = n > 0 ? rows_at(c, c.reverse ? place.time + 1 : place.time - 1) : 0;
+  const int next = n + 1 < c.count ? rows_at(c, c.reverse ? place.time - 1 : place.time + 1) : 0;
+  place.previous_rows = previous < place.rows ? previous : place.rows;
+  place.next_rows = next < place.rows ? next : place.rows;
+  return place;
+}
+
+// As Steps::resets_before.
+LSTM_DEVICE ResetFlags resets_at(const ChunkOfSteps& c, const uint8_t* resets, int cut) {
+  if (!resets || cut >= c.count) return {nullptr, 0};
+  return {resets + c.first_row + local_row(c, cut), rows_at(c, cut)};
+}
+
+LSTM_DEVICE StepRows step_rows_of(const StepRows& rows, const ChunkOfSteps& c, const uint8_t* resets, int n,
+                                  const StepPlace& place) {
+  StepRows result = rows;
+  result.count = place.rows;
+  result.previous_count = place.previous_rows;
+  result.next_count = place.next_rows;
+  result.resets = resets_at(c, resets, c.reverse ? place.time + 1 : place.time);
+  result.resets_after = {nullptr, 0};
+  if (n + 1 < c.count) result.resets_after = resets_at(c, resets, c.reverse ? place.time : place.time + 1);
+  result.time = place.time;
+  return result;
+}
+
+// ---- pieces: 16 bytes of operands
+
+template <typename D>
+constexpr int kPieceNumbers = kPieceBytes / static_cast<int>(sizeof(D));
+
+// Rounded as the instruction takes it: a mailbox is read oftener than it is written.
+template <typename D>
+LSTM_DEVICE uint32_t operand_bits(D value) {
+  if constexpr (std::is_same_v<D, float>) {
+    return to_tf32(value);
+  } else {
+    return reinterpret_cast<const uint16_t&>(value);
+  }
+}
+
+LSTM_DEVICE bool is_whole(const uint4& piece) {
+  return piece.x != kSentinel && piece.y != kSentinel && piece.z != kSentinel && piece.w != kSentinel;
+}
+// Both halves are a NaN in 16 bits, and all of it is one in 32.
+LSTM_DEVICE uint32_t without_sentinel(uint32_t word) { return word == kSentinel ? 0x7fff7fffu : word; }
+
+// Waits until all pieces are whole. They begin at `row` (null: zeros, and no wait), `stride` bytes apart; `count` of
+// them are there, and the others are zeros. The threads of a warp wait for each other: their instructions go together.
+// False: it took too long, or another block has given up.
+template <int kPieces>
+LSTM_DEVICE bool take_pieces(uint4 (&pieces)[kPieces], const unsigned char* row, int stride, int count,
+                             const PersistentControl& control LSTM_SITE_PARAMETERS) {
+  constexpr unsigned kAll = 0xffffffffu;
+  WaitLimit limit(control.limit);
+  for (uint32_t tries = 1;; ++tries) {
+    bool whole = true;
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      pieces[q] = make_uint4(0, 0, 0, 0);
+      if (row && q < count) pieces[q] = load_relaxed_16(row + q * stride LSTM_SITE);
+      whole = whole && is_whole(pieces[q]);
+    }
+    if (__all_sync(kAll, whole)) return true;
+    bool gives_up = limit.is_over();
+    if (tries % 256 == 0) gives_up = gives_up || load_relaxed(control.words LSTM_SITE) == 0;
+    if (__any_sync(kAll, gives_up)) return false;
+  }
+}
+
+// The same number, of which the compiler does not know that.
+LSTM_DEVICE int computed_anew(int value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value) : : "memory");
+#endif
+  return value;
+}
+
+// ---- the loop
+
+template <typename Pass, Exchange kExchange>
+class PersistentChunk {
+ public:
+  using D = typename Pass::Operand;
+  static constexpr PersistentShape kShape = persistent_shape(Pass::kBackward, kExchange, sizeof(D));
+  static constexpr int kParts = kShape.parts, kWarpRows = 8 / kParts, kTiles = kShape.tiles, kPieces = kShape.pieces;
+  static constexpr int kUnits = kShape.units;
+  static constexpr int kNumbers = kPieceNumbers<D>;
+  static constexpr bool kMailbox = kExchange == Exchange::kMailbox;
+  // Cells whose sums a thread has in the fragments of the instruction, and those that it finishes.
+  static constexpr int kFragmentCells = Pass::kSums == 4 ? kTiles : 4 * kTiles;
+  static constexpr int kCellThreads = kMailbox ? kUnits * kPersistentRows : kPersistentThreads;
+  static constexpr int kCells = kMailbox ? 1 : kFragmentCells;
+  // Four cells with options leave no registers for it.
+  static constexpr bool kBeginsEarly = kCells == 1 || !Pass::kHasOptions;
+  // Of partial sums: rows do not meet in the banks.
+  struct alignas(4 * Pass::kSums) Sums {
+    float of[Pass::kSums];
+  };
+  static constexpr int kPitch = kUnits + (Pass::kSums == 4 ? 1 : 4);
+  static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // of a turn
+  static_assert(kUnits * kPersistentRows <= kPersistentThreads * kCells);
+
+  // Dynamic shared memory; that of pieces without registers comes first.
+  static size_t shared_bytes(int extra, int64_t length) {
+    const size_t own =
+        kMailbox ? 2 * kPartials * sizeof(Sums) : 2 * static_cast<size_t>(kPersistentRows * operand_pitch(length));
+    return static_cast<size_t>(extra * kShape.extra_bytes) + own;
+  }
+  // Of a row of operands in shared memory, in bytes: two rows that a warp reads at once lie in other banks.
+  LSTM_HOST_DEVICE static int64_t operand_pitch(int64_t length) {
+    return (length * static_cast<int64_t>(sizeof(D)) + 127) / 128 * 128 + 64;
+  }
+
+  LSTM_DEVICE PersistentChunk(const PersistentSides<typename Pass::Arguments>& all, unsigned char* shared,
+                              uint32_t* late)
+      : all_(all),
+        pass_(all.sides[blockIdx.z]),
+        shared_(shared),
+        late_(late),
+        warp_(threadIdx.x / 32),
+        group_(threadIdx.x % 32 / 4),
+        member_(threadIdx.x % 4),
+        warp_row_(warp_ % kWarpRows),
+        warp_part_(warp_ / kWarpRows),
+        blocks_of_group_(gridDim.x / (kMailbox ? all.groups : gridDim.x)),
+        first_unit_(static_cast<int>(blockIdx.x % blocks_of_group_) * kUnits),
+        pieces_of_row_(static_cast<int>(pass_.args.mailbox.length / kNumbers)) {}
+
+  LSTM_DEVICE void run() {
+    if (kMailbox && threadIdx.x < 2) late_[threadIdx.x] = 0;
+    // What a launch in front of this one has not written never comes.
+    bool goes_on = !all_.control.before || load_relaxed(all_.control.before) != 0;
+    if (goes_on) {
+      load_weights();
+      if (!kMailbox) load_operands();
+      __syncthreads();
+      const ChunkOfSteps& steps = pass_.args.steps;
+      int turn = 0;
+      const int count = steps.end - steps.first;
+      for (int i = 0; i < count && goes_on; ++i) goes_on = run_step(i, turn);
+    }
+    if (kMailbox) leave(goes_on);
+  }
+
+ private:
+  struct Unit {
+    int unit, row;  // of the block, of the tile
+  };
+  // Of the cell whose sums are number i of this thread's fragments.
+  LSTM_DEVICE Unit fragment_cell(int i) const {
+    if constexpr (Pass::kSums == 4) {
+      return {(warp_row_ + i / 2 * kWarpRows) * 8 + group_, member_ * 2 + i % 2};
+    } else {
+      return {(warp_row_ + i / 4 * kWarpRows) * 16 + i % 4 / 2 * 8 + group_, member_ * 2 + i % 2};
+    }
+  }
+  LSTM_DEVICE static Sums sums_of_fragment(const float (&d)[kTiles][4], int i) {
+    if constexpr (Pass::kSums == 4) {
+      const int tile = i / 2 * 2, column = i % 2;
+      return {{d[tile][column], d[tile][2 + column], d[tile + 1][column], d[tile + 1][2 + column]}};
+    } else {
+      return {{d[i / 4][i % 4]}};
+    }
+  }
+  LSTM_DEVICE Unit cell(int i) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kMailbox) {
+      return {thread % kUnits, thread / kUnits};
+    } else {
+      return fragment_cell(i);
+    }
+  }
+
+  // A piece of this thread's rows of tile m; `half` 1: of the row eight further down.
+  LSTM_DEVICE uint4 weight_piece(int64_t piece, int m, int half) const {
+    uint4 bits = pass_.weight_piece(first_unit_, warp_row_, kWarpRows, m, half * 8 + group_, piece);
+    bits.x = operand_register<D>(bits.x);
+    bits.y = operand_register<D>(bits.y);
+    bits.z = operand_register<D>(bits.z);
+    bits.w = operand_register<D>(bits.w);
+    return bits;
+  }
+  // The pieces of a warp are those of its part: part 0 has the first four of each 4 * kParts.
+  LSTM_DEVICE int piece_of(int q) const { return (q * kParts + warp_part_) * 4 + member_; }
+  LSTM_DEVICE bool is_there(int q) const { return (q * kParts + warp_part_) * 4 < pieces_of_row_; }
+  LSTM_DEVICE uint4* extra_weights(int e, int m, int half) const {
+    return reinterpret_cast<uint4*>(shared_) + (((e * 8 + warp_) * kTiles + m) * 2 + half) * 32 + threadIdx.x % 32;
+  }
+
+  LSTM_DEVICE static void in_fragments(uint32_t (&first)[4], uint32_t (&second)[4], const uint4& low,
+                                       const uint4& high) {
+    first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
+    second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
+  }
+
+  LSTM_DEVICE void load_weights() {
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        in_fragments(weights_[q][m][0], weights_[q][m][1], weight_piece(piece_of(q), m, 0),
+                     weight_piece(piece_of(q), m, 1));
+      }
+    }
+    for (int e = 0; e < all_.extra; ++e) {
+      for (int m = 0; m < kTiles; ++m) {
+        for (int half = 0; half < 2; ++half) {
+          *extra_weights(e, m, half) = weight_piece(piece_of(kPieces + e), m, half);
+        }
+      }
+    }
+  }
+
+  // ---- without a mailbox: operands in shared memory, of two steps by turns
+  LSTM_DEVICE unsigned char* operand_row(int step, int row) const {
+    const int64_t pitch = operand_pitch(pass_.args.mailbox.length);
+    return shared_ + all_.extra * kShape.extra_bytes + (step % 2 * kPersistentRows + row) * pitch;
+  }
+  // Those in front of the chunk.
+  LSTM_DEVICE void load_operands() {
+    const Mailbox<D>& box = pass_.args.mailbox;
+    const ChunkOfSteps& steps = pass_.args.steps;
+    if (!box.before) return;
+    for (int64_t i = threadIdx.x; i < kPersistentRows * box.length; i += kPersistentThreads) {
+      const int row = static_cast<int>(i / box.length);
+      const int64_t b = int64_t{blockIdx.x} * kPersistentRows + row;
+      if (b >= steps.batch) break;
+      reinterpret_cast<D*>(operand_row(Pass::kBackward ? steps.end : steps.first + 1, row))[i % box.length] =
+          box.before[b * box.length + i % box.length];
+    }
+  }
+
+  // The rows of the tile that the step before in the pass has left, from where this thread's pieces begin.
+  LSTM_DEVICE const unsigned char* row_before(int i, int b, int rows) const {
+    if (b >= rows) return nullptr;
+    const unsigned char* row;
+    if constexpr (kMailbox) {
+      const Mailbox<D>& box = pass_.args.mailbox;
+      const int64_t local = i == 0 ? b : place_of(pass_.args.steps, step_of(i - 1)).local + b;
+      row = reinterpret_cast<const unsigned char*>((i == 0 ? box.before : box.slots) + local * box.length);
+    } else {
+      row = operand_row(step_of(i) + 1, b % kPersistentRows);
+    }
+    return row + piece_of(0) * kPieceBytes;
+  }
+
+  template <int kCount>
+  LSTM_DEVICE bool read_pieces(uint4 (&pieces)[kCount], const unsigned char* row, int count) const {
+    constexpr int kStride = kParts * 4 * kPieceBytes;
+    if constexpr (kMailbox) {
+      return take_pieces(pieces, row, kStride, count, all_.control);
+    } else {
+#pragma unroll
+      for (int q = 0; q < kCount; ++q) {
+        pieces[q] = make_uint4(0, 0, 0, 0);
+        if (row && q < count) pieces[q] = *reinterpret_cast<const uint4*>(row + q * kStride);
+      }
+      return true;
+    }
+  }
+
+  // The product of the tile. False: its operand did not come.
+  LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row) const {
+    const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // of this thread
+    // What comes by mail is waited for once; what is in shared memory is read when there are registers.
+    constexpr int kAtOnce = kMailbox ? kPieces : 2;
+#pragma unroll
+    for (int begin = 0; begin < kPieces; begin += kAtOnce) {
+      uint4 pieces[kAtOnce];
+      if (!is_there(begin)) break;
+      if (!read_pieces(pieces, row ? row + begin * kParts * 4 * kPieceBytes : nullptr, count - begin)) return false;
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
+        if (is_there(begin + q)) multiply_piece(sums, pieces[q], weights_[begin + q]);
+      }
+    }
+#pragma unroll 1
+    for (int e = 0; e < all_.extra; ++e) {
+      uint4 piece[1];
+      const int q = kPieces + e;
+      if (!is_there(q)) break;
+      if (!read_pieces(piece, row ? row + q * kParts * 4 * kPieceBytes : nullptr, count - q)) return false;
+      uint32_t weights[kTiles][2][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        in_fragments(weights[m][0], weights[m][1], *extra_weights(e, m, 0), *extra_weights(e, m, 1));
+      }
+      multiply_piece(sums, piece[0], weights);
+    }
+    return true;
+  }
+  LSTM_DEVICE static void multiply_piece(float (&sums)[kTiles][4], const uint4& piece,
+                                         const uint32_t (&weights)[kTiles][2][4]) {
+    const uint32_t first[2] = {piece.x, piece.y}, second[2] = {piece.z, piece.w};
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(sums[m], weights[m][0], first);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(sums[m], weights[m][1], second);
+  }
+
+  LSTM_DEVICE Sums* partial(int turn, int part, const Unit& at) const {
+    Sums* of_turn = reinterpret_cast<Sums*>(shared_ + all_.extra * kShape.extra_bytes) + turn % 2 * kPartials;
+    return of_turn + (part * kPersistentRows + at.row) * kPitch + at.unit;
+  }
+
+  // Number i of the chunk's steps in the order of the pass.
+  LSTM_DEVICE int step_of(int i) const {
+    const ChunkOfSteps& steps = pass_.args.steps;
+    return Pass::kBackward ? steps.end - 1 - i : steps.first + i;
+  }
+
+  // All tiles of this block. False: somebody gave up.
+  LSTM_DEVICE bool run_step(int i, int& turn) {
+    const ChunkOfSteps& steps = pass_.args.steps;
+    const StepPlace place = place_of(steps, step_of(i));
+    const int stride = (kMailbox ? all_.groups : static_cast<int>(gridDim.x)) * kPersistentRows;
+    const int begin = static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows;
+    for (int first_row = begin; first_row < place.rows; first_row += stride, ++turn) {
+      // What is read before the operand is there costs no time.
+      typename Pass::Cell cells[kCells];
+      if (kBeginsEarly && static_cast<int>(threadIdx.x) < kCellThreads) {
+#pragma unroll
+        for (int k = 0; k < kCells; ++k) {
+          const Unit at = cell(k);
+          cells[k] = pass_.begin_cell(pass_.step(step_of(i), place), first_row + at.row, first_unit_ + at.unit);
+        }
+      }
+      float sums[kTiles][4] = {};
+      const bool came = multiply(sums, row_before(i, first_row + group_, Pass::rows_before(place)));
+      if constexpr (kMailbox) {
+        if (!came) atomicExch(&late_[turn % 2], 1u);
+#pragma unroll
+        for (int k = 0; k < kFragmentCells; ++k)
+          *partial(turn, warp_part_, fragment_cell(k)) = sums_of_fragment(sums, k);
+        __syncthreads();  // the sums are there, and nobody reads those of the turn before
+        if (late_[turn % 2] != 0) return false;
+        if (static_cast<int>(threadIdx.x) >= kCellThreads) continue;
+      }
+      // Addresses are computed anew for each cell: beside the weights there are no registers for them.
+#pragma unroll
+      for (int k = 0; k < kCells; ++k) {
+        const int n = step_of(computed_anew(i));
+        const StepPlace again = place_of(steps, n);
+        const auto step = pass_.step(n, again);
+        const Unit at = cell(k);
+        Sums sum;
+        if constexpr (kMailbox) {
+          sum = *partial(turn, 0, at);
+#pragma unroll
+          for (int part = 1; part < kParts; ++part) {
+            const Sums more = *partial(turn, part, at);
+#pragma unroll
+            for (int gate = 0; gate < Pass::kSums; ++gate) sum.of[gate] += more.of[gate];
+          }
+        } else {
+          sum = sums_of_fragment(sums, k);
+        }
+        D left[Pass::kSums == 4 ? 1 : 4];  // for the next step
+        if constexpr (!kBeginsEarly) cells[k] = pass_.begin_cell(step, first_row + at.row, first_unit_ + at.unit);
+        pass_.finish_cell(step, cells[k], first_row + at.row, first_unit_ + at.unit, sum.of, left);
+        hand_on(n, again, first_row, at, left);
+      }
+      if constexpr (!kMailbox) __syncthreads();  // operands are there
+    }
+    return true;
+  }
+
+  template <int kCount>
+  LSTM_DEVICE void hand_on(int n, const StepPlace& place, int first_row, const Unit& at,
+                           const D (&left)[kCount]) const {
+    const Mailbox<D>& box = pass_.args.mailbox;
+    const ChunkOfSteps& steps = pass_.args.steps;
+    const int64_t b = first_row + at.row, unit = first_unit_ + at.unit, length = box.length / kCount;
+    if constexpr (kMailbox) {
+      uint4 piece;
+      int gate = 0;
+      const bool writes = gather_piece(piece, gate, left);
+      const int64_t first = unit / kNumbers * kNumbers;
+      if (!writes || b >= place.rows || first >= length) return;
+      piece.x = without_sentinel(piece.x);
+      piece.y = without_sentinel(piece.y);
+      piece.z = without_sentinel(piece.z);
+      piece.w = without_sentinel(piece.w);
+      store_relaxed_16(box.slots + (place.local + b) * box.length + gate * length + first, piece);
+    } else {
+      if (b >= place.rows || unit >= length) return;
+      const bool is_last = n == (Pass::kBackward ? steps.first : steps.end - 1);
+#pragma unroll
+      for (int gate = 0; gate < kCount; ++gate) {
+        const uint32_t bits = operand_bits(left[gate]);
+        const D value = reinterpret_cast<const D&>(bits);
+        reinterpret_cast<D*>(operand_row(n, at.row))[gate * length + unit] = value;
+        if (is_last && box.slots) box.slots[b * box.length + gate * length + unit] = value;
+      }
+    }
+  }
+
+  // Makes pieces of the numbers of neighbouring threads, which have neighbouring units. Returns whether this thread has
+  // a piece to write: of one number, or of gate `gate` of four.
+  template <int kCount>
+  LSTM_DEVICE static bool gather_piece(uint4& piece, int& gate, const D (&left)[kCount]) {
+    constexpr unsigned kAll = 0xffffffffu;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if constexpr (kCount == 1) {
+      uint32_t word = operand_bits(left[0]);
+      int distance = 1;
+      if constexpr (sizeof(D) == 2) {
+        word |= __shfl_down_sync(kAll, word, 1) << 16;
+        distance = 2;
+      }
+      piece.x = word;
+      piece.y = __shfl_down_sync(kAll, word, distance);
+      piece.z = __shfl_down_sync(kAll, word, 2 * distance);
+      piece.w = __shfl_down_sync(kAll, word, 3 * distance);
+      return lane % kNumbers == 0;
+    } else {
+      // A transposition: at each exchange with the thread `distance` further on, a thread keeps half of the gates.
+      uint32_t words[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[k] = operand_bits(left[k]);
+      if constexpr (sizeof(D) == 2) {
+        const bool odd = lane % 2 != 0, second = lane / 2 % 2 != 0, upper = lane / 4 % 2 != 0;
+        const uint32_t low = words[0] | words[1] << 16, high = words[2] | words[3] << 16;
+        const uint32_t kept = odd ? high : low, got = __shfl_xor_sync(kAll, odd ? low : high, 1);
+        const uint32_t first = odd ? got : kept, other = odd ? kept : got;  // of the even and of the odd unit
+        // The first and second one of the gates that are kept, each of two units.
+        const uint32_t a = (first & 0xffffu) | other << 16, b = first >> 16 | (other & 0xffff0000u);
+        const uint32_t of_gate = second ? b : a, of_peer = __shfl_xor_sync(kAll, second ? a : b, 2);
+        const uint32_t w0 = second ? of_peer : of_gate, w1 = second ? of_gate : of_peer;
+        const uint32_t v0 = __shfl_xor_sync(kAll, w0, 4), v1 = __shfl_xor_sync(kAll, w1, 4);
+        piece = upper ? make_uint4(v0, v1, w0, w1) : make_uint4(w0, w1, v0, v1);
+        gate = (odd ? 2 : 0) + (second ? 1 : 0);
+        return !upper;
+      } else {
+        const bool odd = lane % 2 != 0, second = lane / 2 % 2 != 0;
+        // Gates 0 and 1, or 2 and 3, of this unit and of its neighbour.
+        const uint32_t a = __shfl_xor_sync(kAll, odd ? words[0] : words[2], 1);
+        const uint32_t b = __shfl_xor_sync(kAll, odd ? words[1] : words[3], 1);
+        const uint32_t a0 = odd ? a : words[0], a1 = odd ? words[2] : a;
+        const uint32_t b0 = odd ? b : words[1], b1 = odd ? words[3] : b;
+        const uint32_t c = __shfl_xor_sync(kAll, second ? a0 : b0, 2), d = __shfl_xor_sync(kAll, second ? a1 : b1, 2);
+        piece = second ? make_uint4(c, d, b0, b1) : make_uint4(a0, a1, c, d);
+        gate = (odd ? 2 : 0) + (second ? 1 : 0);
+        return true;
+      }
+    }
+  }
+
+  // The last block to leave makes NaN of all results if any has given up: nobody takes a part of them for the whole.
+  LSTM_DEVICE void leave(bool goes_on) const {
+    __syncthreads();  // nobody of the block writes results any more, nor reads late_
+    if (threadIdx.x == 0) {
+      if (!goes_on) {
+        store_relaxed(all_.control.words, 0);
+        store_relaxed(all_.control.status, 1);
+      }
+      __threadfence();
+      const uint32_t left = atomicAdd(all_.control.words + 1, 1u) + 1;  // counts from all bits set
+      late_[0] = left == gridDim.x * gridDim.z - 1 && load_relaxed(all_.control.words) == 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (late_[0] == 0) return;
+    for (int side = 0; side < all_.count; ++side) Pass(all_.sides[side]).spoil();
+  }
+
+  const PersistentSides<typename Pass::Arguments>& all_;
+  const Pass pass_;
+  unsigned char* const shared_;
+  uint32_t* const late_;  // of a turn, by turns: somebody of the block has given up
+  const int warp_, group_, member_, warp_row_, warp_part_;
+  const unsigned blocks_of_group_;
+  const int first_unit_;
+  const int pieces_of_row_;
+  uint32_t weights_[kPieces][kTiles][2][4];
+};
+
+// The kernel of a pass, and its launch.
+template <typename Pass, Exchange kExchange>
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kPersistentThreads)
+    persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
+  LSTM_DYNAMIC_SHARED(unsigned char, shared);
+  LSTM_SHARED(uint32_t, late, 2);
+  PersistentChunk<Pass, kExchange>(all, shared, late).run();
+}
+
+template <typename Pass, Exchange kExchange>
+cudaError_t start_persistent(const PersistentSides<typename Pass::Arguments>& all, cudaStream_t stream) {
+  using Chunk = PersistentChunk<Pass, kExchange>;
+  const auto& first = all.sides[0];
+  const int64_t H = first.cell.hidden_size;
+  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
+  LaunchConfig config;
+  config.grid = kExchange == Exchange::kMailbox ? dim3(ceil_div(H, Chunk::kUnits) * static_cast<unsigned>(all.groups))
+                                                : dim3(ceil_div(first.steps.batch, kPersistentRows));
+  config.grid.z = static_cast<unsigned>(all.count);
+  config.block = dim3(kPersistentThreads);
+  config.dynamic_shared = Chunk::shared_bytes(all.extra, first.mailbox.length);
+  config.stream = stream;
+  config.cooperative = kExchange == Exchange::kMailbox;
+  return launch(persistent_kernel<Pass, kExchange>, config, all);
+}
+
+}  // namespace lstm_ext::cuda

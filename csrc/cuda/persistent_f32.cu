@@ -1,0 +1,3 @@
+#include "cuda/persistent_launch.cuh"
+
+LSTM_EXT_PERSISTENT(float)

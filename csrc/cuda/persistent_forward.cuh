@@ -1,0 +1,116 @@
+// The forward pass of the persistent kernels: h goes from step to step.
+#pragma once
+
+#include "cuda/persistent_chunk.cuh"
+
+namespace lstm_ext::cuda {
+
+template <typename T, bool kOptions>
+struct PersistentForwardPass {
+  using Arguments = PersistentForward<T>;
+  using Operand = T;
+  static constexpr bool kBackward = false;
+  static constexpr bool kHasOptions = kOptions;
+  static constexpr int kSums = 4;
+
+  // Of a unit of a row before the product is there: W x_t with the biases, and c_{t-1}.
+  struct Cell {
+    float z[4];
+    float before;
+  };
+
+  const Arguments& args;
+
+  LSTM_DEVICE explicit PersistentForwardPass(const Arguments& arguments) : args(arguments) {}
+
+  LSTM_DEVICE static int64_t rows_before(const StepPlace& place) { return place.previous_rows; }
+
+  // The row `row` of a tile; two tiles are four gates of eight units, as in step_forward.cuh.
+  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
+                                 int64_t piece) const {
+    const int64_t H = args.cell.hidden_size, first = piece * kPieceNumbers<T>;
+    const int64_t unit = first_unit + (warp_row + tile / 2 * warp_rows) * 8 + row % 8;
+    const int gate = tile % 2 * 2 + row / 8;
+    union {
+      uint4 bits;
+      T numbers[kPieceNumbers<T>];
+    } result = {make_uint4(0, 0, 0, 0)};
+    if (unit >= H || first >= H) return result.bits;
+    const T* from = args.weight + (gate * H + unit) * args.weight_stride + first;
+    if (first + kPieceNumbers<T> <= H) return *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+    for (int i = 0; i < kPieceNumbers<T>; ++i) {
+      if (first + i < H) result.numbers[i] = from[i];
+    }
+    return result.bits;
+  }
+
+  // As the stepwise kernels know the step.
+  LSTM_DEVICE CellForward<T> step(int n, const StepPlace& place) const {
+    const ChunkOfSteps& steps = args.steps;
+    const int64_t H = args.cell.hidden_size, row = steps.first_row + place.local;
+    CellForward<T> cell = args.cell;
+    cell.rows = step_rows_of(args.cell.rows, steps, args.resets, n, place);
+    cell.input_part += int64_t{args.batch_first ? place.time : place.local} * 4 * H;
+    cell.recurrent_part = nullptr;
+    if (args.keeps_cells) {
+      // The first step has none before it.
+      if (n > 0) cell.c_previous.previous += row_of(steps.reverse ? place.time + 1 : place.time - 1) * H;
+      cell.c += row * H;
+    }
+    if (cell.zoneout.keep) cell.zoneout.keep += row * H;
+    if (cell.preactivations) cell.preactivations += row * 4 * H;
+    cell.output.h += row * cell.output.h_stride;
+    if (cell.output.zoneout.keep) cell.output.zoneout.keep += row * H;
+    cell.output.recurrent_h = nullptr;
+    return cell;
+  }
+
+  LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, int64_t b, int64_t j) const {
+    Cell result = {};
+    if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return result;
+    for (int gate = 0; gate < 4; ++gate) {
+      result.z[gate] = bias_at(cell, gate, j) + cell.input_part[b * cell.input_stride + gate * cell.hidden_size + j];
+    }
+    result.before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * cell.hidden_size + j);
+    return result;
+  }
+
+  LSTM_DEVICE void finish_cell(const CellForward<T>& cell, Cell& begun, int64_t b, int64_t j, const float (&product)[4],
+                               T (&left)[1]) const {
+    left[0] = narrow<T>(0);
+    if (!is_cell(cell, b, j)) return;
+    if (takes_part<kOptions>(cell.rows, b)) {
+      left[0] = cuda::finish_cell<kOptions>(cell, b, j, begun.z, begun.before, product);
+    } else {
+      write_no_cell(cell, b, j);
+    }
+  }
+
+  // NaN for everything that the chunk writes and others read.
+  LSTM_DEVICE void spoil() const {
+    const CellForward<T>& cell = args.cell;
+    const ChunkOfSteps& steps = args.steps;
+    const int64_t H = cell.hidden_size;
+    const int64_t rows = local_row(steps, chunk_begin(steps) + steps.end - steps.first);
+    const T nan = narrow<T>(__int_as_float(0x7fffffff));
+    for (int64_t i = threadIdx.x; i < rows * H; i += kPersistentThreads) {
+      const int64_t row = steps.first_row + i / H, j = i % H;
+      cell.output.h[row * cell.output.h_stride + j] = nan;
+      if (!cell.preactivations) continue;
+      for (int gate = 0; gate < 4; ++gate) cell.preactivations[(row * 4 + gate) * H + j] = nan;
+    }
+    for (int64_t i = threadIdx.x; i < int64_t{steps.batch} * H; i += kPersistentThreads) {
+      cell.output.h_n[i] = nan;
+      cell.c_n[i] = nan;
+    }
+  }
+
+ private:
+  LSTM_DEVICE static bool is_cell(const CellForward<T>& cell, int64_t b, int64_t j) {
+    return b < cell.rows.count && j < cell.hidden_size;
+  }
+  LSTM_DEVICE int64_t row_of(int time) const { return args.steps.first_row + local_row(args.steps, time); }
+};
+
+}  // namespace lstm_ext::cuda
