@@ -196,7 +196,8 @@ py::dict cuda_facts(int device) {
 
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
                    int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool backward,
-                   bool packed, bool extras, const std::string& kernel, const std::optional<bool>& outcome) {
+                   bool packed, bool extras, const std::string& kernel, const std::optional<bool>& step_outcome,
+                   const std::optional<bool>& persistent_outcome) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
   const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
@@ -218,18 +219,19 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
                                                  {"bfloat16", Number::kBFloat16}};
   TORCH_CHECK(numbers.count(dtype) == 1, "cuda_plan: dtype: expected float64, float32, float16 or bfloat16, got ",
               dtype);
-  TORCH_CHECK(kernel == "auto" || kernel == "stepwise" || kernel == "step",
-              "cuda_plan: kernel: expected auto, stepwise or step, got ", kernel);
-  Request request;
-  request.any = kernel == "auto";
-  request.kernel = kernel == "step" ? Kernel::kStep : Kernel::kStepwise;
-  if (outcome) request.step = *outcome ? Outcome::kRight : Outcome::kWrong;
+  const std::optional<Request> named = request_named(kernel);
+  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step, persistent or mailbox, got ", kernel);
+  Request request = *named;
+  const auto said = [](const std::optional<bool>& outcome) {
+    return !outcome ? Outcome::kNotTried : *outcome ? Outcome::kRight : Outcome::kWrong;
+  };
+  std::tie(request.step, request.persistent) = std::make_pair(said(step_outcome), said(persistent_outcome));
   request.reasons = true;
   const Plan found = plan({steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected,
                            normalised, backward, packed, extras},
                           facts, request);
   py::dict result;
-  result["kernel"] = found.kernel == Kernel::kStep ? "step" : "stepwise";
+  result["kernel"] = name_of(found.kernel);
   result["problem"] = found.problem;
   result["reasons"] = found.reasons;
   result["launches"] = found.launches;
@@ -242,15 +244,23 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   result["parts_bytes"] = found.parts_bytes;
   result["stepwise_us"] = found.stepwise_us;
   result["step_us"] = found.step_us;
+  py::dict persistent;
+  persistent["problem"] = found.persistent.problem;
+  persistent["exchange"] = found.persistent.exchange == Exchange::kMailbox ? "mailbox" : "none";
+  persistent["groups"] = found.persistent.groups;
+  persistent["extra"] = found.persistent.extra;
+  persistent["blocks"] = found.persistent.blocks;
+  persistent["shared_bytes"] = found.persistent.shared_bytes;
+  persistent["us"] = found.persistent_us;
+  result["persistent"] = persistent;
   return result;
 }
 
-void request(const std::string& name, void (*set)(const lstm_ext::cuda::Kernel*)) {
-  using lstm_ext::cuda::Kernel;
-  TORCH_CHECK_VALUE(name.empty() || name == "stepwise" || name == "step",
-                    "name: expected stepwise, step or nothing, got ", name);
-  const Kernel kernel = name == "step" ? Kernel::kStep : Kernel::kStepwise;
-  set(name.empty() ? nullptr : &kernel);
+void request(const std::string& name, void (*set)(const lstm_ext::cuda::Request*)) {
+  const auto named = lstm_ext::cuda::request_named(name);
+  TORCH_CHECK_VALUE(name.empty() || (named && !named->any),
+                    "name: expected stepwise, step, persistent, mailbox or nothing, got ", name);
+  set(named ? &*named : nullptr);
 }
 
 py::dict build_info() {
@@ -295,15 +305,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
         py::arg("backward") = false, py::arg("packed") = false, py::arg("extras") = false, py::arg("kernel") = "auto",
-        py::arg("outcome") = py::none());
+        py::arg("step_outcome") = py::none(), py::arg("persistent_outcome") = py::none());
   m.def("cuda_facts", &cuda_facts, py::arg("device"));
   m.def(
       "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));
   m.def(
       "set_cuda_kernel_of_thread",
       [](const std::string& name) { request(name, &lstm_ext::cuda::set_request_of_thread); }, py::arg("name"));
-  m.def("set_cuda_step_validated", &lstm_ext::cuda::set_step_validated, py::arg("device"), py::arg("tf32"),
-        py::arg("validated"));
+  m.def(
+      "set_cuda_validated",
+      [](int device, const std::string& name, bool tf32, bool validated) {
+        TORCH_CHECK_VALUE(name == "step" || name == "persistent", "kernel: expected step or persistent, got ", name);
+        lstm_ext::cuda::set_validated(device, lstm_ext::cuda::request_named(name)->kernel, tf32, validated);
+      },
+      py::arg("device"), py::arg("kernel"), py::arg("tf32"), py::arg("validated"));
   m.def("crowded_calls", [] {
     const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();
     return std::make_pair(left.workers, left.calls);

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <string_view>
 
 namespace lstm_ext::cuda {
 namespace {
@@ -36,11 +36,26 @@ constexpr double kCellKernelUs = 2.1;       // a kernel of the pointwise part al
 constexpr double kProductUs = 2;            // ramp and tail of a product of a library
 constexpr double kBytesOfClock = 50;        // into one multiprocessor, from the second-level cache
 constexpr double kShareOfCache = 0.5;       // of what all multiprocessors together could read from it
+// Of a persistent kernel, in clocks:
+constexpr double kMailboxClocks = 800;  // from a store to a load that sees it, both through the second-level cache
+constexpr double kTurnClocks = 220;     // barrier and partial sums, of a tile of rows
+constexpr double kCellClocks = 250;     // and its cells
+constexpr double kStartUs = 6;          // launch, weights and mailbox, once a chunk
 
 // Clocks between two instructions of 16 x 8 x 16 products on one of a multiprocessor's four tensor cores.
 int instruction_interval(int capability) {
   if (capability == 80 || capability == 100) return 8;
   return capability == 90 ? 6 : 16;
+}
+
+// Of an operand of the persistent kernel's product, and how many of them a row leaves for the next step.
+int operand_bytes(const LayerFacts& layer) {
+  // As Types<T>::Gradient: float16 would lose gradients.
+  return layer.number == Number::kFloat32 || (layer.number == Number::kFloat16 && layer.backward) ? 4 : 2;
+}
+int64_t persistent_length(const LayerFacts& layer, int number) {
+  const int64_t numbers = kPieceBytes / number;
+  return ceil_div(layer.hidden_size, numbers) * numbers * (layer.backward ? 4 : 1);
 }
 
 struct Model {
@@ -93,6 +108,31 @@ struct Model {
     const double parts = static_cast<double>(plan.parts_bytes) / layer.directions;
     return launch + kRampUs + kEpilogueUs + std::max(waves * of_block, all) + read_us(parts, parts);
   }
+
+  double persistent_us(const Plan::Persistent& plan) const {
+    const bool mailbox = plan.exchange == Exchange::kMailbox;
+    const int number = operand_bytes(layer);
+    const PersistentShape shape = persistent_shape(layer.backward, plan.exchange, number);
+    const int64_t length = persistent_length(layer, number);
+    const auto pieces = static_cast<double>(
+        std::min<int64_t>(shape.pieces, ceil_div(length * number, int64_t{4} * shape.parts * kPieceBytes)));
+    // Two warps share a tensor core, and a piece is two instructions. Weights in shared memory come by 128 bytes a
+    // clock.
+    const double product = shape.tiles * pieces * 2 * 2 * instruction_interval(device.capability) +
+                           static_cast<double>(plan.extra * shape.extra_bytes) / 128;
+    const double turn = product + kTurnClocks + kCellClocks;
+    const double tiles = static_cast<double>(ceil_div(layer.batch, kPersistentRows));
+    if (!mailbox) {
+      const double waves = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) / layer.directions;
+      return waves * turn / clocks_of_us + kStartUs / static_cast<double>(layer.steps);
+    }
+    const double turns = std::ceil(tiles / plan.groups);
+    // What a block sends travels while it has other tiles.
+    const double travel = std::max(0.0, kMailboxClocks - (turns - 1) * turn) / clocks_of_us;
+    const double blocks = static_cast<double>(plan.blocks) / layer.directions / plan.groups;
+    const double bytes = blocks * rows * static_cast<double>(length * number);
+    return turns * turn / clocks_of_us + travel + read_us(bytes, 0) + kStartUs / static_cast<double>(layer.steps);
+  }
 };
 
 // The dynamic shared memory of the forward kernel: see ForwardTile.
@@ -110,6 +150,46 @@ const char* step_problem(const LayerFacts& layer) {
   if (layer.normalised) return "there is none for layer normalisation";
   return nullptr;
 }
+
+namespace {
+
+// The persistent kernel of a layer. A multiprocessor has one block: its registers are full of weights.
+Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, bool mailbox) {
+  Plan::Persistent result;
+  const int number = operand_bytes(layer);
+  const int64_t length = persistent_length(layer, number), tiles = ceil_div(layer.batch, kPersistentRows);
+  const auto fits = [&](Exchange exchange) {
+    const PersistentShape shape = persistent_shape(layer.backward, exchange, number);
+    const int64_t missing = std::max<int64_t>(length - shape.depth(number), 0);
+    result.exchange = exchange;
+    result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * shape.parts * kPieceBytes));
+    result.shared_bytes = persistent_shared(layer.backward, exchange, number, result.extra, length);
+    return result.shared_bytes <= device.shared_of_block;
+  };
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (layer.steps < 2) {
+    result.problem = "the sequence has one step";
+  } else if (layer.steps > kMost || layer.batch > kMost) {
+    result.problem = "it counts steps and rows in 32 bits";
+  } else if (!mailbox && layer.hidden_size <= persistent_shape(layer.backward, Exchange::kNone, number).units &&
+             fits(Exchange::kNone)) {
+    result.groups = static_cast<int>(tiles);
+    result.blocks = tiles * layer.directions;
+  } else if (!fits(Exchange::kMailbox)) {
+    result.problem = "its weights do not fit into registers and shared memory";
+  } else if (device.shared) {
+    result.problem = "the device is shared with other programs, and its blocks wait for each other";
+  } else {
+    const int units = persistent_shape(layer.backward, Exchange::kMailbox, number).units;
+    const int64_t of_group = ceil_div(layer.hidden_size, units) * layer.directions;
+    result.groups = static_cast<int>(std::min(tiles, device.multiprocessors / of_group));
+    result.blocks = of_group * result.groups;
+    if (result.groups == 0) result.problem = "its blocks do not all find a multiprocessor at once";
+  }
+  return result;
+}
+
+}  // namespace
 
 Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request) {
   constexpr int64_t kThreadsOfMultiprocessor = 1536;  // the fewest of the supported cards
@@ -152,42 +232,70 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
       result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
     }
     result.step_us = model.step_us(result);
+    result.persistent = persistent_of(layer, device, request.mailbox);
+    if (result.persistent.problem.empty()) result.persistent_us = model.persistent_us(result.persistent);
   }
-  if (none || !fits) {
-    const std::string why = none       ? none
-                            : too_many ? "its grid has no room for so many rows"
-                                       : "its tiles do not fit into a block's shared memory";
-    if (!request.any && request.kernel == Kernel::kStep) {
-      result.problem = why;
+  const std::string no_step = none       ? none
+                              : too_many ? "its grid has no room for so many rows"
+                              : !fits    ? "its tiles do not fit into a block's shared memory"
+                                         : "";
+  if (none) result.persistent.problem = none;
+  const std::string& no_persistent = result.persistent.problem;
+  if (!request.any) {
+    result.kernel = request.kernel;
+    result.replaced = request.kernel == Kernel::kPersistent && !no_persistent.empty();
+    if (result.replaced) {
+      because([&] { return "not the kernel that does all steps at once: " + no_persistent; });
+      result.kernel = Kernel::kStep;
+    }
+    if (result.kernel == Kernel::kStep && !no_step.empty()) {
+      result.problem = no_step;
       return result;
     }
-    because([&] { return "not the kernel that does a step at once: " + why; });
+  }
+  if (none) {
+    because([&] { return std::string("not a kernel that does a step at once: ") + none; });
     stepwise();
     return result;
   }
-  const bool small = 2 * result.parts_bytes <= device.l2_bytes;
-  const bool faster = small && result.step_us < result.stepwise_us;
   because([&] {
-    return text("a step is about %.1f us in one kernel and ", result.step_us) +
-           text("%.1f us as a product and a kernel (a model, not measured)", result.stepwise_us);
+    return "a step is about " + text("%.1f us as a product and a kernel", result.stepwise_us) +
+           (no_step.empty() ? text(", %.1f in one kernel", result.step_us) : "") +
+           (no_persistent.empty() ? text(", %.1f where one kernel does all steps", result.persistent_us) : "") +
+           " (a model, not measured)";
   });
+  if (!no_step.empty()) because([&] { return "not the kernel that does a step at once: " + no_step; });
+  const bool small = 2 * result.parts_bytes <= device.l2_bytes;
   if (!request.any) {
-    result.kernel = request.kernel;
-    because([] { return std::string("it is requested"); });
-  } else if (!small) {
-    because([] { return std::string("the partial sums of one kernel would fill the second-level cache"); });
-  } else if (faster && request.step == Outcome::kRight) {
-    result.kernel = Kernel::kStep;
-    because([] { return std::string("it has been right on this device"); });
-  } else if (faster) {
-    because([&] {
-      return std::string("the kernel that does a step at once ") +
-             (request.step == Outcome::kWrong ? "was wrong on this device" : "has not been tried on this device yet");
-    });
+    if (!result.replaced) because([] { return std::string("it is requested"); });
+  } else {
+    double best = result.stepwise_us;
+    // The faster of two kernels wins if it has been right; why one that would win may not.
+    const auto offer = [&](Kernel kernel, const char* what, double us, Outcome outcome) {
+      if (us >= best) return;
+      if (outcome == Outcome::kRight) {
+        best = us;
+        result.kernel = kernel;
+        return;
+      }
+      because([&] {
+        return std::string("the kernel that does ") + what +
+               (outcome == Outcome::kWrong ? " was wrong on this device" : " has not been tried on this device yet");
+      });
+    };
+    if (no_step.empty() && !small) {
+      because([] { return std::string("the partial sums of a kernel a step would fill the second-level cache"); });
+    } else if (no_step.empty()) {
+      offer(Kernel::kStep, "a step at once", result.step_us, request.step);
+    }
+    if (no_persistent.empty()) {
+      offer(Kernel::kPersistent, "all steps at once", result.persistent_us, request.persistent);
+    }
+    if (result.kernel != Kernel::kStepwise) because([] { return std::string("it has been right on this device"); });
   }
   if (result.kernel == Kernel::kStep) {
     result.launches = 1;
-  } else {
+  } else if (result.kernel == Kernel::kStepwise) {
     stepwise();
   }
   return result;
@@ -195,36 +303,55 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
 
 namespace {
 
-// Two bits a device; a process has no more than 32 of them.
+// Four bits a device; more than 16 of them in a process run stepwise.
 std::atomic<uint64_t> validated_devices{0};
-uint64_t bit_of(int device, bool tf32) {
-  return device >= 0 && device < 32 ? uint64_t{1} << (2 * device + (tf32 ? 1 : 0)) : 0;
+uint64_t bit_of(int device, Kernel kernel, bool tf32) {
+  const int place = 4 * device + (kernel == Kernel::kPersistent ? 2 : 0) + (tf32 ? 1 : 0);
+  return device >= 0 && device < 16 ? uint64_t{1} << place : 0;
 }
 
 constexpr int kNothing = -1;
 std::atomic<int> request_of_process{kNothing};
 thread_local int requested_by_thread = kNothing;
-int number_of(const Kernel* kernel) { return kernel ? static_cast<int>(*kernel) : kNothing; }
+int number_of(const Request* request) {
+  return request ? 2 * static_cast<int>(request->kernel) + (request->mailbox ? 1 : 0) : kNothing;
+}
 
 }  // namespace
 
-void set_step_validated(int device, bool tf32, bool validated) {
+void set_validated(int device, Kernel kernel, bool tf32, bool validated) {
   if (validated) {
-    validated_devices |= bit_of(device, tf32);
+    validated_devices |= bit_of(device, kernel, tf32);
   } else {
-    validated_devices &= ~bit_of(device, tf32);
+    validated_devices &= ~bit_of(device, kernel, tf32);
   }
 }
 
-bool is_step_validated(int device, bool tf32) { return (validated_devices & bit_of(device, tf32)) != 0; }
-
-void set_request(const Kernel* kernel) { request_of_process = number_of(kernel); }
-void set_request_of_thread(const Kernel* kernel) { requested_by_thread = number_of(kernel); }
-
-std::optional<Kernel> request_of_thread() {
-  if (requested_by_thread == kNothing) return {};
-  return static_cast<Kernel>(requested_by_thread);
+bool is_validated(int device, Kernel kernel, bool tf32) {
+  return (validated_devices & bit_of(device, kernel, tf32)) != 0;
 }
+
+namespace {
+constexpr const char* kKernelNames[] = {"stepwise", "step", "persistent"};
+}  // namespace
+
+std::optional<Request> request_named(std::string_view name) {
+  Request request;
+  if (name == "auto") return request;
+  request.any = false;
+  request.mailbox = name == "mailbox";
+  if (request.mailbox) name = name_of(Kernel::kPersistent);
+  for (int i = 0; i < 3; ++i) {
+    request.kernel = static_cast<Kernel>(i);
+    if (name == kKernelNames[i]) return request;
+  }
+  return {};
+}
+const char* name_of(Kernel kernel) { return kKernelNames[static_cast<int>(kernel)]; }
+
+void set_request(const Request* request) { request_of_process = number_of(request); }
+void set_request_of_thread(const Request* request) { requested_by_thread = number_of(request); }
+bool has_request_of_thread() { return requested_by_thread != kNothing; }
 
 Request current_request(bool* known) {
   Request request;
@@ -232,16 +359,16 @@ Request current_request(bool* known) {
   const int asked = requested_by_thread != kNothing ? requested_by_thread : request_of_process.load();
   if (asked != kNothing) {
     request.any = false;
-    request.kernel = static_cast<Kernel>(asked);
+    request.kernel = static_cast<Kernel>(asked / 2);
+    request.mailbox = asked % 2 != 0;
     return request;
   }
   const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");
   const std::string_view chosen = name ? name : "";
-  if (chosen.empty() || chosen == "auto") return request;
-  *known = chosen == "step" || chosen == "stepwise";
-  request.any = false;
-  if (chosen == "step") request.kernel = Kernel::kStep;
-  return request;
+  if (chosen.empty()) return request;
+  const std::optional<Request> named = request_named(chosen);
+  *known = named.has_value();
+  return named.value_or(request);
 }
 
 const std::vector<DeviceFacts>& known_devices() {

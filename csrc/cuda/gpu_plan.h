@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "contract/visibility.h"
@@ -46,7 +47,17 @@ constexpr PersistentShape persistent_shape(bool backward, Exchange exchange, int
   return {parts, tiles, 16 / tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
 }
 
-enum class Kernel { kStepwise, kStep };
+// Dynamic shared memory, in bytes: `length` numbers go from step to step for each row of the batch.
+inline int64_t persistent_pitch(int64_t length, int size) { return (length * size + 127) / 128 * 128 + 64; }
+inline int64_t persistent_shared(bool backward, Exchange exchange, int size, int extra, int64_t length) {
+  const PersistentShape shape = persistent_shape(backward, exchange, size);
+  // Partial sums, or the numbers themselves, of two turns.
+  const int64_t partials = shape.parts * kPersistentRows * (backward ? shape.units + 4 : 4 * (shape.units + 1)) * 4;
+  const int64_t own = exchange == Exchange::kMailbox ? partials : kPersistentRows * persistent_pitch(length, size);
+  return extra * shape.extra_bytes + 2 * own;
+}
+
+enum class Kernel { kStepwise, kStep, kPersistent };
 enum class Number { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 struct LayerFacts {
@@ -74,29 +85,42 @@ struct DeviceFacts {
   bool shared = false;          // with kernels of other programs (MPS)
 };
 
-// Whether the kernel that does a step at once has been right on this device, or on one of its compute capability.
+// Whether a kernel has been right on this device, or on one of its compute capability.
 enum class Outcome { kNotTried, kRight, kWrong };
 
 struct Request {
   bool any = true;  // take the best that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  Outcome step = Outcome::kNotTried;
+  bool mailbox = false;  // blocks of a persistent kernel talk, even where none has to
+  Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   bool reasons = false;  // say why; a call does not ask
 };
 
 struct Plan {
   Kernel kernel = Kernel::kStepwise;
   std::string problem;  // why what was requested cannot run; then the rest says nothing
+  // Persistent was requested and cannot run: another kernel does.
+  bool replaced = false;
   std::vector<std::string> reasons;
-  int launches = 0;  // a time step, of all directions: kernels, and `products` of the library
+  // A time step, of all directions: kernels, and `products` of the library. None if all steps of a chunk are one
+  // kernel.
+  int launches = 0;
   int products = 0;
   bool one_product = false;  // the products of both directions are one
   // Of the fused kernel, also where it is not taken; 0 where there is none for the layer.
   int rows_of_block = 0;
   int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
   int64_t parts_bytes = 0;  // backward, of all directions: partial sums of two steps
+  // Of the persistent kernel, the same.
+  struct Persistent {
+    Exchange exchange = Exchange::kNone;
+    int groups = 0;  // of blocks that have all units of a direction, or blocks without an exchange
+    int extra = 0;   // pieces of weights of a thread in shared memory
+    int64_t blocks = 0, shared_bytes = 0;  // of all directions; of a block
+    std::string problem;                   // why it cannot run; then the rest says nothing
+  } persistent;
   // A time step of one direction, by a model that has not been compared with any GPU.
-  double stepwise_us = 0, step_us = 0;
+  double stepwise_us = 0, step_us = 0, persistent_us = 0;
 };
 
 LSTM_EXT_PUBLIC Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request);
@@ -107,16 +131,20 @@ constexpr int64_t kStepsOfOneProduct = 8;
 // Why no fused kernel computes a layer, in words that follow "but "; null if one can.
 const char* step_problem(const LayerFacts& layer);
 
-// Whether the kernel that does a step at once has been right on a device of this process, as somebody has said, in 16
-// bits or for float32 operands that are rounded to TF32; else not.
-LSTM_EXT_PUBLIC void set_step_validated(int device, bool tf32, bool validated);
-bool is_step_validated(int device, bool tf32);
+// Whether kStep or kPersistent has been right on a device of this process, as somebody has said, in 16 bits or for
+// float32 operands that are rounded to TF32; else not.
+LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool validated);
+bool is_validated(int device, Kernel kernel, bool tf32);
+
+// "auto", "stepwise", "step", "persistent", or "mailbox": persistent, with that exchange. Nothing for another word.
+LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
+LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 
 // What is requested in place of the environment, by the whole process, or by one thread before that. Null takes it
 // back. A thread that asks also gets TF32, whatever torch's settings say: for the check of a first use.
-LSTM_EXT_PUBLIC void set_request(const Kernel* kernel);
-LSTM_EXT_PUBLIC void set_request_of_thread(const Kernel* kernel);
-std::optional<Kernel> request_of_thread();
+LSTM_EXT_PUBLIC void set_request(const Request* request);
+LSTM_EXT_PUBLIC void set_request_of_thread(const Request* request);
+bool has_request_of_thread();
 // That of the thread, of the process or of LSTM_EXT_CUDA_KERNEL; any, without one. `known` is false for another name.
 Request current_request(bool* known);
 

@@ -74,8 +74,9 @@ struct PersistentBackward {
   ChunkOfSteps steps;
   const uint8_t* resets;
   bool recomputed;
-  int64_t grad_output_time_stride;  // from one time of grad_output to the next; 0: rows lie as those of the sequence
-  const Gradient* weight;           // U (4H, H)
+  bool grad_output_by_time;  // its times are grad_output_time_stride apart; else its rows lie as those of the sequence
+  int64_t grad_output_time_stride;
+  const Gradient* weight;  // U (4H, H)
   int64_t weight_stride;
   Mailbox<Gradient> mailbox;
 };

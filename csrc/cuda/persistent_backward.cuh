@@ -56,8 +56,8 @@ struct PersistentBackwardPass {
     if (cell.hidden) cell.hidden += int64_t{place.local} * H;
     GradOutput<T>& output = cell.output;
     if (output.grad_output) {
-      output.grad_output += args.grad_output_time_stride != 0 ? place.time * args.grad_output_time_stride
-                                                              : row * output.grad_output_stride;
+      output.grad_output +=
+          args.grad_output_by_time ? place.time * args.grad_output_time_stride : row * output.grad_output_stride;
     }
     if (output.zoneout.keep) output.zoneout.keep += row * H;
     return cell;

@@ -139,9 +139,8 @@ class PersistentChunk {
 
   // Dynamic shared memory; that of pieces without registers comes first.
   static size_t shared_bytes(int extra, int64_t length) {
-    const size_t own =
-        kMailbox ? 2 * kPartials * sizeof(Sums) : 2 * static_cast<size_t>(kPersistentRows * operand_pitch(length));
-    return static_cast<size_t>(extra * kShape.extra_bytes) + own;
+    static_assert(kPartials * sizeof(Sums) == kParts * kPersistentRows * kPitch * 4 * Pass::kSums);
+    return static_cast<size_t>(persistent_shared(Pass::kBackward, kExchange, sizeof(D), extra, length));
   }
   // Of a row of operands in shared memory, in bytes: two rows that a warp reads at once lie in other banks.
   LSTM_HOST_DEVICE static int64_t operand_pitch(int64_t length) {

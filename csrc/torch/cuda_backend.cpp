@@ -58,10 +58,15 @@ StepwiseDevice current_device(at::ScalarType dtype) {
   bool known = true;
   cuda::Request request = cuda::current_request(&known);
   TORCH_CHECK(known, "lstm_ext: LSTM_EXT_CUDA_KERNEL is '", std::getenv("LSTM_EXT_CUDA_KERNEL"),
-              "': set it to auto, stepwise or step, or unset it");
+              "': set it to auto, stepwise, step or persistent, or unset it");
   // The setting of cuDNN's RNNs: this layer stands in for one.
-  const bool tf32 = cuda::request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
-  if (cuda::is_step_validated(at::cuda::current_device(), dtype == at::kFloat)) request.step = cuda::Outcome::kRight;
+  const bool tf32 = cuda::has_request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+  const int index = at::cuda::current_device();
+  const auto outcome = [&](cuda::Kernel kernel) {
+    return cuda::is_validated(index, kernel, dtype == at::kFloat) ? cuda::Outcome::kRight : cuda::Outcome::kNotTried;
+  };
+  request.step = outcome(cuda::Kernel::kStep);
+  request.persistent = outcome(cuda::Kernel::kPersistent);
   return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request};
 }
 

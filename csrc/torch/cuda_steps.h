@@ -32,9 +32,10 @@ struct Chunk {
   int64_t first, end;
   int64_t begin, finish;
 
-  // As many steps as have `limit` rows in all, but at least one.
-  Chunk(const Steps& steps, int64_t first_step, int64_t limit) : first(first_step), end(first_step + 1) {
-    for (int64_t sum = steps.rows_in(first); end < steps.count() && sum + steps.rows_in(end) <= limit; ++end) {
+  // As many steps as have `limit` rows in all, but at least one and at most `most`.
+  Chunk(const Steps& steps, int64_t first_step, int64_t limit, int64_t most) : first(first_step), end(first_step + 1) {
+    const int64_t last = std::min(steps.count(), first + most);
+    for (int64_t sum = steps.rows_in(first); end < last && sum + steps.rows_in(end) <= limit; ++end) {
       sum += steps.rows_in(end);
     }
     begin = std::min(steps.time(first), steps.time(end - 1));

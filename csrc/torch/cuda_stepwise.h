@@ -1,5 +1,6 @@
-// One layer on a GPU, step by step. Either each time step is a matrix product, and one kernel that does all the rest
-// (csrc/cuda/stepwise.h): for every size, dtype and GPU. Or it is one kernel (csrc/cuda/step.h).
+// One layer on a GPU. Either each time step is a matrix product, and one kernel that does all the rest
+// (csrc/cuda/stepwise.h): for every size, dtype and GPU. Or it is one kernel (csrc/cuda/step.h). Or all steps of a
+// chunk are one kernel (csrc/cuda/persistent.h).
 #pragma once
 
 #include "cuda/gpu_plan.h"
@@ -18,7 +19,11 @@ struct StepwiseDevice {
   bool tf32;            // float32 products may round their operands to TF32
   int64_t chunk_bytes;  // limits what is computed for several steps at once and not kept
   const cuda::DeviceFacts* facts;
-  cuda::Request request;  // which of the two
+  cuda::Request request;  // which of the three
+  // Of persistent kernels: what a launch sets to 1 if a wait expires, and how long one may last, in nanoseconds; 0: for
+  // ever.
+  uint32_t* status = nullptr;
+  int64_t wait_limit = 0;
 };
 
 LayerResults stepwise_forward(const LayerCall& call, const LayerSizes& sizes, bool save, const StepwiseDevice& device);

@@ -1,6 +1,6 @@
 #include <list>
 
-#include "torch/cuda_stepwise_common.h"
+#include "torch/cuda_persistent.h"
 
 namespace lstm_ext {
 namespace {
@@ -138,14 +138,15 @@ class StepwiseBackward : Stepwise {
       return empty_if(there, {sizes_.batch, features}, options(sizes_.sum_type));
     };
     Buffers b;
-    b.recurrent_part = one_product() ? both.recurrent_part.select(0, d) : of_chunk(true, 4 * H, gradient_type());
+    b.recurrent_part =
+        one_product() ? both.recurrent_part.select(0, d) : of_chunk(!mails_recurrent_part(), 4 * H, gradient_type());
     b.input_part = of_chunk(layer.normalised(), 4 * H, gradient_type());
     b.preactivations = of_chunk(layer.normalised(), 4 * H, sizes_.sum_type);
     b.tanh_input = of_chunk(layer.normalised(), H, sizes_.sum_type);
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
     b.output = of_chunk(sizes_.projected, P, gradient_type());
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
-    b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_, P);
+    b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_ && !persistent_, P);
     if (fused_ && sizes_.steps > 1) {
       for (at::Tensor& t : b.parts) t = at::empty({cuda::step_parts(H), sizes_.batch, H}, options(sizes_.sum_type));
     }
@@ -162,7 +163,15 @@ class StepwiseBackward : Stepwise {
     return b;
   }
 
-  std::vector<Chunk> chunks_of(const Steps& steps) const {
+  // Whether the mailbox of a persistent kernel is recurrent_part itself: its rows are whole pieces, and what is mailed
+  // is not rounded.
+  bool mails_recurrent_part() const {
+    return persistent_ && persistent_->exchange == cuda::Exchange::kMailbox && gradient_type() != at::kFloat &&
+           aligned_length(sizes_.hidden_size, gradient_type()) == sizes_.hidden_size;
+  }
+
+  // Of each direction.
+  std::vector<std::vector<Chunk>> chunks_of(const std::vector<Steps>& directions) const {
     // The bytes of Buffers for each row of a chunk.
     const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
     const auto sum = static_cast<int64_t>(c10::elementSize(sizes_.sum_type));
@@ -170,26 +179,28 @@ class StepwiseBackward : Stepwise {
     if (!norm_.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
     if (recompute_) bytes += 4 * sizes_.hidden_size * sum;
     const int64_t limit = chunk_rows(device_.chunk_bytes, bytes);
-    std::vector<Chunk> chunks;
-    for (int64_t n = 0; n < steps.count(); n = chunks.back().end) {
-      chunks.emplace_back(steps, n, limit);
+    std::vector<std::vector<Chunk>> chunks(directions.size());
+    for (int64_t n = 0; n < sizes_.steps; n = chunks[0].back().end) {
+      const std::vector<Chunk> next = chunk_at(directions, n, limit);
+      for (size_t d = 0; d < next.size(); ++d) chunks[d].push_back(next[d]);
     }
     return chunks;
   }
 
   // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
   struct Running {
-    Running(const StepwiseBackward& pass, int64_t direction, Both& both)
+    Running(const StepwiseBackward& pass, int64_t direction, std::vector<Chunk> its_chunks, Both& both)
         : d(direction),
           layer(pass.direction(d)),
           steps(layer.steps()),
           gradients(pass.gradients(d)),
           weight_hh(pass.one_product() ? pass.both_weight_hh_.select(0, d) : pass.operand(layer.weight_hh)),
           weight_hr(pass.sizes_.projected ? pass.operand(layer.weight_hr) : at::Tensor()),
-          step_weight(pass.fused_ ? with_aligned_rows(weight_hh) : at::Tensor()),
-          chunks(pass.chunks_of(steps)),
+          step_weight(pass.fused_ || pass.persistent_ ? with_aligned_rows(weight_hh) : at::Tensor()),
+          chunks(std::move(its_chunks)),
           buffers(pass.buffers(layer, gradients, longest(), d, both)),
-          through_gates(pass.rows_gemm_if(!pass.fused_, buffers.recurrent, buffers.recurrent_part, weight_hh)),
+          through_gates(
+              pass.rows_gemm_if(buffers.recurrent.defined(), buffers.recurrent, buffers.recurrent_part, weight_hh)),
           projection(pass.rows_gemm_if(pass.sizes_.projected, buffers.grad_hidden, buffers.output, weight_hr)),
           preactivations(pass.rows_of_direction(pass.saved_.gates, d)),
           cells(pass.rows_of_direction(pass.saved_.cells, d)),
@@ -212,13 +223,14 @@ class StepwiseBackward : Stepwise {
     const Steps steps;
     const Gradients gradients;
     const at::Tensor weight_hh, weight_hr;  // products know their memory, and do not keep it
-    const at::Tensor step_weight;           // the same as the fused kernels read it
+    const at::Tensor step_weight;           // the same as the fused and persistent kernels read it
     std::vector<Chunk> chunks;              // those whose steps have yet to run; the last one runs
-    const Buffers buffers;
+    Buffers buffers;
     const std::optional<RowsGemm> through_gates, projection;
     const at::Tensor preactivations, cells;
     const at::Tensor grad_output, grad_h_n, grad_c_n, grad_gate_values, grad_cells;
-    at::Tensor recomputed;  // preactivations of the chunk that runs
+    at::Tensor recomputed;       // preactivations of the chunk that runs
+    const void* left = nullptr;  // persistent: where the chunk before in the pass has left the gates' gradients
   };
 
   // Both directions have their launches together.
@@ -226,19 +238,30 @@ class StepwiseBackward : Stepwise {
   void run_steps() {
     std::list<Running> sides;
     Both both;
-    for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d, both);
+    std::vector<LayerShape> shapes;
+    for (int64_t d = 0; d < sizes_.directions; ++d) shapes.push_back(sizes_.shape(d, resets_));
+    std::vector<Steps> directions;
+    for (const LayerShape& shape : shapes) directions.emplace_back(shape, Steps::Pass::kForward);
+    std::vector<std::vector<Chunk>> chunks = chunks_of(directions);
+    for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d, std::move(chunks[d]), both);
+    std::optional<PersistentLaunches> launches;
+    if (persistent_) launches.emplace(*persistent_, device_, input_.options());
     // The directions meet a time in different chunks: each adds to what is there.
     if (sizes_.directions == 2 && grads_.input.defined()) grads_.input.zero_();
     const int64_t last = sides.front().steps.count() - 1;
     for (int64_t n = last; n >= 0; --n) {
+      const bool begins = n == sides.front().chunks.back().end - 1;
       for (Running& side : sides) {
-        if (recompute_ && n == side.chunks.back().end - 1) {
+        if (recompute_ && begins) {
           side.recomputed = preactivations_of<T>(side.layer, side.steps, side.chunks.back(), side.d);
         }
       }
+      if constexpr (kHasStep<T>) {
+        if (persistent_ && begins) run_chunk<T>(sides, *launches);
+      }
       if (sizes_.projected) project<T>(sides, n);
       // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
-      run_step<T>(sides, n, dependent_ && n < last);
+      if (!persistent_) run_step<T>(sides, n, dependent_ && n < last);
       for (Running& side : sides) {
         if (n > side.chunks.back().first) continue;
         add_chunk<T>(side.layer, side.steps, side.chunks.back(), side.d, side.buffers, side.gradients);
@@ -273,6 +296,58 @@ class StepwiseBackward : Stepwise {
     }
     check(cuda::output_gradient(outputs, device_.stream), "output_gradient");
     products(multiplied);
+  }
+
+  // All steps of the chunk in one launch.
+  template <typename T>
+  void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
+    using D = typename cuda::Types<T>::Gradient;
+    const int64_t length = launches.length(4, sizes_.hidden_size, gradient_type());
+    const int64_t bytes = length * static_cast<int64_t>(sizeof(D));
+    cuda::PersistentSides<cuda::PersistentBackward<T>> launch{};
+    std::vector<int64_t> memory;
+    for (const Running& side : sides) {
+      memory.push_back((launches.has_mailbox() ? rows_of(side) : sizes_.batch) * bytes);
+    }
+    launches.begin(launch, memory);
+    int64_t offset = 0;
+    for (Running& side : sides) {
+      if (mails_recurrent_part()) {
+        side.buffers.recurrent_part = launches.matrix(offset, rows_of(side), length, gradient_type());
+      }
+      cuda::PersistentBackward<T>& args = launch.sides[launch.count];
+      args = persistent_args<T>(side);
+      args.mailbox = {launches.slots<D>(offset), static_cast<const D*>(side.left), length};
+      // The next chunk of the pass begins with what the first step of this one leaves.
+      const Chunk& chunk = side.chunks.back();
+      const int64_t first = side.steps.rows_before(side.steps.time(chunk.first)) - side.steps.rows_before(chunk.begin);
+      side.left = args.mailbox.slots + (launches.has_mailbox() ? first : 0) * length;
+      offset += memory[launch.count++];
+    }
+    check(cuda::persistent_backward(launch, launches.exchange(), device_.stream), "persistent_backward");
+  }
+  static int64_t rows_of(const Running& side) {
+    return side.steps.rows_before(side.chunks.back().finish) - side.steps.rows_before(side.chunks.back().begin);
+  }
+
+  template <typename T>
+  cuda::PersistentBackward<T> persistent_args(const Running& side) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    using D = typename cuda::Types<T>::Gradient;
+    cuda::PersistentBackward<T> args{};
+    args.cell = cell_of<T>(side, side.steps.time(0));  // of the step at time 0
+    args.cell.c_previous.previous = const_row_pointer<A>(side.cells);
+    if (recompute_) args.cell.preactivations = const_row_pointer<T>(side.recomputed);
+    args.cell.grad_recurrent_part = mails_recurrent_part() ? nullptr : row_pointer<D>(side.buffers.recurrent_part);
+    args.cell.hidden = nullptr;
+    args.steps = chunk_of_steps(side.steps, side.chunks.back(), side.layer.shape.reverse, sizes_.batch);
+    args.resets = side.layer.shape.resets;
+    args.recomputed = recompute_;
+    args.grad_output_by_time = side.grad_output.defined() && side.grad_output.dim() == 3;
+    if (args.grad_output_by_time) args.grad_output_time_stride = side.grad_output.stride(0);
+    args.weight = const_row_pointer<D>(side.step_weight);
+    args.weight_stride = side.step_weight.stride(0);
+    return args;
   }
 
   template <typename T>

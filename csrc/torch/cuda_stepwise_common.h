@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "cuda/persistent.h"
 #include "cuda/step.h"
 #include "torch/cuda_steps.h"
 #include "torch/cuda_stepwise.h"
@@ -167,9 +168,15 @@ class Stepwise {
     const cuda::Plan plan =
         cuda::plan(facts_of(call, sizes, device.tf32, args != nullptr), *device.facts, device.request);
     // What the forward pass has saved is the same for both ways: so this one goes on where that cannot.
-    TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=step asks for the kernel that does a ",
-                "step at once, but ", plan.problem, ": set it to stepwise or auto, or unset it");
+    TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=", cuda::name_of(device.request.kernel),
+                " asks for a kernel that does a step at once, but ", plan.problem,
+                ": set it to stepwise or auto, or unset it");
+    if (plan.replaced && !args && sizes.steps > 1) {
+      TORCH_WARN_ONCE("lstm_ext: LSTM_EXT_CUDA_KERNEL=persistent: another kernel computes a layer whose sizes it ",
+                      "cannot have: ", plan.persistent.problem, "; lstm_ext.explain says more");
+    }
     fused_ = plan.kernel == cuda::Kernel::kStep;
+    if (plan.kernel == cuda::Kernel::kPersistent) persistent_ = plan.persistent;
     if (!plan.one_product) return;
     const at::ScalarType type = args ? gradient_type() : dtype_;
     both_weight_hh_ = at::stack({in_type(weights_[1], type), in_type(weights_[sizes.weights_per_direction + 1], type)});
@@ -250,6 +257,15 @@ class Stepwise {
   at::Tensor rows_of_direction(const at::Tensor& t, int64_t d) const {
     return t.defined() ? t.select(0, d).view({total_rows(), -1}) : t;
   }
+  // A part of the sequence that both directions go through together: the n-th steps of both.
+  std::vector<Chunk> chunk_at(const std::vector<Steps>& directions, int64_t first, int64_t limit) const {
+    const bool has_table = persistent_ && sizes_.packed();
+    int64_t most = has_table ? cuda::kPersistentPackedSteps : sizes_.steps;
+    for (const Steps& steps : directions) most = std::min(most, Chunk(steps, first, limit, most).end - first);
+    std::vector<Chunk> chunks;
+    for (const Steps& steps : directions) chunks.emplace_back(steps, first, INT64_MAX, most);
+    return chunks;
+  }
   // How many rows a chunk of so many bytes may have if it needs `bytes` for each.
   static int64_t chunk_rows(int64_t chunk_bytes, int64_t bytes) { return std::max<int64_t>(chunk_bytes / bytes, 1); }
 
@@ -296,8 +312,10 @@ class Stepwise {
   const std::vector<at::Tensor> norm_;
   const bool recompute_;
   const bool has_options_;
-  const bool dependent_;       // kernels may begin before those in front of them have ended
-  bool fused_;                 // a step is one kernel
+  const bool dependent_;  // kernels may begin before those in front of them have ended
+  bool fused_;            // a step is one kernel
+  // All steps of a chunk are one kernel, which is divided so.
+  std::optional<cuda::Plan::Persistent> persistent_;
   at::Tensor both_weight_hh_;  // U of both directions, one behind the other, where one product reads them
 };
 

@@ -1,7 +1,7 @@
 #include <list>
 #include <tuple>
 
-#include "torch/cuda_stepwise_common.h"
+#include "torch/cuda_persistent.h"
 
 namespace lstm_ext {
 namespace {
@@ -162,7 +162,7 @@ class StepwiseForward : Stepwise {
     if (sizes_.projected) {
       b.hidden = saved_.hidden.defined() ? rows_of_direction(saved_.hidden, d) : one_step(true, H, dtype_);
     }
-    b.recurrent = one_product() ? both_recurrent_.select(0, d) : one_step(!fused_, 4 * H, sum_type);
+    b.recurrent = one_product() ? both_recurrent_.select(0, d) : one_step(!fused_ && !persistent_, 4 * H, sum_type);
     if (!whole_) {
       b.begin_part = recurrent_part_of(layer.h0, layer);
       b.reset_part = recurrent_part_of(layer.reset_h, layer);
@@ -170,13 +170,14 @@ class StepwiseForward : Stepwise {
     const bool changes_output = lengths_.defined() || recurrent_mask_.defined() || has_zoneout_h();
     b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
     b.running_h = one_step(has_zoneout_h(), P, sum_type);
+    b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
+    if (persistent_) return b;  // h goes by mail
     if (one_product()) {
       b.recurrent_h[0] = b.recurrent_h[1] = both_h_.select(0, d);
     } else if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
       b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, dtype_) : P, dtype_);
       b.recurrent_h[1] = fused_ ? at::empty_like(b.recurrent_h[0]) : b.recurrent_h[0];
     }
-    b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
     return b;
   }
 
@@ -204,10 +205,10 @@ class StepwiseForward : Stepwise {
         : layer(pass.direction(d)),
           steps(layer.steps()),
           buffers(pass.buffers(layer, d)),
-          weight(pass.fused_ ? with_aligned_rows(layer.weight_hh) : at::Tensor()),
-          from_output(
-              pass.rows_gemm_if(!pass.fused_, buffers.recurrent, copies_h() ? buffers.recurrent_h[0] : buffers.output,
-                                (pass.one_product() ? pass.both_weight_hh_.select(0, d) : layer.weight_hh).t())),
+          weight(pass.fused_ || pass.persistent_ ? with_aligned_rows(layer.weight_hh) : at::Tensor()),
+          from_output(pass.rows_gemm_if(
+              buffers.recurrent.defined(), buffers.recurrent, copies_h() ? buffers.recurrent_h[0] : buffers.output,
+              (pass.one_product() ? pass.both_weight_hh_.select(0, d) : layer.weight_hh).t())),
           projection(pass.rows_gemm_if(pass.sizes_.projected,
                                        buffers.projected.defined() ? buffers.projected : buffers.output, buffers.hidden,
                                        transposed(layer.weight_hr))) {}
@@ -216,10 +217,11 @@ class StepwiseForward : Stepwise {
     const Direction layer;
     const Steps steps;
     const Buffers buffers;
-    const at::Tensor weight;  // U as the fused kernels read it
+    const at::Tensor weight;  // U as the fused and persistent kernels read it
     const std::optional<RowsGemm> from_output, projection;
     std::optional<Chunk> chunk;  // that of the step that runs, and W x of it
     InputPart input{};
+    const void* left = nullptr;  // persistent: where the last step of the chunk before has left h
   };
 
   // Both directions have their launches together.
@@ -227,19 +229,73 @@ class StepwiseForward : Stepwise {
   void run_steps() {
     using A = typename cuda::Types<T>::Accumulate;
     std::list<Running> sides;
-    for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d);
+    std::vector<Steps> directions;
+    for (int64_t d = 0; d < sizes_.directions; ++d) directions.push_back(sides.emplace_back(*this, d).steps);
     // Half of a small second-level cache: U wants room too.
     const int64_t bytes = std::min(device_.chunk_bytes, std::max(device_.facts->l2_bytes / 2, int64_t{1} << 20));
     const int64_t limit = chunk_rows(bytes, 4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
-    for (int64_t n = 0; n < sides.front().steps.count(); ++n) {
-      for (Running& side : sides) {
-        if (whole_ || (side.chunk && n < side.chunk->end)) continue;
-        side.chunk.emplace(side.steps, n, limit);
-        side.input = input_part(side.layer, side.steps, *side.chunk);
+    std::optional<PersistentLaunches> launches;
+    if (persistent_) launches.emplace(*persistent_, device_, input_.options());
+    for (int64_t n = 0; n < sizes_.steps; ++n) {
+      if (!whole_ && (n == 0 || n == sides.front().chunk->end)) {
+        const std::vector<Chunk> chunks = chunk_at(directions, n, limit);
+        auto chunk = chunks.begin();
+        for (Running& side : sides) {
+          side.chunk = *chunk++;
+          side.input = input_part(side.layer, side.steps, *side.chunk);
+        }
+        if constexpr (kHasStep<T>) {
+          if (persistent_) run_chunk<T>(sides, *launches);
+        }
       }
+      if (persistent_) continue;
       run_step<T>(sides, n);
       if (sizes_.projected) project<T>(sides, n);
     }
+  }
+
+  // All steps of the chunk in one launch.
+  template <typename T>
+  void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
+    const int64_t length = launches.length(1, sizes_.hidden_size, dtype_);
+    const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
+    cuda::PersistentSides<cuda::PersistentForward<T>> launch{};
+    std::vector<int64_t> memory;
+    for (const Running& side : sides) {
+      memory.push_back((launches.has_mailbox() ? rows_of(side) : sizes_.batch) * bytes);
+    }
+    launches.begin(launch, memory);
+    int64_t offset = 0;
+    for (Running& side : sides) {
+      cuda::PersistentForward<T>& args = launch.sides[launch.count];
+      args = persistent_args<T>(side);
+      args.mailbox = {launches.slots<T>(offset), static_cast<const T*>(side.left), length};
+      // The next chunk begins with what the last step of this one leaves.
+      const int64_t last = side.steps.rows_before(side.steps.time(side.chunk->end - 1));
+      const int64_t row = launches.has_mailbox() ? last - side.steps.rows_before(side.chunk->begin) : 0;
+      side.left = args.mailbox.slots + row * length;
+      offset += memory[launch.count++];
+    }
+    check(cuda::persistent_forward(launch, launches.exchange(), device_.stream), "persistent_forward");
+  }
+  static int64_t rows_of(const Running& side) {
+    return side.steps.rows_before(side.chunk->finish) - side.steps.rows_before(side.chunk->begin);
+  }
+
+  template <typename T>
+  cuda::PersistentForward<T> persistent_args(const Running& side) const {
+    using A = typename cuda::Types<T>::Accumulate;
+    cuda::PersistentForward<T> args{};
+    args.cell = cell_of<T>(side, side.steps.time(0));  // of the step at time 0
+    args.cell.input_part = const_row_pointer<A>(side.input.rows);
+    args.cell.c_previous.previous = args.cell.c = row_pointer<A>(side.buffers.cells);
+    args.steps = chunk_of_steps(side.steps, *side.chunk, side.layer.shape.reverse, sizes_.batch);
+    args.resets = side.layer.shape.resets;
+    args.keeps_cells = saved_.cells.defined();
+    args.batch_first = side.input.batch_first;
+    args.weight = const_row_pointer<T>(side.weight);
+    args.weight_stride = side.weight.stride(0);
+    return args;
   }
 
   template <typename T>

@@ -21,13 +21,12 @@ def stepwise_module() -> ModuleType:
 
 @contextlib.contextmanager
 def emulated_device(
-    tf32: bool = False, chunk_bytes: int = CHUNK_BYTES, step: bool = False
+    tf32: bool = False, chunk_bytes: int = CHUNK_BYTES, kernel: str = "stepwise"
 ) -> Iterator[ModuleType]:
-    """The module, on a device whose products may round to TF32, with chunks of so many bytes; a step is one kernel, or
-    a product and a kernel."""
+    """The module, on a device whose products may round to TF32, with chunks of so many bytes, and this kernel."""
     module = stepwise_module()
-    module.set_device(tf32, chunk_bytes, step)
+    module.set_device(tf32, chunk_bytes, kernel)
     try:
         yield module
     finally:
-        module.set_device(False, CHUNK_BYTES, False)
+        module.set_device(False, CHUNK_BYTES, "stepwise")

@@ -3,6 +3,9 @@
 // are loops that follow BLAS's definition to the letter.
 #include <torch/extension.h>
 
+#include "cuda/persistent_bf16.cu"
+#include "cuda/persistent_f16.cu"
+#include "cuda/persistent_f32.cu"
 #include "cuda/step_bf16.cu"
 #include "cuda/step_f16.cu"
 #include "cuda/step_f32.cu"
@@ -104,16 +107,16 @@ void counted_gemm(const Gemm& g, void* context) {
 struct Device {
   bool tf32 = false;
   int64_t chunk_bytes = int64_t{1} << 25;
-  bool step = false;
+  std::string kernel = "stepwise";
 } device;
+uint32_t status = 0;
 
 lstm_ext::StepwiseDevice emulated_device() {
   // Of a capability that has no dependent launches: which tensors are weights, only the kernels' own driver says.
   static const lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
-  lstm_ext::cuda::Request request;
-  request.any = false;
-  if (device.step) request.kernel = lstm_ext::cuda::Kernel::kStep;
-  return {nullptr, &counted_gemm, nullptr, device.tf32, device.chunk_bytes, &facts, request};
+  const auto request = lstm_ext::cuda::request_named(device.kernel);
+  TORCH_CHECK(request, "no kernel ", device.kernel);
+  return {nullptr, &counted_gemm, nullptr, device.tf32, device.chunk_bytes, &facts, *request, &status, 0};
 }
 
 lstm_ext::LayerResults emulated_forward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes, bool save) {
@@ -142,8 +145,9 @@ const lstm_ext::Backend& lstm_ext::cpu_backend() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   lstm_ext::python::bind_layer(m);
   m.def(
-      "set_device", [](bool tf32, int64_t chunk_bytes, bool step) { device = {tf32, chunk_bytes, step}; },
-      py::arg("tf32"), py::arg("chunk_bytes"), py::arg("step"));
+      "set_device",
+      [](bool tf32, int64_t chunk_bytes, const std::string& kernel) { device = {tf32, chunk_bytes, kernel}; },
+      py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"));
   // Since the last call: launches of kernels, and products.
   m.def("launches", [] {
     const auto counted = std::make_pair(simt::statistics().launches, products);

@@ -35,7 +35,7 @@ class StandIn:
 
     def set_cuda_kernel_of_thread(self, name: str) -> None:
         self.kernel = name
-        self.module.set_device(True, CHUNK_BYTES, name == "step")
+        self.module.set_device(True, CHUNK_BYTES, name or "stepwise")
 
     def set_cuda_step_validated(self, index: int | None, tf32: bool, validated: bool) -> None:
         assert index is None and validated
@@ -71,7 +71,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     monkeypatch.setattr(first_use, "LIMIT", 60)
     yield stand_in
     stand_in.set_cuda_kernel_of_thread("")
-    stand_in.module.set_device(False, CHUNK_BYTES, False)
+    stand_in.module.set_device(False, CHUNK_BYTES, "stepwise")
     assert extension is not None
 
 

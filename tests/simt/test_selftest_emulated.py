@@ -55,20 +55,18 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
 def checks() -> list[Any]:
     """Those that selftest.cuda_checks makes of each kernel."""
     found = []
-    for step in (False, True):
+    for kernel in ("stepwise", "step", "persistent", "mailbox"):
         for dtype in selftest.DTYPES:
-            if not step or dtype in (torch.float16, torch.bfloat16):
-                found.append(pytest.param(dtype, {"step": step}, id=f"{dtype}{'-step' if step else ''}"))
-        found.append(
-            pytest.param(torch.float32, {"tf32": True, "step": step}, id=f"tf32{'-step' if step else ''}")
-        )
+            if kernel == "stepwise" or dtype in (torch.float16, torch.bfloat16):
+                found.append(pytest.param(dtype, {"kernel": kernel}, id=f"{dtype}-{kernel}"))
+        found.append(pytest.param(torch.float32, {"tf32": True, "kernel": kernel}, id=f"tf32-{kernel}"))
     return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("dtype", "device"), checks(), indirect=["device"])
 def test_passes(device: dict[str, bool], dtype: torch.dtype, case: selftest.Case) -> None:
-    if device["step"] and case.proj_size:
+    if device["kernel"] != "stepwise" and case.proj_size:
         with pytest.raises(RuntimeError, match="there is none for projections"):
             selftest._plainly(selftest.Problem(case, dtype, torch.device("cpu")))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from cases import CASES, LOW, OPTIONS, Case, Layer, check, with_strides
 from judge import EPS, relative_error
 
 
-def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False, step: bool = False) -> dict[str, Tensor]:
+def emulated(
+    layer: Layer, dtype: torch.dtype, tf32: bool = False, kernel: str = "stepwise"
+) -> dict[str, Tensor]:
     """Results and gradients of the emulated layer."""
     case = layer.case
 
@@ -44,7 +47,7 @@ def emulated(layer: Layer, dtype: torch.dtype, tf32: bool = False, step: bool = 
     call = (input, stored(layer.h0), stored(layer.c0), weights, layer.batch_sizes)
     call = (*call, case.bias, case.bidirectional, options)
     needs_grad = layer.needs_grad + [False] * (0 if learned else 2)
-    with emulated_device(tf32, case.chunk_bytes, step) as module:
+    with emulated_device(tf32, case.chunk_bytes, kernel) as module:
         *results, saved = module.lstm_layer_forward(*call, True)
         *inferred, nothing = module.lstm_layer_forward(*call, False)
         assert nothing is None
@@ -73,9 +76,9 @@ def drawn(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     return emulated(cases.layer(case, dtype, seed), dtype)
 
 
-def fused(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Each step in one kernel."""
-    return emulated(cases.layer(case, dtype, seed), dtype, tf32=dtype == torch.float32, step=True)
+def fused(case: Case, dtype: torch.dtype, seed: int, kernel: str = "step") -> dict[str, Tensor]:
+    """Each step, or all of them, in one kernel."""
+    return emulated(cases.layer(case, dtype, seed), dtype, tf32=dtype == torch.float32, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,18 +145,31 @@ STEP_CASES = {name: case for name, case in CASES.items() if not case.proj_size a
 BIG = ("several tiles of everything", "many rows, packed", "a long state")
 
 
-@pytest.mark.parametrize("name", STEP_CASES)
+# Of the kernel that does all steps of a chunk, without an exchange and with one. Its tiles have 8 rows and 8, 16 or 128
+# units, and its pieces 8 or 4 numbers.
+CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packed or (case.steps,)) > 1} | {
+    "packed, more steps than a table": Case(
+        packed=(300, 257, 1), hidden_size=2, input_size=1, bidirectional=True
+    ),
+}
+AT_ONCE = [("step", name) for name in STEP_CASES] + [
+    (kernel, name) for kernel in ("persistent", "mailbox") for name in CHUNK_CASES
+]
+
+
+@pytest.mark.parametrize(("kernel", "name"), AT_ONCE)
 @pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
-def test_steps_at_once(name, dtype):
-    case = dataclasses.replace(STEP_CASES[name], wide_weights=True)
-    check(case, dtype, 1 if name in BIG else 6 if name in OPTIONS else 20, ours=fused, equations=True)
+def test_steps_at_once(kernel, name, dtype):
+    case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
+    draws = 1 if name in BIG else 6 if name in OPTIONS or kernel != "step" else 20
+    check(case, dtype, draws, ours=functools.partial(fused, kernel=kernel), equations=True)
 
 
-@pytest.mark.parametrize("name", STEP_CASES)
-def test_steps_at_once_in_tf32(name):
+@pytest.mark.parametrize(("kernel", "name"), AT_ONCE)
+def test_steps_at_once_in_tf32(kernel, name):
     """As exact as single products of operands so rounded are."""
-    case = dataclasses.replace(STEP_CASES[name], wide_weights=True)
-    expected, ours = cases.expected(case, torch.float32, 0), fused(case, torch.float32, 0)
+    case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
+    expected, ours = cases.expected(case, torch.float32, 0), fused(case, torch.float32, 0, kernel)
     stepwise = emulated(cases.layer(case, torch.float32, 0), torch.float32, tf32=True)
     for result, e in expected.items():
         bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[torch.float32])
@@ -161,10 +177,11 @@ def test_steps_at_once_in_tf32(name):
 
 
 def test_launches_of_a_step():
-    """One forward, one backward, but for those around the loop; a sequence of one step is one launch."""
+    """One forward, one backward, but for those around the loop; a sequence of one step is one launch; a persistent
+    kernel does all steps of both directions."""
 
     def launches(
-        steps: int, step: bool, backward: bool, both: bool = False, resets: str = ""
+        steps: int, kernel: str, backward: bool, both: bool = False, resets: str = ""
     ) -> tuple[int, int]:
         case = Case(steps=steps, hidden_size=16, bidirectional=both, resets=resets)
         layer = cases.layer(case, torch.bfloat16, 0)
@@ -172,7 +189,7 @@ def test_launches_of_a_step():
         learned = [t if t is None else t.bfloat16() for t in layer.learned()]
         options = layer.options(torch.bfloat16, learned) or internals.LayerOptions()
         call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, both)
-        with emulated_device(step=step) as module:
+        with emulated_device(kernel=kernel) as module:
             call = (*call, module.LayerOptions(**options.as_keywords()))
             module.launches()
             *results, saved = module.lstm_layer_forward(*call, True)
@@ -184,17 +201,20 @@ def test_launches_of_a_step():
             return module.launches() if backward else forward
 
     for backward in (False, True):
-        ten, eleven = (launches(steps, True, backward) for steps in (10, 11))
+        ten, eleven = (launches(steps, "step", backward) for steps in (10, 11))
         assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
         # Both directions have a launch together, and a product.
         for both in (False, True):
-            ten, eleven = (launches(steps, False, backward, both) for steps in (10, 11))
+            ten, eleven = (launches(steps, "stepwise", backward, both) for steps in (10, 11))
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
-            ten, eleven = (launches(steps, True, backward, both) for steps in (10, 11))
+            ten, eleven = (launches(steps, "step", backward, both) for steps in (10, 11))
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
+            for kernel in ("persistent", "mailbox"):
+                ten, eleven = (launches(steps, kernel, backward, both) for steps in (10, 11))
+                assert ten == eleven and ten[0] == 1 + (4 if both else 2) * backward
     for both in (False, True):
         for resets in ("", "to zeros", "to a state"):
-            assert launches(1, True, False, both, resets) == (1, 0)
+            assert launches(1, "step", False, both, resets) == (1, 0)
 
 
 def test_what_has_no_step_at_once():
@@ -205,7 +225,7 @@ def test_what_has_no_step_at_once():
         (Case(norm="own"), torch.bfloat16, "there is none for layer normalisation"),
     ):
         with pytest.raises(RuntimeError, match=f"LSTM_EXT_CUDA_KERNEL=step asks .* but {said}"):
-            emulated(cases.layer(case, dtype, 0), dtype, step=True)
+            emulated(cases.layer(case, dtype, 0), dtype, kernel="step")
 
 
 def test_tf32_rounds_operands_and_no_more():

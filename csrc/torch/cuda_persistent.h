@@ -1,0 +1,79 @@
+// What both passes need to start a persistent kernel: the table of a chunk's steps, and the memory through which blocks
+// and launches talk.
+#pragma once
+
+#include "cuda/persistent.h"
+#include "torch/cuda_stepwise_common.h"
+
+namespace lstm_ext {
+
+inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk, bool reverse, int64_t batch) {
+  cuda::ChunkOfSteps result{};
+  result.first = static_cast<int32_t>(chunk.first);
+  result.end = static_cast<int32_t>(chunk.end);
+  result.count = static_cast<int32_t>(steps.count());
+  result.batch = static_cast<int32_t>(batch);
+  result.reverse = reverse;
+  result.packed = steps.packed();
+  result.first_row = steps.rows_before(chunk.begin);
+  if (!steps.packed()) return result;
+  int64_t rows = chunk.begin > 0 ? -steps.rows_at(chunk.begin - 1) : 0;
+  int32_t* next = result.rows_before;
+  for (int64_t time = chunk.begin - 1; time <= chunk.finish; ++time) {
+    *next++ = static_cast<int32_t>(rows);
+    if (time >= 0 && time < steps.count()) rows += steps.rows_at(time);
+  }
+  *next = static_cast<int32_t>(rows);
+  return result;
+}
+
+// How a layer's launches are divided, and what one leaves for the next.
+class PersistentLaunches {
+ public:
+  PersistentLaunches(const cuda::Plan::Persistent& plan, const StepwiseDevice& device, const at::TensorOptions& options)
+      : plan_(plan), device_(device), options_(options.dtype(at::kByte)) {}
+
+  bool has_mailbox() const { return plan_.exchange == cuda::Exchange::kMailbox; }
+  cuda::Exchange exchange() const { return plan_.exchange; }
+
+  // Numbers that a row leaves for the next step: `gates` rows of H, each rounded up to whole pieces.
+  static int64_t length(int64_t gates, int64_t hidden_size, at::ScalarType type) {
+    return gates * aligned_length(hidden_size, type);
+  }
+
+  // The launch's memory: so many bytes for each side. All its bits are set; without a mailbox nobody asks.
+  template <typename Pass>
+  void begin(cuda::PersistentSides<Pass>& launch, const std::vector<int64_t>& bytes) {
+    int64_t sum = kControlBytes;
+    for (const int64_t n : bytes) sum += n;
+    before_ = memory_;  // the launch reads it
+    memory_ = at::empty({sum}, options_);
+    launch.groups = plan_.groups;
+    launch.extra = plan_.extra;
+    if (!has_mailbox()) return;
+    memory_.fill_(0xff);
+    launch.control = {static_cast<uint32_t*>(memory_.mutable_data_ptr()),
+                      before_.defined() ? static_cast<const uint32_t*>(before_.const_data_ptr()) : nullptr,
+                      device_.status, device_.wait_limit};
+  }
+  // Where the memory of a side begins, `offset` bytes behind the words of control.
+  template <typename D>
+  D* slots(int64_t offset) const {
+    return reinterpret_cast<D*>(static_cast<char*>(memory_.mutable_data_ptr()) + kControlBytes + offset);
+  }
+  // The same as a matrix.
+  at::Tensor matrix(int64_t offset, int64_t rows, int64_t length, at::ScalarType type) const {
+    const int64_t bytes = rows * length * static_cast<int64_t>(c10::elementSize(type));
+    return memory_.narrow(0, kControlBytes + offset, bytes).view(type).view({rows, length});
+  }
+
+ private:
+  static constexpr int64_t kControlBytes = 64;
+
+  const cuda::Plan::Persistent plan_;
+  const StepwiseDevice& device_;
+  const at::TensorOptions options_;
+  at::Tensor memory_, before_;  // of the launch, and of the one in front of it
+};
+
+}  // namespace lstm_ext
