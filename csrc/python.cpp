@@ -210,6 +210,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
                     real("clock_ghz"),
                     real("memory_gb_per_s")};
   std::tie(facts.step_blocks[0], facts.step_blocks[1]) = py::cast<std::pair<int, int>>(device["step_blocks"]);
+  facts.shared = py::cast<bool>(device["shared"]);
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
   }
@@ -319,6 +320,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         lstm_ext::cuda::set_validated(device, lstm_ext::cuda::request_named(name)->kernel, tf32, validated);
       },
       py::arg("device"), py::arg("kernel"), py::arg("tf32"), py::arg("validated"));
+  m.def(
+      "set_cuda_wait_limit_of_thread",
+      [](const std::optional<double>& seconds) {
+        TORCH_CHECK_VALUE(!seconds || (*seconds >= 0 && *seconds < 1e9),
+                          "seconds: expected a number of at least 0, got ", *seconds);
+        lstm_ext::cuda::set_wait_limit_of_thread(seconds ? &*seconds : nullptr);
+      },
+      py::arg("seconds"));
+  m.def(
+      "cuda_wait_expired",
+      [](const std::optional<int>& device) { return lstm_ext::cuda_wait_expired(device.value_or(0)); },
+      py::arg("device"));
   m.def("crowded_calls", [] {
     const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();
     return std::make_pair(left.workers, left.calls);

@@ -291,12 +291,12 @@ def cpu_checks() -> Iterator[Check]:
 
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
-    """The checks of each kernel; of `step`, those of layers that it can compute."""
-    for kernel in config.CUDA_KERNELS_OF_THIS_RELEASE:
-        fused = kernel == "step"
+    """The checks of each kernel; but for `stepwise`, those of layers that it can compute."""
+    for kernel in ("stepwise", *config.TRIED_CUDA_KERNELS):
+        fused = kernel != "stepwise"
         cases = [case for case in CASES if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
-        in_tf32 = cuda.step_variant(torch.float32) if fused else kernel
+        in_tf32 = cuda.variant(kernel, torch.float32) if fused else kernel
         for dtype, case in itertools.product(dtypes, cases):
             yield _check(kernel, case, dtype, device, kernel=kernel)
         for case in cases:

@@ -45,8 +45,9 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "backward": rng.random() < 0.5,
         "packed": rng.random() < 0.2,
         "extras": rng.random() < 0.2,
-        "kernel": rng.choice(("auto", "auto", "step", "stepwise")),
-        "outcome": rng.choice((None, True, False)),
+        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "mailbox")),
+        "step_outcome": rng.choice((None, True, False)),
+        "persistent_outcome": rng.choice((None, True, False)),
     }
 
 
@@ -61,8 +62,8 @@ def some_device(rng: random.Random) -> dict[str, Any]:
 
 def launches(layer: dict[str, Any], kernel: str) -> int:
     """Of a time step: a kernel of all directions, and their products."""
-    if kernel == "step":
-        return 1
+    if kernel != "stepwise":
+        return 1 if kernel == "step" else 0
     products = layer["directions"]
     if not layer["projected"]:
         return 1 + (1 if layer["steps"] >= 8 and not layer["packed"] else products)
@@ -77,19 +78,30 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         or layer["dtype"] == "float64"
         or (layer["dtype"] == "float32" and not layer["tf32"])
     )
-    if layer["kernel"] == "step" and not eligible:
+    if layer["kernel"] not in ("auto", "stepwise") and not eligible:
         assert plan["problem"]
         return
     assert not plan["problem"] and plan["reasons"]
-    if plan["kernel"] == "step":
-        assert eligible and (layer["kernel"] == "step" or layer["outcome"])
-        assert layer["kernel"] == "step" or plan["step_us"] < plan["stepwise_us"]
-        assert layer["kernel"] == "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
-    assert layer["kernel"] in ("auto", plan["kernel"])
-    assert plan["launches"] == launches(layer, plan["kernel"]) > plan["products"]
+    of, wanted = plan["persistent"], "persistent" if layer["kernel"] == "mailbox" else layer["kernel"]
+    times = {"stepwise": plan["stepwise_us"], "step": plan["step_us"], "persistent": of["us"]}
+    if plan["kernel"] != "stepwise":
+        assert eligible
+    if plan["kernel"] == "persistent":
+        assert not of["problem"] and of["us"] > 0
+    if wanted == "auto":
+        assert plan["kernel"] == "stepwise" or layer[f"{plan['kernel']}_outcome"]
+        assert times[plan["kernel"]] <= times["stepwise"]
+        assert plan["kernel"] != "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
+    else:
+        # What does not find room is replaced by the next one.
+        assert plan["kernel"] == ("step" if wanted == "persistent" and of["problem"] else wanted)
+    assert plan["launches"] == launches(layer, plan["kernel"])
+    assert (plan["launches"] > plan["products"]) == (plan["kernel"] != "persistent")
     assert plan["stepwise_us"] > 0
     if not eligible:
         return
+    if not of["problem"]:
+        check_persistent(device, layer, of)
     rows = plan["rows_of_block"]
     assert rows in compiled
     assert plan["shared_bytes"] <= device["shared_of_block"]
@@ -104,6 +116,28 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         assert with_more[time] <= plan[time] * (1 + 1e-12)
 
 
+def check_persistent(device: dict[str, Any], layer: dict[str, Any], of: dict[str, Any]) -> None:
+    """All blocks that wait for each other are there at once, and all weights have a place."""
+    size = 4 if layer["dtype"] == "float32" or (layer["dtype"] == "float16" and layer["backward"]) else 2
+    numbers, mailbox = 16 // size, of["exchange"] == "mailbox"
+    tiles = -(-layer["batch"] // 8)
+    if mailbox:
+        units = 8 if size == 4 and not layer["backward"] else 16
+        of_group = -(-layer["hidden_size"] // units) * layer["directions"]
+        assert of["blocks"] == of_group * of["groups"] <= device["multiprocessors"]
+        assert 1 <= of["groups"] <= tiles
+    else:
+        units = 128
+        assert layer["hidden_size"] <= units and of["groups"] == tiles
+        assert of["blocks"] == tiles * layer["directions"]
+    # 128 registers of a thread, and the extra pieces, hold the rows of U of the units.
+    rows = units * (1 if layer["backward"] else 4)
+    depth = -(-layer["hidden_size"] // numbers) * numbers * (4 if layer["backward"] else 1)
+    in_registers = 256 * 128 * 4
+    assert rows * depth * size <= in_registers + (of["shared_bytes"] if of["extra"] else 0)
+    assert layer["steps"] > 1 and of["shared_bytes"] <= device["shared_of_block"]
+
+
 def test_every_plan_can_run() -> None:
     rng, compiled = random.Random(1), instances()
     assert len(compiled) == 2
@@ -115,7 +149,13 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
     layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
     for device in DEVICES.values():
         assert _C.cuda_plan(device=device, **layer)["kernel"] == "stepwise"
-        assert _C.cuda_plan(device=device, **layer, outcome=True)["kernel"] == "step"
+        assert _C.cuda_plan(device=device, **layer, step_outcome=True)["kernel"] == "step"
+        assert _C.cuda_plan(device=device, **layer, persistent_outcome=True)["kernel"] in (
+            "persistent",
+            "stepwise",
+        )
+    both = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=True)
+    assert both["kernel"] == "persistent" and both["launches"] == both["products"] == 0
 
 
 def test_what_the_runtime_says_of_a_device_counts() -> None:
@@ -127,25 +167,56 @@ def test_what_the_runtime_says_of_a_device_counts() -> None:
 
 def test_a_kernel_that_was_wrong_is_not_taken() -> None:
     layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=False)
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=False)
     assert plan["kernel"] == "stepwise"
-    assert plan["reasons"][-1] == "the kernel that does a step at once was wrong on this device"
+    assert "the kernel that does a step at once was wrong on this device" in plan["reasons"]
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=False)
+    assert plan["kernel"] == "step"
+    assert "the kernel that does all steps at once was wrong on this device" in plan["reasons"]
 
 
 def test_what_the_backward_pass_keeps_fits_into_the_cache() -> None:
     """H / 16 partial sums of every number of dL/dh, of two steps."""
     layer = {"steps": 100, "batch": 256, "input_size": 1024, "hidden_size": 1024, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, outcome=True)
+    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, step_outcome=True)
     assert plan["parts_bytes"] == 2 * 64 * 256 * 1024 * 4
     assert plan["kernel"] == "stepwise"
-    assert plan["reasons"][-1] == "the partial sums of one kernel would fill the second-level cache"
-    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, outcome=True)
+    assert plan["reasons"][-1] == "the partial sums of a kernel a step would fill the second-level cache"
+    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, step_outcome=True)
     assert small["kernel"] == "step"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"steps": 1}, "the sequence has one step"),
+        ({"hidden_size": 4096}, "its weights do not fit into registers and shared memory"),
+        (
+            {"hidden_size": 1024, "directions": 2, "batch": 1, "dtype": "float32"},
+            "its blocks do not all find a ",
+        ),
+    ],
+)
+def test_what_persistent_kernels_have_no_room_for(change: dict[str, Any], problem: str) -> None:
+    """Another kernel computes such a layer."""
+    layer = {"steps": 9, "batch": 16, "input_size": 8, "hidden_size": 768, "dtype": "bfloat16", **change}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="persistent")
+    assert plan["persistent"]["problem"].startswith(problem) and plan["kernel"] == "step"
+    assert plan["reasons"][0].startswith(f"not the kernel that does all steps at once: {problem}")
+
+
+def test_blocks_do_not_wait_for_each_other_on_a_shared_device() -> None:
+    layer = {"steps": 9, "batch": 16, "input_size": 8, "hidden_size": 768, "dtype": "bfloat16"}
+    device = {**DEVICES["H100"], "shared": True}
+    plan = _C.cuda_plan(device=device, **layer, kernel="persistent")
+    assert "shared with other programs" in plan["persistent"]["problem"]
+    small = _C.cuda_plan(device=device, **{**layer, "hidden_size": 128}, kernel="persistent")
+    assert (small["kernel"], small["persistent"]["exchange"]) == ("persistent", "none")
 
 
 def test_more_rows_than_a_grid_has() -> None:
     layer = {"steps": 1, "batch": 64 * 65535 + 1, "input_size": 1, "hidden_size": 1, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=True)
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True)
     assert (plan["kernel"], plan["problem"]) == ("stepwise", "")
     plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="step")
     assert plan["problem"] == "its grid has no room for so many rows"
@@ -153,7 +224,7 @@ def test_more_rows_than_a_grid_has() -> None:
 
 def test_large_products_are_left_to_the_library() -> None:
     layer = {"steps": 100, "batch": 4096, "input_size": 512, "hidden_size": 2048, "dtype": "bfloat16"}
-    assert _C.cuda_plan(device=DEVICES["H100"], **layer, outcome=True)["kernel"] == "stepwise"
+    assert _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True)["kernel"] == "stepwise"
 
 
 def test_older_cards_are_refused() -> None:
@@ -166,7 +237,7 @@ def test_older_cards_are_refused() -> None:
     ("change", "said"),
     [
         ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
-        ({"kernel": "fast"}, "kernel: expected auto, stepwise or step, got fast"),
+        ({"kernel": "fast"}, "kernel: expected auto, stepwise, step, persistent or mailbox, got fast"),
         ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
     ],
 )
@@ -188,6 +259,9 @@ EXPLAINED = (
     ("auto", nn.LSTMCell(256, 256), (32, 256), "B200", torch.bfloat16),
     ("step", nn.LSTM(1024, 1024), (200, 128, 1024), "A10", torch.float16),
     ("step", nn.LSTM(64, 128), (200, 64), "H200", torch.float64),
+    ("persistent", nn.LSTM(64, 512, bidirectional=True), (200, 16, 64), "H100", torch.bfloat16),
+    ("persistent", nn.LSTM(64, 96).eval(), (200, 400, 64), "A10", torch.float16),
+    ("persistent", nn.LSTM(64, 2048).eval(), (200, 8, 64), "L4", torch.bfloat16),
 )
 
 

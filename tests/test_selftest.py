@@ -215,7 +215,7 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6))
     text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, loader.status())]
     assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
-    assert text[1] == "kernel: auto: stepwise; on a device where `step` has been right, the faster of the two"
+    assert text[1] == "kernel: auto: stepwise; on a device where `step` or `persistent` have been right, the fastest"
     assert text[2].startswith("devices: 2; ")
     assert text[3].startswith("cuda:0: A GPU, compute capability 7.5: not supported: the kernels need")
     assert text[4] == "cuda:1: A GPU, compute capability 8.6: supported"
@@ -250,10 +250,11 @@ def test_cuda_kernels() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "stepwise; on a device where `step` has been right, the faster of the two"),
-        ("auto", "stepwise; on a device where `step` has been right, the faster of the two"),
+        (None, "stepwise; on a device where `step` or `persistent` have been right, the fastest"),
+        ("auto", "stepwise; on a device where `step` or `persistent` have been right, the fastest"),
         ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
         ("step", "LSTM_EXT_CUDA_KERNEL=step"),
+        ("mailbox", "LSTM_EXT_CUDA_KERNEL=mailbox"),
     ],
 )
 def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reason: str) -> None:
@@ -264,24 +265,30 @@ def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reaso
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("variable", "value", "said"),
     [
         (
+            "LSTM_EXT_CUDA_KERNEL",
             "fast",
-            "LSTM_EXT_CUDA_KERNEL is 'fast': set it to one of auto, stepwise, step, cluster, grid, or unset it.",
+            "LSTM_EXT_CUDA_KERNEL is 'fast': set it to one of auto, stepwise, step, persistent, mailbox, or unset it.",
         ),
         (
-            "grid",
-            "LSTM_EXT_CUDA_KERNEL=grid: the persistent kernels, cluster and grid, are not part of this release; "
-            "set it to stepwise, step or auto, or unset it.",
+            "LSTM_EXT_CUDA_WAIT_LIMIT",
+            "10 s",
+            "LSTM_EXT_CUDA_WAIT_LIMIT is '10 s': set it to a number of seconds, or unset it.",
+        ),
+        (
+            "LSTM_EXT_CUDA_WAIT_LIMIT",
+            "-1",
+            "LSTM_EXT_CUDA_WAIT_LIMIT is '-1': set it to a number of seconds, or unset it.",
         ),
     ],
 )
-def test_kernel_that_is_not_there(value: str, said: str) -> None:
+def test_variables_of_another_value(variable: str, value: str, said: str) -> None:
     """No layer runs then, on no device: what was asked for is not to be had."""
     run = subprocess.run(
         [sys.executable, "-c", SHOW],
-        env={"LSTM_EXT_CUDA_KERNEL": value, "PYTHONPATH": str(Path(reference.__file__).parents[1])},
+        env={variable: value, "PYTHONPATH": str(Path(reference.__file__).parents[1])},
         capture_output=True,
         text=True,
     )

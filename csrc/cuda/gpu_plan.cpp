@@ -335,6 +335,29 @@ namespace {
 constexpr const char* kKernelNames[] = {"stepwise", "step", "persistent"};
 }  // namespace
 
+namespace {
+thread_local std::optional<double> wait_limit_of_thread;
+}  // namespace
+
+void set_wait_limit_of_thread(const double* seconds) {
+  wait_limit_of_thread = seconds ? std::optional<double>(*seconds) : std::nullopt;
+}
+
+std::optional<int64_t> wait_limit() {
+  double seconds = 10;
+  const char* text = std::getenv("LSTM_EXT_CUDA_WAIT_LIMIT");
+  if (wait_limit_of_thread) {
+    seconds = *wait_limit_of_thread;
+  } else if (text && *text) {
+    char* end = nullptr;
+    seconds = std::strtod(text, &end);
+    if (*end != 0) return {};
+  }
+  if (!(seconds >= 0 && seconds < 1e9)) return {};
+  // A limit that is not 0 stays one.
+  return seconds > 0 ? std::max<int64_t>(1, static_cast<int64_t>(seconds * 1e9)) : 0;
+}
+
 std::optional<Request> request_named(std::string_view name) {
   Request request;
   if (name == "auto") return request;

@@ -136,6 +136,12 @@ const char* step_problem(const LayerFacts& layer);
 LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool validated);
 bool is_validated(int device, Kernel kernel, bool tf32);
 
+// How long a block of a persistent kernel waits for another one, in nanoseconds; 0: for ever. As
+// LSTM_EXT_CUDA_WAIT_LIMIT says in seconds, or in its place for one thread (null takes it back). Nothing if that is no
+// such number.
+LSTM_EXT_PUBLIC void set_wait_limit_of_thread(const double* seconds);
+std::optional<int64_t> wait_limit();
+
 // "auto", "stepwise", "step", "persistent", or "mailbox": persistent, with that exchange. Nothing for another word.
 LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
 LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);

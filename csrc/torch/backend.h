@@ -27,6 +27,8 @@ struct Backend {
   bool saves_preactivations = false;
   // Of a GPU: what the planner of kernels has to know of it.
   cuda::DeviceFacts (*facts)(int device) = nullptr;
+  // Whether a wait of a persistent kernel has expired there since somebody asked, or a call has raised for it.
+  bool (*wait_expired)(int device) = nullptr;
 };
 
 const Backend& cpu_backend();
@@ -38,5 +40,6 @@ int planes_for(at::ScalarType dtype);
 void register_cuda_backend(const Backend& backend);
 // Nothing where it is not.
 LSTM_EXT_PUBLIC std::optional<cuda::DeviceFacts> cuda_facts(int device);
+LSTM_EXT_PUBLIC bool cuda_wait_expired(int device);
 
 }  // namespace lstm_ext

@@ -1,9 +1,12 @@
 // The CUDA layers on the device that torch has chosen: its current device and stream, its handle of cuBLAS.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -47,6 +50,29 @@ const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
   return found != known.end() ? found->second : known.emplace(index, facts_of(properties)).first->second;
 }
 
+// What persistent kernels write to if a wait expires: a word for each device, which the host reads without waiting for
+// one. They stay as long as the process.
+volatile uint32_t* status_of(int device) {
+  static constexpr int kDevices = 64;
+  static uint32_t* const words = [] {
+    // A graph may be captured meanwhile.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    void* memory = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&memory, kDevices * sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+    std::memset(memory, 0, kDevices * sizeof(uint32_t));
+    return static_cast<uint32_t*>(memory);
+  }();
+  TORCH_CHECK(device < kDevices, "lstm_ext: expected at most ", kDevices, " devices, got cuda:", device);
+  return words + device;
+}
+
+bool wait_expired(int device) {
+  volatile uint32_t* const status = status_of(device);
+  const bool expired = *status != 0;
+  *status = 0;
+  return expired;
+}
+
 // The layer takes long sequences in chunks whose intermediate results nearly fit into the second-level cache.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
@@ -67,7 +93,26 @@ StepwiseDevice current_device(at::ScalarType dtype) {
   };
   request.step = outcome(cuda::Kernel::kStep);
   request.persistent = outcome(cuda::Kernel::kPersistent);
-  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request};
+  const std::optional<int64_t> limit = cuda::wait_limit();
+  TORCH_CHECK(limit, "lstm_ext: LSTM_EXT_CUDA_WAIT_LIMIT is '", std::getenv("LSTM_EXT_CUDA_WAIT_LIMIT"),
+              "': set it to a number of seconds, or unset it");
+  // A thread that asks for a kernel looks itself.
+  TORCH_CHECK(cuda::has_request_of_thread() || !wait_expired(index), "lstm_ext: in an earlier call on cuda:", index,
+              " a block of a kernel that does all steps at once waited ",
+              "for another one longer than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN. ",
+              "If the GPU was busy with other programs, set it to more seconds; LSTM_EXT_CUDA_KERNEL=step takes a ",
+              "kernel that waits for nobody");
+  void* status = nullptr;
+  C10_CUDA_CHECK(cudaHostGetDevicePointer(&status, const_cast<uint32_t*>(status_of(index)), 0));
+  return {at::cuda::getCurrentCUDAStream().stream(),
+          &gemm_cublas,
+          cublas_handle(),
+          tf32,
+          kChunkBytes,
+          &facts,
+          request,
+          static_cast<uint32_t*>(status),
+          *limit};
 }
 
 cuda::DeviceFacts facts_of_device(int index) {
@@ -87,7 +132,8 @@ LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, con
 
 // When the library is loaded.
 const bool registered = [] {
-  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device});
+  register_cuda_backend(
+      {&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device, &wait_expired});
   return true;
 }();
 

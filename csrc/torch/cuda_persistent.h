@@ -2,6 +2,8 @@
 // and launches talk.
 #pragma once
 
+#include <exception>
+
 #include "cuda/persistent.h"
 #include "torch/cuda_stepwise_common.h"
 
@@ -25,6 +27,32 @@ inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk,
   }
   *next = static_cast<int32_t>(rows);
   return result;
+}
+
+// A launch that the device refuses though it has room by its plan: others use it too. Another kernel computes the
+// layer.
+struct LaunchRefused : std::exception {
+  const char* what() const noexcept override { return "lstm_ext: a persistent kernel was refused"; }
+};
+inline void raise_if_refused(cudaError_t error) {
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorLaunchOutOfResources) return;
+  TORCH_WARN_ONCE("lstm_ext: the GPU refused to start all blocks of a persistent kernel at once (",
+                  cudaGetErrorString(error), "), so that another kernel computes the layer. ",
+                  "LSTM_EXT_CUDA_KERNEL=step asks for one that does not need that");
+  throw LaunchRefused();
+}
+
+// `compute` on the device; if a launch is refused there, without persistent kernels.
+template <typename Compute>
+auto without_refused(const StepwiseDevice& device, Compute&& compute) {
+  try {
+    return compute(device);
+  } catch (const LaunchRefused&) {
+    StepwiseDevice other = device;
+    other.request = {};
+    other.request.step = cuda::Outcome::kRight;
+    return compute(other);
+  }
 }
 
 // How a layer's launches are divided, and what one leaves for the next.

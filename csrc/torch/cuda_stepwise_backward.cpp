@@ -324,7 +324,9 @@ class StepwiseBackward : Stepwise {
       side.left = args.mailbox.slots + (launches.has_mailbox() ? first : 0) * length;
       offset += memory[launch.count++];
     }
-    check(cuda::persistent_backward(launch, launches.exchange(), device_.stream), "persistent_backward");
+    const cudaError_t error = cuda::persistent_backward(launch, launches.exchange(), device_.stream);
+    raise_if_refused(error);
+    check(error, "persistent_backward");
   }
   static int64_t rows_of(const Running& side) {
     return side.steps.rows_before(side.chunks.back().finish) - side.steps.rows_before(side.chunks.back().begin);
@@ -642,7 +644,8 @@ class StepwiseBackward : Stepwise {
 
 LayerGradients stepwise_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args,
                                  const StepwiseDevice& device) {
-  return StepwiseBackward(call, sizes, args, device).run();
+  return without_refused(
+      device, [&](const StepwiseDevice& chosen) { return StepwiseBackward(call, sizes, args, chosen).run(); });
 }
 
 }  // namespace lstm_ext

@@ -276,7 +276,9 @@ class StepwiseForward : Stepwise {
       side.left = args.mailbox.slots + row * length;
       offset += memory[launch.count++];
     }
-    check(cuda::persistent_forward(launch, launches.exchange(), device_.stream), "persistent_forward");
+    const cudaError_t error = cuda::persistent_forward(launch, launches.exchange(), device_.stream);
+    raise_if_refused(error);
+    check(error, "persistent_forward");
   }
   static int64_t rows_of(const Running& side) {
     return side.steps.rows_before(side.chunk->finish) - side.steps.rows_before(side.chunk->begin);
@@ -421,7 +423,8 @@ class StepwiseForward : Stepwise {
 }  // namespace
 
 LayerResults stepwise_forward(const LayerCall& call, const LayerSizes& sizes, bool save, const StepwiseDevice& device) {
-  return StepwiseForward(call, sizes, save, device).run();
+  return without_refused(
+      device, [&](const StepwiseDevice& chosen) { return StepwiseForward(call, sizes, save, chosen).run(); });
 }
 
 }  // namespace lstm_ext

@@ -57,6 +57,8 @@ std::optional<cuda::DeviceFacts> cuda_facts(int device) {
   return cuda_backend().facts(device);
 }
 
+bool cuda_wait_expired(int device) { return cuda_backend().wait_expired && cuda_backend().wait_expired(device); }
+
 NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags) {
   size_t expected = 0;
   visit_inputs(call, [&](const at::Tensor&) { ++expected; });

@@ -1,12 +1,13 @@
 """The first use of a CUDA kernel on a device: it computes for nobody before it has been right there.
 
 `choose` runs in the first eager call on a device. A record of ``python -m lstm_ext.selftest``, or of an earlier first
-use, for this device, driver and build decides. Without one it tries the kernel ``step`` beside ``stepwise`` on small
-random layers, and records the outcome. What is chosen holds for the life of the process.
+use, for this device, driver and build decides. Without one it tries the kernels ``step`` and ``persistent`` beside
+``stepwise`` on small random layers, and records the outcomes. What is chosen holds for the life of the process.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ __all__ = ["LIMIT", "REPEATS", "check", "choose", "outcome"]
 LIMIT = 0.2  # seconds for the repeats of a variant
 REPEATS = 200  # of one layer, which has to have the same bits each time: so many, or what fits into LIMIT,
 FEWEST_REPEATS = 20  # but for so many there must be time
-# What is tried, recorded and chosen by itself.
-_VARIANTS = {"step": (torch.bfloat16, torch.float16), "step-tf32": (torch.float32,)}
+WAIT_LIMIT = 0.05  # seconds that a block waits for another one
+# What is tried, recorded and chosen by itself, for each kernel.
+_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
 _chosen: set[int | None] = set()
 _found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
 
@@ -40,7 +42,7 @@ class _Problem:
 
 
 PROBLEMS = (
-    _Problem(5, 520),  # more tiles than stages, in both passes
+    _Problem(5, 520),  # more tiles than stages, in both passes; blocks that wait for each other
     _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin anywhere, and many of them
     _Problem(18, 40, options=True),
     _Problem(3, 40, steps=1),
@@ -48,8 +50,8 @@ PROBLEMS = (
 
 
 def choose(device: torch.device) -> None:
-    """Lets `auto` take ``step`` on a CUDA device where it has been right. Not while a graph is captured: then a later
-    call does.
+    """Lets `auto` take ``step`` and ``persistent`` on a CUDA device where they have been right. Not while a graph is
+    captured: then a later call does.
 
     Raises:
         ValueError: an environment variable has a value that it cannot have.
@@ -63,26 +65,27 @@ def choose(device: torch.device) -> None:
     _chosen.add(index)
     if not is_free:
         return
-    for variant, dtypes in _VARIANTS.items():
-        passed = cuda.step_outcome(device, dtypes[0])
+    for kernel, dtypes in itertools.product(config.TRIED_CUDA_KERNELS, _DTYPES):
+        passed = cuda.outcome(device, kernel, dtypes[0])
         if passed is None and wanted:
-            passed = _found[index, variant] = _tried(device, variant)
+            passed = _found[index, cuda.variant(kernel, dtypes[0])] = _tried(device, kernel, dtypes)
         if passed:
-            loader.extension().set_cuda_step_validated(index, dtypes[0] == torch.float32, True)
+            loader.extension().set_cuda_validated(index, kernel, dtypes[0] == torch.float32, True)
 
 
-def outcome(device: torch.device, dtype: torch.dtype) -> bool | None:
-    """Whether ``step`` has been right for tensors of this dtype, as a record says, or this process, which perhaps could
+def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
+    """Whether a kernel has been right for tensors of this dtype, as a record says, or this process, which perhaps could
     not record it. None if it has not been tried."""
-    recorded = cuda.step_outcome(device, dtype)
-    return _found.get((device.index, cuda.step_variant(dtype))) if recorded is None else recorded
+    recorded = cuda.outcome(device, kernel, dtype)
+    return _found.get((device.index, cuda.variant(kernel, dtype))) if recorded is None else recorded
 
 
-def _tried(device: torch.device, variant: str) -> bool | None:
+def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> bool | None:
     """None if it could not be tried."""
+    variant = cuda.variant(kernel, dtypes[0])
     try:
         with torch.cuda.device(device):
-            passed, reason = check(device, _VARIANTS[variant])
+            passed, reason = check(device, kernel, dtypes)
     except Exception as error:
         # No memory, say. A layer that is called for the first time must not fail by it.
         passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -103,20 +106,23 @@ def _tried(device: torch.device, variant: str) -> bool | None:
     return passed
 
 
-def check(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
-    """Whether ``step`` computes what ``stepwise`` does, values and gradients, and the same bits again and again.
+def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
+    """Whether a kernel computes what ``stepwise`` does, values and gradients, and the same bits again and again.
 
     None if there was no time to find out. The text says why it is False.
     """
     kernels = loader.extension()
+    kernels.set_cuda_wait_limit_of_thread(WAIT_LIMIT)
     try:
         for dtype in dtypes:
             calls = [_call(problem, dtype, device) for problem in PROBLEMS]
             for call in calls:
                 kernels.set_cuda_kernel_of_thread("stepwise")
                 expected = _results(kernels, call)
-                kernels.set_cuda_kernel_of_thread("step")
+                kernels.set_cuda_kernel_of_thread(kernel)
                 wrong = _differences(_results(kernels, call), expected, dtype)
+                if kernels.cuda_wait_expired(device.index):
+                    return False, f"{dtype}: a block waited for another one in vain"
                 if wrong:
                     return False, f"{dtype}: {wrong}"
             expected = _results(kernels, calls[0])
@@ -133,6 +139,8 @@ def check(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[bool | N
                 return False, f"{dtype}: it did not give the same bits each time"
     finally:
         kernels.set_cuda_kernel_of_thread("")
+        kernels.set_cuda_wait_limit_of_thread(None)
+        kernels.cuda_wait_expired(device.index)  # nobody else has to hear of it
     return True, ""
 
 

@@ -147,25 +147,36 @@ def cuda_plan(
     packed: bool = False,
     extras: bool = False,
     kernel: str = "auto",
-    outcome: bool | None = None,
-) -> dict[str, str | int | float | list[str]]:
+    step_outcome: bool | None = None,
+    persistent_outcome: bool | None = None,
+) -> dict[str, str | int | float | list[str] | dict[str, str | int | float]]:
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
-    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; ``outcome`` says whether the kernel ``"step"`` has been
-    right on this GPU, None that it was not tried; ``extras`` are lengths, zoneout or a recurrent mask. In the
-    result ``problem`` is empty, or says why what was requested cannot run; ``launches`` are those of a time step. The
-    times are those of a model.
+    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; the outcomes say whether the kernels ``"step"`` and
+    ``"persistent"`` have been right on this GPU, None that they were not tried; ``extras`` are lengths, zoneout or a
+    recurrent mask. In the result ``problem`` is empty, or says why what was requested cannot run; ``launches`` are
+    those of a time step; ``persistent`` is about that kernel, also where another one is taken. The times are those of
+    a model.
     """
 
 def set_cuda_kernel(name: str) -> None:
-    """``"stepwise"`` or ``"step"``: what runs CUDA layers, in place of LSTM_EXT_CUDA_KERNEL; ``""`` asks that again."""
+    """What runs CUDA layers, as LSTM_EXT_CUDA_KERNEL has it, and in its place; ``""`` asks that again."""
 
 def set_cuda_kernel_of_thread(name: str) -> None:
     """The same for layers that this thread calls, before all else. They may round to TF32, whatever torch's settings
     say."""
 
-def set_cuda_step_validated(device: int, tf32: bool, validated: bool) -> None:
-    """Whether the kernel ``"step"`` may be chosen on this CUDA device of the process, for float32 or for 16 bits."""
+def set_cuda_validated(device: int, kernel: str, tf32: bool, validated: bool) -> None:
+    """Whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for float32
+    or for 16 bits."""
+
+def set_cuda_wait_limit_of_thread(seconds: float | None) -> None:
+    """How long a block of a persistent kernel waits for another one, in place of LSTM_EXT_CUDA_WAIT_LIMIT, in layers
+    that this thread calls. 0: for ever. None asks that again."""
+
+def cuda_wait_expired(device: int | None) -> bool:
+    """Whether such a wait has expired on this CUDA device since this was asked last, or a layer has raised for it: the
+    results of that launch are NaN. It waits for nothing: ask after a synchronisation. False without CUDA kernels."""
 
 def build_info() -> dict[str, str]:
     """How this binary was built: ``version``, ``torch``, ``compiler``, and ``cuda``, which is empty without kernels

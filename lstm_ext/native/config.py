@@ -221,10 +221,11 @@ def check_headers() -> None:
 # those of the GPUs, and fail where there is none. The tests compile for the first of each generation.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
-# stepwise: a product and a small kernel for each step. step: one kernel for each. cluster and grid: a thread-block
-# cluster, or the whole grid, keeps the recurrent weights for all steps.
-CUDA_KERNELS = ("stepwise", "step", "cluster", "grid")
-CUDA_KERNELS_OF_THIS_RELEASE = ("stepwise", "step")
+# stepwise: a product and a small kernel for each step. step: one kernel for each. persistent: one for all steps of a
+# chunk, whose blocks keep the recurrent weights; mailbox: the same, and its blocks talk even where none has to.
+CUDA_KERNELS = ("stepwise", "step", "persistent", "mailbox")
+# Those that are tried before they compute for anybody.
+TRIED_CUDA_KERNELS = ("step", "persistent")
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
@@ -273,12 +274,25 @@ def requested_cuda_kernel() -> str:
         raise ValueError(
             f"LSTM_EXT_CUDA_KERNEL is {value!r}: set it to one of auto, {', '.join(CUDA_KERNELS)}, or unset it."
         )
-    if value not in ("auto", *CUDA_KERNELS_OF_THIS_RELEASE):
-        raise ValueError(
-            f"LSTM_EXT_CUDA_KERNEL={value}: the persistent kernels, cluster and grid, are not part of this release; "
-            "set it to stepwise, step or auto, or unset it."
-        )
     return value
+
+
+def cuda_wait_limit() -> float:
+    """LSTM_EXT_CUDA_WAIT_LIMIT: seconds that a block of a persistent kernel waits for another one; 0: for ever.
+
+    Raises:
+        ValueError: it is no number of seconds.
+    """
+    value = os.environ.get("LSTM_EXT_CUDA_WAIT_LIMIT") or "10"
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise ValueError(
+            f"LSTM_EXT_CUDA_WAIT_LIMIT is {value!r}: set it to a number of seconds, or unset it."
+        )
+    return seconds
 
 
 def cuda_check_wanted() -> bool:

@@ -17,10 +17,10 @@ __all__ = [
     "choice",
     "forced",
     "is_supported",
+    "outcome",
     "problem",
-    "step_outcome",
-    "step_variant",
     "unsupported",
+    "variant",
 ]
 
 
@@ -38,7 +38,9 @@ def choice() -> Choice:
     """
     requested = requested_cuda_kernel()
     if requested == "auto":
-        return Choice("auto", "stepwise; on a device where `step` has been right, the faster of the two")
+        return Choice(
+            "auto", "stepwise; on a device where `step` or `persistent` have been right, the fastest"
+        )
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
 
 
@@ -56,18 +58,18 @@ def forced(kernel: str) -> Iterator[None]:
         extension.set_cuda_kernel("")
 
 
-def step_variant(dtype: torch.dtype) -> str:
-    """What records call the kernel that does a step at once, for tensors of this dtype."""
-    return "step-tf32" if dtype == torch.float32 else "step"
+def variant(kernel: str, dtype: torch.dtype) -> str:
+    """What records call the kernel ``step`` or ``persistent`` for tensors of this dtype."""
+    return f"{kernel}-tf32" if dtype == torch.float32 else kernel
 
 
-def step_outcome(device: torch.device, dtype: torch.dtype) -> bool | None:
+def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
     """Whether that kernel has been right: on this device with this build, as the user's record says, else on one of its
     compute capability, as a result that comes with this release says. None if neither knows."""
     for entry in (selftest_record.find(device), selftest_record.find_committed(device)):
-        for outcome, name in ((True, "passed"), (False, "failed")):
-            if entry and step_variant(dtype) in (entry.get(name) or []):
-                return outcome
+        for found, name in ((True, "passed"), (False, "failed")):
+            if entry and variant(kernel, dtype) in (entry.get(name) or []):
+                return found
     return None
 
 

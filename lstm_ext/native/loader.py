@@ -162,7 +162,8 @@ def _requested() -> str:
 def _choose() -> tuple[_Result, str | None]:
     """The result, and the text of the warning that is due."""
     requested = _requested()
-    config.requested_cuda_kernel()  # a bad name is an error as early as a bad backend
+    config.requested_cuda_kernel()  # a bad name is an error as early as a bad backend,
+    config.cuda_wait_limit()  # and so is a bad limit
     if requested == "reference":
         return _Result(None, Status("reference", reason="LSTM_EXT_BACKEND=reference asks for it")), None
 

@@ -13,6 +13,8 @@ from ..native import config, cuda, loader
 
 __all__ = ["explain", "explain_data"]
 
+_OUTCOMES = tuple(f"{kernel}_outcome" for kernel in config.TRIED_CUDA_KERNELS)
+
 
 def explain(
     module: nn.Module,
@@ -77,7 +79,7 @@ def explain_data(
         "layers": [],
     }
     if facts is not None:
-        data["facts"] = {name: fact for name, fact in facts.items() if name not in ("problem", "outcome")}
+        data["facts"] = {name: fact for name, fact in facts.items() if name not in ("problem", *_OUTCOMES)}
     directions = 2 if getattr(module, "bidirectional", False) else 1
     output = directions * (getattr(module, "proj_size", 0) or module.hidden_size)
     for layer in range(getattr(module, "num_layers", 1)):
@@ -137,7 +139,10 @@ def _device(
     return f"{found}, {torch.cuda.get_device_name(found)}", {
         **extension.cuda_facts(index),
         "problem": cuda.problem(index),
-        "outcome": first_use.outcome(torch.device("cuda", index), dtype),
+        **{
+            f"{kernel}_outcome": first_use.outcome(torch.device("cuda", index), kernel, dtype)
+            for kernel in config.TRIED_CUDA_KERNELS
+        },
     }
 
 
@@ -150,7 +155,8 @@ def _on_cuda(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     facts = dict(facts)
-    problem, outcome = facts.pop("problem", None), facts.pop("outcome", None)
+    problem = facts.pop("problem", None)
+    outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
     if problem:
         return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [problem]}
 
@@ -166,7 +172,7 @@ def _on_cuda(
             backward=backward,
             extras=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
-            outcome=outcome,
+            **outcomes,
         )
 
     plan = plan_of(backward=False)
@@ -176,6 +182,13 @@ def _on_cuda(
         summary = (
             f"step: each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 "
             "units a block"
+        )
+    elif plan["kernel"] == "persistent":
+        of = plan["persistent"]
+        summary = f"persistent: all time steps of a chunk are one kernel of {of['blocks']} blocks, " + (
+            f"in {of['groups']} groups that have all hidden units of their rows"
+            if of["exchange"] == "mailbox"
+            else "each with all hidden units of 8 rows"
         )
     else:
         products, kernels = plan["products"], plan["launches"] - plan["products"]

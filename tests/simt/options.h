@@ -43,6 +43,8 @@ struct Options {
   bool one_expect_tx_per_phase = true;
   // Blocks alive at once in a launch that is not cooperative; 0: all of them, up to a bound on threads.
   unsigned resident_blocks = 0;
+  // The most blocks of a cooperative launch; 0: any number. One with more is refused.
+  unsigned cooperative_blocks = 0;
   // The st.async of this number (from 0, in the order of issue) is lost on the way; -1: none.
   int64_t lose_message = -1;
   size_t stack_bytes = 0;  // of a thread; 0: enough for this build

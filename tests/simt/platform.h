@@ -200,6 +200,10 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.cluster = config.cluster;
   emulated.cooperative = config.cooperative;
   emulated.dependent = config.dependent;
+  const unsigned most = simt::options().cooperative_blocks;
+  if (config.cooperative && most != 0 && config.grid.x * config.grid.y * config.grid.z > most) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   if (simt::translated_kernel != nullptr) {
     const auto translated = simt::translated_kernel(reinterpret_cast<const void*>(kernel), sizeof args);
     simt::launch(emulated, [translated, args] { translated(reinterpret_cast<const char*>(&args)); });

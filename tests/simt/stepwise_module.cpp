@@ -148,6 +148,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_device",
       [](bool tf32, int64_t chunk_bytes, const std::string& kernel) { device = {tf32, chunk_bytes, kernel}; },
       py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"));
+  m.def("set_cooperative_blocks", [](unsigned blocks) { simt::options().cooperative_blocks = blocks; });
   // Since the last call: launches of kernels, and products.
   m.def("launches", [] {
     const auto counted = std::make_pair(simt::statistics().launches, products);

@@ -19,16 +19,19 @@ from lstm_ext.native import config, loader, selftest_record
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 CPU = torch.device("cpu")
+RIGHT = [("step", False), ("step", True)]
 PROBLEMS = first_use.PROBLEMS
 
 
 class StandIn:
-    """`_C` of a machine with a GPU. `fault` changes what the kernel ``step`` gives."""
+    """`_C` of a machine with a GPU. `fault` changes what a kernel that is tried gives."""
 
     def __init__(self) -> None:
         self.module = stepwise_module()
         self.kernel = ""
-        self.validated: list[bool] = []  # whether for float32
+        self.validated: list[tuple[str, bool]] = []  # kernel, and whether for float32
+        self.expired = False  # a wait of every persistent kernel
+        self.limit: float | None = None
         self.LayerOptions = self.module.LayerOptions
         self.calls = 0
         self.fault: Any = lambda calls, output: output
@@ -37,13 +40,21 @@ class StandIn:
         self.kernel = name
         self.module.set_device(True, CHUNK_BYTES, name or "stepwise")
 
-    def set_cuda_step_validated(self, index: int | None, tf32: bool, validated: bool) -> None:
+    def set_cuda_validated(self, index: int | None, kernel: str, tf32: bool, validated: bool) -> None:
         assert index is None and validated
-        self.validated.append(tf32)
+        self.validated.append((kernel, tf32))
+
+    def set_cuda_wait_limit_of_thread(self, seconds: float | None) -> None:
+        self.limit = seconds
+
+    def cuda_wait_expired(self, index: int | None) -> bool:
+        assert index is None
+        return self.expired and self.kernel == "persistent"
 
     def lstm_layer_forward(self, *call: Any) -> Any:
         output, *others = self.module.lstm_layer_forward(*call)
-        if self.kernel == "step":
+        if self.kernel in config.TRIED_CUDA_KERNELS:
+            assert self.limit == first_use.WAIT_LIMIT
             self.calls += 1
             output = self.fault(self.calls, output)
         return (output, *others)
@@ -53,8 +64,10 @@ class StandIn:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> StandIn:
+    """It tries the kernels of the parameter."""
     stand_in = StandIn()
+    monkeypatch.setattr(config, "TRIED_CUDA_KERNELS", getattr(request, "param", ("step",)))
     extension = loader.extension()  # what a record is about
     key = selftest_record.key_of(CPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -70,6 +83,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     monkeypatch.setattr(first_use, "REPEATS", 3)
     monkeypatch.setattr(first_use, "LIMIT", 60)
     yield stand_in
+    assert stand_in.limit is None
     stand_in.set_cuda_kernel_of_thread("")
     stand_in.module.set_device(False, CHUNK_BYTES, "stepwise")
     assert extension is not None
@@ -79,6 +93,7 @@ def recorded() -> dict[str, Any] | None:
     return selftest_record.find(CPU)
 
 
+@pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
 @pytest.mark.parametrize(
     "problems", [PROBLEMS[2:], pytest.param(PROBLEMS, marks=pytest.mark.tools)], ids=["small", "all"]
 )
@@ -88,14 +103,24 @@ def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, problems: An
     before = torch.get_rng_state()
     first_use.choose(CPU)
     assert torch.equal(torch.get_rng_state(), before)
-    assert gpu.validated == [False, True] and gpu.kernel == ""
-    assert recorded()["passed"] == ["stepwise", "step", "step-tf32"] and recorded()["failed"] == []
+    assert gpu.validated == [*RIGHT, ("persistent", False), ("persistent", True)] and gpu.kernel == ""
+    names = ["stepwise", "step", "step-tf32", "persistent", "persistent-tf32"]
+    assert recorded()["passed"] == names and recorded()["failed"] == []
     calls = gpu.calls
     first_use.choose(CPU)  # once a process
     first_use._chosen.clear()
     first_use.choose(CPU)  # in the next one the record decides
     assert gpu.calls == calls
-    assert gpu.validated == [False, True] * 2
+    assert len(gpu.validated) == 2 * 4
+
+
+@pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
+def test_a_wait_expires(gpu: StandIn) -> None:
+    gpu.expired = True
+    said = "'persistent' is not used on cpu: it was wrong: .*a block waited for another one in vain"
+    with pytest.warns(RuntimeWarning, match=said):
+        first_use.choose(CPU)
+    assert gpu.validated == RIGHT and recorded()["failed"] == ["persistent", "persistent-tf32"]
 
 
 def test_a_result_that_comes_with_the_release_decides(
@@ -108,7 +133,7 @@ def test_a_result_that_comes_with_the_release_decides(
     selftest_record.commit(capability, kernels, ["stepwise", "step"], ["step-tf32"], "a result")
     selftest_record.commit("another capability", kernels, ["step-tf32"], [], "another result")
     first_use.choose(CPU)
-    assert gpu.validated == [False] and gpu.calls == 0 and recorded() is None
+    assert gpu.validated == RIGHT[:1] and gpu.calls == 0 and recorded() is None
     # Of other kernels it says nothing.
     selftest_record.commit(capability, "of others", ["step", "step-tf32"], [], "an older result")
     first_use._chosen.clear()
@@ -120,7 +145,7 @@ def test_a_result_that_comes_with_the_release_decides(
     first_use._chosen.clear()
     gpu.validated.clear()
     first_use.choose(CPU)
-    assert gpu.validated == [True]
+    assert gpu.validated == RIGHT[1:]
 
 
 def flip(output: Tensor) -> Tensor:
@@ -147,7 +172,7 @@ def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
         first_use.choose(CPU)
     assert gpu.validated == [] and gpu.kernel == ""
     assert recorded()["failed"] == ["step", "step-tf32"]
-    assert first_use.outcome(CPU, torch.bfloat16) is False
+    assert first_use.outcome(CPU, "step", torch.bfloat16) is False
     gpu.calls = 0
     first_use._chosen.clear()
     first_use.choose(CPU)  # never again on that device
@@ -159,7 +184,7 @@ def test_only_one_of_them_is_wrong(gpu: StandIn) -> None:
     gpu.fault = lambda calls, output: flip(output) if output.dtype == torch.float32 else output
     with pytest.warns(RuntimeWarning, match="'step-tf32' is not used on cpu: it was wrong"):
         first_use.choose(CPU)
-    assert gpu.validated == [False]
+    assert gpu.validated == RIGHT[:1]
     assert (recorded()["passed"], recorded()["failed"]) == (["step"], ["step-tf32"])
 
 
@@ -182,7 +207,7 @@ def test_there_is_time_for_a_few(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(first_use, "LIMIT", -1)
     monkeypatch.setattr(first_use, "FEWEST_REPEATS", 0)
     first_use.choose(CPU)
-    assert gpu.validated == [False, True] and recorded()["passed"] == ["step", "step-tf32"]
+    assert gpu.validated == RIGHT and recorded()["passed"] == ["step", "step-tf32"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -192,8 +217,8 @@ def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selftest_record, "write", refuse)
     first_use.choose(CPU)
-    assert gpu.validated == [False, True] and recorded() is None
-    assert first_use.outcome(CPU, torch.bfloat16) and first_use.outcome(CPU, torch.float32)
+    assert gpu.validated == RIGHT and recorded() is None
+    assert first_use.outcome(CPU, "step", torch.bfloat16) and first_use.outcome(CPU, "step", torch.float32)
 
 
 def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +227,7 @@ def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
     selftest_record.write(CPU, ["step"], [])
     first_use._chosen.clear()
     first_use.choose(CPU)  # it asks for no more than a record
-    assert gpu.validated.pop() is False
+    assert gpu.validated.pop() == RIGHT[0]
     first_use._chosen.clear()
     monkeypatch.delenv("LSTM_EXT_CUDA_CHECK")
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
@@ -222,7 +247,7 @@ def test_not_while_a_graph_is_captured(gpu: StandIn, monkeypatch: pytest.MonkeyP
     assert gpu.calls == 0
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     first_use.choose(CPU)
-    assert gpu.calls > 0 and gpu.validated == [False, True]
+    assert gpu.calls > 0 and gpu.validated == RIGHT
 
 
 ADD = """

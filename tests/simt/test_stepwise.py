@@ -217,6 +217,21 @@ def test_launches_of_a_step():
             assert launches(1, "step", False, both, resets) == (1, 0)
 
 
+def test_a_refused_launch_is_replaced():
+    """Other programs may have multiprocessors that the plan counts on."""
+    case, module = Case(steps=9, hidden_size=40, bidirectional=True), stepwise_module()
+    expected = fused(case, torch.bfloat16, 0, "step")
+    module.set_cooperative_blocks(5)
+    try:
+        # Warned of once a process, which perhaps has been done.
+        found = fused(case, torch.bfloat16, 0, "mailbox")
+    finally:
+        module.set_cooperative_blocks(0)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    of_mail = fused(case, torch.bfloat16, 0, "mailbox")
+    assert not all(torch.equal(of_mail[name], expected[name]) for name in expected)
+
+
 def test_what_has_no_step_at_once():
     for case, dtype, said in (
         (Case(), torch.float64, "there is none for float64"),
@@ -224,8 +239,9 @@ def test_what_has_no_step_at_once():
         (Case(proj_size=3), torch.bfloat16, "there is none for projections"),
         (Case(norm="own"), torch.bfloat16, "there is none for layer normalisation"),
     ):
-        with pytest.raises(RuntimeError, match=f"LSTM_EXT_CUDA_KERNEL=step asks .* but {said}"):
-            emulated(cases.layer(case, dtype, 0), dtype, kernel="step")
+        for kernel in ("step", "persistent"):
+            with pytest.raises(RuntimeError, match=f"LSTM_EXT_CUDA_KERNEL={kernel} asks .* but {said}"):
+                emulated(cases.layer(case, dtype, 0), dtype, kernel=kernel)
 
 
 def test_tf32_rounds_operands_and_no_more():
