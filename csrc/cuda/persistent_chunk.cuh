@@ -75,6 +75,16 @@ LSTM_DEVICE uint32_t operand_bits(D value) {
   }
 }
 
+template <typename D>
+LSTM_DEVICE D operand_of_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<D, float>) {
+    return __uint_as_float(bits);
+  } else {
+    const auto half = static_cast<uint16_t>(bits);
+    return reinterpret_cast<const D&>(half);
+  }
+}
+
 LSTM_DEVICE bool is_whole(const uint4& piece) {
   return piece.x != kSentinel && piece.y != kSentinel && piece.z != kSentinel && piece.w != kSentinel;
 }
@@ -351,10 +361,11 @@ class PersistentChunk {
     const StepPlace place = place_of(steps, step_of(i));
     const int stride = (kMailbox ? all_.groups : static_cast<int>(gridDim.x)) * kPersistentRows;
     const int begin = static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows;
+    const bool has_cells = static_cast<int>(threadIdx.x) < kCellThreads;
     for (int first_row = begin; first_row < place.rows; first_row += stride, ++turn) {
       // What is read before the operand is there costs no time.
-      typename Pass::Cell cells[kCells];
-      if (kBeginsEarly && static_cast<int>(threadIdx.x) < kCellThreads) {
+      typename Pass::Cell cells[kCells] = {};
+      if (kBeginsEarly && has_cells) {
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const Unit at = cell(k);
@@ -370,7 +381,7 @@ class PersistentChunk {
           *partial(turn, warp_part_, fragment_cell(k)) = sums_of_fragment(sums, k);
         __syncthreads();  // the sums are there, and nobody reads those of the turn before
         if (late_[turn % 2] != 0) return false;
-        if (static_cast<int>(threadIdx.x) >= kCellThreads) continue;
+        if (!has_cells) continue;
       }
       // Addresses are computed anew for each cell: beside the weights there are no registers for them.
 #pragma unroll
@@ -423,8 +434,7 @@ class PersistentChunk {
       const bool is_last = n == (Pass::kBackward ? steps.first : steps.end - 1);
 #pragma unroll
       for (int gate = 0; gate < kCount; ++gate) {
-        const uint32_t bits = operand_bits(left[gate]);
-        const D value = reinterpret_cast<const D&>(bits);
+        const D value = operand_of_bits<D>(operand_bits(left[gate]));
         reinterpret_cast<D*>(operand_row(n, at.row))[gate * length + unit] = value;
         if (is_last && box.slots) box.slots[b * box.length + gate * length + unit] = value;
       }
