@@ -8,6 +8,8 @@
 namespace simt {
 namespace {
 
+const char* const kBallot = "__ballot_sync";
+
 Collective& collective_of(Warp& warp, uint32_t mask) {
   for (const auto& collective : warp.collectives) {
     if (collective->mask == mask) return *collective;
@@ -68,7 +70,8 @@ Collective::Slot* collective(const char* operation, uint32_t mask, bool orders_m
   here.arrived = 0;
   here.count = 0;
   ++here.generation;
-  note_progress();
+  // Threads that poll may vote on it at each try: a vote alone brings nobody further.
+  if (std::strcmp(operation, kBallot) != 0) note_progress();
   maybe_switch(file, line);
   return slots;
 }
@@ -95,7 +98,7 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, uint32_t argument,
 uint32_t ballot(uint32_t mask, bool predicate, const char* file, int line) {
   Collective::Slot own;
   own.value = predicate ? 1 : 0;
-  const Collective::Slot* slots = collective("__ballot_sync", mask, false, own, nullptr, file, line);
+  const Collective::Slot* slots = collective(kBallot, mask, false, own, nullptr, file, line);
   uint32_t votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1) != 0 && slots[lane].value != 0) votes |= 1u << lane;
