@@ -50,26 +50,32 @@ LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward
   return part ? part + b * 4 * args.hidden_size : nullptr;
 }
 
-// Writes c_t of unit j of row b, and returns c'_t, the cell state of the equations without zoneout. `before` is
-// c_{t-1}, as previous_cell gives it.
+// The cell state of unit j: c'_t of the equations without zoneout, and c_t.
+template <typename A>
+struct CellState {
+  A now, c;
+};
+// From the gates and c_{t-1}, as previous_cell gives it.
 template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate update_cell(const CellForward<T>& args, int64_t b, int64_t j,
-                                                      const typename Types<T>::Accumulate (&z)[4],
-                                                      const GateValues<typename Types<T>::Accumulate>& gates,
-                                                      typename Types<T>::Accumulate before) {
-  using A = typename Types<T>::Accumulate;
-  const int64_t H = args.hidden_size, place = b * H + j;
-  const A now = gates.f * before + gates.i * gates.g;
-  A c = now;
+LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForward<T>& args, int64_t place,
+                                                                const GateValues<typename Types<T>::Accumulate>& gates,
+                                                                typename Types<T>::Accumulate before) {
+  const auto now = gates.f * before + gates.i * gates.g;
   if constexpr (kOptions) {
-    if (args.zoneout.active()) c = mix(args.zoneout, place, before, now);
+    if (args.zoneout.active()) return {now, mix(args.zoneout, place, before, now)};
   }
+  return {now, now};
+}
+// Writes c_t of row b, and the preactivations.
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_state(const CellForward<T>& args, int64_t b, int64_t j,
+                             const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate c) {
+  const int64_t H = args.hidden_size, place = b * H + j;
   args.c[place] = c;
   if (args.preactivations) {
     for (int gate = 0; gate < 4; ++gate) args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(z[gate]);
   }
   if (!has_next<kOptions>(args.rows, b)) args.c_n[place] = narrow<T>(c);
-  return now;
 }
 
 template <typename T>
@@ -85,27 +91,42 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
   write_no_output(args.output, b, j);
 }
 
-// From the preactivations of unit j of a row that takes part, and c_{t-1}, to its states and its output. Returns what
-// the product of the next step reads.
+// Of unit j of a row that takes part: all that a step computes.
+template <typename T>
+struct NewCell {
+  typename Types<T>::Accumulate z[4];  // preactivations
+  CellState<typename Types<T>::Accumulate> state;
+  OutputValues<T> output;
+};
+// From the preactivations and c_{t-1}.
 template <bool kOptions, typename T>
-LSTM_DEVICE T write_cell(const CellForward<T>& args, int64_t b, int64_t j, const typename Types<T>::Accumulate (&z)[4],
-                         typename Types<T>::Accumulate before) {
+LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j,
+                                const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate before) {
+  NewCell<T> cell;
+  for (int gate = 0; gate < 4; ++gate) cell.z[gate] = z[gate];
   const auto gates = gate_values(z);
-  const auto c = update_cell<kOptions>(args, b, j, z, gates, before);
-  return write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, gates.o * hyperbolic_tangent(c));
+  cell.state = cell_state<kOptions>(args, b * args.hidden_size + j, gates, before);
+  cell.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size,
+                                        gates.o * hyperbolic_tangent(cell.state.now));
+  return cell;
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j, const NewCell<T>& cell) {
+  write_state<kOptions>(args, b, j, cell.z, cell.state.c);
+  write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, cell.output);
 }
 
-// The same for the fused kernels, from what does not depend on the step before, W x and the biases, and the sum of the
-// product with U, which counts unless the row begins here or is reset.
+// The same for kernels that multiply themselves: from what does not depend on the step before, W x and the biases, and
+// the sum of the product with U, which counts unless the row begins here or is reset.
 template <bool kOptions, typename T>
-LSTM_DEVICE T finish_cell(const CellForward<T>& args, int64_t b, int64_t j, float (&z)[4], float before,
-                          const float (&product)[4]) {
+LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j, float (&z)[4], float before,
+                                const float (&product)[4]) {
   if (has_previous<kOptions>(args.rows, b) && !is_reset<kOptions>(args.rows, b)) {
     for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
   } else if (const float* recurrent = recurrent_row<kOptions>(args, b)) {
     for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * args.hidden_size + j];
   }
-  return write_cell<kOptions>(args, b, j, z, before);
+  return new_cell<kOptions>(args, b, j, z, before);
 }
 
 template <typename T, bool kOptions>
@@ -128,7 +149,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONST
     if (const A* recurrent = recurrent_row<kOptions>(args, b)) {
       for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
     }
-    write_cell<kOptions>(args, b, j, z, previous_cell<kOptions>(args.rows, args.c_previous, b, b * H + j));
+    const A before = previous_cell<kOptions>(args.rows, args.c_previous, b, b * H + j);
+    write_cell<kOptions>(args, b, j, new_cell<kOptions>(args, b, j, z, before));
   }
 }
 
@@ -153,9 +175,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
 
 // c'_t, from the gates and c_{t-1}.
 template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate new_cell(const CellBackward<T>& args, int64_t place,
-                                                   const GateValues<typename Types<T>::Accumulate>& gates,
-                                                   typename Types<T>::Accumulate before) {
+LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args, int64_t place,
+                                                    const GateValues<typename Types<T>::Accumulate>& gates,
+                                                    typename Types<T>::Accumulate before) {
   if constexpr (kOptions) {
     if (args.zoneout.active()) return gates.f * before + gates.i * gates.g;
   }
@@ -190,7 +212,7 @@ LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBack
   CellValues<typename Types<T>::Accumulate> values;
   values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
   values.before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
-  values.tanh_c = hyperbolic_tangent(new_cell<kOptions>(args, place, values.gates, values.before));
+  values.tanh_c = hyperbolic_tangent(state_now<kOptions>(args, place, values.gates, values.before));
   values.output = given_gradient(args.output, b, j);
   values.after = gradient_after<kOptions>(args, b, place);
   return values;
@@ -262,12 +284,12 @@ LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int6
   if (args.hidden) args.hidden[b * H + j] = narrow<T>(0);
 }
 
-// From dL/dh_t and dL/dc_t of unit j of a row that takes part to everything that is written of it; returns the
-// gradients of its preactivations. `through_product` gives dL/dh_t through the product with U in the step after.
+// From dL/dh_t and dL/dc_t of unit j of a row that takes part to the gradients of its preactivations; it leaves
+// dL/dc_{t-1}. `through_product` gives dL/dh_t through the product with U in the step after.
 template <bool kOptions, typename T, typename Through>
-LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                 const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
-                                 typename Types<T>::Accumulate (&grad)[4]) {
+LSTM_DEVICE void gate_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+                                const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
+                                typename Types<T>::Accumulate (&grad)[4]) {
   using A = typename Types<T>::Accumulate;
   const A tanh_c = values.tanh_c;
   const A dh = args.grad_hidden ? args.grad_hidden[b * args.hidden_size + j]
@@ -275,19 +297,25 @@ LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t
                                                             values.output, through_product);
   cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.after,
                            dh * values.gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
+}
+// And everything that is written of them.
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+                                 const CellValues<typename Types<T>::Accumulate>& values,
+                                 const typename Types<T>::Accumulate (&grad)[4]) {
   write_recurrent_gradients<kOptions>(args, b, j, grad);
   if constexpr (kOptions) {
-    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates.o * tanh_c);
+    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates.o * values.tanh_c);
   }
 }
-
-// The same where the products of the step after lie in memory.
+// Both, where the products of the step after lie in memory.
 template <bool kOptions, typename T>
 LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
                                  typename Types<T>::Accumulate (&grad)[4]) {
-  write_gradients<kOptions>(
-      args, b, j, cell_values<kOptions>(args, b, j),
-      [&] { return sum_of_parts(args.output, b * args.hidden_size + j); }, grad);
+  const auto values = cell_values<kOptions>(args, b, j);
+  const auto through_product = [&] { return sum_of_parts(args.output, b * args.hidden_size + j); };
+  gate_gradients<kOptions>(args, b, j, values, through_product, grad);
+  write_gradients<kOptions>(args, b, j, values, grad);
 }
 
 template <typename T, bool kOptions>

@@ -105,10 +105,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     }
     const GateValues<A> gates = gate_values(z);
     const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
-    const A c = update_cell<true>(cell, b, j, z, gates, before);
-    new_c[j] = c;
+    const CellState<A> state = cell_state<true>(cell, b * H + j, gates, before);
+    write_state<true>(cell, b, j, z, state.c);
+    new_c[j] = state.now;
     output_gate[j] = gates.o;
-    mean_c[0] += c;
+    mean_c[0] += state.now;
   }
   block_sums(mean_c, shared);
   mean_c[0] /= static_cast<A>(H);
@@ -128,10 +129,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
 
 // c'_t of a row.
 template <typename T>
-LSTM_DEVICE typename Types<T>::Accumulate new_cell_at(const CellBackward<T>& cell, int64_t b, int64_t j,
-                                                      const GateValues<typename Types<T>::Accumulate>& gates) {
+LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, int64_t b, int64_t j,
+                                                       const GateValues<typename Types<T>::Accumulate>& gates) {
   const int64_t place = b * cell.hidden_size + j;
-  return new_cell<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place));
+  return state_now<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place));
 }
 
 template <typename T>
@@ -161,13 +162,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += new_cell_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
+    mean[0] += state_now_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = new_cell_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
+    const A x = state_now_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -179,7 +180,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (new_cell_at(cell, b, j, gates) - mean[0]) * factor[0];
+    const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
     const A tanh_c = hyperbolic_tangent(tanh_input);
@@ -198,7 +199,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (new_cell_at(cell, b, j, gates) - mean[0]) * factor[0];
+    const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
     cell_gradients<true>(cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j),

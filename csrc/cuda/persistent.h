@@ -1,6 +1,6 @@
 // The arguments of the persistent CUDA kernels: one launch does all time steps of a chunk of the sequence, with the
 // weights of a block in its registers. Plain data, no torch. They take what the stepwise kernels take (cuda/stepwise.h)
-// for the first row of the sequence, and find the rest of a step by its place.
+// for the first row of the chunk, and find the rest of a step by its place.
 //
 // Two exchanges carry what a step leaves for the next one, h forward and the gates' gradients backward:
 //   kNone      a block has all hidden units of its rows and keeps it in shared memory; blocks never meet.
@@ -26,9 +26,8 @@ struct ChunkOfSteps {
   int32_t batch;
   bool reverse;
   bool packed;
-  int64_t first_row;  // rows of the sequence that lie before the chunk's
-  // Packed: rows before each time, without first_row: from the time before the chunk's first one in memory to the time
-  // after its last one, and the end of that. A time that there is not has no rows.
+  // Packed: rows before each time, without those that lie before the chunk: from the time before the chunk's first one
+  // in memory to the time after its last one, and the end of that. A time that there is not has no rows.
   int32_t rows_before[kPersistentPackedSteps + 3];
 };
 
@@ -51,14 +50,13 @@ struct PersistentControl {
 // T is what is stored; the product's operands are T forward, and Types<T>::Gradient backward.
 template <typename T>
 struct PersistentForward {
-  // Of row 0 of the sequence, and time 0, but for: input_part, which begins at the chunk's first row;
-  // c_previous.previous and c, of one step only if cells are not kept. cell.rows but for lengths, reverse and options,
-  // and cell.recurrent_part and output.recurrent_h are not read.
+  // As the chunk's first row in memory has it; c_previous.previous and c are one, and of one step only if cells are not
+  // kept. cell.rows but for lengths, reverse and options, and cell.recurrent_part and output.recurrent_h are not read.
   CellForward<T> cell;
   ChunkOfSteps steps;
-  const uint8_t* resets;  // of time 0, as the caller gave them, or null
+  const uint8_t* resets;  // as the caller gave them, from the chunk's first row on, or null
   bool keeps_cells;
-  bool batch_first;  // row t of input_part, and not row t * B, is the first one of time t
+  bool batch_first;  // input_part has all steps: row t, and not row t * B, is the first one of time t
   const T* weight;   // U (4H, H)
   int64_t weight_stride;
   Mailbox<T> mailbox;
@@ -67,13 +65,11 @@ struct PersistentForward {
 template <typename T>
 struct PersistentBackward {
   using Gradient = typename Types<T>::Gradient;
-  // Of row 0 of the sequence, and time 0, but for grad_recurrent_part and hidden, and preactivations if they are
-  // recomputed, which begin at the chunk's first row. grad_recurrent_part is null where it is the mailbox itself.
-  // cell.rows as above; output.recurrent_part is not read.
+  // As above; c_previous.previous is `cells`, and output.grad_output begins at time 0 if that is by time.
+  // grad_recurrent_part is null where it is the mailbox itself; output.recurrent_part is not read.
   CellBackward<T> cell;
   ChunkOfSteps steps;
   const uint8_t* resets;
-  bool recomputed;
   bool grad_output_by_time;  // its times are grad_output_time_stride apart; else its rows lie as those of the sequence
   int64_t grad_output_time_stride;
   const Gradient* weight;  // U (4H, H)

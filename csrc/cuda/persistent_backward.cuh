@@ -19,7 +19,10 @@ struct PersistentBackwardPass {
 
   LSTM_DEVICE explicit PersistentBackwardPass(const Arguments& arguments) : args(arguments) {}
 
-  LSTM_DEVICE static int64_t rows_before(const StepPlace& place) { return place.next_rows; }
+  struct Unit {};
+  LSTM_DEVICE Unit unit(int64_t) const { return {}; }
+
+  LSTM_DEVICE static int rows_left(const StepPlace& place) { return place.next_rows; }
 
   // Row `row` of a tile is a unit; along it run all gates' rows of U, gate by gate.
   LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
@@ -40,20 +43,21 @@ struct PersistentBackwardPass {
     return result.bits;
   }
 
-  LSTM_DEVICE CellBackward<T> step(int n, const StepPlace& place) const {
-    const ChunkOfSteps& steps = args.steps;
-    const int64_t H = args.cell.hidden_size, row = steps.first_row + place.local;
+  // As the stepwise kernels know the step. Sizes of 32 bits: their products are one instruction.
+  LSTM_DEVICE CellBackward<T> step(const StepPlace& place) const {
     CellBackward<T> cell = args.cell;
-    cell.rows = step_rows_of(args.cell.rows, steps, args.resets, n, place);
-    cell.preactivations += (args.recomputed ? place.local : row) * 4 * H;
+    const int H = static_cast<int>(cell.hidden_size);
+    const int64_t row = place.row;
+    cell.hidden_size = H;
+    cell.rows = step_rows_of(args.cell.rows, args.steps, args.resets, place);
+    cell.preactivations += row * (4 * H);
     cell.cells += row * H;
-    // The first step has none before it.
-    if (n > 0) cell.c_previous.previous += row_of(steps.reverse ? place.time + 1 : place.time - 1) * H;
+    cell.c_previous.previous += int64_t{place.row_before} * H;
     if (cell.zoneout.keep) cell.zoneout.keep += row * H;
-    if (cell.grad_gate_values) cell.grad_gate_values += row * 4 * H;
+    if (cell.grad_gate_values) cell.grad_gate_values += row * (4 * H);
     if (cell.grad_cells) cell.grad_cells += row * H;
-    if (cell.grad_recurrent_part) cell.grad_recurrent_part += int64_t{place.local} * 4 * H;
-    if (cell.hidden) cell.hidden += int64_t{place.local} * H;
+    if (cell.grad_recurrent_part) cell.grad_recurrent_part += row * (4 * H);
+    if (cell.hidden) cell.hidden += row * H;
     GradOutput<T>& output = cell.output;
     if (output.grad_output) {
       output.grad_output +=
@@ -63,22 +67,31 @@ struct PersistentBackwardPass {
     return cell;
   }
 
-  LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, int64_t b, int64_t j) const {
+  LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, const Unit&, int64_t b, int64_t j) const {
     if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return {};
     return cell_values<kOptions>(cell, b, j);
   }
 
-  LSTM_DEVICE void finish_cell(const CellBackward<T>& cell, const Cell& begun, int64_t b, int64_t j,
-                               const float (&product)[1], Operand (&left)[4]) const {
-    float grad[4] = {};
-    if (is_cell(cell, b, j)) {
-      if (takes_part<kOptions>(cell.rows, b)) {
-        write_gradients<kOptions>(cell, b, j, begun, [&] { return product[0]; }, grad);
-      } else {
-        write_no_gradients(cell, b, j);
-      }
+  struct Result {
+    float grad[4];
+  };
+  LSTM_DEVICE Result finish_cell(const CellBackward<T>& cell, const Cell& begun, int64_t b, int64_t j,
+                                 const float (&product)[1], Operand (&left)[4]) const {
+    Result result = {};
+    if (is_cell(cell, b, j) && takes_part<kOptions>(cell.rows, b)) {
+      gate_gradients<kOptions>(cell, b, j, begun, [&] { return product[0]; }, result.grad);
     }
-    for (int gate = 0; gate < 4; ++gate) left[gate] = narrow<Operand>(grad[gate]);
+    for (int gate = 0; gate < 4; ++gate) left[gate] = narrow<Operand>(result.grad[gate]);
+    return result;
+  }
+  LSTM_DEVICE void write(const CellBackward<T>& cell, const Cell& begun, const Result& result, int64_t b,
+                         int64_t j) const {
+    if (!is_cell(cell, b, j)) return;
+    if (takes_part<kOptions>(cell.rows, b)) {
+      write_gradients<kOptions>(cell, b, j, begun, result.grad);
+    } else {
+      write_no_gradients(cell, b, j);
+    }
   }
 
   // NaN for everything that the chunk writes and others read.
@@ -86,10 +99,12 @@ struct PersistentBackwardPass {
     const CellBackward<T>& cell = args.cell;
     const ChunkOfSteps& steps = args.steps;
     const int64_t H = cell.hidden_size;
-    const int64_t rows = local_row(steps, chunk_begin(steps) + steps.end - steps.first);
+    const int64_t rows = row_at(steps, chunk_begin(steps) + steps.end - steps.first);
     const float nan = __int_as_float(0x7fffffff);
     Operand* const parts = cell.grad_recurrent_part ? cell.grad_recurrent_part : args.mailbox.slots;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < rows * 4 * H; i += kPersistentThreads) parts[i] = narrow<Operand>(nan);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < int64_t{steps.batch} * H; i += kPersistentThreads) {
       cell.grad_c[i] = nan;
       if (cell.output.grad_h) cell.output.grad_h[i] = nan;
@@ -107,7 +122,6 @@ struct PersistentBackwardPass {
   LSTM_DEVICE static bool is_cell(const CellBackward<T>& cell, int64_t b, int64_t j) {
     return b < cell.rows.count && j < cell.hidden_size;
   }
-  LSTM_DEVICE int64_t row_of(int time) const { return args.steps.first_row + local_row(args.steps, time); }
 };
 
 }  // namespace lstm_ext::cuda

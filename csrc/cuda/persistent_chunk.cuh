@@ -11,7 +11,9 @@ namespace lstm_ext::cuda {
 
 struct StepPlace {
   int time;
-  int local;  // rows of the chunk before the step's
+  // Where the step begins, and the one before it in the layer's direction: rows behind the first one of the chunk,
+  // which may be negative for the latter.
+  int row, row_before;
   int rows, previous_rows, next_rows;
 };
 
@@ -23,7 +25,7 @@ LSTM_DEVICE int rows_at(const ChunkOfSteps& c, int time) {
   const int i = time - chunk_begin(c) + 1;
   return c.rows_before[i + 1] - c.rows_before[i];
 }
-LSTM_DEVICE int local_row(const ChunkOfSteps& c, int time) {
+LSTM_DEVICE int row_at(const ChunkOfSteps& c, int time) {
   const int i = time - chunk_begin(c);
   return c.packed ? c.rows_before[i + 1] : i * c.batch;
 }
@@ -32,22 +34,29 @@ LSTM_DEVICE int local_row(const ChunkOfSteps& c, int time) {
 LSTM_DEVICE StepPlace place_of(const ChunkOfSteps& c, int n) {
   StepPlace place;
   place.time = c.reverse ? c.count - 1 - n : n;
-  place.local = local_row(c, place.time);
-  place.rows = rows_at(c, place.time);
-  const int previous = n > 0 ? rows_at(c, c.reverse ? place.time + 1 : place.time - 1) : 0;
-  const int next = n + 1 < c.count ? rows_at(c, c.reverse ? place.time - 1 : place.time + 1) : 0;
-  place.previous_rows = previous < place.rows ? previous : place.rows;
-  place.next_rows = next < place.rows ? next : place.rows;
+  const int before = c.reverse ? place.time + 1 : place.time - 1, after = c.reverse ? place.time - 1 : place.time + 1;
+  place.row = row_at(c, place.time);
+  place.row_before = row_at(c, before);
+  if (c.packed) {
+    place.rows = rows_at(c, place.time);
+    const int previous = rows_at(c, before), next = rows_at(c, after);
+    place.previous_rows = previous < place.rows ? previous : place.rows;
+    place.next_rows = next < place.rows ? next : place.rows;
+  } else {
+    place.rows = c.batch;
+    place.previous_rows = n > 0 ? c.batch : 0;
+    place.next_rows = n + 1 < c.count ? c.batch : 0;
+  }
   return place;
 }
 
 // As Steps::resets_before.
 LSTM_DEVICE ResetFlags resets_at(const ChunkOfSteps& c, const uint8_t* resets, int cut) {
   if (!resets || cut >= c.count) return {nullptr, 0};
-  return {resets + c.first_row + local_row(c, cut), rows_at(c, cut)};
+  return {resets + row_at(c, cut), rows_at(c, cut)};
 }
 
-LSTM_DEVICE StepRows step_rows_of(const StepRows& rows, const ChunkOfSteps& c, const uint8_t* resets, int n,
+LSTM_DEVICE StepRows step_rows_of(const StepRows& rows, const ChunkOfSteps& c, const uint8_t* resets,
                                   const StepPlace& place) {
   StepRows result = rows;
   result.count = place.rows;
@@ -55,7 +64,7 @@ LSTM_DEVICE StepRows step_rows_of(const StepRows& rows, const ChunkOfSteps& c, c
   result.next_count = place.next_rows;
   result.resets = resets_at(c, resets, c.reverse ? place.time + 1 : place.time);
   result.resets_after = {nullptr, 0};
-  if (n + 1 < c.count) result.resets_after = resets_at(c, resets, c.reverse ? place.time : place.time + 1);
+  if (place.next_rows > 0) result.resets_after = resets_at(c, resets, c.reverse ? place.time : place.time + 1);
   result.time = place.time;
   return result;
 }
@@ -139,6 +148,7 @@ class PersistentChunk {
   static constexpr int kCells = kMailbox ? 1 : kFragmentCells;
   // Four cells with options leave no registers for it.
   static constexpr bool kBeginsEarly = kCells == 1 || !Pass::kHasOptions;
+  static constexpr int kThreadUnits = kMailbox ? 1 : 2;
   // Of partial sums: rows do not meet in the banks.
   struct alignas(4 * Pass::kSums) Sums {
     float of[Pass::kSums];
@@ -169,6 +179,7 @@ class PersistentChunk {
         warp_row_(warp_ % kWarpRows),
         warp_part_(warp_ / kWarpRows),
         blocks_of_group_(gridDim.x / (kMailbox ? all.groups : gridDim.x)),
+        group_row_(static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows),
         first_unit_(static_cast<int>(blockIdx.x % blocks_of_group_) * kUnits),
         pieces_of_row_(static_cast<int>(pass_.args.mailbox.length / kNumbers)) {}
 
@@ -183,7 +194,8 @@ class PersistentChunk {
       const ChunkOfSteps& steps = pass_.args.steps;
       int turn = 0;
       const int count = steps.end - steps.first;
-      for (int i = 0; i < count && goes_on; ++i) goes_on = run_step(i, turn);
+      int left_at = 0;  // rows of the chunk in front of what the step before in the pass has left
+      for (int i = 0; i < count && goes_on; ++i) goes_on = run_step(i, turn, left_at);
     }
     if (kMailbox) leave(goes_on);
   }
@@ -200,6 +212,8 @@ class PersistentChunk {
       return {(warp_row_ + i / 4 * kWarpRows) * 16 + i % 4 / 2 * 8 + group_, member_ * 2 + i % 2};
     }
   }
+  // Which of the thread's units that of its cell k is.
+  LSTM_DEVICE static int unit_of(int k) { return kMailbox ? 0 : k / 2 % 2; }
   LSTM_DEVICE static Sums sums_of_fragment(const float (&d)[kTiles][4], int i) {
     if constexpr (Pass::kSums == 4) {
       const int tile = i / 2 * 2, column = i % 2;
@@ -241,6 +255,10 @@ class PersistentChunk {
 
   LSTM_DEVICE void load_weights() {
 #pragma unroll
+    for (int k = 0; k < kThreadUnits; ++k) {
+      units_[k] = pass_.unit(first_unit_ + cell(kMailbox ? 0 : 2 * k).unit);
+    }
+#pragma unroll
     for (int q = 0; q < kPieces; ++q) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -276,14 +294,14 @@ class PersistentChunk {
     }
   }
 
-  // The rows of the tile that the step before in the pass has left, from where this thread's pieces begin.
-  LSTM_DEVICE const unsigned char* row_before(int i, int b, int rows) const {
+  // Row b of what the step before in the pass has left, from where this thread's pieces begin.
+  LSTM_DEVICE const unsigned char* row_left(int i, int left_at, int b, int rows) const {
     if (b >= rows) return nullptr;
     const unsigned char* row;
     if constexpr (kMailbox) {
       const Mailbox<D>& box = pass_.args.mailbox;
-      const int64_t local = i == 0 ? b : place_of(pass_.args.steps, step_of(i - 1)).local + b;
-      row = reinterpret_cast<const unsigned char*>((i == 0 ? box.before : box.slots) + local * box.length);
+      row = reinterpret_cast<const unsigned char*>(i == 0 ? box.before : box.slots) +
+            int64_t{left_at + b} * static_cast<int>(box.length * sizeof(D));
     } else {
       row = operand_row(step_of(i) + 1, b % kPersistentRows);
     }
@@ -356,24 +374,22 @@ class PersistentChunk {
   }
 
   // All tiles of this block. False: somebody gave up.
-  LSTM_DEVICE bool run_step(int i, int& turn) {
-    const ChunkOfSteps& steps = pass_.args.steps;
-    const StepPlace place = place_of(steps, step_of(i));
+  LSTM_DEVICE bool run_step(int i, int& turn, int& left_at) {
+    StepPlace place = place_of(pass_.args.steps, step_of(i));
     const int stride = (kMailbox ? all_.groups : static_cast<int>(gridDim.x)) * kPersistentRows;
-    const int begin = static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows;
     const bool has_cells = static_cast<int>(threadIdx.x) < kCellThreads;
-    for (int first_row = begin; first_row < place.rows; first_row += stride, ++turn) {
+    for (int first_row = group_row_; first_row < place.rows; first_row += stride, ++turn) {
       // What is read before the operand is there costs no time.
       typename Pass::Cell cells[kCells] = {};
       if (kBeginsEarly && has_cells) {
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const Unit at = cell(k);
-          cells[k] = pass_.begin_cell(pass_.step(step_of(i), place), first_row + at.row, first_unit_ + at.unit);
+          cells[k] = pass_.begin_cell(pass_.step(place), units_[unit_of(k)], first_row + at.row, first_unit_ + at.unit);
         }
       }
       float sums[kTiles][4] = {};
-      const bool came = multiply(sums, row_before(i, first_row + group_, Pass::rows_before(place)));
+      const bool came = multiply(sums, row_left(i, left_at, first_row + group_, Pass::rows_left(place)));
       if constexpr (kMailbox) {
         if (!came) atomicExch(&late_[turn % 2], 1u);
 #pragma unroll
@@ -386,9 +402,8 @@ class PersistentChunk {
       // Addresses are computed anew for each cell: beside the weights there are no registers for them.
 #pragma unroll
       for (int k = 0; k < kCells; ++k) {
-        const int n = step_of(computed_anew(i));
-        const StepPlace again = place_of(steps, n);
-        const auto step = pass_.step(n, again);
+        place.row = computed_anew(place.row);
+        const auto step = pass_.step(place);
         const Unit at = cell(k);
         Sums sum;
         if constexpr (kMailbox) {
@@ -403,12 +418,17 @@ class PersistentChunk {
           sum = sums_of_fragment(sums, k);
         }
         D left[Pass::kSums == 4 ? 1 : 4];  // for the next step
-        if constexpr (!kBeginsEarly) cells[k] = pass_.begin_cell(step, first_row + at.row, first_unit_ + at.unit);
-        pass_.finish_cell(step, cells[k], first_row + at.row, first_unit_ + at.unit, sum.of, left);
-        hand_on(n, again, first_row, at, left);
+        if constexpr (!kBeginsEarly) {
+          cells[k] = pass_.begin_cell(step, units_[unit_of(k)], first_row + at.row, first_unit_ + at.unit);
+        }
+        const auto result = pass_.finish_cell(step, cells[k], first_row + at.row, first_unit_ + at.unit, sum.of, left);
+        hand_on(step_of(i), place, first_row, at, left);  // others wait for it
+        place.row = computed_anew(place.row);
+        pass_.write(pass_.step(place), cells[k], result, first_row + at.row, first_unit_ + at.unit);
       }
       if constexpr (!kMailbox) __syncthreads();  // operands are there
     }
+    left_at = place.row;
     return true;
   }
 
@@ -428,7 +448,7 @@ class PersistentChunk {
       piece.y = without_sentinel(piece.y);
       piece.z = without_sentinel(piece.z);
       piece.w = without_sentinel(piece.w);
-      store_relaxed_16(box.slots + (place.local + b) * box.length + gate * length + first, piece);
+      store_relaxed_16(box.slots + (place.row + b) * box.length + gate * length + first, piece);
     } else {
       if (b >= place.rows || unit >= length) return;
       const bool is_last = n == (Pass::kBackward ? steps.first : steps.end - 1);
@@ -516,9 +536,11 @@ class PersistentChunk {
   uint32_t* const late_;  // of a turn, by turns: somebody of the block has given up
   const int warp_, group_, member_, warp_row_, warp_part_;
   const unsigned blocks_of_group_;
+  const int group_row_;  // the first row of the group's first tile
   const int first_unit_;
   const int pieces_of_row_;
   uint32_t weights_[kPieces][kTiles][2][4];
+  typename Pass::Unit units_[kThreadUnits];
 };
 
 // The kernel of a pass, and its launch.

@@ -23,7 +23,18 @@ struct PersistentForwardPass {
 
   LSTM_DEVICE explicit PersistentForwardPass(const Arguments& arguments) : args(arguments) {}
 
-  LSTM_DEVICE static int64_t rows_before(const StepPlace& place) { return place.previous_rows; }
+  // Of a unit, in all steps.
+  struct Unit {
+    float bias[4];
+  };
+  LSTM_DEVICE Unit unit(int64_t j) const {
+    Unit result = {};
+    if (j >= args.cell.hidden_size) return result;
+    for (int gate = 0; gate < 4; ++gate) result.bias[gate] = bias_at(args.cell, gate, j);
+    return result;
+  }
+
+  LSTM_DEVICE static int rows_left(const StepPlace& place) { return place.previous_rows; }
 
   // The row `row` of a tile; two tiles are four gates of eight units, as in step_forward.cuh.
   LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
@@ -45,43 +56,55 @@ struct PersistentForwardPass {
     return result.bits;
   }
 
-  // As the stepwise kernels know the step.
-  LSTM_DEVICE CellForward<T> step(int n, const StepPlace& place) const {
-    const ChunkOfSteps& steps = args.steps;
-    const int64_t H = args.cell.hidden_size, row = steps.first_row + place.local;
+  // As the stepwise kernels know the step. Sizes of 32 bits: their products are one instruction.
+  LSTM_DEVICE CellForward<T> step(const StepPlace& place) const {
     CellForward<T> cell = args.cell;
-    cell.rows = step_rows_of(args.cell.rows, steps, args.resets, n, place);
-    cell.input_part += int64_t{args.batch_first ? place.time : place.local} * 4 * H;
+    const int H = static_cast<int>(cell.hidden_size);
+    const int64_t row = place.row;
+    cell.hidden_size = H;
+    cell.input_stride = static_cast<int>(cell.input_stride);
+    cell.output.h_stride = static_cast<int>(cell.output.h_stride);
+    cell.rows = step_rows_of(args.cell.rows, args.steps, args.resets, place);
+    cell.input_part += int64_t{args.batch_first ? place.time : place.row} * (4 * H);
     cell.recurrent_part = nullptr;
     if (args.keeps_cells) {
-      // The first step has none before it.
-      if (n > 0) cell.c_previous.previous += row_of(steps.reverse ? place.time + 1 : place.time - 1) * H;
+      cell.c_previous.previous += int64_t{place.row_before} * H;
       cell.c += row * H;
     }
     if (cell.zoneout.keep) cell.zoneout.keep += row * H;
-    if (cell.preactivations) cell.preactivations += row * 4 * H;
+    if (cell.preactivations) cell.preactivations += row * (4 * H);
     cell.output.h += row * cell.output.h_stride;
     if (cell.output.zoneout.keep) cell.output.zoneout.keep += row * H;
     cell.output.recurrent_h = nullptr;
     return cell;
   }
 
-  LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, int64_t b, int64_t j) const {
+  LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, const Unit& unit, int64_t b, int64_t j) const {
     Cell result = {};
     if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return result;
     for (int gate = 0; gate < 4; ++gate) {
-      result.z[gate] = bias_at(cell, gate, j) + cell.input_part[b * cell.input_stride + gate * cell.hidden_size + j];
+      result.z[gate] = unit.bias[gate] + cell.input_part[b * cell.input_stride + gate * cell.hidden_size + j];
     }
     result.before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * cell.hidden_size + j);
     return result;
   }
 
-  LSTM_DEVICE void finish_cell(const CellForward<T>& cell, Cell& begun, int64_t b, int64_t j, const float (&product)[4],
-                               T (&left)[1]) const {
-    left[0] = narrow<T>(0);
+  using Result = NewCell<T>;
+  LSTM_DEVICE Result finish_cell(const CellForward<T>& cell, Cell& begun, int64_t b, int64_t j,
+                                 const float (&product)[4], T (&left)[1]) const {
+    Result result = {};
+    if (is_cell(cell, b, j) && takes_part<kOptions>(cell.rows, b)) {
+      result = new_cell<kOptions>(cell, b, j, begun.z, begun.before, product);
+    } else {
+      result.output.operand = narrow<T>(0);
+    }
+    left[0] = result.output.operand;
+    return result;
+  }
+  LSTM_DEVICE void write(const CellForward<T>& cell, const Cell&, const Result& result, int64_t b, int64_t j) const {
     if (!is_cell(cell, b, j)) return;
     if (takes_part<kOptions>(cell.rows, b)) {
-      left[0] = cuda::finish_cell<kOptions>(cell, b, j, begun.z, begun.before, product);
+      write_cell<kOptions>(cell, b, j, result);
     } else {
       write_no_cell(cell, b, j);
     }
@@ -92,14 +115,16 @@ struct PersistentForwardPass {
     const CellForward<T>& cell = args.cell;
     const ChunkOfSteps& steps = args.steps;
     const int64_t H = cell.hidden_size;
-    const int64_t rows = local_row(steps, chunk_begin(steps) + steps.end - steps.first);
+    const int64_t rows = row_at(steps, chunk_begin(steps) + steps.end - steps.first);
     const T nan = narrow<T>(__int_as_float(0x7fffffff));
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < rows * H; i += kPersistentThreads) {
-      const int64_t row = steps.first_row + i / H, j = i % H;
+      const int64_t row = i / H, j = i % H;
       cell.output.h[row * cell.output.h_stride + j] = nan;
       if (!cell.preactivations) continue;
       for (int gate = 0; gate < 4; ++gate) cell.preactivations[(row * 4 + gate) * H + j] = nan;
     }
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < int64_t{steps.batch} * H; i += kPersistentThreads) {
       cell.output.h_n[i] = nan;
       cell.c_n[i] = nan;
@@ -110,7 +135,6 @@ struct PersistentForwardPass {
   LSTM_DEVICE static bool is_cell(const CellForward<T>& cell, int64_t b, int64_t j) {
     return b < cell.rows.count && j < cell.hidden_size;
   }
-  LSTM_DEVICE int64_t row_of(int time) const { return args.steps.first_row + local_row(args.steps, time); }
 };
 
 }  // namespace lstm_ext::cuda

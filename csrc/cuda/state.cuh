@@ -77,10 +77,15 @@ LSTM_DEVICE A mix(const Zoneout<A>& z, int64_t place, A previous, A now) {
 
 // ---- outputs
 
-// Makes h_t from h'_t, for unit j of a row that takes part. Returns what the product of the next step reads.
+// h_t of unit j of a row that takes part, and what the product of the next step reads.
+template <typename T>
+struct OutputValues {
+  T h, operand;
+};
+// Makes them from h'_t.
 template <bool kOptions, typename T>
-LSTM_DEVICE T write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
-                           typename Types<T>::Accumulate h) {
+LSTM_DEVICE OutputValues<T> output_values(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j,
+                                          int64_t size, typename Types<T>::Accumulate h) {
   const int64_t place = b * size + j;
   if constexpr (kOptions) {
     if (output.running_h) {
@@ -94,10 +99,19 @@ LSTM_DEVICE T write_output(const NewOutput<T>& output, const StepRows& rows, int
   if constexpr (kOptions) {
     if (output.recurrent_mask) operand = narrow<T>(output.recurrent_mask[place] * widen(stored));
   }
-  if (output.recurrent_h) output.recurrent_h[b * output.recurrent_stride + j] = operand;
-  output.h[b * output.h_stride + j] = stored;
-  if (output.h_n && !has_next<kOptions>(rows, b)) output.h_n[place] = stored;
-  return operand;
+  return {stored, operand};
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
+                              const OutputValues<T>& values) {
+  if (output.recurrent_h) output.recurrent_h[b * output.recurrent_stride + j] = values.operand;
+  output.h[b * output.h_stride + j] = values.h;
+  if (output.h_n && !has_next<kOptions>(rows, b)) output.h_n[b * size + j] = values.h;
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE void write_output(const NewOutput<T>& output, const StepRows& rows, int64_t b, int64_t j, int64_t size,
+                              typename Types<T>::Accumulate h) {
+  write_output<kOptions>(output, rows, b, j, size, output_values<kOptions>(output, rows, b, j, size, h));
 }
 
 // Rows that take no part are written as zeros: a product reads them, though nothing reads its result.

@@ -140,11 +140,11 @@ LSTM_DEVICE void finish_forward(const StepForward<T>& args, int64_t b, int64_t j
   const float before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * H + j);
   if (args.whole) {
     for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
-    write_cell<kOptions>(cell, b, j, z, before);
+    write_cell<kOptions>(cell, b, j, new_cell<kOptions>(cell, b, j, z, before));
     return;
   }
   for (int gate = 0; gate < 4; ++gate) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
-  finish_cell<kOptions>(cell, b, j, z, before, product);
+  write_cell<kOptions>(cell, b, j, new_cell<kOptions>(cell, b, j, z, before, product));
 }
 
 template <typename T, bool kOptions, int kRows>

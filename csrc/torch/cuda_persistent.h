@@ -17,7 +17,6 @@ inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk,
   result.batch = static_cast<int32_t>(batch);
   result.reverse = reverse;
   result.packed = steps.packed();
-  result.first_row = steps.rows_before(chunk.begin);
   if (!steps.packed()) return result;
   int64_t rows = chunk.begin > 0 ? -steps.rows_at(chunk.begin - 1) : 0;
   int32_t* next = result.rows_before;

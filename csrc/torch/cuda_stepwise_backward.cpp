@@ -337,16 +337,18 @@ class StepwiseBackward : Stepwise {
     using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
     cuda::PersistentBackward<T> args{};
-    args.cell = cell_of<T>(side, side.steps.time(0));  // of the step at time 0
-    args.cell.c_previous.previous = const_row_pointer<A>(side.cells);
-    if (recompute_) args.cell.preactivations = const_row_pointer<T>(side.recomputed);
+    const Chunk& chunk = side.chunks.back();
+    args.cell = cell_of<T>(side, side.steps.time(chunk.begin));
+    args.cell.c_previous.previous = args.cell.cells;
     args.cell.grad_recurrent_part = mails_recurrent_part() ? nullptr : row_pointer<D>(side.buffers.recurrent_part);
     args.cell.hidden = nullptr;
-    args.steps = chunk_of_steps(side.steps, side.chunks.back(), side.layer.shape.reverse, sizes_.batch);
-    args.resets = side.layer.shape.resets;
-    args.recomputed = recompute_;
+    args.steps = chunk_of_steps(side.steps, chunk, side.layer.shape.reverse, sizes_.batch);
+    if (resets_.defined()) args.resets = side.layer.shape.resets + side.steps.rows_before(chunk.begin);
     args.grad_output_by_time = side.grad_output.defined() && side.grad_output.dim() == 3;
-    if (args.grad_output_by_time) args.grad_output_time_stride = side.grad_output.stride(0);
+    if (args.grad_output_by_time) {
+      args.cell.output.grad_output = const_row_pointer<T>(side.grad_output);
+      args.grad_output_time_stride = side.grad_output.stride(0);
+    }
     args.weight = const_row_pointer<D>(side.step_weight);
     args.weight_stride = side.step_weight.stride(0);
     return args;

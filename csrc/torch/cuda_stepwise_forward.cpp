@@ -288,11 +288,13 @@ class StepwiseForward : Stepwise {
   cuda::PersistentForward<T> persistent_args(const Running& side) const {
     using A = typename cuda::Types<T>::Accumulate;
     cuda::PersistentForward<T> args{};
-    args.cell = cell_of<T>(side, side.steps.time(0));  // of the step at time 0
+    const int64_t first = side.steps.rows_before(side.chunk->begin);
+    args.cell = cell_of<T>(side, side.steps.time(side.chunk->begin));
     args.cell.input_part = const_row_pointer<A>(side.input.rows);
-    args.cell.c_previous.previous = args.cell.c = row_pointer<A>(side.buffers.cells);
+    args.cell.c_previous.previous = args.cell.c =
+        row_pointer<A>(side.buffers.cells, saved_.cells.defined() ? first : 0);
     args.steps = chunk_of_steps(side.steps, *side.chunk, side.layer.shape.reverse, sizes_.batch);
-    args.resets = side.layer.shape.resets;
+    if (resets_.defined()) args.resets = side.layer.shape.resets + first;
     args.keeps_cells = saved_.cells.defined();
     args.batch_first = side.input.batch_first;
     args.weight = const_row_pointer<T>(side.weight);

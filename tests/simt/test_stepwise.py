@@ -224,12 +224,12 @@ def test_a_refused_launch_is_replaced():
     module.set_cooperative_blocks(5)
     try:
         # Warned of once a process, which perhaps has been done.
+        module.launches()
         found = fused(case, torch.bfloat16, 0, "mailbox")
+        assert module.launches()[0] > 3 * case.steps
     finally:
         module.set_cooperative_blocks(0)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    of_mail = fused(case, torch.bfloat16, 0, "mailbox")
-    assert not all(torch.equal(of_mail[name], expected[name]) for name in expected)
 
 
 def test_what_has_no_step_at_once():
