@@ -13,6 +13,7 @@ PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal
 PYTEST = $(PY) -m pytest $(PYTEST_OPTIONS)
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters
+DOCS_TOOLS := $(VENV)/.lstm_ext-docs
 # The last file that a build writes.
 EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
@@ -36,7 +37,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build test test-tools test-full compat durations planted fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format clean force
+.PHONY: build test test-tools test-full compat durations planted fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -114,6 +115,10 @@ format: $(LINTERS)
 	$(PY) -m ruff format .
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
 
+# The pages of docs/ and the docstrings as a site, build/docs/index.html. A warning is an error.
+docs: build $(DOCS_TOOLS)
+	$(PY) docs/build_site.py $(ARGS)
+
 # Leaves the environment.
 clean:
 	rm -rf build dist *.egg-info lstm_ext/native/_C.*.so lstm_ext/native/_ops.so $(EXTENSION)
@@ -141,6 +146,10 @@ $(PACKAGES): pyproject.toml
 
 $(LINTERS): $(PACKAGES)
 	$(PIP_INSTALL) -e '.[lint]'
+	@touch $@
+
+$(DOCS_TOOLS): $(PACKAGES)
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 # Folders of earlier builds may hold modules that are gone; the objects, which take the time, lie elsewhere.

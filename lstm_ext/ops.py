@@ -7,46 +7,60 @@ without values) and FLOP counts.
 T time steps, B batch rows, I input features, H hidden units, P the projection's size, or H without one, D = 2 if
 bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T, B), and B = batch_sizes[0].
 
-``lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS) -> (output, h_n, c_n,
-cell_states, gate_values)``
-    input (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence; h0 (D, B, P) and c0
-    (D, B, H), None means zeros; weights: for each direction weight_ih (4H, I), weight_hh (4H, P), bias_ih and bias_hh
-    (4H) if ``has_bias``, weight_hr (P, H) with a projection; all of input's dtype. It returns output (T, B, D * P) or
-    (N, D * P), h_n (D, B, P), c_n (D, B, H), and on request cell_states (D, T, B, H) or (D, N, H) and gate_values, the
-    same with a last axis of 4: i, f, g, o, after the nonlinearity. A result that is not requested has no elements. The
-    operator is differentiable once.
+``lstm_layer`` computes a layer::
+
+    lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS)
+        -> (output, h_n, c_n, cell_states, gate_values)
+
+- input: (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence.
+- h0 (D, B, P) and c0 (D, B, H): None means zeros.
+- weights: for each direction weight_ih (4H, I), weight_hh (4H, P), bias_ih and bias_hh (4H) if ``has_bias``, weight_hr
+  (P, H) with a projection. All have the dtype of the input.
+- Results: output (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H). On request also cell_states (D, T, B, H) or
+  (D, N, H), and gate_values, the same with a last axis of 4: i, f, g, o, after the nonlinearity. A result that is not
+  requested has no elements.
+
+The operator is differentiable once.
 
 OPTIONS are keyword arguments for everything that a layer does beyond ``torch.nn.LSTM``. With the defaults it is the
 plain layer. docs/options.md says which of them run on the kernels.
-    ``resets=None``: bool (T, B) or (N): a flag at time t cuts the row between the times t - 1 and t, in both
-    directions;
-    ``reset_h=None``, ``reset_c=None``: the state that replaces the one before, (D, B, P) and (D, B, H), None means
-    zeros.
-    ``lengths=None``: int64 (B), how many steps of a row count. Not together with ``batch_sizes``.
-    ``recurrent_mask=None``: (D, B, P), h is multiplied by it before its product with weight_hh; float32 for the 16-bit
-    dtypes.
-    ``keep_h=None``, ``keep_c=None``: bool (D, T, B, P) and (D, T, B, H), or (D, N, ...): where zoneout keeps the
-    previous state; ``zoneout_h=0``, ``zoneout_c=0``: the share of it that is kept, used if there are no flags.
-    ``norm=None``: the parameters of layer normalisation, for each direction gain_ih (4H), gain_hh (4H), gain_c (H), and
-    bias_c (H) if ``has_bias``.
-    ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
 
-``lstm_layer_forward(...) -> (output, h_n, c_n, cell_states, gate_values, gates, cells, hidden, norm_products,
-norm_factors)``
-    It returns the same, and the tensors that the backward pass needs: gates (D, T, B, 4H) and cells (D, T, B, H); with
-    a projection hidden (D, T, B, H); with layer normalisation the normalised products (2 D, T, B, 4H), those of the
-    input before those of h, and the factors that they were multiplied by, (D, T, B, 2). Packed data has N in place of
-    T, B. A tensor that the layer does not need has no elements. cells and norm_factors are of input's dtype, or float32
-    for the 16-bit dtypes. The others are so on the CPU, too; on CUDA they are of input's dtype. gates are the gate
-    values on the CPU and the preactivations on CUDA. The operator is not differentiable.
+- ``resets=None``: bool (T, B) or (N). A flag at time t cuts the row between the times t - 1 and t, in both directions.
+- ``reset_h=None``, ``reset_c=None``: the state that replaces the one before, (D, B, P) and (D, B, H). None means zeros.
+- ``lengths=None``: int64 (B), how many steps of a row count. Not together with ``batch_sizes``.
+- ``recurrent_mask=None``: (D, B, P). h is multiplied by it before its product with weight_hh. It is float32 for the
+  16-bit dtypes.
+- ``keep_h=None``, ``keep_c=None``: bool (D, T, B, P) and (D, T, B, H), or (D, N, ...): where zoneout keeps the previous
+  state.
+- ``zoneout_h=0``, ``zoneout_c=0``: the share of the previous state that is kept, used if there are no flags.
+- ``norm=None``: the parameters of layer normalisation, for each direction gain_ih (4H), gain_hh (4H), gain_c (H), and
+  bias_c (H) if ``has_bias``.
+- ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
 
-``lstm_layer_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS, grad_output, grad_h_n,
-grad_c_n, grad_cell_states, grad_gate_values, output, gates, cells, hidden, norm_products, norm_factors, needs_grad) ->
-Tensor[]``
-    ``needs_grad`` has an entry for input, h0, c0, each weight, reset_h, reset_c and each parameter of norm, and so has
-    the result: its gradient, or, where ``needs_grad`` is False, a tensor without elements. A gradient of a result that
-    is None means zeros; hidden, norm_products and norm_factors may be None where they have no elements. The operator is
-    not differentiable.
+``lstm_layer_forward`` takes the same arguments. It also returns what the backward pass needs::
+
+    lstm_layer_forward(...) -> (output, h_n, c_n, cell_states, gate_values,
+                                gates, cells, hidden, norm_products, norm_factors)
+
+- gates (D, T, B, 4H): the gate values on the CPU, and the preactivations on CUDA.
+- cells (D, T, B, H); with a projection hidden (D, T, B, H).
+- With layer normalisation norm_products (2 D, T, B, 4H), the normalised products, those of the input before those of h;
+  and norm_factors (D, T, B, 2), which they were multiplied by.
+
+Packed data has N in place of T, B. A tensor that the layer does not need has no elements. cells and norm_factors have
+the dtype of the input, or float32 for the 16-bit dtypes. On the CPU the others have the same dtype as these; on CUDA
+they have that of the input. The operator is not differentiable.
+
+``lstm_layer_backward`` computes the gradients::
+
+    lstm_layer_backward(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS,
+                        grad_output, grad_h_n, grad_c_n, grad_cell_states, grad_gate_values,
+                        output, gates, cells, hidden, norm_products, norm_factors, needs_grad) -> Tensor[]
+
+``needs_grad`` has an entry for input, h0, c0, each weight, reset_h, reset_c and each parameter of norm. The result has
+the same entries: a gradient, or a tensor without elements where ``needs_grad`` is False. A gradient of a result that is
+None means zeros. hidden, norm_products and norm_factors may be None where they have no elements. The operator is not
+differentiable.
 
 All raise RuntimeError or ValueError for arguments that do not fit, and name the argument.
 """

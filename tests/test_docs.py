@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+import lstm_ext
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Files of ours, by their endings; not those of other projects, nor places to fill in.
 FILE = re.compile(r"[\w/]*\b[a-z_]\w*\.(?:py|cpp|cuh|cu|h|json|md)\b(?!\.)")
 NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json"}
@@ -23,7 +26,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith("http"):
@@ -34,7 +37,7 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files(page: Path) -> None:
     """In code spans, outside of the changelog's past."""
     folders = [ROOT / name for name in ("benchmarks", "csrc", "docs", "examples", "lstm_ext", "tests")]
@@ -46,3 +49,22 @@ def test_named_files(page: Path) -> None:
             if name in NOT_OURS or "NAME" in name or "docs/extras.md" in name:
                 continue
             assert any([path.endswith(f"/{name.lstrip('/')}") for path in known]), f"{name} in `{span}`"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join([page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")])
+    documented = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, flags=re.MULTILINE))
+    faces = {f"lstm_ext.{path.stem}" for path in (ROOT / "lstm_ext").glob("*.py") if path.stem != "__init__"}
+    names = {f"lstm_ext.{name}" for name in lstm_ext.__all__ if name != "__version__"}
+    assert documented == faces | names
+
+
+def test_the_site_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """One line, where the optional group `docs` is not installed."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
+    build_site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_site)
+    monkeypatch.setattr(build_site, "NEEDED", ("torch", "no_such_package"))
+    assert build_site.main() == 1
+    message = "error: no_such_package not installed: run `make docs`, or pip install 'lstm_ext[docs]'\n"
+    assert capsys.readouterr().err == message

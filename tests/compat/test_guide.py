@@ -1,4 +1,4 @@
-"""The snippets of docs/guide.md for other libraries run as they stand there."""
+"""The snippets of docs/guide/other-libraries.md run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import lstm_ext
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore::UserWarning")]
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "other-libraries.md"
 
 
 def snippets(heading: str) -> list[str]:
     section = re.search(
-        rf"^### {re.escape(heading)}\n(.*?)(?=^##)", GUIDE.read_text(), re.DOTALL | re.MULTILINE
+        rf"^### {re.escape(heading)}\n(.*?)(?=^##|\Z)", GUIDE.read_text(), re.DOTALL | re.MULTILINE
     )
     assert section is not None, heading
-    return re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
+    return re.findall(r"```python compat\n(.*?)```", section[1], re.DOTALL)
 
 
 def run(heading: str, **names: object) -> dict:
     """What the names stand for after all snippets under the heading."""
     found = {"lstm_ext": lstm_ext, "torch": torch, **names}
     for snippet in snippets(heading):
-        exec(compile(snippet, f"guide.md, {heading}", "exec"), found)
+        exec(compile(snippet, f"other-libraries.md, {heading}", "exec"), found)
     return found
 
 

@@ -1,0 +1,36 @@
+"""Builds the site in build/docs from the pages of docs/ and the docstrings: python docs/build_site.py [OUTPUT]
+
+A warning is an error. `make docs` installs what it needs and runs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("sphinx", "myst_parser", "furo")
+
+
+def main() -> int:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"error: {', '.join(missing)} not installed: run `make docs`, or pip install 'lstm_ext[docs]'",
+            file=sys.stderr,
+        )
+        return 1
+    from sphinx.cmd.build import main as build
+
+    output = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "build" / "docs"
+    doctrees = output.parent / f"{output.name}-doctrees"
+    options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(doctrees)]
+    done = build([*options, str(ROOT), str(output)])
+    if not done:
+        print(f"built {output / 'index.html'}")
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(main())

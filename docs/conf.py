@@ -1,0 +1,69 @@
+"""The settings of Sphinx for the site that `make docs` builds from the Markdown pages and the docstrings.
+
+The folder of sources is the whole checkout, so that a link between two pages is the same here and on GitHub. The lists
+of pages in docs/index.md, docs/api/index.md and docs/examples/index.md are also the site's contents.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lstm_ext  # noqa: E402
+
+project = "lstm_ext"
+release = lstm_ext.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "tests/simt/README.md", "tests/simt/ptx/README.md", "CHANGELOG.md"]
+exclude_patterns = ["build", "dist", ".*", "csrc", "lstm_ext", "benchmarks"]
+html_theme = "furo"
+html_title = f"lstm_ext {release}"
+html_show_copyright = False
+html_copy_source = False
+html_show_sourcelink = False
+pygments_style = "default"
+
+myst_heading_anchors = 4
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+# A line of a list of pages, or the first cell of a row of a table of them.
+_ENTRY = re.compile(r"^- \[[^\]]+\]\((?!https?:)([^)#\s]+\.(?:md|ipynb))\)", flags=re.MULTILINE)
+
+
+def _contents(app: Any, docname: str, source: list[str]) -> None:
+    """Makes the lists of pages the site's contents: one part for each heading, after the page's text."""
+    if not docname.endswith("/index"):
+        return
+    for part in re.split(r"^## ", source[0], flags=re.MULTILINE):
+        pages = _ENTRY.findall(part)
+        if pages:
+            caption = part.split("\n", 1)[0].strip("# ")
+            source[0] += "\n\n" + "\n".join(
+                ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
+            )
+
+
+def _first_page(app: Any, error: Exception | None) -> None:
+    """index.html at the top, beside those of search and index."""
+    if error is None:
+        Path(app.outdir, "index.html").write_text(
+            '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">'
+            '<a href="docs/index.html">lstm_ext</a>\n'
+        )
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("source-read", _contents)
+    app.connect("build-finished", _first_page)
+    return {"parallel_read_safe": True}
