@@ -6,6 +6,7 @@ of pages in docs/index.md, docs/api/index.md and docs/examples/index.md are also
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,13 +15,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from myst_parser.parsers.sphinx_ import MystParser  # noqa: E402
+
 import lstm_ext  # noqa: E402
 
 project = "lstm_ext"
 release = lstm_ext.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "tests/simt/README.md", "tests/simt/ptx/README.md", "CHANGELOG.md"]
+include_patterns = [
+    "docs/**.md",
+    "tests/simt/README.md",
+    "tests/simt/ptx/README.md",
+    "CHANGELOG.md",
+    "examples/*.ipynb",
+]
 exclude_patterns = ["build", "dist", ".*", "csrc", "lstm_ext", "benchmarks"]
 html_theme = "furo"
 html_title = f"lstm_ext {release}"
@@ -63,7 +72,30 @@ def _first_page(app: Any, error: Exception | None) -> None:
         )
 
 
+class NotebookParser(MystParser):
+    """A notebook as a page: its text, its code, and the outputs that are stored in it."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: Any) -> None:
+        parts = []
+        for cell in json.loads(inputstring)["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                parts.append(source)
+                continue
+            parts.append(f"```python\n{source}\n```")
+            for output in cell["outputs"]:
+                if output["output_type"] == "stream":
+                    parts.append(f"```text\n{''.join(output['text'])}```")
+                elif "image/png" in output.get("data", {}):
+                    parts.append(f"![output](data:image/png;base64,{output['data']['image/png'].strip()})")
+        super().parse("\n\n".join(parts), document)
+
+
 def setup(app: Any) -> dict[str, Any]:
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
     app.connect("source-read", _contents)
     app.connect("build-finished", _first_page)
     return {"parallel_read_safe": True}
