@@ -1,7 +1,9 @@
 """python -m lstm_ext.info: says what is installed, how it was built and what runs here.
-The exit code is 1 without the extension.
 
-python -m lstm_ext.info --operators: prints only the path of the operators' library, as `operators_library` returns it.
+The exit code is 1 if the compiled extension is not loaded.
+
+python -m lstm_ext.info --operators: prints only the path of the operators' library, as :func:`operators_library`
+returns it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """python -m lstm_ext.selftest [--device cpu|cuda]: checks every kernel variant on this machine's devices.
 
 Each line is one check: it compares the values and all gradients of one layer, computed by the registered operators,
-with ``lstm_ext.reference`` in float64. An error is ``|out - ref| / |ref|`` (2-norms). It may be twice the error of the
-reference at the same dtype + 4 eps; in float64, where the reference is no more exact than the kernels, 64 eps. The exit
-code is 1 if a check fails. The result is recorded for this user and device (see ``native/selftest_record.py``).
+with ``lstm_ext.reference`` in float64. The error is ``|out - ref| / |ref|``, in 2-norms. The reference in the layer's
+own dtype has an error too: the kernels may have twice that, plus 4 eps. In float64, where the reference is no more
+exact than the kernels, they may have 64 eps. The exit code is 1 if a check fails. The result is recorded for this user
+and device.
 """
 
 from __future__ import annotations

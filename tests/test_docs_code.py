@@ -77,6 +77,8 @@ def commands(code: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(code.splitlines()):
         for part in line.split(" && "):
             words = shlex.split(part, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                del words[0]  # a variable of the environment
             if words:
                 yield number, words
 

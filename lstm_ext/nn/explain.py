@@ -35,7 +35,7 @@ def explain(
     Raises:
         TypeError: ``module`` is no LSTM.
         ValueError: another argument does not fit.
-        RuntimeError: there is no compiled extension, which has the rules.
+        RuntimeError: there is no compiled extension. The rules are in it.
     """
     data = explain_data(module, input_shape, device=device, dtype=dtype)
     lines = [
@@ -57,10 +57,13 @@ def explain_data(
 ) -> dict[str, Any]:
     """The same as :func:`explain` as data.
 
-    Returns ``device``, ``dtype``, ``training``, of a GPU the ``facts`` that its planner knows (csrc/cuda/gpu_plan.h has
-    their units), and for each of the ``layers`` a dict with ``kernel``, ``summary``, ``reasons`` and what the planner
-    of that backend says. Times are those of a model that has not been compared with any GPU. Arguments and errors are
-    those of :func:`explain`.
+    Arguments and errors are those of :func:`explain`.
+
+    Returns:
+        a dict. ``module``, ``device``, ``dtype`` and ``training`` say what was asked. ``layers`` is a list with a dict
+        for each layer: ``kernel``, ``summary``, ``reasons``, and what the planner of the backend says. For a GPU,
+        ``facts`` has what the planner knows of it, in the units of csrc/cuda/gpu_plan.h. Times come from a model that
+        has not been compared with any GPU.
     """
     steps, batch = _steps_and_batch(module, tuple(input_shape))
     parameter = next(module.parameters())

@@ -32,7 +32,7 @@ class FrozenLSTM(LSTM):
     It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The packed weights are made when it is frozen,
     loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
 
-    A weight that is changed in place is not seen. There are no gradients, and no training mode.
+    A layer does not notice when one of its weights is changed in place. It has no gradients and no training mode.
     """
 
     frozen_weights: torch.dtype | None = None
@@ -145,10 +145,10 @@ def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
         module: an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM``, or a model that has such layers; on the CPU. In a model
             all other modules are copied as they are, ``LSTMCell`` too.
         weights: None keeps the numbers of ``weight_ih`` and ``weight_hh``. ``torch.bfloat16`` and ``torch.int8`` round
-            them to 8 bits: to bfloat16, or to 255 multiples of a number for each row, the largest one / 127.
-            Everything else is computed as before. One streaming step, which waits for its weights, reads a half or a
-            quarter of the memory then. The rounding moves results by about
-            2e-3 (bfloat16) and 4e-3 (int8) of their size, and further with layer normalisation.
+            them: to bfloat16, or to whole multiples of 1/127 of the largest number in their row. Everything else is
+            computed as before. One streaming step spends most of its time on reading weights, and rounded weights are
+            a half or a quarter of that memory. The rounding moves results by about 2e-3 (bfloat16) and 4e-3 (int8) of
+            their size, and further with layer normalisation.
 
     Returns:
         a :class:`FrozenLSTM`, or the model with such layers, in evaluation mode.

@@ -63,8 +63,9 @@ class LSTM(ScriptedLSTM):
             ``bias_hh`` to 0. None for an initial value like all others.
         recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
-    :mod:`lstm_ext.reference` defines these five and the arguments of :meth:`forward` after ``hx``, with sources. All of
-    them use the kernels wherever the plain layer does, alone and together.
+    :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm`` and
+    the arguments of :meth:`forward` after ``hx``), with sources. All options run on the kernels wherever the plain
+    layer does, alone and together.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
@@ -207,16 +208,17 @@ class LSTM(ScriptedLSTM):
             lengths: how many steps of each sequence count: a list of B integers or an integer tensor (B,), on any
                 device, in any order, from 0 to T; for unbatched input a number. The output of the steps that do not
                 count is 0. The final state is that of the last step that counts, or that of ``hx`` if none does.
-                The reverse direction begins with the last step that counts. Numbers on the host are checked; those on a
-                GPU, and those that a compiler or ``vmap`` does not know, are never read, but clamped to [0, T].
+                The reverse direction begins with the last step that counts. Numbers on the host are checked. Numbers
+                on a GPU are not read by the host, nor are those that a compiler or ``vmap`` does not know. They are
+                clamped to [0, T] instead.
             resets: (T, B) in the layout of the input, optionally with a last axis of 1; bool, or 0 and 1 in a
                 floating-point dtype; on the device of the input. For a ``PackedSequence``, a ``PackedSequence`` of the
                 same batch sizes and order. Where true, the state is replaced before the step is computed, and no
                 gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
-            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that ``resets`` puts in place, and that gets the
-                gradient; None for zeros. At a cut, the reverse direction begins from its own rows.
+            reset_state: ``(h, c)`` in the shapes of ``hx``: the state that a reset puts in place. It gets gradients.
+                None for zeros. Each direction has its own rows of it.
             mask: another form of ``lengths``: bool, (T, B) in the layout of the input, optionally with a last axis of
-                1, on any device. True in the steps that count, which must come first. On a GPU nothing is read, and
+                1, on any device. True in the steps that count, which must come first. On a GPU this is not checked:
                 nothing after the first False counts.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
 

@@ -21,7 +21,7 @@ _LSTM, _CELL = nn.LSTM, nn.LSTMCell
 class TorchLSTM(LSTM, _LSTM):
     """:class:`lstm_ext.LSTM` that is a ``torch.nn.LSTM`` to ``isinstance``; the same arguments, results and speed.
 
-    For code that looks for ``torch.nn.LSTM``: initialisers, validators, exporters. What it costs: ``torch.compile``
+    For code that looks for ``torch.nn.LSTM``: initialisers, validators, exporters. The price: ``torch.compile``
     breaks the graph at such a layer, as it does at torch's own, and ``fullgraph=True`` refuses it unless
     ``torch._dynamo.config.allow_rnn`` is set. :class:`lstm_ext.LSTM` compiles without a break.
     """
@@ -81,16 +81,18 @@ class patch:
 
         handle = lstm_ext.patch()           # until handle.undo()
 
-    It holds for the whole process and all its threads, for code that looks the name up in ``torch.nn``; who has done
-    ``from torch.nn import LSTM`` before keeps torch's class. The layers stay ours when the patch is undone, and
-    :func:`lstm_ext.revert` makes them torch's. Patches may be nested: the last one that is undone, in whatever order,
-    brings the classes back that were there before the first. While it holds, ``isinstance(layer, torch.nn.LSTM)`` says
-    yes to torch's layers and to all of ours.
+    A patch holds for the whole process and all its threads. It reaches code that looks the name up in ``torch.nn``. A
+    module that has done ``from torch.nn import LSTM`` before keeps torch's class. The layers stay ours when the patch
+    is undone; :func:`lstm_ext.revert` makes them torch's. While a patch holds, ``isinstance(layer, torch.nn.LSTM)`` is
+    True for torch's layers and for all of ours.
+
+    Patches may be nested, and undone in any order. torch's classes come back when all are undone.
 
     The layers are :class:`lstm_ext.TorchLSTM`, whose docstring says what that means for ``torch.compile``.
 
     Raises:
-        RuntimeError: on undoing, somebody else has put another class in that place since; nothing is changed then.
+        RuntimeError: on undoing, other code has put another class in that place in the meantime. Then nothing is
+            changed.
     """
 
     def __init__(self) -> None:
