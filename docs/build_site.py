@@ -25,7 +25,8 @@ def main() -> int:
 
     output = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "build" / "docs"
     doctrees = output.parent / f"{output.name}-doctrees"
-    options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(doctrees)]
+    # All of it, since a page that has not changed has the contents of the site at its side all the same.
+    options = ["-q", "-E", "-a", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(doctrees)]
     done = build([*options, str(ROOT), str(output)])
     if not done:
         print(f"built {output / 'index.html'}")

@@ -32,6 +32,8 @@ include_patterns = [
 ]
 exclude_patterns = ["build", "dist", ".*", "csrc", "lstm_ext", "benchmarks"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"lstm_ext {release}"
 html_show_copyright = False
 html_copy_source = False
@@ -46,8 +48,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-# A line of a list of pages, or the first cell of a row of a table of them.
-_ENTRY = re.compile(r"^- \[[^\]]+\]\((?!https?:)([^)#\s]+\.(?:md|ipynb))\)", flags=re.MULTILINE)
+# A line of a list of pages: what it says of a page, and where it is.
+_ENTRY = re.compile(r"^- \[([^\]]+)\]\((?!https?:)([^)#\s]+\.(?:md|ipynb))\)", flags=re.MULTILINE)
 
 
 def _contents(app: Any, docname: str, source: list[str]) -> None:
@@ -55,7 +57,7 @@ def _contents(app: Any, docname: str, source: list[str]) -> None:
     if not docname.endswith("/index"):
         return
     for part in re.split(r"^## ", source[0], flags=re.MULTILINE):
-        pages = _ENTRY.findall(part)
+        pages = [f"{text} <{page}>" for text, page in _ENTRY.findall(part)]
         if pages:
             caption = part.split("\n", 1)[0].strip("# ")
             source[0] += "\n\n" + "\n".join(

@@ -50,14 +50,15 @@ def lstm(
             each direction, ``w_ih (4H, I or D * P), w_hh (4H, P)``, then ``b_ih (4H), b_hh (4H)`` if
             ``bias``, then ``w_hr (P, H)`` with a projection. The number of tensors says whether there is one.
         bias: whether ``weights`` holds biases.
-        num_layers: L.
+        num_layers: how many layers there are, L.
         dropout: probability of zeroing an element between two layers; only if ``training``.
         training: whether dropout, recurrent_dropout and random zoneout are active.
         bidirectional: whether each layer has a second set of weights that reads time backwards.
         batch_first: the layout of ``input`` and ``output``.
         lengths, resets, reset_state, mask, return_cell_states, return_gates: as in :meth:`lstm_ext.LSTM.forward`.
-        recurrent_dropout, zoneout, recompute: as in :class:`lstm_ext.LSTM`; the first is active, and the second random,
-            only if ``training``.
+        recurrent_dropout: as in :class:`lstm_ext.LSTM`; only if ``training``.
+        zoneout: as in :class:`lstm_ext.LSTM`; random only if ``training``.
+        recompute: as in :class:`lstm_ext.LSTM`.
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
             direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for layers
             without it.

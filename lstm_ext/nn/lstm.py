@@ -45,7 +45,7 @@ class LSTM(ScriptedLSTM):
     Args:
         input_size: the number of features of the input, I.
         hidden_size: the number of hidden units, H.
-        num_layers: L.
+        num_layers: how many layers there are, L.
         bias: whether to add ``bias_ih`` and ``bias_hh``.
         batch_first: whether input and output are (B, T, features) instead of (T, B, features). States and unbatched
             input are the same in both cases.
