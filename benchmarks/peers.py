@@ -38,8 +38,8 @@ class Peer:
 
     def missing(self) -> str | None:
         """One line that says why the peer cannot run here."""
-        if held := [name for name in harness.HELD_BY if name in os.environ]:
-            return f"{self.name}: not measured: {' and '.join(held)} would hold the others back, and not it"
+        if any([name in os.environ for name in harness.HELD_BY]):
+            return f"{self.name}: not measured: what holds the instruction set of torch does not hold it"
         absent = [name for name in self.packages if _problem_of_import(name)]
         if not absent:
             return None

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import harness
 import records
 from records import Result
 from report import facts_line, plural, replace_block, table
@@ -48,6 +49,64 @@ def means(record: Result) -> list[str]:
         ]
         lines.append([name, plural(threads), str(cases), *cells])
     return table(["", "", "cases", *[SIDES[name] for name in sides]], lines)
+
+
+# A call of fewer microseconds a time step in torch.
+SMALL = 50
+
+
+def is_small(result: Result) -> bool:
+    return result["sides"]["torch"]["median"] * 1e3 / result["steps"] < SMALL
+
+
+def is_large(result: Result) -> bool:
+    return result["hidden_size"] >= 128 and result["batch"] >= 16
+
+
+# What the project asks for: cases of a group, and which side stands against torch or the best of all others.
+GOALS = (
+    ("float32 inference, H >= 128 and B >= 16", "inference", False, "float32", is_large, "ours", False),
+    ("float32 training, the same", "training", True, "float32", is_large, "ours", False),
+    ("bfloat16 inference", "dtypes", False, "bfloat16", lambda _: True, "ours", False),
+    ("bfloat16 training", "dtypes", True, "bfloat16", lambda _: True, "ours", False),
+    (
+        f"small: below {SMALL} µs a step in torch; inference",
+        "inference",
+        False,
+        "float32",
+        is_small,
+        "ours",
+        True,
+    ),
+    ("small, training", "training", True, "float32", is_small, "ours", True),
+    ("frozen, of all inference", "inference", False, "float32", lambda _: True, "frozen", True),
+)
+
+
+def goals(record: Result) -> list[str]:
+    """Geometric mean and worst of the shapes that the project has goals for."""
+    peers = ("torch", "onnxruntime", "openvino")
+    rows = []
+    for name, group, training, dtype, counts, side, over_all in GOALS:
+        cells: list[str] = []
+        for threads in (1, 2):
+            ratios = [
+                min(sides[peer]["median"] for peer in (peers if over_all else peers[:1]) if peer in sides)
+                / sides[side]["median"]
+                for sides in (
+                    r["sides"]
+                    for r in record["results"]
+                    if (r["group"], r["training"], r["dtype"], r["threads"])
+                    == (group, training, dtype, threads)
+                    and side in r["sides"]
+                    and counts(r)
+                )
+            ]
+            cells.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "")
+        if any(cells):
+            rows.append([name, "the best side" if over_all else "torch", *cells])
+    head = ["shapes", "over", "1 thread", "2 threads"]
+    return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
 
 
 def microseconds(value: float) -> str:
@@ -88,6 +147,7 @@ def markdown(record: Result) -> str:
         *means(record),
         "",
         NOTE,
+        *goals(record),
         *steps(record),
         "",
         f"Peers: {'; '.join(peers)}.",

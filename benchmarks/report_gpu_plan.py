@@ -3,8 +3,9 @@
     python benchmarks/report_gpu_plan.py [--folder docs]
 
 cuda_blocks.png    which rows of U and of the batch a block of the fused kernel has
+cuda_mailbox.png   which units and rows a block of the persistent kernel has, and how h travels between blocks
 cuda_timeline.png  a time step on a line of time, by the model of csrc/cuda/gpu_plan.cpp
-cuda_choice.png    for three cards, which kernel the model finds faster, by H and B
+cuda_choice.png    for three cards, which kernel the model finds fastest, by H and B
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import Rectangle
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from lstm_ext.native import loader
 
@@ -35,7 +37,7 @@ def plan(card: str, batch: int, hidden: int) -> dict[str, Any]:
     devices = {device["name"]: device for device in extension.cuda_devices()}
     return extension.cuda_plan(
         device=devices[card], steps=100, batch=batch, input_size=hidden, hidden_size=hidden, dtype="bfloat16",
-        outcome=True,
+        step_outcome=True, persistent_outcome=True,
     )  # fmt: skip
 
 
@@ -66,6 +68,56 @@ def blocks() -> plt.Figure:
     return figure
 
 
+def mailbox() -> plt.Figure:
+    """H 64 and 20 rows in 16 bits: four blocks of 16 units in a group; two groups take the tiles of 8 rows by turns."""
+    figure, (of_cells, of_step) = plt.subplots(1, 2, figsize=(10, 4.2), gridspec_kw={"width_ratios": (2, 3)})
+    hidden, units, rows, height = 64, 16, 20, 8
+    for tile in range(-(-rows // height)):
+        for place in range(hidden // units):
+            block = tile % 2 * 4 + place
+            deep = min(height, rows - tile * height)
+            of_cells.add_patch(
+                Rectangle((place * units, tile * height), units, deep, color=COLOURS[block], ec="white")
+            )
+            of_cells.text(place * units + units / 2, tile * height + deep / 2, f"block {block}", ha="center",
+                          va="center", color="white", fontsize=8)  # fmt: skip
+    of_cells.set(xlim=(0, hidden), ylim=(rows, -1), title=f"cells of h_t, ({rows}, H), in every step")
+    of_cells.set(xlabel="units", ylabel="rows of the batch")
+    of_cells.set_xticks(range(0, hidden + 1, units))
+    of_cells.set_yticks(range(0, rows + 1, 4))
+    for side in of_cells.spines.values():
+        side.set_visible(False)
+    # Two steps of one group.
+    for step in range(2):
+        for place in range(4):
+            x, y = 4.6 * step, 3 - place
+            of_step.add_patch(Rectangle((x, y + 0.15), 1.6, 0.7, color=COLOURS[place], ec="white"))
+            of_step.text(x + 0.8, y + 0.5, f"block {place}\nU in registers", ha="center", va="center",
+                         color="white", fontsize=8)  # fmt: skip
+    slot = 2.7
+    for place in range(4):
+        y = 3 - place
+        of_step.add_patch(Rectangle((slot, y + 0.15), 0.8, 0.7, color=COLOURS[place], alpha=0.5, ec="black"))
+        of_step.text(slot + 0.4, y + 0.5, "h_t\n16 units", ha="center", va="center", fontsize=7)
+        arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": COLOURS[place], "lw": 1.4}
+        of_step.add_patch(FancyArrowPatch((1.6, y + 0.5), (slot, y + 0.5), **arrow))
+        for reader in range(4):
+            of_step.add_patch(
+                FancyArrowPatch(
+                    (slot + 0.8, y + 0.5), (4.6, 3.5 - reader), arrowstyle="-", color=COLOURS[place], lw=0.8
+                )
+            )
+    of_step.text(0.8, 4.15, "step t", ha="center")
+    of_step.text(slot + 0.4, 4.15, "slot t of the\nmailbox", ha="center", fontsize=8)
+    of_step.text(5.4, 4.15, "step t + 1", ha="center")
+    of_step.text(2.1, -0.35, "written once", ha="center", fontsize=8)
+    of_step.text(4.1, -0.35, "polled by all", ha="center", fontsize=8)
+    of_step.set(xlim=(-0.2, 6.4), ylim=(-0.6, 4.8))
+    of_step.set_axis_off()
+    figure.tight_layout()
+    return figure
+
+
 def timeline() -> plt.Figure:
     """Two steps, B 16 and H 768 in bfloat16 on an H100."""
     found = plan("H100", 16, 768)
@@ -78,9 +130,10 @@ def timeline() -> plt.Figure:
             ("launch", DEPENDENT), ("tiles", RAMP), ("product", weights),
             ("cells", EPILOGUE),
         ],
+        "persistent": [("all of it", found["persistent"]["us"])],
     }  # fmt: skip
     colours = {"launch": "#c8c8c8", "tiles": "#dd8452", "cell": "#55a868", "cells": "#55a868"}
-    figure, axes = plt.subplots(figsize=(9, 2.6))
+    figure, axes = plt.subplots(figsize=(9, 3.0))
     for line, parts in enumerate(ways.values()):
         at = 0.0
         for _ in range(2):
@@ -102,21 +155,25 @@ def timeline() -> plt.Figure:
 def choice() -> plt.Figure:
     sizes = np.unique(np.round(2 ** np.linspace(6, 12, 37)).astype(int))
     batches = np.unique(np.round(2 ** np.linspace(0, 12, 37)).astype(int))
+    kernels = {"stepwise": "#8c8c8c", "step": "#dd8452", "persistent": "#4c72b0"}
     figure, every = plt.subplots(1, len(CARDS), figsize=(11, 3.6), sharey=True, layout="constrained")
     for axes, card in zip(every, CARDS, strict=True):
-        ratio = np.empty((len(batches), len(sizes)))
-        for b, batch in enumerate(batches):
-            for h, hidden in enumerate(sizes):
-                found = plan(card, int(batch), int(hidden))
-                ratio[b, h] = found["stepwise_us"] / found["step_us"]
-        picture = axes.pcolormesh(sizes, batches, ratio, cmap="RdYlGn", vmin=0, vmax=2, shading="nearest")
-        axes.contour(sizes, batches, ratio, levels=[1.0], colors="black", linewidths=1)
-        axes.set(xscale="log", yscale="log", xlabel="H", title=card)
+        fastest = [
+            [list(kernels).index(plan(card, int(b), int(h))["kernel"]) for h in sizes] for b in batches
+        ]
+        axes.pcolormesh(
+            sizes, batches, np.array(fastest), shading="nearest", cmap=ListedColormap(list(kernels.values())),
+            norm=BoundaryNorm(np.arange(len(kernels) + 1) - 0.5, len(kernels)),
+        )  # fmt: skip
+        axes.set(xlabel="H", title=card)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
     every[0].set_ylabel("B")
-    figure.colorbar(picture, ax=every, label="stepwise / step: above 1, `step` is faster")
-    figure.suptitle("bfloat16, a step of a sequence; a model, not measured", fontsize=10)
+    figure.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in kernels.items()],
+        loc="outside right upper",
+    )
+    figure.suptitle("bfloat16, forward, the fastest kernel; by a model, not measured", fontsize=10)
     return figure
 
 
@@ -129,7 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
     if loader.extension() is None:
         print(f"there is no compiled extension: {loader.status().reason}", file=sys.stderr)
         return 1
-    for name, draw in (("cuda_blocks", blocks), ("cuda_timeline", timeline), ("cuda_choice", choice)):
+    for name, draw in (
+        ("cuda_blocks", blocks),
+        ("cuda_mailbox", mailbox),
+        ("cuda_timeline", timeline),
+        ("cuda_choice", choice),
+    ):
         figure = draw()
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)

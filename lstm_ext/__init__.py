@@ -10,6 +10,7 @@ from . import functional, reference
 from .call.layout import LSTMExtras
 from .native import loader
 from .native.config import VERSION as __version__
+from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.explain import explain, explain_data
@@ -29,6 +30,7 @@ __all__ = [
     "TorchLSTM",
     "TorchLSTMCell",
     "__version__",
+    "check_cuda_waits",
     "convert",
     "explain",
     "explain_data",

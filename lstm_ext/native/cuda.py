@@ -14,6 +14,7 @@ from .config import OLDEST_CAPABILITY, requested_cuda_kernel
 
 __all__ = [
     "Choice",
+    "check_waits",
     "choice",
     "forced",
     "is_supported",
@@ -71,6 +72,30 @@ def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | Non
             if entry and variant(kernel, dtype) in (entry.get(name) or []):
                 return found
     return None
+
+
+def check_waits(device: int | str | torch.device | None = None) -> None:
+    """Raises if a wait within a persistent CUDA kernel has expired: for after the replay of a CUDA graph.
+
+    The results of that launch are NaN then. A call of a layer looks itself; a replay runs none. It waits for nothing,
+    so synchronise first.
+
+    Args:
+        device: a CUDA device; None is the current one.
+
+    Raises:
+        RuntimeError: a wait has expired since the last call or check on this device.
+    """
+    extension = loader.extension()
+    if extension is None or not torch.cuda.is_available():
+        return
+    found = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if extension.cuda_wait_expired(index):
+        raise RuntimeError(
+            f"lstm_ext: on cuda:{index} a block of a kernel that does all steps at once waited for another one longer "
+            "than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN"
+        )
 
 
 # ---- devices
