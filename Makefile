@@ -92,7 +92,7 @@ gpu-check:
 # Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
 # package.
 CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_bench_suite.py test_demo.py test_gpu_check.py \
-  test_recurrent_ppo.py
+  test_recurrent_ppo.py test_examples.py test_notebook.py test_docs_code.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py

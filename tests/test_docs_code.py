@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
+import operator
 import re
 import shlex
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +24,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import lstm_ext
+import lstm_ext.onnx
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "tests/simt").rglob("*.md")),
 ]
-# The emulator's page: its blocks need CUDA's headers, and tests/simt has the like of them.
+# The emulator's page: tests/simt/test_readme.py runs its blocks.
 ELSEWHERE = {"tests/simt/README.md": {"python"}}
 NOT_RUN = {"text", "cpp", "{eval-rst}"}
 # A fence with what stands behind it, or a comment, to its end.
@@ -158,6 +164,44 @@ def test_a_failing_block_says_where() -> None:
             run(block.code, block.line, "page.md", names)
     with pytest.raises(pytest.fail.Exception, match=r"^page\.md:4: SyntaxError: "):
         run("x = 1\nif\n", 3, "page.md", {})
+
+
+# The public objects whose docstrings have code, with the Python that makes what it takes as given.
+IN_DOCSTRINGS = {
+    "patch": "import torch, types\nlibrary = types.SimpleNamespace(build=lambda: torch.nn.LSTM(3, 4))",
+    "onnx.export": "import torch\nmodel, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)",
+}
+
+
+def literal_blocks(text: str) -> list[str]:
+    return [textwrap.dedent(block) for block in re.findall(r"::\n\n((?:(?: {4}.*)?\n)+)", text + "\n")]
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("name", IN_DOCSTRINGS)
+def test_code_in_docstrings_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = operator.attrgetter(name)(lstm_ext)
+    names: dict = {"lstm_ext": lstm_ext}
+    exec(IN_DOCSTRINGS[name], names)
+    (code,) = literal_blocks(inspect.cleandoc(found.__doc__))
+    try:
+        run(code, 1, f"docstring of lstm_ext.{name}", names)
+    finally:
+        if "handle" in names:
+            names["handle"].undo()
+
+
+def test_docstrings_with_code_are_known() -> None:
+    with_code = set()
+    for face in (lstm_ext, lstm_ext.functional, lstm_ext.reference, lstm_ext.onnx):
+        prefix = face.__name__.removeprefix("lstm_ext").lstrip(".")
+        for name in face.__all__:
+            public = getattr(face, name)
+            members = [public, *vars(public).values()] if inspect.isclass(public) else [public]
+            if any([literal_blocks(inspect.cleandoc(getattr(m, "__doc__", None) or "")) for m in members]):
+                with_code.add(f"{prefix}.{name}".lstrip("."))
+    assert with_code == set(IN_DOCSTRINGS)
 
 
 def test_library_snippets_run_in_compat() -> None:
