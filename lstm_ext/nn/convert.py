@@ -202,7 +202,7 @@ def convert(
             ``torch.compile`` breaks the graph at them, as at torch's own.
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` becomes ours. Subclasses that override nothing
-            always are. Both stay instances of their class and of torch's.
+            are always converted. Both stay instances of their class and of torch's.
 
     Returns:
         ``model``.
