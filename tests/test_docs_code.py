@@ -79,8 +79,8 @@ def run(code: str, line: int, page: str, names: dict) -> None:
 
 
 def commands(code: str) -> Iterator[tuple[int, list[str]]]:
-    """The words of each command, with its line in the block."""
-    for number, line in enumerate(code.splitlines()):
+    """The words of each command, with its line in the block, of which those that a backslash joins are one."""
+    for number, line in enumerate(code.replace("\\\n", " ").splitlines()):
         for part in line.split(" && "):
             words = shlex.split(part, comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
