@@ -215,7 +215,10 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, "13.0 for 8.0", (7, 5), (8, 6))
     text = [f"{name.strip()}: {text}" for name, text in info._cuda_lines(True, loader.status())]
     assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
-    assert text[1] == "kernel: auto: stepwise; on a device where `step` or `persistent` have been right, the fastest"
+    assert (
+        text[1]
+        == "kernel: auto: stepwise; on a device where `step` or `persistent` have been right, the fastest"
+    )
     assert text[2].startswith("devices: 2; ")
     assert text[3].startswith("cuda:0: A GPU, compute capability 7.5: not supported: the kernels need")
     assert text[4] == "cuda:1: A GPU, compute capability 8.6: supported"

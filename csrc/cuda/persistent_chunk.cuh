@@ -545,7 +545,7 @@ class PersistentChunk {
 
 // The kernel of a pass, and its launch.
 template <typename Pass, Exchange kExchange>
-LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kPersistentThreads)
+LSTM_KERNEL LSTM_MAX_REGISTERS(248)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);

@@ -5,7 +5,8 @@
 // gets calls into the emulator of tests/simt: so the same kernel sources run on a CPU. Both sides define the same
 // names:
 //
-//   LSTM_KERNEL, LSTM_DEVICE, LSTM_HOST_DEVICE, LSTM_LAUNCH_BOUNDS(threads), LSTM_GRID_CONSTANT
+//   LSTM_KERNEL, LSTM_DEVICE, LSTM_HOST_DEVICE, LSTM_LAUNCH_BOUNDS(threads), LSTM_MAX_REGISTERS(registers),
+//   LSTM_GRID_CONSTANT
 //
 //   LSTM_SHARED(T, name, count)          a static shared array, aligned to 16 bytes
 //

@@ -14,6 +14,8 @@
 #define LSTM_HOST_DEVICE __host__ __device__ __forceinline__
 // Without a minimum block count ptxas picks an occupancy target and spills to meet it.
 #define LSTM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+// The most registers of a thread, in the place of launch bounds: the two do not go together.
+#define LSTM_MAX_REGISTERS(registers) __maxnreg__(registers)
 // A parameter that stays where it is, so that an index into it costs no copy.
 #define LSTM_GRID_CONSTANT const __grid_constant__
 #define LSTM_SHARED(T, name, count) __shared__ __align__(16) T name[count]

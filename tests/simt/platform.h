@@ -21,6 +21,7 @@
 #define LSTM_DEVICE inline
 #define LSTM_HOST_DEVICE inline
 #define LSTM_LAUNCH_BOUNDS(threads)
+#define LSTM_MAX_REGISTERS(registers)
 #define LSTM_GRID_CONSTANT const
 // The type of a lambda is another one wherever it is written, and in every instance of a template: it is the array's
 // name.

@@ -1,4 +1,5 @@
-"""Registers and shared memory of every kernel and architecture, as resources.json records them.
+"""Registers and shared memory of every kernel and architecture, as resources.json records them; and how many
+instructions the loop over the steps of a persistent kernel has.
 
 python tests/simt/resources.py            what has changed
 python tests/simt/resources.py --write    records what is
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from simt import nvcc
+from simt import nvcc, sass
 
 TABLE = Path(__file__).with_name("resources.json")
 # By source, kernel and architecture.
@@ -25,6 +26,37 @@ def units() -> list[nvcc.Unit]:
 
 def entry(kernel: nvcc.Resources) -> dict[str, int]:
     return {"registers": kernel.registers, "shared": kernel.shared, "barriers": kernel.barriers}
+
+
+LOOPS = "persistent_kernel<"
+SLACK = 0.1  # of a loop's length
+
+
+def loops(compilations: nvcc.Compilations) -> dict[str, dict[str, int]]:
+    """By kernel and architecture. Needs the disassembler."""
+    found: dict[str, dict[str, int]] = {}
+    for unit in units():
+        if unit.source.stem.startswith("persistent"):
+            for name, code in sass.opcodes(compilations[unit].path).items():
+                if name.startswith(LOOPS):
+                    found.setdefault(name, {})[unit.architecture] = len(code.longest_loop())
+    return found
+
+
+def recorded_loops() -> dict[str, dict[str, int]]:
+    return json.loads(TABLE.read_text())["loops"]
+
+
+def longer_loops(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> list[str]:
+    """Those whose length has changed by more than the slack, and those that only one of the tables has."""
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name, {}), after.get(name, {})
+        for arch in sorted(old.keys() | new.keys()):
+            was, now = old.get(arch, 0), new.get(arch, 0)
+            if abs(now - was) > SLACK * was:
+                lines.append(f"{name}, {arch}: {was} -> {now} instructions in the loop over the steps")
+    return lines
 
 
 def measure(compilations: nvcc.Compilations) -> Table:
@@ -42,7 +74,7 @@ def recorded() -> tuple[str, Table]:
     return data["nvcc"], data["kernels"]
 
 
-def write(table: Table) -> None:
+def write(table: Table, lengths: dict[str, dict[str, int]]) -> None:
     """A kernel's architecture a line."""
     lines = [f'{{"nvcc": "{nvcc.version()}", "kernels": {{']
     for s, (source, kernels) in enumerate(sorted(table.items())):
@@ -51,7 +83,10 @@ def write(table: Table) -> None:
             lines.append(f"  {json.dumps(kernel)}: {{")
             rows = [f'   "{arch}": {json.dumps(numbers)}' for arch, numbers in architectures.items()]
             lines.append(",\n".join(rows) + "}" + ("," if k + 1 < len(kernels) else "}"))
-        lines[-1] += "," if s + 1 < len(table) else "}}"
+        lines[-1] += "," if s + 1 < len(table) else "},"
+    lines.append(' "loops": {')
+    rows = [f"  {json.dumps(kernel)}: {json.dumps(counts)}" for kernel, counts in sorted(lengths.items())]
+    lines.append(",\n".join(rows) + "}}")
     TABLE.write_text("\n".join(lines) + "\n")
 
 
@@ -80,17 +115,18 @@ def main() -> None:
         sys.exit("error: nvcc was not found: set CUDA_HOME.")
     compilations = nvcc.Compilations(units())
     try:
-        table = measure(compilations)
+        table, lengths = measure(compilations), loops(compilations)
     except nvcc.CompileError as error:
         sys.exit(f"error: {error}")
     finally:
         compilations.close()
     version, before = recorded() if TABLE.exists() else ("none", {})
+    shorter = longer_loops(recorded_loops(), lengths) if "loops" in json.loads(TABLE.read_text()) else []
     if version != nvcc.version():
         print(f"recorded with nvcc {version}, measured with {nvcc.version()}")
-    print("\n".join(differences(before, table)) or "no differences")
+    print("\n".join([*differences(before, table), *shorter]) or "no differences")
     if arguments.write:
-        write(table)
+        write(table, lengths)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ GENERIC = (r"LD\.E.*", r"ST\.E.*")  # the hardware has to find out which memory 
 COPY_16 = (r"LDGSTS\.E\.BYPASS\.128.*", r"LDGDEPBAR.*", r"DEPBAR\.LE.*")
 MATRIX_LOADS = (r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2")
 MMA_BF16 = (r"HMMA\.16816\.F32\.BF16",)
+MMA_TF32 = (r"HMMA\.1688\.F32\.TF32",)
 # A wait for the launch in front, and leave for the one behind to begin.
 DEPENDENT_LAUNCH = (r"ACQBULK", r"PREEXIT")
 CLUSTER_BARRIER = (r"UCGABAR_ARV", r"UCGABAR_WAIT")
@@ -137,8 +138,14 @@ EXPECTATIONS = (
         Expectation(f"{k}_kernel<*>", absent=GENERIC)
         for k in ("cell_*", "norm_cell_*", "output_*", "sum_of_rows")
     ),
-    # A sum whose order depends on timing differs from run to run.
-    Expectation("*_kernel<*>", absent=ATOMICS),
+    # A sum whose order depends on timing differs from run to run. The blocks of persistent kernels count who has left.
+    *(
+        Expectation(f"{k}_*<*>", absent=ATOMICS)
+        for k in ("cell", "norm", "output", "previous", "step", "sum")
+    ),
+    Expectation(
+        "persistent_kernel<*>", absent=(*ATOMICS, *FENCES), counts=((BLOCK_BARRIER[0], 1),), in_loop=True
+    ),
     # An unmarked constant is a double: 1.0 where 1.0f is meant makes a float kernel several times slower.
     *(Expectation(f"*_kernel<{t}*>", absent=DOUBLE) for t in FLOATS),
     *(Expectation(f"*cell_*_kernel<{t}*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), TANH_OF_11_BITS) for t in FLOATS),
@@ -150,10 +157,28 @@ EXPECTATIONS = (
     ),
     Expectation("step_*_kernel<__nv_bfloat16, *>", present=MMA_BF16),
     Expectation("step_forward_kernel<__half, *>", present=(r"HMMA\.16816\.F32",)),
-    Expectation("step_backward_kernel<__half, *>", present=(r"HMMA\.1688\.F32\.TF32",)),
-    Expectation("step_*_kernel<float, *>", present=(r"HMMA\.1688\.F32\.TF32",)),
+    Expectation("step_backward_kernel<__half, *>", present=MMA_TF32),
+    Expectation("step_*_kernel<float, *>", present=MMA_TF32),
     Expectation("step_*_kernel<*>", present=DEPENDENT_LAUNCH, architectures=FROM_HOPPER),
     Expectation("step_*_kernel<*>", absent=DEPENDENT_LAUNCH, architectures=BEFORE_HOPPER),
+    Expectation(
+        "persistent_kernel<*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), (*DOUBLE, *TANH_OF_11_BITS), in_loop=True
+    ),
+    Expectation("persistent_kernel<*, (Exchange)1>", present=STRONG_16, in_loop=True),
+    Expectation("persistent_kernel<*, (Exchange)0>", absent=STRONG_16, in_loop=True),
+    # Two instructions for each piece of each tile, of those in registers and of those in shared memory.
+    *(
+        Expectation(f"persistent_kernel<Persistent{kernels}", counts=((opcode, count),), in_loop=True)
+        for kernels, opcode, count in (
+            ("ForwardPass<__nv_bfloat16, *>, *>", MMA_BF16[0], 32 + 8),
+            ("ForwardPass<__half, *>, *>", r"HMMA\.16816\.F32", 32 + 8),
+            ("ForwardPass<float, *>, (Exchange)0>", MMA_TF32[0], 32 + 8),
+            ("ForwardPass<float, *>, (Exchange)1>", MMA_TF32[0], 32 + 4),
+            ("BackwardPass<__nv_bfloat16, *>, *>", MMA_BF16[0], 32 + 2),
+            ("BackwardPass<__half, *>, *>", MMA_TF32[0], 32 + 2),
+            ("BackwardPass<float, *>, *>", MMA_TF32[0], 32 + 2),
+        )
+    ),
     # A warp sums by shuffles, the warps of a block meet in shared memory.
     Expectation("norm_cell_*_kernel<*>", present=(*BLOCK_BARRIER, r"SHFL\.BFLY.*")),
 )

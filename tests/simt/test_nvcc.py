@@ -64,6 +64,24 @@ def test_resources_are_as_recorded(compilations: nvcc.Compilations) -> None:
 
 
 @needs_disassembler
+def test_loops_are_as_long_as_recorded(compilations: nvcc.Compilations) -> None:
+    """Of persistent kernels: their instructions are the time that nothing hides."""
+    if resources.recorded()[0] != nvcc.version():
+        pytest.skip(f"recorded with nvcc {resources.recorded()[0]}; this one is {nvcc.version()}")
+    changed = resources.longer_loops(resources.recorded_loops(), resources.loops(compilations))
+    assert not changed, "\n".join(
+        ["if this is meant: cd tests && python -m simt.resources --write, and commit the table", *changed]
+    )
+
+
+def test_a_longer_loop_is_seen() -> None:
+    recorded = {"kernel": {"sm_90": 100}}
+    assert not resources.longer_loops(recorded, {"kernel": {"sm_90": 109}})
+    assert resources.longer_loops(recorded, {"kernel": {"sm_90": 111}})
+    assert resources.longer_loops(recorded, {}) and resources.longer_loops({}, recorded)
+
+
+@needs_disassembler
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 def test_machine_code(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
     problems = [
