@@ -196,6 +196,7 @@ class PersistentChunk {
       const int count = steps.end - steps.first;
       int left_at = 0;  // rows of the chunk in front of what the step before in the pass has left
       for (int i = 0; i < count && goes_on; ++i) goes_on = run_step(i, turn, left_at);
+      if (!kMailbox) keep_operands(step_of(count - 1));
     }
     if (kMailbox) leave(goes_on);
   }
@@ -291,6 +292,18 @@ class PersistentChunk {
       if (b >= steps.batch) break;
       reinterpret_cast<D*>(operand_row(Pass::kBackward ? steps.end : steps.first + 1, row))[i % box.length] =
           box.before[b * box.length + i % box.length];
+    }
+  }
+
+  // And those that the chunk's last step in the pass leaves for the next chunk.
+  LSTM_DEVICE void keep_operands(int n) const {
+    const Mailbox<D>& box = pass_.args.mailbox;
+    const int rows = place_of(pass_.args.steps, n).rows, length = static_cast<int>(box.length);
+    if (!box.slots) return;
+    for (int i = threadIdx.x; i < kPersistentRows * length; i += kPersistentThreads) {
+      const int row = i / length, b = static_cast<int>(blockIdx.x) * kPersistentRows + row;
+      if (b >= rows) break;
+      box.slots[int64_t{b} * length + i % length] = reinterpret_cast<const D*>(operand_row(n, row))[i % length];
     }
   }
 
@@ -399,11 +412,12 @@ class PersistentChunk {
         if (late_[turn % 2] != 0) return false;
         if (!has_cells) continue;
       }
-      // Addresses are computed anew for each cell: beside the weights there are no registers for them.
+      // Addresses are computed anew: beside the weights there are no registers for them. So one cell comes after the
+      // other.
+      place.row = computed_anew(place.row);
+      const auto step = pass_.step(place);
 #pragma unroll
       for (int k = 0; k < kCells; ++k) {
-        place.row = computed_anew(place.row);
-        const auto step = pass_.step(place);
         const Unit at = cell(k);
         Sums sum;
         if constexpr (kMailbox) {
@@ -423,8 +437,13 @@ class PersistentChunk {
         }
         const auto result = pass_.finish_cell(step, cells[k], first_row + at.row, first_unit_ + at.unit, sum.of, left);
         hand_on(step_of(i), place, first_row, at, left);  // others wait for it
-        place.row = computed_anew(place.row);
-        pass_.write(pass_.step(place), cells[k], result, first_row + at.row, first_unit_ + at.unit);
+        if constexpr (kMailbox) {
+          place.row = computed_anew(place.row);
+          pass_.write(pass_.step(place), cells[k], result, first_row + at.row, first_unit_ + at.unit);
+        } else {
+          pass_.write(step, cells[k], result, first_row + at.row, first_unit_ + at.unit);
+          computed_anew(k);
+        }
       }
       if constexpr (!kMailbox) __syncthreads();  // operands are there
     }
@@ -436,28 +455,23 @@ class PersistentChunk {
   LSTM_DEVICE void hand_on(int n, const StepPlace& place, int first_row, const Unit& at,
                            const D (&left)[kCount]) const {
     const Mailbox<D>& box = pass_.args.mailbox;
-    const ChunkOfSteps& steps = pass_.args.steps;
-    const int64_t b = first_row + at.row, unit = first_unit_ + at.unit, length = box.length / kCount;
+    const int length = static_cast<int>(box.length) / kCount, b = first_row + at.row, unit = first_unit_ + at.unit;
     if constexpr (kMailbox) {
       uint4 piece;
       int gate = 0;
       const bool writes = gather_piece(piece, gate, left);
-      const int64_t first = unit / kNumbers * kNumbers;
+      const int first = unit / kNumbers * kNumbers;
       if (!writes || b >= place.rows || first >= length) return;
       piece.x = without_sentinel(piece.x);
       piece.y = without_sentinel(piece.y);
       piece.z = without_sentinel(piece.z);
       piece.w = without_sentinel(piece.w);
-      store_relaxed_16(box.slots + (place.row + b) * box.length + gate * length + first, piece);
+      store_relaxed_16(box.slots + int64_t{place.row + b} * (kCount * length) + (gate * length + first), piece);
     } else {
       if (b >= place.rows || unit >= length) return;
-      const bool is_last = n == (Pass::kBackward ? steps.first : steps.end - 1);
+      D* const row = reinterpret_cast<D*>(operand_row(n, at.row)) + unit;
 #pragma unroll
-      for (int gate = 0; gate < kCount; ++gate) {
-        const D value = operand_of_bits<D>(operand_bits(left[gate]));
-        reinterpret_cast<D*>(operand_row(n, at.row))[gate * length + unit] = value;
-        if (is_last && box.slots) box.slots[b * box.length + gate * length + unit] = value;
-      }
+      for (int gate = 0; gate < kCount; ++gate) row[gate * length] = operand_of_bits<D>(operand_bits(left[gate]));
     }
   }
 
