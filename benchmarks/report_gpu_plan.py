@@ -28,15 +28,15 @@ from lstm_ext.native import loader
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CARDS = ("A100", "L4", "H100")
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
-# Of the model, in microseconds: see gpu_plan.cpp.
-LAUNCH, DEPENDENT, RAMP, EPILOGUE, CELL, PRODUCT = 0.8, 0.5, 0.7, 0.3, 2.1, 2.0
+
+
+def facts_of(card: str) -> dict[str, Any]:
+    return next(device for device in loader.extension().cuda_devices() if device["name"] == card)
 
 
 def plan(card: str, batch: int, hidden: int) -> dict[str, Any]:
-    extension = loader.extension()
-    devices = {device["name"]: device for device in extension.cuda_devices()}
-    return extension.cuda_plan(
-        device=devices[card], steps=100, batch=batch, input_size=hidden, hidden_size=hidden, dtype="bfloat16",
+    return loader.extension().cuda_plan(
+        device=facts_of(card), steps=100, batch=batch, input_size=hidden, hidden_size=hidden, dtype="bfloat16",
         step_outcome=True, persistent_outcome=True,
     )  # fmt: skip
 
@@ -120,15 +120,19 @@ def mailbox() -> plt.Figure:
 
 def timeline() -> plt.Figure:
     """Two steps, B 16 and H 768 in bfloat16 on an H100."""
-    found = plan("H100", 16, 768)
-    weights = found["step_us"] - DEPENDENT - RAMP - EPILOGUE
-    product = found["stepwise_us"] - 2 * LAUNCH - CELL
+    found, constants = plan("H100", 16, 768), facts_of("H100")["constants"]
+    launch, dependent, cell = (
+        constants[f"{name}_us"] for name in ("launch", "dependent_launch", "cell_kernel")
+    )
+    ramp, epilogue = constants["ramp_us"], constants["epilogue_us"]
+    weights = found["step_us"] - dependent - ramp - epilogue
+    product = found["stepwise_us"] - 2 * launch - cell
     ways = {
-        "stepwise": [("launch", LAUNCH), ("product (cuBLAS)", product), ("launch", LAUNCH), ("cell", CELL)],
-        "step": [("launch", LAUNCH), ("tiles", RAMP), ("product", weights), ("cells", EPILOGUE)],
+        "stepwise": [("launch", launch), ("product (cuBLAS)", product), ("launch", launch), ("cell", cell)],
+        "step": [("launch", launch), ("tiles", ramp), ("product", weights), ("cells", epilogue)],
         "step, dependent launches": [
-            ("launch", DEPENDENT), ("tiles", RAMP), ("product", weights),
-            ("cells", EPILOGUE),
+            ("launch", dependent), ("tiles", ramp), ("product", weights),
+            ("cells", epilogue),
         ],
         "persistent": [("all of it", found["persistent"]["us"])],
     }  # fmt: skip

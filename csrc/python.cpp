@@ -2,6 +2,8 @@
 // has the signatures.
 #include <torch/extension.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <tuple>
@@ -166,6 +168,33 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
   return float64 ? plan_of<double>(shape, threads, save, planes) : plan_of<float>(shape, threads, save, planes);
 }
 
+py::dict as_dict(lstm_ext::cuda::ModelConstants constants) {
+  py::dict result;
+  for (const auto& constant : lstm_ext::cuda::model_constants()) result[constant.name] = constant.of(constants);
+  return result;
+}
+
+// Those that are named take the place of others. `who` is the function that was called with them.
+void replace_constants(lstm_ext::cuda::ModelConstants& constants, const py::dict& named, const char* who) {
+  const std::vector<lstm_ext::cuda::ModelConstant>& known = lstm_ext::cuda::model_constants();
+  for (const auto& [key, value] : named) {
+    const auto name = py::cast<std::string>(key);
+    const auto is_it = [&](const auto& constant) { return name == constant.name; };
+    const auto found = std::find_if(known.begin(), known.end(), is_it);
+    TORCH_CHECK_VALUE(found != known.end(), who, ": the model of CUDA kernels has no constant '", name, "'");
+    const auto number = py::cast<double>(value);
+    TORCH_CHECK_VALUE(std::isfinite(number) && number > 0, who, ": ", name, ": expected a positive number, got ",
+                      number);
+    found->of(constants) = number;
+  }
+}
+
+void set_cuda_constants(int capability, const py::dict& named) {
+  lstm_ext::cuda::ModelConstants constants = lstm_ext::cuda::constants_of(capability);
+  replace_constants(constants, named, "set_cuda_constants");
+  lstm_ext::cuda::set_constants(capability, constants);
+}
+
 py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   py::dict result;
   result["name"] = device.name;
@@ -179,12 +208,16 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   result["step_blocks"] = std::make_pair(device.step_blocks[0], device.step_blocks[1]);
   result["clusters"] = device.clusters;
   result["shared"] = device.shared;
+  result["constants"] = as_dict(device.constants);
   return result;
 }
 
 py::list cuda_devices() {
   py::list result;
-  for (const auto& device : lstm_ext::cuda::known_devices()) result.append(as_dict(device));
+  for (lstm_ext::cuda::DeviceFacts device : lstm_ext::cuda::known_devices()) {
+    device.constants = lstm_ext::cuda::constants_of(device.capability);
+    result.append(as_dict(device));
+  }
   return result;
 }
 
@@ -211,6 +244,8 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
                     real("memory_gb_per_s")};
   std::tie(facts.step_blocks[0], facts.step_blocks[1]) = py::cast<std::pair<int, int>>(device["step_blocks"]);
   facts.shared = py::cast<bool>(device["shared"]);
+  facts.constants = constants_of(facts.capability);
+  if (device.contains("constants")) replace_constants(facts.constants, device["constants"], "cuda_plan");
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
   }
@@ -308,6 +343,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("backward") = false, py::arg("packed") = false, py::arg("extras") = false, py::arg("kernel") = "auto",
         py::arg("step_outcome") = py::none(), py::arg("persistent_outcome") = py::none());
   m.def("cuda_facts", &cuda_facts, py::arg("device"));
+  m.def("set_cuda_constants", &set_cuda_constants, py::arg("capability"), py::arg("constants"));
   m.def(
       "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));
   m.def(

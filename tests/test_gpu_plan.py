@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.native import config, loader
+from lstm_ext.native import config, cuda, loader, selftest_record
 
 _C = loader.extension()
 CUDA = config.source_dir() / "cuda"
@@ -245,6 +245,121 @@ def test_bad_questions(change: dict[str, Any], said: str) -> None:
     layer = {"steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1, **change}
     with pytest.raises(RuntimeError, match=said):
         _C.cuda_plan(device=DEVICES["A100"], **layer)
+
+
+# ---- the constants of the model
+
+LAYER = {"steps": 1024, "batch": 16, "input_size": 768, "hidden_size": 768}
+
+
+def test_constants_are_those_of_the_struct() -> None:
+    declared = (CUDA / "gpu_plan.h").read_text().partition("struct ModelConstants {")[2].partition("};")[0]
+    names = re.findall(r"(\w+) = [\d.]+[,;]", declared)
+    assert len(names) == 14
+    for device in DEVICES.values():
+        assert list(device["constants"]) == names
+
+
+# What changes with each, in a plan of this dtype and pass.
+OF_CONSTANT = {
+    "launch_us": ("stepwise", "float16"),
+    "dependent_launch_us": ("step", "float16"),
+    "ramp_us": ("step", "float16"),
+    "epilogue_us": ("step", "float16"),
+    "cell_kernel_us": ("stepwise", "float16"),
+    "product_us": ("stepwise", "float16"),
+    "bytes_of_clock": ("step", "float16"),
+    "share_of_cache": ("persistent", "float16"),
+    "instruction_clocks": ("persistent", "bfloat16"),
+    "instruction_tf32_clocks": ("persistent", "float32"),
+    "mailbox_clocks": ("persistent", "float16"),
+    "turn_clocks": ("persistent", "float16"),
+    "cell_clocks": ("persistent", "float16"),
+    "start_us": ("persistent", "float16"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES["H100"]["constants"])
+def test_a_constant_changes_a_plan(name: str) -> None:
+    kernel, dtype = OF_CONSTANT[name]
+
+    def us(device: dict[str, Any]) -> float:
+        plan = _C.cuda_plan(device=device, **LAYER, dtype=dtype)
+        return plan["persistent"]["us"] if kernel == "persistent" else plan[f"{kernel}_us"]
+
+    device = DEVICES["H100"]
+    value = device["constants"][name]
+    # Others stay what they are for the capability.
+    slower = {
+        **device,
+        "constants": {name: value / 2 if name in ("bytes_of_clock", "share_of_cache") else 3 * value},
+    }
+    assert us(slower) > us(device)
+    assert us({**device, "constants": {name: value}}) == us(device)
+
+
+def test_constants_can_make_another_kernel_the_fastest() -> None:
+    right = {"dtype": "float16", "step_outcome": True, "persistent_outcome": True}
+    assert _C.cuda_plan(device=DEVICES["H100"], **LAYER, **right)["kernel"] == "persistent"
+    slow = {**DEVICES["H100"], "constants": {"mailbox_clocks": 1e5}}
+    assert _C.cuda_plan(device=slow, **LAYER, **right)["kernel"] == "step"
+
+
+def test_constants_of_a_capability() -> None:
+    """They are those of all such devices that are asked for later, and of no others."""
+    before = DEVICES["H100"]["constants"]
+    try:
+        _C.set_cuda_constants(90, {"mailbox_clocks": 1234.0})
+        now = {device["name"]: device["constants"] for device in _C.cuda_devices()}
+        for name, device in DEVICES.items():
+            expected = (
+                {**device["constants"], "mailbox_clocks": 1234.0} if device["capability"] == 90 else None
+            )
+            assert now[name] == (expected or device["constants"])
+        bare = {name: fact for name, fact in DEVICES["H100"].items() if name != "constants"}
+        assert _C.cuda_plan(device=bare, **LAYER) == _C.cuda_plan(
+            device={**bare, "constants": now["H100"]}, **LAYER
+        )
+        assert _C.cuda_plan(device=bare, **LAYER, dtype="float16") != _C.cuda_plan(
+            device=DEVICES["H100"], **LAYER, dtype="float16"
+        )
+    finally:
+        _C.set_cuda_constants(90, before)
+
+
+@pytest.mark.parametrize(
+    ("constants", "error", "said"),
+    [
+        ({"mailbox": 1.0}, ValueError, "the model of CUDA kernels has no constant 'mailbox'"),
+        ({"ramp_us": 0.0}, ValueError, "ramp_us: expected a positive number, got 0"),
+        ({"ramp_us": float("nan")}, ValueError, "ramp_us: expected a positive number, got nan"),
+    ],
+)
+def test_bad_constants(constants: dict[str, float], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        _C.cuda_plan(device={**DEVICES["A100"], "constants": constants}, **LAYER)
+    with pytest.raises(error, match=said):
+        _C.set_cuda_constants(80, constants)
+    assert next(d for d in _C.cuda_devices() if d["name"] == "A100") == DEVICES["A100"]
+
+
+def test_the_constants_of_the_release_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for constants in selftest_record.committed_constants().values():
+        assert set(constants) <= set(DEVICES["H100"]["constants"])
+    monkeypatch.setattr(selftest_record, "COMMITTED", tmp_path / "results.json")
+    selftest_record.COMMITTED.write_text("[]")
+    selftest_record.commit("8.6", "0123", ["stepwise"], [], "gpu_some.json", {"launch_us": 9.0})
+    selftest_record.commit("8.9", "0123", ["stepwise"], [], "gpu_other.json")
+    before = DEVICES["A10"]["constants"]
+    try:
+        cuda.use_measured_constants.cache_clear()
+        module = nn.LSTM(8, 64)
+        data = lstm_ext.explain_data(module, (5, 3, 8), device="A10", dtype=torch.bfloat16)
+        assert data["facts"]["constants"] == {**before, "launch_us": 9.0}
+        other = lstm_ext.explain_data(module, (5, 3, 8), device="L4", dtype=torch.bfloat16)
+        assert other["facts"]["constants"] == DEVICES["L4"]["constants"]
+    finally:
+        _C.set_cuda_constants(86, before)
 
 
 # ---- explain

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 
 namespace lstm_ext::cuda {
 namespace {
@@ -25,28 +27,7 @@ std::string text(const char* format, double value) {
   return result;
 }
 
-// ---- the model. Its constants are estimates: from the makers' documents, published measurements of single cards, and
-// the assembler's tables. No GPU has been asked.
-
-constexpr double kLaunchUs = 0.8;           // from one kernel of a stream to the next
-constexpr double kDependentLaunchUs = 0.5;  // the same, where the next one is there already
-constexpr double kRampUs = 0.7;             // until a block has its first tiles
-constexpr double kEpilogueUs = 0.3;         // cells, from sums to results
-constexpr double kCellKernelUs = 2.1;       // a kernel of the pointwise part alone
-constexpr double kProductUs = 2;            // ramp and tail of a product of a library
-constexpr double kBytesOfClock = 50;        // into one multiprocessor, from the second-level cache
-constexpr double kShareOfCache = 0.5;       // of what all multiprocessors together could read from it
-// Of a persistent kernel, in clocks:
-constexpr double kMailboxClocks = 800;  // from a store to a load that sees it, both through the second-level cache
-constexpr double kTurnClocks = 220;     // barrier and partial sums, of a tile of rows
-constexpr double kCellClocks = 250;     // and its cells
-constexpr double kStartUs = 6;          // launch, weights and mailbox, once a chunk
-
-// Clocks between two instructions of 16 x 8 x 16 products on one of a multiprocessor's four tensor cores.
-int instruction_interval(int capability) {
-  if (capability == 80 || capability == 100) return 8;
-  return capability == 90 ? 6 : 16;
-}
+// ---- the model
 
 // Of an operand of the persistent kernel's product, and how many of them a row leaves for the next step.
 int operand_bytes(const LayerFacts& layer) {
@@ -61,11 +42,13 @@ int64_t persistent_length(const LayerFacts& layer, int number) {
 struct Model {
   const LayerFacts& layer;
   const DeviceFacts& device;
+  const ModelConstants& constant;
   double size, clocks_of_us, rows;
 
   Model(const LayerFacts& l, const DeviceFacts& d)
       : layer(l),
         device(d),
+        constant(d.constants),
         size(static_cast<double>(bytes_of(l.number))),
         clocks_of_us(d.clock_ghz * 1e3),
         rows(static_cast<double>(l.batch)) {}
@@ -74,14 +57,14 @@ struct Model {
   double weight_bytes() const { return 4 * units() * units() * size; }
   // Floating-point operations a microsecond of one multiprocessor.
   double speed() const {
-    const double tensor = 4 * 2 * 16 * 8 * 16.0 / instruction_interval(device.capability) * clocks_of_us;
+    const double tensor = 4 * 2 * 16 * 8 * clocks_of_us;  // for each number of depth, and each clock between two
     if (layer.number == Number::kFloat64) return 128 * clocks_of_us;
-    if (layer.number == Number::kFloat32) return layer.tf32 ? tensor / 2 : 256 * clocks_of_us;
-    return tensor;
+    if (layer.number != Number::kFloat32) return tensor * 16 / constant.instruction_clocks;
+    return layer.tf32 ? tensor * 8 / constant.instruction_tf32_clocks : 256 * clocks_of_us;
   }
   // Reading so many bytes by all multiprocessors: `unique` of them differ, and may not fit into the cache.
   double read_us(double bytes, double unique) const {
-    const double cache = bytes / (kShareOfCache * 64 * device.multiprocessors * clocks_of_us);
+    const double cache = bytes / (constant.share_of_cache * 64 * device.multiprocessors * clocks_of_us);
     const double beyond = std::max(0.0, unique - static_cast<double>(device.l2_bytes));
     // Some drivers do not say how fast the memory is.
     return cache + (device.memory_gb_per_s > 0 ? beyond / (device.memory_gb_per_s * 1e3) : 0);
@@ -90,7 +73,7 @@ struct Model {
   double stepwise_us() const {
     const double product = std::max(read_us(weight_bytes(), weight_bytes()),
                                     8 * rows * units() * units() / (speed() * device.multiprocessors));
-    return kProductUs + product + kCellKernelUs + 2 * kLaunchUs;
+    return constant.product_us + product + constant.cell_kernel_us + 2 * constant.launch_us;
   }
 
   double step_us(const Plan& plan) const {
@@ -101,12 +84,13 @@ struct Model {
         static_cast<double>(ceil_div(plan.blocks, plan.blocks_of_multiprocessor * device.multiprocessors));
     const double at_once = static_cast<double>(
         std::min<int64_t>(plan.blocks_of_multiprocessor, ceil_div(plan.blocks, device.multiprocessors)));
-    const double of_block = at_once * std::max(block_bytes / (kBytesOfClock * clocks_of_us), block_work / speed());
+    const double of_block =
+        at_once * std::max(block_bytes / (constant.bytes_of_clock * clocks_of_us), block_work / speed());
     const double all = read_us(static_cast<double>(plan.blocks) * block_bytes, weight_bytes());
-    const double launch = device.capability >= 90 ? kDependentLaunchUs : kLaunchUs;
+    const double launch = device.capability >= 90 ? constant.dependent_launch_us : constant.launch_us;
     // Backward, the parts of a step are written, and read by the next one.
     const double parts = static_cast<double>(plan.parts_bytes) / layer.directions;
-    return launch + kRampUs + kEpilogueUs + std::max(waves * of_block, all) + read_us(parts, parts);
+    return launch + constant.ramp_us + constant.epilogue_us + std::max(waves * of_block, all) + read_us(parts, parts);
   }
 
   double persistent_us(const Plan::Persistent& plan) const {
@@ -118,20 +102,22 @@ struct Model {
         std::min<int64_t>(shape.pieces, ceil_div(length * number, int64_t{4} * shape.parts * kPieceBytes)));
     // Two warps share a tensor core, and a piece is two instructions. Weights in shared memory come by 128 bytes a
     // clock.
-    const double product = shape.tiles * pieces * 2 * 2 * instruction_interval(device.capability) +
-                           static_cast<double>(plan.extra * shape.extra_bytes) / 128;
-    const double turn = product + kTurnClocks + kCellClocks;
+    const double product =
+        shape.tiles * pieces * 2 * 2 * (number == 4 ? constant.instruction_tf32_clocks : constant.instruction_clocks) +
+        static_cast<double>(plan.extra * shape.extra_bytes) / 128;
+    const double turn = product + constant.turn_clocks + constant.cell_clocks;
     const double tiles = static_cast<double>(ceil_div(layer.batch, kPersistentRows));
     if (!mailbox) {
       const double waves = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) / layer.directions;
-      return waves * turn / clocks_of_us + kStartUs / static_cast<double>(layer.steps);
+      return waves * turn / clocks_of_us + constant.start_us / static_cast<double>(layer.steps);
     }
     const double turns = std::ceil(tiles / plan.groups);
     // What a block sends travels while it has other tiles.
-    const double travel = std::max(0.0, kMailboxClocks - (turns - 1) * turn) / clocks_of_us;
+    const double travel = std::max(0.0, constant.mailbox_clocks - (turns - 1) * turn) / clocks_of_us;
     const double blocks = static_cast<double>(plan.blocks) / layer.directions / plan.groups;
     const double bytes = blocks * rows * static_cast<double>(length * number);
-    return turns * turn / clocks_of_us + travel + read_us(bytes, 0) + kStartUs / static_cast<double>(layer.steps);
+    return turns * turn / clocks_of_us + travel + read_us(bytes, 0) +
+           constant.start_us / static_cast<double>(layer.steps);
   }
 };
 
@@ -141,7 +127,63 @@ int64_t shared_of_step(int rows) {
   return kStepStages * (4 * kStepUnits + rows) * pitch;
 }
 
+// By the makers' tables.
+ModelConstants estimates_of(int capability) {
+  ModelConstants result;
+  if (capability == 80 || capability == 100) result.instruction_clocks = 8;
+  if (capability == 90) result.instruction_clocks = 6;
+  result.instruction_tf32_clocks = result.instruction_clocks;
+  return result;
+}
+
+struct SetConstants {
+  std::mutex one_at_a_time;
+  std::map<int, ModelConstants> by_capability;
+};
+SetConstants& set_ones() {
+  static SetConstants constants;
+  return constants;
+}
+
 }  // namespace
+
+const std::vector<ModelConstant>& model_constants() {
+#define LSTM_EXT_CONSTANT(name)                                                \
+  ModelConstant {                                                              \
+    #name, [](ModelConstants& constants) -> double& { return constants.name; } \
+  }
+  static const std::vector<ModelConstant> constants = {
+      LSTM_EXT_CONSTANT(launch_us),
+      LSTM_EXT_CONSTANT(dependent_launch_us),
+      LSTM_EXT_CONSTANT(ramp_us),
+      LSTM_EXT_CONSTANT(epilogue_us),
+      LSTM_EXT_CONSTANT(cell_kernel_us),
+      LSTM_EXT_CONSTANT(product_us),
+      LSTM_EXT_CONSTANT(bytes_of_clock),
+      LSTM_EXT_CONSTANT(share_of_cache),
+      LSTM_EXT_CONSTANT(instruction_clocks),
+      LSTM_EXT_CONSTANT(instruction_tf32_clocks),
+      LSTM_EXT_CONSTANT(mailbox_clocks),
+      LSTM_EXT_CONSTANT(turn_clocks),
+      LSTM_EXT_CONSTANT(cell_clocks),
+      LSTM_EXT_CONSTANT(start_us),
+  };
+#undef LSTM_EXT_CONSTANT
+  return constants;
+}
+
+ModelConstants constants_of(int capability) {
+  SetConstants& set = set_ones();
+  const std::lock_guard<std::mutex> lock(set.one_at_a_time);
+  const auto found = set.by_capability.find(capability);
+  return found != set.by_capability.end() ? found->second : estimates_of(capability);
+}
+
+void set_constants(int capability, const ModelConstants& constants) {
+  SetConstants& set = set_ones();
+  const std::lock_guard<std::mutex> lock(set.one_at_a_time);
+  set.by_capability[capability] = constants;
+}
 
 const char* step_problem(const LayerFacts& layer) {
   if (layer.number == Number::kFloat64) return "there is none for float64";
@@ -396,18 +438,22 @@ Request current_request(bool* known) {
 
 const std::vector<DeviceFacts>& known_devices() {
   constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
-  static const std::vector<DeviceFacts> devices = {
-      {"A100", 80, 108, 40 * kMiB, 163 * kKiB, 164 * kKiB, 1.41, 1555},
-      {"A30", 80, 56, 24 * kMiB, 163 * kKiB, 164 * kKiB, 1.44, 933},
-      {"A10", 86, 72, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 600},
-      {"RTX 3090", 86, 82, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 936},
-      {"L4", 89, 58, 48 * kMiB, 99 * kKiB, 100 * kKiB, 2.04, 300},
-      {"RTX 4090", 89, 128, 72 * kMiB, 99 * kKiB, 100 * kKiB, 2.52, 1008},
-      {"H100", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 3350},
-      {"H200", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 4800},
-      {"B200", 100, 148, 126 * kMiB, 227 * kKiB, 228 * kKiB, 1.85, 8000},
-      {"RTX 5090", 120, 170, 96 * kMiB, 99 * kKiB, 100 * kKiB, 2.41, 1792},
-  };
+  static const std::vector<DeviceFacts> devices = [] {
+    std::vector<DeviceFacts> all = {
+        {"A100", 80, 108, 40 * kMiB, 163 * kKiB, 164 * kKiB, 1.41, 1555},
+        {"A30", 80, 56, 24 * kMiB, 163 * kKiB, 164 * kKiB, 1.44, 933},
+        {"A10", 86, 72, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 600},
+        {"RTX 3090", 86, 82, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 936},
+        {"L4", 89, 58, 48 * kMiB, 99 * kKiB, 100 * kKiB, 2.04, 300},
+        {"RTX 4090", 89, 128, 72 * kMiB, 99 * kKiB, 100 * kKiB, 2.52, 1008},
+        {"H100", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 3350},
+        {"H200", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 4800},
+        {"B200", 100, 148, 126 * kMiB, 227 * kKiB, 228 * kKiB, 1.85, 8000},
+        {"RTX 5090", 120, 170, 96 * kMiB, 99 * kKiB, 100 * kKiB, 2.41, 1792},
+    };
+    for (DeviceFacts& device : all) device.constants = estimates_of(device.capability);
+    return all;
+  }();
   return devices;
 }
 

@@ -71,6 +71,36 @@ struct LayerFacts {
   bool extras = false;  // lengths, zoneout or a recurrent mask
 };
 
+// Of the model of a time step. These are estimates: from the makers' documents, published measurements of single cards,
+// and the assembler's tables. benchmarks/gpu_probes.cu measures some of them on a card, by these names.
+struct ModelConstants {
+  double launch_us = 0.8;            // from one kernel of a stream to the next
+  double dependent_launch_us = 0.5;  // the same, where the next one is there already
+  double ramp_us = 0.7;              // until a block has its first tiles
+  double epilogue_us = 0.3;          // cells, from sums to results
+  double cell_kernel_us = 2.1;       // a kernel of the pointwise part alone
+  double product_us = 2;             // ramp and tail of a product of a library
+  double bytes_of_clock = 50;        // into one multiprocessor, from the second-level cache
+  double share_of_cache = 0.5;       // of 64 bytes a clock for each of them, where all of them read from it
+  // Clocks between two instructions on one of a multiprocessor's four tensor cores: of 16 x 8 x 16 products in 16 bits,
+  // of 16 x 8 x 8 in TF32.
+  double instruction_clocks = 16, instruction_tf32_clocks = 16;
+  // Of a persistent kernel:
+  double mailbox_clocks = 800;  // from a store to a load that sees it, both through the second-level cache
+  double turn_clocks = 220;     // barrier and partial sums, of a tile of rows
+  double cell_clocks = 250;     // and its cells
+  double start_us = 6;          // launch, weights and mailbox, once a chunk
+};
+struct ModelConstant {
+  const char* name;
+  double& (*of)(ModelConstants& constants);
+};
+LSTM_EXT_PUBLIC const std::vector<ModelConstant>& model_constants();
+// Those of devices of a compute capability: estimates, unless others have been set. A device takes those that are set
+// when it is first asked for its facts.
+LSTM_EXT_PUBLIC ModelConstants constants_of(int capability);
+LSTM_EXT_PUBLIC void set_constants(int capability, const ModelConstants& constants);
+
 struct DeviceFacts {
   std::string name;
   int capability;  // 90: compute capability 9.0
@@ -83,6 +113,7 @@ struct DeviceFacts {
   int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
   int clusters = -1;            // of 8 such blocks, on the whole device at once; -1: not known
   bool shared = false;          // with kernels of other programs (MPS)
+  ModelConstants constants{};
 };
 
 // Whether a kernel has been right on this device, or on one of its compute capability.

@@ -37,6 +37,7 @@ cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
   facts.step_blocks[1] = occupancy.many;
   facts.clusters = occupancy.clusters;
   facts.shared = shared != 0;
+  facts.constants = cuda::constants_of(facts.capability);
   return facts;
 }
 

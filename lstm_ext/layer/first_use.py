@@ -59,6 +59,7 @@ def choose(device: torch.device) -> None:
     index = device.index
     if index in _chosen:
         return
+    cuda.use_measured_constants()
     wanted, is_free = config.cuda_check_wanted(), config.requested_cuda_kernel() == "auto"
     if is_free and torch.cuda.is_current_stream_capturing():
         return

@@ -124,16 +124,19 @@ def crowded_calls() -> tuple[int, int]:
 def set_fewer_when_crowded(wanted: bool) -> None:
     """False: every call has all its workers, however busy the cores are. For tests."""
 
-def cuda_devices() -> list[dict[str, str | int | float]]:
+# Of a GPU. Under "constants": those of the planner's model of time, by name; see csrc/cuda/gpu_plan.h.
+DeviceFacts = dict[str, str | int | float | bool | tuple[int, int] | dict[str, float]]
+
+def cuda_devices() -> list[DeviceFacts]:
     """What the makers say of the GPUs that :func:`cuda_plan` knows by name."""
 
-def cuda_facts(device: int) -> dict[str, str | int | float | bool | tuple[int, int]]:
+def cuda_facts(device: int) -> DeviceFacts:
     """What :func:`cuda_plan` has to know of a CUDA device that is here, as its runtime says. RuntimeError without CUDA
     kernels."""
 
 def cuda_plan(
     *,
-    device: dict[str, str | int | float],
+    device: DeviceFacts,
     steps: int,
     batch: int,
     input_size: int,
@@ -157,6 +160,14 @@ def cuda_plan(
     recurrent mask. In the result ``problem`` is empty, or says why what was requested cannot run; ``launches`` are
     those of a time step; ``persistent`` is about that kernel, also where another one is taken. The times are those of
     a model.
+    """
+
+def set_cuda_constants(capability: int, constants: dict[str, float]) -> None:
+    """Constants of the planner's model that were measured on a GPU of this compute capability (90: 9.0), by name. They
+    are those of every such device that is first asked for its facts, or used, after this call.
+
+    Raises:
+        ValueError: the model has no such constant, or a value is not positive.
     """
 
 def set_cuda_kernel(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "outcome",
     "problem",
     "unsupported",
+    "use_measured_constants",
     "variant",
 ]
 
@@ -72,6 +74,15 @@ def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | Non
             if entry and variant(kernel, dtype) in (entry.get(name) or []):
                 return found
     return None
+
+
+@functools.cache
+def use_measured_constants() -> None:
+    """Tells the planner what a result that comes with this release has measured on such cards. Before it is asked."""
+    extension = loader.extension()
+    if extension is not None:
+        for capability, constants in selftest_record.committed_constants().items():
+            extension.set_cuda_constants(capability, constants)
 
 
 def check_waits(device: int | str | torch.device | None = None) -> None:

@@ -73,6 +73,7 @@ def explain_data(
     extension = loader.extension()
     if extension is None:
         raise RuntimeError(f"there is no compiled extension: {loader.status().reason}")
+    cuda.use_measured_constants()
     name, facts = _device(extension, parameter.device if device is None else device, dtype)
     data: dict[str, Any] = {
         "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",
