@@ -8,6 +8,7 @@ so that a crash or a hang of one leaves the others:
 
     build       the extension, in place; one that is there and fits is kept
     info        the card and the versions; the kernels are loaded and run on this card
+    probes      gpu_probes.cu: what the planner's model takes for granted, and 10^6 hand-offs between blocks
     selftest    python -m lstm_ext.selftest
     suite       the tests marked for CUDA, in several processes
     checks      tests/cuda_checks.py: streams, graphs, determinism, races, memory
@@ -42,13 +43,14 @@ from gpu_session import ROOT, Outcome, Session, judged, version_of
 LIMITS = {
     "build": 270,
     "info": 60,
+    "probes": 120,
     "selftest": 60,
     "suite": 200,
-    "checks": 120,
+    "checks": 180,
     "sanitizer": 90,
     "benchmark": 600,
 }
-CORRECTNESS = ("build", "info", "selftest", "suite", "checks", "sanitizer")
+CORRECTNESS = ("build", "info", "probes", "selftest", "suite", "checks", "sanitizer")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 # Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -138,6 +140,41 @@ def info(session: Session, seconds: float) -> Outcome:
     return judged(about, **details)
 
 
+# ---- probes
+
+
+def find_program(name: str, *folders: str) -> str | None:
+    """On the path, or in a folder of CUDA's."""
+    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(h) / folder for h in [*filter(None, homes), "/usr/local/cuda"] for folder in folders]
+    return shutil.which(name) or next((str(p / name) for p in places if (p / name).is_file()), None)
+
+
+def probes(session: Session, seconds: float) -> Outcome:
+    """Failed only by a piece that was wrong or did not come: the rest says how fast, and not whether it is right."""
+    if session.dry:
+        return Outcome("not run", "dry")
+    nvcc = find_program("nvcc", "bin")
+    if nvcc is None:
+        return Outcome("not run", "nvcc was not found")
+    deadline = time.monotonic() + seconds
+    source, program = session.root / "benchmarks" / "gpu_probes.cu", session.logs / "gpu_probes"
+    command = [nvcc, "-std=c++17", "-arch=native", "-I", session.root / "csrc", "-o", program, source]
+    built = session.start("probes_build", command).wait(deadline)
+    if built.code != 0:
+        return Outcome("incomplete", f"nvcc: {built}", {"output": built.tail})
+    run = session.start("probes", [program]).wait(deadline)
+    found = run.last_json()
+    if not isinstance(found, dict):
+        return Outcome("incomplete", str(run), {"output": run.tail})
+    if run.code in (1, 3):
+        return Outcome("failed", "pieces were wrong" if run.code == 1 else "a piece did not come", found)
+    return Outcome("passed" if run.code == 0 else "incomplete", "" if run.code == 0 else str(run), found)
+
+
+# ---- selftest
+
+
 def selftest(session: Session, seconds: float) -> Outcome:
     if not (session.root / "lstm_ext" / "selftest.py").exists():
         return Outcome("not run", "there is no lstm_ext.selftest")
@@ -173,12 +210,19 @@ def accept(path: Path) -> str:
         raise ValueError(f"{path}: it does not say which kernels passed")
     path = path.resolve()
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    from lstm_ext.native import selftest_record
+    from lstm_ext.native import loader, selftest_record
 
+    constants = phases.get("probes", {}).get("constants") or {}
+    known = loader.extension().cuda_devices()[0]["constants"]
+    if unknown := ", ".join(constants.keys() - known.keys()):
+        raise ValueError(f"{path}: the planner's model has no constant {unknown}")
     selftest_record.commit(
-        found["capability"], found["kernels"], found["passed"], found["failed"] or [], name
+        found["capability"], found["kernels"], found["passed"], found["failed"] or [], name, constants
     )
-    return f"{selftest_record.COMMITTED.name}: {', '.join(found['passed'])} on {found['capability']}"
+    measured = f", {len(constants)} constants measured" if constants else ""
+    return (
+        f"{selftest_record.COMMITTED.name}: {', '.join(found['passed'])} on {found['capability']}{measured}"
+    )
 
 
 # ---- suite
@@ -326,21 +370,12 @@ def checks(session: Session, seconds: float) -> Outcome:
 # ---- sanitizer
 
 
-def find_sanitizer() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [Path(home) for home in homes if home] + [Path("/usr/local/cuda")]
-    places = [folder / sub for folder in folders for sub in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or next(
-        (str(p / "compute-sanitizer") for p in places if (p / "compute-sanitizer").is_file()), None
-    )
-
-
 def sanitizer(session: Session, seconds: float) -> Outcome:
     script = [session.root / "tests" / "cuda_checks.py", "--device", session.device, "sanitized"]
     if session.dry:
         run = session.python("sanitized", script, seconds)
         return judged(run) if run.code else Outcome("not run", "dry; the program that it would watch runs")
-    program = find_sanitizer()
+    program = find_program("compute-sanitizer", "bin", "compute-sanitizer")
     if program is None:
         return Outcome("not run", "compute-sanitizer was not found")
     deadline = time.monotonic() + seconds
@@ -406,6 +441,7 @@ def benchmark(session: Session, seconds: float) -> Outcome:
 PHASES: dict[str, Callable[[Session, float], Outcome]] = {
     "build": build,
     "info": info,
+    "probes": probes,
     "selftest": selftest,
     "suite": suite,
     "checks": checks,
