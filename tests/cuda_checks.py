@@ -4,21 +4,18 @@
 
 Writes one line of JSON before and one after each check, so that its reader knows at which one a process died.
 Results: "passed", "failed", or "not run" with the reason. With ``--device cpu`` (to try out the checks themselves) the
-checks that are about GPUs do not run. pytest runs the same checks: tests/test_cuda_checks.py.
+checks that are about GPUs do not run. pytest runs the same checks: tests/test_cuda_checks.py. Those of the kernels that
+do all steps at once are in cuda_persistent_checks.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import importlib.util
 import json
 import sys
 import threading
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +25,10 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from cuda_problems import DTYPES, EVERYTHING, LOW, SHAPES, Problem, Shape, assert_same_bits, tf32
+from cuda_runs import CHECKS, NotRun, Run, check, gpu_check, perform, repeated, replayed
 from judge import relative_error
 
 import lstm_ext
-
-
-class NotRun(Exception):
-    """With the reason."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    device: torch.device
-    quick: bool  # few repeats, small sizes
-
-    def count(self, number: int) -> int:
-        return max(2, number // 20) if self.quick else number
-
-
-CHECKS: dict[str, Callable[[Run], dict[str, Any] | None]] = {}
-ON_GPUS_ONLY: set[str] = set()
-
-
-def check(function: Callable[[Run], dict[str, Any] | None]) -> Callable[[Run], dict[str, Any] | None]:
-    CHECKS[function.__name__] = function
-    return function
-
-
-def gpu_check(function: Callable[[Run], dict[str, Any] | None]) -> Callable[[Run], dict[str, Any] | None]:
-    ON_GPUS_ONLY.add(function.__name__)
-    return check(function)
-
 
 # ---- values
 
@@ -146,19 +116,6 @@ def tf32_follows_the_setting_of_cudnn(run: Run) -> dict[str, Any]:
 
 
 # ---- the same bits every time
-
-
-def repeated(
-    run: Run, number: int, shapes: tuple[Shape, ...], dtypes: tuple[torch.dtype, ...]
-) -> dict[str, Any]:
-    for shape in shapes:
-        for dtype in dtypes:
-            problem = Problem(shape, dtype, run.device)
-            first = problem.training()
-            for i in range(run.count(number)):
-                assert_same_bits(problem.training(), first, f"{shape}, {dtype}, repeat {i}")
-            assert_same_bits(problem.inference(), problem.inference(), f"{shape}, {dtype}, inference")
-    return {"repeats": run.count(number), "cases": len(shapes) * len(dtypes)}
 
 
 @check
@@ -295,32 +252,6 @@ def nothing_waits_for_the_gpu(run: Run) -> None:
 
 
 # ---- graphs
-
-
-def captured(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = compute()
-    return graph, results
-
-
-def replayed(run: Run, problem: Problem, compute: Callable[[], list[Tensor]], what: str) -> None:
-    """Captured with these numbers, replayed with others: each replay gives what an uncaptured call gives."""
-    graph, results = captured(compute)
-    generator = torch.Generator(problem.x.device).manual_seed(5)
-    for i in range(run.count(20)):
-        with torch.no_grad():
-            for leaf in problem.leaves:
-                leaf.copy_(torch.randn(leaf.shape, generator=generator, device=leaf.device) * 0.3)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same_bits([t.clone() for t in results], compute(), f"{what}, replay {i}")
 
 
 @gpu_check
@@ -498,6 +429,9 @@ def memory_comes_back(run: Run) -> dict[str, Any]:
     return {"bytes": before}
 
 
+# Its checks are in the list behind those above.
+import cuda_persistent_checks  # noqa: E402
+
 # ---- run by compute-sanitizer: every kernel once or twice, small
 
 
@@ -505,33 +439,11 @@ def sanitized(run: Run) -> None:
     for shape in (*SHAPES, Shape(2, 9, 5, 130), Shape(70, 3, 2, 5, packed=True)):
         for dtype in DTYPES:
             Problem(shape, dtype, run.device).training()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    cuda_persistent_checks.sanitized(run)
+    run.synchronize()
 
 
 # ---- as a program
-
-
-def perform(name: str, run: Run) -> dict[str, Any]:
-    start = time.perf_counter()
-    result: dict[str, Any] = {"check": name}
-    if name in ON_GPUS_ONLY and run.device.type != "cuda":
-        return result | {"result": "not run", "reason": f"not on {run.device.type}"}
-    try:
-        result |= CHECKS[name](run) or {}
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        result["result"] = "passed"
-    except NotRun as reason:
-        result |= {"result": "not run", "reason": str(reason)}
-    except Exception as caught:
-        text = "".join(traceback.format_exception(caught))
-        result |= {
-            "result": "failed",
-            "reason": f"{type(caught).__name__}: {caught}"[:2000],
-            "traceback": text[-4000:],
-        }
-    return result | {"seconds": round(time.perf_counter() - start, 3)}
 
 
 def main(arguments: list[str] | None = None) -> int:

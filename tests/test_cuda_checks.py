@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import cuda_checks
+import cuda_persistent_checks
 import pytest
 import torch
 from torch import nn
@@ -43,7 +44,13 @@ def test_checks_fail_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
         return results
 
     monkeypatch.setattr(cuda_checks.Problem, "training", wrong)
-    for name in ("determinism", "race_loop", "agrees_with_float64_on_the_cpu"):
+    for name in (
+        "determinism",
+        "race_loop",
+        "agrees_with_float64_on_the_cpu",
+        "persistent_kernels_agree_with_stepwise",
+        "persistent_kernels_give_the_same_bits",
+    ):
         result = cuda_checks.perform(name, run)
         assert result["result"] == "failed", result
         assert "AssertionError" in result["reason"]
@@ -52,6 +59,17 @@ def test_checks_fail_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
         "result": "not run",
         "reason": "not on cpu",
     }
+
+
+def test_what_the_check_of_waits_does_without_a_gpu() -> None:
+    """It finds a layer for every card that the planner knows, but for one of which the shared memory is too small; on a
+    CPU nobody waits, and results are right."""
+    run = cuda_checks.Run(torch.device("cpu"), quick=True)
+    shape = cuda_persistent_checks.whole_device(run, 108)
+    assert shape is not None
+    plan = cuda_persistent_checks.plan(run, shape, torch.bfloat16, "mailbox")
+    assert plan["persistent"]["blocks"] == 108
+    assert not cuda_persistent_checks.made_to_wait(run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1)
 
 
 # ---- errors

@@ -1,0 +1,266 @@
+"""The checks of cuda_checks.py that are about the kernels that do all steps at once, and whose blocks wait for each
+other."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from cuda_problems import Problem, Shape, assert_same_bits, tf32
+from cuda_runs import NotRun, Run, check, gpu_check, replayed
+from judge import relative_error
+from torch import Tensor
+
+import lstm_ext
+from lstm_ext.native import cuda as native_cuda
+from lstm_ext.native import loader
+
+KERNELS = ("persistent", "mailbox")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BOUND = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+BOTH, THREE = (("bidirectional", True),), (("num_layers", 3),)
+REPEATS, SECONDS = 10_000, 24.0  # of all cases
+
+
+@contextlib.contextmanager
+def kernel(name: str) -> Iterator[None]:
+    """What computes CUDA layers; float32 may be rounded to TF32, without which these kernels do not take it."""
+    with tf32(rnn=True), native_cuda.forced(name):
+        yield
+
+
+@contextlib.contextmanager
+def wait_limit(seconds: float) -> Iterator[None]:
+    """Of forward passes that this thread calls."""
+    loader.extension().set_cuda_wait_limit_of_thread(seconds)
+    try:
+        yield
+    finally:
+        loader.extension().set_cuda_wait_limit_of_thread(None)
+
+
+def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool = False) -> dict[str, Any]:
+    """Of the first layer. Without a GPU: on one that the planner knows."""
+    extension = loader.extension()
+    on_gpu = run.device.type == "cuda"
+    return extension.cuda_plan(
+        device=extension.cuda_facts(run.device.index or 0) if on_gpu else extension.cuda_devices()[0],
+        steps=shape.steps,
+        batch=shape.batch,
+        input_size=shape.input_size,
+        hidden_size=shape.hidden_size,
+        directions=2 if dict(shape.options).get("bidirectional") else 1,
+        dtype=str(dtype).removeprefix("torch."),
+        packed=shape.packed,
+        extras=shape.extras,
+        backward=backward,
+        kernel=name,
+    )
+
+
+# ---- values
+
+
+def shapes_around_the_edges() -> list[Shape]:
+    """Of a piece, a tile of rows, a block, and what one block can do alone."""
+    found = [Shape(3, b, 5, h) for h in (1, 2, 8, 15, 16, 17, 32, 33, 64, 127, 128, 129, 300) for b in (1, 9)]
+    found += [Shape(3, b, 5, 40) for b in (2, 7, 8, 16, 17, 65, 200)]
+    found += [Shape(2, 3, 4, 20), Shape(9, 5, 64, 1024), Shape(6, 4, 9, 96, THREE), Shape(5, 3, 7, 300, BOTH)]
+    found += [Shape(70, 33, 12, 40, packed=True), Shape(140, 70, 3, 24, BOTH, packed=True)]
+    found += [Shape(6, 5, 9, 24, extras=True), Shape(6, 5, 9, 136, (("zoneout", (0.2, 0.1)),), extras=True)]
+    found += [Shape(40, 16, 64, 768), Shape(20, 64, 64, 512), Shape(300, 16, 8, 96), Shape(2000, 4, 8, 64)]
+    return found
+
+
+@check
+def persistent_kernels_agree_with_stepwise(run: Run) -> dict[str, Any]:
+    """Values and gradients. Bounds are rough; the suite has the exact ones."""
+    exchanges: Counter[str] = Counter()
+    worst: dict[str, float] = {}
+    shapes = shapes_around_the_edges()
+    for dtype in DTYPES:
+        for shape in shapes if not run.quick else shapes[1:-4:6]:
+            problem = Problem(shape, dtype, run.device)
+            with kernel("stepwise"):
+                expected = problem.training()
+            for name in KERNELS:
+                for backward in (False, True):
+                    found = plan(run, shape, dtype, name, backward)
+                    is_it = found["kernel"] == "persistent"
+                    exchanges[found["persistent"]["exchange"] if is_it else "replaced"] += 1
+                with kernel(name):
+                    results = problem.training()
+                    inference = problem.inference()
+                errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
+                errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
+                assert max(errors) < BOUND[dtype], (
+                    f"{name}, {shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
+                )
+                worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
+    assert exchanges["none"] and exchanges["mailbox"], exchanges
+    return {"worst_errors": worst, "exchanges": dict(exchanges)}
+
+
+@check
+def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
+    """10,000 times, or as often as there is time for."""
+    cases = (
+        ("mailbox", Shape(12, 16, 32, 96), torch.bfloat16),
+        ("mailbox", Shape(6, 64, 64, 512), torch.float32),
+        ("persistent", Shape(12, 40, 16, 32), torch.float16),
+    )
+    seconds = (0.6 if run.quick else SECONDS) / len(cases)
+    repeats = {}
+    for name, shape, dtype in cases:
+        problem = Problem(shape, dtype, run.device)
+        with kernel(name):
+            first = problem.training()
+            assert all(torch.isfinite(t).all() for t in first), f"{name}, {shape}, {dtype}: not finite"
+            same = torch.ones((), dtype=torch.bool, device=run.device)
+            done, deadline = 0, time.monotonic() + seconds
+            while done < REPEATS and (done < 2 or time.monotonic() < deadline):
+                results = problem.training()
+                same &= torch.stack([(a == b).all() for a, b in zip(results, first, strict=True)]).all()
+                done += 1
+                if done % 50 == 0:
+                    run.synchronize()  # or the time would be that of the launches
+            assert same.item(), f"{name}, {shape}, {dtype}: not the same bits in {done} repeats"
+        repeats[f"{name}, {shape}, {dtype}"] = done
+    return {"repeats": repeats}
+
+
+# ---- beside others
+
+
+@gpu_check
+def persistent_kernels_on_two_streams(run: Run) -> dict[str, Any]:
+    """Which do not find room at the same time; and two that do."""
+    for sizes in ((1024, 1024), (768, 96), (32, 64)):
+        problems = [
+            Problem(Shape(40, 16, 64, hidden), torch.bfloat16, run.device, seed)
+            for seed, hidden in enumerate(sizes)
+        ]
+        with kernel("mailbox"):
+            alone = [p.training() for p in problems]
+            streams = [torch.cuda.Stream() for _ in problems]
+            for i in range(run.count(50)):
+                torch.cuda.synchronize()
+                results = []
+                for problem, stream in zip(problems, streams, strict=True):
+                    with torch.cuda.stream(stream):
+                        torch.cuda._sleep(100_000)
+                        results.append(problem.training())
+                torch.cuda.synchronize()
+                for result, expected in zip(results, alone, strict=True):
+                    assert_same_bits(result, expected, f"H {sizes} on two streams, repeat {i}")
+    return {"multiprocessors": torch.cuda.get_device_properties(run.device).multi_processor_count}
+
+
+@gpu_check
+def persistent_kernels_beside_large_products(run: Run) -> None:
+    """A stream that goes first keeps all multiprocessors busy: blocks find theirs one by one."""
+    problem = Problem(Shape(100, 16, 64, 768), torch.bfloat16, run.device)
+    size = 2048 if run.quick else 8192
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=run.device)
+    out = torch.empty_like(a)
+    busy = torch.cuda.Stream(priority=-1)
+    with kernel("mailbox"):
+        alone = problem.training()
+        torch.cuda.synchronize()
+        for i in range(run.count(20)):
+            with torch.cuda.stream(busy):
+                for _ in range(10):
+                    torch.mm(a, a, out=out)
+            assert_same_bits(problem.training(), alone, f"beside products, repeat {i}")
+            torch.cuda.synchronize()
+
+
+@gpu_check
+def persistent_kernels_in_graphs(run: Run) -> None:
+    for name in KERNELS:
+        for shape in (Shape(20, 16, 24, 96), Shape(9, 6, 9, 32, BOTH, packed=True)):
+            for dtype in (torch.bfloat16, torch.float32):
+                problem = Problem(shape, dtype, run.device)
+                with kernel(name):
+                    for compute in (problem.inference, problem.training):
+                        replayed(run, problem, compute, f"{compute.__name__}, {name}, {shape}, {dtype}")
+
+
+# ---- a wait that expires
+
+
+def whole_device(run: Run, multiprocessors: int) -> Shape | None:
+    """A layer whose blocks need every multiprocessor, if there is one: another kernel's block has the last one to come
+    wait, since their registers leave room for nobody else."""
+    for groups in (g for g in range(1, 9) if multiprocessors % g == 0):
+        shape = Shape(4, 8 * groups, 8, 16 * (multiprocessors // groups))
+        found = plan(run, shape, torch.bfloat16, "mailbox")
+        if found["kernel"] == "persistent" and found["persistent"]["blocks"] == multiprocessors:
+            return shape
+    return None
+
+
+def made_to_wait(run: Run, shape: Shape, seconds: float, cycles: int) -> bool:
+    """Whether a wait of so many seconds expired while another kernel had a multiprocessor for so many cycles. Either
+    all results are NaN, and the next call says so; or they are right."""
+    layer = lstm_ext.LSTM(
+        shape.input_size, shape.hidden_size, dtype=torch.bfloat16, device=run.device
+    ).requires_grad_(False)
+    x = torch.ones(shape.steps, shape.batch, shape.input_size, dtype=torch.bfloat16, device=run.device)
+
+    def compute() -> list[Tensor]:
+        output, states = layer(x)
+        return [output, *states]
+
+    with kernel("mailbox"):
+        expected = compute()
+        run.synchronize()
+        if run.device.type == "cuda":
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(cycles)
+        with wait_limit(seconds):
+            results = compute()
+        run.synchronize()
+        try:
+            compute()
+        except RuntimeError as error:
+            assert "LSTM_EXT_CUDA_WAIT_LIMIT" in str(error), error
+            assert all(t.isnan().all() for t in results), "a part of the results is not NaN"
+            assert_same_bits(compute(), expected, "after a wait that expired")
+            return True
+        assert_same_bits(results, expected, "a wait that did not expire")
+        return False
+
+
+@gpu_check
+def a_wait_that_expires_is_an_error(run: Run) -> dict[str, Any]:
+    """Limits of 1 ms and of next to nothing. A hand-off takes no microsecond, and a wait looks at the clock after 256
+    tries: without another kernel in the way none would expire."""
+    multiprocessors = torch.cuda.get_device_properties(run.device).multi_processor_count
+    shape = whole_device(run, multiprocessors)
+    if shape is None:
+        raise NotRun("there is no layer whose blocks need every multiprocessor of this card")
+    found = {
+        f"{seconds} s": [made_to_wait(run, shape, seconds, 50_000_000) for _ in range(3)]
+        for seconds in (1e-3, 1e-9)
+    }
+    if not any(any(expired) for expired in found.values()):
+        raise NotRun(
+            "no wait expired, and results were right: this card began with no block before all had room"
+        )
+    return {"expired": found}
+
+
+# ---- run by compute-sanitizer
+
+
+def sanitized(run: Run) -> None:
+    for name in KERNELS:
+        for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, extras=True)):
+            for dtype in DTYPES:
+                with kernel(name):
+                    Problem(shape, dtype, run.device).training()
