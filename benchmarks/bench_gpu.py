@@ -39,7 +39,9 @@ from gpu_shapes import Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_ext.native import cuda
+from lstm_ext.layer import first_use
+from lstm_ext.native import cuda, loader
+from lstm_ext.native.config import TRIED_CUDA_KERNELS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIN_REPEATS, MAX_REPEATS = 5, 60
@@ -182,11 +184,12 @@ def floor_ms(case: Case, kind: str, rows: int, ceilings: dict[str, Any]) -> floa
     """`rows` are those of all time steps together."""
     width, h = torch.empty((), dtype=TORCH_DTYPE[case.dtype]).element_size(), case.hidden_size
     products = weights = sequences = 0
+    directions = 2 if case.bidirectional else 1
     for layer in range(case.layers):
-        features = case.input_size if layer == 0 else h
-        products += 2 * rows * 4 * h * (features + h)
-        weights += 4 * h * (features + h + 2)
-    sequences = rows * (case.input_size + h)
+        features = case.input_size if layer == 0 else directions * h
+        products += 2 * rows * directions * 4 * h * (features + h)
+        weights += directions * 4 * h * (features + h + 2)
+    sequences = rows * (case.input_size + directions * h)
     if kind == "training":
         # Two more products for each; and the output's gradient is read, those of input and weights are written.
         products, weights, sequences = 3 * products, 2 * weights, 2 * sequences
@@ -207,8 +210,9 @@ class Sides:
         dtype = TORCH_DTYPE[case.dtype]
         torch.manual_seed(0)
         arguments = (case.input_size, case.hidden_size, case.layers)
-        theirs = nn.LSTM(*arguments, device=device, dtype=dtype)
-        ours = lstm_ext.LSTM(*arguments, device=device, dtype=dtype)
+        both = {"bidirectional": case.bidirectional, "device": device, "dtype": dtype}
+        theirs = nn.LSTM(*arguments, **both)
+        ours = lstm_ext.LSTM(*arguments, **both)
         ours.load_state_dict(theirs.state_dict())
         self.layers = {"torch": theirs, "ours": ours}
         x = torch.randn(case.steps, case.batch, case.input_size, device=device).to(dtype)
@@ -220,7 +224,9 @@ class Sides:
             x = self.packed.data
         self.x = x
         self.rows = x.size(0) if case.packed else case.steps * case.batch
-        self.grad = torch.randn(*x.shape[:-1], case.hidden_size, device=device).to(dtype)
+        self.directions = 2 if case.bidirectional else 1
+        features = self.directions * case.hidden_size
+        self.grad = torch.randn(*x.shape[:-1], features, device=device).to(dtype)
 
     def run(self, layer: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if self.packed is not None:
@@ -252,8 +258,8 @@ class Sides:
     def replay(self, side: str) -> Call:
         """One call with carried state, captured in a CUDA graph."""
         layer, case = self.layers[side].eval(), self.case
-        states = tuple(torch.zeros(case.layers, case.batch, case.hidden_size, device=self.device).to(self.x.dtype)
-                       for _ in range(2))  # fmt: skip
+        sizes = (self.directions * case.layers, case.batch, case.hidden_size)
+        states = tuple(torch.zeros(sizes, device=self.device).to(self.x.dtype) for _ in range(2))
         with torch.no_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -310,6 +316,25 @@ def poison(device: torch.device) -> None:
         torch.full((n,), float("nan"), device=device)
 
 
+def planned(case: Case, device: torch.device) -> list[str] | None:
+    """Which kernels compute a layer of it, forward and backward: not always those that are asked for."""
+    extension = loader.extension()
+    if device.type != "cuda" or extension is None or not extension.build_info()["cuda"]:
+        return None
+    dtype = TORCH_DTYPE[case.dtype]
+    tried = {f"{kernel}_outcome": first_use.outcome(device, kernel, dtype) for kernel in TRIED_CUDA_KERNELS}
+    sizes = {name: getattr(case, name) for name in ("steps", "batch", "input_size", "hidden_size", "packed")}
+    plans = [
+        extension.cuda_plan(
+            device=extension.cuda_facts(device.index), **sizes, directions=2 if case.bidirectional else 1,
+            dtype=str(dtype).removeprefix("torch."), tf32=case.dtype == "tf32", backward=backward,
+            kernel=case.kernel, **tried,
+        )
+        for backward in (False, True)
+    ]  # fmt: skip
+    return [plan["problem"] or plan["kernel"] for plan in plans]
+
+
 def measure(
     case: Case, device: torch.device, ceilings: dict[str, Any], seconds: float
 ) -> list[dict[str, Any]]:
@@ -321,6 +346,7 @@ def measure(
     with tf32(case.dtype == "tf32"), cuda.forced(case.kernel):
         sides = Sides(case, device, clock)
         difference = sides.difference()
+        row["planned"] = planned(case, device)
         for kind in ("inference",) if case.graph else ("inference", "training"):
             make = sides.replay if case.graph else getattr(sides, kind)
             *samples, calls = compare(clock, make("torch"), make("ours"), seconds)
@@ -373,7 +399,6 @@ def nvidia_smi() -> dict[str, str] | None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     import lstm_ext
-    from lstm_ext.native import loader
 
     status = loader.status()
     result: dict[str, Any] = {
@@ -416,7 +441,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 def line(result: dict[str, Any]) -> str:
     name = f"{result['group']:<10} {result['shape']:<26} {result['dtype']:<9} {result['kind']:<9}"
     name += " graph" if result["graph"] else "      "
-    name += f" {result['kernel']:<8}"
+    name += f" {result['kernel']:<10}"
     if "ratio" not in result:
         return f"{name}  {result.get('not_run') or result.get('error')}"
     theirs, ours = (

@@ -27,13 +27,15 @@ class Case:
     packed: bool = False  # lengths from a tenth of the steps to all of them
     graph: bool = False  # captured once, replayed; inference only
     kernel: str = "auto"  # LSTM_EXT_CUDA_KERNEL
+    bidirectional: bool = False
 
     @property
     def shape(self) -> str:
         layers = f"-{self.layers}layers" if self.layers > 1 else ""
         features = f"-I{self.input_size}" if self.input_size != self.hidden_size else ""
         packed = "-packed" if self.packed else ""
-        return f"B{self.batch}-T{self.steps}{features}-H{self.hidden_size}{layers}{packed}"
+        both = "-bidirectional" if self.bidirectional else ""
+        return f"B{self.batch}-T{self.steps}{features}-H{self.hidden_size}{layers}{both}{packed}"
 
     @property
     def key(self) -> str:
@@ -46,15 +48,44 @@ def _each(case: Case, *dtypes: str) -> Iterator[Case]:
         yield replace(case, dtype=dtype)
 
 
+# What the targets of report_gpu_targets.py are about.
+FLASH = Case("flashrnn", 16, 1024, 768, 768, "float16")
+PER_STEP = Case("per step", 64, 1024, 512, 512, "bfloat16")
+# What torch has no persistent kernel of cuDNN for: one thing changed at a time.
+OUTSIDE = [
+    *(replace(FLASH, dtype=dtype) for dtype in ("bfloat16", "tf32")),
+    *(
+        replace(FLASH, group="outside cuDNN's window", dtype=dtype, **change)
+        for dtype in ("float16", "bfloat16")
+        for change in (
+            {"bidirectional": True},
+            {"layers": 3},
+            {"packed": True},
+            {"input_size": 300, "hidden_size": 300},
+            {"batch": 1},
+        )
+    ),
+]
+
+
 def _in_order() -> Iterator[Case]:
-    flash = Case("flashrnn", 16, 1024, 768, 768, "")
+    flash = replace(FLASH, dtype="")
     step = Case("step", 1, 1, 128, 128, "")
     yield from _each(flash)
+    for kernel in ("persistent", "step", "stepwise"):
+        yield replace(FLASH, kernel=kernel)
+    for kernel in ("auto", "persistent", "step", "stepwise"):
+        yield replace(PER_STEP, kernel=kernel)
+    for kernel in ("auto", "persistent"):
+        for case in OUTSIDE:
+            yield replace(case, kernel=kernel)
     yield from _each(step)
     yield from _each(replace(step, graph=True))
     # What gpu_plan chooses between, where it matters most.
     for case in (flash, step, Case("cpu table", 64, 50, 256, 256, "")):
-        for kernel in ("step", "stepwise"):
+        for kernel in ("persistent", "step", "stepwise"):
+            if case.steps == 1 and kernel == "persistent":
+                continue  # it has nothing to keep
             yield from _each(replace(case, kernel=kernel), "bfloat16", "float16", "tf32")
     yield from _each(Case("fastrnns", 64, 100, 512, 512, ""))
     yield from _each(Case("torchrl", 256, 128, 32, 512, ""), "float32", "tf32", "bfloat16")
@@ -106,4 +137,6 @@ TINY = [
     Case("packed", 3, 10, 8, 8, "tf32", packed=True),
     Case("two layers", 2, 4, 8, 8, "float32", layers=2),
     Case("flashrnn", 2, 4, 8, 8, "bfloat16", kernel="stepwise"),
+    Case("flashrnn", 2, 4, 8, 8, "bfloat16", kernel="persistent"),
+    Case("outside cuDNN's window", 2, 4, 8, 8, "float16", bidirectional=True),
 ]

@@ -5,7 +5,8 @@
 
 Without a file it takes the newest run of benchmarks/results/gpu_*.json; where there is none, the table is a sentence
 that says so. Without --document the table goes to standard output; with it, the table replaces what stands between the
-two markers. --all takes every shape, not only the first of each group.
+two markers. --all takes every shape, not only the first of each group. Behind the table on standard output it says
+which targets are met (report_gpu_targets.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import report_gpu_targets
 from gpu_shapes import DTYPES
 from report import replace_block
 
@@ -39,9 +41,11 @@ def _benchmark(record: dict[str, Any]) -> dict[str, Any] | None:
     return record["benchmark"] if "phases" in record else record
 
 
-def measured(record: dict[str, Any]) -> list[dict[str, Any]]:
+def measured(record: dict[str, Any], kernel: str | None = "auto") -> list[dict[str, Any]]:
+    """With the kernels that a layer takes by itself, or with one of them, or, None, with all."""
     benchmark = _benchmark(record)
-    return [r for r in benchmark["results"] if "ratio" in r] if benchmark else []
+    results = [r for r in benchmark["results"] if "ratio" in r] if benchmark else []
+    return [r for r in results if kernel in (None, r.get("kernel", "auto"))]
 
 
 def identity(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -94,6 +98,7 @@ def memory(result: dict[str, Any] | None) -> str:
 
 def title(result: dict[str, Any]) -> str:
     extras = [f"{result['layers']} layers"] if result["layers"] > 1 else []
+    extras += ["bidirectional"] if result.get("bidirectional") else []
     extras += ["packed"] if result["packed"] else []
     extras += ["CUDA graph"] if result["graph"] else []
     return ", ".join(extras)
@@ -227,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         replace_block(options.document, BLOCK, table)
     else:
         print(table)
+        if record:
+            print(f"\n{report_gpu_targets.table(measured(record, kernel=None))}")
     if options.picture and record and measured(record):
         draw(record, options.picture)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ import gpu_check  # noqa: E402
 import gpu_shapes  # noqa: E402
 import report  # noqa: E402
 import report_gpu  # noqa: E402
+import report_gpu_targets  # noqa: E402
 from gpu_session import Session  # noqa: E402
 from test_benchmarks import run  # noqa: E402
 
@@ -64,6 +66,7 @@ def test_dry_run(dry):
             assert r[side]["us_per_step"] == pytest.approx(1e3 * r[side]["median"] / r["steps"])
             assert r[side]["share_of_floor"] > 0
     assert "| B | T | I | H |" in stdout
+    assert "auto meets 0 of 5 targets, misses 0; 5 not measured" in stdout
 
 
 def test_report(dry, tmp_path):
@@ -95,9 +98,59 @@ def test_the_grid():
     assert len({c.key for c in cases}) == len(cases)
     assert {c.dtype for c in cases} == set(gpu_shapes.DTYPES)
     assert [(c.group, c.shape) for c in cases[:4]] == [("flashrnn", "B16-T1024-H768")] * 4
-    assert {c.steps for c in cases if c.packed} == {10, 100, 1000, 4000}
+    assert {c.steps for c in cases if c.group == "packed"} == {10, 100, 1000, 4000}
     assert all(c.steps == 1 for c in cases if c.graph)
     assert any(c.graph for c in cases)
+
+
+def results_of(cases, kernel="auto", ratio=2.0, us=1.0, **also):
+    """As bench_gpu.py has them."""
+    sides = {
+        "torch": {"backward": ratio, "us_per_step": us * ratio},
+        "ours": {"backward": 1.0, "us_per_step": us},
+    }
+    return [
+        {
+            **dataclasses.asdict(case),
+            "kernel": kernel,
+            "kind": kind,
+            "ratio": ratio,
+            "agree": True,
+            **sides,
+            **also,
+        }
+        for case in cases
+        for kind in ("inference", "training")
+    ]
+
+
+def test_targets():
+    flash, outside, step = [gpu_shapes.FLASH], gpu_shapes.OUTSIDE, [gpu_shapes.PER_STEP]
+    assert {*flash, *outside, *step} <= set(gpu_shapes.CASES)
+    assert {dataclasses.replace(case, kernel="persistent") for case in (*flash, *outside, *step)} <= set(
+        gpu_shapes.CASES
+    )
+
+    def verdicts(results, kernel="auto"):
+        return list(report_gpu_targets.verdicts(results, kernel).values())
+
+    assert verdicts([]) == [None] * 5
+    good = results_of(flash) + results_of(outside, ratio=3.5) + results_of(step, us=1.4)
+    assert verdicts(good) == [True] * 5
+    assert verdicts(good, "persistent") == [None] * 5
+    slow = results_of(flash, ratio=1.05) + results_of(outside, ratio=2.0) + results_of(step, us=1.6)
+    assert verdicts(slow) == [False, False, False, True, False]
+    # One that is slower than cuDNN, whatever the mean; one that is missing, or wrong.
+    worst = results_of(outside[1:], ratio=9.0) + results_of(outside[:1], ratio=0.9)
+    assert verdicts(worst) == [None, None, True, False, None]
+    assert verdicts(results_of(outside[1:], ratio=9.0)) == [None] * 5
+    assert verdicts(results_of(flash, agree=False)) == [None] * 5
+    said = report_gpu_targets.table(good + results_of(flash, "step", ratio=1.2))
+    assert (
+        "| float16, B 16, T 1024, H 768, inference | ≥ 1.5 x cuDNN | 2.00: met | not measured | 1.20: not met |"
+        in said
+    )
+    assert "auto meets 5 of 5 targets, misses 0; 0 not measured." in said
 
 
 # ---- what goes wrong
