@@ -188,6 +188,7 @@ def persistent_kernels_in_graphs(run: Run) -> None:
                 with kernel(name):
                     for compute in (problem.inference, problem.training):
                         replayed(run, problem, compute, f"{compute.__name__}, {name}, {shape}, {dtype}")
+                    native_cuda.check_waits(run.device)  # a replay does not look itself
 
 
 # ---- a wait that expires

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import cuda_checks
@@ -70,6 +71,34 @@ def test_what_the_check_of_waits_does_without_a_gpu() -> None:
     plan = cuda_persistent_checks.plan(run, shape, torch.bfloat16, "mailbox")
     assert plan["persistent"]["blocks"] == 108
     assert not cuda_persistent_checks.made_to_wait(run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1)
+
+
+@pytest.mark.parametrize("share", ["all of it", "a part", "nothing"])
+def test_the_check_of_waits_looks_at_the_results(share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call is made to wait, and the third one says so."""
+    calls: list[int] = []
+
+    class Waiting(lstm_ext.LSTM):
+        def forward(self, *args, **kwargs):
+            calls.append(len(calls))
+            if calls[-1] == 2 and share != "nothing":
+                raise RuntimeError("longer than LSTM_EXT_CUDA_WAIT_LIMIT allows")
+            output, (h, c) = super().forward(*args, **kwargs)
+            if calls[-1] == 1:
+                output, h = output * torch.nan, h * (torch.nan if share == "all of it" else 1)
+                c = c * torch.nan
+            return output, (h, c)
+
+    monkeypatch.setattr(lstm_ext, "LSTM", Waiting)
+    run = cuda_checks.Run(torch.device("cpu"), quick=True)
+    check = functools.partial(
+        cuda_persistent_checks.made_to_wait, run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1
+    )
+    if share == "all of it":
+        assert check()
+        return
+    with pytest.raises(AssertionError, match="is not NaN" if share == "a part" else "is not finite"):
+        check()
 
 
 # ---- errors

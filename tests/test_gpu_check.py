@@ -336,8 +336,13 @@ def test_a_result_is_put_into_the_release(dry, tmp_path, monkeypatch, capsys):
     assert gpu_check.main(["--accept", str(passed)]) == 0
     assert json.loads(selftest_record.COMMITTED.read_text()) == [{**variants, "result": "passed.json"}]
     # And with it what was measured.
-    for constants, said in (({"launch_us": 0.9}, ""), ({"lunch_us": 0.9}, "has no constant lunch_us")):
-        measured = [{**p, "constants": constants} if p["phase"] == "probes" else p for p in phases]
+    for constants, said in (
+        ({"launch_us": 0.9}, ""),
+        ({"lunch_us": 0.9}, "has no constant 'lunch_us'"),
+        ({"launch_us": -0.1}, "launch_us: expected a positive number, got -0.1"),
+    ):
+        probes = {"result": "passed", "constants": constants}
+        measured = [{**p, **probes} if p["phase"] == "probes" else p for p in phases]
         passed.write_text(json.dumps({**record, "dry": False, "phases": measured}))
         if said:
             with pytest.raises(SystemExit):
