@@ -256,7 +256,8 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   TORCH_CHECK(numbers.count(dtype) == 1, "cuda_plan: dtype: expected float64, float32, float16 or bfloat16, got ",
               dtype);
   const std::optional<Request> named = request_named(kernel);
-  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step, persistent or mailbox, got ", kernel);
+  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step, persistent, independent or mailbox, got ",
+              kernel);
   Request request = *named;
   const auto said = [](const std::optional<bool>& outcome) {
     return !outcome ? Outcome::kNotTried : *outcome ? Outcome::kRight : Outcome::kWrong;
@@ -295,7 +296,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
 void request(const std::string& name, void (*set)(const lstm_ext::cuda::Request*)) {
   const auto named = lstm_ext::cuda::request_named(name);
   TORCH_CHECK_VALUE(name.empty() || (named && !named->any),
-                    "name: expected stepwise, step, persistent, mailbox or nothing, got ", name);
+                    "name: expected stepwise, step, persistent, independent, mailbox or nothing, got ", name);
   set(named ? &*named : nullptr);
 }
 

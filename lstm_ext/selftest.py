@@ -293,21 +293,32 @@ def cpu_checks() -> Iterator[Check]:
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
     """The checks of each kernel; but for `stepwise`, those of layers that it can compute."""
-    for kernel in ("stepwise", *config.TRIED_CUDA_KERNELS):
+    requests = [("stepwise", "stepwise")]
+    requests += [(kernel, name) for kernel, names in config.TRIED_CUDA_KERNELS.items() for name in names]
+    for kernel, request in requests:
         fused = kernel != "stepwise"
         cases = [case for case in CASES if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
+        note_of = "" if request == kernel else f", {request}"
         in_tf32 = cuda.variant(kernel, torch.float32) if fused else kernel
         for dtype, case in itertools.product(dtypes, cases):
-            yield _check(kernel, case, dtype, device, kernel=kernel)
+            yield _check(kernel, case, dtype, device, kernel=request, note=note_of)
         for case in cases:
-            yield _check(in_tf32, case, torch.float32, device, note=", TF32", precision="tf32", kernel=kernel)
+            yield _check(
+                in_tf32,
+                case,
+                torch.float32,
+                device,
+                note=f"{note_of}, TF32",
+                precision="tf32",
+                kernel=request,
+            )
         for dtype in dtypes:
             for how, note in (
                 (_on_a_stream, ", on another stream"),
                 (_in_a_graph, ", captured and replayed"),
             ):
-                yield _check(kernel, cases[-1], dtype, device, how, note, kernel=kernel)
+                yield _check(kernel, cases[-1], dtype, device, how, note_of + note, kernel=request)
 
 
 def run(device: torch.device, checks: Iterator[Check]) -> bool:

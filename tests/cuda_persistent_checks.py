@@ -19,7 +19,7 @@ import lstm_ext
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
-KERNELS = ("persistent", "mailbox")
+KERNELS = ("independent", "mailbox")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOUND = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 BOTH, THREE = (("bidirectional", True),), (("num_layers", 3),)
@@ -111,7 +111,7 @@ def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
     cases = (
         ("mailbox", Shape(12, 16, 32, 96), torch.bfloat16),
         ("mailbox", Shape(6, 64, 64, 512), torch.float32),
-        ("persistent", Shape(12, 40, 16, 32), torch.float16),
+        ("independent", Shape(12, 40, 16, 32), torch.float16),
     )
     seconds = (0.6 if run.quick else SECONDS) / len(cases)
     repeats = {}

@@ -45,7 +45,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "backward": rng.random() < 0.5,
         "packed": rng.random() < 0.2,
         "extras": rng.random() < 0.2,
-        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "mailbox")),
+        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "independent", "mailbox")),
         "step_outcome": rng.choice((None, True, False)),
         "persistent_outcome": rng.choice((None, True, False)),
     }
@@ -82,7 +82,8 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         assert plan["problem"]
         return
     assert not plan["problem"] and plan["reasons"]
-    of, wanted = plan["persistent"], "persistent" if layer["kernel"] == "mailbox" else layer["kernel"]
+    of, wanted = plan["persistent"], layer["kernel"]
+    wanted = "persistent" if wanted in ("independent", "mailbox") else wanted
     times = {"stepwise": plan["stepwise_us"], "step": plan["step_us"], "persistent": of["us"]}
     if plan["kernel"] != "stepwise":
         assert eligible
@@ -237,7 +238,10 @@ def test_older_cards_are_refused() -> None:
     ("change", "said"),
     [
         ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
-        ({"kernel": "fast"}, "kernel: expected auto, stepwise, step, persistent or mailbox, got fast"),
+        (
+            {"kernel": "fast"},
+            "kernel: expected auto, stepwise, step, persistent, independent or mailbox, got fast",
+        ),
         ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
     ],
 )

@@ -273,7 +273,8 @@ def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reaso
         (
             "LSTM_EXT_CUDA_KERNEL",
             "fast",
-            "LSTM_EXT_CUDA_KERNEL is 'fast': set it to one of auto, stepwise, step, persistent, mailbox, or unset it.",
+            "LSTM_EXT_CUDA_KERNEL is 'fast': "
+            "set it to one of auto, stepwise, step, persistent, independent, mailbox, or unset it.",
         ),
         (
             "LSTM_EXT_CUDA_WAIT_LIMIT",

@@ -105,7 +105,8 @@ struct Model {
     const double product =
         shape.tiles * pieces * 2 * 2 * (number == 4 ? constant.instruction_tf32_clocks : constant.instruction_clocks) +
         static_cast<double>(plan.extra * shape.extra_bytes) / 128;
-    const double turn = product + constant.turn_clocks + constant.cell_clocks;
+    const auto cells = static_cast<double>(kPersistentRows * std::min<int64_t>(layer.hidden_size, shape.units));
+    const double turn = product + constant.turn_clocks + constant.cell_clocks * std::max(1.0, cells / 128);
     const double tiles = static_cast<double>(ceil_div(layer.batch, kPersistentRows));
     if (!mailbox) {
       const double waves = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) / layer.directions;
@@ -196,34 +197,31 @@ const char* step_problem(const LayerFacts& layer) {
 namespace {
 
 // The persistent kernel of a layer. A multiprocessor has one block: its registers are full of weights.
-Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, bool mailbox) {
+Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, Exchange exchange) {
   Plan::Persistent result;
   const int number = operand_bytes(layer);
   const int64_t length = persistent_length(layer, number), tiles = ceil_div(layer.batch, kPersistentRows);
-  const auto fits = [&](Exchange exchange) {
-    const PersistentShape shape = persistent_shape(layer.backward, exchange, number);
-    const int64_t missing = std::max<int64_t>(length - shape.depth(number), 0);
-    result.exchange = exchange;
-    result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * shape.parts * kPieceBytes));
-    result.shared_bytes = persistent_shared(layer.backward, exchange, number, result.extra, length);
-    return result.shared_bytes <= device.shared_of_block;
-  };
+  const PersistentShape shape = persistent_shape(layer.backward, exchange, number);
+  const int64_t missing = std::max<int64_t>(length - shape.depth(number), 0);
+  result.exchange = exchange;
+  result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * shape.parts * kPieceBytes));
+  result.shared_bytes = persistent_shared(layer.backward, exchange, number, result.extra, length);
   constexpr int64_t kMost = int64_t{1} << 30;
   if (layer.steps < 2) {
     result.problem = "the sequence has one step";
   } else if (layer.steps > kMost || layer.batch > kMost) {
     result.problem = "it counts steps and rows in 32 bits";
-  } else if (!mailbox && layer.hidden_size <= persistent_shape(layer.backward, Exchange::kNone, number).units &&
-             fits(Exchange::kNone)) {
+  } else if (exchange == Exchange::kNone && layer.hidden_size > shape.units) {
+    result.problem = "no block has room for all its units";
+  } else if (result.shared_bytes > device.shared_of_block) {
+    result.problem = "its weights do not fit into registers and shared memory";
+  } else if (exchange == Exchange::kNone) {
     result.groups = static_cast<int>(tiles);
     result.blocks = tiles * layer.directions;
-  } else if (!fits(Exchange::kMailbox)) {
-    result.problem = "its weights do not fit into registers and shared memory";
   } else if (device.shared) {
     result.problem = "the device is shared with other programs, and its blocks wait for each other";
   } else {
-    const int units = persistent_shape(layer.backward, Exchange::kMailbox, number).units;
-    const int64_t of_group = ceil_div(layer.hidden_size, units) * layer.directions;
+    const int64_t of_group = ceil_div(layer.hidden_size, shape.units) * layer.directions;
     result.groups = static_cast<int>(std::min(tiles, device.multiprocessors / of_group));
     result.blocks = of_group * result.groups;
     if (result.groups == 0) result.problem = "its blocks do not all find a multiprocessor at once";
@@ -274,8 +272,15 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
       result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
     }
     result.step_us = model.step_us(result);
-    result.persistent = persistent_of(layer, device, request.mailbox);
-    if (result.persistent.problem.empty()) result.persistent_us = model.persistent_us(result.persistent);
+    // The last one says why there is none.
+    for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
+      if (request.exchange.value_or(exchange) != exchange) continue;
+      const Plan::Persistent found = persistent_of(layer, device, exchange);
+      const double us = found.problem.empty() ? model.persistent_us(found) : 0;
+      if (result.persistent_us > 0 && !(us > 0 && us < result.persistent_us)) continue;
+      result.persistent = found;
+      result.persistent_us = us;
+    }
   }
   const std::string no_step = none       ? none
                               : too_many ? "its grid has no room for so many rows"
@@ -356,7 +361,8 @@ constexpr int kNothing = -1;
 std::atomic<int> request_of_process{kNothing};
 thread_local int requested_by_thread = kNothing;
 int number_of(const Request* request) {
-  return request ? 2 * static_cast<int>(request->kernel) + (request->mailbox ? 1 : 0) : kNothing;
+  if (!request) return kNothing;
+  return 3 * static_cast<int>(request->kernel) + (request->exchange ? 1 + static_cast<int>(*request->exchange) : 0);
 }
 
 }  // namespace
@@ -404,8 +410,9 @@ std::optional<Request> request_named(std::string_view name) {
   Request request;
   if (name == "auto") return request;
   request.any = false;
-  request.mailbox = name == "mailbox";
-  if (request.mailbox) name = name_of(Kernel::kPersistent);
+  if (name == "independent") request.exchange = Exchange::kNone;
+  if (name == "mailbox") request.exchange = Exchange::kMailbox;
+  if (request.exchange) name = name_of(Kernel::kPersistent);
   for (int i = 0; i < 3; ++i) {
     request.kernel = static_cast<Kernel>(i);
     if (name == kKernelNames[i]) return request;
@@ -424,8 +431,8 @@ Request current_request(bool* known) {
   const int asked = requested_by_thread != kNothing ? requested_by_thread : request_of_process.load();
   if (asked != kNothing) {
     request.any = false;
-    request.kernel = static_cast<Kernel>(asked / 2);
-    request.mailbox = asked % 2 != 0;
+    request.kernel = static_cast<Kernel>(asked / 3);
+    if (asked % 3 != 0) request.exchange = static_cast<Exchange>(asked % 3 - 1);
     return request;
   }
   const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");

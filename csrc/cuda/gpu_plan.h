@@ -88,7 +88,7 @@ struct ModelConstants {
   // Of a persistent kernel:
   double mailbox_clocks = 800;  // from a store to a load that sees it, both through the second-level cache
   double turn_clocks = 220;     // barrier and partial sums, of a tile of rows
-  double cell_clocks = 250;     // and its cells
+  double cell_clocks = 550;     // and 128 cells, which is one for each thread of four warps
   double start_us = 6;          // launch, weights and mailbox, once a chunk
 };
 struct ModelConstant {
@@ -122,7 +122,7 @@ enum class Outcome { kNotTried, kRight, kWrong };
 struct Request {
   bool any = true;  // take the best that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  bool mailbox = false;  // blocks of a persistent kernel talk, even where none has to
+  std::optional<Exchange> exchange;  // of a persistent kernel; without it the one that is expected to be faster
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   bool reasons = false;  // say why; a call does not ask
 };
@@ -173,7 +173,8 @@ bool is_validated(int device, Kernel kernel, bool tf32);
 LSTM_EXT_PUBLIC void set_wait_limit_of_thread(const double* seconds);
 std::optional<int64_t> wait_limit();
 
-// "auto", "stepwise", "step", "persistent", or "mailbox": persistent, with that exchange. Nothing for another word.
+// "auto", "stepwise", "step", "persistent"; or persistent with one exchange, "independent" (none) or "mailbox". Nothing
+// for another word.
 LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
 LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 

@@ -171,7 +171,7 @@ class Stepwise {
     TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=", cuda::name_of(device.request.kernel),
                 " asks for a kernel that does a step at once, but ", plan.problem,
                 ": set it to stepwise or auto, or unset it");
-    if (plan.replaced && !args && sizes.steps > 1) {
+    if (plan.replaced && !args && sizes.steps > 1 && !cuda::has_request_of_thread()) {
       TORCH_WARN_ONCE("lstm_ext: LSTM_EXT_CUDA_KERNEL=persistent: another kernel computes a layer whose sizes it ",
                       "cannot have: ", plan.persistent.problem, "; lstm_ext.explain says more");
     }

@@ -222,10 +222,11 @@ def check_headers() -> None:
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
 # stepwise: a product and a small kernel for each step. step: one kernel for each. persistent: one for all steps of a
-# chunk, whose blocks keep the recurrent weights; mailbox: the same, and its blocks talk even where none has to.
-CUDA_KERNELS = ("stepwise", "step", "persistent", "mailbox")
-# Those that are tried before they compute for anybody.
-TRIED_CUDA_KERNELS = ("step", "persistent")
+# chunk, whose blocks keep the recurrent weights. independent, mailbox: the same, with blocks that never meet, or that
+# talk.
+CUDA_KERNELS = ("stepwise", "step", "persistent", "independent", "mailbox")
+# Those that are tried before they compute for anybody, and what is requested to try all of each.
+TRIED_CUDA_KERNELS = {"step": ("step",), "persistent": ("independent", "mailbox")}
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 

@@ -145,7 +145,10 @@ EXPECTATIONS = (
         for k in ("cell", "norm", "output", "previous", "step", "sum")
     ),
     Expectation(
-        "persistent_kernel<*>", absent=(*GLOBAL_ATOMICS, *FENCES), counts=((BLOCK_BARRIER[0], 1),), in_loop=True
+        "persistent_kernel<*>",
+        absent=(*GLOBAL_ATOMICS, *FENCES),
+        counts=((BLOCK_BARRIER[0], 1),),
+        in_loop=True,
     ),
     # An unmarked constant is a double: 1.0 where 1.0f is meant makes a float kernel several times slower.
     *(Expectation(f"*_kernel<{t}*>", absent=DOUBLE) for t in FLOATS),

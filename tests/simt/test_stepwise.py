@@ -153,7 +153,7 @@ CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packe
     ),
 }
 AT_ONCE = [("step", name) for name in STEP_CASES] + [
-    (kernel, name) for kernel in ("persistent", "mailbox") for name in CHUNK_CASES
+    (kernel, name) for kernel in ("independent", "mailbox") for name in CHUNK_CASES
 ]
 
 
@@ -209,7 +209,7 @@ def test_launches_of_a_step():
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
             ten, eleven = (launches(steps, "step", backward, both) for steps in (10, 11))
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
-            for kernel in ("persistent", "mailbox"):
+            for kernel in ("independent", "mailbox"):
                 ten, eleven = (launches(steps, kernel, backward, both) for steps in (10, 11))
                 assert ten == eleven and ten[0] == 1 + (4 if both else 2) * backward
     for both in (False, True):
