@@ -4,8 +4,6 @@
 // simt::Error. BFLOAT_ONLY: bfloat16 alone, which compiles in a fraction of the time.
 #include <cmath>
 #include <cstring>
-#include <random>
-#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -18,46 +16,20 @@
 #include "cuda/stepwise_f16.cu"
 #include "cuda/stepwise_f32.cu"
 #endif
-#include "simt/check.h"
+#include "simt/step_checks.h"
 
 namespace {
 
+using checks::eps;
+using checks::instances;
+using checks::Matrix;
+using checks::name_of_type;
+using checks::normal;
+using checks::number;
+using checks::of;
+using checks::random_bits;
 using lstm_ext::cuda::Types;
 using simt::DeviceBuffer;
-
-std::mt19937 random_bits(5);
-
-template <typename T>
-T of(double x) {
-  return lstm_ext::cuda::from_float<T>(static_cast<float>(x));
-}
-template <typename T>
-double number(T x) {
-  return lstm_ext::cuda::to_float(x);
-}
-
-// (rows, length) numbers of three bits, in rows that begin at multiples of 16 bytes; what lies between stays NaN.
-template <typename T>
-struct Matrix {
-  int64_t stride;
-  DeviceBuffer<T> data;
-  Matrix(int64_t rows, int64_t length, const char* name)
-      : stride((length * static_cast<int64_t>(sizeof(T)) + 15) / 16 * (16 / static_cast<int64_t>(sizeof(T)))),
-        data(static_cast<size_t>(rows * stride), name) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < length; ++j)
-        data[i * stride + j] = of<T>((static_cast<int>(random_bits() % 15) - 7) / 8.);
-    }
-  }
-};
-
-template <typename T>
-DeviceBuffer<T> normal(size_t count, const char* name) {
-  std::normal_distribution<double> draw;
-  std::vector<T> values(count);
-  for (T& value : values) value = of<T>(draw(random_bits));
-  return DeviceBuffer<T>(values, name);
-}
 
 template <typename T>
 void expect_same_bits(const DeviceBuffer<T>& fused, const DeviceBuffer<T>& stepwise, const char* what) {
@@ -65,8 +37,7 @@ void expect_same_bits(const DeviceBuffer<T>& fused, const DeviceBuffer<T>& stepw
     const double a = number(fused[i]), b = number(stepwise[i]);
     if (std::isnan(a) && std::isnan(b)) continue;
     // nvcc fuses multiplications and additions in one kernel that it leaves apart in another.
-    const double eps = std::is_same_v<T, float> ? 0x1p-23 : std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7;
-    if (simt::translated_kernel != nullptr && std::fabs(a - b) <= 4 * eps * std::fabs(b) + 1e-7) continue;
+    if (simt::translated_kernel != nullptr && std::fabs(a - b) <= 4 * eps<T>() * std::fabs(b) + 1e-7) continue;
     if (std::memcmp(&fused[i], &stepwise[i], sizeof(T)) != 0) {
       char text[128];
       std::snprintf(text, sizeof text, "%s [%zu]: %.9g, stepwise %.9g", what, i, a, b);
@@ -80,12 +51,9 @@ struct Shape {
   bool options, resets, copies;
 };
 
-// The kernels that ran, by what they are instantiated for.
-std::set<std::string> instances;
 template <typename T>
 void note_instance(const char* pass, const Shape& s) {
-  const char* type = std::is_same_v<T, float> ? "float" : std::is_same_v<T, __half> ? "half" : "bfloat16";
-  instances.insert(std::string(pass) + " " + type + (s.options ? " options " : " plain ") +
+  instances.insert(std::string(pass) + " " + name_of_type<T>() + (s.options ? " options " : " plain ") +
                    std::to_string(lstm_ext::cuda::step_rows(s.rows)));
 }
 
