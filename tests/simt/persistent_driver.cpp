@@ -83,7 +83,7 @@ class Launches {
         auto& args = all.sides[i];
         args = side.arguments(*results[i], first, end);
         args.steps = side.sequence.chunk(first, end, s_.batch);
-        args.resets = s_.resets != Case::kNever ? side.resets.data() : nullptr;
+        args.resets = s_.resets != Case::kNever ? side.resets.data() + side.sequence.chunk_row(first, end) : nullptr;
         args.weight = side.U.data.data();
         args.weight_stride = side.U.stride;
         // The last chunk hands on nothing: where blocks do not meet there may be no slots.
@@ -252,7 +252,7 @@ void check_none() {
   const Case cases[] = {
       {2, 1, 8, {}},
       with({5, 9, 40, {2}}, [](Case& s) { s.resets = Case::kToState; }),
-      with({5, 17, 100, {1, 3}}, [](Case& s) { s.packed = true, s.resets = Case::kToZeros, s.recomputed = true; }),
+      with({5, 17, 100, {1, 3}}, [](Case& s) { s.packed = true, s.resets = Case::kToZeros; }),
       with(
           {5, 5, 40, {3}},
           [](Case& s) { s.lengths = s.mask = s.returned = true, s.zoneout = Case::kFlags, s.resets = Case::kToState; }),
@@ -273,8 +273,7 @@ void check_mailbox() {
   const Case cases[] = {
       {1, 1, 8, {}},
       with({5, 9, 40, {2}}, [](Case& s) { s.resets = Case::kToState; }),
-      with({5, 17, 40, {1, 3}},
-           [](Case& s) { s.packed = true, s.resets = Case::kToZeros, s.groups = 2, s.recomputed = true; }),
+      with({5, 17, 40, {1, 3}}, [](Case& s) { s.packed = true, s.resets = Case::kToZeros, s.groups = 2; }),
       with({2, 17, 130, {}}, [](Case& s) { s.groups = 2, s.sides = 1, s.saves = false; }),
       with(
           {5, 5, 40, {3}},

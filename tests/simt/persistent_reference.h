@@ -33,9 +33,8 @@ struct Case {
   bool states = true;  // h0 and c0; backward, gradients of h_n and c_n
   bool saves = true;   // cells and preactivations
   bool batch_first = false;
-  bool own_parts = false;   // backward: gate gradients beside the mailbox even where that would do
-  bool recomputed = false;  // backward: preactivations begin at the chunk's first row
-  bool nan = false;         // in some rows' states
+  bool own_parts = false;  // backward: gate gradients beside the mailbox even where that would do
+  bool nan = false;        // in some rows' states
   // Options; `options` alone runs the kernels that have them.
   bool options = false, lengths = false, mask = false, returned = false;
   enum Zoneout { kNone, kFlags, kShares } zoneout = kNone;
@@ -74,11 +73,11 @@ struct Sequence {
     c.reverse = reverse;
     c.packed = packed;
     const int64_t begin = std::min(time(first), time(end - 1));
-    c.first_row = offsets[begin];
+    const int64_t first_row = offsets[begin];
     if (!packed) return c;
     for (int64_t i = 0; i < end - first + 3; ++i) {
       const int64_t t = std::clamp<int64_t>(begin - 1 + i, 0, steps);
-      c.rows_before[i] = static_cast<int32_t>(offsets[t] - c.first_row);
+      c.rows_before[i] = static_cast<int32_t>(offsets[t] - first_row);
     }
     return c;
   }
@@ -282,8 +281,17 @@ struct Forward : Side<T> {
   }
   Arguments arguments(const Results& r, int64_t first, int64_t end) const {
     Arguments args{};
+    const int64_t row = sequence.chunk_row(first, end);
     args.cell = cell(r);
-    if (!s.batch_first) args.cell.input_part += sequence.chunk_row(first, end) * 4 * H;
+    if (!s.batch_first) args.cell.input_part += row * 4 * H;
+    if (s.saves) {
+      args.cell.c_previous.previous += row * H;
+      args.cell.c += row * H;
+      args.cell.preactivations += row * 4 * H;
+    }
+    if (args.cell.zoneout.keep) args.cell.zoneout.keep += row * H;
+    if (args.cell.output.zoneout.keep) args.cell.output.zoneout.keep += row * H;
+    args.cell.output.h += row * h_stride;
     args.keeps_cells = s.saves;
     args.batch_first = s.batch_first;
     return args;
@@ -429,11 +437,19 @@ struct Backward : Side<T> {
     const int64_t row = sequence.chunk_row(first, end);
     Arguments args{};
     args.cell = cell(r);
-    args.recomputed = s.recomputed;
-    if (s.recomputed) args.cell.preactivations += row * 4 * H;
-    args.cell.grad_recurrent_part += row * 4 * H;
-    if (args.cell.hidden) args.cell.hidden += row * H;
-    args.grad_output_time_stride = s.batch_first ? H : 0;
+    lstm_ext::cuda::CellBackward<T>& of_row = args.cell;
+    of_row.preactivations += row * 4 * H;
+    of_row.cells += row * H;
+    of_row.c_previous.previous += row * H;
+    if (of_row.zoneout.keep) of_row.zoneout.keep += row * H;
+    if (of_row.output.zoneout.keep) of_row.output.zoneout.keep += row * H;
+    if (of_row.grad_gate_values) of_row.grad_gate_values += row * 4 * H;
+    if (of_row.grad_cells) of_row.grad_cells += row * H;
+    of_row.grad_recurrent_part += row * 4 * H;
+    if (of_row.hidden) of_row.hidden += row * H;
+    args.grad_output_by_time = s.batch_first;
+    args.grad_output_time_stride = H;
+    if (!s.batch_first) of_row.output.grad_output += row * H;
     return args;
   }
 

@@ -116,8 +116,8 @@ PLANTED = {
         "",
     ),
     "the step before the one that is needed": (
-        CHUNK, "place_of(pass_.args.steps, step_of(i - 1))", "place_of(pass_.args.steps, step_of(i > 1 ? i - 2 : 0))",
-        "forward", ["late"], "",
+        CHUNK, "    left_at = place.row;", "    left_at = i > 0 ? place.row_before : place.row;", "forward", ["late"],
+        "",
     ),
     "no wait": (CHUNK, "whole = whole && is_whole(pieces[q]);", "", "forward", ["random", "weak"], ""),
     "one word of a piece": (
@@ -160,8 +160,9 @@ PLANTED = {
     "pieces of another part": (
         CHUNK, "= weight_piece(piece_of(kPieces + e)", "= weight_piece(piece_of(e)", "large", ["late"], "",
     ),
-    "c of another chunk": (FORWARD, "if (n > 0) cell.c_previous", "if (n > steps.first) cell.c_previous", "forward",
-        ["late"], "",
+    "c of another chunk": (
+        FORWARD, "int64_t{place.row_before} * H", "int64_t{place.row_before < 0 ? place.row : place.row_before} * H",
+        "forward", ["late"], "",
     ),
     "resets of the step itself in reverse": (
         CHUNK, "c.reverse ? place.time + 1 : place.time);\n  result", "place.time);\n  result", "forward", ["late"], "",
@@ -170,9 +171,8 @@ PLANTED = {
         CHUNK, "resets_at(c, resets, c.reverse ? place.time : place.time + 1)", "resets_at(c, resets, place.time)",
         "backward", ["late"], "",
     ),
-    "rows of the sequence in place of the chunk's": (
-        FORWARD, "args.batch_first ? place.time : place.local", "args.batch_first ? place.time : row", "forward",
-        ["late"], "",
+    "times in another order": (
+        FORWARD, "args.batch_first ? place.time : place.row", "place.row", "forward", ["late"], "",
     ),
     "results that are not all there": (
         CHUNK, "if (late_[0] == 0) return;", "return;", "faults", ["late"], "not spoiled",
