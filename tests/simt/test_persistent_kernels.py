@@ -181,7 +181,7 @@ PLANTED = {
         CHUNK, "!all_.control.before ||", "true ||", "faults", ["late"], "the launch behind it waited",
     ),
     "results are spoiled before all have left": (
-        CHUNK, "left == gridDim.x * gridDim.z - 1 &&", "left == 0 &&", "faults", ["race"], "",
+        CHUNK, "left == gridDim.x * gridDim.z - 1 &&", "left == 0 &&", "faults", ["late"], "not spoiled",
     ),
     "no fence before the results are spoiled": (
         CHUNK,
