@@ -262,6 +262,7 @@ def test_stepwise_kernels(mode: str, schedule: str, architecture: str) -> None:
     assert status == 0, text
 
 
+TORN = {"SIMT_STORES": "mixed", "SIMT_PIECES": "torn"}
 STEP = [nvcc.CSRC / "cuda" / f"step_{name}.cu" for name in ("f32", "f16", "bf16")]
 
 
@@ -279,6 +280,18 @@ def test_step_kernels(mode: str, schedule: str, architecture: str) -> None:
     sources = [translated(source, architecture) for source in (*STEP, STEPWISE[0], *STEPWISE[2:])]
     program = build.compile_ptx_driver(HERE / "step_driver.cpp", sources, mode)
     status, text = run(program, SIMT_SCHEDULE=schedule)
+    assert status == 0, text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variables", [{}, {"SIMT_SCHEDULE": "random", **TORN}], ids=["late", "torn"])
+def test_persistent_kernels(variables: dict[str, str]) -> None:
+    """In bfloat16: each type takes a minute to compile."""
+    cuda = nvcc.CSRC / "cuda"
+    sources = [translated(cuda / f"{kernels}_bf16.cu") for kernels in ("persistent", "stepwise")]
+    driver = HERE / "persistent_driver.cpp"
+    program = build.compile_ptx_driver(driver, sources, "plain", defines=["BFLOAT_ONLY"])
+    status, text = run(program, **variables)
     assert status == 0, text
 
 
