@@ -1,5 +1,6 @@
 #include <list>
 
+#include "torch/cuda_chunk_gradients.h"
 #include "torch/cuda_persistent.h"
 
 namespace lstm_ext {
@@ -18,108 +19,26 @@ StepData<T> step_data(const at::Tensor& sequence, const Step& step) {
   return {const_row_pointer<T>(sequence, first), sequence.stride(-2)};
 }
 
-class StepwiseBackward : Stepwise {
+class StepwiseBackward : ChunkGradients {
  public:
   StepwiseBackward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args,
                    const StepwiseDevice& device)
-      // float16 has no more digits than TF32, so TF32 products lose nothing of such an operand. The gradients of the
-      // preactivations, which are float32 there, keep what float16 would lose.
-      : Stepwise(call, sizes, &args, device, device.tf32 || call.input.scalar_type() == at::kHalf),
-        output_(with_contiguous_rows(args.output)),
-        saved_{contiguous_if(args.saved.gates), contiguous_if(args.saved.cells), contiguous_if(args.saved.hidden),
-               contiguous_if(args.saved.norm_products), contiguous_if(args.saved.norm_factors)},
+      : ChunkGradients(call, sizes, args, device),
         grad_output_(args.grads.output.defined() ? with_contiguous_rows(args.grads.output) : at::Tensor()),
         grad_h_n_(contiguous_or_undefined(args.grads.h_n, dtype_)),
         grad_c_n_(contiguous_or_undefined(args.grads.c_n, dtype_)),
         grad_gate_values_(contiguous_or_undefined(args.grads.gate_values, sizes.gates_type)),
-        grad_cells_(contiguous_or_undefined(args.grads.cells, sizes.sum_type)) {
-    const NeedsGrad& needs_grad = args.needs_grad;
-    const auto sum = [&](bool requested, const at::Tensor& t) {
-      return requested && t.defined() ? at::zeros(t.sizes(), options(sizes.sum_type)) : at::Tensor();
-    };
-    const auto sums = [&](const std::vector<bool>& requested, const std::vector<at::Tensor>& tensors) {
-      std::vector<at::Tensor> result(tensors.size());
-      for (size_t i = 0; i < tensors.size(); ++i) result[i] = sum(requested[i], tensors[i]);
-      return result;
-    };
-    const auto state = [&](bool requested, const at::Tensor& t) {  // a product writes it, or every step does
-      return requested && t.defined() ? at::empty(t.sizes(), options(sizes.sum_type)) : at::Tensor();
-    };
-    // The sum of both directions is rounded once.
-    grads_.input = empty_if(needs_grad.input, sizes.sequence_sizes(sizes.input_size),
-                            options(sizes.directions == 2 ? sizes.sum_type : dtype_));
-    grads_.h0 = state(needs_grad.h0, h0_);
-    grads_.c0 = state(needs_grad.c0, c0_);
-    grads_.weights = sums(needs_grad.weights, weights_);
-    grads_.reset_h = sum(needs_grad.reset_h, reset_h_);
-    grads_.reset_c = sum(needs_grad.reset_c, reset_c_);
-    grads_.norm = sums(needs_grad.norm, norm_);
-    for (const at::Tensor& t : call.options.norm) norm_types_.push_back(t.scalar_type());
-    if (lengths_.defined()) {
-      const at::Tensor times = at::arange(sizes.steps, lengths_.options()).unsqueeze(1);
-      padding_ = times.ge(lengths_).view({-1, 1});
-    }
-  }
+        grad_cells_(contiguous_or_undefined(args.grads.cells, sizes.sum_type)) {}
 
   LayerGradients run() {
     if (sizes_.batch > 0) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_backward",
                                       [&] { run_steps<typename Stored<scalar_t>::type>(); });
     }
-    const auto finish = [](at::Tensor& t, at::ScalarType type) {
-      if (t.defined()) t = in_type(t, type);
-    };
-    for (at::Tensor* t : {&grads_.input, &grads_.h0, &grads_.c0, &grads_.reset_h, &grads_.reset_c}) finish(*t, dtype_);
-    for (at::Tensor& t : grads_.weights) finish(t, dtype_);
-    // These parameters keep their own type under autocast.
-    for (size_t i = 0; i < grads_.norm.size(); ++i) finish(grads_.norm[i], norm_types_[i]);
-    return std::move(grads_);
+    return finished();
   }
 
  private:
-  // The factors and results of the products over a chunk, and what a step leaves for the step before.
-  struct Buffers {
-    // (rows of a chunk, 4H): gradients of U h, and with layer normalisation of W x; else they are the same.
-    at::Tensor recurrent_part, input_part;
-    at::Tensor preactivations, tanh_input, norm_cell;  // as in cuda::NormCellBackward
-    at::Tensor output;                                 // (rows of a chunk, P), with a projection
-    at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), where it was not saved
-    at::Tensor recurrent;                              // (B, P): dL/dh_t through the step after t
-    at::Tensor parts[2];                               // fused, in its place, of two steps by turns: cuda::StepBackward
-    at::Tensor grad_hidden;                            // (B, H), with a projection: dL/d(o * tanh(c_t))
-    at::Tensor grad_c, grad_h;                         // (B, H); with zoneout (B, P): as in cuda::GradOutput
-    at::Tensor begin_part, reset_part;                 // as in cuda::CellBackward
-  };
-  // The sums of one direction; undefined where not requested.
-  struct Gradients {
-    at::Tensor h0, c0, weight_ih, weight_hh, bias, weight_hr;
-    at::Tensor reset_h, reset_c;
-    at::Tensor gain_ih, gain_hh, gain_c, bias_c;
-  };
-
-  at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type()); }
-
-  Gradients gradients(int64_t d) const {
-    const at::Tensor* w = grads_.weights.data() + d * sizes_.weights_per_direction;
-    Gradients g;
-    g.h0 = part_of(grads_.h0, d);
-    g.c0 = part_of(grads_.c0, d);
-    g.weight_ih = w[0];
-    g.weight_hh = w[1];
-    // Both biases are added to the same sum, so they have the same gradient.
-    if (has_bias_) g.bias = w[2].defined() ? w[2] : w[3];
-    if (sizes_.projected) g.weight_hr = w[sizes_.weights_per_direction - 1];
-    g.reset_h = part_of(grads_.reset_h, d);
-    g.reset_c = part_of(grads_.reset_c, d);
-    if (norm_.empty()) return g;
-    const at::Tensor* n = grads_.norm.data() + d * norms_per_direction(has_bias_);
-    g.gain_ih = n[0];
-    g.gain_hh = n[1];
-    g.gain_c = n[2];
-    if (has_bias_) g.bias_c = n[3];
-    return g;
-  }
-
   // Those that one product reads and writes for both directions, if there is one.
   struct Both {
     at::Tensor recurrent_part, recurrent;
@@ -334,7 +253,6 @@ class StepwiseBackward : Stepwise {
 
   template <typename T>
   cuda::PersistentBackward<T> persistent_args(const Running& side) const {
-    using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
     cuda::PersistentBackward<T> args{};
     const Chunk& chunk = side.chunks.back();
@@ -492,154 +410,7 @@ class StepwiseBackward : Stepwise {
     add_where_empty(g.c0, grad_c_n);
   }
 
-  // The products over the steps of a chunk.
-  template <typename T>
-  void add_chunk(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d, const Buffers& b,
-                 const Gradients& g) {
-    const int64_t first = steps.rows_before(chunk.begin);
-    const int64_t rows = steps.rows_before(chunk.finish) - first;
-    const at::Tensor recurrent_part = b.recurrent_part.narrow(0, 0, rows);
-    const at::Tensor input_part = layer.normalised() ? b.input_part.narrow(0, 0, rows) : recurrent_part;
-    if (grads_.input.defined()) {
-      const at::Tensor grad_input = grads_.input.view({total_rows(), -1}).narrow(0, first, rows);
-      add_input_gradient(grad_input, input_part, operand(layer.weight_ih), sizes_.directions == 2);
-    }
-    if (g.weight_ih.defined()) {
-      at::Tensor x = rows_between(layer.input, steps, chunk.begin, chunk.finish);
-      // Padding may hold infinity, and 0 times infinity is not 0.
-      if (padding_.defined()) x = x.masked_fill(padding_.narrow(0, first, rows), 0);
-      product(g.weight_ih, input_part.t(), operand(x), true);
-    }
-    if (g.weight_hh.defined()) add_recurrent_gradient<T>(layer, steps, chunk, d, recurrent_part, g.weight_hh);
-    if (layer.normalised()) {
-      add_products<T>(g.bias, b.preactivations, {}, rows);
-      const auto norm_product = [&](int64_t n) {
-        return rows_of_direction(saved_.norm_products, n).narrow(0, first, rows);
-      };
-      add_products<T>(g.gain_ih, b.preactivations, norm_product(d), rows);
-      add_products<T>(g.gain_hh, b.preactivations, norm_product(sizes_.directions + d), rows);
-      add_products<T>(g.gain_c, b.tanh_input, b.norm_cell, rows);
-      add_products<T>(g.bias_c, b.tanh_input, {}, rows);
-    } else if (g.bias.defined()) {
-      using A = typename cuda::Types<T>::Accumulate;
-      using D = typename cuda::Types<T>::Gradient;
-      const int64_t columns = recurrent_part.size(1);
-      const at::Tensor partial = partial_sums(rows, columns);
-      const cuda::ColumnSums<T> sums{rows, columns, const_row_pointer<D>(recurrent_part), row_pointer<A>(partial),
-                                     row_pointer<A>(g.bias)};
-      check(cuda::column_sums(sums, device_.stream), "column_sums");
-    }
-    if (g.weight_hr.defined()) {
-      const at::Tensor hidden =
-          b.hidden.defined() ? b.hidden.narrow(0, 0, rows) : rows_of_direction(saved_.hidden, d).narrow(0, first, rows);
-      product(g.weight_hr, b.output.narrow(0, 0, rows).t(), operand(hidden), true);
-    }
-  }
-
-  at::Tensor partial_sums(int64_t rows, int64_t columns) const {
-    return at::empty({cuda::column_sum_parts(rows), columns}, options(sizes_.sum_type));
-  }
-
-  template <typename T>
-  void add_products(const at::Tensor& sum, const at::Tensor& values, const at::Tensor& factors, int64_t rows) const {
-    using A = typename cuda::Types<T>::Accumulate;
-    if (!sum.defined()) return;
-    const at::Tensor partial = partial_sums(rows, values.size(1));
-    const cuda::ProductSums<T> sums{rows,
-                                    values.size(1),
-                                    const_row_pointer<A>(values),
-                                    const_row_pointer<T>(factors),
-                                    row_pointer<A>(partial),
-                                    row_pointer<A>(sum)};
-    check(cuda::product_sums(sums, device_.stream), "product_sums");
-  }
-
-  void add_input_gradient(const at::Tensor& grad_input, const at::Tensor& input_part, const at::Tensor& weight_ih,
-                          bool accumulate) const {
-    if (gradient_type() == dtype_ || grad_input.scalar_type() == sizes_.sum_type) {
-      product(grad_input, input_part, weight_ih, accumulate);
-      return;
-    }
-    const at::Tensor sum = at::empty(grad_input.sizes(), options(gradient_type()));
-    product(sum, input_part, weight_ih);
-    grad_input.copy_(sum);
-  }
-
-  // dL/dU: a product of the gradients of U h of each step with h of the step before.
-  template <typename T>
-  void add_recurrent_gradient(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d,
-                              const at::Tensor& recurrent_part, const at::Tensor& weight_hh) const {
-    const int64_t P = sizes_.output_size;
-    if (sizes_.packed() || resets_.defined() || lengths_.defined() || recurrent_mask_.defined()) {
-      product(weight_hh, recurrent_part.t(), previous_outputs<T>(layer, steps, chunk, d), true);
-      return;
-    }
-    // In dense data, h of the steps before is the same rows of the output, moved by a step.
-    const int64_t moved = d == 1 ? 1 : -1;
-    const int64_t begin = d == 1 ? chunk.begin : std::max<int64_t>(chunk.begin, 1);
-    const int64_t finish = d == 1 ? std::min(chunk.finish, sizes_.steps - 1) : chunk.finish;
-    const auto part_between = [&](int64_t from, int64_t to) {
-      return recurrent_part.narrow(0, (from - chunk.begin) * sizes_.batch, (to - from) * sizes_.batch);
-    };
-    if (begin < finish) {
-      const at::Tensor h = output_.narrow(-1, d * P, P);
-      product(weight_hh, part_between(begin, finish).t(),
-              operand(rows_between(h, steps, begin + moved, finish + moved)), true);
-    }
-    if (chunk.first == 0 && layer.h0.defined()) {
-      const int64_t time = steps.time(0);
-      product(weight_hh, part_between(time, time + 1).t(), operand(layer.h0), true);
-    }
-  }
-
-  // As cuda::PreviousOutputs, for a chunk (rows, P), in gradient_type().
-  template <typename T>
-  at::Tensor previous_outputs(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d) const {
-    using A = typename cuda::Types<T>::Accumulate;
-    using D = typename cuda::Types<T>::Gradient;
-    const int64_t P = sizes_.output_size, first = steps.rows_before(chunk.begin);
-    const at::Tensor h = rows_between(output_.narrow(-1, d * P, P), steps, 0, steps.count());
-    const at::Tensor result = at::empty({steps.rows_before(chunk.finish) - first, P}, options(gradient_type()));
-    for (int64_t n = chunk.first; n < chunk.end;) {
-      cuda::PreviousOutputs<T> args{};
-      args.output_size = P;
-      args.previous_stride = h.stride(0);
-      args.h0 = const_row_pointer<T>(layer.h0);
-      args.reset_h = const_row_pointer<T>(layer.reset_h);
-      args.lengths = const_row_pointer<int64_t>(lengths_);
-      args.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
-      args.reverse = layer.shape.reverse;
-      for (; n < chunk.end && args.count < args.kSteps; ++n) {
-        const Step step = step_at(steps, n);
-        args.steps[args.count++] = {step.rows,
-                                    step.previous_rows,
-                                    const_row_pointer<T>(h, previous_offset(steps, n)),
-                                    row_pointer<D>(result, step.offset - first),
-                                    steps.resets_before(step.time),
-                                    step.time};
-      }
-      check(cuda::previous_outputs(args, device_.stream), "previous_outputs");
-    }
-    return result;
-  }
-
-  // Recomputes the preactivations of a chunk (rows, 4H), by two products over all its steps.
-  template <typename T>
-  at::Tensor preactivations_of(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d) const {
-    const at::Tensor x = rows_between(layer.input, steps, chunk.begin, chunk.finish);
-    const at::Tensor sum = at::empty({x.size(0), 4 * sizes_.hidden_size}, options(sizes_.sum_type));
-    product(sum, x, layer.weight_ih.t());
-    product(sum, in_type(previous_outputs<T>(layer, steps, chunk, d), dtype_), layer.weight_hh.t(), true);
-    if (layer.bias_ih.defined()) sum.add_(layer.bias_ih.to(sizes_.sum_type).add(layer.bias_hh));
-    return in_type(sum, dtype_);
-  }
-
-  const at::Tensor output_;
-  const Saved saved_;
   const at::Tensor grad_output_, grad_h_n_, grad_c_n_, grad_gate_values_, grad_cells_;
-  LayerGradients grads_;                    // sums, and the gradient of the input
-  std::vector<at::ScalarType> norm_types_;  // of the gradients of the parameters of layer normalisation
-  at::Tensor padding_;                      // (all rows, 1), with lengths: whether a row takes no part
 };
 
 }  // namespace
