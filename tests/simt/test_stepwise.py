@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,24 +156,40 @@ CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packe
 AT_ONCE = [("step", name) for name in STEP_CASES] + [
     (kernel, name) for kernel in ("independent", "mailbox") for name in CHUNK_CASES
 ]
+QUICK = (
+    "dense",
+    "in chunks, both directions",
+    "packed, both directions",
+    "resets, packed",
+    "mask, resets",
+    "zoneout",
+)
 
 
-@pytest.mark.parametrize(("kernel", "name"), AT_ONCE)
-@pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
+def of_tier(kernel: str, name: str, dtype: torch.dtype) -> Any:
+    """A few of the persistent kernels' cases for each type in the short tier."""
+    in_short = kernel == "step" or dtype == torch.bfloat16 or name in QUICK
+    label = f"{str(dtype).removeprefix('torch.')}-{kernel}-{name}"
+    return pytest.param(kernel, name, dtype, id=label, marks=() if in_short else pytest.mark.tools)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "dtype"), [of_tier(*case, dtype) for dtype in LOW for case in AT_ONCE]
+)
 def test_steps_at_once(kernel, name, dtype):
     case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
     draws = 1 if name in BIG else 3 if kernel != "step" else 6 if name in OPTIONS else 20
     check(case, dtype, draws, ours=functools.partial(fused, kernel=kernel), equations=True)
 
 
-@pytest.mark.parametrize(("kernel", "name"), AT_ONCE)
-def test_steps_at_once_in_tf32(kernel, name):
+@pytest.mark.parametrize(("kernel", "name", "dtype"), [of_tier(*case, torch.float32) for case in AT_ONCE])
+def test_steps_at_once_in_tf32(kernel, name, dtype):
     """As exact as single products of operands so rounded are."""
     case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
-    expected, ours = cases.expected(case, torch.float32, 0), fused(case, torch.float32, 0, kernel)
-    stepwise = emulated(cases.layer(case, torch.float32, 0), torch.float32, tf32=True)
+    expected, ours = cases.expected(case, dtype, 0), fused(case, dtype, 0, kernel)
+    stepwise = emulated(cases.layer(case, dtype, 0), dtype, tf32=True)
     for result, e in expected.items():
-        bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[torch.float32])
+        bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[dtype])
         assert relative_error(ours[result], e) <= bound, result
 
 
