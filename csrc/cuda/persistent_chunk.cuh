@@ -415,9 +415,13 @@ class PersistentChunk {
       // Addresses are computed anew: beside the weights there are no registers for them. So one cell comes after the
       // other.
       place.row = computed_anew(place.row);
-      const auto step = pass_.step(place);
+      auto step = pass_.step(place);
 #pragma unroll
       for (int k = 0; k < kCells; ++k) {
+        if constexpr (!kBeginsEarly) {  // options have more of them: anew for each cell
+          place.row = computed_anew(place.row);
+          step = pass_.step(place);
+        }
         const Unit at = cell(k);
         Sums sum;
         if constexpr (kMailbox) {
