@@ -79,7 +79,7 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         or (layer["dtype"] == "float32" and not layer["tf32"])
     )
     if layer["kernel"] not in ("auto", "stepwise") and not eligible:
-        assert plan["problem"]
+        assert plan["problem"] and plan["kernel"] == "stepwise"  # a backward pass goes on with that
         return
     assert not plan["problem"] and plan["reasons"]
     of, wanted = plan["persistent"], layer["kernel"]

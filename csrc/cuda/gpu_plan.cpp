@@ -297,6 +297,8 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     }
     if (result.kernel == Kernel::kStep && !no_step.empty()) {
       result.problem = no_step;
+      result.kernel = Kernel::kStepwise;  // for a backward pass, which goes on
+      stepwise();
       return result;
     }
   }

@@ -117,11 +117,6 @@ struct PersistentBackwardPass {
       }
     }
   }
-
- private:
-  LSTM_DEVICE static bool is_cell(const CellBackward<T>& cell, int64_t b, int64_t j) {
-    return b < cell.rows.count && j < cell.hidden_size;
-  }
 };
 
 }  // namespace lstm_ext::cuda

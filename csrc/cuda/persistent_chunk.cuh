@@ -69,6 +69,12 @@ LSTM_DEVICE StepRows step_rows_of(const StepRows& rows, const ChunkOfSteps& c, c
   return result;
 }
 
+// Whether there is a unit j of a row b in the step.
+template <typename Step>
+LSTM_DEVICE bool is_cell(const Step& step, int64_t b, int64_t j) {
+  return b < step.rows.count && j < step.hidden_size;
+}
+
 // ---- pieces: 16 bytes of operands
 
 template <typename D>
@@ -498,7 +504,7 @@ class PersistentChunk {
       piece.w = __shfl_down_sync(kAll, word, 3 * distance);
       return lane % kNumbers == 0;
     } else {
-      // A transposition: at each exchange with the thread `distance` further on, a thread keeps half of the gates.
+      // A transposition: at each exchange with a neighbour, a thread keeps half of the gates.
       uint32_t words[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) words[k] = operand_bits(left[k]);

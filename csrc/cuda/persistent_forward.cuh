@@ -130,11 +130,6 @@ struct PersistentForwardPass {
       cell.c_n[i] = nan;
     }
   }
-
- private:
-  LSTM_DEVICE static bool is_cell(const CellForward<T>& cell, int64_t b, int64_t j) {
-    return b < cell.rows.count && j < cell.hidden_size;
-  }
 };
 
 }  // namespace lstm_ext::cuda

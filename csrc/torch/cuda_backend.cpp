@@ -52,7 +52,8 @@ const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
 }
 
 // What persistent kernels write to if a wait expires: a word for each device, which the host reads without waiting for
-// one. They stay as long as the process.
+// one. They stay as long as the process. With unified addressing, which every 64-bit system has, their address is the
+// same on the devices.
 volatile uint32_t* status_of(int device) {
   static constexpr int kDevices = 64;
   static uint32_t* const words = [] {
@@ -103,17 +104,8 @@ StepwiseDevice current_device(at::ScalarType dtype) {
               "for another one longer than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN. ",
               "If the GPU was busy with other programs, set it to more seconds; LSTM_EXT_CUDA_KERNEL=step takes a ",
               "kernel that waits for nobody");
-  void* status = nullptr;
-  C10_CUDA_CHECK(cudaHostGetDevicePointer(&status, const_cast<uint32_t*>(status_of(index)), 0));
-  return {at::cuda::getCurrentCUDAStream().stream(),
-          &gemm_cublas,
-          cublas_handle(),
-          tf32,
-          kChunkBytes,
-          &facts,
-          request,
-          static_cast<uint32_t*>(status),
-          *limit};
+  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request,
+          const_cast<uint32_t*>(status_of(index)),   *limit};
 }
 
 cuda::DeviceFacts facts_of_device(int index) {

@@ -234,6 +234,25 @@ def test_launches_of_a_step():
             assert launches(1, "step", False, both, resets) == (1, 0)
 
 
+@pytest.mark.parametrize("kernel", ["step", "persistent"])
+def test_a_backward_pass_goes_on_where_the_kernel_cannot(kernel):
+    """What the forward pass has saved is the same for all of them."""
+    layer = cases.layer(Case(), torch.float64, 0)
+    call = (layer.input, layer.h0, layer.c0, layer.weights, None, True, False)
+    gradients = []
+    with emulated_device() as module:
+        call = (*call, module.LayerOptions())
+        *results, saved = module.lstm_layer_forward(*call, True)
+    grads = [torch.ones_like(results[0]), None, None, None, None]
+    for name in ("stepwise", kernel):
+        with emulated_device(kernel=name) as module:
+            gradients.append(
+                module.lstm_layer_backward(*call, *grads, results[0], saved, [True] * 7 + [False] * 2)
+            )
+    for expected, found in zip(*gradients, strict=True):
+        assert (expected is None and found is None) or torch.equal(expected, found)
+
+
 def test_a_refused_launch_is_replaced():
     """Other programs may have multiprocessors that the plan counts on."""
     case, module = Case(steps=9, hidden_size=40, bidirectional=True), stepwise_module()
