@@ -252,7 +252,12 @@ def test_where_amx_pays():
             names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
             assert tuple(plan[f"{name}_planes"] for name in names) == expected
         assert plan_of(sized(20, 32, 128, 128))["outer_planes"] == 3
-        assert plan_of(sized(20, 11, 128, 128))["recurrent_planes"] == 0
+        assert plan_of(sized(20, 7, 128, 128))["recurrent_planes"] == 0
+        assert plan_of(sized(20, 8, 128, 128))["recurrent_planes"] == 3
+        # Of a weight that the second-level cache does not hold, more rows have to share the reading.
+        assert plan_of(sized(20, 11, 512, 512))["recurrent_planes"] == 0
+        assert plan_of(sized(20, 12, 512, 512))["recurrent_planes"] == 3
+        assert plan_of(sized(40, 1, 128, 128), planes=1)["recurrent_planes"] == 1
 
 
 @pytest.mark.alone

@@ -217,7 +217,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     const T* const previous = step.previous.c_row(b);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
     // h_t sees c_t before zoneout, which is not saved.
-    const Reg<T> c = kZoneout ? cell_state<T>(gates, previous ? previous + unit : nullptr, lanes)
+    const Reg<T> c = kZoneout ? cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes})
                               : load_lanes<T>(step.cells + b * H + unit, lanes);
     const Zoneout<T>& zoneout = params.options.zoneout_c;
     Reg<T> grad_c = carried_gradient(b, begins, unit, lanes);

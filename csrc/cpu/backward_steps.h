@@ -286,7 +286,7 @@ class UnfusedBackwardStep {
       T* const out = normalised[row - group.begin] = normalised_c_ + (row - group.begin) * H_;
       for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
         const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
-        store_lanes<T>(out + unit, cell_state<T>(gates, previous ? previous + unit : nullptr, lanes), lanes);
+        store_lanes<T>(out + unit, cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes}), lanes);
       });
     }
     normalise<T>(normalised, group.end - group.begin, H_, factors);

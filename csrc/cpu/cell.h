@@ -31,10 +31,28 @@ struct Cell {
   Reg<T> c, h;     // c_t and o tanh(c_t)
 };
 
+// c_{t-1} of a row, `lanes` numbers, or null for zeros. It is read late: a register would be occupied from the
+// beginning.
 template <typename T>
-LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const T* c_previous, int lanes) {
+struct PreviousCell {
+  const T* at;
+  int lanes;
+  bool there() const { return at != nullptr; }
+  LSTM_EXT_INLINE Reg<T> load() const { return load_lanes<T>(at, lanes); }
+};
+// Of two rows, which are both there.
+template <typename T>
+struct PreviousCell<Two<T>> {
+  const T *a, *b;
+  int lanes;
+  bool there() const { return true; }
+  LSTM_EXT_INLINE Reg<Two<T>> load() const { return {load_lanes<T>(a, lanes), load_lanes<T>(b, lanes)}; }
+};
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCell<T>& previous) {
   const Reg<T> c = gates[kI] * gates[kG];
-  return c_previous ? Simd<T>::fma(gates[kF], load_lanes<T>(c_previous, lanes), c) : c;
+  return previous.there() ? Simd<T>::fma(gates[kF], previous.load(), c) : c;
 }
 template <typename T>
 LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
@@ -43,11 +61,10 @@ LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
 
 constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
 
-// A cell from its preactivations and from the `lanes` numbers of c_{t-1}, or null for zeros. The pointer is read late:
-// a register would be occupied from the beginning. store(c_t) runs as soon as c_t is known: of rows that are no whole
+// A cell from its preactivations and c_{t-1}. store(c_t) runs as soon as c_t is known: of rows that are no whole
 // registers, the load of the next one waits for it.
 template <Nonlinearities kNonlinearities, typename T, typename Store = decltype(kNoStore)>
-LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_previous, int lanes,
+LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const PreviousCell<T>& previous,
                                      const Store& store = kNoStore) {
   Cell<T> cell;
   Gates<T>& gates = cell.gates;
@@ -58,7 +75,7 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
     const Reg<T> inverse = Simd<T>::reciprocal(i.denominator * g.denominator);
     gates[kI] = i.value(g.denominator * inverse);
     gates[kG] = g.value(preactivations[kG], i.denominator * inverse);
-    cell.c = cell_state<T>(gates, c_previous, lanes);
+    cell.c = cell_state<T>(gates, previous);
     store(cell.c);
     const SigmoidTerms<T> o(preactivations[kO]);
     const TanhTerms<T> c(cell.c);
@@ -71,7 +88,7 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const T* c_
     gates[kO] = sigmoid<T>(preactivations[kO]);
     gates[kG] =
         kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
-    cell.c = cell_state<T>(gates, c_previous, lanes);
+    cell.c = cell_state<T>(gates, previous);
     store(cell.c);
     cell.h = hidden_state<T>(gates[kO], cell.c);
   }

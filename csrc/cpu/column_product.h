@@ -82,6 +82,7 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
   }
+  const bool far = tiles * planes.tiles(k_tiles) > kNearNumbers;
   const auto column_of = [&](int64_t tile) LSTM_EXT_LAMBDA_INLINE { return columns.begin + tile * kUnitTileRows; };
   for (int64_t first = 0; first < rows; first += kMostUnitRows) {
     const int64_t height = smaller(kMostUnitRows, rows - first);
@@ -94,17 +95,19 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
       const int64_t end = smaller(tile + 2 * kGroupTiles, tiles);
       for (tile = tile > 0 ? tile : 0; tile < end; ++tile) prefetch(first + row, column_of(tile));
     };
-    Epilogue epilogue([&](int64_t tile, int width, int64_t row, const float* sums) LSTM_EXT_LAMBDA_INLINE {
-      for (int i = 0; i < width; ++i) {
-        const int64_t column = column_of(tile + i);
-        const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
-        Reg<float> before;
-        start(first + row, column, lanes, before);
-        alignas(64) float numbers[kUnitTileRows];
-        Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
-        finish(first + row, column, numbers, lanes);
+    Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+      for (const int64_t end = row + height(); row < end; ++row, sums += kUnitTileRows) {
+        for (int i = 0; i < width; ++i) {
+          const int64_t column = column_of(tile + i);
+          const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
+          Reg<float> before;
+          start(first + row, column, lanes, before);
+          alignas(64) float numbers[kUnitTileRows];
+          Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
+          finish(first + row, column, numbers, lanes);
+        }
+        prefetch_row(next_tile(tile, width), row);
       }
-      prefetch_row(next_tile(tile, width), row);
     });
     const TileGroups groups(tiles);
     for (int64_t row = 0; row < height; ++row) prefetch_row(groups.begin(b.backwards ? groups.count - 1 : 0), row);
@@ -121,12 +124,16 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         RightTiles right = planes.columns(columns.begin, tile, tiles, b.depth);
         right.data += k.begin * right.k_step;
         float* const sums = k_blocks > 1 ? b.scratch.all_sums + tile * row_tiles * kSumsSize : b.scratch.sums(i % 2);
-        multiply_tiles(planes.count, b.scratch.left, height, right, width, k.end - k.begin, sums, block > 0,
-                       epilogue.between());
+        Between between = epilogue.between(planes.count);
+        if (far && i + 1 < groups.count) {
+          const int64_t next = b.backwards ? group - 1 : group + 1;
+          const RightTiles then = planes.columns(columns.begin, groups.begin(next), tiles, b.depth);
+          between.fetch(then.data + k.begin * then.k_step, groups.width(next) * planes.tiles(k.end - k.begin));
+        }
+        multiply_tiles(planes.count, b.scratch.left, height, right, width, k.end - k.begin, sums, block > 0, between);
         if (block + 1 == k_blocks) {
           epilogue.rest();
-          epilogue.begin(tile, width, sums, height, planes.count,
-                         (k.end - k.begin) * row_tiles * divide_up(width, kGroupTiles) / 2);
+          epilogue.begin(tile, width, sums, height);
         }
       }
       epilogue.rest();

@@ -47,6 +47,13 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
+  template <typename N>
+  struct EvenRows {
+    N* data;
+    int64_t step;
+    LSTM_EXT_INLINE N* row(int64_t n) const { return data + n * step; }
+  };
+
   // preactivations += U h_{t-1}, then the cell, for rows of the team that all continue or all begin.
   void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
                   const RowGrid<T>& preactivations) {
@@ -69,21 +76,64 @@ class FusedForwardStep {
     RowGrid<T> pre = preactivations;
     pre.data = preactivations(part.begin);
 
-    const auto finish = [&](int64_t row, int64_t unit, int lanes, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
-      const T* const c_row = replaced          ? pass_.c_rows[row]
-                             : c_previous.data ? c_previous.data + row * c_previous.inner_step
-                                               : nullptr;
+    // All by value: these functions run once a row, where each step from one address to the next counts.
+    const EvenRows<const T> c_from{c_previous.data, c_previous.inner_step};
+    const EvenRows<T> c_to{c.data, c.inner_step}, h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
+    const T* const* const c_rows = pass_.c_rows;
+    const bool saves_gates = params.gate_values != nullptr;
+    const auto finish = [=](int64_t row, int64_t unit, int lanes, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
+      const T* const c_row = replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
       const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
-          sums, c_row ? c_row + unit : nullptr, lanes, [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE {
-            store_lanes<T>(c.data + row * c.inner_step + unit, state, lanes);
-          });
-      store_lanes<T>(hidden.data + row * hidden.inner_step + unit, cell.h, lanes);
-      if (params.gate_values) store_gates<T>(pre.data + row * pre.inner_step + unit, cell.gates, H, lanes);
+          sums, {c_row ? c_row + unit : nullptr, lanes},
+          [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to.row(row) + unit, state, lanes); });
+      store_lanes<T>(h_to.row(row) + unit, cell.h, lanes);
+      if (saves_gates) store_gates<T>(gates.row(row) + unit, cell.gates, H, lanes);
     };
-    const auto finish_tile = [&](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+    // Of a row and the next one.
+    const auto finish_two = [=](int64_t row, int64_t unit, int lanes, const auto& a,
+                                const auto& b) LSTM_EXT_LAMBDA_INLINE {
+      const T* const c_a = replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
+      const T* const c_b = replaced ? c_rows[row + 1] : c_from.data ? c_from.row(row + 1) : nullptr;
+      if (!c_a || !c_b) {
+        finish(row, unit, lanes, {{a[kI], a[kF], a[kG], a[kO]}});
+        finish(row + 1, unit, lanes, {{b[kI], b[kF], b[kG], b[kO]}});
+        return;
+      }
+      using Both = Two<T>;
+      const Cell<Both> cell = cell_forward<Nonlinearities::kSharedDivisions, Both>(
+          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a + unit, c_b + unit, lanes},
+          [&](const Reg<Both>& state) LSTM_EXT_LAMBDA_INLINE {
+            store_lanes<T>(c_to.row(row) + unit, state.a, lanes);
+            store_lanes<T>(c_to.row(row + 1) + unit, state.b, lanes);
+          });
+      store_lanes<T>(h_to.row(row) + unit, cell.h.a, lanes);
+      store_lanes<T>(h_to.row(row + 1) + unit, cell.h.b, lanes);
+      if (!saves_gates) return;
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) {
+        store_lanes<T>(gates.row(row) + unit + gate * H, cell.gates[gate].a, lanes);
+        store_lanes<T>(gates.row(row + 1) + unit + gate * H, cell.gates[gate].b, lanes);
+      }
+    };
+    // Beside the matrix unit a cell has no time to wait for the second-level cache.
+    const auto prefetch = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates.row(row) + unit + gate * H, 1);
+      __builtin_prefetch(c_from.row(row) + unit);
+      __builtin_prefetch(c_to.row(row) + unit, 1);
+      __builtin_prefetch(h_to.row(row) + unit, 1);
+    };
+    const auto finish_tile = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
       constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
+      if constexpr (R <= 2 && kHasMatrixUnit<T>) {
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
+      }
+      constexpr int kPairs = kVectorRegisters == 32 ? R / 2 : 0;  // 16 are too few for two rows
 #pragma GCC unroll kTileRows
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < 2 * kPairs; r += 2) finish_two(row + r, unit, lanes, tile.acc[r], tile.acc[r + 1]);
+#pragma GCC unroll kTileRows
+      for (int r = 2 * kPairs; r < R; ++r) {
         const auto& sums = tile.acc[r];
         finish(row + r, unit, lanes, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
       }
@@ -221,7 +271,7 @@ class UnfusedForwardStep {
         }
       }
       constexpr auto kNonlinearities = kNormalised ? Nonlinearities::kPrecise : Nonlinearities::kOwnDivisions;
-      const Cell<T> cell = cell_forward<kNonlinearities, T>(sums, previous ? previous + unit : nullptr, lanes);
+      const Cell<T> cell = cell_forward<kNonlinearities, T>(sums, {previous ? previous + unit : nullptr, lanes});
       Reg<T> c = cell.c;
       if (options_.zoneout_c.active()) {
         const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();

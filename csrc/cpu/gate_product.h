@@ -233,35 +233,52 @@ class GateProduct {
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth);
     const int64_t most = scratch_.rows_for(count, planes.count);
+    const bool far = (blocks_.end - blocks_.begin) * kGates * planes.tiles(k_tiles) > kNearNumbers;
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
-      const int64_t row_tiles = divide_up(height, kUnitTileRows);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
-      const auto finish_row = [&](int64_t unit, int lanes, const T* start, int64_t row,
-                                  const float* sums) LSTM_EXT_LAMBDA_INLINE {
-        T* const out = pre(first + row) + unit;
-        const T* const before = start ? start + unit : out;
-        Tile<T, 1, kGates> tile;
+      // By value, since it runs for each row or two. Without sums the product is in `pre`.
+      const auto finish_rows = [=, finish = finish](auto height, int64_t unit, int lanes, const T* start, int64_t row,
+                                                    const float* sums) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = height();
+        T* out[R];
+        Tile<T, R, kGates> tile;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          out[r] = pre(first + row + r) + unit;
+          const T* const before = start ? start + unit : out[r];
 #pragma GCC unroll kGates
-        for (int gate = 0; gate < kGates; ++gate) {
-          tile.acc[0][gate] = load_lanes<T>(before + gate * H, lanes);
-          if (sums) tile.acc[0][gate] = Simd<T>::load(sums + gate * kSumsSize) + tile.acc[0][gate];
+          for (int gate = 0; gate < kGates; ++gate) {
+            Reg<T>& sum = tile.acc[r][gate];
+            sum = load_lanes<T>(before + gate * H, lanes);
+            if (sums) sum = Simd<T>::load(sums + r * kUnitTileRows + gate * kSumsSize) + sum;
+          }
         }
-        if (finish(first + row, unit, lanes, tile)) return;
-        if (sums) store_gates<T>(out, {{tile.acc[0][kI], tile.acc[0][kF], tile.acc[0][kG], tile.acc[0][kO]}}, H, lanes);
+        if (finish(first + row, unit, lanes, tile) || !sums) return;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          store_gates<T>(out[r], {{tile.acc[r][kI], tile.acc[r][kF], tile.acc[r][kG], tile.acc[r][kO]}}, H, lanes);
+        }
       };
+      constexpr std::integral_constant<int, 1> kOneRow;
       const bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
-      Epilogue epilogue([&](int64_t block, int, int64_t row, const float* sums)
-                            LSTM_EXT_LAMBDA_INLINE { finish_row(block * kLanes, lanes_in(block), bias, row, sums); });
+      Epilogue epilogue([=](int64_t block, int, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+        const int lanes = static_cast<int>(smaller(H - block * kLanes, kLanes));
+        finish_rows(height, block * kLanes, lanes, bias, row, sums);
+      });
       const Sweep sweep = next_sweep();
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);
         if (splits && planes.splits[place]) {
+          Between between = epilogue.between(planes.count);
+          if (far && i + 1 < sweep.count && !weight.packs_as_used()) {
+            between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data, kGates * planes.tiles(k_tiles));
+          }
           multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
-                         scratch_.sums(block % 2), false, epilogue.between());
+                         scratch_.sums(block % 2), false, between);
           epilogue.rest();
-          epilogue.begin(block, kGates, scratch_.sums(block % 2), height, planes.count, k_tiles * row_tiles);
+          epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;
         }
         epilogue.rest();
@@ -272,7 +289,9 @@ class GateProduct {
         } else {
           one.multiply_unpacked(height, a_part, count, weight, pre_part, bias);
         }
-        for (int64_t row = 0; row < height; ++row) finish_row(block * kLanes, lanes_in(block), nullptr, row, nullptr);
+        for (int64_t row = 0; row < height; ++row) {
+          finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
+        }
       }
       epilogue.rest();
     }

@@ -123,6 +123,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
     const int64_t left_tile = k_tiles * planes * kOperandSize;
     const int64_t most_rows = tiles.rows_for(depth, planes);
+    const bool far = column_tiles * right_planes.tiles(k_tiles) > kNearNumbers;
     const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return right(n + k); };
     const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
     const auto lanes_of = [](int64_t tile, int64_t size)
@@ -162,26 +163,33 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         const int64_t end = smaller(tile + 2 * kGroupTiles, column_tiles);
         for (; tile < end; ++tile) __builtin_prefetch(sums + (first + row) * columns + tile * kUnitTileRows, 1);
       };
-      Epilogue epilogue([&](int64_t tile, int width, int64_t row, const float* terms) LSTM_EXT_LAMBDA_INLINE {
-        float* const out = sums + (first + row) * columns;
-        for (int i = 0; i < width; ++i) {
-          float* const to = out + (tile + i) * kUnitTileRows;
-          const int lanes = lanes_of(tile + i, columns);
-          const Reg<float> sum = Simd<float>::load(terms + i * kSumsSize);
-          store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
-        }
-        prefetch_row(tile + width, row);
-      });
+      Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto rows_at_once, const float* terms)
+                            LSTM_EXT_LAMBDA_INLINE {
+                              for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
+                                float* const out = sums + (first + row) * columns;
+                                for (int i = 0; i < width; ++i) {
+                                  float* const to = out + (tile + i) * kUnitTileRows;
+                                  const int lanes = lanes_of(tile + i, columns);
+                                  const Reg<float> sum = Simd<float>::load(terms + i * kSumsSize);
+                                  store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
+                                }
+                                prefetch_row(tile + width, row);
+                              }
+                            });
       for (int64_t row = 0; row < height; ++row) prefetch_row(0, row);
       const TileGroups groups(column_tiles);
       for (int64_t i = 0; i < groups.count; ++i) {
         const int64_t tile = groups.begin(i);
         const int width = groups.width(i);
+        Between between = epilogue.between(planes);
+        if (far && i + 1 < groups.count) {
+          between.fetch(right_planes.columns(0, groups.begin(i + 1), column_tiles, depth).data,
+                        groups.width(i + 1) * right_planes.tiles(k_tiles));
+        }
         multiply_tiles(planes, tiles.left, height, right_planes.columns(0, tile, column_tiles, depth), width, k_tiles,
-                       tiles.sums(i % 2), false, epilogue.between());
+                       tiles.sums(i % 2), false, between);
         epilogue.rest();
-        epilogue.begin(tile, width, tiles.sums(i % 2), height, planes,
-                       k_tiles * row_tiles * divide_up(width, kGroupTiles) / 2);
+        epilogue.begin(tile, width, tiles.sums(i % 2), height);
       }
       epilogue.rest();
     }

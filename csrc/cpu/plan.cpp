@@ -17,6 +17,7 @@ constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more ofte
 constexpr int64_t kCacheLine = 64;
 constexpr double kUnitCellFeatures = 30;  // a cell costs as much as so many input features, beside the matrix unit
 constexpr double kCacheBytes = 1.5e6;     // of weights that stay in the L2 cache
+constexpr double kFarCacheBytes = 2e6;    // more of a weight's planes do not, whatever else is there
 constexpr double kLoadNumber = 2.0;       // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;    // and from further away
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
@@ -129,16 +130,23 @@ constexpr int64_t kUnitLeftNumbers = 512 * 1024;
 constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
 constexpr int64_t kUnitOuterRows = 64;
 
+bool enough_rows(const UnitLimits& least, int planes, int64_t rows, int64_t weight_numbers) {
+  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kFarCacheBytes;
+  return rows >= (far ? least.far_rows : least.rows)[planes];
+}
+
 // The planes with which a product runs on the matrix unit, or 0: of so many rows with a weight (4H, depth), or with any
 // other matrix (depth, columns).
 int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {
   const UnitLimits& least = machine.unit;
-  const bool worth_it = rows >= least.rows[planes] && hidden_size >= least.units[planes] && depth >= kUnitTileDepth;
+  const bool worth_it = enough_rows(least, planes, rows, 4 * hidden_size * depth) &&
+                        hidden_size >= least.units[planes] && depth >= kUnitTileDepth;
   return least.any() && worth_it ? planes : 0;
 }
 int column_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
   const UnitLimits& least = machine.unit;
-  const bool worth_it = rows >= least.rows[planes] && columns >= least.columns[planes] && depth >= kUnitTileDepth;
+  const bool worth_it =
+      enough_rows(least, planes, rows, depth * columns) && columns >= least.columns[planes] && depth >= kUnitTileDepth;
   return least.any() && worth_it ? planes : 0;
 }
 

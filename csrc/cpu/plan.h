@@ -12,9 +12,10 @@ namespace lstm_ext::cpu {
 // From which sizes on a product is worth it on the matrix unit, by how many planes its operands have (see
 // plane_product.h).
 struct UnitLimits {
-  int64_t rows[4];     // of a step; all 0 where there is no such unit
-  int64_t units[4];    // hidden units, where a weight (4H, n) is the right operand
-  int64_t columns[4];  // of any other right operand
+  int64_t rows[4];      // of a step; all 0 where there is no such unit
+  int64_t far_rows[4];  // the same with a weight that the second-level cache does not hold
+  int64_t units[4];     // hidden units, where a weight (4H, n) is the right operand
+  int64_t columns[4];   // of any other right operand
   // How much faster than fused multiply-adds it is, about, and of how many rows it computes a multiple.
   double speed[4];
   int64_t row_multiple;

@@ -27,6 +27,9 @@ namespace {
 
 constexpr int64_t kGroupTiles = 2;
 
+// bfloat16 numbers of a weight that stay in the second-level cache from one time step to the next.
+constexpr int64_t kNearNumbers = 750 * 1000;
+
 // A right operand's column groups.
 struct RightTiles {
   const uint16_t* data;
@@ -46,6 +49,8 @@ struct UnitPlanes {
   uint8_t* splits;  // for each 16 columns, or of a weight (4H, count) each 16 units: whether all could be split
   int count = 0;    // how many planes
 
+  // Numbers of a column tile over so many k tiles.
+  LSTM_EXT_INLINE int64_t tiles(int64_t k_tiles) const { return k_tiles * count * kOperandSize; }
   // Of a weight (4H, count): two groups, the four gates of 16 units.
   LSTM_EXT_INLINE RightTiles gates(int64_t index, int64_t k_tiles) const {
     const int64_t k_step = kGroupTiles * count * kOperandSize;
@@ -236,55 +241,91 @@ bool split_row_pairs(const Row& row, int64_t column, int lanes, int64_t depth, u
 }
 
 // What is done between some products of tiles: while the unit works, the processor does what else there is to do. It
-// looks only so far ahead that work helps in small portions: after four products, and with one plane after each.
-struct Between {
-  void (*run)(void*) = nullptr;
-  void* with = nullptr;
+// looks only so far ahead that work helps in small portions, evenly spread: after four products or three, with one
+// plane after each, there is a chance for one.
+class Between {
+ public:
+  Between() = default;
+  // run(with), so many times.
+  Between(void (*run)(void*), void* with, int64_t times) : run_(run), with_(with), times_(times) {}
 
-  LSTM_EXT_INLINE void operator()() const {
-    if (run) run(with);
+  // Fetches the tiles that are read next into the second-level cache as well.
+  void fetch(const uint16_t* tiles, int64_t numbers) {
+    at_ = reinterpret_cast<const char*>(tiles);
+    end_ = reinterpret_cast<const char*>(tiles + numbers);
   }
+  // How many chances there are, before the first.
+  void share(int64_t chances) {
+    chances_ = chances;
+    if (chances > 0) at_once_ = divide_up(divide_up(end_ - at_, kLine), chances) * kLine;
+  }
+
+  LSTM_EXT_INLINE void operator()() {
+    for (due_ += times_; due_ >= chances_; due_ -= chances_) run_(with_);
+    const char* const stop = end_ - at_ > at_once_ ? at_ + at_once_ : end_;
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  void (*run_)(void*) = nullptr;
+  void* with_ = nullptr;
+  int64_t times_ = 0, chances_ = 0, due_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t at_once_ = 0;
 };
 
-// What is done with the sums of a block, f(block, column tiles, row, sums of the row): while the next block is
-// multiplied.
+// What is done with the sums of a block while the next one is multiplied: f(block, column tiles, row, height, sums of
+// the row) for two rows at once, or one that is left; `height` is an integral_constant.
 template <typename F>
 class Epilogue {
  public:
   explicit Epilogue(F f) : f_(f) {}
 
-  // `blocks`: how often a k tile meets a block of 2 x 2 tiles in the next product, about.
-  void begin(int64_t block, int columns, const float* sums, int64_t rows, int planes, int64_t blocks) {
-    const int64_t times = blocks * (planes == 3 ? 6 : planes == 2 ? 3 : 4);
+  void begin(int64_t block, int columns, const float* sums, int64_t rows) {
     block_ = block;
     columns_ = columns;
     sums_ = sums;
     next_ = 0;
     rows_ = rows;
-    at_once_ = divide_up(rows, times > 0 ? times : 1);
   }
-  Between between() { return {next_ < rows_ ? &some : nullptr, this}; }
-  void rest() { run(rows_); }
+  // Beside a product of one plane two rows at once, which take turns in waiting. Beside more planes there is time, and
+  // what is smaller leaves the unit waiting less.
+  Between between(int planes) {
+    if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
+    return {&run<1>, this, rows_ - next_};
+  }
+  void rest() {
+    while (next_ < rows_) run<2>(this);
+  }
 
  private:
-  static void some(void* self) {
+  template <int kHeight>
+  __attribute__((noinline)) static void run(void* self) {
     auto& epilogue = *static_cast<Epilogue*>(self);
-    epilogue.run(smaller(epilogue.next_ + epilogue.at_once_, epilogue.rows_));
-  }
-  __attribute__((noinline)) void run(int64_t end) {
-    for (; next_ < end; ++next_) {
-      f_(block_, columns_, next_,
-         sums_ + next_ / kUnitTileRows * columns_ * kSumsSize + next_ % kUnitTileRows * kUnitTileRows);
+    if (epilogue.rows_ - epilogue.next_ >= kHeight) {
+      epilogue.template rows<kHeight>();
+    } else {
+      epilogue.template rows<1>();
     }
+  }
+  template <int kHeight>
+  LSTM_EXT_INLINE void rows() {
+    const auto row = static_cast<uint64_t>(next_);
+    next_ += kHeight;
+    f_(block_, columns_, static_cast<int64_t>(row), std::integral_constant<int, kHeight>{},
+       sums_ + row / kUnitTileRows * columns_ * kSumsSize + row % kUnitTileRows * kUnitTileRows);
   }
 
   F f_;
-  int64_t block_ = 0, next_ = 0, rows_ = 0, at_once_ = 1;
+  int64_t block_ = 0, next_ = 0, rows_ = 0;
   int columns_ = 0;
   const float* sums_ = nullptr;
 };
 
-// Which planes meet, in order: the small products first, and so that a tile is loaded as seldom as may be.
+// Which planes meet, in order, which is part of the result: one side stays from each product to the next, so that few
+// tiles are loaded.
 template <int P>
 struct PlanePairs;
 template <>
@@ -297,7 +338,7 @@ struct PlanePairs<2> {
 };
 template <>
 struct PlanePairs<3> {
-  static constexpr int kLeft[] = {0, 2, 1, 1, 0, 0}, kRight[] = {2, 0, 1, 0, 0, 1};
+  static constexpr int kLeft[] = {0, 0, 1, 1, 2, 0}, kRight[] = {2, 1, 1, 0, 0, 0};
 };
 
 // The column tiles of a range as they are multiplied at once: two groups of a right operand, then one, the last of
@@ -320,7 +361,7 @@ template <int P, int kRows, int kColumns>
 class TileBlock {
  public:
   static void multiply(const uint16_t* left, int64_t left_row_step, const RightTiles& right, int64_t k_tiles,
-                       float* sums, int64_t sums_row_step, bool add, const Between& between) {
+                       float* sums, int64_t sums_row_step, bool add, Between& between) {
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
       constexpr int kTile = row() * kColumns + column();
       if (add) {
@@ -332,54 +373,86 @@ class TileBlock {
     const uint16_t* a = left;
     const uint16_t* b = right.data;
     for (int64_t k = 0; k < k_tiles; ++k, a += P * kOperandSize, b += right.k_step) {
-      step(a, left_row_step, b, right.group_step, between, std::make_integer_sequence<int, kPairs>{});
+      MatrixUnit::keep_awake();
+      step(a, left_row_step, b, right.group_step, between);
     }
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
       MatrixUnit::store<row() * kColumns + column()>(sums + row() * sums_row_step + column() * kSumsSize);
     });
   }
 
+  // How often `between` is called.
+  static constexpr int64_t chances(int64_t k_tiles) {
+    return k_tiles * (kRows == 1 ? kColumns * P : P == 1 ? kRows * kColumns : kPairs);
+  }
+
  private:
   static constexpr int kPairs = sizeof(PlanePairs<P>::kLeft) / sizeof(int);
-  // Registers of operands, after those of sums.
-  static constexpr int kFirstLeft = 4, kFirstRight = kFirstLeft + kRows, kRights = 8 - kFirstRight;
+  // Registers of operands, after those of sums. Of one row tile all planes have a place.
+  static constexpr int kFirstLeft = 4, kLefts = kRows == 1 ? P : kRows;
+  static constexpr int kFirstRight = kFirstLeft + kLefts, kRights = 8 - kFirstRight;
 
   template <typename F>
   LSTM_EXT_INLINE static void each_sum(F&& f) {
-    each(std::make_integer_sequence<int, kRows * kColumns>{}, [&](auto i) LSTM_EXT_LAMBDA_INLINE {
+    each<kRows * kColumns>([&](auto i) LSTM_EXT_LAMBDA_INLINE {
       f(std::integral_constant<int, i() / kColumns>{}, std::integral_constant<int, i() % kColumns>{});
     });
+  }
+  template <int kCount, typename F>
+  LSTM_EXT_INLINE static void each(F&& f) {
+    each(std::make_integer_sequence<int, kCount>{}, f);
   }
   template <typename F, int... I>
   LSTM_EXT_INLINE static void each(std::integer_sequence<int, I...>, F&& f) {
     (f(std::integral_constant<int, I>{}), ...);
   }
 
-  template <int... kPair>
+  // The products of a k tile.
   LSTM_EXT_INLINE static void step(const uint16_t* a, int64_t a_row_step, const uint16_t* b, int64_t b_group_step,
-                                   const Between& between, std::integer_sequence<int, kPair...>) {
-    (pair<kPair>(a, a_row_step, b, b_group_step, between), ...);
+                                   Between& between) {
+    if constexpr (kRows == 1) {
+      each<P>([&](auto plane)
+                  LSTM_EXT_LAMBDA_INLINE { MatrixUnit::load<kFirstLeft + plane()>(a + plane() * kOperandSize); });
+      each<kColumns>([&](auto column) LSTM_EXT_LAMBDA_INLINE { one_column<column()>(b, b_group_step, between); });
+    } else {
+      each<kPairs>([&](auto pair)
+                       LSTM_EXT_LAMBDA_INLINE { one_pair<pair()>(a, a_row_step, b, b_group_step, between); });
+    }
+  }
+
+  // Each plane of a column tile is loaded once, since all planes of the row tile are there.
+  template <int kColumn>
+  LSTM_EXT_INLINE static void one_column(const uint16_t* b, int64_t b_group_step, Between& between) {
+    each<kPairs>([&](auto pair) LSTM_EXT_LAMBDA_INLINE {
+      using Pairs = PlanePairs<P>;
+      constexpr int kPlane = Pairs::kRight[pair()], kRight = kFirstRight + (kColumn * P + kPlane) % kRights;
+      if constexpr (pair() == 0 || kPlane != Pairs::kRight[pair() > 0 ? pair() - 1 : 0]) {
+        constexpr int kTile = kColumn % kGroupTiles * P + kPlane;
+        MatrixUnit::load<kRight>(b + kColumn / kGroupTiles * b_group_step + kTile * kOperandSize);
+      }
+      MatrixUnit::multiply_add<kColumn, kFirstLeft + Pairs::kLeft[pair()], kRight>();
+      if constexpr (pair() == kPairs - 1 || kPlane != Pairs::kRight[pair() + 1 < kPairs ? pair() + 1 : 0]) between();
+    });
   }
 
   template <int kPair>
-  LSTM_EXT_INLINE static void pair(const uint16_t* a, int64_t a_row_step, const uint16_t* b, int64_t b_group_step,
-                                   const Between& between) {
+  LSTM_EXT_INLINE static void one_pair(const uint16_t* a, int64_t a_row_step, const uint16_t* b, int64_t b_group_step,
+                                       Between& between) {
     using Pairs = PlanePairs<P>;
     constexpr int kLeft = Pairs::kLeft[kPair], kRightPlane = Pairs::kRight[kPair];
     constexpr bool kNewLeft = kPair == 0 || kLeft != Pairs::kLeft[kPair > 0 ? kPair - 1 : 0];
     constexpr bool kNewRight = kPair == 0 || kRightPlane != Pairs::kRight[kPair > 0 ? kPair - 1 : 0];
     if constexpr (kNewLeft) {
-      each(std::make_integer_sequence<int, kRows>{}, [&](auto row) LSTM_EXT_LAMBDA_INLINE {
+      each<kRows>([&](auto row) LSTM_EXT_LAMBDA_INLINE {
         MatrixUnit::load<kFirstLeft + row()>(a + row() * a_row_step + kLeft * kOperandSize);
       });
     }
-    each(std::make_integer_sequence<int, kColumns>{}, [&](auto column) LSTM_EXT_LAMBDA_INLINE {
-      constexpr int kRight = kFirstRight + column() % kRights;
-      if constexpr (kNewRight || kColumns > kRights) {
-        constexpr int kTile = column() % kGroupTiles * P + kRightPlane;
-        MatrixUnit::load<kRight>(b + column() / kGroupTiles * b_group_step + kTile * kOperandSize);
+    each<kColumns>([&](auto column) LSTM_EXT_LAMBDA_INLINE {
+      constexpr int kRight = kFirstRight + column();
+      if constexpr (kNewRight) {
+        MatrixUnit::load<kRight>(b + (column() * P + kRightPlane) * kOperandSize);
       }
-      each(std::make_integer_sequence<int, kRows>{}, [&](auto row) LSTM_EXT_LAMBDA_INLINE {
+      each<kRows>([&](auto row) LSTM_EXT_LAMBDA_INLINE {
         MatrixUnit::multiply_add<row() * kColumns + column(), kFirstLeft + row(), kRight>();
         constexpr bool kLast = row() == kRows - 1 && column() == kColumns - 1;
         if constexpr (kLast || P == 1) between();
@@ -392,37 +465,43 @@ class TileBlock {
 // column group, or four, of two.
 template <int P>
 void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right, int columns, int64_t k_tiles,
-                    float* sums, bool add, const Between& between) {
+                    float* sums, bool add, Between between) {
   const int64_t left_row_step = k_tiles * P * kOperandSize;
   const int64_t sums_row_step = columns * kSumsSize;
-  const auto block = [&](int64_t row, auto height, int column, auto width) LSTM_EXT_LAMBDA_INLINE {
+  const auto each_block = [&](auto&& block) LSTM_EXT_LAMBDA_INLINE {
+    constexpr std::integral_constant<int, 1> kOne;
+    constexpr std::integral_constant<int, 2> kTwo;
+    const int64_t row_tiles = divide_up(rows, kUnitTileRows);
+    const int64_t pairs_end = row_tiles / 2 * 2;
+    for (int column = 0; column < columns; column += kGroupTiles) {
+      for (int64_t row = 0; row < pairs_end; row += 2) {
+        if (columns - column > 1) {
+          block(row, kTwo, column, kTwo);
+        } else {
+          block(row, kTwo, column, kOne);
+        }
+      }
+    }
+    if (pairs_end == row_tiles) return;
+    if (columns == 2 * kGroupTiles) {
+      block(pairs_end, kOne, 0, std::integral_constant<int, 4>{});
+    } else if (columns == kGroupTiles) {
+      block(pairs_end, kOne, 0, kTwo);
+    } else {
+      block(pairs_end, kOne, 0, kOne);
+    }
+  };
+  int64_t chances = 0;
+  each_block([&](int64_t, auto height, int, auto width)
+                 LSTM_EXT_LAMBDA_INLINE { chances += TileBlock<P, height(), width()>::chances(k_tiles); });
+  between.share(chances);
+  each_block([&](int64_t row, auto height, int column, auto width) LSTM_EXT_LAMBDA_INLINE {
     RightTiles part = right;
     part.data += column / kGroupTiles * right.group_step;
     TileBlock<P, height(), width()>::multiply(left + row * left_row_step, left_row_step, part, k_tiles,
                                               sums + row * sums_row_step + column * kSumsSize, sums_row_step, add,
                                               between);
-  };
-  constexpr std::integral_constant<int, 1> kOne;
-  constexpr std::integral_constant<int, 2> kTwo;
-  const int64_t row_tiles = divide_up(rows, kUnitTileRows);
-  const int64_t pairs_end = row_tiles / 2 * 2;
-  for (int column = 0; column < columns; column += kGroupTiles) {
-    for (int64_t row = 0; row < pairs_end; row += 2) {
-      if (columns - column > 1) {
-        block(row, kTwo, column, kTwo);
-      } else {
-        block(row, kTwo, column, kOne);
-      }
-    }
-  }
-  if (pairs_end == row_tiles) return;
-  if (columns == 2 * kGroupTiles) {
-    block(pairs_end, kOne, 0, std::integral_constant<int, 4>{});
-  } else if (columns == kGroupTiles) {
-    block(pairs_end, kOne, 0, kTwo);
-  } else {
-    block(pairs_end, kOne, 0, kOne);
-  }
+  });
 }
 
 #else

@@ -71,7 +71,7 @@ class Recompute {
         const int64_t unit = block * Simd<T>::kLanes;
         const int lanes = product_.lanes_in(block);
         const Cell<T> cell = cell_forward<Nonlinearities::kOwnDivisions, T>(
-            load_gates<T>(gate_row + unit, H, lanes), c_previous ? c_previous + unit : nullptr, lanes);
+            load_gates<T>(gate_row + unit, H, lanes), {c_previous ? c_previous + unit : nullptr, lanes});
         store_gates<T>(gate_row + unit, cell.gates, H, lanes);
         if (pass_.shape.projected) store_lanes<T>(pass_.chunk.hidden + (first_row + b) * H + unit, cell.h, lanes);
       }

@@ -245,6 +245,58 @@ struct Simd<double> {
 template <typename T>
 using Reg = typename Simd<T>::Reg;
 
+// The type of a register's numbers.
+template <typename T>
+struct NumberOf {
+  using Type = T;
+};
+template <typename T>
+using Number = typename NumberOf<T>::Type;
+
+template <typename Mask, typename R>
+LSTM_EXT_INLINE R choose(Mask mask, R a, R b) {
+  return mask ? a : b;
+}
+
+// As a T: two registers of T, for functions that are one long chain. Each operation is done to both in turn, so that
+// one chain computes while the other waits.
+template <typename T>
+struct Two;
+template <typename T>
+struct NumberOf<Two<T>> {
+  using Type = T;
+};
+template <typename T>
+struct Simd<Two<T>> {
+  using One = Simd<T>;
+  using R = typename One::Reg;
+  struct Mask {
+    decltype(R{} < R{}) a, b;
+  };
+  struct Reg {
+    R a, b;
+    LSTM_EXT_INLINE friend Reg operator+(Reg x, Reg y) { return {x.a + y.a, x.b + y.b}; }
+    LSTM_EXT_INLINE friend Reg operator-(Reg x, Reg y) { return {x.a - y.a, x.b - y.b}; }
+    LSTM_EXT_INLINE friend Reg operator*(Reg x, Reg y) { return {x.a * y.a, x.b * y.b}; }
+    LSTM_EXT_INLINE friend Reg operator-(Reg x) { return {-x.a, -x.b}; }
+    LSTM_EXT_INLINE friend Mask operator<(Reg x, Reg y) { return {x.a < y.a, x.b < y.b}; }
+    LSTM_EXT_INLINE friend Reg choose(Mask mask, Reg x, Reg y) { return {mask.a ? x.a : y.a, mask.b ? x.b : y.b}; }
+  };
+  LSTM_EXT_INLINE static Reg set1(T x) { return {One::set1(x), One::set1(x)}; }
+  LSTM_EXT_INLINE static Reg fma(Reg x, Reg y, Reg z) { return {One::fma(x.a, y.a, z.a), One::fma(x.b, y.b, z.b)}; }
+  LSTM_EXT_INLINE static Reg at_most(Reg v, T bound) { return {One::at_most(v.a, bound), One::at_most(v.b, bound)}; }
+  LSTM_EXT_INLINE static Reg at_least(Reg v, T bound) { return {One::at_least(v.a, bound), One::at_least(v.b, bound)}; }
+  LSTM_EXT_INLINE static Reg reciprocal(Reg v) { return {One::reciprocal(v.a), One::reciprocal(v.b)}; }
+  LSTM_EXT_INLINE static Reg abs(Reg v) { return {One::abs(v.a), One::abs(v.b)}; }
+  LSTM_EXT_INLINE static Reg copy_sign(Reg magnitude, Reg sign) {
+    return {One::copy_sign(magnitude.a, sign.a), One::copy_sign(magnitude.b, sign.b)};
+  }
+  LSTM_EXT_INLINE static Reg round(Reg v) { return {One::round(v.a), One::round(v.b)}; }
+  LSTM_EXT_INLINE static Reg scale_by_power_of_two(Reg v, Reg n) {
+    return {One::scale_by_power_of_two(v.a, n.a), One::scale_by_power_of_two(v.b, n.b)};
+  }
+};
+
 template <typename T>
 LSTM_EXT_INLINE Reg<T> load_lanes(const T* p, int n) {
   return n == Simd<T>::kLanes ? Simd<T>::load(p) : Simd<T>::load_partial(p, n);

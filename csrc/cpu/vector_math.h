@@ -50,8 +50,8 @@ struct ExpConstants<double> {
 template <typename T>
 LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n, Reg<T>& rest) {
   using S = Simd<T>;
-  using C = ExpConstants<T>;
-  n = S::round(x * S::set1(static_cast<T>(1.44269504088896340736)));
+  using C = ExpConstants<Number<T>>;
+  n = S::round(x * S::set1(static_cast<Number<T>>(1.44269504088896340736)));
   Reg<T> r = S::fma(n, S::set1(-C::kLn2High), x);
   r = S::fma(n, S::set1(-C::kLn2Low), r);
   Reg<T> p = S::set1(C::kQ[C::kTerms - 1]);
@@ -79,17 +79,17 @@ struct SigmoidTerms {
 
   LSTM_EXT_INLINE explicit SigmoidTerms(Reg<T> x) {
     using S = Simd<T>;
-    using C = ExpConstants<T>;
+    using C = ExpConstants<Number<T>>;
     const Reg<T> clamped = S::at_least(S::at_most(x, C::kLimit), -C::kLimit);
     Reg<T> n;
     const Reg<T> p = expm1_reduced<T>(-clamped, n);
-    const Reg<T> one = S::set1(T(1));
+    const Reg<T> one = S::set1(Number<T>(1));
     e = S::scale_by_power_of_two(one + p, n);
     denominator = one + e;
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> inverse) const {
-    const Reg<T> one = Simd<T>::set1(T(1));
-    return e < one ? Simd<T>::fma(-e, inverse, one) : inverse;
+    const Reg<T> one = Simd<T>::set1(Number<T>(1));
+    return choose(e < one, Simd<T>::fma(-e, inverse, one), inverse);
   }
 };
 
@@ -100,25 +100,25 @@ struct TanhTerms {
 
   LSTM_EXT_INLINE explicit TanhTerms(Reg<T> x) {
     using S = Simd<T>;
-    using C = ExpConstants<T>;
+    using C = ExpConstants<Number<T>>;
     const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
     Reg<T> n;
-    const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n);
-    const Reg<T> scale = S::scale_by_power_of_two(S::set1(T(1)), n);
+    const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(Number<T>(-2)), n);
+    const Reg<T> scale = S::scale_by_power_of_two(S::set1(Number<T>(1)), n);
     e = S::fma(p, scale, scale);
-    em1 = S::fma(p, scale, scale - S::set1(T(1)));
-    denominator = em1 + S::set1(T(2));
+    em1 = S::fma(p, scale, scale - S::set1(Number<T>(1)));
+    denominator = em1 + S::set1(Number<T>(2));
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> x, Reg<T> inverse) const {
     using S = Simd<T>;
-    const Reg<T> large = S::fma(-(e + e), inverse, S::set1(T(1)));
-    return S::copy_sign(e < S::set1(T(0.25)) ? large : em1 * inverse, x);
+    const Reg<T> large = S::fma(-(e + e), inverse, S::set1(Number<T>(1)));
+    return S::copy_sign(choose(e < S::set1(Number<T>(0.25)), large, em1 * inverse), x);
   }
   // 1 - tanh(x)^2, for the value: as 4 e / (1 + e)^2 where that has more digits.
   LSTM_EXT_INLINE Reg<T> slope(Reg<T> value, Reg<T> inverse) const {
     using S = Simd<T>;
     const Reg<T> twice = inverse + inverse;
-    return e < S::set1(T(0.25)) ? e * (twice * twice) : S::fma(-value, value, S::set1(T(1)));
+    return choose(e < S::set1(Number<T>(0.25)), e * (twice * twice), S::fma(-value, value, S::set1(Number<T>(1))));
   }
 };
 
@@ -138,11 +138,11 @@ LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
 template <typename T>
 LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
   using S = Simd<T>;
-  using C = ExpConstants<T>;
-  const Reg<T> one = S::set1(T(1)), two = S::set1(T(2));
+  using C = ExpConstants<Number<T>>;
+  const Reg<T> one = S::set1(Number<T>(1)), two = S::set1(Number<T>(2));
   const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
   Reg<T> n, rest;
-  const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(T(-2)), n, rest);
+  const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(Number<T>(-2)), n, rest);
   const Reg<T> scale = S::scale_by_power_of_two(one, n);
   const Reg<T> high = S::fma(p, scale, scale - one);
   const Reg<T> low = S::fma(rest, scale, S::fma(p, scale, (scale - one) - high));

@@ -17,6 +17,7 @@ struct MatrixUnit {
   static void store(float* tile) {
     __builtin_memcpy(tile, &tiles()[kTile], sizeof(Tile));
   }
+  static void keep_awake() {}
   template <int kSum, int kLeft, int kRight>
   static void multiply_add() {
     multiply_add(tiles()[kSum], tiles()[kLeft], tiles()[kRight]);
