@@ -22,7 +22,10 @@ from torch.utils._pytree import tree_leaves
 import lstm_ext
 import lstm_ext.onnx
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporter, about itself
+pytestmark = [
+    pytest.mark.tools,  # ONNX Runtime and the exporters, half a minute
+    pytest.mark.filterwarnings("ignore"),  # of torch's exporter, about itself
+]
 
 I, H = 3, 4
 batch, time = Dim("batch"), Dim("time")

@@ -340,6 +340,7 @@ def run_cpp(code: str, directory: Path, *arguments: Any) -> subprocess.Completed
     return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.tools
 @pytest.mark.devices("cpu")
 def test_cpp_program_calls_the_operators(tmp_path: Path) -> None:
     run = run_cpp(CPP, tmp_path, loader.status().ops_path)

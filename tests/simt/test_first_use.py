@@ -17,7 +17,10 @@ from torch import Tensor
 from lstm_ext.layer import first_use
 from lstm_ext.native import config, loader, selftest_record
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 CPU = torch.device("cpu")
 RIGHT = [("step", False), ("step", True)]
@@ -97,9 +100,7 @@ def recorded() -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
-@pytest.mark.parametrize(
-    "problems", [PROBLEMS[2:], pytest.param(PROBLEMS, marks=pytest.mark.tools)], ids=["small", "all"]
-)
+@pytest.mark.parametrize("problems", [PROBLEMS[2:], PROBLEMS], ids=["small", "all"])
 def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, problems: Any) -> None:
     monkeypatch.setattr(first_use, "PROBLEMS", problems)
     selftest_record.write(CPU, ["stepwise"], [])

@@ -11,7 +11,10 @@ from simt.build import ROOT, compile_driver, missing
 from simt.modes import LATE, MIXED, MODES, Mode, run
 from test_stepwise_kernels import with_mistake
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 DRIVER = ROOT / "tests" / "simt" / "persistent_driver.cpp"
 CUDA = ROOT / "csrc" / "cuda"
@@ -54,7 +57,7 @@ def environments_of(mode: str, types: str) -> Mode:
 @pytest.mark.parametrize(
     ("types", "mode"),
     [
-        *(pytest.param("bfloat16", mode, marks=pytest.mark.tools) for mode in QUICK),
+        *(("bfloat16", mode) for mode in QUICK),
         *(pytest.param("all", mode, marks=pytest.mark.full) for mode in MODES),
     ],
 )
@@ -77,7 +80,7 @@ def test_weights_without_registers() -> None:
 @pytest.mark.parametrize(
     ("types", "seed"),
     [
-        *(pytest.param("bfloat16", seed, marks=pytest.mark.tools) for seed in range(3)),
+        *(("bfloat16", seed) for seed in range(3)),
         *(pytest.param("all", seed, marks=pytest.mark.full) for seed in range(20)),
     ],
 )
@@ -195,7 +198,6 @@ PLANTED = {
 QUICK_PLANTED = ["one word of a piece", "a lost store", "sums of a turn over those of the turn before"]
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [
@@ -214,7 +216,6 @@ def test_planted_mistakes_are_caught(planted: str, mode: str, tmp_path: Path) ->
     assert any(caught), "\n".join(map(said, runs))
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("mode", ["random", "weak"])
 def test_a_mailbox_that_is_not_cleared_is_caught(mode: str) -> None:
     runs = list(run(build_of(mode, "bfloat16"), "no-memset", mode=MODES[mode]))

@@ -17,6 +17,8 @@ from simt import build, nvcc
 from simt.modes import MODES
 from simt.ptx_route import TranslatedKernels, translated
 
+pytestmark = pytest.mark.tools
+
 HERE = Path(__file__).parent
 if build.missing():
     pytest.skip(build.missing(), allow_module_level=True)
@@ -52,7 +54,7 @@ def wrappers_by_gcc(mode: str = "plain", *include_dirs: Path) -> dict[str, str]:
     return wrappers(build.compile_driver([HERE / "wrappers_driver.cpp"], mode, include_dirs=include_dirs))
 
 
-@pytest.mark.parametrize("mode", ["plain", pytest.param("race", marks=pytest.mark.tools)])
+@pytest.mark.parametrize("mode", ["plain", "race"])
 def test_wrappers_do_the_same_on_both_routes(mode: str) -> None:
     by_ptx, by_gcc = wrappers_by_ptx(mode), wrappers_by_gcc(mode)
     assert len(by_ptx) > 20
@@ -124,7 +126,6 @@ def with_mistakes(csrc: Path, mistakes: dict[str, Mistake]) -> None:
     header.write_text(text)
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("name", ROUNDS)
 def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> None:
     mode, mistakes = ROUNDS[name]
@@ -138,7 +139,6 @@ def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> No
         assert found == mistakes.keys() | {"cp_async_wait", "mbarrier_expect_tx", "handover_of_a_piece"}
 
 
-@pytest.mark.tools
 def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
     """Which is why there is a PTX route."""
     mistakes = {f"{name} {wrapper}": m for name, (_, ms) in ROUNDS.items() for wrapper, m in ms.items()}
@@ -156,7 +156,6 @@ def toy_driver(mode: str) -> Path:
     return build.compile_ptx_driver(HERE / "toy_driver.cpp", [translated(HERE / "toy.cu")], mode)
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("schedule", ["fifo", "random", "priority"])
 @pytest.mark.parametrize("kernel", TOYS)
 def test_toy(kernel: str, schedule: str) -> None:
@@ -166,7 +165,6 @@ def test_toy(kernel: str, schedule: str) -> None:
     assert status == 0, text
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("kernel", TOYS)
 def test_toy_has_no_races(kernel: str) -> None:
     status, text = run(toy_driver("race"), kernel, SIMT_SCHEDULE="random")
@@ -177,7 +175,6 @@ def mailbox_driver(mode: str) -> Path:
     return build.compile_ptx_driver(HERE / "mailbox_driver.cpp", [translated(HERE / "toy.cu")], mode)
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("mode", ["weak", "torn", "race-random"])
 def test_mailbox(mode: str) -> None:
     for settings in MODES[mode].environments:
@@ -199,7 +196,6 @@ MAILBOX_BUGS = {
 }
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("bug", MAILBOX_BUGS)
 def test_planted_bug_in_the_mailbox_is_found(bug: str) -> None:
     mode, message = MAILBOX_BUGS[bug]
@@ -229,7 +225,6 @@ BUGS = {
 }
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
     kernel, mode, message = BUGS[bug]
@@ -244,7 +239,6 @@ def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
 STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize(
     ("mode", "schedule", "architecture"),
     [
@@ -266,7 +260,6 @@ TORN = {"SIMT_STORES": "mixed", "SIMT_PIECES": "torn"}
 STEP = [nvcc.CSRC / "cuda" / f"step_{name}.cu" for name in ("f32", "f16", "bf16")]
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize(
     ("mode", "schedule", "architecture"),
     [

@@ -8,7 +8,10 @@ import pytest
 from build import ROOT, compile_driver, missing
 from test_stepwise_kernels import MODES, is_caught, name_of_mode, run, with_mistake
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 DRIVER = ROOT / "tests" / "simt" / "step_driver.cpp"
 
@@ -130,7 +133,6 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [

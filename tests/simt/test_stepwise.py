@@ -23,6 +23,8 @@ import internals
 from cases import CASES, LOW, OPTIONS, Case, Layer, check, with_strides
 from judge import EPS, relative_error
 
+pytestmark = pytest.mark.tools
+
 
 def emulated(
     layer: Layer, dtype: torch.dtype, tf32: bool = False, kernel: str = "stepwise"
@@ -156,33 +158,24 @@ CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packe
 AT_ONCE = [("step", name) for name in STEP_CASES] + [
     (kernel, name) for kernel in ("independent", "mailbox") for name in CHUNK_CASES
 ]
-QUICK = (
-    "dense",
-    "in chunks, both directions",
-    "packed, both directions",
-    "resets, packed",
-    "mask, resets",
-    "zoneout",
-)
 
 
-def of_tier(kernel: str, name: str, dtype: torch.dtype) -> Any:
-    """A few of the persistent kernels' cases for each type in the short tier."""
-    in_short = kernel == "step" or dtype == torch.bfloat16 or name in QUICK
-    label = f"{str(dtype).removeprefix('torch.')}-{kernel}-{name}"
-    return pytest.param(kernel, name, dtype, id=label, marks=() if in_short else pytest.mark.tools)
+def at_once(*dtypes: torch.dtype) -> list[Any]:
+    return [
+        pytest.param(kernel, name, dtype, id=f"{str(dtype).removeprefix('torch.')}-{kernel}-{name}")
+        for dtype in dtypes
+        for kernel, name in AT_ONCE
+    ]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "name", "dtype"), [of_tier(*case, dtype) for dtype in LOW for case in AT_ONCE]
-)
+@pytest.mark.parametrize(("kernel", "name", "dtype"), at_once(*LOW))
 def test_steps_at_once(kernel, name, dtype):
     case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
     draws = 1 if name in BIG else 3 if kernel != "step" else 6 if name in OPTIONS else 20
     check(case, dtype, draws, ours=functools.partial(fused, kernel=kernel), equations=True)
 
 
-@pytest.mark.parametrize(("kernel", "name", "dtype"), [of_tier(*case, torch.float32) for case in AT_ONCE])
+@pytest.mark.parametrize(("kernel", "name", "dtype"), at_once(torch.float32))
 def test_steps_at_once_in_tf32(kernel, name, dtype):
     """As exact as single products of operands so rounded are."""
     case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)

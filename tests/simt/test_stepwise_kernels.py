@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from build import ROOT, compile_driver, missing
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 DRIVER = ROOT / "tests" / "simt" / "stepwise_driver.cpp"
 
@@ -27,7 +30,7 @@ MODES = [
     ("plain", {"SIMT_SCHEDULE": "random", "SIMT_SEED": "2"}),
     ("plain", {"SIMT_SCHEDULE": "priority", "SIMT_SEED": "3"}),
     pytest.param("asan", {"SIMT_SCHEDULE": "fifo"}, marks=pytest.mark.full),
-    pytest.param("race", {"SIMT_SCHEDULE": "random"}, marks=pytest.mark.tools),
+    ("race", {"SIMT_SCHEDULE": "random"}),
 ]
 
 
@@ -88,7 +91,6 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize(
     ("planted", "mode"),
     [
