@@ -184,10 +184,10 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
 def convert(
     model: _Model, *, skip: Iterable[str] = (), as_torchs: bool = False, subclasses: bool = False
 ) -> _Model:
-    """Make every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` an LSTM or cell of this package, in place.
+    """Turn every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
 
     The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
-    reference to them stays valid, and everything that belongs to them is kept: the parameters, and an optimizer that
+    reference to them stays valid. Everything that belongs to them is kept: the parameters, and an optimizer that
     holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their handles;
     attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``, pruning and
     parametrizations; plain lists of layers; ``torch.compile``, which compiles again at the next call. A module that
@@ -197,23 +197,23 @@ def convert(
         model: any module; it may itself be an LSTM, and it may be compiled.
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
-        as_torchs: whether the layers are to be :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which
-            ``isinstance(layer, torch.nn.LSTM)`` holds: for a model that goes into other people's code. Then
-            ``torch.compile`` breaks the graph at them, as at torch's own.
+        as_torchs: whether the layers become :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which
+            ``isinstance(layer, torch.nn.LSTM)`` holds. This is for a model that is passed to other people's code.
+            ``torch.compile`` then breaks the graph at the layers, as at torch's own.
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
-            too. That code is kept, and its ``super().forward(...)`` becomes ours. Subclasses that override nothing
-            are always converted. Both stay instances of their class and of torch's.
+            too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
+            override nothing are always converted. Both kinds stay instances of their class and of torch's.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module; or there are LSTMs that cannot be converted. The text gives the
-            name, class and reason of each: a subclass of ``torch.nn.LSTM`` or ``LSTMCell`` with code of its own,
-            without ``subclasses=True``; a ``forward`` (or a method that it calls) replaced on the instance; a layer
-            compiled by TorchScript; a quantized layer. Nothing has been changed then: either deal with these modules
-            first or ``skip`` them.
-        ValueError: a name in ``skip`` that the model does not have.
+        TypeError: ``model`` is not a module; or it has LSTMs that cannot be converted. The text gives the
+            name, class and reason of each. The reasons are: a subclass of ``torch.nn.LSTM`` or ``LSTMCell`` with code
+            of its own, without ``subclasses=True``; a ``forward`` (or a method that it calls) replaced on the
+            instance; a layer compiled by TorchScript; a quantized layer. Nothing has been changed then. Change these
+            modules first, or ``skip`` them.
+        ValueError: ``skip`` has a name that the model does not have.
     """
     return _change_classes(model, _OURS, "convert", skip, as_torchs, subclasses)
 

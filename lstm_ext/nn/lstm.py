@@ -266,13 +266,14 @@ class LSTM(ScriptedLSTM):
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Compute one time step: the streaming path.
+        """Compute one time step, for streaming.
 
-        ``forward`` on T steps equals T calls of ``step`` that pass on the state: on the CPU, in float32 and float64, to
-        the bit if T * B is at most 32, else within rounding.
+        T calls of ``step``, each with the state of the call before, equal one call of ``forward`` on the T steps. On
+        the CPU, in float32 and float64, the bits are the same if T * B is at most 32; else the results are equal
+        within rounding.
 
         Args:
-            x_t: (B, I), or (I,) without a batch.
+            x_t: (B, I), or (I,) without a batch; dtype and device as the input of :meth:`forward`.
             hx: ``(h, c)`` as in :meth:`forward`: (L, B, P) and (L, B, H), without the B for unbatched input;
                 None for zeros.
 
@@ -280,7 +281,7 @@ class LSTM(ScriptedLSTM):
             ``(y_t, (h, c))``: the last layer's h, (B, P) or (P,), and the states to pass to the next call.
 
         Raises:
-            RuntimeError: the layer is bidirectional (there is no reverse direction without the future), or it
+            RuntimeError: the layer is bidirectional (its reverse direction needs the steps that follow), or it
                 is in training mode with dropout, recurrent_dropout or zoneout.
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
 
