@@ -68,8 +68,8 @@ struct MatrixUnit : Avx512Bfloat16 {
   LSTM_EXT_INLINE static void store(float* tile) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(tile), "r"(int64_t{64}), "i"(kTile) : "memory");
   }
-  // Once in some products. A processor (Xeon of the sixth generation) puts its other vector units to sleep 0.6 us after
-  // they last computed in floating point, and the next store of a tile waits 0.3 us until they are back.
+  // Once in some products. The Xeon that was measured puts its vector units to sleep 0.6 us after they last computed in
+  // floating point, and the next store of a tile waits 0.3 us until they are back.
   LSTM_EXT_INLINE static void keep_awake() {
     Reg<float> zero = Simd<float>::zero();
     asm volatile("vaddps %0, %0, %0" : "+v"(zero));
