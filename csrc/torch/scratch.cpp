@@ -109,12 +109,8 @@ class ScratchAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     Block* block = kept().take(bytes);
     if (!block) {
-      // What fills at least half of a huge page gets a whole one: weights that a second-level cache could hold fall out
-      // of it where they lie in small pages anywhere in memory.
-      const size_t rest = bytes % kHugePage;
-      const size_t unit = rest >= kHugePage / 2 ? kHugePage : kAlignment;
-      const size_t rounded = (bytes + unit - 1) / unit * unit;
-      const size_t alignment = rounded >= kHugePage ? kHugePage : kAlignment;
+      const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+      const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
       void* data = nullptr;
       if (posix_memalign(&data, alignment, rounded) != 0) throw std::bad_alloc();
       advise_huge_pages(data, rounded);
