@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import harness
@@ -64,7 +65,8 @@ def is_large(result: Result) -> bool:
 
 
 # What the project asks for: cases of a group, and which side stands against torch or the best of all others.
-GOALS = (
+Goal = tuple[str, str, bool, str, Callable[[Result], bool], str, bool]
+GOALS: tuple[Goal, ...] = (
     ("float32 inference, H >= 128 and B >= 16", "inference", False, "float32", is_large, "ours", False),
     ("float32 training, the same", "training", True, "float32", is_large, "ours", False),
     ("bfloat16 inference", "dtypes", False, "bfloat16", lambda _: True, "ours", False),
@@ -83,28 +85,32 @@ GOALS = (
 )
 
 
+def ratios_of(record: Result, goal: Goal, threads: int) -> list[float]:
+    """The times of torch, or of the best peer, over those of the side that a goal is for."""
+    _, group, training, dtype, counts, side, over_all = goal
+    peers = ("torch", "onnxruntime", "openvino")[: None if over_all else 1]
+    return [
+        min(sides[peer]["median"] for peer in peers if peer in sides) / sides[side]["median"]
+        for sides in (
+            r["sides"]
+            for r in record["results"]
+            if (r["group"], r["training"], r["dtype"], r["threads"]) == (group, training, dtype, threads)
+            and side in r["sides"]
+            and counts(r)
+        )
+    ]
+
+
 def goals(record: Result) -> list[str]:
     """Geometric mean and worst of the shapes that the project has goals for."""
-    peers = ("torch", "onnxruntime", "openvino")
     rows = []
-    for name, group, training, dtype, counts, side, over_all in GOALS:
+    for goal in GOALS:
         cells: list[str] = []
         for threads in (1, 2):
-            ratios = [
-                min(sides[peer]["median"] for peer in (peers if over_all else peers[:1]) if peer in sides)
-                / sides[side]["median"]
-                for sides in (
-                    r["sides"]
-                    for r in record["results"]
-                    if (r["group"], r["training"], r["dtype"], r["threads"])
-                    == (group, training, dtype, threads)
-                    and side in r["sides"]
-                    and counts(r)
-                )
-            ]
+            ratios = ratios_of(record, goal, threads)
             cells.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "")
         if any(cells):
-            rows.append([name, "the best side" if over_all else "torch", *cells])
+            rows.append([goal[0], "the best side" if goal[-1] else "torch", *cells])
     head = ["shapes", "over", "1 thread", "2 threads"]
     return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
 

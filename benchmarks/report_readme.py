@@ -15,16 +15,17 @@ from pathlib import Path
 
 import harness
 from report import replace_block
+from report_bench import GOALS, ratios_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = {
     "avx512": "cpu_epyc_zen5_2_cores.json",
     "avx2": "cpu_epyc_zen3_2_cores.json",
     "contract": "contract_epyc_zen5_2_cores.json",
-    "amx": "cpu_xeon_amx_2_cores.json",
     "contract_amx": "contract_xeon_amx_2_cores.json",
     "torchrl": "torchrl_cpu.json",
     "suite": "suite_epyc_zen5_2_cores.json",
+    "suite_amx": "suite_xeon_amx_2_cores.json",
 }
 PEERS = ("torch", "onnxruntime", "openvino")
 LARGE = 256  # hidden units from which the layer gains little without a matrix unit, with a batch
@@ -67,6 +68,19 @@ def beside_peers(suite: dict) -> str:
     )
 
 
+def on_matrix_units(suite: dict) -> str:
+    """float32 with at least 16 rows and 128 units, over torch's layer."""
+    inference, training = (
+        [ratio for threads in (1, 2) for ratio in ratios_of(suite, goal, threads)] for goal in GOALS[:2]
+    )
+    return (
+        f"- **Matrix units** (AMX): float32 with B >= 16 and H >= 128, {len(inference)} cases, is "
+        f"**{harness.geometric_mean(inference):.2f}×** as fast as torch in inference ({min(inference):.2f}× in the "
+        f"worst case) and **{harness.geometric_mean(training):.2f}×** in training ({min(training):.2f}×), with an "
+        f"error below that of float32 arithmetic. `make bench`, {linked('suite_amx')}"
+    )
+
+
 def bfloat16(record: dict) -> list[float]:
     return [r["bfloat16_over_torch"] for r in record["results"] if r["group"] == "16-bit"]
 
@@ -102,10 +116,7 @@ def faster(records: dict[str, dict]) -> str:
             f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
             f"{training['cases']} cases, {training['worst']:.2f}× in the worst. `make bench-quick`, {linked('avx512')}",
             beside_peers(records["suite"]),
-            f"- **Matrix units** (AMX): float32 with a batch and H >= 128 is "
-            f"**{of_batches(records['amx'], 'inference', 128)}** as fast in inference and "
-            f"**{of_batches(records['amx'], 'training', 128)}** in training, with an error below that of float32 "
-            f"arithmetic. `make bench-quick`, {linked('amx')}",
+            on_matrix_units(records["suite_amx"]),
             f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
             f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
             f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "

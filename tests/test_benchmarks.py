@@ -176,7 +176,11 @@ def test_memory_of_recompute(tmp_path):
             [
                 ("report.py", "cpu_epyc_zen5_2_cores.json"),
                 ("report.py", "cpu_epyc_zen3_2_cores.json", "--block", "bench-avx2"),
+                ("report.py", "cpu_xeon_amx_2_cores.json", "--block", "bench-amx"),
                 ("report_bench.py", "suite_epyc_zen5_2_cores.json"),
+                ("report_bench.py", "suite_epyc_zen5_avx2_2_cores.json", "--block", "bench-suite-avx2"),
+                ("report_bench.py", "suite_xeon_amx_2_cores.json", "--block", "bench-suite-amx"),
+                ("report_bench.py", "suite_xeon_avx512_2_cores.json", "--block", "bench-suite-xeon"),
                 ("report_contract.py", "contract_epyc_zen5_2_cores.json"),
                 ("report_contract.py", "contract_xeon_amx_2_cores.json", "--block=-amx"),
             ],
