@@ -82,7 +82,7 @@ FAULTS: dict[str, Fault] = {
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
     "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;", UNIT),
-    "cpu/plane_product.h": Fault("kRight[] = {2, 0, 1, 0, 0, 1};", "kRight[] = {2, 0, 1, 0, 0, 0};", UNIT),
+    "cpu/plane_product.h": Fault("kRight[] = {2, 1, 1, 0, 0, 0};", "kRight[] = {2, 0, 1, 0, 0, 0};", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, width)",

@@ -120,6 +120,7 @@ def training_step(module: nn.Module, *args) -> list[Tensor]:
 
 
 @pytest.mark.devices("cpu")  # CUDA needs Triton; tests/cuda_checks.py compiles where it is
+@pytest.mark.tools
 def test_inductor() -> None:
     model = Model()
     graphs = Graphs("inductor")

@@ -15,6 +15,8 @@ from torch import nn
 
 import lstm_ext
 
+pytestmark = pytest.mark.tools  # takes long
+
 # A run takes about five seconds; a processor that is busy elsewhere may need many more.
 TIMEOUT = 120
 # After four updates, in float64: the sums over the batch are taken in another order.

@@ -22,6 +22,8 @@ import lstm_ext
 import lstm_ext.info
 from lstm_ext.native import loader
 
+pytestmark = pytest.mark.tools  # takes long
+
 T, B, I, H = 5, 3, 2, 4
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aoti_inference"
 
@@ -236,7 +238,6 @@ def test_where_the_operators_are(monkeypatch: pytest.MonkeyPatch) -> None:
         lstm_ext.info.operators_library()
 
 
-@pytest.mark.tools
 def test_example_in_cpp(tmp_path: Path) -> None:
     """Builds and runs examples/aoti_inference by its Makefile, and loads the package into Python as well."""
     paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]

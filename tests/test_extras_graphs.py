@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 import lstm_ext
 from lstm_ext.layer import equations
 
+pytestmark = pytest.mark.tools  # takes long
+
 T, B, I, H = 5, 3, 2, 4
 BATCH_SIZES = [3, 2, 2, 1, 1]
 OP = "lstm_layer"
@@ -280,7 +282,6 @@ def test_a_saved_program_runs_where_only_the_operators_are_known():
     assert run.returncode == 0, run.stderr.decode()
 
 
-@pytest.mark.tools
 def test_ahead_of_time(tmp_path):
     """AOTInductor calls the operator from C++; lists without a tensor and numbers are among its arguments."""
     model = Exported().eval()

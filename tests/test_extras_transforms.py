@@ -140,6 +140,7 @@ IN_ONNX = [
 ]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("name", "call"), IN_ONNX)
 def test_onnx(name, call):
     pytest.importorskip("onnxscript")

@@ -368,6 +368,7 @@ def test_capability_by_name():
     assert run.returncode != 0 and "LSTM_EXT_CPU_CAPABILITY: expected 'amx', 'avx512_bf16'" in run.stderr
 
 
+@pytest.mark.tools
 def test_baseline_contains_no_newer_instructions():
     """Code outside the kernels of a set, and the baseline kernels, must run on every x86-64 CPU."""
     if shutil.which("objdump") is None:

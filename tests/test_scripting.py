@@ -356,6 +356,7 @@ def needs_several_operators(layers: int) -> None:
         pytest.skip("torch 2.11 cannot export two of its operators to ONNX")
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("has_hx", [False, True], ids=["", "hx"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 def test_onnx_export_by_torch_alone(options, has_hx):
@@ -368,6 +369,7 @@ def test_onnx_export_by_torch_alone(options, has_hx):
     torch.testing.assert_close(results, [output, *states])
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("kind", [lstm_ext.LSTMCell, lstm_ext.TorchLSTM])
 def test_onnx_export_of_others_by_torch_alone(kind):
     layer, x = kind(3, 4), torch.randn(2, 3)
@@ -376,6 +378,7 @@ def test_onnx_export_of_others_by_torch_alone(kind):
         torch.testing.assert_close(results[0], layer(x)[0])
 
 
+@pytest.mark.tools
 def test_onnx_export_by_torch_alone_with_a_batch_that_changes():
     needs_several_operators(2)
     layer, batch = lstm_ext.LSTM(3, 4, 2, bidirectional=True), torch.export.Dim("batch")
@@ -385,6 +388,7 @@ def test_onnx_export_by_torch_alone_with_a_batch_that_changes():
         torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
 
 
+@pytest.mark.tools
 def test_onnx_export_by_torch_alone_takes_options_in_basic_operators():
     layer, x = lstm_ext.LSTM(3, 4, zoneout=0.1, layer_norm=True), torch.randn(5, 2, 3)
     model = exported(layer, (x,))
@@ -393,6 +397,7 @@ def test_onnx_export_by_torch_alone_takes_options_in_basic_operators():
         torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
 
 
+@pytest.mark.tools
 def test_onnx_export_by_torch_alone_refuses_a_time_that_changes():
     pytest.importorskip("onnxscript")
     shapes = ({0: torch.export.Dim("time")},)
@@ -400,6 +405,7 @@ def test_onnx_export_by_torch_alone_refuses_a_time_that_changes():
         exported(lstm_ext.LSTM(3, 4), (torch.randn(5, 2, 3),), dynamic_shapes=shapes)
 
 
+@pytest.mark.tools
 def test_onnx_export_by_torch_with_our_table():
     pytest.importorskip("onnxscript")
     from lstm_ext import onnx
