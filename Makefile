@@ -46,7 +46,8 @@ build: $(EXTENSION)
 test: build
 	$(PYTEST) $(ARGS)
 
-# What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks. .ci/run runs it as well.
+# What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks; and what takes long: the CUDA
+# kernels on the emulator, exports, several processes. .ci/run runs it as well.
 test-tools: build
 	$(PYTEST) -m 'tools and not full' $(ARGS)
 
@@ -61,7 +62,7 @@ durations: build
 	  $(PY) tests/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
 	done
 
-# One wrong line in each kernel file, one after the other: does `make test` see it? An hour.
+# One wrong line in each kernel file, one after the other: do the tests of its part see it? An hour.
 planted: build
 	$(PY) tests/planted.py $(ARGS)
 

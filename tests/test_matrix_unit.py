@@ -251,7 +251,8 @@ def test_where_amx_pays():
             plan = plan_of(sized(20, 32, 64, 64), planes=planes)
             names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
             assert tuple(plan[f"{name}_planes"] for name in names) == expected
-        assert plan_of(sized(20, 32, 128, 128))["outer_planes"] == 3
+        assert plan_of(sized(20, 32, 79, 79))["outer_planes"] == 0
+        assert plan_of(sized(20, 32, 80, 80))["outer_planes"] == 3
         assert plan_of(sized(20, 7, 128, 128))["recurrent_planes"] == 0
         assert plan_of(sized(20, 8, 128, 128))["recurrent_planes"] == 3
         # Of a weight that the second-level cache does not hold, more rows have to share the reading.

@@ -82,7 +82,7 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
   }
-  const bool far = tiles * planes.tiles(k_tiles) > kNearNumbers;
+  const bool far = planes.far(tiles, k_tiles);
   const auto column_of = [&](int64_t tile) LSTM_EXT_LAMBDA_INLINE { return columns.begin + tile * kUnitTileRows; };
   for (int64_t first = 0; first < rows; first += kMostUnitRows) {
     const int64_t height = smaller(kMostUnitRows, rows - first);
@@ -128,7 +128,7 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         if (far && i + 1 < groups.count) {
           const int64_t next = b.backwards ? group - 1 : group + 1;
           const RightTiles then = planes.columns(columns.begin, groups.begin(next), tiles, b.depth);
-          between.fetch(then.data + k.begin * then.k_step, groups.width(next) * planes.tiles(k.end - k.begin));
+          between.fetch(then.data + k.begin * then.k_step, groups.width(next) * planes.tile_numbers(k.end - k.begin));
         }
         multiply_tiles(planes.count, b.scratch.left, height, right, width, k.end - k.begin, sums, block > 0, between);
         if (block + 1 == k_blocks) {

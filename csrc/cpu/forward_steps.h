@@ -47,6 +47,7 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
+  // Rows at one distance, in as few numbers as that takes.
   template <typename N>
   struct EvenRows {
     N* data;
@@ -81,8 +82,11 @@ class FusedForwardStep {
     const EvenRows<T> c_to{c.data, c.inner_step}, h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
     const T* const* const c_rows = pass_.c_rows;
     const bool saves_gates = params.gate_values != nullptr;
+    const auto c_before = [=](int64_t row) LSTM_EXT_LAMBDA_INLINE {
+      return replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
+    };
     const auto finish = [=](int64_t row, int64_t unit, int lanes, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
-      const T* const c_row = replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
+      const T* const c_row = c_before(row);
       const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
           sums, {c_row ? c_row + unit : nullptr, lanes},
           [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to.row(row) + unit, state, lanes); });
@@ -92,8 +96,7 @@ class FusedForwardStep {
     // Of a row and the next one.
     const auto finish_two = [=](int64_t row, int64_t unit, int lanes, const auto& a,
                                 const auto& b) LSTM_EXT_LAMBDA_INLINE {
-      const T* const c_a = replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
-      const T* const c_b = replaced ? c_rows[row + 1] : c_from.data ? c_from.row(row + 1) : nullptr;
+      const T *const c_a = c_before(row), *const c_b = c_before(row + 1);
       if (!c_a || !c_b) {
         finish(row, unit, lanes, {{a[kI], a[kF], a[kG], a[kO]}});
         finish(row + 1, unit, lanes, {{b[kI], b[kF], b[kG], b[kO]}});

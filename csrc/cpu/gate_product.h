@@ -233,7 +233,7 @@ class GateProduct {
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth);
     const int64_t most = scratch_.rows_for(count, planes.count);
-    const bool far = (blocks_.end - blocks_.begin) * kGates * planes.tiles(k_tiles) > kNearNumbers;
+    const bool far = planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
@@ -273,7 +273,8 @@ class GateProduct {
         if (splits && planes.splits[place]) {
           Between between = epilogue.between(planes.count);
           if (far && i + 1 < sweep.count && !weight.packs_as_used()) {
-            between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data, kGates * planes.tiles(k_tiles));
+            between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data,
+                          kGates * planes.tile_numbers(k_tiles));
           }
           multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
                          scratch_.sums(block % 2), false, between);

@@ -123,7 +123,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
     const int64_t left_tile = k_tiles * planes * kOperandSize;
     const int64_t most_rows = tiles.rows_for(depth, planes);
-    const bool far = column_tiles * right_planes.tiles(k_tiles) > kNearNumbers;
+    const bool far = right_planes.far(column_tiles, k_tiles);
     const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return right(n + k); };
     const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
     const auto lanes_of = [](int64_t tile, int64_t size)
@@ -184,7 +184,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         Between between = epilogue.between(planes);
         if (far && i + 1 < groups.count) {
           between.fetch(right_planes.columns(0, groups.begin(i + 1), column_tiles, depth).data,
-                        groups.width(i + 1) * right_planes.tiles(k_tiles));
+                        groups.width(i + 1) * right_planes.tile_numbers(k_tiles));
         }
         multiply_tiles(planes, tiles.left, height, right_planes.columns(0, tile, column_tiles, depth), width, k_tiles,
                        tiles.sums(i % 2), false, between);

@@ -16,8 +16,7 @@ constexpr int64_t kChunkRows = 48;           // ... but the weights must be used
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
 constexpr int64_t kCacheLine = 64;
 constexpr double kUnitCellFeatures = 30;  // a cell costs as much as so many input features, beside the matrix unit
-constexpr double kCacheBytes = 1.5e6;     // of weights that stay in the L2 cache
-constexpr double kFarCacheBytes = 2e6;    // more of a weight's planes do not, whatever else is there
+constexpr double kWholeCacheBytes = 2e6;  // of weights that could stay there with nothing else
 constexpr double kLoadNumber = 2.0;       // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;    // and from further away
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
@@ -131,7 +130,7 @@ constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
 constexpr int64_t kUnitOuterRows = 64;
 
 bool enough_rows(const UnitLimits& least, int planes, int64_t rows, int64_t weight_numbers) {
-  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kFarCacheBytes;
+  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kWholeCacheBytes;
   return rows >= (far ? least.far_rows : least.rows)[planes];
 }
 

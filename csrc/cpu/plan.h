@@ -112,6 +112,7 @@ struct BackwardPlan {
   int64_t workspace_bytes = 0;
 };
 
+constexpr double kCacheBytes = 1.5e6;  // of weights that stay in the second-level cache from one step to the next
 constexpr int64_t kUnitTileRows = 16, kUnitTileDepth = 32;  // of an operand of the matrix unit
 constexpr int64_t kGateTiles = 4;                           // of sums, side by side, for the gates of as many units
 constexpr int64_t kMostUnitRows = 256;                      // of a left operand at once

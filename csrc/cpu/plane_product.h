@@ -27,9 +27,6 @@ namespace {
 
 constexpr int64_t kGroupTiles = 2;
 
-// bfloat16 numbers of a weight that stay in the second-level cache from one time step to the next.
-constexpr int64_t kNearNumbers = 750 * 1000;
-
 // A right operand's column groups.
 struct RightTiles {
   const uint16_t* data;
@@ -50,7 +47,11 @@ struct UnitPlanes {
   int count = 0;    // how many planes
 
   // Numbers of a column tile over so many k tiles.
-  LSTM_EXT_INLINE int64_t tiles(int64_t k_tiles) const { return k_tiles * count * kOperandSize; }
+  LSTM_EXT_INLINE int64_t tile_numbers(int64_t k_tiles) const { return k_tiles * count * kOperandSize; }
+  // Whether so many column tiles are more than the second-level cache keeps.
+  LSTM_EXT_INLINE bool far(int64_t column_tiles, int64_t k_tiles) const {
+    return 2.0 * static_cast<double>(column_tiles * tile_numbers(k_tiles)) > kCacheBytes;
+  }
   // Of a weight (4H, count): two groups, the four gates of 16 units.
   LSTM_EXT_INLINE RightTiles gates(int64_t index, int64_t k_tiles) const {
     const int64_t k_step = kGroupTiles * count * kOperandSize;
@@ -241,8 +242,8 @@ bool split_row_pairs(const Row& row, int64_t column, int lanes, int64_t depth, u
 }
 
 // What is done between some products of tiles: while the unit works, the processor does what else there is to do. It
-// looks only so far ahead that work helps in small portions, evenly spread: after four products or three, with one
-// plane after each, there is a chance for one.
+// looks only so far ahead that work helps in small portions, evenly spread. There is a chance for one after each four
+// products of two row tiles, after those of each right operand of one row tile, and with one plane after each product.
 class Between {
  public:
   Between() = default;

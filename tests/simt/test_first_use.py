@@ -100,9 +100,8 @@ def recorded() -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
-@pytest.mark.parametrize("problems", [PROBLEMS[2:], PROBLEMS], ids=["small", "all"])
-def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, problems: Any) -> None:
-    monkeypatch.setattr(first_use, "PROBLEMS", problems)
+def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS)
     selftest_record.write(CPU, ["stepwise"], [])
     before = torch.get_rng_state()
     first_use.choose(CPU)
