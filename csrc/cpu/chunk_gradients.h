@@ -51,11 +51,20 @@ class ChunkGradients {
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
     const Range mine = workers_share(4 * H);
     const bool fresh = chunk.first == 0;
-    if (params.grad_weight_ih) {
-      add_products(chunk.grad_input_part, stride_, chunk.rows, mine, rows_from(params.input, pass_.steps, chunk.begin),
-                   I, params.grad_weight_ih, fresh);
+    const RowGrid<const T> input = rows_from(params.input, pass_.steps, chunk.begin);
+    const bool both = params.grad_weight_ih && params.grad_weight_hh;
+    if (both && pass_.plan.outer_unit.planes > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
+      if constexpr (kHasMatrixUnit<T>) {  // splits what they share once
+        const OuterSums sums[] = {{input, I, params.grad_weight_ih}, {previous_h(), P, params.grad_weight_hh}};
+        add_outer_planes(pass_.plan.outer_unit.planes, chunk.grad_preactivations, stride_, chunk.rows, mine, sums, 2,
+                         pass_.tile_scratch(), pass_.outer_products, fresh);
+      }
+    } else {
+      if (params.grad_weight_ih) {
+        add_products(chunk.grad_input_part, stride_, chunk.rows, mine, input, I, params.grad_weight_ih, fresh);
+      }
+      if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     }
-    if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     // With layer normalisation it is one of the sums over its rows.
     if (params.grad_bias && !params.options.normalised()) {
       if (fresh) zero_rows(params.grad_bias, 1, mine);
@@ -74,15 +83,9 @@ class ChunkGradients {
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t P = pass_.shape.output_size;
     T* const sums = params.grad_weight_hh;
-    if (chunk.masked_h) {
-      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine,
-                   {chunk.masked_h, chunk.rows * P, P, chunk.rows}, P, sums, fresh);
-      return;
-    }
-    if (pass_.steps.packed() || pass_.shape.resets) {
-      pass_.list_previous_h();
-      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, listed_rows<const T>(pass_.h_rows), P, sums,
-                   fresh);
+    const bool by_rule = !chunk.masked_h && !pass_.steps.packed() && !pass_.shape.resets;
+    if (!by_rule || pass_.plan.outer_unit.planes > 0) {
+      add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, previous_h(), P, sums, fresh);
       return;
     }
     // h_{t-1} is the output of the step before in the layer's direction; in its first step it is h0.
@@ -105,14 +108,23 @@ class ChunkGradients {
     if (fresh) zero_rows(sums, P, mine);
   }
 
+  // h_{t-1} of every row of the chunk, times its mask.
+  RowGrid<const T> previous_h() const {
+    const Chunk<T>& chunk = pass_.chunk;
+    const int64_t P = pass_.shape.output_size;
+    if (chunk.masked_h) return {chunk.masked_h, chunk.rows * P, P, chunk.rows};
+    pass_.list_previous_h();
+    return listed_rows<const T>(pass_.h_rows);
+  }
+
   Range workers_share(int64_t count) const { return share(count, pass_.plan.grid.workers(), pass_.worker); }
   // `fresh`: there are no sums yet.
   void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
                     int64_t columns, T* sums, bool fresh) const {
     if constexpr (kHasMatrixUnit<T>) {
-      const int planes = pass_.plan.outer_unit.planes;
-      if (planes > 0) {
-        add_outer_planes(planes, left, left_step, samples, rows, right, columns, sums, pass_.tile_scratch(),
+      if (pass_.plan.outer_unit.planes > 0) {
+        const OuterSums all{right, columns, sums};
+        add_outer_planes(pass_.plan.outer_unit.planes, left, left_step, samples, rows, &all, 1, pass_.tile_scratch(),
                          pass_.outer_products, fresh);
         return;
       }

@@ -66,8 +66,8 @@ inline void pack_column_planes(const float* matrix, int64_t row_step, int64_t de
     const ColumnTile to = planes.column_tile(columns.begin, tile, tiles, depth);
     const auto row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return matrix + k * row_step; };
     with_planes(planes.count, [&](auto p) {
-      planes.splits[column / kUnitTileRows] =
-          split_row_pairs<p(), false>(row, column, lanes, depth, to.data, to.k_step);
+      const auto place = [&](int64_t, int64_t k) LSTM_EXT_LAMBDA_INLINE { return to.data + k * to.k_step; };
+      planes.splits[column / kUnitTileRows] = split_row_pairs<p()>(row, column, lanes, depth, place);
     });
   }
 }

@@ -262,11 +262,18 @@ class GateProduct {
       };
       constexpr std::integral_constant<int, 1> kOneRow;
       const bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
+      const Sweep sweep = next_sweep();
       Epilogue epilogue([=](int64_t block, int, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = height();
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          const T* const next = pre(first + row + r) + (block + sweep.step) * kLanes;
+#pragma GCC unroll kGates
+          for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+        }
         const int lanes = static_cast<int>(smaller(H - block * kLanes, kLanes));
         finish_rows(height, block * kLanes, lanes, bias, row, sums);
       });
-      const Sweep sweep = next_sweep();
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);

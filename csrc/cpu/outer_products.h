@@ -109,87 +109,125 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
   }
 }
 
+// A right factor on the matrix unit, and the sums.
+struct OuterSums {
+  RowGrid<const float> right;
+  int64_t columns;
+  float* sums;
+
+  int64_t column_tiles() const { return divide_up(columns, kUnitTileRows); }
+};
+
 #if defined(LSTM_EXT_MATRIX_UNIT)
-// The same on the matrix unit, of so many planes. Blocks whose numbers cannot be split go the other way.
+// add_outer_products on the matrix unit, of so many planes, for `count` right factors, at most kMostOuterSums. Blocks
+// whose numbers cannot be split go the other way.
+constexpr int kMostOuterSums = 2;
 inline void add_outer_planes(int planes, const float* left, int64_t left_step, int64_t samples, Range rows,
-                             const RowGrid<const float>& right, int64_t columns, float* sums, const TileScratch& tiles,
-                             float* scratch, bool fresh) {
-  const int64_t column_tiles = divide_up(columns, kUnitTileRows);
-  const int64_t most_k_tiles = tiles.right_numbers / (column_tiles * planes * kOperandSize);
+                             const OuterSums* parts, int count, const TileScratch& tiles, float* scratch, bool fresh) {
+  int64_t all_tiles = 0;
+  for (int i = 0; i < count; ++i) all_tiles += parts[i].column_tiles();
+  const int64_t most_k_tiles = tiles.right_numbers / (all_tiles * planes * kOperandSize);
   const int64_t most_samples = smaller(kSumBlock, most_k_tiles * kUnitTileDepth);
-  const UnitPlanes right_planes{tiles.right, nullptr, planes};
+  if (count > 1 && most_samples < smaller(kSumBlock, samples)) {  // shorter blocks would cost more than they save
+    for (int i = 0; i < count; ++i) {
+      add_outer_planes(planes, left, left_step, samples, rows, parts + i, 1, tiles, scratch, fresh);
+    }
+    return;
+  }
+  const auto lanes_of = [](int64_t tile, int64_t size)
+                            LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
   for (int64_t n = 0; n < samples; n += most_samples) {
     const int64_t depth = smaller(most_samples, samples - n);
     const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
-    const int64_t left_tile = k_tiles * planes * kOperandSize;
     const int64_t most_rows = tiles.rows_for(depth, planes);
-    const bool far = right_planes.far(column_tiles, k_tiles);
-    const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return right(n + k); };
     const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
-    const auto lanes_of = [](int64_t tile, int64_t size)
-                              LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
     const bool first_block = fresh && n == 0;
-    const auto without_unit = [&](Range part) {
-      add_outer_products<float>(left + n * left_step, left_step, depth, part, right_row, columns, sums, scratch,
-                                first_block);
+    const auto without_unit = [&](Range some) {
+      for (int i = 0; i < count; ++i) {
+        const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return parts[i].right(n + k); };
+        add_outer_products<float>(left + n * left_step, left_step, depth, some, right_row, parts[i].columns,
+                                  parts[i].sums, scratch, first_block);
+      }
     };
+    UnitPlanes right_planes[kMostOuterSums];
+    uint16_t* place = tiles.right;
     bool splits = true;
-    for (int64_t tile = 0; tile < column_tiles; ++tile) {
-      const ColumnTile to = right_planes.column_tile(0, tile, column_tiles, depth);
+    for (int i = 0; i < count; ++i) {
+      const OuterSums& part = parts[i];
+      right_planes[i] = {place, nullptr, planes};
+      const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return part.right(n + k); };
       with_planes(planes, [&](auto p) {
-        splits &= split_row_pairs<p(), false>(right_row, tile * kUnitTileRows, lanes_of(tile, columns), depth, to.data,
-                                              to.k_step);
+        splits &= split_row_pairs<p()>(
+            right_row, 0, part.columns, depth, [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
+              const ColumnTile to = right_planes[i].column_tile(0, tile, part.column_tiles(), depth);
+              return to.data + k * to.k_step;
+            });
       });
+      place += part.column_tiles() * right_planes[i].tile_numbers(k_tiles);
     }
     if (!splits) {
       without_unit(rows);
       continue;
     }
+    // The groups of all parts, one after the other.
+    struct Group {
+      int part, width;
+      int64_t tile;
+    };
+    const TileGroups of_first(parts[0].column_tiles()), of_second(all_tiles - parts[0].column_tiles());
+    const int64_t groups = of_first.count + of_second.count;
+    const auto group_at = [&](int64_t i) LSTM_EXT_LAMBDA_INLINE {
+      const int part = i < of_first.count ? 0 : 1;
+      const TileGroups& of = part == 0 ? of_first : of_second;
+      if (part == 1) i -= of_first.count;
+      return Group{part, of.width(i), of.begin(i)};
+    };
+    const auto right_of = [&](const Group& group) LSTM_EXT_LAMBDA_INLINE {
+      return right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
+    };
+    const bool far = right_planes[0].far(all_tiles, k_tiles);
     for (int64_t first = rows.begin; first < rows.end; first += most_rows) {
       const int64_t height = smaller(most_rows, rows.end - first);
-      const int64_t row_tiles = divide_up(height, kUnitTileRows);
-      for (int64_t tile = 0; tile < row_tiles; ++tile) {
-        with_planes(planes, [&](auto p) {
-          splits &= split_row_pairs<p(), true>(left_row, first + tile * kUnitTileRows, lanes_of(tile, height), depth,
-                                               tiles.left + tile * left_tile, p() * kOperandSize);
-        });
-      }
+      with_planes(planes, [&](auto p) { splits = split_columns<p()>(left_row, first, height, depth, tiles.left); });
       if (!splits) {
         without_unit({first, first + height});
-        splits = true;
         continue;
       }
-      const auto prefetch_row = [&](int64_t tile, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-        const int64_t end = smaller(tile + 2 * kGroupTiles, column_tiles);
-        for (; tile < end; ++tile) __builtin_prefetch(sums + (first + row) * columns + tile * kUnitTileRows, 1);
+      const auto sums_of = [&](const Group& group, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+        const OuterSums& part = parts[group.part];
+        return part.sums + (first + row) * part.columns + group.tile * kUnitTileRows;
       };
-      Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto rows_at_once, const float* terms)
+      const auto prefetch_row = [&](int64_t i, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+        if (i == groups) return;
+        const Group group = group_at(i);
+        const float* const sums = sums_of(group, row);
+        for (int c = 0; c < group.width; ++c) __builtin_prefetch(sums + c * kUnitTileRows, 1);
+      };
+      Epilogue epilogue([&](int64_t i, int width, int64_t row, auto rows_at_once, const float* terms)
                             LSTM_EXT_LAMBDA_INLINE {
+                              const Group group = group_at(i);
                               for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
-                                float* const out = sums + (first + row) * columns;
-                                for (int i = 0; i < width; ++i) {
-                                  float* const to = out + (tile + i) * kUnitTileRows;
-                                  const int lanes = lanes_of(tile + i, columns);
-                                  const Reg<float> sum = Simd<float>::load(terms + i * kSumsSize);
+                                float* to = sums_of(group, row);
+                                for (int c = 0; c < width; ++c, to += kUnitTileRows) {
+                                  const int lanes = lanes_of(group.tile + c, parts[group.part].columns);
+                                  const Reg<float> sum = Simd<float>::load(terms + c * kSumsSize);
                                   store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
                                 }
-                                prefetch_row(tile + width, row);
+                                prefetch_row(i + 1, row);
                               }
                             });
       for (int64_t row = 0; row < height; ++row) prefetch_row(0, row);
-      const TileGroups groups(column_tiles);
-      for (int64_t i = 0; i < groups.count; ++i) {
-        const int64_t tile = groups.begin(i);
-        const int width = groups.width(i);
+      for (int64_t i = 0; i < groups; ++i) {
+        const Group group = group_at(i);
         Between between = epilogue.between(planes);
-        if (far && i + 1 < groups.count) {
-          between.fetch(right_planes.columns(0, groups.begin(i + 1), column_tiles, depth).data,
-                        groups.width(i + 1) * right_planes.tile_numbers(k_tiles));
+        if (far && i + 1 < groups) {
+          const Group next = group_at(i + 1);
+          between.fetch(right_of(next).data, next.width * right_planes[0].tile_numbers(k_tiles));
         }
-        multiply_tiles(planes, tiles.left, height, right_planes.columns(0, tile, column_tiles, depth), width, k_tiles,
-                       tiles.sums(i % 2), false, between);
+        multiply_tiles(planes, tiles.left, height, right_of(group), group.width, k_tiles, tiles.sums(i % 2), false,
+                       between);
         epilogue.rest();
-        epilogue.begin(tile, width, tiles.sums(i % 2), height);
+        epilogue.begin(i, group.width, tiles.sums(i % 2), height);
       }
       epilogue.rest();
     }

@@ -346,12 +346,15 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
     plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
   }
   if (plan.outer_unit.planes > 0) {
+    const int planes = plan.outer_unit.planes;
     const int64_t columns = std::max({I, P, shape.projected ? H : 0});
     const int64_t depth = std::min(kSumBlock, plan.chunk_rows);
-    need_left(scratch, kUnitOuterRows, depth, plan.outer_unit.planes, kGateTiles);
-    const int64_t whole = plane_numbers(columns, depth, plan.outer_unit.planes);
-    const int64_t one = plane_numbers(columns, kUnitTileDepth, plan.outer_unit.planes);
+    need_left(scratch, kUnitOuterRows, depth, planes, kGateTiles);
+    const int64_t whole = plane_numbers(columns, depth, planes);
+    const int64_t one = plane_numbers(columns, kUnitTileDepth, planes);
+    const int64_t both = plane_numbers(I, depth, planes) + plane_numbers(P, depth, planes);  // see add_outer_planes
     scratch.right_numbers = std::min(whole, std::max(one, kUnitRightNumbers / one * one));
+    if (both <= kUnitRightNumbers) scratch.right_numbers = std::max(scratch.right_numbers, both);
   }
   plan.partial_sums = layout.reserve(shape.batch * H);
   plan.outer_product_size = outer_product_scratch(machine.lanes, divide_up(gates, workers));
@@ -362,7 +365,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   plan.gate_stride = gates * element_size % 1024 == 0 ? gates + kCacheLine / element_size : gates;
   plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);
   if (shape.projected) plan.grad_hidden = layout.reserve(buffer_rows * P);
-  if (shape.step_offsets || shape.resets || options.any() || recomputes) {
+  if (shape.step_offsets || shape.resets || options.any() || recomputes || plan.outer_unit.planes > 0) {
     // For each worker, a list of h_{t-1} of the rows of a chunk, and zeros.
     plan.h_lists = layout.reserve_pointers(workers * plan.chunk_rows);
     plan.zero_row_size = plan.gate_stride;

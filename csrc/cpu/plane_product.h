@@ -214,28 +214,74 @@ bool split_column_tile(const float* columns, int64_t column_step, int count, int
   return check.passed();
 }
 
-// Pairs of rows, 16 columns of each: words of row k below and of row k + 1 above. A tile of a right operand that has k
-// along the rows in memory; transposed, a tile of a left operand that has k there.
-template <int P, bool kLeft, typename Row>
-bool split_row_pairs(const Row& row, int64_t column, int lanes, int64_t depth, uint16_t* to, int64_t k_step) {
-  SplitCheck check;
-  for (int64_t k = 0; k < depth; k += kUnitTileDepth, to += k_step) {
-    for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
-      MatrixUnit::Half even[P], odd[P];
-      const Reg<float> a = k + i < depth ? load_lanes<float>(row(k + i) + column, lanes) : Simd<float>::zero();
-      const Reg<float> b = k + i + 1 < depth ? load_lanes<float>(row(k + i + 1) + column, lanes) : Simd<float>::zero();
-      check.see<P>(a);
-      check.see<P>(b);
-      split<P>(a, even);
-      split<P>(b, odd);
+// Pairs of rows, 16 columns of each, as a tile of a right operand that has k along the rows in memory: words of row k
+// below and of row k + 1 above.
+template <int P, typename Numbers>
+LSTM_EXT_INLINE void split_pairs(const Numbers& numbers, uint16_t* to, SplitCheck& check) {
+  for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
+    MatrixUnit::Half even[P], odd[P];
+    const Reg<float> a = numbers(i), b = numbers(i + 1);
+    check.see<P>(a);
+    check.see<P>(b);
+    split<P>(a, even);
+    split<P>(b, odd);
 #pragma GCC unroll 3
-      for (int p = 0; p < P; ++p) {
-        MatrixUnit::store_words(to + p * kOperandSize + i * 16, MatrixUnit::pairs(even[p], odd[p]));
-      }
+    for (int p = 0; p < P; ++p) {
+      MatrixUnit::store_words(to + p * kOperandSize + i * 16, MatrixUnit::pairs(even[p], odd[p]));
     }
-    if constexpr (kLeft) {
+  }
+}
+
+// Rows as a right operand, `tiles` column tiles of it from `column` on: tile `i` of k tile `k` goes to place(i, k).
+// Returns whether all could be split.
+template <int P, typename Row, typename Place>
+bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t depth, const Place& place) {
+  SplitCheck check;
+  for (int64_t k = 0; k < depth; k += kUnitTileDepth) {  // all columns of some rows, in the order of memory
+    for (int64_t i = 0; i < columns; i += kUnitTileRows) {
+      const int lanes = static_cast<int>(smaller(columns - i, kUnitTileRows));
+      const auto numbers = [&](int64_t n) LSTM_EXT_LAMBDA_INLINE {
+        return k + n < depth ? load_lanes<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
+      };
+      split_pairs<P>(numbers, place(i / kUnitTileRows, k / kUnitTileDepth), check);
+    }
+  }
+  return check.passed();
+}
+
+// Columns of rows as the rows of a left operand, `count` of them from `column` on. Returns whether all could be split.
+template <int P, typename Row>
+bool split_columns(const Row& row, int64_t column, int64_t count, int64_t depth, uint16_t* to) {
+  const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
+  SplitCheck check;
+  for (int64_t k = 0; k < k_tiles; ++k) {  // all columns of some rows: one translation of an address serves them all
+    const int64_t rows = smaller(depth - k * kUnitTileDepth, kUnitTileDepth);
+    for (int64_t tile = 0; tile < divide_up(count, kUnitTileRows); ++tile) {
+      const int64_t at = column + tile * kUnitTileRows;
+      const int lanes = static_cast<int>(smaller(column + count - at, kUnitTileRows));
+      const auto numbers = [&](int64_t i) LSTM_EXT_LAMBDA_INLINE {
+        return i < rows ? load_lanes<float>(row(k * kUnitTileDepth + i) + at, lanes) : Simd<float>::zero();
+      };
+      uint16_t* const out = to + (tile * k_tiles + k) * P * kOperandSize;
+      if constexpr (P == 1) {  // pairs are fewer words to move
+        split_pairs<1>(numbers, out, check);
+        transpose_tile(out);
+      } else {
+        for (int half = 0; half < 2; ++half) {
+          Reg<float> v[16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) v[i] = numbers(half * 16 + i);
+          transpose<float>(v);
+#pragma GCC unroll 16
+          for (int m = 0; m < 16; ++m) {
+            check.see<P>(v[m]);
+            MatrixUnit::Half planes[P];
+            split<P>(v[m], planes);
 #pragma GCC unroll 3
-      for (int p = 0; p < P; ++p) transpose_tile(to + p * kOperandSize);
+            for (int p = 0; p < P; ++p) MatrixUnit::store_half(out + p * kOperandSize + (m * 2 + half) * 16, planes[p]);
+          }
+        }
+      }
     }
   }
   return check.passed();
