@@ -60,16 +60,19 @@ void pack_columns(const T* matrix, int64_t row_step, int64_t depth, Range column
 inline void pack_column_planes(const float* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
                                int64_t shares, const UnitPlanes& planes) {
   const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
-  for (int64_t tile = share_index; tile < tiles; tile += shares) {
-    const int64_t column = columns.begin + tile * kUnitTileRows;
-    const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
-    const ColumnTile to = planes.column_tile(columns.begin, tile, tiles, depth);
-    const auto row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return matrix + k * row_step; };
-    with_planes(planes.count, [&](auto p) {
-      const auto place = [&](int64_t, int64_t k) LSTM_EXT_LAMBDA_INLINE { return to.data + k * to.k_step; };
-      planes.splits[column / kUnitTileRows] = split_row_pairs<p()>(row, column, lanes, depth, place);
-    });
-  }
+  const Range mine = share(tiles, shares, share_index);
+  const int64_t column = columns.begin + mine.begin * kUnitTileRows;
+  const int64_t count = smaller(columns.begin + mine.end * kUnitTileRows, columns.end) - column;
+  const auto row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return matrix + k * row_step; };
+  const auto place = [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
+    const ColumnTile to = planes.column_tile(columns.begin, mine.begin + tile, tiles, depth);
+    return to.data + k * to.k_step;
+  };
+  with_planes(planes.count, [&](auto p) {
+    const bool splits = split_row_pairs<p()>(row, column, count, depth, place);
+    for (int64_t tile = mine.begin; tile < mine.end; ++tile)
+      planes.splits[columns.begin / kUnitTileRows + tile] = splits;
+  });
 }
 
 // multiply_columns from planes. Returns how many rows it did: up to those that cannot be split, none if columns cannot.
@@ -82,7 +85,6 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
   }
-  const bool far = planes.far(tiles, k_tiles);
   const auto column_of = [&](int64_t tile) LSTM_EXT_LAMBDA_INLINE { return columns.begin + tile * kUnitTileRows; };
   for (int64_t first = 0; first < rows; first += kMostUnitRows) {
     const int64_t height = smaller(kMostUnitRows, rows - first);
@@ -124,13 +126,8 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         RightTiles right = planes.columns(columns.begin, tile, tiles, b.depth);
         right.data += k.begin * right.k_step;
         float* const sums = k_blocks > 1 ? b.scratch.all_sums + tile * row_tiles * kSumsSize : b.scratch.sums(i % 2);
-        Between between = epilogue.between(planes.count);
-        if (far && i + 1 < groups.count) {
-          const int64_t next = b.backwards ? group - 1 : group + 1;
-          const RightTiles then = planes.columns(columns.begin, groups.begin(next), tiles, b.depth);
-          between.fetch(then.data + k.begin * then.k_step, groups.width(next) * planes.tile_numbers(k.end - k.begin));
-        }
-        multiply_tiles(planes.count, b.scratch.left, height, right, width, k.end - k.begin, sums, block > 0, between);
+        multiply_tiles(planes.count, b.scratch.left, height, right, width, k.end - k.begin, sums, block > 0,
+                       epilogue.between(planes.count));
         if (block + 1 == k_blocks) {
           epilogue.rest();
           epilogue.begin(tile, width, sums, height);

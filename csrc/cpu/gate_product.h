@@ -233,7 +233,8 @@ class GateProduct {
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth);
     const int64_t most = scratch_.rows_for(count, planes.count);
-    const bool far = planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
+    // With two row tiles or fewer the processor's own fetching is as fast as any.
+    const bool far = rows > 2 * kUnitTileRows && planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };

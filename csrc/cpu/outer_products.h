@@ -182,10 +182,6 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
       if (part == 1) i -= of_first.count;
       return Group{part, of.width(i), of.begin(i)};
     };
-    const auto right_of = [&](const Group& group) LSTM_EXT_LAMBDA_INLINE {
-      return right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
-    };
-    const bool far = right_planes[0].far(all_tiles, k_tiles);
     for (int64_t first = rows.begin; first < rows.end; first += most_rows) {
       const int64_t height = smaller(most_rows, rows.end - first);
       with_planes(planes, [&](auto p) { splits = split_columns<p()>(left_row, first, height, depth, tiles.left); });
@@ -219,13 +215,10 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
       for (int64_t row = 0; row < height; ++row) prefetch_row(0, row);
       for (int64_t i = 0; i < groups; ++i) {
         const Group group = group_at(i);
-        Between between = epilogue.between(planes);
-        if (far && i + 1 < groups) {
-          const Group next = group_at(i + 1);
-          between.fetch(right_of(next).data, next.width * right_planes[0].tile_numbers(k_tiles));
-        }
-        multiply_tiles(planes, tiles.left, height, right_of(group), group.width, k_tiles, tiles.sums(i % 2), false,
-                       between);
+        const RightTiles right =
+            right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
+        multiply_tiles(planes, tiles.left, height, right, group.width, k_tiles, tiles.sums(i % 2), false,
+                       epilogue.between(planes));
         epilogue.rest();
         epilogue.begin(i, group.width, tiles.sums(i % 2), height);
       }

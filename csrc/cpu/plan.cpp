@@ -324,7 +324,10 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   Layout<T> layout;
   layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
   plan.barrier_bytes = layout.end;
-  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, std::min(I, P));
+  // What both weights share is split once.
+  const bool one_left = params.grad_weight_ih && params.grad_weight_hh && !options.normalised();
+  const int64_t outer_columns = one_left ? I + P : std::min(I, P);
+  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, outer_columns);
   // On the unit, each kSumBlock samples are added to memory in any case.
   const int64_t most_samples = plan.outer_unit.planes > 0 ? kSumBlock : kMostSamples;
   plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
