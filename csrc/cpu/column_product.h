@@ -91,10 +91,13 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
     const int64_t row_tiles = divide_up(height, kUnitTileRows);
     const int64_t k_most = b.scratch.left_numbers / (row_tiles * planes.count * kOperandSize);
     const int64_t k_blocks = divide_up(k_tiles, k_most);
+    // One row tile meets four column tiles at once. Else narrow groups leave less to be done after the last product.
+    const TileGroups groups(tiles, row_tiles == 1);
+    const int64_t most_width = groups.width(0);
     const auto next_tile = [&](int64_t tile, int width)
-                               LSTM_EXT_LAMBDA_INLINE { return b.backwards ? tile - 2 * kGroupTiles : tile + width; };
+                               LSTM_EXT_LAMBDA_INLINE { return b.backwards ? tile - most_width : tile + width; };
     const auto prefetch_row = [&](int64_t tile, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t end = smaller(tile + 2 * kGroupTiles, tiles);
+      const int64_t end = smaller(tile + most_width, tiles);
       for (tile = tile > 0 ? tile : 0; tile < end; ++tile) prefetch(first + row, column_of(tile));
     };
     Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
@@ -111,7 +114,6 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         prefetch_row(next_tile(tile, width), row);
       }
     });
-    const TileGroups groups(tiles);
     for (int64_t row = 0; row < height; ++row) prefetch_row(groups.begin(b.backwards ? groups.count - 1 : 0), row);
     for (int64_t block = 0; block < k_blocks; ++block) {
       const Range k = share(k_tiles, k_blocks, block);

@@ -174,7 +174,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
       int part, width;
       int64_t tile;
     };
-    const TileGroups of_first(parts[0].column_tiles()), of_second(all_tiles - parts[0].column_tiles());
+    const TileGroups of_first(parts[0].column_tiles(), true), of_second(all_tiles - parts[0].column_tiles(), true);
     const int64_t groups = of_first.count + of_second.count;
     const auto group_at = [&](int64_t i) LSTM_EXT_LAMBDA_INLINE {
       const int part = i < of_first.count ? 0 : 1;

@@ -391,10 +391,10 @@ struct PlanePairs<3> {
 // The column tiles of a range as they are multiplied at once: two groups of a right operand, then one, the last of
 // which may be narrower.
 struct TileGroups {
-  const int64_t tiles, whole = tiles / (2 * kGroupTiles);
+  const int64_t tiles, whole;
   const int64_t count = whole + divide_up(tiles - whole * 2 * kGroupTiles, kGroupTiles);
 
-  explicit TileGroups(int64_t tiles) : tiles(tiles) {}
+  TileGroups(int64_t tiles, bool wide) : tiles(tiles), whole(wide ? tiles / (2 * kGroupTiles) : 0) {}
   LSTM_EXT_INLINE int64_t begin(int64_t i) const { return (i < whole ? 2 * i : whole + i) * kGroupTiles; }
   LSTM_EXT_INLINE int width(int64_t i) const {
     return i < whole ? 2 * kGroupTiles : static_cast<int>(smaller(kGroupTiles, tiles - begin(i)));
