@@ -101,7 +101,8 @@ std::vector<std::string> cpu_capabilities() {
   return {names, names + cpu::available_capabilities(names)};
 }
 
-// The plan of a call of this shape that saves everything, or nothing, and requests the gradient of the input.
+// The plan of a call of this shape that saves everything, or nothing, and requests the gradients of the input and the
+// weights.
 template <typename T>
 py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int planes) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
@@ -115,7 +116,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   backward_params.shape = shape;
   backward_params.planes = planes;
   backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
-  backward_params.grad_input.data = &present;
+  backward_params.grad_input.data = backward_params.grad_weight_ih = backward_params.grad_weight_hh = &present;
   const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
   const cpu::BackwardPlan backward = cpu::plan_backward(backward_params, machine);
   py::dict result;
@@ -125,6 +126,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
   result["pack"] = forward.pack;
   result["pack_as_used"] = forward.pack_as_used;
+  result["input_in_steps"] = forward.input_in_steps;
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;

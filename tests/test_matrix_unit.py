@@ -237,8 +237,11 @@ def test_which_products_run_on_the_unit(unit):
     # Few samples are computed as one step after the other.
     assert planes(4, 8, 64, 64) == (0, 0, 0, 0, 0)
     # Few features, few units.
-    assert planes(20, 32, 8, 64) == (0, 3, 3, 0, 0)
-    assert planes(20, 32, 64, 8) == (0, 0, 0, 3, 0)
+    assert planes(20, 32, 8, 64) == (0, 3, 3, 0, 3)
+    assert planes(20, 32, 64, 8) == (0, 0, 0, 3, 3)
+    # The weights share a factor: what counts are the columns of both.
+    assert planes(20, 32, 15, 16)[-1] == 0
+    assert planes(20, 32, 16, 16)[-1] == 3
     # Not a matter of how the work is shared.
     assert planes(20, 16, 64, 256) == planes(20, 16, 64, 256, threads=2) == planes(20, 16, 64, 256, threads=4)
 
@@ -247,18 +250,33 @@ def test_which_products_run_on_the_unit(unit):
 def test_where_amx_pays():
     """With three planes larger products only; with one, which splits nothing, small ones too."""
     with capability("amx"):
-        for planes, expected in ((3, (3, 3, 0, 0, 0)), (2, (2, 2, 2, 2, 2)), (1, (1, 1, 1, 1, 1))):
+        for planes, expected in ((3, (3, 3, 0, 0, 3)), (2, (2, 2, 2, 2, 2)), (1, (1, 1, 1, 1, 1))):
             plan = plan_of(sized(20, 32, 64, 64), planes=planes)
             names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
             assert tuple(plan[f"{name}_planes"] for name in names) == expected
-        assert plan_of(sized(20, 32, 79, 79))["outer_planes"] == 0
-        assert plan_of(sized(20, 32, 80, 80))["outer_planes"] == 3
+        assert plan_of(sized(20, 32, 39, 40))["outer_planes"] == 0
+        assert plan_of(sized(20, 32, 40, 40))["outer_planes"] == 3
         assert plan_of(sized(20, 7, 128, 128))["recurrent_planes"] == 0
         assert plan_of(sized(20, 8, 128, 128))["recurrent_planes"] == 3
         # Of a weight that the second-level cache does not hold, more rows have to share the reading.
         assert plan_of(sized(20, 11, 512, 512))["recurrent_planes"] == 0
         assert plan_of(sized(20, 12, 512, 512))["recurrent_planes"] == 3
         assert plan_of(sized(40, 1, 128, 128), planes=1)["recurrent_planes"] == 1
+
+
+def test_where_the_input_is_summed_in_the_steps(unit):
+    """Enough rows, weights that stay in the cache, and more than one step."""
+
+    def in_steps(*sizes: int, **options: Any) -> bool:
+        return plan_of(sized(*sizes), **options)["input_in_steps"]
+
+    assert in_steps(20, 16, 128, 128)
+    assert in_steps(20, 16, 128, 128, threads=2)
+    assert not in_steps(20, 15, 128, 128)
+    assert not in_steps(1, 64, 128, 128)
+    assert not in_steps(20, 16, 256, 256)
+    assert in_steps(20, 8, 256, 256, planes=1)
+    assert not in_steps(20, 7, 256, 256, planes=1)
 
 
 @pytest.mark.alone

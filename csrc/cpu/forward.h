@@ -42,7 +42,7 @@ class Forward {
       int64_t end = first;
       int64_t rows = 0;
       while (end < steps && rows + pass_.rows_in(end) <= pass_.plan.chunk_rows) rows += pass_.rows_in(end++);
-      if (rows > 0) input_part(first, end, rows);
+      if (rows > 0 && !pass_.plan.input_in_steps) input_part(first, end, rows);
       int64_t done = 0;
       for (int64_t s = first; s < end; ++s) {
         step_.run(s, pass_.preactivations(s, done));

@@ -82,6 +82,7 @@ class FusedForwardStep {
     const EvenRows<T> c_to{c.data, c.inner_step}, h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
     const T* const* const c_rows = pass_.c_rows;
     const bool saves_gates = params.gate_values != nullptr;
+    const bool touches_gates = saves_gates || !pass_.plan.input_in_steps;
     const auto c_before = [=](int64_t row) LSTM_EXT_LAMBDA_INLINE {
       return replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
     };
@@ -121,7 +122,9 @@ class FusedForwardStep {
     // Beside the matrix unit a cell has no time to wait for the second-level cache.
     const auto prefetch = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
 #pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates.row(row) + unit + gate * H, 1);
+      for (int gate = 0; gate < kGates && touches_gates; ++gate) {
+        __builtin_prefetch(gates.row(row) + unit + gate * H, 1);
+      }
       __builtin_prefetch(c_from.row(row) + unit);
       __builtin_prefetch(c_to.row(row) + unit, 1);
       __builtin_prefetch(h_to.row(row) + unit, 1);
@@ -144,7 +147,14 @@ class FusedForwardStep {
     };
     constexpr const T* kNoBias = nullptr;
     if (pass_.recurrent_weight.packed()) {
-      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, kNoBias, finish_tile);
+      OtherProduct<T> input;
+      if (pass_.plan.input_in_steps) {
+        const Sequence<const T>& x = params.input;
+        input = {pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part), pass_.shape.input_size,
+                 &pass_.input_weight, saves_gates};
+      }
+      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre,
+                                    pass_.plan.input_in_steps ? pass_.bias : kNoBias, finish_tile, input);
       return;
     }
     if (h_size > 0) pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, kNoBias);

@@ -109,6 +109,16 @@ void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
   }
 }
 
+// What is added to a product with planes while its sums are on the matrix unit: the product of a weight, with as many
+// planes, and other rows.
+template <typename T>
+struct OtherProduct {
+  RowGrid<const T> rows{};
+  int64_t count = 0;
+  const GateWeight<T>* weight = nullptr;  // or none
+  bool writes_pre = true;                 // whether the caller writes to `pre`
+};
+
 template <typename T>
 class GateProduct {
  public:
@@ -130,13 +140,14 @@ class GateProduct {
   }
 
   // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
-  // says whether it consumed the tile. If not, the tile goes to `pre`.
+  // says whether it consumed the tile. If not, the tile goes to `pre`. `other` needs a weight with planes, and a bias.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                                       const RowGrid<T>& pre, const T* bias, Finish&& finish) {
+                                       const RowGrid<T>& pre, const T* bias, Finish&& finish,
+                                       const OtherProduct<T>& other = {}) {
     if constexpr (kHasMatrixUnit<T>) {
       if (weight.planes.count > 0) {
-        multiply_planes(rows, a_row, count, weight, pre, bias, finish);
+        multiply_planes(rows, a_row, count, weight, pre, bias, other, finish);
         return;
       }
     }
@@ -228,11 +239,12 @@ class GateProduct {
   // The same from planes, on the matrix unit. Rows and units that cannot be split go the way without it.
   template <typename A, typename Finish>
   LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                                       const RowGrid<T>& pre, const T* bias, Finish&& finish) {
+                                       const RowGrid<T>& pre, const T* bias, const OtherProduct<T>& other,
+                                       Finish&& finish) {
     const int64_t H = hidden_size_;
     const UnitPlanes& planes = weight.planes;
-    const int64_t k_tiles = divide_up(count, kUnitTileDepth);
-    const int64_t most = scratch_.rows_for(count, planes.count);
+    const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
+    const int64_t most = scratch_.rows_for((k_tiles + other_tiles) * kUnitTileDepth, planes.count);
     // With two row tiles or fewer the processor's own fetching is as fast as any.
     const bool far = rows > 2 * kUnitTileRows && planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {
@@ -262,12 +274,16 @@ class GateProduct {
         }
       };
       constexpr std::integral_constant<int, 1> kOneRow;
-      const bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
+      bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
+      const auto other_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return other.rows(first + row); };
+      uint16_t* const other_left = scratch_.left + plane_numbers(height, count, planes.count);
+      if (other.weight) splits &= split_rows(planes.count, height, other_part, other.count, other_left);
       const Sweep sweep = next_sweep();
+      const bool writes_pre = other.writes_pre;
       Epilogue epilogue([=](int64_t block, int, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R && writes_pre; ++r) {
           const T* const next = pre(first + row + r) + (block + sweep.step) * kLanes;
 #pragma GCC unroll kGates
           for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
@@ -278,14 +294,18 @@ class GateProduct {
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);
-        if (splits && planes.splits[place]) {
+        if (splits && planes.splits[place] && (!other.weight || other.weight->planes.splits[place])) {
+          if (other.weight) {
+            multiply_tiles(planes.count, other_left, height, other.weight->planes.gates(place, other_tiles),
+                           2 * kGroupTiles, other_tiles, scratch_.sums(block % 2), false, Between{});
+          }
           Between between = epilogue.between(planes.count);
           if (far && i + 1 < sweep.count && !weight.packs_as_used()) {
             between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data,
                           kGates * planes.tile_numbers(k_tiles));
           }
           multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
-                         scratch_.sums(block % 2), false, between);
+                         scratch_.sums(block % 2), other.weight != nullptr, between);
           epilogue.rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;
@@ -293,11 +313,15 @@ class GateProduct {
         epilogue.rest();
         GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
-        if (weight.panels) {  // beside planes: frozen
-          one.multiply_panels(height, a_part, count, weight, weight.panels, pre_part, bias, KeepSums{});
-        } else {
-          one.multiply_unpacked(height, a_part, count, weight, pre_part, bias);
-        }
+        const auto add = [&](const auto& some_rows, int64_t depth, const GateWeight<T>& some, const T* start) {
+          if (some.panels) {  // beside planes: frozen
+            one.multiply_panels(height, some_rows, depth, some, some.panels, pre_part, start, KeepSums{});
+          } else {
+            one.multiply_unpacked(height, some_rows, depth, some, pre_part, start);
+          }
+        };
+        if (other.weight) add(other_part, other.count, *other.weight, bias);
+        add(a_part, count, weight, other.weight ? nullptr : bias);
         for (int64_t row = 0; row < height; ++row) {
           finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
         }

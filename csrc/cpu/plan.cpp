@@ -15,10 +15,11 @@ constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay i
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
 constexpr int64_t kCacheLine = 64;
-constexpr double kUnitCellFeatures = 30;  // a cell costs as much as so many input features, beside the matrix unit
-constexpr double kWholeCacheBytes = 2e6;  // of weights that could stay there with nothing else
-constexpr double kLoadNumber = 2.0;       // what it costs to load a bfloat16 number of a weight from there
-constexpr double kLoadFarNumber = 6.0;    // and from further away
+constexpr double kUnitCellFeatures = 30;     // a cell costs as much as so many input features, beside the matrix unit
+constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there with nothing else
+constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
+constexpr double kLoadFarNumber = 6.0;       // and from further away
+constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
 // once, so larger weights are better off with longer chunks. Its gradients should stay in cache, so smaller ones are
 // better off with shorter ones.
@@ -204,6 +205,17 @@ int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
   return planes == 1 && far ? 2 * kUnitChunkRows : kUnitChunkRows;
 }
 
+// W x of many steps at once is written to memory and read again, but reads W once. Where a step has rows enough and the
+// planes of both weights stay in the cache, W is read in each step instead.
+bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
+  const int planes = plan.recurrent_unit.planes;
+  if (unfused || plan.pack_as_used || planes == 0 || plan.input_unit.planes != planes) return false;
+  const int64_t numbers = plane_numbers(4 * shape.hidden_size, shape.input_size, planes) +
+                          plane_numbers(4 * shape.hidden_size, shape.output_size, planes);
+  return shape.batch >= (planes == 1 ? kInputRowsOfOnePlane : kUnitTileRows) &&
+         2.0 * static_cast<double>(numbers) <= kWholeCacheBytes;
+}
+
 }  // namespace
 
 template <typename T>
@@ -221,6 +233,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
   plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
+  plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
@@ -247,6 +260,10 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
         reserve_gate_weight(layout, plan.pack, plan.recurrent_unit, scratch, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
+  }
+  if (plan.input_in_steps) {
+    const int64_t depth = round_up(I, kUnitTileDepth) + round_up(P, kUnitTileDepth);
+    need_left(scratch, plan.team_rows, depth, plan.recurrent_unit.planes, kGateTiles);
   }
   reserve_scratch(layout, scratch, workers);
   if (shape.projected && !params.hidden) plan.hidden = layout.reserve(shape.batch * H);

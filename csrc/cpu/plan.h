@@ -57,11 +57,12 @@ struct WorkerGrid {
 // Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first.
 struct ForwardPlan {
   WorkerGrid grid;
-  bool pack = false;          // W and U as gate-interleaved panels or as planes; else they are read row-major
-  bool pack_as_used = false;  // both block by block, since the call uses them once: see GateWeight
-  int64_t team_rows = 0;      // batch rows of a team in a step, at most
-  int64_t chunk_rows = 0;     // rows (steps x batch rows) of a team whose input part is computed at once
-  int64_t zero_row_size = 0;  // numbers in a row of zeros
+  bool pack = false;            // W and U as gate-interleaved panels or as planes; else they are read row-major
+  bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
+  bool input_in_steps = false;  // W x of a step is summed with its U h on the matrix unit
+  int64_t team_rows = 0;        // batch rows of a team in a step, at most
+  int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
+  int64_t zero_row_size = 0;    // numbers in a row of zeros
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
   UnitProduct input_unit, recurrent_unit;
   UnitScratch unit_scratch;
