@@ -1,7 +1,8 @@
 // Forward pass of one direction of one layer.
 //
 // Chunk by chunk: the input part W x_t + b of some time steps at once goes to the buffer of preactivations (in training
-// that buffer is the saved gate values). Then follows the recurrence over those steps; see forward_steps.h.
+// that buffer is the saved gate values). Then follows the recurrence over those steps; see forward_steps.h. On the
+// matrix unit the steps may sum the input part themselves (ForwardPlan::input_in_steps).
 #pragma once
 
 #include "cpu/isa.h"

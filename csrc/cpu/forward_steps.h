@@ -55,7 +55,8 @@ class FusedForwardStep {
     LSTM_EXT_INLINE N* row(int64_t n) const { return data + n * step; }
   };
 
-  // preactivations += U h_{t-1}, then the cell, for rows of the team that all continue or all begin.
+  // preactivations += U h_{t-1}, and W x_t + b where no one has summed it, then the cell, for rows of the team that all
+  // continue or all begin.
   void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
                   const RowGrid<T>& preactivations) {
     const ForwardParams<T>& params = pass_.params;

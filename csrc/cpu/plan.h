@@ -10,7 +10,7 @@
 namespace lstm_ext::cpu {
 
 // From which sizes on a product is worth it on the matrix unit, by how many planes its operands have (see
-// plane_product.h).
+// planes.h).
 struct UnitLimits {
   int64_t rows[4];      // of a step; all 0 where there is no such unit
   int64_t far_rows[4];  // the same with a weight that the second-level cache does not hold
@@ -29,7 +29,7 @@ struct Machine {
   UnitLimits unit{};
 };
 
-// Where a product runs on the matrix unit; see plane_product.h. Nothing is set for the others.
+// Where a product runs on the matrix unit; see planes.h. Nothing is set for the others.
 struct UnitProduct {
   int planes = 0;      // of its operands; 0: it does not
   int64_t splits = 0;  // place of a flag for each 16 columns of the right operand
