@@ -566,9 +566,8 @@ def test_shapes_without_values(case: str, kind: str) -> None:
         result = values_and_gradients(module, torch.empty(input.shape), hx)
     assert result.keys() == expected.keys()
     for name, x in result.items():
-        assert (x.shape, x.stride(), x.dtype) == (expected[name].shape, expected[name].stride(), x.dtype), (
-            name
-        )
+        like = expected[name]
+        assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype), name
         assert (type(x), x.is_meta) == ((FakeTensor, False) if kind == "fake" else (Tensor, True))
 
 

@@ -272,6 +272,7 @@ def test_where_the_input_is_summed_in_the_steps(unit):
 
     assert in_steps(20, 16, 128, 128)
     assert in_steps(20, 16, 128, 128, threads=2)
+    assert in_steps(4, 20, 40, 40)  # test_infinities_nan_and_huge_numbers
     assert not in_steps(20, 15, 128, 128)
     assert not in_steps(1, 64, 128, 128)
     assert not in_steps(20, 16, 256, 256)
@@ -309,7 +310,7 @@ def test_amx_has_the_bits_of_the_unit_in_software(name, dtype):
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3.4e38, -3.395e38])
-@pytest.mark.parametrize("where", ["input", "h0", "weight_ih", "weight_hh", "gradient"])
+@pytest.mark.parametrize("where", ["input", "input without h0", "h0", "weight_ih", "weight_hh", "gradient"])
 def test_infinities_nan_and_huge_numbers(unit, where, value):
     """They reach as far as without the unit, and the rest is what it was."""
     other = next(name for name in _C.cpu_capabilities() if name != "amx")
@@ -320,8 +321,8 @@ def test_infinities_nan_and_huge_numbers(unit, where, value):
             layer = lstm_ext.LSTM(40, 40)
             x, h0, w = torch.randn(4, 20, 40), torch.randn(1, 20, 40), torch.randn(4, 20, 40)
             with torch.no_grad():
-                if where == "input":
-                    x[1, 3, 7] = value
+                if where.startswith("input"):
+                    x[0 if "without" in where else 1, 3, 7] = value
                 elif where == "h0":
                     h0[0, 3, 7] = value
                 elif where == "gradient":
@@ -329,7 +330,7 @@ def test_infinities_nan_and_huge_numbers(unit, where, value):
                 else:
                     getattr(layer, f"{where}_l0")[50, 7] = value
             x.requires_grad_()
-            output, _ = layer(x, (h0, torch.zeros_like(h0)))
+            output, _ = layer(x, None if "without" in where else (h0, torch.zeros_like(h0)))
             grads = torch.autograd.grad(output, [x, *layer.parameters()], w)
             results.append([output, *grads])
     assert torch.equal(results[0][0].isnan(), results[1][0].isnan())

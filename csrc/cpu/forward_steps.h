@@ -83,7 +83,6 @@ class FusedForwardStep {
     const EvenRows<T> c_to{c.data, c.inner_step}, h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
     const T* const* const c_rows = pass_.c_rows;
     const bool saves_gates = params.gate_values != nullptr;
-    const bool touches_gates = saves_gates || !pass_.plan.input_in_steps;
     const auto c_before = [=](int64_t row) LSTM_EXT_LAMBDA_INLINE {
       return replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
     };
@@ -120,12 +119,8 @@ class FusedForwardStep {
         store_lanes<T>(gates.row(row + 1) + unit + gate * H, cell.gates[gate].b, lanes);
       }
     };
-    // Beside the matrix unit a cell has no time to wait for the second-level cache.
+    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
     const auto prefetch = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates && touches_gates; ++gate) {
-        __builtin_prefetch(gates.row(row) + unit + gate * H, 1);
-      }
       __builtin_prefetch(c_from.row(row) + unit);
       __builtin_prefetch(c_to.row(row) + unit, 1);
       __builtin_prefetch(h_to.row(row) + unit, 1);
@@ -146,19 +141,19 @@ class FusedForwardStep {
       }
       return true;
     };
-    constexpr const T* kNoBias = nullptr;
+    const T* bias = nullptr;
     if (pass_.recurrent_weight.packed()) {
       OtherProduct<T> input;
       if (pass_.plan.input_in_steps) {
         const Sequence<const T>& x = params.input;
         input = {pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part), pass_.shape.input_size,
                  &pass_.input_weight, saves_gates};
+        bias = pass_.bias;
       }
-      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre,
-                                    pass_.plan.input_in_steps ? pass_.bias : kNoBias, finish_tile, input);
+      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile, input);
       return;
     }
-    if (h_size > 0) pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, kNoBias);
+    if (h_size > 0) pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, bias);
     for (int64_t row = 0; row < count; ++row) {
       const T* const sums = pre(row);
       for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {

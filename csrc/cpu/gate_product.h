@@ -116,7 +116,7 @@ struct OtherProduct {
   RowGrid<const T> rows{};
   int64_t count = 0;
   const GateWeight<T>* weight = nullptr;  // or none
-  bool writes_pre = true;                 // whether the caller writes to `pre`
+  bool finish_writes_pre = false;         // the caller's own way of keeping what it makes of a tile
 };
 
 template <typename T>
@@ -279,14 +279,16 @@ class GateProduct {
       uint16_t* const other_left = scratch_.left + plane_numbers(height, count, planes.count);
       if (other.weight) splits &= split_rows(planes.count, height, other_part, other.count, other_left);
       const Sweep sweep = next_sweep();
-      const bool writes_pre = other.writes_pre;
+      const bool uses_pre = !other.weight || other.finish_writes_pre;
       Epilogue epilogue([=](int64_t block, int, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
+        if (uses_pre) {  // the next block will
 #pragma GCC unroll 2
-        for (int r = 0; r < R && writes_pre; ++r) {
-          const T* const next = pre(first + row + r) + (block + sweep.step) * kLanes;
+          for (int r = 0; r < R; ++r) {
+            const T* const next = pre(first + row + r) + (block + sweep.step) * kLanes;
 #pragma GCC unroll kGates
-          for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+            for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+          }
         }
         const int lanes = static_cast<int>(smaller(H - block * kLanes, kLanes));
         finish_rows(height, block * kLanes, lanes, bias, row, sums);

@@ -240,8 +240,9 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
   plan.team_rows = divide_up(shape.batch, teams);
-  const int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
-                                       divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
+  int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
+                                 divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
+  if (plan.input_in_steps) chunk_steps = 1;  // room for what the unit cannot split
   plan.chunk_rows = plan.team_rows * std::clamp<int64_t>(chunk_steps, 1, shape.steps);
 
   Layout<T> layout;

@@ -9,8 +9,7 @@
 
 namespace lstm_ext::cpu {
 
-// From which sizes on a product is worth it on the matrix unit, by how many planes its operands have (see
-// planes.h).
+// From which sizes on a product is worth it on the matrix unit, by how many planes its operands have: see planes.h.
 struct UnitLimits {
   int64_t rows[4];      // of a step; all 0 where there is no such unit
   int64_t far_rows[4];  // the same with a weight that the second-level cache does not hold

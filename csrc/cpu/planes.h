@@ -232,7 +232,7 @@ LSTM_EXT_INLINE void split_pairs(const Numbers& numbers, uint16_t* to, SplitChec
   }
 }
 
-// Rows as a right operand, `tiles` column tiles of it from `column` on: tile `i` of k tile `k` goes to place(i, k).
+// Rows as a right operand, `columns` columns of them from `column` on: column tile i of k tile k goes to place(i, k).
 // Returns whether all could be split.
 template <int P, typename Row, typename Place>
 bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t depth, const Place& place) {
