@@ -1,10 +1,10 @@
 // Matrices of float32 as operands of a matrix unit, which are bfloat16.
 //
-// A number is the sum of up to three of those: x = x0 + x1 + x2, x0 = round(x), x1 = round(x - x0), x2 = round(x - x0 -
-// x1). All the x0 of a matrix are a plane of it. With three planes a float32 is exact but for the last rounding, and
+// A number is the sum of up to three of those: x = x0 + x1 + x2, x0 = round(x), x1 = the first bits of x - x0, x2 = x -
+// x0 - x1. All the x0 of a matrix are a plane of it. With three planes a float32 is exact, and
 //   x y ~ x0 y2 + x2 y0 + x1 y1 + x1 y0 + x0 y1 + x0 y0;
-// what is left out is below 2^-24 of the product. With two planes (16 bits of each number) x1 y0 + x0 y1 + x0 y0, with
-// one x0 y0. Below about 2^-102 a number loses its lower planes, since a denormal counts as zero.
+// what is left out is below 2^-23 of the product, of either sign. With two planes (16 bits of each number) x1 y0 + x0
+// y1 + x0 y0, with one x0 y0. Below about 2^-102 a number loses its lower planes, since a denormal counts as zero.
 //
 // An infinity has no lower planes, and infinity times a lower plane that is 0 would be NaN. So the functions that split
 // say whether all numbers are within what splitting can do, and the caller multiplies without the unit if not.
@@ -102,38 +102,69 @@ LSTM_EXT_INLINE void with_planes(int planes, F&& f) {
   }
 }
 
-// Sees whether numbers are within what splitting can do.
+// Sees whether numbers are within what splitting can do: of one that is not, what is left at the end is not finite.
 class SplitCheck {
  public:
-  template <int P>
-  LSTM_EXT_INLINE void see(Reg<float> v) {
-    if constexpr (P > 1) {
-      // As integers: NaN lies above infinity.
-      const Index size = reinterpret_cast<Index>(Simd<float>::abs(v));
-      largest_ = size > largest_ ? size : largest_;
-    }
-  }
+  LSTM_EXT_INLINE void see(Reg<float> left, Reg<float> other) { sum_ = sum_ + (left + other); }
   bool passed() const {
+    const Reg<float> difference = sum_ - sum_;
     for (int i = 0; i < Simd<float>::kLanes; ++i) {
-      if (largest_[i] >= kTooLarge) return false;
+      if (difference[i] != 0) return false;
     }
     return true;
   }
 
  private:
-  using Index = typename Simd<float>::Index;
-  static constexpr int kTooLarge = 0x7F7F8000;  // from here on rounding to bfloat16 gives infinity
-
-  Index largest_ = {};
+  Reg<float> sum_ = Simd<float>::zero();
 };
 
-// out[p] = plane p of 16 numbers.
+// A word of an operand holds two numbers. A product does not ask for an order of k, only for the same one in both
+// operands: pair i of a k tile is its numbers 2 i and 2 i + 1 with one plane, and i and i + 16 with more.
 template <int P>
-LSTM_EXT_INLINE void split(Reg<float> v, MatrixUnit::Half (&out)[P]) {
+constexpr int64_t first_of_pair(int64_t i) {
+  return P == 1 ? 2 * i : i;
+}
+constexpr int64_t kPairs = kUnitTileDepth / 2;
+template <int P>
+constexpr int64_t kPairDistance = P == 1 ? 1 : kPairs;
+
+// The words of 16 pairs, a[i] below and b[i] above: those of plane p go to to + p * kOperandSize.
+template <int P>
+LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, SplitCheck& check) {
+  if constexpr (P == 1) {
+    MatrixUnit::store_words(to, MatrixUnit::pairs(MatrixUnit::round(a), MatrixUnit::round(b)));
+  } else {
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(Reg<float>))));
+    constexpr uint32_t kUpper = 0xFFFF0000;
 #pragma GCC unroll 3
-  for (int p = 0; p < P; ++p) {
-    out[p] = MatrixUnit::round(v);
-    if (p + 1 < P) v = v - MatrixUnit::widen(out[p]);
+    for (int p = 0; p < P; ++p) {
+      if (p == P - 1) check.see(a, b);
+      // Where a plane is rounded, what it leaves has either sign, so that what products leave out cancels. One rounding
+      // is enough for that, but the last plane of two leaves a rest as well.
+      constexpr uint32_t kHalf = 0x8000;
+      const uint32_t half = P == 2 || p == 0 ? kHalf : 0;
+      const Bits bits_a = reinterpret_cast<Bits>(a) + half, bits_b = reinterpret_cast<Bits>(b) + half;
+      Simd<float>::store(reinterpret_cast<float*>(to + p * kOperandSize),
+                         reinterpret_cast<Reg<float>>((bits_a >> 16) | (bits_b & kUpper)));
+      a = a - reinterpret_cast<Reg<float>>(bits_a & kUpper);
+      b = b - reinterpret_cast<Reg<float>>(bits_b & kUpper);
+    }
+  }
+}
+
+// 32 numbers side by side, or the `count` that there are, as a row of a tile.
+template <int P>
+LSTM_EXT_INLINE void split_row(const float* numbers, int64_t count, uint16_t* to, SplitCheck& check) {
+  const auto part = [&](int64_t begin) LSTM_EXT_LAMBDA_INLINE {
+    return count > begin ? load_lanes<float>(numbers + begin, static_cast<int>(smaller(count - begin, 16)))
+                         : Simd<float>::zero();
+  };
+  const Reg<float> a = part(0), b = part(16);
+  if constexpr (P == 1) {
+    MatrixUnit::store_half(to, MatrixUnit::round(a));
+    MatrixUnit::store_half(to + 16, MatrixUnit::round(b));
+  } else {
+    split_pairs<P>(a, b, to, check);
   }
 }
 
@@ -151,18 +182,7 @@ bool split_rows_into(int64_t rows, const A& a_row, int64_t depth, uint16_t* out)
     const float* const a = row < rows ? a_row(row) : nullptr;
     uint16_t* to = out + row / kUnitTileRows * k_tiles * P * kOperandSize + row % kUnitTileRows * kUnitTileDepth;
     for (int64_t k = 0; k < k_tiles; ++k, to += P * kOperandSize) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int64_t left = depth - k * kUnitTileDepth - half * 16;
-        Reg<float> v = Simd<float>::zero();
-        if (a && left > 0)
-          v = load_lanes<float>(a + k * kUnitTileDepth + half * 16, static_cast<int>(smaller(left, 16)));
-        check.see<P>(v);
-        MatrixUnit::Half planes[P];
-        split<P>(v, planes);
-#pragma GCC unroll 3
-        for (int p = 0; p < P; ++p) MatrixUnit::store_half(to + p * kOperandSize + half * 16, planes[p]);
-      }
+      split_row<P>(a + k * kUnitTileDepth, a ? depth - k * kUnitTileDepth : 0, to, check);
     }
   }
   return check.passed();
@@ -187,26 +207,20 @@ LSTM_EXT_INLINE void transpose_tile(uint16_t* tile) {
 }
 
 // A column tile of a right operand whose columns are rows in memory: column j is at columns + j * column_step, `count`
-// of them. `to` is its first tile, tiles of the next k are `k_step` further.
+// of them. `to` is its first tile, tiles of the next k are `k_step` further. The rows behind these come next.
 template <int P>
 bool split_column_tile(const float* columns, int64_t column_step, int count, int64_t depth, uint16_t* to,
                        int64_t k_step) {
+  constexpr int64_t kAhead = 2 * kUnitTileDepth;
   SplitCheck check;
   for (int64_t k = 0; k < depth; k += kUnitTileDepth, to += k_step) {
+    // What is read soon: further on in these rows, or the beginning of the next ones.
+    const float* const soon =
+        columns + (k + kAhead < depth ? k + kAhead : kUnitTileRows * column_step + k + kAhead - depth);
     for (int j = 0; j < kUnitTileRows; ++j) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int64_t left = depth - k - half * 16;
-        Reg<float> v = Simd<float>::zero();
-        if (j < count && left > 0) {
-          v = load_lanes<float>(columns + j * column_step + k + half * 16, static_cast<int>(smaller(left, 16)));
-        }
-        check.see<P>(v);
-        MatrixUnit::Half planes[P];
-        split<P>(v, planes);
-#pragma GCC unroll 3
-        for (int p = 0; p < P; ++p) MatrixUnit::store_half(to + p * kOperandSize + (j * 2 + half) * 16, planes[p]);
-      }
+      __builtin_prefetch(soon + j * column_step);
+      __builtin_prefetch(soon + j * column_step + 16);
+      split_row<P>(columns + j * column_step + k, j < count ? depth - k : 0, to + j * kUnitTileDepth, check);
     }
 #pragma GCC unroll 3
     for (int p = 0; p < P; ++p) transpose_tile(to + p * kOperandSize);
@@ -214,21 +228,12 @@ bool split_column_tile(const float* columns, int64_t column_step, int count, int
   return check.passed();
 }
 
-// Pairs of rows, 16 columns of each, as a tile of a right operand that has k along the rows in memory: words of row k
-// below and of row k + 1 above.
+// 32 rows, 16 columns of each, as a tile of a right operand that has k along the rows in memory.
 template <int P, typename Numbers>
-LSTM_EXT_INLINE void split_pairs(const Numbers& numbers, uint16_t* to, SplitCheck& check) {
-  for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
-    MatrixUnit::Half even[P], odd[P];
-    const Reg<float> a = numbers(i), b = numbers(i + 1);
-    check.see<P>(a);
-    check.see<P>(b);
-    split<P>(a, even);
-    split<P>(b, odd);
-#pragma GCC unroll 3
-    for (int p = 0; p < P; ++p) {
-      MatrixUnit::store_words(to + p * kOperandSize + i * 16, MatrixUnit::pairs(even[p], odd[p]));
-    }
+LSTM_EXT_INLINE void split_tile(const Numbers& numbers, uint16_t* to, SplitCheck& check) {
+  for (int64_t i = 0; i < kPairs; ++i) {
+    const int64_t k = first_of_pair<P>(i);
+    split_pairs<P>(numbers(k), numbers(k + kPairDistance<P>), to + i * kUnitTileDepth, check);
   }
 }
 
@@ -241,9 +246,11 @@ bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t de
     for (int64_t i = 0; i < columns; i += kUnitTileRows) {
       const int lanes = static_cast<int>(smaller(columns - i, kUnitTileRows));
       const auto numbers = [&](int64_t n) LSTM_EXT_LAMBDA_INLINE {
+        const int64_t next = k + n + kUnitTileDepth;
+        if (next < depth) __builtin_prefetch(row(next) + column + i);
         return k + n < depth ? load_lanes<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
       };
-      split_pairs<P>(numbers, place(i / kUnitTileRows, k / kUnitTileDepth), check);
+      split_tile<P>(numbers, place(i / kUnitTileRows, k / kUnitTileDepth), check);
     }
   }
   return check.passed();
@@ -260,25 +267,28 @@ bool split_columns(const Row& row, int64_t column, int64_t count, int64_t depth,
       const int64_t at = column + tile * kUnitTileRows;
       const int lanes = static_cast<int>(smaller(column + count - at, kUnitTileRows));
       const auto numbers = [&](int64_t i) LSTM_EXT_LAMBDA_INLINE {
+        const int64_t next = (k + 1) * kUnitTileDepth + i;
+        if (next < depth) __builtin_prefetch(row(next) + at);
         return i < rows ? load_lanes<float>(row(k * kUnitTileDepth + i) + at, lanes) : Simd<float>::zero();
       };
       uint16_t* const out = to + (tile * k_tiles + k) * P * kOperandSize;
       if constexpr (P == 1) {  // pairs are fewer words to move
-        split_pairs<1>(numbers, out, check);
+        split_tile<1>(numbers, out, check);
         transpose_tile(out);
       } else {
-        for (int half = 0; half < 2; ++half) {
+        alignas(64) float below[kPairs * 16];
+        for (int64_t k_half = 0; k_half < 2; ++k_half) {
           Reg<float> v[16];
 #pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) v[i] = numbers(half * 16 + i);
+          for (int i = 0; i < 16; ++i) v[i] = numbers(k_half * kPairs + i);
           transpose<float>(v);
 #pragma GCC unroll 16
           for (int m = 0; m < 16; ++m) {
-            check.see<P>(v[m]);
-            MatrixUnit::Half planes[P];
-            split<P>(v[m], planes);
-#pragma GCC unroll 3
-            for (int p = 0; p < P; ++p) MatrixUnit::store_half(out + p * kOperandSize + (m * 2 + half) * 16, planes[p]);
+            if (k_half == 0) {
+              Simd<float>::store(below + m * 16, v[m]);
+            } else {
+              split_pairs<P>(Simd<float>::load(below + m * 16), v[m], out + m * kUnitTileDepth, check);
+            }
           }
         }
       }
