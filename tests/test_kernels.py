@@ -98,6 +98,8 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
         (150, 7, 5, 50, 9, True, True),
         {"backward_chunk_rows": range(2 * 7, 75 * 7)},
     ),
+    # Where the buffer of the chunk before must not be written.
+    "a backward chunk a step": ((3, 530, 5, 70, 0, True, True), {"backward_chunk_rows": 530}),
     "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),

@@ -75,8 +75,8 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
 
   T* buffer_if(bool needed, int64_t offset) const { return needed ? buffer(offset) : nullptr; }
 
-  // Makes the chunk of steps from `first` on the current one: as many steps as a buffer has rows for. Chunks use two
-  // buffers in turn.
+  // Makes the chunk of steps from `first` on the current one: as many steps as a buffer has rows for. Chunks of several
+  // workers use two buffers in turn. One worker keeps to the same, which stays in cache.
   void begin_chunk(int64_t first) {
     earlier_chunk = chunk;
     Chunk<T> c;
@@ -86,7 +86,8 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
     c.begin = shape.reverse ? first : shape.steps - first - c.count;
     T* const even = buffer(plan.grad_preactivations);
-    const int64_t at = first == 0 || earlier_chunk.grad_preactivations != even ? 0 : plan.chunk_rows;
+    const bool was_even = first > 0 && earlier_chunk.grad_preactivations == even;
+    const int64_t at = was_even == can_share_buffer(c) ? 0 : plan.chunk_rows;
     c.grad_preactivations = even + at * gate_stride;
     c.grad_input_part =
         params.options.normalised() ? buffer(plan.grad_input_part, at * gate_stride) : c.grad_preactivations;
@@ -94,6 +95,14 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     if (params.options.recurrent_mask) c.masked_h = buffer(plan.masked_h, at * shape.output_size);
     if (recomputes && shape.projected) c.hidden = buffer(plan.recomputed_hidden, at * shape.hidden_size);
     chunk = c;
+  }
+
+  // Whether the first step of a chunk can write where the earlier chunk was: it still reads the rows of the step
+  // before.
+  bool can_share_buffer(const Chunk<T>& c) const {
+    if (plan.grid.workers() > 1 || c.first == 0) return false;
+    const int64_t read = row_in_chunk(earlier_chunk, c.first - 1), written = row_in_chunk(c, c.first);
+    return read + steps.rows_in(c.first - 1) <= written || written + steps.rows_in(c.first) <= read;
   }
 
   // Where step s begins in its chunk, which is the current one or the earlier one.
