@@ -280,18 +280,20 @@ class GateProduct {
       if (other.weight) splits &= split_rows(planes.count, height, other_part, other.count, other_left);
       const Sweep sweep = next_sweep();
       const bool uses_pre = !other.weight || other.finish_writes_pre;
-      Epilogue epilogue([=](int64_t block, int, int64_t row, auto height, const float* sums) LSTM_EXT_LAMBDA_INLINE {
-        constexpr int R = height();
-        if (uses_pre) {  // the next block will
+      Epilogue epilogue([=](int64_t block, int, int64_t row, auto at_once, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = at_once();
+        if (uses_pre) {
 #pragma GCC unroll 2
           for (int r = 0; r < R; ++r) {
-            const T* const next = pre(first + row + r) + (block + sweep.step) * kLanes;
+            fetch_ahead(block, block + sweep.step, row + r, height, [=](int64_t of, int64_t at) LSTM_EXT_LAMBDA_INLINE {
+              const T* const next = pre(first + at) + of * kLanes;
 #pragma GCC unroll kGates
-            for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+              for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+            });
           }
         }
         const int lanes = static_cast<int>(smaller(H - block * kLanes, kLanes));
-        finish_rows(height, block * kLanes, lanes, bias, row, sums);
+        finish_rows(at_once, block * kLanes, lanes, bias, row, sums);
       });
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);

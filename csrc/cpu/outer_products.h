@@ -209,10 +209,10 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
                                   const Reg<float> sum = Simd<float>::load(terms + c * kSumsSize);
                                   store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
                                 }
-                                prefetch_row(i + 1, row);
+                                fetch_ahead(i, i + 1, row, height, prefetch_row);
                               }
                             });
-      for (int64_t row = 0; row < height; ++row) prefetch_row(0, row);
+      for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) prefetch_row(0, row);
       for (int64_t i = 0; i < groups; ++i) {
         const Group group = group_at(i);
         const RightTiles right =

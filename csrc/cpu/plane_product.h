@@ -98,6 +98,16 @@ class Epilogue {
   const float* sums_ = nullptr;
 };
 
+// An epilogue of a row fetches what the one of some rows later needs, of this block or of the next one. Fetched a whole
+// block before, it would be gone from the first-level cache, through which all operands pass.
+constexpr int64_t kRowsAhead = 4;
+template <typename F>
+LSTM_EXT_INLINE void fetch_ahead(int64_t block, int64_t next_block, int64_t row, int64_t rows, const F& fetch) {
+  const bool here = row + kRowsAhead < rows;
+  fetch(here ? block : next_block,
+        here || rows <= kRowsAhead ? row + (here ? kRowsAhead : 0) : row + kRowsAhead - rows);
+}
+
 // Which planes meet, in order, which is part of the result: one side stays from each product to the next, so that few
 // tiles are loaded.
 template <int P>
