@@ -100,7 +100,7 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
     ),
     # Where the buffer of the chunk before must not be written.
     "a backward chunk a step": ((3, 530, 5, 70, 0, True, True), {"backward_chunk_rows": 530}),
-    "blocks of k": ((3, 13, 515, 520, 0, False, True), {"pack": True}),
+    "blocks of k": ((4, 13, 515, 520, 0, False, True), {"pack": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
     "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"pack_as_used": True}),
@@ -118,6 +118,22 @@ def test_paths(capability, threads, dtype, path):
         assert plan[name] in (value if isinstance(value, range) else [value]), (name, plan)
     small = case.steps * case.batch * case.hidden_size < 10_000
     check(case, dtype, draws=20 if small else 3)
+
+
+def test_when_weights_are_packed(capability):
+    """Large ones for more rows than small ones, since packed they push out what else the cache holds."""
+
+    def packed(*sizes: int) -> tuple[bool, bool]:
+        plan = plan_of(sized(*sizes, 0, False, True), torch.float32, 1)
+        return plan["pack"], plan["backward_pack"]
+
+    lanes = _C.cpu_plan(steps=1, batch=1, input_size=1, hidden_size=1)["lanes"]
+    assert packed(32, 1, 64, 64) == (False, False)
+    assert packed(33, 1, 64, 64) == (True, lanes < 16)
+    assert packed(48, 1, 256, 256) == (lanes < 8, lanes < 16)
+    assert packed(49, 1, 256, 256) == (True, lanes < 16)
+    assert packed(65, 1, 256, 256) == (True, True)
+    assert packed(1, 33, 256, 256)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])

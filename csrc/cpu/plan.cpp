@@ -10,7 +10,7 @@ namespace {
 // cores; they only steer, nothing depends on them for correctness.
 constexpr double kWorkPerThread = 6e5;       // below this a thread costs more than it brings
 constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
-constexpr int64_t kRowMajorRows = 32;        // up to here packing costs more than it saves
+constexpr int64_t kRowMajorRows = 32;        // up to here weights are read as they lie: see docs/guide/streaming.md
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
 constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
@@ -150,6 +150,15 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
   return least.any() && worth_it ? planes : 0;
 }
 
+// Up to how many rows of all steps packing the weights of a forward pass costs more than it saves: `planes` of the
+// recurrent product. Large weights push out what else the cache holds, so several steps have to gain from that. Not
+// measured with narrow registers.
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes) {
+  const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
+  const bool large = numbers > 200'000 && shape.steps > 1 && planes == 0 && machine.lanes >= 8;
+  return large ? 48 : kRowMajorRows;
+}
+
 // bfloat16 numbers in the planes of a (rows, depth) operand.
 int64_t plane_numbers(int64_t rows, int64_t depth, int planes) {
   return round_up(rows, kUnitTileRows) * round_up(depth, kUnitTileDepth) * planes;
@@ -228,7 +237,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
   const int planes = frozen ? frozen->planes : params.planes;
-  plan.pack = frozen || samples > kRowMajorRows;
+  plan.pack = frozen || samples > row_major_rows(shape, machine, gate_planes(machine, planes, shape.batch, P, H));
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
@@ -329,7 +338,8 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   const int64_t samples = count_samples(shape);
   double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
-  plan.pack = samples > kRowMajorRows;
+  const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
+  plan.pack = samples > (row_planes > 0 ? kRowMajorRows : std::max(kRowMajorRows, 4 * machine.lanes));
   // One step alone has no use for U but in the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
