@@ -80,7 +80,7 @@ def module_link_flags(ops_library: str | Path) -> list[str]:
 
 INSTALL_COMPILER = "install one, e.g. `apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora)"
 INSTALL_TORCH = (
-    "building lstm_ext needs the torch that it will run with: `pip install torch setuptools ninja`, "
+    "building lstm_ext needs the torch that it will run with: `pip install torch 'setuptools>=77' ninja`, "
     "then `pip install --no-build-isolation .`"
 )
 
