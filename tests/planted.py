@@ -83,7 +83,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;", UNIT),
     "cpu/plane_product.h": Fault("kRight[] = {2, 1, 1, 0, 0, 0};", "kRight[] = {2, 0, 1, 0, 0, 0};", UNIT),
-    "cpu/planes.h": Fault("v = v - MatrixUnit::widen(out[p]);", "v = v + MatrixUnit::widen(out[p]);", UNIT),
+    "cpu/planes.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, width)",

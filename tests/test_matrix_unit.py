@@ -113,12 +113,10 @@ def test_rounding_to_bfloat16(hardware):
     numbers = torch.cat(
         [numbers, torch.tensor([1e-39, -1e-39, 0.0, -0.0, 3.39e38, -3.4e38, 1e-45, 2.0**-126] * 2)]
     )
-    halves, back = torch.zeros(len(numbers), dtype=torch.bfloat16), torch.zeros(len(numbers))
-    build.unit(hardware).round_to_bfloat16(
-        pointer(numbers), pointer(halves), pointer(back), ctypes.c_int64(len(numbers))
-    )
+    halves = torch.zeros(len(numbers), dtype=torch.bfloat16)
+    build.unit(hardware).round_to_bfloat16(pointer(numbers), pointer(halves), ctypes.c_int64(len(numbers)))
     expected = torch.where(numbers.abs() < 2.0**-126, numbers * 0, numbers).bfloat16()
-    assert equal_bits(halves.float(), expected.float()) and equal_bits(back, halves.float())
+    assert equal_bits(halves.float(), expected.float())
 
 
 # ---- layers

@@ -22,12 +22,9 @@ constexpr int64_t kSumsSize = kUnitTileRows * kUnitTileRows;      // float32 num
 #define LSTM_EXT_MATRIX_UNIT
 
 struct Avx512Bfloat16 {
-  // 16 numbers rounded to bfloat16, to nearest, denormals to zero; and what they are, in float32.
+  // 16 numbers rounded to bfloat16, to nearest, denormals to zero.
   using Half = __m256i;
   LSTM_EXT_INLINE static Half round(Reg<float> v) { return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v)); }
-  LSTM_EXT_INLINE static Reg<float> widen(Half v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-  }
   LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
   }

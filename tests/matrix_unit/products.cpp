@@ -24,11 +24,10 @@ extern "C" void multiply_add(float* sums, const uint16_t* left, const uint16_t* 
   MatrixUnit::end();
 }
 
-// halves[i] = numbers[i] rounded to bfloat16, and back in float32.
-extern "C" void round_to_bfloat16(const float* numbers, uint16_t* halves, float* back, int64_t count) {
+// halves[i] = numbers[i] rounded to bfloat16.
+extern "C" void round_to_bfloat16(const float* numbers, uint16_t* halves, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const MatrixUnit::Half half = MatrixUnit::round(Simd<float>::load(numbers + i));
     MatrixUnit::store_half(halves + i, half);
-    Simd<float>::store(back + i, MatrixUnit::widen(half));
   }
 }

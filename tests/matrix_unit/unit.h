@@ -31,11 +31,6 @@ struct MatrixUnit {
     for (int i = 0; i < 16; ++i) half.numbers[i] = round(v[i]);
     return half;
   }
-  static Reg<float> widen(Half v) {
-    Reg<float> wide{};
-    for (int i = 0; i < 16; ++i) wide[i] = number(static_cast<uint32_t>(v.numbers[i]) << 16);
-    return wide;
-  }
   static void store_half(uint16_t* to, Half v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
   struct Words {
