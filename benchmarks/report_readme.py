@@ -69,20 +69,22 @@ def beside_peers(suite: dict) -> str:
 
 
 def on_matrix_units(suite: dict) -> str:
-    """float32 with at least 16 rows and 128 units, over torch's layer."""
-    inference, training = (
-        [ratio for threads in (1, 2) for ratio in ratios_of(suite, goal, threads)] for goal in GOALS[:2]
+    """float32 with at least 16 rows and 128 units, and bfloat16, over torch's layer."""
+    float32, half = (
+        [[ratio for threads in (1, 2) for ratio in ratios_of(suite, goal, threads)] for goal in goals]
+        for goals in (GOALS[:2], GOALS[2:4])
     )
+
+    def mean_and_worst(ratios: list[float]) -> str:
+        return f"**{harness.geometric_mean(ratios):.2f}×** ({min(ratios):.2f}× in the worst case)"
+
     return (
-        f"- **Matrix units** (AMX): float32 with B >= 16 and H >= 128, {len(inference)} cases, is "
-        f"**{harness.geometric_mean(inference):.2f}×** as fast as torch in inference ({min(inference):.2f}× in the "
-        f"worst case) and **{harness.geometric_mean(training):.2f}×** in training ({min(training):.2f}×), with an "
-        f"error below that of float32 arithmetic. `make bench`, {linked('suite_amx')}"
+        f"- **Matrix units** (AMX): float32 with B >= 16 and H >= 128, {len(float32[0])} cases, is "
+        f"{mean_and_worst(float32[0])} as fast as torch in inference and {mean_and_worst(float32[1])} in training, "
+        f"with an error below that of float32 arithmetic; bfloat16, {len(half[0])} cases, is "
+        f"{mean_and_worst(half[0])} as fast as torch's bfloat16 in inference and {mean_and_worst(half[1])} in "
+        f"training. `make bench`, {linked('suite_amx')}"
     )
-
-
-def bfloat16(record: dict) -> list[float]:
-    return [r["bfloat16_over_torch"] for r in record["results"] if r["group"] == "16-bit"]
 
 
 def faster(records: dict[str, dict]) -> str:
@@ -111,21 +113,6 @@ def faster(records: dict[str, dict]) -> str:
 
     return "\n".join(
         [
-            f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
-            f"`make bench-quick`, {linked('avx512')}",
-            f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
-            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. `make bench-quick`, {linked('avx512')}",
-            beside_peers(records["suite"]),
-            on_matrix_units(records["suite_amx"]),
-            f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
-            f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
-            f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "
-            f"`python benchmarks/bench_contract.py --only frozen`, {linked('contract_amx')}",
-            f"- **LSTMCell**: {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: "
-            f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
-            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract')}",
-            f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
-            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. `make bench-quick`, {linked('avx512')}",
             f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
             f"**{span(ragged)}** as fast as in torch. `python benchmarks/bench_contract.py --only packed`, "
             f"{linked('contract')}",
@@ -134,14 +121,29 @@ def faster(records: dict[str, dict]) -> str:
             f"and learning; learning by one call with `resets` "
             f"**{span([r['resets_over_torch'] for r in learning])}**. "
             f"`python benchmarks/bench_contract.py --only rollout`, {linked('contract')}",
-            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
-            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
-            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
-            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
             f"- **Resets** inside a sequence (recurrent policies), in TorchRL's `LSTMModule`: one call with `resets` "
             f"is **{span(over_torch)}** as fast as torch's layer, which needs the rows cut at each reset, and "
             f"{span(over_cut)} as fast as this layer on cut rows. `python benchmarks/bench_torchrl.py`, "
             f"{linked('torchrl')}",
+            f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
+            f"`make bench-quick`, {linked('avx512')}",
+            f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
+            f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
+            f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "
+            f"`python benchmarks/bench_contract.py --only frozen`, {linked('contract_amx')}",
+            on_matrix_units(records["suite_amx"]),
+            f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
+            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. `make bench-quick`, {linked('avx512')}",
+            beside_peers(records["suite"]),
+            f"- **LSTMCell**: {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: "
+            f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
+            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract')}",
+            f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
+            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. `make bench-quick`, {linked('avx512')}",
+            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
+            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
+            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
+            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
         ]
     )
 
@@ -154,13 +156,12 @@ def not_faster(records: dict[str, dict]) -> str:
         f"{of_batches(records[record], 'training', LARGE)} in training with {name} ({linked(record)})"
         for record, name in (("avx512", "AVX-512"), ("avx2", "AVX2"))
     ]
-    without, with_unit = bfloat16(records["contract"]), bfloat16(records["contract_amx"])
+    without = [r["bfloat16_over_torch"] for r in records["contract"]["results"] if r["group"] == "16-bit"]
     return "\n".join(
         [
             f"- **H >= {LARGE} with a batch, without matrix units**: about as fast as torch, {'; '.join(lines)}.",
             f"- **bfloat16** without matrix units: {span(without)} of torch's speed on a processor with bfloat16 "
-            f"instructions ({linked('contract')}). With them it is {span(with_unit)} of torch's "
-            f"({linked('contract_amx')}).",
+            f"instructions ({linked('contract')}).",
         ]
     )
 
