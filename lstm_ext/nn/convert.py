@@ -221,8 +221,9 @@ def convert(
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
-    The inverse of :func:`convert`, with the same arguments, result and errors; it keeps the same things. A layer with
-    ``recurrent_dropout``, ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute`` raises a TypeError.
+    The inverse of :func:`convert`: it takes the same arguments, returns and raises the same, and keeps the same of each
+    module. A layer with an option that torch's layer does not have (``recurrent_dropout``, ``zoneout``,
+    ``layer_norm``, ``forget_bias``, ``recompute``) raises a TypeError.
     """
     return _change_classes(model, _TORCHS, "revert", skip)
 
