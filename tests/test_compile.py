@@ -23,7 +23,7 @@ from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
-TORCH_2_11 = torch.__version__.startswith("2.11.")
+OLD_TORCH = torch.__version__.startswith(("2.11.", "2.12."))
 
 T, B, I, H = 5, 3, 2, 4
 
@@ -214,7 +214,7 @@ def test_hx_comes_or_not() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context) -> None:
-    if context is torch.inference_mode and torch.__version__.startswith(("2.11.", "2.12.")):
+    if context is torch.inference_mode and OLD_TORCH:
         pytest.skip("torch 2.11 and 2.12 cannot compile nn.Linear in inference mode")
     model = Model()
     x = torch.randint(7, (T, B))
@@ -411,7 +411,7 @@ def test_packed_states_of_another_batch() -> None:
             ours(data, states(module, (4,)))
 
 
-@pytest.mark.skipif(TORCH_2_11, reason="torch 2.11 cannot compile pad_packed_sequence")
+@pytest.mark.skipif(OLD_TORCH, reason="torch 2.11 and 2.12 cannot compile pad_packed_sequence")
 def test_packing_inside_a_compiled_function() -> None:
     """torch does not trace its own packing; the layer in between is compiled all the same."""
     module = lstm_ext.LSTM(I, H, 2)
