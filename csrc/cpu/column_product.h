@@ -100,21 +100,20 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
       const int64_t end = smaller(tile + most_width, tiles);
       for (tile = tile > 0 ? tile : 0; tile < end; ++tile) prefetch(first + row, column_of(tile));
     };
-    Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto at_once, const float* sums)
-                          LSTM_EXT_LAMBDA_INLINE {
-                            for (const int64_t end = row + at_once(); row < end; ++row, sums += kUnitTileRows) {
-                              for (int i = 0; i < width; ++i) {
-                                const int64_t column = column_of(tile + i);
-                                const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
-                                Reg<float> before;
-                                start(first + row, column, lanes, before);
-                                alignas(64) float numbers[kUnitTileRows];
-                                Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
-                                finish(first + row, column, numbers, lanes);
-                              }
-                              fetch_ahead(tile, next_tile(tile, width), row, height, prefetch_row);
-                            }
-                          });
+    Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto count, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+      for (const int64_t end = row + count(); row < end; ++row, sums += kUnitTileRows) {
+        for (int i = 0; i < width; ++i) {
+          const int64_t column = column_of(tile + i);
+          const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
+          Reg<float> before;
+          start(first + row, column, lanes, before);
+          alignas(64) float numbers[kUnitTileRows];
+          Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
+          finish(first + row, column, numbers, lanes);
+        }
+        fetch_ahead(tile, next_tile(tile, width), row, height, prefetch_row);
+      }
+    });
     for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row)
       prefetch_row(groups.begin(b.backwards ? groups.count - 1 : 0), row);
     for (int64_t block = 0; block < k_blocks; ++block) {

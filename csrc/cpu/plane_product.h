@@ -103,9 +103,9 @@ class Epilogue {
 constexpr int64_t kRowsAhead = 4;
 template <typename F>
 LSTM_EXT_INLINE void fetch_ahead(int64_t block, int64_t next_block, int64_t row, int64_t rows, const F& fetch) {
-  const bool here = row + kRowsAhead < rows;
-  fetch(here ? block : next_block,
-        here || rows <= kRowsAhead ? row + (here ? kRowsAhead : 0) : row + kRowsAhead - rows);
+  const int64_t ahead = row + smaller(kRowsAhead, rows);
+  const bool here = ahead < rows;
+  fetch(here ? block : next_block, here ? ahead : ahead - rows);
 }
 
 // Which planes meet, in order, which is part of the result: one side stays from each product to the next, so that few

@@ -124,9 +124,9 @@ template <int P>
 constexpr int64_t first_of_pair(int64_t i) {
   return P == 1 ? 2 * i : i;
 }
-constexpr int64_t kPairs = kUnitTileDepth / 2;
+constexpr int64_t kTilePairs = kUnitTileDepth / 2;
 template <int P>
-constexpr int64_t kPairDistance = P == 1 ? 1 : kPairs;
+constexpr int64_t kPairDistance = P == 1 ? 1 : kTilePairs;
 
 // The words of 16 pairs, a[i] below and b[i] above: those of plane p go to to + p * kOperandSize.
 template <int P>
@@ -231,7 +231,7 @@ bool split_column_tile(const float* columns, int64_t column_step, int count, int
 // 32 rows, 16 columns of each, as a tile of a right operand that has k along the rows in memory.
 template <int P, typename Numbers>
 LSTM_EXT_INLINE void split_tile(const Numbers& numbers, uint16_t* to, SplitCheck& check) {
-  for (int64_t i = 0; i < kPairs; ++i) {
+  for (int64_t i = 0; i < kTilePairs; ++i) {
     const int64_t k = first_of_pair<P>(i);
     split_pairs<P>(numbers(k), numbers(k + kPairDistance<P>), to + i * kUnitTileDepth, check);
   }
@@ -276,11 +276,11 @@ bool split_columns(const Row& row, int64_t column, int64_t count, int64_t depth,
         split_tile<1>(numbers, out, check);
         transpose_tile(out);
       } else {
-        alignas(64) float below[kPairs * 16];
+        alignas(64) float below[kTilePairs * 16];
         for (int64_t k_half = 0; k_half < 2; ++k_half) {
           Reg<float> v[16];
 #pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) v[i] = numbers(k_half * kPairs + i);
+          for (int i = 0; i < 16; ++i) v[i] = numbers(k_half * kTilePairs + i);
           transpose<float>(v);
 #pragma GCC unroll 16
           for (int m = 0; m < 16; ++m) {
