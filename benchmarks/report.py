@@ -1,4 +1,4 @@
-"""Make the table of docs/performance.md and the README's picture from the JSON of bench_quick.py.
+"""Make the table and the picture of docs/performance.md from the JSON of bench_quick.py.
 
     python benchmarks/report.py benchmarks/results/NAME.json [--document docs/performance.md]
                                 [--block bench-avx2] [--picture docs/bench_cpu.png]

@@ -1,7 +1,7 @@
-"""Make the README's lists of figures from the committed JSON of bench.py, bench_quick.py, bench_contract.py and
-bench_torchrl.py.
+"""Make the README's lists of figures and its picture from the committed JSON of bench.py, bench_quick.py,
+bench_contract.py and bench_torchrl.py.
 
-    python benchmarks/report_readme.py [--document README.md]
+    python benchmarks/report_readme.py [--document README.md] [--picture docs/gains.png]
 
 Without --document the lists go to standard output; with it, each replaces what stands between its two markers.
 """
@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
+from plots import DPI, canvas, dots, rows_of_shapes
 from report import replace_block
 from report_bench import GOALS, ratios_of
 
@@ -50,102 +53,195 @@ def of_batches(record: dict, group: str, least: int) -> str:
     )
 
 
-def beside_peers(suite: dict) -> str:
+class Gain(NamedTuple):
+    """One line of the list and, where it has ratios, one row of the picture."""
+
+    title: str
+    text: str  # goes on where the title ends
+    record: str
+    row: str = ""  # the label in the picture
+    ratios: Sequence[float] = ()  # time of torch's layer over ours, a case each
+
+
+def mean_and_worst(ratios: Sequence[float]) -> str:
+    return f"**{harness.geometric_mean(ratios):.2f}×** in the geometric mean, {min(ratios):.2f}× in the worst case"
+
+
+def of_group(record: dict, group: str, field: str = "over_torch") -> list[float]:
+    return [r[field] for r in record["results"] if r["group"] == group]
+
+
+def beside_peers(suite: dict) -> Gain:
     """Inference of the suite: our layer over torch's, and the frozen one over the best of all peers."""
-    cases = [
-        {name: side["median"] for name, side in r["sides"].items()}
-        for r in suite["results"]
-        if r["group"] == "inference"
-    ]
-    shapes = {r["case"] for r in suite["results"] if r["group"] == "inference"}
+    results = [r for r in suite["results"] if r["group"] == "inference"]
+    cases = [{name: side["median"] for name, side in r["sides"].items()} for r in results]
     ours = [medians["torch"] / medians["ours"] for medians in cases]
     frozen = [min(medians[name] for name in PEERS) / medians["frozen"] for medians in cases]
-    return (
-        f"- **Inference** of {len(shapes)} shapes from one step to B 512, with 1 and 2 threads: "
-        f"**{harness.geometric_mean(ours):.2f}×** as fast as torch in the geometric mean, {min(ours):.2f}× in the "
-        f"worst; frozen, **{harness.geometric_mean(frozen):.2f}×** as fast as the best of torch, ONNX Runtime and "
-        f"OpenVINO, {min(frozen):.2f}× in the worst. `make bench`, {linked('suite')}"
+    return Gain(
+        "Inference",
+        f" of {len({r['case'] for r in results})} shapes from one step to B 512, with AVX-512: {mean_and_worst(ours)}; "
+        f"frozen, over the best of torch, ONNX Runtime and OpenVINO: {mean_and_worst(frozen)}.",
+        "suite",
+        "inference, AVX-512",
+        ours,
     )
 
 
-def on_matrix_units(suite: dict) -> str:
-    """float32 with at least 16 rows and 128 units, and bfloat16, over torch's layer."""
+def on_matrix_units(suite: dict) -> list[Gain]:
+    """bfloat16, and float32 with at least 16 rows and 128 units, over torch's layer in the same dtype."""
     float32, half = (
         [[ratio for threads in (1, 2) for ratio in ratios_of(suite, goal, threads)] for goal in goals]
         for goals in (GOALS[:2], GOALS[2:4])
     )
+    return [
+        Gain(
+            "bfloat16",
+            f" on a processor with matrix units (AMX), over torch's bfloat16: {mean_and_worst(half[0])}; training "
+            f"{mean_and_worst(half[1])}.",
+            "suite_amx",
+            "bfloat16, AMX",
+            half[0] + half[1],
+        ),
+        Gain(
+            "float32 on matrix units",
+            f", with B >= 16 and H >= 128 and an error below that of float32 arithmetic: {mean_and_worst(float32[0])}; "
+            f"training {mean_and_worst(float32[1])}.",
+            "suite_amx",
+            "float32, AMX, B >= 16, H >= 128",
+            float32[0] + float32[1],
+        ),
+    ]
 
-    def mean_and_worst(ratios: list[float]) -> str:
-        return f"**{harness.geometric_mean(ratios):.2f}×** ({min(ratios):.2f}× in the worst case)"
 
-    return (
-        f"- **Matrix units** (AMX): float32 with B >= 16 and H >= 128, {len(float32[0])} cases, is "
-        f"{mean_and_worst(float32[0])} as fast as torch in inference and {mean_and_worst(float32[1])} in training, "
-        f"with an error below that of float32 arithmetic; bfloat16, {len(half[0])} cases, is "
-        f"{mean_and_worst(half[0])} as fast as torch's bfloat16 in inference and {mean_and_worst(half[1])} in "
-        f"training. `make bench`, {linked('suite_amx')}"
-    )
-
-
-def faster(records: dict[str, dict]) -> str:
-    """What the layer gains: one line for each use."""
-    quick = records["avx512"]
-    summary = {line["group"]: line for line in quick["summary"]}
-    steps = [r["ratio"] for r in quick["results"] if r["group"] == "step"]
-    training, memory = summary["training"], summary["memory"]
-    packed = [r for r in records["contract"]["results"] if r["group"] == "packed"]
-    ragged = [r["over_torch"] for r in packed]
-    resets = records["torchrl"]["results"]
-    over_torch = [r["over_torch"]["ratio"] for r in resets]
-    over_cut = [r["over_pad"]["ratio"] for r in resets]
-    with_unit = records["contract_amx"]["results"]
-    contract = records["contract"]["results"]
-    cells = [r["over_torch"] for r in contract if r["group"] == "cell"]
-    rollouts = [r for r in contract if r["group"] == "rollout"]
-    learning = [r for r in rollouts if r["training"]]
-    frozen = [r for r in with_unit if r["group"] == "frozen"]
-    streams = [r for r in frozen if r["shape"].startswith("stream")]
-    large = [r for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
-    busy = [r for r in contract if r["group"] == "busy" and r["threads"] == 2]
+def gains(records: dict[str, dict]) -> list[Gain]:
+    """What the layer gains: one for each use, the most telling first."""
+    quick, contract = records["avx512"], records["contract"]
+    packed = of_group(contract, "packed")
+    share = next(r["share_of_rows"] for r in contract["results"] if r["group"] == "packed")
+    rollouts = of_group(contract, "rollout")
+    learning = [
+        r["resets_over_torch"] for r in contract["results"] if r["group"] == "rollout" and r["training"]
+    ]
+    resets = [r["over_torch"]["ratio"] for r in records["torchrl"]["results"]]
+    cut = [r["over_pad"]["ratio"] for r in records["torchrl"]["results"]]
+    steps = of_group(quick, "step", "ratio")
+    streams = [
+        r
+        for r in records["contract_amx"]["results"]
+        if r["group"] == "frozen" and r["shape"].startswith("stream")
+    ]
+    frozen = [r["as_they_are_over_torch"] for r in streams]
+    int8 = [r["int8_over_ours"] for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
+    training = of_group(quick, "training", "ratio")
+    cells = of_group(contract, "cell")
+    memory = next(line for line in quick["summary"] if line["group"] == "memory")
+    busy = [r for r in contract["results"] if r["group"] == "busy" and r["threads"] == 2]
 
     def longer(side: str, neighbours: int) -> str:
         return span([r[f"{side}_beside_{neighbours}"] for r in busy])
 
-    return "\n".join(
-        [
-            f"- **Ragged batches**: a `PackedSequence` with {packed[0]['share_of_rows']:.0%} of the padded rows runs "
-            f"**{span(ragged)}** as fast as in torch. `python benchmarks/bench_contract.py --only packed`, "
-            f"{linked('contract')}",
-            f"- **Recurrent policies**, 1 to 32 environments: a loop over the steps is "
-            f"**{span([r['over_torch'] for r in rollouts])}** as fast with this layer in the place of torch's, acting "
-            f"and learning; learning by one call with `resets` "
-            f"**{span([r['resets_over_torch'] for r in learning])}**. "
-            f"`python benchmarks/bench_contract.py --only rollout`, {linked('contract')}",
-            f"- **Resets** inside a sequence (recurrent policies), in TorchRL's `LSTMModule`: one call with `resets` "
-            f"is **{span(over_torch)}** as fast as torch's layer, which needs the rows cut at each reset, and "
-            f"{span(over_cut)} as fast as this layer on cut rows. `python benchmarks/bench_torchrl.py`, "
-            f"{linked('torchrl')}",
-            f"- **One step** with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`. "
-            f"`make bench-quick`, {linked('avx512')}",
-            f"- **Frozen** for inference, one step at a time, H 16 to 1024: "
-            f"**{span([r['as_they_are_over_torch'] for r in streams])}** as fast as torch; with int8 weights "
-            f"{span([r['int8_over_ours'] for r in large])} as fast as this layer at H 512 and 1024. "
-            f"`python benchmarks/bench_contract.py --only frozen`, {linked('contract_amx')}",
-            on_matrix_units(records["suite_amx"]),
-            f"- **Training step**: **{training['geometric_mean']:.2f}×** as fast in the geometric mean of "
-            f"{training['cases']} cases, {training['worst']:.2f}× in the worst. `make bench-quick`, {linked('avx512')}",
-            beside_peers(records["suite"]),
-            f"- **LSTMCell**: {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: "
-            f"**{harness.geometric_mean(cells):.2f}×** in the geometric mean, {min(cells):.2f}× in the worst. "
-            f"`python benchmarks/bench_contract.py --only cell`, {linked('contract')}",
-            f"- **Memory**: the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
-            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases. `make bench-quick`, {linked('avx512')}",
-            f"- **A busy host**: with two threads on two cores, one of which another program keeps busy, a call takes "
+    return [
+        Gain(
+            "Ragged batches",
+            f": a `PackedSequence` with {share:.0%} of the padded rows runs **{span(packed)}** as fast as in torch.",
+            "contract",
+            "ragged batches",
+            packed,
+        ),
+        Gain(
+            "Recurrent policies",
+            f", 1 to 32 environments: a loop over the steps is **{span(rollouts)}** as fast with this layer in the "
+            f"place of torch's, acting and learning; learning by one call with `resets` **{span(learning)}**.",
+            "contract",
+            "policies: one call with resets",
+            learning,
+        ),
+        Gain(
+            "Resets",
+            f" inside a sequence, in TorchRL's `LSTMModule`: one call with `resets` is **{span(resets)}** as fast as "
+            f"torch's layer, which needs the rows cut at each reset, and {span(cut)} as fast as this layer on cut "
+            "rows.",
+            "torchrl",
+            "resets in TorchRL's module",
+            resets,
+        ),
+        Gain(
+            "One step",
+            f" with carried state, batch 1, H 128: **{span(steps)}** as fast, by a call or by `step()`.",
+            "avx512",
+            "one step",
+            steps,
+        ),
+        Gain(
+            "Frozen",
+            f" for inference, one step at a time, H 16 to 1024: **{span(frozen)}** as fast as torch; with int8 weights "
+            f"{span(int8)} as fast as this layer at H 512 and 1024.",
+            "contract_amx",
+            "one step, frozen",
+            frozen,
+        ),
+        *on_matrix_units(records["suite_amx"]),
+        Gain(
+            "Training step",
+            f" with AVX-512, {len(training)} cases: {mean_and_worst(training)}.",
+            "avx512",
+            "training step, AVX-512",
+            training,
+        ),
+        beside_peers(records["suite"]),
+        Gain(
+            "LSTMCell",
+            f", {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: {mean_and_worst(cells)}.",
+            "contract",
+            "LSTMCell",
+            cells,
+        ),
+        Gain(
+            "Memory",
+            f": the peak of a training step is **{memory['geometric_mean']:.2f}** of torch's in the mean, "
+            f"{memory['worst']:.2f} in the worst of {memory['cases']} cases.",
+            "avx512",
+        ),
+        Gain(
+            "A busy host",
+            f": with two threads on two cores, one of which another program keeps busy, a call takes "
             f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
-            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}. "
-            f"`python benchmarks/bench_contract.py --only busy`, {linked('contract')}",
-        ]
-    )
+            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}.",
+            "contract",
+        ),
+    ]
+
+
+def faster(records: dict[str, dict]) -> str:
+    return "\n".join(f"- **{g.title}**{g.text} {linked(g.record)}" for g in gains(records))
+
+
+def draw(records: dict[str, dict], path: Path) -> None:
+    """A row for each gain: its cases, and their geometric mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [gain for gain in gains(records) if gain.ratios]
+    rows = [gain.row for gain in found]
+    figure, panels = canvas(1, 1, 0.42 * len(rows) + 1.1)
+    axes = panels[0][0]
+    means = [harness.geometric_mean(gain.ratios) for gain in found]
+    dots(axes, rows, [(g.row, ratio) for g in found for ratio in g.ratios], color="#4477aa", alpha=0.35)
+    dots(axes, rows, list(zip(rows, means, strict=True)), color="#223355", marker="D")
+    rows_of_shapes([axes], rows, [ratio for gain in found for ratio in gain.ratios])
+    for gain, mean in zip(found, means, strict=True):
+        place = (max(gain.ratios), rows.index(gain.row))
+        axes.annotate(f"{mean:.1f}×", place, (10, 0), textcoords="offset points", va="center", fontsize=12)
+    axes.tick_params(labelsize=12)
+    axes.set_xlabel("speed over torch.nn.LSTM: each case, and the geometric mean", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # what it shows, for the test that looks whether it is up to date
+    shown = ", ".join(f"{row} {mean:.4g}" for row, mean in zip(rows, means, strict=True))
+    figure.savefig(path, dpi=DPI, metadata={"Description": shown})
+    pyplot.close(figure)
 
 
 def not_faster(records: dict[str, dict]) -> str:
@@ -171,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
+    parser.add_argument("--picture", type=Path, help="draw the gains into this PNG")
     options = parser.parse_args(arguments)
     records = {name: json.loads((RESULTS / file).read_text()) for name, file in RECORDS.items()}
     for name, lines_of in (("faster", faster), ("not-faster", not_faster)):
@@ -179,6 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
             replace_block(options.document, name, lines)
         else:
             print(lines, end="\n\n")
+    if options.picture:
+        draw(records, options.picture)
     return 0
 
 

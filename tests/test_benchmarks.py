@@ -197,3 +197,12 @@ def test_pages_show_the_committed_figures(page, commands, tmp_path):
         run(script, *named, "--document", copy)
     assert copy.read_text() == committed
     assert "torch.nn.LSTM" in committed
+
+
+def test_the_picture_shows_the_committed_figures(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    run("report_readme.py", "--picture", tmp_path / "gains.png")
+    drawn, committed = (image.open(folder / "gains.png") for folder in (tmp_path, BENCHMARKS.parent / "docs"))
+    assert drawn.size == committed.size
+    assert "ragged batches" in drawn.text["Description"]
+    assert drawn.text["Description"] == committed.text["Description"]
