@@ -46,6 +46,7 @@ PROBLEMS = (
     _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin anywhere, and many of them
     _Problem(18, 40, options=True),
     _Problem(3, 40, steps=1),
+    _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
 )
 
 
@@ -154,7 +155,7 @@ def _call(problem: _Problem, dtype: torch.dtype, device: torch.device) -> tuple[
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device="cpu") * scale).to(device, dtype)
 
-    sizes = torch.tensor([B, B, B // 2, 1], device="cpu") if problem.packed else None
+    sizes = torch.tensor([B] * (T - 2) + [B // 2, 1], device="cpu") if problem.packed else None
     rows = (int(sizes.sum()),) if sizes is not None else (T, B)
     weights = []
     for _ in range(D):

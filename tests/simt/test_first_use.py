@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
     monkeypatch.setattr(first_use, "_chosen", set())
     monkeypatch.setattr(first_use, "_found", {})
-    monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:])  # the small ones
+    monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:4])  # the small ones
     monkeypatch.setattr(first_use, "REPEATS", 3)
     monkeypatch.setattr(first_use, "LIMIT", 60)
     yield stand_in
@@ -93,6 +94,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     stand_in.set_cuda_kernel_of_thread("")
     stand_in.module.set_device(False, CHUNK_BYTES, "stepwise")
     assert extension is not None
+
+
+def test_a_packed_problem_needs_two_launches() -> None:
+    header = (config.source_dir() / "cuda" / "persistent.h").read_text()
+    steps = int(re.search(r"kPersistentPackedSteps = (\d+);", header).group(1))
+    assert any(problem.packed and problem.steps > steps for problem in PROBLEMS)
 
 
 def recorded() -> dict[str, Any] | None:
