@@ -8,7 +8,6 @@ import json
 import warnings
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 pytestmark = pytest.mark.tools
@@ -17,6 +16,8 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "from_scratch.ipyn
 
 
 def test_cells_do_what_is_stored() -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
