@@ -35,18 +35,26 @@ LARGE = 256  # hidden units from which the layer gains little without a matrix u
 
 
 def linked(record: str) -> str:
-    return f"[record](benchmarks/results/{RECORDS[record]})"
+    """A link whose text is the processor."""
+    text = "Xeon" if "xeon" in RECORDS[record] else "EPYC"
+    return f"[{text}](benchmarks/results/{RECORDS[record]})"
 
 
 def span(ratios: list[float]) -> str:
     return f"{min(ratios):.2f}× to {max(ratios):.2f}×"
 
 
+def over_torch(result: dict) -> float:
+    """Of one case of bench_quick.py or of bench.py."""
+    sides = result.get("sides")
+    return sides["torch"]["median"] / sides["ours"]["median"] if sides else result["ratio"]
+
+
 def of_batches(record: dict, group: str, least: int) -> str:
     """The ratios of the cases with a batch and so many hidden units at least."""
     return span(
         [
-            r["ratio"]
+            over_torch(r)
             for r in record["results"]
             if r["group"] == group and r["hidden_size"] >= least and r["batch"] > 1
         ]
@@ -96,8 +104,8 @@ def on_matrix_units(suite: dict) -> list[Gain]:
     return [
         Gain(
             "bfloat16",
-            f" on a processor with matrix units (AMX), over torch's bfloat16: {mean_and_worst(half[0])}; training "
-            f"{mean_and_worst(half[1])}.",
+            f" on a processor with matrix units (AMX), over torch's bfloat16, {len(half[0])} cases: "
+            f"{mean_and_worst(half[0])}; training {mean_and_worst(half[1])}.",
             "suite_amx",
             "bfloat16, AMX",
             half[0] + half[1],
@@ -131,6 +139,7 @@ def gains(records: dict[str, dict]) -> list[Gain]:
         if r["group"] == "frozen" and r["shape"].startswith("stream")
     ]
     frozen = [r["as_they_are_over_torch"] for r in streams]
+    itself = [r["as_they_are_over_ours"] for r in streams]
     int8 = [r["int8_over_ours"] for r in streams if r["shape"] in ("stream-H512", "stream-H1024")]
     training = of_group(quick, "training", "ratio")
     cells = of_group(contract, "cell")
@@ -143,7 +152,8 @@ def gains(records: dict[str, dict]) -> list[Gain]:
     return [
         Gain(
             "Ragged batches",
-            f": a `PackedSequence` with {share:.0%} of the padded rows runs **{span(packed)}** as fast as in torch.",
+            f": a `PackedSequence` that has {share:.0%} of the rows of the padded batch runs **{span(packed)}** as "
+            "fast as in torch.",
             "contract",
             "ragged batches",
             packed,
@@ -174,8 +184,8 @@ def gains(records: dict[str, dict]) -> list[Gain]:
         ),
         Gain(
             "Frozen",
-            f" for inference, one step at a time, H 16 to 1024: **{span(frozen)}** as fast as torch; with int8 weights "
-            f"{span(int8)} as fast as this layer at H 512 and 1024.",
+            f" layers compute one step **{span(frozen)}** as fast as torch, H 16 to 1024, and {span(itself)} as fast "
+            f"as before freezing; with int8 weights {span(int8)} as fast as before it, H 512 and 1024.",
             "contract_amx",
             "one step, frozen",
             frozen,
@@ -191,9 +201,11 @@ def gains(records: dict[str, dict]) -> list[Gain]:
         beside_peers(records["suite"]),
         Gain(
             "LSTMCell",
-            f", {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: {mean_and_worst(cells)}.",
+            f", {len(cells)} cases of B 1 to 64 and H 64 to 1024, with and without gradients: {mean_and_worst(cells)}; "
+            f"with AMX {mean_and_worst(of_group(records['contract_amx'], 'cell'))} "
+            f"({linked('contract_amx')}).",
             "contract",
-            "LSTMCell",
+            "LSTMCell, AVX-512",
             cells,
         ),
         Gain(
@@ -204,9 +216,8 @@ def gains(records: dict[str, dict]) -> list[Gain]:
         ),
         Gain(
             "A busy host",
-            f": with two threads on two cores, one of which another program keeps busy, a call takes "
-            f"{longer('ours', 1)} as long as on an idle one, and torch's {longer('torch', 1)}; beside two such "
-            f"programs {longer('ours', 2)}, and torch's {longer('torch', 2)}.",
+            f", two threads on two cores. Beside one other program a call takes {longer('ours', 1)} its idle time, "
+            f"torch's {longer('torch', 1)}; beside two programs {longer('ours', 2)}, torch's {longer('torch', 2)}.",
             "contract",
         ),
     ]
@@ -250,14 +261,18 @@ def not_faster(records: dict[str, dict]) -> str:
     lines = [
         f"{of_batches(records[record], 'inference', LARGE)} in inference and "
         f"{of_batches(records[record], 'training', LARGE)} in training with {name} ({linked(record)})"
-        for record, name in (("avx512", "AVX-512"), ("avx2", "AVX2"))
+        for record, name in (("suite", "AVX-512"), ("avx2", "AVX2"))
     ]
+    cells = of_group(records["contract_amx"], "cell")
+    slower = [ratio for ratio in cells if ratio < 1]
     without = [r["bfloat16_over_torch"] for r in records["contract"]["results"] if r["group"] == "16-bit"]
     return "\n".join(
         [
             f"- **H >= {LARGE} with a batch, without matrix units**: about as fast as torch, {'; '.join(lines)}.",
             f"- **bfloat16** without matrix units: {span(without)} of torch's speed on a processor with bfloat16 "
             f"instructions ({linked('contract')}).",
+            f"- **LSTMCell with AMX**: {len(slower)} of {len(cells)} cases are slower than torch's, {min(slower):.2f}× "
+            f"in the worst ({linked('contract_amx')}).",
         ]
     )
 

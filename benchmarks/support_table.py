@@ -154,11 +154,12 @@ def markdown(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> s
         *[f"{i}. {note}" for i, note in enumerate(notes.texts, 1)],
         "",
         dtypes_line(columns),
-        "All cells are in training mode, except those of ONNX, which are in evaluation mode. Double backward means "
-        "second derivatives; the forward pass before them runs on the kernels. `jvp`, `vmap` and `grad` are those of "
-        "`torch.func`. Autocast is to bfloat16, forward and backward. `torch.compile` is inductor with "
-        "`fullgraph=True`, forward and backward. All together means two layers with `dropout`, both directions, a "
-        "projection and every row from `lengths` down except `mask`, which says the same as `lengths`.",
+        "All cells are in training mode, except those of ONNX and of the row `zoneout`, evaluation, which are in "
+        "evaluation mode. Double backward means second derivatives; the forward pass before them runs on the kernels. "
+        "`jvp`, `vmap` and `grad` are those of `torch.func`. Autocast is to bfloat16, forward and backward. "
+        "`torch.compile` is inductor with `fullgraph=True`, forward and backward. All together means two layers with "
+        "`dropout`, both directions, a projection and every row from `lengths` down except `zoneout`, evaluation, and "
+        "`mask`, which says the same as `lengths`.",
         "",
         f"CUDA: {cuda_line(record, of_cuda)}",
         "",
