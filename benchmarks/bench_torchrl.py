@@ -62,7 +62,7 @@ def call_of(module: LSTMModule, data: TensorDict, training: bool) -> Callable[[]
 
 def measure(shape: Shape, resets: float, training: bool, budget: float) -> dict[str, object]:
     torch.manual_seed(1)
-    data = make_data(*shape, resets)
+    data = make_data(shape.batch, shape.steps, shape.input_size, shape.hidden_size, resets)
     theirs, ours = harness.make_layers(shape)
     theirs.batch_first = ours.batch_first = True
     call = call_of(ResetLSTMModule(lstm=ours, **KEYS), data, training)
