@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import harness
 from plots import DPI, canvas, dots, rows_of_shapes
+from records import ratio
 from report import replace_block
 from report_bench import GOALS, ratios_of
 
@@ -46,8 +47,7 @@ def span(ratios: list[float]) -> str:
 
 def over_torch(result: dict) -> float:
     """Of one case of bench_quick.py or of bench.py."""
-    sides = result.get("sides")
-    return sides["torch"]["median"] / sides["ours"]["median"] if sides else result["ratio"]
+    return ratio(result, "ours") if "sides" in result else result["ratio"]
 
 
 def of_batches(record: dict, group: str, least: int) -> str:
@@ -83,7 +83,7 @@ def beside_peers(suite: dict) -> Gain:
     """Inference of the suite: our layer over torch's, and the frozen one over the best of all peers."""
     results = [r for r in suite["results"] if r["group"] == "inference"]
     cases = [{name: side["median"] for name, side in r["sides"].items()} for r in results]
-    ours = [medians["torch"] / medians["ours"] for medians in cases]
+    ours = [over_torch(r) for r in results]
     frozen = [min(medians[name] for name in PEERS) / medians["frozen"] for medians in cases]
     return Gain(
         "Inference",
