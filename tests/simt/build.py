@@ -160,7 +160,7 @@ def compile_driver(
 # Memory has no types in PTX: an f32 may be stored and loaded as a b32.
 PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
 # A translated kernel is one long function. With checks in it GCC optimises it for a quarter of an hour and more.
-PTX_ASAN_FLAGS = ["-O0", "-fno-sanitize=undefined"]
+PTX_ASAN_FLAGS = ["-O0"]
 PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
 
 
