@@ -11,7 +11,7 @@ import internals
 import paths
 import pytest
 import torch
-from cases import Case, check, problems
+from cases import Case, check_quickly
 from judge import relative_error
 
 from lstm_ext.native import loader
@@ -128,15 +128,9 @@ def running(instruction_set: str, threads: int = 1) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
-def check_values(case: Case, dtype: torch.dtype) -> None:
-    """By one draw. If that is not exact enough, by as many as the rule takes."""
-    if problems(case, dtype, draws=1):
-        check(case, dtype)
-
-
 def check_inference(case: Case, dtype: torch.dtype) -> None:
     """Without gradients there are the same values, to the bit."""
-    check_values(case, dtype)
+    check_quickly(case, dtype)
     layer = cases.layer(case, dtype, 0)
     trained = layer.results(internals.lstm_layer, dtype)
     with torch.no_grad():
@@ -149,7 +143,7 @@ def check_pass(case: Case, dtype: torch.dtype, pass_: str) -> None:
     if pass_ == "inference":
         check_inference(case, dtype)
     else:
-        check_values(case, dtype)
+        check_quickly(case, dtype)
 
 
 @pytest.mark.parametrize("row", rows(STEPS))
