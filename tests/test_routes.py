@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext import functional, reference
-from lstm_ext.layer import equations, transforms
+from lstm_ext.layer import equations, route, transforms
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
@@ -75,6 +75,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Kernels:
         def __getattr__(self, name):
             value = getattr(extension, name)
+            if name == "lstm_module":
+                return module_call(value, seen, DIRECT[0])
             return recorded(f"kernel {name}", value) if name in ENTRIES else value
 
     kernels = Kernels()
@@ -118,6 +120,18 @@ def taken(events: list[str]) -> Callable[[Callable[[], Any]], list[str]]:
         return events.copy()
 
     return taken
+
+
+def module_call(function: Callable[..., Any], seen: list[str], event: str) -> Callable[..., Any]:
+    """The extension's lstm_module, which computes all layers of a call or declines: an event for each layer."""
+
+    def call(input, hx, weights, *others):
+        results = function(input, hx, weights, *others)
+        if results is not None:
+            seen.extend([event] * len(weights))
+        return results
+
+    return call
 
 
 class Watching(TorchDispatchMode):
@@ -194,6 +208,106 @@ def test_every_way_to_call(layer, x, taken, device):
     assert taken(lambda: layer.step(x[0])[0].sum().backward()) == DIRECT + KERNEL_BACKWARD
     assert taken(lambda: layer(packed)[0].data.sum().backward()) == DIRECT + KERNEL_BACKWARD
     assert taken(lambda: cell(x[0])[0].sum().backward()) == CELL + KERNEL_BACKWARD
+
+
+# Of the input and its states, and how the module is called.
+LAYOUTS: dict[str, Any] = {
+    "time first": ((T, B, I), (B,), lambda m: m),
+    "batch first": ((B, T, I), (B,), lambda m: m),
+    "unbatched": ((T, I), (), lambda m: m),
+    "step": ((B, I), (B,), lambda m: m.step),
+    "unbatched step": ((I,), (), lambda m: m.step),
+}
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout,kind",
+    [
+        (layout, kind)
+        for layout in LAYOUTS
+        for kind in ("one layer", "three layers", "projection", "both directions", "frozen")
+        if not (kind == "both directions" and "step" in layout)
+    ],
+)
+def test_one_call_for_all_layers_of_plain_tensors(layout, kind, dtype, taken, monkeypatch):
+    """It gives what the way of one call a layer gives, which takes everything else."""
+    shape, batch, function = LAYOUTS[layout]
+    layers = 3 if kind in ("three layers", "both directions") else 1
+    sets = 2 * layers if kind == "both directions" else layers
+    P = 2 if kind == "projection" else 0
+    module = lstm_ext.LSTM(
+        *(I, H, layers),
+        batch_first=layout == "batch first",
+        bidirectional=kind == "both directions",
+        proj_size=P,
+        dtype=dtype,
+    )
+    if kind == "frozen":
+        module = lstm_ext.freeze(module)
+    x = torch.randn(shape, dtype=dtype)
+    states = torch.randn(sets, *batch, P or H, dtype=dtype), torch.randn(sets, *batch, H, dtype=dtype)
+
+    def results(hx) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(kind != "frozen"), *module.parameters()]
+        output, (h, c) = function(module)(leaves[0], hx)
+        if kind == "frozen":
+            return [output, h, c]
+        gradients = torch.autograd.grad((output.sum() + h.sum() + c.sum()).square(), leaves)
+        with torch.no_grad():
+            plain = function(module)(x, hx)
+        return [output, h, c, *gradients, plain[0], *plain[1]]
+
+    for hx in (None, states, list(states)):
+        found: list[Tensor] = []
+        assert taken(lambda hx=hx, found=found: found.extend(results(hx))) == DIRECT * layers * (
+            1 if kind == "frozen" else 2
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(route, "plain_layers", lambda *_: None)
+            expected = results(hx)
+        for y, e in zip(found, expected, strict=True):
+            assert y.shape == e.shape
+            assert y.stride() == e.stride()
+            assert torch.equal(y, e)
+
+
+@pytest.mark.devices("cpu")
+def test_one_call_for_all_layers_watches_over_its_arguments(layer, x):
+    for leaf in (x, layer.weight_ih_l0):
+        leaf.requires_grad_()
+        for function, input in ((layer, x), (layer.step, x[0])):
+            output = function(input)[0]
+            with torch.no_grad():
+                x.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
+
+
+@pytest.mark.devices("cpu")
+def test_one_call_for_all_layers_declines_what_does_not_fit(layer, x, taken):
+    states = torch.zeros(1, B, H), torch.zeros(1, B, H)
+    for input, hx in (
+        *((x[..., 1:], None), (x[:0], None), (x.double(), None), (x, states[:1]), (x, x)),
+        *((x, (states[0], states[1][:, 1:])), (x, (states[0].double(), states[1]))),
+        *((x, (states[0], None)), (x, (states[0], states[1][..., 1:]))),
+    ):
+
+        def call(input=input, hx=hx):
+            with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
+                layer(input, hx)
+            assert "lstm_ext:" not in str(
+                error.value
+            )  # not from the kernels, which do not know the user's words
+
+        assert taken(call) == []
+
+
+@pytest.mark.devices("cpu")
+def test_number_of_arguments():
+    with pytest.raises(RuntimeError, match="expected 10 arguments, got 1"):
+        loader.extension().lstm_module(None)
 
 
 def test_backward_is_one_call_of_the_kernels(layer: lstm_ext.LSTM, x: Tensor) -> None:
@@ -377,6 +491,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Recorder:
         def __getattr__(self, name):
+            if name == "lstm_module":
+                return module_call(extension.lstm_module, calls, name)
             calls.append(name)
             return getattr(extension, name)
 

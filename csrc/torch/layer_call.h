@@ -168,6 +168,10 @@ LSTM_EXT_PUBLIC LayerGradients lstm_layer_backward(const LayerCall& call, Result
 // the states have no axis of time, (B, I), (B, H) and (B, H), and so have h_n and c_n; there is no other result.
 LSTM_EXT_PUBLIC LayerResults eager_layer(LayerCall call, bool step);
 
+// Whether no compiler, tracer, transform or dispatch mode sees what is called, as far as C++ knows: is_plain_eager of
+// lstm_ext/layer/tracing.py. Autocast is none of them.
+LSTM_EXT_PUBLIC bool is_plain_context();
+
 // Computes the gradients of a layer where they must be differentiable themselves, or are not plain tensors:
 // list_gradients of lstm_layer_backward.
 using DifferentiableBackward =

@@ -106,13 +106,6 @@ bool is_plain(const Tensor& t) {
   constexpr c10::DispatchKeySet kOthers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   return !t.defined() || (!t.key_set().has_any(kOthers) && !is_tracked(t));
 }
-bool is_plain_context() {
-  using Key = c10::DispatchKey;
-  constexpr c10::DispatchKeySet kOthers({Key::Python, Key::PreDispatch, Key::Functionalize, Key::VmapMode, Key::Tracer,
-                                         Key::FuncTorchDynamicLayerFrontMode});
-  return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_local_dispatch_key_set().included_.has_any(kOthers);
-}
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
  public:
@@ -258,7 +251,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
 
   static std::vector<Tensor> directly(const LayerCall& given_call, bool step, ResultGradients grads,
                                       const Tensor& output, const Saved& saved, const std::vector<bool>& needs_grad) {
-    bool plain = is_plain_context();
+    bool plain = !at::GradMode::is_enabled() && is_plain_context();
     const auto see = [&](const Tensor& t) { plain = plain && is_plain(t); };
     const LayerCall call = step ? with_time(given_call) : given_call;
     if (step) {
@@ -362,6 +355,14 @@ void layer_ends_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Sta
 }  // namespace lstm_ext::ops
 
 namespace lstm_ext {
+
+bool is_plain_context() {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet kOthers({Key::Python, Key::PreDispatch, Key::Functionalize, Key::VmapMode, Key::Tracer,
+                                         Key::FuncTorchDynamicLayerFrontMode});
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !c10::impl::tls_local_dispatch_key_set().included_.has_any(kOthers);
+}
 
 LayerResults eager_layer(LayerCall call, bool step) {
   using ops::LSTMLayer, ops::Route;

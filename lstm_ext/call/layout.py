@@ -64,6 +64,7 @@ class Layout:
     )
     batched = True
     batch_sizes: Tensor | None = None  # of packed data
+    code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
 
     def rows(self, input: Any) -> Tensor:
         """The input as the layers take it."""
@@ -90,6 +91,8 @@ class Layout:
 
 
 class _BatchFirst(Layout):
+    code = 1
+
     def rows(self, input: Any) -> Tensor:
         return input.transpose(0, 1)
 
@@ -105,6 +108,7 @@ class _BatchFirst(Layout):
 
 
 class _Unbatched(Layout):
+    code = 2
     state_rank = 2
     batched = False
 
@@ -125,6 +129,8 @@ class _Unbatched(Layout):
 class _Step(Layout):
     """One time step, (B, features)."""
 
+    code = 3
+
     # Indexing is quicker than unsqueeze and squeeze.
     def rows(self, input: Any) -> Tensor:
         return input[None]
@@ -136,6 +142,7 @@ class _Step(Layout):
 class _UnbatchedStep(Layout):
     """One time step without a batch, (features,)."""
 
+    code = 4
     state_rank = 2
     batched = False
 
@@ -153,6 +160,7 @@ STEP, UNBATCHED_STEP = _Step(), _UnbatchedStep()
 class PackedLayout(Layout):
     """A ``PackedSequence``: the rows of all sequences, step by step, and the order of the sequences."""
 
+    code = -1
     state_rank = 0
 
     def __init__(self, packed: PackedSequence, hx: Any = None) -> None:

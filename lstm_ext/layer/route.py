@@ -1,6 +1,6 @@
 """One layer, differentiable: chooses between the compiled kernels and the equations in plain PyTorch.
 
-The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, knows the first):
+The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, and `plain_layers` know the first):
 
 1. plain tensors: the compiled function of `eager`, which calls the kernels, and records a step of autograd where a
    gradient is requested;
@@ -22,6 +22,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,35 @@ def lstm_layer(call: LayerCall) -> LayerResults:
         _check_packed(call, layer)
         call = _with_known_batch(call)
     return layer(call)
+
+
+def plain_layers(
+    module: Any, weights: list[list[Tensor]], input: Tensor, hx: tuple[Tensor, Tensor] | None, layout: int
+) -> Any:
+    """The results of a module without options for plain tensors on the CPU, checked, in the shortest way.
+
+    None for every other call, and for one with something wrong: `lstm_layer` and what calls it take these.
+
+    Args:
+        layout: the code of the layout of ``input`` and ``hx``, which are as the user gave them.
+    """
+    if _is_compiling() or forward_ad._current_level >= 0 or (module.dropout and module.training):
+        return None
+    kernels = loader.extension()
+    if kernels is None:
+        return None
+    return kernels.lstm_module(
+        input,
+        hx,
+        weights,
+        module.native_options,
+        layout,
+        module.input_size,
+        module.hidden_size,
+        module.proj_size,
+        module.bias,
+        module.bidirectional,
+    )
 
 
 def lstm_cell(

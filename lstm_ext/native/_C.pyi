@@ -51,6 +51,29 @@ def lstm_layer(
     For plain tensors that no mode and no transform looks at.
     """
 
+def lstm_module(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: list[list[Tensor]],
+    options: list[LayerOptions] | None,
+    layout: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    has_bias: bool,
+    bidirectional: bool,
+    /,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """The results of a module, one layer after the other, from what its user gave it; a step of autograd a layer.
+
+    None for what is not a plain tensor on the CPU, is looked at by a mode or a transform, or does not fit the sizes.
+    Forward-mode AD, compilers and dropout are not asked about. Shapes as in :class:`lstm_ext.LSTM`.
+
+    Args:
+        weights, options: one entry a layer.
+        layout: the ``code`` of a :class:`lstm_ext.call.layout.Layout`.
+    """
+
 def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
 ) -> tuple[Tensor, Tensor]:

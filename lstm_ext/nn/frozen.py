@@ -56,6 +56,7 @@ class FrozenLSTM(LSTM):
             [f"packed_l{k}{direction}" for direction in directions] for k in range(self.num_layers)
         ]
         self._frozen_options, self._frozen_from = [], super()._weights_by_layer()
+        self.native_options = []
         for buffers, names in zip(self._frozen_names, self._layer_names, strict=True):
             weights = [getattr(self, name) for name in names]
             if kind == "int8":
@@ -66,6 +67,7 @@ class FrozenLSTM(LSTM):
             options = LayerOptions(frozen=packed)
             options.native = kernels.LayerOptions(frozen=packed)
             self._frozen_options.append(options)
+            self.native_options.append(options.native)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():
@@ -113,6 +115,7 @@ class FrozenLSTM(LSTM):
         names = {name for layer in self._frozen_names for name in layer}
         state.pop("_frozen_options")
         state.pop("_frozen_from")
+        state.pop("native_options")
         state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k not in names}
         return state
 

@@ -89,6 +89,7 @@ class LSTM(ScriptedLSTM):
     recompute: bool = False
     # What FrozenLSTM has beside its weights, see `call.arguments.Stack`.
     frozen: Sequence[LayerOptions] = ()
+    native_options: list[Any] | None = None  # these as the extension takes them
 
     def __init__(
         self,
@@ -329,12 +330,17 @@ class LSTM(ScriptedLSTM):
         return_gates: Any = False,
     ) -> Any:
         """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
+        weights = self._weights_by_layer()
+        requested = any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates)
+        if not requested and layout.code >= 0:
+            results = route.plain_layers(self, weights, input, hx, layout.code)
+            if results is not None:
+                return results
         if is_jit_tracing():
             return self._traced(
                 input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
             )
         x = layout.rows(input)
-        weights = self._weights_by_layer()
         w = weights[0][0]
         dtype, device = x.dtype, x.device
         shape, H = x.shape, self.hidden_size
@@ -363,7 +369,7 @@ class LSTM(ScriptedLSTM):
         if not good:
             self._explain(x, h0, c0, w, state_shapes)
         options = None
-        if any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates):
+        if requested:
             for layer_weights in weights:
                 route.refuse_none(layer_weights)
             options = stack_options(
