@@ -86,37 +86,37 @@ class FusedForwardStep {
     const auto c_before = [=](int64_t row) LSTM_EXT_LAMBDA_INLINE {
       return replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
     };
-    const auto finish = [=](int64_t row, int64_t unit, int lanes, const Gates<T>& sums) LSTM_EXT_LAMBDA_INLINE {
+    const auto finish = [=](int64_t row, int64_t unit, int lanes, const auto& sums) LSTM_EXT_LAMBDA_INLINE {
       const T* const c_row = c_before(row);
       const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
-          sums, {c_row ? c_row + unit : nullptr, lanes},
+          {{sums[kI], sums[kF], sums[kG], sums[kO]}}, {c_row ? c_row + unit : nullptr, lanes},
           [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to.row(row) + unit, state, lanes); });
       store_lanes<T>(h_to.row(row) + unit, cell.h, lanes);
       if (saves_gates) store_gates<T>(gates.row(row) + unit, cell.gates, H, lanes);
     };
-    // Of a row and the next one.
-    const auto finish_two = [=](int64_t row, int64_t unit, int lanes, const auto& a,
+    // Of two rows, or of two blocks of units in one.
+    const auto finish_two = [=](int64_t row_a, int64_t unit_a, int64_t row_b, int64_t unit_b, int lanes, const auto& a,
                                 const auto& b) LSTM_EXT_LAMBDA_INLINE {
-      const T *const c_a = c_before(row), *const c_b = c_before(row + 1);
+      const T *const c_a = c_before(row_a), *const c_b = c_before(row_b);
       if (!c_a || !c_b) {
-        finish(row, unit, lanes, {{a[kI], a[kF], a[kG], a[kO]}});
-        finish(row + 1, unit, lanes, {{b[kI], b[kF], b[kG], b[kO]}});
+        finish(row_a, unit_a, lanes, a);
+        finish(row_b, unit_b, lanes, b);
         return;
       }
       using Both = Two<T>;
       const Cell<Both> cell = cell_forward<Nonlinearities::kSharedDivisions, Both>(
-          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a + unit, c_b + unit, lanes},
+          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a + unit_a, c_b + unit_b, lanes},
           [&](const Reg<Both>& state) LSTM_EXT_LAMBDA_INLINE {
-            store_lanes<T>(c_to.row(row) + unit, state.a, lanes);
-            store_lanes<T>(c_to.row(row + 1) + unit, state.b, lanes);
+            store_lanes<T>(c_to.row(row_a) + unit_a, state.a, lanes);
+            store_lanes<T>(c_to.row(row_b) + unit_b, state.b, lanes);
           });
-      store_lanes<T>(h_to.row(row) + unit, cell.h.a, lanes);
-      store_lanes<T>(h_to.row(row + 1) + unit, cell.h.b, lanes);
+      store_lanes<T>(h_to.row(row_a) + unit_a, cell.h.a, lanes);
+      store_lanes<T>(h_to.row(row_b) + unit_b, cell.h.b, lanes);
       if (!saves_gates) return;
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
-        store_lanes<T>(gates.row(row) + unit + gate * H, cell.gates[gate].a, lanes);
-        store_lanes<T>(gates.row(row + 1) + unit + gate * H, cell.gates[gate].b, lanes);
+        store_lanes<T>(gates.row(row_a) + unit_a + gate * H, cell.gates[gate].a, lanes);
+        store_lanes<T>(gates.row(row_b) + unit_b + gate * H, cell.gates[gate].b, lanes);
       }
     };
     // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
@@ -125,21 +125,35 @@ class FusedForwardStep {
       __builtin_prefetch(c_to.row(row) + unit, 1);
       __builtin_prefetch(h_to.row(row) + unit, 1);
     };
+    const auto finish_pair = [=](int64_t row, int64_t unit, int lanes, const BlockPair<T>& pair)
+                                 LSTM_EXT_LAMBDA_INLINE {
+                                   const auto &a = pair.tile.acc[0], &b = pair.tile.acc[1];
+                                   if (lanes == pair.second_lanes) {
+                                     finish_two(row, unit, row, pair.second_unit, lanes, a, b);
+                                   } else {
+                                     finish(row, unit, lanes, a);
+                                     finish(row, pair.second_unit, pair.second_lanes, b);
+                                   }
+                                 };
     const auto finish_tile = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
-      constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
-      if constexpr (R <= 2 && kHasMatrixUnit<T>) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
+        finish_pair(row, unit, lanes, tile);
+        return true;
+      } else {
+        constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
+        if constexpr (R <= 2 && kHasMatrixUnit<T>) {
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
-      }
-      constexpr int kPairs = kVectorRegisters == 32 ? R / 2 : 0;  // 16 are too few for two rows
+          for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
+        }
+        constexpr int kPairs = kVectorRegisters == 32 ? R / 2 : 0;  // 16 are too few for two rows
 #pragma GCC unroll kTileRows
-      for (int r = 0; r < 2 * kPairs; r += 2) finish_two(row + r, unit, lanes, tile.acc[r], tile.acc[r + 1]);
+        for (int r = 0; r < 2 * kPairs; r += 2) {
+          finish_two(row + r, unit, row + r + 1, unit, lanes, tile.acc[r], tile.acc[r + 1]);
+        }
 #pragma GCC unroll kTileRows
-      for (int r = 2 * kPairs; r < R; ++r) {
-        const auto& sums = tile.acc[r];
-        finish(row + r, unit, lanes, {{sums[kI], sums[kF], sums[kG], sums[kO]}});
+        for (int r = 2 * kPairs; r < R; ++r) finish(row + r, unit, lanes, tile.acc[r]);
+        return true;
       }
-      return true;
     };
     const T* bias = nullptr;
     if (pass_.recurrent_weight.packed()) {
@@ -153,7 +167,9 @@ class FusedForwardStep {
       pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile, input);
       return;
     }
-    if (h_size > 0) pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, bias);
+    const bool finished =
+        h_size > 0 && pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile);
+    if (finished) return;
     for (int64_t row = 0; row < count; ++row) {
       const T* const sums = pre(row);
       for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {

@@ -119,6 +119,15 @@ struct OtherProduct {
   bool finish_writes_pre = false;         // the caller's own way of keeping what it makes of a tile
 };
 
+// The sums of one row for two blocks of units: their cells are computed together, since one alone is a long chain of
+// instructions that wait for each other.
+template <typename T>
+struct BlockPair {
+  Tile<T, 2, kGates> tile;
+  int64_t second_unit;
+  int second_lanes;
+};
+
 template <typename T>
 class GateProduct {
  public:
@@ -135,7 +144,7 @@ class GateProduct {
     if (weight.packed()) {
       multiply_packed(rows, a_row, count, weight, pre, bias, KeepSums{});
     } else {
-      multiply_unpacked(rows, a_row, count, weight, pre, bias);
+      multiply_unpacked(rows, a_row, count, weight, pre, bias, KeepSums{});
     }
   }
 
@@ -154,22 +163,24 @@ class GateProduct {
     multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, finish);
   }
 
-  // pre = (bias, or what is in `pre`) + weight * a, from narrow panels or from the rows.
-  template <typename A, typename Pre>
-  void multiply_unpacked(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const Pre& pre,
-                         const T* bias) {
+  // The same from the rows; or, without `finish`, from narrow panels, for which this gives false: those are only read
+  // where they are much larger than what is made of them.
+  template <typename A, typename Pre, typename Finish>
+  LSTM_EXT_INLINE bool multiply_unpacked(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                                         const Pre& pre, const T* bias, Finish&& finish) {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
         multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
-        return;
+        return false;
       }
       if (narrow.kind == WeightKind::kBFloat16) {
         multiply_panels(rows, a_row, count, weight, static_cast<const uint16_t*>(narrow.data), pre, bias, KeepSums{});
-        return;
+        return false;
       }
     }
-    dot_gates(weight.rows, count, rows, a_row, bias, pre);
+    multiply_rows(rows, a_row, count, weight.rows, pre, bias, finish);
+    return true;
   }
 
   // `panels`: those of the weight, of T or of narrower numbers.
@@ -178,7 +189,30 @@ class GateProduct {
                                        const W* panels, const Pre& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
-    for (int64_t i = 0; i < sweep.count; ++i) {
+    int64_t paired = 0;
+    if (kPairsBlocks && rows == 1 && !weight.packs_as_used()) {
+      // The same sums as below.
+      const T* const a = count > 0 ? a_row(0) : nullptr;
+      T* const out = pre(0);
+      const auto sum_block = [&](int64_t block, Reg<T>* sums) LSTM_EXT_LAMBDA_INLINE {
+        const int lanes = lanes_in(block);
+        const W* const panel = panels + weight.place(block) * kGates * kLanes * count;
+        const T* const start = (bias ? bias : out) + block * kLanes;
+        for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
+          Tile<T, 1, kGates> tile;
+          tile.zero();
+          accumulate_rows<T, 1, kGates>(tile, {a + k}, panel + k * kGates * kLanes, kGates * kLanes,
+                                        smaller(kBlockK, count - k));
+          if constexpr (std::is_same_v<W, int8_t>) scale<1>(tile, weight.narrow.factors + block * kLanes, lanes);
+#pragma GCC unroll kGates
+          for (int gate = 0; gate < kGates; ++gate) {
+            sums[gate] = tile.acc[0][gate] + (k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums[gate]);
+          }
+        }
+      };
+      paired = multiply_pairs(sweep, out, sum_block, finish);
+    }
+    for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       const int lanes = lanes_in(block);
       if (weight.packs_as_used()) pack_gates(weight, H, count, block);
@@ -212,16 +246,13 @@ class GateProduct {
           constexpr bool kFetch = NextPanel::kUsed && R > 1;
           accumulate_rows<T, R, kGates, false, kFetch>(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth, 0,
                                                        kFetch ? next_panel.take(depth) : nullptr);
+          if constexpr (std::is_same_v<W, int8_t>) scale<R>(tile, weight.narrow.factors + block * kLanes, lanes);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
             const T* start = from_bias ? bias + block * kLanes : out[r];
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) {
-              if constexpr (std::is_same_v<W, int8_t>) {
-                tile.acc[r][gate] =
-                    tile.acc[r][gate] * load_lanes<T>(weight.narrow.factors + block * kLanes + gate * H, lanes);
-              }
               tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
             }
           }
@@ -321,7 +352,7 @@ class GateProduct {
           if (some.panels) {  // beside planes: frozen
             one.multiply_panels(height, some_rows, depth, some, some.panels, pre_part, start, KeepSums{});
           } else {
-            one.multiply_unpacked(height, some_rows, depth, some, pre_part, start);
+            one.multiply_unpacked(height, some_rows, depth, some, pre_part, start, KeepSums{});
           }
         };
         if (other.weight) add(other_part, other.count, *other.weight, bias);
@@ -336,48 +367,58 @@ class GateProduct {
 
 #endif
 
-  // The row-major path: pre = (bias, or what is in `pre`) + weight * a, for these units.
-  template <typename A, typename Pre>
-  void dot_gates(const T* weight, int64_t count, int64_t rows, const A& a_row, const T* bias, const Pre& pre) {
+  // The row-major path, as multiply_panels.
+  template <typename A, typename Pre, typename Finish>
+  LSTM_EXT_INLINE void multiply_rows(int64_t rows, const A& a_row, int64_t count, const T* weight, const Pre& pre,
+                                     const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
-    const int64_t begin = blocks_.begin * kLanes;
-    const int64_t end = smaller(blocks_.end * kLanes, H);
-    if (begin == 0 && end == H) {  // all units: the four gates are one range
-      dot_range(weight, count, 0, 4 * H, rows, a_row, bias, pre);
-    } else {
-      for (int gate = 0; gate < kGates; ++gate) {
-        dot_range(weight, count, gate * H + begin, gate * H + end, rows, a_row, bias, pre);
-      }
-    }
-  }
-
-  template <typename A, typename Pre>
-  void dot_range(const T* weight, int64_t count, int64_t begin, int64_t end, int64_t rows, const A& a_row,
-                 const T* bias, const Pre& pre) {
-    constexpr int kMany = kLanes >= 4 ? 4 : kLanes;
-    for (int64_t m = begin; m < end;) {
-      int64_t row = 0;
-      const int64_t many_end = smaller(m + kLanes, end);
-      for (; row + kMany <= rows; row += kMany) {
-        for (int64_t j = m; j < many_end; j += kLanes / kMany) {
-          dot_tile<T, kMany>(
-              weight + j * count, count, static_cast<int>(smaller(many_end - j, kLanes / kMany)),
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return a_row(row + x); },
-              [&](int x) LSTM_EXT_LAMBDA_INLINE { return pre(row + x) + j; }, bias ? bias + j : nullptr);
+    const Sweep sweep = next_sweep();
+    int64_t paired = 0;
+    if (kPairsBlocks && rows == 1) {
+      const T* const a[] = {a_row(0)};
+      T* const out = pre(0);
+      const auto sum_block = [&](int64_t block, Reg<T>* sums) LSTM_EXT_LAMBDA_INLINE {
+        const int lanes = lanes_in(block);
+        const T* const start = bias ? bias : out;
+#pragma GCC unroll 1
+        for (int gate = 0; gate < kGates; ++gate) {
+          const int64_t first = gate * H + block * kLanes;
+          dot_rows<T, 1>(weight + first * count, count, lanes, kGates * H - first, a, sums + gate);
+          sums[gate] = sums[gate] + load_lanes<T>(start + first, lanes);
         }
-      }
-      for (; row < rows; ++row) {
-        dot_tile<T, 1>(
-            weight + m * count, count, static_cast<int>(many_end - m),
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return a_row(row); },
-            [&](int) LSTM_EXT_LAMBDA_INLINE { return pre(row) + m; }, bias ? bias + m : nullptr);
-      }
-      m = many_end;
+      };
+      paired = multiply_pairs(sweep, out, sum_block, finish);
+    }
+    for (int64_t i = paired; i < sweep.count; ++i) {
+      const int64_t block = sweep.block(i), unit = block * kLanes;
+      const int lanes = lanes_in(block);
+      for_each_dot_tile<T>(0, rows, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+        constexpr int R = height();
+        const T* a[R];
+        T* out[R];
+        for (int r = 0; r < R; ++r) {
+          a[r] = a_row(row + r);
+          out[r] = pre(row + r) + unit;
+        }
+        Tile<T, R, kGates> tile;
+#pragma GCC unroll 1
+        for (int gate = 0; gate < kGates; ++gate) {
+          const int64_t first = gate * H + unit;
+          Reg<T> sums[R];
+          dot_rows<T, R>(weight + first * count, count, lanes, kGates * H - first, a, sums);
+          for (int r = 0; r < R; ++r) {
+            const T* const start = bias ? bias + unit : out[r];
+            tile.acc[r][gate] = sums[r] + load_lanes<T>(start + gate * H, lanes);
+          }
+        }
+        if (finish(row, unit, lanes, tile)) return;
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll kGates
+          for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
+        }
+      });
     }
   }
-
- private:
-  static constexpr int kLanes = Simd<T>::kLanes;
 
   struct KeepSums {
     template <typename Sums>
@@ -385,6 +426,9 @@ class GateProduct {
       return false;
     }
   };
+
+ private:
+  static constexpr int kLanes = Simd<T>::kLanes;
 
   // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
   // hold all of it is what the product before used last.
@@ -396,6 +440,43 @@ class GateProduct {
     forwards_ = !forwards_;
     const int64_t count = blocks_.end - blocks_.begin;
     return forwards_ ? Sweep{blocks_.begin, 1, count} : Sweep{blocks_.end - 1, -1, count};
+  }
+
+  // Cells of two blocks need the registers.
+  static constexpr bool kPairsBlocks = kVectorRegisters == 32;
+  // The blocks of one row by two, as many as there are: sum_block(block, sums) makes the sums of the gates of one, and
+  // finish takes a BlockPair. Returns how many.
+  template <typename SumBlock, typename Finish>
+  LSTM_EXT_INLINE int64_t multiply_pairs(const Sweep& sweep, T* out, const SumBlock& sum_block, Finish&& finish) {
+    int64_t i = 0;
+    for (; i + 1 < sweep.count; i += 2) {
+      const int64_t blocks[] = {sweep.block(i), sweep.block(i + 1)};
+      BlockPair<T> pair;
+      pair.tile.zero();
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n) sum_block(blocks[n], pair.tile.acc[n]);
+      pair.second_unit = blocks[1] * kLanes;
+      pair.second_lanes = lanes_in(blocks[1]);
+      if (finish(0, blocks[0] * kLanes, lanes_in(blocks[0]), pair)) continue;
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n)
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate) {
+          store_lanes<T>(out + blocks[n] * kLanes + gate * hidden_size_, pair.tile.acc[n][gate], lanes_in(blocks[n]));
+        }
+    }
+    return i;
+  }
+
+  // Sums of whole numbers, by the factors of their units.
+  template <int R>
+  LSTM_EXT_INLINE void scale(Tile<T, R, kGates>& tile, const T* factors, int lanes) const {
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) {
+      const Reg<T> factor = load_lanes<T>(factors + gate * hidden_size_, lanes);
+#pragma GCC unroll kTileRows
+      for (int r = 0; r < R; ++r) tile.acc[r][gate] = tile.acc[r][gate] * factor;
+    }
   }
 
   const int64_t hidden_size_;

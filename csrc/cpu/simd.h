@@ -331,21 +331,22 @@ LSTM_EXT_INLINE Reg<T> pick_groups(Reg<T> a, Reg<T> b, std::integer_sequence<int
 #endif
 }
 
-// Lane j of the result is the sum of the lanes of v[j]. Every v[j] is summed in the same order
-// (neighbours first, then pairs of pairs), so a sum does not depend on its place. Destroys v.
-template <typename T, int Group = 1>
+// Lane j of the result is the sum of the lanes of v[j], for kLanes vectors. Every v[j] is summed in the same order
+// (neighbours first, then pairs of pairs), so a sum does not depend on its place. Fewer vectors, Count of them, are
+// summed as far as their own lanes go: the results of kLanes / Count such sums are the vectors of another with
+// Group = Count. Destroys v.
+template <typename T, int Count, int Group = 1>
 LSTM_EXT_INLINE Reg<T> sum_each(Reg<T>* v) {
-  constexpr int n = Simd<T>::kLanes;
-  using Lanes = std::make_integer_sequence<int, n>;
-  if constexpr (Group == n) {
+  using Lanes = std::make_integer_sequence<int, Simd<T>::kLanes>;
+  if constexpr (Count == 1) {
     return v[0];
   } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < n / (2 * Group); ++i) {
+    for (int i = 0; i < Count / 2; ++i) {
       v[i] = pick_groups<T, Group, 0>(v[2 * i], v[2 * i + 1], Lanes{}) +
              pick_groups<T, Group, Group>(v[2 * i], v[2 * i + 1], Lanes{});
     }
-    return sum_each<T, 2 * Group>(v);
+    return sum_each<T, Count / 2, 2 * Group>(v);
   }
 }
 

@@ -53,7 +53,11 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
   if constexpr (kVectorRegisters == 32) {
     Reg<T> w[NV];
 #pragma GCC unroll kTileColumns
-    for (int v = 0; v < NV; ++v) w[v] = load_columns<T, Partial>(b, v, NV, last);
+    for (int v = 0; v < NV; ++v) {
+      w[v] = load_columns<T, Partial>(b, v, NV, last);
+      // Else GCC reads it once more for each of two or three rows, and a panel comes from the second-level cache.
+      if constexpr (R > 1) asm("" : "+v"(w[v]));
+    }
 #pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) {
       const Reg<T> x = S::set1(a(r));
@@ -66,7 +70,8 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
     for (int r = 0; r < R; ++r) x[r] = S::set1(a(r));
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
-      const Reg<T> w = load_columns<T, Partial>(b, v, NV, last);
+      Reg<T> w = load_columns<T, Partial>(b, v, NV, last);
+      if constexpr (R == 2) asm("" : "+x"(w));
 #pragma GCC unroll kTileRows
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }
