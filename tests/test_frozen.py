@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,6 +73,48 @@ def test_is_the_layer_with_these_weights(config: str, kind: str, capability: str
         sides = frozen(x, hx), same(x, hx), exact(x.double(), tuple(s.double() for s in hx))
         worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
     assert not worst.problems()
+
+
+def of_all_sizes(x: Tensor) -> Tensor:
+    """Numbers of 2^-40 to 2^40 side by side."""
+    return x * torch.exp2(torch.randint(-40, 41, x.shape))
+
+
+LONG_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "usual": lambda x: x,
+    "large": lambda x: 10 * x,
+    "small": lambda x: 1e-3 * x,
+    "of all sizes": of_all_sizes,
+    "zeros": lambda x: 0 * x,
+    "below the range": lambda x: 1e-35 * x,
+    "above the range": lambda x: 1e30 * x,
+}
+
+
+@pytest.mark.parametrize("numbers", LONG_ROWS)
+@torch.no_grad()
+def test_int8_with_rows_of_several_pieces(numbers: str, capability: str) -> None:
+    """The kernels take 512 numbers of a row at a time, and up to eight such pieces; others go a slower way."""
+    worst = Worst()
+    for input_size in (1, 511, 513, 4100) * 8:
+        layer = lstm_ext.LSTM(input_size, 20)
+        same = with_rounded_weights(layer, "int8")
+        x = LONG_ROWS[numbers](torch.randn(3, 3, input_size))
+        theirs = lstm_ext.to_torch(same)
+        sides = lstm_ext.freeze(layer, torch.int8)(x), theirs(x), copy.deepcopy(theirs).double()(x.double())
+        worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+    assert not worst.problems()
+
+
+@torch.no_grad()
+def test_int8_with_infinities_and_nan(capability: str) -> None:
+    layer = lstm_ext.LSTM(600, 20)
+    same = with_rounded_weights(layer, "int8")
+    x = torch.randn(4, 3, 600)
+    x[1, 0, 7], x[1, 1, 550], x[2, 2, 3] = torch.inf, torch.nan, -torch.inf
+    y, expected = lstm_ext.freeze(layer, torch.int8)(x)[0], same(x)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert y.isnan().any() and not y[0].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -25,7 +25,8 @@ constexpr const char* kVariable = "LSTM_EXT_CPU_CAPABILITY";
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 11);  // VNNI, which all of them have
 #else
   return false;
 #endif

@@ -172,7 +172,15 @@ class FusedForwardStep {
     if (finished) return;
     for (int64_t row = 0; row < count; ++row) {
       const T* const sums = pre(row);
-      for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
+      int64_t block = pass_.blocks.begin;
+      if constexpr (kVectorRegisters == 32) {
+        for (; (block + 2) * kLanes <= H && block + 2 <= pass_.blocks.end; block += 2) {
+          const int64_t unit = block * kLanes, next = unit + kLanes;
+          finish_two(row, unit, row, next, kLanes, load_gates<T>(sums + unit, H, kLanes),
+                     load_gates<T>(sums + next, H, kLanes));
+        }
+      }
+      for (; block < pass_.blocks.end; ++block) {
         const int64_t unit = block * kLanes;
         const int lanes = pass_.product.lanes_in(block);
         finish(row, unit, lanes, load_gates<T>(sums + unit, H, lanes));

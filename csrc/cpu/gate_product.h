@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 
+#include "cpu/byte_product.h"
 #include "cpu/gates.h"
 #include "cpu/pack.h"
 #include "cpu/plane_product.h"
@@ -48,6 +49,10 @@ template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
                        int64_t block, void* panels) {
   constexpr int n = Simd<T>::kLanes;
+  if (kMultipliesBytes && kind == WeightKind::kInt8) {
+    uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
+    for (int64_t i = 0; i < byte_panel_size(count); ++i) bytes[i] = 128;
+  }
   int64_t at = block * kGates * n * count;
   for (int64_t k = 0; k < count; ++k) {
     for (int gate = 0; gate < kGates; ++gate) {
@@ -57,10 +62,17 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
         if (kind == WeightKind::kBFloat16) {
           uint32_t bits;
           __builtin_memcpy(&bits, &number, sizeof(bits));
-          static_cast<uint16_t*>(panels)[at] = static_cast<uint16_t>(bits >> 16);
+          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as Simd::load_half reads them
+          static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
           const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
-          static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(integer + (integer < 0 ? -0.5f : 0.5f));
+          const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
+          if (kMultipliesBytes) {
+            uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
+            bytes[byte_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
+          } else {
+            static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(rounded);
+          }
         }
       }
     }
@@ -171,7 +183,11 @@ class GateProduct {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
-        multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
+        if constexpr (kMultipliesBytes) {
+          multiply_bytes_of(rows, a_row, count, narrow, pre, bias);
+        } else {
+          multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
+        }
         return false;
       }
       if (narrow.kind == WeightKind::kBFloat16) {
@@ -365,6 +381,53 @@ class GateProduct {
     }
   }
 
+#endif
+
+#if defined(LSTM_EXT_BYTE_PRODUCTS)
+  // The same from bytes, without `finish`.
+  template <typename A, typename Pre>
+  void multiply_bytes_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
+                         const T* bias) {
+    const auto* const panels = static_cast<const uint8_t*>(weight.data);
+    RowDigits pieces[kPiecesAtOnce];
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* const a = a_row(row);
+      T* const out = pre(row);
+      for (int64_t first = 0; first == 0 || first < count; first += kPiecesAtOnce * kBlockK) {
+        const int64_t end = smaller(first + kPiecesAtOnce * kBlockK, count);
+        for (int64_t k = first; k < end; k += kBlockK) {
+          split_row(a + k, smaller(kBlockK, end - k), pieces[(k - first) / kBlockK]);
+        }
+        const Sweep sweep = next_sweep();
+        for (int64_t i = 0; i < sweep.count; ++i) {
+          const int64_t block = sweep.block(i);
+          const int lanes = lanes_in(block);
+          Tile<T, 1, kGates> tile;
+          tile.zero();
+          for (int64_t k = first; k < end; k += kBlockK) {
+            const RowDigits& piece = pieces[(k - first) / kBlockK];
+            const uint8_t* const panel = panels + block * byte_panel_size(count) + k * kPanelStep;
+            Reg<T> sums[kGates];
+            if (piece.exact) {
+              multiply_bytes(panel, piece, smaller(kBlockK, end - k), sums);
+            } else {
+              multiply_unsplit(panel, a + k, smaller(kBlockK, end - k), sums);
+            }
+#pragma GCC unroll kGates
+            for (int gate = 0; gate < kGates; ++gate) tile.acc[0][gate] = tile.acc[0][gate] + sums[gate];
+          }
+          scale<1>(tile, weight.factors + block * kLanes, lanes);
+          T* const to = out + block * kLanes;
+          const T* const start = bias && first == 0 ? bias + block * kLanes : to;
+#pragma GCC unroll kGates
+          for (int gate = 0; gate < kGates; ++gate) {
+            const int64_t at = gate * hidden_size_;
+            store_lanes<T>(to + at, tile.acc[0][gate] + load_lanes<T>(start + at, lanes), lanes);
+          }
+        }
+      }
+    }
+  }
 #endif
 
   // The row-major path, as multiply_panels.

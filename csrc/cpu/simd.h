@@ -25,11 +25,13 @@ struct Simd<float> {
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  // Of numbers in bfloat16, and of small integers.
-  static Reg load(const uint16_t* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  // One of two registers of numbers in bfloat16, whose lanes lie side by side: a single instruction makes it.
+  static Reg load_half(const uint16_t* p, bool second) {
+    const __m512i both = _mm512_loadu_si512(p);
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(both, _mm512_set1_epi32(-0x10000))
+                                      : _mm512_slli_epi32(both, 16));
   }
+  // Of small integers.
   static Reg load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -103,9 +105,10 @@ struct Simd<float> {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
-  static Reg load(const uint16_t* p) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  static Reg load_half(const uint16_t* p, bool second) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(second ? _mm256_and_si256(both, _mm256_set1_epi32(-0x10000))
+                                      : _mm256_slli_epi32(both, 16));
   }
   static Reg load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -176,9 +179,9 @@ struct Simd<float> {
   static Reg zero() { return _mm_setzero_ps(); }
   static Reg set1(float x) { return _mm_set1_ps(x); }
   static Reg load(const float* p) { return _mm_loadu_ps(p); }
-  static Reg load(const uint16_t* p) {
-    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), bits));
+  static Reg load_half(const uint16_t* p, bool second) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(second ? _mm_and_si128(both, _mm_set1_epi32(-0x10000)) : _mm_slli_epi32(both, 16));
   }
   static Reg load(const int8_t* p) { return _mm_cvtepi32_ps(_mm_setr_epi32(p[0], p[1], p[2], p[3])); }
   static void store(float* p, Reg v) { _mm_storeu_ps(p, v); }
@@ -314,6 +317,17 @@ LSTM_EXT_INLINE void store_lanes(T* p, Reg<T> v, int n) {
 template <typename T>
 LSTM_EXT_INLINE void add_lanes(T* p, Reg<T> v, int n) {
   store_lanes<T>(p, load_lanes<T>(p, n) + v, n);
+}
+
+// Of a number that several instructions take: else GCC reads it from memory for each of them, if they are two or three,
+// and a panel comes from the second-level cache.
+template <typename T>
+LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Reg<T>& v) {
+#if defined(LSTM_EXT_AVX512)
+  asm("" : "+v"(v));
+#elif !defined(LSTM_EXT_ISA_SOFTWARE)
+  asm("" : "+x"(v));
+#endif
 }
 
 // Two-operand shuffle with indices known at compile time; lane j takes index(j), where b's lanes

@@ -35,14 +35,18 @@ struct Tile {
   }
 };
 
-// Register v of NV.
+// Register v of NV. Numbers in bfloat16 are those of two registers side by side.
 template <typename T, bool Partial, typename B>
 LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) {
-  const B* const at = b + v * Simd<T>::kLanes;
-  if constexpr (Partial) {
-    if (v == registers - 1) return Simd<T>::load_partial(at, last);
+  if constexpr (std::is_same_v<B, uint16_t>)
+    return Simd<T>::load_half(b + v / 2 * 2 * Simd<T>::kLanes, v % 2 != 0);
+  else {
+    const B* const at = b + v * Simd<T>::kLanes;
+    if constexpr (Partial) {
+      if (v == registers - 1) return Simd<T>::load_partial(at, last);
+    }
+    return Simd<T>::load(at);
   }
-  return Simd<T>::load(at);
 }
 
 // One step of k: acc[r][v] += a(r) * b[v], where b is NV registers, of T or of narrower numbers, and a(r) one number.
@@ -55,8 +59,7 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
       w[v] = load_columns<T, Partial>(b, v, NV, last);
-      // Else GCC reads it once more for each of two or three rows, and a panel comes from the second-level cache.
-      if constexpr (R > 1) asm("" : "+v"(w[v]));
+      if constexpr (R > 1) keep_in_register<T>(w[v]);
     }
 #pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) {
@@ -71,7 +74,7 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
       Reg<T> w = load_columns<T, Partial>(b, v, NV, last);
-      if constexpr (R == 2) asm("" : "+x"(w));
+      if constexpr (R == 2) keep_in_register<T>(w);
 #pragma GCC unroll kTileRows
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }

@@ -12,7 +12,7 @@
 namespace lstm_ext {
 namespace {
 
-constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '1'};
+constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '2'};
 
 struct Header {
   char mark[8];

@@ -1,0 +1,167 @@
+// Products of rows in float32 with weights in int8, by the instruction for sums of four products of bytes.
+//
+// A row is read in pieces of kBlockK numbers. A piece becomes integers of four bytes times one factor, so that the
+// largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the largest. Sums
+// of products of bytes are exact. The instruction multiplies bytes without a sign by bytes with one: weights are stored
+// as w + 128, and 128 times the sum of a row's bytes is taken off again.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/gates.h"
+#include "cpu/range.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// Whether products with int8 weights take this way. LSTM_EXT_ISA_SOFTWARE has the instruction in plain C++.
+#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16) || defined(LSTM_EXT_ISA_SOFTWARE)
+#define LSTM_EXT_BYTE_PRODUCTS
+constexpr bool kMultipliesBytes = true;
+#else
+constexpr bool kMultipliesBytes = false;
+#endif
+
+// Then a panel has four k of a unit side by side, [k / 4][gate][lane][k % 4], and 128 for those past the end. Where one
+// of them lies, and how many bytes a panel has.
+constexpr int kKsOfBytes = 4;
+LSTM_EXT_INLINE int64_t byte_place(int64_t k, int gate, int lane) {
+  constexpr int n = Simd<float>::kLanes;
+  return (k / kKsOfBytes * kGates + gate) * kKsOfBytes * n + lane * kKsOfBytes + k % kKsOfBytes;
+}
+LSTM_EXT_INLINE int64_t byte_panel_size(int64_t count) {
+  return kGates * Simd<float>::kLanes * divide_up(count, kKsOfBytes) * kKsOfBytes;
+}
+
+#if defined(LSTM_EXT_BYTE_PRODUCTS)
+
+using Ints = Simd<float>::Index;
+constexpr int kDigits = 4;
+constexpr int32_t kLargestOfDigits = 0x7F7F7F7F;              // each of them 127
+constexpr int64_t kPiecesAtOnce = 8;                          // of a row
+constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
+
+// A piece of a row as sums of bytes times powers of 256, the lowest first. Without `exact` the numbers are such that
+// they have to be multiplied as they are: infinities, NaN, and what is too large or too small for the factor.
+struct RowDigits {
+  alignas(64) int8_t bytes[kDigits][kBlockK];
+  int32_t sums[kDigits];
+  float factor;
+  bool exact;
+};
+
+// All lanes, in each of them.
+template <int kStep = Simd<float>::kLanes / 2, typename F>
+LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
+  if constexpr (kStep > 0) {
+    v = f(v, lanes_from<Ints, kStep>(v, std::make_integer_sequence<int, Simd<float>::kLanes>{}));
+    return over_lanes<kStep / 2>(v, f);
+  }
+  return v;
+}
+
+inline void split_row(const float* x, int64_t count, RowDigits& row) {
+  using S = Simd<float>;
+  const auto larger = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
+  Ints most = {};
+  for_each_register<float>(count, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {
+    most = larger(most, reinterpret_cast<Ints>(S::abs(load_lanes<float>(x + k, lanes))));
+  });
+  const int32_t bits = over_lanes(most, larger)[0];
+  constexpr int32_t kLeast = (127 - 80) << 23, kMost = (127 + 80) << 23;
+  row.exact = bits == 0 || (bits >= kLeast && bits < kMost);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof(bits));
+  row.factor = largest / static_cast<float>(kLargestOfDigits);
+  if (!row.exact) return;
+  const Reg<float> scale = S::set1(bits == 0 ? 0.0f : static_cast<float>(kLargestOfDigits) / largest);
+  const Ints bound = Ints{} + kLargestOfDigits;
+  Ints sums[kDigits] = {};
+  for (int64_t k = 0; k < count; k += S::kLanes) {
+    const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
+    Ints number = __builtin_convertvector(S::round(load_lanes<float>(x + k, lanes) * scale), Ints);
+    // Rounding may lead past the largest number that the bytes hold.
+    number = number > bound ? bound : number;
+    number = number < -bound ? -bound : number;
+#pragma GCC unroll 4
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const Ints rest = (number + 128) >> 8;
+      const auto bytes = __builtin_convertvector(number, S::Bytes);
+      __builtin_memcpy(row.bytes[digit] + k, &bytes, sizeof(bytes));
+      sums[digit] += number - (rest << 8);
+      number = rest;
+    }
+  }
+  const auto sum = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
+  for (int digit = 0; digit < kDigits; ++digit) row.sums[digit] = over_lanes(sums[digit], sum)[0];
+}
+
+// sum += the products of four bytes each.
+LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
+#if defined(LSTM_EXT_ISA_SOFTWARE)
+  for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
+#else  // in assembly, since GCC 12 copies the sums around the instruction
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(bytes));
+#endif
+}
+
+LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
+  Ints v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// sums = the products of a piece of a row with `count` k of a panel, without the factors of the units. Not inlined: the
+// loop needs the registers in which GCC would keep what is around it.
+__attribute__((noinline)) void multiply_bytes(const uint8_t* panel, const RowDigits& row, int64_t count,
+                                              Reg<float>* sums) {
+  using S = Simd<float>;
+  constexpr int kGroup = kKsOfBytes * kPanelStep;
+  Ints acc[kDigits][kGates] = {};
+  const int64_t groups = divide_up(count, kKsOfBytes);
+  const int8_t* digits = row.bytes[0];
+  for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kKsOfBytes) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+    Ints w[kGates];
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) w[gate] = load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
+#pragma GCC unroll 4
+    for (int d = 0; d < kDigits; ++d) {
+      int32_t four;
+      __builtin_memcpy(&four, digits + d * kBlockK, sizeof(four));
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) add_products(acc[d][gate], w[gate], Ints{} + four);
+    }
+  }
+#pragma GCC unroll kGates
+  for (int gate = 0; gate < kGates; ++gate) {
+    Reg<float> sum = S::zero();
+#pragma GCC unroll 4
+    for (int d = kDigits - 1; d >= 0; --d) {
+      sum = S::fma(sum, S::set1(256.0f), __builtin_convertvector(acc[d][gate] - 128 * row.sums[d], Reg<float>));
+    }
+    sums[gate] = sum * S::set1(row.factor);
+  }
+}
+
+// The same of numbers as they are.
+inline void multiply_unsplit(const uint8_t* panel, const float* x, int64_t count, Reg<float>* sums) {
+  using S = Simd<float>;
+  for (int gate = 0; gate < kGates; ++gate) sums[gate] = S::zero();
+  for (int64_t k = 0; k < count; ++k) {
+    const uint8_t* const group = panel + k / kKsOfBytes * kKsOfBytes * kPanelStep;
+    for (int gate = 0; gate < kGates; ++gate) {
+      const Ints four = load_bytes(group + gate * static_cast<int64_t>(sizeof(Ints)));
+      const Ints weight = ((four >> static_cast<int>(8 * (k % kKsOfBytes))) & 255) - 128;
+      sums[gate] = S::fma(S::set1(x[k]), __builtin_convertvector(weight, Reg<float>), sums[gate]);
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA
