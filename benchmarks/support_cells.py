@@ -105,15 +105,15 @@ def watched() -> Iterator[Seen]:
     seen = Seen()
     extension, equations_of_layer = loader.extension(), equations.lstm_layer
 
-    def module_call(*arguments: Any) -> Any:
-        results = extension.lstm_module(*arguments)
+    def module_call(name: str, *arguments: Any) -> Any:
+        results = getattr(extension, name)(*arguments)
         seen.kernels += results is not None
         return results
 
     class Kernels:
         def __getattr__(self, name: str) -> Any:
-            if name == "lstm_module":  # which may decline
-                return module_call
+            if name in ("lstm_module", "lstm_cell_module"):  # which may decline
+                return functools.partial(module_call, name)
             if name in _ENTRIES:
                 seen.kernels += 1
             return getattr(extension, name)

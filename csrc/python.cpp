@@ -88,6 +88,24 @@ struct ModuleLayout {
   bool batch_first, unbatched, step;
 };
 
+bool is_plain_call() { return lstm_ext::is_plain_context() && !at::autocast::is_autocast_enabled(at::kCPU); }
+bool has_kernel(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_grad(); }
+py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+
+// Reads a tuple or list of two tensors: read(i, tensor) says whether one fits.
+template <typename Read>
+bool read_states(PyObject* hx, const Read& read) {
+  if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return false;
+  for (int i = 0; i < 2; ++i) {
+    const Tensor* const state = plain_tensor(PySequence_Fast_GET_ITEM(hx, i));
+    if (!state || !read(i, *state)) return false;
+  }
+  return true;
+}
+
 struct ModuleCall {
   ModuleLayout layout{0};
   Tensor input, h0, c0;           // as the user gave them; the states are those of all layers
@@ -96,7 +114,7 @@ struct ModuleCall {
 
 // Reads what lstm_module gets. False if this is not the way for the call, or there is something wrong with it.
 bool read_module_call(PyObject* const* args, ModuleCall& call) {
-  if (!lstm_ext::is_plain_context() || at::autocast::is_autocast_enabled(at::kCPU)) return false;
+  if (!is_plain_call()) return false;
   PyObject *const hx = args[1], *const weights = args[2], *const options = args[3];
   int64_t numbers[4];
   for (int i = 0; i < 4; ++i) {
@@ -111,7 +129,7 @@ bool read_module_call(PyObject* const* args, ModuleCall& call) {
   const int64_t rank = call.layout.rank();
   if (!input || input->dim() != rank || input->size(-1) != input_size) return false;
   const at::ScalarType dtype = input->scalar_type();
-  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+  if (!has_kernel(dtype)) return false;
   if (!call.layout.step && input->size(call.layout.batch_first ? 1 : 0) == 0) return false;
   call.input = *input;
 
@@ -135,31 +153,22 @@ bool read_module_call(PyObject* const* args, ModuleCall& call) {
     }
   }
 
-  if (hx != Py_None) {
-    const bool tuple = PyTuple_CheckExact(hx);
-    if (!(tuple || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return false;
-    const int64_t sets = static_cast<int64_t>(count) * (bidirectional ? 2 : 1);
-    const bool unbatched = call.layout.unbatched;
-    const int64_t batch = unbatched ? 1 : input->size(call.layout.batch_first ? 0 : rank - 2);
-    const auto read_state = [&](Py_ssize_t i, int64_t features, Tensor& state) {
-      const Tensor* const given = plain_tensor(PySequence_Fast_GET_ITEM(hx, i));
-      if (!given || given->scalar_type() != dtype || given->dim() != (unbatched ? 2 : 3)) return false;
-      if (given->size(0) != sets || given->size(-1) != features) return false;
-      if (!unbatched && given->size(1) != batch) return false;
-      state = *given;
-      return true;
-    };
-    if (!read_state(0, proj_size > 0 ? proj_size : hidden_size, call.h0)) return false;
-    if (!read_state(1, hidden_size, call.c0)) return false;
-  }
-  return true;
+  if (hx == Py_None) return true;
+  const int64_t sets = static_cast<int64_t>(count) * (bidirectional ? 2 : 1);
+  const bool unbatched = call.layout.unbatched;
+  const int64_t batch = unbatched ? 1 : input->size(call.layout.batch_first ? 0 : rank - 2);
+  const int64_t features[] = {proj_size > 0 ? proj_size : hidden_size, hidden_size};
+  return read_states(hx, [&](int i, const Tensor& state) {
+    (i == 0 ? call.h0 : call.c0) = state;
+    return state.scalar_type() == dtype && state.dim() == (unbatched ? 2 : 3) && state.size(0) == sets &&
+           state.size(-1) == features[i] && (unbatched || state.size(1) == batch);
+  });
 }
 
 // output, h_n and c_n, in the user's layout.
 std::tuple<Tensor, Tensor, Tensor> run_module_call(ModuleCall& call) {
   // Without gradients nobody sees these views, so they need nothing of autograd, which is most of their time.
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-  const auto needs_gradient = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
   bool tracked = needs_gradient(call.input) || needs_gradient(call.h0) || needs_gradient(call.c0);
   for (const LayerCall& layer : call.layers) {
     tracked = tracked || std::any_of(layer.weights.begin(), layer.weights.end(), needs_gradient);
@@ -204,17 +213,75 @@ PyObject* lstm_module(PyObject* /*self*/, PyObject* const* args, Py_ssize_t coun
   ModuleCall call;
   if (!read_module_call(args, call)) Py_RETURN_NONE;
   const std::tuple<Tensor, Tensor, Tensor> results = without_gil([&] { return run_module_call(call); });
-  const auto wrapped = [](const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); };
   const py::object output = wrapped(std::get<0>(results));
   const py::object h_n = wrapped(std::get<1>(results)), c_n = wrapped(std::get<2>(results));
   return py::make_tuple(output, py::make_tuple(h_n, c_n)).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
-void bind_module_call(py::module_& m) {
-  static PyMethodDef method = {"lstm_module", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lstm_module)),
-                               METH_FASTCALL, nullptr};
-  m.add_object("lstm_module", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr)));
+// The same of a cell: (B, I) and (B, H), or without the B; weight_ih, weight_hh, and both biases or two times None.
+bool read_cell_call(PyObject* const* args, LayerCall& call) {
+  if (!is_plain_call()) return false;
+  PyObject *const hx = args[1], *const weights = args[2];
+  const Tensor* const input = plain_tensor(args[0]);
+  if (!input || (input->dim() != 1 && input->dim() != 2) || !has_kernel(input->scalar_type())) return false;
+  call.input = *input;
+  if (!PyList_CheckExact(weights) || PyList_GET_SIZE(weights) != 4) return false;
+  PyObject* const* const given = PySequence_Fast_ITEMS(weights);
+  call.has_bias = given[2] != Py_None || given[3] != Py_None;
+  call.weights.reserve(4);
+  for (int i = 0; i < (call.has_bias ? 4 : 2); ++i) {
+    const Tensor* const weight = plain_tensor(given[i]);
+    if (!weight || weight->scalar_type() != input->scalar_type()) return false;
+    call.weights.push_back(*weight);
+  }
+  if (call.weights[1].dim() != 2) return false;
+  const int64_t hidden_size = call.weights[1].size(1);
+  if (hidden_size == 0 || call.weights[0].sizes() != at::IntArrayRef{4 * hidden_size, input->size(-1)}) return false;
+  return hx == Py_None || read_states(hx, [&](int i, const Tensor& state) {
+           const bool fits = state.scalar_type() == input->scalar_type() && state.dim() == input->dim() &&
+                             state.size(0) == (input->dim() == 2 ? input->size(0) : hidden_size) &&
+                             state.size(-1) == hidden_size;
+           (i == 0 ? call.h0 : call.c0) = state;
+           return fits;
+         });
+}
+
+// (input, hx, weights)
+PyObject* lstm_cell_module(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 3, "lstm_cell_module: expected 3 arguments, got ", count);
+  LayerCall call;
+  if (!read_cell_call(args, call)) Py_RETURN_NONE;
+  const std::pair<Tensor, Tensor> states = without_gil([&] {
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    bool tracked = needs_gradient(call.input) || needs_gradient(call.h0) || needs_gradient(call.c0);
+    for (const Tensor& weight : call.weights) tracked = tracked || needs_gradient(weight);
+    if (!tracked || !at::GradMode::is_enabled()) below_autograd.emplace();
+    LayerCall batched = call;
+    const bool unbatched = call.input.dim() == 1;
+    for (Tensor* t : {&batched.input, &batched.h0, &batched.c0}) {
+      if (unbatched && t->defined()) *t = t->unsqueeze(0);
+    }
+    const LayerResults results = lstm_ext::eager_layer(std::move(batched), /*step=*/true);
+    return unbatched ? std::make_pair(results.h_n.squeeze(0), results.c_n.squeeze(0))
+                     : std::make_pair(results.h_n, results.c_n);
+  });
+  return py::make_tuple(wrapped(states.first), wrapped(states.second)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+void bind_module_calls(py::module_& m) {
+  const auto bind = [&](PyMethodDef& method) {
+    m.add_object(method.ml_name, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr)));
+  };
+  const auto as_method = [](auto* function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+  };
+  static PyMethodDef layers = {"lstm_module", as_method(&lstm_module), METH_FASTCALL, nullptr};
+  static PyMethodDef cell = {"lstm_cell_module", as_method(&lstm_cell_module), METH_FASTCALL, nullptr};
+  bind(layers);
+  bind(cell);
 }
 
 // See DifferentiableBackward: it is written in Python, above the operators.
@@ -488,7 +555,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_layer", &layer, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),
         py::arg("batch_sizes"), py::arg("has_bias"), py::arg("bidirectional"), py::arg("options"));
   m.def("lstm_cell", &cell, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"), py::arg("has_bias"));
-  bind_module_call(m);
+  bind_module_calls(m);
   lstm_ext::set_differentiable_backward(&differentiable_backward);
   m.def(
       "random_flags",

@@ -211,6 +211,7 @@ def on_reference() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(route, "lstm_layer", equations.lstm_layer)
         patch.setattr(route, "plain_layers", lambda *_: None)
+        patch.setattr(route, "plain_cell", lambda *_: None)
         patch.setattr(route, "is_direct", lambda _: False)  # for cells
         yield
 

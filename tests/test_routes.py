@@ -77,6 +77,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             value = getattr(extension, name)
             if name == "lstm_module":
                 return module_call(value, seen, DIRECT[0])
+            if name == "lstm_cell_module":
+                return module_call(value, seen, CELL[0])
             return recorded(f"kernel {name}", value) if name in ENTRIES else value
 
     kernels = Kernels()
@@ -123,12 +125,12 @@ def taken(events: list[str]) -> Callable[[Callable[[], Any]], list[str]]:
 
 
 def module_call(function: Callable[..., Any], seen: list[str], event: str) -> Callable[..., Any]:
-    """The extension's lstm_module, which computes all layers of a call or declines: an event for each layer."""
+    """The extension's functions for modules, which compute all layers or decline: an event for each layer."""
 
     def call(input, hx, weights, *others):
         results = function(input, hx, weights, *others)
         if results is not None:
-            seen.extend([event] * len(weights))
+            seen.extend([event] * (len(weights) if others else 1))
         return results
 
     return call
@@ -274,6 +276,32 @@ def test_one_call_for_all_layers_of_plain_tensors(layout, kind, dtype, taken, mo
 
 
 @pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [(B,), ()], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_short_call_of_a_cell(bias, batch, dtype, taken, monkeypatch):
+    """It gives what the other way gives."""
+    cell = lstm_ext.LSTMCell(I, H, bias=bias, dtype=dtype)
+    x, states = torch.randn(*batch, I, dtype=dtype), [torch.randn(*batch, H, dtype=dtype) for _ in range(2)]
+
+    def results(hx) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *cell.parameters()]
+        h, c = cell(leaves[0], hx)
+        with torch.no_grad():
+            plain = cell(x, hx)
+        return [h, c, *torch.autograd.grad((h.sum() + c.sum()).square(), leaves), *plain]
+
+    for hx in (None, states, tuple(states)):
+        found: list[Tensor] = []
+        assert taken(lambda hx=hx, found=found: found.extend(results(hx))) == CELL * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(route, "plain_cell", lambda *_: None)
+            expected = results(hx)
+        assert [y.shape for y in found] == [e.shape for e in expected]
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.devices("cpu")
 def test_one_call_for_all_layers_watches_over_its_arguments(layer, x):
     for leaf in (x, layer.weight_ih_l0):
         leaf.requires_grad_()
@@ -308,6 +336,8 @@ def test_one_call_for_all_layers_declines_what_does_not_fit(layer, x, taken):
 def test_number_of_arguments():
     with pytest.raises(RuntimeError, match="expected 10 arguments, got 1"):
         loader.extension().lstm_module(None)
+    with pytest.raises(RuntimeError, match="expected 3 arguments, got 1"):
+        loader.extension().lstm_cell_module(None)
 
 
 def test_backward_is_one_call_of_the_kernels(layer: lstm_ext.LSTM, x: Tensor) -> None:
@@ -491,8 +521,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Recorder:
         def __getattr__(self, name):
-            if name == "lstm_module":
-                return module_call(extension.lstm_module, calls, name)
+            if name in ("lstm_module", "lstm_cell_module"):
+                return module_call(getattr(extension, name), calls, name)
             calls.append(name)
             return getattr(extension, name)
 

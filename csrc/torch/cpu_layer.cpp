@@ -235,7 +235,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
   for (size_t i = 0; i < call.weights.size(); ++i) {
-    if (needs_grad.weights[i]) grads.weights[i] = empty_result(call.weights[i].sizes(), options);
+    if (needs_grad.weights[i]) grads.weights[i] = gradient_empty(call.weights[i].sizes(), options);
   }
   if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
   if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);

@@ -31,9 +31,9 @@ struct Block {
 // waits: the caller allocates and frees.
 class Kept {
  public:
-  // The smallest that fits and is not far too large. If there is none, null, and the oldest blocks of as many bytes are
-  // freed for the new one: what is kept does not add to the most that a process needs.
-  Block* take(size_t bytes) {
+  // The smallest that fits and is not larger than `most`. If there is none, null, and the oldest blocks of as many
+  // bytes are freed for the new one: what is kept does not add to the most that a process needs.
+  Block* take(size_t bytes, size_t most) {
     std::vector<Block*> dropped;
     Block* found = nullptr;
     {
@@ -41,7 +41,7 @@ class Kept {
       if (!lock.owns_lock()) return nullptr;
       auto best = blocks_.end();
       for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
-        const bool fits = (*it)->bytes >= bytes && (*it)->bytes / 2 <= bytes;
+        const bool fits = (*it)->bytes >= bytes && (*it)->bytes <= most;
         if (fits && (best == blocks_.end() || (*it)->bytes < (*best)->bytes)) best = it;
       }
       if (best != blocks_.end()) {
@@ -106,8 +106,11 @@ Kept& kept() {
 
 class ScratchAllocator final : public c10::Allocator {
  public:
+  // A block may be larger than what it is for by this fraction of it.
+  explicit ScratchAllocator(double spare) : spare_(spare) {}
+
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = kept().take(bytes);
+    Block* block = kept().take(bytes, bytes + static_cast<size_t>(spare_ * static_cast<double>(bytes)) + kAlignment);
     if (!block) {
       const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
       const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -122,7 +125,20 @@ class ScratchAllocator final : public c10::Allocator {
     return [](void* block) { kept().give(static_cast<Block*>(block)); };
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+ private:
+  const double spare_;
 };
+
+at::Tensor kept_empty(at::IntArrayRef sizes, const at::TensorOptions& options, ScratchAllocator& allocator) {
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(type);
+  const at::Context& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (bytes < kLeastBytes || filled) return empty_on_cpu(sizes, options);
+  return at::Tensor(
+      at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt));
+}
 
 }  // namespace
 
@@ -146,14 +162,13 @@ at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options)
 }
 
 at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const auto type = c10::typeMetaToScalarType(options.dtype());
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(type);
-  const at::Context& context = at::globalContext();
-  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  if (bytes < kLeastBytes || filled) return empty_on_cpu(sizes, options);
-  static ScratchAllocator& allocator = *new ScratchAllocator;
-  return at::Tensor(
-      at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt));
+  static ScratchAllocator& allocator = *new ScratchAllocator(1.0);
+  return kept_empty(sizes, options, allocator);
+}
+
+at::Tensor gradient_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  static ScratchAllocator& allocator = *new ScratchAllocator(0.125);
+  return kept_empty(sizes, options, allocator);
 }
 
 }  // namespace lstm_ext

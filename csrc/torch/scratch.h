@@ -9,6 +9,10 @@ namespace lstm_ext {
 // process: new memory costs a page fault for each 4 KiB, which is as much time as a small layer takes.
 at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// The same for gradients of weights, of which autograd frees each one that it adds to another. The C library gives so
+// much memory back to the system at once. These may live long, so none is much larger than what it is for.
+at::Tensor gradient_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 constexpr size_t kScratchBytes = size_t{64} << 20;
 
 // As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor. Not where torch fills new

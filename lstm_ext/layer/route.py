@@ -108,6 +108,16 @@ def plain_layers(
     )
 
 
+def plain_cell(
+    weights: list[Tensor], input: Tensor, hx: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | None:
+    """The same of a cell, with ``weight_ih, weight_hh, bias_ih, bias_hh``; the biases may be None."""
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return None
+    kernels = loader.extension()
+    return None if kernels is None else kernels.lstm_cell_module(input, hx, weights)
+
+
 def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], bias: bool
 ) -> tuple[Tensor, Tensor]:

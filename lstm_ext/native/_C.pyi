@@ -74,6 +74,11 @@ def lstm_module(
         layout: the ``code`` of a :class:`lstm_ext.call.layout.Layout`.
     """
 
+def lstm_cell_module(
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor | None], /
+) -> tuple[Tensor, Tensor] | None:
+    """h and c of a cell, or None, as lstm_module; shapes as in :class:`lstm_ext.LSTMCell`."""
+
 def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
 ) -> tuple[Tensor, Tensor]:
