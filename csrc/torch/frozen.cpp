@@ -12,6 +12,7 @@
 namespace lstm_ext {
 namespace {
 
+constexpr int64_t kFewWeights = 20'000;
 constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '2'};
 
 struct Header {
@@ -19,6 +20,7 @@ struct Header {
   char instruction_set[24];
   int64_t input_size, hidden_size, output_size, bytes;
   int32_t float64, projected;
+  WeightKind rounded_to;  // which plan.kind is too, or kOwn
   cpu::FrozenPlan plan;
 };
 static_assert(std::is_trivially_copyable_v<Header>);
@@ -48,8 +50,11 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
+  // Few weights are in the caches in any case, and numbers as they are need no instructions to widen them.
+  const bool few = 4 * H * (shape.input_size + shape.output_size) <= kFewWeights;
+  const WeightKind kept = few ? WeightKind::kOwn : kind;
   const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit},
-                                                   planes_for(weights[0].scalar_type()), kind, sizeof(Header));
+                                                   planes_for(weights[0].scalar_type()), kept, sizeof(Header));
   const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());
   advise_huge_pages(data, frozen.nbytes());
@@ -62,6 +67,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   header.bytes = plan.bytes;
   header.float64 = std::is_same_v<T, double>;
   header.projected = count.projected;
+  header.rounded_to = kind;
   header.plan = plan;
 
   // The weights that the layer computes with.
@@ -71,7 +77,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   for (int i = 0; i < 2; ++i) {
     if (kind == WeightKind::kInt8) {
       const Rounded rounded = rounded_to_int8(used[i], type);
-      bytes_view(frozen, places[i]->factors, rounded.factors).copy_(rounded.factors);
+      if (kept == kind) bytes_view(frozen, places[i]->factors, rounded.factors).copy_(rounded.factors);
       used[i] = widened(rounded);
     } else if (kind == WeightKind::kBFloat16) {
       used[i] = used[i].to(at::kBFloat16).to(type);
@@ -139,11 +145,11 @@ std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std:
   std::vector<at::Tensor> result = weights;
   const size_t per_direction = weights.size() / frozen.size();
   for (size_t d = 0; d < frozen.size(); ++d) {
-    const cpu::FrozenPlan& plan = header_of(frozen[d]).plan;
+    const WeightKind kind = header_of(frozen[d]).rounded_to;
     for (int i = 0; i < 2; ++i) {
       at::Tensor& weight = result[d * per_direction + i];
-      if (plan.kind == WeightKind::kBFloat16) weight = weight.to(at::kBFloat16).to(at::kFloat);
-      if (plan.kind == WeightKind::kInt8) weight = widened(rounded_to_int8(weight, at::kFloat));
+      if (kind == WeightKind::kBFloat16) weight = weight.to(at::kBFloat16).to(at::kFloat);
+      if (kind == WeightKind::kInt8) weight = widened(rounded_to_int8(weight, at::kFloat));
     }
   }
   return result;
