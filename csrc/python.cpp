@@ -118,12 +118,15 @@ bool read_module_call(PyObject* const* args, ModuleCall& call) {
   PyObject *const hx = args[1], *const weights = args[2], *const options = args[3];
   int64_t numbers[4];
   for (int i = 0; i < 4; ++i) {
+    int overflow = 0;
     if (!PyLong_CheckExact(args[4 + i])) return false;
-    numbers[i] = PyLong_AsLongLong(args[4 + i]);
+    numbers[i] = PyLong_AsLongLongAndOverflow(args[4 + i], &overflow);
+    if (overflow != 0) return false;
   }
+  if (!PyBool_Check(args[8]) || !PyBool_Check(args[9])) return false;
   const auto [layout, input_size, hidden_size, proj_size] = numbers;
   call.layout = ModuleLayout(layout);
-  const bool has_bias = PyObject_IsTrue(args[8]) == 1, bidirectional = PyObject_IsTrue(args[9]) == 1;
+  const bool has_bias = args[8] == Py_True, bidirectional = args[9] == Py_True;
 
   const Tensor* const input = plain_tensor(args[0]);
   const int64_t rank = call.layout.rank();
@@ -134,7 +137,10 @@ bool read_module_call(PyObject* const* args, ModuleCall& call) {
   call.input = *input;
 
   const auto count = PyList_CheckExact(weights) ? static_cast<size_t>(PyList_GET_SIZE(weights)) : 0;
-  if (count == 0 || (options != Py_None && !PyList_CheckExact(options))) return false;
+  if (count == 0) return false;
+  if (options != Py_None && (!PyList_CheckExact(options) || static_cast<size_t>(PyList_GET_SIZE(options)) != count)) {
+    return false;
+  }
   call.layers.resize(count);
   for (size_t k = 0; k < count; ++k) {
     LayerCall& layer = call.layers[k];

@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no bias": {"bias": False},
     "both directions, two layers": {"bidirectional": True, "num_layers": 2},
-    "projection": {"proj_size": 24},
+    "projection": {"proj_size": 44},
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }
 # Steps and rows: from one row to what goes to a matrix unit.
@@ -104,6 +104,48 @@ def test_int8_with_rows_of_several_pieces(numbers: str, capability: str) -> None
         sides = lstm_ext.freeze(layer, torch.int8)(x), theirs(x), copy.deepcopy(theirs).double()(x.double())
         worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
     assert not worst.problems()
+
+
+@torch.no_grad()
+def test_int8_beside_a_large_number_of_weight_0(capability: str) -> None:
+    """A time in seconds, say, whose small weight is rounded to 0: the other features keep their bits."""
+    layer = lstm_ext.LSTM(300, 20)
+    with torch.no_grad():
+        layer.weight_ih_l0[:, 7] = 1e-12
+    same = with_rounded_weights(layer, "int8")
+    x = torch.randn(3, 3, 300)
+    x[..., 7] = 1.7e9
+    x[1:, :, ::2] = 0
+    worst = Worst()
+    sides = lstm_ext.freeze(layer, torch.int8)(x), same(x), copy.deepcopy(same).double()(x.double())
+    worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+    assert not worst.problems()
+
+
+@torch.no_grad()
+def test_a_failed_load_leaves_a_layer_that_runs() -> None:
+    layer = layer_of("both directions, two layers")
+    frozen = lstm_ext.freeze(layer, torch.int8)
+    x = torch.randn(3, 2, 37)
+    expected = frozen(x)[0]
+    state = layer.state_dict()
+    state["weight_hh_l1"] = torch.full_like(state["weight_hh_l1"], torch.nan)
+    with pytest.raises(ValueError, match="weight_hh_l1 has an infinity or a NaN"):
+        frozen.load_state_dict(state)
+    assert frozen(x)[0].shape == expected.shape
+
+
+@pytest.mark.parametrize("features", [60, 80])
+@torch.no_grad()
+def test_few_weights_are_kept_in_float32(features: int) -> None:
+    """Up to 20,000 in a direction."""
+    layer = lstm_ext.LSTM(features, 43)
+    few = 4 * 43 * (features + 43) <= 20_000
+    sizes = [sum(b.numel() for b in lstm_ext.freeze(layer, k).buffers()) for k in (None, torch.int8)]
+    assert few == (sizes[0] == sizes[1])
+    assert few == (features == 60)
+    x, same = torch.randn(4, 2, features), with_rounded_weights(layer, "int8")
+    assert relative_error(lstm_ext.freeze(layer, torch.int8)(x)[0], same(x)[0].double()) < 1e-6
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 // A row is read in pieces of kBlockK numbers. A piece becomes integers of four bytes times one factor, so that the
 // largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the largest. Sums
 // of products of bytes are exact. The instruction multiplies bytes without a sign by bytes with one: weights are stored
-// as w + 128, and 128 times the sum of a row's bytes is taken off again.
+// as w + 128, and 128 times the sum of a row's bytes is taken off again. Beside a number that is much larger than the
+// others these would lose their bits, which matters where its weight is 0: such a piece is multiplied as it is.
 #pragma once
 
 #include "cpu/isa.h"
@@ -44,7 +45,9 @@ constexpr int64_t kPiecesAtOnce = 8;                          // of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
 // A piece of a row as sums of bytes times powers of 256, the lowest first. Without `exact` the numbers are such that
-// they have to be multiplied as they are: infinities, NaN, and what is too large or too small for the factor.
+// they have to be multiplied as they are: infinities, NaN, what is too large or too small for the factor, and a number
+// that is more than kMostOverMean times the mean of the others, of those that are not 0.
+constexpr float kMostOverMean = 512;
 struct RowDigits {
   alignas(64) int8_t bytes[kDigits][kBlockK];
   int32_t sums[kDigits];
@@ -65,15 +68,23 @@ LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
 inline void split_row(const float* x, int64_t count, RowDigits& row) {
   using S = Simd<float>;
   const auto larger = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
-  Ints most = {};
+  const auto sum = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
+  Ints most = {}, others = {};
+  Reg<float> total = S::zero();
   for_each_register<float>(count, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {
-    most = larger(most, reinterpret_cast<Ints>(S::abs(load_lanes<float>(x + k, lanes))));
+    const Reg<float> size = S::abs(load_lanes<float>(x + k, lanes));
+    const Ints bits = reinterpret_cast<Ints>(size);
+    most = larger(most, bits);
+    others -= bits != 0;
+    total = total + size;
   });
   const int32_t bits = over_lanes(most, larger)[0];
   constexpr int32_t kLeast = (127 - 80) << 23, kMost = (127 + 80) << 23;
-  row.exact = bits == 0 || (bits >= kLeast && bits < kMost);
   float largest;
   __builtin_memcpy(&largest, &bits, sizeof(bits));
+  const auto count_of_others = static_cast<float>(over_lanes(others, sum)[0] - 1);
+  const bool even = count_of_others * largest <= kMostOverMean * (sum_of_lanes<float>(total)[0] - largest);
+  row.exact = bits == 0 || (bits >= kLeast && bits < kMost && even);
   row.factor = largest / static_cast<float>(kLargestOfDigits);
   if (!row.exact) return;
   const Reg<float> scale = S::set1(bits == 0 ? 0.0f : static_cast<float>(kLargestOfDigits) / largest);
@@ -94,7 +105,6 @@ inline void split_row(const float* x, int64_t count, RowDigits& row) {
       number = rest;
     }
   }
-  const auto sum = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
   for (int digit = 0; digit < kDigits; ++digit) row.sums[digit] = over_lanes(sums[digit], sum)[0];
 }
 

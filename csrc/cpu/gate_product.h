@@ -44,7 +44,8 @@ void pack_gate_panel(const T* weight, int64_t hidden_size, int64_t count, int64_
   }
 }
 
-// The same panel in narrower numbers, of which those of the weight are made: bfloat16, or integers times a factor.
+// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of Simd::load_half, or
+// integers times a factor, where bytes are multiplied in the order of byte_place.
 template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
                        int64_t block, void* panels) {

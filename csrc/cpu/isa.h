@@ -32,7 +32,7 @@
 
 // LSTM_EXT_ISA: the namespace. The rest of the translation unit is compiled for the target; Clang wants the end of the
 // kernels_*.cpp to take it back.
-#if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16, and the matrix unit; the assembler knows its instructions
+#if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16 and VNNI, and the matrix unit
 
 #define LSTM_EXT_ISA amx
 #define LSTM_EXT_ISA_NAME "amx"
@@ -44,7 +44,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,amx-tile,amx-bf16")
 #endif
 
-#elif defined(LSTM_EXT_ISA_AVX512_BF16)  // AVX-512 with BF16
+#elif defined(LSTM_EXT_ISA_AVX512_BF16)  // AVX-512 with BF16 and VNNI
 
 #define LSTM_EXT_ISA avx512_bf16
 #define LSTM_EXT_ISA_NAME "avx512_bf16"

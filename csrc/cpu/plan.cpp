@@ -310,7 +310,7 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
       case WeightKind::kOwn: gates.panels = layout.reserve(numbers); break;
       case WeightKind::kBFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
       case WeightKind::kInt8:
-        gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));
+        gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));  // see byte_place
         gates.factors = layout.reserve(4 * H);
         break;
     }

@@ -28,9 +28,9 @@ __attribute__((noinline)) void dot_rows(const T* weight, int64_t count, int outp
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) acc[i] = S::zero();
     const int rest = static_cast<int>(count % n);
-    const auto multiply = [&](int64_t k, const auto& row, auto whole) LSTM_EXT_LAMBDA_INLINE {
-      const auto load = [rest, whole](const T* p) LSTM_EXT_LAMBDA_INLINE {
-        if constexpr (whole()) return S::load(p);
+    const auto multiply = [&](int64_t k, const auto& row, [[maybe_unused]] auto whole) LSTM_EXT_LAMBDA_INLINE {
+      const auto load = [rest](const T* p) LSTM_EXT_LAMBDA_INLINE {
+        if constexpr (std::decay_t<decltype(whole)>::value) return S::load(p);
         return S::load_partial(p, rest);
       };
       Reg<T> values[X];
@@ -47,13 +47,13 @@ __attribute__((noinline)) void dot_rows(const T* weight, int64_t count, int outp
     constexpr std::true_type kWhole;
     constexpr std::false_type kPartial;
     const int64_t end = count - rest;
-    if ((part + 1) * J <= readable) {
+    if (part * J < outputs && (part + 1) * J <= readable) {
       // Each row by a multiple of the distance from one of two, which is part of an instruction: there are no registers
       // for as many addresses, and without them each would be fetched in each step.
       const int64_t step = count * static_cast<int64_t>(sizeof(T));
       const int64_t step3 = 3 * step, step5 = 5 * step, step7 = 7 * step;
       const char* low = reinterpret_cast<const char*>(weight + part * J * count);
-      const char* high = low + 8 * step;
+      const char* high = J > 8 ? low + 8 * step : low;
       const auto row = [&](int j) LSTM_EXT_LAMBDA_INLINE {
         const char* const from = j < 8 ? low : high;
         const int64_t distance[] = {0, step, 2 * step, step3, 4 * step, step5, 2 * step3, step7};

@@ -84,16 +84,16 @@ class LSTMCell(nn.RNNCellBase):
     )
 
     def _forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        weights = self._weights()
-        states = route.plain_cell(weights, input, hx)
-        if states is not None:
-            return states
         if is_jit_tracing():
             return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
         if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
             if isinstance(input, torch.fx.Proxy):
                 return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), {})  # type: ignore[return-value]
             self._refuse(input, hx)
+        weights = self._weights()
+        states = route.plain_cell(weights, input, hx)
+        if states is not None:
+            return states
         x = input
         h, c = hx if hx is not None else (None, None)
         if any_autocast():

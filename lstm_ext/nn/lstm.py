@@ -330,16 +330,16 @@ class LSTM(ScriptedLSTM):
         return_gates: Any = False,
     ) -> Any:
         """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
+        if is_jit_tracing():
+            return self._traced(
+                input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
+            )
         weights = self._weights_by_layer()
         requested = any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates)
         if not requested and layout.code >= 0:
             results = route.plain_layers(self, weights, input, hx, layout.code)
             if results is not None:
                 return results
-        if is_jit_tracing():
-            return self._traced(
-                input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
-            )
         x = layout.rows(input)
         w = weights[0][0]
         dtype, device = x.dtype, x.device
