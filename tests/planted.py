@@ -48,6 +48,7 @@ FAULTS: dict[str, Fault] = {
         "if (grad_final.data) v = v + load_lanes", "if (grad_final.data) v = v - load_lanes"
     ),
     "cpu/barrier.h": Fault("__ATOMIC_ACQ_REL) == workers)", "__ATOMIC_ACQ_REL) == 1)"),
+    "cpu/byte_product.h": Fault("128 * row.sums[d]", "127 * row.sums[d]", UNIT),
     "cpu/capability.cpp": Fault(
         'current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);',
         'require(name, "set_cpu_capability");',
@@ -97,7 +98,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/plan.h": Fault("kNormSums = 14;", "kNormSums = 13;"),
     "cpu/range.h": Fault("return (a + b - 1) / b;", "return a / b;"),
     "cpu/recompute.h": Fault("Range{0, 4 * H}, bias_);", "Range{0, 3 * H}, bias_);"),
-    "cpu/row_major.h": Fault("S::load_partial(row[j] + k, rest);", "S::load_partial(row[0] + k, rest);"),
+    "cpu/row_major.h": Fault("return S::load_partial(p, rest);", "return S::load_partial(p, rest - 1);"),
     "cpu/rows.h": Fault(
         "return rows > first ? divide_up(rows - first, stride) : 0;",
         "return rows > first ? (rows - first) / stride : 0;",
