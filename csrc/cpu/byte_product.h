@@ -41,13 +41,13 @@ LSTM_EXT_INLINE int64_t byte_panel_size(int64_t count) {
 using Ints = Simd<float>::Index;
 constexpr int kDigits = 4;
 constexpr int32_t kLargestOfDigits = 0x7F7F7F7F;              // each of them 127
+constexpr float kMostOverMean = 512;                          // see RowDigits
 constexpr int64_t kPiecesAtOnce = 8;                          // of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
 // A piece of a row as sums of bytes times powers of 256, the lowest first. Without `exact` the numbers are such that
 // they have to be multiplied as they are: infinities, NaN, what is too large or too small for the factor, and a number
 // that is more than kMostOverMean times the mean of the others, of those that are not 0.
-constexpr float kMostOverMean = 512;
 struct RowDigits {
   alignas(64) int8_t bytes[kDigits][kBlockK];
   int32_t sums[kDigits];

@@ -125,19 +125,15 @@ class FusedForwardStep {
       __builtin_prefetch(c_to.row(row) + unit, 1);
       __builtin_prefetch(h_to.row(row) + unit, 1);
     };
-    const auto finish_pair = [=](int64_t row, int64_t unit, int lanes, const BlockPair<T>& pair)
-                                 LSTM_EXT_LAMBDA_INLINE {
-                                   const auto &a = pair.tile.acc[0], &b = pair.tile.acc[1];
-                                   if (lanes == pair.second_lanes) {
-                                     finish_two(row, unit, row, pair.second_unit, lanes, a, b);
-                                   } else {
-                                     finish(row, unit, lanes, a);
-                                     finish(row, pair.second_unit, pair.second_lanes, b);
-                                   }
-                                 };
     const auto finish_tile = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
       if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
-        finish_pair(row, unit, lanes, tile);
+        const auto &a = tile.tile.acc[0], &b = tile.tile.acc[1];
+        if (lanes == tile.second_lanes) {
+          finish_two(row, unit, row, tile.second_unit, lanes, a, b);
+        } else {
+          finish(row, unit, lanes, a);
+          finish(row, tile.second_unit, tile.second_lanes, b);
+        }
         return true;
       } else {
         constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);

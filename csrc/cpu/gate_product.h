@@ -176,8 +176,8 @@ class GateProduct {
     multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, finish);
   }
 
-  // The same from the rows; or, without `finish`, from narrow panels, for which this gives false: those are only read
-  // where they are much larger than what is made of them.
+  // The same from the rows, or from narrow panels, which do without `finish` and give false: cells in each of these
+  // products would gain little, and take long to compile.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE bool multiply_unpacked(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                          const Pre& pre, const T* bias, Finish&& finish) {

@@ -1,4 +1,4 @@
-// Memory that a call needs and gives back before it returns.
+// Memory that a call needs and gives back before it returns, and that of gradients, which others give back.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,7 +1,7 @@
 """One layer, differentiable: chooses between the compiled kernels and the equations in plain PyTorch.
 
-The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step, `plain_layers`
-and `plain_cell` know the first):
+The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step,
+`plain_layers` and `plain_cell` know the first):
 
 1. plain tensors: the compiled function of `eager`, which calls the kernels, and records a step of autograd where a
    gradient is requested;

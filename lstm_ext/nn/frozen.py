@@ -55,19 +55,21 @@ class FrozenLSTM(LSTM):
         self._frozen_names = [
             [f"packed_l{k}{direction}" for direction in directions] for k in range(self.num_layers)
         ]
-        frozen_from, frozen_options = super()._weights_by_layer(), []
-        for buffers, names in zip(self._frozen_names, self._layer_names, strict=True):
+        all_packed = []
+        for names in self._layer_names:
             weights = [getattr(self, name) for name in names]
             if kind == "int8":
                 _refuse_what_int8_has_not(names, weights)
-            packed = kernels.freeze_weights(weights, self.bias, self.bidirectional, kind)
+            all_packed.append(kernels.freeze_weights(weights, self.bias, self.bidirectional, kind))
+        # From here on nothing fails: an error leaves what was there.
+        frozen_options = []
+        for buffers, packed in zip(self._frozen_names, all_packed, strict=True):
             for name, tensor in zip(buffers, packed, strict=True):
                 self.register_buffer(name, tensor, persistent=False)
             options = LayerOptions(frozen=packed)
             options.native = kernels.LayerOptions(frozen=packed)
             frozen_options.append(options)
-        # All at once: an error leaves what was there, and another thread sees the one or the other.
-        self._frozen_options, self._frozen_from = frozen_options, frozen_from
+        self._frozen_options, self._frozen_from = frozen_options, super()._weights_by_layer()
         self.native_options = [options.native for options in frozen_options]
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
