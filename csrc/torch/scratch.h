@@ -13,7 +13,7 @@ at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options
 // much memory back to the system at once. These may live long, so none is much larger than what it is for.
 at::Tensor gradient_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-constexpr size_t kScratchBytes = size_t{64} << 20;
+constexpr size_t kScratchBytes = size_t{256} << 20;
 
 // As at::empty, past the dispatcher, which takes as long as the allocation of a small tensor. Not where torch fills new
 // memory with NaN, which it does behind the dispatcher.
