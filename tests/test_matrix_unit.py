@@ -278,6 +278,19 @@ def test_where_the_input_is_summed_in_the_steps(unit):
     assert not in_steps(20, 7, 256, 256, planes=1)
 
 
+def test_how_much_of_the_input_is_multiplied_at_once(unit):
+    """In short bursts, where the steps do without the unit and a burst is good for many of them."""
+
+    def rows(*sizes: int, **options: Any) -> int:
+        return plan_of(sized(*sizes), **options)["forward_chunk_rows"]
+
+    assert rows(200, 1, 128, 128) == 16  # 768 products of tiles
+    assert rows(200, 1, 64, 128) == 32
+    assert rows(200, 3, 64, 64) == 63  # 21 steps
+    assert rows(200, 4, 64, 128) == 128  # 8 steps would be too few
+    assert rows(200, 1, 256, 256) >= 128
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("shape", [(6, 32, 64, 128), (4, 16, 64, 256)], ids=["teams", "members"])
 def test_workers(unit, shape):

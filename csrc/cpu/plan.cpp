@@ -20,6 +20,9 @@ constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there
 constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;       // and from further away
 constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
+// Products of tiles, 4 us, that do not slow the processor's clock, and steps that have to follow them.
+constexpr int64_t kShortUnitProducts = 800;
+constexpr int64_t kShortUnitSteps = 16;
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
 // once, so larger weights are better off with longer chunks. Its gradients should stay in cache, so smaller ones are
 // better off with shorter ones.
@@ -214,6 +217,17 @@ int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
   return planes == 1 && far ? 2 * kUnitChunkRows : kUnitChunkRows;
 }
 
+// Where only W x is multiplied on the unit: of how many steps at once, so that this does not slow those steps; or 0 if
+// that would be too few.
+int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
+  const int planes = plan.input_unit.planes;
+  if (planes == 0 || plan.recurrent_unit.planes > 0) return 0;
+  const int64_t columns = divide_up(divide_up(shape.hidden_size, kUnitTileRows), plan.grid.hidden_groups) * kGateTiles;
+  const int64_t products = planes * (planes + 1) / 2 * columns * divide_up(shape.input_size, kUnitTileDepth);
+  const int64_t steps = kShortUnitProducts / products * kUnitTileRows / plan.team_rows;
+  return steps >= kShortUnitSteps ? steps : 0;
+}
+
 // W x of many steps at once is written to memory and read again, but reads W once. Where a step has rows enough and the
 // planes of both weights stay in the cache, W is read in each step instead.
 bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
@@ -251,6 +265,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.team_rows = divide_up(shape.batch, teams);
   int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
                                  divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
+  if (const int64_t steps = short_chunk_steps(plan, shape)) chunk_steps = steps;
   if (plan.input_in_steps) chunk_steps = 1;  // room for what the unit cannot split
   plan.chunk_rows = plan.team_rows * std::clamp<int64_t>(chunk_steps, 1, shape.steps);
 
