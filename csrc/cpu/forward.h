@@ -112,7 +112,7 @@ class Forward {
       input = listed_rows<const T>(pass_.input_rows);
       preactivations = listed_rows<T>(pass_.preactivation_rows);
     }
-    pass_.product.multiply(count, input, pass_.shape.input_size, pass_.input_weight, preactivations,
+    pass_.input_product.multiply(count, input, pass_.shape.input_size, pass_.input_weight, preactivations,
                            step_.input_bias());
     step_.finish_input_part(count, preactivations);
   }

@@ -20,7 +20,11 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
       Base::zero_row;
   using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
-  GateProduct<T> product;  // of this member's units
+  // Of this member's units. Every other call takes them from the last to the first, for calls of one step; see
+  // GateProduct::Sweep.
+  const bool forwards = last_forwards() = !last_forwards();
+  GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
+  GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
       frozen ? frozen_weight(frozen->input, plan.input_unit.planes)
@@ -39,8 +43,12 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   const T** const c_rows = h_rows + plan.team_rows;
 
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
-      : Base(params, plan, Steps::Pass::kForward, workspace, worker),
-        product(shape.hidden_size, Base::blocks, Base::tile_scratch()) {}
+      : Base(params, plan, Steps::Pass::kForward, workspace, worker) {}
+
+  static bool& last_forwards() {
+    static thread_local bool last = false;
+    return last;
+  }
 
   // A weight that is packed in this call: all of it, or each worker's blocks one after the other in its own place.
   GateWeight<T> own_weight(const T* matrix, bool packed, const UnitProduct& unit, int64_t offset) const {

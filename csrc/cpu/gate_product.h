@@ -144,9 +144,9 @@ struct BlockPair {
 template <typename T>
 class GateProduct {
  public:
-  // `blocks`: of kLanes units.
-  GateProduct(int64_t hidden_size, Range blocks, TileScratch scratch = {})
-      : hidden_size_(hidden_size), blocks_(blocks), scratch_(scratch) {}
+  // `blocks`: of kLanes units. `forwards`: the first product takes them from the first to the last.
+  GateProduct(int64_t hidden_size, Range blocks, TileScratch scratch = {}, bool forwards = true)
+      : hidden_size_(hidden_size), blocks_(blocks), scratch_(scratch), forwards_(!forwards) {}
 
   int lanes_in(int64_t block) const { return static_cast<int>(smaller(hidden_size_ - block * kLanes, kLanes)); }
 
@@ -495,7 +495,7 @@ class GateProduct {
   static constexpr int kLanes = Simd<T>::kLanes;
 
   // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
-  // hold all of it is what the product before used last.
+  // hold all of it is what the product before used last. No sum depends on it.
   struct Sweep {
     int64_t first, step, count;
     int64_t block(int64_t i) const { return first + i * step; }
@@ -546,7 +546,7 @@ class GateProduct {
   const int64_t hidden_size_;
   const Range blocks_;
   const TileScratch scratch_;
-  bool forwards_ = false;
+  bool forwards_;
 };
 
 }  // namespace
