@@ -128,6 +128,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["pack"] = forward.pack;
   result["pack_as_used"] = forward.pack_as_used;
   result["input_in_steps"] = forward.input_in_steps;
+  result["unit_groups"] = forward.unit_groups;
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;

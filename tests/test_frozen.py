@@ -213,6 +213,19 @@ def test_step_equals_the_sequence() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_other_step_of_large_weights_has_the_same_bits(kind) -> None:
+    """It takes the units from the last to the first, in groups."""
+    H = {"int8": 450, "bfloat16": 330, "own": 250}[kind]
+    frozen = lstm_ext.freeze(lstm_ext.LSTM(H, H), KINDS[kind])
+    x, hx = torch.randn(2, 1, H), (torch.randn(1, 1, H), torch.randn(1, 1, H))
+    first, second = (frozen.step(x[0], hx) for _ in range(2))
+    sequence = frozen(x, hx)[0][0]
+    assert torch.equal(first[0], sequence) and torch.equal(second[0], sequence)
+    assert torch.equal(first[1][1], second[1][1])
+
+
+@torch.no_grad()
 def test_weights_the_unit_cannot_split() -> None:
     """Numbers near the largest of float32, and infinities, take the rows as they are."""
     layer = layer_of("plain")

@@ -107,6 +107,8 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
     "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"pack_as_used": True}),
+    "one step, large weights": ((1, 3, 300, 330, 0, True, True), {"unit_groups": range(3, 14)}),
+    "one step, large weights, projected": ((1, 2, 900, 330, 50, False, True), {"unit_groups": range(2, 30)}),
     "one step, projected": ((1, 70, 37, 70, 33, True, True), {"pack_as_used": True}),
 }
 

@@ -67,7 +67,7 @@ def test_few_rows_are_equal_to_the_bit(name, dtype):
             torch.set_num_threads(threads)
             for steps, batch in [(32, 1), (16, 2), (10, 3), (2, 16), (5, 1), (1, 32)]:
                 assert steps * batch <= ROWS
-                for input_size, hidden_size in [(3, 7), (40, 33), (1, 130), (80, 256)]:
+                for input_size, hidden_size in [(3, 7), (40, 33), (1, 130), (160, 256)]:
                     layer = make(OPTIONS[name], input_size, hidden_size, dtype)
                     x = torch.randn(steps, batch, input_size, dtype=dtype)
                     hx = states(layer, batch) if batch != 2 else None

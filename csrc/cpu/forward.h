@@ -43,7 +43,8 @@ class Forward {
       int64_t end = first;
       int64_t rows = 0;
       while (end < steps && rows + pass_.rows_in(end) <= pass_.plan.chunk_rows) rows += pass_.rows_in(end++);
-      if (rows > 0 && !pass_.plan.input_in_steps) input_part(first, end, rows);
+      const bool in_steps = pass_.plan.input_in_steps || pass_.plan.unit_groups > 1;
+      if (rows > 0 && !in_steps) input_part(first, end, rows);
       int64_t done = 0;
       for (int64_t s = first; s < end; ++s) {
         step_.run(s, pass_.preactivations(s, done));
@@ -113,7 +114,7 @@ class Forward {
       preactivations = listed_rows<T>(pass_.preactivation_rows);
     }
     pass_.input_product.multiply(count, input, pass_.shape.input_size, pass_.input_weight, preactivations,
-                           step_.input_bias());
+                                 step_.input_bias());
     step_.finish_input_part(count, preactivations);
   }
 

@@ -20,9 +20,8 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
       Base::zero_row;
   using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
-  // Of this member's units. Every other call takes them from the last to the first, for calls of one step; see
-  // GateProduct::Sweep.
-  const bool forwards = last_forwards() = !last_forwards();
+  // Of this member's units. With groups of them, every other call takes them from the last to the first.
+  const bool forwards = plan.unit_groups == 1 || (last_forwards() = !last_forwards());
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;

@@ -151,35 +151,48 @@ class FusedForwardStep {
         return true;
       }
     };
-    const T* bias = nullptr;
-    if (pass_.recurrent_weight.packed()) {
-      OtherProduct<T> input;
-      if (pass_.plan.input_in_steps) {
-        const Sequence<const T>& x = params.input;
-        input = {pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part), pass_.shape.input_size,
-                 &pass_.input_weight, saves_gates};
-        bias = pass_.bias;
+    const auto input = [&] {
+      const Sequence<const T>& x = params.input;
+      return pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part);
+    };
+    const int64_t I = pass_.shape.input_size, groups = pass_.plan.unit_groups;
+    for (int64_t group = 0; group < groups; ++group) {
+      Range blocks = pass_.blocks;
+      if (groups > 1) {
+        const Range mine = share(blocks.end - blocks.begin, groups, pass_.forwards ? group : groups - 1 - group);
+        blocks = {blocks.begin + mine.begin, blocks.begin + mine.end};
+        GateProduct<T>(H, blocks, {}, pass_.forwards).multiply(count, input(), I, pass_.input_weight, pre, pass_.bias);
       }
-      pass_.product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile, input);
-      return;
-    }
-    const bool finished =
-        h_size > 0 && pass_.product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile);
-    if (finished) return;
-    for (int64_t row = 0; row < count; ++row) {
-      const T* const sums = pre(row);
-      int64_t block = pass_.blocks.begin;
-      if constexpr (kVectorRegisters == 32) {
-        for (; (block + 2) * kLanes <= H && block + 2 <= pass_.blocks.end; block += 2) {
-          const int64_t unit = block * kLanes, next = unit + kLanes;
-          finish_two(row, unit, row, next, kLanes, load_gates<T>(sums + unit, H, kLanes),
-                     load_gates<T>(sums + next, H, kLanes));
+      GateProduct<T> product_of_group(H, blocks, {}, pass_.forwards);
+      GateProduct<T>& product = groups > 1 ? product_of_group : pass_.product;
+      if (pass_.recurrent_weight.packed()) {
+        OtherProduct<T> other;
+        const T* bias = nullptr;
+        if (pass_.plan.input_in_steps) {
+          other = {input(), I, &pass_.input_weight, saves_gates};
+          bias = pass_.bias;
         }
+        product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile, other);
+        continue;
       }
-      for (; block < pass_.blocks.end; ++block) {
-        const int64_t unit = block * kLanes;
-        const int lanes = pass_.product.lanes_in(block);
-        finish(row, unit, lanes, load_gates<T>(sums + unit, H, lanes));
+      const bool finished =
+          h_size > 0 && product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, nullptr, finish_tile);
+      if (finished) continue;
+      for (int64_t row = 0; row < count; ++row) {
+        const T* const sums = pre(row);
+        int64_t block = blocks.begin;
+        if constexpr (kVectorRegisters == 32) {
+          for (; (block + 2) * kLanes <= H && block + 2 <= blocks.end; block += 2) {
+            const int64_t unit = block * kLanes, next = unit + kLanes;
+            finish_two(row, unit, row, next, kLanes, load_gates<T>(sums + unit, H, kLanes),
+                       load_gates<T>(sums + next, H, kLanes));
+          }
+        }
+        for (; block < blocks.end; ++block) {
+          const int64_t unit = block * kLanes;
+          const int lanes = product.lanes_in(block);
+          finish(row, unit, lanes, load_gates<T>(sums + unit, H, lanes));
+        }
       }
     }
   }

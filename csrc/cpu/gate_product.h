@@ -220,10 +220,10 @@ class GateProduct {
           tile.zero();
           accumulate_rows<T, 1, kGates>(tile, {a + k}, panel + k * kGates * kLanes, kGates * kLanes,
                                         smaller(kBlockK, count - k));
-          if constexpr (std::is_same_v<W, int8_t>) scale<1>(tile, weight.narrow.factors + block * kLanes, lanes);
 #pragma GCC unroll kGates
           for (int gate = 0; gate < kGates; ++gate) {
-            sums[gate] = tile.acc[0][gate] + (k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums[gate]);
+            const Reg<T> before = k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums[gate];
+            sums[gate] = plus<W>(before, tile.acc[0][gate], weight.narrow, gate, block, lanes);
           }
         }
       };
@@ -263,14 +263,14 @@ class GateProduct {
           constexpr bool kFetch = NextPanel::kUsed && R > 1;
           accumulate_rows<T, R, kGates, false, kFetch>(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth, 0,
                                                        kFetch ? next_panel.take(depth) : nullptr);
-          if constexpr (std::is_same_v<W, int8_t>) scale<R>(tile, weight.narrow.factors + block * kLanes, lanes);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
             const T* start = from_bias ? bias + block * kLanes : out[r];
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) {
-              tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
+              const Reg<T> before = load_lanes<T>(start + gate * H, lanes);
+              tile.acc[r][gate] = plus<W>(before, tile.acc[r][gate], weight.narrow, gate, block, lanes);
             }
           }
           if (last && finish(row, block * kLanes, lanes, tile)) return;
@@ -417,13 +417,13 @@ class GateProduct {
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) tile.acc[0][gate] = tile.acc[0][gate] + sums[gate];
           }
-          scale<1>(tile, weight.factors + block * kLanes, lanes);
           T* const to = out + block * kLanes;
           const T* const start = bias && first == 0 ? bias + block * kLanes : to;
 #pragma GCC unroll kGates
           for (int gate = 0; gate < kGates; ++gate) {
             const int64_t at = gate * hidden_size_;
-            store_lanes<T>(to + at, tile.acc[0][gate] + load_lanes<T>(start + at, lanes), lanes);
+            const Reg<T> before = load_lanes<T>(start + at, lanes);
+            store_lanes<T>(to + at, plus<int8_t>(before, tile.acc[0][gate], weight, gate, block, lanes), lanes);
           }
         }
       }
@@ -532,15 +532,15 @@ class GateProduct {
     return i;
   }
 
-  // Sums of whole numbers, by the factors of their units.
-  template <int R>
-  LSTM_EXT_INLINE void scale(Tile<T, R, kGates>& tile, const T* factors, int lanes) const {
-#pragma GCC unroll kGates
-    for (int gate = 0; gate < kGates; ++gate) {
-      const Reg<T> factor = load_lanes<T>(factors + gate * hidden_size_, lanes);
-#pragma GCC unroll kTileRows
-      for (int r = 0; r < R; ++r) tile.acc[r][gate] = tile.acc[r][gate] * factor;
+  // before + sum, of sums over weights W: those of whole numbers times the factors of their units. Left to the
+  // compiler, it would be one rounding in some places and two in others.
+  template <typename W>
+  LSTM_EXT_INLINE Reg<T> plus(Reg<T> before, Reg<T> sum, const NarrowPanels<T>& weight, int gate, int64_t block,
+                              int lanes) const {
+    if constexpr (std::is_same_v<W, int8_t>) {
+      return Simd<T>::fma(sum, load_lanes<T>(weight.factors + gate * hidden_size_ + block * kLanes, lanes), before);
     }
+    return sum + before;
   }
 
   const int64_t hidden_size_;

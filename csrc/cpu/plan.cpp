@@ -20,6 +20,7 @@ constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there
 constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;       // and from further away
 constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
+constexpr double kGroupBytes = 512 * 1024;   // of the weights of a group of units; see count_unit_groups
 // Products of tiles, 4 us, that do not slow the processor's clock, and steps that have to follow them.
 constexpr int64_t kShortUnitProducts = 800;
 constexpr int64_t kShortUnitSteps = 16;
@@ -239,6 +240,23 @@ bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool 
          2.0 * static_cast<double>(numbers) <= kWholeCacheBytes;
 }
 
+// A call of one step reads both weights once. Where the cache does not hold both, the units take turns: both products
+// of some of them, then of the next. So the weights that the call used last belong to the units that the next call
+// begins with; see GateProduct::Sweep.
+template <typename T>
+int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params) {
+  const LayerShape& shape = params.shape;
+  if (shape.steps > 1 || shape.step_offsets || params.options.any() || plan.pack_as_used ||
+      plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0) {
+    return 1;
+  }
+  const WeightKind kind = params.frozen ? params.frozen->input.narrow.kind : WeightKind::kOwn;
+  const double number = kind == WeightKind::kInt8 ? 1 : kind == WeightKind::kBFloat16 ? 2 : sizeof(T);
+  const double bytes = number * 4.0 * static_cast<double>(shape.hidden_size * (shape.input_size + shape.output_size)) /
+                       plan.grid.hidden_groups;
+  return bytes > kCacheBytes ? static_cast<int64_t>(bytes / kGroupBytes) : 1;
+}
+
 }  // namespace
 
 template <typename T>
@@ -259,6 +277,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
+  plan.unit_groups = count_unit_groups(plan, params);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));

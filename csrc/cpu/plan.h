@@ -59,6 +59,7 @@ struct ForwardPlan {
   bool pack = false;            // W and U as gate-interleaved panels or as planes; else they are read row-major
   bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
   bool input_in_steps = false;  // W x of a step is summed with its U h on the matrix unit
+  int64_t unit_groups = 1;      // of hidden units: in so many parts a step multiplies W x and U h, if more than one
   int64_t team_rows = 0;        // batch rows of a team in a step, at most
   int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;    // numbers in a row of zeros
