@@ -44,6 +44,9 @@ struct StepOptions {
   }
 };
 
+// What the numbers of a weight are kept in: T, or fewer bits. A row of int8 has a factor.
+enum class WeightKind : int32_t { kOwn, kBFloat16, kInt8, kFloat16 };
+
 // Weights are contiguous, in torch's layout. Null where the layer has none.
 template <typename T>
 struct LayerWeights {
@@ -52,10 +55,13 @@ struct LayerWeights {
   const T* bias_ih;    // (4H) or null
   const T* bias_hh;    // (4H) or null
   const T* weight_hr;  // (P, H) or null
+  // In place of weight_ih and weight_hh, in bfloat16 or float16, for a forward pass that reads them as they lie.
+  struct {
+    const void *weight_ih, *weight_hh;
+    WeightKind kind;
+  } narrow;
 };
 
-// What the numbers of a weight are kept in: T, or fewer bits. A row of int8 has a factor.
-enum class WeightKind : int32_t { kOwn, kBFloat16, kInt8 };
 template <typename T>
 struct NarrowPanels {
   const void* data = nullptr;

@@ -21,7 +21,16 @@ namespace {
 
 constexpr const char* kVariable = "LSTM_EXT_CPU_CAPABILITY";
 
-// Bits of CPUID leaf 7 that GCC's __builtin_cpu_supports does not know in all versions.
+// Bits of CPUID that GCC's __builtin_cpu_supports does not know in all versions.
+bool has_f16c() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+#else
+  return false;
+#endif
+}
+
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -68,7 +77,9 @@ bool cpu_runs(const char* name) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma");
   }
-  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (std::strcmp(name, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  }
 #endif
   return std::strcmp(name, "baseline") == 0;
 }

@@ -23,6 +23,9 @@ struct GateWeight {
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
+  // In place of `rows`: of 16 bits.
+  const void* narrow_rows = nullptr;
+  WeightKind kind_of_rows = WeightKind::kOwn;
   // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
   // call reads once. A product packs each block when it gets there, and uses it from the cache.
   int64_t one_place = -1;
@@ -30,6 +33,20 @@ struct GateWeight {
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || planes.count > 0; }
+
+  // dot_rows, of the weight's rows from `first` on.
+  template <int X>
+  LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
+                           Reg<T>* sums) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const auto narrow = [&](auto numbers) LSTM_EXT_LAMBDA_INLINE {
+        dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
+      };
+      if (kind_of_rows == WeightKind::kBFloat16) return narrow(static_cast<const BFloat16*>(narrow_rows));
+      if (kind_of_rows == WeightKind::kFloat16) return narrow(static_cast<const Float16*>(narrow_rows));
+    }
+    dot_rows<T, X>(rows + first * count, count, outputs, readable, x, sums);
+  }
 };
 
 // Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
@@ -196,7 +213,7 @@ class GateProduct {
         return false;
       }
     }
-    multiply_rows(rows, a_row, count, weight.rows, pre, bias, finish);
+    multiply_rows(rows, a_row, count, weight, pre, bias, finish);
     return true;
   }
 
@@ -433,8 +450,8 @@ class GateProduct {
 
   // The row-major path, as multiply_panels.
   template <typename A, typename Pre, typename Finish>
-  LSTM_EXT_INLINE void multiply_rows(int64_t rows, const A& a_row, int64_t count, const T* weight, const Pre& pre,
-                                     const T* bias, Finish&& finish) {
+  LSTM_EXT_INLINE void multiply_rows(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                                     const Pre& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
@@ -447,7 +464,7 @@ class GateProduct {
 #pragma GCC unroll 1
         for (int gate = 0; gate < kGates; ++gate) {
           const int64_t first = gate * H + block * kLanes;
-          dot_rows<T, 1>(weight + first * count, count, lanes, kGates * H - first, a, sums + gate);
+          weight.template dot<1>(first, count, lanes, kGates * H - first, a, sums + gate);
           sums[gate] = sums[gate] + load_lanes<T>(start + first, lanes);
         }
       };
@@ -469,7 +486,7 @@ class GateProduct {
         for (int gate = 0; gate < kGates; ++gate) {
           const int64_t first = gate * H + unit;
           Reg<T> sums[R];
-          dot_rows<T, R>(weight + first * count, count, lanes, kGates * H - first, a, sums);
+          weight.template dot<R>(first, count, lanes, kGates * H - first, a, sums);
           for (int r = 0; r < R; ++r) {
             const T* const start = bias ? bias + unit : out[r];
             tile.acc[r][gate] = sums[r] + load_lanes<T>(start + gate * H, lanes);

@@ -66,14 +66,14 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
-#elif defined(LSTM_EXT_ISA_AVX2)  // and FMA
+#elif defined(LSTM_EXT_ISA_AVX2)  // and FMA, F16C
 
 #define LSTM_EXT_ISA avx2
 #define LSTM_EXT_ISA_NAME "avx2"
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #elif defined(LSTM_EXT_ISA_BASELINE)  // SSE2, which every x86-64 CPU has

@@ -250,14 +250,19 @@ int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& param
       plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0) {
     return 1;
   }
-  const WeightKind kind = params.frozen ? params.frozen->input.narrow.kind : WeightKind::kOwn;
-  const double number = kind == WeightKind::kInt8 ? 1 : kind == WeightKind::kBFloat16 ? 2 : sizeof(T);
+  const WeightKind kind = params.frozen ? params.frozen->input.narrow.kind : params.weights.narrow.kind;
+  const double number = kind == WeightKind::kOwn ? sizeof(T) : kind == WeightKind::kInt8 ? 1 : 2;
   const double bytes = number * 4.0 * static_cast<double>(shape.hidden_size * (shape.input_size + shape.output_size)) /
                        plan.grid.hidden_groups;
   return bytes > kCacheBytes ? static_cast<int64_t>(bytes / kGroupBytes) : 1;
 }
 
 }  // namespace
+
+bool reads_rows(const LayerShape& shape, const Machine& machine, int planes) {
+  const int of_recurrent = gate_planes(machine, planes, shape.batch, shape.output_size, shape.hidden_size);
+  return count_samples(shape) <= row_major_rows(shape, machine, of_recurrent);
+}
 
 template <typename T>
 ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine) {
@@ -269,7 +274,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
   const int planes = frozen ? frozen->planes : params.planes;
-  plan.pack = frozen || samples > row_major_rows(shape, machine, gate_planes(machine, planes, shape.batch, P, H));
+  plan.pack = frozen || !reads_rows(shape, machine, planes);
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);

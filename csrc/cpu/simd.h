@@ -12,6 +12,34 @@ namespace {
 template <typename T>
 struct Simd;
 
+// Numbers of 16 bits in memory, which become float32 when they are loaded.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// For sets without an instruction for it. Infinities and NaN stay what they are.
+inline float widened(BFloat16 number) {
+  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+inline float widened(Float16 number) {
+  const uint32_t sign = (number.bits & 0x8000u) << 16, magnitude = number.bits & 0x7FFFu;
+  uint32_t bits = sign | ((magnitude << 13) + (magnitude < 0x7C00 ? 112u << 23 : 224u << 23));
+  if (magnitude < 0x400) {  // magnitude * 2^-24
+    const float small = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f;
+    __builtin_memcpy(&bits, &small, sizeof(bits));
+    bits |= sign;
+  }
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
 #if defined(LSTM_EXT_AVX512)
 
 constexpr int kVectorRegisters = 32;
@@ -36,7 +64,13 @@ struct Simd<float> {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static Reg load(const BFloat16* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p); }
+  static Reg load(const Float16* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p); }
   static Reg load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  template <typename W>
+  static Reg load_partial(const W* p, int n) {
+    return widened(_mm256_maskz_loadu_epi16(mask(n), p), p);
+  }
   static void store_partial(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   // Both return `v` where it is NaN: min and max give their second operand then.
@@ -58,6 +92,10 @@ struct Simd<float> {
 
  private:
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Reg widened(__m256i v, const BFloat16*) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static Reg widened(__m256i v, const Float16*) { return _mm512_cvtph_ps(v); }
 };
 
 template <>
@@ -114,6 +152,11 @@ struct Simd<float> {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static Reg load(const BFloat16* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static Reg load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Reg load_partial(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
   static void store_partial(float* p, Reg v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
@@ -184,6 +227,10 @@ struct Simd<float> {
     return _mm_castsi128_ps(second ? _mm_and_si128(both, _mm_set1_epi32(-0x10000)) : _mm_slli_epi32(both, 16));
   }
   static Reg load(const int8_t* p) { return _mm_cvtepi32_ps(_mm_setr_epi32(p[0], p[1], p[2], p[3])); }
+  template <typename W>
+  static Reg load(const W* p) {
+    return _mm_setr_ps(widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3]));
+  }
   static void store(float* p, Reg v) { _mm_storeu_ps(p, v); }
   static Reg load_partial(const float* p, int n) {
     alignas(16) float lanes[kLanes] = {};
@@ -247,6 +294,23 @@ struct Simd<double> {
 
 template <typename T>
 using Reg = typename Simd<T>::Reg;
+
+// The first n numbers of W as a register of T.
+template <typename T, typename W>
+LSTM_EXT_INLINE Reg<T> load_first(const W* p, int n) {
+#if !defined(LSTM_EXT_AVX512)
+  constexpr bool kCopies = !std::is_same_v<T, W>;
+#else
+  constexpr bool kCopies = false;
+#endif
+  if constexpr (kCopies) {
+    W numbers[Simd<T>::kLanes] = {};
+    for (int i = 0; i < n; ++i) numbers[i] = p[i];
+    return Simd<T>::load(numbers);
+  } else {
+    return Simd<T>::load_partial(p, n);
+  }
+}
 
 // The type of a register's numbers.
 template <typename T>

@@ -23,10 +23,15 @@ at::Tensor converted(const at::Tensor& tensor, at::ScalarType type) {
 at::Tensor contiguous_converted(const at::Tensor& t, at::ScalarType type) {
   return t.defined() ? converted(t, type).contiguous() : t;
 }
-std::vector<at::Tensor> converted_weights(const std::vector<at::Tensor>& weights, at::ScalarType type) {
+// `keep_narrow`: W and U keep their own type.
+std::vector<at::Tensor> converted_weights(const std::vector<at::Tensor>& weights, at::ScalarType type,
+                                          int64_t per_direction = 0, bool keep_narrow = false) {
   std::vector<at::Tensor> result;
   result.reserve(weights.size());
-  for (const at::Tensor& w : weights) result.push_back(contiguous_converted(w, type));
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool keep = keep_narrow && static_cast<int64_t>(i) % per_direction < 2;
+    result.push_back(contiguous_converted(weights[i], keep ? weights[i].scalar_type() : type));
+  }
   return result;
 }
 
@@ -61,9 +66,18 @@ template <typename T>
 LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& sizes, bool has_bias,
                            int64_t direction) {
   const at::Tensor* w = weights.data() + direction * sizes.weights_per_direction;
-  return {w[0].const_data_ptr<T>(), w[1].const_data_ptr<T>(), has_bias ? w[2].const_data_ptr<T>() : nullptr,
-          has_bias ? w[3].const_data_ptr<T>() : nullptr,
-          sizes.projected ? w[sizes.weights_per_direction - 1].const_data_ptr<T>() : nullptr};
+  LayerWeights<T> result{nullptr,
+                         nullptr,
+                         has_bias ? w[2].const_data_ptr<T>() : nullptr,
+                         has_bias ? w[3].const_data_ptr<T>() : nullptr,
+                         sizes.projected ? w[sizes.weights_per_direction - 1].const_data_ptr<T>() : nullptr,
+                         {}};
+  switch (w[0].scalar_type()) {
+    case at::kBFloat16: result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), WeightKind::kBFloat16}; break;
+    case at::kHalf: result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), WeightKind::kFloat16}; break;
+    default: result.weight_ih = w[0].const_data_ptr<T>(); result.weight_hh = w[1].const_data_ptr<T>();
+  }
+  return result;
 }
 
 // The options as kernels take them.
@@ -114,16 +128,18 @@ std::vector<at::Tensor> weights_to_read(const LayerCall& call) {
   return frozen.empty() ? call.weights : thawed(frozen, call.weights);
 }
 
-// The tensors of a call as the kernels take them: in their type, with contiguous rows.
+// The tensors of a call as the kernels take them: in their type, with contiguous rows. `keep_narrow`: but for W and U.
 struct LayerTensors {
-  LayerTensors(const LayerCall& call, at::ScalarType type)
-      : input(with_contiguous_rows(call.input, type)),
-        h0(contiguous_converted(call.h0, type)),
-        c0(contiguous_converted(call.c0, type)),
+  LayerTensors(const LayerCall& call, const LayerSizes& sizes, bool keep_narrow)
+      : input(with_contiguous_rows(call.input, sizes.sum_type)),
+        h0(contiguous_converted(call.h0, sizes.sum_type)),
+        c0(contiguous_converted(call.c0, sizes.sum_type)),
         frozen(ready_weights(call)),
-        weights(frozen.empty() ? converted_weights(weights_to_read(call), type) : std::vector<at::Tensor>()),
-        options(call.options, type),
-        planes(planes_for(call.input.scalar_type())) {}
+        options(call.options, sizes.sum_type),
+        planes(planes_for(call.input.scalar_type())) {
+    if (!frozen.empty()) return;
+    weights = converted_weights(weights_to_read(call), sizes.sum_type, sizes.weights_per_direction, keep_narrow);
+  }
 
   template <typename T>
   LayerParams<T> params(const LayerSizes& sizes, bool has_bias, int64_t direction) const {
@@ -148,6 +164,16 @@ struct LayerTensors {
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads, kernels.unit};
+}
+
+// Whether a forward pass reads W and U as they are, in 16 bits.
+bool reads_narrow_rows(const LayerCall& call, const LayerSizes& sizes) {
+  const at::ScalarType dtype = call.input.scalar_type();
+  if (dtype == sizes.sum_type || !call.options.frozen.empty()) return false;
+  for (const at::Tensor& weight : call.weights) {
+    if (weight.scalar_type() != dtype) return false;
+  }
+  return cpu::reads_rows(sizes.shape(0, {}), machine_for(cpu::kernels<float>(), 1), planes_for(dtype));
 }
 
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
@@ -191,7 +217,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   };
   if (sizes.batch == 0) return results();
 
-  const LayerTensors tensors(call, type);
+  const LayerTensors tensors(call, sizes, reads_narrow_rows(call, sizes));
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < sizes.directions; ++d) {
@@ -259,7 +285,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     return results();
   }
 
-  const LayerTensors tensors(call, type);
+  const LayerTensors tensors(call, sizes, false);
   const at::Tensor y = with_contiguous_rows(arguments.output, type);
   const ResultGradients& given = arguments.grads;
   const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();

@@ -22,6 +22,10 @@ struct Simd<float> {
   static Reg load(const int8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
   }
+  template <typename W>
+  static Reg load(const W* p) {
+    return each([&](int i) { return widened(p[i]); });
+  }
   static void store(float* p, Reg v) { __builtin_memcpy(p, &v, sizeof(v)); }
   static Reg load_partial(const float* p, int n) {
     Reg v = {};
