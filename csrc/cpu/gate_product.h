@@ -38,21 +38,25 @@ struct GateWeight {
   template <int X>
   LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
                            Reg<T>* sums) const {
+    with_rows([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
+      dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
+    });
+  }
+  // f(the rows).
+  template <typename F>
+  LSTM_EXT_INLINE void with_rows(F&& f) const {
     if constexpr (std::is_same_v<T, float>) {
-      const auto narrow = [&](auto numbers) LSTM_EXT_LAMBDA_INLINE {
-        dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
-      };
-      if (kind_of_rows == WeightKind::kBFloat16) return narrow(static_cast<const BFloat16*>(narrow_rows));
-      if (kind_of_rows == WeightKind::kFloat16) return narrow(static_cast<const Float16*>(narrow_rows));
+      if (kind_of_rows == WeightKind::kBFloat16) return f(static_cast<const BFloat16*>(narrow_rows));
+      if (kind_of_rows == WeightKind::kFloat16) return f(static_cast<const Float16*>(narrow_rows));
     }
-    dot_rows<T, X>(rows + first * count, count, outputs, readable, x, sums);
+    f(rows);
   }
 };
 
 // Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
 // of the units side by side, [k][gate][lane].
-template <typename T>
-void pack_gate_panel(const T* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
+template <typename T, typename W>
+void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t unit = block * n;
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
@@ -99,14 +103,14 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
 // The planes of the same units. Returns whether all numbers could be split.
-inline bool pack_gate_planes(const float* weight, int64_t hidden_size, int64_t count, int64_t block, int planes,
-                             uint16_t* out) {
+template <typename W>
+bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int planes, uint16_t* out) {
   const int64_t unit = block * kUnitTileRows;
   const int units = static_cast<int>(smaller(hidden_size - unit, kUnitTileRows));
   const int64_t k_step = kGroupTiles * planes * kOperandSize;
   bool splits = true;
   for (int gate = 0; gate < kGates; ++gate) {
-    const float* const rows = weight + (gate * hidden_size + unit) * count;
+    const W* const rows = weight + (gate * hidden_size + unit) * count;
     uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kUnitTileDepth) * k_step +
                          gate % kGroupTiles * planes * kOperandSize;
     with_planes(planes, [&](auto p) { splits &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
@@ -120,14 +124,17 @@ template <typename T>
 void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
   const int64_t place = weight.place(block);
   if (weight.panels) {
-    pack_gate_panel(weight.rows, hidden_size, count, block, weight.panels + place * kGates * Simd<T>::kLanes * count);
+    T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
+    weight.with_rows([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
   }
   if constexpr (kHasMatrixUnit<T>) {
     const UnitPlanes& planes = weight.planes;
     if (planes.count == 0) return;
     const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    planes.splits[place] =
-        pack_gate_planes(weight.rows, hidden_size, count, block, planes.count, planes.data + place * size);
+    weight.with_rows([&](const auto* rows) {
+      planes.splits[place] =
+          pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + place * size);
+    });
   }
 }
 

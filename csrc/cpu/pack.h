@@ -29,8 +29,8 @@ LSTM_EXT_INLINE void transpose(Reg<T>* v) {
 }
 
 // out[k * out_step + lane] = source[lane * count + k] for k < count; lanes from `lanes` on are zero.
-template <typename T>
-void pack_transposed(const T* source, int lanes, int64_t count, T* out, int64_t out_step) {
+template <typename T, typename W>
+void pack_transposed(const W* source, int lanes, int64_t count, T* out, int64_t out_step) {
   using S = Simd<T>;
   constexpr int n = S::kLanes;
   for (int64_t k = 0; k < count; k += n) {
@@ -43,7 +43,7 @@ void pack_transposed(const T* source, int lanes, int64_t count, T* out, int64_t 
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) S::store(out + (k + i) * out_step, rows[i]);
     } else {
-      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_lanes<T>(source + i * count + k, width) : S::zero();
+      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_some<T>(source + i * count + k, width) : S::zero();
       transpose<T>(rows);
       for (int i = 0; i < width; ++i) S::store(out + (k + i) * out_step, rows[i]);
     }

@@ -157,7 +157,9 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
 // Up to how many rows of all steps packing the weights of a forward pass costs more than it saves: `planes` of the
 // recurrent product. Large weights push out what else the cache holds, so several steps have to gain from that. Not
 // measured with narrow registers.
-int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes) {
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
+  // Of 16 bits, of which nothing is promised about few rows; packing them for the unit is little work.
+  if (narrow && planes > 0) return planes == 1 ? 7 : 15;
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
   const bool large = numbers > 200'000 && shape.steps > 1 && planes == 0 && machine.lanes >= 8;
   return large ? 48 : kRowMajorRows;
@@ -259,11 +261,6 @@ int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& param
 
 }  // namespace
 
-bool reads_rows(const LayerShape& shape, const Machine& machine, int planes) {
-  const int of_recurrent = gate_planes(machine, planes, shape.batch, shape.output_size, shape.hidden_size);
-  return count_samples(shape) <= row_major_rows(shape, machine, of_recurrent);
-}
-
 template <typename T>
 ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine) {
   const LayerShape& shape = params.shape;
@@ -274,10 +271,12 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
   const int planes = frozen ? frozen->planes : params.planes;
-  plan.pack = frozen || !reads_rows(shape, machine, planes);
+  const int recurrent_planes = gate_planes(machine, planes, shape.batch, P, H);
+  const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
+  plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_planes, narrow);
   // By the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
-  if (plan.pack) plan.recurrent_unit.planes = gate_planes(machine, planes, shape.batch, P, H);
+  if (plan.pack) plan.recurrent_unit.planes = recurrent_planes;
   plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,

@@ -153,10 +153,10 @@ LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, Split
 }
 
 // 32 numbers side by side, or the `count` that there are, as a row of a tile.
-template <int P>
-LSTM_EXT_INLINE void split_row(const float* numbers, int64_t count, uint16_t* to, SplitCheck& check) {
+template <int P, typename W>
+LSTM_EXT_INLINE void split_row(const W* numbers, int64_t count, uint16_t* to, SplitCheck& check) {
   const auto part = [&](int64_t begin) LSTM_EXT_LAMBDA_INLINE {
-    return count > begin ? load_lanes<float>(numbers + begin, static_cast<int>(smaller(count - begin, 16)))
+    return count > begin ? load_some<float>(numbers + begin, static_cast<int>(smaller(count - begin, 16)))
                          : Simd<float>::zero();
   };
   const Reg<float> a = part(0), b = part(16);
@@ -208,14 +208,13 @@ LSTM_EXT_INLINE void transpose_tile(uint16_t* tile) {
 
 // A column tile of a right operand whose columns are rows in memory: column j is at columns + j * column_step, `count`
 // of them. `to` is its first tile, tiles of the next k are `k_step` further. The rows behind these come next.
-template <int P>
-bool split_column_tile(const float* columns, int64_t column_step, int count, int64_t depth, uint16_t* to,
-                       int64_t k_step) {
+template <int P, typename W>
+bool split_column_tile(const W* columns, int64_t column_step, int count, int64_t depth, uint16_t* to, int64_t k_step) {
   constexpr int64_t kAhead = 2 * kUnitTileDepth;
   SplitCheck check;
   for (int64_t k = 0; k < depth; k += kUnitTileDepth, to += k_step) {
     // What is read soon: further on in these rows, or the beginning of the next ones.
-    const float* const soon =
+    const W* const soon =
         columns + (k + kAhead < depth ? k + kAhead : kUnitTileRows * column_step + k + kAhead - depth);
     for (int j = 0; j < kUnitTileRows; ++j) {
       __builtin_prefetch(soon + j * column_step);

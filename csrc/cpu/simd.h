@@ -368,6 +368,11 @@ template <typename T>
 LSTM_EXT_INLINE Reg<T> load_lanes(const T* p, int n) {
   return n == Simd<T>::kLanes ? Simd<T>::load(p) : Simd<T>::load_partial(p, n);
 }
+// The same of numbers of W.
+template <typename T, typename W>
+LSTM_EXT_INLINE Reg<T> load_some(const W* p, int n) {
+  return n == Simd<T>::kLanes ? Simd<T>::load(p) : load_first<T>(p, n);
+}
 
 template <typename T>
 LSTM_EXT_INLINE void store_lanes(T* p, Reg<T> v, int n) {

@@ -166,16 +166,6 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads, kernels.unit};
 }
 
-// Whether a forward pass reads W and U as they are, in 16 bits.
-bool reads_narrow_rows(const LayerCall& call, const LayerSizes& sizes) {
-  const at::ScalarType dtype = call.input.scalar_type();
-  if (dtype == sizes.sum_type || !call.options.frozen.empty()) return false;
-  for (const at::Tensor& weight : call.weights) {
-    if (weight.scalar_type() != dtype) return false;
-  }
-  return cpu::reads_rows(sizes.shape(0, {}), machine_for(cpu::kernels<float>(), 1), planes_for(dtype));
-}
-
 // An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
 // a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -217,7 +207,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   };
   if (sizes.batch == 0) return results();
 
-  const LayerTensors tensors(call, sizes, reads_narrow_rows(call, sizes));
+  const LayerTensors tensors(call, sizes, call.options.frozen.empty());
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     for (int64_t d = 0; d < sizes.directions; ++d) {
