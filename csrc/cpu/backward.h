@@ -64,27 +64,28 @@ class Backward {
     if (pass_.recomputes) recompute_.prepare_weights();
     if (!plan.pack) return;
     if (plan.pack_recurrent) {
-      pack(pass_.recurrent_weight(), params.weights.weight_hh, pass_.output_columns, pass_.team, teams);
+      pack(pass_.recurrent_weight(), pass_.output_columns, pass_.team, teams);
     }
     if (shape.projected) {
-      pack(pass_.projection_weight(), params.weights.weight_hr, pass_.hidden_columns, pass_.team, teams);
+      pack(pass_.projection_weight(), pass_.hidden_columns, pass_.team, teams);
     }
     if (params.grad_input.data) {
-      pack(pass_.input_weight(), params.weights.weight_ih, Range{0, shape.input_size}, pass_.worker,
-           plan.grid.workers());
+      pack(pass_.input_weight(), Range{0, shape.input_size}, pass_.worker, plan.grid.workers());
     }
     if (teams > 1) pass_.meet_all();
   }
 
   // Makes the panels or planes of some columns; of `shares` callers, each makes its own.
-  void pack(const RightHandSide<T>& to, const T* matrix, Range columns, int64_t share_index, int64_t shares) {
-    if constexpr (kHasMatrixUnit<T>) {
-      if (to.planes.count > 0) {
-        pack_column_planes(matrix, to.row_step, to.depth, columns, share_index, shares, to.planes);
-        return;
+  void pack(const RightHandSide<T>& to, Range columns, int64_t share_index, int64_t shares) {
+    to.matrix.with([&](const auto* matrix) {
+      if constexpr (kHasMatrixUnit<T>) {
+        if (to.planes.count > 0) {
+          pack_column_planes(matrix, to.row_step, to.depth, columns, share_index, shares, to.planes);
+          return;
+        }
       }
-    }
-    pack_columns(matrix, to.row_step, to.depth, columns, share_index, shares, const_cast<T*>(to.data));
+      pack_columns(matrix, to.row_step, to.depth, columns, share_index, shares, to.panels);
+    });
   }
 
   // The chunk's masked h_{t-1}, each member some of its team's rows.

@@ -138,25 +138,25 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   }
 
   // A (depth, columns) weight as the plan has it packed.
-  RightHandSide<T> right_hand_side(const T* matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
+  RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
                                    int64_t offset) const {
     if (unit.planes > 0) {
-      return {nullptr, columns, depth, false, matrix, false, Base::planes(unit, offset), Base::tile_scratch()};
+      return {matrix, nullptr, columns, depth, outer_products, false, Base::planes(unit, offset), Base::tile_scratch()};
     }
-    return {plan.pack ? buffer(offset) : matrix, columns, depth, plan.pack};
+    return {matrix, plan.pack ? buffer(offset) : nullptr, columns, depth, outer_products};
   }
   RightHandSide<T> recurrent_weight() const {
-    RightHandSide<T> weight = right_hand_side(params.weights.weight_hh, shape.output_size, 4 * shape.hidden_size,
+    RightHandSide<T> weight = right_hand_side(Base::weight_hh(), shape.output_size, 4 * shape.hidden_size,
                                               plan.recurrent_unit, plan.recurrent_panels);
     weight.backwards = step.odd;
     return weight;
   }
   RightHandSide<T> projection_weight() const {
-    return right_hand_side(params.weights.weight_hr, shape.hidden_size, shape.output_size, plan.projection_unit,
+    return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection_unit,
                            plan.projection_panels);
   }
   RightHandSide<T> input_weight() const {
-    return right_hand_side(params.weights.weight_ih, shape.input_size, 4 * shape.hidden_size, plan.input_unit,
+    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input_unit,
                            plan.input_panels);
   }
 

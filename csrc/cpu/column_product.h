@@ -16,49 +16,56 @@ namespace {
 // for_each_column_block makes of one range of columns, [k][register][lane], or as planes of that range.
 template <typename T>
 struct RightHandSide {
-  const T* data;
+  WeightRows<T> matrix;
+  T* panels;         // or null
   int64_t row_step;  // of the row-major matrix
   int64_t depth;
-  bool packed;
-  const T* matrix = nullptr;  // with planes: the row-major matrix
-  bool backwards = false;     // with planes: from the last column to the first; see GateProduct::Sweep
+  T* block_panel;          // a worker's own: of a matrix of 16 bits in place, kBlockK rows of a block of columns
+  bool backwards = false;  // with planes: from the last column to the first; see GateProduct::Sweep
   UnitPlanes planes{};
   TileScratch scratch{};
 
+  bool widens() const { return !panels && !matrix.own; }
   template <int NV>
   LSTM_EXT_INLINE int64_t step() const {
-    return packed ? NV * Simd<T>::kLanes : row_step;
+    return matrix.own && !panels ? row_step : NV * Simd<T>::kLanes;
   }
   template <int NV>
   LSTM_EXT_INLINE const T* at(int64_t column, int64_t k) const {
-    return packed ? data + column * depth + k * NV * Simd<T>::kLanes : data + k * row_step + column;
+    if (widens()) return block_panel;
+    return panels ? panels + column * depth + k * NV * Simd<T>::kLanes : matrix.own + k * row_step + column;
   }
 };
 
+// Rows of W, some registers of them side by side, as a panel of T.
+template <typename T, typename W>
+void widen_columns(const W* rows, int64_t row_step, int64_t depth, int registers, int last, T* panel) {
+  constexpr int n = Simd<T>::kLanes;
+  for (int64_t k = 0; k < depth; ++k, rows += row_step) {
+    for (int v = 0; v < registers; ++v, panel += n) {
+      Simd<T>::store(panel, load_some<T>(rows + v * n, v == registers - 1 ? last : n));
+    }
+  }
+}
+
 // Makes the panels of some columns; of `shares` callers, each makes its own.
-template <typename T>
-void pack_columns(const T* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index, int64_t shares,
+template <typename T, typename W>
+void pack_columns(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index, int64_t shares,
                   T* out) {
   using S = Simd<T>;
   int64_t index = 0;
   for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) {
     if (index++ % shares != share_index) return;
     constexpr int NV = width();
-    T* target = out + column * depth;
-    for (int64_t k = 0; k < depth; ++k, target += NV * S::kLanes) {
-      const T* source = matrix + k * row_step + column;
-#pragma GCC unroll kTileColumns
-      for (int v = 0; v < NV; ++v) {
-        S::store(target + v * S::kLanes, load_lanes<T>(source + v * S::kLanes, v == NV - 1 ? last : S::kLanes));
-      }
-    }
+    widen_columns(matrix + column, row_step, depth, NV, last, out + column * depth);
   });
 }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
 // The same, of planes: column tiles.
-inline void pack_column_planes(const float* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
-                               int64_t shares, const UnitPlanes& planes) {
+template <typename W>
+void pack_column_planes(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
+                        int64_t shares, const UnitPlanes& planes) {
   const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
   const Range mine = share(tiles, shares, share_index);
   const int64_t column = columns.begin + mine.begin * kUnitTileRows;
@@ -152,13 +159,18 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
   constexpr int kLanes = S::kLanes;
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
     constexpr int NV = width();
-    const bool exact = b.packed || last == kLanes;
+    const bool exact = b.panels || b.widens() || last == kLanes;
     for (int64_t k = 0; k == 0 || k < b.depth; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, b.depth - k);
+      if (b.widens()) {
+        b.matrix.with([&](const auto* matrix) {
+          widen_columns(matrix + k * b.row_step + column, b.row_step, depth, NV, last, b.block_panel);
+        });
+      }
       // Of a matrix that is packed, the panel behind this one.
       const T* const here = b.template at<NV>(column, k);
       const int64_t numbers = smaller(kBlockK, b.depth) * NV * kLanes;
-      const bool there = b.packed && (k + depth < b.depth || column + NV * kLanes < columns.end);
+      const bool there = b.panels && (k + depth < b.depth || column + NV * kLanes < columns.end);
       NextPanel next_panel(here + depth * NV * kLanes, there ? numbers * static_cast<int64_t>(sizeof(T)) : 0, here);
       for_each_row_tile(rows.end - rows.begin, [&](int64_t first, auto height) {
         const int64_t row = rows.begin + first;
@@ -231,7 +243,7 @@ LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightH
     if (b.planes.count > 0) {
       if (b.depth > 0) done = multiply_column_planes(a_row, rows, b, columns, prefetch, start, finish);
       if (done == rows) return;
-      plain = {b.matrix, b.row_step, b.depth, false};
+      plain = {b.matrix, nullptr, b.row_step, b.depth, b.block_panel};
       in = &plain;
     }
   }

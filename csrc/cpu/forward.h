@@ -151,7 +151,7 @@ void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const Froze
     char* const panels = data + place.panels;
     const T* const factors = reinterpret_cast<const T*>(data + place.factors);
     const bool own = plan.kind == WeightKind::kOwn;
-    const GateWeight<T> weight{rows, own ? reinterpret_cast<T*>(panels) : nullptr, planes};
+    const GateWeight<T> weight{{rows}, own ? reinterpret_cast<T*>(panels) : nullptr, planes};
     for (int64_t block = 0; block < divide_up(H, kLanes); ++block) {
       pack_gates(weight, H, count, block);
       if (!own) pack_narrow_panel(rows, plan.kind, factors, H, count, block, panels);

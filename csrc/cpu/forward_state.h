@@ -25,12 +25,12 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
-  const GateWeight<T> input_weight = frozen ? frozen_weight(frozen->input, plan.input_unit.planes)
-                                            : own_weight(params.weights.weight_ih, params.weights.narrow.weight_ih,
-                                                         plan.pack, plan.input_unit, plan.input_panels);
-  const GateWeight<T> recurrent_weight = frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
-                                                : own_weight(params.weights.weight_hh, params.weights.narrow.weight_hh,
-                                                             plan.pack, plan.recurrent_unit, plan.recurrent_panels);
+  const GateWeight<T> input_weight = frozen
+                                         ? frozen_weight(frozen->input, plan.input_unit.planes)
+                                         : own_weight(Base::weight_ih(), plan.pack, plan.input_unit, plan.input_panels);
+  const GateWeight<T> recurrent_weight =
+      frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
+             : own_weight(Base::weight_hh(), plan.pack, plan.recurrent_unit, plan.recurrent_panels);
   const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
@@ -50,11 +50,8 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   }
 
   // A weight that is packed in this call: all of it, or each worker's blocks one after the other in its own place.
-  GateWeight<T> own_weight(const T* matrix, const void* narrow, bool packed, const UnitProduct& unit,
-                           int64_t offset) const {
-    GateWeight<T> weight = gate_weight(matrix, packed, unit, offset);
-    weight.narrow_rows = narrow;
-    weight.kind_of_rows = params.weights.narrow.kind;
+  GateWeight<T> own_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
+    GateWeight<T> weight = gate_weight(rows, packed, unit, offset);
     if (plan.pack_as_used) weight.one_place = Base::worker;
     return weight;
   }
@@ -62,7 +59,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int planes) {
     UnitPlanes unit{};
     if (planes > 0) unit = {const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes};
-    return {nullptr, const_cast<T*>(weight.panels), unit, weight.narrow};
+    return {{}, const_cast<T*>(weight.panels), unit, weight.narrow};
   }
 
   // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else

@@ -19,13 +19,10 @@ namespace {
 // A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
 template <typename T>
 struct GateWeight {
-  const T* rows;  // in torch's layout
+  WeightRows<T> rows;
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
-  // In place of `rows`: of 16 bits.
-  const void* narrow_rows = nullptr;
-  WeightKind kind_of_rows = WeightKind::kOwn;
   // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
   // call reads once. A product packs each block when it gets there, and uses it from the cache.
   int64_t one_place = -1;
@@ -38,18 +35,9 @@ struct GateWeight {
   template <int X>
   LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
                            Reg<T>* sums) const {
-    with_rows([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
+    rows.with([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
       dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
     });
-  }
-  // f(the rows).
-  template <typename F>
-  LSTM_EXT_INLINE void with_rows(F&& f) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (kind_of_rows == WeightKind::kBFloat16) return f(static_cast<const BFloat16*>(narrow_rows));
-      if (kind_of_rows == WeightKind::kFloat16) return f(static_cast<const Float16*>(narrow_rows));
-    }
-    f(rows);
   }
 };
 
@@ -125,13 +113,13 @@ void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count,
   const int64_t place = weight.place(block);
   if (weight.panels) {
     T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
-    weight.with_rows([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
+    weight.rows.with([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
   }
   if constexpr (kHasMatrixUnit<T>) {
     const UnitPlanes& planes = weight.planes;
     if (planes.count == 0) return;
     const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    weight.with_rows([&](const auto* rows) {
+    weight.rows.with([&](const auto* rows) {
       planes.splits[place] =
           pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + place * size);
     });

@@ -91,8 +91,11 @@ struct Pass {
     return {place<uint16_t>(offset), place<uint8_t>(unit.splits), unit.planes};
   }
 
+  WeightRows<T> weight_ih() const { return {params.weights.weight_ih, params.weights.narrow.weight_ih, kind()}; }
+  WeightRows<T> weight_hh() const { return {params.weights.weight_hh, params.weights.narrow.weight_hh, kind()}; }
+
   // A weight (4H, count) as the plan has it packed.
-  GateWeight<T> gate_weight(const T* rows, bool packed, const UnitProduct& unit, int64_t offset) const {
+  GateWeight<T> gate_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
     if (unit.planes > 0) return {rows, nullptr, planes(unit, offset)};
     return {rows, packed ? buffer(offset) : nullptr};
   }
@@ -134,6 +137,7 @@ struct Pass {
   }
 
  private:
+  WeightKind kind() const { return params.weights.narrow.kind; }
   template <typename Element>
   Element* place(int64_t offset) const {
     return reinterpret_cast<Element*>(workspace + offset);

@@ -247,7 +247,7 @@ bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t de
       const auto numbers = [&](int64_t n) LSTM_EXT_LAMBDA_INLINE {
         const int64_t next = k + n + kUnitTileDepth;
         if (next < depth) __builtin_prefetch(row(next) + column + i);
-        return k + n < depth ? load_lanes<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
+        return k + n < depth ? load_some<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
       };
       split_tile<P>(numbers, place(i / kUnitTileRows, k / kUnitTileDepth), check);
     }

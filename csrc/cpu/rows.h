@@ -88,5 +88,23 @@ struct TeamRows {
   }
 };
 
+// A weight in torch's layout, of numbers of T or of 16 bits.
+template <typename T>
+struct WeightRows {
+  const T* own = nullptr;
+  const void* narrow = nullptr;  // in place of `own`
+  WeightKind kind = WeightKind::kOwn;
+
+  // f(a pointer to the numbers).
+  template <typename F>
+  LSTM_EXT_INLINE void with(F&& f) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (kind == WeightKind::kBFloat16) return f(static_cast<const BFloat16*>(narrow));
+      if (kind == WeightKind::kFloat16) return f(static_cast<const Float16*>(narrow));
+    }
+    f(own);
+  }
+};
+
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -275,7 +275,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     return results();
   }
 
-  const LayerTensors tensors(call, sizes, false);
+  const LayerTensors tensors(call, sizes, true);
   const at::Tensor y = with_contiguous_rows(arguments.output, type);
   const ResultGradients& given = arguments.grads;
   const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();
