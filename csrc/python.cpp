@@ -117,7 +117,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   backward_params.shape = shape;
   backward_params.planes = planes;
   backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
-  backward_params.grad_input.data = backward_params.grad_weight_ih = backward_params.grad_weight_hh = &present;
+  backward_params.grad_weight_ih = backward_params.grad_weight_hh = backward_params.grad_input.data = &present;
   const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
   const cpu::BackwardPlan backward = cpu::plan_backward(backward_params, machine);
   py::dict result;

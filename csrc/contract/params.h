@@ -142,14 +142,17 @@ struct BackwardParams : LayerParams<T> {
   T* grad_h0;                  // (B, P) contiguous
   T* grad_reset_h;             // (B, P) contiguous; written, not accumulated
   T* grad_reset_c;             // (B, H) contiguous; the same
-  T* grad_weight_ih;           // (4H, I) contiguous, like the weights; written, not accumulated
-  T* grad_weight_hh;           // (4H, P)
-  T* grad_bias;                // (4H), the gradient of either bias
-  T* grad_weight_hr;           // (P, H)
-  T* grad_gain_ih;             // (4H)
-  T* grad_gain_hh;             // (4H)
-  T* grad_gain_c;              // (H)
-  T* grad_bias_c;              // (H)
+  // (4H, I) and (4H, P), contiguous, like the weights; written, not accumulated. T, or numbers of 16 bits where the
+  // call writes each of them once.
+  void* grad_weight_ih;
+  void* grad_weight_hh;
+  WeightKind kind_of_weight_grads;
+  T* grad_bias;       // (4H), the gradient of either bias
+  T* grad_weight_hr;  // (P, H)
+  T* grad_gain_ih;    // (4H)
+  T* grad_gain_hh;    // (4H)
+  T* grad_gain_c;     // (H)
+  T* grad_bias_c;     // (H)
 };
 
 }  // namespace lstm_ext

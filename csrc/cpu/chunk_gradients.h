@@ -55,13 +55,14 @@ class ChunkGradients {
     const bool both = params.grad_weight_ih && params.grad_weight_hh;
     if (both && pass_.plan.outer_unit.planes > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
       if constexpr (kHasMatrixUnit<T>) {  // splits what they share once
-        const OuterSums sums[] = {{input, I, params.grad_weight_ih}, {previous_h(), P, params.grad_weight_hh}};
+        const OuterSums sums[] = {{input, I, place(params.grad_weight_ih)},
+                                  {previous_h(), P, place(params.grad_weight_hh)}};
         add_outer_planes(pass_.plan.outer_unit.planes, chunk.grad_preactivations, stride_, chunk.rows, mine, sums, 2,
                          pass_.tile_scratch(), pass_.outer_products, fresh);
       }
     } else {
       if (params.grad_weight_ih) {
-        add_products(chunk.grad_input_part, stride_, chunk.rows, mine, input, I, params.grad_weight_ih, fresh);
+        add_products(chunk.grad_input_part, stride_, chunk.rows, mine, input, I, place(params.grad_weight_ih), fresh);
       }
       if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     }
@@ -73,7 +74,7 @@ class ChunkGradients {
     if (params.grad_weight_hr) {
       const Range projected = workers_share(P);
       const T* const hidden = chunk.hidden ? chunk.hidden : params.hidden + pass_.steps.rows_before(chunk.begin) * H;
-      add_products(chunk.grad_hidden, P, chunk.rows, projected, {hidden, H, H, 1}, H, params.grad_weight_hr, fresh);
+      add_products(chunk.grad_hidden, P, chunk.rows, projected, {hidden, H, H, 1}, H, {params.grad_weight_hr}, fresh);
     }
   }
 
@@ -82,7 +83,7 @@ class ChunkGradients {
     const BackwardParams<T>& params = pass_.params;
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t P = pass_.shape.output_size;
-    T* const sums = params.grad_weight_hh;
+    const SumsPlace<T> sums = place(params.grad_weight_hh);
     const bool by_rule = !chunk.masked_h && !pass_.steps.packed() && !pass_.shape.resets;
     if (!by_rule || pass_.plan.outer_unit.planes > 0) {
       add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, previous_h(), P, sums, fresh);
@@ -105,7 +106,7 @@ class ChunkGradients {
                    sums, fresh);
       fresh = false;
     }
-    if (fresh) zero_rows(sums, P, mine);
+    if (fresh) sums.zero(P, mine);
   }
 
   // h_{t-1} of every row of the chunk, times its mask.
@@ -117,10 +118,11 @@ class ChunkGradients {
     return listed_rows<const T>(pass_.h_rows);
   }
 
+  SumsPlace<T> place(void* gradient) const { return {gradient, pass_.params.kind_of_weight_grads}; }
   Range workers_share(int64_t count) const { return share(count, pass_.plan.grid.workers(), pass_.worker); }
   // `fresh`: there are no sums yet.
   void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
-                    int64_t columns, T* sums, bool fresh) const {
+                    int64_t columns, const SumsPlace<T>& sums, bool fresh) const {
     if constexpr (kHasMatrixUnit<T>) {
       if (pass_.plan.outer_unit.planes > 0) {
         const OuterSums all{right, columns, sums};

@@ -19,27 +19,49 @@ namespace {
 // a page a row, and with sizes that are powers of two always the same few sets of the caches.
 constexpr int64_t kFarBytes = 4096;
 
+// Where sums of T go. Those of 16 bits are rounded, and added to nothing.
+template <typename T>
+struct SumsPlace {
+  void* data;
+  WeightKind kind = WeightKind::kOwn;
+
+  T* own() const { return static_cast<T*>(data); }
+  LSTM_EXT_INLINE void add(int64_t at, Reg<T> sum, int lanes, bool fresh) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (kind == WeightKind::kBFloat16) return store_rounded(static_cast<BFloat16*>(data) + at, sum, lanes);
+      if (kind == WeightKind::kFloat16) return store_rounded(static_cast<Float16*>(data) + at, sum, lanes);
+    }
+    store_lanes<T>(own() + at, fresh ? sum : load_lanes<T>(own() + at, lanes) + sum, lanes);
+  }
+  LSTM_EXT_INLINE void prefetch(int64_t at) const {
+    const int64_t size = kind == WeightKind::kOwn ? sizeof(T) : sizeof(uint16_t);
+    __builtin_prefetch(static_cast<const char*>(data) + at * size, 1);
+  }
+  void zero(int64_t columns, Range rows) const {
+    if (kind == WeightKind::kOwn) return zero_rows(own(), columns, rows);
+    for (int64_t i = rows.begin * columns; i < rows.end * columns; ++i) static_cast<uint16_t*>(data)[i] = 0;
+  }
+};
+
 // Up to so many samples are read again for each row of the sums, which are written in the order of memory.
 constexpr int64_t kFewSamples = 8;
 
 // What add_outer_products does with a few samples.
 template <typename T, typename Right>
 void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
-                            int64_t columns, T* sums, bool fresh) {
+                            int64_t columns, const SumsPlace<T>& sums, bool fresh) {
   using S = Simd<T>;
   const T* right_rows[kFewSamples];
   for (int64_t n = 0; n < samples; ++n) right_rows[n] = right(n);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
     Reg<T> factors[kFewSamples];
     for (int64_t n = 0; n < samples; ++n) factors[n] = S::set1(left[n * left_step + m]);
-    T* const out = sums + m * columns;
     for_each_register<T>(columns, [&](int64_t column, int lanes) LSTM_EXT_LAMBDA_INLINE {
       Reg<T> total = S::zero();
       for (int64_t n = 0; n < samples; ++n) {
         total = S::fma(factors[n], load_lanes<T>(right_rows[n] + column, lanes), total);
       }
-      if (!fresh) total = load_lanes<T>(out + column, lanes) + total;
-      store_lanes<T>(out + column, total, lanes);
+      sums.add(m * columns + column, total, lanes, fresh);
     });
   }
 }
@@ -48,7 +70,7 @@ void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, R
 // = instead of +=. `scratch`: see BackwardPlan::outer_product_size.
 template <typename T, typename Right>
 void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
-                        int64_t columns, T* sums, T* scratch, bool fresh) {
+                        int64_t columns, const SumsPlace<T>& sums, T* scratch, bool fresh) {
   if (samples <= kFewSamples) {
     add_few_outer_products<T>(left, left_step, samples, rows, right, columns, sums, fresh);
     return;
@@ -83,11 +105,11 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
       }
       for_each_row_tile(height, [&](int64_t first, auto tile_height) {
         constexpr int R = tile_height();
-        T* out = sums + (rows.begin + first) * columns + column;
+        const int64_t out = (rows.begin + first) * columns + column;
 #pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll kTileColumns
-          for (int v = 0; v < NV; ++v) __builtin_prefetch(out + r * columns + v * kLanes, 1);
+          for (int v = 0; v < NV; ++v) sums.prefetch(out + r * columns + v * kLanes);
         Tile<T, R, NV> tile;
         tile.zero();
         if (far) {
@@ -100,9 +122,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
 #pragma GCC unroll kTileColumns
           for (int v = 0; v < NV; ++v) {
             const int lanes = v == NV - 1 ? last : kLanes;
-            T* at = out + r * columns + v * kLanes;
-            const Reg<T> sum = tile.acc[r][v];
-            store_lanes<T>(at, first_block ? sum : load_lanes<T>(at, lanes) + sum, lanes);
+            sums.add(out + r * columns + v * kLanes, tile.acc[r][v], lanes, first_block);
           }
       });
     });
@@ -113,7 +133,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
 struct OuterSums {
   RowGrid<const float> right;
   int64_t columns;
-  float* sums;
+  SumsPlace<float> sums;
 
   int64_t column_tiles() const { return divide_up(columns, kUnitTileRows); }
 };
@@ -189,29 +209,28 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         without_unit({first, first + height});
         continue;
       }
-      const auto sums_of = [&](const Group& group, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-        const OuterSums& part = parts[group.part];
-        return part.sums + (first + row) * part.columns + group.tile * kUnitTileRows;
+      const auto place_of = [&](const Group& group, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+        return (first + row) * parts[group.part].columns + group.tile * kUnitTileRows;
       };
       const auto prefetch_row = [&](int64_t i, int64_t row) LSTM_EXT_LAMBDA_INLINE {
         if (i == groups) return;
         const Group group = group_at(i);
-        const float* const sums = sums_of(group, row);
-        for (int c = 0; c < group.width; ++c) __builtin_prefetch(sums + c * kUnitTileRows, 1);
+        const int64_t at = place_of(group, row);
+        for (int c = 0; c < group.width; ++c) parts[group.part].sums.prefetch(at + c * kUnitTileRows);
       };
-      Epilogue epilogue([&](int64_t i, int width, int64_t row, auto rows_at_once, const float* terms)
-                            LSTM_EXT_LAMBDA_INLINE {
-                              const Group group = group_at(i);
-                              for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
-                                float* to = sums_of(group, row);
-                                for (int c = 0; c < width; ++c, to += kUnitTileRows) {
-                                  const int lanes = lanes_of(group.tile + c, parts[group.part].columns);
-                                  const Reg<float> sum = Simd<float>::load(terms + c * kSumsSize);
-                                  store_lanes<float>(to, first_block ? sum : load_lanes<float>(to, lanes) + sum, lanes);
-                                }
-                                fetch_ahead(i, i + 1, row, height, prefetch_row);
-                              }
-                            });
+      Epilogue epilogue(
+          [&](int64_t i, int width, int64_t row, auto rows_at_once, const float* terms) LSTM_EXT_LAMBDA_INLINE {
+            const Group group = group_at(i);
+            for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
+              const OuterSums& part = parts[group.part];
+              const int64_t to = place_of(group, row);
+              for (int c = 0; c < width; ++c) {
+                const Reg<float> sum = Simd<float>::load(terms + c * kSumsSize);
+                part.sums.add(to + c * kUnitTileRows, sum, lanes_of(group.tile + c, part.columns), first_block);
+              }
+              fetch_ahead(i, i + 1, row, height, prefetch_row);
+            }
+          });
       for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) prefetch_row(0, row);
       for (int64_t i = 0; i < groups; ++i) {
         const Group group = group_at(i);

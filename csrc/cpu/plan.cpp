@@ -366,6 +366,12 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
   return plan;
 }
 
+bool sums_gradients_once(const LayerShape& shape, int planes) {
+  const int64_t numbers =
+      plane_numbers(shape.input_size, shape.batch, planes) + plane_numbers(shape.output_size, shape.batch, planes);
+  return shape.steps == 1 && shape.batch <= kSumBlock && numbers <= kUnitRightNumbers;
+}
+
 template <typename T>
 BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine) {
   const LayerShape& shape = params.shape;

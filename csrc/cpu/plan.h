@@ -124,6 +124,8 @@ constexpr int64_t kNormSums = 14;      // times H: sums of the gradients of laye
 constexpr int64_t kNormRows = 4;       // rows that are normalised side by side, see layer_norm.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
+// Whether a backward pass writes each number of the gradients of W and U once: `planes` as in LayerParams.
+bool sums_gradients_once(const LayerShape& shape, int planes);
 // What a call needs follows from the parameters it has: in a forward pass a place in the workspace for what it does not
 // save, in a backward pass for what is requested and for what it recomputes.
 template <typename T>

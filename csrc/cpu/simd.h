@@ -374,6 +374,35 @@ LSTM_EXT_INLINE Reg<T> load_some(const W* p, int n) {
   return n == Simd<T>::kLanes ? Simd<T>::load(p) : load_first<T>(p, n);
 }
 
+// Numbers rounded to nearest, ties to even, in the low half of each word.
+typedef uint32_t Words __attribute__((vector_size(sizeof(Reg<float>))));
+LSTM_EXT_INLINE Words rounded(Reg<float> v, BFloat16) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words number = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return v == v ? number : Words{} + 0x7FC0;
+}
+LSTM_EXT_INLINE Words rounded(Reg<float> v, Float16) {
+  const Words sign = reinterpret_cast<Words>(v) & 0x80000000, bits = reinterpret_cast<Words>(v) ^ sign;
+  const Words number = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
+  // Below the smallest normal number: adding 0.5 leaves the bits that there are room for at the end.
+  const Words small =
+      reinterpret_cast<Words>(reinterpret_cast<Reg<float>>(bits) + Simd<float>::set1(0.5f)) - (126u << 23);
+  const Words large = bits > 255u << 23 ? Words{} + 0x7E00 : Words{} + 0x7C00;  // NaN, or infinity
+  return (bits >= 143u << 23 ? large : bits < 113u << 23 ? small : number) | sign >> 16;
+}
+
+template <typename W>
+LSTM_EXT_INLINE void store_rounded(W* p, Reg<float> v, int n) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  const Halves halves = __builtin_convertvector(rounded(v, W{}), Halves);
+  if (n == kLanes) {
+    __builtin_memcpy(p, &halves, sizeof(halves));
+  } else {
+    for (int i = 0; i < n; ++i) p[i].bits = halves[i];
+  }
+}
+
 template <typename T>
 LSTM_EXT_INLINE void store_lanes(T* p, Reg<T> v, int n) {
   if (n == Simd<T>::kLanes) {

@@ -62,6 +62,11 @@ const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
   return t.defined() ? t.const_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
 }
 
+WeightKind kind_of(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return WeightKind::kBFloat16;
+  return dtype == at::kHalf ? WeightKind::kFloat16 : WeightKind::kOwn;
+}
+
 template <typename T>
 LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& sizes, bool has_bias,
                            int64_t direction) {
@@ -72,10 +77,12 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
                          has_bias ? w[3].const_data_ptr<T>() : nullptr,
                          sizes.projected ? w[sizes.weights_per_direction - 1].const_data_ptr<T>() : nullptr,
                          {}};
-  switch (w[0].scalar_type()) {
-    case at::kBFloat16: result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), WeightKind::kBFloat16}; break;
-    case at::kHalf: result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), WeightKind::kFloat16}; break;
-    default: result.weight_ih = w[0].const_data_ptr<T>(); result.weight_hh = w[1].const_data_ptr<T>();
+  const WeightKind kind = kind_of(w[0].scalar_type());
+  if (kind == WeightKind::kOwn) {
+    result.weight_ih = w[0].const_data_ptr<T>();
+    result.weight_hh = w[1].const_data_ptr<T>();
+  } else {
+    result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), kind};
   }
   return result;
 }
@@ -250,8 +257,12 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
+  // Where the kernels round the gradients of W and U themselves, no copy is made.
+  const bool narrow = type != dtype && cpu::sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
   for (size_t i = 0; i < call.weights.size(); ++i) {
-    if (needs_grad.weights[i]) grads.weights[i] = gradient_empty(call.weights[i].sizes(), options);
+    const bool matrix = static_cast<int64_t>(i) % sizes.weights_per_direction < 2;
+    const auto own = options.dtype(narrow && matrix ? dtype : type);
+    if (needs_grad.weights[i]) grads.weights[i] = gradient_empty(call.weights[i].sizes(), own);
   }
   if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
   if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
@@ -315,8 +326,12 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
         return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
       };
       const at::Tensor* weight_grads = grads.weights.data() + d * sizes.weights_per_direction;
-      p.grad_weight_ih = data_or_null(weight_grads[0]);
-      p.grad_weight_hh = data_or_null(weight_grads[1]);
+      const auto numbers_or_null = [](const at::Tensor& grad) {
+        return grad.defined() ? grad.mutable_data_ptr() : nullptr;
+      };
+      p.grad_weight_ih = numbers_or_null(weight_grads[0]);
+      p.grad_weight_hh = numbers_or_null(weight_grads[1]);
+      if (narrow) p.kind_of_weight_grads = kind_of(dtype);
       // Both biases are added to the same sum, so they have the same gradient.
       if (call.has_bias) p.grad_bias = data_or_null(weight_grads[2].defined() ? weight_grads[2] : weight_grads[3]);
       if (sizes.projected) p.grad_weight_hr = data_or_null(weight_grads[sizes.weights_per_direction - 1]);
