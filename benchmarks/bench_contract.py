@@ -8,7 +8,7 @@ packed    a ragged batch against the padded one, per row: 1 says the cost follow
 vmap      torch.vmap over 8 inputs against one call on a batch 8 times as large
 callers   two Python threads, each with one intra-op thread, against one
 16-bit    torch.nn.LSTM's time in bfloat16 and float16, and lstm_ext's own in float32
-cell      torch.nn.LSTMCell's time
+cell      torch.nn.LSTMCell's time, in float32 and in 16 bits
 frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer, with weights as they are and rounded
 rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in which a state begins anew where an
           episode does; in training also against one call of lstm_ext with `resets`
@@ -124,8 +124,13 @@ def low_precision(shape: Shape, training: bool, budget: float) -> dict:
 
 def cell(shape: Shape, training: bool, budget: float) -> dict:
     calls = sides.cell(shape, training)
-    comparison = harness.compare(calls["torch"], calls["ours"], budget)
-    return {"over_torch": comparison.ratio, "times": [harness.as_dict(comparison)]}
+    comparison = harness.compare(calls["torch"], calls["ours"], budget / 2)
+    result = {"over_torch": comparison.ratio, "times": [harness.as_dict(comparison)]}
+    for dtype in (torch.bfloat16, torch.float16):
+        calls = sides.cell(shape, training, dtype)
+        name = f"{str(dtype).removeprefix('torch.')}_over_torch"
+        result[name] = harness.compare(calls["torch"], calls["ours"], budget / 4).ratio
+    return result
 
 
 def frozen(shape: Shape, training: bool, budget: float) -> dict | None:

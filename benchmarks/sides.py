@@ -51,14 +51,15 @@ def low_precision(shape: Shape, training: bool, dtype: torch.dtype) -> Sides:
     }
 
 
-def cell(shape: Shape, training: bool) -> Sides:
+def cell(shape: Shape, training: bool, dtype: torch.dtype = torch.float32) -> Sides:
     """Forward, and with training backward, with the gradients of the weights."""
     torch.manual_seed(0)
-    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size)
+    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size, dtype=dtype)
     ours = lstm_ext.from_torch(copy.deepcopy(theirs))
-    x = torch.randn(shape.batch, shape.input_size)
-    state = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
-    grads = torch.randn(shape.batch, shape.hidden_size), torch.randn(shape.batch, shape.hidden_size)
+    x = torch.randn(shape.batch, shape.input_size).to(dtype)
+    state, grads = (
+        tuple(torch.randn(shape.batch, shape.hidden_size).to(dtype) for _ in range(2)) for _ in range(2)
+    )
 
     def call(module: nn.Module) -> Callable[[], object]:
         def infer() -> object:

@@ -69,6 +69,44 @@ def test_is_the_float32_layer_rounded_once(capability, dtype, steps):
                         assert torch.equal(a, b.to(dtype))
 
 
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_gradients_of_one_step_are_those_of_float32_rounded_once(capability, dtype, batch):
+    """To the bit, from 16-bit weights and to 16-bit gradients: too small for a normal number, and too large for any."""
+    for config in ({}, {"proj_size": 9, "bidirectional": True}):
+        module, same = layers(config, dtype, hidden_size=15)
+        x, hx = torch.randn(1, batch, 10).to(dtype), states(module, batch)
+        for scale in (1.0, 3e-5, torch.finfo(dtype).smallest_normal / 2, 0.9 * torch.finfo(dtype).max):
+            grads = []
+            for layer, as_type in ((module, lambda t: t), (same, torch.Tensor.float)):
+                layer.zero_grad()
+                output, _ = layer(as_type(x), tuple(as_type(t) for t in hx))
+                output.backward(torch.full(output.shape, scale, dtype=dtype).to(output.dtype))
+                grads.append({name: p.grad for name, p in layer.named_parameters()})
+            for name, grad in grads[0].items():
+                assert grad.dtype == dtype
+                torch.testing.assert_close(grad, grads[1][name].to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [3, 20])
+def test_all_numbers_of_16_bits_are_read(capability, dtype, batch):
+    """As weights, a few at a time: the smallest, infinities and NaN too."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    chosen = torch.cat([numbers[::97], numbers[:40], numbers[-40:], torch.tensor([0.0, -0.0]).to(dtype)])
+    module, same = layers({"bias": False}, dtype, hidden_size=15)
+    x = torch.zeros(1, batch, 10, dtype=dtype)
+    x[0, :, 0] = 1
+    with torch.no_grad():
+        for first in range(0, len(chosen) - 60, 60):
+            module.weight_ih_l0[:, 0] = chosen[first : first + 60]
+            same.load_state_dict(module.state_dict())
+            for a, b in zip(tensors(module(x)), tensors(same(x.float())), strict=True):
+                torch.testing.assert_close(a, b.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])

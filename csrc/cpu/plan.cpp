@@ -154,12 +154,15 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
   return least.any() && worth_it ? planes : 0;
 }
 
+// Up to how many rows of all steps packing weights for the unit costs more than it saves. Those of 16 bits, `narrow`,
+// need little work, and nothing is promised about the bits of few rows.
+int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
+
 // Up to how many rows of all steps packing the weights of a forward pass costs more than it saves: `planes` of the
 // recurrent product. Large weights push out what else the cache holds, so several steps have to gain from that. Not
 // measured with narrow registers.
 int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
-  // Of 16 bits, of which nothing is promised about few rows; packing them for the unit is little work.
-  if (narrow && planes > 0) return planes == 1 ? 7 : 15;
+  if (narrow && planes > 0) return few_rows(planes, narrow);
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
   const bool large = numbers > 200'000 && shape.steps > 1 && planes == 0 && machine.lanes >= 8;
   return large ? 48 : kRowMajorRows;
@@ -383,7 +386,9 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
   const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
-  plan.pack = samples > (row_planes > 0 ? kRowMajorRows : std::max(kRowMajorRows, 4 * machine.lanes));
+  const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
+  const int64_t few = row_planes == 0 ? std::max(kRowMajorRows, 4 * machine.lanes) : few_rows(row_planes, narrow);
+  plan.pack = samples > few;
   // One step alone has no use for U but in the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
