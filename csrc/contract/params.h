@@ -55,11 +55,12 @@ struct LayerWeights {
   const T* bias_ih;    // (4H) or null
   const T* bias_hh;    // (4H) or null
   const T* weight_hr;  // (P, H) or null
-  // In place of weight_ih and weight_hh, in bfloat16 or float16, for a forward pass that reads them as they lie.
+  // In place of weight_ih and weight_hh, where these are in bfloat16 or float16.
   struct {
-    const void *weight_ih, *weight_hh;
-    WeightKind kind;
-  } narrow;
+    const void* weight_ih = nullptr;
+    const void* weight_hh = nullptr;
+    WeightKind kind = WeightKind::kOwn;
+  } narrow{};
 };
 
 template <typename T>
@@ -146,7 +147,7 @@ struct BackwardParams : LayerParams<T> {
   // call writes each of them once.
   void* grad_weight_ih;
   void* grad_weight_hh;
-  WeightKind kind_of_weight_grads;
+  WeightKind kind_of_weight_grads = WeightKind::kOwn;
   T* grad_bias;       // (4H), the gradient of either bias
   T* grad_weight_hr;  // (P, H)
   T* grad_gain_ih;    // (4H)

@@ -140,6 +140,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   // A (depth, columns) weight as the plan has it packed.
   RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
                                    int64_t offset) const {
+    static_assert(kBlockK <= kSumBlock);  // outer_products has room for a panel
     if (unit.planes > 0) {
       return {matrix, nullptr, columns, depth, outer_products, false, Base::planes(unit, offset), Base::tile_scratch()};
     }

@@ -52,7 +52,6 @@ void widen_columns(const W* rows, int64_t row_step, int64_t depth, int registers
 template <typename T, typename W>
 void pack_columns(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index, int64_t shares,
                   T* out) {
-  using S = Simd<T>;
   int64_t index = 0;
   for_each_column_block<T>(columns.begin, columns.end, [&](int64_t column, auto width, int last) {
     if (index++ % shares != share_index) return;

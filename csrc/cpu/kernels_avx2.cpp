@@ -1,4 +1,4 @@
-// AVX2 and FMA.
+// AVX2, FMA and F16C.
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)

@@ -19,7 +19,7 @@ namespace {
 // a page a row, and with sizes that are powers of two always the same few sets of the caches.
 constexpr int64_t kFarBytes = 4096;
 
-// Where sums of T go. Those of 16 bits are rounded, and added to nothing.
+// Where sums of T go. Those of 16 bits are rounded, and added to nothing: see sums_gradients_once.
 template <typename T>
 struct SumsPlace {
   void* data;
@@ -39,7 +39,7 @@ struct SumsPlace {
   }
   void zero(int64_t columns, Range rows) const {
     if (kind == WeightKind::kOwn) return zero_rows(own(), columns, rows);
-    for (int64_t i = rows.begin * columns; i < rows.end * columns; ++i) static_cast<uint16_t*>(data)[i] = 0;
+    zero_rows(static_cast<uint16_t*>(data), columns, rows);
   }
 };
 

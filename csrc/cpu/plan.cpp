@@ -154,8 +154,8 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
   return least.any() && worth_it ? planes : 0;
 }
 
-// Up to how many rows of all steps packing weights for the unit costs more than it saves. Those of 16 bits, `narrow`,
-// need little work, and nothing is promised about the bits of few rows.
+// Up to so many rows of all steps weights are not packed for the unit. Those of 16 bits, `narrow`, need little work,
+// and nothing is promised about the bits of few rows.
 int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
 
 // Up to how many rows of all steps packing the weights of a forward pass costs more than it saves: `planes` of the
@@ -249,7 +249,7 @@ bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool 
 // of some of them, then of the next. So the weights that the call used last belong to the units that the next call
 // begins with; see GateProduct::Sweep.
 template <typename T>
-int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params) {
+int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine) {
   const LayerShape& shape = params.shape;
   if (shape.steps > 1 || shape.step_offsets || params.options.any() || plan.pack_as_used ||
       plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0) {
@@ -259,7 +259,9 @@ int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& param
   const double number = kind == WeightKind::kOwn ? sizeof(T) : kind == WeightKind::kInt8 ? 1 : 2;
   const double bytes = number * 4.0 * static_cast<double>(shape.hidden_size * (shape.input_size + shape.output_size)) /
                        plan.grid.hidden_groups;
-  return bytes > kCacheBytes ? static_cast<int64_t>(bytes / kGroupBytes) : 1;
+  if (bytes <= kCacheBytes) return 1;
+  const int64_t blocks = divide_up(divide_up(shape.hidden_size, machine.lanes), plan.grid.hidden_groups);
+  return std::clamp<int64_t>(static_cast<int64_t>(bytes / kGroupBytes), 1, blocks);
 }
 
 }  // namespace
@@ -284,7 +286,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
-  plan.unit_groups = count_unit_groups(plan, params);
+  plan.unit_groups = count_unit_groups(plan, params, machine);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
   const int64_t row_bytes = gates * static_cast<int64_t>(sizeof(T));
@@ -349,7 +351,8 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
     const int64_t numbers = 4 * padded * depth;
     switch (kind) {
       case WeightKind::kOwn: gates.panels = layout.reserve(numbers); break;
-      case WeightKind::kBFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
+      case WeightKind::kBFloat16:
+      case WeightKind::kFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
       case WeightKind::kInt8:
         gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));  // see byte_place
         gates.factors = layout.reserve(4 * H);
@@ -388,7 +391,8 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
   const int64_t few = row_planes == 0 ? std::max(kRowMajorRows, 4 * machine.lanes) : few_rows(row_planes, narrow);
-  plan.pack = samples > few;
+  // Where they lie, weights of 16 bits become float32 in each step.
+  plan.pack = samples > few || (narrow && shape.steps > 1);
   // One step alone has no use for U but in the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);

@@ -97,7 +97,7 @@ struct BackwardPlan {
   // power of two share a few sets of the caches and drive each other out.
   int64_t gate_stride = 0;
   int64_t zero_row_size = 0;       // numbers in a row of zeros
-  int64_t outer_product_size = 0;  // numbers of scratch of a worker
+  int64_t outer_product_size = 0;  // numbers of scratch of a worker, also for RightHandSide::block_panel
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0;
   int64_t partial_sums = 0, outer_products = 0, h_lists = 0, cut_lists = 0, zero_rows = 0;  // see BackwardState
   int64_t grad_preactivations = 0, grad_input_part = 0, grad_hidden = 0, masked_h = 0;      // see Chunk
@@ -124,7 +124,8 @@ constexpr int64_t kNormSums = 14;      // times H: sums of the gradients of laye
 constexpr int64_t kNormRows = 4;       // rows that are normalised side by side, see layer_norm.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
-// Whether a backward pass writes each number of the gradients of W and U once: `planes` as in LayerParams.
+// Whether a backward pass writes each number of the gradients of W and U once: one step, which is one chunk, and one
+// block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.
 bool sums_gradients_once(const LayerShape& shape, int planes);
 // What a call needs follows from the parameters it has: in a forward pass a place in the workspace for what it does not
 // save, in a backward pass for what is requested and for what it recomputes.
