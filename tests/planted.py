@@ -87,8 +87,8 @@ FAULTS: dict[str, Fault] = {
     "cpu/planes.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
-        "i < lanes ? load_lanes<T>(source + i * count + k, width)",
-        "i < lanes ? load_lanes<T>(source + i * count, width)",
+        "i < lanes ? load_some<T>(source + i * count + k, width)",
+        "i < lanes ? load_some<T>(source + i * count, width)",
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
     "cpu/plan.cpp": Fault(
@@ -98,7 +98,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/plan.h": Fault("kNormSums = 14;", "kNormSums = 13;"),
     "cpu/range.h": Fault("return (a + b - 1) / b;", "return a / b;"),
     "cpu/recompute.h": Fault("Range{0, 4 * H}, bias_);", "Range{0, 3 * H}, bias_);"),
-    "cpu/row_major.h": Fault("return S::load_partial(p, rest);", "return S::load_partial(p, rest - 1);"),
+    "cpu/row_major.h": Fault("return load_first<T>(p, rest);", "return load_first<T>(p, rest - 1);"),
     "cpu/rows.h": Fault(
         "return rows > first ? divide_up(rows - first, stride) : 0;",
         "return rows > first ? (rows - first) / stride : 0;",
