@@ -87,8 +87,8 @@ FAULTS: dict[str, Fault] = {
     "cpu/planes.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
-        "i < lanes ? load_some<T>(source + i * count + k, width)",
-        "i < lanes ? load_some<T>(source + i * count, width)",
+        "i < lanes ? load_lanes<T>(source + i * count + k, width)",
+        "i < lanes ? load_lanes<T>(source + i * count, width)",
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
     "cpu/plan.cpp": Fault(

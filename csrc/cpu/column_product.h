@@ -43,7 +43,7 @@ void widen_columns(const W* rows, int64_t row_step, int64_t depth, int registers
   constexpr int n = Simd<T>::kLanes;
   for (int64_t k = 0; k < depth; ++k, rows += row_step) {
     for (int v = 0; v < registers; ++v, panel += n) {
-      Simd<T>::store(panel, load_some<T>(rows + v * n, v == registers - 1 ? last : n));
+      Simd<T>::store(panel, load_lanes<T>(rows + v * n, v == registers - 1 ? last : n));
     }
   }
 }

@@ -26,12 +26,14 @@ struct SumsPlace {
   WeightKind kind = WeightKind::kOwn;
 
   T* own() const { return static_cast<T*>(data); }
-  LSTM_EXT_INLINE void add(int64_t at, Reg<T> sum, int lanes, bool fresh) const {
+  // f(a pointer to the numbers).
+  template <typename F>
+  LSTM_EXT_INLINE void with(F&& f) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (kind == WeightKind::kBFloat16) return store_rounded(static_cast<BFloat16*>(data) + at, sum, lanes);
-      if (kind == WeightKind::kFloat16) return store_rounded(static_cast<Float16*>(data) + at, sum, lanes);
+      if (kind == WeightKind::kBFloat16) return f(static_cast<BFloat16*>(data));
+      if (kind == WeightKind::kFloat16) return f(static_cast<Float16*>(data));
     }
-    store_lanes<T>(own() + at, fresh ? sum : load_lanes<T>(own() + at, lanes) + sum, lanes);
+    f(own());
   }
   LSTM_EXT_INLINE void prefetch(int64_t at) const {
     const int64_t size = kind == WeightKind::kOwn ? sizeof(T) : sizeof(uint16_t);
@@ -43,6 +45,13 @@ struct SumsPlace {
   }
 };
 
+template <typename T>
+LSTM_EXT_INLINE void add_sum(T* at, Reg<T> sum, int lanes, bool fresh) {
+  store_lanes<T>(at, fresh ? sum : load_lanes<T>(at, lanes) + sum, lanes);
+}
+LSTM_EXT_INLINE void add_sum(BFloat16* at, Reg<float> sum, int lanes, bool) { store_rounded(at, sum, lanes); }
+LSTM_EXT_INLINE void add_sum(Float16* at, Reg<float> sum, int lanes, bool) { store_rounded(at, sum, lanes); }
+
 // Up to so many samples are read again for each row of the sums, which are written in the order of memory.
 constexpr int64_t kFewSamples = 8;
 
@@ -53,17 +62,19 @@ void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, R
   using S = Simd<T>;
   const T* right_rows[kFewSamples];
   for (int64_t n = 0; n < samples; ++n) right_rows[n] = right(n);
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    Reg<T> factors[kFewSamples];
-    for (int64_t n = 0; n < samples; ++n) factors[n] = S::set1(left[n * left_step + m]);
-    for_each_register<T>(columns, [&](int64_t column, int lanes) LSTM_EXT_LAMBDA_INLINE {
-      Reg<T> total = S::zero();
-      for (int64_t n = 0; n < samples; ++n) {
-        total = S::fma(factors[n], load_lanes<T>(right_rows[n] + column, lanes), total);
-      }
-      sums.add(m * columns + column, total, lanes, fresh);
-    });
-  }
+  sums.with([&](auto* out) LSTM_EXT_LAMBDA_INLINE {
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      Reg<T> factors[kFewSamples];
+      for (int64_t n = 0; n < samples; ++n) factors[n] = S::set1(left[n * left_step + m]);
+      for_each_register<T>(columns, [&](int64_t column, int lanes) LSTM_EXT_LAMBDA_INLINE {
+        Reg<T> total = S::zero();
+        for (int64_t n = 0; n < samples; ++n) {
+          total = S::fma(factors[n], load_lanes<T>(right_rows[n] + column, lanes), total);
+        }
+        add_sum(out + m * columns + column, total, lanes, fresh);
+      });
+    }
+  });
 }
 
 // sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; where the sums are fresh,
@@ -122,7 +133,9 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
 #pragma GCC unroll kTileColumns
           for (int v = 0; v < NV; ++v) {
             const int lanes = v == NV - 1 ? last : kLanes;
-            sums.add(out + r * columns + v * kLanes, tile.acc[r][v], lanes, first_block);
+            sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE {
+              add_sum(to + out + r * columns + v * kLanes, tile.acc[r][v], lanes, first_block);
+            });
           }
       });
     });
@@ -139,6 +152,20 @@ struct OuterSums {
 };
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
+// A row of the sums of so many column tiles, of which `columns` there are.
+template <typename W>
+LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int tiles, int64_t columns, bool fresh) {
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int lanes = static_cast<int>(smaller(columns - tile * kUnitTileRows, kUnitTileRows));
+    add_sum(to + tile * kUnitTileRows, Simd<float>::load(terms + tile * kSumsSize), lanes, fresh);
+  }
+}
+// The same of 16 bits. Not inlined, so that what is done beside the unit stays short in the other calls.
+__attribute__((noinline)) inline void round_sums(const SumsPlace<float>& sums, int64_t at, const float* terms,
+                                                 int tiles, int64_t columns) {
+  sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE { add_sums(to + at, terms, tiles, columns, true); });
+}
+
 // add_outer_products on the matrix unit, of so many planes, for `count` right factors, at most kMostOuterSums. Blocks
 // whose numbers cannot be split go the other way.
 constexpr int kMostOuterSums = 2;
@@ -154,8 +181,6 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     }
     return;
   }
-  const auto lanes_of = [](int64_t tile, int64_t size)
-                            LSTM_EXT_LAMBDA_INLINE { return static_cast<int>(smaller(size - tile * 16, 16)); };
   for (int64_t n = 0; n < samples; n += most_samples) {
     const int64_t depth = smaller(most_samples, samples - n);
     const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
@@ -224,9 +249,10 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
             for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
               const OuterSums& part = parts[group.part];
               const int64_t to = place_of(group, row);
-              for (int c = 0; c < width; ++c) {
-                const Reg<float> sum = Simd<float>::load(terms + c * kSumsSize);
-                part.sums.add(to + c * kUnitTileRows, sum, lanes_of(group.tile + c, part.columns), first_block);
+              if (part.sums.kind == WeightKind::kOwn) {
+                add_sums(part.sums.own() + to, terms, width, part.columns - group.tile * kUnitTileRows, first_block);
+              } else {
+                round_sums(part.sums, to, terms, width, part.columns - group.tile * kUnitTileRows);
               }
               fetch_ahead(i, i + 1, row, height, prefetch_row);
             }

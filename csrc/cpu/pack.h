@@ -43,7 +43,7 @@ void pack_transposed(const W* source, int lanes, int64_t count, T* out, int64_t 
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) S::store(out + (k + i) * out_step, rows[i]);
     } else {
-      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_some<T>(source + i * count + k, width) : S::zero();
+      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_lanes<T>(source + i * count + k, width) : S::zero();
       transpose<T>(rows);
       for (int i = 0; i < width; ++i) S::store(out + (k + i) * out_step, rows[i]);
     }

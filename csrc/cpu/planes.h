@@ -156,7 +156,7 @@ LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, Split
 template <int P, typename W>
 LSTM_EXT_INLINE void split_row(const W* numbers, int64_t count, uint16_t* to, SplitCheck& check) {
   const auto part = [&](int64_t begin) LSTM_EXT_LAMBDA_INLINE {
-    return count > begin ? load_some<float>(numbers + begin, static_cast<int>(smaller(count - begin, 16)))
+    return count > begin ? load_lanes<float>(numbers + begin, static_cast<int>(smaller(count - begin, 16)))
                          : Simd<float>::zero();
   };
   const Reg<float> a = part(0), b = part(16);
@@ -247,7 +247,7 @@ bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t de
       const auto numbers = [&](int64_t n) LSTM_EXT_LAMBDA_INLINE {
         const int64_t next = k + n + kUnitTileDepth;
         if (next < depth) __builtin_prefetch(row(next) + column + i);
-        return k + n < depth ? load_some<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
+        return k + n < depth ? load_lanes<float>(row(k + n) + column + i, lanes) : Simd<float>::zero();
       };
       split_tile<P>(numbers, place(i / kUnitTileRows, k / kUnitTileDepth), check);
     }

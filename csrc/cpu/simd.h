@@ -364,13 +364,9 @@ struct Simd<Two<T>> {
   }
 };
 
-template <typename T>
-LSTM_EXT_INLINE Reg<T> load_lanes(const T* p, int n) {
-  return n == Simd<T>::kLanes ? Simd<T>::load(p) : Simd<T>::load_partial(p, n);
-}
-// The same of numbers of W.
+// Numbers of W, T or narrower, as a register of T.
 template <typename T, typename W>
-LSTM_EXT_INLINE Reg<T> load_some(const W* p, int n) {
+LSTM_EXT_INLINE Reg<T> load_lanes(const W* p, int n) {
   return n == Simd<T>::kLanes ? Simd<T>::load(p) : load_first<T>(p, n);
 }
 
