@@ -40,6 +40,28 @@ inline float widened(Float16 number) {
   return result;
 }
 
+// 2^(j / 16) in float32, for sets whose registers hold a table of 16 numbers. Its bits, less j from bit 19 on: adding
+// n * 2^19 for n = 16 m + j gives 2^(n / 16). And half of what its rounding took off.
+alignas(64) constexpr uint32_t kPowerBits[] = {0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532,
+                                               0x3F75FED7, 0x3F75583F, 0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C,
+                                               0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D};
+alignas(64) constexpr float kPowerRest[] = {0.0f,
+                                            2.41673507e-08f,
+                                            -6.53877008e-09f,
+                                            2.69311107e-08f,
+                                            1.89881769e-08f,
+                                            2.24841907e-08f,
+                                            -2.00949969e-08f,
+                                            -5.06167452e-09f,
+                                            1.21016172e-08f,
+                                            -2.25044935e-08f,
+                                            4.03545231e-09f,
+                                            4.91810859e-09f,
+                                            -1.23776637e-08f,
+                                            -4.61788519e-09f,
+                                            -5.61963909e-09f,
+                                            4.92266428e-09f};
+
 #if defined(LSTM_EXT_AVX512)
 
 constexpr int kVectorRegisters = 32;
@@ -89,6 +111,15 @@ struct Simd<float> {
   }
   static Reg round(Reg v) { return _mm512_roundscale_ps(v, 8); }
   static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_ps(v, n); }
+  // 2^(n / 16) for the integer n that the last bits of a number hold; and from -15 to 0, what its rounding took off.
+  static Reg power_of_sixteenth(Reg n) {
+    const __m512i bits = _mm512_castps_si512(n);
+    const __m512i power = _mm512_permutexvar_epi32(bits, _mm512_load_si512(kPowerBits));
+    return _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(bits, 19)));
+  }
+  static Reg rest_of_sixteenth(Reg n) {
+    return _mm512_permutexvar_ps(_mm512_castps_si512(n), _mm512_load_ps(kPowerRest));
+  }
 
  private:
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -361,6 +392,12 @@ struct Simd<Two<T>> {
   LSTM_EXT_INLINE static Reg round(Reg v) { return {One::round(v.a), One::round(v.b)}; }
   LSTM_EXT_INLINE static Reg scale_by_power_of_two(Reg v, Reg n) {
     return {One::scale_by_power_of_two(v.a, n.a), One::scale_by_power_of_two(v.b, n.b)};
+  }
+  LSTM_EXT_INLINE static Reg power_of_sixteenth(Reg n) {
+    return {One::power_of_sixteenth(n.a), One::power_of_sixteenth(n.b)};
+  }
+  LSTM_EXT_INLINE static Reg rest_of_sixteenth(Reg n) {
+    return {One::rest_of_sixteenth(n.a), One::rest_of_sixteenth(n.b)};
   }
 };
 

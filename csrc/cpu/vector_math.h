@@ -4,6 +4,8 @@
 // the Taylor series: to r^11 in float64 (remainder r^14/14! < 5e-18); in float32 to r^5, with the
 // last term economized, r^5 -> (5/4) a^2 r^3 - (5/16) a^4 r, the least change on [-a, a] that lowers
 // the degree (error a^7/(16 * 7!) + a^8/8! < 1.3e-8, far below rounding).
+// Where a register holds a table of the powers 2^(j / 16), sigmoid and tanh in float32 take n = round(16 x / ln 2)
+// instead: then |r| <= a = ln 2 / 32, and four terms of e^r are enough, three with r^4 economized (error 2e-9).
 // tanh goes through e^x - 1, which keeps the relative accuracy near zero that 1 - e^x loses.
 // NaN propagates; infinities give the limits.
 #pragma once
@@ -68,6 +70,57 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return expm1_reduced<T>(x, n, rest);
 }
 
+#if defined(LSTM_EXT_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)
+template <typename T>
+constexpr bool kUsesTable = std::is_same_v<Number<T>, float>;
+#else
+template <typename T>
+constexpr bool kUsesTable = false;
+#endif
+
+// e^-x = scale (1 + p), where scale + rest is a power of 2, or of its sixteenth root.
+template <typename T>
+struct ExpTerms {
+  Reg<T> scale, p;
+
+  LSTM_EXT_INLINE Reg<T> exp() const { return Simd<T>::fma(p, scale, scale); }
+  LSTM_EXT_INLINE Reg<T> exp_minus_1(Reg<T> rest) const {
+    const Reg<T> less = scale - Simd<T>::set1(Number<T>(1));
+    if constexpr (kUsesTable<T>) return less + Simd<T>::fma(p, scale, rest);
+    return Simd<T>::fma(p, scale, less);
+  }
+};
+
+// e^-(kTimes x); kNearOne: where that is 1, or little less, p and `rest` are as exact as e^-x - 1 needs.
+template <typename T, int kTimes, bool kNearOne>
+LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x, Reg<T>& rest) {
+  using S = Simd<T>;
+  const Reg<T> times = kTimes == 2 ? x + x : x;
+  if constexpr (kUsesTable<T>) {
+    using N = Number<T>;
+    constexpr N kSixteenth = 0.0433216988f;  // ln 2 / 16: half a unit of 16 in the last place of ln 2 off
+    constexpr N kHalf = kSixteenth / 2;
+    // The integer n in the last bits: the distance of numbers is 1 here.
+    const Reg<T> shift = S::set1(N(0x1.8p23));
+    const Reg<T> bits = S::fma(x, S::set1(N(-23.0831207 * kTimes)), shift);
+    const Reg<T> minus_r = S::fma(bits - shift, S::set1(kSixteenth), times);
+    Reg<T> q;
+    if constexpr (kNearOne) {
+      q = S::fma(minus_r, S::set1(N(1) / 24), S::set1(N(-1) / 6));
+      q = S::fma(q, minus_r, S::set1(N(1) / 2));
+      rest = S::rest_of_sixteenth(bits);
+    } else {  // r^4 -> 2 (sqrt 2 - 1) a^2 r^2, the multiple of r^2 with the least error
+      q = S::fma(minus_r, S::set1(N(-1) / 6), S::set1(N(1) / 2 + N(0.828427) * kHalf * kHalf / 24));
+    }
+    return {S::power_of_sixteenth(bits), S::fma(q, minus_r * minus_r, -minus_r)};
+  } else {
+    const Reg<T> one = S::set1(Number<T>(1));
+    Reg<T> n;
+    const Reg<T> p = expm1_reduced<T>(-times, n);
+    return {S::scale_by_power_of_two(one, n), p};
+  }
+}
+
 // Both functions are made of 1 / denominator, which the caller computes: several may share one division. It may be some
 // units in the last place off. What the backward pass reads of a value near 1 is 1 - value, a few of its last bits, so
 // there the value is 1 minus something small.
@@ -80,12 +133,9 @@ struct SigmoidTerms {
   LSTM_EXT_INLINE explicit SigmoidTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    const Reg<T> clamped = S::at_least(S::at_most(x, C::kLimit), -C::kLimit);
-    Reg<T> n;
-    const Reg<T> p = expm1_reduced<T>(-clamped, n);
-    const Reg<T> one = S::set1(Number<T>(1));
-    e = S::scale_by_power_of_two(one + p, n);
-    denominator = one + e;
+    Reg<T> unused;
+    e = exp_of_minus<T, 1, false>(S::at_least(S::at_most(x, C::kLimit), -C::kLimit), unused).exp();
+    denominator = S::set1(Number<T>(1)) + e;
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> inverse) const {
     const Reg<T> one = Simd<T>::set1(Number<T>(1));
@@ -101,12 +151,10 @@ struct TanhTerms {
   LSTM_EXT_INLINE explicit TanhTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    const Reg<T> magnitude = S::at_most(S::abs(x), C::kTanhLimit);
-    Reg<T> n;
-    const Reg<T> p = expm1_reduced<T>(magnitude * S::set1(Number<T>(-2)), n);
-    const Reg<T> scale = S::scale_by_power_of_two(S::set1(Number<T>(1)), n);
-    e = S::fma(p, scale, scale);
-    em1 = S::fma(p, scale, scale - S::set1(Number<T>(1)));
+    Reg<T> rest;
+    const ExpTerms<T> terms = exp_of_minus<T, 2, true>(S::at_most(S::abs(x), C::kTanhLimit), rest);
+    e = terms.exp();
+    em1 = terms.exp_minus_1(rest);
     denominator = em1 + S::set1(Number<T>(2));
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> x, Reg<T> inverse) const {

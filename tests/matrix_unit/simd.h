@@ -62,6 +62,17 @@ struct Simd<float> {
   static Reg scale_by_power_of_two(Reg v, Reg n) {
     return each([&](int i) { return __builtin_ldexpf(v[i], static_cast<int>(n[i])); });
   }
+  static Reg power_of_sixteenth(Reg n) {
+    Index bits = reinterpret_cast<Index>(n);
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t number = static_cast<uint32_t>(bits[i]);
+      bits[i] = static_cast<int>(kPowerBits[number % 16] + (number << 19));
+    }
+    return reinterpret_cast<Reg>(bits);
+  }
+  static Reg rest_of_sixteenth(Reg n) {
+    return each([&](int i) { return kPowerRest[static_cast<uint32_t>(reinterpret_cast<Index>(n)[i]) % 16]; });
+  }
 
  private:
   template <typename F>
