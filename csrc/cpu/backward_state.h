@@ -44,6 +44,83 @@ struct BackwardStepRows {
 };
 
 template <typename T>
+struct BackwardState;
+
+// The cells of some rows of the team in a step: what they read and write, from the first of these rows and unit 0 on. A
+// value, since beside the matrix unit each access to memory counts.
+template <typename T>
+struct CellRows {
+  int64_t hidden_size, step, grad_step;  // from a row to the next one: of c, and of the gradients of the preactivations
+  const T* gate_values;                  // rows of 4H; the others are of H
+  const T* cells;
+  const T* previous_cells;    // c_{t-1}; null means zeros
+  const T* carried;           // dL/dc_t from the step after, or from c_n; null means zeros
+  const T* grad_cells;        // or null
+  const T* grad_gate_values;  // or null
+  T* grad_c;
+  T* grad_preactivations;
+  int64_t place;                  // of the first row in arrays (T, B, H)
+  const BackwardState<T>* mixed;  // where the states before the rows are not all of one kind, else null
+  int64_t first, batch_step;      // the rows in the batch
+
+  LSTM_EXT_INLINE int64_t batch_row(int64_t row) const { return first + row * batch_step; }
+  LSTM_EXT_INLINE const T* previous_row(int64_t row) const {
+    if (mixed) return mixed->step.previous.c_row(batch_row(row));
+    return previous_cells ? previous_cells + row * step : nullptr;
+  }
+  LSTM_EXT_INLINE Reg<T> carried_gradient(int64_t row, int64_t unit, int lanes) const {
+    return carried ? load_lanes<T>(carried + row * step + unit, lanes) : Simd<T>::zero();
+  }
+  // Of c_t as a result of the layer.
+  LSTM_EXT_INLINE void add_result_gradient(Reg<T>& grad, int64_t row, int64_t unit, int lanes) const {
+    if (grad_cells) grad = grad + load_lanes<T>(grad_cells + row * step + unit, lanes);
+  }
+
+  // From dL/dc_t and dL/do, of what the cell made: the gradients of the preactivations.
+  LSTM_EXT_INLINE Gates<T> preactivation_gradients(int64_t row, int64_t unit, int lanes, const Gates<T>& gates,
+                                                   Reg<T> c_previous, Reg<T> grad, Reg<T> grad_o) const {
+    Gates<T> grads = cell_state_backward<T>(gates, c_previous, grad, grad_o);
+    if (grad_gate_values) {
+      const Gates<T> more = load_gates<T>(grad_gate_values + row * 4 * step + unit, hidden_size, lanes);
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) grads[gate] = grads[gate] + more[gate];
+    }
+    return gates_backward<T>(gates, grads);
+  }
+
+  // The cell of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the preactivations
+  // and carries dL/dc on. Zoneout is that of c.
+  template <bool kZoneout>
+  LSTM_EXT_INLINE void cell_gradient(int64_t row, int64_t unit, Reg<T> grad_h, int lanes,
+                                     const Zoneout<T>* zoneout = nullptr) const {
+    const int64_t H = hidden_size, at = row * step + unit;
+    const Gates<T> gates = load_gates<T>(gate_values + row * 4 * step + unit, H, lanes);
+    const T* const previous = previous_row(row);
+    const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : Simd<T>::zero();
+    // h_t sees c_t before zoneout, which is not saved.
+    const Reg<T> c = kZoneout ? cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes})
+                              : load_lanes<T>(cells + at, lanes);
+    Reg<T> grad = carried_gradient(row, unit, lanes);
+    Reg<T> previous_part = Simd<T>::zero();
+    if constexpr (kZoneout) {
+      add_result_gradient(grad, row, unit, lanes);  // zoneout divides it too
+      if (zoneout->active()) {
+        previous_part = split_gradient<T>(*zoneout, (place + row * batch_step) * H + unit, grad, lanes);
+      }
+    }
+    const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad);
+    if (!kZoneout) add_result_gradient(grad, row, unit, lanes);
+    const Gates<T> grads = preactivation_gradients(row, unit, lanes, gates, c_previous, grad, grad_o);
+    T* const out = grad_preactivations + row * grad_step + unit;
+    T* const running = grad_c + at;
+    const BackwardState<T>* const state = mixed;  // read before the stores
+    store_gates<T>(out, grads, H, lanes);
+    store_lanes<T>(running, kZoneout ? Simd<T>::fma(grad, gates[kF], previous_part) : grad * gates[kF], lanes);
+    if (state) state->cut_if_reset(batch_row(row), unit, lanes, running, out);
+  }
+};
+
+template <typename T>
 struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   using Base = Pass<T, BackwardParams<T>, BackwardPlan>;
   using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::states_before;
@@ -192,61 +269,35 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
   }
 
-  // dL/dc_t from the step after, or from c_n in the first step of the loop that a row has.
-  LSTM_EXT_INLINE Reg<T> carried_gradient(int64_t b, bool begins, int64_t unit, int lanes) const {
-    const int64_t H = shape.hidden_size;
-    return !begins           ? load_lanes<T>(params.grad_c + b * H + unit, lanes)
-           : params.grad_c_n ? load_lanes<T>(params.grad_c_n + b * H + unit, lanes)
-                             : S::zero();
-  }
-  // That of c_t as a result of the layer.
-  LSTM_EXT_INLINE void add_result_gradient(Reg<T>& grad_c, int64_t b, int64_t unit, int lanes) const {
-    if (step.grad_cells) grad_c = grad_c + load_lanes<T>(step.grad_cells + b * shape.hidden_size + unit, lanes);
-  }
-
-  // From dL/dc_t and dL/do, of what the cell made: the gradients of the preactivations.
-  LSTM_EXT_INLINE Gates<T> preactivation_gradients(int64_t b, int64_t unit, int lanes, const Gates<T>& gates,
-                                                   Reg<T> c_previous, Reg<T> grad_c, Reg<T> grad_o) const {
-    const int64_t H = shape.hidden_size;
-    Gates<T> grads = cell_state_backward<T>(gates, c_previous, grad_c, grad_o);
-    if (step.grad_gate_values) {
-      const Gates<T> more = load_gates<T>(step.grad_gate_values + b * 4 * H + unit, H, lanes);
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates; ++gate) grads[gate] = grads[gate] + more[gate];
-    }
-    return gates_backward<T>(gates, grads);
-  }
-
-  // The cell of `lanes` units of a row of the team, from dL/dh before the projection: stores the gradients of the
-  // preactivations and carries dL/dc on. `begins`: this is the first step of the loop that the row has.
-  template <bool kZoneout>
-  LSTM_EXT_INLINE void cell_gradient(int64_t row, bool begins, int64_t unit, Reg<T> grad_h, int lanes) const {
-    const int64_t H = shape.hidden_size;
-    const int64_t b = rows.batch_row(row);
-    const Gates<T> gates = load_gates<T>(step.gate_values + b * 4 * H + unit, H, lanes);
-    const T* const previous = step.previous.c_row(b);
-    const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-    // h_t sees c_t before zoneout, which is not saved.
-    const Reg<T> c = kZoneout ? cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes})
-                              : load_lanes<T>(step.cells + b * H + unit, lanes);
-    const Zoneout<T>& zoneout = params.options.zoneout_c;
-    Reg<T> grad_c = carried_gradient(b, begins, unit, lanes);
-    Reg<T> previous_part = S::zero();
-    if (kZoneout) add_result_gradient(grad_c, b, unit, lanes);  // zoneout divides it too
-    if (kZoneout && zoneout.active()) {
-      previous_part = split_gradient<T>(zoneout, (step.place + b) * H + unit, grad_c, lanes);
-    }
-    const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad_c);
-    if (!kZoneout) add_result_gradient(grad_c, b, unit, lanes);
-    const Gates<T> grads = preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
-    T* const out = step.grad_preactivations + b * gate_stride + unit;
-    store_gates<T>(out, grads, H, lanes);
-    T* const running = params.grad_c + b * H + unit;
-    store_lanes<T>(running, kZoneout ? S::fma(grad_c, gates[kF], previous_part) : grad_c * gates[kF], lanes);
-    if (step.previous.resets[b]) cut_gradient(b, unit, lanes, running, out);
+  // The cells of these rows in the current step. `begins`: it is the first step of the loop that they have.
+  CellRows<T> cell_rows(Range part, bool begins) const {
+    const int64_t H = shape.hidden_size, first = rows.batch_row(part.begin), at = first * H;
+    const auto row = [](auto* data, int64_t offset) { return data ? data + offset : nullptr; };
+    const PreviousStates<T>& previous = step.previous;
+    const int64_t last = rows.batch_row(part.end - 1);
+    const bool continue_all = last < previous.continued, begin_all = first >= previous.continued;
+    return {H,
+            rows.stride * H,
+            rows.stride * gate_stride,
+            step.gate_values + 4 * at,
+            step.cells + at,
+            row(continue_all ? previous.c : previous.c0, at),
+            row(begins ? params.grad_c_n : params.grad_c, at),
+            row(step.grad_cells, at),
+            row(step.grad_gate_values, 4 * at),
+            params.grad_c + at,
+            step.grad_preactivations + first * gate_stride,
+            step.place + first,
+            !previous.resets.any() && (continue_all || begin_all) ? nullptr : this,
+            first,
+            rows.stride};
   }
 
   // The gradients of the state before the step belong to the one that replaced it.
+  __attribute__((noinline)) void cut_if_reset(int64_t b, int64_t unit, int lanes, T* grad_c,
+                                              const T* grad_preactivations) const {
+    if (step.previous.resets[b]) cut_gradient(b, unit, lanes, grad_c, grad_preactivations);
+  }
   void cut_gradient(int64_t b, int64_t unit, int lanes, T* grad_c, const T* grad_preactivations) const {
     const int64_t H = shape.hidden_size;
     const auto add = [&](T* sum, const T* term)
@@ -283,9 +334,8 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     const T* const mask = params.options.recurrent_mask;
     multiply_columns(rows.grid(const_cast<const T*>(reset_grad_preactivations), gate_stride, part), rows.most,
                      recurrent_weight(), output_columns, partial_sums(part), kNoPrefetch, kFromZero<T>,
-                     [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                     [&](int64_t row, int64_t column, Reg<T> sum, int lanes) LSTM_EXT_LAMBDA_INLINE {
                        const int64_t at = rows.batch_row(row) * shape.output_size + column;
-                       Reg<T> sum = Simd<T>::load(sums);
                        if (mask) sum = sum * load_lanes<T>(mask + at, lanes);
                        if (reset_grad_previous_h) sum = sum + load_lanes<T>(reset_grad_previous_h + at, lanes);
                        store_lanes<T>(params.grad_reset_h + at, sum, lanes);

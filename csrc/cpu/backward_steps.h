@@ -41,25 +41,29 @@ class FusedBackwardStep {
       const int64_t later = begins ? -1 : s - 1;
       const T* const grad_h_n = begins ? pass_.params.grad_h_n : nullptr;
       if (!projected) {
-        hidden_gradient(part, later, grad_h_n, t, [&](int64_t row, int64_t column, const T* sums, int lanes) {
-          pass_.template cell_gradient<false>(part.begin + row, begins != 0, column, S::load(sums), lanes);
-        });
+        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
+        hidden_gradient(part, later, grad_h_n, t, prefetch_of(cells, part),
+                        [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
+                            LSTM_EXT_LAMBDA_INLINE { cells.template cell_gradient<false>(row, column, sums, lanes); });
       } else {
         const RowGrid<T> out = pass_.rows.grid(pass_.grad_hidden(s), P, part);
-        hidden_gradient(part, later, grad_h_n, t, [&](int64_t row, int64_t column, const T* sums, int lanes) {
-          store_lanes<T>(out(row) + column, S::load(sums), lanes);
-        });
+        hidden_gradient(part, later, grad_h_n, t, kNoPrefetch, StoreRows{out});
       }
     }
     if (projected) {
       pass_.meet_team();
       const RowGrid<const T> out = pass_.rows.grid(const_cast<const T*>(pass_.grad_hidden(s)), P, {0, count});
-      multiply_columns(
-          out, count, pass_.projection_weight(), pass_.hidden_columns, pass_.partial_sums({0, count}),
-          [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { prefetch_cell(row, column); }, kFromZero<T>,
-          [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            pass_.template cell_gradient<false>(row, row >= continued, column, S::load(sums), lanes);
-          });
+      for (int begins = 0; begins < 2; ++begins) {
+        const Range part = begins ? Range{continued, count} : Range{0, continued};
+        if (part.begin == part.end) continue;
+        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
+        RowGrid<const T> rows = out;
+        rows.data = out(part.begin);
+        multiply_columns(rows, part.end - part.begin, pass_.projection_weight(), pass_.hidden_columns,
+                         pass_.partial_sums(part), prefetch_of(cells, part), kFromZero<T>,
+                         [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
+                             LSTM_EXT_LAMBDA_INLINE { cells.template cell_gradient<false>(row, column, sums, lanes); });
+      }
     }
     pass_.meet_team();
   }
@@ -67,52 +71,60 @@ class FusedBackwardStep {
   // dL/dh0 of rows whose sequence had its first step in step `later`.
   void initial_state_gradient(Range part, int64_t later) {
     const RowGrid<T> out = pass_.rows.grid(pass_.params.grad_h0, pass_.shape.output_size, part);
-    hidden_gradient(part, later, nullptr, -1, [&](int64_t row, int64_t column, const T* sums, int lanes) {
-      store_lanes<T>(out(row) + column, S::load(sums), lanes);
-    });
+    hidden_gradient(part, later, nullptr, -1, kNoPrefetch, StoreRows{out});
   }
 
  private:
   using S = Simd<T>;
 
+  struct StoreRows {
+    RowGrid<T> out;
+    LSTM_EXT_INLINE void operator()(int64_t row, int64_t column, Reg<T> sums, int lanes) const {
+      store_lanes<T>(out(row) + column, sums, lanes);
+    }
+  };
+
   // dL/dh for some of the team's rows and this member's columns: from the output at time t, if t >= 0, from h_n, if
   // given, and from the preactivations of step `later`, if >= 0.
-  template <typename Finish>
-  LSTM_EXT_INLINE void hidden_gradient(Range part, int64_t later, const T* grad_h_n, int64_t t, Finish&& finish) {
+  template <typename Prefetch, typename Finish>
+  LSTM_EXT_INLINE void hidden_gradient(Range part, int64_t later, const T* grad_h_n, int64_t t,
+                                       const Prefetch& prefetch, const Finish& finish) {
     const Sequence<const T>& sequence = pass_.params.grad_output;
     const bool from_output = t >= 0 && sequence.data;
     const RowGrid<const T> grad_output =
         pass_.rows.grid(from_output ? rows_at(sequence, pass_.steps, t) : nullptr, sequence.stride_b, part);
     const RowGrid<const T> grad_final = pass_.rows.grid(grad_h_n, pass_.shape.output_size, part);
-    const auto start = [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
+    const auto start = [=](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
       v = grad_output.data ? load_lanes<T>(grad_output.data + row * grad_output.inner_step + column, lanes) : S::zero();
       if (grad_final.data) v = v + load_lanes<T>(grad_final.data + row * grad_final.inner_step + column, lanes);
     };
     RightHandSide<T> weight = pass_.recurrent_weight();
     if (later < 0) weight.depth = 0;
     const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
-    multiply_columns(
-        grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part),
-        [&](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE {
-          if (!pass_.shape.projected && t >= 0) prefetch_cell(part.begin + row, column);
-        },
-        start, finish);
+    multiply_columns(grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part), prefetch,
+                     start, finish);
   }
 
-  // Fetches what cell_gradient will read; a row of the team.
-  LSTM_EXT_INLINE void prefetch_cell(int64_t row, int64_t unit) const {
-    const BackwardStepRows<T>& step = pass_.step;
-    const int64_t H = pass_.shape.hidden_size;
-    const int64_t b = pass_.rows.batch_row(row);
-    const T* const gates = step.gate_values + b * 4 * H + unit;
+  // Fetches what the cells of some rows will read.
+  auto prefetch_of(const CellRows<T>& cells, Range part) const {
+    const int64_t H = cells.hidden_size, step = cells.step;
+    const T* const c = cells.cells;
+    const T* const previous = cells.previous_cells ? cells.previous_cells : c;
+    const bool has_output = pass_.step.grad_output && !pass_.shape.projected;
+    const RowGrid<const T> grads =
+        has_output ? pass_.rows.grid(pass_.step.grad_output, pass_.params.grad_output.stride_b, part)
+                   : RowGrid<const T>{c, 0, step, 0};
+    const T* const output = grads.data;
+    const int64_t output_step = grads.inner_step;
+    return [=, gate_values = cells.gate_values](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
+      const T* const gates = gate_values + row * 4 * step + unit;
 #pragma GCC unroll kGates
-    for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates + gate * H);
-    __builtin_prefetch(step.cells + b * H + unit);
-    const T* const previous = step.previous.c_row(b);
-    if (previous) __builtin_prefetch(previous + unit);
-    if (step.grad_output && !pass_.shape.projected) {
-      __builtin_prefetch(step.grad_output + b * pass_.params.grad_output.stride_b + unit);
-    }
+      for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(gates + gate * H);
+      const int64_t at = row * step + unit;
+      __builtin_prefetch(c + at);
+      __builtin_prefetch(previous + at);
+      __builtin_prefetch(output + row * output_step + unit);
+    };
   }
 
   BackwardState<T>& pass_;
@@ -133,9 +145,9 @@ class UnfusedHiddenGradient {
         pass_.rows.grid(const_cast<const T*>(pass_.grad_hidden(s)), pass_.shape.output_size, {0, count});
     const RowGrid<T> out = pass_.rows.grid(pass_.grad_h, pass_.shape.hidden_size, {0, count});
     multiply_columns(a, count, pass_.projection_weight(), pass_.hidden_columns, pass_.partial_sums({0, count}),
-                     kNoPrefetch, kFromZero<T>, [&](int64_t row, int64_t column, const T* sums, int lanes) {
-                       store_lanes<T>(out(row) + column, S::load(sums), lanes);
-                     });
+                     kNoPrefetch, kFromZero<T>,
+                     [&](int64_t row, int64_t column, Reg<T> sums, int lanes)
+                         LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(out(row) + column, sums, lanes); });
   }
 
   // dL/dh0 of rows whose sequence had its first step in step `later`.
@@ -158,9 +170,8 @@ class UnfusedHiddenGradient {
     if (later < 0) weight.depth = 0;
     const RowGrid<const T> grads = pass_.later_grad_preactivations(later, part);
     multiply_columns(grads, part.end - part.begin, weight, pass_.output_columns, pass_.partial_sums(part), kNoPrefetch,
-                     kFromZero<T>, [&](int64_t row, int64_t column, const T* sums, int lanes) {
+                     kFromZero<T>, [&](int64_t row, int64_t column, Reg<T> v, int lanes) LSTM_EXT_LAMBDA_INLINE {
                        const int64_t b = pass_.rows.batch_row(part.begin + row);
-                       Reg<T> v = S::load(sums);
                        if (options_.recurrent_mask) {
                          const int64_t at = b * pass_.shape.output_size + column;
                          v = v * load_lanes<T>(options_.recurrent_mask + at, lanes);
@@ -225,11 +236,17 @@ class UnfusedBackwardStep {
       });
     } else {
       const Range units = pass_.hidden_columns;
-      for (int64_t row = 0; row < count; ++row) {
-        const T* const grad_h = pass_.grad_h + pass_.rows.batch_row(row) * H_;
-        for (int64_t unit = units.begin; unit < units.end; unit += S::kLanes) {
-          const int lanes = static_cast<int>(smaller(units.end - unit, S::kLanes));
-          pass_.template cell_gradient<true>(row, row >= continued, unit, load_lanes<T>(grad_h + unit, lanes), lanes);
+      for (int begins = 0; begins < 2; ++begins) {
+        const Range part = begins ? Range{continued, count} : Range{0, continued};
+        if (part.begin == part.end) continue;
+        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
+        for (int64_t row = 0; row < part.end - part.begin; ++row) {
+          const T* const grad_h = pass_.grad_h + cells.batch_row(row) * H_;
+          for (int64_t unit = units.begin; unit < units.end; unit += S::kLanes) {
+            const int lanes = static_cast<int>(smaller(units.end - unit, S::kLanes));
+            cells.template cell_gradient<true>(row, unit, load_lanes<T>(grad_h + unit, lanes), lanes,
+                                               &options_.zoneout_c);
+          }
         }
       }
     }
@@ -297,6 +314,7 @@ class UnfusedBackwardStep {
   void normalised_cell_gradient(int64_t row, bool begins, const T* normalised, T factor) {
     const BackwardStepRows<T>& step = pass_.step;
     const LayerNorm<T>& norm = options_.norm;
+    const CellRows<T> cells = pass_.cell_rows({row, row + 1}, begins);
     const int64_t b = pass_.rows.batch_row(row);
     const int64_t place = step.place + b;
     const T* const previous = step.previous.c_row(b);
@@ -340,15 +358,15 @@ class UnfusedBackwardStep {
       const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
       const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
       const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
-      Reg<T> grad_c = pass_.carried_gradient(b, begins, unit, lanes);
-      pass_.add_result_gradient(grad_c, b, unit, lanes);
+      Reg<T> grad_c = cells.carried_gradient(0, unit, lanes);
+      cells.add_result_gradient(grad_c, 0, unit, lanes);
       Reg<T> previous_part = S::zero();
       if (options_.zoneout_c.active()) {
         previous_part = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);
       }
       grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
       const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);
-      const Gates<T> grads = pass_.preactivation_gradients(b, unit, lanes, gates, c_previous, grad_c, grad_o);
+      const Gates<T> grads = cells.preactivation_gradients(0, unit, lanes, gates, c_previous, grad_c, grad_o);
       store_lanes<T>(pass_.params.grad_c + b * H_ + unit, S::fma(grad_c, gates[kF], previous_part), lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {

@@ -28,19 +28,17 @@ class ChunkGradients {
     // Rows that pass over a panel while it is in cache.
     constexpr int64_t kRows = kHasMatrixUnit<T> ? kUnitInputRows : 16 * kTileRows;
     const RightHandSide<T> weight = pass_.input_weight();
+    const bool adds = params.accumulate_grad_input;
     for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
       const int64_t rows = smaller(kRows, mine.end - begin);
       const T* const grads = pass_.chunk.grad_input_part + begin * stride_;
       multiply_columns(
           RowGrid<const T>{grads, rows * stride_, stride_, rows}, rows, weight, Range{0, pass_.shape.input_size},
-          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
-          [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {},
-          [&](int64_t row, int64_t column, int lanes, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE {
-            v = params.accumulate_grad_input ? load_lanes<T>(out(begin + row) + column, lanes) : Simd<T>::zero();
-          },
-          [&](int64_t row, int64_t column, const T* sums, int lanes) {
-            store_lanes<T>(out(begin + row) + column, Simd<T>::load(sums), lanes);
-          });
+          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); }, kNoPrefetch,
+          [=](int64_t row, int64_t column, int lanes, Reg<T>& v)
+              LSTM_EXT_LAMBDA_INLINE { v = adds ? load_lanes<T>(out(begin + row) + column, lanes) : Simd<T>::zero(); },
+          [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
+              LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(out(begin + row) + column, sums, lanes); });
     }
   }
 

@@ -91,7 +91,6 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
   }
-  const auto column_of = [&](int64_t tile) LSTM_EXT_LAMBDA_INLINE { return columns.begin + tile * kUnitTileRows; };
   for (int64_t first = 0; first < rows; first += kMostUnitRows) {
     const int64_t height = smaller(kMostUnitRows, rows - first);
     const int64_t row_tiles = divide_up(height, kUnitTileRows);
@@ -100,28 +99,38 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
     // One row tile meets four column tiles at once. Else narrow groups leave less to be done after the last product.
     const TileGroups groups(tiles, row_tiles == 1);
     const int64_t most_width = groups.width(0);
-    const auto next_tile = [&](int64_t tile, int width)
-                               LSTM_EXT_LAMBDA_INLINE { return b.backwards ? tile - most_width : tile + width; };
-    const auto prefetch_row = [&](int64_t tile, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t end = smaller(tile + most_width, tiles);
-      for (tile = tile > 0 ? tile : 0; tile < end; ++tile) prefetch(first + row, column_of(tile));
+    // The columns of a block, and those of the next one.
+    struct Block {
+      Range here, next;
     };
-    Epilogue epilogue([&](int64_t tile, int width, int64_t row, auto count, const float* sums) LSTM_EXT_LAMBDA_INLINE {
-      for (const int64_t end = row + count(); row < end; ++row, sums += kUnitTileRows) {
-        for (int i = 0; i < width; ++i) {
-          const int64_t column = column_of(tile + i);
-          const int lanes = static_cast<int>(smaller(columns.end - column, kUnitTileRows));
-          Reg<float> before;
-          start(first + row, column, lanes, before);
-          alignas(64) float numbers[kUnitTileRows];
-          Simd<float>::store(numbers, Simd<float>::load(sums + i * kSumsSize) + before);
-          finish(first + row, column, numbers, lanes);
-        }
-        fetch_ahead(tile, next_tile(tile, width), row, height, prefetch_row);
-      }
-    });
-    for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row)
-      prefetch_row(groups.begin(b.backwards ? groups.count - 1 : 0), row);
+    const auto columns_of = [=](int64_t tile, int64_t width) LSTM_EXT_LAMBDA_INLINE {
+      const int64_t begin = tile > 0 ? tile : 0, end = smaller(tile + width, tiles);
+      const int64_t column = columns.begin + begin * kUnitTileRows;
+      return Range{column, smaller(columns.begin + end * kUnitTileRows, columns.end)};
+    };
+    const auto prefetch_row = [=](Range some, int64_t row) LSTM_EXT_LAMBDA_INLINE {
+      for (int64_t column = some.begin; column < some.end; column += kUnitTileRows) prefetch(first + row, column);
+    };
+    Epilogue epilogue(
+        [=, backwards = b.backwards](int64_t tile, int width) {
+          return Block{columns_of(tile, width), columns_of(backwards ? tile - most_width : tile + width, most_width)};
+        },
+        [=](const Block& block, int64_t row, auto count, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+          const Range here = block.here;
+          for (const int64_t end = row + count(); row < end; ++row, sums += kUnitTileRows) {
+            const float* part = sums;
+            for (int64_t column = here.begin; column < here.end; column += kUnitTileRows, part += kSumsSize) {
+              const int lanes = static_cast<int>(smaller(here.end - column, kUnitTileRows));
+              Reg<float> before;
+              start(first + row, column, lanes, before);
+              finish(first + row, column, Simd<float>::load(part) + before, lanes);
+            }
+            const RowAhead ahead = row_ahead(row, height);
+            prefetch_row(ahead.here ? here : block.next, ahead.row);
+          }
+        });
+    const Range first_columns = columns_of(groups.begin(b.backwards ? groups.count - 1 : 0), most_width);
+    for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) prefetch_row(first_columns, row);
     for (int64_t block = 0; block < k_blocks; ++block) {
       const Range k = share(k_tiles, k_blocks, block);
       const auto a_part = [&](int64_t row)
@@ -156,6 +165,9 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
+  // One copy for all tiles, which it would make long.
+  const auto finish_block = [&](int64_t row, int64_t column, const T* sums, int lanes)
+                                __attribute__((noinline)) { finish(row, column, S::load(sums), lanes); };
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
     constexpr int NV = width();
     const bool exact = b.panels || b.widens() || last == kLanes;
@@ -216,7 +228,7 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
             if (done) {
               alignas(64) T sums[kLanes];
               S::store(sums, tile.acc[r][v]);
-              finish(row + r, at, sums, lanes);
+              finish_block(row + r, at, sums, lanes);
             } else {
               store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
             }
@@ -229,8 +241,8 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
 }
 
 // For `rows` rows and `columns`: a * b + start(row, column, lanes, start value), kLanes columns at a time to
-// finish(row, column, sums, lanes). prefetch(row, column) asks for what `finish` will read. Between blocks of k the
-// sums wait in partial(row)[columns].
+// finish(row, column, sums, lanes), a register of sums. prefetch(row, column) asks for what `finish` will read. Between
+// blocks of k the sums wait in partial(row)[columns].
 template <typename T, typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
 LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
                                       const Partial& partial, const Prefetch& prefetch, const Start& start,

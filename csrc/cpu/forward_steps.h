@@ -47,14 +47,6 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // Rows at one distance, in as few numbers as that takes.
-  template <typename N>
-  struct EvenRows {
-    N* data;
-    int64_t step;
-    LSTM_EXT_INLINE N* row(int64_t n) const { return data + n * step; }
-  };
-
   // preactivations += U h_{t-1}, and W x_t + b where no one has summed it, then the cell, for rows of the team that all
   // continue or all begin.
   void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
@@ -78,26 +70,29 @@ class FusedForwardStep {
     RowGrid<T> pre = preactivations;
     pre.data = preactivations(part.begin);
 
-    // All by value: these functions run once a row, where each step from one address to the next counts.
-    const EvenRows<const T> c_from{c_previous.data, c_previous.inner_step};
-    const EvenRows<T> c_to{c.data, c.inner_step}, h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
-    const T* const* const c_rows = pass_.c_rows;
+    // All by value: these functions run once a row, where each step from one address to the next counts. c_{t-1} and
+    // c_t have rows at the same distance.
+    const int64_t c_step = c.inner_step;
+    const T* const c_from = c_previous.data;
+    T* const c_to = c.data;
+    const EvenRows<T> h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
+    const T* const* const c_rows = replaced ? pass_.c_rows : nullptr;
     const bool saves_gates = params.gate_values != nullptr;
-    const auto c_before = [=](int64_t row) LSTM_EXT_LAMBDA_INLINE {
-      return replaced ? c_rows[row] : c_from.data ? c_from.row(row) : nullptr;
+    const auto c_before = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
+      const T* const from = c_rows ? c_rows[row] : c_from;
+      return !from ? nullptr : c_rows ? from + unit : from + row * c_step + unit;
     };
     const auto finish = [=](int64_t row, int64_t unit, int lanes, const auto& sums) LSTM_EXT_LAMBDA_INLINE {
-      const T* const c_row = c_before(row);
       const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
-          {{sums[kI], sums[kF], sums[kG], sums[kO]}}, {c_row ? c_row + unit : nullptr, lanes},
-          [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to.row(row) + unit, state, lanes); });
-      store_lanes<T>(h_to.row(row) + unit, cell.h, lanes);
-      if (saves_gates) store_gates<T>(gates.row(row) + unit, cell.gates, H, lanes);
+          {{sums[kI], sums[kF], sums[kG], sums[kO]}}, {c_before(row, unit), lanes},
+          [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to + row * c_step + unit, state, lanes); });
+      store_lanes<T>(h_to(row) + unit, cell.h, lanes);
+      if (saves_gates) store_gates<T>(gates(row) + unit, cell.gates, H, lanes);
     };
     // Of two rows, or of two blocks of units in one.
     const auto finish_two = [=](int64_t row_a, int64_t unit_a, int64_t row_b, int64_t unit_b, int lanes, const auto& a,
                                 const auto& b) LSTM_EXT_LAMBDA_INLINE {
-      const T *const c_a = c_before(row_a), *const c_b = c_before(row_b);
+      const T *const c_a = c_before(row_a, unit_a), *const c_b = c_before(row_b, unit_b);
       if (!c_a || !c_b) {
         finish(row_a, unit_a, lanes, a);
         finish(row_b, unit_b, lanes, b);
@@ -105,25 +100,26 @@ class FusedForwardStep {
       }
       using Both = Two<T>;
       const Cell<Both> cell = cell_forward<Nonlinearities::kSharedDivisions, Both>(
-          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a + unit_a, c_b + unit_b, lanes},
+          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a, c_b, lanes},
           [&](const Reg<Both>& state) LSTM_EXT_LAMBDA_INLINE {
-            store_lanes<T>(c_to.row(row_a) + unit_a, state.a, lanes);
-            store_lanes<T>(c_to.row(row_b) + unit_b, state.b, lanes);
+            store_lanes<T>(c_to + row_a * c_step + unit_a, state.a, lanes);
+            store_lanes<T>(c_to + row_b * c_step + unit_b, state.b, lanes);
           });
-      store_lanes<T>(h_to.row(row_a) + unit_a, cell.h.a, lanes);
-      store_lanes<T>(h_to.row(row_b) + unit_b, cell.h.b, lanes);
+      store_lanes<T>(h_to(row_a) + unit_a, cell.h.a, lanes);
+      store_lanes<T>(h_to(row_b) + unit_b, cell.h.b, lanes);
       if (!saves_gates) return;
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
-        store_lanes<T>(gates.row(row_a) + unit_a + gate * H, cell.gates[gate].a, lanes);
-        store_lanes<T>(gates.row(row_b) + unit_b + gate * H, cell.gates[gate].b, lanes);
+        store_lanes<T>(gates(row_a) + unit_a + gate * H, cell.gates[gate].a, lanes);
+        store_lanes<T>(gates(row_b) + unit_b + gate * H, cell.gates[gate].b, lanes);
       }
     };
     // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
     const auto prefetch = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
-      __builtin_prefetch(c_from.row(row) + unit);
-      __builtin_prefetch(c_to.row(row) + unit, 1);
-      __builtin_prefetch(h_to.row(row) + unit, 1);
+      const int64_t at = row * c_step + unit;
+      __builtin_prefetch((c_from ? c_from : c_to) + at);
+      __builtin_prefetch(c_to + at, 1);
+      __builtin_prefetch(h_to(row) + unit, 1);
     };
     const auto finish_tile = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
       if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
@@ -172,7 +168,7 @@ class FusedForwardStep {
           other = {input(), I, &pass_.input_weight, saves_gates};
           bias = pass_.bias;
         }
-        product.multiply_packed(count, h, h_size, pass_.recurrent_weight, pre, bias, finish_tile, other);
+        product.multiply_packed(count, h, h_size, pass_.recurrent_weight, gates, bias, finish_tile, other);
         continue;
       }
       const bool finished =

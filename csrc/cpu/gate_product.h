@@ -175,9 +175,9 @@ class GateProduct {
 
   // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
   // says whether it consumed the tile. If not, the tile goes to `pre`. `other` needs a weight with planes, and a bias.
-  template <typename A, typename Finish>
+  template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                                       const RowGrid<T>& pre, const T* bias, Finish&& finish,
+                                       const Pre& pre, const T* bias, Finish&& finish,
                                        const OtherProduct<T>& other = {}) {
     if constexpr (kHasMatrixUnit<T>) {
       if (weight.planes.count > 0) {
@@ -297,10 +297,9 @@ class GateProduct {
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
   // The same from planes, on the matrix unit. Rows and units that cannot be split go the way without it.
-  template <typename A, typename Finish>
+  template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                                       const RowGrid<T>& pre, const T* bias, const OtherProduct<T>& other,
-                                       Finish&& finish) {
+                                       const Pre& pre, const T* bias, const OtherProduct<T>& other, Finish&& finish) {
     const int64_t H = hidden_size_;
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
@@ -310,7 +309,7 @@ class GateProduct {
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
-      // By value, since it runs for each row or two. Without sums the product is in `pre`.
+      // Without sums the product is in `pre`; else they are added to those from `start` on, or in `pre`.
       const auto finish_rows = [=, finish = finish](auto height, int64_t unit, int lanes, const T* start, int64_t row,
                                                     const float* sums) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
@@ -319,7 +318,7 @@ class GateProduct {
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
           out[r] = pre(first + row + r) + unit;
-          const T* const before = start ? start + unit : out[r];
+          const T* const before = start ? start : out[r];
 #pragma GCC unroll kGates
           for (int gate = 0; gate < kGates; ++gate) {
             Reg<T>& sum = tile.acc[r][gate];
@@ -340,21 +339,30 @@ class GateProduct {
       if (other.weight) splits &= split_rows(planes.count, height, other_part, other.count, other_left);
       const Sweep sweep = next_sweep();
       const bool uses_pre = !other.weight || other.finish_writes_pre;
-      Epilogue epilogue([=](int64_t block, int, int64_t row, auto at_once, const float* sums) LSTM_EXT_LAMBDA_INLINE {
-        constexpr int R = at_once();
-        if (uses_pre) {
+      struct Units {
+        int64_t unit, next_unit;
+        int lanes;
+        const T* start;
+      };
+      Epilogue epilogue(
+          [=](int64_t block, int) {
+            const int64_t unit = block * kLanes;
+            const int lanes = static_cast<int>(smaller(H - unit, kLanes));
+            return Units{unit, unit + sweep.step * kLanes, lanes, bias ? bias + unit : nullptr};
+          },
+          [=](const Units& units, int64_t row, auto at_once, const float* sums) LSTM_EXT_LAMBDA_INLINE {
+            constexpr int R = at_once();
+            if (uses_pre) {
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) {
-            fetch_ahead(block, block + sweep.step, row + r, height, [=](int64_t of, int64_t at) LSTM_EXT_LAMBDA_INLINE {
-              const T* const next = pre(first + at) + of * kLanes;
+              for (int r = 0; r < R; ++r) {
+                const RowAhead ahead = row_ahead(row + r, height);
+                const T* const next = pre(first + ahead.row) + (ahead.here ? units.unit : units.next_unit);
 #pragma GCC unroll kGates
-              for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
-            });
-          }
-        }
-        const int lanes = static_cast<int>(smaller(H - block * kLanes, kLanes));
-        finish_rows(at_once, block * kLanes, lanes, bias, row, sums);
-      });
+                for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(next + gate * H, 1);
+              }
+            }
+            finish_rows(at_once, units.unit, units.lanes, units.start, row, sums);
+          });
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);

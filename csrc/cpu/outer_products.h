@@ -152,19 +152,39 @@ struct OuterSums {
 };
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-// A row of the sums of so many column tiles, of which `columns` there are.
+// A row of sums, from column tiles of terms.
 template <typename W>
-LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int tiles, int64_t columns, bool fresh) {
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int lanes = static_cast<int>(smaller(columns - tile * kUnitTileRows, kUnitTileRows));
-    add_sum(to + tile * kUnitTileRows, Simd<float>::load(terms + tile * kSumsSize), lanes, fresh);
+LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int64_t columns, bool fresh) {
+  for (; columns > 0; columns -= kUnitTileRows, to += kUnitTileRows, terms += kSumsSize) {
+    const int lanes = static_cast<int>(smaller(columns, kUnitTileRows));
+    add_sum(to, Simd<float>::load(terms), lanes, fresh);
   }
 }
 // The same of 16 bits. Not inlined, so that what is done beside the unit stays short in the other calls.
 __attribute__((noinline)) inline void round_sums(const SumsPlace<float>& sums, int64_t at, const float* terms,
-                                                 int tiles, int64_t columns) {
-  sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE { add_sums(to + at, terms, tiles, columns, true); });
+                                                 int64_t columns) {
+  sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE { add_sums(to + at, terms, columns, true); });
 }
+
+// Some columns of all rows of some sums.
+struct SumsBlock {
+  SumsPlace<float> sums;
+  int64_t at, row_step;  // where they begin, in numbers
+  int64_t columns;
+
+  LSTM_EXT_INLINE void add(int64_t row, const float* terms, bool fresh) const {
+    const int64_t to = at + row * row_step;
+    if (sums.kind == WeightKind::kOwn) {
+      add_sums(sums.own() + to, terms, columns, fresh);
+    } else {
+      round_sums(sums, to, terms, columns);
+    }
+  }
+  LSTM_EXT_INLINE void prefetch(int64_t row) const {
+    const int64_t from = at + row * row_step;
+    for (int64_t column = 0; column < columns; column += kUnitTileRows) sums.prefetch(from + column);
+  }
+};
 
 // add_outer_products on the matrix unit, of so many planes, for `count` right factors, at most kMostOuterSums. Blocks
 // whose numbers cannot be split go the other way.
@@ -234,30 +254,27 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         without_unit({first, first + height});
         continue;
       }
-      const auto place_of = [&](const Group& group, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-        return (first + row) * parts[group.part].columns + group.tile * kUnitTileRows;
-      };
-      const auto prefetch_row = [&](int64_t i, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-        if (i == groups) return;
+      const auto place_of = [=](int64_t i) LSTM_EXT_LAMBDA_INLINE {
+        if (i == groups) i = 0;  // nothing is behind the last: any sums will do
         const Group group = group_at(i);
-        const int64_t at = place_of(group, row);
-        for (int c = 0; c < group.width; ++c) parts[group.part].sums.prefetch(at + c * kUnitTileRows);
+        const OuterSums& part = parts[group.part];
+        const int64_t column = group.tile * kUnitTileRows;
+        return SumsBlock{part.sums, first * part.columns + column, part.columns,
+                         smaller(part.columns - column, group.width * kUnitTileRows)};
       };
-      Epilogue epilogue(
-          [&](int64_t i, int width, int64_t row, auto rows_at_once, const float* terms) LSTM_EXT_LAMBDA_INLINE {
-            const Group group = group_at(i);
-            for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
-              const OuterSums& part = parts[group.part];
-              const int64_t to = place_of(group, row);
-              if (part.sums.kind == WeightKind::kOwn) {
-                add_sums(part.sums.own() + to, terms, width, part.columns - group.tile * kUnitTileRows, first_block);
-              } else {
-                round_sums(part.sums, to, terms, width, part.columns - group.tile * kUnitTileRows);
-              }
-              fetch_ahead(i, i + 1, row, height, prefetch_row);
-            }
-          });
-      for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) prefetch_row(0, row);
+      struct Blocks {
+        SumsBlock here, next;
+      };
+      Epilogue epilogue([=](int64_t i, int) { return Blocks{place_of(i), place_of(i + 1)}; },
+                        [=](const Blocks& blocks, int64_t row, auto rows_at_once, const float* terms)
+                            LSTM_EXT_LAMBDA_INLINE {
+                              for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
+                                blocks.here.add(row, terms, first_block);
+                                const RowAhead ahead = row_ahead(row, height);
+                                (ahead.here ? blocks.here : blocks.next).prefetch(ahead.row);
+                              }
+                            });
+      for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) place_of(0).prefetch(row);
       for (int64_t i = 0; i < groups; ++i) {
         const Group group = group_at(i);
         const RightTiles right =

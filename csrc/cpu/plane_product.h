@@ -50,16 +50,18 @@ class Between {
   int64_t at_once_ = 0;
 };
 
-// What is done with the sums of a block while the next one is multiplied: f(block, column tiles, row, height, sums of
-// the row) for two rows at once, or one that is left; `height` is an integral_constant.
-template <typename F>
+// What is done with the sums of a block while the next one is multiplied: f(begin(block, column tiles), row, height,
+// sums of the row) for two rows at once, or one that is left; `height` is an integral_constant. The processor holds few
+// hundred instructions that wait for each other, those of the unit among them. So each instruction of `f` costs time:
+// `begin` works out what the rows of a block share, and both hold what they need by value.
+template <typename Begin, typename F>
 class Epilogue {
  public:
-  explicit Epilogue(F f) : f_(f) {}
+  Epilogue(Begin begin, F f) : begin_(begin), f_(f) {}
 
   void begin(int64_t block, int columns, const float* sums, int64_t rows) {
-    block_ = block;
-    columns_ = columns;
+    block_ = begin_(block, columns);
+    to_next_tile_ = (columns - 1) * kSumsSize;
     sums_ = sums;
     next_ = 0;
     rows_ = rows;
@@ -86,26 +88,31 @@ class Epilogue {
   }
   template <int kHeight>
   LSTM_EXT_INLINE void rows() {
-    const auto row = static_cast<uint64_t>(next_);
+    const int64_t row = next_;
+    const float* const sums = sums_;
     next_ += kHeight;
-    f_(block_, columns_, static_cast<int64_t>(row), std::integral_constant<int, kHeight>{},
-       sums_ + row / kUnitTileRows * columns_ * kSumsSize + row % kUnitTileRows * kUnitTileRows);
+    sums_ += kHeight * kUnitTileRows;
+    if (next_ % kUnitTileRows == 0) sums_ += to_next_tile_;
+    f_(block_, row, std::integral_constant<int, kHeight>{}, sums);
   }
 
+  Begin begin_;
   F f_;
-  int64_t block_ = 0, next_ = 0, rows_ = 0;
-  int columns_ = 0;
-  const float* sums_ = nullptr;
+  std::invoke_result_t<Begin, int64_t, int> block_{};
+  int64_t next_ = 0, rows_ = 0, to_next_tile_ = 0;
+  const float* sums_ = nullptr;  // of the next row
 };
 
 // An epilogue of a row fetches what the one of some rows later needs, of this block or of the next one. Fetched a whole
 // block before, it would be gone from the first-level cache, through which all operands pass.
 constexpr int64_t kRowsAhead = 4;
-template <typename F>
-LSTM_EXT_INLINE void fetch_ahead(int64_t block, int64_t next_block, int64_t row, int64_t rows, const F& fetch) {
+struct RowAhead {
+  int64_t row;
+  bool here;  // in this block
+};
+LSTM_EXT_INLINE RowAhead row_ahead(int64_t row, int64_t rows) {
   const int64_t ahead = row + smaller(kRowsAhead, rows);
-  const bool here = ahead < rows;
-  fetch(here ? block : next_block, here ? ahead : ahead - rows);
+  return ahead < rows ? RowAhead{ahead, true} : RowAhead{ahead - rows, false};
 }
 
 // Which planes meet, in order, which is part of the result: one side stays from each product to the next, so that few

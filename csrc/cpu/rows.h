@@ -26,6 +26,14 @@ struct RowGrid {
   }
 };
 
+// Rows at one distance.
+template <typename T>
+struct EvenRows {
+  T* data;
+  int64_t step;
+  LSTM_EXT_INLINE T* operator()(int64_t n) const { return data + n * step; }
+};
+
 template <typename T>
 LSTM_EXT_INLINE RowGrid<T> listed_rows(T* const* list) {
   return {nullptr, 0, 0, 0, list};
