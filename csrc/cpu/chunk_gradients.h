@@ -34,7 +34,8 @@ class ChunkGradients {
       const T* const grads = pass_.chunk.grad_input_part + begin * stride_;
       multiply_columns(
           RowGrid<const T>{grads, rows * stride_, stride_, rows}, rows, weight, Range{0, pass_.shape.input_size},
-          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); }, kNoPrefetch,
+          [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
+          [=](int64_t row, int64_t column) LSTM_EXT_LAMBDA_INLINE { __builtin_prefetch(out(begin + row) + column, 1); },
           [=](int64_t row, int64_t column, int lanes, Reg<T>& v)
               LSTM_EXT_LAMBDA_INLINE { v = adds ? load_lanes<T>(out(begin + row) + column, lanes) : Simd<T>::zero(); },
           [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
