@@ -20,6 +20,7 @@ constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there
 constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;       // and from further away
 constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
+constexpr double kWeightBytesOfSum = 10;     // that may be read in place of a byte of W x; measured on a Xeon
 constexpr double kGroupBytes = 512 * 1024;   // of the weights of a group of units; see count_unit_groups
 // Products of tiles, 4 us, that do not slow the processor's clock, and steps that have to follow them.
 constexpr int64_t kShortUnitProducts = 800;
@@ -234,15 +235,18 @@ int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
   return steps >= kShortUnitSteps ? steps : 0;
 }
 
-// W x of many steps at once is written to memory and read again, but reads W once. Where a step has rows enough and the
-// planes of both weights stay in the cache, W is read in each step instead.
+// W x of many steps at once is written to memory and read again, but reads W once. Where a step has rows enough, and
+// the planes of both weights stay in the cache or those of W are no more than what is not written and read, W is read
+// in each step instead.
 bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
   const int planes = plan.recurrent_unit.planes;
   if (unfused || plan.pack_as_used || planes == 0 || plan.input_unit.planes != planes) return false;
-  const int64_t numbers = plane_numbers(4 * shape.hidden_size, shape.input_size, planes) +
-                          plane_numbers(4 * shape.hidden_size, shape.output_size, planes);
+  const int64_t gates = 4 * shape.hidden_size;
+  const double of_input = 2.0 * static_cast<double>(plane_numbers(gates, shape.input_size, planes));
+  const double both = of_input + 2.0 * static_cast<double>(plane_numbers(gates, shape.output_size, planes));
+  const double sums = static_cast<double>(sizeof(float)) * static_cast<double>(gates * shape.batch);
   return shape.batch >= (planes == 1 ? kInputRowsOfOnePlane : kUnitTileRows) &&
-         2.0 * static_cast<double>(numbers) <= kWholeCacheBytes;
+         (both <= kWholeCacheBytes || of_input <= kWeightBytesOfSum * sums);
 }
 
 // A call of one step reads both weights once. Where the cache does not hold both, the units take turns: both products
@@ -390,7 +394,10 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   BackwardPlan plan;
   const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
-  const int64_t few = row_planes == 0 ? std::max(kRowMajorRows, 4 * machine.lanes) : few_rows(row_planes, narrow);
+  // Three planes are worth packing for a few rows of several steps if the weights are large.
+  const bool packs_soon =
+      row_planes > 0 && (narrow || row_planes < 3 || (shape.steps > 1 && gates * (I + P) > 200'000));
+  const int64_t few = packs_soon ? few_rows(row_planes, narrow) : std::max(kRowMajorRows, 4 * machine.lanes);
   // Where they lie, weights of 16 bits become float32 in each step.
   plan.pack = samples > few || (narrow && shape.steps > 1);
   // One step alone has no use for U but in the gradients of the states before it.
