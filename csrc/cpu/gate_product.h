@@ -367,17 +367,18 @@ class GateProduct {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);
         if (splits && planes.splits[place] && (!other.weight || other.weight->planes.splits[place])) {
-          if (other.weight) {
-            multiply_tiles(planes.count, other_left, height, other.weight->planes.gates(place, other_tiles),
-                           2 * kGroupTiles, other_tiles, scratch_.sums(block % 2), false, Between{});
-          }
           Between between = epilogue.between(planes.count);
           if (far && i + 1 < sweep.count && !weight.packs_as_used()) {
             between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data,
                           kGates * planes.tile_numbers(k_tiles));
           }
-          multiply_tiles(planes.count, scratch_.left, height, planes.gates(place, k_tiles), 2 * kGroupTiles, k_tiles,
-                         scratch_.sums(block % 2), other.weight != nullptr, between);
+          TileOperands operands[2];
+          int pairs = 0;
+          if (other.weight)
+            operands[pairs++] = {other_left, other.weight->planes.gates(place, other_tiles), other_tiles};
+          operands[pairs++] = {scratch_.left, planes.gates(place, k_tiles), k_tiles};
+          multiply_tiles(planes.count, operands, pairs, height, 2 * kGroupTiles, scratch_.sums(block % 2), false,
+                         between);
           epilogue.rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;

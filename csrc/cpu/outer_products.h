@@ -279,8 +279,8 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         const Group group = group_at(i);
         const RightTiles right =
             right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
-        multiply_tiles(planes, tiles.left, height, right, group.width, k_tiles, tiles.sums(i % 2), false,
-                       epilogue.between(planes));
+        const TileOperands operands{tiles.left, right, k_tiles};
+        multiply_tiles(planes, &operands, 1, height, group.width, tiles.sums(i % 2), false, epilogue.between(planes));
         epilogue.rest();
         epilogue.begin(i, group.width, tiles.sums(i % 2), height);
       }

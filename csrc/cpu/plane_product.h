@@ -145,14 +145,22 @@ struct TileGroups {
   }
 };
 
+// A left operand, all its rows, and a right one, one group of columns or two.
+struct TileOperands {
+  const uint16_t* left;
+  RightTiles right;
+  int64_t k_tiles;
+};
+
 #if defined(LSTM_EXT_TILE_REGISTERS)
 
 // The sums of kRows x kColumns tiles, 2 x 2 at most or 1 x 4, in the registers from 0 on.
 template <int P, int kRows, int kColumns>
 class TileBlock {
  public:
-  static void multiply(const uint16_t* left, int64_t left_row_step, const RightTiles& right, int64_t k_tiles,
-                       float* sums, int64_t sums_row_step, bool add, Between& between) {
+  // The products of `count` pairs of operands, from these tiles on.
+  static void multiply(const TileOperands* operands, int count, int64_t first_row, int64_t first_group, float* sums,
+                       int64_t sums_row_step, bool add, Between& between) {
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
       constexpr int kTile = row() * kColumns + column();
       if (add) {
@@ -161,11 +169,15 @@ class TileBlock {
         MatrixUnit::zero<kTile>();
       }
     });
-    const uint16_t* a = left;
-    const uint16_t* b = right.data;
-    for (int64_t k = 0; k < k_tiles; ++k, a += P * kOperandSize, b += right.k_step) {
-      MatrixUnit::keep_awake();
-      step(a, left_row_step, b, right.group_step, between);
+    for (int i = 0; i < count; ++i) {
+      const int64_t k_tiles = operands[i].k_tiles, left_row_step = k_tiles * P * kOperandSize;
+      const RightTiles right = operands[i].right;
+      const uint16_t* a = operands[i].left + first_row * left_row_step;
+      const uint16_t* b = right.data + first_group * right.group_step;
+      for (int64_t k = 0; k < k_tiles; ++k, a += P * kOperandSize, b += right.k_step) {
+        MatrixUnit::keep_awake();
+        step(a, left_row_step, b, right.group_step, between);
+      }
     }
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
       MatrixUnit::store<row() * kColumns + column()>(sums + row() * sums_row_step + column() * kSumsSize);
@@ -252,12 +264,11 @@ class TileBlock {
   }
 };
 
-// sums[row tile][column tile] = (or +=) left * right, for all rows of a left operand and `columns` tiles: those of one
-// column group, or four, of two.
+// sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
+// `columns` tiles: those of one column group, or four, of two.
 template <int P>
-void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right, int columns, int64_t k_tiles,
-                    float* sums, bool add, Between between) {
-  const int64_t left_row_step = k_tiles * P * kOperandSize;
+void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
+                    Between between) {
   const int64_t sums_row_step = columns * kSumsSize;
   const auto each_block = [&](auto&& block) LSTM_EXT_LAMBDA_INLINE {
     constexpr std::integral_constant<int, 1> kOne;
@@ -282,14 +293,13 @@ void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right,
       block(pairs_end, kOne, 0, kOne);
     }
   };
-  int64_t chances = 0;
+  int64_t chances = 0, k_tiles = 0;
+  for (int i = 0; i < count; ++i) k_tiles += operands[i].k_tiles;
   each_block([&](int64_t, auto height, int, auto width)
                  LSTM_EXT_LAMBDA_INLINE { chances += TileBlock<P, height(), width()>::chances(k_tiles); });
   between.share(chances);
   each_block([&](int64_t row, auto height, int column, auto width) LSTM_EXT_LAMBDA_INLINE {
-    RightTiles part = right;
-    part.data += column / kGroupTiles * right.group_step;
-    TileBlock<P, height(), width()>::multiply(left + row * left_row_step, left_row_step, part, k_tiles,
+    TileBlock<P, height(), width()>::multiply(operands, count, row, column / kGroupTiles,
                                               sums + row * sums_row_step + column * kSumsSize, sums_row_step, add,
                                               between);
   });
@@ -335,8 +345,11 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
 
 // As above. There is nothing to be done meanwhile: the processor itself does the work.
 template <int P>
-void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right, int columns, int64_t k_tiles,
-                    float* sums, bool add, const Between&) {
+void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
+                    const Between&) {
+  if (count > 1) multiply_tiles<P>(operands, count - 1, rows, columns, sums, add, Between{});
+  const auto [left, right, k_tiles] = operands[count - 1];
+  if (count > 1) add = true;
   for (int64_t first = 0; first < rows; first += kUnitTileRows) {
     const uint16_t* const tile = left + first / kUnitTileRows * k_tiles * P * kOperandSize;
     float* const out = sums + first / kUnitTileRows * columns * kSumsSize;
@@ -356,9 +369,9 @@ void multiply_tiles(const uint16_t* left, int64_t rows, const RightTiles& right,
 
 #endif
 
-inline void multiply_tiles(int planes, const uint16_t* left, int64_t rows, const RightTiles& right, int columns,
-                           int64_t k_tiles, float* sums, bool add, const Between& between) {
-  with_planes(planes, [&](auto p) { multiply_tiles<p()>(left, rows, right, columns, k_tiles, sums, add, between); });
+inline void multiply_tiles(int planes, const TileOperands* operands, int count, int64_t rows, int columns, float* sums,
+                           bool add, const Between& between) {
+  with_planes(planes, [&](auto p) { multiply_tiles<p()>(operands, count, rows, columns, sums, add, between); });
 }
 
 #endif
