@@ -387,6 +387,23 @@ def test_gradients_of_weights_take_no_new_memory_in_each_call():
     assert faults(20) < 20 * 100  # 500 to 1,400 a call from the C library
 
 
+@pytest.mark.alone
+def test_layers_of_different_sizes_keep_their_memory():
+    """The small one does not take the memory of the large one, 30 MB, nor frees it for its own."""
+    layers = [lstm_ext.LSTM(512, 512), lstm_ext.LSTM(64, 64)]
+    inputs = [torch.randn(16, 16, 512), torch.randn(100, 16, 64)]
+
+    def faults(calls: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(calls):
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)[0].sum().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(5)
+    assert faults(10) < 10 * 100
+
+
 def test_capability_by_name():
     with pytest.raises(
         ValueError, match="expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got 'sse9'"

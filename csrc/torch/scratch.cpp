@@ -21,6 +21,7 @@ namespace {
 constexpr size_t kLeastBytes = size_t{64} << 10;
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kMostTimes = 4;  // what is needed: a block of more is neither used nor freed for it
 
 struct Block {
   void* data;
@@ -32,7 +33,8 @@ struct Block {
 class Kept {
  public:
   // The smallest that fits and is not larger than `most`. If there is none, null, and the oldest blocks of as many
-  // bytes are freed for the new one: what is kept does not add to the most that a process needs.
+  // bytes are freed for the new one: what is kept does not add to the most that a process needs. But those that are
+  // much larger stay: two layers of different sizes would take each other's blocks in every call.
   Block* take(size_t bytes, size_t most) {
     std::vector<Block*> dropped;
     Block* found = nullptr;
@@ -49,7 +51,7 @@ class Kept {
         blocks_.erase(best);
         bytes_ -= found->bytes;
       } else {
-        dropped = oldest(bytes);
+        dropped = oldest(bytes, kMostTimes * bytes);
       }
     }
     free(dropped);
@@ -65,7 +67,7 @@ class Kept {
         dropped.push_back(block);
       } else {
         const size_t all = bytes_ + block->bytes;
-        if (all > kScratchBytes) dropped = oldest(all - kScratchBytes);
+        if (all > kScratchBytes) dropped = oldest(all - kScratchBytes, kScratchBytes);
         blocks_.push_back(block);
         bytes_ += block->bytes;
       }
@@ -74,15 +76,19 @@ class Kept {
   }
 
  private:
-  // Takes out the oldest blocks, of so many bytes together, or all.
-  std::vector<Block*> oldest(size_t bytes) {
+  // Takes out the oldest blocks of at most `most` bytes each, of so many bytes together, or all.
+  std::vector<Block*> oldest(size_t bytes, size_t most) {
     std::vector<Block*> taken;
     size_t sum = 0;
-    while (sum < bytes && taken.size() < blocks_.size()) {
-      taken.push_back(blocks_[taken.size()]);
-      sum += taken.back()->bytes;
+    for (auto it = blocks_.begin(); it != blocks_.end() && sum < bytes;) {
+      if ((*it)->bytes > most) {
+        ++it;
+        continue;
+      }
+      sum += (*it)->bytes;
+      taken.push_back(*it);
+      it = blocks_.erase(it);
     }
-    blocks_.erase(blocks_.begin(), blocks_.begin() + static_cast<std::ptrdiff_t>(taken.size()));
     bytes_ -= sum;
     return taken;
   }
@@ -106,11 +112,11 @@ Kept& kept() {
 
 class ScratchAllocator final : public c10::Allocator {
  public:
-  // A block may be larger than what it is for by this fraction of it.
-  explicit ScratchAllocator(double spare) : spare_(spare) {}
+  // A block may be so many times as large as what it is for.
+  explicit ScratchAllocator(double most_times) : most_times_(most_times) {}
 
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = kept().take(bytes, bytes + static_cast<size_t>(spare_ * static_cast<double>(bytes)) + kAlignment);
+    Block* block = kept().take(bytes, static_cast<size_t>(most_times_ * static_cast<double>(bytes)) + kAlignment);
     if (!block) {
       const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
       const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -127,7 +133,7 @@ class ScratchAllocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
-  const double spare_;
+  const double most_times_;
 };
 
 at::Tensor kept_empty(at::IntArrayRef sizes, const at::TensorOptions& options, ScratchAllocator& allocator) {
@@ -162,12 +168,12 @@ at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options)
 }
 
 at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  static ScratchAllocator& allocator = *new ScratchAllocator(1.0);
+  static ScratchAllocator& allocator = *new ScratchAllocator(kMostTimes);
   return kept_empty(sizes, options, allocator);
 }
 
 at::Tensor gradient_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  static ScratchAllocator& allocator = *new ScratchAllocator(0.125);
+  static ScratchAllocator& allocator = *new ScratchAllocator(1.125);
   return kept_empty(sizes, options, allocator);
 }
 
