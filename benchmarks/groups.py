@@ -21,7 +21,7 @@ from shapes import CELLS, MEMORY, ROLLOUTS, SHAPES, SHARED, STREAMS, SWEEPS, TAS
 
 import lstm_ext
 
-LEAST, MOST = 3, 60  # turns of a case
+LEAST, MOST = 5, 60  # turns of a case
 # For sides with threads of their own. Those of torch spin for some milliseconds after a call.
 PAUSE = 0.005
 PROCESS = "process"  # the one case of the imports

@@ -65,6 +65,15 @@ def sample(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def settle(pause: float) -> None:
+    """Wait until the threads of this process rest: `pause` seconds, and again while they compute, 40 times at most."""
+    for _ in range(40):
+        before = time.process_time()
+        time.sleep(pause)
+        if time.process_time() - before < pause / 5:
+            return
+
+
 @dataclass
 class Interleaved:
     seconds: dict[str, list[float]]  # of a call, a number for each sample
@@ -82,13 +91,19 @@ def interleave(
 
     Who goes first rotates, and the direction changes after each rotation: no side always follows the same other one.
 
-    With a `pause`, in seconds, each sample waits so long, and an untimed call goes before a sample of short calls. It
-    is for sides that have threads of their own: those of the side before may spin for some milliseconds on the cores
-    that these need.
+    With a `pause`, in seconds, each sample waits until the threads of the process rest for so long, and an untimed call
+    goes before a sample of short calls. It is for sides that have threads of their own: those of the side before may
+    spin for some milliseconds on the cores that these need, and our layer takes fewer threads after such a call.
     """
     for function in sides.values():
+        if pause:
+            settle(pause)
         function()
-    once = {name: sample(function, 1) for name, function in sides.items()}
+    once = {}
+    for name, function in sides.items():
+        if pause:
+            settle(pause)
+        once[name] = sample(function, 1)
     if sum(once.values()) < budget / 4:  # else a call takes so long that nothing but the samples matters
         for name, function in sides.items():
             once[name] = min(once[name], *(sample(function, 1) for _ in range(3)))
@@ -107,7 +122,7 @@ def interleave(
                 break
             for name in order_of(names, turn):
                 if pause:
-                    time.sleep(pause)
+                    settle(pause)
                     if calls > 1:
                         sides[name]()
                 seconds[name].append(sample(sides[name], calls))
