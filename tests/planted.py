@@ -43,7 +43,7 @@ FAULTS: dict[str, Fault] = {
         "load_lanes<T>(pass_.h_rows[n] + k, lanes) * load_lanes<T>(mask + k, lanes)",
         "load_lanes<T>(pass_.h_rows[n] + k, lanes)",
     ),
-    "cpu/backward_state.h": Fault(": grad_c * gates[kF], lanes)", ": grad_c * gates[kI], lanes)"),
+    "cpu/backward_state.h": Fault(": grad * gates[kF], lanes)", ": grad * gates[kI], lanes)"),
     "cpu/backward_steps.h": Fault(
         "if (grad_final.data) v = v + load_lanes", "if (grad_final.data) v = v - load_lanes"
     ),

@@ -234,6 +234,9 @@ def test_which_products_run_on_the_unit(unit):
     assert planes(100, 1, 64, 64) == (3, 0, 0, 3, 3)
     # Few samples are computed as one step after the other.
     assert planes(4, 8, 64, 64) == (0, 0, 0, 0, 0)
+    # A backward pass takes some more for few, of small weights.
+    assert planes(4, 16, 64, 128) == (3, 3, 0, 0, 0)
+    assert planes(4, 16, 64, 512) == (3, 3, 3, 3, 3)
     # Few features, few units.
     assert planes(20, 32, 8, 64) == (0, 3, 3, 0, 3)
     assert planes(20, 32, 64, 8) == (0, 0, 0, 3, 3)
@@ -276,6 +279,23 @@ def test_where_the_input_is_summed_in_the_steps(unit):
     assert not in_steps(20, 16, 256, 256)
     assert in_steps(20, 8, 256, 256, planes=1)
     assert not in_steps(20, 7, 256, 256, planes=1)
+    # Weights that do not stay there, but W has fewer bytes than writing and reading W x costs.
+    assert in_steps(20, 64, 256, 256)
+    assert in_steps(20, 16, 96, 512)
+    assert not in_steps(20, 16, 112, 512)
+
+
+def test_how_two_workers_share_a_forward_pass(unit):
+    """The rows, or the units: where a cache holds half of a weight's planes, but not all, and rows are not many."""
+
+    def groups(*sizes: int) -> tuple[int, int]:
+        plan = plan_of(sized(*sizes), threads=2)
+        return plan["forward_batch_groups"], plan["forward_hidden_groups"]
+
+    assert groups(20, 64, 128, 128) == (2, 1)
+    assert groups(20, 64, 256, 256) == (1, 2)
+    assert groups(20, 512, 256, 256) == (2, 1)
+    assert groups(20, 16, 128, 128) == (1, 2)  # half a row tile each would take as long as a whole one
 
 
 def test_how_much_of_the_input_is_multiplied_at_once(unit):

@@ -19,6 +19,7 @@ constexpr double kUnitCellFeatures = 30;     // a cell costs as much as so many 
 constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there with nothing else
 constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
 constexpr double kLoadFarNumber = 6.0;       // and from further away
+constexpr double kRowsThatWait = 128;        // for these; with more, the next tiles of a weight arrive meanwhile
 constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
 constexpr double kWeightBytesOfSum = 10;     // that may be read in place of a byte of W x; measured on a Xeon
 constexpr double kGroupBytes = 512 * 1024;   // of the weights of a group of units; see count_unit_groups
@@ -65,6 +66,9 @@ struct StepCost {
   int planes = 0;             // of the recurrent product, where it runs on the matrix unit
   double weight_numbers = 0;  // of the weights that are read in a step
   double row_multiple = 1;
+  // Beside the unit, loading from further away takes time of its own. In a backward pass that would not help to choose:
+  // workers that share the units of a step read and split each other's gradients, which takes about as long.
+  bool adds = false;
 
   // For a worker that has so many rows of a batch, and such a share of the units.
   double of(double rows, double batch, double share) const {
@@ -75,21 +79,23 @@ struct StepCost {
       return bytes > kCacheBytes ? std::max(computing, kLoadFarNumber * bytes / 2) : computing;
     }
     const double read = weight_numbers * planes * share;
-    const double loading = read * (2 * read > kCacheBytes ? kLoadFarNumber : kLoadNumber);
-    return std::max(row_work * std::ceil(rows / row_multiple) * row_multiple * share, loading);
+    const bool far = 2 * read > kCacheBytes;
+    const double loading = read * (far ? kLoadFarNumber : kLoadNumber);
+    const double computing = row_work * std::ceil(rows / row_multiple) * row_multiple * share;
+    return adds && far && rows <= kRowsThatWait ? computing + loading : std::max(computing, loading);
   }
 };
 
 // The cost of steps whose rows meet so many features beside h; `planes` as in StepCost. The unit is that much faster
 // than fused multiply-adds, which makes the cells weigh more.
-StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit) {
+StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds) {
   const double gates = 4.0 * static_cast<double>(shape.hidden_size);
   const double products = gates * static_cast<double>(features + shape.output_size);
   // Of several steps, the weight of the input is read once for many of them.
   const double read = shape.steps == 1 ? products : gates * static_cast<double>(shape.output_size);
   if (planes == 0) return {row_work(shape, features), 0, read};
   return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes, read,
-          static_cast<double>(unit.row_multiple)};
+          static_cast<double>(unit.row_multiple), adds};
 }
 
 // The grid with the shortest estimated time. `other_work` is what all workers share evenly, `barriers` how often
@@ -288,7 +294,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   if (plan.pack) plan.recurrent_unit.planes = recurrent_planes;
   plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
-  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit), 0.0,
+  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit, true), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   plan.unit_groups = count_unit_groups(plan, params, machine);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
@@ -404,8 +410,8 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
   if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
-  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit), other_work,
-                          count_barriers(params), shape.batch);
+  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit, false),
+                          other_work, count_barriers(params), shape.batch);
   const int64_t workers = plan.grid.workers();
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
 
