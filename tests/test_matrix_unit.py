@@ -286,7 +286,7 @@ def test_where_the_input_is_summed_in_the_steps(unit):
 
 
 def test_how_two_workers_share_a_forward_pass(unit):
-    """The rows, or the units: where a cache holds half of a weight's planes, but not all, and rows are not many."""
+    """The rows; or the units, where a cache holds half of the planes of a weight only, and rows are not many."""
 
     def groups(*sizes: int) -> tuple[int, int]:
         plan = plan_of(sized(*sizes), threads=2)
