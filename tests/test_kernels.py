@@ -396,8 +396,8 @@ def test_layers_of_different_sizes_keep_their_memory():
     def faults(calls: int) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(calls):
-            for layer, x in zip(layers, inputs, strict=True):
-                layer(x)[0].sum().backward()
+            for module, x in zip(layers, inputs, strict=True):
+                module(x)[0].sum().backward()
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults(5)
