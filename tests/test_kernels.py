@@ -444,7 +444,8 @@ def test_baseline_contains_no_newer_instructions():
             function = line
         elif "%ymm" in line or "%zmm" in line:
             sets_with_wide_code.add(function.split("lstm_ext::cpu::")[-1].split("::")[0])
-            if not any(f"{name}::" in function for name in sets):
+            # objdump cannot read the names of some lambdas, and shows them as the compiler wrote them.
+            if not any(f"{name}::" in function or f"3cpu{len(name)}{name}" in function for name in sets):
                 offenders.add(function)
     assert set(sets) <= sets_with_wide_code  # else the names have changed and this tests nothing
     assert not offenders, offenders
