@@ -271,8 +271,8 @@ def not_faster(records: dict[str, dict]) -> str:
             f"- **H >= {LARGE} with a batch, without matrix units**: about as fast as torch, {'; '.join(lines)}.",
             f"- **bfloat16** without matrix units: {span(without)} of torch's speed on a processor with bfloat16 "
             f"instructions ({linked('contract')}).",
-            f"- **LSTMCell with AMX**: {len(slower)} of {len(cells)} cases are slower than torch's, {min(slower):.2f}× "
-            f"in the worst ({linked('contract_amx')}).",
+            f"- **LSTMCell with AMX**: {len(slower)} of {len(cells)} cases {'is' if len(slower) == 1 else 'are'} "
+            f"slower than torch's, {min(slower):.2f}× in the worst ({linked('contract_amx')}).",
         ]
     )
 
