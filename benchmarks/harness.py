@@ -67,7 +67,7 @@ def sample(function: Callable[[], object], calls: int) -> float:
 
 def settle(pause: float) -> None:
     """Wait until the threads of this process rest: `pause` seconds, and again while they compute, 40 times at most."""
-    for _ in range(40):
+    for _ in range(40 if pause else 0):
         before = time.process_time()
         time.sleep(pause)
         if time.process_time() - before < pause / 5:
@@ -96,13 +96,11 @@ def interleave(
     spin for some milliseconds on the cores that these need, and our layer takes fewer threads after such a call.
     """
     for function in sides.values():
-        if pause:
-            settle(pause)
+        settle(pause)
         function()
     once = {}
     for name, function in sides.items():
-        if pause:
-            settle(pause)
+        settle(pause)
         once[name] = sample(function, 1)
     if sum(once.values()) < budget / 4:  # else a call takes so long that nothing but the samples matters
         for name, function in sides.items():
@@ -121,10 +119,9 @@ def interleave(
             if turn >= least and time.perf_counter() > deadline:
                 break
             for name in order_of(names, turn):
-                if pause:
-                    settle(pause)
-                    if calls > 1:
-                        sides[name]()
+                settle(pause)
+                if pause and calls > 1:
+                    sides[name]()
                 seconds[name].append(sample(sides[name], calls))
     finally:
         if enabled:

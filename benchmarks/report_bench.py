@@ -138,7 +138,7 @@ def goals(record: Result) -> list[str]:
     return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
 
 
-# The matrix unit takes rows from eight on.
+# From so many rows on, float32 layers run on the matrix unit.
 UNIT_ROWS = 8
 
 
@@ -175,9 +175,8 @@ def best_speed(record: Result, like: Result) -> float:
 def limit_of(record: Result, result: Result) -> float:
     """Milliseconds that the machine needs at least, by what it has shown in this record: for the products, or for
     reading the recurrent weights in each step, whichever is longer."""
-    number = (
-        2 if result["dtype"] == "bfloat16" else 6 if on_unit(record, result) else 4
-    )  # bytes; planes have 6
+    planes = 6 if on_unit(record, result) else 4  # bytes of a float32 number
+    number = 2 if result["dtype"] == "bfloat16" else planes
     size = 4 * result["hidden_size"] ** 2 * number
     speeds = [b for b in record["machine"]["bandwidth"] if b["threads"] == result["threads"]]
     speed = min(speeds, key=lambda b: abs(b["bytes"] - size))["gigabytes_per_second"]

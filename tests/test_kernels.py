@@ -404,6 +404,29 @@ def test_layers_of_different_sizes_keep_their_memory():
     assert faults(10) < 10 * 100
 
 
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_sigmoid_and_tanh_to_three_units_in_the_last_place(name):
+    """Of small results too: c_1 is the sigmoid of the input, or its tanh."""
+    units = 32
+    x = torch.cat((torch.logspace(-6, 1, 16000), torch.linspace(0, 10, 16000))).reshape(-1, units)
+    module = lstm_ext.LSTM(units, units)
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(name)
+    try:
+        for gate, function in ((0, torch.sigmoid), (2, torch.tanh)):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.zero_()
+                module.weight_ih_l0.view(4, units, units)[gate] = torch.eye(units)
+                module.bias_ih_l0.view(4, units)[2 - gate] = 100  # the other factor of c_1 is 1
+                for values in (x, -x):
+                    _, (_, c) = module(values[None])
+                    exact = function(values.double())
+                    assert ((c[0].double() - exact).abs() <= 6 * 2.0**-24 * exact.abs()).all()
+    finally:
+        _C.set_cpu_capability(before)
+
+
 def test_capability_by_name():
     with pytest.raises(
         ValueError, match="expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got 'sse9'"
