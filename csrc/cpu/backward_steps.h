@@ -35,13 +35,11 @@ class FusedBackwardStep {
     const bool projected = pass_.shape.projected;
     const int64_t P = pass_.shape.output_size;
     const int64_t t = pass_.steps.time(s);
-    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
-      const Range part = begins ? Range{continued, count} : Range{0, continued};
-      if (part.begin == part.end) continue;
+    for_each_part(continued, count, [&](Range part, bool begins) LSTM_EXT_LAMBDA_INLINE {
       const int64_t later = begins ? -1 : s - 1;
       const T* const grad_h_n = begins ? pass_.params.grad_h_n : nullptr;
       if (!projected) {
-        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
+        const CellRows<T> cells = pass_.cell_rows(part, begins);
         hidden_gradient(part, later, grad_h_n, t, prefetch_of(cells, part),
                         [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
                             LSTM_EXT_LAMBDA_INLINE { cells.template cell_gradient<false>(row, column, sums, lanes); });
@@ -49,21 +47,17 @@ class FusedBackwardStep {
         const RowGrid<T> out = pass_.rows.grid(pass_.grad_hidden(s), P, part);
         hidden_gradient(part, later, grad_h_n, t, kNoPrefetch, StoreRows{out});
       }
-    }
+    });
     if (projected) {
       pass_.meet_team();
-      const RowGrid<const T> out = pass_.rows.grid(const_cast<const T*>(pass_.grad_hidden(s)), P, {0, count});
-      for (int begins = 0; begins < 2; ++begins) {
-        const Range part = begins ? Range{continued, count} : Range{0, continued};
-        if (part.begin == part.end) continue;
-        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
-        RowGrid<const T> rows = out;
-        rows.data = out(part.begin);
-        multiply_columns(rows, part.end - part.begin, pass_.projection_weight(), pass_.hidden_columns,
-                         pass_.partial_sums(part), prefetch_of(cells, part), kFromZero<T>,
+      const T* const grad_hidden = pass_.grad_hidden(s);
+      for_each_part(continued, count, [&](Range part, bool begins) LSTM_EXT_LAMBDA_INLINE {
+        const CellRows<T> cells = pass_.cell_rows(part, begins);
+        multiply_columns(pass_.rows.grid(grad_hidden, P, part), part.end - part.begin, pass_.projection_weight(),
+                         pass_.hidden_columns, pass_.partial_sums(part), prefetch_of(cells, part), kFromZero<T>,
                          [=](int64_t row, int64_t column, Reg<T> sums, int lanes)
                              LSTM_EXT_LAMBDA_INLINE { cells.template cell_gradient<false>(row, column, sums, lanes); });
-      }
+      });
     }
     pass_.meet_team();
   }
@@ -236,10 +230,8 @@ class UnfusedBackwardStep {
       });
     } else {
       const Range units = pass_.hidden_columns;
-      for (int begins = 0; begins < 2; ++begins) {
-        const Range part = begins ? Range{continued, count} : Range{0, continued};
-        if (part.begin == part.end) continue;
-        const CellRows<T> cells = pass_.cell_rows(part, begins != 0);
+      for_each_part(continued, count, [&](Range part, bool begins) LSTM_EXT_LAMBDA_INLINE {
+        const CellRows<T> cells = pass_.cell_rows(part, begins);
         for (int64_t row = 0; row < part.end - part.begin; ++row) {
           const T* const grad_h = pass_.grad_h + cells.batch_row(row) * H_;
           for (int64_t unit = units.begin; unit < units.end; unit += S::kLanes) {
@@ -248,7 +240,7 @@ class UnfusedBackwardStep {
                                                &options_.zoneout_c);
           }
         }
-      }
+      });
     }
     pass_.meet_team();
   }

@@ -165,7 +165,7 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  // One copy for all tiles, which it would make long.
+  // A function of its own, since each tile would have a copy of it.
   const auto finish_block = [&](int64_t row, int64_t column, const T* sums, int lanes)
                                 __attribute__((noinline)) { finish(row, column, S::load(sums), lanes); };
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {

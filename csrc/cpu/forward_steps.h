@@ -33,10 +33,9 @@ class FusedForwardStep {
     const int64_t count = preactivations.rows;
     const PreviousStates<T> previous = pass_.states_before(t, pass_.params.c_n);
     const int64_t continued = pass_.rows.count(previous.continued);
-    for (int begins = 0; begins < 2; ++begins) {  // one place of call: the loops inside are long
-      const Range part = begins ? Range{continued, count} : Range{0, continued};
-      if (part.begin < part.end) recurrence(t, part, begins != 0, previous, preactivations);
-    }
+    for_each_part(continued, count, [&](Range part, bool begins) LSTM_EXT_LAMBDA_INLINE {
+      recurrence(t, part, begins, previous, preactivations);
+    });
     pass_.meet_team();
     if (pass_.shape.projected) {
       pass_.project(t, count);

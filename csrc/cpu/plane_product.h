@@ -51,8 +51,8 @@ class Between {
 };
 
 // What is done with the sums of a block while the next one is multiplied: f(begin(block, column tiles), row, height,
-// sums of the row) for two rows at once, or one that is left; `height` is an integral_constant. The processor holds few
-// hundred instructions that wait for each other, those of the unit among them. So each instruction of `f` costs time:
+// sums of the row) for two rows at once, or one that is left; `height` is an integral_constant. The processor has room
+// for some hundred instructions that are not done, those of the unit among them. So each instruction of `f` costs time:
 // `begin` works out what the rows of a block share, and both hold what they need by value.
 template <typename Begin, typename F>
 class Epilogue {

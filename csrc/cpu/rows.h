@@ -63,6 +63,16 @@ LSTM_EXT_INLINE RowGrid<T> rows_from(const Sequence<T>& x, const Steps& steps, i
   return {rows_at(x, steps, t), x.stride_t, x.stride_b, steps.rows_at(t)};
 }
 
+// The rows that continue, then those that begin: f(rows, whether they begin). One place of call: the loops inside are
+// long.
+template <typename F>
+LSTM_EXT_INLINE void for_each_part(int64_t continued, int64_t count, F&& f) {
+  for (int begins = 0; begins < 2; ++begins) {
+    const Range part = begins ? Range{continued, count} : Range{0, continued};
+    if (part.begin < part.end) f(part, begins != 0);
+  }
+}
+
 // The batch rows of one team (see WorkerGrid).
 struct TeamRows {
   int64_t first, stride, most;

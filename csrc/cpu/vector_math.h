@@ -78,27 +78,29 @@ template <typename T>
 constexpr bool kUsesTable = false;
 #endif
 
-// e^-x = scale (1 + p), where scale + rest is a power of 2, or of its sixteenth root.
+// e^-x = scale (1 + p). With a table, scale + rest is a power of the sixteenth root of 2; else scale is one of 2
+// itself.
 template <typename T>
 struct ExpTerms {
-  Reg<T> scale, p;
+  Reg<T> scale, p, rest;
 
   LSTM_EXT_INLINE Reg<T> exp() const { return Simd<T>::fma(p, scale, scale); }
-  LSTM_EXT_INLINE Reg<T> exp_minus_1(Reg<T> rest) const {
+  LSTM_EXT_INLINE Reg<T> exp_minus_1() const {
     const Reg<T> less = scale - Simd<T>::set1(Number<T>(1));
     if constexpr (kUsesTable<T>) return less + Simd<T>::fma(p, scale, rest);
     return Simd<T>::fma(p, scale, less);
   }
 };
 
-// e^-(kTimes x); kNearOne: where that is 1, or little less, p and `rest` are as exact as e^-x - 1 needs.
+// Those of e^-(kTimes x). kNearOne: as exact as exp_minus_1 needs near zero; without it there is no `rest`.
 template <typename T, int kTimes, bool kNearOne>
-LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x, Reg<T>& rest) {
+LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x) {
   using S = Simd<T>;
+  ExpTerms<T> terms{};
   const Reg<T> times = kTimes == 2 ? x + x : x;
   if constexpr (kUsesTable<T>) {
     using N = Number<T>;
-    constexpr N kSixteenth = 0.0433216988f;  // ln 2 / 16: half a unit of 16 in the last place of ln 2 off
+    constexpr N kSixteenth = 0.0433216988f;  // ln 2 / 16: float32 has it to 3e-9, so one product is exact enough
     constexpr N kHalf = kSixteenth / 2;
     // The integer n in the last bits: the distance of numbers is 1 here.
     const Reg<T> shift = S::set1(N(0x1.8p23));
@@ -108,17 +110,18 @@ LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x, Reg<T>& rest) {
     if constexpr (kNearOne) {
       q = S::fma(minus_r, S::set1(N(1) / 24), S::set1(N(-1) / 6));
       q = S::fma(q, minus_r, S::set1(N(1) / 2));
-      rest = S::rest_of_sixteenth(bits);
+      terms.rest = S::rest_of_sixteenth(bits);
     } else {  // r^4 -> 2 (sqrt 2 - 1) a^2 r^2, the multiple of r^2 with the least error
       q = S::fma(minus_r, S::set1(N(-1) / 6), S::set1(N(1) / 2 + N(0.828427) * kHalf * kHalf / 24));
     }
-    return {S::power_of_sixteenth(bits), S::fma(q, minus_r * minus_r, -minus_r)};
+    terms.scale = S::power_of_sixteenth(bits);
+    terms.p = S::fma(q, minus_r * minus_r, -minus_r);
   } else {
-    const Reg<T> one = S::set1(Number<T>(1));
     Reg<T> n;
-    const Reg<T> p = expm1_reduced<T>(-times, n);
-    return {S::scale_by_power_of_two(one, n), p};
+    terms.p = expm1_reduced<T>(-times, n);
+    terms.scale = S::scale_by_power_of_two(S::set1(Number<T>(1)), n);
   }
+  return terms;
 }
 
 // Both functions are made of 1 / denominator, which the caller computes: several may share one division. It may be some
@@ -133,8 +136,7 @@ struct SigmoidTerms {
   LSTM_EXT_INLINE explicit SigmoidTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    Reg<T> unused;
-    e = exp_of_minus<T, 1, false>(S::at_least(S::at_most(x, C::kLimit), -C::kLimit), unused).exp();
+    e = exp_of_minus<T, 1, false>(S::at_least(S::at_most(x, C::kLimit), -C::kLimit)).exp();
     denominator = S::set1(Number<T>(1)) + e;
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> inverse) const {
@@ -151,10 +153,9 @@ struct TanhTerms {
   LSTM_EXT_INLINE explicit TanhTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    Reg<T> rest;
-    const ExpTerms<T> terms = exp_of_minus<T, 2, true>(S::at_most(S::abs(x), C::kTanhLimit), rest);
+    const ExpTerms<T> terms = exp_of_minus<T, 2, true>(S::at_most(S::abs(x), C::kTanhLimit));
     e = terms.exp();
-    em1 = terms.exp_minus_1(rest);
+    em1 = terms.exp_minus_1();
     denominator = em1 + S::set1(Number<T>(2));
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> x, Reg<T> inverse) const {
