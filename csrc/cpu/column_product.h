@@ -192,17 +192,18 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
 #pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
         const bool done = k + depth >= b.depth;
-        // What the epilogue reads was written long ago; it arrives while the tile is summed.
-        if (done) {
+        // What the epilogue reads was written long ago. It arrives while a tile is summed: the epilogue of the tile
+        // before asks for it, a little at a time, and of the first tile all at once.
+        if (done && first == 0 && column == columns.begin) {
           for (int r = 0; r < R; ++r)
             for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
         }
         const T* panel = b.template at<NV>(column, k);
         const int64_t step = b.template step<NV>();
         if (exact) {
-          constexpr bool kFetch = NextPanel::kUsed && R > 1 && NV > 1;
-          accumulate_rows<T, R, NV, false, kFetch>(tile, a, panel, step, depth, 0,
-                                                   kFetch ? next_panel.take(depth) : nullptr);
+          constexpr bool kFetches = NextPanel::kUsed && R > 1 && NV > 1;
+          accumulate_rows<T, R, NV, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
+              tile, a, panel, step, depth, 0, kFetches ? next_panel.take(depth) : nullptr);
         } else {
           accumulate_rows<T, R, NV, true>(tile, a, panel, step, depth, last);
         }
@@ -221,11 +222,15 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
             tile.acc[r][v] = tile.acc[r][v] + before;
           }
         }
+        const bool last_tile = row + R == rows.end;
+        const int64_t next_row = last_tile ? rows.begin : row + R;
+        const int64_t next_column = last_tile ? smaller(column + NV * kLanes, columns.end - 1) : column;
         for (int r = 0; r < R; ++r) {
           for (int v = 0; v < NV; ++v) {
             const int lanes = v == NV - 1 ? last : kLanes;
             const int64_t at = column + v * kLanes;
             if (done) {
+              prefetch(smaller(next_row + r, rows.end - 1), smaller(next_column + v * kLanes, columns.end - 1));
               alignas(64) T sums[kLanes];
               S::store(sums, tile.acc[r][v]);
               finish_block(row + r, at, sums, lanes);

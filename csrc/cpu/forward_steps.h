@@ -46,6 +46,17 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
+  // What a product does with a tile, and what it fetches before.
+  template <typename Finish, typename Prefetch>
+  struct FinishTile {
+    Finish finish;
+    Prefetch prefetch;
+    template <typename Sums>
+    LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, Sums& sums) const {
+      return finish(row, unit, lanes, sums);
+    }
+  };
+
   // preactivations += U h_{t-1}, and W x_t + b where no one has summed it, then the cell, for rows of the team that all
   // continue or all begin.
   void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
@@ -120,7 +131,7 @@ class FusedForwardStep {
       __builtin_prefetch(c_to + at, 1);
       __builtin_prefetch(h_to(row) + unit, 1);
     };
-    const auto finish_tile = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
+    const auto finish_cells = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
       if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
         const auto &a = tile.tile.acc[0], &b = tile.tile.acc[1];
         if (lanes == tile.second_lanes) {
@@ -146,6 +157,7 @@ class FusedForwardStep {
         return true;
       }
     };
+    const FinishTile finish_tile{finish_cells, prefetch};
     const auto input = [&] {
       const Sequence<const T>& x = params.input;
       return pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part);

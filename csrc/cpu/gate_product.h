@@ -268,13 +268,36 @@ class GateProduct {
           // large number would round each of them at the large one's precision.
           Tile<T, R, kGates> tile;
           tile.zero();
+          if constexpr (requires { finish.prefetch(row, int64_t{}); }) {
+            if (last) {
 #pragma GCC unroll kTileRows
-          for (int r = 0; r < R; ++r)
+              for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
+            }
+          }
+          // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once would
+          // hold up the panel.
+          constexpr bool kFetches = NextPanel::kUsed && R > 1;
+          const W* const part = panel + k * kGates * kLanes;
+          int64_t done = 0;
+          if constexpr (kFetches) {
+            if (depth >= kGates * R && out[R - 1] - out[0] == (R - 1) * kGates * H) {
+              done = kGates * R;
+              accumulate_rows<T, R, kGates, false, Fetch::kWrite>(tile, a, part, kGates * kLanes, done, 0,
+                                                                  reinterpret_cast<const char*>(out[0]),
+                                                                  H * static_cast<int64_t>(sizeof(T)));
+#pragma GCC unroll kTileRows
+              for (int r = 0; r < R; ++r) a[r] += done;
+            }
+          }
+          if (done == 0) {
+#pragma GCC unroll kTileRows
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll kGates
-            for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
-          constexpr bool kFetch = NextPanel::kUsed && R > 1;
-          accumulate_rows<T, R, kGates, false, kFetch>(tile, a, panel + k * kGates * kLanes, kGates * kLanes, depth, 0,
-                                                       kFetch ? next_panel.take(depth) : nullptr);
+              for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
+          }
+          accumulate_rows<T, R, kGates, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
+              tile, a, part + done * kGates * kLanes, kGates * kLanes, depth - done, 0,
+              kFetches ? next_panel.take(depth - done) : nullptr);
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {

@@ -111,10 +111,15 @@ LSTM_EXT_INLINE void free_registers() {
   if constexpr (kVectorRegisters == 16) asm volatile("" ::: "rbx", "r12", "r13", "r14", "r15");
 }
 
-// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. `fetched`: see NextPanel; null: nothing.
-template <typename T, int R, int NV, bool Partial = false, bool Fetch = false, typename B>
+// What a loop over k prefetches, a cache line in each step: nothing, what is read later, or what is written soon.
+enum class Fetch { kNothing, kRead, kWrite };
+
+// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Lines are fetched from `fetched` on, at a distance of `fetch_step`
+// bytes.
+template <typename T, int R, int NV, bool Partial = false, Fetch kFetch = Fetch::kNothing, typename B>
 LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
-                                     int64_t count, int last = 0, const char* fetched = nullptr) {
+                                     int64_t count, int last = 0, const char* fetched = nullptr,
+                                     int64_t fetch_step = NextPanel::kLine) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   free_registers();
   const T* row[R];
@@ -130,9 +135,10 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
       for (int64_t line = 0; line < kBytes; line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(b + kPrefetchBytes / kBytes * b_step) + line);
     }
-    if constexpr (Fetch) {
-      __builtin_prefetch(fetched, 0, 2);
-      fetched += NextPanel::kLine;
+    if constexpr (kFetch != Fetch::kNothing) {
+      if constexpr (kFetch == Fetch::kRead) __builtin_prefetch(fetched, 0, 2);
+      if constexpr (kFetch == Fetch::kWrite) __builtin_prefetch(fetched, 1);
+      fetched += fetch_step;
     }
     multiply_add<T, R, NV, Partial>(local, [&](int r) LSTM_EXT_LAMBDA_INLINE { return row[r][k]; }, b, last);
   }
