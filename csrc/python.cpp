@@ -132,6 +132,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["input_planes"] = forward.input_unit.planes;
   result["recurrent_planes"] = forward.recurrent_unit.planes;
   result["forward_chunk_rows"] = forward.chunk_rows;
+  result["directions_at_once"] = forward.directions_at_once;
   result["forward_workspace_bytes"] = forward.workspace_bytes;
   result["backward_batch_groups"] = backward.grid.batch_groups;
   result["backward_hidden_groups"] = backward.grid.hidden_groups;
@@ -140,6 +141,8 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["backward_input_planes"] = backward.input_unit.planes;
   result["outer_planes"] = backward.outer_unit.planes;
   result["backward_chunk_rows"] = backward.chunk_rows;
+  backward_params.grad_input.data = nullptr;  // the directions would add to it one after the other
+  result["backward_directions_at_once"] = cpu::plan_backward(backward_params, machine).directions_at_once;
   result["backward_workspace_bytes"] = backward.workspace_bytes;
   return result;
 }

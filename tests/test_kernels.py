@@ -176,6 +176,7 @@ def test_two_workers(capability, dtype, grid):
     try:
         torch.set_num_threads(2)
         plan = plan_of(case, dtype, 2)
+        assert not plan["directions_at_once"]
         assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (batch_groups, hidden_groups)
         assert (plan["backward_batch_groups"], plan["backward_hidden_groups"]) == (
             batch_groups,
@@ -195,6 +196,42 @@ def test_two_workers(capability, dtype, grid):
         assert not different
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("trainable", ["both", "one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_directions_at_once(capability, dtype, trainable):
+    """Both directions of a short layer on a worker each, forward and, without the input's gradient, backward."""
+    case = sized(40, 1, 64, 64, 0, True, True)
+    plan = plan_of(case, dtype, 2)
+    assert plan["directions_at_once"]
+    assert plan["backward_directions_at_once"]
+    torch.manual_seed(0)
+    module = lstm_ext.LSTM(64, 64, bidirectional=True, dtype=dtype)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable == "both" or not name.endswith("_reverse"))
+    weights = [p for p in module.parameters() if p.requires_grad]
+    x = torch.randn(40, 1, 64, dtype=dtype)
+    grad = torch.randn(40, 1, 128, dtype=dtype)
+
+    def run() -> list[Tensor]:
+        output, (h_n, c_n) = module(x)
+        with torch.no_grad():
+            frozen = lstm_ext.freeze(module)(x)[0]
+        return [output, h_n, c_n, frozen, *torch.autograd.grad(output, weights, grad)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(case, dtype, draws=2)
+        two = [run() for _ in range(5)]
+        torch.set_num_threads(1)
+        one = run()
+    finally:
+        torch.set_num_threads(before)
+    for again in two:
+        assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
 
 
 @pytest.mark.alone

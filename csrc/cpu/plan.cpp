@@ -26,6 +26,7 @@ constexpr double kGroupBytes = 512 * 1024;   // of the weights of a group of uni
 // Products of tiles, 4 us, that do not slow the processor's clock, and steps that have to follow them.
 constexpr int64_t kShortUnitProducts = 800;
 constexpr int64_t kShortUnitSteps = 16;
+constexpr int kDirections = 2;  // of a bidirectional layer
 // Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
 // once, so larger weights are better off with longer chunks. Its gradients should stay in cache, so smaller ones are
 // better off with shorter ones.
@@ -109,6 +110,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
   const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
+  best.work = total;
   double best_time = total;
   for (int batch_groups = static_cast<int>(std::min<int64_t>({threads, batch, most_teams})); batch_groups >= 1;
        --batch_groups) {
@@ -128,6 +130,12 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
     }
   }
   return best;
+}
+
+// Whether both directions of a layer that has two run at the same time. They do where each has work for a thread, but
+// not for half of the threads: a short batch of a small layer.
+bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
+  return kDirections * grid.workers() <= machine.threads && grid.work >= kWorkPerThread;
 }
 
 // How often the members of a team meet in a step.
@@ -296,6 +304,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
   plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit, true), 0.0,
                           count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
+  plan.directions_at_once = directions_at_once(machine, plan.grid);
   plan.unit_groups = count_unit_groups(plan, params, machine);
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
 
@@ -412,6 +421,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
   plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit, false),
                           other_work, count_barriers(params), shape.batch);
+  plan.directions_at_once = !params.grad_input.data && directions_at_once(machine, plan.grid);
   const int64_t workers = plan.grid.workers();
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
 

@@ -50,6 +50,7 @@ struct UnitScratch {
 struct WorkerGrid {
   int batch_groups = 1;
   int hidden_groups = 1;
+  double work = 0;  // of the call, in fused multiply-adds of one number
   int workers() const { return batch_groups * hidden_groups; }
 };
 
@@ -59,10 +60,12 @@ struct ForwardPlan {
   bool pack = false;            // W and U as gate-interleaved panels or as planes; else they are read row-major
   bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
   bool input_in_steps = false;  // W x of a step is summed with its U h on the matrix unit
-  int64_t unit_groups = 1;      // of hidden units: in so many parts a step multiplies W x and U h, if more than one
-  int64_t team_rows = 0;        // batch rows of a team in a step, at most
-  int64_t chunk_rows = 0;       // rows (steps x batch rows) of a team whose input part is computed at once
-  int64_t zero_row_size = 0;    // numbers in a row of zeros
+  // Both directions of a layer that has two may run at the same time, each on the workers of its plan.
+  bool directions_at_once = false;
+  int64_t unit_groups = 1;    // of hidden units: in so many parts a step multiplies W x and U h, if more than one
+  int64_t team_rows = 0;      // batch rows of a team in a step, at most
+  int64_t chunk_rows = 0;     // rows (steps x batch rows) of a team whose input part is computed at once
+  int64_t zero_row_size = 0;  // numbers in a row of zeros
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
   UnitProduct input_unit, recurrent_unit;
   UnitScratch unit_scratch;
@@ -87,9 +90,10 @@ struct FrozenPlan {
 
 struct BackwardPlan {
   WorkerGrid grid;
-  bool pack = false;            // copy W and W_hr into column panels; else read them where they are
-  bool pack_recurrent = false;  // the same for U
-  int64_t team_rows = 0;        // batch rows of a team in a step, at most
+  bool pack = false;                // copy W and W_hr into column panels; else read them where they are
+  bool pack_recurrent = false;      // the same for U
+  bool directions_at_once = false;  // as in ForwardPlan; not if they share the gradient of the input
+  int64_t team_rows = 0;            // batch rows of a team in a step, at most
   // Rows (steps x batch) whose gradients are kept until the products over them are done; whole steps, at least one. Two
   // buffers of so many rows, or one if that is all there is.
   int64_t chunk_rows = 0;

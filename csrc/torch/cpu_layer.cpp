@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <cstring>
@@ -181,19 +182,53 @@ at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& o
   return tensor;
 }
 
-// Plans the call, lays out the workspace and runs the kernel on the planned workers; on one, if
-// the system refuses threads.
+// Of each direction of a layer.
+template <typename T>
+using OfDirections = c10::SmallVector<T, 2>;
+
+// Plans the call of each direction, lays out the workspace and runs kernel(direction, plan, workspace, worker) on the
+// planned workers; on one, if the system refuses threads. One direction follows the other, or they run at the same time
+// if all plans say so.
 template <typename MakePlan, typename Kernel>
-void run_kernel(const MakePlan& make_plan, const Kernel& kernel, const at::TensorOptions& options, bool normalised) {
+void run_directions(int64_t directions, const MakePlan& make_plan, const Kernel& kernel,
+                    const at::TensorOptions& options, bool normalised) {
+  using Plan = decltype(make_plan(0, 1));
+  constexpr int64_t kAlignment = 64;
   // Layer normalisation has gradients that are sums over the workers.
-  for (int threads = available_threads(/*always_all=*/normalised);; threads = 1) {
-    const auto plan = make_plan(threads);
-    constexpr int64_t kAlignment = 64;
-    const at::Tensor workspace = scratch_empty({plan.workspace_bytes + kAlignment}, options.dtype(at::kByte));
+  int threads = available_threads(/*always_all=*/normalised);
+  for (int64_t first = 0; first < directions;) {
+    OfDirections<Plan> plans{make_plan(first, threads)};
+    while (plans.back().directions_at_once && first + static_cast<int64_t>(plans.size()) < directions) {
+      plans.push_back(make_plan(first + plans.size(), threads));
+    }
+    if (!plans.back().directions_at_once) plans.resize(1);
+    struct Place {
+      int64_t at;
+      int first_worker;
+    };
+    OfDirections<Place> places;
+    Place end{0, 0};
+    for (const Plan& plan : plans) {
+      places.push_back(end);
+      end.at += (plan.workspace_bytes + kAlignment - 1) / kAlignment * kAlignment;
+      end.first_worker += plan.grid.workers();
+    }
+    const at::Tensor workspace = scratch_empty({end.at + kAlignment}, options.dtype(at::kByte));
     auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr<uint8_t>());
     char* base = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
-    std::memset(base, 0, static_cast<size_t>(plan.barrier_bytes));
-    if (run_at_once(plan.grid.workers(), [&](int worker) { kernel(plan, base, worker); })) return;
+    for (size_t i = 0; i < plans.size(); ++i) {
+      std::memset(base + places[i].at, 0, static_cast<size_t>(plans[i].barrier_bytes));
+    }
+    const bool ran = run_at_once(end.first_worker, [&](int worker) {
+      size_t i = plans.size() - 1;
+      while (worker < places[i].first_worker) --i;
+      kernel(first + static_cast<int64_t>(i), plans[i], base + places[i].at, worker - places[i].first_worker);
+    });
+    if (ran) {
+      first += static_cast<int64_t>(plans.size());
+    } else {
+      threads = 1;
+    }
   }
 }
 
@@ -217,13 +252,14 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   const LayerTensors tensors(call, sizes, call.options.frozen.empty());
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
+    OfDirections<ForwardParams<scalar_t>> params(sizes.directions);
+    OfDirections<FrozenWeights<scalar_t>> frozen(tensors.frozen.size());
     for (int64_t d = 0; d < sizes.directions; ++d) {
-      ForwardParams<scalar_t> p{};
+      ForwardParams<scalar_t>& p = params[d];
       static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
-      FrozenWeights<scalar_t> frozen;
       if (!tensors.frozen.empty()) {
-        frozen = frozen_weights<scalar_t>(tensors.frozen[d]);
-        p.frozen = &frozen;
+        frozen[d] = frozen_weights<scalar_t>(tensors.frozen[d]);
+        p.frozen = &frozen[d];
       }
       p.output = columns_of<scalar_t>(output, d * sizes.output_size);
       p.h_n = part_or_null<scalar_t>(h_n, d);
@@ -234,12 +270,14 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
       p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
       p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
-      run_kernel([&](int threads) { return cpu::plan_forward(p, machine_for(kernels, threads)); },
-                 [&](const cpu::ForwardPlan& plan, char* workspace, int worker) {
-                   kernels.forward(p, plan, workspace, worker);
-                 },
-                 options, !call.options.norm.empty());
     }
+    run_directions(
+        sizes.directions,
+        [&](int64_t d, int threads) { return cpu::plan_forward(params[d], machine_for(kernels, threads)); },
+        [&](int64_t d, const cpu::ForwardPlan& plan, char* workspace, int worker) {
+          kernels.forward(params[d], plan, workspace, worker);
+        },
+        options, !call.options.norm.empty());
   });
   return results();
 }
@@ -301,8 +339,9 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
+    OfDirections<BackwardParams<scalar_t>> params(sizes.directions);
     for (int64_t d = 0; d < sizes.directions; ++d) {
-      BackwardParams<scalar_t> p{};
+      BackwardParams<scalar_t>& p = params[d];
       static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
       p.output = const_columns_of<scalar_t>(y, d * sizes.output_size);
       p.gate_values = const_part_or_null<scalar_t>(saved.gates, d);
@@ -342,13 +381,18 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
         p.grad_gain_c = data_or_null(norm_grads[2]);
         if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
       }
-      run_kernel([&](int threads) { return cpu::plan_backward(p, machine_for(kernels, threads)); },
-                 [&](const cpu::BackwardPlan& plan, char* workspace, int worker) {
-                   kernels.backward(p, plan, workspace, worker);
-                 },
-                 options, !call.options.norm.empty());
-      const bool both_biases = call.has_bias && weight_grads[2].defined() && weight_grads[3].defined();
-      if (both_biases) weight_grads[3].copy_(weight_grads[2]);
+    }
+    run_directions(
+        sizes.directions,
+        [&](int64_t d, int threads) { return cpu::plan_backward(params[d], machine_for(kernels, threads)); },
+        [&](int64_t d, const cpu::BackwardPlan& plan, char* workspace, int worker) {
+          kernels.backward(params[d], plan, workspace, worker);
+        },
+        options, !call.options.norm.empty());
+    for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
+      const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;
+      if (biases[0].defined() && biases[1].defined())
+        grads.weights[d * sizes.weights_per_direction + 3].copy_(biases[0]);
     }
   });
   return results();

@@ -143,6 +143,8 @@ def cpu_plan(
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
     ``planes`` are the bfloat16 numbers in an operand of a matrix unit; in the result, 0 is a product without it.
+    ``directions_at_once``: both directions of a bidirectional layer would run at the same time; backward, where the
+    gradient of the input is not requested.
     """
 
 def crowded_calls() -> tuple[int, int]:
