@@ -331,7 +331,8 @@ class UnfusedBackwardStep {
       const Reg<T> o = load_lanes<T>(gate_row + kO * H_ + unit, lanes);
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + b * H_ + unit, lanes);
       Reg<T> grad_tanh_input = S::zero();
-      const Reg<T> grad_o = hidden_state_backward<T>(grad_h, o, S::fma(gain, y, shift), grad_tanh_input);
+      const Reg<T> grad_o =
+          hidden_state_backward<T, Exactness::kPrecise>(grad_h, o, S::fma(gain, y, shift), grad_tanh_input);
       T* const sum_gain = grad_gain_c + unit;
       store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
       add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);

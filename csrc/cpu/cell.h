@@ -21,7 +21,8 @@ enum class Nonlinearities {
   kSharedDivisions,
   // Each gate has its own division, and so has tanh(c).
   kOwnDivisions,
-  // As kOwnDivisions, with g as exact as its type allows. Layer normalisation makes small differences of c_t large.
+  // As kOwnDivisions, with g as exact as its type allows, and the others with Exactness::kPrecise. Layer normalisation
+  // makes small differences of c_t large.
   kPrecise,
 };
 
@@ -54,9 +55,9 @@ LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCell<T>& 
   const Reg<T> c = gates[kI] * gates[kG];
   return previous.there() ? Simd<T>::fma(gates[kF], previous.load(), c) : c;
 }
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
-  return o * tanh<T>(c);
+  return o * tanh<T, kExactness>(c);
 }
 
 constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
@@ -83,11 +84,12 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const Previ
     gates[kO] = o.value(c.denominator * o_inverse);
     cell.h = Simd<T>::copy_sign(c.em1 * o_inverse, cell.c);
   } else {
-    gates[kI] = sigmoid<T>(preactivations[kI]);
-    gates[kF] = sigmoid<T>(preactivations[kF]);
-    gates[kO] = sigmoid<T>(preactivations[kO]);
-    gates[kG] =
-        kNonlinearities == Nonlinearities::kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
+    constexpr bool kPrecise = kNonlinearities == Nonlinearities::kPrecise;
+    constexpr Exactness kExactness = kPrecise ? Exactness::kPrecise : Exactness::kUsual;
+    gates[kI] = sigmoid<T, kExactness>(preactivations[kI]);
+    gates[kF] = sigmoid<T, kExactness>(preactivations[kF]);
+    gates[kO] = sigmoid<T, kExactness>(preactivations[kO]);
+    gates[kG] = kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
     cell.c = cell_state<T>(gates, previous);
     store(cell.c);
     cell.h = hidden_state<T>(gates[kO], cell.c);
@@ -96,10 +98,10 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const Previ
 }
 
 // Through h_t = o tanh(c_t): returns dL/do, and adds to dL/dc_t.
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 LSTM_EXT_INLINE Reg<T> hidden_state_backward(Reg<T> grad_h, Reg<T> o, Reg<T> c, Reg<T>& grad_c) {
-  const TanhTerms<T> terms(c);
-  const Reg<T> inverse = Simd<T>::reciprocal(terms.denominator);
+  const TanhTerms<T, kExactness> terms(c);
+  const Reg<T> inverse = inverse_of<T, kExactness>(terms.denominator);
   const Reg<T> tanh_c = terms.value(c, inverse);
   grad_c = Simd<T>::fma(grad_h * o, terms.slope(tanh_c, inverse), grad_c);
   return grad_h * tanh_c;

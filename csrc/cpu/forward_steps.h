@@ -49,6 +49,7 @@ class FusedForwardStep {
   // What a product does with a tile, and what it fetches before.
   template <typename Finish, typename Prefetch>
   struct FinishTile {
+    FinishTile(const Finish& finish, const Prefetch& prefetch) : finish(finish), prefetch(prefetch) {}
     Finish finish;
     Prefetch prefetch;
     template <typename Sums>
@@ -370,7 +371,7 @@ class UnfusedForwardStep {
         const Reg<T> tanh_input =
             S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
         const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
-        store_hidden(row, unit, lanes, hidden_state<T>(o, tanh_input));
+        store_hidden(row, unit, lanes, hidden_state<T, Exactness::kPrecise>(o, tanh_input));
       });
     }
   }

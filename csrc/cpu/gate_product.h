@@ -174,7 +174,8 @@ class GateProduct {
   }
 
   // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
-  // says whether it consumed the tile. If not, the tile goes to `pre`. `other` needs a weight with planes, and a bias.
+  // says whether it consumed the tile. If not, the tile goes to `pre`. finish.prefetch(row, unit) asks for what it will
+  // read and write. `other` needs a weight with planes, and a bias.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const Pre& pre, const T* bias, Finish&& finish,
@@ -268,11 +269,9 @@ class GateProduct {
           // large number would round each of them at the large one's precision.
           Tile<T, R, kGates> tile;
           tile.zero();
-          if constexpr (requires { finish.prefetch(row, int64_t{}); }) {
-            if (last) {
+          if (last) {
 #pragma GCC unroll kTileRows
-              for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
-            }
+            for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
           }
           // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once would
           // hold up the panel.
@@ -533,6 +532,7 @@ class GateProduct {
     LSTM_EXT_INLINE bool operator()(int64_t, int64_t, int, const Sums&) const {
       return false;
     }
+    LSTM_EXT_INLINE void prefetch(int64_t, int64_t) const {}
   };
 
  private:

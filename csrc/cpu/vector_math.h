@@ -70,35 +70,48 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return expm1_reduced<T>(x, n, rest);
 }
 
+// How exactly sigmoid and tanh are computed. kPrecise: without a table, and with divisions, whose results are the same
+// on all processors.
+enum class Exactness { kUsual, kPrecise };
+
 #if defined(LSTM_EXT_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)
-template <typename T>
-constexpr bool kUsesTable = std::is_same_v<Number<T>, float>;
+template <typename T, Exactness kExactness>
+constexpr bool kUsesTable = std::is_same_v<Number<T>, float> && kExactness == Exactness::kUsual;
 #else
-template <typename T>
+template <typename T, Exactness kExactness>
 constexpr bool kUsesTable = false;
 #endif
 
+template <typename T, Exactness kExactness>
+LSTM_EXT_INLINE Reg<T> inverse_of(Reg<T> v) {
+  if constexpr (kExactness == Exactness::kUsual) {
+    return Simd<T>::reciprocal(v);
+  } else {
+    return Simd<T>::set1(Number<T>(1)) / v;
+  }
+}
+
 // e^-x = scale (1 + p). With a table, scale + rest is a power of the sixteenth root of 2; else scale is one of 2
 // itself.
-template <typename T>
+template <typename T, Exactness kExactness>
 struct ExpTerms {
   Reg<T> scale, p, rest;
 
   LSTM_EXT_INLINE Reg<T> exp() const { return Simd<T>::fma(p, scale, scale); }
   LSTM_EXT_INLINE Reg<T> exp_minus_1() const {
     const Reg<T> less = scale - Simd<T>::set1(Number<T>(1));
-    if constexpr (kUsesTable<T>) return less + Simd<T>::fma(p, scale, rest);
+    if constexpr (kUsesTable<T, kExactness>) return less + Simd<T>::fma(p, scale, rest);
     return Simd<T>::fma(p, scale, less);
   }
 };
 
 // Those of e^-(kTimes x). kNearOne: as exact as exp_minus_1 needs near zero; without it there is no `rest`.
-template <typename T, int kTimes, bool kNearOne>
-LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x) {
+template <typename T, int kTimes, bool kNearOne, Exactness kExactness>
+LSTM_EXT_INLINE ExpTerms<T, kExactness> exp_of_minus(Reg<T> x) {
   using S = Simd<T>;
-  ExpTerms<T> terms{};
+  ExpTerms<T, kExactness> terms{};
   const Reg<T> times = kTimes == 2 ? x + x : x;
-  if constexpr (kUsesTable<T>) {
+  if constexpr (kUsesTable<T, kExactness>) {
     using N = Number<T>;
     constexpr N kSixteenth = 0.0433216988f;  // ln 2 / 16: float32 has it to 3e-9, so one product is exact enough
     constexpr N kHalf = kSixteenth / 2;
@@ -129,14 +142,14 @@ LSTM_EXT_INLINE ExpTerms<T> exp_of_minus(Reg<T> x) {
 // there the value is 1 minus something small.
 
 // sigmoid(x) = 1 / (1 + e), e = exp(-x).
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 struct SigmoidTerms {
   Reg<T> e, denominator;  // in [1, e^limit + 1]
 
   LSTM_EXT_INLINE explicit SigmoidTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    e = exp_of_minus<T, 1, false>(S::at_least(S::at_most(x, C::kLimit), -C::kLimit)).exp();
+    e = exp_of_minus<T, 1, false, kExactness>(S::at_least(S::at_most(x, C::kLimit), -C::kLimit)).exp();
     denominator = S::set1(Number<T>(1)) + e;
   }
   LSTM_EXT_INLINE Reg<T> value(Reg<T> inverse) const {
@@ -146,14 +159,14 @@ struct SigmoidTerms {
 };
 
 // tanh(x) = +-(1 - e) / (1 + e), e = exp(-2 |x|).
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 struct TanhTerms {
   Reg<T> e, em1, denominator;  // em1 = e - 1; the denominator is in [1, 2]
 
   LSTM_EXT_INLINE explicit TanhTerms(Reg<T> x) {
     using S = Simd<T>;
     using C = ExpConstants<Number<T>>;
-    const ExpTerms<T> terms = exp_of_minus<T, 2, true>(S::at_most(S::abs(x), C::kTanhLimit));
+    const auto terms = exp_of_minus<T, 2, true, kExactness>(S::at_most(S::abs(x), C::kTanhLimit));
     e = terms.exp();
     em1 = terms.exp_minus_1();
     denominator = em1 + S::set1(Number<T>(2));
@@ -171,15 +184,15 @@ struct TanhTerms {
   }
 };
 
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 LSTM_EXT_INLINE Reg<T> sigmoid(Reg<T> x) {
-  const SigmoidTerms<T> terms(x);
-  return terms.value(Simd<T>::reciprocal(terms.denominator));
+  const SigmoidTerms<T, kExactness> terms(x);
+  return terms.value(inverse_of<T, kExactness>(terms.denominator));
 }
-template <typename T>
+template <typename T, Exactness kExactness = Exactness::kUsual>
 LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
-  const TanhTerms<T> terms(x);
-  return terms.value(x, Simd<T>::reciprocal(terms.denominator));
+  const TanhTerms<T, kExactness> terms(x);
+  return terms.value(x, inverse_of<T, kExactness>(terms.denominator));
 }
 
 // tanh with an error of little more than half a unit in the last place instead of two (of one, without FMA):
