@@ -179,6 +179,7 @@ def test_memory_of_recompute(tmp_path):
                 ("report.py", "cpu_xeon_amx_2_cores.json", "--block", "bench-amx"),
                 ("report_bench.py", "suite_epyc_zen5_2_cores.json"),
                 ("report_bench.py", "suite_epyc_zen5_avx2_2_cores.json", "--block", "bench-suite-avx2"),
+                ("report_bench.py", "suite_epyc_zen4_2_cores.json", "--block", "bench-suite-zen4"),
                 ("report_bench.py", "suite_xeon_amx_2_cores.json", "--block", "bench-suite-amx"),
                 ("report_bench.py", "suite_xeon_avx512_2_cores.json", "--block", "bench-suite-xeon"),
                 ("report_contract.py", "contract_epyc_zen5_2_cores.json"),
