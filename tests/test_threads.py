@@ -142,7 +142,7 @@ def test_callers_do_not_disturb_each_other(shape, threads):
 
 
 ON_ONE_CORE = """
-import os, torch, lstm_ext
+import os, time, torch, lstm_ext
 from lstm_ext.native import loader
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.manual_seed(0)
@@ -154,17 +154,23 @@ limits = []
 for _ in range(40):
     assert torch.equal(layer(x)[0], expected)
     limits.append(loader.extension().crowded_calls())
-print(limits)
+while loader.extension().crowded_calls()[1] < 3:
+    layer(x)
+time.sleep(0.3)
+layer(x)
+print((limits, loader.extension().crowded_calls()))
 """
 
 
 def test_workers_that_share_a_core_become_one() -> None:
     """Two of them, on a core that both need, hold each other up. The numbers stay the same."""
     done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
-    limits = ast.literal_eval(done.stdout)
+    limits, after_a_pause = ast.literal_eval(done.stdout)
     begun = [
         calls for (_, before), (workers, calls) in itertools.pairwise([(1, 0), *limits]) if calls > before
     ]
     # It tries again after four calls, then after eight, and so on.
     assert begun[:3] == [4, 8, 16], limits
     assert all(workers == 1 for workers, _ in limits)
+    # And at the first call after a quarter of a second, however many calls were left.
+    assert after_a_pause == (1, 64)

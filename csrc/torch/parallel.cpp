@@ -21,6 +21,8 @@ constexpr double kLeastShare = 0.65;
 constexpr int kFewestCalls = 4, kMostCalls = 64;
 // Between two tries in a row that fare badly, at least: a try may cost a turn of the system's scheduler, milliseconds.
 constexpr double kLeastPause = 0.03;
+// And at most, however few calls that are: a long one would else stay slow for seconds after the others are gone.
+constexpr double kLongestPause = 0.25;
 // So long without a bad call, and it begins anew. A few good ones may be luck: the system gives turns of milliseconds.
 constexpr double kForgotten = 0.2;
 
@@ -37,8 +39,10 @@ class Crowding {
   int limited(int threads) {
     const double until = until_.load(std::memory_order_relaxed);
     if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
-    const bool more = calls_.load(std::memory_order_relaxed) > 0 && calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
-    if (!more && seconds(CLOCK_MONOTONIC) >= until) {
+    const double now = seconds(CLOCK_MONOTONIC);
+    const bool more = now - last_.load(std::memory_order_relaxed) < kLongestPause &&
+                      calls_.load(std::memory_order_relaxed) > 0 && calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
+    if (!more && now >= until) {
       until_.store(0, std::memory_order_relaxed);
       return threads;
     }
@@ -69,7 +73,7 @@ class Crowding {
 
  private:
   std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
-  // By the clock: when the last bad call ended; and when the next try may be, 0 while nothing is limited.
+  // By the clock: when the last bad call ended (0: none did); and when the next try may be, 0 while nothing is limited.
   std::atomic<double> last_{0}, until_{0};
 };
 
