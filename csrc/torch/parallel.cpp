@@ -21,8 +21,9 @@ constexpr double kLeastShare = 0.65;
 constexpr int kFewestCalls = 4, kMostCalls = 64;
 // Between two tries in a row that fare badly, at least: a try may cost a turn of the system's scheduler, milliseconds.
 constexpr double kLeastPause = 0.03;
-// And at most, however few calls that are: a long one would else stay slow for seconds after the others are gone.
-constexpr double kLongestPause = 0.25;
+// So long calls with fewer workers take together at most, however few they are: else they would stay slow for seconds
+// after the others are gone.
+constexpr double kMostTime = 0.25;
 // So long without a bad call, and it begins anew. A few good ones may be luck: the system gives turns of milliseconds.
 constexpr double kForgotten = 0.2;
 
@@ -39,14 +40,19 @@ class Crowding {
   int limited(int threads) {
     const double until = until_.load(std::memory_order_relaxed);
     if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
-    const double now = seconds(CLOCK_MONOTONIC);
-    const bool more = now - last_.load(std::memory_order_relaxed) < kLongestPause &&
-                      calls_.load(std::memory_order_relaxed) > 0 && calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
-    if (!more && now >= until) {
+    const bool more = time_.load(std::memory_order_relaxed) < kMostTime && calls_.load(std::memory_order_relaxed) > 0 &&
+                      calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
+    if (!more && seconds(CLOCK_MONOTONIC) >= until) {
       until_.store(0, std::memory_order_relaxed);
       return threads;
     }
     return std::min(threads, workers_.load(std::memory_order_relaxed));
+  }
+
+  bool limits() const { return until_.load(std::memory_order_relaxed) != 0; }
+  // A call took so long.
+  void spend(double time) {
+    if (limits()) time_.store(time_.load(std::memory_order_relaxed) + time, std::memory_order_relaxed);
   }
 
   void note(int workers, int crowded) {
@@ -60,6 +66,7 @@ class Crowding {
     workers_.store(std::max(1, workers - crowded), std::memory_order_relaxed);
     next_.store(std::min(2 * calls, kMostCalls), std::memory_order_relaxed);
     calls_.store(calls, std::memory_order_relaxed);
+    time_.store(0, std::memory_order_relaxed);
     const double now = seconds(CLOCK_MONOTONIC);
     last_.store(now, std::memory_order_relaxed);
     until_.store(now + (calls > kFewestCalls ? kLeastPause : 0), std::memory_order_relaxed);
@@ -73,7 +80,8 @@ class Crowding {
 
  private:
   std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
-  // By the clock: when the last bad call ended (0: none did); and when the next try may be, 0 while nothing is limited.
+  std::atomic<double> time_{0};  // of the calls since the last bad one
+  // By the clock: when the last bad call ended; and when the next try may be, 0 while nothing is limited.
   std::atomic<double> last_{0}, until_{0};
 };
 
@@ -94,7 +102,13 @@ void set_fewer_when_crowded(bool wanted) { crowding().wanted.store(wanted, std::
 
 bool run_at_once(int workers, void (*work)(void* context, int index), void* context) {
   if (workers == 1) {
+    if (!crowding().limits()) {
+      work(context, 0);
+      return true;
+    }
+    const double begin = seconds(CLOCK_MONOTONIC);
     work(context, 0);
+    crowding().spend(seconds(CLOCK_MONOTONIC) - begin);
     return true;
   }
   bool complete = false;
@@ -118,7 +132,9 @@ bool run_at_once(int workers, void (*work)(void* context, int index), void* cont
     }
   }
   if (!complete) return false;
-  last_was_long.store(seconds(CLOCK_MONOTONIC) - begin > kShortest, std::memory_order_relaxed);
+  const double time = seconds(CLOCK_MONOTONIC) - begin;
+  last_was_long.store(time > kShortest, std::memory_order_relaxed);
+  crowding().spend(time);
   if (measures) crowding().note(workers, crowded.load(std::memory_order_relaxed));
   return true;
 }
