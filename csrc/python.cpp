@@ -141,9 +141,9 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["backward_input_planes"] = backward.input_unit.planes;
   result["outer_planes"] = backward.outer_unit.planes;
   result["backward_chunk_rows"] = backward.chunk_rows;
+  result["backward_workspace_bytes"] = backward.workspace_bytes;
   backward_params.grad_input.data = nullptr;  // the directions would add to it one after the other
   result["backward_directions_at_once"] = cpu::plan_backward(backward_params, machine).directions_at_once;
-  result["backward_workspace_bytes"] = backward.workspace_bytes;
   return result;
 }
 

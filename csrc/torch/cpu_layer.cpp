@@ -186,20 +186,21 @@ at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& o
 template <typename T>
 using OfDirections = c10::SmallVector<T, 2>;
 
-// Plans the call of each direction, lays out the workspace and runs kernel(direction, plan, workspace, worker) on the
-// planned workers; on one, if the system refuses threads. One direction follows the other, or they run at the same time
-// if all plans say so.
-template <typename MakePlan, typename Kernel>
-void run_directions(int64_t directions, const MakePlan& make_plan, const Kernel& kernel,
+// Plans the call of each direction, lays out the workspace and runs the kernel on the planned workers; on one, if the
+// system refuses threads. One direction follows the other, or they run at the same time if all plans say so.
+template <typename T, typename Params, typename Plan>
+void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& kernels,
+                    Plan (*make_plan)(const Params&, const cpu::Machine&),
+                    void (*kernel)(const Params&, const Plan&, char* workspace, int worker),
                     const at::TensorOptions& options, bool normalised) {
-  using Plan = decltype(make_plan(0, 1));
   constexpr int64_t kAlignment = 64;
   // Layer normalisation has gradients that are sums over the workers.
   int threads = available_threads(/*always_all=*/normalised);
-  for (int64_t first = 0; first < directions;) {
-    OfDirections<Plan> plans{make_plan(first, threads)};
-    while (plans.back().directions_at_once && first + static_cast<int64_t>(plans.size()) < directions) {
-      plans.push_back(make_plan(first + plans.size(), threads));
+  for (size_t first = 0; first < params.size();) {
+    const cpu::Machine machine = machine_for(kernels, threads);
+    OfDirections<Plan> plans{make_plan(params[first], machine)};
+    while (plans.back().directions_at_once && first + plans.size() < params.size()) {
+      plans.push_back(make_plan(params[first + plans.size()], machine));
     }
     if (!plans.back().directions_at_once) plans.resize(1);
     struct Place {
@@ -222,10 +223,10 @@ void run_directions(int64_t directions, const MakePlan& make_plan, const Kernel&
     const bool ran = run_at_once(end.first_worker, [&](int worker) {
       size_t i = plans.size() - 1;
       while (worker < places[i].first_worker) --i;
-      kernel(first + static_cast<int64_t>(i), plans[i], base + places[i].at, worker - places[i].first_worker);
+      kernel(params[first + i], plans[i], base + places[i].at, worker - places[i].first_worker);
     });
     if (ran) {
-      first += static_cast<int64_t>(plans.size());
+      first += plans.size();
     } else {
       threads = 1;
     }
@@ -271,13 +272,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
       p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
     }
-    run_directions(
-        sizes.directions,
-        [&](int64_t d, int threads) { return cpu::plan_forward(params[d], machine_for(kernels, threads)); },
-        [&](int64_t d, const cpu::ForwardPlan& plan, char* workspace, int worker) {
-          kernels.forward(params[d], plan, workspace, worker);
-        },
-        options, !call.options.norm.empty());
+    run_directions(params, kernels, &cpu::plan_forward<scalar_t>, kernels.forward, options, !call.options.norm.empty());
   });
   return results();
 }
@@ -382,17 +377,11 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
         if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
       }
     }
-    run_directions(
-        sizes.directions,
-        [&](int64_t d, int threads) { return cpu::plan_backward(params[d], machine_for(kernels, threads)); },
-        [&](int64_t d, const cpu::BackwardPlan& plan, char* workspace, int worker) {
-          kernels.backward(params[d], plan, workspace, worker);
-        },
-        options, !call.options.norm.empty());
+    run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,
+                   !call.options.norm.empty());
     for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
       const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;
-      if (biases[0].defined() && biases[1].defined())
-        grads.weights[d * sizes.weights_per_direction + 3].copy_(biases[0]);
+      if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
     }
   });
   return results();
