@@ -1,5 +1,7 @@
 """A run that tests the wrong thing fails: without the compiled extension, and with a skip nobody has agreed to.
 
+The list of skips also has to name each test that is marked ``skipif``, here or on another machine.
+
 Tests marked ``devices("cpu", "cuda")``, most often by a file's ``pytestmark``, run once on each of these devices. The
 device is the default of everything that such a test makes. A mark on a test replaces that of its file. All others run
 on the CPU. Without a GPU that the kernels run on, the tests of CUDA are not collected. ``--device cuda`` runs the tests
@@ -146,6 +148,9 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         _skips.append((report.nodeid, str(reason)))
+    elif getattr(report, "when", None) == "setup" and report.passed and "skipif" in report.keywords:
+        # The list has to be complete on the machine where a test is written, not on the first that cannot run it.
+        _skips.append((report.nodeid, "marked skipif, so it is skipped elsewhere"))
 
 
 # With pytest-xdist, the first process gets the reports of all.

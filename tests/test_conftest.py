@@ -35,6 +35,13 @@ import pytest
 def test_passes(): pass
 def test_surprise(): pytest.skip("a surprise")
 """
+ELSEWHERE = """
+import pytest
+@pytest.mark.skipif(False, reason="on no machine")
+def test_surprise(): pass
+@pytest.mark.skipif(False, reason="on no machine")
+def test_agreed(): pass
+"""
 WHOLE_FILE = "import pytest\npytest.skip('a surprise', allow_module_level=True)\n"
 DEVICES = """
 import pytest
@@ -100,6 +107,15 @@ def test_other_skips_fail(tmp_path: Path, test: str, processes: str) -> None:
     assert code == 1, said
     assert "skips that tests/expected_skips.txt does not list" in said
     assert "a surprise" in said.partition("does not list")[2]
+
+
+@processes
+def test_skips_of_other_machines_fail(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, ELSEWHERE, "-n", processes)
+    assert code == 1, said
+    assert "2 passed" in said
+    listed = said.partition("does not list")[2]
+    assert "test_surprise: marked skipif" in listed and "test_agreed" not in listed
 
 
 @processes

@@ -358,7 +358,7 @@ def test_int8_on_bytes_in_software():
 
 
 @needs_amx
-def test_int8_has_the_same_bits_in_software():
+def test_amx_has_the_bits_of_the_byte_unit_in_software():
     for y, e in zip(int8_results(AMX), int8_results("software"), strict=True):
         assert torch.equal(y, e)
 
