@@ -159,14 +159,21 @@ for _ in range(16):
     begin = time.perf_counter()
     layer(x)
     times.append((time.perf_counter() - begin, loader.extension().crowded_calls()[1]))
-print((limits, times))
+x, tries, before = torch.randn(48, 1, 160), [], 0
+while not tries or time.perf_counter() < tries[0] + 1:
+    layer(x)
+    calls = loader.extension().crowded_calls()[1]
+    if calls > before:
+        tries.append(time.perf_counter())
+    before = calls
+print((limits, times, tries))
 """
 
 
 def test_workers_that_share_a_core_become_one() -> None:
     """Two of them, on a core that both need, hold each other up. The numbers stay the same."""
     done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
-    limits, times = ast.literal_eval(done.stdout)
+    limits, times, tries = ast.literal_eval(done.stdout)
     begun = [
         calls for (_, before), (workers, calls) in itertools.pairwise([(1, 0), *limits]) if calls > before
     ]
@@ -178,3 +185,5 @@ def test_workers_that_share_a_core_become_one() -> None:
     for (_, before), (taken, calls) in itertools.pairwise([(0.0, 0), *times]):
         together = 0.0 if calls > before else together + taken
         assert together < 0.25 + 2 * taken, times
+    # Short calls try as rarely, although a quarter of a second holds many of them.
+    assert 2 <= len(tries) <= 5, tries

@@ -19,12 +19,14 @@ constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thr
 // Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
 constexpr double kLeastShare = 0.65;
 constexpr int kFewestCalls = 4, kMostCalls = 64;
-// Between two tries in a row that fare badly, at least: a try may cost a turn of the system's scheduler, milliseconds.
-constexpr double kLeastPause = 0.03;
+// By the clock, for each of these calls, from the second try in a row on that fares badly: a try and the calls after it
+// may cost several turns of the system's scheduler, of milliseconds each.
+constexpr double kLeastPause = 0.004;
 // So long calls with fewer workers take together at most, however few they are: else they would stay slow for seconds
 // after the others are gone.
 constexpr double kMostTime = 0.25;
-// So long without a bad call, and it begins anew. A few good ones may be luck: the system gives turns of milliseconds.
+// So long with all workers and no bad call, and it begins anew. A few good ones may be luck: the system gives turns of
+// milliseconds.
 constexpr double kForgotten = 0.2;
 
 double seconds(clockid_t clock) {
@@ -42,8 +44,10 @@ class Crowding {
     if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
     const bool more = time_.load(std::memory_order_relaxed) < kMostTime && calls_.load(std::memory_order_relaxed) > 0 &&
                       calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
-    if (!more && seconds(CLOCK_MONOTONIC) >= until) {
+    const double now = more ? 0 : seconds(CLOCK_MONOTONIC);
+    if (!more && now >= until) {
       until_.store(0, std::memory_order_relaxed);
+      lifted_.store(now, std::memory_order_relaxed);
       return threads;
     }
     return std::min(threads, workers_.load(std::memory_order_relaxed));
@@ -58,7 +62,7 @@ class Crowding {
   void note(int workers, int crowded) {
     const int calls = next_.load(std::memory_order_relaxed);
     if (crowded == 0) {
-      if (calls > kFewestCalls && seconds(CLOCK_MONOTONIC) - last_.load(std::memory_order_relaxed) > kForgotten) {
+      if (calls > kFewestCalls && seconds(CLOCK_MONOTONIC) - lifted_.load(std::memory_order_relaxed) > kForgotten) {
         next_.store(kFewestCalls, std::memory_order_relaxed);
       }
       return;
@@ -68,8 +72,7 @@ class Crowding {
     calls_.store(calls, std::memory_order_relaxed);
     time_.store(0, std::memory_order_relaxed);
     const double now = seconds(CLOCK_MONOTONIC);
-    last_.store(now, std::memory_order_relaxed);
-    until_.store(now + (calls > kFewestCalls ? kLeastPause : 0), std::memory_order_relaxed);
+    until_.store(now + (calls > kFewestCalls ? calls * kLeastPause : 0), std::memory_order_relaxed);
   }
 
   CrowdedCalls left() const {
@@ -81,8 +84,8 @@ class Crowding {
  private:
   std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
   std::atomic<double> time_{0};  // of the calls since the last bad one
-  // By the clock: when the last bad call ended; and when the next try may be, 0 while nothing is limited.
-  std::atomic<double> last_{0}, until_{0};
+  // By the clock: since when nothing is limited; and when the next try may be, 0 while nothing is limited.
+  std::atomic<double> lifted_{0}, until_{0};
 };
 
 Crowding& crowding() {
