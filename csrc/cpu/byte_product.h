@@ -132,9 +132,10 @@ __attribute__((noinline)) void multiply_bytes(const uint8_t* panel, const RowDig
   Ints acc[kDigits][kGates] = {};
   const int64_t groups = divide_up(count, kKsOfBytes);
   const int8_t* digits = row.bytes[0];
+  const bool fetches = fetches_panels;
   for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kKsOfBytes) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+    for (int line = 0; fetches && line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
     Ints w[kGates];
 #pragma GCC unroll kGates
     for (int gate = 0; gate < kGates; ++gate) w[gate] = load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));

@@ -50,6 +50,18 @@ bool multiplies_pairs_fast() {
 #endif
 }
 
+bool is_zen4() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = (a >> 8 & 0xF) + (a >> 20 & 0xFF);
+  return family == 0x19;  // Zen 3, which has no AVX-512, and Zen 4
+#else
+  return false;
+#endif
+}
+
 // Whether the CPU has AMX with bfloat16, and the kernel lets this process use the tiles, which it must be asked once:
 // their state is 8 KB a thread.
 bool asks_for_tiles() {
@@ -154,6 +166,8 @@ std::atomic<const Capability*>& current() {
 }
 
 }  // namespace
+
+const bool fetches_panels = !is_zen4();
 
 const Capability& capability() { return *current().load(std::memory_order_relaxed); }
 

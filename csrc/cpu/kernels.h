@@ -11,6 +11,10 @@
 
 namespace lstm_ext::cpu {
 
+// Whether tiles of one row fetch the panel that they read. They need not on the processors of AMD's Zen 4 generation,
+// which fetch it themselves, and to which the instructions cost more than they bring.
+extern LSTM_EXT_PUBLIC const bool fetches_panels;
+
 template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register

@@ -15,8 +15,8 @@ namespace {
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 
-// How far ahead a tile of one row fetches its panel, which it reads faster than the processor's own prefetching begins
-// with each page of a weight that is no longer in the caches.
+// How far ahead a tile of one row fetches its panel, if it does (kernels.h). It reads the panel faster than the own
+// prefetching of most processors begins with each page of a weight that is no longer in the caches.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
@@ -121,6 +121,7 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
                                      int64_t count, int last = 0, const char* fetched = nullptr,
                                      int64_t fetch_step = NextPanel::kLine) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
+  [[maybe_unused]] const bool fetches = R == 1 && fetches_panels;
   free_registers();
   const T* row[R];
 #pragma GCC unroll kTileRows
@@ -132,7 +133,7 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
     if constexpr (R == 1) {
       constexpr int64_t kBytes = NV * Simd<T>::kLanes * static_cast<int64_t>(sizeof(B));
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kBytes; line += 64)
+      for (int64_t line = 0; fetches && line < kBytes; line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(b + kPrefetchBytes / kBytes * b_step) + line);
     }
     if constexpr (kFetch != Fetch::kNothing) {
