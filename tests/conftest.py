@@ -1,6 +1,6 @@
 """A run that tests the wrong thing fails: without the compiled extension, and with a skip nobody has agreed to.
 
-The list of skips also has to name each test that is marked ``skipif``, here or on another machine.
+The list of skips must also name every test that is marked ``skipif``, even if it is not skipped here.
 
 Tests marked ``devices("cpu", "cuda")``, most often by a file's ``pytestmark``, run once on each of these devices. The
 device is the default of everything that such a test makes. A mark on a test replaces that of its file. All others run

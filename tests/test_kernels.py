@@ -202,7 +202,7 @@ def test_two_workers(capability, dtype, grid):
 @pytest.mark.parametrize("trainable", ["both", "one"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_directions_at_once(capability, dtype, trainable):
-    """Both directions of a short layer on a worker each, forward and, without the input's gradient, backward."""
+    """Both directions of one row on a worker each, forward and, without the input's gradient, backward."""
     case = sized(40, 1, 64, 64, 0, True, True)
     plan = plan_of(case, dtype, 2)
     assert plan["directions_at_once"]
@@ -261,12 +261,16 @@ def test_fewer_threads_than_planned():
     program = (
         "import torch, lstm_ext\n"
         "torch.set_num_threads(2)\n"
-        "m = lstm_ext.LSTM(64, 256); x = torch.randn(20, 8, 64)\n"
-        "y, _ = m(x); ours = torch.autograd.grad(y.sum(), list(m.parameters()))\n"
-        "r = lstm_ext.reference.lstm_layer(x, None, None, list(m.parameters()), None, True, False)[0]\n"
-        "torch.testing.assert_close(y, r)\n"
-        "ref = torch.autograd.grad(r.sum(), list(m.parameters()))\n"
-        "torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-4)\n"
+        "def check(x, hidden_size, both):\n"
+        "    m = lstm_ext.LSTM(64, hidden_size, bidirectional=both)\n"
+        "    weights = list(m.parameters())\n"
+        "    y, _ = m(x); ours = torch.autograd.grad(y.sum(), weights)\n"
+        "    r = lstm_ext.reference.lstm_layer(x, None, None, weights, None, True, both)[0]\n"
+        "    torch.testing.assert_close(y, r)\n"
+        "    ref = torch.autograd.grad(r.sum(), weights)\n"
+        "    torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-4)\n"
+        "check(torch.randn(20, 8, 64), 256, False)\n"
+        "check(torch.randn(40, 1, 64), 64, True)  # of two directions at the same time\n"
     )
     environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)

@@ -92,7 +92,7 @@ LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const Previ
     gates[kG] = kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
     cell.c = cell_state<T>(gates, previous);
     store(cell.c);
-    cell.h = hidden_state<T>(gates[kO], cell.c);
+    cell.h = hidden_state<T, kExactness>(gates[kO], cell.c);
   }
   return cell;
 }

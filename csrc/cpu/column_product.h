@@ -192,8 +192,8 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
 #pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
         const bool done = k + depth >= b.depth;
-        // What the epilogue reads was written long ago. It arrives while a tile is summed: the epilogue of the tile
-        // before asks for it, a little at a time, and of the first tile all at once.
+        // What an epilogue reads was written long ago. The epilogue of each tile fetches it for the next tile, a little
+        // at a time. For the first tile all of it is fetched before its sum.
         if (done && first == 0 && column == columns.begin) {
           for (int r = 0; r < R; ++r)
             for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);

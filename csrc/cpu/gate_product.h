@@ -273,8 +273,8 @@ class GateProduct {
 #pragma GCC unroll kTileRows
             for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
           }
-          // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once would
-          // hold up the panel.
+          // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once,
+          // which is what other tiles do, holds up the panel.
           constexpr bool kFetches = NextPanel::kUsed && R > 1;
           const W* const part = panel + k * kGates * kLanes;
           int64_t done = 0;

@@ -11,8 +11,8 @@
 
 namespace lstm_ext::cpu {
 
-// Whether tiles of one row fetch the panel that they read. They need not on the processors of AMD's Zen 4 generation,
-// which fetch it themselves, and to which the instructions cost more than they bring.
+// Whether tiles of one row prefetch their panel. On AMD's Zen 4 they do not: its hardware prefetcher is fast enough,
+// and the instructions cost more than they gain.
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
 template <typename T>

@@ -132,8 +132,8 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
   return best;
 }
 
-// Whether both directions of a layer that has two run at the same time. They do where each has work for a thread, but
-// not for half of the threads: a short batch of a small layer.
+// Whether both directions of a layer that has two run at the same time. They do if each has enough work for a thread,
+// and both together need no more threads than there are: small layers with few rows.
 bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
   return kDirections * grid.workers() <= machine.threads && grid.work >= kWorkPerThread;
 }

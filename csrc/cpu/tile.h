@@ -15,8 +15,8 @@ namespace {
 // Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 
-// How far ahead a tile of one row fetches its panel, if it does (kernels.h). It reads the panel faster than the own
-// prefetching of most processors begins with each page of a weight that is no longer in the caches.
+// How far ahead a tile of one row prefetches its panel, if it does (kernels.h). It reads so fast that most hardware
+// prefetchers are late at each new page of a weight that is no longer in the caches.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row

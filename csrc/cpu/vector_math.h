@@ -5,7 +5,8 @@
 // last term economized, r^5 -> (5/4) a^2 r^3 - (5/16) a^4 r, the least change on [-a, a] that lowers
 // the degree (error a^7/(16 * 7!) + a^8/8! < 1.3e-8, far below rounding).
 // Where a register holds a table of the powers 2^(j / 16), sigmoid and tanh in float32 take n = round(16 x / ln 2)
-// instead: then |r| <= a = ln 2 / 32, and four terms of e^r are enough, three with r^4 economized (error 2e-9).
+// instead, but for Exactness::kPrecise. Then |r| <= a = ln 2 / 32, and four terms of e^r are enough, three with r^4
+// economized (error 2e-9).
 // tanh goes through e^x - 1, which keeps the relative accuracy near zero that 1 - e^x loses.
 // NaN propagates; infinities give the limits.
 #pragma once
@@ -70,8 +71,8 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return expm1_reduced<T>(x, n, rest);
 }
 
-// How exactly sigmoid and tanh are computed. kPrecise: without a table, and with divisions, whose results are the same
-// on all processors.
+// How exactly sigmoid and tanh are computed. kPrecise: without a table, and with divisions. Unlike approximations of
+// reciprocals, these do not depend on the processor's maker.
 enum class Exactness { kUsual, kPrecise };
 
 #if defined(LSTM_EXT_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)

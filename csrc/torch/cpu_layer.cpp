@@ -194,9 +194,10 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
                     void (*kernel)(const Params&, const Plan&, char* workspace, int worker),
                     const at::TensorOptions& options, bool normalised) {
   constexpr int64_t kAlignment = 64;
-  // Layer normalisation has gradients that are sums over the workers.
-  int threads = available_threads(/*always_all=*/normalised);
+  bool refused = false;
   for (size_t first = 0; first < params.size();) {
+    // Layer normalisation has gradients that are sums over the workers.
+    const int threads = refused ? 1 : available_threads(/*always_all=*/normalised);
     const cpu::Machine machine = machine_for(kernels, threads);
     OfDirections<Plan> plans{make_plan(params[first], machine)};
     while (plans.back().directions_at_once && first + plans.size() < params.size()) {
@@ -228,7 +229,7 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
     if (ran) {
       first += plans.size();
     } else {
-      threads = 1;
+      refused = true;
     }
   }
 }

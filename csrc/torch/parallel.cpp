@@ -18,15 +18,16 @@ namespace {
 constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thread may be most
 // Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
 constexpr double kLeastShare = 0.65;
+// After a bad call so many are limited to fewer workers: twice as many each time that a try with all workers is bad.
 constexpr int kFewestCalls = 4, kMostCalls = 64;
-// By the clock, for each of these calls, from the second try in a row on that fares badly: a try and the calls after it
-// may cost several turns of the system's scheduler, of milliseconds each.
-constexpr double kLeastPause = 0.004;
-// So long calls with fewer workers take together at most, however few they are: else they would stay slow for seconds
-// after the others are gone.
+// The pause before the next try, for each limited call. The first bad call has none. A try may cost several turns of
+// the system's scheduler, of milliseconds each.
+constexpr double kPausePerCall = 0.004;
+// Limited calls compute for at most this time. Otherwise long calls would stay limited for seconds after the other
+// programs end.
 constexpr double kMostTime = 0.25;
-// So long with all workers and no bad call, and it begins anew. A few good ones may be luck: the system gives turns of
-// milliseconds.
+// After so long with all workers and no bad call, the count starts again at kFewestCalls. A few good calls may be luck:
+// the scheduler gives turns of milliseconds.
 constexpr double kForgotten = 0.2;
 
 double seconds(clockid_t clock) {
@@ -62,7 +63,9 @@ class Crowding {
   void note(int workers, int crowded) {
     const int calls = next_.load(std::memory_order_relaxed);
     if (crowded == 0) {
-      if (calls > kFewestCalls && seconds(CLOCK_MONOTONIC) - lifted_.load(std::memory_order_relaxed) > kForgotten) {
+      // A limited call says nothing about all workers.
+      if (!limits() && calls > kFewestCalls &&
+          seconds(CLOCK_MONOTONIC) - lifted_.load(std::memory_order_relaxed) > kForgotten) {
         next_.store(kFewestCalls, std::memory_order_relaxed);
       }
       return;
@@ -72,7 +75,7 @@ class Crowding {
     calls_.store(calls, std::memory_order_relaxed);
     time_.store(0, std::memory_order_relaxed);
     const double now = seconds(CLOCK_MONOTONIC);
-    until_.store(now + (calls > kFewestCalls ? calls * kLeastPause : 0), std::memory_order_relaxed);
+    until_.store(now + (calls > kFewestCalls ? calls * kPausePerCall : 0), std::memory_order_relaxed);
   }
 
   CrowdedCalls left() const {

@@ -12,7 +12,7 @@ namespace lstm_ext {
 // them, so fewer workers are faster. Not if `always_all`: a call whose bits depend on their number.
 int available_threads(bool always_all);
 
-// What is left of that: how many workers the next call may have at most, and for how many calls. For tests.
+// How many workers a limited call may have, and how many such calls are left; see Crowding. For tests.
 struct CrowdedCalls {
   int workers, calls;
 };

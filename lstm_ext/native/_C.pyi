@@ -143,13 +143,13 @@ def cpu_plan(
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
     ``planes`` are the bfloat16 numbers in an operand of a matrix unit; in the result, 0 is a product without it.
-    ``directions_at_once``: both directions of a bidirectional layer would run at the same time; backward, where the
-    gradient of the input is not requested.
+    ``directions_at_once`` and ``backward_directions_at_once``: both directions of a bidirectional layer would run at
+    the same time; backward, if the gradient of the input is not requested.
     """
 
 def crowded_calls() -> tuple[int, int]:
-    """How many workers the next calls may have at most, and how many calls, because workers had to share their cores
-    with other programs."""
+    """How many workers a limited call may have, because workers had to share their cores with other programs, and how
+    many such calls are left. For tests."""
 
 def set_fewer_when_crowded(wanted: bool) -> None:
     """False: every call has all its workers, however busy the cores are. For tests."""
