@@ -49,10 +49,14 @@ class Crowding {
     if (!more && now >= until) {
       until_.store(0, std::memory_order_relaxed);
       lifted_.store(now, std::memory_order_relaxed);
+      wakes_.store(true, std::memory_order_relaxed);
       return threads;
     }
     return std::min(threads, workers_.load(std::memory_order_relaxed));
   }
+
+  // Whether threads that slept wake up for this call, the first with all workers. What it takes says nothing.
+  bool wakes() { return wakes_.load(std::memory_order_relaxed) && wakes_.exchange(false, std::memory_order_relaxed); }
 
   bool limits() const { return until_.load(std::memory_order_relaxed) != 0; }
   // A call took so long.
@@ -85,6 +89,7 @@ class Crowding {
   std::atomic<bool> wanted{true};
 
  private:
+  std::atomic<bool> wakes_{false};
   std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
   std::atomic<double> time_{0};  // of the calls since the last bad one
   // By the clock: since when nothing is limited; and when the next try may be, 0 while nothing is limited.
@@ -121,7 +126,7 @@ bool run_at_once(int workers, void (*work)(void* context, int index), void* cont
   std::atomic<int> crowded{0};
   // Asking for a thread's time takes a few percent of a short call.
   static std::atomic<bool> last_was_long{false};
-  const bool measures = last_was_long.load(std::memory_order_relaxed);
+  const bool measures = !crowding().wakes() && last_was_long.load(std::memory_order_relaxed);
   const double begin = seconds(CLOCK_MONOTONIC);
 #pragma omp parallel num_threads(workers)
   {
