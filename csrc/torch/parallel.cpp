@@ -45,14 +45,14 @@ class Crowding {
     if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
     const bool more = time_.load(std::memory_order_relaxed) < kMostTime && calls_.load(std::memory_order_relaxed) > 0 &&
                       calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
-    const double now = more ? 0 : seconds(CLOCK_MONOTONIC);
-    if (!more && now >= until) {
-      until_.store(0, std::memory_order_relaxed);
-      lifted_.store(now, std::memory_order_relaxed);
-      wakes_.store(true, std::memory_order_relaxed);
-      return threads;
-    }
-    return std::min(threads, workers_.load(std::memory_order_relaxed));
+    const int fewer = std::min(threads, workers_.load(std::memory_order_relaxed));
+    if (more) return fewer;
+    const double now = seconds(CLOCK_MONOTONIC);
+    if (now < until) return fewer;
+    until_.store(0, std::memory_order_relaxed);
+    lifted_.store(now, std::memory_order_relaxed);
+    wakes_.store(true, std::memory_order_relaxed);
+    return threads;
   }
 
   // Whether threads that slept wake up for this call, the first with all workers. What it takes says nothing.
