@@ -224,7 +224,8 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor runs, in use for one test.
 
-    Not avx512_bf16: it differs from avx512 in bfloat16 only (test_matrix_unit.py).
+    Not avx512_bf16: it differs from avx512 only in bfloat16 (test_matrix_unit.py) and in frozen int8 weights
+    (test_frozen.py).
     """
     from lstm_ext.native import loader
 

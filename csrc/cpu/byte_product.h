@@ -1,10 +1,12 @@
 // Products of rows in float32 with weights in int8, by the instruction for sums of four products of bytes.
 //
-// A row is read in pieces of kBlockK numbers. A piece becomes integers of four bytes times one factor, so that the
-// largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the largest. Sums
-// of products of bytes are exact. The instruction multiplies bytes without a sign by bytes with one: weights are stored
-// as w + 128, and 128 times the sum of a row's bytes is taken off again. Beside a number that is much larger than the
-// others these would lose their bits, which matters where its weight is 0: such a piece is multiplied as it is.
+// A row is read in pieces of kBlockK numbers. A piece becomes integers of three or four bytes times one factor. With
+// four bytes the largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the
+// largest. With three it has 23 bits, so numbers near the largest are about as exact as in float32; that is enough
+// where most are. Sums of products of bytes are exact. The instruction multiplies bytes without a sign by bytes with
+// one: weights are stored as w + 128, and 128 times the sum of a row's bytes is taken off again. Beside a number that
+// is much larger than the others these would lose their bits, which matters where its weight is 0: such a piece is
+// multiplied as it is.
 #pragma once
 
 #include "cpu/isa.h"
@@ -39,20 +41,29 @@ LSTM_EXT_INLINE int64_t byte_panel_size(int64_t count) {
 #if defined(LSTM_EXT_BYTE_PRODUCTS)
 
 using Ints = Simd<float>::Index;
-constexpr int kDigits = 4;
-constexpr int32_t kLargestOfDigits = 0x7F7F7F7F;              // each of them 127
-constexpr float kMostOverMean = 512;                          // see RowDigits
+constexpr int kMostDigits = 4;
+constexpr int kFewDigits = 3;
+// The largest number of so many digits: each of them 127.
+template <int kDigits>
+constexpr int32_t kLargestOfDigits = 0x7F7F7F7F >> 8 * (kMostDigits - kDigits);
+// See RowDigits.
+constexpr float kMostOverMean = 512;
+constexpr float kMostOverMeanOfFew = 8;
+constexpr float kLeastOfFew = 127;
 constexpr int64_t kPiecesAtOnce = 8;                          // of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
-// A piece of a row as sums of bytes times powers of 256, the lowest first. Without `exact` the numbers are such that
-// they have to be multiplied as they are: infinities, NaN, what is too large or too small for the factor, and a number
-// that is more than kMostOverMean times the mean of the others, of those that are not 0.
+// A piece of a row as sums of bytes times powers of 256, the lowest first: [k / 4][digit][k % 4], so that a product
+// reads four k of a digit at once.
 struct RowDigits {
-  alignas(64) int8_t bytes[kDigits][kBlockK];
-  int32_t sums[kDigits];
+  alignas(64) int8_t bytes[kMostDigits * kBlockK];
+  int32_t sums[kMostDigits];
   float factor;
-  bool exact;
+  // Of the numbers that are not 0: kFewDigits where the largest is at most kMostOverMeanOfFew times the mean of the
+  // others, and there are kLeastOfFew of these; float32 sums are hardly more exact then. Else kMostDigits. None where
+  // the numbers have to be multiplied as they are: infinities, NaN, what is too large or too small for the factor, and
+  // a number that is more than kMostOverMean times the mean of the others.
+  int digits;
 };
 
 // All lanes, in each of them.
@@ -63,6 +74,56 @@ LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
     return over_lanes<kStep / 2>(v, f);
   }
   return v;
+}
+
+// sum += the products of four bytes each.
+LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
+#if defined(LSTM_EXT_ISA_SOFTWARE)
+  for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
+#else  // in assembly, since GCC 12 copies the sums around the instruction
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(bytes));
+#endif
+}
+
+// Numbers of four bytes, four of them side by side: byte j of number i becomes byte i of number j.
+template <int... kByte>
+LSTM_EXT_INLINE Ints transpose_bytes(Ints v, std::integer_sequence<int, kByte...>) {
+  typedef int8_t Bytes __attribute__((vector_size(sizeof(Ints))));
+  const Bytes bytes = reinterpret_cast<Bytes>(v);
+#ifdef LSTM_EXT_SHUFFLES
+  return reinterpret_cast<Ints>(
+      __builtin_shufflevector(bytes, bytes, (kByte / 16 * 16 + kByte % 4 * 4 + kByte % 16 / 4)...));
+#else
+  return reinterpret_cast<Ints>(Bytes{bytes[kByte / 16 * 16 + kByte % 4 * 4 + kByte % 16 / 4]...});
+#endif
+}
+
+// The digits of numbers of which this is the largest.
+template <int kDigits>
+void split_into(const float* x, int64_t count, float largest, RowDigits& row) {
+  using S = Simd<float>;
+  constexpr int32_t kLargest = kLargestOfDigits<kDigits>;
+  row.digits = kDigits;
+  row.factor = largest / static_cast<float>(kLargest);
+  const Reg<float> scale = S::set1(largest == 0 ? 0.0f : static_cast<float>(kLargest) / largest);
+  const Ints bound = Ints{} + kLargest;
+  // Plus 128 in each byte but the highest, the bytes of a number are its digits plus 128.
+  const Ints halves = Ints{} + (0x808080 >> 8 * (kMostDigits - kDigits));
+  Ints sums = {};
+  for (int64_t k = 0; k < count; k += S::kLanes) {
+    const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
+    Ints number = __builtin_convertvector(S::round(load_lanes<float>(x + k, lanes) * scale), Ints);
+    // Rounding may lead past the largest number that the bytes hold.
+    number = number > bound ? bound : number;
+    number = number < -bound ? -bound : number;
+    const Ints digits = transpose_bytes((number + halves) ^ halves, std::make_integer_sequence<int, sizeof(Ints)>{});
+    __builtin_memcpy(row.bytes + kMostDigits * k, &digits, sizeof(digits));
+    add_products(sums, Ints{} + 0x01010101, digits);
+  }
+  for (int digit = 0; digit < kDigits; ++digit) {
+    row.sums[digit] = 0;
+    for (int lane = digit; lane < S::kLanes; lane += kMostDigits) row.sums[digit] += sums[lane];
+  }
 }
 
 inline void split_row(const float* x, int64_t count, RowDigits& row) {
@@ -83,57 +144,37 @@ inline void split_row(const float* x, int64_t count, RowDigits& row) {
   float largest;
   __builtin_memcpy(&largest, &bits, sizeof(bits));
   const auto count_of_others = static_cast<float>(over_lanes(others, sum)[0] - 1);
-  const bool even = count_of_others * largest <= kMostOverMean * (sum_of_lanes<float>(total)[0] - largest);
-  row.exact = bits == 0 || (bits >= kLeast && bits < kMost && even);
-  row.factor = largest / static_cast<float>(kLargestOfDigits);
-  if (!row.exact) return;
-  const Reg<float> scale = S::set1(bits == 0 ? 0.0f : static_cast<float>(kLargestOfDigits) / largest);
-  const Ints bound = Ints{} + kLargestOfDigits;
-  Ints sums[kDigits] = {};
-  for (int64_t k = 0; k < count; k += S::kLanes) {
-    const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
-    Ints number = __builtin_convertvector(S::round(load_lanes<float>(x + k, lanes) * scale), Ints);
-    // Rounding may lead past the largest number that the bytes hold.
-    number = number > bound ? bound : number;
-    number = number < -bound ? -bound : number;
-#pragma GCC unroll 4
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const Ints rest = (number + 128) >> 8;
-      const auto bytes = __builtin_convertvector(number, S::Bytes);
-      __builtin_memcpy(row.bytes[digit] + k, &bytes, sizeof(bytes));
-      sums[digit] += number - (rest << 8);
-      number = rest;
-    }
+  const float of_others = sum_of_lanes<float>(total)[0] - largest;
+  const auto at_most = [&](float over_mean) { return count_of_others * largest <= over_mean * of_others; };
+  if (bits != 0 && !(bits >= kLeast && bits < kMost && at_most(kMostOverMean))) {
+    row.digits = 0;
+  } else if (bits == 0 || (count_of_others >= kLeastOfFew && at_most(kMostOverMeanOfFew))) {
+    split_into<kFewDigits>(x, count, largest, row);
+  } else {
+    split_into<kMostDigits>(x, count, largest, row);
   }
-  for (int digit = 0; digit < kDigits; ++digit) row.sums[digit] = over_lanes(sums[digit], sum)[0];
 }
 
-// sum += the products of four bytes each.
-LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
-#if defined(LSTM_EXT_ISA_SOFTWARE)
-  for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
-#else  // in assembly, since GCC 12 copies the sums around the instruction
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(bytes));
-#endif
-}
-
+// Kept in a register: else GCC reads it once more for each digit, which takes longer than the products.
 LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
   Ints v;
   __builtin_memcpy(&v, p, sizeof(v));
+  keep_in_register(v);
   return v;
 }
 
 // sums = the products of a piece of a row with `count` k of a panel, without the factors of the units. Not inlined: the
 // loop needs the registers in which GCC would keep what is around it.
-__attribute__((noinline)) void multiply_bytes(const uint8_t* panel, const RowDigits& row, int64_t count,
-                                              Reg<float>* sums) {
+template <int kDigits>
+__attribute__((noinline)) void multiply_digits(const uint8_t* panel, const RowDigits& row, int64_t count,
+                                               Reg<float>* sums) {
   using S = Simd<float>;
   constexpr int kGroup = kKsOfBytes * kPanelStep;
   Ints acc[kDigits][kGates] = {};
   const int64_t groups = divide_up(count, kKsOfBytes);
-  const int8_t* digits = row.bytes[0];
+  const int8_t* digits = row.bytes;
   const bool fetches = fetches_panels;
-  for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kKsOfBytes) {
+  for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kMostDigits * kKsOfBytes) {
 #pragma GCC unroll 4
     for (int line = 0; fetches && line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
     Ints w[kGates];
@@ -142,7 +183,7 @@ __attribute__((noinline)) void multiply_bytes(const uint8_t* panel, const RowDig
 #pragma GCC unroll 4
     for (int d = 0; d < kDigits; ++d) {
       int32_t four;
-      __builtin_memcpy(&four, digits + d * kBlockK, sizeof(four));
+      __builtin_memcpy(&four, digits + d * kKsOfBytes, sizeof(four));
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) add_products(acc[d][gate], w[gate], Ints{} + four);
     }
@@ -169,6 +210,16 @@ inline void multiply_unsplit(const uint8_t* panel, const float* x, int64_t count
       const Ints weight = ((four >> static_cast<int>(8 * (k % kKsOfBytes))) & 255) - 128;
       sums[gate] = S::fma(S::set1(x[k]), __builtin_convertvector(weight, Reg<float>), sums[gate]);
     }
+  }
+}
+
+// `x`: the piece before it was split.
+LSTM_EXT_INLINE void multiply_bytes(const uint8_t* panel, const RowDigits& row, const float* x, int64_t count,
+                                    Reg<float>* sums) {
+  switch (row.digits) {
+    case kFewDigits: return multiply_digits<kFewDigits>(panel, row, count, sums);
+    case kMostDigits: return multiply_digits<kMostDigits>(panel, row, count, sums);
+    default: return multiply_unsplit(panel, x, count, sums);
   }
 }
 

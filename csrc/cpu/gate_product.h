@@ -53,7 +53,7 @@ void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_
   }
 }
 
-// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of Simd::load_half, or
+// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of half_of, or
 // integers times a factor, where bytes are multiplied in the order of byte_place.
 template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
@@ -72,7 +72,7 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
         if (kind == WeightKind::kBFloat16) {
           uint32_t bits;
           __builtin_memcpy(&bits, &number, sizeof(bits));
-          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as Simd::load_half reads them
+          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as half_of reads them
           static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
           const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
@@ -452,11 +452,7 @@ class GateProduct {
             const RowDigits& piece = pieces[(k - first) / kBlockK];
             const uint8_t* const panel = panels + block * byte_panel_size(count) + k * kPanelStep;
             Reg<T> sums[kGates];
-            if (piece.exact) {
-              multiply_bytes(panel, piece, smaller(kBlockK, end - k), sums);
-            } else {
-              multiply_unsplit(panel, a + k, smaller(kBlockK, end - k), sums);
-            }
+            multiply_bytes(panel, piece, a + k, smaller(kBlockK, end - k), sums);
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) tile.acc[0][gate] = tile.acc[0][gate] + sums[gate];
           }

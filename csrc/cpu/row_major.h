@@ -43,7 +43,7 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, int outp
 #pragma GCC unroll 16
       for (int j = 0; j < J; ++j) {
         Reg<T> w = load(row(j));
-        if constexpr (X > 1) keep_in_register<T>(w);
+        if constexpr (X > 1) keep_in_register(w);
 #pragma GCC unroll 4
         for (int i = 0; i < X; ++i) acc[i * J + j] = S::fma(w, values[i], acc[i * J + j]);
       }

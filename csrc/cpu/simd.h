@@ -75,12 +75,6 @@ struct Simd<float> {
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  // One of two registers of numbers in bfloat16, whose lanes lie side by side: a single instruction makes it.
-  static Reg load_half(const uint16_t* p, bool second) {
-    const __m512i both = _mm512_loadu_si512(p);
-    return _mm512_castsi512_ps(second ? _mm512_and_si512(both, _mm512_set1_epi32(-0x10000))
-                                      : _mm512_slli_epi32(both, 16));
-  }
   // Of small integers.
   static Reg load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -174,11 +168,6 @@ struct Simd<float> {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
-  static Reg load_half(const uint16_t* p, bool second) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm256_castsi256_ps(second ? _mm256_and_si256(both, _mm256_set1_epi32(-0x10000))
-                                      : _mm256_slli_epi32(both, 16));
-  }
   static Reg load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -253,10 +242,6 @@ struct Simd<float> {
   static Reg zero() { return _mm_setzero_ps(); }
   static Reg set1(float x) { return _mm_set1_ps(x); }
   static Reg load(const float* p) { return _mm_loadu_ps(p); }
-  static Reg load_half(const uint16_t* p, bool second) {
-    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm_castsi128_ps(second ? _mm_and_si128(both, _mm_set1_epi32(-0x10000)) : _mm_slli_epi32(both, 16));
-  }
   static Reg load(const int8_t* p) { return _mm_cvtepi32_ps(_mm_setr_epi32(p[0], p[1], p[2], p[3])); }
   template <typename W>
   static Reg load(const W* p) {
@@ -452,8 +437,8 @@ LSTM_EXT_INLINE void add_lanes(T* p, Reg<T> v, int n) {
 
 // Of a number that several instructions take: else GCC reads it from memory for each of them, if they are two or three,
 // and a panel comes from the second-level cache.
-template <typename T>
-LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Reg<T>& v) {
+template <typename Register>
+LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Register& v) {
 #if defined(LSTM_EXT_AVX512)
   asm("" : "+v"(v));
 #elif !defined(LSTM_EXT_ISA_SOFTWARE)

@@ -35,11 +35,21 @@ struct Tile {
   }
 };
 
-// Register v of NV. Numbers in bfloat16 are those of two registers side by side.
+// Numbers in bfloat16 are those of two registers side by side: both of them, and one.
+LSTM_EXT_INLINE Reg<float> load_pair(const uint16_t* b, int v) {
+  return Simd<float>::load(reinterpret_cast<const float*>(b + v / 2 * 2 * Simd<float>::kLanes));
+}
+LSTM_EXT_INLINE Reg<float> half_of(Reg<float> pair, bool second) {
+  using Index = Simd<float>::Index;
+  const Index bits = reinterpret_cast<Index>(pair);
+  return reinterpret_cast<Reg<float>>(second ? bits & -0x10000 : bits << 16);
+}
+
+// Register v of NV.
 template <typename T, bool Partial, typename B>
 LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) {
   if constexpr (std::is_same_v<B, uint16_t>)
-    return Simd<T>::load_half(b + v / 2 * 2 * Simd<T>::kLanes, v % 2 != 0);
+    return half_of(load_pair(b, v), v % 2 != 0);
   else {
     const B* const at = b + v * Simd<T>::kLanes;
     if constexpr (Partial) {
@@ -49,17 +59,35 @@ LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) 
   }
 }
 
+// All of them.
+template <typename T, int NV, bool Partial, typename B>
+LSTM_EXT_INLINE void load_all_columns(Reg<T> (&w)[NV], const B* b, int last) {
+  if constexpr (std::is_same_v<B, uint16_t>) {
+    static_assert(NV % 2 == 0);
+#pragma GCC unroll kTileColumns
+    for (int v = 0; v < NV; v += 2) {
+      Reg<T> pair = load_pair(b, v);
+      keep_in_register(pair);
+      w[v] = half_of(pair, false);
+      w[v + 1] = half_of(pair, true);
+    }
+  } else {
+#pragma GCC unroll kTileColumns
+    for (int v = 0; v < NV; ++v) w[v] = load_columns<T, Partial>(b, v, NV, last);
+  }
+}
+
 // One step of k: acc[r][v] += a(r) * b[v], where b is NV registers, of T or of narrower numbers, and a(r) one number.
 // `last` lanes of the last register are there; the rest of it must not be read if Partial.
 template <typename T, int R, int NV, bool Partial, typename A, typename B>
 LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, int last) {
   using S = Simd<T>;
-  if constexpr (kVectorRegisters == 32) {
+  if constexpr (kVectorRegisters == 32 || (R == 1 && std::is_same_v<B, uint16_t>)) {
     Reg<T> w[NV];
+    load_all_columns<T, NV, Partial>(w, b, last);
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
-      w[v] = load_columns<T, Partial>(b, v, NV, last);
-      if constexpr (R > 1) keep_in_register<T>(w[v]);
+      if constexpr (R > 1) keep_in_register(w[v]);
     }
 #pragma GCC unroll kTileRows
     for (int r = 0; r < R; ++r) {
@@ -74,7 +102,7 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
 #pragma GCC unroll kTileColumns
     for (int v = 0; v < NV; ++v) {
       Reg<T> w = load_columns<T, Partial>(b, v, NV, last);
-      if constexpr (R == 2) keep_in_register<T>(w);
+      if constexpr (R == 2) keep_in_register(w);
 #pragma GCC unroll kTileRows
       for (int r = 0; r < R; ++r) tile.acc[r][v] = S::fma(x[r], w, tile.acc[r][v]);
     }
@@ -114,12 +142,10 @@ LSTM_EXT_INLINE void free_registers() {
 // What a loop over k prefetches, a cache line in each step: nothing, what is read later, or what is written soon.
 enum class Fetch { kNothing, kRead, kWrite };
 
-// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Lines are fetched from `fetched` on, at a distance of `fetch_step`
-// bytes.
-template <typename T, int R, int NV, bool Partial = false, Fetch kFetch = Fetch::kNothing, typename B>
-LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
-                                     int64_t count, int last = 0, const char* fetched = nullptr,
-                                     int64_t fetch_step = NextPanel::kLine) {
+// See accumulate_rows.
+template <typename T, int R, int NV, bool Partial, Fetch kFetch, typename B>
+LSTM_EXT_INLINE void accumulate_here(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
+                                     int64_t count, int last, const char* fetched, int64_t fetch_step) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
   [[maybe_unused]] const bool fetches = R == 1 && fetches_panels;
   free_registers();
@@ -145,6 +171,27 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
   }
   free_registers();
   tile = local;
+}
+
+template <typename T, int R, int NV, bool Partial, Fetch kFetch, typename B>
+__attribute__((noinline)) void accumulate_apart(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b,
+                                                int64_t b_step, int64_t count, int last, const char* fetched,
+                                                int64_t fetch_step) {
+  accumulate_here<T, R, NV, Partial, kFetch>(tile, a, b, b_step, count, last, fetched, fetch_step);
+}
+
+// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Lines are fetched from `fetched` on, at a distance of `fetch_step`
+// bytes. Of narrower numbers it is not inlined: their conversions need registers, and in long functions GCC kept sums
+// in memory. Where it does not, with 32 registers and several rows, a call costs more than it brings.
+template <typename T, int R, int NV, bool Partial = false, Fetch kFetch = Fetch::kNothing, typename B>
+LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
+                                     int64_t count, int last = 0, const char* fetched = nullptr,
+                                     int64_t fetch_step = NextPanel::kLine) {
+  if constexpr (std::is_same_v<T, B> || (kVectorRegisters == 32 && R > 1)) {
+    accumulate_here<T, R, NV, Partial, kFetch>(tile, a, b, b_step, count, last, fetched, fetch_step);
+  } else {
+    accumulate_apart<T, R, NV, Partial, kFetch>(tile, a, b, b_step, count, last, fetched, fetch_step);
+  }
 }
 
 // acc[r][:] += sum_k a[k * a_step + r] * b[k * b_step + :]

@@ -14,11 +14,6 @@ struct Simd<float> {
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
-  static Reg load_half(const uint16_t* p, bool second) {
-    Index bits;
-    for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<int>(static_cast<uint32_t>(p[2 * i + second]) << 16);
-    return reinterpret_cast<Reg>(bits);
-  }
   static Reg load(const int8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
   }
