@@ -2,11 +2,10 @@
 //
 // A row is read in pieces of kBlockK numbers. A piece becomes integers of three or four bytes times one factor. With
 // four bytes the largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the
-// largest. With three it has 23 bits, so numbers near the largest are about as exact as in float32; that is enough
-// where most are. Sums of products of bytes are exact. The instruction multiplies bytes without a sign by bytes with
-// one: weights are stored as w + 128, and 128 times the sum of a row's bytes is taken off again. Beside a number that
-// is much larger than the others these would lose their bits, which matters where its weight is 0: such a piece is
-// multiplied as it is.
+// largest. With three it has 23 bits, which is enough where many numbers are not far from it. Sums of products of bytes
+// are exact. The instruction multiplies bytes without a sign by bytes with one: weights are stored as w + 128, and 128
+// times the sum of a row's bytes is taken off again. Beside a number that is much larger than the others these would
+// lose their bits, which matters where its weight is 0: such a piece is multiplied as it is.
 #pragma once
 
 #include "cpu/isa.h"
@@ -46,10 +45,11 @@ constexpr int kFewDigits = 3;
 // The largest number of so many digits: each of them 127.
 template <int kDigits>
 constexpr int32_t kLargestOfDigits = 0x7F7F7F7F >> 8 * (kMostDigits - kDigits);
-// See RowDigits.
+// See RowDigits::digits.
 constexpr float kMostOverMean = 512;
-constexpr float kMostOverMeanOfFew = 8;
-constexpr float kLeastOfFew = 127;
+constexpr int32_t kLeastOfFew = 128;
+constexpr int32_t kSmallSize = 64;
+constexpr int32_t kSmallShare = 16;
 constexpr int64_t kPiecesAtOnce = 8;                          // of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
@@ -59,10 +59,14 @@ struct RowDigits {
   alignas(64) int8_t bytes[kMostDigits * kBlockK];
   int32_t sums[kMostDigits];
   float factor;
-  // Of the numbers that are not 0: kFewDigits where the largest is at most kMostOverMeanOfFew times the mean of the
-  // others, and there are kLeastOfFew of these; float32 sums are hardly more exact then. Else kMostDigits. None where
-  // the numbers have to be multiplied as they are: infinities, NaN, what is too large or too small for the factor, and
-  // a number that is more than kMostOverMean times the mean of the others.
+  // How many digits there are. 0: the numbers have to be multiplied as they are. These are infinities, NaN, what is too
+  // large or too small for the factor, and a number that is more than kMostOverMean times the mean of the others, of
+  // those that are not 0.
+  // kFewDigits: all numbers are 0, or at least kLeastOfFew are not, and of these no more than one in kSmallShare is
+  // smaller than the largest divided by kSmallSize. A float32 sum of them has about the same error. One of a few
+  // numbers would be more exact. And small ones beside many large ones have bits to lose, which matters to a unit
+  // whose weights for the large ones are 0.
+  // Else kMostDigits.
   int digits;
 };
 
@@ -98,24 +102,27 @@ LSTM_EXT_INLINE Ints transpose_bytes(Ints v, std::integer_sequence<int, kByte...
 #endif
 }
 
-// The digits of numbers of which this is the largest.
+// The digits of a piece; `largest` is the size of its largest number. Returns how many numbers are small, but not 0.
 template <int kDigits>
-void split_into(const float* x, int64_t count, float largest, RowDigits& row) {
+int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row) {
   using S = Simd<float>;
   constexpr int32_t kLargest = kLargestOfDigits<kDigits>;
   row.digits = kDigits;
   row.factor = largest / static_cast<float>(kLargest);
   const Reg<float> scale = S::set1(largest == 0 ? 0.0f : static_cast<float>(kLargest) / largest);
-  const Ints bound = Ints{} + kLargest;
-  // Plus 128 in each byte but the highest, the bytes of a number are its digits plus 128.
+  const Ints bound = Ints{} + kLargest, small = Ints{} + kLargest / kSmallSize;
+  // Adding 128 to each byte but the highest carries into the next one where a digit would be above 127. The exclusive
+  // or takes the 128 off again. The largest number becomes 0x7FFFFFFF at most.
   const Ints halves = Ints{} + (0x808080 >> 8 * (kMostDigits - kDigits));
-  Ints sums = {};
+  Ints sums = {}, smaller_ones = {};
   for (int64_t k = 0; k < count; k += S::kLanes) {
     const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
-    Ints number = __builtin_convertvector(S::round(load_lanes<float>(x + k, lanes) * scale), Ints);
+    const Reg<float> value = load_lanes<float>(x + k, lanes);
+    Ints number = __builtin_convertvector(S::round(value * scale), Ints);
     // Rounding may lead past the largest number that the bytes hold.
     number = number > bound ? bound : number;
     number = number < -bound ? -bound : number;
+    smaller_ones -= (reinterpret_cast<Ints>(S::abs(value)) != 0) & (number < small) & (number > -small);
     const Ints digits = transpose_bytes((number + halves) ^ halves, std::make_integer_sequence<int, sizeof(Ints)>{});
     __builtin_memcpy(row.bytes + kMostDigits * k, &digits, sizeof(digits));
     add_products(sums, Ints{} + 0x01010101, digits);
@@ -124,35 +131,35 @@ void split_into(const float* x, int64_t count, float largest, RowDigits& row) {
     row.sums[digit] = 0;
     for (int lane = digit; lane < S::kLanes; lane += kMostDigits) row.sums[digit] += sums[lane];
   }
+  return over_lanes(smaller_ones, [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; })[0];
 }
 
 inline void split_row(const float* x, int64_t count, RowDigits& row) {
   using S = Simd<float>;
   const auto larger = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
   const auto sum = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
-  Ints most = {}, others = {};
+  Ints most = {}, not_zero = {};
   Reg<float> total = S::zero();
   for_each_register<float>(count, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {
     const Reg<float> size = S::abs(load_lanes<float>(x + k, lanes));
     const Ints bits = reinterpret_cast<Ints>(size);
     most = larger(most, bits);
-    others -= bits != 0;
+    not_zero -= bits != 0;
     total = total + size;
   });
   const int32_t bits = over_lanes(most, larger)[0];
   constexpr int32_t kLeast = (127 - 80) << 23, kMost = (127 + 80) << 23;
   float largest;
   __builtin_memcpy(&largest, &bits, sizeof(bits));
-  const auto count_of_others = static_cast<float>(over_lanes(others, sum)[0] - 1);
+  const int32_t numbers = over_lanes(not_zero, sum)[0];
   const float of_others = sum_of_lanes<float>(total)[0] - largest;
-  const auto at_most = [&](float over_mean) { return count_of_others * largest <= over_mean * of_others; };
-  if (bits != 0 && !(bits >= kLeast && bits < kMost && at_most(kMostOverMean))) {
-    row.digits = 0;
-  } else if (bits == 0 || (count_of_others >= kLeastOfFew && at_most(kMostOverMeanOfFew))) {
-    split_into<kFewDigits>(x, count, largest, row);
-  } else {
-    split_into<kMostDigits>(x, count, largest, row);
+  const bool even = static_cast<float>(numbers - 1) * largest <= kMostOverMean * of_others;
+  row.digits = 0;
+  if (numbers > 0 && !(bits >= kLeast && bits < kMost && even)) return;
+  if (numbers == 0 || numbers >= kLeastOfFew) {
+    if (kSmallShare * split_into<kFewDigits>(x, count, largest, row) <= numbers) return;
   }
+  split_into<kMostDigits>(x, count, largest, row);
 }
 
 // Kept in a register: else GCC reads it once more for each digit, which takes longer than the products.

@@ -92,7 +92,9 @@ struct MatrixUnit : Avx512Bfloat16 {
 
   using Pairs = __m512bh;
   LSTM_EXT_INLINE static Pairs load_pairs(const uint16_t* columns) {
-    return reinterpret_cast<Pairs>(_mm512_loadu_si512(columns));
+    __m512i pairs = _mm512_loadu_si512(columns);
+    keep_in_register(pairs);  // and not as Pairs, which are nothing for assembly to Clang 16 and 17
+    return reinterpret_cast<Pairs>(pairs);
   }
   LSTM_EXT_INLINE static Pairs broadcast_pair(const uint16_t* row) {
     int32_t pair;

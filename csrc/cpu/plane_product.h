@@ -327,7 +327,6 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
         for (int c = 0; c < kColumns; ++c) {
           const int64_t tile = c / kGroupTiles * right.group_step + c % kGroupTiles * P * kOperandSize;
           columns[c] = MatrixUnit::load_pairs(b + tile + i * kUnitTileRows);
-          if constexpr (kRows > 1) keep_in_register(columns[c]);
         }
 #pragma GCC unroll kTileRows
         for (int r = 0; r < kRows; ++r) {

@@ -35,7 +35,7 @@ struct Tile {
   }
 };
 
-// Numbers in bfloat16 are those of two registers side by side: both of them, and one.
+// Numbers in bfloat16 are those of two registers side by side. load_pair reads both, half_of makes one of them.
 LSTM_EXT_INLINE Reg<float> load_pair(const uint16_t* b, int v) {
   return Simd<float>::load(reinterpret_cast<const float*>(b + v / 2 * 2 * Simd<float>::kLanes));
 }
@@ -59,7 +59,7 @@ LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) 
   }
 }
 
-// All of them.
+// All NV registers. A pair in bfloat16 is read once.
 template <typename T, int NV, bool Partial, typename B>
 LSTM_EXT_INLINE void load_all_columns(Reg<T> (&w)[NV], const B* b, int last) {
   if constexpr (std::is_same_v<B, uint16_t>) {
@@ -82,6 +82,7 @@ LSTM_EXT_INLINE void load_all_columns(Reg<T> (&w)[NV], const B* b, int last) {
 template <typename T, int R, int NV, bool Partial, typename A, typename B>
 LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, int last) {
   using S = Simd<T>;
+  // One row of bfloat16 leaves room for all weights in 16 registers too.
   if constexpr (kVectorRegisters == 32 || (R == 1 && std::is_same_v<B, uint16_t>)) {
     Reg<T> w[NV];
     load_all_columns<T, NV, Partial>(w, b, last);
@@ -181,8 +182,8 @@ __attribute__((noinline)) void accumulate_apart(Tile<T, R, NV>& tile, const T* c
 }
 
 // acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Lines are fetched from `fetched` on, at a distance of `fetch_step`
-// bytes. Of narrower numbers it is not inlined: their conversions need registers, and in long functions GCC kept sums
-// in memory. Where it does not, with 32 registers and several rows, a call costs more than it brings.
+// bytes. With narrower numbers this is a call: their conversions need registers, and in long functions GCC kept sums in
+// memory. With 32 registers and several rows it does not, and a call would cost more than it brings.
 template <typename T, int R, int NV, bool Partial = false, Fetch kFetch = Fetch::kNothing, typename B>
 LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
                                      int64_t count, int last = 0, const char* fetched = nullptr,
