@@ -65,6 +65,7 @@ FAULTS: dict[str, Fault] = {
         "accumulate_rows(tile, a, panel, kLanes, shape.hidden_size - 1);",
     ),
     "cpu/forward_steps.h": Fault("int64_t h_size = h.data ? P : 0;", "int64_t h_size = h.data ? P - 1 : 0;"),
+    "cpu/gate_weight.h": Fault("count, out + gate * width,", "count, out + gate * n,"),
     "cpu/gate_product.h": Fault(": T(0)) + (weights.bias_hh", ": T(0)) - (weights.bias_hh"),
     "cpu/gates.h": Fault("enum Gate { kI, kF, kG, kO };", "enum Gate { kF, kI, kG, kO };"),
     "cpu/isa.h": Fault('#define LSTM_EXT_ISA_NAME "avx2"', '#define LSTM_EXT_ISA_NAME "avx"'),
@@ -87,7 +88,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/planes.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", UNIT),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
-        "i < lanes ? load_lanes<T>(source + i * count + k, width)",
+        "i < lanes ? load_lanes<T>(source + i * count + k, depth)",
         "i < lanes ? load_lanes<T>(source + i * count, width)",
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),

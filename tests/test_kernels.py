@@ -50,6 +50,8 @@ def plan_of(case: Case, dtype: torch.dtype, threads: int) -> dict[str, int]:
 def edges(lanes: int, tile_rows: int) -> dict[str, list[Case]]:
     """Sizes one below, at and above each boundary, one axis at a time, the others in the middle of a tile."""
     units = [1, lanes - 1, lanes, lanes + 1, 4 * lanes - 1, 4 * lanes, 4 * lanes + 1, 5 * lanes + 3]
+    # The gates of the last units may share registers.
+    units += [lanes + lanes // 4, lanes + lanes // 4 + 1, lanes + lanes // 2, lanes + lanes // 2 + 1]
     features = [1, lanes - 1, lanes, lanes + 1, 31, 37]
     rows = [1, 2, 3, tile_rows - 1, tile_rows, tile_rows + 1, 2 * tile_rows + 1]
     groups = {

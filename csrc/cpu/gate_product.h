@@ -4,8 +4,8 @@
 #include "cpu/isa.h"
 
 #include "cpu/byte_product.h"
+#include "cpu/gate_weight.h"
 #include "cpu/gates.h"
-#include "cpu/pack.h"
 #include "cpu/plane_product.h"
 #include "cpu/range.h"
 #include "cpu/row_major.h"
@@ -16,113 +16,30 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
-template <typename T>
-struct GateWeight {
-  WeightRows<T> rows;
-  T* panels = nullptr;
-  UnitPlanes planes{};
-  NarrowPanels<T> narrow{};
-  // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
-  // call reads once. A product packs each block when it gets there, and uses it from the cache.
-  int64_t one_place = -1;
-
-  bool packs_as_used() const { return one_place >= 0; }
-  LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
-  bool packed() const { return panels || planes.count > 0; }
-
-  // dot_rows, of the weight's rows from `first` on.
-  template <int X>
-  LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
-                           Reg<T>* sums) const {
-    rows.with([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
-      dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
-    });
-  }
-};
-
-// Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
-// of the units side by side, [k][gate][lane].
-template <typename T, typename W>
-void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
-  constexpr int n = Simd<T>::kLanes;
-  const int64_t unit = block * n;
-  const int units = static_cast<int>(smaller(hidden_size - unit, n));
-  for (int gate = 0; gate < kGates; ++gate) {
-    pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * n, kGates * n);
-  }
-}
-
-// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of half_of, or
-// integers times a factor, where bytes are multiplied in the order of byte_place.
-template <typename T>
-void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
-                       int64_t block, void* panels) {
-  constexpr int n = Simd<T>::kLanes;
-  if (kMultipliesBytes && kind == WeightKind::kInt8) {
-    uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
-    for (int64_t i = 0; i < byte_panel_size(count); ++i) bytes[i] = 128;
-  }
-  int64_t at = block * kGates * n * count;
-  for (int64_t k = 0; k < count; ++k) {
-    for (int gate = 0; gate < kGates; ++gate) {
-      for (int lane = 0; lane < n; ++lane, ++at) {
-        const int64_t row = gate * hidden_size + block * n + lane;
-        const float number = block * n + lane < hidden_size ? static_cast<float>(weight[row * count + k]) : 0.0f;
-        if (kind == WeightKind::kBFloat16) {
-          uint32_t bits;
-          __builtin_memcpy(&bits, &number, sizeof(bits));
-          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as half_of reads them
-          static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
-        } else {
-          const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
-          const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
-          if (kMultipliesBytes) {
-            uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
-            bytes[byte_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
-          } else {
-            static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(rounded);
-          }
-        }
-      }
-    }
-  }
-}
-
-#if defined(LSTM_EXT_MATRIX_UNIT)
-// The planes of the same units. Returns whether all numbers could be split.
-template <typename W>
-bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int planes, uint16_t* out) {
-  const int64_t unit = block * kUnitTileRows;
-  const int units = static_cast<int>(smaller(hidden_size - unit, kUnitTileRows));
-  const int64_t k_step = kGroupTiles * planes * kOperandSize;
-  bool splits = true;
-  for (int gate = 0; gate < kGates; ++gate) {
-    const W* const rows = weight + (gate * hidden_size + unit) * count;
-    uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kUnitTileDepth) * k_step +
-                         gate % kGroupTiles * planes * kOperandSize;
-    with_planes(planes, [&](auto p) { splits &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
-  }
-  return splits;
-}
+// kWidth lanes of v, from kFrom on, again and again.
+template <typename T, int kFrom, int kWidth, int... kLane>
+LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane...>) {
+#ifdef LSTM_EXT_SHUFFLES
+  return __builtin_shufflevector(v, v, (kFrom + kLane % kWidth)...);
+#else
+  return Reg<T>{v[kFrom + kLane % kWidth]...};
 #endif
-
-// Makes the panels or planes of kLanes units of a weight, if it has any, in the block's place.
-template <typename T>
-void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
-  const int64_t place = weight.place(block);
-  if (weight.panels) {
-    T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
-    weight.rows.with([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
-  }
-  if constexpr (kHasMatrixUnit<T>) {
-    const UnitPlanes& planes = weight.planes;
-    if (planes.count == 0) return;
-    const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
-    weight.rows.with([&](const auto* rows) {
-      planes.splits[place] =
-          pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + place * size);
-    });
+}
+// accumulate_rows from a panel of N registers; then each gate gets a register of its own.
+template <typename T, int R, int N>
+LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const (&a)[R], const T* panel,
+                                        int64_t count) {
+  constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
+  using Lanes = std::make_integer_sequence<int, n>;
+  Tile<T, R, N> sums;
+  sums.zero();
+  accumulate_rows<T, R, N>(sums, a, panel, N * n, count);
+#pragma GCC unroll kTileRows
+  for (int r = 0; r < R; ++r) {
+    tile.acc[r][0] = sums.acc[r][0];
+    tile.acc[r][1] = repeat_lanes<T, kWidth, kWidth>(sums.acc[r][0], Lanes{});
+    tile.acc[r][2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(sums.acc[r][N - 1], Lanes{});
+    tile.acc[r][3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(sums.acc[r][N - 1], Lanes{});
   }
 }
 
@@ -231,8 +148,14 @@ class GateProduct {
         for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
           Tile<T, 1, kGates> tile;
           tile.zero();
-          accumulate_rows<T, 1, kGates>(tile, {a + k}, panel + k * kGates * kLanes, kGates * kLanes,
-                                        smaller(kBlockK, count - k));
+          const int registers = registers_of<W>(lanes);
+          const W* const part = panel + k * registers * kLanes;
+          const int64_t depth = smaller(kBlockK, count - k);
+          if (registers == kGates) {
+            accumulate_rows<T, 1, kGates>(tile, {a + k}, part, kGates * kLanes, depth);
+          } else {
+            accumulate_few<1>(tile, {a + k}, part, registers, depth);
+          }
 #pragma GCC unroll kGates
           for (int gate = 0; gate < kGates; ++gate) {
             const Reg<T> before = k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums[gate];
@@ -244,7 +167,7 @@ class GateProduct {
     }
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
-      const int lanes = lanes_in(block);
+      const int lanes = lanes_in(block), registers = registers_of<W>(lanes);
       if (weight.packs_as_used()) pack_gates(weight, H, count, block);
       const W* panel = panels + weight.place(block) * kGates * kLanes * count;
       for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
@@ -276,10 +199,10 @@ class GateProduct {
           // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once,
           // which is what other tiles do, holds up the panel.
           constexpr bool kFetches = NextPanel::kUsed && R > 1;
-          const W* const part = panel + k * kGates * kLanes;
+          const W* const part = panel + k * registers * kLanes;
           int64_t done = 0;
           if constexpr (kFetches) {
-            if (depth >= kGates * R && out[R - 1] - out[0] == (R - 1) * kGates * H) {
+            if (registers == kGates && depth >= kGates * R && out[R - 1] - out[0] == (R - 1) * kGates * H) {
               done = kGates * R;
               accumulate_rows<T, R, kGates, false, Fetch::kWrite>(tile, a, part, kGates * kLanes, done, 0,
                                                                   reinterpret_cast<const char*>(out[0]),
@@ -294,9 +217,13 @@ class GateProduct {
 #pragma GCC unroll kGates
               for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
           }
-          accumulate_rows<T, R, kGates, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
-              tile, a, part + done * kGates * kLanes, kGates * kLanes, depth - done, 0,
-              kFetches ? next_panel.take(depth - done) : nullptr);
+          if (registers == kGates) {
+            accumulate_rows<T, R, kGates, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
+                tile, a, part + done * kGates * kLanes, kGates * kLanes, depth - done, 0,
+                kFetches ? next_panel.take(depth - done) : nullptr);
+          } else {
+            accumulate_few<R>(tile, a, part, registers, depth);
+          }
           const bool from_bias = bias && k == 0;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
@@ -533,6 +460,25 @@ class GateProduct {
 
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
+
+  // Of the panel of so many units; and accumulate_rows from a panel with fewer than kGates.
+  template <typename W>
+  static int registers_of(int lanes) {
+    return std::is_same_v<W, T> ? panel_registers<T>(lanes) : kGates;
+  }
+  template <int R, typename W>
+  LSTM_EXT_INLINE static void accumulate_few(Tile<T, R, kGates>& tile, const T* const (&a)[R], const W* panel,
+                                             int registers, int64_t count) {
+    if constexpr (std::is_same_v<W, T> && kLanes >= kGates) {
+      if (registers == 1) {
+        accumulate_compact<T, R, 1>(tile, a, panel, count);
+      } else {
+        accumulate_compact<T, R, 2>(tile, a, panel, count);
+      }
+    } else if constexpr (std::is_same_v<W, T>) {
+      accumulate_compact<T, R, 2>(tile, a, panel, count);
+    }
+  }
 
   // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
   // hold all of it is what the product before used last. No sum depends on it.

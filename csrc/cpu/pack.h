@@ -28,24 +28,24 @@ LSTM_EXT_INLINE void transpose(Reg<T>* v) {
   }
 }
 
-// out[k * out_step + lane] = source[lane * count + k] for k < count; lanes from `lanes` on are zero.
+// out[k * out_step + lane] = source[lane * count + k] for k < count and lane < `width`; those from `lanes` on are zero.
 template <typename T, typename W>
-void pack_transposed(const W* source, int lanes, int64_t count, T* out, int64_t out_step) {
+void pack_transposed(const W* source, int lanes, int64_t count, T* out, int64_t out_step, int width = Simd<T>::kLanes) {
   using S = Simd<T>;
   constexpr int n = S::kLanes;
   for (int64_t k = 0; k < count; k += n) {
-    const int width = static_cast<int>(smaller(count - k, n));
+    const int depth = static_cast<int>(smaller(count - k, n));
     Reg<T> rows[n];
-    if (lanes == n && width == n) {
+    if (lanes == n && depth == n) {
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) rows[i] = S::load(source + i * count + k);
       transpose<T>(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) S::store(out + (k + i) * out_step, rows[i]);
     } else {
-      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_lanes<T>(source + i * count + k, width) : S::zero();
+      for (int i = 0; i < n; ++i) rows[i] = i < lanes ? load_lanes<T>(source + i * count + k, depth) : S::zero();
       transpose<T>(rows);
-      for (int i = 0; i < width; ++i) S::store(out + (k + i) * out_step, rows[i]);
+      for (int i = 0; i < depth; ++i) store_lanes<T>(out + (k + i) * out_step, rows[i], width);
     }
   }
 }

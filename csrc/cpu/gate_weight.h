@@ -1,0 +1,140 @@
+// The weight (4H, count) of the four gates as a product reads it, and how it is packed.
+#pragma once
+
+#include "cpu/isa.h"
+
+#include "cpu/byte_product.h"
+#include "cpu/gates.h"
+#include "cpu/pack.h"
+#include "cpu/plane_product.h"
+#include "cpu/range.h"
+#include "cpu/row_major.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_ISA {
+namespace {
+
+// A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
+template <typename T>
+struct GateWeight {
+  WeightRows<T> rows;
+  T* panels = nullptr;
+  UnitPlanes planes{};
+  NarrowPanels<T> narrow{};
+  // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
+  // call reads once. A product packs each block when it gets there, and uses it from the cache.
+  int64_t one_place = -1;
+
+  bool packs_as_used() const { return one_place >= 0; }
+  LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
+  bool packed() const { return panels || planes.count > 0; }
+
+  // dot_rows, of the weight's rows from `first` on.
+  template <int X>
+  LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
+                           Reg<T>* sums) const {
+    rows.with([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
+      dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
+    });
+  }
+};
+
+// How many registers the gates of so many units fill in a panel. The last units of a layer may fill a half or a quarter
+// of a register; then two gates or all share one.
+template <typename T>
+LSTM_EXT_INLINE int panel_registers(int units) {
+  constexpr int n = Simd<T>::kLanes;
+  return 4 * units <= n ? 1 : 2 * units <= n ? 2 : kGates;
+}
+
+// Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
+// of the units side by side, [k][gate][lane]. With fewer registers, a gate has fewer lanes.
+template <typename T, typename W>
+void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
+  constexpr int n = Simd<T>::kLanes;
+  const int64_t unit = block * n;
+  const int units = static_cast<int>(smaller(hidden_size - unit, n));
+  const int width = panel_registers<T>(units) * n / kGates;
+  for (int gate = 0; gate < kGates; ++gate) {
+    pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * width, kGates * width,
+                       width);
+  }
+}
+
+// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of half_of, or
+// integers times a factor, where bytes are multiplied in the order of byte_place.
+template <typename T>
+void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
+                       int64_t block, void* panels) {
+  constexpr int n = Simd<T>::kLanes;
+  if (kMultipliesBytes && kind == WeightKind::kInt8) {
+    uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
+    for (int64_t i = 0; i < byte_panel_size(count); ++i) bytes[i] = 128;
+  }
+  int64_t at = block * kGates * n * count;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int gate = 0; gate < kGates; ++gate) {
+      for (int lane = 0; lane < n; ++lane, ++at) {
+        const int64_t row = gate * hidden_size + block * n + lane;
+        const float number = block * n + lane < hidden_size ? static_cast<float>(weight[row * count + k]) : 0.0f;
+        if (kind == WeightKind::kBFloat16) {
+          uint32_t bits;
+          __builtin_memcpy(&bits, &number, sizeof(bits));
+          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as half_of reads them
+          static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
+        } else {
+          const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
+          const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
+          if (kMultipliesBytes) {
+            uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
+            bytes[byte_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
+          } else {
+            static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(rounded);
+          }
+        }
+      }
+    }
+  }
+}
+
+#if defined(LSTM_EXT_MATRIX_UNIT)
+// The planes of the same units. Returns whether all numbers could be split.
+template <typename W>
+bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int planes, uint16_t* out) {
+  const int64_t unit = block * kUnitTileRows;
+  const int units = static_cast<int>(smaller(hidden_size - unit, kUnitTileRows));
+  const int64_t k_step = kGroupTiles * planes * kOperandSize;
+  bool splits = true;
+  for (int gate = 0; gate < kGates; ++gate) {
+    const W* const rows = weight + (gate * hidden_size + unit) * count;
+    uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kUnitTileDepth) * k_step +
+                         gate % kGroupTiles * planes * kOperandSize;
+    with_planes(planes, [&](auto p) { splits &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
+  }
+  return splits;
+}
+#endif
+
+// Makes the panels or planes of kLanes units of a weight, if it has any, in the block's place.
+template <typename T>
+void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
+  const int64_t place = weight.place(block);
+  if (weight.panels) {
+    T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
+    weight.rows.with([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
+  }
+  if constexpr (kHasMatrixUnit<T>) {
+    const UnitPlanes& planes = weight.planes;
+    if (planes.count == 0) return;
+    const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
+    weight.rows.with([&](const auto* rows) {
+      planes.splits[place] =
+          pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + place * size);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu::LSTM_EXT_ISA
