@@ -28,8 +28,10 @@ sleep 300
 """
 # What nvcc is asked before it has something to compile.
 SLOW_NVCC = SLOW.replace("g++ 12", "release 13.0")
+# A program that a script starts in the background ignores SIGINT, and so would all that these tests start.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 # In a process group of its own, as a shell starts it.
-START = f"import os; os.setpgid(0, 0)\n{SHOW}"
+START = f"{INTERRUPTIBLE}import os; os.setpgid(0, 0)\n{SHOW}"
 
 
 def marked(mark: str) -> list[str]:
@@ -83,7 +85,7 @@ def test_an_exception_in_the_build_ends_it(tmp_path: Path) -> None:
     project = Project(tmp_path / "with a space")
     started, mark = tmp_path / "started", str(tmp_path)
     program = (
-        "import time\n"
+        f"{INTERRUPTIBLE}import time\n"
         "from lstm_ext.native import loader\n"
         "try: loader.extension()\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
@@ -108,7 +110,7 @@ def test_no_nvcc_is_left(tmp_path: Path, kind: signal.Signals) -> None:
     (home / "bin").mkdir(parents=True)
     shutil.copy2(project.script(SLOW_NVCC), home / "bin" / "nvcc")
     environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "8.0", "STARTED": str(started), MARK: mark}
-    program = "from lstm_ext.native import config; config.find_cuda('13.0')"
+    program = f"{INTERRUPTIBLE}from lstm_ext.native import config; config.find_cuda('13.0')"
     with project.start("-c", program, **environment) as process:
         assert wait_until(started.exists, 60), process.communicate()
         assert wait_until(lambda: sleeps(mark), 2), marked(mark)
