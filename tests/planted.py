@@ -89,7 +89,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, depth)",
-        "i < lanes ? load_lanes<T>(source + i * count, width)",
+        "i < lanes ? load_lanes<T>(source + i * count, depth)",
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
     "cpu/plan.cpp": Fault(

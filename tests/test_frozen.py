@@ -99,6 +99,12 @@ LONG_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def add_int8(worst: Worst, layer: nn.Module, same: nn.Module, x: Tensor) -> None:
+    """A frozen layer in int8, a layer whose weights have the rounded numbers, and that one in float64."""
+    sides = lstm_ext.freeze(layer, torch.int8)(x), same(x), copy.deepcopy(same).double()(x.double())
+    worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+
+
 @every_set
 @pytest.mark.parametrize("numbers", LONG_ROWS)
 @torch.no_grad()
@@ -107,11 +113,8 @@ def test_int8_with_rows_of_several_pieces(numbers: str, capability: str) -> None
     worst = Worst()
     for input_size in (1, 511, 513, 4100) * 8:
         layer = lstm_ext.LSTM(input_size, 20)
-        same = with_rounded_weights(layer, "int8")
         x = LONG_ROWS[numbers](torch.randn(3, 3, input_size))
-        theirs = lstm_ext.to_torch(same)
-        sides = lstm_ext.freeze(layer, torch.int8)(x), theirs(x), copy.deepcopy(theirs).double()(x.double())
-        worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 
@@ -124,11 +127,8 @@ def test_int8_with_a_few_large_numbers(capability: str) -> None:
     worst = Worst()
     for _ in range(20):
         layer = lstm_ext.LSTM(4, 128)
-        same = with_rounded_weights(layer, "int8")
         x = 1000 * torch.randn(3, 3, 4)
-        theirs = lstm_ext.to_torch(same)
-        sides = lstm_ext.freeze(layer, torch.int8)(x), theirs(x), copy.deepcopy(theirs).double()(x.double())
-        worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 
@@ -139,11 +139,8 @@ def test_int8_over_many_steps(capability: str) -> None:
     worst = Worst()
     for batch in (1, 3) * 10:
         layer = lstm_ext.LSTM(30, 200)
-        same = with_rounded_weights(layer, "int8")
         x = torch.randn(40, batch, 30)
-        theirs = lstm_ext.to_torch(same)
-        sides = lstm_ext.freeze(layer, torch.int8)(x), theirs(x), copy.deepcopy(theirs).double()(x.double())
-        worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 
@@ -160,8 +157,7 @@ def test_int8_beside_many_large_numbers_of_weight_0(large: float, capability: st
     x = torch.randn(3, 3, 300)
     x[..., :count] *= 100
     worst = Worst()
-    sides = lstm_ext.freeze(layer, torch.int8)(x), same(x), copy.deepcopy(same).double()(x.double())
-    worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+    add_int8(worst, layer, same, x)
     assert not worst.problems()
 
 
@@ -177,8 +173,7 @@ def test_int8_beside_a_large_number_of_weight_0(capability: str) -> None:
     x[..., 7] = 1.7e9
     x[1:, :, ::2] = 0
     worst = Worst()
-    sides = lstm_ext.freeze(layer, torch.int8)(x), same(x), copy.deepcopy(same).double()(x.double())
-    worst.add(*[{"output": y, "h_n": h, "c_n": c} for y, (h, c) in sides])
+    add_int8(worst, layer, same, x)
     assert not worst.problems()
 
 

@@ -93,7 +93,7 @@ struct MatrixUnit : Avx512Bfloat16 {
   using Pairs = __m512bh;
   LSTM_EXT_INLINE static Pairs load_pairs(const uint16_t* columns) {
     __m512i pairs = _mm512_loadu_si512(columns);
-    keep_in_register(pairs);  // and not as Pairs, which are nothing for assembly to Clang 16 and 17
+    keep_in_register(pairs);  // as integers: some versions of Clang take no bfloat16 vectors in assembly
     return reinterpret_cast<Pairs>(pairs);
   }
   LSTM_EXT_INLINE static Pairs broadcast_pair(const uint16_t* row) {
