@@ -25,22 +25,25 @@ LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane..
   return Reg<T>{v[kFrom + kLane % kWidth]...};
 #endif
 }
-// accumulate_rows from a panel of N registers; then each gate gets a register of its own.
+// Each gate gets a register of its own, from N registers that several share.
+template <typename T, int N>
+LSTM_EXT_INLINE void separate_gates(const Reg<T> (&shared)[N], Reg<T> (&gates)[kGates]) {
+  constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
+  using Lanes = std::make_integer_sequence<int, n>;
+  gates[0] = shared[0];
+  gates[1] = repeat_lanes<T, kWidth, kWidth>(shared[0], Lanes{});
+  gates[2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
+  gates[3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
+}
+// accumulate_rows from a panel of N registers.
 template <typename T, int R, int N>
 LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const (&a)[R], const T* panel,
                                         int64_t count) {
-  constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
-  using Lanes = std::make_integer_sequence<int, n>;
   Tile<T, R, N> sums;
   sums.zero();
-  accumulate_rows<T, R, N>(sums, a, panel, N * n, count);
+  accumulate_rows<T, R, N>(sums, a, panel, N * Simd<T>::kLanes, count);
 #pragma GCC unroll kTileRows
-  for (int r = 0; r < R; ++r) {
-    tile.acc[r][0] = sums.acc[r][0];
-    tile.acc[r][1] = repeat_lanes<T, kWidth, kWidth>(sums.acc[r][0], Lanes{});
-    tile.acc[r][2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(sums.acc[r][N - 1], Lanes{});
-    tile.acc[r][3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(sums.acc[r][N - 1], Lanes{});
-  }
+  for (int r = 0; r < R; ++r) separate_gates<T, N>(sums.acc[r], tile.acc[r]);
 }
 
 // sums[range] = b_ih + b_hh; a bias that is absent is zeros.
@@ -407,14 +410,11 @@ class GateProduct {
     if (kPairsBlocks && rows == 1) {
       const T* const a[] = {a_row(0)};
       T* const out = pre(0);
-      const auto sum_block = [&](int64_t block, Reg<T>* sums) LSTM_EXT_LAMBDA_INLINE {
-        const int lanes = lanes_in(block);
-        const T* const start = bias ? bias : out;
-#pragma GCC unroll 1
+      const auto sum_block = [&](int64_t block, Reg<T>(&sums)[kGates]) LSTM_EXT_LAMBDA_INLINE {
+        const T* const start = (bias ? bias : out) + block * kLanes;
+        dot_gates<1>(weight, count, block, a, &sums);
         for (int gate = 0; gate < kGates; ++gate) {
-          const int64_t first = gate * H + block * kLanes;
-          weight.template dot<1>(first, count, lanes, kGates * H - first, a, sums + gate);
-          sums[gate] = sums[gate] + load_lanes<T>(start + first, lanes);
+          sums[gate] = sums[gate] + load_lanes<T>(start + gate * H, lanes_in(block));
         }
       };
       paired = multiply_pairs(sweep, out, sum_block, finish);
@@ -431,14 +431,11 @@ class GateProduct {
           out[r] = pre(row + r) + unit;
         }
         Tile<T, R, kGates> tile;
-#pragma GCC unroll 1
-        for (int gate = 0; gate < kGates; ++gate) {
-          const int64_t first = gate * H + unit;
-          Reg<T> sums[R];
-          weight.template dot<R>(first, count, lanes, kGates * H - first, a, sums);
-          for (int r = 0; r < R; ++r) {
-            const T* const start = bias ? bias + unit : out[r];
-            tile.acc[r][gate] = sums[r] + load_lanes<T>(start + gate * H, lanes);
+        dot_gates<R>(weight, count, block, a, tile.acc);
+        for (int r = 0; r < R; ++r) {
+          const T* const start = bias ? bias + unit : out[r];
+          for (int gate = 0; gate < kGates; ++gate) {
+            tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
           }
         }
         if (finish(row, unit, lanes, tile)) return;
@@ -464,7 +461,7 @@ class GateProduct {
   // Of the panel of so many units; and accumulate_rows from a panel with fewer than kGates.
   template <typename W>
   static int registers_of(int lanes) {
-    return std::is_same_v<W, T> ? panel_registers<T>(lanes) : kGates;
+    return std::is_same_v<W, T> ? gate_registers<T>(lanes) : kGates;
   }
   template <int R, typename W>
   LSTM_EXT_INLINE static void accumulate_few(Tile<T, R, kGates>& tile, const T* const (&a)[R], const W* panel,
@@ -477,6 +474,37 @@ class GateProduct {
       }
     } else if constexpr (std::is_same_v<W, T>) {
       accumulate_compact<T, R, 2>(tile, a, panel, count);
+    }
+  }
+
+  // sums[r] = the rows of the gates of a block's units times a[r].
+  template <int R>
+  LSTM_EXT_INLINE void dot_gates(const GateWeight<T>& weight, int64_t count, int64_t block, const T* const (&a)[R],
+                                 Reg<T> (*sums)[kGates]) const {
+    const int64_t H = hidden_size_;
+    const int lanes = lanes_in(block);
+    const int registers = kRowGroups<T> == kGates ? gate_registers<T>(lanes) : kGates;
+    const int shared = kGates / registers;  // gates in a register
+    LaneRows rows{lanes, 0, kLanes / 2, kLanes / kGates};
+    if (shared > 1) rows.count = kLanes, rows.to_half = shared / 2 * H;
+    if (shared == kGates) rows.to_group = H;
+    Reg<T> parts[kGates][R];
+#pragma GCC unroll 1
+    for (int i = 0; i < registers; ++i) {
+      const int64_t first = i * shared * H + block * kLanes;
+      rows.readable = kGates * H - first;
+      weight.template dot<R>(first, count, rows, a, parts[i]);
+    }
+    for (int r = 0; r < R; ++r) {
+      if (shared == 1) {
+        for (int gate = 0; gate < kGates; ++gate) sums[r][gate] = parts[gate][r];
+      } else if constexpr (kRowGroups<T> == kGates) {
+        if (shared == 2) {
+          separate_gates<T, 2>({parts[0][r], parts[1][r]}, sums[r]);
+        } else {
+          separate_gates<T, 1>({parts[0][r]}, sums[r]);
+        }
+      }
     }
   }
 

@@ -33,18 +33,16 @@ struct GateWeight {
 
   // dot_rows, of the weight's rows from `first` on.
   template <int X>
-  LSTM_EXT_INLINE void dot(int64_t first, int64_t count, int outputs, int64_t readable, const T* const* x,
-                           Reg<T>* sums) const {
-    rows.with([&](const auto* numbers) LSTM_EXT_LAMBDA_INLINE {
-      dot_rows<T, X>(numbers + first * count, count, outputs, readable, x, sums);
-    });
+  LSTM_EXT_INLINE void dot(int64_t first, int64_t count, const LaneRows& lanes, const T* const* x, Reg<T>* sums) const {
+    rows.with([&](const auto* numbers)
+                  LSTM_EXT_LAMBDA_INLINE { dot_rows<T, X>(numbers + first * count, count, lanes, x, sums); });
   }
 };
 
-// How many registers the gates of so many units fill in a panel. The last units of a layer may fill a half or a quarter
-// of a register; then two gates or all share one.
+// How many registers the gates of so many units fill in a panel, or in sums over rows. The last units of a layer may
+// fill a half or a quarter of a register; then two gates or all share one.
 template <typename T>
-LSTM_EXT_INLINE int panel_registers(int units) {
+LSTM_EXT_INLINE int gate_registers(int units) {
   constexpr int n = Simd<T>::kLanes;
   return 4 * units <= n ? 1 : 2 * units <= n ? 2 : kGates;
 }
@@ -56,7 +54,7 @@ void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_
   constexpr int n = Simd<T>::kLanes;
   const int64_t unit = block * n;
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
-  const int width = panel_registers<T>(units) * n / kGates;
+  const int width = gate_registers<T>(units) * n / kGates;
   for (int gate = 0; gate < kGates; ++gate) {
     pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * width, kGates * width,
                        width);

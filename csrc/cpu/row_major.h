@@ -13,16 +13,32 @@ namespace {
 template <typename T>
 constexpr int kDotRows = Simd<T>::kLanes >= 4 ? 4 : Simd<T>::kLanes;
 
-// Lane j of sums[i] = weight[j] . x[i], for j < outputs (at most kLanes) and i < X. Other lanes are anything.
-// `readable`: so many rows of the weight there are. One accumulator for each pair (j, i), lanes along k; every sum is
-// formed in the same order whatever X is. Not inlined: it is long, and called from many places. The weight's numbers
-// are T, or narrower ones.
+// A sum over rows has so many groups of lanes whose rows follow each other.
+template <typename T>
+constexpr int kRowGroups = Simd<T>::kLanes == 16 ? 4 : 1;
+
+// Which rows of a weight make the first `count` lanes of a sum: where there are four groups, how many rows there are
+// from those of the first half to those of the second, and from one group of a half to the next.
+struct LaneRows {
+  int count;
+  int64_t readable;  // so many rows there are
+  int64_t to_half, to_group;
+};
+
+// Lane j of sums[i] = (row of lane j) . x[i], for i < X. Lanes that no row makes are anything. One accumulator for each
+// pair (j, i), lanes along k; every sum is formed in the same order whatever X and j are. Not inlined: it is long, and
+// called from many places. The weight's numbers are T, or narrower ones.
 template <typename T, int X, typename W>
-__attribute__((noinline)) void dot_rows(const W* weight, int64_t count, int outputs, int64_t readable,
-                                        const T* const* x, Reg<T>* sums) {
+__attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const LaneRows& rows, const T* const* x,
+                                        Reg<T>* sums) {
   using S = Simd<T>;
   constexpr int n = S::kLanes;
   constexpr int J = n / X;  // of the weight at once
+  constexpr int kGroup = n / kRowGroups<T>;
+  const auto row_of = [&](int lane) LSTM_EXT_LAMBDA_INLINE -> int64_t {
+    if constexpr (kRowGroups<T> == 1) return lane;
+    return lane % kGroup + (lane & kGroup ? rows.to_group : 0) + (lane & n / 2 ? rows.to_half : 0);
+  };
   Reg<T> parts[X][X];
   for (int part = 0; part < X; ++part) {
     Reg<T> acc[n];
@@ -51,34 +67,42 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, int outp
     constexpr std::true_type kWhole;
     constexpr std::false_type kPartial;
     const int64_t end = count - rest;
-    if (part * J < outputs && (part + 1) * J <= readable) {
-      // Each row by a multiple of the distance from one of two, which is part of an instruction: there are no registers
-      // for as many addresses, and without them each would be fetched in each step.
+    if (part * J < rows.count && row_of(part * J + J - 1) < rows.readable) {
+      // Each row by a multiple of the distance from the first of its group, which is part of an instruction: there
+      // are no registers for as many addresses, and without them each would be fetched in each step.
+      constexpr int kGroups = J < kGroup ? 1 : J / kGroup;
       const int64_t step = count * static_cast<int64_t>(sizeof(W));
       const int64_t step3 = 3 * step, step5 = 5 * step, step7 = 7 * step;
-      const char* low = reinterpret_cast<const char*>(weight + part * J * count);
-      const char* high = J > 8 ? low + 8 * step : low;
+      const char* from[kGroups];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        from[g] = reinterpret_cast<const char*>(weight + row_of(part * J + g * kGroup) * count);
+      }
       const auto row = [&](int j) LSTM_EXT_LAMBDA_INLINE {
-        const char* const from = j < 8 ? low : high;
         const int64_t distance[] = {0, step, 2 * step, step3, 4 * step, step5, 2 * step3, step7};
-        return reinterpret_cast<const W*>(from + distance[j % 8]);
+        return reinterpret_cast<const W*>(from[j / kGroup] + distance[j % kGroup]);
+      };
+      // Else the compiler makes an address of each row.
+      const auto hide = [&]() LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) asm("" : "+r"(from[g]));
       };
       for (int64_t k = 0; k < end; k += n) {
-        asm("" : "+r"(low), "+r"(high));  // else the compiler makes an address of each row
+        hide();
         multiply(k, row, kWhole);
-        low += n * sizeof(W);
-        high += n * sizeof(W);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) from[g] += n * sizeof(W);
       }
-      asm("" : "+r"(low), "+r"(high));
+      hide();
       if (rest > 0) multiply(end, row, kPartial);
-    } else if (part * J < outputs) {
+    } else if (part * J < rows.count) {
       // A missing row is the last one again.
-      const W* rows[J];
-      for (int j = 0; j < J; ++j) rows[j] = weight + (part * J + j < readable ? part * J + j : readable - 1) * count;
+      const W* at[J];
+      for (int j = 0; j < J; ++j) at[j] = weight + smaller(row_of(part * J + j), rows.readable - 1) * count;
       for (int64_t k = 0; k < end; k += n) {
-        multiply(k, [&](int j) LSTM_EXT_LAMBDA_INLINE { return rows[j] + k; }, kWhole);
+        multiply(k, [&](int j) LSTM_EXT_LAMBDA_INLINE { return at[j] + k; }, kWhole);
       }
-      if (rest > 0) multiply(end, [&](int j) LSTM_EXT_LAMBDA_INLINE { return rows[j] + end; }, kPartial);
+      if (rest > 0) multiply(end, [&](int j) LSTM_EXT_LAMBDA_INLINE { return at[j] + end; }, kPartial);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < X; ++i) parts[i][part] = sum_each<T, J>(acc + i * J);
