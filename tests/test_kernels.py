@@ -57,7 +57,7 @@ def edges(lanes: int, tile_rows: int) -> dict[str, list[Case]]:
     groups = {
         "hidden units": [(4, 9, 5, h, 0, False, True) for h in units if h > 0],
         "hidden units, row-major": [(3, 2, 5, h, 0, False, True) for h in units if h > 0],
-        "hidden units, one row": [(t, 1, 5, h, 0, False, True) for t in (3, 40) for h in units if h > 0],
+        "hidden units, one row": [(t, 1, 5, h, 0, False, True) for t in (3, 33) for h in units if h > 0],
         "batch rows, row-major": [(2, b, 7, 4 * lanes - 1, 0, True, True) for b in (1, 3, 4, 5, 7)],
         "input features": [(5, 8, i, lanes + 2, 0, False, True) for i in features if i > 0],
         "input features, row-major": [(2, 3, i, lanes + 2, 0, False, True) for i in features if i > 0],
