@@ -477,7 +477,7 @@ class GateProduct {
     }
   }
 
-  // sums[r] = the rows of the gates of a block's units times a[r].
+  // sums[r][gate] = the rows of a gate for the block's units, times a[r].
   template <int R>
   LSTM_EXT_INLINE void dot_gates(const GateWeight<T>& weight, int64_t count, int64_t block, const T* const (&a)[R],
                                  Reg<T> (*sums)[kGates]) const {
@@ -486,7 +486,10 @@ class GateProduct {
     const int registers = kRowGroups<T> == kGates ? gate_registers<T>(lanes) : kGates;
     const int shared = kGates / registers;  // gates in a register
     LaneRows rows{lanes, 0, kLanes / 2, kLanes / kGates};
-    if (shared > 1) rows.count = kLanes, rows.to_half = shared / 2 * H;
+    if (shared > 1) {  // a half of the register belongs to other gates than the first
+      rows.count = kLanes;
+      rows.to_half = shared / 2 * H;
+    }
     if (shared == kGates) rows.to_group = H;
     Reg<T> parts[kGates][R];
 #pragma GCC unroll 1

@@ -13,7 +13,7 @@ namespace {
 template <typename T>
 constexpr int kDotRows = Simd<T>::kLanes >= 4 ? 4 : Simd<T>::kLanes;
 
-// A sum over rows has so many groups of lanes whose rows follow each other.
+// A sum over rows has so many groups of lanes; the rows of a group follow each other in the weight.
 template <typename T>
 constexpr int kRowGroups = Simd<T>::kLanes == 16 ? 4 : 1;
 
@@ -68,8 +68,8 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const La
     constexpr std::false_type kPartial;
     const int64_t end = count - rest;
     if (part * J < rows.count && row_of(part * J + J - 1) < rows.readable) {
-      // Each row by a multiple of the distance from the first of its group, which is part of an instruction: there
-      // are no registers for as many addresses, and without them each would be fetched in each step.
+      // Each row by its distance from the first of its group. There are no registers for as many addresses, and they
+      // would be fetched in each step; and one address would begin a chain of additions through all rows.
       constexpr int kGroups = J < kGroup ? 1 : J / kGroup;
       const int64_t step = count * static_cast<int64_t>(sizeof(W));
       const int64_t step3 = 3 * step, step5 = 5 * step, step7 = 7 * step;
