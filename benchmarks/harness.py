@@ -129,11 +129,23 @@ def interleave(
     return Interleaved(seconds, calls)
 
 
-def alone(function: Callable[[], object], samples: int = 9) -> float:
-    """Seconds of a call that is made again and again, by itself: the median of some samples."""
-    once = min(sample(function, 1) for _ in range(4))
-    calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / once))
-    return statistics.median([sample(function, calls) for _ in range(samples)])
+def alone(sides: dict[str, Callable[[], object]], samples: int = 9, rest: float = 0.2) -> dict[str, float]:
+    """Seconds of a call of each side that is made again and again, by itself: the median of some samples.
+
+    Each side takes a sample in turn, after as many untimed calls, which bring back its data into the caches. `rest`
+    seconds go by between two turns: a host that is slow for a second does not decide about all samples.
+    """
+    calls = {}
+    for name, function in sides.items():
+        once = min(sample(function, 1) for _ in range(4))
+        calls[name] = max(1, math.ceil(MIN_SAMPLE_SECONDS / once))
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(samples):
+        time.sleep(rest)
+        for name, function in sides.items():
+            sample(function, calls[name])
+            seconds[name].append(sample(function, calls[name]))
+    return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 def order_of(names: list[str], turn: int) -> list[str]:
