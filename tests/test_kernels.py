@@ -105,7 +105,8 @@ PATHS: dict[str, tuple[tuple[Any, ...], dict[str, object]]] = {
     ),
     # Where the buffer of the chunk before must not be written.
     "a backward chunk a step": ((3, 530, 5, 70, 0, True, True), {"backward_chunk_rows": 530}),
-    "blocks of k": ((4, 13, 515, 520, 0, False, True), {"pack": True}),
+    # Gradient products copy their left factor, too: see kFarBytes.
+    "blocks of k": ((4, 13, 515, 590, 0, False, True), {"pack": True}),
     "in place in the backward pass": ((2, 3, 70, 70, 0, False, True), {"backward_pack": False}),
     "in place, projected": ((2, 3, 70, 70, 33, False, True), {"backward_pack": False}),
     "one step, packed as it is used": ((1, 40, 37, 70, 0, False, True), {"pack_as_used": True}),

@@ -165,9 +165,14 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  // A function of its own, since each tile would have a copy of it.
-  const auto finish_block = [&](int64_t row, int64_t column, const T* sums, int lanes)
-                                __attribute__((noinline)) { finish(row, column, S::load(sums), lanes); };
+  // Of a row of a tile. A function of its own, since each tile would have a copy of it.
+  const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count,
+                              int last) __attribute__((noinline)) {
+    for (; count > 1 || (count == 1 && last == kLanes); --count, column += kLanes, sums += kLanes) {
+      finish(row, column, S::load(sums), kLanes);
+    }
+    if (count > 0) finish(row, column, S::load(sums), last);
+  };
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
     constexpr int NV = width();
     const bool exact = b.panels || b.widens() || last == kLanes;
@@ -226,18 +231,18 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
         const int64_t next_row = last_tile ? rows.begin : row + R;
         const int64_t next_column = last_tile ? smaller(column + NV * kLanes, columns.end - 1) : column;
         for (int r = 0; r < R; ++r) {
-          for (int v = 0; v < NV; ++v) {
-            const int lanes = v == NV - 1 ? last : kLanes;
-            const int64_t at = column + v * kLanes;
-            if (done) {
-              prefetch(smaller(next_row + r, rows.end - 1), smaller(next_column + v * kLanes, columns.end - 1));
-              alignas(64) T sums[kLanes];
-              S::store(sums, tile.acc[r][v]);
-              finish_block(row + r, at, sums, lanes);
-            } else {
-              store_lanes<T>(partial(row + r) + at, tile.acc[r][v], lanes);
+          if (!done) {
+            for (int v = 0; v < NV; ++v) {
+              store_lanes<T>(partial(row + r) + column + v * kLanes, tile.acc[r][v], v == NV - 1 ? last : kLanes);
             }
+            continue;
           }
+          alignas(64) T sums[NV * kLanes];
+          for (int v = 0; v < NV; ++v) {
+            prefetch(smaller(next_row + r, rows.end - 1), smaller(next_column + v * kLanes, columns.end - 1));
+            S::store(sums + v * kLanes, tile.acc[r][v]);
+          }
+          finish_row(row + r, column, sums, NV, last);
         }
       });
     }

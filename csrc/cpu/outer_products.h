@@ -15,9 +15,9 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// The left factor is copied where its rows lie at least this far apart: a column of it would touch
-// a page a row, and with sizes that are powers of two always the same few sets of the caches.
-constexpr int64_t kFarBytes = 4096;
+// The left factor is copied where its rows lie at least this far apart: kSumBlock of them, which are read again for
+// each panel, do not stay in a second-level cache of 1 MB. Processors without AVX-512 have half of that.
+constexpr int64_t kFarBytes = kVectorRegisters == 32 ? 9216 : 4096;
 
 // Where sums of T go. Those of 16 bits are rounded, and added to nothing: see sums_gradients_once.
 template <typename T>
