@@ -180,12 +180,12 @@ def test_workers_that_share_a_core_become_one() -> None:
     begun = [
         calls for (_, before), (workers, calls) in itertools.pairwise([(1, 0), *limits]) if calls > before
     ]
-    # It tries again after four calls, then after eight, and so on.
-    assert begun[:3] == [4, 8, 16], limits
+    # It tries again after one call, then after eight, and so on.
+    assert begun[:3] == [1, 8, 16], limits
     # The first of these tries wakes threads, which takes its time, so the second is judged.
     left = [calls for _, calls in limits]
-    first = left.index(4)
-    assert left[first : first + 7] == [4, 3, 2, 1, 0, 0, 8], limits
+    first = left.index(1)
+    assert left[first : first + 4] == [1, 0, 0, 8], limits
     assert all(workers == 1 for workers, _ in limits)
     # And after long calls that took a quarter of a second together, however few they are.
     together = 0.0

@@ -15,8 +15,9 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// The left factor is copied where its rows lie at least this far apart: kSumBlock of them, which are read again for
-// each panel, do not stay in a second-level cache of 1 MB. Processors without AVX-512 have half of that.
+// The left factor is copied where its rows lie at least this far apart. A tile reads a few numbers of each row, and all
+// rows are read again for each panel. Of large weights they come from the third-level cache, which is faster in the
+// order of memory. By trial; the limit without AVX-512 is an older one.
 constexpr int64_t kFarBytes = kVectorRegisters == 32 ? 9216 : 4096;
 
 // Where sums of T go. Those of 16 bits are rounded, and added to nothing: see sums_gradients_once.

@@ -18,15 +18,16 @@ namespace {
 constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thread may be most
 // Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
 constexpr double kLeastShare = 0.65;
-// After a bad call so many are limited to fewer workers: twice as many each time that a try with all workers is bad.
-constexpr int kFewestCalls = 4, kMostCalls = 64;
+// After a bad call so many are limited to fewer workers: one, since the system may have been busy for a moment, then
+// kSecondCalls, and twice as many each time that a try with all workers is bad.
+constexpr int kFirstCalls = 1, kSecondCalls = 8, kMostCalls = 64;
 // The pause before the next try, for each limited call. The first bad call has none. A try may cost several turns of
 // the system's scheduler, of milliseconds each.
 constexpr double kPausePerCall = 0.004;
 // Limited calls compute for at most this time. Otherwise long calls would stay limited for seconds after the other
 // programs end.
 constexpr double kMostTime = 0.25;
-// After so long with all workers and no bad call, the count starts again at kFewestCalls. A few good calls may be luck:
+// After so long with all workers and no bad call, the count starts again at kFirstCalls. A few good calls may be luck:
 // the scheduler gives turns of milliseconds.
 constexpr double kForgotten = 0.2;
 
@@ -68,18 +69,18 @@ class Crowding {
     const int calls = next_.load(std::memory_order_relaxed);
     if (crowded == 0) {
       // A limited call says nothing about all workers.
-      if (!limits() && calls > kFewestCalls &&
+      if (!limits() && calls > kFirstCalls &&
           seconds(CLOCK_MONOTONIC) - lifted_.load(std::memory_order_relaxed) > kForgotten) {
-        next_.store(kFewestCalls, std::memory_order_relaxed);
+        next_.store(kFirstCalls, std::memory_order_relaxed);
       }
       return;
     }
     workers_.store(std::max(1, workers - crowded), std::memory_order_relaxed);
-    next_.store(std::min(2 * calls, kMostCalls), std::memory_order_relaxed);
+    next_.store(std::clamp(2 * calls, kSecondCalls, kMostCalls), std::memory_order_relaxed);
     calls_.store(calls, std::memory_order_relaxed);
     time_.store(0, std::memory_order_relaxed);
     const double now = seconds(CLOCK_MONOTONIC);
-    until_.store(now + (calls > kFewestCalls ? calls * kPausePerCall : 0), std::memory_order_relaxed);
+    until_.store(now + (calls > kFirstCalls ? calls * kPausePerCall : 0), std::memory_order_relaxed);
   }
 
   CrowdedCalls left() const {
@@ -90,7 +91,7 @@ class Crowding {
 
  private:
   std::atomic<bool> wakes_{false};
-  std::atomic<int> workers_{1}, calls_{0}, next_{kFewestCalls};
+  std::atomic<int> workers_{1}, calls_{0}, next_{kFirstCalls};
   std::atomic<double> time_{0};  // of the calls since the last bad one
   // By the clock: since when nothing is limited; and when the next try may be, 0 while nothing is limited.
   std::atomic<double> lifted_{0}, until_{0};
