@@ -165,14 +165,17 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  // Of a row of a tile. A function of its own, since each tile would have a copy of it.
-  const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count,
-                              int last) __attribute__((noinline)) {
-    for (; count > 1 || (count == 1 && last == kLanes); --count, column += kLanes, sums += kLanes) {
-      finish(row, column, S::load(sums), kLanes);
-    }
-    if (count > 0) finish(row, column, S::load(sums), last);
-  };
+  // Of a row of a tile: whole registers, which need no masks, and a last one. A function of its own, since each tile
+  // would have a copy of it.
+  const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count, int last)
+                              __attribute__((noinline)) {
+                                const int whole = last == kLanes ? count : count - 1;
+                                for (int v = 0; v < whole; ++v) {
+                                  finish(row, column + v * kLanes, S::load(sums + v * kLanes), kLanes);
+                                }
+                                if (whole < count)
+                                  finish(row, column + whole * kLanes, S::load(sums + whole * kLanes), last);
+                              };
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
     constexpr int NV = width();
     const bool exact = b.panels || b.widens() || last == kLanes;

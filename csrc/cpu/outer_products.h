@@ -17,7 +17,7 @@ namespace {
 
 // The left factor is copied where its rows lie at least this far apart. A tile reads a few numbers of each row, and all
 // rows are read again for each panel. Of large weights they come from the third-level cache, which is faster in the
-// order of memory. By trial; the limit without AVX-512 is an older one.
+// order of memory. The limits are by trial.
 constexpr int64_t kFarBytes = kVectorRegisters == 32 ? 9216 : 4096;
 
 // Where sums of T go. Those of 16 bits are rounded, and added to nothing: see sums_gradients_once.

@@ -37,8 +37,8 @@ double seconds(clockid_t clock) {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// After a call in which workers shared their cores, the next ones have fewer workers. Then one tries again, and if it
-// fares no better, the next twice as many. All of a process: its threads share its cores.
+// After a call in which workers shared their cores, the next one has fewer workers. Then one tries again with all, and
+// if it fares no better, more calls are limited, and so on. All of a process: its threads share its cores.
 class Crowding {
  public:
   int limited(int threads) {
