@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "projection": {"proj_size": 44},
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }
-# Products of int8 weights are sums of bytes in the first two, so the fixture's choice is not enough.
+# Products of int8 weights are sums of bytes in most of them, so the fixture's choice is not enough.
 SETS = ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]
 every_set = pytest.mark.parametrize("capability", SETS, indirect=True)
 # Steps and rows: from one row to what goes to a matrix unit.
@@ -325,6 +329,39 @@ def test_another_instruction_set_packs_in_each_call() -> None:
                 assert relative_error(frozen(x)[0], expected.double()) < 1e-6
         finally:
             _C.set_cpu_capability(before)
+
+
+FREEZE = """
+import sys, torch, lstm_ext
+layer, inputs = torch.load(sys.argv[1], weights_only=False)
+frozen = lstm_ext.freeze(layer, torch.int8)
+with torch.no_grad():
+    torch.save(([frozen(x)[0] for x in inputs], dict(frozen.named_buffers())), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2"], indirect=True)
+@torch.no_grad()
+def test_int8_without_vnni(capability: str, tmp_path: Path) -> None:
+    """Then these sets widen the weights. Panels that were made so never run as bytes."""
+    layer, inputs = layer_of("both directions, two layers"), [torch.randn(*rows, 37) for rows in SHAPES]
+    torch.save((layer, inputs), tmp_path / "layer")
+    subprocess.run(
+        [sys.executable, "-c", FREEZE, tmp_path / "layer", tmp_path / "frozen"],
+        env=os.environ | {"LSTM_EXT_CPU_CAPABILITY": capability, "LSTM_EXT_CPU_VNNI": "0"},
+        check=True,
+    )
+    outputs, buffers = torch.load(tmp_path / "frozen")
+    exact = with_rounded_weights(layer, "int8").double()
+    frozen = lstm_ext.freeze(layer, torch.int8)
+    for name, buffer in buffers.items():
+        assert bytes(buffer[8:32]).rstrip(b"\0").decode() == capability
+        frozen.get_buffer(name).copy_(buffer)
+    for x, y in zip(inputs, outputs, strict=True):
+        assert relative_error(y, exact(x.double())[0]) < 1e-6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert relative_error(frozen(x)[0], y.double()) < 1e-6
 
 
 class Model(nn.Module):

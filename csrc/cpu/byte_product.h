@@ -18,13 +18,27 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Whether products with int8 weights take this way. LSTM_EXT_ISA_SOFTWARE has the instruction in plain C++.
-#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16) || defined(LSTM_EXT_ISA_SOFTWARE)
+// Whether products with int8 weights take this way: in some sets always, in some where the CPU has the instruction.
+// LSTM_EXT_ISA_SOFTWARE has it in plain C++.
+#if !defined(LSTM_EXT_ISA_BASELINE)
 #define LSTM_EXT_BYTE_PRODUCTS
-constexpr bool kMultipliesBytes = true;
-#else
-constexpr bool kMultipliesBytes = false;
 #endif
+#if defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_AVX2)
+constexpr bool kMayWidenBytes = true;
+#elif defined(LSTM_EXT_BYTE_PRODUCTS)
+constexpr bool kMayWidenBytes = false;
+#else
+constexpr bool kMayWidenBytes = true;
+#endif
+inline bool multiplies_bytes() {
+#if defined(LSTM_EXT_ISA_AVX512)
+  return has_avx512_vnni;
+#elif defined(LSTM_EXT_ISA_AVX2)
+  return has_avx_vnni;
+#else
+  return !kMayWidenBytes;
+#endif
+}
 
 // Then a panel has four k of a unit side by side, [k / 4][gate][lane][k % 4], and 128 for those past the end. Where one
 // of them lies, and how many bytes a panel has.
@@ -84,7 +98,9 @@ LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
 LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
 #if defined(LSTM_EXT_ISA_SOFTWARE)
   for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
-#else  // in assembly, since GCC 12 copies the sums around the instruction
+#elif defined(LSTM_EXT_ISA_AVX2)  // in assembly, since the set is compiled for processors without it too
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(bytes));
+#else                             // and GCC 12 copies the sums around the instruction
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(bytes));
 #endif
 }
@@ -170,39 +186,68 @@ LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
   return v;
 }
 
-// sums = the products of a piece of a row with `count` k of a panel, without the factors of the units. Not inlined: the
-// loop needs the registers in which GCC would keep what is around it.
-template <int kDigits>
-__attribute__((noinline)) void multiply_digits(const uint8_t* panel, const RowDigits& row, int64_t count,
-                                               Reg<float>* sums) {
+// sums = the products of a piece of a row with `count` k of some gates of a panel, without the factors of the units.
+// Not inlined: the loop needs the registers in which GCC would keep what is around it.
+template <int kDigits, int kSomeGates>
+__attribute__((noinline)) void multiply_gates(const uint8_t* panel, const RowDigits& row, int64_t count,
+                                              Reg<float>* sums) {
   using S = Simd<float>;
   constexpr int kGroup = kKsOfBytes * kPanelStep;
-  Ints acc[kDigits][kGates] = {};
+  Ints acc[kDigits][kSomeGates] = {};
   const int64_t groups = divide_up(count, kKsOfBytes);
   const int8_t* digits = row.bytes;
   const bool fetches = fetches_panels;
   for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kMostDigits * kKsOfBytes) {
 #pragma GCC unroll 4
     for (int line = 0; fetches && line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
-    Ints w[kGates];
-#pragma GCC unroll kGates
-    for (int gate = 0; gate < kGates; ++gate) w[gate] = load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
-#pragma GCC unroll 4
-    for (int d = 0; d < kDigits; ++d) {
+    const auto weights = [&](int gate) LSTM_EXT_LAMBDA_INLINE {
+      return load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
+    };
+    const auto digit = [&](int d) LSTM_EXT_LAMBDA_INLINE {
       int32_t four;
       __builtin_memcpy(&four, digits + d * kKsOfBytes, sizeof(four));
+      return Ints{} + four;
+    };
+    if constexpr (kVectorRegisters == 32) {
+      Ints w[kSomeGates];
 #pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates; ++gate) add_products(acc[d][gate], w[gate], Ints{} + four);
+      for (int gate = 0; gate < kSomeGates; ++gate) w[gate] = weights(gate);
+#pragma GCC unroll 4
+      for (int d = 0; d < kDigits; ++d) {
+        const Ints four = digit(d);
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kSomeGates; ++gate) add_products(acc[d][gate], w[gate], four);
+      }
+    } else {  // the sums of three digits, the digits, and the weights of one gate fill 16 registers
+      Ints four[kDigits];
+#pragma GCC unroll 4
+      for (int d = 0; d < kDigits; ++d) four[d] = digit(d);
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kSomeGates; ++gate) {
+        const Ints w = weights(gate);
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d) add_products(acc[d][gate], w, four[d]);
+      }
     }
   }
 #pragma GCC unroll kGates
-  for (int gate = 0; gate < kGates; ++gate) {
+  for (int gate = 0; gate < kSomeGates; ++gate) {
     Reg<float> sum = S::zero();
 #pragma GCC unroll 4
     for (int d = kDigits - 1; d >= 0; --d) {
       sum = S::fma(sum, S::set1(256.0f), __builtin_convertvector(acc[d][gate] - 128 * row.sums[d], Reg<float>));
     }
     sums[gate] = sum * S::set1(row.factor);
+  }
+}
+
+// Of all gates. With 16 registers the sums of four digits leave room for two at once.
+template <int kDigits>
+LSTM_EXT_INLINE void multiply_digits(const uint8_t* panel, const RowDigits& row, int64_t count, Reg<float>* sums) {
+  constexpr int kAtOnce = kVectorRegisters == 16 && kDigits == kMostDigits ? kGates / 2 : kGates;
+#pragma GCC unroll 1
+  for (int gate = 0; gate < kGates; gate += kAtOnce) {
+    multiply_gates<kDigits, kAtOnce>(panel + gate * static_cast<int64_t>(sizeof(Ints)), row, count, sums + gate);
   }
 }
 

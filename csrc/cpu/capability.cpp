@@ -31,14 +31,38 @@ bool has_f16c() {
 #endif
 }
 
+constexpr unsigned kAvx512Vnni = 1u << 11;
+bool finds_avx512_vnni() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & kAvx512Vnni);
+#else
+  return false;
+#endif
+}
+
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 11);  // VNNI, which all of them have
+  return finds_avx512_vnni();  // all of them have it
 #else
   return false;
 #endif
+}
+
+bool finds_avx_vnni() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+#else
+  return false;
+#endif
+}
+
+bool may_use_vnni() {
+  const char* const value = std::getenv("LSTM_EXT_CPU_VNNI");
+  return !value || std::strcmp(value, "0") != 0;
 }
 
 bool multiplies_pairs_fast() {
@@ -168,6 +192,8 @@ std::atomic<const Capability*>& current() {
 }  // namespace
 
 const bool fetches_panels = !is_zen4();
+const bool has_avx512_vnni = may_use_vnni() && finds_avx512_vnni();
+const bool has_avx_vnni = may_use_vnni() && finds_avx_vnni();
 
 const Capability& capability() { return *current().load(std::memory_order_relaxed); }
 

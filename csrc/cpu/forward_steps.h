@@ -135,7 +135,7 @@ class FusedForwardStep {
     const auto finish_cells = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
       if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
         const auto &a = tile.tile.acc[0], &b = tile.tile.acc[1];
-        if (lanes == tile.second_lanes) {
+        if (kVectorRegisters == 32 && lanes == tile.second_lanes) {
           finish_two(row, unit, row, tile.second_unit, lanes, a, b);
         } else {
           finish(row, unit, lanes, a);

@@ -64,8 +64,8 @@ struct OtherProduct {
   bool finish_writes_pre = false;         // the caller's own way of keeping what it makes of a tile
 };
 
-// The sums of one row for two blocks of units: their cells are computed together, since one alone is a long chain of
-// instructions that wait for each other.
+// The sums of one row for two blocks of units. Both are made together, and so are their cells where there are registers
+// for that, since one alone is a long chain of instructions that wait for each other.
 template <typename T>
 struct BlockPair {
   Tile<T, 2, kGates> tile;
@@ -117,9 +117,13 @@ class GateProduct {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
-        if constexpr (kMultipliesBytes) {
+#if defined(LSTM_EXT_BYTE_PRODUCTS)
+        if (multiplies_bytes()) {
           multiply_bytes_of(rows, a_row, count, narrow, pre, bias);
-        } else {
+          return false;
+        }
+#endif
+        if constexpr (kMayWidenBytes) {
           multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
         }
         return false;
@@ -140,33 +144,48 @@ class GateProduct {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
-    if (kPairsBlocks && rows == 1 && !weight.packs_as_used()) {
+    if (rows == 1 && !weight.packs_as_used()) {
       // The same sums as below.
       const T* const a = count > 0 ? a_row(0) : nullptr;
       T* const out = pre(0);
-      const auto sum_block = [&](int64_t block, Reg<T>* sums) LSTM_EXT_LAMBDA_INLINE {
-        const int lanes = lanes_in(block);
-        const W* const panel = panels + weight.place(block) * kGates * kLanes * count;
-        const T* const start = (bias ? bias : out) + block * kLanes;
+      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
+        const int registers[] = {registers_of<W>(lanes_in(blocks[0])), registers_of<W>(lanes_in(blocks[1]))};
         for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
-          Tile<T, 1, kGates> tile;
-          tile.zero();
-          const int registers = registers_of<W>(lanes);
-          const W* const part = panel + k * registers * kLanes;
           const int64_t depth = smaller(kBlockK, count - k);
-          if (registers == kGates) {
-            accumulate_rows<T, 1, kGates>(tile, {a + k}, part, kGates * kLanes, depth);
-          } else {
-            accumulate_few<1>(tile, {a + k}, part, registers, depth);
+          const W* parts[2];
+          for (int n = 0; n < 2; ++n) {
+            parts[n] = panels + (weight.place(blocks[n]) * kGates * count + k * registers[n]) * kLanes;
           }
+          Tile<T, 2, kGates> tile;
+          tile.zero();
+          if (joins_panels<T, W>(depth) && registers[0] == kGates && registers[1] == kGates) {
+            accumulate_panels(tile, a + k, parts, depth);
+          } else {
+#pragma GCC unroll 1
+            for (int n = 0; n < 2; ++n) {
+              Tile<T, 1, kGates> one;
+              one.zero();
+              if (registers[n] == kGates) {
+                accumulate_rows<T, 1, kGates>(one, {a + k}, parts[n], kGates * kLanes, depth);
+              } else {
+                accumulate_few<1>(one, {a + k}, parts[n], registers[n], depth);
+              }
+              for (int gate = 0; gate < kGates; ++gate) tile.acc[n][gate] = one.acc[0][gate];
+            }
+          }
+#pragma GCC unroll 2
+          for (int n = 0; n < 2; ++n) {
+            const int lanes = lanes_in(blocks[n]);
+            const T* const start = (bias ? bias : out) + blocks[n] * kLanes;
 #pragma GCC unroll kGates
-          for (int gate = 0; gate < kGates; ++gate) {
-            const Reg<T> before = k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums[gate];
-            sums[gate] = plus<W>(before, tile.acc[0][gate], weight.narrow, gate, block, lanes);
+            for (int gate = 0; gate < kGates; ++gate) {
+              const Reg<T> before = k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums.acc[n][gate];
+              sums.acc[n][gate] = plus<W>(before, tile.acc[n][gate], weight.narrow, gate, blocks[n], lanes);
+            }
           }
         }
       };
-      paired = multiply_pairs(sweep, out, sum_block, finish);
+      paired = multiply_pairs(sweep, out, sum_blocks, finish);
     }
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
@@ -407,17 +426,20 @@ class GateProduct {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
-    if (kPairsBlocks && rows == 1) {
+    if (kVectorRegisters == 32 && rows == 1) {  // cells of two blocks need the registers
       const T* const a[] = {a_row(0)};
       T* const out = pre(0);
-      const auto sum_block = [&](int64_t block, Reg<T>(&sums)[kGates]) LSTM_EXT_LAMBDA_INLINE {
-        const T* const start = (bias ? bias : out) + block * kLanes;
-        dot_gates<1>(weight, count, block, a, &sums);
-        for (int gate = 0; gate < kGates; ++gate) {
-          sums[gate] = sums[gate] + load_lanes<T>(start + gate * H, lanes_in(block));
+      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+          const T* const start = (bias ? bias : out) + blocks[n] * kLanes;
+          dot_gates<1>(weight, count, blocks[n], a, &sums.acc[n]);
+          for (int gate = 0; gate < kGates; ++gate) {
+            sums.acc[n][gate] = sums.acc[n][gate] + load_lanes<T>(start + gate * H, lanes_in(blocks[n]));
+          }
         }
       };
-      paired = multiply_pairs(sweep, out, sum_block, finish);
+      paired = multiply_pairs(sweep, out, sum_blocks, finish);
     }
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i), unit = block * kLanes;
@@ -523,19 +545,16 @@ class GateProduct {
     return forwards_ ? Sweep{blocks_.begin, 1, count} : Sweep{blocks_.end - 1, -1, count};
   }
 
-  // Cells of two blocks need the registers.
-  static constexpr bool kPairsBlocks = kVectorRegisters == 32;
-  // The blocks of one row by two, as many as there are: sum_block(block, sums) makes the sums of the gates of one, and
-  // finish takes a BlockPair. Returns how many.
-  template <typename SumBlock, typename Finish>
-  LSTM_EXT_INLINE int64_t multiply_pairs(const Sweep& sweep, T* out, const SumBlock& sum_block, Finish&& finish) {
+  // The blocks of one row by two, as many as there are: sum_blocks(blocks, tile) makes the sums of both, and finish
+  // takes a BlockPair. Returns how many.
+  template <typename SumBlocks, typename Finish>
+  LSTM_EXT_INLINE int64_t multiply_pairs(const Sweep& sweep, T* out, const SumBlocks& sum_blocks, Finish&& finish) {
     int64_t i = 0;
     for (; i + 1 < sweep.count; i += 2) {
       const int64_t blocks[] = {sweep.block(i), sweep.block(i + 1)};
       BlockPair<T> pair;
       pair.tile.zero();
-#pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) sum_block(blocks[n], pair.tile.acc[n]);
+      sum_blocks(blocks, pair.tile);
       pair.second_unit = blocks[1] * kLanes;
       pair.second_lanes = lanes_in(blocks[1]);
       if (finish(0, blocks[0] * kLanes, lanes_in(blocks[0]), pair)) continue;

@@ -67,7 +67,8 @@ template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
                        int64_t block, void* panels) {
   constexpr int n = Simd<T>::kLanes;
-  if (kMultipliesBytes && kind == WeightKind::kInt8) {
+  const bool as_bytes = kind == WeightKind::kInt8 && multiplies_bytes();
+  if (as_bytes) {
     uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
     for (int64_t i = 0; i < byte_panel_size(count); ++i) bytes[i] = 128;
   }
@@ -85,7 +86,7 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
         } else {
           const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
           const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
-          if (kMultipliesBytes) {
+          if (as_bytes) {
             uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
             bytes[byte_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
           } else {

@@ -13,7 +13,8 @@ namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
 template <typename T>
-constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows, kUnitLimits<T>, &forward<T>, &backward<T>, &freeze<T>};
+constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows,  kUnitLimits<T>,   &forward<T>,
+                              &backward<T>,    &freeze<T>, &multiplies_bytes};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -15,6 +15,10 @@ namespace lstm_ext::cpu {
 // and the instructions cost more than they gain.
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
+// Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256
+// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 says that it has none. The sets that always have it do not ask.
+extern LSTM_EXT_PUBLIC const bool has_avx512_vnni, has_avx_vnni;
+
 template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
@@ -26,6 +30,7 @@ struct Kernels {
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
   // Makes what the plan has places for at `data`, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
+  bool (*multiplies_bytes)();  // frozen weights in int8, whose panels depend on it
 };
 
 struct Capability {

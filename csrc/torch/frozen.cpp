@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cstring>
+#include <string>
 
 #include "cpu/kernels.h"
 #include "torch/backend.h"
@@ -24,6 +25,16 @@ struct Header {
   cpu::FrozenPlan plan;
 };
 static_assert(std::is_trivially_copyable_v<Header>);
+
+// For what weights are packed that are kept so: the instruction set, and whether bytes are multiplied.
+constexpr char kVnni[] = "+vnni";
+bool for_vnni(WeightKind kept) { return kept == WeightKind::kInt8 && cpu::kernels<float>().multiplies_bytes(); }
+bool is_for_this_processor(const Header& header) {
+  const char* const name = cpu::capability().name;
+  const size_t length = std::strlen(name);
+  return std::strncmp(header.instruction_set, name, length) == 0 &&
+         std::strcmp(header.instruction_set + length, for_vnni(header.plan.kind) ? kVnni : "") == 0;
+}
 
 const Header& header_of(const at::Tensor& frozen) { return *static_cast<const Header*>(frozen.const_data_ptr()); }
 
@@ -60,7 +71,8 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   advise_huge_pages(data, frozen.nbytes());
   Header& header = *new (data) Header{};
   std::memcpy(header.mark, kMark, sizeof(kMark));
-  std::strncpy(header.instruction_set, cpu::capability().name, sizeof(header.instruction_set) - 1);
+  const std::string made_for = std::string(cpu::capability().name) + (for_vnni(kept) ? kVnni : "");
+  std::strncpy(header.instruction_set, made_for.c_str(), sizeof(header.instruction_set) - 1);
   header.input_size = shape.input_size;
   header.hidden_size = H;
   header.output_size = shape.output_size;
@@ -132,10 +144,11 @@ void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes
 }
 
 bool is_ready(const std::vector<at::Tensor>& frozen) {
-  const char* const made_for = header_of(frozen[0]).instruction_set;
-  const bool ready = std::strcmp(made_for, cpu::capability().name) == 0;
+  const Header& header = header_of(frozen[0]);
+  const bool ready = is_for_this_processor(header);
   if (!ready) {
-    TORCH_WARN_ONCE("lstm_ext: weights were frozen for ", made_for, ", and ", cpu::capability().name,
+    TORCH_WARN_ONCE("lstm_ext: weights were frozen for ", header.instruction_set, ", and ", cpu::capability().name,
+                    for_vnni(header.plan.kind) ? kVnni : "",
                     " is in use: each call packs them. Freeze them again in this process.");
   }
   return ready;
