@@ -85,6 +85,16 @@ def test_few_rows_are_equal_to_the_bit(name, dtype):
 
 
 @pytest.mark.devices("cpu")
+@pytest.mark.parametrize(("steps", "packs"), [(12, False), (13, True)])
+@torch.no_grad()
+def test_two_directions_pack_sooner(steps, packs):
+    """Nothing is promised about their single steps. Packed weights give the bits that a longer call gives."""
+    torch.manual_seed(3)
+    layer, x = lstm_ext.LSTM(90, 70, bidirectional=True), torch.randn(ROWS + 2, 1, 90)
+    assert torch.equal(layer(x[:steps])[0][..., :70], layer(x)[0][:steps, :, :70]) == packs
+
+
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cells_of_few_rows_too(dtype):
     torch.manual_seed(3)

@@ -38,6 +38,7 @@ struct LayerShape {
   // Null, or (T, B) contiguous, as the caller gave them: a flag that is not 0 cuts the row between the times t - 1 and
   // t. `Steps` says which flags belong to a step in either direction.
   const uint8_t* resets;
+  bool two_directions = false;  // the layer has another direction too, so no one takes its steps one by one
 };
 
 // Which rows of a step have their state replaced before it: row b if b < rows and flags[b] is not 0.

@@ -179,8 +179,10 @@ int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : pla
 int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
   if (narrow && planes > 0) return few_rows(planes, narrow);
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
-  const bool large = numbers > 200'000 && shape.steps > 1 && planes == 0 && machine.lanes >= 8;
-  return large ? 48 : kRowMajorRows;
+  if (planes > 0 || shape.steps == 1) return kRowMajorRows;
+  // Nothing is promised about single steps of two directions.
+  if (shape.two_directions && numbers < 1'000'000) return numbers < 100'000 ? 12 : 20;
+  return numbers > 200'000 && machine.lanes >= 8 ? 48 : kRowMajorRows;
 }
 
 // bfloat16 numbers in the planes of a (rows, depth) operand.

@@ -195,8 +195,8 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
   }
 }
 
-// Whether two panels of so many k are multiplied at once with one row. The sums of one panel leave the multipliers idle:
-// each has to wait for itself. With 32 registers and weights of T this matters only where the panels are in the
+// Whether two panels of so many k are multiplied at once with one row. The sums of one panel leave the multipliers
+// idle: each has to wait for itself. With 32 registers and weights of T this matters only where the panels are in the
 // first-level cache. From the second, a panel after the other comes faster.
 template <typename T, typename B>
 LSTM_EXT_INLINE bool joins_panels(int64_t count) {

@@ -125,7 +125,8 @@ LayerShape LayerSizes::shape(int64_t direction, const at::Tensor& resets) const 
           projected,
           direction == 1,
           packed() ? step_offsets.data() : nullptr,
-          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr};
+          resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr,
+          directions > 1};
 }
 
 Saved LayerSizes::empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate) const {
