@@ -201,7 +201,7 @@ class GateProduct {
         const W* const next = panels + (weight.place(next_block) * count + after) * kGates * kLanes;
         const int64_t next_steps = there ? smaller(kBlockK, count - after) : 0;
         NextPanel next_panel(next, next_steps * kGates * kLanes * static_cast<int64_t>(sizeof(W)), panel);
-        for_each_row_tile(rows, [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+        const auto multiply_tile = [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
           constexpr int R = height();
           const T* a[R];
           T* out[R];
@@ -261,7 +261,9 @@ class GateProduct {
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
-        });
+        };
+        for_each_row_tile(rows, multiply_tile,
+                          !std::is_same_v<std::decay_t<Finish>, KeepSums> && count <= kLowTileDepth);
       }
     }
   }
@@ -479,6 +481,8 @@ class GateProduct {
 
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
+  // Up to here cells take so much of the time that their code matters more than loads of weights.
+  static constexpr int64_t kLowTileDepth = 192;
 
   // Of the panel of so many units; and accumulate_rows from a panel with fewer than kGates.
   template <typename W>
