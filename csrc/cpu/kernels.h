@@ -17,7 +17,7 @@ extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
 // Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256
 // bits without AVX-512. LSTM_EXT_CPU_VNNI=0 says that it has none. The sets that always have it do not ask.
-extern LSTM_EXT_PUBLIC const bool has_avx512_vnni, has_avx_vnni;
+extern const bool has_avx512_vnni, has_avx_vnni;
 
 template <typename T>
 struct Kernels {
