@@ -18,27 +18,24 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Whether products with int8 weights take this way: in some sets always, in some where the CPU has the instruction.
-// LSTM_EXT_ISA_SOFTWARE has it in plain C++.
+// Whether products with int8 weights take this way: in some sets always, in some where the CPU has the instruction. And
+// whether the set may have to widen the weights. LSTM_EXT_ISA_SOFTWARE has the instruction in plain C++.
 #if !defined(LSTM_EXT_ISA_BASELINE)
 #define LSTM_EXT_BYTE_PRODUCTS
 #endif
-#if defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_AVX2)
-constexpr bool kMayWidenBytes = true;
-#elif defined(LSTM_EXT_BYTE_PRODUCTS)
-constexpr bool kMayWidenBytes = false;
-#else
-constexpr bool kMayWidenBytes = true;
-#endif
-inline bool multiplies_bytes() {
 #if defined(LSTM_EXT_ISA_AVX512)
-  return has_avx512_vnni;
+constexpr bool kMayWidenBytes = true;
+inline bool multiplies_bytes() { return has_avx512_vnni; }
 #elif defined(LSTM_EXT_ISA_AVX2)
-  return has_avx_vnni;
+constexpr bool kMayWidenBytes = true;
+inline bool multiplies_bytes() { return has_avx_vnni; }
+#elif defined(LSTM_EXT_ISA_BASELINE)
+constexpr bool kMayWidenBytes = true;
+inline bool multiplies_bytes() { return false; }
 #else
-  return !kMayWidenBytes;
+constexpr bool kMayWidenBytes = false;
+inline bool multiplies_bytes() { return true; }
 #endif
-}
 
 // Then a panel has four k of a unit side by side, [k / 4][gate][lane][k % 4], and 128 for those past the end. Where one
 // of them lies, and how many bytes a panel has.
@@ -200,34 +197,19 @@ __attribute__((noinline)) void multiply_gates(const uint8_t* panel, const RowDig
   for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kMostDigits * kKsOfBytes) {
 #pragma GCC unroll 4
     for (int line = 0; fetches && line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
-    const auto weights = [&](int gate) LSTM_EXT_LAMBDA_INLINE {
-      return load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
-    };
-    const auto digit = [&](int d) LSTM_EXT_LAMBDA_INLINE {
-      int32_t four;
-      __builtin_memcpy(&four, digits + d * kKsOfBytes, sizeof(four));
-      return Ints{} + four;
-    };
-    if constexpr (kVectorRegisters == 32) {
-      Ints w[kSomeGates];
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kSomeGates; ++gate) w[gate] = weights(gate);
+    // The sums of three digits, the digits, and the weights of one gate fill 16 registers.
+    Ints four[kDigits];
 #pragma GCC unroll 4
-      for (int d = 0; d < kDigits; ++d) {
-        const Ints four = digit(d);
+    for (int d = 0; d < kDigits; ++d) {
+      int32_t bytes;
+      __builtin_memcpy(&bytes, digits + d * kKsOfBytes, sizeof(bytes));
+      four[d] = Ints{} + bytes;
+    }
 #pragma GCC unroll kGates
-        for (int gate = 0; gate < kSomeGates; ++gate) add_products(acc[d][gate], w[gate], four);
-      }
-    } else {  // the sums of three digits, the digits, and the weights of one gate fill 16 registers
-      Ints four[kDigits];
+    for (int gate = 0; gate < kSomeGates; ++gate) {
+      const Ints w = load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
 #pragma GCC unroll 4
-      for (int d = 0; d < kDigits; ++d) four[d] = digit(d);
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kSomeGates; ++gate) {
-        const Ints w = weights(gate);
-#pragma GCC unroll 4
-        for (int d = 0; d < kDigits; ++d) add_products(acc[d][gate], w, four[d]);
-      }
+      for (int d = 0; d < kDigits; ++d) add_products(acc[d][gate], w, four[d]);
     }
   }
 #pragma GCC unroll kGates

@@ -21,44 +21,21 @@ namespace {
 
 constexpr const char* kVariable = "LSTM_EXT_CPU_CAPABILITY";
 
-// Bits of CPUID that GCC's __builtin_cpu_supports does not know in all versions.
-bool has_f16c() {
-#if defined(__x86_64__)
+// The registers that CPUID fills, or zeros: __builtin_cpu_supports of GCC does not know all bits in all versions.
+struct Cpuid {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
-#else
-  return false;
-#endif
-}
-
-constexpr unsigned kAvx512Vnni = 1u << 11;
-bool finds_avx512_vnni() {
+};
+Cpuid cpuid([[maybe_unused]] unsigned leaf, [[maybe_unused]] unsigned subleaf = 0) {
+  Cpuid id;
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & kAvx512Vnni);
-#else
-  return false;
+  __get_cpuid_count(leaf, subleaf, &id.a, &id.b, &id.c, &id.d);
 #endif
+  return id;
 }
-
-bool has_avx512_bf16() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
-  return finds_avx512_vnni();  // all of them have it
-#else
-  return false;
-#endif
-}
-
-bool finds_avx_vnni() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
-#else
-  return false;
-#endif
-}
+bool has_f16c() { return cpuid(1).c & 1u << 29; }
+bool finds_avx512_vnni() { return cpuid(7).c & 1u << 11; }
+bool finds_avx_vnni() { return cpuid(7, 1).a & 1u << 4; }
+bool has_avx512_bf16() { return (cpuid(7, 1).a & 1u << 5) && finds_avx512_vnni(); }  // all of them have both
 
 bool may_use_vnni() {
   const char* const value = std::getenv("LSTM_EXT_CPU_VNNI");
@@ -76,9 +53,9 @@ bool multiplies_pairs_fast() {
 
 bool is_zen4() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
   __builtin_cpu_init();
-  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f")) return false;
+  const unsigned a = cpuid(1).a;
   const unsigned family = (a >> 8 & 0xF) + (a >> 20 & 0xFF);
   return family == 0x19;  // Zen 3, which has no AVX-512, and Zen 4
 #else
@@ -92,8 +69,8 @@ bool asks_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile) || !(d & kAmxBf16)) return false;
+  const unsigned d = cpuid(7).d;
+  if (!(d & kAmxTile) || !(d & kAmxBf16)) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

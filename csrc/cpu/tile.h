@@ -203,7 +203,8 @@ LSTM_EXT_INLINE bool joins_panels(int64_t count) {
   return kVectorRegisters == 16 || !std::is_same_v<T, B> || count <= 96;
 }
 
-// acc[n][:] += sum_k a[k] * panels[n][k * kPanel + :], the same sums as one after the other.
+// acc[n][:] += sum_k a[k] * panels[n][k * kPanel + :], the same sums as one after the other. Each panel is prefetched
+// half as far ahead as one alone.
 template <typename T, int NV, typename B>
 LSTM_EXT_INLINE void accumulate_panels_here(Tile<T, 2, NV>& tile, const T* a, const B* const (&panels)[2],
                                             int64_t count) {
