@@ -32,26 +32,20 @@ struct Cell {
   Reg<T> c, h;     // c_t and o tanh(c_t)
 };
 
-// c_{t-1} of a row, `lanes` numbers, or null for zeros. It is read late: a register would be occupied from the
-// beginning.
-template <typename T>
-struct PreviousCell {
-  const T* at;
+// c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, all of which are there, or none. It is read
+// late: a register would be occupied from the beginning.
+template <typename T, int kCount = 1>
+struct PreviousCells {
+  const T* at[kCount];
   int lanes;
-  bool there() const { return at != nullptr; }
-  LSTM_EXT_INLINE Reg<T> load() const { return load_lanes<T>(at, lanes); }
-};
-// Of two rows, which are both there.
-template <typename T>
-struct PreviousCell<Two<T>> {
-  const T *a, *b;
-  int lanes;
-  bool there() const { return true; }
-  LSTM_EXT_INLINE Reg<Two<T>> load() const { return {load_lanes<T>(a, lanes), load_lanes<T>(b, lanes)}; }
+  bool there() const { return at[0] != nullptr; }
+  LSTM_EXT_INLINE Reg<Several<T, kCount>> load() const {
+    return several<T, kCount>([&](int n) LSTM_EXT_LAMBDA_INLINE { return load_lanes<T>(at[n], lanes); });
+  }
 };
 
-template <typename T>
-LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCell<T>& previous) {
+template <typename T, typename Previous = PreviousCells<T>>
+LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const Previous& previous) {
   const Reg<T> c = gates[kI] * gates[kG];
   return previous.there() ? Simd<T>::fma(gates[kF], previous.load(), c) : c;
 }
@@ -64,8 +58,9 @@ constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
 
 // A cell from its preactivations and c_{t-1}. store(c_t) runs as soon as c_t is known: of rows that are no whole
 // registers, the load of the next one waits for it.
-template <Nonlinearities kNonlinearities, typename T, typename Store = decltype(kNoStore)>
-LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const PreviousCell<T>& previous,
+template <Nonlinearities kNonlinearities, typename T, typename Previous = PreviousCells<T>,
+          typename Store = decltype(kNoStore)>
+LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const Previous& previous,
                                      const Store& store = kNoStore) {
   Cell<T> cell;
   Gates<T>& gates = cell.gates;

@@ -46,15 +46,114 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // What a product does with a tile, and what it fetches before.
-  template <typename Finish, typename Prefetch>
-  struct FinishTile {
-    FinishTile(const Finish& finish, const Prefetch& prefetch) : finish(finish), prefetch(prefetch) {}
-    Finish finish;
-    Prefetch prefetch;
-    template <typename Sums>
-    LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, Sums& sums) const {
-      return finish(row, unit, lanes, sums);
+  // Where the cells of a step are. What a product does with a tile: it makes them of its sums. All by value: these
+  // functions run once a row, where each step from one address to the next counts.
+  struct Cells {
+    // c_{t-1} and c_t have rows at the same distance; or those of c_{t-1} are listed. Null: zeros.
+    const T* c_from;
+    const T* const* c_rows;
+    T* c_to;
+    int64_t c_step;
+    EvenRows<T> h_to, gates;
+    int64_t hidden_size;
+    bool saves_gates;
+
+    struct Place {
+      int64_t row, unit;
+    };
+
+    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
+    LSTM_EXT_INLINE void prefetch(int64_t row, int64_t unit) const {
+      const int64_t at = row * c_step + unit;
+      __builtin_prefetch((c_from ? c_from : c_to) + at);
+      __builtin_prefetch(c_to + at, 1);
+      __builtin_prefetch(h_to(row) + unit, 1);
+    }
+
+    // Cells at once, of rows or of blocks of units. Each is a long chain of instructions that wait for each other.
+    template <int kCount, typename Sums>
+    LSTM_EXT_INLINE void make(const Place (&places)[kCount], int lanes, const Sums& sums) const {
+      using All = Several<T, kCount>;
+      PreviousCells<T, kCount> previous{{}, lanes};
+      bool all = true;
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) {
+        previous.at[n] = c_before(places[n]);
+        all = all && previous.at[n];
+      }
+      if constexpr (kCount > 1) {
+        if (!all) {
+#pragma GCC unroll 4
+          for (int n = 0; n < kCount; ++n) {
+            make<1>({places[n]}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
+          }
+          return;
+        }
+      }
+      Gates<All> preactivations;
+#pragma GCC unroll kGates
+      for (int gate = 0; gate < kGates; ++gate) {
+        preactivations[gate] = several<T, kCount>([&](int n) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
+      }
+      const Cell<All> cell = cell_forward<Nonlinearities::kSharedDivisions, All>(
+          preactivations, previous, [&](const Reg<All>& c) LSTM_EXT_LAMBDA_INLINE {
+#pragma GCC unroll 4
+            for (int n = 0; n < kCount; ++n) {
+              store_lanes<T>(c_to + places[n].row * c_step + places[n].unit, one_of<kCount>(c, n), lanes);
+            }
+          });
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) {
+        store_lanes<T>(h_to(places[n].row) + places[n].unit, one_of<kCount>(cell.h, n), lanes);
+      }
+      if (!saves_gates) return;
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) {
+        T* const to = gates(places[n].row) + places[n].unit;
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate) {
+          store_lanes<T>(to + gate * hidden_size, one_of<kCount>(cell.gates[gate], n), lanes);
+        }
+      }
+    }
+
+    // Of the rows of a tile from kFirst on, as many at once as there are. 16 registers are too few for two.
+    template <int kFirst, int R>
+    LSTM_EXT_INLINE void make_rows(int64_t row, int64_t unit, int lanes, const Tile<T, R, kGates>& tile) const {
+      constexpr int kLeft = R - kFirst, kCount = kVectorRegisters == 16 || kLeft == 1 ? 1 : kLeft < 4 ? 2 : 4;
+      Place places[kCount];
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) places[n] = {row + kFirst + n, unit};
+      make<kCount>(places, lanes, [&](int n, int gate) LSTM_EXT_LAMBDA_INLINE { return tile.acc[kFirst + n][gate]; });
+      if constexpr (kLeft > kCount) make_rows<kFirst + kCount>(row, unit, lanes, tile);
+    }
+
+    template <int R>
+    LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, const Tile<T, R, kGates>& tile) const {
+      if constexpr (R <= 2 && kHasMatrixUnit<T>) {
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
+      }
+      make_rows<0>(row, unit, lanes, tile);
+      return true;
+    }
+    LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, const BlockPair<T>& pair) const {
+      const auto& sums = pair.tile.acc;
+      if (kVectorRegisters == 32 && lanes == pair.second_lanes) {
+        make<2>({{row, unit}, {row, pair.second_unit}}, lanes,
+                [&](int n, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[n][gate]; });
+      } else {
+        make<1>({{row, unit}}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[0][gate]; });
+        make<1>({{row, pair.second_unit}}, pair.second_lanes,
+                [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[1][gate]; });
+      }
+      return true;
+    }
+
+   private:
+    LSTM_EXT_INLINE const T* c_before(const Place& place) const {
+      const T* const from = c_rows ? c_rows[place.row] : c_from;
+      return !from ? nullptr : c_rows ? from + place.unit : from + place.row * c_step + place.unit;
     }
   };
 
@@ -81,84 +180,14 @@ class FusedForwardStep {
     RowGrid<T> pre = preactivations;
     pre.data = preactivations(part.begin);
 
-    // All by value: these functions run once a row, where each step from one address to the next counts. c_{t-1} and
-    // c_t have rows at the same distance.
-    const int64_t c_step = c.inner_step;
-    const T* const c_from = c_previous.data;
-    T* const c_to = c.data;
-    const EvenRows<T> h_to{hidden.data, hidden.inner_step}, gates{pre.data, pre.inner_step};
-    const T* const* const c_rows = replaced ? pass_.c_rows : nullptr;
-    const bool saves_gates = params.gate_values != nullptr;
-    const auto c_before = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
-      const T* const from = c_rows ? c_rows[row] : c_from;
-      return !from ? nullptr : c_rows ? from + unit : from + row * c_step + unit;
-    };
-    const auto finish = [=](int64_t row, int64_t unit, int lanes, const auto& sums) LSTM_EXT_LAMBDA_INLINE {
-      const Cell<T> cell = cell_forward<Nonlinearities::kSharedDivisions, T>(
-          {{sums[kI], sums[kF], sums[kG], sums[kO]}}, {c_before(row, unit), lanes},
-          [&](Reg<T> state) LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(c_to + row * c_step + unit, state, lanes); });
-      store_lanes<T>(h_to(row) + unit, cell.h, lanes);
-      if (saves_gates) store_gates<T>(gates(row) + unit, cell.gates, H, lanes);
-    };
-    // Of two rows, or of two blocks of units in one.
-    const auto finish_two = [=](int64_t row_a, int64_t unit_a, int64_t row_b, int64_t unit_b, int lanes, const auto& a,
-                                const auto& b) LSTM_EXT_LAMBDA_INLINE {
-      const T *const c_a = c_before(row_a, unit_a), *const c_b = c_before(row_b, unit_b);
-      if (!c_a || !c_b) {
-        finish(row_a, unit_a, lanes, a);
-        finish(row_b, unit_b, lanes, b);
-        return;
-      }
-      using Both = Two<T>;
-      const Cell<Both> cell = cell_forward<Nonlinearities::kSharedDivisions, Both>(
-          {{{a[kI], b[kI]}, {a[kF], b[kF]}, {a[kG], b[kG]}, {a[kO], b[kO]}}}, {c_a, c_b, lanes},
-          [&](const Reg<Both>& state) LSTM_EXT_LAMBDA_INLINE {
-            store_lanes<T>(c_to + row_a * c_step + unit_a, state.a, lanes);
-            store_lanes<T>(c_to + row_b * c_step + unit_b, state.b, lanes);
-          });
-      store_lanes<T>(h_to(row_a) + unit_a, cell.h.a, lanes);
-      store_lanes<T>(h_to(row_b) + unit_b, cell.h.b, lanes);
-      if (!saves_gates) return;
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates; ++gate) {
-        store_lanes<T>(gates(row_a) + unit_a + gate * H, cell.gates[gate].a, lanes);
-        store_lanes<T>(gates(row_b) + unit_b + gate * H, cell.gates[gate].b, lanes);
-      }
-    };
-    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
-    const auto prefetch = [=](int64_t row, int64_t unit) LSTM_EXT_LAMBDA_INLINE {
-      const int64_t at = row * c_step + unit;
-      __builtin_prefetch((c_from ? c_from : c_to) + at);
-      __builtin_prefetch(c_to + at, 1);
-      __builtin_prefetch(h_to(row) + unit, 1);
-    };
-    const auto finish_cells = [=](int64_t row, int64_t unit, int lanes, auto& tile) LSTM_EXT_LAMBDA_INLINE {
-      if constexpr (std::is_same_v<std::decay_t<decltype(tile)>, BlockPair<T>>) {
-        const auto &a = tile.tile.acc[0], &b = tile.tile.acc[1];
-        if (kVectorRegisters == 32 && lanes == tile.second_lanes) {
-          finish_two(row, unit, row, tile.second_unit, lanes, a, b);
-        } else {
-          finish(row, unit, lanes, a);
-          finish(row, tile.second_unit, tile.second_lanes, b);
-        }
-        return true;
-      } else {
-        constexpr int R = sizeof(tile.acc) / sizeof(tile.acc[0]);
-        if constexpr (R <= 2 && kHasMatrixUnit<T>) {
-#pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
-        }
-        constexpr int kPairs = kVectorRegisters == 32 ? R / 2 : 0;  // 16 are too few for two rows
-#pragma GCC unroll kTileRows
-        for (int r = 0; r < 2 * kPairs; r += 2) {
-          finish_two(row + r, unit, row + r + 1, unit, lanes, tile.acc[r], tile.acc[r + 1]);
-        }
-#pragma GCC unroll kTileRows
-        for (int r = 2 * kPairs; r < R; ++r) finish(row + r, unit, lanes, tile.acc[r]);
-        return true;
-      }
-    };
-    const FinishTile finish_tile{finish_cells, prefetch};
+    const Cells cells{c_previous.data,
+                      replaced ? pass_.c_rows : nullptr,
+                      c.data,
+                      c.inner_step,
+                      {hidden.data, hidden.inner_step},
+                      {pre.data, pre.inner_step},
+                      H,
+                      params.gate_values != nullptr};
     const auto input = [&] {
       const Sequence<const T>& x = params.input;
       return pass_.rows.grid(rows_at(x, pass_.steps, t), x.stride_b, part);
@@ -177,14 +206,14 @@ class FusedForwardStep {
         OtherProduct<T> other;
         const T* bias = nullptr;
         if (pass_.plan.input_in_steps) {
-          other = {input(), I, &pass_.input_weight, saves_gates};
+          other = {input(), I, &pass_.input_weight, cells.saves_gates};
           bias = pass_.bias;
         }
-        product.multiply_packed(count, h, h_size, pass_.recurrent_weight, gates, bias, finish_tile, other);
+        product.multiply_packed(count, h, h_size, pass_.recurrent_weight, cells.gates, bias, cells, other);
         continue;
       }
       const bool finished =
-          h_size > 0 && product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, nullptr, finish_tile);
+          h_size > 0 && product.multiply_unpacked(count, h, h_size, pass_.recurrent_weight, pre, nullptr, cells);
       if (finished) continue;
       for (int64_t row = 0; row < count; ++row) {
         const T* const sums = pre(row);
@@ -192,14 +221,17 @@ class FusedForwardStep {
         if constexpr (kVectorRegisters == 32) {
           for (; (block + 2) * kLanes <= H && block + 2 <= blocks.end; block += 2) {
             const int64_t unit = block * kLanes, next = unit + kLanes;
-            finish_two(row, unit, row, next, kLanes, load_gates<T>(sums + unit, H, kLanes),
-                       load_gates<T>(sums + next, H, kLanes));
+            cells.template make<2>({{row, unit}, {row, next}}, kLanes, [&](int n, int gate) LSTM_EXT_LAMBDA_INLINE {
+              return Simd<T>::load(sums + (n == 0 ? unit : next) + gate * H);
+            });
           }
         }
         for (; block < blocks.end; ++block) {
           const int64_t unit = block * kLanes;
           const int lanes = product.lanes_in(block);
-          finish(row, unit, lanes, load_gates<T>(sums + unit, H, lanes));
+          cells.template make<1>({{row, unit}}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE {
+            return load_lanes<T>(sums + unit + gate * H, lanes);
+          });
         }
       }
     }

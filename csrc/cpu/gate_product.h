@@ -95,7 +95,7 @@ class GateProduct {
 
   // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
   // says whether it consumed the tile. If not, the tile goes to `pre`. finish.prefetch(row, unit) asks for what it will
-  // read and write. `other` needs a weight with planes, and a bias.
+  // read and write; finish.saves_gates: it stores the gates too. `other` needs a weight with planes, and a bias.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const Pre& pre, const T* bias, Finish&& finish,
@@ -288,7 +288,7 @@ class GateProduct {
         constexpr int R = height();
         T* out[R];
         Tile<T, R, kGates> tile;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           out[r] = pre(first + row + r) + unit;
           const T* const before = start ? start : out[r];
@@ -300,7 +300,7 @@ class GateProduct {
           }
         }
         if (finish(first + row, unit, lanes, tile) || !sums) return;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           store_gates<T>(out[r], {{tile.acc[r][kI], tile.acc[r][kF], tile.acc[r][kG], tile.acc[r][kO]}}, H, lanes);
         }
@@ -326,7 +326,7 @@ class GateProduct {
           [=](const Units& units, int64_t row, auto at_once, const float* sums) LSTM_EXT_LAMBDA_INLINE {
             constexpr int R = at_once();
             if (uses_pre) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
               for (int r = 0; r < R; ++r) {
                 const RowAhead ahead = row_ahead(row + r, height);
                 const T* const next = pre(first + ahead.row) + (ahead.here ? units.unit : units.next_unit);
@@ -336,6 +336,8 @@ class GateProduct {
             }
             finish_rows(at_once, units.unit, units.lanes, units.start, row, sums);
           });
+      // Two rows that save their gates are faster than four: B 64, H 256 in bfloat16 by 2 to 4 %.
+      const auto rest = [&] { finish.saves_gates ? epilogue.rest() : epilogue.template rest<4>(); };
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);
@@ -352,11 +354,11 @@ class GateProduct {
           operands[pairs++] = {scratch_.left, planes.gates(place, k_tiles), k_tiles};
           multiply_tiles(planes.count, operands, pairs, height, 2 * kGroupTiles, scratch_.sums(block % 2), false,
                          between);
-          epilogue.rest();
+          rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;
         }
-        epilogue.rest();
+        rest();
         GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
         const auto add = [&](const auto& some_rows, int64_t depth, const GateWeight<T>& some, const T* start) {
@@ -372,7 +374,7 @@ class GateProduct {
           finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
         }
       }
-      epilogue.rest();
+      rest();
     }
   }
 
@@ -472,6 +474,7 @@ class GateProduct {
   }
 
   struct KeepSums {
+    static constexpr bool saves_gates = false;
     template <typename Sums>
     LSTM_EXT_INLINE bool operator()(int64_t, int64_t, int, const Sums&) const {
       return false;

@@ -51,9 +51,9 @@ class Between {
 };
 
 // What is done with the sums of a block while the next one is multiplied: f(begin(block, column tiles), row, height,
-// sums of the row) for two rows at once, or one that is left; `height` is an integral_constant. The processor has room
-// for some hundred instructions that are not done, those of the unit among them. So each instruction of `f` costs time:
-// `begin` works out what the rows of a block share, and both hold what they need by value.
+// sums of the row) for two rows at once, or four, or one that is left; `height` is an integral_constant. The processor
+// has room for some hundred instructions that are not done, those of the unit among them. So each instruction of `f`
+// costs time: `begin` works out what the rows of a block share, and both hold what they need by value.
 template <typename Begin, typename F>
 class Epilogue {
  public:
@@ -72,7 +72,9 @@ class Epilogue {
     if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
     return {&run<1>, this, rows_ - next_};
   }
+  template <int kHeight = 2>
   void rest() {
+    while (kHeight > 2 && rows_ - next_ >= kHeight) run<kHeight>(this);
     while (next_ < rows_) run<2>(this);
   }
 

@@ -342,12 +342,12 @@ LSTM_EXT_INLINE R choose(Mask mask, R a, R b) {
 }
 
 // As a T: two registers of T, for functions that are one long chain. Each operation is done to both in turn, so that
-// one chain computes while the other waits.
+// one chain computes while the other waits. Two<Two<T>> are four.
 template <typename T>
 struct Two;
 template <typename T>
 struct NumberOf<Two<T>> {
-  using Type = T;
+  using Type = Number<T>;
 };
 template <typename T>
 struct Simd<Two<T>> {
@@ -363,12 +363,18 @@ struct Simd<Two<T>> {
     LSTM_EXT_INLINE friend Reg operator*(Reg x, Reg y) { return {x.a * y.a, x.b * y.b}; }
     LSTM_EXT_INLINE friend Reg operator-(Reg x) { return {-x.a, -x.b}; }
     LSTM_EXT_INLINE friend Mask operator<(Reg x, Reg y) { return {x.a < y.a, x.b < y.b}; }
-    LSTM_EXT_INLINE friend Reg choose(Mask mask, Reg x, Reg y) { return {mask.a ? x.a : y.a, mask.b ? x.b : y.b}; }
+    LSTM_EXT_INLINE friend Reg choose(Mask mask, Reg x, Reg y) {
+      return {choose(mask.a, x.a, y.a), choose(mask.b, x.b, y.b)};
+    }
   };
-  LSTM_EXT_INLINE static Reg set1(T x) { return {One::set1(x), One::set1(x)}; }
+  LSTM_EXT_INLINE static Reg set1(Number<T> x) { return {One::set1(x), One::set1(x)}; }
   LSTM_EXT_INLINE static Reg fma(Reg x, Reg y, Reg z) { return {One::fma(x.a, y.a, z.a), One::fma(x.b, y.b, z.b)}; }
-  LSTM_EXT_INLINE static Reg at_most(Reg v, T bound) { return {One::at_most(v.a, bound), One::at_most(v.b, bound)}; }
-  LSTM_EXT_INLINE static Reg at_least(Reg v, T bound) { return {One::at_least(v.a, bound), One::at_least(v.b, bound)}; }
+  LSTM_EXT_INLINE static Reg at_most(Reg v, Number<T> bound) {
+    return {One::at_most(v.a, bound), One::at_most(v.b, bound)};
+  }
+  LSTM_EXT_INLINE static Reg at_least(Reg v, Number<T> bound) {
+    return {One::at_least(v.a, bound), One::at_least(v.b, bound)};
+  }
   LSTM_EXT_INLINE static Reg reciprocal(Reg v) { return {One::reciprocal(v.a), One::reciprocal(v.b)}; }
   LSTM_EXT_INLINE static Reg abs(Reg v) { return {One::abs(v.a), One::abs(v.b)}; }
   LSTM_EXT_INLINE static Reg copy_sign(Reg magnitude, Reg sign) {
@@ -385,6 +391,34 @@ struct Simd<Two<T>> {
     return {One::rest_of_sixteenth(n.a), One::rest_of_sixteenth(n.b)};
   }
 };
+
+// kCount registers as one: 1, 2 or 4. Made of f(0), f(1), ..., and one of them.
+template <typename T, int kCount>
+struct SeveralOf {
+  using Type = Two<typename SeveralOf<T, kCount / 2>::Type>;
+};
+template <typename T>
+struct SeveralOf<T, 1> {
+  using Type = T;
+};
+template <typename T, int kCount>
+using Several = typename SeveralOf<T, kCount>::Type;
+template <typename T, int kCount, typename F>
+LSTM_EXT_INLINE Reg<Several<T, kCount>> several(const F& f, int first = 0) {
+  if constexpr (kCount == 1) {
+    return f(first);
+  } else {
+    return {several<T, kCount / 2>(f, first), several<T, kCount / 2>(f, first + kCount / 2)};
+  }
+}
+template <int kCount, typename Register>
+LSTM_EXT_INLINE auto one_of(const Register& registers, int n) {
+  if constexpr (kCount == 1) {
+    return registers;
+  } else {
+    return n < kCount / 2 ? one_of<kCount / 2>(registers.a, n) : one_of<kCount / 2>(registers.b, n - kCount / 2);
+  }
+}
 
 // Numbers of W, T or narrower, as a register of T.
 template <typename T, typename W>
