@@ -42,22 +42,10 @@ bool may_use_vnni() {
   return !value || std::strcmp(value, "0") != 0;
 }
 
-bool multiplies_pairs_fast() {
+bool is_amd() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
-bool is_zen4() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f")) return false;
-  const unsigned a = cpuid(1).a;
-  const unsigned family = (a >> 8 & 0xF) + (a >> 20 & 0xFF);
-  return family == 0x19;  // Zen 3, which has no AVX-512, and Zen 4
 #else
   return false;
 #endif
@@ -111,7 +99,7 @@ const Capabilities& all_capabilities() {
     const Capability* const with_tiles = over_avx512("amx", kernels_amx(), amx);
     const Capability* const with_pairs = over_avx512("avx512_bf16", kernels_avx512_bf16(), avx512_bf16);
     // Intel's processors multiply pairs of bfloat16 at half the rate of fused multiply-adds, AMD's at their rate.
-    const bool pairs_pay = multiplies_pairs_fast();
+    const bool pairs_pay = is_amd();
     return {with_tiles, pairs_pay ? with_pairs : avx512, pairs_pay ? avx512 : with_pairs, capability_avx2(),
             capability_baseline()};
   }();
@@ -168,7 +156,7 @@ std::atomic<const Capability*>& current() {
 
 }  // namespace
 
-const bool fetches_panels = !is_zen4();
+const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
 const bool has_avx512_vnni = may_use_vnni() && finds_avx512_vnni();
 const bool has_avx_vnni = may_use_vnni() && finds_avx_vnni();
 

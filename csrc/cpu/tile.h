@@ -18,6 +18,8 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 // How far ahead a tile of one row prefetches its panel, if it does (kernels.h). It reads so fast that most hardware
 // prefetchers are late at each new page of a weight that is no longer in the caches.
 constexpr int64_t kPrefetchBytes = 4096;
+// Up to so many k it does not: such panels, mostly of as many units, are in the first-level cache.
+constexpr int64_t kUnfetchedDepth = 40;
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
 // tiles pass over them.
@@ -148,7 +150,7 @@ template <typename T, int R, int NV, bool Partial, Fetch kFetch, typename B>
 LSTM_EXT_INLINE void accumulate_here(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
                                      int64_t count, int last, const char* fetched, int64_t fetch_step) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
-  [[maybe_unused]] const bool fetches = R == 1 && fetches_panels;
+  [[maybe_unused]] const bool fetches = R == 1 && fetches_panels && count > kUnfetchedDepth;
   free_registers();
   const T* row[R];
 #pragma GCC unroll kTileRows
@@ -211,7 +213,7 @@ LSTM_EXT_INLINE void accumulate_panels_here(Tile<T, 2, NV>& tile, const T* a, co
   constexpr int64_t kPanel = NV * Simd<T>::kLanes;
   constexpr int64_t kBytes = kPanel * static_cast<int64_t>(sizeof(B));
   Tile<T, 2, NV> local = tile;
-  const bool fetches = fetches_panels;
+  const bool fetches = fetches_panels && count > kUnfetchedDepth;
   free_registers();
   const B *first = panels[0], *second = panels[1];
   for (int64_t k = 0; k < count; ++k, first += kPanel, second += kPanel) {
