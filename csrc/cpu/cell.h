@@ -32,7 +32,7 @@ struct Cell {
   Reg<T> c, h;     // c_t and o tanh(c_t)
 };
 
-// c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, all of which are there, or none. It is read
+// c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, of which all are there or none. It is read
 // late: a register would be occupied from the beginning.
 template <typename T, int kCount = 1>
 struct PreviousCells {

@@ -46,7 +46,7 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // Where the cells of a step are. What a product does with a tile: it makes them of its sums. All by value: these
+  // The cells of a step. A product calls it with the sums of a tile. It holds where all of them lie, by value: these
   // functions run once a row, where each step from one address to the next counts.
   struct Cells {
     // c_{t-1} and c_t have rows at the same distance; or those of c_{t-1} are listed. Null: zeros.
@@ -62,7 +62,8 @@ class FusedForwardStep {
       int64_t row, unit;
     };
 
-    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`.
+    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`. Four
+    // rows at once, which have nothing beside them, gain nothing from it.
     LSTM_EXT_INLINE void prefetch(int64_t row, int64_t unit) const {
       const int64_t at = row * c_step + unit;
       __builtin_prefetch((c_from ? c_from : c_to) + at);
@@ -70,19 +71,20 @@ class FusedForwardStep {
       __builtin_prefetch(h_to(row) + unit, 1);
     }
 
-    // Cells at once, of rows or of blocks of units. Each is a long chain of instructions that wait for each other.
+    // Makes kCount cells at once, of several rows or of two blocks of units: each is a long chain of instructions that
+    // wait for each other. sums(n, gate) are those of places[n].
     template <int kCount, typename Sums>
     LSTM_EXT_INLINE void make(const Place (&places)[kCount], int lanes, const Sums& sums) const {
       using All = Several<T, kCount>;
       PreviousCells<T, kCount> previous{{}, lanes};
-      bool all = true;
+      int there = 0;
 #pragma GCC unroll 4
       for (int n = 0; n < kCount; ++n) {
         previous.at[n] = c_before(places[n]);
-        all = all && previous.at[n];
+        there += previous.at[n] != nullptr;
       }
       if constexpr (kCount > 1) {
-        if (!all) {
+        if (__builtin_expect(there % kCount != 0, 0)) {  // some begin anew
 #pragma GCC unroll 4
           for (int n = 0; n < kCount; ++n) {
             make<1>({places[n]}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
@@ -117,7 +119,7 @@ class FusedForwardStep {
       }
     }
 
-    // Of the rows of a tile from kFirst on, as many at once as there are. 16 registers are too few for two.
+    // Of the rows of a tile from kFirst on: four at once, else two, else one. 16 registers are too few for two.
     template <int kFirst, int R>
     LSTM_EXT_INLINE void make_rows(int64_t row, int64_t unit, int lanes, const Tile<T, R, kGates>& tile) const {
       constexpr int kLeft = R - kFirst, kCount = kVectorRegisters == 16 || kLeft == 1 ? 1 : kLeft < 4 ? 2 : 4;
@@ -139,14 +141,16 @@ class FusedForwardStep {
     }
     LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, const BlockPair<T>& pair) const {
       const auto& sums = pair.tile.acc;
-      if (kVectorRegisters == 32 && lanes == pair.second_lanes) {
-        make<2>({{row, unit}, {row, pair.second_unit}}, lanes,
-                [&](int n, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[n][gate]; });
-      } else {
-        make<1>({{row, unit}}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[0][gate]; });
-        make<1>({{row, pair.second_unit}}, pair.second_lanes,
-                [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[1][gate]; });
+      if constexpr (kVectorRegisters == 32) {
+        if (lanes == pair.second_lanes) {
+          make<2>({{row, unit}, {row, pair.second_unit}}, lanes,
+                  [&](int n, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[n][gate]; });
+          return true;
+        }
       }
+      make<1>({{row, unit}}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[0][gate]; });
+      make<1>({{row, pair.second_unit}}, pair.second_lanes,
+              [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums[1][gate]; });
       return true;
     }
 
@@ -206,7 +210,7 @@ class FusedForwardStep {
         OtherProduct<T> other;
         const T* bias = nullptr;
         if (pass_.plan.input_in_steps) {
-          other = {input(), I, &pass_.input_weight, cells.saves_gates};
+          other = {input(), I, &pass_.input_weight};
           bias = pass_.bias;
         }
         product.multiply_packed(count, h, h_size, pass_.recurrent_weight, cells.gates, bias, cells, other);

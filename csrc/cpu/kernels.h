@@ -11,8 +11,8 @@
 
 namespace lstm_ext::cpu {
 
-// Whether tiles of one row prefetch their panel. On AMD's Zen 4 and Zen 5 they do not: the hardware prefetcher is fast
-// enough, and the instructions cost more than they gain.
+// Whether products of one row prefetch their panels. On AMD's processors with AVX-512 they do not: on Zen 4 and Zen 5,
+// the instructions cost more than they gain.
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
 // Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256

@@ -72,9 +72,11 @@ class Epilogue {
     if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
     return {&run<1>, this, rows_ - next_};
   }
+  // Either no row is done, or all are. kHeight rows at once, as far as there are so many.
   template <int kHeight = 2>
   void rest() {
-    while (kHeight > 2 && rows_ - next_ >= kHeight) run<kHeight>(this);
+    static_assert(kUnitTileRows % kHeight == 0);
+    while (rows_ - next_ >= kHeight) run<kHeight>(this);
     while (next_ < rows_) run<2>(this);
   }
 

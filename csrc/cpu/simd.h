@@ -392,9 +392,10 @@ struct Simd<Two<T>> {
   }
 };
 
-// kCount registers as one: 1, 2 or 4. Made of f(0), f(1), ..., and one of them.
+// As a T: kCount registers.
 template <typename T, int kCount>
 struct SeveralOf {
+  static_assert(kCount == 2 || kCount == 4);
   using Type = Two<typename SeveralOf<T, kCount / 2>::Type>;
 };
 template <typename T>
@@ -403,6 +404,7 @@ struct SeveralOf<T, 1> {
 };
 template <typename T, int kCount>
 using Several = typename SeveralOf<T, kCount>::Type;
+// The registers f(first), f(first + 1), ... as one.
 template <typename T, int kCount, typename F>
 LSTM_EXT_INLINE Reg<Several<T, kCount>> several(const F& f, int first = 0) {
   if constexpr (kCount == 1) {
@@ -411,6 +413,7 @@ LSTM_EXT_INLINE Reg<Several<T, kCount>> several(const F& f, int first = 0) {
     return {several<T, kCount / 2>(f, first), several<T, kCount / 2>(f, first + kCount / 2)};
   }
 }
+// Register n of them; n is known when the code is compiled.
 template <int kCount, typename Register>
 LSTM_EXT_INLINE auto one_of(const Register& registers, int n) {
   if constexpr (kCount == 1) {

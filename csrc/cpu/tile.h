@@ -18,8 +18,6 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 // How far ahead a tile of one row prefetches its panel, if it does (kernels.h). It reads so fast that most hardware
 // prefetchers are late at each new page of a weight that is no longer in the caches.
 constexpr int64_t kPrefetchBytes = 4096;
-// Up to so many k it does not: such panels, mostly of as many units, are in the first-level cache.
-constexpr int64_t kUnfetchedDepth = 40;
 
 // Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
 // tiles pass over them.
@@ -150,7 +148,7 @@ template <typename T, int R, int NV, bool Partial, Fetch kFetch, typename B>
 LSTM_EXT_INLINE void accumulate_here(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
                                      int64_t count, int last, const char* fetched, int64_t fetch_step) {
   Tile<T, R, NV> local = tile;  // a tile whose address is known elsewhere would be stored in every step
-  [[maybe_unused]] const bool fetches = R == 1 && fetches_panels && count > kUnfetchedDepth;
+  [[maybe_unused]] const bool fetches = R == 1 && fetches_panels;
   free_registers();
   const T* row[R];
 #pragma GCC unroll kTileRows
@@ -213,7 +211,7 @@ LSTM_EXT_INLINE void accumulate_panels_here(Tile<T, 2, NV>& tile, const T* a, co
   constexpr int64_t kPanel = NV * Simd<T>::kLanes;
   constexpr int64_t kBytes = kPanel * static_cast<int64_t>(sizeof(B));
   Tile<T, 2, NV> local = tile;
-  const bool fetches = fetches_panels && count > kUnfetchedDepth;
+  const bool fetches = fetches_panels;
   free_registers();
   const B *first = panels[0], *second = panels[1];
   for (int64_t k = 0; k < count; ++k, first += kPanel, second += kPanel) {
@@ -261,8 +259,9 @@ LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_
 
 // Calls f(first_row, std::integral_constant<int, R>) for tiles of nearly equal height that cover `rows` rows: 13 rows
 // are not 6 + 6 + 1, since a low tile loads as many weights as a high one. With 32 registers they are 6 + 4 + 3: cells
-// are made for two rows at once, so at most one tile has an odd height. `low`: of four rows, as far as that leaves none
-// alone. f is compiled once for each height, and where it is long, the copies in use should fit the first-level cache.
+// are made for four or two rows at once, so at most one tile has an odd height. `low`: of four rows, as far as that
+// leaves none alone. f is compiled once for each height, and where it is long, the copies in use should fit the
+// first-level cache.
 template <int R, typename F>
 LSTM_EXT_INLINE void call_with_rows(int64_t first, int64_t rows, F&& f) {
   if constexpr (R == 1) {
