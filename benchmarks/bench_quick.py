@@ -4,9 +4,8 @@
                                      [--budget SECONDS] [--output results/NAME.json]
 
 Prints a table and writes the figures as JSON; report.py makes the table of docs/performance.md and the README's picture
-from it.
-Figures stand beside the project's targets, and nothing fails here: what a busy machine measures is no
-verdict.
+from it. The process keeps freed memory: see `harness.keep_freed_memory`. Figures stand beside the project's targets,
+and nothing fails here: what a busy machine measures is no verdict.
 """
 
 from __future__ import annotations
@@ -170,7 +169,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     threads_before = torch.get_num_threads()
-    facts = harness.facts()
+    facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
     for name, value in facts.items():
         print(f"{name}: {value}")
     if facts["load_at_start"] > 0.3:
