@@ -111,11 +111,9 @@ class FusedForwardStep {
       if (!saves_gates) return;
 #pragma GCC unroll 4
       for (int n = 0; n < kCount; ++n) {
-        T* const to = gates(places[n].row) + places[n].unit;
-#pragma GCC unroll kGates
-        for (int gate = 0; gate < kGates; ++gate) {
-          store_lanes<T>(to + gate * hidden_size, one_of<kCount>(cell.gates[gate], n), lanes);
-        }
+        const auto gate = [&](int i) LSTM_EXT_LAMBDA_INLINE { return one_of<kCount>(cell.gates[i], n); };
+        const Gates<T> values{{gate(kI), gate(kF), gate(kG), gate(kO)}};
+        store_gates<T>(gates(places[n].row) + places[n].unit, values, hidden_size, lanes);
       }
     }
 

@@ -72,12 +72,11 @@ class Epilogue {
     if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
     return {&run<1>, this, rows_ - next_};
   }
-  // Either no row is done, or all are. kHeight rows at once, as far as there are so many.
+  // Either no row is done, or all are.
   template <int kHeight = 2>
   void rest() {
     static_assert(kUnitTileRows % kHeight == 0);
-    while (rows_ - next_ >= kHeight) run<kHeight>(this);
-    while (next_ < rows_) run<2>(this);
+    while (next_ < rows_) run<kHeight>(this);
   }
 
  private:
@@ -86,8 +85,8 @@ class Epilogue {
     auto& epilogue = *static_cast<Epilogue*>(self);
     if (epilogue.rows_ - epilogue.next_ >= kHeight) {
       epilogue.template rows<kHeight>();
-    } else {
-      epilogue.template rows<1>();
+    } else if constexpr (kHeight > 1) {
+      run<kHeight / 2>(self);
     }
   }
   template <int kHeight>
