@@ -486,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     record: dict[str, Any] = {"format": 1, "facts": facts(device), "complete": False}
     if device.type == "cuda" and not str(record["facts"]["lstm_ext_cuda"] or ""):
-        print("warning: the extension has no CUDA kernels; these are figures of the plain PyTorch reference")
+        print("warning: the extension has no CUDA kernels; these are figures of torch's own operator")
     for name, value in record["facts"].items():
         print(f"{name}: {value}")
     clock = Clock(device)

@@ -175,9 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     if facts["load_at_start"] > 0.3:
         print("warning: other programs are running; with more than one thread, they are what is measured")
     if facts["lstm_ext_cpu_capability"] is None:
-        print(
-            "warning: the compiled extension is not loaded; these are figures of the plain PyTorch reference"
-        )
+        print("warning: the compiled extension is not loaded; these are figures of torch's own operator")
     print(f"\n{'':<31}{'torch.nn.LSTM: median [quartiles]':<36}lstm_ext.LSTM")
 
     timed = [

@@ -51,7 +51,7 @@ def facts_line(record: dict) -> str:
     facts = record["facts"]
     parts = [
         f"{facts['cpu']}, {facts['cores']} cores",
-        f"instruction set in use: {facts['lstm_ext_cpu_capability'] or 'none (plain PyTorch reference)'}",
+        f"instruction set in use: {facts['lstm_ext_cpu_capability'] or 'none'}",
         f"torch {facts['torch']}",
         f"lstm_ext {facts['lstm_ext']}" + (f" at {facts['git_commit']}" if facts["git_commit"] else ""),
         facts["date"][:10],

@@ -46,7 +46,7 @@ def _lines() -> list[tuple[str, str]]:
         try:
             module = loader.extension()
             in_use = status.backend
-        except ImportError:  # every call raises it: not even the reference is used
+        except ImportError:  # every call raises it: not even torch's operator is used
             module, in_use = None, "none"
 
     if module is None:
@@ -70,7 +70,8 @@ def _lines() -> list[tuple[str, str]]:
     lines.append(("backends", ""))
     lines.append(("  aot", "in use" if in_use == "aot" else _aot_state()))
     lines.append(("  jit", "in use" if in_use == "jit" else _jit_state()))
-    lines.append(("  reference", "in use" if in_use == "reference" else "works (LSTM_EXT_BACKEND=reference)"))
+    for name in ("torch", "reference"):
+        lines.append((f"  {name}", "in use" if in_use == name else f"works (LSTM_EXT_BACKEND={name})"))
     lines += _cuda_lines(module is not None, status)
     return lines
 
@@ -79,7 +80,12 @@ def _cuda_lines(is_loaded: bool, status: loader.Status) -> list[tuple[str, str]]
     if not is_loaded:
         lines = [("cuda", "no kernels: the extension is not loaded")]
     elif status.cuda is None:
-        lines = [("cuda", f"no kernels, CUDA tensors run on the reference: {status.cuda_reason}")]
+        lines = [
+            (
+                "cuda",
+                f"no kernels, torch's own operator computes layers of CUDA tensors: {status.cuda_reason}",
+            )
+        ]
     else:
         lines = [("cuda", f"kernels built with CUDA {status.cuda}")]
         choice = cuda.choice()
@@ -96,7 +102,7 @@ def _device_lines(device: torch.device, status: loader.Status) -> list[tuple[str
     major, minor = torch.cuda.get_device_capability(device)
     text = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     if status.cuda is None:
-        return [(f"  {device}", f"{text}: runs on the reference")]
+        return [(f"  {device}", f"{text}: torch's own operator")]
     reason = cuda.unsupported((major, minor), status.cuda)
     if reason is not None:
         return [(f"  {device}", f"{text}: not supported: {reason}")]
@@ -151,7 +157,7 @@ def main() -> int:
         return 1
     for name, text in lines:
         print(f"{name:<13}{text}".rstrip())
-    return 0 if loader.status().backend != "reference" else 1
+    return 0 if loader.status().backend in ("aot", "jit") else 1
 
 
 if __name__ == "__main__":

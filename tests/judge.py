@@ -10,11 +10,16 @@ One draw says little about a tensor of a few numbers, of which torch may happen 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import lstm_ext
 
 # Machine precision, the smallest distance from 1 to another number.
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -95,3 +100,19 @@ def assert_as_accurate_as_torch(
 def stacked(results: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Several results as one, so that their errors are judged together."""
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+
+
+def torchs_dtypes(module: nn.Module, dtype: torch.dtype, *arguments: Any) -> list[torch.dtype]:
+    """Those of the results of torch's layer or cell, which is asked now, under autocast to ``dtype``.
+
+    ``dtype`` itself where torch's fails, as oneDNN does with float16 and gradients.
+    """
+    theirs = lstm_ext.revert(copy.deepcopy(module))
+    device = next(module.parameters()).device.type
+    with torch.autocast(device, dtype=dtype):
+        try:
+            results = theirs(*arguments)
+        except RuntimeError as error:
+            assert "could not create a primitive" in str(error)
+            return [dtype] * (3 if isinstance(module, nn.RNNBase) else 2)
+    return [t.dtype for t in tree_leaves(tuple(results)) if t.is_floating_point()]

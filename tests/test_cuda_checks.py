@@ -14,7 +14,7 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext.layer import route, tracing
-from lstm_ext.layer.layer_call import PLAIN, LayerCall
+from lstm_ext.layer.layer_call import LayerCall, LayerOptions
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
@@ -206,14 +206,20 @@ def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_card_without_kernels_runs_on_the_reference(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one warning, that says why."""
+def test_a_card_without_kernels_takes_torchs_operator(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning, that says why, and another one where an option makes it take the equations."""
     pretend(7, 5)
     route._warn_about_cuda.cache_clear()
+    route._warn_about_slow_options.cache_clear()
     monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
-    call = LayerCall(torch.zeros(1), None, None, [torch.zeros(1)], None, True, False, PLAIN)
+    x = torch.zeros(1)
+    call = LayerCall(x, None, None, [x], None, True, False, LayerOptions(zoneout_c=0.1))
     assert not tracing.is_direct(call)
-    with pytest.warns(RuntimeWarning, match=r"CUDA tensors on its PyTorch reference.*Pretended.*7\.5"):
+    with pytest.warns(RuntimeWarning, match=r"no kernels for CUDA tensors.*Pretended.*7\.5"):
+        assert route.takes_torchs_operator(x, None, None, [[x]])
+    assert route.takes_torchs_operator(x, None, None, [[x]])
+    with pytest.warns(RuntimeWarning, match=r"zoneout on cuda:0.*slow.*Pretended.*7\.5"):
         assert route._indirect_layer(call) is route.equations.lstm_layer
     assert route._indirect_layer(call) is route.equations.lstm_layer
     route._warn_about_cuda.cache_clear()
+    route._warn_about_slow_options.cache_clear()

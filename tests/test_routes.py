@@ -395,7 +395,7 @@ def test_pending_negation_and_zeros_without_memory(taken, device):
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.filterwarnings("ignore:lstm_ext runs CUDA tensors on its PyTorch reference")
+@pytest.mark.filterwarnings("ignore:lstm_ext has no kernels for CUDA tensors")
 def test_without_the_extension(layer, x, events, taken, monkeypatch):
     monkeypatch.setattr(loader, "extension", lambda: None)
     monkeypatch.setattr(loader, "status", lambda: loader.Status("reference"))

@@ -235,8 +235,8 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Gpus(monkeypatch, None, (8, 6))
     text = [text for _, text in info._cuda_lines(True, loader.status())]
-    assert text[0] == "no kernels, CUDA tensors run on the reference: none"
-    assert text[-1] == "A GPU, compute capability 8.6: runs on the reference"
+    assert text[0] == "no kernels, torch's own operator computes layers of CUDA tensors: none"
+    assert text[-1] == "A GPU, compute capability 8.6: torch's own operator"
 
 
 def test_cuda_kernels() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..layer import route
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
@@ -148,6 +149,18 @@ class StackOptions:
     lengths: Tensor | None = None
     padded: PaddedRows | None = None
 
+    @property
+    def only_padded(self) -> bool:
+        """Whether the layers compute nothing but plain layers on the rows that count."""
+        return (
+            self.padded is not None
+            and not (self.training and self.recurrent_dropout)
+            and self.zoneout == (0.0, 0.0)
+            and not self.norm
+            and not (self.recompute or self.return_cell_states or self.return_gates)
+            and self.resets is None
+        )
+
     def of_layer(
         self,
         k: int,
@@ -247,12 +260,12 @@ def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
     time = x.size(0)
     if x.device.type == "cpu" and lengths.device.type == "cuda":
         lengths = lengths.cpu()
-    if x.device.type == "cpu" and is_readable(lengths):
+    if is_readable(lengths) and (x.device.type == "cpu" or not route.has_operators(x.device)):
         numbers = lengths.tolist()
         if min(numbers, default=time) == time:
             return
         if max(numbers) > 0:
-            options.padded = PaddedRows(lengths, time)
+            options.padded = PaddedRows(lengths, time, x.device)
             return
     options.lengths = lengths.to(x.device, non_blocking=True)
     if options.resets is not None:

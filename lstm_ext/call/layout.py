@@ -262,17 +262,17 @@ class PaddedRows:
         batch_sizes: (longest,), int64.
     """
 
-    def __init__(self, lengths: Tensor, time: int) -> None:
-        """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0."""
+    def __init__(self, lengths: Tensor, time: int, device: torch.device) -> None:
+        """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0. The data is on ``device``."""
         self._time, self._batch = time, lengths.size(0)
         # _count sequences have a step; they come first in _order.
-        falling, self._order = torch.sort(lengths, descending=True)
+        falling, order = torch.sort(lengths, descending=True)
         self._count = int(torch.count_nonzero(falling))
         counts = count_mask(falling[: self._count], int(falling[0]))
         self.batch_sizes = counts.sum(1)
-        self._step, place = counts.nonzero(as_tuple=True)
-        self._sequence = self._order[place]
-        self._places = torch.argsort(self._order)
+        step, place = counts.nonzero(as_tuple=True)
+        indices = order, order[place], step, torch.argsort(order)
+        self._order, self._sequence, self._step, self._places = [i.to(device) for i in indices]
 
     def packed(self, x: Tensor) -> Tensor:
         """The rows (N, ...) of padded data (T, B, ...)."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..layer import route
 from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions, any_requested, stack_options
 from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
+from .torchs_operator import lstm as lstm_by_torch
 
 __all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
 
@@ -48,15 +50,35 @@ def run(
     if batch_sizes is not None:
         h0, c0 = layout.states(h0), layout.states(c0)
     if options is None:
-        return layout.restored(*run_stack(stack, layer, weights, x, h0, c0, batch_sizes, None))
+        return layout.restored(*_layers(stack, layer, weights, x, h0, c0, batch_sizes, None))
     if batch_sizes is not None:
         options.reset_h, options.reset_c = layout.states(options.reset_h), layout.states(options.reset_c)
     if options.padded is None:
-        output, h_n, c_n, extras = run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options)
+        output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
     else:
         output, h_n, c_n, extras = _run_padded(stack, layer, weights, x, h0, c0, options)
     requested = options.return_cell_states or options.return_gates
     return layout.restored(output, h_n, c_n, extras if requested else None)
+
+
+def _layers(
+    stack: Stack,
+    layer: LayerFunction,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    options: StackOptions | None,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
+    """By torch's own operator, if it is what computes plain layers here, else layer by layer."""
+    # Under autocast, torch's results of packed data have other dtypes than those of the dense data that was given.
+    plain = options is None or (options.only_padded and not any_autocast())
+    if plain and layer is route.lstm_layer:
+        results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes)
+        if results is not None:
+            return (*results, None if options is None else LSTMExtras(None, None))
+    return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options)
 
 
 def _run_padded(
@@ -73,7 +95,7 @@ def _run_padded(
     assert rows is not None
     options.resets = None if options.resets is None else rows.packed(options.resets)
     options.reset_h, options.reset_c = rows.packed_state(options.reset_h), rows.packed_state(options.reset_c)
-    output, h_n, c_n, extras = run_stack(
+    output, h_n, c_n, extras = _layers(
         stack,
         layer,
         weights,

@@ -7,8 +7,6 @@ above the layer itself. Tensors are time-first, (T, B, features), or packed, (N,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +15,10 @@ from torch.nn import functional as F
 from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
 from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
+from .autocast import autocast_dtype, options_in_autocast, result_dtypes, to_dtype
 from .layout import LSTMExtras
 
-__all__ = ["run_stack", "to_autocast_dtype"]
+__all__ = ["run_stack"]
 
 
 def run_stack(
@@ -41,9 +40,46 @@ def run_stack(
         output, h_n, c_n, and, if there are ``options``, the cell states and gates that they request.
     """
     if any_autocast():
-        input, h0, c0, weights = to_autocast_dtype(input, h0, c0, weights)
-        if options is not None:
-            options = _options_in_autocast(options, input)
+        dtype = autocast_dtype(input)
+        if dtype is not None:
+            return _in_autocast(dtype, stack, layer, weights, input, h0, c0, batch_sizes, options)
+    return _layers(stack, layer, weights, input, h0, c0, batch_sizes, options)
+
+
+def _in_autocast(
+    dtype: torch.dtype,
+    stack: Stack,
+    layer: LayerFunction,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    options: StackOptions | None,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
+    # Padded data that was packed on the way counts as dense: so it was given.
+    dense = batch_sizes is None or (options is not None and options.padded is not None)
+    projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
+    h_dtype, c_dtype = result_dtypes(dtype, x, c0, fused=dense, projected=projected)
+    if options is not None:
+        options = options_in_autocast(options, dtype)
+    x, h0, c0, weights = to_dtype(dtype, x, h0, c0, weights)
+    output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
+    if extras is not None and extras.cell_states is not None:
+        extras = extras._replace(cell_states=extras.cell_states.to(c_dtype))
+    return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), extras
+
+
+def _layers(
+    stack: Stack,
+    layer: LayerFunction,
+    weights: Sequence[Sequence[Tensor]],
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    options: StackOptions | None,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
     if options is None and len(weights) == 1:  # the shortest way: microseconds count here
         own_options = frozen[0] if frozen else PLAIN
@@ -82,34 +118,3 @@ def run_stack(
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
     return None if parts[0] is None else torch.cat(parts)
-
-
-def _options_in_autocast(options: StackOptions, input: Tensor) -> StackOptions:
-    """``input`` has the dtype of autocast already."""
-    reset_h, reset_c = to_autocast_dtype(input, options.reset_h, options.reset_c, [])[1:3]
-    # The parameters of layer normalisation keep their dtype, as torch.nn.LayerNorm's do. Only the other of the two
-    # 16-bit dtypes, which a layer does not take, becomes float32, in which the layer computes: no rounding.
-    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(input.dtype)
-    norm = tuple([tuple([w.float() if w.dtype == other else w for w in layer]) for layer in options.norm])
-    return replace(options, reset_h=reset_h, reset_c=reset_c, norm=norm)
-
-
-def to_autocast_dtype(
-    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Sequence[Tensor]]]:
-    """Cast as autocast casts the arguments of an operator on its lower-precision list."""
-    device_type = input.device.type
-    # Dynamo of torch 2.11 cannot look into is_autocast_available; these two have it.
-    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
-        return input, h0, c0, weights
-    if not torch.is_autocast_enabled(device_type):
-        return input, h0, c0, weights
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(x: Tensor | None) -> Any:
-        # Autocast leaves float64 alone.
-        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        return x.to(dtype)
-
-    return cast(input), cast(h0), cast(c0), [[cast(w) for w in layer] for layer in weights]

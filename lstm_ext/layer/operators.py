@@ -17,7 +17,7 @@ from ..native import loader
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
-__all__ = ["register"]
+__all__ = ["forward_flops", "register"]
 
 # By the names of the operators.
 _fake_kernels: dict[str, Callable[..., Any]] = {}
@@ -162,10 +162,14 @@ def _products(input: Any, s: _Sizes) -> tuple[int, int, int]:
     )
 
 
+def forward_flops(input: Any, weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> int:
+    return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
+
+
 @_flops("lstm_layer", "lstm_layer_forward")
 def _forward_flops(*layer: Any, **_: Any) -> int:
     call = LayerCall(*layer, PLAIN)
-    return sum(_products(call.input, _sizes(call.weights, call.bias, call.bidirectional)))
+    return forward_flops(call.input, call.weights, call.bias, call.bidirectional)
 
 
 @_flops("lstm_layer_backward")

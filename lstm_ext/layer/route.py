@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 
 from ..native import cuda, loader
 from . import eager, equations, transforms
-from .layer_call import PLAIN, LayerCall, LayerFunction, LayerResults
+from .layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions, LayerResults
 from .shapes import weights_per_direction
 from .tracing import (
     KERNEL_DTYPES,
@@ -46,7 +46,14 @@ from .tracing import (
     refuse_shards,
 )
 
-__all__ = ["UnsupportedLayerError", "lstm_cell", "lstm_layer", "refuse_none"]
+__all__ = [
+    "UnsupportedLayerError",
+    "has_operators",
+    "lstm_cell",
+    "lstm_layer",
+    "refuse_none",
+    "takes_torchs_operator",
+]
 
 _is_compiling = torch.compiler.is_compiling
 _is_compiled_by_dynamo = torch.compiler.is_dynamo_compiling
@@ -128,6 +135,10 @@ def lstm_cell(
         kernels = loader.extension()
         if kernels is not None:
             return kernels.lstm_cell(input, h, c, weights, bias)
+    if takes_torchs_operator(input, h, c, [weights]):
+        if h is None or c is None:
+            h = c = input.new_zeros(input.size(0), weights[1].size(-1))
+        return torch.lstm_cell(input, (h, c), *weights)
     # Without hidden units there is nothing to compute, and nothing that a kernel accepts.
     layer = lstm_layer if weights[1].size(-1) else equations.lstm_layer
     # Indexing by None is quicker than unsqueeze.
@@ -149,9 +160,9 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
             return equations.lstm_layer
         if not onnx_has_our_operator():
             return _layer_without_our_operator(call)
-    if not _has_operators(input.device):
-        if input.device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_about_cuda(cuda.problem(input.device.index))
+    if not has_operators(input.device):
+        if not torch.compiler.is_compiling() and not loader.wants_equations():
+            _warn_about_options(call.options, input.device)
         return equations.lstm_layer
     if input.dtype not in KERNEL_DTYPES or torch.autograd.forward_ad._current_level >= 0:
         return equations.lstm_layer
@@ -197,10 +208,33 @@ def refuse_none(weights: Sequence[Tensor]) -> None:
         )
 
 
-def _has_operators(device: torch.device) -> bool:
+def has_operators(device: torch.device) -> bool:
+    """Whether there are kernels of ours for a device."""
     if device.type == "cuda":
         return cuda.is_supported(device.index)
     return device.type in ("cpu", "meta") and loader.has_kernels()
+
+
+def takes_torchs_operator(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Sequence[Tensor | None]]
+) -> bool:
+    """Whether torch's own operator computes plain layers of these tensors: where there are no kernels of ours, unless
+    only the equations can do it. These serve all transforms and forward-mode AD."""
+    device = x.device
+    if has_operators(device) or loader.wants_equations():
+        return False
+    if x.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0 or is_exporting_to_onnx():
+        return False
+    if torch.compiler.is_compiling():
+        return _active_transforms() == "none"
+    if innermost_transform() is not None or is_active(LEGACY_VMAP):
+        return False
+    tensors = [t for t in (x, h0, c0) if t is not None] + [w for layer in weights for w in layer]
+    if not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
+        return False
+    if device.type == "cuda":
+        _warn_about_cuda(cuda.problem(device.index))
+    return True
 
 
 def _check_packed(call: LayerCall, layer: LayerFunction) -> None:
@@ -306,7 +340,37 @@ _COMPILED_LAYERS: dict[str, LayerFunction] = {
 @functools.cache
 def _warn_about_cuda(reason: str) -> None:
     warnings.warn(
-        f"lstm_ext runs CUDA tensors on its PyTorch reference, which is slow: {reason}",
+        f"lstm_ext has no kernels for CUDA tensors here, so torch's own operator computes its layers: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# The options of a layer as its user knows them.
+_USERS_NAMES = {
+    "norm": "layer_norm",
+    "recurrent_mask": "recurrent_dropout",
+    "reset_h": "reset_state",
+    "reset_c": "reset_state",
+    "keep_h": "zoneout",
+    "keep_c": "zoneout",
+    "zoneout_h": "zoneout",
+    "zoneout_c": "zoneout",
+}
+
+
+def _warn_about_options(options: LayerOptions, device: torch.device) -> None:
+    names = dict.fromkeys([_USERS_NAMES.get(name, name) for name in options.as_keywords()])
+    if names:
+        reason = cuda.problem(device.index) if device.type == "cuda" else loader.status().reason
+        _warn_about_slow_options(", ".join(names), str(device), reason or "there are none for this device")
+
+
+@functools.cache
+def _warn_about_slow_options(names: str, device: str, reason: str) -> None:
+    warnings.warn(
+        f"lstm_ext: {names} on {device}: the equations in plain PyTorch compute this, which is slow. There are no "
+        f"kernels: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )

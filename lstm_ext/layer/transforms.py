@@ -27,6 +27,7 @@ __all__ = [
     "OPERATOR_TYPES",
     "are_supported",
     "flat_lstm_layer",
+    "gradients_of",
     "layer_gradients",
     "lstm_layer",
     "recomputed",
@@ -137,11 +138,11 @@ def _equation_gradients(
     def results(*own: Tensor | None) -> LayerResults:
         return equations.lstm_layer(signature.call(batch_sizes, (*own, *constants)))
 
-    gradients = _gradients_of(results, needs_grad, tensors[: signature.differentiable], grads)
+    gradients = gradients_of(results, needs_grad, tensors[: signature.differentiable], grads)
     return tuple([g for g in gradients if g is not None])
 
 
-def _gradients_of(
+def gradients_of(
     function: Callable[..., LayerResults],
     needs_grad: Sequence[bool],
     arguments: Sequence[Tensor | None],
@@ -458,4 +459,4 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_gradients_of(ctx.function, ctx.needs_input_grad[1:], _saved_tensors(ctx), grads)
+        return None, *gradients_of(ctx.function, ctx.needs_input_grad[1:], _saved_tensors(ctx), grads)

@@ -1,4 +1,4 @@
-"""Finds the compiled extension: built ahead of time, else built on first use, else none (the PyTorch reference).
+"""Finds the compiled extension: built ahead of time, else built on first use, else none.
 
 It is two libraries in one folder: that of the operators is loaded first, and the Python module, linked with it, finds
 it in the process.
@@ -23,7 +23,7 @@ import torch
 from . import config, jit
 from .config import BuildError
 
-CHOICES = ("auto", "aot", "jit", "reference")
+CHOICES = ("auto", "aot", "jit", "torch", "reference")
 _log = logging.getLogger("lstm_ext")
 
 
@@ -31,7 +31,9 @@ _log = logging.getLogger("lstm_ext")
 class Status:
     """How the extension was found; `reason` says why there is none, or why the choice fell as it did."""
 
-    backend: str  # "aot", "jit" or "reference"
+    backend: (
+        str  # "aot", "jit"; without an extension "torch", torch's own operator, or "reference", the equations
+    )
     path: str | None = None  # of the Python module
     ops_path: str | None = None  # of the operators' library
     reason: str | None = None
@@ -65,7 +67,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def extension() -> ModuleType | None:
-    """The compiled module, or None where the reference has to do. Decided by the first call, for good.
+    """The compiled module, or None if there is none. Decided by the first call, for good.
 
     Raises ImportError for an extension that is there and does not fit, and for a backend that was asked for by
     name (LSTM_EXT_BACKEND=aot or jit) and is not to be had; ValueError for a bad LSTM_EXT_BACKEND.
@@ -84,13 +86,18 @@ def extension() -> ModuleType | None:
                 _result = result
         if unavailable is not None:
             warnings.warn(
-                f"lstm_ext runs on its PyTorch reference, which is slow: {unavailable}",
+                f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable}",
                 RuntimeWarning,
                 stacklevel=2,
             )
     if result.error is not None:
         raise ImportError(result.error)
     return result.module
+
+
+def is_decided() -> bool:
+    """Whether `extension` has been called."""
+    return _result is not None
 
 
 def on_load(function: Callable[[], None]) -> None:
@@ -119,6 +126,14 @@ def has_kernels() -> bool:
 # time of importing this package: the compiler calls the function, so that the operators are there when it meets
 # them, and does not look into it.
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def wants_equations() -> bool:
+    """Whether the equations take the place of the kernels, and not torch's own operator."""
+    return status().backend == "reference"
+
+
+wants_equations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_cuda_kernels() -> bool:
@@ -164,30 +179,30 @@ def _choose() -> tuple[_Result, str | None]:
     requested = _requested()
     config.requested_cuda_kernel()  # a bad name is an error as early as a bad backend,
     config.cuda_wait_limit()  # and so is a bad limit
-    if requested == "reference":
-        return _Result(None, Status("reference", reason="LSTM_EXT_BACKEND=reference asks for it")), None
+    if requested in ("torch", "reference"):
+        return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
 
     if requested in ("auto", "aot"):
         try:
             result = _load_aot()
         except ImportError as error:
-            return _Result(None, Status("reference", reason=str(error)), error=str(error)), None
+            return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
         if result is not None:
             return result, None
         if requested == "aot":
             error = f"LSTM_EXT_BACKEND=aot, but there is no {config.MODULE}: build it with {build_command()}."
-            return _Result(None, Status("reference", reason=error), error=error), None
+            return _Result(None, Status("torch", reason=error), error=error), None
 
     try:
         return _load_jit(), None
     except (_Refused, config.SwitchError) as error:
-        return _Result(None, Status("reference", reason=str(error)), error=str(error)), None
+        return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
     except BuildError as error:
         reason = str(error)
     if requested == "jit":
         error = f"LSTM_EXT_BACKEND=jit, but the build on first use failed: {reason}"
-        return _Result(None, Status("reference", reason=error), error=error), None
-    return _Result(None, Status("reference", reason=reason)), reason
+        return _Result(None, Status("torch", reason=error), error=error), None
+    return _Result(None, Status("torch", reason=reason)), reason
 
 
 def build_command() -> str:

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..call.autocast import autocast_dtype, result_dtypes, to_dtype
 from ..call.run import describe_hx
-from ..call.stack import to_autocast_dtype
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import refuse_scripting
@@ -61,7 +61,8 @@ class LSTMCell(nn.RNNCellBase):
 
         Args:
             input: (B, I), or (I,) without a batch. B >= 0, any strides. It has the dtype and device of the
-                parameters, except under autocast, which computes everything in its own dtype.
+                parameters, except under autocast. That computes in its own dtype, and the results have the dtypes of
+                ``torch.nn.LSTMCell``.
             hx: ``(h, c)``, a tuple or list, both (B, H), or (H,) without a batch; None for zeros.
 
         Returns:
@@ -96,8 +97,14 @@ class LSTMCell(nn.RNNCellBase):
             return states
         x = input
         h, c = hx if hx is not None else (None, None)
+        dtypes, casts = None, False
         if any_autocast():
-            x, h, c, (weights,) = to_autocast_dtype(x, h, c, [weights])
+            # torch's own operator casts by itself.
+            casts = route.takes_torchs_operator(x, h, c, [[w for w in weights if w is not None]])
+            autocast = None if casts else autocast_dtype(x)
+            if autocast is not None:
+                dtypes = result_dtypes(autocast, x, c, fused=False, projected=False)
+                x, h, c, (weights,) = to_dtype(autocast, x, h, c, [weights])
 
         # The way through here without an error is short, because a single step takes microseconds.
         w_ih, w_hh = weights[:2]
@@ -106,7 +113,7 @@ class LSTMCell(nn.RNNCellBase):
         good = (
             0 < rank <= 2
             and w_ih.shape == (4 * hidden, shape[-1])
-            and w_ih.dtype == dtype
+            and (casts or w_ih.dtype == dtype)
             and w_ih.device == device
         )
         if good and h is not None:
@@ -114,8 +121,7 @@ class LSTMCell(nn.RNNCellBase):
             good = (
                 h.shape == state_shape
                 and c.shape == state_shape
-                and h.dtype == dtype
-                and c.dtype == dtype
+                and (casts or h.dtype == c.dtype == dtype)
                 and h.device == device
                 and c.device == device
             )
@@ -123,11 +129,13 @@ class LSTMCell(nn.RNNCellBase):
             self._refuse(input, hx)
 
         if rank == 2:
-            return _step(x, h, c, weights)
-        if h is not None:
-            h, c = h[None], c[None]
-        h, c = _step(x[None], h, c, weights)
-        return h[0], c[0]
+            h, c = _step(x, h, c, weights)
+        else:
+            if h is not None:
+                h, c = h[None], c[None]
+            h, c = _step(x[None], h, c, weights)
+            h, c = h[0], c[0]
+        return (h, c) if dtypes is None else (h.to(dtypes[0]), c.to(dtypes[1]))
 
     def _weights(self) -> list[Tensor]:
         """The present weights, as ``getattr`` returns them, only faster."""

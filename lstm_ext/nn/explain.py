@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layer import first_use
 from ..native import config, cuda, loader
+from .lstm import LSTM, options_of
 
 __all__ = ["explain", "explain_data"]
 
@@ -35,7 +36,6 @@ def explain(
     Raises:
         TypeError: ``module`` is no LSTM.
         ValueError: another argument does not fit.
-        RuntimeError: there is no compiled extension. The rules are in it.
     """
     data = explain_data(module, input_shape, device=device, dtype=dtype)
     lines = [
@@ -72,9 +72,10 @@ def explain_data(
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     extension = loader.extension()
     if extension is None:
-        raise RuntimeError(f"there is no compiled extension: {loader.status().reason}")
-    cuda.use_measured_constants()
-    name, facts = _device(extension, parameter.device if device is None else device, dtype)
+        name, facts = str(parameter.device if device is None else device), None
+    else:
+        cuda.use_measured_constants()
+        name, facts = _device(extension, parameter.device if device is None else device, dtype)
     data: dict[str, Any] = {
         "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",
         "device": name,
@@ -93,7 +94,9 @@ def explain_data(
             "input_size": output if layer else module.input_size,
             "hidden_size": module.hidden_size,
         }
-        if facts is None:
+        if extension is None:
+            of_layer = _without_kernels(module, str(loader.status().reason))
+        elif facts is None:
             of_layer = _on_cpu(extension, module, sizes, dtype)
         else:
             of_layer = _on_cuda(extension, module, sizes, dtype, directions, facts)
@@ -150,6 +153,17 @@ def _device(
     }
 
 
+def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
+    options = (
+        [name for name in options_of(module) if name != "forget_bias"] if isinstance(module, LSTM) else []
+    )
+    if loader.wants_equations() or options:
+        reasons = [f"torch's operator has no {', '.join(options)}"] if options else []
+        return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [reason, *reasons]}
+    summary = "torch's own operator, one call for all layers"
+    return {"kernel": None, "summary": summary, "reasons": [reason]}
+
+
 def _on_cuda(
     extension: Any,
     module: nn.Module,
@@ -162,7 +176,7 @@ def _on_cuda(
     problem = facts.pop("problem", None)
     outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
     if problem:
-        return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [problem]}
+        return _without_kernels(module, problem)
 
     def plan_of(backward: bool) -> dict[str, Any]:
         return extension.cuda_plan(

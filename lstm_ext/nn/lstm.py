@@ -22,6 +22,7 @@ from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
+from ..native import loader
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 from .tools import NotQuantized, introduce
 
@@ -184,7 +185,16 @@ class LSTM(ScriptedLSTM):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read each parameter in place."""
+        """As torch's, for torch's operator on a GPU without our kernels. Our kernels read each parameter in place."""
+        weight = self._parameters.get(self._all_weights[0][0])
+        # Not before somebody has called a layer: looking for the kernels may build them.
+        if (
+            weight is not None
+            and weight.is_cuda
+            and loader.is_decided()
+            and not route.has_operators(weight.device)
+        ):
+            super().flatten_parameters()
 
     def forward(
         self,

@@ -1,0 +1,331 @@
+"""torch's own operator for a whole stack of plain layers, where there are no kernels of ours.
+
+One call computes all layers and directions, as in ``torch.nn.LSTM``: cuDNN, MIOpen, MPS and oneDNN do that faster than
+layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. A compiler, an
+exporter or a dispatch mode sees one registered operator, ``lstm_ext::torchs_lstm``: torch's would be unrolled there.
+
+torch's operator has no second derivatives on most devices. ``create_graph=True`` computes the gradients once more, by
+the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..layer import equations, operators, route, transforms
+from ..layer.layer_call import LayerOptions
+from ..layer.shapes import weight_counts
+from ..layer.tracing import any_autocast, is_jit_tracing, is_plain_eager
+from .arguments import Stack
+from .autocast import autocast_dtype, in_autocast, onednn_takes, result_dtypes
+from .stack import run_stack
+
+__all__ = ["lstm"]
+
+_Tensors = tuple[Tensor, ...]
+
+
+class _Plain(NamedTuple):
+    """A stack of plain layers, without its tensors.
+
+    Those are input (T, B, I) or (N, I), h0 (L * D, B, P), c0 (L * D, B, H), and the weights of all layers.
+    """
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    frozen: Sequence[LayerOptions] = ()
+
+    def compute(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
+        """By torch's operator: output, h_n and c_n."""
+        x, h0, c0, *weights = tensors
+        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if batch_sizes is None:
+            return torch.lstm(x, (h0, c0), weights, *settings, False)
+        return torch.lstm(x, batch_sizes, (h0, c0), weights, *settings)
+
+    def by_equations(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
+        x, h0, c0, *weights = tensors
+        n = len(weights) // self.num_layers
+        layers = [weights[k : k + n] for k in range(0, len(weights), n)]
+        return run_stack(self, equations.lstm_layer, layers, x, h0, c0, batch_sizes, None)[:3]  # type: ignore[arg-type]
+
+    def is_projected(self, tensors: Sequence[Tensor]) -> bool:
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        return len(tensors) - 3 == weight_counts(sets, self.bias)[1]
+
+
+def lstm(
+    stack: Stack,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> _Tensors | None:
+    """Output, h_n and c_n; None where the stack is not torch's operator's: our kernels or the equations compute it.
+
+    Arguments are those of `run_stack`, as autocast finds them.
+    """
+    if stack.frozen or not route.takes_torchs_operator(x, h0, c0, weights):
+        return None
+    flat = [w for layer in weights for w in layer]
+    if h0 is None or c0 is None:
+        batch = x.size(1) if batch_sizes is None else batch_sizes.tolist()[0]
+        sets = len(weights) * (2 if stack.bidirectional else 1)
+        h0 = x.new_zeros(sets, batch, flat[1].size(1))
+        c0 = x.new_zeros(sets, batch, flat[1].size(0) // 4)
+    tensors = [x, h0, c0, *flat]
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    dropout = stack.dropout if stack.training and len(weights) > 1 else 0.0
+    # cuDNN has gradients in training mode only. Without dropout the mode changes nothing else.
+    training = stack.training or (needs_grad and not x.is_cpu)
+    plain = _Plain(stack.bias, len(weights), dropout, training, stack.bidirectional)
+    if is_jit_tracing():
+        return plain.compute(batch_sizes, tensors)
+    if not is_plain_eager():
+        autocast = autocast_dtype(x) if any_autocast() else None
+        return torch.ops.lstm_ext.torchs_lstm(x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad)[
+            :3
+        ]
+    if x.is_cuda:
+        _flatten(stack, flat)
+    if not needs_grad or not _is_once_differentiable(plain, tensors, batch_sizes):
+        return plain.compute(batch_sizes, tensors)
+    state = torch.get_rng_state() if dropout else None
+    results = plain.compute(batch_sizes, tensors)
+    return _TwiceDifferentiable.apply(plain, state, batch_sizes, *results, *tensors)
+
+
+def _flatten(stack: Stack, flat: Sequence[Tensor]) -> None:
+    """Puts the parameters of a module into the one chunk of memory that cuDNN reads, unless they are in one."""
+    flatten = getattr(stack, "flatten_parameters", None)
+    if flatten is None or type(flat[0]) is not torch.nn.Parameter:
+        return
+    if flat[0].untyped_storage().data_ptr() != flat[-1].untyped_storage().data_ptr():
+        flatten()
+
+
+def _is_once_differentiable(plain: _Plain, tensors: Sequence[Tensor], batch_sizes: Tensor | None) -> bool:
+    """Whether torch's operator lacks second derivatives, and the equations can give them."""
+    x = tensors[0]
+    if x.is_cpu:  # all but oneDNN's function is made of operators that have them
+        return batch_sizes is None and not plain.is_projected(tensors) and onednn_takes(x)
+    # The equations know the masks of dropout that the CPU draws, and no others.
+    return not plain.dropout
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """The results of torch's operator, and gradients by torch's operator or, where those have gradients, the equations.
+
+    Arguments: the stack, the state of the generator before it drew dropout's masks, batch_sizes, the results, and the
+    tensors that they were computed from.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plain: _Plain, state: Tensor | None, batch_sizes: Tensor | None, *tensors: Tensor
+    ) -> _Tensors:
+        x = tensors[3]
+        ctx.plain, ctx.state, ctx.batch_sizes = plain, state, batch_sizes
+        ctx.autocast = (x.device.type, autocast_dtype(x)) if any_autocast() else (x.device.type, None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[3:])
+        return tuple([t.detach() for t in tensors[:3]])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return (None,) * 3 + grads + (None,) * len(tensors)
+        gradients = _equation_gradients(
+            ctx.plain, ctx.autocast, ctx.state, ctx.batch_sizes, grads, tensors, ctx.needs_input_grad[6:]
+        )
+        return (None,) * 6 + tuple(gradients)
+
+
+def _equation_gradients(
+    plain: _Plain,
+    autocast: tuple[str, torch.dtype | None],
+    state: Tensor | None,
+    batch_sizes: Tensor | None,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiable, for the tensors that need one."""
+    device_type, dtype = autocast
+
+    def results(*tensors: Any) -> _Tensors:
+        with in_autocast(device_type, dtype):
+            return plain.by_equations(batch_sizes, tensors)
+
+    with torch.random.fork_rng(devices=[], enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state)
+        return transforms.gradients_of(results, needs_grad, tensors, grads)
+
+
+# ---- what compilers, exporters and dispatch modes see
+
+_LIBRARY = torch.library.Library("lstm_ext", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, int num_layers, "
+    "float dropout, bool training, bool bidirectional, ScalarType? autocast"
+)
+# A graph of CUDA must not keep what the forward pass leaves in Python, and dropout draws random numbers.
+_TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded]
+_TAGS += [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_LIBRARY.define(
+    f"torchs_lstm({_ARGUMENTS}, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    f"torchs_lstm_backward({_ARGUMENTS}, Tensor saved, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+    "bool[] needs_grad) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+def _split(arguments: Sequence[Any]) -> tuple[_Plain, Tensor | None, list[Tensor], torch.dtype | None]:
+    x, h0, c0, weights, batch_sizes, *plain, autocast = arguments
+    return _Plain(*plain), batch_sizes, [x, h0, c0, *weights], autocast
+
+
+def _with_autograd() -> Any:
+    """Autograd records in this context, although an operator's own function runs below it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _graph(arguments: Sequence[Any]) -> tuple[list[Tensor], _Tensors]:
+    """The tensors of a call as the leaves of a graph of its own, and its results."""
+    plain, batch_sizes, tensors, autocast = _split(arguments)
+    device_type = tensors[0].device.type
+    with _with_autograd(), torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with in_autocast(device_type, autocast):
+            return leaves, plain.compute(batch_sizes, leaves)
+
+
+def _forward(*arguments: Any) -> _Tensors:
+    *arguments, save = arguments  # type: ignore[assignment]
+    # This tensor has no elements: it carries torch's graph, whose saved tensors differ from device to device. On the
+    # CPU, so that no graph of CUDA takes it for memory of its own.
+    saved = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if save:
+        saved.graph = _graph(arguments)  # type: ignore[attr-defined]
+        results = saved.graph[1]  # type: ignore[attr-defined]
+    else:
+        plain, batch_sizes, tensors, autocast = _split(arguments)
+        with in_autocast(tensors[0].device.type, autocast):
+            results = plain.compute(batch_sizes, tensors)
+    return (*[r.detach().contiguous() for r in results], saved)
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    *arguments, saved, grad_output, grad_h_n, grad_c_n, needs_grad = arguments  # type: ignore[assignment]
+    graph = getattr(saved, "graph", None)
+    if graph is None:  # a hook on saved tensors has put a copy in its place
+        if _split(arguments)[0].dropout:
+            raise RuntimeError(
+                "LSTM: torch's operator, which computes this layer here, needs what its forward pass saved, and a hook "
+                "on saved tensors has copied it: with dropout, do not use save_on_cpu and the like around a compiled "
+                "layer"
+            )
+        graph = _graph(arguments)
+    leaves, results = graph
+    grads = (grad_output, grad_h_n, grad_c_n)
+    with _with_autograd():
+        gradients = iter(
+            torch.autograd.grad(
+                [r for r, g in zip(results, grads, strict=True) if g is not None],
+                [t for t, n in zip(leaves, needs_grad, strict=True) if n],
+                [g for g in grads if g is not None],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+    return [
+        next(gradients).contiguous() if n else t.new_empty(0) for t, n in zip(leaves, needs_grad, strict=True)
+    ]
+
+
+def _fake_forward(*arguments: Any) -> _Tensors:
+    plain, _, (x, h0, c0, *_), autocast = _split(arguments[:-1])
+    directions = 2 if plain.bidirectional else 1
+    h_dtype, c_dtype = x.dtype, x.dtype
+    if autocast is not None:
+        projected = plain.is_projected(_split(arguments[:-1])[2])
+        h_dtype, c_dtype = result_dtypes(autocast, x, c0, fused=arguments[4] is None, projected=projected)
+    return (
+        x.new_empty((*x.shape[:-1], directions * h0.shape[2]), dtype=h_dtype),
+        x.new_empty(h0.shape, dtype=h_dtype),
+        x.new_empty(c0.shape, dtype=c_dtype),
+        torch.empty(0, dtype=torch.uint8, device="cpu"),
+    )
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    tensors, needs_grad = _split(arguments[:-5])[2], arguments[-1]
+    return [t.new_empty(t.shape if n else (0,)) for t, n in zip(tensors, needs_grad, strict=True)]
+
+
+def _set_up(ctx: Any, inputs: Sequence[Any], output: _Tensors) -> None:
+    *arguments, _ = inputs
+    plain, batch_sizes, tensors, ctx.autocast = _split(arguments)
+    ctx.plain = plain
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[3], batch_sizes, *tensors)
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    saved, batch_sizes, *tensors = ctx.saved_tensors
+    grads = grads[:3]
+    x, h0, c0, *weights = tensors
+    needs_grad = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    if all([g is None for g in grads]):
+        gradients: list[Tensor | None] = [None] * len(tensors)
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ctx.plain.dropout:
+            raise RuntimeError(
+                "LSTM: create_graph=True with dropout between layers is not supported in a graph or under a dispatch "
+                "mode where torch's operator computes the layer"
+            )
+        autocast = x.device.type, ctx.autocast
+        gradients = _equation_gradients(ctx.plain, autocast, None, batch_sizes, grads, tensors, needs_grad)
+    else:
+        layer = (x, h0, c0, weights, batch_sizes, *ctx.plain[:5], ctx.autocast)
+        computed = torch.ops.lstm_ext.torchs_lstm_backward(*layer, saved, *grads, needs_grad)
+        gradients = [g if n else None for g, n in zip(computed, needs_grad, strict=True)]
+    return (*gradients[:3], gradients[3:], *[None] * 8)
+
+
+def _flops(input: Any, h0: Any, c0: Any, weights: Sequence[Any], *settings: Any, **_: Any) -> int:
+    _, has_bias, num_layers, _, _, bidirectional, *_ = settings
+    n = len(weights) // num_layers
+    return sum(
+        operators.forward_flops(input, weights[k : k + n], has_bias, bidirectional)
+        for k in range(0, len(weights), n)
+    )
+
+
+for _name, _compute, _fake in (
+    ("torchs_lstm", _forward, _fake_forward),
+    ("torchs_lstm_backward", _backward, _fake_backward),
+):
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("lstm_ext::torchs_lstm", _differentiate, setup_context=_set_up, lib=_LIBRARY)
+register_flop_formula(torch.ops.lstm_ext.torchs_lstm)(_flops)
+# Through time and to the weights: twice the products of the forward pass.
+register_flop_formula(torch.ops.lstm_ext.torchs_lstm_backward)(lambda *a, **k: 2 * _flops(*a, **k))
