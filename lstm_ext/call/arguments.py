@@ -96,7 +96,8 @@ class Stack(Protocol):
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
-    frozen: Sequence[LayerOptions]  # for each layer those with its frozen weights, and nothing else; or empty
+    # For each layer those with its frozen weights, and nothing else; or empty. With them, nothing is random.
+    frozen: Sequence[LayerOptions]
 
 
 def any_requested(
@@ -226,7 +227,7 @@ def stack_options(
     options = StackOptions(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
         zoneout=zoneout_pair(stack.zoneout),
-        training=stack.training,
+        training=stack.training and not stack.frozen,
         norm=norm,
         recompute=flag("recompute", stack.recompute),
         return_cell_states=flag("return_cell_states", return_cell_states),

@@ -92,14 +92,15 @@ def _layers(
     c0_by_layer = [None] * len(weights) if c0 is None else c0.split(directions)
     results = []
     for k, layer_weights in enumerate(weights):
-        if k > 0 and stack.dropout != 0 and stack.training:
+        if k > 0 and stack.dropout != 0 and stack.training and not frozen:
             input = F.dropout(input, stack.dropout, True)
         if options is None:
             own_options = frozen[k] if frozen else PLAIN
         else:
             own_options = options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
             if frozen:
-                own_options.frozen = frozen[k].frozen
+                # Without a backward pass, there is nothing to recompute.
+                own_options.frozen, own_options.recompute = frozen[k].frozen, False
         call = LayerCall(
             input,
             h0_by_layer[k],
