@@ -15,7 +15,7 @@ from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.explain import explain, explain_data
 from .nn.from_gates import from_gates
-from .nn.frozen import FrozenLSTM, freeze, unfreeze
+from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
 
@@ -25,6 +25,7 @@ loader.check()
 __all__ = [
     "LSTM",
     "FrozenLSTM",
+    "FrozenTorchLSTM",
     "LSTMCell",
     "LSTMExtras",
     "TorchLSTM",

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..layer.layer_call import LayerOptions
 from ..native import loader
-from .convert import from_torch
+from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
+from .torchs import TorchLSTM, with_our_forward
 
-__all__ = ["FrozenLSTM", "freeze", "unfreeze"]
+__all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
+
+_torchs = nn.LSTM  # now: patch() puts our class in its place
 
 _KINDS: dict[torch.dtype | None, str] = {None: "own", torch.bfloat16: "bfloat16", torch.int8: "int8"}
-_OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
 
 _NO_TORCHSCRIPT = (
     "torch.jit and the older ONNX exporter do not know frozen layers: use torch.export or lstm_ext.unfreeze"
 )
+
+# In the modules of a frozen model: the names of their own parameters that required gradients. Parts of the model, its
+# copies and its pickles have it too.
+_REQUIRED = "_lstm_ext_required_grad"
+
+# What belongs to this processor, and is made of the packed weights.
+_MADE_OF_PACKED = ("_frozen_options", "native_options")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -32,10 +42,19 @@ class FrozenLSTM(LSTM):
     It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The packed weights are made when it is frozen,
     loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
 
-    A layer does not notice when one of its weights is changed in place. It has no gradients and no training mode.
+    A layer does not notice when one of its weights is changed in place. Where a weight is another tensor than the one
+    that was packed (an assignment, a parametrization, ``torch.func.functional_call``), a call raises a RuntimeError.
+
+    It has no gradients: a call raises a RuntimeError where its input, a state or a parameter requires them, unless
+    gradients are off. ``train()`` sets the flag ``training``, as on any module, and changes no result: nothing is
+    dropped at random, and zoneout mixes the states. ``recompute`` has no meaning without gradients.
     """
 
     frozen_weights: torch.dtype | None = None
+    _unfrozen: type[nn.Module] = LSTM  # the class that unfreeze gives back
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{type(self).__name__}: lstm_ext.freeze makes such a layer, of another one")
 
     @property
     def frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
@@ -45,46 +64,61 @@ class FrozenLSTM(LSTM):
         return self._frozen_options
 
     def _pack(self) -> None:
-        kernels = loader.extension()
-        if kernels is None:
-            raise RuntimeError(
-                f"freeze: needs the compiled kernels, which are not there: {loader.status().reason}"
-            )
+        kernels = _kernels()
         kind = _KINDS[self.frozen_weights]
-        directions = ["", "_reverse"] if self.bidirectional else [""]
-        self._frozen_names = [
-            [f"packed_l{k}{direction}" for direction in directions] for k in range(self.num_layers)
-        ]
+        self._frozen_names = _packed_names(self)
         all_packed = []
         for names in self._layer_names:
             weights = [getattr(self, name) for name in names]
             if kind == "int8":
-                _refuse_what_int8_has_not(names, weights)
+                _refuse_what_int8_has_not(names, weights, "")
             all_packed.append(kernels.freeze_weights(weights, self.bias, self.bidirectional, kind))
         # From here on nothing fails: an error leaves what was there.
-        frozen_options = []
         for buffers, packed in zip(self._frozen_names, all_packed, strict=True):
             for name, tensor in zip(buffers, packed, strict=True):
                 self.register_buffer(name, tensor, persistent=False)
-            options = LayerOptions(frozen=packed)
-            options.native = kernels.LayerOptions(frozen=packed)
-            frozen_options.append(options)
-        self._frozen_options, self._frozen_from = frozen_options, super()._weights_by_layer()
-        self.native_options = [options.native for options in frozen_options]
+        self._frozen_from, self._frozen_parameters = super()._weights_by_layer(), dict(self._parameters)
+        self._use_packed()
+
+    def _use_packed(self) -> None:
+        kernels = _kernels()
+        self._frozen_options = [
+            LayerOptions(frozen=[self._buffers[name] for name in names])  # type: ignore[misc]
+            for names in self._frozen_names
+        ]
+        for options in self._frozen_options:
+            options.native = kernels.LayerOptions(frozen=options.frozen)
+        self.native_options = [options.native for options in self._frozen_options]
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():
-            return super()._weights_by_layer()
+            weights = super()._weights_by_layer()
+            # An export puts tensors of its own in the place of the parameters.
+            if torch.compiler.is_dynamo_compiling():
+                self._refuse_others(weights)
+            return weights
+        # The quickest of all ways to compare: dicts look for the same objects first. Of two tensors, == gives a
+        # tensor of several elements, which is neither true nor false.
+        try:
+            same = self._parameters == self._frozen_parameters
+        except Exception:
+            same = False
+        if not same:
+            self._refuse_others(super()._weights_by_layer())
         return self._frozen_from
 
-    def train(self, mode: bool = True) -> FrozenLSTM:
-        """Raises: RuntimeError for ``mode=True``."""
-        if mode:
-            raise RuntimeError(
-                "FrozenLSTM: there is no training mode: lstm_ext.unfreeze gives a layer that can be trained"
-            )
-        super().train(False)
-        return self
+    def _refuse_others(self, weights: Sequence[Sequence[Tensor]]) -> None:
+        for names, present, packed in zip(self._layer_names, weights, self._frozen_from, strict=True):
+            for name, now, before in zip(names, present, packed, strict=True):
+                if now is not before:
+                    raise RuntimeError(
+                        f"FrozenLSTM: {name} is another tensor than the one that was packed: load_state_dict packs new "
+                        "numbers, and lstm_ext.unfreeze gives a layer that reads its weights in each call "
+                        "(torch.func.functional_call and parametrizations need that)"
+                    )
+
+    def _refuse_random_step(self, name: str) -> None:  # type: ignore[override]
+        """Nothing is random, in training mode either."""
 
     def _traced(self, *_: Any) -> NoReturn:
         raise RuntimeError(_NO_TORCHSCRIPT)
@@ -98,54 +132,131 @@ class FrozenLSTM(LSTM):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "_frozen_names"):
-            self._pack()
+        self._pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLSTM:
         moved = fn(self.weight_ih_l0[:0])  # before anything is changed
-        _check_place(moved.device, moved.dtype, self.frozen_weights)
+        _check_place("", moved.device, moved.dtype, self.frozen_weights)
         super()._apply(fn, recurse)
         self._pack()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.frozen_weights == torch.int8:
+            given = {n: state_dict.get(prefix + n) for names in self._layer_names for n in names}
+            given = {n: weight for n, weight in given.items() if isinstance(weight, Tensor)}
+            _refuse_what_int8_has_not(list(given), list(given.values()), prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._pack()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLSTM:
+        # The packed bytes are copied, and not made again: the copy computes what this layer does.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        left_out = (*_MADE_OF_PACKED, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new._init_flat_weights()
+        new._use_packed()
+        return new
+
     def __getstate__(self) -> dict[str, Any]:
-        # They belong to this processor.
+        # What is packed belongs to this processor.
         state = super().__getstate__()
+        for name in (*_MADE_OF_PACKED, "_frozen_from", "_frozen_parameters", "_unfrozen"):
+            state.pop(name, None)
         names = {name for layer in self._frozen_names for name in layer}
-        state.pop("_frozen_options")
-        state.pop("_frozen_from")
-        state.pop("native_options")
         state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k not in names}
         return state
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        named, converted = _by_name(self._unfrozen)
+        return _restored, (named, converted), self.__getstate__()
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         super().__setstate__(d)
         self._pack()
 
 
-def _check_place(device: torch.device, dtype: torch.dtype, weights: torch.dtype | None) -> None:
-    if device.type != "cpu":
-        raise RuntimeError(f"freeze: a frozen layer is on the CPU, got parameters on {device}")
-    if weights is not None and dtype == torch.float64:
-        raise ValueError(f"freeze: weights: expected None for float64 parameters, got {weights}")
+class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
+    """What :func:`freeze` makes of a ``torch.nn.LSTM`` and of a :class:`lstm_ext.TorchLSTM`.
+
+    It is a :class:`FrozenLSTM`, and a ``torch.nn.LSTM`` to ``isinstance``. For ``torch.compile`` it is what
+    :class:`lstm_ext.TorchLSTM` is.
+    """
+
+    _unfrozen = TorchLSTM
 
 
-def _refuse_what_int8_has_not(names: Sequence[str], weights: Sequence[Tensor]) -> None:
-    for name, weight in zip(names, weights, strict=True):
-        if name.startswith(("weight_ih", "weight_hh")) and not torch.isfinite(weight).all():
-            raise ValueError(f"freeze: {name} has an infinity or a NaN, which int8 cannot hold")
+def _kernels() -> Any:
+    kernels = loader.extension()
+    if kernels is None:
+        raise RuntimeError(
+            f"freeze: needs the compiled kernels, which are not there: {loader.status().reason}"
+        )
+    return kernels
+
+
+def _packed_names(layer: Any) -> list[list[str]]:
+    """The names of the buffers of packed weights, one list per layer."""
+    suffixes = ["", "_reverse"] if layer.bidirectional else [""]
+    return [[f"packed_l{k}{suffix}" for suffix in suffixes] for k in range(layer.num_layers)]
+
+
+# Classes
+
+
+def _by_name(cls: type[nn.Module]) -> tuple[type[nn.Module], bool]:
+    """A class that pickle finds by its name, and whether `with_our_forward` made ``cls`` of it."""
+    return vars(cls).get("_derived_from", cls), "_derived_from" in vars(cls)
+
+
+def _plain_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, without what freeze and parametrize have made of it."""
+    if isinstance(layer, FrozenLSTM):
+        return layer._unfrozen
+    return type(layer).__bases__[0] if type(layer).__module__ == parametrize.__name__ else type(layer)
+
+
+def _own_source(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch or of this package that a class is, or is derived from."""
+    return next(c for c in cls.__mro__ if c is _torchs or c.__module__.startswith("lstm_ext."))
+
+
+_frozen_classes: dict[type[nn.Module], type[FrozenLSTM]] = {}
+
+
+def _frozen_class(cls: type[nn.Module]) -> type[FrozenLSTM]:
+    """The class of frozen layers that are instances of ``cls``, too."""
+    base = FrozenTorchLSTM if issubclass(cls, _torchs) else FrozenLSTM
+    if _own_source(cls) is cls:
+        return base
+    if cls not in _frozen_classes:
+        ours = cls if issubclass(cls, LSTM) else with_our_forward(cls)
+        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _frozen_classes.setdefault(cls, type(f"Frozen{cls.__name__}", (base, ours), namespace))
+    return _frozen_classes[cls]
+
+
+def _restored(named: type[nn.Module], converted: bool) -> FrozenLSTM:
+    cls = with_our_forward(named) if converted else named
+    frozen = _frozen_class(cls)
+    layer = frozen.__new__(frozen)
+    layer.__dict__["_unfrozen"] = cls
+    return layer
+
+
+# Models
 
 
 def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
     """A copy for inference on the CPU, whose LSTMs have their weights packed once, and not in each call.
 
-    The copy does not see what happens to the original afterwards. None of its parameters requires gradients. Its
-    results are those of the original in evaluation mode, within rounding. :class:`FrozenLSTM` says what it can do;
-    :func:`unfreeze` gives a layer that can be trained.
+    The copy is that of ``copy.deepcopy``, with other classes of its LSTMs. So it does not see what happens to the
+    original afterwards; hooks, attributes and buffers come along; tied weights stay tied; handles of the original's
+    hooks do not reach those of the copy; and layers are not compiled any more (``Module.compile``). None of its
+    parameters requires gradients. Its results are those of the original in evaluation mode, within rounding.
+    :class:`FrozenLSTM` says what it can do; :func:`unfreeze` gives a layer that can be trained.
 
     Args:
         module: an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM``, or a model that has such layers; on the CPU. In a model
@@ -157,97 +268,193 @@ def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
             moves results by about 2e-3 (bfloat16) and 4e-3 (int8) of their size, and further with layer normalisation.
 
     Returns:
-        a :class:`FrozenLSTM`, or the model with such layers, in evaluation mode.
+        a :class:`FrozenLSTM`, or the model with such layers, in evaluation mode. Of a ``torch.nn.LSTM`` or a
+        :class:`lstm_ext.TorchLSTM` it is a :class:`FrozenTorchLSTM`. Of a subclass that has no code of its own it is an
+        instance of that subclass, too.
 
     Raises:
-        TypeError: ``module`` is no module; or it is a layer that cannot be frozen: a subclass with code of its own, or
-            one with parametrized weights.
+        TypeError: ``module`` is no module; or it has layers that cannot be frozen. The text gives the name, class and
+            reason of each. The reasons are: a subclass with code of its own; a ``forward`` (or a method that it calls)
+            replaced on the instance; weights that are parametrized, normed or pruned; an attribute that would be hidden
+            by one of frozen layers.
         ValueError: there is no LSTM in ``module``; ``weights`` is another dtype; parameters are not of one dtype, are
             float64 where ``weights`` is given, or have an infinity or a NaN where it is ``torch.int8``.
         RuntimeError: parameters are not on the CPU, or the compiled kernels are not there.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"freeze: expected module to be a torch.nn.Module, got {type(module).__name__}")
+    _check_module(module, "freeze")
     if weights not in _KINDS:
         raise ValueError(f"freeze: weights: expected None, torch.bfloat16 or torch.int8, got {weights!r}")
-    frozen = _replaced(module, (LSTM, nn.LSTM), lambda layer: _freeze_layer(layer, weights), "freeze")
-    frozen._trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+    layers = _layers(module, (LSTM, _torchs), "freeze")
+    _kernels()
+    for name, layer in layers.items():
+        _check_numbers(f"{_place(name)}: ", layer, weights)
+    frozen = _changed(module, layers, lambda layer: _freeze(layer, weights), "freeze")
+    for part, parameters in _parameters_by_module(frozen):
+        names = [name for name, p in parameters if p.requires_grad]
+        if names:
+            part.__dict__[_REQUIRED] = sorted({*names, *part.__dict__.get(_REQUIRED, ())})
     return frozen.requires_grad_(False).eval()
 
 
 def unfreeze(module: _Model) -> Any:
-    """A copy of a frozen module whose layers can be trained: :class:`lstm_ext.LSTM` with the original weights.
+    """A copy of a frozen module whose layers can be trained: of the classes they had, with the original weights.
+
+    It is a copy as :func:`freeze` makes it.
 
     Args:
-        module: what :func:`freeze` returned.
+        module: what :func:`freeze` returned, a part of it, or a model that has such parts.
 
     Returns:
-        an :class:`lstm_ext.LSTM`, or the model with such layers, in evaluation mode. The parameters require gradients
-        where those of the module that was frozen did; of a part of that module, all do.
+        an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM`` or another class that was frozen, or the model with such layers,
+        in evaluation mode. The parameters require gradients where those that were frozen did, and where they do now.
 
     Raises:
-        TypeError: ``module`` is no module.
+        TypeError: ``module`` is no module; or a frozen layer in it has been given weights or methods that
+            :func:`freeze` does not take. The text gives the name, class and reason of each.
         ValueError: there is no frozen layer in it.
     """
+    _check_module(module, "unfreeze")
+    thawed = _changed(module, _layers(module, (FrozenLSTM,), "unfreeze"), _unfreeze, "unfreeze")
+    for part, parameters in _parameters_by_module(thawed):
+        names = part.__dict__.pop(_REQUIRED, ())
+        for name, parameter in parameters:
+            if name in names:
+                parameter.requires_grad_(True)
+    return thawed.eval()
+
+
+def _check_module(module: Any, function: str) -> None:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"unfreeze: expected module to be a torch.nn.Module, got {type(module).__name__}")
-    thawed = _replaced(module, (FrozenLSTM,), _unfreeze_layer, "unfreeze")
-    trainable = getattr(module, "_trainable", None)
-    for name, parameter in thawed.named_parameters():
-        parameter.requires_grad_(trainable is None or name in trainable)
-    thawed.__dict__.pop("_trainable", None)
-    return thawed
+        raise TypeError(f"{function}: expected module to be a torch.nn.Module, got {type(module).__name__}")
 
 
-def _replaced(module: nn.Module, classes: tuple[type, ...], replace: Any, function: str) -> nn.Module:
-    """A copy with new layers in place of those of some classes."""
-    layers = [m for m in module.modules() if isinstance(m, classes)]
+def _place(name: str) -> str:
+    return repr(name) if name else "the model itself"
+
+
+def _parameters_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Parameter]]]]:
+    for part in model.modules():
+        yield part, list(part.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict[str, Any]:
+    """The layers of some classes by name. Raises for what `freeze` and `unfreeze` do not take."""
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
         raise ValueError(f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}")
-    # deepcopy takes these for copies that it has made already.
-    return copy.deepcopy(module, {id(layer): replace(layer) for layer in layers})
-
-
-def _freeze_layer(layer: Any, weights: torch.dtype | None) -> FrozenLSTM:
-    if isinstance(layer, FrozenLSTM):
-        layer = _unfreeze_layer(layer)
-    if not isinstance(layer, LSTM):
-        layer = from_torch(layer)
-    elif type(layer).forward is not LSTM.forward or "parametrizations" in layer._modules:
+    refused = [
+        f"  {_place(name)} ({type(layer).__module__}.{type(layer).__qualname__}): {'; '.join(reasons)}"
+        for name, layer in layers.items()
+        if (reasons := _reasons_against(layer))
+    ]
+    if refused:
         raise TypeError(
-            f"freeze: cannot freeze this {type(layer).__name__}: it has code or weights of its own"
+            f"{function}: no copy was made, because of layers that it cannot take:\n" + "\n".join(refused)
         )
-    dtypes = sorted({str(p.dtype) for p in layer.parameters()})
+    return layers
+
+
+def _reasons_against(layer: Any) -> list[str]:
+    """Why a layer can be neither frozen nor thawed."""
+    cls, _ = _by_name(_plain_class(layer))
+    base = LSTM if isinstance(layer, LSTM) else _torchs
+    reasons = []
+    if not _overrides_nothing(cls, _own_source(cls)):
+        reasons.append("a subclass with code of its own, which a frozen layer would not run")
+    replaced = _replaced_methods(layer, base)
+    if replaced:
+        reasons.append(f"{', '.join(replaced)} is replaced on the instance; delete it there first")
+    if not isinstance(layer, FrozenLSTM):
+        taken = {*dir(FrozenLSTM)} - {*dir(base)} | {n for names in _packed_names(layer) for n in names}
+        for name in (*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules):
+            if name in taken:
+                reasons.append(f"its attribute {name} has another meaning in a frozen layer; rename it first")
+    parametrized = getattr(layer, "parametrizations", ())
+    for name in dict.fromkeys([*_weight_names(layer), *parametrized]):
+        if not isinstance(layer._parameters.get(name), nn.Parameter):
+            reasons.append(f"{name} is {_what_it_is(layer, name, parametrized)}")
+    return reasons
+
+
+def _what_it_is(layer: nn.Module, name: str, parametrized: Any) -> str:
+    if name in parametrized:
+        return "parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
+    if f"{name}_mask" in layer._buffers:
+        return "pruned; call torch.nn.utils.prune.remove on it first"
+    if f"{name}_g" in layer._parameters:
+        return "normed; call torch.nn.utils.remove_weight_norm on it first"
+    return "not a plain parameter (spectral_norm or dropped weights?); undo that first"
+
+
+def _weight_names(layer: Any) -> list[str]:
+    norms = layer._norm_names() if isinstance(layer, LSTM) and layer.layer_norm else []
+    return [name for names in (*layer._all_weights, *norms) for name in names]
+
+
+def _check_numbers(place: str, layer: Any, weights: torch.dtype | None) -> None:
+    parameters = {name: layer._parameters[name] for name in _weight_names(layer)}
+    dtypes = sorted({str(p.dtype) for p in parameters.values()})
     if len(dtypes) != 1:
-        raise ValueError(f"freeze: expected parameters of one dtype, got {', '.join(dtypes)}")
-    _check_place(layer.weight_ih_l0.device, layer.weight_ih_l0.dtype, weights)
-    frozen = _with_parameters(FrozenLSTM, layer)
-    frozen.frozen_weights = weights
-    frozen.requires_grad_(False)
-    frozen._pack()
-    return frozen.eval()
+        raise ValueError(f"freeze: {place}expected parameters of one dtype, got {', '.join(dtypes)}")
+    for p in parameters.values():
+        _check_place(place, p.device, p.dtype, weights)
+    if weights == torch.int8:
+        _refuse_what_int8_has_not(list(parameters), list(parameters.values()), place)
 
 
-def _unfreeze_layer(layer: FrozenLSTM) -> LSTM:
-    return _with_parameters(LSTM, layer).eval()
+def _check_place(place: str, device: torch.device, dtype: torch.dtype, weights: torch.dtype | None) -> None:
+    if device.type != "cpu":
+        raise RuntimeError(f"freeze: {place}a frozen layer is on the CPU, got parameters on {device}")
+    if weights is not None and dtype == torch.float64:
+        raise ValueError(f"freeze: {place}weights: expected None for float64 parameters, got {weights}")
 
 
-def _with_parameters(cls: type[LSTM], layer: LSTM) -> Any:
-    """A ``cls`` with copies of the layer's parameters."""
-    new = cls(
-        layer.input_size,
-        layer.hidden_size,
-        layer.num_layers,
-        layer.bias,
-        layer.batch_first,
-        layer.dropout,
-        layer.bidirectional,
-        layer.proj_size,
-        device="meta",
-        **{name: getattr(layer, name) for name in _OPTIONS},
-    )
-    for name, parameter in layer.named_parameters():
-        setattr(new, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-    new._init_flat_weights()
-    return new
+def _refuse_what_int8_has_not(names: Sequence[str], weights: Sequence[Tensor], place: str) -> None:
+    for name, weight in zip(names, weights, strict=True):
+        if name.startswith(("weight_ih", "weight_hh")) and not torch.isfinite(weight).all():
+            raise ValueError(f"freeze: {place}{name} has an infinity or a NaN, which int8 cannot hold")
+
+
+def _changed(
+    module: nn.Module, layers: dict[str, Any], change: Callable[[Any], None], function: str
+) -> nn.Module:
+    """A copy of a model, of whose layers some are changed."""
+    # What deepcopy finds here it takes for copied. Packed weights will be made anew, or none are needed.
+    memo: dict[int, Any] = {
+        id(packed): packed
+        for layer in layers.values()
+        if isinstance(layer, FrozenLSTM)
+        for options in layer._frozen_options
+        for packed in options.frozen
+    }
+    copied = copy.deepcopy(module, memo)
+    for name, layer in layers.items():
+        if id(layer) not in memo:  # a __deepcopy__ of the user's leaves it out or shares it
+            raise TypeError(
+                f"{function}: copy.deepcopy does not copy {_place(name)} with the model: {function} it alone"
+            )
+    for layer in layers.values():
+        change(memo[id(layer)])
+    return copied
+
+
+def _freeze(layer: Any, weights: torch.dtype | None) -> None:
+    cls = _plain_class(layer)
+    for name in ("_compiled_call_impl", *_LEFT_BEHIND):  # the first calls the original
+        layer.__dict__.pop(name, None)
+    layer.__class__ = _frozen_class(cls)
+    layer.__dict__["_unfrozen"], layer.frozen_weights = cls, weights
+    layer._layer_names = layer._group_names()
+    layer._pack()
+
+
+def _unfreeze(layer: Any) -> None:
+    cls = layer._unfrozen
+    for name in [name for names in layer._frozen_names for name in names]:
+        del layer._buffers[name]
+        layer._non_persistent_buffers_set.discard(name)
+    own = ("_unfrozen", "frozen_weights", "_frozen_names", "_frozen_from", "_frozen_parameters")
+    for name in (*own, *_MADE_OF_PACKED, *(() if issubclass(cls, LSTM) else ("_layer_names",))):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = cls

@@ -1,0 +1,537 @@
+"""lstm_ext.freeze and unfreeze of models: what they keep, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from judge import relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import lstm_ext
+
+KINDS = {"own": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 37)
+        self.lstm = lstm_ext.LSTM(37, 20, 2, bidirectional=True)
+        self.same = self.lstm
+        self.read = nn.Linear(40, 3)
+        self.read.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.lstm(self.embed(x))[0])
+
+
+def test_models_are_copied() -> None:
+    model = Model()
+    x = torch.randn(6, 3, 8)
+    before = model(x).detach()
+    frozen = lstm_ext.freeze(model, torch.int8)
+    assert type(frozen.lstm) is lstm_ext.FrozenLSTM and frozen.same is frozen.lstm
+    assert type(model.lstm) is lstm_ext.LSTM and model.training and not frozen.training
+    y = frozen(x)  # nothing requires gradients
+    assert not y.requires_grad and relative_error(y, before.double()) < 2e-2
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(frozen(x), y)
+
+    back = lstm_ext.unfreeze(frozen)
+    torch.testing.assert_close(back(x), before)
+    needed = {name for name, p in back.named_parameters() if p.requires_grad}
+    assert needed == {name for name, p in Model().named_parameters() if p.requires_grad}
+    back.train()(x).sum().backward()
+    assert type(back.lstm) is lstm_ext.LSTM and back.same is back.lstm
+
+    torchs = nn.Sequential(nn.LSTM(4, 5)).eval()
+    assert torch.equal(lstm_ext.freeze(torchs)[0](x[..., :4])[0], lstm_ext.freeze(torchs[0])(x[..., :4])[0])
+
+
+def test_state_dict_pickle_and_copies() -> None:
+    model, x = Model(), torch.randn(6, 3, 8)
+    frozen = lstm_ext.freeze(model, torch.bfloat16)
+    y = frozen(x)
+    assert frozen.state_dict().keys() == model.state_dict().keys()
+    data = pickle.dumps(frozen)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert len(data) < 1.5 * weights + 10_000  # without what is packed
+    for same in (pickle.loads(data), copy.deepcopy(frozen), lstm_ext.freeze(frozen, torch.bfloat16)):
+        assert torch.equal(same(x), y)
+    other = lstm_ext.freeze(Model(), torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), y)
+    assert frozen.half()(x.half()).dtype == torch.float16
+
+
+def test_compiled_and_exported(tmp_path: Any) -> None:
+    frozen, x = lstm_ext.freeze(Model(), torch.int8), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        y = frozen(x)
+        assert torch.equal(torch.compile(frozen, backend="aot_eager", fullgraph=True)(x), y)
+        sizes = ({0: torch.export.Dim("steps", max=50), 1: torch.export.Dim("batch", max=50)},)
+        program = torch.export.export(frozen, (x,), dynamic_shapes=sizes)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        assert torch.equal(torch.export.load(file).module()(x), y)
+        torch.library.opcheck(
+            torch.ops.lstm_ext.lstm_layer.default,
+            (torch.randn(4, 2, 37), None, None, list(frozen.lstm.parameters())[:8], None, True, True),
+            {"frozen": list(frozen.lstm.frozen[0].frozen)},
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        torchs = lstm_ext.freeze(nn.LSTM(8, 4), torch.int8)
+        with torch._dynamo.config.patch(allow_rnn=True):
+            assert torch.equal(torch.compile(torchs, backend="aot_eager", fullgraph=True)(x)[0], torchs(x)[0])
+
+
+@pytest.mark.tools
+def test_ahead_of_time(tmp_path: Any) -> None:
+    frozen, x = lstm_ext.freeze(Model(), torch.int8), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(frozen, (x,)), package_path=str(tmp_path / "model.pt2")
+        )
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), frozen(x))
+
+
+class Plain(nn.LSTM):
+    """A subclass without code."""
+
+
+class PlainOurs(lstm_ext.LSTM):
+    """A subclass without code."""
+
+
+class WithCode(nn.LSTM):
+    def forward(self, x, hx=None):
+        return super().forward(2 * x, hx)
+
+
+class WithCodeOurs(lstm_ext.LSTM):
+    def helper(self):
+        pass
+
+
+CLASSES = [lstm_ext.LSTM, lstm_ext.TorchLSTM, nn.LSTM, Plain, PlainOurs, "converted", "patched"]
+
+
+def layer_of(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if cls == "converted":
+        return lstm_ext.convert(Plain(*args, **kwargs))
+    if cls == "patched":
+        with lstm_ext.patch():
+            return nn.LSTM(*args, **kwargs)
+    return cls(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Any:
+    """After an error, dynamo does not compile the same code again."""
+    yield
+    torch._dynamo.reset()
+
+
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: getattr(cls, "__name__", cls))
+
+
+class Halve:
+    """A hook with a state of its own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.calls += 1
+        return output[0] / 2, output[1]
+
+
+@every_class
+def test_hooks_come_along(cls: Any) -> None:
+    layer, seen, halve, x = layer_of(cls, 3, 4), [], Halve(), torch.randn(5, 2, 3)
+
+    def note(name: str) -> Any:
+        return lambda module, *rest, **kwargs: seen.append((name, module))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: (3 * args[0],)),
+        layer.register_forward_pre_hook(note("pre"), with_kwargs=True),
+        layer.register_forward_hook(halve),
+        layer.register_forward_hook(note("forward"), with_kwargs=True),
+        layer.register_forward_hook(note("always"), always_call=True),
+        layer.register_full_backward_pre_hook(note("backward pre")),
+        layer.register_full_backward_hook(note("backward")),
+        layer.register_state_dict_pre_hook(note("state_dict pre")),
+        layer.register_state_dict_post_hook(note("state_dict")),
+        layer.register_load_state_dict_pre_hook(note("load pre")),
+        layer.register_load_state_dict_post_hook(note("load")),
+    ]
+    names = ["pre", "forward", "always", "state_dict pre", "state_dict", "load pre", "load"]
+    layer.handle = handles[2]  # that of a copy belongs to the copy, as with copy.deepcopy
+    with torch.no_grad():
+        expected = layer(x)[0]
+    frozen = lstm_ext.freeze(layer)
+    back = lstm_ext.unfreeze(frozen)
+    for same in (frozen, lstm_ext.freeze(frozen, torch.bfloat16), copy.deepcopy(frozen), back):
+        seen.clear()
+        with torch.no_grad():
+            y = same(x)[0]
+        torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+        same.load_state_dict(same.state_dict())
+        assert seen == [(name, same) for name in names]
+    assert halve.calls == 1
+    seen.clear()
+    back(x)[0].sum().backward()
+    assert ("backward pre", back) in seen and ("backward", back) in seen
+
+    frozen.handle.remove()
+    assert len(frozen._forward_hooks) == 2 and len(layer._forward_hooks) == len(back._forward_hooks) == 3
+    for handle in handles:
+        handle.remove()
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert len(frozen._forward_hooks) == 2 and len(frozen._forward_pre_hooks) == 2
+
+
+@every_class
+def test_attributes_come_along(cls: Any) -> None:
+    model = nn.Sequential(layer_of(cls, 3, 4))
+    layer = model[0]
+    layer.packed_lengths = [3, 2]
+    layer.note, layer.extra, layer.scale = {"mine": [1]}, nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+    layer.register_buffer("mean", torch.randn(3))
+    layer.register_buffer("seen", torch.zeros(1), persistent=False)
+    model.first = layer.weight_ih_l0
+    before = {*vars(layer)}
+    frozen = lstm_ext.freeze(model)
+    for same in (
+        frozen,
+        pickle.loads(pickle.dumps(frozen)),
+        lstm_ext.freeze(frozen),
+        lstm_ext.unfreeze(frozen),
+    ):
+        assert same[0].note == {"mine": [1]} and same[0].note is not layer.note
+        assert torch.equal(same[0].mean, layer.mean) and same[0].seen is not layer.seen
+        assert same.state_dict().keys() == model.state_dict().keys()
+        assert same.first is same[0].weight_ih_l0 and same[0].extra is not layer.extra
+    assert {*vars(lstm_ext.unfreeze(frozen)[0])} == before == {*vars(layer)}
+
+
+def test_a_compiled_layer_is_copied_uncompiled() -> None:
+    """What Module.compile leaves in a layer calls that layer, and its copies would call it, too."""
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    layer.compile(backend="eager")
+    frozen = lstm_ext.freeze(layer)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        layer.weight_ih_l0.zero_()
+        torch.testing.assert_close(frozen(x)[0], expected)
+
+
+def replaced(layer: Any, name: str = "forward", value: Any = lambda *args: 0) -> Any:
+    layer.__dict__[name] = value
+    return layer
+
+
+def with_dropped_weights(layer: Any) -> Any:
+    weight = layer._parameters.pop("weight_hh_l0")
+    layer.weight_hh_l0 = weight.detach() * 2
+    return layer
+
+
+def with_added(layer: Any, name: str) -> Any:
+    layer.register_buffer(name, torch.ones(1))
+    return layer
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "forward": (replaced, "forward is replaced on the instance"),
+    "a method it calls": (
+        lambda layer: replaced(layer, "check_forward_args"),
+        "check_forward_args is replaced on the instance",
+    ),
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight_hh_l0", amount=0.5),
+        "weight_hh_l0 is pruned; call torch.nn.utils.prune.remove on it first",
+    ),
+    "weight_norm": (
+        lambda layer: nn.utils.weight_norm(layer, "weight_hh_l0"),
+        "weight_hh_l0 is normed; call torch.nn.utils.remove_weight_norm on it first",
+    ),
+    "parametrized": (
+        lambda layer: parametrizations.weight_norm(layer, "weight_hh_l0"),
+        "weight_hh_l0 is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first",
+    ),
+    "dropped": (with_dropped_weights, "weight_hh_l0 is not a plain parameter"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("cls", [nn.LSTM, lstm_ext.LSTM, lstm_ext.TorchLSTM, Plain])
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_refused_by_name(reason: str, cls: Any) -> None:
+    change, text = REFUSED[reason]
+    model = nn.ModuleDict({"good": cls(3, 4), "part": nn.Sequential(nn.Linear(2, 2), cls(3, 4))})
+    frozen = lstm_ext.freeze(model)
+    for function, broken in (
+        (lstm_ext.freeze, model),
+        (lstm_ext.freeze, frozen),
+        (lstm_ext.unfreeze, frozen),
+    ):
+        if not (broken is frozen and function is lstm_ext.unfreeze):  # the same model once more
+            change(broken["part"][1])
+        before = [(type(m), {*vars(m)}) for m in broken.modules()]
+        with pytest.raises(TypeError) as raised:
+            function(broken)
+        assert "'part.1'" in str(raised.value) and text in str(raised.value)
+        assert type(broken["part"][1]).__qualname__ in str(raised.value) and "good" not in str(raised.value)
+        assert [(type(m), {*vars(m)}) for m in broken.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (WithCode(3, 4), "WithCode.*: a subclass with code of its own"),
+        (WithCodeOurs(3, 4), "WithCodeOurs.*: a subclass with code of its own"),
+        (lstm_ext.convert(WithCode(3, 4), subclasses=True), "WithCode.*: a subclass with code of its own"),
+        (replaced(nn.LSTM(3, 4), "frozen", True), "its attribute frozen has another meaning"),
+        (replaced(nn.LSTM(3, 4), "step", 0), "its attribute step has another meaning"),
+        (with_added(nn.LSTM(3, 4), "layer_norm"), "its attribute layer_norm has another meaning"),
+        (with_added(lstm_ext.LSTM(3, 4), "packed_l0"), "its attribute packed_l0 has another meaning"),
+    ],
+)
+def test_layers_of_another_kind_are_refused_by_name(layer: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=f"'1'.*{text}"):
+        lstm_ext.freeze(nn.Sequential(nn.LSTM(2, 2), layer))
+
+
+class Shared(nn.Sequential):
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+def test_a_model_that_its_copies_share_is_refused() -> None:
+    model = nn.Sequential(Shared(nn.LSTM(3, 4)))
+    with pytest.raises(TypeError, match=r"does not copy '0\.0' with the model"):
+        lstm_ext.freeze(model)
+    assert type(model[0][0]) is nn.LSTM and all(p.requires_grad for p in model.parameters())
+
+
+class Tied(nn.Module):
+    """Two layers of common weights, one of them used twice, and a table whose rows a layer reads as a bias."""
+
+    def __init__(self, cls: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (layer_of(cls, 4, 4) for _ in range(3))
+        self.second.weight_hh_l0, self.again = self.first.weight_hh_l0, self.third
+        self.embed = nn.Embedding(16, 4)
+        self.third.weight_ih_l0 = self.embed.weight
+        self.read = nn.Linear(4, 2)
+        self.read.weight.requires_grad_(False)
+        self.first.bias_ih_l0.requires_grad_(False)
+        self.embed.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in (self.first, self.second, self.third, self.again):
+            x = layer(x)[0]
+        return self.read(x)
+
+
+@every_class
+def test_tied_weights_stay_tied(cls: Any) -> None:
+    model, x = Tied(cls), torch.randint(16, (5, 2))
+    model.second._init_flat_weights()
+    model.third._init_flat_weights()
+    with torch.no_grad():
+        expected = model(x)
+    frozen = lstm_ext.freeze(model)
+    back = lstm_ext.unfreeze(lstm_ext.freeze(frozen, torch.bfloat16))
+    for same in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), back):
+        assert same.second.weight_hh_l0 is same.first.weight_hh_l0 is not model.first.weight_hh_l0
+        assert same.third.weight_ih_l0 is same.embed.weight and same.again is same.third
+        with torch.no_grad():
+            torch.testing.assert_close(same(x), expected)
+    back.train()(x).sum().backward()
+    with torch.no_grad():
+        back.embed.weight.mul_(2)  # a trained model sees it in both places
+        assert not torch.allclose(back(x), expected)
+
+
+def required(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def test_requires_grad_is_as_it_was() -> None:
+    model = Tied(nn.LSTM)
+    wanted = required(model)
+    frozen = lstm_ext.freeze(model)
+    assert not required(frozen) and required(model) == wanted
+    again = lstm_ext.freeze(frozen, torch.bfloat16)
+    for same in (frozen, again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert required(lstm_ext.unfreeze(same)) == wanted
+    assert required(lstm_ext.unfreeze(frozen.first)) == required(model.first) != set()
+    head = nn.Linear(2, 2)
+    head.bias.requires_grad_(False)
+    wrapper = nn.Sequential(frozen, head)
+    everything = {f"0.{name}" for name in wanted} | {"1.weight"}
+    assert required(lstm_ext.unfreeze(wrapper)) == everything
+    assert required(lstm_ext.unfreeze(lstm_ext.freeze(wrapper))) == everything
+    wrapper[0].read.weight.requires_grad_(True)
+    assert required(lstm_ext.unfreeze(wrapper)) == everything | {"0.read.weight"}
+
+
+@every_class
+def test_kinds_are_kept(cls: Any) -> None:
+    layer = layer_of(cls, 3, 4, num_layers=2, dropout=0.5)
+    before, x = type(layer), torch.randn(5, 2, 3)
+    frozen = lstm_ext.freeze(layer)
+    with torch.no_grad():
+        expected = frozen(x)[0]
+    for same in (
+        frozen,
+        copy.deepcopy(frozen),
+        copy.copy(frozen),
+        pickle.loads(pickle.dumps(frozen)),
+        lstm_ext.freeze(frozen),
+    ):
+        assert type(same) is type(frozen) and isinstance(same, lstm_ext.FrozenLSTM)
+        assert isinstance(same, nn.LSTM) == isinstance(layer, nn.LSTM)
+        assert isinstance(same, lstm_ext.FrozenTorchLSTM) == isinstance(layer, nn.LSTM)
+        assert before is nn.LSTM or isinstance(same, getattr(before, "_derived_from", before))
+        with torch.no_grad():
+            assert torch.equal(same(x)[0], expected)
+        back = lstm_ext.unfreeze(same)
+        assert type(back) is before and repr(back) == repr(layer) and not back.training
+        assert vars(back).keys() == vars(layer).keys()
+        torch.testing.assert_close(back(x)[0], expected)
+    named = {lstm_ext.LSTM: "FrozenLSTM", nn.LSTM: "FrozenTorchLSTM", Plain: "FrozenPlain"}
+    if before in named:
+        assert repr(frozen).startswith(f"{named[before]}(3, 4")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.5},
+        {"zoneout": (0.3, 0.4), "recurrent_dropout": 0.5},
+        {"layer_norm": True, "dropout": 0.9},
+    ],
+    ids=str,
+)
+def test_train_changes_no_result(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), lstm_ext.LSTM(3, 4, 2, **options), nn.Dropout(0.5))
+    frozen, x = lstm_ext.freeze(model), torch.randn(5, 2, 3)
+    layer = frozen[1]
+    expected, (y, _) = layer(x)[0], layer.step(x[0])
+    assert frozen.train() is frozen and all(m.training for m in frozen.modules())
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x)[0], expected) and torch.equal(layer.step(x[0])[0], y)
+    layer(x, return_gates=True, lengths=[2, 5])
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0], expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m.training for m in lstm_ext.unfreeze(frozen).modules())
+    assert not any(m.training for m in frozen.eval().modules())
+
+
+def test_other_parts_can_be_trained() -> None:
+    frozen = lstm_ext.freeze(nn.Sequential(nn.Embedding(9, 3), lstm_ext.LSTM(3, 4))).train()
+    head, x = nn.Linear(4, 2), torch.randint(9, (5, 2))
+
+    def gradient(layer: Any) -> Tensor:
+        head.weight.grad = None
+        head(layer(frozen[0](x))[0]).sum().backward()
+        return head.weight.grad
+
+    expected = gradient(lstm_ext.unfreeze(frozen)[1])
+    torch.testing.assert_close(gradient(frozen[1]), expected)
+    torch.testing.assert_close(gradient(torch.compile(frozen[1], backend="aot_eager")), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"recompute": True}, {"layer_norm": True, "recompute": True}], ids=str
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_never_left_out_in_silence(compiled: bool, options: dict[str, Any]) -> None:
+    layer = lstm_ext.freeze(lstm_ext.LSTM(3, 4, 2, **options)).train()
+    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+    x, states = torch.randn(5, 2, 3), [torch.zeros(2, 2, 4) for _ in range(2)]
+    leaves = {"x": x, "h": states[0], "c": states[1], "weight": layer.weight_hh_l1}
+    if layer.layer_norm:
+        leaves["gain"] = layer.ln_gain_c_l0
+    functions: list[Any] = [lambda: call(x, states)]
+    if not compiled:
+        functions.append(lambda: layer.step(x[0], states))
+        functions.append(lambda: layer(x, resets=torch.ones(5, 2, dtype=torch.bool), reset_state=states))
+    for function in functions:
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+            with pytest.raises(RuntimeError, match=r"a frozen layer has no gradients.*lstm_ext\.unfreeze"):
+                function()
+            with torch.no_grad():
+                function()
+            leaf.requires_grad_(False)
+        assert not function()[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_recompute_is_without_effect(kind: str) -> None:
+    torch.manual_seed(5)
+    layer = lstm_ext.LSTM(100, 100, layer_norm=True)
+    recomputing = lstm_ext.LSTM(100, 100, layer_norm=True, recompute=True)
+    recomputing.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 2, 100)
+    frozen = lstm_ext.freeze(recomputing, KINDS[kind])
+    expected = lstm_ext.freeze(layer, KINDS[kind])(x)[0]
+    assert torch.equal(frozen(x)[0], expected)
+    assert torch.equal(torch.compile(frozen, backend="aot_eager", fullgraph=True)(x)[0], expected)
+    assert (kind == "own") == (relative_error(expected, layer(x)[0].double()) < 1e-5)
+    assert lstm_ext.unfreeze(frozen).recompute
+
+
+def test_other_weights_than_those_that_were_packed() -> None:
+    layer, x = lstm_ext.freeze(lstm_ext.LSTM(3, 4, 2, layer_norm=True)), torch.randn(5, 2, 3)
+    layer.scale = nn.Parameter(torch.ones(1))
+    own, expected = dict(layer.named_parameters()), layer(x)[0]
+    refused = pytest.raises(
+        RuntimeError, match=r"FrozenLSTM: weight_hh_l1 is another tensor.*lstm_ext\.unfreeze"
+    )
+
+    def call(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))[0]
+
+    for function in (call, torch.compile(call, backend="aot_eager")):
+        with refused:
+            function({"weight_hh_l1": torch.zeros(16, 4)}, x)
+        assert torch.equal(function(own, x), expected)
+        # These are read in each call.
+        function({"scale": torch.zeros(1)}, x)
+        assert not torch.equal(function({"ln_gain_c_l0": torch.zeros(4)}, x), expected)
+    with refused:
+        torch.func.functional_call(layer, {"weight_hh_l1": torch.zeros(16, 4)}, (x[0],))
+
+    layer.weight_hh_l1 = nn.Parameter(torch.zeros(16, 4), requires_grad=False)
+    for stale in (layer, copy.deepcopy(layer)):
+        with refused:
+            stale(x)
+        with refused:
+            stale(x, return_gates=True)
+    thawed = lstm_ext.unfreeze(layer)(x)[0]
+    torch.testing.assert_close(lstm_ext.freeze(layer)(x)[0], thawed)
+    layer.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x)[0], thawed)
+    layer.load_state_dict(own, assign=True)
+    assert layer.weight_hh_l1 is own["weight_hh_l1"] and torch.equal(layer(x)[0], expected)
+    parametrizations.weight_norm(layer, "weight_hh_l1")
+    for stale in (layer, copy.deepcopy(layer)):
+        with refused:
+            stale.step(x[0])
