@@ -1,0 +1,5 @@
+"""The former home of :class:`lstm_ext.LSTMCell`: pickled models name it."""
+
+from .nn.cell import LSTMCell
+
+__all__ = ["LSTMCell"]
