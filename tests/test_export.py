@@ -274,3 +274,74 @@ def test_example_in_cpp(tmp_path: Path) -> None:
         [main, tmp_path / "model.pt2", tmp_path / "sample.pt", "nowhere.so"], capture_output=True
     )
     assert run.returncode == 2 and b"nowhere.so" in run.stderr
+
+
+# A T that only the data tell
+
+
+CUTS = {
+    "a number": lambda x, n: x[: n.item()],
+    "narrow": lambda x, n: x.narrow(0, 0, n.item()),
+    "a mask": lambda x, n: x[torch.arange(x.size(0)) < n],
+    "a mask of rows": lambda x, n: x[:, torch.arange(x.size(1)) < n],
+    "unbatched": lambda x, n: x[:, 0][torch.arange(x.size(0)) < n],
+}
+
+
+class Cut(nn.Module):
+    def __init__(self, cut, call=None, **options) -> None:
+        super().__init__()
+        self.lstm, self.cut, self.call = lstm_ext.LSTM(I, H, **options).eval(), cut, call
+
+    def forward(self, x: Tensor, n: Tensor):
+        x = self.cut(x, n)
+        return self.lstm(x) if self.call is None else self.call(self.lstm, x)
+
+
+def by_function(lstm: lstm_ext.LSTM, x: Tensor):
+    return lstm_ext.functional.lstm(x, None, list(lstm.parameters()), True, 1, 0.0, False, False, False)
+
+
+@pytest.fixture
+def data_dependent_sizes():
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        yield
+
+
+DATA_DEPENDENT = {
+    **{name: (lambda cut=cut: Cut(cut)) for name, cut in CUTS.items()},
+    "stacked": lambda: Cut(CUTS["a mask"], num_layers=2, bidirectional=True, proj_size=2),
+    "options": lambda: Cut(CUTS["a mask"], layer_norm=True, zoneout=0.1),
+    "lengths": lambda: Cut(CUTS["a mask"], lambda lstm, x: lstm(x, lengths=torch.tensor([1, 1, 0]))),
+    "function": lambda: Cut(CUTS["a mask"], by_function),
+}
+
+
+@pytest.mark.parametrize("make", DATA_DEPENDENT.values(), ids=DATA_DEPENDENT)
+def test_a_time_that_only_the_data_tell_compiles(make, data_dependent_sizes):
+    model, x = make(), torch.randn(T, B, I)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for n in (2, 3, 1):
+        assert_equal(compiled(x, torch.tensor(n)), model(x, torch.tensor(n)))
+
+
+@both_ways
+@pytest.mark.parametrize("make", DATA_DEPENDENT.values(), ids=DATA_DEPENDENT)
+def test_a_time_that_only_the_data_tell_exports(make, strict):
+    model, x = make(), torch.randn(T, B, I)
+    program = torch.export.export(model, (x, torch.tensor(2)), strict=strict)
+    assert_layers(program.graph, model.lstm.num_layers)
+    for n in (2, 3, 1):
+        assert_equal(program.module()(x, torch.tensor(n)), model(x, torch.tensor(n)))
+
+
+def test_no_step_at_all_is_an_error_when_it_runs(data_dependent_sizes):
+    model, x = Cut(CUTS["a mask"]), torch.randn(T, B, I)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x, torch.tensor(2))
+    program = torch.export.export(model, (x, torch.tensor(2)))
+    for run in (compiled, program.module()):
+        with pytest.raises(RuntimeError, match="input has 0 time steps, expected at least 1"):
+            run(x, torch.tensor(0))
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        model(x, torch.tensor(0))

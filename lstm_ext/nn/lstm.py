@@ -18,7 +18,7 @@ from ..call.arguments import (
     zoneout_pair,
 )
 from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
-from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
+from ..call.run import EMPTY_SEQUENCE, describe_hx, has_steps, run, zero_states
 from ..layer import route
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
@@ -357,7 +357,9 @@ class LSTM(ScriptedLSTM):
         batch = shape[1] if layout.batch_sizes is None else layout.batch(x)
         sets = 2 * self.num_layers if self.bidirectional else self.num_layers
         state_shapes = h_shape, c_shape = (sets, batch, self.proj_size or H), (sets, batch, H)
-        good = shape[-1] == self.input_size and shape[0] != 0 and dtype == w.dtype and device == w.device
+        good = (
+            shape[-1] == self.input_size and has_steps(shape[0]) and dtype == w.dtype and device == w.device
+        )
         if hx is None:
             h0 = c0 = None
             if layout.batch_sizes is not None and torch.compiler.is_compiling():
