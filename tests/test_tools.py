@@ -1,9 +1,13 @@
-"""Tools that look layers up by their exact class: right, or a warning that says the way out."""
+"""Tools that look layers up by their exact class: right, or a warning that says the way out.
+
+The tools themselves are in `tests/compat`.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
+import types
 import warnings
 
 import pytest
@@ -11,109 +15,148 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.nn import tools
+from lstm_ext import reference
+from lstm_ext.nn.torchs import PatchedLSTM, PatchedLSTMCell
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CLASSES = [
+    lstm_ext.LSTM,
+    lstm_ext.LSTMCell,
+    lstm_ext.TorchLSTM,
+    lstm_ext.TorchLSTMCell,
+    lstm_ext.FrozenLSTM,
+    PatchedLSTM,
+    PatchedLSTMCell,
+]
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.lstm = nn.LSTM(24, 32, 2, bidirectional=True, batch_first=True)
-        self.out = nn.Linear(64, 4)
+        self.cell = nn.LSTMCell(64, 8)
+        self.out = nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.out(self.lstm(x)[0])
-
-
-class OneStep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.LSTMCell(24, 32)
-
-    def forward(self, x):
-        return self.cell(x[:, 0])[0]
-
-
-WAYS = [{}, {"as_torchs": True}]
+        return self.out(self.cell(self.lstm(x)[0][:, -1])[0])
 
 
 def converted(model: nn.Module, **how) -> nn.Module:
     return lstm_ext.convert(copy.deepcopy(model), **how)
 
 
-@pytest.fixture
-def no_warning_yet():
-    tools._warn_about_quantization.cache_clear()
+# Tables of other packages
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("kind", [Model, OneStep])
-def test_thop(kind, how):
-    thop = pytest.importorskip("thop")
-    model, x = kind(), torch.randn(2, 5, 24)
-    ours = converted(model, **how)
-    expected = thop.profile(model, (x,), verbose=False)
-    assert thop.profile(ours, (x,), verbose=False) == expected
-    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in model.named_buffers()]
+TABLES = [
+    ("thop.profile", "register_hooks"),
+    ("ptflops.pytorch_ops", "MODULES_MAPPING"),
+    ("deepspeed.profiling.flops_profiler.profiler", "MODULE_HOOK_MAPPING"),
+    ("calflops.pytorch_ops", "MODULE_HOOK_MAPPING"),
+]
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("kind", [Model, OneStep])
-def test_ptflops(kind, how):
-    ptflops = pytest.importorskip("ptflops")
-    model, options = kind(), {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}
-    ours = converted(model, **how)
-    expected = ptflops.get_model_complexity_info(model, (5, 24), **options)
-    assert ptflops.get_model_complexity_info(ours, (5, 24), **options) == expected
+def load(monkeypatch, place: tuple[str, str], table: dict) -> None:
+    """As if the tool had just been imported."""
+    monkeypatch.setitem(sys.modules, place[0], types.SimpleNamespace(**{place[1]: table}))
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_fvcore(how):
-    analysis = pytest.importorskip("fvcore.nn").FlopCountAnalysis
-    model, x = Model(), torch.randn(2, 5, 24)
-    ours, theirs = analysis(converted(model, **how), x), analysis(model, x)
-    assert ours.total() == theirs.total()
-    assert ours.unsupported_ops() == theirs.unsupported_ops()
+@pytest.mark.parametrize(
+    "walk", [lambda m: m.apply(id), lambda m: list(m.modules())], ids=["apply", "modules"]
+)
+@pytest.mark.parametrize("place", TABLES, ids=[name for name, _ in TABLES])
+def test_a_tool_that_is_loaded_after_conversion(monkeypatch, place, walk):
+    """It sees a layer of torch that has the attributes of ours, and what it sets there is set in ours."""
+
+    def count(layer, *arguments):
+        layer.__flops__ = (type(layer), arguments)
+
+    model = nn.Sequential(converted(Model()))
+    load(monkeypatch, place, table := {nn.LSTM: count, nn.LSTMCell: count, nn.Linear: len})
+    walk(model)
+    for layer, torchs in ((model[0].lstm, nn.LSTM), (model[0].cell, nn.LSTMCell)):
+        table[type(layer)](layer, 1, 2)
+        assert layer.__flops__ == (torchs, (1, 2))
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_opacus(how):
-    validators = pytest.importorskip("opacus.validators")
-    model, x = Model(), torch.randn(2, 5, 24)
-    ours = converted(model, **how).train()
-    errors = validators.ModuleValidator.validate(ours, strict=False)
-    expected = validators.ModuleValidator.validate(model, strict=False)
-    assert [str(e) for e in errors] == [str(e) for e in expected] and len(errors) == 1
-    fixed = validators.ModuleValidator.fix(ours)
-    assert type(fixed.lstm).__name__ == "DPLSTM"
-    torch.testing.assert_close(fixed(x), model(x))
+def test_opacus_loaded_after_conversion(monkeypatch):
+    class ModuleValidator:
+        VALIDATORS = {nn.LSTM: type, nn.LSTMCell: type}  # noqa: RUF012
+        FIXERS = {nn.LSTM: type, nn.LSTMCell: type}  # noqa: RUF012
+
+    model = converted(Model())
+    monkeypatch.setitem(
+        sys.modules, "opacus.validators", types.SimpleNamespace(ModuleValidator=ModuleValidator)
+    )
+    list(model.named_modules())
+    for table in (ModuleValidator.VALIDATORS, ModuleValidator.FIXERS):
+        assert table[type(model.lstm)](model.lstm) is nn.LSTM
+        assert table[type(model.cell)](model.cell) is nn.LSTMCell
+    other = lstm_ext.LSTM(3, 4, zoneout=0.1)
+    list(other.modules())
+    assert ModuleValidator.VALIDATORS[lstm_ext.LSTM](other) is nn.LSTM
     with pytest.raises(TypeError, match="zoneout; no other layer can take its place"):
-        validators.ModuleValidator.fix(nn.Sequential(lstm_ext.LSTM(3, 4, zoneout=0.1)).train())
+        ModuleValidator.FIXERS[lstm_ext.LSTM](other)
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_quantization_warns_once_and_works_after_revert(how, no_warning_yet):
-    model, x = Model().eval(), torch.randn(2, 5, 24)
-    ours = converted(model, **how)
-    with pytest.warns(
-        UserWarning, match=r"leaves the layers of lstm_ext in floating point: call lstm_ext\.rev"
-    ):
-        same = torch.ao.quantization.quantize_dynamic(ours, {nn.LSTM, nn.Linear})
-    assert isinstance(same.lstm, lstm_ext.LSTM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        torch.ao.quantization.quantize_dynamic(nn.Sequential(lstm_ext.LSTMCell(3, 4)))
-        lstm_ext.revert(ours)
-        quantized = torch.ao.quantization.quantize_dynamic(ours, {nn.LSTM, nn.Linear})
-    expected = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear})
-    assert type(quantized.lstm) is type(expected.lstm) is torch.ao.nn.quantized.dynamic.LSTM
-    torch.testing.assert_close(quantized(x), expected(x), rtol=0, atol=0)
+def test_a_rule_of_the_users_own_is_kept(monkeypatch):
+    load(monkeypatch, TABLES[0], table := {nn.LSTM: print, lstm_ext.LSTM: len})
+    lstm_ext.LSTM(3, 4).apply(id)
+    lstm_ext.TorchLSTM(3, 4).apply(id)
+    assert table[lstm_ext.LSTM] is len and lstm_ext.TorchLSTM in table
 
 
-def test_qconfig_is_an_attribute_as_before(no_warning_yet):
-    layer = lstm_ext.LSTM(3, 4)
-    assert not hasattr(layer, "qconfig") and not hasattr(lstm_ext.LSTM, "qconfig")
+def test_a_table_without_torchs_layer_gets_none_of_ours(monkeypatch):
+    load(monkeypatch, TABLES[0], table := {nn.Linear: print})
+    lstm_ext.LSTM(3, 4).apply(id)
+    assert table == {nn.Linear: print}
+
+
+def test_a_users_subclass_is_not_entered(monkeypatch):
+    class Mine(lstm_ext.LSTM):
+        pass
+
+    load(monkeypatch, TABLES[0], table := {nn.LSTM: print})
+    Mine(3, 4).apply(id)
+    assert table == {nn.LSTM: print}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_replaces_functionals_sees_none_of_the_equations(monkeypatch, norm):
+    """Profilers count the calls of ``torch.nn.functional``, and the layer as a whole beside them."""
+    layer, x = lstm_ext.LSTM(3, 4, layer_norm=norm), torch.randn(5, 2, 3)
+    gains = {"norm_weights": [p for n, p in layer.named_parameters() if n.startswith("ln_")]} if norm else {}
+    weights = [p for n, p in layer.named_parameters() if not n.startswith("ln_")]
+    for name in ("linear", "layer_norm"):
+        monkeypatch.setattr(nn.functional, name, None)
+    torch.testing.assert_close(reference.lstm(x, None, weights, **gains), layer(x))
+
+
+def test_parameters_are_walked_over_in_a_compiled_function():
+    model = converted(Model())
+
+    def squares():
+        return sum([p.square().sum() for p in model.parameters()])
+
+    torch.testing.assert_close(torch.compile(squares, backend="eager", fullgraph=True)(), squares())
+
+
+# Attributes
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_name_of_a_class_is_an_attribute(cls):
+    """Some copy the attributes of ``torch.nn.LSTM``, in whose place our class may be."""
+    assert {"forward", "qconfig"} & set(dir(cls)) == {"forward"}
+    for name in dir(cls):
+        getattr(cls, name)
+
+
+@pytest.mark.parametrize("cls", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_qconfig_is_an_attribute_as_in_every_module(cls):
+    layer = cls(3, 4)
+    assert not hasattr(layer, "qconfig")
     with pytest.warns(UserWarning):
         layer.qconfig = 3
     assert layer.qconfig == copy.deepcopy(layer).qconfig == lstm_ext.to_torch(layer).qconfig == 3
@@ -121,16 +164,43 @@ def test_qconfig_is_an_attribute_as_before(no_warning_yet):
     assert not hasattr(layer, "qconfig")
 
 
-def test_a_rule_of_the_users_own_is_kept(monkeypatch):
-    table = {nn.LSTM: print, lstm_ext.LSTM: len}
-    monkeypatch.setitem(sys.modules, "thop.profile", type("thop", (), {"register_hooks": table}))
-    lstm_ext.LSTM(3, 4).eval()
-    lstm_ext.TorchLSTM(3, 4).eval()
-    assert table[lstm_ext.LSTM] is len and lstm_ext.TorchLSTM in table
+# Quantization
 
 
-def test_a_table_without_torchs_layer_gets_none_of_ours(monkeypatch):
-    table = {nn.Linear: print}
-    monkeypatch.setitem(sys.modules, "thop.profile", type("thop", (), {"register_hooks": table}))
-    lstm_ext.LSTM(3, 4).eval()
-    assert table == {nn.Linear: print}
+def quantized(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.LSTMCell, nn.Linear})
+
+
+@pytest.mark.parametrize("action", ["always", "default"])
+def test_quantization_warns_once_a_model(action):
+    """One warning for all layers of a model, and another one for a model like it, from the same line."""
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings(action, ".*lstm_ext", UserWarning)
+            same = quantized(converted(Model().eval()))
+        assert [str(w.message) for w in caught] == [
+            "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point "
+            "(lstm, cell): call lstm_ext.revert(model) before it to have them quantized"
+        ]
+        assert caught[0].filename == __file__
+        assert isinstance(same.lstm, lstm_ext.LSTM) and isinstance(same.cell, lstm_ext.LSTMCell)
+
+
+def test_static_quantization_warns_too():
+    model = converted(Model().train())
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    with pytest.warns(UserWarning, match=r"in floating point \(lstm, cell\)") as caught:
+        torch.ao.quantization.prepare_qat(model, inplace=True)
+    assert sum("lstm_ext" in str(w.message) for w in caught) == 1
+
+
+def test_quantization_after_revert():
+    model, x = Model().eval(), torch.randn(2, 5, 24)
+    ours = lstm_ext.revert(converted(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = quantized(ours)
+    expected = quantized(model)
+    assert type(found.lstm) is type(expected.lstm) is torch.ao.nn.quantized.dynamic.LSTM
+    torch.testing.assert_close(found(x), expected(x), rtol=0, atol=0)

@@ -223,3 +223,17 @@ def test_benchmark(tmp_path):
             assert result[name]["largest_difference"] < 1e-5
             assert result[name]["torch"]["median"] > 0
     assert "over_torch: " in done.stdout and "over_pad: " in done.stdout
+
+
+IN_TORCHS_PLACE = """
+import torch
+import lstm_ext
+torch.nn.LSTM, torch.nn.LSTMCell = lstm_ext.LSTM, lstm_ext.LSTMCell
+import torchrl.modules
+module = torchrl.modules.LSTMModule(3, 4, in_key="x", out_key="y")
+assert type(module.lstm) is lstm_ext.LSTM
+"""
+
+
+def test_torchrl_is_imported_where_our_classes_are_in_torchs_place():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_TORCHS_PLACE], check=True, cwd=ROOT)

@@ -14,7 +14,7 @@ from ..call.run import describe_hx
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import refuse_scripting
-from .tools import NotQuantized, introduce
+from .tools import KnownToTools
 
 __all__ = ["LSTMCell"]
 
@@ -26,7 +26,7 @@ _torchs = nn.LSTMCell
 _torchs_forward = nn.LSTMCell.forward
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(KnownToTools, nn.RNNCellBase):
     """One step of one LSTM layer, with the interface, parameters and initial weights of ``torch.nn.LSTMCell``.
 
     The equations are those of :mod:`lstm_ext.reference`. H hidden units, I features.
@@ -177,13 +177,8 @@ class LSTMCell(nn.RNNCellBase):
             f"weight_ih of shape {tuple(self.weight_ih.shape)}, {self.weight_ih.dtype}, on {self.weight_ih.device}"
         )
 
-    qconfig = NotQuantized()
-
-    def train(self, mode: bool = True) -> LSTMCell:
-        """As in every module. Tools that look for layers by their exact class are told of this one."""
-        if type(self).__module__.startswith("lstm_ext."):
-            introduce(type(self), _torchs, lambda cell: None)
-        return super().train(mode)
+    def _stands_in_for(self) -> type[nn.Module]:
+        return _torchs
 
     def __prepare_scriptable__(self) -> LSTMCell:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.

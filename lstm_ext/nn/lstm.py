@@ -24,7 +24,7 @@ from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from ..native import loader
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
-from .tools import NotQuantized, introduce
+from .tools import KnownToTools
 
 __all__ = ["LSTM"]
 
@@ -37,7 +37,7 @@ _NO_TRACE = (
 )
 
 
-class LSTM(ScriptedLSTM):
+class LSTM(KnownToTools, ScriptedLSTM):
     """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
 
     :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
@@ -488,13 +488,15 @@ class LSTM(ScriptedLSTM):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
-    qconfig = NotQuantized()
+    def _stands_in_for(self) -> type[nn.Module]:
+        return _torchs
 
-    def train(self, mode: bool = True) -> LSTM:
-        """As in every module. Tools that look for layers by their exact class are told of this one."""
-        if type(self).__module__.startswith("lstm_ext."):
-            introduce(type(self), _torchs, _refuse_options)
-        return super().train(mode)
+    def _refuse_replacement(self) -> None:
+        if options_of(self):
+            raise TypeError(
+                f"lstm_ext.LSTM: it has what torch.nn.LSTM does not have: {', '.join(options_of(self))}; no other "
+                "layer can take its place"
+            )
 
     def __prepare_scriptable__(self) -> LSTM:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one. What it returns
@@ -525,14 +527,6 @@ _OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recomp
 def options_of(module: LSTM) -> list[str]:
     """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
     return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
-
-
-def _refuse_options(module: LSTM) -> None:
-    if options_of(module):
-        raise TypeError(
-            f"lstm_ext.LSTM: it has what torch.nn.LSTM does not have: {', '.join(options_of(module))}; no other layer "
-            "can take its place"
-        )
 
 
 def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Tools that look a layer up by its exact class, in tables that know torch's layers and not ours.
 
-Nothing here imports a tool. The layers enter themselves into the tables of those that are loaded, whenever they are
-converted and in ``train`` and ``eval``, which thop and ptflops call before they look.
+Nothing here imports a tool. A layer enters itself into the tables of those that are loaded when somebody walks over the
+modules of its model, which they all do before they look.
 """
 
 from __future__ import annotations
@@ -9,25 +9,55 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["NotQuantized", "introduce"]
+__all__ = ["KnownToTools"]
 
-# What thop and ptflops call after each forward pass, by class.
-_COUNTERS = (("thop.profile", "register_hooks"), ("ptflops.pytorch_ops", "MODULES_MAPPING"))
+# What counts the operations of a layer, by class, after each forward pass.
+_COUNTERS = (
+    ("thop.profile", "register_hooks"),
+    ("ptflops.pytorch_ops", "MODULES_MAPPING"),
+    ("deepspeed.profiling.flops_profiler.profiler", "MODULE_HOOK_MAPPING"),
+    ("calflops.pytorch_ops", "MODULE_HOOK_MAPPING"),
+)
 
 
-def introduce(ours: type[nn.Module], torchs: type[nn.Module], refuse: Callable[[Any], None]) -> None:
-    """Enter ``ours`` beside ``torchs`` into the tables of the tools that are loaded, unless it is there.
+class KnownToTools(nn.Module):
+    """A layer that stands for one of torch's, and that tools take for it."""
 
-    Args:
-        ours: the exact class of a layer.
-        torchs: the class of torch that it stands for.
-        refuse: raises for a layer that cannot become one of torch's. For tools that replace it.
-    """
+    def _stands_in_for(self) -> type[nn.Module]:
+        """The class of torch's layer."""
+        raise NotImplementedError
+
+    def _refuse_replacement(self) -> None:
+        """Raises: TypeError for a layer that cannot become one of torch's. For tools that replace it."""
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As in every module."""
+        _introduce(type(self), self._stands_in_for())
+        return super().apply(fn)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in every module."""
+        _introduce(type(self), self._stands_in_for())
+        return super().named_modules(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.ao.quantization sets it in every module of a model before it begins. It then quantizes the modules whose
+        # exact class it was given or knows, and can be told of no other: it would leave our layers in silence.
+        if name == "qconfig":
+            _warn_about_quantization(self)
+        super().__setattr__(name, value)
+
+
+def _introduce(ours: type[nn.Module], torchs: type[nn.Module]) -> None:
+    """Enter ``ours`` beside ``torchs`` into the tables of the tools that are loaded, unless it is there."""
+    if not ours.__module__.startswith("lstm_ext."):
+        return  # a subclass of the user's, which the tools do not know of torch's layer either
     for module, name in _COUNTERS:
         table = getattr(sys.modules.get(module), name, None)
         if table is not None and torchs in table:
@@ -35,57 +65,50 @@ def introduce(ours: type[nn.Module], torchs: type[nn.Module], refuse: Callable[[
     validators = getattr(sys.modules.get("opacus.validators"), "ModuleValidator", None)
     if validators is not None and torchs in validators.VALIDATORS:
         validators.VALIDATORS.setdefault(ours, _Seen(validators.VALIDATORS[torchs], torchs))
-        validators.FIXERS.setdefault(ours, _Seen(validators.FIXERS[torchs], torchs, refuse))
+        validators.FIXERS.setdefault(ours, _Seen(validators.FIXERS[torchs], torchs, replaces=True))
 
 
 # Called by dynamo, not traced.
-introduce._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_introduce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Seen:
     """A tool's function for torch's layer, for ours: it sees a layer of torch with the very same attributes."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        torchs: type[nn.Module],
-        refuse: Callable[[Any], None] = lambda layer: None,
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], torchs: type[nn.Module], replaces: bool = False) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._torchs, self._refuse = function, torchs, refuse
+        self._function, self._torchs, self._replaces = function, torchs, replaces
 
-    def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._refuse(layer)
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._replaces:
+            layer._refuse_replacement()
         twin = self._torchs.__new__(self._torchs)
         twin.__dict__ = layer.__dict__
         return self._function(twin, *args, **kwargs)
 
 
-class NotQuantized:
-    """The attribute ``qconfig``, which ``torch.ao.quantization`` sets in every module of a model before it begins.
+# The packages whose frames lie between the user's line and our layer; torch's functions are wrapped as deprecated.
+_IN_BETWEEN = ("torch", "typing_extensions", "warnings", "_py_warnings")
 
-    It then quantizes the modules whose exact class it was given or knows, and can be told of no other: even its
-    conversion of an LSTM asks for the exact class. So it would leave our layers as they are in silence.
-    """
-
-    def __get__(self, layer: nn.Module | None, cls: type) -> Any:
-        if layer is None or "qconfig" not in layer.__dict__:
-            raise AttributeError(f"{cls.__name__} has no attribute 'qconfig'")
-        return layer.__dict__["qconfig"]
-
-    def __set__(self, layer: nn.Module, value: Any) -> None:
-        layer.__dict__["qconfig"] = value
-        _warn_about_quantization()
-
-    def __delete__(self, layer: nn.Module) -> None:
-        del layer.__dict__["qconfig"]
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-@functools.cache
-def _warn_about_quantization() -> None:
-    warnings.warn(
-        "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point: call "
-        "lstm_ext.revert(model) before it to have them quantized",
+def _warn_about_quantization(layer: nn.Module) -> None:
+    """Warn once for the model that is being quantized, at the line that does so."""
+    model, frame = layer, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _IN_BETWEEN:
+        if frame.f_code.co_name == "propagate_qconfig_":
+            model = frame.f_locals["module"]
+        frame = frame.f_back
+    if model in _warned:
+        return
+    _warned.add(model)
+    names = ", ".join([name for name, m in model.named_modules() if name and isinstance(m, KnownToTools)])
+    # With no registry: a model like one before it, from the same line, is another model.
+    warnings.warn_explicit(
+        "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point"
+        f"{names and f' ({names})'}: call lstm_ext.revert(model) before it to have them quantized",
         UserWarning,
-        stacklevel=3,
+        frame.f_code.co_filename,
+        frame.f_lineno,
     )
