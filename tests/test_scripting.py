@@ -299,6 +299,97 @@ def test_a_subclass_that_overrides_nothing():
     torch.testing.assert_close(torch.jit.script(model)(x)[0], model(x)[0])
 
 
+# torch.jit.ScriptModule
+
+
+class Compiled(torch.jit.ScriptModule):
+    """It compiles itself when it is made."""
+
+    def __init__(self, lstm: nn.Module, cell: nn.Module):
+        super().__init__()
+        self.lstm = lstm
+        self.rest = nn.Sequential(cell)
+
+    @torch.jit.script_method
+    def forward(
+        self, x: torch.Tensor, hx: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        output, states = self.lstm(x, hx)
+        return self.rest(output[0])[0], states
+
+
+class CompiledPacked(torch.jit.ScriptModule):
+    def __init__(self, lstm: nn.Module):
+        super().__init__()
+        self.lstm = lstm
+
+    @torch.jit.script_method
+    def forward(self, x: PackedSequence) -> torch.Tensor:
+        return self.lstm(x)[0].data
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("as_torchs", [False, True])
+def test_a_script_module_holds_our_layers(options, as_torchs, tmp_path):
+    theirs = nn.LSTM(3, 4, **options)
+    cell = nn.LSTMCell((options.get("proj_size") or 4) * (2 if theirs.bidirectional else 1), 5)
+    expected = Compiled(theirs, cell)
+    ours = nn.ModuleList([copy.deepcopy(theirs), copy.deepcopy(cell)])
+    model = Compiled(*lstm_ext.convert(ours, as_torchs=as_torchs))
+    assert list(model.state_dict()) == list(expected.state_dict())
+    model.save(tmp_path / "model.pt")
+    for args in arguments(theirs, "batched"):
+        result = expected(*args)
+        torch.testing.assert_close(model(*args), result, rtol=0, atol=0)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(*args), result, rtol=0, atol=0)
+    ours[0](*args)  # which is still ours
+    assert isinstance(ours[0], lstm_ext.LSTM) and isinstance(ours[1], lstm_ext.LSTMCell)
+
+
+def test_a_script_module_takes_packed_sequences():
+    theirs = nn.LSTM(3, 4, 2)
+    (x,) = arguments(theirs, "packed")[0]
+    model = CompiledPacked(lstm_ext.from_torch(theirs))
+    torch.testing.assert_close(model(x), CompiledPacked(theirs)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: lstm_ext.LSTM(3, 4, zoneout=0.1), r"has no zoneout: use torch\.export"),
+        (lambda: lstm_ext.freeze(lstm_ext.LSTM(3, 4)), r"do not know frozen layers"),
+        (lambda: lstm_ext.convert(Doubling(3, 4), subclasses=True), r"Doubling has a forward of its own"),
+    ],
+    ids=["option", "frozen", "subclass"],
+)
+def test_a_script_module_refuses_what_torch_jit_script_refuses(make, text):
+    with pytest.raises(RuntimeError, match=text):
+        CompiledPacked(make())
+    with pytest.raises(RuntimeError, match=r"Halving has a forward of its own"):
+        Compiled(nn.LSTM(3, 4), Halving(4, 4))
+
+
+class WithExport(Tagger):
+    @torch.jit.export
+    def twice(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_a_trace_of_a_model_with_exported_methods_compiles_no_layer():
+    model, x = lstm_ext.convert(WithExport()), torch.randn(4, 2, 5)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(traced.twice(x), 2 * x)
+    assert not hasattr(model.lstm, "forward__0") and not hasattr(traced.lstm, "forward__0")
+
+
+def test_a_look_at_all_attributes_prepares_nothing():
+    for layer in (lstm_ext.LSTM(3, 4, zoneout=0.1), lstm_ext.LSTMCell(3, 4)):
+        before = dict(vars(layer))
+        inspect.getmembers(layer)
+        assert vars(layer).keys() == before.keys()
+
+
 def test_the_cells_own_interface_is_as_it_was():
     parameters = inspect.signature(lstm_ext.LSTMCell.forward).parameters
     assert list(parameters) == ["self", "input", "hx"]

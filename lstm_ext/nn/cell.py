@@ -13,7 +13,7 @@ from ..call.autocast import autocast_dtype, result_dtypes, to_dtype
 from ..call.run import describe_hx
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
-from .scripted import refuse_scripting
+from .scripted import IgnoredAttributes, refuse_scripting
 from .tools import KnownToTools
 
 __all__ = ["LSTMCell"]
@@ -179,6 +179,8 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
 
     def _stands_in_for(self) -> type[nn.Module]:
         return _torchs
+
+    __jit_ignored_attributes__ = IgnoredAttributes()
 
     def __prepare_scriptable__(self) -> LSTMCell:
         # The hook that torch.jit.script offers before it compiles a module or a module inside one.

@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` compiles in the place of our layers' ``forward``: torch's layer, with the same parameters.
+"""What ``torch.jit`` compiles in the place of our layers' ``forward``: torch's layer, with the same parameters.
 
 TorchScript cannot compile our Python, and a module may name other methods for it, in ``__overloads__``. Its hook
 ``__prepare_scriptable__`` cannot return a layer of torch: torch would leave that in the table of modules of the user's
@@ -9,6 +9,7 @@ The methods bear the names that those of torch's layer have once it is compiled.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["ScriptedLSTM", "prepare_to_compile", "refuse_scripting"]
+__all__ = ["IgnoredAttributes", "ScriptedLSTM", "prepare_to_compile", "refuse_scripting"]
 
 
 class _ToCompile:
@@ -34,10 +35,36 @@ class _ToCompile:
         return MethodType(self._function, layer)
 
 
+class IgnoredAttributes:
+    """``__jit_ignored_attributes__``, the first thing that ``torch.jit`` asks a module it compiles.
+
+    ``torch.jit.script`` has called ``__prepare_scriptable__`` by then. A ``ScriptModule``, which compiles itself when
+    it is made, has not.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._names = list(names)
+
+    def __get__(self, layer: Any, cls: type) -> list[str]:
+        if layer is not None and _is_compiled():
+            layer.__prepare_scriptable__()
+        return self._names
+
+
+def _is_compiled() -> bool:
+    """Whether ``torch.jit``, which has called this, compiles the module. Before a trace it asks the same."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "torch.jit._recursive":
+        if frame.f_code.co_name == "create_script_module":
+            return not frame.f_locals["is_tracing"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 class ScriptedLSTM(nn.RNNBase):
     """The compiled forms of ``forward``, of a tensor and of a ``PackedSequence``; errors are those of ``nn.LSTM``."""
 
-    __jit_ignored_attributes__ = ["_layer_names"]  # noqa: RUF012
+    __jit_ignored_attributes__ = IgnoredAttributes("_layer_names")
 
     # The methods of nn.LSTM, which the compiled code calls, and subclasses may.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
