@@ -100,7 +100,7 @@ cuda-build: $(CUDA_INSTALLED)
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
-# Packages that have LSTMs, before and after lstm_ext.convert. Installs 1 GB.
+# Packages that have LSTMs, before and after lstm_ext.convert. Installs 2 GB.
 compat: build $(COMPAT_PACKAGES)
 	$(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat $(ARGS)
 
@@ -173,13 +173,14 @@ $(CUDA_PACKAGES): pyproject.toml
 	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
 	@touch $@
 
-# pip sees what VENV has, and is held to its torch.
+# pip sees what VENV has, and is held to its torch. espnet and kraken name old versions of what others need.
 $(COMPAT_PACKAGES): pyproject.toml $(PACKAGES)
 	@$(COMPAT_PY) -m pip --version >/dev/null 2>&1 || $(PY) -m venv $(COMPAT_VENV)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(PY) -c "$$site" > "$$($(COMPAT_PY) -c "$$site")/lstm_ext_venv.pth"
 	@$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(COMPAT_VENV)/torch.txt
-	@echo "installing what tests/compat needs into $(COMPAT_VENV), 1 GB"
+	@echo "installing what tests/compat needs into $(COMPAT_VENV), 2 GB"
 	$(COMPAT_PY) -m pip install -q 'setuptools>=77,<81'
 	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[compat]'
+	$(COMPAT_PY) -m pip install -q --no-deps 'espnet>=202511' 'kraken>=7'
 	@touch $@
