@@ -13,6 +13,8 @@ frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer
 rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in which a state begins anew where an
           episode does; in training also against one call of lstm_ext with `resets`
 busy      how much longer both layers take with one and with two programs that keep one of the cores busy
+fallback  torch.nn.LSTM's time over that of lstm_ext where it has no kernels and takes torch's own operator: in a process
+          of its own with LSTM_EXT_BACKEND=torch; eager, by torch.compile, packed, and three layers with dropout
 
 The process keeps freed memory for the measurement: see `harness.keep_freed_memory`. Nothing fails here: what a busy
 machine measures is no verdict.
@@ -20,6 +22,7 @@ machine measures is no verdict.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -28,18 +31,22 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import harness
 import sides
 import torch
 from harness import call_of, input_of
-from shapes import CELLS, ROLLOUTS, SHARED, STREAMS, TASKS, Shape
+from shapes import CELLS, FALLBACK, ROLLOUTS, SHARED, STREAMS, TASKS, Shape
 from torch import nn
 
-GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen", "rollout", "busy"]
+from lstm_ext.native import loader
+
+GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen", "rollout", "busy", "fallback"]
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
@@ -221,27 +228,59 @@ def busy(shape: Shape, training: bool, budget: float) -> dict:
     }
 
 
+def fallback(shape: Shape, training: bool, budget: float) -> dict:
+    result: dict = {"times": []}
+    for name, calls in sides.without_kernels(shape, training).items():
+        comparison = harness.compare(calls["torch"], calls["ours"], budget / 4)
+        result[f"{name}_over_torch"] = comparison.ratio
+        result["times"].append(harness.as_dict(comparison))
+    return result
+
+
+def in_a_process_without_kernels(options: argparse.Namespace) -> list[dict]:
+    """The results of the group `fallback`."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "results.json"
+        command = [sys.executable, __file__, "--only", "fallback", "--budget", str(options.budget)]
+        command += [
+            "--threads",
+            *map(str, options.threads),
+            "--shapes",
+            *options.shapes,
+            "--output",
+            str(output),
+        ]
+        subprocess.run(command, check=True, env=os.environ | {"LSTM_EXT_BACKEND": "torch"})
+        return json.loads(output.read_text())["results"]
+
+
 MEASURE = {
     "packed": packed, "vmap": vmap, "callers": callers, "16-bit": low_precision, "cell": cell, "frozen": frozen,
-    "rollout": rollout, "busy": busy,
+    "rollout": rollout, "busy": busy, "fallback": fallback,
 }  # fmt: skip
 # Those of a group that has its own.
 SHAPES = {
     "cell": CELLS,
     "frozen": {**STREAMS, **TASKS},
     "rollout": ROLLOUTS,
+    "fallback": FALLBACK,
     "busy": {**SHARED, "tagger": TASKS["tagger"], "stream-H512": STREAMS["stream-H512"]},
 }
 
 
 def main() -> None:
-    parser = harness.options_of(__doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **SHARED}, budget=4.0)
+    parser = harness.options_of(
+        __doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **SHARED, **FALLBACK}, budget=4.0
+    )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     options = parser.parse_args()
 
     facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
     results = []
     for group in options.only:
+        if group == "fallback" and loader.status().backend != "torch":
+            results += in_a_process_without_kernels(options)
+            continue
         # What two callers cost says nothing on more intra-op threads than one.
         for threads in [1] if group == "callers" else options.threads:
             shapes = {k: v for k, v in SHAPES.get(group, TASKS).items() if k in options.shapes}

@@ -60,6 +60,17 @@ SHARED = {"one-row": Shape(1, 48, 160, 160), "batch": Shape(16, 100, 128, 128)}
 # A step at a time, where the weights are read and hardly used.
 STREAMS = {f"stream-H{hidden}": Shape(1, 1, hidden, hidden) for hidden in (16, 64, 128, 256, 512, 1024)}
 
+# What runs on torch's own operator where there are no kernels: ten calls of 100 us and more, and three short ones.
+FALLBACK = {
+    **TASKS,
+    **{name: SHAPES[name] for name in ("B1-T64-H128", "B10-T30-H10", "B32-T100-H64", "B64-T50-H256")},
+    "one-T50-H32": Shape(1, 50, 16, 32),
+    "both-B32-T40-H128": Shape(32, 40, 100, 128, directions=2),
+    "B1-T1-H128": SHAPES["B1-T1-H128"],
+    "stream-H16": STREAMS["stream-H16"],
+    "odd-B5-T11-H1": Shape(5, 11, 3, 1),
+}
+
 # More of what users have: sizes that no register divides, deep, both directions, long, one row, many rows.
 USERS: dict[str, Shape] = {
     "odd-B3-T17-H37": Shape(3, 17, 29, 37),

@@ -13,7 +13,7 @@ import torch
 from harness import call_of, input_of, make_layers
 from shapes import Shape
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
@@ -38,6 +38,33 @@ def packed(shape: Shape, training: bool) -> tuple[Sides, float]:
         "padded": call_of(ours, x, training),
     }
     return sides, lengths.sum().item() / (shape.steps * shape.batch)
+
+
+def without_kernels(shape: Shape, training: bool) -> dict[str, Sides]:
+    """For a process with LSTM_EXT_BACKEND=torch: each way to call the layer, with torch's and with ours."""
+    x, ragged = (
+        input_of(shape),
+        pack_padded_sequence(input_of(shape), lengths_of(shape), enforce_sorted=False),
+    )
+
+    def both(layers: tuple[nn.Module, nn.Module], data: torch.Tensor | PackedSequence) -> Sides:
+        calls = [call_of(layer, data, training) for layer in layers]
+        return dict(zip(("torch", "ours"), calls, strict=True))
+
+    def compiled(layers: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
+        for layer in layers:
+            layer.compile()
+        return layers
+
+    deep = make_layers(shape._replace(layers=3))
+    for layer in deep:
+        layer.dropout = 0.3
+    return {
+        "eager": both(make_layers(shape), x),
+        "compiled": both(compiled(make_layers(shape)), x),
+        "packed": both(make_layers(shape), ragged),
+        "deep": both(deep, x),
+    }
 
 
 def low_precision(shape: Shape, training: bool, dtype: torch.dtype) -> Sides:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..layer import equations, operators, route, transforms
-from ..layer.layer_call import LayerOptions
+from ..layer.layer_call import PLAIN, LayerCall, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_jit_tracing, is_plain_eager
 from .arguments import Stack
@@ -97,11 +97,16 @@ def lstm(
         ]
     if x.is_cuda:
         _flatten(stack, flat)
-    if not needs_grad or not _is_once_differentiable(plain, tensors, batch_sizes):
-        return plain.compute(batch_sizes, tensors)
-    state = torch.get_rng_state() if dropout else None
     results = plain.compute(batch_sizes, tensors)
-    return _TwiceDifferentiable.apply(plain, state, batch_sizes, *results, *tensors)
+    if not needs_grad:
+        return results
+    if x.is_cpu:
+        # All but oneDNN's function is made of operators that have second derivatives.
+        if batch_sizes is None and results[0].grad_fn is not None and onednn_takes(x):
+            _watch_onednn(results[0].grad_fn, x.grad_fn)
+        return results
+    # The equations know the masks of dropout that the CPU draws, and no others.
+    return results if dropout else _TwiceDifferentiable.apply(plain, batch_sizes, *results, *tensors)
 
 
 def _flatten(stack: Stack, flat: Sequence[Tensor]) -> None:
@@ -113,28 +118,62 @@ def _flatten(stack: Stack, flat: Sequence[Tensor]) -> None:
         flatten()
 
 
-def _is_once_differentiable(plain: _Plain, tensors: Sequence[Tensor], batch_sizes: Tensor | None) -> bool:
-    """Whether torch's operator lacks second derivatives, and the equations can give them."""
-    x = tensors[0]
-    if x.is_cpu:  # all but oneDNN's function is made of operators that have them
-        return batch_sizes is None and not plain.is_projected(tensors) and onednn_takes(x)
-    # The equations know the masks of dropout that the CPU draws, and no others.
-    return not plain.dropout
+_ONEDNN = "MkldnnRnnLayerBackward0"
+
+
+def _watch_onednn(node: Any, end: Any) -> None:
+    """Gives the steps of autograd that oneDNN's layers have recorded a hook, from the output's back to the input's.
+
+    A step of autograd of our own around the layers would do the same, and takes 50 us more.
+    """
+    nodes, seen = [node], {None, end}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        before = [n for n, _ in node.next_functions]
+        if node.name() == _ONEDNN:
+            node.register_hook(_onednn_gradients)
+            before = before[:1]  # the others lead to weights and states
+        nodes += before
+
+
+def _onednn_gradients(
+    grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
+    """Where gradients are to have gradients: those of the equations, for one direction of one layer."""
+    if not torch.is_grad_enabled():
+        return None
+    node: Any = torch._C._current_autograd_node()
+    names = ("input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
+    tensors = [getattr(node, f"_saved_{name}") for name in names]
+    needs_grad = [g is not None for g in grad_inputs]
+    bias = node._saved_has_biases  # without them, oneDNN has two more weights that are zeros
+
+    def results(x: Tensor, *others: Tensor) -> _Tensors:
+        *weights, h0, c0 = others
+        weights = weights if bias else weights[:2]
+        shape = (1, x.size(1), -1)
+        x = x.flip(0) if node._saved_reverse else x
+        call = LayerCall(x, h0.view(shape), c0.view(shape), weights, None, bias, False, PLAIN)
+        output, h_n, c_n, *_ = equations.lstm_layer(call)
+        output = output.flip(0) if node._saved_reverse else output
+        return output, h_n.view_as(h0), c_n.view_as(c0)
+
+    return tuple(transforms.gradients_of(results, needs_grad, tensors, grad_outputs[:3]))
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
     """The results of torch's operator, and gradients by torch's operator or, where those have gradients, the equations.
 
-    Arguments: the stack, the state of the generator before it drew dropout's masks, batch_sizes, the results, and the
-    tensors that they were computed from.
+    Arguments: the stack, batch_sizes, the results, and the tensors that they were computed from.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, plain: _Plain, state: Tensor | None, batch_sizes: Tensor | None, *tensors: Tensor
-    ) -> _Tensors:
+    def forward(ctx: Any, plain: _Plain, batch_sizes: Tensor | None, *tensors: Tensor) -> _Tensors:
         x = tensors[3]
-        ctx.plain, ctx.state, ctx.batch_sizes = plain, state, batch_sizes
+        ctx.plain, ctx.batch_sizes = plain, batch_sizes
         ctx.autocast = (x.device.type, autocast_dtype(x)) if any_autocast() else (x.device.type, None)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[3:])
@@ -144,17 +183,16 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return (None,) * 3 + grads + (None,) * len(tensors)
+            return (None,) * 2 + grads + (None,) * len(tensors)
         gradients = _equation_gradients(
-            ctx.plain, ctx.autocast, ctx.state, ctx.batch_sizes, grads, tensors, ctx.needs_input_grad[6:]
+            ctx.plain, ctx.autocast, ctx.batch_sizes, grads, tensors, ctx.needs_input_grad[5:]
         )
-        return (None,) * 6 + tuple(gradients)
+        return (None,) * 5 + tuple(gradients)
 
 
 def _equation_gradients(
     plain: _Plain,
     autocast: tuple[str, torch.dtype | None],
-    state: Tensor | None,
     batch_sizes: Tensor | None,
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
@@ -167,10 +205,7 @@ def _equation_gradients(
         with in_autocast(device_type, dtype):
             return plain.by_equations(batch_sizes, tensors)
 
-    with torch.random.fork_rng(devices=[], enabled=state is not None):
-        if state is not None:
-            torch.set_rng_state(state)
-        return transforms.gradients_of(results, needs_grad, tensors, grads)
+    return transforms.gradients_of(results, needs_grad, tensors, grads)
 
 
 # ---- what compilers, exporters and dispatch modes see
@@ -302,7 +337,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
                 "mode where torch's operator computes the layer"
             )
         autocast = x.device.type, ctx.autocast
-        gradients = _equation_gradients(ctx.plain, autocast, None, batch_sizes, grads, tensors, needs_grad)
+        gradients = _equation_gradients(ctx.plain, autocast, batch_sizes, grads, tensors, needs_grad)
     else:
         layer = (x, h0, c0, weights, batch_sizes, *ctx.plain[:5], ctx.autocast)
         computed = torch.ops.lstm_ext.torchs_lstm_backward(*layer, saved, *grads, needs_grad)
