@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from types import TracebackType
+from types import CellType, CodeType, FunctionType, TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .cell import LSTMCell
+from .dynamo import let_dynamo_take
 from .lstm import LSTM
 
-__all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "with_our_forward"]
+__all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "reaches_our_forward", "with_our_forward"]
 
 # As they are when this package is imported.
 _LSTM, _CELL = nn.LSTM, nn.LSTMCell
@@ -21,14 +23,17 @@ _LSTM, _CELL = nn.LSTM, nn.LSTMCell
 class TorchLSTM(LSTM, _LSTM):
     """:class:`lstm_ext.LSTM` that is a ``torch.nn.LSTM`` to ``isinstance``; the same arguments, results and speed.
 
-    For code that looks for ``torch.nn.LSTM``: initialisers, validators, exporters. The price: ``torch.compile``
-    breaks the graph at such a layer, as it does at torch's own, and ``fullgraph=True`` refuses it unless
-    ``torch._dynamo.config.allow_rnn`` is set. :class:`lstm_ext.LSTM` compiles without a break.
+    :func:`lstm_ext.convert` makes it. Code that looks for ``torch.nn.LSTM`` finds it: initialisers, wrap policies,
+    validators, exporters. Its ``__name__`` is ``LSTM``.
+
+    ``torch.compile`` takes it into the graph, with ``fullgraph=True`` too, where it breaks the graph at torch's own.
+    Where it cannot, because a torch has another dynamo than those that this package knows, a UserWarning says so, and
+    :class:`lstm_ext.LSTM` compiles without a break.
     """
 
 
 class TorchLSTMCell(LSTMCell, _CELL):
-    """:class:`lstm_ext.LSTMCell` that is a ``torch.nn.LSTMCell`` to ``isinstance``."""
+    """:class:`lstm_ext.LSTMCell` that is a ``torch.nn.LSTMCell`` to ``isinstance``, and bears its ``__name__``."""
 
 
 class _InTorchsPlace(type):
@@ -50,8 +55,10 @@ class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
 
     _stands_for = (_LSTM, LSTM)
 
-    def _get_name(self) -> str:
-        return "LSTM"
+    @functools.wraps(LSTM.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _count()
 
 
 class PatchedLSTMCell(TorchLSTMCell, metaclass=_InTorchsPlace):
@@ -59,8 +66,23 @@ class PatchedLSTMCell(TorchLSTMCell, metaclass=_InTorchsPlace):
 
     _stands_for = (_CELL, LSTMCell)
 
-    def _get_name(self) -> str:
-        return "LSTMCell"
+    @functools.wraps(LSTMCell.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _count()
+
+
+def _count() -> None:
+    with _lock:
+        for active in _active:
+            active.made += 1
+
+
+# Tools and summaries of models go by this name. pickle goes by __qualname__, which stays.
+for _cls in (TorchLSTM, PatchedLSTM):
+    _cls.__name__ = "LSTM"
+for _cls in (TorchLSTMCell, PatchedLSTMCell):
+    _cls.__name__ = "LSTMCell"
 
 
 _PLACES = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
@@ -88,14 +110,21 @@ class patch:
 
     Patches may be nested, and undone in any order. torch's classes come back when all are undone.
 
-    The layers are :class:`lstm_ext.TorchLSTM`, whose docstring says what that means for ``torch.compile``.
+    The layers are :class:`lstm_ext.TorchLSTM`.
+
+    Attributes:
+        made: how many layers and cells were constructed while this patch held, in any thread. 0 says that the library
+            took torch's class before: convert its model.
 
     Raises:
         RuntimeError: on undoing, other code has put another class in that place in the meantime. Then nothing is
             changed.
     """
 
+    made: int
+
     def __init__(self) -> None:
+        self.made = 0
         with _lock:
             if not _active:
                 for place in _PLACES:
@@ -162,3 +191,58 @@ def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
 def _restore(cls: type[nn.Module]) -> nn.Module:
     derived = with_our_forward(cls)
     return derived.__new__(derived)
+
+
+def reaches_our_forward(cls: type[nn.Module]) -> bool | None:
+    """Whether the ``forward`` of a class derived from ours calls ours; None where its code does not tell."""
+    for base in cls.__mro__:
+        if base in (LSTM, LSTMCell):
+            return True
+        if "forward" in vars(base):
+            calls = _calls_super_forward(vars(base)["forward"], cls)
+            if not calls:
+                return calls
+    return False
+
+
+def _calls_super_forward(forward: Any, cls: type) -> bool | None:
+    """Looks at the names in the code of ``forward`` and of the functions that it calls."""
+    own = [base for base in cls.__mro__ if not issubclass(LSTM, base) and not issubclass(LSTMCell, base)]
+    verdict: bool | None = False
+    seen, left = set(), [forward]
+    while left:
+        function = left.pop()
+        function = getattr(function, "fget", getattr(function, "__func__", function))
+        if function in seen:
+            continue
+        seen.add(function)
+        if not isinstance(function, FunctionType) or function.__module__ != forward.__module__:
+            verdict = None
+            continue
+        names = _names_in(function.__code__)
+        if {"super", "forward"} <= names:
+            return True
+        if names & {"super", "forward", "getattr", "eval", "exec", "__mro__"}:
+            verdict = None
+        found = [vars(base)[name] for name in names for base in own if name in vars(base)]
+        found += [function.__globals__.get(name) for name in names]
+        found += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        kinds = FunctionType, property, staticmethod, classmethod
+        left += [f for f in found if isinstance(f, kinds) and not _is_torchs(f)]
+    return verdict
+
+
+def _is_torchs(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.")
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _compiles_whole(module: nn.Module) -> bool:
+    return isinstance(module, LSTM) and reaches_our_forward(type(module)) is True
+
+
+let_dynamo_take(_compiles_whole)
