@@ -259,7 +259,7 @@ def test_a_trace_has_torchs_layer(name):
     lstm_ext.convert(model)
     traced = torch.jit.trace(model, x)
     assert "aten::lstm" in str(traced.inlined_graph) and "lstm_ext::" not in str(traced.inlined_graph)
-    assert type(model[0]) is lstm_ext.LSTM
+    assert type(model[0]) is lstm_ext.TorchLSTM
     torch.testing.assert_close(traced(x), expected)
     longer = torch.randn(7, 3, 3)
     torch.testing.assert_close(traced(longer), model(longer))
@@ -283,7 +283,7 @@ def test_symbolic_trace_has_a_leaf():
     lstm_ext.convert(model)
     ours = torch.fx.symbolic_trace(model)
     assert [(n.op, n.target) for n in ours.graph.nodes] == [(n.op, n.target) for n in theirs.graph.nodes]
-    assert ours.lstm is model.lstm and type(ours.cell) is lstm_ext.LSTMCell
+    assert ours.lstm is model.lstm and type(ours.cell) is lstm_ext.TorchLSTMCell
     torch.testing.assert_close(ours(x, states), model(x, states))
 
     class WithOptions(nn.Module):
@@ -315,7 +315,7 @@ def test_the_older_onnx_exporter(name):
     torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
     output = runtime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(output), model(x)[0], rtol=1e-4, atol=1e-5)
-    assert type(model[0]) is lstm_ext.LSTM
+    assert type(model[0]) is lstm_ext.TorchLSTM
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -144,7 +144,8 @@ def test_other_types_are_refused(way):
     convert, source, target = way
     package = "torch.nn" if source is nn.LSTM else "lstm_ext"
     name = f"{package}.LSTM or {package}.LSTMCell"
-    for wrong in (target(3, 4), nn.GRU(3, 4), None):
+    other = lstm_ext.TorchLSTM(3, 4) if source is nn.LSTM else nn.LSTM(3, 4)
+    for wrong in (target(3, 4), other, nn.GRU(3, 4), None):
         with pytest.raises(TypeError, match=f"expected a {name}, got .*{type(wrong).__name__}"):
             convert(wrong)
 

@@ -1,6 +1,7 @@
 """convert and revert on whole models, in the styles in which models hold their LSTMs."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -12,10 +13,20 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_ext
 
+
+# Our classes that are torch's to isinstance.
+class AsTorchs:
+    LSTM, LSTMCell = lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell
+
+
+to_fullgraph = functools.partial(lstm_ext.convert, fullgraph=True)
 WAYS = {
-    "convert": (lstm_ext.convert, nn, lstm_ext),
-    "revert": (lstm_ext.revert, lstm_ext, nn),
+    "convert": (lstm_ext.convert, nn, AsTorchs),
+    "convert, fullgraph": (to_fullgraph, nn, lstm_ext),
+    "revert": (lstm_ext.revert, AsTorchs, nn),
+    "revert, fullgraph": (lstm_ext.revert, lstm_ext, nn),
 }
+BACK = {nn: lstm_ext.revert, lstm_ext: to_fullgraph, AsTorchs: lstm_ext.convert}
 
 
 @pytest.fixture(params=WAYS)
@@ -87,8 +98,7 @@ def test_models(way, model_class, training):
     new_output, new_grads = run(model, x)
     torch.testing.assert_close(new_output, output, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(new_grads, grads, rtol=1e-10, atol=1e-11)
-    back = lstm_ext.revert if function is lstm_ext.convert else lstm_ext.convert
-    back(model)
+    BACK[source](model)
     assert lstm_classes(model) == classes
     assert {name: vars(m).keys() for name, m in model.named_modules()} == {
         name: vars(m).keys() for name, m in model_class(source).named_modules()
@@ -96,12 +106,14 @@ def test_models(way, model_class, training):
     torch.testing.assert_close(run(model, x), (output, grads), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["convert", "convert, fullgraph"])
 @pytest.mark.parametrize("model_class", MODELS)
-def test_a_converted_model_is_one_that_was_built_so(model_class):
+def test_a_converted_model_is_one_that_was_built_so(model_class, kind):
+    function, source, target = WAYS[kind]
     torch.manual_seed(3)
-    converted = lstm_ext.convert(model_class(nn).eval())
+    converted = function(model_class(source).eval())
     torch.manual_seed(3)
-    built = model_class(lstm_ext).eval()
+    built = model_class(target).eval()
     assert repr(converted) == repr(built)
     for ours, theirs in zip(converted.modules(), built.modules(), strict=True):
         assert type(ours) is type(theirs)
@@ -283,8 +295,7 @@ def test_computed_weights(way, name, computed):
             p.mul_(1.5).add_(0.1)
     again = outputs()
     assert not torch.equal(again[0], expected[0])
-    back = lstm_ext.revert if function is lstm_ext.convert else lstm_ext.convert
-    back(model)
+    BACK[source](model)
     torch.testing.assert_close(outputs(), again, rtol=1e-11, atol=1e-12)
 
     function(model)
@@ -395,7 +406,7 @@ def test_refusals_name_the_module_and_change_nothing(kind):
     for skip in (["1.odd"], ("1",), {"1", "1.odd"}):
         other = nn.Sequential(nn.LSTM(3, 4), model[1], nn.LSTM(3, 4))
         assert lstm_ext.convert(other, skip=skip) is other
-        assert type(other[0]) is type(other[2]) is lstm_ext.LSTM
+        assert type(other[0]) is type(other[2]) is lstm_ext.TorchLSTM
         assert [type(m) for m in other.modules()][2:-1] == classes[2:-1]
 
 
@@ -417,7 +428,7 @@ def test_what_is_not_its_business(way):
     """The other package's subclasses, scripted models without an LSTM, GRUs."""
     function, source, target = way
     scripted = with_jit(lambda jit, m: jit.script(m.gru))
-    other = Peephole(3, 4) if function is lstm_ext.revert else OurPeephole(3, 4)
+    other = OurPeephole(3, 4) if source is nn else Peephole(3, 4)
     model = nn.Sequential(source.LSTM(3, 4), scripted, other)
     function(model)
     assert [type(m) for m in model] == [target.LSTM, type(scripted), type(other)]
@@ -440,7 +451,7 @@ def test_skip_goes_by_the_module():
     lstm_ext.convert(model, skip=["b.c"])
     assert type(model["a"]) is nn.LSTM
     assert model["b"]["c"] is model["a"]
-    assert type(model["d"]) is lstm_ext.LSTM
+    assert type(model["d"]) is lstm_ext.TorchLSTM
 
 
 def test_wrong_arguments(way):
@@ -498,8 +509,8 @@ def test_compiled_models(way, how):
 def test_traced_by_fx(way):
     function, source, target = way
     model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4)))
-    if source is lstm_ext:
-        lstm_ext.convert(model)
+    if source is not nn:
+        BACK[source](model)
     x = torch.randn(5, 2, 3)
     expected = model(x)
     function(model)

@@ -146,7 +146,7 @@ def test_the_model_stays_converted():
     classes = [type(m) for m in layers]
     scripted = torch.jit.script(model)
     assert model.lstm is model._modules["lstm"] is layers[0] and model.cell is layers[1]
-    assert [type(m) for m in layers] == classes == [lstm_ext.LSTM, lstm_ext.LSTMCell]
+    assert [type(m) for m in layers] == classes == [lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell]
     torch.testing.assert_close(scripted(x), model(x))
     torch.testing.assert_close(torch.jit.freeze(copy.deepcopy(scripted).eval())(x), model(x))
     # The same weights, and not copies of them.
@@ -159,14 +159,14 @@ def test_the_model_stays_converted():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-@pytest.mark.parametrize("how", ["convert", "as_torchs", "patch"])
+@pytest.mark.parametrize("how", ["convert", "fullgraph", "patch"])
 def test_layers_of_every_class(how):
     if how == "patch":
         with lstm_ext.patch():
             model = Tagger(nn.LSTM, nn.LSTMCell)
             scripted = torch.jit.script(model)
     else:
-        model = lstm_ext.convert(Tagger(), as_torchs=how == "as_torchs")
+        model = lstm_ext.convert(Tagger(), fullgraph=how == "fullgraph")
         scripted = torch.jit.script(model)
     layers = ours_of(model)
     assert len(layers) == 2

@@ -1,8 +1,10 @@
-"""Layers that are torch's to isinstance, subclasses of torch's, ``patch``, and ``report``."""
+"""Layers that are torch's to isinstance, subclasses of torch's, and ``patch``."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
 import pickle
 import threading
@@ -10,6 +12,8 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy, transformer_auto_wrap_policy
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
 
@@ -62,23 +66,129 @@ def test_layers_are_torchs_to_isinstance():
     model = Tagger()
     x = torch.randn(4, 2, 5)
     expected = model(x)
-    assert lstm_ext.convert(model, as_torchs=True) is model
+    assert lstm_ext.convert(model) is model
     assert type(model.lstm) is lstm_ext.TorchLSTM and type(model.cell) is lstm_ext.TorchLSTMCell
     assert isinstance(model.lstm, nn.LSTM) and isinstance(model.lstm, lstm_ext.LSTM)
     assert isinstance(model.cell, nn.LSTMCell) and isinstance(model.cell, lstm_ext.LSTMCell)
     torch.testing.assert_close(model(x), expected)
     assert count_of_kernel_calls(model, x) > 0
-    lstm_ext.convert(model)  # stays
-    assert type(model.lstm) is lstm_ext.TorchLSTM
     lstm_ext.revert(model)
     assert type(model.lstm) is nn.LSTM and type(model.cell) is nn.LSTMCell
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-def test_what_was_converted_may_become_torchs():
+def kinds_of(model):
+    return [type(model.lstm), type(model.cell)]
+
+
+KINDS = {False: [lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell], True: [lstm_ext.LSTM, lstm_ext.LSTMCell]}
+
+
+def public(module):
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: id(value) for name, value in {**attributes, **module._parameters}.items()}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_convert_again_makes_the_kind_that_is_asked_for(fullgraph):
+    model = lstm_ext.convert(Tagger(), fullgraph=not fullgraph)
+    model.lstm.zoneout = 0.25
+    before = public(model.lstm)
+    lstm_ext.convert(model, fullgraph=fullgraph)
+    assert kinds_of(model) == KINDS[fullgraph]
+    assert public(model.lstm) == before
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert kinds_of(copied) == KINDS[fullgraph]
+        assert kinds_of(lstm_ext.convert(copied, fullgraph=fullgraph)) == KINDS[fullgraph]
+    del model.lstm.zoneout
+    assert kinds_of(lstm_ext.revert(model)) == list(TORCHS)
+
+
+def test_what_is_neither_kind_stays():
+    class Ours(lstm_ext.LSTM):
+        pass
+
+    frozen = lstm_ext.freeze(lstm_ext.LSTM(3, 4))
+    model = nn.Sequential(Ours(3, 4), frozen, lstm_ext.convert(Empty(3, 4)))
+    before = [type(module) for module in model]
+    for fullgraph in (False, True):
+        assert [type(module) for module in lstm_ext.convert(model, fullgraph=fullgraph)] == before
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("made", ["convert", "patch"])
+def test_parametrized_layers_change_their_kind(made, fullgraph):
+    with lstm_ext.patch():
+        module = nn.LSTM(3, 4) if made == "patch" else TORCHS[0](3, 4)
+    lstm_ext.convert(module)
+    parametrizations.weight_norm(module, "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    expected = module(x)[0]
+    lstm_ext.convert(module, fullgraph=fullgraph)
+    assert isinstance(module, nn.LSTM) is not fullgraph and isinstance(module, lstm_ext.LSTM)
+    assert type(module).__name__ == "ParametrizedLSTM"
+    torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=0)
+    parametrizations.weight_norm(lstm_ext.revert(module), "weight_ih_l0")
+    assert not isinstance(module, lstm_ext.LSTM)
+    torch.testing.assert_close(module(x)[0], expected)
+
+
+def test_parametrized_after_a_conversion_of_a_subclass():
+    module = lstm_ext.convert(Empty(3, 4))
+    parametrizations.weight_norm(module, "weight_hh_l0")
+    lstm_ext.revert(module)
+    torch.nn.utils.parametrize.remove_parametrizations(module, "weight_hh_l0")
+    assert type(module) is Empty
+
+
+def test_names_are_torchs():
+    with lstm_ext.patch():
+        patched = nn.LSTM(3, 4), nn.LSTMCell(3, 4)
+    for ours, theirs in zip(
+        (lstm_ext.TorchLSTM(3, 4), lstm_ext.TorchLSTMCell(3, 4), *patched),
+        (nn.LSTM(3, 4), nn.LSTMCell(3, 4)) * 2,
+        strict=True,
+    ):
+        assert type(ours).__name__ == type(theirs).__name__ and repr(ours) == repr(theirs)
+        # pickles of before have the name by which pickle still finds the class
+        old = {lstm_ext.TorchLSTM: b"TorchLSTM", lstm_ext.TorchLSTMCell: b"TorchLSTMCell"}.get(type(ours))
+        data = pickle.dumps(ours, protocol=0)
+        assert old is None or b"clstm_ext.nn.torchs\n%s\n" % old in data
+        assert type(pickle.loads(data)) is type(copy.deepcopy(ours)) is type(ours)
+
+
+def test_as_torchs_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="as_torchs=False is fullgraph=True"):
+        assert kinds_of(lstm_ext.convert(Tagger(), as_torchs=True)) == KINDS[False]
+    with pytest.warns(DeprecationWarning):
+        assert kinds_of(lstm_ext.convert(Tagger(), as_torchs=False)) == KINDS[True]
+    model = Tagger()
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match="as_torchs=True and fullgraph=True exclude each other"),
+    ):
+        lstm_ext.convert(model, as_torchs=True, fullgraph=True)
+    assert kinds_of(model) == list(TORCHS)
+
+
+def test_code_that_goes_by_the_class_finds_the_layers():
+    """Initialisers, activation checkpointing, FSDP's wrap policies."""
     model = lstm_ext.convert(Tagger())
-    lstm_ext.convert(model, as_torchs=True)
-    assert type(model.lstm) is lstm_ext.TorchLSTM
+
+    def initialise(module):
+        if isinstance(module, nn.LSTM):
+            nn.init.zeros_(module.weight_ih_l0)
+
+    model.apply(initialise)
+    assert not model.lstm.weight_ih_l0.any()
+    policy = ModuleWrapPolicy({nn.LSTM})
+    assert policy._run_policy(model, set(), {}).keys() == {model.lstm}
+    wraps = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={nn.LSTM})
+    assert wraps(module=model.lstm, recurse=False, nonwrapped_numel=0)
+    expected = model(torch.ones(4, 2, 5))
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.LSTM))
+    assert type(model.lstm).__name__ == "CheckpointWrapper"
+    torch.testing.assert_close(model(torch.ones(4, 2, 5)), expected)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +206,6 @@ def test_it_is_made_and_copied_as_torchs_own(copied):
     for module in (ours, again):
         torch.testing.assert_close(module(packed)[0].data, theirs(packed)[0].data)
     again.load_state_dict(theirs.state_dict())
-
-
-def test_compiles_with_a_break_as_torchs_does():
-    layer = lstm_ext.TorchLSTM(3, 4)
-    x = torch.randn(5, 2, 3)
-    torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], layer(x)[0])
 
 
 # Subclasses of torch's
@@ -146,6 +250,8 @@ def test_code_of_its_own_is_kept_where_asked_for(make):
 def test_a_parametrized_subclass_is_refused_still():
     model = nn.Sequential(parametrizations.weight_norm(Doubling(3, 4), "weight_hh_l0"))
     with pytest.raises(TypeError, match="a subclass of"):
+        lstm_ext.convert(model, subclasses=True)
+    with pytest.raises(TypeError, match="remove its parametrizations, convert, and set them again"):
         lstm_ext.convert(model, subclasses=True)
 
 
@@ -223,33 +329,41 @@ def test_patches_of_several_threads():
     assert nn.LSTM is TORCHS[0]
 
 
-# report
+def test_a_patch_counts_what_it_made():
+    class Mine(TORCHS[0]):
+        pass
+
+    outer = lstm_ext.patch()
+    with lstm_ext.patch() as inner:
+        assert inner.made == outer.made == 0
+        model = Tagger(nn.LSTM, nn.LSTMCell)
+
+        class Theirs(nn.LSTM):
+            pass
+
+        Theirs(2, 3)
+        Mine(2, 3)  # of the class of before: not made by the patch
+        copy.deepcopy(model)
+        assert inner.made == outer.made == 3
+    nn.LSTM(2, 3)
+    outer.undo()
+    Theirs(2, 3)
+    assert (inner.made, outer.made) == (3, 4)
+    assert inspect.signature(type(model.lstm)) == inspect.signature(lstm_ext.LSTM)
 
 
-def test_report():
-    model = nn.ModuleDict(
-        {
-            "ours": lstm_ext.LSTM(2, 3),
-            "torchs": nn.LSTM(2, 3),
-            "cell": nn.LSTMCell(2, 3),
-            "subclass": Doubling(2, 3),
-            "gru": nn.GRU(2, 3),
-        }
-    )
-    scripted = torch.jit.script(nn.Sequential(nn.LSTM(2, 3)))
-    model["scripted"] = scripted
-    entries = {entry.name: entry for entry in lstm_ext.report(model)}
-    assert list(entries)[:4] == ["ours", "torchs", "cell", "subclass"] and "gru" not in entries
-    assert entries["ours"].ours and entries["ours"].reason == ""
-    assert entries["torchs"].reason == entries["cell"].reason == "not converted"
-    assert "subclasses=True" in entries["subclass"].reason
-    assert "compiled by torch.jit" in entries["scripted.0"].reason
-    assert str(entries["ours"]) == "ours (lstm_ext.nn.lstm.LSTM): ours"
-    assert str(lstm_ext.report(nn.LSTM(2, 3))[0]).startswith(
-        "the model itself (torch.nn.modules.rnn.LSTM): not ours:"
-    )
-    with pytest.raises(TypeError, match=r"report: expected model to be a torch\.nn\.Module, got int"):
-        lstm_ext.report(3)
+def test_layers_that_are_made_in_several_threads_are_all_counted():
+    def work():
+        for _ in range(50):
+            nn.LSTMCell(2, 3, device="meta")
+
+    with lstm_ext.patch() as handle:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert handle.made == 200
 
 
 def test_state_of_a_saved_patched_layer_loads_into_torchs():

@@ -13,14 +13,21 @@ from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
 from .lstm import LSTM, options_of
-from .torchs import PatchedLSTM, PatchedLSTMCell, TorchLSTM, TorchLSTMCell, with_our_forward
+from .torchs import (
+    PatchedLSTM,
+    PatchedLSTMCell,
+    TorchLSTM,
+    TorchLSTMCell,
+    reaches_our_forward,
+    with_our_forward,
+)
 
 __all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 # Ours that are torch's to isinstance.
-_AS_TORCHS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+_AS_TORCHS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
 _SAME: dict[type[nn.Module], type[nn.Module]] = {
     TorchLSTM: LSTM,
     PatchedLSTM: LSTM,
@@ -34,6 +41,19 @@ _NAMES = {
     LSTMCell: "lstm_ext.LSTMCell",
 }
 
+# What torch's forward takes from other methods and ours does not.
+_NOT_CALLED = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_flat_weights",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
+)
 _HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
 # What torch.jit.script leaves in a layer: which of the class's methods it compiled.
@@ -104,11 +124,9 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
         return TypeError(f"{function}: cannot convert this {type(module).__name__}: {reason}")
 
     source = next((source for source in pairs if isinstance(module, source)), None)
-    if source is None:
+    if source is None or (pairs is _OURS and isinstance(module, tuple(_TORCHS))):
         wanted = " or ".join(_NAMES[source] for source in pairs)
-        raise TypeError(
-            f"{function}: expected a {wanted}, got {type(module).__module__}.{type(module).__name__}"
-        )
+        raise TypeError(f"{function}: expected a {wanted}, got {_kind(module)}")
     if "parametrizations" in module._modules:
         tensors = ", ".join(module.parametrizations)
         raise refuse(
@@ -182,27 +200,37 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
 
 
 def convert(
-    model: _Model, *, skip: Iterable[str] = (), as_torchs: bool = False, subclasses: bool = False
+    model: _Model,
+    *,
+    skip: Iterable[str] = (),
+    fullgraph: bool = False,
+    subclasses: bool = False,
+    as_torchs: bool | None = None,
 ) -> _Model:
     """Turn every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
 
-    The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
+    The layers become :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which ``isinstance(layer, torch.nn.LSTM)``
+    holds. The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
     reference to them stays valid. Everything that belongs to them is kept: the parameters, and an optimizer that
     holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their handles;
     attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``, pruning and
-    parametrizations; plain lists of layers; ``torch.compile``, which compiles again at the next call. A module that
-    was converted before stays unchanged, and so does a model without an LSTM.
+    parametrizations; ``torch.compile``, which compiles again at the next call. A layer that was converted before only
+    changes to the kind that is asked for.
+
+    A model in which no LSTM is found stays unchanged, and a UserWarning says where LSTMs hide, and names those in plain
+    lists, dicts and attributes.
 
     Args:
         model: any module; it may itself be an LSTM, and it may be compiled.
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
-        as_torchs: whether the layers become :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which
-            ``isinstance(layer, torch.nn.LSTM)`` holds. This is for a model that is passed to other people's code.
-            ``torch.compile`` then breaks the graph at the layers, as at torch's own.
+        fullgraph: whether the layers become :class:`lstm_ext.LSTM` and ``LSTMCell`` instead, which are no
+            ``torch.nn.LSTM`` to ``isinstance``. ``torch.compile(fullgraph=True)`` takes these whatever a new torch
+            changes in its compiler; the others it takes in all versions of torch that this package is made for.
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
             override nothing are always converted. Both kinds stay instances of their class and of torch's.
+        as_torchs: deprecated. True is what happens without it, False is ``fullgraph=True``.
 
     Returns:
         ``model``.
@@ -210,12 +238,26 @@ def convert(
     Raises:
         TypeError: ``model`` is not a module; or it has LSTMs that cannot be converted. The text gives the
             name, class and reason of each. The reasons are: a subclass of ``torch.nn.LSTM`` or ``LSTMCell`` with code
-            of its own, without ``subclasses=True``; a ``forward`` (or a method that it calls) replaced on the
-            instance; a layer compiled by TorchScript; a quantized layer. Nothing has been changed then. Change these
-            modules first, or ``skip`` them.
-        ValueError: ``skip`` has a name that the model does not have.
+            of its own, without ``subclasses=True``; a subclass that overrides a method which this package's ``forward``
+            does not call (``check_input``, ``permute_hidden`` and others); a ``forward`` (or a method that it calls)
+            replaced on the instance; a layer compiled by TorchScript; a quantized layer; one that ``fully_shard`` has
+            sharded. Nothing has been changed then. Change these modules first, or ``skip`` them.
+        ValueError: ``skip`` has a name that the model does not have; ``as_torchs`` contradicts ``fullgraph``.
     """
-    return _change_classes(model, _OURS, "convert", skip, as_torchs, subclasses)
+    if as_torchs is not None:
+        warnings.warn(
+            "convert: as_torchs=True is what happens without it now, and as_torchs=False is fullgraph=True",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        if as_torchs and fullgraph:
+            raise ValueError("convert: as_torchs=True and fullgraph=True exclude each other")
+        fullgraph = fullgraph or not as_torchs
+    if not _change_classes(model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses):
+        text = _where_lstms_hide(model)
+        if text:
+            warnings.warn(text, UserWarning, stacklevel=2)
+    return model
 
 
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
@@ -225,7 +267,8 @@ def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     module. A layer with an option that torch's layer does not have (``recurrent_dropout``, ``zoneout``,
     ``layer_norm``, ``forget_bias``, ``recompute``) raises a TypeError.
     """
-    return _change_classes(model, _TORCHS, "revert", skip)
+    _change_classes(model, _TORCHS, "revert", skip)
+    return model
 
 
 class Entry(NamedTuple):
@@ -237,22 +280,26 @@ class Entry(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        verdict = "ours" if self.ours else f"not ours: {self.reason}"
-        return f"{self.name or 'the model itself'} ({self.kind}): {verdict}"
+        verdict = "ours" if self.ours else "not ours"
+        return (
+            f"{self.name or 'the model itself'} ({self.kind}): {verdict}{self.reason and ': '}{self.reason}"
+        )
 
 
 def report(model: nn.Module) -> list[Entry]:
     """Each LSTM and LSTMCell in ``model``: its name, its class, whether it is ours, and why not.
 
     ``print(*lstm_ext.report(model), sep="\\n")`` prints a line for each. A layer that :func:`convert` would convert has
-    the reason "not converted".
+    the reason "not converted". A subclass of ours that has a ``forward`` of its own is ours if its code calls
+    ``super().forward``; where the code does not tell, ``reason`` says so. LSTMs in plain lists, dicts and attributes,
+    which :func:`convert` does not see, come last.
 
     Args:
         model: any module.
 
     Returns:
         a list of named tuples ``(name, kind, ours, reason)``, in the order of ``model.named_modules()``; ``reason`` is
-        empty for ours.
+        empty for ours, except where the code does not tell and for those that :func:`convert` does not see.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -261,12 +308,27 @@ def report(model: nn.Module) -> list[Entry]:
         raise TypeError(f"report: expected model to be a torch.nn.Module, got {type(model).__name__}")
     entries = []
     for name, module in model.named_modules():
-        ours = isinstance(module, tuple(_TORCHS))
-        cls, reason = (None, "") if ours else _new_class(module, _OURS, subclasses=False)
-        if ours or cls is not None or reason is not None:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            entries.append(Entry(name, kind, ours, reason if reason is not None else "not converted"))
+        kind = _kind(module)
+        if isinstance(module, tuple(_TORCHS)):
+            reaches = reaches_our_forward(type(module))
+            reason = {
+                True: "",
+                False: "its forward does not reach ours: it does not call super().forward",
+                None: "it is not known whether its forward reaches ours: the code does not tell",
+            }[reaches]
+            entries.append(Entry(name, kind, reaches is not False, reason))
+        elif _is_or_was_lstm(module):
+            refusal = _new_class(module, _OURS, subclasses=False)[1]
+            entries.append(Entry(name, kind, False, refusal or "not converted"))
+    entries += [
+        Entry(path, _kind(module), isinstance(module, tuple(_TORCHS)), f"{_HIDDEN}: convert does not see it")
+        for path, module in _hidden_lstms(model)
+    ]
     return entries
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class _Change(NamedTuple):
@@ -279,26 +341,46 @@ class _Change(NamedTuple):
 def _new_class(
     module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
-    """The class that a module is to get, or why it gets none; neither for what is no such layer."""
-    if pairs is _OURS and isinstance(module, tuple(_TORCHS)):
-        return None, None
+    """The class that a module is to get, or why it gets none; neither for what needs none."""
+    cls, to_ours = type(module), pairs is not _TORCHS
+    if to_ours and isinstance(module, tuple(_TORCHS)):
+        source = next(source for source in _TORCHS if isinstance(module, source))
+        target = pairs[_TORCHS[source]]
+        # Patched layers are of torch's kind, and stay it.
+        stays = (LSTM, LSTMCell) if target is source else tuple(_SAME)
+        base = parametrize.type_before_parametrizations(module)
+        return (_with_base(cls, source, target) if base not in stays else None), None
     source = next((source for source in pairs if isinstance(module, source)), None)
     if source is None:
-        return None, _foreign_lstm(module) if pairs is _OURS else None
-    cls = _with_base(type(module), source, pairs[source])
-    if cls is None and pairs is _OURS and type(module).__module__ != parametrize.__name__:
-        cls = (
-            with_our_forward(type(module)) if subclasses or _overrides_nothing(type(module), source) else None
+        return None, _foreign_lstm(module) if to_ours else None
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return (
+            None,
+            f"FSDP (fully_shard) has sharded it; {'convert' if to_ours else 'revert'} before fully_shard",
         )
-    if cls is None:
-        way_out = "; convert(model, subclasses=True) keeps its code over our layer" if pairs is _OURS else ""
+    new = _with_base(cls, source, pairs[source])
+    if new is None and to_ours and cls.__module__ != parametrize.__name__:
+        between = cls.__mro__[: cls.__mro__.index(source)]
+        lost = [name for name in _NOT_CALLED if any(name in vars(c) for c in between)]
+        if lost:
+            return None, (
+                f"a subclass of {_NAMES[source]} that overrides {', '.join(lost)}, which our forward does not call; "
+                "do that work in its forward, before and after super().forward"
+            )
+        new = with_our_forward(cls) if subclasses or _overrides_nothing(cls, source) else None
+    if new is None:
+        way_out = "; convert(model, subclasses=True) keeps its code over our layer" if to_ours else ""
+        if cls.__module__ == parametrize.__name__:
+            way_out = (
+                f"; remove its parametrizations, {'convert' if to_ours else 'revert'}, and set them again"
+            )
         return None, f"a subclass of {_NAMES[source]}, whose own behaviour might be lost{way_out}"
     if source is LSTM and options_of(module):
         return None, _HAS_OPTIONS.format(", ".join(options_of(module)))
     replaced = _replaced_methods(module, source)
     if replaced:
         return None, f"{', '.join(replaced)} is replaced on the instance"
-    return cls, None
+    return new, None
 
 
 def _overrides_nothing(cls: type[nn.Module], source: type[nn.Module]) -> bool:
@@ -310,38 +392,39 @@ def _overrides_nothing(cls: type[nn.Module], source: type[nn.Module]) -> bool:
 
 
 def _change_classes(
-    model: _Model,
+    model: nn.Module,
     pairs: dict[type[nn.Module], type[nn.Module]],
     function: str,
     skip: Iterable[str],
-    as_torchs: bool = False,
     subclasses: bool = False,
-) -> _Model:
+) -> bool:
+    """Whether there is an LSTM in the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
     skipped = _skipped(model, skip, function)
     changes: list[_Change] = []
     refused = []
+    found = False
     for name, module in model.named_modules():
+        found = found or _is_or_was_lstm(module)
         if module in skipped:
             continue
         cls, reason = _new_class(module, pairs, subclasses)
-        if as_torchs and type(module) in _AS_TORCHS:
-            changes.append(_Change(module, _AS_TORCHS[type(module)], {}, []))
-        elif cls is not None:
-            source = next(source for source in pairs if isinstance(module, source))
-            old, new = vars(_on_meta(source, module)), vars(_on_meta(pairs[source], module))
+        if cls is not None:
+            source = next(source for source in (*_TORCHS, *pairs) if isinstance(module, source))
+            target = pairs.get(source, source)
+            old, new = vars(_on_meta(source, module)), vars(_on_meta(target, module))
             changes.append(
                 _Change(
                     module,
-                    _AS_TORCHS.get(cls, cls) if as_torchs else cls,
+                    cls,
                     {key: value for key, value in new.items() if key not in old},
                     [key for key in old if key not in new],
                 )
             )
         if reason is not None:
             place = repr(name) if name else "the model itself"
-            refused.append(f"  {place} ({type(module).__module__}.{type(module).__qualname__}): {reason}")
+            refused.append(f"  {place} ({_kind(module)}): {reason}")
     if refused:
         raise TypeError(
             f"{function}: nothing was changed, because the following cannot be converted "
@@ -358,7 +441,7 @@ def _change_classes(
             # As after construction. This computes parametrized weights, which needs no graph.
             with torch.no_grad():
                 module._init_flat_weights()
-    return model
+    return found
 
 
 def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Module]:
@@ -384,8 +467,9 @@ def _with_base(
         return target
     if "_derived_from" in vars(cls) and target in _OURS:
         return vars(cls)["_derived_from"]
-    if cls.__bases__ == (source,) and cls.__module__ == parametrize.__name__:
-        return type(cls.__name__, (target,), dict(vars(cls)))
+    if cls.__module__ == parametrize.__name__:
+        base = _with_base(cls.__bases__[0], source, target)
+        return base and type(cls.__name__, (base,), dict(vars(cls)))
     return None
 
 
@@ -422,3 +506,56 @@ def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
         graph = module._c._get_method(name).graph
         for kind in ("aten::lstm", "aten::lstm_cell"):
             yield from graph.findAllNodes(kind)
+
+
+def _is_or_was_lstm(module: nn.Module) -> bool:
+    return isinstance(module, (*_OURS, *_TORCHS)) or _foreign_lstm(module) is not None
+
+
+_HIDDEN = "held outside the model's table of modules"
+
+
+def _hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The LSTMs in plain attributes, and lists, tuples and dicts there, that no table of modules has; with paths."""
+    known = set(model.modules())
+    found = []
+    for name, module in model.named_modules():
+        for path, value in _inside(vars(module), 3):
+            if isinstance(value, nn.Module) and value not in known:
+                known.update(value.modules())
+                place = f"{name}.{path}" if name else path
+                found += [
+                    (f"{place}.{inner}" if inner else place, m)
+                    for inner, m in value.named_modules()
+                    if _is_or_was_lstm(m)
+                ]
+    return found
+
+
+def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any]]:
+    """What a container has in it, and the containers in it; with paths."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        path = f"{place}[{key!r}]" if place else str(key)
+        yield path, value
+        if depth > 1 and isinstance(value, (list, tuple, dict)):
+            yield from _inside(value, depth - 1, path)
+
+
+def _where_lstms_hide(model: nn.Module) -> str:
+    """The text of the warning that nothing was found; empty if all that hides is ours."""
+    hidden = _hidden_lstms(model)
+    if hidden and all(isinstance(module, tuple(_TORCHS)) for _, module in hidden):
+        return ""
+    places = [f"{path!r} is {_HIDDEN}" for path, _ in hidden]
+    places += [
+        f"{name or 'the model itself'!r} is a graph, in which an LSTM is an operator and no layer"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.fx.GraphModule)
+        and any("lstm" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
+    ]
+    return (
+        f"convert: found no torch.nn.LSTM or LSTMCell in this {type(model).__name__}, so nothing was changed. "
+        "LSTMs hide in plain lists and dicts (use torch.nn.ModuleList or ModuleDict, or convert each), in exported "
+        "graphs (convert before the export), and in layers that are built at the first call (call the model once "
+        "before)" + "".join(f"\n  {place}" for place in places)
+    )

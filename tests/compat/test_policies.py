@@ -177,11 +177,10 @@ def test_rsl_rl_exports(tmp_path):
     """It looks for torch's layer by its class, and compiles it with TorchScript."""
     onnxruntime = pytest.importorskip("onnxruntime")
     runner = runner_of_rsl_rl()
-    lstm_ext.convert(runner.alg.actor)
+    lstm_ext.convert(runner.alg.actor, fullgraph=True)
     with pytest.raises(NotImplementedError, match=r"lstm_ext.*LSTM"):
         runner.export_policy_to_jit(str(tmp_path))
-    lstm_ext.revert(runner.alg.actor)
-    lstm_ext.convert(runner.alg.actor, as_torchs=True)
+    lstm_ext.convert(runner.alg.actor)
     runner.export_policy_to_jit(str(tmp_path))
     runner.export_policy_to_onnx(str(tmp_path))
     assert type(runner.alg.actor.rnn.rnn) is lstm_ext.TorchLSTM
@@ -220,4 +219,4 @@ def test_torchrl():
 
     check_accuracy(module, run)
     check_state_dicts(module)
-    assert type(copy.deepcopy(converted(module)).lstm) is lstm_ext.LSTM
+    assert type(copy.deepcopy(converted(module)).lstm) is lstm_ext.TorchLSTM
