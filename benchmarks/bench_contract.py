@@ -13,8 +13,8 @@ frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer
 rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in which a state begins anew where an
           episode does; in training also against one call of lstm_ext with `resets`
 busy      how much longer both layers take with one and with two programs that keep one of the cores busy
-fallback  torch.nn.LSTM's time over that of lstm_ext where it has no kernels and takes torch's own operator: in a process
-          of its own with LSTM_EXT_BACKEND=torch; eager, by torch.compile, packed, and three layers with dropout
+fallback  torch.nn.LSTM's time over that of lstm_ext where it has no kernels and takes torch's own operator: in a
+          process with LSTM_EXT_BACKEND=torch; eager, by torch.compile, packed, and three layers with dropout
 
 The process keeps freed memory for the measurement: see `harness.keep_freed_memory`. Nothing fails here: what a busy
 machine measures is no verdict.
@@ -229,6 +229,7 @@ def busy(shape: Shape, training: bool, budget: float) -> dict:
 
 
 def fallback(shape: Shape, training: bool, budget: float) -> dict:
+    torch._dynamo.reset()  # each shape compiles anew, and dynamo counts
     result: dict = {"times": []}
     for name, calls in sides.without_kernels(shape, training).items():
         comparison = harness.compare(calls["torch"], calls["ours"], budget / 4)

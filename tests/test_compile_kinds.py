@@ -144,7 +144,7 @@ def builder_that(wraps) -> types.SimpleNamespace:
 
     config = types.SimpleNamespace(allow_rnn=False)
     builder = types.SimpleNamespace(VariableBuilder=VariableBuilder, config=config)
-    dynamo._wrap(builder, lambda module: isinstance(module, lstm_ext.LSTM))
+    dynamo._wrap(builder, lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
     return builder
 
 
@@ -200,7 +200,7 @@ def test_a_subclass_whose_forward_does_not_reach_ours_is_torchs():
 
 
 def test_twice_is_as_once():
-    dynamo.let_dynamo_take(lambda module: isinstance(module, lstm_ext.LSTM))
+    dynamo.let_dynamo_take(lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
     x = torch.randn(T, B, I)
     assert not is_refused(Model(KINDS["converted"]()), x)
     assert is_refused(Model(nn.LSTM(I, H)), x)
@@ -295,7 +295,7 @@ def test_a_dynamo_that_does_not_fit_is_one_warning(change):
 
 def test_a_dynamo_without_the_class_is_a_warning():
     with pytest.warns(UserWarning, match=r"the dynamo of torch .*convert\(model, fullgraph=True\)"):
-        dynamo._wrap(types.ModuleType("builder"), lambda module: True)
+        dynamo._wrap(types.ModuleType("builder"), lambda module: True, lambda module: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not is_refused(Model(KINDS["converted"]()), torch.randn(T, B, I))

@@ -259,6 +259,25 @@ def test_a_compiler_sees_one_operator(config: dict[str, Any], backend: str) -> N
             assert [name for name in operators(graph.graph) if "lstm" in name] == ["lstm_ext.torchs_lstm"]
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_without_fullgraph_a_compiler_breaks_the_graph_as_at_torchs(fullgraph: bool) -> None:
+    theirs, ours = pair()
+    torch._dynamo.reset()
+    compiled = torch.compile(lstm_ext.convert(ours, fullgraph=fullgraph), backend=(graphs := Graphs()))
+    x = torch.randn(T, B, I)
+    assert_same_bits(results(compiled, x, None), results(theirs, x, None))
+    assert graphs.all == []
+
+
+def test_a_compiled_layer_is_differentiated_twice() -> None:
+    theirs, ours = pair()
+    torch._dynamo.reset()
+    x = torch.randn(T, B, I, requires_grad=True)
+    output, _ = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
+    gradients = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for _ in range(2)]
+    assert_same_bits(gradients, [torch.autograd.grad(theirs(x)[0].sum(), x)[0]] * 2)
+
+
 @pytest.mark.tools
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.usefixtures("no_equations")

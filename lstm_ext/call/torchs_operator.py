@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..layer import equations, operators, route, transforms
 from ..layer.layer_call import PLAIN, LayerCall, LayerOptions
 from ..layer.shapes import weight_counts
-from ..layer.tracing import any_autocast, is_jit_tracing, is_plain_eager
+from ..layer.tracing import any_autocast, is_jit_tracing
 from .arguments import Stack
 from .autocast import autocast_dtype, in_autocast, onednn_takes, result_dtypes
 from .stack import run_stack
@@ -74,7 +74,8 @@ def lstm(
 
     Arguments are those of `run_stack`, as autocast finds them.
     """
-    if stack.frozen or not route.takes_torchs_operator(x, h0, c0, weights):
+    way = None if stack.frozen else route.torchs_way(x, h0, c0, weights)
+    if way is None:
         return None
     flat = [w for layer in weights for w in layer]
     if h0 is None or c0 is None:
@@ -88,22 +89,21 @@ def lstm(
     # cuDNN has gradients in training mode only. Without dropout the mode changes nothing else.
     training = stack.training or (needs_grad and not x.is_cpu)
     plain = _Plain(stack.bias, len(weights), dropout, training, stack.bidirectional)
-    if is_jit_tracing():
-        return plain.compute(batch_sizes, tensors)
-    if not is_plain_eager():
+    if way == "operator":
         autocast = autocast_dtype(x) if any_autocast() else None
-        return torch.ops.lstm_ext.torchs_lstm(x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad)[
-            :3
-        ]
+        results = torch.ops.lstm_ext.torchs_lstm(
+            x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad
+        )
+        return results[:3]
     if x.is_cuda:
         _flatten(stack, flat)
     results = plain.compute(batch_sizes, tensors)
-    if not needs_grad:
+    if not needs_grad or is_jit_tracing():
         return results
     if x.is_cpu:
         # All but oneDNN's function is made of operators that have second derivatives.
-        if batch_sizes is None and results[0].grad_fn is not None and onednn_takes(x):
-            _watch_onednn(results[0].grad_fn, x.grad_fn)
+        if batch_sizes is None and onednn_takes(x):
+            _watch_onednn(results[0].grad_fn, x.grad_fn, len(weights))
         return results
     # The equations know the masks of dropout that the CPU draws, and no others.
     return results if dropout else _TwiceDifferentiable.apply(plain, batch_sizes, *results, *tensors)
@@ -121,7 +121,7 @@ def _flatten(stack: Stack, flat: Sequence[Tensor]) -> None:
 _ONEDNN = "MkldnnRnnLayerBackward0"
 
 
-def _watch_onednn(node: Any, end: Any) -> None:
+def _watch_onednn(node: Any, end: Any, layers: int) -> None:
     """Gives the steps of autograd that oneDNN's layers have recorded a hook, from the output's back to the input's.
 
     A step of autograd of our own around the layers would do the same, and takes 50 us more.
@@ -132,19 +132,25 @@ def _watch_onednn(node: Any, end: Any) -> None:
         if node in seen:
             continue
         seen.add(node)
-        before = [n for n, _ in node.next_functions]
-        if node.name() == _ONEDNN:
-            node.register_hook(_onednn_gradients)
-            before = before[:1]  # the others lead to weights and states
-        nodes += before
+        if node.name() != _ONEDNN:
+            nodes += [n for n, _ in node.next_functions]
+            continue
+        node.register_prehook(_before_onednn)
+        if layers > 1:
+            nodes.append(node.next_functions[0][0])  # the others lead to weights and states
+
+
+def _before_onednn(grad_outputs: Sequence[Tensor | None]) -> None:
+    """Where gradients are to have gradients, those of the equations take the place of oneDNN's."""
+    if torch.is_grad_enabled():
+        node: Any = torch._C._current_autograd_node()
+        handle = node.register_hook(lambda *grads: (handle.remove(), _onednn_gradients(*grads))[1])
 
 
 def _onednn_gradients(
     grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...] | None:
-    """Where gradients are to have gradients: those of the equations, for one direction of one layer."""
-    if not torch.is_grad_enabled():
-        return None
+) -> tuple[Tensor | None, ...]:
+    """Those of the equations, for one direction of one layer: what oneDNN's step of autograd returns."""
     node: Any = torch._C._current_autograd_node()
     names = ("input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
     tensors = [getattr(node, f"_saved_{name}") for name in names]
@@ -269,15 +275,19 @@ def _forward(*arguments: Any) -> _Tensors:
 
 def _backward(*arguments: Any) -> list[Tensor]:
     *arguments, saved, grad_output, grad_h_n, grad_c_n, needs_grad = arguments  # type: ignore[assignment]
-    graph = getattr(saved, "graph", None)
-    if graph is None:  # a hook on saved tensors has put a copy in its place
-        if _split(arguments)[0].dropout:
+    graph, plain = getattr(saved, "graph", None), _split(arguments)[0]
+    if (
+        graph is None
+    ):  # a hook on saved tensors has put a copy in its place, or this is the second backward pass
+        if plain.dropout:
             raise RuntimeError(
                 "LSTM: torch's operator, which computes this layer here, needs what its forward pass saved, and a hook "
                 "on saved tensors has copied it: with dropout, do not use save_on_cpu and the like around a compiled "
                 "layer"
             )
         graph = _graph(arguments)
+    elif not plain.dropout:
+        del saved.graph  # type: ignore[attr-defined]
     leaves, results = graph
     grads = (grad_output, grad_h_n, grad_c_n)
     with _with_autograd():
@@ -286,7 +296,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
                 [r for r, g in zip(results, grads, strict=True) if g is not None],
                 [t for t, n in zip(leaves, needs_grad, strict=True) if n],
                 [g for g in grads if g is not None],
-                retain_graph=True,
+                retain_graph=plain.dropout > 0,
                 materialize_grads=True,
             )
         )

@@ -42,6 +42,7 @@ from .tracing import (
     is_active,
     is_direct,
     is_exporting_to_onnx,
+    is_plain_eager,
     onnx_has_our_operator,
     refuse_shards,
 )
@@ -52,7 +53,7 @@ __all__ = [
     "lstm_cell",
     "lstm_layer",
     "refuse_none",
-    "takes_torchs_operator",
+    "torchs_way",
 ]
 
 _is_compiling = torch.compiler.is_compiling
@@ -135,7 +136,7 @@ def lstm_cell(
         kernels = loader.extension()
         if kernels is not None:
             return kernels.lstm_cell(input, h, c, weights, bias)
-    if takes_torchs_operator(input, h, c, [weights]):
+    if torchs_way(input, h, c, [weights]):
         if h is None or c is None:
             h = c = input.new_zeros(input.size(0), weights[1].size(-1))
         return torch.lstm_cell(input, (h, c), *weights)
@@ -215,26 +216,34 @@ def has_operators(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") and loader.has_kernels()
 
 
-def takes_torchs_operator(
+def torchs_way(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Sequence[Tensor | None]]
-) -> bool:
-    """Whether torch's own operator computes plain layers of these tensors: where there are no kernels of ours, unless
-    only the equations can do it. These serve all transforms and forward-mode AD."""
+) -> str | None:
+    """How torch's own operator computes plain layers of these tensors, where there are no kernels of ours.
+
+    "direct": by a call of torch's function. "operator": by the operator that compilers, exporters and dispatch modes
+    see. None: not at all, since there are kernels, or the equations are wanted or all that can do it, as under the
+    transforms of ``torch.func`` and forward-mode AD.
+    """
     device = x.device
     if has_operators(device) or loader.wants_equations():
-        return False
-    if x.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0 or is_exporting_to_onnx():
-        return False
-    if torch.compiler.is_compiling():
-        return _active_transforms() == "none"
-    if innermost_transform() is not None or is_active(LEGACY_VMAP):
-        return False
-    tensors = [t for t in (x, h0, c0) if t is not None] + [w for layer in weights for w in layer]
-    if not all([type(t) in transforms.OPERATOR_TYPES for t in tensors]):
-        return False
+        return None
+    if x.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0:
+        return None
+    if _is_compiling():
+        return "operator" if _active_transforms() == "none" and not is_exporting_to_onnx() else None
+    for state in (x, h0, c0):
+        if state is not None and type(state) not in transforms.OPERATOR_TYPES:
+            return None
+    for layer in weights:
+        for w in layer:
+            if type(w) not in transforms.OPERATOR_TYPES:
+                return None
     if device.type == "cuda":
         _warn_about_cuda(cuda.problem(device.index))
-    return True
+    if is_plain_eager() or torch._C._is_tracing():
+        return "direct"
+    return None if innermost_transform() is not None or is_active(LEGACY_VMAP) else "operator"
 
 
 def _check_packed(call: LayerCall, layer: LayerFunction) -> None:

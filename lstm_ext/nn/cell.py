@@ -100,7 +100,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         dtypes, casts = None, False
         if any_autocast():
             # torch's own operator casts by itself.
-            casts = route.takes_torchs_operator(x, h, c, [[w for w in weights if w is not None]])
+            casts = route.torchs_way(x, h, c, [[w for w in weights if w is not None]]) is not None
             autocast = None if casts else autocast_dtype(x)
             if autocast is not None:
                 dtypes = result_dtypes(autocast, x, c, fused=False, projected=False)

@@ -436,7 +436,6 @@ def _change_classes(
             module.__dict__.pop(key, None)
         module.__dict__.update(add)
         module.__class__ = cls
-        module.train(module.training)  # ours tell the tools that are loaded of their class
         if isinstance(module, nn.RNNBase):
             # As after construction. This computes parametrized weights, which needs no graph.
             with torch.no_grad():

@@ -399,6 +399,14 @@ class LSTM(KnownToTools, ScriptedLSTM):
             )
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
+    @property
+    def runs_on_torchs_operator(self) -> bool:
+        """Whether plain calls of this layer run on torch's own operator, for want of kernels."""
+        weight = self._parameters.get(self._all_weights[0][0])
+        if weight is None or self.frozen or any([name != "forget_bias" for name in options_of(self)]):
+            return False
+        return not route.has_operators(weight.device) and not loader.wants_equations()
+
     def _norm_weights(self) -> list[list[Tensor]]:
         """The present parameters of layer normalisation, one list per layer; empty without it."""
         if not self.layer_norm:

@@ -245,4 +245,8 @@ def _compiles_whole(module: nn.Module) -> bool:
     return isinstance(module, LSTM) and reaches_our_forward(type(module)) is True
 
 
-let_dynamo_take(_compiles_whole)
+def _runs_on_torchs_operator(module: nn.Module) -> bool:
+    return isinstance(module, LSTM) and module.runs_on_torchs_operator
+
+
+let_dynamo_take(_compiles_whole, _runs_on_torchs_operator)
