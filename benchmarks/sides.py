@@ -51,9 +51,9 @@ def without_kernels(shape: Shape, training: bool) -> dict[str, Sides]:
         calls = [call_of(layer, data, training) for layer in layers]
         return dict(zip(("torch", "ours"), calls, strict=True))
 
-    def compiled(layers: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
-        for layer in layers:
-            layer.compile()
+    def compiled(layers: tuple[nn.Module, nn.Module], whole: bool) -> tuple[nn.Module, nn.Module]:
+        layers[0].compile()
+        layers[1].compile(fullgraph=whole)
         return layers
 
     deep = make_layers(shape._replace(layers=3))
@@ -61,7 +61,8 @@ def without_kernels(shape: Shape, training: bool) -> dict[str, Sides]:
         layer.dropout = 0.3
     return {
         "eager": both(make_layers(shape), x),
-        "compiled": both(compiled(make_layers(shape)), x),
+        "compiled": both(compiled(make_layers(shape), False), x),
+        "whole": both(compiled(make_layers(shape), True), x),
         "packed": both(make_layers(shape), ragged),
         "deep": both(deep, x),
     }

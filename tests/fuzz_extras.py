@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
 from lstm_ext.call import arguments
+from lstm_ext.layer import equations
 
 
 def differing(description: Any) -> str:
@@ -215,7 +216,7 @@ def rounding_normalisation(change: float, generator: torch.Generator) -> Iterato
         y = Normalised.apply(x, eps) * weight
         return y if bias is None else y + bias
 
-    with mock.patch.object(torch.nn.functional, "layer_norm", layer_norm):
+    with mock.patch.object(equations, "layer_norm", layer_norm):
         yield
 
 

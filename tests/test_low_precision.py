@@ -217,6 +217,15 @@ def test_autocast(dtype, config, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_of_an_empty_batch_under_autocast(dtype, device):
+    module, x = lstm_ext.LSTM(10, 40), torch.randn(4, 0, 10)
+    expected = torchs_dtypes(module, dtype, x)
+    for lstm in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        with torch.autocast(device, dtype=dtype):
+            assert [t.dtype for t in tensors(lstm(x))] == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_double_backward_and_reference_agree_with_float32(dtype):
     module, same = layers({"bidirectional": True}, dtype)
     x = torch.randn(6, 2, 10).to(dtype)

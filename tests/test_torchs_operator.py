@@ -16,6 +16,7 @@ import torch
 from graphs import Graphs, operators
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
@@ -259,6 +260,14 @@ def test_a_compiler_sees_one_operator(config: dict[str, Any], backend: str) -> N
             assert [name for name in operators(graph.graph) if "lstm" in name] == ["lstm_ext.torchs_lstm"]
 
 
+def test_breaks_are_no_layers_of_a_patch() -> None:
+    torch._dynamo.reset()
+    with lstm_ext.patch() as handle:
+        module = lstm_ext.LSTM(I, H)
+        torch.compile(nn.Sequential(nn.Identity(), module), backend="eager")(torch.randn(T, B, I))
+        assert handle.made == 0
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_without_fullgraph_a_compiler_breaks_the_graph_as_at_torchs(fullgraph: bool) -> None:
     theirs, ours = pair()
@@ -267,6 +276,16 @@ def test_without_fullgraph_a_compiler_breaks_the_graph_as_at_torchs(fullgraph: b
     x = torch.randn(T, B, I)
     assert_same_bits(results(compiled, x, None), results(theirs, x, None))
     assert graphs.all == []
+
+
+def test_checkpoints_and_gradients_that_have_gradients() -> None:
+    theirs, ours = pair()
+    x = torch.randn(T, B, I, requires_grad=True)
+    found = []
+    for lstm in (theirs, ours):
+        y = checkpoint(lambda x, lstm=lstm: lstm(x)[0], x, use_reentrant=False)
+        found.append(torch.autograd.grad(y.sum(), x, create_graph=True)[0])
+    assert_same_bits(found[:1], found[1:])
 
 
 def test_a_compiled_layer_is_differentiated_twice() -> None:
@@ -293,6 +312,7 @@ def test_inductor(config: dict[str, Any]) -> None:
 
 def test_copies_of_what_a_compiled_layer_saves() -> None:
     """A hook on saved tensors may copy them: then the forward pass runs once more, or an error says why it cannot."""
+    torch._dynamo.reset()
     theirs, ours = pair(num_layers=2)
     x = torch.randn(T, B, I)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
@@ -313,6 +333,11 @@ def test_export_with_a_dynamic_time(strict: bool) -> None:
     assert [n for n in operators(program.graph) if "lstm" in n] == ["lstm_ext.torchs_lstm"]
     x = torch.randn(9, 2, I)
     assert torch.equal(program.module()(x)[0], theirs(x)[0])
+    with torch.inference_mode():  # the program was made with gradients
+        assert torch.equal(program.module()(x.clone())[0], theirs(x)[0])
+        inference = x.clone()
+    with torch.no_grad():
+        assert torch.equal(program.module()(inference)[0], theirs(x)[0])
 
 
 @pytest.mark.usefixtures("no_equations")
@@ -374,7 +399,7 @@ class OnAGPU:
     device = torch.device("cuda", 0)
 
 
-def test_weights_are_flattened_for_torchs_operator_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_flattened_unless_our_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     _, module = pair()
     calls = []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: calls.append(self))
@@ -385,9 +410,11 @@ def test_weights_are_flattened_for_torchs_operator_only(monkeypatch: pytest.Monk
     assert calls == [module]
     monkeypatch.setattr(route, "has_operators", lambda device: True)
     module.flatten_parameters()
+    assert calls == [module]
     monkeypatch.setattr(loader, "_result", None)
     module.flatten_parameters()
-    assert calls == [module]
+    assert calls == [module, module]
+    assert loader._result is None
 
 
 # ---- whole processes
@@ -413,6 +440,18 @@ with warnings.catch_warnings(record=True) as caught:
 assert all(torch.equal(a, b) for a, b in zip(*found))
 print(loader.status().backend, len(caught), *[w.message for w in caught])
 """
+
+
+def test_importing_the_package_anew() -> None:
+    program = """
+import sys, torch, lstm_ext
+for name in [n for n in sys.modules if n.startswith("lstm_ext")]:
+    del sys.modules[name]
+import lstm_ext
+lstm_ext.LSTM(3, 4)(torch.randn(2, 1, 3))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_environment_variable() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layer.tracing import is_zero
 from .arguments import StackOptions
 
 __all__ = [
@@ -93,10 +94,7 @@ def result_dtypes(
 
 def onednn_takes(x: Tensor) -> bool:
     """Whether torch computes a layer of dense input by oneDNN, if it has no projection."""
-    # The number of elements may be unknown while a compiler looks.
-    if not torch.compiler.is_compiling() and x.numel() == 0:
-        return False
-    return _onednn_has(x.dtype, torch.is_grad_enabled())
+    return not is_zero(x.numel()) and _onednn_has(x.dtype, torch.is_grad_enabled())
 
 
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:

@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import PackedSequence
 from ..layer import route
 from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
-from ..layer.tracing import any_autocast
+from ..layer.tracing import any_autocast, is_zero
 from .arguments import Stack, StackOptions, any_requested, stack_options
 from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
 from .torchs_operator import lstm as lstm_by_torch
 
-__all__ = ["EMPTY_SEQUENCE", "describe_hx", "has_steps", "lstm", "run", "zero_states"]
+__all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
 
 # torch's own text, from aten/src/ATen/native/RNN.cpp
 EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
@@ -114,15 +114,6 @@ def _run_padded(
     )
 
 
-def has_steps(time: int) -> bool:
-    """Whether T is not 0, or a number that only the data tell a compiled program: then the kernels ask, as it runs."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-        return guard_or_true(time != 0)
-    return time != 0
-
-
 def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
     """The zeros that no ``hx`` means, for a compiler: they tell it how many sequences there are."""
     return tuple([x.new_zeros(shape) for shape in shapes])
@@ -202,7 +193,7 @@ def lstm(
     requested = any_requested(stack, **arguments)
     if requested:
         norm = _split_norm(norm_weights, data, bias, num_layers, bidirectional, hidden_size)
-    if not packed and not has_steps(x.size(0)):
+    if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
     options = stack_options(stack, norm, x, layout, shapes, **arguments) if requested else None
     return run(stack, layer, layers, x, h0, c0, layout, options)

@@ -4,8 +4,8 @@ One call computes all layers and directions, as in ``torch.nn.LSTM``: cuDNN, MIO
 layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. A compiler, an
 exporter or a dispatch mode sees one registered operator, ``lstm_ext::torchs_lstm``: torch's would be unrolled there.
 
-torch's operator has no second derivatives on most devices. ``create_graph=True`` computes the gradients once more, by
-the equations.
+cuDNN, MIOpen and MPS have no second derivatives. ``create_graph=True`` computes the gradients once more there, by the
+equations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..layer import equations, operators, route, transforms
-from ..layer.layer_call import PLAIN, LayerCall, LayerOptions
+from ..layer.layer_call import LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_jit_tracing
 from .arguments import Stack
-from .autocast import autocast_dtype, in_autocast, onednn_takes, result_dtypes
+from .autocast import autocast_dtype, in_autocast, result_dtypes
 from .stack import run_stack
 
 __all__ = ["lstm"]
@@ -95,79 +95,11 @@ def lstm(
             x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad
         )
         return results[:3]
-    if x.is_cuda:
-        _flatten(stack, flat)
     results = plain.compute(batch_sizes, tensors)
-    if not needs_grad or is_jit_tracing():
+    # On the CPU torch's operator has second derivatives. On other devices the equations cannot draw dropout's masks.
+    if not needs_grad or dropout or x.is_cpu or is_jit_tracing():
         return results
-    if x.is_cpu:
-        # All but oneDNN's function is made of operators that have second derivatives.
-        if batch_sizes is None and onednn_takes(x):
-            _watch_onednn(results[0].grad_fn, x.grad_fn, len(weights))
-        return results
-    # The equations know the masks of dropout that the CPU draws, and no others.
-    return results if dropout else _TwiceDifferentiable.apply(plain, batch_sizes, *results, *tensors)
-
-
-def _flatten(stack: Stack, flat: Sequence[Tensor]) -> None:
-    """Puts the parameters of a module into the one chunk of memory that cuDNN reads, unless they are in one."""
-    flatten = getattr(stack, "flatten_parameters", None)
-    if flatten is None or type(flat[0]) is not torch.nn.Parameter:
-        return
-    if flat[0].untyped_storage().data_ptr() != flat[-1].untyped_storage().data_ptr():
-        flatten()
-
-
-_ONEDNN = "MkldnnRnnLayerBackward0"
-
-
-def _watch_onednn(node: Any, end: Any, layers: int) -> None:
-    """Gives the steps of autograd that oneDNN's layers have recorded a hook, from the output's back to the input's.
-
-    A step of autograd of our own around the layers would do the same, and takes 50 us more.
-    """
-    nodes, seen = [node], {None, end}
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() != _ONEDNN:
-            nodes += [n for n, _ in node.next_functions]
-            continue
-        node.register_prehook(_before_onednn)
-        if layers > 1:
-            nodes.append(node.next_functions[0][0])  # the others lead to weights and states
-
-
-def _before_onednn(grad_outputs: Sequence[Tensor | None]) -> None:
-    """Where gradients are to have gradients, those of the equations take the place of oneDNN's."""
-    if torch.is_grad_enabled():
-        node: Any = torch._C._current_autograd_node()
-        handle = node.register_hook(lambda *grads: (handle.remove(), _onednn_gradients(*grads))[1])
-
-
-def _onednn_gradients(
-    grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Those of the equations, for one direction of one layer: what oneDNN's step of autograd returns."""
-    node: Any = torch._C._current_autograd_node()
-    names = ("input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
-    tensors = [getattr(node, f"_saved_{name}") for name in names]
-    needs_grad = [g is not None for g in grad_inputs]
-    bias = node._saved_has_biases  # without them, oneDNN has two more weights that are zeros
-
-    def results(x: Tensor, *others: Tensor) -> _Tensors:
-        *weights, h0, c0 = others
-        weights = weights if bias else weights[:2]
-        shape = (1, x.size(1), -1)
-        x = x.flip(0) if node._saved_reverse else x
-        call = LayerCall(x, h0.view(shape), c0.view(shape), weights, None, bias, False, PLAIN)
-        output, h_n, c_n, *_ = equations.lstm_layer(call)
-        output = output.flip(0) if node._saved_reverse else output
-        return output, h_n.view_as(h0), c_n.view_as(c0)
-
-    return tuple(transforms.gradients_of(results, needs_grad, tensors, grad_outputs[:3]))
+    return _TwiceDifferentiable.apply(plain, batch_sizes, *results, *tensors)
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
@@ -187,11 +119,11 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[5:]
         if not torch.is_grad_enabled():
-            return (None,) * 2 + grads + (None,) * len(tensors)
+            return (None,) * 2 + grads + (None,) * len(needs_grad)
         gradients = _equation_gradients(
-            ctx.plain, ctx.autocast, ctx.batch_sizes, grads, tensors, ctx.needs_input_grad[5:]
+            ctx.plain, ctx.autocast, ctx.batch_sizes, grads, ctx.saved_tensors, needs_grad
         )
         return (None,) * 5 + tuple(gradients)
 
@@ -215,24 +147,6 @@ def _equation_gradients(
 
 
 # ---- what compilers, exporters and dispatch modes see
-
-_LIBRARY = torch.library.Library("lstm_ext", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, int num_layers, "
-    "float dropout, bool training, bool bidirectional, ScalarType? autocast"
-)
-# A graph of CUDA must not keep what the forward pass leaves in Python, and dropout draws random numbers.
-_TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded]
-_TAGS += [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_LIBRARY.define(
-    f"torchs_lstm({_ARGUMENTS}, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    f"torchs_lstm_backward({_ARGUMENTS}, Tensor saved, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
-    "bool[] needs_grad) -> Tensor[]",
-    tags=_TAGS,
-)
 
 
 def _split(arguments: Sequence[Any]) -> tuple[_Plain, Tensor | None, list[Tensor], torch.dtype | None]:
@@ -263,7 +177,12 @@ def _forward(*arguments: Any) -> _Tensors:
     # This tensor has no elements: it carries torch's graph, whose saved tensors differ from device to device. On the
     # CPU, so that no graph of CUDA takes it for memory of its own.
     saved = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if save:
+    # An exported program may have been made for gradients and run without them.
+    if (
+        save
+        and not torch.is_inference_mode_enabled()
+        and not any([t.is_inference() for t in _split(arguments)[2]])
+    ):
         saved.graph = _graph(arguments)  # type: ignore[attr-defined]
         results = saved.graph[1]  # type: ignore[attr-defined]
     else:
@@ -364,13 +283,39 @@ def _flops(input: Any, h0: Any, c0: Any, weights: Sequence[Any], *settings: Any,
     )
 
 
-for _name, _compute, _fake in (
-    ("torchs_lstm", _forward, _fake_forward),
-    ("torchs_lstm_backward", _backward, _fake_backward),
-):
-    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lstm_ext::torchs_lstm", _differentiate, setup_context=_set_up, lib=_LIBRARY)
-register_flop_formula(torch.ops.lstm_ext.torchs_lstm)(_flops)
-# Through time and to the weights: twice the products of the forward pass.
-register_flop_formula(torch.ops.lstm_ext.torchs_lstm_backward)(lambda *a, **k: 2 * _flops(*a, **k))
+_ARGUMENTS = (
+    "Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, int num_layers, "
+    "float dropout, bool training, bool bidirectional, ScalarType? autocast"
+)
+# A graph of CUDA must not keep what the forward pass leaves in Python, and dropout draws random numbers.
+_TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded]
+_TAGS += [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("lstm_ext", "FRAGMENT")
+    forward, backward = "torchs_lstm", "torchs_lstm_backward"
+    library.define(
+        f"{forward}({_ARGUMENTS}, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+        tags=_TAGS,
+    )
+    library.define(
+        f"{backward}({_ARGUMENTS}, Tensor saved, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+        "bool[] needs_grad) -> Tensor[]",
+        tags=_TAGS,
+    )
+    for name, compute, fake in ((forward, _forward, _fake_forward), (backward, _backward, _fake_backward)):
+        library.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lstm_ext::{name}", fake, lib=library)
+    torch.library.register_autograd(
+        f"lstm_ext::{forward}", _differentiate, setup_context=_set_up, lib=library
+    )
+    register_flop_formula(torch.ops.lstm_ext.torchs_lstm)(_flops)
+    # Through time and to the weights: twice the products of the forward pass.
+    register_flop_formula(torch.ops.lstm_ext.torchs_lstm_backward)(lambda *a, **k: 2 * _flops(*a, **k))
+    return library
+
+
+# torch keeps them for the life of the process, also where this module is imported anew.
+if not torch._C._jit_get_operation("lstm_ext::torchs_lstm")[0]:
+    _library = _register()

@@ -27,6 +27,7 @@ __all__ = [
     "is_exporting_to_onnx",
     "is_jit_tracing",
     "is_plain_eager",
+    "is_zero",
     "leaf_of_graph",
     "onnx_has_our_operator",
     "refuse_shards",
@@ -97,6 +98,15 @@ def is_jit_tracing() -> bool:
 
 # Dynamo cannot look into the function; see `loader.has_kernels`.
 is_jit_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_zero(size: int) -> bool:
+    """Whether a size is known to be 0. It may be a number that only the data tell a compiled program."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(size == 0)
+    return size == 0
 
 
 def is_exporting_to_onnx() -> bool:

@@ -4,7 +4,7 @@ Dynamo refuses every ``torch.nn.LSTM`` in one method, unless its setting ``allow
 the setting is on while it looks at one of our layers, and as the user left it while it looks at one of torch's.
 
 A layer that runs on torch's own operator is refused as torch's is, unless the graph has to be whole. A graph with that
-operator costs 50 us in inference and 500 us in training, and the layer by itself costs nothing more than torch's.
+operator takes longer in small calls than the layer by itself.
 
 Importing dynamo takes seconds, so the method is wrapped when somebody else imports it.
 """
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import nn
 __all__ = ["let_dynamo_take"]
 
 _BUILDER = "torch._dynamo.variables.builder"
+_PACKAGE = Path(__file__).parents[1]
 _INNER = ("lstm_ext.call.", "lstm_ext.layer.", "lstm_ext.native.")
 _Question = Callable[[nn.Module], bool]
 # Now: users put our classes in their places.
@@ -117,7 +119,7 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
                 if wanted != before:
                     config.allow_rnn = wanted
                 # A layer of torch's gets its refusal of this torch.
-                return method(self, value if refused or wanted else nn.LSTM(1, 1, device="meta"))
+                return method(self, value if refused or wanted else _REFUSED[2](1, 1, device="meta"))
             finally:
                 users.pop()
                 if wanted != before:
@@ -135,13 +137,14 @@ def _skip_inner_frames() -> None:
     if skip is None:
         return
     for name, module in list(sys.modules.items()):
-        if name.startswith(_INNER):
-            found = list(vars(module).values())
-            found += [v for cls in found if isinstance(cls, type) for v in vars(cls).values()]
-            for function in found:
-                code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-                if code is not None and getattr(function, "__module__", name).startswith(_INNER):
-                    skip(code)
+        if not name.startswith(_INNER):
+            continue
+        found = list(vars(module).values())
+        found += [v for cls in found if isinstance(cls, type) for v in vars(cls).values()]
+        for function in found:
+            code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+            if code is not None and Path(code.co_filename).is_relative_to(_PACKAGE):
+                skip(code)
 
 
 def _is_whole(builder: Any) -> bool:

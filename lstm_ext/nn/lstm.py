@@ -18,10 +18,10 @@ from ..call.arguments import (
     zoneout_pair,
 )
 from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
-from ..call.run import EMPTY_SEQUENCE, describe_hx, has_steps, run, zero_states
+from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
 from ..layer.layer_call import LayerOptions
-from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
+from ..layer.tracing import any_autocast, is_jit_tracing, is_zero, leaf_of_graph
 from ..native import loader
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 from .tools import KnownToTools
@@ -185,15 +185,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """As torch's, for torch's operator on a GPU without our kernels. Our kernels read each parameter in place."""
+        """As torch's on a GPU, unless our kernels are loaded: these read each parameter in place."""
         weight = self._parameters.get(self._all_weights[0][0])
-        # Not before somebody has called a layer: looking for the kernels may build them.
-        if (
-            weight is not None
-            and weight.is_cuda
-            and loader.is_decided()
-            and not route.has_operators(weight.device)
-        ):
+        if weight is None or not weight.is_cuda:
+            return
+        # Looking for the kernels may build them, so nobody does it here.
+        if not loader.is_decided() or not route.has_operators(weight.device):
             super().flatten_parameters()
 
     def forward(
@@ -358,7 +355,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         sets = 2 * self.num_layers if self.bidirectional else self.num_layers
         state_shapes = h_shape, c_shape = (sets, batch, self.proj_size or H), (sets, batch, H)
         good = (
-            shape[-1] == self.input_size and has_steps(shape[0]) and dtype == w.dtype and device == w.device
+            shape[-1] == self.input_size and not is_zero(shape[0]) and dtype == w.dtype and device == w.device
         )
         if hx is None:
             h0 = c0 = None
@@ -398,14 +395,6 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 return_gates=return_gates,
             )
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
-
-    @property
-    def runs_on_torchs_operator(self) -> bool:
-        """Whether plain calls of this layer run on torch's own operator, for want of kernels."""
-        weight = self._parameters.get(self._all_weights[0][0])
-        if weight is None or self.frozen or any([name != "forget_bias" for name in options_of(self)]):
-            return False
-        return not route.has_operators(weight.device) and not loader.wants_equations()
 
     def _norm_weights(self) -> list[list[Tensor]]:
         """The present parameters of layer normalisation, one list per layer; empty without it."""
@@ -535,6 +524,14 @@ _OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recomp
 def options_of(module: LSTM) -> list[str]:
     """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
     return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
+
+
+def runs_on_torchs_operator(module: LSTM) -> bool:
+    """Whether plain calls of this layer run on torch's own operator, for want of kernels."""
+    weight = module._parameters.get(module._all_weights[0][0])
+    if weight is None or module.frozen or any([name != "forget_bias" for name in options_of(module)]):
+        return False
+    return not route.has_operators(weight.device) and not loader.wants_equations()
 
 
 def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .cell import LSTMCell
 from .dynamo import let_dynamo_take
-from .lstm import LSTM
+from .lstm import LSTM, runs_on_torchs_operator
 
 __all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "reaches_our_forward", "with_our_forward"]
 
@@ -246,7 +246,7 @@ def _compiles_whole(module: nn.Module) -> bool:
 
 
 def _runs_on_torchs_operator(module: nn.Module) -> bool:
-    return isinstance(module, LSTM) and module.runs_on_torchs_operator
+    return isinstance(module, LSTM) and runs_on_torchs_operator(module)
 
 
 let_dynamo_take(_compiles_whole, _runs_on_torchs_operator)
