@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast for the device of ``x``; None if autocast is off there or leaves ``x`` as it is."""
     device_type = x.device.type
@@ -99,7 +102,7 @@ def onednn_takes(x: Tensor) -> bool:
 
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     """The conditions of at::native::use_mkldnn (aten/src/ATen/native/RNN.cpp)."""
-    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+    if not _HAS_ONEDNN or not torch._C._get_mkldnn_enabled():
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -272,7 +272,9 @@ class PaddedRows:
         self.batch_sizes = counts.sum(1)
         step, place = counts.nonzero(as_tuple=True)
         indices = order, order[place], step, torch.argsort(order)
-        self._order, self._sequence, self._step, self._places = [i.to(device) for i in indices]
+        if device.type != "cpu":
+            indices = tuple([i.to(device) for i in indices])
+        self._order, self._sequence, self._step, self._places = indices
 
     def packed(self, x: Tensor) -> Tensor:
         """The rows (N, ...) of padded data (T, B, ...)."""

@@ -73,8 +73,11 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """By torch's own operator, if it is what computes plain layers here, else layer by layer."""
     # Under autocast, torch's results of packed data have other dtypes than those of the dense data that was given.
-    plain = options is None or (options.only_padded and not any_autocast())
-    if plain and layer is route.lstm_layer:
+    if (
+        layer is route.lstm_layer
+        and not route.has_operators(x.device)
+        and (options is None or (options.only_padded and not any_autocast()))
+    ):
         results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes)
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))

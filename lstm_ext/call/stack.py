@@ -39,53 +39,22 @@ def run_stack(
     Returns:
         output, h_n, c_n, and, if there are ``options``, the cell states and gates that they request.
     """
+    dtypes = None
     if any_autocast():
         dtype = autocast_dtype(input)
         if dtype is not None:
-            return _in_autocast(dtype, stack, layer, weights, input, h0, c0, batch_sizes, options)
-    return _layers(stack, layer, weights, input, h0, c0, batch_sizes, options)
-
-
-def _in_autocast(
-    dtype: torch.dtype,
-    stack: Stack,
-    layer: LayerFunction,
-    weights: Sequence[Sequence[Tensor]],
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    batch_sizes: Tensor | None,
-    options: StackOptions | None,
-) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
-    # Padded data that was packed on the way counts as dense: so it was given.
-    dense = batch_sizes is None or (options is not None and options.padded is not None)
-    projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
-    h_dtype, c_dtype = result_dtypes(dtype, x, c0, fused=dense, projected=projected)
-    if options is not None:
-        options = options_in_autocast(options, dtype)
-    x, h0, c0, weights = to_dtype(dtype, x, h0, c0, weights)
-    output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
-    if extras is not None and extras.cell_states is not None:
-        extras = extras._replace(cell_states=extras.cell_states.to(c_dtype))
-    return output.to(h_dtype), h_n.to(h_dtype), c_n.to(c_dtype), extras
-
-
-def _layers(
-    stack: Stack,
-    layer: LayerFunction,
-    weights: Sequence[Sequence[Tensor]],
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    batch_sizes: Tensor | None,
-    options: StackOptions | None,
-) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
+            # Padded data that was packed on the way counts as dense: so it was given.
+            dense = batch_sizes is None or (options is not None and options.padded is not None)
+            projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
+            dtypes = result_dtypes(dtype, input, c0, fused=dense, projected=projected)
+            options = None if options is None else options_in_autocast(options, dtype)
+            input, h0, c0, weights = to_dtype(dtype, input, h0, c0, weights)
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
     if options is None and len(weights) == 1:  # the shortest way: microseconds count here
         own_options = frozen[0] if frozen else PLAIN
         call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, own_options)
         output, h_n, c_n, _, _ = layer(call)
-        return output, h_n, c_n, None
+        return (output, h_n, c_n, None) if dtypes is None else _cast(dtypes, output, h_n, c_n, None)
 
     directions = 2 if bidirectional else 1
     h0_by_layer = [None] * len(weights) if h0 is None else h0.split(directions)
@@ -114,7 +83,22 @@ def _layers(
         input, *others = layer(call)
         results.append(others)
     h_n, c_n, cells, gates = results[0] if len(results) == 1 else map(_cat, zip(*results, strict=True))
-    return input, h_n, c_n, None if options is None else LSTMExtras(cells, gates)
+    extras = None if options is None else LSTMExtras(cells, gates)
+    return (input, h_n, c_n, extras) if dtypes is None else _cast(dtypes, input, h_n, c_n, extras)
+
+
+def _cast(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    extras: LSTMExtras | None,
+) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
+    """The results in the dtypes of h and of c."""
+    h, c = dtypes
+    if extras is not None and extras.cell_states is not None:
+        extras = extras._replace(cell_states=extras.cell_states.to(c))
+    return output.to(h), h_n.to(h), c_n.to(c), extras
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
