@@ -6,7 +6,7 @@ In each dictionary "torch" is torch's layer and "ours" is that of lstm_ext, with
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import harness
 import torch
@@ -40,7 +40,7 @@ def packed(shape: Shape, training: bool) -> tuple[Sides, float]:
     return sides, lengths.sum().item() / (shape.steps * shape.batch)
 
 
-def without_kernels(shape: Shape, training: bool) -> dict[str, Sides]:
+def without_kernels(shape: Shape, training: bool) -> Iterator[tuple[str, Sides]]:
     """For a process with LSTM_EXT_BACKEND=torch: each way to call the layer, with torch's and with ours."""
     x, ragged = (
         input_of(shape),
@@ -51,21 +51,18 @@ def without_kernels(shape: Shape, training: bool) -> dict[str, Sides]:
         calls = [call_of(layer, data, training) for layer in layers]
         return dict(zip(("torch", "ours"), calls, strict=True))
 
-    def compiled(layers: tuple[nn.Module, nn.Module], whole: bool) -> tuple[nn.Module, nn.Module]:
-        layers[0].compile()
-        layers[1].compile(fullgraph=whole)
-        return layers
-
+    yield "eager", both(make_layers(shape), x)
+    yield "packed", both(make_layers(shape), ragged)
     deep = make_layers(shape._replace(layers=3))
     for layer in deep:
         layer.dropout = 0.3
-    return {
-        "eager": both(make_layers(shape), x),
-        "compiled": both(compiled(make_layers(shape), False), x),
-        "whole": both(compiled(make_layers(shape), True), x),
-        "packed": both(make_layers(shape), ragged),
-        "deep": both(deep, x),
-    }
+    yield "deep", both(deep, x)
+    for name, whole in (("compiled", False), ("whole", True)):
+        torch._dynamo.reset()  # it remembers what it did with the code of a layer
+        theirs, ours = make_layers(shape)
+        theirs.compile()
+        ours.compile(fullgraph=whole)
+        yield name, both((theirs, ours), x)
 
 
 def low_precision(shape: Shape, training: bool, dtype: torch.dtype) -> Sides:

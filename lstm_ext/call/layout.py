@@ -246,10 +246,13 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
 
 def _undo_each_other(a: Tensor, b: Tensor) -> bool:
     """Whether both are permutations, and each the inverse of the other: of two maps of a finite set, one says all."""
-    try:
-        return torch.equal(a.index_select(0, b), torch.arange(a.size(0), dtype=a.dtype, device=a.device))
-    except (IndexError, RuntimeError):  # a number out of range, or no numbers that can be indices
+    if not {a.dtype, b.dtype} <= {torch.int32, torch.int64}:
         return False
+    # As lists: operators on tensors take longer for the few sequences of a quick call.
+    first, second = a.tolist(), b.tolist()
+    if min(second, default=0) < 0 or max(second, default=0) >= len(first):
+        return False
+    return [first[i] for i in second] == list(range(len(first)))
 
 
 class PaddedRows:
