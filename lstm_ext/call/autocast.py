@@ -102,7 +102,8 @@ def onednn_takes(x: Tensor) -> bool:
 
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     """The conditions of at::native::use_mkldnn (aten/src/ATen/native/RNN.cpp)."""
-    if not _HAS_ONEDNN or not torch._C._get_mkldnn_enabled():
+    # torch.export turns oneDNN off while it traces; what it makes runs where oneDNN is on.
+    if not _HAS_ONEDNN or not (torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()):
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -10,12 +10,12 @@ equations.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..layer import equations, operators, route, transforms
 from ..layer.layer_call import LayerOptions
@@ -310,6 +310,11 @@ def _register() -> torch.library.Library:
     torch.library.register_autograd(
         f"lstm_ext::{forward}", _differentiate, setup_context=_set_up, lib=library
     )
+    # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
+    if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
+        return library
+    from torch.utils.flop_counter import register_flop_formula
+
     register_flop_formula(torch.ops.lstm_ext.torchs_lstm)(_flops)
     # Through time and to the weights: twice the products of the forward pass.
     register_flop_formula(torch.ops.lstm_ext.torchs_lstm_backward)(lambda *a, **k: 2 * _flops(*a, **k))
