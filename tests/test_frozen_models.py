@@ -480,6 +480,7 @@ def test_gradients_are_never_left_out_in_silence(compiled: bool, options: dict[s
             with torch.no_grad():
                 function()
             leaf.requires_grad_(False)
+        torch._dynamo.reset()  # torch 2.11 takes the graph of before, and so the error
         assert not function()[0].requires_grad
 
 
