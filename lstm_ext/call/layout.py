@@ -248,7 +248,7 @@ def _undo_each_other(a: Tensor, b: Tensor) -> bool:
     """Whether both are permutations, and each the inverse of the other: of two maps of a finite set, one says all."""
     if not {a.dtype, b.dtype} <= {torch.int32, torch.int64}:
         return False
-    # As lists: operators on tensors take longer for the few sequences of a quick call.
+    # Lists are quicker than operators on tensors for the few sequences of a quick call.
     first, second = a.tolist(), b.tolist()
     if min(second, default=0) < 0 or max(second, default=0) >= len(first):
         return False

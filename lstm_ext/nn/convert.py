@@ -41,7 +41,7 @@ _NAMES = {
     LSTMCell: "lstm_ext.LSTMCell",
 }
 
-# What torch's forward takes from other methods and ours does not.
+# Methods that torch's forward calls and ours does not.
 _NOT_CALLED = (
     "check_input",
     "check_forward_args",

@@ -30,7 +30,7 @@ _NO_TORCHSCRIPT = (
 # copies and its pickles have it too.
 _REQUIRED = "_lstm_ext_required_grad"
 
-# What belongs to this processor, and is made of the packed weights.
+# Attributes that belong to this processor, and are made of the packed weights.
 _MADE_OF_PACKED = ("_frozen_options", "native_options")
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -161,7 +161,7 @@ class FrozenLSTM(LSTM):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is packed belongs to this processor.
+        # Packed weights belong to this processor.
         state = super().__getstate__()
         for name in (*_MADE_OF_PACKED, "_frozen_from", "_frozen_parameters", "_unfrozen"):
             state.pop(name, None)
@@ -420,7 +420,7 @@ def _changed(
     module: nn.Module, layers: dict[str, Any], change: Callable[[Any], None], function: str
 ) -> nn.Module:
     """A copy of a model, of whose layers some are changed."""
-    # What deepcopy finds here it takes for copied. Packed weights will be made anew, or none are needed.
+    # deepcopy takes objects in this table for copied. Packed weights will be made anew, or none are needed.
     memo: dict[int, Any] = {
         id(packed): packed
         for layer in layers.values()

@@ -17,7 +17,7 @@ from torch import nn
 
 __all__ = ["KnownToTools"]
 
-# What counts the operations of a layer, by class, after each forward pass.
+# Tables of tools that count the operations of a layer after each forward pass, by class.
 _COUNTERS = (
     ("thop.profile", "register_hooks"),
     ("ptflops.pytorch_ops", "MODULES_MAPPING"),
