@@ -21,7 +21,6 @@ from .arguments import StackOptions
 __all__ = [
     "autocast_dtype",
     "in_autocast",
-    "onednn_takes",
     "options_in_autocast",
     "result_dtypes",
     "to_dtype",
@@ -88,14 +87,14 @@ def result_dtypes(
         fused: whether this is a layer on dense input, for which oneDNN has a function.
         projected: whether h is a product.
     """
-    if x.device.type != "cpu" or (fused and not projected and onednn_takes(x)):
+    if x.device.type != "cpu" or (fused and not projected and _onednn_takes(x)):
         return dtype, dtype
     # The gates have the dtype of autocast, and may be the wider operand.
     c_dtype = torch.promote_types(dtype, x.dtype if c0 is None else c0.dtype)
     return dtype if projected else c_dtype, c_dtype
 
 
-def onednn_takes(x: Tensor) -> bool:
+def _onednn_takes(x: Tensor) -> bool:
     """Whether torch computes a layer of dense input by oneDNN, if it has no projection."""
     return not is_zero(x.numel()) and _onednn_has(x.dtype, torch.is_grad_enabled())
 
