@@ -78,6 +78,10 @@ void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, R
   });
 }
 
+// With up to so many samples, so many long rows of the sums are written at a time, all columns of them: their pages
+// stay in the translation buffer.
+constexpr int64_t kBandSamples = 64, kBandRows = 48, kLongRowBytes = 2048;
+
 // sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; where the sums are fresh,
 // = instead of +=. `scratch`: see BackwardPlan::outer_product_size.
 template <typename T, typename Right>
@@ -90,6 +94,14 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
   const int64_t height = rows.end - rows.begin;
+  const bool long_rows = columns * static_cast<int64_t>(sizeof(T)) >= kLongRowBytes;
+  if (samples <= kBandSamples && long_rows && height > kBandRows) {
+    for (int64_t m = rows.begin; m < rows.end; m += kBandRows) {
+      const Range band{m, smaller(m + kBandRows, rows.end)};
+      add_outer_products<T>(left, left_step, samples, band, right, columns, sums, scratch, fresh);
+    }
+    return;
+  }
   const bool far = left_step * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
   T* const panel = scratch;
   T* const copied = scratch + kSumBlock * kTileColumns * kLanes;
