@@ -377,9 +377,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cuda_wait_expired",
       [](const std::optional<int>& device) { return lstm_ext::cuda_wait_expired(device.value_or(0)); },
       py::arg("device"));
-  m.def("crowded_calls", [] {
-    const lstm_ext::CrowdedCalls left = lstm_ext::crowded_calls();
-    return std::make_pair(left.workers, left.calls);
+  m.def("worker_limit", [] {
+    const lstm_ext::Limit limit = lstm_ext::worker_limit();
+    return std::make_pair(limit.workers, limit.seconds);
   });
   m.def("build_info", &build_info);
   // Fail at import, not in the first call, if the environment names a set this CPU lacks.

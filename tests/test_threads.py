@@ -150,24 +150,13 @@ layer, x = lstm_ext.LSTM(160, 160), torch.randn(200, 8, 160)
 torch.set_num_threads(1)
 expected = layer(x)[0]
 torch.set_num_threads(2)
-limits = []
-for _ in range(40):
-    assert torch.equal(layer(x)[0], expected)
-    limits.append(loader.extension().crowded_calls())
-x, times = torch.randn(2000, 8, 160), []
-for _ in range(16):
+calls, end = [], time.perf_counter() + 2
+while time.perf_counter() < end or len(calls) < 40:
     begin = time.perf_counter()
-    layer(x)
-    times.append((time.perf_counter() - begin, loader.extension().crowded_calls()[1]))
-x, tries, begin = torch.randn(48, 1, 160), [], time.perf_counter()
-before = loader.extension().crowded_calls()[1]
-while time.perf_counter() < (tries[0] + 1 if tries else begin + 30):
-    layer(x)
-    calls = loader.extension().crowded_calls()[1]
-    if calls > before:
-        tries.append(time.perf_counter())
-    before = calls
-print((limits, times, tries))
+    found = layer(x)[0]
+    calls.append((time.perf_counter() - begin, *loader.extension().worker_limit()))
+    assert torch.equal(found, expected)
+print(calls)
 """
 
 
@@ -176,21 +165,21 @@ def test_workers_that_share_a_core_become_one() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True, timeout=240
     )
-    limits, times, tries = ast.literal_eval(done.stdout)
-    begun = [
-        calls for (_, before), (workers, calls) in itertools.pairwise([(1, 0), *limits]) if calls > before
-    ]
-    # It tries again after one call, then after eight, and so on.
-    assert begun[:3] == [1, 8, 16], limits
-    # The first of these tries wakes threads, which takes its time, so the second is judged.
-    left = [calls for _, calls in limits]
-    first = left.index(1)
-    assert left[first : first + 4] == [1, 0, 0, 8], limits
-    assert all(workers == 1 for workers, _ in limits)
-    # And after long calls that took a quarter of a second together, however few they are.
-    together = 0.0
-    for (_, before), (taken, calls) in itertools.pairwise([(0.0, 0), *times]):
-        together = 0.0 if calls > before else together + taken
-        assert together < 0.25 + 2 * taken, times
-    # Short calls try as rarely, although a quarter of a second holds many of them.
-    assert 2 <= len(tries) <= 5, tries
+    calls = ast.literal_eval(done.stdout)
+    times, workers, left = zip(*calls, strict=True)
+    begins = [i for i in range(len(calls)) if left[i] > (left[i - 1] if i else 0)]
+    assert begins, calls
+    assert all(workers[i] == 1 for i in begins)
+    # A limit lasts for at most eight times what was lost; then it tries again with both.
+    for before, i in itertools.pairwise([-1, *begins]):
+        unlimited = sum(times[k] for k in range(before + 1, i + 1) if k == 0 or left[k - 1] == 0)
+        assert left[i] <= 8 * unlimited, (i, calls)
+    # It counts the time of limited calls, so that it ends.
+    limited = [k for k in range(1, len(calls)) if left[k - 1] > 0 and k not in begins]
+    spent = [left[k - 1] - left[k] for k in limited]
+    assert all(0 < spent[n] <= times[k] for n, k in enumerate(limited)), calls
+    whole = [n for n, k in enumerate(limited) if left[k] > 0]
+    assert sum(spent[n] for n in whole) > 0.5 * sum(times[limited[n]] for n in whole), calls
+    # Where trying does not help, it becomes rare.
+    late = range(len(calls) // 2, len(calls))
+    assert sum(times[k] for k in late if left[k - 1] > 0) > 0.4 * sum(times[k] for k in late), calls

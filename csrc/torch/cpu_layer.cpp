@@ -210,7 +210,9 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
     };
     OfDirections<Place> places;
     Place end{0, 0};
+    double work = 0;
     for (const Plan& plan : plans) {
+      work += plan.grid.work;
       places.push_back(end);
       end.at += (plan.workspace_bytes + kAlignment - 1) / kAlignment * kAlignment;
       end.first_worker += plan.grid.workers();
@@ -221,7 +223,7 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
     for (size_t i = 0; i < plans.size(); ++i) {
       std::memset(base + places[i].at, 0, static_cast<size_t>(plans[i].barrier_bytes));
     }
-    const bool ran = run_at_once(end.first_worker, [&](int worker) {
+    const bool ran = run_at_once(end.first_worker, work, [&](int worker) {
       size_t i = plans.size() - 1;
       while (worker < places[i].first_worker) --i;
       kernel(params[first + i], plans[i], base + places[i].at, worker - places[i].first_worker);

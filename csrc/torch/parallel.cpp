@@ -1,6 +1,7 @@
 #include "torch/parallel.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/SmallVector.h>
 
 #if !defined(_OPENMP)
 #error "compile with -fopenmp: without it everything would run on one thread and say nothing"
@@ -11,25 +12,20 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <mutex>
 
 namespace lstm_ext {
 namespace {
 
-constexpr double kShortest = 150e-6;  // seconds: of shorter calls, waking a thread may be most
-// Of the time of a call, what a worker with a core of its own computes at least. Two on a core get half of it each.
-constexpr double kLeastShare = 0.65;
-// After a bad call so many are limited to fewer workers: one, since the system may have been busy for a moment, then
-// kSecondCalls, and twice as many each time that a try with all workers is bad.
-constexpr int kFirstCalls = 1, kSecondCalls = 8, kMostCalls = 64;
-// The pause before the next try, for each limited call. The first bad call has none. A try may cost several turns of
-// the system's scheduler, of milliseconds each.
-constexpr double kPausePerCall = 0.004;
-// Limited calls compute for at most this time. Otherwise long calls would stay limited for seconds after the other
-// programs end.
-constexpr double kMostTime = 0.25;
-// After so long with all workers and no bad call, the count starts again at kFirstCalls. A few good calls may be luck:
-// the scheduler gives turns of milliseconds.
-constexpr double kForgotten = 0.2;
+constexpr double kShortest = 150e-6;  // seconds: in shorter calls, asking for a thread's time would take a few percent
+constexpr double kTurn = 1e-3;        // another program's turn on a core is longer, and waking a thread is shorter
+// Fewer workers are tried where so many seconds were lost in the last calls, which took about kMemory together. Beside
+// a program that keeps one core busy for good it is half of them, and two such programs more.
+constexpr double kLost = 0.02, kMemory = 0.05;
+// A limit lasts for this part of the time that was lost, and for twice as much each time that the calls after it lose
+// as well, up to kLongest times that time. The system may have been busy for a moment only.
+constexpr double kFirst = 0.25, kLongest = 8;
 
 double seconds(clockid_t clock) {
   timespec now;
@@ -37,64 +33,77 @@ double seconds(clockid_t clock) {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// After a call in which workers shared their cores, the next one has fewer workers. Then one tries again with all, and
-// if it fares no better, more calls are limited, and so on. All of a process: its threads share its cores.
+// Workers that wait for each other are as slow as the one that shares its core with another program. Then calls have
+// fewer workers, for about as long as was lost, and while that is faster; then they try all again. The threads of a
+// process share its cores, so all its calls share this.
 class Crowding {
  public:
-  int limited(int threads) {
-    const double until = until_.load(std::memory_order_relaxed);
-    if (threads == 1 || until == 0 || !wanted.load(std::memory_order_relaxed)) return threads;
-    const bool more = time_.load(std::memory_order_relaxed) < kMostTime && calls_.load(std::memory_order_relaxed) > 0 &&
-                      calls_.fetch_sub(1, std::memory_order_relaxed) > 0;
-    const int fewer = std::min(threads, workers_.load(std::memory_order_relaxed));
-    if (more) return fewer;
-    const double now = seconds(CLOCK_MONOTONIC);
-    if (now < until) return fewer;
-    until_.store(0, std::memory_order_relaxed);
-    lifted_.store(now, std::memory_order_relaxed);
-    wakes_.store(true, std::memory_order_relaxed);
-    return threads;
+  int limited(int threads) const {
+    if (threads == 1 || !limits() || !wanted.load(std::memory_order_relaxed)) return threads;
+    return std::min(threads, workers_.load(std::memory_order_relaxed));
+  }
+  bool limits() const { return left_.load(std::memory_order_relaxed) > 0; }
+
+  // A limited call: how long it took, and its work.
+  void note_limited(double time, double work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!limits()) return;
+    left_.store(left_.load(std::memory_order_relaxed) - time, std::memory_order_relaxed);
+    if (time > kShortest) {
+      limited_.time += time;
+      limited_.work += work;
+    }
+    // Threads that wait for work spin for a while: what a short limit brings does not show yet.
+    if (limits() || limited_.time < kMemory) return;
+    const bool faster = limited_.time * crowded_.work < crowded_.time * limited_.work;
+    if (!faster) next_ = kFirst;
   }
 
-  // Whether threads that slept wake up for this call, the first with all workers. What it takes says nothing.
-  bool wakes() { return wakes_.load(std::memory_order_relaxed) && wakes_.exchange(false, std::memory_order_relaxed); }
-
-  bool limits() const { return until_.load(std::memory_order_relaxed) != 0; }
-  // A call took so long.
-  void spend(double time) {
-    if (limits()) time_.store(time_.load(std::memory_order_relaxed) + time, std::memory_order_relaxed);
-  }
-
-  void note(int workers, int crowded) {
-    const int calls = next_.load(std::memory_order_relaxed);
-    if (crowded == 0) {
-      // A limited call says nothing about all workers.
-      if (!limits() && calls > kFirstCalls &&
-          seconds(CLOCK_MONOTONIC) - lifted_.load(std::memory_order_relaxed) > kForgotten) {
-        next_.store(kFirstCalls, std::memory_order_relaxed);
-      }
+  // A call with all workers: also how much of the time the worst of them had no core, and how many cores they had
+  // together.
+  void note(int workers, double time, double work, double lost, double cores) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (limits()) return;  // the call began before the limit
+    const double kept = std::exp(-time / kMemory);
+    all_.time = kept * all_.time + time;
+    all_.work = kept * all_.work + work;
+    lost_ = kept * lost_ + lost;
+    cores_ = kept * cores_ + time * cores;
+    if (lost < kTurn) {
+      if ((undisturbed_ += time) > kMemory) next_ = kFirst;
       return;
     }
-    workers_.store(std::max(1, workers - crowded), std::memory_order_relaxed);
-    next_.store(std::clamp(2 * calls, kSecondCalls, kMostCalls), std::memory_order_relaxed);
-    calls_.store(calls, std::memory_order_relaxed);
-    time_.store(0, std::memory_order_relaxed);
-    const double now = seconds(CLOCK_MONOTONIC);
-    until_.store(now + (calls > kFirstCalls ? calls * kPausePerCall : 0), std::memory_order_relaxed);
+    if (lost_ < kLost) return;
+    const int fewer = std::clamp(static_cast<int>(cores_ / all_.time + 0.1), 1, workers - 1);
+    const double limit = next_ * lost_;
+    next_ = std::min(2 * next_, kLongest);
+    undisturbed_ = 0;
+    // A limit of less than one call is none: it is not longer than what it makes up for.
+    if (limit < (time - lost) * workers / fewer) return;
+    crowded_ = all_;
+    all_ = limited_ = {};
+    lost_ = cores_ = 0;
+    workers_.store(fewer, std::memory_order_relaxed);
+    left_.store(limit, std::memory_order_relaxed);
   }
 
-  CrowdedCalls left() const {
-    return {workers_.load(std::memory_order_relaxed), std::max(0, calls_.load(std::memory_order_relaxed))};
-  }
+  int workers() const { return workers_.load(std::memory_order_relaxed); }
+  double left() const { return std::max(0.0, left_.load(std::memory_order_relaxed)); }
 
   std::atomic<bool> wanted{true};
 
  private:
-  std::atomic<bool> wakes_{false};
-  std::atomic<int> workers_{1}, calls_{0}, next_{kFirstCalls};
-  std::atomic<double> time_{0};  // of the calls since the last bad one
-  // By the clock: since when nothing is limited; and when the next try may be, 0 while nothing is limited.
-  std::atomic<double> lifted_{0}, until_{0};
+  struct Calls {
+    double time = 0, work = 0;
+  };
+  std::atomic<int> workers_{1};
+  std::atomic<double> left_{0};  // seconds of limited calls
+  std::mutex mutex_;
+  Calls all_;                    // with all workers, the last of them: earlier ones fade
+  double lost_ = 0, cores_ = 0;  // of these
+  Calls crowded_, limited_;      // before the limit, and since it began
+  double next_ = kFirst;
+  double undisturbed_ = 0;  // seconds of calls since a limit was due
 };
 
 Crowding& crowding() {
@@ -109,45 +118,58 @@ int available_threads(bool always_all) {
   return always_all ? at::get_num_threads() : crowding().limited(at::get_num_threads());
 }
 
-CrowdedCalls crowded_calls() { return crowding().left(); }
+Limit worker_limit() { return {crowding().workers(), crowding().left()}; }
 void set_fewer_when_crowded(bool wanted) { crowding().wanted.store(wanted, std::memory_order_relaxed); }
 
-bool run_at_once(int workers, void (*work)(void* context, int index), void* context) {
+bool run_at_once(int workers, double work_size, void (*work)(void* context, int index), void* context) {
+  const bool limited = crowding().limits();
   if (workers == 1) {
-    if (!crowding().limits()) {
+    if (!limited) {
       work(context, 0);
       return true;
     }
     const double begin = seconds(CLOCK_MONOTONIC);
     work(context, 0);
-    crowding().spend(seconds(CLOCK_MONOTONIC) - begin);
+    crowding().note_limited(seconds(CLOCK_MONOTONIC) - begin, work_size);
     return true;
   }
   bool complete = false;
-  std::atomic<int> crowded{0};
   // Asking for a thread's time takes a few percent of a short call.
   static std::atomic<bool> last_was_long{false};
-  const bool measures = !crowding().wakes() && last_was_long.load(std::memory_order_relaxed);
+  const bool measures = !limited && last_was_long.load(std::memory_order_relaxed);
+  struct Had {
+    double time = 0, lost = 0;
+  };
+  c10::SmallVector<Had, 16> had(measures ? workers : 0);
   const double begin = seconds(CLOCK_MONOTONIC);
 #pragma omp parallel num_threads(workers)
   {
     // All threads see the same number, so all agree.
     if (omp_get_num_threads() == workers) {
-      if (omp_get_thread_num() == 0) complete = true;
+      const int worker = omp_get_thread_num();
+      if (worker == 0) complete = true;
       const double before = measures ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
-      work(context, omp_get_thread_num());
+      work(context, worker);
       if (measures) {
         // From the beginning of all: a thread that was woken late held up the others.
-        const double passed = seconds(CLOCK_MONOTONIC) - begin;
-        if (passed > kShortest && seconds(CLOCK_THREAD_CPUTIME_ID) - before < kLeastShare * passed) ++crowded;
+        const double time = seconds(CLOCK_MONOTONIC) - begin;
+        had[worker] = {time, time - (seconds(CLOCK_THREAD_CPUTIME_ID) - before)};
       }
     }
   }
   if (!complete) return false;
   const double time = seconds(CLOCK_MONOTONIC) - begin;
   last_was_long.store(time > kShortest, std::memory_order_relaxed);
-  crowding().spend(time);
-  if (measures) crowding().note(workers, crowded.load(std::memory_order_relaxed));
+  if (limited) {
+    crowding().note_limited(time, work_size);
+  } else if (measures && time > kShortest) {
+    double lost = 0, cores = 0;
+    for (const Had& one : had) {
+      lost = std::max(lost, one.lost);
+      cores += 1 - one.lost / one.time;
+    }
+    crowding().note(workers, time, work_size, lost, cores);
+  }
   return true;
 }
 

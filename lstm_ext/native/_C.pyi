@@ -147,9 +147,9 @@ def cpu_plan(
     the same time; backward, if the gradient of the input is not requested.
     """
 
-def crowded_calls() -> tuple[int, int]:
-    """How many workers a limited call may have, because workers had to share their cores with other programs, and how
-    many such calls are left. For tests."""
+def worker_limit() -> tuple[int, float]:
+    """How many workers a limited call may have, because workers had to share their cores with other programs, and for
+    how many seconds of calls they are limited. For tests."""
 
 def set_fewer_when_crowded(wanted: bool) -> None:
     """False: every call has all its workers, however busy the cores are. For tests."""
