@@ -1,7 +1,8 @@
 """A faster drop-in for ``torch.nn.LSTM``.
 
 ``lstm_ext.LSTM`` has the interface, the parameters and the random numbers of ``torch.nn.LSTM``. Importing this package
-compiles nothing; the first layer that runs looks for the compiled kernels.
+loads the kernels that were built ahead of time. It compiles nothing: where none were built, the first layer that runs
+looks for them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
 
-# If the extension was built ahead of time for another torch, say so now, not in the first call.
-loader.check()
+loader.load_built()
 
 __all__ = [
     "LSTM",

@@ -6,6 +6,7 @@ it in the process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import logging
@@ -67,7 +68,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def extension() -> ModuleType | None:
-    """The compiled module, or None if there is none. Decided by the first call, for good.
+    """The compiled module, or None if there is none. Decided once: by `load_built`, or by the first call.
 
     Raises ImportError for an extension that is there and does not fit, and for a backend that was asked for by
     name (LSTM_EXT_BACKEND=aot or jit) and is not to be had; ValueError for a bad LSTM_EXT_BACKEND.
@@ -155,14 +156,21 @@ def status() -> Status:
     return _result.status
 
 
-def check() -> None:
-    """Raises the ImportError for an ahead-of-time build that does not fit this torch, without loading anything."""
+def load_built() -> None:
+    """For the import of the package: loads an extension that was built ahead of time, so that no call has to.
+
+    It takes some milliseconds. Raises ImportError for a build that does not fit this torch, without opening it. Other
+    errors are left to the calls.
+    """
     if "lstm_ext.info" in sys.orig_argv:
         return  # python -m lstm_ext.info imports the package first, and then tells the whole story
-    if _requested() in ("auto", "aot"):
-        found = find_aot()
-        if found is not None:
-            check_record(found)
+    if _requested() not in ("auto", "aot"):
+        return
+    found = find_aot()
+    if found is not None:
+        check_record(found)
+        with contextlib.suppress(ImportError, ValueError):
+            extension()
 
 
 def _requested() -> str:
