@@ -12,7 +12,8 @@ cell      torch.nn.LSTMCell's time, in float32 and in 16 bits
 frozen    torch.nn.LSTM's time and lstm_ext's own against that of a frozen layer, with weights as they are and rounded
 rollout   a recurrent policy: torch.nn.LSTM's time in a loop over the steps, in which a state begins anew where an
           episode does; in training also against one call of lstm_ext with `resets`
-busy      how much longer both layers take with one and with two programs that keep one of the cores busy
+busy      how much longer both layers take beside one and two programs that keep one of the cores busy, without end or
+          in bursts, and the share of its rate that ours keeps over the share that torch keeps
 fallback  torch.nn.LSTM's time over that of lstm_ext where it has no kernels and takes torch's own operator: in a
           process with LSTM_EXT_BACKEND=torch; eager, by torch.compile (whole: ours with fullgraph=True, which
           torch's layer does not have), packed, and three layers with dropout
@@ -25,9 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -37,12 +36,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import sides
 import torch
 from harness import call_of, input_of
-from shapes import CELLS, FALLBACK, ROLLOUTS, SHARED, STREAMS, TASKS, Shape
+from shapes import BUSY, CELLS, FALLBACK, FREEZE, ROLLOUTS, STREAMS, TASKS, Shape
 from torch import nn
 
 from lstm_ext.native import loader
@@ -142,13 +142,16 @@ def cell(shape: Shape, training: bool, budget: float) -> dict:
 
 
 def frozen(shape: Shape, training: bool, budget: float) -> dict | None:
+    """Each side finds its weights where its last call left them, since no other side has run in between."""
     if training:
         return None
-    calls, result = sides.frozen(shape), {}
+    calls = sides.frozen(shape)
+    seconds = harness.alone(calls, max(harness.MIN_REPEATS, round(3 * budget)), rest=0.02)
+    result: dict = {}
     for name, side in (("as_they_are", "frozen"), ("bfloat16", "frozen-bfloat16"), ("int8", "frozen-int8")):
         for over in ("torch", "ours"):
-            result[f"{name}_over_{over}"] = harness.compare(calls[over], calls[side], budget / 6).ratio
-    return result
+            result[f"{name}_over_{over}"] = seconds[over] / seconds[side]
+    return {**result, "seconds": seconds}
 
 
 def rollout(shape: Shape, training: bool, budget: float) -> dict:
@@ -162,13 +165,56 @@ def rollout(shape: Shape, training: bool, budget: float) -> dict:
     return result
 
 
+class Neighbour(NamedTuple):
+    """Programs on one of the cores, each busy for `burst` seconds and then idle, so that `share` of its time is busy.
+
+    With `share` 1 they compute without end.
+    """
+
+    count: int
+    share: float = 1.0
+    burst: float = 0.0
+
+    @property
+    def name(self) -> str:
+        bursts = "" if self.share == 1 else f"_{self.share:.0%}_in_{1e3 * self.burst:.0f}ms".replace("%", "")
+        return f"{self.count}{bursts}"
+
+
+LASTING = [Neighbour(1), Neighbour(2)]
+IN_BURSTS = [
+    Neighbour(count, share, burst)
+    for count in (1, 2)
+    for share in (0.2, 0.5)
+    for burst in (0.005, 0.02, 0.05)
+]
+# A sample has so many seconds, so that it meets the bursts as often as they come.
+SAMPLE_SECONDS = 0.5
+
+_BUSY = """
+import os, sys, time
+core, share, burst, phase = int(sys.argv[1]), *map(float, sys.argv[2:])
+os.sched_setaffinity(0, {core})
+print(flush=True)
+time.sleep(phase)
+while True:
+    end = time.perf_counter() + burst
+    while share == 1 or time.perf_counter() < end:
+        pass
+    time.sleep(burst * (1 / share - 1))
+"""
+
+
 @contextlib.contextmanager
-def neighbours(count: int) -> Iterator[None]:
-    """So many programs that compute without end, all on one core of those that this process may use."""
+def running(neighbour: Neighbour | None) -> Iterator[None]:
+    """The programs run, all on the last core of those that this process may use."""
+    count, share, burst = neighbour or (0, 1.0, 0.0)
     core = max(os.sched_getaffinity(0))
-    program = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    # The second begins where the first has done a third of its period.
+    arguments = [[core, share, burst, burst / share * place / 3] for place in range(count)]
     processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(count)
+        subprocess.Popen([sys.executable, "-c", _BUSY, *map(str, given)], stdout=subprocess.PIPE)
+        for given in arguments
     ]
     try:
         for process in processes:
@@ -180,53 +226,70 @@ def neighbours(count: int) -> Iterator[None]:
             process.communicate()
 
 
-def alone(call: Callable[[], object], budget: float, least: float) -> list[float]:
-    """Seconds of one side for itself: threads that torch has used spin on for a while, and would hold up the other.
-
-    A sample is as many calls as take `least` seconds.
-    """
-    once = min(harness.sample(call, 1) for _ in range(3))
-    calls = max(1, math.ceil(least / once))
-    samples: list[float] = []
-    deadline = time.perf_counter() + budget
-    while time.perf_counter() < deadline or len(samples) < harness.MIN_REPEATS:
-        samples.append(harness.sample(call, calls))
-    return samples
+def block(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of a call, on average over the calls of so many seconds: a median would not see bursts."""
+    harness.settle(0.005)  # threads of the other side spin on for a while
+    call()
+    begin, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begin) < seconds or not calls:
+        call()
+        calls += 1
+    return passed / calls
 
 
 def beside_neighbours(
-    shape: Shape, training: bool, budget: float, least: float = 0.0
-) -> list[dict[str, list[float]]]:
-    """Seconds of the calls of each side beside no, one and two busy programs; `budget` for a side beside so many."""
+    shape: Shape, training: bool, budget: float, kinds: list[Neighbour], seconds: float = SAMPLE_SECONDS
+) -> dict[str, dict[str, list[float]]]:
+    """By the name of the neighbour, and "0" for none, samples of the seconds of a call of both sides, in turn.
+
+    `budget`: seconds of a side beside each neighbour; `seconds`: of a sample.
+    """
     layers = dict(zip(("torch", "ours"), harness.make_layers(shape), strict=True))
     calls = {name: call_of(layer, input_of(shape), training) for name, layer in layers.items()}
-    found = []
-    for count in (0, 1, 2):
-        with neighbours(count):
-            found.append({name: alone(call, budget, least) for name, call in calls.items()})
+    for call in calls.values():
+        block(call, 0.1)
+    found = {}
+    for kind in [None, *kinds]:
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        with running(kind):
+            for turn in range(max(2, round(budget / seconds))):
+                for name in harness.order_of(list(calls), turn):
+                    samples[name].append(block(calls[name], seconds))
+        found[kind.name if kind else "0"] = samples
     return found
 
 
-def slowdowns(medians: list[dict[str, float]]) -> dict[str, float]:
-    """How many times as long a call takes beside one and two busy programs, and ours over torch's there."""
+def slowdowns(times: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How many times as long a call takes beside each neighbour, ours over torch's there, and the share that is kept.
+
+    `kept_beside`: of its idle rate ours keeps so many times the share that torch keeps of its own.
+    """
     result = {}
-    for count in (1, 2):
-        for name in ("torch", "ours"):
-            result[f"{name}_beside_{count}"] = medians[count][name] / medians[0][name]
-        result[f"over_torch_beside_{count}"] = medians[count]["torch"] / medians[count]["ours"]
+    for kind, beside in times.items():
+        longer = {name: beside[name] / times["0"][name] for name in beside}
+        if kind != "0":
+            result |= {f"{name}_beside_{kind}": value for name, value in longer.items()}
+            result[f"kept_beside_{kind}"] = longer["torch"] / longer["ours"]
+        result[f"over_torch_beside_{kind}"] = beside["torch"] / beside["ours"]
     return result
 
 
+def worst_of(figures: dict[str, float]) -> dict[str, str]:
+    """To print: the neighbour beside which ours does worst, by what it keeps and against torch."""
+    shown = {}
+    for what in ("kept_beside_", "over_torch_beside_"):
+        name = min((name for name in figures if name.startswith(what)), key=figures.__getitem__)
+        shown[name] = f"{figures[name]:.2f}"
+    return shown
+
+
 def busy(shape: Shape, training: bool, budget: float) -> dict:
-    times = [
-        {name: harness.timing(samples) for name, samples in beside.items()}
-        for beside in beside_neighbours(shape, training, budget / 3)
-    ]
-    medians = [{name: t.median for name, t in beside.items()} for beside in times]
-    return {
-        "times": [{name: dataclasses.asdict(t) for name, t in beside.items()} for beside in times],
-        **slowdowns(medians),
+    found = beside_neighbours(shape, training, budget / 4, LASTING + IN_BURSTS)
+    means = {
+        kind: {name: statistics.fmean(samples) for name, samples in beside.items()}
+        for kind, beside in found.items()
     }
+    return {"times": found, **slowdowns(means)}
 
 
 def fallback(shape: Shape, training: bool, budget: float) -> dict:
@@ -262,16 +325,16 @@ MEASURE = {
 # Those of a group that has its own.
 SHAPES = {
     "cell": CELLS,
-    "frozen": {**STREAMS, **TASKS},
+    "frozen": {**STREAMS, **TASKS, **FREEZE},
     "rollout": ROLLOUTS,
     "fallback": FALLBACK,
-    "busy": {**SHARED, "tagger": TASKS["tagger"], "stream-H512": STREAMS["stream-H512"]},
+    "busy": BUSY,
 }
 
 
 def main() -> None:
     parser = harness.options_of(
-        __doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **SHARED, **FALLBACK}, budget=4.0
+        __doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **BUSY, **FALLBACK, **FREEZE}, budget=4.0
     )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     options = parser.parse_args()
@@ -300,6 +363,8 @@ def main() -> None:
                     }
                     results.append(case)
                     shown = {k: f"{v:.2f}" for k, v in figures.items() if isinstance(v, float)}
+                    if group == "busy":
+                        shown = worst_of({k: v for k, v in figures.items() if isinstance(v, float)})
                     print(
                         f"{group:<8} {name:<11} {threads} thr  {'training' if training else 'inference':<9}  "
                         + "  ".join(f"{k} {v}" for k, v in shown.items()),

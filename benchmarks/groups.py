@@ -17,7 +17,7 @@ import torch
 from harness import call_of, input_of
 from machine import Machine
 from records import Result
-from shapes import CELLS, MEMORY, ROLLOUTS, SHAPES, SHARED, STREAMS, SWEEPS, TASKS, USERS, Shape
+from shapes import BUSY, CELLS, MEMORY, ROLLOUTS, SHAPES, STREAMS, SWEEPS, TASKS, USERS, Shape
 
 import lstm_ext
 
@@ -235,16 +235,19 @@ def in_turn(names: list[str], run: Callable[[str], Any], repeats: int) -> dict[s
 
 
 def busy(case: Case, settings: Settings) -> Result:
-    """Not in turn: each side for itself, beside no, one and two programs that keep one core busy."""
+    """Both sides in turn, beside no, one and two programs that keep one core busy."""
     found = bench_contract.beside_neighbours(
-        case.shape, case.training, settings.budget / 3, harness.MIN_SAMPLE_SECONDS
+        case.shape, case.training, settings.budget / 2, bench_contract.LASTING, seconds=0.1
     )
     measured = {
-        name if count == 0 else f"{name} beside {count}": records.side(samples, 1e3)
-        for count, beside in enumerate(found)
+        name if kind == "0" else f"{name} beside {kind}": records.side(samples, 1e3)
+        for kind, beside in found.items()
         for name, samples in beside.items()
     }
-    middle = [{name: records.side(samples)["median"] for name, samples in beside.items()} for beside in found]
+    middle = {
+        kind: {name: records.side(samples)["median"] for name, samples in beside.items()}
+        for kind, beside in found.items()
+    }
     slower = {name: harness.rounded(value) for name, value in bench_contract.slowdowns(middle).items()}
     return {"unit": "ms", "sides": measured, "slowdowns": slower}
 
@@ -330,7 +333,7 @@ GROUPS: dict[str, Group] = {
     ),
     "busy": Group(
         "torch and our layer beside no, one and two programs that keep one core busy",
-        {**SHARED, "tagger": TASKS["tagger"], "stream-H512": STREAMS["stream-H512"]},
+        BUSY,
         busy,
         ("batch",),
     ),

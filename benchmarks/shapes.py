@@ -60,6 +60,21 @@ SHARED = {"one-row": Shape(1, 48, 160, 160), "batch": Shape(16, 100, 128, 128)}
 # A step at a time, where the weights are read and hardly used.
 STREAMS = {f"stream-H{hidden}": Shape(1, 1, hidden, hidden) for hidden in (16, 64, 128, 256, 512, 1024)}
 
+# Calls of 0.05 to 20 ms, beside other programs.
+BUSY = {
+    **SHARED,
+    "tagger": TASKS["tagger"],
+    "stream-H512": STREAMS["stream-H512"],
+    "B32-T120-H256": Shape(32, 120, 256, 256),
+}
+
+# Large weights, frozen: one row and several, one step and several.
+FREEZE = {
+    f"freeze-B{batch}-T{steps}-H{hidden}": Shape(batch, steps, hidden, hidden)
+    for hidden in (256, 512, 1024)
+    for batch, steps in ((1, 1), (1, 20), (4, 1), (8, 4), (16, 50), (64, 20))
+}
+
 # What runs on torch's own operator where there are no kernels: ten calls of 100 us and more, and three short ones.
 FALLBACK = {
     **TASKS,
