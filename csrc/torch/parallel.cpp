@@ -70,14 +70,14 @@ class Crowding {
     lost_ = kept * lost_ + lost;
     cores_ = kept * cores_ + time * cores;
     if (lost < kTurn) {
-      if ((undisturbed_ += time) > kMemory) next_ = kFirst;
+      if ((undisturbed_ += time) > kMemory / 2) next_ = kFirst;
       return;
     }
+    undisturbed_ = 0;
     if (lost_ < kLost) return;
     const int fewer = std::clamp(static_cast<int>(cores_ / all_.time + 0.1), 1, workers - 1);
     const double limit = next_ * lost_;
     next_ = std::min(2 * next_, kLongest);
-    undisturbed_ = 0;
     // A limit of less than one call is none: it is not longer than what it makes up for.
     if (limit < (time - lost) * workers / fewer) return;
     crowded_ = all_;
@@ -103,7 +103,7 @@ class Crowding {
   double lost_ = 0, cores_ = 0;  // of these
   Calls crowded_, limited_;      // before the limit, and since it began
   double next_ = kFirst;
-  double undisturbed_ = 0;  // seconds of calls since a limit was due
+  double undisturbed_ = 0;  // seconds of calls since one in which a turn was lost
 };
 
 Crowding& crowding() {
