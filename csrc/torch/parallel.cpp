@@ -23,9 +23,11 @@ constexpr double kTurn = 1e-3;        // another program's turn on a core is lon
 // Fewer workers are tried where so many seconds were lost in the last calls, which took about kMemory together. Beside
 // a program that keeps one core busy for good it is half of them, and two such programs more.
 constexpr double kLost = 0.02, kMemory = 0.05;
-// A limit lasts for this part of the time that was lost, and for twice as much each time that the calls after it lose
-// as well, up to kLongest times that time. The system may have been busy for a moment only.
+// A limit lasts for this part of the time that was lost, and for twice as much each time that one is due again, up to
+// kLongest times that time. The system may have been busy for a moment only.
 constexpr double kFirst = 0.25, kLongest = 8;
+// It lasts for so many seconds or calls at most: a process that was stopped for an hour lost all of it.
+constexpr double kMostTime = 0.5, kMostCalls = 8;
 
 double seconds(clockid_t clock) {
   timespec now;
@@ -34,8 +36,8 @@ double seconds(clockid_t clock) {
 }
 
 // Workers that wait for each other are as slow as the one that shares its core with another program. Then calls have
-// fewer workers, for about as long as was lost, and while that is faster; then they try all again. The threads of a
-// process share its cores, so all its calls share this.
+// fewer workers, for about as long as was lost, and as long as that is faster; then they try all again. The threads of
+// a process share its cores, so all its calls share this.
 class Crowding {
  public:
   int limited(int threads) const {
@@ -44,42 +46,46 @@ class Crowding {
   }
   bool limits() const { return left_.load(std::memory_order_relaxed) > 0; }
 
-  // A limited call: how long it took, and its work.
+  // A limited call: how long it took, and its work. Where another thread is here, or was when the process was forked,
+  // the call does not count.
   void note_limited(double time, double work) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!limits()) return;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || !limits()) return;
     left_.store(left_.load(std::memory_order_relaxed) - time, std::memory_order_relaxed);
     if (time > kShortest) {
       limited_.time += time;
       limited_.work += work;
     }
-    // Threads that wait for work spin for a while: what a short limit brings does not show yet.
-    if (limits() || limited_.time < kMemory) return;
-    const bool faster = limited_.time * crowded_.work < crowded_.time * limited_.work;
-    if (!faster) next_ = kFirst;
+    // Threads that wait for work spin for a while: what a limit brings does not show at once.
+    if (limited_.time < kMemory || limited_.time * crowded_.work < crowded_.time * limited_.work) return;
+    left_.store(0, std::memory_order_relaxed);
+    next_ = kFirst;
   }
 
   // A call with all workers: also how much of the time the worst of them had no core, and how many cores they had
   // together.
   void note(int workers, double time, double work, double lost, double cores) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (limits()) return;  // the call began before the limit
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || limits()) return;  // the call began before the limit
     const double kept = std::exp(-time / kMemory);
     all_.time = kept * all_.time + time;
     all_.work = kept * all_.work + work;
-    lost_ = kept * lost_ + lost;
     cores_ = kept * cores_ + time * cores;
+    lost_ *= kept;
     if (lost < kTurn) {
       if ((undisturbed_ += time) > kMemory / 2) next_ = kFirst;
       return;
     }
+    lost_ += lost;
     undisturbed_ = 0;
     if (lost_ < kLost) return;
     const int fewer = std::clamp(static_cast<int>(cores_ / all_.time + 0.1), 1, workers - 1);
-    const double limit = next_ * lost_;
+    // The work of all takes fewer workers so many times as long, each with a core of its own.
+    const double limited_call = (time - lost) * workers / fewer;
+    const double limit = std::min(next_ * lost_, std::max(kMostTime, kMostCalls * limited_call));
     next_ = std::min(2 * next_, kLongest);
     // A limit of less than one call is none: it is not longer than what it makes up for.
-    if (limit < (time - lost) * workers / fewer) return;
+    if (limit < limited_call) return;
     crowded_ = all_;
     all_ = limited_ = {};
     lost_ = cores_ = 0;
@@ -161,7 +167,8 @@ bool run_at_once(int workers, double work_size, void (*work)(void* context, int 
   const double time = seconds(CLOCK_MONOTONIC) - begin;
   last_was_long.store(time > kShortest, std::memory_order_relaxed);
   if (limited) {
-    crowding().note_limited(time, work_size);
+    // Not one that always has all its workers.
+    if (workers <= crowding().workers()) crowding().note_limited(time, work_size);
   } else if (measures && time > kShortest) {
     double lost = 0, cores = 0;
     for (const Had& one : had) {
