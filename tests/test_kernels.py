@@ -491,6 +491,11 @@ def test_capability_by_name():
     environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": "sse9"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0 and "LSTM_EXT_CPU_CAPABILITY: expected 'amx', 'avx512_bf16'" in run.stderr
+    for value, succeeds in (("", True), ("1", True), ("0", True), ("no", False)):
+        environment = os.environ | {"LSTM_EXT_CPU_VNNI": value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (run.returncode == 0) == succeeds, run.stderr
+    assert "LSTM_EXT_CPU_VNNI: expected '0' or '1', got 'no'" in run.stderr
 
 
 @pytest.mark.tools

@@ -37,9 +37,10 @@ bool finds_avx512_vnni() { return cpuid(7).c & 1u << 11; }
 bool finds_avx_vnni() { return cpuid(7, 1).a & 1u << 4; }
 bool has_avx512_bf16() { return (cpuid(7, 1).a & 1u << 5) && finds_avx512_vnni(); }  // all of them have both
 
-bool may_use_vnni() {
-  const char* const value = std::getenv("LSTM_EXT_CPU_VNNI");
-  return !value || std::strcmp(value, "0") != 0;
+constexpr const char* kVnniVariable = "LSTM_EXT_CPU_VNNI";
+std::string vnni_wish() {
+  const char* const value = std::getenv(kVnniVariable);
+  return value && *value ? value : "1";
 }
 
 bool is_amd() {
@@ -141,6 +142,9 @@ const Capability* require(const std::string& name, const std::string& source) {
 }
 
 const Capability* initial() {
+  if (const std::string wish = vnni_wish(); wish != "0" && wish != "1") {
+    throw std::invalid_argument(std::string(kVnniVariable) + ": expected '0' or '1', got '" + wish + "'");
+  }
   if (const char* name = std::getenv(kVariable); name && *name) return require(name, kVariable);
   const char* names[kCapabilities];
   if (available_capabilities(names) == 0) {
@@ -157,8 +161,8 @@ std::atomic<const Capability*>& current() {
 }  // namespace
 
 const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
-const bool has_avx512_vnni = may_use_vnni() && finds_avx512_vnni();
-const bool has_avx_vnni = may_use_vnni() && finds_avx_vnni();
+const bool has_avx512_vnni = vnni_wish() != "0" && finds_avx512_vnni();
+const bool has_avx_vnni = vnni_wish() != "0" && finds_avx_vnni();
 
 const Capability& capability() { return *current().load(std::memory_order_relaxed); }
 
