@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from judge import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 
@@ -537,3 +539,84 @@ def test_other_weights_than_those_that_were_packed() -> None:
     for stale in (layer, copy.deepcopy(layer)):
         with refused:
             stale.step(x[0])
+
+
+# ---- three layers, since a layer may take another one's weights
+
+
+def _lengths() -> dict[str, Any]:
+    return {"lengths": [5, 2, 4]}
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "none": ({}, dict),
+    "both directions": ({"bidirectional": True}, dict),
+    "projection": ({"proj_size": 5}, dict),
+    "no bias": ({"bias": False}, dict),
+    "layer_norm": ({"layer_norm": True}, dict),
+    "zoneout": ({"zoneout": (0.1, 0.3)}, dict),
+    "recurrent_dropout": ({"recurrent_dropout": 0.3}, dict),
+    "recompute": ({"recompute": True}, dict),
+    "lengths": ({}, _lengths),
+    "mask": ({}, lambda: {"mask": torch.arange(5)[:, None] < torch.tensor([5, 2, 4])}),
+    "resets": ({}, lambda: {"resets": torch.rand(5, 3) < 0.4}),
+    "reset_state": (
+        {},
+        lambda: {"resets": torch.rand(5, 3) < 0.4, "reset_state": (torch.randn(3, 3, 9), torch.randn(3, 3, 9))},
+    ),
+    "return_cell_states": ({}, lambda: {"return_cell_states": True}),
+    "return_gates": ({}, lambda: {"return_gates": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_every_option_with_three_layers(option: str) -> None:
+    config, arguments = OPTIONS[option]
+    layer = lstm_ext.LSTM(4, 9, num_layers=3, **config).eval()
+    frozen, x, given = lstm_ext.freeze(layer), torch.randn(5, 3, 4), arguments()
+    found, expected = tree_leaves(frozen(x, **given)), tree_leaves(layer(x, **given))
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- what changes the weights of a frozen layer
+
+
+def _loaded(layer: nn.Module, other: nn.Module) -> None:
+    layer.load_state_dict(other.state_dict())
+
+
+def _assigned(layer: nn.Module, other: nn.Module) -> None:
+    layer.load_state_dict(other.state_dict(), assign=True)
+
+
+def _set_state(layer: nn.Module, other: nn.Module) -> None:
+    layer.__setstate__(lstm_ext.freeze(other, layer.frozen_weights).__getstate__())
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "reset_parameters": lambda layer, _: layer.reset_parameters(),
+    "load_state_dict": _loaded,
+    "load_state_dict, assign": _assigned,
+    "__setstate__": _set_state,
+    "to another dtype": lambda layer, _: layer.bfloat16().float(),
+    "to bfloat16": lambda layer, _: layer.bfloat16(),
+    "_apply": lambda layer, _: layer._apply(lambda t: 2 * t if t.is_floating_point() else t),
+    "share_memory": lambda layer, _: layer.share_memory(),
+    "requires_grad_": lambda layer, _: layer.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", [None, torch.bfloat16])
+@torch.no_grad()
+def test_what_changes_the_weights_packs_them(change: str, kind: torch.dtype | None) -> None:
+    layer = lstm_ext.freeze(lstm_ext.LSTM(40, 70, num_layers=2).eval(), kind)
+    CHANGES[change](layer, lstm_ext.LSTM(40, 70, num_layers=2).eval())
+    plain = lstm_ext.unfreeze(layer)
+    x = torch.randn(3, 2, 40, dtype=plain.weight_ih_l0.dtype)
+    expected = lstm_ext.freeze(plain, kind)(x)[0]
+    torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(expected, plain(x)[0], rtol=0.05, atol=0.02)

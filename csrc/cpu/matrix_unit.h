@@ -106,7 +106,6 @@ struct MatrixUnit : Avx512Bfloat16 {
   }
 };
 
-constexpr int64_t kNever = int64_t{1} << 62;
 constexpr UnitLimits kLimitsOfUnit{{0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0},
                                    {0, 16, 0, 0},          {0, 2, 1, 1},           1};
 

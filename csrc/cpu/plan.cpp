@@ -365,7 +365,8 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
   FrozenPlan plan;
   plan.kind = kind;
   // All that some number of rows would have.
-  plan.planes = gate_planes(machine, planes, machine.unit.rows[planes], kUnitTileDepth, H);
+  const int64_t rows = machine.unit.rows[planes];
+  plan.planes = rows < kNever ? gate_planes(machine, planes, rows, kUnitTileDepth, H) : 0;
   Layout<T> layout{round_up(first, kCacheLine)};
   const auto reserve = [&](int64_t depth) {
     FrozenPlan::Gates gates;

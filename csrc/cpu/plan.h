@@ -9,6 +9,8 @@
 
 namespace lstm_ext::cpu {
 
+constexpr int64_t kNever = int64_t{1} << 62;  // rows
+
 // From which sizes on a product is worth it on the matrix unit, by how many planes its operands have: see planes.h.
 struct UnitLimits {
   int64_t rows[4];      // of a step; all 0 where there is no such unit

@@ -25,6 +25,7 @@ struct Header {
   cpu::FrozenPlan plan;
 };
 static_assert(std::is_trivially_copyable_v<Header>);
+static_assert(std::has_unique_object_representations_v<cpu::FrozenPlan>);  // is compared as bytes
 
 // For what weights are packed that are kept so: the instruction set, and whether bytes are multiplied.
 constexpr char kVnni[] = "+vnni";
@@ -37,6 +38,31 @@ bool is_for_this_processor(const Header& header) {
 }
 
 const Header& header_of(const at::Tensor& frozen) { return *static_cast<const Header*>(frozen.const_data_ptr()); }
+
+// Whether weights of these sizes have the plan that the header says, so that all places lie within the bytes.
+template <typename T>
+bool has_plan(const Header& header) {
+  const LayerShape shape{
+      1, 1, header.input_size, header.hidden_size, header.output_size, header.projected != 0, false, nullptr, nullptr};
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit}, header.plan.planes,
+                                                   header.plan.kind, sizeof(Header));
+  return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && plan.bytes == header.bytes;
+}
+
+// Whether a header, whose sizes are those of the layer, is one that freeze_direction writes. A file may hold any bytes.
+bool is_sound(const Header& header) {
+  const auto is_kept = [](WeightKind kind) {
+    return kind == WeightKind::kOwn || kind == WeightKind::kBFloat16 || kind == WeightKind::kInt8;
+  };
+  const WeightKind kind = header.plan.kind;
+  if (!is_kept(header.rounded_to) || (kind != WeightKind::kOwn && kind != header.rounded_to)) return false;
+  if (header.float64 != 0 && header.rounded_to != WeightKind::kOwn) return false;
+  if (!std::memchr(header.instruction_set, '\0', sizeof(header.instruction_set))) return false;
+  if (header.plan.planes < 0 || header.plan.planes > 3) return false;
+  if (!is_for_this_processor(header)) return true;  // then nothing behind the header is read
+  return header.float64 != 0 ? has_plan<double>(header) : has_plan<float>(header);
+}
 
 // The numbers that a weight is rounded to: as int8 with a factor for each row.
 struct Rounded {
@@ -126,32 +152,38 @@ std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, b
 void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input) {
   TORCH_CHECK(static_cast<int64_t>(frozen.size()) == sizes.directions, "lstm_ext: got ", frozen.size(),
               " tensors of frozen weights, expected one for each direction, ", sizes.directions);
-  for (const at::Tensor& tensor : frozen) {
+  for (size_t direction = 0; direction < frozen.size(); ++direction) {
+    const at::Tensor& tensor = frozen[direction];
     const bool bytes = tensor.is_cpu() && tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
-                       tensor.is_contiguous() && tensor.numel() > static_cast<int64_t>(sizeof(Header));
+                       tensor.is_contiguous() && tensor.numel() > static_cast<int64_t>(sizeof(Header)) &&
+                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignof(Header) == 0;
     TORCH_CHECK(bytes && std::memcmp(tensor.const_data_ptr(), kMark, sizeof(kMark)) == 0 &&
                     header_of(tensor).bytes == tensor.numel(),
                 "lstm_ext: frozen weights are not what freeze_weights gives: ", tensor.toString(), " of shape ",
                 tensor.sizes());
     const Header& header = header_of(tensor);
     TORCH_CHECK(header.input_size == sizes.input_size && header.hidden_size == sizes.hidden_size &&
-                    header.output_size == sizes.output_size && header.projected == sizes.projected,
+                    header.output_size == sizes.output_size && (header.projected != 0) == sizes.projected,
                 "lstm_ext: frozen weights are of a layer with ", header.input_size, " features and ",
                 header.hidden_size, " units, expected ", sizes.input_size, " and ", sizes.hidden_size);
     TORCH_CHECK((header.float64 != 0) == (sizes.sum_type == at::kDouble),
                 "lstm_ext: frozen weights are of another dtype than the input, ", input.scalar_type());
+    TORCH_CHECK(is_sound(header), "lstm_ext: the frozen weights of the layer with ", sizes.input_size, " features and ",
+                sizes.hidden_size, " units, direction ", direction,
+                ", were made by another version of lstm_ext, or are damaged: freeze the layer again");
   }
 }
 
 bool is_ready(const std::vector<at::Tensor>& frozen) {
-  const Header& header = header_of(frozen[0]);
-  const bool ready = is_for_this_processor(header);
-  if (!ready) {
+  for (const at::Tensor& tensor : frozen) {
+    const Header& header = header_of(tensor);
+    if (is_for_this_processor(header)) continue;
     TORCH_WARN_ONCE("lstm_ext: weights were frozen for ", header.instruction_set, ", and ", cpu::capability().name,
                     for_vnni(header.plan.kind) ? kVnni : "",
                     " is in use: each call packs them. Freeze them again in this process.");
+    return false;
   }
-  return ready;
+  return true;
 }
 
 std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std::vector<at::Tensor>& weights) {

@@ -1,0 +1,144 @@
+"""Packed weights out of a file may be anything: an error, or the right numbers; never a crash, never other numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import mmap
+import random
+import struct
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lstm_ext
+
+# The header of csrc/torch/frozen.cpp: mark, instruction set, sizes and length, then flags, then the plan of the places.
+HEADER, LENGTH_AT, PLAN_LENGTH_AT = 176, 56, 168
+KINDS: dict[str, tuple[dict[str, Any], torch.dtype | None]] = {
+    "float32": ({}, None),
+    "float64": ({"dtype": torch.float64}, None),
+    "bfloat16": ({}, torch.bfloat16),
+    "int8": ({}, torch.int8),
+    "bfloat16 layer": ({"dtype": torch.bfloat16}, None),
+    "projected": ({"proj_size": 20}, torch.int8),
+    "few weights": ({"hidden_size": 16}, torch.bfloat16),
+}
+I, H, T, B = 37, 72, 3, 2
+EXTREMES = (0, 1, -1, 2, 3, 4, 5, 7, 64, 176, 191, 192, 1 << 20, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 63))
+
+
+def changed(good: Tensor, rng: random.Random) -> Tensor:
+    """One change of a header, or another length."""
+    data = bytearray(good.numpy().tobytes())
+    kind = rng.choice(["byte", "bit", "int32", "int64", "swapped", "cut", "extended", "cut and said so"])
+    if kind == "byte":
+        data[rng.randrange(HEADER)] = rng.randrange(256)
+    elif kind == "bit":
+        data[rng.randrange(HEADER)] ^= 1 << rng.randrange(8)
+    elif kind == "int32":
+        struct.pack_into(
+            "<i", data, 4 * rng.randrange(HEADER // 4), rng.choice([0, 1, 2, 3, 4, -1, 255, 1 << 30])
+        )
+    elif kind == "int64":
+        struct.pack_into("<q", data, 8 * rng.randrange(HEADER // 8), rng.choice(EXTREMES))
+    elif kind == "swapped":
+        a, b = (8 * rng.randrange(HEADER // 8) for _ in range(2))
+        data[a : a + 8], data[b : b + 8] = data[b : b + 8], data[a : a + 8]
+    elif kind == "extended":
+        data += bytes(rng.randrange(1, 4096))
+    else:
+        del data[rng.randrange(len(data)) :]
+        if kind == "cut and said so" and len(data) >= HEADER:
+            for at in (LENGTH_AT, PLAN_LENGTH_AT):
+                struct.pack_into("<q", data, at, len(data))
+    return before_a_forbidden_page(bytes(data))
+
+
+def before_a_forbidden_page(data: bytes) -> Tensor:
+    """A tensor behind whose end nothing can be read, but for less than a cache line."""
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
+    size = -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    start = (size - len(data)) // 64 * 64
+    memory[start : start + len(data)] = data
+    return torch.frombuffer(memory, dtype=torch.uint8, count=len(data), offset=start)
+
+
+def check(kind: str, cases: int, seed: int) -> None:
+    rng = random.Random(seed)
+    options, weights_as = KINDS[kind]
+    torch.manual_seed(0)
+    layer = lstm_ext.LSTM(I, **{"hidden_size": H, "bidirectional": True, **options}).eval()
+    weights = [p.detach() for p in layer.parameters()]
+    good = lstm_ext.freeze(layer, weights_as).frozen[0].frozen
+    for tensor in good:
+        header = tensor[:HEADER].numpy().tobytes()
+        for at in (LENGTH_AT, PLAN_LENGTH_AT):
+            assert struct.unpack_from("<q", header, at) == (tensor.numel(),)
+    inputs = [torch.randn(steps, B, I, dtype=weights[0].dtype) for steps in (1, T, 40)]
+
+    def call(x: Tensor, frozen: list[Tensor]) -> Tensor:
+        return torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, True, frozen=frozen)[0]
+
+    expected = [call(x, good) for x in inputs]
+    refused = 0
+    for case in range(cases):
+        direction = rng.randrange(2)
+        frozen = list(good)
+        frozen[direction] = changed(good[direction], rng)
+        at = rng.randrange(len(inputs))
+        try:
+            found = call(inputs[at], frozen)
+        except RuntimeError as error:
+            refused += 1
+            assert "frozen weights" in str(error), error
+            continue
+        difference = (found - expected[at]).norm() / expected[at].norm()
+        assert difference < (2e-2 if found.dtype == torch.bfloat16 else 1e-5), (kind, seed, case, difference)
+    assert refused > cases // 2
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients_and_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lstm_ext: weights were frozen for")
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_changes(kind):
+    check(kind, 45, seed=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_changes(kind):
+    check(kind, 10_000, seed=2)
+
+
+def test_a_damaged_file_of_an_exported_model():
+    """torch.export writes the packed weights as it finds them, with no check of its own."""
+    layer = lstm_ext.freeze(lstm_ext.LSTM(I, H).eval())
+    x = torch.randn(T, B, I)
+    program = torch.export.export(layer, (x,))
+    packed = (
+        next(value for name, value in program.constants.items() if "packed" in name)
+        if program.constants
+        else None
+    )
+    if packed is None:
+        packed = next(value for name, value in program.state_dict.items() if "packed" in name)
+    packed[HEADER - 16 : HEADER - 8] = 255  # the place of the biases
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    text = rf"with {I} features and {H} units, direction 0, were made by another version of lstm_ext, or are damaged"
+    with pytest.raises(RuntimeError, match=text):
+        loaded(x)
