@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import stat
+import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,17 +32,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def give_to_a_stranger(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
-        os.chown(path, STRANGER, STRANGER)
+        os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
     else:  # then all others become ours
-        real = os.stat
+        real = os.lstat
 
-        def stat(name, *args, **kwargs):
+        def lstat(name, *args, **kwargs):
             found = real(name, *args, **kwargs)
-            if Path(os.path.realpath(name)) != path.resolve():
+            if Path(name) != path:
                 return found
             return os.stat_result((*found[:4], STRANGER, *found[5:]))
 
-        monkeypatch.setattr(trust.os, "stat", stat)
+        monkeypatch.setattr(trust.os, "lstat", lstat)
 
 
 def test_what_is_ours_is_trusted(folder):
@@ -57,6 +62,12 @@ def test_what_belongs_to_another_user(folder, which, monkeypatch):
     assert f"`chown {os.geteuid()} {strange.resolve()}`" in reason
 
 
+def test_a_sticky_file_is_a_file(folder):
+    (folder / "file").touch()
+    os.chmod(folder / "file", 0o1666)
+    assert "can write" in trust.distrust(folder / "file")
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o707, 0o772])
 def test_what_others_can_write(folder, mode):
     (folder / "file").touch(mode=0o600)
@@ -74,6 +85,142 @@ def test_what_a_link_leads_to_is_looked_at(folder, tmp_path, monkeypatch):
     assert trust.distrust(folder / "link") is None
     os.chmod(elsewhere, 0o777)
     assert str(elsewhere.resolve()) in trust.distrust(folder / "link")
+
+
+def test_who_can_change_a_link_is_looked_at(folder, tmp_path, monkeypatch):
+    """Its target may be ours: somebody else could lead it to another file of ours a moment later."""
+    (tmp_path / "ours").mkdir(mode=0o700)
+    (tmp_path / "ours" / "file").touch(mode=0o600)
+    (folder / "link").symlink_to("../ours")
+    assert trust.distrust(folder / "link" / "file") is None
+    assert trust.distrust(folder / "link" / ".." / "ours" / "file") is None
+    os.chmod(folder, 0o777)
+    assert f"can write {folder}:" in trust.distrust(folder / "link" / "file")
+    os.chmod(folder, 0o1777)  # as /tmp, where links of others may lie
+    assert trust.distrust(folder / "link" / "file") is None
+    give_to_a_stranger(folder / "link", monkeypatch)
+    assert f"{folder / 'link'} belongs to user {STRANGER}" in trust.distrust(folder / "link" / "file")
+
+
+def test_links_without_end_lead_nowhere(folder):
+    (folder / "link").symlink_to(folder / "link")
+    assert trust.distrust(folder / "link" / "file") is None
+    with pytest.raises(OSError, match="symbolic links"):
+        (folder / "link" / "file").open()
+
+
+def test_relative_paths_and_folders_above(folder, monkeypatch):
+    (folder / "inner").mkdir(mode=0o700)
+    monkeypatch.chdir(folder / "inner")
+    assert trust.distrust(Path("file")) is None
+    os.chmod(folder, 0o777)
+    assert f"can write {folder}:" in trust.distrust(Path("file"))
+
+
+OWNER, GROUP, MASK, ALL = (
+    (0x01, 7, 2**32 - 1),
+    (0x04, 0, 2**32 - 1),
+    (0x10, 7, 2**32 - 1),
+    (0x20, 0, 2**32 - 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ([OWNER, GROUP, ALL], None),
+        (
+            [OWNER, (0x02, 7, STRANGER), GROUP, MASK, ALL],
+            f"user {STRANGER} write .*`setfacl -x u:{STRANGER} ",
+        ),
+        ([OWNER, (0x02, 5, STRANGER), GROUP, MASK, ALL], None),
+        ([OWNER, (0x02, 7, STRANGER), GROUP, (0x10, 5, 2**32 - 1), ALL], None),
+        ([OWNER, (0x02, 7, os.geteuid()), GROUP, MASK, ALL], None),
+        (
+            [OWNER, GROUP, (0x08, 6, STRANGER), MASK, ALL],
+            f"group {STRANGER} write .*`setfacl -x g:{STRANGER} ",
+        ),
+        ([OWNER, GROUP, (0x08, 4, STRANGER), MASK, ALL], None),
+        ([OWNER, (0x04, 2, 2**32 - 1), MASK, ALL], "`setfacl -m g::- "),
+        ([OWNER, GROUP, MASK, (0x20, 2, 2**32 - 1)], "`chmod o-w "),
+    ],
+)
+def test_access_control_lists(folder, entries, reason, monkeypatch):
+    """Beside them, the mode's bits of the group are the mask, and say nothing of the group."""
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    real = os.getxattr
+
+    def getxattr(path, name):
+        return value if Path(path) == folder else real(path, name)
+
+    monkeypatch.setattr(trust.os, "getxattr", getxattr)
+    monkeypatch.setattr(trust, "_is_private", lambda gid: False)
+    os.chmod(folder, 0o770)
+    found = trust.distrust(folder / "file")
+    assert found is None if reason is None else re.search(reason, found), found
+
+
+@pytest.mark.parametrize(
+    ("gid", "name", "members", "private"),
+    [(7, "me", [], True), (7, "me", ["me"], True), (7, "me", ["me", "other"], False), (7, "staff", [], False),
+     (8, "me", [], False), (0, "root", ["other"], True)],
+)  # fmt: skip
+def test_groups(folder, gid, name, members, private, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", lambda _: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr("grp.getgrgid", lambda _: SimpleNamespace(gr_name=name, gr_mem=members))
+    monkeypatch.setattr(trust.os, "getegid", lambda: 7)
+    real = os.lstat
+
+    def lstat(path):
+        found = real(path)
+        return os.stat_result((*found[:5], gid, *found[6:])) if Path(path) == folder else found
+
+    monkeypatch.setattr(trust.os, "lstat", lstat)
+    os.chmod(folder, 0o770)
+    assert (trust.distrust(folder) is None) == private
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_folders_are_private_whatever_the_umask_is(folder, open_umask):
+    trust.make_folder(folder / "a" / "b")
+    trust.make_folder(folder / "a" / "b")
+    assert [stat.S_IMODE(os.stat(folder / name).st_mode) for name in ("a", "a/b")] == [0o700, 0o700]
+    (folder / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        trust.make_folder(folder / "file" / "below")
+
+
+def test_a_record_is_believed_whatever_the_umask_is(folder, open_umask):
+    cpu = torch.device("cpu")
+    selftest_record.write(cpu, ["avx2"], [])
+    assert selftest_record.find(cpu) is not None
+
+
+@pytest.mark.skipif(not config.is_supported_platform(), reason="no build on first use here")
+def test_a_build_is_trusted_whatever_the_umask_is(folder, open_umask, monkeypatch):
+    directory = jit.folder(jit.source_dir(), "cpu")
+    monkeypatch.setattr(
+        "torch.utils.cpp_extension.load",
+        lambda name, *_, **__: (directory / f"{name}.so").write_bytes(b"a library"),
+    )
+    with jit.exclusive(directory):
+        jit.build(jit.source_dir(), directory, None)
+    assert jit.trusted(directory) == directory.resolve()
+    assert jit.finished(directory) is not None
+
+
+def test_a_library_that_is_a_link_is_not_loaded(folder):
+    trust.make_folder(folder / "build")
+    (folder / "library").touch(mode=0o600)
+    jit.module(folder / "build").symlink_to(folder / "library")
+    with pytest.raises(BuildError, match=r"lstm_ext_C.so is a symbolic link"):
+        jit.trusted(folder / "build")
 
 
 @pytest.mark.skipif(not config.is_supported_platform(), reason="no build on first use here")

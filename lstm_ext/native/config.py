@@ -524,6 +524,7 @@ def write_record(
     # Complete or absent, also when we are killed in between.
     unfinished = directory / f"{RECORD}.{os.getpid()}"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.chmod(unfinished.stat().st_mode & ~0o022)
     unfinished.replace(directory / RECORD)
 
 

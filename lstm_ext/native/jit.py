@@ -19,12 +19,11 @@ import torch
 
 from . import config
 from .config import BuildError
-from .trust import distrust
+from .trust import distrust, make_folder, resolved
 
 __all__ = [
     "MODULE",
     "build",
-    "check_trust",
     "exclusive",
     "finished",
     "folder",
@@ -32,10 +31,13 @@ __all__ = [
     "ops_library",
     "problem",
     "source_dir",
+    "trusted",
 ]
 
 MODULE = "lstm_ext_C"
 _OPS_MODULE = "lstm_ext_ops"
+# Nobody else can write the folders of a build. Others can read them: root may build for all.
+_MODE = 0o755
 # Seconds for which a process waits for the build of another one.
 LONGEST_WAIT = 1800.0
 _log = logging.getLogger("lstm_ext")
@@ -104,15 +106,27 @@ def _root() -> Path:
     return cache / "torch_extensions" / "lstm_ext"
 
 
-def check_trust(directory: Path) -> None:
-    """Raises a BuildError if another user can have written into a folder of a build, or can."""
-    for path in (directory, module(directory), ops_library(directory), directory / config.RECORD):
+def trusted(directory: Path) -> Path:
+    """The folder of a build without symbolic links. A BuildError if another user can have written into it, or can."""
+    try:
+        without_links = resolved(directory)
+    except OSError as error:  # a relative path, and the working directory is gone
+        raise BuildError(
+            f"{directory} cannot be found ({error}): set TORCH_EXTENSIONS_DIR to a full path."
+        ) from error
+    files = [module(without_links), ops_library(without_links), without_links / config.RECORD]
+    for path in (directory, without_links, *files):
         reason = distrust(path)
         if reason is not None:
             raise BuildError(
                 f"what is in {directory.parent} is not trusted: {reason}, or set TORCH_EXTENSIONS_DIR to a folder that "
                 "is yours alone."
             )
+        if path in files and path.is_symlink():
+            raise BuildError(
+                f"what is in {directory.parent} is not trusted: {path} is a symbolic link: remove it."
+            )
+    return without_links
 
 
 def finished(directory: Path) -> dict | None:
@@ -131,7 +145,7 @@ def exclusive(directory: Path) -> Iterator[None]:
     """One process at a time. The kernel frees the lock of a process that dies; torch's own lock file would stay."""
     import fcntl  # not on every platform that runs the reference
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(directory.parent, _MODE)
     path = directory.with_suffix(".lock")
     # Not through a link that another user may have put there, and nothing that is there is cut off.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -214,7 +228,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         leftovers = directory.with_suffix(f".{os.getpid()}")
         directory.rename(leftovers)
         shutil.rmtree(leftovers, ignore_errors=True)
-    directory.mkdir()
+    make_folder(directory, _MODE)
     _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
     # torch would warn about a compiler that calls itself something else than g++.
     environment = {"CXX": command, "PATH": _supervised(directory), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
@@ -271,6 +285,10 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
             ) from error
         except OSError as error:
             raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
+    # Compilers make files as the umask says. The record is last: it makes the build a finished one.
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~0o022)
     sizes = _sizes(directory)
     config.write_record(directory, torch.__version__, compiler, config.digest(sources), cuda, sizes=sizes)
 

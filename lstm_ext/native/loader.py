@@ -336,6 +336,7 @@ def _load_jit() -> _Result:
 def _load_or_build(
     sources: Path, directory: Path, cuda: config.Cuda | None, cuda_reason: str | None
 ) -> _Result:
+    directory = jit.trusted(directory)
     result = _load_finished(directory)
     if result is None:
         try:
@@ -361,7 +362,7 @@ def _load_or_build(
 
 def _load_finished(directory: Path) -> _Result | None:
     """None too for an unfinished build, and for a library that no longer loads."""
-    jit.check_trust(directory)
+    directory = jit.trusted(directory)
     record = jit.finished(directory)
     if record is None:
         return None

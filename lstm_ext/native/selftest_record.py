@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import config, loader
-from .trust import distrust
+from .trust import distrust, make_folder, resolved
 
 KEY = ("device", "capability", "driver", "torch", "lstm_ext", "sources")
 
@@ -111,10 +111,13 @@ def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
     entries = [entry for entry in _entries() if not _is_about(entry, key)]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     entries.append({**key, "passed": passed, "failed": failed, "date": date})
-    file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path().parent)
+    file = resolved(path())
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(entries, indent=1) + "\n")
+    with open(
+        os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w"
+    ) as output:
+        output.write(json.dumps(entries, indent=1) + "\n")
     unfinished.replace(file)
 
 
@@ -132,9 +135,10 @@ def _is_about(entry: dict, key: dict[str, str]) -> bool:
 
 def _entries() -> list[dict]:
     try:
-        if distrust(path()) is not None:  # another user may have written it
+        file = resolved(path())
+        if distrust(path()) is not None or distrust(file) is not None:  # another user may have written it
             return []
-        entries = json.loads(path().read_text())
+        entries = json.loads(file.read_text())
     except (OSError, ValueError, RuntimeError):
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

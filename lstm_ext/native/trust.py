@@ -4,38 +4,120 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["distrust"]
+__all__ = ["distrust", "make_folder", "resolved"]
 
 _OTHERS, _GROUP = 0o002, 0o020
+_MOST_LINKS = 40  # as many as Linux follows
+# POSIX access control lists, as Linux keeps them: a number that says which form, then tag, permissions and who.
+_ACL, _ACL_FORM, _ACL_ENTRY = "system.posix_acl_access", struct.Struct("<I"), struct.Struct("<HHI")
+_USER, _OWN_GROUP, _OTHER_GROUP, _MASK, _ALL = 0x02, 0x04, 0x08, 0x10, 0x20
+_WRITE = 2
 
 
 def distrust(path: Path) -> str | None:
     """Why somebody else may have put there what is at ``path``, and the command that mends it; None if nobody can.
 
-    Looks at the file or folder and at every folder above it, as far as they exist: each must belong to the effective
-    user or to root, and nobody else may write it. A folder with the sticky bit, such as /tmp, may be written by all:
-    nobody can take another's entries away there. So may be written by a group that has no other members.
+    Looks at everything that the path leads through, as far as it exists: folders, symbolic links, and what is at its
+    end. Each must belong to the effective user or to root, and nobody else may write it, by its mode or by its access
+    control list. A folder with the sticky bit, such as /tmp, may be written by all: nobody can take another's entries
+    away there. So may be written by a group that has no other members.
     """
     if not hasattr(os, "geteuid"):  # no such owners here
         return None
-    resolved = Path(os.path.realpath(path))
-    for each in (resolved, *resolved.parents):
-        try:
-            found = os.stat(each)
-        except OSError:
-            continue  # not there yet
-        if found.st_uid not in (0, os.geteuid()):
-            return (
-                f"{each} belongs to {_user(found.st_uid)}, and not to {_user(os.geteuid())} or root: "
-                f"`chown {os.geteuid()} {each}` if it is yours"
-            )
-        if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
-            continue
-        if found.st_mode & _OTHERS or (found.st_mode & _GROUP and not _is_private(found.st_gid)):
-            return f"others than {_user(os.geteuid())} can write {each}: `chmod go-w {each}`"
+    for place, found in _way_to(path):
+        reason = _reason_against(place, found)
+        if reason is not None:
+            return reason
     return None
+
+
+def resolved(path: Path) -> Path:
+    """The path without symbolic links: nobody can lead it elsewhere between a look at it and its use."""
+    return Path(os.path.realpath(path))
+
+
+def make_folder(path: Path, mode: int = 0o700) -> None:
+    """Makes a folder and those above it that are not there, with a mode that the umask may reduce."""
+    for each in (*reversed(path.parents), path):
+        try:
+            os.mkdir(each, mode)
+        except FileExistsError:
+            pass
+        except OSError:  # a folder above that cannot be written, or is no folder
+            if not each.is_dir():
+                raise
+
+
+def _way_to(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each folder, link and file on the way to ``path``, with its state, until one is not there."""
+    # Not made shorter: `..` after a link leads to the folder above what the link leads to.
+    rest = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
+    here, links = Path(rest.pop()), 0
+    yield here, os.lstat(here)
+    while rest:
+        part = rest.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        try:
+            found = os.lstat(here / part)
+            target = Path(os.readlink(here / part)) if stat.S_ISLNK(found.st_mode) else None
+        except OSError:
+            return
+        yield here / part, found
+        if target is None:
+            here = here / part
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return
+        rest += reversed(target.parts)
+        if target.is_absolute():
+            here = Path(rest.pop())
+
+
+def _reason_against(place: Path, found: os.stat_result) -> str | None:
+    me = os.geteuid()
+    if found.st_uid not in (0, me):
+        change = "chown -h" if stat.S_ISLNK(found.st_mode) else "chown"
+        return (
+            f"{place} belongs to {_user(found.st_uid)}, and not to {_user(me)} or root: "
+            f"`{change} {me} {place}` if it is yours"
+        )
+    if stat.S_ISLNK(found.st_mode):  # who can change it is said by its folder
+        return None
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+        return None
+    entries = _access_list(place)
+    if entries is None:
+        writable = found.st_mode & _OTHERS or (found.st_mode & _GROUP and not _is_private(found.st_gid))
+        return f"others than {_user(me)} can write {place}: `chmod go-w {place}`" if writable else None
+    mask = next((allowed for tag, allowed, _ in entries if tag == _MASK), ~0)
+    for tag, allowed, who in entries:
+        if tag == _ALL and allowed & _WRITE:
+            return f"others than {_user(me)} can write {place}: `chmod o-w {place}`"
+        if not allowed & mask & _WRITE:
+            continue
+        if tag == _USER and who not in (0, me):
+            return f"an access control entry lets {_user(who)} write {place}: `setfacl -x u:{who} {place}`"
+        if tag == _OTHER_GROUP and not _is_private(who):
+            return f"an access control entry lets group {who} write {place}: `setfacl -x g:{who} {place}`"
+        if tag == _OWN_GROUP and not _is_private(found.st_gid):
+            return f"others than {_user(me)} can write {place}: `setfacl -m g::- {place}`"
+    return None
+
+
+def _access_list(place: Path) -> list[tuple[int, int, int]] | None:
+    """Tag, permissions and number of each entry; None where there is no list beside the mode."""
+    try:
+        value = os.getxattr(place, _ACL)
+    except (OSError, AttributeError):
+        return None
+    return list(_ACL_ENTRY.iter_unpack(value[_ACL_FORM.size :]))
 
 
 def _user(uid: int) -> str:
