@@ -72,13 +72,16 @@ def _layers(
     options: StackOptions | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """By torch's own operator, if it is what computes plain layers here, else layer by layer."""
+    preferred = (
+        options is None and batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
+    )
     # Under autocast, torch's results of packed data have other dtypes than those of the dense data that was given.
     if (
         layer is route.lstm_layer
-        and not route.has_operators(x.device)
+        and (preferred or not route.has_operators(x.device))
         and (options is None or (options.only_padded and not any_autocast()))
     ):
-        results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes)
+        results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes, preferred)
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))
     return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options)

@@ -1,4 +1,4 @@
-"""torch's own operator for a whole stack of plain layers, where there are no kernels of ours.
+"""torch's own operator for a whole stack of plain layers, where there are no kernels of ours or it is faster.
 
 One call computes all layers and directions, as in ``torch.nn.LSTM``: cuDNN, MIOpen, MPS and oneDNN do that faster than
 layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. A compiler, an
@@ -69,12 +69,13 @@ def lstm(
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
+    preferred: bool = False,
 ) -> _Tensors | None:
     """Output, h_n and c_n; None where the stack is not torch's operator's: our kernels or the equations compute it.
 
-    Arguments are those of `run_stack`, as autocast finds them.
+    Arguments are those of `run_stack`, as autocast finds them. `preferred`: see `route.torchs_way`.
     """
-    way = None if stack.frozen else route.torchs_way(x, h0, c0, weights)
+    way = None if stack.frozen else route.torchs_way(x, h0, c0, weights, preferred)
     if way is None:
         return None
     flat = [w for layer in weights for w in layer]

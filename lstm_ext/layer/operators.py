@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -199,10 +200,13 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
 @functools.cache
 def register() -> None:
     """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
-    from torch.utils.flop_counter import register_flop_formula
-
     for name, function in _fake_kernels.items():
         torch.library.register_fake(f"lstm_ext::{name}", function)
+    # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
+    if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
+        return
+    from torch.utils.flop_counter import register_flop_formula
+
     for name, formula in _flop_formulas.items():
         register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
 

@@ -23,7 +23,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,13 +48,59 @@ from .tracing import (
 )
 
 __all__ = [
+    "TORCH_IS_FASTER",
+    "TorchIsFaster",
     "UnsupportedLayerError",
     "has_operators",
     "lstm_cell",
     "lstm_layer",
+    "prefers_torch",
     "refuse_none",
     "torchs_way",
 ]
+
+
+class TorchIsFaster(NamedTuple):
+    """Eager calls of plain stacks on the CPU in which torch's operator takes at least 3 percent less time than ours."""
+
+    instruction_set: str  # that our kernels use
+    dtype: torch.dtype
+    training: bool
+    threads: int
+    least_steps: int
+    least_batch: int
+    hidden_sizes: range
+    records: tuple[str, ...]  # in benchmarks/results, two or more
+
+    def has(
+        self,
+        instruction_set: str,
+        dtype: torch.dtype,
+        training: bool,
+        steps: int,
+        batch: int,
+        hidden_size: int,
+    ) -> bool:
+        return (
+            (instruction_set, dtype, training) == (self.instruction_set, self.dtype, self.training)
+            and steps >= self.least_steps
+            and batch >= self.least_batch
+            and hidden_size in self.hidden_sizes
+            and torch.get_num_threads() == self.threads
+            and torch.backends.mkldnn.is_available()
+            and torch._C._get_mkldnn_enabled()
+        )
+
+
+# One direction, no projection, dense data.
+TORCH_IS_FASTER = (
+    # oneDNN multiplies pairs of bfloat16; there our kernels sum in float32.
+    TorchIsFaster(
+        "avx512_bf16", torch.bfloat16, True, 1, 50, 64, range(256, 512),
+        ("suite_epyc_zen4_2_cores.json", "suite_epyc_zen5_2_cores.json"),
+    ),
+)  # fmt: skip
+_ITS_DTYPES = frozenset([row.dtype for row in TORCH_IS_FASTER])
 
 _is_compiling = torch.compiler.is_compiling
 _is_compiled_by_dynamo = torch.compiler.is_dynamo_compiling
@@ -102,6 +148,8 @@ def plain_layers(
         return None
     kernels = loader.extension()
     if kernels is None:
+        return None
+    if input.dtype in _ITS_DTYPES and prefers_torch(input, weights, module.bidirectional, module.batch_first):
         return None
     return kernels.lstm_module(
         input,
@@ -216,17 +264,61 @@ def has_operators(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") and loader.has_kernels()
 
 
+def prefers_torch(
+    x: Tensor, weights: Sequence[Sequence[Tensor | None]], bidirectional: bool, batch_first: bool = False
+) -> bool:
+    """Whether torch's operator computes plain layers of dense data although there are kernels: TORCH_IS_FASTER."""
+    if (
+        x.dtype not in _ITS_DTYPES
+        or x.dim() != 3
+        or not x.is_cpu
+        or bidirectional
+        or not has_operators(x.device)
+    ):
+        return False
+    if _is_compiling() or not is_plain_eager():
+        return False
+    recurrent = weights[0][1]
+    hidden_size = 0 if recurrent is None else recurrent.size(-1)
+    features = x.size(2)
+    for layer in weights:  # torch's operator does not look at them
+        shapes = [
+            (4 * hidden_size, features),
+            (4 * hidden_size, hidden_size),
+            (4 * hidden_size,),
+            (4 * hidden_size,),
+        ]
+        if len(layer) not in (2, 4):
+            return False
+        for w, shape in zip(layer, shapes):  # noqa: B905
+            if w is None or w.shape != shape or w.dtype != x.dtype:
+                return False
+        features = hidden_size
+    training = torch.is_grad_enabled() and (
+        x.requires_grad or any([w.requires_grad for layer in weights for w in layer if w is not None])
+    )
+    steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+    kernels = loader.extension()
+    assert kernels is not None
+    size = (kernels.cpu_capability(), x.dtype, training, steps, batch, hidden_size)
+    return any([row.has(*size) for row in TORCH_IS_FASTER])
+
+
 def torchs_way(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Sequence[Tensor | None]]
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    preferred: bool = False,
 ) -> str | None:
     """How torch's own operator computes plain layers of these tensors, where there are no kernels of ours.
 
-    "direct": by a call of torch's function. "operator": by the operator that compilers, exporters and dispatch modes
-    see. None: not at all, since there are kernels, or the equations are wanted or all that can do it, as under the
-    transforms of ``torch.func`` and forward-mode AD.
+    Also where there are, if it is `preferred`. "direct": by a call of torch's function. "operator": by the operator
+    that compilers, exporters and dispatch modes see. None: not at all, since there are kernels, or the equations are
+    wanted or all that can do it, as under the transforms of ``torch.func`` and forward-mode AD.
     """
     device = x.device
-    if has_operators(device) or loader.wants_equations():
+    if (has_operators(device) and not preferred) or loader.wants_equations():
         return None
     if x.dtype not in KERNEL_DTYPES or forward_ad._current_level >= 0:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layer import first_use
+from ..layer import first_use, route
 from ..native import config, cuda, loader
 from .lstm import LSTM, options_of
 
@@ -249,9 +249,33 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
             f"products run on the matrix unit, each operand as {plan['recurrent_planes']} bfloat16 numbers"
         )
     capability = extension.cpu_capability()
+    if _is_plain(module):
+        sizes_of_row = (sizes["steps"], sizes["batch"], sizes["hidden_size"])
+        for row in route.TORCH_IS_FASTER:
+            if row.has(capability, dtype, module.training, *sizes_of_row):
+                return {
+                    **plan,
+                    "kernel": "torch",
+                    "summary": "torch's own operator, if gradients are requested: one call for the whole stack",
+                    "reasons": [f"it is faster than the kernels here, by {' and '.join(row.records)}"],
+                }
     return {
         **plan,
         "kernel": capability,
         "summary": f"{capability}: one call of the CPU kernels for all time steps",
         "reasons": reasons,
     }
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a layer, and one that `route.prefers_torch` may give to torch's operator."""
+    options = (
+        "bidirectional",
+        "proj_size",
+        "layer_norm",
+        "zoneout",
+        "recurrent_dropout",
+        "recompute",
+        "frozen",
+    )
+    return isinstance(module, nn.RNNBase) and not any([getattr(module, name, None) for name in options])
