@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import lstm_ext
+from lstm_ext.native import loader
 
 pytestmark = pytest.mark.alone
 
@@ -139,6 +141,62 @@ def test_callers_do_not_disturb_each_other(shape, threads):
     for i, repeated in enumerate(together):
         for found in repeated:
             assert [torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)] == [True] * len(alone[i])
+
+
+# How a call may be cut up: teams that have rows of the batch, and members of a team that have hidden units.
+GRIDS = {"two teams": (20, 8, 72), "two members": (48, 1, 160)}  # steps, rows, hidden units
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "both directions": {"bidirectional": True},
+    "projection": {"proj_size": 40},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "zoneout": {"zoneout": (0.2, 0.3)},
+    "layer_norm": {"layer_norm": True},
+    "resets": {},
+    "lengths": {},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
+    """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers."""
+    steps, rows, hidden_size = GRIDS[grid]
+    # A matrix unit computes 16 rows as fast as 8.
+    rows *= 8 if loader.extension().cpu_capability() == "amx" and rows > 1 else 1
+    plan = loader.extension().cpu_plan(
+        steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=2, save=True
+    )
+    assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (
+        (2, 1) if grid == "two teams" else (1, 2)
+    )
+    module = lstm_ext.LSTM(FEATURES, hidden_size, **OPTIONS[option], recompute=recompute)
+    x = torch.randn(steps, rows, FEATURES, requires_grad=True)
+    arguments = {}
+    if option == "resets":
+        arguments = {"resets": torch.rand(steps, rows) < 0.2}
+    elif option == "lengths":
+        arguments = {"lengths": torch.randint(1, steps + 1, (rows,)).clamp_(steps // 2)}
+    sets = 2 if module.bidirectional else 1
+    hx = [
+        torch.randn(sets, rows, n, requires_grad=True) for n in (module.proj_size or hidden_size, hidden_size)
+    ]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(5)
+            output, (h_n, c_n) = module(x, tuple(hx), **arguments)
+            loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+            found.append([output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        if option == "layer_norm":
+            torch.testing.assert_close(one, two)
+        else:
+            assert torch.equal(one, two)
 
 
 ON_ONE_CORE = """
