@@ -205,10 +205,12 @@ def register() -> None:
     # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
     if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
         return
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in _flop_formulas.items():
-        register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
+        operator = getattr(torch.ops.lstm_ext, name)
+        if operator not in flop_registry:  # else the package was imported before, and then anew
+            register_flop_formula(operator)(formula)
 
 
 loader.on_load(register)

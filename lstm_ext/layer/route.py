@@ -72,23 +72,16 @@ class TorchIsFaster(NamedTuple):
     hidden_sizes: range
     records: tuple[str, ...]  # in benchmarks/results, two or more
 
-    def has(
-        self,
-        instruction_set: str,
-        dtype: torch.dtype,
-        training: bool,
-        steps: int,
-        batch: int,
-        hidden_size: int,
-    ) -> bool:
+    def has(self, dtype: torch.dtype, training: bool, steps: int, batch: int, hidden_size: int) -> bool:
         return (
-            (instruction_set, dtype, training) == (self.instruction_set, self.dtype, self.training)
+            (dtype, training) == (self.dtype, self.training)
             and steps >= self.least_steps
             and batch >= self.least_batch
             and hidden_size in self.hidden_sizes
             and torch.get_num_threads() == self.threads
             and torch.backends.mkldnn.is_available()
             and torch._C._get_mkldnn_enabled()
+            and loader.extension().cpu_capability() == self.instruction_set  # type: ignore[union-attr]
         )
 
 
@@ -298,10 +291,7 @@ def prefers_torch(
         x.requires_grad or any([w.requires_grad for layer in weights for w in layer if w is not None])
     )
     steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-    kernels = loader.extension()
-    assert kernels is not None
-    size = (kernels.cpu_capability(), x.dtype, training, steps, batch, hidden_size)
-    return any([row.has(*size) for row in TORCH_IS_FASTER])
+    return any([row.has(x.dtype, training, steps, batch, hidden_size) for row in TORCH_IS_FASTER])
 
 
 def torchs_way(

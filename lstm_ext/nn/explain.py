@@ -252,7 +252,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
     if _is_plain(module):
         sizes_of_row = (sizes["steps"], sizes["batch"], sizes["hidden_size"])
         for row in route.TORCH_IS_FASTER:
-            if row.has(capability, dtype, module.training, *sizes_of_row):
+            if row.has(dtype, module.training, *sizes_of_row):
                 return {
                     **plan,
                     "kernel": "torch",
