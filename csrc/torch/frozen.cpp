@@ -22,10 +22,22 @@ struct Header {
   int64_t input_size, hidden_size, output_size, bytes;
   int32_t float64, projected;
   WeightKind rounded_to;  // which plan.kind is too, or kOwn
+  uint32_t checksum;      // see checksum_of
   cpu::FrozenPlan plan;
 };
 static_assert(std::is_trivially_copyable_v<Header>);
-static_assert(std::has_unique_object_representations_v<cpu::FrozenPlan>);  // is compared as bytes
+static_assert(std::has_unique_object_representations_v<Header>);  // its bytes are compared
+
+// The sum of a header as if its checksum were 0. It finds damage; what somebody wrote on purpose, is_sound has to find.
+uint32_t checksum_of(Header header) {
+  header.checksum = 0;
+  uint64_t words[sizeof(Header) / sizeof(uint64_t)];
+  static_assert(sizeof(words) == sizeof(Header));
+  std::memcpy(words, &header, sizeof(words));
+  uint64_t sum = 0xcbf29ce484222325;  // FNV-1a, by words
+  for (const uint64_t word : words) sum = ((sum ^ word) * 0x100000001b3) ^ (sum >> 29);
+  return static_cast<uint32_t>(sum ^ sum >> 32);
+}
 
 // For what weights are packed that are kept so: the instruction set, and whether bytes are multiplied.
 constexpr char kVnni[] = "+vnni";
@@ -55,6 +67,7 @@ bool is_sound(const Header& header) {
   const auto is_kept = [](WeightKind kind) {
     return kind == WeightKind::kOwn || kind == WeightKind::kBFloat16 || kind == WeightKind::kInt8;
   };
+  if (header.checksum != checksum_of(header)) return false;
   const WeightKind kind = header.plan.kind;
   if (!is_kept(header.rounded_to) || (kind != WeightKind::kOwn && kind != header.rounded_to)) return false;
   if (header.float64 != 0 && header.rounded_to != WeightKind::kOwn) return false;
@@ -107,6 +120,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   header.projected = count.projected;
   header.rounded_to = kind;
   header.plan = plan;
+  header.checksum = checksum_of(header);
 
   // The weights that the layer computes with.
   std::vector<at::Tensor> used;
