@@ -449,7 +449,8 @@ import sys, torch, lstm_ext
 for name in [n for n in sys.modules if n.startswith("lstm_ext")]:
     del sys.modules[name]
 import lstm_ext
-lstm_ext.LSTM(3, 4)(torch.randn(2, 1, 3))
+layer, x = lstm_ext.LSTM(3, 4), torch.randn(2, 1, 3)
+assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x)[0], layer(x)[0])
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -200,17 +200,20 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
 @functools.cache
 def register() -> None:
     """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
+    operators = torch.ops.lstm_ext
+    # torch keeps them for the life of the process, also where this module is imported anew.
+    if "_have_fake_kernels" in vars(operators):
+        return
+    operators._have_fake_kernels = True
     for name, function in _fake_kernels.items():
         torch.library.register_fake(f"lstm_ext::{name}", function)
     # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
     if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
         return
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
+    from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in _flop_formulas.items():
-        operator = getattr(torch.ops.lstm_ext, name)
-        if operator not in flop_registry:  # else the package was imported before, and then anew
-            register_flop_formula(operator)(formula)
+        register_flop_formula(getattr(operators, name))(formula)
 
 
 loader.on_load(register)

@@ -53,6 +53,8 @@ def let_dynamo_take(is_ours: _Question, breaks: _Question) -> None:
     Where this torch's dynamo has no such method or setting, a UserWarning says so when dynamo is imported.
     """
     finder = _Finder(is_ours, breaks)
+    # Where the package is imported anew, the finder of the old one would ask this one, and this one that.
+    sys.meta_path[:] = [f for f in sys.meta_path if repr(type(f)) != repr(_Finder)]
     sys.meta_path.insert(0, finder)
     if _BUILDER in sys.modules:
         # Waits where another thread is importing it.
