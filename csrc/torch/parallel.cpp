@@ -47,11 +47,11 @@ class Crowding {
   bool limits() const { return left_.load(std::memory_order_relaxed) > 0; }
 
   // A limited call: how long it took, and its work. Where another thread is here, or was when the process was forked,
-  // the call does not count.
+  // the call says nothing, but its time passes: two threads at once may forget some of it.
   void note_limited(double time, double work) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || !limits()) return;
     left_.store(left_.load(std::memory_order_relaxed) - time, std::memory_order_relaxed);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return;
     if (time > kShortest) {
       limited_.time += time;
       limited_.work += work;
