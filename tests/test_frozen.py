@@ -16,6 +16,7 @@ import torch
 from judge import Worst, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 from lstm_ext import reference
@@ -460,3 +461,43 @@ def test_the_reference_has_the_same_equations() -> None:
     weights = [rounded(p, "int8").double() if p.dim() == 2 else p.double() for p in layer.parameters()]
     expected = reference.lstm_layer(x.double(), None, None, weights, None, True, False)[0]
     assert relative_error(lstm_ext.freeze(layer, torch.int8)(x)[0], expected) < 1e-6
+
+
+# ---- three layers, since a layer may take another one's weights
+
+
+def _lengths() -> dict[str, Any]:
+    return {"lengths": [5, 2, 4]}
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "none": ({}, dict),
+    "both directions": ({"bidirectional": True}, dict),
+    "projection": ({"proj_size": 5}, dict),
+    "no bias": ({"bias": False}, dict),
+    "layer_norm": ({"layer_norm": True}, dict),
+    "zoneout": ({"zoneout": (0.1, 0.3)}, dict),
+    "recurrent_dropout": ({"recurrent_dropout": 0.3}, dict),
+    "recompute": ({"recompute": True}, dict),
+    "lengths": ({}, _lengths),
+    "mask": ({}, lambda: {"mask": torch.arange(5)[:, None] < torch.tensor([5, 2, 4])}),
+    "resets": ({}, lambda: {"resets": torch.rand(5, 3) < 0.4}),
+    "reset_state": (
+        {},
+        lambda: {"resets": torch.rand(5, 3) < 0.4, "reset_state": (torch.randn(3, 3, 9), torch.randn(3, 3, 9))},
+    ),
+    "return_cell_states": ({}, lambda: {"return_cell_states": True}),
+    "return_gates": ({}, lambda: {"return_gates": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_every_option_with_three_layers(option: str) -> None:
+    config, arguments = OPTIONS[option]
+    layer = lstm_ext.LSTM(4, 9, num_layers=3, **config).eval()
+    frozen, x, given = lstm_ext.freeze(layer), torch.randn(5, 3, 4), arguments()
+    found, expected = tree_leaves(frozen(x, **given)), tree_leaves(layer(x, **given))
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

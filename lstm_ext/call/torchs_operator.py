@@ -10,7 +10,6 @@ equations.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -311,14 +310,8 @@ def _register() -> torch.library.Library:
     torch.library.register_autograd(
         f"lstm_ext::{forward}", _differentiate, setup_context=_set_up, lib=library
     )
-    # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
-    if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
-        return library
-    from torch.utils.flop_counter import register_flop_formula
-
-    register_flop_formula(torch.ops.lstm_ext.torchs_lstm)(_flops)
     # Through time and to the weights: twice the products of the forward pass.
-    register_flop_formula(torch.ops.lstm_ext.torchs_lstm_backward)(lambda *a, **k: 2 * _flops(*a, **k))
+    operators.register_flops({forward: _flops, backward: lambda *a, **k: 2 * _flops(*a, **k)})
     return library
 
 

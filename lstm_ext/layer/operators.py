@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from math import prod
@@ -197,23 +196,27 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
 # ---- registration
 
 
-@functools.cache
 def register() -> None:
     """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
     operators = torch.ops.lstm_ext
     # torch keeps them for the life of the process, also where this module is imported anew.
-    if "_have_fake_kernels" in vars(operators):
+    if "_are_registered" in vars(operators):
         return
-    operators._have_fake_kernels = True
+    operators._are_registered = True
     for name, function in _fake_kernels.items():
         torch.library.register_fake(f"lstm_ext::{name}", function)
-    # torch's counter warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
+    register_flops(_flop_formulas)
+
+
+def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
+    """Gives torch's FLOP counter the formulas of operators, by name."""
+    # It warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
     if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
         return
     from torch.utils.flop_counter import register_flop_formula
 
-    for name, formula in _flop_formulas.items():
-        register_flop_formula(getattr(operators, name))(formula)
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
 
 
 loader.on_load(register)

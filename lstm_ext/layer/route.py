@@ -72,9 +72,10 @@ class TorchIsFaster(NamedTuple):
     hidden_sizes: range
     records: tuple[str, ...]  # in benchmarks/results, two or more
 
-    def has(self, dtype: torch.dtype, training: bool, steps: int, batch: int, hidden_size: int) -> bool:
+    def has(self, dtype: torch.dtype, steps: int, batch: int, hidden_size: int) -> bool:
+        """All but `training`, which takes longer to find out."""
         return (
-            (dtype, training) == (self.dtype, self.training)
+            dtype == self.dtype
             and steps >= self.least_steps
             and batch >= self.least_batch
             and hidden_size in self.hidden_sizes
@@ -262,36 +263,30 @@ def prefers_torch(
 ) -> bool:
     """Whether torch's operator computes plain layers of dense data although there are kernels: TORCH_IS_FASTER."""
     if (
-        x.dtype not in _ITS_DTYPES
+        _is_compiling()
+        or x.dtype not in _ITS_DTYPES
         or x.dim() != 3
         or not x.is_cpu
         or bidirectional
         or not has_operators(x.device)
     ):
         return False
-    if _is_compiling() or not is_plain_eager():
-        return False
     recurrent = weights[0][1]
     hidden_size = 0 if recurrent is None else recurrent.size(-1)
-    features = x.size(2)
-    for layer in weights:  # torch's operator does not look at them
-        shapes = [
-            (4 * hidden_size, features),
-            (4 * hidden_size, hidden_size),
-            (4 * hidden_size,),
-            (4 * hidden_size,),
-        ]
-        if len(layer) not in (2, 4):
+    steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+    rows = [row for row in TORCH_IS_FASTER if row.has(x.dtype, steps, batch, hidden_size)]
+    if not rows or not is_plain_eager():
+        return False
+    gates, features = 4 * hidden_size, x.size(2)
+    for layer in weights:  # torch's operator does not look at their shapes
+        shapes = [(gates, features), (gates, hidden_size), (gates,), (gates,)][: len(layer)]
+        if [None if w is None or w.dtype != x.dtype else w.shape for w in layer] != shapes:
             return False
-        for w, shape in zip(layer, shapes):  # noqa: B905
-            if w is None or w.shape != shape or w.dtype != x.dtype:
-                return False
         features = hidden_size
     training = torch.is_grad_enabled() and (
         x.requires_grad or any([w.requires_grad for layer in weights for w in layer if w is not None])
     )
-    steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-    return any([row.has(x.dtype, training, steps, batch, hidden_size) for row in TORCH_IS_FASTER])
+    return any([row.training == training for row in rows])
 
 
 def torchs_way(

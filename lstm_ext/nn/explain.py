@@ -250,9 +250,10 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         )
     capability = extension.cpu_capability()
     if _is_plain(module):
-        sizes_of_row = (sizes["steps"], sizes["batch"], sizes["hidden_size"])
         for row in route.TORCH_IS_FASTER:
-            if row.has(dtype, module.training, *sizes_of_row):
+            if row.training == module.training and row.has(
+                dtype, sizes["steps"], sizes["batch"], sizes["hidden_size"]
+            ):
                 return {
                     **plan,
                     "kernel": "torch",
@@ -269,13 +270,6 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is a layer, and one that `route.prefers_torch` may give to torch's operator."""
-    options = (
-        "bidirectional",
-        "proj_size",
-        "layer_norm",
-        "zoneout",
-        "recurrent_dropout",
-        "recompute",
-        "frozen",
-    )
-    return isinstance(module, nn.RNNBase) and not any([getattr(module, name, None) for name in options])
+    if not isinstance(module, LSTM) or module.frozen or module.bidirectional or module.proj_size:
+        return False
+    return not set(options_of(module)) - {"forget_bias"}
