@@ -236,4 +236,4 @@ assert type(module.lstm) is lstm_ext.LSTM
 
 
 def test_torchrl_is_imported_where_our_classes_are_in_torchs_place():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_TORCHS_PLACE], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_TORCHS_PLACE], check=True)
