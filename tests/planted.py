@@ -43,7 +43,7 @@ FAULTS: dict[str, Fault] = {
         "load_lanes<T>(pass_.h_rows[n] + k, lanes) * load_lanes<T>(mask + k, lanes)",
         "load_lanes<T>(pass_.h_rows[n] + k, lanes)",
     ),
-    "cpu/backward_state.h": Fault(": grad * gates[kF], lanes)", ": grad * gates[kI], lanes)"),
+    "cpu/backward_state.h": Fault(": grads.dc_before, lanes)", ": grads.dc, lanes)"),
     "cpu/backward_steps.h": Fault(
         "if (grad_final.data) v = v + load_lanes", "if (grad_final.data) v = v - load_lanes"
     ),
@@ -54,7 +54,7 @@ FAULTS: dict[str, Fault] = {
         'require(name, "set_cpu_capability");',
         every_set=True,
     ),
-    "cpu/cell.h": Fault("(one - gates[kG] * gates[kG])", "(one + gates[kG] * gates[kG])"),
+    "cpu/cell.h": Fault("i_terms.value(g_terms.denominator * inverse)", "i_terms.value(i_terms.denominator * inverse)"),
     "cpu/chunk_gradients.h": Fault("begin + (reverse ? 1 : -1);", "begin + (reverse ? 1 : 0);"),
     "cpu/column_product.h": Fault("before = load_lanes<T>(partial(row + r) + at, lanes);", "before = S::zero();"),
     "cpu/forward.h": Fault(
@@ -67,7 +67,9 @@ FAULTS: dict[str, Fault] = {
     "cpu/forward_steps.h": Fault("int64_t h_size = h.data ? P : 0;", "int64_t h_size = h.data ? P - 1 : 0;"),
     "cpu/gate_weight.h": Fault("count, out + gate * width,", "count, out + gate * n,"),
     "cpu/gate_product.h": Fault(": T(0)) + (weights.bias_hh", ": T(0)) - (weights.bias_hh"),
-    "cpu/gates.h": Fault("enum Gate { kI, kF, kG, kO };", "enum Gate { kF, kI, kG, kO };"),
+    "cpu/gates.h": Fault(
+        "load_lanes<T>(at + i * hidden_size, lanes)", "load_lanes<T>(at + (3 - i) * hidden_size, lanes)"
+    ),
     "cpu/isa.h": Fault('#define LSTM_EXT_ISA_NAME "avx2"', '#define LSTM_EXT_ISA_NAME "avx"'),
     "cpu/kernel_set.h": Fault("kKernels{Simd<T>::kLanes, ", "kKernels{Simd<T>::kLanes / 2, "),
     "cpu/kernels.h": Fault(
@@ -111,7 +113,8 @@ FAULTS: dict[str, Fault] = {
         "S::fma(S::set1(zoneout.share), previous - fresh, fresh)",
         "S::fma(S::set1(zoneout.share), previous, fresh)",
     ),
-    "cuda/cell.cuh": Fault("grad[1] = d[1] * f * (1 - f);", "grad[1] = d[1] * f * (1 + f);", EMULATED),
+    "cuda/cell.cuh": Fault("grad_before += past;", "grad_before -= past;", EMULATED),
+    "cuda/cell_math.cuh": Fault("return 1 - value * value;", "return 1 + value * value;", EMULATED),
     "cuda/layer_norm.cuh": Fault(
         "mean_c[0] /= static_cast<A>(H);\n  A factor_c", "mean_c[0] /= static_cast<A>(H - 1);\n  A factor_c", EMULATED
     ),
@@ -172,6 +175,7 @@ FAULTS: dict[str, Fault] = {
         "SumOfRows<A, A>{parts, columns, parts,", "SumOfRows<A, A>{parts - 1, columns, parts,", EMULATED
     ),
     # What both backends share.
+    "contract/cell.h": Fault("(Math::number(1) - gates[kG] * gates[kG])", "(Math::number(1) + gates[kG] * gates[kG])"),
     "contract/layer.h": Fault("return keep != nullptr || share != 0;", "return keep != nullptr;"),
     "contract/params.h": Fault(
         "zoneout_h.active() || zoneout_c.active() || normalised();", "zoneout_h.active() || normalised();"

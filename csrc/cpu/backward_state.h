@@ -76,16 +76,13 @@ struct CellRows {
     if (grad_cells) grad = grad + load_lanes<T>(grad_cells + row * step + unit, lanes);
   }
 
-  // From dL/dc_t and dL/do, of what the cell made: the gradients of the preactivations.
-  LSTM_EXT_INLINE Gates<T> preactivation_gradients(int64_t row, int64_t unit, int lanes, const Gates<T>& gates,
-                                                   Reg<T> c_previous, Reg<T> grad, Reg<T> grad_o) const {
-    Gates<T> grads = cell_state_backward<T>(gates, c_previous, grad, grad_o);
-    if (grad_gate_values) {
-      const Gates<T> more = load_gates<T>(grad_gate_values + row * 4 * step + unit, hidden_size, lanes);
-#pragma GCC unroll kGates
-      for (int gate = 0; gate < kGates; ++gate) grads[gate] = grads[gate] + more[gate];
-    }
-    return gates_backward<T>(gates, grads);
+  // From dL/dc_t and dL/do, of what the cell made.
+  LSTM_EXT_INLINE cell::Backward<OwnDivisions<T>> through_state(int64_t row, int64_t unit, int lanes,
+                                                                const Gates<T>& gates, Reg<T> c_previous, Reg<T> c,
+                                                                Reg<T> grad, Reg<T> grad_o) const {
+    const GivenGradients<T> given{grad_gate_values ? grad_gate_values + row * 4 * step + unit : nullptr, hidden_size,
+                                  lanes};
+    return cell::state_backward<cell::Plain, OwnDivisions<T>>(gates, c_previous, c, grad, grad_o, given);
   }
 
   // The cell of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the preactivations
@@ -98,7 +95,7 @@ struct CellRows {
     const T* const previous = previous_row(row);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : Simd<T>::zero();
     // h_t sees c_t before zoneout, which is not saved.
-    const Reg<T> c = kZoneout ? cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes})
+    const Reg<T> c = kZoneout ? cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes})
                               : load_lanes<T>(cells + at, lanes);
     Reg<T> grad = carried_gradient(row, unit, lanes);
     Reg<T> previous_part = Simd<T>::zero();
@@ -108,14 +105,15 @@ struct CellRows {
         previous_part = split_gradient<T>(*zoneout, (place + row * batch_step) * H + unit, grad, lanes);
       }
     }
-    const Reg<T> grad_o = hidden_state_backward<T>(grad_h, gates[kO], c, grad);
+    using Math = OwnDivisions<T>;
+    const Reg<T> grad_o = cell::hidden_backward<Math>(gates[kO], Math::squash(c), grad_h, grad);
     if (!kZoneout) add_result_gradient(grad, row, unit, lanes);
-    const Gates<T> grads = preactivation_gradients(row, unit, lanes, gates, c_previous, grad, grad_o);
+    const auto grads = through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o);
     T* const out = grad_preactivations + row * grad_step + unit;
     T* const running = grad_c + at;
     const BackwardState<T>* const state = mixed;  // read before the stores
-    store_gates<T>(out, grads, H, lanes);
-    store_lanes<T>(running, kZoneout ? Simd<T>::fma(grad, gates[kF], previous_part) : grad * gates[kF], lanes);
+    store_gates<T>(out, grads.dz, H, lanes);
+    store_lanes<T>(running, kZoneout ? grads.dc_before + previous_part : grads.dc_before, lanes);
     if (state) state->cut_if_reset(batch_row(row), unit, lanes, running, out);
   }
 };

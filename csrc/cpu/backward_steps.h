@@ -295,7 +295,7 @@ class UnfusedBackwardStep {
       T* const out = normalised[row - group.begin] = normalised_c_ + (row - group.begin) * H_;
       for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
         const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
-        store_lanes<T>(out + unit, cell_state<T>(gates, {previous ? previous + unit : nullptr, lanes}), lanes);
+        store_lanes<T>(out + unit, cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}), lanes);
       });
     }
     normalise<T>(normalised, group.end - group.begin, H_, factors);
@@ -321,6 +321,7 @@ class UnfusedBackwardStep {
     T* const grad_gain_hh = grad_gain_ih + 4 * H_;
     T* const grad_gain_c = grad_gain_hh + 4 * H_;
     T* const grad_bias_c = grad_gain_c + H_;
+    using Math = PreciseDivisions<T>;
 
     // h_t = o tanh(gain_c N(c_t) + bias_c). dL/do waits where the gradients of the preactivations will be.
     Reg<T> sum_c = S::zero(), product_c = S::zero();
@@ -332,7 +333,7 @@ class UnfusedBackwardStep {
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + b * H_ + unit, lanes);
       Reg<T> grad_tanh_input = S::zero();
       const Reg<T> grad_o =
-          hidden_state_backward<T, Exactness::kPrecise>(grad_h, o, S::fma(gain, y, shift), grad_tanh_input);
+          cell::hidden_backward<Math>(o, Math::squash(S::fma(gain, y, shift)), grad_h, grad_tanh_input);
       T* const sum_gain = grad_gain_c + unit;
       store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
       add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
@@ -359,8 +360,9 @@ class UnfusedBackwardStep {
       }
       grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
       const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);
-      const Gates<T> grads = cells.preactivation_gradients(0, unit, lanes, gates, c_previous, grad_c, grad_o);
-      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, S::fma(grad_c, gates[kF], previous_part), lanes);
+      const auto through = cells.through_state(0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o);
+      const Gates<T>& grads = through.dz;
+      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, through.dc_before + previous_part, lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H_ + unit;

@@ -1,10 +1,9 @@
-// The equations of an LSTM cell, forward and backward, on registers:
-//
-//   i, f, o = sigmoid(preactivations)   g = tanh(preactivation)   c_t = f c_{t-1} + i g   h_t = o tanh(c_t)
+// The Maths with which the CPU kernels compute the cell of contract/cell.h, on registers of one row or of several.
 #pragma once
 
 #include "cpu/isa.h"
 
+#include "contract/cell.h"
 #include "cpu/gates.h"
 #include "cpu/simd.h"
 #include "cpu/vector_math.h"
@@ -12,109 +11,102 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// How the nonlinearities of a cell are computed.
-enum class Nonlinearities {
-  // i and g share a division, and so do o and tanh(c): a division costs as much as an exponential. f has its own, since
-  // its rounding error is multiplied into c at every step. Only what meets in c_t or in h_t anyway shares, so that a
-  // NaN
-  // spreads no further than in the equations. For the fused step, which has nothing to wait for but these divisions.
-  kSharedDivisions,
-  // Each gate has its own division, and so has tanh(c).
-  kOwnDivisions,
-  // As kOwnDivisions, with g as exact as its type allows, and the others with Exactness::kPrecise. Layer normalisation
-  // makes small differences of c_t large.
-  kPrecise,
-};
-
-template <typename T>
-struct Cell {
-  Gates<T> gates;  // values
-  Reg<T> c, h;     // c_t and o tanh(c_t)
-};
-
 // c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, of which all are there or none. It is read
 // late: a register would be occupied from the beginning.
 template <typename T, int kCount = 1>
 struct PreviousCells {
   const T* at[kCount];
   int lanes;
-  bool there() const { return at[0] != nullptr; }
+  LSTM_EXT_INLINE bool there() const { return at[0] != nullptr; }
   LSTM_EXT_INLINE Reg<Several<T, kCount>> load() const {
     return several<T, kCount>([&](int n) LSTM_EXT_LAMBDA_INLINE { return load_lanes<T>(at[n], lanes); });
   }
 };
 
-template <typename T, typename Previous = PreviousCells<T>>
-LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const Previous& previous) {
-  const Reg<T> c = gates[kI] * gates[kG];
-  return previous.there() ? Simd<T>::fma(gates[kF], previous.load(), c) : c;
-}
-template <typename T, Exactness kExactness = Exactness::kUsual>
-LSTM_EXT_INLINE Reg<T> hidden_state(Reg<T> o, Reg<T> c) {
-  return o * tanh<T, kExactness>(c);
-}
+// dL/d(gate values) as the caller gave it, of some units of a row, or null.
+template <typename T>
+struct GivenGradients {
+  const T* at;
+  int64_t hidden_size;
+  int lanes;
+  LSTM_EXT_INLINE bool there() const { return at != nullptr; }
+  LSTM_EXT_INLINE Reg<T> load(int gate) const { return load_lanes<T>(at + gate * hidden_size, lanes); }
+};
 
-constexpr auto kNoStore = [](const auto&) LSTM_EXT_LAMBDA_INLINE {};
+// The part that all Maths of the CPU share.
+template <typename T, Exactness kExactness>
+struct CellMath {
+  using Value = Reg<T>;
+  using Gates = cpu::LSTM_EXT_ISA::Gates<T>;
+  LSTM_EXT_INLINE static Value number(int x) { return Simd<T>::set1(static_cast<Number<T>>(x)); }
+  LSTM_EXT_INLINE static Value fma(Value a, Value b, Value c) { return Simd<T>::fma(a, b, c); }
+  LSTM_EXT_INLINE static Value sigmoid(Value z) { return cpu::LSTM_EXT_ISA::sigmoid<T, kExactness>(z); }
+  LSTM_EXT_INLINE static Value hidden(Value o, Value c) { return o * tanh<T, kExactness>(c); }
 
-// A cell from its preactivations and c_{t-1}. store(c_t) runs as soon as c_t is known: of rows that are no whole
-// registers, the load of the next one waits for it.
-template <Nonlinearities kNonlinearities, typename T, typename Previous = PreviousCells<T>,
-          typename Store = decltype(kNoStore)>
-LSTM_EXT_INLINE Cell<T> cell_forward(const Gates<T>& preactivations, const Previous& previous,
-                                     const Store& store = kNoStore) {
-  Cell<T> cell;
-  Gates<T>& gates = cell.gates;
-  if constexpr (kNonlinearities == Nonlinearities::kSharedDivisions) {
-    gates[kF] = sigmoid<T>(preactivations[kF]);
-    const SigmoidTerms<T> i(preactivations[kI]);
-    const TanhTerms<T> g(preactivations[kG]);
-    const Reg<T> inverse = Simd<T>::reciprocal(i.denominator * g.denominator);
-    gates[kI] = i.value(g.denominator * inverse);
-    gates[kG] = g.value(preactivations[kG], i.denominator * inverse);
-    cell.c = cell_state<T>(gates, previous);
-    store(cell.c);
-    const SigmoidTerms<T> o(preactivations[kO]);
-    const TanhTerms<T> c(cell.c);
-    const Reg<T> o_inverse = Simd<T>::reciprocal(o.denominator * c.denominator);
-    gates[kO] = o.value(c.denominator * o_inverse);
-    cell.h = Simd<T>::copy_sign(c.em1 * o_inverse, cell.c);
-  } else {
-    constexpr bool kPrecise = kNonlinearities == Nonlinearities::kPrecise;
-    constexpr Exactness kExactness = kPrecise ? Exactness::kPrecise : Exactness::kUsual;
-    gates[kI] = sigmoid<T, kExactness>(preactivations[kI]);
-    gates[kF] = sigmoid<T, kExactness>(preactivations[kF]);
-    gates[kO] = sigmoid<T, kExactness>(preactivations[kO]);
-    gates[kG] = kPrecise ? precise_tanh<T>(preactivations[kG]) : tanh<T>(preactivations[kG]);
-    cell.c = cell_state<T>(gates, previous);
-    store(cell.c);
-    cell.h = hidden_state<T, kExactness>(gates[kO], cell.c);
+  struct Squashed {
+    TanhTerms<T, kExactness> terms;
+    Value c, inverse;
+    LSTM_EXT_INLINE Value value() const { return terms.value(c, inverse); }
+    LSTM_EXT_INLINE Value slope(Value value) const { return terms.slope(value, inverse); }
+  };
+  LSTM_EXT_INLINE static Squashed squash(Value c) {
+    const TanhTerms<T, kExactness> terms(c);
+    return {terms, c, inverse_of<T, kExactness>(terms.denominator)};
   }
-  return cell;
-}
+  LSTM_EXT_INLINE static Value clamp(Value v, Number<T> bound) {
+    return Simd<T>::at_least(Simd<T>::at_most(v, bound), -bound);
+  }
+  LSTM_EXT_INLINE static Value within(Value v, Number<T> bound, Value a) {
+    return choose(Simd<T>::set1(bound) <= Simd<T>::abs(v), number(0), a);
+  }
+};
 
-// Through h_t = o tanh(c_t): returns dL/do, and adds to dL/dc_t.
+// i and g share a division, and so do o and tanh(c): a division costs as much as an exponential. f has its own, since
+// its rounding error is multiplied into c at every step. Only what meets in c_t or in h_t anyway shares, so that a NaN
+// spreads no further than in the equations. For the fused step, which has nothing to wait for but these divisions.
+template <typename T>
+struct SharedDivisions : CellMath<T, Exactness::kUsual> {
+  using Value = Reg<T>;
+  static constexpr bool kOutputGateFirst = false;
+  LSTM_EXT_INLINE static void input(Value z_i, Value z_g, Value& i, Value& g) {
+    const SigmoidTerms<T> i_terms(z_i);
+    const TanhTerms<T> g_terms(z_g);
+    const Value inverse = Simd<T>::reciprocal(i_terms.denominator * g_terms.denominator);
+    i = i_terms.value(g_terms.denominator * inverse);
+    g = g_terms.value(z_g, i_terms.denominator * inverse);
+  }
+  LSTM_EXT_INLINE static void output(Value z_o, Value c, Value& o, Value& h) {
+    const SigmoidTerms<T> o_terms(z_o);
+    const TanhTerms<T> c_terms(c);
+    const Value inverse = Simd<T>::reciprocal(o_terms.denominator * c_terms.denominator);
+    o = o_terms.value(c_terms.denominator * inverse);
+    h = Simd<T>::copy_sign(c_terms.em1 * inverse, c);
+  }
+};
+
+// Each gate has its own division, and so has tanh(c). With Exactness::kPrecise, g is as exact as its type allows: layer
+// normalisation makes small differences of c_t large.
 template <typename T, Exactness kExactness = Exactness::kUsual>
-LSTM_EXT_INLINE Reg<T> hidden_state_backward(Reg<T> grad_h, Reg<T> o, Reg<T> c, Reg<T>& grad_c) {
-  const TanhTerms<T, kExactness> terms(c);
-  const Reg<T> inverse = inverse_of<T, kExactness>(terms.denominator);
-  const Reg<T> tanh_c = terms.value(c, inverse);
-  grad_c = Simd<T>::fma(grad_h * o, terms.slope(tanh_c, inverse), grad_c);
-  return grad_h * tanh_c;
-}
-
-// Through c_t = f c_{t-1} + i g: the gradients of the gate values. That of c_{t-1} is grad_c f.
+struct OwnDivisions : CellMath<T, kExactness> {
+  using Base = CellMath<T, kExactness>;
+  using Value = Reg<T>;
+  static constexpr bool kOutputGateFirst = true;
+  LSTM_EXT_INLINE static void input(Value z_i, Value z_g, Value& i, Value& g) {
+    i = Base::sigmoid(z_i);
+    g = kExactness == Exactness::kPrecise ? precise_tanh<T>(z_g) : tanh<T>(z_g);
+  }
+  LSTM_EXT_INLINE static void output(Value z_o, Value c, Value& o, Value& h) {
+    o = Base::sigmoid(z_o);
+    h = Base::hidden(o, c);
+  }
+};
 template <typename T>
-LSTM_EXT_INLINE Gates<T> cell_state_backward(const Gates<T>& gates, Reg<T> c_previous, Reg<T> grad_c, Reg<T> grad_o) {
-  return {{grad_c * gates[kG], grad_c * c_previous, grad_c * gates[kI], grad_o}};
-}
+using PreciseDivisions = OwnDivisions<T, Exactness::kPrecise>;
 
-// Through the nonlinearities: the gradients of the preactivations.
+// c_t again, from gate values.
 template <typename T>
-LSTM_EXT_INLINE Gates<T> gates_backward(const Gates<T>& gates, const Gates<T>& grads) {
-  const Reg<T> one = Simd<T>::set1(T(1));
-  const auto sigmoid_slope = [&](Reg<T> value) LSTM_EXT_LAMBDA_INLINE { return value * (one - value); };
-  return {{grads[kI] * sigmoid_slope(gates[kI]), grads[kF] * sigmoid_slope(gates[kF]),
-           grads[kG] * (one - gates[kG] * gates[kG]), grads[kO] * sigmoid_slope(gates[kO])}};
+LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCells<T>& previous) {
+  return cell::state<cell::Plain, OwnDivisions<T>>(gates, previous);
 }
 
 }  // namespace

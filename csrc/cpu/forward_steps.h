@@ -97,8 +97,8 @@ class FusedForwardStep {
       for (int gate = 0; gate < kGates; ++gate) {
         preactivations[gate] = several<T, kCount>([&](int n) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
       }
-      const Cell<All> cell = cell_forward<Nonlinearities::kSharedDivisions, All>(
-          preactivations, previous, [&](const Reg<All>& c) LSTM_EXT_LAMBDA_INLINE {
+      const auto cell = cell::forward<cell::Plain, SharedDivisions<All>>(
+          preactivations, previous, cell::NoParameters{}, [&](const Reg<All>& c) LSTM_EXT_LAMBDA_INLINE {
 #pragma GCC unroll 4
             for (int n = 0; n < kCount; ++n) {
               store_lanes<T>(c_to + places[n].row * c_step + places[n].unit, one_of<kCount>(c, n), lanes);
@@ -354,8 +354,9 @@ class UnfusedForwardStep {
               S::fma(load_lanes<T>(norm.gain_hh + at, lanes), load_lanes<T>(recurrent_row + at, lanes), sums[gate]);
         }
       }
-      constexpr auto kNonlinearities = kNormalised ? Nonlinearities::kPrecise : Nonlinearities::kOwnDivisions;
-      const Cell<T> cell = cell_forward<kNonlinearities, T>(sums, {previous ? previous + unit : nullptr, lanes});
+      using Math = OwnDivisions<T, kNormalised ? Exactness::kPrecise : Exactness::kUsual>;
+      const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
+      const auto cell = cell::forward<cell::Plain, Math>(sums, before);
       Reg<T> c = cell.c;
       if (options_.zoneout_c.active()) {
         const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
@@ -405,7 +406,7 @@ class UnfusedForwardStep {
         const Reg<T> tanh_input =
             S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
         const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
-        store_hidden(row, unit, lanes, hidden_state<T, Exactness::kPrecise>(o, tanh_input));
+        store_hidden(row, unit, lanes, PreciseDivisions<T>::hidden(o, tanh_input));
       });
     }
   }

@@ -3,14 +3,13 @@
 
 #include "cpu/isa.h"
 
+#include "contract/cell.h"
 #include "cpu/simd.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// In torch's order.
-enum Gate { kI, kF, kG, kO };
-constexpr int kGates = 4;
+using cell::Gate, cell::kI, cell::kF, cell::kG, cell::kO, cell::kGates;
 
 template <typename T>
 struct Gates {

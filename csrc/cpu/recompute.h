@@ -70,8 +70,8 @@ class Recompute {
       for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
         const int64_t unit = block * Simd<T>::kLanes;
         const int lanes = product_.lanes_in(block);
-        const Cell<T> cell = cell_forward<Nonlinearities::kOwnDivisions, T>(
-            load_gates<T>(gate_row + unit, H, lanes), {c_previous ? c_previous + unit : nullptr, lanes});
+        const PreviousCells<T> before{{c_previous ? c_previous + unit : nullptr}, lanes};
+        const auto cell = cell::forward<cell::Plain, OwnDivisions<T>>(load_gates<T>(gate_row + unit, H, lanes), before);
         store_gates<T>(gate_row + unit, cell.gates, H, lanes);
         if (pass_.shape.projected) store_lanes<T>(pass_.chunk.hidden + (first_row + b) * H + unit, cell.h, lanes);
       }

@@ -6,32 +6,19 @@
 
 #include <cmath>
 
+#include "cuda/cell_math.cuh"
 #include "cuda/state.cuh"
 
 namespace lstm_ext::cuda {
 
 constexpr int kCellThreads = 256;
 
-// The accurate functions: memory and the time of a launch bound a step, they do not.
-LSTM_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-LSTM_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-LSTM_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
-LSTM_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
-
-template <typename A>
-struct GateValues {
-  A i, f, g, o;
-};
-template <typename A>
-LSTM_DEVICE GateValues<A> gate_values(const A (&z)[4]) {
-  return {sigmoid(z[0]), sigmoid(z[1]), hyperbolic_tangent(z[2]), sigmoid(z[3])};
-}
 template <typename T>
 LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gate_values_at(const T* preactivations, int64_t b, int64_t j,
                                                                      int64_t size) {
-  typename Types<T>::Accumulate z[4];
+  GateValues<typename Types<T>::Accumulate> z;
   for (int gate = 0; gate < 4; ++gate) z[gate] = widen(preactivations[(b * 4 + gate) * size + j]);
-  return gate_values(z);
+  return cell::gate_values<cell::Plain, CellMath<T>>(z, cell::Nothing<CellMath<T>>{});
 }
 
 // ---- forward
@@ -55,12 +42,11 @@ template <typename A>
 struct CellState {
   A now, c;
 };
-// From the gates and c_{t-1}, as previous_cell gives it.
+// From c'_t and c_{t-1}, as previous_cell gives it.
 template <bool kOptions, typename T>
 LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForward<T>& args, int64_t place,
-                                                                const GateValues<typename Types<T>::Accumulate>& gates,
+                                                                typename Types<T>::Accumulate now,
                                                                 typename Types<T>::Accumulate before) {
-  const auto now = gates.f * before + gates.i * gates.g;
   if constexpr (kOptions) {
     if (args.zoneout.active()) return {now, mix(args.zoneout, place, before, now)};
   }
@@ -102,12 +88,12 @@ struct NewCell {
 template <bool kOptions, typename T>
 LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j,
                                 const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate before) {
+  using Math = CellMath<T>;
   NewCell<T> cell;
   for (int gate = 0; gate < 4; ++gate) cell.z[gate] = z[gate];
-  const auto gates = gate_values(z);
-  cell.state = cell_state<kOptions>(args, b * args.hidden_size + j, gates, before);
-  cell.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size,
-                                        gates.o * hyperbolic_tangent(cell.state.now));
+  const auto now = cell::forward<cell::Plain, Math>({{z[0], z[1], z[2], z[3]}}, cell::Here<Math>{before});
+  cell.state = cell_state<kOptions>(args, b * args.hidden_size + j, now.c, before);
+  cell.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size, now.h);
   return cell;
 }
 template <bool kOptions, typename T>
@@ -179,7 +165,8 @@ LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args,
                                                     const GateValues<typename Types<T>::Accumulate>& gates,
                                                     typename Types<T>::Accumulate before) {
   if constexpr (kOptions) {
-    if (args.zoneout.active()) return gates.f * before + gates.i * gates.g;
+    using Math = CellMath<T>;
+    if (args.zoneout.active()) return cell::state<cell::Plain, Math>(gates, cell::Here<Math>{before});
   }
   return args.cells[place];
 }
@@ -188,10 +175,10 @@ LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args,
 template <typename A>
 struct CellValues {
   GateValues<A> gates;
-  A before;  // c_{t-1}
-  A tanh_c;  // of c'_t
-  A output;  // dL/dh_t as the caller gave it
-  A after;   // dL/dc_t but for its part through h_t
+  A before;                                     // c_{t-1}
+  typename AccurateMath<A>::Squashed squashed;  // tanh of c'_t
+  A output;                                     // dL/dh_t as the caller gave it
+  A after;                                      // dL/dc_t but for its part through h_t
 };
 template <bool kOptions, typename T>
 LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& args, int64_t b, int64_t place) {
@@ -212,22 +199,31 @@ LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBack
   CellValues<typename Types<T>::Accumulate> values;
   values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
   values.before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
-  values.tanh_c = hyperbolic_tangent(state_now<kOptions>(args, place, values.gates, values.before));
+  values.squashed = CellMath<T>::squash(state_now<kOptions>(args, place, values.gates, values.before));
   values.output = given_gradient(args.output, b, j);
   values.after = gradient_after<kOptions>(args, b, place);
   return values;
 }
 
-// From dL/dc'_t through h_t, and dL/do, to the gradients of the preactivations. It leaves dL/dc_{t-1} for the step
-// before. `before` and `after` as in CellValues.
+// dL/d(gate values) as the caller gave it, of unit j of row b.
 template <bool kOptions, typename T>
+struct GivenGradients {
+  const CellBackward<T>& args;
+  int64_t b, j;
+  LSTM_DEVICE bool there() const { return kOptions && args.grad_gate_values; }
+  LSTM_DEVICE typename Types<T>::Accumulate load(int gate) const {
+    return widen(args.grad_gate_values[(b * 4 + gate) * args.hidden_size + j]);
+  }
+};
+
+// From dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and returns dL/do, to
+// the gradients of the preactivations. It leaves dL/dc_{t-1} for the step before.
+template <bool kOptions, typename T, typename ThroughHidden>
 LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
                                 const GateValues<typename Types<T>::Accumulate>& gates,
                                 typename Types<T>::Accumulate before, typename Types<T>::Accumulate after,
-                                typename Types<T>::Accumulate dc, typename Types<T>::Accumulate d_o,
-                                typename Types<T>::Accumulate (&grad)[4]) {
+                                ThroughHidden&& through_hidden, typename Types<T>::Accumulate (&grad)[4]) {
   using A = typename Types<T>::Accumulate;
-  const auto [i, f, g, o] = gates;
   const int64_t H = args.hidden_size, place = b * H + j;
   A past = 0;  // the share that zoneout sends past the step
   if constexpr (kOptions) {
@@ -236,18 +232,11 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
       after = new_share(args.zoneout, place, after);
     }
   }
-  dc += after;
-  A d[4] = {dc * g, dc * before, dc * i, d_o};
-  if constexpr (kOptions) {
-    if (args.grad_gate_values) {
-      for (int gate = 0; gate < 4; ++gate) d[gate] += widen(args.grad_gate_values[(b * 4 + gate) * H + j]);
-    }
-  }
-  grad[0] = d[0] * i * (1 - i);
-  grad[1] = d[1] * f * (1 - f);
-  grad[2] = d[2] * (1 - g * g);
-  grad[3] = d[3] * o * (1 - o);
-  A grad_before = dc * f;
+  const A d_o = through_hidden(after);
+  const auto back = cell::state_backward<cell::Plain, CellMath<T>>(gates, before, A(0), after, d_o,
+                                                                   GivenGradients<kOptions, T>{args, b, j});
+  for (int gate = 0; gate < 4; ++gate) grad[gate] = back.dz[gate];
+  A grad_before = back.dc_before;
   if constexpr (kOptions) grad_before += past;
   const bool reset = is_reset<kOptions>(args.rows, b);
   args.grad_c[place] = reset ? 0 : grad_before;
@@ -291,12 +280,13 @@ LSTM_DEVICE void gate_gradients(const CellBackward<T>& args, int64_t b, int64_t 
                                 const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
                                 typename Types<T>::Accumulate (&grad)[4]) {
   using A = typename Types<T>::Accumulate;
-  const A tanh_c = values.tanh_c;
   const A dh = args.grad_hidden ? args.grad_hidden[b * args.hidden_size + j]
                                 : output_gradient<kOptions>(args.output, args.rows, b, j, args.hidden_size,
                                                             values.output, through_product);
-  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.after,
-                           dh * values.gates.o * (1 - tanh_c * tanh_c), dh * tanh_c, grad);
+  const auto through_hidden = [&](A& dc) {
+    return cell::hidden_backward<CellMath<T>>(values.gates[3], values.squashed, dh, dc);
+  };
+  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.after, through_hidden, grad);
 }
 // And everything that is written of them.
 template <bool kOptions, typename T>
@@ -305,7 +295,7 @@ LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t
                                  const typename Types<T>::Accumulate (&grad)[4]) {
   write_recurrent_gradients<kOptions>(args, b, j, grad);
   if constexpr (kOptions) {
-    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates.o * values.tanh_c);
+    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates[3] * values.squashed.value());
   }
 }
 // Both, where the products of the step after lie in memory.

@@ -92,7 +92,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const output_gate = new_c + H;
   A mean_c[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    A z[4];
+    GateValues<A> z;
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       const A x = (input[k] - mean[0]) * factor[0];
@@ -103,12 +103,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
         args.norm_recurrent[b * 4 * H + k] = narrow<T>(y);
       }
     }
-    const GateValues<A> gates = gate_values(z);
+    using Math = CellMath<T>;
+    const GateValues<A> gates = cell::gate_values<cell::Plain, Math>(z, cell::Nothing<Math>{});
     const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
-    const CellState<A> state = cell_state<true>(cell, b * H + j, gates, before);
-    write_state<true>(cell, b, j, z, state.c);
+    const A now = cell::state<cell::Plain, Math>(gates, cell::Here<Math>{before});
+    const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
+    write_state<true>(cell, b, j, z.gate, state.c);
     new_c[j] = state.now;
-    output_gate[j] = gates.o;
+    output_gate[j] = gates[3];
     mean_c[0] += state.now;
   }
   block_sums(mean_c, shared);
@@ -123,7 +125,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     A tanh_input = args.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
     if (args.bias_c) tanh_input += args.bias_c[j];
-    write_output<true>(cell.output, cell.rows, b, j, H, output_gate[j] * hyperbolic_tangent(tanh_input));
+    write_output<true>(cell.output, cell.rows, b, j, H, CellMath<T>::hidden(output_gate[j], tanh_input));
   }
 }
 
@@ -183,13 +185,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
-    const A tanh_c = hyperbolic_tangent(tanh_input);
     const A dh =
         cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, cell.rows, b, j, H);
-    const A grad = dh * gates.o * (1 - tanh_c * tanh_c);
+    A grad = 0;
+    const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], CellMath<T>::squash(tanh_input), dh, grad);
     grad_tanh_input[j] = grad;
     args.norm_cell[b * H + j] = narrow<T>(hat);
-    grad_z[3 * H + j] = dh * tanh_c;
+    grad_z[3 * H + j] = d_o;
     sums_c[0] += grad * args.gain_c[j];
     sums_c[1] += grad * args.gain_c[j] * hat;
   }
@@ -202,8 +204,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
-    cell_gradients<true>(cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j),
-                         gradient_after<true>(cell, b, b * H + j), dc, grad_z[3 * H + j], grad);
+    cell_gradients<true>(
+        cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j),
+        gradient_after<true>(cell, b, b * H + j),
+        [&](A& sum) {
+          sum += dc;
+          return grad_z[3 * H + j];
+        },
+        grad);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad[gate];

@@ -1,0 +1,221 @@
+// The equations of an LSTM cell, forward and backward. They stand here and nowhere else: the CPU kernels compile them
+// for registers of several rows, the CUDA kernels for a number of a thread, and their test for float64.
+//
+//   i, f, o = sigmoid(z)   g = tanh(z)   c_t = f c_{t-1} + i g   h_t = o tanh(c_t)
+//
+// A Math says what a value is and how the nonlinearities are computed. It has
+//
+//   Value                    with + - *
+//   Gates                    four of them, gates[kI]
+//   number(x)                a small integer
+//   fma(a, b, c)
+//   sigmoid(z)
+//   hidden(o, c)             o tanh(c)
+//   input(z_i, z_g, i, g)    i = sigmoid(z_i) and g = tanh(z_g), which meet in c_t
+//   output(z_o, c, o, h)     o = sigmoid(z_o) and h = o tanh(c)
+//   kOutputGateFirst         whether o is made before c_t where it can be; then sigmoid and hidden replace output
+//   squash(c)                tanh(c) for the backward pass: value(), and slope(value) = 1 - tanh(c)^2
+//   clamp(v, bound)          a NaN stays one; with clip only
+//   within(v, bound, a)      0 where |v| >= bound, else a; with clip only
+//
+// Functions of this file are templates of a Math, so they are as internal to an object as it is, and none is left to
+// the linker, which might keep the copy of a newer instruction set. So a CPU kernel may include it after isa.h.
+//
+// c_{t-1} and what the caller gives for the gate values come as accessors, there() and load() or load(gate): a value
+// that is read late does not occupy a register before.
+#pragma once
+
+#include "contract/layer.h"
+
+#if defined(__CUDACC__)
+#define LSTM_EXT_CELL_LAMBDA
+#else
+#define LSTM_EXT_CELL_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace lstm_ext::cell {
+
+// In torch's order.
+enum Gate { kI, kF, kG, kO };
+constexpr int kGates = 4;
+
+// The parts of a cell beyond the equations above, known when it is compiled.
+template <bool peephole = false, bool clip = false, bool coupled = false>
+struct Features {
+  // i and f see c_{t-1}, and o sees c_t: a weight of each unit times it is added to z. `cell` has peephole(gate).
+  static constexpr bool kPeephole = peephole;
+  // c_t is clamped to [-clip, clip] before anything sees it. `cell` has clip().
+  static constexpr bool kClip = clip;
+  // f = 1 - i. z_f is not read, and its gradient is 0.
+  static constexpr bool kCoupled = coupled;
+};
+using Plain = Features<>;
+struct NoParameters {};
+
+// c_{t-1} that is at hand.
+template <typename Math>
+struct Here {
+  typename Math::Value value;
+  LSTM_EXT_CONTRACT_INLINE static constexpr bool there() { return true; }
+  LSTM_EXT_CONTRACT_INLINE typename Math::Value load() const { return value; }
+};
+// Either accessor where there is nothing to load.
+template <typename Math>
+struct Nothing {
+  LSTM_EXT_CONTRACT_INLINE static constexpr bool there() { return false; }
+  LSTM_EXT_CONTRACT_INLINE typename Math::Value load(int = 0) const { return Math::number(0); }
+};
+struct NoStore {
+  template <typename Value>
+  LSTM_EXT_CONTRACT_INLINE void operator()(const Value&) const {}
+};
+
+// ---- forward
+
+// c_t from gate values. It is not multiplied where there is no c_{t-1}.
+template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value state(const typename Math::Gates& gates, const Before& before,
+                                                    const Cell& cell = {}) {
+  typename Math::Value c = gates[kI] * gates[kG];
+  c = before.there() ? Math::fma(gates[kF], before.load(), c) : c;
+  if constexpr (Options::kClip) c = Math::clamp(c, cell.clip());
+  return c;
+}
+
+// The three gates that c_t is made of.
+template <typename Options, typename Math, typename Before, typename Cell>
+LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const Before& before, const Cell& cell,
+                                          typename Math::Gates& gates) {
+  const auto seen = [&](Gate gate) LSTM_EXT_CELL_LAMBDA {
+    if constexpr (Options::kPeephole) {
+      if (before.there()) return Math::fma(cell.peephole(gate), before.load(), z[gate]);
+    }
+    return z[gate];
+  };
+  if constexpr (!Options::kCoupled) gates[kF] = Math::sigmoid(seen(kF));
+  Math::input(seen(kI), z[kG], gates[kI], gates[kG]);
+  if constexpr (Options::kCoupled) gates[kF] = Math::number(1) - gates[kI];
+}
+// z_o as its gate sees it.
+template <typename Options, typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value output_z(const typename Math::Gates& z, typename Math::Value c,
+                                                       const Cell& cell) {
+  if constexpr (Options::kPeephole) return Math::fma(cell.peephole(kO), c, z[kO]);
+  return z[kO];
+}
+
+// All gate values again, from preactivations that were kept.
+template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
+LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Before& before,
+                                                          const Cell& cell = {}) {
+  typename Math::Gates gates;
+  state_gates<Options, Math>(z, before, cell, gates);
+  if constexpr (Options::kPeephole) {
+    gates[kO] = Math::sigmoid(output_z<Options, Math>(z, state<Options, Math>(gates, before, cell), cell));
+  } else {
+    gates[kO] = Math::sigmoid(z[kO]);
+  }
+  return gates;
+}
+
+template <typename Math>
+struct Forward {
+  typename Math::Gates gates;
+  typename Math::Value c, h;
+};
+
+// store(c_t) runs as soon as c_t is known.
+template <typename Options, typename Math, typename Before, typename Cell = NoParameters, typename Store = NoStore>
+LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(const typename Math::Gates& z, const Before& before,
+                                               const Cell& cell = {}, const Store& store = {}) {
+  constexpr bool kOutputGateFirst = Math::kOutputGateFirst && !Options::kPeephole;
+  Forward<Math> now;
+  state_gates<Options, Math>(z, before, cell, now.gates);
+  if constexpr (kOutputGateFirst) now.gates[kO] = Math::sigmoid(z[kO]);
+  now.c = state<Options, Math>(now.gates, before, cell);
+  store(now.c);
+  if constexpr (kOutputGateFirst) {
+    now.h = Math::hidden(now.gates[kO], now.c);
+  } else {
+    Math::output(output_z<Options, Math>(z, now.c, cell), now.c, now.gates[kO], now.h);
+  }
+  return now;
+}
+
+// ---- backward: dx is the gradient dL/dx of a loss L
+
+template <typename Math>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value sigmoid_slope(typename Math::Value value) {
+  return value * (Math::number(1) - value);
+}
+
+// Through h_t = o tanh(c): returns dL/do, and adds to dL/dc. The argument of tanh need not be c_t: layer
+// normalisation comes between.
+template <typename Math, typename Squashed>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden_backward(typename Math::Value o, const Squashed& squashed,
+                                                              typename Math::Value dh, typename Math::Value& dc) {
+  const typename Math::Value tanh_c = squashed.value();
+  dc = Math::fma(dh * o, squashed.slope(tanh_c), dc);
+  return dh * tanh_c;
+}
+
+template <typename Math>
+struct Backward {
+  typename Math::Gates dz;
+  typename Math::Value dc;         // dL/dc_t, with all that follows from c_t in the step
+  typename Math::Value dc_before;  // without zoneout's part of c_{t-1}
+};
+
+// From dL/dc_t (without the peepholes' part) and dL/do through h_t. `given` is the gradient of the gate values where
+// they are results of the layer.
+template <typename Options, typename Math, typename Given, typename Cell = NoParameters>
+LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gates& gates, typename Math::Value c_before,
+                                                       typename Math::Value c, typename Math::Value dc,
+                                                       typename Math::Value d_o, const Given& given,
+                                                       const Cell& cell = {}) {
+  using Value = typename Math::Value;
+  Backward<Math> result;
+  if constexpr (Options::kPeephole) {
+    if (given.there()) d_o = d_o + given.load(kO);
+    dc = Math::fma(cell.peephole(kO), d_o * sigmoid_slope<Math>(gates[kO]), dc);
+  }
+  if constexpr (Options::kClip) dc = Math::within(c, cell.clip(), dc);
+  Value d_i = dc * gates[kG], d_f = dc * c_before, d_g = dc * gates[kI];
+  if (given.there()) {
+    d_i = d_i + given.load(kI);
+    d_f = d_f + given.load(kF);
+    d_g = d_g + given.load(kG);
+    if constexpr (!Options::kPeephole) d_o = d_o + given.load(kO);
+  }
+  if constexpr (Options::kCoupled) d_i = d_i - d_f;
+  result.dz[kI] = d_i * sigmoid_slope<Math>(gates[kI]);
+  result.dz[kF] = Options::kCoupled ? Math::number(0) : d_f * sigmoid_slope<Math>(gates[kF]);
+  result.dz[kG] = d_g * (Math::number(1) - gates[kG] * gates[kG]);
+  result.dz[kO] = d_o * sigmoid_slope<Math>(gates[kO]);
+  result.dc = dc;
+  result.dc_before = dc * gates[kF];
+  if constexpr (Options::kPeephole) {
+    result.dc_before = Math::fma(cell.peephole(kI), result.dz[kI], result.dc_before);
+    if constexpr (!Options::kCoupled) {
+      result.dc_before = Math::fma(cell.peephole(kF), result.dz[kF], result.dc_before);
+    }
+  }
+  return result;
+}
+
+template <typename Options, typename Math, typename Given, typename Cell = NoParameters>
+LSTM_EXT_CONTRACT_INLINE Backward<Math> backward(const typename Math::Gates& gates, typename Math::Value c_before,
+                                                 typename Math::Value c, typename Math::Value dh,
+                                                 typename Math::Value dc, const Given& given, const Cell& cell = {}) {
+  const auto d_o = hidden_backward<Math>(gates[kO], Math::squash(c), dh, dc);
+  return state_backward<Options, Math>(gates, c_before, c, dc, d_o, given, cell);
+}
+
+// One cell's part of the gradient of a peephole weight.
+template <typename Math>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value peephole_term(Gate gate, const typename Math::Gates& dz,
+                                                            typename Math::Value c_before, typename Math::Value c) {
+  return dz[gate] * (gate == kO ? c : c_before);
+}
+
+}  // namespace lstm_ext::cell
