@@ -3,7 +3,7 @@
 //
 //   i, f, o = sigmoid(z)   g = tanh(z)   c_t = f c_{t-1} + i g   h_t = o tanh(c_t)
 //
-// A Math says what a value is and how the nonlinearities are computed. It has
+// A Math defines a value type and computes the nonlinearities. It has
 //
 //   Value                    with + - *
 //   Gates                    four of them, gates[kI]
@@ -18,11 +18,12 @@
 //   clamp(v, bound)          a NaN stays one; with clip only
 //   within(v, bound, a)      0 where |v| >= bound, else a; with clip only
 //
-// Functions of this file are templates of a Math, so they are as internal to an object as it is, and none is left to
-// the linker, which might keep the copy of a newer instruction set. So a CPU kernel may include it after isa.h.
+// The functions of this file are templates of a Math, so their linkage is as internal as that of the Math. The linker
+// merges no copies of them, and so cannot keep one of a newer instruction set. A CPU kernel may include this file after
+// isa.h.
 //
-// c_{t-1} and what the caller gives for the gate values come as accessors, there() and load() or load(gate): a value
-// that is read late does not occupy a register before.
+// c_{t-1} and the given gradients of the gate values are passed as accessors, there() and load() or load(gate). They
+// load late, so that the value does not occupy a register earlier.
 #pragma once
 
 #include "contract/layer.h"
@@ -42,7 +43,8 @@ constexpr int kGates = 4;
 // The parts of a cell beyond the equations above, known when it is compiled.
 template <bool peephole = false, bool clip = false, bool coupled = false>
 struct Features {
-  // i and f see c_{t-1}, and o sees c_t: a weight of each unit times it is added to z. `cell` has peephole(gate).
+  // Peephole weights: a weight of each unit times c_{t-1} is added to z_i and z_f, and one times c_t to z_o. `cell` has
+  // peephole(gate).
   static constexpr bool kPeephole = peephole;
   // c_t is clamped to [-clip, clip] before anything sees it. `cell` has clip().
   static constexpr bool kClip = clip;
@@ -52,14 +54,14 @@ struct Features {
 using Plain = Features<>;
 struct NoParameters {};
 
-// c_{t-1} that is at hand.
+// A c_{t-1} that is in a register already.
 template <typename Math>
 struct Here {
   typename Math::Value value;
   LSTM_EXT_CONTRACT_INLINE static constexpr bool there() { return true; }
   LSTM_EXT_CONTRACT_INLINE typename Math::Value load() const { return value; }
 };
-// Either accessor where there is nothing to load.
+// Stands in for either accessor if there is nothing to load.
 template <typename Math>
 struct Nothing {
   LSTM_EXT_CONTRACT_INLINE static constexpr bool there() { return false; }
@@ -72,7 +74,7 @@ struct NoStore {
 
 // ---- forward
 
-// c_t from gate values. It is not multiplied where there is no c_{t-1}.
+// c_t from the gate values. The product with f is left out if there is no c_{t-1}.
 template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value state(const typename Math::Gates& gates, const Before& before,
                                                     const Cell& cell = {}) {
@@ -82,7 +84,7 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value state(const typename Math::Gates& 
   return c;
 }
 
-// The three gates that c_t is made of.
+// Computes the three gates that c_t needs: i, f and g.
 template <typename Options, typename Math, typename Before, typename Cell>
 LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const Before& before, const Cell& cell,
                                           typename Math::Gates& gates) {
@@ -96,7 +98,7 @@ LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const B
   Math::input(seen(kI), z[kG], gates[kI], gates[kG]);
   if constexpr (Options::kCoupled) gates[kF] = Math::number(1) - gates[kI];
 }
-// z_o as its gate sees it.
+// z_o with the peephole's part.
 template <typename Options, typename Math, typename Cell>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value output_z(const typename Math::Gates& z, typename Math::Value c,
                                                        const Cell& cell) {
@@ -104,7 +106,7 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value output_z(const typename Math::Gate
   return z[kO];
 }
 
-// All gate values again, from preactivations that were kept.
+// Recomputes all gate values from saved preactivations.
 template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
 LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Before& before,
                                                           const Cell& cell = {}) {
@@ -149,8 +151,7 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value sigmoid_slope(typename Math::Value
   return value * (Math::number(1) - value);
 }
 
-// Through h_t = o tanh(c): returns dL/do, and adds to dL/dc. The argument of tanh need not be c_t: layer
-// normalisation comes between.
+// Backward through h_t = o tanh(c): returns dL/do and adds to dL/dc. With layer normalisation, c is the normalised c_t.
 template <typename Math, typename Squashed>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden_backward(typename Math::Value o, const Squashed& squashed,
                                                               typename Math::Value dh, typename Math::Value& dc) {
@@ -162,12 +163,12 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden_backward(typename Math::Val
 template <typename Math>
 struct Backward {
   typename Math::Gates dz;
-  typename Math::Value dc;         // dL/dc_t, with all that follows from c_t in the step
+  typename Math::Value dc;         // dL/dc_t, complete for this step
   typename Math::Value dc_before;  // without zoneout's part of c_{t-1}
 };
 
-// From dL/dc_t (without the peepholes' part) and dL/do through h_t. `given` is the gradient of the gate values where
-// they are results of the layer.
+// Backward through c_t, from dL/dc_t (without the peepholes' part) and dL/do. `given` is the gradient of the gate
+// values if they are results of the layer.
 template <typename Options, typename Math, typename Given, typename Cell = NoParameters>
 LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gates& gates, typename Math::Value c_before,
                                                        typename Math::Value c, typename Math::Value dc,

@@ -1,4 +1,4 @@
-// What describes a layer to the kernels of both backends. Plain data: no torch, no backend.
+// The shape of a layer and its names, for the kernels of both backends. Plain data: no torch, no backend.
 //
 // Notation: T time steps, B batch rows, I input features, H hidden units, P output features (P = proj_size with a
 // projection, else P = H). The gates are in torch's order i, f, g, o. A gate row is 4H numbers, one gate after the
@@ -38,10 +38,10 @@ struct LayerShape {
   // Null, or (T, B) contiguous, as the caller gave them: a flag that is not 0 cuts the row between the times t - 1 and
   // t. `Steps` says which flags belong to a step in either direction.
   const uint8_t* resets;
-  bool two_directions = false;  // the layer has another direction too, so no one takes its steps one by one
+  bool two_directions = false;  // the layer is bidirectional, so nobody calls it step by step
 };
 
-// Which rows of a step have their state replaced before it: row b if b < rows and flags[b] is not 0.
+// The rows whose state is replaced before a step: row b if b < rows and flags[b] is not 0.
 struct ResetFlags {
   const uint8_t* flags;  // null if rows is 0
   int64_t rows;
@@ -50,8 +50,8 @@ struct ResetFlags {
   LSTM_EXT_CONTRACT_INLINE bool operator[](int64_t b) const { return b < rows && flags[b] != 0; }
 };
 
-// Zoneout of one state: how much of the previous state is kept. `keep` chooses for each element of all steps: the
-// previous value where it is not 0. Without it, each element keeps the same share.
+// Zoneout: which part of the previous state is kept. With `keep`, element by element: the previous value is kept where
+// the flag is not 0. Without it, every element keeps the same share.
 template <typename Accumulate>
 struct Zoneout {
   const uint8_t* keep;

@@ -1,4 +1,5 @@
-// What the CPU kernels take: every pointer of one direction of one layer, in elements of T. Plain data, no torch.
+// The parameters of the CPU kernels: every pointer of one direction of one layer, in elements of T. Plain data, no
+// torch.
 #pragma once
 
 #include "contract/layer.h"
@@ -6,7 +7,7 @@
 namespace lstm_ext {
 
 // A (T, B, n) array whose innermost axis is contiguous; strides in elements, never negative. For packed data (see
-// LayerShape) an (N, n) array, whose rows lie stride_b apart; stride_t has no meaning there.
+// LayerShape) an (N, n) array with the row stride stride_b; stride_t is not used.
 template <typename T>
 struct Sequence {
   T* data;
@@ -44,7 +45,7 @@ struct StepOptions {
   }
 };
 
-// What the numbers of a weight are kept in: T, or fewer bits. A row of int8 has a factor.
+// The number type of a weight: T, or fewer bits. Each row of an int8 weight has a factor.
 enum class WeightKind : int32_t { kOwn, kBFloat16, kInt8, kFloat16 };
 
 // Weights are contiguous, in torch's layout. Null where the layer has none.
@@ -70,13 +71,13 @@ struct NarrowPanels {
   const T* factors = nullptr;  // (4H)
 };
 
-// The weights of a direction as products read them, made once for many calls; see FrozenPlan.
+// The weights of a direction in the layout that products read, prepared once for many calls; see FrozenPlan.
 template <typename T>
 struct FrozenWeights {
   struct Gates {  // a weight (4H, n)
     const T* panels;
     NarrowPanels<T> narrow;  // in place of `panels`
-    const uint16_t* planes;  // null where no matrix unit is
+    const uint16_t* planes;  // null without a matrix unit
     const uint8_t* splits;
   };
   Gates input, recurrent;
@@ -85,7 +86,7 @@ struct FrozenWeights {
   int planes;
 };
 
-// What both passes take of a layer.
+// The parameters of a layer that both passes take.
 template <typename T>
 struct LayerParams {
   LayerShape shape;
@@ -95,10 +96,10 @@ struct LayerParams {
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
   StepOptions<T> options;
-  // How exact the operands of products must be, where a matrix unit makes them of bfloat16: so many bfloat16 numbers an
-  // operand, 3 for all 24 bits of a float32, 2 for 16, 1 for 8. Without such a unit products take what T holds.
+  // The precision of operands on a matrix unit: each is the sum of this many bfloat16 numbers. 3 cover all 24 bits of a
+  // float32, 2 cover 16, 1 covers 8. Products outside the matrix unit use T.
   int planes;
-  const FrozenWeights<T>* frozen;  // or null; a forward pass reads these and no weights then
+  const FrozenWeights<T>* frozen;  // or null; a forward pass then reads these in place of the weights
 };
 
 template <typename T>
@@ -106,24 +107,24 @@ struct ForwardParams : LayerParams<T> {
   Sequence<T> output;  // (T, B, P); also read back as h_{t-1}
   T* h_n;              // (B, P) contiguous
   T* c_n;              // (B, H) contiguous; holds the running cell state in inference
-  // What backward needs; all null in inference. Contiguous, no aliasing with the above.
+  // Saved for the backward pass; all null in inference. Contiguous, no aliasing with the above.
   T* gate_values;  // (T, B, 4H)
   T* cells;        // (T, B, H) c_t
   T* hidden;       // (T, B, H) o * tanh(c) before the projection; null without one
-  // Null without layer normalisation: W x and U h, normalised, before their gains, and 1 / their standard deviations.
+  // With layer normalisation, else null: normalised W x and U h, before their gains, and 1 / their standard deviations.
   T* norm_input;      // (T, B, 4H)
   T* norm_recurrent;  // (T, B, 4H)
   T* norm_factors;    // (T, B, 2)
 
-  // Where the input part of all steps is kept: the preactivations lie where the gate values will be. Null in inference.
+  // The input part of all steps. It shares the place of the gate values, which replace it. Null in inference.
   LSTM_EXT_CONTRACT_INLINE T* kept_input_part() const { return this->options.normalised() ? norm_input : gate_values; }
 };
 
 template <typename T>
 struct BackwardParams : LayerParams<T> {
   Sequence<const T> output;
-  // As in ForwardParams. gate_values and hidden may be null: then they are recomputed, which reads the biases. Not with
-  // layer normalisation.
+  // Same as in ForwardParams. If gate_values and hidden are null, they are recomputed, which reads the biases; layer
+  // normalisation needs them saved.
   const T* gate_values;
   const T* cells;
   const T* hidden;
@@ -143,8 +144,8 @@ struct BackwardParams : LayerParams<T> {
   T* grad_h0;                  // (B, P) contiguous
   T* grad_reset_h;             // (B, P) contiguous; written, not accumulated
   T* grad_reset_c;             // (B, H) contiguous; the same
-  // (4H, I) and (4H, P), contiguous, like the weights; written, not accumulated. T, or numbers of 16 bits where the
-  // call writes each of them once.
+  // (4H, I) and (4H, P), contiguous, like the weights; written, not accumulated. The numbers are of T, or of 16 bits in
+  // a call that writes each of them once.
   void* grad_weight_ih;
   void* grad_weight_hh;
   WeightKind kind_of_weight_grads = WeightKind::kOwn;

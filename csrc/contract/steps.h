@@ -1,5 +1,5 @@
-// The step table: when the steps of a pass are, which rows they have, and where these lie. The same for dense and for
-// packed data, and for both backends.
+// The step table: the time of each step of a pass, its rows, and their place in memory. It serves dense and packed
+// data, on both backends.
 #pragma once
 
 #include "contract/layer.h"
@@ -32,7 +32,7 @@ class Steps {
   }
 
   // The rows whose state is replaced before the step at time t, in the layer's direction. A cut lies between two times,
-  // so the reverse direction reads the flags of time t + 1; no row is cut before its own first step.
+  // so the reverse direction reads the flags of time t + 1. No row is cut before its own first step.
   LSTM_EXT_CONTRACT_INLINE ResetFlags resets_before(int64_t t) const {
     const int64_t cut = shape_.reverse ? t + 1 : t;
     if (!shape_.resets || cut >= shape_.steps) return {nullptr, 0};

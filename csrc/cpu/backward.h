@@ -1,8 +1,8 @@
 // Backward pass of one direction of one layer.
 //
-// Reverse time loop per batch slice, a chunk of time after the other: its steps make the gradients of the
-// preactivations; see backward_steps.h. While these are in cache, the products over all steps of the chunk follow: see
-// chunk_gradients.h.
+// The time loop runs backwards over each batch slice, one chunk of steps after the other. Its steps compute the
+// gradients of the preactivations; see backward_steps.h. The products over all steps of the chunk follow while these
+// gradients are in cache: see chunk_gradients.h.
 #pragma once
 
 #include "cpu/isa.h"
@@ -45,8 +45,8 @@ class Backward {
         pass_.finish_reset_sums();
       }
       step_.finish_chunk();
-      // One meeting a chunk is enough with two buffers: whoever writes the next chunk but one has met everybody after
-      // they had read this one.
+      // With two buffers one barrier a chunk is enough: a worker that writes the next chunk but one has passed a
+      // barrier that all others reached after reading this one.
       pass_.meet_all();
       gradients_.input();
       gradients_.weights();
@@ -75,7 +75,7 @@ class Backward {
     if (teams > 1) pass_.meet_all();
   }
 
-  // Makes the panels or planes of some columns; of `shares` callers, each makes its own.
+  // Packs the panels or planes of some columns; each of the `shares` callers packs its own.
   void pack(const RightHandSide<T>& to, Range columns, int64_t share_index, int64_t shares) {
     to.matrix.with([&](const auto* matrix) {
       if constexpr (kHasMatrixUnit<T>) {
@@ -88,7 +88,7 @@ class Backward {
     });
   }
 
-  // The chunk's masked h_{t-1}, each member some of its team's rows.
+  // Computes the chunk's masked h_{t-1}; each member does some of its team's rows.
   void mask_previous_h() {
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t P = pass_.shape.output_size;
@@ -108,7 +108,7 @@ class Backward {
     pass_.meet_team();
   }
 
-  // For the rows whose sequence had its first step in step s - 1.
+  // Handles the rows whose sequence had its first step in step s - 1.
   void initial_state_gradient(int64_t s) {
     const Range part{pass_.rows_in(s), pass_.rows_in(s - 1)};
     if (pass_.params.grad_h0 && part.begin < part.end) step_.initial_state_gradient(part, s - 1);

@@ -1,4 +1,4 @@
-// What the loop, the steps and the products of a backward pass work on.
+// The state of a backward pass, which its loop, steps and products share.
 #pragma once
 
 #include "cpu/isa.h"
@@ -15,20 +15,20 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Steps first ... first + count - 1 of the time loop, which are the times begin ... begin + count - 1, and what is kept
-// of them until the products over the chunk, in the order of time.
+// The steps first ... first + count - 1 of the time loop, at the times begin ... begin + count - 1, and their buffers,
+// which are kept in order of time until the products over the chunk.
 template <typename T>
 struct Chunk {
   int64_t first = 0, count = 0, begin = 0, rows = 0;
-  // Gradients of the preactivations. With layer normalisation dL/d(U h) and dL/d(W x); else the two are one.
+  // Gradients of the preactivations. With layer normalisation dL/d(U h) and dL/d(W x); else both pointers are the same.
   T* grad_preactivations = nullptr;
   T* grad_input_part = nullptr;
   T* grad_hidden = nullptr;  // with a projection: dL/dh_t of the projected h_t
   T* masked_h = nullptr;     // with recurrent dropout: h_{t-1} times its mask
-  T* hidden = nullptr;       // o * tanh(c_t), where it is recomputed
+  T* hidden = nullptr;       // recomputed o * tanh(c_t), else null
 };
 
-// One step as its cells read and write it: row 0 of the batch.
+// The arrays that the cells of one step read and write, each from row 0 of the batch on.
 template <typename T>
 struct BackwardStepRows {
   const T* gate_values;
@@ -38,19 +38,19 @@ struct BackwardStepRows {
   const T* grad_gate_values;  // or null
   T* grad_preactivations;
   T* grad_input_part;
-  int64_t place;  // of row 0 in arrays (T, B, n)
-  bool odd;       // the number of the step
+  int64_t place;  // first row of the step in arrays (T, B, n)
+  bool odd;       // whether the step's number is odd
   PreviousStates<T> previous;
 };
 
 template <typename T>
 struct BackwardState;
 
-// The cells of some rows of the team in a step: what they read and write, from the first of these rows and unit 0 on. A
-// value, since beside the matrix unit each access to memory counts.
+// The arrays that the cells of some rows of the team read and write in a step, each from the first of these rows and
+// unit 0 on. It is held by value, because beside the matrix unit each access to memory counts.
 template <typename T>
 struct CellRows {
-  int64_t hidden_size, step, grad_step;  // from a row to the next one: of c, and of the gradients of the preactivations
+  int64_t hidden_size, step, grad_step;  // row strides: of c, and of the gradients of the preactivations
   const T* gate_values;                  // rows of 4H; the others are of H
   const T* cells;
   const T* previous_cells;    // c_{t-1}; null means zeros
@@ -59,9 +59,9 @@ struct CellRows {
   const T* grad_gate_values;  // or null
   T* grad_c;
   T* grad_preactivations;
-  int64_t place;                  // of the first row in arrays (T, B, H)
-  const BackwardState<T>* mixed;  // where the states before the rows are not all of one kind, else null
-  int64_t first, batch_step;      // the rows in the batch
+  int64_t place;                  // index of the first row in arrays (T, B, H)
+  const BackwardState<T>* mixed;  // null if the previous states of all rows are of one kind
+  int64_t first, batch_step;      // index of the first row in the batch, and the rows' stride
 
   LSTM_EXT_INLINE int64_t batch_row(int64_t row) const { return first + row * batch_step; }
   LSTM_EXT_INLINE const T* previous_row(int64_t row) const {
@@ -71,12 +71,12 @@ struct CellRows {
   LSTM_EXT_INLINE Reg<T> carried_gradient(int64_t row, int64_t unit, int lanes) const {
     return carried ? load_lanes<T>(carried + row * step + unit, lanes) : Simd<T>::zero();
   }
-  // Of c_t as a result of the layer.
+  // Adds the gradient of c_t that the caller gave, if c_t is a result of the layer.
   LSTM_EXT_INLINE void add_result_gradient(Reg<T>& grad, int64_t row, int64_t unit, int lanes) const {
     if (grad_cells) grad = grad + load_lanes<T>(grad_cells + row * step + unit, lanes);
   }
 
-  // From dL/dc_t and dL/do, of what the cell made.
+  // Backward through c_t, from dL/dc_t, dL/do and the cell's values.
   LSTM_EXT_INLINE cell::Backward<OwnDivisions<T>> through_state(int64_t row, int64_t unit, int lanes,
                                                                 const Gates<T>& gates, Reg<T> c_previous, Reg<T> c,
                                                                 Reg<T> grad, Reg<T> grad_o) const {
@@ -85,8 +85,8 @@ struct CellRows {
     return cell::state_backward<cell::Plain, OwnDivisions<T>>(gates, c_previous, c, grad, grad_o, given);
   }
 
-  // The cell of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the preactivations
-  // and carries dL/dc on. Zoneout is that of c.
+  // The backward pass of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the
+  // preactivations and carries dL/dc on. `zoneout` is the one of c.
   template <bool kZoneout>
   LSTM_EXT_INLINE void cell_gradient(int64_t row, int64_t unit, Reg<T> grad_h, int lanes,
                                      const Zoneout<T>* zoneout = nullptr) const {
@@ -100,7 +100,7 @@ struct CellRows {
     Reg<T> grad = carried_gradient(row, unit, lanes);
     Reg<T> previous_part = Simd<T>::zero();
     if constexpr (kZoneout) {
-      add_result_gradient(grad, row, unit, lanes);  // zoneout divides it too
+      add_result_gradient(grad, row, unit, lanes);  // the zoneout of c applies to it too
       if (zoneout->active()) {
         previous_part = split_gradient<T>(*zoneout, (place + row * batch_step) * H + unit, grad, lanes);
       }
@@ -131,15 +131,15 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   const Range output_columns = columns(shape.output_size);  // its output features; the same without a projection
   // h_{t-1} of the chunk's rows; see list_previous_h.
   const T** const h_rows = row_list(plan.h_lists, plan.chunk_rows);
-  // Gradients of the preactivations of the team's rows, in a step after which one of them is cut off.
+  // The rows of the gradients of the preactivations of the team, for a step after which one of them is cut off.
   const T** const cut_rows = row_list(plan.cut_lists, plan.team_rows);
   T* const outer_products = worker_buffer(plan.outer_products, plan.outer_product_size);
   // Buffers (B, n); null where they are not needed.
   T* const grad_h = buffer_if(params.options.any(), plan.grad_h);  // (B, H): dL/d(o * tanh(c)) of a step
   // (B, P): the part of dL/dh_t that zoneout gives to h_{t-1}.
   T* const grad_previous_h = buffer_if(params.options.zoneout_h.active(), plan.grad_previous_h);
-  // Sums over the steps before which a row is reset: of the gradients of the preactivations, of which one product with
-  // U makes dL/dh of the state that replaced the row's, and of grad_previous_h.
+  // Sums over the steps before which a row is reset: of the gradients of the preactivations, and of grad_previous_h.
+  // One product of the first sum with U gives dL/dh of the state that replaced the row's.
   T* const reset_grad_preactivations = buffer_if(params.grad_reset_h, plan.reset_grad_preactivations);
   T* const reset_grad_previous_h = buffer_if(params.grad_reset_h && grad_previous_h, plan.reset_grad_previous_h);
   Chunk<T> chunk{}, earlier_chunk{};
@@ -150,8 +150,8 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
 
   T* buffer_if(bool needed, int64_t offset) const { return needed ? buffer(offset) : nullptr; }
 
-  // Makes the chunk of steps from `first` on the current one: as many steps as a buffer has rows for. Chunks of several
-  // workers use two buffers in turn. One worker keeps to the same, which stays in cache.
+  // Begins a chunk at step `first`, with as many steps as a buffer has rows for. Several workers alternate between two
+  // buffers. One worker uses the same buffer again, because it is still in cache.
   void begin_chunk(int64_t first) {
     earlier_chunk = chunk;
     Chunk<T> c;
@@ -172,15 +172,15 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     chunk = c;
   }
 
-  // Whether the first step of a chunk can write where the earlier chunk was: it still reads the rows of the step
-  // before.
+  // Whether the new chunk can use the buffer of the earlier one: its first step writes while it still reads the rows of
+  // the step before.
   bool can_share_buffer(const Chunk<T>& c) const {
     if (plan.grid.workers() > 1 || c.first == 0) return false;
     const int64_t read = row_in_chunk(earlier_chunk, c.first - 1), written = row_in_chunk(c, c.first);
     return read + steps.rows_in(c.first - 1) <= written || written + steps.rows_in(c.first) <= read;
   }
 
-  // Where step s begins in its chunk, which is the current one or the earlier one.
+  // The row of its chunk at which step s begins. The chunk is the current one or the earlier one.
   int64_t row_in_chunk(const Chunk<T>& c, int64_t s) const {
     return steps.rows_before(steps.time(s)) - steps.rows_before(c.begin);
   }
@@ -190,7 +190,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     return c.grad_preactivations + row_in_chunk(c, s) * gate_stride;
   }
   T* grad_hidden(int64_t s) const { return chunk.grad_hidden + row_in_chunk(s) * shape.output_size; }
-  // Those of a row of the current chunk.
+  // The recomputed gate values of a row of the current chunk.
   T* recomputed_gate_values(int64_t row) const {
     return buffer(plan.recomputed_gate_values, row * 4 * shape.hidden_size);
   }
@@ -212,7 +212,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     step.previous = states_before(t);
   }
 
-  // A (depth, columns) weight as the plan has it packed.
+  // A (depth, columns) weight, packed according to the plan.
   RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
                                    int64_t offset) const {
     static_assert(kBlockK <= kSumBlock);  // outer_products has room for a panel
@@ -236,11 +236,11 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
                            plan.input_panels);
   }
 
-  // The team's own place for sums that wait, wide enough for both products of a step (P <= H).
+  // The team's own buffer for partial sums, wide enough for both products of a step (P <= H).
   RowGrid<T> partial_sums(Range part) const { return rows.grid(buffer(plan.partial_sums), shape.hidden_size, part); }
 
-  // The gradients of the preactivations of step `later`, for rows of the team, as a step before it sees them: zeros
-  // where the state between the two was replaced. No rows if `later` is -1.
+  // The gradients of the preactivations of step `later`, for rows of the team, as the step before it reads them: a row
+  // is zeros if a reset cut the state between the two. No rows if `later` is -1.
   RowGrid<const T> later_grad_preactivations(int64_t later, Range part) const {
     if (later < 0) return {};
     RowGrid<const T> grads = rows.grid(const_cast<const T*>(grad_preactivations(later)), gate_stride, part);
@@ -255,7 +255,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     return grads;
   }
 
-  // h_rows = h_{t-1} of every row of the chunk.
+  // Fills h_rows with pointers to h_{t-1} of every row of the chunk.
   void list_previous_h() const {
     int64_t n = 0;
     for (int64_t t = chunk.begin; t < chunk.begin + chunk.count; ++t) {
@@ -267,7 +267,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
   }
 
-  // The cells of these rows in the current step. `begins`: it is the first step of the loop that they have.
+  // The cells of these rows in the current step. `begins`: it is the first step of the loop for these rows.
   CellRows<T> cell_rows(Range part, bool begins) const {
     const int64_t H = shape.hidden_size, first = rows.batch_row(part.begin), at = first * H;
     const auto row = [](auto* data, int64_t offset) { return data ? data + offset : nullptr; };
@@ -291,7 +291,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
             rows.stride};
   }
 
-  // The gradients of the state before the step belong to the one that replaced it.
+  // If the row was reset before the step, its gradients belong to the state that replaced it.
   __attribute__((noinline)) void cut_if_reset(int64_t b, int64_t unit, int lanes, T* grad_c,
                                               const T* grad_preactivations) const {
     if (step.previous.resets[b]) cut_gradient(b, unit, lanes, grad_c, grad_preactivations);
@@ -308,7 +308,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
   }
 
-  // Of these sums each member has its own units of the team's rows.
+  // Clears the sums of resets. Each member clears its own units of the team's rows.
   void zero_reset_sums() const {
     if (!params.grad_reset_c && !reset_grad_preactivations) return;
     const int64_t H = shape.hidden_size;

@@ -1,8 +1,9 @@
-// One time step of the backward pass, in two ways, as in the forward pass; `Backward` runs one of them, chosen once a
-// call.
+// One time step of the backward pass, fused or unfused, as in the forward pass. `Backward` runs one of them, chosen
+// once a call.
 //
-// The fused step is a tile of dL/dh_t = dL/d(output) + dL/d(preactivations of t + 1) U, which meets the cell in its
-// epilogue. It knows no options. The unfused step writes dL/dh_t to memory, and one pass over it does the cells.
+// The fused step computes tiles of dL/dh_t = dL/d(output) + dL/d(preactivations of t + 1) U; the epilogue of a tile
+// computes the cells. It supports no options. The unfused step writes dL/dh_t to memory, and a second pass computes the
+// cells.
 #pragma once
 
 #include "cpu/isa.h"
@@ -30,7 +31,7 @@ class FusedBackwardStep {
   void finish_chunk() {}
   void finish() {}
 
-  // Rows from `continued` on begin here, at the end of their sequence.
+  // The sequences of the rows from `continued` on end here, so these rows begin in this step of the loop.
   void run(int64_t s, int64_t count, int64_t continued) {
     const bool projected = pass_.shape.projected;
     const int64_t P = pass_.shape.output_size;
@@ -62,7 +63,7 @@ class FusedBackwardStep {
     pass_.meet_team();
   }
 
-  // dL/dh0 of rows whose sequence had its first step in step `later`.
+  // Computes dL/dh0 of rows whose sequence had its first step in step `later`.
   void initial_state_gradient(Range part, int64_t later) {
     const RowGrid<T> out = pass_.rows.grid(pass_.params.grad_h0, pass_.shape.output_size, part);
     hidden_gradient(part, later, nullptr, -1, kNoPrefetch, StoreRows{out});
@@ -78,8 +79,8 @@ class FusedBackwardStep {
     }
   };
 
-  // dL/dh for some of the team's rows and this member's columns: from the output at time t, if t >= 0, from h_n, if
-  // given, and from the preactivations of step `later`, if >= 0.
+  // dL/dh for some of the team's rows and this member's columns. It sums the gradient of the output at time t (if t >=
+  // 0), that of h_n (if given) and the recurrent product of step `later` (if >= 0).
   template <typename Prefetch, typename Finish>
   LSTM_EXT_INLINE void hidden_gradient(Range part, int64_t later, const T* grad_h_n, int64_t t,
                                        const Prefetch& prefetch, const Finish& finish) {
@@ -99,7 +100,7 @@ class FusedBackwardStep {
                      start, finish);
   }
 
-  // Fetches what the cells of some rows will read.
+  // Prefetches the data that the cells of some rows read.
   auto prefetch_of(const CellRows<T>& cells, Range part) const {
     const int64_t H = cells.hidden_size, step = cells.step;
     const T* const c = cells.cells;
@@ -124,7 +125,7 @@ class FusedBackwardStep {
   BackwardState<T>& pass_;
 };
 
-// The first part of an unfused step: dL/d(o * tanh(c_t)), to pass.grad_h.
+// The first part of an unfused step: writes dL/d(o * tanh(c_t)) to pass.grad_h.
 template <typename T>
 class UnfusedHiddenGradient {
  public:
@@ -144,7 +145,7 @@ class UnfusedHiddenGradient {
                          LSTM_EXT_LAMBDA_INLINE { store_lanes<T>(out(row) + column, sums, lanes); });
   }
 
-  // dL/dh0 of rows whose sequence had its first step in step `later`.
+  // Computes dL/dh0 of rows whose sequence had its first step in step `later`.
   void initial_state(Range part, int64_t later) {
     recurrent_product(part, later, [&](int64_t b, int64_t column, Reg<T> v, int lanes) {
       const int64_t at = b * pass_.shape.output_size + column;
@@ -156,8 +157,8 @@ class UnfusedHiddenGradient {
  private:
   using S = Simd<T>;
 
-  // dL/dh_{t-1} through U and the mask of recurrent dropout, from step `later`: zeros if `later` < 0. For some of the
-  // team's rows and this member's columns, to finish(batch row, column, values, lanes).
+  // dL/dh_{t-1} through U and the mask of recurrent dropout, from step `later`; zeros if `later` < 0. Covers some of
+  // the team's rows and this member's columns; calls finish(batch row, column, values, lanes).
   template <typename Finish>
   void recurrent_product(Range part, int64_t later, Finish&& finish) {
     RightHandSide<T> weight = pass_.recurrent_weight();
@@ -174,7 +175,7 @@ class UnfusedHiddenGradient {
                      });
   }
 
-  // dL/dh_t before zoneout, of rows of step s that begin there in this loop, or that do not.
+  // dL/dh_t before zoneout, for rows of step s. `begins`: whether the rows begin there in this loop.
   void output_gradient(int64_t s, Range part, bool begins) {
     const BackwardParams<T>& params = pass_.params;
     const BackwardStepRows<T>& step = pass_.step;
@@ -202,8 +203,8 @@ class UnfusedHiddenGradient {
   const StepOptions<T>& options_;
 };
 
-// With recurrent dropout, zoneout or layer normalisation. A member makes the cells of its own units, or, with layer
-// normalisation, of whole rows of the team, which its members share.
+// The step with recurrent dropout, zoneout or layer normalisation. A member computes the cells of its own units. With
+// layer normalisation it computes whole rows, and the members share the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedBackwardStep {
  public:
@@ -247,7 +248,7 @@ class UnfusedBackwardStep {
 
   void initial_state_gradient(Range part, int64_t later) { hidden_gradient_.initial_state(part, later); }
 
-  // The chunk's sums are added to those of all: one running sum over all rows would be less exact.
+  // Adds the chunk's sums to the total. One running sum over all rows would be less exact.
   void finish_chunk() {
     if constexpr (kNormalised) {
       for (int64_t k = 0; k < sums_size_; ++k) {
@@ -257,8 +258,8 @@ class UnfusedBackwardStep {
     }
   }
 
-  // The gradients of biases and of the parameters of layer normalisation: the sums of all workers, who met after their
-  // last chunk. Each adds up a share.
+  // Adds up the workers' sums of the gradients of the biases and of the parameters of layer normalisation, each worker
+  // a share of them. All workers have passed a barrier after their last chunk.
   void finish() {
     if constexpr (!kNormalised) return;
     const BackwardParams<T>& params = pass_.params;
@@ -285,7 +286,7 @@ class UnfusedBackwardStep {
  private:
   using S = Simd<T>;
 
-  // N(c_t) of at most kNormRows rows.
+  // Computes N(c_t), the normalised c_t, of at most kNormRows rows.
   void normalise_cells(Range group, T* factors) {
     T* normalised[kNormRows];
     for (int64_t row = group.begin; row < group.end; ++row) {
@@ -301,8 +302,8 @@ class UnfusedBackwardStep {
     normalise<T>(normalised, group.end - group.begin, H_, factors);
   }
 
-  // As cell_gradient, for a whole row, and through its three normalisations: of y = N(x) = (x - mean) * r it is
-  // dx = r * (dy - mean(dy) - y * mean(dy * y)). `normalised` is N(c_t), and `factor` its r.
+  // Like cell_gradient, for a whole row, and through its three normalisations. For y = N(x) = (x - mean) * r the
+  // gradient is dx = r * (dy - mean(dy) - y * mean(dy * y)). `normalised` is N(c_t), and `factor` its r.
   void normalised_cell_gradient(int64_t row, bool begins, const T* normalised, T factor) {
     const BackwardStepRows<T>& step = pass_.step;
     const LayerNorm<T>& norm = options_.norm;
@@ -323,7 +324,7 @@ class UnfusedBackwardStep {
     T* const grad_bias_c = grad_gain_c + H_;
     using Math = PreciseDivisions<T>;
 
-    // h_t = o tanh(gain_c N(c_t) + bias_c). dL/do waits where the gradients of the preactivations will be.
+    // h_t = o tanh(gain_c N(c_t) + bias_c). dL/do is stored for now where the gradients of the preactivations will be.
     Reg<T> sum_c = S::zero(), product_c = S::zero();
     for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
       const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
@@ -390,7 +391,8 @@ class UnfusedBackwardStep {
     }
   }
 
-  // A gate row of gradients dy becomes dx; `total` and `weighted` are the sums of dy and of dy * y in their lanes.
+  // Replaces a gate row of gradients dy by dx. `total` and `weighted` hold the sums of dy and of dy * y, spread over
+  // lanes.
   LSTM_EXT_INLINE void through_norm(T* grad, const T* y, T factor, Reg<T> total, Reg<T> weighted) const {
     const Reg<T> count = S::set1(static_cast<T>(4 * H_));
     const Reg<T> mean = sum_of_lanes<T>(total) / count;
@@ -406,11 +408,11 @@ class UnfusedBackwardStep {
   const StepOptions<T>& options_;
   UnfusedHiddenGradient<T> hidden_gradient_{pass_};
   const int64_t H_ = pass_.shape.hidden_size;
-  // With layer normalisation: kNormRows rows of N(c_t), and one of its gradient.
+  // With layer normalisation: kNormRows rows of N(c_t), and one row of its gradient.
   T* const normalised_c_ = pass_.worker_buffer(pass_.plan.norm_rows, (kNormRows + 1) * H_);
   T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
-  // Its sums over a chunk, and over all chunks, of this worker: the gradients of the biases (4H), gain_ih (4H), gain_hh
-  // (4H), gain_c (H) and bias_c (H), kNormSums * H in all. And those of all workers.
+  // This worker's sums over a chunk, and over all chunks: the gradients of the biases (4H), gain_ih (4H), gain_hh (4H),
+  // gain_c (H) and bias_c (H), kNormSums * H in all. Then the sums of all workers.
   const int64_t sums_size_ = kNormSums * H_;
   T* const chunk_sums_ = pass_.worker_buffer(pass_.plan.norm_sums, sums_size_);
   T* const all_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.plan.grid.workers() * sums_size_);

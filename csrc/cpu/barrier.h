@@ -1,7 +1,7 @@
 // A barrier for workers that all run at the same time, for waits of microseconds.
 //
-// It spins, and gives up its processor after a while: with another program on the machine the missing worker may need
-// exactly the core that this one spins on.
+// A waiting worker spins, and yields its processor after a while: if another program runs on the machine, the missing
+// worker may need this very core.
 #pragma once
 
 #include "cpu/isa.h"

@@ -1,11 +1,11 @@
-// Products of rows in float32 with weights in int8, by the instruction for sums of four products of bytes.
+// Products of float32 rows with int8 weights, with the instruction that sums four products of bytes.
 //
-// A row is read in pieces of kBlockK numbers. A piece becomes integers of three or four bytes times one factor. With
-// four bytes the largest of its numbers has 31 bits: all that a float32 number has, if it is not less than 2^-7 of the
-// largest. With three it has 23 bits, which is enough where many numbers are not far from it. Sums of products of bytes
-// are exact. The instruction multiplies bytes without a sign by bytes with one: weights are stored as w + 128, and 128
-// times the sum of a row's bytes is taken off again. Beside a number that is much larger than the others these would
-// lose their bits, which matters where its weight is 0: such a piece is multiplied as it is.
+// A row is read in pieces of kBlockK numbers. A piece is converted to integers of three or four bytes times one factor.
+// With four bytes the largest number has 31 bits, and every number keeps all its float32 bits unless it is below 2^-7
+// of the largest. With three bytes it has 23 bits, which is enough if many numbers are close to the largest. Sums of
+// products of bytes are exact. The instruction multiplies unsigned bytes by signed ones, so weights are stored as w +
+// 128, and 128 times the sum of a row's bytes is subtracted. Next to one much larger number the others would lose their
+// bits, which matters if the weight of the large one is 0: such a piece is multiplied in float32.
 #pragma once
 
 #include "cpu/isa.h"
@@ -18,8 +18,9 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Whether products with int8 weights take this way: in some sets always, in some where the CPU has the instruction. And
-// whether the set may have to widen the weights. LSTM_EXT_ISA_SOFTWARE has the instruction in plain C++.
+// LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, in some sets always, in others if the CPU
+// has it. kMayWidenBytes: the set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the
+// instruction.
 #if !defined(LSTM_EXT_ISA_BASELINE)
 #define LSTM_EXT_BYTE_PRODUCTS
 #endif
@@ -37,8 +38,8 @@ constexpr bool kMayWidenBytes = false;
 inline bool multiplies_bytes() { return true; }
 #endif
 
-// Then a panel has four k of a unit side by side, [k / 4][gate][lane][k % 4], and 128 for those past the end. Where one
-// of them lies, and how many bytes a panel has.
+// For these products a panel holds four k of a unit side by side, [k / 4][gate][lane][k % 4], padded with 128.
+// byte_place gives the place of a weight, byte_panel_size the bytes of a panel.
 constexpr int kKsOfBytes = 4;
 LSTM_EXT_INLINE int64_t byte_place(int64_t k, int gate, int lane) {
   constexpr int n = Simd<float>::kLanes;
@@ -53,7 +54,7 @@ LSTM_EXT_INLINE int64_t byte_panel_size(int64_t count) {
 using Ints = Simd<float>::Index;
 constexpr int kMostDigits = 4;
 constexpr int kFewDigits = 3;
-// The largest number of so many digits: each of them 127.
+// The largest number of kDigits digits: each digit is 127.
 template <int kDigits>
 constexpr int32_t kLargestOfDigits = 0x7F7F7F7F >> 8 * (kMostDigits - kDigits);
 // See RowDigits::digits.
@@ -61,7 +62,7 @@ constexpr float kMostOverMean = 512;
 constexpr int32_t kLeastOfFew = 128;
 constexpr int32_t kSmallSize = 64;
 constexpr int32_t kSmallShare = 16;
-constexpr int64_t kPiecesAtOnce = 8;                          // of a row
+constexpr int64_t kPiecesAtOnce = 8;                          // pieces of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
 // A piece of a row as sums of bytes times powers of 256, the lowest first: [k / 4][digit][k % 4], so that a product
@@ -70,18 +71,18 @@ struct RowDigits {
   alignas(64) int8_t bytes[kMostDigits * kBlockK];
   int32_t sums[kMostDigits];
   float factor;
-  // How many digits there are. 0: the numbers have to be multiplied as they are. These are infinities, NaN, what is too
-  // large or too small for the factor, and a number that is more than kMostOverMean times the mean of the others, of
-  // those that are not 0.
-  // kFewDigits: all numbers are 0, or at least kLeastOfFew are not, and of these no more than one in kSmallShare is
-  // smaller than the largest divided by kSmallSize. A float32 sum of them has about the same error. One of a few
-  // numbers would be more exact. And small ones beside many large ones have bits to lose, which matters to a unit
-  // whose weights for the large ones are 0.
-  // Else kMostDigits.
+  // How many digits there are.
+  // 0: the numbers have to be multiplied in float32. This holds for infinities, NaN, numbers too large or too small for
+  // the factor, and a number of more than kMostOverMean times the mean of the others that are not 0.
+  // kFewDigits: all numbers are 0; or at least kLeastOfFew are not, and of these at most one in kSmallShare is smaller
+  // than the largest divided by kSmallSize. A float32 sum of them has about the same error. A sum of a few numbers
+  // would be more exact. Many small numbers beside large ones would lose bits, which matters to a unit whose weights
+  // for the large ones are 0.
+  // kMostDigits otherwise.
   int digits;
 };
 
-// All lanes, in each of them.
+// Reduces all lanes with f; every lane gets the result.
 template <int kStep = Simd<float>::kLanes / 2, typename F>
 LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
   if constexpr (kStep > 0) {
@@ -102,7 +103,7 @@ LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
 #endif
 }
 
-// Numbers of four bytes, four of them side by side: byte j of number i becomes byte i of number j.
+// Transposes four numbers of four bytes, side by side: byte j of number i becomes byte i of number j.
 template <int... kByte>
 LSTM_EXT_INLINE Ints transpose_bytes(Ints v, std::integer_sequence<int, kByte...>) {
   typedef int8_t Bytes __attribute__((vector_size(sizeof(Ints))));
@@ -115,7 +116,8 @@ LSTM_EXT_INLINE Ints transpose_bytes(Ints v, std::integer_sequence<int, kByte...
 #endif
 }
 
-// The digits of a piece; `largest` is the size of its largest number. Returns how many numbers are small, but not 0.
+// Splits a piece into digits; `largest` is the magnitude of its largest number. Returns how many numbers are small but
+// not 0.
 template <int kDigits>
 int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row) {
   using S = Simd<float>;
@@ -124,15 +126,15 @@ int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row)
   row.factor = largest / static_cast<float>(kLargest);
   const Reg<float> scale = S::set1(largest == 0 ? 0.0f : static_cast<float>(kLargest) / largest);
   const Ints bound = Ints{} + kLargest, small = Ints{} + kLargest / kSmallSize;
-  // Adding 128 to each byte but the highest carries into the next one where a digit would be above 127. The exclusive
-  // or takes the 128 off again. The largest number becomes 0x7FFFFFFF at most.
+  // Adding 128 to each byte but the highest carries into the next one if a digit would be above 127. The exclusive or
+  // removes the 128 again. The largest number becomes 0x7FFFFFFF at most.
   const Ints halves = Ints{} + (0x808080 >> 8 * (kMostDigits - kDigits));
   Ints sums = {}, smaller_ones = {};
   for (int64_t k = 0; k < count; k += S::kLanes) {
     const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
     const Reg<float> value = load_lanes<float>(x + k, lanes);
     Ints number = __builtin_convertvector(S::round(value * scale), Ints);
-    // Rounding may lead past the largest number that the bytes hold.
+    // Rounding may exceed the largest number that the bytes hold.
     number = number > bound ? bound : number;
     number = number < -bound ? -bound : number;
     smaller_ones -= (reinterpret_cast<Ints>(S::abs(value)) != 0) & (number < small) & (number > -small);
@@ -175,7 +177,7 @@ inline void split_row(const float* x, int64_t count, RowDigits& row) {
   split_into<kMostDigits>(x, count, largest, row);
 }
 
-// Kept in a register: else GCC reads it once more for each digit, which takes longer than the products.
+// Keeps the bytes in a register: otherwise GCC reads them again for each digit, which takes longer than the products.
 LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
   Ints v;
   __builtin_memcpy(&v, p, sizeof(v));
@@ -184,7 +186,7 @@ LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
 }
 
 // sums = the products of a piece of a row with `count` k of some gates of a panel, without the factors of the units.
-// Not inlined: the loop needs the registers in which GCC would keep what is around it.
+// Not inlined: the loop needs the registers that GCC would give to the surrounding code.
 template <int kDigits, int kSomeGates>
 __attribute__((noinline)) void multiply_gates(const uint8_t* panel, const RowDigits& row, int64_t count,
                                               Reg<float>* sums) {
@@ -223,7 +225,7 @@ __attribute__((noinline)) void multiply_gates(const uint8_t* panel, const RowDig
   }
 }
 
-// Of all gates. With 16 registers the sums of four digits leave room for two at once.
+// The same for all gates. With 16 registers the sums of four digits leave room for two gates at once.
 template <int kDigits>
 LSTM_EXT_INLINE void multiply_digits(const uint8_t* panel, const RowDigits& row, int64_t count, Reg<float>* sums) {
   constexpr int kAtOnce = kVectorRegisters == 16 && kDigits == kMostDigits ? kGates / 2 : kGates;
@@ -233,7 +235,7 @@ LSTM_EXT_INLINE void multiply_digits(const uint8_t* panel, const RowDigits& row,
   }
 }
 
-// The same of numbers as they are.
+// The same in float32, for a piece that was not split.
 inline void multiply_unsplit(const uint8_t* panel, const float* x, int64_t count, Reg<float>* sums) {
   using S = Simd<float>;
   for (int gate = 0; gate < kGates; ++gate) sums[gate] = S::zero();
@@ -247,7 +249,7 @@ inline void multiply_unsplit(const uint8_t* panel, const float* x, int64_t count
   }
 }
 
-// `x`: the piece before it was split.
+// `x` is the piece before it was split.
 LSTM_EXT_INLINE void multiply_bytes(const uint8_t* panel, const RowDigits& row, const float* x, int64_t count,
                                     Reg<float>* sums) {
   switch (row.digits) {

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best this CPU has, or the one the user names.
+// Chooses the instruction set that runs: the best one of this CPU, or the one the user names.
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -52,12 +52,12 @@ bool is_amd() {
 #endif
 }
 
-// Whether the CPU has AMX with bfloat16, and the kernel lets this process use the tiles, which it must be asked once:
-// their state is 8 KB a thread.
+// Whether the CPU has AMX with bfloat16 and Linux lets this process use its tiles. A process has to ask Linux once,
+// because the state of the tiles takes 8 KB a thread.
 bool asks_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // codes of arch_prctl
   const unsigned d = cpuid(7).d;
   if (!(d & kAmxTile) || !(d & kAmxBf16)) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -107,7 +107,7 @@ const Capabilities& all_capabilities() {
   return all;
 }
 
-// What tests brought along, the latest first.
+// The capabilities that tests added, the latest first.
 std::atomic<const Capability*> added{nullptr};
 bool was_added(const Capability* capability) {
   for (const Capability* c = added.load(std::memory_order_acquire); c; c = c->next) {

@@ -11,8 +11,8 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, of which all are there or none. It is read
-// late: a register would be occupied from the beginning.
+// c_{t-1} of a row, `lanes` numbers, or null for zeros; or of kCount rows, which have all of them or none. It is loaded
+// late, so that it does not occupy a register from the beginning.
 template <typename T, int kCount = 1>
 struct PreviousCells {
   const T* at[kCount];
@@ -23,7 +23,7 @@ struct PreviousCells {
   }
 };
 
-// dL/d(gate values) as the caller gave it, of some units of a row, or null.
+// dL/d(gate values) that the caller gave, for some units of a row, or null.
 template <typename T>
 struct GivenGradients {
   const T* at;
@@ -61,9 +61,9 @@ struct CellMath {
   }
 };
 
-// i and g share a division, and so do o and tanh(c): a division costs as much as an exponential. f has its own, since
-// its rounding error is multiplied into c at every step. Only what meets in c_t or in h_t anyway shares, so that a NaN
-// spreads no further than in the equations. For the fused step, which has nothing to wait for but these divisions.
+// The Math of the fused step, whose only waits are these divisions. i and g share a division, and so do o and tanh(c):
+// a division costs as much as an exponential. f has its own, because its rounding error is multiplied into c at every
+// step. Only values that meet in c_t or h_t anyway share one, so a NaN spreads no further than in the equations.
 template <typename T>
 struct SharedDivisions : CellMath<T, Exactness::kUsual> {
   using Value = Reg<T>;
@@ -84,8 +84,8 @@ struct SharedDivisions : CellMath<T, Exactness::kUsual> {
   }
 };
 
-// Each gate has its own division, and so has tanh(c). With Exactness::kPrecise, g is as exact as its type allows: layer
-// normalisation makes small differences of c_t large.
+// Each gate has its own division, and so has tanh(c). With Exactness::kPrecise, g is as exact as its type allows,
+// because layer normalisation amplifies small differences of c_t.
 template <typename T, Exactness kExactness = Exactness::kUsual>
 struct OwnDivisions : CellMath<T, kExactness> {
   using Base = CellMath<T, kExactness>;
@@ -103,7 +103,7 @@ struct OwnDivisions : CellMath<T, kExactness> {
 template <typename T>
 using PreciseDivisions = OwnDivisions<T, Exactness::kPrecise>;
 
-// c_t again, from gate values.
+// Recomputes c_t from gate values.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCells<T>& previous) {
   return cell::state<cell::Plain, OwnDivisions<T>>(gates, previous);

@@ -1,4 +1,4 @@
-// The gradients that are products over all steps of a chunk: of the input, and of the weights and biases.
+// The gradients that are products over all steps of a chunk: those of the input, the weights and the biases.
 #pragma once
 
 #include "cpu/isa.h"
@@ -25,7 +25,7 @@ class ChunkGradients {
     if (!params.grad_input.data) return;
     const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
     const Range mine = workers_share(pass_.chunk.rows);
-    // Rows that pass over a panel while it is in cache.
+    // The rows that use a panel while it is in cache.
     constexpr int64_t kRows = kHasMatrixUnit<T> ? kUnitInputRows : 16 * kTileRows;
     const RightHandSide<T> weight = pass_.input_weight();
     const bool adds = params.accumulate_grad_input;
@@ -53,7 +53,7 @@ class ChunkGradients {
     const RowGrid<const T> input = rows_from(params.input, pass_.steps, chunk.begin);
     const bool both = params.grad_weight_ih && params.grad_weight_hh;
     if (both && pass_.plan.outer_unit.planes > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
-      if constexpr (kHasMatrixUnit<T>) {  // splits what they share once
+      if constexpr (kHasMatrixUnit<T>) {  // splits the shared factor once
         const OuterSums sums[] = {{input, I, place(params.grad_weight_ih)},
                                   {previous_h(), P, place(params.grad_weight_hh)}};
         add_outer_planes(pass_.plan.outer_unit.planes, chunk.grad_preactivations, stride_, chunk.rows, mine, sums, 2,
@@ -65,7 +65,7 @@ class ChunkGradients {
       }
       if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     }
-    // With layer normalisation it is one of the sums over its rows.
+    // With layer normalisation, finish() of the unfused step computes this gradient.
     if (params.grad_bias && !params.options.normalised()) {
       if (fresh) zero_rows(params.grad_bias, 1, mine);
       add_columns<T>(chunk.grad_preactivations, stride_, chunk.rows, mine, params.grad_bias);
@@ -88,11 +88,11 @@ class ChunkGradients {
       add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, previous_h(), P, sums, fresh);
       return;
     }
-    // h_{t-1} is the output of the step before in the layer's direction; in its first step it is h0.
+    // h_{t-1} is the output of the previous step in the layer's direction; in its first step it is h0.
     const int64_t B = pass_.shape.batch;
     const bool reverse = pass_.shape.reverse;
     const bool has_first = chunk.first + chunk.count == pass_.shape.steps;
-    const int64_t begin = has_first && !reverse ? 1 : 0;  // of the steps with an output before
+    const int64_t begin = has_first && !reverse ? 1 : 0;  // first time with a previous output
     const int64_t count = chunk.count - (has_first ? 1 : 0);
     if (count > 0) {
       const int64_t before = chunk.begin + begin + (reverse ? 1 : -1);

@@ -1,4 +1,4 @@
-// Products of rows with a weight whose rows are what the sum runs over, for a range of its columns.
+// Products of rows with a weight whose rows the sum runs over, for a range of its columns.
 #pragma once
 
 #include "cpu/isa.h"
@@ -12,16 +12,17 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// A (depth, columns) row-major matrix as the right-hand side of a product: in place, or as panels of the blocks that
-// for_each_column_block makes of one range of columns, [k][register][lane], or as planes of that range.
+// A (depth, columns) row-major matrix as the right-hand side of a product. It is read in place, or from panels
+// [k][register][lane] of the blocks that for_each_column_block makes of a range of columns, or from planes of that
+// range.
 template <typename T>
 struct RightHandSide {
   WeightRows<T> matrix;
   T* panels;         // or null
-  int64_t row_step;  // of the row-major matrix
+  int64_t row_step;  // row stride of the matrix
   int64_t depth;
-  T* block_panel;          // a worker's own: of a matrix of 16 bits in place, kBlockK rows of a block of columns
-  bool backwards = false;  // with planes: from the last column to the first; see GateProduct::Sweep
+  T* block_panel;          // a worker's own: kBlockK widened rows of a block of columns
+  bool backwards = false;  // with planes: multiplies the columns from last to first; see GateProduct::Sweep
   UnitPlanes planes{};
   TileScratch scratch{};
 
@@ -37,7 +38,7 @@ struct RightHandSide {
   }
 };
 
-// Rows of W, some registers of them side by side, as a panel of T.
+// Widens some columns of the rows of W, `registers` registers wide, to a panel of T.
 template <typename T, typename W>
 void widen_columns(const W* rows, int64_t row_step, int64_t depth, int registers, int last, T* panel) {
   constexpr int n = Simd<T>::kLanes;
@@ -48,7 +49,7 @@ void widen_columns(const W* rows, int64_t row_step, int64_t depth, int registers
   }
 }
 
-// Makes the panels of some columns; of `shares` callers, each makes its own.
+// Packs the panels of some columns; each of the `shares` callers packs its own.
 template <typename T, typename W>
 void pack_columns(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index, int64_t shares,
                   T* out) {
@@ -61,7 +62,7 @@ void pack_columns(const W* matrix, int64_t row_step, int64_t depth, Range column
 }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-// The same, of planes: column tiles.
+// The same for planes: packs column tiles.
 template <typename W>
 void pack_column_planes(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
                         int64_t shares, const UnitPlanes& planes) {
@@ -81,7 +82,8 @@ void pack_column_planes(const W* matrix, int64_t row_step, int64_t depth, Range 
   });
 }
 
-// multiply_columns from planes. Returns how many rows it did: up to those that cannot be split, none if columns cannot.
+// multiply_columns from planes. Returns how many rows it computed: those before the first that cannot be split, or none
+// if the columns cannot be split.
 template <typename A, typename Prefetch, typename Start, typename Finish>
 int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide<float>& b, Range columns,
                                const Prefetch& prefetch, const Start& start, const Finish& finish) {
@@ -96,7 +98,8 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
     const int64_t row_tiles = divide_up(height, kUnitTileRows);
     const int64_t k_most = b.scratch.left_numbers / (row_tiles * planes.count * kOperandSize);
     const int64_t k_blocks = divide_up(k_tiles, k_most);
-    // One row tile meets four column tiles at once. Else narrow groups leave less to be done after the last product.
+    // A single row tile is multiplied with four column tiles at once. With more, narrow groups leave less epilogue work
+    // after the last product.
     const TileGroups groups(tiles, row_tiles == 1);
     const int64_t most_width = groups.width(0);
     // The columns of a block, and those of the next one.
@@ -165,8 +168,8 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  // Of a row of a tile: whole registers, which need no masks, and a last one. A function of its own, since each tile
-  // would have a copy of it.
+  // Finishes one row of a tile: whole registers, which need no masks, and a last one. A separate function, because each
+  // tile would otherwise have a copy of it.
   const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count, int last)
                               __attribute__((noinline)) {
                                 const int whole = last == kLanes ? count : count - 1;
@@ -186,7 +189,7 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
           widen_columns(matrix + k * b.row_step + column, b.row_step, depth, NV, last, b.block_panel);
         });
       }
-      // Of a matrix that is packed, the panel behind this one.
+      // If the matrix is packed, the tiles prefetch the panel after this one.
       const T* const here = b.template at<NV>(column, k);
       const int64_t numbers = smaller(kBlockK, b.depth) * NV * kLanes;
       const bool there = b.panels && (k + depth < b.depth || column + NV * kLanes < columns.end);
@@ -200,8 +203,8 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
 #pragma GCC unroll kTileRows
         for (int r = 0; r < R; ++r) a[r] = b.depth > 0 ? a_row(row + r) + k : nullptr;
         const bool done = k + depth >= b.depth;
-        // What an epilogue reads was written long ago. The epilogue of each tile fetches it for the next tile, a little
-        // at a time. For the first tile all of it is fetched before its sum.
+        // The data that an epilogue reads was written long ago. The epilogue of each tile prefetches that of the next
+        // tile, a little at a time. The first tile prefetches all of its own before its sum.
         if (done && first == 0 && column == columns.begin) {
           for (int r = 0; r < R; ++r)
             for (int v = 0; v < NV; ++v) prefetch(row + r, column + v * kLanes);
@@ -253,9 +256,9 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
   for_each_column_block<T>(columns.begin, columns.end, column_block);
 }
 
-// For `rows` rows and `columns`: a * b + start(row, column, lanes, start value), kLanes columns at a time to
-// finish(row, column, sums, lanes), a register of sums. prefetch(row, column) asks for what `finish` will read. Between
-// blocks of k the sums wait in partial(row)[columns].
+// For `rows` rows and `columns`: computes a * b + start(row, column, lanes, start value) and passes it to finish(row,
+// column, sums, lanes), one register of kLanes columns at a time. prefetch(row, column) prefetches the data that
+// `finish` reads. Between blocks of k the sums are kept in partial(row)[columns].
 template <typename T, typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
 LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightHandSide<T>& b, Range columns,
                                       const Partial& partial, const Prefetch& prefetch, const Start& start,
@@ -274,7 +277,7 @@ LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightH
   multiply_columns_of_rows(a_row, Range{done, rows}, *in, columns, partial, prefetch, start, finish);
 }
 
-// For products that prefetch nothing, and that start from zero.
+// For products without prefetches, and for products that start from zero.
 constexpr auto kNoPrefetch = [](int64_t, int64_t) LSTM_EXT_LAMBDA_INLINE {};
 template <typename T>
 constexpr auto kFromZero = [](int64_t, int64_t, int, Reg<T>& v) LSTM_EXT_LAMBDA_INLINE { v = Simd<T>::zero(); };

@@ -1,8 +1,9 @@
 // Forward pass of one direction of one layer.
 //
-// Chunk by chunk: the input part W x_t + b of some time steps at once goes to the buffer of preactivations (in training
-// that buffer is the saved gate values). Then follows the recurrence over those steps; see forward_steps.h. On the
-// matrix unit the steps may sum the input part themselves (ForwardPlan::input_in_steps).
+// The pass goes chunk by chunk. The input part W x_t + b of the chunk's time steps is computed at once and written to
+// the buffer of preactivations (in training, that of the saved gate values). The recurrence over those steps follows;
+// see forward_steps.h. On the matrix unit the steps may compute the input part themselves
+// (ForwardPlan::input_in_steps).
 #pragma once
 
 #include "cpu/isa.h"
@@ -18,7 +19,7 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Panels of kLanes output columns of W_hr, every `stride`-th of them.
+// Packs panels of kLanes output columns of W_hr, every `stride`-th of them.
 template <typename T>
 void pack_projection(const LayerWeights<T>& weights, const LayerShape& shape, Range blocks, int64_t stride, T* panels) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -39,7 +40,7 @@ class Forward {
     prepare_weights();
     const int64_t steps = pass_.steps.count();
     for (int64_t first = 0; first < steps;) {
-      // As many steps as the buffer has rows for.
+      // A chunk has as many steps as the buffer has rows for.
       int64_t end = first;
       int64_t rows = 0;
       while (end < steps && rows + pass_.rows_in(end) <= pass_.plan.chunk_rows) rows += pass_.rows_in(end++);
@@ -58,7 +59,7 @@ class Forward {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // Each member uses the panels of its own units only; the teams share the work of packing them.
+  // Packs the weights. Each member uses the panels of its own units only; the teams share the work.
   void prepare_weights() {
     const LayerWeights<T>& weights = pass_.params.weights;
     const ForwardPlan& plan = pass_.plan;
@@ -119,14 +120,14 @@ class Forward {
   }
 
   void final_state() {
-    // The last step ended with a meeting of the team, so all columns are there.
+    // The last step ended with a barrier of the team, so all columns are written.
     if (pass_.member != 0) return;
     const ForwardParams<T>& params = pass_.params;
     const int64_t H = pass_.shape.hidden_size;
     const int64_t P = pass_.shape.output_size;
     for (int64_t s = 0; s < pass_.steps.count(); ++s) {
       const int64_t t = pass_.steps.time(s);
-      // The rows that do not go on; in the reverse direction all do, to the end.
+      // The rows that end with this step. In the reverse direction every row runs to time 0.
       for (int64_t row = pass_.rows_in(s + 1); row < pass_.rows_in(s); ++row) {
         const int64_t b = pass_.rows.batch_row(row);
         copy<T>(rows_at(params.output, pass_.steps, t) + b * params.output.stride_b, P, params.h_n + b * P);
@@ -139,8 +140,8 @@ class Forward {
   Step step_;
 };
 
-// What FrozenPlan has places for, at `data`, of weights that are what the layer computes with. The factors of int8 are
-// there already: a number is an integer times that of its row.
+// Packs weights into the places of FrozenPlan, relative to `data`. The numbers are already those of the frozen type:
+// for int8, an integer times the factor of its row, and these factors are already in place.
 template <typename T>
 void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenPlan& plan, char* data) {
   constexpr int kLanes = Simd<T>::kLanes;

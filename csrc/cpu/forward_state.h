@@ -1,4 +1,4 @@
-// What the loop and the steps of a forward pass work on.
+// The state of a forward pass, which its loop and steps share.
 #pragma once
 
 #include "cpu/isa.h"
@@ -20,7 +20,8 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
       Base::zero_row;
   using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
 
-  // Of this member's units. With groups of them, every other call of a layer takes them from the last to the first.
+  // The order of this member's units. With unit groups, every other call of a layer goes from the last unit to the
+  // first.
   const bool forwards = plan.unit_groups == 1 || (last_forwards() = !last_forwards());
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
@@ -37,14 +38,14 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   // Rows of the input and of the preactivations in a chunk of packed data.
   const T** const input_rows = row_list(plan.row_lists, 2 * plan.chunk_rows);
   T** const preactivation_rows = writable_row_list(plan.row_lists, 2 * plan.chunk_rows) + plan.chunk_rows;
-  // h_{t-1}, and c_{t-1} or null, of the team's rows in a step; see list_previous.
+  // Pointers to h_{t-1} and to c_{t-1} (or null) of the team's rows in a step; see list_previous.
   const T** const h_rows = row_list(plan.state_lists, 2 * plan.team_rows);
   const T** const c_rows = h_rows + plan.team_rows;
 
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
       : Base(params, plan, Steps::Pass::kForward, workspace, worker) {}
 
-  // Of the last call with this weight in this thread. Weights that share a place lose time, no more.
+  // The order of this thread's last call with this weight. If two weights share an entry, only time is lost.
   bool& last_forwards() const {
     static thread_local bool last[16] = {};
     const void* weight = params.weights.weight_hh;
@@ -53,21 +54,21 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
     return last[reinterpret_cast<uintptr_t>(weight) * 0x9E3779B97F4A7C15u >> 60];
   }
 
-  // A weight that is packed in this call: all of it, or each worker's blocks one after the other in its own place.
+  // A weight that this call packs: all of it, or block by block into one buffer of each worker.
   GateWeight<T> own_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
     GateWeight<T> weight = gate_weight(rows, packed, unit, offset);
     if (plan.pack_as_used) weight.one_place = Base::worker;
     return weight;
   }
-  // A weight that was made ready before the call. Nobody writes to it: Forward packs no frozen weight.
+  // A weight that was packed before the call. Nobody writes to it: Forward packs no frozen weight.
   static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int planes) {
     UnitPlanes unit{};
     if (planes > 0) unit = {const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes};
     return {{}, const_cast<T*>(weight.panels), unit, weight.narrow};
   }
 
-  // Where the preactivations of step s are, or with layer normalisation the normalised W x: where they are kept, else
-  // in the buffer of the chunk, after the `done` rows of its earlier steps.
+  // The preactivations of step s, or with layer normalisation the normalised W x. They are in the saved array if there
+  // is one, else in the buffer of the chunk, after the `done` rows of its earlier steps.
   RowGrid<T> preactivations(int64_t s, int64_t done) const {
     const int64_t gate_row = 4 * shape.hidden_size;
     const int64_t count = rows_in(s);
@@ -77,7 +78,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
     return {chunk_preactivations + done * gate_row, count * gate_row, gate_row, count};
   }
 
-  // c_t, and o * tanh(c_t) before the projection, of these rows of the team at time t.
+  // c_t of these rows of the team at time t; hidden() gives their o * tanh(c_t) before the projection.
   RowGrid<T> cells(int64_t t, Range part) const {
     const int64_t H = shape.hidden_size;
     return rows.grid(params.cells ? params.cells + steps.rows_before(t) * H : params.c_n, H, part);
@@ -91,7 +92,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
     return rows.grid(rows_at(params.output, steps, t), params.output.stride_b, part);
   }
 
-  // Fills h_rows and c_rows from the states before a step, for these rows of the team.
+  // Fills h_rows and c_rows with the states of these rows of the team before a step.
   void list_previous(const PreviousStates<T>& previous, Range part) const {
     for (int64_t row = part.begin; row < part.end; ++row) {
       const int64_t b = rows.batch_row(row);

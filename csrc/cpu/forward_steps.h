@@ -1,7 +1,7 @@
-// One time step of the forward pass, in two ways; `Forward` runs one of them, chosen once a call.
+// One time step of the forward pass, fused or unfused; `Forward` runs one of them, chosen once a call.
 //
-// The fused step never writes its sums: the tile of U h_{t-1} meets the input part and becomes the cell in registers.
-// It knows no options. The unfused step writes its sums to memory, and one pass over them does all else.
+// The fused step never writes its sums to memory: it adds the input part to a tile of U h_{t-1} and computes the cells
+// in registers. It supports no options. The unfused step writes its sums to memory, and a second pass does the rest.
 #pragma once
 
 #include "cpu/isa.h"
@@ -24,7 +24,7 @@ class FusedForwardStep {
  public:
   explicit FusedForwardStep(ForwardState<T>& pass) : pass_(pass) {}
 
-  // What the input part starts from, and what is done to its rows in a chunk.
+  // The start value of the input part, and the work that follows it for the rows of a chunk.
   const T* input_bias() const { return pass_.bias; }
   void finish_input_part(int64_t, const RowGrid<T>&) {}
 
@@ -46,10 +46,10 @@ class FusedForwardStep {
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  // The cells of a step. A product calls it with the sums of a tile. It holds where all of them lie, by value: these
-  // functions run once a row, where each step from one address to the next counts.
+  // The cells of a step. A product calls it with the sums of a tile. It holds all pointers by value: it runs once a
+  // row, where each indirection costs time.
   struct Cells {
-    // c_{t-1} and c_t have rows at the same distance; or those of c_{t-1} are listed. Null: zeros.
+    // c_{t-1} and c_t have the same row stride, or the rows of c_{t-1} are listed. Null means zeros.
     const T* c_from;
     const T* const* c_rows;
     T* c_to;
@@ -62,8 +62,8 @@ class FusedForwardStep {
       int64_t row, unit;
     };
 
-    // Beside the matrix unit a cell has no time to wait for the second-level cache. The product fetches `pre`. Four
-    // rows at once, which have nothing beside them, gain nothing from it.
+    // Beside the matrix unit a cell cannot wait for the second-level cache. The product itself prefetches `pre`. Cells
+    // of four rows at once run beside no product, and gain nothing from this.
     LSTM_EXT_INLINE void prefetch(int64_t row, int64_t unit) const {
       const int64_t at = row * c_step + unit;
       __builtin_prefetch((c_from ? c_from : c_to) + at);
@@ -71,8 +71,8 @@ class FusedForwardStep {
       __builtin_prefetch(h_to(row) + unit, 1);
     }
 
-    // Makes kCount cells at once, of several rows or of two blocks of units: each is a long chain of instructions that
-    // wait for each other. sums(n, gate) are those of places[n].
+    // Computes kCount cells at once, of several rows or of two blocks of units, because each is a long chain of
+    // dependent instructions. sums(n, gate) are the sums of places[n].
     template <int kCount, typename Sums>
     LSTM_EXT_INLINE void make(const Place (&places)[kCount], int lanes, const Sums& sums) const {
       using All = Several<T, kCount>;
@@ -84,7 +84,7 @@ class FusedForwardStep {
         there += previous.at[n] != nullptr;
       }
       if constexpr (kCount > 1) {
-        if (__builtin_expect(there % kCount != 0, 0)) {  // some begin anew
+        if (__builtin_expect(there % kCount != 0, 0)) {  // some of the rows begin here
 #pragma GCC unroll 4
           for (int n = 0; n < kCount; ++n) {
             make<1>({places[n]}, lanes, [&](int, int gate) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
@@ -117,7 +117,7 @@ class FusedForwardStep {
       }
     }
 
-    // Of the rows of a tile from kFirst on: four at once, else two, else one. 16 registers are too few for two.
+    // Computes the rows of a tile from kFirst on: four at once, else two, else one. With 16 registers always one.
     template <int kFirst, int R>
     LSTM_EXT_INLINE void make_rows(int64_t row, int64_t unit, int lanes, const Tile<T, R, kGates>& tile) const {
       constexpr int kLeft = R - kFirst, kCount = kVectorRegisters == 16 || kLeft == 1 ? 1 : kLeft < 4 ? 2 : 4;
@@ -159,8 +159,8 @@ class FusedForwardStep {
     }
   };
 
-  // preactivations += U h_{t-1}, and W x_t + b where no one has summed it, then the cell, for rows of the team that all
-  // continue or all begin.
+  // preactivations += U h_{t-1}, and W x_t + b unless the chunk summed it, then the cells. The rows of the team in
+  // `part` all continue or all begin.
   void recurrence(int64_t t, Range part, bool begins, const PreviousStates<T>& previous,
                   const RowGrid<T>& preactivations) {
     const ForwardParams<T>& params = pass_.params;
@@ -242,8 +242,8 @@ class FusedForwardStep {
   ForwardState<T>& pass_;
 };
 
-// With recurrent dropout, zoneout or layer normalisation. A member makes the cells of its own units, or, with layer
-// normalisation, whose statistics are those of whole rows, of its share of the team's rows.
+// The step with recurrent dropout, zoneout or layer normalisation. A member computes the cells of its own units. With
+// layer normalisation, which needs the statistics of whole rows, it computes its share of the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedForwardStep {
  public:
@@ -254,10 +254,10 @@ class UnfusedForwardStep {
         recurrent_part_(pass.team_buffer(pass.plan.recurrent_parts, pass.plan.team_rows * 4 * H_)),
         normalised_c_(pass.worker_buffer(pass.plan.normalised_cells, kNormRows * H_)) {}
 
-  // Layer normalisation leaves the biases to the cell.
+  // With layer normalisation the cell adds the biases.
   const T* input_bias() const { return kNormalised ? pass_.zero_row : pass_.bias; }
 
-  // The chunk's W x become normalised, rows shared by the members of the team.
+  // Normalises the chunk's W x; the members of the team share the rows.
   void finish_input_part(int64_t count, const RowGrid<T>& products) {
     if constexpr (!kNormalised) return;
     pass_.meet_team();
@@ -301,14 +301,14 @@ class UnfusedForwardStep {
   using S = Simd<T>;
   static constexpr int kLanes = S::kLanes;
 
-  // A row of the team in this step, in arrays (T, B, n).
+  // The index of a row of the team in arrays (T, B, n), in this step.
   int64_t place(int64_t row) const { return first_row_ + pass_.rows.batch_row(row); }
   T* gate_row(int64_t row) const {
     T* const all = pass_.params.gate_values;
     return all ? all + place(row) * 4 * H_ : input_part_(row);
   }
 
-  // Where U h_{t-1} goes: to the preactivations, or, with layer normalisation, to a place of its own.
+  // The buffer of U h_{t-1}: the preactivations, or, with layer normalisation, a buffer of its own.
   RowGrid<T> recurrent_part(int64_t count) const {
     if constexpr (!kNormalised) return input_part_;
     T* const all = pass_.params.norm_recurrent;
@@ -332,8 +332,8 @@ class UnfusedForwardStep {
     pass_.product.multiply(count, h, P, pass_.recurrent_weight, recurrent_, kNormalised ? pass_.zero_row : nullptr);
   }
 
-  // c_t of some units of a row and, without layer normalisation, o * tanh(c_t). With it, c_t before zoneout goes to
-  // `unnormalised_c`.
+  // Computes c_t of some units of a row and, without layer normalisation, o * tanh(c_t). With it, c_t before zoneout is
+  // written to `unnormalised_c`.
   LSTM_EXT_INLINE void cell_row(int64_t row, Range blocks, T* unnormalised_c) {
     const LayerNorm<T>& norm = options_.norm;
     const T* const input_row = input_part_(row);
@@ -380,7 +380,7 @@ class UnfusedForwardStep {
     store_lanes<T>(hidden_(row) + unit, h, lanes);
   }
 
-  // The cells of at most kNormRows rows, from normalised products to o * tanh of the normalised c_t.
+  // Computes the cells of at most kNormRows rows, from normalised products to o * tanh of the normalised c_t.
   void normalised_cells(Range group) {
     const LayerNorm<T>& norm = options_.norm;
     const int64_t count = group.end - group.begin;
@@ -411,7 +411,7 @@ class UnfusedForwardStep {
     }
   }
 
-  // Zoneout of the projected h_t, for the output columns that `project` gives this member.
+  // Applies zoneout to the projected h_t, for the output columns that `project` gives this member.
   void keep_part_of_output(int64_t t, int64_t count) {
     const int64_t P = pass_.shape.output_size;
     const RowGrid<T> output = pass_.output(t, {0, count});
@@ -431,10 +431,10 @@ class UnfusedForwardStep {
   ForwardState<T>& pass_;
   const StepOptions<T>& options_;
   const int64_t H_ = pass_.shape.hidden_size;
-  T* const masked_h_;        // of the team's rows
-  T* const recurrent_part_;  // their U h_{t-1}, where it is not kept
-  T* const normalised_c_;    // kNormRows rows of c_t as h_t sees it
-  // This step: its first row in arrays (T, B, n), and the team's rows.
+  T* const masked_h_;        // masked h_{t-1} of the team's rows
+  T* const recurrent_part_;  // their U h_{t-1}, unless it is saved
+  T* const normalised_c_;    // kNormRows rows of the normalised c_t
+  // In this step: the index of its first row in arrays (T, B, n), and the team's rows.
   int64_t first_row_ = 0;
   RowGrid<T> input_part_{}, recurrent_{}, cells_{}, hidden_{};
 };

@@ -16,7 +16,7 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// kWidth lanes of v, from kFrom on, again and again.
+// Repeats kWidth lanes of v, from kFrom on, over the whole register.
 template <typename T, int kFrom, int kWidth, int... kLane>
 LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane...>) {
 #ifdef LSTM_EXT_SHUFFLES
@@ -25,7 +25,7 @@ LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane..
   return Reg<T>{v[kFrom + kLane % kWidth]...};
 #endif
 }
-// Each gate gets a register of its own, from N registers that several share.
+// Gives each gate a register of its own, from N registers that the gates share.
 template <typename T, int N>
 LSTM_EXT_INLINE void separate_gates(const Reg<T> (&shared)[N], Reg<T> (&gates)[kGates]) {
   constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
@@ -35,7 +35,7 @@ LSTM_EXT_INLINE void separate_gates(const Reg<T> (&shared)[N], Reg<T> (&gates)[k
   gates[2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
   gates[3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
 }
-// accumulate_rows from a panel of N registers.
+// accumulate_rows for a panel of N registers, which gates share.
 template <typename T, int R, int N>
 LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const (&a)[R], const T* panel,
                                         int64_t count) {
@@ -46,7 +46,7 @@ LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const
   for (int r = 0; r < R; ++r) separate_gates<T, N>(sums.acc[r], tile.acc[r]);
 }
 
-// sums[range] = b_ih + b_hh; a bias that is absent is zeros.
+// sums[range] = b_ih + b_hh; an absent bias counts as zeros.
 template <typename T>
 void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
   for (int64_t i = range.begin; i < range.end; ++i) {
@@ -54,17 +54,17 @@ void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
   }
 }
 
-// What is added to a product with planes while its sums are on the matrix unit: the product of a weight, with as many
-// planes, and other rows.
+// A second product that is added to a product with planes while its sums are on the matrix unit: other rows times
+// another weight with as many planes.
 template <typename T>
 struct OtherProduct {
   RowGrid<const T> rows{};
   int64_t count = 0;
-  const GateWeight<T>* weight = nullptr;  // or none
+  const GateWeight<T>* weight = nullptr;  // null if there is none
 };
 
-// The sums of one row for two blocks of units. Both are made together, and so are their cells where there are registers
-// for that, since one alone is a long chain of instructions that wait for each other.
+// The sums of one row for two blocks of units. Both are computed together, and so are their cells if there are
+// registers enough: one alone is a long chain of dependent instructions.
 template <typename T>
 struct BlockPair {
   Tile<T, 2, kGates> tile;
@@ -75,13 +75,13 @@ struct BlockPair {
 template <typename T>
 class GateProduct {
  public:
-  // `blocks`: of kLanes units. `forwards`: the first product takes them from the first to the last.
+  // `blocks` are blocks of kLanes units. `forwards`: the first product takes them from the first to the last.
   GateProduct(int64_t hidden_size, Range blocks, TileScratch scratch = {}, bool forwards = true)
       : hidden_size_(hidden_size), blocks_(blocks), scratch_(scratch), forwards_(!forwards) {}
 
   int lanes_in(int64_t block) const { return static_cast<int>(smaller(hidden_size_ - block * kLanes, kLanes)); }
 
-  // pre = (bias, or what is in `pre`) + weight * a.
+  // pre = (bias, or the content of `pre`) + weight * a.
   template <typename A>
   void multiply(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const RowGrid<T>& pre,
                 const T* bias) {
@@ -92,9 +92,10 @@ class GateProduct {
     }
   }
 
-  // tile = weight * a + (bias, or what is in `pre`) for each block of units; then finish(row, unit, lanes, tile), which
-  // says whether it consumed the tile. If not, the tile goes to `pre`. finish.prefetch(row, unit) asks for what it will
-  // read and write; finish.saves_gates: it stores the gates too. `other` needs a weight with planes, and a bias.
+  // Computes tile = weight * a + (bias, or the content of `pre`) for each block of units and calls finish(row, unit,
+  // lanes, tile). If `finish` returns false, the tile is stored to `pre`. finish.prefetch(row, unit) prefetches the
+  // data that it reads and writes; finish.saves_gates says whether it stores the gates. `other` needs a weight with
+  // planes, and a bias.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const Pre& pre, const T* bias, Finish&& finish,
@@ -108,8 +109,8 @@ class GateProduct {
     multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, finish);
   }
 
-  // The same from the rows, or from narrow panels, which do without `finish` and give false: cells in each of these
-  // products would gain little, and take long to compile.
+  // The same from the rows, or from narrow panels. These do not call `finish` and return false: cells in each of these
+  // products would gain little and take long to compile.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE bool multiply_unpacked(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                          const Pre& pre, const T* bias, Finish&& finish) {
@@ -136,7 +137,7 @@ class GateProduct {
     return true;
   }
 
-  // `panels`: those of the weight, of T or of narrower numbers.
+  // `panels` are those of the weight, of T or of narrower numbers.
   template <typename W, typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const W* panels, const Pre& pre, const T* bias, Finish&& finish) {
@@ -144,7 +145,7 @@ class GateProduct {
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
     if (rows == 1 && !weight.packs_as_used()) {
-      // The same sums as below.
+      // These sums are bitwise the same as the ones below.
       const T* const a = count > 0 ? a_row(0) : nullptr;
       T* const out = pre(0);
       const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
@@ -209,16 +210,16 @@ class GateProduct {
             a[r] = count > 0 ? a_row(row + r) + k : nullptr;
             out[r] = pre(row + r) + block * kLanes;
           }
-          // The sum starts from zero and meets the rest at its end: adding many small products to a
-          // large number would round each of them at the large one's precision.
+          // The sum starts from zero and is added to the rest at its end: adding many small products to a large number
+          // would round each of them to the precision of the large one.
           Tile<T, R, kGates> tile;
           tile.zero();
           if (last) {
 #pragma GCC unroll kTileRows
             for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
           }
-          // The sums' lines in `pre`: where they lie at one distance, the first steps fetch one each. All at once,
-          // which is what other tiles do, holds up the panel.
+          // Prefetches the lines of the sums in `pre`. If the rows have one stride, each of the first steps prefetches
+          // one line. Other tiles prefetch all at once, which delays the panel.
           constexpr bool kFetches = NextPanel::kUsed && R > 1;
           const W* const part = panel + k * registers * kLanes;
           int64_t done = 0;
@@ -268,7 +269,7 @@ class GateProduct {
   }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-  // The same from planes, on the matrix unit. Rows and units that cannot be split go the way without it.
+  // The same from planes, on the matrix unit. Rows and units that cannot be split are multiplied without it.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const Pre& pre, const T* bias, const OtherProduct<T>& other, Finish&& finish) {
@@ -276,12 +277,13 @@ class GateProduct {
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
     const int64_t most = scratch_.rows_for((k_tiles + other_tiles) * kUnitTileDepth, planes.count);
-    // With two row tiles or fewer the processor's own fetching is as fast as any.
+    // With two row tiles or fewer the hardware prefetcher is as fast as any.
     const bool far = rows > 2 * kUnitTileRows && planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
-      // Without sums the product is in `pre`; else they are added to those from `start` on, or in `pre`.
+      // `sums` null: the whole product is in `pre`. Else `sums` is added to the values from `start` on, or to those in
+      // `pre`.
       const auto finish_rows = [=, finish = finish](auto height, int64_t unit, int lanes, const T* start, int64_t row,
                                                     const float* sums) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
@@ -335,7 +337,7 @@ class GateProduct {
             }
             finish_rows(at_once, units.unit, units.lanes, units.start, row, sums);
           });
-      // Cells that save their gates are faster for two rows than for four: B 64, H 256 in bfloat16 by 2 to 4 %.
+      // Cells that save their gates are faster for two rows than for four: by 2 to 4 % with B 64, H 256 in bfloat16.
       const auto rest = [&] { finish.saves_gates ? epilogue.rest() : epilogue.template rest<4>(); };
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
@@ -361,7 +363,7 @@ class GateProduct {
         GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
         const auto add = [&](const auto& some_rows, int64_t depth, const GateWeight<T>& some, const T* start) {
-          if (some.panels) {  // beside planes: frozen
+          if (some.panels) {  // a frozen weight has panels and planes
             one.multiply_panels(height, some_rows, depth, some, some.panels, pre_part, start, KeepSums{});
           } else {
             one.multiply_unpacked(height, some_rows, depth, some, pre_part, start, KeepSums{});
@@ -380,7 +382,7 @@ class GateProduct {
 #endif
 
 #if defined(LSTM_EXT_BYTE_PRODUCTS)
-  // The same from bytes, without `finish`.
+  // The same from bytes, without calling `finish`.
   template <typename A, typename Pre>
   void multiply_bytes_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
                          const T* bias) {
@@ -422,14 +424,14 @@ class GateProduct {
   }
 #endif
 
-  // The row-major path, as multiply_panels.
+  // multiply_panels for weights that are read row by row.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_rows(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                      const Pre& pre, const T* bias, Finish&& finish) {
     const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
-    if (kVectorRegisters == 32 && rows == 1) {  // cells of two blocks need the registers
+    if (kVectorRegisters == 32 && rows == 1) {  // the cells of two blocks need the registers
       const T* const a[] = {a_row(0)};
       T* const out = pre(0);
       const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
@@ -483,10 +485,10 @@ class GateProduct {
 
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
-  // Up to here cells take so much of the time that their code matters more than loads of weights.
+  // Up to this depth the cells take so much of the time that their code matters more than the loads of weights.
   static constexpr int64_t kLowTileDepth = 192;
 
-  // Of the panel of so many units; and accumulate_rows from a panel with fewer than kGates.
+  // The registers in a panel of this many units, and accumulate_rows for a panel with fewer than kGates of them.
   template <typename W>
   static int registers_of(int lanes) {
     return std::is_same_v<W, T> ? gate_registers<T>(lanes) : kGates;
@@ -505,7 +507,7 @@ class GateProduct {
     }
   }
 
-  // sums[r][gate] = the rows of a gate for the block's units, times a[r].
+  // sums[r][gate] = the dot products of the gate's rows for the block's units with a[r].
   template <int R>
   LSTM_EXT_INLINE void dot_gates(const GateWeight<T>& weight, int64_t count, int64_t block, const T* const (&a)[R],
                                  Reg<T> (*sums)[kGates]) const {
@@ -514,7 +516,7 @@ class GateProduct {
     const int registers = kRowGroups<T> == kGates ? gate_registers<T>(lanes) : kGates;
     const int shared = kGates / registers;  // gates in a register
     LaneRows rows{lanes, 0, kLanes / 2, kLanes / kGates};
-    if (shared > 1) {  // a half of the register belongs to other gates than the first
+    if (shared > 1) {  // half of the register belongs to other gates
       rows.count = kLanes;
       rows.to_half = shared / 2 * H;
     }
@@ -539,8 +541,8 @@ class GateProduct {
     }
   }
 
-  // Every other product takes the blocks from the last to the first: what is left of a weight in a cache that cannot
-  // hold all of it is what the product before used last. No sum depends on it.
+  // Every other product takes the blocks from the last to the first: if a cache cannot hold all of the weight, it still
+  // has the part that the previous product used last. No sum depends on the order.
   struct Sweep {
     int64_t first, step, count;
     int64_t block(int64_t i) const { return first + i * step; }
@@ -551,8 +553,8 @@ class GateProduct {
     return forwards_ ? Sweep{blocks_.begin, 1, count} : Sweep{blocks_.end - 1, -1, count};
   }
 
-  // The blocks of one row by two, as many as there are: sum_blocks(blocks, tile) makes the sums of both, and finish
-  // takes a BlockPair. Returns how many.
+  // Takes the blocks of one row in pairs, as far as there are pairs: sum_blocks(blocks, tile) computes the sums of
+  // both, and `finish` takes a BlockPair. Returns the number of blocks done.
   template <typename SumBlocks, typename Finish>
   LSTM_EXT_INLINE int64_t multiply_pairs(const Sweep& sweep, T* out, const SumBlocks& sum_blocks, Finish&& finish) {
     int64_t i = 0;
@@ -574,8 +576,8 @@ class GateProduct {
     return i;
   }
 
-  // before + sum, of sums over weights W: those of whole numbers times the factors of their units. Left to the
-  // compiler, it would be one rounding in some places and two in others.
+  // before + sum, for sums over weights W: sums over integers are multiplied by the factors of their units. Written
+  // out, because the compiler would otherwise round once in some places and twice in others.
   template <typename W>
   LSTM_EXT_INLINE Reg<T> plus(Reg<T> before, Reg<T> sum, const NarrowPanels<T>& weight, int gate, int64_t block,
                               int lanes) const {

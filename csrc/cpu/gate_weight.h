@@ -1,4 +1,4 @@
-// The weight (4H, count) of the four gates as a product reads it, and how it is packed.
+// The weight (4H, count) of the four gates in the layouts that products read, and how it is packed.
 #pragma once
 
 #include "cpu/isa.h"
@@ -16,22 +16,22 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// A weight (4H, count) as a product reads it: row by row, from gate-interleaved panels, or from its planes.
+// A weight (4H, count) that a product reads row by row, from gate-interleaved panels, or from its planes.
 template <typename T>
 struct GateWeight {
   WeightRows<T> rows;
   T* panels = nullptr;
   UnitPlanes planes{};
   NarrowPanels<T> narrow{};
-  // Where it is not negative, the place of the one block whose panels or planes are there at a time: of a weight that a
-  // call reads once. A product packs each block when it gets there, and uses it from the cache.
+  // If not negative: the place of the only block whose panels or planes exist at a time. It serves a weight that a call
+  // reads once: a product packs each block when it gets there, and reads it from cache.
   int64_t one_place = -1;
 
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || planes.count > 0; }
 
-  // dot_rows, of the weight's rows from `first` on.
+  // dot_rows for the weight's rows from `first` on.
   template <int X>
   LSTM_EXT_INLINE void dot(int64_t first, int64_t count, const LaneRows& lanes, const T* const* x, Reg<T>* sums) const {
     rows.with([&](const auto* numbers)
@@ -39,16 +39,16 @@ struct GateWeight {
   }
 };
 
-// How many registers the gates of so many units fill in a panel, or in sums over rows. The last units of a layer may
-// fill a half or a quarter of a register; then two gates or all share one.
+// The number of registers that the gates of so many units fill in a panel, or in sums over rows. The last units of a
+// layer may fill a half or a quarter of a register; then two gates, or all, share one.
 template <typename T>
 LSTM_EXT_INLINE int gate_registers(int units) {
   constexpr int n = Simd<T>::kLanes;
   return 4 * units <= n ? 1 : 2 * units <= n ? 2 : kGates;
 }
 
-// Gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates
-// of the units side by side, [k][gate][lane]. With fewer registers, a gate has fewer lanes.
+// Packs a gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates of the units
+// side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes.
 template <typename T, typename W>
 void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
   constexpr int n = Simd<T>::kLanes;
@@ -61,8 +61,8 @@ void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_
   }
 }
 
-// A panel in narrower numbers, of which those of the weight are made: bfloat16, in the order of half_of, or
-// integers times a factor, where bytes are multiplied in the order of byte_place.
+// Packs a panel of narrower numbers, from which the weight's were widened: bfloat16, in the order of half_of, or
+// integers times a factor, in the order of byte_place if bytes are multiplied.
 template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
                        int64_t block, void* panels) {
@@ -81,7 +81,7 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
         if (kind == WeightKind::kBFloat16) {
           uint32_t bits;
           __builtin_memcpy(&bits, &number, sizeof(bits));
-          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // as half_of reads them
+          const int64_t place = at - gate % 2 * n + lane + gate % 2;  // the order of half_of
           static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
           const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
@@ -99,7 +99,7 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
 }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-// The planes of the same units. Returns whether all numbers could be split.
+// Packs the planes of the same units. Returns whether all numbers could be split.
 template <typename W>
 bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int planes, uint16_t* out) {
   const int64_t unit = block * kUnitTileRows;
@@ -116,7 +116,7 @@ bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64
 }
 #endif
 
-// Makes the panels or planes of kLanes units of a weight, if it has any, in the block's place.
+// Packs kLanes units of a weight into the block's place, as panels or planes, if the weight has any.
 template <typename T>
 void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
   const int64_t place = weight.place(block);

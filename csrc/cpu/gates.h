@@ -19,7 +19,7 @@ struct Gates {
   LSTM_EXT_INLINE const Reg<T>& operator[](int i) const { return gate[i]; }
 };
 
-// `lanes` units of a gate row, which is where `at` is in the first gate.
+// Loads `lanes` units of a gate row; `at` points to the first of them in the first gate.
 template <typename T>
 LSTM_EXT_INLINE Gates<T> load_gates(const T* at, int64_t hidden_size, int lanes) {
   Gates<T> gates;

@@ -30,8 +30,8 @@
 #define LSTM_EXT_AVX512
 #endif
 
-// LSTM_EXT_ISA: the namespace. The rest of the translation unit is compiled for the target; Clang wants the end of the
-// kernels_*.cpp to take it back.
+// LSTM_EXT_ISA: the namespace. From here on the translation unit is compiled for the target. Clang needs the end of the
+// kernels_*.cpp to pop it.
 #if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16 and VNNI, and the matrix unit
 
 #define LSTM_EXT_ISA amx
@@ -81,7 +81,7 @@
 #define LSTM_EXT_ISA baseline
 #define LSTM_EXT_ISA_NAME "baseline"
 
-#elif defined(LSTM_EXT_ISA_SOFTWARE)  // of the tests: registers of 16 numbers and a matrix unit in plain C++
+#elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a matrix unit in plain C++
 
 #define LSTM_EXT_ISA software
 #define LSTM_EXT_ISA_NAME "software"

@@ -1,6 +1,6 @@
-// What the CPU backend offers to the glue: one table of functions per instruction set.
-// A call is made by plan.grid.workers() threads at once, each with its own index; the kernels
-// synchronise among themselves through the barriers in the workspace where the plan says so.
+// The interface of the CPU backend: one table of functions per instruction set. A call is made by plan.grid.workers()
+// threads at once, each with its own index. The kernels synchronise among themselves through the barriers in the
+// workspace, as planned.
 #pragma once
 
 #include <cstdint>
@@ -11,33 +11,33 @@
 
 namespace lstm_ext::cpu {
 
-// Whether products of one row prefetch their panels. On AMD's processors with AVX-512 they do not: on Zen 4 and Zen 5,
-// the instructions cost more than they gain.
+// Whether products of one row prefetch their panels. On AMD's processors with AVX-512 they do not: on Zen 4 and Zen 5
+// the prefetches cost more than they gain.
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
 // Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256
-// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 says that it has none. The sets that always have it do not ask.
+// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 turns it off. The sets that always have it do not ask.
 extern const bool has_avx512_vnni, has_avx_vnni;
 
 template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
   int64_t tile_rows;  // batch rows of a register tile
-  UnitLimits unit;    // of products on the matrix unit
+  UnitLimits unit;    // from which sizes on products use the matrix unit
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
-  // Makes what the plan has places for at `data`, where the factors of int8 are already.
+  // Packs the weights into the plan's places, relative to `data`, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
-  bool (*multiplies_bytes)();  // frozen weights in int8, whose panels depend on it
+  bool (*multiplies_bytes)();  // whether frozen int8 weights multiply bytes; their panels depend on it
 };
 
 struct Capability {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
-  const Capability* next = nullptr;  // of those that were added
+  const Capability* next = nullptr;  // next in the list of added capabilities
 };
 
 // One per instruction set; null where the binary has none.
@@ -60,6 +60,6 @@ LSTM_EXT_PUBLIC void add_capability(Capability* added);
 LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 
 template <typename T>
-LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // of capability()
+LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // the kernels of capability()
 
 }  // namespace lstm_ext::cpu

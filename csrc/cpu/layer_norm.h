@@ -9,8 +9,8 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Some rows of `count` numbers become (x - mean) / sqrt(variance + epsilon), with the biased variance. `factors` get 1
-// / that root.
+// Replaces rows of `count` numbers by (x - mean) / sqrt(variance + epsilon), with the biased variance. `factors`
+// receives 1 / sqrt(variance + epsilon) of each row.
 template <typename T, int kRows>
 LSTM_EXT_INLINE void normalise(T* const* rows, int64_t count, T* factors) {
   using S = Simd<T>;
@@ -54,7 +54,7 @@ LSTM_EXT_INLINE void normalise(T* const* rows, int64_t count, T* factors) {
   });
 }
 
-// At most kNormRows rows, side by side: in each the sums and the root wait for one another.
+// Normalises at most kNormRows rows side by side, because the sums and the root of each row wait for one another.
 template <typename T>
 LSTM_EXT_INLINE void normalise(T* const* rows, int64_t number_of_rows, int64_t count, T* factors) {
   if (number_of_rows == kNormRows) {

@@ -2,10 +2,10 @@
 //
 // It has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left operand
 // is 16 rows of 32 numbers. A right operand is 32 x 16 numbers in pairs, 16 rows of [16 columns][2]. Denormal operands
-// count as zeros, and denormal results become zeros. Of each product it sums the even and the odd k in two chains of
-// fused multiply-adds from zero, adds the two, and adds that to the sum.
+// count as zeros, and denormal results become zeros. For each product it sums the even and the odd k in two chains of
+// fused multiply-adds from zero, adds the two, and adds the result to the sum.
 //
-// The kernels know the unit by this interface alone, so that the tests run them on one that is written in C++.
+// The kernels use the matrix unit through this interface only, so that tests can replace it by one in plain C++.
 #pragma once
 
 #include "cpu/isa.h"
@@ -28,7 +28,7 @@ struct Avx512Bfloat16 {
   LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
   }
-  // 16 words of 32 bits: a[i] below, b[i] above.
+  // 16 words of 32 bits: a[i] in the low half, b[i] in the high half.
   using Words = __m512i;
   LSTM_EXT_INLINE static Words pairs(Half a, Half b) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
@@ -42,7 +42,7 @@ struct Avx512Bfloat16 {
 #define LSTM_EXT_TILE_REGISTERS
 
 struct MatrixUnit : Avx512Bfloat16 {
-  // Once in a thread before the others, and at the end.
+  // begin() is called once in a thread before all others, end() at the end.
   static void begin() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -65,8 +65,8 @@ struct MatrixUnit : Avx512Bfloat16 {
   LSTM_EXT_INLINE static void store(float* tile) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(tile), "r"(int64_t{64}), "i"(kTile) : "memory");
   }
-  // Once in some products. The Xeon that was measured puts its vector units to sleep 0.6 us after they last computed in
-  // floating point, and the next store of a tile waits 0.3 us until they are back.
+  // Called every few products. The Xeon that was measured puts its vector units to sleep 0.6 us after their last
+  // floating-point instruction, and the next store of a tile then waits 0.3 us until they are back.
   LSTM_EXT_INLINE static void keep_awake() {
     Reg<float> zero = Simd<float>::zero();
     asm volatile("vaddps %0, %0, %0" : "+v"(zero));
@@ -77,15 +77,15 @@ struct MatrixUnit : Avx512Bfloat16 {
   }
 };
 
-// From which sizes on it pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs about as
-// much as multiplying it by 64 others.
+// The sizes from which on it pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs
+// about as much as multiplying it by 64 others.
 constexpr UnitLimits kLimitsOfUnit{{0, 1, 6, 8},    {0, 1, 12, 12}, {0, 32, 32, 64},
                                    {0, 32, 32, 80}, {0, 8, 3.5, 2}, kUnitTileRows};
 
 #elif defined(LSTM_EXT_ISA_AVX512_BF16)
 
-// No unit of its own, but an instruction that multiplies pairs of bfloat16 in vector registers, and reads the same
-// operands. It does twice the work of a fused multiply-add, so it is for one plane only.
+// A stand-in for the matrix unit: an instruction that multiplies pairs of bfloat16 in vector registers and reads the
+// same operands. It does twice the work of a fused multiply-add, so it pays for one plane only.
 struct MatrixUnit : Avx512Bfloat16 {
   static void begin() {}
   static void end() {}

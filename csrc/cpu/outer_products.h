@@ -1,4 +1,4 @@
-// Sums over time and batch: of outer products, which are weight gradients, and of rows, which are bias gradients.
+// Sums over time and batch: of outer products, for weight gradients, and of rows, for bias gradients.
 //
 // Partial sums over a block of kSumBlock rows are formed in registers and then added to memory: better locality, and a
 // smaller rounding error than one running sum over all rows.
@@ -15,12 +15,13 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// The left factor is copied where its rows lie at least this far apart. A tile reads a few numbers of each row, and all
-// rows are read again for each panel. Of large weights they come from the third-level cache, which is faster in the
-// order of memory. The limits are by trial.
+// The left factor is copied if its row stride is at least this large. A tile reads a few numbers of each row, and all
+// rows are read again for each panel. With large weights they come from the third-level cache, which is faster in
+// memory order. The limits were found by trial.
 constexpr int64_t kFarBytes = kVectorRegisters == 32 ? 9216 : 4096;
 
-// Where sums of T go. Those of 16 bits are rounded, and added to nothing: see sums_gradients_once.
+// The destination of sums of T. Sums of 16 bits are rounded and written once, never accumulated: see
+// sums_gradients_once.
 template <typename T>
 struct SumsPlace {
   void* data;
@@ -53,10 +54,10 @@ LSTM_EXT_INLINE void add_sum(T* at, Reg<T> sum, int lanes, bool fresh) {
 LSTM_EXT_INLINE void add_sum(BFloat16* at, Reg<float> sum, int lanes, bool) { store_rounded(at, sum, lanes); }
 LSTM_EXT_INLINE void add_sum(Float16* at, Reg<float> sum, int lanes, bool) { store_rounded(at, sum, lanes); }
 
-// Up to so many samples are read again for each row of the sums, which are written in the order of memory.
+// Up to this many samples are read again for each row of the sums, which are written in memory order.
 constexpr int64_t kFewSamples = 8;
 
-// What add_outer_products does with a few samples.
+// add_outer_products for a few samples.
 template <typename T, typename Right>
 void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
                             int64_t columns, const SumsPlace<T>& sums, bool fresh) {
@@ -78,12 +79,12 @@ void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, R
   });
 }
 
-// With up to so many samples, so many long rows of the sums are written at a time, all columns of them: their pages
-// stay in the translation buffer.
+// With up to kBandSamples samples, kBandRows long rows of the sums are written at a time, in all columns, so that their
+// pages stay in the translation buffer.
 constexpr int64_t kBandSamples = 64, kBandRows = 48, kLongRowBytes = 2048;
 
-// sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; where the sums are fresh,
-// = instead of +=. `scratch`: see BackwardPlan::outer_product_size.
+// sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; = instead of += if
+// `fresh`. For `scratch` see BackwardPlan::outer_product_size.
 template <typename T, typename Right>
 void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
                         int64_t columns, const SumsPlace<T>& sums, T* scratch, bool fresh) {
@@ -155,7 +156,7 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
   }
 }
 
-// A right factor on the matrix unit, and the sums.
+// A right factor of a product on the matrix unit, and its sums.
 struct OuterSums {
   RowGrid<const float> right;
   int64_t columns;
@@ -165,7 +166,7 @@ struct OuterSums {
 };
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-// A row of sums, from column tiles of terms.
+// Adds column tiles of terms to a row of sums.
 template <typename W>
 LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int64_t columns, bool fresh) {
   for (; columns > 0; columns -= kUnitTileRows, to += kUnitTileRows, terms += kSumsSize) {
@@ -173,16 +174,16 @@ LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int64_t columns, bool f
     add_sum(to, Simd<float>::load(terms), lanes, fresh);
   }
 }
-// The same of 16 bits. Not inlined, so that what is done beside the unit stays short in the other calls.
+// The same for sums of 16 bits. Not inlined, so that the code beside the matrix unit stays short in other calls.
 __attribute__((noinline)) inline void round_sums(const SumsPlace<float>& sums, int64_t at, const float* terms,
                                                  int64_t columns) {
   sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE { add_sums(to + at, terms, columns, true); });
 }
 
-// Some columns of all rows of some sums.
+// A block of sums: all rows and some columns.
 struct SumsBlock {
   SumsPlace<float> sums;
-  int64_t at, row_step;  // where they begin, in numbers
+  int64_t at, row_step;  // index of the first number, and row stride
   int64_t columns;
 
   LSTM_EXT_INLINE void add(int64_t row, const float* terms, bool fresh) const {
@@ -199,8 +200,8 @@ struct SumsBlock {
   }
 };
 
-// add_outer_products on the matrix unit, of so many planes, for `count` right factors, at most kMostOuterSums. Blocks
-// whose numbers cannot be split go the other way.
+// add_outer_products on the matrix unit with `planes` planes, for `count` right factors, at most kMostOuterSums. Blocks
+// whose numbers cannot be split are multiplied without it.
 constexpr int kMostOuterSums = 2;
 inline void add_outer_planes(int planes, const float* left, int64_t left_step, int64_t samples, Range rows,
                              const OuterSums* parts, int count, const TileScratch& tiles, float* scratch, bool fresh) {
@@ -268,7 +269,7 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         continue;
       }
       const auto place_of = [=](int64_t i) LSTM_EXT_LAMBDA_INLINE {
-        if (i == groups) i = 0;  // nothing is behind the last: any sums will do
+        if (i == groups) i = 0;  // after the last group, any sums will do
         const Group group = group_at(i);
         const OuterSums& part = parts[group.part];
         const int64_t column = group.tile * kUnitTileRows;

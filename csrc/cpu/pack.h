@@ -1,4 +1,4 @@
-// Copies of a weight with its columns as rows, which is the order in which the tiles read it.
+// Transposed copies of a weight: its columns become rows, the order in which tiles read it.
 #pragma once
 
 #include "cpu/isa.h"
@@ -9,7 +9,7 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// v becomes its transpose, as a matrix of kLanes x kLanes numbers.
+// Transposes v in place, as a matrix of kLanes x kLanes numbers.
 template <typename T, int Group = 1>
 LSTM_EXT_INLINE void transpose(Reg<T>* v) {
   constexpr int n = Simd<T>::kLanes;
@@ -28,7 +28,7 @@ LSTM_EXT_INLINE void transpose(Reg<T>* v) {
   }
 }
 
-// out[k * out_step + lane] = source[lane * count + k] for k < count and lane < `width`; those from `lanes` on are zero.
+// out[k * out_step + lane] = source[lane * count + k] for k < count and lane < `width`; lanes from `lanes` on are zero.
 template <typename T, typename W>
 void pack_transposed(const W* source, int lanes, int64_t count, T* out, int64_t out_step, int width = Simd<T>::kLanes) {
   using S = Simd<T>;

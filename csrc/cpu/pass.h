@@ -1,5 +1,5 @@
-// What the forward and the backward pass of one worker share: the steps, the worker's place in the grid, its rows and
-// units, its buffers, and the states before a step.
+// The part of a worker that the forward and the backward pass share: the steps, the worker's place in the grid, its
+// rows and units, its buffers, and the states before a step.
 #pragma once
 
 #include "cpu/isa.h"
@@ -20,7 +20,7 @@ struct PreviousStates {
   const T* h;  // row 0 of those that continue
   const T* c;
   int64_t h_step, hidden_size, output_size;
-  int64_t continued;  // these rows had a step before; the others begin
+  int64_t continued;  // rows that had a step before; the others begin
   const T* h0;
   const T* c0;
   ResetState<T> reset_state;
@@ -50,10 +50,10 @@ struct Pass {
   const Steps steps;
   const int64_t worker, team, member;
   const TeamRows rows;
-  const Range blocks;  // of kLanes hidden units, of this member
+  const Range blocks;  // this member's blocks of kLanes hidden units
   Barrier* const all_workers;
   Barrier* const team_barrier;
-  T* const zero_row;  // where a row of h may be zeros, else not reserved
+  T* const zero_row;  // zeros in place of a row of h; reserved only if needed
   const UnitSession unit_session;
 
   Pass(const Params& params, const Plan& plan, Steps::Pass direction, char* workspace, int worker)
@@ -72,8 +72,8 @@ struct Pass {
         zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
         unit_session(plan.unit_scratch.sums_numbers > 0) {}
 
-  // Places in the workspace, at an offset of the plan. Those of a worker or of a team lie one behind the other, each of
-  // `size` numbers or rows.
+  // Places in the workspace, at an offset of the plan. Those of the workers, or of the teams, follow one another; each
+  // has `size` numbers or rows.
   T* buffer(int64_t offset, int64_t index = 0) const { return place<T>(offset) + index; }
   T* worker_buffer(int64_t offset, int64_t size) const { return buffer(offset) + worker * size; }
   T* team_buffer(int64_t offset, int64_t size) const { return buffer(offset) + team * size; }
@@ -94,7 +94,7 @@ struct Pass {
   WeightRows<T> weight_ih() const { return {params.weights.weight_ih, params.weights.narrow.weight_ih, kind()}; }
   WeightRows<T> weight_hh() const { return {params.weights.weight_hh, params.weights.narrow.weight_hh, kind()}; }
 
-  // A weight (4H, count) as the plan has it packed.
+  // A weight (4H, count), packed according to the plan.
   GateWeight<T> gate_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
     if (unit.planes > 0) return {rows, nullptr, planes(unit, offset)};
     return {rows, packed ? buffer(offset) : nullptr};
@@ -116,7 +116,7 @@ struct Pass {
   // This member's share of `count` rows.
   Range member_share(int64_t count) const { return share(count, plan.grid.hidden_groups, member); }
 
-  // The states before the step at time t. `running_c` is (B, H), where c_t of all steps is not kept.
+  // The states before the step at time t. `running_c` is (B, H), for a pass that does not save c_t of all steps.
   PreviousStates<T> states_before(int64_t t, const T* running_c = nullptr) const {
     const int64_t H = shape.hidden_size;
     const int64_t before = shape.reverse ? t + 1 : t - 1;

@@ -6,30 +6,30 @@
 namespace lstm_ext::cpu {
 namespace {
 
-// Work is counted in fused multiply-adds of one number. The constants were chosen by trial on an AVX-512 machine of two
-// cores; they only steer, nothing depends on them for correctness.
-constexpr double kWorkPerThread = 6e5;       // below this a thread costs more than it brings
-constexpr double kWorkPerBarrier = 6e4;      // what a barrier between team members costs
-constexpr int64_t kRowMajorRows = 32;        // up to here weights are read as they lie: see docs/guide/streaming.md
+// Work is counted in fused multiply-adds of one number. The constants were found by trial on an AVX-512 machine of two
+// cores. They affect speed only, never correctness.
+constexpr double kWorkPerThread = 6e5;       // with less work a thread costs more than it gains
+constexpr double kWorkPerBarrier = 6e4;      // the cost of a barrier between team members
+constexpr int64_t kRowMajorRows = 32;        // up to here weights are read unpacked: see docs/guide/streaming.md
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
-constexpr int64_t kChunkRows = 48;           // ... but the weights must be used often enough
-constexpr int64_t kUnitChunkRows = 128;      // ... by the matrix unit more often, since it needs them faster
+constexpr int64_t kChunkRows = 48;           // ... but each load of the weights must serve enough rows
+constexpr int64_t kUnitChunkRows = 128;      // ... and more on the matrix unit, which needs the weights faster
 constexpr int64_t kCacheLine = 64;
-constexpr double kUnitCellFeatures = 30;     // a cell costs as much as so many input features, beside the matrix unit
-constexpr double kWholeCacheBytes = 2e6;     // of weights that could stay there with nothing else
-constexpr double kLoadNumber = 2.0;          // what it costs to load a bfloat16 number of a weight from there
-constexpr double kLoadFarNumber = 6.0;       // and from further away
-constexpr double kRowsThatWait = 128;        // for these; with more, the next tiles of a weight arrive meanwhile
-constexpr int64_t kInputRowsOfOnePlane = 8;  // of a step; see sums_input_in_steps
-constexpr double kWeightBytesOfSum = 10;     // that may be read in place of a byte of W x; measured on a Xeon
-constexpr double kGroupBytes = 512 * 1024;   // of the weights of a group of units; see count_unit_groups
-// Products of tiles, 4 us, that do not slow the processor's clock, and steps that have to follow them.
+constexpr double kUnitCellFeatures = 30;     // the cost of a cell beside the matrix unit, in input features
+constexpr double kWholeCacheBytes = 2e6;     // weights of this size stay in the L2 cache if nothing else is there
+constexpr double kLoadNumber = 2.0;          // the cost of loading a bfloat16 number of a weight from there
+constexpr double kLoadFarNumber = 6.0;       // ... and from further away
+constexpr double kRowsThatWait = 128;        // up to here rows wait for loads; with more, the next tiles arrive in time
+constexpr int64_t kInputRowsOfOnePlane = 8;  // least rows of a step; see sums_input_in_steps
+constexpr double kWeightBytesOfSum = 10;     // weight bytes read instead of a byte of W x; measured on a Xeon
+constexpr double kGroupBytes = 512 * 1024;   // the weights of a group of units; see count_unit_groups
+// So many products of tiles, 4 us, do not slow the processor's clock, if at least so many steps follow them.
 constexpr int64_t kShortUnitProducts = 800;
 constexpr int64_t kShortUnitSteps = 16;
-constexpr int kDirections = 2;  // of a bidirectional layer
-// Samples (time x batch) of a backward chunk: H within these bounds. Each chunk adds to the weight gradients in memory
-// once, so larger weights are better off with longer chunks. Its gradients should stay in cache, so smaller ones are
-// better off with shorter ones.
+constexpr int kDirections = 2;  // directions of a bidirectional layer
+// The number of samples (time x batch) in a backward chunk is H within these bounds. Each chunk adds to the weight
+// gradients in memory once, so larger weights gain from longer chunks. Its gradients should stay in cache, so smaller
+// weights gain from shorter ones.
 constexpr int64_t kLeastSamples = 256;
 constexpr int64_t kMostSamples = 1024;
 
@@ -54,24 +54,25 @@ struct Layout {
   int64_t reserve_pointers(int64_t count) { return reserve_bytes(count * static_cast<int64_t>(sizeof(void*))); }
 };
 
-// The work of one row of one time step: the products with so many input features, with h and of the projection, and
-// about as much for the cell as for 8 more features.
+// The work of one row of one time step: the products with `features` input features, with h, and of the projection. The
+// cell costs about as much as 8 more features.
 double row_work(const LayerShape& shape, int64_t features) {
   const int64_t products = 4 * shape.hidden_size * (features + shape.output_size + 8);
   return static_cast<double>(products + (shape.projected ? shape.hidden_size * shape.output_size : 0));
 }
 
-// What a time step costs.
+// The cost of a time step.
 struct StepCost {
-  double row_work;            // for one row
-  int planes = 0;             // of the recurrent product, where it runs on the matrix unit
-  double weight_numbers = 0;  // of the weights that are read in a step
+  double row_work;            // the work of one row
+  int planes = 0;             // planes of the recurrent product, if it runs on the matrix unit
+  double weight_numbers = 0;  // numbers of the weights that a step reads
   double row_multiple = 1;
-  // Beside the unit, loading from further away takes time of its own. In a backward pass that would not help to choose:
-  // workers that share the units of a step read and split each other's gradients, which takes about as long.
+  // Whether loads from outside the L2 cache add to the time, which they do beside the matrix unit. For a backward pass
+  // this would not improve the choice: workers that share the units of a step read and split each other's gradients,
+  // which takes about as long.
   bool adds = false;
 
-  // For a worker that has so many rows of a batch, and such a share of the units.
+  // The cost for a worker with `rows` rows of a batch and a share of the units.
   double of(double rows, double batch, double share) const {
     if (planes == 0) {
       // A low tile is bound by loading the weights: two rows cost hardly more than one.
@@ -87,24 +88,23 @@ struct StepCost {
   }
 };
 
-// The cost of steps whose rows meet so many features beside h; `planes` as in StepCost. The unit is that much faster
-// than fused multiply-adds, which makes the cells weigh more.
+// The cost of steps whose rows have `features` features beside h; `planes` as in StepCost. The matrix unit is that much
+// faster than fused multiply-adds, so the cells weigh more.
 StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds) {
   const double gates = 4.0 * static_cast<double>(shape.hidden_size);
   const double products = gates * static_cast<double>(features + shape.output_size);
-  // Of several steps, the weight of the input is read once for many of them.
+  // With several steps, one load of the input's weight serves many of them.
   const double read = shape.steps == 1 ? products : gates * static_cast<double>(shape.output_size);
   if (planes == 0) return {row_work(shape, features), 0, read};
   return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes, read,
           static_cast<double>(unit.row_multiple), adds};
 }
 
-// The grid with the shortest estimated time. `other_work` is what all workers share evenly, `barriers` how often
-// members of a team meet in a step. Many teams come before many members: what is as fast on paper should not have to
-// wait.
+// The grid with the shortest estimated time. All workers share `other_work` evenly; `barriers` is how often the members
+// of a team meet in a step. On a tie, more teams win over more members, because teams do not wait for each other.
 WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
                        int64_t barriers, int64_t most_teams) {
-  const int64_t batch = divide_up(count_samples(shape), shape.steps);  // of a step, on average
+  const int64_t batch = divide_up(count_samples(shape), shape.steps);  // average rows of a step
   const double all_rows = static_cast<double>(batch);
   const double total = cost.of(all_rows, all_rows, 1.0) * static_cast<double>(shape.steps) + other_work;
   const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
@@ -132,19 +132,19 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
   return best;
 }
 
-// Whether both directions of a layer that has two run at the same time. They do if each has enough work for a thread,
-// and both together need no more threads than there are: small layers with few rows.
+// Whether both directions of a bidirectional layer run at the same time: if each has enough work for a thread, and both
+// together need no more threads than there are. This holds for small layers with few rows.
 bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
   return kDirections * grid.workers() <= machine.threads && grid.work >= kWorkPerThread;
 }
 
-// How often the members of a team meet in a step.
+// The number of barriers of a team in a step.
 template <typename Params>
 int64_t count_barriers(const Params& params) {
   return 1 + (params.shape.projected ? 1 : 0) + (params.options.normalised() ? 1 : 0);
 }
 
-// A left operand of a worker stays in its L2 cache.
+// A worker's left operand is limited to this size, so that it stays in the L2 cache.
 constexpr int64_t kUnitLeftNumbers = 512 * 1024;
 constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
 constexpr int64_t kUnitOuterRows = 64;
@@ -154,8 +154,8 @@ bool enough_rows(const UnitLimits& least, int planes, int64_t rows, int64_t weig
   return rows >= (far ? least.far_rows : least.rows)[planes];
 }
 
-// The planes with which a product runs on the matrix unit, or 0: of so many rows with a weight (4H, depth), or with any
-// other matrix (depth, columns).
+// The planes with which a product of so many rows runs on the matrix unit, or 0. gate_planes: with a weight (4H,
+// depth). column_planes: with any other matrix (depth, columns).
 int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {
   const UnitLimits& least = machine.unit;
   const bool worth_it = enough_rows(least, planes, rows, 4 * hidden_size * depth) &&
@@ -169,18 +169,18 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
   return least.any() && worth_it ? planes : 0;
 }
 
-// Up to so many rows of all steps weights are not packed for the unit. Those of 16 bits, `narrow`, need little work,
-// and nothing is promised about the bits of few rows.
+// Up to this many rows of all steps together, weights are not packed for the matrix unit. 16-bit weights (`narrow`)
+// need little work, and no promise is made about the bits of few rows.
 int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
 
-// Up to how many rows of all steps packing the weights of a forward pass costs more than it saves: `planes` of the
-// recurrent product. Large weights push out what else the cache holds, so several steps have to gain from that. Not
-// measured with narrow registers.
+// Up to this many rows of all steps together, packing the weights of a forward pass costs more than it saves; `planes`
+// of the recurrent product. Large packed weights evict other data from the cache, so they pay only over several steps.
+// Not measured with narrow registers.
 int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
   if (narrow && planes > 0) return few_rows(planes, narrow);
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
   if (planes > 0 || shape.steps == 1) return kRowMajorRows;
-  // Nothing is promised about single steps of two directions.
+  // No promise is made about single steps of a bidirectional layer.
   if (shape.two_directions && numbers < 1'000'000) return numbers < 100'000 ? 12 : 20;
   return numbers > 200'000 && machine.lanes >= 8 ? 48 : kRowMajorRows;
 }
@@ -190,19 +190,19 @@ int64_t plane_numbers(int64_t rows, int64_t depth, int planes) {
   return round_up(rows, kUnitTileRows) * round_up(depth, kUnitTileDepth) * planes;
 }
 
-// The same where the sum may be made in pieces of k, and those of all columns wait in between.
+// The same for a sum that may be computed in pieces of k; the sums of all columns are kept in between.
 void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
   const int64_t row_tiles = std::min(divide_up(rows, kUnitTileRows), kMostUnitRows / kUnitTileRows);
   const int64_t k_tile = row_tiles * plane_numbers(1, 1, planes);
   const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
   const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / k_tile);
   scratch.left_numbers = std::max(scratch.left_numbers, std::min(k_tiles, most) * k_tile);
-  const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // of one of two buffers
+  const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // width of one of two buffers
   scratch.sums_numbers =
       std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kUnitTileRows * kUnitTileRows);
 }
 
-// Makes room for a left operand of so many rows, as far as it should be there at once, and for the sums.
+// Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
 void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
   const int64_t tile = plane_numbers(1, depth, planes);
   const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
@@ -211,7 +211,8 @@ void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, in
   scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
 }
 
-// The panels or planes of so many units of a weight (4H, depth) that meets so many rows at once; 0 if it has none.
+// Reserves panels or planes of `units` units of a weight (4H, depth) that is multiplied with `rows` rows at once;
+// returns 0 if it has none.
 template <typename T>
 int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch, int64_t units,
                             int64_t rows, int64_t depth) {
@@ -229,10 +230,10 @@ void reserve_scratch(Layout<T>& layout, UnitScratch& scratch, int64_t workers) {
   scratch.sums = layout.reserve_bytes(workers * 2 * static_cast<int64_t>(sizeof(float)) * scratch.sums_numbers);
 }
 
-// Numbers of scratch with which a worker adds up the outer products for at most so many rows of a weight.
+// The scratch, in numbers, with which a worker sums the outer products for at most `rows` rows of a weight.
 int64_t outer_product_scratch(int64_t lanes, int64_t rows) { return kSumBlock * (kTileColumns * lanes + rows); }
 
-// How many rows of a chunk at least share the reading of W.
+// The least number of rows of a chunk that share one read of W.
 int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
   const int planes = plan.input_unit.planes;
   if (planes == 0) return kChunkRows;
@@ -240,8 +241,8 @@ int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
   return planes == 1 && far ? 2 * kUnitChunkRows : kUnitChunkRows;
 }
 
-// Where only W x is multiplied on the unit: of how many steps at once, so that this does not slow those steps; or 0 if
-// that would be too few.
+// The number of steps in a chunk if only W x runs on the matrix unit, small enough that the unit does not slow those
+// steps; 0 if there would be too few.
 int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
   const int planes = plan.input_unit.planes;
   if (planes == 0 || plan.recurrent_unit.planes > 0) return 0;
@@ -251,9 +252,9 @@ int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
   return steps >= kShortUnitSteps ? steps : 0;
 }
 
-// W x of many steps at once is written to memory and read again, but reads W once. Where a step has rows enough, and
-// the planes of both weights stay in the cache or those of W are no more than what is not written and read, W is read
-// in each step instead.
+// Computing W x of many steps at once reads W once, but writes the sums to memory and reads them again. W is read in
+// each step instead if a step has enough rows and one of two holds: the planes of both weights stay in the cache, or
+// those of W are no larger than the traffic that this saves.
 bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
   const int planes = plan.recurrent_unit.planes;
   if (unfused || plan.pack_as_used || planes == 0 || plan.input_unit.planes != planes) return false;
@@ -265,8 +266,8 @@ bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool 
          (both <= kWholeCacheBytes || of_input <= kWeightBytesOfSum * sums);
 }
 
-// A call of one step reads both weights once. Where the cache does not hold both, the units take turns: both products
-// of some of them, then of the next. So the weights that the call used last belong to the units that the next call
+// A call of one step reads both weights once. If the cache does not hold both, the call takes the units in groups: both
+// products of one group, then of the next. So the weights that a call used last belong to the units that the next call
 // begins with; see GateProduct::Sweep.
 template <typename T>
 int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine) {
@@ -299,7 +300,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int recurrent_planes = gate_planes(machine, planes, shape.batch, P, H);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
   plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_planes, narrow);
-  // By the size of the call, not by its share among threads: results do not depend on their number.
+  // Decided by the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack) plan.recurrent_unit.planes = recurrent_planes;
   plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
@@ -315,7 +316,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
                                  divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
   if (const int64_t steps = short_chunk_steps(plan, shape)) chunk_steps = steps;
-  if (plan.input_in_steps) chunk_steps = 1;  // room for what the unit cannot split
+  if (plan.input_in_steps) chunk_steps = 1;  // room for rows that the matrix unit cannot split
   plan.chunk_rows = plan.team_rows * std::clamp<int64_t>(chunk_steps, 1, shape.steps);
 
   Layout<T> layout;
@@ -327,7 +328,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
     if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
     if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
   } else {
-    // Units that have a place at once: all, or a block of each worker.
+    // The units that have a place at once: all, or one block of each worker.
     const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
     plan.input_panels = reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
     plan.recurrent_panels =
@@ -344,7 +345,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   if (!params.kept_input_part()) plan.preactivations = layout.reserve(teams * plan.chunk_rows * gates);
   // For each worker, lists of the rows of the input and of the preactivations in a chunk.
   if (shape.step_offsets) plan.row_lists = layout.reserve_pointers(workers * 2 * plan.chunk_rows);
-  if (shape.resets || options.any()) {  // and of h_{t-1} and c_{t-1} in a step, and zeros
+  if (shape.resets || options.any()) {  // pointers to h_{t-1} and c_{t-1} in a step, and zeros
     plan.state_lists = layout.reserve_pointers(workers * 2 * plan.team_rows);
     plan.zero_row_size = gates;
     plan.zero_rows = layout.reserve(workers * plan.zero_row_size);
@@ -364,7 +365,7 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
   const int64_t padded = round_up(H, machine.lanes);
   FrozenPlan plan;
   plan.kind = kind;
-  // All that some number of rows would have.
+  // The planes that any number of rows would use.
   const int64_t rows = machine.unit.rows[planes];
   plan.planes = rows < kNever ? gate_planes(machine, planes, rows, kUnitTileDepth, H) : 0;
   Layout<T> layout{round_up(first, kCacheLine)};
@@ -412,13 +413,13 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   BackwardPlan plan;
   const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
-  // Three planes are worth packing for a few rows of several steps if the weights are large.
+  // Packing three planes pays for a few rows of several steps if the weights are large.
   const bool packs_soon =
       row_planes > 0 && (narrow || row_planes < 3 || (shape.steps > 1 && gates * (I + P) > 200'000));
   const int64_t few = packs_soon ? few_rows(row_planes, narrow) : std::max(kRowMajorRows, 4 * machine.lanes);
-  // Where they lie, weights of 16 bits become float32 in each step.
+  // Unpacked weights of 16 bits are widened to float32 in each step.
   plan.pack = samples > few || (narrow && shape.steps > 1);
-  // One step alone has no use for U but in the gradients of the states before it.
+  // A single step uses U only for the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
   if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
@@ -431,11 +432,11 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   Layout<T> layout;
   layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
   plan.barrier_bytes = layout.end;
-  // What both weights share is split once.
+  // The shared left factor of both weights is split once.
   const bool one_left = params.grad_weight_ih && params.grad_weight_hh && !options.normalised();
   const int64_t outer_columns = one_left ? I + P : std::min(I, P);
   if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, outer_columns);
-  // On the unit, each kSumBlock samples are added to memory in any case.
+  // The matrix unit adds to memory every kSumBlock samples in any case.
   const int64_t most_samples = plan.outer_unit.planes > 0 ? kSumBlock : kMostSamples;
   plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
   if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;

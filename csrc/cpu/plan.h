@@ -1,5 +1,5 @@
-// How a call is cut up: which path, how many workers, what each owns, where things lie in the workspace. Pure functions
-// of a call and of facts of the machine, so that tests can ask them anything.
+// Plans a call: which path, how many workers, what each owns, and the places in the workspace. Pure functions of a call
+// and of facts of the machine, so that tests can call them with any values.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace lstm_ext::cpu {
 
-constexpr int64_t kNever = int64_t{1} << 62;  // rows
+constexpr int64_t kNever = int64_t{1} << 62;  // rows that no call has
 
-// From which sizes on a product is worth it on the matrix unit, by how many planes its operands have: see planes.h.
+// The least sizes at which a product pays on the matrix unit, by the number of planes of its operands: see planes.h.
 struct UnitLimits {
-  int64_t rows[4];      // of a step; all 0 where there is no such unit
-  int64_t far_rows[4];  // the same with a weight that the second-level cache does not hold
-  int64_t units[4];     // hidden units, where a weight (4H, n) is the right operand
-  int64_t columns[4];   // of any other right operand
-  // How much faster than fused multiply-adds it is, about, and of how many rows it computes a multiple.
+  int64_t rows[4];      // rows of a step; all 0 without a matrix unit
+  int64_t far_rows[4];  // the same if the second-level cache does not hold the weight
+  int64_t units[4];     // hidden units, if a weight (4H, n) is the right operand
+  int64_t columns[4];   // columns of any other right operand
+  // Its approximate speed relative to fused multiply-adds; it computes a multiple of row_multiple rows.
   double speed[4];
   int64_t row_multiple;
 
@@ -30,29 +30,29 @@ struct Machine {
   UnitLimits unit{};
 };
 
-// Where a product runs on the matrix unit; see planes.h. Nothing is set for the others.
+// A product's use of the matrix unit; see planes.h. All 0 if it does not run there.
 struct UnitProduct {
-  int planes = 0;      // of its operands; 0: it does not
+  int planes = 0;      // planes of its operands; 0: not on the matrix unit
   int64_t splits = 0;  // place of a flag for each 16 columns of the right operand
 };
 
-// A worker's scratch for such products.
+// A worker's scratch for products on the matrix unit.
 struct UnitScratch {
   int64_t left = 0, left_numbers = 0;  // place, and bfloat16 numbers
   int64_t right = 0, right_numbers = 0;
   int64_t sums = 0, sums_numbers = 0;  // place of two buffers, and float32 numbers in one
 };
 
-// Workers form a grid: batch_groups teams, each owning a slice of the batch for all time steps, of hidden_groups
-// members, each owning a slice of the hidden units of the team's rows. Teams never wait for each other inside the time
-// loop, in the backward pass once a chunk; members do, once a step (once more with a projection, and with layer
-// normalisation).
-// A team's rows lie side by side. Of packed data, whose first rows run longest, it has every batch_groups-th row, so
-// that all teams have the same to do in every step.
+// Workers form a grid of batch_groups teams of hidden_groups members. Each team owns a slice of the batch for all time
+// steps; each member owns a slice of the hidden units of the team's rows. Teams do not wait for each other inside the
+// time loop, except once a chunk in the backward pass. Members wait for each other once a step, and once more each with
+// a projection and with layer normalisation.
+// A team's rows lie side by side. In packed data, whose first rows run longest, a team has every batch_groups-th row,
+// so that all teams have equal work in every step.
 struct WorkerGrid {
   int batch_groups = 1;
   int hidden_groups = 1;
-  double work = 0;  // of the call, in fused multiply-adds of one number
+  double work = 0;  // the call's work, in fused multiply-adds of one number
   int workers() const { return batch_groups * hidden_groups; }
 };
 
@@ -60,27 +60,27 @@ struct WorkerGrid {
 struct ForwardPlan {
   WorkerGrid grid;
   bool pack = false;            // W and U as gate-interleaved panels or as planes; else they are read row-major
-  bool pack_as_used = false;    // both block by block, since the call uses them once: see GateWeight
+  bool pack_as_used = false;    // both block by block, because the call uses them once: see GateWeight
   bool input_in_steps = false;  // W x of a step is summed with its U h on the matrix unit
-  // Both directions of a layer that has two may run at the same time, each on the workers of its plan.
+  // Both directions of a bidirectional layer may run at the same time, each on the workers of its plan.
   bool directions_at_once = false;
-  int64_t unit_groups = 1;    // of hidden units: in so many parts a step multiplies W x and U h, if more than one
+  int64_t unit_groups = 1;    // groups of hidden units: a step multiplies W x and U h group by group
   int64_t team_rows = 0;      // batch rows of a team in a step, at most
   int64_t chunk_rows = 0;     // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;  // numbers in a row of zeros
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
   UnitProduct input_unit, recurrent_unit;
   UnitScratch unit_scratch;
-  int64_t preactivations = 0, hidden = 0;                           // of a chunk, and of a step, in inference
+  int64_t preactivations = 0, hidden = 0;                           // in inference: rows of a chunk, and of a step
   int64_t row_lists = 0, state_lists = 0, zero_rows = 0;            // see ForwardState
   int64_t masked_h = 0, recurrent_parts = 0, normalised_cells = 0;  // see UnfusedForwardStep
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
-// Where what is made of the weights of one direction once lies: byte offsets.
+// The layout of the frozen weights of one direction, in byte offsets.
 struct FrozenPlan {
-  int planes = 0;  // of the weights for the matrix unit; 0: it has none of them
+  int planes = 0;  // planes of the weights for the matrix unit; 0: none
   WeightKind kind = WeightKind::kOwn;
   struct Gates {  // a place that is not needed is 0
     int64_t panels = 0, factors = 0, planes = 0, splits = 0;
@@ -94,16 +94,16 @@ struct BackwardPlan {
   WorkerGrid grid;
   bool pack = false;                // copy W and W_hr into column panels; else read them where they are
   bool pack_recurrent = false;      // the same for U
-  bool directions_at_once = false;  // as in ForwardPlan; not if they share the gradient of the input
+  bool directions_at_once = false;  // same as in ForwardPlan; not if they share the gradient of the input
   int64_t team_rows = 0;            // batch rows of a team in a step, at most
-  // Rows (steps x batch) whose gradients are kept until the products over them are done; whole steps, at least one. Two
-  // buffers of so many rows, or one if that is all there is.
+  // Rows (steps x batch) whose gradients are kept until the products over them are done; whole steps, at least one.
+  // There are two buffers of this size, or one if it holds all rows.
   int64_t chunk_rows = 0;
-  // Numbers from one row of gradients of preactivations to the next, 4H or a little more: rows at a distance that is a
-  // power of two share a few sets of the caches and drive each other out.
+  // Stride between rows of the gradients of preactivations, in numbers: 4H or a little more. With a stride that is a
+  // power of two the rows would share a few cache sets and evict each other.
   int64_t gate_stride = 0;
   int64_t zero_row_size = 0;       // numbers in a row of zeros
-  int64_t outer_product_size = 0;  // numbers of scratch of a worker, also for RightHandSide::block_panel
+  int64_t outer_product_size = 0;  // a worker's scratch, in numbers; also used for RightHandSide::block_panel
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0;
   int64_t partial_sums = 0, outer_products = 0, h_lists = 0, cut_lists = 0, zero_rows = 0;  // see BackwardState
   int64_t grad_preactivations = 0, grad_input_part = 0, grad_hidden = 0, masked_h = 0;      // see Chunk
@@ -111,33 +111,33 @@ struct BackwardPlan {
   int64_t norm_rows = 0, norm_sums = 0;  // see UnfusedBackwardStep
   int64_t recomputed_gate_values = 0, recomputed_hidden = 0;
   int64_t recompute_input_panels = 0, recompute_recurrent_panels = 0, recompute_bias = 0, recompute_lists = 0;
-  UnitProduct input_unit, recurrent_unit, projection_unit;  // where W, U and W_hr are the right operand
-  UnitProduct outer_unit;                                   // of the sums of outer products
+  UnitProduct input_unit, recurrent_unit, projection_unit;  // products with W, U and W_hr as the right operand
+  UnitProduct outer_unit;                                   // the sums of outer products
   UnitProduct recompute_input_unit, recompute_recurrent_unit;
   UnitScratch unit_scratch;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
-constexpr double kCacheBytes = 1.5e6;  // of weights that stay in the second-level cache from one step to the next
-constexpr int64_t kUnitTileRows = 16, kUnitTileDepth = 32;  // of an operand of the matrix unit
-constexpr int64_t kGateTiles = 4;                           // of sums, side by side, for the gates of as many units
-constexpr int64_t kMostUnitRows = 256;                      // of a left operand at once
-constexpr int64_t kUnitInputRows = 96;  // of the gradients whose products with W are the gradients of the input
+constexpr double kCacheBytes = 1.5e6;  // weights of this size stay in the second-level cache between steps
+constexpr int64_t kUnitTileRows = 16, kUnitTileDepth = 32;  // tile of an operand of the matrix unit
+constexpr int64_t kGateTiles = 4;       // tiles of sums, side by side: one for each gate of 16 units
+constexpr int64_t kMostUnitRows = 256;  // most rows of a left operand at once
+constexpr int64_t kUnitInputRows = 96;  // rows of gradients that are multiplied with W at once
 constexpr int64_t kSumBlock = 512;      // samples whose outer products are summed in registers
-constexpr int64_t kTileColumns = 4;     // of a register tile, in registers
+constexpr int64_t kTileColumns = 4;     // columns of a register tile, in registers
 constexpr int64_t kNormSums = 14;      // times H: sums of the gradients of layer normalisation, see UnfusedBackwardStep
 constexpr int64_t kNormRows = 4;       // rows that are normalised side by side, see layer_norm.h
 constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
 
-// Whether a backward pass writes each number of the gradients of W and U once: one step, which is one chunk, and one
-// block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.
+// Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,
+// and one block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.
 bool sums_gradients_once(const LayerShape& shape, int planes);
-// What a call needs follows from the parameters it has: in a forward pass a place in the workspace for what it does not
-// save, in a backward pass for what is requested and for what it recomputes.
+// The parameters that are set decide which places a call needs: a forward pass needs one for everything that it does
+// not save, a backward pass for everything that is requested or recomputed.
 template <typename T>
 LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
-// `first`: the first byte that is free.
+// `first` is the first free byte.
 template <typename T>
 FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first);
 template <typename T>

@@ -1,4 +1,4 @@
-// Products of float32 matrices on a matrix unit, from their planes: see planes.h.
+// Products of float32 matrices on the matrix unit, from their planes: see planes.h.
 #pragma once
 
 #include "cpu/isa.h"
@@ -14,21 +14,21 @@ namespace {
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
 
-// What is done between some products of tiles: while the unit works, the processor does what else there is to do. It
-// looks only so far ahead that work helps in small portions, evenly spread. There is a chance for one after each four
-// products of two row tiles, after those of each right operand of one row tile, and with one plane after each product.
+// Other work that runs between products of tiles, while the matrix unit computes. The processor looks ahead only a
+// little, so the work helps in small portions, evenly spread. The chances for a portion are: after each four products
+// of two row tiles, after those of each right operand of one row tile, and with one plane after each product.
 class Between {
  public:
   Between() = default;
-  // run(with), so many times.
+  // Calls run(with) `times` times.
   Between(void (*run)(void*), void* with, int64_t times) : run_(run), with_(with), times_(times) {}
 
-  // Fetches the tiles that are read next into the second-level cache as well.
+  // Also prefetches the tiles that are read next into the second-level cache.
   void fetch(const uint16_t* tiles, int64_t numbers) {
     at_ = reinterpret_cast<const char*>(tiles);
     end_ = reinterpret_cast<const char*>(tiles + numbers);
   }
-  // How many chances there are, before the first.
+  // Sets the number of chances, before the first one.
   void share(int64_t chances) {
     chances_ = chances;
     if (chances > 0) at_once_ = divide_up(divide_up(end_ - at_, kLine), chances) * kLine;
@@ -50,10 +50,10 @@ class Between {
   int64_t at_once_ = 0;
 };
 
-// What is done with the sums of a block while the next one is multiplied: f(begin(block, column tiles), row, height,
-// sums of the row) for two rows at once, or four, or one that is left; `height` is an integral_constant. The processor
-// has room for some hundred instructions that are not done, those of the unit among them. So each instruction of `f`
-// costs time: `begin` works out what the rows of a block share, and both hold what they need by value.
+// Finishes the sums of a block while the next one is multiplied: calls f(begin(block, column tiles), row, height, sums
+// of the row) for two rows at once, or four, or a last one; `height` is an integral_constant. The processor holds some
+// hundred unfinished instructions, those of the matrix unit included, so each instruction of `f` costs time. Therefore
+// `begin` computes the values that the rows of a block share, and both functors hold their data by value.
 template <typename Begin, typename F>
 class Epilogue {
  public:
@@ -66,13 +66,13 @@ class Epilogue {
     next_ = 0;
     rows_ = rows;
   }
-  // Beside a product of one plane two rows at once, which take turns in waiting. Beside more planes there is time, and
-  // what is smaller leaves the unit waiting less.
+  // Beside products of one plane it takes two rows at once, which alternate while they wait. Beside products of more
+  // planes there is time, and smaller portions make the matrix unit wait less.
   Between between(int planes) {
     if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
     return {&run<1>, this, rows_ - next_};
   }
-  // Either no row is done, or all are.
+  // Finishes the remaining rows: none has been done, or all.
   template <int kHeight = 2>
   void rest() {
     static_assert(kUnitTileRows % kHeight == 0);
@@ -103,23 +103,23 @@ class Epilogue {
   F f_;
   std::invoke_result_t<Begin, int64_t, int> block_{};
   int64_t next_ = 0, rows_ = 0, to_next_tile_ = 0;
-  const float* sums_ = nullptr;  // of the next row
+  const float* sums_ = nullptr;  // sums of the next row
 };
 
-// An epilogue of a row fetches what the one of some rows later needs, of this block or of the next one. Fetched a whole
-// block before, it would be gone from the first-level cache, through which all operands pass.
+// The epilogue of a row prefetches the data of a later row, of this block or of the next one. Prefetched a whole block
+// ahead, the data would be evicted from the first-level cache again, because all operands pass through it.
 constexpr int64_t kRowsAhead = 4;
 struct RowAhead {
   int64_t row;
-  bool here;  // in this block
+  bool here;  // whether the row is in this block
 };
 LSTM_EXT_INLINE RowAhead row_ahead(int64_t row, int64_t rows) {
   const int64_t ahead = row + smaller(kRowsAhead, rows);
   return ahead < rows ? RowAhead{ahead, true} : RowAhead{ahead - rows, false};
 }
 
-// Which planes meet, in order, which is part of the result: one side stays from each product to the next, so that few
-// tiles are loaded.
+// The pairs of planes that are multiplied, in order; the order affects the result. One side stays the same from each
+// product to the next, so that few tiles are loaded.
 template <int P>
 struct PlanePairs;
 template <>
@@ -135,8 +135,8 @@ struct PlanePairs<3> {
   static constexpr int kLeft[] = {0, 0, 1, 1, 2, 0}, kRight[] = {2, 1, 1, 0, 0, 0};
 };
 
-// The column tiles of a range as they are multiplied at once: two groups of a right operand, then one, the last of
-// which may be narrower.
+// The column tiles of a range in the groups that are multiplied at once: two groups of a right operand, then one; the
+// last group may be narrower.
 struct TileGroups {
   const int64_t tiles, whole;
   const int64_t count = whole + divide_up(tiles - whole * 2 * kGroupTiles, kGroupTiles);
@@ -148,7 +148,7 @@ struct TileGroups {
   }
 };
 
-// A left operand, all its rows, and a right one, one group of columns or two.
+// A left operand with all its rows, and a right one of one or two groups of columns.
 struct TileOperands {
   const uint16_t* left;
   RightTiles right;
@@ -157,11 +157,11 @@ struct TileOperands {
 
 #if defined(LSTM_EXT_TILE_REGISTERS)
 
-// The sums of kRows x kColumns tiles, 2 x 2 at most or 1 x 4, in the registers from 0 on.
+// The sums of kRows x kColumns tiles, 2 x 2 at most or 1 x 4, in registers 0 and up.
 template <int P, int kRows, int kColumns>
 class TileBlock {
  public:
-  // The products of `count` pairs of operands, from these tiles on.
+  // Computes the products of `count` pairs of operands, from these tiles on.
   static void multiply(const TileOperands* operands, int count, int64_t first_row, int64_t first_group, float* sums,
                        int64_t sums_row_step, bool add, Between& between) {
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
@@ -187,14 +187,14 @@ class TileBlock {
     });
   }
 
-  // How often `between` is called.
+  // The number of calls of `between`.
   static constexpr int64_t chances(int64_t k_tiles) {
     return k_tiles * (kRows == 1 ? kColumns * P : P == 1 ? kRows * kColumns : kPairs);
   }
 
  private:
   static constexpr int kPairs = sizeof(PlanePairs<P>::kLeft) / sizeof(int);
-  // Registers of operands, after those of sums. Of one row tile all planes have a place.
+  // The registers of operands follow those of sums. A single row tile keeps all its planes in registers.
   static constexpr int kFirstLeft = 4, kLefts = kRows == 1 ? P : kRows;
   static constexpr int kFirstRight = kFirstLeft + kLefts, kRights = 8 - kFirstRight;
 
@@ -226,7 +226,7 @@ class TileBlock {
     }
   }
 
-  // Each plane of a column tile is loaded once, since all planes of the row tile are there.
+  // Loads each plane of a column tile once; all planes of the row tile are in registers.
   template <int kColumn>
   LSTM_EXT_INLINE static void one_column(const uint16_t* b, int64_t b_group_step, Between& between) {
     each<kPairs>([&](auto pair) LSTM_EXT_LAMBDA_INLINE {
@@ -268,7 +268,7 @@ class TileBlock {
 };
 
 // sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
-// `columns` tiles: those of one column group, or four, of two.
+// `columns` tiles: those of one column group, or four tiles, those of two groups.
 template <int P>
 void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
                     Between between) {
@@ -346,7 +346,7 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
     for (int c = 0; c < kColumns; ++c) Simd<float>::store(at(r, c), acc[r][c]);
 }
 
-// As above. There is nothing to be done meanwhile: the processor itself does the work.
+// The same without a matrix unit. There is no `between` work, because the processor itself is busy.
 template <int P>
 void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
                     const Between&) {
@@ -379,7 +379,7 @@ inline void multiply_tiles(int planes, const TileOperands* operands, int count, 
 
 #endif
 
-// While it lives, this thread may use the unit, if `used`.
+// While it lives, this thread may use the matrix unit, if `used`.
 class UnitSession {
  public:
   explicit UnitSession(bool used) : used_(used) {

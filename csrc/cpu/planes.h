@@ -1,17 +1,18 @@
-// Matrices of float32 as operands of a matrix unit, which are bfloat16.
+// Matrices of float32 as operands of the matrix unit, which takes bfloat16.
 //
-// A number is the sum of up to three of those: x = x0 + x1 + x2, x0 = round(x), x1 = the first bits of x - x0, x2 = x -
-// x0 - x1. All the x0 of a matrix are a plane of it. With three planes a float32 is exact, and
+// A number is the sum of up to three bfloat16 numbers: x = x0 + x1 + x2, x0 = round(x), x1 = the first bits of x - x0,
+// x2 = x - x0 - x1. All the x0 of a matrix form one plane. With three planes a float32 is exact, and
 //   x y ~ x0 y2 + x2 y0 + x1 y1 + x1 y0 + x0 y1 + x0 y0;
-// what is left out is below 2^-23 of the product, of either sign. With two planes (16 bits of each number) x1 y0 + x0
-// y1 + x0 y0, with one x0 y0. Below about 2^-102 a number loses its lower planes, since a denormal counts as zero.
+// the terms left out are below 2^-23 of the product, of either sign. With two planes (16 bits of each number) it is x1
+// y0 + x0 y1 + x0 y0, with one plane x0 y0. Below about 2^-102 a number loses its lower planes, because a denormal
+// counts as zero.
 //
 // An infinity has no lower planes, and infinity times a lower plane that is 0 would be NaN. So the functions that split
-// say whether all numbers are within what splitting can do, and the caller multiplies without the unit if not.
+// return whether splitting can represent all numbers; if not, the caller multiplies without the matrix unit.
 //
-// Matrices lie in tiles of the unit, one behind the other, so that a tile is 1 KB in a row and a product reads them in
-// order: a left operand as [row tile][k tile][plane], a right operand as [column group][k tile][column tile][plane] in
-// groups of kGroupTiles column tiles, of which the last one may be narrower.
+// Matrices are stored in tiles of the matrix unit, one after the other, so that a tile is 1 KB of contiguous memory and
+// a product reads them in order: a left operand as [row tile][k tile][plane], a right operand as [column group][k
+// tile][column tile][plane] in groups of kGroupTiles column tiles, of which the last one may be narrower.
 #pragma once
 
 #include "cpu/isa.h"
@@ -27,7 +28,7 @@ namespace {
 
 constexpr int64_t kGroupTiles = 2;
 
-// A right operand's column groups.
+// The column groups of a right operand.
 struct RightTiles {
   const uint16_t* data;
   int64_t k_step;      // numbers from a k tile to the next
@@ -43,24 +44,24 @@ struct ColumnTile {
 // A weight as a right operand.
 struct UnitPlanes {
   uint16_t* data;
-  uint8_t* splits;  // for each 16 columns, or of a weight (4H, count) each 16 units: whether all could be split
-  int count = 0;    // how many planes
+  uint8_t* splits;  // for each 16 columns, or 16 units of a weight (4H, count): whether all could be split
+  int count = 0;    // number of planes
 
-  // Numbers of a column tile over so many k tiles.
+  // The numbers of a column tile over `k_tiles` k tiles.
   LSTM_EXT_INLINE int64_t tile_numbers(int64_t k_tiles) const { return k_tiles * count * kOperandSize; }
-  // Whether so many column tiles are more than the second-level cache keeps.
+  // Whether so many column tiles exceed the second-level cache.
   LSTM_EXT_INLINE bool far(int64_t column_tiles, int64_t k_tiles) const {
     return 2.0 * static_cast<double>(column_tiles * tile_numbers(k_tiles)) > kCacheBytes;
   }
-  // Of a weight (4H, count): two groups, the four gates of 16 units.
+  // The right operand for a weight (4H, count): two groups, the four gates of 16 units.
   LSTM_EXT_INLINE RightTiles gates(int64_t index, int64_t k_tiles) const {
     const int64_t k_step = kGroupTiles * count * kOperandSize;
     return {data + index * 2 * k_tiles * k_step, k_step, k_tiles * k_step};
   }
-  // Of a range of columns that begins at `first` and has `tiles` tiles: the groups from tile `tile` on, which begins
-  // one.
+  // The right operand for a range of columns that begins at `first` and has `tiles` tiles: the groups from tile `tile`
+  // on, which is the first of a group.
   LSTM_EXT_INLINE RightTiles columns(int64_t first, int64_t tile, int64_t tiles, int64_t depth) const {
-    const int64_t size = divide_up(depth, kUnitTileDepth) * count * kOperandSize;  // of a tile and all k
+    const int64_t size = divide_up(depth, kUnitTileDepth) * count * kOperandSize;  // numbers of a tile over all k
     return {data + (first / kUnitTileRows + tile) * size, smaller(kGroupTiles, tiles - tile) * count * kOperandSize,
             kGroupTiles * size};
   }
@@ -70,17 +71,17 @@ struct UnitPlanes {
   }
 };
 
-// Where a worker keeps operands and sums.
+// A worker's buffers for operands and sums.
 struct TileScratch {
   uint16_t* left = nullptr;
   int64_t left_numbers = 0;
   uint16_t* right = nullptr;
   int64_t right_numbers = 0;
   float* all_sums = nullptr;  // two buffers
-  int64_t sums_numbers = 0;   // of one
+  int64_t sums_numbers = 0;   // numbers of one buffer
 
   float* sums(int64_t index) const { return all_sums + index * sums_numbers; }
-  // How many rows there is room for, of so many numbers each, and of four column tiles of sums.
+  // The number of rows with `depth` numbers, and four column tiles of sums, that the buffers have room for.
   int64_t rows_for(int64_t depth, int planes) const {
     const int64_t of_sums = sums_numbers / (2 * kGroupTiles * kSumsSize);
     if (depth == 0) return kUnitTileRows * of_sums;
@@ -102,7 +103,7 @@ LSTM_EXT_INLINE void with_planes(int planes, F&& f) {
   }
 }
 
-// Sees whether numbers are within what splitting can do: of one that is not, what is left at the end is not finite.
+// Checks whether splitting can represent the numbers: if not, the remainder of one is not finite.
 class SplitCheck {
  public:
   LSTM_EXT_INLINE void see(Reg<float> left, Reg<float> other) { sum_ = sum_ + (left + other); }
@@ -118,8 +119,8 @@ class SplitCheck {
   Reg<float> sum_ = Simd<float>::zero();
 };
 
-// A word of an operand holds two numbers. A product does not ask for an order of k, only for the same one in both
-// operands: pair i of a k tile is its numbers 2 i and 2 i + 1 with one plane, and i and i + 16 with more.
+// A word of an operand holds two numbers. A product needs no particular order of k, only the same one in both operands:
+// pair i of a k tile is its numbers 2 i and 2 i + 1 with one plane, and i and i + 16 with more.
 template <int P>
 constexpr int64_t first_of_pair(int64_t i) {
   return P == 1 ? 2 * i : i;
@@ -128,7 +129,7 @@ constexpr int64_t kTilePairs = kUnitTileDepth / 2;
 template <int P>
 constexpr int64_t kPairDistance = P == 1 ? 1 : kTilePairs;
 
-// The words of 16 pairs, a[i] below and b[i] above: those of plane p go to to + p * kOperandSize.
+// The words of 16 pairs, a[i] in the low half and b[i] in the high half; plane p is written to to + p * kOperandSize.
 template <int P>
 LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, SplitCheck& check) {
   if constexpr (P == 1) {
@@ -139,8 +140,8 @@ LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, Split
 #pragma GCC unroll 3
     for (int p = 0; p < P; ++p) {
       if (p == P - 1) check.see(a, b);
-      // Where a plane is rounded, what it leaves has either sign, so that what products leave out cancels. One rounding
-      // is enough for that, but the last plane of two leaves a rest as well.
+      // A rounded plane leaves a remainder of either sign, so that the terms left out of products cancel. One rounding
+      // is enough for that, but the last plane of two leaves a remainder as well.
       constexpr uint32_t kHalf = 0x8000;
       const uint32_t half = P == 2 || p == 0 ? kHalf : 0;
       const Bits bits_a = reinterpret_cast<Bits>(a) + half, bits_b = reinterpret_cast<Bits>(b) + half;
@@ -152,7 +153,7 @@ LSTM_EXT_INLINE void split_pairs(Reg<float> a, Reg<float> b, uint16_t* to, Split
   }
 }
 
-// 32 numbers side by side, or the `count` that there are, as a row of a tile.
+// Splits 32 numbers side by side, or the `count` that there are, to a row of a tile.
 template <int P, typename W>
 LSTM_EXT_INLINE void split_row(const W* numbers, int64_t count, uint16_t* to, SplitCheck& check) {
   const auto part = [&](int64_t begin) LSTM_EXT_LAMBDA_INLINE {
@@ -168,12 +169,12 @@ LSTM_EXT_INLINE void split_row(const W* numbers, int64_t count, uint16_t* to, Sp
   }
 }
 
-// Numbers in the planes of a left operand of so many rows and k, or of as many column tiles of a right one.
+// The numbers in the planes of a left operand of so many rows and k, or of as many column tiles of a right one.
 LSTM_EXT_INLINE int64_t plane_numbers(int64_t rows, int64_t depth, int planes) {
   return divide_up(rows, kUnitTileRows) * divide_up(depth, kUnitTileDepth) * planes * kOperandSize;
 }
 
-// Rows as a left operand; those that fill the last tile are zeros. Returns whether all could be split.
+// Splits rows to a left operand; the rows that fill up the last tile are zeros. Returns whether all could be split.
 template <int P, typename A>
 bool split_rows_into(int64_t rows, const A& a_row, int64_t depth, uint16_t* out) {
   const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
@@ -195,7 +196,7 @@ bool split_rows(int planes, int64_t rows, const A& a_row, int64_t depth, uint16_
   return splits;
 }
 
-// A tile of words becomes its transpose.
+// Transposes a tile of words in place.
 LSTM_EXT_INLINE void transpose_tile(uint16_t* tile) {
   auto* const numbers = reinterpret_cast<float*>(tile);  // moved, never computed with
   Reg<float> rows[16];
@@ -206,14 +207,15 @@ LSTM_EXT_INLINE void transpose_tile(uint16_t* tile) {
   for (int i = 0; i < 16; ++i) Simd<float>::store(numbers + i * 16, rows[i]);
 }
 
-// A column tile of a right operand whose columns are rows in memory: column j is at columns + j * column_step, `count`
-// of them. `to` is its first tile, tiles of the next k are `k_step` further. The rows behind these come next.
+// Splits a column tile of a right operand whose columns are rows in memory: `count` columns, column j at columns + j *
+// column_step. `to` is the first tile; the tiles of the next k follow with stride `k_step`. The next call takes the
+// rows after these.
 template <int P, typename W>
 bool split_column_tile(const W* columns, int64_t column_step, int count, int64_t depth, uint16_t* to, int64_t k_step) {
   constexpr int64_t kAhead = 2 * kUnitTileDepth;
   SplitCheck check;
   for (int64_t k = 0; k < depth; k += kUnitTileDepth, to += k_step) {
-    // What is read soon: further on in these rows, or the beginning of the next ones.
+    // Prefetches the data that is read soon: further on in these rows, or the beginning of the next ones.
     const W* const soon =
         columns + (k + kAhead < depth ? k + kAhead : kUnitTileRows * column_step + k + kAhead - depth);
     for (int j = 0; j < kUnitTileRows; ++j) {
@@ -227,7 +229,7 @@ bool split_column_tile(const W* columns, int64_t column_step, int count, int64_t
   return check.passed();
 }
 
-// 32 rows, 16 columns of each, as a tile of a right operand that has k along the rows in memory.
+// Splits 32 rows, 16 columns of each, to a tile of a right operand; k runs along the rows in memory.
 template <int P, typename Numbers>
 LSTM_EXT_INLINE void split_tile(const Numbers& numbers, uint16_t* to, SplitCheck& check) {
   for (int64_t i = 0; i < kTilePairs; ++i) {
@@ -236,8 +238,8 @@ LSTM_EXT_INLINE void split_tile(const Numbers& numbers, uint16_t* to, SplitCheck
   }
 }
 
-// Rows as a right operand, `columns` columns of them from `column` on: column tile i of k tile k goes to place(i, k).
-// Returns whether all could be split.
+// Splits rows to a right operand, `columns` columns of them from `column` on: column tile i of k tile k is written to
+// place(i, k). Returns whether all could be split.
 template <int P, typename Row, typename Place>
 bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t depth, const Place& place) {
   SplitCheck check;
@@ -255,7 +257,8 @@ bool split_row_pairs(const Row& row, int64_t column, int64_t columns, int64_t de
   return check.passed();
 }
 
-// Columns of rows as the rows of a left operand, `count` of them from `column` on. Returns whether all could be split.
+// Splits columns of rows to the rows of a left operand, `count` of them from `column` on. Returns whether all could be
+// split.
 template <int P, typename Row>
 bool split_columns(const Row& row, int64_t column, int64_t count, int64_t depth, uint16_t* to) {
   const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
@@ -271,7 +274,7 @@ bool split_columns(const Row& row, int64_t column, int64_t count, int64_t depth,
         return i < rows ? load_lanes<float>(row(k * kUnitTileDepth + i) + at, lanes) : Simd<float>::zero();
       };
       uint16_t* const out = to + (tile * k_tiles + k) * P * kOperandSize;
-      if constexpr (P == 1) {  // pairs are fewer words to move
+      if constexpr (P == 1) {  // moving pairs moves fewer words
         split_tile<1>(numbers, out, check);
         transpose_tile(out);
       } else {

@@ -1,4 +1,4 @@
-// Ranges of numbers, and how they are shared out.
+// Ranges of numbers, and how they are divided into shares.
 #pragma once
 
 #include "cpu/isa.h"

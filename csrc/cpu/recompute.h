@@ -1,7 +1,7 @@
-// The gate values of a chunk of the backward pass, where the forward pass saved c_t only: two products over all its
-// rows, since all x_t and h_{t-1} are known.
+// Recomputes the gate values of a chunk of the backward pass if the forward pass saved c_t only: two products over all
+// rows of the chunk, because all x_t and h_{t-1} are known.
 //
-// A member recomputes its own units of its team's rows, which are those that it reads.
+// A member recomputes its own units of its team's rows, the only ones that it reads.
 #pragma once
 
 #include "cpu/isa.h"
@@ -58,7 +58,7 @@ class Recompute {
   }
 
  private:
-  // From preactivations to gate values, in place, and to o * tanh(c_t) before a projection.
+  // Turns preactivations into gate values, in place, and computes o * tanh(c_t) before a projection.
   void cells(int64_t s) {
     const int64_t H = pass_.shape.hidden_size;
     const int64_t first_row = pass_.row_in_chunk(s);
@@ -86,7 +86,7 @@ class Recompute {
   const GateWeight<T> recurrent_weight_ = pass_.gate_weight(
       pass_.weight_hh(), plan_.pack, plan_.recompute_recurrent_unit, plan_.recompute_recurrent_panels);
   T* const bias_ = pass_.worker_buffer(plan_.recompute_bias, 4 * pass_.shape.hidden_size);
-  // The team's rows of a chunk.
+  // Pointers to the team's rows of a chunk.
   const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, 3 * plan_.chunk_rows);
   const T** const h_rows_ = input_rows_ + plan_.chunk_rows;
   T** const gate_rows_ = pass_.writable_row_list(plan_.recompute_lists, 3 * plan_.chunk_rows) + 2 * plan_.chunk_rows;

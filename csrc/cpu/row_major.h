@@ -1,4 +1,4 @@
-// Products that read a weight matrix where it lies, row by row: for a handful of batch rows, where packing the weights
+// Products that read a weight matrix in place, row by row: for a handful of batch rows, for which packing the weights
 // costs more than using them.
 #pragma once
 
@@ -9,31 +9,31 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// The rows of a tile: these at once read a weight once.
+// The rows of a tile, which share one read of the weight.
 template <typename T>
 constexpr int kDotRows = Simd<T>::kLanes >= 4 ? 4 : Simd<T>::kLanes;
 
-// A sum over rows has so many groups of lanes; the rows of a group follow each other in the weight.
+// The number of groups of lanes in a sum over rows; the rows of a group are adjacent in the weight.
 template <typename T>
 constexpr int kRowGroups = Simd<T>::kLanes == 16 ? 4 : 1;
 
-// Which rows of a weight make the first `count` lanes of a sum: where there are four groups, how many rows there are
-// from those of the first half to those of the second, and from one group of a half to the next.
+// The rows of a weight that make the first `count` lanes of a sum. With four groups: the distance in rows from the
+// first half to the second, and from one group of a half to the next.
 struct LaneRows {
   int count;
-  int64_t readable;  // so many rows there are
+  int64_t readable;  // the number of rows that may be read
   int64_t to_half, to_group;
 };
 
-// Lane j of sums[i] = (row of lane j) . x[i], for i < X. Lanes that no row makes are anything. One accumulator for each
-// pair (j, i), lanes along k; every sum is formed in the same order whatever X and j are. Not inlined: it is long, and
-// called from many places. The weight's numbers are T, or narrower ones.
+// Lane j of sums[i] = (row of lane j) . x[i], for i < X. Lanes without a row are undefined. There is one accumulator
+// for each pair (j, i), with lanes along k; every sum is computed in the same order for all X and j. Not inlined: it is
+// long, and called from many places. The weight's numbers are T, or narrower ones.
 template <typename T, int X, typename W>
 __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const LaneRows& rows, const T* const* x,
                                         Reg<T>* sums) {
   using S = Simd<T>;
   constexpr int n = S::kLanes;
-  constexpr int J = n / X;  // of the weight at once
+  constexpr int J = n / X;  // rows of the weight at once
   constexpr int kGroup = n / kRowGroups<T>;
   const auto row_of = [&](int lane) LSTM_EXT_LAMBDA_INLINE -> int64_t {
     if constexpr (kRowGroups<T> == 1) return lane;
@@ -68,8 +68,9 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const La
     constexpr std::false_type kPartial;
     const int64_t end = count - rest;
     if (part * J < rows.count && row_of(part * J + J - 1) < rows.readable) {
-      // Each row by its distance from the first of its group. There are no registers for as many addresses, and they
-      // would be fetched in each step; and one address would begin a chain of additions through all rows.
+      // Addresses each row by its distance from the first of its group. There are not enough registers for all
+      // addresses, so they would be reloaded in each step; and a single address would begin a chain of additions
+      // through all rows.
       constexpr int kGroups = J < kGroup ? 1 : J / kGroup;
       const int64_t step = count * static_cast<int64_t>(sizeof(W));
       const int64_t step3 = 3 * step, step5 = 5 * step, step7 = 7 * step;
@@ -82,7 +83,7 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const La
         const int64_t distance[] = {0, step, 2 * step, step3, 4 * step, step5, 2 * step3, step7};
         return reinterpret_cast<const W*>(from[j / kGroup] + distance[j % kGroup]);
       };
-      // Else the compiler makes an address of each row.
+      // Otherwise the compiler computes an address for each row.
       const auto hide = [&]() LSTM_EXT_LAMBDA_INLINE {
 #pragma GCC unroll 4
         for (int g = 0; g < kGroups; ++g) asm("" : "+r"(from[g]));
@@ -96,7 +97,7 @@ __attribute__((noinline)) void dot_rows(const W* weight, int64_t count, const La
       hide();
       if (rest > 0) multiply(end, row, kPartial);
     } else if (part * J < rows.count) {
-      // A missing row is the last one again.
+      // The last row stands in for a missing one.
       const W* at[J];
       for (int j = 0; j < J; ++j) at[j] = weight + smaller(row_of(part * J + j), rows.readable - 1) * count;
       for (int64_t k = 0; k < end; k += n) {

@@ -1,4 +1,4 @@
-// Where rows lie: addressing of rows, those of a step in a sequence, and those of a team.
+// Addresses of rows: in a grid, in a step of a sequence, and in a team.
 #pragma once
 
 #include "cpu/isa.h"
@@ -9,8 +9,8 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Rows numbered outer * rows + inner, e.g. time step * batch + batch row. Steps may be negative. Rows that follow no
-// such rule are listed one by one.
+// Rows numbered outer * rows + inner, e.g. time step * batch + batch row. Strides may be negative. Rows without such a
+// pattern are listed one by one.
 template <typename T>
 struct RowGrid {
   T* data;  // row 0
@@ -19,14 +19,14 @@ struct RowGrid {
 
   LSTM_EXT_INLINE T* operator()(int64_t n) const {
     if (list) return list[n];
-    // The division is worth avoiding where rows lie at one distance.
+    // Avoids the division if the rows have one stride.
     if (outer_step == rows * inner_step) return data + n * inner_step;
     if (rows == 1) return data + n * outer_step;
     return data + n / rows * outer_step + n % rows * inner_step;
   }
 };
 
-// Rows at one distance.
+// Rows with one stride.
 template <typename T>
 struct EvenRows {
   T* data;
@@ -63,8 +63,8 @@ LSTM_EXT_INLINE RowGrid<T> rows_from(const Sequence<T>& x, const Steps& steps, i
   return {rows_at(x, steps, t), x.stride_t, x.stride_b, steps.rows_at(t)};
 }
 
-// The rows that continue, then those that begin: f(rows, whether they begin). One place of call: the loops inside are
-// long.
+// Calls f(rows, whether they begin) for the rows that continue, then for those that begin. There is one call site,
+// because the loops inside are long.
 template <typename F>
 LSTM_EXT_INLINE void for_each_part(int64_t continued, int64_t count, F&& f) {
   for (int begins = 0; begins < 2; ++begins) {
@@ -98,7 +98,7 @@ struct TeamRows {
     for (int64_t row = part.begin; row < end; ++row) found |= resets.flags[batch_row(row)];
     return found != 0;
   }
-  // These rows of the team, in an array with `row_step` from one batch row to the next.
+  // These rows of the team, in an array with the row stride `row_step`.
   template <typename T>
   LSTM_EXT_INLINE RowGrid<T> grid(T* data, int64_t row_step, Range part) const {
     const int64_t step = stride * row_step, rows = part.end - part.begin;
@@ -113,7 +113,7 @@ struct WeightRows {
   const void* narrow = nullptr;  // in place of `own`
   WeightKind kind = WeightKind::kOwn;
 
-  // f(a pointer to the numbers).
+  // Calls f(a pointer to the numbers).
   template <typename F>
   LSTM_EXT_INLINE void with(F&& f) const {
     if constexpr (std::is_same_v<T, float>) {

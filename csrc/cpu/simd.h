@@ -20,7 +20,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// For sets without an instruction for it. Infinities and NaN stay what they are.
+// For sets without an instruction for it. Infinities and NaN are preserved.
 inline float widened(BFloat16 number) {
   const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
   float result;
@@ -40,8 +40,8 @@ inline float widened(Float16 number) {
   return result;
 }
 
-// 2^(j / 16) in float32, for sets whose registers hold a table of 16 numbers. Its bits, less j from bit 19 on: adding
-// n * 2^19 for n = 16 m + j gives 2^(n / 16). And half of what its rounding took off.
+// 2^(j / 16) in float32, for sets whose registers hold a table of 16 numbers: its bits, less j from bit 19 on, so that
+// adding n * 2^19 for n = 16 m + j gives 2^(n / 16). And half of each rounding error.
 alignas(64) constexpr uint32_t kPowerBits[] = {0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532,
                                                0x3F75FED7, 0x3F75583F, 0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C,
                                                0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D};
@@ -75,7 +75,7 @@ struct Simd<float> {
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  // Of small integers.
+  // Loads small integers.
   static Reg load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -89,11 +89,12 @@ struct Simd<float> {
   }
   static void store_partial(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  // Both return `v` where it is NaN: min and max give their second operand then.
+  // Both return `v` if it is NaN, because min and max then return their second operand.
   static Reg at_most(Reg v, float bound) { return _mm512_min_ps(set1(bound), v); }
   static Reg at_least(Reg v, float bound) { return _mm512_max_ps(set1(bound), v); }
   static Reg square_root(Reg v) { return _mm512_sqrt_ps(v); }
-  // To little more than half a unit in the last place, in a third of a division's time; `v` is finite and not 0.
+  // The error is little more than half a unit in the last place, at a third of a division's time; `v` is finite and not
+  // 0.
   static Reg reciprocal(Reg v) {
     const Reg near = _mm512_rcp14_ps(v);
     return _mm512_fmadd_ps(near, _mm512_fnmadd_ps(near, v, set1(1.0f)), near);
@@ -105,7 +106,7 @@ struct Simd<float> {
   }
   static Reg round(Reg v) { return _mm512_roundscale_ps(v, 8); }
   static Reg scale_by_power_of_two(Reg v, Reg n) { return _mm512_scalef_ps(v, n); }
-  // 2^(n / 16) for the integer n that the last bits of a number hold; and from -15 to 0, what its rounding took off.
+  // 2^(n / 16) for the integer n in the last bits of a number; and for n from -15 to 0, the rounding error.
   static Reg power_of_sixteenth(Reg n) {
     const __m512i bits = _mm512_castps_si512(n);
     const __m512i power = _mm512_permutexvar_epi32(bits, _mm512_load_si512(kPowerBits));
@@ -229,7 +230,7 @@ struct Simd<double> {
   static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - n)); }
 };
 
-#elif defined(LSTM_EXT_ISA_BASELINE)  // x86-64 as every such CPU has it: SSE2, no FMA
+#elif defined(LSTM_EXT_ISA_BASELINE)  // x86-64 baseline: SSE2, no FMA
 
 constexpr int kVectorRegisters = 16;
 
@@ -341,8 +342,8 @@ LSTM_EXT_INLINE R choose(Mask mask, R a, R b) {
   return mask ? a : b;
 }
 
-// As a T: two registers of T, for functions that are one long chain. Each operation is done to both in turn, so that
-// one chain computes while the other waits. Two<Two<T>> are four.
+// Two registers of T used like one, for functions that are one long chain. Each operation is done to both in turn, so
+// that one chain computes while the other waits. Two<Two<T>> is four.
 template <typename T>
 struct Two;
 template <typename T>
@@ -393,7 +394,7 @@ struct Simd<Two<T>> {
   }
 };
 
-// As a T: kCount registers.
+// kCount registers of T used like one.
 template <typename T, int kCount>
 struct SeveralOf {
   static_assert(kCount == 2 || kCount == 4);
@@ -430,7 +431,7 @@ LSTM_EXT_INLINE Reg<T> load_lanes(const W* p, int n) {
   return n == Simd<T>::kLanes ? Simd<T>::load(p) : load_first<T>(p, n);
 }
 
-// Numbers rounded to nearest, ties to even, in the low half of each word.
+// Rounds to nearest, ties to even; the result is in the low half of each word.
 typedef uint32_t Words __attribute__((vector_size(sizeof(Reg<float>))));
 LSTM_EXT_INLINE Words rounded(Reg<float> v, BFloat16) {
   const Words bits = reinterpret_cast<Words>(v);
@@ -440,7 +441,7 @@ LSTM_EXT_INLINE Words rounded(Reg<float> v, BFloat16) {
 LSTM_EXT_INLINE Words rounded(Reg<float> v, Float16) {
   const Words sign = reinterpret_cast<Words>(v) & 0x80000000, bits = reinterpret_cast<Words>(v) ^ sign;
   const Words number = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
-  // Below the smallest normal number: adding 0.5 leaves the bits that there are room for at the end.
+  // Below the smallest normal number, adding 0.5 leaves the bits that fit at the end.
   const Words small =
       reinterpret_cast<Words>(reinterpret_cast<Reg<float>>(bits) + Simd<float>::set1(0.5f)) - (126u << 23);
   const Words large = bits > 255u << 23 ? Words{} + 0x7E00 : Words{} + 0x7C00;  // NaN, or infinity
@@ -473,8 +474,8 @@ LSTM_EXT_INLINE void add_lanes(T* p, Reg<T> v, int n) {
   store_lanes<T>(p, load_lanes<T>(p, n) + v, n);
 }
 
-// Of a number that several instructions take: else GCC reads it from memory for each of them, if they are two or three,
-// and a panel comes from the second-level cache.
+// For a number that several instructions use. Otherwise GCC reads it from memory for each of them, if there are two or
+// three and a panel comes from the second-level cache.
 template <typename Register>
 LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Register& v) {
 #if defined(LSTM_EXT_AVX512)
@@ -518,7 +519,7 @@ LSTM_EXT_INLINE Reg<T> sum_each(Reg<T>* v) {
   }
 }
 
-// Where a flag is set, a, else b: not a product, since what is not taken may be infinite.
+// a if the flag is set, else b. Not a product with the flag, because the other value may be infinite.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> where(const uint8_t* flags, int lanes, Reg<T> a, Reg<T> b) {
   using Index = typename Simd<T>::Index;
@@ -531,7 +532,7 @@ LSTM_EXT_INLINE Reg<T> where(const uint8_t* flags, int lanes, Reg<T> a, Reg<T> b
   return __builtin_convertvector(bytes, Index) != 0 ? a : b;
 }
 
-// Clang and GCC 12 shuffle in registers. Lane by lane, older compilers go through memory, and the sum waits for the
+// Clang and GCC 12 shuffle in registers. Older compilers go lane by lane through memory, and the sum waits for the
 // stores.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

@@ -12,15 +12,14 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit.
+// The rows of a tile: accumulators, the NV weights of a step and a broadcast value must fit into the registers.
 constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
 
-// How far ahead a tile of one row prefetches its panel, if it does (kernels.h). It reads so fast that most hardware
-// prefetchers are late at each new page of a weight that is no longer in the caches.
+// The prefetch distance of a tile of one row in its panel, if it prefetches (kernels.h). It reads so fast that most
+// hardware prefetchers are late at each new page of a weight that is no longer in the caches.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row
-// tiles pass over them.
+// Panel block of the k loop: kBlockK x 4 registers stay in the second-level cache while the row tiles use them.
 constexpr int64_t kBlockK = 512;
 
 template <typename T, int R, int NV>
@@ -35,7 +34,7 @@ struct Tile {
   }
 };
 
-// Numbers in bfloat16 are those of two registers side by side. load_pair reads both, half_of makes one of them.
+// bfloat16 panels interleave the numbers of two registers. load_pair reads both, half_of extracts one of them.
 LSTM_EXT_INLINE Reg<float> load_pair(const uint16_t* b, int v) {
   return Simd<float>::load(reinterpret_cast<const float*>(b + v / 2 * 2 * Simd<float>::kLanes));
 }
@@ -59,7 +58,7 @@ LSTM_EXT_INLINE Reg<T> load_columns(const B* b, int v, int registers, int last) 
   }
 }
 
-// All NV registers. A pair in bfloat16 is read once.
+// Loads all NV registers. A bfloat16 pair is read once.
 template <typename T, int NV, bool Partial, typename B>
 LSTM_EXT_INLINE void load_all_columns(Reg<T> (&w)[NV], const B* b, int last) {
   if constexpr (std::is_same_v<B, uint16_t>) {
@@ -77,12 +76,12 @@ LSTM_EXT_INLINE void load_all_columns(Reg<T> (&w)[NV], const B* b, int last) {
   }
 }
 
-// One step of k: acc[r][v] += a(r) * b[v], where b is NV registers, of T or of narrower numbers, and a(r) one number.
-// `last` lanes of the last register are there; the rest of it must not be read if Partial.
+// One step of k: acc[r][v] += a(r) * b[v]. b is NV registers of T or of narrower numbers, a(r) is one number. The last
+// register has `last` valid lanes; if Partial, the rest of it must not be read.
 template <typename T, int R, int NV, bool Partial, typename A, typename B>
 LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, int last) {
   using S = Simd<T>;
-  // One row of bfloat16 leaves room for all weights in 16 registers too.
+  // With one row of bfloat16, 16 registers have room for all weights too.
   if constexpr (kVectorRegisters == 32 || (R == 1 && std::is_same_v<B, uint16_t>)) {
     Reg<T> w[NV];
     load_all_columns<T, NV, Partial>(w, b, last);
@@ -110,17 +109,17 @@ LSTM_EXT_INLINE void multiply_add(Tile<T, R, NV>& tile, const A& a, const B* b, 
   }
 }
 
-// A panel that is read after the present one. Tiles of that one fetch it into the second-level cache, a line in each
-// step of k: the first of the tiles that read it would else wait for the third. With 32 registers only, where a loop
-// has one left for its address.
+// The panel that is read after the present one. Tiles of the present panel prefetch it into the second-level cache, one
+// line in each step of k: otherwise its first tile would wait for the third-level cache. Only with 32 registers, when a
+// loop has one left for the address.
 class NextPanel {
  public:
   static constexpr bool kUsed = kVectorRegisters == 32;
 
-  // `here`: the present panel, of which there is something to read in any case.
+  // `here` is the present panel, which stands in if there is no next one.
   LSTM_EXT_INLINE NextPanel(const void* next, int64_t bytes, const void* here)
       : at_(static_cast<const char*>(next)), end_(at_ + bytes), here_(static_cast<const char*>(here)) {}
-  // Where a tile of so many steps begins to fetch.
+  // The address from which a tile of so many steps prefetches.
   LSTM_EXT_INLINE const char* take(int64_t steps) {
     if (at_ >= end_) return here_;
     const char* const begin = at_;
@@ -133,14 +132,14 @@ class NextPanel {
   const char *at_, *const end_, *const here_;
 };
 
-// Before and after a loop: what lives across both leaves these registers to the loop. In functions as long as those
-// that tiles are inlined in, the compiler else puts the loop's own counter and pointers in memory (GCC 12 does, with 16
-// vector registers; with 32 its loops are clean).
+// Called before and after a loop: it keeps values that live across both out of these registers, so that the loop can
+// use them. In functions as long as those that inline tiles, GCC 12 with 16 vector registers otherwise keeps the loop's
+// own counter and pointers in memory. With 32 registers its loops are clean.
 LSTM_EXT_INLINE void free_registers() {
   if constexpr (kVectorRegisters == 16) asm volatile("" ::: "rbx", "r12", "r13", "r14", "r15");
 }
 
-// What a loop over k prefetches, a cache line in each step: nothing, what is read later, or what is written soon.
+// The target of a loop's prefetches over k, a cache line in each step: nothing, data read later, or data written soon.
 enum class Fetch { kNothing, kRead, kWrite };
 
 // See accumulate_rows.
@@ -154,7 +153,7 @@ LSTM_EXT_INLINE void accumulate_here(Tile<T, R, NV>& tile, const T* const (&a)[R
 #pragma GCC unroll kTileRows
   for (int r = 0; r < R; ++r) {
     row[r] = a[r];
-    if constexpr (kVectorRegisters == 16) asm("" : "+r"(row[r]));  // a new value, in a register
+    if constexpr (kVectorRegisters == 16) asm("" : "+r"(row[r]));  // forces a copy in a register
   }
   for (int64_t k = 0; k < count; ++k, b += b_step) {
     if constexpr (R == 1) {
@@ -181,9 +180,9 @@ __attribute__((noinline)) void accumulate_apart(Tile<T, R, NV>& tile, const T* c
   accumulate_here<T, R, NV, Partial, kFetch>(tile, a, b, b_step, count, last, fetched, fetch_step);
 }
 
-// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Lines are fetched from `fetched` on, at a distance of `fetch_step`
-// bytes. With narrower numbers this is a call: their conversions need registers, and in long functions GCC kept sums in
-// memory. With 32 registers and several rows it does not, and a call would cost more than it brings.
+// acc[r][:] += sum_k a[r][k] * b[k * b_step + :]. Prefetches lines from `fetched` on, with a stride of `fetch_step`
+// bytes. With narrower numbers this is a function call: their conversions need registers, and in long functions GCC
+// kept sums in memory. With 32 registers and several rows it does not, and a call would cost more than it gains.
 template <typename T, int R, int NV, bool Partial = false, Fetch kFetch = Fetch::kNothing, typename B>
 LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R], const B* b, int64_t b_step,
                                      int64_t count, int last = 0, const char* fetched = nullptr,
@@ -195,16 +194,16 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
   }
 }
 
-// Whether two panels of so many k are multiplied at once with one row. The sums of one panel leave the multipliers
-// idle: each has to wait for itself. With 32 registers and weights of T this matters only where the panels are in the
-// first-level cache. From the second, a panel after the other comes faster.
+// Whether two panels of `count` k are multiplied at once with one row. The sums of a single panel leave the multipliers
+// idle, because each waits for its own previous value. With 32 registers and weights of T this matters only if the
+// panels are in the first-level cache. From the second-level cache, one panel after the other is faster.
 template <typename T, typename B>
 LSTM_EXT_INLINE bool joins_panels(int64_t count) {
   return kVectorRegisters == 16 || !std::is_same_v<T, B> || count <= 96;
 }
 
-// acc[n][:] += sum_k a[k] * panels[n][k * kPanel + :], the same sums as one after the other. Each panel is prefetched
-// half as far ahead as one alone.
+// acc[n][:] += sum_k a[k] * panels[n][k * kPanel + :]; the sums are the same as one after the other. The prefetch
+// distance in each panel is half of that for one panel.
 template <typename T, int NV, typename B>
 LSTM_EXT_INLINE void accumulate_panels_here(Tile<T, 2, NV>& tile, const T* a, const B* const (&panels)[2],
                                             int64_t count) {
@@ -258,10 +257,10 @@ LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_
 }
 
 // Calls f(first_row, std::integral_constant<int, R>) for tiles of nearly equal height that cover `rows` rows: 13 rows
-// are not 6 + 6 + 1, since a low tile loads as many weights as a high one. With 32 registers they are 6 + 4 + 3: cells
-// are made for four or two rows at once, so at most one tile has an odd height. `low`: of four rows, as far as that
-// leaves none alone. f is compiled once for each height, and where it is long, the copies in use should fit the
-// first-level cache.
+// are not 6 + 6 + 1, because a low tile loads as many weights as a high one. With 32 registers they are 6 + 4 + 3:
+// cells are computed for four or two rows at once, so at most one tile has an odd height. `low` prefers tiles of four
+// rows, unless a single row would be left. f is compiled once for each height; if it is long, the copies in use should
+// fit the first-level cache.
 template <int R, typename F>
 LSTM_EXT_INLINE void call_with_rows(int64_t first, int64_t rows, F&& f) {
   if constexpr (R == 1) {

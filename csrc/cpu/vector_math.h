@@ -4,8 +4,8 @@
 // the Taylor series: to r^11 in float64 (remainder r^14/14! < 5e-18); in float32 to r^5, with the
 // last term economized, r^5 -> (5/4) a^2 r^3 - (5/16) a^4 r, the least change on [-a, a] that lowers
 // the degree (error a^7/(16 * 7!) + a^8/8! < 1.3e-8, far below rounding).
-// Where a register holds a table of the powers 2^(j / 16), sigmoid and tanh in float32 take n = round(16 x / ln 2)
-// instead, but for Exactness::kPrecise. Then |r| <= a = ln 2 / 32, and four terms of e^r are enough, three with r^4
+// If a register holds a table of the powers 2^(j / 16), sigmoid and tanh in float32 use n = round(16 x / ln 2) instead,
+// except with Exactness::kPrecise. Then |r| <= a = ln 2 / 32, and four terms of e^r are enough, three with r^4
 // economized (error 2e-9).
 // tanh goes through e^x - 1, which keeps the relative accuracy near zero that 1 - e^x loses.
 // NaN propagates; infinities give the limits.
@@ -23,14 +23,14 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  // Past these, sigmoid is about the smallest normal number or 1, and tanh is 1. The product of a denominator of
-  // sigmoid and one of tanh is still finite, and its reciprocal a normal number.
+  // Beyond these limits, sigmoid is about the smallest normal number or 1, and tanh is 1. The product of a denominator
+  // of sigmoid and one of tanh is still finite, and its reciprocal a normal number.
   static constexpr float kLimit = 86.5f;
   static constexpr float kTanhLimit = 10.0f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kHalfLn2 = 0.34657359f;
-  static constexpr float kFifth = 1.0f / 5040;  // of r^5 in q
+  static constexpr float kFifth = 1.0f / 5040;  // factor of r^5 in q
   static constexpr float kSquare = kHalfLn2 * kHalfLn2;
   static constexpr int kTerms = 5;
   static constexpr float kQ[kTerms] = {1.0f / 2, 1.0f / 6 - kFifth * kSquare * kSquare * 5 / 16, 1.0f / 24,
@@ -49,7 +49,7 @@ struct ExpConstants<double> {
                                         1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
-// x = n ln 2 + r; returns e^r - 1 and n, and in `rest` what its last rounding took off.
+// x = n ln 2 + r. Returns e^r - 1 and n, and in `rest` the last rounding error of e^r - 1.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n, Reg<T>& rest) {
   using S = Simd<T>;
@@ -71,8 +71,8 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
   return expm1_reduced<T>(x, n, rest);
 }
 
-// How exactly sigmoid and tanh are computed. kPrecise: without a table, and with divisions. Unlike approximations of
-// reciprocals, these do not depend on the processor's maker.
+// The exactness of sigmoid and tanh. kPrecise uses no table, and divisions: unlike approximate reciprocals, these do
+// not depend on the processor's maker.
 enum class Exactness { kUsual, kPrecise };
 
 #if defined(LSTM_EXT_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)
@@ -92,8 +92,8 @@ LSTM_EXT_INLINE Reg<T> inverse_of(Reg<T> v) {
   }
 }
 
-// e^-x = scale (1 + p). With a table, scale + rest is a power of the sixteenth root of 2; else scale is one of 2
-// itself.
+// e^-x = scale (1 + p). With a table, scale + rest is a power of the sixteenth root of 2; without one, scale is a power
+// of 2.
 template <typename T, Exactness kExactness>
 struct ExpTerms {
   Reg<T> scale, p, rest;
@@ -106,7 +106,7 @@ struct ExpTerms {
   }
 };
 
-// Those of e^-(kTimes x). kNearOne: as exact as exp_minus_1 needs near zero; without it there is no `rest`.
+// The terms of e^-(kTimes x). kNearOne: as exact as exp_minus_1 needs near zero; without it there is no `rest`.
 template <typename T, int kTimes, bool kNearOne, Exactness kExactness>
 LSTM_EXT_INLINE ExpTerms<T, kExactness> exp_of_minus(Reg<T> x) {
   using S = Simd<T>;
@@ -116,7 +116,7 @@ LSTM_EXT_INLINE ExpTerms<T, kExactness> exp_of_minus(Reg<T> x) {
     using N = Number<T>;
     constexpr N kSixteenth = 0.0433216988f;  // ln 2 / 16: float32 has it to 3e-9, so one product is exact enough
     constexpr N kHalf = kSixteenth / 2;
-    // The integer n in the last bits: the distance of numbers is 1 here.
+    // The integer n is in the last bits, because the spacing of numbers is 1 here.
     const Reg<T> shift = S::set1(N(0x1.8p23));
     const Reg<T> bits = S::fma(x, S::set1(N(-23.0831207 * kTimes)), shift);
     const Reg<T> minus_r = S::fma(bits - shift, S::set1(kSixteenth), times);
@@ -138,9 +138,9 @@ LSTM_EXT_INLINE ExpTerms<T, kExactness> exp_of_minus(Reg<T> x) {
   return terms;
 }
 
-// Both functions are made of 1 / denominator, which the caller computes: several may share one division. It may be some
-// units in the last place off. What the backward pass reads of a value near 1 is 1 - value, a few of its last bits, so
-// there the value is 1 minus something small.
+// Both functions use 1 / denominator, which the caller computes, because several may share one division. It may be off
+// by some units in the last place. The backward pass reads 1 - value, which for a value near 1 is a few of its last
+// bits, so there the value is computed as 1 minus something small.
 
 // sigmoid(x) = 1 / (1 + e), e = exp(-x).
 template <typename T, Exactness kExactness = Exactness::kUsual>
@@ -177,7 +177,7 @@ struct TanhTerms {
     const Reg<T> large = S::fma(-(e + e), inverse, S::set1(Number<T>(1)));
     return S::copy_sign(choose(e < S::set1(Number<T>(0.25)), large, em1 * inverse), x);
   }
-  // 1 - tanh(x)^2, for the value: as 4 e / (1 + e)^2 where that has more digits.
+  // 1 - tanh(x)^2 from the value; computed as 4 e / (1 + e)^2 if that has more digits.
   LSTM_EXT_INLINE Reg<T> slope(Reg<T> value, Reg<T> inverse) const {
     using S = Simd<T>;
     const Reg<T> twice = inverse + inverse;
@@ -196,8 +196,8 @@ LSTM_EXT_INLINE Reg<T> tanh(Reg<T> x) {
   return terms.value(x, inverse_of<T, kExactness>(terms.denominator));
 }
 
-// tanh with an error of little more than half a unit in the last place instead of two (of one, without FMA):
-// numerator and denominator are sums of two registers each.
+// tanh with an error of little more than half a unit in the last place instead of two (of one, without FMA): numerator
+// and denominator are sums of two registers each.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> precise_tanh(Reg<T> x) {
   using S = Simd<T>;

@@ -1,5 +1,5 @@
-// Zoneout: which part of the previous state a step keeps. `at` is where the `lanes` numbers begin in an array of the
-// state of all steps, which is the array of the flags.
+// Zoneout: which part of the previous state a step keeps. `at` is the index of the `lanes` numbers in an array of the
+// state of all steps, which has the same shape as the array of flags.
 #pragma once
 
 #include "cpu/isa.h"
@@ -9,17 +9,17 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// The state of the step, from what the cell made and from the previous state.
+// The new state, from the cell's result and the previous state.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> apply_zoneout(const Zoneout<T>& zoneout, int64_t at, Reg<T> fresh, Reg<T> previous, int lanes) {
   using S = Simd<T>;
   if (zoneout.keep) return where<T>(zoneout.keep + at, lanes, previous, fresh);
-  // From the nearer end, as torch.lerp.
+  // Interpolates from the nearer end, like torch.lerp.
   if (zoneout.share < T(0.5)) return S::fma(S::set1(zoneout.share), previous - fresh, fresh);
   return S::fma(S::set1(T(1) - zoneout.share), fresh - previous, previous);
 }
 
-// Splits dL/d(state): returns the part that belongs to the previous state, and leaves the part of what the cell made.
+// Splits dL/d(state): returns the part of the previous state, and leaves the part of the cell's result in `grad`.
 template <typename T>
 LSTM_EXT_INLINE Reg<T> split_gradient(const Zoneout<T>& zoneout, int64_t at, Reg<T>& grad, int lanes) {
   if (!zoneout.keep) {
