@@ -1,5 +1,4 @@
-// The Python entry point, and nothing else: the kernels are in _ops, which it is linked with. lstm_ext/native/_C.pyi
-// has the signatures.
+// The Python entry point. The kernels are in _ops, with which it is linked. lstm_ext/native/_C.pyi has the signatures.
 #include <torch/extension.h>
 
 #include <algorithm>
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(Tensor input, OptionalT
           std::move(results.gate_values)};
 }
 
-// The axis of time is added and taken off in C++, where it costs less.
+// Adds and removes the time axis in C++, where it costs less.
 std::tuple<Tensor, Tensor> cell(Tensor input, OptionalTensor h, OptionalTensor c, std::vector<Tensor> weights,
                                 bool has_bias) {
   const LayerCall call = make_call(std::move(input), std::move(h), std::move(c), std::move(weights), {}, has_bias,
@@ -53,7 +52,8 @@ std::tuple<Tensor, Tensor> cell(Tensor input, OptionalTensor h, OptionalTensor c
   return {std::move(results.h_n), std::move(results.c_n)};
 }
 
-// See DifferentiableBackward: it is written in Python, above the operators.
+// Calls the differentiable backward pass, which is written in Python on top of the operators; see
+// DifferentiableBackward.
 std::vector<Tensor> differentiable_backward(const LayerCall& call, const lstm_ext::ResultGradients& grads,
                                             const Tensor& output, const lstm_ext::Saved& saved,
                                             const std::vector<bool>& needs_grad) {
@@ -102,8 +102,8 @@ std::vector<std::string> cpu_capabilities() {
   return {names, names + cpu::available_capabilities(names)};
 }
 
-// The plan of a call of this shape that saves everything, or nothing, and requests the gradients of the input and the
-// weights.
+// The plan of a call of this shape that saves everything, or nothing, and that requests the gradients of the input and
+// the weights.
 template <typename T>
 py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int planes) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
@@ -147,7 +147,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   return result;
 }
 
-// How a call would be cut up with the instruction set in use; for tests and for the curious.
+// The plan of a call with the instruction set in use; for tests and for inspection.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
                   bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int planes) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
@@ -181,7 +181,7 @@ py::dict as_dict(lstm_ext::cuda::ModelConstants constants) {
   return result;
 }
 
-// Those that are named take the place of others. `who` is the function that was called with them.
+// Replaces the named constants. `who` is the function that was called with them.
 void replace_constants(lstm_ext::cuda::ModelConstants& constants, const py::dict& named, const char* who) {
   const std::vector<lstm_ext::cuda::ModelConstant>& known = lstm_ext::cuda::model_constants();
   for (const auto& [key, value] : named) {

@@ -1,4 +1,4 @@
-// How Python passes one call of a layer: what csrc/python.cpp binds, and the module of the tests that runs the CUDA
+// How Python passes one call of a layer. csrc/python.cpp binds it, and so does the tests' module that runs the CUDA
 // kernels under an emulator. lstm_ext/native/_C.pyi has the signatures.
 #pragma once
 
@@ -21,11 +21,11 @@ using OptionalTensor = std::optional<Tensor>;
 // Not a pointer: pybind takes half a microsecond to see that None is one.
 using OptionalOptions = std::optional<LayerOptions>;
 
-// None is an undefined tensor, in both directions.
+// Converts None to an undefined tensor and back.
 inline Tensor or_undefined(OptionalTensor&& tensor) { return tensor ? std::move(*tensor) : Tensor(); }
 
-// Calls a function without the GIL. The arguments of a call are outside of it: a tensor that Python owns takes the GIL
-// when C++ lets go of it.
+// Calls a function without the GIL. The arguments of a call must live outside: C++ takes the GIL to release a tensor
+// that Python owns.
 template <typename Function>
 auto without_gil(const Function& function) {
   const py::gil_scoped_release no_gil;
@@ -39,7 +39,7 @@ constexpr const char* kind_of_option() {
   return std::is_same_v<Option, bool> ? "a bool" : "a number";
 }
 
-// Options by name; those that are not given are not set.
+// Reads options by name; options that are not given keep their defaults.
 inline LayerOptions make_options(const py::kwargs& given) {
   LayerOptions options;
   size_t known = 0;
@@ -66,7 +66,7 @@ inline LayerOptions make_options(const py::kwargs& given) {
       if (!found) throw py::type_error("LayerOptions: there is no option " + name);
     }
   }
-  if (options.return_gates) options.recompute = false;  // gates that are returned are there anyway
+  if (options.return_gates) options.recompute = false;  // returned gates exist anyway
   return options;
 }
 
@@ -122,7 +122,7 @@ inline std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTen
   });
 }
 
-// Two modules of one process may both bind the class: each knows its own.
+// Two modules of one process may both bind the class: each uses its own.
 inline void bind_layer(py::module_& m) {
   py::class_<LayerOptions>(m, "LayerOptions", py::module_local()).def(py::init(&make_options));
   m.def("lstm_layer_forward", &forward, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),

@@ -1,6 +1,6 @@
-// The modules' calls from Python: the arguments of plain layers or of a cell as the user gave them, without options.
-// They are read past pybind, whose reading of the arguments takes as long as a step of a small layer.
-// lstm_ext/native/_C.pyi has the signatures.
+// The modules' calls from Python: plain layers or a cell, with the user's arguments and without options. The arguments
+// are read without pybind, which would take as long as a step of a small layer. lstm_ext/native/_C.pyi has the
+// signatures.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -17,7 +17,7 @@
 
 namespace lstm_ext::python {
 
-// The tensor of an object that is nothing but one, or null.
+// The tensor of an object whose type is exactly Tensor, else null.
 inline const Tensor* plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& tensor = THPVariable_Unpack(object);
@@ -26,12 +26,12 @@ inline const Tensor* plain_tensor(PyObject* object) {
   return tensor.is_cpu() && !tensor.key_set().has_any(kWrappers) ? &tensor : nullptr;
 }
 
-// How the data of a module lie; Layout.code in lstm_ext/call/layout.py.
+// The layout of a module's data; Layout.code in lstm_ext/call/layout.py.
 struct ModuleLayout {
   explicit ModuleLayout(int64_t code) : batch_first(code == 1), unbatched(code == 2 || code == 4), step(code >= 3) {}
 
   int64_t rank() const { return 3 - (unbatched ? 1 : 0) - (step ? 1 : 0); }
-  // Time first with a batch, as the layers take data, and back.
+  // Converts to the layers' layout, time first with a batch; the next function converts back.
   Tensor time_first(Tensor t) const {
     if (batch_first) return t.transpose(0, 1);
     if (step) t = t.unsqueeze(0);
@@ -56,8 +56,7 @@ inline bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_g
 inline bool any_needs_gradient(const std::vector<Tensor>& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), needs_gradient);
 }
-// Without gradients nobody sees the views that a call makes, so they need nothing of autograd, which is most of their
-// time.
+// Without gradients nobody sees the views that a call makes, so they skip autograd, which is most of their time.
 struct ViewsUnlessTracked {
   explicit ViewsUnlessTracked(bool tracked) {
     if (!tracked || !at::GradMode::is_enabled()) below_autograd.emplace();
@@ -66,7 +65,7 @@ struct ViewsUnlessTracked {
 };
 inline py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
-// Reads a tuple or list of two tensors: read(i, tensor) says whether one fits.
+// Reads a tuple or list of two tensors: read(i, tensor) returns whether a tensor fits.
 template <typename Read>
 inline bool read_states(PyObject* hx, const Read& read) {
   if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return false;
@@ -79,11 +78,11 @@ inline bool read_states(PyObject* hx, const Read& read) {
 
 struct ModuleCall {
   ModuleLayout layout{0};
-  Tensor input, h0, c0;           // as the user gave them; the states are those of all layers
-  std::vector<LayerCall> layers;  // without these
+  Tensor input, h0, c0;           // the user's tensors; the states are those of all layers
+  std::vector<LayerCall> layers;  // without input and states
 };
 
-// Reads what lstm_module gets. False if this is not the way for the call, or there is something wrong with it.
+// Reads the arguments of lstm_module. Returns false if the call does not fit this path, or if an argument is wrong.
 inline bool read_module_call(PyObject* const* args, ModuleCall& call) {
   if (!is_plain_call()) return false;
   PyObject *const hx = args[1], *const weights = args[2], *const options = args[3];
@@ -142,7 +141,7 @@ inline bool read_module_call(PyObject* const* args, ModuleCall& call) {
   });
 }
 
-// output, h_n and c_n, in the user's layout.
+// Returns output, h_n and c_n, in the user's layout.
 inline std::tuple<Tensor, Tensor, Tensor> run_module_call(ModuleCall& call) {
   bool tracked = needs_gradient(call.input) || needs_gradient(call.h0) || needs_gradient(call.c0);
   for (const LayerCall& layer : call.layers) tracked = tracked || any_needs_gradient(layer.weights);
@@ -191,7 +190,7 @@ inline PyObject* lstm_module(PyObject* /*self*/, PyObject* const* args, Py_ssize
   END_HANDLE_TH_ERRORS
 }
 
-// The same of a cell: (B, I) and (B, H), or without the B; weight_ih, weight_hh, and both biases or two times None.
+// The same for a cell: (B, I) and (B, H), or without the B; weight_ih, weight_hh, and both biases or twice None.
 inline bool read_cell_call(PyObject* const* args, LayerCall& call) {
   if (!is_plain_call()) return false;
   PyObject *const hx = args[1], *const weights = args[2];

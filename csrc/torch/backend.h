@@ -1,4 +1,5 @@
-// One layer on one kind of device: what lstm_layer_forward and lstm_layer_backward call once the arguments are checked.
+// One layer on one kind of device. lstm_layer_forward and lstm_layer_backward call it after they have checked the
+// arguments.
 #pragma once
 
 #include <optional>
@@ -9,7 +10,7 @@
 
 namespace lstm_ext {
 
-// What the backward pass takes beside the call.
+// The arguments of the backward pass besides the call.
 struct BackwardArguments {
   const ResultGradients& grads;
   const at::Tensor& output;
@@ -25,20 +26,20 @@ struct Backend {
   Backward backward;
   // Whether Saved::gates are preactivations, in the dtype of the input; else they are gate values, of sum_type.
   bool saves_preactivations = false;
-  // Of a GPU: what the planner of kernels has to know of it.
+  // For a GPU: the facts that the planner of kernels needs.
   cuda::DeviceFacts (*facts)(int device) = nullptr;
-  // Whether a wait of a persistent kernel has expired there since somebody asked, or a call has raised for it.
+  // Whether a wait of a persistent kernel has expired on the device since the last query, or a call has raised for it.
   bool (*wait_expired)(int device) = nullptr;
 };
 
 const Backend& cpu_backend();
-// How exact the operands of its products must be for a layer of this type; see LayerParams. A float32 layer follows
-// torch's own switch, torch.backends.mkldnn.rnn.fp32_precision.
+// The number of planes of a layer of this type; see LayerParams. A float32 layer follows torch's own switch,
+// torch.backends.mkldnn.rnn.fp32_precision.
 int planes_for(at::ScalarType dtype);
 
-// The CUDA backend registers itself where it is part of the build.
+// The CUDA backend registers itself if it is part of the build.
 void register_cuda_backend(const Backend& backend);
-// Nothing where it is not.
+// Empty in a build without the CUDA backend.
 LSTM_EXT_PUBLIC std::optional<cuda::DeviceFacts> cuda_facts(int device);
 LSTM_EXT_PUBLIC bool cuda_wait_expired(int device);
 

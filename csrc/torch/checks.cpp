@@ -10,7 +10,7 @@ constexpr const char* kWeightNames[2][5] = {
     {"weight_ih of the reverse direction", "weight_hh of the reverse direction", "bias_ih of the reverse direction",
      "bias_hh of the reverse direction", "weight_hr of the reverse direction"}};
 
-// Offsets of the steps from the number of sequences in each.
+// Computes the offsets of the steps from the number of sequences in each.
 std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tensor& input) {
   TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong && batch_sizes.dim() == 1,
               "lstm_ext: batch_sizes is ", batch_sizes.toString(), " of shape ", batch_sizes.sizes(), " on ",
@@ -25,7 +25,7 @@ std::vector<int64_t> step_offsets(const at::Tensor& batch_sizes, const at::Tenso
     TORCH_CHECK_VALUE(t == 0 || size[t] <= size[t - 1], "lstm_ext: batch_sizes[", t, "] is ", size[t],
                       ", more than the ", size[t - 1], " before it; expected numbers that never rise");
     offsets[t + 1] = offsets[t] + size[t];
-    // Also keeps the sum from overflowing.
+    // This also keeps the sum from overflowing.
     TORCH_CHECK_VALUE(offsets[t + 1] <= input.size(0), "lstm_ext: the sum of batch_sizes is more than the ",
                       input.size(0), " rows of the input");
   }
@@ -70,7 +70,7 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
               " parameters of layer normalisation, expected ", per_direction * sizes.directions);
   for (size_t i = 0; i < options.norm.size(); ++i) {
     const size_t kind = i % per_direction;
-    // Autocast leaves them in their own dtype.
+    // Autocast does not convert these parameters.
     const at::ScalarType own = options.norm[i].scalar_type() == sizes.sum_type ? sizes.sum_type : dtype;
     check_tensor(kNames[kind], options.norm[i], input, own, {kind < 2 ? 4 * sizes.hidden_size : sizes.hidden_size});
   }

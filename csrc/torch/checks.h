@@ -1,4 +1,4 @@
-// Argument checks of a layer. Each error names the argument, what was expected and what came.
+// Argument checks of a layer. Each error names the argument, the expected value and the given one.
 #pragma once
 
 #include "contract/layer.h"
@@ -11,7 +11,7 @@ using Allocate = at::Tensor (*)(at::IntArrayRef sizes, const at::TensorOptions& 
 at::Tensor allocate_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// How many tensors a direction has: of weights, and of layer normalisation.
+// The number of tensors of a direction: of weights, and of layer normalisation.
 struct WeightCount {
   int64_t per_direction;
   bool projected;
@@ -19,25 +19,27 @@ struct WeightCount {
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
 
-// Sizes of a layer, read off its arguments and checked against each other.
+// Sizes of a layer, read from its arguments and checked against each other.
 struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;
-  // The types of what is saved, see Saved. sum_type is float32 for the 16-bit dtypes, else the input's. gates_type
-  // depends on the backend, which is not known to check_layer: see Backend.
+  // The types of saved tensors, see Saved. sum_type is float32 for the 16-bit dtypes, else the input's. gates_type
+  // depends on the backend, which check_layer does not know: see Backend.
   at::ScalarType sum_type;
   at::ScalarType gates_type;
   std::vector<int64_t> step_offsets;  // see LayerShape; empty for dense data
 
   bool packed() const { return !step_offsets.empty(); }
-  // Sizes of a tensor with the time and batch axes of the input: time, batch, features; and with the directions before.
+  // Sizes of a tensor with the input's time and batch axes: time, batch, features; saved_sizes adds the directions in
+  // front.
   std::vector<int64_t> sequence_sizes(int64_t features) const;
   std::vector<int64_t> saved_sizes(int64_t features) const;
-  // One direction, as kernels take it. It points to step_offsets and to `resets`, which is contiguous or undefined.
+  // The shape of one direction, for the kernels. It points to step_offsets and to `resets`, which is contiguous or
+  // undefined.
   LayerShape shape(int64_t direction, const at::Tensor& resets) const;
 
-  // Allocates what a forward pass of the call saves, on the device of `options`.
+  // Allocates the tensors that a forward pass of the call saves, on the device of `options`.
   Saved empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate = &allocate_empty) const;
   // Checks that `saved` is what empty_saved would allocate.
   void check_saved(const LayerCall& call, const Saved& saved) const;

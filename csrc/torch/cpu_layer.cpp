@@ -15,7 +15,7 @@
 namespace lstm_ext {
 namespace {
 
-// In the type of the kernels, for use within the call.
+// Converts a tensor to the type of the kernels, for use within the call.
 at::Tensor converted(const at::Tensor& tensor, at::ScalarType type) {
   const at::Tensor t = is_materialized(tensor) ? tensor : materialized(tensor);
   if (t.scalar_type() == type) return t;
@@ -36,7 +36,7 @@ std::vector<at::Tensor> converted_weights(const std::vector<at::Tensor>& weights
   return result;
 }
 
-// A sequence as the kernels take it: the innermost axis is contiguous.
+// A sequence with a contiguous innermost axis, as the kernels require.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
   const at::Tensor t = converted(tensor, type);
   const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
@@ -88,7 +88,7 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
   return result;
 }
 
-// The options as kernels take them.
+// The options as tensors that the kernels can read.
 struct OptionTensors {
   OptionTensors(const LayerOptions& options, at::ScalarType type)
       : resets(contiguous_converted(options.resets, at::kBool)),
@@ -126,7 +126,8 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   return options;
 }
 
-// Frozen weights that the kernels can read, or none; and the weights that they read otherwise.
+// Frozen weights, if the kernels can read them, or none. The next function returns the weights that they read
+// otherwise.
 std::vector<at::Tensor> ready_weights(const LayerCall& call) {
   const std::vector<at::Tensor>& frozen = call.options.frozen;
   return !frozen.empty() && is_ready(frozen) ? frozen : std::vector<at::Tensor>();
@@ -136,7 +137,7 @@ std::vector<at::Tensor> weights_to_read(const LayerCall& call) {
   return frozen.empty() ? call.weights : thawed(frozen, call.weights);
 }
 
-// The tensors of a call as the kernels take them: in their type, with contiguous rows. `keep_narrow`: but for W and U.
+// The tensors of a call in the kernels' type and with contiguous rows. `keep_narrow`: except W and U.
 struct LayerTensors {
   LayerTensors(const LayerCall& call, const LayerSizes& sizes, bool keep_narrow)
       : input(with_contiguous_rows(call.input, sizes.sum_type)),
@@ -174,20 +175,20 @@ cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads) {
   return {kernels.lanes, threads, kernels.unit};
 }
 
-// An uninitialised tensor that is written from end to end soon. Fresh memory of many megabytes costs
-// a page fault per 4 KiB, which is several percent of a training step; huge pages avoid most of it.
+// An uninitialised tensor that is soon written completely. Fresh memory of many megabytes costs a page fault per 4 KiB,
+// which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor tensor = empty_on_cpu(sizes, options);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
   return tensor;
 }
 
-// Of each direction of a layer.
+// One value for each direction of a layer.
 template <typename T>
 using OfDirections = c10::SmallVector<T, 2>;
 
-// Plans the call of each direction, lays out the workspace and runs the kernel on the planned workers; on one, if the
-// system refuses threads. One direction follows the other, or they run at the same time if all plans say so.
+// Plans the call of each direction, lays out the workspace and runs the kernel on the planned workers, or on one if the
+// system refuses threads. One direction follows the other, or they run at the same time if all plans allow it.
 template <typename T, typename Params, typename Plan>
 void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& kernels,
                     Plan (*make_plan)(const Params&, const cpu::Machine&),
@@ -196,7 +197,7 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
   constexpr int64_t kAlignment = 64;
   bool refused = false;
   for (size_t first = 0; first < params.size();) {
-    // Layer normalisation has gradients that are sums over the workers.
+    // Some gradients of layer normalisation are sums over the workers.
     const int threads = refused ? 1 : available_threads(/*always_all=*/normalised);
     const cpu::Machine machine = machine_for(kernels, threads);
     OfDirections<Plan> plans{make_plan(params[first], machine)};
@@ -293,7 +294,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (needs_grad.c0) grads.c0 = grad_c;
-  // Where the kernels round the gradients of W and U themselves, no copy is made.
+  // No copy is made if the kernels round the gradients of W and U themselves.
   const bool narrow = type != dtype && cpu::sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const bool matrix = static_cast<int64_t>(i) % sizes.weights_per_direction < 2;

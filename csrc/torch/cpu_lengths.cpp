@@ -9,7 +9,7 @@
 namespace lstm_ext {
 namespace {
 
-// Which rows of padded data count, in the order of a PackedSequence: the sequences by falling length, without those
+// The rows of padded data that count, in the order of a PackedSequence: the sequences by falling length, without those
 // that have no step.
 class Packing {
  public:
@@ -42,8 +42,8 @@ class Packing {
   int64_t sequences() const { return sequences_.size(0); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
 
-  // The rows (..., N, ...) of (..., T, B, ...), where T is axis `dim`. Batch-first data is read where it lies. An
-  // undefined tensor stays undefined, here and below.
+  // The rows (..., N, ...) of (..., T, B, ...), where T is axis `dim`. Batch-first data is read in place. An undefined
+  // tensor stays undefined, here and below.
   at::Tensor packed(const at::Tensor& tensor, int64_t dim) const {
     if (!tensor.defined()) return {};
     const at::Tensor x = materialized(tensor);
@@ -52,7 +52,7 @@ class Packing {
     }
     return x.flatten(dim, dim + 1).index_select(dim, time_first_);
   }
-  // The reverse of it: 0 where a row does not count.
+  // The reverse of it: rows that do not count become 0.
   at::Tensor padded(const at::Tensor& rows, int64_t dim) const {
     if (!rows.defined()) return {};
     std::vector<int64_t> sizes = rows.sizes().vec();
@@ -60,11 +60,11 @@ class Packing {
     return at::zeros(sizes, rows.options()).index_copy_(dim, time_first_, rows).unflatten(dim, {time_, batch_});
   }
 
-  // The states (D, ..., n) of the sequences that are packed, in their order, of (D, B, n).
+  // The states (D, ..., n) of the packed sequences, in their order, from (D, B, n).
   at::Tensor packed_state(const at::Tensor& t) const {
     return t.defined() ? materialized(t).index_select(1, sequences_) : t;
   }
-  // The reverse of it: a sequence without a step has its row of `rest`, or 0.
+  // The reverse of it: a sequence without a step gets its row of `rest`, or 0.
   at::Tensor padded_state(const at::Tensor& rows, const at::Tensor& rest = {}) const {
     if (!rows.defined()) return {};
     const at::Tensor all = rest.defined() ? materialized(rest).clone(at::MemoryFormat::Contiguous)
@@ -76,11 +76,11 @@ class Packing {
   int64_t time_, batch_;
   bool full_;
   std::vector<int64_t> offsets_;
-  at::Tensor sequences_;                 // in the order of their rows
-  at::Tensor time_first_, batch_first_;  // of each row, its place in (T, B) and in (B, T)
+  at::Tensor sequences_;                 // sorted in the order of their rows
+  at::Tensor time_first_, batch_first_;  // the place of each row in (T, B) and in (B, T)
 };
 
-// The call that the kernels see: packed, without lengths.
+// The call that the kernels get: packed, without lengths.
 LayerCall packed_call(const LayerCall& call, const Packing& packing) {
   LayerCall packed = call;
   packed.options.lengths = at::Tensor();

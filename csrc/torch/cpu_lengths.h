@@ -1,5 +1,5 @@
-// Padded input whose lengths only the kernels know: the rows that count are packed, go through the layer as a
-// PackedSequence does, and are put back in their places. Python does the same where it knows the lengths itself
+// Padded input with lengths that only the kernels know. The rows that count are packed, go through the layer like a
+// PackedSequence, and are written back to their places. If Python knows the lengths, it does the same itself
 // (lstm_ext/call/packing.py).
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace lstm_ext {
 
-// As the functions of cpu_backend, for a call with options.lengths; lengths outside [0, T] are clamped. All results,
-// saved tensors included, have the shapes of dense input; past the end of a sequence they are 0.
+// Same as the functions of cpu_backend, for a call with options.lengths; lengths outside [0, T] are clamped. All
+// results, saved tensors included, have the shapes of dense input; past the end of a sequence they are 0.
 LayerResults forward_with_lengths(const LayerCall& call, const LayerSizes& sizes, bool save);
 LayerGradients backward_with_lengths(const LayerCall& call, const LayerSizes& sizes,
                                      const BackwardArguments& arguments);

@@ -1,4 +1,4 @@
-// The CUDA layers on the device that torch has chosen: its current device and stream, its handle of cuBLAS.
+// The CUDA layers on torch's current device and stream, with its handle of cuBLAS.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
@@ -23,7 +23,7 @@ cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
   cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, index);
   cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, index);
-  cudaGetLastError();  // what a driver does not know is 0
+  cudaGetLastError();  // attributes that a driver does not know are 0
   cuda::DeviceFacts facts{device.name,
                           device.major * 10 + device.minor,
                           device.multiProcessorCount,
@@ -41,7 +41,7 @@ cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
   return facts;
 }
 
-// One a device; a call has no time to ask again.
+// The facts of each device, kept because a call has no time to query them again.
 const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
   static std::mutex one_at_a_time;
   static std::map<int, cuda::DeviceFacts> known;
@@ -51,13 +51,13 @@ const cuda::DeviceFacts& current_facts(const cudaDeviceProp& properties) {
   return found != known.end() ? found->second : known.emplace(index, facts_of(properties)).first->second;
 }
 
-// What persistent kernels write to if a wait expires: a word for each device, which the host reads without waiting for
-// one. They stay as long as the process. With unified addressing, which every 64-bit system has, their address is the
-// same on the devices.
+// The words that persistent kernels write to if a wait expires: one for each device, which the host reads without
+// synchronising. They live as long as the process. With unified addressing, which every 64-bit system has, the devices
+// use the same address.
 volatile uint32_t* status_of(int device) {
   static constexpr int kDevices = 64;
   static uint32_t* const words = [] {
-    // A graph may be captured meanwhile.
+    // A graph may be captured at the same time.
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     void* memory = nullptr;
     C10_CUDA_CHECK(cudaHostAlloc(&memory, kDevices * sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
@@ -75,7 +75,7 @@ bool wait_expired(int device) {
   return expired;
 }
 
-// The layer takes long sequences in chunks whose intermediate results nearly fit into the second-level cache.
+// The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
 StepwiseDevice current_device(at::ScalarType dtype) {
@@ -87,7 +87,7 @@ StepwiseDevice current_device(at::ScalarType dtype) {
   cuda::Request request = cuda::current_request(&known);
   TORCH_CHECK(known, "lstm_ext: LSTM_EXT_CUDA_KERNEL is '", std::getenv("LSTM_EXT_CUDA_KERNEL"),
               "': set it to auto, stepwise, step, persistent, independent or mailbox, or unset it");
-  // The setting of cuDNN's RNNs: this layer stands in for one.
+  // Follows the setting of cuDNN's RNNs, because this layer replaces one.
   const bool tf32 = cuda::has_request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
   const int index = at::cuda::current_device();
   const auto outcome = [&](cuda::Kernel kernel) {
@@ -98,7 +98,7 @@ StepwiseDevice current_device(at::ScalarType dtype) {
   const std::optional<int64_t> limit = cuda::wait_limit();
   TORCH_CHECK(limit, "lstm_ext: LSTM_EXT_CUDA_WAIT_LIMIT is '", std::getenv("LSTM_EXT_CUDA_WAIT_LIMIT"),
               "': set it to a number of seconds, or unset it");
-  // A thread that asks for a kernel looks itself.
+  // A thread that requests a kernel checks this itself.
   TORCH_CHECK(cuda::has_request_of_thread() || !wait_expired(index), "lstm_ext: in an earlier call on cuda:", index,
               " a block of a kernel that does all steps at once waited ",
               "for another one longer than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN. ",
@@ -123,7 +123,7 @@ LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, con
   return stepwise_backward(call, sizes, args, current_device(call.input.scalar_type()));
 }
 
-// When the library is loaded.
+// Registers the backend when the library is loaded.
 const bool registered = [] {
   register_cuda_backend(
       {&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device, &wait_expired});

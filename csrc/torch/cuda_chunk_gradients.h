@@ -1,5 +1,4 @@
-// What the backward pass adds up over the steps of a chunk, by a product for each sum, and the gradients that this
-// gives.
+// The sums of the backward pass over the steps of a chunk, one product for each, and the gradients that result.
 #pragma once
 
 #include <utility>
@@ -13,7 +12,7 @@ class ChunkGradients : protected Stepwise {
   ChunkGradients(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args,
                  const StepwiseDevice& device)
       // float16 has no more digits than TF32, so TF32 products lose nothing of such an operand. The gradients of the
-      // preactivations, which are float32 there, keep what float16 would lose.
+      // preactivations are float32 there, and keep the digits that float16 would lose.
       : Stepwise(call, sizes, &args, device, device.tf32 || call.input.scalar_type() == at::kHalf),
         output_(with_contiguous_rows(args.output)),
         saved_{contiguous_if(args.saved.gates), contiguous_if(args.saved.cells), contiguous_if(args.saved.hidden),
@@ -27,7 +26,7 @@ class ChunkGradients : protected Stepwise {
       for (size_t i = 0; i < tensors.size(); ++i) result[i] = sum(requested[i], tensors[i]);
       return result;
     };
-    const auto state = [&](bool requested, const at::Tensor& t) {  // a product writes it, or every step does
+    const auto state = [&](bool requested, const at::Tensor& t) {  // written by one product, or by every step
       return requested && t.defined() ? at::empty(t.sizes(), options(sizes.sum_type)) : at::Tensor();
     };
     // The sum of both directions is rounded once.
@@ -46,7 +45,7 @@ class ChunkGradients : protected Stepwise {
     }
   }
 
-  // As the caller wants them.
+  // The gradients in the caller's types.
   LayerGradients finished() {
     const auto finish = [](at::Tensor& t, at::ScalarType type) {
       if (t.defined()) t = in_type(t, type);
@@ -58,20 +57,20 @@ class ChunkGradients : protected Stepwise {
     return std::move(grads_);
   }
 
-  // The factors and results of the products over a chunk, and what a step leaves for the step before.
+  // The factors and results of the products over a chunk, and the data that a step passes to the step before.
   struct Buffers {
-    // (rows of a chunk, 4H): gradients of U h, and with layer normalisation of W x; else they are the same.
+    // (rows of a chunk, 4H): gradients of U h, and with layer normalisation of W x; otherwise both are the same.
     at::Tensor recurrent_part, input_part;
-    at::Tensor preactivations, tanh_input, norm_cell;  // as in cuda::NormCellBackward
+    at::Tensor preactivations, tanh_input, norm_cell;  // see cuda::NormCellBackward
     at::Tensor output;                                 // (rows of a chunk, P), with a projection
-    at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), where it was not saved
+    at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), if it was not saved
     at::Tensor recurrent;                              // (B, P): dL/dh_t through the step after t
-    at::Tensor parts[2];                               // fused, in its place, of two steps by turns: cuda::StepBackward
-    at::Tensor grad_hidden;                            // (B, H), with a projection: dL/d(o * tanh(c_t))
-    at::Tensor grad_c, grad_h;                         // (B, H); with zoneout (B, P): as in cuda::GradOutput
-    at::Tensor begin_part, reset_part;                 // as in cuda::CellBackward
+    at::Tensor parts[2];                // fused: replaces `recurrent`, for two steps in turn: cuda::StepBackward
+    at::Tensor grad_hidden;             // (B, H), with a projection: dL/d(o * tanh(c_t))
+    at::Tensor grad_c, grad_h;          // (B, H); with zoneout (B, P): see cuda::GradOutput
+    at::Tensor begin_part, reset_part;  // see cuda::CellBackward
   };
-  // The sums of one direction; undefined where not requested.
+  // The sums of one direction; undefined if not requested.
   struct Gradients {
     at::Tensor h0, c0, weight_ih, weight_hh, bias, weight_hr;
     at::Tensor reset_h, reset_c;
@@ -101,7 +100,7 @@ class ChunkGradients : protected Stepwise {
     return g;
   }
 
-  // The products over the steps of a chunk.
+  // Adds the products over the steps of a chunk.
   template <typename T>
   void add_chunk(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d, const Buffers& b,
                  const Gradients& g) {
@@ -174,7 +173,7 @@ class ChunkGradients : protected Stepwise {
     grad_input.copy_(sum);
   }
 
-  // dL/dU: a product of the gradients of U h of each step with h of the step before.
+  // Adds to dL/dU: a product of the gradients of U h of each step with h of the previous step.
   template <typename T>
   void add_recurrent_gradient(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d,
                               const at::Tensor& recurrent_part, const at::Tensor& weight_hh) const {
@@ -183,7 +182,7 @@ class ChunkGradients : protected Stepwise {
       product(weight_hh, recurrent_part.t(), previous_outputs<T>(layer, steps, chunk, d), true);
       return;
     }
-    // In dense data, h of the steps before is the same rows of the output, moved by a step.
+    // In dense data, h of the previous steps is the same rows of the output, shifted by a step.
     const int64_t moved = d == 1 ? 1 : -1;
     const int64_t begin = d == 1 ? chunk.begin : std::max<int64_t>(chunk.begin, 1);
     const int64_t finish = d == 1 ? std::min(chunk.finish, sizes_.steps - 1) : chunk.finish;
@@ -201,7 +200,7 @@ class ChunkGradients : protected Stepwise {
     }
   }
 
-  // As cuda::PreviousOutputs, for a chunk (rows, P), in gradient_type().
+  // The h of the previous steps for a chunk (rows, P), in gradient_type(); see cuda::PreviousOutputs.
   template <typename T>
   at::Tensor previous_outputs(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d) const {
     using A = typename cuda::Types<T>::Accumulate;
@@ -248,8 +247,8 @@ class ChunkGradients : protected Stepwise {
   LayerGradients grads_;  // sums, and the gradient of the input
 
  private:
-  std::vector<at::ScalarType> norm_types_;  // of the gradients of the parameters of layer normalisation
-  at::Tensor padding_;                      // (all rows, 1), with lengths: whether a row takes no part
+  std::vector<at::ScalarType> norm_types_;  // types of the gradients of layer normalisation
+  at::Tensor padding_;                      // (all rows, 1), with lengths: whether a row is padding
 };
 
 }  // namespace lstm_ext

@@ -1,5 +1,5 @@
-// What both passes need to start a persistent kernel: the table of a chunk's steps, and the memory through which blocks
-// and launches talk.
+// Shared by both passes to start a persistent kernel: the table of a chunk's steps, and the memory through which blocks
+// and launches communicate.
 #pragma once
 
 #include <exception>
@@ -28,8 +28,8 @@ inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk,
   return result;
 }
 
-// A launch that the device refuses though it has room by its plan: others use it too. Another kernel computes the
-// layer.
+// The device refused a launch for which the plan found room, because others use the device too. Another kernel then
+// computes the layer.
 struct LaunchRefused : std::exception {
   const char* what() const noexcept override { return "lstm_ext: a persistent kernel was refused"; }
 };
@@ -41,7 +41,7 @@ inline void raise_if_refused(cudaError_t error) {
   throw LaunchRefused();
 }
 
-// `compute` on the device; if a launch is refused there, without persistent kernels.
+// Runs `compute` on the device; if it refuses a launch, again without persistent kernels.
 template <typename Compute>
 auto without_refused(const StepwiseDevice& device, Compute&& compute) {
   try {
@@ -54,7 +54,7 @@ auto without_refused(const StepwiseDevice& device, Compute&& compute) {
   }
 }
 
-// How a layer's launches are divided, and what one leaves for the next.
+// The launches of a layer: how they divide the work, and the memory that one passes to the next.
 class PersistentLaunches {
  public:
   PersistentLaunches(const cuda::Plan::Persistent& plan, const StepwiseDevice& device, const at::TensorOptions& options)
@@ -63,17 +63,18 @@ class PersistentLaunches {
   bool has_mailbox() const { return plan_.exchange == cuda::Exchange::kMailbox; }
   cuda::Exchange exchange() const { return plan_.exchange; }
 
-  // Numbers that a row leaves for the next step: `gates` rows of H, each rounded up to whole pieces.
+  // The numbers that a row passes to the next step: `gates` rows of H, each rounded up to whole pieces.
   static int64_t length(int64_t gates, int64_t hidden_size, at::ScalarType type) {
     return gates * aligned_length(hidden_size, type);
   }
 
-  // The launch's memory: so many bytes for each side. All its bits are set; without a mailbox nobody asks.
+  // Allocates the launch's memory, with so many bytes for each side. All its bits are set, which marks empty mailboxes;
+  // without a mailbox nobody reads them.
   template <typename Pass>
   void begin(cuda::PersistentSides<Pass>& launch, const std::vector<int64_t>& bytes) {
     int64_t sum = kControlBytes;
     for (const int64_t n : bytes) sum += n;
-    before_ = memory_;  // the launch reads it
+    before_ = memory_;  // the launch still reads the earlier memory
     memory_ = at::empty({sum}, options_);
     launch.groups = plan_.groups;
     launch.extra = plan_.extra;
@@ -83,7 +84,7 @@ class PersistentLaunches {
                       before_.defined() ? static_cast<const uint32_t*>(before_.const_data_ptr()) : nullptr,
                       device_.status, device_.wait_limit};
   }
-  // Where the memory of a side begins, `offset` bytes behind the words of control.
+  // The memory of a side, `offset` bytes behind the words of control.
   template <typename D>
   D* slots(int64_t offset) const {
     return reinterpret_cast<D*>(static_cast<char*>(memory_.mutable_data_ptr()) + kControlBytes + offset);
@@ -100,7 +101,7 @@ class PersistentLaunches {
   const cuda::Plan::Persistent plan_;
   const StepwiseDevice& device_;
   const at::TensorOptions options_;
-  at::Tensor memory_, before_;  // of the launch, and of the one in front of it
+  at::Tensor memory_, before_;  // memory of this launch, and of the previous one
 };
 
 }  // namespace lstm_ext

@@ -6,7 +6,7 @@
 namespace lstm_ext {
 namespace {
 
-// One step of a sequence (T, B, n) or (N, n): the first row, and how far apart the rows are.
+// One step of a sequence (T, B, n) or (N, n): the first row, and the row stride.
 template <typename T>
 struct StepData {
   const T* data;
@@ -39,7 +39,7 @@ class StepwiseBackward : ChunkGradients {
   }
 
  private:
-  // Those that one product reads and writes for both directions, if there is one.
+  // The tensors that one product reads and writes for both directions, if there is such a product.
   struct Both {
     at::Tensor recurrent_part, recurrent;
   };
@@ -82,14 +82,14 @@ class StepwiseBackward : ChunkGradients {
     return b;
   }
 
-  // Whether the mailbox of a persistent kernel is recurrent_part itself: its rows are whole pieces, and what is mailed
-  // is not rounded.
+  // Whether recurrent_part itself serves as the mailbox of a persistent kernel: its rows are whole pieces, and mailed
+  // numbers are not rounded.
   bool mails_recurrent_part() const {
     return persistent_ && persistent_->exchange == cuda::Exchange::kMailbox && gradient_type() != at::kFloat &&
            aligned_length(sizes_.hidden_size, gradient_type()) == sizes_.hidden_size;
   }
 
-  // Of each direction.
+  // The chunks of each direction.
   std::vector<std::vector<Chunk>> chunks_of(const std::vector<Steps>& directions) const {
     // The bytes of Buffers for each row of a chunk.
     const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
@@ -106,7 +106,7 @@ class StepwiseBackward : ChunkGradients {
     return chunks;
   }
 
-  // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
+  // A direction while its steps run. It must not be moved: `steps` refers to `layer`.
   struct Running {
     Running(const StepwiseBackward& pass, int64_t direction, std::vector<Chunk> its_chunks, Both& both)
         : d(direction),
@@ -141,18 +141,18 @@ class StepwiseBackward : ChunkGradients {
     const Direction layer;
     const Steps steps;
     const Gradients gradients;
-    const at::Tensor weight_hh, weight_hr;  // products know their memory, and do not keep it
-    const at::Tensor step_weight;           // the same as the fused and persistent kernels read it
-    std::vector<Chunk> chunks;              // those whose steps have yet to run; the last one runs
+    const at::Tensor weight_hh, weight_hr;  // kept here, because products hold pointers only
+    const at::Tensor step_weight;           // the same in the layout of the fused and persistent kernels
+    std::vector<Chunk> chunks;              // chunks that have yet to run; the last one is running
     Buffers buffers;
     const std::optional<RowsGemm> through_gates, projection;
     const at::Tensor preactivations, cells;
     const at::Tensor grad_output, grad_h_n, grad_c_n, grad_gate_values, grad_cells;
-    at::Tensor recomputed;       // preactivations of the chunk that runs
-    const void* left = nullptr;  // persistent: where the chunk before in the pass has left the gates' gradients
+    at::Tensor recomputed;       // preactivations of the running chunk
+    const void* left = nullptr;  // persistent: the gates' gradients that the pass's previous chunk left
   };
 
-  // Both directions have their launches together.
+  // Both directions share their launches.
   template <typename T>
   void run_steps() {
     std::list<Running> sides;
@@ -165,7 +165,7 @@ class StepwiseBackward : ChunkGradients {
     for (int64_t d = 0; d < sizes_.directions; ++d) sides.emplace_back(*this, d, std::move(chunks[d]), both);
     std::optional<PersistentLaunches> launches;
     if (persistent_) launches.emplace(*persistent_, device_, input_.options());
-    // The directions meet a time in different chunks: each adds to what is there.
+    // The directions reach a time in different chunks, so both accumulate.
     if (sizes_.directions == 2 && grads_.input.defined()) grads_.input.zero_();
     const int64_t last = sides.front().steps.count() - 1;
     for (int64_t n = last; n >= 0; --n) {
@@ -179,7 +179,7 @@ class StepwiseBackward : ChunkGradients {
         if (persistent_ && begins) run_chunk<T>(sides, *launches);
       }
       if (sizes_.projected) project<T>(sides, n);
-      // In front of the first one is perhaps what makes step_weight, which a dependent kernel reads at once.
+      // The first kernel may follow the one that writes step_weight, which a dependent kernel would read too early.
       if (!persistent_) run_step<T>(sides, n, dependent_ && n < last);
       for (Running& side : sides) {
         if (n > side.chunks.back().first) continue;
@@ -195,12 +195,12 @@ class StepwiseBackward : ChunkGradients {
     }
   }
 
-  // Where a step begins in the chunk's buffers.
+  // The row of the chunk's buffers at which a step begins.
   static int64_t row_in_chunk(const Running& side, const Step& step) {
     return step.offset - side.steps.rows_before(side.chunks.back().begin);
   }
 
-  // dL/d(o * tanh(c_t)) of a step.
+  // Computes dL/d(o * tanh(c_t)) of a step.
   template <typename T>
   void project(const std::list<Running>& sides, int64_t n) const {
     using D = typename cuda::Types<T>::Gradient;
@@ -217,7 +217,7 @@ class StepwiseBackward : ChunkGradients {
     products(multiplied);
   }
 
-  // All steps of the chunk in one launch.
+  // Runs all steps of the chunk in one launch.
   template <typename T>
   void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
     using D = typename cuda::Types<T>::Gradient;
@@ -237,7 +237,7 @@ class StepwiseBackward : ChunkGradients {
       cuda::PersistentBackward<T>& args = launch.sides[launch.count];
       args = persistent_args<T>(side);
       args.mailbox = {launches.slots<D>(offset), static_cast<const D*>(side.left), length};
-      // The next chunk of the pass begins with what the first step of this one leaves.
+      // The next chunk of the pass begins with the mail of this one's first step.
       const Chunk& chunk = side.chunks.back();
       const int64_t first = side.steps.rows_before(side.steps.time(chunk.first)) - side.steps.rows_before(chunk.begin);
       side.left = args.mailbox.slots + (launches.has_mailbox() ? first : 0) * length;
@@ -383,7 +383,7 @@ class StepwiseBackward : ChunkGradients {
     return args;
   }
 
-  // dL/dh of h0 and of reset_h, each by one product for all steps.
+  // Computes dL/dh of h0 and of reset_h, each by one product for all steps.
   void finish_states(const Direction& layer, const Buffers& b, const Gradients& g, const at::Tensor& grad_h_n,
                      const at::Tensor& grad_c_n, const at::Tensor& weight_hh) const {
     const auto through_product = [&](const at::Tensor& result, const at::Tensor& grad, const at::Tensor& weight) {
@@ -401,7 +401,7 @@ class StepwiseBackward : ChunkGradients {
       if (has_zoneout_h()) g.reset_h.add_(sum);
     }
     if (!lengths_.defined()) return;
-    // A row of length 0 ends as it begins.
+    // The final state of a row of length 0 is its initial one.
     const at::Tensor has_steps = lengths_.gt(0).unsqueeze(1);
     const auto add_where_empty = [&](const at::Tensor& initial, const at::Tensor& last) {
       if (initial.defined() && last.defined()) initial.add_(last.to(sizes_.sum_type).masked_fill(has_steps, 0));

@@ -1,5 +1,5 @@
-// What both passes of the stepwise layer share: its arguments as kernels take them, direction by direction and step by
-// step.
+// Shared by both passes of the stepwise layer: its arguments in the form that kernels take, direction by direction and
+// step by step.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@
 
 namespace lstm_ext {
 
-// The type that kernels know a dtype by.
+// The kernels' type for a dtype.
 template <typename Scalar>
 struct Stored {
   using type = Scalar;
@@ -38,7 +38,7 @@ template <typename T>
 const T* const_row_pointer(const at::Tensor& t, int64_t row = 0) {
   return t.defined() ? static_cast<const T*>(t.const_data_ptr()) + row * t.stride(0) : nullptr;
 }
-// bool is a byte to kernels.
+// The kernels read a bool as a byte.
 inline const uint8_t* flag_pointer(const at::Tensor& t, int64_t row = 0) {
   static_assert(sizeof(bool) == sizeof(uint8_t));
   return const_row_pointer<uint8_t>(t, row);
@@ -57,7 +57,7 @@ inline at::Tensor zeros_if(bool there, at::IntArrayRef sizes, const at::TensorOp
   return there ? at::zeros(sizes, options) : at::Tensor();
 }
 
-// The steps from time `begin` to time `finish`, one below the other: (rows, n). It copies if memory has them otherwise.
+// The steps from time `begin` to time `finish`, one below the other: (rows, n). Copies them if they are not contiguous.
 inline at::Tensor rows_between(const at::Tensor& sequence, const Steps& steps, int64_t begin, int64_t finish) {
   if (sequence.dim() == 3) return sequence.narrow(0, begin, finish - begin).flatten(0, 1);
   return sequence.narrow(0, steps.rows_before(begin), steps.rows_before(finish) - steps.rows_before(begin));
@@ -68,9 +68,9 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-// Whether a pass does anything beyond torch.nn.LSTM for which a kernel of a step needs instructions of its own: the one
-// answer, by which all kernels are chosen. Resets are flags that every kernel reads; layer normalisation has kernels of
-// its own. `args` is null in the forward pass.
+// Whether a pass needs more than torch.nn.LSTM, so that the kernel of a step needs instructions of its own. All kernels
+// are chosen by this one answer. Resets do not count, because every kernel reads their flags; layer normalisation has
+// kernels of its own. `args` is null in the forward pass.
 inline bool has_options(const LayerOptions& options, const LayerSizes& sizes, const BackwardArguments* args) {
   const bool step = options.lengths.defined() || options.recurrent_mask.defined() || options.keep_h.defined() ||
                     options.keep_c.defined() || options.zoneout_h != 0 || options.zoneout_c != 0;
@@ -105,7 +105,7 @@ inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes,
           sizes.packed()};
 }
 
-// Rows that begin where the fused kernels can read them: `matrix` itself, or a copy.
+// The matrix with rows that the fused kernels can read: `matrix` itself, or a copy.
 inline bool has_aligned_rows(const at::Tensor& matrix) {
   const int64_t bytes = matrix.element_size(), address = reinterpret_cast<int64_t>(matrix.const_data_ptr());
   return matrix.stride(1) == 1 && matrix.stride(0) * bytes % cuda::kStepAlignment == 0 &&
@@ -122,8 +122,7 @@ inline at::Tensor with_aligned_rows(const at::Tensor& matrix) {
   return copy.narrow(1, 0, length).copy_(matrix);
 }
 
-// The arguments of one direction. States (B, ...) and weights are contiguous; what the layer does not have is
-// undefined.
+// The arguments of one direction. States (B, ...) and weights are contiguous; absent ones are undefined.
 struct Direction {
   LayerShape shape;
   at::Tensor input;
@@ -131,10 +130,10 @@ struct Direction {
   at::Tensor weight_ih, weight_hh;
   at::Tensor bias_ih, bias_hh;
   at::Tensor weight_hr;
-  at::Tensor reset_h, reset_c;                  // as h0 and c0
+  at::Tensor reset_h, reset_c;                  // same shapes as h0 and c0
   at::Tensor recurrent_mask;                    // (B, P)
   at::Tensor keep_h, keep_c;                    // (all rows, P) and (all rows, H)
-  at::Tensor gain_ih, gain_hh, gain_c, bias_c;  // of layer normalisation, in sum_type
+  at::Tensor gain_ih, gain_hh, gain_c, bias_c;  // layer normalisation, in sum_type
   bool normalised() const { return gain_c.defined(); }
   Steps steps() const { return {shape, Steps::Pass::kForward}; }
 };
@@ -167,7 +166,7 @@ class Stepwise {
         dependent_(device.facts->capability >= 90 && cuda::step_kernels_wait()) {
     const cuda::Plan plan =
         cuda::plan(facts_of(call, sizes, device.tf32, args != nullptr), *device.facts, device.request);
-    // What the forward pass has saved is the same for both ways: so this one goes on where that cannot.
+    // Fused and stepwise passes save the same tensors, so a backward pass that cannot be fused runs stepwise.
     TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=", cuda::name_of(device.request.kernel),
                 " asks for a kernel that does a step at once, but ", plan.problem,
                 ": set it to stepwise or auto, or unset it");
@@ -227,10 +226,10 @@ class Stepwise {
             has_options_};
   }
 
-  // As cuda::Types<T>::Gradient.
+  // The dtype of cuda::Types<T>::Gradient.
   at::ScalarType gradient_type() const { return dtype_ == at::kHalf ? at::kFloat : dtype_; }
 
-  // Whether the products of a step of both directions are one.
+  // Whether one product computes a step of both directions.
   bool one_product() const { return both_weight_hh_.defined(); }
 
   void products(const cuda::StepSides<Gemm>& of_step) const {
@@ -251,13 +250,13 @@ class Stepwise {
     return {flag_pointer(layer.keep_c, step.offset), static_cast<A>(share_c_)};
   }
 
-  // All rows of the sequence, one below the other.
+  // The number of rows of the sequence, over all steps.
   int64_t total_rows() const { return sizes_.packed() ? sizes_.step_offsets.back() : sizes_.steps * sizes_.batch; }
-  // (all rows, n) of a contiguous (D, T, B, n) or (D, N, n), or undefined.
+  // The part (all rows, n) of a contiguous (D, T, B, n) or (D, N, n), or undefined.
   at::Tensor rows_of_direction(const at::Tensor& t, int64_t d) const {
     return t.defined() ? t.select(0, d).view({total_rows(), -1}) : t;
   }
-  // A part of the sequence that both directions go through together: the n-th steps of both.
+  // A part of the sequence for both directions together: the same step numbers of both.
   std::vector<Chunk> chunk_at(const std::vector<Steps>& directions, int64_t first, int64_t limit) const {
     const bool has_table = persistent_ && sizes_.packed();
     int64_t most = has_table ? cuda::kPersistentPackedSteps : sizes_.steps;
@@ -266,17 +265,17 @@ class Stepwise {
     for (const Steps& steps : directions) chunks.emplace_back(steps, first, INT64_MAX, most);
     return chunks;
   }
-  // How many rows a chunk of so many bytes may have if it needs `bytes` for each.
+  // The number of rows in a chunk of `chunk_bytes` if each row needs `bytes`.
   static int64_t chunk_rows(int64_t chunk_bytes, int64_t bytes) { return std::max<int64_t>(chunk_bytes / bytes, 1); }
 
   at::TensorOptions options(at::ScalarType type) const { return input_.options().dtype(type); }
 
   // c = a b, or c += a b.
   void product(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate = false) const {
-    // A cell may have no input features, and cuBLAS does not say what it does then.
+    // A cell may have no input features, and cuBLAS does not define that case.
     if (a.size(1) == 0 && !accumulate) c.zero_();
     if (a.size(1) == 0 || c.numel() == 0) return;
-    // They live until the product is on its way; the allocator keeps the memory until it is done.
+    // These live until the product is launched; the allocator keeps their memory until it has run.
     const at::Tensor left = gemm_operand(a), right = gemm_operand(b);
     product(describe_gemm(c, left, right, accumulate, tf32_));
   }
@@ -290,7 +289,7 @@ class Stepwise {
 
   void check(cudaError_t error, const char* kernel) const {
     if (error == cudaSuccess) return;
-    // A fault stays until the process ends, and every launch after it reports it.
+    // A fault is permanent for the process: every later launch reports it.
     const bool fault = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
                        error == cudaErrorIllegalInstruction || error == cudaErrorLaunchFailure ||
                        error == cudaErrorLaunchTimeout || error == cudaErrorAssert;
@@ -306,17 +305,17 @@ class Stepwise {
   const bool has_bias_;
   const at::Tensor input_, h0_, c0_;
   const std::vector<at::Tensor> weights_;
-  // Undefined or empty where the layer has none.
+  // Undefined or empty if the layer has none.
   const at::Tensor resets_, reset_h_, reset_c_, lengths_, recurrent_mask_, keep_h_, keep_c_;
-  const double share_h_, share_c_;  // of zoneout without flags
+  const double share_h_, share_c_;  // zoneout without flags
   const std::vector<at::Tensor> norm_;
   const bool recompute_;
   const bool has_options_;
-  const bool dependent_;  // kernels may begin before those in front of them have ended
+  const bool dependent_;  // kernels may begin before the previous ones have ended
   bool fused_;            // a step is one kernel
-  // All steps of a chunk are one kernel, which is divided so.
+  // Set if all steps of a chunk are one kernel: how the kernel is divided.
   std::optional<cuda::Plan::Persistent> persistent_;
-  at::Tensor both_weight_hh_;  // U of both directions, one behind the other, where one product reads them
+  at::Tensor both_weight_hh_;  // U of both directions, one after the other, if one product reads both
 };
 
 }  // namespace lstm_ext

@@ -6,7 +6,7 @@
 namespace lstm_ext {
 namespace {
 
-// W x_t for a chunk; the rows of a step are `stride` rows apart.
+// W x_t for a chunk; `stride` is the number of rows between steps.
 struct InputPart {
   at::Tensor rows;
   int64_t stride;
@@ -17,17 +17,17 @@ struct InputPart {
   }
 };
 
-// The fused steps that are started next, and what they read that nobody else keeps.
+// The fused steps of the next launch, and the tensors that they read and nobody else keeps.
 template <typename T>
 struct FusedSteps {
-  // U h_{t-1}, which begins at row `first` of `h`.
+  // Adds a step with U h_{t-1}, which begins at row `first` of `h`.
   void add(const cuda::CellForward<T>& cell, const at::Tensor& weight, const at::Tensor& h, int64_t first,
            int64_t rows) {
     sides.add({cell, {product(weight, h, first, rows), {}}, false});
   }
 
-  // The only step of a sequence: W x and, where there is a state, U h. `reset_h` takes the place of h where
-  // cell.rows.resets says so.
+  // Adds the only step of a sequence: W x and, if there is a state, U h. `reset_h` replaces h in the rows of
+  // cell.rows.resets.
   void add_whole(const cuda::CellForward<T>& cell, const Direction& layer, const at::Tensor& weight,
                  const at::Tensor& h, const at::Tensor& reset_h) {
     const at::Tensor x = with_aligned_rows(layer.input.dim() == 3 ? layer.input.select(0, 0) : layer.input);
@@ -104,7 +104,7 @@ class StepwiseForward : Stepwise {
       product(rows, x, layer.weight_ih.t());
       return InputPart{rows, stride, batch_first};
     };
-    // Batch-first data, taken whole, as they lie.
+    // Batch-first data of the whole sequence is used in place.
     const at::Tensor& x = layer.input;
     const bool whole = chunk.begin == 0 && chunk.finish == sizes_.steps;
     if (!sizes_.packed() && whole && batch > 1 && x.stride(0) == x.size(2) && x.stride(1) == sizes_.steps * x.size(2)) {
@@ -113,14 +113,14 @@ class StepwiseForward : Stepwise {
     return result(rows_between(x, steps, chunk.begin, chunk.finish), 1, false);
   }
 
-  // A state as the product with U reads it, or undefined.
+  // The masked state that is multiplied with U, or undefined.
   at::Tensor masked_state(const at::Tensor& state, const Direction& layer) const {
     const at::Tensor& mask = layer.recurrent_mask;
     if (!state.defined() || !mask.defined()) return state;
     return state.to(sizes_.sum_type).mul(mask).to(dtype_);
   }
 
-  // U h for states that do not come from the step before, for all rows at once.
+  // U h for states that do not come from the previous step, for all rows at once.
   at::Tensor recurrent_part_of(const at::Tensor& state, const Direction& layer) const {
     if (!state.defined()) return {};
     const at::Tensor h = masked_state(state, layer);
@@ -129,17 +129,18 @@ class StepwiseForward : Stepwise {
     return result;
   }
 
-  // What the steps of a direction leave for each other, and for the products between them.
+  // The data that the steps of a direction pass to each other, and to the products between them.
   struct Buffers {
     at::Tensor output, h_n, c_n;
     at::Tensor preactivations, norm_input, norm_recurrent, norm_factors;
-    at::Tensor cells, hidden;  // of all steps if they are saved, else of one
+    at::Tensor cells, hidden;  // all steps if they are saved, else one step
     at::Tensor recurrent, begin_part, reset_part;
-    at::Tensor projected;  // with a projection and something to do after it
-    at::Tensor running_h;  // as in cuda::NewOutput
-    // As there, where the product of the next step reads no rows of `output`: with a mask, where rows begin anywhere,
-    // and where one product reads those of both directions, which meet at no time in `output`. Fused, of two steps by
-    // turns: other blocks read those of the step before when a block writes its own.
+    at::Tensor projected;  // with a projection, if something follows it
+    at::Tensor running_h;  // see cuda::NewOutput
+    // See cuda::NewOutput. Used if the product of the next step does not read rows of `output`: with a mask, if rows
+    // may begin anywhere, and if one product reads both directions, whose rows are at different times in `output`.
+    // Fused steps use two of them in turn, because other blocks still read the previous step while a block writes its
+    // own.
     at::Tensor recurrent_h[2];
     at::Tensor norm_workspace;
   };
@@ -171,7 +172,7 @@ class StepwiseForward : Stepwise {
     b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
     b.running_h = one_step(has_zoneout_h(), P, sum_type);
     b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
-    if (persistent_) return b;  // h goes by mail
+    if (persistent_) return b;  // the mailboxes carry h
     if (one_product()) {
       b.recurrent_h[0] = b.recurrent_h[1] = both_h_.select(0, d);
     } else if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
@@ -199,7 +200,7 @@ class StepwiseForward : Stepwise {
     return output;
   }
 
-  // A direction while its steps run. It stays where it is: `steps` refers to `layer`.
+  // A direction while its steps run. It must not be moved: `steps` refers to `layer`.
   struct Running {
     Running(const StepwiseForward& pass, int64_t d)
         : layer(pass.direction(d)),
@@ -217,21 +218,21 @@ class StepwiseForward : Stepwise {
     const Direction layer;
     const Steps steps;
     const Buffers buffers;
-    const at::Tensor weight;  // U as the fused and persistent kernels read it
+    const at::Tensor weight;  // U in the layout of the fused and persistent kernels
     const std::optional<RowsGemm> from_output, projection;
-    std::optional<Chunk> chunk;  // that of the step that runs, and W x of it
+    std::optional<Chunk> chunk;  // chunk of the running step, and its W x
     InputPart input{};
-    const void* left = nullptr;  // persistent: where the last step of the chunk before has left h
+    const void* left = nullptr;  // persistent: the h that the last step of the previous chunk left
   };
 
-  // Both directions have their launches together.
+  // Both directions share their launches.
   template <typename T>
   void run_steps() {
     using A = typename cuda::Types<T>::Accumulate;
     std::list<Running> sides;
     std::vector<Steps> directions;
     for (int64_t d = 0; d < sizes_.directions; ++d) directions.push_back(sides.emplace_back(*this, d).steps);
-    // Half of a small second-level cache: U wants room too.
+    // Half of a small second-level cache, because U needs room too.
     const int64_t bytes = std::min(device_.chunk_bytes, std::max(device_.facts->l2_bytes / 2, int64_t{1} << 20));
     const int64_t limit = chunk_rows(bytes, 4 * sizes_.hidden_size * static_cast<int64_t>(sizeof(A)));
     std::optional<PersistentLaunches> launches;
@@ -254,7 +255,7 @@ class StepwiseForward : Stepwise {
     }
   }
 
-  // All steps of the chunk in one launch.
+  // Runs all steps of the chunk in one launch.
   template <typename T>
   void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
     const int64_t length = launches.length(1, sizes_.hidden_size, dtype_);
@@ -270,7 +271,7 @@ class StepwiseForward : Stepwise {
       cuda::PersistentForward<T>& args = launch.sides[launch.count];
       args = persistent_args<T>(side);
       args.mailbox = {launches.slots<T>(offset), static_cast<const T*>(side.left), length};
-      // The next chunk begins with what the last step of this one leaves.
+      // The next chunk begins with the mail of this one's last step.
       const int64_t last = side.steps.rows_before(side.steps.time(side.chunk->end - 1));
       const int64_t row = launches.has_mailbox() ? last - side.steps.rows_before(side.chunk->begin) : 0;
       side.left = args.mailbox.slots + row * length;
@@ -334,14 +335,15 @@ class StepwiseForward : Stepwise {
     if (cells.count > 0) check(cuda::cell_forward(cells, device_.stream), "cell_forward");
     if (norm_cells.count > 0) check(cuda::norm_cell_forward(norm_cells, device_.stream), "norm_cell_forward");
     if constexpr (kHasStep<T>) {
-      // What is in front of the only step may be any kernel of the caller's, one that writes the weights among them.
-      // Between what makes the weights and all others is the first step's kernel, which is not a dependent one.
+      // The kernel before a single step may be any of the caller's, even one that writes the weights, so a single step
+      // is not launched as a dependent. With more steps the first one is not dependent either, and runs after the
+      // weights are written.
       const bool dependent = dependent_ && !whole_;
       if (fused.sides.count > 0) check(cuda::step_forward(fused.sides, dependent, device_.stream), "step_forward");
     }
   }
 
-  // Where a step begins in the buffer `hidden`.
+  // The row of the buffer `hidden` at which a step begins.
   int64_t hidden_row(const Step& step) const { return saved_.hidden.defined() ? step.offset : 0; }
 
   template <typename T>
@@ -417,9 +419,10 @@ class StepwiseForward : Stepwise {
   }
 
   const at::Tensor output_, h_n_, c_n_;
-  const Saved saved_;                         // all undefined in inference
-  const bool whole_;                          // one step is one kernel, W x included
-  const at::Tensor both_recurrent_, both_h_;  // Buffers::recurrent and recurrent_h of both, where one product does
+  const Saved saved_;  // all undefined in inference
+  const bool whole_;   // a single step is one kernel, W x included
+  const at::Tensor both_recurrent_,
+      both_h_;  // of both directions, if one product reads them
 };
 
 }  // namespace

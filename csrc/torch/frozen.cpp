@@ -21,14 +21,14 @@ struct Header {
   char instruction_set[24];
   int64_t input_size, hidden_size, output_size, bytes;
   int32_t float64, projected;
-  WeightKind rounded_to;  // which plan.kind is too, or kOwn
+  WeightKind rounded_to;  // equal to plan.kind, or kOwn
   uint32_t checksum;      // see checksum_of
   cpu::FrozenPlan plan;
 };
 static_assert(std::is_trivially_copyable_v<Header>);
 static_assert(std::has_unique_object_representations_v<Header>);  // its bytes are compared
 
-// The sum of a header as if its checksum were 0. It finds damage; what somebody wrote on purpose, is_sound has to find.
+// The checksum of a header, computed as if its checksum were 0. It finds damage; is_sound finds deliberate changes.
 uint32_t checksum_of(Header header) {
   header.checksum = 0;
   uint64_t words[sizeof(Header) / sizeof(uint64_t)];
@@ -39,7 +39,7 @@ uint32_t checksum_of(Header header) {
   return static_cast<uint32_t>(sum ^ sum >> 32);
 }
 
-// For what weights are packed that are kept so: the instruction set, and whether bytes are multiplied.
+// The processor that weights of this kind are packed for: the instruction set, and whether it multiplies bytes.
 constexpr char kVnni[] = "+vnni";
 bool for_vnni(WeightKind kept) { return kept == WeightKind::kInt8 && cpu::kernels<float>().multiplies_bytes(); }
 bool is_for_this_processor(const Header& header) {
@@ -51,7 +51,7 @@ bool is_for_this_processor(const Header& header) {
 
 const Header& header_of(const at::Tensor& frozen) { return *static_cast<const Header*>(frozen.const_data_ptr()); }
 
-// Whether weights of these sizes have the plan that the header says, so that all places lie within the bytes.
+// Whether weights of these sizes have the header's plan, so that all places lie within the bytes.
 template <typename T>
 bool has_plan(const Header& header) {
   const LayerShape shape{
@@ -62,7 +62,7 @@ bool has_plan(const Header& header) {
   return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && plan.bytes == header.bytes;
 }
 
-// Whether a header, whose sizes are those of the layer, is one that freeze_direction writes. A file may hold any bytes.
+// Whether freeze_direction could have written a header whose sizes are those of the layer. A file may hold any bytes.
 bool is_sound(const Header& header) {
   const auto is_kept = [](WeightKind kind) {
     return kind == WeightKind::kOwn || kind == WeightKind::kBFloat16 || kind == WeightKind::kInt8;
@@ -73,17 +73,17 @@ bool is_sound(const Header& header) {
   if (header.float64 != 0 && header.rounded_to != WeightKind::kOwn) return false;
   if (!std::memchr(header.instruction_set, '\0', sizeof(header.instruction_set))) return false;
   if (header.plan.planes < 0 || header.plan.planes > 3) return false;
-  if (!is_for_this_processor(header)) return true;  // then nothing behind the header is read
+  if (!is_for_this_processor(header)) return true;  // then only the header is read
   return header.float64 != 0 ? has_plan<double>(header) : has_plan<float>(header);
 }
 
-// The numbers that a weight is rounded to: as int8 with a factor for each row.
+// A weight rounded to int8, with a factor for each row.
 struct Rounded {
   at::Tensor numbers, factors;
 };
 Rounded rounded_to_int8(const at::Tensor& weight, at::ScalarType type) {
   const at::Tensor w = weight.to(type);
-  // A row of zeros keeps its zeros with any factor.
+  // With any factor, a row of zeros stays zeros.
   const at::Tensor factors = w.abs().amax(/*dim=*/1).div_(127).clamp_min_(std::numeric_limits<float>::min());
   return {w.div(factors.unsqueeze(1)).round_().clamp_(-127, 127).to(at::kChar), factors};
 }
@@ -100,7 +100,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
-  // Few weights are in the caches in any case, and numbers as they are need no instructions to widen them.
+  // Few weights are in the caches in any case, and unrounded numbers need no widening.
   const bool few = 4 * H * (shape.input_size + shape.output_size) <= kFewWeights;
   const WeightKind kept = few ? WeightKind::kOwn : kind;
   const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit},

@@ -7,12 +7,12 @@
 namespace lstm_ext {
 namespace {
 
-// Whether a matrix is row-major as it lies. The stride of an axis of size 1 means nothing.
+// Whether a matrix is row-major in memory. The stride of an axis of size 1 is meaningless.
 bool has_contiguous_rows(const at::Tensor& t) {
   return (t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) == 1 || t.stride(0) >= t.size(1));
 }
 
-// To BLAS, a row-major matrix is the transposed one.
+// In BLAS, a row-major matrix is the transposed one.
 Gemm::Matrix matrix_of(const at::Tensor& t, void* data) {
   const bool row_major = has_contiguous_rows(t);
   const at::Tensor m = row_major ? t : t.t();
@@ -43,7 +43,7 @@ RowsGemm::RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
     : gemm_(describe_gemm(c.narrow(0, 0, 1), a.narrow(0, 0, 1), b, false, tf32)) {
   TORCH_INTERNAL_ASSERT(has_contiguous_rows(a) && has_contiguous_rows(c), "rows of strides ", a.strides(), " and ",
                         c.strides());
-  // describe_gemm saw one row: it cannot know how far apart the rows are, nor that one row lies in a larger matrix.
+  // describe_gemm saw one row: it cannot know the row stride, nor that the row belongs to a larger matrix.
   const auto apart = [](const at::Tensor& t) { return std::max(t.stride(0), t.size(1)); };
   gemm_.b.ld = apart(a);
   gemm_.b.transposed = false;

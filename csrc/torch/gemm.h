@@ -1,4 +1,4 @@
-// Describes a matrix product of the CUDA layers in the terms of BLAS, apart from who computes it.
+// Describes a matrix product of the CUDA layers in the terms of BLAS, independent of the library that computes it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,8 +17,8 @@ struct Gemm {
   int64_t m, n, k;
   Matrix a, b, c;
   bool accumulate;  // add to C
-  bool tf32;        // float32 operands may be rounded to TF32; sums are float32 all the same
-  // So many products of the same sizes, whose matrices lie `apart` elements from each other.
+  bool tf32;        // float32 operands may be rounded to TF32; sums stay float32
+  // The number of products of the same sizes; their matrices are `apart` elements from each other.
   int64_t batch = 1;
 };
 
@@ -27,7 +27,7 @@ struct Gemm {
 Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32);
 
 // The same product for other rows in every time step: c[c_row : c_row + rows] = a[a_row : a_row + rows] b. It is
-// described once, because a step has only a few microseconds. `a` and `c` have contiguous rows.
+// described once, because a step takes only a few microseconds. `a` and `c` have contiguous rows.
 class RowsGemm {
  public:
   RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool tf32);
@@ -35,10 +35,10 @@ class RowsGemm {
 
  private:
   Gemm gemm_;
-  int64_t a_bytes_, c_bytes_;  // of a row
+  int64_t a_bytes_, c_bytes_;  // bytes of a row
 };
 
-// Two products of the same sizes as one. Each matrix of the second lies behind that of the first.
+// Two products of the same sizes as one. Each matrix of the second follows that of the first in memory.
 Gemm both_products(const Gemm& first, const Gemm& second);
 
 // The matrix itself if describe_gemm takes it, else a contiguous copy.

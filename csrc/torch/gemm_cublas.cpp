@@ -27,16 +27,15 @@ cublasOperation_t operation(const Gemm::Matrix& matrix) { return matrix.transpos
 }  // namespace
 
 void* cublas_handle() {
-  // torch sets the handle to TF32 where torch.backends.cuda.matmul allows it. Here compute_type decides for each
-  // product.
+  // torch sets the handle to TF32 if torch.backends.cuda.matmul allows it. Here compute_type decides for each product.
   at::NoTF32Guard no_tf32;
   return at::cuda::getCurrentCUDABlasHandle();
 }
 
 namespace {
 
-// While it lives, a product of this handle with a result of 16 bits keeps its sums in float32, also where it is
-// computed in several parts that are added up at the end.
+// While it lives, products of this handle with 16-bit results keep their sums in float32, even if cuBLAS splits them
+// into parts that are added up at the end.
 class FullSums {
  public:
   FullSums(cublasHandle_t handle, bool needed) : handle_(needed ? handle : nullptr) {

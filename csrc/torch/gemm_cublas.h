@@ -5,12 +5,11 @@
 
 namespace lstm_ext {
 
-// cuBLAS on the current device and stream, as torch has set it up.
+// cuBLAS on the current device and stream, with torch's settings.
 void* cublas_handle();
 
-// Runs in the order of the stream and waits for nothing. It is not at::mm, for three reasons: the setting for RNNs and
-// not the one for matmul decides whether TF32 may be used, 16-bit operands get a float32 result, and a step's product
-// costs the host a fraction.
+// Runs in stream order and waits for nothing. It replaces at::mm for three reasons: TF32 follows the setting for RNNs
+// and not the one for matmul, 16-bit operands get a float32 result, and a step's product costs the host a fraction.
 void gemm_cublas(const Gemm& gemm, void* handle);
 
 }  // namespace lstm_ext

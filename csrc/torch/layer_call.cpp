@@ -24,18 +24,18 @@ const Backend& backend_for(const at::Tensor& input) {
   return cuda_backend();
 }
 
-// The backend for the input, which decides the type of the gates that it saves.
+// Returns the backend for the input, and sets the type of the gates that it saves.
 const Backend& choose_backend(const LayerCall& call, LayerSizes& sizes) {
   const Backend& backend = backend_for(call.input);
   sizes.gates_type = backend.saves_preactivations ? call.input.scalar_type() : sizes.sum_type;
   return backend;
 }
 
-// The gate values as a result, (..., H, 4), of the gates that were saved, (..., 4H).
+// The gate values as a result, (..., H, 4), from the saved gates, (..., 4H).
 at::Tensor gate_values_result(const at::Tensor& gates, bool are_preactivations, at::ScalarType dtype) {
   at::Tensor values = gates;
   const int64_t hidden_size = gates.size(-1) / 4;
-  if (are_preactivations) {  // past the end of a row they are such that the values are 0
+  if (are_preactivations) {  // past the end of a row they give the values 0
     values = gates.sigmoid();
     const int64_t first = 2 * hidden_size;
     values.narrow(-1, first, hidden_size).copy_(gates.narrow(-1, first, hidden_size).tanh());
@@ -43,7 +43,7 @@ at::Tensor gate_values_result(const at::Tensor& gates, bool are_preactivations, 
   return in_type(values.unflatten(-1, {4, hidden_size}).transpose(-1, -2), dtype);
 }
 
-// The gradient of the gate values, (..., H, 4), as the kernels take it, (..., 4H).
+// Converts the gradient of the gate values, (..., H, 4), to the kernels' layout, (..., 4H).
 at::Tensor saved_gates_gradient(const at::Tensor& grad, at::ScalarType dtype) {
   return in_type(grad.transpose(-1, -2).flatten(-2), dtype);
 }

@@ -1,4 +1,4 @@
-// One call of a layer, described once: what the operators, the Python functions and both backends pass on.
+// One call of a layer, described once for the operators, the Python functions and both backends.
 //
 // D directions, T time steps, B sequences, I input features, H hidden units, P output features (see contract/layer.h).
 // Packed data has N = sum(batch_sizes) rows in place of (T, B). A tensor that is absent is undefined.
@@ -13,31 +13,31 @@
 
 namespace lstm_ext {
 
-// What a layer does beyond torch.nn.LSTM; lstm_ext/reference.py has the equations. Nothing set is the plain layer.
+// The options of a layer beyond torch.nn.LSTM; lstm_ext/reference.py has the equations. Nothing set is the plain layer.
 struct LayerOptions {
-  // Where the state of a row is replaced before a step: bool (T, B), or (N) if packed. The reverse direction is cut
-  // between the same two steps. The state that replaces it: (D, B, P) and (D, B, H); absent means zeros.
+  // Resets: the flags of the rows whose state is replaced before a step, bool (T, B), or (N) if packed. The reverse
+  // direction is cut between the same two steps. The replacing states are (D, B, P) and (D, B, H); absent means zeros.
   at::Tensor resets, reset_h, reset_c;
-  // (B), int64 on the input's device: how many steps of a row count. Not with packed input.
+  // (B), int64 on the input's device: the number of steps that count, for each row. Not with packed input.
   at::Tensor lengths;
   // (D, B, P) of LayerSizes::sum_type: h_{t-1} is multiplied by it before its product with weight_hh.
   at::Tensor recurrent_mask;
-  // Zoneout: where the previous state is kept, bool (D, T, B, P) and (D, T, B, H), or with N in place of T, B. Without
-  // these flags, the share that is kept.
+  // Zoneout: the flags of the elements that keep their previous state, bool (D, T, B, P) and (D, T, B, H), or with N in
+  // place of T, B. Without flags, the share that is kept.
   at::Tensor keep_h, keep_c;
   double zoneout_h = 0, zoneout_c = 0;
   // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
   std::vector<at::Tensor> norm;
-  // For each direction what freeze_weights made of its weights, which the forward pass reads in their place; see
-  // torch/frozen.h. Such a layer has no backward pass.
+  // Frozen weights: the results of freeze_weights for each direction, which the forward pass reads in place of the
+  // weights; see torch/frozen.h. Such a layer has no backward pass.
   std::vector<at::Tensor> frozen;
   bool return_cell_states = false, return_gates = false;
   // Save no gates: the backward pass recomputes them. Not with return_gates, and not with layer normalisation.
   bool recompute = false;
 };
 
-// Visits each option with its name, in the order of the operators' schemas: visit(name, option), a Tensor, a list of
-// them, a double or a bool. Not recompute, which no operator has.
+// Visits each option with its name, in the order of the operators' schemas: visit(name, option), where option is a
+// Tensor, a list of them, a double or a bool. Leaves out recompute, which no operator has.
 template <typename Options, typename Visit>
 void visit_options(Options& options, const Visit& visit) {
   visit("resets", options.resets);
@@ -55,7 +55,7 @@ void visit_options(Options& options, const Visit& visit) {
   visit("return_gates", options.return_gates);
 }
 
-// One function of several, for a visitor.
+// Combines several functions into one overloaded visitor.
 template <typename... Functions>
 struct Overloaded : Functions... {
   using Functions::operator()...;
@@ -69,19 +69,19 @@ struct LayerCall {
   // For each direction, in torch's order: weight_ih (4H, I), weight_hh (4H, P), [bias_ih (4H), bias_hh (4H)] if
   // has_bias, [weight_hr (P, H)] with a projection.
   std::vector<at::Tensor> weights;
-  at::Tensor batch_sizes;  // (T), int64 on the CPU, those of a PackedSequence; absent for dense data
+  at::Tensor batch_sizes;  // (T), int64 on the CPU, as in a PackedSequence; absent for dense data
   bool has_bias = true, bidirectional = false;
   LayerOptions options;
 };
 
-// What a forward pass keeps for the backward pass: of sum_type, or, where it says so, of gates_type (see LayerSizes).
-// LayerSizes::empty_saved knows the sizes. Absent where the layer does not need it.
+// The tensors that a forward pass saves for the backward pass: of sum_type, or, as noted, of gates_type (see
+// LayerSizes). LayerSizes::empty_saved has the sizes. Absent if the layer does not need them.
 struct Saved {
   at::Tensor gates;   // (D, T, B, 4H), gates_type: gate values on the CPU, preactivations on CUDA; not with recompute
   at::Tensor cells;   // (D, T, B, H): c_t
   at::Tensor hidden;  // (D, T, B, H), gates_type: o * tanh(c_t), with a projection; not with recompute
   // With layer normalisation: the normalised products (2 D, T, B, 4H), gates_type, those of the input before those of
-  // h; and what the centred products were multiplied by, (D, T, B, 2).
+  // h; and the factors of the centred products, (D, T, B, 2).
   at::Tensor norm_products, norm_factors;
 
   // Visits each tensor.
@@ -95,26 +95,26 @@ struct Saved {
   }
 };
 
-// What a layer gives, in the dtype of the input; `saved` only on request.
+// The results of a layer, in the dtype of the input; `saved` only on request.
 struct LayerResults {
   at::Tensor output;    // (T, B, D P), packed (N, D P)
   at::Tensor h_n, c_n;  // (D, B, P) and (D, B, H)
   Saved saved;
   // With return_cell_states (D, T, B, H), with return_gates (D, T, B, H, 4). The backends leave them undefined:
-  // lstm_layer_forward makes them of `saved`, and they may share its memory.
+  // lstm_layer_forward computes them from `saved`, and they may share its memory.
   at::Tensor cell_states{}, gate_values{};
 };
 
-// The gradients of what a forward pass returns; absent means zeros.
+// The gradients of the results of a forward pass; absent means zeros.
 struct ResultGradients {
   at::Tensor output, h_n, c_n;
-  // lstm_layer_backward takes these two as the results are: (D, T, B, H) and (D, T, B, H, 4), of the input's dtype. It
-  // gives them to the backends in the shapes of what is saved: `cells` as Saved::cells, `gate_values` (D, T, B, 4H), as
-  // Saved::gates.
+  // lstm_layer_backward takes these two in the shapes of the results: (D, T, B, H) and (D, T, B, H, 4), of the input's
+  // dtype. It passes them to the backends in the shapes of the saved tensors: `cells` like Saved::cells, `gate_values`
+  // (D, T, B, 4H), like Saved::gates.
   at::Tensor cells, gate_values;
 };
 
-// Visits what has a gradient, in the order of all lists of gradients.
+// Visits the inputs that have a gradient, in the order of all lists of gradients.
 template <typename Call, typename Options, typename Visit>
 void visit_inputs(Call& call, Options& options, const Visit& visit) {
   visit(call.input);
@@ -138,7 +138,7 @@ struct PerInput {
   Value reset_h{}, reset_c{};
   Values norm;
 
-  // With lists as long as those of a call.
+  // The same with lists as long as those of a call.
   static PerInput of(const LayerCall& call) {
     PerInput values;
     values.weights.resize(call.weights.size());
@@ -146,7 +146,7 @@ struct PerInput {
     return values;
   }
 };
-// Which gradients are requested, and the gradients: undefined where not requested.
+// The requested gradients as flags, and as tensors: undefined if not requested.
 using NeedsGrad = PerInput<bool, std::vector<bool>>;
 using LayerGradients = PerInput<at::Tensor, std::vector<at::Tensor>>;
 
@@ -155,25 +155,25 @@ LSTM_EXT_PUBLIC NeedsGrad read_needs_grad(const LayerCall& call, const std::vect
 // The gradients as a list in the order of visit_inputs.
 LSTM_EXT_PUBLIC std::vector<at::Tensor> list_gradients(LayerGradients gradients);
 
-// One layer, both directions, all time steps, on the device of the input. Both functions check their arguments.
-//
-// float32 and float64 are computed in themselves. For bfloat16 and float16, everything between the arguments and the
-// results is float32.
+// Computes one layer, both directions, all time steps, on the device of the input. Both functions check their
+// arguments.
+// float32 and float64 are computed in their own type. For bfloat16 and float16, everything between the arguments and
+// the results is float32.
 LSTM_EXT_PUBLIC LayerResults lstm_layer_forward(const LayerCall& call, bool save);
 LSTM_EXT_PUBLIC LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
                                                    const at::Tensor& output, const Saved& saved,
                                                    const NeedsGrad& needs_grad);
 
-// The same as a step of autograd, for plain tensors that no mode and no transform looks at. In a step, the input and
-// the states have no axis of time, (B, I), (B, H) and (B, H), and so have h_n and c_n; there is no other result.
+// The same with autograd, for plain tensors that no mode and no transform intercepts. In a step, the input and the
+// states have no time axis, (B, I), (B, H) and (B, H), and so have h_n and c_n; there is no other result.
 LSTM_EXT_PUBLIC LayerResults eager_layer(LayerCall call, bool step);
 
-// Whether no compiler, tracer, transform or dispatch mode sees what is called, as far as C++ knows: is_plain_eager of
-// lstm_ext/layer/tracing.py. Autocast is none of them.
+// Whether no compiler, tracer, transform or dispatch mode intercepts calls, as far as C++ knows: is_plain_eager of
+// lstm_ext/layer/tracing.py. Autocast does not count.
 LSTM_EXT_PUBLIC bool is_plain_context();
 
-// Computes the gradients of a layer where they must be differentiable themselves, or are not plain tensors:
-// list_gradients of lstm_layer_backward.
+// Computes the gradients of a layer if they must be differentiable themselves, or are not plain tensors: list_gradients
+// of lstm_layer_backward.
 using DifferentiableBackward =
     std::function<std::vector<at::Tensor>(const LayerCall& call, const ResultGradients& grads, const at::Tensor& output,
                                           const Saved& saved, const std::vector<bool>& needs_grad)>;

@@ -1,8 +1,8 @@
-// A layer as autograd sees it: of the registered operators, where everything goes through the dispatcher and is traced
-// by torch.compile, torch.export and make_fx, and of plain tensors, where the kernels are called directly. Both serve
-// every device that has the kernels underneath.
+// A layer for autograd, in two forms. The registered operators go through the dispatcher and are traced by
+// torch.compile, torch.export and make_fx. For plain tensors the kernels are called directly. Both serve every device
+// that has kernels.
 
-// GCC 12 takes Function::apply's std::vector<bool>::reserve, of a vector that is empty then, for an overflow.
+// GCC 12 mistakes std::vector<bool>::reserve of an empty vector, in Function::apply, for an overflow.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Warray-bounds"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
@@ -16,7 +16,7 @@
 #include "torch/checks.h"
 #include "torch/operators.h"
 
-// From ATen/functorch/DynamicLayer.h, which includes what torch does not install.
+// Declared in ATen/functorch/DynamicLayer.h, which includes headers that torch does not install.
 namespace at::functorch {
 TORCH_API at::Tensor unwrapIfDead(const at::Tensor& tensor);
 }
@@ -37,7 +37,7 @@ const OperatorHandle& backward_op() {
   return op;
 }
 
-// Whether autograd has anything to do with a tensor. A tangent counts: forward mode must end in an error, not be lost.
+// Whether autograd tracks a tensor. A tangent counts: forward mode must raise an error, not be lost.
 bool is_tracked(const Tensor& t) {
   if (!t.defined() || !t.unsafeGetTensorImpl()->autograd_meta()) return false;
   return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
@@ -62,7 +62,7 @@ variable_list tensors_in(at::ArrayRef<IValue> values) {
   return tensors;
 }
 
-// Visits what the backward pass takes of a call.
+// Visits the tensors of a call that the backward pass takes.
 template <typename Call, typename Visit>
 void visit_call(Call& call, const Visit& visit) {
   visit("input", call.input);
@@ -76,7 +76,7 @@ void visit_call(Call& call, const Visit& visit) {
   visit("recompute", call.options.recompute);
 }
 
-// How a layer runs; a digit of what is saved.
+// How a layer runs; stored as a digit in the saved string.
 enum class Route : char { kOperators = '0', kKernels = '1', kStepOfKernels = '2' };
 
 DifferentiableBackward& differentiable_backward() {
@@ -86,34 +86,33 @@ DifferentiableBackward& differentiable_backward() {
 
 Tensor with_time(const Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; }
 Tensor without_time(const Tensor& t) { return t.defined() ? t.squeeze(0) : t; }
-// A step as a sequence of one.
+// Turns a step into a sequence of one step.
 LayerCall with_time(LayerCall call) {
   for (Tensor* t : {&call.input, &call.h0, &call.c0}) *t = with_time(*t);
   return call;
 }
 
-// The states after a step, without the axis. Not as views, which autograd would watch over.
+// Removes the time axis from the states after a step. Not as views, which autograd would track.
 void drop_time(LayerResults& results) {
   for (Tensor* t : {&results.h_n, &results.c_n}) {
     t->unsafeGetTensorImpl()->set_sizes_contiguous(t->sizes().slice(1).vec());
   }
 }
 
-// Whether nobody but the kernels has anything to do with a computation on these tensors, whose gradients nobody asks
-// for.
+// Whether only the kernels handle a computation on these tensors, whose gradients are not requested.
 bool is_plain(const Tensor& t) {
-  // Not those of functorch: without a transform in the context, its wrappers are of one that is over.
+  // functorch's key is not in this set: without a transform in the context, its wrappers are of one that is over.
   constexpr c10::DispatchKeySet kOthers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   return !t.defined() || (!t.key_set().has_any(kOthers) && !is_tracked(t));
 }
 
 class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
  public:
-  // Compiled autograd may trace the backward pass: only plain tensors go past the dispatcher.
+  // Compiled autograd may trace the backward pass: only plain tensors bypass the dispatcher.
   static constexpr bool is_traceable = true;
 
-  // Returns the results that have a gradient: output, h_n, c_n, and, where requested, cell_states and gate_values; of a
-  // step h_n and c_n. All of them are in `results`; the operators' results lie on the stack.
+  // Returns the results that have a gradient: output, h_n, c_n, and, if requested, cell_states and gate_values; for a
+  // step h_n and c_n. All of them are in `results`; the operators' results are pushed on the stack.
   static variable_list forward(AutogradContext* ctx, const at::TensorList& /*edges*/, const LayerCall& call,
                                Route route, LayerResults& results, Stack* stack) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -131,8 +130,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     const LayerOptions& options = call.options;
     variable_list saved;
     saved.reserve(kResults + kSaved + call.weights.size() + options.norm.size());
-    // The route, flags, and how many tensors there are of each kind: a string, which compiled autograd takes for a
-    // constant.
+    // The route, flags, and the number of tensors of each kind: a string, which compiled autograd treats as a constant.
     std::string counts(1, static_cast<char>(route));
     const auto save_count = [&](size_t count) { counts.push_back(static_cast<char>('0' + count)); };
     const auto save_if = [&](bool present, const Tensor& tensor) {
@@ -149,7 +147,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                 },
                                 [&](const char*, bool flag) { save_count(flag); }});
     saved.push_back(results.output);
-    // Of what it does not save, an operator has a tensor without elements.
+    // In place of a tensor that it does not save, an operator has one without elements.
     Saved::visit(results.saved, [&](const Tensor& t) { save_if(t.defined() && t.dim() > 1, t); });
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
@@ -192,7 +190,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     Saved saved_results;
     Saved::visit(saved_results, take_if_present);
 
-    // Edges of the graph lead to the tensors that were there, and to no others.
+    // Edges of the graph lead to the tensors that were given, and to no others.
     size_t edges = 0;
     bool any_needed = false;
     std::vector<bool> needs_grad;
@@ -201,7 +199,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
       needs_grad.push_back(needed);
       any_needed |= needed;
     });
-    // One for every argument of forward: those after the edges have none.
+    // One gradient for every argument of forward; the arguments after the edges have none.
     variable_list result(edges + 4);
     bool any_given = false;
     for (const Tensor& grad : grads) any_given |= grad.defined();
@@ -228,7 +226,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     return result;
   }
 
-  // Whether result number i has a gradient: what was not requested has no elements, and none.
+  // Whether result number i has a gradient. A result that was not requested has no elements, and no gradient.
   static bool has_gradient(const LayerOptions& options, Route route, size_t i) {
     if (i == 0) return route != Route::kStepOfKernels;
     return i < 3 || (i == 3 ? options.return_cell_states : options.return_gates);
@@ -269,7 +267,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
     if (step) {
       for (int i = 0; i < 3; ++i) computed[i] = without_time(computed[i]);
     }
-    // c of the only step does not depend on the projection, which torch leaves without a gradient.
+    // c of the only step does not depend on the projection, so torch gives the projection no gradient.
     const bool only_c = !grads.output.defined() && !grads.h_n.defined();
     if (only_c && !call.batch_sizes.defined() && call.input.size(0) == 1) {
       const auto count = static_cast<int64_t>(call.weights.size());
@@ -291,7 +289,7 @@ variable_list edges_of(const LayerCall& call) {
   return edges;
 }
 
-// The forward and backward operators, which are the two ends of LSTMLayer: differentiated, they say that they have no
+// The forward and backward operators, the two ends of LSTMLayer. Differentiating them raises an error that they have no
 // gradient.
 class WithoutGradient : public torch::autograd::Function<WithoutGradient> {
  public:
@@ -366,7 +364,7 @@ bool is_plain_context() {
 
 LayerResults eager_layer(LayerCall call, bool step) {
   using ops::LSTMLayer, ops::Route;
-  // Wrappers of a transform that is over; the edges of the graph are those of the tensors within.
+  // Unwraps the wrappers of a transform that is over; the edges of the graph are those of the inner tensors.
   const auto unwrap = [](at::Tensor& t) {
     if (t.defined() && t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) t = at::functorch::unwrapIfDead(t);
   };

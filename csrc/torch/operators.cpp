@@ -1,4 +1,4 @@
-// Schemas and kernels of the registered operators. Their fake kernels: lstm_ext/layer/operators.py.
+// Schemas and kernels of the registered operators. Their fake kernels are in lstm_ext/layer/operators.py.
 #include "torch/operators.h"
 
 #include <ATen/ATen.h>
@@ -11,10 +11,10 @@
 namespace lstm_ext::ops {
 namespace {
 
-// An operator cannot return an undefined tensor: what it does not return has no elements.
+// An operator cannot return an undefined tensor, so an absent result is a tensor without elements.
 Tensor no_elements(const LayerCall& call, at::ScalarType dtype) {
   if (!call.input.is_cpu()) return at::empty({0}, call.input.options().dtype(dtype));
-  // As at::empty, in a fraction of the time: every call of a plain layer makes two.
+  // Same as at::empty, in a fraction of the time: every call of a plain layer makes two.
   constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CPU);
   return at::detail::make_tensor<c10::TensorImpl>(
       c10::Storage(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, at::kCPU), c10::GetCPUAllocator(),
@@ -26,7 +26,7 @@ Tensor or_no_elements(Tensor tensor, const LayerCall& call, at::ScalarType dtype
   return tensor.defined() ? std::move(tensor) : no_elements(call, dtype);
 }
 
-// Results are contiguous. They share no memory with what is saved, so that the caller may change them in place.
+// Results are contiguous. They share no memory with saved tensors, so that the caller may change them in place.
 Tensor as_result(const Tensor& tensor, const LayerCall& call, const Tensor& saved) {
   if (!tensor.defined()) return no_elements(call, call.input.scalar_type());
   const bool shared = saved.defined() && tensor.is_alias_of(saved);
@@ -71,7 +71,7 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   Saved saved;
   Saved::visit(saved, [&](Tensor& tensor) {
     tensor = take();
-    // What the forward operator did not save has no elements, and no other axis.
+    // A tensor that the forward operator did not save has no elements, and one axis.
     if (tensor.defined() && tensor.dim() == 1) tensor = Tensor();
   });
   const c10::List<bool> flags = next->toBoolList();
@@ -85,7 +85,7 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
   stack->emplace_back(std::move(gradients));
 }
 
-// What the schemas of all operators begin with.
+// The common first arguments of all schemas.
 std::string call_arguments() {
   std::string text =
       "Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, "
@@ -149,10 +149,10 @@ void push_call(const LayerCall& call, Stack& stack) {
                                          [&](const char*, bool option) { torch::jit::push(stack, option); }});
 }
 
-// torch.compile keeps graphs on disk and knows them by the names in them: an operator whose results come to mean
-// something else, the one that it is differentiated by included, has to get a new name.
+// torch.compile caches graphs on disk and identifies operators by name. An operator whose results change their meaning
+// has to get a new name, and so has an operator whose derivative does.
 TORCH_LIBRARY(lstm_ext, m) {
-  // Whoever runs an operator on fake or meta tensors without the fake kernels is told to import this module.
+  // If an operator runs on fake or meta tensors without the fake kernels, the error names this module to import.
   m.set_python_module("lstm_ext.layer.operators");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   const auto define = [&](const char* name, const std::string& more_arguments, const std::string& results) {
@@ -162,7 +162,7 @@ TORCH_LIBRARY(lstm_ext, m) {
   define("lstm_layer", "", "(" + results + ")");
   define("lstm_layer_forward", "",
          "(" + results + ", Tensor gates, Tensor cells, Tensor hidden, Tensor norm_products, Tensor norm_factors)");
-  // Never a list of one, which inductor's C++ wrapper would take for a tensor.
+  // The result is never a list of one, which inductor's C++ wrapper would take for a tensor.
   define("lstm_layer_backward",
          ", Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cell_states, "
          "Tensor? grad_gate_values, Tensor output, Tensor gates, Tensor cells, Tensor? hidden, Tensor? norm_products, "

@@ -1,6 +1,5 @@
-// The registered operators, below autograd (operators.cpp) and as autograd sees them (operator_autograd.cpp). No Python
-// in here: a C++ process that has libtorch can load this library and run a model that torch.export and AOTInductor
-// made.
+// The registered operators, below autograd (operators.cpp) and for autograd (operator_autograd.cpp). They contain no
+// Python: a C++ process with libtorch can load this library and run a model made by torch.export and AOTInductor.
 //
 // All schemas begin with the same long list of arguments, so the kernels are boxed and read that list in one place.
 #pragma once
@@ -30,11 +29,11 @@ inline at::ArrayRef<IValue> arguments_on(const OperatorHandle& op, const Stack& 
 inline Tensor tensor_or_undefined(const IValue& value) { return value.isNone() ? Tensor() : value.toTensor(); }
 inline IValue tensor_or_none(const Tensor& tensor) { return tensor.defined() ? IValue(tensor) : IValue(); }
 
-// Every operator begins with the arguments of the layer and its options. read_call leaves `next` behind them.
+// Every operator begins with the arguments of the layer and its options. read_call advances `next` past them.
 LayerCall read_call(const IValue*& next);
 void push_call(const LayerCall& call, Stack& stack);
 
-// Kernels of the Autograd key: of the layer, and of its two ends, which have no gradient themselves.
+// Kernels of the Autograd key: for the layer, and for its two ends, which have no gradient themselves.
 void layer_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);
 void layer_ends_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);
 

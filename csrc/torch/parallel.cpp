@@ -18,15 +18,15 @@
 namespace lstm_ext {
 namespace {
 
-constexpr double kShortest = 150e-6;  // seconds: in shorter calls, asking for a thread's time would take a few percent
-constexpr double kTurn = 1e-3;        // another program's turn on a core is longer, and waking a thread is shorter
-// Fewer workers are tried where so many seconds were lost in the last calls, which took about kMemory together. Beside
-// a program that keeps one core busy for good it is half of them, and two such programs more.
+constexpr double kShortest = 150e-6;  // seconds; measuring a thread's time takes a few percent of a shorter call
+constexpr double kTurn = 1e-3;        // seconds; between the time to wake a thread and another program's turn on a core
+// Fewer workers are tried if the last calls, of about kMemory seconds together, lost kLost seconds. Beside a program
+// that keeps one core busy the loss is half of their time, and beside two such programs more.
 constexpr double kLost = 0.02, kMemory = 0.05;
-// A limit lasts for this part of the time that was lost, and for twice as much each time that one is due again, up to
-// kLongest times that time. The system may have been busy for a moment only.
+// A limit lasts for kFirst times the time that was lost, and for twice as long each time that a limit is needed again,
+// up to kLongest times. The system may have been busy for a moment only.
 constexpr double kFirst = 0.25, kLongest = 8;
-// It lasts for so many seconds or calls at most: a process that was stopped for an hour lost all of it.
+// A limit lasts for so many seconds or calls at most: a process that was stopped for an hour lost all of it.
 constexpr double kMostTime = 0.5, kMostCalls = 8;
 
 double seconds(clockid_t clock) {
@@ -35,9 +35,9 @@ double seconds(clockid_t clock) {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// Workers that wait for each other are as slow as the one that shares its core with another program. Then calls have
-// fewer workers, for about as long as was lost, and as long as that is faster; then they try all again. The threads of
-// a process share its cores, so all its calls share this.
+// Workers that wait for each other are as slow as the one that shares its core with another program. Calls then use
+// fewer workers, for about as long as was lost, if that is faster; then they try all workers again. The threads of a
+// process share its cores, so all its calls share this object.
 class Crowding {
  public:
   int limited(int threads) const {
@@ -46,8 +46,8 @@ class Crowding {
   }
   bool limits() const { return left_.load(std::memory_order_relaxed) > 0; }
 
-  // A limited call: how long it took, and its work. Where another thread is here, or was when the process was forked,
-  // the call says nothing, but its time passes: two threads at once may forget some of it.
+  // Records a limited call: its time and its work. If another thread holds the lock, or held it when the process was
+  // forked, only the time is counted. Two threads at once may lose some of it.
   void note_limited(double time, double work) {
     left_.store(left_.load(std::memory_order_relaxed) - time, std::memory_order_relaxed);
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -56,13 +56,13 @@ class Crowding {
       limited_.time += time;
       limited_.work += work;
     }
-    // Threads that wait for work spin for a while: what a limit brings does not show at once.
+    // Threads that wait for work spin for a while, so the gain of a limit does not show at once.
     if (limited_.time < kMemory || limited_.time * crowded_.work < crowded_.time * limited_.work) return;
     left_.store(0, std::memory_order_relaxed);
     next_ = kFirst;
   }
 
-  // A call with all workers: also how much of the time the worst of them had no core, and how many cores they had
+  // Records a call with all workers: also the time that the worst of them had no core, and the number of cores they had
   // together.
   void note(int workers, double time, double work, double lost, double cores) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -80,11 +80,11 @@ class Crowding {
     undisturbed_ = 0;
     if (lost_ < kLost) return;
     const int fewer = std::clamp(static_cast<int>(cores_ / all_.time + 0.1), 1, workers - 1);
-    // The work of all takes fewer workers so many times as long, each with a core of its own.
+    // Fewer workers, each with a core of its own, need longer for the work in the same proportion.
     const double limited_call = (time - lost) * workers / fewer;
     const double limit = std::min(next_ * lost_, std::max(kMostTime, kMostCalls * limited_call));
     next_ = std::min(2 * next_, kLongest);
-    // A limit of less than one call is none: it is not longer than what it makes up for.
+    // A limit of less than one call is dropped, because it costs more than it saves.
     if (limit < limited_call) return;
     crowded_ = all_;
     all_ = limited_ = {};
@@ -105,11 +105,11 @@ class Crowding {
   std::atomic<int> workers_{1};
   std::atomic<double> left_{0};  // seconds of limited calls
   std::mutex mutex_;
-  Calls all_;                    // with all workers, the last of them: earlier ones fade
-  double lost_ = 0, cores_ = 0;  // of these
-  Calls crowded_, limited_;      // before the limit, and since it began
+  Calls all_;                    // the last calls with all workers; earlier ones fade
+  double lost_ = 0, cores_ = 0;  // lost time and cores of these calls
+  Calls crowded_, limited_;      // calls before the limit, and since it began
   double next_ = kFirst;
-  double undisturbed_ = 0;  // seconds of calls since one in which a turn was lost
+  double undisturbed_ = 0;  // seconds of calls since one lost a turn
 };
 
 Crowding& crowding() {
@@ -140,7 +140,7 @@ bool run_at_once(int workers, double work_size, void (*work)(void* context, int 
     return true;
   }
   bool complete = false;
-  // Asking for a thread's time takes a few percent of a short call.
+  // Measuring a thread's time takes a few percent of a short call.
   static std::atomic<bool> last_was_long{false};
   const bool measures = !limited && last_was_long.load(std::memory_order_relaxed);
   struct Had {
@@ -157,7 +157,7 @@ bool run_at_once(int workers, double work_size, void (*work)(void* context, int 
       const double before = measures ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
       work(context, worker);
       if (measures) {
-        // From the beginning of all: a thread that was woken late held up the others.
+        // Measured from the common begin: a thread that was woken late delayed the others.
         const double time = seconds(CLOCK_MONOTONIC) - begin;
         had[worker] = {time, time - (seconds(CLOCK_THREAD_CPUTIME_ID) - before)};
       }
@@ -167,7 +167,7 @@ bool run_at_once(int workers, double work_size, void (*work)(void* context, int 
   const double time = seconds(CLOCK_MONOTONIC) - begin;
   last_was_long.store(time > kShortest, std::memory_order_relaxed);
   if (limited) {
-    // Not one that always has all its workers.
+    // Leaves out a call that always uses all its workers.
     if (workers <= crowding().workers()) crowding().note_limited(time, work_size);
   } else if (measures && time > kShortest) {
     double lost = 0, cores = 0;

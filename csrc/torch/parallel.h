@@ -7,12 +7,12 @@
 
 namespace lstm_ext {
 
-// How many workers a call may have: torch's intra-op threads, or 1 inside a parallel region. Fewer, for a while, where
-// workers had to share their cores with other programs and fewer are faster. Not if `always_all`: a call whose bits
-// depend on their number.
+// The number of workers that a call may use: torch's intra-op threads, or 1 inside a parallel region. It is lower for a
+// while if workers had to share their cores with other programs and fewer are faster. `always_all` turns that off, for
+// a call whose bits depend on their number.
 int available_threads(bool always_all);
 
-// How many workers a limited call may have, and for how many seconds of calls they are limited. For tests.
+// The workers of a limited call, and for how many seconds of calls the limit lasts. For tests.
 struct Limit {
   int workers;
   double seconds;
@@ -20,9 +20,9 @@ struct Limit {
 LSTM_EXT_PUBLIC Limit worker_limit();
 LSTM_EXT_PUBLIC void set_fewer_when_crowded(bool wanted);
 
-// Runs work(index) for index < workers on as many threads at once and returns true; or returns
-// false, having run nothing, if the system gives fewer threads. The work may wait for its fellows,
-// so running the indices one after the other is no substitute. `work_size`: of all workers, in the unit of WorkerGrid.
+// Runs work(index) for index < workers on as many threads at once and returns true. Returns false, having run nothing,
+// if the system gives fewer threads. The work may wait for the other workers, so the indices cannot run one after the
+// other. `work_size` is the work of all workers, in the unit of WorkerGrid.
 bool run_at_once(int workers, double work_size, void (*work)(void* context, int index), void* context);
 
 template <typename F>

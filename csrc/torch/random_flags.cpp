@@ -17,9 +17,9 @@ uint64_t split_mix(uint64_t seed, uint64_t k) {
   return z ^ (z >> 31);
 }
 
-constexpr int64_t kElements = 4;  // of a word
-constexpr int64_t kWords = 64;    // of a chunk, which stays in the first cache
-constexpr int64_t kGrain = 256;   // chunks that a thread should have at least
+constexpr int64_t kElements = 4;  // elements of a word
+constexpr int64_t kWords = 64;    // words of a chunk, which stays in the first-level cache
+constexpr int64_t kGrain = 256;   // least chunks of a thread
 
 // The first `count` flags of a chunk; only the last chunk has fewer than all.
 void fill_chunk(bool* flags, int64_t count, uint64_t seed, int64_t first_word, uint16_t last) {

@@ -17,24 +17,24 @@
 namespace lstm_ext {
 namespace {
 
-// The C library keeps smaller ones itself.
+// The C library keeps smaller blocks itself.
 constexpr size_t kLeastBytes = size_t{64} << 10;
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kMostTimes = 4;  // what is needed: a block of more is neither used nor freed for it
+constexpr size_t kMostTimes = 4;  // a block larger than this multiple of a request is neither used nor freed for it
 
 struct Block {
   void* data;
   size_t bytes;
 };
 
-// Blocks that no call uses. Where another thread is at it, or was in the process that this one was forked from, nobody
-// waits: the caller allocates and frees.
+// Blocks that no call uses. If another thread holds the lock, or held it in the process that this one was forked from,
+// nobody waits: the caller allocates and frees.
 class Kept {
  public:
-  // The smallest that fits and is not larger than `most`. If there is none, null, and the oldest blocks of as many
-  // bytes are freed for the new one: what is kept does not add to the most that a process needs. But those that are
-  // much larger stay: two layers of different sizes would take each other's blocks in every call.
+  // Returns the smallest block that fits and is not larger than `most`. If there is none, it returns null and frees the
+  // oldest blocks of as many bytes, so that kept blocks do not raise the peak memory of a process. Much larger blocks
+  // stay: otherwise two layers of different sizes would free each other's blocks in every call.
   Block* take(size_t bytes, size_t most) {
     std::vector<Block*> dropped;
     Block* found = nullptr;
@@ -58,7 +58,7 @@ class Kept {
     return found;
   }
 
-  // Keeps a block, freeing the oldest ones for it.
+  // Keeps a block, and frees the oldest ones for it.
   void give(Block* block) {
     std::vector<Block*> dropped;
     {
@@ -76,7 +76,7 @@ class Kept {
   }
 
  private:
-  // Takes out the oldest blocks of at most `most` bytes each, of so many bytes together, or all.
+  // Removes and returns the oldest blocks of at most `most` bytes each, of so many bytes together, or all.
   std::vector<Block*> oldest(size_t bytes, size_t most) {
     std::vector<Block*> taken;
     size_t sum = 0;
@@ -104,7 +104,7 @@ class Kept {
   size_t bytes_ = 0;
 };
 
-// Never destroyed: threads may outlive what the process destroys at its end.
+// Never destroyed: threads may outlive the static objects of the process.
 Kept& kept() {
   static Kept& all = *new Kept;
   return all;
@@ -112,7 +112,7 @@ Kept& kept() {
 
 class ScratchAllocator final : public c10::Allocator {
  public:
-  // A block may be so many times as large as what it is for.
+  // `most_times`: how many times larger than its request a block may be.
   explicit ScratchAllocator(double most_times) : most_times_(most_times) {}
 
   c10::DataPtr allocate(size_t bytes) override {

@@ -1,4 +1,4 @@
-// Arguments as kernels take them. These functions make no trip through the dispatcher where there is nothing to do.
+// Arguments in the form that kernels take. These functions avoid the dispatcher if there is nothing to do.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,8 +9,8 @@ namespace lstm_ext {
 
 inline at::Tensor in_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
-// Whether the numbers themselves are in memory: no negation is pending (of the imaginary part of a conjugate), there
-// are no zeros without memory, and no wrapper of a transform that is over, which the dispatcher takes off.
+// Whether the numbers themselves are in memory. The exceptions are a pending negation (of the imaginary part of a
+// conjugate), zeros without memory, and wrappers of a transform that is over, which the dispatcher removes.
 inline bool is_materialized(const at::Tensor& t) { return t.has_storage() && !t.is_neg() && !t._is_zerotensor(); }
 inline at::Tensor materialized(const at::Tensor& t) {
   if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
