@@ -1,7 +1,7 @@
 """A faster drop-in for ``torch.nn.LSTM``.
 
 ``lstm_ext.LSTM`` has the interface, the parameters and the random numbers of ``torch.nn.LSTM``. Importing this package
-loads the kernels that were built ahead of time. It compiles nothing: where none were built, the first layer that runs
+loads the kernels that were built ahead of time. It compiles nothing: if none were built, the first layer that runs
 looks for them.
 """
 

@@ -41,12 +41,12 @@ def _lines() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
     ]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the lines below say what the warning would
+        warnings.simplefilter("ignore")  # the lines below say the same as the warning
         status = loader.status()
         try:
             module = loader.extension()
             in_use = status.backend
-        except ImportError:  # every call raises it: not even torch's operator is used
+        except ImportError:  # every call raises it, and torch's operator is not used either
             module, in_use = None, "none"
 
     if module is None:

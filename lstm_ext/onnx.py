@@ -79,8 +79,8 @@ def export(
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The translations of this package, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
-    With the table alone, the file holds large weights in torch's order, and nodes that bring the gates into the order
-    of ONNX; a runtime runs these nodes once, when it loads the model. :func:`export` stores the weights in that order.
+    With the table alone, the file holds large weights in torch's order, and nodes that reorder the gates for ONNX; a
+    runtime runs these nodes once, when it loads the model. :func:`export` stores the weights in ONNX's order.
 
     Returns:
         a function for each operator of this package, as ``custom_translation_table`` takes it.
@@ -128,7 +128,7 @@ def _translated_layer(
     kinds = [weights[kind::per_set] for kind in range(per_set)]  # each with one weight a direction
     hidden, features = weights[1].shape[1], weights[0].shape[1]
     dtype = input.dtype
-    # As in the kernels, everything between the arguments and the results is float32.
+    # Same as in the kernels: everything between the arguments and the results is float32.
     widened = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
     def wide(x: Any) -> Any:
@@ -185,7 +185,7 @@ def _equations(
     bidirectional: bool,
     **options: Any,
 ) -> Any:
-    """The operator ``lstm_layer`` in torch's operators; NotImplemented, which leaves the operator, without options."""
+    """The operator ``lstm_layer`` in torch's operators; without options NotImplemented, which keeps the operator."""
     if not options:
         return NotImplemented
     if batch_sizes is not None or not isinstance(input.size(0), int):

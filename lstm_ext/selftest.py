@@ -39,10 +39,10 @@ class Case:
     hidden_size: int = 24
     proj_size: int = 0
     bidirectional: bool = False
-    lengths: tuple[int, ...] | None = None  # of packed data: falling, as many as the batch
+    lengths: tuple[int, ...] | None = None  # lengths of packed data: falling, one for each sequence
     bias: bool = True
     states: bool = True  # whether h0 and c0 are given
-    batch_first: bool = False  # in memory; the operators see a transposed view
+    batch_first: bool = False  # layout in memory; the operators get a transposed view
 
     @property
     def batch_sizes(self) -> Tensor | None:
@@ -292,7 +292,7 @@ def cpu_checks() -> Iterator[Check]:
 
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
-    """The checks of each kernel; but for `stepwise`, those of layers that it can compute."""
+    """The checks of each kernel; except for `stepwise`, only of layers that it can compute."""
     requests = [("stepwise", "stepwise")]
     requests += [(kernel, name) for kernel, names in config.TRIED_CUDA_KERNELS.items() for name in names]
     for kernel, request in requests:

@@ -421,8 +421,8 @@ class StepwiseForward : Stepwise {
   const at::Tensor output_, h_n_, c_n_;
   const Saved saved_;  // all undefined in inference
   const bool whole_;   // a single step is one kernel, W x included
-  const at::Tensor both_recurrent_,
-      both_h_;  // of both directions, if one product reads them
+  // Buffers::recurrent and recurrent_h of both directions, if one product reads them.
+  const at::Tensor both_recurrent_, both_h_;
 };
 
 }  // namespace

@@ -38,7 +38,7 @@ def _check_is_on() -> bool:
     return value == "1"
 
 
-# Whether values on a device are checked there, by an assertion that nobody waits for.
+# Whether values on a device are checked there, by an assertion that nobody waits for (LSTM_EXT_CHECK=1).
 CHECK = _check_is_on()
 
 
@@ -46,7 +46,7 @@ CHECK = _check_is_on()
 
 
 def probability(name: str, value: Any) -> float:
-    """Raises: ValueError, as torch's layer for ``dropout``."""
+    """Raises ValueError, like torch's layer for ``dropout``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1], got {value!r}")
@@ -96,7 +96,7 @@ class Stack(Protocol):
     zoneout: float | tuple[float, float]
     layer_norm: bool
     recompute: bool
-    # For each layer those with its frozen weights, and nothing else; or empty. With them, nothing is random.
+    # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     frozen: Sequence[LayerOptions]
 
 
@@ -124,9 +124,9 @@ def any_requested(
     )
 
 
-@dataclass(eq=False)  # not frozen, as LayerOptions
+@dataclass(eq=False)  # not frozen, like LayerOptions
 class StackOptions:
-    """The options of all L layers. What is not explained here is as in :class:`lstm_ext.layer.layer_call.LayerOptions`.
+    """The options of all L layers. :class:`lstm_ext.layer.layer_call.LayerOptions` explains those not listed here.
 
     Attributes:
         recurrent_dropout: the probability.
@@ -171,7 +171,7 @@ class StackOptions:
         batch_sizes: Tensor | None,
         directions: int,
     ) -> LayerOptions:
-        """Those of layer k. Draws its masks: the recurrent one first, then the flags of zoneout for h and for c."""
+        """The options of layer k. Draws its masks: first the recurrent one, then the flags for h and for c."""
         sets = slice(k * directions, (k + 1) * directions)
         state, hidden = weights[1].size(1), weights[1].size(0) // 4
         zoneout_h, zoneout_c = self.zoneout
@@ -257,7 +257,7 @@ def stack_options(
 
 
 def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
-    """Where the numbers are known, nothing is computed for padding; otherwise the layers get the lengths."""
+    """Ends rows at their lengths: skips padding if the host knows the numbers, else the layers get the lengths."""
     time = x.size(0)
     if x.device.type == "cpu" and lengths.device.type == "cuda":
         lengths = lengths.cpu()
@@ -274,7 +274,7 @@ def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether the numbers are at hand: on the host, and neither unknown nor another in each sample of a vmap."""
+    """Whether the host can read the numbers: they are not symbolic, and the same for all samples of a vmap."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
@@ -292,19 +292,19 @@ def _kind(x: Any) -> str:
 
 
 def _refuse_meta(name: str, value: Any, x: Tensor) -> None:
-    """Any device will do for lengths and masks, but for the one that has no numbers."""
+    """Lengths and masks may be on any device except meta, which has no numbers."""
     if isinstance(value, Tensor) and value.device.type == "meta" and x.device.type != "meta":
         raise ValueError(f"{name}: expected a device with numbers, as input on {x.device}, got meta")
 
 
 def _assert_later(good: Tensor, message: str) -> None:
-    """The check of values that nobody waits for, with LSTM_EXT_CHECK=1."""
+    """Checks values on their device without waiting, with LSTM_EXT_CHECK=1."""
     if CHECK:
         torch._assert_async(good.all(), message)
 
 
 def _per_step(name: str, value: Any, x: Tensor, layout: Layout) -> Tensor:
-    """A tensor (T, B) of one in the shape of the input without its features, or with one."""
+    """Converts a tensor of the input's shape, without features or with one, to (T, B)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     shape = layout.shape(x)
@@ -319,7 +319,7 @@ def _per_step(name: str, value: Any, x: Tensor, layout: Layout) -> Tensor:
 
 
 def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
-    """As bool, (T, B) or (N,)."""
+    """Resets as bool, (T, B) or (N,)."""
     if isinstance(layout, PackedLayout):
         steps = _packed_resets(resets, layout.packed, layout.batch(x))
     elif isinstance(resets, PackedSequence):
@@ -384,7 +384,7 @@ def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
 def _reset_state(
     reset_state: Any, x: Tensor, shapes: Sequence[tuple[int, ...]], layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """With a batch axis."""
+    """The replacing states, with a batch axis."""
     pair = isinstance(reset_state, (tuple, list)) and len(reset_state) == 2
     if not pair or not all([isinstance(s, Tensor) for s in reset_state]):
         got = type(reset_state).__name__
@@ -406,7 +406,7 @@ def _reset_state(
 
 
 def _lengths(lengths: Any, x: Tensor, layout: Layout) -> Tensor:
-    """int64 (B,), each in [0, T]: checked if the numbers are at hand, else clamped."""
+    """Lengths as int64 (B,), each in [0, T]: checked if the host can read the numbers, else clamped."""
     time, batch = x.size(0), x.size(1)
     if not layout.batched and isinstance(lengths, int):
         lengths = [lengths]
@@ -447,7 +447,7 @@ def _wrong_length(time: int, length: int, sequence: int) -> str:
 
 
 def _lengths_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
-    """int64 (B,): how many steps come before the first that does not count."""
+    """Lengths as int64 (B,): the number of steps before the first that does not count."""
     steps = _per_step("mask", mask, x, layout)
     if steps.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")

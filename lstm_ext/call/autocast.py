@@ -1,8 +1,8 @@
 """Autocast, decided once for each call: the dtype in which a layer computes, and the dtypes of its results.
 
-Both are torch's. Its operator computes in the lower precision wherever one function computes a whole layer: cuDNN, or
-oneDNN for dense input without a projection. Elsewhere on the CPU only the products have the lower precision. c then
-keeps the dtype that it begins with, and h has that of c, or that of its product where there is a projection.
+Both follow torch. Its operator computes in the lower precision if one function computes a whole layer: cuDNN, or oneDNN
+for dense input without a projection. Elsewhere on the CPU only the products have the lower precision. c then keeps its
+initial dtype, and h has that of c, or with a projection that of the product.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast for the device of ``x``; None if autocast is off there or leaves ``x`` as it is."""
     device_type = x.device.type
-    # Dynamo of torch 2.11 cannot look into is_autocast_available; these two have it.
+    # Dynamo of torch 2.11 cannot trace is_autocast_available; these two devices always have autocast.
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type) or not _is_cast(x):
@@ -42,7 +42,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def in_autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to ``dtype``; for None nothing, since a device may have no autocast."""
+    """Autocast to ``dtype``; None does nothing, because a device may have no autocast."""
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
@@ -57,7 +57,7 @@ def to_dtype(
     c0: Tensor | None,
     weights: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Sequence[Tensor]]]:
-    """Cast as autocast casts the arguments of an operator on its lower-precision list."""
+    """Cast the arguments like autocast does for an operator on its lower-precision list."""
 
     def cast(x: Tensor | None) -> Any:
         return x if x is None or not _is_cast(x) else x.to(dtype)
@@ -69,8 +69,8 @@ def options_in_autocast(options: StackOptions, dtype: torch.dtype) -> StackOptio
     reset_h, reset_c = [
         x if x is None or not _is_cast(x) else x.to(dtype) for x in (options.reset_h, options.reset_c)
     ]
-    # The parameters of layer normalisation keep their dtype, as torch.nn.LayerNorm's do. Only the other of the two
-    # 16-bit dtypes, which a layer does not take, becomes float32, in which the layer computes: no rounding.
+    # The parameters of layer normalisation keep their dtype, like those of torch.nn.LayerNorm. If it is the other
+    # 16-bit dtype, which a layer does not accept, they become float32, in which the layer computes: no rounding.
     other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(dtype)
     norm = tuple([tuple([w.float() if w.dtype == other else w for w in layer]) for layer in options.norm])
     return replace(options, reset_h=reset_h, reset_c=reset_c, norm=norm)
@@ -101,7 +101,7 @@ def _onednn_takes(x: Tensor) -> bool:
 
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     """The conditions of at::native::use_mkldnn (aten/src/ATen/native/RNN.cpp)."""
-    # torch.export turns oneDNN off while it traces; what it makes runs where oneDNN is on.
+    # torch.export turns oneDNN off while it traces; the exported program runs where oneDNN is on.
     if not _HAS_ONEDNN or not (torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()):
         return False
     if dtype == torch.bfloat16:

@@ -1,7 +1,8 @@
-"""How the tensors of one call lie: as the user gave them, and as the layers take them.
+"""The layouts of the tensors of one call: the user's layout, and that of the layers.
 
-The layers take time-first data, (T, B, features), or the rows of a ``PackedSequence``, (N, features). A `Layout` turns
-the input into that, and the results back. Dense layouts hold nothing of the call, so that there is one of each.
+The layers take time-first data, (T, B, features), or the rows of a ``PackedSequence``, (N, features). A `Layout`
+converts the input to that, and the results back. Dense layouts hold no data of the call, so there is one object of
+each.
 """
 
 from __future__ import annotations
@@ -52,22 +53,21 @@ class LSTMExtras(NamedTuple):
         return LSTMExtras(*[None if x is None else function(x) for x in self])
 
 
-# torch.export.save writes down what a model returns.
+# Registered because torch.export.save writes down the type of a model's results.
 _pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtras")
 
 
 class Layout:
     """Time-first data with a batch axis, (T, B, ...), and the interface of all layouts."""
 
-    state_rank = (
-        3  # of the states as the user gives them; 0 if torch's error for a wrong one is about their sizes
-    )
+    # The rank of the user's states; 0 if torch's error for a wrong one is about their sizes.
+    state_rank = 3
     batched = True
-    batch_sizes: Tensor | None = None  # of packed data
+    batch_sizes: Tensor | None = None  # for packed data
     code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
 
     def rows(self, input: Any) -> Tensor:
-        """The input as the layers take it."""
+        """The input in the layers' layout."""
         return input
 
     def flags(self, x: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ class Layout:
         return x
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
-        """The input's shape without features, as the user sees it, for ``x`` as the layers take it."""
+        """The user's shape of the input without features, for an ``x`` in the layers' layout."""
         return tuple(x.shape[:2])
 
     def batch(self, x: Tensor) -> int:
         return x.size(1)
 
     def states(self, state: Tensor | None) -> Tensor | None:
-        """A state (sets, B, features), in the order of the user's batch, as the layers take it."""
+        """A state (sets, B, features), converted from the order of the user's batch to that of the layers."""
         return state
 
     def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
@@ -164,7 +164,7 @@ class PackedLayout(Layout):
     state_rank = 0
 
     def __init__(self, packed: PackedSequence, hx: Any = None) -> None:
-        """Raises ValueError or TypeError, naming the field, for a ``packed`` that makes no sense."""
+        """Raises ValueError or TypeError, naming the field, for an invalid ``packed``."""
         self.packed = packed
         self.batch_sizes = packed.batch_sizes
         self._batch = _batch_of(packed, hx)
@@ -189,10 +189,10 @@ class PackedLayout(Layout):
 
 
 def _batch_of(packed: PackedSequence, hx: Any) -> int:
-    """The number of sequences, B, of a sound ``packed``.
+    """The number of sequences, B, of a valid ``packed``.
 
-    The batch sizes themselves are checked where they are read, in the kernel or in the equations. A compiler does not
-    know their values: then B is the size of another tensor that must have it, and the kernel checks that.
+    The batch sizes themselves are checked by their reader, the kernel or the equations. A compiler does not know their
+    values: then B is the size of another tensor that must have it, and the kernel checks that.
     """
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if data.dim() != 2:
@@ -217,7 +217,7 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
             "got one for each sample"
         )
     if tracing and type(batch_sizes) is Tensor:
-        batch = batch_sizes.tolist()[0]  # a tracer would take batch_sizes[0] for a result of its own
+        batch = batch_sizes.tolist()[0]  # a tracer would record batch_sizes[0] as a result of its own
     else:
         batch = batch_sizes[0].item()
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
@@ -230,7 +230,7 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
             raise ValueError(
                 f"PackedSequence.{name}: expected on {data.device}, as the data, got on {indices.device}"
             )
-    # Read on the host only: on a device it would have to wait.
+    # Checked on the host only: on a device the check would have to wait.
     if sorted_indices is not None and not unknown and sorted_indices.device.type == "cpu":
         if unsorted_indices is None:
             raise ValueError(
@@ -245,7 +245,7 @@ def _batch_of(packed: PackedSequence, hx: Any) -> int:
 
 
 def _undo_each_other(a: Tensor, b: Tensor) -> bool:
-    """Whether both are permutations, and each the inverse of the other: of two maps of a finite set, one says all."""
+    """Whether both are permutations, each the inverse of the other. On a finite set it is enough to check one side."""
     if not {a.dtype, b.dtype} <= {torch.int32, torch.int64}:
         return False
     # Lists are quicker than operators on tensors for the few sequences of a quick call.
@@ -256,7 +256,7 @@ def _undo_each_other(a: Tensor, b: Tensor) -> bool:
 
 
 class PaddedRows:
-    """Where each row that counts lies in padded data, in the order of a ``PackedSequence``.
+    """The places of the rows that count in padded data, in the order of a ``PackedSequence``.
 
     The order of the sequences is that of ``pack_padded_sequence(enforce_sorted=False)``, so that dropout between the
     layers draws the same masks. Sequences without a step are left out.
@@ -281,7 +281,7 @@ class PaddedRows:
 
     def packed(self, x: Tensor) -> Tensor:
         """The rows (N, ...) of padded data (T, B, ...)."""
-        # The data is read where it lies, also if it is a view of batch-first data.
+        # The data is read in place, also if it is a view of batch-first data.
         if _is_batch_first(x):
             flat, rows = x.transpose(0, 1).flatten(0, 1), self._sequence * self._time + self._step
         else:
@@ -289,7 +289,7 @@ class PaddedRows:
         return flat.index_select(0, rows)
 
     def padded(self, rows: Tensor, dim: int, like: Tensor) -> Tensor:
-        """Padded data (..., T, B, ...) of rows (..., N, ...) at ``dim``: 0 elsewhere; in memory as ``like`` is."""
+        """Padded data (..., T, B, ...) from rows (..., N, ...) at ``dim``: 0 elsewhere; strided like ``like``."""
         shape = list(rows.shape)
         shape[dim] = self._time * self._batch
         zeros = rows.new_zeros(shape)
@@ -300,11 +300,11 @@ class PaddedRows:
         return flat.unflatten(dim, (self._time, self._batch))
 
     def packed_state(self, state: Tensor | None) -> Tensor | None:
-        """The states (sets, B, ...) of the sequences that are packed, in their order."""
+        """The states (sets, B, ...) of the packed sequences, in their order."""
         return None if state is None else state.index_select(1, self._order[: self._count])
 
     def padded_state(self, final: Tensor, initial: Tensor | None) -> Tensor:
-        """The final states (sets, B, ...) of all sequences: the initial one where there was no step."""
+        """The final states (sets, B, ...) of all sequences: for one without a step, its initial state."""
         if self._count < self._batch:
             left_out = self._order[self._count :]
             if initial is None:

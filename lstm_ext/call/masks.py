@@ -15,7 +15,7 @@ __all__ = ["keep_flags", "recurrent_mask"]
 def recurrent_mask(
     input: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, directions: int, size: int, p: float
 ) -> Tensor:
-    """What recurrent dropout multiplies h by in all steps, (D, B, size): 0 or 1 / (1 - p)."""
+    """The mask of recurrent dropout, constant over time, (D, B, size): h is multiplied by 0 or 1 / (1 - p)."""
     if batch_sizes is None:
         batch = input.size(1)
     else:
@@ -26,9 +26,9 @@ def recurrent_mask(
 
 
 def keep_flags(input: Tensor, directions: int, size: int, p: float) -> Tensor:
-    """Which elements of a state zoneout keeps, for all steps: (D, T, B, size) or (D, N, size)."""
+    """The flags of zoneout: which elements of a state are kept, for all steps, (D, T, B, size) or (D, N, size)."""
     shape = (directions, *input.shape[:-1], size)
-    # The extension does it in a fraction of the time, but no tracer knows its function.
+    # The extension does this in a fraction of the time, but no tracer knows its function.
     if input.device.type != "cpu" or p < 2**-16 or not is_plain_eager() or not loader.has_kernels():
         return torch.rand(shape, dtype=torch.float32, device=input.device) < p
     seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)

@@ -1,4 +1,4 @@
-"""One call of a stack of layers: options checked, data laid out for the layers, and the results laid back.
+"""One call of a stack of layers: checks options, converts data to the layers' layout, and the results back.
 
 `run` serves `lstm_ext.LSTM`, its step, and the functions without a module, in every layout.
 """
@@ -24,7 +24,7 @@ from .torchs_operator import lstm as lstm_by_torch
 
 __all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
 
-# torch's own text, from aten/src/ATen/native/RNN.cpp
+# This is torch's own text, from aten/src/ATen/native/RNN.cpp.
 EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
 
 
@@ -71,11 +71,11 @@ def _layers(
     batch_sizes: Tensor | None,
     options: StackOptions | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
-    """By torch's own operator, if it is what computes plain layers here, else layer by layer."""
+    """By torch's own operator, if plain layers run on it here, else layer by layer."""
     preferred = (
         options is None and batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
     )
-    # Under autocast, torch's results of packed data have other dtypes than those of the dense data that was given.
+    # Under autocast, torch's results of packed data have other dtypes than those of the dense data that the user gave.
     if (
         layer is route.lstm_layer
         and (preferred or not route.has_operators(x.device))
@@ -96,7 +96,7 @@ def _run_padded(
     c0: Tensor | None,
     options: StackOptions,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras]:
-    """Padded input whose lengths are known: the rows that count are packed, and put back in their places."""
+    """Padded input with known lengths: the rows that count are packed, and written back to their places."""
     rows = options.padded
     assert rows is not None
     options.resets = None if options.resets is None else rows.packed(options.resets)
@@ -121,7 +121,7 @@ def _run_padded(
 
 
 def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """The zeros that no ``hx`` means, for a compiler: they tell it how many sequences there are."""
+    """The zeros that stand for a missing ``hx``, for a compiler: they tell it the number of sequences."""
     return tuple([x.new_zeros(shape) for shape in shapes])
 
 
@@ -160,7 +160,7 @@ def lstm(
     recompute: bool,
     **arguments: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function. ``arguments``: as `stack_options` takes them."""
+    """``functional.lstm`` for a given layer function. ``arguments`` are those of `stack_options`."""
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
         data = input.data

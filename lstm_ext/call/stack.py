@@ -43,14 +43,14 @@ def run_stack(
     if any_autocast():
         dtype = autocast_dtype(input)
         if dtype is not None:
-            # Padded data that was packed on the way counts as dense: so it was given.
+            # Padded data that was packed internally counts as dense, because the user gave it so.
             dense = batch_sizes is None or (options is not None and options.padded is not None)
             projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
             dtypes = result_dtypes(dtype, input, c0, fused=dense, projected=projected)
             options = None if options is None else options_in_autocast(options, dtype)
             input, h0, c0, weights = to_dtype(dtype, input, h0, c0, weights)
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
-    if options is None and len(weights) == 1:  # the shortest way: microseconds count here
+    if options is None and len(weights) == 1:  # the shortest path: microseconds count here
         own_options = frozen[0] if frozen else PLAIN
         call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, own_options)
         output, h_n, c_n, _, _ = layer(call)

@@ -1,10 +1,10 @@
-"""torch's own operator for a whole stack of plain layers, where there are no kernels of ours or it is faster.
+"""torch's own operator for a whole stack of plain layers, used if we have no kernels or it is faster.
 
 One call computes all layers and directions, as in ``torch.nn.LSTM``: cuDNN, MIOpen, MPS and oneDNN do that faster than
-layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. A compiler, an
-exporter or a dispatch mode sees one registered operator, ``lstm_ext::torchs_lstm``: torch's would be unrolled there.
+layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. Compilers,
+exporters and dispatch modes get one registered operator, ``lstm_ext::torchs_lstm``: they would unroll torch's.
 
-cuDNN, MIOpen and MPS have no second derivatives. ``create_graph=True`` computes the gradients once more there, by the
+cuDNN, MIOpen and MPS have no second derivatives. On these, ``create_graph=True`` recomputes the gradients with the
 equations.
 """
 
@@ -70,9 +70,9 @@ def lstm(
     batch_sizes: Tensor | None,
     preferred: bool = False,
 ) -> _Tensors | None:
-    """Output, h_n and c_n; None where the stack is not torch's operator's: our kernels or the equations compute it.
+    """Output, h_n and c_n; None if the stack runs on our kernels or the equations instead.
 
-    Arguments are those of `run_stack`, as autocast finds them. `preferred`: see `route.torchs_way`.
+    Arguments are those of `run_stack`, before autocast. `preferred`: see `route.torchs_way`.
     """
     way = None if stack.frozen else route.torchs_way(x, h0, c0, weights, preferred)
     if way is None:
@@ -136,7 +136,7 @@ def _equation_gradients(
     tensors: Sequence[Tensor],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Differentiable, for the tensors that need one."""
+    """Differentiable gradients, for the tensors that need one."""
     device_type, dtype = autocast
 
     def results(*tensors: Any) -> _Tensors:
@@ -174,10 +174,10 @@ def _graph(arguments: Sequence[Any]) -> tuple[list[Tensor], _Tensors]:
 
 def _forward(*arguments: Any) -> _Tensors:
     *arguments, save = arguments  # type: ignore[assignment]
-    # This tensor has no elements: it carries torch's graph, whose saved tensors differ from device to device. On the
-    # CPU, so that no graph of CUDA takes it for memory of its own.
+    # This tensor has no elements: it carries torch's graph, whose saved tensors differ from device to device. It is on
+    # the CPU, so that a CUDA graph does not treat it as memory of its own.
     saved = torch.empty(0, dtype=torch.uint8, device="cpu")
-    # An exported program may have been made for gradients and run without them.
+    # An exported program may have been traced with gradients and run without them.
     if (
         save
         and not torch.is_inference_mode_enabled()
@@ -195,9 +195,8 @@ def _forward(*arguments: Any) -> _Tensors:
 def _backward(*arguments: Any) -> list[Tensor]:
     *arguments, saved, grad_output, grad_h_n, grad_c_n, needs_grad = arguments  # type: ignore[assignment]
     graph, plain = getattr(saved, "graph", None), _split(arguments)[0]
-    if (
-        graph is None
-    ):  # a hook on saved tensors has put a copy in its place, or this is the second backward pass
+    # Either a hook on saved tensors replaced it by a copy, or this is the second backward pass.
+    if graph is None:
         if plain.dropout:
             raise RuntimeError(
                 "LSTM: torch's operator, which computes this layer here, needs what its forward pass saved, and a hook "
@@ -287,7 +286,7 @@ _ARGUMENTS = (
     "Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, bool has_bias, int num_layers, "
     "float dropout, bool training, bool bidirectional, ScalarType? autocast"
 )
-# A graph of CUDA must not keep what the forward pass leaves in Python, and dropout draws random numbers.
+# A CUDA graph must not keep the Python objects of the forward pass, and dropout draws random numbers.
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded]
 _TAGS += [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
@@ -310,11 +309,11 @@ def _register() -> torch.library.Library:
     torch.library.register_autograd(
         f"lstm_ext::{forward}", _differentiate, setup_context=_set_up, lib=library
     )
-    # Through time and to the weights: twice the products of the forward pass.
+    # The gradients through time and of the weights need twice the products of the forward pass.
     operators.register_flops({forward: _flops, backward: lambda *a, **k: 2 * _flops(*a, **k)})
     return library
 
 
-# torch keeps them for the life of the process, also where this module is imported anew.
+# torch keeps operators for the life of the process, even if this module is imported again.
 if not torch._C._jit_get_operation("lstm_ext::torchs_lstm")[0]:
     _library = _register()

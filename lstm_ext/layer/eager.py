@@ -14,7 +14,7 @@ __all__ = ["differentiable_backward", "lstm_layer"]
 
 
 def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
-    """Only where `tracing.is_direct`."""
+    """Call only if `tracing.is_direct`."""
     options = call.options
     return kernels.lstm_layer(
         call.input,
@@ -24,7 +24,7 @@ def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
         call.batch_sizes,
         call.bias,
         call.bidirectional,
-        # As the kernels take them; None for nothing set.
+        # The options in the extension's form; None if none is set.
         options.native
         if options is PLAIN or options.native is not None
         else kernels.LayerOptions(**options.as_keywords()),
@@ -45,15 +45,15 @@ def differentiable_backward(
     saved: Sequence[Tensor | None],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The backward pass where its gradients are differentiated, or a transform or mode looks at them.
+    """The backward pass if its gradients are differentiated, or if a transform or mode intercepts them.
 
-    The compiled function calls it by its name. Arguments are those of the kernels' backward pass; the options by name.
+    The compiled function calls it by name. Arguments are those of the kernels' backward pass; the options by name.
     """
     call = LayerCall(input, h0, c0, weights, batch_sizes, bias, bidirectional, LayerOptions(**options))
     if call.options.recompute:
         saved_results = None
     else:
-        # The operators have a tensor without elements where the layer needs none.
+        # In place of a tensor that the layer does not need, the operators have one without elements.
         saved_results = [output, *[output.new_empty(0) if t is None else t for t in saved]]
     return transforms.layer_gradients(
         call.signature(), needs_grad, batch_sizes, grads, saved_results, call.tensors()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# By name: profilers put functions of their own into the module, and would count these beside the layer itself.
+# Imported by name: profilers replace functions in the module by their own, and would count these beside the layer
+# itself.
 from torch.nn.functional import layer_norm, linear
 
 from .layer_call import LayerCall, LayerResults
@@ -19,7 +20,7 @@ __all__ = ["lstm_layer"]
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
-    """One layer, all time steps, both directions if ``call.bidirectional``; ``recompute`` means nothing here.
+    """One layer, all time steps, both directions if ``call.bidirectional``; ``recompute`` has no effect here.
 
     D = 2 if bidirectional else 1; P is the projection's size, or H without a projection.
 
@@ -35,7 +36,7 @@ def lstm_layer(call: LayerCall) -> LayerResults:
 
 
 def _in_float32(call: LayerCall) -> LayerResults:
-    """As in the kernels, everything between the arguments and the results is float32."""
+    """Same as in the kernels: everything between the arguments and the results is float32."""
     wide = call.map(lambda x: x.float() if x.is_floating_point() else x)
     device = call.input.device.type
     if any_autocast() and torch.is_autocast_enabled(device):
@@ -54,7 +55,7 @@ def _equations(call: LayerCall) -> LayerResults:
     bias, bidirectional, options = call.bias, call.bidirectional, call.options
     directions = 2 if bidirectional else 1
     per_set, projected = weights_per_direction(len(weights), bias, bidirectional)
-    # How many rows each step has. Dense data are the case of always the same number.
+    # The number of rows of each step. In dense data it is always the same.
     sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
     batch = sizes[0] if sizes else input.size(1)
 
@@ -67,7 +68,7 @@ def _equations(call: LayerCall) -> LayerResults:
     resets = None if options.resets is None else by_step(options.resets.unsqueeze(-1))
     lengths = None if options.lengths is None else options.lengths.unsqueeze(-1)
     if options.lengths is not None:
-        # Padding may hold anything, and 0 times infinity is not 0 in a gradient.
+        # Padding may hold any number, and 0 times infinity is not 0 in a gradient.
         input = _zero_unless(count_mask(options.lengths, input.size(0)).unsqueeze(-1), input)
     outputs, h_n, c_n, all_cells, all_gates = [], [], [], [], []
     for d in range(directions):
@@ -160,7 +161,7 @@ def _equations(call: LayerCall) -> LayerResults:
 
 
 def _replaced(state: Tensor, by: Tensor | None, where: Tensor) -> Tensor:
-    """where (rows, 1)"""
+    """The state with the rows in ``where``, (rows, 1), replaced."""
     return torch.where(where, state.new_zeros(()) if by is None else by[: state.size(0)], state)
 
 

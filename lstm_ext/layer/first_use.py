@@ -1,8 +1,8 @@
-"""The first use of a CUDA kernel on a device: it computes for nobody before it has been right there.
+"""The first use of a CUDA kernel on a device: a kernel computes for users only after it was correct there once.
 
 `choose` runs in the first eager call on a device. A record of ``python -m lstm_ext.selftest``, or of an earlier first
-use, for this device, driver and build decides. Without one it tries the kernels ``step`` and ``persistent`` beside
-``stepwise`` on small random layers, and records the outcomes. What is chosen holds for the life of the process.
+use, for this device, driver and build decides. Without one it compares the kernels ``step`` and ``persistent`` with
+``stepwise`` on small random layers, and records the outcomes. The choice holds for the life of the process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..native import config, cuda, loader, selftest_record
 __all__ = ["LIMIT", "REPEATS", "check", "choose", "outcome"]
 
 LIMIT = 0.2  # seconds for the repeats of a variant
-REPEATS = 200  # of one layer, which has to have the same bits each time: so many, or what fits into LIMIT,
-FEWEST_REPEATS = 20  # but for so many there must be time
+REPEATS = 200  # repeats of one layer, with the same bits each time; fewer if LIMIT is over,
+FEWEST_REPEATS = 20  # but at least so many
 WAIT_LIMIT = 0.05  # seconds that a block waits for another one
-# What is tried, recorded and chosen by itself, for each kernel.
+# The dtypes that are tried, recorded and chosen together, for each kernel.
 _DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
 _chosen: set[int | None] = set()
 _found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
@@ -43,7 +43,7 @@ class _Problem:
 
 PROBLEMS = (
     _Problem(5, 520),  # more tiles than stages, in both passes; blocks that wait for each other
-    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin anywhere, and many of them
+    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin at any step, and many of them
     _Problem(18, 40, options=True),
     _Problem(3, 40, steps=1),
     _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
@@ -51,11 +51,12 @@ PROBLEMS = (
 
 
 def choose(device: torch.device) -> None:
-    """Lets `auto` take ``step`` and ``persistent`` on a CUDA device where they have been right. Not while a graph is
-    captured: then a later call does.
+    """Lets `auto` use ``step`` and ``persistent`` on a CUDA device if they were correct there.
+
+    Not while a graph is captured: then a later call does it.
 
     Raises:
-        ValueError: an environment variable has a value that it cannot have.
+        ValueError: an environment variable has an invalid value.
     """
     index = device.index
     if index in _chosen:
@@ -76,26 +77,28 @@ def choose(device: torch.device) -> None:
 
 
 def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
-    """Whether a kernel has been right for tensors of this dtype, as a record says, or this process, which perhaps could
-    not record it. None if it has not been tried."""
+    """Whether a kernel was correct for tensors of this dtype, by a record or by this process. None if it was not tried.
+
+    This process may have been unable to record its own result.
+    """
     recorded = cuda.outcome(device, kernel, dtype)
     return _found.get((device.index, cuda.variant(kernel, dtype))) if recorded is None else recorded
 
 
 def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> bool | None:
-    """None if it could not be tried."""
+    """Tries a kernel and records the outcome. None if it could not be tried."""
     variant = cuda.variant(kernel, dtypes[0])
     try:
         with torch.cuda.device(device):
             passed, reason = check(device, kernel, dtypes)
     except Exception as error:
-        # No memory, say. A layer that is called for the first time must not fail by it.
+        # For example no memory. It must not make a layer's first call fail.
         passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if passed is not None:
         try:
             selftest_record.add(device, variant, passed)
         except (OSError, RuntimeError):
-            pass  # it is tried again in the next process
+            pass  # the next process tries it again
     if passed is False:
         said = f"it was wrong: {reason}. Please report it with what `python -m lstm_ext.selftest --device cuda` prints."
     elif passed is None and reason:
@@ -109,9 +112,9 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
 
 
 def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
-    """Whether a kernel computes what ``stepwise`` does, values and gradients, and the same bits again and again.
+    """Whether a kernel computes the same as ``stepwise``, values and gradients, with the same bits in each repeat.
 
-    None if there was no time to find out. The text says why it is False.
+    None if there was no time to find out. The text gives the reason for False.
     """
     kernels = loader.extension()
     kernels.set_cuda_wait_limit_of_thread(WAIT_LIMIT)
@@ -143,7 +146,7 @@ def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> t
     finally:
         kernels.set_cuda_kernel_of_thread("")
         kernels.set_cuda_wait_limit_of_thread(None)
-        kernels.cuda_wait_expired(device.index)  # nobody else has to hear of it
+        kernels.cuda_wait_expired(device.index)  # clears it, so that nobody else reports it
     return True, ""
 
 
@@ -188,7 +191,7 @@ def _results(kernels: Any, call: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def _differences(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
-    """The first result that differs by more than rounding in another order explains, or nothing."""
+    """The first result that differs by more than the rounding of another summation order, or an empty text."""
     eps = 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
     names = list(expected)
     distances = torch.stack(
@@ -199,6 +202,6 @@ def _differences(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: t
         ]
     )
     for name, distance in zip(names, distances.tolist(), strict=True):
-        if not distance <= 4 * eps:  # NaN neither
+        if not distance <= 4 * eps:  # also true for NaN
             return f"{name} is {distance:.1e} off"
     return ""

@@ -1,4 +1,4 @@
-"""One call of a layer, described once: what travels from the modules down to the kernels.
+"""One call of a layer, described once, for everything between the modules and the kernels.
 
 csrc/torch/layer_call.h has the same names on the other side of the boundary.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 __all__ = ["OPTION_NAMES", "PLAIN", "LayerCall", "LayerFunction", "LayerOptions", "LayerResults", "Signature"]
 
-# output, h_n, c_n, cell states and gate values; the last two are None where they are not requested.
+# The results: output, h_n, c_n, cell states and gate values; the last two are None if not requested.
 LayerResults = tuple[Any, ...]
 
 
 @dataclass(eq=False)  # not frozen: one is made for each call, and a frozen one takes four times as long
 class LayerOptions:
-    """What a layer does beyond ``torch.nn.LSTM``, both directions; time first. Nothing set is the plain layer.
+    """The options of a layer beyond ``torch.nn.LSTM``, both directions; time first. Nothing set is the plain layer.
 
     D directions, T steps, B sequences, H hidden units, P the size of h; N rows if the input is packed. All tensors are
     on the device of the input. `lstm_ext.reference` has the equations.
@@ -28,16 +28,16 @@ class LayerOptions:
         resets: bool (T, B), or (N,): a flag at time t cuts the row between the times t - 1 and t, in both directions,
             and the state is replaced there. False past the end of a sequence.
         reset_h, reset_c: (D, B, P) and (D, B, H), the state that replaces it; None for zeros. In the order of ``h0``.
-        lengths: int64 (B,), each in [0, T]: how many steps of a sequence count. Never with packed input.
+        lengths: int64 (B,), each in [0, T]: the number of steps that count. Never with packed input.
         recurrent_mask: (D, B, P): h_{t-1} is multiplied by it before the product with W_hh. float32 for a 16-bit
             input, otherwise of the input's dtype.
-        keep_h, keep_c: the flags of zoneout in training, bool (D, T, B, P or H) or (D, N, P or H): True where the
-            previous state is kept.
+        keep_h, keep_c: the flags of zoneout in training, bool (D, T, B, P or H) or (D, N, P or H): True for elements
+            that keep the previous state.
         zoneout_h, zoneout_c: without flags, the share of the previous state that is kept.
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
-        frozen: D tensors of bytes, on the CPU: what the extension's ``freeze_weights`` made of the weights. The kernels
-            read them in place of the weights. Such a layer has no gradients. Empty for all others.
+        frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
+            them in place of the weights. Such a layer has no gradients. Empty for all others.
         return_cell_states, return_gates: whether these results are requested.
         recompute: save no gates for the backward pass, which computes them again.
     """
@@ -49,7 +49,7 @@ class LayerOptions:
     recurrent_mask: Tensor | None = None
     keep_h: Tensor | None = None
     keep_c: Tensor | None = None
-    # 0 and not 0.0: with dynamic=True, dynamo takes a float of an object for a number that may change.
+    # An int 0, because with dynamic=True dynamo treats a float of an object as a number that may change.
     zoneout_h: float = 0
     zoneout_c: float = 0
     norm: Sequence[Tensor] = ()
@@ -57,12 +57,12 @@ class LayerOptions:
     return_cell_states: bool = False
     return_gates: bool = False
     recompute: bool = False
-    # No option: these as the extension takes them, where they serve many calls. Making them takes microseconds.
+    # Not an option: the options in the extension's form, kept if they serve many calls. Converting takes microseconds.
     native = None
 
     def as_keywords(self) -> dict[str, Any]:
         """The options that are set, by name."""
-        # A compiler takes the numbers of a module for inputs of its graph, so a share of 0 is left out.
+        # A compiler treats the numbers of a module as inputs of its graph, so a share of 0 is left out.
         keywords: dict[str, Any] = {}
         for name in OPTION_NAMES:
             value = getattr(self, name)
@@ -102,7 +102,7 @@ class LayerCall:
             direction at its own last step. None for dense input.
         bias: whether the sets hold the two biases.
         bidirectional: whether there are two sets, the second for the reverse direction.
-        options: what the layer does beyond ``torch.nn.LSTM``.
+        options: the options beyond ``torch.nn.LSTM``.
     """
 
     input: Tensor
@@ -145,12 +145,12 @@ class LayerCall:
         return tensors
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCall:
-        """The same call with ``function`` of each tensor but batch_sizes."""
+        """The same call with ``function`` applied to each tensor except batch_sizes."""
         tensors = [None if t is None else function(t) for t in self.tensors()]
         return self.signature().call(self.batch_sizes, tensors)
 
 
-# Any function that computes a layer.
+# A function that computes a layer.
 LayerFunction = Callable[[LayerCall], LayerResults]
 
 
@@ -173,7 +173,7 @@ class Signature(NamedTuple):
 
     @property
     def differentiable(self) -> int:
-        """How many of the tensors have gradients: the first ones."""
+        """The number of tensors with gradients, which come first."""
         return 5 + self.weight_count + self.norm_count
 
     def call(self, batch_sizes: Tensor | None, tensors: Sequence[Any]) -> LayerCall:
@@ -200,7 +200,7 @@ class Signature(NamedTuple):
         return LayerCall(input, h0, c0, weights, batch_sizes, self.bias, self.bidirectional, options)
 
     def batch_axes(self, packed: bool) -> tuple[int | None, ...]:
-        """For each tensor, where its batch lies, or its rows if packed; None for what belongs to the layer."""
+        """The batch axis of each tensor, or its axis of rows if packed; None for parameters of the layer."""
         axis = 0 if packed else 1  # in the input
         weights, norm = (None,) * self.weight_count, (None,) * self.norm_count
         return (axis, 1, 1, *weights, 1, 1, *norm, axis, 0, 1, axis + 1, axis + 1)

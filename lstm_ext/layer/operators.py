@@ -1,6 +1,6 @@
 """Fake kernels and FLOP counts of the registered operators, which `lstm_ext.ops` explains.
 
-`register` gives them to torch. The loader calls it when it has loaded the operators: importing this loads nothing.
+`register` passes them to torch. The loader calls it after it has loaded the operators: importing this loads nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .shapes import check_shapes, weights_per_direction
 
 __all__ = ["forward_flops", "register"]
 
-# By the names of the operators.
+# Keyed by the names of the operators.
 _fake_kernels: dict[str, Callable[..., Any]] = {}
 _flop_formulas: dict[str, Callable[..., int]] = {}
 
@@ -42,7 +42,7 @@ def _flops(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 class _Sizes(NamedTuple):
     directions: int
-    input_size: Any  # int or SymInt, as the others
+    input_size: Any  # int or SymInt, like the others
     hidden_size: Any
     output_size: Any
     weights_per_direction: int
@@ -73,7 +73,7 @@ def _batch(input: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor | 
 
 
 def _split(layer: Sequence[Any], keywords: dict[str, Any]) -> tuple[LayerCall, dict[str, Any]]:
-    """The call that the arguments of an operator describe, and the keywords that are not options of it."""
+    """The call that the arguments of an operator describe, and the keywords that are not options."""
     given = {name: value for name, value in keywords.items() if name in OPTION_NAMES and value is not None}
     others = {name: value for name, value in keywords.items() if name not in OPTION_NAMES}
     return LayerCall(*layer, LayerOptions(**given)), others
@@ -152,7 +152,7 @@ def _fake_backward(*layer: Any, **keywords: Any) -> list[Tensor]:
 
 
 def _products(input: Any, s: _Sizes) -> tuple[int, int, int]:
-    """Those of one product with W_ih, W_hh and W_hr for all rows of all directions."""
+    """The operations of one product with W_ih, W_hh and W_hr for all rows of all directions."""
     rows = 2 * s.directions * prod(input[:-1])
     gates = 4 * s.hidden_size
     return (
@@ -178,7 +178,7 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
     weights = call.weights
     s = _sizes(weights, call.bias, call.bidirectional)
     input_product, recurrent_product, projection_product = _products(call.input, s)
-    # Through time, always; then the gradients that are requested.
+    # The gradients through time are always computed; then those that are requested.
     total = recurrent_product + projection_product
     if needs_grad[0]:
         total += input_product
@@ -199,7 +199,7 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
 def register() -> None:
     """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
     operators = torch.ops.lstm_ext
-    # torch keeps them for the life of the process, also where this module is imported anew.
+    # torch keeps them for the life of the process, even if this module is imported again.
     if "_are_registered" in vars(operators):
         return
     operators._are_registered = True
@@ -210,7 +210,7 @@ def register() -> None:
 
 def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
     """Gives torch's FLOP counter the formulas of operators, by name."""
-    # It warns of CUDA without triton as it is imported. It counts nothing of torch's own layer either.
+    # Importing torch's counter warns about CUDA without triton. It does not count torch's own layer either.
     if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
         return
     from torch.utils.flop_counter import register_flop_formula

@@ -63,7 +63,7 @@ __all__ = [
 class TorchIsFaster(NamedTuple):
     """Eager calls of plain stacks on the CPU in which torch's operator takes at least 3 percent less time than ours."""
 
-    instruction_set: str  # that our kernels use
+    instruction_set: str  # the set that our kernels use
     dtype: torch.dtype
     training: bool
     threads: int
@@ -73,7 +73,7 @@ class TorchIsFaster(NamedTuple):
     records: tuple[str, ...]  # in benchmarks/results, two or more
 
     def has(self, dtype: torch.dtype, steps: int, batch: int, hidden_size: int) -> bool:
-        """All but `training`, which takes longer to find out."""
+        """Checks everything except `training`, which takes longer to find out."""
         return (
             dtype == self.dtype
             and steps >= self.least_steps
@@ -88,7 +88,7 @@ class TorchIsFaster(NamedTuple):
 
 # One direction, no projection, dense data.
 TORCH_IS_FASTER = (
-    # oneDNN multiplies pairs of bfloat16; there our kernels sum in float32.
+    # oneDNN multiplies pairs of bfloat16 here; our kernels sum in float32.
     TorchIsFaster(
         "avx512_bf16", torch.bfloat16, True, 1, 50, 64, range(256, 512),
         ("suite_epyc_zen4_2_cores.json", "suite_epyc_zen5_2_cores.json"),
@@ -104,11 +104,11 @@ class UnsupportedLayerError(NotImplementedError):
     """A layer that the operator ``LSTM`` of ONNX cannot express."""
 
 
-UnsupportedLayerError.__module__ = "lstm_ext.onnx"  # where it is public
+UnsupportedLayerError.__module__ = "lstm_ext.onnx"  # the public module
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
-    """Arguments, results and shapes as in `equations.lstm_layer`."""
+    """Arguments, results and shapes are those of `equations.lstm_layer`."""
     options = call.options
     if is_direct(call):
         kernels = loader.extension()
@@ -131,12 +131,12 @@ def lstm_layer(call: LayerCall) -> LayerResults:
 def plain_layers(
     module: Any, weights: list[list[Tensor]], input: Tensor, hx: tuple[Tensor, Tensor] | None, layout: int
 ) -> Any:
-    """The results of a module without options for plain tensors on the CPU, checked, in the shortest way.
+    """The results of a module without options for plain tensors on the CPU, checked, by the shortest path.
 
-    None for every other call, and for one with something wrong: `lstm_layer` and what calls it take these.
+    None for every other call, and if an argument is wrong: `lstm_layer` and its callers handle these.
 
     Args:
-        layout: the code of the layout of ``input`` and ``hx``, which are as the user gave them.
+        layout: the code of the layout of ``input`` and ``hx``, which are the user's.
     """
     if _is_compiling() or forward_ad._current_level >= 0 or (module.dropout and module.training):
         return None
@@ -162,7 +162,7 @@ def plain_layers(
 def plain_cell(
     weights: list[Tensor], input: Tensor, hx: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same of a cell, with ``weight_ih, weight_hh, bias_ih, bias_hh``; the biases may be None."""
+    """The same for a cell, with ``weight_ih, weight_hh, bias_ih, bias_hh``; the biases may be None."""
     if _is_compiling() or forward_ad._current_level >= 0:
         return None
     kernels = loader.extension()
@@ -223,7 +223,7 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
 
 
 def _frozen_layer(tensors: Sequence[Tensor]) -> LayerFunction:
-    """The operator: nothing else has these weights."""
+    """The operator, because no other route has these weights."""
     if is_exporting_to_onnx():
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a frozen layer cannot be exported to ONNX: export lstm_ext.unfreeze(model)"
@@ -252,7 +252,7 @@ def refuse_none(weights: Sequence[Tensor]) -> None:
 
 
 def has_operators(device: torch.device) -> bool:
-    """Whether there are kernels of ours for a device."""
+    """Whether we have kernels for a device."""
     if device.type == "cuda":
         return cuda.is_supported(device.index)
     return device.type in ("cpu", "meta") and loader.has_kernels()
@@ -261,7 +261,7 @@ def has_operators(device: torch.device) -> bool:
 def prefers_torch(
     x: Tensor, weights: Sequence[Sequence[Tensor | None]], bidirectional: bool, batch_first: bool = False
 ) -> bool:
-    """Whether torch's operator computes plain layers of dense data although there are kernels: TORCH_IS_FASTER."""
+    """Whether torch's operator computes plain layers of dense data although we have kernels: TORCH_IS_FASTER."""
     if (
         _is_compiling()
         or x.dtype not in _ITS_DTYPES
@@ -278,7 +278,7 @@ def prefers_torch(
     if not rows or not is_plain_eager():
         return False
     gates, features = 4 * hidden_size, x.size(2)
-    for layer in weights:  # torch's operator does not look at their shapes
+    for layer in weights:  # torch's operator does not check their shapes
         shapes = [(gates, features), (gates, hidden_size), (gates,), (gates,)][: len(layer)]
         if [None if w is None or w.dtype != x.dtype else w.shape for w in layer] != shapes:
             return False
@@ -296,11 +296,11 @@ def torchs_way(
     weights: Sequence[Sequence[Tensor | None]],
     preferred: bool = False,
 ) -> str | None:
-    """How torch's own operator computes plain layers of these tensors, where there are no kernels of ours.
+    """How torch's own operator computes plain layers of these tensors, if we have no kernels for them.
 
-    Also where there are, if it is `preferred`. "direct": by a call of torch's function. "operator": by the operator
-    that compilers, exporters and dispatch modes see. None: not at all, since there are kernels, or the equations are
-    wanted or all that can do it, as under the transforms of ``torch.func`` and forward-mode AD.
+    If it is `preferred`, it is used even with kernels. "direct": by a call of torch's function. "operator": by the
+    operator for compilers, exporters and dispatch modes. None: not at all, because there are kernels, or because the
+    equations are requested or are the only way, as under the transforms of ``torch.func`` and forward-mode AD.
     """
     device = x.device
     if (has_operators(device) and not preferred) or loader.wants_equations():
@@ -324,7 +324,7 @@ def torchs_way(
 
 
 def _check_packed(call: LayerCall, layer: LayerFunction) -> None:
-    """The equations loop over the numbers in batch_sizes, which nobody knows while a graph is made."""
+    """The equations loop over the numbers in batch_sizes, which are unknown while a graph is traced."""
     if layer is not equations.lstm_layer or not (_is_compiling() or dispatch_modes() > 0):
         return
     if not call.options.as_keywords():
@@ -341,7 +341,7 @@ def _check_packed(call: LayerCall, layer: LayerFunction) -> None:
 
 
 def _with_known_batch(call: LayerCall) -> LayerCall:
-    """Zeros for h0 where the fake kernels, which see batch_sizes without its numbers, need it for the batch."""
+    """Zeros for h0 if the fake kernels, which get batch_sizes without its numbers, need them for the batch size."""
     batch_sizes = call.batch_sizes
     traced = not _is_compiling() and dispatch_modes() > 0 and type(batch_sizes) is Tensor
     if call.h0 is not None or call.c0 is not None or not traced:
@@ -353,19 +353,19 @@ def _with_known_batch(call: LayerCall) -> LayerCall:
 
 
 def _active_transforms() -> str:
-    """Which transforms of ``torch.func`` are at work while dynamo looks: a key of `_COMPILED_LAYERS`."""
+    """The transforms of ``torch.func`` that are active while dynamo traces: a key of `_COMPILED_LAYERS`."""
     if not torch._C._functorch.get_interpreter_stack():
         return "none"
     if not transforms.are_supported():
         return "others"
     if torch.compiler.is_exporting():
-        return "others"  # torch.export takes no Function with a rule for vmap
-    # Dynamo cannot look into a Function with a rule for vmap; what comes after dynamo can.
+        return "others"  # torch.export accepts no Function with a rule for vmap
+    # Dynamo cannot trace a Function with a rule for vmap; the stages after dynamo can.
     torch.compiler.allow_in_graph(transforms.flat_lstm_layer)
     return "grad and vmap"
 
 
-# Called by dynamo, not traced, as `loader.has_kernels` is: dynamo enters the transforms while it traces them.
+# Called by dynamo, not traced, like `loader.has_kernels`: dynamo enters the transforms while it traces them.
 _active_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -390,18 +390,18 @@ def _operator(call: LayerCall) -> LayerResults:
 
 def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
     """The function for a plain layer in ``torch.onnx.export``, which knows torch's operators only."""
-    # Under dynamo, which the exporter tries last, a size that may change looks like a number and would become one.
+    # Under dynamo, which the exporter tries last, a dynamic size looks like a number and would become one.
     if _is_compiled_by_dynamo() or (call.batch_sizes is None and not isinstance(call.input.size(0), int)):
         raise UnsupportedLayerError(
             "LSTM: torch.onnx.export alone takes a fixed number of steps, and no dynamo: use lstm_ext.onnx.export"
         )
     _, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
-    # torch translates its operator as if there were no projection.
+    # torch exports its operator as if there were no projection.
     return equations.lstm_layer if projected and call.batch_sizes is None else _torchs_operator
 
 
 def _torchs_operator(call: LayerCall) -> LayerResults:
-    """The plain layer by torch's own operator, for exporters that know no other."""
+    """The plain layer by torch's own operator, for exporters that support no other."""
     x, h0, c0 = call.input, call.h0, call.c0
     if h0 is None or c0 is None:
         batch = x.size(1) if call.batch_sizes is None else int(call.batch_sizes[0])
@@ -432,7 +432,7 @@ def _warn_about_cuda(reason: str) -> None:
     )
 
 
-# The options of a layer as its user knows them.
+# The options of a layer by their public names.
 _USERS_NAMES = {
     "norm": "layer_norm",
     "recurrent_mask": "recurrent_dropout",
@@ -463,7 +463,7 @@ def _warn_about_slow_options(names: str, device: str, reason: str) -> None:
 
 
 def _recomputed(call: LayerCall) -> LayerResults:
-    """The layer, which keeps only its arguments for the backward pass and computes everything once more there."""
+    """The layer, which saves only its arguments for the backward pass and recomputes everything there."""
     if forward_ad._current_level >= 0:
         raise RuntimeError(
             "LSTM: recompute=True is not supported with forward-mode AD: there is nothing to keep"

@@ -1,4 +1,4 @@
-"""Shapes that the routes of a layer have in common."""
+"""Shapes that the routes of a layer share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["check_shapes", "count_mask", "weight_counts", "weights_per_direction
 
 
 def count_mask(lengths: Tensor, time: int) -> Tensor:
-    """Which steps count, (T, B), for lengths (B,)."""
+    """The steps that count, (T, B), for lengths (B,)."""
     return torch.arange(time, device=lengths.device).unsqueeze(1) < lengths
 
 
 def weight_counts(sets: int, bias: bool) -> tuple[int, int]:
-    """How many weights ``sets`` sets have, one for each layer and direction: without and with a projection."""
+    """The number of weights in ``sets`` sets, one for each layer and direction: without and with a projection."""
     plain = 4 if bias else 2
     return sets * plain, sets * (plain + 1)
 
 
 def weights_per_direction(count: int, bias: bool, bidirectional: bool) -> tuple[int, bool]:
-    """How many weights a direction has, and whether one of them is a projection, for ``count`` weights of a layer.
+    """The number of weights of a direction, and whether one is a projection, for ``count`` weights of a layer.
 
     Raises:
         RuntimeError: no layer has ``count`` weights.
@@ -37,7 +37,7 @@ def weights_per_direction(count: int, bias: bool, bidirectional: bool) -> tuple[
 
 
 def check_shapes(call: LayerCall) -> None:
-    """The checks of the kernels, for where they do not run: a bias of shape (1,) would be spread out in silence.
+    """The checks of the kernels, for other routes: a bias of shape (1,) would be broadcast silently.
 
     Raises:
         RuntimeError: naming the argument.

@@ -1,4 +1,4 @@
-"""Who looks at a call: compilers, tracers, transforms and dispatch modes. Asked in every call."""
+"""Finds out who intercepts a call: compilers, tracers, transforms and dispatch modes. Used in every call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "refuse_shards",
 ]
 
-# Without the way through the modules.
+# Bound here, because a lookup through the modules costs time.
 _is_compiling = torch.compiler.is_compiling
 _is_jit_tracing = torch._C._is_tracing
 innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -42,17 +42,17 @@ is_active = torch._C._dispatch_tls_is_dispatch_key_included
 # Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
 # tensors and have no memory of their own.
 LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
-# The key of make_fx(pre_dispatch=True), whose mode is not among the others.
+# The key of make_fx(pre_dispatch=True), whose mode is not in the list of the others.
 PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _CPU = torch.device("cpu")
-# One call for all device types; RNNBase.check_input asks the same.
+# One query for all device types; RNNBase.check_input uses the same.
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def is_plain_eager() -> bool:
-    """Whether no compiler, tracer, transform or dispatch mode sees what is called. Ignores forward-mode AD."""
+    """Whether no compiler, tracer, transform or dispatch mode intercepts calls. Ignores forward-mode AD."""
     return (
         not _is_compiling()
         and not _is_jit_tracing()
@@ -64,7 +64,7 @@ def is_plain_eager() -> bool:
 
 
 def is_direct(call: LayerCall) -> bool:
-    """Whether the kernels may be called past the dispatcher."""
+    """Whether the kernels may be called without the dispatcher."""
     if not is_plain_eager() or forward_ad._current_level >= 0:
         return False
     input, h0, c0 = call.input, call.h0, call.c0
@@ -92,16 +92,16 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def is_jit_tracing() -> bool:
-    """torch.jit.is_tracing(), in a shorter way, because every call needs it."""
+    """torch.jit.is_tracing(), with less overhead, because every call needs it."""
     return _is_jit_tracing()
 
 
-# Dynamo cannot look into the function; see `loader.has_kernels`.
+# Dynamo cannot trace the function; see `loader.has_kernels`.
 is_jit_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_zero(size: int) -> bool:
-    """Whether a size is known to be 0. It may be a number that only the data tell a compiled program."""
+    """Whether a size is known to be 0. In a compiled program it may be a number that depends on the data."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -118,10 +118,10 @@ is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def onnx_has_our_operator() -> bool:
-    """Whether the export to ONNX that is under way was given a translation of our operator.
+    """Whether the running export to ONNX was given a translation of our operator.
 
-    torch tells nobody which translations an export has, so this looks for the call of ``torch.onnx.export``. It has
-    nothing to keep, which could be left behind, and sees a table that callers of torch's function pass themselves.
+    torch has no query for the translations of an export, so this looks for the call of ``torch.onnx.export``. This
+    keeps no state that could be left behind, and finds a table that callers of torch's function pass themselves.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -139,7 +139,7 @@ onnx_has_our_operator._dynamo_marked_constant = True  # type: ignore[attr-define
 def leaf_of_graph(
     module: torch.nn.Module, input: torch.fx.Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.fx.Proxy:
-    """``torch.fx.symbolic_trace`` takes the layers of ``torch.nn`` as they are, without a look into them: ours too."""
+    """``torch.fx.symbolic_trace`` treats the layers of ``torch.nn`` as leaves: ours too."""
     tracer = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 

@@ -33,23 +33,24 @@ __all__ = [
     "recomputed",
 ]
 
-# Types of tensors that the operators take: those with numbers, and those that their fake kernels serve.
+# Types of tensors that the operators accept: those with numbers, and those of their fake kernels.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
-# The layer's own results; those after them are saved for the backward pass.
+# The layer's own results; the results after them are saved for the backward pass.
 _RESULTS = 5
 _SAVED = 5
-# The backward operator takes these after the layer: the gradients of the results, the output, and what was saved.
+# The arguments of the backward operator after the layer's: the gradients of the results, the output, and the saved
+# tensors.
 _BACKWARD_ARGUMENTS = (
     *("grad_output", "grad_h_n", "grad_c_n", "grad_cell_states", "grad_gate_values"),
     *("output", "gates", "cells", "hidden", "norm_products", "norm_factors"),
 )
 
-_Dims = Sequence[Any]  # for each argument, where the samples lie in it, or None
+_Dims = Sequence[Any]  # for each argument, the axis of the samples, or None
 _Tensors = tuple[Tensor, ...]
 
 
 def are_supported() -> bool:
-    """Whether this module serves the transforms that are active, if there are any."""
+    """Whether this module supports the active transforms, if there are any."""
     if forward_ad._current_level >= 0 or is_active(LEGACY_VMAP):
         return False
     kinds = {t.key() for t in torch._C._functorch.get_interpreter_stack() or ()}
@@ -57,7 +58,7 @@ def are_supported() -> bool:
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
-    """Arguments, results and shapes as in `equations.lstm_layer`; only where `are_supported`."""
+    """Arguments, results and shapes are those of `equations.lstm_layer`; call only if `are_supported`."""
     signature = call.signature()
     *results, cells, gates = flat_lstm_layer(tuple(signature), call.batch_sizes, call.tensors())
     return (
@@ -70,13 +71,13 @@ def lstm_layer(call: LayerCall) -> LayerResults:
 def flat_lstm_layer(
     signature: Sequence[Any], batch_sizes: Tensor | None, tensors: Sequence[Tensor | None]
 ) -> _Tensors:
-    """The layer of a signature and its tensors: nothing here that a graph cannot hold as an argument."""
+    """The layer of a signature and its tensors; all arguments are of types that a graph can hold."""
     function = _Layer if torch.is_grad_enabled() else _InferenceLayer
     return function.apply(Signature(*signature), batch_sizes, *tensors)[:_RESULTS]
 
 
 def _operator_arguments(call: LayerCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all operators take of a call."""
+    """The arguments of a call that all operators share."""
     layer = (
         call.input,
         call.h0,
@@ -103,7 +104,7 @@ def layer_gradients(
         signature, batch_sizes, tensors: the layer.
         needs_grad: whether a gradient is requested, for each of the first ``signature.differentiable`` tensors.
         grads: those of the layer's results; None means zeros.
-        saved: the output and what the forward operator saved; None if that was not kept.
+        saved: the output and the tensors that the forward operator saved; None if they were not kept.
 
     Returns:
         One gradient for each entry of ``needs_grad``: None where it is False, or if all of ``grads`` are None.
@@ -115,7 +116,7 @@ def layer_gradients(
     if saved is None:
         computed = _equation_gradients(signature, needs_grad, batch_sizes, grads, tensors)
     elif torch.compiler.is_compiling() and torch._C._functorch.get_dynamic_layer_stack_depth() == 0:
-        # Compiled autograd: once differentiable. Not so under a transform that dynamo looks at.
+        # Compiled autograd: once differentiable, except under a transform that dynamo traces.
         computed = _LayerGradients.forward(*arguments)
     elif are_supported() and all([g is None or type(g) in OPERATOR_TYPES for g in grads]):
         computed = _LayerGradients.apply(*arguments)
@@ -132,7 +133,7 @@ def _equation_gradients(
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
 ) -> _Tensors:
-    """The requested gradients and no others."""
+    """Returns the requested gradients only."""
     constants = tensors[signature.differentiable :]
 
     def results(*own: Tensor | None) -> LayerResults:
@@ -148,9 +149,9 @@ def gradients_of(
     arguments: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The requested gradients for the ``grads`` of the results, of which None means zeros.
+    """The requested gradients for the ``grads`` of the results; a grad of None means zeros.
 
-    Differentiable, where gradients are enabled. None for an argument that needs no gradient, or if all ``grads`` are.
+    Differentiable if gradients are enabled. None for an argument that needs no gradient, or if all ``grads`` are None.
     """
     if all([g is None for g in grads]) or not any(needs_grad):
         return [None] * len(arguments)
@@ -170,9 +171,9 @@ def gradients_of(
 def _pulled_back(
     function: Callable[..., _Tensors], primals: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> _Tensors:
-    """The gradients of ``primals`` for the ``grads`` of the results; differentiable, where gradients are enabled."""
+    """The gradients of ``primals`` for the ``grads`` of the results; differentiable if gradients are enabled."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        # Whatever the tensors are wrapped in, by levels in use or left.
+        # This works for all wrappers, of active levels and of levels that are over.
         pull = torch.func.vjp(function, *primals)[1]
         return pull(tuple(grads))
     # Without a transform: torch.func refuses to run under saved_tensors_hooks.
@@ -188,19 +189,19 @@ def _pulled_back(
         )
 
 
-# What one call of a function under vmap becomes: one call on a batch that holds all samples, where they share their
-# weights; else one call each. The batch of dense data holds one sample after the other, which moves whole batches when
-# data is copied. In packed data the samples of one sequence lie side by side, so that they stay sorted by length.
+# vmap turns one call of a function into one call on a batch of all samples if they share their weights; else into one
+# call for each sample. In dense data the batch holds one sample after the other, so that copies move whole batches. In
+# packed data the samples of one sequence are adjacent, so that they stay sorted by length.
 
 
 class _Joining(NamedTuple):
-    """Where the axis of the samples goes: into the batch (of packed data: the rows) of each tensor."""
+    """The place of the samples' axis: it joins the batch (of packed data: the rows) of each tensor."""
 
     samples: int
     packed: bool
 
     def join(self, x: Tensor | None, dim: int | None, batch_axis: int) -> Tensor | None:
-        """All samples of ``x``; each the same where ``x`` has only one."""
+        """All samples of ``x``; if ``x`` has only one, it is repeated."""
         if x is None:
             return None
         axis = self.axis(batch_axis)
@@ -213,7 +214,7 @@ class _Joining(NamedTuple):
         return x.unflatten(batch_axis, (-1, self.samples) if self.packed else (self.samples, -1))
 
     def axis(self, batch_axis: int) -> int:
-        """Where `split` puts the samples."""
+        """The axis of the samples after `split`."""
         return batch_axis + 1 if self.packed else batch_axis
 
 
@@ -237,7 +238,7 @@ def _vmap(
 ) -> tuple[_Tensors, _Dims]:
     if samples > 0:
         return rule(samples, in_dims, args)
-    # None of one sample, which is all zeros.
+    # No samples: computes one sample of zeros for the shapes, and keeps none of it.
     one = [
         a.sum(d, keepdim=True).to(a.dtype) if isinstance(a, Tensor) and d is not None else a
         for a, d in zip(args, in_dims, strict=True)
@@ -263,14 +264,14 @@ def _join_tensors(
 def _split_tensors(
     joining: _Joining, results: Sequence[Tensor], axes: Sequence[int]
 ) -> tuple[_Tensors, tuple[int | None, ...]]:
-    # Where there is nothing, as of hidden without a projection, an empty tensor is in its place.
+    # An absent result, e.g. hidden without a projection, is an empty tensor.
     empty = [x.dim() == 1 for x in results]
     parted = [x if e else joining.split(x, a) for x, e, a in zip(results, empty, axes, strict=True)]
     return tuple(parted), tuple([None if e else joining.axis(a) for e, a in zip(empty, axes, strict=True)])
 
 
 class _LayerFunction(torch.autograd.Function):
-    """The base of the two forms of the layer. Arguments: the signature, batch_sizes, and the call's tensors."""
+    """The base of both forms of the layer. Arguments: the signature, batch_sizes, and the call's tensors."""
 
     @classmethod
     def _rule(cls, samples: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[_Tensors, _Dims]:
@@ -311,7 +312,7 @@ class _InferenceLayer(_LayerFunction):
 
 
 class _Layer(_LayerFunction):
-    """Results: those of the layer, and what its forward operator saves for the backward pass."""
+    """Results: those of the layer, and the tensors that its forward operator saves for the backward pass."""
 
     @staticmethod
     def forward(signature: Signature, batch_sizes: Tensor | None, *tensors: Any) -> _Tensors:
@@ -346,8 +347,8 @@ class _Layer(_LayerFunction):
 class _LayerGradients(torch.autograd.Function):
     """The gradients as a function of their own, so that it can be transformed and differentiated again.
 
-    Arguments: the signature, needs_grad, batch_sizes; the gradients of the layer's results; the output and what was
-    saved; the call's tensors.
+    Arguments: the signature, needs_grad, batch_sizes; the gradients of the layer's results; the output and the saved
+    tensors; the call's tensors.
     """
 
     @staticmethod
@@ -362,14 +363,14 @@ class _LayerGradients(torch.autograd.Function):
 
     @staticmethod
     def _parts(arguments: Sequence[Any]) -> tuple[Sequence[Any], ...]:
-        """The gradients of the results, the output and what was saved, and the call's tensors."""
+        """The gradients of the results, the output and the saved tensors, and the call's tensors."""
         end = _RESULTS + 1 + _SAVED
         return arguments[:_RESULTS], arguments[_RESULTS:end], arguments[end:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        # What the forward pass saved is left out: it follows from the layer's arguments, and backward differentiates
-        # by those.
+        # The saved tensors of the forward pass are left out: they follow from the layer's arguments, and backward
+        # differentiates with respect to those.
         ctx.signature, ctx.needs_grad, batch_sizes, *arguments = inputs
         grads, _, tensors = _LayerGradients._parts(arguments)
         ctx.save_for_backward(batch_sizes, *grads, *tensors)
@@ -409,7 +410,7 @@ class _LayerGradients(torch.autograd.Function):
         of_parameters = any([n and axis is None for n, axis in zip(needs_grad, axes, strict=False)])
         own = _LayerGradients._parts(dims)[2]
         if of_parameters or any([d is not None and axis is None for d, axis in zip(own, axes, strict=True)]):
-            # Each sample has weights of its own, or gradients of them.
+            # Each sample has its own weights, or its own gradients of them.
             return _one_by_one(_LayerGradients.apply, samples, in_dims, args)
         joining = _Joining(samples, packed)
         result_axes = signature.result_axes(packed, _RESULTS + _SAVED)
@@ -432,11 +433,11 @@ class _LayerGradients(torch.autograd.Function):
 
 
 def recomputed(function: Callable[..., _Tensors], tensors: Sequence[Tensor | None]) -> _Tensors:
-    """``function(*tensors)``, which keeps nothing but ``tensors`` for its backward pass."""
+    """``function(*tensors)``, which saves only ``tensors`` for its backward pass."""
     if torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return function(*tensors)
     if torch.compiler.is_compiling():
-        # The compilers know this one, and it keeps the same. All random masks are among the arguments.
+        # The compilers support this one, and it saves the same. All random masks are among the arguments.
         return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
     return _Recomputed.apply(function, *tensors)
 

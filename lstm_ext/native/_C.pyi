@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 class LayerOptions:
-    """What a layer does beyond torch.nn.LSTM. Nothing set is the plain layer."""
+    """The options of a layer beyond torch.nn.LSTM. Nothing set is the plain layer."""
 
     def __init__(self, **options: Tensor | Sequence[Tensor] | float | bool | None) -> None:
         """Options by name, with the types and shapes of :class:`lstm_ext.layer.layer_call.LayerOptions`.
 
-        ``recompute`` is without effect where ``return_gates`` is set.
+        ``recompute`` has no effect if ``return_gates`` is set.
 
         Raises:
             TypeError: there is no such option, or its value is of another type.
         """
 
-# gates, cells, hidden, norm_products, norm_factors: None where the layer does not need it.
+# gates, cells, hidden, norm_products, norm_factors: None if the layer does not need it.
 Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def lstm_layer_forward(
@@ -30,10 +30,10 @@ def lstm_layer_forward(
     options: LayerOptions | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Saved | None]:
-    """output, h_n, c_n, cell states, gate values, and with ``save`` what the backward pass needs.
+    """output, h_n, c_n, cell states, gate values, and with ``save`` the tensors that the backward pass needs.
 
-    Shapes as in :func:`lstm_ext.reference.lstm_layer`. Cell states and gate values are None where ``options`` do not
-    request them; they may share memory with what is saved. With ``options.recompute`` only the cells are saved.
+    Shapes are those of :func:`lstm_ext.reference.lstm_layer`. Cell states and gate values are None if ``options`` do
+    not request them; they may share memory with saved tensors. With ``options.recompute`` only the cells are saved.
     """
 
 def lstm_layer(
@@ -46,9 +46,9 @@ def lstm_layer(
     bidirectional: bool,
     options: LayerOptions | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The first five results of lstm_layer_forward; a step of autograd where a gradient is requested.
+    """The first five results of lstm_layer_forward, recorded by autograd if a gradient is requested.
 
-    For plain tensors that no mode and no transform looks at.
+    For plain tensors that no mode and no transform intercepts.
     """
 
 def lstm_module(
@@ -64,10 +64,10 @@ def lstm_module(
     bidirectional: bool,
     /,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """The results of a module, one layer after the other, from what its user gave it; a step of autograd a layer.
+    """The results of a module, one layer after the other, from the user's arguments; autograd records each layer.
 
-    None for what is not a plain tensor on the CPU, is looked at by a mode or a transform, or does not fit the sizes.
-    Forward-mode AD, compilers and dropout are not asked about. Shapes as in :class:`lstm_ext.LSTM`.
+    None if an argument is not a plain tensor on the CPU, a mode or a transform intercepts it, or sizes do not fit. Does
+    not check for forward-mode AD, compilers and dropout. Shapes are those of :class:`lstm_ext.LSTM`.
 
     Args:
         weights, options: one entry a layer.
@@ -77,17 +77,17 @@ def lstm_module(
 def lstm_cell_module(
     input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor | None], /
 ) -> tuple[Tensor, Tensor] | None:
-    """h and c of a cell, or None, as lstm_module; shapes as in :class:`lstm_ext.LSTMCell`."""
+    """h and c of a cell, or None, like lstm_module; shapes are those of :class:`lstm_ext.LSTMCell`."""
 
 def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """h and c after one step, for input (B, I), h and c (B, H), without a projection; otherwise as lstm_layer."""
+    """h and c after one step, for input (B, I), h and c (B, H), without a projection; otherwise like lstm_layer."""
 
 def freeze_weights(weights: Sequence[Tensor], has_bias: bool, bidirectional: bool, kind: str) -> list[Tensor]:
-    """Bytes for each direction: the weights made ready for the instruction set in use.
+    """Bytes for each direction: the weights packed for the instruction set in use.
 
-    ``kind`` is ``"own"``, ``"bfloat16"`` or ``"int8"``: what weight_ih and weight_hh are rounded to.
+    ``kind`` is ``"own"``, ``"bfloat16"`` or ``"int8"``: the type to which weight_ih and weight_hh are rounded.
     """
 
 def lstm_layer_backward(
@@ -115,7 +115,7 @@ def lstm_layer_backward(
     """
 
 def random_flags(sizes: Sequence[int], probability: float, seed: int) -> Tensor:
-    """Flags on the CPU, each True with ``probability``; the same for the same seed. How: csrc/torch/random_flags.h."""
+    """Flags on the CPU, each True with ``probability``; the same for the same seed. See csrc/torch/random_flags.h."""
 
 def cpu_capability() -> str:
     """The instruction set in use."""
@@ -139,30 +139,29 @@ def cpu_plan(
     batch_sizes: Sequence[int] | None = None,
     planes: int = 3,
 ) -> dict[str, int | bool]:
-    """How a call of these sizes is cut up with the instruction set in use; see csrc/cpu/plan.h.
+    """The plan of a call of these sizes with the instruction set in use; see csrc/cpu/plan.h.
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
-    ``planes`` are the bfloat16 numbers in an operand of a matrix unit; in the result, 0 is a product without it.
-    ``directions_at_once`` and ``backward_directions_at_once``: both directions of a bidirectional layer would run at
-    the same time; backward, if the gradient of the input is not requested.
+    ``planes`` are the bfloat16 numbers in an operand of the matrix unit; in the result, 0 is a product without it.
+    ``directions_at_once`` and ``backward_directions_at_once``: whether both directions of a bidirectional layer would
+    run at the same time; backward, if the gradient of the input is not requested.
     """
 
 def worker_limit() -> tuple[int, float]:
-    """How many workers a limited call may have, because workers had to share their cores with other programs, and for
-    how many seconds of calls they are limited. For tests."""
+    """How many workers a limited call may use, because workers had to share their cores with other programs, and for
+    how many seconds of calls the limit lasts. For tests."""
 
 def set_fewer_when_crowded(wanted: bool) -> None:
-    """False: every call has all its workers, however busy the cores are. For tests."""
+    """False: every call uses all its workers, however busy the cores are. For tests."""
 
-# Of a GPU. Under "constants": those of the planner's model of time, by name; see csrc/cuda/gpu_plan.h.
+# The facts of a GPU. "constants" are those of the planner's model of time, by name; see csrc/cuda/gpu_plan.h.
 DeviceFacts = dict[str, str | int | float | bool | tuple[int, int] | dict[str, float]]
 
 def cuda_devices() -> list[DeviceFacts]:
-    """What the makers say of the GPUs that :func:`cuda_plan` knows by name."""
+    """The makers' data of the GPUs that :func:`cuda_plan` knows by name."""
 
 def cuda_facts(device: int) -> DeviceFacts:
-    """What :func:`cuda_plan` has to know of a CUDA device that is here, as its runtime says. RuntimeError without CUDA
-    kernels."""
+    """The facts of a present CUDA device for :func:`cuda_plan`, from its runtime. RuntimeError without CUDA kernels."""
 
 def cuda_plan(
     *,
@@ -185,39 +184,39 @@ def cuda_plan(
 ) -> dict[str, str | int | float | list[str] | dict[str, str | int | float]]:
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
-    ``kernel`` is a request, as LSTM_EXT_CUDA_KERNEL has it; the outcomes say whether the kernels ``"step"`` and
-    ``"persistent"`` have been right on this GPU, None that they were not tried; ``extras`` are lengths, zoneout or a
-    recurrent mask. In the result ``problem`` is empty, or says why what was requested cannot run; ``launches`` are
-    those of a time step; ``persistent`` is about that kernel, also where another one is taken. The times are those of
-    a model.
+    ``kernel`` is a request in the form of LSTM_EXT_CUDA_KERNEL. The outcomes say whether the kernels ``"step"`` and
+    ``"persistent"`` were correct on this GPU; None means not tried. ``extras`` are lengths, zoneout or a recurrent
+    mask. In the result ``problem`` is empty, or says why the requested kernel cannot run; ``launches`` are those of a
+    time step; ``persistent`` describes that kernel even if another one is chosen. The times are those of a model.
     """
 
 def set_cuda_constants(capability: int, constants: dict[str, float]) -> None:
-    """Constants of the planner's model that were measured on a GPU of this compute capability (90: 9.0), by name. They
-    are those of every such device that is first asked for its facts, or used, after this call.
+    """Sets constants of the planner's model that were measured on a GPU of this compute capability (90: 9.0), by name.
+    They hold for every such device whose facts are first read, or that is first used, after this call.
 
     Raises:
         ValueError: the model has no such constant, or a value is not positive.
     """
 
 def set_cuda_kernel(name: str) -> None:
-    """What runs CUDA layers, as LSTM_EXT_CUDA_KERNEL has it, and in its place; ``""`` asks that again."""
+    """Sets the kernel of CUDA layers in place of LSTM_EXT_CUDA_KERNEL, with the same names; ``""`` returns to that."""
 
 def set_cuda_kernel_of_thread(name: str) -> None:
-    """The same for layers that this thread calls, before all else. They may round to TF32, whatever torch's settings
-    say."""
+    """The same for layers that this thread calls; it overrides everything else. They may round to TF32, whatever
+    torch's settings are."""
 
 def set_cuda_validated(device: int, kernel: str, tf32: bool, validated: bool) -> None:
-    """Whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for float32
-    or for 16 bits."""
+    """Sets whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for
+    float32 or for 16 bits."""
 
 def set_cuda_wait_limit_of_thread(seconds: float | None) -> None:
-    """How long a block of a persistent kernel waits for another one, in place of LSTM_EXT_CUDA_WAIT_LIMIT, in layers
-    that this thread calls. 0: for ever. None asks that again."""
+    """Sets how long a block of a persistent kernel waits for another one in layers that this thread calls, in place of
+    LSTM_EXT_CUDA_WAIT_LIMIT. 0 means no limit. None returns to that variable."""
 
 def cuda_wait_expired(device: int | None) -> bool:
-    """Whether such a wait has expired on this CUDA device since this was asked last, or a layer has raised for it: the
-    results of that launch are NaN. It waits for nothing: ask after a synchronisation. False without CUDA kernels."""
+    """Whether such a wait has expired on this CUDA device since the last query, or a layer has raised for it: the
+    results of that launch are NaN. It does not synchronise, so call it after a synchronisation. False without CUDA
+    kernels."""
 
 def build_info() -> dict[str, str]:
     """How this binary was built: ``version``, ``torch``, ``compiler``, and ``cuda``, which is empty without kernels

@@ -31,7 +31,7 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 MODULE = "lstm_ext.native._C"
-OPS_MODULE = "lstm_ext.native._ops"  # not one that Python can import: setuptools names libraries so
+OPS_MODULE = "lstm_ext.native._ops"  # Python cannot import it: setuptools names libraries like this
 OPS_LIBRARY = "_ops.so"
 SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
 # The package's folder, and that of the two libraries.
@@ -52,7 +52,7 @@ COMPILE_FLAGS = [
     "-Wextra",
     f'-DLSTM_EXT_VERSION="{VERSION}"',
 ]
-# What a build with CUDA adds to them.
+# The additional flags of a build with CUDA.
 CUDA_COMPILE_FLAGS = ["-DLSTM_EXT_WITH_CUDA"]
 # For nvcc. Neither -std= nor -gencode: torch adds its own, the latter from TORCH_CUDA_ARCH_LIST, but not if it finds
 # "arch" in a flag. No paths either: a kernel includes nothing but the C++ standard library, CUDA and csrc/.
@@ -68,13 +68,13 @@ LINK_FLAGS: list[str] = []
 
 
 def ops_link_flags(file_name: str) -> list[str]:
-    """The operators' library, by the name under which the Python module asks the system for it."""
-    # torch's build on first use also links libtorch_python, which nothing in this library calls: not taken along.
+    """Flags for the operators' library, with the name under which the Python module asks the system for it."""
+    # torch's build on first use also links libtorch_python, which this library does not use; --as-needed drops it.
     return [*LINK_FLAGS, f"-Wl,-soname,{file_name}", "-Wl,--as-needed"]
 
 
 def module_link_flags(ops_library: str | Path) -> list[str]:
-    """The Python module, which finds the operators' library in its own folder."""
+    """Flags for the Python module, which finds the operators' library in its own folder."""
     return [*LINK_FLAGS, str(ops_library), "-Wl,-rpath,$ORIGIN"]
 
 
@@ -90,7 +90,7 @@ class BuildError(RuntimeError):
 
 
 class SwitchError(BuildError):
-    """LSTM_EXT_CUDA makes no sense, or asks for what cannot be."""
+    """LSTM_EXT_CUDA is invalid, or requests something impossible."""
 
 
 def is_supported_platform() -> bool:
@@ -98,11 +98,11 @@ def is_supported_platform() -> bool:
 
 
 def source_dir() -> Path | None:
-    """csrc/: inside an installed package, beside the package in a checkout or sdist."""
+    """The path of csrc/: inside an installed package, beside the package in a checkout or sdist."""
     if (PACKAGE / "csrc" / "python.cpp").is_file():
         return PACKAGE / "csrc"
     root = PACKAGE.parent
-    # setup.py tells our csrc/ from one that another project left in site-packages.
+    # setup.py distinguishes our csrc/ from one that another project left in site-packages.
     if (root / "setup.py").is_file() and (root / "csrc" / "python.cpp").is_file():
         return root / "csrc"
     return None
@@ -135,7 +135,7 @@ def split_sources(directory: Path, with_cuda: bool) -> tuple[list[Path], list[Pa
 
 
 def digest(directory: Path, *more: str) -> str:
-    """Changes with every source, header and flag, and with `more`."""
+    """A digest that changes with every source, header and flag, and with `more`."""
     result = hashlib.sha256()
     for path in sorted(path for kind in SOURCE_KINDS for path in directory.rglob(f"*.{kind}")):
         result.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -164,7 +164,7 @@ def find_compiler() -> tuple[str, str]:
     candidates = [chosen] if chosen else ["c++", "g++", "clang++"]
     problem = f"no C++ compiler was found (looked for {', '.join(candidates)}): {INSTALL_COMPILER}."
     for command in candidates:
-        # A path with a space in it, or a command with arguments.
+        # CXX may be a path with a space in it, or a command with arguments.
         words = [command] if shutil.which(command) else shlex.split(command)
         if not words or shutil.which(words[0]) is None:
             continue
@@ -198,7 +198,7 @@ def _process_exports(symbol: str) -> bool:
 
 
 def supervised(command: list[str]) -> list[str]:
-    """The command as one that ends with this process, or when it is killed, and takes its own processes along."""
+    """The command, wrapped so that it and its processes end with this process, even if this process is killed."""
     # In a program that embeds Python, sys.executable may be that program.
     if "python" not in Path(sys.executable or "").name:
         return command
@@ -225,7 +225,7 @@ OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
 # chunk, whose blocks keep the recurrent weights. independent, mailbox: the same, with blocks that never meet, or that
 # talk.
 CUDA_KERNELS = ("stepwise", "step", "persistent", "independent", "mailbox")
-# Those that are tried before they compute for anybody, and what is requested to try all of each.
+# The kernels that are tried before they compute for users, and the requests that try all variants of each.
 TRIED_CUDA_KERNELS = {"step": ("step",), "persistent": ("independent", "mailbox")}
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
@@ -236,28 +236,28 @@ class Cuda:
     """A CUDA toolkit that fits the torch at hand, and what to build with it."""
 
     home: Path
-    version: str  # of nvcc
-    architectures: str  # as TORCH_CUDA_ARCH_LIST has them
-    nvcc_flags: tuple[str, ...]  # beside NVCC_FLAGS
+    version: str  # version of nvcc
+    architectures: str  # in the form of TORCH_CUDA_ARCH_LIST
+    nvcc_flags: tuple[str, ...]  # in addition to NVCC_FLAGS
     header_dirs: tuple[str, ...]  # for headers that the toolkit lacks
 
     def __str__(self) -> str:
-        """As the binary says it too, in build_info()."""
+        """The text that the binary also returns in build_info()."""
         return f"{self.version} for {' '.join(self.architectures.replace(';', ' ').split())}"
 
 
 def compile_flags(cuda: Cuda | None) -> list[str]:
-    """Of the operators' library."""
+    """The compile flags of the operators' library."""
     return [*COMPILE_FLAGS, *(CUDA_COMPILE_FLAGS if cuda else [])]
 
 
 def module_compile_flags(cuda: Cuda | None) -> list[str]:
-    """Of the Python module, which knows what it is linked with."""
+    """The compile flags of the Python module, which records its CUDA build."""
     return [*COMPILE_FLAGS, *([f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
 
 
 def cuda_switch() -> bool | None:
-    """LSTM_EXT_CUDA: never, in any case, or if it can be."""
+    """LSTM_EXT_CUDA: False for no CUDA kernels, True to require them, None to build them if possible."""
     value = os.environ.get("LSTM_EXT_CUDA") or None
     if value not in (None, "0", "1"):
         raise SwitchError(f"LSTM_EXT_CUDA is {value!r}: set it to 0 or 1, or unset it.")
@@ -279,7 +279,7 @@ def requested_cuda_kernel() -> str:
 
 
 def cuda_wait_limit() -> float:
-    """LSTM_EXT_CUDA_WAIT_LIMIT: seconds that a block of a persistent kernel waits for another one; 0: for ever.
+    """LSTM_EXT_CUDA_WAIT_LIMIT: seconds that a block of a persistent kernel waits for another one; 0: no limit.
 
     Raises:
         ValueError: it is no number of seconds.
@@ -322,7 +322,7 @@ def no_cuda_wanted(torch_cuda: str | None) -> str | None:
 
 
 def choose_cuda(torch_cuda: str | None) -> tuple[Cuda | None, str | None]:
-    """What to build the CUDA kernels with, or None and the reason. A BuildError if LSTM_EXT_CUDA=1 cannot be."""
+    """The CUDA toolkit for the kernels, or None and the reason. Raises BuildError if LSTM_EXT_CUDA=1 is impossible."""
     reason = no_cuda_wanted(torch_cuda)
     if reason is None:
         assert torch_cuda is not None
@@ -336,7 +336,7 @@ def choose_cuda(torch_cuda: str | None) -> tuple[Cuda | None, str | None]:
 
 
 def find_cuda(torch_cuda: str) -> Cuda:
-    """The CUDA toolkit to build with, tried out, or a BuildError."""
+    """The CUDA toolkit for the build, after a trial, or a BuildError."""
     home, version = _find_toolkit(torch_cuda)
     nvcc = home / "bin" / "nvcc"
     flags = _host_compiler_flags()
@@ -349,7 +349,7 @@ def find_cuda(torch_cuda: str) -> Cuda:
 
 
 def requested_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST, else those of the GPUs that are here, else "default"."""
+    """TORCH_CUDA_ARCH_LIST, else the architectures of the present GPUs, else "default"."""
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if chosen and chosen != "native":
         return chosen
@@ -368,7 +368,7 @@ def _architectures(nvcc: Path) -> str:
 
     if requested != "default" and all(is_known(a) for a in requested.split(";")):
         return requested
-    # A GPU that is newer than nvcc runs the PTX of the newest that nvcc knows.
+    # A GPU that is newer than nvcc runs the PTX of the newest architecture that nvcc knows.
     usable = [architecture for architecture in ARCHITECTURES if is_known(architecture)]
     if not usable:
         raise BuildError(f"`{nvcc}` knows none of {', '.join(ARCHITECTURES)}: install a newer CUDA toolkit.")
@@ -422,7 +422,7 @@ def _host_compiler_flags() -> list[str]:
 
 
 def _run_nvcc(nvcc: Path, *arguments: str) -> str:
-    """All that it prints, or a BuildError."""
+    """Everything that nvcc prints, or a BuildError."""
     try:
         run = subprocess.run(
             supervised([str(nvcc), *arguments]),
@@ -446,11 +446,11 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
 
 
 def _header_dirs(home: Path, version: str) -> list[str]:
-    """Those of the wheels that torch's own CUDA libraries come in, if the toolkit lacks a header."""
+    """Header folders of the wheels that contain torch's own CUDA libraries, if the toolkit lacks a header."""
 
     missing = {header for header in _TORCHS_CUDA_HEADERS if not (home / "include" / header).is_file()}
     spec = importlib.util.find_spec("nvidia") if missing else None
-    # nvidia/cu13/include since CUDA 13, a folder for each library before.
+    # The folder is nvidia/cu13/include since CUDA 13; before, there was a folder for each library.
     places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     found: list[str] = []
     for folder in sorted(path for place in places for path in place.glob("*/include")):
@@ -467,8 +467,8 @@ def _header_dirs(home: Path, version: str) -> list[str]:
 
 
 def gpu_capabilities() -> list[tuple[int, int]]:
-    """Of this machine's GPUs, as the driver's library says it: no process has to start CUDA for the answer, after
-    which it could not fork."""
+    """The compute capabilities of this machine's GPUs, from the driver's library. So no process has to start CUDA for
+    the answer, after which it could not fork."""
     result = []
     with _management_library() as nvml:
         count = ctypes.c_uint(0)
@@ -521,7 +521,7 @@ def write_record(
         "cuda_reason": cuda_reason,
         **more,
     }
-    # Complete or absent, also when we are killed in between.
+    # The record is complete or absent, even if the process is killed in between.
     unfinished = directory / f"{RECORD}.{os.getpid()}"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.chmod(unfinished.stat().st_mode & ~0o022)

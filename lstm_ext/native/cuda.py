@@ -62,13 +62,13 @@ def forced(kernel: str) -> Iterator[None]:
 
 
 def variant(kernel: str, dtype: torch.dtype) -> str:
-    """What records call the kernel ``step`` or ``persistent`` for tensors of this dtype."""
+    """The name of the kernel ``step`` or ``persistent`` in records, for tensors of this dtype."""
     return f"{kernel}-tf32" if dtype == torch.float32 else kernel
 
 
 def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
-    """Whether that kernel has been right: on this device with this build, as the user's record says, else on one of its
-    compute capability, as a result that comes with this release says. None if neither knows."""
+    """Whether that kernel was correct, by the user's record of this device and build, else by a result of this release
+    for its compute capability. None if there is neither."""
     for entry in (selftest_record.find(device), selftest_record.find_committed(device)):
         for found, name in ((True, "passed"), (False, "failed")):
             if entry and variant(kernel, dtype) in (entry.get(name) or []):
@@ -78,7 +78,7 @@ def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | Non
 
 @functools.cache
 def use_measured_constants() -> None:
-    """Tells the planner what a result that comes with this release has measured on such cards. Before it is asked."""
+    """Gives the planner the constants that this release has measured on such cards. Call it before planning."""
     extension = loader.extension()
     if extension is not None:
         for capability, constants in selftest_record.committed_constants().items():
@@ -86,10 +86,10 @@ def use_measured_constants() -> None:
 
 
 def check_waits(device: int | str | torch.device | None = None) -> None:
-    """Raises if a wait within a persistent CUDA kernel has expired: for after the replay of a CUDA graph.
+    """Raises if a wait within a persistent CUDA kernel has expired. Call it after the replay of a CUDA graph.
 
-    The results of that launch are NaN then. A call of a layer looks itself; a replay runs none. It waits for nothing,
-    so synchronise first.
+    The results of that launch are NaN then. A call of a layer checks this itself; a replay makes no calls. This
+    function does not synchronise, so synchronise first.
 
     Args:
         device: a CUDA device; None is the current one.
@@ -125,7 +125,7 @@ def is_supported(index: int | None) -> bool:
     return problem(index) is None
 
 
-# For dynamo, as `loader.has_kernels`.
+# Called by dynamo, not traced, like `loader.has_kernels`.
 is_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -166,5 +166,5 @@ def _runs(capability: tuple[int, int], architecture: str) -> bool:
     built = (int(parts[1]), int(parts[2]))
     if parts[3]:
         return capability == built
-    # Machine code runs on the later ones of the same generation, PTX on all later ones.
+    # Machine code runs on later GPUs of the same generation, PTX on all later ones.
     return built <= capability and (capability[0] == built[0] or parts[4] is not None)

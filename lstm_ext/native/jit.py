@@ -36,7 +36,7 @@ __all__ = [
 
 MODULE = "lstm_ext_C"
 _OPS_MODULE = "lstm_ext_ops"
-# Nobody else can write the folders of a build. Others can read them: root may build for all.
+# Only the owner can write the folders of a build. Others can read them: root may build for all.
 _MODE = 0o755
 # Seconds for which a process waits for the build of another one.
 LONGEST_WAIT = 1800.0
@@ -64,7 +64,7 @@ def problem() -> str | None:
 
 
 def source_dir() -> Path:
-    """csrc/, or a BuildError."""
+    """The path of csrc/, or a BuildError."""
     if not config.is_supported_platform():
         raise BuildError("the extension supports Linux on x86-64 only.")
     directory = config.source_dir()
@@ -87,8 +87,8 @@ def _requirements() -> tuple[str, str]:
 
 
 def folder(sources: Path, *kind: str) -> Path:
-    """Where the build of these sources is. Its name has everything that the build depends on, so that a finished
-    folder never changes."""
+    """The folder of the build of these sources. Its name has a digest of everything that the build depends on, so that
+    a finished folder never changes."""
     key = config.digest(sources, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "", *kind)
     return _root() / f"{MODULE}_{key}"
 
@@ -107,7 +107,7 @@ def _root() -> Path:
 
 
 def trusted(directory: Path) -> Path:
-    """The folder of a build without symbolic links. A BuildError if another user can have written into it, or can."""
+    """The folder of a build without symbolic links. Raises BuildError if another user could have written into it."""
     try:
         without_links = resolved(directory)
     except OSError as error:  # a relative path, and the working directory is gone
@@ -130,7 +130,7 @@ def trusted(directory: Path) -> Path:
 
 
 def finished(directory: Path) -> dict | None:
-    """The record of a finished build. None for a build that was killed, and if a library was cut short since."""
+    """The record of a finished build. None for a build that was killed, or if a library was truncated since."""
     record = config.read_record(directory)
     return record if record is not None and record.get("sizes") == _sizes(directory) else None
 
@@ -147,7 +147,7 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     make_folder(directory.parent, _MODE)
     path = directory.with_suffix(".lock")
-    # Not through a link that another user may have put there, and nothing that is there is cut off.
+    # Follows no link that another user may have put there, and truncates nothing.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(handle, "r+") as file:
         _wait_for(file, path)
@@ -158,7 +158,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Explicitly: a child forked meanwhile holds the file open too.
+            # Unlocked explicitly, because a child forked meanwhile holds the file open too.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
@@ -200,21 +200,21 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _supervised(directory: Path) -> str:
-    """A PATH whose ninja ends with this process, or when torch kills it, and takes its compilers along."""
+    """A PATH with a ninja that ends with this process, or when torch kills it, together with its compilers."""
     path = config.search_path()
     ninja = shutil.which("ninja", path=path)
     if ninja is None:
         return path
     script = directory / "bin" / "ninja"
     script.parent.mkdir()
-    # By a shell: the kernel takes no path with a space after "#!".
+    # Started by a shell, because the kernel accepts no path with a space after "#!".
     script.write_text(f'#!/bin/sh\nexec {shlex.join(config.supervised([ninja]))} "$@"\n')
     script.chmod(0o700)
     return os.pathsep.join([str(script.parent), path])
 
 
 def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
-    """Compiles into ``directory``. It writes the record last, so a folder without one is unfinished.
+    """Compiles into ``directory``. The record is written last, so a folder without one is unfinished.
 
     Raises:
         BuildError: something is missing, or the compiler refused.
@@ -223,8 +223,8 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
     ops_sources, module_sources = config.split_sources(sources, with_cuda=cuda is not None)
     ops_file = ops_library(directory).name
     if directory.exists():
-        # Objects of a killed build, and the lock file that torch would wait for without end. Moved first: its
-        # compiler may be running still, and takes the folder along as its working directory.
+        # A killed build leaves objects, and a lock file for which torch would wait forever. The folder is moved first:
+        # a compiler may still run, and moves along with its working directory.
         leftovers = directory.with_suffix(f".{os.getpid()}")
         directory.rename(leftovers)
         shutil.rmtree(leftovers, ignore_errors=True)
@@ -238,7 +238,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         from torch.utils import cpp_extension
 
         if cuda is not None:
-            # Read when it was imported, which may have been long before.
+            # torch read it when it was imported, which may have been long before.
             cpp_extension.CUDA_HOME = str(cuda.home)
 
         def build_library(
@@ -258,12 +258,12 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
                     for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
                 ],
                 extra_cuda_cflags=[shlex.quote(flag) for flag in nvcc_flags],
-                # ninja reads them first and a shell after it.
+                # First ninja and then a shell read them.
                 extra_ldflags=[shlex.quote(flag).replace("$", "$$") for flag in link_flags],
                 extra_include_paths=[str(sources)],
                 build_directory=str(directory),
                 with_cuda=with_cuda,
-                # Only build it: the loader imports it, whoever built it and when.
+                # Only builds it: the loader imports it, whoever built it.
                 is_python_module=False,
             )
 
@@ -275,7 +275,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
                 config.ops_link_flags(ops_file),
                 cuda is not None,
             )
-            # By a relative path: the linker runs in the folder.
+            # A relative path, because the linker runs in the folder.
             link_flags = config.module_link_flags(f"./{ops_file}")
             build_library(MODULE, module_sources, config.module_compile_flags(cuda), link_flags, False)
         except RuntimeError as error:
@@ -285,7 +285,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
             ) from error
         except OSError as error:
             raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
-    # Compilers make files as the umask says. The record is last: it makes the build a finished one.
+    # Compilers create files by the umask. The record is last: it marks the build as finished.
     for path in directory.rglob("*"):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & ~0o022)

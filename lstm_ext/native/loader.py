@@ -30,19 +30,19 @@ _log = logging.getLogger("lstm_ext")
 
 @dataclass(frozen=True)
 class Status:
-    """How the extension was found; `reason` says why there is none, or why the choice fell as it did."""
+    """How the extension was found; `reason` says why there is none, or why it was chosen."""
 
     backend: (
         str  # "aot", "jit"; without an extension "torch", torch's own operator, or "reference", the equations
     )
-    path: str | None = None  # of the Python module
-    ops_path: str | None = None  # of the operators' library
+    path: str | None = None  # path of the Python module
+    ops_path: str | None = None  # path of the operators' library
     reason: str | None = None
-    torch_version: str | None = None  # that it was built for
+    torch_version: str | None = None  # the version that it was built for
     compiler: str | None = None
-    sources: str | None = None  # their digest
+    sources: str | None = None  # digest of the sources
     cuda: str | None = None  # the CUDA version and the architectures that it has kernels for
-    cuda_reason: str | None = None  # why it has none
+    cuda_reason: str | None = None  # why it has no CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ if hasattr(os, "register_at_fork"):
 def extension() -> ModuleType | None:
     """The compiled module, or None if there is none. Decided once: by `load_built`, or by the first call.
 
-    Raises ImportError for an extension that is there and does not fit, and for a backend that was asked for by
-    name (LSTM_EXT_BACKEND=aot or jit) and is not to be had; ValueError for a bad LSTM_EXT_BACKEND.
+    Raises ImportError for an extension that does not fit, and for a backend that was requested by name
+    (LSTM_EXT_BACKEND=aot or jit) and is not available; ValueError for an invalid LSTM_EXT_BACKEND.
     """
     global _result
     result = _result
@@ -83,7 +83,7 @@ def extension() -> ModuleType | None:
                 result, unavailable = _choose()
                 while result.module is not None and _waiting:
                     _waiting.pop(0)()
-                # Last: no other thread sees the module before the functions of on_load have run.
+                # This is last: no other thread gets the module before the functions of on_load have run.
                 _result = result
         if unavailable is not None:
             warnings.warn(
@@ -119,18 +119,18 @@ def _has_operators() -> bool:
 
 
 def has_kernels() -> bool:
-    """Whether extension() gives a module: for tracers, to whom the answer is a constant."""
+    """Whether extension() returns a module; a constant for tracers."""
     return extension() is not None
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would be most of the
-# time of importing this package: the compiler calls the function, so that the operators are there when it meets
-# them, and does not look into it.
+# This does the work of torch.compiler.assume_constant_result without importing torch._dynamo, which would take most of
+# the time of importing this package. The compiler calls the function instead of tracing it, so the operators are
+# registered when it reaches them.
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def wants_equations() -> bool:
-    """Whether the equations take the place of the kernels, and not torch's own operator."""
+    """Whether the equations replace the kernels, and not torch's own operator."""
     return status().backend == "reference"
 
 
@@ -138,7 +138,7 @@ wants_equations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_cuda_kernels() -> bool:
-    """As `has_kernels`, for CUDA tensors."""
+    """Like `has_kernels`, for CUDA tensors."""
     return extension() is not None and status().cuda is not None
 
 
@@ -146,7 +146,7 @@ has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def status() -> Status:
-    """What extension() found; looks for it first, where nothing has yet."""
+    """The result of extension(), which is called first if nobody has."""
     if _result is None:
         try:
             extension()
@@ -157,13 +157,13 @@ def status() -> Status:
 
 
 def load_built() -> None:
-    """For the import of the package: loads an extension that was built ahead of time, so that no call has to.
+    """Called when the package is imported: loads an extension that was built ahead of time, so that no call has to.
 
     It takes some milliseconds. Raises ImportError for a build that does not fit this torch, without opening it. Other
     errors are left to the calls.
     """
     if "lstm_ext.info" in sys.orig_argv:
-        return  # python -m lstm_ext.info imports the package first, and then tells the whole story
+        return  # python -m lstm_ext.info imports the package first, and then reports everything
     if _requested() not in ("auto", "aot"):
         return
     found = find_aot()
@@ -183,10 +183,10 @@ def _requested() -> str:
 
 
 def _choose() -> tuple[_Result, str | None]:
-    """The result, and the text of the warning that is due."""
+    """The result, and the text of a warning, if one is due."""
     requested = _requested()
-    config.requested_cuda_kernel()  # a bad name is an error as early as a bad backend,
-    config.cuda_wait_limit()  # and so is a bad limit
+    config.requested_cuda_kernel()  # a bad name raises as early as a bad backend,
+    config.cuda_wait_limit()  # and so does a bad limit
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
 
@@ -222,7 +222,7 @@ def build_command() -> str:
 
 
 class _Refused(ImportError):
-    """The library fits and says itself why it does not want to run, e.g. for a bad LSTM_EXT_CPU_CAPABILITY."""
+    """The library fits and refuses to run by itself, e.g. for a bad LSTM_EXT_CPU_CAPABILITY."""
 
 
 def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
@@ -230,7 +230,7 @@ def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
     try:
         torch.ops.load_library(str(ops_path))
     except OSError as error:
-        # torch's message says which library, its cause says why.
+        # torch's message names the library, its cause gives the reason.
         raise ImportError(str(error.__cause__ or error), path=str(ops_path)) from error
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -238,7 +238,7 @@ def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        if error.path is None:  # what the loader of the operating system complains of has one
+        if error.path is None:  # errors of the operating system's loader have a path
             raise _Refused(str(error).partition("\n")[0]) from error
         raise
     sys.modules[name] = module
@@ -246,7 +246,7 @@ def _load(name: str, path: Path, ops_path: Path) -> ModuleType:
 
 
 def _refuse_second_registration(ops_path: Path) -> None:
-    """A second library that registers the operators would end the process."""
+    """Raises if the operators are registered: a second library that registers them would end the process."""
     if not _has_operators():
         return
     loaded = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
@@ -262,14 +262,14 @@ def _refuse_second_registration(ops_path: Path) -> None:
 
 
 def find_aot() -> Path | None:
-    # In this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
+    # Searched in this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
     directory = config.LIBRARIES
     candidates = (directory / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
 def check_record(path: Path) -> dict:
-    """Before the library is opened: one built for another torch can crash the process as it loads."""
+    """Checks the record before the library is opened: one built for another torch can crash the process as it loads."""
     record = config.read_record(path.parent)
     if record is None:
         raise ImportError(f"{path} has no {config.RECORD} beside it: rebuild it with {build_command()}.")
@@ -322,7 +322,7 @@ def _load_jit() -> _Result:
     sources = jit.source_dir()
     reason = config.no_cuda_wanted(torch.version.cuda)
     if reason is None:
-        # Once it is built, it needs no nvcc: so it is looked for first.
+        # A finished build needs no nvcc, so it is looked for first.
         directory = jit.folder(sources, "cuda", config.requested_architectures())
         result = _load_finished(directory)
         if result is not None:
@@ -356,12 +356,12 @@ def _load_or_build(
         raise BuildError(
             f"the library in {directory} does not load: report this with `python -m lstm_ext.info`."
         )
-    # Not what was missing when it was built, but what is missing now.
+    # The reason is what is missing now, not what was missing when it was built.
     return replace(result, status=replace(result.status, cuda_reason=cuda_reason))
 
 
 def _load_finished(directory: Path) -> _Result | None:
-    """None too for an unfinished build, and for a library that no longer loads."""
+    """None also for an unfinished build, and for a library that no longer loads."""
     directory = jit.trusted(directory)
     record = jit.finished(directory)
     if record is None:

@@ -1,7 +1,7 @@
-"""What ``python -m lstm_ext.selftest`` and first uses have found, for this user: a JSON file in the cache folder.
+"""The results of ``python -m lstm_ext.selftest`` and of first uses, for this user: a JSON file in the cache folder.
 
-An entry is about one device and one state of everything that the result depends on. A change of any of it, a new
-driver say, and there is no entry any more.
+An entry belongs to one device and one state of everything that the result depends on. If any of it changes, e.g. the
+driver, the entry no longer counts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ KEY = ("device", "capability", "driver", "torch", "lstm_ext", "sources")
 
 
 def path() -> Path:
-    """Raises RuntimeError where there is no home folder."""
+    """Raises RuntimeError if there is no home folder."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "lstm_ext" / "selftest.json"
 
 
 def key_of(device: torch.device) -> dict[str, str]:
-    """What a result is valid for. The device is looked at; CUDA is started for it if it is one of CUDA's."""
+    """The state for which a result is valid. Reading it starts CUDA if the device is a CUDA device."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, capability = properties.name, f"{properties.major}.{properties.minor}"
@@ -48,7 +48,7 @@ def key_of(device: torch.device) -> dict[str, str]:
 
 
 def find(device: torch.device) -> dict | None:
-    """The entry for this device as it is now, or None."""
+    """The entry for the present state of this device, or None."""
     key = key_of(device)
     return next((entry for entry in _entries() if _is_about(entry, key)), None)
 
@@ -57,18 +57,18 @@ COMMITTED = Path(__file__).with_name("cuda_results.json")
 
 
 def find_committed(device: torch.device) -> dict | None:
-    """What `make gpu-check` has found on a card of this compute capability, for the CUDA kernels of this build, as this
-    release has it; or None."""
+    """The result of `make gpu-check` in this release for a card of this compute capability and the CUDA kernels of this
+    build; or None."""
     sources = config.source_dir()
     if sources is None or config.digest(sources) != loader.status().sources:
-        return None  # what is loaded was made of others
+        return None  # the loaded library was built from other sources
     capability, kernels = key_of(device)["capability"], config.digest(sources / "cuda")
     return next((e for e in _committed() if (e["capability"], e["kernels"]) == (capability, kernels)), None)
 
 
 def committed_constants() -> dict[int, dict[str, float]]:
-    """What was measured there of the planner's model of time, by compute capability (90: 9.0): constants by name. They
-    are the cards', whatever the sources are."""
+    """The constants of the planner's model of time that these results measured: by compute capability (90: 9.0), then
+    by name. They are properties of the cards, whatever the sources are."""
     entries = [e for e in _committed() if e.get("constants")]
     return {int(e["capability"].replace(".", "")): e["constants"] for e in entries}
 
@@ -85,8 +85,8 @@ def commit(
     result: str,
     constants: dict[str, float] | None = None,
 ) -> None:
-    """Adds a result to those of the release: `benchmarks/gpu_check.py --accept`. ``constants`` are those of the
-    planner's model that were measured. Raises OSError."""
+    """Adds a result to those of the release, for `benchmarks/gpu_check.py --accept`. ``constants`` are the measured
+    constants of the planner's model. Raises OSError."""
     entries = [e for e in _committed() if e["capability"] != capability]
     entry = {
         "capability": capability,
@@ -100,9 +100,9 @@ def commit(
 
 
 def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
-    """Takes the place of an older entry for the same device and state.
+    """Writes an entry, which replaces an older one for the same device and state.
 
-    Raises OSError or RuntimeError, also where another user could write the file.
+    Raises OSError or RuntimeError, also if another user could write the file.
     """
     reason = distrust(path())
     if reason is not None:
@@ -122,7 +122,7 @@ def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
 
 
 def add(device: torch.device, variant: str, passed: bool) -> None:
-    """The outcome for one more variant, beside what the entry says of others. Errors as in `write`."""
+    """Adds the outcome of one more variant to the entry. Errors are those of `write`."""
     entry = find(device) or {}
     good, bad = ([v for v in entry.get(name) or [] if v != variant] for name in ("passed", "failed"))
     (good if passed else bad).append(variant)
@@ -149,7 +149,7 @@ def _driver() -> str:
         version = re.search(r"Module.*?\s(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         version = None
-    # Else the version of CUDA that the driver is for.
+    # The fallback is the driver's version of CUDA.
     return version[1] if version else str(torch._C._cuda_getDriverVersion())
 
 

@@ -1,12 +1,12 @@
-"""Runs a command whose processes all end with the process that asked for it, however that ends.
+"""Runs a command so that all its processes end with the process that started it, however that ends.
 
-A program by itself, ``python supervisor.py PID COMMAND...``, which imports nothing of this package: see
-config.supervised. Without it, the compilers of a build that is killed run on beside the next build.
+A program of its own, ``python supervisor.py PID COMMAND...``, which imports nothing of this package: see
+config.supervised. Without it, the compilers of a killed build would run on beside the next build.
 
-It is two processes. The first is what the builder started: it waits for the second, and dies with the builder, or when
-the builder kills it. The second is in a session of its own, where it starts the command. When the first dies, by
-whatever signal, it kills everything in that session. ninja puts each compiler in a process group of its own, so that
-the session is what they have in common.
+It is two processes. The builder starts the first: it waits for the second, and dies with the builder, or when the
+builder kills it. The second has a session of its own, in which it starts the command. When the first dies, by any
+signal, the second kills everything in that session. ninja puts each compiler in a process group of its own, so only the
+session has them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def _prctl(option: int, value: int) -> None:
-    # A kernel that refuses, in some sandbox, is no reason not to build.
+    # A kernel that refuses this, e.g. in a sandbox, must not prevent the build.
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
@@ -32,7 +32,7 @@ def _die_with(parent: int, by_signal: int) -> None:
 
 
 def _end_session() -> None:
-    """Kills and reaps all other processes of this session. What its parent leaves behind becomes a child of ours."""
+    """Kills and reaps all other processes of this session; orphans of killed processes become children of this one."""
     own = os.getpid()
     while True:
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
@@ -53,7 +53,7 @@ def _supervise(watched: int, command: list[str]) -> int:
     os.setsid()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _die_with(watched, signal.SIGTERM)
-    # Python ignores SIGPIPE, which the command is not to inherit.
+    # Python ignores SIGPIPE, and the command must not inherit that.
     try:
         child = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
     except OSError as error:
@@ -74,7 +74,7 @@ def _supervise(watched: int, command: list[str]) -> int:
 
 
 def main(builder: int, command: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback among what the compiler says
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback in the compiler's output
     _die_with(builder, signal.SIGKILL)
     watched = os.getpid()
     supervisor = os.fork()

@@ -1,4 +1,4 @@
-"""Whether files that this process would run or believe can have been written by another user."""
+"""Checks whether another user could have written files that this process would run or read as its own."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 __all__ = ["distrust", "make_folder", "resolved"]
 
 _OTHERS, _GROUP = 0o002, 0o020
-_MOST_LINKS = 40  # as many as Linux follows
-# POSIX access control lists, as Linux keeps them: a number that says which form, then tag, permissions and who.
+_MOST_LINKS = 40  # the same number as Linux
+# POSIX access control lists in Linux's form: a version number, then tag, permissions and id of each entry.
 _ACL, _ACL_FORM, _ACL_ENTRY = "system.posix_acl_access", struct.Struct("<I"), struct.Struct("<HHI")
 _USER, _OWN_GROUP, _OTHER_GROUP, _MASK, _ALL = 0x02, 0x04, 0x08, 0x10, 0x20
 _WRITE = 2
 
 
 def distrust(path: Path) -> str | None:
-    """Why somebody else may have put there what is at ``path``, and the command that mends it; None if nobody can.
+    """Why another user could have written the file at ``path``, and the command that fixes it; None if nobody could.
 
-    Looks at everything that the path leads through, as far as it exists: folders, symbolic links, and what is at its
-    end. Each must belong to the effective user or to root, and nobody else may write it, by its mode or by its access
-    control list. A folder with the sticky bit, such as /tmp, may be written by all: nobody can take another's entries
-    away there. So may be written by a group that has no other members.
+    Checks everything on the path, as far as it exists: folders, symbolic links, and the file at its end. Each must
+    belong to the effective user or to root, and nobody else may write it, by its mode or by its access control list. A
+    folder with the sticky bit, such as /tmp, may be writable for all: nobody can remove another user's entries there. A
+    group without other members may have write access too.
     """
     if not hasattr(os, "geteuid"):  # no such owners here
         return None
@@ -36,25 +36,25 @@ def distrust(path: Path) -> str | None:
 
 
 def resolved(path: Path) -> Path:
-    """The path without symbolic links: nobody can lead it elsewhere between a look at it and its use."""
+    """The path without symbolic links: nobody can redirect it between a check and its use."""
     return Path(os.path.realpath(path))
 
 
 def make_folder(path: Path, mode: int = 0o700) -> None:
-    """Makes a folder and those above it that are not there, with a mode that the umask may reduce."""
+    """Makes a folder and its missing parents, with a mode that the umask may reduce."""
     for each in (*reversed(path.parents), path):
         try:
             os.mkdir(each, mode)
         except FileExistsError:
             pass
-        except OSError:  # a folder above that cannot be written, or is no folder
+        except OSError:  # a parent is not writable, or is no folder
             if not each.is_dir():
                 raise
 
 
 def _way_to(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Each folder, link and file on the way to ``path``, with its state, until one is not there."""
-    # Not made shorter: `..` after a link leads to the folder above what the link leads to.
+    # The path is not normalised: `..` after a link leads to the parent of the link's target.
     rest = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
     here, links = Path(rest.pop()), 0
     yield here, os.lstat(here)
@@ -88,7 +88,7 @@ def _reason_against(place: Path, found: os.stat_result) -> str | None:
             f"{place} belongs to {_user(found.st_uid)}, and not to {_user(me)} or root: "
             f"`{change} {me} {place}` if it is yours"
         )
-    if stat.S_ISLNK(found.st_mode):  # who can change it is said by its folder
+    if stat.S_ISLNK(found.st_mode):  # the folder's permissions say who can change it
         return None
     if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
         return None
@@ -112,7 +112,7 @@ def _reason_against(place: Path, found: os.stat_result) -> str | None:
 
 
 def _access_list(place: Path) -> list[tuple[int, int, int]] | None:
-    """Tag, permissions and number of each entry; None where there is no list beside the mode."""
+    """Tag, permissions and number of each entry; None if there is no list in addition to the mode."""
     try:
         value = os.getxattr(place, _ACL)
     except (OSError, AttributeError):
@@ -130,7 +130,7 @@ def _user(uid: int) -> str:
 
 
 def _is_private(gid: int) -> bool:
-    """Whether a group is that of root, or of this user alone, as many systems make one for each user."""
+    """Whether a group is root's, or this user's alone; many systems make one for each user."""
     import grp
     import pwd
 

@@ -21,7 +21,7 @@ __all__ = ["LSTMCell"]
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-# Now: users put our class in its place (torch.nn.LSTMCell = lstm_ext.LSTMCell).
+# Bound now, because users may replace it by our class (torch.nn.LSTMCell = lstm_ext.LSTMCell).
 _torchs = nn.LSTMCell
 _torchs_forward = nn.LSTMCell.forward
 
@@ -42,7 +42,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
     reads them by attribute. For many steps, :class:`lstm_ext.LSTM` on the whole sequence is faster.
 
     Raises:
-        TypeError, RuntimeError: as ``torch.nn.LSTMCell``, with its texts.
+        TypeError, RuntimeError: the same as ``torch.nn.LSTMCell``, with its texts.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        # By name: in a subclass of torch's cell too, the next class would be torch.nn.LSTMCell.
+        # Called by name: in a subclass of torch's cell too, the next class would be torch.nn.LSTMCell.
         nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -73,13 +73,13 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
                 ``torch.nn.LSTMCell``; tracing by ``torch.jit``.
             TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
         """
-        # The form that torch.jit.script compiles, which leaves the other branch alone.
+        # torch.jit.script compiles this branch only.
         if torch.jit.is_scripting():
             return self._as_torchs(input, hx)
         else:
             return self._forward(input, hx)
 
-    # By another name, because torch.jit.script compiles both as methods.
+    # Under another name, because torch.jit.script compiles both as methods.
     _as_torchs = FunctionType(
         _torchs_forward.__code__, _torchs_forward.__globals__, "_as_torchs", _torchs_forward.__defaults__
     )
@@ -106,7 +106,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
                 dtypes = result_dtypes(autocast, x, c, fused=False, projected=False)
                 x, h, c, (weights,) = to_dtype(autocast, x, h, c, [weights])
 
-        # The way through here without an error is short, because a single step takes microseconds.
+        # The path without an error is short, because a single step takes microseconds.
         w_ih, w_hh = weights[:2]
         shape, dtype, device = x.shape, x.dtype, x.device
         rank, hidden = len(shape), w_hh.size(-1)
@@ -138,24 +138,24 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         return (h, c) if dtypes is None else (h.to(dtypes[0]), c.to(dtypes[1]))
 
     def _weights(self) -> list[Tensor]:
-        """The present weights, as ``getattr`` returns them, only faster."""
+        """The present weights; the same as ``getattr`` returns, but faster."""
         own = self.__dict__
         parameters = own["_parameters"]
-        # As in getattr, an instance attribute comes before a parameter; a parametrized weight is in neither.
+        # Like getattr, an instance attribute comes before a parameter; a parametrized weight is in neither.
         return [
             parameters[name] if name in parameters and name not in own else getattr(self, name)
             for name in _WEIGHTS
         ]
 
     def _refuse(self, input: Any, hx: Any) -> NoReturn:
-        """Raise the error for arguments that do not fit: torch's own, where it has a useful one."""
+        """Raise the error for arguments that do not fit: torch's own, if it has a useful one."""
         if not isinstance(input, Tensor):
             raise TypeError(f"LSTMCell: expected input to be a Tensor, got {type(input).__name__}")
         if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
             with torch.no_grad():
                 _torchs_forward(self, input, hx)  # type: ignore[arg-type]
-        # torch raises no error for more than two states, for states that it can broadcast where there is no batch, and
-        # for another dtype of c.
+        # torch raises no error for more than two states, for states that it can broadcast if there is no batch, and for
+        # another dtype of c.
         if hx is not None:
             if not _is_pair(hx):
                 raise TypeError(
@@ -183,7 +183,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
     __jit_ignored_attributes__ = IgnoredAttributes()
 
     def __prepare_scriptable__(self) -> LSTMCell:
-        # The hook that torch.jit.script offers before it compiles a module or a module inside one.
+        # torch.jit.script calls this hook before it compiles a module or a module inside one.
         refuse_scripting(self, LSTMCell, [])
         return self
 
@@ -200,7 +200,7 @@ def _is_pair(hx: Any) -> bool:
 def _step(
     x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """x (B, I), h and c (B, H)."""
+    """Computes the step for x (B, I), h and c (B, H)."""
     b_ih, b_hh = weights[2:]
     if b_ih is None and b_hh is None:
         weights = weights[:2]

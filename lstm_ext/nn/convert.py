@@ -26,7 +26,7 @@ __all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
-# Ours that are torch's to isinstance.
+# Our classes that are instances of torch's to isinstance.
 _AS_TORCHS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
 _SAME: dict[type[nn.Module], type[nn.Module]] = {
     TorchLSTM: LSTM,
@@ -41,7 +41,7 @@ _NAMES = {
     LSTMCell: "lstm_ext.LSTMCell",
 }
 
-# Methods that torch's forward calls and ours does not.
+# Methods that torch's forward calls and ours does not call.
 _NOT_CALLED = (
     "check_input",
     "check_forward_args",
@@ -56,7 +56,7 @@ _NOT_CALLED = (
 )
 _HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
-# What torch.jit.script leaves in a layer: which of the class's methods it compiled.
+# The attribute that torch.jit.script leaves in a layer: the names of the methods that it compiled.
 _LEFT_BEHIND = {"__overloads__"}
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -181,7 +181,7 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
     if issubclass(cls, nn.RNNCellBase):
         return cls(module.input_size, module.hidden_size, module.bias, device="meta")
     with warnings.catch_warnings():
-        # The warning about dropout with one layer came when the module was made.
+        # The warning about dropout with one layer was given when the module was made.
         warnings.simplefilter("ignore", UserWarning)
         return cls(
             module.input_size,
@@ -196,7 +196,7 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
         )
 
 
-# A model: its own modules, with another class
+# A model: its own modules change their class
 
 
 def convert(
@@ -272,7 +272,7 @@ def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
 
 
 class Entry(NamedTuple):
-    """One LSTM of a model, as :func:`report` has it."""
+    """One LSTM of a model in the result of :func:`report`."""
 
     name: str
     kind: str
@@ -341,12 +341,12 @@ class _Change(NamedTuple):
 def _new_class(
     module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
-    """The class that a module is to get, or why it gets none; neither for what needs none."""
+    """The new class of a module, or why it gets none; neither for a module that needs no change."""
     cls, to_ours = type(module), pairs is not _TORCHS
     if to_ours and isinstance(module, tuple(_TORCHS)):
         source = next(source for source in _TORCHS if isinstance(module, source))
         target = pairs[_TORCHS[source]]
-        # Patched layers are of torch's kind, and stay it.
+        # Patched layers have torch's class, and keep it.
         stays = (LSTM, LSTMCell) if target is source else tuple(_SAME)
         base = parametrize.type_before_parametrizations(module)
         return (_with_base(cls, source, target) if base not in stays else None), None
@@ -384,7 +384,7 @@ def _new_class(
 
 
 def _overrides_nothing(cls: type[nn.Module], source: type[nn.Module]) -> bool:
-    """Whether the classes between the two have nothing but names and texts."""
+    """Whether the classes between the two add nothing but names and texts."""
     between = cls.__mro__[: cls.__mro__.index(source)]
     known = {"__module__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__weakref__"}
     known |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__"}
@@ -437,7 +437,7 @@ def _change_classes(
         module.__dict__.update(add)
         module.__class__ = cls
         if isinstance(module, nn.RNNBase):
-            # As after construction. This computes parametrized weights, which needs no graph.
+            # This is done after construction too. It computes parametrized weights, which needs no graph.
             with torch.no_grad():
                 module._init_flat_weights()
     return found
@@ -476,7 +476,7 @@ def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
     """Methods of LSTMs, not of modules in general, that an attribute of the instance hides."""
     own = source.__mro__[: source.__mro__.index(nn.Module)]
     methods = {key for cls in own for key, value in vars(cls).items() if callable(value)}
-    # Users replace this one to keep it from being called. It computes nothing.
+    # Users replace this method to disable it. It computes nothing.
     methods.discard("flatten_parameters")
     return [key for key in module.__dict__ if key in methods]
 
@@ -500,7 +500,7 @@ def _foreign_lstm(module: nn.Module) -> str | None:
 
 
 def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
-    """The LSTMs in the module's own code, where torch.jit.freeze leaves them."""
+    """The LSTMs in the module's own code, where torch.jit.freeze puts them."""
     for name in module._c._method_names():
         graph = module._c._get_method(name).graph
         for kind in ("aten::lstm", "aten::lstm_cell"):
@@ -515,7 +515,7 @@ _HIDDEN = "held outside the model's table of modules"
 
 
 def _hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The LSTMs in plain attributes, and lists, tuples and dicts there, that no table of modules has; with paths."""
+    """The LSTMs in plain attributes, and in their lists, tuples and dicts, that no table of modules has; with paths."""
     known = set(model.modules())
     found = []
     for name, module in model.named_modules():
@@ -532,7 +532,7 @@ def _hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What a container has in it, and the containers in it; with paths."""
+    """The values in a container, and those in the containers within it; with paths."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         path = f"{place}[{key!r}]" if place else str(key)
         yield path, value
@@ -541,7 +541,7 @@ def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any
 
 
 def _where_lstms_hide(model: nn.Module) -> str:
-    """The text of the warning that nothing was found; empty if all that hides is ours."""
+    """The text of the warning that nothing was found; empty if all hidden LSTMs are ours."""
     hidden = _hidden_lstms(model)
     if hidden and all(isinstance(module, tuple(_TORCHS)) for _, module in hidden):
         return ""

@@ -1,12 +1,12 @@
-"""Lets ``torch.compile`` take our layers that are ``torch.nn.LSTM`` to ``isinstance``.
+"""Lets ``torch.compile`` accept our layers that are ``torch.nn.LSTM`` to ``isinstance``.
 
-Dynamo refuses every ``torch.nn.LSTM`` in one method, unless its setting ``allow_rnn`` is on. The method is wrapped:
-the setting is on while it looks at one of our layers, and as the user left it while it looks at one of torch's.
+Dynamo refuses every ``torch.nn.LSTM`` in one method, unless its setting ``allow_rnn`` is on. We wrap this method: the
+setting is on while it handles one of our layers, and has the user's value while it handles one of torch's.
 
-A layer that runs on torch's own operator is refused as torch's is, unless the graph has to be whole. A graph with that
-operator takes longer in small calls than the layer by itself.
+A layer that runs on torch's own operator is refused like torch's, unless the graph has to be whole: for small calls, a
+graph with that operator is slower than the layer alone.
 
-Importing dynamo takes seconds, so the method is wrapped when somebody else imports it.
+Importing dynamo takes seconds, so the method is wrapped when other code imports it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BUILDER = "torch._dynamo.variables.builder"
 _PACKAGE = Path(__file__).parents[1]
 _INNER = ("lstm_ext.call.", "lstm_ext.layer.", "lstm_ext.native.")
 _Question = Callable[[nn.Module], bool]
-# Now: users put our classes in their places.
+# Bound now, because users may replace them by our classes.
 _REFUSED = (nn.RNN, nn.GRU, nn.LSTM)
 _UNFIT = (
     "lstm_ext: torch.compile breaks the graph at layers that are torch.nn.LSTM to isinstance, as at torch's own: the "
@@ -41,28 +41,28 @@ _UNFIT = (
     "layers that compile whole"
 )
 
-# Some versions of torch have one value of the setting for all threads.
+# Some versions of torch share one value of the setting among all threads.
 _lock = threading.RLock()
 
 
 def let_dynamo_take(is_ours: _Question, breaks: _Question) -> None:
-    """Let dynamo take the modules for which ``is_ours`` is True, now or once it is imported.
+    """Let dynamo accept the modules for which ``is_ours`` is True, now or once it is imported.
 
-    Where the graph need not be whole, it breaks at those for which ``breaks`` is True.
+    If the graph need not be whole, it breaks at those for which ``breaks`` is True.
 
-    Where this torch's dynamo has no such method or setting, a UserWarning says so when dynamo is imported.
+    If this torch's dynamo has no such method or setting, a UserWarning says so when dynamo is imported.
     """
     finder = _Finder(is_ours, breaks)
-    # Where the package is imported anew, the finder of the old one would ask this one, and this one that.
+    # If the package is imported again, the old finder and this one would call each other.
     sys.meta_path[:] = [f for f in sys.meta_path if repr(type(f)) != repr(_Finder)]
     sys.meta_path.insert(0, finder)
     if _BUILDER in sys.modules:
-        # Waits where another thread is importing it.
+        # This waits if another thread is importing it.
         finder.found(importlib.import_module(_BUILDER))
 
 
 class _Finder(MetaPathFinder):
-    """Finds what the other finders find, and calls :meth:`found` after dynamo's module has been imported."""
+    """Delegates to the other finders, and calls :meth:`found` after dynamo's module has been imported."""
 
     def __init__(self, *questions: _Question) -> None:
         self._questions = questions
@@ -106,7 +106,7 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
         warnings.warn(_UNFIT.format(torch.__version__), UserWarning, stacklevel=2)
         return
     _skip_inner_frames()
-    users: list[bool] = []  # the user's value, while a call is under way
+    users: list[bool] = []  # the user's value, during a call
 
     @functools.wraps(method)
     def wrap_module(self: Any, value: nn.Module) -> Any:
@@ -120,7 +120,7 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
             try:
                 if wanted != before:
                     config.allow_rnn = wanted
-                # A layer of torch's gets its refusal of this torch.
+                # A layer of torch's class is refused with this torch's own message.
                 return method(self, value if refused or wanted else _REFUSED[2](1, 1, device="meta"))
             finally:
                 users.pop()
@@ -131,9 +131,9 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
 
 
 def _skip_inner_frames() -> None:
-    """Dynamo looks into the functions below the modules from a module's forward, and does not begin there.
+    """Lets dynamo trace the functions below the modules from a module's forward only, and not begin there.
 
-    After a break it would begin in each function that is called, and make graphs of single operators.
+    After a break it would otherwise begin in each function that is called, and make graphs of single operators.
     """
     skip = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
     if skip is None:

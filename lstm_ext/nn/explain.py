@@ -1,4 +1,4 @@
-"""What would compute a layer on a device, and why."""
+"""Explains which kernels would compute a layer on a device, and why."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _steps_and_batch(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, in
 def _device(
     extension: Any, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[str, dict[str, Any] | None]:
-    """Its name, and what a GPU's planner has to know of it."""
+    """The device's name, and the facts that a GPU's planner needs."""
     known = {facts["name"]: facts for facts in extension.cuda_devices()}
     if device in known:
         return str(device), known[str(device)]
@@ -269,7 +269,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a layer, and one that `route.prefers_torch` may give to torch's operator."""
+    """Whether it is a layer that `route.prefers_torch` may give to torch's operator."""
     if not isinstance(module, LSTM) or module.frozen or module.bidirectional or module.proj_size:
         return False
     return not set(options_of(module)) - {"forget_bias"}

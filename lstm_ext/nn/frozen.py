@@ -1,4 +1,4 @@
-"""Layers for inference, whose weights are made ready for the kernels once."""
+"""Layers for inference, whose weights are packed for the kernels once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .torchs import TorchLSTM, with_our_forward
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
-_torchs = nn.LSTM  # now: patch() puts our class in its place
+_torchs = nn.LSTM  # bound now, because patch() replaces it by our class
 
 _KINDS: dict[torch.dtype | None, str] = {None: "own", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -26,39 +26,39 @@ _NO_TORCHSCRIPT = (
     "torch.jit and the older ONNX exporter do not know frozen layers: use torch.export or lstm_ext.unfreeze"
 )
 
-# In the modules of a frozen model: the names of their own parameters that required gradients. Parts of the model, its
-# copies and its pickles have it too.
+# An attribute of the modules of a frozen model: the names of their own parameters that required gradients. Parts of the
+# model, its copies and its pickles have it too.
 _REQUIRED = "_lstm_ext_required_grad"
 
-# Attributes that belong to this processor, and are made of the packed weights.
+# Attributes that are derived from the packed weights and belong to this processor.
 _MADE_OF_PACKED = ("_frozen_options", "native_options")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class FrozenLSTM(LSTM):
-    """What :func:`freeze` makes of an :class:`lstm_ext.LSTM`: for inference, with packed weights beside its own.
+    """The frozen form of an :class:`lstm_ext.LSTM`, from :func:`freeze`: for inference, with packed weights.
 
-    It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The packed weights are made when it is frozen,
+    It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The weights are packed when the layer is frozen,
     loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
 
-    A layer does not notice when one of its weights is changed in place. Where a weight is another tensor than the one
-    that was packed (an assignment, a parametrization, ``torch.func.functional_call``), a call raises a RuntimeError.
+    A layer does not notice if one of its weights is changed in place. If a weight is another tensor than the packed one
+    (after an assignment, a parametrization, ``torch.func.functional_call``), a call raises a RuntimeError.
 
-    It has no gradients: a call raises a RuntimeError where its input, a state or a parameter requires them, unless
+    It has no gradients: a call raises a RuntimeError if its input, a state or a parameter requires them, unless
     gradients are off. ``train()`` sets the flag ``training``, as on any module, and changes no result: nothing is
     dropped at random, and zoneout mixes the states. ``recompute`` has no meaning without gradients.
     """
 
     frozen_weights: torch.dtype | None = None
-    _unfrozen: type[nn.Module] = LSTM  # the class that unfreeze gives back
+    _unfrozen: type[nn.Module] = LSTM  # the class that unfreeze restores
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(f"{type(self).__name__}: lstm_ext.freeze makes such a layer, of another one")
 
     @property
     def frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
-        if torch.compiler.is_compiling():  # which has to see the buffers
+        if torch.compiler.is_compiling():  # the compiler needs the buffers themselves
             buffers: Any = self._buffers
             return [LayerOptions(frozen=[buffers[name] for name in names]) for names in self._frozen_names]
         return self._frozen_options
@@ -73,7 +73,7 @@ class FrozenLSTM(LSTM):
             if kind == "int8":
                 _refuse_what_int8_has_not(names, weights, "")
             all_packed.append(kernels.freeze_weights(weights, self.bias, self.bidirectional, kind))
-        # From here on nothing fails: an error leaves what was there.
+        # Nothing fails from here on, so an error above leaves the old state.
         for buffers, packed in zip(self._frozen_names, all_packed, strict=True):
             for name, tensor in zip(buffers, packed, strict=True):
                 self.register_buffer(name, tensor, persistent=False)
@@ -93,12 +93,12 @@ class FrozenLSTM(LSTM):
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():
             weights = super()._weights_by_layer()
-            # An export puts tensors of its own in the place of the parameters.
+            # An export replaces the parameters by tensors of its own.
             if torch.compiler.is_dynamo_compiling():
                 self._refuse_others(weights)
             return weights
-        # The quickest of all ways to compare: dicts look for the same objects first. Of two tensors, == gives a
-        # tensor of several elements, which is neither true nor false.
+        # This is the fastest comparison: dicts compare by identity first. For two different tensors, == gives a tensor
+        # of several elements, which is neither true nor false.
         try:
             same = self._parameters == self._frozen_parameters
         except Exception:
@@ -118,7 +118,7 @@ class FrozenLSTM(LSTM):
                     )
 
     def _refuse_random_step(self, name: str) -> None:  # type: ignore[override]
-        """Nothing is random, in training mode either."""
+        """Nothing is random, even in training mode."""
 
     def _traced(self, *_: Any) -> NoReturn:
         raise RuntimeError(_NO_TORCHSCRIPT)
@@ -150,7 +150,7 @@ class FrozenLSTM(LSTM):
         self._pack()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLSTM:
-        # The packed bytes are copied, and not made again: the copy computes what this layer does.
+        # The packed bytes are copied, not made again: the copy computes the same as this layer.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         left_out = (*_MADE_OF_PACKED, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
@@ -179,10 +179,10 @@ class FrozenLSTM(LSTM):
 
 
 class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
-    """What :func:`freeze` makes of a ``torch.nn.LSTM`` and of a :class:`lstm_ext.TorchLSTM`.
+    """The frozen form of a ``torch.nn.LSTM`` or a :class:`lstm_ext.TorchLSTM`, from :func:`freeze`.
 
-    It is a :class:`FrozenLSTM`, and a ``torch.nn.LSTM`` to ``isinstance``. For ``torch.compile`` it is what
-    :class:`lstm_ext.TorchLSTM` is.
+    It is a :class:`FrozenLSTM`, and a ``torch.nn.LSTM`` to ``isinstance``. ``torch.compile`` treats it like
+    :class:`lstm_ext.TorchLSTM`.
     """
 
     _unfrozen = TorchLSTM
@@ -207,12 +207,12 @@ def _packed_names(layer: Any) -> list[list[str]]:
 
 
 def _by_name(cls: type[nn.Module]) -> tuple[type[nn.Module], bool]:
-    """A class that pickle finds by its name, and whether `with_our_forward` made ``cls`` of it."""
+    """A class that pickle finds by its name, and whether `with_our_forward` derived ``cls`` from it."""
     return vars(cls).get("_derived_from", cls), "_derived_from" in vars(cls)
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer, without what freeze and parametrize have made of it."""
+    """The class of a layer before freeze and parametrize changed it."""
     if isinstance(layer, FrozenLSTM):
         return layer._unfrozen
     return type(layer).__bases__[0] if type(layer).__module__ == parametrize.__name__ else type(layer)
@@ -227,7 +227,7 @@ _frozen_classes: dict[type[nn.Module], type[FrozenLSTM]] = {}
 
 
 def _frozen_class(cls: type[nn.Module]) -> type[FrozenLSTM]:
-    """The class of frozen layers that are instances of ``cls``, too."""
+    """The class of frozen layers that are also instances of ``cls``."""
     base = FrozenTorchLSTM if issubclass(cls, _torchs) else FrozenLSTM
     if _own_source(cls) is cls:
         return base
@@ -338,7 +338,7 @@ def _parameters_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[tu
 
 
 def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict[str, Any]:
-    """The layers of some classes by name. Raises for what `freeze` and `unfreeze` do not take."""
+    """The layers of some classes by name. Raises for layers that `freeze` and `unfreeze` do not accept."""
     layers = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
@@ -356,7 +356,7 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
 
 
 def _reasons_against(layer: Any) -> list[str]:
-    """Why a layer can be neither frozen nor thawed."""
+    """The reasons why a layer can be neither frozen nor thawed."""
     cls, _ = _by_name(_plain_class(layer))
     base = LSTM if isinstance(layer, LSTM) else _torchs
     reasons = []
@@ -419,8 +419,8 @@ def _refuse_what_int8_has_not(names: Sequence[str], weights: Sequence[Tensor], p
 def _changed(
     module: nn.Module, layers: dict[str, Any], change: Callable[[Any], None], function: str
 ) -> nn.Module:
-    """A copy of a model, of whose layers some are changed."""
-    # deepcopy takes objects in this table for copied. Packed weights will be made anew, or none are needed.
+    """A copy of a model in which some layers are changed."""
+    # deepcopy takes objects in this table for copied. Packed weights are made again, or none are needed.
     memo: dict[int, Any] = {
         id(packed): packed
         for layer in layers.values()
@@ -430,7 +430,7 @@ def _changed(
     }
     copied = copy.deepcopy(module, memo)
     for name, layer in layers.items():
-        if id(layer) not in memo:  # a __deepcopy__ of the user's leaves it out or shares it
+        if id(layer) not in memo:  # the user's __deepcopy__ leaves it out or shares it
             raise TypeError(
                 f"{function}: copy.deepcopy does not copy {_place(name)} with the model: {function} it alone"
             )

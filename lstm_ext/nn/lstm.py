@@ -28,7 +28,7 @@ from .tools import KnownToTools
 
 __all__ = ["LSTM"]
 
-# Now: users put our class in its place.
+# Bound now, because users may replace it by our class.
 _torchs = nn.LSTM
 _torchs_forward = nn.LSTM.forward
 _NO_TRACE = (
@@ -76,21 +76,21 @@ class LSTM(KnownToTools, ScriptedLSTM):
     ``ln_gain_c_l{k} (H)``, initially 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, initially 0.
 
     Raises:
-        TypeError, ValueError: as ``torch.nn.LSTM``, with its texts; also for a value of the other arguments that makes
-            no sense, and for ``forget_bias`` with ``bias=False``.
+        TypeError, ValueError: the same as ``torch.nn.LSTM``, with its texts; also for an invalid value of the other
+            arguments, and for ``forget_bias`` with ``bias=False``.
     """
 
-    # Attributes of the class, so that a layer without options has the same instance attributes as torch's, and a layer
-    # that was pickled before these options existed has them too.
-    # 0 and not 0.0: with dynamic=True, dynamo takes a float of a class for a number that may change.
+    # These are attributes of the class, so that a layer without options has the same instance attributes as torch's,
+    # and a layer that was pickled before these options existed has them too.
+    # An int 0, because with dynamic=True dynamo treats a float of a class as a number that may change.
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
     forget_bias: float | None = None
     recompute: bool = False
-    # What FrozenLSTM has beside its weights, see `call.arguments.Stack`.
+    # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
     frozen: Sequence[LayerOptions] = ()
-    native_options: list[Any] | None = None  # these as the extension takes them
+    native_options: list[Any] | None = None  # these in the extension's form
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         forget_bias: float | None = None,
         recompute: bool = False,
     ) -> None:
-        # By name: in a subclass of torch's layer too, the next class would be torch.nn.LSTM.
+        # Called by name: in a subclass of torch's layer too, the next class would be torch.nn.LSTM.
         nn.RNNBase.__init__(
             self,
             "LSTM",
@@ -185,11 +185,11 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """As torch's on a GPU, unless our kernels are loaded: these read each parameter in place."""
+        """Same as torch's on a GPU, unless our kernels are loaded: these read each parameter in place."""
         weight = self._parameters.get(self._all_weights[0][0])
         if weight is None or not weight.is_cuda:
             return
-        # Looking for the kernels may build them, so nobody does it here.
+        # Looking for the kernels may build them, so this does not look for them.
         if not loader.is_decided() or not route.has_operators(weight.device):
             super().flatten_parameters()
 
@@ -336,7 +336,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return_cell_states: Any = False,
         return_gates: Any = False,
     ) -> Any:
-        """Check and compute. The way without an error or an option is short, because a step takes microseconds."""
+        """Check and compute. The path without an error or an option is short, because a step takes microseconds."""
         if is_jit_tracing():
             return self._traced(
                 input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
@@ -407,9 +407,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return [[parameter for _, parameter in layer] for layer in layers]
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
-        """The present weights, one list per layer, as ``getattr`` returns them, only faster.
+        """The present weights, one list per layer; the same as ``getattr`` returns, but faster.
 
-        ``_flat_weights`` will not do: functional_call, weight_norm and parametrizations leave it stale.
+        ``_flat_weights`` does not work here: functional_call, weight_norm and parametrizations leave it stale.
         """
         own = self.__dict__
         parameters = own["_parameters"]
@@ -417,8 +417,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
         for names in self._layer_names:
             layer = []
             for name in names:
-                # As in getattr, an instance attribute comes before a parameter. A parametrized weight is a
-                # property of the class and is not in _parameters.
+                # Like getattr, an instance attribute comes before a parameter. A parametrized weight is a property of
+                # the class and is not in _parameters.
                 if name in own or name not in parameters:
                     layer.append(getattr(self, name))
                 else:
@@ -479,7 +479,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def _traced(
         self, input: Any, hx: Any, layout: Layout, given: tuple[Any, ...], wanted: tuple[Any, ...]
     ) -> Any:
-        """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both know."""
+        """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
         if is_step or any([a is not None for a in given]) or any(wanted) or options_of(self):
             raise RuntimeError(_NO_TRACE)
@@ -496,8 +496,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
             )
 
     def __prepare_scriptable__(self) -> LSTM:
-        # The hook that torch.jit.script offers before it compiles a module or a module inside one. What it returns
-        # stays in the user's model, so it is the layer itself.
+        # torch.jit.script calls this hook before it compiles a module or a module inside one. The result stays in the
+        # user's model, so it is the layer itself.
         refuse_scripting(self, LSTM, options_of(self))
         prepare_to_compile(self)
         return self
@@ -522,12 +522,12 @@ _OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recomp
 
 
 def options_of(module: LSTM) -> list[str]:
-    """The names of what ``torch.nn.LSTM`` does not have and this layer does."""
+    """The names of the options that this layer uses and ``torch.nn.LSTM`` does not have."""
     return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
 
 
 def runs_on_torchs_operator(module: LSTM) -> bool:
-    """Whether plain calls of this layer run on torch's own operator, for want of kernels."""
+    """Whether plain calls of this layer run on torch's own operator, because there are no kernels."""
     weight = module._parameters.get(module._all_weights[0][0])
     if weight is None or module.frozen or any([name != "forget_bias" for name in options_of(module)]):
         return False

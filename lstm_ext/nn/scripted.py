@@ -1,10 +1,10 @@
-"""What ``torch.jit`` compiles in the place of our layers' ``forward``: torch's layer, with the same parameters.
+"""The methods that ``torch.jit`` compiles in place of our layers' ``forward``: torch's layer, with the same parameters.
 
-TorchScript cannot compile our Python, and a module may name other methods for it, in ``__overloads__``. Its hook
+TorchScript cannot compile our Python, but a module may name other methods for it, in ``__overloads__``. Its hook
 ``__prepare_scriptable__`` cannot return a layer of torch: torch would leave that in the table of modules of the user's
 own model. torch's ``forward`` itself cannot be named, because torch keeps the types of its arguments by class.
 
-The methods bear the names that those of torch's layer have once it is compiled.
+The methods have the names that those of torch's layer get when it is compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["IgnoredAttributes", "ScriptedLSTM", "prepare_to_compile", "refuse_sc
 
 
 class _ToCompile:
-    """A method of the layers that are being compiled. Others have none, or ``torch.jit.trace`` would compile it too."""
+    """A method of the layers that are being compiled. Others lack it, or ``torch.jit.trace`` would compile it too."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = torch.jit.export(function)
@@ -36,7 +36,7 @@ class _ToCompile:
 
 
 class IgnoredAttributes:
-    """``__jit_ignored_attributes__``, the first thing that ``torch.jit`` asks a module it compiles.
+    """``__jit_ignored_attributes__``, which ``torch.jit`` reads first from a module that it compiles.
 
     ``torch.jit.script`` has called ``__prepare_scriptable__`` by then. A ``ScriptModule``, which compiles itself when
     it is made, has not.
@@ -52,7 +52,7 @@ class IgnoredAttributes:
 
 
 def _is_compiled() -> bool:
-    """Whether ``torch.jit``, which has called this, compiles the module. Before a trace it asks the same."""
+    """Whether ``torch.jit``, which calls this, compiles the module. Before a trace it reads the same attribute."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") == "torch.jit._recursive":
         if frame.f_code.co_name == "create_script_module":
@@ -62,11 +62,11 @@ def _is_compiled() -> bool:
 
 
 class ScriptedLSTM(nn.RNNBase):
-    """The compiled forms of ``forward``, of a tensor and of a ``PackedSequence``; errors are those of ``nn.LSTM``."""
+    """The compiled forms of ``forward``, for a tensor and for a ``PackedSequence``; errors are those of ``nn.LSTM``."""
 
     __jit_ignored_attributes__ = IgnoredAttributes("_layer_names")
 
-    # The methods of nn.LSTM, which the compiled code calls, and subclasses may.
+    # The methods of nn.LSTM that the compiled code calls, and that subclasses may call.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -144,13 +144,13 @@ class ScriptedLSTM(nn.RNNBase):
 
 
 def prepare_to_compile(layer: ScriptedLSTM) -> None:
-    """Name the methods that ``torch.jit.script`` is to compile. It sets this attribute in torch's layers too."""
+    """Name the methods that ``torch.jit.script`` compiles. It sets this attribute in torch's layers too."""
     layer.__dict__["__overloads__"] = {"forward": ["forward__0", "forward__1"]}
     layer._init_flat_weights()
 
 
 def refuse_scripting(layer: nn.Module, kind: type[nn.Module], options: list[str]) -> None:
-    """Raises: RuntimeError for what a compiled layer of torch would not compute as ``layer``, a ``kind``, does."""
+    """Raises RuntimeError if a compiled layer of torch would not compute the same as ``layer``, a ``kind``."""
     name = f"lstm_ext.{kind.__name__}"
     if options:
         raise RuntimeError(

@@ -1,7 +1,7 @@
-"""Tools that look a layer up by its exact class, in tables that know torch's layers and not ours.
+"""Support for tools that look a layer up by its exact class, in tables that have torch's layers and not ours.
 
-Nothing here imports a tool. A layer enters itself into the tables of those that are loaded when somebody walks over the
-modules of its model, which they all do before they look.
+Nothing here imports a tool. A layer adds itself to the tables of the loaded tools when somebody iterates over the
+modules of its model, which all of these tools do before they look.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ _COUNTERS = (
 
 
 class KnownToTools(nn.Module):
-    """A layer that stands for one of torch's, and that tools take for it."""
+    """A layer that stands for one of torch's, and that tools treat like it."""
 
     def _stands_in_for(self) -> type[nn.Module]:
         """The class of torch's layer."""
         raise NotImplementedError
 
     def _refuse_replacement(self) -> None:
-        """Raises: TypeError for a layer that cannot become one of torch's. For tools that replace it."""
+        """Raises TypeError for a layer that cannot become one of torch's. For tools that replace it."""
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
-        """As in every module."""
+        """Same as in every module."""
         _introduce(type(self), self._stands_in_for())
         return super().apply(fn)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in every module."""
+        """Same as in every module."""
         _introduce(type(self), self._stands_in_for())
         return super().named_modules(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.ao.quantization sets it in every module of a model before it begins. It then quantizes the modules whose
-        # exact class it was given or knows, and can be told of no other: it would leave our layers in silence.
+        # exact class it was given or knows, and there is no way to add one: it would skip our layers silently.
         if name == "qconfig":
             _warn_about_quantization(self)
         super().__setattr__(name, value)
 
 
 def _introduce(ours: type[nn.Module], torchs: type[nn.Module]) -> None:
-    """Enter ``ours`` beside ``torchs`` into the tables of the tools that are loaded, unless it is there."""
+    """Add ``ours`` beside ``torchs`` to the tables of the loaded tools, unless it is there."""
     if not ours.__module__.startswith("lstm_ext."):
-        return  # a subclass of the user's, which the tools do not know of torch's layer either
+        return  # tools do not know users' subclasses of torch's layer either
     for module, name in _COUNTERS:
         table = getattr(sys.modules.get(module), name, None)
         if table is not None and torchs in table:
@@ -73,7 +73,7 @@ _introduce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Seen:
-    """A tool's function for torch's layer, for ours: it sees a layer of torch with the very same attributes."""
+    """A tool's function for torch's layer, adapted to ours: it gets a layer of torch with the very same attributes."""
 
     def __init__(self, function: Callable[..., Any], torchs: type[nn.Module], replaces: bool = False) -> None:
         functools.update_wrapper(self, function)
@@ -87,7 +87,7 @@ class _Seen:
         return self._function(twin, *args, **kwargs)
 
 
-# The packages whose frames lie between the user's line and our layer; torch's functions are wrapped as deprecated.
+# The packages of frames between the user's line and our layer; torch's functions are wrapped as deprecated.
 _IN_BETWEEN = ("torch", "typing_extensions", "warnings", "_py_warnings")
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -104,7 +104,7 @@ def _warn_about_quantization(layer: nn.Module) -> None:
         return
     _warned.add(model)
     names = ", ".join([name for name, m in model.named_modules() if name and isinstance(m, KnownToTools)])
-    # With no registry: a model like one before it, from the same line, is another model.
+    # No registry: a model like an earlier one, from the same line, is another model and warns again.
     warnings.warn_explicit(
         "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point"
         f"{names and f' ({names})'}: call lstm_ext.revert(model) before it to have them quantized",

@@ -1,4 +1,4 @@
-"""Our layers as subclasses of torch's, and ``patch``, which puts them in torch's place."""
+"""Our layers as subclasses of torch's, and ``patch``, which replaces torch's layers by ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .lstm import LSTM, runs_on_torchs_operator
 
 __all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "reaches_our_forward", "with_our_forward"]
 
-# As they are when this package is imported.
+# torch's own classes, bound when this package is imported.
 _LSTM, _CELL = nn.LSTM, nn.LSTMCell
 
 
@@ -37,7 +37,7 @@ class TorchLSTMCell(LSTMCell, _CELL):
 
 
 class _InTorchsPlace(type):
-    """Of a class that stands where torch's stood: what torch's class made, or ours, is an instance of it too."""
+    """The metaclass of classes that replace torch's: instances of torch's class, or of ours, are theirs too."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or isinstance(instance, cls._also())
@@ -46,12 +46,12 @@ class _InTorchsPlace(type):
         return super().__subclasscheck__(subclass) or issubclass(subclass, cls._also())
 
     def _also(cls) -> tuple[type, ...]:
-        # Not of the subclasses that users derive: nothing else is an instance of these.
+        # Not for subclasses that users derive: only their own instances count.
         return vars(cls).get("_stands_for", ())
 
 
 class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
-    """What ``torch.nn.LSTM`` is while it is patched."""
+    """The class that replaces ``torch.nn.LSTM`` while a patch holds."""
 
     _stands_for = (_LSTM, LSTM)
 
@@ -62,7 +62,7 @@ class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
 
 
 class PatchedLSTMCell(TorchLSTMCell, metaclass=_InTorchsPlace):
-    """What ``torch.nn.LSTMCell`` is while it is patched."""
+    """The class that replaces ``torch.nn.LSTMCell`` while a patch holds."""
 
     _stands_for = (_CELL, LSTMCell)
 
@@ -78,7 +78,7 @@ def _count() -> None:
             active.made += 1
 
 
-# Tools and summaries of models go by this name. pickle goes by __qualname__, which stays.
+# Tools and summaries of models show this name. pickle uses __qualname__, which stays.
 for _cls in (TorchLSTM, PatchedLSTM):
     _cls.__name__ = "LSTM"
 for _cls in (TorchLSTMCell, PatchedLSTMCell):
@@ -164,7 +164,7 @@ _derived: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def with_our_forward(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``cls``, which is one of torch's layer, in which ``super().forward`` finds ours.
+    """A subclass of ``cls``, itself derived from torch's layer, in which ``super().forward`` finds ours.
 
     Instances are pickled by the name of ``cls``.
     """
@@ -194,7 +194,7 @@ def _restore(cls: type[nn.Module]) -> nn.Module:
 
 
 def reaches_our_forward(cls: type[nn.Module]) -> bool | None:
-    """Whether the ``forward`` of a class derived from ours calls ours; None where its code does not tell."""
+    """Whether the ``forward`` of a class derived from ours calls ours; None if its code does not tell."""
     for base in cls.__mro__:
         if base in (LSTM, LSTMCell):
             return True
