@@ -77,7 +77,7 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
   write_no_output(args.output, b, j);
 }
 
-// Of unit j of a row that takes part: all that a step computes.
+// The results of a step for unit j of a row that takes part.
 template <typename T>
 struct NewCell {
   typename Types<T>::Accumulate z[4];  // preactivations
@@ -171,7 +171,7 @@ LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args,
   return args.cells[place];
 }
 
-// What the gradients of a unit of a row that takes part need and dL/dh_t does not change.
+// The values that the gradients of one unit need besides dL/dh_t, for a row that takes part.
 template <typename A>
 struct CellValues {
   GateValues<A> gates;

@@ -29,9 +29,10 @@ std::string text(const char* format, double value) {
 
 // ---- the model
 
-// Of an operand of the persistent kernel's product, and how many of them a row leaves for the next step.
+// The bytes of an operand of the persistent kernel's product; the next function is how many operands a row leaves for
+// the next step.
 int operand_bytes(const LayerFacts& layer) {
-  // As Types<T>::Gradient: float16 would lose gradients.
+  // Same as Types<T>::Gradient: float16 would lose gradients.
   return layer.number == Number::kFloat32 || (layer.number == Number::kFloat16 && layer.backward) ? 4 : 2;
 }
 int64_t persistent_length(const LayerFacts& layer, int number) {
@@ -113,7 +114,7 @@ struct Model {
       return waves * turn / clocks_of_us + constant.start_us / static_cast<double>(layer.steps);
     }
     const double turns = std::ceil(tiles / plan.groups);
-    // What a block sends travels while it has other tiles.
+    // Data that a block sends travels while the block works on other tiles.
     const double travel = std::max(0.0, constant.mailbox_clocks - (turns - 1) * turn) / clocks_of_us;
     const double blocks = static_cast<double>(plan.blocks) / layer.directions / plan.groups;
     const double bytes = blocks * rows * static_cast<double>(length * number);

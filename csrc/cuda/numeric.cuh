@@ -5,7 +5,7 @@
 
 namespace lstm_ext::cuda {
 
-// What sums and cell states are kept in.
+// The type of sums and cell states.
 template <typename T>
 struct Accumulator {
   using type = float;

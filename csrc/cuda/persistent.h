@@ -14,7 +14,7 @@
 
 namespace lstm_ext::cuda {
 
-constexpr int kPersistentPackedSteps = 256;  // of a chunk of packed data, at most
+constexpr int kPersistentPackedSteps = 256;  // most steps in a chunk of packed data
 
 // A word that no piece has: half of it is a NaN in 16 bits, all of it one in 32, and kernels write another NaN.
 constexpr uint32_t kSentinel = 0xffffffffu;
@@ -22,7 +22,7 @@ constexpr uint32_t kSentinel = 0xffffffffu;
 // The steps [first, end) of a direction, in its order.
 struct ChunkOfSteps {
   int32_t first, end;
-  int32_t count;  // of the sequence
+  int32_t count;  // steps of the sequence
   int32_t batch;
   bool reverse;
   bool packed;
@@ -31,27 +31,28 @@ struct ChunkOfSteps {
   int32_t rows_before[kPersistentPackedSteps + 3];
 };
 
-// What a step leaves for the next one in the pass: (rows, length), as the next step's product reads it.
+// The data that a step passes to the next one in the pass: (rows, length), in the layout that the next product reads.
 template <typename D>
 struct Mailbox {
-  D* slots;         // of the chunk's rows; kNone: (B, length), of its last step alone
-  const D* before;  // of the step in front of the chunk in the pass (B, length); null if there is none
+  D* slots;         // rows of the chunk; kNone: (B, length), the last step only
+  const D* before;  // (B, length): the step before the chunk in the pass; null if there is none
   int64_t length;   // H, or 4 H gate by gate, H rounded up to whole pieces
 };
 
-// What blocks of a launch say to each other beside that. All bits set before the launch, but for `before`.
+// Control words between the blocks of a launch. All bits are set before the launch, except those of `before`.
 struct PersistentControl {
   uint32_t* words;         // two: somebody has given up if the first one is 0; how many blocks have left
   const uint32_t* before;  // those of the launch in front of this one, or null
-  uint32_t* status;        // of the host: 1 if somebody gave up
-  int64_t limit;           // of a wait, in nanoseconds; 0: none
+  uint32_t* status;        // status word of the host: 1 if somebody gave up
+  int64_t limit;           // longest wait, in nanoseconds; 0: no limit
 };
 
 // T is what is stored; the product's operands are T forward, and Types<T>::Gradient backward.
 template <typename T>
 struct PersistentForward {
-  // As the chunk's first row in memory has it; c_previous.previous and c are one, and of one step only if cells are not
-  // kept. cell.rows but for lengths, reverse and options, and cell.recurrent_part and output.recurrent_h are not read.
+  // Arguments from the chunk's first row in memory on; c_previous.previous and c are the same array, which holds one
+  // step only if cells are not kept. Not read: cell.recurrent_part, output.recurrent_h, and cell.rows except lengths,
+  // reverse and options.
   CellForward<T> cell;
   ChunkOfSteps steps;
   const uint8_t* resets;  // as the caller gave them, from the chunk's first row on, or null
@@ -65,8 +66,8 @@ struct PersistentForward {
 template <typename T>
 struct PersistentBackward {
   using Gradient = typename Types<T>::Gradient;
-  // As above; c_previous.previous is `cells`, and output.grad_output begins at time 0 if that is by time.
-  // grad_recurrent_part is null where it is the mailbox itself; output.recurrent_part is not read.
+  // The same, except that c_previous.previous is `cells`, and output.grad_output begins at time 0 if it is by time.
+  // grad_recurrent_part is null if it is the mailbox itself; output.recurrent_part is not read.
   CellBackward<T> cell;
   ChunkOfSteps steps;
   const uint8_t* resets;

@@ -43,7 +43,7 @@ struct PersistentBackwardPass {
     return result.bits;
   }
 
-  // As the stepwise kernels know the step. Sizes of 32 bits: their products are one instruction.
+  // The step in the form of the stepwise kernels. Sizes have 32 bits, so that their products are one instruction.
   LSTM_DEVICE CellBackward<T> step(const StepPlace& place) const {
     CellBackward<T> cell = args.cell;
     const int H = static_cast<int>(cell.hidden_size);

@@ -1,5 +1,5 @@
-// What both passes of the persistent kernels share: the loop over the steps of a chunk. A pass (persistent_forward.cuh,
-// persistent_backward.cuh) says what the rows of its weights are, what a cell is, and what it leaves for others.
+// Shared by both passes of the persistent kernels: the loop over the steps of a chunk. A pass (persistent_forward.cuh,
+// persistent_backward.cuh) defines the rows of its weights, its cell, and the data that it passes to others.
 #pragma once
 
 #include "cuda/persistent.h"
@@ -30,7 +30,7 @@ LSTM_DEVICE int row_at(const ChunkOfSteps& c, int time) {
   return c.packed ? c.rows_before[i + 1] : i * c.batch;
 }
 
-// Of step n of the direction. Rows begin and end with the sequences of packed data.
+// The place of step n of the direction. Rows begin and end with the sequences of packed data.
 LSTM_DEVICE StepPlace place_of(const ChunkOfSteps& c, int n) {
   StepPlace place;
   place.time = c.reverse ? c.count - 1 - n : n;
@@ -50,7 +50,7 @@ LSTM_DEVICE StepPlace place_of(const ChunkOfSteps& c, int n) {
   return place;
 }
 
-// As Steps::resets_before.
+// Same as Steps::resets_before.
 LSTM_DEVICE ResetFlags resets_at(const ChunkOfSteps& c, const uint8_t* resets, int cut) {
   if (!resets || cut >= c.count) return {nullptr, 0};
   return {resets + row_at(c, cut), rows_at(c, cut)};
@@ -155,12 +155,12 @@ class PersistentChunk {
   // Four cells with options leave no registers for it.
   static constexpr bool kBeginsEarly = kCells == 1 || !Pass::kHasOptions;
   static constexpr int kThreadUnits = kMailbox ? 1 : 2;
-  // Of partial sums: rows do not meet in the banks.
+  // Partial sums. The pitch keeps rows in different banks.
   struct alignas(4 * Pass::kSums) Sums {
     float of[Pass::kSums];
   };
   static constexpr int kPitch = kUnits + (Pass::kSums == 4 ? 1 : 4);
-  static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // of a turn
+  static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // partial sums of a turn
   static_assert(kUnits * kPersistentRows <= kPersistentThreads * kCells);
 
   // Dynamic shared memory; that of pieces without registers comes first.
@@ -168,7 +168,8 @@ class PersistentChunk {
     static_assert(kPartials * sizeof(Sums) == kParts * kPersistentRows * kPitch * 4 * Pass::kSums);
     return static_cast<size_t>(persistent_shared(Pass::kBackward, kExchange, sizeof(D), extra, length));
   }
-  // Of a row of operands in shared memory, in bytes: two rows that a warp reads at once lie in other banks.
+  // The pitch of a row of operands in shared memory, in bytes: two rows that a warp reads at once lie in different
+  // banks.
   LSTM_HOST_DEVICE static int64_t operand_pitch(int64_t length) {
     return (length * static_cast<int64_t>(sizeof(D)) + 127) / 128 * 128 + 64;
   }
@@ -191,7 +192,7 @@ class PersistentChunk {
 
   LSTM_DEVICE void run() {
     if (kMailbox && threadIdx.x < 2) late_[threadIdx.x] = 0;
-    // What a launch in front of this one has not written never comes.
+    // If the previous launch gave up, the mail that it did not write never arrives.
     bool goes_on = !all_.control.before || load_relaxed(all_.control.before) != 0;
     if (goes_on) {
       load_weights();
@@ -209,9 +210,9 @@ class PersistentChunk {
 
  private:
   struct Unit {
-    int unit, row;  // of the block, of the tile
+    int unit, row;  // index in the block, index in the tile
   };
-  // Of the cell whose sums are number i of this thread's fragments.
+  // The cell whose sums are number i of this thread's fragments.
   LSTM_DEVICE Unit fragment_cell(int i) const {
     if constexpr (Pass::kSums == 4) {
       return {(warp_row_ + i / 2 * kWarpRows) * 8 + group_, member_ * 2 + i % 2};
@@ -344,8 +345,9 @@ class PersistentChunk {
 
   // The product of the tile. False: its operand did not come.
   LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row) const {
-    const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // of this thread
-    // What comes by mail is waited for once; what is in shared memory is read when there are registers.
+    const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // pieces of this thread
+    // Each mailbox word is polled until it arrives; it is never read twice. Shared memory is read when registers are
+    // free.
     constexpr int kAtOnce = kMailbox ? kPieces : 2;
 #pragma unroll
     for (int begin = 0; begin < kPieces; begin += kAtOnce) {
@@ -398,7 +400,7 @@ class PersistentChunk {
     const int stride = (kMailbox ? all_.groups : static_cast<int>(gridDim.x)) * kPersistentRows;
     const bool has_cells = static_cast<int>(threadIdx.x) < kCellThreads;
     for (int first_row = group_row_; first_row < place.rows; first_row += stride, ++turn) {
-      // What is read before the operand is there costs no time.
+      // Reads that happen before the operand arrives cost no time.
       typename Pass::Cell cells[kCells] = {};
       if (kBeginsEarly && has_cells) {
 #pragma unroll
@@ -512,7 +514,7 @@ class PersistentChunk {
         const bool odd = lane % 2 != 0, second = lane / 2 % 2 != 0, upper = lane / 4 % 2 != 0;
         const uint32_t low = words[0] | words[1] << 16, high = words[2] | words[3] << 16;
         const uint32_t kept = odd ? high : low, got = __shfl_xor_sync(kAll, odd ? low : high, 1);
-        const uint32_t first = odd ? got : kept, other = odd ? kept : got;  // of the even and of the odd unit
+        const uint32_t first = odd ? got : kept, other = odd ? kept : got;  // the even and the odd unit
         // The first and second one of the gates that are kept, each of two units.
         const uint32_t a = (first & 0xffffu) | other << 16, b = first >> 16 | (other & 0xffff0000u);
         const uint32_t of_gate = second ? b : a, of_peer = __shfl_xor_sync(kAll, second ? a : b, 2);
@@ -557,7 +559,7 @@ class PersistentChunk {
   const PersistentSides<typename Pass::Arguments>& all_;
   const Pass pass_;
   unsigned char* const shared_;
-  uint32_t* const late_;  // of a turn, by turns: somebody of the block has given up
+  uint32_t* const late_;  // whether somebody in the block has given up, for two turns in alternation
   const int warp_, group_, member_, warp_row_, warp_part_;
   const unsigned blocks_of_group_;
   const int group_row_;  // the first row of the group's first tile

@@ -13,7 +13,7 @@ struct PersistentForwardPass {
   static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 4;
 
-  // Of a unit of a row before the product is there: W x_t with the biases, and c_{t-1}.
+  // The values of one unit of a row that do not need the product: W x_t with the biases, and c_{t-1}.
   struct Cell {
     float z[4];
     float before;
@@ -23,7 +23,7 @@ struct PersistentForwardPass {
 
   LSTM_DEVICE explicit PersistentForwardPass(const Arguments& arguments) : args(arguments) {}
 
-  // Of a unit, in all steps.
+  // The biases of one hidden unit, constant over time.
   struct Unit {
     float bias[4];
   };
@@ -56,7 +56,7 @@ struct PersistentForwardPass {
     return result.bits;
   }
 
-  // As the stepwise kernels know the step. Sizes of 32 bits: their products are one instruction.
+  // The step in the form of the stepwise kernels. Sizes have 32 bits, so that their products are one instruction.
   LSTM_DEVICE CellForward<T> step(const StepPlace& place) const {
     CellForward<T> cell = args.cell;
     const int H = static_cast<int>(cell.hidden_size);

@@ -342,7 +342,7 @@ LSTM_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
 // Whether the phase of this parity is complete; the hardware may wait a little before it says no.
 LSTM_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t complete = 0;
-  // Of the cluster's scope: what completes a phase are writes of peers.
+  // Cluster scope, because writes of peers complete a phase.
   LSTM_SM90(
       asm volatile("{\n"
                    ".reg .pred complete;\n"

@@ -12,7 +12,7 @@ template <typename T, int kRows>
 struct BackwardTile {
   static constexpr int kWarps = kStepThreads / 32;
   static constexpr int kRowTiles = kRows / 16;
-  static constexpr int kColumns = 64;  // of U in a tile
+  static constexpr int kColumns = 64;  // columns of U in a tile
   static constexpr int kWarpColumns = kColumns / kWarps;
   static constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(T));
   // 16-bit tiles are read by ldmatrix, eight rows of 16 bytes at once; others number by number, from four rows.

@@ -11,9 +11,9 @@ template <typename T, int kRows>
 struct ForwardTile {
   // Two warps share the gate rows, two the depth.
   static constexpr int kWarps = 2, kParts = 2;
-  static constexpr int kGateTiles = kStepGateRows / 16 / kWarps;  // of a warp
+  static constexpr int kGateTiles = kStepGateRows / 16 / kWarps;  // tiles of a warp
   static constexpr int kColumnTiles = kRows / 8;
-  // Of a row of a tile in shared memory. The 16 bytes between rows spread them over the banks.
+  // A row of a tile in shared memory. The 16 bytes between rows spread them over the banks.
   static constexpr int kRowBytes = kRows > 16 ? 128 : 256;
   static constexpr int kPitch = kRowBytes + 16;
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));

@@ -1,4 +1,4 @@
-// What the fused kernels share: the tiles of an operand in shared memory, and the instructions that multiply them.
+// Shared by the fused kernels: the tiles of an operand in shared memory, and the instructions that multiply them.
 #pragma once
 
 #include <type_traits>

@@ -70,7 +70,7 @@ struct StepRows {
   bool options;
 };
 
-// As many rows as the longer of the directions has.
+// The number of rows of the longer direction.
 template <typename Step, typename RowsOf>
 int64_t most_rows(const StepSides<Step>& args, RowsOf&& rows_of) {
   int64_t most = 0;
@@ -100,8 +100,8 @@ struct NewOutput {
   Zoneout<Accumulate> zoneout;
   const T* h0;  // (B, n), as in PreviousCell
   const T* reset_h;
-  // What the product of the next step reads: h, or recurrent_mask (B, n) * h, in rows recurrent_stride apart. Null
-  // where that is `h` itself.
+  // The left operand of the next step's product: h, or recurrent_mask (B, n) * h, in rows recurrent_stride apart. Null
+  // if it is `h` itself.
   const Accumulate* recurrent_mask;
   T* recurrent_h;
   int64_t recurrent_stride;
@@ -123,7 +123,7 @@ struct CellForward {
   const T* bias_ih;  // (4H) or null
   const T* bias_hh;
   PreviousCell<T> c_previous;
-  Zoneout<Accumulate> zoneout;  // of c
+  Zoneout<Accumulate> zoneout;  // the zoneout of c
   Accumulate* c;                // (rows, H) contiguous: c_t. May be c_previous.previous
   T* c_n;                       // (B, H) contiguous: of rows that end here
   // (rows, 4H) contiguous; null in inference. Rows that take no part get those whose gate values are 0.
@@ -189,8 +189,8 @@ struct CellBackward {
   const T* preactivations;  // (rows, 4H) contiguous
   const Accumulate* cells;  // (rows, H) contiguous: c_t
   PreviousCell<T> c_previous;
-  Zoneout<Accumulate> zoneout;    // of c
-  GradOutput<T> output;           // of h; unused with a projection
+  Zoneout<Accumulate> zoneout;    // the zoneout of c
+  GradOutput<T> output;           // the gradient of h; unused with a projection
   const Accumulate* grad_hidden;  // with a projection (rows, H) contiguous: dL/d(o * tanh(c_t)); else null
   const T* grad_c_n;              // (B, H) contiguous or null: as grad_h_n
   // Incoming gradients of the gate values (rows, 4H) and of c_t (rows, H), where the caller got them. Contiguous or
