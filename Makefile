@@ -113,6 +113,7 @@ lint: $(LINTERS)
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(PY) tests/check_comments.py
 	$(PY) tests/check_headers.py
 
 format: $(LINTERS)
