@@ -324,26 +324,22 @@ class Session:
 
     @staticmethod
     def blamed(log: str, mutants: list[Mutant]) -> list[Mutant]:
-        places = {
-            (file, int(line))
-            for file, line in re.findall(
-                r"(csrc/[\w/.]+):(\d+):\d+: (?:fatal )?(?:error|note|  required)", log
+        """Those on the lines of errors; else those that an error names; else those a few lines away."""
+        errors = re.findall(r"(csrc/[\w/.]+):(\d+):\d+: (?:fatal )?error(.*)", log)
+
+        def near(mutant: Mutant, distance: int) -> bool:
+            site = mutant.site
+            return any(
+                file == site.file and site.line - distance <= int(line) <= site.last_line + distance
+                for file, line, _ in errors
             )
-        }
-        wrong = {
-            (file, int(line)) for file, line in re.findall(r"(csrc/[\w/.]+):(\d+):\d+: (?:fatal )?error", log)
-        }
-        for chosen in (wrong, places):
-            bad = [
-                m
-                for m in mutants
-                if any(
-                    file == m.site.file and m.site.line <= line <= m.site.last_line for file, line in chosen
-                )
-            ]
-            if bad:
-                return bad
-        return []
+
+        named = {int(n) for *_, text in errors for n in re.findall(r"::on\((\d+)\)", text)}
+        return (
+            [m for m in mutants if near(m, 0)]
+            or [m for m in mutants if m.number in named]
+            or [m for m in mutants if near(m, 8)]
+        )
 
     # ---- what the tests reach
 
