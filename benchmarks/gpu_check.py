@@ -531,16 +531,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(session: Session) -> None:
-    """The table, and the picture where matplotlib is. Nothing that the verdict depends on."""
-    if session.record["benchmark"] is None:
-        return
-    arguments = [session.root / "benchmarks" / "report_gpu.py", session.output]
-    if session.record["packages"]["matplotlib"] is not None:
-        arguments += ["--picture", session.output.with_suffix(".png")]
-    else:
-        print("no picture: matplotlib is not installed")
-    run = session.python("report", arguments, 60)
-    print(run.text.partition("\n")[2])
+    """The table. Nothing that the verdict depends on."""
+    if session.record["benchmark"] is not None:
+        arguments = [session.root / "benchmarks" / "report", "gpu", "--record", session.output]
+        print(session.python("report", arguments, 60).text.partition("\n")[2])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _each(case: Case, *dtypes: str) -> Iterator[Case]:
         yield replace(case, dtype=dtype)
 
 
-# What the targets of report_gpu_targets.py are about.
+# The targets of report/gpu.py are about these.
 FLASH = Case("flashrnn", 16, 1024, 768, 768, "float16")
 PER_STEP = Case("per step", 64, 1024, 512, 512, "bfloat16")
 # What torch has no persistent kernel of cuDNN for: one thing changed at a time.

@@ -346,11 +346,16 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
 _KINDS = {int: "whole number", float: "number"}
 
 
-def options_of(description: str, shapes: dict[str, Shape], budget: float) -> argparse.ArgumentParser:
-    """What the benchmarks of named shapes have in common; the budget is that of a case, in seconds."""
-    parser = argparse.ArgumentParser(
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Its help shows the description line by line."""
+    return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def options_of(description: str, shapes: dict[str, Shape], budget: float) -> argparse.ArgumentParser:
+    """What the benchmarks of named shapes have in common; the budget is that of a case, in seconds."""
+    parser = parser_of(description)
     parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME")
     parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
     parser.add_argument("--budget", type=positive(float), default=budget, help="seconds per case")

@@ -226,23 +226,17 @@ def test_compare_wants_files_of_the_suite(suite, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_plots(suite, tmp_path):
+def test_pictures(suite, tmp_path):
     path, _ = suite
-    stdout = run("plots.py", path, "--folder", tmp_path)
-    drawn = {"speed", "peers", "dtypes", "over_t", "step", "roofline", "memory"}
+    stdout = run("report", "bench-suite", "--record", path, "--pictures", tmp_path)
+    drawn = {"suite_speed", "suite_peers", "suite_over_t", "suite_roofline"}
     assert {p.stem for p in tmp_path.iterdir()} == drawn
     for name in drawn:
         assert Path(tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "threads: not drawn: the file lacks cases with one thread and with more" in stdout
-    assert "over_b: not drawn: the file lacks two cases or more that differ in batch B only" in stdout
+    assert "suite_over_b: not drawn: the record lacks two cases or more that differ in batch B only" in stdout
 
 
-def test_tables(suite, tmp_path):
-    path, _ = suite
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- bench-suite:begin -->\nold\n<!-- bench-suite:end -->\nafter\n")
-    run("report_bench.py", path, "--document", page)
-    text = page.read_text()
+def test_tables(suite):
+    text = run("report", "bench-suite", "--record", suite[0])
     assert "| inference | 1 thread |" in text and "| dtypes, training step, bfloat16 | 1 thread |" in text
     assert "| 16 | 1 thread |" in text
-    assert "old" not in text and text.endswith("<!-- bench-suite:end -->\nafter\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,32 +84,45 @@ def test_figures(results):
 
 def test_report(results, tmp_path):
     path, _ = results
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
-    picture = tmp_path / "docs" / "bench.png"
-    run("report.py", path, "--document", page, "--picture", picture)
-    text = page.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\n| B | T | I | H | inference, 1 thread |")
-    assert text.endswith("\n<!-- bench:end -->\nafter\n")
-    assert "old figures" not in text
+    text = run("report", "bench", "--record", path)
+    assert text.startswith("| B | T | I | H | inference, 1 thread |")
     assert "| 10 | 30 | 20 | 10 |" in text
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    run("report.py", path, "--document", page)
-    assert page.read_text() == text
+    run("report", "bench", "--record", path, "--pictures", tmp_path / "docs")
+    assert (tmp_path / "docs" / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_wants_markers(results, tmp_path):
-    path, _ = results
-    page = tmp_path / "page.md"
+@pytest.fixture
+def pages(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("report.pages")
+
+
+def test_a_block_is_renewed(pages, tmp_path):
+    block = next(block for block in pages.BLOCKS if block.name == "bench")
+    page = tmp_path / block.page
+    page.parent.mkdir()
+    page.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
+    assert pages.renew(block, tmp_path, check=True) and "old figures" in page.read_text()
+    assert pages.renew(block, tmp_path)
+    assert page.read_text().startswith("before\n<!-- bench:begin -->\n| B | T |")
+    assert page.read_text().endswith("\n<!-- bench:end -->\nafter\n")
+    assert "old figures" not in page.read_text()
+    assert not pages.renew(block, tmp_path)
+
+
+def test_a_block_wants_markers(pages, tmp_path):
+    page = tmp_path / "README.md"
     page.write_text("no markers\n")
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "report.py"), str(path), "--document", str(page)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "bench:begin" in done.stderr
+    with pytest.raises(SystemExit, match="<!-- faster:begin -->"):
+        pages.renew(pages.BLOCKS[0], tmp_path)
     assert page.read_text() == "no markers\n"
+
+
+def test_bad_names(pages, capsys):
+    for given, named in ((["no"], "expected names among faster, "), (["--record", "a.json"], "got 0")):
+        with pytest.raises(SystemExit):
+            pages.main(given)
+        assert named in capsys.readouterr().err
 
 
 def test_options(tmp_path):
@@ -152,8 +167,8 @@ def test_contract(group, shape, figures, tmp_path):
 
 
 def test_pictures_of_the_planner(tmp_path):
-    run("report_gpu_plan.py", "--folder", tmp_path)
-    for name in ("cuda_blocks", "cuda_timeline", "cuda_choice"):
+    run("report", "cuda", "--pictures", tmp_path)
+    for name in ("cuda_blocks", "cuda_mailbox", "cuda_timeline", "cuda_choice"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -167,42 +182,21 @@ def test_memory_of_recompute(tmp_path):
     assert recompute["peak"] < 0.7
 
 
-@pytest.mark.parametrize(
-    ("page", "commands"),
-    [
-        ("README.md", [("report_readme.py",)]),
-        (
-            "docs/performance.md",
-            [
-                ("report.py", "cpu_epyc_zen5_2_cores.json"),
-                ("report.py", "cpu_epyc_zen3_2_cores.json", "--block", "bench-avx2"),
-                ("report.py", "cpu_xeon_amx_2_cores.json", "--block", "bench-amx"),
-                ("report_bench.py", "suite_epyc_zen5_2_cores.json"),
-                ("report_bench.py", "suite_epyc_zen5_avx2_2_cores.json", "--block", "bench-suite-avx2"),
-                ("report_bench.py", "suite_epyc_zen4_2_cores.json", "--block", "bench-suite-zen4"),
-                ("report_bench.py", "suite_xeon_amx_2_cores.json", "--block", "bench-suite-amx"),
-                ("report_bench.py", "suite_xeon_avx512_2_cores.json", "--block", "bench-suite-xeon"),
-                ("report_contract.py", "contract_epyc_zen5_2_cores.json"),
-                ("report_contract.py", "contract_xeon_amx_2_cores.json", "--block=-amx"),
-            ],
-        ),
-        ("docs/options.md", [("report_options.py", "options_cpu.json", "torchrl_cpu.json")]),
-    ],
-)
-def test_pages_show_the_committed_figures(page, commands, tmp_path):
-    committed = (BENCHMARKS.parent / page).read_text()
-    copy = tmp_path / "page.md"
-    copy.write_text(committed)
-    for script, *arguments in commands:
-        named = [BENCHMARKS / "results" / a if a.endswith(".json") else a for a in arguments]
-        run(script, *named, "--document", copy)
-    assert copy.read_text() == committed
-    assert "torch.nn.LSTM" in committed
+def test_pages_show_the_committed_figures(pages):
+    """All of them, and no page has a block that nothing renews."""
+    run("report", "--check")
+    root = BENCHMARKS.parent
+    marked = {
+        (str(page.relative_to(root)), name)
+        for page in [root / "README.md", *(root / "docs").rglob("*.md")]
+        for name in re.findall(r"<!-- (\S+):begin -->", page.read_text())
+    }
+    assert marked == {(block.page, block.name) for block in pages.BLOCKS if block.text}
 
 
 def test_the_picture_shows_the_committed_figures(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    run("report_readme.py", "--picture", tmp_path / "gains.png")
+    run("report", "faster", "--pictures", tmp_path)
     drawn, committed = (image.open(folder / "gains.png") for folder in (tmp_path, BENCHMARKS.parent / "docs"))
     assert drawn.size == committed.size
     assert "ragged batches" in drawn.text["Description"]

@@ -16,10 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_check  # noqa: E402
 import gpu_shapes  # noqa: E402
-import report  # noqa: E402
-import report_gpu  # noqa: E402
-import report_gpu_targets  # noqa: E402
 from gpu_session import Session  # noqa: E402
+from report import gpu as report_gpu  # noqa: E402
 from test_benchmarks import run  # noqa: E402
 
 pytestmark = pytest.mark.tools
@@ -69,28 +67,13 @@ def test_dry_run(dry):
     assert "auto meets 0 of 5 targets, misses 0; 5 not measured" in stdout
 
 
-def test_report(dry, tmp_path):
-    record, _, path = dry
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
-    pytest.importorskip("matplotlib")
-    run("report_gpu.py", path, "--all", "--document", page, "--picture", tmp_path / "gpu.png")
-    text = page.read_text()
-    assert text.startswith("before\n<!-- gpu:begin -->\n| B | T |") and text.endswith(
-        "<!-- gpu:end -->\nafter\n"
-    )
+def test_report(dry):
+    record, stdout, path = dry
+    text = run("report", "gpu", "--record", path)
+    assert text.startswith("| B | T |") and text in stdout
     assert "| 3 | 10 | 8 | 8 | packed | tf32 |" in text
     assert "`make gpu-check`: build " in text
-    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert report_gpu.measured(record | {"benchmark": None}) == []
-
-
-def test_the_page_has_the_newest_figures():
-    """Or says that there are none."""
-    path = report_gpu.newest()
-    table = report_gpu.NOT_YET if path is None else report_gpu.markdown(json.loads(path.read_text()))
-    page = BENCHMARKS.parent / "docs" / "performance.md"
-    assert report.split_at_block(page, report_gpu.BLOCK)[1] == table
+    assert report_gpu.text(record | {"benchmark": None}) == report_gpu.text(None) == report_gpu.NOT_YET
 
 
 def test_the_grid():
@@ -132,7 +115,7 @@ def test_targets():
     )
 
     def verdicts(results, kernel="auto"):
-        return list(report_gpu_targets.verdicts(results, kernel).values())
+        return list(report_gpu.verdicts(results, kernel).values())
 
     assert verdicts([]) == [None] * 5
     good = results_of(flash) + results_of(outside, ratio=3.5) + results_of(step, us=1.4)
@@ -145,7 +128,7 @@ def test_targets():
     assert verdicts(worst) == [None, None, True, False, None]
     assert verdicts(results_of(outside[1:], ratio=9.0)) == [None] * 5
     assert verdicts(results_of(flash, agree=False)) == [None] * 5
-    said = report_gpu_targets.table(good + results_of(flash, "step", ratio=1.2))
+    said = "\n".join(report_gpu.targets(good + results_of(flash, "step", ratio=1.2)))
     assert (
         "| float16, B 16, T 1024, H 768, inference | ≥ 1.5 x cuDNN | 2.00: met | not measured | 1.20: not met |"
         in said

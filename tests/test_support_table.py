@@ -1,4 +1,4 @@
-"""The support table: docs/support.md shows the record, and the record is what comes out."""
+"""The support table: its record is whole, and is what comes out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from lstm_ext.native import loader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import report  # noqa: E402
-import support_cells  # noqa: E402
-import support_table  # noqa: E402
-from support_features import FEATURES  # noqa: E402
+import bench_support  # noqa: E402
+from report import pages, support, support_cells  # noqa: E402
+from report.support_features import FEATURES  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,34 +30,28 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def record():
-    return support_table.read(support_table.RESULTS / "support_cpu.json")
+    return pages.read(pages.RESULTS / "support_cpu.json")
 
 
 def row(feature: str, *compositions: str, dtype: str = "float32"):
     return {c: support_cells.tried(feature, c, dtype).result for c in compositions}
 
 
-def test_the_page_shows_the_record(record):
-    _, shown, _ = report.split_at_block(ROOT / "docs" / "support.md", support_table.BLOCK)
-    of_cuda = support_table.read(support_table.RESULTS / "support_cuda.json")
-    assert shown == support_table.markdown(record, of_cuda)
-
-
 def test_the_record_is_whole_and_without_failures(record):
     assert list(record["cells"]) == list(FEATURES)
     for of_feature in record["cells"].values():
-        assert list(of_feature) == list(support_table.COLUMNS)
+        assert list(of_feature) == list(support.COLUMNS)
         for composition, of_dtypes in of_feature.items():
-            assert tuple(of_dtypes) == support_table.dtypes_of(composition)
-    assert set(support_table.COLUMNS) == set(support_cells.COMPOSITIONS)
-    assert not support_table.failures(record["cells"])
+            assert tuple(of_dtypes) == support.dtypes_of(composition)
+    assert set(support.COLUMNS) == set(support_cells.COMPOSITIONS)
+    assert not bench_support.failures(record["cells"])
 
 
 def test_eager_cells_give_what_the_record_says(record):
     chosen = "float32", "bfloat16"
-    found = dict(support_table.run_features(list(FEATURES), support_cells.EAGER, dtypes=chosen))
-    assert len(support_table.named(found)) == 2 * len(FEATURES) * len(support_cells.EAGER)
-    assert not support_table.differences(found, record["cells"], whole=False)
+    found = dict(bench_support.run_features(list(FEATURES), support_cells.EAGER, dtypes=chosen))
+    assert len(support.named(found)) == 2 * len(FEATURES) * len(support_cells.EAGER)
+    assert not bench_support.differences(found, record["cells"], whole=False)
 
 
 def plant(monkeypatch, changed):
@@ -78,7 +71,7 @@ def test_a_wrong_value_is_a_failure(monkeypatch, capsys):
     for dtype in support_cells.DTYPES:
         assert set(row("plain", *support_cells.EAGER, dtype=dtype).values()) == {"failure"}
     assert row("layer_norm", "export") == {"export": "failure"}
-    assert support_table.main(["--fast", "--only", "cell", "step"]) == 1
+    assert bench_support.main(["--check", "--fast", "cell", "step"]) == 1
     said = capsys.readouterr().err
     assert "step, jvp, float16: failure: result 0: off by" in said
 
@@ -108,7 +101,7 @@ def test_an_unlisted_error_is_a_failure(monkeypatch, capsys):
         raise RuntimeError("no such layer")
 
     monkeypatch.setattr(route, "lstm_layer", raising)
-    assert support_table.main(["--fast", "--only", "recompute"]) == 1
+    assert bench_support.main(["--check", "--fast", "recompute"]) == 1
     said = capsys.readouterr().err
     assert "recompute, forward, float64: failure: RuntimeError: no such layer" in said
     assert "recompute, jvp, float64: failure: RuntimeError: no such layer" in said  # there another is listed
@@ -127,7 +120,7 @@ def test_a_listed_error_that_does_not_come_is_a_failure(monkeypatch):
 def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
     monkeypatch.setattr(loader, "has_kernels", lambda: False)
     monkeypatch.setattr(loader, "extension", lambda: None)
-    assert support_table.main(["--check", "--fast", "--only", "layer_norm"]) == 1
+    assert bench_support.main(["--check", "--fast", "layer_norm"]) == 1
     said = capsys.readouterr().err
     assert "layer_norm, forward, float32: equations, in the record: kernels" in said
     assert "double_backward" not in said
@@ -136,29 +129,27 @@ def test_check_notices_what_leaves_the_kernels(monkeypatch, capsys):
 
 def test_check_notices_missing_cells(record):
     cells = {name: of_feature for name, of_feature in record["cells"].items() if name != "plain"}
-    assert not support_table.differences(cells, record["cells"], whole=False)
-    assert "plain, forward, float64: not tried, in the record: kernels" in support_table.differences(
+    assert not bench_support.differences(cells, record["cells"], whole=False)
+    assert "plain, forward, float64: not tried, in the record: kernels" in bench_support.differences(
         cells, record["cells"], whole=True
     )
 
 
 def test_dtypes_that_differ_are_named():
-    notes = support_table.Notes()
+    notes = support.Notes()
     said = {"float64": "kernels", "float32": "kernels", "bfloat16": "error: not so", "float16": "equations"}
-    assert support_table.cell(said, notes) == "✓ (float64, float32), –<sup>1</sup> (bfloat16), eq (float16)"
+    assert support.cell(said, notes) == "✓ (float64, float32), –<sup>1</sup> (bfloat16), eq (float16)"
     assert notes.texts == ["error: `not so`"]
 
 
 def test_a_record_of_a_gpu_is_named(record):
     cells = {"plain": {"forward": {"float32": "kernels"}}}
     of_cuda = {"facts": {"card": "A GPU"}, "cells": cells}
-    assert "CUDA: 1 cells tried on A GPU, all as on the CPU." in support_table.markdown(record, of_cuda)
+    assert "CUDA: 1 cells tried on A GPU, all as on the CPU." in support.text(record, of_cuda)
     cells["plain"]["forward"]["float32"] = "equations"
-    assert "different from the CPU: plain, forward, float32: equations." in support_table.markdown(
-        record, of_cuda
-    )
+    assert "different from the CPU: plain, forward, float32: equations." in support.text(record, of_cuda)
 
 
 @pytest.mark.full
 def test_all_cells_give_what_the_record_says():
-    assert support_table.main(["--check"]) == 0
+    assert bench_support.main(["--check"]) == 0

@@ -18,13 +18,14 @@ from unittest import mock
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from support_features import FEATURES, SAMPLES, SEED, Called, Problem
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.func import functional_call, grad, jvp, vmap
 
 from lstm_ext.layer import equations
 from lstm_ext.native import loader
+
+from .support_features import FEATURES, SAMPLES, SEED, Called, Problem
 
 DTYPES = {
     "float64": torch.float64,

@@ -1,6 +1,4 @@
-"""Draw the pictures of docs/cuda.md from the planner of CUDA kernels. No GPU is needed, and none is asked.
-
-    python benchmarks/report_gpu_plan.py [--folder docs]
+"""Draws the pictures of docs/cuda.md from the planner of CUDA kernels. No GPU is needed, and none is asked.
 
 cuda_blocks.png    which rows of U and of the batch a block of the fused kernel has
 cuda_mailbox.png   which units and rows a block of the persistent kernel has, and how h travels between blocks
@@ -10,14 +8,9 @@ cuda_choice.png    for three cards, which kernel the model finds fastest, by H a
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -25,7 +18,6 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from lstm_ext.native import loader
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 CARDS = ("A100", "L4", "H100")
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
@@ -181,27 +173,6 @@ def choice() -> plt.Figure:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, default=DOCS)
-    folder = parser.parse_args(arguments).folder
-    if loader.extension() is None:
-        print(f"there is no compiled extension: {loader.status().reason}", file=sys.stderr)
-        return 1
-    for name, draw in (
-        ("cuda_blocks", blocks),
-        ("cuda_mailbox", mailbox),
-        ("cuda_timeline", timeline),
-        ("cuda_choice", choice),
-    ):
-        figure = draw()
-        figure.savefig(folder / f"{name}.png", dpi=110)
-        plt.close(figure)
-        print(f"wrote {folder / name}.png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def pictures(_: None) -> Iterator[tuple[str, plt.Figure]]:
+    for draw in (blocks, mailbox, timeline, choice):
+        yield f"cuda_{draw.__name__}", draw()

@@ -1,22 +1,14 @@
-"""Make tables from a file of bench.py: the means of each group, and one step of frozen layers beside its bound.
-
-    python benchmarks/report_bench.py RECORD.json [--document PAGE.md] [--block bench-suite]
-
-Without --document the tables go to standard output; with it, they replace what stands between the two markers of the
-block.
-"""
+"""Tables from a record of bench.py: the means of each group, goals, and one step of frozen layers beside its bound."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import harness
-import records
 from records import Result
-from report import facts_line, plural, replace_block, table
+from shapes import Shape
+
+from .text import facts_line, kind_of, plural, table
 
 SIDES = {
     "ours": "lstm_ext",
@@ -40,7 +32,7 @@ def means(record: Result) -> list[str]:
     for (group, training, dtype, threads), found in rows.items():
         if not any([name in found for name in sides]):
             continue
-        kind = "training step" if training else "inference"
+        kind = kind_of({"training": training})
         name = group if group == kind or group == "training" else f"{group}, {kind}"
         name += f", {dtype}" if dtype != "float32" else ""
         cases = max(line["cases"] for line in found.values())
@@ -142,14 +134,28 @@ def goals(record: Result) -> list[str]:
 UNIT_ROWS = 8
 
 
+def work_of(shape: Shape) -> tuple[float, float]:
+    """Floating-point operations of the products, and bytes that the steps read and write: the weights in each step.
+
+    The first step begins with a state of zeros, and has no product with the recurrent weights.
+    """
+    flops = moved = 0.0
+    features, hidden = shape.input_size, shape.hidden_size
+    for _ in range(shape.layers):
+        weights = 4 * hidden * (shape.steps * features + (shape.steps - 1) * hidden)  # each time it is read
+        flops += 2.0 * shape.directions * shape.batch * weights
+        moved += 4.0 * shape.directions * (weights + shape.steps * shape.batch * (features + 2 * hidden))
+        features = hidden * shape.directions
+    return flops, moved
+
+
+def shape_of(result: Result) -> Shape:
+    return Shape(*(result[name] for name in Shape._fields))
+
+
 def operations(result: Result) -> float:
-    """Floating-point operations of the products, in millions. The first step begins from zeros: it has no U h."""
-    steps, hidden = result["steps"], result["hidden_size"]
-    count = 0.0
-    for layer in range(result["layers"]):
-        features = result["input_size"] if layer == 0 else hidden * result["directions"]
-        count += hidden * (steps * features + (steps - 1) * hidden)
-    return 8e-6 * result["batch"] * result["directions"] * count * (3 if result["training"] else 1)
+    """Floating-point operations of the products, in millions."""
+    return 1e-6 * work_of(shape_of(result))[0] * (3 if result["training"] else 1)
 
 
 def on_unit(record: Result, result: Result) -> bool:
@@ -239,7 +245,7 @@ def steps(record: Result) -> list[str]:
     ]
 
 
-def markdown(record: Result) -> str:
+def text(record: Result) -> str:
     peers = [
         f"{name} {peer['version']}" if not peer["missing"] else peer["missing"]
         for name, peer in record["facts"]["peers"].items()
@@ -257,23 +263,3 @@ def markdown(record: Result) -> str:
         facts_line(record),
     ]
     return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("record", type=Path, metavar="RECORD.json")
-    parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
-    parser.add_argument("--block", default="bench-suite", help="the name in the markers")
-    options = parser.parse_args(arguments)
-    text = markdown(records.read(options.record))
-    if options.document:
-        replace_block(options.document, options.block, text)
-    else:
-        print(text)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

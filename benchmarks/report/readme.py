@@ -1,27 +1,16 @@
-"""Make the README's lists of figures and its picture from the committed JSON of bench.py, bench_quick.py,
-bench_contract.py and bench_torchrl.py.
-
-    python benchmarks/report_readme.py [--document README.md] [--picture docs/gains.png]
-
-Without --document the lists go to standard output; with it, each replaces what stands between its two markers.
-"""
+"""The README's lists of figures and its picture, from the records of several benchmarks."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import harness
-from plots import DPI, canvas, dots, rows_of_shapes
 from records import ratio
-from report import replace_block
-from report_bench import GOALS, ratios_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .suite import GOALS, ratios_of
+from .text import span
+
 RECORDS = {
     "avx512": "cpu_epyc_zen5_2_cores.json",
     "avx2": "cpu_epyc_zen3_2_cores.json",
@@ -41,10 +30,6 @@ def linked(record: str) -> str:
     """A link whose text is the processor."""
     text = "Xeon" if "xeon" in RECORDS[record] else "EPYC"
     return f"[{text}](benchmarks/results/{RECORDS[record]})"
-
-
-def span(ratios: list[float]) -> str:
-    return f"{min(ratios):.2f}× to {max(ratios):.2f}×"
 
 
 def over_torch(result: dict) -> float:
@@ -241,12 +226,9 @@ def faster(records: dict[str, dict]) -> str:
     return "\n".join(f"- **{g.title}**{g.text} {linked(g.record)}" for g in gains(records))
 
 
-def draw(records: dict[str, dict], path: Path) -> None:
+def pictures(records: dict[str, dict]) -> Iterator[tuple[str, Any]]:
     """A row for each gain: its cases, and their geometric mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from .plots import canvas, dots, rows_of_shapes
 
     found = [gain for gain in gains(records) if gain.ratios]
     rows = [gain.row for gain in found]
@@ -262,11 +244,8 @@ def draw(records: dict[str, dict], path: Path) -> None:
     axes.tick_params(labelsize=12)
     axes.set_xlabel("speed over torch.nn.LSTM: each case, and the geometric mean", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # what it shows, for the test that looks whether it is up to date
-    shown = ", ".join(f"{row} {mean:.4g}" for row, mean in zip(rows, means, strict=True))
-    figure.savefig(path, dpi=DPI, metadata={"Description": shown})
-    pyplot.close(figure)
+    figure.set_label(", ".join(f"{row} {mean:.4g}" for row, mean in zip(rows, means, strict=True)))
+    yield "gains", figure
 
 
 def not_faster(records: dict[str, dict]) -> str:
@@ -289,26 +268,3 @@ def not_faster(records: dict[str, dict]) -> str:
             f"slower than torch's, {min(slower):.2f}× in the worst ({linked('contract_amx')}).",
         ]
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--document", type=Path, help="replace what is between the markers of this file")
-    parser.add_argument("--picture", type=Path, help="draw the gains into this PNG")
-    options = parser.parse_args(arguments)
-    records = {name: json.loads((RESULTS / file).read_text()) for name, file in RECORDS.items()}
-    for name, lines_of in (("faster", faster), ("not-faster", not_faster)):
-        lines = lines_of(records)
-        if options.document:
-            replace_block(options.document, name, lines)
-        else:
-            print(lines, end="\n\n")
-    if options.picture:
-        draw(records, options.picture)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

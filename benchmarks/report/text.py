@@ -1,0 +1,63 @@
+"""Pieces of text that several pages have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from records import Result
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return [row(head), f"|{'---|' * len(head)}", *map(row, rows)]
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def plural(threads: int) -> str:
+    return f"{threads} thread" + ("s" if threads != 1 else "")
+
+
+def kind_of(result: Result) -> str:
+    return "training step" if result["training"] else "inference"
+
+
+def sizes(result: Any) -> str:
+    return " ".join(f"{letter}{result[name]}" for letter, name in SIZES.items())
+
+
+SIZES = {"B": "batch", "T": "steps", "I": "input_size", "H": "hidden_size"}
+
+
+def gain(figures: Result, digits: int = 2) -> str:
+    """Of both sides the median, and their ratio."""
+    theirs, ours = (number(figures[side]["median"]) for side in ("torch", "ours"))
+    return f"{theirs} → {ours} ms, **{figures['ratio']:.{digits}f}×**"
+
+
+def span(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f}× to {max(ratios):.2f}×"
+
+
+def versions(facts: Result) -> list[str]:
+    commit = f" at {facts['git_commit']}" if facts["git_commit"] else ""
+    return [f"torch {facts['torch']}", f"lstm_ext {facts['lstm_ext']}{commit}", facts["date"][:10]]
+
+
+def facts_line(record: Result) -> str:
+    facts = record["facts"]
+    parts = [
+        f"{facts['cpu']}, {facts['cores']} cores",
+        f"instruction set in use: {facts['lstm_ext_cpu_capability'] or 'none'}",
+        *versions(facts),
+    ]
+    return "; ".join(parts) + "."
