@@ -23,7 +23,8 @@ from .text import RESULTS
 
 ROOT = RESULTS.parents[1]
 DPI = 110
-PERFORMANCE = SUITE = "docs/performance.md"
+PERFORMANCE = "docs/performance.md"
+EPYC, XEON = "docs/lab/suite-epyc.md", "docs/lab/suite-xeon.md"
 
 
 class Block(NamedTuple):
@@ -44,11 +45,11 @@ BLOCKS = (
     Block("16-bit-amx", PERFORMANCE, "contract_xeon_amx_2_cores.json", contract.low_precision),
     Block("packed", PERFORMANCE, "contract_epyc_zen5_2_cores.json", contract.packed),
     Block("gpu", PERFORMANCE, "gpu_*.json", gpu.text),
-    Block("bench-suite", SUITE, "suite_epyc_zen5_2_cores.json", suite.text, "plots"),
-    Block("bench-suite-zen4", SUITE, "suite_epyc_zen4_2_cores.json", suite.text),
-    Block("bench-suite-amx", SUITE, "suite_xeon_amx_2_cores.json", suite.text),
-    Block("bench-suite-xeon", SUITE, "suite_xeon_avx512_2_cores.json", suite.text),
-    Block("bench-suite-avx2", SUITE, "suite_epyc_zen5_avx2_2_cores.json", suite.text),
+    Block("bench-suite", EPYC, "suite_epyc_zen5_2_cores.json", suite.text, "plots"),
+    Block("bench-suite-zen4", EPYC, "suite_epyc_zen4_2_cores.json", suite.text),
+    Block("bench-suite-amx", XEON, "suite_xeon_amx_2_cores.json", suite.text),
+    Block("bench-suite-xeon", XEON, "suite_xeon_avx512_2_cores.json", suite.text),
+    Block("bench-suite-avx2", EPYC, "suite_epyc_zen5_avx2_2_cores.json", suite.text),
     Block("cost", "docs/options.md", "options_cpu.json", options.cost),
     Block("torchrl", "docs/options.md", "torchrl_cpu.json", options.torchrl),
     Block("support", "docs/support.md", "support_cpu.json", support.text),
