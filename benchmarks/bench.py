@@ -30,7 +30,6 @@ from groups import GROUPS, Case, Settings
 from records import Result
 
 OUTPUT = Path("build") / "bench.json"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUDGET, QUICK_BUDGET = 2.0, 0.15  # seconds of a case
 REPEATS, QUICK_REPEATS = 3, 1  # of child processes
 # Of the largest value; a warning, no verdict.
@@ -40,9 +39,7 @@ ROUNDED = ("frozen-bfloat16", "frozen-int8", "torch-int8")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__)
     names = {name for group in GROUPS.values() for name in group.shapes}
 
     def shape_name(text: str) -> str:
@@ -57,8 +54,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--shapes", nargs="+", type=shape_name, metavar="NAME", help="of the cases: see --list"
     )
     parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME",
-                        help=", ".join(DTYPES))  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=machine.DTYPES, default=list(machine.DTYPES), metavar="NAME",
+                        help=", ".join(machine.DTYPES))  # fmt: skip
     parser.add_argument("--budget", type=positive(float), help=f"seconds for each case ({BUDGET})")
     parser.add_argument("--repeats", type=positive(int), help=f"processes for each figure of one ({REPEATS})")
     parser.add_argument("--quick", action="store_true",
@@ -177,15 +174,6 @@ def new_record(options: argparse.Namespace, kept: bool) -> Result:
     }  # fmt: skip
 
 
-def measure_machine(options: argparse.Namespace, found: machine.Machine) -> None:
-    for threads in options.threads:
-        for dtype in options.dtypes:
-            print(f"peak, {dtype}, threads {threads}: {found.peak(dtype, threads):.0f} GFLOP/s", flush=True)
-        for size in machine.SIZES:
-            speed = found.bandwidth(size, threads)
-            print(f"bandwidth, {size // 1024} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     if options.list:
@@ -210,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(options.budget, options.repeats, machine.Machine(min(0.2, options.budget)))
     run = Run(record, settings, options.output)
     try:
-        measure_machine(options, settings.machine)
+        settings.machine.measure(options.threads, options.dtypes)
         with tqdm(options.cases, unit="case", dynamic_ncols=True, disable=None) as bar:  # none in a file
             for place, case in enumerate(bar):
                 bar.set_description(f"{case.group} {case.name}", refresh=False)

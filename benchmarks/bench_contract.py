@@ -47,7 +47,6 @@ from torch import nn
 
 from lstm_ext.native import loader
 
-GROUPS = ["packed", "vmap", "callers", "16-bit", "cell", "frozen", "rollout", "busy", "fallback"]
 SAMPLES = 8  # of vmap
 TARGETS = {"packed": 1.15, "vmap": 1.2, "callers": 1.3}  # at most
 
@@ -274,15 +273,6 @@ def slowdowns(times: dict[str, dict[str, float]]) -> dict[str, float]:
     return result
 
 
-def worst_of(figures: dict[str, float]) -> dict[str, str]:
-    """To print: the neighbour beside which ours does worst, by what it keeps and against torch."""
-    shown = {}
-    for what in ("kept_beside_", "over_torch_beside_"):
-        name = min((name for name in figures if name.startswith(what)), key=figures.__getitem__)
-        shown[name] = f"{figures[name]:.2f}"
-    return shown
-
-
 def busy(shape: Shape, training: bool, budget: float) -> dict:
     found = beside_neighbours(shape, training, budget / 4, LASTING + IN_BURSTS)
     means = {
@@ -306,14 +296,8 @@ def in_a_process_without_kernels(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
         command = [sys.executable, __file__, "--only", "fallback", "--budget", str(options.budget)]
-        command += [
-            "--threads",
-            *map(str, options.threads),
-            "--shapes",
-            *options.shapes,
-            "--output",
-            str(output),
-        ]
+        command += ["--shapes", *options.shapes, "--output", str(output)]
+        command += ["--threads", *map(str, options.threads)]
         subprocess.run(command, check=True, env=os.environ | {"LSTM_EXT_BACKEND": "torch"})
         return json.loads(output.read_text())["results"]
 
@@ -332,11 +316,18 @@ SHAPES = {
 }
 
 
+def cases_of(group: str, options: argparse.Namespace) -> Iterator[tuple[str, Shape, int, bool]]:
+    # What two callers cost says nothing on more intra-op threads than one.
+    for threads in [1] if group == "callers" else options.threads:
+        for name, shape in SHAPES.get(group, TASKS).items():
+            if name in options.shapes:
+                yield from ((name, shape, threads, training) for training in (False, True))
+
+
 def main() -> None:
-    parser = harness.options_of(
-        __doc__, {**TASKS, **CELLS, **STREAMS, **ROLLOUTS, **BUSY, **FALLBACK, **FREEZE}, budget=4.0
-    )
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    shapes = {name: shape for own in (TASKS, *SHAPES.values()) for name, shape in own.items()}
+    parser = harness.options_of(__doc__, shapes, budget=4.0)
+    parser.add_argument("--only", nargs="+", choices=MEASURE, default=list(MEASURE), metavar="GROUP")
     options = parser.parse_args()
 
     facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
@@ -345,40 +336,21 @@ def main() -> None:
         if group == "fallback" and loader.status().backend != "torch":
             results += in_a_process_without_kernels(options)
             continue
-        # What two callers cost says nothing on more intra-op threads than one.
-        for threads in [1] if group == "callers" else options.threads:
-            shapes = {k: v for k, v in SHAPES.get(group, TASKS).items() if k in options.shapes}
-            for name in shapes:
-                for training in (False, True):
-                    torch.set_num_threads(threads)
-                    figures = MEASURE[group](shapes[name], training, options.budget)
-                    if figures is None:
-                        continue
-                    case = {
-                        "group": group,
-                        "shape": name,
-                        "threads": threads,
-                        "training": training,
-                        **figures,
-                    }
-                    results.append(case)
-                    shown = {k: f"{v:.2f}" for k, v in figures.items() if isinstance(v, float)}
-                    if group == "busy":
-                        shown = worst_of({k: v for k, v in figures.items() if isinstance(v, float)})
-                    print(
-                        f"{group:<8} {name:<11} {threads} thr  {'training' if training else 'inference':<9}  "
-                        + "  ".join(f"{k} {v}" for k, v in shown.items()),
-                        flush=True,
-                    )
+        for name, shape, threads, training in cases_of(group, options):
+            torch.set_num_threads(threads)
+            figures = MEASURE[group](shape, training, options.budget)
+            if figures is not None:
+                case = {"group": group, "shape": name, "threads": threads, "training": training}
+                results.append(case | figures)
+                harness.show(case, figures)
     for group, target in TARGETS.items():
         costs = [r["cost"] for r in results if r["group"] == group]
         if costs:
+            mean = harness.geometric_mean(costs)
             print(
-                f"{group}: cost {harness.geometric_mean(costs):.2f} in the mean, at most {max(costs):.2f} "
-                f"(target: at most {target})"
+                f"{group}: cost {mean:.2f} in the mean, at most {max(costs):.2f} (target: at most {target})"
             )
-    if options.output:
-        options.output.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+    harness.write(options.output, {"facts": facts, "results": results})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -398,21 +397,12 @@ def nvidia_smi() -> dict[str, str] | None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    import lstm_ext
-
-    status = loader.status()
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+    result: dict[str, Any] = harness.facts()
+    result |= {
         "device": device.type,
-        "cpu": harness.cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "lstm_ext": lstm_ext.__version__,
-        "lstm_ext_backend": status.backend,
-        "lstm_ext_cuda": getattr(status, "cuda", None),
-        "git_commit": harness.git_commit() or os.environ.get("LSTM_EXT_COMMIT"),
+        "lstm_ext_cuda": getattr(loader.status(), "cuda", None),
+        "git_commit": result["git_commit"] or os.environ.get("LSTM_EXT_COMMIT"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -429,13 +419,6 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 # ---- as a program
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 def line(result: dict[str, Any]) -> str:
@@ -457,9 +440,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a trial: tiny shapes, few repeats")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything (300)")
@@ -519,10 +500,10 @@ def main(arguments: list[str] | None = None) -> int:
         results.extend(found)
         for result in found:
             print(line(result), flush=True)
-        write(options.output, record)
+        harness.write(options.output, record)
     record["complete"] = not record["left_out"]
     record["seconds"] = round(time.monotonic() - start, 1)
-    write(options.output, record)
+    harness.write(options.output, record)
     print(f"written to {options.output}")
     return 1 if any("error" in result for result in results) else 0
 

@@ -16,7 +16,6 @@ Nothing fails here: what a busy machine measures is no verdict.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import harness
@@ -27,7 +26,6 @@ from torch import nn
 import lstm_ext
 from lstm_ext.native import loader
 
-GROUPS = ["time", "memory", "step"]
 STEPS = {"small": Shape(1, 1, 32, 64), "speech": Shape(1, 1, 80, 128), "large": Shape(1, 1, 256, 256)}
 OPTIONS: dict[str, dict] = {
     "recurrent_dropout=0.25": {"recurrent_dropout": 0.25},
@@ -180,11 +178,11 @@ MEASURE = {"time": time_of, "memory": memory_of, "step": step_of}
 
 def main() -> None:
     parser = harness.options_of(__doc__, TASKS, budget=2.0)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    parser.add_argument("--only", nargs="+", choices=MEASURE, default=list(MEASURE), metavar="GROUP")
     options = parser.parse_args()
 
     facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
-    record: dict = {"facts": facts, "targets": TARGETS, "results": []}
+    results = []
     for group in options.only:
         shapes = STEPS if group == "step" else {name: TASKS[name] for name in options.shapes}
         for threads in [1] if group == "step" else options.threads:
@@ -192,23 +190,16 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 for figures in MEASURE[group](shape, threads, options.budget):
                     case = {"group": group, "shape": name, **shape._asdict(), "threads": threads, **figures}
-                    record["results"].append(case)
-                    print(
-                        f"{group:<6} {name:<10} {threads} thr  "
-                        f"{figures.get('option') or figures['call']:<20} "
-                        + {True: "training   ", False: "inference  ", None: ""}[figures.get("training")]
-                        + "  ".join(f"{k} {v:.2f}" for k, v in figures.items() if type(v) is float),
-                        flush=True,
-                    )
+                    results.append(case)
+                    harness.show(case, figures)
     for option, target in TARGETS.items():
-        costs = [r["cost"] for r in record["results"] if r.get("option") == option and r.get("training")]
+        costs = [r["cost"] for r in results if r.get("option") == option and r.get("training")]
         if costs:
             print(
                 f"{option}: a training step costs {harness.geometric_mean(costs):.2f} in the mean, "
                 f"at most {max(costs):.2f} (target: at most {target})"
             )
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    harness.write(options.output, {"facts": facts, "targets": TARGETS, "results": results})
 
 
 if __name__ == "__main__":

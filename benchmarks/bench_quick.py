@@ -11,7 +11,6 @@ and nothing fails here: what a busy machine measures is no verdict.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from contextlib import nullcontext
@@ -37,10 +36,9 @@ def time_case(group: str, name: str, threads: int, budget: float) -> list[dict]:
     shape = SHAPES[name]
     torch.set_num_threads(threads)
     theirs, ours = harness.make_layers(shape)
-    if group == "inference":
-        pairs = [("call", harness.inference_call(theirs, shape), harness.inference_call(ours, shape))]
-    elif group == "training":
-        pairs = [("call", harness.training_call(theirs, shape), harness.training_call(ours, shape))]
+    if group != "step":
+        make = {"inference": harness.inference_call, "training": harness.training_call}[group]
+        pairs = [("call", make(theirs, shape), make(ours, shape))]
     else:  # torch.nn.LSTM has no step(): both ways to run a step stand against its call
         pairs = [
             (method, harness.step_call(theirs, shape, "call"), harness.step_call(ours, shape, method))
@@ -51,14 +49,8 @@ def time_case(group: str, name: str, threads: int, budget: float) -> list[dict]:
         with torch.inference_mode() if group == "step" else nullcontext():
             difference = harness.largest_difference(a, b)
             comparison = harness.compare(a, b, budget / len(pairs))
-        results.append(
-            {
-                **row(group, name, shape, threads),
-                "method": method,
-                "largest_difference": difference,
-                **harness.as_dict(comparison),
-            }
-        )
+        case = {**row(group, name, shape, threads), "method": method, "largest_difference": difference}
+        results.append(case | harness.as_dict(comparison))
     return results
 
 
@@ -200,11 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     summary = summarise(results)
     print_summary(summary)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     facts["load_at_end"] = harness.load()
     settings = {"budget": options.budget, "dtype": "float32", "memory_repeats": options.memory_repeats}
     record = {"format": 1, "facts": facts, "settings": settings, "results": results, "summary": summary}
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    harness.write(options.output, record)
     print(f"written to {options.output}")
     return 0
 

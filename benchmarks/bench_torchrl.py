@@ -14,7 +14,6 @@ Needs torchrl. Nothing fails here: what a busy machine measures is no verdict.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -91,22 +90,12 @@ def main() -> None:
                 figures = measure(SHAPES[name], options.resets, training, options.budget)
                 case = {"shape": name, **SHAPES[name]._asdict(), "threads": threads, "training": training}
                 results.append({**case, "resets": options.resets, **figures})
-                print(
-                    f"{name:<8} {threads} thr  {'training' if training else 'inference':<9}  "
-                    + "  ".join(
-                        f"{key}: {c['torch']['median']:.2f} -> {c['ours']['median']:.2f} ms, {c['ratio']:.2f}x"
-                        for key, c in figures.items()
-                        if isinstance(c, dict)
-                    ),
-                    flush=True,
-                )
+                harness.show(case, {key: figures[key]["ratio"] for key in ("over_torch", "over_pad")})
     for name in ("over_torch", "over_pad"):
         ratios = [r[name]["ratio"] for r in results]
-        print(
-            f"{name}: {harness.geometric_mean(ratios):.2f} times as fast in the mean, at least {min(ratios):.2f}"
-        )
-    if options.output:
-        options.output.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+        mean = harness.geometric_mean(ratios)
+        print(f"{name}: {mean:.2f} times as fast in the mean, at least {min(ratios):.2f}")
+    harness.write(options.output, {"facts": facts, "results": results})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Exits with 1 where a file cannot be read, and with 0 whatever the figures say.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,9 +104,7 @@ def results_of(record: Result, groups: list[str] | None) -> dict[tuple[Any, ...]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="those named, instead of all")

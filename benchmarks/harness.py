@@ -318,10 +318,7 @@ def keep_freed_memory() -> bool:
     twice as long, or not, with what happened to run before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_threshold = (
-        -1,
-        -3,
-    )  # M_... of malloc.h; the second takes no more than 32 MiB everywhere
+    trim_threshold, mmap_threshold = -1, -3  # M_... of malloc.h; the second takes 32 MiB at most everywhere
     return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
 
 
@@ -361,6 +358,23 @@ def options_of(description: str, shapes: dict[str, Shape], budget: float) -> arg
     parser.add_argument("--budget", type=positive(float), default=budget, help="seconds per case")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     return parser
+
+
+def show(case: dict, figures: dict) -> None:
+    """A line: the case, and those of its figures that are ratios or times."""
+    names = " ".join(str(case[name]) for name in ("group", "shape", "option", "call") if name in case)
+    kind = {True: "training", False: "inference"}.get(case.get("training"), "")
+    numbers = "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if type(value) is float)
+    print(f"{names:<36} {case['threads']} thr  {kind:<9}  {numbers}", flush=True)
+
+
+def write(path: Path | None, record: dict) -> None:
+    """Never half of it: what reads the file may do so while the benchmark goes on."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(path)
 
 
 # ---- the facts of the machine --------------------------------------------------------------------

@@ -7,12 +7,11 @@ Both are measured with torch and not with lstm_ext, and the best of several trie
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import harness
@@ -150,6 +149,17 @@ class Machine:
             torch.set_num_threads(before)
         return self.bandwidths[key]
 
+    def measure(self, every: Iterable[int], dtypes: Iterable[str]) -> None:
+        """All peaks and bandwidths, for each number of threads; printed."""
+        for threads in every:
+            for dtype in dtypes:
+                print(
+                    f"peak, {dtype}, threads {threads}: {self.peak(dtype, threads):.0f} GFLOP/s", flush=True
+                )
+            for size in SIZES:
+                speed = self.bandwidth(size, threads)
+                print(f"bandwidth, {size // KIBIBYTE} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
+
     def record(self) -> dict[str, list[dict[str, object]]]:
         return {
             "peak": [
@@ -205,20 +215,12 @@ def _caches() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__)
     parser.add_argument("--threads", nargs="+", type=harness.positive(int), default=[1, 2], metavar="N")
     options = parser.parse_args()
     for name, value in facts().items():
         print(f"{name}: {value}")
-    machine = Machine()
-    for threads in options.threads:
-        for dtype in DTYPES:
-            print(f"{dtype}, threads {threads}: {machine.peak(dtype, threads):.0f} GFLOP/s", flush=True)
-        for size in SIZES:
-            speed = machine.bandwidth(size, threads)
-            print(f"{size // KIBIBYTE} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
+    Machine().measure(options.threads, DTYPES)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import records
 from machine import MEMORY
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from records import Result
-from shapes import CENTRE, SWEEPS
+from shapes import SWEEPS
 
 from .suite import SIDES, shape_of, work_of
 from .text import facts_line, kind_of, plural
@@ -164,52 +164,6 @@ def peers(record: Result) -> Any:
     return finish(figure, record)
 
 
-def over(field: str, title: str) -> Callable[[Result], Any]:
-    def draw(record: Result) -> Any:
-        def on_the_line(result: Result) -> bool:
-            shape = shape_of(result)
-            changed = {field: result[field]}
-            if field == "hidden_size":
-                changed["input_size"] = result[field]
-            return shape == CENTRE._replace(**changed)
-
-        every = chosen(record, "inference", "training", swept=True)
-        results = sorted((r for r in every if on_the_line(r)), key=lambda r: r[field])
-        if len(values_of(results, field)) < 2:
-            raise NothingToDraw(f"two cases or more that differ in {title} only")
-        kinds, numbers = values_of(results, "training"), sorted(values_of(results, "threads"))
-        figure, panels = canvas(len(kinds), len(numbers), 1.3 + 2.5 * len(kinds), sharex=True, sharey="row")
-        for row, training in zip(panels, sorted(kinds), strict=True):
-            ratios = []
-            for panel, number in zip(row, numbers, strict=True):
-                here = [r for r in results if (r["training"], r["threads"]) == (training, number)]
-                for name in rivals(here):
-                    points = [(r[field], records.ratio(r, name)) for r in here if name in r["sides"]]
-                    panel.plot(*zip(*points, strict=True), ms=5, **style_of(name))
-                    ratios += [value for _, value in points]
-                panel.axhline(1, color="black", lw=0.9)
-                panel.set_xscale("log")
-                panel.grid(color="#e4e4e4", lw=0.6)
-                panel.set_title(f"{kind_of(here[0])}, {plural(number)}", fontsize=10)
-                panel.xaxis.set_major_locator(FixedLocator(values_of(results, field)))
-                panel.xaxis.set_minor_locator(NullLocator())
-                plain_numbers(panel.xaxis)
-            row[0].set_yscale("log")
-            row[0].set_ylim(*around(ratios))
-            times_axis(row[0].yaxis, around(ratios))
-            row[0].set_ylabel(RELATIVE, fontsize=9)
-        fixed = [
-            f"{letter} {getattr(CENTRE, name)}"
-            for letter, name in (("B", "batch"), ("T", "steps"), ("H", "hidden_size"))
-            if name != field
-        ]
-        for panel in panels[-1]:
-            panel.set_xlabel(f"{title}; {', '.join(fixed)}")
-        return finish(figure, record)
-
-    return draw
-
-
 def roofline(record: Result) -> Any:
     results = chosen(record, "inference", swept=True)
     numbers = sorted(values_of(results, "threads"))
@@ -254,9 +208,6 @@ def draw_roofs(panel: Any, record: Result, threads: int, span: tuple[float, floa
 PICTURES: dict[str, Callable[[Result], Any]] = {
     "speed": speed,
     "peers": peers,
-    "over_t": over("steps", "steps T"),
-    "over_b": over("batch", "batch B"),
-    "over_h": over("hidden_size", "hidden units H and features"),
     "roofline": roofline,
 }
 
