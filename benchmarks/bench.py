@@ -28,6 +28,7 @@ import records
 import torch
 from groups import GROUPS, Case, Settings
 from records import Result
+from report import suite
 
 OUTPUT = Path("build") / "bench.json"
 BUDGET, QUICK_BUDGET = 2.0, 0.15  # seconds of a case
@@ -138,17 +139,6 @@ def warnings_of(result: Result) -> list[str]:
     return [f"  {records.title(result)}: {line}" for line in lines]
 
 
-def print_summary(lines: list[Result]) -> None:
-    print(f"\n{'group':<11}{'':<10}{'dtype':<9} thr  {'side':<20} cases  geometric mean  worst   best")
-    for line in lines:
-        kind = "training" if line["training"] else "inference"
-        print(
-            f"{line['group']:<11}{kind:<10}{line['dtype']:<9} {line['threads']:3}  {line['side']:<20} "
-            f"{line['cases']:5}  {line['geometric_mean']:14.2f} {line['worst']:6.2f} {line['best']:6.2f}"
-        )
-    print("torch / the side; above 1 the side takes less time, or memory")
-
-
 @dataclass
 class Run:
     """What is written: after each group, and where the run is stopped."""
@@ -212,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(before)
         record["seconds"] = round(time.perf_counter() - start, 1)
         run.write()
-    print_summary(record["summary"])
+    print(f"\n{suite.text(record)}")
     print(f"{len(record['results'])} cases in {record['seconds']:.0f} s, written to {options.output}")
     return 0
 

@@ -121,9 +121,8 @@ def callers(shape: Shape, training: bool, budget: float) -> dict:
 
 def low_precision(shape: Shape, training: bool, budget: float) -> dict:
     result: dict = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        calls = sides.low_precision(shape, training, dtype)
+    for name in ("bfloat16", "float16"):
+        calls = sides.low_precision(shape, training, getattr(torch, name))
         for over in ("torch", "float32"):
             result[f"{name}_over_{over}"] = harness.compare(calls[over], calls["ours"], budget / 4).ratio
     return result
@@ -133,10 +132,9 @@ def cell(shape: Shape, training: bool, budget: float) -> dict:
     calls = sides.cell(shape, training)
     comparison = harness.compare(calls["torch"], calls["ours"], budget / 2)
     result = {"over_torch": comparison.ratio, "times": [harness.as_dict(comparison)]}
-    for dtype in (torch.bfloat16, torch.float16):
-        calls = sides.cell(shape, training, dtype)
-        name = f"{str(dtype).removeprefix('torch.')}_over_torch"
-        result[name] = harness.compare(calls["torch"], calls["ours"], budget / 4).ratio
+    for name in ("bfloat16", "float16"):
+        calls = sides.cell(shape, training, getattr(torch, name))
+        result[f"{name}_over_torch"] = harness.compare(calls["torch"], calls["ours"], budget / 4).ratio
     return result
 
 

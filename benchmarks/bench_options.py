@@ -86,15 +86,9 @@ def time_of(shape: Shape, threads: int, budget: float) -> list[dict]:
             call = harness.training_call if training else harness.inference_call
             sides = [call(layer.train(), shape) for layer in with_and_without(name, shape)]
             comparison = harness.compare(*sides, budget)
-            results.append(
-                {
-                    "option": name,
-                    "training": training,
-                    "cost": comparison.ratio,
-                    "milliseconds": {"with": comparison.torch.median, "without": comparison.ours.median},
-                    "repeats": comparison.repeats,
-                }
-            )
+            times = {"with": comparison.torch.median, "without": comparison.ours.median}
+            figures = {"cost": comparison.ratio, "milliseconds": times, "repeats": comparison.repeats}
+            results.append({"option": name, "training": training, **figures})
     return results
 
 
@@ -119,17 +113,11 @@ def memory_of(shape: Shape, threads: int, budget: float) -> list[dict]:
     results = []
     for name, other in [("recompute", "none"), ("layer_norm, recompute", "layer_norm")]:
         options = OPTIONS.get(other, {})
-        saved = [saved_bytes(layer_of(shape, **o), shape) for o in (OPTIONS[name], options)]
-        peaks = [harness.peak_memory("ours", shape, threads, o) for o in (OPTIONS[name], options)]
-        results.append(
-            {
-                "option": name,
-                "saved": saved[0] / saved[1],
-                "peak": peaks[0] / peaks[1],
-                "bytes_saved": {"with": saved[0], "without": saved[1]},
-                "bytes_at_peak": {"with": peaks[0], "without": peaks[1]},
-            }
-        )
+        both = {"with": OPTIONS[name], "without": options}
+        saved = {side: saved_bytes(layer_of(shape, **o), shape) for side, o in both.items()}
+        peaks = {side: harness.peak_memory("ours", shape, threads, o) for side, o in both.items()}
+        ratios = {key: b["with"] / b["without"] for key, b in (("saved", saved), ("peak", peaks))}
+        results.append({"option": name, **ratios, "bytes_saved": saved, "bytes_at_peak": peaks})
     return results
 
 
@@ -161,15 +149,13 @@ def step_of(shape: Shape, threads: int, budget: float) -> list[dict]:
     results = []
     for name, side in sides.items():
         comparison = harness.compare(side, alone, budget)
-        microseconds = [1e3 * t.median for t in (comparison.torch, comparison.ours)]
-        results.append(
-            {
-                "call": name,
-                "microseconds": microseconds[0],
-                "kernel_microseconds": microseconds[1],
-                "beyond_the_kernel": microseconds[0] - microseconds[1],
-            }
-        )
+        took, kernel_took = (1e3 * t.median for t in (comparison.torch, comparison.ours))
+        times = {
+            "microseconds": took,
+            "kernel_microseconds": kernel_took,
+            "beyond_the_kernel": took - kernel_took,
+        }
+        results.append({"call": name, **times})
     return results
 
 

@@ -49,19 +49,10 @@ def compared(before: Result, after: Result, sides: Iterable[str] | None) -> list
             of_torch[1] / of_torch[0] if None not in of_torch and name != records.base_of(name) else None
         )
         apart = b["third_quartile"] < a["first_quartile"] or a["third_quartile"] < b["first_quartile"]
-        lines.append(
-            Line(
-                before["group"],
-                records.title(before),
-                name,
-                before["unit"],
-                a["median"],
-                b["median"],
-                a["median"] / b["median"],
-                against,
-                apart,
-            )
-        )
+        title, unit = records.title(before), before["unit"]
+        medians = a["median"], b["median"]
+        ratio = a["median"] / b["median"]
+        lines.append(Line(before["group"], title, name, unit, *medians, ratio, against, apart))
     return lines
 
 

@@ -39,18 +39,6 @@ from typing import Any
 
 from gpu_session import ROOT, Outcome, Session, judged, version_of
 
-# Seconds that a phase may take at most. The benchmark gets what the others leave.
-LIMITS = {
-    "build": 270,
-    "info": 60,
-    "probes": 120,
-    "selftest": 60,
-    "suite": 200,
-    "checks": 180,
-    "sanitizer": 90,
-    "benchmark": 600,
-}
-CORRECTNESS = ("build", "info", "probes", "selftest", "suite", "checks", "sanitizer")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 # Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -380,22 +368,11 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
     if program is None:
         return Outcome("not run", "compute-sanitizer was not found")
     deadline = time.monotonic() + seconds
+    rest = ["--error-exitcode", "99", "--target-processes", "all", sys.executable, *script]
+    # So that each tensor has memory of its own, with ends to run past.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     children = {
-        tool: session.start(
-            f"sanitizer_{tool}",
-            [
-                program,
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "99",
-                "--target-processes",
-                "all",
-                sys.executable,
-                *script,
-            ],
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # so that each tensor has memory of its own, with ends to run past
-        )
+        tool: session.start(f"sanitizer_{tool}", [program, "--tool", tool, *rest], **apart)
         for tool in SANITIZER_TOOLS
     }
     runs = {tool: child.wait(deadline) for tool, child in children.items()}
@@ -426,34 +403,33 @@ def benchmark(session: Session, seconds: float) -> Outcome:
     errors = [f"{r['group']} {r['shape']} {r['dtype']}: {r['error']}" for r in results if "error" in r]
     apart = [f"{r['group']} {r['shape']} {r['dtype']}: {r['largest_difference']:.1e}" for r in results
              if not r.get("agree", True)]  # fmt: skip
-    details = {
-        "results": len(results),
-        "left_out": len(measured["left_out"]),
-        "errors": errors,
-        "disagree": apart,
-    }
-    if run.code is None or measured["left_out"]:
+    left_out = measured["left_out"]
+    details = {"results": len(results), "left_out": len(left_out), "errors": errors, "disagree": apart}
+    if run.code is None or left_out:
         return Outcome("incomplete", f"{len(results)} results; the time was up", details)
     if run.code != 0:
         return Outcome("failed", str(run), {**details, "output": run.tail})
     return Outcome("passed", f"{len(results)} results", details)
 
 
-PHASES: dict[str, Callable[[Session, float], Outcome]] = {
-    "build": build,
-    "info": info,
-    "probes": probes,
-    "selftest": selftest,
-    "suite": suite,
-    "checks": checks,
-    "sanitizer": sanitizer,
-    "benchmark": benchmark,
+# With the seconds that a phase may take at most. The benchmark gets what the others leave.
+PHASES: dict[str, tuple[Callable[[Session, float], Outcome], int]] = {
+    "build": (build, 270),
+    "info": (info, 60),
+    "probes": (probes, 120),
+    "selftest": (selftest, 60),
+    "suite": (suite, 200),
+    "checks": (checks, 180),
+    "sanitizer": (sanitizer, 90),
+    "benchmark": (benchmark, 600),
 }
+CORRECTNESS = [name for name in PHASES if name != "benchmark"]
 
 
 def perform(name: str, session: Session) -> dict[str, Any]:
     start = time.monotonic()
-    seconds = min(LIMITS[name], session.left())
+    phase, limit = PHASES[name]
+    seconds = min(limit, session.left())
     if seconds < 1:
         outcome = Outcome(
             "failed" if name in CORRECTNESS else "incomplete", "the time was up before it began"
@@ -462,13 +438,13 @@ def perform(name: str, session: Session) -> dict[str, Any]:
         outcome = Outcome("not run", "the kernels do not run here")
     else:
         try:
-            outcome = PHASES[name](session, seconds)
+            outcome = phase(session, seconds)
         except Exception as error:  # of this program itself: the other phases go on
             text = "".join(traceback.format_exception(error))
             outcome = Outcome("failed", f"{type(error).__name__}: {error}", {"traceback": text[-3000:]})
     spent = round(time.monotonic() - start, 1)
-    phase = {"phase": name, "result": outcome.result, "reason": outcome.reason, "seconds": spent}
-    return phase | outcome.details
+    said = {"phase": name, "result": outcome.result, "reason": outcome.reason, "seconds": spent}
+    return said | outcome.details
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -509,25 +485,17 @@ def main(arguments: list[str] | None = None) -> int:
         session.write()
         print(f"{name}: {phase['result']} ({phase['seconds']} s) {phase['reason']}", flush=True)
         if phase["result"] == "failed":
-            print(
-                phase.get("output")
-                or phase.get("traceback")
-                or json.dumps(phase.get("failed", ""), indent=1)[:3000]
-            )
-    failed = [
-        p["phase"] for p in session.record["phases"] if p["result"] == "failed" and p["phase"] in CORRECTNESS
-    ]
-    if not session.gpu_works:
-        failed = failed or ["info"]
-    session.record["verdict"] = "failed" if failed else "passed"
-    session.record["failed"] = failed
-    session.record["seconds"] = round(options.budget - session.left(), 1)
+            failures = json.dumps(phase.get("failed", ""), indent=1)[:3000]
+            print(phase.get("output") or phase.get("traceback") or failures)
+    wrong = [p["phase"] for p in session.record["phases"] if p["result"] == "failed"]
+    failed = [name for name in wrong if name in CORRECTNESS] or ([] if session.gpu_works else ["info"])
+    verdict = "failed" if failed else "passed"
+    seconds = round(options.budget - session.left(), 1)
+    session.record |= {"verdict": verdict, "failed": failed, "seconds": seconds}
     session.write()
     report(session)
-    print(
-        f"{session.record['verdict']}{': ' + ', '.join(failed) if failed else ''}; written to {session.output}"
-    )
-    return 1 if failed else 0
+    print(f"{verdict}{': ' + ', '.join(failed) if failed else ''}; written to {session.output}")
+    return int(bool(failed))
 
 
 def report(session: Session) -> None:

@@ -69,12 +69,7 @@ class Group:
         ]
 
 
-def timed(
-    calls: sides.Sides,
-    settings: Settings,
-    alike: tuple[str, ...] = (),
-    pause: float = 0.0,
-) -> Result:
+def timed(calls: sides.Sides, settings: Settings, alike: tuple[str, ...] = (), pause: float = 0.0) -> Result:
     """All sides in turn; and how far the results of those that are `alike` are from torch's."""
     differences = {
         name: harness.rounded(harness.largest_difference(calls["torch"], calls[name]))
@@ -118,12 +113,8 @@ def bounds(case: Case, calls: sides.Sides, machine: Machine) -> Result:
     shape, found = case.shape, {}
     seconds = harness.alone({name: calls[name] for name in sides.FROZEN})
     for name, weights in sides.FROZEN.items():
-        size = (
-            (weights or torch.float32).itemsize
-            * 4
-            * shape.hidden_size
-            * (shape.input_size + shape.hidden_size)
-        )
+        numbers = 4 * shape.hidden_size * (shape.input_size + shape.hidden_size)
+        size = numbers * (weights or torch.float32).itemsize
         speed = machine.bandwidth(size, case.threads)
         bound = STEP_MICROSECONDS + STEP_READS * size / speed / 1e3
         took = 1e6 * seconds[name]

@@ -350,12 +350,16 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def options_of(description: str, shapes: dict[str, Shape], budget: float) -> argparse.ArgumentParser:
-    """What the benchmarks of named shapes have in common; the budget is that of a case, in seconds."""
+def options_of(
+    description: str | None, shapes: dict[str, Shape], budget: float, of: str = "case"
+) -> argparse.ArgumentParser:
+    """What the benchmarks of named shapes have in common; the budget is in seconds."""
     parser = parser_of(description)
     parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME")
     parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
-    parser.add_argument("--budget", type=positive(float), default=budget, help="seconds per case")
+    parser.add_argument(
+        "--budget", type=positive(float), default=budget, help=f"seconds per {of} ({budget:g})"
+    )
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     return parser
 

@@ -198,10 +198,6 @@ PEERS = {
 }
 
 
-def installed() -> list[Peer]:
-    return [peer for peer in PEERS.values() if peer.missing() is None]
-
-
 def facts() -> dict[str, dict[str, str | None]]:
     """Of each peer: its version, how it is run, and why it is missing."""
     found = {}

@@ -56,13 +56,7 @@ def read(path: Path) -> Result:
 
 def key(result: Result) -> tuple[Any, ...]:
     """What tells the cases of a record apart."""
-    return (
-        result["group"],
-        result["case"],
-        result["dtype"],
-        result["threads"],
-        result["training"],
-    )
+    return tuple([result[name] for name in ("group", "case", "dtype", "threads", "training")])
 
 
 def title(result: Result) -> str:

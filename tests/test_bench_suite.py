@@ -78,7 +78,7 @@ def test_every_group_once(suite):
             )
             assert difference < (0.2 if rounded else 1e-3), (result["case"], name)
         assert "refused" not in result
-    assert "geometric mean" in stdout and str(path) in stdout
+    assert "Geometric mean" in stdout and str(path) in stdout
 
 
 def test_what_a_group_has(suite):

@@ -268,7 +268,7 @@ def test_a_phase_that_fails_leaves_the_others(session, monkeypatch):
     def broken(session, seconds):
         raise OSError("no space")
 
-    monkeypatch.setitem(gpu_check.PHASES, "selftest", broken)
+    monkeypatch.setitem(gpu_check.PHASES, "selftest", (broken, 60))
     phase = gpu_check.perform("selftest", session)
     assert (phase["result"], phase["reason"]) == ("failed", "OSError: no space")
     session.deadline = time.monotonic()
@@ -285,7 +285,7 @@ def test_verdict(tmp_path, monkeypatch):
     """Of the phases that say whether the layer is right; a benchmark that is cut short is none of them."""
     outcomes = {name: gpu_check.Outcome("passed") for name in gpu_check.PHASES}
     for name in gpu_check.PHASES:
-        monkeypatch.setitem(gpu_check.PHASES, name, lambda session, seconds, name=name: outcomes[name])
+        monkeypatch.setitem(gpu_check.PHASES, name, (lambda session, seconds, name=name: outcomes[name], 60))
     arguments = ["--dry", "--output", str(tmp_path / "out.json")]
     assert gpu_check.main(arguments) == 0
     outcomes["benchmark"] = gpu_check.Outcome("incomplete", "the time was up")

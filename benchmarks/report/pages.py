@@ -31,7 +31,7 @@ class Block(NamedTuple):
     name: str  # in its markers: <!-- NAME:begin --> and <!-- NAME:end -->
     page: str
     record: str | dict[str, str]  # a file, or several by name; of those that a pattern fits, the newest
-    text: Callable[[Any], str] | None
+    text: Callable[[Any], str]
     pictures: str = ""  # the module that draws them: it needs matplotlib
 
 
@@ -53,7 +53,6 @@ BLOCKS = (
     Block("cost", "docs/options.md", "options_cpu.json", options.cost),
     Block("torchrl", "docs/options.md", "torchrl_cpu.json", options.torchrl),
     Block("support", "docs/support.md", "support_cpu.json", support.text),
-    Block("cuda", "docs/cuda.md", "", None, "gpu_plan"),  # only pictures, of the planner
 )
 
 
@@ -68,7 +67,7 @@ def record_of(block: Block) -> Any:
     """None where a pattern fits no file."""
     if isinstance(block.record, dict):
         return {name: read(RESULTS / file) for name, file in block.record.items()}
-    found = [read(path) for path in RESULTS.glob(block.record)] if block.record else []
+    found = [read(path) for path in RESULTS.glob(block.record)]
     dates = [
         (gpu.benchmark_of(record) or record)["facts"]["date"] if len(found) > 1 else "" for record in found
     ]
@@ -129,9 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.pictures:
             if block.pictures:
                 draw(block, read(given.record) if given.record else record_of(block), given.pictures)
-        elif block.text and given.record:
+        elif given.record:
             print(block.text(read(given.record)))
-        elif block.text and renew(block, check=given.check):
+        elif renew(block, check=given.check):
             differ.append(f"{block.page}: {block.name}")
     if differ:
         print(f"{'not as in the record' if given.check else 'renewed'}:", *differ, sep="\n  ")

@@ -111,7 +111,7 @@ NOISE = 0.95
 
 
 def targets_of(record: Result) -> tuple[tuple[float, float], ...]:
-    name = record["facts"]["lstm_ext_cpu_capability"].removesuffix("_bf16")
+    name = (record["facts"]["lstm_ext_cpu_capability"] or "").removesuffix("_bf16")
     return TARGETS.get(name, ((0.0, 0.0),) * len(GOALS))
 
 

@@ -1,4 +1,6 @@
-"""Draws the pictures of docs/cuda.md from the planner of CUDA kernels. No GPU is needed, and none is asked.
+"""Draws the pictures of cuda.md from the planner of CUDA kernels: python docs/draw_cuda.py [FOLDER]
+
+No GPU is needed, and none is asked.
 
 cuda_blocks.png    which rows of U and of the batch a block of the fused kernel has
 cuda_mailbox.png   which units and rows a block of the persistent kernel has, and how h travels between blocks
@@ -8,9 +10,13 @@ cuda_choice.png    for three cards, which kernel the model finds fastest, by H a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -173,6 +179,9 @@ def choice() -> plt.Figure:
     return figure
 
 
-def pictures(_: None) -> Iterator[tuple[str, plt.Figure]]:
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
     for draw in (blocks, mailbox, timeline, choice):
-        yield f"cuda_{draw.__name__}", draw()
+        path = (folder if folder.is_dir() else folder.parent) / f"cuda_{draw.__name__}.png"
+        draw().savefig(path, dpi=110)
+        print(path)
