@@ -35,6 +35,8 @@ import gpu_shapes
 import harness
 import torch
 from gpu_shapes import Case
+from shapes import Shape
+from sides import lengths_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -217,9 +219,8 @@ class Sides:
         x = torch.randn(case.steps, case.batch, case.input_size, device=device).to(dtype)
         self.packed = None
         if case.packed:
-            lengths = torch.linspace(max(1, case.steps / 10), case.steps, case.batch).round().long()
-            shuffled = lengths[torch.randperm(case.batch, generator=torch.Generator().manual_seed(3))]
-            self.packed = pack_padded_sequence(x, shuffled, enforce_sorted=False)
+            lengths = lengths_of(Shape(case.batch, case.steps, case.input_size, case.hidden_size))
+            self.packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
             x = self.packed.data
         self.x = x
         self.rows = x.size(0) if case.packed else case.steps * case.batch

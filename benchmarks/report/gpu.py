@@ -153,6 +153,7 @@ def facts_line(record: Result) -> str:
 
 KERNELS = ("auto", "persistent", "step", "stepwise")
 Results = Sequence[Result]
+Value = Callable[[Results, str], "float | None"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Target:
     limit: float
     unit: str
     # With this kernel; None if something of it was not measured.
-    value: Callable[[Results, str], float | None]
+    value: Value
     at_most: bool = False
 
     def wanted(self) -> str:
@@ -181,43 +182,34 @@ def found(results: Results, case: Case, kernel: str, kind: str) -> Result | None
     return None
 
 
-def forward(results: Results, kernel: str) -> float | None:
-    r = found(results, gpu_shapes.FLASH, kernel, "inference")
-    return r and r["ratio"]
+def of_case(case: Case, kind: str, value: Callable[[Result], float]) -> Value:
+    def measured_of(results: Results, kernel: str) -> float | None:
+        result = found(results, case, kernel, kind)
+        return None if result is None else value(result)
+
+    return measured_of
 
 
-def backward(results: Results, kernel: str) -> float | None:
-    r = found(results, gpu_shapes.FLASH, kernel, "training")
-    return r and r["torch"]["backward"] / r["ours"]["backward"]
+def outside(value: Callable[[list[float]], float]) -> Value:
+    """Of the ratios of all cases."""
+
+    def measured_of(results: Results, kernel: str) -> float | None:
+        every = [found(results, case, kernel, kind) for case in gpu_shapes.OUTSIDE for kind in KINDS]
+        return None if None in every else value([result["ratio"] for result in every if result])
+
+    return measured_of
 
 
-def step_time(results: Results, kernel: str) -> float | None:
-    r = found(results, gpu_shapes.PER_STEP, kernel, "inference")
-    return r and r["ours"]["us_per_step"]
-
-
-def ratios_outside(results: Results, kernel: str) -> list[float] | None:
-    of_cases = [found(results, case, kernel, kind) for case in gpu_shapes.OUTSIDE for kind in KINDS]
-    return None if None in of_cases else [r["ratio"] for r in of_cases if r is not None]
-
-
-def mean_outside(results: Results, kernel: str) -> float | None:
-    ratios = ratios_outside(results, kernel)
-    return ratios and harness.geometric_mean(ratios)
-
-
-def worst_outside(results: Results, kernel: str) -> float | None:
-    ratios = ratios_outside(results, kernel)
-    return ratios and min(ratios)
-
-
+FORWARD = of_case(gpu_shapes.FLASH, "inference", lambda r: r["ratio"])
+BACKWARD = of_case(gpu_shapes.FLASH, "training", lambda r: r["torch"]["backward"] / r["ours"]["backward"])
+STEP_TIME = of_case(gpu_shapes.PER_STEP, "inference", lambda r: r["ours"]["us_per_step"])
 OUTSIDE = "outside cuDNN's window"
 TARGETS = (
-    Target("float16, B 16, T 1024, H 768, inference", 1.5, "x cuDNN", forward),
-    Target("the same, backward", 1.1, "x cuDNN", backward),
-    Target(f"{OUTSIDE}, geometric mean", 3.0, "x cuDNN", mean_outside),
-    Target(f"{OUTSIDE}, nowhere below", 1.0, "x cuDNN", worst_outside),
-    Target("bfloat16, B 64, H 512, a step of inference", 1.5, "µs", step_time, at_most=True),
+    Target("float16, B 16, T 1024, H 768, inference", 1.5, "x cuDNN", FORWARD),
+    Target("the same, backward", 1.1, "x cuDNN", BACKWARD),
+    Target(f"{OUTSIDE}, geometric mean", 3.0, "x cuDNN", outside(harness.geometric_mean)),
+    Target(f"{OUTSIDE}, nowhere below", 1.0, "x cuDNN", outside(min)),
+    Target("bfloat16, B 64, H 512, a step of inference", 1.5, "µs", STEP_TIME, at_most=True),
 )
 
 
