@@ -1,6 +1,6 @@
 """Compare two files of bench.py: a line for each case that both have, and the geometric mean of each group.
 
-    python benchmarks/compare.py BEFORE.json AFTER.json [--sides NAME ...] [--groups NAME ...]
+    python benchmarks/compare.py BEFORE.json AFTER.json
 
 "before / after" is the ratio of the medians: above 1, the second file is faster, or needs less memory. "against torch"
 is the same ratio after each file's figures are divided by its own of torch, which takes out how fast the machine was
@@ -12,10 +12,8 @@ Exits with 1 where a file cannot be read, and with 0 whatever the figures say.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import harness
 import records
@@ -37,12 +35,12 @@ class Line:
     apart: bool
 
 
-def compared(before: Result, after: Result, sides: Iterable[str] | None) -> list[Line]:
+def compared(before: Result, after: Result) -> list[Line]:
     """Of two results of one case, a line for each side that both have."""
     lines = []
     for name, a in before["sides"].items():
         b = after["sides"].get(name)
-        if b is None or (sides is not None and name not in sides):
+        if b is None:
             continue
         of_torch = [records.ratio(result, name) for result in (before, after)]
         against = (
@@ -90,24 +88,18 @@ def difference_of_facts(before: Result, after: Result) -> list[str]:
     return [f"{name}: {a.get(name)} -> {b.get(name)}" for name in FACTS if a.get(name) != b.get(name)]
 
 
-def results_of(record: Result, groups: list[str] | None) -> dict[tuple[Any, ...], Result]:
-    return {records.key(r): r for r in record["results"] if groups is None or r["group"] in groups}
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = harness.parser_of(__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--sides", nargs="+", metavar="NAME", help="those named, instead of all")
-    parser.add_argument("--groups", nargs="+", metavar="NAME", help="those named, instead of all")
     options = parser.parse_args(arguments)
     both = [records.read(path) for path in (options.before, options.after)]
-    before, after = (results_of(record, options.groups) for record in both)
+    before, after = ({records.key(r): r for r in record["results"]} for record in both)
 
     for line in difference_of_facts(*both):
         print(line)
     common = [key for key in before if key in after]
-    lines = [line for key in common for line in compared(before[key], after[key], options.sides)]
+    lines = [line for key in common for line in compared(before[key], after[key])]
     if lines:
         print_lines(lines)
         print_means(lines)
