@@ -344,6 +344,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("planes") = 3);
+  m.def("set_cpu_wait_limit", &cpu::set_wait_limit, py::arg("seconds"), py::arg("file") = 2);
   m.def("set_fewer_when_crowded", &lstm_ext::set_fewer_when_crowded, py::arg("wanted"));
   m.def("cuda_devices", &cuda_devices);
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
@@ -382,6 +383,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return std::make_pair(limit.workers, limit.seconds);
   });
   m.def("build_info", &build_info);
-  // Fail at import, not in the first call, if the environment names a set this CPU lacks.
+  // Fail at import, not in the first call, if the environment names a set this CPU lacks, or no number of seconds.
   cpu::capability();
+  cpu::wait_limit();
 }

@@ -109,6 +109,11 @@ FAULTS: dict[str, Fault] = {
     "cpu/simd.h": Fault("_mm256_maskload_ps(p, mask(n))", "_mm256_maskload_ps(p, mask(n - 1))"),
     "cpu/tile.h": Fault("{ return a[r]; }, b, 0);", "{ return a[0]; }, b, 0);"),
     "cpu/vector_math.h": Fault("1.0 / 720,     1.0 / 5040,", "1.0 / 720,     1.0 / 5050,"),
+    "cpu/wait_limit.cpp": Fault(
+        "if (wait.seconds < limit().seconds) return;",
+        "if (wait.seconds > limit().seconds) return;",
+        ("tests/test_conftest.py", "-k", "hangs"),
+    ),
     "cpu/zoneout.h": Fault(
         "S::fma(S::set1(zoneout.share), previous - fresh, fresh)",
         "S::fma(S::set1(zoneout.share), previous, fresh)",

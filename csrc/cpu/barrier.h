@@ -20,10 +20,12 @@ struct alignas(64) Barrier {
       __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++spins) {
+    Wait wait{};
+    for (uint32_t spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++spins) {
       if (spins < 2000) {
         _mm_pause();
       } else {
+        if (spins % 64 == 0) note_wait(wait, now + 1, __atomic_load_n(&arrived, __ATOMIC_RELAXED), workers);
         sched_yield();
       }
     }

@@ -62,4 +62,15 @@ LSTM_EXT_PUBLIC int available_capabilities(const char** names);
 template <typename T>
 LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // the kernels of capability()
 
+// A worker's wait at a barrier of its call.
+struct Wait {
+  double seconds, noted;  // so far, and when that was noted
+};
+// Ends the process, and says where, if the wait is longer than the limit.
+LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers);
+// LSTM_EXT_CPU_WAIT_LIMIT, or what was set: seconds, 0 for no limit. Throws std::invalid_argument with a sentence.
+LSTM_EXT_PUBLIC double wait_limit();
+// Also the open file that is told where, which is stderr before that. For tests.
+LSTM_EXT_PUBLIC void set_wait_limit(double seconds, int file);
+
 }  // namespace lstm_ext::cpu
