@@ -9,7 +9,8 @@ ARGS ?=
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
-PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal
+# A process that ends in a test, which hangs or crashes, ends the run.
+PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal --max-worker-restart=0
 PYTEST = $(PY) -m pytest $(PYTEST_OPTIONS)
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters

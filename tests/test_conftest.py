@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import durations
@@ -78,8 +79,60 @@ def test_alone(n):
 """
 
 
-def run(folder: Path, test: str, *arguments: str, **environment: str) -> tuple[int, str]:
-    shutil.copy(HERE / "conftest.py", folder)
+# How a test can hang, and what is said about it.
+HANGS = {
+    "waits": ("threading.Event().wait()", "done nothing for 5 s"),
+    "computes": ("while True: pass", "computed for 5 s"),
+    "waits with the GIL": ("ctypes.PyDLL(None).pause()", "Timeout (0:00:05)!"),
+    "a program waits": ("subprocess.run(['sleep', '60'])", "done nothing for 5 s"),
+    "a barrier": (
+        """
+    torch.set_num_threads(2)
+    module, x = lstm_ext.LSTM(200, 401), torch.randn(30, 1, 200)
+    module(x)
+    ctypes.c_int.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "loses").value = 1
+    module(x)
+""",
+        "waited for 1 s at barrier 1 of its call, which 1 of 2 workers have reached",
+    ),
+}
+HANG = """
+import ctypes, os, subprocess, threading, lstm_ext, pytest, torch
+@pytest.mark.alone
+def test_hangs(): {}
+"""
+# Loaded first of all: on request, the second thread of a team does not come.
+LOSE = """
+#include <dlfcn.h>
+#include <omp.h>
+#include <unistd.h>
+extern "C" int loses = 0;
+namespace {
+struct Team { void (*work)(void*); void* context; };
+void run(void* p) {
+  if (loses && omp_get_thread_num() == 1) pause();
+  static_cast<Team*>(p)->work(static_cast<Team*>(p)->context);
+}
+}
+extern "C" void GOMP_parallel(void (*work)(void*), void* context, unsigned threads, unsigned flags) {
+  static const auto next = reinterpret_cast<decltype(&GOMP_parallel)>(dlsym(RTLD_NEXT, "GOMP_parallel"));
+  Team team{work, context};
+  next(run, &team, threads, flags);
+}
+"""
+
+
+LIMITS = ("WAITS = 45", '"": 60')  # of conftest.py
+
+
+def run(
+    folder: Path, test: str, *arguments: str, limits: Sequence[str] = (), **environment: str
+) -> tuple[int, str]:
+    text = (HERE / "conftest.py").read_text()
+    for limit in limits:
+        assert text.count(limit) == 1
+        text = text.replace(limit, limit.replace("45", "5").replace("60", "5"))
+    (folder / "conftest.py").write_text(text)
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "expected_skips.txt").write_text("*::test_agreed  # for this test\n")
     (folder / "test_some.py").write_text(test)
@@ -138,6 +191,22 @@ def test_without_the_extension(tmp_path: Path) -> None:
 def test_alone(tmp_path: Path) -> None:
     code, said = run(tmp_path, ALONE, "-n", "3", THREADS="2", OMP_NUM_THREADS="2")
     assert code == 0, said
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_test_that_hangs_is_named(tmp_path: Path, how: str) -> None:
+    statement, said_of_it = HANGS[how]
+    environment = {"LSTM_EXT_CPU_WAIT_LIMIT": "1"}
+    if how == "a barrier":
+        library = tmp_path / "lose.so"
+        command = ["g++", "-x", "c++", "-", "-shared", "-fPIC", "-fopenmp", "-ldl", "-o", str(library)]
+        subprocess.run(command, input=LOSE, text=True, check=True)
+        environment |= {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
+    arguments = ("-n", "1", "--max-worker-restart=0")
+    code, said = run(tmp_path, HANG.format(statement), *arguments, limits=LIMITS, **environment)
+    assert code != 0, said
+    assert said_of_it in said
+    assert "in test_hangs" in said and "crashed while running 'test_some.py::test_hangs'" in said
 
 
 # ---- what is written about a run
