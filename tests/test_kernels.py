@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import forks
 import internals
 import pytest
 import torch
@@ -471,7 +472,7 @@ def test_sigmoid_and_tanh_to_three_units_in_the_last_place(name):
         _C.set_cpu_capability(before)
 
 
-def test_capability_by_name():
+def test_capability_by_name_and_variables():
     with pytest.raises(
         ValueError, match="expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got 'sse9'"
     ):
@@ -481,21 +482,18 @@ def test_capability_by_name():
         _C.set_cpu_capability(name)
         assert _C.cpu_capability() == name
     _C.set_cpu_capability(before)
+    names = {CAPABILITIES[0], CAPABILITIES[-1]}
+    environments = [{"LSTM_EXT_CPU_CAPABILITY": name} for name in (*names, "sse9")]
+    environments += [{"LSTM_EXT_CPU_VNNI": value} for value in ("", "1", "0", "no")]
+    environments += [{"LSTM_EXT_CPU_WAIT_LIMIT": value} for value in ("", "0.5", "no")]
     code = "from lstm_ext.native import loader; print(loader.extension().cpu_capability())"
-    for name in {CAPABILITIES[0], CAPABILITIES[-1]}:
-        environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": name}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.strip() == name
-    environment = os.environ | {"LSTM_EXT_CPU_CAPABILITY": "sse9"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode != 0 and "LSTM_EXT_CPU_CAPABILITY: expected 'amx', 'avx512_bf16'" in run.stderr
-    for value, succeeds in (("", True), ("1", True), ("0", True), ("no", False)):
-        environment = os.environ | {"LSTM_EXT_CPU_VNNI": value}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert (run.returncode == 0) == succeeds, run.stderr
-    assert "LSTM_EXT_CPU_VNNI: expected '0' or '1', got 'no'" in run.stderr
+    *good, unknown, empty, one, zero, wrong, no_limit, limit, no_number = forks.run(code, *environments)
+    assert [(run.returncode, run.stdout.strip()) for run in good] == [(0, name) for name in names]
+    assert [run.returncode for run in (empty, one, zero, no_limit, limit)] == [0] * 5
+    assert [run.returncode for run in (unknown, wrong, no_number)] == [1] * 3
+    assert "LSTM_EXT_CPU_CAPABILITY: expected 'amx', 'avx512_bf16'" in unknown.stderr
+    assert "LSTM_EXT_CPU_VNNI: expected '0' or '1', got 'no'" in wrong.stderr
+    assert "LSTM_EXT_CPU_WAIT_LIMIT: expected a number of seconds, got 'no'" in no_number.stderr
 
 
 @pytest.mark.tools

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
+import forks
 import internals
 import pytest
 import torch
@@ -188,8 +186,7 @@ def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeyp
     torch.testing.assert_close(module(x, mask=mask), expected)
 
 
-@pytest.mark.parametrize("value", ["0", "1", "yes"])
-def test_check_variable(value):
+def test_check_variable():
     """LSTM_EXT_CHECK=1 checks what is not read."""
     program = """
 import torch, lstm_ext
@@ -210,18 +207,11 @@ for name, right, wrong in (
         bad.append(name)
 print(*bad)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"LSTM_EXT_CHECK": value},
-        capture_output=True,
-        text=True,
-    )
-    if value == "yes":
-        assert done.returncode != 0
-        assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == (["lengths", "mask", "resets"] if value == "1" else [])
+    off, on, wrong = forks.run(program, *({"LSTM_EXT_CHECK": value} for value in ("0", "1", "yes")))
+    assert (off.returncode, on.returncode) == (0, 0), (off.stderr, on.stderr)
+    assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "mask", "resets"]
+    assert wrong.returncode == 1
+    assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in wrong.stderr
 
 
 def test_meta_and_fake_tensors():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from operator_cases import B, Case, I, T, make
@@ -217,11 +218,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.devices("cpu")
 def test_module_of_the_operators_finds_the_extension() -> None:
     code = "import lstm_ext.ops as o, torch; print(o.lstm_layer is torch.ops.lstm_ext.lstm_layer.default)"
-    run = run_python(code)
-    assert run.stdout.strip() == "True", run.stderr
-    run = run_python("import lstm_ext.ops", LSTM_EXT_BACKEND="reference")
-    assert run.returncode == 1
-    assert "ImportError: lstm_ext.ops needs the compiled extension" in run.stderr.splitlines()[-1]
+    there, missing = forks.run(code, {}, {"LSTM_EXT_BACKEND": "reference"})
+    assert there.stdout.strip() == "True", there.stderr
+    assert missing.returncode == 1
+    assert "ImportError: lstm_ext.ops needs the compiled extension" in missing.stderr.splitlines()[-1]
 
 
 @pytest.mark.devices("cpu")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from test_build import SHOW, Project
 
-from lstm_ext import info, reference, selftest
+from lstm_ext import info, selftest
+from lstm_ext.native import config, loader, selftest_record
 from lstm_ext.native import cuda as native_cuda
-from lstm_ext.native import loader, selftest_record
 
 CPU = torch.device("cpu")
 
@@ -267,34 +267,15 @@ def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reaso
     assert native_cuda.choice() == native_cuda.Choice(value or "auto", reason)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "said"),
-    [
-        (
-            "LSTM_EXT_CUDA_KERNEL",
-            "fast",
-            "LSTM_EXT_CUDA_KERNEL is 'fast': "
-            "set it to one of auto, stepwise, step, persistent, independent, mailbox, or unset it.",
-        ),
-        (
-            "LSTM_EXT_CUDA_WAIT_LIMIT",
-            "10 s",
-            "LSTM_EXT_CUDA_WAIT_LIMIT is '10 s': set it to a number of seconds, or unset it.",
-        ),
-        (
-            "LSTM_EXT_CUDA_WAIT_LIMIT",
-            "-1",
-            "LSTM_EXT_CUDA_WAIT_LIMIT is '-1': set it to a number of seconds, or unset it.",
-        ),
-    ],
-)
-def test_variables_of_another_value(variable: str, value: str, said: str) -> None:
+def test_variables_of_another_value() -> None:
     """No layer runs then, on no device: what was asked for is not to be had."""
-    run = subprocess.run(
-        [sys.executable, "-c", SHOW],
-        env={variable: value, "PYTHONPATH": str(Path(reference.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == f"ValueError: {said}"
+    values = [
+        ("LSTM_EXT_CUDA_KERNEL", "fast", f"one of auto, {', '.join(config.CUDA_KERNELS)}"),
+        ("LSTM_EXT_CUDA_WAIT_LIMIT", "10 s", "a number of seconds"),
+        ("LSTM_EXT_CUDA_WAIT_LIMIT", "-1", "a number of seconds"),
+    ]
+    runs = forks.run(SHOW, *({name: value} for name, value, _ in values))
+    for (name, value, expected), run in zip(values, runs, strict=True):
+        assert run.returncode == 1
+        said = f"ValueError: {name} is {value!r}: set it to {expected}, or unset it."
+        assert run.stderr.splitlines()[-1] == said
