@@ -458,10 +458,18 @@ def test_other_parts_can_be_trained() -> None:
     torch.testing.assert_close(gradient(torch.compile(frozen[1], backend="aot_eager")), expected)
 
 
+GRADIENTS = [{}, {"recompute": True}, {"layer_norm": True, "recompute": True}]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"recompute": True}, {"layer_norm": True, "recompute": True}], ids=str
+    ("compiled", "options"),
+    [
+        *((False, options) for options in GRADIENTS),
+        *(pytest.param(True, options, marks=pytest.mark.tools) for options in GRADIENTS[:-1]),
+        (True, GRADIENTS[-1]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_never_left_out_in_silence(compiled: bool, options: dict[str, Any]) -> None:
     layer = lstm_ext.freeze(lstm_ext.LSTM(3, 4, 2, **options)).train()
     call = torch.compile(layer, backend="aot_eager") if compiled else layer

@@ -139,10 +139,11 @@ def check_persistent(device: dict[str, Any], layer: dict[str, Any], of: dict[str
     assert layer["steps"] > 1 and of["shared_bytes"] <= device["shared_of_block"]
 
 
-def test_every_plan_can_run() -> None:
-    rng, compiled = random.Random(1), instances()
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.tools) for n in (2, 3, 4))])
+def test_every_plan_can_run(seed: int) -> None:
+    rng, compiled = random.Random(seed), instances()
     assert len(compiled) == 2
-    for _ in range(200_000):
+    for _ in range(50_000):
         check(some_device(rng), drawn(rng), compiled)
 
 

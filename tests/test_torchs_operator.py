@@ -245,20 +245,26 @@ def test_transforms_and_forward_mode_take_the_equations() -> None:
 # ---- one operator for compilers, exporters and dispatch modes
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+# Each kind with the last of the layers, which has most options, and each layer with dense inputs.
+OF_ALL_KINDS = [
+    pytest.param(config, kind, marks=() if kind == "dense" or config is CONFIGS[-1] else pytest.mark.tools)
+    for config, kind in itertools.product(CONFIGS, ("dense", "packed", "unbatched"))
+]
+
+
+@pytest.mark.parametrize(("config", "kind"), OF_ALL_KINDS, ids=str)
 @pytest.mark.usefixtures("no_equations")
-def test_a_compiler_sees_one_operator(config: dict[str, Any]) -> None:
+def test_a_compiler_sees_one_operator(config: dict[str, Any], kind: str) -> None:
     theirs, ours = pair(**config)
-    for kind in ("dense", "packed", "unbatched"):
-        graphs = Graphs()
-        for x, hx in arguments(theirs, kind):
-            torch._dynamo.reset()
-            compiled = torch.compile(ours, backend=graphs, fullgraph=True)
-            for grad in (True, False):
-                assert_same_bits(results(compiled, x, hx, grad), results(theirs, x, hx, grad))
-        assert len(graphs.all) == 4
-        for graph in graphs.all:
-            assert [name for name in operators(graph.graph) if "lstm" in name] == ["lstm_ext.torchs_lstm"]
+    graphs = Graphs()
+    for x, hx in arguments(theirs, kind):
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, backend=graphs, fullgraph=True)
+        for grad in (True, False):
+            assert_same_bits(results(compiled, x, hx, grad), results(theirs, x, hx, grad))
+    assert len(graphs.all) == 4
+    for graph in graphs.all:
+        assert [name for name in operators(graph.graph) if "lstm" in name] == ["lstm_ext.torchs_lstm"]
 
 
 def test_breaks_are_no_layers_of_a_patch() -> None:
