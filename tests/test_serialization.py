@@ -328,13 +328,10 @@ def test_a_second_process_shares_the_weights():
     results = context.Queue()
     process = context.Process(target=work_on, args=(module, results), daemon=True)
     process.start()
-    try:
-        theirs = torch.from_numpy(results.get(timeout=60))
-        assert results.get(timeout=60) == "done"
-    finally:
-        process.join(timeout=60)
-        process.kill()
+    process.join()
     assert process.exitcode == 0
+    theirs = torch.from_numpy(results.get())
+    assert results.get() == "done"
     torch.testing.assert_close(theirs, expected)
     assert all((p == 0.125).all() for p in module.parameters())
     output = module(x)[0]
@@ -366,7 +363,7 @@ def test_workers_of_a_data_loader():
     try:
         expected = pad_sequence([dataset[i] for i in range(4)])
         loader = DataLoader(
-            dataset, 4, num_workers=1, collate_fn=pad_sequence, timeout=60, multiprocessing_context="fork"
+            dataset, 4, num_workers=1, collate_fn=pad_sequence, multiprocessing_context="fork"
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork in a process with threads

@@ -137,7 +137,7 @@ def test_callers_do_not_disturb_each_other(shape, threads):
             _, state = module(x.detach())
             arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
         alone = [results(module, *a) for a in arguments]
-        start = threading.Barrier(CALLERS, timeout=60)
+        start = threading.Barrier(CALLERS)
 
         def call(i: int) -> list[list[Tensor]]:
             start.wait()
