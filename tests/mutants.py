@@ -286,6 +286,9 @@ class Session:
             copy.log.unlink(missing_ok=True)
             if copy.build():
                 break
+            # setup.py ends at the first error. All of them are wanted.
+            for script in (copy.folder / "build").rglob("build.ninja"):
+                planted.run(["ninja", "-k", "0", "-C", str(script.parent)], copy.folder, copy.log)
             bad = self.blamed(copy.log.read_text(), switched)
             if not bad:
                 raise SystemExit(f"the copy does not build, and no mutant is to blame: {copy.log}")
