@@ -15,7 +15,7 @@
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
 // and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, dependent launches,
-// relaxed accesses of 16 bytes, clusters, mbarriers, st_async, now.
+// relaxed accesses of 16 bytes, now.
 #pragma once
 
 #include <cstddef>
@@ -56,11 +56,6 @@ LSTM_DEVICE void cp_async16(void* shared, const void* global LSTM_SITE_PARAMETER
   cp_async<16>(shared, global, 16 LSTM_SITE);
 }
 
-LSTM_DEVICE void cluster_sync(LSTM_SITE_ONLY_PARAMETERS) {
-  cluster_arrive(LSTM_SITE_ONLY);
-  cluster_wait(LSTM_SITE_ONLY);
-}
-
 // Bounds a loop that polls: asked after each try that failed, it says when to give up. `limit` is in nanoseconds; 0:
 // never. Reading the clock takes as long as a try or two, so that it is read at one in 256: a wait that succeeds at
 // once reads none, and one that expires lasts so many tries longer.
@@ -80,17 +75,8 @@ class WaitLimit {
   uint32_t tries_ = 0;
 };
 
-// Waits for the phase of this parity. False: `limit` nanoseconds (0: no limit) went by first, and the caller gives up
-// in good order.
-LSTM_DEVICE bool mbarrier_wait(uint64_t* barrier, uint32_t parity, int64_t limit LSTM_SITE_PARAMETERS) {
-  WaitLimit wait(limit);
-  while (!mbarrier_try_wait(barrier, parity LSTM_SITE)) {
-    if (wait.is_over()) return false;
-  }
-  return true;
-}
-
-// The same for a counter in global memory that only grows.
+// Waits for a counter in global memory that only grows. False: `limit` nanoseconds (0: no limit) went by first, and the
+// caller gives up in good order.
 LSTM_DEVICE bool wait_at_least(const uint32_t* counter, uint32_t value, int64_t limit LSTM_SITE_PARAMETERS) {
   WaitLimit wait(limit);
   while (load_acquire(counter LSTM_SITE) < value) {

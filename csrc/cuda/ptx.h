@@ -1,7 +1,6 @@
 // nvcc's side of platform.h: launches, and inline PTX.
 //
-// The route of tests/simt that executes nvcc's PTX checks every operand order here. Code that needs sm_90 compiles for
-// sm_80 as a trap: the host never launches such a kernel there.
+// The route of tests/simt that executes nvcc's PTX checks every operand order here.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +24,6 @@
 
 #define LSTM_SITE_PARAMETERS
 #define LSTM_SITE
-#define LSTM_SITE_ONLY_PARAMETERS
-#define LSTM_SITE_ONLY
 
 namespace lstm_ext::cuda {
 
@@ -35,7 +32,6 @@ struct LaunchConfig {
   dim3 block;
   size_t dynamic_shared = 0;
   cudaStream_t stream = nullptr;
-  unsigned cluster = 1;      // blocks in a cluster, consecutive in x
   bool cooperative = false;  // all blocks at once, or an error
   // May begin before the kernel in front of it in the stream has ended; see grid_dependency_wait. From sm_90 on.
   bool dependent = false;
@@ -45,31 +41,19 @@ struct LaunchConfig {
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args& args) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  constexpr unsigned kPortableCluster = 8;
   cudaError_t status = cudaSuccess;
   if (config.dynamic_shared > kSharedWithoutAsking) {
     status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(config.dynamic_shared));
   }
-  if (status == cudaSuccess && config.cluster > kPortableCluster) {
-    status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
   if (status == cudaSuccess) {
-    cudaLaunchAttribute attributes[3];
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t description = {};
     description.gridDim = config.grid;
     description.blockDim = config.block;
     description.dynamicSmemBytes = config.dynamic_shared;
     description.stream = config.stream;
     description.attrs = attributes;
-    if (config.cluster > 1) {
-      cudaLaunchAttribute& cluster = attributes[description.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = config.cluster;
-      cluster.val.clusterDim.y = 1;
-      cluster.val.clusterDim.z = 1;
-    }
     if (config.cooperative) {
       cudaLaunchAttribute& cooperative = attributes[description.numAttrs++];
       cooperative.id = cudaLaunchAttributeCooperative;
@@ -133,13 +117,7 @@ bool is_compiled_for_sm90(void (*kernel)(Args)) {
   return attributes.ptxVersion >= 90;
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define LSTM_SM90(...) __trap()
-#else
-#define LSTM_SM90(...) __VA_ARGS__
-#endif
-
-// An address within shared memory of this block, as most instructions want it.
+// An address within shared memory, as instructions want it.
 LSTM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -283,95 +261,5 @@ LSTM_DEVICE void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 #endif
 }
-
-// ---- clusters, sm_90 and later
-
-LSTM_DEVICE void cluster_arrive() { LSTM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory")); }
-LSTM_DEVICE void cluster_wait() { LSTM_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory")); }
-LSTM_DEVICE uint32_t cluster_rank() {
-  uint32_t rank = 0;
-  LSTM_SM90(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
-  return rank;
-}
-LSTM_DEVICE uint32_t cluster_size() {
-  uint32_t size = 1;
-  LSTM_SM90(asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size)));
-  return size;
-}
-// The same place in the shared memory of another block of the cluster.
-template <typename T>
-LSTM_DEVICE T* map_rank(T* own, uint32_t rank) {
-  uint64_t other = 0;
-  LSTM_SM90(asm volatile("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(rank)));
-  return reinterpret_cast<T*>(other);
-}
-// An address within shared memory of any block of the cluster.
-LSTM_DEVICE uint32_t cluster_shared_address(const void* pointer) {
-  uint64_t address = 0;
-  LSTM_SM90(asm("cvta.to.shared::cluster.u64 %0, %1;" : "=l"(address) : "l"(pointer)));
-  return static_cast<uint32_t>(address);
-}
-
-// ---- mbarriers, sm_90 and later
-
-LSTM_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-  LSTM_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)),
-                         "r"(arrivals) : "memory"));
-}
-// Makes the initialisation known to the cluster; a cluster barrier has to follow before a peer uses the barrier.
-LSTM_DEVICE void fence_mbarrier_init() {
-  LSTM_SM90(asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"));
-}
-LSTM_DEVICE void mbarrier_arrive(uint64_t* barrier) {
-  LSTM_SM90(
-      asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" : : "r"(shared_address(barrier)) : "memory"));
-}
-LSTM_DEVICE void mbarrier_arrive_remote(uint64_t* barrier) {
-  LSTM_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(
-      cluster_shared_address(barrier)) : "memory"));
-}
-LSTM_DEVICE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
-  LSTM_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)),
-                         "r"(bytes) : "memory"));
-}
-LSTM_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
-  LSTM_SM90(asm volatile(
-      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(barrier)),
-      "r"(bytes) : "memory"));
-}
-// Whether the phase of this parity is complete; the hardware may wait a little before it says no.
-LSTM_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t complete = 0;
-  // Cluster scope, because writes of peers complete a phase.
-  LSTM_SM90(
-      asm volatile("{\n"
-                   ".reg .pred complete;\n"
-                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
-                   "selp.u32 %0, 1, 0, complete;\n"
-                   "}" : "=r"(complete) : "r"(shared_address(barrier)),
-                   "r"(parity) : "memory"));
-  return complete != 0;
-}
-
-// Writes to a peer's shared memory and counts the bytes off at an mbarrier of the same peer. Both pointers are from
-// map_rank.
-LSTM_DEVICE void st_async(uint32_t* remote, uint32_t value, uint64_t* remote_barrier) {
-  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" : : "r"(
-                             cluster_shared_address(remote)),
-                         "r"(value), "r"(cluster_shared_address(remote_barrier)) : "memory"));
-}
-LSTM_DEVICE void st_async(uint64_t* remote, uint64_t value, uint64_t* remote_barrier) {
-  LSTM_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" : : "r"(
-                             cluster_shared_address(remote)),
-                         "l"(value), "r"(cluster_shared_address(remote_barrier)) : "memory"));
-}
-LSTM_DEVICE void st_async(uint4* remote, const uint4& value, uint64_t* remote_barrier) {
-  LSTM_SM90(asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" : : "r"(
-          cluster_shared_address(remote)),
-      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(cluster_shared_address(remote_barrier)) : "memory"));
-}
-
-#undef LSTM_SM90
 
 }  // namespace lstm_ext::cuda

@@ -27,7 +27,7 @@ void carry_out_some() {
 void finish(std::vector<AsyncCopy>& group) {
   for (AsyncCopy& copy : group) {
     carry_out(copy);
-    race::asynchronous_write_done(current->id, race::time_of(*current), copy.shared, copy.bytes);
+    race::asynchronous_write_done(*current, copy.shared, copy.bytes);
   }
 }
 

@@ -36,7 +36,6 @@ void syncthreads(const char* file, int line) {
 
 void check_thread_exit(Thread& thread) {
   Block& block = *thread.block;
-  Cluster& cluster = *block.cluster;
   const char* file = thread.file;
   const int line = thread.line;
   if (!thread.open_group.empty()) fail("the thread leaves with a cp.async that it has not committed", file, line);
@@ -55,27 +54,11 @@ void check_thread_exit(Thread& thread) {
            file, line);
     }
   }
-  if (thread.arrived_at_cluster) fail("the thread leaves between cluster_arrive and cluster_wait", file, line);
 
   note_progress();
   thread.warp->live &= ~(1u << thread.lane);
   --machine.live;
   --block.live;
-  --cluster.live;
-  if (block.live == 0) {
-    if (block.messages_under_way > 0 && !machine.clock_has_leapt) {
-      fail("the block ends while an st.async to its shared memory is under way", file, line);
-    }
-    if (block.mapped_in_phase == cluster.phase + 1) {
-      fail("the block ends although a peer has taken an address in its shared memory since the last cluster barrier",
-           file, line);
-    }
-    check_mbarriers_at_exit(block);
-    race::block_ends(block);
-    close_shared(block);
-  }
-  // PTX: a cluster barrier waits for the threads that have not left.
-  finish_cluster_barrier_if_complete(cluster);
 }
 
 }  // namespace simt

@@ -20,11 +20,9 @@ EMULATOR = sorted(
     for name in (
         "async_copy",
         "block_barrier",
-        "cluster",
         "fiber",
         "global_memory",
         "launch",
-        "mbarrier",
         "race",
         "race_hooks",
         "scheduler",

@@ -26,11 +26,10 @@ void run(void (*kernel)(Args), const lstm_ext::cuda::LaunchConfig& config, const
   lstm_ext::cuda::launch(kernel, config, args);
 }
 
-inline lstm_ext::cuda::LaunchConfig shape(unsigned grid, unsigned block, unsigned cluster = 1, size_t dynamic = 0) {
+inline lstm_ext::cuda::LaunchConfig shape(unsigned grid, unsigned block, size_t dynamic = 0) {
   lstm_ext::cuda::LaunchConfig config;
   config.grid = dim3(grid);
   config.block = dim3(block);
-  config.cluster = cluster;
   config.dynamic_shared = dynamic;
   return config;
 }

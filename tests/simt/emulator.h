@@ -27,7 +27,6 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t dynamic_shared = 0;
-  unsigned cluster = 1;      // blocks in a cluster, consecutive in x
   bool cooperative = false;  // all blocks alive at once, whatever options().resident_blocks says
   // May begin before the launch in front of it has ended: until grid_dependency_wait, a thread may read ConstantMemory,
   // and no other global memory, and write none.
@@ -43,8 +42,6 @@ extern TranslatedKernel (*translated_kernel)(const void* kernel, size_t argument
 
 // Of the thread that runs, for code generated from PTX.
 unsigned lane_index();
-unsigned cluster_rank();
-unsigned cluster_size();
 
 // A clock that every thread reads the same: it advances as threads are scheduled, and in leaps once all threads that
 // can run only poll and have read it twice. A wait bounded by it ends in a deadlock, and not before.
@@ -56,8 +53,6 @@ int64_t clock();
 // ---- of a block
 
 void syncthreads(const char* file, int line);
-void cluster_arrive(const char* file, int line);
-void cluster_wait(const char* file, int line);
 
 // ---- dependent launches (global_memory.cpp)
 
@@ -97,27 +92,9 @@ void cp_async_wait_all(const char* file, int line);
 void* shared_array(const void* key, size_t bytes, size_t alignment, const char* name);
 void* dynamic_shared();
 size_t dynamic_shared_bytes();
-// The same place in another block of the cluster.
-void* map_rank(const void* own, unsigned rank, const char* file, int line);
-// 32-bit shared addresses, as PTX has them: the block's rank, counted from one, in the top eight bits, or zeros for the
-// block of the thread that runs.
+// 32-bit shared addresses, as PTX has them: within the block of the thread that runs.
 uint32_t shared_address(const void* pointer, const char* file, int line);
 void* shared_pointer(uint32_t address, const char* file, int line);
-
-// ---- mbarrier and st.async (mbarrier.cpp)
-
-void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
-void fence_mbarrier_init(const char* file, int line);
-// The memory is free for something else. Only the barrier's own block may.
-void mbarrier_inval(uint64_t* barrier, const char* file, int line);
-// `barrier` may lie in another block of the cluster.
-void mbarrier_arrive(uint64_t* barrier, uint32_t arrivals, const char* file, int line);
-void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, const char* file, int line);
-void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes, const char* file, int line);
-// Whether the phase of this parity is complete. May let other threads run before it answers.
-bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, const char* file, int line);
-// Writes 4, 8 or 16 bytes to `remote` and counts them off at `remote_barrier`, both in the same block of the cluster.
-void st_async(void* remote, const void* value, unsigned bytes, uint64_t* remote_barrier, const char* file, int line);
 
 // ---- global memory (global_memory.cpp)
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "simt/machine.h"
 #include "simt/weak_memory.h"
@@ -40,7 +41,6 @@ Options options_of_environment() {
     return one_of(variable, otherwise, {{"now", Delivery::Now}, {"late", Delivery::Late}, {"mixed", Delivery::Mixed}});
   };
   set.copies = delivery("SIMT_COPIES", set.copies);
-  set.messages = delivery("SIMT_MESSAGES", set.messages);
   set.stores = delivery("SIMT_STORES", set.stores);
   set.torn = one_of("SIMT_PIECES", set.torn, {{"whole", false}, {"torn", true}});
   set.mma = one_of("SIMT_MMA", set.mma, {{"exact", MmaSum::Exact}, {"truncated", MmaSum::Truncated}});
@@ -59,10 +59,6 @@ void check(const LaunchConfig& config) {
   require(config.grid.x <= 0x7fffffffu && config.grid.y <= 65535 && config.grid.z <= 65535,
           "more than 2^31 - 1 blocks in x, or 65535 in y or z");
   require(config.dynamic_shared <= kMaxDynamicShared, "more than 227 KiB of dynamic shared memory");
-  require(
-      config.cluster == 1 || config.cluster == 2 || config.cluster == 4 || config.cluster == 8 || config.cluster == 16,
-      "a cluster has 1, 2, 4, 8 or 16 blocks");
-  require(config.grid.x % config.cluster == 0, "the grid is not a multiple of the cluster");
 }
 
 Block& add_block(uint64_t number, uint64_t* priority) {
@@ -90,17 +86,6 @@ Block& add_block(uint64_t number, uint64_t* priority) {
     make_ready(&thread);
   }
   return block;
-}
-
-void join_cluster(Block& block) {
-  if (machine.clusters.empty() || machine.clusters.back()->blocks.size() == machine.config.cluster) {
-    machine.clusters.push_back(std::make_unique<Cluster>());
-  }
-  Cluster& cluster = *machine.clusters.back();
-  block.cluster = &cluster;
-  block.rank = static_cast<unsigned>(cluster.blocks.size());
-  cluster.blocks.push_back(&block);
-  cluster.live += block.size;
 }
 
 std::string describe_deadlock() {
@@ -139,7 +124,6 @@ void run_wave(const std::vector<uint64_t>& numbers) {
   allocate_shared(numbers.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
     Block& block = add_block(numbers[i], &machine.priorities[i * threads]);
-    join_cluster(block);
     prepare_shared(block, i);
   }
 
@@ -162,8 +146,6 @@ void clear_wave() {
   }
   machine.threads.clear();
   machine.blocks.clear();
-  machine.clusters.clear();
-  machine.messages.clear();
   machine.ready.clear();
   machine.ready_head = 0;
   machine.running = false;
@@ -194,8 +176,6 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   machine.body = std::move(body);
   machine.random.seed(options().seed);
   machine.error.clear();
-  machine.messages_sent = 0;
-  machine.clock_has_leapt = false;
   machine.shared_arrays.clear();
   machine.static_shared_end = 0;
   blockDim = config.block;
@@ -207,19 +187,16 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   if (!config.cooperative) {
     wave = options().resident_blocks != 0 ? options().resident_blocks
                                           : std::min(kMaxBlocksAlive, std::max(1u, kMaxThreadsAlive / threads));
-    wave = (wave + config.cluster - 1) / config.cluster * config.cluster;
   }
-  // Blocks start in any order, those of a cluster together.
-  std::vector<uint64_t> clusters(blocks / config.cluster);
-  for (uint64_t i = 0; i < clusters.size(); ++i) clusters[i] = i;
-  if (options().schedule != Schedule::Fifo) std::shuffle(clusters.begin(), clusters.end(), machine.random);
+  // Blocks start in any order.
+  std::vector<uint64_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  if (options().schedule != Schedule::Fifo) std::shuffle(order.begin(), order.end(), machine.random);
 
   std::vector<uint64_t> numbers;
   for (uint64_t first = 0; first < blocks && machine.error.empty(); first += wave) {
-    numbers.clear();
-    for (uint64_t i = first; i < std::min(blocks, first + wave); ++i) {
-      numbers.push_back(clusters[i / config.cluster] * config.cluster + i % config.cluster);
-    }
+    numbers.assign(order.begin() + static_cast<ptrdiff_t>(first),
+                   order.begin() + static_cast<ptrdiff_t>(std::min(blocks, first + wave)));
     const ClearWaveAtEnd clear;
     run_wave(numbers);
   }

@@ -1,4 +1,4 @@
-// The emulator's own state: threads, warps, blocks and clusters of the launch that runs. Not for drivers.
+// The emulator's own state: threads, warps and blocks of the launch that runs. Not for drivers.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,15 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "simt/emulator.h"
 #include "simt/fiber.h"
-#include "simt/mbarrier.h"
 #include "simt/race.h"
 
 namespace simt {
 
 struct Block;
-struct Cluster;
 struct Thread;
 struct Warp;
 
@@ -52,9 +49,6 @@ struct Thread {
   // cp.async
   std::vector<AsyncCopy> open_group;
   std::vector<std::vector<AsyncCopy>> groups;
-  // Cluster barrier: the phase it has arrived at and not waited for.
-  bool arrived_at_cluster = false;
-  uint64_t cluster_phase = 0;
 };
 
 // A collective operation of some lanes of a warp. A lane may enter the next one while others still read the results of
@@ -89,40 +83,12 @@ struct BlockBarrier {
 struct Block {
   uint3 index{};
   unsigned number = 0;  // among the blocks that are alive
-  unsigned rank = 0;
   unsigned size = 0;
   unsigned live = 0;
-  Cluster* cluster = nullptr;
   std::vector<Warp> warps;
   std::vector<Thread*> threads;
   BlockBarrier barrier;
   char* shared = nullptr;
-  bool shared_closed = false;
-  std::unordered_map<const uint64_t*, Mbarrier> mbarriers;
-  // The phase of the cluster barrier in which a peer last took an address in this block's shared memory, plus one.
-  uint64_t mapped_in_phase = 0;
-  unsigned messages_under_way = 0;
-};
-
-struct Cluster {
-  std::vector<Block*> blocks;
-  unsigned live = 0;
-  unsigned arrived = 0;
-  uint64_t phase = 0;
-  std::vector<Thread*> waiting;
-  race::VectorClock released[2];  // by parity of the phase
-};
-
-// An st.async on its way.
-struct Message {
-  Block* receiver;
-  char* destination;
-  unsigned char value[16];
-  unsigned bytes;
-  uint64_t* barrier;
-  unsigned sender;
-  uint32_t sender_time;
-  race::VectorClock sent;
 };
 
 // A shared array, at the same place in every block of a launch.
@@ -143,7 +109,6 @@ struct Machine {
   StackPool stacks;
   std::vector<Thread> threads;
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<uint64_t> priorities;
   unsigned live = 0;
 
@@ -152,12 +117,8 @@ struct Machine {
   int64_t clock = 0;
   uint64_t leaps = 1;
   int leaps_without_progress = 0;
-  bool clock_has_leapt = false;  // waits may have expired
   uint64_t polls_without_progress = 0;
   uint64_t polls_at_clock_reading = 0;
-
-  std::vector<Message> messages;
-  int64_t messages_sent = 0;
 
   std::map<const void*, SharedArray> shared_arrays;
   size_t static_shared_end = 0;
@@ -188,17 +149,10 @@ std::string place(const char* file, int line);  // "file:line", the file without
 std::string position_of(const Thread& thread);
 // block_barrier.cpp: the rules for leaving
 void check_thread_exit(Thread& thread);
-// cluster.cpp
-void finish_cluster_barrier_if_complete(Cluster& cluster);
-// mbarrier.cpp
-void deliver_messages(bool all_of_them);
-void check_mbarriers_at_exit(const Block& block);
 // shared_memory.cpp
 void allocate_shared(size_t blocks);
 void prepare_shared(Block& block, size_t index);
-void close_shared(Block& block);   // when the block ends
-void retire_shared(Block& block);  // when the wave does
-size_t shared_bytes_per_block();
+void retire_shared(Block& block);
 std::string check_shared_fences(const Block& block);
 Block* block_of(const void* pointer);  // null where it does not point to shared memory
 // global_memory.cpp

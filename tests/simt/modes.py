@@ -25,9 +25,9 @@ def _random(seeds: range, **also: str) -> tuple[dict[str, str], ...]:
     )
 
 
-LATE = {"SIMT_COPIES": "late", "SIMT_MESSAGES": "late"}
-NOW = {"SIMT_COPIES": "now", "SIMT_MESSAGES": "now"}
-MIXED = {"SIMT_COPIES": "mixed", "SIMT_MESSAGES": "mixed"}
+LATE = {"SIMT_COPIES": "late"}
+NOW = {"SIMT_COPIES": "now"}
+MIXED = {"SIMT_COPIES": "mixed"}
 
 
 def _stores_seen_late(**also: str) -> tuple[dict[str, str], ...]:
@@ -37,11 +37,11 @@ def _stores_seen_late(**also: str) -> tuple[dict[str, str], ...]:
 
 
 MODES = {
-    # Threads in turn; asynchronous operations as late as they may be.
+    # Threads in turn; copies as late as they may be.
     "late": Mode("plain", (LATE,)),
-    # And at once, which hides a missing wait, but not a buffer that is written too soon.
+    # And at once, which hides a missing wait.
     "now": Mode("plain", (NOW,)),
-    # Threads in any order, asynchronous operations at any time.
+    # Threads in any order, copies at any time.
     "random": Mode("plain", _random(range(1, 7), **MIXED)),
     # Relaxed stores that each block sees when it likes, in any order: as late as may be, and at any time.
     "weak": Mode("plain", _stores_seen_late()),

@@ -30,7 +30,6 @@ struct Options {
   Schedule schedule = Schedule::Fifo;  // SIMT_SCHEDULE=fifo|random|priority
   uint64_t seed = 1;                   // SIMT_SEED
   Delivery copies = Delivery::Late;    // SIMT_COPIES=now|late|mixed, cp.async
-  Delivery messages = Delivery::Late;  // SIMT_MESSAGES=now|late|mixed, st.async
   // When a relaxed store can be seen by threads that nothing has told of it. Late, mixed: by each block at a time of
   // its own, in any order.
   Delivery stores = Delivery::Now;  // SIMT_STORES=now|late|mixed
@@ -38,15 +37,10 @@ struct Options {
   bool torn = false;           // SIMT_PIECES=whole|torn
   MmaSum mma = MmaSum::Exact;  // SIMT_MMA=exact|truncated
   int mma_bits = 24;           // Truncated: bits kept below the largest exponent
-  // A cluster kernel that arms an mbarrier twice in a phase waits for bytes that nobody sends. PTX allows several
-  // expect_tx in a phase; the project's protocol does not.
-  bool one_expect_tx_per_phase = true;
   // Blocks alive at once in a launch that is not cooperative; 0: all of them, up to a bound on threads.
   unsigned resident_blocks = 0;
   // The most blocks of a cooperative launch; 0: any number. One with more is refused.
   unsigned cooperative_blocks = 0;
-  // The st.async of this number (from 0, in the order of issue) is lost on the way; -1: none.
-  int64_t lose_message = -1;
   size_t stack_bytes = 0;  // of a thread; 0: enough for this build
 };
 
@@ -58,7 +52,6 @@ struct Statistics {
   uint64_t polls = 0;
   uint64_t mmas = 0;
   uint64_t copies = 0;
-  uint64_t messages = 0;
   uint64_t stores = 0;       // relaxed ones that were not seen by all at once
   uint64_t stale_loads = 0;  // loads that found something older than the newest
 };

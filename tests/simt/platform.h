@@ -186,7 +186,6 @@ struct LaunchConfig {
   dim3 block;
   size_t dynamic_shared = 0;
   cudaStream_t stream = nullptr;
-  unsigned cluster = 1;
   bool cooperative = false;
   bool dependent = false;
 };
@@ -198,7 +197,6 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.grid = config.grid;
   emulated.block = config.block;
   emulated.dynamic_shared = config.dynamic_shared;
-  emulated.cluster = config.cluster;
   emulated.cooperative = config.cooperative;
   emulated.dependent = config.dependent;
   const unsigned most = simt::options().cooperative_blocks;
@@ -292,37 +290,5 @@ inline int64_t now() { return simt::clock(); }
 
 inline void grid_dependency_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::grid_dependency_wait(LSTM_SITE_ONLY); }
 inline void launch_dependents() {}
-
-inline void cluster_arrive(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_arrive(LSTM_SITE_ONLY); }
-inline void cluster_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::cluster_wait(LSTM_SITE_ONLY); }
-inline uint32_t cluster_rank() { return simt::cluster_rank(); }
-inline uint32_t cluster_size() { return simt::cluster_size(); }
-template <typename T>
-T* map_rank(T* own, uint32_t rank LSTM_SITE_PARAMETERS) {
-  return static_cast<T*>(simt::map_rank(own, rank LSTM_SITE));
-}
-
-inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals LSTM_SITE_PARAMETERS) {
-  simt::mbarrier_init(barrier, arrivals LSTM_SITE);
-}
-inline void fence_mbarrier_init(LSTM_SITE_ONLY_PARAMETERS) { simt::fence_mbarrier_init(LSTM_SITE_ONLY); }
-inline void mbarrier_arrive(uint64_t* barrier LSTM_SITE_PARAMETERS) { simt::mbarrier_arrive(barrier, 1 LSTM_SITE); }
-inline void mbarrier_arrive_remote(uint64_t* barrier LSTM_SITE_PARAMETERS) {
-  simt::mbarrier_arrive(barrier, 1 LSTM_SITE);
-}
-inline void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes LSTM_SITE_PARAMETERS) {
-  simt::mbarrier_expect_tx(barrier, bytes LSTM_SITE);
-}
-inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LSTM_SITE_PARAMETERS) {
-  simt::mbarrier_arrive_expect_tx(barrier, bytes LSTM_SITE);
-}
-inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity LSTM_SITE_PARAMETERS) {
-  return simt::mbarrier_try_wait(barrier, parity LSTM_SITE);
-}
-template <typename T>
-void st_async(T* remote, const std::common_type_t<T>& value, uint64_t* remote_barrier LSTM_SITE_PARAMETERS) {
-  static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t> || std::is_same_v<T, uint4>);
-  simt::st_async(remote, &value, sizeof value, remote_barrier LSTM_SITE);
-}
 
 }  // namespace lstm_ext::cuda

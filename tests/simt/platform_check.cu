@@ -1,6 +1,6 @@
 // Everything that cuda/platform.h and cuda/numeric.cuh offer, used once, and the toy kernels: for nvcc to compile.
 #include "cuda/numeric.cuh"
-#include "simt/toy_cluster.cuh"
+#include "simt/toy_lstm.cuh"
 #include "simt/toy_mailbox.cuh"
 
 namespace {
@@ -16,8 +16,6 @@ struct Arguments {
 };
 
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  LSTM_SHARED(uint32_t, inbox, 256);
   LSTM_DYNAMIC_SHARED(float, shared);
 
   cp_async16(shared, a.f32);
@@ -48,27 +46,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
   if (!wait_at_least(a.words, 3, 100)) return;
   store_relaxed_16(a.words, load_relaxed_16(a.words + 4));
 
-  if (threadIdx.x == 0) {
-    mbarrier_init(barriers, 1);
-    fence_mbarrier_init();
-  }
-  cluster_sync();
-  mbarrier_arrive_expect_tx(barriers, 28);
-  mbarrier_expect_tx(barriers, 4);
-  mbarrier_arrive(barriers);
-  const uint32_t peer = (cluster_rank() + 1) % cluster_size();
-  uint64_t* bell = map_rank(barriers, peer);
-  mbarrier_arrive_remote(bell);
-  st_async(map_rank(inbox, peer), 5u, bell);
-  st_async(reinterpret_cast<uint64_t*>(map_rank(inbox + 2, peer)), uint64_t{5}, bell);
-  st_async(reinterpret_cast<uint4*>(map_rank(inbox + 4, peer)), make_uint4(1, 2, 3, 4), bell);
-  if (!mbarrier_wait(barriers, 0, 1000)) a.words[0] = 7;
-
   a.f16[0] = from_float<__half>(to_float(a.bf16[0]));
   a.bf16[1] = from_float<__nv_bfloat16>(to_float(a.f16[1]));
   a.f64[0] = narrow<double>(widen(a.f64[1])) + to_float(from_float<double>(a.f32[5]));
   a.bf16[3] = narrow<__nv_bfloat16>(widen(a.f16[3]));
-  cluster_sync();
 }
 
 }  // namespace
@@ -77,13 +58,10 @@ cudaError_t launch_everything(cudaStream_t stream) {
   LaunchConfig config;
   config.grid = dim3(8);
   config.block = dim3(32);
-  config.cluster = 8;
   const cudaError_t status = launch(use_everything, config, Arguments{});
   return status != cudaSuccess ? status : launch(use_everything, dim3(8), dim3(32), 1024, stream, Arguments{});
 }
 
 template LSTM_KERNEL toy::grid_f32<128, 16, 16>(toy::Arguments);
 template LSTM_KERNEL toy::grid_bf16<128, 16, 16>(toy::Arguments);
-template LSTM_KERNEL toy::cluster_stores<128, 16, 16>(toy::Arguments);
-template LSTM_KERNEL toy::cluster_messages<128, 16, 16>(toy::Arguments);
 template LSTM_KERNEL toy::mailbox<4, 16>(toy::MailboxArguments);

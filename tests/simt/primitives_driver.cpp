@@ -251,7 +251,7 @@ void check_copies() {
     // Its reads before the wait are the point: the race detector has its say in another test.
     const bool late = delivery == simt::Delivery::Late;
     try {
-      run(copy_kernel, shape(1, 32, 1, 1024), CopyArguments{from.data(), out.data()});
+      run(copy_kernel, shape(1, 32, 1024), CopyArguments{from.data(), out.data()});
     } catch (const simt::Error& error) {
       expect(late && std::string(error.what()).find("racy") != std::string::npos, error.what());
     }
@@ -390,99 +390,25 @@ void check_pieces() {
   simt::options().stores = simt::Delivery::Now;
 }
 
-// ---- clusters and messages
-
-struct ClusterArguments {
-  uint32_t* out;  // (blocks, 16)
-};
-
-LSTM_KERNEL cluster_kernel(ClusterArguments s) {
-  LSTM_SHARED(uint32_t, inbox, 16);
-  LSTM_SHARED(uint64_t, barriers, 2);
-  const uint32_t rank = cluster_rank();
-  const uint32_t next = (rank + 1) % cluster_size();
-  if (threadIdx.x == 0) {
-    mbarrier_init(&barriers[0], 2);  // two arrivals, and the bytes
-    mbarrier_init(&barriers[1], 3);
-    fence_mbarrier_init();
-  }
-  if (threadIdx.x < 16) inbox[threadIdx.x] = 0;
-  cluster_sync();
-  for (uint32_t round = 0; round < 3; ++round) {
-    if (threadIdx.x == 0) {
-      uint32_t* there = map_rank(inbox, next);
-      uint64_t* bell = map_rank(&barriers[0], next);
-      st_async(there + 1, rank + 100 * round, bell);
-      st_async(reinterpret_cast<uint64_t*>(there + 2), (uint64_t{7} << 32) + rank, bell);
-      st_async(reinterpret_cast<uint4*>(there + 4), make_uint4(1, 2, 3, rank), bell);
-    }
-    if (threadIdx.x == 1) mbarrier_expect_tx(&barriers[0], 28);
-    if (threadIdx.x >= 1 && threadIdx.x <= 2) mbarrier_arrive(&barriers[0]);
-    expect(mbarrier_wait(&barriers[0], round % 2, 1000000), "a message arrives");
-    if (threadIdx.x == 3) {
-      s.out[blockIdx.x * 16 + round] = inbox[1] == (rank + cluster_size() - 1) % cluster_size() + 100 * round;
-      s.out[blockIdx.x * 16 + 4] = inbox[2];
-      s.out[blockIdx.x * 16 + 5] = inbox[3];
-      s.out[blockIdx.x * 16 + 6] = inbox[4] + inbox[5] + inbox[6];
-      s.out[blockIdx.x * 16 + 7] = inbox[7];
-    }
-    // A peer says that it has read: nobody writes before.
-    __syncthreads();
-    if (threadIdx.x < 3) mbarrier_arrive_remote(map_rank(&barriers[1], (rank + cluster_size() - 1) % cluster_size()));
-    expect(mbarrier_wait(&barriers[1], round % 2, 1000000), "arrivals from a peer");
-    // Or a slow thread might still wait for this phase when the next one ends, which has the other parity.
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) s.out[blockIdx.x * 16 + 8] = *map_rank(&inbox[0], next) == 0;
-  cluster_arrive();
-  cluster_wait();
-}
-
-void check_clusters() {
-  for (const auto delivery : {simt::Delivery::Now, simt::Delivery::Late, simt::Delivery::Mixed}) {
-    for (const uint64_t seed : {1, 2, 3}) {
-      simt::options().messages = delivery;
-      simt::options().schedule = seed == 1 ? simt::Schedule::Fifo : simt::Schedule::Random;
-      simt::options().seed = seed;
-      DeviceBuffer<uint32_t> out(8 * 16);
-      run(cluster_kernel, shape(8, 32, 4), ClusterArguments{out.data()});
-      for (unsigned block = 0; block < 8; ++block) {
-        const uint32_t before = (block % 4 + 3) % 4;
-        const uint32_t* row = &out[block * 16];
-        expect(row[0] == 1 && row[1] == 1 && row[2] == 1, "st.async of 4 bytes");
-        expect(row[4] == before && row[5] == 7, "st.async of 8 bytes");
-        expect(row[6] == 6 && row[7] == before, "st.async of 16 bytes");
-        expect(row[8] == 1, "a load from a peer's shared memory");
-      }
-    }
-  }
-  simt::options().messages = simt::Delivery::Late;
-  simt::options().schedule = simt::Schedule::Fifo;
-}
+// ---- shared addresses
 
 struct AddressArguments {
-  uint32_t* good;
+  uint32_t* bad;
 };
 
 // What code generated from PTX asks for.
 LSTM_KERNEL address_kernel(AddressArguments s) {
   LSTM_SHARED(float, array, 8);
-  const uint32_t own = simt::shared_address(&array[3], "driver", 0);
-  const uint32_t peer = 1 - cluster_rank();
-  float* other = map_rank(array, peer);
-  const uint32_t others = simt::shared_address(other + 3, "driver", 0);
-  bool good = simt::shared_pointer(own, "driver", 0) == &array[3];
-  good = good && simt::shared_pointer(others, "driver", 0) == other + 3;
-  good = good && own < (1u << 24) && (others & 0xffffffu) == own && others >> 24 == peer + 1;
+  const uint32_t address = simt::shared_address(&array[3], "driver", 0);
+  bool good = simt::shared_pointer(address, "driver", 0) == &array[3];
   good = good && simt::dynamic_shared_bytes() == 64;
   good = good && simt::lane_index() == threadIdx.x % 32;
-  if (!good) atomicAdd(s.good, 1u);
-  cluster_sync();
+  if (!good) atomicAdd(s.bad, 1u);
 }
 
 void check_addresses() {
   DeviceBuffer<uint32_t> bad(1, 0u);
-  run(address_kernel, shape(2, 40, 2, 64), AddressArguments{bad.data()});
+  run(address_kernel, shape(2, 40, 64), AddressArguments{bad.data()});
   expect(bad[0] == 0, "32-bit shared addresses");
 }
 
@@ -506,7 +432,6 @@ int main() {
     check_indices();
     check_atomics();
     check_pieces();
-    check_clusters();
     check_addresses();
     check_conversions();
   } catch (const simt::Error& error) {

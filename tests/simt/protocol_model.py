@@ -1,4 +1,4 @@
-"""Every run of the exchanges between blocks, by exploring all states of small models with the values they carry.
+"""Every run of the exchange between blocks, by exploring all states of a small model with the values they carry.
 
 The emulator samples orders of events; here, for two and three blocks, each of them is gone through, and what a reader
 takes is compared with what was written. In tests/:
@@ -14,11 +14,8 @@ import sys
 import time
 from dataclasses import replace
 
-from simt import cluster_model, mailbox_model
 from simt.exploration import explore
-
-CONFIGURATIONS = (*mailbox_model.CONFIGURATIONS, *cluster_model.CONFIGURATIONS)
-PLANTS = {**mailbox_model.PLANTS, **cluster_model.PLANTS}
+from simt.mailbox_model import CONFIGURATIONS, PLANTS
 
 
 def main(arguments: list[str] | None = None) -> int:

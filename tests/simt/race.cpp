@@ -15,6 +15,9 @@ bool enabled = false;
 
 namespace {
 
+// Entry i: up to which time of its own the owner knows thread i. Empty: knows nothing.
+using VectorClock = std::vector<uint32_t>;
+
 // An access that the detector remembers: who, at which time of its own, and where in the program.
 struct Event {
   uint32_t thread_plus_one = 0;
@@ -225,24 +228,12 @@ void meet(Thread* const* meeting, size_t count) {
   }
 }
 
-void release(Thread& thread, VectorClock& object) {
-  if (!enabled) return;
-  learn(object, knowledge[thread.id]);
-  tick(thread.id);
-}
-
-void acquire(Thread& thread, const VectorClock& object) {
-  if (enabled) learn(knowledge[thread.id], object);
-}
-
 void fence(Thread& thread) {
   if (!enabled) return;
   learn(knowledge[thread.id], fence_to_acquire[thread.id]);
   fenced_knowledge[thread.id] = knowledge[thread.id];
   tick(thread.id);
 }
-
-uint32_t time_of(const Thread& thread) { return enabled ? knowledge[thread.id][thread.id] : 0; }
 
 void access(Thread& thread, const void* address, size_t bytes, bool writes, const char* file, int line) {
   if (enabled) check_access(thread.id, address, bytes, writes, site_of(file, line), /*asynchronous=*/false);
@@ -252,11 +243,12 @@ void asynchronous_write(Thread& thread, const void* address, size_t bytes, const
   if (enabled) check_access(thread.id, address, bytes, /*writes=*/true, site_of(file, line), /*asynchronous=*/true);
 }
 
-void asynchronous_write_done(unsigned thread, uint32_t time, const void* address, size_t bytes) {
+void asynchronous_write_done(const Thread& thread, const void* address, size_t bytes) {
   if (!enabled) return;
   for_each_place(address, bytes, [&](Watched& range, size_t index) {
     Event& writer = range.places[index].writer;
-    if (writer.thread_plus_one == thread + 1 && writer.time == kPending) writer.time = time;
+    if (writer.thread_plus_one == thread.id + 1 && writer.time == kPending)
+      writer.time = knowledge[thread.id][thread.id];
   });
 }
 
@@ -268,7 +260,8 @@ void atomic_access(Thread& thread, const void* address, size_t bytes, bool write
   learn(acquires ? knowledge[thread.id] : fence_to_acquire[thread.id], here);
   if (!writes) return;
   if (releases) {
-    release(thread, here);
+    learn(here, knowledge[thread.id]);
+    tick(thread.id);
   } else {
     learn(here, fenced_knowledge[thread.id]);
   }
@@ -287,27 +280,6 @@ void read_only_access(Thread& thread, const void* address, size_t bytes, const c
     }
   });
   check_access(thread.id, address, bytes, /*writes=*/false, site, /*asynchronous=*/false);
-}
-
-void block_ends(Block& block) {
-  if (!enabled || machine.config.cluster == 1) return;
-  // The block is over when all its threads are.
-  meet(block.threads.data(), block.threads.size());
-  const unsigned last = current->id;
-  const Site site = site_of("(end of the block)", 0);
-  for_each_place(block.shared, shared_bytes_per_block(), [&](Watched& range, size_t index) {
-    Place& place = range.places[index];
-    for (const Event* writer : {&place.writer, &place.atomic_writer}) {
-      if (unordered(*writer, last, site)) report(range, index, last, true, site, *writer, true);
-    }
-    for (const Event& reader : place.readers) {
-      if (unordered(reader, last, site)) report(range, index, last, true, site, reader, false);
-    }
-    // A place that nobody has touched is not worth a page of memory.
-    const bool touched = place.writer.thread_plus_one + place.atomic_writer.thread_plus_one != 0 ||
-                         place.readers[0].thread_plus_one != 0;
-    if (touched) place.writer = Event{last + 1, knowledge[last][last], site};
-  });
 }
 
 }  // namespace simt::race

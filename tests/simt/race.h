@@ -1,26 +1,21 @@
 // The race detector: happens-before, by vector clocks. It works where the driver was compiled with -fsanitize=thread
 // (and linked without libtsan): g++ then announces every access to memory, see race_hooks.cpp.
 //
-// Ordered are accesses on both sides of __syncthreads, __syncwarp, a cluster barrier, a release and the acquire that
-// reads it (with __threadfence, also relaxed ones), an mbarrier's phase and a wait for it, a cp.async and a wait for
-// it. Shuffles and mma order nothing. What it reports depends little on the schedule: two accesses need not come close
-// in time. But which release an acquire reads from is a matter of schedule, so random schedules add to what it finds.
+// Ordered are accesses on both sides of __syncthreads, __syncwarp, a release and the acquire that reads it (with
+// __threadfence, also relaxed ones), a cp.async and a wait for it. Shuffles and mma order nothing. What it reports
+// depends little on the schedule: two accesses need not come close in time. But which release an acquire reads from is
+// a matter of schedule, so random schedules add to what it finds.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace simt {
 
 struct Thread;
-struct Block;
 
 namespace race {
-
-// Entry i: up to which time of its own the owner knows thread i. Empty: knows nothing.
-using VectorClock = std::vector<uint32_t>;
 
 extern bool enabled;
 
@@ -35,8 +30,6 @@ void forget(const void* memory);
 // ---- order
 
 void meet(Thread* const* threads, size_t count);
-void release(Thread& thread, VectorClock& object);
-void acquire(Thread& thread, const VectorClock& object);
 void fence(Thread& thread);
 
 // ---- accesses
@@ -48,11 +41,8 @@ void read_only_access(Thread& thread, const void* address, size_t bytes, const c
 // A write by an asynchronous operation: nobody may touch the place until somebody waited for it, its own thread
 // neither.
 void asynchronous_write(Thread& thread, const void* address, size_t bytes, const char* file, int line);
-// From now on it counts as a write of `thread` at `time`.
-void asynchronous_write_done(unsigned thread, uint32_t time, const void* address, size_t bytes);
-uint32_t time_of(const Thread& thread);
-// The block's shared memory goes away, which is like a write to all of it after everything that its threads know of.
-void block_ends(Block& block);
+// From now on it counts as a write of the thread.
+void asynchronous_write_done(const Thread& thread, const void* address, size_t bytes);
 
 }  // namespace race
 }  // namespace simt

@@ -141,148 +141,6 @@ LSTM_KERNEL copy_not_awaited(Words w) {
   cp_async_wait<1>();
 }
 
-// ---- clusters
-
-LSTM_KERNEL arriving_twice(Words) {
-  cluster_arrive();
-  cluster_arrive();
-}
-LSTM_KERNEL waiting_without_arriving(Words) { cluster_wait(); }
-LSTM_KERNEL leaving_between(Words) { cluster_arrive(); }
-LSTM_KERNEL rank_outside_cluster(Words) {
-  LSTM_SHARED(uint32_t, array, 4);
-  map_rank(array, 2);
-}
-LSTM_KERNEL mapping_global_memory(Words w) { map_rank(w.words, 0); }
-// Lets the other blocks run for a while.
-void idle(const Words& w) {
-  const int64_t start = now();
-  while (now() - start < 1000) load_relaxed(w.words);
-}
-
-LSTM_KERNEL mapping_a_block_that_ended(Words w) {
-  LSTM_SHARED(uint32_t, array, 4);
-  cluster_sync();
-  if (cluster_rank() == 1) return;
-  idle(w);
-  map_rank(array, 1);
-}
-LSTM_KERNEL ending_under_a_peers_hand(Words) {
-  LSTM_SHARED(uint32_t, array, 64);
-  cluster_sync();
-  if (cluster_rank() == 0) map_rank(array, 1)[threadIdx.x] = 1;
-}
-// The address is from before the last barrier: no rule sees it, the closed memory does.
-LSTM_KERNEL writing_after_the_end(Words w) {
-  LSTM_SHARED(uint32_t, array, 64);
-  uint32_t* there = map_rank(array, 1);
-  cluster_sync();
-  if (cluster_rank() == 1) return;
-  idle(w);
-  there[threadIdx.x] = 1;
-}
-
-// ---- mbarriers
-
-enum class Start { Fenced, NoFence, NoClusterBarrier };
-
-// Two mbarriers for one arrival each; true for the one thread that goes on, of block 0.
-bool start(uint64_t* barriers, Start how) {
-  if (threadIdx.x == 0) {
-    mbarrier_init(&barriers[0], 1);
-    mbarrier_init(&barriers[1], 1);
-    if (how != Start::NoFence) fence_mbarrier_init();
-  }
-  if (how != Start::NoClusterBarrier) cluster_sync();
-  return threadIdx.x == 0 && cluster_rank() == 0;
-}
-
-LSTM_KERNEL not_initialised(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  mbarrier_arrive(barriers);
-}
-LSTM_KERNEL initialised_twice(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (threadIdx.x < 2) mbarrier_init(barriers, 1);
-}
-LSTM_KERNEL misaligned_barrier(Words) {
-  LSTM_SHARED(uint32_t, words, 8);
-  if (threadIdx.x == 0) mbarrier_init(reinterpret_cast<uint64_t*>(words + 1), 1);
-}
-LSTM_KERNEL barrier_in_global_memory(Words w) { mbarrier_init(reinterpret_cast<uint64_t*>(w.words), 1); }
-LSTM_KERNEL barrier_of_no_arrivals(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  mbarrier_init(barriers, 0);
-}
-LSTM_KERNEL barrier_overwritten(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (!start(barriers, Start::Fenced)) return;
-  barriers[1] = 0;
-  mbarrier_arrive(&barriers[1]);
-}
-LSTM_KERNEL too_many_arrivals(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (!start(barriers, Start::Fenced)) return;
-  mbarrier_expect_tx(barriers, 4);  // the phase cannot end
-  mbarrier_arrive(barriers);
-  mbarrier_arrive(barriers);
-}
-LSTM_KERNEL second_expect_tx(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (!start(barriers, Start::Fenced)) return;
-  mbarrier_expect_tx(barriers, 4);
-  mbarrier_arrive_expect_tx(barriers, 4);
-}
-LSTM_KERNEL too_many_bytes(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (start(barriers, Start::Fenced)) mbarrier_expect_tx(barriers, 1 << 20);
-}
-LSTM_KERNEL odd_parity(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (start(barriers, Start::Fenced)) mbarrier_try_wait(barriers, 2);
-}
-LSTM_KERNEL waiting_at_a_peers_barrier(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (start(barriers, Start::Fenced)) mbarrier_try_wait(map_rank(barriers, 1), 0);
-}
-LSTM_KERNEL no_fence(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (start(barriers, Start::NoFence)) mbarrier_arrive_remote(map_rank(barriers, 1));
-}
-LSTM_KERNEL no_cluster_barrier(Words w) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  const bool first = start(barriers, Start::NoClusterBarrier);
-  __syncthreads();
-  if (first) {
-    idle(w);
-    mbarrier_arrive_remote(map_rank(barriers, 1));
-  }
-  __syncthreads();
-  cluster_sync();
-}
-LSTM_KERNEL data_and_barrier_apart(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  LSTM_SHARED(uint32_t, inbox, 4);
-  if (start(barriers, Start::Fenced)) st_async(map_rank(inbox, 1), 1, barriers);
-}
-LSTM_KERNEL message_misaligned(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  LSTM_SHARED(uint32_t, inbox, 4);
-  if (start(barriers, Start::Fenced)) {
-    st_async(reinterpret_cast<uint64_t*>(map_rank(inbox, 1) + 1), 1, map_rank(barriers, 1));
-  }
-}
-LSTM_KERNEL ending_with_a_message_under_way(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  LSTM_SHARED(uint32_t, inbox, 4);
-  if (start(barriers, Start::Fenced)) st_async(map_rank(inbox, 1), 1, map_rank(barriers, 1));
-  cluster_sync();
-}
-LSTM_KERNEL ending_with_bytes_expected(Words) {
-  LSTM_SHARED(uint64_t, barriers, 2);
-  if (start(barriers, Start::Fenced)) mbarrier_arrive_expect_tx(barriers, 12);
-}
-
 // ---- memory
 
 // ----------------------------------------------------------------------------------------------------------- The
@@ -361,40 +219,11 @@ const std::vector<Rule>& rules() {
       {"copy_of_too_much", copy_of_too_much, shape(1, 32), "more bytes to read than to write"},
       {"copy_not_committed", copy_not_committed, shape(1, 32), "has not committed"},
       {"copy_not_awaited", copy_not_awaited, shape(1, 32), "has not waited for"},
-      {"arriving_twice", arriving_twice, shape(2, 32, 2), "twice without cluster_wait"},
-      {"waiting_without_arriving", waiting_without_arriving, shape(2, 32, 2), "without cluster_arrive"},
-      {"leaving_between", leaving_between, shape(2, 32, 2), "between cluster_arrive and cluster_wait"},
-      {"rank_outside_cluster", rank_outside_cluster, shape(2, 32, 2), "no block of this rank"},
-      {"mapping_global_memory", mapping_global_memory, shape(2, 32, 2), "not into this block's shared memory"},
-      {"mapping_a_block_that_ended", mapping_a_block_that_ended, shape(2, 32, 2), "the other block has ended"},
-      {"ending_under_a_peers_hand", ending_under_a_peers_hand, shape(2, 32, 2),
-       "a peer has taken an address|has ended"},
-      {"not_initialised", not_initialised, shape(1, 32), "not initialised"},
-      {"initialised_twice", initialised_twice, shape(1, 32), "initialised twice"},
-      {"misaligned_barrier", misaligned_barrier, shape(1, 32), "not 8-byte aligned"},
-      {"barrier_in_global_memory", barrier_in_global_memory, shape(1, 32), "not in this block's shared memory"},
-      {"barrier_of_no_arrivals", barrier_of_no_arrivals, shape(1, 32), "expects 1 to"},
-      {"barrier_overwritten", barrier_overwritten, shape(1, 32), "has been overwritten"},
-      {"too_many_arrivals", too_many_arrivals, shape(1, 32), "more arrivals"},
-      {"second_expect_tx", second_expect_tx, shape(1, 32), "a second expect_tx"},
-      {"too_many_bytes", too_many_bytes, shape(1, 32), "2^20 - 1 bytes"},
-      {"odd_parity", odd_parity, shape(1, 32), "parity 0 or 1"},
-      {"waiting_at_a_peers_barrier", waiting_at_a_peers_barrier, shape(2, 32, 2),
-       "of another block|a peer has taken|has ended"},
-      {"no_fence", no_fence, shape(2, 32, 2), "without a fence.mbarrier_init|a peer has taken|has ended"},
-      {"no_cluster_barrier", no_cluster_barrier, shape(2, 32, 2), "before a cluster barrier"},
-      {"data_and_barrier_apart", data_and_barrier_apart, shape(2, 32, 2),
-       "in different blocks|a peer has taken|has ended"},
-      {"message_misaligned", message_misaligned, shape(2, 32, 2), "misaligned|a peer has taken|has ended"},
-      {"ending_with_a_message_under_way", ending_with_a_message_under_way, shape(2, 32, 2), "is under way|bytes away"},
-      {"ending_with_bytes_expected", ending_with_bytes_expected, shape(1, 32), "12 bytes away"},
       {"too_much_static_memory", too_much_static_memory, shape(1, 1), "more than 48 KiB of static"},
-      {"too_much_memory", too_much_memory, shape(1, 1, 1, 200 * 1024), "more than 227 KiB of shared"},
-      {"too_much_dynamic_memory", nothing, shape(1, 32, 1, 228 * 1024), "more than 227 KiB of dynamic"},
+      {"too_much_memory", too_much_memory, shape(1, 1, 200 * 1024), "more than 227 KiB of shared"},
+      {"too_much_dynamic_memory", nothing, shape(1, 32, 228 * 1024), "more than 227 KiB of dynamic"},
       {"too_large_a_block", nothing, shape(1, 1025), "more than 1024 threads"},
       {"an_empty_grid", nothing, shape(0, 32), "an empty grid"},
-      {"an_odd_cluster", nothing, shape(6, 32, 3), "1, 2, 4, 8 or 16 blocks"},
-      {"half_a_cluster", nothing, shape(6, 32, 4), "not a multiple of the cluster"},
       {"launching", launching, shape(1, 1), "cannot launch a kernel"},
       {"throwing", throwing, shape(1, 1), "out of cheese"},
       {"nothing", nothing, shape(20000, 1), ""},
@@ -406,10 +235,9 @@ const std::vector<Rule>& wild_rules() {
   static const std::vector<Rule> all = {
       {"past_a_static_array", past_a_static_array, shape(2, 1), "past the end of shared array array in block"},
       {"before_a_static_array", before_a_static_array, shape(2, 1), "before the start of shared array array in block"},
-      {"past_dynamic_memory", past_dynamic_memory, shape(1, 1, 1, 32), "past the end of shared array (dynamic)"},
+      {"past_dynamic_memory", past_dynamic_memory, shape(1, 1, 32), "past the end of shared array (dynamic)"},
       {"past_a_buffer", past_a_buffer, shape(1, 1), "past the end of buffer words"},
       {"before_a_buffer", before_a_buffer, shape(1, 1), "before the start of buffer words"},
-      {"writing_after_the_end", writing_after_the_end, shape(2, 32, 2), "after the end of the block"},
   };
   return all;
 }

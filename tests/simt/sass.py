@@ -105,7 +105,7 @@ class Expectation:
         ]
 
 
-# Those with clusters, and those without.
+# Those with dependent launches, and those without.
 FROM_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if int(a.removeprefix("sm_")) >= 90)
 BEFORE_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if a not in FROM_HOPPER)
 # Opcodes by what they are for.
@@ -126,9 +126,6 @@ MMA_BF16 = (r"HMMA\.16816\.F32\.BF16",)
 MMA_TF32 = (r"HMMA\.1688\.F32\.TF32",)
 # A wait for the launch in front, and leave for the one behind to begin.
 DEPENDENT_LAUNCH = (r"ACQBULK", r"PREEXIT")
-CLUSTER_BARRIER = (r"UCGABAR_ARV", r"UCGABAR_WAIT")
-# Of an mbarrier: its initialisation, an arrival with and without bytes expected, a wait.
-MBARRIER = (r"SYNCS\.EXCH\.64", r"SYNCS\.ARRIVE\.TRANS64.*", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT")
 
 FLOATS = ("float", "__half", "__nv_bfloat16")
 EXPECTATIONS = (
@@ -203,20 +200,9 @@ TOY_EXPECTATIONS = (
     ),
     # Here they are.
     Expectation("toy::grid_f32<*>", present=(r"MEMBAR.*", r"CCTL.*"), in_loop=True),
-    Expectation("toy::cluster_stores<*>", present=(*CLUSTER_BARRIER, r"ST\.E"), architectures=FROM_HOPPER),
-    Expectation(
-        "toy::cluster_messages<*>",
-        present=(*MBARRIER, *CLUSTER_BARRIER, r"STAS"),
-        absent=(r"ST\.E",),
-        architectures=FROM_HOPPER,
-    ),
-    Expectation("wrappers::messages<uint4>", present=(*MBARRIER, r"STAS\.128"), architectures=FROM_HOPPER),
-    Expectation("wrappers::messages<unsigned long>", present=(r"STAS\.64",), architectures=FROM_HOPPER),
     Expectation("wrappers::load_x4_trans", present=(r"LDSM\.16\.MT88\.4",)),
     Expectation("wrappers::multiply<(wrappers::Format)0>", present=(r"HMMA\.16816\.F32",)),
     Expectation("wrappers::multiply<(wrappers::Format)2>", present=(r"HMMA\.1688\.F32\.TF32",)),
-    # What needs clusters is a trap before Hopper.
-    Expectation("toy::cluster_*", (r"BPT\.TRAP",), absent=CLUSTER_BARRIER, architectures=BEFORE_HOPPER),
 )
 
 

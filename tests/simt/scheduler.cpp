@@ -31,18 +31,6 @@ constexpr uint64_t kPollsPerClockReading = 256 * 16;
 
 uint64_t quiet_polls() { return 256 + kQuietPollsPerThread * machine.live; }
 
-// Something that comes at the latest when there is nothing else to come.
-bool deliver_something() {
-  if (!machine.messages.empty()) {
-    deliver_messages(/*all_of_them=*/false);
-  } else if (weak::pending()) {
-    weak::reveal_some();
-  } else {
-    return false;
-  }
-  return true;
-}
-
 uint64_t urgency(const Thread& thread) { return thread.polling ? 0 : *thread.priority; }
 
 Thread* take_ready() {
@@ -145,7 +133,6 @@ int64_t clock() {
     machine.polls_at_clock_reading = machine.polls_without_progress;
     if (current->leap_seen == machine.leaps) {
       ++machine.leaps;
-      machine.clock_has_leapt = true;
       machine.clock += int64_t{1} << kLeapBits * std::min(++machine.leaps_without_progress, kLeaps);
     }
     current->leap_seen = machine.leaps;
@@ -174,7 +161,9 @@ void poll(const char* file, int line) {
   ++statistics().polls;
   const uint64_t polls = ++machine.polls_without_progress;
   // All that can run have polled once: nobody is about to do anything else.
-  if (polls < machine.live + 16 || !deliver_something()) {
+  if (polls >= machine.live + 16 && weak::pending()) {
+    weak::reveal_some();
+  } else {
     const uint64_t unread = polls - machine.polls_at_clock_reading;
     if (unread > quiet_polls() + kPollsPerClockReading * machine.live || machine.leaps_without_progress > kLeaps) {
       fail("livelock: every thread that can run is polling, and no wait is bounded", file, line);
@@ -195,16 +184,10 @@ void maybe_switch(const char* file, int line) {
 void run_threads() {
   machine.running = true;
   while (machine.error.empty()) {
-    if (options().messages == Delivery::Mixed && !machine.messages.empty() && draw(8)) deliver_messages(false);
     if (options().stores == Delivery::Mixed && weak::pending() && draw(8)) weak::reveal_some();
     Thread* thread = take_ready();
-    if (thread != nullptr) {
-      resume(*thread);
-    } else if (!machine.messages.empty()) {
-      deliver_messages(/*all_of_them=*/true);  // everybody waits at a barrier, or has left
-    } else {
-      break;
-    }
+    if (thread == nullptr) break;
+    resume(*thread);
   }
   machine.running = false;
 }

@@ -21,7 +21,6 @@ constexpr size_t kFence = 256;
 constexpr size_t kStaticRoom = 96 * 1024;
 constexpr size_t kDynamicOffset = kStaticRoom + kFence + 128;
 static_assert(kDynamicOffset % 256 == 128);
-constexpr unsigned kAddressBits = 24;
 
 struct Arena {
   char* base = nullptr;
@@ -69,17 +68,6 @@ void prepare_shared(Block& block, size_t index) {
   race::watch(block.shared, arena.per_block, kGranularity, "shared");
 }
 
-void close_shared(Block& block) {
-  // Alone in its cluster, it has nobody who could still write to it.
-  if (machine.config.cluster == 1) return;
-  const std::string found = check_shared_fences(block);
-  if (!found.empty()) machine.error = found;
-  for (const auto& [key, array] : machine.shared_arrays) open_array(block.shared + array.offset, array.bytes);
-  open_array(block.shared + kDynamicOffset, machine.config.dynamic_shared);
-  block.shared_closed = true;
-  ASAN_POISON_MEMORY_REGION(block.shared, arena.per_block);
-}
-
 void retire_shared(Block& block) {
   ASAN_UNPOISON_MEMORY_REGION(block.shared, arena.per_block);
   race::forget(block.shared);
@@ -89,11 +77,6 @@ std::string check_shared_fences(const Block& block) {
   const auto check = [&](size_t offset, size_t bytes, const std::string& name) {
     const char* array = block.shared + offset;
     const std::string where = " of shared array " + name + " in block " + std::to_string(block.index.x);
-    if (block.shared_closed) {
-      const std::string late =
-          check_fence(array, array + bytes, "simt: memory was written after the end of the block" + where);
-      if (!late.empty()) return late;
-    }
     std::string found = check_fence(array - kFence, array, "simt: memory was written before the start" + where);
     if (found.empty())
       found = check_fence(array + bytes, array + bytes + kFence, "simt: memory was written past the end" + where);
@@ -105,8 +88,6 @@ std::string check_shared_fences(const Block& block) {
   }
   return check(kDynamicOffset, machine.config.dynamic_shared, "(dynamic)");
 }
-
-size_t shared_bytes_per_block() { return arena.per_block; }
 
 Block* block_of(const void* pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -128,10 +109,7 @@ void* shared_array(const void* key, size_t bytes, size_t alignment, const char* 
     }
     if (in_use + machine.config.dynamic_shared > kMaxShared) fail("more than 227 KiB of shared memory", name, 0);
     found = machine.shared_arrays.emplace(key, SharedArray{offset, bytes, name}).first;
-    // In every block at once: a peer may write to it before the block's own threads come here.
-    for (const auto& block : machine.blocks) {
-      if (block->live > 0) open_array(block->shared + offset, bytes);
-    }
+    for (const auto& block : machine.blocks) open_array(block->shared + offset, bytes);
   }
   return current->block->shared + found->second.offset;
 }
@@ -141,18 +119,13 @@ void* dynamic_shared() { return current->block->shared + kDynamicOffset; }
 size_t dynamic_shared_bytes() { return machine.config.dynamic_shared; }
 
 uint32_t shared_address(const void* pointer, const char* file, int line) {
-  const Block* block = block_of(pointer);
-  if (block == nullptr) fail("the address is not in shared memory", file, line);
-  const auto offset = static_cast<uint32_t>(static_cast<const char*>(pointer) - block->shared);
-  return block == current->block ? offset : offset | (block->rank + 1) << kAddressBits;
+  if (block_of(pointer) != current->block) fail("the address is not in this block's shared memory", file, line);
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - current->block->shared);
 }
 
 void* shared_pointer(uint32_t address, const char* file, int line) {
-  const Cluster& cluster = *current->block->cluster;
-  const uint32_t rank = address >> kAddressBits;
-  if (rank > cluster.blocks.size()) fail("a shared address of a block that the cluster does not have", file, line);
-  const Block& block = rank == 0 ? *current->block : *cluster.blocks[rank - 1];
-  return block.shared + (address & ((1u << kAddressBits) - 1));
+  if (address >= arena.per_block) fail("a shared address beyond the block's shared memory", file, line);
+  return current->block->shared + address;
 }
 
 }  // namespace simt

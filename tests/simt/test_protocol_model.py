@@ -1,4 +1,4 @@
-"""The models of the exchanges between blocks: all their states are sound, and each planted fault is found."""
+"""The model of the exchange between blocks: all its states are sound, and each planted fault is found."""
 
 from __future__ import annotations
 

@@ -74,6 +74,8 @@ REFUSED = {
     "a named barrier": ("bar.sync 1;", "other than that of the whole block"),
     "a barrier of some threads": ("bar.sync 0, 64;", "other than that of the whole block"),
     "a call": ("call.uni other, (%r1);", "expected ','"),
+    "a cluster barrier": ("barrier.cluster.arrive.release;", "one of sync is missing"),
+    "an mbarrier": ("mbarrier.init.shared.b64 [%r1], 1;", "not supported"),
     "a wgmma": ("wgmma.fence.sync.aligned;", "not supported"),
     "a bulk copy": (
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d1], %r2, [%r3];",
@@ -92,23 +94,13 @@ REFUSED = {
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2}, [%r3];",
         "a register for each matrix",
     ),
-    "a relaxed cluster barrier": ("barrier.cluster.arrive.relaxed;", "not supported with .relaxed"),
-    "a relaxed wait": (
-        "mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 %p1, [%r1], %r2;",
-        "orders nothing",
-    ),
-    "a wait for a state": ("mbarrier.try_wait.shared.b64 %p1, [%r1], %d1;", "one of parity is missing"),
-    "st.async of 16 bits": (
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b16 [%r1], %h1, [%r2];",
-        "32 bits and more",
-    ),
     "a copy of 3 bytes": ("cp.async.ca.shared.global [%r1], [%d1], 3;", "a size that cp.async does not copy"),
     "a predicated copy": ("cp.async.ca.shared.global [%r1], [%d1], 4, %p1;", "cp.async with a predicate"),
     "an unknown name": ("mov.u32 %r1, nothing;", "nothing is not declared"),
     "an unknown special register": ("mov.u32 %r1, %smid;", "%smid is not declared"),
     "an order without a scope": (
         "ld.acquire.global.u32 %r1, [%d1];",
-        "one of cta, cluster, gpu, sys is missing",
+        "one of cta, gpu, sys is missing",
     ),
     "a vector in an order": ("ld.acquire.gpu.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d1];", "in an order"),
     "a vector that is released": ("st.release.gpu.global.v2.u32 [%d1], {%r1, %r2};", "in an order"),

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "simt/global_memory.h"
-#include "simt/toy_cluster.cuh"
+#include "simt/toy_lstm.cuh"
 
 namespace {
 
@@ -119,12 +119,6 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     config.cooperative = true;
     config.dynamic_shared =
         4 * kUnits * (kBatch + 4) * sizeof(float) + (4 * kUnits + kBatch) * (kHidden + 8) * sizeof(__nv_bfloat16);
-  } else if (kernel == "cluster_stores") {
-    entry = toy::cluster_stores<kHidden, kUnits, kBatch>;
-    config.cluster = kBlocks;
-  } else if (kernel == "cluster_messages") {
-    entry = toy::cluster_messages<kHidden, kUnits, kBatch>;
-    config.cluster = kBlocks;
   } else {
     std::fprintf(stderr, "no kernel %s\n", kernel.c_str());
     return 64;
@@ -139,7 +133,7 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
   const double tolerance = bf16 ? 4e-3 : 2e-5;
   double error = std::fmax(largest_error(h, problem.h), largest_error(c, problem.c));
   if (std::isnan(largest_error(h, problem.h)) || std::isnan(largest_error(c, problem.c))) error = NAN;
-  if (kernel == "cluster_stores") {
+  if (!bf16) {
     // Warp w of block r: units 16 r to 16 r + 15 of rows 2 w and 2 w + 1.
     for (unsigned i = 0; i < norms.size(); ++i) {
       double wanted = 0;
@@ -153,10 +147,10 @@ int run(const std::string& kernel, int bug, int steps, int batch) {
     }
   }
   const simt::Statistics& did = simt::statistics();
-  std::printf("largest error %.3g; %llu switches, %llu barriers, %llu polls, %llu mmas, %llu copies, %llu messages\n",
-              error, static_cast<unsigned long long>(did.switches), static_cast<unsigned long long>(did.barriers),
+  std::printf("largest error %.3g; %llu switches, %llu barriers, %llu polls, %llu mmas, %llu copies\n", error,
+              static_cast<unsigned long long>(did.switches), static_cast<unsigned long long>(did.barriers),
               static_cast<unsigned long long>(did.polls), static_cast<unsigned long long>(did.mmas),
-              static_cast<unsigned long long>(did.copies), static_cast<unsigned long long>(did.messages));
+              static_cast<unsigned long long>(did.copies));
   if (error <= tolerance) return 0;
   std::printf("wrong numbers\n");
   return 1;
@@ -168,7 +162,6 @@ int main(int count, char** words) {
   if (count < 2) return 64;
   const auto number = [&](int index, int otherwise) { return count > index ? std::atoi(words[index]) : otherwise; };
   try {
-    if (const char* lost = std::getenv("TOY_LOSE_MESSAGE")) simt::options().lose_message = std::atoll(lost);
     return run(words[1], number(2, toy::kNone), number(3, 4), number(4, 14));
   } catch (const simt::Error& error) {
     std::printf("%s\n", error.what());

@@ -26,25 +26,12 @@ enum Bug : int {
   kLeavesEarly,         // threads without a batch row leave before the others' barriers
   kCopyNeverAwaited,    // a prefetch is still under way at the end
   kMisalignedCopy,      // cp.async of 16 bytes to an address that is a multiple of 4
+  kNoSyncwarp,          // lanes read what other lanes wrote, without __syncwarp
+  kPartialMask,         // a shuffle of lanes of which some never come
   // bfloat16 tensor cores.
   kNoSyncBeforeLdmatrix,  // fragments are loaded before all copies of the block have landed
   kSwappedFragments,      // two registers of A in each other's place
   kMisalignedLdmatrix,    // rows of shared memory that are no multiple of 16 bytes
-  // Distributed shared memory.
-  kExitWithoutBarrier,  // a block may end while a peer writes to it
-  kSingleBuffer,        // the next h lands where this step's is still read
-  kNoSyncwarp,          // lanes read what other lanes wrote, without __syncwarp
-  kPartialMask,         // a shuffle of lanes of which some never come
-  // st.async and mbarriers.
-  kNoInitFence,      // mbarriers are initialised, and no fence says so to the cluster
-  kNoInitBarrier,    // no cluster barrier between initialisation and the first message
-  kSecondExpectTx,   // a phase is armed twice
-  kTooFewBytes,      // a phase is armed for one message less than comes
-  kTooManyBytes,     // and for one more
-  kWrongParity,      // the wait is for the phase before
-  kUnboundedWait,    // no clock bounds the wait
-  kNoWait,           // one step does not wait at all
-  kIdleThreadsWait,  // threads that send nothing wait too, and may fall two phases behind
 };
 
 struct Arguments {
@@ -55,7 +42,7 @@ struct Arguments {
   float* h;
   __nv_bfloat16* h_bf16;
   float* c;
-  float* norms;        // (blocks, warps): sums of h squared of the last step
+  float* norms;        // (blocks, warps): sums of h squared of the last step, in float32
   uint32_t* arrivals;  // of the grid barrier
   uint32_t* status;    // 1: a wait has expired
   int steps;
@@ -99,6 +86,21 @@ LSTM_DEVICE bool grid_barrier(const Arguments& a, int step) {
   return in_time[0] != 0;
 }
 
+// Sums over the warp, left in shared memory by one lane and read by another: what __syncwarp is for.
+LSTM_DEVICE void store_norm(const Arguments& a, float h) {
+  LSTM_SHARED(float, warp_sums, 32);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float sum = h * h;
+  for (int distance = 16; distance > 0; distance /= 2) {
+    if (a.bug == kPartialMask && distance == 1 && lane >= 16) break;
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  if (lane == 0) warp_sums[warp] = sum;
+  if (a.bug != kNoSyncwarp) __syncwarp();
+  if (lane == 5) a.norms[blockIdx.x * (blockDim.x / 32) + warp] = warp_sums[warp];
+}
+
 // float32; the block's rows of U stay in shared memory.
 template <int kHidden, int kUnits, int kBatch>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
@@ -130,6 +132,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
     }
     if (a.bug == kSharedWritePastEnd && t == 0 && thread == 7) h_rows[kBatch * kHidden + 3] = 1.f;
     if (a.bug != kNoSyncAfterLoad) __syncthreads();
+    float h = 0.f;
     if (active) {
       float gates[4];
       const int step_read = t + (a.bug == kGlobalReadPastEnd ? 1 : 0);
@@ -139,8 +142,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
           gates[q] += u_rows[(q * kUnits + local) * kHidden + k] * h_rows[row * kHidden + k];
         }
       }
-      a.h[h_at(a, kHidden, t + 1, row, unit)] = update(gates, c);
+      h = update(gates, c);
+      a.h[h_at(a, kHidden, t + 1, row, unit)] = h;
     }
+    if (t + 1 == a.steps) store_norm(a, h);
     if (t + 1 < a.steps && !grid_barrier(a, t + 1)) break;
     if (a.bug == kDivergentBarrier && row < a.batch / 2) __syncthreads();
   }

@@ -77,11 +77,6 @@ LSTM_KERNEL message_of_a_warp(Litmus s) {
     s.results[0] = load_relaxed(s.x);
   }
 }
-LSTM_KERNEL message_of_a_cluster(Litmus s) {
-  if (is(0)) store_relaxed(s.x, 1);
-  cluster_sync();
-  if (is(1)) s.results[0] = load_relaxed(s.x);
-}
 // Within a block: seen after a barrier, and by chance before.
 template <bool barrier>
 LSTM_KERNEL neighbours(Litmus s) {
@@ -221,7 +216,6 @@ const std::vector<Case>& cases() {
       {"message_of_a_block", message_of_a_block<true>, shape(2, 64), first_is_zero, nullptr},
       {"message_of_a_block_without_barrier", message_of_a_block<false>, shape(2, 64), never, first_is_zero},
       {"message_of_a_warp", message_of_a_warp, shape(2, 32), first_is_zero, nullptr},
-      {"message_of_a_cluster", message_of_a_cluster, shape(2, 32, 2), first_is_zero, nullptr},
       {"neighbours", neighbours<true>, shape(1, 64), first_is_zero, nullptr},
       {"neighbours_without_barrier", neighbours<false>, shape(1, 64), never, first_is_zero},
       {"own_stores", own_stores, shape(2, 32), [](const uint32_t* r) { return r[0] != 7 || r[1] != 16 || r[2] != 9; },

@@ -8,7 +8,4 @@ template LSTM_KERNEL copy<16>(Arguments);
 template LSTM_KERNEL multiply<Format::F16>(Arguments);
 template LSTM_KERNEL multiply<Format::BF16>(Arguments);
 template LSTM_KERNEL multiply<Format::TF32>(Arguments);
-template LSTM_KERNEL messages<uint32_t>(Arguments);
-template LSTM_KERNEL messages<uint64_t>(Arguments);
-template LSTM_KERNEL messages<uint4>(Arguments);
 }  // namespace wrappers

@@ -12,13 +12,12 @@ namespace {
 using wrappers::Arguments;
 using wrappers::Format;
 
-void run(const char* name, void (*kernel)(Arguments), unsigned blocks = 1, unsigned cluster = 1) {
+void run(const char* name, void (*kernel)(Arguments), unsigned blocks = 1) {
   simt::DeviceBuffer<uint32_t> out(64 * blocks, 0u, "out"), in(1024, "in");
   for (uint32_t i = 0; i < 1024; ++i) in[i] = i * 2654435761u + 12345u;
   lstm_ext::cuda::LaunchConfig config;
   config.grid = dim3(blocks);
   config.block = dim3(32);
-  config.cluster = cluster;
   config.cooperative = true;
   std::printf("%s:", name);
   try {
@@ -53,12 +52,4 @@ int main() {
   run("now", wrappers::piece_that_never_comes);
   run("store_release", wrappers::handover, 2);
   run("red_release", wrappers::handover_by_counter, 2);
-  run("cluster_rank", wrappers::identity, 8, 4);
-  run("map_rank", wrappers::peers, 8, 4);
-  run("mbarrier_arrive", wrappers::own_arrivals, 1);
-  run("mbarrier_arrive_remote", wrappers::peers_arrivals, 8, 4);
-  run("st_async_u32", wrappers::messages<uint32_t>, 8, 4);
-  run("st_async_u64", wrappers::messages<uint64_t>, 8, 4);
-  run("st_async_v4", wrappers::messages<uint4>, 8, 4);
-  run("mbarrier_expect_tx", wrappers::expected_apart, 8, 4);
 }

@@ -25,9 +25,8 @@ from simt.ptx.parse import (
 )
 
 # Special registers. runtime.h has functions of the same names.
-_THREE = ["tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid"]
-_ONE = ["laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer", "cluster_ctarank"]
-_ONE += ["cluster_nctarank"]
+_THREE = ["tid", "ntid", "ctaid", "nctaid"]
+_ONE = ["laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer"]
 _ONE += [f"lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")]
 _SPECIAL = {f"%{name}.{axis}": f"{name}().{axis}" for name in _THREE for axis in "xyz"}
 _SPECIAL |= {f"%{name}": f"{name}()" for name in _ONE}
@@ -172,8 +171,7 @@ class Emitter:
             raise self.error("not an address")
         base, offset = operand.base, operand.offset
         if space.startswith("shared"):
-            window = "cluster_shared" if space == "shared::cluster" else "own_shared"
-            return f"{window}({self.value(base, 'b32')} + b32({offset}), PTX_HERE)"
+            return f"in_shared({self.value(base, 'b32')} + b32({offset}), PTX_HERE)"
         if space not in ("", "global", "local", "const", "param"):
             raise self.error(f"the state space {space}")
         variable = self.variables.get(base.text)
@@ -208,7 +206,7 @@ class Emitter:
             if name in used:
                 storage = "pred" if kind == "pred" else f"b{max(WIDTHS[kind], 16)}"
                 by_type.setdefault(storage, []).append(name)
-        # A token of mbarrier.arrive is not even written.
+        # Some are written and never read.
         lines = [f"  [[maybe_unused]] {storage} {', '.join(names)};" for storage, names in by_type.items()]
         for variable in self.variables.values():
             name = identifier(variable.name)

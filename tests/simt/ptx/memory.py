@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from simt.ptx.emit import Emitter, Modifiers, handles
-from simt.ptx.parse import WIDTHS, Immediate, Instruction, Name, integer
+from simt.ptx.parse import Immediate, Instruction, Name, integer
 
-SPACES = ("global", "local", "const", "param", "shared", "shared::cta", "shared::cluster")
-SHARED = ("shared", "shared::cta", "shared::cluster")
-SCOPES = ("cta", "cluster", "gpu", "sys")
+SPACES = ("global", "local", "const", "param", "shared", "shared::cta")
+SHARED = ("shared", "shared::cta")
+SCOPES = ("cta", "gpu", "sys")
 VECTORS = ("v2", "v4", "v8")
 # Seen by other threads as they happen, but in no order.
 UNORDERED = ("relaxed", "volatile")
@@ -99,8 +99,6 @@ def load(f: Emitter, m: Modifiers, i: Instruction) -> str:
 
 @handles("st")
 def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    if m.take("async"):
-        return store_async(f, m, i)
     kind, space, order = m.type(), m.take(*SPACES), take_order(m)
     take_hints(m)
     count = int(m.take(*VECTORS, default="v1")[1:])
@@ -117,22 +115,6 @@ def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
         return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; store_vector({place}, v, {HERE}); }}"
     stores = " ".join(f"p[{n}] = {f.value(part, kind)};" for n, part in enumerate(parts))
     return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {stores} }}"
-
-
-def store_async(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.take("weak")
-    m.need("shared::cluster")
-    m.need("mbarrier::complete_tx::bytes")
-    kind = m.type()
-    count = int(m.take("v2", "v4", default="v1")[1:])
-    if WIDTHS[kind] < 32 or kind not in WIDTHS:
-        raise i.error("st.async stores 32 bits and more")
-    target, source, barrier = i.operands
-    parts = f.parts(source)
-    if len(parts) != count:
-        raise i.error("as many registers as the vector has parts expected")
-    places = f"{f.address(target, 'shared::cluster')}, {f.address(barrier, 'shared::cluster')}"
-    return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; st_async({places}, v, {HERE}); }}"
 
 
 ORDERS = {
@@ -167,13 +149,6 @@ def dependent_launch(f: Emitter, m: Modifiers, i: Instruction) -> str:
 
 @handles("membar", "fence")
 def fence(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    if m.take("mbarrier_init"):
-        m.need("release"), m.need("cluster")
-        return f"fence_mbarrier_init({HERE});"
-    if m.take("proxy"):
-        m.need("async")
-        m.take("global", *SHARED)
-        return f"fence_proxy_async({HERE});"
     m.take("sc", "acq_rel")
     m.need("gl", *SCOPES)
     return f"fence({HERE});"
@@ -185,19 +160,7 @@ def convert_address(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind, to, space = m.type(), m.take("to"), m.need(*SPACES)
     code = f.value(i.operands[1], kind)
     if space.startswith("shared"):
-        window = "cluster_shared" if space == "shared::cluster" else "own_shared"
-        code = f"{f'generic_to_{window}' if to else 'shared_to_generic'}({code}, {HERE})"
-    return f.assign(i.operands[0], kind, code)
-
-
-@handles("mapa")
-def map_address(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind, window = m.type(), m.take("shared::cluster")
-    rank = f.value(i.operands[2], "u32")
-    if window:
-        code = f"map_shared({f.value(i.operands[1], kind)}, {rank}, {HERE})"
-    else:
-        code = f"map_generic({f.value(i.operands[1], kind)}, {rank}, {HERE})"
+        code = f"{'generic_to_shared' if to else 'shared_to_generic'}({code}, {HERE})"
     return f.assign(i.operands[0], kind, code)
 
 
@@ -237,15 +200,6 @@ def _is_size(f: Emitter, operand) -> bool:
 
 @handles("bar", "barrier")
 def barrier(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    if m.take("cluster"):
-        m.take("aligned")
-        if m.take("arrive"):
-            # .relaxed, which orders no memory, is left and so refused.
-            m.take("release")
-            return f"cluster_arrive({HERE});"
-        m.need("wait")
-        m.take("acquire")
-        return f"cluster_wait({HERE});"
     if m.take("warp"):
         m.need("sync")
         return f"bar_warp_sync({f.value(i.operands[0], 'b32')}, {HERE});"
@@ -255,37 +209,6 @@ def barrier(f: Emitter, m: Modifiers, i: Instruction) -> str:
     if i.operands != (Immediate("0"),):
         raise i.error("a barrier other than that of the whole block")
     return f"bar_sync({HERE});"
-
-
-@handles("mbarrier")
-def mbarrier(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.need("b64")
-    action = m.need("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait")
-    both = action == "arrive" and m.take("expect_tx")
-    order = m.take("release", "acquire", "relaxed")
-    m.take("cta", "cluster")
-    space = m.take(*SHARED)
-    operands = i.operands
-    if action in ("init", "expect_tx"):
-        return f"mbarrier_{action}({f.address(operands[0], space)}, {f.value(operands[1], 'u32')}, {HERE});"
-    if action == "inval":
-        return f"mbarrier_inval({f.address(operands[0], space)}, {HERE});"
-    place = f.address(operands[1], space)
-    if action == "arrive":
-        count = f.value(operands[2], "u32") if len(operands) > 2 else "1u"
-        if both:
-            call = f"mbarrier_arrive_expect_tx({place}, {count}, {HERE})"
-        else:
-            call = f"mbarrier_arrive({place}, {count}, {HERE})"
-        if order == "relaxed":
-            raise i.error("an arrival that orders nothing")
-        # The state it returns is for waits that name no parity, which are refused.
-        return f"{call};"
-    m.need("parity")
-    if order == "relaxed":
-        raise i.error("a wait that orders nothing")
-    # A further operand of try_wait is a time limit: it may be shorter anyhow.
-    return f.assign(operands[0], "pred", f"mbarrier_try_wait({place}, {f.value(operands[2], 'u32')}, {HERE})")
 
 
 # Warps.

@@ -12,22 +12,17 @@ struct Parameters {
   const unsigned char* in;
 };
 
-// A name that starts so is run by a cluster of two blocks.
-bool wants_cluster(const std::string& name) { return name.rfind("cluster_", 0) == 0; }
-
 }  // namespace
 
 int main() {
   for (const ptx::Kernel& kernel : ptx::kernels()) {
-    const unsigned blocks = wants_cluster(kernel.name) ? 2 : 1;
-    simt::DeviceBuffer<uint64_t> out(32 * blocks, uint64_t{0}, "out");
+    simt::DeviceBuffer<uint64_t> out(32, uint64_t{0}, "out");
     simt::DeviceBuffer<unsigned char> in(256, "in");
     std::iota(in.begin(), in.end(), 0);
     const Parameters parameters{out.data(), in.data()};
     simt::LaunchConfig config;
-    config.grid = blocks;
+    config.grid = 1;
     config.block = 32;
-    config.cluster = blocks;
     config.dynamic_shared = 1024;
     std::printf("%s", kernel.name);
     try {

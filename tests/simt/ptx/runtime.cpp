@@ -32,19 +32,6 @@ const std::vector<Kernel>& kernels() { return registered(); }
 
 extern "C" void ptx_use_translated_kernels(bool use) { simt::translated_kernel = use ? find : nullptr; }
 
-char* own_shared(b32 address, const char* file, int line) {
-  char* place = cluster_shared(address, file, line);
-  generic_to_own_shared(reinterpret_cast<b64>(place), file, line);
-  return place;
-}
-
-b64 generic_to_own_shared(b64 address, const char* file, int line) {
-  const b64 shared = generic_to_cluster_shared(address, file, line);
-  // The top bits name a block, unless it is the own one.
-  if (shared >> 24 != 0) simt::fail("another block's shared memory, by an instruction for the own one", file, line);
-  return shared;
-}
-
 Shuffled shuffle(ShuffleMode mode, b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
   const int lane = static_cast<int>(laneid());
   const int segment = c >> 8 & 31, clamp = c & 31, amount = b & 31;

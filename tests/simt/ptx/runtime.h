@@ -57,13 +57,6 @@ inline u32 nwarpid() { return (blockDim.x * blockDim.y * blockDim.z + 31) / 32; 
 inline u64 clock64() { return static_cast<u64>(simt::clock()); }
 inline u32 clock() { return static_cast<u32>(simt::clock()); }
 inline u64 globaltimer() { return clock64(); }
-inline u32 cluster_ctarank() { return simt::cluster_rank(); }
-inline u32 cluster_nctarank() { return simt::cluster_size(); }
-// Clusters lie along x.
-inline uint3 cluster_ctaid() { return {simt::cluster_rank(), 0, 0}; }
-inline uint3 cluster_nctaid() { return {simt::cluster_size(), 1, 1}; }
-inline uint3 clusterid() { return {blockIdx.x / simt::cluster_size(), blockIdx.y, blockIdx.z}; }
-inline uint3 nclusterid() { return {gridDim.x / simt::cluster_size(), gridDim.y, gridDim.z}; }
 inline b32 lanemask_eq() { return 1u << laneid(); }
 inline b32 lanemask_lt() { return lanemask_eq() - 1; }
 inline b32 lanemask_le() { return lanemask_eq() | lanemask_lt(); }
@@ -81,9 +74,7 @@ inline b32 lanemask_ge() { return ~lanemask_lt(); }
 
 // Generic addresses are the host's. Those of shared memory in 32 bits are as simt::shared_address has them.
 inline char* pointer(b64 base, int64_t offset) { return reinterpret_cast<char*>(base) + offset; }
-// .shared, .shared::cta: a peer's memory must not be reached by these.
-char* own_shared(b32 address, const char* file, int line);
-inline char* cluster_shared(b32 address, const char* file, int line) {
+inline char* in_shared(b32 address, const char* file, int line) {
   return static_cast<char*>(simt::shared_pointer(address, file, line));
 }
 inline b32 shared_variable(const char* name, size_t bytes, size_t alignment) {
@@ -91,18 +82,10 @@ inline b32 shared_variable(const char* name, size_t bytes, size_t alignment) {
 }
 inline b32 dynamic_shared() { return simt::shared_address(simt::dynamic_shared(), "dynamic shared memory", 0); }
 inline b64 shared_to_generic(b64 address, const char* file, int line) {
-  return reinterpret_cast<b64>(cluster_shared(static_cast<b32>(address), file, line));
+  return reinterpret_cast<b64>(in_shared(static_cast<b32>(address), file, line));
 }
-inline b64 generic_to_cluster_shared(b64 address, const char* file, int line) {
+inline b64 generic_to_shared(b64 address, const char* file, int line) {
   return simt::shared_address(reinterpret_cast<const void*>(address), file, line);
-}
-b64 generic_to_own_shared(b64 address, const char* file, int line);
-inline b64 map_generic(b64 address, u32 rank, const char* file, int line) {
-  return reinterpret_cast<b64>(simt::map_rank(reinterpret_cast<const void*>(address), rank, file, line));
-}
-inline b32 map_shared(b64 address, u32 rank, const char* file, int line) {
-  const void* own = own_shared(static_cast<b32>(address), file, line);
-  return simt::shared_address(simt::map_rank(own, rank, file, line), file, line);
 }
 
 // ---- loads and stores
@@ -202,9 +185,6 @@ T atomic_cas(char* place, T expected, T value, simt::Order order, const char* fi
 }
 
 inline void fence(const char* file, int line) { simt::thread_fence(file, line); }
-inline void fence_mbarrier_init(const char* file, int line) { simt::fence_mbarrier_init(file, line); }
-// Between writes of threads and operations of the asynchronous proxy. The emulator has one proxy.
-inline void fence_proxy_async(const char* file, int line) { simt::thread_fence(file, line); }
 
 // ---- cp.async
 
@@ -220,34 +200,6 @@ inline void cp_async_wait_all(const char* file, int line) { simt::cp_async_wait_
 
 inline void bar_sync(const char* file, int line) { simt::syncthreads(file, line); }
 inline void bar_warp_sync(b32 mask, const char* file, int line) { simt::syncwarp(mask, file, line); }
-inline void cluster_arrive(const char* file, int line) { simt::cluster_arrive(file, line); }
-inline void cluster_wait(const char* file, int line) { simt::cluster_wait(file, line); }
-
-inline uint64_t* mbarrier_at(char* place, const char* file, int line) {
-  return aligned<uint64_t, 1>(place, file, line);
-}
-inline void mbarrier_init(char* place, u32 arrivals, const char* file, int line) {
-  simt::mbarrier_init(mbarrier_at(place, file, line), arrivals, file, line);
-}
-inline void mbarrier_inval(char* place, const char* file, int line) {
-  simt::mbarrier_inval(mbarrier_at(place, file, line), file, line);
-}
-inline void mbarrier_expect_tx(char* place, u32 bytes, const char* file, int line) {
-  simt::mbarrier_expect_tx(mbarrier_at(place, file, line), bytes, file, line);
-}
-inline void mbarrier_arrive(char* place, u32 arrivals, const char* file, int line) {
-  simt::mbarrier_arrive(mbarrier_at(place, file, line), arrivals, file, line);
-}
-inline void mbarrier_arrive_expect_tx(char* place, u32 bytes, const char* file, int line) {
-  simt::mbarrier_arrive_expect_tx(mbarrier_at(place, file, line), bytes, file, line);
-}
-inline bool mbarrier_try_wait(char* place, u32 parity, const char* file, int line) {
-  return simt::mbarrier_try_wait(mbarrier_at(place, file, line), parity, file, line);
-}
-template <typename T, size_t count>
-void st_async(char* place, char* barrier, const T (&values)[count], const char* file, int line) {
-  simt::st_async(place, values, sizeof values, mbarrier_at(barrier, file, line), file, line);
-}
 
 // ---- warps
 

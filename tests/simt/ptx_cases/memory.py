@@ -328,79 +328,12 @@ for kind in ("bf16", "f16", "tf32"):
         text = text.replace("$10", "%r10")
         instruction(text, [f32(row[n]) for row in outputs], *inputs, name=f"mma_{kind}_{n}")
 
-# ---- clusters
+# ---- fences, the way out, clocks
 
-BOTH = range(64)  # threads of the two blocks
-SYNC = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-PEER = "mov.u32 %r20, %cluster_ctarank; xor.b32 %r21, %r20, 1;"
-
-kernel(
-    "cluster_registers",
-    """mov.u32 %r1, %cluster_ctarank; mov.u32 %r2, %cluster_nctarank; mov.u32 %r3, %clusterid.x;
-    mov.u32 %r4, %cluster_ctaid.x; mad.lo.u32 %r1, %r2, 10, %r1; mad.lo.u32 %r1, %r3, 100, %r1;
-    mad.lo.u32 %r1, %r4, 1000, %r1; cvt.u64.u32 %d0, %r1;""",
-    [u64(20 + 1001 * (thread // 32)) for thread in BOTH],
-)
-with_shared(
-    "cluster_mapa_generic",
-    f"""{PEER} st.shared.u32 [%r11], %r38; {SYNC} cvt.u64.u32 %d1, %r11; cvta.shared.u64 %d1, %d1;
-    mapa.u64 %d2, %d1, %r21; ld.u32 %r1, [%d2]; cvt.u64.u32 %d0, %r1; {SYNC}""",
-    [u64(thread ^ 32) for thread in BOTH],
-)
-with_shared(
-    "cluster_mapa_shared",
-    f"""{PEER} mapa.shared::cluster.u32 %r22, %r11, %r21; st.shared::cluster.u32 [%r22], %r38; {SYNC}
-    ld.shared.u32 %r1, [%r11]; cvt.u64.u32 %d0, %r1;""",
-    [u64(thread ^ 32) for thread in BOTH],
-)
-with_shared(
-    "cluster_mapa_own",
-    f"""{PEER} mapa.shared::cluster.u32 %r22, %r11, %r20; st.shared.u32 [%r22], %r38;
-    ld.shared::cluster.u32 %r1, [%r11]; cvt.u64.u32 %d0, %r1;""",
-    [u64(thread) for thread in BOTH],
-)
-# The barrier lies behind 32 slots.
-INIT = f"""setp.ne.u32 %p1, %r39, 0; @!%p1 mbarrier.init.shared::cta.b64 [%r10+512], 1;
-    @!%p1 fence.mbarrier_init.release.cluster; {SYNC}"""
-WAIT = (
-    """WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p2, [%r10+512], 0; @!%p2 bra WAIT;"""
-)
-for values, kind, size in (
-    ("%r38", "b32", 4),
-    ("%d25", "b64", 8),
-    ("{%r38, %r24, %r25, %r26}", "v4.b32", 16),
-):
-    with_shared(
-        f"cluster_st_async_{size}",
-        f"""{PEER} {INIT} @!%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r10+512], {32 * size};
-        mul.lo.u32 %r24, %r38, 2; mul.lo.u32 %r25, %r38, 3; mul.lo.u32 %r26, %r38, 5; mov.b64 %d25, {{%r25, %r26}};
-        mapa.shared::cluster.u32 %r22, %r11, %r21; mapa.shared::cluster.u32 %r23, %r10, %r21;
-        st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.{kind} [%r22], {values}, [%r23+512];
-        {WAIT} ld.shared.b{min(size, 8) * 8} %{"r1" if size == 4 else "d0"}, [%r11+{size // 16 * 8}];
-        {"cvt.u64.u32 %d0, %r1;" if size == 4 else ""} {SYNC}""",
-        [u64(peer if size == 4 else 3 * peer | 5 * peer << 32) for peer in (thread ^ 32 for thread in BOTH)],
-    )
-with_shared(
-    "cluster_remote_arrival",
-    f"""{PEER} {INIT} st.shared.u32 [%r11], %r38; mapa.shared::cluster.u32 %r23, %r10, %r21; bar.sync 0;
-    @!%p1 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r23+512]; {WAIT}
-    mapa.shared::cluster.u32 %r22, %r11, %r21; ld.shared::cluster.u32 %r1, [%r22]; cvt.u64.u32 %d0, %r1; {SYNC}""",
-    [u64(thread ^ 32) for thread in BOTH],
-)
-with_shared(
-    "mbarrier_counts",
-    """setp.ne.u32 %p1, %r39, 0; @!%p1 mbarrier.init.shared.b64 [%r10+512], 32; bar.sync 0; st.shared.u32 [%r11], %r39;
-    mbarrier.arrive.shared.b64 %d1, [%r10+512];
-    WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r10+512], 0, 1000; @!%p2 bra WAIT; xor.b32 %r1, %r11, 48;
-    ld.shared.u32 %r2, [%r1]; bar.sync 0; @!%p1 mbarrier.inval.shared.b64 [%r10+512]; bar.sync 0;
-    @!%p1 mbarrier.init.shared.b64 [%r10+512], 1; bar.sync 0; mbarrier.test_wait.parity.shared.b64 %p3, [%r10+512], 0;
-    selp.u32 %r3, 1, 0, %p3; mov.b64 %d0, {%r2, %r3};""",
-    [u64(lane ^ 3) for lane in LANES],
-)
 kernel(
     "fences",
-    """st.global.u64 [%d38], 3; membar.gl; fence.acq_rel.gpu; fence.sc.sys; fence.proxy.async.shared::cta;
-    fence.proxy.async; nanosleep.u32 100; ld.global.u64 %d0, [%d38];""",
+    """st.global.u64 [%d38], 3; membar.gl; fence.acq_rel.gpu; fence.sc.sys; nanosleep.u32 100;
+    ld.global.u64 %d0, [%d38];""",
     u64(3),
 )
 kernel("exit", "st.global.u64 [%d38], 4; exit; mov.b64 %d0, 5;", u64(4))
@@ -424,20 +357,6 @@ fails(
     "16 bytes that is not aligned",
 )
 fails("trapping", "trap; mov.b64 %d0, 0;", "trap")
-fails(
-    "cluster_peer_by_own_shared",
-    f"""{PEER} mov.u32 %r1, cluster_peer_by_own_shared_s; mapa.shared::cluster.u32 %r2, %r1, %r21;
-    st.shared.u32 [%r2], %r1; {SYNC} mov.b64 %d0, 0;""",
-    "another block's shared memory",
-    ".shared .align 4 .b8 cluster_peer_by_own_shared_s[4];",
-)
-fails(
-    "cluster_peer_by_cvta",
-    f"""{PEER} mov.u32 %r1, cluster_peer_by_cvta_s; mapa.shared::cluster.u32 %r2, %r1, %r21; cvt.u64.u32 %d1, %r2;
-    cvta.shared::cluster.u64 %d1, %d1; cvta.to.shared.u64 %d0, %d1; {SYNC}""",
-    "another block's shared memory",
-    ".shared .align 4 .b8 cluster_peer_by_cvta_s[4];",
-)
 fails(
     "uncommitted_copy",
     "cp.async.ca.shared.global [dynamic_bytes], [%d39], 4; mov.b64 %d0, 0;",
