@@ -14,8 +14,8 @@
 //
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
-// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., atomics with an order, dependent launches,
-// relaxed accesses of 16 bytes, now.
+// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., dependent launches, relaxed accesses of 4 and 16
+// bytes, now.
 #pragma once
 
 #include <cstddef>
@@ -74,15 +74,5 @@ class WaitLimit {
   int64_t start_ = 0;
   uint32_t tries_ = 0;
 };
-
-// Waits for a counter in global memory that only grows. False: `limit` nanoseconds (0: no limit) went by first, and the
-// caller gives up in good order.
-LSTM_DEVICE bool wait_at_least(const uint32_t* counter, uint32_t value, int64_t limit LSTM_SITE_PARAMETERS) {
-  WaitLimit wait(limit);
-  while (load_acquire(counter LSTM_SITE) < value) {
-    if (wait.is_over()) return false;
-  }
-  return true;
-}
 
 }  // namespace lstm_ext::cuda

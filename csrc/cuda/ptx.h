@@ -202,24 +202,13 @@ LSTM_DEVICE uint32_t to_tf32(float value) {
 
 // ---- global memory that other blocks wait for
 
-LSTM_DEVICE uint32_t load_acquire(const uint32_t* address) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
 LSTM_DEVICE uint32_t load_relaxed(const uint32_t* address) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
-LSTM_DEVICE void store_release(uint32_t* address, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
-}
 LSTM_DEVICE void store_relaxed(uint32_t* address, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
-}
-LSTM_DEVICE void red_release(uint32_t* address, uint32_t value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
 }
 
 // Sixteen aligned bytes by one instruction. PTX takes a vector for so many accesses of its parts, in no order: it

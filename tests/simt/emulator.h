@@ -98,17 +98,13 @@ void* shared_pointer(uint32_t address, const char* file, int line);
 
 // ---- global memory (global_memory.cpp)
 
-enum class Order { Relaxed, Acquire, Release, AcquireRelease };
-
 // Loads and relaxed stores that other threads may be waiting for. `part` is the size of the elements of a vector, which
 // are accesses of their own; else that of the whole. A load lets other threads run first: it is taken for one turn of a
 // polling loop. What it finds, and when a store is seen: weak_memory.h.
-void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, Order order, const char* file,
-                 int line);
+void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, const char* file, int line);
 void relaxed_store(void* address, const void* value, unsigned bytes, unsigned part, const char* file, int line);
-// To be called before any other atomic write: one that releases, or that reads what it changes. All see it at once.
-// Does not touch the memory.
-void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line);
+// To be called before an atomic write that reads what it changes. All see it at once. Does not touch the memory.
+void before_atomic_write(const void* address, unsigned bytes, const char* file, int line);
 // __ldg, ld.global.nc: for the race detector, which has to know that data came by way of the read-only cache.
 void before_read_only_load(const void* address, unsigned bytes, const char* file, int line);
 void thread_fence(const char* file, int line);

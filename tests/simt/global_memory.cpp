@@ -102,13 +102,11 @@ WatchedMemory::WatchedMemory(const void* memory, size_t bytes, size_t granularit
 
 WatchedMemory::~WatchedMemory() { race::forget(memory_); }
 
-void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, Order order, const char* file,
-                 int line) {
+void atomic_load(void* value, const void* address, unsigned bytes, unsigned part, const char* file, int line) {
   check_alignment(address, bytes, file, line);
   poll(file, line);
   for (unsigned at = 0; at < bytes; at += part) {
-    race::atomic_access(*current, static_cast<const char*>(address) + at, part, /*writes=*/false,
-                        order == Order::Acquire, /*releases=*/false, file, line);
+    race::atomic_access(*current, static_cast<const char*>(address) + at, part, /*writes=*/false, file, line);
   }
   weak::load(*current, value, address, bytes);
 }
@@ -119,20 +117,16 @@ void relaxed_store(void* address, const void* value, unsigned bytes, unsigned pa
   maybe_switch(file, line);
   note_progress();
   for (unsigned at = 0; at < bytes; at += part) {
-    race::atomic_access(*current, static_cast<char*>(address) + at, part, /*writes=*/true, /*acquires=*/false,
-                        /*releases=*/false, file, line);
+    race::atomic_access(*current, static_cast<char*>(address) + at, part, /*writes=*/true, file, line);
   }
   weak::store(*current, address, value, bytes, part);
 }
 
-void before_atomic_write(const void* address, unsigned bytes, Order order, const char* file, int line) {
+void before_atomic_write(const void* address, unsigned bytes, const char* file, int line) {
   note_position("atomic", file, line);
   maybe_switch(file, line);
   note_progress();
-  const bool acquires = order == Order::Acquire || order == Order::AcquireRelease;
-  const bool releases = order == Order::Release || order == Order::AcquireRelease;
-  race::atomic_access(*current, address, bytes, /*writes=*/true, acquires, releases, file, line);
-  if (releases) weak::publish(*current);
+  race::atomic_access(*current, address, bytes, /*writes=*/true, file, line);
   weak::settle(address, bytes);
 }
 

@@ -61,19 +61,11 @@ T shuffle_value(Shuffle kind, uint32_t mask, T value, uint32_t argument, int wid
 
 // The emulator switches threads in before_atomic_write and never between a load and a store.
 template <typename T, typename Change>
-__attribute__((no_sanitize("thread"))) T atomic_change(T* address, Order order, Change change, const char* file,
-                                                       int line) {
-  before_atomic_write(address, sizeof(T), order, file, line);
+__attribute__((no_sanitize("thread"))) T atomic_change(T* address, Change change, const char* file, int line) {
+  before_atomic_write(address, sizeof(T), file, line);
   const T before = *address;
   *address = change(before);
   return before;
-}
-
-template <typename T>
-T load_in_order(const T* address, Order order, const char* file, int line) {
-  T value;
-  atomic_load(&value, address, sizeof(T), sizeof(T), order, file, line);
-  return value;
 }
 
 }  // namespace simt
@@ -112,21 +104,19 @@ inline int __all_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
 
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, simt::Order::Relaxed, [=](T before) { return before + value; } LSTM_SITE);
+  return simt::atomic_change(address, [=](T before) { return before + value; } LSTM_SITE);
 }
 template <typename T>
 T atomicExch(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, simt::Order::Relaxed, [=](T) { return value; } LSTM_SITE);
+  return simt::atomic_change(address, [=](T) { return value; } LSTM_SITE);
 }
 template <typename T>
 T atomicMax(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, simt::Order::Relaxed,
-                             [=](T before) { return before < value ? value : before; } LSTM_SITE);
+  return simt::atomic_change(address, [=](T before) { return before < value ? value : before; } LSTM_SITE);
 }
 template <typename T>
 T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, simt::Order::Relaxed,
-                             [=](T before) { return before == expected ? value : before; } LSTM_SITE);
+  return simt::atomic_change(address, [=](T before) { return before == expected ? value : before; } LSTM_SITE);
 }
 inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 inline void __threadfence_block(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
@@ -261,25 +251,18 @@ inline void mma_tf32_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 }
 using simt::to_tf32;
 
-inline uint32_t load_acquire(const uint32_t* address LSTM_SITE_PARAMETERS) {
-  return simt::load_in_order(address, simt::Order::Acquire LSTM_SITE);
-}
 inline uint32_t load_relaxed(const uint32_t* address LSTM_SITE_PARAMETERS) {
-  return simt::load_in_order(address, simt::Order::Relaxed LSTM_SITE);
-}
-inline void store_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
-  simt::atomic_change(address, simt::Order::Release, [=](uint32_t) { return value; } LSTM_SITE);
+  uint32_t value;
+  simt::atomic_load(&value, address, sizeof value, sizeof value LSTM_SITE);
+  return value;
 }
 inline void store_relaxed(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
   simt::relaxed_store(address, &value, sizeof value, sizeof value LSTM_SITE);
 }
-inline void red_release(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
-  simt::atomic_change(address, simt::Order::Release, [=](uint32_t before) { return before + value; } LSTM_SITE);
-}
 
 inline uint4 load_relaxed_16(const void* address LSTM_SITE_PARAMETERS) {
   uint4 value;
-  simt::atomic_load(&value, address, sizeof value, sizeof value.x, simt::Order::Relaxed LSTM_SITE);
+  simt::atomic_load(&value, address, sizeof value, sizeof value.x LSTM_SITE);
   return value;
 }
 inline void store_relaxed_16(void* address, uint4 value LSTM_SITE_PARAMETERS) {

@@ -40,10 +40,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
   for (int i = 0; i < 4; ++i) a.f32[i] = d[i];
 
   a.words[0] = load_relaxed(a.words + 1);
-  store_release(a.words, 1);
   store_relaxed(a.words, 2);
-  red_release(a.words, 1);
-  if (!wait_at_least(a.words, 3, 100)) return;
+  WaitLimit wait(100);
+  if (wait.is_over()) return;
   store_relaxed_16(a.words, load_relaxed_16(a.words + 4));
 
   a.f16[0] = from_float<__half>(to_float(a.bf16[0]));

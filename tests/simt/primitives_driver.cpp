@@ -330,24 +330,21 @@ LSTM_KERNEL atomic_kernel(AtomicArguments s) {
     if (before == seen) break;
     seen = before;
   }
-  if (threadIdx.x == 0) store_release(s.word + 2, 7);
-  __threadfence();
-  expect(wait_at_least(s.word + 2, 7, 1000), "a store that releases arrives");
+  if (threadIdx.x == 0) store_relaxed(s.word + 2, 7);
+  while (load_relaxed(s.word + 2) != 7) {
+  }
   atomicExch(s.word + 3, 9u);
-  store_relaxed(s.word + 4, 11);
-  red_release(s.word + 5, 2);
 }
 
 void check_atomics() {
   for (const uint64_t seed : {1, 2, 3}) {
     simt::options().schedule = simt::Schedule::Random;
     simt::options().seed = seed;
-    DeviceBuffer<uint32_t> word(6, 0u);
+    DeviceBuffer<uint32_t> word(4, 0u);
     DeviceBuffer<uint64_t> wide(1, uint64_t{0});
     DeviceBuffer<float> real(1, 0.f);
     run(atomic_kernel, shape(2, 64), AtomicArguments{word.data(), wide.data(), real.data()});
-    expect(word[0] == 63 && word[1] == 128 && word[2] == 7 && word[3] == 9 && word[4] == 11 && word[5] == 256,
-           "atomics");
+    expect(word[0] == 63 && word[1] == 128 && word[2] == 7 && word[3] == 9, "atomics");
     expect(wide[0] == uint64_t{128} << 33 && real[0] == 64.f, "atomics of 64 bits and of floats");
   }
   simt::options().schedule = simt::Schedule::Fifo;

@@ -252,19 +252,12 @@ void asynchronous_write_done(const Thread& thread, const void* address, size_t b
   });
 }
 
-void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, bool acquires, bool releases,
-                   const char* file, int line) {
+void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, const char* file, int line) {
   if (!enabled) return;
   check_access(thread.id, address, bytes, writes, as_atomic(site_of(file, line)), /*asynchronous=*/false);
   VectorClock& here = published[address];
-  learn(acquires ? knowledge[thread.id] : fence_to_acquire[thread.id], here);
-  if (!writes) return;
-  if (releases) {
-    learn(here, knowledge[thread.id]);
-    tick(thread.id);
-  } else {
-    learn(here, fenced_knowledge[thread.id]);
-  }
+  learn(fence_to_acquire[thread.id], here);
+  if (writes) learn(here, fenced_knowledge[thread.id]);
 }
 
 void read_only_access(Thread& thread, const void* address, size_t bytes, const char* file, int line) {

@@ -1,10 +1,10 @@
 // The race detector: happens-before, by vector clocks. It works where the driver was compiled with -fsanitize=thread
 // (and linked without libtsan): g++ then announces every access to memory, see race_hooks.cpp.
 //
-// Ordered are accesses on both sides of __syncthreads, __syncwarp, a release and the acquire that reads it (with
-// __threadfence, also relaxed ones), a cp.async and a wait for it. Shuffles and mma order nothing. What it reports
-// depends little on the schedule: two accesses need not come close in time. But which release an acquire reads from is
-// a matter of schedule, so random schedules add to what it finds.
+// Ordered are accesses on both sides of __syncthreads, of __syncwarp, of a __threadfence in front of a relaxed write
+// and one behind the load that reads it, and of a cp.async and a wait for it. Shuffles and mma order nothing. What it
+// reports depends little on the schedule: two accesses need not come close in time. But which write a load reads is a
+// matter of schedule, so random schedules add to what it finds.
 #pragma once
 
 #include <cstddef>
@@ -35,8 +35,7 @@ void fence(Thread& thread);
 // ---- accesses
 
 void access(Thread& thread, const void* address, size_t bytes, bool writes, const char* file, int line);
-void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, bool acquires, bool releases,
-                   const char* file, int line);
+void atomic_access(Thread& thread, const void* address, size_t bytes, bool writes, const char* file, int line);
 void read_only_access(Thread& thread, const void* address, size_t bytes, const char* file, int line);
 // A write by an asynchronous operation: nobody may touch the place until somebody waited for it, its own thread
 // neither.

@@ -10,7 +10,6 @@ using namespace lstm_ext::cuda;
 using checks::shape;
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kLimit = int64_t{1} << 32;
 
 struct Data {
   uint32_t* words;
@@ -93,27 +92,21 @@ LSTM_KERNEL atomic_beside_plain(Data d) {
   }
 }
 
-enum class Publish { Release, Fence, Relaxed, FlagFirst };
-enum class Learn { Acquire, Fence, Relaxed };
+enum class Fences { Both, NoneBefore, NoneAfter, FlagFirst };
 
-template <Publish publish, Learn learn>
+template <Fences fences>
 LSTM_KERNEL message_passing(Data d) {
   if (me() != 0) return;
   if (blockIdx.x == 0) {
-    if (publish == Publish::FlagFirst) store_release(d.flag, 1);
+    if (fences == Fences::FlagFirst) store_relaxed(d.flag, 1);
     d.words[7] = 1;
-    if (publish == Publish::Release) store_release(d.flag, 1);
-    if (publish == Publish::Fence) __threadfence();
-    if (publish == Publish::Fence || publish == Publish::Relaxed) store_relaxed(d.flag, 1);
+    if (fences != Fences::NoneBefore) __threadfence();
+    if (fences != Fences::FlagFirst) store_relaxed(d.flag, 1);
     return;
   }
-  if (learn == Learn::Acquire) {
-    wait_at_least(d.flag, 1, kLimit);
-  } else {
-    while (load_relaxed(d.flag) == 0) {
-    }
+  while (load_relaxed(d.flag) == 0) {
   }
-  if (learn == Learn::Fence) __threadfence();
+  if (fences != Fences::NoneAfter) __threadfence();
   d.words[8] = d.words[7];
 }
 
@@ -146,8 +139,11 @@ LSTM_KERNEL pieces(Data d) {
 // A counter that all add to, as in a grid barrier.
 LSTM_KERNEL counting(Data d) {
   d.words[blockIdx.x] = 1;
-  red_release(d.flag, 1);
-  wait_at_least(d.flag, gridDim.x, kLimit);
+  __threadfence();
+  atomicAdd(d.flag, 1u);
+  while (load_relaxed(d.flag) < gridDim.x) {
+  }
+  __threadfence();
   uint32_t sum = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) sum += d.words[block];
   checks::expect(sum == gridDim.x, "all blocks have counted");
@@ -220,14 +216,10 @@ const std::vector<Case>& cases() {
       {"blocks_on_each_other", blocks_on_each_other, shape(2, 64), true},
       {"atomics_together", atomics_together, shape(2, 64), false},
       {"atomic_beside_plain", atomic_beside_plain, shape(2, 64), true},
-      {"release_acquire", message_passing<Publish::Release, Learn::Acquire>, shape(2, 32), false},
-      {"release_fence", message_passing<Publish::Release, Learn::Fence>, shape(2, 32), false},
-      {"fence_acquire", message_passing<Publish::Fence, Learn::Acquire>, shape(2, 32), false},
-      {"fence_fence", message_passing<Publish::Fence, Learn::Fence>, shape(2, 32), false},
-      {"relaxed_acquire", message_passing<Publish::Relaxed, Learn::Acquire>, shape(2, 32), true},
-      {"release_relaxed", message_passing<Publish::Release, Learn::Relaxed>, shape(2, 32), true},
-      {"fence_relaxed", message_passing<Publish::Fence, Learn::Relaxed>, shape(2, 32), true},
-      {"flag_first", message_passing<Publish::FlagFirst, Learn::Acquire>, shape(2, 32), true},
+      {"fences", message_passing<Fences::Both>, shape(2, 32), false},
+      {"no_fence_before", message_passing<Fences::NoneBefore>, shape(2, 32), true},
+      {"no_fence_after", message_passing<Fences::NoneAfter>, shape(2, 32), true},
+      {"flag_first", message_passing<Fences::FlagFirst>, shape(2, 32), true},
       {"pieces", pieces<Piece::Alone>, shape(2, 32), false},
       {"word_of_a_piece", pieces<Piece::Word>, shape(2, 32), false},
       {"piece_with_data", pieces<Piece::WithData>, shape(2, 32), true},

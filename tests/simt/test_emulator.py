@@ -157,7 +157,7 @@ PLANTED: list[tuple[str, str, dict[str, str], list[str]]] = [
     ("grid_f32", "kNoSyncAfterLoad", {"late": WRONG, "random": WRONG, "race": RACE}, []),
     ("grid_f32", "kSharedWritePastEnd", {"late": "past the end of shared array", "asan": POISON}, []),
     ("grid_f32", "kNoCopyWait", {"late": WRONG, "random": WRONG, "race": RACE}, ["now"]),
-    ("grid_f32", "kNoRelease", {"race": RACE}, ["late", "now", "random", "asan"]),
+    ("grid_f32", "kNoFence", {"race": RACE}, ["late", "now", "random", "asan"]),
     ("grid_f32", "kTargetOffByOne", {"random": WRONG, "race-random": RACE}, ["late", "now", "asan", "race"]),
     ("grid_f32", "kGlobalReadPastEnd", {"late": WRONG, "asan": POISON}, []),
     ("grid_f32", "kGlobalWritePastEnd", {"late": "past the end of buffer c", "asan": POISON}, []),

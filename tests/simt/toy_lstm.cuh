@@ -17,7 +17,7 @@ enum Bug : int {
   kNoSyncAfterLoad,     // shared memory is read before all of it is written
   kSharedWritePastEnd,  // one element past the end of a shared array
   kNoCopyWait,          // cp.async is used before it is waited for
-  kNoRelease,           // the grid barrier's arrival is a relaxed atomic
+  kNoFence,             // no fence in front of the grid barrier's arrival
   kTargetOffByOne,      // the grid barrier waits for the previous step
   kGlobalReadPastEnd,   // the last step reads one step further
   kGlobalWritePastEnd,  // one element past the end of a buffer
@@ -42,7 +42,7 @@ struct Arguments {
   float* h;
   __nv_bfloat16* h_bf16;
   float* c;
-  float* norms;        // (blocks, warps): sums of h squared of the last step, in float32
+  float* norms;        // (blocks, warps): sums of h squared of the last step, by grid_f32
   uint32_t* arrivals;  // of the grid barrier
   uint32_t* status;    // 1: a wait has expired
   int steps;
@@ -73,13 +73,15 @@ LSTM_DEVICE bool grid_barrier(const Arguments& a, int step) {
   LSTM_SHARED(int, in_time, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (a.bug == kNoRelease) {
-      atomicAdd(a.arrivals, 1u);
-    } else {
-      cuda::red_release(a.arrivals, 1);
-    }
+    if (a.bug != kNoFence) __threadfence();
+    atomicAdd(a.arrivals, 1u);
     const uint32_t rounds = static_cast<uint32_t>(step - (a.bug == kTargetOffByOne ? 1 : 0));
-    in_time[0] = cuda::wait_at_least(a.arrivals, gridDim.x * rounds, kWaitLimit) ? 1 : 0;
+    cuda::WaitLimit wait(kWaitLimit);
+    in_time[0] = 1;
+    while (in_time[0] != 0 && cuda::load_relaxed(a.arrivals) < gridDim.x * rounds) {
+      if (wait.is_over()) in_time[0] = 0;
+    }
+    __threadfence();
     if (in_time[0] == 0) cuda::store_relaxed(a.status, 1);
   }
   __syncthreads();

@@ -28,27 +28,16 @@ void wait_for(const uint32_t* flag) {
   }
 }
 
-enum class Order { None, Fence, Release, FenceOfOne };
-
 // Data and a flag: the message is lost where nothing orders the two.
-template <Order order>
+template <bool fences>
 LSTM_KERNEL message(Litmus s) {
   if (is(0)) {
     store_relaxed(s.x, 1);
-    if (order == Order::Fence || order == Order::FenceOfOne) __threadfence();
-    if (order == Order::Release) {
-      store_release(s.y, 1);
-    } else {
-      store_relaxed(s.y, 1);
-    }
+    if (fences) __threadfence();
+    store_relaxed(s.y, 1);
   } else if (is(1)) {
-    if (order == Order::Release) {
-      while (load_acquire(s.y) == 0) {
-      }
-    } else {
-      wait_for(s.y);
-    }
-    if (order == Order::Fence) __threadfence();
+    wait_for(s.y);
+    if (fences) __threadfence();
     s.results[0] = load_relaxed(s.x);
   }
 }
@@ -58,11 +47,14 @@ LSTM_KERNEL message_of_a_block(Litmus s) {
   if (blockIdx.x == 0) {
     if (threadIdx.x == 1) store_relaxed(s.x, 1);
     if (barrier) __syncthreads();
-    if (threadIdx.x == 0) store_release(s.y, 1);
+    if (threadIdx.x == 0) {
+      __threadfence();
+      store_relaxed(s.y, 1);
+    }
     if (!barrier) __syncthreads();
   } else if (first_thread()) {
-    while (load_acquire(s.y) == 0) {
-    }
+    wait_for(s.y);
+    __threadfence();
     s.results[0] = load_relaxed(s.x);
   }
 }
@@ -70,10 +62,13 @@ LSTM_KERNEL message_of_a_warp(Litmus s) {
   if (blockIdx.x == 0) {
     if (threadIdx.x == 1) store_relaxed(s.x, 1);
     __syncwarp();
-    if (threadIdx.x == 0) red_release(s.y, 1);
-  } else if (first_thread()) {
-    while (load_acquire(s.y) == 0) {
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(s.y, 1u);
     }
+  } else if (first_thread()) {
+    wait_for(s.y);
+    __threadfence();
     s.results[0] = load_relaxed(s.x);
   }
 }
@@ -171,10 +166,11 @@ LSTM_KERNEL plain_over_late(Litmus s) {
   } else if (is(1)) {
     wait_for(s.y);
     *s.x = 2;
-    store_release(z, 1);
+    __threadfence();
+    store_relaxed(z, 1);
   } else if (is(2)) {
-    while (load_acquire(z) == 0) {
-    }
+    wait_for(z);
+    __threadfence();
     s.results[0] = load_relaxed(s.x);
   }
 }
@@ -210,9 +206,8 @@ bool never(const uint32_t*) { return false; }
 
 const std::vector<Case>& cases() {
   static const std::vector<Case> all = {
-      {"message", message<Order::None>, shape(2, 32), never, first_is_zero},
-      {"message_with_fences", message<Order::Fence>, shape(2, 32), first_is_zero, nullptr},
-      {"message_released", message<Order::Release>, shape(2, 32), first_is_zero, nullptr},
+      {"message", message<false>, shape(2, 32), never, first_is_zero},
+      {"message_with_fences", message<true>, shape(2, 32), first_is_zero, nullptr},
       {"message_of_a_block", message_of_a_block<true>, shape(2, 64), first_is_zero, nullptr},
       {"message_of_a_block_without_barrier", message_of_a_block<false>, shape(2, 64), never, first_is_zero},
       {"message_of_a_warp", message_of_a_warp, shape(2, 32), first_is_zero, nullptr},

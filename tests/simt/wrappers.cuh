@@ -114,12 +114,8 @@ LSTM_KERNEL round_to_tf32(Arguments s) {
 LSTM_KERNEL words(Arguments s) {
   if (lane() != 0) return;
   uint32_t* word = out_of_block(s);
-  store_release(word, s.in[0]);
-  store_relaxed(word + 1, s.in[1]);
-  word[2] = s.in[2];
-  red_release(word + 2, s.in[3]);
-  word[3] = load_acquire(s.in + 4);
-  word[4] = load_relaxed(s.in + 5);
+  store_relaxed(word, s.in[0]);
+  word[1] = load_relaxed(s.in + 1);
 }
 
 LSTM_KERNEL load_piece(Arguments s) {
@@ -155,23 +151,19 @@ LSTM_KERNEL piece_that_never_comes(Arguments s) {
   }
 }
 
-// Two blocks. Data goes from one to the other, by a flag that is released and acquired.
+// Two blocks. Data goes from one to the other, by a flag between fences.
 LSTM_KERNEL handover(Arguments s) {
   if (lane() != 0) return;
   if (blockIdx.x == 0) {
     s.out[8] = s.in[0];
-    store_release(s.out, 1);
+    __threadfence();
+    store_relaxed(s.out, 1);
   } else {
-    if (wait_at_least(s.out, 1, int64_t{1} << 32)) s.out[9] = s.out[8];
-  }
-}
-LSTM_KERNEL handover_by_counter(Arguments s) {
-  if (lane() != 0) return;
-  if (blockIdx.x == 0) {
-    s.out[8] = s.in[0];
-    red_release(s.out, 1);
-  } else {
-    if (wait_at_least(s.out, 1, int64_t{1} << 32)) s.out[9] = s.out[8];
+    WaitLimit wait(int64_t{1} << 32);
+    while (load_relaxed(s.out) == 0 && !wait.is_over()) {
+    }
+    __threadfence();
+    s.out[9] = s.out[8];
   }
 }
 

@@ -50,6 +50,5 @@ int main() {
   run("store_relaxed_16", wrappers::store_piece);
   run("handover_of_a_piece", wrappers::handover_of_a_piece, 2);
   run("now", wrappers::piece_that_never_comes);
-  run("store_release", wrappers::handover, 2);
-  run("red_release", wrappers::handover_by_counter, 2);
+  run("handover", wrappers::handover, 2);
 }

@@ -9,8 +9,6 @@ SPACES = ("global", "local", "const", "param", "shared", "shared::cta")
 SHARED = ("shared", "shared::cta")
 SCOPES = ("cta", "gpu", "sys")
 VECTORS = ("v2", "v4", "v8")
-# Seen by other threads as they happen, but in no order.
-UNORDERED = ("relaxed", "volatile")
 # Hints about caches: they change no value.
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
@@ -67,9 +65,9 @@ def sleep(f: Emitter, m: Modifiers, i: Instruction) -> str:
 
 
 def take_order(m: Modifiers) -> str:
-    """weak (which is the default), volatile, relaxed, acquire or release; a scope belongs to the last three."""
-    order = m.take("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", default="weak")
-    if order not in ("weak", "volatile"):
+    """weak (which is the default), volatile or relaxed, to which a scope belongs."""
+    order = m.take("weak", "volatile", "relaxed", default="weak")
+    if order == "relaxed":
         m.need(*SCOPES)
     return order
 
@@ -86,9 +84,7 @@ def load(f: Emitter, m: Modifiers, i: Instruction) -> str:
     place = f.address(source, space)
     if order != "weak":
         if count == 1:
-            return f.assign(target, kind, f"load_{order}<{kind}>({place}, {HERE})")
-        if order not in UNORDERED:
-            raise i.error("a vector that is loaded in an order")
+            return f.assign(target, kind, f"load_relaxed<{kind}>({place}, {HERE})")
         call = f"load_vector({place}, v, {HERE});"
         return f"{{ {kind} v[{count}]; {call} {f.assign_each(target, kind, 'v')} }}"
     code = f"const {kind}* p = aligned<const {kind}, {count}>({place}, {HERE}); "
@@ -109,20 +105,12 @@ def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
     place = f.address(target, space)
     if order != "weak":
         if count == 1:
-            return f"store_{order}<{kind}>({place}, {f.value(source, kind)}, {HERE});"
-        if order not in UNORDERED:
-            raise i.error("a vector that is stored in an order")
+            return f"store_relaxed<{kind}>({place}, {f.value(source, kind)}, {HERE});"
         return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; store_vector({place}, v, {HERE}); }}"
     stores = " ".join(f"p[{n}] = {f.value(part, kind)};" for n, part in enumerate(parts))
     return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {stores} }}"
 
 
-ORDERS = {
-    "relaxed": "simt::Order::Relaxed",
-    "acquire": "simt::Order::Acquire",
-    "release": "simt::Order::Release",
-    "acq_rel": "simt::Order::AcquireRelease",
-}
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas")
 
 
@@ -131,13 +119,12 @@ def atomic(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
     space = m.take("global", *SHARED)
     operation = m.need(*OPERATIONS)
-    order = m.take(*ORDERS, default="relaxed")
-    m.take(*SCOPES)
+    m.take("relaxed"), m.take(*SCOPES)
     m.take("noftz")
     returns = m.name == "atom"
     operands = i.operands[1:] if returns else i.operands
     place = f.address(operands[0], space)
-    arguments = f"{place}, {f.values(operands[1:], kind)}, {ORDERS[order]}, {HERE}"
+    arguments = f"{place}, {f.values(operands[1:], kind)}, {HERE}"
     code = f"atomic_{operation}<{kind}>({arguments})"
     return f.assign(i.operands[0], kind, code) if returns else f"{code};"
 

@@ -102,56 +102,34 @@ inline void note_non_coherent(const void* place, size_t bytes, const char* file,
   simt::before_read_only_load(place, static_cast<unsigned>(bytes), file, line);
 }
 
-template <typename T, simt::Order order>
-T load_in_order(char* place, const char* file, int line) {
-  T value;
-  simt::atomic_load(&value, place, sizeof value, sizeof value, order, file, line);
-  return value;
-}
-// Relaxed: so many accesses, in no order among themselves.
-template <typename T, unsigned count>
-void load_vector(char* place, T (&values)[count], const char* file, int line) {
-  simt::atomic_load(values, place, sizeof values, sizeof(T), simt::Order::Relaxed, file, line);
-}
-template <typename T, unsigned count>
-void store_vector(char* place, const T (&values)[count], const char* file, int line) {
-  simt::relaxed_store(place, values, sizeof values, sizeof(T), file, line);
-}
-// A volatile access is a relaxed one.
-template <typename T>
-T load_volatile(char* place, const char* file, int line) {
-  return load_in_order<T, simt::Order::Relaxed>(place, file, line);
-}
+// Relaxed, as volatile ones are.
 template <typename T>
 T load_relaxed(char* place, const char* file, int line) {
-  return load_in_order<T, simt::Order::Relaxed>(place, file, line);
-}
-template <typename T>
-T load_acquire(char* place, const char* file, int line) {
-  return load_in_order<T, simt::Order::Acquire>(place, file, line);
+  T value;
+  simt::atomic_load(&value, place, sizeof value, sizeof value, file, line);
+  return value;
 }
 template <typename T>
 void store_relaxed(char* place, T value, const char* file, int line) {
   simt::relaxed_store(place, &value, sizeof value, sizeof value, file, line);
 }
-template <typename T>
-void store_volatile(char* place, T value, const char* file, int line) {
-  store_relaxed<T>(place, value, file, line);
+// So many accesses, in no order among themselves.
+template <typename T, unsigned count>
+void load_vector(char* place, T (&values)[count], const char* file, int line) {
+  simt::atomic_load(values, place, sizeof values, sizeof(T), file, line);
 }
-template <typename T>
-PTX_UNCHECKED void store_release(char* place, T value, const char* file, int line) {
-  T* p = aligned<T, 1>(place, file, line);
-  simt::before_atomic_write(p, sizeof(T), simt::Order::Release, file, line);
-  *p = value;
+template <typename T, unsigned count>
+void store_vector(char* place, const T (&values)[count], const char* file, int line) {
+  simt::relaxed_store(place, values, sizeof values, sizeof(T), file, line);
 }
 
 // ---- atomics
 
 // Sets *place to operation(*place) and returns what was there.
 template <typename T, typename Operation>
-PTX_UNCHECKED T exchange(char* place, Operation operation, simt::Order order, const char* file, int line) {
+PTX_UNCHECKED T exchange(char* place, Operation operation, const char* file, int line) {
   T* p = aligned<T, 1>(place, file, line);
-  simt::before_atomic_write(p, sizeof(T), order, file, line);
+  simt::before_atomic_write(p, sizeof(T), file, line);
   const T old = *p;
   *p = operation(old);
   return old;
@@ -164,10 +142,10 @@ T sum(T a, T b) {
     return float_add<T, Rounding::rn>(a, b);
   }
 }
-#define PTX_ATOMIC(name, result)                                                                     \
-  template <typename T>                                                                              \
-  T atomic_##name(char* place, T value, simt::Order order, const char* file, int line) {             \
-    return exchange<T>(place, [value](T old) { return static_cast<T>(result); }, order, file, line); \
+#define PTX_ATOMIC(name, result)                                                              \
+  template <typename T>                                                                       \
+  T atomic_##name(char* place, T value, const char* file, int line) {                         \
+    return exchange<T>(place, [value](T old) { return static_cast<T>(result); }, file, line); \
   }
 PTX_ATOMIC(add, sum(old, value))
 PTX_ATOMIC(min, std::min(old, value))
@@ -180,8 +158,8 @@ PTX_ATOMIC(inc, old >= value ? 0 : old + 1)
 PTX_ATOMIC(dec, old == 0 || old > value ? value : old - 1)
 #undef PTX_ATOMIC
 template <typename T>
-T atomic_cas(char* place, T expected, T value, simt::Order order, const char* file, int line) {
-  return exchange<T>(place, [=](T old) { return old == expected ? value : old; }, order, file, line);
+T atomic_cas(char* place, T expected, T value, const char* file, int line) {
+  return exchange<T>(place, [=](T old) { return old == expected ? value : old; }, file, line);
 }
 
 inline void fence(const char* file, int line) { simt::thread_fence(file, line); }

@@ -39,7 +39,6 @@ kernel(
 kernel("ld_s8", "ld.global.s8 %r1, [%d39+200]; cvt.s64.s32 %d0, %r1;", s64(200 - 256))
 kernel("ld_u8", "ld.global.u8 %r1, [%d39+200]; cvt.s64.s32 %d0, %r1;", s64(200))
 kernel("ld_s16", "ld.global.s16 %r1, [%d39+200]; cvt.s64.s32 %d0, %r1;", s64(little(200, 2) - 65536))
-kernel("ld_acquire", "ld.acquire.gpu.global.u32 %r1, [%d39+4]; cvt.u64.u32 %d0, %r1;", u64(little(4)))
 kernel("ld_relaxed", "ld.relaxed.sys.u64 %d0, [%d39+8];", u64(little(8, 8)))
 kernel(
     "ld_relaxed_v4",
@@ -52,8 +51,8 @@ kernel(
     "ld_cache", "ld.global.L1::no_allocate.L2::128B.u32 %r1, [%d39+4]; cvt.u64.u32 %d0, %r1;", u64(little(4))
 )
 kernel(
-    "st_release",
-    "mov.b64 %d1, 77; st.release.gpu.global.u64 [%d38], %d1; ld.global.u64 %d0, [%d38];",
+    "st_relaxed",
+    "mov.b64 %d1, 77; st.relaxed.gpu.global.u64 [%d38], %d1; ld.global.u64 %d0, [%d38];",
     u64(77),
 )
 kernel(
@@ -131,8 +130,8 @@ def atomic(text: str, before: int, after: int) -> None:
 
 
 atomic("atom.global.add.u32 %r1, [%d38], 5;", 7, 12)
-atomic("atom.acq_rel.gpu.global.add.u32 %r1, [%d38], 5;", 7, 12)
-atomic("red.release.gpu.global.add.u32 [%d38], 5;", 7, 12)
+atomic("atom.relaxed.gpu.global.add.u32 %r1, [%d38], 5;", 7, 12)
+atomic("red.relaxed.gpu.global.add.u32 [%d38], 5;", 7, 12)
 atomic("red.add.s32 [%d38], -5;", 7, 2)
 atomic("atom.global.min.s32 %r1, [%d38], -5;", 7, -5)
 atomic("atom.global.max.u32 %r1, [%d38], -5;", 7, -5)
