@@ -44,18 +44,6 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t dynamic_s
   return launch(kernel, config, args);
 }
 
-// Asynchronous copies from global to shared memory. Both addresses are aligned to the bytes copied. cp_async with
-// `source_bytes` reads so many and fills up with zeros.
-LSTM_DEVICE void cp_async4(void* shared, const void* global LSTM_SITE_PARAMETERS) {
-  cp_async<4>(shared, global, 4 LSTM_SITE);
-}
-LSTM_DEVICE void cp_async8(void* shared, const void* global LSTM_SITE_PARAMETERS) {
-  cp_async<8>(shared, global, 8 LSTM_SITE);
-}
-LSTM_DEVICE void cp_async16(void* shared, const void* global LSTM_SITE_PARAMETERS) {
-  cp_async<16>(shared, global, 16 LSTM_SITE);
-}
-
 // Bounds a loop that polls: asked after each try that failed, it says when to give up. `limit` is in nanoseconds; 0:
 // never. Reading the clock takes as long as a try or two, so that it is read at one in 256: a wait that succeeds at
 // once reads none, and one that expires lasts so many tries longer.

@@ -124,20 +124,13 @@ LSTM_DEVICE uint32_t shared_address(const void* pointer) {
 
 // ---- copies from global to shared memory
 
-template <int bytes>
-LSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes) {
-  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
-  if constexpr (bytes == 16) {  // past the first-level cache, which only this size allows
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(shared_address(shared)), "l"(global), "r"(source_bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :
-                 : "r"(shared_address(shared)), "l"(global), "n"(bytes), "r"(source_bytes)
-                 : "memory");
-  }
+// Copies 16 bytes, to which both addresses are aligned, past the first-level cache: reads `source_bytes` of them and
+// fills up with zeros.
+LSTM_DEVICE void cp_async16(void* shared, const void* global, int source_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(global), "r"(source_bytes)
+               : "memory");
 }
 LSTM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int groups_left>
@@ -153,21 +146,9 @@ LSTM_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
-LSTM_DEVICE void ldmatrix_x2(uint32_t (&d)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
 LSTM_DEVICE void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-LSTM_DEVICE void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
                : "r"(shared_address(row))
                : "memory");
 }

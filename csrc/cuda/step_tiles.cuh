@@ -17,7 +17,8 @@ LSTM_DEVICE void copy_piece(void* to, const T* row, int64_t k, int64_t length,
   constexpr int64_t kNumbers = kPieceBytes / sizeof(T);
   const int64_t left = row ? length - k : 0;
   const int numbers = static_cast<int>(left < 0 ? 0 : left < kNumbers ? left : kNumbers);
-  cp_async<kPieceBytes>(to, numbers > 0 ? row + k : somewhere, numbers * static_cast<int>(sizeof(T)) LSTM_SITE);
+  static_assert(kPieceBytes == 16);
+  cp_async16(to, numbers > 0 ? row + k : somewhere, numbers * static_cast<int>(sizeof(T)) LSTM_SITE);
 }
 
 // d += a * b for 32 bytes of k: two registers of `a` a row, one register of `b` a column.

@@ -6,11 +6,13 @@
 namespace simt {
 namespace {
 
+constexpr unsigned kBytes = 16;  // in a copy
+
 void carry_out(AsyncCopy& copy) {
   if (copy.done) return;
   copy.done = true;
   std::memcpy(copy.shared, copy.global, copy.source_bytes);
-  std::memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+  std::memset(copy.shared + copy.source_bytes, 0, kBytes - copy.source_bytes);
 }
 
 void carry_out_some() {
@@ -27,17 +29,16 @@ void carry_out_some() {
 void finish(std::vector<AsyncCopy>& group) {
   for (AsyncCopy& copy : group) {
     carry_out(copy);
-    race::asynchronous_write_done(*current, copy.shared, copy.bytes);
+    race::asynchronous_write_done(*current, copy.shared, kBytes);
   }
 }
 
 }  // namespace
 
-void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, const char* file, int line) {
+void cp_async16(void* shared, const void* global, unsigned source_bytes, const char* file, int line) {
   note_position("cp.async", file, line);
-  if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async copies 4, 8 or 16 bytes", file, line);
-  if (source_bytes > bytes) fail("cp.async: more bytes to read than to write", file, line);
-  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % bytes != 0) {
+  if (source_bytes > kBytes) fail("cp.async: more bytes to read than to write", file, line);
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
     fail("cp.async: an address is not aligned to the bytes copied", file, line);
   }
   if (block_of(shared) != current->block)
@@ -49,9 +50,8 @@ void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_
   }
   ++statistics().copies;
   if (source_bytes > 0) race::access(*current, global, source_bytes, /*writes=*/false, file, line);
-  race::asynchronous_write(*current, shared, bytes, file, line);
-  current->open_group.push_back(
-      {static_cast<char*>(shared), static_cast<const char*>(global), bytes, source_bytes, false});
+  race::asynchronous_write(*current, shared, kBytes, file, line);
+  current->open_group.push_back({static_cast<char*>(shared), static_cast<const char*>(global), source_bytes, false});
   if (options().copies == Delivery::Now) carry_out(current->open_group.back());
   if (options().copies == Delivery::Mixed) carry_out_some();
 }

@@ -73,15 +73,15 @@ enum class Operand { F16, BF16, TF32 };
 
 // d = a * b + c; m16n8k16 for F16 and BF16, m16n8k8 for TF32; fragments as the PTX manual lays them out.
 void mma(Operand type, float* d, const uint32_t* a, const uint32_t* b, const float* c, const char* file, int line);
-// `matrices` is 1, 2 or 4; lane 8 m + r gives the address of row r of matrix m.
-void ldmatrix(int matrices, bool transposed, uint32_t* registers, const void* row, const char* file, int line);
+// Four matrices: lane 8 m + r gives the address of row r of matrix m.
+void ldmatrix_x4(bool transposed, uint32_t* registers, const void* row, const char* file, int line);
 // Rounded as cvt.rna.tf32.f32 does: to nearest, ties away from zero.
 uint32_t to_tf32(float value);
 
 // ---- cp.async (async_copy.cpp)
 
-// Bytes after the first `source_bytes` are zeros.
-void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, const char* file, int line);
+// Copies 16 bytes; those after the first `source_bytes` are zeros.
+void cp_async16(void* shared, const void* global, unsigned source_bytes, const char* file, int line);
 void cp_async_commit(const char* file, int line);
 void cp_async_wait(unsigned groups_left, const char* file, int line);
 void cp_async_wait_all(const char* file, int line);

@@ -23,7 +23,6 @@ struct Warp;
 struct AsyncCopy {
   char* shared;
   const char* global;
-  unsigned bytes;
   unsigned source_bytes;
   bool done;
 };

@@ -217,10 +217,8 @@ bool is_compiled_for_sm90(void (*)(Args)) {
   return true;
 }
 
-template <int bytes>
-void cp_async(void* shared, const void* global, int source_bytes LSTM_SITE_PARAMETERS) {
-  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
-  simt::cp_async(shared, global, bytes, static_cast<unsigned>(source_bytes) LSTM_SITE);
+inline void cp_async16(void* shared, const void* global, int source_bytes LSTM_SITE_PARAMETERS) {
+  simt::cp_async16(shared, global, static_cast<unsigned>(source_bytes) LSTM_SITE);
 }
 inline void cp_async_commit(LSTM_SITE_ONLY_PARAMETERS) { simt::cp_async_commit(LSTM_SITE_ONLY); }
 template <int groups_left>
@@ -229,16 +227,10 @@ void cp_async_wait(LSTM_SITE_ONLY_PARAMETERS) {
 }
 
 inline void ldmatrix_x4(uint32_t (&d)[4], const void* row LSTM_SITE_PARAMETERS) {
-  simt::ldmatrix(4, false, d, row LSTM_SITE);
-}
-inline void ldmatrix_x2(uint32_t (&d)[2], const void* row LSTM_SITE_PARAMETERS) {
-  simt::ldmatrix(2, false, d, row LSTM_SITE);
+  simt::ldmatrix_x4(false, d, row LSTM_SITE);
 }
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row LSTM_SITE_PARAMETERS) {
-  simt::ldmatrix(4, true, d, row LSTM_SITE);
-}
-inline void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row LSTM_SITE_PARAMETERS) {
-  simt::ldmatrix(2, true, d, row LSTM_SITE);
+  simt::ldmatrix_x4(true, d, row LSTM_SITE);
 }
 inline void mma_f16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LSTM_SITE_PARAMETERS) {
   simt::mma(simt::Operand::F16, d, a, b, d LSTM_SITE);

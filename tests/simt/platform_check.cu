@@ -18,10 +18,7 @@ struct Arguments {
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
   LSTM_DYNAMIC_SHARED(float, shared);
 
-  cp_async16(shared, a.f32);
-  cp_async8(shared + 4, a.f32);
-  cp_async4(shared + 8, a.f32);
-  cp_async<16>(shared + 16, a.f32, 8);
+  cp_async16(shared, a.f32, 8);
   cp_async_commit();
   cp_async_wait<1>();
   cp_async_wait<0>();
@@ -30,10 +27,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) use_everything(Arguments a) {
   uint32_t fragment_b[2];
   float d[4] = {0.f, 0.f, 0.f, 0.f};
   ldmatrix_x4(fragment_a, shared);
-  ldmatrix_x2(fragment_b, shared);
+  for (int i = 0; i < 2; ++i) fragment_b[i] = a.words[i];
   mma_f16_16816(d, fragment_a, fragment_b);
   ldmatrix_x4_trans(fragment_a, shared);
-  ldmatrix_x2_trans(fragment_b, shared);
   mma_bf16_16816(d, fragment_a, fragment_b);
   fragment_a[0] = to_tf32(d[0]);
   mma_tf32_1688(d, fragment_a, fragment_b);

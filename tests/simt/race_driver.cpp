@@ -163,8 +163,8 @@ enum class Copy { Waited, NoBarrier, NoWait, WrongGroup };
 
 template <Copy copy>
 LSTM_KERNEL copying(Data d) {
-  LSTM_SHARED(uint32_t, array, 64);
-  cp_async4(array + me(), d.constants + me());
+  LSTM_SHARED(uint32_t, array, 256);
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
   cp_async_commit();
   if (copy == Copy::WrongGroup) {
     cp_async_wait<1>();
@@ -172,22 +172,22 @@ LSTM_KERNEL copying(Data d) {
     cp_async_wait<0>();
   }
   if (copy != Copy::NoBarrier) __syncthreads();
-  d.words[me()] = array[neighbour()];
+  d.words[me()] = array[4 * neighbour()];
   cp_async_wait<0>();
 }
 LSTM_KERNEL own_copy_before_the_wait(Data d) {
-  LSTM_SHARED(uint32_t, array, 64);
-  cp_async4(array + me(), d.constants + me());
+  LSTM_SHARED(uint32_t, array, 256);
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
   cp_async_commit();
-  d.words[me()] = array[me()];
+  d.words[me()] = array[4 * me()];
   cp_async_wait<0>();
 }
 LSTM_KERNEL copy_over_what_is_read(Data d) {
-  LSTM_SHARED(uint32_t, array, 64);
-  array[me()] = 1;
+  LSTM_SHARED(uint32_t, array, 256);
+  array[4 * me()] = 1;
   __syncthreads();
-  d.words[me()] = array[neighbour()];
-  cp_async4(array + me(), d.constants + me());
+  d.words[me()] = array[4 * neighbour()];
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
   cp_async_commit();
   cp_async_wait<0>();
 }

@@ -114,35 +114,35 @@ LSTM_KERNEL ldmatrix_misaligned(Words) {
   ldmatrix_x4(fragment, rows + threadIdx.x % 16 * 4);
 }
 LSTM_KERNEL ldmatrix_from_global(Words w) {
-  uint32_t fragment[2];
-  ldmatrix_x2(fragment, w.words + 4 * (threadIdx.x % 8));
+  uint32_t fragment[4];
+  ldmatrix_x4(fragment, w.words + 4 * (threadIdx.x % 8));
 }
 LSTM_KERNEL copy_misaligned(Words w) {
   LSTM_SHARED(uint32_t, array, 16);
-  cp_async16(array + 1, w.words);
+  cp_async16(array + 1, w.words, 16);
 }
 LSTM_KERNEL copy_from_misaligned(Words w) {
   LSTM_SHARED(uint32_t, array, 16);
-  cp_async8(array, w.words + 1);
+  cp_async16(array, w.words + 1, 16);
 }
-LSTM_KERNEL copy_to_global(Words w) { cp_async16(w.words, w.words + 8); }
+LSTM_KERNEL copy_to_global(Words w) { cp_async16(w.words, w.words + 8, 16); }
 LSTM_KERNEL copy_from_shared(Words) {
   LSTM_SHARED(uint32_t, array, 16);
-  cp_async16(array, array + 8);
+  cp_async16(array, array + 8, 16);
 }
 LSTM_KERNEL copy_of_too_much(Words w) {
   LSTM_SHARED(uint32_t, array, 16);
-  cp_async<16>(array, w.words, 20);
+  cp_async16(array, w.words, 20);
 }
 LSTM_KERNEL copy_not_committed(Words w) {
   LSTM_SHARED(uint32_t, array, 128);
-  cp_async4(array + threadIdx.x, w.words);
+  cp_async16(array + 4 * threadIdx.x, w.words, 16);
 }
 LSTM_KERNEL copy_not_awaited(Words w) {
-  LSTM_SHARED(uint32_t, array, 128);
-  cp_async4(array + threadIdx.x, w.words);
+  LSTM_SHARED(uint32_t, array, 256);
+  cp_async16(array + 4 * threadIdx.x, w.words, 16);
   cp_async_commit();
-  cp_async4(array + 64 + threadIdx.x, w.words);
+  cp_async16(array + 128 + 4 * threadIdx.x, w.words, 16);
   cp_async_commit();
   cp_async_wait<1>();
 }

@@ -129,12 +129,12 @@ void mma(Operand type, float* d, const uint32_t* a, const uint32_t* b, const flo
   }
 }
 
-void ldmatrix(int matrices, bool transposed, uint32_t* registers, const void* row, const char* file, int line) {
+void ldmatrix_x4(bool transposed, uint32_t* registers, const void* row, const char* file, int line) {
   Collective::Slot own;
   own.inputs[0] = row;
   const Collective::Slot* slots = collective("ldmatrix", kFullWarp, false, own, nullptr, file, line);
   const int lane = static_cast<int>(current->lane);
-  for (int matrix = 0; matrix < matrices; ++matrix) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t halves[2];
     for (int j = 0; j < 2; ++j) {
       const int r = transposed ? 2 * (lane & 3) + j : lane >> 2;

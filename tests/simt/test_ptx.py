@@ -79,7 +79,7 @@ REFUSED = {
     "a wgmma": ("wgmma.fence.sync.aligned;", "not supported"),
     "a bulk copy": (
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d1], %r2, [%r3];",
-        "one of ca, cg is missing",
+        "one of cg is missing",
     ),
     "an mma of another shape": (
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r3}, "
@@ -90,12 +90,19 @@ REFUSED = {
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2};",
         "an mma that the emulator has not",
     ),
+    "a load of two matrices": (
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];",
+        "one of x4 is missing",
+    ),
     "too few registers of ldmatrix": (
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2}, [%r3];",
         "a register for each matrix",
     ),
-    "a copy of 3 bytes": ("cp.async.ca.shared.global [%r1], [%d1], 3;", "a size that cp.async does not copy"),
-    "a predicated copy": ("cp.async.ca.shared.global [%r1], [%d1], 4, %p1;", "cp.async with a predicate"),
+    "a copy of 8 bytes": (
+        "cp.async.cg.shared.global [%r1], [%d1], 8;",
+        "a size that the emulator does not copy",
+    ),
+    "a predicated copy": ("cp.async.cg.shared.global [%r1], [%d1], 16, %p1;", "cp.async with a predicate"),
     "an unknown name": ("mov.u32 %r1, nothing;", "nothing is not declared"),
     "an unknown special register": ("mov.u32 %r1, %smid;", "%smid is not declared"),
     "an order without a scope": (

@@ -69,13 +69,9 @@ ROUNDS: dict[str, tuple[str, dict[str, Mistake]]] = {
     "operands": (
         "plain",
         {
-            "cp_async4": ("void cp_async(", "[%0], [%1], %2, %3;", "[%3], [%1], %2, %0;"),
-            "cp_async8": ("void cp_async(", "", ""),  # by the same
-            "cp_async16": ("void cp_async(", "[%0], [%1], 16, %2", "[%2], [%1], 16, %0"),
+            "cp_async16": ("cp_async16(", "[%0], [%1], 16, %2", "[%2], [%1], 16, %0"),
             "ldmatrix_x4": ("ldmatrix_x4(", "%1, %2,", "%2, %1,"),
-            "ldmatrix_x2": ("ldmatrix_x2(", "{%0, %1}", "{%1, %0}"),
             "ldmatrix_x4_trans": ("ldmatrix_x4_trans(", ".trans", ""),
-            "ldmatrix_x2_trans": ("ldmatrix_x2_trans(", "{%0, %1}", "{%1, %0}"),
             "mma_f16_16816": ("mma_f16_16816(", "%5, %6,", "%6, %5,"),
             "mma_bf16_16816": ("mma_bf16_16816(", "{%8, %9}", "{%9, %8}"),
             "mma_tf32_1688": ("mma_tf32_1688(", "{%0, %1, %2, %3}, {%4", "{%0, %2, %1, %3}, {%4"),

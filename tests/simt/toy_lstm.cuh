@@ -116,7 +116,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
     const int row = i / kHidden;
     const int source_row = row / kUnits * kHidden + first_unit + row % kUnits;
     const int shift = a.bug == kMisalignedCopy ? 1 : 0;
-    cuda::cp_async16(u_rows + i + shift, a.u + static_cast<int64_t>(source_row) * kHidden + i % kHidden);
+    cuda::cp_async16(u_rows + i + shift, a.u + static_cast<int64_t>(source_row) * kHidden + i % kHidden, 16);
   }
   cuda::cp_async_commit();
   if (a.bug != kNoCopyWait) cuda::cp_async_wait<0>();
@@ -155,7 +155,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_f32(Arguments a) {
   if (a.bug == kGlobalWritePastEnd && blockIdx.x == 0 && thread == 0) a.c[a.batch * kHidden] = 0.f;
   if (a.bug == kNoCopyWait) cuda::cp_async_wait<0>();
   if (a.bug == kCopyNeverAwaited) {
-    cuda::cp_async16(h_rows + thread % kBatch * 4, a.u);
+    cuda::cp_async16(h_rows + thread % kBatch * 4, a.u, 16);
     cuda::cp_async_commit();
   }
 }
@@ -174,10 +174,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_bf16(Arguments a) {
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits;
-  // Rows of 8 bytes more are no place for copies of 16, but they are for copies of 8.
+  // Rows of 8 bytes more are no place for copies of 16.
   const auto copy_row_part = [&](__nv_bfloat16* to, const __nv_bfloat16* from) {
-    cuda::cp_async8(to, from);
-    cuda::cp_async8(to + 4, from + 4);
+    if (a.bug != kMisalignedLdmatrix) {
+      cuda::cp_async16(to, from, 16);
+    } else {
+      for (int i = 0; i < 8; ++i) to[i] = from[i];
+    }
   };
   for (int i = thread * 8; i < kRows * kHidden; i += threads * 8) {
     const int row = i / kHidden;
@@ -211,9 +214,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kUnits* kBatch) grid_bf16(Arguments a) {
       float d[4] = {0.f, 0.f, 0.f, 0.f};
       for (int k = 0; k < kHidden; k += 16) {
         uint32_t fragment_a[4];
-        uint32_t fragment_b[2];
+        uint32_t twice_b[4];
         cuda::ldmatrix_x4(fragment_a, u_rows + (m + lane % 16) * stride + k + lane / 16 * 8);
-        cuda::ldmatrix_x2(fragment_b, h_rows + (n + lane % 8) * stride + k + lane / 8 % 2 * 8);
+        cuda::ldmatrix_x4(twice_b, h_rows + (n + lane % 8) * stride + k + lane / 8 % 2 * 8);
+        const uint32_t fragment_b[2] = {twice_b[0], twice_b[1]};
         if (a.bug == kSwappedFragments) {
           const uint32_t second = fragment_a[1];
           fragment_a[1] = fragment_a[2];

@@ -2,9 +2,6 @@
 #include "simt/wrappers.cuh"
 
 namespace wrappers {
-template LSTM_KERNEL copy<4>(Arguments);
-template LSTM_KERNEL copy<8>(Arguments);
-template LSTM_KERNEL copy<16>(Arguments);
 template LSTM_KERNEL multiply<Format::F16>(Arguments);
 template LSTM_KERNEL multiply<Format::BF16>(Arguments);
 template LSTM_KERNEL multiply<Format::TF32>(Arguments);

@@ -18,28 +18,27 @@ LSTM_DEVICE uint32_t lane() { return threadIdx.x; }
 
 // ---- copies
 
-template <int bytes>
 LSTM_KERNEL copy(Arguments s) {
   LSTM_SHARED(uint4, buffer, 32);
   buffer[lane()] = make_uint4(1, 2, 3, 4);
   // All of it in the lower lanes; in the upper ones, the rest are zeros.
-  cp_async<bytes>(&buffer[lane()], s.in + 4 * lane(), lane() < 16 ? bytes : bytes / 2);
+  cp_async16(&buffer[lane()], s.in + 4 * lane(), lane() < 16 ? 16 : 8);
   cp_async_commit();
   cp_async_wait<0>();
   out_of_block(s)[lane()] = buffer[lane()].x + 3 * buffer[lane()].y + 5 * buffer[lane()].z + 7 * buffer[lane()].w;
 }
 
 LSTM_KERNEL copy_groups(Arguments s) {
-  LSTM_SHARED(uint32_t, buffer, 64);
-  buffer[lane()] = buffer[32 + lane()] = 0;
-  cp_async4(&buffer[lane()], s.in + lane());
+  LSTM_SHARED(uint4, buffer, 64);
+  buffer[lane()] = buffer[32 + lane()] = make_uint4(0, 0, 0, 0);
+  cp_async16(&buffer[lane()], s.in + 4 * lane(), 16);
   cp_async_commit();
-  cp_async4(&buffer[32 + lane()], s.in + 32 + lane());
+  cp_async16(&buffer[32 + lane()], s.in + 128 + 4 * lane(), 16);
   cp_async_commit();
   cp_async_wait<1>();
-  out_of_block(s)[lane()] = buffer[lane()];
+  out_of_block(s)[lane()] = buffer[lane()].x;
   cp_async_wait<0>();
-  out_of_block(s)[32 + lane()] = buffer[32 + lane()];
+  out_of_block(s)[32 + lane()] = buffer[32 + lane()].w;
 }
 
 // ---- tensor cores
@@ -56,26 +55,12 @@ LSTM_KERNEL load_x4(Arguments s) {
   ldmatrix_x4(d, rows + 4 * lane());
   out_of_block(s)[lane()] = d[0] + 3 * d[1] + 5 * d[2] + 7 * d[3];
 }
-LSTM_KERNEL load_x2(Arguments s) {
-  LSTM_SHARED(uint32_t, rows, 128);
-  fill(rows, s);
-  uint32_t d[2];
-  ldmatrix_x2(d, rows + 4 * (lane() % 16));
-  out_of_block(s)[lane()] = d[0] + 3 * d[1];
-}
 LSTM_KERNEL load_x4_trans(Arguments s) {
   LSTM_SHARED(uint32_t, rows, 128);
   fill(rows, s);
   uint32_t d[4];
   ldmatrix_x4_trans(d, rows + 4 * lane());
   out_of_block(s)[lane()] = d[0] + 3 * d[1] + 5 * d[2] + 7 * d[3];
-}
-LSTM_KERNEL load_x2_trans(Arguments s) {
-  LSTM_SHARED(uint32_t, rows, 128);
-  fill(rows, s);
-  uint32_t d[2];
-  ldmatrix_x2_trans(d, rows + 4 * (lane() % 16));
-  out_of_block(s)[lane()] = d[0] + 3 * d[1];
 }
 
 // Small whole numbers, which every format has, as `one` and `two` of the format.

@@ -33,14 +33,10 @@ void run(const char* name, void (*kernel)(Arguments), unsigned blocks = 1) {
 }  // namespace
 
 int main() {
-  run("cp_async4", wrappers::copy<4>);
-  run("cp_async8", wrappers::copy<8>);
-  run("cp_async16", wrappers::copy<16>);
+  run("cp_async16", wrappers::copy);
   run("cp_async_wait", wrappers::copy_groups);
   run("ldmatrix_x4", wrappers::load_x4);
-  run("ldmatrix_x2", wrappers::load_x2);
   run("ldmatrix_x4_trans", wrappers::load_x4_trans);
-  run("ldmatrix_x2_trans", wrappers::load_x2_trans);
   run("mma_f16_16816", wrappers::multiply<Format::F16>);
   run("mma_bf16_16816", wrappers::multiply<Format::BF16>);
   run("mma_tf32_1688", wrappers::multiply<Format::TF32>);

@@ -163,17 +163,16 @@ def copy_async(f: Emitter, m: Modifiers, i: Instruction) -> str:
         return f"cp_async_wait_all({HERE});"
     if m.take("wait_group"):
         return f"cp_async_wait({f.value(i.operands[0], 'u32')}, {HERE});"
-    cache = m.need("ca", "cg")
-    m.need("shared", "shared::cta"), m.need("global")
+    m.need("cg"), m.need("shared", "shared::cta"), m.need("global")
     take_hints(m)
     target, source, size, *rest = i.operands
-    if not isinstance(size, Immediate) or integer(size.text) not in ((4, 8, 16) if cache == "ca" else (16,)):
-        raise i.error("a size that cp.async does not copy")
+    if not isinstance(size, Immediate) or integer(size.text) != 16:
+        raise i.error("a size that the emulator does not copy")
     if rest and not _is_size(f, rest[0]):
         raise i.error("cp.async with a predicate")
     places = f"{f.address(target, 'shared')}, {f.address(source, 'global')}"
     read = f.value(rest[0], "u32") if rest else size.text
-    return f"cp_async({places}, {size.text}, {read}, {HERE});"
+    return f"cp_async16({places}, {read}, {HERE});"
 
 
 def _is_size(f: Emitter, operand) -> bool:
@@ -244,12 +243,13 @@ def elect(f: Emitter, m: Modifiers, i: Instruction) -> str:
 @handles("ldmatrix")
 def ldmatrix(f: Emitter, m: Modifiers, i: Instruction) -> str:
     m.need("sync"), m.need("aligned"), m.need("m8n8"), m.need("b16"), m.need("shared", "shared::cta")
-    count, transposed = int(m.need("x1", "x2", "x4")[1:]), truth(m.take("trans"))
-    if len(f.parts(i.operands[0])) != count:
+    m.need("x4")
+    transposed = truth(m.take("trans"))
+    if len(f.parts(i.operands[0])) != 4:
         raise i.error("a register for each matrix expected")
     place = f.address(i.operands[1], "shared")
-    load = f"ldmatrix<{count}, {transposed}>(q, {place}, {HERE});"
-    return f"{{ b32 q[{count}]; {load} {f.assign_each(i.operands[0], 'b32', 'q')} }}"
+    load = f"ldmatrix_x4({transposed}, q, {place}, {HERE});"
+    return f"{{ b32 q[4]; {load} {f.assign_each(i.operands[0], 'b32', 'q')} }}"
 
 
 # The types of a and b, with the shape that the emulator has for them.

@@ -166,8 +166,8 @@ inline void fence(const char* file, int line) { simt::thread_fence(file, line); 
 
 // ---- cp.async
 
-inline void cp_async(char* shared, const char* global, u32 bytes, u32 read, const char* file, int line) {
-  simt::cp_async(shared, global, bytes, read, file, line);
+inline void cp_async16(char* shared, const char* global, u32 read, const char* file, int line) {
+  simt::cp_async16(shared, global, read, file, line);
 }
 inline void grid_dependency_wait(const char* file, int line) { simt::grid_dependency_wait(file, line); }
 inline void cp_async_commit(const char* file, int line) { simt::cp_async_commit(file, line); }
@@ -249,9 +249,8 @@ PTX_REDUX(xor, a ^ b)
 
 // ---- tensor cores
 
-template <int matrices, bool transposed>
-void ldmatrix(b32* registers, const char* row, const char* file, int line) {
-  simt::ldmatrix(matrices, transposed, registers, row, file, line);
+inline void ldmatrix_x4(bool transposed, b32* registers, const char* row, const char* file, int line) {
+  simt::ldmatrix_x4(transposed, registers, row, file, line);
 }
 template <typename T>
 constexpr simt::Operand operand_of = std::is_same_v<T, f16>    ? simt::Operand::F16

@@ -158,9 +158,9 @@ with_shared(
 )
 with_shared(
     "cp_async_groups",
-    """cp.async.ca.shared.global [%r11], [%d39], 4; cp.async.commit_group;
-    cp.async.ca.shared.global [%r11+8], [%d39+16], 8; cp.async.commit_group; cp.async.wait_group 1;
-    ld.shared.u32 %r1, [%r11]; cp.async.wait_all; ld.shared.u32 %r2, [%r11+12]; mov.b64 %d0, {%r1, %r2};""",
+    """cp.async.cg.shared.global [%r11], [%d39], 16; cp.async.commit_group;
+    cp.async.cg.shared.global [%r11+512], [%d39+16], 16; cp.async.commit_group; cp.async.wait_group 1;
+    ld.shared.u32 %r1, [%r11]; cp.async.wait_all; ld.shared.u32 %r2, [%r11+516]; mov.b64 %d0, {%r1, %r2};""",
     u64(little(0) | little(20) << 32),
 )
 
@@ -266,16 +266,14 @@ def matrix_element(matrix: int, lane: int, half: int, transposed: bool) -> int:
     return 100 * matrix + 10 * row + column
 
 
-for count in (1, 2, 4):
-    for trans in ("", ".trans"):
-        registers = ", ".join(f"%r{20 + n}" for n in range(count))
-        wanted = count - 1
+for trans in ("", ".trans"):
+    for matrix in range(4):
         with_shared(
-            f"ldmatrix_x{count}{trans.replace('.', '_')}",
-            f"""{FILL_MATRICES} ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, [%r11];
-            cvt.u64.u32 %d0, %r{20 + wanted};""",
+            f"ldmatrix_x4{trans.replace('.', '_')}_{matrix}",
+            f"""{FILL_MATRICES} ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r11];
+            cvt.u64.u32 %d0, %r{20 + matrix};""",
             [
-                u64(sum(matrix_element(wanted, lane, half, bool(trans)) << 16 * half for half in (0, 1)))
+                u64(sum(matrix_element(matrix, lane, half, bool(trans)) << 16 * half for half in (0, 1)))
                 for lane in LANES
             ],
         )
@@ -358,7 +356,7 @@ fails(
 fails("trapping", "trap; mov.b64 %d0, 0;", "trap")
 fails(
     "uncommitted_copy",
-    "cp.async.ca.shared.global [dynamic_bytes], [%d39], 4; mov.b64 %d0, 0;",
+    "cp.async.cg.shared.global [dynamic_bytes], [%d39], 16; mov.b64 %d0, 0;",
     "has not committed",
 )
 fails(
