@@ -213,7 +213,6 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   result["clock_ghz"] = device.clock_ghz;
   result["memory_gb_per_s"] = device.memory_gb_per_s;
   result["step_blocks"] = std::make_pair(device.step_blocks[0], device.step_blocks[1]);
-  result["clusters"] = device.clusters;
   result["shared"] = device.shared;
   result["constants"] = as_dict(device.constants);
   return result;

@@ -84,28 +84,6 @@ int blocks_at_once(void (*kernel)(Args), int threads, size_t dynamic_shared) {
   return blocks;
 }
 
-// How many clusters of so many blocks the device holds at once; -1 if the runtime does not say.
-template <typename Args>
-int clusters_at_once(void (*kernel)(Args), int threads, size_t dynamic_shared, unsigned blocks) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = dynamic_shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = -1;
-  if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) != cudaSuccess) {
-    cudaGetLastError();
-    return -1;
-  }
-  return clusters;
-}
-
 // Whether the code of a kernel was compiled for sm_90 or later, and not made of PTX for an earlier one.
 template <typename Args>
 bool is_compiled_for_sm90(void (*kernel)(Args)) {

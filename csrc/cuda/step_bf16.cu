@@ -10,17 +10,13 @@ bool step_kernels_wait() {
   return wait;
 }
 
-StepOccupancy step_occupancy(bool has_clusters) {
+StepOccupancy step_occupancy() {
   using T = __nv_bfloat16;
-  constexpr unsigned kBlocks = 8;
-  constexpr size_t kFewBytes = ForwardTile<T, kStepRowsFew>::kSharedBytes;
   StepOccupancy result;
-  result.few = blocks_at_once(step_forward_kernel<T, false, kStepRowsFew>, kStepThreads, kFewBytes);
+  result.few = blocks_at_once(step_forward_kernel<T, false, kStepRowsFew>, kStepThreads,
+                              ForwardTile<T, kStepRowsFew>::kSharedBytes);
   result.many = blocks_at_once(step_forward_kernel<T, false, kStepRowsMany>, kStepThreads,
                                ForwardTile<T, kStepRowsMany>::kSharedBytes);
-  if (has_clusters) {
-    result.clusters = clusters_at_once(step_forward_kernel<T, false, kStepRowsFew>, kStepThreads, kFewBytes, kBlocks);
-  }
   return result;
 }
 

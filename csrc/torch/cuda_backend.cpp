@@ -32,10 +32,9 @@ cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
                           static_cast<int64_t>(device.sharedMemPerMultiprocessor),
                           clock_khz / 1e6,
                           2.0 * memory_khz * device.memoryBusWidth / 8 / 1e6};
-  const cuda::StepOccupancy occupancy = cuda::step_occupancy(facts.capability >= 90);
+  const cuda::StepOccupancy occupancy = cuda::step_occupancy();
   facts.step_blocks[0] = occupancy.few;
   facts.step_blocks[1] = occupancy.many;
-  facts.clusters = occupancy.clusters;
   facts.shared = shared != 0;
   facts.constants = cuda::constants_of(facts.capability);
   return facts;

@@ -207,10 +207,6 @@ template <typename Args>
 int blocks_at_once(void (*)(Args), int, size_t) {
   return 0;
 }
-template <typename Args>
-int clusters_at_once(void (*)(Args), int, size_t, unsigned) {
-  return -1;
-}
 
 template <typename Args>
 bool is_compiled_for_sm90(void (*)(Args)) {
