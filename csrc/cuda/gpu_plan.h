@@ -12,11 +12,10 @@
 
 namespace lstm_ext::cuda {
 
-// Of a step in one launch. A block has kStepUnits hidden units: in the forward pass those whose cells it updates, in
-// the backward pass those whose gates' gradients it multiplies by U. So a backward step leaves a sum of step_parts
-// parts.
+// The fused step: one step in one launch. A block has kStepUnits hidden units. The forward pass updates their cells;
+// the backward pass multiplies the gradients of their gates by U. So a backward step leaves a sum of step_parts parts.
 constexpr int kStepThreads = 128;
-constexpr int kStepStages = 4;  // of the ring of tiles in shared memory
+constexpr int kStepStages = 4;  // stages of the ring of tiles in shared memory
 constexpr int kStepUnits = 16;
 inline int64_t step_parts(int64_t hidden_size) { return (hidden_size + kStepUnits - 1) / kStepUnits; }
 // Rows of the batch of a block: the instances that are compiled, and the one that a step of so many rows takes.
@@ -24,18 +23,19 @@ constexpr int kStepRowsFew = 16;
 constexpr int kStepRowsMany = 64;
 inline int step_rows(int64_t rows) { return rows <= kStepRowsFew ? kStepRowsFew : kStepRowsMany; }
 
-// Of all steps of a chunk in one launch: see cuda/persistent.h. A block has eight warps. Their weights are in
-// registers, in pieces of 16 bytes that a thread reads at once; those that have no room there lie in shared memory.
+// The persistent kernel: all steps of a chunk in one launch, see cuda/persistent.h. A block has eight warps. Their
+// weights are in registers, in pieces of 16 bytes that a thread reads at once; pieces that do not fit are in shared
+// memory.
 enum class Exchange { kNone, kMailbox };
 constexpr int kPersistentThreads = 256;
-constexpr int kPersistentRows = 8;  // of a tile of the batch: the columns of an instruction
+constexpr int kPersistentRows = 8;  // batch rows of a tile: the columns of an instruction
 constexpr int kPieceBytes = 16;
 struct PersistentShape {
-  int parts;            // of the depth of the product; a warp has one
-  int tiles;            // of 16 rows of weights, of a warp
-  int pieces;           // of a row of weights, of a thread, in registers
-  int units;            // of a block
-  int64_t extra_bytes;  // of shared memory, for one more piece of each thread
+  int parts;            // parts of the product's depth; a warp has one
+  int tiles;            // tiles of 16 rows of weights in a warp
+  int pieces;           // pieces of a row of weights in a thread's registers
+  int units;            // hidden units of a block
+  int64_t extra_bytes;  // shared memory for one more piece of each thread
   int64_t depth(int size) const { return int64_t{parts} * 4 * pieces * (kPieceBytes / size); }
 };
 // By the pass, the exchange and the size of an operand's number. A thread has 128 registers of weights in all of them.
@@ -71,8 +71,8 @@ struct LayerFacts {
   bool extras = false;  // lengths, zoneout or a recurrent mask
 };
 
-// Of the model of a time step. These are estimates: from the makers' documents, published measurements of single cards,
-// and the assembler's tables. benchmarks/gpu_probes.cu measures some of them on a card, by these names.
+// The constants of the model of a time step. They are estimates from the makers' documents, published measurements of
+// single cards, and the assembler's tables. benchmarks/gpu_probes.cu measures some of them on a card, by these names.
 struct ModelConstants {
   double launch_us = 0.8;            // from one kernel of a stream to the next
   double dependent_launch_us = 0.5;  // the same, where the next one is there already
@@ -81,11 +81,11 @@ struct ModelConstants {
   double cell_kernel_us = 2.1;       // a kernel of the pointwise part alone
   double product_us = 2;             // ramp and tail of a product of a library
   double bytes_of_clock = 50;        // into one multiprocessor, from the second-level cache
-  double share_of_cache = 0.5;       // of 64 bytes a clock for each of them, where all of them read from it
+  double share_of_cache = 0.5;       // share of 64 bytes a clock that each gets if all of them read from it
   // Clocks between two instructions on one of a multiprocessor's four tensor cores: of 16 x 8 x 16 products in 16 bits,
   // of 16 x 8 x 8 in TF32.
   double instruction_clocks = 16, instruction_tf32_clocks = 16;
-  // Of a persistent kernel:
+  // The persistent kernel:
   double mailbox_clocks = 800;  // from a store to a load that sees it, both through the second-level cache
   double turn_clocks = 220;     // barrier and partial sums, of a tile of rows
   double cell_clocks = 550;     // and 128 cells, which is one for each thread of four warps
@@ -109,7 +109,7 @@ struct DeviceFacts {
   int64_t shared_of_block, shared_of_multiprocessor;  // bytes
   double clock_ghz;
   double memory_gb_per_s;
-  // What only the runtime of a device that is here can say. A part of one (MIG) has its own sizes above.
+  // These are known only from the runtime of a present device. A part of a device (MIG) has its own sizes above.
   int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
   bool shared = false;          // with kernels of other programs (MPS)
   ModelConstants constants{};
@@ -121,7 +121,7 @@ enum class Outcome { kNotTried, kRight, kWrong };
 struct Request {
   bool any = true;  // take the best that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  std::optional<Exchange> exchange;  // of a persistent kernel; without it the one that is expected to be faster
+  std::optional<Exchange> exchange;  // for a persistent kernel; without it the one expected to be faster
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   bool reasons = false;  // say why; a call does not ask
 };
@@ -137,16 +137,16 @@ struct Plan {
   int launches = 0;
   int products = 0;
   bool one_product = false;  // the products of both directions are one
-  // Of the fused kernel, also where it is not taken; 0 where there is none for the layer.
+  // The fused step, even if it is not chosen; 0 if the layer has none.
   int rows_of_block = 0;
   int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
   int64_t parts_bytes = 0;  // backward, of all directions: partial sums of two steps
-  // Of the persistent kernel, the same.
+  // The same for the persistent kernel.
   struct Persistent {
     Exchange exchange = Exchange::kNone;
-    int groups = 0;  // of blocks that have all units of a direction, or blocks without an exchange
+    int groups = 0;  // groups of blocks that have all units of a direction, or blocks without an exchange
     int extra = 0;   // pieces of weights of a thread in shared memory
-    int64_t blocks = 0, shared_bytes = 0;  // of all directions; of a block
+    int64_t blocks = 0, shared_bytes = 0;  // blocks of all directions; bytes of one block
     std::string problem;                   // why it cannot run; then the rest says nothing
   } persistent;
   // A time step of one direction, by a model that has not been compared with any GPU.
@@ -177,12 +177,13 @@ std::optional<int64_t> wait_limit();
 LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
 LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 
-// What is requested in place of the environment, by the whole process, or by one thread before that. Null takes it
-// back. A thread that asks also gets TF32, whatever torch's settings say: for the check of a first use.
+// Sets the request that replaces the environment's, for the whole process, or for one thread, which comes first. Null
+// removes it. A thread with a request also gets TF32, whatever torch's settings are: for the check of a first use.
 LSTM_EXT_PUBLIC void set_request(const Request* request);
 LSTM_EXT_PUBLIC void set_request_of_thread(const Request* request);
 bool has_request_of_thread();
-// That of the thread, of the process or of LSTM_EXT_CUDA_KERNEL; any, without one. `known` is false for another name.
+// The request of the thread, of the process or of LSTM_EXT_CUDA_KERNEL; `any` if there is none. `known` is false for an
+// unknown name.
 Request current_request(bool* known);
 
 // From the makers' data sheets.

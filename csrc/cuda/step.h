@@ -11,7 +11,7 @@ namespace lstm_ext::cuda {
 
 constexpr int64_t kStepAlignment = 16;
 
-// What is multiplied: the rows (row_count, depth) of a state or an input by a weight (4H, depth). Strides in elements.
+// The product: rows (row_count, depth) of a state or an input times a weight (4H, depth). Strides in elements.
 template <typename T>
 struct StepProduct {
   const T* weight;
@@ -20,7 +20,7 @@ struct StepProduct {
   int64_t row_stride;
   int64_t row_count;
   int64_t depth;
-  // Of the only step of a sequence: rows whose state is replaced before it, and what takes their place (row_count,
+  // For the only step of a sequence: the rows whose state is replaced before it, and the replacing rows (row_count,
   // depth), or null: zeros.
   ResetFlags resets;
   const T* reset_rows;
@@ -54,7 +54,7 @@ struct StepBackward {
 // driver makes of PTX for a compute capability below 9.0.
 bool step_kernels_wait();
 
-// The forward kernels on this device, as its runtime says; 0 where it does not.
+// The occupancy of the forward kernels on this device, by its runtime; 0 if not known.
 struct StepOccupancy {
   int few = 0, many = 0;  // blocks of one multiprocessor at once, by the rows of a block
 };
