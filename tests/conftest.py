@@ -101,7 +101,7 @@ class _Watch(threading.Thread):
             time.sleep(1)
             now = _processor_time()
             with self.lock:
-                if abs(now - work) > 0.5:
+                if abs(now - work) > 0.2:
                     work, self.since = now, time.monotonic()
                 if self.item is None:
                     continue
