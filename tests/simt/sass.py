@@ -188,7 +188,7 @@ EXPECTATIONS = (
 # patterns are those of today's machine code.
 TOY_EXPECTATIONS = (
     Expectation("*", absent=LOCAL_MEMORY),
-    Expectation("toy::grid_f32<*>", present=(*COPY_16, r"LDS\.128", r"REDG?\.E\.ADD\.STRONG\.GPU")),
+    Expectation("toy::grid_f32<*>", present=(*COPY_16, r"LDS\.128", r"(ATOMG|REDG?)\.E\.ADD\.STRONG\.GPU")),
     Expectation("toy::grid_bf16<*>", present=(*MATRIX_LOADS, *MMA_BF16)),
     # A mailbox costs no fence.
     Expectation(
