@@ -65,6 +65,8 @@ def switched(source: bytes, mutants: list[tuple[int, Site]]) -> bytes:
             switch = f"LSTM_EXT_MUTANT({number})".encode()
             if site.statement:
                 new = b"{ if (!" + switch + b") " + original + b" }"
+            elif site.what.startswith("condition "):  # which may be a pointer
+                new = b"(" + switch + b" != static_cast<bool>(" + original + b"))"
             else:
                 other = site.changed(source).replace(b"\n", b" ")
                 new = b"(" + switch + b" ? (" + other + b") : (" + original + b"))"

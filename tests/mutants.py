@@ -67,6 +67,17 @@ EMULATED = (
     "test_first_use",
     "test_stepwise",
 )
+# One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
+PROBES = (
+    "tests/test_matrix_unit.py::test_training_goes_the_same_way[software]",
+    "tests/test_gpu_plan.py::test_constants_are_those_of_the_struct",
+    "tests/contract/test_cell_header.py",
+    "tests/simt/test_stepwise.py::test_values_and_gradients[float64-dense]",
+    "tests/simt/test_stepwise_kernels.py::test_right_numbers[plain-fifo]",
+    "tests/simt/test_step_kernels.py::test_right_numbers[plain-fifo]",
+    "tests/simt/test_persistent_kernels.py::test_right_numbers[bfloat16-late]",
+    "tests/simt/test_first_use.py::test_it_is_right[all]",
+)
 SLOWEST = 300  # seconds of tests for one mutant
 JOBS = 2
 
@@ -281,14 +292,22 @@ class Session:
         """Leaves out what does not compile, which says nothing of the tests."""
         copy = planted.Copy("mutants", every_set=False)
         switched = [m for m in self.mutants if not m.site.python]
+        # All copies have one build/simt, so that the emulator's modules are built once.
+        (WORK / "simt").mkdir(exist_ok=True)
+        self.share_modules(copy.folder)
         while True:
             self.write_switches(copy.folder, switched)
             copy.log.unlink(missing_ok=True)
-            if copy.build():
-                break
-            # setup.py ends at the first error. All of them are wanted.
-            for script in (copy.folder / "build").rglob("build.ninja"):
-                planted.run(["ninja", "-k", "0", "-C", str(script.parent)], copy.folder, copy.log)
+            built = copy.build()
+            if built:
+                options = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not full", "-p", "no:cacheprovider"]
+                planted.run([sys.executable, "-m", "pytest", *options, *PROBES], copy.folder, copy.log, 1200)
+                if not self.blamed(copy.log.read_text(), switched):
+                    break
+            else:
+                # setup.py ends at the first error. All of them are wanted.
+                for script in (copy.folder / "build").rglob("build.ninja"):
+                    planted.run(["ninja", "-k", "0", "-C", str(script.parent)], copy.folder, copy.log)
             bad = self.blamed(copy.log.read_text(), switched)
             if not bad:
                 raise SystemExit(f"the copy does not build, and no mutant is to blame: {copy.log}")
@@ -299,15 +318,21 @@ class Session:
         for number in range(JOBS):
             folder = WORK / f"copy{number}"
             shutil.rmtree(folder, ignore_errors=True)
-            # In the copies, build/simt is one, so that the emulator's modules are built once.
             shutil.copytree(
                 copy.folder, folder, ignore=shutil.ignore_patterns("build", ".git"), symlinks=True
             )
-            (folder / "build").mkdir()
-            (WORK / "simt").mkdir(exist_ok=True)
-            (folder / "build" / "simt").symlink_to(WORK / "simt")
+            self.share_modules(folder)
             self.copies.append(folder)
             self.tables.append(Table(WORK / f"table{number}", len(self.mutants) + 1))
+
+    @staticmethod
+    def share_modules(folder: Path) -> None:
+        modules = folder / "build" / "simt"
+        modules.parent.mkdir(exist_ok=True)
+        if modules.is_dir() and not modules.is_symlink():
+            shutil.rmtree(modules)
+        if not modules.is_symlink():
+            modules.symlink_to(WORK / "simt")
 
     def write_switches(self, folder: Path, mutants: list[Mutant]) -> None:
         (folder / "csrc/contract/mutant.h").write_text(SWITCH % {"size": len(self.mutants) + 1})
