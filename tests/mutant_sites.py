@@ -25,6 +25,7 @@ class Site:
     what: str
     edits: tuple[tuple[int, int, str], ...]  # begin, end, new text, in order
     statement: bool = False  # a statement of C++ that goes
+    first_line: int = 0  # of the statement of Python
 
     @property
     def python(self) -> bool:
@@ -191,6 +192,7 @@ def _cpp_sites(file: str, source: bytes) -> Iterator[Site]:
 class _Python:
     def __init__(self, file: str, source: bytes) -> None:
         self.file, self.source = file, source
+        self.first_line = 0
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
@@ -208,7 +210,9 @@ class _Python:
 
     def _site(self, node, what: str, *edits: tuple[int, int, str]) -> Site:
         begin, end = self._span(node)
-        return Site(self.file, begin, end, node.lineno, node.end_lineno, what, edits)
+        return Site(
+            self.file, begin, end, node.lineno, node.end_lineno, what, edits, first_line=self.first_line
+        )
 
     def _between(self, node, left, right, names: list[str]) -> Iterator[Site]:
         """The operator between two operands, which may stand in parentheses."""
@@ -239,6 +243,8 @@ class _Python:
             ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.And: "and", ast.Or: "or", ast.LShift: "<<",
             ast.RShift: ">>", ast.BitAnd: "&", ast.BitOr: "|",
         }  # fmt: skip
+        if isinstance(node, ast.stmt):
+            self.first_line = node.lineno
         if isinstance(node, (ast.Raise, ast.JoinedStr)) or (
             isinstance(node, ast.Expr) and self._is_text(node)
         ):

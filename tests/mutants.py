@@ -161,13 +161,11 @@ class Observer:
         self.folder, self.table, self.output = folder, table, output
         self.passed: dict[str, Reach] = {}
         self.failed: list[str] = []
-
-    def pytest_sessionstart(self) -> None:
         import coverage
 
-        self.coverage = coverage.Coverage(
-            data_file=None, config_file=False, source=[str(self.folder / "lstm_ext")]
-        )
+        # Before pytest imports the package, so that lines of the import are seen.
+        source = [str(folder / "lstm_ext")]
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, source=source)
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
@@ -410,7 +408,7 @@ class Session:
     def tests_of(self, mutant: Mutant) -> list[str]:
         """One test of each function first, the quickest of each; as much as there is time for."""
         site = mutant.site
-        lines = set(range(site.line, site.last_line + 1))
+        lines = {site.first_line, *range(site.line, site.last_line + 1)}
         reaching = [
             (reach.seconds, test)
             for test, reach in self.reach.items()
