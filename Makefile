@@ -38,7 +38,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build test test-tools test-full compat durations planted mutants fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
+.PHONY: build test test-tools test-full compat durations planted mutants soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -70,6 +70,10 @@ planted: build
 # 200 places of the product changed at random: does a test of `make test` see it? An hour. ARGS='--seeds 2' draws others.
 mutants: build
 	$(PY) tests/mutants.py $(ARGS)
+
+# Six kinds of calls, 50,000 of each: bits, memory, threads. Weekly; ARGS='--calls 1000' for fewer.
+soak: build
+	$(PY) tests/soak.py $(ARGS)
 
 # What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
 fuzz: build

@@ -1,4 +1,7 @@
-"""planted.py: its table fits the tree, it says so where it does not, and, in the long tier, what it finds."""
+"""planted.py: its table fits the tree, it says so where it does not, and, in the long tier, what it finds.
+
+And soak.py, which is run by hand: it sees what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import planted
 import pytest
+import soak
+import torch
 
 pytestmark = pytest.mark.tools
 
@@ -33,3 +38,22 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_every_fault_is_found() -> None:
     assert planted.main([]) == 0
+
+
+def test_a_few_calls_of_each_kind() -> None:
+    assert soak.main(["--calls", "200"]) == 0
+
+
+def test_a_soak_that_fails(monkeypatch, capsys) -> None:
+    kept: list[torch.Tensor] = []
+
+    def growing() -> list[torch.Tensor]:
+        kept.append(torch.ones(1 << 14))
+        return [torch.ones(1)]
+
+    monkeypatch.setitem(soak.MODES, "growing", lambda rng: growing)
+    monkeypatch.setitem(soak.MODES, "changing", lambda rng: lambda: [torch.rand(1)])
+    assert soak.main(["growing", "changing", "--calls", "1000"]) == 1
+    grown, changed = capsys.readouterr().out.splitlines()
+    assert grown.startswith("growing: FAILED") and " 0 of 100 results differ" in grown
+    assert changed.startswith("changing: FAILED") and " 100 of 100 results differ" in changed
