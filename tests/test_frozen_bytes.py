@@ -93,6 +93,8 @@ def check(kind: str, cases: int, seed: int) -> None:
         direction = rng.randrange(2)
         frozen = list(good)
         frozen[direction] = changed(good[direction], rng)
+        if case % 2:  # in memory of its own: there the address sanitizer sees the first byte behind it
+            frozen[direction] = frozen[direction].clone()
         at = rng.randrange(len(inputs))
         try:
             found = call(inputs[at], frozen)
