@@ -20,6 +20,8 @@ EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 CXX_FILES = find csrc tests/contract tests/simt tests/matrix_unit examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+CXX_FILES = find csrc tests/simt tests/matrix_unit tests/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
@@ -38,7 +40,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build test test-tools test-full compat durations planted mutants soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
+.PHONY: build test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -70,6 +72,11 @@ planted: build
 # 200 places of the product changed at random: does a test of `make test` see it? An hour. ARGS='--seeds 2' draws others.
 mutants: build
 	$(PY) tests/mutants.py $(ARGS)
+
+# The tests that reach C++ with the address and the undefined-behaviour sanitizer, and the CPU kernels' teams with the
+# thread sanitizer; builds a copy of the tree. An hour. Needs g++. ARGS=driver or ARGS=address for one of the two.
+sanitize: build
+	$(PY) tests/sanitize.py $(ARGS)
 
 # Six kinds of calls, 50,000 of each: bits, memory, threads. Weekly; ARGS='--calls 1000' for fewer.
 soak: build

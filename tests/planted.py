@@ -221,9 +221,13 @@ def problems(csrc: Path = ROOT / "csrc") -> list[str]:
     return found
 
 
-def run(command: Sequence[str], folder: Path, log: Path, seconds: float | None = None) -> int:
+def run(
+    command: Sequence[str], folder: Path, log: Path, seconds: float | None = None, **variables: str
+) -> int:
+    """The exit code; 124 after so many seconds. `variables` are of the environment."""
     # pytest-xdist's variables of a test that calls this would make its child one of its workers.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "LSTM_EXT_"))}
+    environment |= variables
     with log.open("a") as file:
         print("$", *command, file=file, flush=True)
         try:
@@ -237,9 +241,9 @@ def run(command: Sequence[str], folder: Path, log: Path, seconds: float | None =
 
 
 class Copy:
-    """A copy of the tree with a build of its own."""
+    """A copy of the tree with a build of its own: of all instruction sets, or of AVX2 and those of `also`."""
 
-    def __init__(self, name: str, every_set: bool) -> None:
+    def __init__(self, name: str, every_set: bool, also: Sequence[str] = ()) -> None:
         self.folder, self.log = WORK / name, WORK / f"{name}.log"
         shutil.rmtree(self.folder / "csrc", ignore_errors=True)
         listed = subprocess.run(
@@ -252,10 +256,11 @@ class Copy:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
         if not every_set:
+            left_out = {name: text for name, text in LEFT_OUT.items() if name not in also}
             skips = self.folder / "tests" / "expected_skips.txt"
-            lines = [f"*[*{name}*  # not in this build\n*[{name}*  # the same\n" for name in LEFT_OUT]
+            lines = [f"*[*{name}*  # not in this build\n*[{name}*  # the same\n" for name in left_out]
             skips.write_text(skips.read_text() + "".join(lines))
-            for name, text in LEFT_OUT.items():
+            for name, text in left_out.items():
                 (self.folder / "csrc" / "cpu" / f"kernels_{name}.cpp").write_text(text)
         self.log.unlink(missing_ok=True)
         self.without = () if every_set else OF_EVERY_SET

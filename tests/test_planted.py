@@ -1,6 +1,6 @@
 """planted.py: its table fits the tree, it says so where it does not, and, in the long tier, what it finds.
 
-And soak.py, which is run by hand: it sees what is wrong.
+And sanitize.py and soak.py, which are run by hand: what they need is there, and they see what is wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import planted
 import pytest
+import sanitize
 import soak
 import torch
 
@@ -38,6 +39,25 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_every_fault_is_found() -> None:
     assert planted.main([]) == 0
+
+
+def test_what_is_run_under_sanitizers_is_there() -> None:
+    for test in sanitize.TESTS:
+        assert (planted.ROOT / test).is_file(), test
+    for test in sanitize.LEFT_OUT:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (planted.ROOT / file).read_text(), test
+    assert sanitize.SCRATCH[0] in (planted.ROOT / "csrc" / "torch" / "scratch.cpp").read_text()
+    barrier = (planted.ROOT / "csrc" / "cpu" / "barrier.h").read_text()
+    assert [barrier.count(order) for order in sanitize.ORDERS] == [1, 1, 1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_teams_without_torch() -> None:
+    program = sanitize.driver("BASELINE", ["-O0"])
+    code, said = sanitize.run_driver(program, "teams", "members")
+    assert code == 0, said
+    assert said.count("same;") == 2
 
 
 def test_a_few_calls_of_each_kind() -> None:
