@@ -79,7 +79,7 @@ DRIVER_SETS = {
         '-DLSTM_EXT_MATRIX_UNIT="matrix_unit/unit.h"',
     ],
 }
-DRIVER = ("tests/teams_driver.cpp", "csrc/cpu/plan.cpp")
+DRIVER = ("tests/teams_driver.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/wait_limit.cpp")
 
 
 def runtime(name: str) -> str:
