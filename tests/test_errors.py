@@ -83,6 +83,19 @@ def test_errors_are_those_of_torch(name, batch_first, grad, device):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 5), (1, 5, 4)], ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_state_of_another_size_where_batch_and_units_are_as_many(place, shape, device):
+    """So each axis has to be asked for by its place."""
+    states = [zeros(1, 4, 4), zeros(1, 4, 4)]
+    states[place] = zeros(*shape)
+    arguments = moved((zeros(5, 4, 3), tuple(states)), device)
+    with torch.no_grad():
+        ours, theirs = (error_of(kind(3, 4), arguments) for kind in (lstm_ext.LSTM, nn.LSTM))
+    assert ours is not None
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"input": zeros(5, 2, 3), "h0": None}], ids=str)
 def test_wrong_calls(kwargs, device):
     errors = []

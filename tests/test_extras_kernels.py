@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import cases
@@ -254,6 +255,24 @@ def test_cell_states_and_gates_come_from_the_kernels(monkeypatch):
         with context():
             _, _, extras = layer(x, return_cell_states=True, return_gates=True, lengths=[4, 6])
     assert extras.cell_states.shape == (4, 6, 2, 5) and extras.gates.shape == (4, 6, 2, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("returned", ["cell_states", "gates"])
+def test_gradients_through_results_in_16_bits(returned, dtype):
+    """The kernels take these gradients in float32."""
+    layer = lstm_ext.LSTM(3, 5, bidirectional=True).to(dtype)
+    x, factor = torch.randn(6, 2, 3, dtype=dtype), torch.randn(2, 6, 2, 5, 1, dtype=dtype)
+
+    def gradients(layer, x):
+        _, _, extras = layer(x, **{f"return_{returned}": True})
+        result = getattr(extras, returned)
+        (result * factor.to(result).reshape(*factor.shape[: result.dim() - 1], -1)).sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    exact = copy.deepcopy(layer).double()
+    for ours, expected in zip(gradients(layer, x), gradients(exact, x.double()), strict=True):
+        assert relative_error(ours, expected) < 8 * torch.finfo(dtype).eps
 
 
 def test_second_derivatives_through_cell_states_and_gates():

@@ -444,6 +444,7 @@ def test_bytes_that_are_not_frozen_weights() -> None:
             ((good[:-1],), "not what freeze_weights gives"),
             ((torch.zeros(5000, dtype=torch.uint8),), "not what freeze_weights gives"),
             ((good.float(),), "not what freeze_weights gives"),
+            ((good.view(torch.int8),), "not what freeze_weights gives"),
             (
                 (bytes_of(lstm_ext.LSTM(4, 4)),),
                 "4 features and 4 units, expected 3 and 4",
@@ -452,6 +453,32 @@ def test_bytes_that_are_not_frozen_weights() -> None:
         ):
             with pytest.raises(RuntimeError, match=text):
                 call(*tensors)
+
+
+@pytest.mark.parametrize("other", [0, 1, 3])
+def test_weights_of_two_dtypes_are_not_frozen(other: int) -> None:
+    weights = [p.detach() for p in lstm_ext.LSTM(3, 4).parameters()]
+    weights[other] = weights[other].double()
+    with pytest.raises(RuntimeError, match="of one dtype" if other else "of one dtype|float64"):
+        _C.freeze_weights(weights, True, False, "own")
+
+
+@every_set
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_weights_of_zeros_and_ones(capability: str, kind: str) -> None:
+    """Each row of zeros has no largest number to divide by, and each row of ones divides to a whole number."""
+    layer = lstm_ext.LSTM(37, 50)
+    with torch.no_grad():
+        for p in (layer.weight_ih_l0, layer.weight_hh_l0):
+            p[::3] = 0
+            p[1::3] = torch.randint(-1, 2, p[1::3].shape).to(p)
+        layer.weight_ih_l0[1::6] *= 127  # a factor of 1
+    x = torch.randn(6, 3, 37)
+    weights = [
+        rounded(p, kind).nan_to_num().double() if p.dim() == 2 else p.double() for p in layer.parameters()
+    ]
+    expected = reference.lstm_layer(x.double(), None, None, weights, None, True, False)[0]
+    assert relative_error(lstm_ext.freeze(layer, KINDS[kind])(x)[0], expected) < 1e-5
 
 
 def test_the_reference_has_the_same_equations() -> None:
