@@ -19,9 +19,8 @@ DOCS_TOOLS := $(VENV)/.lstm_ext-docs
 EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
-CXX_FILES = find csrc tests/contract tests/simt tests/matrix_unit examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
-CXX_FILES = find csrc tests/simt tests/matrix_unit tests/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/contract tests/simt tests/matrix_unit tests/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
