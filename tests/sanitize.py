@@ -37,7 +37,7 @@ ADDRESS = [
 THREAD = ["-O1", "-g1", "-fsanitize=thread"]
 SETS = ("avx512",)  # beside AVX2
 
-# What calls the kernels. Tests of times and of machine code have nothing to say here.
+# What calls the kernels. Tests of times and of machine code have nothing to say here; the last needs the baseline's.
 NAMES = (
     "kernels extras_kernels packed lengths resets frozen frozen_bytes threads streaming forward cell ops extras "
     "combinations low_precision second_derivatives errors fuzz serialization"
@@ -47,6 +47,7 @@ LEFT_OUT = (
     "tests/test_kernels.py::test_baseline_contains_no_newer_instructions",
     "tests/test_threads.py::test_others_run_during_a_kernel",
     "tests/test_threads.py::test_workers_that_share_a_core_become_one",
+    "tests/test_frozen.py::test_another_instruction_set_packs_in_each_call",
 )
 LONG = ("tests/test_frozen_bytes.py",)  # of whose tests the full tier runs too
 

@@ -4,8 +4,8 @@
     python tests/soak.py frozen --calls 1000 --seed 2 # one mode, fewer calls, other sizes
 
 Sizes and options are drawn by the seed. Every tenth result must have the bits of the first call of its case. After a
-fifth of the calls of a mode, the process must not grow by more than 16 MiB, nor have more threads. One line a mode; the
-exit code is 1 if one fails.
+fifth of the calls of a mode, the process must not grow by more than 16 MiB, nor have more than 8 more threads: those
+that OpenMP made for the last callers may not have ended yet. One line a mode; the exit code is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CASES = 40  # of a mode
 ROUND = 200  # calls, after which the mode of several callers has new threads
 CALLERS = 4
 MOST_GROWTH = 16 << 20  # bytes
+MOST_THREADS = 2 * CALLERS  # of those that are ending
 
 Call = Callable[[], list[Tensor]]
 
@@ -190,7 +191,7 @@ def soak(mode: str, calls: int, seed: int) -> bool:
         else:
             wrong += some_calls(cases, ROUND, i)
     seconds, after, threads_after = time.monotonic() - start, memory(), threads()
-    well = wrong == 0 and after - before <= MOST_GROWTH and threads_after <= threads_before
+    well = wrong == 0 and after - before <= MOST_GROWTH and threads_after <= threads_before + MOST_THREADS
     print(
         f"{mode}: {'well' if well else 'FAILED'}: {rounds * ROUND:,} calls, {seconds:.0f} s, "
         f"{wrong} of {rounds * ROUND // 10:,} results differ, "
