@@ -294,3 +294,16 @@ def test_how_long_workers_are_limited(tmp_path: Path) -> None:
     first, last, workers, _ = found["limits do not help"]
     assert workers == 2 and 0 < first < 100 and 0 < last < 100
     assert found["stopped for an hour"][2:] == (2, 0.5)
+
+
+@pytest.mark.parametrize("units", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_explain_says_what_the_threads_share(rows: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = loader.extension()
+    plan = extension.cpu_plan
+    groups = {"forward_batch_groups": rows, "forward_hidden_groups": units}
+    monkeypatch.setattr(extension, "cpu_plan", lambda **sizes: plan(**sizes) | groups)
+    text = lstm_ext.explain(lstm_ext.LSTM(3, 4), (2, 5, 3))
+    assert f"{rows * units} of " in text
+    assert (f"{rows} share the batch" in text) == (rows > 1)
+    assert (f"{units} share the hidden units" in text) == (units > 1)
