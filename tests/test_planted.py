@@ -60,8 +60,12 @@ def test_teams_without_torch() -> None:
     assert said.count("same;") == 2
 
 
-def test_a_few_calls_of_each_kind() -> None:
-    assert soak.main(["--calls", "200"]) == 0
+def test_a_few_calls_of_each_kind(capsys) -> None:
+    """Their results: the memory and the threads of so few calls are those of the tests before."""
+    soak.main(["--calls", "200"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(soak.MODES)
+    assert all([" 0 of " in line for line in lines])
 
 
 def test_a_soak_that_fails(monkeypatch, capsys) -> None:
