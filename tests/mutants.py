@@ -44,29 +44,10 @@ from mutant_sites import Site
 ROOT = planted.ROOT
 WORK = ROOT / "build" / "mutants"
 # Not compiled without nvcc.
-NOT_HERE = (
-    "csrc/torch/cuda_backend.cpp",
-    "csrc/torch/gemm_cublas",
-    "csrc/cuda/ptx.h",
-    "csrc/contract/mutant.h",
-)
+NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h")
 # Tests of tools and texts, which no line of the product could fail, or which run the same tests again.
-NO_TESTS = (
-    "test_planted",
-    "test_docs",
-    "test_tools",
-    "test_conftest",
-    "test_full_results",
-    "test_mutants",
-    "test_sanitize",
-)
-EMULATED = (
-    "test_step_kernels",
-    "test_stepwise_kernels",
-    "test_persistent_kernels",
-    "test_first_use",
-    "test_stepwise",
-)
+NO_TESTS = ("test_planted", "test_docs", "test_tools", "test_conftest", "test_mutants")
+EMULATED = ("test_step_kernels", "test_stepwise", "test_persistent_kernels", "test_first_use")
 # One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
 PROBES = (
     "tests/test_matrix_unit.py::test_training_goes_the_same_way[software]",
@@ -244,10 +225,10 @@ def in_child(folder: Path, table: Path, log: Path, work: Callable[[], int]) -> i
 class Job:
     """Something to run in one of the copies, with a limit in seconds."""
 
-    start: Callable[[int], int]  # the copy's number -> the child's pid
-    end: Callable[
-        [int, int | None, float], None
-    ]  # the copy's number, exit code (None: past the limit), seconds
+    # From the copy's number the child's pid.
+    start: Callable[[int], int]
+    # With the copy's number, the exit code, None past the limit, and the seconds.
+    end: Callable[[int, int | None, float], None]
     limit: float
 
 
@@ -300,13 +281,13 @@ class Session:
             if built:
                 options = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not full", "-p", "no:cacheprovider"]
                 planted.run([sys.executable, "-m", "pytest", *options, *PROBES], copy.folder, copy.log, 1200)
-                if not self.blamed(copy.log.read_text(), switched):
-                    break
             else:
                 # setup.py ends at the first error. All of them are wanted.
                 for script in (copy.folder / "build").rglob("build.ninja"):
                     planted.run(["ninja", "-k", "0", "-C", str(script.parent)], copy.folder, copy.log)
             bad = self.blamed(copy.log.read_text(), switched)
+            if built and not bad:
+                break
             if not bad:
                 raise SystemExit(f"the copy does not build, and no mutant is to blame: {copy.log}")
             for mutant in bad:
@@ -341,10 +322,8 @@ class Session:
             source = self.sources[file]
             kept = [(m.number, m.site) for m in here if m in mutants]
             text = mutant_sites.switched(source, kept)
-            # On the first line, so that the numbers of the lines stay.
-            text = b'#include "contract/mutant.h"  ' + text if kept else text
-            if text.startswith(b'#include "contract/mutant.h"  #'):
-                text = text.replace(b'mutant.h"  #', b'mutant.h"\n#line 1\n#', 1)
+            if kept:  # errors name the lines of the source
+                text = b'#include "contract/mutant.h"\n#line 1\n' + text
             if (folder / file).read_bytes() != text:
                 (folder / file).write_bytes(text)
 

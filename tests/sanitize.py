@@ -24,10 +24,11 @@ import planted
 
 ROOT = planted.ROOT
 BUILD = ROOT / "build" / "sanitize"
+SANITIZERS = "-fsanitize=address,undefined"
 ADDRESS = [
     "-O1",
     "-g1",
-    "-fsanitize=address,undefined",
+    SANITIZERS,
     "-fno-sanitize-recover=undefined",
     "-fno-wrapv",  # Python's own flags have -fwrapv, with which signed numbers may overflow
     # A call for each access, and none for null, which the address sanitizer sees: else GCC takes a quarter of an hour.
@@ -49,7 +50,7 @@ LEFT_OUT = (
     "tests/test_threads.py::test_workers_that_share_a_core_become_one",
     "tests/test_frozen.py::test_another_instruction_set_packs_in_each_call",
 )
-LONG = ("tests/test_frozen_bytes.py",)  # of whose tests the full tier runs too
+LONG = ("tests/test_frozen_bytes.py",)  # here the full tier runs too
 
 # Two mistakes, compiled and linked as all the rest is.
 CANARY = """#include "contract/visibility.h"
@@ -96,7 +97,7 @@ class Sanitized(planted.Copy):
     def __init__(self) -> None:
         super().__init__("address", every_set=False, also=SETS)
         config = self.folder / "lstm_ext" / "native" / "config.py"
-        more = f"\nCOMPILE_FLAGS += {ADDRESS!r}\nLINK_FLAGS += {ADDRESS[2:3]!r}\n"
+        more = f"\nCOMPILE_FLAGS += {ADDRESS!r}\nLINK_FLAGS += {[SANITIZERS]!r}\n"
         config.write_text(config.read_text() + more)
         (self.folder / "csrc" / "torch" / "canary.cpp").write_text(CANARY)
         scratch = self.folder / "csrc" / "torch" / "scratch.cpp"

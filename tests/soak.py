@@ -28,11 +28,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
 
-CASES = 40  # of a mode
+CASES = 40  # in each mode
 ROUND = 200  # calls, after which the mode of several callers has new threads
 CALLERS = 4
 MOST_GROWTH = 16 << 20  # bytes
-MOST_THREADS = 2 * CALLERS  # of those that are ending
+MOST_THREADS = 2 * CALLERS  # that are ending
 
 Call = Callable[[], list[Tensor]]
 
@@ -78,14 +78,14 @@ def inference(rng: random.Random) -> Call:
 
 
 def training(rng: random.Random) -> Call:
-    extras: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {},
         {},
         {"zoneout": 0.2},
         {"recurrent_dropout": 0.3},
         {"layer_norm": True},
     ]
-    layer, x = layer_and_input(rng, **rng.choice(extras))
+    layer, x = layer_and_input(rng, **rng.choice(options))
     x.requires_grad_()
 
     def call() -> list[Tensor]:

@@ -199,7 +199,7 @@ def test_a_test_that_hangs_is_named(tmp_path: Path, how: str) -> None:
         command = ["g++", "-x", "c++", "-", "-shared", "-fPIC", "-fopenmp", "-ldl", "-o", str(library)]
         subprocess.run(command, input=LOSE, text=True, check=True)
         environment |= {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
-    # Of conftest.py. A thread that computes leaves the other one few turns, so one limit must not meet the other.
+    # conftest.py has these limits. A thread that computes leaves the other one few turns, so only one is shortened.
     limits = {"computes": ['"": 60'], "a barrier": []}.get(how, ["WAITS = 45"])
     arguments = ("-n", "1", "--max-worker-restart=0")
     code, said = run(tmp_path, HANG.format(statement), *arguments, limits=limits, **environment)

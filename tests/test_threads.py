@@ -25,9 +25,8 @@ from lstm_ext.native import loader
 pytestmark = pytest.mark.alone
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-ENOUGH = (
-    0.1  # seconds of processor time; the interpreter takes the GIL from a thread that runs Python every 0.005
-)
+# Seconds of processor time. The interpreter takes the GIL from a thread that runs Python every 0.005.
+ENOUGH = 0.1
 
 
 @pytest.fixture

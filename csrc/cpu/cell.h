@@ -53,12 +53,6 @@ struct CellMath {
     const TanhTerms<T, kExactness> terms(c);
     return {terms, c, inverse_of<T, kExactness>(terms.denominator)};
   }
-  LSTM_EXT_INLINE static Value clamp(Value v, Number<T> bound) {
-    return Simd<T>::at_least(Simd<T>::at_most(v, bound), -bound);
-  }
-  LSTM_EXT_INLINE static Value within(Value v, Number<T> bound, Value a) {
-    return choose(Simd<T>::set1(bound) <= Simd<T>::abs(v), number(0), a);
-  }
 };
 
 // The Math of the fused step, whose only waits are these divisions. i and g share a division, and so do o and tanh(c):

@@ -364,7 +364,6 @@ struct Simd<Two<T>> {
     LSTM_EXT_INLINE friend Reg operator*(Reg x, Reg y) { return {x.a * y.a, x.b * y.b}; }
     LSTM_EXT_INLINE friend Reg operator-(Reg x) { return {-x.a, -x.b}; }
     LSTM_EXT_INLINE friend Mask operator<(Reg x, Reg y) { return {x.a < y.a, x.b < y.b}; }
-    LSTM_EXT_INLINE friend Mask operator<=(Reg x, Reg y) { return {x.a <= y.a, x.b <= y.b}; }
     LSTM_EXT_INLINE friend Reg choose(Mask mask, Reg x, Reg y) {
       return {choose(mask.a, x.a, y.a), choose(mask.b, x.b, y.b)};
     }

@@ -45,8 +45,6 @@ struct AccurateMath {
     LSTM_HOST_DEVICE static A slope(A value) { return 1 - value * value; }
   };
   LSTM_HOST_DEVICE static Squashed squash(A c) { return {hyperbolic_tangent(c)}; }
-  LSTM_HOST_DEVICE static A clamp(A v, A bound) { return v > bound ? bound : v < -bound ? -bound : v; }
-  LSTM_HOST_DEVICE static A within(A v, A bound, A a) { return v >= bound || v <= -bound ? A(0) : a; }
 };
 
 // The Math of the kernels for a tensor type, in the type that they accumulate in.
