@@ -7,7 +7,8 @@
 A mutant is one operator, number, condition or statement that is another one or gone. Those of the C++ files all go into
 one build of a copy of the tree, in build/mutants, each behind a switch; those of the Python files are written into the
 copy, one after the other. First each test runs once without a mutant, which says how long it takes and which lines and
-switches it reaches. A mutant meets the tests that reach it, one of each function first, until one fails.
+switches it reaches. A mutant meets the tests that reach it, one of each function first, until one fails or those that
+passed take more than --seconds without a mutant.
 
 The build has the kernels of AVX2. The files of the CUDA kernels are tried on the emulator, with the tests of
 `make test-tools` that run it. Survivors and their lines are printed, and all verdicts are in build/mutants.
@@ -59,7 +60,6 @@ PROBES = (
     "tests/simt/test_persistent_kernels.py::test_right_numbers[bfloat16-late]",
     "tests/simt/test_first_use.py::test_it_is_right[all]",
 )
-SLOWEST = 300  # seconds of tests for one mutant
 JOBS = 2
 
 SWITCH = """#pragma once
@@ -257,8 +257,8 @@ def run_jobs(jobs: Iterable[Job]) -> None:
 
 
 class Session:
-    def __init__(self, mutants: list[Mutant]) -> None:
-        self.mutants = mutants
+    def __init__(self, mutants: list[Mutant], seconds: float) -> None:
+        self.mutants, self.seconds = mutants, seconds
         # Read once: the tree may change meanwhile.
         self.sources = {m.site.file: (ROOT / m.site.file).read_bytes() for m in mutants}
         self.copies: list[Path] = []
@@ -406,7 +406,7 @@ class Session:
         chosen, total = [], 0.0
         for _, seconds, test in sorted(order):
             total += seconds
-            if total > SLOWEST:
+            if total > self.seconds:
                 break
             chosen.append(test)
         return chosen
@@ -459,6 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--count", type=int, default=200, help="mutants of each seed (default: 200)")
+    parser.add_argument("--seconds", type=float, default=300, help="of tests for a mutant (default: 300)")
     parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="a part of a file's name")
     parser.add_argument(
         "--tests", nargs="*", default=[], metavar="PART", help="only test files with such a name"
@@ -489,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planted.WORK.mkdir(parents=True, exist_ok=True)
     import torch  # noqa: F401  once, for all children
 
-    session = Session(mutants)
+    session = Session(mutants, options.seconds)
     session.build()
     session.observe(options.tests)
 
