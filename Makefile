@@ -20,7 +20,7 @@ EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 
-CXX_FILES = find csrc tests/contract tests/simt tests/matrix_unit tests/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/contract tests/simt tests/cpu/matrix_unit tests/cpu/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
@@ -61,30 +61,30 @@ test-full: build
 durations: build
 	for tier in test test-tools; do \
 	  $(MAKE) $$tier ARGS="--junitxml=build/$$tier.xml" && \
-	  $(PY) tests/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
+	  $(PY) tests/tools/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
 	done
 
 # One wrong line in each kernel file, one after the other: do the tests of its part see it? An hour.
 planted: build
-	$(PY) tests/planted.py $(ARGS)
+	$(PY) tests/tools/planted.py $(ARGS)
 
 # 200 places of the product changed at random: does a test of `make test` see it? An hour. ARGS='--seeds 2' draws others.
 mutants: build
-	$(PY) tests/mutants.py $(ARGS)
+	$(PY) tests/tools/mutants.py $(ARGS)
 
 # The tests that reach C++ with the address and the undefined-behaviour sanitizer, and the CPU kernels' teams with the
 # thread sanitizer; builds a copy of the tree. An hour. Needs g++. ARGS=driver or ARGS=address for one of the two.
 sanitize: build
-	$(PY) tests/sanitize.py $(ARGS)
+	$(PY) tests/tools/sanitize.py $(ARGS)
 
 # Six kinds of calls, 50,000 of each: bits, memory, threads. Weekly; ARGS='--calls 1000' for fewer.
 soak: build
-	$(PY) tests/soak.py $(ARGS)
+	$(PY) tests/tools/soak.py $(ARGS)
 
 # What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
 fuzz: build
 	LSTM_EXT_FUZZ_CASES=$${LSTM_EXT_FUZZ_CASES:-20000} LSTM_EXT_FUZZ_LAST=build/fuzz_case.txt \
-	  $(PY) -m pytest -q -m full tests/test_fuzz.py $(ARGS)
+	  $(PY) -m pytest -q -m full tests/fuzz/test_fuzz.py $(ARGS)
 
 demo: build
 	$(PY) examples/char_lm.py $(ARGS)
@@ -107,11 +107,10 @@ gpu-check:
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
 # Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
 # package.
-CUDA_LEFT_OUT := simt test_kernels.py test_low_precision.py test_fuzz.py test_benchmarks.py test_bench_suite.py test_demo.py test_gpu_check.py \
-  test_recurrent_ppo.py test_examples.py test_notebook.py test_docs_code.py
+CUDA_LEFT_OUT := simt fuzz tools cpu/test_kernels.py cpu/test_low_precision.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
-	cd build/cuda && $(CUDA_PY) ../../tests/check_cuda_build.py
+	cd build/cuda && $(CUDA_PY) ../../tests/native/check_cuda_build.py
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
@@ -124,8 +123,8 @@ lint: $(LINTERS)
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
-	$(PY) tests/check_comments.py
-	$(PY) tests/check_headers.py
+	$(PY) tests/tools/check_comments.py
+	$(PY) tests/tools/check_headers.py
 
 format: $(LINTERS)
 	$(PY) -m ruff check --fix .

@@ -11,7 +11,7 @@ so that a crash or a hang of one leaves the others:
     probes      gpu_probes.cu: what the planner's model takes for granted, and 10^6 hand-offs between blocks
     selftest    python -m lstm_ext.selftest
     suite       the tests marked for CUDA, in several processes
-    checks      tests/cuda_checks.py: streams, graphs, determinism, races, memory
+    checks      tests/cuda/cuda_checks.py: streams, graphs, determinism, races, memory
     sanitizer   compute-sanitizer on every kernel, where it is installed
     benchmark   bench_gpu.py against cuDNN, with the time that is left
 
@@ -220,7 +220,7 @@ def accept(path: Path) -> str:
 def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
     """The files with tests for CUDA that can be imported here, and why others cannot."""
     files, left_out = [], {}
-    for path in sorted(tests.glob("test_*.py")):
+    for path in sorted(tests.rglob("test_*.py")):
         text = path.read_text()
         if "mark.devices" not in text:
             continue
@@ -248,7 +248,7 @@ def suite(session: Session, seconds: float) -> Outcome:
         if group[0].endswith("test_cuda_checks.py"):
             group += ["-k", "not test_checks"]  # they have a phase of their own
     if session.dry:
-        groups = [[str(session.root / "tests" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
+        groups = [[str(session.root / "tests" / "nn" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
     deadline = time.monotonic() + seconds
     options = ["-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
     options += ["--rootdir", str(session.root), "-c", str(session.root / "pyproject.toml")]
@@ -316,7 +316,7 @@ def read_junit(path: Path) -> list[dict[str, Any]]:
 
 def checks(session: Session, seconds: float) -> Outcome:
     """One process does them all; if it dies or hangs, another one does the rest."""
-    program = session.root / "tests" / "cuda_checks.py"
+    program = session.root / "tests" / "cuda" / "cuda_checks.py"
     listing = session.python("checks_list", [program, "--list"], 60)
     to_do: list[str] = listing.last_json() or []
     if listing.code != 0 or not to_do:
@@ -360,7 +360,7 @@ def checks(session: Session, seconds: float) -> Outcome:
 
 
 def sanitizer(session: Session, seconds: float) -> Outcome:
-    script = [session.root / "tests" / "cuda_checks.py", "--device", session.device, "sanitized"]
+    script = [session.root / "tests" / "cuda" / "cuda_checks.py", "--device", session.device, "sanitized"]
     if session.dry:
         run = session.python("sanitized", script, seconds)
         return judged(run) if run.code else Outcome("not run", "dry; the program that it would watch runs")

@@ -197,7 +197,7 @@ def test_rsl_rl_exports(tmp_path):
     torch.testing.assert_close(torch.from_numpy(actions), expected)
 
 
-# ---- TorchRL; more of it in tests/test_torchrl.py
+# ---- TorchRL; more of it in tests/nn/test_torchrl.py
 
 
 def test_torchrl():

@@ -1,0 +1,308 @@
+"""Python threads: the kernels run without the GIL, and callers at the same time do not disturb each other."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lstm_ext
+from lstm_ext.native import loader
+
+pytestmark = pytest.mark.alone
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+# Seconds of processor time. The interpreter takes the GIL from a thread that runs Python every 0.005.
+ENOUGH = 0.1
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call_of(direction: str, steps: int) -> Callable[[], object]:
+    """A call that spends nearly all of its time in one kernel."""
+    module, x = lstm_ext.LSTM(64, 128), torch.randn(steps, 16, 64)
+    if direction == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return forward
+    output, _ = module(x)
+    gradient, weights = torch.randn_like(output), list(module.parameters())
+    return lambda: torch.autograd.grad(output, weights, gradient, retain_graph=True)
+
+
+def long_enough(direction: str) -> Callable[[], object]:
+    steps = 100
+    while True:
+        call = call_of(direction, steps)
+        times = []
+        for _ in range(3):
+            start = time.thread_time()
+            call()
+            times.append(time.thread_time() - start)
+        if min(times) > ENOUGH:
+            return call
+        steps *= 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_others_run_during_a_kernel(one_thread, direction):
+    """While a thread is in a long kernel, another one runs Python and kernels of its own: no GIL, no lock."""
+    long, short = long_enough(direction), call_of(direction, 1)
+    done = threading.Event()
+    # The time that this thread has had, which no other program on the machine changes.
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    calls: list[float] = []
+
+    def other() -> None:
+        while not done.is_set():
+            time.sleep(0.001)
+            short()
+            calls.append(time.clock_gettime(clock))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    during = 0
+    try:
+        for _ in range(50):
+            start = time.thread_time()
+            long()
+            end = time.thread_time()
+            # not the edges, where the long call is in Python
+            margin = 0.2 * (end - start)
+            during += sum(start + margin < t < end - margin for t in calls)
+            if during >= 20:
+                break
+    finally:
+        done.set()
+        thread.join()
+    # Nothing could happen if the kernel kept the GIL; on an idle machine dozens of calls do in each one.
+    assert during >= 20
+
+
+# What one call does differs: weights read in place or packed, one worker or several, teams that meet every step.
+SHAPES = {
+    "streaming": ({"hidden_size": 24}, 1),
+    "row-major": ({"hidden_size": 40, "num_layers": 2, "bidirectional": True}, 2),
+    "packed": ({"hidden_size": 72, "num_layers": 2, "bidirectional": True}, 12),
+    "projection": ({"hidden_size": 72, "proj_size": 20, "num_layers": 2}, 12),
+    "shared units": ({"hidden_size": 320}, 1),
+}
+CALLERS = 8
+FEATURES = 48
+
+
+def results(module: lstm_ext.LSTM, x: Tensor, hx: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Outputs and all gradients; inference as well."""
+    with torch.no_grad():
+        inference, _ = module(x, hx)
+    output, (h_n, c_n) = module(x, hx)
+    loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+    return [inference, output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_callers_do_not_disturb_each_other(shape, threads):
+    config, batch = SHAPES[shape]
+    module = lstm_ext.LSTM(FEATURES, **config)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = []
+        for i in range(CALLERS):
+            x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
+            _, state = module(x.detach())
+            arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
+        alone = [results(module, *a) for a in arguments]
+        start = threading.Barrier(CALLERS)
+
+        def call(i: int) -> list[list[Tensor]]:
+            start.wait()
+            return [results(module, *arguments[i]) for _ in range(4)]
+
+        with ThreadPoolExecutor(CALLERS) as pool:
+            together = list(pool.map(call, range(CALLERS)))
+    finally:
+        torch.set_num_threads(before)
+    assert not any(p.grad is not None for p in module.parameters())
+    for i, repeated in enumerate(together):
+        for found in repeated:
+            assert [torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)] == [True] * len(alone[i])
+
+
+# How a call may be cut up: teams that have rows of the batch, and members of a team that have hidden units.
+GRIDS = {"two teams": (20, 8, 72), "two members": (48, 1, 160)}  # steps, rows, hidden units
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "both directions": {"bidirectional": True},
+    "projection": {"proj_size": 40},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "zoneout": {"zoneout": (0.2, 0.3)},
+    "layer_norm": {"layer_norm": True},
+    "resets": {},
+    "lengths": {},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
+    """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers."""
+    steps, rows, hidden_size = GRIDS[grid]
+    # A matrix unit computes 16 rows as fast as 8.
+    rows *= 8 if loader.extension().cpu_capability() == "amx" and rows > 1 else 1
+    plan = loader.extension().cpu_plan(
+        steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=2, save=True
+    )
+    assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (
+        (2, 1) if grid == "two teams" else (1, 2)
+    )
+    module = lstm_ext.LSTM(FEATURES, hidden_size, **OPTIONS[option], recompute=recompute)
+    x = torch.randn(steps, rows, FEATURES, requires_grad=True)
+    arguments = {}
+    if option == "resets":
+        arguments = {"resets": torch.rand(steps, rows) < 0.2}
+    elif option == "lengths":
+        arguments = {"lengths": torch.randint(1, steps + 1, (rows,)).clamp_(steps // 2)}
+    sets = 2 if module.bidirectional else 1
+    hx = [
+        torch.randn(sets, rows, n, requires_grad=True) for n in (module.proj_size or hidden_size, hidden_size)
+    ]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(5)
+            output, (h_n, c_n) = module(x, tuple(hx), **arguments)
+            loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+            found.append([output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        if option == "layer_norm":
+            torch.testing.assert_close(one, two)
+        else:
+            assert torch.equal(one, two)
+
+
+ON_ONE_CORE = """
+import os, time, torch, lstm_ext
+from lstm_ext.native import loader
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.manual_seed(0)
+layer, x = lstm_ext.LSTM(160, 160), torch.randn(200, 8, 160)
+torch.set_num_threads(1)
+expected = layer(x)[0]
+torch.set_num_threads(2)
+calls, limits = [], 0
+while limits < 4 and len(calls) < 5000:
+    begin = time.perf_counter()
+    found = layer(x)[0]
+    calls.append((time.perf_counter() - begin, *loader.extension().worker_limit()))
+    limits += calls[-1][2] > (calls[-2][2] if len(calls) > 1 else 0)
+    assert torch.equal(found, expected)
+print(calls)
+"""
+
+
+def test_workers_that_share_a_core_become_one() -> None:
+    """Two of them, on a core that both need, hold each other up. The numbers stay the same."""
+    done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
+    calls = ast.literal_eval(done.stdout)
+    times, workers, left = zip(*calls, strict=True)
+    begins = [i for i in range(len(calls)) if left[i] > (left[i - 1] if i else 0)]
+    assert len(begins) == 4, calls
+    assert all(workers[i] == 1 for i in begins)
+    # A limit lasts for at most eight times what was lost; then it tries again with both.
+    for before, i in itertools.pairwise([-1, *begins]):
+        unlimited = sum(times[k] for k in range(before + 1, i + 1) if k == 0 or left[k - 1] == 0)
+        assert left[i] <= 8 * unlimited, (i, calls)
+    # It counts the time of limited calls, so that it ends: sooner than that if they are not faster.
+    limited = [k for k in range(1, len(calls)) if left[k - 1] > 0 and k not in begins]
+    assert all(left[k] < left[k - 1] for k in limited), calls
+    assert all(left[k - 1] - left[k] <= times[k] for k in limited if left[k] > 0), calls
+
+
+# Calls as a machine would make them, and a clock of their own: how many were limited, of the first 200 and the last.
+CROWDING = """
+#include <cstdio>
+#include "torch/crowding.h"
+// Seconds of a call with all four workers, lost by the worst of them, and of a call with the workers of a limit; cores.
+void calls(const char* name, double all, double lost, double limited, double cores) {
+  lstm_ext::Crowding crowding;
+  int found[2] = {0, 0}, workers = 4;
+  double most = 0;
+  for (int i = 0; i < 400; ++i) {
+    if (crowding.limits()) {
+      workers = crowding.limited(4);
+      crowding.note_limited(limited, 1);
+      ++found[i / 200];
+    } else {
+      crowding.note(4, all, 1, lost, cores);
+      if (crowding.left() > most) most = crowding.left();
+    }
+  }
+  std::printf("%s,%d,%d,%d,%g\\n", name, found[0], found[1], workers, most);
+}
+int main() {
+  calls("nothing is lost", 0.01, 0, 0.01, 4);
+  calls("limits help", 0.01, 0.006, 0.006, 2);
+  calls("limits do not help", 0.01, 0.006, 0.011, 2);
+  calls("stopped for an hour", 3600, 3599.99, 0.01, 2);
+}
+"""
+
+
+@pytest.mark.tools
+def test_how_long_workers_are_limited(tmp_path: Path) -> None:
+    program = tmp_path / "crowding"
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{CSRC}", "-x", "c++", "-"]
+    subprocess.run([*command, "-o", str(program)], input=CROWDING, text=True, check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(",") for line in said.splitlines()]
+    found = {
+        name: (int(first), int(last), int(workers), float(most)) for name, first, last, workers, most in rows
+    }
+    assert found["nothing is lost"] == (0, 0, 4, 0)
+    first, last, workers, most = found["limits help"]
+    assert workers == 2 and first < last > 160  # trying all workers becomes rare
+    assert most < 8 * 0.06  # what was lost in ten calls
+    first, last, workers, _ = found["limits do not help"]
+    assert workers == 2 and 0 < first < 100 and 0 < last < 100
+    assert found["stopped for an hour"][2:] == (2, 0.5)
+
+
+@pytest.mark.parametrize("units", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_explain_says_what_the_threads_share(rows: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = loader.extension()
+    plan = extension.cpu_plan
+    groups = {"forward_batch_groups": rows, "forward_hidden_groups": units}
+    monkeypatch.setattr(extension, "cpu_plan", lambda **sizes: plan(**sizes) | groups)
+    text = lstm_ext.explain(lstm_ext.LSTM(3, 4), (2, 5, 3))
+    assert f"{rows * units} of " in text
+    assert (f"{rows} share the batch" in text) == (rows > 1)
+    assert (f"{units} share the hidden units" in text) == (units > 1)

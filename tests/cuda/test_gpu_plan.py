@@ -1,0 +1,435 @@
+"""Which kernels a GPU would run, and why: rules that hold for every layer and device, and the texts of `explain`."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+from lstm_ext.native import config, cuda, loader, selftest_record
+
+_C = loader.extension()
+CUDA = config.source_dir() / "cuda"
+DEVICES = {device["name"]: device for device in _C.cuda_devices()}
+REGISTERS = 65536  # of a multiprocessor of every supported card
+
+
+def instances() -> set[int]:
+    """The rows of a block for which step_launch.cuh instantiates the forward kernel."""
+    constants = dict(re.findall(r"constexpr int (kStepRows\w+) = (\d+);", (CUDA / "gpu_plan.h").read_text()))
+    used = re.findall(r"step_forward_kernel<T, \w+, (\w+)>", (CUDA / "step_launch.cuh").read_text())
+    return {int(constants[name]) for name in used}
+
+
+def drawn(rng: random.Random) -> dict[str, Any]:
+    def size(most: int) -> int:
+        return max(1, round(2 ** rng.uniform(0, most)))
+
+    return {
+        "steps": size(11),
+        "batch": size(13),
+        "input_size": size(12),
+        "hidden_size": size(12),
+        "directions": rng.choice((1, 2)),
+        "dtype": rng.choice(("float64", "float32", "float16", "bfloat16")),
+        "tf32": rng.random() < 0.5,
+        "projected": rng.random() < 0.1,
+        "normalised": rng.random() < 0.1,
+        "backward": rng.random() < 0.5,
+        "packed": rng.random() < 0.2,
+        "extras": rng.random() < 0.2,
+        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "independent", "mailbox")),
+        "step_outcome": rng.choice((None, True, False)),
+        "persistent_outcome": rng.choice((None, True, False)),
+    }
+
+
+def some_device(rng: random.Random) -> dict[str, Any]:
+    """One of the table's, or a part of one."""
+    device = dict(rng.choice(list(DEVICES.values())))
+    if rng.random() < 0.5:
+        device["multiprocessors"] = rng.randint(1, device["multiprocessors"])
+        device["l2_bytes"] = rng.randint(1 << 20, device["l2_bytes"])
+    return device
+
+
+def launches(layer: dict[str, Any], kernel: str) -> int:
+    """Of a time step: a kernel of all directions, and their products."""
+    if kernel != "stepwise":
+        return 1 if kernel == "step" else 0
+    products = layer["directions"]
+    if not layer["projected"]:
+        return 1 + (1 if layer["steps"] >= 8 and not layer["packed"] else products)
+    return 1 + 2 * products + (1 if layer["backward"] or layer["extras"] else 0)
+
+
+def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> None:
+    plan = _C.cuda_plan(device=device, **layer)
+    eligible = not (
+        layer["projected"]
+        or layer["normalised"]
+        or layer["dtype"] == "float64"
+        or (layer["dtype"] == "float32" and not layer["tf32"])
+    )
+    if layer["kernel"] not in ("auto", "stepwise") and not eligible:
+        assert plan["problem"] and plan["kernel"] == "stepwise"  # a backward pass goes on with that
+        return
+    assert not plan["problem"] and plan["reasons"]
+    of, wanted = plan["persistent"], layer["kernel"]
+    wanted = "persistent" if wanted in ("independent", "mailbox") else wanted
+    times = {"stepwise": plan["stepwise_us"], "step": plan["step_us"], "persistent": of["us"]}
+    if plan["kernel"] != "stepwise":
+        assert eligible
+    if plan["kernel"] == "persistent":
+        assert not of["problem"] and of["us"] > 0
+    if wanted == "auto":
+        assert plan["kernel"] == "stepwise" or layer[f"{plan['kernel']}_outcome"]
+        assert times[plan["kernel"]] <= times["stepwise"]
+        assert plan["kernel"] != "step" or 2 * plan["parts_bytes"] <= device["l2_bytes"]
+    else:
+        # What does not find room is replaced by the next one.
+        assert plan["kernel"] == ("step" if wanted == "persistent" and of["problem"] else wanted)
+    assert plan["launches"] == launches(layer, plan["kernel"])
+    assert (plan["launches"] > plan["products"]) == (plan["kernel"] != "persistent")
+    assert plan["stepwise_us"] > 0
+    if not eligible:
+        return
+    if not of["problem"]:
+        check_persistent(device, layer, of)
+    rows = plan["rows_of_block"]
+    assert rows in compiled
+    assert plan["shared_bytes"] <= device["shared_of_block"]
+    at_once = plan["blocks_of_multiprocessor"]
+    assert at_once * (plan["shared_bytes"] + 1024) <= device["shared_of_multiprocessor"] or at_once == 1
+    assert plan["threads"] * 255 <= REGISTERS
+    units_blocks = -(-layer["hidden_size"] // 16)
+    assert plan["blocks"] == units_blocks * -(-layer["batch"] // rows)
+    larger = {**device, "multiprocessors": device["multiprocessors"] + 7}
+    with_more = _C.cuda_plan(device=larger, **layer)
+    for time in ("step_us", "stepwise_us"):
+        assert with_more[time] <= plan[time] * (1 + 1e-12)
+
+
+def check_persistent(device: dict[str, Any], layer: dict[str, Any], of: dict[str, Any]) -> None:
+    """All blocks that wait for each other are there at once, and all weights have a place."""
+    size = 4 if layer["dtype"] == "float32" or (layer["dtype"] == "float16" and layer["backward"]) else 2
+    numbers, mailbox = 16 // size, of["exchange"] == "mailbox"
+    tiles = -(-layer["batch"] // 8)
+    if mailbox:
+        units = 8 if size == 4 and not layer["backward"] else 16
+        of_group = -(-layer["hidden_size"] // units) * layer["directions"]
+        assert of["blocks"] == of_group * of["groups"] <= device["multiprocessors"]
+        assert 1 <= of["groups"] <= tiles
+    else:
+        units = 128
+        assert layer["hidden_size"] <= units and of["groups"] == tiles
+        assert of["blocks"] == tiles * layer["directions"]
+    # 128 registers of a thread, and the extra pieces, hold the rows of U of the units.
+    rows = units * (1 if layer["backward"] else 4)
+    depth = -(-layer["hidden_size"] // numbers) * numbers * (4 if layer["backward"] else 1)
+    in_registers = 256 * 128 * 4
+    assert rows * depth * size <= in_registers + (of["shared_bytes"] if of["extra"] else 0)
+    assert layer["steps"] > 1 and of["shared_bytes"] <= device["shared_of_block"]
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.tools) for n in (2, 3, 4))])
+def test_every_plan_can_run(seed: int) -> None:
+    rng, compiled = random.Random(seed), instances()
+    assert len(compiled) == 2
+    for _ in range(50_000):
+        check(some_device(rng), drawn(rng), compiled)
+
+
+def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    for device in DEVICES.values():
+        assert _C.cuda_plan(device=device, **layer)["kernel"] == "stepwise"
+        assert _C.cuda_plan(device=device, **layer, step_outcome=True)["kernel"] == "step"
+        assert _C.cuda_plan(device=device, **layer, persistent_outcome=True)["kernel"] in (
+            "persistent",
+            "stepwise",
+        )
+    both = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=True)
+    assert both["kernel"] == "persistent" and both["launches"] == both["products"] == 0
+
+
+def test_what_the_runtime_says_of_a_device_counts() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    device = {**DEVICES["H100"], "step_blocks": (1, 7)}
+    assert _C.cuda_plan(device=device, **layer)["blocks_of_multiprocessor"] == 1
+    assert _C.cuda_plan(device=device, **{**layer, "batch": 17})["blocks_of_multiprocessor"] == 7
+
+
+def test_a_kernel_that_was_wrong_is_not_taken() -> None:
+    layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=False)
+    assert plan["kernel"] == "stepwise"
+    assert "the kernel that does a step at once was wrong on this device" in plan["reasons"]
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=False)
+    assert plan["kernel"] == "step"
+    assert "the kernel that does all steps at once was wrong on this device" in plan["reasons"]
+
+
+def test_what_the_backward_pass_keeps_fits_into_the_cache() -> None:
+    """H / 16 partial sums of every number of dL/dh, of two steps."""
+    layer = {"steps": 100, "batch": 256, "input_size": 1024, "hidden_size": 1024, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["RTX 4090"], **layer, backward=True, step_outcome=True)
+    assert plan["parts_bytes"] == 2 * 64 * 256 * 1024 * 4
+    assert plan["kernel"] == "stepwise"
+    assert plan["reasons"][-1] == "the partial sums of a kernel a step would fill the second-level cache"
+    small = _C.cuda_plan(device=DEVICES["H100"], **{**layer, "batch": 16}, backward=True, step_outcome=True)
+    assert small["kernel"] == "step"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"steps": 1}, "the sequence has one step"),
+        ({"hidden_size": 4096}, "its weights do not fit into registers and shared memory"),
+        (
+            {"hidden_size": 1024, "directions": 2, "batch": 1, "dtype": "float32"},
+            "its blocks do not all find a ",
+        ),
+    ],
+)
+def test_what_persistent_kernels_have_no_room_for(change: dict[str, Any], problem: str) -> None:
+    """Another kernel computes such a layer."""
+    layer = {"steps": 9, "batch": 16, "input_size": 8, "hidden_size": 768, "dtype": "bfloat16", **change}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="persistent")
+    assert plan["persistent"]["problem"].startswith(problem) and plan["kernel"] == "step"
+    assert plan["reasons"][0].startswith(f"not the kernel that does all steps at once: {problem}")
+
+
+def test_blocks_do_not_wait_for_each_other_on_a_shared_device() -> None:
+    layer = {"steps": 9, "batch": 16, "input_size": 8, "hidden_size": 768, "dtype": "bfloat16"}
+    device = {**DEVICES["H100"], "shared": True}
+    plan = _C.cuda_plan(device=device, **layer, kernel="persistent")
+    assert "shared with other programs" in plan["persistent"]["problem"]
+    small = _C.cuda_plan(device=device, **{**layer, "hidden_size": 128}, kernel="persistent")
+    assert (small["kernel"], small["persistent"]["exchange"]) == ("persistent", "none")
+
+
+def test_more_rows_than_a_grid_has() -> None:
+    layer = {"steps": 1, "batch": 64 * 65535 + 1, "input_size": 1, "hidden_size": 1, "dtype": "bfloat16"}
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True)
+    assert (plan["kernel"], plan["problem"]) == ("stepwise", "")
+    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, kernel="step")
+    assert plan["problem"] == "its grid has no room for so many rows"
+
+
+def test_large_products_are_left_to_the_library() -> None:
+    layer = {"steps": 100, "batch": 4096, "input_size": 512, "hidden_size": 2048, "dtype": "bfloat16"}
+    assert _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True)["kernel"] == "stepwise"
+
+
+def test_older_cards_are_refused() -> None:
+    layer = {"steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1}
+    plan = _C.cuda_plan(device={**DEVICES["A100"], "capability": 75}, **layer)
+    assert plan["problem"] == "the kernels need compute capability 8.0 or later"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
+        (
+            {"kernel": "fast"},
+            "kernel: expected auto, stepwise, step, persistent, independent or mailbox, got fast",
+        ),
+        ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
+    ],
+)
+def test_bad_questions(change: dict[str, Any], said: str) -> None:
+    layer = {"steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1, **change}
+    with pytest.raises(RuntimeError, match=said):
+        _C.cuda_plan(device=DEVICES["A100"], **layer)
+
+
+# ---- the constants of the model
+
+LAYER = {"steps": 1024, "batch": 16, "input_size": 768, "hidden_size": 768}
+
+
+def test_constants_are_those_of_the_struct() -> None:
+    declared = (CUDA / "gpu_plan.h").read_text().partition("struct ModelConstants {")[2].partition("};")[0]
+    names = re.findall(r"(\w+) = [\d.]+[,;]", declared)
+    assert len(names) == 14
+    for device in DEVICES.values():
+        assert list(device["constants"]) == names
+
+
+# What changes with each, in a plan of this dtype and pass.
+OF_CONSTANT = {
+    "launch_us": ("stepwise", "float16"),
+    "dependent_launch_us": ("step", "float16"),
+    "ramp_us": ("step", "float16"),
+    "epilogue_us": ("step", "float16"),
+    "cell_kernel_us": ("stepwise", "float16"),
+    "product_us": ("stepwise", "float16"),
+    "bytes_of_clock": ("step", "float16"),
+    "share_of_cache": ("persistent", "float16"),
+    "instruction_clocks": ("persistent", "bfloat16"),
+    "instruction_tf32_clocks": ("persistent", "float32"),
+    "mailbox_clocks": ("persistent", "float16"),
+    "turn_clocks": ("persistent", "float16"),
+    "cell_clocks": ("persistent", "float16"),
+    "start_us": ("persistent", "float16"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES["H100"]["constants"])
+def test_a_constant_changes_a_plan(name: str) -> None:
+    kernel, dtype = OF_CONSTANT[name]
+
+    def us(device: dict[str, Any]) -> float:
+        plan = _C.cuda_plan(device=device, **LAYER, dtype=dtype)
+        return plan["persistent"]["us"] if kernel == "persistent" else plan[f"{kernel}_us"]
+
+    device = DEVICES["H100"]
+    value = device["constants"][name]
+    # Others stay what they are for the capability.
+    slower = {
+        **device,
+        "constants": {name: value / 2 if name in ("bytes_of_clock", "share_of_cache") else 3 * value},
+    }
+    assert us(slower) > us(device)
+    assert us({**device, "constants": {name: value}}) == us(device)
+
+
+def test_constants_can_make_another_kernel_the_fastest() -> None:
+    right = {"dtype": "float16", "step_outcome": True, "persistent_outcome": True}
+    assert _C.cuda_plan(device=DEVICES["H100"], **LAYER, **right)["kernel"] == "persistent"
+    slow = {**DEVICES["H100"], "constants": {"mailbox_clocks": 1e5}}
+    assert _C.cuda_plan(device=slow, **LAYER, **right)["kernel"] == "step"
+
+
+def test_constants_of_a_capability() -> None:
+    """They are those of all such devices that are asked for later, and of no others."""
+    before = DEVICES["H100"]["constants"]
+    try:
+        _C.set_cuda_constants(90, {"mailbox_clocks": 1234.0})
+        now = {device["name"]: device["constants"] for device in _C.cuda_devices()}
+        for name, device in DEVICES.items():
+            expected = (
+                {**device["constants"], "mailbox_clocks": 1234.0} if device["capability"] == 90 else None
+            )
+            assert now[name] == (expected or device["constants"])
+        bare = {name: fact for name, fact in DEVICES["H100"].items() if name != "constants"}
+        assert _C.cuda_plan(device=bare, **LAYER) == _C.cuda_plan(
+            device={**bare, "constants": now["H100"]}, **LAYER
+        )
+        assert _C.cuda_plan(device=bare, **LAYER, dtype="float16") != _C.cuda_plan(
+            device=DEVICES["H100"], **LAYER, dtype="float16"
+        )
+    finally:
+        _C.set_cuda_constants(90, before)
+
+
+@pytest.mark.parametrize(
+    ("constants", "error", "said"),
+    [
+        ({"mailbox": 1.0}, ValueError, "the model of CUDA kernels has no constant 'mailbox'"),
+        ({"ramp_us": 0.0}, ValueError, "ramp_us: expected a positive number, got 0"),
+        ({"ramp_us": float("nan")}, ValueError, "ramp_us: expected a positive number, got nan"),
+    ],
+)
+def test_bad_constants(constants: dict[str, float], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        _C.cuda_plan(device={**DEVICES["A100"], "constants": constants}, **LAYER)
+    with pytest.raises(error, match=said):
+        _C.set_cuda_constants(80, constants)
+    assert next(d for d in _C.cuda_devices() if d["name"] == "A100") == DEVICES["A100"]
+
+
+def test_the_constants_of_the_release_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for constants in selftest_record.committed_constants().values():
+        assert set(constants) <= set(DEVICES["H100"]["constants"])
+    monkeypatch.setattr(selftest_record, "COMMITTED", tmp_path / "results.json")
+    selftest_record.COMMITTED.write_text("[]")
+    selftest_record.commit("8.6", "0123", ["stepwise"], [], "gpu_some.json", {"launch_us": 9.0})
+    selftest_record.commit("8.9", "0123", ["stepwise"], [], "gpu_other.json")
+    before = DEVICES["A10"]["constants"]
+    try:
+        cuda.use_measured_constants.cache_clear()
+        module = nn.LSTM(8, 64)
+        data = lstm_ext.explain_data(module, (5, 3, 8), device="A10", dtype=torch.bfloat16)
+        assert data["facts"]["constants"] == {**before, "launch_us": 9.0}
+        other = lstm_ext.explain_data(module, (5, 3, 8), device="L4", dtype=torch.bfloat16)
+        assert other["facts"]["constants"] == DEVICES["L4"]["constants"]
+    finally:
+        _C.set_cuda_constants(86, before)
+
+
+# ---- explain
+
+GOLDEN = Path(__file__).with_name("explained.txt")
+# LSTM_EXT_CUDA_KERNEL, module, input, device, dtype.
+EXPLAINED = (
+    ("auto", nn.LSTM(512, 768), (100, 16, 512), "H100", torch.bfloat16),
+    ("auto", nn.LSTM(64, 128, bidirectional=True, num_layers=2), (50, 1, 64), "RTX 4090", torch.float16),
+    ("auto", nn.LSTM(64, 128, proj_size=32), (50, 8, 64), "A100", torch.float32),
+    ("auto", nn.LSTM(64, 128, batch_first=True), (8, 50, 64), "L4", torch.float64),
+    ("auto", nn.LSTMCell(256, 256), (32, 256), "B200", torch.bfloat16),
+    ("step", nn.LSTM(1024, 1024), (200, 128, 1024), "A10", torch.float16),
+    ("step", nn.LSTM(64, 128), (200, 64), "H200", torch.float64),
+    ("persistent", nn.LSTM(64, 512, bidirectional=True), (200, 16, 64), "H100", torch.bfloat16),
+    ("persistent", nn.LSTM(64, 96).eval(), (200, 400, 64), "A10", torch.float16),
+    ("persistent", nn.LSTM(64, 2048).eval(), (200, 8, 64), "L4", torch.bfloat16),
+)
+
+
+def explanation(monkeypatch: pytest.MonkeyPatch, kernel: str, module: nn.Module, *rest: Any) -> str:
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", kernel)
+    shape, device, dtype = rest
+    return lstm_ext.explain(module, shape, device=device, dtype=dtype)
+
+
+def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of explained.txt. If a change is meant: LSTM_EXT_WRITE_GOLDEN=1 pytest tests/cuda/test_gpu_plan.py."""
+    texts = "\n\n".join(f"[{case[0]}] {explanation(monkeypatch, *case)}" for case in EXPLAINED) + "\n"
+    if os.environ.get("LSTM_EXT_WRITE_GOLDEN"):
+        GOLDEN.write_text(texts)
+    assert texts == GOLDEN.read_text()
+
+
+def test_data_of_a_layer_on_the_cpu() -> None:
+    data = lstm_ext.explain_data(lstm_ext.LSTM(8, 16, num_layers=2, bidirectional=True), (5, 3, 8))
+    assert (data["device"], data["dtype"], data["training"]) == ("cpu", "float32", True)
+    assert [layer["input_size"] for layer in data["layers"]] == [8, 32]
+    assert {layer["kernel"] for layer in data["layers"]} == {_C.cpu_capability()}
+    text = lstm_ext.explain(lstm_ext.LSTM(8, 16).eval(), (5, 3, 8))
+    assert text.startswith("LSTM(8, 16), input (5, 3, 8), float32, on cpu, in inference:\n  layer 0: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ((nn.GRU(2, 3), (4, 1, 2)), TypeError, "module: expected an LSTM or LSTMCell, got GRU"),
+        ((nn.Linear(2, 3), (4, 2)), TypeError, "module: expected an LSTM or LSTMCell, got Linear"),
+        ((nn.LSTM(2, 3), (4, 1, 3)), ValueError, "input_shape: expected .* with I = 2 .*, got \\(4, 1, 3\\)"),
+        ((nn.LSTM(2, 3), (4, 0, 2)), ValueError, "input_shape: expected"),
+        ((nn.LSTMCell(2, 3), (4, 1, 2)), ValueError, "input_shape: expected \\(B, I\\) or \\(I\\)"),
+        (
+            (nn.LSTM(2, 3), (4, 1, 2), "V100"),
+            ValueError,
+            "device: expected cpu, a CUDA device or one of A100, A30",
+        ),
+        (
+            (nn.LSTM(2, 3), (4, 1, 2), "meta"),
+            ValueError,
+            "device: expected cpu, a CUDA device or one of A100, A30",
+        ),
+        ((nn.LSTM(2, 3), (4, 1, 2), "cpu", torch.int8), ValueError, "dtype: expected float32"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], said: str) -> None:
+    module, shape, device, dtype = (*arguments, None, None)[:4]
+    with pytest.raises(error, match=said):
+        lstm_ext.explain(module, shape, device=device, dtype=dtype)

@@ -1,0 +1,278 @@
+"""Random layers and arguments, right and wrong, drawn and made small by hypothesis.
+
+A few hundred cases in each run; `make fuzz` runs 20,000 and says what they were. LSTM_EXT_FUZZ_CASES and
+LSTM_EXT_FUZZ_SEED change the number and the draw. What fails is printed as a call of ``check``, ``check_broken``
+or ``check_refused``.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import lstm_ext
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from fuzz_cases import _C, Case, check, try_out  # noqa: E402
+from fuzz_errors import Broken, check_broken  # noqa: E402
+from fuzz_option_errors import Refused, check_refused  # noqa: E402
+from fuzz_options import Extras  # noqa: E402
+from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+
+# Layouts, what to check, and its share of the cases.
+CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
+    "batched": (BATCHED, check, 0.4),
+    "unbatched": (UNBATCHED, check, 0.1),
+    "packed": (PACKED, check, 0.25),
+    "errors": (BATCHED + UNBATCHED, check_broken, 0.08),
+    "errors, packed": (PACKED, check_broken, 0.07),
+    "errors, extras": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
+}
+STRATEGIES = {check: cases, check_broken: broken, check_refused: refused}
+NAMES = list(CATEGORIES)
+
+FEW = 250
+MANY = int(os.environ.get("LSTM_EXT_FUZZ_CASES", "2000"))
+SEED = int(os.environ.get("LSTM_EXT_FUZZ_SEED", "1"))
+# Later in a run hypothesis makes most cases out of earlier ones, with one entry another: too much of the same here.
+BATCH = 10
+# Tests a category is cut into: after ten minutes in one of them, pytest prints where it is (pyproject.toml).
+PARTS = 4
+# Where to leave each case before it runs: after a crash, nobody else knows which it was.
+LAST = os.environ.get("LSTM_EXT_FUZZ_LAST")
+
+counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+
+def features(case: Case) -> list[str]:
+    """What a case is an instance of, for the summary."""
+    T, B = max(case.lengths, default=case.steps), len(case.lengths)
+    found = [case.layout, case.dtype, case.mode, case.capability, f"{case.num_layers} layers"]
+    found += [name for name in ("bias", "bidirectional", "hx", "repeat_backward") if getattr(case, name)]
+    found += ["projection"] * (case.proj_size > 0) + ["frozen parts"] * bool(case.frozen)
+    found += ["dropout"] * (case.dropout > 0 and case.training and case.num_layers > 1)
+    found += ["batch of 0"] * (B == 0) + ["batch of 1"] * (B == 1) + ["one step"] * (T == 1)
+    found += ["some outputs"] * (len(case.grad_of) < len(case.results))
+    if case.extras:
+        found += ["extras", *case.extras.features(case.training)]
+    strides = ("input_strides", "hx_strides", "weight_strides", "grad_strides")
+    found += [name for name in strides if getattr(case, name) != "dense"]
+    if B and case.threads > 1 and case.dtype in ("float32", "float64"):
+        plan = _C.cpu_plan(
+            steps=T, batch=B, input_size=case.input_size, hidden_size=case.hidden_size,
+            proj_size=case.proj_size, threads=case.threads, float64=case.dtype == "float64",
+        )  # fmt: skip
+        found += ["two workers, rows"] * (plan["forward_batch_groups"] > 1)
+        found += ["two workers, units"] * (plan["forward_hidden_groups"] > 1)
+    return found
+
+
+def run(
+    category: str,
+    number: int,
+    seed: int,
+    kind: type[nn.Module] = lstm_ext.LSTM,
+    shrink: bool = True,
+    part: int = 0,
+) -> None:
+    """At least ``number`` different cases; for torch's layer none with extras. Each ``part`` draws others."""
+    layouts, judge, _ = CATEGORIES[category]
+    counter = counts[category]
+    seen: set[Case | Broken | Refused] = set()
+
+    def each(case: Case | Broken | Refused) -> None:
+        if case in seen:  # the simplest one, in each batch
+            return
+        if LAST:
+            Path(LAST).write_text(f"{judge.__name__}({case!r})\n")
+        result = judge(case, kind)
+        seen.add(case)
+        counter["cases"] += 1
+        counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
+
+    ours = issubclass(kind, lstm_ext.LSTM)
+    drawn = STRATEGIES[judge](layouts) if ours else cases(layouts, with_extras=False)
+    decorated = settings(
+        max_examples=BATCH,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        report_multiple_bugs=shrink,
+    )(given(drawn)(each))
+    batch = part * 100_000
+    while len(seen) < number:
+        hypothesis.seed(1_000_000 * seed + batch)(decorated)()
+        batch += 1
+
+
+@pytest.mark.parametrize("category", NAMES)
+def test_a_few(category):
+    run(category, int(FEW * CATEGORIES[category][2]), 0)
+
+
+@pytest.fixture
+def summary(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Printed after the last part of a category."""
+    yield
+    category, part = (request.node.callspec.params[name] for name in ("category", "part"))
+    if part == PARTS - 1:
+        counter = counts.pop(category)
+        total = counter.pop("cases", 0)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{category}: {total} cases, seed {SEED}, of them")
+            print("   " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("category", NAMES)
+def test_many(category, part, summary):
+    if part == 0:
+        counts.pop(category, None)
+    run(category, max(1, int(MANY * CATEGORIES[category][2] / PARTS)), SEED, part=part)
+
+
+# --- the harness itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("category", ["batched", "packed"])
+def test_torch_passes(category):
+    """The bound is none that only this package keeps; and packed cases are built as torch wants them."""
+    run(category, 25, 2, nn.LSTM)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-2), ("float64", 1e-11)])
+@pytest.mark.parametrize("layout", ["batched", "handmade", "extras"])
+def test_one_wrong_row_is_seen(layout, dtype, relative):
+    """What the bound is worth: one row of middling size a little too large, in turn for every value and gradient."""
+    extras = None
+    if layout == "extras":
+        extras = Extras(
+            lengths=(9, 9, 6, 1), resets=0.2, reset_state=True, return_cell_states=True, return_gates=True,
+            zoneout=(0.1, 0.2), recurrent_dropout=0.3,
+        )  # fmt: skip
+    for seed in range(2 if extras else 10):
+        case = Case(
+            "handmade" if layout == "handmade" else "batched", (9, 9, 6, 1) if layout == "handmade" else (9,) * 4,
+            input_size=20 + seed, hidden_size=17 + 5 * seed, num_layers=2, bidirectional=True, proj_size=seed % 3,
+            hx=True, dtype=dtype, seed=seed, extras=extras,
+        )  # fmt: skip
+        case = dataclasses.replace(case, grad_of=case.results)
+        trial = try_out(case, lstm_ext.LSTM if extras else nn.LSTM)
+        assert max(trial.excess().values()) <= 1
+        for name, value in trial.result.values.items():
+            rows = value.clone().view(-1, value.size(-1)) if value.dim() > 1 else value.clone()[:, None]
+            sizes = rows.norm(dim=-1)
+            row = int(sizes.argsort()[-((sizes > 0).sum() + 1) // 2])  # padding is 0
+            rows[row] *= 1 + relative
+            trial.result.values[name] = rows.view(value.shape)
+            assert trial.excess()[name] > 1, (case, name)
+            trial.result.values[name] = value
+
+
+# One mistake each: what is said to the layer, or what it says.
+
+
+def resets_a_step_late(module, call, asked):
+    flags = asked["resets"]
+    return call(**asked | {"resets": flags.roll(1, 1 if module.batch_first else 0)})
+
+
+def resets_without_a_gradient(module, call, asked):
+    return call(**asked | {"reset_state": tuple([s.detach() for s in asked["reset_state"]])})
+
+
+def lengths_one_too_small(module, call, asked):
+    return call(**asked | {"lengths": [max(0, int(n) - 1) for n in asked["lengths"]]})
+
+
+def zoneout_of_the_other_state(module, call, asked):
+    module.zoneout = module.zoneout[::-1]
+    return call(**asked)
+
+
+def zoneout_a_little_more(module, call, asked):
+    module.zoneout = 1.0001 * module.zoneout
+    return call(**asked)
+
+
+def recurrent_dropout_without_scaling(module, call, asked):
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0 * (1 - module.recurrent_dropout))
+    return call(**asked)
+
+
+def no_normalisation(module, call, asked):
+    module.layer_norm = False
+    return call(**asked)
+
+
+def gates_in_another_order(module, call, asked):
+    y, states, extras = call(**asked)
+    return y, states, extras._replace(gates=extras.gates.roll(1, -1))
+
+
+def cell_states_of_the_next_set(module, call, asked):
+    y, states, extras = call(**asked)
+    return y, states, extras._replace(cell_states=extras.cell_states.roll(1, 0))
+
+
+MISTAKES: dict[Callable[..., Any], Extras] = {
+    resets_a_step_late: Extras(resets=0.3),
+    resets_without_a_gradient: Extras(resets=0.3, reset_state=True),
+    lengths_one_too_small: Extras(lengths=(3, 5, 0, 1)),
+    zoneout_of_the_other_state: Extras(zoneout=(0.1, 0.3)),
+    zoneout_a_little_more: Extras(zoneout=0.5),
+    recurrent_dropout_without_scaling: Extras(recurrent_dropout=0.1),
+    no_normalisation: Extras(layer_norm=True),
+    gates_in_another_order: Extras(return_gates=True),
+    cell_states_of_the_next_set: Extras(return_cell_states=True),
+}
+
+
+def mistaken(mistake: Callable[..., Any]) -> type[nn.Module]:
+    class Mistaken(lstm_ext.LSTM):
+        def forward(self, input, hx=None, **asked):
+            return mistake(self, lambda **k: super(Mistaken, self).forward(input, hx, **k), asked)
+
+    return Mistaken
+
+
+SEEN = r"times as large as allowed|another use of random numbers"
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_with_extras_is_seen(mistake):
+    for seed in range(2):
+        case = Case(
+            lengths=(5, 5, 5, 5), input_size=8 + seed, hidden_size=6 + 5 * seed, num_layers=2, bidirectional=True,
+            proj_size=seed, training="zoneout_a" not in mistake.__name__, seed=seed,
+            dtype=["float32", "float64"][seed], extras=MISTAKES[mistake],
+        )  # fmt: skip
+        case = dataclasses.replace(case, grad_of=case.results)
+        check(case)
+        with pytest.raises(AssertionError, match=SEEN):
+            check(case, mistaken(mistake))
+
+
+@pytest.mark.tools
+def test_a_mistake_is_drawn():
+    """And not only seen where somebody looks for it."""
+
+    def one_of_them(module, call, asked):
+        return resets_a_step_late(module, call, asked) if "resets" in asked else call(**asked)
+
+    with pytest.raises(AssertionError, match=SEEN):
+        run("batched", 100, 3, mistaken(one_of_them), shrink=False)

@@ -1,0 +1,433 @@
+"""How the extension is found and built, and what a user is told when it cannot be. In processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import lstm_ext
+from lstm_ext.native import config
+
+pytestmark = pytest.mark.tools
+
+
+# The smallest csrc/ that builds: without torch's headers it takes a second.
+TINY_OPS = """
+#ifdef BROKEN
+void missing_from_torch();
+#endif
+extern "C" __attribute__((visibility("default"))) int tiny() {
+#ifdef BROKEN
+  missing_from_torch();
+#endif
+  return 1;
+}
+"""
+TINY = """
+#include <Python.h>
+#define INIT_(name) PyInit_##name
+#define INIT(name) INIT_(name)
+#ifdef BROKEN
+void missing_from_torch();
+#endif
+extern "C" int tiny();
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() {
+#ifdef BROKEN
+  missing_from_torch();
+#endif
+  if (getenv("TINY_REFUSES")) {
+    PyErr_SetString(PyExc_ImportError, "TINY_REFUSES is set");
+    return nullptr;
+  }
+  return tiny() == 1 ? PyModule_Create(&module) : nullptr;
+}
+"""
+SHOW = "from lstm_ext.native import loader; loader.extension(); print(loader.status().backend)"
+# Runs the layer twice on whatever there is, and shows every warning.
+USE = """
+import warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import lstm_ext
+    from lstm_ext.native import loader
+    torch.manual_seed(0)
+    ours, theirs = lstm_ext.LSTM(3, 4), torch.nn.LSTM(3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 3)
+    for _ in range(2):
+        exact = {} if loader.status().backend == "reference" else {"rtol": 0, "atol": 0}  # torch's own operator
+        torch.testing.assert_close(ours(x), theirs(x), **exact)
+print(len(caught))
+print(*(w.message for w in caught))
+"""
+
+
+class Project:  # also used by test_build_cuda.py
+    """A copy of the package with a tiny csrc/ and nothing built."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.package = root / "lstm_ext"
+        source = Path(lstm_ext.__file__).parent
+
+        def other_than_python(folder: str, names: list[str]) -> list[str]:
+            return [n for n in names if not n.endswith(".py") and not (Path(folder) / n).is_dir()]
+
+        shutil.copytree(source, self.package, ignore=other_than_python)
+        (root / "setup.py").touch()
+        (root / "csrc").mkdir()
+        (root / "csrc" / "python.cpp").write_text(TINY)
+        (root / "csrc" / "operators.cpp").write_text(TINY_OPS)
+        operators = self.package / "layer" / "operators.py"
+        waits = "\nloader.on_load(register)\n"
+        text = operators.read_text()
+        assert waits in text
+        operators.write_text(text.replace(waits, ""))  # there are no operators to register
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LSTM_EXT_")}
+        env |= {"PYTHONPATH": str(self.root), "TORCH_EXTENSIONS_DIR": str(self.root / "jit"), **environment}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=env, cwd=self.root, text=True, stdout=pipe, stderr=pipe
+        )
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        with self.start(*arguments, **environment) as process:
+            out, err = process.communicate(timeout=300)
+        return process.returncode, out.strip(), err.strip()
+
+    def last_error(self, code: str, **environment: str) -> str:
+        returncode, _, err = self.run("-c", code, **environment)
+        assert returncode == 1
+        return err.splitlines()[-1]
+
+    def script(self, text: str) -> str:
+        path = self.root.parent / "compiler"  # torch 2.11 does not take one in a folder with a space
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def ahead_of_time(self, torch_version: str | None, content: bytes = b"", ops: bytes = b"") -> None:
+        (self.package / "native" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+        (self.package / "native" / config.OPS_LIBRARY).write_bytes(ops)
+        if torch_version is not None:
+            config.write_record(self.package / "native", torch_version, "a compiler", "a digest")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "with a space")
+
+
+def test_version_is_said_once() -> None:
+    assert lstm_ext.__version__ == config.VERSION
+
+
+def test_flags_leave_to_torch_what_is_torchs() -> None:
+    link_flags = config.ops_link_flags("ops.so") + config.module_link_flags("ops.so")
+    flags = config.COMPILE_FLAGS + config.NVCC_FLAGS + link_flags
+    assert not [f for f in flags if f.startswith(("-std", "-march", "-mtune", "-gencode", "-arch"))]
+    assert "-fopenmp" in config.COMPILE_FLAGS  # or at::parallel_for is serial, and says nothing
+    assert "-fopenmp" not in link_flags
+    assert not [f for f in config.NVCC_FLAGS if "arch" in f]  # or torch adds no -gencode, and says nothing
+
+
+def test_sources_with_one_stem_are_refused(tmp_path: Path) -> None:
+    directory = config.source_dir()
+    assert directory is not None
+    assert config.sources(directory, with_cuda=True)
+
+    (tmp_path / "cpu").mkdir()
+    for name in ("cpu/layer.cpp", "layer.cpp"):
+        (tmp_path / name).touch()
+    with pytest.raises(config.BuildError, match="same stem"):
+        config.sources(tmp_path, with_cuda=False)
+
+
+@pytest.mark.parametrize("kind", ["cpp", "h", "cu", "cuh"])
+def test_digest_sees_every_kind_of_source(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.cpp").touch()
+    (tmp_path / f"b.{kind}").write_text("1")
+    before = config.digest(tmp_path)
+    (tmp_path / f"b.{kind}").write_text("2")
+    assert config.digest(tmp_path) != before
+
+
+def test_installed_package_has_every_source() -> None:
+    """Or the build on first use lacks it."""
+    root = Path(__file__).parents[2]
+    pyproject = (root / "pyproject.toml").read_text()
+    kinds = {path.suffix[1:] for path in (root / "csrc").rglob("*.*") if path.is_file()}
+    assert kinds <= set(config.SOURCE_KINDS)
+    for kind in config.SOURCE_KINDS:
+        assert f'"**/*.{kind}"' in pyproject
+
+
+def test_one_openmp_runtime() -> None:
+    code = """if True:
+        import re, torch, lstm_ext
+        with torch.no_grad():
+            lstm_ext.LSTM(8, 8)(torch.randn(4, 64, 8))
+        from lstm_ext.native import loader
+        assert loader.extension() is not None
+        print(*{line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib(gomp|i?omp)", line)})
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(run.stdout.split()) == 1, run.stdout
+
+
+def needed_by(library: Path) -> list[str]:
+    run = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", run.stdout)
+
+
+def test_build_ahead_of_time(project: Project) -> None:
+    shutil.copy(Path(__file__).parents[2] / "setup.py", project.root)
+    # Asked for two at a time: the second library is linked with the first, and has to wait for it.
+    returncode, _, err = project.run("setup.py", "build_ext", "--inplace", "--parallel", "2")
+    assert returncode == 0, err
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {path.name for path in (project.package / "native").glob("*.so")} == {
+        config.OPS_LIBRARY,
+        f"_C{suffix}",
+    }
+    assert config.OPS_LIBRARY in needed_by(project.package / "native" / f"_C{suffix}")
+    assert not [
+        name for name in needed_by(project.package / "native" / config.OPS_LIBRARY) if "python" in name
+    ]
+    assert project.run("-c", SHOW, LSTM_EXT_BACKEND="aot") == (0, "aot", "")
+    code = "import importlib, torch; importlib.import_module('lstm_ext.native._C')"
+    assert project.run("-c", code) == (0, "", "")  # the one finds the other, wherever both lie
+
+
+def test_build_on_first_use(project: Project) -> None:
+    # Two at once: one builds, the other waits for it.
+    processes = [project.start("-c", SHOW), project.start("-c", SHOW)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [out.strip() for out, _ in outputs] == ["jit", "jit"], outputs
+    assert sum("compiling the extension, once" in err for _, err in outputs) == 1
+
+    # Built once and for all: a compiler is not needed any more.
+    assert project.run("-c", SHOW, CXX="no-such-compiler") == (0, "jit", "")
+    (ops_library,) = (project.root / "jit").glob("*/lstm_ext_ops.so")
+    assert not [name for name in needed_by(ops_library) if "python" in name]
+    assert ops_library.name in needed_by(ops_library.with_name("lstm_ext_C.so"))
+
+    # A build that was killed leaves objects, torch's lock file and no record.
+    (directory,) = (path for path in (project.root / "jit").iterdir() if path.is_dir())
+    (directory / config.RECORD).unlink()
+    (directory / "lock").touch()
+    (directory / "python.o").write_text("half an object")
+    returncode, out, err = project.run("-c", SHOW)
+    assert (returncode, out) == (0, "jit"), err
+    assert "compiling the extension" in err
+
+    # A library that is whole, and has its own reason: no rebuild.
+    returncode, _, err = project.run("-c", SHOW, TINY_REFUSES="1")
+    assert returncode == 1
+    assert "compiling" not in err
+    assert err.splitlines()[-1] == "ImportError: TINY_REFUSES is set"
+
+    # A library that was cut short, or is gone.
+    (directory / "lstm_ext_C.so").write_bytes(b"\x7fELF")
+    assert project.run("-c", SHOW)[:2] == (0, "jit")
+    (directory / "lstm_ext_ops.so").unlink()
+    assert project.run("-c", SHOW)[:2] == (0, "jit")
+    assert (directory / "lstm_ext_ops.so").is_file()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (
+            None,
+            "no C++ compiler was found (looked for no-such-compiler): install one, e.g. `apt install g++`",
+        ),
+        ("echo segfault >&2; exit 3", "does not work (segfault)"),
+        (
+            "case $1 in --version) echo g++ 12;; *) echo 'x.cpp:1: error: disk full'; exit 1;; esac",
+            "error: disk full",
+        ),
+    ],
+    ids=["missing", "broken", "fails"],
+)
+def test_fallback_warns_once(project: Project, compiler: str | None, said: str) -> None:
+    command = "no-such-compiler" if compiler is None else project.script(compiler)
+    returncode, out, err = project.run("-c", USE, CXX=command)
+    assert returncode == 0, err
+    count, _, message = out.partition("\n")
+    assert count == "1", out
+    assert said in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ("config.search_path = lambda: ''", "pip install ninja"),
+        ("config.is_supported_platform = lambda: False", "Linux on x86-64 only"),
+        ("config.source_dir = lambda: None", "reinstall lstm_ext"),
+    ],
+    ids=["ninja", "platform", "sources"],
+)
+def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> None:
+    code = f"from lstm_ext.native import loader, config\n{patch}\nloader.extension()"
+    returncode, _, err = project.run("-W", "always", "-c", code)
+    assert returncode == 0, err
+    assert err.count("RuntimeWarning") == 1
+    assert said in err
+
+
+def test_unwritable_cache(project: Project) -> None:
+    (project.root / "jit").touch()
+    error = project.last_error(SHOW, LSTM_EXT_BACKEND="jit")
+    assert "set TORCH_EXTENSIONS_DIR to a folder that you can write" in error
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_backend_on_request_does_not_warn(project: Project, backend: str) -> None:
+    returncode, out, err = project.run("-c", USE, LSTM_EXT_BACKEND=backend)
+    assert (returncode, out) == (0, "0"), err
+
+
+def test_bad_backend(project: Project) -> None:
+    error = project.last_error(SHOW, LSTM_EXT_BACKEND="fast")
+    assert error.startswith(
+        "ValueError: LSTM_EXT_BACKEND is 'fast': set it to one of auto, aot, jit, torch, reference"
+    )
+
+
+def test_backend_that_is_not_there(project: Project) -> None:
+    error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
+    assert error.startswith(
+        "ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext.native._C: build it with"
+    )
+
+
+@pytest.mark.parametrize("call", ["extension", "check"])
+def test_built_for_another_torch(project: Project, call: str) -> None:
+    project.ahead_of_time("1.2.3")
+    error = project.last_error(f"from lstm_ext.native import loader; loader.{call}()")
+    assert f"was built for torch 1.2.3, but torch {torch.__version__} is installed: rebuild it with" in error
+
+
+def test_built_for_nobody_knows_what(project: Project) -> None:
+    project.ahead_of_time(None)
+    assert f"has no {config.RECORD} beside it: rebuild it with" in project.last_error(SHOW)
+
+
+@pytest.mark.parametrize("broken", ["python", "operators"])
+def test_undefined_symbol(project: Project, broken: str) -> None:
+    command, _ = config.find_compiler()
+    common = ["-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_C", f"-I{sysconfig.get_path('include')}"]
+    contents = {}
+    for name, link_flags in (
+        ("operators", config.ops_link_flags(config.OPS_LIBRARY)),
+        ("python", config.module_link_flags("./operators.so")),
+    ):
+        define = ["-DBROKEN"] if name == broken else []
+        arguments = [*common, *define, f"csrc/{name}.cpp", *link_flags, "-o", f"{name}.so"]
+        subprocess.run([command, *arguments], check=True, cwd=project.root)
+        contents[name] = (project.root / f"{name}.so").read_bytes()
+    project.ahead_of_time(torch.__version__, contents["python"], contents["operators"])
+    error = project.last_error(SHOW)
+    assert f"does not fit the installed torch {torch.__version__}" in error
+    assert "missing_from_torch" in error
+    assert "rebuild it with" in error
+
+
+def test_one_library_without_the_other(project: Project) -> None:
+    project.ahead_of_time(torch.__version__)
+    (project.package / "native" / config.OPS_LIBRARY).unlink()
+    assert f"has no {config.OPS_LIBRARY} beside it: rebuild it with" in project.last_error(SHOW)
+
+
+def test_record_is_whole_or_absent(tmp_path: Path) -> None:
+    assert config.read_record(tmp_path) is None
+    for text in ("", '{"torch": "2.', "[]", '{"torch": 2}'):
+        (tmp_path / config.RECORD).write_text(text)
+        assert config.read_record(tmp_path) is None
+    config.write_record(tmp_path, "2.13.0", "g++", "0")
+    assert json.loads((tmp_path / config.RECORD).read_text())["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "exit_code", "said"),
+    [
+        ({}, 0, "extension    loaded, built"),
+        (
+            {"LSTM_EXT_BACKEND": "reference"},
+            1,
+            "extension    not loaded: LSTM_EXT_BACKEND=reference asks for it",
+        ),
+        ({"LSTM_EXT_BACKEND": "torch"}, 1, "torch      in use"),
+        ({"LSTM_EXT_BACKEND": "fast"}, 1, "LSTM_EXT_BACKEND is 'fast'"),
+    ],
+    ids=["loaded", "reference", "torch", "bad"],
+)
+def test_info(environment: dict[str, str], exit_code: int, said: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "lstm_ext.info"], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == exit_code, run.stderr
+    assert said in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_info_where_the_extension_does_not_fit(project: Project) -> None:
+    project.ahead_of_time("1.2.3")
+    returncode, out, err = project.run("-m", "lstm_ext.info")
+    assert returncode == 1
+    assert "was built for torch 1.2.3" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    # An extension that was built ahead of time is loaded by the import, in which functions of the package wait for it.
+    ("backend", "said"),
+    [("auto", ["waited", "imported", "at once"]), ("reference", ["imported"])],
+)
+def test_functions_that_wait_for_the_extension(backend: str, said: list[str]) -> None:
+    program = (
+        "from lstm_ext.native import loader\n"
+        "loader.on_load(lambda: print('waited'))\n"
+        "print('imported')\n"
+        "loader.extension()\n"
+        "loader.on_load(lambda: print('at once'))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"LSTM_EXT_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines() == said, run.stderr
+
+
+def test_operators_of_another_file_are_an_error(tmp_path):
+    """Loading a second library that registers them would end the process."""
+    from lstm_ext.native import loader
+
+    copy = tmp_path / config.OPS_LIBRARY
+    shutil.copy(str(loader.status().ops_path), copy)
+    program = (
+        f"import torch; torch.ops.load_library({str(copy)!r})\n"
+        "import lstm_ext\n"
+        "try: lstm_ext.LSTM(3, 4)(torch.randn(5, 2, 3))\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"registered in this process already, by {copy}" in run.stdout

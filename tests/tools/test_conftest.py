@@ -1,0 +1,257 @@
+"""conftest.py in a project of its own: skips are counted, CUDA's tests are chosen, one test may have the machine.
+
+And what durations.py and paths.py say about a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import durations
+import paths
+import pytest
+
+import lstm_ext
+
+pytestmark = pytest.mark.tools
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+# The package that is under test here: it may be an installed one, beside sources built for another torch.
+PACKAGE = Path(lstm_ext.__file__).resolve().parents[1]
+
+SKIPS = """
+import pytest
+def test_passes(): pass
+def test_agreed(): pytest.skip("as agreed")
+"""
+UNEXPECTED = """
+import pytest
+def test_passes(): pass
+def test_surprise(): pytest.skip("a surprise")
+"""
+ELSEWHERE = """
+import pytest
+@pytest.mark.skipif(False, reason="on no machine")
+def test_surprise(): pass
+@pytest.mark.skipif(False, reason="on no machine")
+def test_agreed(): pass
+"""
+WHOLE_FILE = "import pytest\npytest.skip('a surprise', allow_module_level=True)\n"
+DEVICES = """
+import pytest
+@pytest.mark.devices("cpu", "cuda")
+def test_both(device): pass
+@pytest.mark.devices("cuda")
+def test_of_cuda(): assert False
+def test_of_the_cpu(): pass
+"""
+# Each notes what it has seen of the others while it ran.
+ALONE = """
+import os, time, pytest, torch
+from pathlib import Path
+RUNNING = Path(__file__).parent / "running"
+def note():
+    RUNNING.mkdir(exist_ok=True)
+    mine = RUNNING / str(os.getpid())
+    mine.touch()
+    seen = 0
+    for _ in range(20):
+        time.sleep(0.01)
+        seen = max(seen, len(list(RUNNING.iterdir())))
+    mine.unlink()
+    return seen
+@pytest.mark.parametrize("n", range(12))
+def test_beside_others(n):
+    note()
+    assert torch.get_num_threads() == 1
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(6))
+def test_alone(n):
+    assert note() == 1
+    assert torch.get_num_threads() == int(os.environ["THREADS"])
+"""
+
+
+# How a test can hang, and what is said about it.
+HANGS = {
+    "waits": ("threading.Event().wait()", "done nothing for 5 s"),
+    "computes": ("\n    while True: pass", "computed for 5 s"),
+    "waits with the GIL": ("ctypes.PyDLL(None).pause()", "Timeout (0:00:05)!"),
+    "a program waits": ("subprocess.run(['sleep', '60'])", "done nothing for 5 s"),
+    "a barrier": (
+        """
+    torch.set_num_threads(2)
+    module, x = lstm_ext.LSTM(200, 401), torch.randn(30, 1, 200)
+    module(x)
+    ctypes.c_int.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "loses").value = 1
+    module(x)
+""",
+        "waited for 1 s at barrier 1 of its call, which 1 of 2 workers have reached",
+    ),
+}
+HANG = """
+import ctypes, os, subprocess, threading, lstm_ext, pytest, torch
+@pytest.mark.alone
+def test_hangs(): {}
+"""
+# Loaded first of all: on request, the second thread of a team does not come.
+LOSE = """
+#include <dlfcn.h>
+#include <omp.h>
+#include <unistd.h>
+extern "C" int loses = 0;
+namespace {
+struct Team { void (*work)(void*); void* context; };
+void run(void* p) {
+  if (loses && omp_get_thread_num() == 1) pause();
+  static_cast<Team*>(p)->work(static_cast<Team*>(p)->context);
+}
+}
+extern "C" void GOMP_parallel(void (*work)(void*), void* context, unsigned threads, unsigned flags) {
+  static const auto next = reinterpret_cast<decltype(&GOMP_parallel)>(dlsym(RTLD_NEXT, "GOMP_parallel"));
+  Team team{work, context};
+  next(run, &team, threads, flags);
+}
+"""
+
+
+def run(
+    folder: Path, test: str, *arguments: str, limits: Sequence[str] = (), **environment: str
+) -> tuple[int, str]:
+    text = (TESTS / "conftest.py").read_text()
+    for limit in limits:
+        assert text.count(limit) == 1
+        text = text.replace(limit, limit.replace("45", "5").replace("60", "5"))
+    (folder / "conftest.py").write_text(text)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "expected_skips.txt").write_text("*::test_agreed  # for this test\n")
+    (folder / "test_some.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **environment}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+processes = pytest.mark.parametrize("processes", ["0", "2"])
+
+
+@processes
+def test_agreed_skips_pass(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, SKIPS, "-n", processes)
+    assert code == 0, said
+    assert "1 passed, 1 skipped" in said
+
+
+@processes
+@pytest.mark.parametrize("test", [UNEXPECTED, WHOLE_FILE], ids=["test", "file"])
+def test_other_skips_fail(tmp_path: Path, test: str, processes: str) -> None:
+    (tmp_path / "test_another.py").write_text("def test_passes(): pass\n")
+    code, said = run(tmp_path, test, "test_another.py", "-n", processes)
+    assert code == 1, said
+    assert "skips that tests/expected_skips.txt does not list" in said
+    assert "a surprise" in said.partition("does not list")[2]
+
+
+@processes
+def test_skips_of_other_machines_fail(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, ELSEWHERE, "-n", processes)
+    assert code == 1, said
+    assert "2 passed" in said
+    listed = said.partition("does not list")[2]
+    assert "test_surprise: marked skipif" in listed and "test_agreed" not in listed
+
+
+@processes
+@pytest.mark.skipif("config.getoption('--device') == 'cuda'")
+def test_devices(tmp_path: Path, processes: str) -> None:
+    code, said = run(tmp_path, DEVICES, "-n", processes, CUDA_VISIBLE_DEVICES="")
+    assert code == 0, said
+    assert "2 passed" in said and "tests of CUDA were not collected: torch finds no GPU" in said
+    code, said = run(tmp_path, DEVICES, "--device", "cuda", "-n", processes, CUDA_VISIBLE_DEVICES="")
+    assert code == 1, said
+    assert "--device cuda, but torch finds no GPU" in said
+
+
+def test_without_the_extension(tmp_path: Path) -> None:
+    code, said = run(tmp_path, SKIPS, "-n", "2", LSTM_EXT_BACKEND="reference")
+    assert code == 1, said
+    assert "the compiled extension is not loaded, so nothing would be tested" in said
+
+
+def test_alone(tmp_path: Path) -> None:
+    code, said = run(tmp_path, ALONE, "-n", "3", THREADS="2", OMP_NUM_THREADS="2")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_test_that_hangs_is_named(tmp_path: Path, how: str) -> None:
+    statement, said_of_it = HANGS[how]
+    environment = {"LSTM_EXT_CPU_WAIT_LIMIT": "1"}
+    if how == "a barrier":
+        library = tmp_path / "lose.so"
+        command = ["g++", "-x", "c++", "-", "-shared", "-fPIC", "-fopenmp", "-ldl", "-o", str(library)]
+        subprocess.run(command, input=LOSE, text=True, check=True)
+        environment |= {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
+    # conftest.py has these limits. A thread that computes leaves the other one few turns, so only one is shortened.
+    limits = {"computes": ['"": 60'], "a barrier": []}.get(how, ["WAITS = 45"])
+    arguments = ("-n", "1", "--max-worker-restart=0")
+    code, said = run(tmp_path, HANG.format(statement), *arguments, limits=limits, **environment)
+    assert code != 0, said
+    assert said_of_it in said
+    assert "in test_hangs" in said and "crashed while running 'test_some.py::test_hangs'" in said
+
+
+# ---- what is written about a run
+
+TIMES = '<testcase classname="tests.{}" name="{}" time="{}"/>'
+
+
+def test_durations(tmp_path: Path) -> None:
+    cases = [("test_a", "one", 2.0), ("test_a", "two[x]", 1.0), ("simt.test_b", "three", 0.001)]
+    report = tmp_path / "test.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0" time="2.5">'
+        + "".join(TIMES.format(*case) for case in cases)
+        + "</testsuite></testsuites>"
+    )
+    table = durations.table(report)
+    assert table.startswith("3 passed, 0 failed, 0 skipped in 2 s; 3 s of tests")
+    assert "| `tests/test_a.py` | 2 | 3.0 | 2.0 s: `one` |\n| 1 others | 1 | 0.0 | |" in table
+    text = "# Runs\n\n## first\n\nold\n\n## second\n\nkept\n"
+    assert durations.written(text, "first", "new") == "# Runs\n\n## first\n\nnew\n\n## second\n\nkept\n"
+    assert durations.written(text, "third", "new") == f"{text}\n## third\n\nnew\n"
+
+
+def test_lost_paths_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ["cpu", "avx2", "float32", "training", "one", "panels", "one", "dense", "plain", "", "1"]
+    both, one = tmp_path / "both.json", tmp_path / "one.json"
+    both.write_text(
+        json.dumps({"fields": paths.FIELDS, "paths": [[path, 3], [[*path[:4], "teams", *path[5:]], 1]]})
+    )
+    one.write_text(json.dumps({"fields": paths.FIELDS, "paths": [[path, 7]]}))
+    assert paths.main([str(one), str(both)]) == 0
+    assert "lost:" not in capsys.readouterr().out
+    assert paths.main([str(both), str(one)]) == 1
+    assert "avx2 | float32 | training | teams | panels | one" in capsys.readouterr().out
+
+
+def test_paths_are_recorded(tmp_path: Path) -> None:
+    """By the processes of pytest-xdist too."""
+    listed = tmp_path / "paths.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "paths", "-n", "2"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--list-paths", str(listed)]
+    command += [str(TESTS / "cpu" / "test_options_kernels.py"), "-k", "sixteen or come_from_the"]
+    environment = os.environ | {"PYTHONPATH": f"{PACKAGE}{os.pathsep}{TESTS}"}
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment, capture_output=True)
+    found = paths.read(str(listed))
+    assert {"training", "backward"} <= {p["pass"] for p in found}
+    assert {"bfloat16", "float16", "float32"} <= {p["dtype"] for p in found}
+    assert "dense, resets" in {p["data"] for p in found}
+    assert {"plain", "returned"} <= {p["step"] for p in found}

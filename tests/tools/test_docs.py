@@ -1,0 +1,70 @@
+"""The README and the pages of docs/ name files that exist, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import lstm_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Files of ours, by their endings; not those of other projects, nor places to fill in.
+FILE = re.compile(r"[\w/]*\b[a-z_]\w*\.(?:py|cpp|cuh|cu|h|json|md)\b(?!\.)")
+NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json"}
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files(page: Path) -> None:
+    """In code spans, outside of the changelog's past."""
+    folders = [ROOT / name for name in ("benchmarks", "csrc", "docs", "examples", "lstm_ext", "tests")]
+    known = [f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*")]
+    known += [f"/{path.name}" for path in ROOT.iterdir()]
+    text = prose(page).partition("## [0.1.0]")[0]
+    for span in re.findall(r"`([^`\n]+)`", text):
+        for name in FILE.findall(span):
+            if name in NOT_OURS or "NAME" in name or "docs/extras.md" in name:
+                continue
+            assert any([path.endswith(f"/{name.lstrip('/')}") for path in known]), f"{name} in `{span}`"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join([page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")])
+    documented = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, flags=re.MULTILINE))
+    faces = {f"lstm_ext.{path.stem}" for path in (ROOT / "lstm_ext").glob("*.py") if path.stem != "__init__"}
+    names = {f"lstm_ext.{name}" for name in lstm_ext.__all__ if name != "__version__"}
+    assert documented == faces | names
+
+
+def test_the_site_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """One line, where the optional group `docs` is not installed."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
+    build_site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_site)
+    monkeypatch.setattr(build_site, "NEEDED", ("torch", "no_such_package"))
+    assert build_site.main() == 1
+    message = "error: no_such_package not installed: run `make docs`, or pip install 'lstm_ext[docs]'\n"
+    assert capsys.readouterr().err == message
