@@ -1,4 +1,4 @@
-"""The layer with all its extras, written again: sequence by sequence, segment by segment, step by step, in float64.
+"""The layer with all its options, written again: sequence by sequence, segment by segment, step by step, in float64.
 
 It shares no line with `lstm_ext.reference`: a reset is not a replaced state here but the end of a segment, lengths are
 slices, and a gate is computed by itself. Random masks are arguments; `drawn` draws them in the documented order.

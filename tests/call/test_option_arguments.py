@@ -1,4 +1,4 @@
-"""The arguments of the extras: defaults that change nothing, and errors that name what is wrong."""
+"""The arguments of the options: defaults that change nothing, and errors that name what is wrong."""
 
 from __future__ import annotations
 

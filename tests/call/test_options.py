@@ -1,4 +1,4 @@
-"""Every combination of extras, values and gradients, against the oracle of the tests."""
+"""Every combination of options, values and gradients, against the oracle of the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extras in the kernels, on the CPU: every instruction set, layout and way to share work, against the equations."""
+"""Options in the kernels, on the CPU: every instruction set, layout and way to share work, against the equations."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool =
         directions=2 if dict(shape.options).get("bidirectional") else 1,
         dtype=str(dtype).removeprefix("torch."),
         packed=shape.packed,
-        extras=shape.extras,
+        extras=shape.per_call,
         backward=backward,
         kernel=name,
     )
@@ -71,7 +71,10 @@ def shapes_around_the_edges() -> list[Shape]:
     found += [Shape(3, b, 5, 40) for b in (2, 7, 8, 16, 17, 65, 200)]
     found += [Shape(2, 3, 4, 20), Shape(9, 5, 64, 1024), Shape(6, 4, 9, 96, THREE), Shape(5, 3, 7, 300, BOTH)]
     found += [Shape(70, 33, 12, 40, packed=True), Shape(140, 70, 3, 24, BOTH, packed=True)]
-    found += [Shape(6, 5, 9, 24, extras=True), Shape(6, 5, 9, 136, (("zoneout", (0.2, 0.1)),), extras=True)]
+    found += [
+        Shape(6, 5, 9, 24, per_call=True),
+        Shape(6, 5, 9, 136, (("zoneout", (0.2, 0.1)),), per_call=True),
+    ]
     found += [Shape(40, 16, 64, 768), Shape(20, 64, 64, 512), Shape(300, 16, 8, 96), Shape(2000, 4, 8, 64)]
     return found
 
@@ -261,7 +264,7 @@ def a_wait_that_expires_is_an_error(run: Run) -> dict[str, Any]:
 
 def sanitized(run: Run) -> None:
     for name in KERNELS:
-        for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, extras=True)):
+        for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, per_call=True)):
             for dtype in DTYPES:
                 with kernel(name):
                     Problem(shape, dtype, run.device).training()

@@ -27,12 +27,12 @@ class Shape:
     hidden_size: int
     options: tuple[tuple[str, Any], ...] = ()
     packed: bool = False
-    extras: bool = False  # lengths, resets, and cell states and gates as results
+    per_call: bool = False  # lengths, resets, and cell states and gates as results
 
     def __str__(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.options)
         sizes = f"T {self.steps}, B {self.batch}, I {self.input_size}, H {self.hidden_size}"
-        return f"{sizes}{options}{', packed' if self.packed else ''}{', extras' if self.extras else ''}"
+        return f"{sizes}{options}{', packed' if self.packed else ''}{', lengths and resets' if self.per_call else ''}"
 
 
 EVERYTHING = (("num_layers", 2), ("bidirectional", True), ("proj_size", 5))
@@ -53,7 +53,7 @@ SHAPES = (
             ("layer_norm", True),
             ("zoneout", (0.2, 0.1)),
         ),
-        extras=True,
+        per_call=True,
     ),
 )
 
@@ -85,17 +85,17 @@ class Problem:
         self.leaves = [self.x, self.h, self.c, *m.parameters()]
         features = state * (2 if m.bidirectional else 1)
         self.grads = [draw(*rows, features), draw(*self.h.shape), draw(*self.c.shape)]
-        self.extras: dict[str, Any] = {}
-        if shape.extras:
+        self.arguments: dict[str, Any] = {}
+        if shape.per_call:
             lengths = torch.arange(shape.steps, shape.steps - shape.batch, -1).clamp_min(0)
             resets = torch.rand(rows, generator=generator) < 0.3
-            self.extras = {"lengths": lengths.to(device), "resets": resets.to(device)}
-            self.extras |= {"return_cell_states": True, "return_gates": True}
+            self.arguments = {"lengths": lengths.to(device), "resets": resets.to(device)}
+            self.arguments |= {"return_cell_states": True, "return_gates": True}
             self.grads += [draw(sets, *rows, m.hidden_size), draw(sets, *rows, m.hidden_size, 4)]
 
     def forward(self) -> list[Tensor]:
         x = self.x if self.batch_sizes is None else PackedSequence(self.x, self.batch_sizes)
-        output, states, *extras = self.layer(x, (self.h, self.c), **self.extras)
+        output, states, *extras = self.layer(x, (self.h, self.c), **self.arguments)
         return [
             output if self.batch_sizes is None else output.data,
             *states,
@@ -120,7 +120,7 @@ class Problem:
         )
         other.leaves = [other.x, other.h, other.c, *other.layer.parameters()]
         other.grads = [g.to(device, dtype) for g in self.grads]
-        other.extras = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.extras.items()}
+        other.arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
         return other
 
 

@@ -18,13 +18,13 @@ meant to see what is wrong: in float32 the bound is typically 1e-5 of a tensor's
 wrong row, one missing term of a sum or a mask of another seed are orders of magnitude above it
 (test_fuzz.py, test_one_wrong_row_is_seen).
 
-A case with extras has the oracle of oracle.py in the place of torch's layer, and the equations of
+A case with options has the oracle of oracle.py in the place of torch's layer, and the equations of
 ``lstm_ext.reference`` for the runs with changed numbers, as these are many times faster. The equations themselves are
 held to the bound of float64 too. With layer normalisation, what it is given and its means are changed as well
 (fuzz_options.py, rounding_normalisation); and where few numbers are normalised, as those of a state that is projected
 to one or two, the bound may be a thousand times wider: so far do the results move with the smallest change of the
 arguments. A row that is 1% too large may then not be seen in a gradient in float32; a layer that computes
-something else is (test_fuzz.py, test_a_mistake_with_extras_is_seen).
+something else is (test_fuzz.py, test_a_mistake_with_options_is_seen).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from unittest import mock
 
 import torch
 from fuzz_options import (
-    Extras,
+    Options,
     OracleLSTM,
     call_arguments,
     check_initialisation,
@@ -100,7 +100,7 @@ class Case:
     threads: int = 1
     capability: str = ""  # "": the one in use
     seed: int = 0
-    extras: Extras | None = None
+    options: Options | None = None
 
     def __repr__(self) -> str:
         return differing(self)
@@ -133,7 +133,7 @@ class Case:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("output", "h_n", "c_n") + (self.extras.returned if self.extras else ())
+        return ("output", "h_n", "c_n") + (self.options.returned if self.options else ())
 
 
 # --- strides -------------------------------------------------------------------------------------------------------
@@ -257,13 +257,13 @@ def tensors_of(case: Case) -> Tensors:
     grads |= {name: normal(*s.shape) for name, s in zip(("h_n", "c_n"), states, strict=True)}
 
     resets, reset_state = None, None
-    if case.extras is not None:
-        for name in case.extras.returned:
+    if case.options is not None:
+        for name in case.options.returned:
             last = (case.hidden_size,) if name == "cell_states" else (case.hidden_size, 4)
             grads[name] = normal(sets, *case.rows, *last)
-        if case.extras.resets is not None:
-            resets = torch.rand(rows, generator=generator) < case.extras.resets
-        if case.extras.reset_state:
+        if case.options.resets is not None:
+            resets = torch.rand(rows, generator=generator) < case.options.resets
+        if case.options.reset_state:
             h, c = [strided(case.hx_strides, normal(*s.shape)) for s in states]
             reset_state = h, c
     tensors = Tensors(
@@ -275,8 +275,8 @@ def tensors_of(case: Case) -> Tensors:
         resets,
     )
     tensors = tensors.map(lambda t: t.to(case.torch_dtype).double().resolve_neg().contiguous())
-    if case.extras is not None and case.extras.nan_padding and case.extras.lengths is not None:
-        for b, n in enumerate(case.extras.lengths):
+    if case.options is not None and case.options.nan_padding and case.options.lengths is not None:
+        for b, n in enumerate(case.options.lengths):
             of_row = (
                 tensors.input
                 if case.layout == "unbatched"
@@ -303,7 +303,11 @@ def make_module(
             *sizes_of(case),
             dtype=dtype,
             device="meta",
-            **(case.extras.options if case.extras is not None and issubclass(kind, lstm_ext.LSTM) else {}),
+            **(
+                case.options.constructor
+                if case.options is not None and issubclass(kind, lstm_ext.LSTM)
+                else {}
+            ),
         ).train(case.training)
     if weights is not None:
         names = [name for name, _ in module.named_parameters()]
@@ -319,7 +323,7 @@ def make_module(
 @contextlib.contextmanager
 def environment(case: Case) -> Iterator[None]:
     before = _C.cpu_capability(), torch.get_num_threads()
-    unread = case.extras is not None and case.extras.unread
+    unread = case.options is not None and case.options.unread
     reading = (
         mock.patch.object(arguments, "is_readable", lambda x: False) if unread else contextlib.nullcontext()
     )
@@ -343,7 +347,7 @@ def leaf(x: Tensor, requires_grad: bool) -> Tensor:
 def arguments_of(
     case: Case, tensors: Tensors, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Any, Any, dict[str, Any]]:
-    """The leaves by name, and from them ``input``, ``hx`` and the extras as the layer is called with them."""
+    """The leaves by name, and from them ``input``, ``hx`` and the options as the layer is called with them."""
     leaves = {"input": leaf(strided(case.input_strides, tensors.input.to(dtype)), "input" not in case.frozen)}
 
     def pack(x: Tensor) -> PackedSequence:
@@ -358,11 +362,11 @@ def arguments_of(
 
     input = pack(leaves["input"]) if case.packed else leaves["input"]
     hx = states(tensors.hx, "h0", "c0")
-    if case.extras is None:
+    if case.options is None:
         return leaves, input, hx, {}
     reset_state: Any = states(tensors.reset_state, "reset_h", "reset_c")
     packing = pack if case.packed else None
-    more = call_arguments(case.extras, case.rows, case.batch_first, tensors.resets, reset_state, packing)
+    more = call_arguments(case.options, case.rows, case.batch_first, tensors.resets, reset_state, packing)
     return leaves, input, hx, more
 
 
@@ -439,8 +443,8 @@ def run(kind: type[nn.Module], case: Case, tensors: Tensors, dtype: torch.dtype)
 
 
 def fast_run(case: Case, tensors: Tensors) -> Run:
-    """In float64, by torch's layer or, with extras, by the equations."""
-    if case.extras is None:
+    """In float64, by torch's layer or, with options, by the equations."""
+    if case.options is None:
         return run(nn.LSTM, case, tensors, torch.float64)
     with mock.patch.object(route, "lstm_layer", equations.lstm_layer):
         return run(lstm_ext.LSTM, case, tensors, torch.float64)
@@ -456,7 +460,7 @@ def movement(case: Case, tensors: Tensors, ref: Run, draws: int) -> dict[str, fl
 
     largest = dict.fromkeys(ref.values, 0.0)
     for _ in range(draws):
-        if case.extras is not None and case.extras.layer_norm:
+        if case.options is not None and case.options.layer_norm:
             with rounding_normalisation(CHANGE, generator):
                 other = fast_run(case, tensors.map(changed))
         else:
@@ -478,7 +482,7 @@ def reference_case(case: Case) -> Case:
         repeat_backward=False,
         threads=1,
         capability="",
-        extras=case.extras and case.extras.plain_form(),
+        options=case.options and case.options.plain_form(),
     )
 
 
@@ -514,14 +518,14 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
     plain = reference_case(case)
     with environment(plain):
         tensors = tensors_of(case)
-        ref = run(nn.LSTM if case.extras is None else OracleLSTM, plain, tensors, torch.float64)
+        ref = run(nn.LSTM if case.options is None else OracleLSTM, plain, tensors, torch.float64)
         # With its strides: numbers that are one in memory are changed as one, as their rounding errors are one.
         unrepeated = dataclasses.replace(case, repeat_backward=False)
-        if case.extras is None:
+        if case.options is None:
             moves = movement(unrepeated, tensors, ref, draws)
         else:
-            if case.extras.forget_bias is not None or case.extras.layer_norm:
-                check_initialisation(case.extras, sizes_of(case), case.directions)
+            if case.options.forget_bias is not None or case.options.layer_norm:
+                check_initialisation(case.options, sizes_of(case), case.directions)
             equations = fast_run(unrepeated, tensors)
             moves = movement(unrepeated, tensors, equations, draws)
             wrong = {n: r for n, r in Trial(case, equations, ref, moves).excess().items() if not r <= 1}

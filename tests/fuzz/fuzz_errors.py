@@ -26,7 +26,7 @@ class Call:
     hx: Any
     amount: int  # 1 to 3
     which: int  # of h0 and c0, or of the weights
-    asked: dict[str, Any] = dataclasses.field(default_factory=dict)  # the extras
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)  # the options
 
     @property
     def data(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random broken extras: an error that names the argument and what was expected, and a module that works afterwards.
+"""Random broken options: an error that names the argument and what was expected, and a module that works afterwards.
 
 PYTHONPATH=tests:tests/fuzz python -c "from fuzz_option_errors import *; check_refused(Refused(...))"
 """
@@ -339,7 +339,7 @@ CONSTRUCTOR: dict[str, tuple[list[dict[str, Any]], type[Exception]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A case, and what is wrong with its extras: a name out of ``faults_of`` its layout."""
+    """A case, and what is wrong with its options: a name out of ``faults_of`` its layout."""
 
     case: Case
     fault: str
@@ -402,7 +402,7 @@ def check_refused(refused: Refused, kind: type[nn.Module] = lstm_ext.LSTM) -> st
         error = outcome(call, grad)
         for name in ("recurrent_dropout", "zoneout", "recompute"):
             vars(module).pop(name, None)
-        vars(module).update({n: v for n, v in attributes.items() if n in case.extras.options})
+        vars(module).update({n: v for n, v in attributes.items() if n in case.options.constructor})
         for name, p in parameters.items():
             setattr(module, name, p)
         afterwards = good_outcome()

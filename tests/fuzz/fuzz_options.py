@@ -1,4 +1,4 @@
-"""The extras of a random case: their description, their arguments, and the layer of the oracle, for the comparison."""
+"""The options of a random case: their description, their arguments, and the layer of the oracle, for the comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def differing(description: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Extras:
+class Options:
     """What a case has beyond ``torch.nn.LSTM``; the numbers themselves come from the seed of the case."""
 
     # In a call
@@ -50,7 +50,7 @@ class Extras:
         return differing(self)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def constructor(self) -> dict[str, Any]:
         names = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
         return {name: getattr(self, name) for name in names}
 
@@ -62,7 +62,7 @@ class Extras:
     def zoneout_rates(self) -> tuple[float, float]:
         return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
 
-    def plain_form(self) -> Extras:
+    def plain_form(self) -> Options:
         """The same, said in the simplest way."""
         return dataclasses.replace(
             self, lengths_as="list", resets_as="bool", recompute=False, forget_bias=None
@@ -133,7 +133,7 @@ RESETS_AS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def call_arguments(
-    extras: Extras,
+    options: Options,
     shape: tuple[int, ...],
     batch_first: bool,
     resets: Tensor | None,
@@ -147,31 +147,31 @@ def call_arguments(
         resets: bool, in that shape, or as ``pack`` takes it.
     """
     arguments: dict[str, Any] = {
-        name: True for name in ("return_cell_states", "return_gates") if getattr(extras, name)
+        name: True for name in ("return_cell_states", "return_gates") if getattr(options, name)
     }
-    if extras.lengths is not None:
-        arguments |= LENGTHS_AS[extras.lengths_as](list(extras.lengths), shape, batch_first)
+    if options.lengths is not None:
+        arguments |= LENGTHS_AS[options.lengths_as](list(options.lengths), shape, batch_first)
     if resets is not None:
-        flags = RESETS_AS[extras.resets_as](resets)
+        flags = RESETS_AS[options.resets_as](resets)
         arguments["resets"] = flags if pack is None else pack(flags)
     if reset_state is not None:
         arguments["reset_state"] = reset_state
     return arguments
 
 
-def check_initialisation(extras: Extras, sizes: tuple[Any, ...], directions: int) -> None:
+def check_initialisation(options: Options, sizes: tuple[Any, ...], directions: int) -> None:
     """forget_bias and layer_norm change the initial values as documented, and nothing else."""
     torch.manual_seed(0)
     plain = torch.nn.LSTM(*sizes)
     torch.manual_seed(0)
-    ours = dict(lstm_ext.LSTM(*sizes, **extras.options).named_parameters())
+    ours = dict(lstm_ext.LSTM(*sizes, **options.constructor).named_parameters())
     hidden, bias = plain.hidden_size, plain.bias
     for name, p in plain.named_parameters():
         expected = p.detach().clone()
-        if name.startswith("bias_") and extras.forget_bias is not None:
-            expected[hidden : 2 * hidden] = extras.forget_bias if name.startswith("bias_ih") else 0.0
+        if name.startswith("bias_") and options.forget_bias is not None:
+            expected[hidden : 2 * hidden] = options.forget_bias if name.startswith("bias_ih") else 0.0
         assert torch.equal(ours.pop(name), expected), f"initial {name}"
-    norm = (3 + bias) * plain.num_layers * directions if extras.layer_norm else 0
+    norm = (3 + bias) * plain.num_layers * directions if options.layer_norm else 0
     assert len(ours) == norm, list(ours)
     for name, p in ours.items():
         assert (p == (0.0 if name.startswith("ln_bias") else 1.0)).all(), f"initial {name}"

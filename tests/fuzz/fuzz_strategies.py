@@ -9,7 +9,7 @@ from typing import Any
 from fuzz_cases import CAPABILITIES, PACKINGS, SORTED_PACKINGS, STRIDES, WEIGHT_STRIDES, Case
 from fuzz_errors import PACKED_FAULTS, TENSOR_FAULTS, Broken
 from fuzz_option_errors import NORM, Refused, faults_of
-from fuzz_options import LENGTHS_AS, RESETS_AS, UNBATCHED_ONLY, Extras
+from fuzz_options import LENGTHS_AS, RESETS_AS, UNBATCHED_ONLY, Options
 from hypothesis import strategies as st
 
 # Lists from which each entry is drawn equally often; integers() prefers the very small.
@@ -63,8 +63,8 @@ def some(draw: st.DrawFn, names: Sequence[str]) -> tuple[str, ...]:
 
 
 @st.composite
-def extras_of_calls(draw: st.DrawFn, layout: str, rows: tuple[int, ...]) -> dict[str, Any]:
-    """For sequences of these lengths, the arguments of ``Extras`` that belong to a call."""
+def options_of_calls(draw: st.DrawFn, layout: str, rows: tuple[int, ...]) -> dict[str, Any]:
+    """For sequences of these lengths, the arguments of ``Options`` that belong to a call."""
     rarely = st.sampled_from([False, False, True])
     found: dict[str, Any] = {"return_cell_states": draw(rarely), "return_gates": draw(rarely)}
     if layout in ("batched", "unbatched") and draw(rarely):
@@ -84,9 +84,9 @@ def extras_of_calls(draw: st.DrawFn, layout: str, rows: tuple[int, ...]) -> dict
 
 
 @st.composite
-def extras(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> Extras | None:
+def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> Options | None:
     rarely = st.sampled_from([False, False, True])
-    found = draw(extras_of_calls(layout, rows))
+    found = draw(options_of_calls(layout, rows))
     if draw(rarely):
         found["recurrent_dropout"] = draw(RATES)
     if draw(rarely):
@@ -95,11 +95,11 @@ def extras(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> E
     found |= {"layer_norm": draw(rarely), "recompute": draw(rarely)}
     if bias and draw(rarely):
         found["forget_bias"] = draw(st.sampled_from([1.0, -0.5, 0, 2]))
-    return Extras(**found)
+    return Options(**found)
 
 
 @st.composite
-def cases(draw: st.DrawFn, layouts: Sequence[str], with_extras: bool = True) -> Case:
+def cases(draw: st.DrawFn, layouts: Sequence[str], with_options: bool = True) -> Case:
     layout = draw(st.sampled_from(layouts))
     rows = draw(lengths(layout))
     input_size, hidden_size = draw(SIZES), draw(SIZES)
@@ -113,9 +113,9 @@ def cases(draw: st.DrawFn, layouts: Sequence[str], with_extras: bool = True) -> 
     proj_size = draw(st.one_of(st.just(0), st.integers(0, hidden_size - 1)))
     sets = num_layers * (2 if bidirectional else 1)
     more = None
-    if with_extras and draw(st.booleans()):
+    if with_options and draw(st.booleans()):
         rows = rows[: max(1, CELLS // (sets * max(rows, default=1)))]
-        more = draw(extras(layout, rows, bias))
+        more = draw(options(layout, rows, bias))
     if more and more.layer_norm and not bias and num_layers > 1 and hidden_size == 1:
         # c_t normalised over one unit is 0, so the layer above would see nothing but 0: see dropout below.
         hidden_size = 2
@@ -160,7 +160,7 @@ def cases(draw: st.DrawFn, layouts: Sequence[str], with_extras: bool = True) -> 
         threads=draw(st.sampled_from([1, 2])),
         capability=draw(st.sampled_from(CAPABILITIES)),
         seed=draw(st.integers(0, 2**31)),
-        extras=more,
+        options=more,
     )
 
 
@@ -197,25 +197,25 @@ def small(draw: st.DrawFn, layout: str, needs_hx: bool = False, fewest_steps: in
 
 @st.composite
 def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
-    """A fault in the arguments that torch's layer has too; half of the time with extras that leave the results."""
+    """A fault in the arguments that torch's layer has too; half of the time with options that leave the results."""
     layout = draw(st.sampled_from(layouts))
     faults = PACKED_FAULTS if layout in PACKINGS else TENSOR_FAULTS
     fault = draw(st.sampled_from(list(faults)))
     case = draw(small(layout, faults[fault].needs_hx))
     if draw(st.booleans()):
         names = draw(some(["return_cell_states", "return_gates", "recompute"]))
-        case = dataclasses.replace(case, extras=Extras(**dict.fromkeys(names, True)))
+        case = dataclasses.replace(case, options=Options(**dict.fromkeys(names, True)))
     return Broken(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 19)))
 
 
 @st.composite
 def refused(draw: st.DrawFn, layouts: Sequence[str]) -> Refused:
-    """A fault in the extras, among good ones."""
+    """A fault in the options, among good ones."""
     layout = draw(st.sampled_from(layouts))
     fault = draw(st.sampled_from(faults_of(layout in PACKINGS)))
     case = draw(small(layout, fewest_steps=2))
-    more = draw(extras(layout, case.lengths, case.bias))
+    more = draw(options(layout, case.lengths, case.bias))
     if fault in NORM:
         more = dataclasses.replace(more, layer_norm=True)
-    case = dataclasses.replace(case, extras=dataclasses.replace(more, unread=False))
+    case = dataclasses.replace(case, options=dataclasses.replace(more, unread=False))
     return Refused(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 59)))

@@ -24,7 +24,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from fuzz_cases import _C, Case, check, try_out  # noqa: E402
 from fuzz_errors import Broken, check_broken  # noqa: E402
 from fuzz_option_errors import Refused, check_refused  # noqa: E402
-from fuzz_options import Extras  # noqa: E402
+from fuzz_options import Options  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
@@ -35,7 +35,7 @@ CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
     "packed": (PACKED, check, 0.25),
     "errors": (BATCHED + UNBATCHED, check_broken, 0.08),
     "errors, packed": (PACKED, check_broken, 0.07),
-    "errors, extras": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
+    "errors, options": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
 }
 STRATEGIES = {check: cases, check_broken: broken, check_refused: refused}
 NAMES = list(CATEGORIES)
@@ -62,8 +62,8 @@ def features(case: Case) -> list[str]:
     found += ["dropout"] * (case.dropout > 0 and case.training and case.num_layers > 1)
     found += ["batch of 0"] * (B == 0) + ["batch of 1"] * (B == 1) + ["one step"] * (T == 1)
     found += ["some outputs"] * (len(case.grad_of) < len(case.results))
-    if case.extras:
-        found += ["extras", *case.extras.features(case.training)]
+    if case.options:
+        found += ["options", *case.options.features(case.training)]
     strides = ("input_strides", "hx_strides", "weight_strides", "grad_strides")
     found += [name for name in strides if getattr(case, name) != "dense"]
     if B and case.threads > 1 and case.dtype in ("float32", "float64"):
@@ -84,7 +84,7 @@ def run(
     shrink: bool = True,
     part: int = 0,
 ) -> None:
-    """At least ``number`` different cases; for torch's layer none with extras. Each ``part`` draws others."""
+    """At least ``number`` different cases; for torch's layer none with options. Each ``part`` draws others."""
     layouts, judge, _ = CATEGORIES[category]
     counter = counts[category]
     seen: set[Case | Broken | Refused] = set()
@@ -100,7 +100,7 @@ def run(
         counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])
 
     ours = issubclass(kind, lstm_ext.LSTM)
-    drawn = STRATEGIES[judge](layouts) if ours else cases(layouts, with_extras=False)
+    drawn = STRATEGIES[judge](layouts) if ours else cases(layouts, with_options=False)
     decorated = settings(
         max_examples=BATCH,
         deadline=None,
@@ -154,23 +154,23 @@ def test_torch_passes(category):
 
 @pytest.mark.tools
 @pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-2), ("float64", 1e-11)])
-@pytest.mark.parametrize("layout", ["batched", "handmade", "extras"])
+@pytest.mark.parametrize("layout", ["batched", "handmade", "options"])
 def test_one_wrong_row_is_seen(layout, dtype, relative):
     """What the bound is worth: one row of middling size a little too large, in turn for every value and gradient."""
-    extras = None
-    if layout == "extras":
-        extras = Extras(
+    options = None
+    if layout == "options":
+        options = Options(
             lengths=(9, 9, 6, 1), resets=0.2, reset_state=True, return_cell_states=True, return_gates=True,
             zoneout=(0.1, 0.2), recurrent_dropout=0.3,
         )  # fmt: skip
-    for seed in range(2 if extras else 10):
+    for seed in range(2 if options else 10):
         case = Case(
             "handmade" if layout == "handmade" else "batched", (9, 9, 6, 1) if layout == "handmade" else (9,) * 4,
             input_size=20 + seed, hidden_size=17 + 5 * seed, num_layers=2, bidirectional=True, proj_size=seed % 3,
-            hx=True, dtype=dtype, seed=seed, extras=extras,
+            hx=True, dtype=dtype, seed=seed, options=options,
         )  # fmt: skip
         case = dataclasses.replace(case, grad_of=case.results)
-        trial = try_out(case, lstm_ext.LSTM if extras else nn.LSTM)
+        trial = try_out(case, lstm_ext.LSTM if options else nn.LSTM)
         assert max(trial.excess().values()) <= 1
         for name, value in trial.result.values.items():
             rows = value.clone().view(-1, value.size(-1)) if value.dim() > 1 else value.clone()[:, None]
@@ -228,16 +228,16 @@ def cell_states_of_the_next_set(module, call, asked):
     return y, states, extras._replace(cell_states=extras.cell_states.roll(1, 0))
 
 
-MISTAKES: dict[Callable[..., Any], Extras] = {
-    resets_a_step_late: Extras(resets=0.3),
-    resets_without_a_gradient: Extras(resets=0.3, reset_state=True),
-    lengths_one_too_small: Extras(lengths=(3, 5, 0, 1)),
-    zoneout_of_the_other_state: Extras(zoneout=(0.1, 0.3)),
-    zoneout_a_little_more: Extras(zoneout=0.5),
-    recurrent_dropout_without_scaling: Extras(recurrent_dropout=0.1),
-    no_normalisation: Extras(layer_norm=True),
-    gates_in_another_order: Extras(return_gates=True),
-    cell_states_of_the_next_set: Extras(return_cell_states=True),
+MISTAKES: dict[Callable[..., Any], Options] = {
+    resets_a_step_late: Options(resets=0.3),
+    resets_without_a_gradient: Options(resets=0.3, reset_state=True),
+    lengths_one_too_small: Options(lengths=(3, 5, 0, 1)),
+    zoneout_of_the_other_state: Options(zoneout=(0.1, 0.3)),
+    zoneout_a_little_more: Options(zoneout=0.5),
+    recurrent_dropout_without_scaling: Options(recurrent_dropout=0.1),
+    no_normalisation: Options(layer_norm=True),
+    gates_in_another_order: Options(return_gates=True),
+    cell_states_of_the_next_set: Options(return_cell_states=True),
 }
 
 
@@ -254,12 +254,12 @@ SEEN = r"times as large as allowed|another use of random numbers"
 
 @pytest.mark.tools
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_with_extras_is_seen(mistake):
+def test_a_mistake_with_options_is_seen(mistake):
     for seed in range(2):
         case = Case(
             lengths=(5, 5, 5, 5), input_size=8 + seed, hidden_size=6 + 5 * seed, num_layers=2, bidirectional=True,
             proj_size=seed, training="zoneout_a" not in mistake.__name__, seed=seed,
-            dtype=["float32", "float64"][seed], extras=MISTAKES[mistake],
+            dtype=["float32", "float64"][seed], options=MISTAKES[mistake],
         )  # fmt: skip
         case = dataclasses.replace(case, grad_of=case.results)
         check(case)

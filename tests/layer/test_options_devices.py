@@ -1,4 +1,4 @@
-"""Extras of one layer on every device: values and gradients against the equations in float64 on the CPU."""
+"""Options of one layer on every device: values and gradients against the equations in float64 on the CPU."""
 
 from __future__ import annotations
 

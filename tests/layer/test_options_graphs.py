@@ -1,4 +1,4 @@
-"""Modules with extras under compilers, exporters, transforms and dispatch modes: one operator a layer, any sizes."""
+"""Modules with options under compilers, exporters, transforms and dispatch modes: one operator a layer, any sizes."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_packed_data_in_a_compiled_module(options):
 
 
 class Exported(nn.Module):
-    """All extras of a call as inputs of the graph."""
+    """All options of a call as inputs of the graph."""
 
     def __init__(self, **options) -> None:
         super().__init__()
@@ -377,10 +377,10 @@ def test_vmap_over_packed_data():
     xs, flags = torch.randn(3, sum(BATCH_SIZES), I), torch.rand(3, sum(BATCH_SIZES)) < 0.3
 
     def layer(x, resets):
-        extras = internals.LayerOptions(resets=resets, return_cell_states=True)
+        options = internals.LayerOptions(resets=resets, return_cell_states=True)
         return [
             y
-            for y in internals.lstm_layer(x, None, None, weights, sizes, True, True, extras)
+            for y in internals.lstm_layer(x, None, None, weights, sizes, True, True, options)
             if y is not None
         ]
 

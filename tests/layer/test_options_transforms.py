@@ -1,4 +1,4 @@
-"""The extras under compilers, exporters, transforms and autocast; what recompute keeps."""
+"""The options under compilers, exporters, transforms and autocast; what recompute keeps."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_export(name, call, strict):
     close(program.module()(x, **CALLS[call]), module(x, **CALLS[call]))
 
 
-def test_packed_extras_without_kernels_are_refused_by_compilers(monkeypatch):
+def test_packed_options_without_kernels_are_refused_by_compilers(monkeypatch):
     monkeypatch.setattr(loader, "has_kernels", lambda: False)
     packed = pack_sequence([torch.randn(n, I) for n in (4, 2)])
     module = lstm_ext.LSTM(I, H, layer_norm=True)
@@ -365,6 +365,6 @@ def test_a_traced_function_draws_new_masks(how):
         torch.manual_seed(seed)
         output = traced(x)
         torch.manual_seed(seed)
-        extras = internals.LayerOptions(keep_h=torch.rand(1, T, B, H) < 0.5)
-        expected = reference.lstm_layer(x, None, None, weights, None, True, False, extras)[0]
+        options = internals.LayerOptions(keep_h=torch.rand(1, T, B, H) < 0.5)
+        expected = reference.lstm_layer(x, None, None, weights, None, True, False, options)[0]
         torch.testing.assert_close(output, expected)

@@ -244,7 +244,7 @@ def test_exported_program_names_and_own_translations() -> None:
     assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
 
 
-def test_exported_program_with_extras() -> None:
+def test_exported_program_with_options() -> None:
     """Made outside of an export to ONNX, it holds the layer's own operator, of which ONNX knows nothing."""
     module = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True, zoneout=(0.1, 0.2)).eval()
     args = arguments(module, 5, 2, has_hx=False)
