@@ -10,7 +10,7 @@ namespace {
 // cores. They affect speed only, never correctness.
 constexpr double kWorkPerThread = 6e5;       // with less work a thread costs more than it gains
 constexpr double kWorkPerBarrier = 6e4;      // the cost of a barrier between team members
-constexpr int64_t kRowMajorRows = 32;        // up to here weights are read unpacked: see docs/guide/streaming.md
+constexpr int64_t kRowMajorRows = 32;        // a step of up to so many rows reads the weights unpacked
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but each load of the weights must serve enough rows
 constexpr int64_t kUnitChunkRows = 128;      // ... and more on the matrix unit, which needs the weights faster
@@ -170,7 +170,7 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
 }
 
 // Up to this many rows of all steps together, weights are not packed for the matrix unit. 16-bit weights (`narrow`)
-// need little work, and no promise is made about the bits of few rows.
+// need little work.
 int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
 
 // Up to this many rows of all steps together, packing the weights of a forward pass costs more than it saves; `planes`
@@ -180,8 +180,8 @@ int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int plan
   if (narrow && planes > 0) return few_rows(planes, narrow);
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
   if (planes > 0 || shape.steps == 1) return kRowMajorRows;
-  // No promise is made about single steps of a bidirectional layer.
   if (shape.two_directions && numbers < 1'000'000) return numbers < 100'000 ? 12 : 20;
+  if (numbers < 50'000) return numbers < 25'000 ? 8 : 20;
   return numbers > 200'000 && machine.lanes >= 8 ? 48 : kRowMajorRows;
 }
 
