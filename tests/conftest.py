@@ -37,6 +37,7 @@ os.environ.setdefault("LSTM_EXT_CPU_WAIT_LIMIT", "20")
 
 import pytest
 import torch
+from locks import locked, waiting
 
 _PATTERNS = pytest.StashKey[list[re.Pattern[str]]]()
 _skips: list[tuple[str, str]] = []
@@ -101,7 +102,7 @@ class _Watch(threading.Thread):
             time.sleep(1)
             now = _processor_time()
             with self.lock:
-                if abs(now - work) > 0.2:
+                if abs(now - work) > 0.2 or waiting.is_set():
                     work, self.since = now, time.monotonic()
                 if self.item is None:
                     continue
@@ -263,16 +264,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(line)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, how)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough while a forked process has the file too
-
-
 @pytest.fixture(scope="session")
 def _locks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     """A folder that all processes of this run share."""
@@ -299,13 +290,9 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
     alone = request.node.get_closest_marker("alone") is not None
     with contextlib.ExitStack() as locks:
         if _locks is not None:
-            if _watch is not None:
-                _watch.begin(None)
             # Who waits for the room waits in the door, so that tests that share the room cannot go on for ever.
-            with _locked(_locks / "door", fcntl.LOCK_EX):
-                locks.enter_context(_locked(_locks / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-            if _watch is not None:
-                _watch.begin(request.node)
+            with locked(_locks / "door"):
+                locks.enter_context(locked(_locks / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         torch.set_num_threads(THREADS if alone else 1)
         yield
 

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from locks import locked
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
@@ -205,13 +207,15 @@ def build_extension_module(
             plain_cpp.append(wrapper)
         else:
             plain_cpp.append(source.resolve())
-    # ninja names objects by their sources' names, which must not repeat; its dependency files find changed headers.
-    return cpp_extension.load(
-        name=name,
-        sources=[str(path) for path in (*plain_cpp, *EMULATOR)],
-        extra_cflags=["-O2", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT", f"-isystem{cuda_include()}"],
-        extra_include_paths=[str(path) for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)],
-        extra_ldflags=["-ldl"],
-        build_directory=str(folder),
-        with_cuda=False,
-    )
+    with locked(folder / "building"):
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a process that was killed
+        # ninja names objects by their sources' names, which must not repeat; its dependency files find changed headers.
+        return cpp_extension.load(
+            name=name,
+            sources=[str(path) for path in (*plain_cpp, *EMULATOR)],
+            extra_cflags=["-O2", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT", f"-isystem{cuda_include()}"],
+            extra_include_paths=[str(path) for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)],
+            extra_ldflags=["-ldl"],
+            build_directory=str(folder),
+            with_cuda=False,
+        )

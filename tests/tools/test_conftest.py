@@ -130,6 +130,7 @@ def run(
         assert text.count(limit) == 1
         text = text.replace(limit, limit.replace("45", "5").replace("60", "5"))
     (folder / "conftest.py").write_text(text)
+    shutil.copy(TESTS / "locks.py", folder)
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "expected_skips.txt").write_text("*::test_agreed  # for this test\n")
     (folder / "test_some.py").write_text(test)
@@ -206,6 +207,26 @@ def test_a_test_that_hangs_is_named(tmp_path: Path, how: str) -> None:
     assert code != 0, said
     assert said_of_it in said
     assert "in test_hangs" in said and "crashed while running 'test_some.py::test_hangs'" in said
+
+
+WAITS = """
+import time, pytest
+from pathlib import Path
+from locks import locked
+
+@pytest.mark.parametrize("n", range(2))
+def test_waits(n):
+    with locked(Path("lock")):
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            time.sleep(0.001)
+            sum(range(100_000))
+"""
+
+
+def test_who_waits_for_a_lock_does_not_hang(tmp_path: Path) -> None:
+    code, said = run(tmp_path, WAITS, "-n", "2", "--max-worker-restart=0", limits=["WAITS = 45"])
+    assert code == 0, said
 
 
 # ---- what is written about a run
