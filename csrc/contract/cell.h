@@ -7,7 +7,7 @@
 //
 //   Value                    with + - *
 //   Gates                    four of them, gates[kI]
-//   number(x)                a small integer
+//   number(x)                a number of its type in every element
 //   fma(a, b, c)
 //   sigmoid(z)
 //   hidden(o, c)             o tanh(c)

@@ -10,7 +10,6 @@
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "cpu/zoneout.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
@@ -102,7 +101,9 @@ struct CellRows {
     if constexpr (kZoneout) {
       add_result_gradient(grad, row, unit, lanes);  // the zoneout of c applies to it too
       if (zoneout->active()) {
-        previous_part = split_gradient<T>(*zoneout, (place + row * batch_step) * H + unit, grad, lanes);
+        const auto split = split_gradient<T>({*zoneout, (place + row * batch_step) * H + unit, lanes}, grad);
+        grad = split.fresh;
+        previous_part = split.previous;
       }
     }
     using Math = OwnDivisions<T>;

@@ -17,7 +17,6 @@
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "cpu/zoneout.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
@@ -188,7 +187,9 @@ class UnfusedHiddenGradient {
       if (pass_.grad_previous_h) {
         T* const running = pass_.grad_previous_h + at;
         if (!begins) v = v + load_lanes<T>(running, lanes);
-        Reg<T> previous_part = split_gradient<T>(options_.zoneout_h, step.place * P + at, v, lanes);
+        const auto split = split_gradient<T>({options_.zoneout_h, step.place * P + at, lanes}, v);
+        v = split.fresh;
+        Reg<T> previous_part = split.previous;
         if (step.previous.resets[b]) {
           if (pass_.reset_grad_previous_h) add_lanes<T>(pass_.reset_grad_previous_h + at, previous_part, lanes);
           previous_part = S::zero();
@@ -357,7 +358,9 @@ class UnfusedBackwardStep {
       cells.add_result_gradient(grad_c, 0, unit, lanes);
       Reg<T> previous_part = S::zero();
       if (options_.zoneout_c.active()) {
-        previous_part = split_gradient<T>(options_.zoneout_c, place * H_ + unit, grad_c, lanes);
+        const auto split = split_gradient<T>({options_.zoneout_c, place * H_ + unit, lanes}, grad_c);
+        grad_c = split.fresh;
+        previous_part = split.previous;
       }
       grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
       const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);

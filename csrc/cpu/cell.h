@@ -1,9 +1,11 @@
-// The Maths with which the CPU kernels compute the cell of contract/cell.h, on registers of one row or of several.
+// The Maths with which the CPU kernels compute the cell of contract/cell.h, on registers of one row or of several, and
+// the accessors of what it loads late.
 #pragma once
 
 #include "cpu/isa.h"
 
 #include "contract/cell.h"
+#include "contract/transition.h"
 #include "cpu/gates.h"
 #include "cpu/simd.h"
 #include "cpu/vector_math.h"
@@ -33,12 +35,24 @@ struct GivenGradients {
   LSTM_EXT_INLINE Reg<T> load(int gate) const { return load_lanes<T>(at + gate * hidden_size, lanes); }
 };
 
+// The zoneout of `lanes` units of a row: `at` is their index in an array of the state of all steps, which has the same
+// shape as the array of flags.
+template <typename T>
+struct ZoneoutAt {
+  const Zoneout<T>& zoneout;
+  int64_t at;
+  int lanes;
+  LSTM_EXT_INLINE bool flagged() const { return zoneout.keep != nullptr; }
+  LSTM_EXT_INLINE Reg<T> where_kept(Reg<T> a, Reg<T> b) const { return where<T>(zoneout.keep + at, lanes, a, b); }
+  LSTM_EXT_INLINE T share() const { return zoneout.share; }
+};
+
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>
 struct CellMath {
   using Value = Reg<T>;
   using Gates = cpu::LSTM_EXT_ISA::Gates<T>;
-  LSTM_EXT_INLINE static Value number(int x) { return Simd<T>::set1(static_cast<Number<T>>(x)); }
+  LSTM_EXT_INLINE static Value number(Number<T> x) { return Simd<T>::set1(x); }
   LSTM_EXT_INLINE static Value fma(Value a, Value b, Value c) { return Simd<T>::fma(a, b, c); }
   LSTM_EXT_INLINE static Value sigmoid(Value z) { return cpu::LSTM_EXT_ISA::sigmoid<T, kExactness>(z); }
   LSTM_EXT_INLINE static Value hidden(Value o, Value c) { return o * tanh<T, kExactness>(c); }
@@ -96,6 +110,15 @@ struct OwnDivisions : CellMath<T, kExactness> {
 };
 template <typename T>
 using PreciseDivisions = OwnDivisions<T, Exactness::kPrecise>;
+
+template <typename T>
+LSTM_EXT_INLINE Reg<T> kept_state(const ZoneoutAt<T>& zoneout, Reg<T> fresh, Reg<T> previous) {
+  return transition::kept_state<OwnDivisions<T>>(zoneout, fresh, previous);
+}
+template <typename T>
+LSTM_EXT_INLINE transition::StateGradient<OwnDivisions<T>> split_gradient(const ZoneoutAt<T>& zoneout, Reg<T> grad) {
+  return transition::split_gradient<OwnDivisions<T>>(zoneout, grad);
+}
 
 // Recomputes c_t from gate values.
 template <typename T>

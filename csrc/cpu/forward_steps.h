@@ -14,7 +14,6 @@
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "cpu/zoneout.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
@@ -360,7 +359,7 @@ class UnfusedForwardStep {
       Reg<T> c = cell.c;
       if (options_.zoneout_c.active()) {
         const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-        c = apply_zoneout<T>(options_.zoneout_c, place(row) * H_ + unit, cell.c, old_c, lanes);
+        c = kept_state<T>({options_.zoneout_c, place(row) * H_ + unit, lanes}, cell.c, old_c);
       }
       store_lanes<T>(cells_(row) + unit, c, lanes);
       if (kNormalised || pass_.params.gate_values) store_gates<T>(gates_row + unit, cell.gates, H_, lanes);
@@ -375,7 +374,7 @@ class UnfusedForwardStep {
   LSTM_EXT_INLINE void store_hidden(int64_t row, int64_t unit, int lanes, Reg<T> h) {
     if (options_.zoneout_h.active() && !pass_.shape.projected) {
       const Reg<T> old_h = load_lanes<T>(pass_.h_rows[row] + unit, lanes);
-      h = apply_zoneout<T>(options_.zoneout_h, place(row) * H_ + unit, h, old_h, lanes);
+      h = kept_state<T>({options_.zoneout_h, place(row) * H_ + unit, lanes}, h, old_h);
     }
     store_lanes<T>(hidden_(row) + unit, h, lanes);
   }
@@ -421,9 +420,8 @@ class UnfusedForwardStep {
       for (int64_t k = mine.begin; k < mine.end; k += kLanes) {
         const int lanes = static_cast<int>(smaller(mine.end - k, kLanes));
         const Reg<T> old_h = load_lanes<T>(pass_.h_rows[row] + k, lanes);
-        store_lanes<T>(
-            h + k, apply_zoneout<T>(options_.zoneout_h, place(row) * P + k, load_lanes<T>(h + k, lanes), old_h, lanes),
-            lanes);
+        const ZoneoutAt<T> zoneout{options_.zoneout_h, place(row) * P + k, lanes};
+        store_lanes<T>(h + k, kept_state<T>(zoneout, load_lanes<T>(h + k, lanes), old_h), lanes);
       }
     }
   }

@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 
+#include "contract/transition.h"
 #include "cpu/barrier.h"
 #include "cpu/gate_product.h"
 #include "cpu/plane_product.h"
@@ -17,6 +18,7 @@ namespace {
 // h_{t-1} and c_{t-1} of the batch rows of one step. A row continues, or begins from h0 and c0, or is reset.
 template <typename T>
 struct PreviousStates {
+  using Source = transition::Source;
   const T* h;  // row 0 of those that continue
   const T* c;
   int64_t h_step, hidden_size, output_size;
@@ -28,14 +30,16 @@ struct PreviousStates {
 
   // Null means zeros.
   LSTM_EXT_INLINE const T* h_row(int64_t b) const {
-    if (!resets[b] && b < continued) return h + b * h_step;
-    const T* start = resets[b] ? reset_state.h : h0;
+    const Source source = transition::source_of(resets[b], b < continued);
+    if (source == Source::kStepBefore) return h + b * h_step;
+    const T* const start = source == Source::kReset ? reset_state.h : h0;
     return start ? start + b * output_size : nullptr;
   }
   LSTM_EXT_INLINE const T* c_row(int64_t b) const {
-    if (resets[b]) return reset_state.c ? reset_state.c + b * hidden_size : nullptr;
-    if (b < continued) return c + b * hidden_size;
-    return c0 ? c0 + b * hidden_size : nullptr;
+    const Source source = transition::source_of(resets[b], b < continued);
+    if (source == Source::kStepBefore) return c + b * hidden_size;
+    const T* const start = source == Source::kReset ? reset_state.c : c0;
+    return start ? start + b * hidden_size : nullptr;
   }
 };
 

@@ -32,8 +32,10 @@ LSTM_DEVICE typename Types<T>::Accumulate bias_at(const CellForward<T>& args, in
 // U h_{t-1} of row b; null means zeros.
 template <bool kOptions, typename T>
 LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward<T>& args, int64_t b) {
-  const auto* part = has_previous<kOptions>(args.rows, b) ? args.recurrent_part : args.begin_part;
-  if (is_reset<kOptions>(args.rows, b)) part = args.reset_part;
+  const auto source = transition::source_of(is_reset<kOptions>(args.rows, b), has_previous<kOptions>(args.rows, b));
+  const auto* part = source == transition::Source::kReset        ? args.reset_part
+                     : source == transition::Source::kStepBefore ? args.recurrent_part
+                                                                 : args.begin_part;
   return part ? part + b * 4 * args.hidden_size : nullptr;
 }
 
@@ -48,7 +50,8 @@ LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForwar
                                                                 typename Types<T>::Accumulate now,
                                                                 typename Types<T>::Accumulate before) {
   if constexpr (kOptions) {
-    if (args.zoneout.active()) return {now, mix(args.zoneout, place, before, now)};
+    using A = typename Types<T>::Accumulate;
+    if (args.zoneout.active()) return {now, kept_state<A>({args.zoneout, place}, now, before)};
   }
   return {now, now};
 }
@@ -228,8 +231,9 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
   A past = 0;  // the share that zoneout sends past the step
   if constexpr (kOptions) {
     if (args.zoneout.active()) {
-      past = previous_share(args.zoneout, place, after);
-      after = new_share(args.zoneout, place, after);
+      const auto split = split_gradient<A>({args.zoneout, place}, after);
+      past = split.previous;
+      after = split.fresh;
     }
   }
   const A d_o = through_hidden(after);

@@ -26,7 +26,7 @@ struct AccurateMath {
   using Value = A;
   using Gates = GateValues<A>;
   static constexpr bool kOutputGateFirst = true;
-  LSTM_HOST_DEVICE static A number(int x) { return static_cast<A>(x); }
+  LSTM_HOST_DEVICE static A number(A x) { return x; }
   // The compiler's flags say whether it contracts this.
   LSTM_HOST_DEVICE static A fma(A a, A b, A c) { return a * b + c; }
   LSTM_HOST_DEVICE static A sigmoid(A z) { return cuda::sigmoid(z); }

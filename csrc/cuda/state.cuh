@@ -3,7 +3,8 @@
 // for nothing but the plain layer and resets.
 #pragma once
 
-#include "cuda/numeric.cuh"
+#include "contract/transition.h"
+#include "cuda/cell_math.cuh"
 #include "cuda/stepwise.h"
 
 namespace lstm_ext::cuda {
@@ -48,9 +49,10 @@ LSTM_DEVICE bool is_reset(const StepRows& rows, int64_t b) {
 template <bool kOptions, typename A, typename T>
 LSTM_DEVICE A previous_state(const StepRows& rows, int64_t b, int64_t place, const A* previous, const T* initial,
                              const T* reset) {
-  if (is_reset<kOptions>(rows, b)) return reset ? widen(reset[place]) : 0;
-  if (has_previous<kOptions>(rows, b)) return previous[place];
-  return initial ? widen(initial[place]) : 0;
+  const auto source = transition::source_of(is_reset<kOptions>(rows, b), has_previous<kOptions>(rows, b));
+  if (source == transition::Source::kStepBefore) return previous[place];
+  const T* const start = source == transition::Source::kReset ? reset : initial;
+  return start ? widen(start[place]) : 0;
 }
 
 template <bool kOptions, typename T>
@@ -59,20 +61,24 @@ LSTM_DEVICE typename Types<T>::Accumulate previous_cell(const StepRows& rows, co
   return previous_state<kOptions>(rows, b, place, c.previous, c.c0, c.reset_c);
 }
 
-// ---- zoneout: a state is a mix of the previous value and of the new one
+// ---- zoneout
 
-// A flag chooses: it does not multiply by 0 what may be infinite.
+// The zoneout of one element; see contract/transition.h.
 template <typename A>
-LSTM_DEVICE A previous_share(const Zoneout<A>& z, int64_t place, A value) {
-  return z.keep ? (z.keep[place] != 0 ? value : A(0)) : z.share * value;
+struct ZoneoutAt {
+  const Zoneout<A>& zoneout;
+  int64_t place;
+  LSTM_HOST_DEVICE bool flagged() const { return zoneout.keep != nullptr; }
+  LSTM_HOST_DEVICE A where_kept(A a, A b) const { return zoneout.keep[place] != 0 ? a : b; }
+  LSTM_HOST_DEVICE A share() const { return zoneout.share; }
+};
+template <typename A>
+LSTM_DEVICE A kept_state(const ZoneoutAt<A>& zoneout, A fresh, A previous) {
+  return transition::kept_state<AccurateMath<A>>(zoneout, fresh, previous);
 }
 template <typename A>
-LSTM_DEVICE A new_share(const Zoneout<A>& z, int64_t place, A value) {
-  return z.keep ? (z.keep[place] != 0 ? A(0) : value) : (1 - z.share) * value;
-}
-template <typename A>
-LSTM_DEVICE A mix(const Zoneout<A>& z, int64_t place, A previous, A now) {
-  return previous_share(z, place, previous) + new_share(z, place, now);
+LSTM_DEVICE transition::StateGradient<AccurateMath<A>> split_gradient(const ZoneoutAt<A>& zoneout, A grad) {
+  return transition::split_gradient<AccurateMath<A>>(zoneout, grad);
 }
 
 // ---- outputs
@@ -90,7 +96,8 @@ LSTM_DEVICE OutputValues<T> output_values(const NewOutput<T>& output, const Step
   if constexpr (kOptions) {
     if (output.running_h) {
       const auto* running = output.running_h;
-      h = mix(output.zoneout, place, previous_state<true>(rows, b, place, running, output.h0, output.reset_h), h);
+      const auto before = previous_state<true>(rows, b, place, running, output.h0, output.reset_h);
+      h = kept_state<typename Types<T>::Accumulate>({output.zoneout, place}, h, before);
       output.running_h[place] = h;
     }
   }
@@ -160,11 +167,11 @@ LSTM_DEVICE typename Types<T>::Accumulate output_gradient(const GradOutput<T>& o
   if (output.grad_h_n && !next) sum += widen(output.grad_h_n[place]);
   if constexpr (kOptions) {
     if (output.grad_h) {
-      const A previous = previous_share(output.zoneout, place, sum);
+      const auto split = split_gradient<A>({output.zoneout, place}, sum);
       const bool reset = is_reset<true>(rows, b);
-      output.grad_h[place] = reset ? 0 : previous;
-      if (reset && output.grad_reset_h) output.grad_reset_h[place] += previous;
-      sum = new_share(output.zoneout, place, sum);
+      output.grad_h[place] = reset ? 0 : split.previous;
+      if (reset && output.grad_reset_h) output.grad_reset_h[place] += split.previous;
+      sum = split.fresh;
     }
   }
   return sum;

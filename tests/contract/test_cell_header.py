@@ -1,4 +1,4 @@
-"""The equations of contract/cell.h in float64, without torch and without kernels."""
+"""The equations of contract/cell.h and contract/transition.h in float64, without torch and without kernels."""
 
 import os
 import subprocess

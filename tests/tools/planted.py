@@ -114,10 +114,6 @@ FAULTS: dict[str, Fault] = {
         "if (wait.seconds > limit().seconds) return;",
         ("tests/tools/test_conftest.py", "-k", "hangs"),
     ),
-    "cpu/zoneout.h": Fault(
-        "S::fma(S::set1(zoneout.share), previous - fresh, fresh)",
-        "S::fma(S::set1(zoneout.share), previous, fresh)",
-    ),
     "cuda/cell.cuh": Fault("grad_before += past;", "grad_before -= past;", EMULATED),
     "cuda/cell_math.cuh": Fault("return 1 - value * value;", "return 1 + value * value;", EMULATED),
     "cuda/layer_norm.cuh": Fault(
@@ -186,6 +182,7 @@ FAULTS: dict[str, Fault] = {
         "zoneout_h.active() || zoneout_c.active() || normalised();", "zoneout_h.active() || normalised();"
     ),
     "contract/steps.h": Fault("const int64_t cut = shape_.reverse ? t + 1 : t;", "const int64_t cut = t;"),
+    "contract/transition.h": Fault("(Math::number(share), previous - fresh", "(Math::number(share), previous"),
 }  # fmt: skip
 
 # Tests that need the kernels of all sets.
