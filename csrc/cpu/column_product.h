@@ -168,17 +168,13 @@ LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const 
                                               const Finish& finish) {
   using S = Simd<T>;
   constexpr int kLanes = S::kLanes;
-  // Finishes one row of a tile: whole registers, which need no masks, and a last one. A separate function, because each
-  // tile would otherwise have a copy of it.
-  const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count, int last)
-                              __attribute__((noinline)) {
-                                const int whole = last == kLanes ? count : count - 1;
-                                for (int v = 0; v < whole; ++v) {
-                                  finish(row, column + v * kLanes, S::load(sums + v * kLanes), kLanes);
-                                }
-                                if (whole < count)
-                                  finish(row, column + whole * kLanes, S::load(sums + whole * kLanes), last);
-                              };
+  // Finishes one row of a tile. A separate function, because each tile would otherwise have a copy of it.
+  const auto finish_row = [&](int64_t row, int64_t column, const T* sums, int count,
+                              int last) __attribute__((noinline)) {
+    for (int v = 0; v < count; ++v) {
+      finish(row, column + v * kLanes, S::load(sums + v * kLanes), v == count - 1 ? last : kLanes);
+    }
+  };
   const auto column_block = [&](int64_t column, auto width, int last) LSTM_EXT_LAMBDA_INLINE {
     constexpr int NV = width();
     const bool exact = b.panels || b.widens() || last == kLanes;

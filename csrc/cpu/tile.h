@@ -257,8 +257,7 @@ LSTM_EXT_INLINE void accumulate_columns(Tile<T, R, NV>& tile, const T* a, int64_
 }
 
 // Calls f(first_row, std::integral_constant<int, R>) for tiles of nearly equal height that cover `rows` rows: 13 rows
-// are not 6 + 6 + 1, because a low tile loads as many weights as a high one. With 32 registers they are 6 + 4 + 3:
-// cells are computed for four or two rows at once, so at most one tile has an odd height. `low` prefers tiles of four
+// are 5 + 4 + 4, not 6 + 6 + 1, because a low tile loads as many weights as a high one. `low` prefers tiles of four
 // rows, unless a single row would be left. f is compiled once for each height; if it is long, the copies in use should
 // fit the first-level cache.
 template <int R, typename F>
@@ -274,13 +273,11 @@ LSTM_EXT_INLINE void call_with_rows(int64_t first, int64_t rows, F&& f) {
 
 template <typename F>
 LSTM_EXT_INLINE void for_each_row_tile(int64_t rows, F&& f, bool low = false) {
-  constexpr int64_t kStep = kVectorRegisters == 32 ? 2 : 1;
   int64_t tiles = divide_up(rows, kTileRows);
   if (kTileRows > 4 && low && rows > kTileRows) tiles = (rows + 2) / 4;
   for (int64_t i = 0; i < tiles; ++i) {
-    const Range part = share(divide_up(rows, kStep), tiles, i);
-    const int64_t begin = kStep * part.begin;
-    call_with_rows<kTileRows>(begin, smaller(kStep * part.end, rows) - begin, f);
+    const Range part = share(rows, tiles, i);
+    call_with_rows<kTileRows>(part.begin, part.end - part.begin, f);
   }
 }
 
