@@ -248,7 +248,7 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
         layer.directions == 2 && !layer.packed && !layer.projected && layer.steps >= kStepsOfOneProduct;
     result.products = (result.one_product ? 1 : layer.directions) * (layer.projected ? 2 : 1);
     // Forward, a projection has a kernel only if something is done to what it gives.
-    const bool another = layer.projected && (layer.backward || layer.extras);
+    const bool another = layer.projected && (layer.backward || layer.options);
     result.launches = result.products + (another ? 2 : 1);
   };
   const Model model(layer, device);

@@ -68,7 +68,7 @@ struct LayerFacts {
   bool projected, normalised;
   bool backward;  // the pass; else forward
   bool packed = false;
-  bool extras = false;  // lengths, zoneout or a recurrent mask
+  bool options = false;  // lengths, zoneout or a recurrent mask
 };
 
 // The constants of the model of a time step. They are estimates from the makers' documents, published measurements of

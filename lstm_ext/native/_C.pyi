@@ -180,7 +180,7 @@ def cuda_plan(
     normalised: bool = False,
     backward: bool = False,
     packed: bool = False,
-    extras: bool = False,
+    options: bool = False,
     kernel: str = "auto",
     step_outcome: bool | None = None,
     persistent_outcome: bool | None = None,
@@ -188,7 +188,7 @@ def cuda_plan(
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
     ``kernel`` is a request in the form of LSTM_EXT_CUDA_KERNEL. The outcomes say whether the kernels ``"step"`` and
-    ``"persistent"`` were correct on this GPU; None means not tried. ``extras`` are lengths, zoneout or a recurrent
+    ``"persistent"`` were correct on this GPU; None means not tried. ``options`` are lengths, zoneout or a recurrent
     mask. In the result ``problem`` is empty, or says why the requested kernel cannot run; ``launches`` are those of a
     time step; ``persistent`` describes that kernel even if another one is chosen. The times are those of a model.
     """

@@ -188,7 +188,7 @@ def _on_cuda(
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
             backward=backward,
-            extras=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
+            options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
             **outcomes,
         )

@@ -56,7 +56,7 @@ def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool =
         directions=2 if dict(shape.options).get("bidirectional") else 1,
         dtype=str(dtype).removeprefix("torch."),
         packed=shape.packed,
-        extras=shape.per_call,
+        options=shape.per_call,
         backward=backward,
         kernel=name,
     )

@@ -44,7 +44,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "normalised": rng.random() < 0.1,
         "backward": rng.random() < 0.5,
         "packed": rng.random() < 0.2,
-        "extras": rng.random() < 0.2,
+        "options": rng.random() < 0.2,
         "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "independent", "mailbox")),
         "step_outcome": rng.choice((None, True, False)),
         "persistent_outcome": rng.choice((None, True, False)),
@@ -67,7 +67,7 @@ def launches(layer: dict[str, Any], kernel: str) -> int:
     products = layer["directions"]
     if not layer["projected"]:
         return 1 + (1 if layer["steps"] >= 8 and not layer["packed"] else products)
-    return 1 + 2 * products + (1 if layer["backward"] or layer["extras"] else 0)
+    return 1 + 2 * products + (1 if layer["backward"] or layer["options"] else 0)
 
 
 def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> None:
