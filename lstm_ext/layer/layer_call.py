@@ -6,7 +6,7 @@ csrc/torch/layer_call.h has the same names on the other side of the boundary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,6 +15,11 @@ __all__ = ["OPTION_NAMES", "PLAIN", "LayerCall", "LayerFunction", "LayerOptions"
 
 # The results: output, h_n, c_n, cell states and gate values; the last two are None if not requested.
 LayerResults = tuple[Any, ...]
+
+
+def _batched(axis: int, *, rows: bool = False, gradient: bool = False) -> dict[str, Any]:
+    """Metadata of a tensor with a batch axis. `rows`: packed data have their rows in place of (T, B)."""
+    return {"axis": axis, "rows": rows, "gradient": gradient}
 
 
 @dataclass(eq=False)  # not frozen: one is made for each call, and a frozen one takes four times as long
@@ -42,18 +47,19 @@ class LayerOptions:
         recompute: save no gates for the backward pass, which computes them again.
     """
 
-    resets: Tensor | None = None
-    reset_h: Tensor | None = None
-    reset_c: Tensor | None = None
-    lengths: Tensor | None = None
-    recurrent_mask: Tensor | None = None
-    keep_h: Tensor | None = None
-    keep_c: Tensor | None = None
+    # The table of options: all that handles them without knowing them follows from these lines and their order.
+    resets: Tensor | None = field(default=None, metadata=_batched(1, rows=True))
+    reset_h: Tensor | None = field(default=None, metadata=_batched(1, gradient=True))
+    reset_c: Tensor | None = field(default=None, metadata=_batched(1, gradient=True))
+    lengths: Tensor | None = field(default=None, metadata=_batched(0))
+    recurrent_mask: Tensor | None = field(default=None, metadata=_batched(1))
+    keep_h: Tensor | None = field(default=None, metadata=_batched(2, rows=True))
+    keep_c: Tensor | None = field(default=None, metadata=_batched(2, rows=True))
     # An int 0, because with dynamic=True dynamo treats a float of an object as a number that may change.
     zoneout_h: float = 0
     zoneout_c: float = 0
-    norm: Sequence[Tensor] = ()
-    frozen: Sequence[Tensor] = ()
+    norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
+    frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})
     return_cell_states: bool = False
     return_gates: bool = False
     recompute: bool = False
@@ -76,14 +82,18 @@ class LayerOptions:
         return keywords
 
     def tensors(self) -> list[Tensor]:
-        values = (
-            *(self.resets, self.reset_h, self.reset_c, self.lengths),
-            *(self.recurrent_mask, self.keep_h, self.keep_c, *self.norm, *self.frozen),
-        )
-        return [v for v in values if v is not None]
+        single = [getattr(self, name) for name in _SINGLE]
+        return [v for v in single if v is not None] + [v for name in _LISTS for v in getattr(self, name)]
 
 
-OPTION_NAMES = tuple(field.name for field in fields(LayerOptions))
+_TABLE = {option.name: option for option in fields(LayerOptions)}
+OPTION_NAMES = tuple(_TABLE)
+_SINGLE = [name for name, option in _TABLE.items() if "axis" in option.metadata]
+_LISTS = [name for name, option in _TABLE.items() if option.default == ()]
+_VALUES = [name for name, option in _TABLE.items() if not option.metadata]
+# Those whose tensors have gradients, and single tensors that have none.
+_LEARNED = [name for name in (*_SINGLE, *_LISTS) if _TABLE[name].metadata["gradient"]]
+_CONSTANT = [name for name in _SINGLE if not _TABLE[name].metadata["gradient"]]
 
 PLAIN = LayerOptions()
 
@@ -117,32 +127,18 @@ class LayerCall:
     def signature(self) -> Signature:
         """The call without its tensors."""
         options = self.options
-        return Signature(
-            self.bias,
-            self.bidirectional,
-            len(self.weights),
-            len(options.norm),
-            options.zoneout_h,
-            options.zoneout_c,
-            options.return_cell_states,
-            options.return_gates,
-            options.recompute,
-        )
+        counts = tuple([len(getattr(options, name)) for name in _LEARNED if name in _LISTS])
+        values = tuple([getattr(options, name) for name in _VALUES])
+        return Signature(self.bias, self.bidirectional, len(self.weights), counts, values)
 
     def tensors(self) -> list[Any]:
         """The tensors of the call in the order of `Signature`, without batch_sizes."""
         options = self.options
-        tensors = [
-            self.input,
-            self.h0,
-            self.c0,
-            *self.weights,
-            options.reset_h,
-            options.reset_c,
-            *options.norm,
-        ]
-        tensors += [options.resets, options.lengths, options.recurrent_mask, options.keep_h, options.keep_c]
-        return tensors
+        tensors = [self.input, self.h0, self.c0, *self.weights]
+        for name in _LEARNED:
+            value = getattr(options, name)
+            tensors += value if name in _LISTS else [value]
+        return tensors + [getattr(options, name) for name in _CONSTANT]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCall:
         """The same call with ``function`` applied to each tensor except batch_sizes."""
@@ -157,53 +153,47 @@ LayerFunction = Callable[[LayerCall], LayerResults]
 class Signature(NamedTuple):
     """A call without its tensors, and without weights that are frozen.
 
-    The tensors lie in one sequence: first those with gradients, input, h0, c0, the weights, reset_h, reset_c and the
-    parameters of norm; then resets, lengths, recurrent_mask, keep_h and keep_c.
+    The tensors lie in one sequence: input, h0, c0 and the weights, then the options' tensors, first those with
+    gradients; each group in the order of `LayerOptions`, single tensors before lists.
     """
 
     bias: bool
     bidirectional: bool
     weight_count: int
-    norm_count: int = 0
-    zoneout_h: float = 0.0
-    zoneout_c: float = 0.0
-    return_cell_states: bool = False
-    return_gates: bool = False
-    recompute: bool = False
+    counts: tuple[int, ...]  # how many tensors each list with gradients has
+    values: tuple[Any, ...]  # the options that are numbers and flags
+
+    def value(self, name: str) -> Any:
+        """An option that is a number or a flag."""
+        return self.values[_VALUES.index(name)]
 
     @property
     def differentiable(self) -> int:
         """The number of tensors with gradients, which come first."""
-        return 5 + self.weight_count + self.norm_count
+        return 3 + self.weight_count + len(_LEARNED) - len(self.counts) + sum(self.counts)
 
     def call(self, batch_sizes: Tensor | None, tensors: Sequence[Any]) -> LayerCall:
         """The call of these tensors: the inverse of `LayerCall.tensors`."""
         after_weights = 3 + self.weight_count
         input, h0, c0, *weights = tensors[:after_weights]
-        reset_h, reset_c, *norm = tensors[after_weights : self.differentiable]
-        resets, lengths, recurrent_mask, keep_h, keep_c = tensors[self.differentiable :]
-        options = LayerOptions(
-            resets=resets,
-            reset_h=reset_h,
-            reset_c=reset_c,
-            lengths=lengths,
-            recurrent_mask=recurrent_mask,
-            keep_h=keep_h,
-            keep_c=keep_c,
-            zoneout_h=self.zoneout_h,
-            zoneout_c=self.zoneout_c,
-            norm=norm,
-            return_cell_states=self.return_cell_states,
-            return_gates=self.return_gates,
-            recompute=self.recompute,
+        given = dict(zip(_VALUES, self.values, strict=True))
+        rest, counts = iter(tensors[after_weights:]), iter(self.counts)
+        for name in (*_LEARNED, *_CONSTANT):
+            given[name] = [next(rest) for _ in range(next(counts))] if name in _LISTS else next(rest)
+        return LayerCall(
+            input, h0, c0, weights, batch_sizes, self.bias, self.bidirectional, LayerOptions(**given)
         )
-        return LayerCall(input, h0, c0, weights, batch_sizes, self.bias, self.bidirectional, options)
 
     def batch_axes(self, packed: bool) -> tuple[int | None, ...]:
         """The batch axis of each tensor, or its axis of rows if packed; None for parameters of the layer."""
-        axis = 0 if packed else 1  # in the input
-        weights, norm = (None,) * self.weight_count, (None,) * self.norm_count
-        return (axis, 1, 1, *weights, 1, 1, *norm, axis, 0, 1, axis + 1, axis + 1)
+        axes: list[int | None] = [0 if packed else 1, 1, 1, *[None] * self.weight_count]
+        counts = iter(self.counts)
+        for name in (*_LEARNED, *_CONSTANT):
+            option = _TABLE[name].metadata
+            axes += (
+                [None] * next(counts) if name in _LISTS else [option["axis"] - (packed and option["rows"])]
+            )
+        return tuple(axes)
 
     @staticmethod
     def result_axes(packed: bool, count: int) -> tuple[int, ...]:

@@ -468,13 +468,14 @@ def _recomputed(call: LayerCall) -> LayerResults:
         raise RuntimeError(
             "LSTM: recompute=True is not supported with forward-mode AD: there is nothing to keep"
         )
-    signature = call.signature()._replace(recompute=False)
+    options = replace(call.options, recompute=False)
+    signature = replace(call, options=options).signature()
 
     def compute(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple([r for r in lstm_layer(signature.call(call.batch_sizes, tensors)) if r is not None])
 
     results = iter(transforms.recomputed(compute, call.tensors()))
     output, h_n, c_n = next(results), next(results), next(results)
-    cells = next(results) if signature.return_cell_states else None
-    gates = next(results) if signature.return_gates else None
+    cells = next(results) if options.return_cell_states else None
+    gates = next(results) if options.return_gates else None
     return output, h_n, c_n, cells, gates

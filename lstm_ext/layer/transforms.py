@@ -59,12 +59,12 @@ def are_supported() -> bool:
 
 def lstm_layer(call: LayerCall) -> LayerResults:
     """Arguments, results and shapes are those of `equations.lstm_layer`; call only if `are_supported`."""
-    signature = call.signature()
-    *results, cells, gates = flat_lstm_layer(tuple(signature), call.batch_sizes, call.tensors())
+    *results, cells, gates = flat_lstm_layer(tuple(call.signature()), call.batch_sizes, call.tensors())
+    options = call.options
     return (
         *results,
-        cells if signature.return_cell_states else None,
-        gates if signature.return_gates else None,
+        cells if options.return_cell_states else None,
+        gates if options.return_gates else None,
     )
 
 
@@ -324,7 +324,7 @@ class _Layer(_LayerFunction):
         signature, batch_sizes, *tensors = inputs
         ctx.signature = signature
         constant = list(output[_RESULTS:])
-        requested = (signature.return_cell_states, signature.return_gates)
+        requested = [signature.value(f"return_{name}") for name in ("cell_states", "gates")]
         constant += [x for x, request in zip(output[3:_RESULTS], requested, strict=True) if not request]
         ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
