@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .layout import Layout, PackedLayout, PaddedRows
 from .masks import keep_flags, recurrent_mask
 
 __all__ = [
+    "NOTHING",
+    "Asked",
     "Stack",
     "StackOptions",
     "any_requested",
@@ -100,27 +102,33 @@ class Stack(Protocol):
     frozen: Sequence[LayerOptions]
 
 
-def any_requested(
-    stack: Stack,
-    lengths: Any,
-    resets: Any,
-    reset_state: Any,
-    mask: Any,
-    return_cell_states: Any,
-    return_gates: Any,
-) -> bool:
+class Asked(NamedTuple):
+    """What a user asks of one call beyond ``torch.nn.LSTM``, as it came; `lstm_ext.LSTM.forward` explains it."""
+
+    lengths: Any = None
+    resets: Any = None
+    reset_state: Any = None
+    mask: Any = None
+    return_cell_states: Any = False
+    return_gates: Any = False
+
+    def given(self) -> dict[str, Any]:
+        """Only what differs from the defaults."""
+        return {name: v for name, v, d in zip(self._fields, self, NOTHING, strict=True) if v is not d}
+
+
+# The only one that asks for nothing, so that a comparison of objects tells.
+NOTHING = Asked()
+
+
+def any_requested(stack: Stack, asked: Asked) -> bool:
     """Whether a call of ``stack`` requests anything that ``torch.nn.LSTM`` does not have."""
     return (
         stack.recurrent_dropout != 0
         or stack.zoneout != 0
         or stack.layer_norm is not False
         or stack.recompute is not False
-        or lengths is not None
-        or resets is not None
-        or reset_state is not None
-        or mask is not None
-        or return_cell_states is not False
-        or return_gates is not False
+        or asked is not NOTHING
     )
 
 
@@ -205,13 +213,7 @@ def stack_options(
     x: Tensor,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
-    *,
-    lengths: Any = None,
-    resets: Any = None,
-    reset_state: Any = None,
-    mask: Any = None,
-    return_cell_states: Any = False,
-    return_gates: Any = False,
+    asked: Asked,
 ) -> StackOptions:
     """Check the options of a stack and those of a call.
 
@@ -224,6 +226,7 @@ def stack_options(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    lengths, resets, reset_state, mask, return_cell_states, return_gates = asked
     options = StackOptions(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
         zoneout=zoneout_pair(stack.zoneout),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.arguments import (
+    NOTHING,
+    Asked,
     any_requested,
     flag,
     forget_bias_value,
@@ -245,6 +247,13 @@ class LSTM(KnownToTools, ScriptedLSTM):
             TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` is not two Tensors, batch sizes are
                 not integers, or an argument after ``hx`` has a wrong type.
         """
+        asked = NOTHING
+        if (
+            not (lengths is resets is reset_state is mask is None)
+            or return_cell_states is not False
+            or return_gates is not False
+        ):
+            asked = Asked(lengths, resets, reset_state, mask, return_cell_states, return_gates)
         if isinstance(input, Tensor):
             rank = input.dim()
             if rank == 3:
@@ -258,26 +267,19 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
             layout = PackedLayout(input, hx)
         elif isinstance(input, torch.fx.Proxy):
-            given = {"lengths": lengths, "resets": resets, "reset_state": reset_state, "mask": mask}
-            wanted = {"return_cell_states": return_cell_states, "return_gates": return_gates}
-            set_ = {name: value for name, value in given.items() if value is not None}
-            set_ |= {name: value for name, value in wanted.items() if value}
-            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), set_)
+            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), asked.given())
         else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
             )
-        return self._run(
-            input, hx, layout, lengths, resets, reset_state, mask, return_cell_states, return_gates
-        )
+        return self._run(input, hx, layout, asked)
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Compute one time step, for streaming.
 
-        T calls of ``step``, each with the state of the call before, equal one call of ``forward`` on the T steps. On
-        the CPU, in float32 and float64, the bits are the same if T * B is at most 32; else the results are equal
+        T calls of ``step``, each with the state of the call before, equal one call of ``forward`` on the T steps,
         within rounding.
 
         Args:
@@ -329,20 +331,13 @@ class LSTM(KnownToTools, ScriptedLSTM):
         input: Any,
         hx: Any,
         layout: Layout,
-        lengths: Any = None,
-        resets: Any = None,
-        reset_state: Any = None,
-        mask: Any = None,
-        return_cell_states: Any = False,
-        return_gates: Any = False,
+        asked: Asked = NOTHING,
     ) -> Any:
         """Check and compute. The path without an error or an option is short, because a step takes microseconds."""
         if is_jit_tracing():
-            return self._traced(
-                input, hx, layout, (lengths, resets, reset_state, mask), (return_cell_states, return_gates)
-            )
+            return self._traced(input, hx, layout, asked)
         weights = self._weights_by_layer()
-        requested = any_requested(self, lengths, resets, reset_state, mask, return_cell_states, return_gates)
+        requested = any_requested(self, asked)
         if not requested and layout.code >= 0:
             results = route.plain_layers(self, weights, input, hx, layout.code)
             if results is not None:
@@ -381,19 +376,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if requested:
             for layer_weights in weights:
                 route.refuse_none(layer_weights)
-            options = stack_options(
-                self,
-                self._norm_weights(),
-                x,
-                layout,
-                state_shapes,
-                lengths=lengths,
-                resets=resets,
-                reset_state=reset_state,
-                mask=mask,
-                return_cell_states=return_cell_states,
-                return_gates=return_gates,
-            )
+            options = stack_options(self, self._norm_weights(), x, layout, state_shapes, asked)
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
     def _norm_weights(self) -> list[list[Tensor]]:
@@ -476,12 +459,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if x.size(0) == 0:
             raise RuntimeError(EMPTY_SEQUENCE)
 
-    def _traced(
-        self, input: Any, hx: Any, layout: Layout, given: tuple[Any, ...], wanted: tuple[Any, ...]
-    ) -> Any:
+    def _traced(self, input: Any, hx: Any, layout: Layout, asked: Asked) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
-        if is_step or any([a is not None for a in given]) or any(wanted) or options_of(self):
+        if is_step or asked.given() or options_of(self):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 
