@@ -1,5 +1,5 @@
-// What happens to a state from one step to the next, forward and backward: where the state before a step comes from,
-// and what zoneout keeps of it. Like contract/cell.h, for both backends and a test in float64; Math is described there.
+// The way of a state from one step to the next, forward and backward: where the state before a step comes from, and how
+// much of it zoneout keeps. Like contract/cell.h, for both backends and a test in float64; Math is described there.
 //
 // A Zoneout is an accessor of some elements of a state. It has
 //

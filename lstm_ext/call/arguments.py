@@ -103,7 +103,7 @@ class Stack(Protocol):
 
 
 class Asked(NamedTuple):
-    """What a user asks of one call beyond ``torch.nn.LSTM``, as it came; `lstm_ext.LSTM.forward` explains it."""
+    """The options of one call as the user gave them; `lstm_ext.LSTM.forward` explains it."""
 
     lengths: Any = None
     resets: Any = None

@@ -57,6 +57,14 @@ FAULTS: dict[str, Fault] = {
     "cpu/cell.h": Fault("i_terms.value(g_terms.denominator * inverse)", "i_terms.value(i_terms.denominator * inverse)"),
     "cpu/chunk_gradients.h": Fault("begin + (reverse ? 1 : -1);", "begin + (reverse ? 1 : 0);"),
     "cpu/column_product.h": Fault("before = load_lanes<T>(partial(row + r) + at, lanes);", "before = S::zero();"),
+    "cpu/cost.h": Fault(
+        "{{25'000, 8}, {50'000, 20}", "{{25'000, 9}, {50'000, 20}", ("tests/nn/test_streaming.py", "-k", "soon")
+    ),
+    "cpu/cost.cpp": Fault("if (hidden_groups > blocks) break;", "if (hidden_groups > 1) break;"),
+    "cpu/layout.cpp": Fault(
+        "plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);",
+        "plan.grad_preactivations = layout.reserve(plan.chunk_rows * plan.gate_stride);",
+    ),
     "cpu/forward.h": Fault(
         "(pass_.steps.rows_before(t) + b) * H, H, params.c_n", "pass_.steps.rows_before(t) * H, H, params.c_n"
     ),
@@ -95,8 +103,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
     "cpu/plan.cpp": Fault(
-        "plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);",
-        "plan.grad_preactivations = layout.reserve(plan.chunk_rows * plan.gate_stride);",
+        "plan.pack_recurrent = plan.pack && (shape.steps > 1 || ", "plan.pack_recurrent = plan.pack && ("
     ),
     "cpu/plan.h": Fault("kNormSums = 14;", "kNormSums = 13;"),
     "cpu/range.h": Fault("return (a + b - 1) / b;", "return a / b;"),

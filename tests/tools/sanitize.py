@@ -84,7 +84,10 @@ DRIVER_SETS = {
         '-DLSTM_EXT_MATRIX_UNIT="matrix_unit/unit.h"',
     ],
 }
-DRIVER = ("tests/cpu/teams_driver.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/wait_limit.cpp")
+DRIVER = (
+    "tests/cpu/teams_driver.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("cost", "layout", "plan", "wait_limit")),
+)
 
 
 def runtime(name: str) -> str:

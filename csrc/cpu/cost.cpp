@@ -1,0 +1,114 @@
+#include "cpu/cost.h"
+
+#include <cmath>
+
+namespace lstm_ext::cpu {
+namespace {
+
+// The work of one row of one time step: the products with `features` input features, with h, and of the projection. The
+// cell costs about as much as 8 more features.
+double row_work(const LayerShape& shape, int64_t features) {
+  const int64_t products = 4 * shape.hidden_size * (features + shape.output_size + 8);
+  return static_cast<double>(products + (shape.projected ? shape.hidden_size * shape.output_size : 0));
+}
+
+bool enough_rows(const UnitLimits& least, int planes, int64_t rows, int64_t weight_numbers) {
+  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kWholeCacheBytes;
+  return rows >= (far ? least.far_rows : least.rows)[planes];
+}
+
+}  // namespace
+
+double StepCost::of(double rows, double batch, double share) const {
+  if (planes == 0) {
+    // A low tile is bound by loading the weights: two rows cost hardly more than one.
+    const double computing = row_work * std::max(rows, std::min(2.0, batch)) * share;
+    const double bytes = sizeof(float) * weight_numbers * share;  // as many as two bfloat16 numbers each
+    return bytes > kCacheBytes ? std::max(computing, kLoadFarNumber * bytes / 2) : computing;
+  }
+  const double read = weight_numbers * planes * share;
+  const bool far = 2 * read > kCacheBytes;
+  const double loading = read * (far ? kLoadFarNumber : kLoadNumber);
+  const double computing = row_work * std::ceil(rows / row_multiple) * row_multiple * share;
+  return adds && far && rows <= kRowsThatWait ? computing + loading : std::max(computing, loading);
+}
+
+// The matrix unit is that much faster than fused multiply-adds, so the cells weigh more.
+StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds) {
+  const double gates = 4.0 * static_cast<double>(shape.hidden_size);
+  const double products = gates * static_cast<double>(features + shape.output_size);
+  // With several steps, one load of the input's weight serves many of them.
+  const double read = shape.steps == 1 ? products : gates * static_cast<double>(shape.output_size);
+  if (planes == 0) return {row_work(shape, features), 0, read};
+  return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes, read,
+          static_cast<double>(unit.row_multiple), adds};
+}
+
+// On a tie, more teams win over more members, because teams do not wait for each other.
+WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
+                       int64_t barriers, int64_t most_teams) {
+  const int64_t batch = divide_up(count_samples(shape), shape.steps);  // average rows of a step
+  const double all_rows = static_cast<double>(batch);
+  const double total = cost.of(all_rows, all_rows, 1.0) * static_cast<double>(shape.steps) + other_work;
+  const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
+  const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
+  WorkerGrid best;
+  best.work = total;
+  double best_time = total;
+  for (int batch_groups = static_cast<int>(std::min<int64_t>({threads, batch, most_teams})); batch_groups >= 1;
+       --batch_groups) {
+    for (int hidden_groups = 1; batch_groups * hidden_groups <= threads; ++hidden_groups) {
+      if (hidden_groups > blocks) break;
+      const double rows = static_cast<double>(divide_up(batch, batch_groups));
+      const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
+      const double step = cost.of(rows, all_rows, share);
+      const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
+      const double time =
+          (step + meet) * static_cast<double>(shape.steps) + other_work / (batch_groups * hidden_groups);
+      if (time < best_time * 0.98) {
+        best_time = time;
+        best.batch_groups = batch_groups;
+        best.hidden_groups = hidden_groups;
+      }
+    }
+  }
+  return best;
+}
+
+// They do if each has enough work for a thread, and both together need no more threads than there are: small layers
+// with few rows.
+bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
+  return kDirections * grid.workers() <= machine.threads && grid.work >= kWorkPerThread;
+}
+
+int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {
+  const UnitLimits& least = machine.unit;
+  const bool worth_it = enough_rows(least, planes, rows, 4 * hidden_size * depth) &&
+                        hidden_size >= least.units[planes] && depth >= kUnitTileDepth;
+  return least.any() && worth_it ? planes : 0;
+}
+int column_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
+  const UnitLimits& least = machine.unit;
+  const bool worth_it =
+      enough_rows(least, planes, rows, depth * columns) && columns >= least.columns[planes] && depth >= kUnitTileDepth;
+  return least.any() && worth_it ? planes : 0;
+}
+
+// 16-bit weights (`narrow`) need little work.
+int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
+
+// Large packed weights evict other data from the cache, so they pay only over several steps.
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
+  if (narrow && planes > 0) return few_rows(planes, narrow);
+  if (planes > 0 || shape.steps == 1) return kRowMajorRows;
+  const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
+  const auto first = [&](const auto& limits) {
+    for (const RowMajorLimit& limit : limits) {
+      if (numbers < limit.numbers) return limit.rows;
+    }
+    return machine.lanes >= 8 ? kRowMajorOfLarge : kRowMajorRows;
+  };
+  return shape.two_directions ? first(kRowMajorOfTwo) : first(kRowMajorOfOne);
+}
+
+}  // namespace lstm_ext::cpu

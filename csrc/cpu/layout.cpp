@@ -1,0 +1,238 @@
+// Where the data of a call lie in its workspace, once everything else is chosen.
+#include <algorithm>
+
+#include "cpu/cost.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+// Hands out places in the workspace.
+template <typename T>
+struct Layout {
+  int64_t end = 0;
+  int64_t reserve_bytes(int64_t bytes) {
+    const int64_t at = end;
+    end += round_up(bytes, kCacheLine);
+    return at;
+  }
+  int64_t reserve(int64_t numbers) { return reserve_bytes(numbers * static_cast<int64_t>(sizeof(T))); }
+  int64_t reserve_pointers(int64_t count) { return reserve_bytes(count * static_cast<int64_t>(sizeof(void*))); }
+};
+
+// The same for a sum that may be computed in pieces of k; the sums of all columns are kept in between.
+void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
+  const int64_t row_tiles = std::min(divide_up(rows, kUnitTileRows), kMostUnitRows / kUnitTileRows);
+  const int64_t k_tile = row_tiles * plane_numbers(1, 1, planes);
+  const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
+  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / k_tile);
+  scratch.left_numbers = std::max(scratch.left_numbers, std::min(k_tiles, most) * k_tile);
+  const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // width of one of two buffers
+  scratch.sums_numbers =
+      std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kUnitTileRows * kUnitTileRows);
+}
+
+// Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
+void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
+  const int64_t tile = plane_numbers(1, depth, planes);
+  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
+  const int64_t tiles = std::min({divide_up(rows, kUnitTileRows), most, kMostUnitRows / kUnitTileRows});
+  scratch.left_numbers = std::max(scratch.left_numbers, tiles * tile);
+  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
+}
+
+// Reserves panels or planes of `units` units of a weight (4H, depth) that is multiplied with `rows` rows at once;
+// returns 0 if it has none.
+template <typename T>
+int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch, int64_t units,
+                            int64_t rows, int64_t depth) {
+  if (unit.planes > 0) {
+    unit.splits = layout.reserve_bytes(divide_up(units, kUnitTileRows));
+    need_left(scratch, rows, depth, unit.planes, kGateTiles);
+    return layout.reserve_bytes(2 * plane_numbers(4 * units, depth, unit.planes));
+  }
+  return pack ? layout.reserve(4 * units * depth) : 0;
+}
+template <typename T>
+void reserve_scratch(Layout<T>& layout, UnitScratch& scratch, int64_t workers) {
+  scratch.left = layout.reserve_bytes(workers * 2 * scratch.left_numbers);
+  scratch.right = layout.reserve_bytes(workers * 2 * scratch.right_numbers);
+  scratch.sums = layout.reserve_bytes(workers * 2 * static_cast<int64_t>(sizeof(float)) * scratch.sums_numbers);
+}
+
+// The scratch, in numbers, with which a worker sums the outer products for at most `rows` rows of a weight.
+int64_t outer_product_scratch(int64_t lanes, int64_t rows) { return kSumBlock * (kTileColumns * lanes + rows); }
+
+}  // namespace
+
+template <typename T>
+void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine) {
+  const LayerShape& shape = params.shape;
+  const StepOptions<T>& options = params.options;
+  const FrozenWeights<T>* const frozen = params.frozen;
+  const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
+  const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
+  Layout<T> layout;
+  layout.reserve_bytes(kBarrierBytes * (1 + teams));
+  plan.barrier_bytes = layout.end;
+  const int64_t padded = round_up(H, machine.lanes);
+  UnitScratch& scratch = plan.unit_scratch;
+  if (frozen) {
+    if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
+    if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
+  } else {
+    // The units that have a place at once: all, or one block of each worker.
+    const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
+    plan.input_panels = reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
+    plan.recurrent_panels =
+        reserve_gate_weight(layout, plan.pack, plan.recurrent_unit, scratch, units, plan.team_rows, P);
+    plan.bias = layout.reserve(gates);
+    if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
+  }
+  if (plan.input_in_steps) {
+    const int64_t depth = round_up(I, kUnitTileDepth) + round_up(P, kUnitTileDepth);
+    need_left(scratch, plan.team_rows, depth, plan.recurrent_unit.planes, kGateTiles);
+  }
+  reserve_scratch(layout, scratch, workers);
+  if (shape.projected && !params.hidden) plan.hidden = layout.reserve(shape.batch * H);
+  if (!params.kept_input_part()) plan.preactivations = layout.reserve(teams * plan.chunk_rows * gates);
+  // For each worker, lists of the rows of the input and of the preactivations in a chunk.
+  if (shape.step_offsets) plan.row_lists = layout.reserve_pointers(workers * 2 * plan.chunk_rows);
+  if (shape.resets || options.any()) {  // pointers to h_{t-1} and c_{t-1} in a step, and zeros
+    plan.state_lists = layout.reserve_pointers(workers * 2 * plan.team_rows);
+    plan.zero_row_size = gates;
+    plan.zero_rows = layout.reserve(workers * plan.zero_row_size);
+  }
+  if (options.recurrent_mask) plan.masked_h = layout.reserve(workers * plan.team_rows * P);
+  if (options.normalised()) {
+    plan.normalised_cells = layout.reserve(workers * kNormRows * H);
+    if (!params.norm_recurrent) plan.recurrent_parts = layout.reserve(teams * plan.team_rows * gates);
+  }
+  plan.workspace_bytes = layout.end;
+}
+
+template <typename T>
+void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine& machine) {
+  const LayerShape& shape = params.shape;
+  const StepOptions<T>& options = params.options;
+  const bool recomputes = !params.gate_values;
+  const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
+  const int64_t samples = count_samples(shape), workers = plan.grid.workers();
+  Layout<T> layout;
+  layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
+  plan.barrier_bytes = layout.end;
+  // Each member packs its own slice of columns, which begins at a multiple of the lanes.
+  UnitScratch& scratch = plan.unit_scratch;
+  const auto reserve_weight = [&](UnitProduct& unit, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
+    if (unit.planes > 0) {
+      unit.splits = layout.reserve_bytes(divide_up(columns, kUnitTileRows));
+      need_left_in_pieces(scratch, rows, depth, unit.planes, divide_up(columns, kUnitTileRows));
+      return layout.reserve_bytes(2 * plane_numbers(columns, depth, unit.planes));
+    }
+    return plan.pack ? layout.reserve(round_up(columns, machine.lanes) * depth) : 0;
+  };
+  if (plan.pack_recurrent) plan.recurrent_panels = reserve_weight(plan.recurrent_unit, shape.batch, gates, P);
+  if (shape.projected) plan.projection_panels = reserve_weight(plan.projection_unit, shape.batch, P, H);
+  if (params.grad_input.data) {
+    plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
+  }
+  if (plan.outer_unit.planes > 0) {
+    const int planes = plan.outer_unit.planes;
+    const int64_t columns = std::max({I, P, shape.projected ? H : 0});
+    const int64_t depth = std::min(kSumBlock, plan.chunk_rows);
+    need_left(scratch, kUnitOuterRows, depth, planes, kGateTiles);
+    const int64_t whole = plane_numbers(columns, depth, planes);
+    const int64_t one = plane_numbers(columns, kUnitTileDepth, planes);
+    const int64_t both = plane_numbers(I, depth, planes) + plane_numbers(P, depth, planes);  // see add_outer_planes
+    scratch.right_numbers = std::min(whole, std::max(one, kUnitRightNumbers / one * one));
+    if (both <= kUnitRightNumbers) scratch.right_numbers = std::max(scratch.right_numbers, both);
+  }
+  plan.partial_sums = layout.reserve(shape.batch * H);
+  plan.outer_product_size = outer_product_scratch(machine.lanes, divide_up(gates, workers));
+  plan.outer_products = layout.reserve(workers * plan.outer_product_size);
+
+  const int64_t buffer_rows = (plan.chunk_rows == samples ? 1 : 2) * plan.chunk_rows;
+  const int64_t element_size = sizeof(T);
+  plan.gate_stride = gates * element_size % 1024 == 0 ? gates + kCacheLine / element_size : gates;
+  plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);
+  if (shape.projected) plan.grad_hidden = layout.reserve(buffer_rows * P);
+  if (shape.step_offsets || shape.resets || options.any() || recomputes || plan.outer_unit.planes > 0) {
+    // For each worker, a list of h_{t-1} of the rows of a chunk, and zeros.
+    plan.h_lists = layout.reserve_pointers(workers * plan.chunk_rows);
+    plan.zero_row_size = plan.gate_stride;
+    plan.zero_rows = layout.reserve(workers * plan.zero_row_size);
+  }
+  if (shape.resets) {  // and a list of the gradients of the preactivations of the team's rows in a step
+    plan.cut_lists = layout.reserve_pointers(workers * plan.team_rows);
+    if (params.grad_reset_h) plan.reset_grad_preactivations = layout.reserve(shape.batch * plan.gate_stride);
+  }
+  if (options.any()) plan.grad_h = layout.reserve(shape.batch * H);
+  if (options.zoneout_h.active()) {
+    plan.grad_previous_h = layout.reserve(shape.batch * P);
+    if (params.grad_reset_h) plan.reset_grad_previous_h = layout.reserve(shape.batch * P);
+  }
+  if (options.recurrent_mask) plan.masked_h = layout.reserve(buffer_rows * P);
+  if (options.normalised()) {
+    plan.grad_input_part = layout.reserve(buffer_rows * plan.gate_stride);
+    plan.norm_rows = layout.reserve(workers * (kNormRows + 1) * H);
+    plan.norm_sums = layout.reserve(2 * workers * kNormSums * H);
+  }
+  if (recomputes) {
+    const int64_t padded = round_up(H, machine.lanes);
+    plan.recomputed_gate_values = layout.reserve(plan.chunk_rows * gates);
+    if (shape.projected) plan.recomputed_hidden = layout.reserve(buffer_rows * H);
+    const auto reserve_gates = [&](UnitProduct& unit, int64_t depth) {
+      return reserve_gate_weight(layout, plan.pack, unit, scratch, padded, plan.chunk_rows, depth);
+    };
+    plan.recompute_input_panels = reserve_gates(plan.recompute_input_unit, I);
+    plan.recompute_recurrent_panels = reserve_gates(plan.recompute_recurrent_unit, P);
+    plan.recompute_bias = layout.reserve(workers * gates);
+    plan.recompute_lists = layout.reserve_pointers(workers * 3 * plan.chunk_rows);
+  }
+  reserve_scratch(layout, scratch, workers);
+  plan.workspace_bytes = layout.end;
+}
+
+template <typename T>
+FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first) {
+  const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
+  const int64_t padded = round_up(H, machine.lanes);
+  FrozenPlan plan;
+  plan.kind = kind;
+  // The planes that any number of rows would use.
+  const int64_t rows = machine.unit.rows[planes];
+  plan.planes = rows < kNever ? gate_planes(machine, planes, rows, kUnitTileDepth, H) : 0;
+  Layout<T> layout{round_up(first, kCacheLine)};
+  const auto reserve = [&](int64_t depth) {
+    FrozenPlan::Gates gates;
+    const int64_t numbers = 4 * padded * depth;
+    switch (kind) {
+      case WeightKind::kOwn: gates.panels = layout.reserve(numbers); break;
+      case WeightKind::kBFloat16:
+      case WeightKind::kFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
+      case WeightKind::kInt8:
+        gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));  // see byte_place
+        gates.factors = layout.reserve(4 * H);
+        break;
+    }
+    if (plan.planes > 0) {
+      gates.splits = layout.reserve_bytes(divide_up(H, kUnitTileRows));
+      gates.planes = layout.reserve_bytes(2 * plane_numbers(4 * padded, depth, plan.planes));
+    }
+    return gates;
+  };
+  plan.input = reserve(I);
+  plan.recurrent = reserve(P);
+  plan.bias = layout.reserve(4 * H);
+  if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
+  plan.bytes = layout.end;
+  return plan;
+}
+
+template void lay_out(ForwardPlan&, const ForwardParams<float>&, const Machine&);
+template void lay_out(ForwardPlan&, const ForwardParams<double>&, const Machine&);
+template void lay_out(BackwardPlan&, const BackwardParams<float>&, const Machine&);
+template void lay_out(BackwardPlan&, const BackwardParams<double>&, const Machine&);
+template FrozenPlan plan_frozen<float>(const LayerShape&, const Machine&, int, WeightKind, int64_t);
+template FrozenPlan plan_frozen<double>(const LayerShape&, const Machine&, int, WeightKind, int64_t);
+
+}  // namespace lstm_ext::cpu
