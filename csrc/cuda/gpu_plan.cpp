@@ -230,64 +230,107 @@ Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& devic
   return result;
 }
 
+// A step as products and kernels, which have both directions at once.
+void count_launches(Plan& result, const LayerFacts& layer) {
+  result.one_product = layer.directions == 2 && !layer.packed && !layer.projected && layer.steps >= kStepsOfOneProduct;
+  result.products = (result.one_product ? 1 : layer.directions) * (layer.projected ? 2 : 1);
+  // Forward, a projection has a kernel only if something is done to what it gives.
+  const bool another = layer.projected && (layer.backward || layer.options);
+  result.launches = result.products + (another ? 2 : 1);
+}
+
+// The kernel of a step: its grid. Returns why it cannot run, or nothing.
+std::string step_of(Plan& result, const LayerFacts& layer, const DeviceFacts& device) {
+  constexpr int64_t kThreadsOfMultiprocessor = 1536;  // the fewest of the supported cards
+  result.rows_of_block = step_rows(layer.batch);
+  result.blocks = step_parts(layer.hidden_size) * ceil_div(layer.batch, result.rows_of_block);
+  result.threads = kStepThreads;
+  result.shared_bytes = shared_of_step(result.rows_of_block);
+  // A block's shared memory costs another kibibyte.
+  const int known = device.step_blocks[result.rows_of_block == kStepRowsFew ? 0 : 1];
+  result.blocks_of_multiprocessor =
+      known > 0 ? known
+                : std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
+                                                kThreadsOfMultiprocessor / kStepThreads));
+  if (layer.backward) {
+    result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
+  }
+  // The grid's second axis has the rows.
+  if (ceil_div(layer.batch, result.rows_of_block) > 65535) return "its grid has no room for so many rows";
+  return result.shared_bytes > device.shared_of_block ? "its tiles do not fit into a block's shared memory" : "";
+}
+
+// The faster persistent kernel. If there is none, the last one says why.
+void take_persistent(Plan& result, const LayerFacts& layer, const DeviceFacts& device, const Request& request,
+                     const Model& model) {
+  for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
+    if (request.exchange.value_or(exchange) != exchange) continue;
+    const Plan::Persistent found = persistent_of(layer, device, exchange);
+    const double us = found.problem.empty() ? model.persistent_us(found) : 0;
+    if (result.persistent_us > 0 && !(us > 0 && us < result.persistent_us)) continue;
+    result.persistent = found;
+    result.persistent_us = us;
+  }
+}
+
+// Adds the reasons of a plan, if they are requested.
+struct Because {
+  Plan& result;
+  const Request& request;
+  template <typename Reason>
+  void operator()(const Reason& reason) const {
+    if (request.reasons) result.reasons.push_back(reason());
+  }
+};
+
+// The kernel that is fastest by the model, of those that have been right on this device.
+void choose_fastest(Plan& result, const DeviceFacts& device, const Request& request, const std::string& no_step) {
+  const Because because{result, request};
+  double best = result.stepwise_us;
+  // The faster of two kernels wins if it has been right; why one that would win may not.
+  const auto offer = [&](Kernel kernel, const char* what, double us, Outcome outcome) {
+    if (us >= best) return;
+    if (outcome == Outcome::kRight) {
+      best = us;
+      result.kernel = kernel;
+      return;
+    }
+    because([&] {
+      return std::string("the kernel that does ") + what +
+             (outcome == Outcome::kWrong ? " was wrong on this device" : " has not been tried on this device yet");
+    });
+  };
+  if (no_step.empty() && 2 * result.parts_bytes > device.l2_bytes) {
+    because([] { return std::string("the partial sums of a kernel a step would fill the second-level cache"); });
+  } else if (no_step.empty()) {
+    offer(Kernel::kStep, "a step at once", result.step_us, request.step);
+  }
+  if (result.persistent.problem.empty()) {
+    offer(Kernel::kPersistent, "all steps at once", result.persistent_us, request.persistent);
+  }
+  if (result.kernel != Kernel::kStepwise) because([] { return std::string("it has been right on this device"); });
+}
+
 }  // namespace
 
 Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request) {
-  constexpr int64_t kThreadsOfMultiprocessor = 1536;  // the fewest of the supported cards
   Plan result;
-  const auto because = [&](auto&& reason) {
-    if (request.reasons) result.reasons.push_back(reason());
-  };
+  const Because because{result, request};
   if (device.capability < 80) {
     result.problem = "the kernels need compute capability 8.0 or later";
     return result;
   }
-  // A step as products and kernels, which have both directions at once.
-  const auto stepwise = [&] {
-    result.one_product =
-        layer.directions == 2 && !layer.packed && !layer.projected && layer.steps >= kStepsOfOneProduct;
-    result.products = (result.one_product ? 1 : layer.directions) * (layer.projected ? 2 : 1);
-    // Forward, a projection has a kernel only if something is done to what it gives.
-    const bool another = layer.projected && (layer.backward || layer.options);
-    result.launches = result.products + (another ? 2 : 1);
-  };
   const Model model(layer, device);
   result.stepwise_us = model.stepwise_us();
   const char* none = step_problem(layer);
-  bool fits = false, too_many = false;
-  if (!none) {
-    result.rows_of_block = step_rows(layer.batch);
-    result.blocks = step_parts(layer.hidden_size) * ceil_div(layer.batch, result.rows_of_block);
-    result.threads = kStepThreads;
-    result.shared_bytes = shared_of_step(result.rows_of_block);
-    // The grid's second axis has the rows.
-    too_many = ceil_div(layer.batch, result.rows_of_block) > 65535;
-    fits = result.shared_bytes <= device.shared_of_block && !too_many;
-    // A block's shared memory costs another kibibyte.
-    const int known = device.step_blocks[result.rows_of_block == kStepRowsFew ? 0 : 1];
-    result.blocks_of_multiprocessor =
-        known > 0 ? known
-                  : std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
-                                                  kThreadsOfMultiprocessor / kStepThreads));
-    if (layer.backward) {
-      result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
-    }
+  std::string no_step = none ? none : "";
+  if (none) {
+    result.persistent.problem = none;
+  } else {
+    no_step = step_of(result, layer, device);
     result.step_us = model.step_us(result);
-    // The last one says why there is none.
-    for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
-      if (request.exchange.value_or(exchange) != exchange) continue;
-      const Plan::Persistent found = persistent_of(layer, device, exchange);
-      const double us = found.problem.empty() ? model.persistent_us(found) : 0;
-      if (result.persistent_us > 0 && !(us > 0 && us < result.persistent_us)) continue;
-      result.persistent = found;
-      result.persistent_us = us;
-    }
+    take_persistent(result, layer, device, request, model);
   }
-  const std::string no_step = none       ? none
-                              : too_many ? "its grid has no room for so many rows"
-                              : !fits    ? "its tiles do not fit into a block's shared memory"
-                                         : "";
-  if (none) result.persistent.problem = none;
   const std::string& no_persistent = result.persistent.problem;
   if (!request.any) {
     result.kernel = request.kernel;
@@ -299,13 +342,13 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     if (result.kernel == Kernel::kStep && !no_step.empty()) {
       result.problem = no_step;
       result.kernel = Kernel::kStepwise;  // for a backward pass, which goes on
-      stepwise();
+      count_launches(result, layer);
       return result;
     }
   }
   if (none) {
     because([&] { return std::string("not a kernel that does a step at once: ") + none; });
-    stepwise();
+    count_launches(result, layer);
     return result;
   }
   because([&] {
@@ -315,38 +358,15 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
            " (a model, not measured)";
   });
   if (!no_step.empty()) because([&] { return "not the kernel that does a step at once: " + no_step; });
-  const bool small = 2 * result.parts_bytes <= device.l2_bytes;
-  if (!request.any) {
-    if (!result.replaced) because([] { return std::string("it is requested"); });
-  } else {
-    double best = result.stepwise_us;
-    // The faster of two kernels wins if it has been right; why one that would win may not.
-    const auto offer = [&](Kernel kernel, const char* what, double us, Outcome outcome) {
-      if (us >= best) return;
-      if (outcome == Outcome::kRight) {
-        best = us;
-        result.kernel = kernel;
-        return;
-      }
-      because([&] {
-        return std::string("the kernel that does ") + what +
-               (outcome == Outcome::kWrong ? " was wrong on this device" : " has not been tried on this device yet");
-      });
-    };
-    if (no_step.empty() && !small) {
-      because([] { return std::string("the partial sums of a kernel a step would fill the second-level cache"); });
-    } else if (no_step.empty()) {
-      offer(Kernel::kStep, "a step at once", result.step_us, request.step);
-    }
-    if (no_persistent.empty()) {
-      offer(Kernel::kPersistent, "all steps at once", result.persistent_us, request.persistent);
-    }
-    if (result.kernel != Kernel::kStepwise) because([] { return std::string("it has been right on this device"); });
+  if (request.any) {
+    choose_fastest(result, device, request, no_step);
+  } else if (!result.replaced) {
+    because([] { return std::string("it is requested"); });
   }
   if (result.kernel == Kernel::kStep) {
     result.launches = 1;
   } else if (result.kernel == Kernel::kStepwise) {
-    stepwise();
+    count_launches(result, layer);
   }
   return result;
 }

@@ -281,21 +281,16 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   return results();
 }
 
-LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
-  if (call.options.lengths.defined()) return backward_with_lengths(call, sizes, arguments);
-  const at::Tensor& input = call.input;
-  const NeedsGrad& needs_grad = arguments.needs_grad;
-  const at::ScalarType dtype = input.scalar_type();
-  const at::ScalarType type = sizes.sum_type;
-  const auto options = input.options().dtype(type);
+// Room for the requested gradients but that of c0, of the type in which they are summed. `narrow`: those of W and U are
+// of their own type, since the kernels round them.
+LayerGradients empty_gradients(const LayerCall& call, const LayerSizes& sizes, const NeedsGrad& needs_grad,
+                               bool narrow) {
+  const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
+  const auto options = call.input.options().dtype(type);
   LayerGradients grads = LayerGradients::of(call);
   const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
   if (needs_grad.input) grads.input = empty_result(sizes.sequence_sizes(sizes.input_size), options);
   if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
-  const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
-  if (needs_grad.c0) grads.c0 = grad_c;
-  // No copy is made if the kernels round the gradients of W and U themselves.
-  const bool narrow = type != dtype && cpu::sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const bool matrix = static_cast<int64_t>(i) % sizes.weights_per_direction < 2;
     const auto own = options.dtype(narrow && matrix ? dtype : type);
@@ -306,21 +301,65 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   for (size_t i = 0; i < call.options.norm.size(); ++i) {
     if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
   }
-  const auto results = [&] {
-    const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
-      if (grad.defined()) grad = in_type(grad, own);
-    };
-    for (at::Tensor* grad : {&grads.input, &grads.h0, &grads.c0, &grads.reset_h, &grads.reset_c}) as_type(*grad, dtype);
-    for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
-    // Under autocast, the parameters of layer normalisation keep their own type.
-    for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
-    return std::move(grads);
+  return grads;
+}
+
+// The gradients in the types of their inputs.
+LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
+  const at::ScalarType dtype = call.input.scalar_type();
+  const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
+    if (grad.defined()) grad = in_type(grad, own);
   };
+  for (at::Tensor* grad : {&grads.input, &grads.h0, &grads.c0, &grads.reset_h, &grads.reset_c}) as_type(*grad, dtype);
+  for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
+  // Under autocast, the parameters of layer normalisation keep their own type.
+  for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
+  return grads;
+}
+
+// Where direction d writes the requested gradients.
+template <typename T>
+void point_at(BackwardParams<T>& p, const LayerGradients& grads, const LayerCall& call, const LayerSizes& sizes,
+              int64_t d) {
+  if (grads.input.defined()) p.grad_input = columns_of<T>(grads.input, 0);
+  p.accumulate_grad_input = d > 0;
+  p.grad_h0 = part_or_null<T>(grads.h0, d);
+  p.grad_reset_h = part_or_null<T>(grads.reset_h, d);
+  p.grad_reset_c = part_or_null<T>(grads.reset_c, d);
+  const auto numbers_or_null = [](const at::Tensor& grad) {
+    return grad.defined() ? grad.mutable_data_ptr() : nullptr;
+  };
+  const auto data_or_null = [](const at::Tensor& grad) {
+    return grad.defined() ? grad.mutable_data_ptr<T>() : nullptr;
+  };
+  const at::Tensor* weights = grads.weights.data() + d * sizes.weights_per_direction;
+  p.grad_weight_ih = numbers_or_null(weights[0]);
+  p.grad_weight_hh = numbers_or_null(weights[1]);
+  // Both biases are added to the same sum, so they have the same gradient.
+  if (call.has_bias) p.grad_bias = data_or_null(weights[2].defined() ? weights[2] : weights[3]);
+  if (sizes.projected) p.grad_weight_hr = data_or_null(weights[sizes.weights_per_direction - 1]);
+  if (grads.norm.empty()) return;
+  const at::Tensor* norm = grads.norm.data() + d * norms_per_direction(call.has_bias);
+  p.grad_gain_ih = data_or_null(norm[0]);
+  p.grad_gain_hh = data_or_null(norm[1]);
+  p.grad_gain_c = data_or_null(norm[2]);
+  if (call.has_bias) p.grad_bias_c = data_or_null(norm[3]);
+}
+
+LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
+  if (call.options.lengths.defined()) return backward_with_lengths(call, sizes, arguments);
+  const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
+  const auto options = call.input.options().dtype(type);
+  // No copy is made if the kernels round the gradients of W and U themselves.
+  const bool narrow = type != dtype && cpu::sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
+  LayerGradients grads = empty_gradients(call, sizes, arguments.needs_grad, narrow);
+  const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
+  if (arguments.needs_grad.c0) grads.c0 = grad_c;
   if (sizes.batch == 0) {
     visit_inputs(grads, grads, [](const at::Tensor& grad) {
       if (grad.defined()) grad.zero_();
     });
-    return results();
+    return in_own_types(std::move(grads), call);
   }
 
   const LayerTensors tensors(call, sizes, true);
@@ -355,31 +394,8 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
-      if (grads.input.defined()) p.grad_input = columns_of<scalar_t>(grads.input, 0);
-      p.accumulate_grad_input = d > 0;
-      p.grad_h0 = part_or_null<scalar_t>(grads.h0, d);
-      p.grad_reset_h = part_or_null<scalar_t>(grads.reset_h, d);
-      p.grad_reset_c = part_or_null<scalar_t>(grads.reset_c, d);
-      const auto data_or_null = [](const at::Tensor& grad) {
-        return grad.defined() ? grad.mutable_data_ptr<scalar_t>() : nullptr;
-      };
-      const at::Tensor* weight_grads = grads.weights.data() + d * sizes.weights_per_direction;
-      const auto numbers_or_null = [](const at::Tensor& grad) {
-        return grad.defined() ? grad.mutable_data_ptr() : nullptr;
-      };
-      p.grad_weight_ih = numbers_or_null(weight_grads[0]);
-      p.grad_weight_hh = numbers_or_null(weight_grads[1]);
+      point_at(p, grads, call, sizes, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
-      // Both biases are added to the same sum, so they have the same gradient.
-      if (call.has_bias) p.grad_bias = data_or_null(weight_grads[2].defined() ? weight_grads[2] : weight_grads[3]);
-      if (sizes.projected) p.grad_weight_hr = data_or_null(weight_grads[sizes.weights_per_direction - 1]);
-      if (!grads.norm.empty()) {
-        const at::Tensor* norm_grads = grads.norm.data() + d * norms_per_direction(call.has_bias);
-        p.grad_gain_ih = data_or_null(norm_grads[0]);
-        p.grad_gain_hh = data_or_null(norm_grads[1]);
-        p.grad_gain_c = data_or_null(norm_grads[2]);
-        if (call.has_bias) p.grad_bias_c = data_or_null(norm_grads[3]);
-      }
     }
     run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,
                    !call.options.norm.empty());
@@ -388,7 +404,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
     }
   });
-  return results();
+  return in_own_types(std::move(grads), call);
 }
 
 }  // namespace
