@@ -26,7 +26,7 @@ constexpr int64_t kMostSamples = 1024;
 // one direction on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, the last row on both.
 constexpr int64_t kRowMajorRows = 32;
 struct RowMajorLimit {
-  int64_t numbers;  // of weights below this
+  int64_t numbers;  // the limit is for weights with fewer numbers
   int64_t rows;
 };
 constexpr RowMajorLimit kRowMajorOfOne[] = {{25'000, 8}, {50'000, 20}, {200'000, kRowMajorRows}};

@@ -317,7 +317,7 @@ LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
   return grads;
 }
 
-// Where direction d writes the requested gradients.
+// Points at the gradients that direction d writes, if they are requested.
 template <typename T>
 void point_at(BackwardParams<T>& p, const LayerGradients& grads, const LayerCall& call, const LayerSizes& sizes,
               int64_t d) {
