@@ -271,9 +271,6 @@ class Session:
         """Leaves out what does not compile, which says nothing of the tests."""
         copy = planted.Copy("mutants", every_set=False)
         switched = [m for m in self.mutants if not m.site.python]
-        # All copies have one build/simt, so that the emulator's modules are built once.
-        (WORK / "simt").mkdir(exist_ok=True)
-        self.share_modules(copy.folder)
         while True:
             self.write_switches(copy.folder, switched)
             copy.log.unlink(missing_ok=True)
@@ -300,18 +297,23 @@ class Session:
             shutil.copytree(
                 copy.folder, folder, ignore=shutil.ignore_patterns("build", ".git"), symlinks=True
             )
-            self.share_modules(folder)
             self.copies.append(folder)
             self.tables.append(Table(WORK / f"table{number}", len(self.mutants) + 1))
+        run_jobs(self.warm() for _ in range(JOBS))
 
-    @staticmethod
-    def share_modules(folder: Path) -> None:
-        modules = folder / "build" / "simt"
-        modules.parent.mkdir(exist_ok=True)
-        if modules.is_dir() and not modules.is_symlink():
-            shutil.rmtree(modules)
-        if not modules.is_symlink():
-            modules.symlink_to(WORK / "simt")
+    def warm(self) -> Job:
+        """What tests compile is built in each copy before a test has a limit. The objects know their sources' paths."""
+
+        def start(copy: int) -> int:
+            log = WORK / f"warm{copy}.log"
+            options = ["-q", "-m", "not full", "-p", "no:cacheprovider", *PROBES]
+            return in_child(self.copies[copy], self.tables[copy].path, log, lambda: int(pytest.main(options)))
+
+        def end(copy: int, code: int | None, seconds: float) -> None:
+            if code != 0:
+                raise SystemExit(f"copy {copy} is not sound: {WORK / f'warm{copy}.log'}")
+
+        return Job(start, end, 1800)
 
     def write_switches(self, folder: Path, mutants: list[Mutant]) -> None:
         (folder / "csrc/contract/mutant.h").write_text(SWITCH % {"size": len(self.mutants) + 1})
