@@ -205,11 +205,19 @@ for name, right, wrong in (
     except RuntimeError as error:
         assert name in str(error), error
         bad.append(name)
+packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, 3), torch.randn(3, 3)], enforce_sorted=False)
+flags = packed._replace(data=torch.zeros(5))
+module(packed, resets=flags)
+try:
+    module(packed, resets=flags._replace(sorted_indices=torch.tensor([0, 1])))
+except RuntimeError as error:
+    assert "sorted_indices" in str(error), error
+    bad.append("order")
 print(*bad)
 """
     off, on, wrong = forks.run(program, *({"LSTM_EXT_CHECK": value} for value in ("0", "1", "yes")))
     assert (off.returncode, on.returncode) == (0, 0), (off.stderr, on.stderr)
-    assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "mask", "resets"]
+    assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "mask", "resets", "order"]
     assert wrong.returncode == 1
     assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in wrong.stderr
 

@@ -295,6 +295,14 @@ def test_how_long_workers_are_limited(tmp_path: Path) -> None:
     assert found["stopped for an hour"][2:] == (2, 0.5)
 
 
+def test_waits_have_no_limit_unless_it_is_set() -> None:
+    program = "import lstm_ext, torch; print(tuple(lstm_ext.LSTM(2, 3)(torch.zeros(1, 1, 2))[0].shape))"
+    without = {k: v for k, v in os.environ.items() if k != "LSTM_EXT_CPU_WAIT_LIMIT"}
+    for environment in (without, without | {"LSTM_EXT_CPU_WAIT_LIMIT": ""}):
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, "(1, 1, 3)\n"), run.stderr
+
+
 @pytest.mark.parametrize("units", [1, 2])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_explain_says_what_the_threads_share(rows: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,6 +408,12 @@ def test_data_of_a_layer_on_the_cpu() -> None:
     assert text.startswith("LSTM(8, 16), input (5, 3, 8), float32, on cpu, in inference:\n  layer 0: ")
 
 
+def test_without_a_batch_there_is_one_row() -> None:
+    for module, shape, steps in ((nn.LSTMCell(8, 16), (8,), 1), (nn.LSTM(8, 16), (5, 8), 5)):
+        (layer,) = lstm_ext.explain_data(module, shape)["layers"]
+        assert (layer["steps"], layer["batch"]) == (steps, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [

@@ -261,11 +261,20 @@ def test_one_call_for_all_layers_of_plain_tensors(layout, kind, dtype, taken, mo
             plain = function(module)(x, hx)
         return [output, h, c, *gradients, plain[0], *plain[1]]
 
+    answers: list[Any] = []
+    short = route.plain_layers
+
+    def watched(*arguments: Any) -> Any:
+        answers.append(short(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(route, "plain_layers", watched)
     for hx in (None, states, list(states)):
         found: list[Tensor] = []
         assert taken(lambda hx=hx, found=found: found.extend(results(hx))) == DIRECT * layers * (
             1 if kind == "frozen" else 2
         )
+        assert None not in answers
         with monkeypatch.context() as patch:
             patch.setattr(route, "plain_layers", lambda *_: None)
             expected = results(hx)

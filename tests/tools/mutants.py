@@ -141,6 +141,7 @@ class Observer:
     def __init__(self, folder: Path, table: Table, output: Path) -> None:
         self.folder, self.table, self.output = folder, table, output
         self.passed: dict[str, Reach] = {}
+        self.loading: set[int] = set()  # switches that are reached outside tests: every test needs them
         self.failed: list[str] = []
         import coverage
 
@@ -151,7 +152,7 @@ class Observer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        self.table.take()
+        self.loading.update(self.table.take())
         self.coverage.switch_context(item.nodeid)
         start = time.monotonic()
         result = yield
@@ -178,6 +179,8 @@ class Observer:
                     elif not test:  # as the file is imported: every test does that
                         for reach in self.passed.values():
                             reach.lines.setdefault(name, []).append(line)
+        for reach in self.passed.values():
+            reach.switches = sorted(self.loading.union(reach.switches))
         kept = {k: vars(v) for k, v in self.passed.items() if k not in self.failed}
         self.output.write_text(json.dumps({"passed": kept, "failed": self.failed}))
 
