@@ -396,3 +396,10 @@ def test_compile_with_a_cpp_wrapper(name: str, requested: str) -> None:
         results = [f(case.layer, case.options) for f in (step, torch.compile(step, fullgraph=True))]
         grads = [gradients(r, inputs) for r in results]
     torch.testing.assert_close((results[1], grads[1]), (results[0], grads[0]), **tolerance)
+
+
+def test_the_import_loads_what_was_built() -> None:
+    """So the first call need not wait for it."""
+    program = "import sys, lstm_ext; print('lstm_ext.native._C' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
