@@ -237,7 +237,7 @@ struct Forward : Side<T> {
 
   Forward(const Case& c, bool reversed) : Base(c, reversed) {
     if (!c.nan) return;
-    set_all_bits(&this->c0[H + 2]);  // a NaN, of row 1
+    set_all_bits(&this->c0[H], 8);  // NaNs in all words of a piece of row 1: the bits of the sentinel
     if (B > 2) this->c0[2 * H + 3] = of<T>(INFINITY);
     if (B > 3) begin_part[3 * 4 * H + 5] = -INFINITY;
   }
@@ -380,8 +380,8 @@ struct Backward : Side<T> {
 
   Backward(const Case& c, bool reversed) : Base(c, reversed) {
     if (!c.nan) return;
-    set_all_bits(&grad_y[H + 2]);
-    set_all_bits(&grad_h_n[H + 2]);
+    set_all_bits(&grad_y[H], 8);
+    set_all_bits(&grad_h_n[H], 8);
     if (B > 2) grad_c_n[2 * H + 3] = of<T>(INFINITY);
   }
 
