@@ -472,6 +472,15 @@ def test_the_environment_variable() -> None:
     assert (run.returncode, run.stdout) == (0, "torch 0\n"), run.stderr
 
 
+def test_explain_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "extension", lambda: None)
+    for layer in (nn.LSTM(3, 4), lstm_ext.LSTM(3, 4), lstm_ext.LSTM(3, 4, forget_bias=1.0)):
+        assert "torch's own operator, one call for all layers" in lstm_ext.explain(layer, (5, 2, 3))
+    said = lstm_ext.explain(lstm_ext.LSTM(3, 4, forget_bias=1.0, zoneout=0.1), (5, 2, 3))
+    assert "the equations in plain PyTorch" in said
+    assert "torch's operator has no zoneout\n" in said + "\n"
+
+
 @pytest.mark.tools
 def test_another_device() -> None:
     """The device compiles for half a minute."""
