@@ -98,7 +98,7 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
 int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
 
 // Large packed weights evict other data from the cache, so they pay only over several steps.
-int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow) {
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow, bool options) {
   if (narrow && planes > 0) return few_rows(planes, narrow);
   if (planes > 0 || shape.steps == 1) return kRowMajorRows;
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
@@ -108,7 +108,9 @@ int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int plan
     }
     return machine.lanes >= 8 ? kRowMajorOfLarge : kRowMajorRows;
   };
-  return shape.two_directions ? first(kRowMajorOfTwo) : first(kRowMajorOfOne);
+  if (shape.two_directions) return first(kRowMajorOfTwo);
+  const int64_t rows = first(kRowMajorOfOne);
+  return options ? std::max(rows, kRowMajorRows) : rows;
 }
 
 }  // namespace lstm_ext::cpu

@@ -23,7 +23,8 @@ constexpr int64_t kMostSamples = 1024;
 
 // Up to so many rows of all steps together the weights are read unpacked. A single step, and products beside the matrix
 // unit: kRowMajorRows. Several steps: by the numbers of both weights. Two directions were measured on an EPYC (Zen 5),
-// one direction on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, the last row on both.
+// one direction without options on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, the last row on both. A layer
+// with options keeps kRowMajorRows: layer normalisation makes more of a rounding, and sums of rows round less.
 constexpr int64_t kRowMajorRows = 32;
 struct RowMajorLimit {
   int64_t numbers;  // the limit is for weights with fewer numbers
@@ -104,8 +105,8 @@ int column_planes(const Machine& machine, int planes, int64_t rows, int64_t dept
 int64_t few_rows(int planes, bool narrow);
 
 // Up to this many rows of all steps together, packing the weights of a forward pass costs more than it saves; `planes`
-// of the recurrent product.
-int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow);
+// of the recurrent product. `options`: whether the layer has any.
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow, bool options);
 
 template <typename T>
 void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine);

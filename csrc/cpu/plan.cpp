@@ -79,7 +79,7 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const int planes = frozen ? frozen->planes : params.planes;
   const int recurrent_planes = gate_planes(machine, planes, shape.batch, P, H);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
-  plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_planes, narrow);
+  plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_planes, narrow, options.any());
   // Decided by the size of the call, not by its share among threads: results do not depend on their number.
   if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
   if (plan.pack) plan.recurrent_unit.planes = recurrent_planes;

@@ -137,8 +137,9 @@ def test_when_weights_are_packed(capability):
         return plan["pack"], plan["backward_pack"]
 
     lanes = _C.cpu_plan(steps=1, batch=1, input_size=1, hidden_size=1)["lanes"]
-    assert packed(32, 1, 64, 64) == (False, False)
-    assert packed(33, 1, 64, 64) == (True, lanes < 16)
+    assert packed(8, 1, 32, 32) == packed(20, 1, 64, 64) == packed(32, 1, 100, 100) == (False, False)
+    assert packed(9, 1, 32, 32) == packed(21, 1, 64, 64) == (True, False)
+    assert packed(33, 1, 64, 64) == packed(33, 1, 100, 100) == (True, lanes < 16)
     assert packed(48, 1, 256, 256) == (lanes < 8, lanes < 16)
     assert packed(49, 1, 256, 256) == (True, lanes < 16)
     assert packed(65, 1, 256, 256) == (True, True)
