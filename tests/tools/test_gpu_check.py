@@ -142,7 +142,7 @@ def test_targets():
 @pytest.fixture
 def session(tmp_path):
     """In a project of its own, whose tests and checks are what the test writes there."""
-    (tmp_path / "project" / "tests").mkdir(parents=True)
+    (tmp_path / "project" / "tests" / "cuda").mkdir(parents=True)
     (tmp_path / "project" / "pyproject.toml").touch()
     options = argparse.Namespace(dry=True, output=tmp_path / "out.json", budget=100.0, commit=None)
     return Session(options, tmp_path / "project")
@@ -167,7 +167,7 @@ else:
 
 
 def test_a_check_that_dies_or_hangs_leaves_the_others(session):
-    (session.root / "tests" / "cuda_checks.py").write_text(CHECKS)
+    (session.root / "tests" / "cuda" / "cuda_checks.py").write_text(CHECKS)
     outcome = gpu_check.checks(session, 9.0)
     assert outcome.result == "failed"
     found = {c["check"]: (c["result"], c.get("reason")) for c in outcome.details["checks"]}
@@ -181,7 +181,7 @@ def test_a_check_that_dies_or_hangs_leaves_the_others(session):
 
 
 def test_checks_that_cannot_be_imported(session):
-    (session.root / "tests" / "cuda_checks.py").write_text("import nothing_of_this_name\n")
+    (session.root / "tests" / "cuda" / "cuda_checks.py").write_text("import nothing_of_this_name\n")
     outcome = gpu_check.checks(session, 20.0)
     assert outcome.result == "failed"
     assert "nothing_of_this_name" in outcome.details["output"]
