@@ -60,7 +60,9 @@ FAULTS: dict[str, Fault] = {
     "cpu/cost.h": Fault(
         "{{25'000, 8}, {50'000, 20}", "{{25'000, 9}, {50'000, 20}", ("tests/nn/test_streaming.py", "-k", "soon")
     ),
-    "cpu/cost.cpp": Fault("if (hidden_groups > blocks) break;", "if (hidden_groups > 1) break;"),
+    "cpu/cost.cpp": Fault(
+        "return first(kRowMajorOfTwo);", "return first(kRowMajorOfOne);", ("tests/nn/test_streaming.py", "-k", "soon")
+    ),
     "cpu/layout.cpp": Fault(
         "plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);",
         "plan.grad_preactivations = layout.reserve(plan.chunk_rows * plan.gate_stride);",
@@ -103,7 +105,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
     "cpu/plan.cpp": Fault(
-        "plan.pack_recurrent = plan.pack && (shape.steps > 1 || ", "plan.pack_recurrent = plan.pack && ("
+        "plan.chunk_rows = plan.team_rows * std::clamp", "plan.chunk_rows = std::clamp"
     ),
     "cpu/plan.h": Fault("kNormSums = 14;", "kNormSums = 13;"),
     "cpu/range.h": Fault("return (a + b - 1) / b;", "return a / b;"),
