@@ -104,7 +104,7 @@ FAULTS: dict[str, Fault] = {
         "i < lanes ? load_lanes<T>(source + i * count, depth)",
     ),
     "cpu/pass.h": Fault("= smaller(steps.rows_at(t), steps.rows_at(before));", "= steps.rows_at(t);"),
-    "cpu/plan.cpp": Fault("shape.steps == 1 && samples <= kMostUnitRows", "samples <= kMostUnitRows"),
+    "cpu/plan.cpp": Fault("!params.grad_input.data && directions_at_once(", "directions_at_once("),
     "cpu/plan.h": Fault("kNormSums = 14;", "kNormSums = 13;"),
     "cpu/range.h": Fault("return (a + b - 1) / b;", "return a / b;"),
     "cpu/recompute.h": Fault("Range{0, 4 * H}, bias_);", "Range{0, 3 * H}, bias_);"),
