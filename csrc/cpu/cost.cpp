@@ -1,5 +1,6 @@
 #include "cpu/cost.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace lstm_ext::cpu {

@@ -3,7 +3,6 @@
 // never correctness. Work is counted in fused multiply-adds of one number.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cpu/plan.h"
@@ -23,8 +22,8 @@ constexpr int64_t kMostSamples = 1024;
 
 // Up to so many rows of all steps together the weights are read unpacked. A single step, and products beside the matrix
 // unit: kRowMajorRows. Several steps: by the numbers of both weights. Two directions were measured on an EPYC (Zen 5),
-// one direction without options on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, the last row on both. A layer
-// with options keeps kRowMajorRows: layer normalisation makes more of a rounding, and sums of rows round less.
+// one direction without options on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, kRowMajorOfLarge on a Xeon. A
+// layer with options keeps kRowMajorRows: layer normalisation makes more of a rounding, and sums of rows round less.
 constexpr int64_t kRowMajorRows = 32;
 struct RowMajorLimit {
   int64_t numbers;  // the limit is for weights with fewer numbers

@@ -142,15 +142,14 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   const int64_t most_samples = plan.outer_unit.planes > 0 ? kSumBlock : kMostSamples;
   plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
   if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
-  if (plan.pack && shape.projected)
-    plan.projection_unit.planes = column_planes(machine, params.planes, shape.batch, P, H);
-  if (plan.pack && params.grad_input.data) {
-    const int64_t rows = std::min(plan.chunk_rows, kUnitInputRows);
-    plan.input_unit.planes = column_planes(machine, params.planes, rows, gates, I);
-  }
-  if (plan.pack && recomputes) {
-    plan.recompute_input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
-    plan.recompute_recurrent_unit.planes = gate_planes(machine, params.planes, samples, P, H);
+  if (plan.pack) {
+    const int64_t input_rows = std::min(plan.chunk_rows, kUnitInputRows);
+    if (shape.projected) plan.projection_unit.planes = column_planes(machine, params.planes, shape.batch, P, H);
+    if (params.grad_input.data) plan.input_unit.planes = column_planes(machine, params.planes, input_rows, gates, I);
+    if (recomputes) {
+      plan.recompute_input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
+      plan.recompute_recurrent_unit.planes = gate_planes(machine, params.planes, samples, P, H);
+    }
   }
   lay_out(plan, params, machine);
   return plan;

@@ -240,7 +240,7 @@ void count_launches(Plan& result, const LayerFacts& layer) {
 }
 
 // The kernel of a step: its grid. Returns why it cannot run, or nothing.
-std::string step_of(Plan& result, const LayerFacts& layer, const DeviceFacts& device) {
+std::string plan_step(Plan& result, const LayerFacts& layer, const DeviceFacts& device) {
   constexpr int64_t kThreadsOfMultiprocessor = 1536;  // the fewest of the supported cards
   result.rows_of_block = step_rows(layer.batch);
   result.blocks = step_parts(layer.hidden_size) * ceil_div(layer.batch, result.rows_of_block);
@@ -261,7 +261,7 @@ std::string step_of(Plan& result, const LayerFacts& layer, const DeviceFacts& de
 }
 
 // The faster persistent kernel. If there is none, the last one says why.
-void take_persistent(Plan& result, const LayerFacts& layer, const DeviceFacts& device, const Request& request,
+void plan_persistent(Plan& result, const LayerFacts& layer, const DeviceFacts& device, const Request& request,
                      const Model& model) {
   for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
     if (request.exchange.value_or(exchange) != exchange) continue;
@@ -327,9 +327,9 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
   if (none) {
     result.persistent.problem = none;
   } else {
-    no_step = step_of(result, layer, device);
+    no_step = plan_step(result, layer, device);
     result.step_us = model.step_us(result);
-    take_persistent(result, layer, device, request, model);
+    plan_persistent(result, layer, device, request, model);
   }
   const std::string& no_persistent = result.persistent.problem;
   if (!request.any) {

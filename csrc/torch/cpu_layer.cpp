@@ -319,8 +319,8 @@ LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
 
 // Points at the gradients that direction d writes, if they are requested.
 template <typename T>
-void point_at(BackwardParams<T>& p, const LayerGradients& grads, const LayerCall& call, const LayerSizes& sizes,
-              int64_t d) {
+void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const LayerCall& call, const LayerSizes& sizes,
+                   int64_t d) {
   if (grads.input.defined()) p.grad_input = columns_of<T>(grads.input, 0);
   p.accumulate_grad_input = d > 0;
   p.grad_h0 = part_or_null<T>(grads.h0, d);
@@ -394,7 +394,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
-      point_at(p, grads, call, sizes, d);
+      set_gradients(p, grads, call, sizes, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }
     run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,

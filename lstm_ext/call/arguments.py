@@ -20,8 +20,8 @@ from .layout import Layout, PackedLayout, PaddedRows
 from .masks import keep_flags, recurrent_mask
 
 __all__ = [
-    "NOTHING",
-    "Asked",
+    "NO_OPTIONS",
+    "CallOptions",
     "Stack",
     "StackOptions",
     "any_requested",
@@ -102,8 +102,8 @@ class Stack(Protocol):
     frozen: Sequence[LayerOptions]
 
 
-class Asked(NamedTuple):
-    """The options of one call as the user gave them; `lstm_ext.LSTM.forward` explains it."""
+class CallOptions(NamedTuple):
+    """The options of one call as the user gave them; `lstm_ext.LSTM.forward` explains them."""
 
     lengths: Any = None
     resets: Any = None
@@ -114,21 +114,21 @@ class Asked(NamedTuple):
 
     def given(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
-        return {name: v for name, v, d in zip(self._fields, self, NOTHING, strict=True) if v is not d}
+        return {name: v for name, v, d in zip(self._fields, self, NO_OPTIONS, strict=True) if v is not d}
 
 
-# The only one that asks for nothing, so that a comparison of objects tells.
-NOTHING = Asked()
+# The only object without an option, so that `is` tells.
+NO_OPTIONS = CallOptions()
 
 
-def any_requested(stack: Stack, asked: Asked) -> bool:
+def any_requested(stack: Stack, call_options: CallOptions) -> bool:
     """Whether a call of ``stack`` requests anything that ``torch.nn.LSTM`` does not have."""
     return (
         stack.recurrent_dropout != 0
         or stack.zoneout != 0
         or stack.layer_norm is not False
         or stack.recompute is not False
-        or asked is not NOTHING
+        or call_options is not NO_OPTIONS
     )
 
 
@@ -213,7 +213,7 @@ def stack_options(
     x: Tensor,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
-    asked: Asked,
+    call_options: CallOptions,
 ) -> StackOptions:
     """Check the options of a stack and those of a call.
 
@@ -226,7 +226,7 @@ def stack_options(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    lengths, resets, reset_state, mask, return_cell_states, return_gates = asked
+    lengths, resets, reset_state, mask, return_cell_states, return_gates = call_options
     options = StackOptions(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
         zoneout=zoneout_pair(stack.zoneout),

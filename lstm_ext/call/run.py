@@ -17,7 +17,7 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
-from .arguments import NOTHING, Asked, Stack, StackOptions, any_requested, stack_options
+from .arguments import NO_OPTIONS, CallOptions, Stack, StackOptions, any_requested, stack_options
 from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
 from .torchs_operator import lstm as lstm_by_torch
@@ -158,9 +158,9 @@ def lstm(
     zoneout: float | tuple[float, float],
     norm_weights: Sequence[Tensor] | None,
     recompute: bool,
-    **asked: Any,
+    **call_options: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function; ``asked`` are those of `Asked`."""
+    """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
         data = input.data
@@ -196,14 +196,14 @@ def lstm(
         norm_weights is not None,
         recompute,
     )
-    call = Asked(**asked)
-    call = call if call.given() else NOTHING
-    requested = any_requested(stack, call)
+    given = CallOptions(**call_options)
+    given = given if given.given() else NO_OPTIONS
+    requested = any_requested(stack, given)
     if requested:
         norm = _split_norm(norm_weights, data, bias, num_layers, bidirectional, hidden_size)
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
-    options = stack_options(stack, norm, x, layout, shapes, call) if requested else None
+    options = stack_options(stack, norm, x, layout, shapes, given) if requested else None
     return run(stack, layer, layers, x, h0, c0, layout, options)
 
 

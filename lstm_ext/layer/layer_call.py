@@ -92,7 +92,7 @@ _SINGLE = [name for name, option in _TABLE.items() if "axis" in option.metadata]
 _LISTS = [name for name, option in _TABLE.items() if option.default == ()]
 _VALUES = [name for name, option in _TABLE.items() if not option.metadata]
 # Those whose tensors have gradients, and single tensors that have none.
-_LEARNED = [name for name in (*_SINGLE, *_LISTS) if _TABLE[name].metadata["gradient"]]
+_DIFFERENTIABLE = [name for name in (*_SINGLE, *_LISTS) if _TABLE[name].metadata["gradient"]]
 _CONSTANT = [name for name in _SINGLE if not _TABLE[name].metadata["gradient"]]
 
 PLAIN = LayerOptions()
@@ -127,7 +127,7 @@ class LayerCall:
     def signature(self) -> Signature:
         """The call without its tensors."""
         options = self.options
-        counts = tuple([len(getattr(options, name)) for name in _LEARNED if name in _LISTS])
+        counts = tuple([len(getattr(options, name)) for name in _DIFFERENTIABLE if name in _LISTS])
         values = tuple([getattr(options, name) for name in _VALUES])
         return Signature(self.bias, self.bidirectional, len(self.weights), counts, values)
 
@@ -135,7 +135,7 @@ class LayerCall:
         """The tensors of the call in the order of `Signature`, without batch_sizes."""
         options = self.options
         tensors = [self.input, self.h0, self.c0, *self.weights]
-        for name in _LEARNED:
+        for name in _DIFFERENTIABLE:
             value = getattr(options, name)
             tensors += value if name in _LISTS else [value]
         return tensors + [getattr(options, name) for name in _CONSTANT]
@@ -170,7 +170,7 @@ class Signature(NamedTuple):
     @property
     def differentiable(self) -> int:
         """The number of tensors with gradients, which come first."""
-        return 3 + self.weight_count + len(_LEARNED) - len(self.counts) + sum(self.counts)
+        return 3 + self.weight_count + len(_DIFFERENTIABLE) - len(self.counts) + sum(self.counts)
 
     def call(self, batch_sizes: Tensor | None, tensors: Sequence[Any]) -> LayerCall:
         """The call of these tensors: the inverse of `LayerCall.tensors`."""
@@ -178,7 +178,7 @@ class Signature(NamedTuple):
         input, h0, c0, *weights = tensors[:after_weights]
         given = dict(zip(_VALUES, self.values, strict=True))
         rest, counts = iter(tensors[after_weights:]), iter(self.counts)
-        for name in (*_LEARNED, *_CONSTANT):
+        for name in (*_DIFFERENTIABLE, *_CONSTANT):
             given[name] = [next(rest) for _ in range(next(counts))] if name in _LISTS else next(rest)
         return LayerCall(
             input, h0, c0, weights, batch_sizes, self.bias, self.bidirectional, LayerOptions(**given)
@@ -188,7 +188,7 @@ class Signature(NamedTuple):
         """The batch axis of each tensor, or its axis of rows if packed; None for parameters of the layer."""
         axes: list[int | None] = [0 if packed else 1, 1, 1, *[None] * self.weight_count]
         counts = iter(self.counts)
-        for name in (*_LEARNED, *_CONSTANT):
+        for name in (*_DIFFERENTIABLE, *_CONSTANT):
             option = _TABLE[name].metadata
             axes += (
                 [None] * next(counts) if name in _LISTS else [option["axis"] - (packed and option["rows"])]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.arguments import (
-    NOTHING,
-    Asked,
+    NO_OPTIONS,
+    CallOptions,
     any_requested,
     flag,
     forget_bias_value,
@@ -247,13 +247,13 @@ class LSTM(KnownToTools, ScriptedLSTM):
             TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` is not two Tensors, batch sizes are
                 not integers, or an argument after ``hx`` has a wrong type.
         """
-        asked = NOTHING
+        call_options = NO_OPTIONS
         if (
             not (lengths is resets is reset_state is mask is None)
             or return_cell_states is not False
             or return_gates is not False
         ):
-            asked = Asked(lengths, resets, reset_state, mask, return_cell_states, return_gates)
+            call_options = CallOptions(lengths, resets, reset_state, mask, return_cell_states, return_gates)
         if isinstance(input, Tensor):
             rank = input.dim()
             if rank == 3:
@@ -267,12 +267,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
             layout = PackedLayout(input, hx)
         elif isinstance(input, torch.fx.Proxy):
-            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), asked.given())
+            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), call_options.given())
         else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
             )
-        return self._run(input, hx, layout, asked)
+        return self._run(input, hx, layout, call_options)
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -331,13 +331,13 @@ class LSTM(KnownToTools, ScriptedLSTM):
         input: Any,
         hx: Any,
         layout: Layout,
-        asked: Asked = NOTHING,
+        call_options: CallOptions = NO_OPTIONS,
     ) -> Any:
         """Check and compute. The path without an error or an option is short, because a step takes microseconds."""
         if is_jit_tracing():
-            return self._traced(input, hx, layout, asked)
+            return self._traced(input, hx, layout, call_options)
         weights = self._weights_by_layer()
-        requested = any_requested(self, asked)
+        requested = any_requested(self, call_options)
         if not requested and layout.code >= 0:
             results = route.plain_layers(self, weights, input, hx, layout.code)
             if results is not None:
@@ -376,7 +376,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if requested:
             for layer_weights in weights:
                 route.refuse_none(layer_weights)
-            options = stack_options(self, self._norm_weights(), x, layout, state_shapes, asked)
+            options = stack_options(self, self._norm_weights(), x, layout, state_shapes, call_options)
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
     def _norm_weights(self) -> list[list[Tensor]]:
@@ -459,10 +459,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if x.size(0) == 0:
             raise RuntimeError(EMPTY_SEQUENCE)
 
-    def _traced(self, input: Any, hx: Any, layout: Layout, asked: Asked) -> Any:
+    def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
-        if is_step or asked.given() or options_of(self):
+        if is_step or call_options.given() or options_of(self):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
 

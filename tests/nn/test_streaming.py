@@ -86,7 +86,8 @@ def test_few_rows_within_rounding(name, dtype):
                     )
     finally:
         torch.set_num_threads(before)
-    assert dtype == torch.float64 or not worst.problems()
+    # In float64 there is no better reference, and what is normalised makes more than 64 eps of a rounding.
+    assert not worst.problems() or (dtype == torch.float64 and "layer_norm" in OPTIONS[name])
 
 
 # H, directions, and the most rows of all steps whose weights are read as they lie.

@@ -60,7 +60,8 @@ DeviceBuffer<T> random_values(size_t count, const char* name) {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// Of a number of type T computed in sums of another type: a few roundings of each, and of terms of the size `terms`.
+// A number of type T that is computed in sums of another type may be off by a few roundings of each, and of terms of
+// the size `terms`.
 template <typename T>
 void expect_near(T got, double expected, const std::string& what, double terms = 0) {
   const double x = to_double(got);

@@ -1,8 +1,8 @@
 """Registers and shared memory of every kernel and architecture, as resources.json records them; and how many
 instructions the loop over the steps of a persistent kernel has.
 
-python tests/simt/resources.py            what has changed
-python tests/simt/resources.py --write    records what is
+cd tests; python -m simt.resources            what has changed
+cd tests; python -m simt.resources --write    records what is
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ WORK = ROOT / "build" / "mutants"
 # Not compiled without nvcc.
 NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h")
 # Tests of tools and texts, which no line of the product could fail, or which run the same tests again.
-NO_TESTS = ("test_planted", "test_docs", "test_tools", "test_conftest", "test_mutants")
+NO_TESTS = ("test_planted", "test_docs", "test_conftest", "test_mutants")
 EMULATED = ("test_step_kernels", "test_stepwise", "test_persistent_kernels", "test_first_use")
 # One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
 PROBES = (
