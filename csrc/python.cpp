@@ -234,9 +234,9 @@ py::dict cuda_facts(int device) {
 }
 
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-                   int directions, const std::string& dtype, bool tf32, bool projected, bool normalised, bool backward,
-                   bool packed, bool options, const std::string& kernel, const std::optional<bool>& step_outcome,
-                   const std::optional<bool>& persistent_outcome) {
+                   int directions, const std::string& dtype, bool tf32, bool projected, bool normalised,
+                   bool cell_options, bool backward, bool packed, bool options, const std::string& kernel,
+                   const std::optional<bool>& step_outcome, const std::optional<bool>& persistent_outcome) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
   const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
@@ -271,7 +271,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   std::tie(request.step, request.persistent) = std::make_pair(said(step_outcome), said(persistent_outcome));
   request.reasons = true;
   const Plan found = plan({steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected,
-                           normalised, backward, packed, options},
+                           normalised, cell_options, backward, packed, options},
                           facts, request);
   py::dict result;
   result["kernel"] = name_of(found.kernel);
@@ -349,8 +349,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
-        py::arg("backward") = false, py::arg("packed") = false, py::arg("options") = false, py::arg("kernel") = "auto",
-        py::arg("step_outcome") = py::none(), py::arg("persistent_outcome") = py::none());
+        py::arg("cell_options") = false, py::arg("backward") = false, py::arg("packed") = false,
+        py::arg("options") = false, py::arg("kernel") = "auto", py::arg("step_outcome") = py::none(),
+        py::arg("persistent_outcome") = py::none());
   m.def("cuda_facts", &cuda_facts, py::arg("device"));
   m.def("set_cuda_constants", &set_cuda_constants, py::arg("capability"), py::arg("constants"));
   m.def(

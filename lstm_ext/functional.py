@@ -32,6 +32,9 @@ def lstm(
     recurrent_dropout: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
     norm_weights: Sequence[Tensor] | None = None,
+    peephole_weights: Sequence[Tensor] | None = None,
+    cell_clip: float | None = None,
+    coupled_gates: bool = False,
     recompute: bool = False,
     return_cell_states: bool = False,
     return_gates: bool = False,
@@ -62,6 +65,9 @@ def lstm(
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
             direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for layers
             without it.
+        peephole_weights: the weights of peepholes, a flat sequence: for each layer, and in it for each direction,
+            ``weight_ci``, ``weight_cf``, ``weight_co``, (H) each. None for layers without them.
+        cell_clip, coupled_gates: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
@@ -87,6 +93,9 @@ def lstm(
         recurrent_dropout=recurrent_dropout,
         zoneout=zoneout,
         norm_weights=norm_weights,
+        peephole_weights=peephole_weights,
+        cell_clip=cell_clip,
+        coupled_gates=coupled_gates,
         recompute=recompute,
         lengths=lengths,
         resets=resets,

@@ -35,6 +35,9 @@ plain layer. docs/options.md says which of them run on the kernels.
 - ``zoneout_h=0``, ``zoneout_c=0``: the share of the previous state that is kept, used if there are no flags.
 - ``norm=None``: the parameters of layer normalisation, for each direction gain_ih (4H), gain_hh (4H), gain_c (H), and
   bias_c (H) if ``has_bias``.
+- ``peephole=None``: for each direction the peepholes' weights w_ci, w_cf and w_co, (H) each. Not with ``norm``.
+- ``cell_clip=0``: the bound of abs(c_t); 0 for none.
+- ``coupled_gates=False``: whether f = 1 - i. Not with ``norm``.
 - ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
 
 ``lstm_layer_forward`` takes the same arguments. It also returns what the backward pass needs::
@@ -42,7 +45,7 @@ plain layer. docs/options.md says which of them run on the kernels.
     lstm_layer_forward(...) -> (output, h_n, c_n, cell_states, gate_values,
                                 gates, cells, hidden, norm_products, norm_factors)
 
-- gates (D, T, B, 4H): the gate values on the CPU, and the preactivations on CUDA.
+- gates (D, T, B, 4H): the gate values on the CPU, and on CUDA what the nonlinearities made them from.
 - cells (D, T, B, H); with a projection hidden (D, T, B, H).
 - With layer normalisation norm_products (2 D, T, B, 4H), the normalised products, those of the input before those of h;
   and norm_factors (D, T, B, 2), which they were multiplied by.
@@ -57,10 +60,10 @@ they have that of the input. The operator is not differentiable.
                         grad_output, grad_h_n, grad_c_n, grad_cell_states, grad_gate_values,
                         output, gates, cells, hidden, norm_products, norm_factors, needs_grad) -> Tensor[]
 
-``needs_grad`` has an entry for input, h0, c0, each weight, reset_h, reset_c and each parameter of norm. The result has
-the same entries: a gradient, or a tensor without elements where ``needs_grad`` is False. A gradient of a result that is
-None means zeros. hidden, norm_products and norm_factors may be None where they have no elements. The operator is not
-differentiable.
+``needs_grad`` has an entry for input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and peephole.
+The result has the same entries: a gradient, or a tensor without elements where ``needs_grad`` is False. A gradient of
+a result that is None means zeros. hidden, norm_products and norm_factors may be None where they have no elements. The
+operator is not differentiable.
 
 All raise RuntimeError or ValueError for arguments that do not fit, and name the argument.
 """

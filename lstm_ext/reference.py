@@ -30,6 +30,11 @@ The options of a layer, which torch does not have, in the order in which step t 
                             gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H preactivations of the gates together,
                             and h_t = o_t * tanh(gain_c * N(c_t) + bias_c), with N over the H units.
                             N(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), with the biased variance.
+    peephole                z_i and z_f, what the sigmoids of i and f take, get w_ci * c_{t-1} and w_cf * c_{t-1} added;
+                            z_o gets w_co * c'_t, the c of this step before zoneout
+    coupled_gates           f_t = 1 - i_t; the rows of f in the weights, and w_cf, are not used
+    cell_clip               c_t = min(max(f_t * c_{t-1} + i_t * g_t, -clip), clip), before anything else sees it; the
+                            gradient is that of torch.clamp
     zoneout                 c_t = k_c * c_{t-1} + (1 - k_c) * c'_t and h_t = k_h * h_{t-1} + (1 - k_h) * h'_t, where
                             c'_t and h'_t are the results of the equations above (with a projection, the projected
                             h'_t); h'_t is made of c'_t, not of c_t. In training k is random, 0 or 1, for each element
@@ -43,6 +48,10 @@ as it is, and only h_t sees it normalised (the cells of TorchScript's ``fastrnns
 on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases
 of the layer serve as both.
 
+Peepholes follow Gers, Schraudolph and Schmidhuber (2002, https://www.jmlr.org/papers/v3/gers02a.html) and the diagonal
+W_ci, W_cf, W_co of Graves (2013, https://arxiv.org/abs/1308.0850, equations 7 to 11). Coupled gates are variant CIFG of
+Greff et al. (2017, https://arxiv.org/abs/1503.04069). The bound of c_t is ``cell_clip`` of TensorFlow's ``LSTMCell``.
+
 Every function is differentiable any number of times and takes any device and any dtype. bfloat16 and float16 are
 computed in float32, the cell state included, and rounded once, at the end of a layer.
 """
@@ -53,7 +62,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from .call import run
 from .layer import equations
@@ -101,48 +109,6 @@ def lstm_layer(
     return results[:3] if options is None else results
 
 
-def lstm(
-    input: Tensor | PackedSequence,
-    hx: tuple[Tensor, Tensor] | None,
-    weights: Sequence[Tensor],
-    bias: bool = True,
-    num_layers: int = 1,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    batch_first: bool = False,
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    resets: Tensor | PackedSequence | None = None,
-    reset_state: tuple[Tensor, Tensor] | None = None,
-    mask: Tensor | None = None,
-    recurrent_dropout: float = 0.0,
-    zoneout: float | tuple[float, float] = 0.0,
-    norm_weights: Sequence[Tensor] | None = None,
-    recompute: bool = False,
-    return_cell_states: bool = False,
-    return_gates: bool = False,
-) -> Any:
+def lstm(*args: Any, **kwargs: Any) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
-    return run.lstm(
-        equations.lstm_layer,
-        input,
-        hx,
-        weights,
-        bias,
-        num_layers,
-        dropout,
-        training,
-        bidirectional,
-        batch_first,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        norm_weights=norm_weights,
-        recompute=recompute,
-        lengths=lengths,
-        resets=resets,
-        reset_state=reset_state,
-        mask=mask,
-        return_cell_states=return_cell_states,
-        return_gates=return_gates,
-    )
+    return run.lstm(equations.lstm_layer, *args, **kwargs)

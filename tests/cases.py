@@ -61,6 +61,9 @@ class Case:
     mask: bool = False  # of recurrent dropout
     zoneout: str = ""  # "flags" or "shares"; of one state "flags of h", "share of h" and so on
     norm: str = ""  # the dtype of its parameters: "own", or "float32" for 16-bit input
+    peephole: str = ""  # the same
+    cell_clip: float = 0
+    coupled_gates: bool = False
     returned: str = ""  # "cell states", "gates" or "both", and their gradients
     recompute: bool = False
 
@@ -81,9 +84,13 @@ class Case:
             or self.mask
             or self.zoneout
             or self.norm
+            or self.has_cell_options()
             or self.returned
             or self.recompute
         )
+
+    def has_cell_options(self) -> bool:
+        return bool(self.peephole or self.cell_clip or self.coupled_gates)
 
     @property
     def directions(self) -> int:
@@ -130,6 +137,30 @@ OPTIONS = {
     ),
     "norm, more units than threads": Case(norm="own", steps=2, batch=2, hidden_size=300),
     "norm, in chunks": Case(norm="own", hidden_size=16, chunk_bytes=2000, resets="to a state"),
+    "norm, clip": Case(norm="own", hidden_size=16, cell_clip=0.3, resets="to a state"),
+    "peephole": Case(peephole="own", bidirectional=True),
+    "peephole, packed, projection": Case(
+        peephole="float32", packed=(5, 3, 1), proj_size=2, resets="to a state", bidirectional=True
+    ),
+    "peephole, no hx, in chunks": Case(peephole="own", hx=False, bias=False, chunk_bytes=700, steps=9),
+    "clip": Case(cell_clip=0.2, bidirectional=True, returned="both"),
+    "clip, shares": Case(cell_clip=0.2, zoneout="shares", packed=(5, 3, 1)),
+    "coupled": Case(coupled_gates=True, returned="both", bidirectional=True),
+    "coupled, clip, recompute": Case(
+        coupled_gates=True, cell_clip=0.3, recompute=True, proj_size=2, chunk_bytes=1000
+    ),
+    "peephole, clip, coupled, all": Case(
+        bidirectional=True,
+        proj_size=3,
+        lengths=LENGTHS,
+        resets="to a state",
+        mask=True,
+        zoneout="flags",
+        peephole="own",
+        cell_clip=0.4,
+        coupled_gates=True,
+        returned="both",
+    ),
     "mask, shares, lengths, resets, projection": Case(
         mask=True, zoneout="shares", lengths=LENGTHS, resets="to a state", proj_size=2
     ),
@@ -297,6 +328,7 @@ class Layer:
         for _ in range(D if case.norm else 0):
             self.norm += [(1 + draw(n, scale=0.2)).to(dtype).double() for n in (4 * H, 4 * H, H)]
             self.norm += [draw(H)] if case.bias else []
+        self.peephole = [draw(H, scale=0.5) for _ in range(3 * D if case.peephole else 0)]
         if case.returned in ("cell states", "both"):
             self.grads.append(draw(D, *rows, H))
         if case.returned in ("gates", "both"):
@@ -308,7 +340,7 @@ class Layer:
 
     def learned(self) -> list[Tensor | None]:
         """What of the options may have gradients."""
-        return [self.reset_h, self.reset_c, *self.norm] if self.case.has_options() else []
+        return [self.reset_h, self.reset_c, *self.norm, *self.peephole] if self.case.has_options() else []
 
     def names(self) -> list[str]:
         """The names of results and gradients."""
@@ -326,11 +358,12 @@ class Layer:
         inputs += [f"{name}{end}" for end in ("", "_reverse")[: case.directions] for name in one]
         if self.learned():
             inputs += ["reset_h", "reset_c", *(f"norm {n}" for n in range(len(self.norm)))]
+            inputs += [f"w_{n}" for n in ("ci", "cf", "co")[: len(self.peephole)]] * case.directions
         needed = [name for name, needed in zip(inputs, self.needs_grad, strict=True) if needed]
         return [*results, *(f"grad of {name}" for name in needed)]
 
     def options(self, dtype: torch.dtype, learned: Sequence[Tensor | None]) -> LayerOptions | None:
-        """Those of the case; `learned` are reset_h, reset_c and the parameters of layer normalisation."""
+        """Those of the case; `learned` are those of `learned`."""
         if not self.case.has_options():
             return None
         # A mask of 16 bits would not hold 1 / 0.7.
@@ -345,7 +378,10 @@ class Layer:
             keep_c=self.keep_c,
             zoneout_h=self.shares[0],
             zoneout_c=self.shares[1],
-            norm=tuple(learned[2:]),
+            norm=tuple(learned[2 : 2 + len(self.norm)]),
+            peephole=tuple(learned[2 + len(self.norm) :]),
+            cell_clip=self.case.cell_clip,
+            coupled_gates=self.case.coupled_gates,
             return_cell_states=self.case.returned in ("cell states", "both"),
             return_gates=self.case.returned in ("gates", "both"),
             recompute=self.case.recompute,

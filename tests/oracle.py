@@ -130,6 +130,9 @@ def normalised(a: Tensor, gain: Tensor, shift: Tensor | float) -> Tensor:
 class Cell:
     """One layer and direction on one sequence's row; all vectors."""
 
+    # How near a c_t came to cell_clip: there, the gradient depends on rounding.
+    nearest_to_clip = math.inf
+
     def __init__(self, module: lstm_ext.LSTM, suffix: str) -> None:
         self.module = module
         names = dict(module.named_parameters())
@@ -141,14 +144,25 @@ class Cell:
             self.gain_ih, self.gain_hh = names[f"ln_gain_ih{suffix}"], names[f"ln_gain_hh{suffix}"]
             self.gain_c = names[f"ln_gain_c{suffix}"]
             self.bias_c = names.get(f"ln_bias_c{suffix}", 0.0)
+        self.sees = [names.get(f"weight_c{gate}{suffix}", 0.0) for gate in "ifo"]
 
     def __call__(self, x, h, c, dropped, kept_h, kept_c):
         from_x, from_h = self.w_ih @ x, self.w_hh @ (h * dropped)
         if self.module.layer_norm:
             from_x, from_h = normalised(from_x, self.gain_ih, 0.0), normalised(from_h, self.gain_hh, 0.0)
         i, f, g, o = (from_x + from_h + self.b_ih + self.b_hh).view(4, -1)
-        i, f, g, o = 1 / (1 + torch.exp(-i)), 1 / (1 + torch.exp(-f)), torch.tanh(g), 1 / (1 + torch.exp(-o))
+        i = 1 / (1 + torch.exp(-i - self.sees[0] * c))
+        f = 1 / (1 + torch.exp(-f - self.sees[1] * c))
+        if self.module.coupled_gates:
+            f = 1 - i
+        g = torch.tanh(g)
         new_c = i * g + f * c
+        if self.module.cell_clip is not None:
+            bound = torch.full_like(new_c, self.module.cell_clip)
+            distance = (new_c.detach().abs() - bound).abs().min().item()
+            Cell.nearest_to_clip = min(Cell.nearest_to_clip, distance)
+            new_c = torch.where(new_c.abs() > bound, bound * new_c.detach().sign(), new_c)
+        o = 1 / (1 + torch.exp(-o - self.sees[2] * new_c))
         seen = normalised(new_c, self.gain_c, self.bias_c) if self.module.layer_norm else new_c
         new_h = torch.tanh(seen) * o
         if self.w_hr is not None:

@@ -160,7 +160,7 @@ def step_of(options: dict[str, Any]) -> str:
             parts.append(f"flags of {state}")
         elif options.get(f"zoneout_{state}"):
             parts.append(f"share of {state}")
-    parts += ["norm"] if options.get("norm") else []
+    parts += [name for name in ("norm", "peephole", "cell_clip", "coupled_gates") if options.get(name)]
     parts += ["recompute"] if options.get("recompute") else []
     parts += ["returned"] if options.get("return_cell_states") or options.get("return_gates") else []
     return ", ".join(parts) or "plain"

@@ -92,8 +92,8 @@ def text(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> str:
         "evaluation mode. Double backward means second derivatives; the forward pass before them runs on the kernels. "
         "`jvp`, `vmap` and `grad` are those of `torch.func`. Autocast is to bfloat16, forward and backward. "
         "`torch.compile` is inductor with `fullgraph=True`, forward and backward. All together means two layers with "
-        "`dropout`, both directions, a projection and every row from `lengths` down except `zoneout`, evaluation, and "
-        "`mask`, which says the same as `lengths`.",
+        "`dropout`, both directions, a projection and every row from `lengths` down except `zoneout`, evaluation, "
+        "those of other cells, and `mask`, which says the same as `lengths`.",
         "",
         f"CUDA: {cuda_line(record, of_cuda)}",
         "",

@@ -101,6 +101,9 @@ FEATURES: dict[str, Feature] = {
     "zoneout": Feature("`zoneout`", {"zoneout": (0.2, 0.3)}),
     "zoneout_eval": Feature("`zoneout`, evaluation", {"zoneout": (0.2, 0.3)}, training=False),
     "layer_norm": Feature("`layer_norm`", {"layer_norm": True}),
+    "peephole": Feature("`peephole`", {"peephole": True}),
+    "cell_clip": Feature("`cell_clip`", {"cell_clip": 0.3}),
+    "coupled_gates": Feature("`coupled_gates`", {"coupled_gates": True}),
     "forget_bias": Feature("`forget_bias`", {"forget_bias": 1.0}),
     "recompute": Feature("`recompute`", {"recompute": True}),
     "packed_extras": Feature(
@@ -351,9 +354,11 @@ class Problem:
                 x = x * masks[k].dropout
             own = slice(k * feature.directions, (k + 1) * feature.directions)
             h0, c0, *reset_state = [s[own] for s in states]
-            norm = []
+            norm, peephole = [], []
             if feature.options.get("layer_norm"):
                 norm = [parameters[f"{n}_l{k}{suffix}"] for suffix in suffixes for n in norm_names]
+            if feature.options.get("peephole"):
+                peephole = [parameters[f"weight_c{n}_l{k}{suffix}"] for suffix in suffixes for n in "ifo"]
             reset_h, reset_c = reset_state or (None, None)
             zoneout = dict(zip("hc", masks[k].zoneout, strict=True))
             options = LayerOptions(
@@ -365,6 +370,9 @@ class Problem:
                 **{f"keep_{s}": z for s, z in zoneout.items() if isinstance(z, Tensor)},
                 **{f"zoneout_{s}": z for s, z in zoneout.items() if not isinstance(z, Tensor)},
                 norm=tuple(norm),
+                peephole=tuple(peephole),
+                cell_clip=feature.options.get("cell_clip", 0),
+                coupled_gates=feature.options.get("coupled_gates", False),
                 return_cell_states="return_cell_states" in feature.call,
                 return_gates="return_gates" in feature.call,
             )

@@ -15,8 +15,9 @@
 //   output(z_o, c, o, h)     o = sigmoid(z_o) and h = o tanh(c)
 //   kOutputGateFirst         whether o is made before c_t where it can be; then sigmoid and hidden replace output
 //   squash(c)                tanh(c) for the backward pass: value(), and slope(value) = 1 - tanh(c)^2
-//   clamp(v, bound)          a NaN stays one; with clip only
-//   within(v, bound, a)      0 where |v| >= bound, else a; with clip only
+//   clamp(v, bound)          bounds |v|, a NaN stays one; for cells with options only
+//   within(v, bound, a)      a where |v| <= bound, else 0; for cells with options only
+//   below(v, bound, a)       a where |v| < bound, else 0; for cells without exact gates only
 //
 // The functions of this file are templates of a Math, so their linkage is as internal as that of the Math. The linker
 // merges no copies of them, and so cannot keep one of a newer instruction set. A CPU kernel may include this file after
@@ -28,31 +29,24 @@
 
 #include "contract/layer.h"
 
-#if defined(__CUDACC__)
-#define LSTM_EXT_CELL_LAMBDA
-#else
-#define LSTM_EXT_CELL_LAMBDA __attribute__((always_inline))
-#endif
-
 namespace lstm_ext::cell {
 
 // In torch's order.
 enum Gate { kI, kF, kG, kO };
 constexpr int kGates = 4;
 
-// The parts of a cell beyond the equations above, known when it is compiled.
-template <bool peephole = false, bool clip = false, bool coupled = false>
-struct Features {
-  // Peephole weights: a weight of each unit times c_{t-1} is added to z_i and z_f, and one times c_t to z_o. `cell` has
-  // peephole(gate).
-  static constexpr bool kPeephole = peephole;
-  // c_t is clamped to [-clip, clip] before anything sees it. `cell` has clip().
-  static constexpr bool kClip = clip;
-  // f = 1 - i. z_f is not read, and its gradient is 0.
-  static constexpr bool kCoupled = coupled;
+// The cell of the equations above.
+struct Plain {
+  static constexpr bool kOptions = false;
 };
-using Plain = Features<>;
-struct NoParameters {};
+// Every other cell has kOptions = true, and says at run time what it does beyond them:
+//
+//   peepholes()   adds a weight of each unit, peephole(gate), times c_{t-1} to z_i and z_f, and one times c_t to z_o
+//   clips()       clamps c_t to [-clip(), clip()] before anything sees it; its gradient is that of torch.clamp
+//   coupled()     f = 1 - i: z_f is not read, and its gradient is 0
+//
+// kExactGates: whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell
+// a c_t on the edge that was clipped from one that was not. Otherwise neither of them passes a gradient on.
 
 // A c_{t-1} that is in a register already.
 template <typename Math>
@@ -74,49 +68,45 @@ struct NoStore {
 
 // ---- forward
 
-// c_t from the gate values. The product with f is left out if there is no c_{t-1}.
-template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
+// c_t from the gate values, before it is clipped. The product with f is left out if there is no c_{t-1}.
+template <typename Math, typename Before>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value unclipped_state(const typename Math::Gates& gates, const Before& before) {
+  const typename Math::Value c = gates[kI] * gates[kG];
+  return before.there() ? Math::fma(gates[kF], before.load(), c) : c;
+}
+template <typename Math, typename Before, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value state(const typename Math::Gates& gates, const Before& before,
                                                     const Cell& cell = {}) {
-  typename Math::Value c = gates[kI] * gates[kG];
-  c = before.there() ? Math::fma(gates[kF], before.load(), c) : c;
-  if constexpr (Options::kClip) c = Math::clamp(c, cell.clip());
+  typename Math::Value c = unclipped_state<Math>(gates, before);
+  if constexpr (Cell::kOptions) {
+    if (cell.clips()) c = Math::clamp(c, cell.clip());
+  }
   return c;
 }
 
 // Computes the three gates that c_t needs: i, f and g.
-template <typename Options, typename Math, typename Before, typename Cell>
-LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const Before& before, const Cell& cell,
+template <typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const Cell& cell,
                                           typename Math::Gates& gates) {
-  const auto seen = [&](Gate gate) LSTM_EXT_CELL_LAMBDA {
-    if constexpr (Options::kPeephole) {
-      if (before.there()) return Math::fma(cell.peephole(gate), before.load(), z[gate]);
+  if constexpr (Cell::kOptions) {
+    Math::input(z[kI], z[kG], gates[kI], gates[kG]);
+    if (cell.coupled()) {
+      gates[kF] = Math::number(1) - gates[kI];
+    } else {
+      gates[kF] = Math::sigmoid(z[kF]);
     }
-    return z[gate];
-  };
-  if constexpr (!Options::kCoupled) gates[kF] = Math::sigmoid(seen(kF));
-  Math::input(seen(kI), z[kG], gates[kI], gates[kG]);
-  if constexpr (Options::kCoupled) gates[kF] = Math::number(1) - gates[kI];
-}
-// z_o with the peephole's part.
-template <typename Options, typename Math, typename Cell>
-LSTM_EXT_CONTRACT_INLINE typename Math::Value output_z(const typename Math::Gates& z, typename Math::Value c,
-                                                       const Cell& cell) {
-  if constexpr (Options::kPeephole) return Math::fma(cell.peephole(kO), c, z[kO]);
-  return z[kO];
+  } else {
+    gates[kF] = Math::sigmoid(z[kF]);
+    Math::input(z[kI], z[kG], gates[kI], gates[kG]);
+  }
 }
 
-// Recomputes all gate values from saved preactivations.
-template <typename Options, typename Math, typename Before, typename Cell = NoParameters>
-LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Before& before,
-                                                          const Cell& cell = {}) {
+// The gate values of preactivations that forward has seen.
+template <typename Math, typename Cell = Plain>
+LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Cell& cell = {}) {
   typename Math::Gates gates;
-  state_gates<Options, Math>(z, before, cell, gates);
-  if constexpr (Options::kPeephole) {
-    gates[kO] = Math::sigmoid(output_z<Options, Math>(z, state<Options, Math>(gates, before, cell), cell));
-  } else {
-    gates[kO] = Math::sigmoid(z[kO]);
-  }
+  state_gates<Math>(z, cell, gates);
+  gates[kO] = Math::sigmoid(z[kO]);
   return gates;
 }
 
@@ -126,20 +116,31 @@ struct Forward {
   typename Math::Value c, h;
 };
 
-// store(c_t) runs as soon as c_t is known.
-template <typename Options, typename Math, typename Before, typename Cell = NoParameters, typename Store = NoStore>
-LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(const typename Math::Gates& z, const Before& before,
-                                               const Cell& cell = {}, const Store& store = {}) {
-  constexpr bool kOutputGateFirst = Math::kOutputGateFirst && !Options::kPeephole;
+// store(c_t) runs as soon as c_t is known. With options, z becomes what the nonlinearities see: with peepholes their
+// part is added, and a coupled z_f is -z_i.
+template <typename Math, typename Z, typename Before, typename Cell = Plain, typename Store = NoStore>
+LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, const Cell& cell = {},
+                                               const Store& store = {}) {
+  constexpr bool kOutputGateFirst = Math::kOutputGateFirst && !Cell::kOptions;
   Forward<Math> now;
-  state_gates<Options, Math>(z, before, cell, now.gates);
+  if constexpr (Cell::kOptions) {
+    if (cell.peepholes() && before.there()) {
+      z[kI] = Math::fma(cell.peephole(kI), before.load(), z[kI]);
+      z[kF] = Math::fma(cell.peephole(kF), before.load(), z[kF]);
+    }
+    if (cell.coupled()) z[kF] = Math::number(0) - z[kI];
+  }
+  state_gates<Math>(z, cell, now.gates);
   if constexpr (kOutputGateFirst) now.gates[kO] = Math::sigmoid(z[kO]);
-  now.c = state<Options, Math>(now.gates, before, cell);
+  now.c = state<Math>(now.gates, before, cell);
   store(now.c);
   if constexpr (kOutputGateFirst) {
     now.h = Math::hidden(now.gates[kO], now.c);
   } else {
-    Math::output(output_z<Options, Math>(z, now.c, cell), now.c, now.gates[kO], now.h);
+    if constexpr (Cell::kOptions) {
+      if (cell.peepholes()) z[kO] = Math::fma(cell.peephole(kO), now.c, z[kO]);
+    }
+    Math::output(z[kO], now.c, now.gates[kO], now.h);
   }
   return now;
 }
@@ -163,53 +164,60 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden_backward(typename Math::Val
 template <typename Math>
 struct Backward {
   typename Math::Gates dz;
-  typename Math::Value dc;         // dL/dc_t, complete for this step
   typename Math::Value dc_before;  // without zoneout's part of c_{t-1}
 };
 
 // Backward through c_t, from dL/dc_t (without the peepholes' part) and dL/do. `given` is the gradient of the gate
 // values if they are results of the layer.
-template <typename Options, typename Math, typename Given, typename Cell = NoParameters>
+template <typename Math, typename Given, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gates& gates, typename Math::Value c_before,
                                                        typename Math::Value c, typename Math::Value dc,
                                                        typename Math::Value d_o, const Given& given,
                                                        const Cell& cell = {}) {
   using Value = typename Math::Value;
   Backward<Math> result;
-  if constexpr (Options::kPeephole) {
+  if constexpr (Cell::kOptions) {
     if (given.there()) d_o = d_o + given.load(kO);
-    dc = Math::fma(cell.peephole(kO), d_o * sigmoid_slope<Math>(gates[kO]), dc);
+    if (cell.peepholes()) dc = Math::fma(cell.peephole(kO), d_o * sigmoid_slope<Math>(gates[kO]), dc);
+    if (cell.clips()) {
+      if constexpr (Cell::kExactGates) {
+        dc = Math::within(unclipped_state<Math>(gates, Here<Math>{c_before}), cell.clip(), dc);
+      } else {
+        dc = Math::below(c, cell.clip(), dc);
+      }
+    }
   }
-  if constexpr (Options::kClip) dc = Math::within(c, cell.clip(), dc);
   Value d_i = dc * gates[kG], d_f = dc * c_before, d_g = dc * gates[kI];
   if (given.there()) {
     d_i = d_i + given.load(kI);
     d_f = d_f + given.load(kF);
     d_g = d_g + given.load(kG);
-    if constexpr (!Options::kPeephole) d_o = d_o + given.load(kO);
+    if constexpr (!Cell::kOptions) d_o = d_o + given.load(kO);
   }
-  if constexpr (Options::kCoupled) d_i = d_i - d_f;
+  if constexpr (Cell::kOptions) {
+    if (cell.coupled()) d_i = d_i - d_f;
+  }
   result.dz[kI] = d_i * sigmoid_slope<Math>(gates[kI]);
-  result.dz[kF] = Options::kCoupled ? Math::number(0) : d_f * sigmoid_slope<Math>(gates[kF]);
+  result.dz[kF] = d_f * sigmoid_slope<Math>(gates[kF]);
   result.dz[kG] = d_g * (Math::number(1) - gates[kG] * gates[kG]);
   result.dz[kO] = d_o * sigmoid_slope<Math>(gates[kO]);
-  result.dc = dc;
   result.dc_before = dc * gates[kF];
-  if constexpr (Options::kPeephole) {
-    result.dc_before = Math::fma(cell.peephole(kI), result.dz[kI], result.dc_before);
-    if constexpr (!Options::kCoupled) {
+  if constexpr (Cell::kOptions) {
+    if (cell.coupled()) result.dz[kF] = Math::number(0);
+    if (cell.peepholes()) {
+      result.dc_before = Math::fma(cell.peephole(kI), result.dz[kI], result.dc_before);
       result.dc_before = Math::fma(cell.peephole(kF), result.dz[kF], result.dc_before);
     }
   }
   return result;
 }
 
-template <typename Options, typename Math, typename Given, typename Cell = NoParameters>
+template <typename Math, typename Given, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE Backward<Math> backward(const typename Math::Gates& gates, typename Math::Value c_before,
                                                  typename Math::Value c, typename Math::Value dh,
                                                  typename Math::Value dc, const Given& given, const Cell& cell = {}) {
   const auto d_o = hidden_backward<Math>(gates[kO], Math::squash(c), dh, dc);
-  return state_backward<Options, Math>(gates, c_before, c, dc, d_o, given, cell);
+  return state_backward<Math>(gates, c_before, c, dc, d_o, given, cell);
 }
 
 // One cell's part of the gradient of a peephole weight.

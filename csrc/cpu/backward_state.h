@@ -76,45 +76,63 @@ struct CellRows {
   }
 
   // Backward through c_t, from dL/dc_t, dL/do and the cell's values.
+  template <typename Cell>
   LSTM_EXT_INLINE cell::Backward<OwnDivisions<T>> through_state(int64_t row, int64_t unit, int lanes,
                                                                 const Gates<T>& gates, Reg<T> c_previous, Reg<T> c,
-                                                                Reg<T> grad, Reg<T> grad_o) const {
+                                                                Reg<T> grad, Reg<T> grad_o, const Cell& cell) const {
     const GivenGradients<T> given{grad_gate_values ? grad_gate_values + row * 4 * step + unit : nullptr, hidden_size,
                                   lanes};
-    return cell::state_backward<cell::Plain, OwnDivisions<T>>(gates, c_previous, c, grad, grad_o, given);
+    return cell::state_backward<OwnDivisions<T>>(gates, c_previous, c, grad, grad_o, given, cell);
   }
 
   // The backward pass of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the
-  // preactivations and carries dL/dc on. `zoneout` is the one of c.
-  template <bool kZoneout>
+  // preactivations and carries dL/dc on. `options` is null for a plain layer. `peephole_sums`, kGates times (H), is
+  // null without peepholes.
+  template <bool kOptions>
   LSTM_EXT_INLINE void cell_gradient(int64_t row, int64_t unit, Reg<T> grad_h, int lanes,
-                                     const Zoneout<T>* zoneout = nullptr) const {
+                                     const StepOptions<T>* options = nullptr, T* peephole_sums = nullptr) const {
     const int64_t H = hidden_size, at = row * step + unit;
     const Gates<T> gates = load_gates<T>(gate_values + row * 4 * step + unit, H, lanes);
     const T* const previous = previous_row(row);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : Simd<T>::zero();
     // h_t sees c_t before zoneout, which is not saved.
-    const Reg<T> c = kZoneout ? cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes})
-                              : load_lanes<T>(cells + at, lanes);
+    Reg<T> c;
+    if constexpr (kOptions) {
+      c = cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}, {options->cell, unit, lanes});
+    } else {
+      c = load_lanes<T>(cells + at, lanes);
+    }
     Reg<T> grad = carried_gradient(row, unit, lanes);
     Reg<T> previous_part = Simd<T>::zero();
-    if constexpr (kZoneout) {
+    if constexpr (kOptions) {
       add_result_gradient(grad, row, unit, lanes);  // the zoneout of c applies to it too
-      if (zoneout->active()) {
-        const auto split = split_gradient<T>({*zoneout, (place + row * batch_step) * H + unit, lanes}, grad);
+      if (options->zoneout_c.active()) {
+        const auto split = split_gradient<T>({options->zoneout_c, (place + row * batch_step) * H + unit, lanes}, grad);
         grad = split.fresh;
         previous_part = split.previous;
       }
     }
     using Math = OwnDivisions<T>;
     const Reg<T> grad_o = cell::hidden_backward<Math>(gates[kO], Math::squash(c), grad_h, grad);
-    if (!kZoneout) add_result_gradient(grad, row, unit, lanes);
-    const auto grads = through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o);
+    if (!kOptions) add_result_gradient(grad, row, unit, lanes);
+    const auto grads = [&]() LSTM_EXT_LAMBDA_INLINE {
+      if constexpr (kOptions) {
+        return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o,
+                             CellAt<T>{options->cell, unit, lanes});
+      } else {
+        return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o, cell::Plain{});
+      }
+    }();
+    if (kOptions && peephole_sums) {
+      for (const cell::Gate gate : {kI, kF, kO}) {
+        add_lanes<T>(peephole_sums + gate * H + unit, cell::peephole_term<Math>(gate, grads.dz, c_previous, c), lanes);
+      }
+    }
     T* const out = grad_preactivations + row * grad_step + unit;
     T* const running = grad_c + at;
     const BackwardState<T>* const state = mixed;  // read before the stores
     store_gates<T>(out, grads.dz, H, lanes);
-    store_lanes<T>(running, kZoneout ? grads.dc_before + previous_part : grads.dc_before, lanes);
+    store_lanes<T>(running, kOptions ? grads.dc_before + previous_part : grads.dc_before, lanes);
     if (state) state->cut_if_reset(batch_row(row), unit, lanes, running, out);
   }
 };

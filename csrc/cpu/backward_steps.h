@@ -204,7 +204,7 @@ class UnfusedHiddenGradient {
   const StepOptions<T>& options_;
 };
 
-// The step with recurrent dropout, zoneout or layer normalisation. A member computes the cells of its own units. With
+// The step with options. A member computes the cells of its own units. With
 // layer normalisation it computes whole rows, and the members share the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedBackwardStep {
@@ -212,10 +212,9 @@ class UnfusedBackwardStep {
   explicit UnfusedBackwardStep(BackwardState<T>& pass) : pass_(pass), options_(pass.params.options) {}
 
   void begin() {
-    if constexpr (kNormalised) {
-      zero_rows(chunk_sums_, H_, Range{0, kNormSums});
-      zero_rows(worker_sums_, H_, Range{0, kNormSums});
-    }
+    if (!chunk_sums_) return;
+    zero_rows(chunk_sums_, H_, Range{0, sums_});
+    zero_rows(worker_sums_, H_, Range{0, sums_});
   }
 
   void run(int64_t s, int64_t count, int64_t continued) {
@@ -238,8 +237,8 @@ class UnfusedBackwardStep {
           const T* const grad_h = pass_.grad_h + cells.batch_row(row) * H_;
           for (int64_t unit = units.begin; unit < units.end; unit += S::kLanes) {
             const int lanes = static_cast<int>(smaller(units.end - unit, S::kLanes));
-            cells.template cell_gradient<true>(row, unit, load_lanes<T>(grad_h + unit, lanes), lanes,
-                                               &options_.zoneout_c);
+            cells.template cell_gradient<true>(row, unit, load_lanes<T>(grad_h + unit, lanes), lanes, &options_,
+                                               chunk_sums_);
           }
         }
       });
@@ -251,41 +250,45 @@ class UnfusedBackwardStep {
 
   // Adds the chunk's sums to the total. One running sum over all rows would be less exact.
   void finish_chunk() {
-    if constexpr (kNormalised) {
-      for (int64_t k = 0; k < sums_size_; ++k) {
-        worker_sums_[k] += chunk_sums_[k];
-        chunk_sums_[k] = T(0);
-      }
+    for (int64_t k = 0; k < sums_size_; ++k) {
+      worker_sums_[k] += chunk_sums_[k];
+      chunk_sums_[k] = T(0);
     }
   }
 
-  // Adds up the workers' sums of the gradients of the biases and of the parameters of layer normalisation, each worker
-  // a share of them. All workers have passed a barrier after their last chunk.
+  // Adds up the workers' sums, each worker a share of them. All workers have passed a barrier after their last chunk.
   void finish() {
-    if constexpr (!kNormalised) return;
     const BackwardParams<T>& params = pass_.params;
-    const int workers = pass_.plan.grid.workers();
-    const struct {
-      T* grad;
-      int64_t begin, end;
-    } parts[] = {{params.grad_bias, 0, 4 * H_},
-                 {params.grad_gain_ih, 4 * H_, 8 * H_},
-                 {params.grad_gain_hh, 8 * H_, 12 * H_},
-                 {params.grad_gain_c, 12 * H_, 13 * H_},
-                 {params.grad_bias_c, 13 * H_, 14 * H_}};
-    const Range mine = share(sums_size_, workers, pass_.worker);
-    for (const auto& part : parts) {
-      if (!part.grad) continue;
-      for (int64_t k = mine.begin > part.begin ? mine.begin : part.begin; k < smaller(mine.end, part.end); ++k) {
-        T sum = 0;
-        for (int64_t worker = 0; worker < workers; ++worker) sum += all_sums_[worker * sums_size_ + k];
-        part.grad[k - part.begin] = sum;
-      }
+    if constexpr (kNormalised) {
+      T* const grads[] = {params.grad_bias, params.grad_gain_ih, params.grad_gain_hh, params.grad_gain_c,
+                          params.grad_bias_c};
+      const int64_t sizes[] = {4, 4, 4, 1, 1};
+      add_up(grads, sizes);
+    } else if (chunk_sums_) {
+      const int64_t sizes[] = {1, 1, 1, 1};
+      add_up(params.grad_peephole, sizes);
     }
   }
 
  private:
   using S = Simd<T>;
+
+  // The gradients that the sums are, one after the other; null where not requested. `sizes` are in H.
+  template <int kCount>
+  void add_up(T* const (&grads)[kCount], const int64_t (&sizes)[kCount]) const {
+    const int64_t workers = pass_.plan.grid.workers();
+    const Range mine = share(sums_size_, workers, pass_.worker);
+    int64_t begin = 0;
+    for (int n = 0; n < kCount; ++n) {
+      const int64_t end = begin + sizes[n] * H_;
+      for (int64_t k = mine.begin > begin ? mine.begin : begin; grads[n] && k < smaller(mine.end, end); ++k) {
+        T sum = 0;
+        for (int64_t worker = 0; worker < workers; ++worker) sum += all_sums_[worker * sums_size_ + k];
+        grads[n][k - begin] = sum;
+      }
+      begin = end;
+    }
+  }
 
   // Computes N(c_t), the normalised c_t, of at most kNormRows rows.
   void normalise_cells(Range group, T* factors) {
@@ -297,42 +300,76 @@ class UnfusedBackwardStep {
       T* const out = normalised[row - group.begin] = normalised_c_ + (row - group.begin) * H_;
       for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
         const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
-        store_lanes<T>(out + unit, cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}), lanes);
+        const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
+        store_lanes<T>(out + unit, cell_state<T>(gates, before, {options_.cell, unit, lanes}), lanes);
       });
     }
     normalise<T>(normalised, group.end - group.begin, H_, factors);
   }
 
-  // Like cell_gradient, for a whole row, and through its three normalisations. For y = N(x) = (x - mean) * r the
-  // gradient is dx = r * (dy - mean(dy) - y * mean(dy * y)). `normalised` is N(c_t), and `factor` its r.
+  // The gradient through a normalisation y = N(x) = (x - mean) * r is dx = r * (dy - mean(dy) - y * mean(dy * y)).
+  // These are the two sums over a row, spread over lanes.
+  struct NormGradient {
+    Reg<T> total = S::zero(), weighted = S::zero();
+    LSTM_EXT_INLINE void add(Reg<T> grad, Reg<T> y) {
+      total = total + grad;
+      weighted = S::fma(grad, y, weighted);
+    }
+    // From sums to means, in each lane.
+    LSTM_EXT_INLINE void divide(int64_t numbers) {
+      const Reg<T> count = S::set1(static_cast<T>(numbers));
+      total = sum_of_lanes<T>(total) / count;
+      weighted = sum_of_lanes<T>(weighted) / count;
+    }
+    LSTM_EXT_INLINE Reg<T> of(Reg<T> grad, Reg<T> y) const { return grad - total - y * weighted; }
+  };
+
+  // A row of the current step.
+  struct NormRow {
+    int64_t b, place;  // in the batch, and in arrays (T, B, n)
+    const T* gate_values;
+    const T* normalised;  // N(c_t)
+    T factor;             // its r
+    // Of W x and of U h: the normalised products, their r, and the gradients.
+    const T* products[2];
+    const T* factors;
+    T* grads[2];
+  };
+
+  // Like cell_gradient, for a whole row, and through its three normalisations.
   void normalised_cell_gradient(int64_t row, bool begins, const T* normalised, T factor) {
     const BackwardStepRows<T>& step = pass_.step;
-    const LayerNorm<T>& norm = options_.norm;
-    const CellRows<T> cells = pass_.cell_rows({row, row + 1}, begins);
-    const int64_t b = pass_.rows.batch_row(row);
-    const int64_t place = step.place + b;
-    const T* const previous = step.previous.c_row(b);
-    const T* const gate_row = step.gate_values + b * 4 * H_;
-    const T* const input_products = pass_.params.norm_input + place * 4 * H_;
-    const T* const recurrent_products = pass_.params.norm_recurrent + place * 4 * H_;
-    const T* const factors = pass_.params.norm_factors + place * 2;
-    T* const grad_input_part = step.grad_input_part + b * pass_.gate_stride;
-    T* const grad_recurrent_part = step.grad_preactivations + b * pass_.gate_stride;
-    T* const grad_bias = chunk_sums_;
-    T* const grad_gain_ih = grad_bias + 4 * H_;
-    T* const grad_gain_hh = grad_gain_ih + 4 * H_;
-    T* const grad_gain_c = grad_gain_hh + 4 * H_;
-    T* const grad_bias_c = grad_gain_c + H_;
-    using Math = PreciseDivisions<T>;
-
-    // h_t = o tanh(gain_c N(c_t) + bias_c). dL/do is stored for now where the gradients of the preactivations will be.
-    Reg<T> sum_c = S::zero(), product_c = S::zero();
+    const int64_t b = pass_.rows.batch_row(row), place = step.place + b;
+    const NormRow now{b,
+                      place,
+                      step.gate_values + b * 4 * H_,
+                      normalised,
+                      factor,
+                      {pass_.params.norm_input + place * 4 * H_, pass_.params.norm_recurrent + place * 4 * H_},
+                      pass_.params.norm_factors + place * 2,
+                      {step.grad_input_part + b * pass_.gate_stride, step.grad_preactivations + b * pass_.gate_stride}};
+    const NormGradient through_c = through_hidden(now);
+    through_cell(now, pass_.cell_rows({row, row + 1}, begins), through_c);
+    if (!step.previous.resets[b]) return;
     for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
-      const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
+      pass_.cut_gradient(b, unit, lanes, pass_.params.grad_c + b * H_ + unit, now.grads[1] + unit);
+    });
+  }
+
+  // Backward through h_t = o tanh(gain_c N(c_t) + bias_c): leaves dL/dN(c_t) in grad_normalised_c_, and dL/do where the
+  // gradients of the preactivations will be.
+  LSTM_EXT_INLINE NormGradient through_hidden(const NormRow& now) {
+    using Math = PreciseDivisions<T>;
+    const LayerNorm<T>& norm = options_.norm;
+    T* const grad_gain_c = chunk_sums_ + 12 * H_;
+    T* const grad_bias_c = grad_gain_c + H_;
+    NormGradient through_c;
+    for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
+      const Reg<T> y = load_lanes<T>(now.normalised + unit, lanes);
       const Reg<T> gain = load_lanes<T>(norm.gain_c + unit, lanes);
       const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
-      const Reg<T> o = load_lanes<T>(gate_row + kO * H_ + unit, lanes);
-      const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + b * H_ + unit, lanes);
+      const Reg<T> o = load_lanes<T>(now.gate_values + kO * H_ + unit, lanes);
+      const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + now.b * H_ + unit, lanes);
       Reg<T> grad_tanh_input = S::zero();
       const Reg<T> grad_o =
           cell::hidden_backward<Math>(o, Math::squash(S::fma(gain, y, shift)), grad_h, grad_tanh_input);
@@ -341,70 +378,63 @@ class UnfusedBackwardStep {
       add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
       const Reg<T> grad_y = grad_tanh_input * gain;
       store_lanes<T>(grad_normalised_c_ + unit, grad_y, lanes);
-      store_lanes<T>(grad_recurrent_part + kO * H_ + unit, grad_o, lanes);
-      sum_c = sum_c + grad_y;
-      product_c = S::fma(grad_y, y, product_c);
+      store_lanes<T>(now.grads[1] + kO * H_ + unit, grad_o, lanes);
+      through_c.add(grad_y, y);
     });
-    const Reg<T> mean_c = sum_of_lanes<T>(sum_c) / S::set1(static_cast<T>(H_));
-    const Reg<T> slope_c = sum_of_lanes<T>(product_c) / S::set1(static_cast<T>(H_));
-    const Reg<T> factor_c = S::set1(factor);
+    through_c.divide(H_);
+    return through_c;
+  }
 
-    Reg<T> sum_input = S::zero(), product_input = S::zero(), sum_recurrent = S::zero(), product_recurrent = S::zero();
+  // Backward through c_t, the gates and their two products.
+  LSTM_EXT_INLINE void through_cell(const NormRow& now, const CellRows<T>& cells, const NormGradient& through_c) {
+    const T* const gains[] = {options_.norm.gain_ih, options_.norm.gain_hh};
+    T* const grad_bias = chunk_sums_;
+    T* const grad_gains[] = {grad_bias + 4 * H_, grad_bias + 8 * H_};
+    const T* const previous = pass_.step.previous.c_row(now.b);
+    const Reg<T> factor_c = S::set1(now.factor);
+    NormGradient through[2];
     for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
-      const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
+      const Gates<T> gates = load_gates<T>(now.gate_values + unit, H_, lanes);
       const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-      const Reg<T> y = load_lanes<T>(normalised + unit, lanes);
       Reg<T> grad_c = cells.carried_gradient(0, unit, lanes);
       cells.add_result_gradient(grad_c, 0, unit, lanes);
       Reg<T> previous_part = S::zero();
       if (options_.zoneout_c.active()) {
-        const auto split = split_gradient<T>({options_.zoneout_c, place * H_ + unit, lanes}, grad_c);
+        const auto split = split_gradient<T>({options_.zoneout_c, now.place * H_ + unit, lanes}, grad_c);
         grad_c = split.fresh;
         previous_part = split.previous;
       }
-      grad_c = S::fma(factor_c, load_lanes<T>(grad_normalised_c_ + unit, lanes) - mean_c - y * slope_c, grad_c);
-      const Reg<T> grad_o = load_lanes<T>(grad_recurrent_part + kO * H_ + unit, lanes);
-      const auto through = cells.through_state(0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o);
-      const Gates<T>& grads = through.dz;
-      store_lanes<T>(pass_.params.grad_c + b * H_ + unit, through.dc_before + previous_part, lanes);
+      grad_c = S::fma(
+          factor_c,
+          through_c.of(load_lanes<T>(grad_normalised_c_ + unit, lanes), load_lanes<T>(now.normalised + unit, lanes)),
+          grad_c);
+      const Reg<T> grad_o = load_lanes<T>(now.grads[1] + kO * H_ + unit, lanes);
+      const auto back = cells.through_state(0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o,
+                                            CellAt<T>{options_.cell, unit, lanes});
+      store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + previous_part, lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H_ + unit;
-        const Reg<T> y_input = load_lanes<T>(input_products + at, lanes);
-        const Reg<T> y_recurrent = load_lanes<T>(recurrent_products + at, lanes);
-        add_lanes<T>(grad_bias + at, grads[gate], lanes);
-        add_lanes<T>(grad_gain_ih + at, grads[gate] * y_input, lanes);
-        add_lanes<T>(grad_gain_hh + at, grads[gate] * y_recurrent, lanes);
-        const Reg<T> by_input = grads[gate] * load_lanes<T>(norm.gain_ih + at, lanes);
-        const Reg<T> by_recurrent = grads[gate] * load_lanes<T>(norm.gain_hh + at, lanes);
-        store_lanes<T>(grad_input_part + at, by_input, lanes);
-        store_lanes<T>(grad_recurrent_part + at, by_recurrent, lanes);
-        sum_input = sum_input + by_input;
-        product_input = S::fma(by_input, y_input, product_input);
-        sum_recurrent = sum_recurrent + by_recurrent;
-        product_recurrent = S::fma(by_recurrent, y_recurrent, product_recurrent);
+        add_lanes<T>(grad_bias + at, back.dz[gate], lanes);
+#pragma GCC unroll 2
+        for (int which = 0; which < 2; ++which) {
+          const Reg<T> y = load_lanes<T>(now.products[which] + at, lanes);
+          add_lanes<T>(grad_gains[which] + at, back.dz[gate] * y, lanes);
+          const Reg<T> grad = back.dz[gate] * load_lanes<T>(gains[which] + at, lanes);
+          store_lanes<T>(now.grads[which] + at, grad, lanes);
+          through[which].add(grad, y);
+        }
       }
     });
-    through_norm(grad_input_part, input_products, factors[0], sum_input, product_input);
-    through_norm(grad_recurrent_part, recurrent_products, factors[1], sum_recurrent, product_recurrent);
-    if (step.previous.resets[b]) {
-      for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
-        pass_.cut_gradient(b, unit, lanes, pass_.params.grad_c + b * H_ + unit, grad_recurrent_part + unit);
+    for (int which = 0; which < 2; ++which) {
+      through[which].divide(4 * H_);
+      const Reg<T> scale = S::set1(now.factors[which]);
+      T* const grads = now.grads[which];
+      for_each_register<T>(4 * H_, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
+        const Reg<T> y = load_lanes<T>(now.products[which] + at, lanes);
+        store_lanes<T>(grads + at, through[which].of(load_lanes<T>(grads + at, lanes), y) * scale, lanes);
       });
     }
-  }
-
-  // Replaces a gate row of gradients dy by dx. `total` and `weighted` hold the sums of dy and of dy * y, spread over
-  // lanes.
-  LSTM_EXT_INLINE void through_norm(T* grad, const T* y, T factor, Reg<T> total, Reg<T> weighted) const {
-    const Reg<T> count = S::set1(static_cast<T>(4 * H_));
-    const Reg<T> mean = sum_of_lanes<T>(total) / count;
-    const Reg<T> slope = sum_of_lanes<T>(weighted) / count;
-    const Reg<T> scale = S::set1(factor);
-    for_each_register<T>(4 * H_, [&](int64_t at, int lanes) LSTM_EXT_LAMBDA_INLINE {
-      const Reg<T> v = load_lanes<T>(grad + at, lanes) - mean - load_lanes<T>(y + at, lanes) * slope;
-      store_lanes<T>(grad + at, v * scale, lanes);
-    });
   }
 
   BackwardState<T>& pass_;
@@ -414,11 +444,12 @@ class UnfusedBackwardStep {
   // With layer normalisation: kNormRows rows of N(c_t), and one row of its gradient.
   T* const normalised_c_ = pass_.worker_buffer(pass_.plan.norm_rows, (kNormRows + 1) * H_);
   T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
-  // This worker's sums over a chunk, and over all chunks: the gradients of the biases (4H), gain_ih (4H), gain_hh (4H),
-  // gain_c (H) and bias_c (H), kNormSums * H in all. Then the sums of all workers.
-  const int64_t sums_size_ = kNormSums * H_;
-  T* const chunk_sums_ = pass_.worker_buffer(pass_.plan.norm_sums, sums_size_);
-  T* const all_sums_ = pass_.buffer(pass_.plan.norm_sums, pass_.plan.grid.workers() * sums_size_);
+  // This worker's sums over a chunk, and over all chunks: with layer normalisation the gradients of the biases (4H),
+  // gain_ih (4H), gain_hh (4H), gain_c (H) and bias_c (H); else those of the peepholes (H) each, and a gap for g. Then
+  // the sums of all workers.
+  const int64_t sums_ = cpu::parameter_sums(options_), sums_size_ = sums_ * H_;
+  T* const chunk_sums_ = sums_ == 0 ? nullptr : pass_.worker_buffer(pass_.plan.parameter_sums, sums_size_);
+  T* const all_sums_ = pass_.buffer(pass_.plan.parameter_sums, pass_.plan.grid.workers() * sums_size_);
   T* const worker_sums_ = all_sums_ + pass_.worker * sums_size_;
 };
 

@@ -47,6 +47,20 @@ struct ZoneoutAt {
   LSTM_EXT_INLINE T share() const { return zoneout.share; }
 };
 
+// The options of the cell of `lanes` units.
+template <typename T>
+struct CellAt {
+  static constexpr bool kOptions = true, kExactGates = true;
+  const CellOptions<T>& options;
+  int64_t unit;
+  int lanes;
+  LSTM_EXT_INLINE bool peepholes() const { return options.peepholes(); }
+  LSTM_EXT_INLINE Reg<T> peephole(int gate) const { return load_lanes<T>(options.peephole[gate] + unit, lanes); }
+  LSTM_EXT_INLINE bool clips() const { return options.clip != 0; }
+  LSTM_EXT_INLINE T clip() const { return options.clip; }
+  LSTM_EXT_INLINE bool coupled() const { return options.coupled; }
+};
+
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>
 struct CellMath {
@@ -56,6 +70,13 @@ struct CellMath {
   LSTM_EXT_INLINE static Value fma(Value a, Value b, Value c) { return Simd<T>::fma(a, b, c); }
   LSTM_EXT_INLINE static Value sigmoid(Value z) { return cpu::LSTM_EXT_ISA::sigmoid<T, kExactness>(z); }
   LSTM_EXT_INLINE static Value hidden(Value o, Value c) { return o * tanh<T, kExactness>(c); }
+
+  LSTM_EXT_INLINE static Value clamp(Value v, Number<T> bound) {
+    return Simd<T>::at_least(Simd<T>::at_most(v, bound), -bound);
+  }
+  LSTM_EXT_INLINE static Value within(Value v, Number<T> bound, Value a) {
+    return choose(Simd<T>::abs(v) <= number(bound), a, number(0));
+  }
 
   struct Squashed {
     TanhTerms<T, kExactness> terms;
@@ -122,8 +143,8 @@ LSTM_EXT_INLINE transition::StateGradient<OwnDivisions<T>> split_gradient(const 
 
 // Recomputes c_t from gate values.
 template <typename T>
-LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCells<T>& previous) {
-  return cell::state<cell::Plain, OwnDivisions<T>>(gates, previous);
+LSTM_EXT_INLINE Reg<T> cell_state(const Gates<T>& gates, const PreviousCells<T>& previous, const CellAt<T>& cell) {
+  return cell::state<OwnDivisions<T>>(gates, previous, cell);
 }
 
 }  // namespace

@@ -96,8 +96,8 @@ class FusedForwardStep {
       for (int gate = 0; gate < kGates; ++gate) {
         preactivations[gate] = several<T, kCount>([&](int n) LSTM_EXT_LAMBDA_INLINE { return sums(n, gate); });
       }
-      const auto cell = cell::forward<cell::Plain, SharedDivisions<All>>(
-          preactivations, previous, cell::NoParameters{}, [&](const Reg<All>& c) LSTM_EXT_LAMBDA_INLINE {
+      const auto cell = cell::forward<SharedDivisions<All>>(
+          preactivations, previous, cell::Plain{}, [&](const Reg<All>& c) LSTM_EXT_LAMBDA_INLINE {
 #pragma GCC unroll 4
             for (int n = 0; n < kCount; ++n) {
               store_lanes<T>(c_to + places[n].row * c_step + places[n].unit, one_of<kCount>(c, n), lanes);
@@ -241,7 +241,7 @@ class FusedForwardStep {
   ForwardState<T>& pass_;
 };
 
-// The step with recurrent dropout, zoneout or layer normalisation. A member computes the cells of its own units. With
+// The step with options. A member computes the cells of its own units. With
 // layer normalisation, which needs the statistics of whole rows, it computes its share of the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedForwardStep {
@@ -355,7 +355,7 @@ class UnfusedForwardStep {
       }
       using Math = OwnDivisions<T, kNormalised ? Exactness::kPrecise : Exactness::kUsual>;
       const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
-      const auto cell = cell::forward<cell::Plain, Math>(sums, before);
+      const auto cell = cell::forward<Math>(sums, before, CellAt<T>{options_.cell, unit, lanes});
       Reg<T> c = cell.c;
       if (options_.zoneout_c.active()) {
         const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();

@@ -174,8 +174,8 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   if (options.normalised()) {
     plan.grad_input_part = layout.reserve(buffer_rows * plan.gate_stride);
     plan.norm_rows = layout.reserve(workers * (kNormRows + 1) * H);
-    plan.norm_sums = layout.reserve(2 * workers * kNormSums * H);
   }
+  plan.parameter_sums = layout.reserve(2 * workers * parameter_sums(options) * H);
   if (recomputes) {
     const int64_t padded = round_up(H, machine.lanes);
     plan.recomputed_gate_values = layout.reserve(plan.chunk_rows * gates);

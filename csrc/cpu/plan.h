@@ -108,7 +108,7 @@ struct BackwardPlan {
   int64_t partial_sums = 0, outer_products = 0, h_lists = 0, cut_lists = 0, zero_rows = 0;  // see BackwardState
   int64_t grad_preactivations = 0, grad_input_part = 0, grad_hidden = 0, masked_h = 0;      // see Chunk
   int64_t grad_h = 0, grad_previous_h = 0, reset_grad_preactivations = 0, reset_grad_previous_h = 0;
-  int64_t norm_rows = 0, norm_sums = 0;  // see UnfusedBackwardStep
+  int64_t norm_rows = 0, parameter_sums = 0;  // see UnfusedBackwardStep
   int64_t recomputed_gate_values = 0, recomputed_hidden = 0;
   int64_t recompute_input_panels = 0, recompute_recurrent_panels = 0, recompute_bias = 0, recompute_lists = 0;
   UnitProduct input_unit, recurrent_unit, projection_unit;  // products with W, U and W_hr as the right operand
@@ -126,9 +126,14 @@ constexpr int64_t kMostUnitRows = 256;  // most rows of a left operand at once
 constexpr int64_t kUnitInputRows = 96;  // rows of gradients that are multiplied with W at once
 constexpr int64_t kSumBlock = 512;      // samples whose outer products are summed in registers
 constexpr int64_t kTileColumns = 4;     // columns of a register tile, in registers
-constexpr int64_t kNormSums = 14;      // times H: sums of the gradients of layer normalisation, see UnfusedBackwardStep
-constexpr int64_t kNormRows = 4;       // rows that are normalised side by side, see layer_norm.h
-constexpr int64_t kBarrierBytes = 64;  // one cache line each: one for all workers, then one a team
+constexpr int64_t kNormRows = 4;        // rows that are normalised side by side, see layer_norm.h
+constexpr int64_t kBarrierBytes = 64;   // one cache line each: one for all workers, then one a team
+
+// The sums, times H, that a worker keeps of the gradients of a cell's parameters; see UnfusedBackwardStep.
+template <typename T>
+LSTM_EXT_CONTRACT_INLINE int64_t parameter_sums(const StepOptions<T>& options) {
+  return options.normalised() ? 14 : options.cell.peepholes() ? 4 : 0;
+}
 
 // Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,
 // and one block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.

@@ -13,12 +13,22 @@ namespace lstm_ext::cuda {
 
 constexpr int kCellThreads = 256;
 
-template <typename T>
+// The functions below take the cell as an argument: cell::Plain, or in a kernel with kCell a CellAt.
+template <bool kCell, typename T>
+LSTM_DEVICE auto cell_at(const CellOptions<accumulator_t<T>>& options, int64_t unit) {
+  if constexpr (kCell) {
+    return CellAt<accumulator_t<T>, std::is_same_v<T, accumulator_t<T>>>{options, unit};
+  } else {
+    return cell::Plain{};
+  }
+}
+
+template <typename T, typename Cell = cell::Plain>
 LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gate_values_at(const T* preactivations, int64_t b, int64_t j,
-                                                                     int64_t size) {
+                                                                     int64_t size, const Cell& cell = {}) {
   GateValues<typename Types<T>::Accumulate> z;
   for (int gate = 0; gate < 4; ++gate) z[gate] = widen(preactivations[(b * 4 + gate) * size + j]);
-  return cell::gate_values<cell::Plain, CellMath<T>>(z, cell::Nothing<CellMath<T>>{});
+  return cell::gate_values<CellMath<T>>(z, cell);
 }
 
 // ---- forward
@@ -88,16 +98,18 @@ struct NewCell {
   OutputValues<T> output;
 };
 // From the preactivations and c_{t-1}.
-template <bool kOptions, typename T>
+template <bool kOptions, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j,
-                                const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate before) {
+                                const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate before,
+                                const Cell& cell = {}) {
   using Math = CellMath<T>;
-  NewCell<T> cell;
-  for (int gate = 0; gate < 4; ++gate) cell.z[gate] = z[gate];
-  const auto now = cell::forward<cell::Plain, Math>({{z[0], z[1], z[2], z[3]}}, cell::Here<Math>{before});
-  cell.state = cell_state<kOptions>(args, b * args.hidden_size + j, now.c, before);
-  cell.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size, now.h);
-  return cell;
+  NewCell<T> result;
+  GateValues<typename Types<T>::Accumulate> seen{{z[0], z[1], z[2], z[3]}};
+  const auto now = cell::forward<Math>(seen, cell::Here<Math>{before}, cell);
+  for (int gate = 0; gate < 4; ++gate) result.z[gate] = seen[gate];
+  result.state = cell_state<kOptions>(args, b * args.hidden_size + j, now.c, before);
+  result.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size, now.h);
+  return result;
 }
 template <bool kOptions, typename T>
 LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j, const NewCell<T>& cell) {
@@ -118,7 +130,7 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j
   return new_cell<kOptions>(args, b, j, z, before);
 }
 
-template <typename T, bool kOptions>
+template <typename T, bool kOptions, bool kCell = false>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONSTANT StepSides<CellForward<T>> both) {
   const CellForward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
@@ -139,7 +151,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONST
       for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
     }
     const A before = previous_cell<kOptions>(args.rows, args.c_previous, b, b * H + j);
-    write_cell<kOptions>(args, b, j, new_cell<kOptions>(args, b, j, z, before));
+    write_cell<kOptions>(args, b, j, new_cell<kOptions>(args, b, j, z, before, cell_at<kCell, T>(args.options, j)));
   }
 }
 
@@ -163,13 +175,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
 // ---- backward
 
 // c'_t, from the gates and c_{t-1}.
-template <bool kOptions, typename T>
+template <bool kOptions, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args, int64_t place,
                                                     const GateValues<typename Types<T>::Accumulate>& gates,
-                                                    typename Types<T>::Accumulate before) {
+                                                    typename Types<T>::Accumulate before, const Cell& cell = {}) {
   if constexpr (kOptions) {
     using Math = CellMath<T>;
-    if (args.zoneout.active()) return cell::state<cell::Plain, Math>(gates, cell::Here<Math>{before});
+    if (args.zoneout.active()) return cell::state<Math>(gates, cell::Here<Math>{before}, cell);
   }
   return args.cells[place];
 }
@@ -178,7 +190,7 @@ LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args,
 template <typename A>
 struct CellValues {
   GateValues<A> gates;
-  A before;                                     // c_{t-1}
+  A before, now;                                // c_{t-1} and c'_t
   typename AccurateMath<A>::Squashed squashed;  // tanh of c'_t
   A output;                                     // dL/dh_t as the caller gave it
   A after;                                      // dL/dc_t but for its part through h_t
@@ -196,13 +208,15 @@ LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& 
   }
   return after;
 }
-template <bool kOptions, typename T>
-LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBackward<T>& args, int64_t b, int64_t j) {
+template <bool kOptions, typename T, typename Cell = cell::Plain>
+LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBackward<T>& args, int64_t b, int64_t j,
+                                                                  const Cell& cell = {}) {
   const int64_t place = b * args.hidden_size + j;
   CellValues<typename Types<T>::Accumulate> values;
-  values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size);
+  values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size, cell);
   values.before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
-  values.squashed = CellMath<T>::squash(state_now<kOptions>(args, place, values.gates, values.before));
+  values.now = state_now<kOptions>(args, place, values.gates, values.before, cell);
+  values.squashed = CellMath<T>::squash(values.now);
   values.output = given_gradient(args.output, b, j);
   values.after = gradient_after<kOptions>(args, b, place);
   return values;
@@ -219,13 +233,14 @@ struct GivenGradients {
   }
 };
 
-// From dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and returns dL/do, to
-// the gradients of the preactivations. It leaves dL/dc_{t-1} for the step before.
-template <bool kOptions, typename T, typename ThroughHidden>
+// From c'_t, dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and returns
+// dL/do, to the gradients of the preactivations. It leaves dL/dc_{t-1} for the step before.
+template <bool kOptions, typename T, typename ThroughHidden, typename Cell = cell::Plain>
 LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
                                 const GateValues<typename Types<T>::Accumulate>& gates,
-                                typename Types<T>::Accumulate before, typename Types<T>::Accumulate after,
-                                ThroughHidden&& through_hidden, typename Types<T>::Accumulate (&grad)[4]) {
+                                typename Types<T>::Accumulate before, typename Types<T>::Accumulate now,
+                                typename Types<T>::Accumulate after, ThroughHidden&& through_hidden,
+                                typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
   using A = typename Types<T>::Accumulate;
   const int64_t H = args.hidden_size, place = b * H + j;
   A past = 0;  // the share that zoneout sends past the step
@@ -237,9 +252,17 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
     }
   }
   const A d_o = through_hidden(after);
-  const auto back = cell::state_backward<cell::Plain, CellMath<T>>(gates, before, A(0), after, d_o,
-                                                                   GivenGradients<kOptions, T>{args, b, j});
+  const auto back =
+      cell::state_backward<CellMath<T>>(gates, before, now, after, d_o, GivenGradients<kOptions, T>{args, b, j}, cell);
   for (int gate = 0; gate < 4; ++gate) grad[gate] = back.dz[gate];
+  if constexpr (Cell::kOptions) {
+    if (args.peephole_terms) {
+      for (const cell::Gate gate : {cell::kI, cell::kF, cell::kG, cell::kO}) {
+        args.peephole_terms[(b * 4 + gate) * H + j] =
+            gate == cell::kG ? A(0) : cell::peephole_term<CellMath<T>>(gate, back.dz, before, now);
+      }
+    }
+  }
   A grad_before = back.dc_before;
   if constexpr (kOptions) grad_before += past;
   const bool reset = is_reset<kOptions>(args.rows, b);
@@ -279,10 +302,10 @@ LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int6
 
 // From dL/dh_t and dL/dc_t of unit j of a row that takes part to the gradients of its preactivations; it leaves
 // dL/dc_{t-1}. `through_product` gives dL/dh_t through the product with U in the step after.
-template <bool kOptions, typename T, typename Through>
+template <bool kOptions, typename T, typename Through, typename Cell = cell::Plain>
 LSTM_DEVICE void gate_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
                                 const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
-                                typename Types<T>::Accumulate (&grad)[4]) {
+                                typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
   using A = typename Types<T>::Accumulate;
   const A dh = args.grad_hidden ? args.grad_hidden[b * args.hidden_size + j]
                                 : output_gradient<kOptions>(args.output, args.rows, b, j, args.hidden_size,
@@ -290,7 +313,8 @@ LSTM_DEVICE void gate_gradients(const CellBackward<T>& args, int64_t b, int64_t 
   const auto through_hidden = [&](A& dc) {
     return cell::hidden_backward<CellMath<T>>(values.gates[3], values.squashed, dh, dc);
   };
-  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.after, through_hidden, grad);
+  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.now, values.after, through_hidden, grad,
+                           cell);
 }
 // And everything that is written of them.
 template <bool kOptions, typename T>
@@ -303,16 +327,16 @@ LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t
   }
 }
 // Both, where the products of the step after lie in memory.
-template <bool kOptions, typename T>
+template <bool kOptions, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                 typename Types<T>::Accumulate (&grad)[4]) {
-  const auto values = cell_values<kOptions>(args, b, j);
+                                 typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
+  const auto values = cell_values<kOptions>(args, b, j, cell);
   const auto through_product = [&] { return sum_of_parts(args.output, b * args.hidden_size + j); };
-  gate_gradients<kOptions>(args, b, j, values, through_product, grad);
+  gate_gradients<kOptions>(args, b, j, values, through_product, grad, cell);
   write_gradients<kOptions>(args, b, j, values, grad);
 }
 
-template <typename T, bool kOptions>
+template <typename T, bool kOptions, bool kCell = false>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(LSTM_GRID_CONSTANT StepSides<CellBackward<T>> both) {
   const CellBackward<T>& args = both.sides[blockIdx.z];
   using A = typename Types<T>::Accumulate;
@@ -323,10 +347,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(LSTM_GRID_CONS
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
     if (!takes_part<kOptions>(args.rows, b)) {
       write_no_gradients(args, b, j);
+      for (int gate = 0; kCell && args.peephole_terms && gate < 4; ++gate) {
+        args.peephole_terms[(b * 4 + gate) * H + j] = 0;
+      }
       continue;
     }
     A grad[4];
-    write_gradients<kOptions>(args, b, j, grad);
+    write_gradients<kOptions>(args, b, j, grad, cell_at<kCell, T>(args.options, j));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "contract/cell.h"
+#include "contract/params.h"
 #include "cuda/numeric.cuh"
 
 namespace lstm_ext::cuda {
@@ -39,12 +40,28 @@ struct AccurateMath {
     o = cuda::sigmoid(z_o);
     h = hidden(o, c);
   }
+  LSTM_HOST_DEVICE static A clamp(A v, A bound) { return v > bound ? bound : v < -bound ? -bound : v; }
+  LSTM_HOST_DEVICE static A below(A v, A bound, A a) { return v < bound && v > -bound ? a : A(0); }
+  LSTM_HOST_DEVICE static A within(A v, A bound, A a) { return v <= bound && v >= -bound ? a : A(0); }
   struct Squashed {
     A tanh_c;
     LSTM_HOST_DEVICE A value() const { return tanh_c; }
     LSTM_HOST_DEVICE static A slope(A value) { return 1 - value * value; }
   };
   LSTM_HOST_DEVICE static Squashed squash(A c) { return {hyperbolic_tangent(c)}; }
+};
+
+// The options of the cell of a unit. Numbers of 16 bits keep preactivations that are rounded.
+template <typename A, bool kExact>
+struct CellAt {
+  static constexpr bool kOptions = true, kExactGates = kExact;
+  const CellOptions<A>& options;
+  int64_t unit;
+  LSTM_HOST_DEVICE bool peepholes() const { return options.peepholes(); }
+  LSTM_HOST_DEVICE A peephole(int gate) const { return options.peephole[gate][unit]; }
+  LSTM_HOST_DEVICE bool clips() const { return options.clip != 0; }
+  LSTM_HOST_DEVICE A clip() const { return options.clip; }
+  LSTM_HOST_DEVICE bool coupled() const { return options.coupled; }
 };
 
 // The Math of the kernels for a tensor type, in the type that they accumulate in.

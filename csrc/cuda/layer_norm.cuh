@@ -104,9 +104,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
       }
     }
     using Math = CellMath<T>;
-    const GateValues<A> gates = cell::gate_values<cell::Plain, Math>(z, cell::Nothing<Math>{});
+    const GateValues<A> gates = cell::gate_values<Math>(z);
     const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
-    const A now = cell::state<cell::Plain, Math>(gates, cell::Here<Math>{before});
+    const A now = cell::state<Math>(gates, cell::Here<Math>{before}, cell_at<true, T>(cell.options, j));
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
     write_state<true>(cell, b, j, z.gate, state.c);
     new_c[j] = state.now;
@@ -134,7 +134,8 @@ template <typename T>
 LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, int64_t b, int64_t j,
                                                        const GateValues<typename Types<T>::Accumulate>& gates) {
   const int64_t place = b * cell.hidden_size + j;
-  return state_now<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place));
+  return state_now<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place),
+                         cell_at<true, T>(cell.options, j));
 }
 
 template <typename T>
@@ -201,17 +202,17 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
+    const A now = state_now_at(cell, b, j, gates), hat = (now - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
     cell_gradients<true>(
-        cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j),
+        cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j), now,
         gradient_after<true>(cell, b, b * H + j),
         [&](A& sum) {
           sum += dc;
           return grad_z[3 * H + j];
         },
-        grad);
+        grad, cell_at<true, T>(cell.options, j));
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad[gate];

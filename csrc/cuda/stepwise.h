@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "contract/layer.h"
+#include "contract/params.h"
 
 #if defined(__CUDACC__) || defined(LSTM_EXT_SIMT)
 #include "cuda/platform.h"
@@ -124,9 +124,11 @@ struct CellForward {
   const T* bias_hh;
   PreviousCell<T> c_previous;
   Zoneout<Accumulate> zoneout;  // the zoneout of c
-  Accumulate* c;                // (rows, H) contiguous: c_t. May be c_previous.previous
-  T* c_n;                       // (B, H) contiguous: of rows that end here
-  // (rows, 4H) contiguous; null in inference. Rows that take no part get those whose gate values are 0.
+  CellOptions<Accumulate> options;
+  Accumulate* c;  // (rows, H) contiguous: c_t. May be c_previous.previous
+  T* c_n;         // (B, H) contiguous: of rows that end here
+  // (rows, 4H) contiguous, with the peepholes' part; null in inference. Rows that take no part get those whose gate
+  // values are 0.
   T* preactivations;
   NewOutput<T> output;  // with a projection only h: what is projected
 };
@@ -189,7 +191,8 @@ struct CellBackward {
   const T* preactivations;  // (rows, 4H) contiguous
   const Accumulate* cells;  // (rows, H) contiguous: c_t
   PreviousCell<T> c_previous;
-  Zoneout<Accumulate> zoneout;    // the zoneout of c
+  Zoneout<Accumulate> zoneout;  // the zoneout of c
+  CellOptions<Accumulate> options;
   GradOutput<T> output;           // the gradient of h; unused with a projection
   const Accumulate* grad_hidden;  // with a projection (rows, H) contiguous: dL/d(o * tanh(c_t)); else null
   const T* grad_c_n;              // (B, H) contiguous or null: as grad_h_n
@@ -207,6 +210,8 @@ struct CellBackward {
   Accumulate* grad_reset_part;
   Accumulate* grad_reset_c;
   T* hidden;  // (rows, H) contiguous: recomputes o * tanh(c_t); or null
+  // With peepholes: the terms of their gradients (rows, 4H) contiguous, 0 for g; or null.
+  Accumulate* peephole_terms;
 };
 
 // The same with layer normalisation; names as in NormCellForward.

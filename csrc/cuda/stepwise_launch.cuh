@@ -34,14 +34,20 @@ int64_t most_rows(const StepSides<Step>& args) {
 template <typename T>
 cudaError_t cell_forward(const StepSides<CellForward<T>>& args, cudaStream_t stream) {
   const CellGrid g = cell_grid(most_rows(args), args.sides[0].hidden_size, args.count);
-  const auto kernel = args.sides[0].rows.options ? cell_forward_kernel<T, true> : cell_forward_kernel<T, false>;
+  const bool options = args.sides[0].rows.options;
+  const auto kernel = args.sides[0].options.any() ? cell_forward_kernel<T, true, true>
+                      : options                   ? cell_forward_kernel<T, true>
+                                                  : cell_forward_kernel<T, false>;
   return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
 cudaError_t cell_backward(const StepSides<CellBackward<T>>& args, cudaStream_t stream) {
   const CellGrid g = cell_grid(most_rows(args), args.sides[0].hidden_size, args.count);
-  const auto kernel = args.sides[0].rows.options ? cell_backward_kernel<T, true> : cell_backward_kernel<T, false>;
+  const bool options = args.sides[0].rows.options;
+  const auto kernel = args.sides[0].options.any() ? cell_backward_kernel<T, true, true>
+                      : options                   ? cell_backward_kernel<T, true>
+                                                  : cell_backward_kernel<T, false>;
   return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 

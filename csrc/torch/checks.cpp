@@ -63,18 +63,32 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
     TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
   }
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
+  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
+                    ", expected a number of at least 0");
+  const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,
+                                    const char* const* names, int64_t of_gates) {
+    TORCH_CHECK(static_cast<int64_t>(parameters.size()) == per_direction * sizes.directions, "lstm_ext: got ",
+                parameters.size(), " parameters of ", what, ", expected ", per_direction * sizes.directions);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const int64_t kind = static_cast<int64_t>(i) % per_direction;
+      // Autocast does not convert these parameters.
+      const at::ScalarType own = parameters[i].scalar_type() == sizes.sum_type ? sizes.sum_type : dtype;
+      check_tensor(names[kind], parameters[i], input, own,
+                   {kind < of_gates ? 4 * sizes.hidden_size : sizes.hidden_size});
+    }
+  };
+  if (!options.peephole.empty()) {
+    constexpr const char* kNames[] = {"weight_ci", "weight_cf", "weight_co"};
+    check_parameters("peepholes", options.peephole, kPeepholes, kNames, 0);
+    TORCH_CHECK(!options.recompute || input.is_cpu(),
+                "lstm_ext: the CUDA kernels do not compute gates with peepholes again");
+  }
   if (options.norm.empty()) return;
   constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
-  const size_t per_direction = norms_per_direction(call.has_bias);
-  TORCH_CHECK(options.norm.size() == per_direction * sizes.directions, "lstm_ext: got ", options.norm.size(),
-              " parameters of layer normalisation, expected ", per_direction * sizes.directions);
-  for (size_t i = 0; i < options.norm.size(); ++i) {
-    const size_t kind = i % per_direction;
-    // Autocast does not convert these parameters.
-    const at::ScalarType own = options.norm[i].scalar_type() == sizes.sum_type ? sizes.sum_type : dtype;
-    check_tensor(kNames[kind], options.norm[i], input, own, {kind < 2 ? 4 * sizes.hidden_size : sizes.hidden_size});
-  }
+  check_parameters("layer normalisation", options.norm, norms_per_direction(call.has_bias), kNames, 2);
   TORCH_CHECK(!options.recompute, "lstm_ext: the kernels do not compute gates with layer normalisation again");
+  TORCH_CHECK(options.peephole.empty() && !options.coupled_gates,
+              "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
 }
 
 // Visits each tensor that a forward pass of the call saves: visit(the member of Saved, its name, dtype and sizes).

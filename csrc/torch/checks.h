@@ -1,7 +1,7 @@
 // Argument checks of a layer. Each error names the argument, the expected value and the given one.
 #pragma once
 
-#include "contract/layer.h"
+#include "contract/params.h"
 #include "torch/layer_call.h"
 
 namespace lstm_ext {
@@ -18,6 +18,21 @@ struct WeightCount {
 };
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
+constexpr int64_t kPeepholes = 3;  // of a direction: i, f, o
+
+// The options of the cell of a direction, for the kernels. `peephole` are LayerOptions::peephole in the type T,
+// contiguous.
+template <typename T>
+CellOptions<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& peephole, int64_t direction) {
+  CellOptions<T> cell{{}, static_cast<T>(options.cell_clip), options.coupled_gates};
+  if (peephole.empty()) return cell;
+  const at::Tensor* const weights = peephole.data() + direction * kPeepholes;
+  const auto data = [&](int64_t n) { return static_cast<const T*>(weights[n].const_data_ptr()); };
+  cell.peephole[0] = data(0);
+  cell.peephole[1] = data(1);
+  cell.peephole[3] = data(2);
+  return cell;
+}
 
 // Sizes of a layer, read from its arguments and checked against each other.
 struct LayerSizes {

@@ -98,13 +98,13 @@ struct OptionTensors {
         keep_h(contiguous_converted(options.keep_h, at::kBool)),
         keep_c(contiguous_converted(options.keep_c, at::kBool)),
         norm(converted_weights(options.norm, type)),
-        zoneout_h(options.zoneout_h),
-        zoneout_c(options.zoneout_c) {}
+        peephole(converted_weights(options.peephole, type)),
+        given(options) {}
 
   at::Tensor resets, reset_h, reset_c;
   at::Tensor recurrent_mask, keep_h, keep_c;
-  std::vector<at::Tensor> norm;
-  double zoneout_h, zoneout_c;
+  std::vector<at::Tensor> norm, peephole;
+  const LayerOptions& given;
 };
 
 const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
@@ -115,8 +115,9 @@ template <typename T>
 StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& sizes, int64_t direction) {
   StepOptions<T> options{};
   options.recurrent_mask = const_part_or_null<T>(tensors.recurrent_mask, direction);
-  options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.zoneout_h)};
-  options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.zoneout_c)};
+  options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.given.zoneout_h)};
+  options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.given.zoneout_c)};
+  options.cell = cell_options<T>(tensors.given, tensors.peephole, direction);
   if (!tensors.norm.empty()) {
     const size_t count = tensors.norm.size() / sizes.directions;
     const at::Tensor* norm = tensors.norm.data() + direction * count;
@@ -193,12 +194,11 @@ template <typename T, typename Params, typename Plan>
 void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& kernels,
                     Plan (*make_plan)(const Params&, const cpu::Machine&),
                     void (*kernel)(const Params&, const Plan&, char* workspace, int worker),
-                    const at::TensorOptions& options, bool normalised) {
+                    const at::TensorOptions& options, bool sums_over_workers) {
   constexpr int64_t kAlignment = 64;
   bool refused = false;
   for (size_t first = 0; first < params.size();) {
-    // Some gradients of layer normalisation are sums over the workers.
-    const int threads = refused ? 1 : available_threads(/*always_all=*/normalised);
+    const int threads = refused ? 1 : available_threads(/*always_all=*/sums_over_workers);
     const cpu::Machine machine = machine_for(kernels, threads);
     OfDirections<Plan> plans{make_plan(params[first], machine)};
     while (plans.back().directions_at_once && first + plans.size() < params.size()) {
@@ -298,9 +298,14 @@ LayerGradients empty_gradients(const LayerCall& call, const LayerSizes& sizes, c
   }
   if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
   if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
-  for (size_t i = 0; i < call.options.norm.size(); ++i) {
-    if (needs_grad.norm[i]) grads.norm[i] = empty_on_cpu(call.options.norm[i].sizes(), options);
-  }
+  const auto of_parameters = [&](std::vector<at::Tensor>& list, const std::vector<at::Tensor>& parameters,
+                                 const std::vector<bool>& needed) {
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      if (needed[i]) list[i] = empty_on_cpu(parameters[i].sizes(), options);
+    }
+  };
+  of_parameters(grads.norm, call.options.norm, needs_grad.norm);
+  of_parameters(grads.peephole, call.options.peephole, needs_grad.peephole);
   return grads;
 }
 
@@ -312,8 +317,9 @@ LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
   };
   for (at::Tensor* grad : {&grads.input, &grads.h0, &grads.c0, &grads.reset_h, &grads.reset_c}) as_type(*grad, dtype);
   for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
-  // Under autocast, the parameters of layer normalisation keep their own type.
+  // Under autocast, the other parameters keep their own type.
   for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
+  for (size_t i = 0; i < grads.peephole.size(); ++i) as_type(grads.peephole[i], call.options.peephole[i].scalar_type());
   return grads;
 }
 
@@ -338,6 +344,12 @@ void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const Laye
   // Both biases are added to the same sum, so they have the same gradient.
   if (call.has_bias) p.grad_bias = data_or_null(weights[2].defined() ? weights[2] : weights[3]);
   if (sizes.projected) p.grad_weight_hr = data_or_null(weights[sizes.weights_per_direction - 1]);
+  if (!grads.peephole.empty()) {
+    const at::Tensor* const peephole = grads.peephole.data() + d * kPeepholes;
+    p.grad_peephole[0] = data_or_null(peephole[0]);
+    p.grad_peephole[1] = data_or_null(peephole[1]);
+    p.grad_peephole[3] = data_or_null(peephole[2]);
+  }
   if (grads.norm.empty()) return;
   const at::Tensor* norm = grads.norm.data() + d * norms_per_direction(call.has_bias);
   p.grad_gain_ih = data_or_null(norm[0]);
@@ -397,8 +409,9 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       set_gradients(p, grads, call, sizes, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }
+    // The gradients of a cell's parameters are sums over the workers.
     run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,
-                   !call.options.norm.empty());
+                   !call.options.norm.empty() || !call.options.peephole.empty());
     for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
       const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;
       if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);

@@ -35,13 +35,20 @@ class ChunkGradients : protected Stepwise {
     grads_.h0 = state(needs_grad.h0, h0_);
     grads_.c0 = state(needs_grad.c0, c0_);
     grads_.weights = sums(needs_grad.weights, weights_);
-    grads_.reset_h = sum(needs_grad.reset_h, reset_h_);
-    grads_.reset_c = sum(needs_grad.reset_c, reset_c_);
-    grads_.norm = sums(needs_grad.norm, norm_);
-    for (const at::Tensor& t : call.options.norm) norm_types_.push_back(t.scalar_type());
-    if (lengths_.defined()) {
-      const at::Tensor times = at::arange(sizes.steps, lengths_.options()).unsqueeze(1);
-      padding_ = times.ge(lengths_).view({-1, 1});
+    grads_.reset_h = sum(needs_grad.reset_h, options_.reset_h);
+    grads_.reset_c = sum(needs_grad.reset_c, options_.reset_c);
+    grads_.norm = sums(needs_grad.norm, options_.norm);
+    grads_.peephole = sums(needs_grad.peephole, options_.peephole);
+    const auto types_of = [](const std::vector<at::Tensor>& parameters) {
+      std::vector<at::ScalarType> types;
+      for (const at::Tensor& t : parameters) types.push_back(t.scalar_type());
+      return types;
+    };
+    norm_types_ = types_of(call.options.norm);
+    peephole_types_ = types_of(call.options.peephole);
+    if (options_.lengths.defined()) {
+      const at::Tensor times = at::arange(sizes.steps, options_.lengths.options()).unsqueeze(1);
+      padding_ = times.ge(options_.lengths).view({-1, 1});
     }
   }
 
@@ -54,6 +61,7 @@ class ChunkGradients : protected Stepwise {
     for (at::Tensor& t : grads_.weights) finish(t, dtype_);
     // These parameters keep their own type under autocast.
     for (size_t i = 0; i < grads_.norm.size(); ++i) finish(grads_.norm[i], norm_types_[i]);
+    for (size_t i = 0; i < grads_.peephole.size(); ++i) finish(grads_.peephole[i], peephole_types_[i]);
     return std::move(grads_);
   }
 
@@ -62,6 +70,7 @@ class ChunkGradients : protected Stepwise {
     // (rows of a chunk, 4H): gradients of U h, and with layer normalisation of W x; otherwise both are the same.
     at::Tensor recurrent_part, input_part;
     at::Tensor preactivations, tanh_input, norm_cell;  // see cuda::NormCellBackward
+    at::Tensor peephole_terms;                         // see cuda::CellBackward
     at::Tensor output;                                 // (rows of a chunk, P), with a projection
     at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), if it was not saved
     at::Tensor recurrent;                              // (B, P): dL/dh_t through the step after t
@@ -91,7 +100,7 @@ class ChunkGradients : protected Stepwise {
     if (sizes_.projected) g.weight_hr = w[sizes_.weights_per_direction - 1];
     g.reset_h = part_of(grads_.reset_h, d);
     g.reset_c = part_of(grads_.reset_c, d);
-    if (norm_.empty()) return g;
+    if (options_.norm.empty()) return g;
     const at::Tensor* n = grads_.norm.data() + d * norms_per_direction(has_bias_);
     g.gain_ih = n[0];
     g.gain_hh = n[1];
@@ -137,6 +146,15 @@ class ChunkGradients : protected Stepwise {
                                      row_pointer<A>(g.bias)};
       check(cuda::column_sums(sums, device_.stream), "column_sums");
     }
+    if (b.peephole_terms.defined()) {
+      const at::Tensor sums = at::zeros({4 * sizes_.hidden_size}, options(sizes_.sum_type));
+      add_products<T>(sums, b.peephole_terms, {}, rows);
+      constexpr int64_t kGates[kPeepholes] = {0, 1, 3};
+      for (int64_t n = 0; n < kPeepholes; ++n) {
+        const at::Tensor& sum = grads_.peephole[d * kPeepholes + n];
+        if (sum.defined()) sum.add_(sums.narrow(0, kGates[n] * sizes_.hidden_size, sizes_.hidden_size));
+      }
+    }
     if (g.weight_hr.defined()) {
       const at::Tensor hidden =
           b.hidden.defined() ? b.hidden.narrow(0, 0, rows) : rows_of_direction(saved_.hidden, d).narrow(0, first, rows);
@@ -178,7 +196,8 @@ class ChunkGradients : protected Stepwise {
   void add_recurrent_gradient(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d,
                               const at::Tensor& recurrent_part, const at::Tensor& weight_hh) const {
     const int64_t P = sizes_.output_size;
-    if (sizes_.packed() || resets_.defined() || lengths_.defined() || recurrent_mask_.defined()) {
+    if (sizes_.packed() || options_.resets.defined() || options_.lengths.defined() ||
+        options_.recurrent_mask.defined()) {
       product(weight_hh, recurrent_part.t(), previous_outputs<T>(layer, steps, chunk, d), true);
       return;
     }
@@ -214,7 +233,7 @@ class ChunkGradients : protected Stepwise {
       args.previous_stride = h.stride(0);
       args.h0 = const_row_pointer<T>(layer.h0);
       args.reset_h = const_row_pointer<T>(layer.reset_h);
-      args.lengths = const_row_pointer<int64_t>(lengths_);
+      args.lengths = const_row_pointer<int64_t>(options_.lengths);
       args.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
       args.reverse = layer.shape.reverse;
       for (; n < chunk.end && args.count < args.kSteps; ++n) {
@@ -247,8 +266,8 @@ class ChunkGradients : protected Stepwise {
   LayerGradients grads_;  // sums, and the gradient of the input
 
  private:
-  std::vector<at::ScalarType> norm_types_;  // types of the gradients of layer normalisation
-  at::Tensor padding_;                      // (all rows, 1), with lengths: whether a row is padding
+  std::vector<at::ScalarType> norm_types_, peephole_types_;  // types of the gradients
+  at::Tensor padding_;                                       // (all rows, 1), with lengths: whether a row is padding
 };
 
 }  // namespace lstm_ext

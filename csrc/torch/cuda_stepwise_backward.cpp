@@ -63,6 +63,7 @@ class StepwiseBackward : ChunkGradients {
     b.preactivations = of_chunk(layer.normalised(), 4 * H, sizes_.sum_type);
     b.tanh_input = of_chunk(layer.normalised(), H, sizes_.sum_type);
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
+    b.peephole_terms = of_chunk(!options_.peephole.empty(), 4 * H, sizes_.sum_type);
     b.output = of_chunk(sizes_.projected, P, gradient_type());
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
     b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_ && !persistent_, P);
@@ -74,7 +75,7 @@ class StepwiseBackward : ChunkGradients {
     b.grad_h = of_step(has_zoneout_h(), P);
     b.begin_part = empty_if(g.h0.defined(), {sizes_.batch, 4 * H}, options(gradient_type()));
     b.reset_part = zeros_if(g.reset_h.defined(), {sizes_.batch, 4 * H}, options(sizes_.sum_type));
-    if (lengths_.defined()) {  // rows of length 0 have no step that writes these
+    if (options_.lengths.defined()) {  // rows of length 0 have no step that writes these
       for (const at::Tensor& t : {b.grad_c, b.grad_h, b.begin_part}) {
         if (t.defined()) t.zero_();
       }
@@ -95,8 +96,9 @@ class StepwiseBackward : ChunkGradients {
     const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
     const auto sum = static_cast<int64_t>(c10::elementSize(sizes_.sum_type));
     int64_t bytes = 4 * sizes_.hidden_size * gradient;
-    if (!norm_.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
-    if (recompute_) bytes += 4 * sizes_.hidden_size * sum;
+    if (!options_.peephole.empty()) bytes += 4 * sizes_.hidden_size * sum;
+    if (!options_.norm.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
+    if (options_.recompute) bytes += 4 * sizes_.hidden_size * sum;
     const int64_t limit = chunk_rows(device_.chunk_bytes, bytes);
     std::vector<std::vector<Chunk>> chunks(directions.size());
     for (int64_t n = 0; n < sizes_.steps; n = chunks[0].back().end) {
@@ -158,7 +160,7 @@ class StepwiseBackward : ChunkGradients {
     std::list<Running> sides;
     Both both;
     std::vector<LayerShape> shapes;
-    for (int64_t d = 0; d < sizes_.directions; ++d) shapes.push_back(sizes_.shape(d, resets_));
+    for (int64_t d = 0; d < sizes_.directions; ++d) shapes.push_back(sizes_.shape(d, options_.resets));
     std::vector<Steps> directions;
     for (const LayerShape& shape : shapes) directions.emplace_back(shape, Steps::Pass::kForward);
     std::vector<std::vector<Chunk>> chunks = chunks_of(directions);
@@ -171,7 +173,7 @@ class StepwiseBackward : ChunkGradients {
     for (int64_t n = last; n >= 0; --n) {
       const bool begins = n == sides.front().chunks.back().end - 1;
       for (Running& side : sides) {
-        if (recompute_ && begins) {
+        if (options_.recompute && begins) {
           side.recomputed = preactivations_of<T>(side.layer, side.steps, side.chunks.back(), side.d);
         }
       }
@@ -261,7 +263,7 @@ class StepwiseBackward : ChunkGradients {
     args.cell.grad_recurrent_part = mails_recurrent_part() ? nullptr : row_pointer<D>(side.buffers.recurrent_part);
     args.cell.hidden = nullptr;
     args.steps = chunk_of_steps(side.steps, chunk, side.layer.shape.reverse, sizes_.batch);
-    if (resets_.defined()) args.resets = side.layer.shape.resets + side.steps.rows_before(chunk.begin);
+    if (options_.resets.defined()) args.resets = side.layer.shape.resets + side.steps.rows_before(chunk.begin);
     args.grad_output_by_time = side.grad_output.defined() && side.grad_output.dim() == 3;
     if (args.grad_output_by_time) {
       args.cell.output.grad_output = const_row_pointer<T>(side.grad_output);
@@ -315,12 +317,14 @@ class StepwiseBackward : ChunkGradients {
     cuda::CellBackward<T> args{};
     args.rows = step_rows(side.layer, n);
     args.hidden_size = sizes_.hidden_size;
-    args.preactivations = recompute_ ? const_row_pointer<T>(side.recomputed, row)
-                                     : const_row_pointer<T>(side.preactivations, step.offset);
+    args.preactivations = options_.recompute ? const_row_pointer<T>(side.recomputed, row)
+                                             : const_row_pointer<T>(side.preactivations, step.offset);
     args.cells = const_row_pointer<A>(side.cells, step.offset);
     args.c_previous = {const_row_pointer<A>(side.cells, previous_offset(side.steps, n)),
                        const_row_pointer<T>(side.layer.c0), const_row_pointer<T>(side.layer.reset_c)};
     args.zoneout = zoneout_c<A>(side.layer, step);
+    args.options = cell_options<A>(options_, options_.peephole, side.d);
+    args.peephole_terms = row_pointer<A>(b.peephole_terms, row);
     args.grad_c_n = const_row_pointer<T>(side.grad_c_n);
     args.grad_gate_values = const_row_pointer<T>(side.grad_gate_values, step.offset);
     args.grad_cells = const_row_pointer<A>(side.grad_cells, step.offset);
@@ -400,9 +404,9 @@ class StepwiseBackward : ChunkGradients {
       through_product(sum, b.reset_part, in_type(layer.weight_hh, sizes_.sum_type));
       if (has_zoneout_h()) g.reset_h.add_(sum);
     }
-    if (!lengths_.defined()) return;
+    if (!options_.lengths.defined()) return;
     // The final state of a row of length 0 is its initial one.
-    const at::Tensor has_steps = lengths_.gt(0).unsqueeze(1);
+    const at::Tensor has_steps = options_.lengths.gt(0).unsqueeze(1);
     const auto add_where_empty = [&](const at::Tensor& initial, const at::Tensor& last) {
       if (initial.defined() && last.defined()) initial.add_(last.to(sizes_.sum_type).masked_fill(has_steps, 0));
     };

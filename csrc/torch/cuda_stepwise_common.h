@@ -68,12 +68,17 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
+inline bool has_cell_options(const LayerOptions& options) {
+  return !options.peephole.empty() || options.cell_clip != 0 || options.coupled_gates;
+}
+
 // Whether a pass needs more than torch.nn.LSTM, so that the kernel of a step needs instructions of its own. All kernels
 // are chosen by this one answer. Resets do not count, because every kernel reads their flags; layer normalisation has
 // kernels of its own. `args` is null in the forward pass.
 inline bool has_options(const LayerOptions& options, const LayerSizes& sizes, const BackwardArguments* args) {
   const bool step = options.lengths.defined() || options.recurrent_mask.defined() || options.keep_h.defined() ||
-                    options.keep_c.defined() || options.zoneout_h != 0 || options.zoneout_c != 0;
+                    options.keep_c.defined() || options.zoneout_h != 0 || options.zoneout_c != 0 ||
+                    has_cell_options(options);
   if (!args) return step;
   const bool recomputes_hidden = options.recompute && sizes.projected;
   return step || args->grads.cells.defined() || args->grads.gate_values.defined() || recomputes_hidden;
@@ -101,6 +106,7 @@ inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes,
           tf32,
           sizes.projected,
           !call.options.norm.empty(),
+          has_cell_options(call.options),
           backward,
           sizes.packed()};
 }
@@ -151,17 +157,7 @@ class Stepwise {
         h0_(contiguous_or_undefined(call.h0, dtype_)),
         c0_(contiguous_or_undefined(call.c0, dtype_)),
         weights_(contiguous_weights(call.weights, dtype_)),
-        resets_(contiguous_or_undefined(call.options.resets, at::kBool)),
-        reset_h_(contiguous_or_undefined(call.options.reset_h, dtype_)),
-        reset_c_(contiguous_or_undefined(call.options.reset_c, dtype_)),
-        lengths_(contiguous_or_undefined(call.options.lengths, at::kLong)),
-        recurrent_mask_(contiguous_or_undefined(call.options.recurrent_mask, sizes.sum_type)),
-        keep_h_(contiguous_or_undefined(call.options.keep_h, at::kBool)),
-        keep_c_(contiguous_or_undefined(call.options.keep_c, at::kBool)),
-        share_h_(call.options.zoneout_h),
-        share_c_(call.options.zoneout_c),
-        norm_(contiguous_weights(call.options.norm, sizes.sum_type)),
-        recompute_(call.options.recompute),
+        options_(readable(call.options, sizes)),
         has_options_(has_options(call.options, sizes, args)),
         dependent_(device.facts->capability >= 90 && cuda::step_kernels_wait()) {
     const cuda::Plan plan =
@@ -182,10 +178,22 @@ class Stepwise {
   }
 
  protected:
+  // The options with tensors that the kernels can read.
+  static LayerOptions readable(LayerOptions options, const LayerSizes& sizes) {
+    visit_options(options, Overloaded{[](const char*, at::Tensor& t) {
+                                        if (t.defined()) t = materialized(t).contiguous();
+                                      },
+                                      [&](const char*, std::vector<at::Tensor>& parameters) {
+                                        parameters = contiguous_weights(parameters, sizes.sum_type);
+                                      },
+                                      [](const char*, double) {}, [](const char*, bool) {}});
+    return options;
+  }
+
   Direction direction(int64_t d) const {
     const at::Tensor* w = weights_.data() + d * sizes_.weights_per_direction;
     Direction layer;
-    layer.shape = sizes_.shape(d, resets_);
+    layer.shape = sizes_.shape(d, options_.resets);
     layer.input = input_;
     layer.h0 = part_of(h0_, d);
     layer.c0 = part_of(c0_, d);
@@ -196,13 +204,13 @@ class Stepwise {
       layer.bias_hh = w[3];
     }
     if (sizes_.projected) layer.weight_hr = w[sizes_.weights_per_direction - 1];
-    layer.reset_h = part_of(reset_h_, d);
-    layer.reset_c = part_of(reset_c_, d);
-    layer.recurrent_mask = part_of(recurrent_mask_, d);
-    layer.keep_h = rows_of_direction(keep_h_, d);
-    layer.keep_c = rows_of_direction(keep_c_, d);
-    if (!norm_.empty()) {
-      const at::Tensor* n = norm_.data() + d * norms_per_direction(has_bias_);
+    layer.reset_h = part_of(options_.reset_h, d);
+    layer.reset_c = part_of(options_.reset_c, d);
+    layer.recurrent_mask = part_of(options_.recurrent_mask, d);
+    layer.keep_h = rows_of_direction(options_.keep_h, d);
+    layer.keep_c = rows_of_direction(options_.keep_c, d);
+    if (!options_.norm.empty()) {
+      const at::Tensor* n = options_.norm.data() + d * norms_per_direction(has_bias_);
       layer.gain_ih = n[0];
       layer.gain_hh = n[1];
       layer.gain_c = n[2];
@@ -220,7 +228,7 @@ class Stepwise {
             step.next_rows,
             steps.resets_before(step.time),
             last ? ResetFlags{nullptr, 0} : steps.resets_before(steps.time(n + 1)),
-            const_row_pointer<int64_t>(lengths_),
+            const_row_pointer<int64_t>(options_.lengths),
             step.time,
             layer.shape.reverse,
             has_options_};
@@ -240,14 +248,14 @@ class Stepwise {
     for (int side = 0; side < of_step.count; ++side) product(of_step.sides[side]);
   }
 
-  bool has_zoneout_h() const { return keep_h_.defined() || share_h_ != 0; }
+  bool has_zoneout_h() const { return options_.keep_h.defined() || options_.zoneout_h != 0; }
   template <typename A>
   Zoneout<A> zoneout_h(const Direction& layer, const Step& step) const {
-    return {flag_pointer(layer.keep_h, step.offset), static_cast<A>(share_h_)};
+    return {flag_pointer(layer.keep_h, step.offset), static_cast<A>(options_.zoneout_h)};
   }
   template <typename A>
   Zoneout<A> zoneout_c(const Direction& layer, const Step& step) const {
-    return {flag_pointer(layer.keep_c, step.offset), static_cast<A>(share_c_)};
+    return {flag_pointer(layer.keep_c, step.offset), static_cast<A>(options_.zoneout_c)};
   }
 
   // The number of rows of the sequence, over all steps.
@@ -305,11 +313,7 @@ class Stepwise {
   const bool has_bias_;
   const at::Tensor input_, h0_, c0_;
   const std::vector<at::Tensor> weights_;
-  // Undefined or empty if the layer has none.
-  const at::Tensor resets_, reset_h_, reset_c_, lengths_, recurrent_mask_, keep_h_, keep_c_;
-  const double share_h_, share_c_;  // zoneout without flags
-  const std::vector<at::Tensor> norm_;
-  const bool recompute_;
+  const LayerOptions options_;
   const bool has_options_;
   const bool dependent_;  // kernels may begin before the previous ones have ended
   bool fused_;            // a step is one kernel

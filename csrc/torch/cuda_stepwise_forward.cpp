@@ -79,7 +79,7 @@ class StepwiseForward : Stepwise {
         whole_(fused_ && sizes.steps == 1),
         both_recurrent_(empty_if(one_product(), {2, sizes.batch, 4 * sizes.hidden_size}, options(sizes.sum_type))),
         both_h_(empty_if(one_product(), {2, sizes.batch, sizes.output_size}, options(dtype_))) {
-    if (!lengths_.defined()) return;
+    if (!options_.lengths.defined()) return;
     // A row of length 0 has no last step.
     const auto begin_from = [](const at::Tensor& state, const at::Tensor& initial) {
       initial.defined() ? state.copy_(initial) : state.zero_();
@@ -168,14 +168,14 @@ class StepwiseForward : Stepwise {
       b.begin_part = recurrent_part_of(layer.h0, layer);
       b.reset_part = recurrent_part_of(layer.reset_h, layer);
     }
-    const bool changes_output = lengths_.defined() || recurrent_mask_.defined() || has_zoneout_h();
+    const bool changes_output = options_.lengths.defined() || options_.recurrent_mask.defined() || has_zoneout_h();
     b.projected = one_step(sizes_.projected && changes_output, P, sum_type);
     b.running_h = one_step(has_zoneout_h(), P, sum_type);
     b.norm_workspace = one_step(layer.normalised(), 2 * H, sum_type);
     if (persistent_) return b;  // the mailboxes carry h
     if (one_product()) {
       b.recurrent_h[0] = b.recurrent_h[1] = both_h_.select(0, d);
-    } else if (recurrent_mask_.defined() || (fused_ && !has_aligned_rows(b.output))) {
+    } else if (options_.recurrent_mask.defined() || (fused_ && !has_aligned_rows(b.output))) {
       b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, dtype_) : P, dtype_);
       b.recurrent_h[1] = fused_ ? at::empty_like(b.recurrent_h[0]) : b.recurrent_h[0];
     }
@@ -295,7 +295,7 @@ class StepwiseForward : Stepwise {
     args.cell.c_previous.previous = args.cell.c =
         row_pointer<A>(side.buffers.cells, saved_.cells.defined() ? first : 0);
     args.steps = chunk_of_steps(side.steps, *side.chunk, side.layer.shape.reverse, sizes_.batch);
-    if (resets_.defined()) args.resets = side.layer.shape.resets + first;
+    if (options_.resets.defined()) args.resets = side.layer.shape.resets + first;
     args.keeps_cells = saved_.cells.defined();
     args.batch_first = side.input.batch_first;
     args.weight = const_row_pointer<T>(side.weight);
@@ -367,6 +367,7 @@ class StepwiseForward : Stepwise {
     args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
                        const_row_pointer<T>(layer.reset_c)};
     args.zoneout = zoneout_c<A>(layer, step);
+    args.options = cell_options<A>(options_, options_.peephole, layer.shape.reverse);
     args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
     args.c_n = row_pointer<T>(b.c_n);
     args.preactivations = row_pointer<T>(b.preactivations, step.offset);

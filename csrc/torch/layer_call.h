@@ -28,11 +28,16 @@ struct LayerOptions {
   double zoneout_h = 0, zoneout_c = 0;
   // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
   std::vector<at::Tensor> norm;
+  // Peepholes: for each direction the weights (H) of i, f and o.
+  std::vector<at::Tensor> peephole;
   // Frozen weights: the results of freeze_weights for each direction, which the forward pass reads in place of the
   // weights; see torch/frozen.h. Such a layer has no backward pass.
   std::vector<at::Tensor> frozen;
+  double cell_clip = 0;        // the bound of |c_t|; 0 without one
+  bool coupled_gates = false;  // f = 1 - i
   bool return_cell_states = false, return_gates = false;
-  // Save no gates: the backward pass recomputes them. Not with return_gates, and not with layer normalisation.
+  // Save no gates: the backward pass recomputes them. Not with return_gates, not with layer normalisation, and on CUDA
+  // not with peepholes.
   bool recompute = false;
 };
 
@@ -50,7 +55,10 @@ void visit_options(Options& options, const Visit& visit) {
   visit("zoneout_h", options.zoneout_h);
   visit("zoneout_c", options.zoneout_c);
   visit("norm", options.norm);
+  visit("peephole", options.peephole);
   visit("frozen", options.frozen);
+  visit("cell_clip", options.cell_clip);
+  visit("coupled_gates", options.coupled_gates);
   visit("return_cell_states", options.return_cell_states);
   visit("return_gates", options.return_gates);
 }
@@ -124,6 +132,7 @@ void visit_inputs(Call& call, Options& options, const Visit& visit) {
   visit(options.reset_h);
   visit(options.reset_c);
   for (auto&& parameter : options.norm) visit(parameter);
+  for (auto&& parameter : options.peephole) visit(parameter);
 }
 template <typename Visit>
 void visit_inputs(const LayerCall& call, const Visit& visit) {
@@ -136,13 +145,14 @@ struct PerInput {
   Value input{}, h0{}, c0{};
   Values weights;
   Value reset_h{}, reset_c{};
-  Values norm;
+  Values norm, peephole;
 
   // The same with lists as long as those of a call.
   static PerInput of(const LayerCall& call) {
     PerInput values;
     values.weights.resize(call.weights.size());
     values.norm.resize(call.options.norm.size());
+    values.peephole.resize(call.options.peephole.size());
     return values;
   }
 };

@@ -20,14 +20,18 @@ from .layout import Layout, PackedLayout, PaddedRows
 from .masks import keep_flags, recurrent_mask
 
 __all__ = [
+    "CELL_PARAMETERS",
     "NO_OPTIONS",
     "CallOptions",
+    "CellParameters",
     "Stack",
     "StackOptions",
     "any_requested",
+    "clip",
     "flag",
     "forget_bias_value",
     "probability",
+    "refuse_combinations",
     "stack_options",
     "zoneout_pair",
 ]
@@ -66,6 +70,64 @@ def zoneout_pair(value: Any) -> tuple[float, float]:
     return probability("zoneout", value), 0.0
 
 
+def clip(name: str, value: Any) -> float:
+    """A bound, 0 for None. Raises: ValueError."""
+    if value is None:
+        return 0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name} should be a positive finite number or None, got {value!r}")
+    return float(value)
+
+
+def refuse_combinations(layer_norm: bool, peephole: bool, coupled_gates: bool) -> None:
+    """Raises: ValueError, naming both options."""
+    # The f rows would count in the statistics of the gates, and what o should see of c_t is not defined.
+    for name, given in (("peephole", peephole), ("coupled_gates", coupled_gates)):
+        if given and layer_norm:
+            raise ValueError(f"{name}=True: not available together with layer_norm=True")
+
+
+class CellParameters(NamedTuple):
+    """The parameters that an option adds to each layer and direction.
+
+    Attributes:
+        name: in errors.
+        option: the argument of `lstm_ext.LSTM`.
+        keyword: the argument of `functional.lstm`.
+        prefix: what their names in a module begin with.
+        sizes: their sizes in H by the rest of their names, in the order of `LayerOptions`; those of a bias only exist
+            in layers with biases.
+        initial: their initial values, 0 if not listed.
+    """
+
+    name: str
+    option: str
+    keyword: str
+    prefix: str
+    sizes: dict[str, int]
+    initial: dict[str, float]
+
+    def kinds(self, bias: bool) -> list[str]:
+        return [kind for kind in self.sizes if bias or not kind.startswith("bias")]
+
+
+# By the field of `LayerOptions`.
+CELL_PARAMETERS = {
+    "norm": CellParameters(
+        "layer normalisation",
+        "layer_norm",
+        "norm_weights",
+        "ln_",
+        {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1},
+        {"gain_ih": 1, "gain_hh": 1, "gain_c": 1},
+    ),
+    "peephole": CellParameters(
+        "peepholes", "peephole", "peephole_weights", "weight_", {"ci": 1, "cf": 1, "co": 1}, {}
+    ),
+}
+
+
 def flag(name: str, value: Any) -> bool:
     """Raises: TypeError."""
     if not isinstance(value, bool):
@@ -97,6 +159,9 @@ class Stack(Protocol):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     layer_norm: bool
+    peephole: bool
+    cell_clip: float | None
+    coupled_gates: bool
     recompute: bool
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     frozen: Sequence[LayerOptions]
@@ -127,6 +192,9 @@ def any_requested(stack: Stack, call_options: CallOptions) -> bool:
         stack.recurrent_dropout != 0
         or stack.zoneout != 0
         or stack.layer_norm is not False
+        or stack.peephole is not False
+        or stack.cell_clip is not None
+        or stack.coupled_gates is not False
         or stack.recompute is not False
         or call_options is not NO_OPTIONS
     )
@@ -140,7 +208,7 @@ class StackOptions:
         recurrent_dropout: the probability.
         zoneout: the probabilities for h and c.
         training: whether the two are random.
-        norm: for each layer its `LayerOptions.norm`; empty without layer normalisation.
+        parameters: for each layer the parameters that its cells have, by the field of `LayerOptions`.
         reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
         padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
     """
@@ -148,7 +216,9 @@ class StackOptions:
     recurrent_dropout: float
     zoneout: tuple[float, float]
     training: bool
-    norm: Sequence[Sequence[Tensor]]
+    parameters: dict[str, Sequence[Sequence[Tensor]]]
+    cell_clip: float
+    coupled_gates: bool
     recompute: bool
     return_cell_states: bool
     return_gates: bool
@@ -165,7 +235,8 @@ class StackOptions:
             self.padded is not None
             and not (self.training and self.recurrent_dropout)
             and self.zoneout == (0.0, 0.0)
-            and not self.norm
+            and not self.parameters
+            and not (self.cell_clip or self.coupled_gates)
             and not (self.recompute or self.return_cell_states or self.return_gates)
             and self.resets is None
         )
@@ -188,10 +259,12 @@ class StackOptions:
             reset_h=None if self.reset_h is None else self.reset_h[sets],
             reset_c=None if self.reset_c is None else self.reset_c[sets],
             lengths=self.lengths,
-            norm=self.norm[k] if self.norm else (),
+            cell_clip=self.cell_clip,
+            coupled_gates=self.coupled_gates,
             return_cell_states=self.return_cell_states,
             return_gates=self.return_gates,
             recompute=self.recompute,
+            **{name: layers[k] for name, layers in self.parameters.items()},
         )
         if not self.training:
             layer.zoneout_h, layer.zoneout_c = zoneout_h, zoneout_c
@@ -209,7 +282,7 @@ class StackOptions:
 
 def stack_options(
     stack: Stack,
-    norm: Sequence[Sequence[Tensor]],
+    parameters: dict[str, Sequence[Sequence[Tensor]]],
     x: Tensor,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
@@ -219,7 +292,7 @@ def stack_options(
 
     Args:
         stack: attributes that may have been changed since the module was made.
-        norm: for each layer the parameters of layer normalisation, or empty.
+        parameters: see `StackOptions`.
         x: (T, B, I) or (N, I), checked.
         state_shapes: those of h0 and c0, with a batch axis.
 
@@ -231,11 +304,14 @@ def stack_options(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
         zoneout=zoneout_pair(stack.zoneout),
         training=stack.training and not stack.frozen,
-        norm=norm,
+        parameters=parameters,
+        cell_clip=clip("cell_clip", stack.cell_clip),
+        coupled_gates=flag("coupled_gates", stack.coupled_gates),
         recompute=flag("recompute", stack.recompute),
         return_cell_states=flag("return_cell_states", return_cell_states),
         return_gates=flag("return_gates", return_gates),
     )
+    refuse_combinations("norm" in parameters, "peephole" in parameters, options.coupled_gates)
     if resets is not None:
         options.resets = _resets(resets, x, layout)
     if reset_state is not None:

@@ -17,7 +17,17 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
-from .arguments import NO_OPTIONS, CallOptions, Stack, StackOptions, any_requested, stack_options
+from .arguments import (
+    CELL_PARAMETERS,
+    NO_OPTIONS,
+    CallOptions,
+    CellParameters,
+    Stack,
+    StackOptions,
+    any_requested,
+    stack_options,
+)
+from .autocast import autocast_dtype
 from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
 from .torchs_operator import lstm as lstm_by_torch
@@ -72,6 +82,7 @@ def _layers(
     options: StackOptions | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """By torch's own operator, if plain layers run on it here, else layer by layer."""
+    autocast = autocast_dtype(x) if any_autocast() else None
     preferred = (
         options is None and batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
     )
@@ -79,12 +90,12 @@ def _layers(
     if (
         layer is route.lstm_layer
         and (preferred or not route.has_operators(x.device))
-        and (options is None or (options.only_padded and not any_autocast()))
+        and (options is None or (options.only_padded and autocast is None))
     ):
-        results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes, preferred)
+        results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes, autocast, preferred)
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))
-    return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options)
+    return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options, autocast)
 
 
 def _run_padded(
@@ -135,10 +146,13 @@ class _Stack:
     dropout: float
     training: bool
     bidirectional: bool
-    recurrent_dropout: float
-    zoneout: float | tuple[float, float]
-    layer_norm: bool
-    recompute: bool
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
+    peephole: bool = False
+    cell_clip: float | None = None
+    coupled_gates: bool = False
+    recompute: bool = False
     frozen: Sequence[LayerOptions] = ()
 
 
@@ -147,20 +161,15 @@ def lstm(
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    recurrent_dropout: float,
-    zoneout: float | tuple[float, float],
-    norm_weights: Sequence[Tensor] | None,
-    recompute: bool,
-    **call_options: Any,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    **options_given: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
+    """``functional.lstm`` for a given layer function."""
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
         data = input.data
@@ -185,25 +194,21 @@ def lstm(
     h0, c0 = _check_hx(hx, data, sets, batch, hidden_size, state_size)
     if packed and h0 is None and torch.compiler.is_compiling():
         h0, c0 = zero_states(x, shapes)
-    stack = _Stack(
-        bias,
-        num_layers,
-        dropout,
-        training,
-        bidirectional,
-        recurrent_dropout,
-        zoneout,
-        norm_weights is not None,
-        recompute,
-    )
-    given = CallOptions(**call_options)
+    given = CallOptions(**{k: options_given.pop(k) for k in CallOptions._fields if k in options_given})
     given = given if given.given() else NO_OPTIONS
+    parameters = {}
+    for name, kind in CELL_PARAMETERS.items():
+        cell_weights = options_given.pop(kind.keyword, None)
+        if cell_weights is not None:
+            options_given[kind.option] = True
+            parameters[name] = _split_parameters(
+                kind, cell_weights, data, bias, num_layers, bidirectional, hidden_size
+            )
+    stack = _Stack(bias, num_layers, dropout, training, bidirectional, **options_given)
     requested = any_requested(stack, given)
-    if requested:
-        norm = _split_norm(norm_weights, data, bias, num_layers, bidirectional, hidden_size)
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
-    options = stack_options(stack, norm, x, layout, shapes, given) if requested else None
+    options = stack_options(stack, parameters, x, layout, shapes, given) if requested else None
     return run(stack, layer, layers, x, h0, c0, layout, options)
 
 
@@ -266,33 +271,32 @@ def _split_weights(
     return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
 
 
-def _split_norm(
-    weights: Sequence[Tensor] | None,
+def _split_parameters(
+    parameters: CellParameters,
+    weights: Sequence[Tensor],
     input: Tensor,
     bias: bool,
     num_layers: int,
     bidirectional: bool,
     hidden: int,
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """Check the flat sequence of parameters of layer normalisation and cut it into layers."""
-    if weights is None:
-        return ()
+    """Check a flat sequence of parameters of cells and cut it into layers."""
+    keyword, kinds = parameters.keyword, parameters.kinds(bias)
     if isinstance(weights, Tensor) or not all([isinstance(w, Tensor) for w in weights]):
-        raise TypeError("norm_weights: expected None or a flat sequence of Tensors")
-    kinds = ["gain_ih", "gain_hh", "gain_c"] + (["bias_c"] if bias else [])
+        raise TypeError(f"{keyword}: expected None or a flat sequence of Tensors")
     directions = 2 if bidirectional else 1
     n = len(kinds) * directions
     if len(weights) != num_layers * n:
         raise ValueError(
-            f"norm_weights: expected {num_layers * n} tensors ({', '.join(kinds)}, for each layer and direction), "
+            f"{keyword}: expected {num_layers * n} tensors ({', '.join(kinds)}, for each layer and direction), "
             f"got {len(weights)}"
         )
     for i, w in enumerate(weights):
         kind = kinds[i % len(kinds)]
-        expected = (hidden,) if kind.endswith("_c") else (4 * hidden,)
+        expected = (parameters.sizes[kind] * hidden,)
         if tuple(w.shape) != expected:
-            raise ValueError(f"norm_weights[{i}] ({kind}): expected shape {expected}, got {_shape(w)}")
-        _check_like_input(f"norm_weights[{i}] ({kind})", w, input)
+            raise ValueError(f"{keyword}[{i}] ({kind}): expected shape {expected}, got {_shape(w)}")
+        _check_like_input(f"{keyword}[{i}] ({kind})", w, input)
     return tuple([tuple(weights[k * n : (k + 1) * n]) for k in range(num_layers)])
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
-from ..layer.tracing import any_autocast
 from .arguments import Stack, StackOptions
-from .autocast import autocast_dtype, options_in_autocast, result_dtypes, to_dtype
+from .autocast import options_in_autocast, result_dtypes, to_dtype
 from .layout import LSTMExtras
 
 __all__ = ["run_stack"]
@@ -30,8 +29,9 @@ def run_stack(
     c0: Tensor | None,
     batch_sizes: Tensor | None,
     options: StackOptions | None,
+    autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
-    """Run the layers; one entry of ``weights`` per layer. Checks nothing.
+    """Run the layers; one entry of ``weights`` per layer. Checks nothing. ``autocast`` is `autocast_dtype` of the call.
 
     The masks between the layers come from ``torch.nn.functional.dropout`` on the time-first output, as torch itself
     draws them (also with ``batch_first``): the same seed gives the same masks.
@@ -40,15 +40,13 @@ def run_stack(
         output, h_n, c_n, and, if there are ``options``, the cell states and gates that they request.
     """
     dtypes = None
-    if any_autocast():
-        dtype = autocast_dtype(input)
-        if dtype is not None:
-            # Padded data that was packed internally counts as dense, because the user gave it so.
-            dense = batch_sizes is None or (options is not None and options.padded is not None)
-            projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
-            dtypes = result_dtypes(dtype, input, c0, fused=dense, projected=projected)
-            options = None if options is None else options_in_autocast(options, dtype)
-            input, h0, c0, weights = to_dtype(dtype, input, h0, c0, weights)
+    if autocast is not None:
+        # Padded data that was packed internally counts as dense, because the user gave it so.
+        dense = batch_sizes is None or (options is not None and options.padded is not None)
+        projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
+        dtypes = result_dtypes(autocast, input, c0, fused=dense, projected=projected)
+        options = None if options is None else options_in_autocast(options, autocast)
+        input, h0, c0, weights = to_dtype(autocast, input, h0, c0, weights)
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
     if options is None and len(weights) == 1:  # the shortest path: microseconds count here
         own_options = frozen[0] if frozen else PLAIN

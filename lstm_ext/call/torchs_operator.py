@@ -19,9 +19,9 @@ from torch import Tensor
 from ..layer import equations, operators, route, transforms
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import weight_counts
-from ..layer.tracing import any_autocast, is_jit_tracing
+from ..layer.tracing import is_jit_tracing
 from .arguments import Stack
-from .autocast import autocast_dtype, in_autocast, result_dtypes
+from .autocast import in_autocast, result_dtypes
 from .stack import run_stack
 
 __all__ = ["lstm"]
@@ -50,11 +50,14 @@ class _Plain(NamedTuple):
             return torch.lstm(x, (h0, c0), weights, *settings, False)
         return torch.lstm(x, batch_sizes, (h0, c0), weights, *settings)
 
-    def by_equations(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
+    def by_equations(
+        self, batch_sizes: Tensor | None, tensors: Sequence[Tensor], autocast: torch.dtype | None
+    ) -> _Tensors:
         x, h0, c0, *weights = tensors
         n = len(weights) // self.num_layers
         layers = [weights[k : k + n] for k in range(0, len(weights), n)]
-        return run_stack(self, equations.lstm_layer, layers, x, h0, c0, batch_sizes, None)[:3]  # type: ignore[arg-type]
+        layer = equations.lstm_layer
+        return run_stack(self, layer, layers, x, h0, c0, batch_sizes, None, autocast)[:3]  # type: ignore[arg-type]
 
     def is_projected(self, tensors: Sequence[Tensor]) -> bool:
         sets = self.num_layers * (2 if self.bidirectional else 1)
@@ -68,11 +71,12 @@ def lstm(
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
-    preferred: bool = False,
+    autocast: torch.dtype | None,
+    preferred: bool,
 ) -> _Tensors | None:
     """Output, h_n and c_n; None if the stack runs on our kernels or the equations instead.
 
-    Arguments are those of `run_stack`, before autocast. `preferred`: see `route.torchs_way`.
+    Arguments are those of `run_stack`. `preferred`: see `route.torchs_way`.
     """
     way = None if stack.frozen else route.torchs_way(x, h0, c0, weights, preferred)
     if way is None:
@@ -90,7 +94,6 @@ def lstm(
     training = stack.training or (needs_grad and not x.is_cpu)
     plain = _Plain(stack.bias, len(weights), dropout, training, stack.bidirectional)
     if way == "operator":
-        autocast = autocast_dtype(x) if any_autocast() else None
         results = torch.ops.lstm_ext.torchs_lstm(
             x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad
         )
@@ -99,49 +102,51 @@ def lstm(
     # On the CPU torch's operator has second derivatives. On other devices the equations cannot draw dropout's masks.
     if not needs_grad or dropout or x.is_cpu or is_jit_tracing():
         return results
-    return _TwiceDifferentiable.apply(plain, batch_sizes, *results, *tensors)
+    return _TwiceDifferentiable.apply(plain, batch_sizes, autocast, *results, *tensors)
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
     """The results of torch's operator, and gradients by torch's operator or, where those have gradients, the equations.
 
-    Arguments: the stack, batch_sizes, the results, and the tensors that they were computed from.
+    Arguments: the stack, batch_sizes, the dtype of autocast, the results, and the tensors that they were computed from.
     """
 
     @staticmethod
-    def forward(ctx: Any, plain: _Plain, batch_sizes: Tensor | None, *tensors: Tensor) -> _Tensors:
-        x = tensors[3]
-        ctx.plain, ctx.batch_sizes = plain, batch_sizes
-        ctx.autocast = (x.device.type, autocast_dtype(x)) if any_autocast() else (x.device.type, None)
+    def forward(
+        ctx: Any,
+        plain: _Plain,
+        batch_sizes: Tensor | None,
+        autocast: torch.dtype | None,
+        *tensors: Tensor,
+    ) -> _Tensors:
+        ctx.plain, ctx.batch_sizes, ctx.autocast = plain, batch_sizes, autocast
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[3:])
         return tuple([t.detach() for t in tensors[:3]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[5:]
+        needs_grad = ctx.needs_input_grad[6:]
         if not torch.is_grad_enabled():
-            return (None,) * 2 + grads + (None,) * len(needs_grad)
+            return (None,) * 3 + grads + (None,) * len(needs_grad)
         gradients = _equation_gradients(
             ctx.plain, ctx.autocast, ctx.batch_sizes, grads, ctx.saved_tensors, needs_grad
         )
-        return (None,) * 5 + tuple(gradients)
+        return (None,) * 6 + tuple(gradients)
 
 
 def _equation_gradients(
     plain: _Plain,
-    autocast: tuple[str, torch.dtype | None],
+    autocast: torch.dtype | None,
     batch_sizes: Tensor | None,
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
     """Differentiable gradients, for the tensors that need one."""
-    device_type, dtype = autocast
 
     def results(*tensors: Any) -> _Tensors:
-        with in_autocast(device_type, dtype):
-            return plain.by_equations(batch_sizes, tensors)
+        return plain.by_equations(batch_sizes, tensors, autocast)
 
     return transforms.gradients_of(results, needs_grad, tensors, grads)
 
@@ -264,8 +269,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
                 "LSTM: create_graph=True with dropout between layers is not supported in a graph or under a dispatch "
                 "mode where torch's operator computes the layer"
             )
-        autocast = x.device.type, ctx.autocast
-        gradients = _equation_gradients(ctx.plain, autocast, batch_sizes, grads, tensors, needs_grad)
+        gradients = _equation_gradients(ctx.plain, ctx.autocast, batch_sizes, grads, tensors, needs_grad)
     else:
         layer = (x, h0, c0, weights, batch_sizes, *ctx.plain[:5], ctx.autocast)
         computed = torch.ops.lstm_ext.torchs_lstm_backward(*layer, saved, *grads, needs_grad)

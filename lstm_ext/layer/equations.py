@@ -77,6 +77,7 @@ def _equations(call: LayerCall) -> LayerResults:
         w_hr = rest[-1] if projected else None
         hidden = w_hh.size(0) // 4
         norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
+        peephole = options.peephole[3 * d : 3 * (d + 1)]
         mask = None if options.recurrent_mask is None else options.recurrent_mask[d]
         keep_h, keep_c = [
             None if keep is None else by_step(keep[d]) for keep in (options.keep_h, options.keep_c)
@@ -116,8 +117,14 @@ def _equations(call: LayerCall) -> LayerResults:
             else:
                 from_state = linear(seen, w_hh, b_hh)
             i, f, g, o = (gates_of_step[t] + from_state).chunk(4, dim=-1)
-            i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+            if peephole:
+                i, f = i + peephole[0] * c, f + peephole[1] * c
+            i, g = torch.sigmoid(i), torch.tanh(g)
+            f = 1 - i if options.coupled_gates else torch.sigmoid(f)
             new_c = f * c + i * g
+            if options.cell_clip:
+                new_c = torch.clamp(new_c, -options.cell_clip, options.cell_clip)
+            o = torch.sigmoid(o + peephole[2] * new_c if peephole else o)
             visible = new_c
             if norm:
                 shift = norm[3] if len(norm) == 4 else None

@@ -41,6 +41,9 @@ class LayerOptions:
         zoneout_h, zoneout_c: without flags, the share of the previous state that is kept.
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
+        peephole: D sets of ``w_ci, w_cf, w_co``, (H) each. Empty without peepholes.
+        cell_clip: the bound of |c_t|; 0 without one.
+        coupled_gates: whether f = 1 - i.
         frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
             them in place of the weights. Such a layer has no gradients. Empty for all others.
         return_cell_states, return_gates: whether these results are requested.
@@ -58,7 +61,10 @@ class LayerOptions:
     # An int 0, because with dynamic=True dynamo treats a float of an object as a number that may change.
     zoneout_h: float = 0
     zoneout_c: float = 0
+    cell_clip: float = 0
+    coupled_gates: bool = False
     norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
+    peephole: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
     frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})
     return_cell_states: bool = False
     return_gates: bool = False

@@ -114,7 +114,8 @@ def lstm_layer(call: LayerCall) -> LayerResults:
         kernels = loader.extension()
         if kernels is not None:
             if options.recompute:
-                if options.norm:  # the kernels cannot recompute these gates
+                # The kernels cannot recompute these gates.
+                if options.norm or (options.peephole and call.input.device.type != "cpu"):
                     return _recomputed(call)
                 if options.return_gates:  # they are saved anyway
                     call = replace(call, options=replace(options, recompute=False))

@@ -57,6 +57,7 @@ def check_shapes(call: LayerCall) -> None:
         ]
         expected += [("bias", b, (4 * hidden,)) for b in others[: len(others) - len(projections)]]
         expected += [("weight_hr", w, (state, hidden)) for w in projections]
+    expected += [("peephole", w, (hidden,)) for w in call.options.peephole]
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise RuntimeError(f"lstm_ext: {name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -178,6 +178,7 @@ def cuda_plan(
     tf32: bool = True,
     projected: bool = False,
     normalised: bool = False,
+    cell_options: bool = False,
     backward: bool = False,
     packed: bool = False,
     options: bool = False,

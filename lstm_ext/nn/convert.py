@@ -86,8 +86,8 @@ def from_torch(module: Any) -> Any:
         TypeError: ``module`` is a subclass or something else; or it has something that cannot be carried over, which
             the text names: parametrized, normed or pruned weights, added parameters, buffers or submodules, methods
             replaced on the instance, hooks on loading that are tied to the module. :func:`convert`, which keeps the
-            module, carries most of these. :func:`to_torch` also refuses a layer with ``recurrent_dropout``,
-            ``zoneout``, ``layer_norm``, ``forget_bias`` or ``recompute``.
+            module, carries most of these. :func:`to_torch` also refuses a layer with an option that
+            torch's layer does not have.
     """
     return _carry_over(module, _OURS, "from_torch")
 
@@ -264,8 +264,8 @@ def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
     The inverse of :func:`convert`: it takes the same arguments, returns and raises the same, and keeps the same of each
-    module. A layer with an option that torch's layer does not have (``recurrent_dropout``, ``zoneout``,
-    ``layer_norm``, ``forget_bias``, ``recompute``) raises a TypeError.
+    module. A layer with an option that torch's layer does not have (``zoneout``, ``peephole``, ...) raises a
+    TypeError.
     """
     _change_classes(model, _TORCHS, "revert", skip)
     return model

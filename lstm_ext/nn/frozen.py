@@ -388,8 +388,8 @@ def _what_it_is(layer: nn.Module, name: str, parametrized: Any) -> str:
 
 
 def _weight_names(layer: Any) -> list[str]:
-    norms = layer._norm_names() if isinstance(layer, LSTM) and layer.layer_norm else []
-    return [name for names in (*layer._all_weights, *norms) for name in names]
+    others = [name for name, _, _ in layer._cell_parameters()] if isinstance(layer, LSTM) else []
+    return [name for names in layer._all_weights for name in names] + others
 
 
 def _check_numbers(place: str, layer: Any, weights: torch.dtype | None) -> None:

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.arguments import (
+    CELL_PARAMETERS,
     NO_OPTIONS,
     CallOptions,
+    CellParameters,
     any_requested,
+    clip,
     flag,
     forget_bias_value,
     probability,
+    refuse_combinations,
     stack_options,
     zoneout_pair,
 )
@@ -62,24 +66,29 @@ class LSTM(KnownToTools, ScriptedLSTM):
         zoneout: probability of keeping an element of the previous state: a number for h, or a pair for h and c. In
             evaluation mode the states are mixed in that proportion.
         layer_norm: whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.
+        peephole: whether i and f also see c_{t-1}, and o sees c_t, each unit its own.
+        cell_clip: a bound of abs(c_t), applied before anything sees c_t; None for none.
+        coupled_gates: whether f = 1 - i. The rows of f stay in the weights and get zero gradients.
         forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
             ``bias_hh`` to 0. None for an initial value like all others.
         recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
-    :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm`` and
-    the arguments of :meth:`forward` after ``hx``), with sources. All options run on the kernels wherever the plain
-    layer does, alone and together.
+    :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm``,
+    ``peephole``, ``cell_clip``, ``coupled_gates`` and the arguments of :meth:`forward` after ``hx``), with sources. All
+    options run on the kernels wherever the plain layer does, alone and together. Only ``layer_norm`` goes with neither
+    ``peephole`` nor ``coupled_gates``.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
     the same with ``_reverse``; the gates' rows are in the order i, f, g, o. Every call reads them by attribute,
     so ``torch.func.functional_call``, ``weight_norm`` and parametrizations work as on any other module. With
     ``layer_norm``, each layer and direction also has ``ln_gain_ih_l{k} (4H)``, ``ln_gain_hh_l{k} (4H)`` and
-    ``ln_gain_c_l{k} (H)``, initially 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, initially 0.
+    ``ln_gain_c_l{k} (H)``, initially 1, and, if ``bias``, ``ln_bias_c_l{k} (H)``, initially 0. With ``peephole``, it
+    has ``weight_ci_l{k}``, ``weight_cf_l{k}`` and ``weight_co_l{k}``, (H) each, initially 0.
 
     Raises:
         TypeError, ValueError: the same as ``torch.nn.LSTM``, with its texts; also for an invalid value of the other
-            arguments, and for ``forget_bias`` with ``bias=False``.
+            arguments, for options that exclude each other, and for ``forget_bias`` with ``bias=False``.
     """
 
     # These are attributes of the class, so that a layer without options has the same instance attributes as torch's,
@@ -88,6 +97,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
     recurrent_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
+    peephole: bool = False
+    cell_clip: float | None = None
+    coupled_gates: bool = False
     forget_bias: float | None = None
     recompute: bool = False
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
@@ -110,6 +122,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         layer_norm: bool = False,
+        peephole: bool = False,
+        cell_clip: float | None = None,
+        coupled_gates: bool = False,
         forget_bias: float | None = None,
         recompute: bool = False,
     ) -> None:
@@ -136,24 +151,44 @@ class LSTM(KnownToTools, ScriptedLSTM):
             self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
         if flag("recompute", recompute):
             self.recompute = True
+        if clip("cell_clip", cell_clip):
+            self.cell_clip = float(cell_clip)  # type: ignore[arg-type]
+        if flag("coupled_gates", coupled_gates):
+            self.coupled_gates = True
+        refuse_combinations(flag("layer_norm", layer_norm), flag("peephole", peephole), coupled_gates)
         if forget_bias is not None:
+            if coupled_gates:
+                raise ValueError("forget_bias: has no effect together with coupled_gates=True")
             self.forget_bias = forget_bias_value(forget_bias, self.bias)
-        if flag("layer_norm", layer_norm):
+        if layer_norm:
             self.layer_norm = True
-            kwargs = {"device": device, "dtype": dtype}
-            for name in [name for names in self._norm_names() for name in names]:
-                size = self.hidden_size if "_c_" in name else 4 * self.hidden_size
-                self.register_parameter(name, nn.Parameter(torch.empty(size, **kwargs)))
+        if peephole:
+            self.peephole = True
+        for name, size, _ in self._cell_parameters():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         self._reset_options()
 
-    def _norm_names(self) -> list[list[str]]:
-        """The names of the parameters of layer normalisation, one list per layer."""
-        kinds = ["gain_ih", "gain_hh", "gain_c"] + (["bias_c"] if self.bias else [])
+    def _names_of(self, parameters: CellParameters) -> list[list[str]]:
+        """The names of parameters of the cells, one list per layer."""
         suffixes = ["", "_reverse"] if self.bidirectional else [""]
+        kinds = parameters.kinds(self.bias)
         return [
-            [f"ln_{kind}_l{k}{suffix}" for suffix in suffixes for kind in kinds]
+            [f"{parameters.prefix}{kind}_l{k}{suffix}" for suffix in suffixes for kind in kinds]
             for k in range(self.num_layers)
         ]
+
+    def _cell_parameters(self) -> list[tuple[str, int, float]]:
+        """The names, sizes and initial values of the parameters of the cells that the options add."""
+        found = []
+        for parameters in CELL_PARAMETERS.values():
+            if getattr(self, parameters.option):
+                kinds = parameters.kinds(self.bias)
+                for names in self._names_of(parameters):
+                    for i, name in enumerate(names):
+                        kind = kinds[i % len(kinds)]
+                        size = parameters.sizes[kind] * self.hidden_size
+                        found.append((name, size, float(parameters.initial.get(kind, 0))))
+        return found
 
     def reset_parameters(self) -> None:
         """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the options set."""
@@ -161,9 +196,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
         self._reset_options()
 
     def _reset_options(self) -> None:
-        if self.layer_norm:
-            for name in [name for names in self._norm_names() for name in names]:
-                nn.init.constant_(getattr(self, name), 0.0 if name.startswith("ln_bias") else 1.0)
+        for name, _, initial in self._cell_parameters():
+            nn.init.constant_(getattr(self, name), initial)
         if self.forget_bias is not None:
             gate = slice(self.hidden_size, 2 * self.hidden_size)
             with torch.no_grad():
@@ -376,18 +410,22 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if requested:
             for layer_weights in weights:
                 route.refuse_none(layer_weights)
-            options = stack_options(self, self._norm_weights(), x, layout, state_shapes, call_options)
+            options = stack_options(self, self._cell_weights(), x, layout, state_shapes, call_options)
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
-    def _norm_weights(self) -> list[list[Tensor]]:
-        """The present parameters of layer normalisation, one list per layer; empty without it."""
-        if not self.layer_norm:
-            return []
-        layers = [[(name, getattr(self, name)) for name in names] for names in self._norm_names()]
-        for name, parameter in [pair for layer in layers for pair in layer]:
-            if parameter is None:
-                raise TypeError(f"LSTM: {name} is None, expected a Tensor")
-        return [[parameter for _, parameter in layer] for layer in layers]
+    def _cell_weights(self) -> dict[str, Sequence[Sequence[Tensor]]]:
+        """The present parameters of the cells, by the field of `LayerOptions`, one list per layer."""
+        found: dict[str, Sequence[Sequence[Tensor]]] = {}
+        for field, parameters in CELL_PARAMETERS.items():
+            if flag(parameters.option, getattr(self, parameters.option)):
+                layers = [
+                    [(name, getattr(self, name)) for name in names] for names in self._names_of(parameters)
+                ]
+                for name, parameter in [pair for layer in layers for pair in layer]:
+                    if parameter is None:
+                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+                found[field] = [[parameter for _, parameter in layer] for layer in layers]
+        return found
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         """The present weights, one list per layer; the same as ``getattr`` returns, but faster.
@@ -491,15 +529,26 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def __setstate__(self, d: dict[str, Any]) -> None:
         super().__setstate__(d)
         self._layer_names = self._group_names()
-        norms = [name for name in self._parameters if name.startswith("ln_")]
-        if norms and not self.layer_norm:
-            raise RuntimeError(
-                f"LSTM: the state has parameters of layer normalisation ({norms[0]}, ...) and no layer_norm=True: it "
-                "would be loaded as a layer without it. Set layer_norm in the state, or take these parameters out"
-            )
+        for parameters in CELL_PARAMETERS.values():
+            names = [name for name in self._names_of(parameters)[0] if name in self._parameters]
+            if names and not getattr(self, parameters.option):
+                option = parameters.option
+                raise RuntimeError(
+                    f"LSTM: the state has parameters of {parameters.name} ({names[0]}, ...) and no {option}=True: it "
+                    f"would be loaded as a layer without it. Set {option} in the state, or take these parameters out"
+                )
 
 
-_OPTIONS = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
+_OPTIONS = (
+    "recurrent_dropout",
+    "zoneout",
+    "layer_norm",
+    "peephole",
+    "cell_clip",
+    "coupled_gates",
+    "forget_bias",
+    "recompute",
+)
 
 
 def options_of(module: LSTM) -> list[str]:

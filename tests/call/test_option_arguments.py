@@ -37,6 +37,9 @@ def test_signature():
         "recurrent_dropout": 0.0,
         "zoneout": 0.0,
         "layer_norm": False,
+        "peephole": False,
+        "cell_clip": None,
+        "coupled_gates": False,
         "forget_bias": None,
         "recompute": False,
     }
@@ -107,6 +110,80 @@ def test_repr():
         "forget_bias=1.5, recompute=True)"
     )
     assert repr(lstm_ext.LSTM(I, H, zoneout=(0.5, 0.0))) == "LSTM(4, 6, zoneout=0.5)"
+
+
+def test_parameters_of_peepholes():
+    torch.manual_seed(1)
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True)
+    torch.manual_seed(1)
+    plain = nn.LSTM(I, H, 2, bidirectional=True)
+    x = torch.randn(T, B, I)
+    weights = list(plain.state_dict())
+    assert list(module.state_dict()) == weights + [
+        f"weight_c{gate}_l{k}{suffix}" for k in range(2) for suffix in ("", "_reverse") for gate in "ifo"
+    ]
+    assert all(p.shape == (H,) and not p.any() for n, p in module.state_dict().items() if n not in weights)
+    torch.testing.assert_close(module(x)[0], plain(x)[0])
+    nn.init.ones_(module.weight_ci_l0)
+    assert not torch.allclose(module(x)[0], plain(x)[0])
+    other = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True).double()
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(other(x.double())[0].float(), module(x)[0])
+    module.reset_parameters()
+    assert not module.weight_ci_l0.any()
+    with pytest.raises(RuntimeError, match="weight_ci_l0"):
+        plain.load_state_dict(module.state_dict())
+
+
+def test_options_of_the_cell_in_functional():
+    module = lstm_ext.LSTM(I, H, 2, peephole=True, cell_clip=0.3, coupled_gates=True)
+    plain, peepholes = [], []
+    for name, p in module.named_parameters():
+        nn.init.normal_(p)
+        (peepholes if name.startswith("weight_c") else plain).append(p)
+    x = torch.randn(T, B, I)
+    options = {"peephole_weights": peepholes, "cell_clip": 0.3, "coupled_gates": True}
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        y, (h, c) = lstm(x, None, plain, num_layers=2, **options)
+        torch.testing.assert_close((y, (h, c)), module(x))
+        assert c.abs().max() == 0.3
+
+
+def test_coupled_gates_leave_the_rows_of_f():
+    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True, bidirectional=True)
+    before = [p.detach().clone() for p in module.parameters()]
+    x = torch.randn(T, B, I)
+    expected = module(x)[0]
+    expected.square().sum().backward()
+    for p, was in zip(module.parameters(), before, strict=True):
+        rows = p.grad[H : 2 * H] if p.size(0) == 4 * H else None
+        assert rows is None or not rows.any()
+        with torch.no_grad():
+            (p[H : 2 * H] if p.size(0) == 4 * H else p[:0]).fill_(7.0)
+        assert torch.equal(was[:H], p[:H])
+    assert not module.weight_cf_l0.grad.any() and not module.weight_cf_l0_reverse.grad.any()
+    assert torch.equal(module(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_norm": True, "peephole": True}, "peephole=True: .* layer_norm=True"),
+        ({"layer_norm": True, "coupled_gates": True}, "coupled_gates=True: .* layer_norm=True"),
+        ({"coupled_gates": True, "forget_bias": 1.0}, "forget_bias: .* coupled_gates=True"),
+        ({"cell_clip": 0.0}, "cell_clip should be a positive finite number or None, got 0.0"),
+        ({"cell_clip": "1"}, "cell_clip should be a positive finite number or None, got '1'"),
+    ],
+)
+def test_options_of_the_cell_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lstm_ext.LSTM(I, H, **options)
+    module = lstm_ext.LSTM(I, H)
+    for name, value in options.items():
+        setattr(module, name, value)
+    if "forget_bias" not in options and "layer_norm" not in options:
+        with pytest.raises(ValueError, match=message):
+            module(zeros(T, B, I))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -23,6 +23,15 @@ CELLS = {
     "plain": {},
     "norm": {"layer_norm": True, "forget_bias": None},
     "zoneout, evaluation": {"zoneout": (0.3, 0.2)},
+    "peephole": {"peephole": True},
+    "clip": {"cell_clip": 0.25},
+    "peephole, clip, coupled": {
+        "peephole": True,
+        "cell_clip": 0.4,
+        "coupled_gates": True,
+        "zoneout": 0.3,
+        "recompute": True,
+    },
     "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4},
     "all, recomputed": {
         "zoneout": 0.3,
@@ -40,7 +49,7 @@ def make(layer: str, cell: str) -> lstm_ext.LSTM:
     module = lstm_ext.LSTM(I, H, dtype=torch.float64, **LAYERS[layer], **CELLS[cell])
     with torch.no_grad():
         for name, p in module.named_parameters():
-            if name.startswith("ln_"):
+            if name.startswith(("ln_", "weight_c")):
                 p.add_(0.3 * torch.randn_like(p))
     return module.train(cell in ("random", "all, recomputed"))
 
@@ -110,7 +119,7 @@ def cases():
     for layer in LAYERS:
         for cell in CELLS:
             for cut in ("no resets", "to zeros", "to a state"):
-                often = layer == "all" or (cell in ("plain", "norm") and cut == "to a state")
+                often = layer == "all" or (cell in ("plain", "norm", "peephole") and cut == "to a state")
                 yield pytest.param(layer, cell, cut, marks=[] if often else pytest.mark.full)
 
 

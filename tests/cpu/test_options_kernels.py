@@ -52,6 +52,17 @@ KINDS: dict[str, dict[str, object]] = {
     "zoneout of c": {"zoneout": "flags of c", **RESETS},
     "zoneout in the mean": {"zoneout": "shares"},
     "norm": {"norm": "own"},
+    "peephole": {"peephole": "own", **RESETS},
+    "clip": {"cell_clip": 0.2, "returned": "both"},
+    "coupled": {"coupled_gates": True},
+    "norm, clip": {"norm": "own", "cell_clip": 0.3},
+    "all of the cell": {
+        "peephole": "own", "cell_clip": 0.4, "coupled_gates": True, "zoneout": "flags", "mask": True,
+        "returned": "both", **RESETS,
+    },
+    "all of the cell, recomputed": {
+        "peephole": "own", "cell_clip": 0.4, "coupled_gates": True, "recompute": True, **RESETS
+    },
     "all, in the mean": {"zoneout": "shares", "norm": "own", "returned": "both", **RESETS},
     "all": {"mask": True, "zoneout": "flags", "norm": "own", "returned": "both", **RESETS},
     "all but norm": {"mask": True, "zoneout": "flags", "returned": "both", **RESETS},
@@ -97,12 +108,13 @@ PAIRS = [
         for kind in KINDS
         for shape in ("one step", "both directions", "packed, wide projection")
     ],
-    *[("packed panels", kind) for kind in ("all", "all but norm", "recompute, with all")],
-    *[("units shared", kind) for kind in ("all", "all but norm", "recompute, with all")],
+    *[("packed panels", kind) for kind in ("all", "all but norm", "recompute, with all", "all of the cell")],
+    *[("units shared", kind) for kind in ("all", "all but norm", "recompute, with all", "all of the cell")],
     ("rows read as they are", "norm"),
     ("rows read as they are", "recompute"),
     ("chunks", "all"),
     ("chunks", "recompute, with all"),
+    ("chunks", "all of the cell"),
 ]
 MARKS = dict.fromkeys(("packed panels", "units shared"), pytest.mark.alone)  # of those on two threads
 
@@ -116,7 +128,9 @@ def test_kernels_of_other_steps(shape, kind, capability, number_of_threads):
         check(case_of(shape, kind), dtype, draws=1)
 
 
-@pytest.mark.parametrize("kind", ["zoneout", "norm", "all", "all, in the mean", "recompute, with all"])
+@pytest.mark.parametrize(
+    "kind", ["zoneout", "norm", "peephole", "all of the cell", "all", "recompute, with all"]
+)
 @pytest.mark.parametrize("shape", ["small", "both directions"])
 def test_worst_of_twenty(shape, kind, capability):
     check(case_of(shape, kind), torch.float32, draws=20)

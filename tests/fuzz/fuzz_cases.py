@@ -47,6 +47,7 @@ from fuzz_options import (
     rounding_normalisation,
 )
 from judge import absolute_error
+from oracle import Cell
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -518,13 +519,20 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
     plain = reference_case(case)
     with environment(plain):
         tensors = tensors_of(case)
+        Cell.nearest_to_clip = math.inf
         ref = run(nn.LSTM if case.options is None else OracleLSTM, plain, tensors, torch.float64)
         # With its strides: numbers that are one in memory are changed as one, as their rounding errors are one.
         unrepeated = dataclasses.replace(case, repeat_backward=False)
         if case.options is None:
             moves = movement(unrepeated, tensors, ref, draws)
         else:
-            if case.options.forget_bias is not None or case.options.layer_norm:
+            if Cell.nearest_to_clip < 1e-5:
+                return try_out(
+                    dataclasses.replace(case, options=dataclasses.replace(case.options, cell_clip=None)),
+                    kind,
+                    draws,
+                )
+            if case.options.forget_bias is not None or case.options.parameters(case.bias):
                 check_initialisation(case.options, sizes_of(case), case.directions)
             equations = fast_run(unrepeated, tensors)
             moves = movement(unrepeated, tensors, equations, draws)

@@ -225,6 +225,8 @@ ANYWHERE: dict[str, Fault] = {
     ),
     "attribute: zoneout": Fault(_attribute("zoneout", [-0.1, 1.5, True, "0.5", (0.1,), (0.1, 2)]), "zoneout"),
     "attribute: recompute": Fault(_attribute("recompute", [1, "yes"]), "recompute", (TypeError,)),
+    "attribute: cell_clip": Fault(_attribute("cell_clip", [0, -1.0, math.inf, math.nan, True, "1"]), "cell_clip"),
+    "attribute: coupled_gates": Fault(_attribute("coupled_gates", [1, "yes"]), "coupled_gates", (TypeError,)),
 }  # fmt: skip
 
 UNPACKED: dict[str, Fault] = ANYWHERE | {
@@ -329,6 +331,14 @@ CONSTRUCTOR: dict[str, tuple[list[dict[str, Any]], type[Exception]]] = {
     "constructor: zoneout": ([{"zoneout": v} for v in [v for v in BAD_RATES if v != [0.5]] + BAD_PAIRS], ValueError),
     "constructor: layer_norm": ([{"layer_norm": v} for v in NO_FLAGS], TypeError),
     "constructor: recompute": ([{"recompute": v} for v in NO_FLAGS], TypeError),
+    "constructor: peephole": ([{"peephole": v} for v in NO_FLAGS], TypeError),
+    "constructor: coupled_gates": ([{"coupled_gates": v} for v in NO_FLAGS], TypeError),
+    "constructor: cell_clip": ([{"cell_clip": v} for v in [0, -0.5, math.inf, math.nan, True, "1", [1.0]]], ValueError),
+    "constructor: exclude each other": (
+        [{"layer_norm": True, "peephole": True}, {"layer_norm": True, "coupled_gates": True}]
+        + [{"coupled_gates": True, "forget_bias": 1.0}],
+        ValueError,
+    ),
     "constructor: forget_bias": (
         [{"forget_bias": v} for v in ["1", math.inf, math.nan, True, [1.0], 1j]]
         + [{"forget_bias": 1.0, "bias": False}],
@@ -400,7 +410,7 @@ def check_refused(refused: Refused, kind: type[nn.Module] = lstm_ext.LSTM) -> st
         with torch.no_grad():
             fault.apply(call)
         error = outcome(call, grad)
-        for name in ("recurrent_dropout", "zoneout", "recompute"):
+        for name in ("recurrent_dropout", "zoneout", "recompute", "cell_clip", "coupled_gates"):
             vars(module).pop(name, None)
         vars(module).update({n: v for n, v in attributes.items() if n in case.options.constructor})
         for name, p in parameters.items():

@@ -25,6 +25,12 @@ def differing(description: Any) -> str:
     return f"{type(description).__name__}({text})"
 
 
+CONSTRUCTOR = (
+    *("recurrent_dropout", "zoneout", "layer_norm", "peephole", "cell_clip", "coupled_gates"),
+    *("forget_bias", "recompute"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a case has beyond ``torch.nn.LSTM``; the numbers themselves come from the seed of the case."""
@@ -43,6 +49,9 @@ class Options:
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     layer_norm: bool = False
+    peephole: bool = False
+    cell_clip: float | None = None
+    coupled_gates: bool = False
     forget_bias: float | None = None
     recompute: bool = False
 
@@ -51,8 +60,7 @@ class Options:
 
     @property
     def constructor(self) -> dict[str, Any]:
-        names = ("recurrent_dropout", "zoneout", "layer_norm", "forget_bias", "recompute")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in CONSTRUCTOR}
 
     @property
     def returned(self) -> tuple[str, ...]:
@@ -61,6 +69,10 @@ class Options:
     @property
     def zoneout_rates(self) -> tuple[float, float]:
         return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
+
+    def parameters(self, bias: bool) -> int:
+        """The number of parameters of a layer and direction that the plain layer has not."""
+        return (3 + bias if self.layer_norm else 0) + (3 if self.peephole else 0)
 
     def plain_form(self) -> Options:
         """The same, said in the simplest way."""
@@ -78,7 +90,8 @@ class Options:
                 yield "NaN in the padding"
         if self.resets is not None:
             yield f"resets as {self.resets_as}"
-        for name in ("reset_state", "return_cell_states", "return_gates", "layer_norm", "recompute"):
+        names = ("reset_state", "return_cell_states", "return_gates", "layer_norm", "recompute")
+        for name in (*names, "peephole", "cell_clip", "coupled_gates"):
             if getattr(self, name):
                 yield name
         mode = "training" if training else "evaluation"
@@ -160,7 +173,7 @@ def call_arguments(
 
 
 def check_initialisation(options: Options, sizes: tuple[Any, ...], directions: int) -> None:
-    """forget_bias and layer_norm change the initial values as documented, and nothing else."""
+    """The options change the initial values as documented, and nothing else."""
     torch.manual_seed(0)
     plain = torch.nn.LSTM(*sizes)
     torch.manual_seed(0)
@@ -171,10 +184,9 @@ def check_initialisation(options: Options, sizes: tuple[Any, ...], directions: i
         if name.startswith("bias_") and options.forget_bias is not None:
             expected[hidden : 2 * hidden] = options.forget_bias if name.startswith("bias_ih") else 0.0
         assert torch.equal(ours.pop(name), expected), f"initial {name}"
-    norm = (3 + bias) * plain.num_layers * directions if options.layer_norm else 0
-    assert len(ours) == norm, list(ours)
+    assert len(ours) == options.parameters(bias) * plain.num_layers * directions, list(ours)
     for name, p in ours.items():
-        assert (p == (0.0 if name.startswith("ln_bias") else 1.0)).all(), f"initial {name}"
+        assert (p == (1.0 if name.startswith("ln_gain") else 0.0)).all(), f"initial {name}"
 
 
 # --- rounding in a normalisation -----------------------------------------------------------------------------------

@@ -93,7 +93,11 @@ def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> 
         rate = st.one_of(st.sampled_from([0, 0.0]), RATES)
         found["zoneout"] = draw(st.one_of(RATES, st.tuples(rate, rate)))
     found |= {"layer_norm": draw(rarely), "recompute": draw(rarely)}
-    if bias and draw(rarely):
+    if draw(rarely):
+        found["cell_clip"] = draw(st.sampled_from([0.05, 0.3, 1, 50.0]))
+    if not found["layer_norm"]:
+        found |= {"peephole": draw(rarely), "coupled_gates": draw(rarely)}
+    if bias and not found.get("coupled_gates") and draw(rarely):
         found["forget_bias"] = draw(st.sampled_from([1.0, -0.5, 0, 2]))
     return Options(**found)
 
@@ -119,8 +123,7 @@ def cases(draw: st.DrawFn, layouts: Sequence[str], with_options: bool = True) ->
     if more and more.layer_norm and not bias and num_layers > 1 and hidden_size == 1:
         # c_t normalised over one unit is 0, so the layer above would see nothing but 0: see dropout below.
         hidden_size = 2
-    norm = 3 + bias if more and more.layer_norm else 0
-    weights = sets * (2 + 2 * bias + (proj_size > 0) + norm)
+    weights = sets * (2 + 2 * bias + (proj_size > 0) + (more.parameters(bias) if more else 0))
     mode = draw(st.sampled_from(["grad", "grad", "grad", "no_grad", "inference_mode"]))
     grad = mode == "grad"
     strides = st.one_of(st.just("dense"), st.sampled_from(list(STRIDES)))
@@ -216,6 +219,6 @@ def refused(draw: st.DrawFn, layouts: Sequence[str]) -> Refused:
     case = draw(small(layout, fewest_steps=2))
     more = draw(options(layout, case.lengths, case.bias))
     if fault in NORM:
-        more = dataclasses.replace(more, layer_norm=True)
+        more = dataclasses.replace(more, layer_norm=True, peephole=False, coupled_gates=False)
     case = dataclasses.replace(case, options=dataclasses.replace(more, unread=False))
     return Refused(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 59)))

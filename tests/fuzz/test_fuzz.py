@@ -218,6 +218,21 @@ def no_normalisation(module, call, asked):
     return call(**asked)
 
 
+def no_peepholes(module, call, asked):
+    module.peephole = False
+    return call(**asked)
+
+
+def a_clip_a_little_higher(module, call, asked):
+    module.cell_clip *= 1.001
+    return call(**asked)
+
+
+def gates_not_coupled(module, call, asked):
+    module.coupled_gates = False
+    return call(**asked)
+
+
 def gates_in_another_order(module, call, asked):
     y, states, extras = call(**asked)
     return y, states, extras._replace(gates=extras.gates.roll(1, -1))
@@ -236,6 +251,9 @@ MISTAKES: dict[Callable[..., Any], Options] = {
     zoneout_a_little_more: Options(zoneout=0.5),
     recurrent_dropout_without_scaling: Options(recurrent_dropout=0.1),
     no_normalisation: Options(layer_norm=True),
+    no_peepholes: Options(peephole=True),
+    a_clip_a_little_higher: Options(cell_clip=0.1),
+    gates_not_coupled: Options(coupled_gates=True),
     gates_in_another_order: Options(return_gates=True),
     cell_states_of_the_next_set: Options(return_cell_states=True),
 }

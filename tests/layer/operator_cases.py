@@ -59,6 +59,9 @@ class Case:
             "zoneout_h": 0.2,
             "zoneout_c": 0.3,
             "norm": [draw(size) for _ in range(directions) for size in [4 * H, 4 * H, H] + [H] * bias],
+            "peephole": [draw(H) for _ in range(3 * directions)],
+            "cell_clip": 0.4,
+            "coupled_gates": True,
             "return_cell_states": True,
             "return_gates": True,
         }
@@ -80,6 +83,7 @@ class Case:
             get("reset_h"),
             get("reset_c"),
             *get("norm", ()),
+            *get("peephole", ()),
         ]
 
     @property
@@ -170,6 +174,17 @@ CASES: dict[str, Callable[..., Case]] = {
     "shares": lambda **o: Case("zoneout_h", "zoneout_c", "lengths", "return_gates", **o),
     "norm": lambda **o: Case(
         "norm", "lengths", "return_cell_states", "return_gates", bidirectional=True, **o
+    ),
+    "peephole": lambda **o: Case("peephole", *RESETS, "return_gates", bidirectional=True, packed=True, **o),
+    "clip, coupled": lambda **o: Case(
+        "peephole",
+        "cell_clip",
+        "coupled_gates",
+        "lengths",
+        "keep_c",
+        "return_cell_states",
+        projected=True,
+        **o,
     ),
     "norm, no bias": lambda **o: Case("norm", *RESETS, bias=False, projected=True, **o),
     "all": lambda **o: Case(

@@ -391,7 +391,7 @@ def test_python_functions_agree_with_the_operators(name: str) -> None:
         ({"norm": 5}, "norm: expected a sequence of Tensors, got int"),
         ({"zoneout_h": "x"}, "zoneout_h: expected a number, got str"),
         ({"return_gates": "x"}, "return_gates: expected a bool, got str"),
-        ({"recompute": True, "peephole": True}, "there is no option peephole"),
+        ({"recompute": True, "attention": True}, "there is no option attention"),
     ],
 )
 def test_options_of_another_kind(options: dict[str, object], message: str) -> None:

@@ -45,6 +45,11 @@ MODULES = {
     "recurrent dropout": ({"recurrent_dropout": 0.5}, ("resets",)),
     "zoneout": ({"zoneout": (0.2, 0.3), "bidirectional": True}, ("resets",)),
     "norm": ({"layer_norm": True, "bidirectional": True}, ("lengths", "return_gates")),
+    "peephole, clip, coupled": (
+        {"peephole": True, "cell_clip": 0.3, "coupled_gates": True, "proj_size": 2},
+        ("lengths", "return_gates"),
+    ),
+    "peephole, recompute": ({"peephole": True, "recompute": True}, ("resets",)),
     "norm, recompute": ({"layer_norm": True, "recompute": True}, ("resets",)),
 }
 every_module = pytest.mark.parametrize("name", MODULES)

@@ -25,6 +25,7 @@ LAYERS = {
     "plain": {},
     "norm": {"layer_norm": True},
     "zoneout": {"zoneout": (0.2, 0.3)},
+    "cell": {"peephole": True, "cell_clip": 0.2, "coupled_gates": True},
     "recompute": {"recompute": True, "layer_norm": True},
 }
 CALLS = {
@@ -40,6 +41,8 @@ CASES = [
     ("norm", "nothing"),
     ("norm", "lengths"),
     ("zoneout", "resets"),
+    ("cell", "resets"),
+    ("cell", "lengths"),
     ("recompute", "resets"),
     ("recompute", "lengths"),
 ]
@@ -47,7 +50,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def layer(name: str, **options) -> lstm_ext.LSTM:
-    return lstm_ext.LSTM(I, H, 2, bidirectional=True, **LAYERS[name], **options).eval()
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, **LAYERS[name], **options)
+    for p in module.parameters():  # peepholes are 0 at first
+        torch.nn.init.normal_(p, std=0.5)
+    return module.eval()
 
 
 def close(a, b):

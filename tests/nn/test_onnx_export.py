@@ -244,9 +244,15 @@ def test_exported_program_names_and_own_translations() -> None:
     assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
 
 
-def test_exported_program_with_options() -> None:
+@pytest.mark.parametrize(
+    "options", [{"layer_norm": True}, {"peephole": True, "cell_clip": 0.2, "coupled_gates": True}], ids=str
+)
+def test_exported_program_with_options(options: dict[str, Any]) -> None:
     """Made outside of an export to ONNX, it holds the layer's own operator, of which ONNX knows nothing."""
-    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True, zoneout=(0.1, 0.2)).eval()
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, zoneout=(0.1, 0.2), **options).eval()
+    for name, p in module.named_parameters():
+        if name.startswith("weight_c"):
+            nn.init.normal_(p)
     args = arguments(module, 5, 2, has_hx=False)
     program = torch.export.export(module, args, dynamic_shapes=({1: batch},))
     assert_same(

@@ -19,6 +19,7 @@ OPTIONS = {
     "three layers": {"num_layers": 3},
     "zoneout": {"zoneout": (0.3, 0.1)},
     "layer_norm": {"layer_norm": True},
+    "other cell": {"peephole": True, "cell_clip": 0.3, "coupled_gates": True},
     "all": {
         "num_layers": 2,
         "proj_size": 6,

@@ -42,8 +42,8 @@ def emulated(
     if grads[0] is not None and case.strides != "dense":
         grads[0] = with_strides(grads[0].contiguous(), case.strides)
     learned = [stored(t) for t in layer.learned()]
-    if case.norm == "float32" and dtype != torch.float64:
-        learned[2:] = [t.float() for t in layer.norm]
+    if "float32" in (case.norm, case.peephole) and dtype != torch.float64:
+        learned[2:] = [t.float() for t in (*layer.norm, *layer.peephole)]
     weights = [w.to(dtype) for w in layer.weights]
     options = layer.options(dtype, learned) or internals.LayerOptions()
     options = stepwise_module().LayerOptions(**options.as_keywords())
@@ -124,7 +124,11 @@ def test_one_product_of_both_directions(name, dtype):
 
 # Of the kernels that do a step at once. Their tiles have 16 units, 16 or 64 rows, 256 or 128 bytes of a state, 64
 # columns of U; and rows that do not begin at multiples of 16 bytes are copied.
-STEP_CASES = {name: case for name, case in CASES.items() if not case.proj_size and not case.norm} | {
+STEP_CASES = {
+    name: case
+    for name, case in CASES.items()
+    if not case.proj_size and not case.norm and not case.has_cell_options()
+} | {
     "one step, rows that begin anywhere": Case(steps=1, batch=4, hidden_size=33, input_size=7),
     "one step, no hx": Case(steps=1, batch=20, hidden_size=16, input_size=8, hx=False, bidirectional=True),
     "one step, packed": Case(packed=(1, 1, 1), hidden_size=24, input_size=16, bidirectional=True),
@@ -267,6 +271,11 @@ def test_what_has_no_step_at_once():
         (Case(), torch.float32, "products of float32 may not be rounded to TF32 here"),
         (Case(proj_size=3), torch.bfloat16, "there is none for projections"),
         (Case(norm="own"), torch.bfloat16, "there is none for layer normalisation"),
+        (
+            Case(coupled_gates=True),
+            torch.bfloat16,
+            "there is none for peepholes, a clip of c or coupled gates",
+        ),
     ):
         for kernel in ("step", "persistent"):
             with pytest.raises(RuntimeError, match=f"LSTM_EXT_CUDA_KERNEL={kernel} asks .* but {said}"):
@@ -364,7 +373,8 @@ class AsExtension:
 
     def lstm_layer(self, input, h0, c0, weights, *others):
         keywords = self.keywords
-        learned = [keywords.get("reset_h"), keywords.get("reset_c"), *keywords.get("norm", ())]
+        learned = [keywords.get("reset_h"), keywords.get("reset_c")]
+        learned += [*keywords.get("norm", ()), *keywords.get("peephole", ())]
         call = (input, h0, c0, weights, *others)
         if not torch.is_grad_enabled():
             return self.lstm_layer_forward(*call, False)[:5]

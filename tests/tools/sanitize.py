@@ -117,6 +117,7 @@ class Sanitized(planted.Copy):
         for old in self.reports.iterdir():
             old.unlink()
         options = f"log_path={self.reports / 'report'}"
+        said = self.log.stat().st_size
         code = planted.run(
             [sys.executable, *command],
             self.folder,
@@ -126,7 +127,10 @@ class Sanitized(planted.Copy):
             ASAN_OPTIONS=f"{options}:detect_leaks=0:allocator_may_return_null=1",
             UBSAN_OPTIONS=f"{options}:print_stacktrace=1",
         )
-        return code, "\n".join([path.read_text() for path in sorted(self.reports.iterdir())])
+        # The undefined-behaviour sanitizer beside the other one writes to stderr.
+        lines = self.log.read_text(errors="replace")[said:].splitlines()
+        overflows = [line for line in lines if "runtime error:" in line]
+        return code, "\n".join([*[path.read_text() for path in sorted(self.reports.iterdir())], *overflows])
 
 
 def address(arguments: Sequence[str] = ()) -> bool:
