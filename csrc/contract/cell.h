@@ -27,7 +27,7 @@
 // load late, so that the value does not occupy a register earlier.
 #pragma once
 
-#include "contract/layer.h"
+#include "contract/params.h"
 
 namespace lstm_ext::cell {
 
@@ -47,6 +47,19 @@ struct Plain {
 //
 // kExactGates: whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell
 // a c_t on the edge that was clipped from one that was not. Otherwise neither of them passes a gradient on.
+//
+// This one has the Options of contract/params.h; load(parameter) gives the numbers of its units.
+template <typename T, typename Load, bool kExact>
+struct CellAt {
+  static constexpr bool kOptions = true, kExactGates = kExact;
+  const Options<T>& options;
+  Load load;
+  LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return options.peepholes(); }
+  LSTM_EXT_CONTRACT_INLINE auto peephole(Gate gate) const { return load(options.parameters[gate == kO ? 2 : gate]); }
+  LSTM_EXT_CONTRACT_INLINE bool clips() const { return options.clip != 0; }
+  LSTM_EXT_CONTRACT_INLINE T clip() const { return options.clip; }
+  LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled; }
+};
 
 // A c_{t-1} that is in a register already.
 template <typename Math>
@@ -220,11 +233,11 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> backward(const typename Math::Gates& gat
   return state_backward<Math>(gates, c_before, c, dc, d_o, given, cell);
 }
 
-// One cell's part of the gradient of a peephole weight.
+// One cell's part of the gradient of a parameter.
 template <typename Math>
-LSTM_EXT_CONTRACT_INLINE typename Math::Value peephole_term(Gate gate, const typename Math::Gates& dz,
-                                                            typename Math::Value c_before, typename Math::Value c) {
-  return dz[gate] * (gate == kO ? c : c_before);
+LSTM_EXT_CONTRACT_INLINE typename Math::Value parameter_term(int parameter, const typename Math::Gates& dz,
+                                                             typename Math::Value c_before, typename Math::Value c) {
+  return parameter == 2 ? dz[kO] * c : dz[parameter] * c_before;
 }
 
 }  // namespace lstm_ext::cell

@@ -31,16 +31,21 @@ struct LayerNorm {
   const T* bias_c;   // (H)
 };
 
-// The options of a cell; see contract/cell.h. Nothing set is the plain cell.
+namespace cell {
+
+// What a cell does beyond the equations of contract/cell.h. Nothing set is the plain cell.
+constexpr int kParameters = 3;  // w_ci, w_cf, w_co
 template <typename T>
-struct CellOptions {
-  const T* peephole[4];  // (H) each, in the order of the gates; null without peepholes, and for g
-  T clip;                // 0 without one
+struct Options {
+  const T* parameters[kParameters];  // (H) each: the weights of the peepholes. All null without them
+  T clip;                            // 0 without one
   bool coupled;
 
-  LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return peephole[0] != nullptr; }
+  LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[0] != nullptr; }
   LSTM_EXT_CONTRACT_INLINE bool any() const { return peepholes() || clip != 0 || coupled; }
 };
+
+}  // namespace cell
 
 // The options that change the equations of a step. Nothing set is the plain layer.
 template <typename T>
@@ -49,7 +54,7 @@ struct StepOptions {
   Zoneout<T> zoneout_h;     // keep: (T, B, P) contiguous
   Zoneout<T> zoneout_c;     // keep: (T, B, H) contiguous
   LayerNorm<T> norm;
-  CellOptions<T> cell;
+  cell::Options<T> cell;
 
   LSTM_EXT_CONTRACT_INLINE bool normalised() const { return norm.gain_ih != nullptr; }
   LSTM_EXT_CONTRACT_INLINE bool any() const {
@@ -161,13 +166,13 @@ struct BackwardParams : LayerParams<T> {
   void* grad_weight_ih;
   void* grad_weight_hh;
   WeightKind kind_of_weight_grads = WeightKind::kOwn;
-  T* grad_bias;         // (4H), the gradient of either bias
-  T* grad_weight_hr;    // (P, H)
-  T* grad_gain_ih;      // (4H)
-  T* grad_gain_hh;      // (4H)
-  T* grad_gain_c;       // (H)
-  T* grad_bias_c;       // (H)
-  T* grad_peephole[4];  // (H) each
+  T* grad_bias;                     // (4H), the gradient of either bias
+  T* grad_weight_hr;                // (P, H)
+  T* grad_gain_ih;                  // (4H)
+  T* grad_gain_hh;                  // (4H)
+  T* grad_gain_c;                   // (H)
+  T* grad_bias_c;                   // (H)
+  T* grad_cell[cell::kParameters];  // (H) each
 };
 
 }  // namespace lstm_ext

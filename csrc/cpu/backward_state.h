@@ -86,11 +86,11 @@ struct CellRows {
   }
 
   // The backward pass of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the
-  // preactivations and carries dL/dc on. `options` is null for a plain layer. `peephole_sums`, kGates times (H), is
-  // null without peepholes.
+  // preactivations and carries dL/dc on. `options` is null for a plain layer. `sums`, (H) for each parameter
+  // of the cell, is null without them.
   template <bool kOptions>
   LSTM_EXT_INLINE void cell_gradient(int64_t row, int64_t unit, Reg<T> grad_h, int lanes,
-                                     const StepOptions<T>* options = nullptr, T* peephole_sums = nullptr) const {
+                                     const StepOptions<T>* options = nullptr, T* sums = nullptr) const {
     const int64_t H = hidden_size, at = row * step + unit;
     const Gates<T> gates = load_gates<T>(gate_values + row * 4 * step + unit, H, lanes);
     const T* const previous = previous_row(row);
@@ -98,7 +98,7 @@ struct CellRows {
     // h_t sees c_t before zoneout, which is not saved.
     Reg<T> c;
     if constexpr (kOptions) {
-      c = cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}, {options->cell, unit, lanes});
+      c = cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}, {options->cell, {unit, lanes}});
     } else {
       c = load_lanes<T>(cells + at, lanes);
     }
@@ -118,14 +118,14 @@ struct CellRows {
     const auto grads = [&]() LSTM_EXT_LAMBDA_INLINE {
       if constexpr (kOptions) {
         return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o,
-                             CellAt<T>{options->cell, unit, lanes});
+                             CellAt<T>{options->cell, {unit, lanes}});
       } else {
         return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o, cell::Plain{});
       }
     }();
-    if (kOptions && peephole_sums) {
-      for (const cell::Gate gate : {kI, kF, kO}) {
-        add_lanes<T>(peephole_sums + gate * H + unit, cell::peephole_term<Math>(gate, grads.dz, c_previous, c), lanes);
+    if (kOptions && sums) {
+      for (int n = 0; n < cell::kParameters; ++n) {
+        add_lanes<T>(sums + n * H + unit, cell::parameter_term<Math>(n, grads.dz, c_previous, c), lanes);
       }
     }
     T* const out = grad_preactivations + row * grad_step + unit;

@@ -265,8 +265,8 @@ class UnfusedBackwardStep {
       const int64_t sizes[] = {4, 4, 4, 1, 1};
       add_up(grads, sizes);
     } else if (chunk_sums_) {
-      const int64_t sizes[] = {1, 1, 1, 1};
-      add_up(params.grad_peephole, sizes);
+      const int64_t sizes[] = {1, 1, 1};
+      add_up(params.grad_cell, sizes);
     }
   }
 
@@ -301,7 +301,7 @@ class UnfusedBackwardStep {
       for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
         const Gates<T> gates = load_gates<T>(gate_row + unit, H_, lanes);
         const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
-        store_lanes<T>(out + unit, cell_state<T>(gates, before, {options_.cell, unit, lanes}), lanes);
+        store_lanes<T>(out + unit, cell_state<T>(gates, before, {options_.cell, {unit, lanes}}), lanes);
       });
     }
     normalise<T>(normalised, group.end - group.begin, H_, factors);
@@ -410,7 +410,7 @@ class UnfusedBackwardStep {
           grad_c);
       const Reg<T> grad_o = load_lanes<T>(now.grads[1] + kO * H_ + unit, lanes);
       const auto back = cells.through_state(0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o,
-                                            CellAt<T>{options_.cell, unit, lanes});
+                                            CellAt<T>{options_.cell, {unit, lanes}});
       store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + previous_part, lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
@@ -445,8 +445,8 @@ class UnfusedBackwardStep {
   T* const normalised_c_ = pass_.worker_buffer(pass_.plan.norm_rows, (kNormRows + 1) * H_);
   T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
   // This worker's sums over a chunk, and over all chunks: with layer normalisation the gradients of the biases (4H),
-  // gain_ih (4H), gain_hh (4H), gain_c (H) and bias_c (H); else those of the peepholes (H) each, and a gap for g. Then
-  // the sums of all workers.
+  // gain_ih (4H), gain_hh (4H), gain_c (H) and bias_c (H); else those of the cell (H) each. Then the sums of all
+  // workers.
   const int64_t sums_ = cpu::parameter_sums(options_), sums_size_ = sums_ * H_;
   T* const chunk_sums_ = sums_ == 0 ? nullptr : pass_.worker_buffer(pass_.plan.parameter_sums, sums_size_);
   T* const all_sums_ = pass_.buffer(pass_.plan.parameter_sums, pass_.plan.grid.workers() * sums_size_);

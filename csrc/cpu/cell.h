@@ -49,17 +49,13 @@ struct ZoneoutAt {
 
 // The options of the cell of `lanes` units.
 template <typename T>
-struct CellAt {
-  static constexpr bool kOptions = true, kExactGates = true;
-  const CellOptions<T>& options;
+struct LoadUnits {
   int64_t unit;
   int lanes;
-  LSTM_EXT_INLINE bool peepholes() const { return options.peepholes(); }
-  LSTM_EXT_INLINE Reg<T> peephole(int gate) const { return load_lanes<T>(options.peephole[gate] + unit, lanes); }
-  LSTM_EXT_INLINE bool clips() const { return options.clip != 0; }
-  LSTM_EXT_INLINE T clip() const { return options.clip; }
-  LSTM_EXT_INLINE bool coupled() const { return options.coupled; }
+  LSTM_EXT_INLINE Reg<T> operator()(const T* parameter) const { return load_lanes<T>(parameter + unit, lanes); }
 };
+template <typename T>
+using CellAt = cell::CellAt<T, LoadUnits<T>, /*kExact=*/true>;
 
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>

@@ -355,7 +355,7 @@ class UnfusedForwardStep {
       }
       using Math = OwnDivisions<T, kNormalised ? Exactness::kPrecise : Exactness::kUsual>;
       const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
-      const auto cell = cell::forward<Math>(sums, before, CellAt<T>{options_.cell, unit, lanes});
+      const auto cell = cell::forward<Math>(sums, before, CellAt<T>{options_.cell, {unit, lanes}});
       Reg<T> c = cell.c;
       if (options_.zoneout_c.active()) {
         const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();

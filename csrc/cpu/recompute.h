@@ -72,7 +72,7 @@ class Recompute {
         const int lanes = product_.lanes_in(block);
         const PreviousCells<T> before{{c_previous ? c_previous + unit : nullptr}, lanes};
         const auto cell = cell::forward<OwnDivisions<T>>(load_gates<T>(gate_row + unit, H, lanes), before,
-                                                         CellAt<T>{pass_.params.options.cell, unit, lanes});
+                                                         CellAt<T>{pass_.params.options.cell, {unit, lanes}});
         store_gates<T>(gate_row + unit, cell.gates, H, lanes);
         if (pass_.shape.projected) store_lanes<T>(pass_.chunk.hidden + (first_row + b) * H + unit, cell.h, lanes);
       }

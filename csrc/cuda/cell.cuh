@@ -15,9 +15,9 @@ constexpr int kCellThreads = 256;
 
 // The functions below take the cell as an argument: cell::Plain, or in a kernel with kCell a CellAt.
 template <bool kCell, typename T>
-LSTM_DEVICE auto cell_at(const CellOptions<accumulator_t<T>>& options, int64_t unit) {
+LSTM_DEVICE auto cell_at(const cell::Options<accumulator_t<T>>& options, int64_t unit) {
   if constexpr (kCell) {
-    return CellAt<accumulator_t<T>, std::is_same_v<T, accumulator_t<T>>>{options, unit};
+    return CellAt<T>{options, {unit}};
   } else {
     return cell::Plain{};
   }
@@ -256,11 +256,8 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
       cell::state_backward<CellMath<T>>(gates, before, now, after, d_o, GivenGradients<kOptions, T>{args, b, j}, cell);
   for (int gate = 0; gate < 4; ++gate) grad[gate] = back.dz[gate];
   if constexpr (Cell::kOptions) {
-    if (args.peephole_terms) {
-      for (const cell::Gate gate : {cell::kI, cell::kF, cell::kG, cell::kO}) {
-        args.peephole_terms[(b * 4 + gate) * H + j] =
-            gate == cell::kG ? A(0) : cell::peephole_term<CellMath<T>>(gate, back.dz, before, now);
-      }
+    for (int n = 0; args.cell_terms && n < cell::kParameters; ++n) {
+      args.cell_terms[(b * cell::kParameters + n) * H + j] = cell::parameter_term<CellMath<T>>(n, back.dz, before, now);
     }
   }
   A grad_before = back.dc_before;
@@ -347,8 +344,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(LSTM_GRID_CONS
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
     if (!takes_part<kOptions>(args.rows, b)) {
       write_no_gradients(args, b, j);
-      for (int gate = 0; kCell && args.peephole_terms && gate < 4; ++gate) {
-        args.peephole_terms[(b * 4 + gate) * H + j] = 0;
+      for (int n = 0; kCell && args.cell_terms && n < cell::kParameters; ++n) {
+        args.cell_terms[(b * cell::kParameters + n) * H + j] = 0;
       }
       continue;
     }

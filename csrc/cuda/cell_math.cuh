@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "contract/cell.h"
-#include "contract/params.h"
 #include "cuda/numeric.cuh"
 
 namespace lstm_ext::cuda {
@@ -52,17 +52,13 @@ struct AccurateMath {
 };
 
 // The options of the cell of a unit. Numbers of 16 bits keep preactivations that are rounded.
-template <typename A, bool kExact>
-struct CellAt {
-  static constexpr bool kOptions = true, kExactGates = kExact;
-  const CellOptions<A>& options;
+template <typename A>
+struct LoadUnit {
   int64_t unit;
-  LSTM_HOST_DEVICE bool peepholes() const { return options.peepholes(); }
-  LSTM_HOST_DEVICE A peephole(int gate) const { return options.peephole[gate][unit]; }
-  LSTM_HOST_DEVICE bool clips() const { return options.clip != 0; }
-  LSTM_HOST_DEVICE A clip() const { return options.clip; }
-  LSTM_HOST_DEVICE bool coupled() const { return options.coupled; }
+  LSTM_HOST_DEVICE A operator()(const A* parameter) const { return parameter[unit]; }
 };
+template <typename T>
+using CellAt = cell::CellAt<accumulator_t<T>, LoadUnit<accumulator_t<T>>, std::is_same_v<T, accumulator_t<T>>>;
 
 // The Math of the kernels for a tensor type, in the type that they accumulate in.
 template <typename T>

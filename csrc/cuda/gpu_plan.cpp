@@ -192,7 +192,7 @@ const char* step_problem(const LayerFacts& layer) {
   if (layer.number == Number::kFloat32 && !layer.tf32) return "products of float32 may not be rounded to TF32 here";
   if (layer.projected) return "there is none for projections";
   if (layer.normalised) return "there is none for layer normalisation";
-  if (layer.cell_options) return "there is none for peepholes, a clip of c or coupled gates";
+  if (layer.cell_options) return "there is none for another cell than the plain one";
   return nullptr;
 }
 

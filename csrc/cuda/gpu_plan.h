@@ -66,7 +66,7 @@ struct LayerFacts {
   Number number;
   bool tf32;  // products of float32 may round their operands so
   bool projected, normalised;
-  bool cell_options;  // peepholes, a clip of c or coupled gates
+  bool cell_options;  // the cell is not the plain one
   bool backward;      // the pass; else forward
   bool packed = false;
   bool options = false;  // lengths, zoneout or a recurrent mask

@@ -40,7 +40,7 @@ LSTM_DEVICE void block_sums(A (&values)[kCount], A* shared) {
   }
 }
 
-template <typename T>
+template <typename T, bool kCell>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     norm_cell_forward_kernel(LSTM_GRID_CONSTANT StepSides<NormCellForward<T>> both) {
   const NormCellForward<T>& args = both.sides[blockIdx.z];
@@ -106,7 +106,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     using Math = CellMath<T>;
     const GateValues<A> gates = cell::gate_values<Math>(z);
     const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
-    const A now = cell::state<Math>(gates, cell::Here<Math>{before}, cell_at<true, T>(cell.options, j));
+    const A now = cell::state<Math>(gates, cell::Here<Math>{before}, cell_at<kCell, T>(cell.options, j));
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
     write_state<true>(cell, b, j, z.gate, state.c);
     new_c[j] = state.now;
@@ -130,15 +130,15 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
 }
 
 // c'_t of a row.
-template <typename T>
+template <bool kCell, typename T>
 LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, int64_t b, int64_t j,
                                                        const GateValues<typename Types<T>::Accumulate>& gates) {
   const int64_t place = b * cell.hidden_size + j;
   return state_now<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place),
-                         cell_at<true, T>(cell.options, j));
+                         cell_at<kCell, T>(cell.options, j));
 }
 
-template <typename T>
+template <typename T, bool kCell>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     norm_cell_backward_kernel(LSTM_GRID_CONSTANT StepSides<NormCellBackward<T>> both) {
   const NormCellBackward<T>& args = both.sides[blockIdx.z];
@@ -165,13 +165,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += state_now_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
+    mean[0] += state_now_at<kCell>(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = state_now_at(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
+    const A x = state_now_at<kCell>(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -183,7 +183,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (state_now_at(cell, b, j, gates) - mean[0]) * factor[0];
+    const A hat = (state_now_at<kCell>(cell, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
     const A dh =
@@ -202,7 +202,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A now = state_now_at(cell, b, j, gates), hat = (now - mean[0]) * factor[0];
+    const A now = state_now_at<kCell>(cell, b, j, gates), hat = (now - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     A grad[4];
     cell_gradients<true>(
@@ -212,7 +212,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
           sum += dc;
           return grad_z[3 * H + j];
         },
-        grad, cell_at<true, T>(cell.options, j));
+        grad, cell_at<kCell, T>(cell.options, j));
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad[gate];

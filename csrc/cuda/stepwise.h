@@ -124,11 +124,11 @@ struct CellForward {
   const T* bias_hh;
   PreviousCell<T> c_previous;
   Zoneout<Accumulate> zoneout;  // the zoneout of c
-  CellOptions<Accumulate> options;
+  cell::Options<Accumulate> options;
   Accumulate* c;  // (rows, H) contiguous: c_t. May be c_previous.previous
   T* c_n;         // (B, H) contiguous: of rows that end here
-  // (rows, 4H) contiguous, with the peepholes' part; null in inference. Rows that take no part get those whose gate
-  // values are 0.
+  // (rows, 4H) contiguous, as the nonlinearities see them; null in inference. Rows that take no part get those whose
+  // gate values are 0.
   T* preactivations;
   NewOutput<T> output;  // with a projection only h: what is projected
 };
@@ -192,7 +192,7 @@ struct CellBackward {
   const Accumulate* cells;  // (rows, H) contiguous: c_t
   PreviousCell<T> c_previous;
   Zoneout<Accumulate> zoneout;  // the zoneout of c
-  CellOptions<Accumulate> options;
+  cell::Options<Accumulate> options;
   GradOutput<T> output;           // the gradient of h; unused with a projection
   const Accumulate* grad_hidden;  // with a projection (rows, H) contiguous: dL/d(o * tanh(c_t)); else null
   const T* grad_c_n;              // (B, H) contiguous or null: as grad_h_n
@@ -210,8 +210,8 @@ struct CellBackward {
   Accumulate* grad_reset_part;
   Accumulate* grad_reset_c;
   T* hidden;  // (rows, H) contiguous: recomputes o * tanh(c_t); or null
-  // With peepholes: the terms of their gradients (rows, 4H) contiguous, 0 for g; or null.
-  Accumulate* peephole_terms;
+  // The terms of the gradients of the cell's parameters (rows, kParameters * H) contiguous, or null.
+  Accumulate* cell_terms;
 };
 
 // The same with layer normalisation; names as in NormCellForward.

@@ -62,13 +62,17 @@ CellGrid norm_grid(const StepSides<Step>& args) {
 template <typename T>
 cudaError_t norm_cell_forward(const StepSides<NormCellForward<T>>& args, cudaStream_t stream) {
   const CellGrid g = norm_grid(args);
-  return launch(norm_cell_forward_kernel<T>, g.grid, g.block, 0, stream, args);
+  const bool cell = args.sides[0].cell.options.any();
+  const auto kernel = cell ? norm_cell_forward_kernel<T, true> : norm_cell_forward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>
 cudaError_t norm_cell_backward(const StepSides<NormCellBackward<T>>& args, cudaStream_t stream) {
   const CellGrid g = norm_grid(args);
-  return launch(norm_cell_backward_kernel<T>, g.grid, g.block, 0, stream, args);
+  const bool cell = args.sides[0].cell.options.any();
+  const auto kernel = cell ? norm_cell_backward_kernel<T, true> : norm_cell_backward_kernel<T, false>;
+  return launch(kernel, g.grid, g.block, 0, stream, args);
 }
 
 template <typename T>

@@ -63,8 +63,6 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
     TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
   }
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
-  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
-                    ", expected a number of at least 0");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,
                                     const char* const* names, int64_t of_gates) {
     TORCH_CHECK(static_cast<int64_t>(parameters.size()) == per_direction * sizes.directions, "lstm_ext: got ",
@@ -77,9 +75,9 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
                    {kind < of_gates ? 4 * sizes.hidden_size : sizes.hidden_size});
     }
   };
-  if (!options.peephole.empty()) {
-    constexpr const char* kNames[] = {"weight_ci", "weight_cf", "weight_co"};
-    check_parameters("peepholes", options.peephole, kPeepholes, kNames, 0);
+  if (!options.cell.empty()) {
+    constexpr const char* kNames[cell::kParameters] = {"weight_ci", "weight_cf", "weight_co"};
+    check_parameters("peepholes", options.cell, cell::kParameters, kNames, 0);
     TORCH_CHECK(!options.recompute || input.is_cpu(),
                 "lstm_ext: the CUDA kernels do not compute gates with peepholes again");
   }
@@ -87,8 +85,6 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
   constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   check_parameters("layer normalisation", options.norm, norms_per_direction(call.has_bias), kNames, 2);
   TORCH_CHECK(!options.recompute, "lstm_ext: the kernels do not compute gates with layer normalisation again");
-  TORCH_CHECK(options.peephole.empty() && !options.coupled_gates,
-              "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
 }
 
 // Visits each tensor that a forward pass of the call saves: visit(the member of Saved, its name, dtype and sizes).

@@ -18,20 +18,24 @@ struct WeightCount {
 };
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
-constexpr int64_t kPeepholes = 3;  // of a direction: i, f, o
 
-// The options of the cell of a direction, for the kernels. `peephole` are LayerOptions::peephole in the type T,
+// The options of the cell of a direction, for the kernels, checked. `parameters` are LayerOptions::cell in the type T,
 // contiguous.
 template <typename T>
-CellOptions<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& peephole, int64_t direction) {
-  CellOptions<T> cell{{}, static_cast<T>(options.cell_clip), options.coupled_gates};
-  if (peephole.empty()) return cell;
-  const at::Tensor* const weights = peephole.data() + direction * kPeepholes;
-  const auto data = [&](int64_t n) { return static_cast<const T*>(weights[n].const_data_ptr()); };
-  cell.peephole[0] = data(0);
-  cell.peephole[1] = data(1);
-  cell.peephole[3] = data(2);
+cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& parameters,
+                              int64_t direction) {
+  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
+                    ", expected a number of at least 0");
+  TORCH_CHECK(options.norm.empty() || (parameters.empty() && !options.coupled_gates),
+              "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
+  cell::Options<T> cell{{}, static_cast<T>(options.cell_clip), options.coupled_gates};
+  for (int n = 0; n < cell::kParameters && !parameters.empty(); ++n) {
+    cell.parameters[n] = static_cast<const T*>(parameters[direction * cell::kParameters + n].const_data_ptr());
+  }
   return cell;
+}
+inline bool has_cell_options(const LayerOptions& options) {
+  return !options.cell.empty() || cell_options<float>(options, {}, 0).any();
 }
 
 // Sizes of a layer, read from its arguments and checked against each other.

@@ -98,12 +98,12 @@ struct OptionTensors {
         keep_h(contiguous_converted(options.keep_h, at::kBool)),
         keep_c(contiguous_converted(options.keep_c, at::kBool)),
         norm(converted_weights(options.norm, type)),
-        peephole(converted_weights(options.peephole, type)),
+        cell(converted_weights(options.cell, type)),
         given(options) {}
 
   at::Tensor resets, reset_h, reset_c;
   at::Tensor recurrent_mask, keep_h, keep_c;
-  std::vector<at::Tensor> norm, peephole;
+  std::vector<at::Tensor> norm, cell;
   const LayerOptions& given;
 };
 
@@ -117,7 +117,7 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   options.recurrent_mask = const_part_or_null<T>(tensors.recurrent_mask, direction);
   options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.given.zoneout_h)};
   options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.given.zoneout_c)};
-  options.cell = cell_options<T>(tensors.given, tensors.peephole, direction);
+  options.cell = cell_options<T>(tensors.given, tensors.cell, direction);
   if (!tensors.norm.empty()) {
     const size_t count = tensors.norm.size() / sizes.directions;
     const at::Tensor* norm = tensors.norm.data() + direction * count;
@@ -305,7 +305,7 @@ LayerGradients empty_gradients(const LayerCall& call, const LayerSizes& sizes, c
     }
   };
   of_parameters(grads.norm, call.options.norm, needs_grad.norm);
-  of_parameters(grads.peephole, call.options.peephole, needs_grad.peephole);
+  of_parameters(grads.cell, call.options.cell, needs_grad.cell);
   return grads;
 }
 
@@ -319,7 +319,7 @@ LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
   for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
   // Under autocast, the other parameters keep their own type.
   for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
-  for (size_t i = 0; i < grads.peephole.size(); ++i) as_type(grads.peephole[i], call.options.peephole[i].scalar_type());
+  for (size_t i = 0; i < grads.cell.size(); ++i) as_type(grads.cell[i], call.options.cell[i].scalar_type());
   return grads;
 }
 
@@ -344,11 +344,8 @@ void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const Laye
   // Both biases are added to the same sum, so they have the same gradient.
   if (call.has_bias) p.grad_bias = data_or_null(weights[2].defined() ? weights[2] : weights[3]);
   if (sizes.projected) p.grad_weight_hr = data_or_null(weights[sizes.weights_per_direction - 1]);
-  if (!grads.peephole.empty()) {
-    const at::Tensor* const peephole = grads.peephole.data() + d * kPeepholes;
-    p.grad_peephole[0] = data_or_null(peephole[0]);
-    p.grad_peephole[1] = data_or_null(peephole[1]);
-    p.grad_peephole[3] = data_or_null(peephole[2]);
+  for (int n = 0; n < cell::kParameters && !grads.cell.empty(); ++n) {
+    p.grad_cell[n] = data_or_null(grads.cell[d * cell::kParameters + n]);
   }
   if (grads.norm.empty()) return;
   const at::Tensor* norm = grads.norm.data() + d * norms_per_direction(call.has_bias);
@@ -411,7 +408,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     }
     // The gradients of a cell's parameters are sums over the workers.
     run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,
-                   !call.options.norm.empty() || !call.options.peephole.empty());
+                   !call.options.norm.empty() || !call.options.cell.empty());
     for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
       const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;
       if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);

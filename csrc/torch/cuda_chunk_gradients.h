@@ -38,14 +38,14 @@ class ChunkGradients : protected Stepwise {
     grads_.reset_h = sum(needs_grad.reset_h, options_.reset_h);
     grads_.reset_c = sum(needs_grad.reset_c, options_.reset_c);
     grads_.norm = sums(needs_grad.norm, options_.norm);
-    grads_.peephole = sums(needs_grad.peephole, options_.peephole);
+    grads_.cell = sums(needs_grad.cell, options_.cell);
     const auto types_of = [](const std::vector<at::Tensor>& parameters) {
       std::vector<at::ScalarType> types;
       for (const at::Tensor& t : parameters) types.push_back(t.scalar_type());
       return types;
     };
     norm_types_ = types_of(call.options.norm);
-    peephole_types_ = types_of(call.options.peephole);
+    cell_types_ = types_of(call.options.cell);
     if (options_.lengths.defined()) {
       const at::Tensor times = at::arange(sizes.steps, options_.lengths.options()).unsqueeze(1);
       padding_ = times.ge(options_.lengths).view({-1, 1});
@@ -61,7 +61,7 @@ class ChunkGradients : protected Stepwise {
     for (at::Tensor& t : grads_.weights) finish(t, dtype_);
     // These parameters keep their own type under autocast.
     for (size_t i = 0; i < grads_.norm.size(); ++i) finish(grads_.norm[i], norm_types_[i]);
-    for (size_t i = 0; i < grads_.peephole.size(); ++i) finish(grads_.peephole[i], peephole_types_[i]);
+    for (size_t i = 0; i < grads_.cell.size(); ++i) finish(grads_.cell[i], cell_types_[i]);
     return std::move(grads_);
   }
 
@@ -70,7 +70,7 @@ class ChunkGradients : protected Stepwise {
     // (rows of a chunk, 4H): gradients of U h, and with layer normalisation of W x; otherwise both are the same.
     at::Tensor recurrent_part, input_part;
     at::Tensor preactivations, tanh_input, norm_cell;  // see cuda::NormCellBackward
-    at::Tensor peephole_terms;                         // see cuda::CellBackward
+    at::Tensor cell_terms;                             // see cuda::CellBackward
     at::Tensor output;                                 // (rows of a chunk, P), with a projection
     at::Tensor hidden;                                 // (rows of a chunk, H): o * tanh(c), if it was not saved
     at::Tensor recurrent;                              // (B, P): dL/dh_t through the step after t
@@ -146,13 +146,13 @@ class ChunkGradients : protected Stepwise {
                                      row_pointer<A>(g.bias)};
       check(cuda::column_sums(sums, device_.stream), "column_sums");
     }
-    if (b.peephole_terms.defined()) {
-      const at::Tensor sums = at::zeros({4 * sizes_.hidden_size}, options(sizes_.sum_type));
-      add_products<T>(sums, b.peephole_terms, {}, rows);
-      constexpr int64_t kGates[kPeepholes] = {0, 1, 3};
-      for (int64_t n = 0; n < kPeepholes; ++n) {
-        const at::Tensor& sum = grads_.peephole[d * kPeepholes + n];
-        if (sum.defined()) sum.add_(sums.narrow(0, kGates[n] * sizes_.hidden_size, sizes_.hidden_size));
+    if (b.cell_terms.defined()) {
+      const int64_t H = sizes_.hidden_size;
+      const at::Tensor sums = at::zeros({cell::kParameters * H}, options(sizes_.sum_type));
+      add_products<T>(sums, b.cell_terms, {}, rows);
+      for (int n = 0; n < cell::kParameters; ++n) {
+        const at::Tensor& sum = grads_.cell[d * cell::kParameters + n];
+        if (sum.defined()) sum.add_(sums.narrow(0, n * H, H));
       }
     }
     if (g.weight_hr.defined()) {
@@ -266,8 +266,8 @@ class ChunkGradients : protected Stepwise {
   LayerGradients grads_;  // sums, and the gradient of the input
 
  private:
-  std::vector<at::ScalarType> norm_types_, peephole_types_;  // types of the gradients
-  at::Tensor padding_;                                       // (all rows, 1), with lengths: whether a row is padding
+  std::vector<at::ScalarType> norm_types_, cell_types_;  // types of the gradients
+  at::Tensor padding_;                                   // (all rows, 1), with lengths: whether a row is padding
 };
 
 }  // namespace lstm_ext

@@ -63,7 +63,7 @@ class StepwiseBackward : ChunkGradients {
     b.preactivations = of_chunk(layer.normalised(), 4 * H, sizes_.sum_type);
     b.tanh_input = of_chunk(layer.normalised(), H, sizes_.sum_type);
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
-    b.peephole_terms = of_chunk(!options_.peephole.empty(), 4 * H, sizes_.sum_type);
+    b.cell_terms = of_chunk(!options_.cell.empty(), cell::kParameters * H, sizes_.sum_type);
     b.output = of_chunk(sizes_.projected, P, gradient_type());
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
     b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_ && !persistent_, P);
@@ -96,7 +96,7 @@ class StepwiseBackward : ChunkGradients {
     const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
     const auto sum = static_cast<int64_t>(c10::elementSize(sizes_.sum_type));
     int64_t bytes = 4 * sizes_.hidden_size * gradient;
-    if (!options_.peephole.empty()) bytes += 4 * sizes_.hidden_size * sum;
+    if (!options_.cell.empty()) bytes += cell::kParameters * sizes_.hidden_size * sum;
     if (!options_.norm.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
     if (options_.recompute) bytes += 4 * sizes_.hidden_size * sum;
     const int64_t limit = chunk_rows(device_.chunk_bytes, bytes);
@@ -323,8 +323,8 @@ class StepwiseBackward : ChunkGradients {
     args.c_previous = {const_row_pointer<A>(side.cells, previous_offset(side.steps, n)),
                        const_row_pointer<T>(side.layer.c0), const_row_pointer<T>(side.layer.reset_c)};
     args.zoneout = zoneout_c<A>(side.layer, step);
-    args.options = cell_options<A>(options_, options_.peephole, side.d);
-    args.peephole_terms = row_pointer<A>(b.peephole_terms, row);
+    args.options = cell_options<A>(options_, options_.cell, side.d);
+    args.cell_terms = row_pointer<A>(b.cell_terms, row);
     args.grad_c_n = const_row_pointer<T>(side.grad_c_n);
     args.grad_gate_values = const_row_pointer<T>(side.grad_gate_values, step.offset);
     args.grad_cells = const_row_pointer<A>(side.grad_cells, step.offset);

@@ -68,10 +68,6 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-inline bool has_cell_options(const LayerOptions& options) {
-  return !options.peephole.empty() || options.cell_clip != 0 || options.coupled_gates;
-}
-
 // Whether a pass needs more than torch.nn.LSTM, so that the kernel of a step needs instructions of its own. All kernels
 // are chosen by this one answer. Resets do not count, because every kernel reads their flags; layer normalisation has
 // kernels of its own. `args` is null in the forward pass.

@@ -63,7 +63,7 @@ NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags)
   size_t expected = 0;
   visit_inputs(call, [&](const at::Tensor&) { ++expected; });
   TORCH_CHECK(flags.size() == expected, "lstm_ext: needs_grad has ", flags.size(), " entries, expected ", expected,
-              " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and peephole)");
+              " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and of the cell)");
   NeedsGrad needs_grad = NeedsGrad::of(call);
   size_t next = 0;
   visit_inputs(needs_grad, needs_grad, [&](auto&& flag) { flag = flags[next++]; });

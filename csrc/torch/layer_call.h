@@ -28,8 +28,8 @@ struct LayerOptions {
   double zoneout_h = 0, zoneout_c = 0;
   // Layer normalisation: for each direction gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)] if has_bias.
   std::vector<at::Tensor> norm;
-  // Peepholes: for each direction the weights (H) of i, f and o.
-  std::vector<at::Tensor> peephole;
+  // The parameters of the cell for each direction, those of peepholes: weight_ci, weight_cf, weight_co, (H) each.
+  std::vector<at::Tensor> cell;
   // Frozen weights: the results of freeze_weights for each direction, which the forward pass reads in place of the
   // weights; see torch/frozen.h. Such a layer has no backward pass.
   std::vector<at::Tensor> frozen;
@@ -55,7 +55,7 @@ void visit_options(Options& options, const Visit& visit) {
   visit("zoneout_h", options.zoneout_h);
   visit("zoneout_c", options.zoneout_c);
   visit("norm", options.norm);
-  visit("peephole", options.peephole);
+  visit("peephole", options.cell);
   visit("frozen", options.frozen);
   visit("cell_clip", options.cell_clip);
   visit("coupled_gates", options.coupled_gates);
@@ -132,7 +132,7 @@ void visit_inputs(Call& call, Options& options, const Visit& visit) {
   visit(options.reset_h);
   visit(options.reset_c);
   for (auto&& parameter : options.norm) visit(parameter);
-  for (auto&& parameter : options.peephole) visit(parameter);
+  for (auto&& parameter : options.cell) visit(parameter);
 }
 template <typename Visit>
 void visit_inputs(const LayerCall& call, const Visit& visit) {
@@ -145,14 +145,14 @@ struct PerInput {
   Value input{}, h0{}, c0{};
   Values weights;
   Value reset_h{}, reset_c{};
-  Values norm, peephole;
+  Values norm, cell;
 
   // The same with lists as long as those of a call.
   static PerInput of(const LayerCall& call) {
     PerInput values;
     values.weights.resize(call.weights.size());
     values.norm.resize(call.options.norm.size());
-    values.peephole.resize(call.options.peephole.size());
+    values.cell.resize(call.options.cell.size());
     return values;
   }
 };

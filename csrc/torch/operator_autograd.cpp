@@ -282,7 +282,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
 
 variable_list edges_of(const LayerCall& call) {
   variable_list edges;
-  edges.reserve(5 + call.weights.size() + call.options.norm.size() + call.options.peephole.size());
+  edges.reserve(5 + call.weights.size() + call.options.norm.size() + call.options.cell.size());
   visit_inputs(call, [&](const Tensor& tensor) {
     if (tensor.defined()) edges.push_back(tensor);
   });

@@ -20,10 +20,12 @@ from .layout import Layout, PackedLayout, PaddedRows
 from .masks import keep_flags, recurrent_mask
 
 __all__ = [
+    "CELL_OPTIONS",
     "CELL_PARAMETERS",
     "NO_OPTIONS",
     "CallOptions",
     "CellParameters",
+    "Settings",
     "Stack",
     "StackOptions",
     "any_requested",
@@ -86,6 +88,10 @@ def refuse_combinations(layer_norm: bool, peephole: bool, coupled_gates: bool) -
     for name, given in (("peephole", peephole), ("coupled_gates", coupled_gates)):
         if given and layer_norm:
             raise ValueError(f"{name}=True: not available together with layer_norm=True")
+
+
+# The options that make the cell another one than the plain cell, for which each backend has fewer kernels.
+CELL_OPTIONS = ("peephole", "cell_clip", "coupled_gates")
 
 
 class CellParameters(NamedTuple):
@@ -165,6 +171,25 @@ class Stack(Protocol):
     recompute: bool
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     frozen: Sequence[LayerOptions]
+
+
+@dataclass(eq=False)
+class Settings:
+    """A stack without a module."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
+    peephole: bool = False
+    cell_clip: float | None = None
+    coupled_gates: bool = False
+    recompute: bool = False
+    frozen: Sequence[LayerOptions] = ()
 
 
 class CallOptions(NamedTuple):

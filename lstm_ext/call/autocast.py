@@ -69,7 +69,7 @@ def options_in_autocast(options: StackOptions, dtype: torch.dtype) -> StackOptio
     reset_h, reset_c = [
         x if x is None or not _is_cast(x) else x.to(dtype) for x in (options.reset_h, options.reset_c)
     ]
-    # The parameters of layer normalisation keep their dtype, like those of torch.nn.LayerNorm, and so do peepholes. If
+    # The parameters of layer normalisation keep their dtype, like those of torch.nn.LayerNorm, and so do others. If
     # it is the other 16-bit dtype, which a layer does not accept, they become float32, in which the layer computes: no
     # rounding.
     other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(dtype)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layer import route
-from ..layer.layer_call import LayerFunction, LayerOptions
+from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
 from .arguments import (
@@ -22,6 +21,7 @@ from .arguments import (
     NO_OPTIONS,
     CallOptions,
     CellParameters,
+    Settings,
     Stack,
     StackOptions,
     any_requested,
@@ -139,23 +139,6 @@ def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, .
 # ---- without a module
 
 
-@dataclass(eq=False)
-class _Stack:
-    bias: bool
-    num_layers: int
-    dropout: float
-    training: bool
-    bidirectional: bool
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    layer_norm: bool = False
-    peephole: bool = False
-    cell_clip: float | None = None
-    coupled_gates: bool = False
-    recompute: bool = False
-    frozen: Sequence[LayerOptions] = ()
-
-
 def lstm(
     layer: LayerFunction,
     input: Tensor | PackedSequence,
@@ -204,7 +187,7 @@ def lstm(
             parameters[name] = _split_parameters(
                 kind, cell_weights, data, bias, num_layers, bidirectional, hidden_size
             )
-    stack = _Stack(bias, num_layers, dropout, training, bidirectional, **options_given)
+    stack = Settings(bias, num_layers, dropout, training, bidirectional, **options_given)
     requested = any_requested(stack, given)
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)

@@ -138,7 +138,7 @@ def _fake_backward(*layer: Any, **keywords: Any) -> list[Tensor]:
     if len(needs_grad) != len(inputs):
         raise RuntimeError(
             f"lstm_ext: needs_grad has {len(needs_grad)} entries, expected {len(inputs)} "
-            "(input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and peephole)"
+            "(input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and of the cell)"
         )
     if any(needed and t is None for t, needed in zip(inputs, needs_grad, strict=True)):
         raise RuntimeError("lstm_ext: needs_grad asks for the gradient of a state that was not given")

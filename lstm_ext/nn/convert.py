@@ -264,7 +264,7 @@ def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
     The inverse of :func:`convert`: it takes the same arguments, returns and raises the same, and keeps the same of each
-    module. A layer with an option that torch's layer does not have (``zoneout``, ``peephole``, ...) raises a
+    module. A layer with an option that torch's layer does not have (``zoneout``, ``layer_norm``, ...) raises a
     TypeError.
     """
     _change_classes(model, _TORCHS, "revert", skip)

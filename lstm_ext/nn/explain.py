@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..call.arguments import CELL_OPTIONS
 from ..layer import first_use, route
 from ..native import config, cuda, loader
 from .lstm import LSTM, options_of
@@ -187,9 +188,7 @@ def _on_cuda(
             tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
-            cell_options=any(
-                [getattr(module, name, None) for name in ("peephole", "cell_clip", "coupled_gates")]
-            ),
+            cell_options=any([getattr(module, name, None) for name in CELL_OPTIONS]),
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),

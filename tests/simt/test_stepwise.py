@@ -274,7 +274,7 @@ def test_what_has_no_step_at_once():
         (
             Case(coupled_gates=True),
             torch.bfloat16,
-            "there is none for peepholes, a clip of c or coupled gates",
+            "there is none for another cell than the plain one",
         ),
     ):
         for kernel in ("step", "persistent"):
