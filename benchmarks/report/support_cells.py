@@ -362,8 +362,9 @@ def _autocast(trial: Trial) -> Any:
     with torch.autocast(trial.device, torch.bfloat16):
         results = trial.module(*trial.inputs)
     dtype = torch.float64 if trial.dtype == torch.float64 else torch.bfloat16  # float64 is left alone
-    # As in torch, some results keep the dtype of the input.
-    wrong = [y.dtype for y in results if y.dtype not in (dtype, trial.dtype)]
+    # As in torch, some results keep the dtype of the input, or have the one that both promote to.
+    right = (dtype, trial.dtype, torch.promote_types(dtype, trial.dtype))
+    wrong = [y.dtype for y in results if y.dtype not in right]
     assert not wrong, f"a result of {wrong[0]} under autocast"
     cotangents = [v.to(y.dtype) for v, y in zip(trial.problem.cotangents, results, strict=True)]
     gradients = trial.gradients(results, leaves, cotangents)

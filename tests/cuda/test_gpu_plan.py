@@ -42,6 +42,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "tf32": rng.random() < 0.5,
         "projected": rng.random() < 0.1,
         "normalised": rng.random() < 0.1,
+        "cell_options": rng.random() < 0.1,
         "backward": rng.random() < 0.5,
         "packed": rng.random() < 0.2,
         "options": rng.random() < 0.2,
@@ -75,6 +76,7 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
     eligible = not (
         layer["projected"]
         or layer["normalised"]
+        or layer["cell_options"]
         or layer["dtype"] == "float64"
         or (layer["dtype"] == "float32" and not layer["tf32"])
     )
