@@ -49,6 +49,8 @@ FOLDERS = {
 TESTS = tuple(f"tests/{folder}/test_{name}.py" for folder, names in FOLDERS.items() for name in names.split())
 LEFT_OUT = (
     "tests/cpu/test_kernels.py::test_baseline_contains_no_newer_instructions",
+    "tests/cpu/test_kernels.py::test_gradients_of_weights_take_no_new_memory_in_each_call",
+    "tests/cpu/test_kernels.py::test_layers_of_different_sizes_keep_their_memory",
     "tests/cpu/test_threads.py::test_others_run_during_a_kernel",
     "tests/cpu/test_threads.py::test_workers_that_share_a_core_become_one",
     "tests/nn/test_frozen.py::test_another_instruction_set_packs_in_each_call",
@@ -69,6 +71,9 @@ CALL = """import ctypes, sys
 from lstm_ext.native import loader
 getattr(ctypes.CDLL(loader.status().ops_path), sys.argv[1])(4)"""
 CANARIES = {"lstm_ext_read_beyond": "heap-buffer-overflow", "lstm_ext_overflow": "signed integer overflow"}
+
+# In tests/conftest.py. Here, a test computes for longer.
+COMPUTES = ('"tools": 300, "": 60', '"tools": 3000, "": 600')
 
 # Blocks of scratch memory that are kept, and may be larger than asked for, would hide what is read beyond them.
 SCRATCH = ("kLeastBytes = size_t{64} << 10;", "kLeastBytes = ~size_t{};")
@@ -106,9 +111,10 @@ class Sanitized(planted.Copy):
         more = f"\nCOMPILE_FLAGS += {ADDRESS!r}\nLINK_FLAGS += {[SANITIZERS]!r}\n"
         config.write_text(config.read_text() + more)
         (self.folder / "csrc" / "torch" / "canary.cpp").write_text(CANARY)
-        scratch = self.folder / "csrc" / "torch" / "scratch.cpp"
-        assert SCRATCH[0] in scratch.read_text()
-        scratch.write_text(scratch.read_text().replace(*SCRATCH))
+        for name, (old, new) in (("csrc/torch/scratch.cpp", SCRATCH), ("tests/conftest.py", COMPUTES)):
+            path = self.folder / name
+            assert old in path.read_text()
+            path.write_text(path.read_text().replace(old, new))
         self.reports = self.folder.with_name("address-reports")
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
