@@ -33,7 +33,7 @@ struct LayerNorm {
 
 namespace cell {
 
-// What a cell does beyond the equations of contract/cell.h. Nothing set is the plain cell.
+// The options of a cell, see contract/cell.h. Nothing set is the plain cell.
 constexpr int kParameters = 3;  // w_ci, w_cf, w_co
 template <typename T>
 struct Options {

@@ -330,7 +330,7 @@ class UnfusedBackwardStep {
     const T* gate_values;
     const T* normalised;  // N(c_t)
     T factor;             // its r
-    // Of W x and of U h: the normalised products, their r, and the gradients.
+    // For W x, then for U h: the normalised products, their r, and the gradients.
     const T* products[2];
     const T* factors;
     T* grads[2];
