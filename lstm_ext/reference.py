@@ -58,11 +58,13 @@ computed in float32, the cell state included, and rounded once, at the end of a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from . import functional
 from .call import run
 from .layer import equations
 from .layer.layer_call import PLAIN, LayerCall, LayerOptions
@@ -112,3 +114,6 @@ def lstm_layer(
 def lstm(*args: Any, **kwargs: Any) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
     return run.lstm(equations.lstm_layer, *args, **kwargs)
+
+
+lstm.__signature__ = inspect.signature(functional.lstm)  # type: ignore[attr-defined]

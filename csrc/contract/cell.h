@@ -17,7 +17,7 @@
 //   squash(c)                tanh(c) for the backward pass: value(), and slope(value) = 1 - tanh(c)^2
 //   clamp(v, bound)          bounds |v|, a NaN stays one; for cells with options only
 //   within(v, bound, a)      a where |v| <= bound, else 0; for cells with options only
-//   below(v, bound, a)       a where |v| < bound, else 0; for cells without exact gates only
+//   below(v, bound, a)       a where |v| < bound, else 0; for cells with options only
 //
 // The functions of this file are templates of a Math, so their linkage is as internal as that of the Math. The linker
 // merges no copies of them, and so cannot keep one of a newer instruction set. A CPU kernel may include this file after
@@ -44,14 +44,12 @@ struct Plain {
 //   peepholes()   adds a weight of each unit, peephole(gate), times c_{t-1} to z_i and z_f, and one times c_t to z_o
 //   clips()       clamps c_t to [-clip(), clip()] before anything sees it; its gradient is that of torch.clamp
 //   coupled()     f = 1 - i: z_f is not read, and its gradient is 0
-//
-// kExactGates: whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell
-// a c_t on the edge that was clipped from one that was not. Otherwise neither of them passes a gradient on.
+//   exact_gates() see Options
 //
 // This one has the Options of contract/params.h; load(parameter) gives the numbers of its units.
-template <typename T, typename Load, bool kExact>
+template <typename T, typename Load>
 struct CellAt {
-  static constexpr bool kOptions = true, kExactGates = kExact;
+  static constexpr bool kOptions = true;
   const Options<T>& options;
   Load load;
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return options.peepholes(); }
@@ -59,6 +57,7 @@ struct CellAt {
   LSTM_EXT_CONTRACT_INLINE bool clips() const { return options.clip != 0; }
   LSTM_EXT_CONTRACT_INLINE T clip() const { return options.clip; }
   LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled; }
+  LSTM_EXT_CONTRACT_INLINE bool exact_gates() const { return options.exact_gates; }
 };
 
 // A c_{t-1} that is in a register already.
@@ -193,7 +192,7 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gate
     if (given.there()) d_o = d_o + given.load(kO);
     if (cell.peepholes()) dc = Math::fma(cell.peephole(kO), d_o * sigmoid_slope<Math>(gates[kO]), dc);
     if (cell.clips()) {
-      if constexpr (Cell::kExactGates) {
+      if (cell.exact_gates()) {
         dc = Math::within(unclipped_state<Math>(gates, Here<Math>{c_before}), cell.clip(), dc);
       } else {
         dc = Math::below(c, cell.clip(), dc);

@@ -40,6 +40,9 @@ struct Options {
   const T* parameters[kParameters];  // (H) each: the weights of the peepholes. All null without them
   T clip;                            // 0 without one
   bool coupled;
+  // Whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell a c_t on
+  // the edge of the clip that was clipped from one that was not. Otherwise neither of them passes a gradient on.
+  bool exact_gates;
 
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[0] != nullptr; }
   LSTM_EXT_CONTRACT_INLINE bool any() const { return peepholes() || clip != 0 || coupled; }

@@ -96,11 +96,9 @@ struct CellRows {
     const T* const previous = previous_row(row);
     const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : Simd<T>::zero();
     // h_t sees c_t before zoneout, which is not saved.
-    Reg<T> c;
-    if constexpr (kOptions) {
+    Reg<T> c = load_lanes<T>(cells + at, lanes);
+    if (kOptions && options->zoneout_c.active()) {
       c = cell_state<T>(gates, {{previous ? previous + unit : nullptr}, lanes}, {options->cell, {unit, lanes}});
-    } else {
-      c = load_lanes<T>(cells + at, lanes);
     }
     Reg<T> grad = carried_gradient(row, unit, lanes);
     Reg<T> previous_part = Simd<T>::zero();

@@ -55,7 +55,7 @@ struct LoadUnits {
   LSTM_EXT_INLINE Reg<T> operator()(const T* parameter) const { return load_lanes<T>(parameter + unit, lanes); }
 };
 template <typename T>
-using CellAt = cell::CellAt<T, LoadUnits<T>, /*kExact=*/true>;
+using CellAt = cell::CellAt<T, LoadUnits<T>>;
 
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>
@@ -69,6 +69,9 @@ struct CellMath {
 
   LSTM_EXT_INLINE static Value clamp(Value v, Number<T> bound) {
     return Simd<T>::at_least(Simd<T>::at_most(v, bound), -bound);
+  }
+  LSTM_EXT_INLINE static Value below(Value v, Number<T> bound, Value a) {
+    return choose(Simd<T>::abs(v) < number(bound), a, number(0));
   }
   LSTM_EXT_INLINE static Value within(Value v, Number<T> bound, Value a) {
     return choose(Simd<T>::abs(v) <= number(bound), a, number(0));

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "contract/cell.h"
 #include "cuda/numeric.cuh"
@@ -51,14 +50,14 @@ struct AccurateMath {
   LSTM_HOST_DEVICE static Squashed squash(A c) { return {hyperbolic_tangent(c)}; }
 };
 
-// The options of the cell of a unit. Numbers of 16 bits keep preactivations that are rounded.
+// The options of the cell of a unit.
 template <typename A>
 struct LoadUnit {
   int64_t unit;
   LSTM_HOST_DEVICE A operator()(const A* parameter) const { return parameter[unit]; }
 };
 template <typename T>
-using CellAt = cell::CellAt<accumulator_t<T>, LoadUnit<accumulator_t<T>>, std::is_same_v<T, accumulator_t<T>>>;
+using CellAt = cell::CellAt<accumulator_t<T>, LoadUnit<accumulator_t<T>>>;
 
 // The Math of the kernels for a tensor type, in the type that they accumulate in.
 template <typename T>

@@ -63,6 +63,10 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
     TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
   }
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
+  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
+                    ", expected a number of at least 0");
+  TORCH_CHECK(options.norm.empty() || (options.cell.empty() && !options.coupled_gates),
+              "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,
                                     const char* const* names, int64_t of_gates) {
     TORCH_CHECK(static_cast<int64_t>(parameters.size()) == per_direction * sizes.directions, "lstm_ext: got ",

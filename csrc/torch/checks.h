@@ -1,7 +1,7 @@
 // Argument checks of a layer. Each error names the argument, the expected value and the given one.
 #pragma once
 
-#include "contract/params.h"
+#include "contract/layer.h"
 #include "torch/layer_call.h"
 
 namespace lstm_ext {
@@ -18,25 +18,6 @@ struct WeightCount {
 };
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
-
-// The options of the cell of a direction, for the kernels, checked. `parameters` are LayerOptions::cell in the type T,
-// contiguous.
-template <typename T>
-cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& parameters,
-                              int64_t direction) {
-  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
-                    ", expected a number of at least 0");
-  TORCH_CHECK(options.norm.empty() || (parameters.empty() && !options.coupled_gates),
-              "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
-  cell::Options<T> cell{{}, static_cast<T>(options.cell_clip), options.coupled_gates};
-  for (int n = 0; n < cell::kParameters && !parameters.empty(); ++n) {
-    cell.parameters[n] = static_cast<const T*>(parameters[direction * cell::kParameters + n].const_data_ptr());
-  }
-  return cell;
-}
-inline bool has_cell_options(const LayerOptions& options) {
-  return !options.cell.empty() || cell_options<float>(options, {}, 0).any();
-}
 
 // Sizes of a layer, read from its arguments and checked against each other.
 struct LayerSizes {

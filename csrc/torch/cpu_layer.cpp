@@ -117,7 +117,7 @@ StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& size
   options.recurrent_mask = const_part_or_null<T>(tensors.recurrent_mask, direction);
   options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.given.zoneout_h)};
   options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.given.zoneout_c)};
-  options.cell = cell_options<T>(tensors.given, tensors.cell, direction);
+  options.cell = cell_options<T>(tensors.given, tensors.cell, direction, !tensors.given.recompute);
   if (!tensors.norm.empty()) {
     const size_t count = tensors.norm.size() / sizes.directions;
     const at::Tensor* norm = tensors.norm.data() + direction * count;

@@ -244,6 +244,11 @@ class Stepwise {
     for (int side = 0; side < of_step.count; ++side) product(of_step.sides[side]);
   }
 
+  // Preactivations of 16 bits are saved rounded.
+  template <typename A>
+  cell::Options<A> cell_options(int64_t d) const {
+    return lstm_ext::cell_options<A>(options_, options_.cell, d, !options_.recompute && dtype_ == sizes_.sum_type);
+  }
   bool has_zoneout_h() const { return options_.keep_h.defined() || options_.zoneout_h != 0; }
   template <typename A>
   Zoneout<A> zoneout_h(const Direction& layer, const Step& step) const {

@@ -6,9 +6,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <vector>
 
+#include "contract/params.h"
 #include "contract/visibility.h"
 
 namespace lstm_ext {
@@ -61,6 +64,23 @@ void visit_options(Options& options, const Visit& visit) {
   visit("coupled_gates", options.coupled_gates);
   visit("return_cell_states", options.return_cell_states);
   visit("return_gates", options.return_gates);
+}
+
+// The options of the cell of a direction, for the kernels. `parameters` are LayerOptions::cell in the type T,
+// contiguous; `exact_gates` as there. A clip that T cannot hold is the next one that it can.
+template <typename T>
+cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& parameters, int64_t direction,
+                              bool exact_gates) {
+  using Limits = std::numeric_limits<T>;
+  const double clip = std::clamp<double>(options.cell_clip, Limits::min(), Limits::max());
+  cell::Options<T> cell{{}, options.cell_clip == 0 ? T(0) : static_cast<T>(clip), options.coupled_gates, exact_gates};
+  for (int n = 0; n < cell::kParameters && !parameters.empty(); ++n) {
+    cell.parameters[n] = static_cast<const T*>(parameters[direction * cell::kParameters + n].const_data_ptr());
+  }
+  return cell;
+}
+inline bool has_cell_options(const LayerOptions& options) {
+  return !options.cell.empty() || cell_options<float>(options, {}, 0, false).any();
 }
 
 // Combines several functions into one overloaded visitor.

@@ -85,9 +85,9 @@ def clip(name: str, value: Any) -> float:
 def refuse_combinations(layer_norm: bool, peephole: bool, coupled_gates: bool) -> None:
     """Raises: ValueError, naming both options."""
     # The f rows would count in the statistics of the gates, and what o should see of c_t is not defined.
-    for name, given in (("peephole", peephole), ("coupled_gates", coupled_gates)):
+    for name, given in (("peephole (peephole_weights)", peephole), ("coupled_gates", coupled_gates)):
         if given and layer_norm:
-            raise ValueError(f"{name}=True: not available together with layer_norm=True")
+            raise ValueError(f"{name}: not available together with layer_norm (norm_weights)")
 
 
 # The options that make the cell another one than the plain cell, for which each backend has fewer kernels.
@@ -129,7 +129,12 @@ CELL_PARAMETERS = {
         {"gain_ih": 1, "gain_hh": 1, "gain_c": 1},
     ),
     "peephole": CellParameters(
-        "peepholes", "peephole", "peephole_weights", "weight_", {"ci": 1, "cf": 1, "co": 1}, {}
+        "peepholes",
+        "peephole",
+        "peephole_weights",
+        "",
+        {"weight_ci": 1, "weight_cf": 1, "weight_co": 1},
+        {},
     ),
 }
 

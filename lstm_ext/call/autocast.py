@@ -70,11 +70,10 @@ def options_in_autocast(options: StackOptions, dtype: torch.dtype) -> StackOptio
         x if x is None or not _is_cast(x) else x.to(dtype) for x in (options.reset_h, options.reset_c)
     ]
     # The parameters of layer normalisation keep their dtype, like those of torch.nn.LayerNorm, and so do others. If
-    # it is the other 16-bit dtype, which a layer does not accept, they become float32, in which the layer computes: no
-    # rounding.
-    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(dtype)
+    # a layer does not accept it, they become float32, in which the layer computes.
+    others = {torch.bfloat16, torch.float16, torch.float64} - {dtype}
     parameters = {
-        name: [[w.float() if w.dtype == other else w for w in layer] for layer in layers]
+        name: [[w.float() if w.dtype in others else w for w in layer] for layer in layers]
         for name, layers in options.parameters.items()
     }
     return replace(options, reset_h=reset_h, reset_c=reset_c, parameters=parameters)

@@ -150,7 +150,20 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-    **options_given: Any,
+    *,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    norm_weights: Sequence[Tensor] | None = None,
+    peephole_weights: Sequence[Tensor] | None = None,
+    cell_clip: float | None = None,
+    coupled_gates: bool = False,
+    recompute: bool = False,
+    lengths: Any = None,
+    resets: Any = None,
+    reset_state: Any = None,
+    mask: Any = None,
+    return_cell_states: Any = False,
+    return_gates: Any = False,
 ) -> Any:
     """``functional.lstm`` for a given layer function."""
     if isinstance(input, PackedSequence):
@@ -177,18 +190,29 @@ def lstm(
     h0, c0 = _check_hx(hx, data, sets, batch, hidden_size, state_size)
     if packed and h0 is None and torch.compiler.is_compiling():
         h0, c0 = zero_states(x, shapes)
-    given = CallOptions(**{k: options_given.pop(k) for k in CallOptions._fields if k in options_given})
+    stack = Settings(
+        bias,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        recurrent_dropout,
+        zoneout,
+        norm_weights is not None,
+        peephole_weights is not None,
+        cell_clip,
+        coupled_gates,
+        recompute,
+    )
+    given = CallOptions(lengths, resets, reset_state, mask, return_cell_states, return_gates)
     given = given if given.given() else NO_OPTIONS
-    parameters = {}
-    for name, kind in CELL_PARAMETERS.items():
-        cell_weights = options_given.pop(kind.keyword, None)
-        if cell_weights is not None:
-            options_given[kind.option] = True
-            parameters[name] = _split_parameters(
-                kind, cell_weights, data, bias, num_layers, bidirectional, hidden_size
-            )
-    stack = Settings(bias, num_layers, dropout, training, bidirectional, **options_given)
     requested = any_requested(stack, given)
+    parameters = {}
+    for name, cell_weights in (("norm", norm_weights), ("peephole", peephole_weights)):
+        if cell_weights is not None:
+            parameters[name] = _split_parameters(
+                CELL_PARAMETERS[name], cell_weights, data, bias, num_layers, bidirectional, hidden_size
+            )
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
     options = stack_options(stack, parameters, x, layout, shapes, given) if requested else None

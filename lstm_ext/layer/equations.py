@@ -54,6 +54,8 @@ def _equations(call: LayerCall) -> LayerResults:
     input, h0, c0, weights, batch_sizes = call.input, call.h0, call.c0, call.weights, call.batch_sizes
     bias, bidirectional, options = call.bias, call.bidirectional, call.options
     directions = 2 if bidirectional else 1
+    numbers = torch.finfo(input.dtype)
+    bound = options.cell_clip and min(max(options.cell_clip, numbers.tiny), numbers.max)
     per_set, projected = weights_per_direction(len(weights), bias, bidirectional)
     # The number of rows of each step. In dense data it is always the same.
     sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
@@ -78,6 +80,8 @@ def _equations(call: LayerCall) -> LayerResults:
         hidden = w_hh.size(0) // 4
         norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
         peephole = options.peephole[3 * d : 3 * (d + 1)]
+        if peephole:  # with coupled gates, the weight of f gets zeros, and not nothing, as its gradient
+            peephole = torch.stack(list(peephole)).unbind()
         mask = None if options.recurrent_mask is None else options.recurrent_mask[d]
         keep_h, keep_c = [
             None if keep is None else by_step(keep[d]) for keep in (options.keep_h, options.keep_c)
@@ -122,8 +126,8 @@ def _equations(call: LayerCall) -> LayerResults:
             i, g = torch.sigmoid(i), torch.tanh(g)
             f = 1 - i if options.coupled_gates else torch.sigmoid(f)
             new_c = f * c + i * g
-            if options.cell_clip:
-                new_c = torch.clamp(new_c, -options.cell_clip, options.cell_clip)
+            if bound:
+                new_c = torch.clamp(new_c, -bound, bound)
             o = torch.sigmoid(o + peephole[2] * new_c if peephole else o)
             visible = new_c
             if norm:

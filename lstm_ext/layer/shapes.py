@@ -57,7 +57,17 @@ def check_shapes(call: LayerCall) -> None:
         ]
         expected += [("bias", b, (4 * hidden,)) for b in others[: len(others) - len(projections)]]
         expected += [("weight_hr", w, (state, hidden)) for w in projections]
-    expected += [("peephole", w, (hidden,)) for w in call.options.peephole]
+    options = call.options
+    if len(options.peephole) not in (0, 3 * directions):
+        raise RuntimeError(
+            f"lstm_ext: got {len(options.peephole)} parameters of peepholes, expected {3 * directions}"
+        )
+    if options.cell_clip < 0:
+        raise ValueError(f"lstm_ext: cell_clip is {options.cell_clip}, expected a number of at least 0")
+    if options.norm and (options.peephole or options.coupled_gates):
+        raise RuntimeError("lstm_ext: layer normalisation goes with neither peepholes nor coupled gates")
+    names = ("weight_ci", "weight_cf", "weight_co")
+    expected += [(names[i % 3], w, (hidden,)) for i, w in enumerate(options.peephole)]
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise RuntimeError(f"lstm_ext: {name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -75,8 +75,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
     :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm``,
     ``peephole``, ``cell_clip``, ``coupled_gates`` and the arguments of :meth:`forward` after ``hx``), with sources. All
-    options run on the kernels wherever the plain layer does, alone and together. Only ``layer_norm`` goes with neither
-    ``peephole`` nor ``coupled_gates``.
+    options run on the kernels wherever the plain layer does, alone and together. But ``layer_norm`` goes with neither
+    ``peephole`` nor ``coupled_gates``, and ``forget_bias`` not with ``coupled_gates``.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
@@ -416,6 +416,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def _cell_weights(self) -> dict[str, Sequence[Sequence[Tensor]]]:
         """The present parameters of the cells, by the field of `LayerOptions`, one list per layer."""
         found: dict[str, Sequence[Sequence[Tensor]]] = {}
+        if self.layer_norm is self.peephole is False:
+            return found
         for field, parameters in CELL_PARAMETERS.items():
             if flag(parameters.option, getattr(self, parameters.option)):
                 layers = [
@@ -530,9 +532,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
         super().__setstate__(d)
         self._layer_names = self._group_names()
         for parameters in CELL_PARAMETERS.values():
-            names = [name for name in self._names_of(parameters)[0] if name in self._parameters]
-            if names and not getattr(self, parameters.option):
-                option = parameters.option
+            option, names = parameters.option, self._names_of(parameters)[0]
+            if not getattr(self, option) and all([name in self._parameters for name in names]):
                 raise RuntimeError(
                     f"LSTM: the state has parameters of {parameters.name} ({names[0]}, ...) and no {option}=True: it "
                     f"would be loaded as a layer without it. Set {option} in the state, or take these parameters out"

@@ -149,6 +149,43 @@ def test_options_of_the_cell_in_functional():
         assert c.abs().max() == 0.3
 
 
+@pytest.mark.parametrize("clip", [1e-46, 1e39])
+def test_a_clip_beyond_what_the_dtype_holds(clip):
+    module = lstm_ext.LSTM(I, H, cell_clip=clip)
+    plain, x = lstm_ext.LSTM(I, H), torch.randn(T, B, I)
+    plain.load_state_dict(module.state_dict())
+    expected = plain(x)[0] if clip > 1 else torch.zeros(T, B, H)
+    weights = list(module.parameters())
+    for y in (module(x)[0], lstm_ext.reference.lstm(x, None, weights, cell_clip=clip)[0]):
+        torch.testing.assert_close(y, expected)
+
+
+def test_the_reference_has_the_signature_of_the_function():
+    assert inspect.signature(lstm_ext.reference.lstm) == inspect.signature(lstm_ext.functional.lstm)
+    module = lstm_ext.LSTM(I, H)
+    for name in ("peephole", "layer_norm", "frozen", "bogus"):
+        with pytest.raises(TypeError, match=name):
+            lstm_ext.reference.lstm(zeros(T, B, I), None, list(module.parameters()), **{name: True})
+
+
+def test_coupled_gates_give_zeros_to_the_peephole_of_f():
+    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True)
+    weights, x = list(module.parameters()), torch.randn(T, B, I)
+    options = {"peephole_weights": weights[4:], "coupled_gates": True}
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        y = lstm(x, None, weights[:4], **options)[0]
+        assert not torch.autograd.grad(y.sum(), module.weight_cf_l0)[0].any()
+
+
+def test_a_subclass_may_have_parameters_of_these_names():
+    class Mine(lstm_ext.LSTM):
+        def __init__(self) -> None:
+            super().__init__(I, H)
+            self.weight_ci_l0 = nn.Parameter(torch.zeros(H))
+
+    assert copy.deepcopy(Mine()).weight_ci_l0.shape == (H,)
+
+
 def test_coupled_gates_leave_the_rows_of_f():
     module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True, bidirectional=True)
     before = [p.detach().clone() for p in module.parameters()]
@@ -168,8 +205,11 @@ def test_coupled_gates_leave_the_rows_of_f():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer_norm": True, "peephole": True}, "peephole=True: .* layer_norm=True"),
-        ({"layer_norm": True, "coupled_gates": True}, "coupled_gates=True: .* layer_norm=True"),
+        ({"layer_norm": True, "peephole": True}, r"peephole \(.*: not available together with layer_norm"),
+        (
+            {"layer_norm": True, "coupled_gates": True},
+            "coupled_gates: not available together with layer_norm",
+        ),
         ({"coupled_gates": True, "forget_bias": 1.0}, "forget_bias: .* coupled_gates=True"),
         ({"cell_clip": 0.0}, "cell_clip should be a positive finite number or None, got 0.0"),
         ({"cell_clip": "1"}, "cell_clip should be a positive finite number or None, got '1'"),

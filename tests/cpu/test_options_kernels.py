@@ -299,3 +299,19 @@ def test_second_derivatives_through_cell_states_and_gates():
 
     assert torch.autograd.gradcheck(function, (x,))
     assert torch.autograd.gradgradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_recomputing_clips_the_same_cells(dtype: torch.dtype) -> None:
+    """Gates that are computed again are not the same to the last bit, so the saved c_t says what was clipped."""
+    layer = lstm_ext.LSTM(32, 64, cell_clip=0.5, recompute=True, dtype=dtype)
+    x, h0, c0 = torch.randn(6, 512, 32), torch.randn(1, 512, 64), torch.randn(1, 512, 64)
+    gradients = []
+    for recompute in (True, False):
+        layer.recompute = recompute
+        start = c0.to(dtype).requires_grad_()
+        _, (_, c_n) = layer(x.to(dtype), (h0.to(dtype), start))
+        gradients.append(torch.autograd.grad(c_n.float().sum(), start)[0].float())
+    ours, expected = gradients
+    assert ((ours == 0) == (expected == 0)).all()
+    torch.testing.assert_close(ours, expected, rtol=0.05, atol=1e-3)
