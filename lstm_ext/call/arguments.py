@@ -85,8 +85,10 @@ def clip(name: str, value: Any) -> float:
 def refuse_combinations(layer_norm: bool, peephole: bool, coupled_gates: bool) -> None:
     """Raises: ValueError, naming both options."""
     # The f rows would count in the statistics of the gates, and what o should see of c_t is not defined.
+    if not layer_norm:
+        return
     for name, given in (("peephole (peephole_weights)", peephole), ("coupled_gates", coupled_gates)):
-        if given and layer_norm:
+        if given:
             raise ValueError(f"{name}: not available together with layer_norm (norm_weights)")
 
 
@@ -294,8 +296,9 @@ class StackOptions:
             return_cell_states=self.return_cell_states,
             return_gates=self.return_gates,
             recompute=self.recompute,
-            **{name: layers[k] for name, layers in self.parameters.items()},
         )
+        for name, layers in self.parameters.items():
+            setattr(layer, name, layers[k])
         if not self.training:
             layer.zoneout_h, layer.zoneout_c = zoneout_h, zoneout_c
             return layer

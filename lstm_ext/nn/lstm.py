@@ -338,9 +338,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
             raise RuntimeError(
                 "LSTM.step: not available for a bidirectional layer: its reverse direction needs the future"
             )
-        if self.training and self.dropout > 0:
-            self._refuse_random_step("dropout")
         if self.training:
+            if self.dropout > 0:
+                self._refuse_random_step("dropout")
             if self.recurrent_dropout and probability("recurrent_dropout", self.recurrent_dropout) > 0:
                 self._refuse_random_step("recurrent_dropout")
             if self.zoneout and max(zoneout_pair(self.zoneout)) > 0:
