@@ -45,7 +45,7 @@ plain layer. docs/options.md says which of them run on the kernels.
     lstm_layer_forward(...) -> (output, h_n, c_n, cell_states, gate_values,
                                 gates, cells, hidden, norm_products, norm_factors)
 
-- gates (D, T, B, 4H): the gate values on the CPU, and on CUDA what the nonlinearities made them from.
+- gates (D, T, B, 4H): the gate values on the CPU, and on CUDA the preactivations, as the nonlinearities see them.
 - cells (D, T, B, H); with a projection hidden (D, T, B, H).
 - With layer normalisation norm_products (2 D, T, B, 4H), the normalised products, those of the input before those of h;
   and norm_factors (D, T, B, 2), which they were multiplied by.

@@ -113,7 +113,9 @@ def lstm_layer(
 
 def lstm(*args: Any, **kwargs: Any) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
-    return run.lstm(equations.lstm_layer, *args, **kwargs)
+    arguments = _SIGNATURE.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return run.lstm(equations.lstm_layer, **arguments.arguments)
 
 
-lstm.__signature__ = inspect.signature(functional.lstm)  # type: ignore[attr-defined]
+_SIGNATURE = lstm.__signature__ = inspect.signature(functional.lstm)  # type: ignore[attr-defined]

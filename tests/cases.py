@@ -358,12 +358,12 @@ class Layer:
         inputs += [f"{name}{end}" for end in ("", "_reverse")[: case.directions] for name in one]
         if self.learned():
             inputs += ["reset_h", "reset_c", *(f"norm {n}" for n in range(len(self.norm)))]
-            inputs += [f"w_{n}" for n in ("ci", "cf", "co")[: len(self.peephole)]] * case.directions
+            inputs += [f"peephole {n}" for n in range(len(self.peephole))]
         needed = [name for name, needed in zip(inputs, self.needs_grad, strict=True) if needed]
         return [*results, *(f"grad of {name}" for name in needed)]
 
     def options(self, dtype: torch.dtype, learned: Sequence[Tensor | None]) -> LayerOptions | None:
-        """Those of the case; `learned` are those of `learned`."""
+        """Those of the case; `learned` is what `learned()` gives, in any dtype."""
         if not self.case.has_options():
             return None
         # A mask of 16 bits would not hold 1 / 0.7.

@@ -144,28 +144,23 @@ def lstm(
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
-    bias: bool = True,
-    num_layers: int = 1,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    batch_first: bool = False,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
     *,
-    recurrent_dropout: float = 0.0,
-    zoneout: float | tuple[float, float] = 0.0,
-    norm_weights: Sequence[Tensor] | None = None,
-    peephole_weights: Sequence[Tensor] | None = None,
-    cell_clip: float | None = None,
-    coupled_gates: bool = False,
-    recompute: bool = False,
-    lengths: Any = None,
-    resets: Any = None,
-    reset_state: Any = None,
-    mask: Any = None,
-    return_cell_states: Any = False,
-    return_gates: Any = False,
+    recurrent_dropout: float,
+    zoneout: float | tuple[float, float],
+    norm_weights: Sequence[Tensor] | None,
+    peephole_weights: Sequence[Tensor] | None,
+    cell_clip: float | None,
+    coupled_gates: bool,
+    recompute: bool,
+    **call_options: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function."""
+    """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
         data = input.data
@@ -204,7 +199,7 @@ def lstm(
         coupled_gates,
         recompute,
     )
-    given = CallOptions(lengths, resets, reset_state, mask, return_cell_states, return_gates)
+    given = CallOptions(**call_options)
     given = given if given.given() else NO_OPTIONS
     requested = any_requested(stack, given)
     parameters = {}

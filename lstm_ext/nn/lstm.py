@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -151,8 +152,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
             self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
         if flag("recompute", recompute):
             self.recompute = True
-        if clip("cell_clip", cell_clip):
-            self.cell_clip = float(cell_clip)  # type: ignore[arg-type]
+        if bound := clip("cell_clip", cell_clip):
+            self.cell_clip = bound
         if flag("coupled_gates", coupled_gates):
             self.coupled_gates = True
         refuse_combinations(flag("layer_norm", layer_norm), flag("peephole", peephole), coupled_gates)
@@ -181,13 +182,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
         """The names, sizes and initial values of the parameters of the cells that the options add."""
         found = []
         for parameters in CELL_PARAMETERS.values():
-            if getattr(self, parameters.option):
-                kinds = parameters.kinds(self.bias)
-                for names in self._names_of(parameters):
-                    for i, name in enumerate(names):
-                        kind = kinds[i % len(kinds)]
-                        size = parameters.sizes[kind] * self.hidden_size
-                        found.append((name, size, float(parameters.initial.get(kind, 0))))
+            if not getattr(self, parameters.option):
+                continue
+            for names in self._names_of(parameters):
+                for name, kind in zip(names, itertools.cycle(parameters.kinds(self.bias)), strict=False):
+                    size = parameters.sizes[kind] * self.hidden_size
+                    found.append((name, size, parameters.initial.get(kind, 0.0)))
         return found
 
     def reset_parameters(self) -> None:
@@ -416,17 +416,16 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def _cell_weights(self) -> dict[str, Sequence[Sequence[Tensor]]]:
         """The present parameters of the cells, by the field of `LayerOptions`, one list per layer."""
         found: dict[str, Sequence[Sequence[Tensor]]] = {}
-        if self.layer_norm is self.peephole is False:
+        if self.layer_norm is False and self.peephole is False:
             return found
         for field, parameters in CELL_PARAMETERS.items():
-            if flag(parameters.option, getattr(self, parameters.option)):
-                layers = [
-                    [(name, getattr(self, name)) for name in names] for names in self._names_of(parameters)
-                ]
-                for name, parameter in [pair for layer in layers for pair in layer]:
-                    if parameter is None:
-                        raise TypeError(f"LSTM: {name} is None, expected a Tensor")
-                found[field] = [[parameter for _, parameter in layer] for layer in layers]
+            if not flag(parameters.option, getattr(self, parameters.option)):
+                continue
+            names = self._names_of(parameters)
+            for name in [name for layer in names for name in layer]:
+                if getattr(self, name) is None:
+                    raise TypeError(f"LSTM: {name} is None, expected a Tensor")
+            found[field] = [[getattr(self, name) for name in layer] for layer in names]
         return found
 
     def _weights_by_layer(self) -> list[list[Tensor]]:

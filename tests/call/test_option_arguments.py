@@ -187,18 +187,16 @@ def test_a_subclass_may_have_parameters_of_these_names():
 
 
 def test_coupled_gates_leave_the_rows_of_f():
+    """Nothing reads them or the peepholes of f, and their gradients are zeros."""
     module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True, bidirectional=True)
-    before = [p.detach().clone() for p in module.parameters()]
     x = torch.randn(T, B, I)
     expected = module(x)[0]
     expected.square().sum().backward()
-    for p, was in zip(module.parameters(), before, strict=True):
-        rows = p.grad[H : 2 * H] if p.size(0) == 4 * H else None
-        assert rows is None or not rows.any()
+    for name, p in module.named_parameters():
+        unused = slice(H, 2 * H) if p.size(0) == 4 * H else slice(0, H if "weight_cf" in name else 0)
+        assert not p.grad[unused].any()
         with torch.no_grad():
-            (p[H : 2 * H] if p.size(0) == 4 * H else p[:0]).fill_(7.0)
-        assert torch.equal(was[:H], p[:H])
-    assert not module.weight_cf_l0.grad.any() and not module.weight_cf_l0_reverse.grad.any()
+            p[unused] = 7.0
     assert torch.equal(module(x)[0], expected)
 
 

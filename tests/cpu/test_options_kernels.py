@@ -313,5 +313,5 @@ def test_recomputing_clips_the_same_cells(dtype: torch.dtype) -> None:
         _, (_, c_n) = layer(x.to(dtype), (h0.to(dtype), start))
         gradients.append(torch.autograd.grad(c_n.float().sum(), start)[0].float())
     ours, expected = gradients
-    # Gradients below what float16 holds are 0 in one of them.
-    torch.testing.assert_close(ours, expected, rtol=0.05, atol=1e-3)
+    # Measured: 0.008 of a gradient in bfloat16, 0.001 in float16. Another clip makes all of it.
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=1e-3)

@@ -526,7 +526,7 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
         if case.options is None:
             moves = movement(unrepeated, tensors, ref, draws)
         else:
-            if Cell.nearest_to_clip < 1e-5:
+            if Cell.nearest_to_clip < 1e-5:  # rounding decides what is clipped
                 return try_out(
                     dataclasses.replace(case, options=dataclasses.replace(case.options, cell_clip=None)),
                     kind,
