@@ -53,7 +53,9 @@ struct CellAt {
   const Options<T>& options;
   Load load;
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return options.peepholes(); }
-  LSTM_EXT_CONTRACT_INLINE auto peephole(Gate gate) const { return load(options.parameters[gate == kO ? 2 : gate]); }
+  LSTM_EXT_CONTRACT_INLINE auto peephole(Gate gate) const {
+    return load(options.parameters[gate == kI ? kPeepholeI : gate == kF ? kPeepholeF : kPeepholeO]);
+  }
   LSTM_EXT_CONTRACT_INLINE bool clips() const { return options.clip != 0; }
   LSTM_EXT_CONTRACT_INLINE T clip() const { return options.clip; }
   LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled; }
@@ -113,7 +115,7 @@ LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const C
   }
 }
 
-// The gate values of preactivations that forward has seen.
+// The gate values again, from preactivations as forward leaves them.
 template <typename Math, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Cell& cell = {}) {
   typename Math::Gates gates;
@@ -236,7 +238,8 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> backward(const typename Math::Gates& gat
 template <typename Math>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value parameter_term(int parameter, const typename Math::Gates& dz,
                                                              typename Math::Value c_before, typename Math::Value c) {
-  return parameter == 2 ? dz[kO] * c : dz[parameter] * c_before;
+  if (parameter == kPeepholeO) return dz[kO] * c;
+  return dz[parameter == kPeepholeI ? kI : kF] * c_before;
 }
 
 }  // namespace lstm_ext::cell

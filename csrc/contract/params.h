@@ -34,17 +34,17 @@ struct LayerNorm {
 namespace cell {
 
 // The options of a cell, see contract/cell.h. Nothing set is the plain cell.
-constexpr int kParameters = 3;  // w_ci, w_cf, w_co
+enum Parameter { kPeepholeI, kPeepholeF, kPeepholeO, kParameters };
 template <typename T>
 struct Options {
-  const T* parameters[kParameters];  // (H) each: the weights of the peepholes. All null without them
+  const T* parameters[kParameters];  // (H) each; those of the peepholes are all null without them
   T clip;                            // 0 without one
   bool coupled;
   // Whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell a c_t on
   // the edge of the clip that was clipped from one that was not. Otherwise neither of them passes a gradient on.
   bool exact_gates;
 
-  LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[0] != nullptr; }
+  LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[kPeepholeI] != nullptr; }
   LSTM_EXT_CONTRACT_INLINE bool any() const { return peepholes() || clip != 0 || coupled; }
 };
 

@@ -86,8 +86,8 @@ struct CellRows {
   }
 
   // The backward pass of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the
-  // preactivations and carries dL/dc on. `options` is null for a plain layer. `sums`, (H) for each parameter
-  // of the cell, is null without them.
+  // preactivations and carries dL/dc on. `options` is null for a plain layer. `sums`, (H) for each parameter of
+  // the cell, is null without them.
   template <bool kOptions>
   LSTM_EXT_INLINE void cell_gradient(int64_t row, int64_t unit, Reg<T> grad_h, int lanes,
                                      const StepOptions<T>* options = nullptr, T* sums = nullptr) const {

@@ -204,8 +204,8 @@ class UnfusedHiddenGradient {
   const StepOptions<T>& options_;
 };
 
-// The step with options. A member computes the cells of its own units. With
-// layer normalisation it computes whole rows, and the members share the team's rows.
+// The step with options. A member computes the cells of its own units. With layer normalisation it computes whole rows,
+// and the members share the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedBackwardStep {
  public:

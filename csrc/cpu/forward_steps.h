@@ -241,8 +241,8 @@ class FusedForwardStep {
   ForwardState<T>& pass_;
 };
 
-// The step with options. A member computes the cells of its own units. With
-// layer normalisation, which needs the statistics of whole rows, it computes its share of the team's rows.
+// The step with options. A member computes the cells of its own units. With layer normalisation, which needs the
+// statistics of whole rows, it computes its share of the team's rows.
 template <typename T, bool kNormalised>
 class UnfusedForwardStep {
  public:

@@ -132,7 +132,7 @@ constexpr int64_t kBarrierBytes = 64;   // one cache line each: one for all work
 // The sums, times H, that a worker keeps of the gradients of a cell's parameters; see UnfusedBackwardStep.
 template <typename T>
 LSTM_EXT_CONTRACT_INLINE int64_t parameter_sums(const StepOptions<T>& options) {
-  return options.normalised() ? 14 : options.cell.parameters[0] ? cell::kParameters : 0;
+  return options.normalised() ? 14 : options.cell.peepholes() ? cell::kParameters : 0;
 }
 
 // Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,

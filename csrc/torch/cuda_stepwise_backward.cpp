@@ -323,7 +323,7 @@ class StepwiseBackward : ChunkGradients {
     args.c_previous = {const_row_pointer<A>(side.cells, previous_offset(side.steps, n)),
                        const_row_pointer<T>(side.layer.c0), const_row_pointer<T>(side.layer.reset_c)};
     args.zoneout = zoneout_c<A>(side.layer, step);
-    args.options = this->cell_options<A>(side.d);
+    args.options = cell_options<A>(side.d);
     args.cell_terms = row_pointer<A>(b.cell_terms, row);
     args.grad_c_n = const_row_pointer<T>(side.grad_c_n);
     args.grad_gate_values = const_row_pointer<T>(side.grad_gate_values, step.offset);

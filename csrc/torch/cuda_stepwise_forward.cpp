@@ -367,7 +367,7 @@ class StepwiseForward : Stepwise {
     args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
                        const_row_pointer<T>(layer.reset_c)};
     args.zoneout = zoneout_c<A>(layer, step);
-    args.options = this->cell_options<A>(layer.shape.reverse);
+    args.options = cell_options<A>(layer.shape.reverse);
     args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
     args.c_n = row_pointer<T>(b.c_n);
     args.preactivations = row_pointer<T>(b.preactivations, step.offset);

@@ -67,7 +67,7 @@ void visit_options(Options& options, const Visit& visit) {
 }
 
 // The options of the cell of a direction, for the kernels. `parameters` are LayerOptions::cell in the type T,
-// contiguous; `exact_gates` as there. A clip that T cannot hold is the next one that it can.
+// contiguous; see cell::Options for `exact_gates`. A clip that T cannot hold is the next one that it can.
 template <typename T>
 cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& parameters, int64_t direction,
                               bool exact_gates) {
@@ -80,7 +80,7 @@ cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at:
   return cell;
 }
 inline bool has_cell_options(const LayerOptions& options) {
-  return !options.cell.empty() || cell_options<float>(options, {}, 0, false).any();
+  return !options.cell.empty() || options.cell_clip != 0 || options.coupled_gates;
 }
 
 // Combines several functions into one overloaded visitor.
