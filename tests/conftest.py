@@ -224,9 +224,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             others = {k: v for k, v in item.callspec.indices.items() if k not in ("capability", "threads")}
             key = item.parent.nodeid, item.originalname, tuple(others.items())
         groups.setdefault(key, []).append(item)
-    # Those that have the machine to themselves come last: each change between the two kinds makes a process wait.
-    grouped = [item for group in groups.values() for item in group]
-    items[:] = sorted(grouped, key=lambda item: item.get_closest_marker("alone") is not None)
+    # Each process gets one part of the list and begins with its tests that have the machine to themselves: two of them
+    # take turns then. Among other tests, each of them makes every process wait.
+    alone, others = [], []
+    for group in groups.values():
+        for item in group:
+            (others if item.get_closest_marker("alone") is None else alone).append(item)
+    n = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    parts = [tests[len(tests) * k // n : len(tests) * (k + 1) // n] for k in range(n) for tests in (alone, others)]
+    items[:] = [item for part in parts for item in part]
 
 
 def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
