@@ -16,36 +16,6 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// Repeats kWidth lanes of v, from kFrom on, over the whole register.
-template <typename T, int kFrom, int kWidth, int... kLane>
-LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane...>) {
-#ifdef LSTM_EXT_SHUFFLES
-  return __builtin_shufflevector(v, v, (kFrom + kLane % kWidth)...);
-#else
-  return Reg<T>{v[kFrom + kLane % kWidth]...};
-#endif
-}
-// Gives each gate a register of its own, from N registers that the gates share.
-template <typename T, int N>
-LSTM_EXT_INLINE void separate_gates(const Reg<T> (&shared)[N], Reg<T> (&gates)[kGates]) {
-  constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
-  using Lanes = std::make_integer_sequence<int, n>;
-  gates[0] = shared[0];
-  gates[1] = repeat_lanes<T, kWidth, kWidth>(shared[0], Lanes{});
-  gates[2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
-  gates[3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
-}
-// accumulate_rows for a panel of N registers, which gates share.
-template <typename T, int R, int N>
-LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const (&a)[R], const T* panel,
-                                        int64_t count) {
-  Tile<T, R, N> sums;
-  sums.zero();
-  accumulate_rows<T, R, N>(sums, a, panel, N * Simd<T>::kLanes, count);
-#pragma GCC unroll kTileRows
-  for (int r = 0; r < R; ++r) separate_gates<T, N>(sums.acc[r], tile.acc[r]);
-}
-
 // sums[range] = b_ih + b_hh; an absent bias counts as zeros.
 template <typename T>
 void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
@@ -141,63 +111,28 @@ class GateProduct {
   template <typename W, typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_panels(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const W* panels, const Pre& pre, const T* bias, Finish&& finish) {
-    const int64_t H = hidden_size_;
     const Sweep sweep = next_sweep();
     int64_t paired = 0;
     if (rows == 1 && !weight.packs_as_used()) {
       // These sums are bitwise the same as the ones below.
       const T* const a = count > 0 ? a_row(0) : nullptr;
-      T* const out = pre(0);
-      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
-        const int registers[] = {registers_of<W>(lanes_in(blocks[0])), registers_of<W>(lanes_in(blocks[1]))};
-        for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
-          const int64_t depth = smaller(kBlockK, count - k);
-          const W* parts[2];
-          for (int n = 0; n < 2; ++n) {
-            parts[n] = panels + (weight.place(blocks[n]) * kGates * count + k * registers[n]) * kLanes;
-          }
-          Tile<T, 2, kGates> tile;
-          tile.zero();
-          if (joins_panels<T, W>(depth) && registers[0] == kGates && registers[1] == kGates) {
-            accumulate_panels(tile, a + k, parts, depth);
-          } else {
-#pragma GCC unroll 1
-            for (int n = 0; n < 2; ++n) {
-              Tile<T, 1, kGates> one;
-              one.zero();
-              if (registers[n] == kGates) {
-                accumulate_rows<T, 1, kGates>(one, {a + k}, parts[n], kGates * kLanes, depth);
-              } else {
-                accumulate_few<1>(one, {a + k}, parts[n], registers[n], depth);
-              }
-              for (int gate = 0; gate < kGates; ++gate) tile.acc[n][gate] = one.acc[0][gate];
-            }
-          }
-#pragma GCC unroll 2
-          for (int n = 0; n < 2; ++n) {
-            const int lanes = lanes_in(blocks[n]);
-            const T* const start = (bias ? bias : out) + blocks[n] * kLanes;
-#pragma GCC unroll kGates
-            for (int gate = 0; gate < kGates; ++gate) {
-              const Reg<T> before = k == 0 ? load_lanes<T>(start + gate * H, lanes) : sums.acc[n][gate];
-              sums.acc[n][gate] = plus<W>(before, tile.acc[n][gate], weight.narrow, gate, blocks[n], lanes);
-            }
-          }
-        }
-      };
-      paired = multiply_pairs(sweep, out, sum_blocks, finish);
+      const T* const start = bias ? bias : pre(0);
+      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums)
+                                  LSTM_EXT_LAMBDA_INLINE { sum_panels(a, count, weight, panels, start, blocks, sums); };
+      paired = multiply_pairs(sweep, pre(0), sum_blocks, finish);
     }
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
-      const int lanes = lanes_in(block), registers = registers_of<W>(lanes);
-      if (weight.packs_as_used()) pack_gates(weight, H, count, block);
-      const W* panel = panels + weight.place(block) * kGates * kLanes * count;
-      for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
-        const int64_t depth = smaller(kBlockK, count - k);
-        const bool last = k + depth >= count;
-        const int64_t after = !last ? k + depth : 0;
-        const bool there = !last || (i + 1 < sweep.count && !weight.packs_as_used());
-        const int64_t next_block = last && there ? sweep.block(i + 1) : block;
+      if (weight.packs_as_used()) pack_gates(weight, hidden_size_, count, block);
+      PanelPart<W> part{block, lanes_in(block), registers_of<W>(lanes_in(block))};
+      const W* const panel = panels + weight.place(block) * kGates * kLanes * count;
+      for (; part.first || part.k < count; part.k += kBlockK, part.first = false) {
+        part.depth = smaller(kBlockK, count - part.k);
+        part.last = part.k + part.depth >= count;
+        part.numbers = panel + part.k * part.registers * kLanes;
+        const int64_t after = !part.last ? part.k + part.depth : 0;
+        const bool there = !part.last || (i + 1 < sweep.count && !weight.packs_as_used());
+        const int64_t next_block = part.last && there ? sweep.block(i + 1) : block;
         const W* const next = panels + (weight.place(next_block) * count + after) * kGates * kLanes;
         const int64_t next_steps = there ? smaller(kBlockK, count - after) : 0;
         NextPanel next_panel(next, next_steps * kGates * kLanes * static_cast<int64_t>(sizeof(W)), panel);
@@ -207,60 +142,23 @@ class GateProduct {
           T* out[R];
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
-            a[r] = count > 0 ? a_row(row + r) + k : nullptr;
+            a[r] = count > 0 ? a_row(row + r) + part.k : nullptr;
             out[r] = pre(row + r) + block * kLanes;
           }
-          // The sum starts from zero and is added to the rest at its end: adding many small products to a large number
-          // would round each of them to the precision of the large one.
           Tile<T, R, kGates> tile;
           tile.zero();
-          if (last) {
+          if (part.last) {
 #pragma GCC unroll kTileRows
             for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
           }
-          // Prefetches the lines of the sums in `pre`. If the rows have one stride, each of the first steps prefetches
-          // one line. Other tiles prefetch all at once, which delays the panel.
-          constexpr bool kFetches = NextPanel::kUsed && R > 1;
-          const W* const part = panel + k * registers * kLanes;
-          int64_t done = 0;
-          if constexpr (kFetches) {
-            if (registers == kGates && depth >= kGates * R && out[R - 1] - out[0] == (R - 1) * kGates * H) {
-              done = kGates * R;
-              accumulate_rows<T, R, kGates, false, Fetch::kWrite>(tile, a, part, kGates * kLanes, done, 0,
-                                                                  reinterpret_cast<const char*>(out[0]),
-                                                                  H * static_cast<int64_t>(sizeof(T)));
-#pragma GCC unroll kTileRows
-              for (int r = 0; r < R; ++r) a[r] += done;
-            }
-          }
-          if (done == 0) {
-#pragma GCC unroll kTileRows
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll kGates
-              for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
-          }
-          if (registers == kGates) {
-            accumulate_rows<T, R, kGates, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
-                tile, a, part + done * kGates * kLanes, kGates * kLanes, depth - done, 0,
-                kFetches ? next_panel.take(depth - done) : nullptr);
-          } else {
-            accumulate_few<R>(tile, a, part, registers, depth);
-          }
-          const bool from_bias = bias && k == 0;
+          accumulate_part(tile, a, out, part, next_panel);
+          const bool from_bias = bias && part.first;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
-            const T* start = from_bias ? bias + block * kLanes : out[r];
-#pragma GCC unroll kGates
-            for (int gate = 0; gate < kGates; ++gate) {
-              const Reg<T> before = load_lanes<T>(start + gate * H, lanes);
-              tile.acc[r][gate] = plus<W>(before, tile.acc[r][gate], weight.narrow, gate, block, lanes);
-            }
+            const T* const start = from_bias ? bias + block * kLanes : out[r];
+            add_to_start<W>(tile.acc[r], start, weight.narrow, block, part.lanes);
           }
-          if (last && finish(row, block * kLanes, lanes, tile)) return;
-#pragma GCC unroll kTileRows
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll kGates
-            for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
+          if (!part.last || !finish(row, block * kLanes, part.lanes, tile)) store_tile(tile, out, part.lanes);
         };
         for_each_row_tile(rows, multiply_tile,
                           !std::is_same_v<std::decay_t<Finish>, KeepSums> && count <= kLowTileDepth);
@@ -284,8 +182,8 @@ class GateProduct {
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
       // `sums` null: the whole product is in `pre`. Else `sums` is added to the values from `start` on, or to those in
       // `pre`.
-      const auto finish_rows = [=, finish = finish](auto height, int64_t unit, int lanes, const T* start, int64_t row,
-                                                    const float* sums) LSTM_EXT_LAMBDA_INLINE {
+      const auto finish_rows = [=, this, finish = finish](auto height, int64_t unit, int lanes, const T* start,
+                                                          int64_t row, const float* sums) LSTM_EXT_LAMBDA_INLINE {
         constexpr int R = height();
         T* out[R];
         Tile<T, R, kGates> tile;
@@ -300,11 +198,7 @@ class GateProduct {
             if (sums) sum = Simd<T>::load(sums + r * kUnitTileRows + gate * kSumsSize) + sum;
           }
         }
-        if (finish(first + row, unit, lanes, tile) || !sums) return;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          store_gates<T>(out[r], {{tile.acc[r][kI], tile.acc[r][kF], tile.acc[r][kG], tile.acc[r][kO]}}, H, lanes);
-        }
+        if (!finish(first + row, unit, lanes, tile) && sums) store_tile(tile, out, lanes);
       };
       constexpr std::integral_constant<int, 1> kOneRow;
       bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
@@ -360,17 +254,9 @@ class GateProduct {
           continue;
         }
         rest();
-        GateProduct one(H, {block, block + 1});
         const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
-        const auto add = [&](const auto& some_rows, int64_t depth, const GateWeight<T>& some, const T* start) {
-          if (some.panels) {  // a frozen weight has panels and planes
-            one.multiply_panels(height, some_rows, depth, some, some.panels, pre_part, start, KeepSums{});
-          } else {
-            one.multiply_unpacked(height, some_rows, depth, some, pre_part, start, KeepSums{});
-          }
-        };
-        if (other.weight) add(other_part, other.count, *other.weight, bias);
-        add(a_part, count, weight, other.weight ? nullptr : bias);
+        if (other.weight) multiply_block(block, height, other_part, other.count, *other.weight, pre_part, bias);
+        multiply_block(block, height, a_part, count, weight, pre_part, other.weight ? nullptr : bias);
         for (int64_t row = 0; row < height; ++row) {
           finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
         }
@@ -378,7 +264,6 @@ class GateProduct {
       rest();
     }
   }
-
 #endif
 
 #if defined(LSTM_EXT_BYTE_PRODUCTS)
@@ -412,12 +297,8 @@ class GateProduct {
           }
           T* const to = out + block * kLanes;
           const T* const start = bias && first == 0 ? bias + block * kLanes : to;
-#pragma GCC unroll kGates
-          for (int gate = 0; gate < kGates; ++gate) {
-            const int64_t at = gate * hidden_size_;
-            const Reg<T> before = load_lanes<T>(start + at, lanes);
-            store_lanes<T>(to + at, plus<int8_t>(before, tile.acc[0][gate], weight, gate, block, lanes), lanes);
-          }
+          add_to_start<int8_t>(tile.acc[0], start, weight, block, lanes);
+          store_tile(tile, {to}, lanes);
         }
       }
     }
@@ -465,11 +346,7 @@ class GateProduct {
             tile.acc[r][gate] = tile.acc[r][gate] + load_lanes<T>(start + gate * H, lanes);
           }
         }
-        if (finish(row, unit, lanes, tile)) return;
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll kGates
-          for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out[r] + gate * H, tile.acc[r][gate], lanes);
-        }
+        if (!finish(row, unit, lanes, tile)) store_tile(tile, out, lanes);
       });
     }
   }
@@ -506,6 +383,109 @@ class GateProduct {
       accumulate_compact<T, R, 2>(tile, a, panel, count);
     }
   }
+
+  // A part of the k loop for a block of units, whose panel stays in the second-level cache.
+  template <typename W>
+  struct PanelPart {
+    int64_t block;
+    int lanes, registers;
+    const W* numbers = nullptr;
+    int64_t k = 0, depth = 0;
+    bool first = true, last = false;
+  };
+
+  // tile += rows * part. The tile starts from zero and is added to the rest at its end: adding many small products to a
+  // large number would round each of them to the precision of the large one. Prefetches the lines of the sums in `out`:
+  // if the rows have one stride, each of the first steps prefetches one line. Other tiles prefetch all at once, which
+  // delays the panel.
+  template <typename W, int R>
+  LSTM_EXT_INLINE void accumulate_part(Tile<T, R, kGates>& tile, const T* (&a)[R], T* const (&out)[R],
+                                       const PanelPart<W>& part, NextPanel& next_panel) const {
+    const int64_t H = hidden_size_;
+    constexpr bool kFetches = NextPanel::kUsed && R > 1;
+    int64_t done = 0;
+    if constexpr (kFetches) {
+      if (part.registers == kGates && part.depth >= kGates * R && out[R - 1] - out[0] == (R - 1) * kGates * H) {
+        done = kGates * R;
+        accumulate_rows<T, R, kGates, false, Fetch::kWrite>(tile, a, part.numbers, kGates * kLanes, done, 0,
+                                                            reinterpret_cast<const char*>(out[0]),
+                                                            H * static_cast<int64_t>(sizeof(T)));
+#pragma GCC unroll kTileRows
+        for (int r = 0; r < R; ++r) a[r] += done;
+      }
+    }
+    if (done == 0) {
+#pragma GCC unroll kTileRows
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(out[r] + gate * H, 1);
+    }
+    if (part.registers == kGates) {
+      const int64_t left = part.depth - done;
+      accumulate_rows<T, R, kGates, false, kFetches ? Fetch::kRead : Fetch::kNothing>(
+          tile, a, part.numbers + done * kGates * kLanes, kGates * kLanes, left, 0,
+          kFetches ? next_panel.take(left) : nullptr);
+    } else {
+      accumulate_few<R>(tile, a, part.numbers, part.registers, part.depth);
+    }
+  }
+
+  // The sums of one row for two blocks of units: sums = start + weight * a.
+  template <typename W>
+  LSTM_EXT_INLINE void sum_panels(const T* a, int64_t count, const GateWeight<T>& weight, const W* panels,
+                                  const T* start, const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) const {
+    const int registers[] = {registers_of<W>(lanes_in(blocks[0])), registers_of<W>(lanes_in(blocks[1]))};
+    for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
+      const int64_t depth = smaller(kBlockK, count - k);
+      const W* parts[2];
+      for (int n = 0; n < 2; ++n) {
+        parts[n] = panels + (weight.place(blocks[n]) * kGates * count + k * registers[n]) * kLanes;
+      }
+      Tile<T, 2, kGates> tile;
+      tile.zero();
+      if (joins_panels<T, W>(depth) && registers[0] == kGates && registers[1] == kGates) {
+        accumulate_panels(tile, a + k, parts, depth);
+      } else {
+#pragma GCC unroll 1
+        for (int n = 0; n < 2; ++n) {
+          Tile<T, 1, kGates> one;
+          one.zero();
+          if (registers[n] == kGates) {
+            accumulate_rows<T, 1, kGates>(one, {a + k}, parts[n], kGates * kLanes, depth);
+          } else {
+            accumulate_few<1>(one, {a + k}, parts[n], registers[n], depth);
+          }
+          for (int gate = 0; gate < kGates; ++gate) tile.acc[n][gate] = one.acc[0][gate];
+        }
+      }
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n) {
+        const int lanes = lanes_in(blocks[n]);
+        if (k == 0) {
+#pragma GCC unroll kGates
+          for (int gate = 0; gate < kGates; ++gate)
+            sums.acc[n][gate] = load_lanes<T>(start + gate * hidden_size_ + blocks[n] * kLanes, lanes);
+        }
+#pragma GCC unroll kGates
+        for (int gate = 0; gate < kGates; ++gate)
+          sums.acc[n][gate] = plus<W>(sums.acc[n][gate], tile.acc[n][gate], weight.narrow, gate, blocks[n], lanes);
+      }
+    }
+  }
+
+#if defined(LSTM_EXT_MATRIX_UNIT)
+  // pre = (bias, or the content of `pre`) + weight * a for one block of units, without the matrix unit.
+  template <typename A, typename Pre>
+  void multiply_block(int64_t block, int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
+                      const Pre& pre, const T* bias) const {
+    GateProduct one(hidden_size_, {block, block + 1});
+    if (weight.panels) {  // a frozen weight has panels and planes
+      one.multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, KeepSums{});
+    } else {
+      one.multiply_unpacked(rows, a_row, count, weight, pre, bias, KeepSums{});
+    }
+  }
+#endif
 
   // sums[r][gate] = the dot products of the gate's rows for the block's units with a[r].
   template <int R>
@@ -567,11 +547,7 @@ class GateProduct {
       pair.second_lanes = lanes_in(blocks[1]);
       if (finish(0, blocks[0] * kLanes, lanes_in(blocks[0]), pair)) continue;
 #pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n)
-#pragma GCC unroll kGates
-        for (int gate = 0; gate < kGates; ++gate) {
-          store_lanes<T>(out + blocks[n] * kLanes + gate * hidden_size_, pair.tile.acc[n][gate], lanes_in(blocks[n]));
-        }
+      for (int n = 0; n < 2; ++n) store_gates_of(pair.tile.acc[n], out + blocks[n] * kLanes, lanes_in(blocks[n]));
     }
     return i;
   }
@@ -585,6 +561,25 @@ class GateProduct {
       return Simd<T>::fma(sum, load_lanes<T>(weight.factors + gate * hidden_size_ + block * kLanes, lanes), before);
     }
     return sum + before;
+  }
+  // sums[gate] = start[gate] + sums[gate] for a block of units.
+  template <typename W>
+  LSTM_EXT_INLINE void add_to_start(Reg<T> (&sums)[kGates], const T* start, const NarrowPanels<T>& weight,
+                                    int64_t block, int lanes) const {
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) {
+      sums[gate] = plus<W>(load_lanes<T>(start + gate * hidden_size_, lanes), sums[gate], weight, gate, block, lanes);
+    }
+  }
+
+  LSTM_EXT_INLINE void store_gates_of(const Reg<T> (&sums)[kGates], T* out, int lanes) const {
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out + gate * hidden_size_, sums[gate], lanes);
+  }
+  template <int R>
+  LSTM_EXT_INLINE void store_tile(const Tile<T, R, kGates>& tile, T* const (&out)[R], int lanes) const {
+#pragma GCC unroll kTileRows
+    for (int r = 0; r < R; ++r) store_gates_of(tile.acc[r], out[r], lanes);
   }
 
   const int64_t hidden_size_;

@@ -47,6 +47,36 @@ LSTM_EXT_INLINE int gate_registers(int units) {
   return 4 * units <= n ? 1 : 2 * units <= n ? 2 : kGates;
 }
 
+// Repeats kWidth lanes of v, from kFrom on, over the whole register.
+template <typename T, int kFrom, int kWidth, int... kLane>
+LSTM_EXT_INLINE Reg<T> repeat_lanes(Reg<T> v, std::integer_sequence<int, kLane...>) {
+#ifdef LSTM_EXT_SHUFFLES
+  return __builtin_shufflevector(v, v, (kFrom + kLane % kWidth)...);
+#else
+  return Reg<T>{v[kFrom + kLane % kWidth]...};
+#endif
+}
+// Gives each gate a register of its own, from N registers that the gates share.
+template <typename T, int N>
+LSTM_EXT_INLINE void separate_gates(const Reg<T> (&shared)[N], Reg<T> (&gates)[kGates]) {
+  constexpr int n = Simd<T>::kLanes, kWidth = N * n / kGates;
+  using Lanes = std::make_integer_sequence<int, n>;
+  gates[0] = shared[0];
+  gates[1] = repeat_lanes<T, kWidth, kWidth>(shared[0], Lanes{});
+  gates[2] = repeat_lanes<T, 2 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
+  gates[3] = repeat_lanes<T, 3 * kWidth % n, kWidth>(shared[N - 1], Lanes{});
+}
+// accumulate_rows for a panel of N registers, which gates share.
+template <typename T, int R, int N>
+LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const (&a)[R], const T* panel,
+                                        int64_t count) {
+  Tile<T, R, N> sums;
+  sums.zero();
+  accumulate_rows<T, R, N>(sums, a, panel, N * Simd<T>::kLanes, count);
+#pragma GCC unroll kTileRows
+  for (int r = 0; r < R; ++r) separate_gates<T, N>(sums.acc[r], tile.acc[r]);
+}
+
 // Packs a gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates of the units
 // side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes.
 template <typename T, typename W>

@@ -1,0 +1,126 @@
+"""Peepholes, the clip of a cell and coupled gates, as a user meets them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+
+T, B, I, H = 5, 3, 4, 6
+
+
+def test_parameters_of_peepholes():
+    torch.manual_seed(1)
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True)
+    torch.manual_seed(1)
+    plain = nn.LSTM(I, H, 2, bidirectional=True)
+    x = torch.randn(T, B, I)
+    weights = list(plain.state_dict())
+    assert list(module.state_dict()) == weights + [
+        f"weight_c{gate}_l{k}{suffix}" for k in range(2) for suffix in ("", "_reverse") for gate in "ifo"
+    ]
+    assert all(p.shape == (H,) and not p.any() for n, p in module.state_dict().items() if n not in weights)
+    torch.testing.assert_close(module(x)[0], plain(x)[0])
+    nn.init.ones_(module.weight_ci_l0)
+    assert not torch.allclose(module(x)[0], plain(x)[0])
+    other = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True).double()
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(other(x.double())[0].float(), module(x)[0])
+    module.reset_parameters()
+    assert not module.weight_ci_l0.any()
+    with pytest.raises(RuntimeError, match="weight_ci_l0"):
+        plain.load_state_dict(module.state_dict())
+
+
+def test_options_of_the_cell_in_functional():
+    module = lstm_ext.LSTM(I, H, 2, peephole=True, cell_clip=0.3, coupled_gates=True)
+    plain, peepholes = [], []
+    for name, p in module.named_parameters():
+        nn.init.normal_(p)
+        (peepholes if name.startswith("weight_c") else plain).append(p)
+    x = torch.randn(T, B, I)
+    options = {"peephole_weights": peepholes, "cell_clip": 0.3, "coupled_gates": True}
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        y, (h, c) = lstm(x, None, plain, num_layers=2, **options)
+        torch.testing.assert_close((y, (h, c)), module(x))
+        assert c.abs().max() == 0.3
+
+
+@pytest.mark.parametrize("clip", [1e-46, 1e39])
+def test_a_clip_beyond_what_the_dtype_holds(clip):
+    module = lstm_ext.LSTM(I, H, cell_clip=clip)
+    plain, x = lstm_ext.LSTM(I, H), torch.randn(T, B, I)
+    plain.load_state_dict(module.state_dict())
+    expected = plain(x)[0] if clip > 1 else torch.torch.zeros(T, B, H)
+    weights = list(module.parameters())
+    for y in (module(x)[0], lstm_ext.reference.lstm(x, None, weights, cell_clip=clip)[0]):
+        torch.testing.assert_close(y, expected)
+
+
+def test_the_reference_has_the_signature_of_the_function():
+    assert inspect.signature(lstm_ext.reference.lstm) == inspect.signature(lstm_ext.functional.lstm)
+    module = lstm_ext.LSTM(I, H)
+    for name in ("peephole", "layer_norm", "frozen", "bogus"):
+        with pytest.raises(TypeError, match=name):
+            lstm_ext.reference.lstm(torch.zeros(T, B, I), None, list(module.parameters()), **{name: True})
+
+
+def test_coupled_gates_give_zeros_to_the_peephole_of_f():
+    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True)
+    weights, x = list(module.parameters()), torch.randn(T, B, I)
+    options = {"peephole_weights": weights[4:], "coupled_gates": True}
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        y = lstm(x, None, weights[:4], **options)[0]
+        assert not torch.autograd.grad(y.sum(), module.weight_cf_l0)[0].any()
+
+
+def test_a_subclass_may_have_parameters_of_these_names():
+    class Mine(lstm_ext.LSTM):
+        def __init__(self) -> None:
+            super().__init__(I, H)
+            self.weight_ci_l0 = nn.Parameter(torch.zeros(H))
+
+    assert copy.deepcopy(Mine()).weight_ci_l0.shape == (H,)
+
+
+def test_coupled_gates_leave_the_rows_of_f():
+    """Nothing reads them or the peepholes of f, and their gradients are zeros."""
+    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True, bidirectional=True)
+    x = torch.randn(T, B, I)
+    expected = module(x)[0]
+    expected.square().sum().backward()
+    for name, p in module.named_parameters():
+        unused = slice(H, 2 * H) if p.size(0) == 4 * H else slice(0, H if "weight_cf" in name else 0)
+        assert not p.grad[unused].any()
+        with torch.no_grad():
+            p[unused] = 7.0
+    assert torch.equal(module(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_norm": True, "peephole": True}, r"peephole \(.*: not available together with layer_norm"),
+        (
+            {"layer_norm": True, "coupled_gates": True},
+            "coupled_gates: not available together with layer_norm",
+        ),
+        ({"coupled_gates": True, "forget_bias": 1.0}, "forget_bias: .* coupled_gates=True"),
+        ({"cell_clip": 0.0}, "cell_clip should be a positive finite number or None, got 0.0"),
+        ({"cell_clip": "1"}, "cell_clip should be a positive finite number or None, got '1'"),
+    ],
+)
+def test_options_of_the_cell_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lstm_ext.LSTM(I, H, **options)
+    module = lstm_ext.LSTM(I, H)
+    for name, value in options.items():
+        setattr(module, name, value)
+    if "forget_bias" not in options and "layer_norm" not in options:
+        with pytest.raises(ValueError, match=message):
+            module(torch.zeros(T, B, I))
