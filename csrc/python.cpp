@@ -99,7 +99,7 @@ std::vector<Tensor> freeze_weights(const std::vector<Tensor>& weights, bool has_
 
 std::vector<std::string> cpu_capabilities() {
   const char* names[cpu::kCapabilities];
-  return {names, names + cpu::available_capabilities(names)};
+  return {names, names + cpu::library().available_capabilities(names)};
 }
 
 // The plan of a call of this shape that saves everything, or nothing, and that requests the gradients of the input and
@@ -118,8 +118,8 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   backward_params.planes = planes;
   backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
   backward_params.grad_weight_ih = backward_params.grad_weight_hh = backward_params.grad_input.data = &present;
-  const cpu::ForwardPlan forward = cpu::plan_forward(forward_params, machine);
-  const cpu::BackwardPlan backward = cpu::plan_backward(backward_params, machine);
+  const cpu::ForwardPlan forward = kernels.plan_forward(forward_params, machine);
+  const cpu::BackwardPlan backward = kernels.plan_backward(backward_params, machine);
   py::dict result;
   result["lanes"] = machine.lanes;
   result["tile_rows"] = kernels.tile_rows;
@@ -143,7 +143,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["backward_chunk_rows"] = backward.chunk_rows;
   result["backward_workspace_bytes"] = backward.workspace_bytes;
   backward_params.grad_input.data = nullptr;  // the directions would add to it one after the other
-  result["backward_directions_at_once"] = cpu::plan_backward(backward_params, machine).directions_at_once;
+  result["backward_directions_at_once"] = kernels.plan_backward(backward_params, machine).directions_at_once;
   return result;
 }
 

@@ -231,7 +231,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in group:
             (others if item.get_closest_marker("alone") is None else alone).append(item)
     n = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    parts = [tests[len(tests) * k // n : len(tests) * (k + 1) // n] for k in range(n) for tests in (alone, others)]
+    parts = [
+        tests[len(tests) * k // n : len(tests) * (k + 1) // n] for k in range(n) for tests in (alone, others)
+    ]
     items[:] = [item for part in parts for item in part]
 
 

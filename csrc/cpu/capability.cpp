@@ -126,6 +126,14 @@ const Capability* find(const std::string& name) {
   return nullptr;
 }
 
+int available_capabilities(const char** names) {
+  int count = 0;
+  for (const Capability* c : all_capabilities()) {
+    if (c && cpu_runs(c->name)) names[count++] = c->name;
+  }
+  return count;
+}
+
 const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
@@ -164,33 +172,24 @@ const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
 const bool has_avx512_vnni = vnni_wish() != "0" && finds_avx512_vnni();
 const bool has_avx_vnni = vnni_wish() != "0" && finds_avx_vnni();
 
-const Capability& capability() { return *current().load(std::memory_order_relaxed); }
-
-void set_capability(const char* name) {
-  current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);
-}
-
 void add_capability(Capability* capability) {
   capability->next = added.load(std::memory_order_acquire);
   while (!added.compare_exchange_weak(capability->next, capability)) {
   }
 }
 
-template <>
-LSTM_EXT_PUBLIC const Kernels<float>& kernels<float>() {
-  return capability().f32;
-}
-template <>
-LSTM_EXT_PUBLIC const Kernels<double>& kernels<double>() {
-  return capability().f64;
-}
-
-int available_capabilities(const char** names) {
-  int count = 0;
-  for (const Capability* c : all_capabilities()) {
-    if (c && cpu_runs(c->name)) names[count++] = c->name;
-  }
-  return count;
+extern "C" const Library* lstm_ext_cpu_library() {
+  static constexpr Library library{
+      kLayout,
+      [](const Capability** found) { return error_of([&] { *found = current().load(std::memory_order_relaxed); }); },
+      [](const char* name) {
+        return error_of([&] { current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed); });
+      },
+      &available_capabilities,
+      &read_wait_limit,
+      &change_wait_limit,
+  };
+  return &library;
 }
 
 }  // namespace lstm_ext::cpu

@@ -13,8 +13,9 @@ namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
 template <typename T>
-constexpr Kernels<T> kKernels{Simd<T>::kLanes, kTileRows,  kUnitLimits<T>,   &forward<T>,
-                              &backward<T>,    &freeze<T>, &multiplies_bytes};
+constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       kUnitLimits<T>,       &plan_forward<T>,
+                              &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &forward<T>,
+                              &backward<T>,      &freeze<T>,      &multiplies_bytes};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

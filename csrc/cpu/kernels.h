@@ -1,9 +1,13 @@
-// The interface of the CPU backend: one table of functions per instruction set. A call is made by plan.grid.workers()
-// threads at once, each with its own index. The kernels synchronise among themselves through the barriers in the
-// workspace, as planned.
+// The interface of the CPU backend: one table of functions per instruction set, and one of the backend itself. A wheel
+// has the backend in a library of its own, which serves each torch, so nothing but plain data, pointers and functions
+// without exceptions is in the tables. A call is made by plan.grid.workers() threads at once, each with its own index.
+// The kernels synchronise among themselves through the barriers in the workspace, as planned.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "contract/params.h"
 #include "contract/visibility.h"
@@ -24,6 +28,11 @@ struct Kernels {
   int64_t lanes;      // T values in a SIMD register
   int64_t tile_rows;  // batch rows of a register tile
   UnitLimits unit;    // from which sizes on products use the matrix unit
+  // See plan.h.
+  ForwardPlan (*plan_forward)(const ForwardParams<T>&, const Machine&);
+  BackwardPlan (*plan_backward)(const BackwardParams<T>&, const Machine&);
+  FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int planes, WeightKind, int64_t first);
+  bool (*sums_gradients_once)(const LayerShape&, int planes);
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
@@ -50,17 +59,65 @@ const Kernels<float>* kernels_amx();
 
 constexpr int kCapabilities = 5;
 
-// The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
-LSTM_EXT_PUBLIC const Capability& capability();
-// Throws std::invalid_argument with a sentence if this CPU or this binary cannot run `name`.
-LSTM_EXT_PUBLIC void set_capability(const char* name);
+// The backend. Where a function can fail, it returns a sentence that lives until the thread's next error, or null.
+struct Library {
+  int64_t layout;  // kLayout of the sources that it was made from
+  // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
+  const char* (*capability)(const Capability** found);
+  // Fails if this CPU or this binary cannot run `name`.
+  const char* (*set_capability)(const char* name);
+  // Fills `names` (room for kCapabilities) with what this CPU can run, best first; returns how many.
+  int (*available_capabilities)(const char** names);
+  // LSTM_EXT_CPU_WAIT_LIMIT, or what was set: seconds, 0 for no limit.
+  const char* (*wait_limit)(double* seconds);
+  // Also sets the open file that is told where, which is stderr before that; for tests.
+  const char* (*set_wait_limit)(double seconds, int file);
+};
+// Differs if one side was compiled with other structures. It finds a wheel whose files are not of one build.
+constexpr int64_t kLayout = (((sizeof(ForwardParams<float>) * 1000 + sizeof(BackwardParams<float>)) * 1000 +
+                              sizeof(ForwardPlan) + sizeof(FrozenPlan)) *
+                                 1000 +
+                             sizeof(BackwardPlan)) *
+                                1000 +
+                            sizeof(Capability);
+extern "C" LSTM_EXT_PUBLIC const Library* lstm_ext_cpu_library();
+
+// The functions of the library, with exceptions (std::invalid_argument).
+inline const Library& library() {
+  static const Library& checked = [&]() -> const Library& {
+    const Library* const found = lstm_ext_cpu_library();
+    if (found->layout != kLayout) throw std::runtime_error("lstm_ext: its libraries are of different builds");
+    return *found;
+  }();
+  return checked;
+}
+inline void check(const char* error) {
+  if (error) throw std::invalid_argument(error);
+}
+inline const Capability& capability() {
+  const Capability* found = nullptr;
+  check(library().capability(&found));
+  return *found;
+}
+inline void set_capability(const char* name) { check(library().set_capability(name)); }
+inline double wait_limit() {
+  double seconds = 0;
+  check(library().wait_limit(&seconds));
+  return seconds;
+}
+inline void set_wait_limit(double seconds, int file) { check(library().set_wait_limit(seconds, file)); }
+// The kernels of capability().
+template <typename T>
+const Kernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return capability().f32;
+  } else {
+    return capability().f64;
+  }
+}
+
 // Lets set_capability name one more, which the caller keeps; for tests.
 LSTM_EXT_PUBLIC void add_capability(Capability* added);
-// Fills `names` (room for kCapabilities) with what this CPU can run, best first; returns how many.
-LSTM_EXT_PUBLIC int available_capabilities(const char** names);
-
-template <typename T>
-LSTM_EXT_PUBLIC const Kernels<T>& kernels();  // the kernels of capability()
 
 // A worker's wait at a barrier of its call.
 struct Wait {
@@ -68,9 +125,21 @@ struct Wait {
 };
 // Ends the process, and says where, if the wait is longer than the limit.
 LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers);
-// LSTM_EXT_CPU_WAIT_LIMIT, or what was set: seconds, 0 for no limit. Throws std::invalid_argument with a sentence.
-LSTM_EXT_PUBLIC double wait_limit();
-// Also the open file that is told where, which is stderr before that. For tests.
-LSTM_EXT_PUBLIC void set_wait_limit(double seconds, int file);
+// What Library says of them.
+const char* read_wait_limit(double* seconds);
+const char* change_wait_limit(double seconds, int file);
+
+// Calls a function, and returns the message of its exception, or null.
+template <typename Function>
+const char* error_of(const Function& function) {
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    thread_local std::string text;
+    text = error.what();
+    return text.c_str();
+  }
+}
 
 }  // namespace lstm_ext::cpu

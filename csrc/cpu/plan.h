@@ -137,14 +137,15 @@ LSTM_EXT_CONTRACT_INLINE int64_t parameter_sums(const StepOptions<T>& options) {
 
 // Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,
 // and one block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.
-bool sums_gradients_once(const LayerShape& shape, int planes);
+LSTM_EXT_PUBLIC bool sums_gradients_once(const LayerShape& shape, int planes);
 // The parameters that are set decide which places a call needs: a forward pass needs one for everything that it does
 // not save, a backward pass for everything that is requested or recomputed.
 template <typename T>
 LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
 // `first` is the first free byte.
 template <typename T>
-FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first);
+LSTM_EXT_PUBLIC FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind,
+                                       int64_t first);
 template <typename T>
 LSTM_EXT_PUBLIC BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);
 

@@ -41,8 +41,12 @@ Limit& limit() {
 
 }  // namespace
 
-double wait_limit() { return limit().seconds; }
-void set_wait_limit(double seconds, int file) { limit() = {seconds, file}; }
+const char* read_wait_limit(double* seconds) {
+  return error_of([&] { *seconds = limit().seconds; });
+}
+const char* change_wait_limit(double seconds, int file) {
+  return error_of([&] { limit() = {seconds, file}; });
+}
 
 void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers) {
   if (limit().seconds == 0) return;

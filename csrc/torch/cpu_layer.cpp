@@ -276,7 +276,7 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
       p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
       p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
     }
-    run_directions(params, kernels, &cpu::plan_forward<scalar_t>, kernels.forward, options, !call.options.norm.empty());
+    run_directions(params, kernels, kernels.plan_forward, kernels.forward, options, !call.options.norm.empty());
   });
   return results();
 }
@@ -360,7 +360,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
   const auto options = call.input.options().dtype(type);
   // No copy is made if the kernels round the gradients of W and U themselves.
-  const bool narrow = type != dtype && cpu::sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
+  const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
   LayerGradients grads = empty_gradients(call, sizes, arguments.needs_grad, narrow);
   const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (arguments.needs_grad.c0) grads.c0 = grad_c;
@@ -407,7 +407,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }
     // The gradients of a cell's parameters are sums over the workers.
-    run_directions(params, kernels, &cpu::plan_backward<scalar_t>, kernels.backward, options,
+    run_directions(params, kernels, kernels.plan_backward, kernels.backward, options,
                    !call.options.norm.empty() || !call.options.cell.empty());
     for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
       const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;

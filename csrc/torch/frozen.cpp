@@ -57,7 +57,7 @@ bool has_plan(const Header& header) {
   const LayerShape shape{
       1, 1, header.input_size, header.hidden_size, header.output_size, header.projected != 0, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit}, header.plan.planes,
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit}, header.plan.planes,
                                                    header.plan.kind, sizeof(Header));
   return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && plan.bytes == header.bytes;
 }
@@ -103,7 +103,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   // Few weights are in the caches in any case, and unrounded numbers need no widening.
   const bool few = 4 * H * (shape.input_size + shape.output_size) <= kFewWeights;
   const WeightKind kept = few ? WeightKind::kOwn : kind;
-  const cpu::FrozenPlan plan = cpu::plan_frozen<T>(shape, {kernels.lanes, 1, kernels.unit},
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit},
                                                    planes_for(weights[0].scalar_type()), kept, sizeof(Header));
   const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());

@@ -20,7 +20,7 @@ Capability amx{"amx, small sizes too", {}, {}};
 bool add() {
   add_capability(&software);
   const char* names[kCapabilities];
-  if (available_capabilities(names) > 0 && std::strcmp(names[0], "amx") == 0) {
+  if (library().available_capabilities(names) > 0 && std::strcmp(names[0], "amx") == 0) {
     const std::string before = capability().name;
     set_capability("amx");
     amx.f32 = kernels<float>();
