@@ -24,7 +24,7 @@ def extension_arguments() -> dict:
         config.check_headers()
         command, compiler = config.find_compiler()
         cuda, cuda_reason = config.choose_cuda(torch.version.cuda)
-        ops_sources, module_sources = config.split_sources(ROOT / "csrc", with_cuda=cuda is not None)
+        kernels, operators, module_sources = config.split_sources(ROOT / "csrc", with_cuda=cuda is not None)
     except config.BuildError as error:
         sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
     if cuda_reason and torch.version.cuda:
@@ -104,13 +104,40 @@ def extension_arguments() -> dict:
         )
 
     ops_flags, module_flags = config.compile_flags(cuda), config.module_compile_flags(cuda)
-    ops = extension(config.OPS_MODULE, ops_sources, ops_flags, config.ops_link_flags(config.OPS_LIBRARY))
+    ops = extension(
+        config.OPS_MODULE, [*kernels, *operators], ops_flags, config.ops_link_flags(config.OPS_LIBRARY)
+    )
     ops.libraries.remove("torch_python")
     if cuda:
         ops.libraries += ["cudart", "c10_cuda", "torch_cuda"]
     # It is linked in build_extension, when it is known where ops is.
     module = extension(config.MODULE, module_sources, module_flags, [])
     return {"ext_modules": [ops, module], "cmdclass": {"build_ext": BuildAndRecord}}
+
+
+def prebuilt_arguments(libraries: Path) -> dict:
+    """For .ci/wheel.py: a wheel of libraries that are there already, for several torches and Pythons."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
+
+    class CopyLibraries(build_py):
+        def run(self):
+            super().run()
+            for path in libraries.iterdir():
+                self.copy_file(str(path), str(Path(self.build_lib) / "lstm_ext" / "native" / path.name))
+
+    class ForEveryPython(bdist_wheel):
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    class WithLibraries(setuptools.Distribution):
+        def has_ext_modules(self):
+            return True
+
+    return {
+        "distclass": WithLibraries,
+        "cmdclass": {"build_py": CopyLibraries, "bdist_wheel": ForEveryPython},
+    }
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -121,4 +148,8 @@ skip = (
     or not config.is_supported_platform()
     or {"sdist", "clean"} & set(sys.argv)
 )
-setuptools.setup(**({} if skip else extension_arguments()))
+prebuilt = os.environ.get("LSTM_EXT_PREBUILT")
+if prebuilt:
+    setuptools.setup(**prebuilt_arguments(Path(prebuilt)))
+else:
+    setuptools.setup(**({} if skip else extension_arguments()))

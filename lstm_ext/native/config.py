@@ -33,6 +33,9 @@ VERSION = "0.1.0"
 MODULE = "lstm_ext.native._C"
 OPS_MODULE = "lstm_ext.native._ops"  # Python cannot import it: setuptools names libraries like this
 OPS_LIBRARY = "_ops.so"
+# A wheel has the CPU kernels in a library of their own, and the operators and the module for each of these torches.
+KERNELS_LIBRARY = "_kernels.so"
+TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
 SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
 # The package's folder, and that of the two libraries.
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -65,6 +68,17 @@ NVCC_FLAGS = [
 # in some releases under another name: two OpenMP runtimes in one process have two thread pools and two thread
 # counts. Left undefined, GOMP_* is found in whichever runtime libtorch_cpu.so itself depends on.
 LINK_FLAGS: list[str] = []
+
+
+def ops_library(torch_minor: str) -> str:
+    """The name of the operators' library in a wheel."""
+    return f"_ops-{torch_minor}.so"
+
+
+def ops_library_of(module: Path) -> Path:
+    """The operators' library that a Python module is linked with: `_ops-2.13.so` for `_C-2.13.*.so`, of a wheel."""
+    minor = re.match(r"_C-(\d+\.\d+)\.", module.name)
+    return module.with_name(ops_library(minor[1]) if minor else OPS_LIBRARY)
 
 
 def ops_link_flags(file_name: str) -> list[str]:
@@ -127,11 +141,15 @@ def sources(directory: Path, with_cuda: bool) -> list[Path]:
     return [path for path in found if with_cuda or not needs_cuda(path)]
 
 
-def split_sources(directory: Path, with_cuda: bool) -> tuple[list[Path], list[Path]]:
-    """The sources of the operators' library, and those of the Python module."""
+def split_sources(directory: Path, with_cuda: bool) -> tuple[list[Path], list[Path], list[Path]]:
+    """The sources of the CPU kernels, which need neither torch nor Python, of the operators, and of the Python module.
+
+    But in a wheel, the kernels are a part of the operators' library.
+    """
     found = sources(directory, with_cuda)
-    bindings = [path for path in found if path.name == "python.cpp"]
-    return [path for path in found if path not in bindings], bindings
+    kernels = [path for path in found if path.parent.name == "cpu"]
+    module = [path for path in found if path.name == "python.cpp"]
+    return kernels, [path for path in found if path not in (*kernels, *module)], module
 
 
 def digest(directory: Path, *more: str) -> str:

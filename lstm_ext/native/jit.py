@@ -220,7 +220,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         BuildError: something is missing, or the compiler refused.
     """
     command, compiler = _requirements()
-    ops_sources, module_sources = config.split_sources(sources, with_cuda=cuda is not None)
+    kernels, operators, module_sources = config.split_sources(sources, with_cuda=cuda is not None)
     ops_file = ops_library(directory).name
     if directory.exists():
         # A killed build leaves objects, and a lock file for which torch would wait forever. The folder is moved first:
@@ -270,7 +270,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         try:
             build_library(
                 _OPS_MODULE,
-                ops_sources,
+                [*kernels, *operators],
                 config.compile_flags(cuda),
                 config.ops_link_flags(ops_file),
                 cuda is not None,

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -190,23 +191,29 @@ def _choose() -> tuple[_Result, str | None]:
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
 
+    missing = _missing_in_wheel()
     if requested in ("auto", "aot"):
         try:
-            result = _load_aot()
+            result = (_cuda_build_before_wheel() if requested == "auto" else None) or _load_aot()
+        except BuildError as error:
+            return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
         except ImportError as error:
             return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
         if result is not None:
             return result, None
         if requested == "aot":
-            error = f"LSTM_EXT_BACKEND=aot, but there is no {config.MODULE}: build it with {build_command()}."
+            problem = missing or f"there is no {config.MODULE}"
+            error = f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}."
             return _Result(None, Status("torch", reason=error), error=error), None
 
+    if missing:
+        _log.warning("lstm_ext: %s", missing)
     try:
         return _load_jit(), None
     except (_Refused, config.SwitchError) as error:
         return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
     except BuildError as error:
-        reason = str(error)
+        reason = f"{missing}, and it cannot be built: {error}" if missing else str(error)
     if requested == "jit":
         error = f"LSTM_EXT_BACKEND=jit, but the build on first use failed: {reason}"
         return _Result(None, Status("torch", reason=error), error=error), None
@@ -264,8 +271,30 @@ def _refuse_second_registration(ops_path: Path) -> None:
 def find_aot() -> Path | None:
     # Searched in this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
     directory = config.LIBRARIES
-    candidates = (directory / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    # The second name is that of a wheel, which has a module for each torch and Python.
+    stems = ("_C", f"_C-{_minor(torch.__version__)}")
+    candidates = (
+        directory / f"{stem}{suffix}" for stem in stems for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    )
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _wheel() -> dict | None:
+    """The record of a wheel; None for a build of this machine's own, or none."""
+    record = config.read_record(config.LIBRARIES)
+    return record if record is not None and "wheel" in record else None
+
+
+def _missing_in_wheel() -> str | None:
+    """Why a wheel has no library for this process, or None."""
+    if _wheel() is None or find_aot() is not None:
+        return None
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return f"the wheel has no library for torch {_minor(torch.__version__)} with Python {version}"
 
 
 def check_record(path: Path) -> dict:
@@ -273,13 +302,14 @@ def check_record(path: Path) -> dict:
     record = config.read_record(path.parent)
     if record is None:
         raise ImportError(f"{path} has no {config.RECORD} beside it: rebuild it with {build_command()}.")
-    if record["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
+    if "wheel" not in record and _minor(record["torch"]) != _minor(torch.__version__):
         raise ImportError(
             f"{path} was built for torch {record['torch']}, but torch {torch.__version__} is installed: "
             f"rebuild it with {build_command()}."
         )
-    if not (path.parent / config.OPS_LIBRARY).is_file():
-        raise ImportError(f"{path} has no {config.OPS_LIBRARY} beside it: rebuild it with {build_command()}.")
+    ops_path = config.ops_library_of(path)
+    if not ops_path.is_file():
+        raise ImportError(f"{path} has no {ops_path.name} beside it: rebuild it with {build_command()}.")
     return record
 
 
@@ -289,7 +319,7 @@ def _load_aot() -> _Result | None:
         return None
     record = check_record(path)
     try:
-        module = _load(config.MODULE, path, path.parent / config.OPS_LIBRARY)
+        module = _load(config.MODULE, path, config.ops_library_of(path))
     except _Refused:
         raise
     except ImportError as error:
@@ -298,7 +328,33 @@ def _load_aot() -> _Result | None:
             f"the extension does not fit the installed torch {torch.__version__} ({first_line}): "
             f"rebuild it with {build_command()}."
         ) from error
-    return _Result(module, _status_of("aot", path, path.parent / config.OPS_LIBRARY, record))
+    status = _status_of("aot", path, config.ops_library_of(path), record)
+    if "wheel" in record:
+        version = record["wheel"][_minor(torch.__version__)]
+        status = replace(status, torch_version=version, cuda_reason=_no_cuda_in_wheel())
+    return _Result(module, status)
+
+
+def _no_cuda_in_wheel() -> str:
+    reason = "a wheel has none"
+    if torch.version.cuda is None:
+        return reason
+    there = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()
+    first = "" if there else "install the CUDA toolkit and a C++ compiler, then "
+    return f"{reason}: {first}`LSTM_EXT_CUDA=1 python -m lstm_ext.info` builds them, once, for later processes too"
+
+
+def _cuda_build_before_wheel() -> _Result | None:
+    """A wheel has no CUDA kernels, so a build on first use that has them comes first. LSTM_EXT_CUDA=1 builds it."""
+    if _wheel() is None or config.no_cuda_wanted(torch.version.cuda) is not None:
+        return None
+    if config.cuda_switch():
+        return _load_jit()
+    try:
+        return _load_finished(jit.folder(jit.source_dir(), "cuda", config.requested_architectures()))
+    except BuildError as error:
+        _log.info("lstm_ext: no CUDA kernels built on first use: %s", error)
+        return None
 
 
 def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:

@@ -297,5 +297,5 @@ def test_a_dynamo_without_the_class_is_a_warning():
     with pytest.warns(UserWarning, match=r"the dynamo of torch .*convert\(model, fullgraph=True\)"):
         dynamo._wrap(types.ModuleType("builder"), lambda module: True, lambda module: False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="the dynamo of torch")
         assert not is_refused(Model(KINDS["converted"]()), torch.randn(T, B, I))

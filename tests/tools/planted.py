@@ -43,7 +43,7 @@ FAULTS: dict[str, Fault] = {
         "load_lanes<T>(pass_.h_rows[n] + k, lanes) * load_lanes<T>(mask + k, lanes)",
         "load_lanes<T>(pass_.h_rows[n] + k, lanes)",
     ),
-    "cpu/backward_state.h": Fault(": grads.dc_before, lanes)", ": grads.dc, lanes)"),
+    "cpu/backward_state.h": Fault(": grads.dc_before, lanes)", ": grad, lanes)"),
     "cpu/backward_steps.h": Fault(
         "if (grad_final.data) v = v + load_lanes", "if (grad_final.data) v = v - load_lanes"
     ),

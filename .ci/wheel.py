@@ -1,0 +1,303 @@
+"""Builds the wheel that needs no compiler: `make wheel`.
+
+    python .ci/wheel.py [--torch 2.11 ...] [--python python3.12 ...]
+    python .ci/wheel.py --check [...]  # `make wheel-check`: installs the wheel without a compiler, and tests it there
+
+It has the CPU kernels once, the operators for each torch, and the Python module for each pair of a torch and a Python;
+lstm_ext/native/loader.py picks them by their names. torch's headers come from its wheels, which pip downloads. Nothing
+is linked with torch's libraries: empty ones with the same names stand in for them. What is compiled, and with which
+flags, lstm_ext/native/config.py says, as for every other build. Needs Linux on x86-64, g++, ninja and auditwheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "lstm_ext" / "native"))
+import config  # noqa: E402 (it imports nothing of the package)
+
+WORK = ROOT / "build" / "wheel"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+TORCHS_LIBRARIES = ("torch", "torch_cpu", "c10")
+PLATFORM = "manylinux_2_34_x86_64"
+# For --check. The tests left out import packages of the group `test`, or compile something.
+TEST_PACKAGES = ("pytest", "pytest-xdist", "numpy", "expecttest", "hypothesis")
+LEFT_OUT = ("test_onnx_export.py", "test_onnx_cases.py", "test_torchrl.py", "test_construction.py")
+TESTS = (
+    *(
+        "-q",
+        "-n",
+        "2",
+        "--dist",
+        "worksteal",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-k",
+        "not without_fullgraph",
+    ),
+    *("-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "nn"), str(ROOT / "tests" / "call")),
+    *(f"--ignore={ROOT / 'tests' / 'nn' / name}" for name in LEFT_OUT),
+)
+SHOWN = ("extension", "cpu: ")  # the lines of info and selftest that are shown
+# What torch's own builds add to the flags.
+FLAGS = ("-fPIC", "-DNDEBUG", "-fwrapv", "-DTORCH_API_INCLUDE_EXTENSION_H")
+
+
+@dataclass(frozen=True)
+class Torch:
+    minor: str
+    version: str
+    include: Path
+    standard: str  # the flag for the C++ standard of its headers
+
+
+@dataclass(frozen=True)
+class Python:
+    version: str
+    include: Path
+    suffix: str  # of its modules
+
+
+def torch_of(minor: str) -> Torch:
+    """The headers of the newest torch of a minor version, downloaded once."""
+    folder = WORK / f"torch-{minor}"
+    if not (folder / "version").is_file():
+        print(f"fetching the headers of torch {minor}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=WORK) as download:
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--no-cache-dir",
+                "-d",
+                download,
+            ]
+            # Which Python it is for does not matter: the headers are the same.
+            kind = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
+            subprocess.run([*command, *kind, f"torch=={minor}.*"], check=True)
+            (archive,) = Path(download).glob("torch-*.whl")
+            with zipfile.ZipFile(archive) as wheel:
+                wanted = ("torch/include/", "torch/utils/cpp_extension.py")
+                wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(wanted)])
+        (folder / "version").write_text(archive.name.split("-")[1])
+    standard = re.search(r"-std=c\+\+\d\d", (folder / "torch/utils/cpp_extension.py").read_text())
+    assert standard is not None, f"torch {minor}: cpp_extension.py names no C++ standard"
+    return Torch(minor, (folder / "version").read_text(), folder / "torch" / "include", standard[0])
+
+
+def python_of(command: str) -> Python | None:
+    """What an interpreter says of itself; None if it does not run, or has no headers."""
+    ask = (
+        "import sys, sysconfig as s; print('%d.%d' % sys.version_info[:2]); "
+        "print(s.get_path('include')); print(s.get_config_var('EXT_SUFFIX'))"
+    )
+    try:
+        run = subprocess.run([command, "-c", ask], capture_output=True, text=True)
+    except OSError:
+        return None
+    if run.returncode != 0:
+        return None
+    version, include, suffix = run.stdout.splitlines()
+    return Python(version, Path(include), suffix) if (Path(include) / "Python.h").is_file() else None
+
+
+class Ninja:
+    """A build file."""
+
+    def __init__(self, compiler: str) -> None:
+        self.lines = [
+            "rule cc",
+            f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  description = $out",
+            "rule link",
+            f"  command = {compiler} -shared -s -Wl,--no-as-needed $in -o $out $flags",
+            "  description = $out",
+        ]
+
+    def step(self, rule: str, target: str, sources: list[str], flags: list[str], after: list[str]) -> str:
+        implicit = f" | {' '.join(after)}" if after else ""
+        text = " ".join(shlex.quote(flag).replace("$", "$$") for flag in flags)
+        self.lines += [f"build {target}: {rule} {' '.join(sources)}{implicit}", f"  flags = {text}"]
+        return target
+
+    def library(
+        self,
+        target: str,
+        sources: list[Path],
+        compile_flags: list[str],
+        link_flags: list[str],
+        others: list[str],
+    ) -> str:
+        objects = [
+            self.step("cc", f"objects/{target}/{path.stem}.o", [str(path)], compile_flags, [])
+            for path in sources
+        ]
+        return self.step("link", target, [*objects, *others], link_flags, [])
+
+
+def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
+    compiler, _ = config.find_compiler()
+    ninja = Ninja(compiler)
+    (WORK / "empty.c").touch()
+
+    def stand_in(name: str) -> str:
+        file = f"lib{name}.so"
+        flags = ["-x", "c", f"-Wl,-soname,{file}"]
+        return ninja.step("link", f"stand_ins/{file}", ["empty.c"], flags, [])
+
+    csrc = ROOT / "csrc"
+    kernel_sources, operator_sources, module_sources = config.split_sources(csrc, with_cuda=False)
+    link = ["-Wl,-rpath,$ORIGIN"]
+    mine = [*config.COMPILE_FLAGS, *FLAGS, f"-I{csrc}"]
+    stand_ins = {name: stand_in(name) for name in (*TORCHS_LIBRARIES, "torch_python")}
+    torchs = [stand_ins[name] for name in TORCHS_LIBRARIES]
+
+    kernels = config.KERNELS_LIBRARY
+    ninja.library(kernels, kernel_sources, [*mine, torches[-1].standard], [f"-Wl,-soname,{kernels}"], [])
+    for torch in torches:
+        include = torch.include
+        flags = [*mine, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", torch.standard]
+        ops = config.ops_library(torch.minor)
+        ops_flags = [*flags, "-DTORCH_EXTENSION_NAME=_ops"]
+        ninja.library(ops, operator_sources, ops_flags, [f"-Wl,-soname,{ops}", *link], [kernels, *torchs])
+        for python in pythons:
+            module_flags = [*flags, f"-isystem{python.include}", "-DTORCH_EXTENSION_NAME=_C"]
+            needed = [ops, kernels, *torchs, stand_ins["torch_python"]]
+            ninja.library(f"_C-{torch.minor}{python.suffix}", module_sources, module_flags, link, needed)
+    (WORK / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+    subprocess.run(["ninja", "-C", str(WORK)], check=True, env=os.environ | {"PATH": config.search_path()})
+
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for path in WORK.glob("_*.so"):
+        shutil.copy(path, out)
+
+
+def write_record(torches: list[Torch], pythons: list[Python], out: Path) -> None:
+    versions = {torch.minor: torch.version for torch in torches}
+    _, compiler = config.find_compiler()
+    digest = config.digest(ROOT / "csrc")
+    config.write_record(out, ", ".join(versions.values()), compiler, digest, wheel=versions)
+    record = json.loads((out / config.RECORD).read_text())
+    record["python"] = ", ".join(python.version for python in pythons)
+    (out / config.RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment: dict[str, str]) -> bool:
+    venv = WORK / "venv"
+    shutil.rmtree(venv, ignore_errors=True)
+    subprocess.run([command, "-m", "venv", str(venv)], check=True)
+
+    def run(*arguments: str) -> tuple[bool, list[str]]:
+        process = subprocess.run(
+            [str(venv / "bin" / "python"), *arguments],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return process.returncode == 0, process.stdout.splitlines() or [""]
+
+    run("-m", "pip", "install", "-q", f"torch=={minor}.*", *TEST_PACKAGES)
+    start = time.monotonic()
+    steps = [run("-m", "pip", "install", "-q", str(wheel))]
+    seconds = time.monotonic() - start
+    version = run("-c", "import sys, torch; print(torch.__version__, 'Python', sys.version.split()[0])")
+    print(f"torch {version[1][-1]}: installed in {seconds:.1f} s")
+    steps.append(
+        (version[1][-1].startswith(minor + "."), [f"torch {minor} was there before, and is not now"])
+    )
+    for arguments in (("-m", "lstm_ext.info"), ("-m", "lstm_ext.selftest"), ("-m", "pytest", *TESTS)):
+        ok, lines = run(*arguments)
+        print("  " + ("" if ok else "FAILED: ") + next((x for x in lines if x.startswith(SHOWN)), lines[-1]))
+        steps.append((ok, lines))
+    print("\n".join(line for ok, lines in steps if not ok for line in lines[-40:]), flush=True)
+    shutil.rmtree(venv)
+    return all(ok for ok, _ in steps)
+
+
+def check(torches: list[str], commands: list[str]) -> int:
+    """Installs the wheel for each torch, with the Pythons in turn, into a new environment, and tests it there.
+
+    No program is on the PATH meanwhile, so no compiler. The tests are those that need no sources.
+    """
+    (wheel,) = (ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl")
+    empty = WORK / "check"
+    empty.mkdir(exist_ok=True)
+    environment = {**os.environ, "PATH": str(empty / "nothing"), "XDG_CACHE_HOME": str(empty / "cache")}
+    failed = 0
+    for i, minor in enumerate(torches):
+        if not check_pair(wheel, minor, commands[i % len(commands)], empty, environment):
+            failed += 1
+    print(f"{len(torches) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torch", nargs="+", default=config.TORCHES, choices=config.TORCHES, metavar="MINOR")
+    parser.add_argument("--python", nargs="+", default=[f"python{v}" for v in PYTHONS], metavar="COMMAND")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if not config.is_supported_platform():
+        sys.exit("error: the wheel is for Linux on x86-64, and is built there.")
+    os.environ["PATH"] = config.search_path()
+    WORK.mkdir(parents=True, exist_ok=True)
+
+    pythons = [found for found in map(python_of, options.python) if found is not None]
+    if options.check:
+        return check(options.torch, [command for command in options.python if python_of(command) is not None])
+    left_out = [command for command in options.python if python_of(command) is None]
+    if left_out:
+        print(f"without {', '.join(left_out)}: not here, or without Python.h")
+    if not pythons:
+        sys.exit("error: none of the Pythons is here with its headers (apt install python3-dev).")
+    torches = [torch_of(minor) for minor in options.torch]
+    for path in WORK.glob("_*.so"):
+        path.unlink()
+    out = WORK / "libraries"
+    compile_all(torches, pythons, out)
+    write_record(torches, pythons, out)
+
+    raw, base = WORK / "raw", WORK / "base"
+    for folder in (raw, base):
+        shutil.rmtree(folder, ignore_errors=True)
+    # A folder of its own: build/lib may hold libraries of other builds.
+    build = ["build", f"--build-base={base}", "bdist_wheel", f"--dist-dir={raw}"]
+    environment = os.environ | {"LSTM_EXT_PREBUILT": str(out)}
+    subprocess.run([sys.executable, "setup.py", "-q", *build], check=True, cwd=ROOT, env=environment)
+    (wheel,) = raw.glob("*.whl")
+    excluded = [f"--exclude=lib{name}.so" for name in (*TORCHS_LIBRARIES, "torch_python")]
+    repair = ["repair", f"--plat={PLATFORM}", *excluded, "-w", str(ROOT / "dist"), str(wheel)]
+    subprocess.run([sys.executable, "-m", "auditwheel", *repair], check=True)
+    (made,) = (ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl")
+    size = made.stat().st_size / 1e6
+    print(f"{made}: {size:.1f} MB, {len(torches)} torches, Python {', '.join(p.version for p in pythons)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
