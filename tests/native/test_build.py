@@ -125,6 +125,28 @@ class Project:  # also used by test_build_cuda.py
         if torch_version is not None:
             config.write_record(self.package / "native", torch_version, "a compiler", "a digest")
 
+    def compiled(self, name: str, link_flags: list[str], *flags: str) -> bytes:
+        """A library of one of the tiny sources."""
+        command, _ = config.find_compiler()
+        common = [
+            "-shared",
+            "-fPIC",
+            "-DTORCH_EXTENSION_NAME=_C",
+            f"-I{sysconfig.get_path('include')}",
+            *flags,
+        ]
+        arguments = [*common, f"csrc/{name}.cpp", *link_flags, "-o", f"{name}.so"]
+        subprocess.run([command, *arguments], check=True, cwd=self.root)
+        return (self.root / f"{name}.so").read_bytes()
+
+    def wheel(self, torch_minor: str) -> None:
+        """What a wheel has for one torch and this Python."""
+        native, ops = self.package / "native", config.ops_library(torch_minor)
+        (native / ops).write_bytes(self.compiled("operators", config.ops_link_flags(ops)))
+        module = self.compiled("python", config.module_link_flags("./operators.so"))
+        (native / f"_C-{torch_minor}{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(module)
+        config.write_record(native, torch_minor, "g++", "0", wheel={torch_minor: f"{torch_minor}.9"})
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
@@ -330,17 +352,12 @@ def test_built_for_nobody_knows_what(project: Project) -> None:
 
 @pytest.mark.parametrize("broken", ["python", "operators"])
 def test_undefined_symbol(project: Project, broken: str) -> None:
-    command, _ = config.find_compiler()
-    common = ["-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_C", f"-I{sysconfig.get_path('include')}"]
     contents = {}
     for name, link_flags in (
         ("operators", config.ops_link_flags(config.OPS_LIBRARY)),
         ("python", config.module_link_flags("./operators.so")),
     ):
-        define = ["-DBROKEN"] if name == broken else []
-        arguments = [*common, *define, f"csrc/{name}.cpp", *link_flags, "-o", f"{name}.so"]
-        subprocess.run([command, *arguments], check=True, cwd=project.root)
-        contents[name] = (project.root / f"{name}.so").read_bytes()
+        contents[name] = project.compiled(name, link_flags, *(["-DBROKEN"] if name == broken else []))
     project.ahead_of_time(torch.__version__, contents["python"], contents["operators"])
     error = project.last_error(SHOW)
     assert f"does not fit the installed torch {torch.__version__}" in error
@@ -352,6 +369,76 @@ def test_one_library_without_the_other(project: Project) -> None:
     project.ahead_of_time(torch.__version__)
     (project.package / "native" / config.OPS_LIBRARY).unlink()
     assert f"has no {config.OPS_LIBRARY} beside it: rebuild it with" in project.last_error(SHOW)
+
+
+MINOR = ".".join(torch.__version__.split(".")[:2])
+SHOW_CUDA = SHOW + "; print(loader.status().cuda or loader.status().cuda_reason)"
+
+
+def test_a_wheel_has_a_library_for_each_torch(project: Project) -> None:
+    project.wheel("1.2")
+    project.wheel(MINOR)
+    show = SHOW + "; print(loader.status().torch_version, loader.status().ops_path)"
+    ops = project.package / "native" / config.ops_library(MINOR)
+    assert project.run("-c", show) == (0, f"aot\n{MINOR}.9 {ops}", "")
+    ops.unlink()
+    assert f"has no {ops.name} beside it: rebuild it with" in project.last_error(SHOW)
+
+
+def test_a_torch_that_the_wheel_lacks(project: Project) -> None:
+    project.wheel("1.2")
+    said = (
+        f"the wheel has no library for torch {MINOR} with Python {sys.version_info[0]}.{sys.version_info[1]}"
+    )
+    returncode, out, _ = project.run("-c", USE, CXX="no-such-compiler")
+    assert (returncode, out.partition("\n")[0]) == (0, "1"), out
+    assert f"{said}, and it cannot be built: no C++ compiler was found" in out
+    error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
+    assert error.startswith(f"ImportError: LSTM_EXT_BACKEND=aot, but {said}: build it with")
+    returncode, out, err = project.run("-c", SHOW)
+    assert (returncode, out) == (0, "jit")
+    assert said in err
+
+
+def test_a_build_with_cuda_comes_before_a_wheel(project: Project) -> None:
+    """In place of a torch with CUDA, a number says that it is one."""
+    project.wheel(MINOR)
+    environment = {"TORCH_CUDA_ARCH_LIST": "9.0", "CUDA_HOME": str(project.root)}
+    code = f"import torch; torch.version.cuda = '13.0'; {SHOW_CUDA}"
+    returncode, out, err = project.run("-c", code, **environment)
+    assert returncode == 0, err
+    assert out.startswith("aot\na wheel has none: `LSTM_EXT_CUDA=1 python -m lstm_ext.info` builds them")
+    assert "LSTM_EXT_CUDA=1, but nvcc was not found" in project.last_error(
+        code, LSTM_EXT_CUDA="1", **environment
+    )
+
+    # A build on first use that is finished.
+    place = "from lstm_ext.native import config, jit; print(jit.folder(jit.source_dir(), 'cuda', '9.0'))"
+    folder = Path(project.run("-c", place)[1])
+    assert project.run("-c", SHOW, LSTM_EXT_BACKEND="jit")[1] == "jit"
+    (built,) = (path.parent for path in (project.root / "jit").glob("*/lstm_ext_ops.so"))
+    shutil.copytree(built, folder)
+    record = config.read_record(folder) | {"cuda": "13.0 for 9.0"}
+    (folder / config.RECORD).write_text(json.dumps(record))
+    assert project.run("-c", code, **environment)[:2] == (0, "jit\n13.0 for 9.0")
+    assert project.run("-c", code, LSTM_EXT_CUDA="0", **environment)[1].startswith("aot\n")
+    assert project.run("-c", code, LSTM_EXT_BACKEND="aot", **environment)[1].startswith("aot\n")
+    shutil.rmtree(folder)
+
+
+def test_libraries_of_different_builds(tmp_path: Path) -> None:
+    """A table of the CPU backend that was made from other structures."""
+    source, library = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text(
+        "static const long long table[8] = {1}; const void* lstm_ext_cpu_library(void) { return table; }"
+    )
+    command, _ = config.find_compiler()
+    subprocess.run([command, "-x", "c", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    program = [sys.executable, "-c", "import lstm_ext; lstm_ext.native.loader.extension()"]
+    run = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "ImportError: lstm_ext: its libraries are of different builds"
 
 
 def test_record_is_whole_or_absent(tmp_path: Path) -> None:
