@@ -40,10 +40,14 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build wheel wheel-check test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
+.PHONY: build sdist wheel wheel-check test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
+
+# The sources: dist/lstm_ext-VERSION.tar.gz.
+sdist: $(PACKAGES)
+	LSTM_EXT_SKIP_BUILD=1 $(PY) setup.py -q sdist
 
 # dist/*.whl, for each torch from 2.11 to 2.15 and each Python that is here, which needs no compiler where it is
 # installed. Downloads torch's headers, 2.7 GB, of which 0.3 stay. A quarter of an hour. ARGS='--torch 2.13' for one.

@@ -21,6 +21,7 @@ def extension_arguments() -> dict:
         sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
 
     try:
+        config.check_torch(torch.__version__)
         config.check_headers()
         command, compiler = config.find_compiler()
         cuda, cuda_reason = config.choose_cuda(torch.version.cuda)

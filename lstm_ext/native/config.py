@@ -111,6 +111,15 @@ def is_supported_platform() -> bool:
     return sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
 
 
+def check_torch(version: str) -> None:
+    """Raises BuildError for a torch that the sources are not written for."""
+    if ".".join(version.split(".")[:2]) not in TORCHES:
+        raise BuildError(
+            f"torch {version} is installed, and lstm_ext needs {TORCHES[0]} to {TORCHES[-1]}: "
+            f"`pip install 'torch>={TORCHES[0]}'`, or another lstm_ext."
+        )
+
+
 def source_dir() -> Path | None:
     """The path of csrc/: inside an installed package, beside the package in a checkout or sdist."""
     if (PACKAGE / "csrc" / "python.cpp").is_file():

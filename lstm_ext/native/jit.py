@@ -75,6 +75,7 @@ def source_dir() -> Path:
 
 def _requirements() -> tuple[str, str]:
     """The compiler's command and version, or a BuildError."""
+    config.check_torch(torch.__version__)
     compiler = config.find_compiler()
     config.check_headers()
     if shutil.which("ninja", path=config.search_path()) is None:

@@ -166,6 +166,24 @@ def test_flags_leave_to_torch_what_is_torchs() -> None:
     assert not [f for f in config.NVCC_FLAGS if "arch" in f]  # or torch adds no -gencode, and says nothing
 
 
+@pytest.mark.parametrize("version", ["2.10.0+cpu", "2.16.0"])
+def test_a_torch_that_nobody_tried(project: Project, version: str) -> None:
+    said = f"torch {version} is installed, and lstm_ext needs 2.11 to 2.15: `pip install 'torch>=2.11'`"
+    code = f"import torch; torch.__version__ = {version!r}; "
+    shutil.copy(Path(__file__).parents[2] / "setup.py", project.root)
+    setup = "import sys, runpy; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py', run_name='__main__')"
+    assert project.last_error(code + setup).startswith(f"error: {said}")
+    returncode, out, err = project.run("-c", code + SHOW)
+    assert (returncode, out) == (0, "torch"), err
+    assert said in err
+
+
+def test_the_range_of_torch_is_said_once() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    last_major, last_minor = map(int, config.TORCHES[-1].split("."))
+    assert f'"torch>={config.TORCHES[0]},<{last_major}.{last_minor + 1}"' in pyproject
+
+
 def test_sources_with_one_stem_are_refused(tmp_path: Path) -> None:
     directory = config.source_dir()
     assert directory is not None
