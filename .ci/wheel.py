@@ -12,7 +12,6 @@ flags, lstm_ext/native/config.py says, as for every other build. Needs Linux on 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -99,9 +98,12 @@ def torch_of(minor: str) -> Torch:
                 wanted = ("torch/include/", "torch/utils/cpp_extension.py")
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(wanted)])
         (folder / "version").write_text(archive.name.split("-")[1])
-    standard = re.search(r"-std=c\+\+\d\d", (folder / "torch/utils/cpp_extension.py").read_text())
-    assert standard is not None, f"torch {minor}: cpp_extension.py names no C++ standard"
-    return Torch(minor, (folder / "version").read_text(), folder / "torch" / "include", standard[0])
+    standards = set(re.findall(r"-std=c\+\+\d\d", (folder / "torch/utils/cpp_extension.py").read_text()))
+    if len(standards) != 1:
+        sys.exit(
+            f"error: torch {minor}: expected one C++ standard in cpp_extension.py, found {sorted(standards)}"
+        )
+    return Torch(minor, (folder / "version").read_text(), folder / "torch" / "include", standards.pop())
 
 
 def python_of(command: str) -> Python | None:
@@ -147,12 +149,13 @@ class Ninja:
         compile_flags: list[str],
         link_flags: list[str],
         others: list[str],
+        after: tuple[str, ...] | list[str] = (),
     ) -> str:
         objects = [
             self.step("cc", f"objects/{target}/{path.stem}.o", [str(path)], compile_flags, [])
             for path in sources
         ]
-        return self.step("link", target, [*objects, *others], link_flags, [])
+        return self.step("link", target, [*objects, *others], link_flags, list(after))
 
 
 def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
@@ -162,13 +165,11 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
 
     def stand_in(name: str) -> str:
         file = f"lib{name}.so"
-        flags = ["-x", "c", f"-Wl,-soname,{file}"]
-        return ninja.step("link", f"stand_ins/{file}", ["empty.c"], flags, [])
+        return ninja.step("link", f"stand_ins/{file}", ["empty.c"], [f"-Wl,-soname,{file}"], [])
 
     csrc = ROOT / "csrc"
     kernel_sources, operator_sources, module_sources = config.split_sources(csrc, with_cuda=False)
-    link = ["-Wl,-rpath,$ORIGIN"]
-    mine = [*config.COMPILE_FLAGS, *FLAGS, f"-I{csrc}"]
+    mine = [*config.COMPILE_FLAGS, *FLAGS, f'-DLSTM_EXT_BUILD="{config.digest(csrc)}"', f"-I{csrc}"]
     stand_ins = {name: stand_in(name) for name in (*TORCHS_LIBRARIES, "torch_python")}
     torchs = [stand_ins[name] for name in TORCHS_LIBRARIES]
 
@@ -179,11 +180,13 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
         flags = [*mine, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", torch.standard]
         ops = config.ops_library(torch.minor)
         ops_flags = [*flags, "-DTORCH_EXTENSION_NAME=_ops"]
-        ninja.library(ops, operator_sources, ops_flags, [f"-Wl,-soname,{ops}", *link], [kernels, *torchs])
+        ops_link_flags = [*config.ops_link_flags(ops), "-Wl,-rpath,$ORIGIN"]
+        ninja.library(ops, operator_sources, ops_flags, ops_link_flags, [kernels, *torchs])
         for python in pythons:
             module_flags = [*flags, f"-isystem{python.include}", "-DTORCH_EXTENSION_NAME=_C"]
-            needed = [ops, kernels, *torchs, stand_ins["torch_python"]]
-            ninja.library(f"_C-{torch.minor}{python.suffix}", module_sources, module_flags, link, needed)
+            needed = [kernels, *torchs, stand_ins["torch_python"]]
+            name = f"_C-{torch.minor}{python.suffix}"
+            ninja.library(name, module_sources, module_flags, config.module_link_flags(ops), needed, [ops])
     (WORK / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
     subprocess.run(["ninja", "-C", str(WORK)], check=True, env=os.environ | {"PATH": config.search_path()})
 
@@ -196,11 +199,18 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
 def write_record(torches: list[Torch], pythons: list[Python], out: Path) -> None:
     versions = {torch.minor: torch.version for torch in torches}
     _, compiler = config.find_compiler()
-    digest = config.digest(ROOT / "csrc")
-    config.write_record(out, ", ".join(versions.values()), compiler, digest, wheel=versions)
-    record = json.loads((out / config.RECORD).read_text())
-    record["python"] = ", ".join(python.version for python in pythons)
-    (out / config.RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    more = {"wheel": versions, "python": ", ".join(python.version for python in pythons)}
+    config.write_record(out, ", ".join(versions.values()), compiler, config.digest(ROOT / "csrc"), **more)
+
+
+def made() -> Path:
+    """The wheel in dist/."""
+    found = sorted((ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl"))
+    if not found:
+        sys.exit(
+            f"error: there is no wheel of lstm_ext {config.VERSION} in {ROOT / 'dist'}: run `make wheel` first."
+        )
+    return found[0]
 
 
 def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment: dict[str, str]) -> bool:
@@ -242,10 +252,17 @@ def check(torches: list[str], commands: list[str]) -> int:
 
     No program is on the PATH meanwhile, so no compiler. The tests are those that need no sources.
     """
-    (wheel,) = (ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl")
+    wheel = made()
     empty = WORK / "check"
     empty.mkdir(exist_ok=True)
-    environment = {**os.environ, "PATH": str(empty / "nothing"), "XDG_CACHE_HOME": str(empty / "cache")}
+    # Neither a compiler nor a checkout nor a build on first use.
+    kept = ("HOME", "LANG", "PIP_", "SSL_", "http", "HTTP")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(kept)}
+    environment |= {
+        "PATH": str(empty / "nothing"),
+        "XDG_CACHE_HOME": str(empty / "cache"),
+        "LSTM_EXT_BACKEND": "aot",
+    }
     failed = 0
     for i, minor in enumerate(torches):
         if not check_pair(wheel, minor, commands[i % len(commands)], empty, environment):
@@ -267,14 +284,15 @@ def main() -> int:
     os.environ["PATH"] = config.search_path()
     WORK.mkdir(parents=True, exist_ok=True)
 
-    pythons = [found for found in map(python_of, options.python) if found is not None]
-    if options.check:
-        return check(options.torch, [command for command in options.python if python_of(command) is not None])
-    left_out = [command for command in options.python if python_of(command) is None]
+    asked = {command: python_of(command) for command in options.python}
+    pythons = list({python.suffix: python for python in asked.values() if python is not None}.values())
+    left_out = [command for command, python in asked.items() if python is None]
     if left_out:
         print(f"without {', '.join(left_out)}: not here, or without Python.h")
     if not pythons:
         sys.exit("error: none of the Pythons is here with its headers (apt install python3-dev).")
+    if options.check:
+        return check(options.torch, [command for command, python in asked.items() if python is not None])
     torches = [torch_of(minor) for minor in options.torch]
     for path in WORK.glob("_*.so"):
         path.unlink()
@@ -293,9 +311,8 @@ def main() -> int:
     excluded = [f"--exclude=lib{name}.so" for name in (*TORCHS_LIBRARIES, "torch_python")]
     repair = ["repair", f"--plat={PLATFORM}", *excluded, "-w", str(ROOT / "dist"), str(wheel)]
     subprocess.run([sys.executable, "-m", "auditwheel", *repair], check=True)
-    (made,) = (ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl")
-    size = made.stat().st_size / 1e6
-    print(f"{made}: {size:.1f} MB, {len(torches)} torches, Python {', '.join(p.version for p in pythons)}")
+    size = made().stat().st_size / 1e6
+    print(f"{made()}: {size:.1f} MB, {len(torches)} torches, Python {', '.join(p.version for p in pythons)}")
     return 0
 
 

@@ -224,8 +224,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             others = {k: v for k, v in item.callspec.indices.items() if k not in ("capability", "threads")}
             key = item.parent.nodeid, item.originalname, tuple(others.items())
         groups.setdefault(key, []).append(item)
-    # Each process gets one part of the list and begins with its tests that have the machine to themselves: two of them
-    # take turns then. Among other tests, each of them makes every process wait.
+    # With --dist worksteal, each process gets one part of the list. It begins with the tests that have the machine to
+    # themselves: two processes take turns then. Among other tests, each of them makes every process wait.
     alone, others = [], []
     for group in groups.values():
         for item in group:

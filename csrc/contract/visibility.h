@@ -1,4 +1,4 @@
-// The operators' library (_ops) hides its functions from other libraries.
+// The operators' library (_ops), and in a wheel that of the kernels, hide their functions from other libraries.
 #pragma once
 
 // Marks the functions of the operators' library that the Python module (_C), or kernels added by tests, call. The

@@ -180,7 +180,7 @@ void add_capability(Capability* capability) {
 
 extern "C" const Library* lstm_ext_cpu_library() {
   static constexpr Library library{
-      kLayout,
+      LSTM_EXT_BUILD,
       [](const Capability** found) { return error_of([&] { *found = current().load(std::memory_order_relaxed); }); },
       [](const char* name) {
         return error_of([&] { current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed); });

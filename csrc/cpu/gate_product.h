@@ -124,7 +124,7 @@ class GateProduct {
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       if (weight.packs_as_used()) pack_gates(weight, hidden_size_, count, block);
-      PanelPart<W> part{block, lanes_in(block), registers_of<W>(lanes_in(block))};
+      PanelPart<W> part{lanes_in(block), registers_of<W>(lanes_in(block))};
       const W* const panel = panels + weight.place(block) * kGates * kLanes * count;
       for (; part.first || part.k < count; part.k += kBlockK, part.first = false) {
         part.depth = smaller(kBlockK, count - part.k);
@@ -387,7 +387,6 @@ class GateProduct {
   // A part of the k loop for a block of units, whose panel stays in the second-level cache.
   template <typename W>
   struct PanelPart {
-    int64_t block;
     int lanes, registers;
     const W* numbers = nullptr;
     int64_t k = 0, depth = 0;

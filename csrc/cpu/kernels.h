@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -59,9 +60,14 @@ const Kernels<float>* kernels_amx();
 
 constexpr int kCapabilities = 5;
 
+// A digest of the sources and flags, which a wheel's files have in common. Other builds have one library.
+#ifndef LSTM_EXT_BUILD
+#define LSTM_EXT_BUILD ""
+#endif
+
 // The backend. Where a function can fail, it returns a sentence that lives until the thread's next error, or null.
 struct Library {
-  int64_t layout;  // kLayout of the sources that it was made from
+  const char* build;  // LSTM_EXT_BUILD of its compilation
   // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
   const char* (*capability)(const Capability** found);
   // Fails if this CPU or this binary cannot run `name`.
@@ -73,20 +79,15 @@ struct Library {
   // Also sets the open file that is told where, which is stderr before that; for tests.
   const char* (*set_wait_limit)(double seconds, int file);
 };
-// Differs if one side was compiled with other structures. It finds a wheel whose files are not of one build.
-constexpr int64_t kLayout = (((sizeof(ForwardParams<float>) * 1000 + sizeof(BackwardParams<float>)) * 1000 +
-                              sizeof(ForwardPlan) + sizeof(FrozenPlan)) *
-                                 1000 +
-                             sizeof(BackwardPlan)) *
-                                1000 +
-                            sizeof(Capability);
 extern "C" LSTM_EXT_PUBLIC const Library* lstm_ext_cpu_library();
 
-// The functions of the library, with exceptions (std::invalid_argument).
+// The functions of the library, with exceptions: std::invalid_argument, and std::runtime_error for another build.
 inline const Library& library() {
   static const Library& checked = [&]() -> const Library& {
     const Library* const found = lstm_ext_cpu_library();
-    if (found->layout != kLayout) throw std::runtime_error("lstm_ext: its libraries are of different builds");
+    if (std::strcmp(found->build, LSTM_EXT_BUILD) != 0) {
+      throw std::runtime_error("lstm_ext: its libraries are of different builds: install it anew");
+    }
     return *found;
   }();
   return checked;
@@ -125,7 +126,7 @@ struct Wait {
 };
 // Ends the process, and says where, if the wait is longer than the limit.
 LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers);
-// What Library says of them.
+// Library::wait_limit and Library::set_wait_limit.
 const char* read_wait_limit(double* seconds);
 const char* change_wait_limit(double seconds, int file);
 

@@ -1,8 +1,8 @@
 """The one description of the compiled extension, used by setup.py (ahead of time) and jit.py (on first use).
 
-It is two libraries. The operators' (_ops) has the kernels and registers the operators; it needs libtorch and no
-Python, so that a C++ process can load it too. The Python module (_C), one source, is linked with it and calls it
-directly. Both lie in one folder.
+It is two libraries, in a wheel three (see KERNELS_LIBRARY). The operators' (_ops) has the kernels and registers the
+operators; it needs libtorch and no Python, so that a C++ process can load it too. The Python module (_C), one source,
+is linked with it and calls it directly. All lie in one folder.
 
 With a torch that is built with CUDA, and nvcc, the operators' library has the CUDA kernels too (see "CUDA" below).
 
@@ -116,7 +116,7 @@ def check_torch(version: str) -> None:
     if ".".join(version.split(".")[:2]) not in TORCHES:
         raise BuildError(
             f"torch {version} is installed, and lstm_ext needs {TORCHES[0]} to {TORCHES[-1]}: "
-            f"`pip install 'torch>={TORCHES[0]}'`, or another lstm_ext."
+            f"`pip install 'torch>={TORCHES[0]},<={TORCHES[-1]}.99'`, or install another lstm_ext."
         )
 
 

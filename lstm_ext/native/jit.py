@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ __all__ = [
     "build",
     "exclusive",
     "finished",
+    "finished_with_cuda",
     "folder",
     "module",
     "ops_library",
@@ -92,6 +94,27 @@ def folder(sources: Path, *kind: str) -> Path:
     a finished folder never changes."""
     key = config.digest(sources, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "", *kind)
     return _root() / f"{MODULE}_{key}"
+
+
+def finished_with_cuda() -> list[Path]:
+    """The folders of finished builds of these sources, for this torch and Python, that have CUDA kernels; newest first.
+
+    Whatever architectures they are for: a process that sees no GPU finds the build of one that did.
+    """
+    root = _root()
+    records = [
+        (path.parent, config.read_record(path.parent)) for path in root.glob(f"{MODULE}_*/{config.RECORD}")
+    ]
+    there = [(folder, record) for folder, record in records if record is not None and record.get("cuda")]
+    if not there:
+        return []
+    wanted = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "sources": config.digest(source_dir()),
+    }
+    fits = [folder for folder, record in there if wanted.items() <= record.items()]
+    return sorted(fits, key=lambda folder: (folder / config.RECORD).stat().st_mtime, reverse=True)
 
 
 def _root() -> Path:

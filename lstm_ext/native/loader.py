@@ -1,7 +1,7 @@
 """Finds the compiled extension: built ahead of time, else built on first use, else none.
 
 It is two libraries in one folder: that of the operators is loaded first, and the Python module, linked with it, finds
-it in the process.
+it in the process. A wheel has these two for each torch and Python, and a third one, of the CPU kernels, for all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
-import shutil
+import re
 import sys
 import threading
 import warnings
@@ -170,6 +170,8 @@ def load_built() -> None:
     found = find_aot()
     if found is not None:
         check_record(found)
+        if _wheel() is not None and torch.version.cuda and os.environ.get("LSTM_EXT_CUDA") == "1":
+            return  # the first call may build
         with contextlib.suppress(ImportError, ValueError):
             extension()
 
@@ -194,7 +196,10 @@ def _choose() -> tuple[_Result, str | None]:
     missing = _missing_in_wheel()
     if requested in ("auto", "aot"):
         try:
-            result = (_cuda_build_before_wheel() if requested == "auto" else None) or _load_aot()
+            result, no_cuda = None, "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
+            if requested == "auto" and _wheel() is not None:
+                result, no_cuda = _cuda_build_before_wheel()
+            result = result or _load_aot(no_cuda)
         except BuildError as error:
             return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
         except ImportError as error:
@@ -206,8 +211,6 @@ def _choose() -> tuple[_Result, str | None]:
             error = f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}."
             return _Result(None, Status("torch", reason=error), error=error), None
 
-    if missing:
-        _log.warning("lstm_ext: %s", missing)
     try:
         return _load_jit(), None
     except (_Refused, config.SwitchError) as error:
@@ -258,7 +261,7 @@ def _refuse_second_registration(ops_path: Path) -> None:
         return
     loaded = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
     if str(ops_path.resolve()) not in loaded:
-        others = sorted(name for name in loaded if Path(name).name == config.OPS_LIBRARY)
+        others = sorted(name for name in loaded if re.search(r"/(lstm_ext)?_ops(-[\d.]+)?\.so$", name))
         raise _Refused(
             "the operators of lstm_ext are registered in this process already, "
             f"by {', '.join(others) or 'another file'}; {ops_path} cannot be loaded beside it"
@@ -271,11 +274,9 @@ def _refuse_second_registration(ops_path: Path) -> None:
 def find_aot() -> Path | None:
     # Searched in this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
     directory = config.LIBRARIES
-    # The second name is that of a wheel, which has a module for each torch and Python.
-    stems = ("_C", f"_C-{_minor(torch.__version__)}")
-    candidates = (
-        directory / f"{stem}{suffix}" for stem in stems for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    )
+    # A wheel has a module for each torch and Python.
+    stem = "_C" if _wheel() is None else f"_C-{_minor(torch.__version__)}"
+    candidates = (directory / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -293,7 +294,7 @@ def _missing_in_wheel() -> str | None:
     """Why a wheel has no library for this process, or None."""
     if _wheel() is None or find_aot() is not None:
         return None
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
     return f"the wheel has no library for torch {_minor(torch.__version__)} with Python {version}"
 
 
@@ -313,7 +314,7 @@ def check_record(path: Path) -> dict:
     return record
 
 
-def _load_aot() -> _Result | None:
+def _load_aot(no_cuda_in_wheel: str) -> _Result | None:
     path = find_aot()
     if path is None:
         return None
@@ -330,31 +331,35 @@ def _load_aot() -> _Result | None:
         ) from error
     status = _status_of("aot", path, config.ops_library_of(path), record)
     if "wheel" in record:
-        version = record["wheel"][_minor(torch.__version__)]
-        status = replace(status, torch_version=version, cuda_reason=_no_cuda_in_wheel())
+        version = record["wheel"].get(_minor(torch.__version__))
+        status = replace(status, torch_version=version, cuda_reason=no_cuda_in_wheel)
     return _Result(module, status)
 
 
-def _no_cuda_in_wheel() -> str:
-    reason = "a wheel has none"
-    if torch.version.cuda is None:
-        return reason
-    there = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()
-    first = "" if there else "install the CUDA toolkit and a C++ compiler, then "
-    return f"{reason}: {first}`LSTM_EXT_CUDA=1 python -m lstm_ext.info` builds them, once, for later processes too"
+def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
+    """A build on first use with CUDA kernels, which a wheel has not; else why there is none.
 
-
-def _cuda_build_before_wheel() -> _Result | None:
-    """A wheel has no CUDA kernels, so a build on first use that has them comes first. LSTM_EXT_CUDA=1 builds it."""
-    if _wheel() is None or config.no_cuda_wanted(torch.version.cuda) is not None:
-        return None
+    LSTM_EXT_CUDA=1 builds it.
+    """
+    reason = config.no_cuda_wanted(torch.version.cuda)
+    if reason is not None:
+        return None, reason
     if config.cuda_switch():
-        return _load_jit()
+        return _load_jit(), ""
     try:
-        return _load_finished(jit.folder(jit.source_dir(), "cuda", config.requested_architectures()))
+        for directory in jit.finished_with_cuda():
+            result = _load_finished(directory)
+            if result is not None:
+                return result, ""
     except BuildError as error:
-        _log.info("lstm_ext: no CUDA kernels built on first use: %s", error)
-        return None
+        _log.warning("lstm_ext: a build with CUDA kernels is not used: %s", error)
+        return None, str(error)
+    major = str(torch.version.cuda).split(".")[0]
+    command = "`LSTM_EXT_CUDA=1 python -m lstm_ext.info`"
+    return (
+        None,
+        f"the wheel has none; with nvcc of CUDA {major} and a C++ compiler, {command} builds them, once",
+    )
 
 
 def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:
@@ -401,6 +406,8 @@ def _load_or_build(
                 if result is None:
                     if cuda_reason is not None and torch.version.cuda is not None:
                         _log.warning("lstm_ext: the extension is built without CUDA kernels: %s", cuda_reason)
+                    if (missing := _missing_in_wheel()) is not None:
+                        _log.warning("lstm_ext: %s", missing)
                     jit.build(sources, directory, cuda)
                     result = _load_finished(directory)
         except OSError as error:
