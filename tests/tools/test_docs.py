@@ -43,6 +43,9 @@ def test_named_files(page: Path) -> None:
     folders = [ROOT / name for name in ("benchmarks", "csrc", "docs", "examples", "lstm_ext", "tests")]
     known = [f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*")]
     known += [f"/{path.name}" for path in ROOT.iterdir()]
+    # FILE leaves out the point in front of a name.
+    hidden = [path for folder in (".ci", ".github") for path in (ROOT / folder).rglob("*")]
+    known += [f"/{path.relative_to(ROOT)}".replace("/.", "/") for path in hidden]
     text = prose(page).partition("## [0.1.0]")[0]
     for span in re.findall(r"`([^`\n]+)`", text):
         for name in FILE.findall(span):

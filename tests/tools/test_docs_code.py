@@ -35,7 +35,7 @@ PAGES = [
 ]
 # The emulator's page: tests/simt/test_readme.py runs its blocks.
 ELSEWHERE = {"tests/simt/README.md": {"python"}}
-NOT_RUN = {"text", "cpp", "{eval-rst}"}
+NOT_RUN = {"dockerfile", "text", "cpp", "{eval-rst}"}
 # A fence with what stands behind it, or a comment, to its end.
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```$|^<!-- (setup)\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
 
