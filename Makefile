@@ -14,8 +14,9 @@ PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal --max-worker-restart=0
 PYTEST = $(PY) -m pytest $(PYTEST_OPTIONS)
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters
-WHEEL_TOOLS := $(VENV)/.lstm_ext-wheel
-DOCS_TOOLS := $(VENV)/.lstm_ext-docs
+# The optional groups of pyproject.toml; a target installs those that it needs.
+GROUP = $(VENV)/.lstm_ext-group-
+TESTING = $(GROUP)test $(GROUP)demo $(GROUP)bench
 # The last file that a build writes.
 EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
@@ -51,66 +52,66 @@ sdist: $(PACKAGES)
 
 # dist/*.whl, for each torch from 2.11 to 2.15 and each Python that is here, which needs no compiler where it is
 # installed. Downloads torch's headers, 2.7 GB, of which 0.3 stay. A quarter of an hour. ARGS='--torch 2.13' for one.
-wheel: $(WHEEL_TOOLS)
+wheel: $(GROUP)wheel
 	$(PY) .ci/wheel.py $(ARGS)
 
 # That the wheel installs and works where there is no compiler, for each torch. Downloads 4 GB for each.
-wheel-check: $(WHEEL_TOOLS)
+wheel-check: $(GROUP)wheel
 	$(PY) .ci/wheel.py --check $(ARGS)
 
 # The product: four minutes on two cores. JOBS processes side by side; ARGS='-n 0' for none but this one.
-test: build
+test: build $(TESTING)
 	$(PYTEST) $(ARGS)
 
 # What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks; and what takes long: the CUDA
 # kernels on the emulator, exports, several processes. .ci/run runs it as well.
-test-tools: build
+test-tools: build $(TESTING)
 	$(PYTEST) -m 'tools and not full' $(ARGS)
 
 # These two, and the long matrices.
-test-full: build
+test-full: build $(TESTING)
 	$(PYTEST) -m '' $(ARGS)
 
 # Writes into tests/full_results.md how long the tests of the first two tiers take, file by file.
-durations: build
+durations: build $(TESTING)
 	for tier in test test-tools; do \
 	  $(MAKE) $$tier ARGS="--junitxml=build/$$tier.xml" && \
 	  $(PY) tests/tools/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
 	done
 
 # One wrong line in each kernel file, one after the other: do the tests of its part see it? An hour.
-planted: build
+planted: build $(TESTING)
 	$(PY) tests/tools/planted.py $(ARGS)
 
 # 200 places of the product changed at random: does a test of `make test` see it? An hour. ARGS='--seeds 2' draws others.
-mutants: build
+mutants: build $(TESTING)
 	$(PY) tests/tools/mutants.py $(ARGS)
 
 # The tests that reach C++ with the address and the undefined-behaviour sanitizer, and the CPU kernels' teams with the
 # thread sanitizer; builds a copy of the tree. An hour. Needs g++. ARGS=driver or ARGS=address for one of the two.
-sanitize: build
+sanitize: build $(TESTING)
 	$(PY) tests/tools/sanitize.py $(ARGS)
 
 # Six kinds of calls, 50,000 of each: bits, memory, threads. Weekly; ARGS='--calls 1000' for fewer.
-soak: build
+soak: build $(TESTING)
 	$(PY) tests/tools/soak.py $(ARGS)
 
 # What ran is listed at the end; a crash leaves the case in build/fuzz_case.txt. LSTM_EXT_FUZZ_SEED=2 draws others.
-fuzz: build
+fuzz: build $(TESTING)
 	LSTM_EXT_FUZZ_CASES=$${LSTM_EXT_FUZZ_CASES:-20000} LSTM_EXT_FUZZ_LAST=build/fuzz_case.txt \
 	  $(PY) -m pytest -q -m full tests/fuzz/test_fuzz.py $(ARGS)
 
-demo: build
+demo: build $(GROUP)demo
 	$(PY) examples/char_lm.py $(ARGS)
 
-demo-rl: build
+demo-rl: build $(GROUP)demo
 	$(PY) examples/recurrent_ppo.py $(ARGS)
 
 # All groups, with every peer that is installed, in about half an hour; ARGS=--quick takes five minutes. Writes build/bench.json.
-bench: build
+bench: build $(GROUP)bench
 	$(PY) benchmarks/bench.py $(ARGS)
 
-bench-quick: build
+bench-quick: build $(GROUP)bench
 	$(PY) benchmarks/bench_quick.py $(ARGS)
 
 # On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
@@ -129,7 +130,7 @@ cuda-build: $(CUDA_INSTALLED)
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
 # Packages that have LSTMs, before and after lstm_ext.convert. Installs 2 GB.
-compat: build $(COMPAT_PACKAGES)
+compat: build $(TESTING) $(COMPAT_PACKAGES)
 	$(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat $(ARGS)
 
 lint: $(LINTERS)
@@ -146,7 +147,7 @@ format: $(LINTERS)
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
 
 # The pages of docs/ and the docstrings as a site, build/docs/index.html. A warning is an error.
-docs: build $(DOCS_TOOLS)
+docs: build $(GROUP)docs
 	$(PY) docs/build_site.py $(ARGS)
 
 # Leaves the environment.
@@ -154,7 +155,7 @@ clean:
 	rm -rf build dist *.egg-info lstm_ext/native/_C.*.so lstm_ext/native/_ops.so $(EXTENSION)
 
 $(EXTENSION): $(CSRC) setup.py lstm_ext/native/config.py $(PACKAGES) build/environment
-	@echo "building the extension, about two minutes the first time; the compiler's output is in build/log.txt"
+	@echo "building the extension: about three minutes on two cores the first time; the output is in build/log.txt"
 	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
 # Rewritten, which means a rebuild, only when something in it has changed. With another VENV, torch may be another one.
@@ -171,19 +172,18 @@ $(PACKAGES): pyproject.toml
 	  exit 1; }
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install 'setuptools>=77'
-	$(PIP_INSTALL) -e '.[build,test,demo,bench]'
+	$(PIP_INSTALL) -e '.[build]'
 	@touch $@
 
-$(WHEEL_TOOLS): $(PACKAGES)
-	$(PIP_INSTALL) -e '.[wheel]'
+$(GROUP)%: $(PACKAGES)
+	$(PIP_INSTALL) -e '.[$*]'
 	@touch $@
 
-$(LINTERS): $(PACKAGES)
-	$(PIP_INSTALL) -e '.[lint]'
-	@touch $@
-
-$(DOCS_TOOLS): $(PACKAGES)
-	$(PIP_INSTALL) -e '.[docs]'
+# Without the package and its torch.
+LINT_PACKAGES = $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+$(LINTERS): pyproject.toml
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(LINT_PACKAGES)
 	@touch $@
 
 # Folders of earlier builds may hold modules that are gone; the objects, which take the time, lie elsewhere.
