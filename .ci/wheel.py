@@ -36,19 +36,8 @@ PLATFORM = "manylinux_2_34_x86_64"
 TEST_PACKAGES = ("pytest", "pytest-xdist", "numpy", "expecttest", "hypothesis")
 LEFT_OUT = ("test_onnx_export.py", "test_onnx_cases.py", "test_torchrl.py", "test_construction.py")
 TESTS = (
-    *(
-        "-q",
-        "-n",
-        "2",
-        "--dist",
-        "worksteal",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-k",
-        "not without_fullgraph",
-    ),
+    *shlex.split("-q -n 2 --dist worksteal -p no:cacheprovider -W ignore"),
+    *("-k", "not without_fullgraph"),
     *("-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "nn"), str(ROOT / "tests" / "call")),
     *(f"--ignore={ROOT / 'tests' / 'nn' / name}" for name in LEFT_OUT),
 )
@@ -79,20 +68,10 @@ def torch_of(minor: str) -> Torch:
         print(f"fetching the headers of torch {minor}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=WORK) as download:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--no-cache-dir",
-                "-d",
-                download,
-            ]
+            pip = [sys.executable, *shlex.split("-m pip download -q --no-deps --no-cache-dir -d"), download]
             # Which Python it is for does not matter: the headers are the same.
             kind = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
-            subprocess.run([*command, *kind, f"torch=={minor}.*"], check=True)
+            subprocess.run([*pip, *kind, f"torch=={minor}.*"], check=True)
             (archive,) = Path(download).glob("torch-*.whl")
             with zipfile.ZipFile(archive) as wheel:
                 wanted = ("torch/include/", "torch/utils/cpp_extension.py")
@@ -229,14 +208,17 @@ def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment:
         )
         return process.returncode == 0, process.stdout.splitlines() or [""]
 
-    run("-m", "pip", "install", "-q", f"torch=={minor}.*", *TEST_PACKAGES)
+    steps = [run("-m", "pip", "install", "-q", f"torch=={minor}.*", *TEST_PACKAGES)]
     start = time.monotonic()
-    steps = [run("-m", "pip", "install", "-q", str(wheel))]
+    steps.append(run("-m", "pip", "install", "-q", str(wheel)))
     seconds = time.monotonic() - start
-    version = run("-c", "import sys, torch; print(torch.__version__, 'Python', sys.version.split()[0])")
-    print(f"torch {version[1][-1]}: installed in {seconds:.1f} s")
+    shown = "import sys, torch; print(torch.__version__, 'Python', sys.version.split()[0])"
+    version = run("-c", shown)[1][-1]
+    print(f"torch {version}: installed in {seconds:.1f} s")
+    steps.append((version.startswith(minor + "."), [f"torch {minor} was there before, and is not now"]))
+    place = run("-c", "import lstm_ext; print(lstm_ext.__file__)")[1][-1]
     steps.append(
-        (version[1][-1].startswith(minor + "."), [f"torch {minor} was there before, and is not now"])
+        (place.startswith(str(venv)), [f"the package that was imported is not the wheel's: {place}"])
     )
     for arguments in (("-m", "lstm_ext.info"), ("-m", "lstm_ext.selftest"), ("-m", "pytest", *TESTS)):
         ok, lines = run(*arguments)

@@ -193,21 +193,18 @@ def _choose() -> tuple[_Result, str | None]:
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
 
-    missing = _missing_in_wheel()
     if requested in ("auto", "aot"):
         try:
             result, no_cuda = None, "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
             if requested == "auto" and _wheel() is not None:
                 result, no_cuda = _cuda_build_before_wheel()
             result = result or _load_aot(no_cuda)
-        except BuildError as error:
-            return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
-        except ImportError as error:
+        except (BuildError, ImportError) as error:
             return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
         if result is not None:
             return result, None
         if requested == "aot":
-            problem = missing or f"there is no {config.MODULE}"
+            problem = _missing_in_wheel() or f"there is no {config.MODULE}"
             error = f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}."
             return _Result(None, Status("torch", reason=error), error=error), None
 
@@ -216,6 +213,7 @@ def _choose() -> tuple[_Result, str | None]:
     except (_Refused, config.SwitchError) as error:
         return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
     except BuildError as error:
+        missing = _missing_in_wheel()
         reason = f"{missing}, and it cannot be built: {error}" if missing else str(error)
     if requested == "jit":
         error = f"LSTM_EXT_BACKEND=jit, but the build on first use failed: {reason}"

@@ -455,7 +455,7 @@ def test_a_build_with_cuda_comes_before_a_wheel(project: Project) -> None:
 
 
 def test_libraries_of_different_builds(tmp_path: Path) -> None:
-    """A table of the CPU backend that was made from other structures."""
+    """The CPU backend of another build, in the place of the one that belongs to the operators."""
     source, library = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text(
         'static const char* table[8] = {"x"}; const void* lstm_ext_cpu_library(void) { return table; }'
