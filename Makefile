@@ -155,7 +155,7 @@ clean:
 	rm -rf build dist *.egg-info lstm_ext/native/_C.*.so lstm_ext/native/_ops.so $(EXTENSION)
 
 $(EXTENSION): $(CSRC) setup.py lstm_ext/native/config.py $(PACKAGES) build/environment
-	@echo "building the extension: about three minutes on two cores the first time; the output is in build/log.txt"
+	@echo "building the extension: about two minutes on two cores the first time; the output is in build/log.txt"
 	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
 # Rewritten, which means a rebuild, only when something in it has changed. With another VENV, torch may be another one.

@@ -25,7 +25,10 @@ def extension_arguments() -> dict:
         config.check_headers()
         command, compiler = config.find_compiler()
         cuda, cuda_reason = config.choose_cuda(torch.version.cuda)
-        kernels, operators, module_sources = config.split_sources(ROOT / "csrc", with_cuda=cuda is not None)
+        sets = config.cpu_sets()
+        kernels, operators, module_sources = config.split_sources(
+            ROOT / "csrc", cuda is not None, sets, ROOT / "build"
+        )
     except config.BuildError as error:
         sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
     if cuda_reason and torch.version.cuda:
@@ -40,8 +43,9 @@ def extension_arguments() -> dict:
     except ModuleNotFoundError as error:
         sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
 
-    built_cuda = str(cuda) if cuda else None
+    built = {"cuda": str(cuda) if cuda else None, "cpu_sets": ",".join(sets)}
     device = "cuda" if cuda else "cpu"
+    of_module = {path.stem for path in module_sources}
 
     class BuildAndRecord(BuildExtension):
         """Leaves beside the libraries a record of the torch that they were built for."""
@@ -60,13 +64,14 @@ def extension_arguments() -> dict:
         def run(self):
             for directory in self.record_directories():
                 record = config.read_record(directory)
-                if record is None or record["torch"] != torch.__version__ or record.get("cuda") != built_cuda:
+                if record is None or not {"torch": torch.__version__, **built}.items() <= record.items():
                     self.force = True
                 (directory / config.RECORD).unlink(missing_ok=True)
             super().run()
             for directory in self.record_directories():
+                digest = config.digest(ROOT / "csrc")
                 config.write_record(
-                    directory, torch.__version__, compiler, config.digest(ROOT / "csrc"), cuda, cuda_reason
+                    directory, torch.__version__, compiler, digest, cuda_reason=cuda_reason, **built
                 )
 
         def get_ext_filename(self, ext_name):
@@ -77,9 +82,21 @@ def extension_arguments() -> dict:
             return str(path)
 
         def build_extension(self, ext):
-            if ext.name == config.MODULE:
+            """The first library compiles the sources of both, so that the last one does not wait for the others."""
+            is_module = ext.name == config.MODULE
+            compiler, link, compile_ = self.compiler, self.compiler.link_shared_object, self.compiler.compile
+
+            def link_its_own(objects, *args, **kwargs):
+                theirs = [x for x in objects if (Path(x).stem in of_module) == is_module]
+                self.all_objects = objects
+                link(theirs, *args, **kwargs)
+
+            compiler.link_shared_object = link_its_own
+            if is_module:
                 ext.extra_link_args = config.module_link_flags(self.get_ext_fullpath(config.OPS_MODULE))
+                compiler.compile = lambda *args, **kwargs: self.all_objects
             super().build_extension(ext)
+            compiler.link_shared_object, compiler.compile = link, compile_
 
         def get_outputs(self):
             return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / "native" / config.RECORD)]
@@ -99,20 +116,18 @@ def extension_arguments() -> dict:
             extra_link_args=link_flags,
             depends=[
                 str(path.relative_to(ROOT))
-                for kind in ("h", "cuh")
+                for kind in config.SOURCE_KINDS
                 for path in (ROOT / "csrc").rglob(f"*.{kind}")
             ],
         )
 
-    ops_flags, module_flags = config.compile_flags(cuda), config.module_compile_flags(cuda)
-    ops = extension(
-        config.OPS_MODULE, [*kernels, *operators], ops_flags, config.ops_link_flags(config.OPS_LIBRARY)
-    )
+    all_sources, flags = [*kernels, *operators, *module_sources], config.compile_flags(cuda)
+    ops = extension(config.OPS_MODULE, all_sources, flags, config.ops_link_flags(config.OPS_LIBRARY))
     ops.libraries.remove("torch_python")
     if cuda:
         ops.libraries += ["cudart", "c10_cuda", "torch_cuda"]
     # It is linked in build_extension, when it is known where ops is.
-    module = extension(config.MODULE, module_sources, module_flags, [])
+    module = extension(config.MODULE, all_sources, flags, [])
     return {"ext_modules": [ops, module], "cmdclass": {"build_ext": BuildAndRecord}}
 
 

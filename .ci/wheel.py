@@ -147,7 +147,9 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
         return ninja.step("link", f"stand_ins/{file}", ["empty.c"], [f"-Wl,-soname,{file}"], [])
 
     csrc = ROOT / "csrc"
-    kernel_sources, operator_sources, module_sources = config.split_sources(csrc, with_cuda=False)
+    kernel_sources, operator_sources, module_sources = config.split_sources(
+        csrc, False, tuple(config.CPU_SETS), WORK
+    )
     mine = [*config.COMPILE_FLAGS, *FLAGS, f'-DLSTM_EXT_BUILD="{config.digest(csrc)}"', f"-I{csrc}"]
     stand_ins = {name: stand_in(name) for name in (*TORCHS_LIBRARIES, "torch_python")}
     torchs = [stand_ins[name] for name in TORCHS_LIBRARIES]

@@ -1,5 +1,7 @@
 // The Python entry point. The kernels are in _ops, with which it is linked. lstm_ext/native/_C.pyi has the signatures.
-#include <torch/extension.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -321,7 +323,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lstm_ext";
   lstm_ext::python::bind_layer(m);
   m.def("lstm_layer", &layer, py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weights"),

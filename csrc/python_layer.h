@@ -2,7 +2,8 @@
 // kernels under an emulator. lstm_ext/native/_C.pyi has the signatures.
 #pragma once
 
-#include <torch/extension.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>

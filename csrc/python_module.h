@@ -3,8 +3,10 @@
 // signatures.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/extension.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>

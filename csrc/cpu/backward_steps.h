@@ -311,6 +311,7 @@ class UnfusedBackwardStep {
   // These are the two sums over a row, spread over lanes.
   struct NormGradient {
     Reg<T> total = S::zero(), weighted = S::zero();
+    LSTM_EXT_INLINE NormGradient() {}  // the compiler's own would be compiled for another target
     LSTM_EXT_INLINE void add(Reg<T> grad, Reg<T> y) {
       total = total + grad;
       weighted = S::fma(grad, y, weighted);

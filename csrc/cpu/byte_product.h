@@ -18,9 +18,8 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, in some sets always, in others if the CPU
-// has it. kMayWidenBytes: the set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the
-// instruction.
+// LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenBytes: the
+// set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
 #if !defined(LSTM_EXT_ISA_BASELINE)
 #define LSTM_EXT_BYTE_PRODUCTS
 #endif
@@ -146,13 +145,14 @@ int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row)
     row.sums[digit] = 0;
     for (int lane = digit; lane < S::kLanes; lane += kMostDigits) row.sums[digit] += sums[lane];
   }
-  return over_lanes(smaller_ones, [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; })[0];
+  return over_lanes(smaller_ones, [](auto a, auto b) LSTM_EXT_LAMBDA_INLINE { return a + b; })[0];  // see split_row
 }
 
 inline void split_row(const float* x, int64_t count, RowDigits& row) {
   using S = Simd<float>;
-  const auto larger = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
-  const auto sum = [](Ints a, Ints b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
+  // Generic: the compiler would make functions of others, and warn about what these return.
+  const auto larger = [](auto a, auto b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
+  const auto sum = [](auto a, auto b) LSTM_EXT_LAMBDA_INLINE { return a + b; };
   Ints most = {}, not_zero = {};
   Reg<float> total = S::zero();
   for_each_register<float>(count, [&](int64_t k, int lanes) LSTM_EXT_LAMBDA_INLINE {

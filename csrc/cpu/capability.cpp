@@ -86,23 +86,38 @@ bool cpu_runs(const char* name) {
   return std::strcmp(name, "baseline") == 0;
 }
 
-// Best first; null where the binary has none.
+// The sizes from which on AMX pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs
+// about as much as multiplying it by 64 others.
+constexpr UnitLimits kTiles{
+    {0, 1, 6, 8}, {0, 1, 12, 12}, {0, 32, 32, 64}, {0, 32, 32, 80}, {0, 8, 3.5, 2}, kUnitTileRows, true};
+// AVX-512-BF16. It does twice the work of a fused multiply-add, so it pays for one plane only.
+constexpr UnitLimits kPairs{
+    {0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1, false};
+
+// Best first; null where the binary has none. Those with a matrix unit have the kernels of AVX-512, and in float32 the
+// limits of the unit.
 using Capabilities = std::array<const Capability*, kCapabilities>;
 const Capabilities& all_capabilities() {
-  static const Capabilities all = []() -> Capabilities {
-    const Capability* const avx512 = capability_avx512();
-    const auto over_avx512 = [&](const char* name, const Kernels<float>* kernels, Capability& capability) {
-      if (!avx512 || !kernels) return static_cast<const Capability*>(nullptr);
-      capability = {name, *kernels, avx512->f64};
-      return static_cast<const Capability*>(&capability);
+  static const Capabilities all = [] {
+    Capabilities result{};
+    static Capability found[kCapabilities];
+    int count = 0;
+    const auto add = [&](const char* name, auto* f32, auto* f64, const UnitLimits& unit = {}) {
+      if (!f32 || !f64) return;
+      Capability& capability = found[count];
+      capability = {name, *f32(), *f64()};
+      capability.f32.unit = unit;
+      result[count++] = &capability;
     };
-    static Capability amx, avx512_bf16;
-    const Capability* const with_tiles = over_avx512("amx", kernels_amx(), amx);
-    const Capability* const with_pairs = over_avx512("avx512_bf16", kernels_avx512_bf16(), avx512_bf16);
     // Intel's processors multiply pairs of bfloat16 at half the rate of fused multiply-adds, AMD's at their rate.
     const bool pairs_pay = is_amd();
-    return {with_tiles, pairs_pay ? with_pairs : avx512, pairs_pay ? avx512 : with_pairs, capability_avx2(),
-            capability_baseline()};
+    add("amx", kernels_avx512_f32, kernels_avx512_f64, kTiles);
+    if (pairs_pay) add("avx512_bf16", kernels_avx512_f32, kernels_avx512_f64, kPairs);
+    add("avx512", kernels_avx512_f32, kernels_avx512_f64);
+    if (!pairs_pay) add("avx512_bf16", kernels_avx512_f32, kernels_avx512_f64, kPairs);
+    add("avx2", kernels_avx2_f32, kernels_avx2_f64);
+    add("baseline", kernels_baseline_f32, kernels_baseline_f64);
+    return result;
   }();
   return all;
 }
@@ -137,6 +152,10 @@ int available_capabilities(const char** names) {
 const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
+    for (const char* known : {"amx", "avx512_bf16", "avx512", "avx2", "baseline"}) {
+      if (name != known) continue;
+      throw std::invalid_argument(source + ": this build has no kernels for '" + name + "' (LSTM_EXT_CPU_SETS)");
+    }
     throw std::invalid_argument(source + ": expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got '" +
                                 name + "'");
   }
@@ -156,7 +175,7 @@ const Capability* initial() {
   if (const char* name = std::getenv(kVariable); name && *name) return require(name, kVariable);
   const char* names[kCapabilities];
   if (available_capabilities(names) == 0) {
-    throw std::runtime_error("lstm_ext was built for a CPU that is not x86-64: no kernels are there");
+    throw std::runtime_error("lstm_ext was built without kernels for this CPU (LSTM_EXT_CPU_SETS): build it anew");
   }
   return find(names[0]);
 }

@@ -26,11 +26,11 @@ class ChunkGradients {
     const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
     const Range mine = workers_share(pass_.chunk.rows);
     // The rows that use a panel while it is in cache.
-    constexpr int64_t kRows = kHasMatrixUnit<T> ? kUnitInputRows : 16 * kTileRows;
+    const int64_t most = pass_.plan.input_unit.planes > 0 ? kUnitInputRows : 16 * kTileRows;
     const RightHandSide<T> weight = pass_.input_weight();
     const bool adds = params.accumulate_grad_input;
-    for (int64_t begin = mine.begin; begin < mine.end; begin += kRows) {
-      const int64_t rows = smaller(kRows, mine.end - begin);
+    for (int64_t begin = mine.begin; begin < mine.end; begin += most) {
+      const int64_t rows = smaller(most, mine.end - begin);
       const T* const grads = pass_.chunk.grad_input_part + begin * stride_;
       multiply_columns(
           RowGrid<const T>{grads, rows * stride_, stride_, rows}, rows, weight, Range{0, pass_.shape.input_size},

@@ -148,7 +148,8 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         right.data += k.begin * right.k_step;
         float* const sums = k_blocks > 1 ? b.scratch.all_sums + tile * row_tiles * kSumsSize : b.scratch.sums(i % 2);
         const TileOperands operands{b.scratch.left, right, k.end - k.begin};
-        multiply_tiles(planes.count, &operands, 1, height, width, sums, block > 0, epilogue.between(planes.count));
+        multiply_tiles(planes.count, b.scratch.in_tiles, &operands, 1, height, width, sums, block > 0,
+                       epilogue.between(planes.count));
         if (block + 1 == k_blocks) {
           epilogue.rest();
           epilogue.begin(tile, width, sums, height);

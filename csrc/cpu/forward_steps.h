@@ -129,10 +129,6 @@ class FusedForwardStep {
 
     template <int R>
     LSTM_EXT_INLINE bool operator()(int64_t row, int64_t unit, int lanes, const Tile<T, R, kGates>& tile) const {
-      if constexpr (R <= 2 && kHasMatrixUnit<T>) {
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) prefetch(row + 2 + r, unit);
-      }
       make_rows<0>(row, unit, lanes, tile);
       return true;
     }

@@ -71,7 +71,7 @@ class GateProduct {
                                        const Pre& pre, const T* bias, Finish&& finish,
                                        const OtherProduct<T>& other = {}) {
     if constexpr (kHasMatrixUnit<T>) {
-      if (weight.planes.count > 0) {
+      if (__builtin_expect(weight.planes.count > 0, 0)) {
         multiply_planes(rows, a_row, count, weight, pre, bias, other, finish);
         return;
       }
@@ -167,10 +167,11 @@ class GateProduct {
   }
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
-  // The same from planes, on the matrix unit. Rows and units that cannot be split are multiplied without it.
+  // The same from planes, on the matrix unit. Rows and units that cannot be split are multiplied without it. It takes
+  // copies and is not inlined, so that the code without a matrix unit can keep everything in registers.
   template <typename A, typename Pre, typename Finish>
-  LSTM_EXT_INLINE void multiply_planes(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                                       const Pre& pre, const T* bias, const OtherProduct<T>& other, Finish&& finish) {
+  __attribute__((noinline)) void multiply_planes(int64_t rows, A a_row, int64_t count, const GateWeight<T>& weight,
+                                                 Pre pre, const T* bias, OtherProduct<T> other, Finish finish) {
     const int64_t H = hidden_size_;
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
@@ -197,6 +198,7 @@ class GateProduct {
             sum = load_lanes<T>(before + gate * H, lanes);
             if (sums) sum = Simd<T>::load(sums + r * kUnitTileRows + gate * kSumsSize) + sum;
           }
+          if (R <= 2) finish.prefetch(first + row + 2 + r, unit);
         }
         if (!finish(first + row, unit, lanes, tile) && sums) store_tile(tile, out, lanes);
       };
@@ -247,16 +249,22 @@ class GateProduct {
           if (other.weight)
             operands[pairs++] = {other_left, other.weight->planes.gates(place, other_tiles), other_tiles};
           operands[pairs++] = {scratch_.left, planes.gates(place, k_tiles), k_tiles};
-          multiply_tiles(planes.count, operands, pairs, height, 2 * kGroupTiles, scratch_.sums(block % 2), false,
-                         between);
+          multiply_tiles(planes.count, scratch_.in_tiles, operands, pairs, height, 2 * kGroupTiles,
+                         scratch_.sums(block % 2), false, between);
           rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;
         }
         rest();
-        const auto pre_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); };
-        if (other.weight) multiply_block(block, height, other_part, other.count, *other.weight, pre_part, bias);
-        multiply_block(block, height, a_part, count, weight, pre_part, other.weight ? nullptr : bias);
+        const T* a_rows[kMostUnitRows];
+        T* pre_rows[kMostUnitRows];
+        for (int64_t row = 0; row < height; ++row) pre_rows[row] = pre(first + row);
+        if (other.weight) {
+          for (int64_t row = 0; row < height; ++row) a_rows[row] = other_part(row);
+          multiply_block(block, height, a_rows, other.count, *other.weight, pre_rows, bias);
+        }
+        for (int64_t row = 0; row < height; ++row) a_rows[row] = a_part(row);
+        multiply_block(block, height, a_rows, count, weight, pre_rows, other.weight ? nullptr : bias);
         for (int64_t row = 0; row < height; ++row) {
           finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
         }
@@ -474,9 +482,10 @@ class GateProduct {
 
 #if defined(LSTM_EXT_MATRIX_UNIT)
   // pre = (bias, or the content of `pre`) + weight * a for one block of units, without the matrix unit.
-  template <typename A, typename Pre>
-  void multiply_block(int64_t block, int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                      const Pre& pre, const T* bias) const {
+  void multiply_block(int64_t block, int64_t rows, const T* const* a_rows, int64_t count, const GateWeight<T>& weight,
+                      T* const* pre_rows, const T* bias) const {
+    const RowGrid<const T> a_row = listed_rows<const T>(a_rows);
+    const RowGrid<T> pre = listed_rows<T>(pre_rows);
     GateProduct one(hidden_size_, {block, block + 1});
     if (weight.panels) {  // a frozen weight has panels and planes
       one.multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, KeepSums{});
@@ -546,7 +555,8 @@ class GateProduct {
       pair.second_lanes = lanes_in(blocks[1]);
       if (finish(0, blocks[0] * kLanes, lanes_in(blocks[0]), pair)) continue;
 #pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) store_gates_of(pair.tile.acc[n], out + blocks[n] * kLanes, lanes_in(blocks[n]));
+      for (int n = 0; n < 2; ++n)
+        store_gates<T>(out + blocks[n] * kLanes, pair.tile.acc[n], hidden_size_, lanes_in(blocks[n]));
     }
     return i;
   }
@@ -571,14 +581,10 @@ class GateProduct {
     }
   }
 
-  LSTM_EXT_INLINE void store_gates_of(const Reg<T> (&sums)[kGates], T* out, int lanes) const {
-#pragma GCC unroll kGates
-    for (int gate = 0; gate < kGates; ++gate) store_lanes<T>(out + gate * hidden_size_, sums[gate], lanes);
-  }
   template <int R>
   LSTM_EXT_INLINE void store_tile(const Tile<T, R, kGates>& tile, T* const (&out)[R], int lanes) const {
 #pragma GCC unroll kTileRows
-    for (int r = 0; r < R; ++r) store_gates_of(tile.acc[r], out[r], lanes);
+    for (int r = 0; r < R; ++r) store_gates<T>(out[r], tile.acc[r], hidden_size_, lanes);
   }
 
   const int64_t hidden_size_;

@@ -27,8 +27,8 @@ LSTM_EXT_INLINE Gates<T> load_gates(const T* at, int64_t hidden_size, int lanes)
   for (int i = 0; i < kGates; ++i) gates[i] = load_lanes<T>(at + i * hidden_size, lanes);
   return gates;
 }
-template <typename T>
-LSTM_EXT_INLINE void store_gates(T* at, const Gates<T>& gates, int64_t hidden_size, int lanes) {
+template <typename T, typename Registers>
+LSTM_EXT_INLINE void store_gates(T* at, const Registers& gates, int64_t hidden_size, int lanes) {
 #pragma GCC unroll kGates
   for (int i = 0; i < kGates; ++i) store_lanes<T>(at + i * hidden_size, gates[i], lanes);
 }

@@ -1,6 +1,6 @@
-// The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AMX,
-// LSTM_EXT_ISA_AVX512_BF16, LSTM_EXT_ISA_AVX512, LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a
-// header of the kernels; each of these includes this file first.
+// The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
+// LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_BASELINE before it includes a header of the kernels; each of these includes this
+// file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
@@ -25,37 +25,15 @@
 #define LSTM_EXT_INLINE inline __attribute__((always_inline))
 #define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
 
-// LSTM_EXT_AVX512: whether a set has the registers and instructions of AVX-512.
-#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16) || defined(LSTM_EXT_ISA_AVX512)
-#define LSTM_EXT_AVX512
-#endif
-
-// LSTM_EXT_ISA: the namespace. From here on the translation unit is compiled for the target. Clang needs the end of the
-// kernels_*.cpp to pop it.
-#if defined(LSTM_EXT_ISA_AMX)  // AVX-512 with BF16 and VNNI, and the matrix unit
-
-#define LSTM_EXT_ISA amx
-#define LSTM_EXT_ISA_NAME "amx"
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                       \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,amx-tile,amx-bf16"))), \
-    apply_to = function)
+// Clang wants the target taken back at the end.
+#if defined(__clang__) && !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_SOFTWARE)
+#define LSTM_EXT_END_OF_TARGET _Pragma("clang attribute pop")
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,amx-tile,amx-bf16")
+#define LSTM_EXT_END_OF_TARGET
 #endif
 
-#elif defined(LSTM_EXT_ISA_AVX512_BF16)  // AVX-512 with BF16 and VNNI
-
-#define LSTM_EXT_ISA avx512_bf16
-#define LSTM_EXT_ISA_NAME "avx512_bf16"
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")
-#endif
-
-#elif defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
+// LSTM_EXT_ISA: the namespace. From here on the translation unit is compiled for the target.
+#if defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
 
 #define LSTM_EXT_ISA avx512
 #define LSTM_EXT_ISA_NAME "avx512"
@@ -87,5 +65,5 @@
 #define LSTM_EXT_ISA_NAME "software"
 
 #else
-#error "define LSTM_EXT_ISA_AMX or another, as the kernels_*.cpp do"
+#error "define LSTM_EXT_ISA_AVX512 or another, as the kernels_*.cpp do"
 #endif

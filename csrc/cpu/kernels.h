@@ -21,7 +21,7 @@ namespace lstm_ext::cpu {
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
 // Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256
-// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 turns it off. The sets that always have it do not ask.
+// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 turns it off.
 extern const bool has_avx512_vnni, has_avx_vnni;
 
 template <typename T>
@@ -50,13 +50,14 @@ struct Capability {
   const Capability* next = nullptr;  // next in the list of added capabilities
 };
 
-// One per instruction set; null where the binary has none.
-const Capability* capability_baseline();
-const Capability* capability_avx2();
-const Capability* capability_avx512();
-// These have kernels of their own in float32 only.
-const Kernels<float>* kernels_avx512_bf16();
-const Kernels<float>* kernels_amx();
+// The kernels of each instruction set. A build may leave sets out (LSTM_EXT_CPU_SETS); their functions are null.
+#define LSTM_EXT_MAY_BE_MISSING __attribute__((weak))
+LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_avx512_f32();
+LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_avx512_f64();
+LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_avx2_f32();
+LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_avx2_f64();
+LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_baseline_f32();
+LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_baseline_f64();
 
 constexpr int kCapabilities = 5;
 
@@ -126,7 +127,7 @@ struct Wait {
 };
 // Ends the process, and says where, if the wait is longer than the limit.
 LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers);
-// Library::wait_limit and Library::set_wait_limit.
+// For the library itself: Library::wait_limit and Library::set_wait_limit.
 const char* read_wait_limit(double* seconds);
 const char* change_wait_limit(double seconds, int file);
 

@@ -76,6 +76,7 @@ void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& m
   plan.barrier_bytes = layout.end;
   const int64_t padded = round_up(H, machine.lanes);
   UnitScratch& scratch = plan.unit_scratch;
+  scratch.in_tiles = machine.unit.tiles;
   if (frozen) {
     if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
     if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
@@ -122,6 +123,7 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   plan.barrier_bytes = layout.end;
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
   UnitScratch& scratch = plan.unit_scratch;
+  scratch.in_tiles = machine.unit.tiles;
   const auto reserve_weight = [&](UnitProduct& unit, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
     if (unit.planes > 0) {
       unit.splits = layout.reserve_bytes(divide_up(columns, kUnitTileRows));

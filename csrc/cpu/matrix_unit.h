@@ -1,9 +1,14 @@
 // The matrix unit: it multiplies tiles of bfloat16 and sums in float32.
 //
-// It has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left operand
-// is 16 rows of 32 numbers. A right operand is 32 x 16 numbers in pairs, 16 rows of [16 columns][2]. Denormal operands
-// count as zeros, and denormal results become zeros. For each product it sums the even and the odd k in two chains of
-// fused multiply-adds from zero, adds the two, and adds the result to the sum.
+// A processor has it in one of two forms. AMX has registers of tiles. Without them an instruction of AVX-512-BF16
+// stands in, which multiplies pairs of bfloat16 in vector registers and reads the same operands. Which form runs is in
+// the plan (UnitLimits::tiles). Both are in the kernels of AVX-512, which also run on processors that have neither; so
+// their instructions are written in assembly.
+//
+// AMX has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left
+// operand is 16 rows of 32 numbers. A right operand is 32 x 16 numbers in pairs, 16 rows of [16 columns][2]. Denormal
+// operands count as zeros, and denormal results become zeros. For each product it sums the even and the odd k in two
+// chains of fused multiply-adds from zero, adds the two, and adds the result to the sum.
 //
 // The kernels use the matrix unit through this interface only, so that tests can replace it by one in plain C++.
 #pragma once
@@ -18,13 +23,17 @@ namespace {
 constexpr int64_t kOperandSize = kUnitTileRows * kUnitTileDepth;  // bfloat16 numbers in a tile
 constexpr int64_t kSumsSize = kUnitTileRows * kUnitTileRows;      // float32 numbers in a tile
 
-#if defined(LSTM_EXT_ISA_AMX) || defined(LSTM_EXT_ISA_AVX512_BF16)
+#if defined(LSTM_EXT_ISA_AVX512)
 #define LSTM_EXT_MATRIX_UNIT
 
-struct Avx512Bfloat16 {
+struct MatrixUnit {
   // 16 numbers rounded to bfloat16, to nearest, denormals to zero.
   using Half = __m256i;
-  LSTM_EXT_INLINE static Half round(Reg<float> v) { return reinterpret_cast<Half>(_mm512_cvtneps_pbh(v)); }
+  LSTM_EXT_INLINE static Half round(Reg<float> v) {
+    Half half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+    return half;
+  }
   LSTM_EXT_INLINE static void store_half(uint16_t* to, Half v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
   }
@@ -34,15 +43,8 @@ struct Avx512Bfloat16 {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
   }
   LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
-};
 
-#endif
-
-#if defined(LSTM_EXT_ISA_AMX)
-#define LSTM_EXT_TILE_REGISTERS
-
-struct MatrixUnit : Avx512Bfloat16 {
-  // begin() is called once in a thread before all others, end() at the end.
+  // Registers of tiles. begin() is called once in a thread before all others, end() at the end.
   static void begin() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -75,57 +77,31 @@ struct MatrixUnit : Avx512Bfloat16 {
   LSTM_EXT_INLINE static void multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
   }
-};
 
-// The sizes from which on it pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs
-// about as much as multiplying it by 64 others.
-constexpr UnitLimits kLimitsOfUnit{{0, 1, 6, 8},    {0, 1, 12, 12}, {0, 32, 32, 64},
-                                   {0, 32, 32, 80}, {0, 8, 3.5, 2}, kUnitTileRows};
-
-#elif defined(LSTM_EXT_ISA_AVX512_BF16)
-
-// A stand-in for the matrix unit: an instruction that multiplies pairs of bfloat16 in vector registers and reads the
-// same operands. It does twice the work of a fused multiply-add, so it pays for one plane only.
-struct MatrixUnit : Avx512Bfloat16 {
-  static void begin() {}
-  static void end() {}
-
-  using Pairs = __m512bh;
-  LSTM_EXT_INLINE static Pairs load_pairs(const uint16_t* columns) {
-    __m512i pairs = _mm512_loadu_si512(columns);
-    keep_in_register(pairs);  // as integers: some versions of Clang take no bfloat16 vectors in assembly
-    return reinterpret_cast<Pairs>(pairs);
-  }
+  // Vector registers: sums of 16 columns += the pair of a row times the pairs of the columns.
+  using Pairs = __m512i;
+  LSTM_EXT_INLINE static Pairs load_pairs(const uint16_t* columns) { return _mm512_loadu_si512(columns); }
   LSTM_EXT_INLINE static Pairs broadcast_pair(const uint16_t* row) {
     int32_t pair;
     __builtin_memcpy(&pair, row, sizeof(pair));
-    return reinterpret_cast<Pairs>(_mm512_set1_epi32(pair));
+    return _mm512_set1_epi32(pair);
   }
   LSTM_EXT_INLINE static Reg<float> multiply_add(Reg<float> sums, Pairs row, Pairs columns) {
-    return _mm512_dpbf16_ps(sums, row, columns);
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(row), "v"(columns));
+    return sums;
   }
 };
 
-constexpr UnitLimits kLimitsOfUnit{{0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0},
-                                   {0, 16, 0, 0},          {0, 2, 1, 1},           1};
-
 #elif defined(LSTM_EXT_MATRIX_UNIT)
-#define LSTM_EXT_TILE_REGISTERS
 #include LSTM_EXT_MATRIX_UNIT
-constexpr UnitLimits kLimitsOfUnit{{0, 8, 8, 8},    {0, 8, 8, 8},   {0, 32, 32, 32},
-                                   {0, 32, 32, 32}, {0, 8, 3.5, 2}, kUnitTileRows};
 #endif
 
 // Whether products of T can run on it.
 template <typename T>
 constexpr bool kHasMatrixUnit = false;
-template <typename T>
-constexpr UnitLimits kUnitLimits{};
 #if defined(LSTM_EXT_MATRIX_UNIT)
 template <>
 constexpr bool kHasMatrixUnit<float> = true;
-template <>
-constexpr UnitLimits kUnitLimits<float> = kLimitsOfUnit;
 #endif
 
 }  // namespace

@@ -294,7 +294,8 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
         const RightTiles right =
             right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
         const TileOperands operands{tiles.left, right, k_tiles};
-        multiply_tiles(planes, &operands, 1, height, group.width, tiles.sums(i % 2), false, epilogue.between(planes));
+        multiply_tiles(planes, tiles.in_tiles, &operands, 1, height, group.width, tiles.sums(i % 2), false,
+                       epilogue.between(planes));
         epilogue.rest();
         epilogue.begin(i, group.width, tiles.sums(i % 2), height);
       }

@@ -74,7 +74,7 @@ struct Pass {
         all_workers(reinterpret_cast<Barrier*>(workspace)),
         team_barrier(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team))),
         zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
-        unit_session(plan.unit_scratch.sums_numbers > 0) {}
+        unit_session(plan.unit_scratch.in_tiles && plan.unit_scratch.sums_numbers > 0) {}
 
   // Places in the workspace, at an offset of the plan. Those of the workers, or of the teams, follow one another; each
   // has `size` numbers or rows.
@@ -86,9 +86,13 @@ struct Pass {
 
   TileScratch tile_scratch() const {
     const UnitScratch& scratch = plan.unit_scratch;
-    return {place<uint16_t>(scratch.left) + worker * scratch.left_numbers,   scratch.left_numbers,
-            place<uint16_t>(scratch.right) + worker * scratch.right_numbers, scratch.right_numbers,
-            place<float>(scratch.sums) + worker * 2 * scratch.sums_numbers,  scratch.sums_numbers};
+    return {place<uint16_t>(scratch.left) + worker * scratch.left_numbers,
+            scratch.left_numbers,
+            place<uint16_t>(scratch.right) + worker * scratch.right_numbers,
+            scratch.right_numbers,
+            place<float>(scratch.sums) + worker * 2 * scratch.sums_numbers,
+            scratch.sums_numbers,
+            scratch.in_tiles};
   }
   // The planes of a weight for the matrix unit, at an offset of the plan.
   UnitPlanes planes(const UnitProduct& unit, int64_t offset) const {

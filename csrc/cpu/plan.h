@@ -20,6 +20,7 @@ struct UnitLimits {
   // Its approximate speed relative to fused multiply-adds; it computes a multiple of row_multiple rows.
   double speed[4];
   int64_t row_multiple;
+  bool tiles;  // AMX; else an instruction for pairs in vector registers, which takes one plane
 
   bool any() const { return rows[1] > 0; }
 };
@@ -41,6 +42,7 @@ struct UnitScratch {
   int64_t left = 0, left_numbers = 0;  // place, and bfloat16 numbers
   int64_t right = 0, right_numbers = 0;
   int64_t sums = 0, sums_numbers = 0;  // place of two buffers, and float32 numbers in one
+  bool in_tiles = false;               // UnitLimits::tiles
 };
 
 // Workers form a grid of batch_groups teams of hidden_groups members. Each team owns a slice of the batch for all time

@@ -155,8 +155,6 @@ struct TileOperands {
   int64_t k_tiles;
 };
 
-#if defined(LSTM_EXT_TILE_REGISTERS)
-
 // The sums of kRows x kColumns tiles, 2 x 2 at most or 1 x 4, in registers 0 and up.
 template <int P, int kRows, int kColumns>
 class TileBlock {
@@ -214,15 +212,14 @@ class TileBlock {
   }
 
   // The products of a k tile.
-  LSTM_EXT_INLINE static void step(const uint16_t* a, int64_t a_row_step, const uint16_t* b, int64_t b_group_step,
-                                   Between& between) {
+  LSTM_EXT_INLINE static void step(const uint16_t* a, [[maybe_unused]] int64_t a_row_step, const uint16_t* b,
+                                   [[maybe_unused]] int64_t b_group_step, Between& between) {
     if constexpr (kRows == 1) {
       each<P>([&](auto plane)
                   LSTM_EXT_LAMBDA_INLINE { MatrixUnit::load<kFirstLeft + plane()>(a + plane() * kOperandSize); });
       each<kColumns>([&](auto column) LSTM_EXT_LAMBDA_INLINE { one_column<column()>(b, b_group_step, between); });
     } else {
-      each<kPairs>([&](auto pair)
-                       LSTM_EXT_LAMBDA_INLINE { one_pair<pair()>(a, a_row_step, b, b_group_step, between); });
+      each<kPairs>([&](auto pair) LSTM_EXT_LAMBDA_INLINE { one_pair<pair()>(a, a_row_step, b, between); });
     }
   }
 
@@ -242,8 +239,7 @@ class TileBlock {
   }
 
   template <int kPair>
-  LSTM_EXT_INLINE static void one_pair(const uint16_t* a, int64_t a_row_step, const uint16_t* b, int64_t b_group_step,
-                                       Between& between) {
+  LSTM_EXT_INLINE static void one_pair(const uint16_t* a, int64_t a_row_step, const uint16_t* b, Between& between) {
     using Pairs = PlanePairs<P>;
     constexpr int kLeft = Pairs::kLeft[kPair], kRightPlane = Pairs::kRight[kPair];
     constexpr bool kNewLeft = kPair == 0 || kLeft != Pairs::kLeft[kPair > 0 ? kPair - 1 : 0];
@@ -267,11 +263,10 @@ class TileBlock {
   }
 };
 
-// sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
-// `columns` tiles: those of one column group, or four tiles, those of two groups.
+// multiply_tiles in registers of tiles.
 template <int P>
-void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
-                    Between between) {
+void multiply_in_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
+                       Between between) {
   const int64_t sums_row_step = columns * kSumsSize;
   const auto each_block = [&](auto&& block) LSTM_EXT_LAMBDA_INLINE {
     constexpr std::integral_constant<int, 1> kOne;
@@ -308,12 +303,10 @@ void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int c
   });
 }
 
-#else
-
-// The sums of kRows rows of a row tile and kColumns column tiles, in vector registers.
-template <int P, int kRows, int kColumns>
+// The sums of kRows rows of a row tile and kColumns column tiles, in vector registers. Three products of planes would
+// take longer than one of float32, so operands have one plane.
+template <int kRows, int kColumns>
 void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tiles, float* sums, bool add) {
-  constexpr int kPairs = sizeof(PlanePairs<P>::kLeft) / sizeof(int);
   const auto at = [&](int r, int c) LSTM_EXT_LAMBDA_INLINE { return sums + c * kSumsSize + r * kUnitTileRows; };
   Reg<float> acc[kRows][kColumns];
 #pragma GCC unroll kTileRows
@@ -321,22 +314,20 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
 #pragma GCC unroll kTileColumns
     for (int c = 0; c < kColumns; ++c) acc[r][c] = add ? Simd<float>::load(at(r, c)) : Simd<float>::zero();
   for (int64_t k = 0; k < k_tiles; ++k) {
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const uint16_t* const a = left + (k * P + PlanePairs<P>::kLeft[pair]) * kOperandSize;
-      const uint16_t* const b = right.data + k * right.k_step + PlanePairs<P>::kRight[pair] * kOperandSize;
-      for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
-        MatrixUnit::Pairs columns[kColumns];
+    const uint16_t* const a = left + k * kOperandSize;
+    const uint16_t* const b = right.data + k * right.k_step;
+    for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
+      MatrixUnit::Pairs columns[kColumns];
 #pragma GCC unroll kTileColumns
-        for (int c = 0; c < kColumns; ++c) {
-          const int64_t tile = c / kGroupTiles * right.group_step + c % kGroupTiles * P * kOperandSize;
-          columns[c] = MatrixUnit::load_pairs(b + tile + i * kUnitTileRows);
-        }
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t tile = c / kGroupTiles * right.group_step + c % kGroupTiles * kOperandSize;
+        columns[c] = MatrixUnit::load_pairs(b + tile + i * kUnitTileRows);
+      }
 #pragma GCC unroll kTileRows
-        for (int r = 0; r < kRows; ++r) {
-          const MatrixUnit::Pairs row = MatrixUnit::broadcast_pair(a + r * kUnitTileDepth + i);
+      for (int r = 0; r < kRows; ++r) {
+        const MatrixUnit::Pairs row = MatrixUnit::broadcast_pair(a + r * kUnitTileDepth + i);
 #pragma GCC unroll kTileColumns
-          for (int c = 0; c < kColumns; ++c) acc[r][c] = MatrixUnit::multiply_add(acc[r][c], row, columns[c]);
-        }
+        for (int c = 0; c < kColumns; ++c) acc[r][c] = MatrixUnit::multiply_add(acc[r][c], row, columns[c]);
       }
     }
   }
@@ -346,40 +337,43 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
     for (int c = 0; c < kColumns; ++c) Simd<float>::store(at(r, c), acc[r][c]);
 }
 
-// The same without a matrix unit. There is no `between` work, because the processor itself is busy.
-template <int P>
-void multiply_tiles(const TileOperands* operands, int count, int64_t rows, int columns, float* sums, bool add,
-                    const Between&) {
-  if (count > 1) multiply_tiles<P>(operands, count - 1, rows, columns, sums, add, Between{});
-  const auto [left, right, k_tiles] = operands[count - 1];
-  if (count > 1) add = true;
-  for (int64_t first = 0; first < rows; first += kUnitTileRows) {
-    const uint16_t* const tile = left + first / kUnitTileRows * k_tiles * P * kOperandSize;
-    float* const out = sums + first / kUnitTileRows * columns * kSumsSize;
-    for_each_row_tile(smaller(kUnitTileRows, rows - first), [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
-      const uint16_t* const a = tile + row * kUnitTileDepth;
-      float* const at = out + row * kUnitTileRows;
-      if (columns == 2 * kGroupTiles) {
-        multiply_rows<P, height(), 4>(a, right, k_tiles, at, add);
-      } else if (columns == kGroupTiles) {
-        multiply_rows<P, height(), 2>(a, right, k_tiles, at, add);
-      } else {
-        multiply_rows<P, height(), 1>(a, right, k_tiles, at, add);
-      }
-    });
+// multiply_tiles in vector registers. There is no `between` work, because the processor itself is busy.
+inline void multiply_in_pairs(const TileOperands* operands, int count, int64_t rows, int columns, float* sums,
+                              bool add) {
+  for (int i = 0; i < count; ++i, add = true) {
+    const auto [left, right, k_tiles] = operands[i];
+    for (int64_t first = 0; first < rows; first += kUnitTileRows) {
+      const uint16_t* const tile = left + first / kUnitTileRows * k_tiles * kOperandSize;
+      float* const out = sums + first / kUnitTileRows * columns * kSumsSize;
+      for_each_row_tile(smaller(kUnitTileRows, rows - first), [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+        const uint16_t* const a = tile + row * kUnitTileDepth;
+        float* const at = out + row * kUnitTileRows;
+        if (columns == 2 * kGroupTiles) {
+          multiply_rows<height(), 4>(a, right, k_tiles, at, add);
+        } else if (columns == kGroupTiles) {
+          multiply_rows<height(), 2>(a, right, k_tiles, at, add);
+        } else {
+          multiply_rows<height(), 1>(a, right, k_tiles, at, add);
+        }
+      });
+    }
   }
 }
 
-#endif
-
-inline void multiply_tiles(int planes, const TileOperands* operands, int count, int64_t rows, int columns, float* sums,
-                           bool add, const Between& between) {
-  with_planes(planes, [&](auto p) { multiply_tiles<p()>(operands, count, rows, columns, sums, add, between); });
+// sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
+// `columns` tiles: those of one column group, or four tiles, those of two groups. `in_tiles`: see UnitLimits::tiles.
+inline void multiply_tiles(int planes, bool in_tiles, const TileOperands* operands, int count, int64_t rows,
+                           int columns, float* sums, bool add, const Between& between) {
+  if (!in_tiles) {
+    multiply_in_pairs(operands, count, rows, columns, sums, add);
+    return;
+  }
+  with_planes(planes, [&](auto p) { multiply_in_tiles<p()>(operands, count, rows, columns, sums, add, between); });
 }
 
 #endif
 
-// While it lives, this thread may use the matrix unit, if `used`.
+// While it lives, this thread may use registers of tiles, if `used`.
 class UnitSession {
  public:
   explicit UnitSession(bool used) : used_(used) {

@@ -79,6 +79,7 @@ struct TileScratch {
   int64_t right_numbers = 0;
   float* all_sums = nullptr;  // two buffers
   int64_t sums_numbers = 0;   // numbers of one buffer
+  bool in_tiles = false;      // UnitLimits::tiles
 
   float* sums(int64_t index) const { return all_sums + index * sums_numbers; }
   // The number of rows with `depth` numbers, and four column tiles of sums, that the buffers have room for.
@@ -106,6 +107,7 @@ LSTM_EXT_INLINE void with_planes(int planes, F&& f) {
 // Checks whether splitting can represent the numbers: if not, the remainder of one is not finite.
 class SplitCheck {
  public:
+  LSTM_EXT_INLINE SplitCheck() {}  // the compiler's own would be compiled for another target
   LSTM_EXT_INLINE void see(Reg<float> left, Reg<float> other) { sum_ = sum_ + (left + other); }
   bool passed() const {
     const Reg<float> difference = sum_ - sum_;

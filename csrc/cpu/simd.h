@@ -62,7 +62,7 @@ alignas(64) constexpr float kPowerRest[] = {0.0f,
                                             -5.61963909e-09f,
                                             4.92266428e-09f};
 
-#if defined(LSTM_EXT_AVX512)
+#if defined(LSTM_EXT_ISA_AVX512)
 
 constexpr int kVectorRegisters = 32;
 
@@ -315,7 +315,7 @@ using Reg = typename Simd<T>::Reg;
 // The first n numbers of W as a register of T.
 template <typename T, typename W>
 LSTM_EXT_INLINE Reg<T> load_first(const W* p, int n) {
-#if !defined(LSTM_EXT_AVX512)
+#if !defined(LSTM_EXT_ISA_AVX512)
   constexpr bool kCopies = !std::is_same_v<T, W>;
 #else
   constexpr bool kCopies = false;
@@ -477,7 +477,7 @@ LSTM_EXT_INLINE void add_lanes(T* p, Reg<T> v, int n) {
 // three and a panel comes from the second-level cache.
 template <typename Register>
 LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Register& v) {
-#if defined(LSTM_EXT_AVX512)
+#if defined(LSTM_EXT_ISA_AVX512)
   asm("" : "+v"(v));
 #elif !defined(LSTM_EXT_ISA_SOFTWARE)
   asm("" : "+x"(v));

@@ -75,7 +75,7 @@ LSTM_EXT_INLINE Reg<T> expm1_reduced(Reg<T> x, Reg<T>& n) {
 // not depend on the processor's maker.
 enum class Exactness { kUsual, kPrecise };
 
-#if defined(LSTM_EXT_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)
+#if defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_SOFTWARE)
 template <typename T, Exactness kExactness>
 constexpr bool kUsesTable = std::is_same_v<Number<T>, float> && kExactness == Exactness::kUsual;
 #else

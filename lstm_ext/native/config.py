@@ -36,7 +36,15 @@ OPS_LIBRARY = "_ops.so"
 # A wheel has the CPU kernels in a library of their own, and the operators and the module for each of these torches.
 KERNELS_LIBRARY = "_kernels.so"
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
+# The instruction sets that the CPU kernels are compiled for, best first, and what a processor needs for each: flags of
+# Linux. avx512 also has the kernels of the matrix units, amx and avx512_bf16.
+CPU_SETS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "baseline": (),
+}
 SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
+TOGETHER = "operators_together.cpp"  # see split_sources
 # The package's folder, and that of the two libraries.
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = Path(__file__).resolve().parent
@@ -104,7 +112,7 @@ class BuildError(RuntimeError):
 
 
 class SwitchError(BuildError):
-    """LSTM_EXT_CUDA is invalid, or requests something impossible."""
+    """A variable is invalid, or requests something impossible."""
 
 
 def is_supported_platform() -> bool:
@@ -150,15 +158,49 @@ def sources(directory: Path, with_cuda: bool) -> list[Path]:
     return [path for path in found if with_cuda or not needs_cuda(path)]
 
 
-def split_sources(directory: Path, with_cuda: bool) -> tuple[list[Path], list[Path], list[Path]]:
+def cpu_sets() -> tuple[str, ...]:
+    """LSTM_EXT_CPU_SETS: the instruction sets to compile for. Unset: all of them; native: the best of this processor.
+
+    Raises:
+        SwitchError: it is no list of them.
+    """
+    wish = os.environ.get("LSTM_EXT_CPU_SETS") or ",".join(CPU_SETS)
+    if wish == "native":
+        flags = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+        return (next(name for name, needed in CPU_SETS.items() if flags.issuperset(needed)),)
+    names = wish.split(",")
+    if not set(names) <= set(CPU_SETS):
+        raise SwitchError(
+            f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(CPU_SETS)}, or unset it."
+        )
+    return tuple(name for name in CPU_SETS if name in names)
+
+
+def split_sources(
+    directory: Path, with_cuda: bool, sets: tuple[str, ...], folder: Path
+) -> tuple[list[Path], list[Path], list[Path]]:
     """The sources of the CPU kernels, which need neither torch nor Python, of the operators, and of the Python module.
 
-    But in a wheel, the kernels are a part of the operators' library.
+    But in a wheel, the kernels are a part of the operators' library. Of the CPU kernels those of some instruction sets.
+    A source that includes all of the operators' that need no CUDA is written to `folder`: compiled one by one, each
+    would take longer to read torch's headers than itself.
     """
     found = sources(directory, with_cuda)
-    kernels = [path for path in found if path.parent.name == "cpu"]
+    kernels = [
+        path
+        for path in found
+        if path.parent.name == "cpu"
+        and (not path.stem.startswith("kernels_") or path.stem.removeprefix("kernels_")[:-4] in sets)
+    ]
     module = [path for path in found if path.name == "python.cpp"]
-    return kernels, [path for path in found if path not in (*kernels, *module)], module
+    operators = [path for path in found if path.parent.name != "cpu" and path not in module]
+    together = [path.relative_to(directory) for path in operators if not needs_cuda(path)]
+    text = "".join(f'#include "{path.as_posix()}"\n' for path in together)
+    one = folder / TOGETHER
+    if not one.is_file() or one.read_text() != text:
+        one.parent.mkdir(parents=True, exist_ok=True)
+        one.write_text(text)
+    return kernels, [one, *(path for path in operators if needs_cuda(path))], module
 
 
 def digest(directory: Path, *more: str) -> str:
@@ -274,13 +316,8 @@ class Cuda:
 
 
 def compile_flags(cuda: Cuda | None) -> list[str]:
-    """The compile flags of the operators' library."""
-    return [*COMPILE_FLAGS, *(CUDA_COMPILE_FLAGS if cuda else [])]
-
-
-def module_compile_flags(cuda: Cuda | None) -> list[str]:
-    """The compile flags of the Python module, which records its CUDA build."""
-    return [*COMPILE_FLAGS, *([f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
+    """The compile flags of C++, with a record of the CUDA build."""
+    return [*COMPILE_FLAGS, *([*CUDA_COMPILE_FLAGS, f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
 
 
 def cuda_switch() -> bool | None:
@@ -531,21 +568,16 @@ def _management_library() -> Iterator[ctypes.CDLL | None]:
 
 
 def write_record(
-    directory: Path,
-    torch_version: str,
-    compiler: str,
-    source_digest: str,
-    cuda: Cuda | None = None,
-    cuda_reason: str | None = None,
-    **more: object,
+    directory: Path, torch_version: str, compiler: str, source_digest: str, **more: object
 ) -> None:
+    """Writes the record, with `more` that was built, such as `cuda`, `cuda_reason` and `cpu_sets`."""
     record = {
         "torch": torch_version,
         "python": platform.python_version(),
         "compiler": compiler,
         "sources": source_digest,
-        "cuda": str(cuda) if cuda else None,
-        "cuda_reason": cuda_reason,
+        "cuda": None,
+        "cuda_reason": None,
         **more,
     }
     # The record is complete or absent, even if the process is killed in between.

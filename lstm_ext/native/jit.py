@@ -92,7 +92,8 @@ def _requirements() -> tuple[str, str]:
 def folder(sources: Path, *kind: str) -> Path:
     """The folder of the build of these sources. Its name has a digest of everything that the build depends on, so that
     a finished folder never changes."""
-    key = config.digest(sources, torch.__version__, sysconfig.get_config_var("EXT_SUFFIX") or "", *kind)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ""
+    key = config.digest(sources, torch.__version__, suffix, *config.cpu_sets(), *kind)
     return _root() / f"{MODULE}_{key}"
 
 
@@ -244,7 +245,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         BuildError: something is missing, or the compiler refused.
     """
     command, compiler = _requirements()
-    kernels, operators, module_sources = config.split_sources(sources, with_cuda=cuda is not None)
+    sets = config.cpu_sets()
     ops_file = ops_library(directory).name
     if directory.exists():
         # A killed build leaves objects, and a lock file for which torch would wait forever. The folder is moved first:
@@ -253,6 +254,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         directory.rename(leftovers)
         shutil.rmtree(leftovers, ignore_errors=True)
     make_folder(directory, _MODE)
+    kernels, operators, module_sources = config.split_sources(sources, cuda is not None, sets, directory)
     _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
     # torch would warn about a compiler that calls itself something else than g++.
     environment = {"CXX": command, "PATH": _supervised(directory), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
@@ -301,7 +303,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
             )
             # A relative path, because the linker runs in the folder.
             link_flags = config.module_link_flags(f"./{ops_file}")
-            build_library(MODULE, module_sources, config.module_compile_flags(cuda), link_flags, False)
+            build_library(MODULE, module_sources, config.compile_flags(cuda), link_flags, False)
         except RuntimeError as error:
             advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
             raise BuildError(
@@ -314,7 +316,15 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & ~0o022)
     sizes = _sizes(directory)
-    config.write_record(directory, torch.__version__, compiler, config.digest(sources), cuda, sizes=sizes)
+    config.write_record(
+        directory,
+        torch.__version__,
+        compiler,
+        config.digest(sources),
+        cuda=str(cuda) if cuda else None,
+        cpu_sets=",".join(sets),
+        sizes=sizes,
+    )
 
 
 def _first_error(output: str) -> str:

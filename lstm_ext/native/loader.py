@@ -429,7 +429,7 @@ def _load_finished(directory: Path) -> _Result | None:
         return None
     module, ops_library = jit.module(directory), jit.ops_library(directory)
     try:
-        loaded = _load(jit.MODULE, module, ops_library)
+        loaded = _load(config.MODULE, module, ops_library)
     except _Refused:
         raise
     except ImportError as error:

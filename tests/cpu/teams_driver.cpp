@@ -20,6 +20,11 @@ using namespace lstm_ext;
 using Numbers = std::vector<float>;
 
 constexpr const cpu::Kernels<float>& kKernels = cpu::LSTM_EXT_ISA::kKernels<float>;
+#if defined(LSTM_EXT_MATRIX_UNIT)
+constexpr const cpu::UnitLimits& kUnit = cpu::LSTM_EXT_ISA::kLimitsOfTiles;
+#else
+constexpr cpu::UnitLimits kUnit{};
+#endif
 
 struct Case {
   const char* name;
@@ -73,7 +78,7 @@ void run(const std::vector<Params>& params, Plan (*make_plan)(const Params&, con
   struct alignas(64) Line {
     char bytes[64];
   };
-  const cpu::Machine machine{kKernels.lanes, threads, kKernels.unit};
+  const cpu::Machine machine{kKernels.lanes, threads, kUnit};
   for (size_t first = 0; first < params.size();) {
     std::vector<Plan> plans{make_plan(params[first], machine)};
     if (plans[0].directions_at_once && first + 1 < params.size())

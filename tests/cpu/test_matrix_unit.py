@@ -21,13 +21,15 @@ from lstm_ext.native import loader
 _C = loader.extension()
 HAS_AMX = _C is not None and "amx" in _C.cpu_capabilities()
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX")
-AMX = "amx, small sizes too"  # see matrix_unit/kernels.cpp
+AMX, PAIRS = "amx, small sizes too", "software, in pairs"  # see matrix_unit/kernels.cpp
+HAS_PAIRS = _C is not None and "avx512_bf16" in _C.cpu_capabilities()
+needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512-BF16")
 UNITS = ["software", pytest.param(AMX, marks=needs_amx, id="amx")]
 
 
 @contextlib.contextmanager
 def capability(name: str) -> Iterator[None]:
-    if name in ("software", AMX):
+    if name in ("software", PAIRS, AMX):
         build.add_kernels()
     before = _C.cpu_capability()
     _C.set_cpu_capability(name)
@@ -58,9 +60,11 @@ def pointer(t: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr())
 
 
-def multiply_add(hardware: bool, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def multiply_add(
+    hardware: bool, sums: Tensor, left: Tensor, right: Tensor, function: str = "multiply_add"
+) -> Tensor:
     result = sums.clone()
-    build.unit(hardware).multiply_add(
+    getattr(build.unit(hardware), function)(
         pointer(result), pointer(left), pointer(right), ctypes.c_int64(len(sums))
     )
     return result
@@ -98,6 +102,14 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("kind", ["normal", "of all sizes", "denormal", "not finite"])
 def test_unit_in_software_has_the_bits_of_amx(kind):
     assert equal_bits(multiply_add(False, *operands(kind)), multiply_add(True, *operands(kind)))
+
+
+@needs_pairs
+@pytest.mark.parametrize("kind", ["normal", "of all sizes", "denormal", "not finite"])
+def test_pairs_in_software_have_the_bits_of_avx512_bf16(kind):
+    function = "multiply_add_pairs"
+    ours, theirs = (multiply_add(hardware, *operands(kind), function) for hardware in (False, True))
+    assert equal_bits(ours, theirs)
 
 
 def test_unit_in_software_multiplies():
@@ -179,10 +191,10 @@ def test_16_bits(unit, name, dtype):
         check(case, dtype, draws=3, equations=True)
 
 
-@pytest.mark.skipif("avx512_bf16" not in (_C.cpu_capabilities() if _C else []), reason="no AVX-512-BF16")
+@pytest.mark.parametrize("where", [PAIRS, pytest.param("avx512_bf16", marks=needs_pairs)])
 @pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
-def test_pairs_in_vector_registers(name):
-    with capability("avx512_bf16"):
+def test_pairs_in_vector_registers(name, where):
+    with capability(where):
         for case in SIZES.get(name, [OPTIONS.get(name)]):
             assert bool(case.packed or case.lengths) or plan_of(case, planes=1)["recurrent_planes"] == 1
             check(case, torch.bfloat16, draws=3, equations=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import lstm_ext
 from lstm_ext.native import config
 
 pytestmark = pytest.mark.tools
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 # The smallest csrc/ that builds: without torch's headers it takes a second.
@@ -34,14 +36,12 @@ extern "C" __attribute__((visibility("default"))) int tiny() {
 """
 TINY = """
 #include <Python.h>
-#define INIT_(name) PyInit_##name
-#define INIT(name) INIT_(name)
 #ifdef BROKEN
 void missing_from_torch();
 #endif
 extern "C" int tiny();
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() {
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 #ifdef BROKEN
   missing_from_torch();
 #endif
@@ -478,6 +478,50 @@ def test_record_is_whole_or_absent(tmp_path: Path) -> None:
         assert config.read_record(tmp_path) is None
     config.write_record(tmp_path, "2.13.0", "g++", "0")
     assert json.loads((tmp_path / config.RECORD).read_text())["torch"] == "2.13.0"
+
+
+def test_sets_of_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def names(wish: str) -> list[str]:
+        monkeypatch.setenv("LSTM_EXT_CPU_SETS", wish)
+        kernels, operators, _ = config.split_sources(CSRC, False, config.cpu_sets(), tmp_path)
+        assert not set(kernels) & set(operators)
+        return sorted({path.stem.split("_")[1] for path in kernels if path.stem.startswith("kernels_")})
+
+    assert names("") == sorted(config.CPU_SETS)
+    assert names("baseline,avx2") == ["avx2", "baseline"]
+    assert len(names("native")) == 1
+    assert names("native")[0] in lstm_ext.native.loader.extension().cpu_capabilities()
+    with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2,sse'.*avx512,avx2,baseline"):
+        names("avx2,sse")
+
+
+def test_all_operators_are_in_the_source_that_includes_them(tmp_path: Path) -> None:
+    _, operators, _ = config.split_sources(CSRC, False, (), tmp_path)
+    together = (tmp_path / config.TOGETHER).read_text()
+    assert operators == [tmp_path / config.TOGETHER]
+    for path in CSRC.glob("torch/*.cpp"):
+        assert (f'"torch/{path.name}"' in together) != config.needs_cuda(path)
+
+
+def test_a_build_without_kernels_for_the_processor_says_so(tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    sources = [str(CSRC / "cpu" / f"{name}.cpp") for name in ("capability", "wait_limit")]
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", *sources, "-o", str(library)]
+    subprocess.run(command, check=True)
+
+    class Library(ctypes.Structure):
+        _fields_ = (
+            ("build", ctypes.c_char_p),
+            ("capability", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)),
+            ("set_capability", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)),
+        )
+
+    function = ctypes.CDLL(str(library)).lstm_ext_cpu_library
+    function.restype = ctypes.POINTER(Library)
+    found = function().contents
+    assert b"without kernels for this CPU (LSTM_EXT_CPU_SETS)" in found.capability(
+        ctypes.byref(ctypes.c_void_p())
+    )
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,9 @@ def test_a_toolkit_that_fits(toolkit: Toolkit) -> None:
     assert cuda == config.Cuda(home, "13.0", ALL, (), ())
     text = f"13.0 for {ALL.replace(';', ' ')}"
     assert str(cuda) == text
-    assert f'-DLSTM_EXT_CUDA_BUILD="{text}"' in config.module_compile_flags(cuda)
+    assert f'-DLSTM_EXT_CUDA_BUILD="{text}"' in config.compile_flags(cuda)
     assert "-DLSTM_EXT_WITH_CUDA" in config.compile_flags(cuda)
-    assert not [
-        flag for flag in config.compile_flags(None) + config.module_compile_flags(None) if "CUDA" in flag
-    ]
+    assert not [flag for flag in config.compile_flags(None) if "CUDA" in flag]
 
 
 def test_the_oldest_gpu_is_said_twice_and_the_same() -> None:

@@ -29,7 +29,7 @@ NVCC_ONLY = {"cuda/ptx.h"}
 # Templates of a type of the kernels' own namespace. They are as internal to an object as that type, so they may be
 # compiled for the raised target.
 TEMPLATES_OF_A_MATH = {"contract/cell.h", "contract/transition.h"}
-INSTRUCTION_SETS = ("AMX", "AVX512_BF16", "AVX512", "AVX2", "BASELINE")
+INSTRUCTION_SETS = ("AVX512", "AVX2", "BASELINE")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
 

@@ -87,11 +87,12 @@ FAULTS: dict[str, Fault] = {
         "  int64_t tile_rows;  // batch rows of a register tile\n",
         "  int64_t tile_rows;\n  int64_t lanes;\n",
     ),
-    "cpu/kernels_amx.cpp": Fault("return &amx::kKernels<float>;", "return nullptr;", every_set=True),
-    "cpu/kernels_avx512_bf16.cpp": Fault("return &avx512_bf16::kKernels<float>;", "return nullptr;", every_set=True),
-    "cpu/kernels_avx2.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
-    "cpu/kernels_avx512.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
-    "cpu/kernels_baseline.cpp": Fault("return &capability;", "return nullptr;", every_set=True),
+    "cpu/kernels_avx2_f32.cpp": Fault("kernels_avx2_f32, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_avx2_f64.cpp": Fault("kernels_avx2_f64, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_avx512_f32.cpp": Fault("kernels_avx512_f32, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_avx512_f64.cpp": Fault("kernels_avx512_f64, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_baseline_f32.cpp": Fault("kernels_baseline_f32, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_baseline_f64.cpp": Fault("kernels_baseline_f64, ", "kernels_none, ", every_set=True),
     "cpu/layer_norm.h": Fault(
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
@@ -192,17 +193,8 @@ FAULTS: dict[str, Fault] = {
 
 # Tests that need the kernels of all sets.
 OF_EVERY_SET = ("tests/cpu/test_kernels.py::test_baseline_contains_no_newer_instructions",)
-# In the copy for one instruction set, the kernels of the others are left out.
-LEFT_OUT = {
-    name: f'#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {{\n'
-    f"const Capability* capability_{name}() {{ return nullptr; }}\n}}\n"
-    for name in ("avx512", "baseline")
-}
-for _name in ("amx", "avx512_bf16"):
-    LEFT_OUT[_name] = (
-        '#include "cpu/kernels.h"\nnamespace lstm_ext::cpu {\n'
-        f"const Kernels<float>* kernels_{_name}() {{ return nullptr; }}\n}}\n"
-    )
+# The names of tests of sets that the copy for one instruction set does not have.
+NAMES = {"avx512": ("amx", "avx512_bf16", "avx512"), "baseline": ("baseline",)}
 
 
 def problems(csrc: Path = ROOT / "csrc") -> list[str]:
@@ -257,20 +249,19 @@ class Copy:
             if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
+        self.sets = "" if every_set else ",".join(("avx2", *also))
         if not every_set:
-            left_out = {name: text for name, text in LEFT_OUT.items() if name not in also}
+            left_out = [name for set_, names in NAMES.items() if set_ not in also for name in names]
             skips = self.folder / "tests" / "expected_skips.txt"
             lines = [f"*[*{name}*  # not in this build\n*[{name}*  # the same\n" for name in left_out]
             skips.write_text(skips.read_text() + "".join(lines))
-            for name, text in left_out.items():
-                (self.folder / "csrc" / "cpu" / f"kernels_{name}.cpp").write_text(text)
         self.log.unlink(missing_ok=True)
         self.without = () if every_set else OF_EVERY_SET
         self.sound: set[tuple[str, ...]] = set()
 
     def build(self) -> bool:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        return run(command, self.folder, self.log) == 0
+        return run(command, self.folder, self.log, LSTM_EXT_CPU_SETS=self.sets) == 0
 
     def test(self, tests: Sequence[str]) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "--dist", "worksteal", *tests]

@@ -1,6 +1,7 @@
 // The kernels of csrc/cpu over registers and a matrix unit in plain C++, which run on any processor. Loaded, this
-// library offers them to the extension as the instruction set "software", and AMX, where the processor has it, once
-// more as "amx, small sizes too". Both run small products on the unit, so that tests need no large ones.
+// library offers them to the extension as the instruction set "software", with the unit of AVX-512-BF16 as "software,
+// in pairs", and AMX, where the processor has it, once more as "amx, small sizes too". The first and the last run small
+// products on the unit, so that tests need no large ones.
 #define LSTM_EXT_ISA_SOFTWARE
 #define LSTM_EXT_SOFTWARE_SIMD "matrix_unit/simd.h"
 #define LSTM_EXT_MATRIX_UNIT "matrix_unit/unit.h"
@@ -13,12 +14,20 @@ namespace {
 
 using namespace lstm_ext::cpu;
 
+Kernels<float> with_unit(const UnitLimits& unit) {
+  Kernels<float> kernels = software::kKernels<float>;
+  kernels.unit = unit;
+  return kernels;
+}
+
 // float64 has no matrix unit: the kernels of the processor's own set.
-Capability software{LSTM_EXT_ISA_NAME, software::kKernels<float>, kernels<double>()};
+Capability software{LSTM_EXT_ISA_NAME, with_unit(software::kLimitsOfTiles), kernels<double>()};
+Capability pairs{"software, in pairs", with_unit(software::kLimitsOfPairs), kernels<double>()};
 Capability amx{"amx, small sizes too", {}, {}};
 
 bool add() {
   add_capability(&software);
+  add_capability(&pairs);
   const char* names[kCapabilities];
   if (library().available_capabilities(names) > 0 && std::strcmp(names[0], "amx") == 0) {
     const std::string before = capability().name;

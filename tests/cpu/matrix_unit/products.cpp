@@ -1,13 +1,15 @@
-// One multiply_add of a matrix unit, as a function for ctypes: AMX with -DHARDWARE, else the one in plain C++.
+// One multiply_add of a matrix unit, as a function for ctypes: the processor's with -DHARDWARE, else the one in plain
+// C++.
 #if defined(HARDWARE)
-#define LSTM_EXT_ISA_AMX
+#define LSTM_EXT_ISA_AVX512
 #else
 #define LSTM_EXT_ISA_SOFTWARE
 #define LSTM_EXT_SOFTWARE_SIMD "matrix_unit/simd.h"
 #define LSTM_EXT_MATRIX_UNIT "matrix_unit/unit.h"
 #endif
-#include "cpu/matrix_unit.h"
+#include "cpu/plane_product.h"
 
+using namespace lstm_ext::cpu;
 using namespace lstm_ext::cpu::LSTM_EXT_ISA;
 
 // sums (16, 16) += left (16, 32) * right (16 pairs, 16 columns, 2), `count` times.
@@ -22,6 +24,14 @@ extern "C" void multiply_add(float* sums, const uint16_t* left, const uint16_t* 
     MatrixUnit::store<0>(at);
   }
   MatrixUnit::end();
+}
+
+// The same in vector registers.
+extern "C" void multiply_add_pairs(float* sums, const uint16_t* left, const uint16_t* right, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const TileOperands at{left + i * kOperandSize, {right + i * kOperandSize, kOperandSize, 0}, 1};
+    multiply_in_pairs(&at, 1, kUnitTileRows, 1, sums + i * kSumsSize, true);
+  }
 }
 
 // halves[i] = numbers[i] rounded to bfloat16.

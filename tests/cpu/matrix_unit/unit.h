@@ -1,4 +1,4 @@
-// The matrix unit in plain C++, for csrc/cpu/matrix_unit.h: it gives the bits of AMX.
+// The matrix unit in plain C++, for csrc/cpu/matrix_unit.h: it gives the bits of AMX, and of AVX-512-BF16.
 struct MatrixUnit {
   static void begin() {
     for (Tile& tile : tiles()) tile = {};
@@ -42,6 +42,24 @@ struct MatrixUnit {
     return words;
   }
   static void store_words(uint16_t* to, Words v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+  using Pairs = typename Simd<float>::Index;
+  static Pairs load_pairs(const uint16_t* columns) {
+    Pairs pairs;
+    __builtin_memcpy(&pairs, columns, sizeof(pairs));
+    return pairs;
+  }
+  static Pairs broadcast_pair(const uint16_t* row) {
+    int32_t pair;
+    __builtin_memcpy(&pair, row, sizeof(pair));
+    return Pairs{} + pair;
+  }
+  // The second numbers of the pairs come first.
+  static Reg<float> multiply_add(Reg<float> sums, Pairs row, Pairs columns) {
+    const uint32_t pair = static_cast<uint32_t>(row[0]);
+    return add_product(pair << 16, columns << 16,
+                       add_product(pair & kUpper, columns & static_cast<int>(kUpper), flush(sums)));
+  }
 
  private:
   struct Tile {
@@ -98,3 +116,9 @@ struct MatrixUnit {
     }
   }
 };
+
+// Sizes from which on it is used: small ones, so that tests need no large ones. In tiles, and in pairs.
+constexpr UnitLimits kLimitsOfTiles{{0, 8, 8, 8},  {0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}, {0, 8, 3.5, 2},
+                                    kUnitTileRows, true};
+constexpr UnitLimits kLimitsOfPairs{
+    {0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1, false};

@@ -1,0 +1,5 @@
+// AVX2 (and FMA, F16C), in float64.
+#define LSTM_EXT_ISA_AVX2
+#include "cpu/kernel_set.h"
+
+LSTM_EXT_DEFINE_KERNELS(kernels_avx2_f64, double)
