@@ -235,10 +235,37 @@ py::dict cuda_facts(int device) {
   return as_dict(*facts);
 }
 
+lstm_ext::cuda::Number number_named(const std::string& dtype, const char* who) {
+  using lstm_ext::cuda::Number;
+  static const std::map<std::string, Number> numbers = {{"float64", Number::kFloat64},
+                                                        {"float32", Number::kFloat32},
+                                                        {"float16", Number::kFloat16},
+                                                        {"bfloat16", Number::kBFloat16}};
+  TORCH_CHECK(numbers.count(dtype) == 1, who, ": dtype: expected float64, float32, float16 or bfloat16, got ", dtype);
+  return numbers.at(dtype);
+}
+
+lstm_ext::cuda::Kernel kernel_named(const std::string& name, const char* who) {
+  const auto named = lstm_ext::cuda::request_named(name);
+  TORCH_CHECK_VALUE(named && !named->any && !named->exchange, who, ": expected stepwise, step or persistent, got ",
+                    name);
+  return named->kernel;
+}
+
+void set_cuda_measured(int device, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
+                       const std::string& dtype, bool tf32, bool projected, bool backward, bool packed,
+                       const std::string& kernel) {
+  lstm_ext::cuda::LayerFacts layer{
+      steps, batch,     1,     hidden_size, directions, number_named(dtype, "set_cuda_measured"),
+      tf32,  projected, false, false,       backward,   packed};
+  lstm_ext::cuda::set_measured(device, layer, kernel_named(kernel, "set_cuda_measured"));
+}
+
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
                    int directions, const std::string& dtype, bool tf32, bool projected, bool normalised,
                    bool cell_options, bool backward, bool packed, bool options, const std::string& kernel,
-                   const std::optional<bool>& step_outcome, const std::optional<bool>& persistent_outcome) {
+                   const std::optional<bool>& step_outcome, const std::optional<bool>& persistent_outcome,
+                   const std::string& measured) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
   const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
@@ -257,12 +284,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
   }
-  const std::map<std::string, Number> numbers = {{"float64", Number::kFloat64},
-                                                 {"float32", Number::kFloat32},
-                                                 {"float16", Number::kFloat16},
-                                                 {"bfloat16", Number::kBFloat16}};
-  TORCH_CHECK(numbers.count(dtype) == 1, "cuda_plan: dtype: expected float64, float32, float16 or bfloat16, got ",
-              dtype);
+  const Number number = number_named(dtype, "cuda_plan");
   const std::optional<Request> named = request_named(kernel);
   TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step, persistent, independent or mailbox, got ",
               kernel);
@@ -271,9 +293,10 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
     return !outcome ? Outcome::kNotTried : *outcome ? Outcome::kRight : Outcome::kWrong;
   };
   std::tie(request.step, request.persistent) = std::make_pair(said(step_outcome), said(persistent_outcome));
+  if (!measured.empty()) request.measured = kernel_named(measured, "cuda_plan");
   request.reasons = true;
-  const Plan found = plan({steps, batch, input_size, hidden_size, directions, numbers.at(dtype), tf32, projected,
-                           normalised, cell_options, backward, packed, options},
+  const Plan found = plan({steps, batch, input_size, hidden_size, directions, number, tf32, projected, normalised,
+                           cell_options, backward, packed, options},
                           facts, request);
   py::dict result;
   result["kernel"] = name_of(found.kernel);
@@ -353,8 +376,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tf32") = true, py::arg("projected") = false, py::arg("normalised") = false,
         py::arg("cell_options") = false, py::arg("backward") = false, py::arg("packed") = false,
         py::arg("options") = false, py::arg("kernel") = "auto", py::arg("step_outcome") = py::none(),
-        py::arg("persistent_outcome") = py::none());
+        py::arg("persistent_outcome") = py::none(), py::arg("measured") = "");
   m.def("cuda_facts", &cuda_facts, py::arg("device"));
+  m.def("set_cuda_measured", &set_cuda_measured, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
+        py::arg("hidden_size"), py::arg("directions"), py::arg("dtype"), py::arg("tf32"), py::arg("projected"),
+        py::arg("backward"), py::arg("packed"), py::arg("kernel"));
   m.def("set_cuda_constants", &set_cuda_constants, py::arg("capability"), py::arg("constants"));
   m.def(
       "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from . import functional, reference
 from .call.layout import LSTMExtras
+from .call.measured import tune
 from .native import loader
 from .native.config import VERSION as __version__
 from .native.cuda import check_waits as check_cuda_waits
@@ -44,5 +45,6 @@ __all__ = [
     "report",
     "revert",
     "to_torch",
+    "tune",
     "unfreeze",
 ]

@@ -292,6 +292,15 @@ def _all_workers() -> None:
             extension.set_cpu_wait_limit(float(os.environ["LSTM_EXT_CPU_WAIT_LIMIT"]), _watch.stderr)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_on_a_gpu() -> Iterator[None]:
+    """Plain layers too: by itself, torch's operator computes them where it is faster."""
+    from lstm_ext.native import cuda as native_cuda
+
+    with native_cuda.forced("auto"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -> Iterator[None]:
     """One thread beside the tests of other processes; all threads and no other test for one that is `alone`."""

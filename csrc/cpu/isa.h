@@ -36,7 +36,6 @@
 #if defined(LSTM_EXT_ISA_AVX512)  // F, BW, DQ, VL
 
 #define LSTM_EXT_ISA avx512
-#define LSTM_EXT_ISA_NAME "avx512"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
                              apply_to = function)
@@ -47,7 +46,6 @@
 #elif defined(LSTM_EXT_ISA_AVX2)  // and FMA, F16C
 
 #define LSTM_EXT_ISA avx2
-#define LSTM_EXT_ISA_NAME "avx2"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -57,12 +55,10 @@
 #elif defined(LSTM_EXT_ISA_BASELINE)  // SSE2, which every x86-64 CPU has
 
 #define LSTM_EXT_ISA baseline
-#define LSTM_EXT_ISA_NAME "baseline"
 
 #elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a matrix unit in plain C++
 
 #define LSTM_EXT_ISA software
-#define LSTM_EXT_ISA_NAME "software"
 
 #else
 #error "define LSTM_EXT_ISA_AVX512 or another, as the kernels_*.cpp do"

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <tuple>
 
 namespace lstm_ext::cuda {
 namespace {
@@ -284,9 +285,17 @@ struct Because {
   }
 };
 
-// The kernel that is fastest by the model, of those that have been right on this device.
+// The kernel that was measured as the fastest; else, by the model, of those that have been right on this device.
 void choose_fastest(Plan& result, const DeviceFacts& device, const Request& request, const std::string& no_step) {
   const Because because{result, request};
+  if (request.measured) {
+    const Kernel kernel = *request.measured;
+    if (kernel == Kernel::kStepwise || (kernel == Kernel::kStep ? no_step : result.persistent.problem).empty()) {
+      result.kernel = kernel;
+      because([] { return std::string("it was the fastest when calls like this one were measured on this device"); });
+      return;
+    }
+  }
   double best = result.stepwise_us;
   // The faster of two kernels wins if it has been right; why one that would win may not.
   const auto offer = [&](Kernel kernel, const char* what, double us, Outcome outcome) {
@@ -401,6 +410,42 @@ void set_validated(int device, Kernel kernel, bool tf32, bool validated) {
 
 bool is_validated(int device, Kernel kernel, bool tf32) {
   return (validated_devices & bit_of(device, kernel, tf32)) != 0;
+}
+
+namespace {
+// Device, directions, number, TF32, projected, backward, packed, then hidden units, and buckets of steps and batch.
+using SizesOfClass = std::tuple<int, int, Number, bool, bool, bool, bool, int64_t, int, int>;
+struct Measured {
+  std::mutex one_at_a_time;
+  std::map<SizesOfClass, Kernel> kernels;
+};
+Measured& measured_ones() {
+  static Measured all;
+  return all;
+}
+int bucket(int64_t size) {
+  int bits = 0;
+  while (int64_t{1} << bits < size) ++bits;
+  return bits;
+}
+SizesOfClass class_of(int device, const LayerFacts& layer) {
+  return {device,         layer.directions, layer.number,      layer.tf32,          layer.projected,
+          layer.backward, layer.packed,     layer.hidden_size, bucket(layer.steps), bucket(layer.batch)};
+}
+}  // namespace
+
+void set_measured(int device, const LayerFacts& layer, Kernel kernel) {
+  Measured& all = measured_ones();
+  const std::lock_guard<std::mutex> lock(all.one_at_a_time);
+  all.kernels[class_of(device, layer)] = kernel;
+}
+
+std::optional<Kernel> measured(int device, const LayerFacts& layer) {
+  Measured& all = measured_ones();
+  const std::lock_guard<std::mutex> lock(all.one_at_a_time);
+  if (all.kernels.empty()) return std::nullopt;
+  const auto found = all.kernels.find(class_of(device, layer));
+  return found == all.kernels.end() ? std::nullopt : std::optional<Kernel>(found->second);
 }
 
 namespace {

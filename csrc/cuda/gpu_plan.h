@@ -124,7 +124,8 @@ struct Request {
   Kernel kernel = Kernel::kStepwise;
   std::optional<Exchange> exchange;  // for a persistent kernel; without it the one expected to be faster
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
-  bool reasons = false;  // say why; a call does not ask
+  std::optional<Kernel> measured;  // with `any`: the fastest of those that have been right, by set_measured
+  bool reasons = false;            // say why; a call does not ask
 };
 
 struct Plan {
@@ -166,6 +167,11 @@ const char* step_problem(const LayerFacts& layer);
 // float32 operands that are rounded to TF32; else not.
 LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool validated);
 bool is_validated(int device, Kernel kernel, bool tf32);
+
+// The kernel that was fastest when layers of these sizes were measured on a device: lstm_ext/call/measured.py measures,
+// and calls this. Steps and batch count rounded up to powers of two, the size of the input does not.
+LSTM_EXT_PUBLIC void set_measured(int device, const LayerFacts& layer, Kernel kernel);
+std::optional<Kernel> measured(int device, const LayerFacts& layer);
 
 // How long a block of a persistent kernel waits for another one, in nanoseconds; 0: for ever. As
 // LSTM_EXT_CUDA_WAIT_LIMIT says in seconds, or in its place for one thread (null takes it back). Nothing if that is no

@@ -5,6 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include <cuda_runtime.h>
 
@@ -37,14 +41,33 @@ struct LaunchConfig {
   bool dependent = false;
 };
 
+// Lets a kernel have as much dynamic shared memory as the device has for it, once for each device and kernel. A limit
+// of the size of one launch could be lowered by another thread's before that launch comes.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex one_at_a_time;
+  static std::set<std::pair<int, const void*>> done;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes = {};
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess || done.count({device, kernel}) > 0) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  if (status == cudaSuccess) done.insert({device, kernel});
+  return status;
+}
+
 // Returns the error, which the caller reports, and clears it: the next cudaGetLastError does not see it.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args& args) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   cudaError_t status = cudaSuccess;
   if (config.dynamic_shared > kSharedWithoutAsking) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(config.dynamic_shared));
+    status = allow_shared(reinterpret_cast<const void*>(kernel));
   }
   if (status == cudaSuccess) {
     cudaLaunchAttribute attributes[2];
@@ -75,8 +98,7 @@ template <typename Args>
 int blocks_at_once(void (*kernel)(Args), int threads, size_t dynamic_shared) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   int blocks = 0;
-  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared)) !=
-          cudaSuccess ||
+  if (allow_shared(function) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, dynamic_shared) != cudaSuccess) {
     cudaGetLastError();
     return 0;
@@ -84,15 +106,25 @@ int blocks_at_once(void (*kernel)(Args), int threads, size_t dynamic_shared) {
   return blocks;
 }
 
-// Whether the code of a kernel was compiled for sm_90 or later, and not made of PTX for an earlier one.
+// Whether the code of a kernel was compiled for sm_90 or later, and not made of PTX for an earlier one. Devices of a
+// process may run different codes.
 template <typename Args>
 bool is_compiled_for_sm90(void (*kernel)(Args)) {
+  static std::mutex one_at_a_time;
+  static std::map<std::pair<int, const void*>, bool> known;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const auto* function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    const auto found = known.find({device, function});
+    if (found != known.end()) return found->second;
+    if (cudaFuncGetAttributes(&attributes, function) == cudaSuccess) {
+      return known[{device, function}] = attributes.ptxVersion >= 90;
+    }
   }
-  return attributes.ptxVersion >= 90;
+  cudaGetLastError();
+  return false;
 }
 
 // An address within shared memory, as instructions want it.

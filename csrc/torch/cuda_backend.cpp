@@ -12,6 +12,7 @@
 
 #include "cuda/step.h"
 #include "torch/cuda_stepwise.h"
+#include "torch/cuda_stepwise_common.h"
 #include "torch/gemm_cublas.h"
 
 namespace lstm_ext {
@@ -77,7 +78,8 @@ bool wait_expired(int device) {
 // The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 
-StepwiseDevice current_device(at::ScalarType dtype) {
+StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bool backward) {
+  const at::ScalarType dtype = call.input.scalar_type();
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
   TORCH_CHECK(properties->major >= 8, "lstm_ext: the CUDA kernels need compute capability 8.0 or later, and ",
               properties->name, " has ", properties->major, ".", properties->minor);
@@ -94,6 +96,9 @@ StepwiseDevice current_device(at::ScalarType dtype) {
   };
   request.step = outcome(cuda::Kernel::kStep);
   request.persistent = outcome(cuda::Kernel::kPersistent);
+  if (request.any && call.options.norm.empty() && !has_cell_options(call.options)) {
+    request.measured = cuda::measured(index, facts_of(call, sizes, tf32, backward));
+  }
   const std::optional<int64_t> limit = cuda::wait_limit();
   TORCH_CHECK(limit, "lstm_ext: LSTM_EXT_CUDA_WAIT_LIMIT is '", std::getenv("LSTM_EXT_CUDA_WAIT_LIMIT"),
               "': set it to a number of seconds, or unset it");
@@ -114,12 +119,12 @@ cuda::DeviceFacts facts_of_device(int index) {
 
 LayerResults cuda_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
   const c10::cuda::CUDAGuard guard(call.input.device());
-  return stepwise_forward(call, sizes, save, current_device(call.input.scalar_type()));
+  return stepwise_forward(call, sizes, save, current_device(call, sizes, false));
 }
 
 LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args) {
   const c10::cuda::CUDAGuard guard(call.input.device());
-  return stepwise_backward(call, sizes, args, current_device(call.input.scalar_type()));
+  return stepwise_backward(call, sizes, args, current_device(call, sizes, true));
 }
 
 // Registers the backend when the library is loaded.

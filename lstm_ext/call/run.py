@@ -16,6 +16,7 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
+from . import measured
 from .arguments import (
     CELL_PARAMETERS,
     NO_OPTIONS,
@@ -83,8 +84,10 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """By torch's own operator, if plain layers run on it here, else layer by layer."""
     autocast = autocast_dtype(x) if any_autocast() else None
-    preferred = (
-        options is None and batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
+    preferred = options is None and (
+        measured.prefers_torch(stack, weights, x, batch_sizes, autocast)
+        if x.is_cuda
+        else batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
     )
     # Under autocast, torch's results of packed data have other dtypes than those of the dense data that the user gave.
     if (

@@ -14,7 +14,7 @@ __all__ = ["differentiable_backward", "lstm_layer"]
 
 
 def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
-    """Call only if `tracing.is_direct`."""
+    """Call only if `route.is_direct`."""
     options = call.options
     return kernels.lstm_layer(
         call.input,

@@ -18,16 +18,21 @@ import torch
 from torch import Tensor
 
 from ..native import config, cuda, loader, selftest_record
+from . import equations
+from .layer_call import LayerCall, LayerOptions
 
-__all__ = ["LIMIT", "REPEATS", "check", "choose", "outcome"]
+__all__ = ["LIMIT", "REPEATS", "check", "choose", "may_run", "outcome"]
 
 LIMIT = 0.2  # seconds for the repeats of a variant
 REPEATS = 200  # repeats of one layer, with the same bits each time; fewer if LIMIT is over,
 FEWEST_REPEATS = 20  # but at least so many
-WAIT_LIMIT = 0.05  # seconds that a block waits for another one
+# Seconds that a block waits for another one. A wait that expires is no verdict, since the GPU may be busy with
+# something else: the check begins anew with the next limit.
+WAIT_LIMITS = (0.05, 2.0)
 # The dtypes that are tried, recorded and chosen together, for each kernel.
+_ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
-_chosen: set[int | None] = set()
+_chosen: dict[int | None, bool] = {}  # whether the kernels may run at all
 _found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
 
 
@@ -47,33 +52,73 @@ PROBLEMS = (
     _Problem(18, 40, options=True),
     _Problem(3, 40, steps=1),
     _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
+    _Problem(70, 520),  # several tiles of rows for each block
+    _Problem(4, 1100),  # weights that the registers do not hold
+    _Problem(512, 64, bidirectional=True),  # blocks on every multiprocessor, without an exchange
+    _Problem(40, 1024),  # and with one
 )
 
 
-def choose(device: torch.device) -> None:
-    """Lets `auto` use ``step`` and ``persistent`` on a CUDA device if they were correct there.
+def choose(device: torch.device) -> bool:
+    """Whether kernels may run on a CUDA device. Lets `auto` use those that were correct there.
 
-    Not while a graph is captured: then a later call does it.
+    While a graph is captured it tries nothing: then a later call does it.
 
     Raises:
         ValueError: an environment variable has an invalid value.
     """
     index = device.index
     if index in _chosen:
-        return
+        return _chosen[index]
     cuda.use_measured_constants()
     wanted, is_free = config.cuda_check_wanted(), config.requested_cuda_kernel() == "auto"
     if is_free and torch.cuda.is_current_stream_capturing():
-        return
-    _chosen.add(index)
+        return bool(cuda.outcome(device, "stepwise", torch.float64))
+    # A call of a layer within the check finds this.
+    _chosen[index] = True
     if not is_free:
-        return
+        return True
+    if not _right(device, "stepwise", _ALL_DTYPES, wanted):
+        _chosen[index] = False
+        if not wanted:
+            warnings.warn(
+                f"lstm_ext: no kernel has been checked on {device}, and LSTM_EXT_CUDA_CHECK=0: torch's own operator "
+                "computes there. `python -m lstm_ext.selftest --device cuda` checks them.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
     for kernel, dtypes in itertools.product(config.TRIED_CUDA_KERNELS, _DTYPES):
-        passed = cuda.outcome(device, kernel, dtypes[0])
-        if passed is None and wanted:
-            passed = _found[index, cuda.variant(kernel, dtypes[0])] = _tried(device, kernel, dtypes)
-        if passed:
+        if _right(device, kernel, dtypes, wanted):
             loader.extension().set_cuda_validated(index, kernel, dtypes[0] == torch.float32, True)
+    return True
+
+
+def _right(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], wanted: bool) -> bool | None:
+    """Whether a kernel is right, by a record, or by a check if one is wanted. None if that is unknown."""
+    passed = cuda.outcome(device, kernel, dtypes[0])
+    if passed is None and wanted:
+        passed = _found[device.index, cuda.variant(kernel, dtypes[0])] = _tried(device, kernel, dtypes)
+    return passed
+
+
+def may_run(device: torch.device, kernel: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel was right on this device. Call it after `choose`."""
+    return bool(outcome(device, kernel, torch.float64 if kernel == "stepwise" else dtype))
+
+
+def is_right(index: int | None) -> bool:
+    """The same as `choose` where nothing may be tried: for a graph that is compiled. True without a GPU."""
+    if not torch.cuda.is_available() or config.requested_cuda_kernel() != "auto":
+        return True
+    known = _chosen.get(index)
+    return (
+        bool(cuda.outcome(torch.device("cuda", index), "stepwise", torch.float64)) if known is None else known
+    )
+
+
+# Called by dynamo, not traced, like `loader.has_kernels`.
+is_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
@@ -114,21 +159,38 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
 def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
     """Whether a kernel computes the same as ``stepwise``, values and gradients, with the same bits in each repeat.
 
-    None if there was no time to find out. The text gives the reason for False.
+    ``stepwise`` itself is compared with the equations in float64. None if that could not be found out. The text gives
+    the reason for False and None.
     """
+    result: tuple[bool | None, str] = None, ""
+    for limit in WAIT_LIMITS:
+        result = _checked(device, kernel, dtypes, limit)
+        if result[0] is not None or not result[1]:
+            break
+    return result
+
+
+def _checked(
+    device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], limit: float
+) -> tuple[bool | None, str]:
     kernels = loader.extension()
-    kernels.set_cuda_wait_limit_of_thread(WAIT_LIMIT)
+    kernels.set_cuda_wait_limit_of_thread(limit)
+    requests = config.TRIED_CUDA_KERNELS.get(kernel, (kernel,))
     try:
         for dtype in dtypes:
             calls = [_call(problem, dtype, device) for problem in PROBLEMS]
             for call in calls:
-                kernels.set_cuda_kernel_of_thread("stepwise")
-                expected = _results(kernels, call)
-                for request in config.TRIED_CUDA_KERNELS[kernel]:
+                if kernel == "stepwise":
+                    expected = _by_equations(call)
+                else:
+                    kernels.set_cuda_kernel_of_thread("stepwise")
+                    expected = _results(kernels, call)
+                for request in requests:
                     kernels.set_cuda_kernel_of_thread(request)
-                    wrong = _differences(_results(kernels, call), expected, dtype)
+                    found = _results(kernels, call)
+                    wrong = _differences(found, expected, dtype)
                     if kernels.cuda_wait_expired(device.index):
-                        return False, f"{dtype}: a block waited for another one in vain"
+                        return None, f"{dtype}: a block waited for another one in vain for {limit} s"
                     if wrong:
                         return False, f"{dtype}: {wrong}"
             expected = _results(kernels, calls[0])
@@ -165,27 +227,44 @@ def _call(problem: _Problem, dtype: torch.dtype, device: torch.device) -> tuple[
         weights += [draw(4 * H, 12, scale=H**-0.5), draw(4 * H, H, scale=H**-0.5)]
         weights += [draw(4 * H, scale=H**-0.5), draw(4 * H, scale=H**-0.5)]
     states = draw(D, B, H), draw(D, B, H)
-    options = None
+    options: dict[str, Any] = {}
     if problem.options:
-        mask = (torch.rand(D, B, H, generator=generator, device="cpu") < 0.7).float() / 0.7
+        # In the dtype of the cell's state.
+        wide = torch.promote_types(dtype, torch.float32)
+        mask = (torch.rand(D, B, H, generator=generator, device="cpu") < 0.7).to(wide) / 0.7
         lengths = torch.arange(B, device="cpu") % (T + 1)
-        options = loader.extension().LayerOptions(
-            recurrent_mask=mask.to(device), lengths=lengths.to(device), zoneout_c=0.1
-        )
+        options = {"recurrent_mask": mask.to(device), "lengths": lengths.to(device), "zoneout_c": 0.1}
     return (draw(*rows, 12), *states, weights, sizes, True, problem.bidirectional, options)
 
 
-def _results(kernels: Any, call: tuple[Any, ...]) -> dict[str, Tensor]:
+def _results(kernels: Any, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+    *plain, options = arguments
+    call = (*plain, kernels.LayerOptions(**options) if options else None)
     output, h_n, c_n, _, _, saved = kernels.lstm_layer_forward(*call, True)
-    grads = (
-        torch.sin(output.float()).to(output.dtype),
-        torch.ones_like(h_n),
-        torch.ones_like(c_n),
-        None,
-        None,
-    )
+    grads = (*_gradients_of(output, h_n, c_n), None, None)
     needs_grad = [True] * (3 + len(call[3])) + [False, False]
     gradients = kernels.lstm_layer_backward(*call, *grads, output, saved, needs_grad)
+    return _named(output, h_n, c_n, gradients)
+
+
+def _by_equations(arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The same in float64."""
+    input, h0, c0, weights, sizes, bias, bidirectional, options = arguments
+    leaves = [t.double().requires_grad_() for t in (input, h0, c0, *weights)]
+    options = {n: v.double() if n == "recurrent_mask" else v for n, v in options.items()}
+    call = LayerCall(*leaves[:3], leaves[3:], sizes, bias, bidirectional, LayerOptions(**options))
+    with torch.enable_grad():
+        results = equations.lstm_layer(call)[:3]
+        gradients = torch.autograd.grad(results, leaves, _gradients_of(*[r.detach() for r in results]))
+    return _named(*[r.detach() for r in results], gradients)
+
+
+def _gradients_of(output: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = output if output.dtype == torch.float64 else output.float()
+    return torch.sin(wide).to(output.dtype), torch.ones_like(h_n), torch.ones_like(c_n)
+
+
+def _named(output: Tensor, h_n: Tensor, c_n: Tensor, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
     named = {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
     return {"output": output, "h_n": h_n, "c_n": c_n, **named}
 

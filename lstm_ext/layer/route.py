@@ -30,17 +30,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..native import cuda, loader
-from . import eager, equations, transforms
+from . import eager, equations, first_use, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions, LayerResults
 from .shapes import weights_per_direction
 from .tracing import (
     KERNEL_DTYPES,
     LEGACY_VMAP,
+    PLAIN_TYPES,
     PRE_DISPATCH,
+    are_plain,
     dispatch_modes,
     innermost_transform,
     is_active,
-    is_direct,
     is_exporting_to_onnx,
     is_plain_eager,
     onnx_has_our_operator,
@@ -52,6 +53,7 @@ __all__ = [
     "TorchIsFaster",
     "UnsupportedLayerError",
     "has_operators",
+    "is_direct",
     "lstm_cell",
     "lstm_layer",
     "prefers_torch",
@@ -97,6 +99,7 @@ TORCH_IS_FASTER = (
 _ITS_DTYPES = frozenset([row.dtype for row in TORCH_IS_FASTER])
 
 _is_compiling = torch.compiler.is_compiling
+_CPU = torch.device("cpu")
 _is_compiled_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
@@ -105,6 +108,27 @@ class UnsupportedLayerError(NotImplementedError):
 
 
 UnsupportedLayerError.__module__ = "lstm_ext.onnx"  # the public module
+
+
+def is_direct(call: LayerCall) -> bool:
+    """Whether the kernels may be called without the dispatcher."""
+    if not is_plain_eager() or forward_ad._current_level >= 0:
+        return False
+    input, h0, c0 = call.input, call.h0, call.c0
+    device = input.device
+    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
+        return False
+    if input.dtype not in KERNEL_DTYPES or type(input) not in PLAIN_TYPES:
+        return False
+    for w in call.weights:
+        if type(w) not in PLAIN_TYPES:
+            return False
+    options = call.options
+    if options is not PLAIN and options.native is None and not are_plain(options.tensors()):
+        return False
+    if not ((h0 is None or type(h0) in PLAIN_TYPES) and (c0 is None or type(c0) in PLAIN_TYPES)):
+        return False
+    return device == _CPU or first_use.choose(device)
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
@@ -253,10 +277,16 @@ def refuse_none(weights: Sequence[Tensor]) -> None:
 
 
 def has_operators(device: torch.device) -> bool:
-    """Whether we have kernels for a device."""
+    """Whether we have kernels for a device. On a GPU they count once they have been right there."""
     if device.type == "cuda":
-        return cuda.is_supported(device.index)
+        return cuda.is_supported(device.index) and _were_right(device)
     return device.type in ("cpu", "meta") and loader.has_kernels()
+
+
+def _were_right(device: torch.device) -> bool:
+    if _is_compiling():
+        return first_use.is_right(device.index)
+    return not torch.cuda.is_available() or first_use.choose(device)
 
 
 def prefers_torch(
@@ -317,7 +347,7 @@ def torchs_way(
         for w in layer:
             if type(w) not in transforms.OPERATOR_TYPES:
                 return None
-    if device.type == "cuda":
+    if device.type == "cuda" and not preferred:
         _warn_about_cuda(cuda.problem(device.index))
     if is_plain_eager() or torch._C._is_tracing():
         return "direct"

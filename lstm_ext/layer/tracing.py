@@ -8,22 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-from ..native import cuda
-from . import first_use
-from .layer_call import PLAIN, LayerCall
 
 __all__ = [
     "KERNEL_DTYPES",
     "LEGACY_VMAP",
+    "PLAIN_TYPES",
     "PRE_DISPATCH",
     "any_autocast",
     "are_plain",
     "dispatch_modes",
     "innermost_transform",
     "is_active",
-    "is_direct",
     "is_exporting_to_onnx",
     "is_jit_tracing",
     "is_plain_eager",
@@ -45,8 +40,7 @@ LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 # The key of make_fx(pre_dispatch=True), whose mode is not in the list of the others.
 PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_CPU = torch.device("cpu")
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 # One query for all device types; RNNBase.check_input uses the same.
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
@@ -63,32 +57,9 @@ def is_plain_eager() -> bool:
     )
 
 
-def is_direct(call: LayerCall) -> bool:
-    """Whether the kernels may be called without the dispatcher."""
-    if not is_plain_eager() or forward_ad._current_level >= 0:
-        return False
-    input, h0, c0 = call.input, call.h0, call.c0
-    device = input.device
-    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
-        return False
-    if input.dtype not in KERNEL_DTYPES or type(input) not in _PLAIN_TYPES:
-        return False
-    for w in call.weights:
-        if type(w) not in _PLAIN_TYPES:
-            return False
-    options = call.options
-    if options is not PLAIN and options.native is None and not are_plain(options.tensors()):
-        return False
-    if not ((h0 is None or type(h0) in _PLAIN_TYPES) and (c0 is None or type(c0) in _PLAIN_TYPES)):
-        return False
-    if device != _CPU:
-        first_use.choose(device)
-    return True
-
-
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none of the tensors is of a subclass."""
-    return all([t is None or type(t) in _PLAIN_TYPES for t in tensors])
+    return all([t is None or type(t) in PLAIN_TYPES for t in tensors])
 
 
 def is_jit_tracing() -> bool:

@@ -185,13 +185,15 @@ def cuda_plan(
     kernel: str = "auto",
     step_outcome: bool | None = None,
     persistent_outcome: bool | None = None,
+    measured: str = "",
 ) -> dict[str, str | int | float | list[str] | dict[str, str | int | float]]:
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
     ``kernel`` is a request in the form of LSTM_EXT_CUDA_KERNEL. The outcomes say whether the kernels ``"step"`` and
-    ``"persistent"`` were correct on this GPU; None means not tried. ``options`` are lengths, zoneout or a recurrent
-    mask. In the result ``problem`` is empty, or says why the requested kernel cannot run; ``launches`` are those of a
-    time step; ``persistent`` describes that kernel even if another one is chosen. The times are those of a model.
+    ``"persistent"`` were correct on this GPU; None means not tried. ``measured`` is the kernel that was the
+    fastest. ``options`` are lengths, zoneout or a recurrent mask. In the result ``problem`` is empty, or says why
+    the requested kernel cannot run; ``launches`` are those of a time step; ``persistent`` describes that kernel
+    even if another one is chosen. The times are those of a model.
     """
 
 def set_cuda_constants(capability: int, constants: dict[str, float]) -> None:
@@ -208,6 +210,22 @@ def set_cuda_kernel(name: str) -> None:
 def set_cuda_kernel_of_thread(name: str) -> None:
     """The same for layers that this thread calls; it overrides everything else. They may round to TF32, whatever
     torch's settings are."""
+
+def set_cuda_measured(
+    *,
+    device: int,
+    steps: int,
+    batch: int,
+    hidden_size: int,
+    directions: int,
+    dtype: str,
+    tf32: bool,
+    projected: bool,
+    backward: bool,
+    packed: bool,
+    kernel: str,
+) -> None:
+    """Sets the kernel that was the fastest when such layers were measured on this CUDA device of the process."""
 
 def set_cuda_validated(device: int, kernel: str, tf32: bool, validated: bool) -> None:
     """Sets whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_waits",
     "choice",
     "forced",
+    "is_forced",
     "is_supported",
     "outcome",
     "problem",
@@ -47,18 +49,34 @@ def choice() -> Choice:
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
 
 
+_forced = 0  # contexts of `forced`, in all threads
+_one_at_a_time = threading.Lock()
+
+
 @contextlib.contextmanager
 def forced(kernel: str) -> Iterator[None]:
-    """The kernel that runs CUDA tensors, in all threads, whatever the environment says. "auto" changes nothing."""
+    """The kernel that runs CUDA tensors, in all threads, whatever the environment says. "auto": any of ours.
+
+    Torch's operator, which may be faster, does not take its place.
+    """
+    global _forced
     extension = loader.extension()
-    if extension is None or kernel == "auto":
-        yield
-        return
-    extension.set_cuda_kernel(kernel)
+    with _one_at_a_time:
+        _forced += 1
     try:
+        if extension is not None and kernel != "auto":
+            extension.set_cuda_kernel(kernel)
         yield
     finally:
-        extension.set_cuda_kernel("")
+        if extension is not None and kernel != "auto":
+            extension.set_cuda_kernel("")
+        with _one_at_a_time:
+            _forced -= 1
+
+
+def is_forced() -> bool:
+    """Whether one of our kernels has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
+    return _forced > 0 or requested_cuda_kernel() != "auto"
 
 
 def variant(kernel: str, dtype: torch.dtype) -> str:

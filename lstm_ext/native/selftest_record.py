@@ -1,4 +1,5 @@
-"""The results of ``python -m lstm_ext.selftest`` and of first uses, for this user: a JSON file in the cache folder.
+"""The results of ``python -m lstm_ext.selftest``, of first uses and of measurements, for this user: a JSON file in the
+cache folder.
 
 An entry belongs to one device and one state of everything that the result depends on. If any of it changes, e.g. the
 driver, the entry no longer counts.
@@ -7,10 +8,12 @@ driver, the entry no longer counts.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -99,8 +102,10 @@ def commit(
     COMMITTED.write_text(json.dumps(sorted(entries, key=lambda e: e["capability"]), indent=1) + "\n")
 
 
-def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
-    """Writes an entry, which replaces an older one for the same device and state.
+def write(
+    device: torch.device, passed: list[str], failed: list[str], measured: dict[str, dict] | None = None
+) -> None:
+    """Writes an entry, which replaces an older one for the same device and state, but for what was measured.
 
     Raises OSError or RuntimeError, also if another user could write the file.
     """
@@ -108,9 +113,12 @@ def write(device: torch.device, passed: list[str], failed: list[str]) -> None:
     if reason is not None:
         raise RuntimeError(f"{path()} is not written, since nobody could trust it: {reason}")
     key = key_of(device)
-    entries = [entry for entry in _entries() if not _is_about(entry, key)]
+    before = _entries()
+    entries = [entry for entry in before if not _is_about(entry, key)]
+    present = next((entry for entry in before if _is_about(entry, key)), {})
+    measured = {**(present.get("measured") or {}), **(measured or {})}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    entries.append({**key, "passed": passed, "failed": failed, "date": date})
+    entries.append({**key, "passed": passed, "failed": failed, "measured": measured, "date": date})
     make_folder(path().parent)
     file = resolved(path())
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
@@ -129,6 +137,12 @@ def add(device: torch.device, variant: str, passed: bool) -> None:
     write(device, good, bad)
 
 
+def add_measured(device: torch.device, name: str, choice: dict) -> None:
+    """Adds what was measured for a class of shapes. Errors are those of `write`."""
+    entry = find(device) or {}
+    write(device, entry.get("passed") or [], entry.get("failed") or [], {name: choice})
+
+
 def _is_about(entry: dict, key: dict[str, str]) -> bool:
     return all(entry.get(name) == key[name] for name in KEY)
 
@@ -139,9 +153,23 @@ def _entries() -> list[dict]:
         if distrust(path()) is not None or distrust(file) is not None:  # another user may have written it
             return []
         entries = json.loads(file.read_text())
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, RuntimeError):
         return []
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all([isinstance(entry, dict) for entry in entries]):
+        _warn_about_damage(str(file))
+        return []
+    return entries
+
+
+@functools.cache
+def _warn_about_damage(file: str) -> None:
+    warnings.warn(
+        f"lstm_ext: {file} is damaged, and is not used: the next check of a device writes it anew",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _driver() -> str:

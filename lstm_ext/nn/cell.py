@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..call import measured
 from ..call.autocast import autocast_dtype, result_dtypes, to_dtype
 from ..call.run import describe_hx
 from ..layer import route
@@ -129,13 +130,30 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             self._refuse(input, hx)
 
         if rank == 2:
-            h, c = _step(x, h, c, weights)
+            h, c = self._step(x, h, c, weights)
         else:
             if h is not None:
                 h, c = h[None], c[None]
-            h, c = _step(x[None], h, c, weights)
+            h, c = self._step(x[None], h, c, weights)
             h, c = h[0], c[0]
         return (h, c) if dtypes is None else (h.to(dtypes[0]), c.to(dtypes[1]))
+
+    def _step(
+        self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the step for x (B, I), h and c (B, H)."""
+        b_ih, b_hh = weights[2:]
+        if b_ih is None and b_hh is None:
+            weights = weights[:2]
+        elif b_ih is None or b_hh is None:  # the user has set one to None; torch's cell accepts that too
+            b = b_hh if b_ih is None else b_ih
+            weights = [*weights[:2], b, torch.zeros_like(b)]
+        preferred = x.is_cuda and measured.cell_prefers_torch(x, weights, self.training)
+        if preferred and route.torchs_way(x, h, c, [weights], preferred) is not None:
+            if h is None or c is None:
+                h = c = x.new_zeros(x.size(0), weights[1].size(1))  # type: ignore[union-attr]
+            return torch.lstm_cell(x, (h, c), *weights)
+        return route.lstm_cell(x, h, c, weights, len(weights) == 4)
 
     def _weights(self) -> list[Tensor]:
         """The present weights; the same as ``getattr`` returns, but faster."""
@@ -195,16 +213,3 @@ def _is_pair(hx: Any) -> bool:
         and isinstance(hx[0], Tensor)
         and isinstance(hx[1], Tensor)
     )
-
-
-def _step(
-    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """Computes the step for x (B, I), h and c (B, H)."""
-    b_ih, b_hh = weights[2:]
-    if b_ih is None and b_hh is None:
-        weights = weights[:2]
-    elif b_ih is None or b_hh is None:  # the user has set one to None; torch's cell accepts that too
-        b = b_hh if b_ih is None else b_ih
-        weights = [*weights[:2], b, torch.zeros_like(b)]
-    return route.lstm_cell(x, h, c, weights, len(weights) == 4)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..call import measured
 from ..call.arguments import CELL_OPTIONS
 from ..layer import first_use, route
 from ..native import config, cuda, loader
@@ -85,7 +86,9 @@ def explain_data(
         "layers": [],
     }
     if facts is not None:
-        data["facts"] = {name: fact for name, fact in facts.items() if name not in ("problem", *_OUTCOMES)}
+        data["facts"] = {
+            name: fact for name, fact in facts.items() if name not in ("problem", "choices", *_OUTCOMES)
+        }
     directions = 2 if getattr(module, "bidirectional", False) else 1
     output = directions * (getattr(module, "proj_size", 0) or module.hidden_size)
     for layer in range(getattr(module, "num_layers", 1)):
@@ -146,12 +149,39 @@ def _device(
     index = torch.cuda.current_device() if found.index is None else found.index
     return f"{found}, {torch.cuda.get_device_name(found)}", {
         **extension.cuda_facts(index),
-        "problem": cuda.problem(index),
+        "problem": cuda.problem(index) or _unchecked(torch.device("cuda", index)),
+        "choices": measured.recorded(torch.device("cuda", index)),
         **{
             f"{kernel}_outcome": first_use.outcome(torch.device("cuda", index), kernel, dtype)
             for kernel in config.TRIED_CUDA_KERNELS
         },
     }
+
+
+def _unchecked(device: torch.device) -> str | None:
+    if first_use.is_right(device.index):
+        return None
+    return "the kernels have not been right on this device yet: the first call of a layer checks them"
+
+
+def _choice(
+    module: nn.Module, sizes: dict[str, int], dtype: torch.dtype, choices: dict[str, measured.Choice]
+) -> measured.Choice | None:
+    """The measurement of plain calls of this layer, if there is one."""
+    if not isinstance(module, LSTM) or set(options_of(module)) - {"forget_bias"}:
+        return None
+    shape = measured.class_of(
+        dtype,
+        module.hidden_size,
+        module.proj_size,
+        module.num_layers,
+        module.bidirectional,
+        module.training,
+        sizes["batch"],
+        sizes["steps"],
+        packed=False,
+    )
+    return choices.get(shape.key)
 
 
 def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
@@ -174,10 +204,15 @@ def _on_cuda(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     facts = dict(facts)
-    problem = facts.pop("problem", None)
+    problem, choices = facts.pop("problem", None), facts.pop("choices", None)
     outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
     if problem:
         return _without_kernels(module, problem)
+    # Nothing was measured on a card that is not here.
+    choice = None if choices is None else _choice(module, sizes, dtype, choices)
+    if choice is not None and not choice.ours:
+        summary = "torch's own operator, one call for all layers"
+        return {"kernel": "torch", "summary": summary, "reasons": [str(choice)]}
 
     def plan_of(backward: bool) -> dict[str, Any]:
         return extension.cuda_plan(
@@ -192,6 +227,7 @@ def _on_cuda(
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
+            measured="" if choice is None else str(choice.backward if backward else choice.forward),
             **outcomes,
         )
 
@@ -219,11 +255,22 @@ def _on_cuda(
         if directions == 2:
             summary += ", both directions together"
     reasons = list(plan["reasons"])
+    if choice is not None:
+        reasons.append(str(choice))
+    elif choices is not None and _is_measured(module):
+        reasons.append(
+            "not measured on this device yet: the first call of a layer measures torch's operator too"
+        )
     if module.training:
         backward = plan_of(backward=True)
         plan["backward"] = backward
         reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
     return {**plan, "summary": summary, "reasons": reasons}
+
+
+def _is_measured(module: nn.Module) -> bool:
+    plain = isinstance(module, LSTM) and not set(options_of(module)) - {"forget_bias"}
+    return plain and config.requested_cuda_kernel() == "auto"
 
 
 def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:

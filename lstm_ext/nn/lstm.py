@@ -221,12 +221,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return tuple(tuple(names) for names in sets)
 
     def flatten_parameters(self) -> None:
-        """Same as torch's on a GPU, unless our kernels are loaded: these read each parameter in place."""
+        """Same as torch's on a GPU, where torch's operator may compute the layer; the kernels read any parameters."""
         weight = self._parameters.get(self._all_weights[0][0])
-        if weight is None or not weight.is_cuda:
-            return
-        # Looking for the kernels may build them, so this does not look for them.
-        if not loader.is_decided() or not route.has_operators(weight.device):
+        if weight is not None and weight.is_cuda:
             super().flatten_parameters()
 
     def forward(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.layer import route, tracing
+from lstm_ext.layer import route
 from lstm_ext.layer.layer_call import LayerCall, LayerOptions
 from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
@@ -214,7 +214,7 @@ def test_a_card_without_kernels_takes_torchs_operator(pretend, monkeypatch: pyte
     monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
     x = torch.zeros(1)
     call = LayerCall(x, None, None, [x], None, True, False, LayerOptions(zoneout_c=0.1))
-    assert not tracing.is_direct(call)
+    assert not route.is_direct(call)
     with pytest.warns(RuntimeWarning, match=r"no kernels for CUDA tensors.*Pretended.*7\.5"):
         assert route.torchs_way(x, None, None, [[x]]) == "direct"
     assert route.torchs_way(x, None, None, [[x]]) == "direct"

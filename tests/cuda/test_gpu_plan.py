@@ -158,6 +158,16 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
             "persistent",
             "stepwise",
         )
+    for kernel in ("stepwise", "step", "persistent"):  # a measurement counts for more than the model
+        right = {"step_outcome": True, "persistent_outcome": True}
+        plan = _C.cuda_plan(device=DEVICES["H100"], **layer, **right, measured=kernel)
+        assert (
+            plan["kernel"] == kernel and "it was the fastest when calls like this one" in plan["reasons"][-1]
+        )
+    projected = _C.cuda_plan(device=DEVICES["H100"], **layer, projected=True, measured="step")
+    assert projected["kernel"] == "stepwise"  # it has no such layer
+    with pytest.raises(ValueError, match="cuda_plan: expected stepwise, step or persistent, got mailbox"):
+        _C.cuda_plan(device=DEVICES["H100"], **layer, measured="mailbox")
     both = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=True)
     assert both["kernel"] == "persistent" and both["launches"] == both["products"] == 0
 

@@ -40,6 +40,7 @@ class StandIn:
         self.LayerOptions = self.module.LayerOptions
         self.calls = 0
         self.fault: Any = lambda calls, output: output
+        self.fault_of_stepwise: Any = lambda output: output
 
     def set_cuda_kernel_of_thread(self, name: str) -> None:
         self.kernel = name
@@ -59,9 +60,11 @@ class StandIn:
     def lstm_layer_forward(self, *call: Any) -> Any:
         output, *others = self.module.lstm_layer_forward(*call)
         if self.kernel in itertools.chain(*config.TRIED_CUDA_KERNELS.values()):
-            assert self.limit == first_use.WAIT_LIMIT
+            assert self.limit in first_use.WAIT_LIMITS
             self.calls += 1
             output = self.fault(self.calls, output)
+        elif self.kernel == "stepwise":
+            output = self.fault_of_stepwise(output)
         return (output, *others)
 
     def lstm_layer_backward(self, *call: Any) -> Any:
@@ -84,11 +87,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
-    monkeypatch.setattr(first_use, "_chosen", set())
+    monkeypatch.setattr(first_use, "_chosen", {})
     monkeypatch.setattr(first_use, "_found", {})
     monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:4])  # the small ones
     monkeypatch.setattr(first_use, "REPEATS", 3)
     monkeypatch.setattr(first_use, "LIMIT", 60)
+    selftest_record.write(CPU, ["stepwise"], [])
     yield stand_in
     assert stand_in.limit is None
     stand_in.set_cuda_kernel_of_thread("")
@@ -108,8 +112,7 @@ def recorded() -> dict[str, Any] | None:
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
 def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS)
-    selftest_record.write(CPU, ["stepwise"], [])
+    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS[:5])
     before = torch.get_rng_state()
     first_use.choose(CPU)
     assert torch.equal(torch.get_rng_state(), before)
@@ -125,12 +128,50 @@ def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
-def test_a_wait_expires(gpu: StandIn) -> None:
+def test_a_wait_that_expires_is_no_verdict(gpu: StandIn) -> None:
+    """The GPU may have been busy with something else."""
     gpu.expired = True
-    said = "'persistent' is not used on cpu: it was wrong: .*a block waited for another one in vain"
+    said = (
+        "'persistent' is not used on cpu: it could not be tried: .*waited for another one in vain for 2.0 s"
+    )
     with pytest.warns(RuntimeWarning, match=said):
-        first_use.choose(CPU)
-    assert gpu.validated == RIGHT and recorded()["failed"] == ["persistent", "persistent-tf32"]
+        assert first_use.choose(CPU)
+    assert gpu.validated == RIGHT and recorded()["failed"] == []
+    assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
+    gpu.expired = False
+    first_use._chosen.clear()
+    first_use._found.clear()
+    first_use.choose(CPU)  # the next process tries it again
+    assert gpu.validated[-2:] == [("persistent", False), ("persistent", True)]
+
+
+def test_stepwise_is_compared_with_the_equations(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kernel that was right, none runs."""
+    selftest_record.path().unlink()
+    assert first_use.choose(CPU) and recorded()["passed"][0] == "stepwise"
+    selftest_record.path().unlink()
+    first_use._chosen.clear()
+    first_use._found.clear()
+    gpu.validated.clear()
+    gpu.fault_of_stepwise = flip
+    with pytest.warns(
+        RuntimeWarning, match="'stepwise' is not used on cpu: it was wrong: .*output is .* off"
+    ):
+        assert not first_use.choose(CPU)
+    assert gpu.validated == [] and recorded()["failed"] == ["stepwise"]
+    assert not first_use.choose(CPU) and not first_use.may_run(CPU, "stepwise", torch.bfloat16)
+    first_use._chosen.clear()
+    assert not first_use.choose(CPU)  # never again on that device
+
+
+def test_nothing_runs_unchecked(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    selftest_record.path().unlink()
+    monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
+    with pytest.warns(RuntimeWarning, match="no kernel has been checked on cpu, and LSTM_EXT_CUDA_CHECK=0"):
+        assert not first_use.choose(CPU)
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")  # unless the user asks for it
+    first_use._chosen.clear()
+    assert first_use.choose(CPU) and gpu.calls == 0
 
 
 def test_a_result_that_comes_with_the_release_decides(
@@ -143,12 +184,12 @@ def test_a_result_that_comes_with_the_release_decides(
     selftest_record.commit(capability, kernels, ["stepwise", "step"], ["step-tf32"], "a result")
     selftest_record.commit("another capability", kernels, ["step-tf32"], [], "another result")
     first_use.choose(CPU)
-    assert gpu.validated == RIGHT[:1] and gpu.calls == 0 and recorded() is None
+    assert gpu.validated == RIGHT[:1] and gpu.calls == 0 and recorded()["passed"] == ["stepwise"]
     # Of other kernels it says nothing.
     selftest_record.commit(capability, "of others", ["step", "step-tf32"], [], "an older result")
     first_use._chosen.clear()
     first_use.choose(CPU)
-    assert gpu.calls > 0 and recorded()["passed"] == ["step", "step-tf32"]
+    assert gpu.calls > 0 and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
     # What the user's own card has found counts first.
     selftest_record.commit(capability, kernels, ["step", "step-tf32"], [], "a result")
     selftest_record.write(CPU, [], ["step"])
@@ -195,7 +236,7 @@ def test_only_one_of_them_is_wrong(gpu: StandIn) -> None:
     with pytest.warns(RuntimeWarning, match="'step-tf32' is not used on cpu: it was wrong"):
         first_use.choose(CPU)
     assert gpu.validated == RIGHT[:1]
-    assert (recorded()["passed"], recorded()["failed"]) == (["step"], ["step-tf32"])
+    assert (recorded()["passed"], recorded()["failed"]) == (["stepwise", "step"], ["step-tf32"])
 
 
 def test_it_cannot_be_tried(gpu: StandIn) -> None:
@@ -204,20 +245,20 @@ def test_it_cannot_be_tried(gpu: StandIn) -> None:
     said = "'step' is not used on cpu: it could not be tried: ZeroDivisionError: division by zero"
     with pytest.warns(RuntimeWarning, match=said):
         first_use.choose(CPU)
-    assert gpu.validated == [] and recorded() is None and gpu.kernel == ""
+    assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
 
 
 def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "LIMIT", -1)
     first_use.choose(CPU)
-    assert gpu.validated == [] and recorded() is None and gpu.kernel == ""
+    assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
 
 
 def test_there_is_time_for_a_few(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "LIMIT", -1)
     monkeypatch.setattr(first_use, "FEWEST_REPEATS", 0)
     first_use.choose(CPU)
-    assert gpu.validated == RIGHT and recorded()["passed"] == ["step", "step-tf32"]
+    assert gpu.validated == RIGHT and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -227,14 +268,14 @@ def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selftest_record, "write", refuse)
     first_use.choose(CPU)
-    assert gpu.validated == RIGHT and recorded() is None
+    assert gpu.validated == RIGHT and recorded()["passed"] == ["stepwise"]
     assert first_use.outcome(CPU, "step", torch.bfloat16) and first_use.outcome(CPU, "step", torch.float32)
 
 
 def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
     first_use.choose(CPU)
-    selftest_record.write(CPU, ["step"], [])
+    selftest_record.write(CPU, ["stepwise", "step"], [])
     first_use._chosen.clear()
     first_use.choose(CPU)  # it asks for no more than a record
     assert gpu.validated.pop() == RIGHT[0]

@@ -80,7 +80,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/gates.h": Fault(
         "load_lanes<T>(at + i * hidden_size, lanes)", "load_lanes<T>(at + (3 - i) * hidden_size, lanes)"
     ),
-    "cpu/isa.h": Fault('#define LSTM_EXT_ISA_NAME "avx2"', '#define LSTM_EXT_ISA_NAME "avx"'),
+    "cpu/isa.h": Fault("#define LSTM_EXT_ISA avx2", "#define LSTM_EXT_ISA avx", every_set=True),
     "cpu/kernel_set.h": Fault("kKernels{Simd<T>::kLanes, ", "kKernels{Simd<T>::kLanes / 2, "),
     "cpu/kernels.h": Fault(
         "  int64_t lanes;      // T values in a SIMD register\n"

@@ -21,7 +21,7 @@ Kernels<float> with_unit(const UnitLimits& unit) {
 }
 
 // float64 has no matrix unit: the kernels of the processor's own set.
-Capability software{LSTM_EXT_ISA_NAME, with_unit(software::kLimitsOfTiles), kernels<double>()};
+Capability software{"software", with_unit(software::kLimitsOfTiles), kernels<double>()};
 Capability pairs{"software, in pairs", with_unit(software::kLimitsOfPairs), kernels<double>()};
 Capability amx{"amx, small sizes too", {}, {}};
 

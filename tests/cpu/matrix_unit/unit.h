@@ -54,8 +54,8 @@ struct MatrixUnit {
     __builtin_memcpy(&pair, row, sizeof(pair));
     return Pairs{} + pair;
   }
-  // The second numbers of the pairs come first.
-  static Reg<float> multiply_add(Reg<float> sums, Pairs row, Pairs columns) {
+  // The second numbers of the pairs come first. Not inlined: it would take long to compile.
+  __attribute__((noinline)) static Reg<float> multiply_add(Reg<float> sums, Pairs row, Pairs columns) {
     const uint32_t pair = static_cast<uint32_t>(row[0]);
     return add_product(pair << 16, columns << 16,
                        add_product(pair & kUpper, columns & static_cast<int>(kUpper), flush(sums)));

@@ -1,0 +1,517 @@
+"""Which way plain layers and cells of CUDA tensors take: torch's own operator, or the kernels, where they are faster.
+
+The first eager call of a class of shapes measures both on the user's own card, on scratch tensors of few steps. The
+choice holds for the life of the process and is recorded for this device, driver and build, so that later processes do
+not measure. Where nothing can be measured (deterministic mode, a graph that is captured or compiled, distributed
+training, within a backward pass), the record decides, and without one torch's operator computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layer import first_use, route
+from ..layer.tracing import KERNEL_DTYPES, is_plain_eager
+from ..native import config, cuda, loader, selftest_record
+from .arguments import Settings, Stack
+from .stack import run_stack
+
+__all__ = [
+    "Choice",
+    "ShapeClass",
+    "cell_prefers_torch",
+    "choice_of",
+    "class_of",
+    "prefers_torch",
+    "recorded",
+    "tune",
+]
+
+STEPS = 32  # steps of the scratch tensors, at most
+CLASS_LIMIT = 0.05  # seconds of measuring for one class of shapes, all candidates together
+PROCESS_LIMIT = 2.0  # seconds of measuring in one process; after that, torch's operator computes new classes
+GAIN = 1.05  # how many times as fast the kernels must be
+_TORCH = "torch"
+
+
+class ShapeClass(NamedTuple):
+    """Calls that take the same way. Not the grad mode: a checkpoint's second forward pass has another one."""
+
+    dtype: str
+    tf32: bool  # products of float32 may be rounded to TF32
+    hidden_size: int
+    proj_size: int
+    num_layers: int  # 0: an LSTMCell
+    bidirectional: bool
+    packed: bool
+    training: bool
+    batch: int  # rounded up to a power of two, as are the steps
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Its name in records."""
+        words = [
+            "tf32" if self.tf32 else self.dtype,
+            f"H{self.hidden_size}",
+            *([f"P{self.proj_size}"] if self.proj_size else []),
+        ]
+        words += [f"L{self.num_layers}", f"B{self.batch}", f"T{self.steps}"]
+        names = ("bidirectional", "packed", "training")
+        return " ".join([*words, *[name for name in names if getattr(self, name)]])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured: microseconds of a call by each candidate, and the fastest kernels of ours for each pass.
+
+    The calls are those of the scratch tensors. A candidate that failed is not in ``us``.
+    """
+
+    ours: bool
+    forward: str | None
+    backward: str | None
+    us: dict[str, float]
+
+    def __str__(self) -> str:
+        times = ", ".join([f"{name} {us:.0f} us" for name, us in self.us.items()])
+        return f"measured on this device: {times}"
+
+
+# Microseconds of both passes, by candidate; the second is 0 in inference.
+Times = dict[str, tuple[float, float]]
+_Measure = Callable[[], Times]
+# None: torch's operator, and nothing was measured.
+_fixed: dict[tuple[int | None, ShapeClass], Choice | None] = {}
+# What `tune` has seen: the classes of shapes of its call, each with its device and how to measure it.
+_Seen = dict[tuple[int | None, ShapeClass], tuple[torch.device, _Measure]]
+_seen: ContextVar[_Seen | None] = ContextVar("_seen", default=None)
+_one_at_a_time = threading.Lock()
+_spent = 0.0
+
+
+def class_of(
+    dtype: torch.dtype,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    training: bool,
+    batch: int,
+    steps: int,
+    packed: bool,
+) -> ShapeClass:
+    """The class of a call with ``batch`` sequences of ``steps`` steps, at most."""
+    return ShapeClass(
+        str(dtype).removeprefix("torch."),
+        dtype == torch.float32 and _allows_tf32(),
+        hidden_size,
+        proj_size,
+        num_layers,
+        bidirectional,
+        packed,
+        training,
+        _bucket(batch),
+        _bucket(steps),
+    )
+
+
+def prefers_torch(
+    stack: Stack,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    autocast: torch.dtype | None,
+) -> bool:
+    """Whether torch's operator computes a plain stack of CUDA tensors although there are kernels.
+
+    Arguments are those of `run_stack`.
+    """
+    device = x.device
+    if x.dtype not in KERNEL_DTYPES or stack.frozen or loader.wants_equations() or not _decides():
+        return False
+    if not route.has_operators(device):
+        return False
+    if stack.dropout and stack.training and len(weights) > 1:
+        return True  # its masks are drawn in one call
+    w = weights[0][1]
+    hidden, state = w.size(0) // 4, w.size(1)
+    of_layer = (
+        x.dtype if autocast is None else autocast,
+        hidden,
+        state if state != hidden else 0,
+        len(weights),
+        stack.bidirectional,
+        stack.training,
+    )
+    packed = batch_sizes is not None
+    if torch.compiler.is_compiling():
+        return not _ours_in_graph(device.index, *of_layer, packed)
+    if batch_sizes is None:
+        steps, batch = x.size(0), x.size(1)
+    else:
+        steps, batch = batch_sizes.size(0), int(batch_sizes[0])
+    return not _is_ours(class_of(*of_layer, batch, steps, packed), x, batch, steps)
+
+
+def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bool) -> bool:
+    """The same for an LSTMCell with the input x (B, I)."""
+    device = x.device
+    if x.dtype not in KERNEL_DTYPES or loader.wants_equations() or not _decides():
+        return False
+    if not route.has_operators(device):
+        return False
+    of_layer = (x.dtype, weights[1].size(1), 0, 0, False, training)  # type: ignore[union-attr]
+    if torch.compiler.is_compiling():
+        return not _ours_in_graph(device.index, *of_layer, False)
+    return not _is_ours(class_of(*of_layer, x.size(0), 1, False), x, x.size(0), 1)
+
+
+def _is_ours(shape: ShapeClass, x: Tensor, batch: int, steps: int) -> bool:
+    device, features = x.device, x.size(-1)
+
+    def measure() -> Times:
+        return times_of(shape, device, features, batch, min(steps, STEPS))
+
+    seen = _seen.get()
+    if seen is not None:
+        seen.setdefault((device.index, shape), (device, measure))
+        return False
+    choice = choice_of(shape, device, measure)
+    return choice is not None and choice.ours
+
+
+def choice_of(
+    shape: ShapeClass, device: torch.device, measure: _Measure, on_request: bool = False
+) -> Choice | None:
+    """The choice for a class of shapes: of this process, by the record, or measured now. None: torch's operator."""
+    global _spent
+    place = (device.index, shape)
+    if place in _fixed and not on_request:
+        return _fixed[place]
+    choice = None if on_request else recorded(device).get(shape.key)
+    if choice is None:
+        if not on_request and not _may_measure():
+            return None
+        with _one_at_a_time:
+            if place in _fixed and not on_request:
+                return _fixed[place]
+            begin = time.monotonic()
+            if on_request or _spent < PROCESS_LIMIT:
+                choice = _best(_measured(measure, device))
+            _spent += time.monotonic() - begin
+            if choice is not None:
+                with contextlib.suppress(OSError, RuntimeError):  # the next process measures again
+                    selftest_record.add_measured(device, shape.key, asdict(choice))
+    _fixed[place] = choice
+    if choice is not None and choice.ours:
+        _tell_kernels(shape, device, choice)
+    return choice
+
+
+def recorded(device: torch.device) -> dict[str, Choice]:
+    """The choices in the record of this device, driver and build, by the key of their class."""
+    entry = selftest_record.find(device) or {}
+    found = {}
+    for key, fields in (entry.get("measured") or {}).items():
+        with contextlib.suppress(TypeError):
+            found[key] = Choice(**fields)
+    return found
+
+
+def _decides() -> bool:
+    """Whether there is a choice: not for fake tensors without a GPU, nor if a kernel is requested."""
+    return torch.cuda.is_available() and not cuda.is_forced()
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def _may_measure() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    in_backward = torch._C._current_graph_task_id() != -1
+    return (
+        is_plain_eager()
+        and not distributed
+        and not in_backward
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _ours_in_graph(index: int | None, *of_layer: Any) -> bool:
+    """For a compiled graph, whose sizes may be unknown: whether the kernels were faster in all recorded sizes."""
+    *most, packed = of_layer
+    wanted = class_of(*most, 0, 0, packed).key.split()
+    found = []
+    for key, choice in recorded(torch.device("cuda", index)).items():
+        words = key.split()
+        if [w for w in words if w[0] not in "BT"] == [w for w in wanted if w[0] not in "BT"]:
+            found.append(choice.ours)
+    return bool(found) and all(found)
+
+
+# Called by dynamo, not traced.
+_ours_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_decides._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _bucket(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _best(times: Times) -> Choice | None:
+    """The kernels if they are GAIN times as fast as torch's operator. None if that could not be measured."""
+    theirs = times.get(_TORCH)
+    ours = {name: both for name, both in times.items() if name != _TORCH}
+    if theirs is None:
+        return None
+    us = {name: sum(both) for name, both in times.items()}
+    if not ours:
+        return Choice(False, None, None, us)
+    forward = min(ours, key=lambda name: ours[name][0])
+    backward = min(ours, key=lambda name: ours[name][1])
+    fastest = ours[forward][0] + ours[backward][1]
+    return Choice(fastest * GAIN <= sum(theirs), forward, backward, us)
+
+
+def _tell_kernels(shape: ShapeClass, device: torch.device, choice: Choice) -> None:
+    """The planner takes these kernels for the layers of such calls."""
+    for name, backward in ((choice.forward, False), (choice.backward, True)):
+        if name is not None:
+            loader.extension().set_cuda_measured(  # type: ignore[union-attr]
+                device=device.index or 0,
+                steps=shape.steps,
+                batch=shape.batch,
+                hidden_size=shape.hidden_size,
+                directions=2 if shape.bidirectional else 1,
+                dtype=shape.dtype,
+                tf32=shape.tf32,
+                projected=shape.proj_size > 0,
+                backward=backward,
+                packed=shape.packed,
+                kernel=name,
+            )
+
+
+# ---- measuring
+
+
+def _measured(measure: _Measure, device: torch.device) -> Times:
+    """In a thread of its own, which has none of the caller's modes, hooks and autocast, but its stream."""
+    found: list[Times] = []
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def run() -> None:
+        # Whatever goes wrong, above all too little memory, is no reason for a layer's call to fail.
+        with contextlib.suppress(Exception), on_stream:
+            found.append(measure())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0] if found else {}
+
+
+def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int) -> Times:
+    """The times of torch's operator and of the kernels that have been right on this device."""
+    scratch = _Scratch(shape, device, input_size, batch, steps)
+    kernels = _candidates(shape, device, input_size, batch, steps)
+    limit = CLASS_LIMIT / (1 + len(kernels))
+    times = {_TORCH: scratch.time(scratch.torchs, limit)}
+    for kernel in kernels:
+        try:
+            with cuda.forced(kernel):
+                times[kernel] = scratch.time(scratch.ours, limit)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            continue
+    return times
+
+
+def _candidates(
+    shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int
+) -> list[str]:
+    """The kernels that have been right on this device and run such layers; first what the model expects to be fast."""
+    extension = loader.extension()
+    expected: dict[str, float] = {}
+    for kernel in ("stepwise", *config.TRIED_CUDA_KERNELS):
+        if not first_use.may_run(device, kernel, getattr(torch, shape.dtype)):
+            continue
+        plan = extension.cuda_plan(  # type: ignore[union-attr]
+            device=extension.cuda_facts(device.index or 0),  # type: ignore[union-attr]
+            steps=steps,
+            batch=batch,
+            input_size=input_size,
+            hidden_size=shape.hidden_size,
+            directions=2 if shape.bidirectional else 1,
+            dtype=shape.dtype,
+            tf32=shape.tf32,
+            projected=shape.proj_size > 0,
+            packed=shape.packed,
+            kernel=kernel,
+        )
+        if plan["kernel"] == kernel and not plan["problem"]:
+            expected[kernel] = plan["persistent"]["us"] if kernel == "persistent" else plan[f"{kernel}_us"]
+    return sorted(expected, key=expected.__getitem__)
+
+
+class _Scratch:
+    """Tensors of a class, and both ways to compute them. Random numbers come from a generator of its own."""
+
+    def __init__(
+        self, shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int
+    ) -> None:
+        self.training = shape.training
+        dtype = getattr(torch, shape.dtype)
+        generator = torch.Generator(device).manual_seed(1)
+        layers = max(shape.num_layers, 1)
+        self.is_cell = shape.num_layers == 0
+        module = nn.LSTM(
+            input_size, shape.hidden_size, layers, bidirectional=shape.bidirectional,
+            proj_size=shape.proj_size, device="meta", dtype=dtype,
+        ).to_empty(device=device)  # fmt: skip
+        for p in module.parameters():
+            p.data.normal_(0, shape.hidden_size**-0.5, generator=generator)
+        module.flatten_parameters()
+        sizes = None
+        if shape.packed:
+            sizes = torch.tensor([batch - batch * t // (2 * steps) for t in range(steps)], device="cpu")
+        rows = (steps, batch) if sizes is None else (int(sizes.sum()),)
+        self.sizes = sizes
+        self.input = torch.empty(*rows, input_size, device=device, dtype=dtype).normal_(generator=generator)
+        self.input.requires_grad_(self.training)
+        sets = layers * (2 if shape.bidirectional else 1)
+        self.h0 = torch.zeros(sets, batch, shape.proj_size or shape.hidden_size, device=device, dtype=dtype)
+        self.c0 = torch.zeros(sets, batch, shape.hidden_size, device=device, dtype=dtype)
+        self.layers = module.all_weights
+        self.flat = [w for layer in self.layers for w in layer]
+        n = len(self.flat) // layers
+        self.layers = [self.flat[k : k + n] for k in range(0, len(self.flat), n)]
+        self.stack = Settings(
+            bias=True, num_layers=layers, dropout=0.0, training=shape.training,
+            bidirectional=shape.bidirectional,
+        )  # fmt: skip
+
+    def torchs(self) -> Tensor:
+        if self.is_cell:
+            return torch.lstm_cell(self.input[0], (self.h0[0], self.c0[0]), *self.flat)[0]
+        settings = (True, self.stack.num_layers, 0.0, self.training, self.stack.bidirectional)
+        if self.sizes is None:
+            return torch.lstm(self.input, (self.h0, self.c0), self.flat, *settings, False)[0]
+        return torch.lstm(self.input, self.sizes, (self.h0, self.c0), self.flat, *settings)[0]
+
+    def ours(self) -> Tensor:
+        if self.is_cell:
+            return route.lstm_cell(self.input[0], self.h0[0], self.c0[0], self.flat, True)[0]
+        arguments = (self.stack, route.lstm_layer, self.layers, self.input, self.h0, self.c0, self.sizes)
+        return run_stack(*arguments, None, None)[0]
+
+    def time(self, forward: Callable[[], Tensor], limit: float) -> tuple[float, float]:
+        """Microseconds of the forward and of the backward pass."""
+        if not self.training:
+            with torch.no_grad():
+                return _time(forward, limit, self.input.device), 0.0
+        grad = torch.ones_like(forward())
+
+        def both() -> None:
+            torch.autograd.grad(forward(), [self.input, *self.flat], grad)
+
+        first = _time(forward, limit / 2, self.input.device)
+        return first, max(_time(both, limit / 2, self.input.device) - first, 0.0)
+
+
+def _time(run: Callable[[], Any], limit: float, device: torch.device) -> float:
+    """The median of several runs, in microseconds: one that is slow by chance decides nothing."""
+    run()  # what only a first run does
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < limit and len(seconds) < 50):
+        with _timed(device) as elapsed:
+            run()
+        seconds.append(elapsed())
+        if sum(seconds) > 2 * limit:
+            break
+    return 1e6 * statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def _timed(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Gives a function for the seconds that the block took on the device."""
+    if device.type != "cuda":
+        begin, end = time.perf_counter(), []
+        yield lambda: end[0] - begin
+        end.append(time.perf_counter())
+        return
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+
+    def elapsed() -> float:
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+    yield elapsed
+    events[1].record()
+
+
+# ---- on request
+
+
+def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
+    """Measure now which way the plain LSTM layers of a model take on a CUDA device, and record it.
+
+    The choices of eager calls come by themselves. This function is for programs that never measure: compiled models,
+    and distributed training, where it gives all processes the choices of rank 0. Call it once, before
+    ``torch.compile`` and before the first step, with an input of the sizes and in the mode (`train()` or `eval()`)
+    that will be used. It runs the model once, without gradients.
+
+    Args:
+        module: a model with `lstm_ext.LSTM` layers, on a CUDA device.
+        *inputs, **keywords: arguments of the model.
+
+    Returns:
+        What was chosen, by class of shapes. Empty if no plain layer of the model ran on a CUDA device with kernels.
+
+    Raises:
+        RuntimeError: the kernel was requested by LSTM_EXT_CUDA_KERNEL, so that there is nothing to choose.
+    """
+    if config.requested_cuda_kernel() != "auto":
+        raise RuntimeError(
+            f"tune: LSTM_EXT_CUDA_KERNEL={config.requested_cuda_kernel()} has decided: unset it"
+        )
+    seen: _Seen = {}
+    token = _seen.set(seen)
+    try:
+        with torch.no_grad():
+            module(*inputs, **keywords)
+    finally:
+        _seen.reset(token)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    leads = not distributed or torch.distributed.get_rank() == 0
+    choices: dict[str, Choice] = {}
+    if leads:
+        for (_, shape), (device, measure) in seen.items():
+            choice = choice_of(shape, device, measure, on_request=True)
+            if choice is not None:
+                choices[shape.key] = choice
+    if distributed:
+        shared = [choices]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        choices = shared[0]
+        for (index, shape), (device, _) in seen.items():
+            choice = _fixed[index, shape] = choices.get(shape.key)
+            if choice is not None and choice.ours:
+                _tell_kernels(shape, device, choice)
+    return choices

@@ -1,0 +1,378 @@
+"""call/measured.py: which way plain layers of CUDA tensors take, on a stand-in with made-up times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lstm_ext
+from lstm_ext.call import measured
+from lstm_ext.call.arguments import Settings
+from lstm_ext.layer import route
+from lstm_ext.native import loader, selftest_record
+
+CPU = torch.device("cpu")
+KEY = {name: name for name in selftest_record.KEY}
+FAST = {"torch": (10.0, 20.0), "stepwise": (9.0, 18.0)}
+
+
+class Card:
+    """What `prefers_torch` sees of a GPU. `times` are what a measurement finds; it counts them in `measurements`."""
+
+    def __init__(self) -> None:
+        self.times: Any = FAST
+        self.measurements = 0
+        self.told: list[tuple[str, bool]] = []
+        self.capturing = False
+
+    def measure(self) -> measured.Times:
+        self.measurements += 1
+        return self.times() if callable(self.times) else self.times
+
+    def set_cuda_measured(self, *, kernel: str, backward: bool, **_: Any) -> None:
+        self.told.append((kernel, backward))
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
+    found = Card()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: KEY)
+    monkeypatch.setattr(loader, "extension", lambda: found)
+    monkeypatch.setattr(loader, "wants_equations", lambda: False)
+    monkeypatch.setattr(measured.cuda, "_forced", 0)  # conftest.py forces the kernels
+    monkeypatch.setattr(route, "has_operators", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(measured, "times_of", lambda *_: found.measure())
+    forget(monkeypatch)
+    yield found
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process does not know."""
+    monkeypatch.setattr(measured, "_fixed", {})
+    monkeypatch.setattr(measured, "_spent", 0.0)
+
+
+def layer(
+    batch: int = 8, steps: int = 20, device: str = "cuda:0", layers: int = 1, **settings: Any
+) -> tuple[Any, ...]:
+    """The arguments of `prefers_torch` for H 32."""
+    stack = Settings(
+        bias=True, num_layers=layers, bidirectional=False, **{"dropout": 0.0, "training": True, **settings}
+    )
+    weights = [[torch.empty(128, 5), torch.empty(128, 32)]] * layers
+    sizes = (steps, batch, 5)
+    x = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, size=lambda i: sizes[i])
+    return stack, weights, x, None, None
+
+
+def is_torchs(**arguments: Any) -> bool:
+    return measured.prefers_torch(*layer(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("times", "ours", "kernels"),
+    [
+        ({"torch": (10, 20), "stepwise": (9, 18)}, True, ("stepwise", "stepwise")),
+        ({"torch": (10, 20), "stepwise": (9, 30), "persistent": (20, 15)}, True, ("stepwise", "persistent")),
+        ({"torch": (10, 20), "stepwise": (10, 20)}, False, ("stepwise", "stepwise")),  # a tie
+        ({"torch": (10, 20), "stepwise": (9.7, 19.4)}, False, ("stepwise", "stepwise")),  # a gain below 5 %
+        ({"torch": (10, 20)}, False, (None, None)),  # none of ours has been right, or each has failed
+    ],
+    ids=["faster", "one a pass", "tie", "little", "alone"],
+)
+def test_the_fastest_wins_and_ties_are_torchs(
+    card: Card, times: measured.Times, ours: bool, kernels: tuple[str | None, str | None]
+) -> None:
+    card.times = times
+    assert is_torchs() is not ours
+    (choice,) = measured.recorded(CPU).values()
+    assert (choice.ours, choice.forward, choice.backward) == (ours, *kernels)
+    assert card.told == ([(kernels[0], False), (kernels[1], True)] if ours else [])
+
+
+def test_once_a_process_and_once_a_record(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [is_torchs(), is_torchs(), is_torchs(steps=17), is_torchs(batch=5)] == [False] * 4
+    assert card.measurements == 1  # all in one class of shapes
+    forget(monkeypatch)
+    card.times, told = {"torch": (1, 1), "stepwise": (9, 9)}, len(card.told)
+    assert not is_torchs() and card.measurements == 1
+    assert len(card.told) == 2 * told  # each process has to be told
+    assert is_torchs(batch=9) and is_torchs(training=False) and card.measurements == 3
+
+
+def test_the_grad_mode_is_no_part_of_a_class(card: Card) -> None:
+    """A checkpoint's first forward pass has no gradients, and its second one has."""
+    with torch.no_grad():
+        first = is_torchs()
+    card.times = {"torch": (1, 1), "stepwise": (9, 9)}
+    assert is_torchs() == first
+
+
+class InBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
+        ctx.call = call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.call()
+        return grad, None
+
+
+def test_not_within_a_backward_pass(card: Card) -> None:
+    """As with reentrant checkpointing: the thread that runs it would have to wait for itself."""
+    found = []
+    x = torch.ones(1, requires_grad=True)
+    InBackward.apply(x, lambda: found.append(is_torchs())).backward()
+    assert found == [True] and card.measurements == 0
+    assert not is_torchs() and card.measurements == 1
+
+
+@pytest.mark.parametrize("where", ["capture", "deterministic", "distributed", "dispatch mode"])
+def test_where_nothing_is_measured_the_record_decides(
+    card: Card, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    mode: Any = None
+    if where == "capture":
+        card.capturing = True
+    elif where == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    elif where == "distributed":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    else:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        mode = FlopCounterMode(display=False)
+        mode.__enter__()
+    assert is_torchs() and card.measurements == 0  # first seen here
+    choice = measured.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
+    (shape,) = measured.recorded(CPU) or [class_of_layer().key]
+    selftest_record.add_measured(CPU, shape, measured.asdict(choice))
+    assert not is_torchs() and card.told == [("step", False), ("stepwise", True)]
+    if mode is not None:
+        mode.__exit__(None, None, None)
+    assert card.measurements == 0
+
+
+def class_of_layer() -> measured.ShapeClass:
+    return measured.class_of(torch.bfloat16, 32, 0, 1, False, True, 8, 20, False)
+
+
+def test_two_cards_have_choices_of_their_own(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: {**KEY, "device": str(device)})
+    assert not is_torchs()
+    card.times = {"torch": (1, 1), "stepwise": (9, 9)}
+    assert is_torchs(device="cuda:1") and not is_torchs() and card.measurements == 2
+
+
+@pytest.mark.parametrize("name", ["driver", "sources", "torch"])
+def test_a_record_of_another_state_does_not_count(
+    card: Card, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert not is_torchs()
+    forget(monkeypatch)
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: {**KEY, name: "another"})
+    assert not is_torchs() and card.measurements == 2
+
+
+def test_two_processes_write_one_record(card: Card) -> None:
+    program = (
+        "import sys, torch\n"
+        "from lstm_ext.native import selftest_record\n"
+        "selftest_record.key_of = lambda device: {name: name for name in selftest_record.KEY}\n"
+        "selftest_record.add_measured(torch.device('cpu'), sys.argv[1], {'ours': True, 'forward': None, 'backward':"
+        " None, 'us': {}})\n"
+    )
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", program, name], check=True)
+    selftest_record.add(CPU, "step", True)
+    assert set(measured.recorded(CPU)) == {"one", "two"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}"])
+def test_a_damaged_record_is_one_warning(card: Card, text: str) -> None:
+    selftest_record._warn_about_damage.cache_clear()
+    selftest_record.path().parent.mkdir(parents=True)
+    selftest_record.path().write_text(text)
+    with pytest.warns(RuntimeWarning, match="selftest.json is damaged, and is not used") as found:
+        assert not is_torchs()
+        assert not is_torchs(batch=100)
+    assert len(found) == 1 and len(json.loads(selftest_record.path().read_text())) == 1
+
+
+def test_too_little_memory_means_torchs_operator(card: Card) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card.times = fail
+    assert is_torchs() and is_torchs() and card.measurements == 1
+    assert measured.recorded(CPU) == {}
+
+
+def test_a_process_measures_for_two_seconds_at_most(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "PROCESS_LIMIT", 0.0)
+    assert is_torchs() and card.measurements == 0 and measured.recorded(CPU) == {}
+
+
+def test_active_dropout_and_a_requested_kernel(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "set_cuda_kernel", lambda name: None, raising=False)
+    for kernel in ("auto", "stepwise"):
+        with measured.cuda.forced(kernel):
+            assert not is_torchs(layers=2, dropout=0.1) and card.measurements == 0
+    assert is_torchs(layers=2, dropout=0.1) and card.measurements == 0
+    assert not is_torchs(layers=2, dropout=0.1, training=False)
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
+    assert not is_torchs(layers=2, dropout=0.1)
+
+
+def test_a_graph_takes_the_kernels_if_they_were_faster_in_all_sizes(card: Card) -> None:
+    of_layer = (torch.bfloat16, 32, 0, 1, False, True)
+    assert not measured._ours_in_graph(0, *of_layer, False)
+    is_torchs()
+    assert measured._ours_in_graph(0, *of_layer, False) and not measured._ours_in_graph(0, *of_layer, True)
+    card.times = {"torch": (1, 1), "stepwise": (9, 9)}
+    is_torchs(batch=100)
+    assert not measured._ours_in_graph(0, *of_layer, False)
+
+
+class Model(nn.Module):
+    def forward(self, batch: int) -> bool:
+        return is_torchs(batch=batch) and is_torchs(batch=2 * batch)
+
+
+def test_tune_measures_on_request(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert is_torchs()
+    choices = lstm_ext.tune(Model(), 8)
+    assert list(choices) == ["bfloat16 H32 L1 B8 T32 training", "bfloat16 H32 L1 B16 T32 training"]
+    assert all(choice.ours for choice in choices.values()) and card.measurements == 2
+    assert not is_torchs() and measured.recorded(CPU) == choices
+    card.times = {"torch": (1, 1), "stepwise": (9, 9)}
+    lstm_ext.tune(Model(), 8)  # measured anew
+    assert is_torchs()
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "step")
+    with pytest.raises(RuntimeError, match="tune: LSTM_EXT_CUDA_KERNEL=step has decided"):
+        lstm_ext.tune(Model(), 8)
+
+
+def test_a_cell(card: Card) -> None:
+    *_, x, _, _ = layer()
+    rows = SimpleNamespace(device=x.device, dtype=x.dtype, size=lambda i: (8, 5)[i])
+    weights = [torch.empty(128, 5), torch.empty(128, 32)]
+    assert not measured.cell_prefers_torch(rows, weights, True)
+    assert list(measured.recorded(CPU)) == ["bfloat16 H32 L0 B8 T1 training"]
+    card.times = {"torch": (1, 1), "stepwise": (9, 9)}
+    assert measured.cell_prefers_torch(rows, weights, False) and card.measurements == 2
+
+
+# Without CUDA, no row of a fake CUDA tensor can be taken, as the cell does for our operator.
+@pytest.mark.parametrize(
+    ("kind", "preferred"), [(lstm_ext.LSTM, False), (lstm_ext.LSTM, True), (lstm_ext.LSTMCell, True)]
+)
+def test_what_is_preferred_computes(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], preferred: bool
+) -> None:
+    """On fake CUDA tensors."""
+    monkeypatch.setattr(measured, "prefers_torch", lambda *_: preferred)
+    monkeypatch.setattr(measured, "cell_prefers_torch", lambda *_: preferred)
+    monkeypatch.setattr(route, "has_operators", lambda device: True)
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module = kind(5, 32)
+    with FakeTensorMode(), torch.no_grad():
+        for name, p in module.named_parameters():
+            module._parameters[name] = nn.Parameter(torch.empty(p.shape, device="cuda"), False)
+        x = torch.empty(4, 3, 5, device="cuda") if kind is lstm_ext.LSTM else torch.empty(3, 5, device="cuda")
+        with Watch():
+            module(x)
+    ours = [name for name in seen if name.startswith("lstm_ext.lstm_layer")]
+    assert bool(ours) is not preferred, seen
+
+
+# ---- the measurement itself, on the CPU
+
+
+class Kernels:
+    """The extension of this machine, with a plan for a GPU."""
+
+    def __init__(self) -> None:
+        self.module = loader.extension()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def cuda_facts(self, index: int) -> Any:
+        return next(facts for facts in self.module.cuda_devices() if "H100" in facts["name"])
+
+
+@pytest.mark.parametrize(("layers", "packed"), [(2, False), (2, True), (0, False)])
+@pytest.mark.parametrize("training", [False, True])
+def test_both_are_timed_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, layers: int, packed: bool, training: bool
+) -> None:
+    kernels = Kernels()
+    monkeypatch.setattr(loader, "extension", lambda: kernels)
+    monkeypatch.setattr(measured.first_use, "may_run", lambda device, kernel, dtype: kernel != "step")
+    before = torch.get_rng_state()
+    steps = 9 if layers else 1
+    shape = measured.class_of(torch.float32, 40, 0, layers, layers > 0, training, 6, steps, packed)
+    found = measured._measured(lambda: measured.times_of(shape, CPU, 7, 6, steps), CPU)
+    assert set(found) == {"torch", "stepwise", *(["persistent"] if shape.tf32 and layers else [])}
+    assert all([forward > 0 and (backward > 0) <= training for forward, backward in found.values()])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_candidate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels()
+    monkeypatch.setattr(loader, "extension", lambda: kernels)
+    monkeypatch.setattr(measured, "_candidates", lambda *_: ["persistent", "stepwise"])
+    asked: list[str] = []
+
+    def ours(scratch: Any) -> torch.Tensor:
+        asked.append("")
+        if len(asked) == 1:
+            raise RuntimeError("it has no such sizes")
+        return scratch.torchs()
+
+    monkeypatch.setattr(measured._Scratch, "ours", ours)
+    shape = measured.class_of(torch.float32, 40, 0, 1, False, False, 6, 9, False)
+    assert set(measured.times_of(shape, CPU, 7, 6, 9)) == {"torch", "stepwise"}
+
+
+def test_one_slow_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.9, *[0.001] * 100])
+
+    class Timed:
+        def __enter__(self) -> Callable[[], float]:
+            return lambda: next(seconds)
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(measured, "_timed", lambda device: Timed())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured._time(lambda: None, 1.0, CPU) == pytest.approx(1000.0)
