@@ -258,7 +258,9 @@ void set_cuda_measured(int device, int64_t steps, int64_t batch, int64_t hidden_
   lstm_ext::cuda::LayerFacts layer{
       steps, batch,     1,     hidden_size, directions, number_named(dtype, "set_cuda_measured"),
       tf32,  projected, false, false,       backward,   packed};
-  lstm_ext::cuda::set_measured(device, layer, kernel_named(kernel, "set_cuda_measured"));
+  using Kernel = lstm_ext::cuda::Kernel;
+  const auto found = kernel.empty() ? std::nullopt : std::optional<Kernel>(kernel_named(kernel, "set_cuda_measured"));
+  lstm_ext::cuda::set_measured(device, layer, found);
 }
 
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,

@@ -175,7 +175,8 @@ class GateProduct {
     const int64_t H = hidden_size_;
     const UnitPlanes& planes = weight.planes;
     const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
-    const int64_t most = scratch_.rows_for((k_tiles + other_tiles) * kUnitTileDepth, planes.count);
+    const int64_t most =
+        smaller(scratch_.rows_for((k_tiles + other_tiles) * kUnitTileDepth, planes.count), kMostUnitRows);
     // With two row tiles or fewer the hardware prefetcher is as fast as any.
     const bool far = rows > 2 * kUnitTileRows && planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {

@@ -290,7 +290,9 @@ void choose_fastest(Plan& result, const DeviceFacts& device, const Request& requ
   const Because because{result, request};
   if (request.measured) {
     const Kernel kernel = *request.measured;
-    if (kernel == Kernel::kStepwise || (kernel == Kernel::kStep ? no_step : result.persistent.problem).empty()) {
+    const bool steps = kernel == Kernel::kStep;
+    const bool runs = (steps ? no_step : result.persistent.problem).empty();
+    if (kernel == Kernel::kStepwise || (runs && (steps ? request.step : request.persistent) == Outcome::kRight)) {
       result.kernel = kernel;
       because([] { return std::string("it was the fastest when calls like this one were measured on this device"); });
       return;
@@ -434,10 +436,14 @@ SizesOfClass class_of(int device, const LayerFacts& layer) {
 }
 }  // namespace
 
-void set_measured(int device, const LayerFacts& layer, Kernel kernel) {
+void set_measured(int device, const LayerFacts& layer, std::optional<Kernel> kernel) {
   Measured& all = measured_ones();
   const std::lock_guard<std::mutex> lock(all.one_at_a_time);
-  all.kernels[class_of(device, layer)] = kernel;
+  if (kernel) {
+    all.kernels[class_of(device, layer)] = *kernel;
+  } else {
+    all.kernels.erase(class_of(device, layer));
+  }
 }
 
 std::optional<Kernel> measured(int device, const LayerFacts& layer) {

@@ -169,8 +169,9 @@ LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool va
 bool is_validated(int device, Kernel kernel, bool tf32);
 
 // The kernel that was fastest when layers of these sizes were measured on a device: lstm_ext/call/measured.py measures,
-// and calls this. Steps and batch count rounded up to powers of two, the size of the input does not.
-LSTM_EXT_PUBLIC void set_measured(int device, const LayerFacts& layer, Kernel kernel);
+// and calls this; without a kernel it is not known any more. Steps and batch count rounded up to powers of two, the
+// size of the input does not.
+LSTM_EXT_PUBLIC void set_measured(int device, const LayerFacts& layer, std::optional<Kernel> kernel);
 std::optional<Kernel> measured(int device, const LayerFacts& layer);
 
 // How long a block of a persistent kernel waits for another one, in nanoseconds; 0: for ever. As

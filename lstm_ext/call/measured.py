@@ -79,8 +79,8 @@ class Choice:
     """
 
     ours: bool
-    forward: str | None
-    backward: str | None
+    forward: str
+    backward: str
     us: dict[str, float]
 
     def __str__(self) -> str:
@@ -96,6 +96,7 @@ _fixed: dict[tuple[int | None, ShapeClass], Choice | None] = {}
 # What `tune` has seen: the classes of shapes of its call, each with its device and how to measure it.
 _Seen = dict[tuple[int | None, ShapeClass], tuple[torch.device, _Measure]]
 _seen: ContextVar[_Seen | None] = ContextVar("_seen", default=None)
+_records: dict[int | None, dict[str, Choice]] = {}
 _one_at_a_time = threading.Lock()
 _spent = 0.0
 
@@ -156,7 +157,9 @@ def prefers_torch(
     )
     packed = batch_sizes is not None
     if torch.compiler.is_compiling():
-        return not _ours_in_graph(device.index, *of_layer, packed)
+        return not torch.compiler.is_exporting() and not _ours_in_graph(
+            device.index, of_layer[0], len(weights), stack.bidirectional, stack.training, packed
+        )
     if batch_sizes is None:
         steps, batch = x.size(0), x.size(1)
     else:
@@ -173,7 +176,9 @@ def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bo
         return False
     of_layer = (x.dtype, weights[1].size(1), 0, 0, False, training)  # type: ignore[union-attr]
     if torch.compiler.is_compiling():
-        return not _ours_in_graph(device.index, *of_layer, False)
+        return not torch.compiler.is_exporting() and not _ours_in_graph(
+            device.index, x.dtype, 0, False, training, False
+        )
     return not _is_ours(class_of(*of_layer, x.size(0), 1, False), x, x.size(0), 1)
 
 
@@ -211,22 +216,27 @@ def choice_of(
                 choice = _best(_measured(measure, device))
             _spent += time.monotonic() - begin
             if choice is not None:
+                recorded(device)[shape.key] = choice
                 with contextlib.suppress(OSError, RuntimeError):  # the next process measures again
                     selftest_record.add_measured(device, shape.key, asdict(choice))
     _fixed[place] = choice
     if choice is not None and choice.ours:
-        _tell_kernels(shape, device, choice)
+        _tell_kernels(shape, device, choice.forward, choice.backward)
     return choice
 
 
 def recorded(device: torch.device) -> dict[str, Choice]:
-    """The choices in the record of this device, driver and build, by the key of their class."""
-    entry = selftest_record.find(device) or {}
-    found = {}
-    for key, fields in (entry.get("measured") or {}).items():
-        with contextlib.suppress(TypeError):
-            found[key] = Choice(**fields)
-    return found
+    """The choices in the record of this device, driver and build, by the key of their class.
+
+    A process reads the record once and then adds its own: reading takes longer than a layer.
+    """
+    if device.index not in _records:
+        entry = selftest_record.find(device) or {}
+        found = _records[device.index] = {}
+        for key, fields in (entry.get("measured") or {}).items():
+            with contextlib.suppress(TypeError):
+                found[key] = Choice(**fields)
+    return _records[device.index]
 
 
 def _decides() -> bool:
@@ -250,16 +260,20 @@ def _may_measure() -> bool:
     )
 
 
-def _ours_in_graph(index: int | None, *of_layer: Any) -> bool:
-    """For a compiled graph, whose sizes may be unknown: whether the kernels were faster in all recorded sizes."""
-    *most, packed = of_layer
-    wanted = class_of(*most, 0, 0, packed).key.split()
-    found = []
-    for key, choice in recorded(torch.device("cuda", index)).items():
-        words = key.split()
-        if [w for w in words if w[0] not in "BT"] == [w for w in wanted if w[0] not in "BT"]:
-            found.append(choice.ours)
-    return bool(found) and all(found)
+def _ours_in_graph(
+    index: int | None, dtype: torch.dtype, num_layers: int, bidirectional: bool, training: bool, packed: bool
+) -> bool:
+    """For a compiled graph, whose sizes may be unknown: whether the kernels were faster in all sizes of this process
+    and of the record."""
+    wanted = class_of(dtype, 0, 0, num_layers, bidirectional, training, 0, 0, packed).key
+    found = {**recorded(torch.device("cuda", index))}
+    found |= {shape.key: c for (device, shape), c in _fixed.items() if device == index and c is not None}
+    ours = [choice.ours for key, choice in found.items() if _without_sizes(key) == _without_sizes(wanted)]
+    return bool(ours) and all(ours)
+
+
+def _without_sizes(key: str) -> list[str]:
+    return [word for word in key.split() if word[0] not in "HPBT"]
 
 
 # Called by dynamo, not traced.
@@ -275,34 +289,31 @@ def _best(times: Times) -> Choice | None:
     """The kernels if they are GAIN times as fast as torch's operator. None if that could not be measured."""
     theirs = times.get(_TORCH)
     ours = {name: both for name, both in times.items() if name != _TORCH}
-    if theirs is None:
+    if theirs is None or not ours:
         return None
     us = {name: sum(both) for name, both in times.items()}
-    if not ours:
-        return Choice(False, None, None, us)
     forward = min(ours, key=lambda name: ours[name][0])
     backward = min(ours, key=lambda name: ours[name][1])
     fastest = ours[forward][0] + ours[backward][1]
     return Choice(fastest * GAIN <= sum(theirs), forward, backward, us)
 
 
-def _tell_kernels(shape: ShapeClass, device: torch.device, choice: Choice) -> None:
-    """The planner takes these kernels for the layers of such calls."""
-    for name, backward in ((choice.forward, False), (choice.backward, True)):
-        if name is not None:
-            loader.extension().set_cuda_measured(  # type: ignore[union-attr]
-                device=device.index or 0,
-                steps=shape.steps,
-                batch=shape.batch,
-                hidden_size=shape.hidden_size,
-                directions=2 if shape.bidirectional else 1,
-                dtype=shape.dtype,
-                tf32=shape.tf32,
-                projected=shape.proj_size > 0,
-                backward=backward,
-                packed=shape.packed,
-                kernel=name,
-            )
+def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> None:
+    """The planner takes these kernels for the layers of such calls, and for those of no others. "": it chooses."""
+    for name, is_backward in ((forward, False), (backward, True)):
+        loader.extension().set_cuda_measured(  # type: ignore[union-attr]
+            device=device.index or 0,
+            steps=shape.steps,
+            batch=shape.batch,
+            hidden_size=shape.hidden_size,
+            directions=2 if shape.bidirectional else 1,
+            dtype=shape.dtype,
+            tf32=shape.tf32,
+            projected=shape.proj_size > 0,
+            backward=is_backward,
+            packed=shape.packed,
+            kernel=name,
+        )
 
 
 # ---- measuring
@@ -331,14 +342,18 @@ def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: in
     kernels = _candidates(shape, device, input_size, batch, steps)
     limit = CLASS_LIMIT / (1 + len(kernels))
     times = {_TORCH: scratch.time(scratch.torchs, limit)}
-    for kernel in kernels:
-        try:
-            with cuda.forced(kernel):
+    sizes = shape._replace(steps=_bucket(steps))  # those of the scratch tensors
+    try:
+        for kernel in kernels:
+            _tell_kernels(sizes, device, kernel, kernel)
+            try:
                 times[kernel] = scratch.time(scratch.ours, limit)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            continue
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                continue
+    finally:
+        _tell_kernels(sizes, device, "", "")
     return times
 
 
@@ -513,5 +528,5 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
         for (index, shape), (device, _) in seen.items():
             choice = _fixed[index, shape] = choices.get(shape.key)
             if choice is not None and choice.ours:
-                _tell_kernels(shape, device, choice)
+                _tell_kernels(shape, device, choice.forward, choice.backward)
     return choices

@@ -286,7 +286,7 @@ def has_operators(device: torch.device) -> bool:
 def _were_right(device: torch.device) -> bool:
     if _is_compiling():
         return first_use.is_right(device.index)
-    return not torch.cuda.is_available() or first_use.choose(device)
+    return not torch.cuda.is_available() or device.index is None or first_use.choose(device)
 
 
 def prefers_torch(
@@ -348,7 +348,7 @@ def torchs_way(
             if type(w) not in transforms.OPERATOR_TYPES:
                 return None
     if device.type == "cuda" and not preferred:
-        _warn_about_cuda(cuda.problem(device.index))
+        _warn_about_cuda(cuda.problem(device.index) or first_use.NOT_RIGHT)
     if is_plain_eager() or torch._C._is_tracing():
         return "direct"
     return None if innermost_transform() is not None or is_active(LEGACY_VMAP) else "operator"

@@ -225,7 +225,8 @@ def set_cuda_measured(
     packed: bool,
     kernel: str,
 ) -> None:
-    """Sets the kernel that was the fastest when such layers were measured on this CUDA device of the process."""
+    """Sets the kernel that was the fastest when such layers were measured on this CUDA device of the process; ``""``
+    forgets it."""
 
 def set_cuda_validated(device: int, kernel: str, tf32: bool, validated: bool) -> None:
     """Sets whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for

@@ -166,14 +166,19 @@ def cpu_sets() -> tuple[str, ...]:
     """
     wish = os.environ.get("LSTM_EXT_CPU_SETS") or ",".join(CPU_SETS)
     if wish == "native":
-        flags = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-        return (next(name for name, needed in CPU_SETS.items() if flags.issuperset(needed)),)
+        return (next(name for name in CPU_SETS if runs_here(name)),)
     names = wish.split(",")
     if not set(names) <= set(CPU_SETS):
         raise SwitchError(
             f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(CPU_SETS)}, or unset it."
         )
     return tuple(name for name in CPU_SETS if name in names)
+
+
+def runs_here(cpu_set: str) -> bool:
+    """Whether this processor runs a set of CPU_SETS."""
+    flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return set(CPU_SETS[cpu_set]) <= set(flags[1].split() if flags else ())
 
 
 def split_sources(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ __all__ = [
     "choice",
     "forced",
     "is_forced",
+    "is_requested",
     "is_supported",
     "outcome",
     "problem",
@@ -49,7 +51,7 @@ def choice() -> Choice:
     return Choice(requested, f"LSTM_EXT_CUDA_KERNEL={requested}")
 
 
-_forced = 0  # contexts of `forced`, in all threads
+_forced: Counter[str] = Counter()  # contexts of `forced`, in all threads, by kernel
 _one_at_a_time = threading.Lock()
 
 
@@ -59,10 +61,9 @@ def forced(kernel: str) -> Iterator[None]:
 
     Torch's operator, which may be faster, does not take its place.
     """
-    global _forced
     extension = loader.extension()
     with _one_at_a_time:
-        _forced += 1
+        _forced[kernel] += 1
     try:
         if extension is not None and kernel != "auto":
             extension.set_cuda_kernel(kernel)
@@ -71,12 +72,17 @@ def forced(kernel: str) -> Iterator[None]:
         if extension is not None and kernel != "auto":
             extension.set_cuda_kernel("")
         with _one_at_a_time:
-            _forced -= 1
+            _forced[kernel] -= 1
+
+
+def is_requested() -> bool:
+    """Whether one kernel has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
+    return requested_cuda_kernel() != "auto" or any([n > 0 for name, n in _forced.items() if name != "auto"])
 
 
 def is_forced() -> bool:
-    """Whether one of our kernels has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
-    return _forced > 0 or requested_cuda_kernel() != "auto"
+    """Whether one kernel has to run, or any of ours."""
+    return is_requested() or _forced["auto"] > 0
 
 
 def variant(kernel: str, dtype: torch.dtype) -> str:

@@ -114,7 +114,19 @@ def finished_with_cuda() -> list[Path]:
         "python": platform.python_version(),
         "sources": config.digest(source_dir()),
     }
-    fits = [folder for folder, record in there if wanted.items() <= record.items()]
+    # In a home that machines share, it may be for other processors.
+    fits = [
+        folder
+        for folder, record in there
+        if wanted.items() <= record.items()
+        and any(
+            [
+                config.runs_here(name)
+                for name in str(record.get("cpu_sets")).split(",")
+                if name in config.CPU_SETS
+            ]
+        )
+    ]
     return sorted(fits, key=lambda folder: (folder / config.RECORD).stat().st_mtime, reverse=True)
 
 

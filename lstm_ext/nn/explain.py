@@ -12,6 +12,7 @@ from ..call import measured
 from ..call.arguments import CELL_OPTIONS
 from ..layer import first_use, route
 from ..native import config, cuda, loader
+from .cell import LSTMCell
 from .lstm import LSTM, options_of
 
 __all__ = ["explain", "explain_data"]
@@ -159,23 +160,27 @@ def _device(
 
 
 def _unchecked(device: torch.device) -> str | None:
-    if first_use.is_right(device.index):
-        return None
-    return "the kernels have not been right on this device yet: the first call of a layer checks them"
+    return None if first_use.is_known_right(device) else first_use.NOT_RIGHT
+
+
+def _is_measured(module: nn.Module) -> bool:
+    """Whether torch's operator or a kernel computes plain calls, whichever was faster."""
+    plain = isinstance(module, LSTMCell) or (
+        isinstance(module, LSTM) and not module.frozen and not set(options_of(module)) - {"forget_bias"}
+    )
+    return plain and not cuda.is_requested()
 
 
 def _choice(
     module: nn.Module, sizes: dict[str, int], dtype: torch.dtype, choices: dict[str, measured.Choice]
 ) -> measured.Choice | None:
     """The measurement of plain calls of this layer, if there is one."""
-    if not isinstance(module, LSTM) or set(options_of(module)) - {"forget_bias"}:
-        return None
     shape = measured.class_of(
         dtype,
         module.hidden_size,
-        module.proj_size,
-        module.num_layers,
-        module.bidirectional,
+        getattr(module, "proj_size", 0),
+        getattr(module, "num_layers", 0),
+        getattr(module, "bidirectional", False),
         module.training,
         sizes["batch"],
         sizes["steps"],
@@ -208,11 +213,14 @@ def _on_cuda(
     outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
     if problem:
         return _without_kernels(module, problem)
-    # Nothing was measured on a card that is not here.
-    choice = None if choices is None else _choice(module, sizes, dtype, choices)
-    if choice is not None and not choice.ours:
-        summary = "torch's own operator, one call for all layers"
-        return {"kernel": "torch", "summary": summary, "reasons": [str(choice)]}
+    choice = None
+    if choices is not None and _is_measured(module):  # None: a card that is not here
+        torchs = {"kernel": "torch", "summary": "torch's own operator, one call for all layers"}
+        if getattr(module, "dropout", 0) and module.training and module.num_layers > 1:
+            return {**torchs, "reasons": ["it draws the masks of the dropout between layers"]}
+        choice = _choice(module, sizes, dtype, choices)
+        if choice is not None and not choice.ours:
+            return {**torchs, "reasons": [str(choice)]}
 
     def plan_of(backward: bool) -> dict[str, Any]:
         return extension.cuda_plan(
@@ -227,7 +235,7 @@ def _on_cuda(
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
-            measured="" if choice is None else str(choice.backward if backward else choice.forward),
+            measured="" if choice is None else choice.backward if backward else choice.forward,
             **outcomes,
         )
 
@@ -266,11 +274,6 @@ def _on_cuda(
         plan["backward"] = backward
         reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
     return {**plan, "summary": summary, "reasons": reasons}
-
-
-def _is_measured(module: nn.Module) -> bool:
-    plain = isinstance(module, LSTM) and not set(options_of(module)) - {"forget_bias"}
-    return plain and config.requested_cuda_kernel() == "auto"
 
 
 def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:

@@ -385,6 +385,20 @@ def test_amx_has_the_bits_of_the_byte_unit_in_software():
 # ---- numbers that three bfloat16 cannot hold
 
 
+def test_more_rows_than_one_left_operand_has(unit):
+    """A pass that recomputes multiplies those of a whole chunk, here without the unit."""
+    results = []
+    for name in (_C.cpu_capabilities()[-1], unit):
+        with capability(name):
+            torch.manual_seed(1)
+            layer = lstm_ext.LSTM(32, 176, recompute=True)
+            x = torch.randn(2, 256, 32)
+            x[0, 3, 7] = float("inf")
+            layer(x)[0][:, 4:].sum().backward()
+            results.append(layer.bias_ih_l0.grad)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3.4e38, -3.395e38])
 @pytest.mark.parametrize("where", ["input", "input without h0", "h0", "weight_ih", "weight_hh", "gradient"])
 def test_infinities_nan_and_huge_numbers(unit, where, value):

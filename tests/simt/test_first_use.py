@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from build import missing
 from emulated_layer import CHUNK_BYTES, stepwise_module
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lstm_ext.layer import first_use
-from lstm_ext.native import config, loader, selftest_record
+from lstm_ext.native import config, cuda, loader, selftest_record
 
 pytestmark = [
     pytest.mark.tools,
@@ -88,6 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
     monkeypatch.setattr(first_use, "_chosen", {})
+    monkeypatch.setattr(cuda, "_forced", Counter())  # conftest.py forces the kernels
     monkeypatch.setattr(first_use, "_found", {})
     monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:4])  # the small ones
     monkeypatch.setattr(first_use, "REPEATS", 3)
@@ -162,6 +165,33 @@ def test_stepwise_is_compared_with_the_equations(gpu: StandIn, monkeypatch: pyte
     assert not first_use.choose(CPU) and not first_use.may_run(CPU, "stepwise", torch.bfloat16)
     first_use._chosen.clear()
     assert not first_use.choose(CPU)  # never again on that device
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, FakeTensorMode], ids=lambda m: m.__name__
+)
+def test_the_first_call_may_be_in_any_mode(gpu: StandIn, mode: Any) -> None:
+    selftest_record.path().unlink()
+    with mode():
+        assert first_use.choose(CPU)
+    assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
+
+
+def test_without_a_verdict_the_next_call_tries(gpu: StandIn) -> None:
+    selftest_record.path().unlink()
+    gpu.fault_of_stepwise = lambda output: 1 / 0
+    with pytest.warns(RuntimeWarning, match="'stepwise' is not used on cpu: it could not be tried"):
+        assert not first_use.choose(CPU)
+    gpu.fault_of_stepwise = lambda output: output
+    assert first_use.choose(CPU)
+
+
+def test_float64_needs_the_room_of_rounding() -> None:
+    """By the CPU's kernels, on every problem: the emulator would take too long."""
+    for problem in PROBLEMS:
+        call = first_use._call(problem, torch.float64, CPU)
+        found = first_use._results(loader.extension(), call)
+        assert not first_use._differences(found, first_use._by_equations(call), torch.float64)
 
 
 def test_nothing_runs_unchecked(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
