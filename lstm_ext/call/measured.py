@@ -93,7 +93,7 @@ Times = dict[str, tuple[float, float]]
 _Measure = Callable[[], Times]
 # None: torch's operator, and nothing was measured.
 _fixed: dict[tuple[int | None, ShapeClass], Choice | None] = {}
-# What `tune` has seen: the classes of shapes of its call, each with its device and how to measure it.
+# The classes of shapes of the call that `tune` watches, each with its device and how to measure it.
 _Seen = dict[tuple[int | None, ShapeClass], tuple[torch.device, _Measure]]
 _seen: ContextVar[_Seen | None] = ContextVar("_seen", default=None)
 _records: dict[int | None, dict[str, Choice]] = {}
