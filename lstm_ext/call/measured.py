@@ -73,7 +73,7 @@ class ShapeClass(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured: microseconds of a call by each candidate, and the fastest kernels of ours for each pass.
+    """The measurement: microseconds of a call by each candidate, and the fastest kernels of ours for each pass.
 
     The calls are those of the scratch tensors. A candidate that failed is not in ``us``.
     """
