@@ -77,7 +77,9 @@ def torch_of(minor: str) -> Torch:
                 wanted = ("torch/include/", "torch/utils/cpp_extension.py")
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(wanted)])
         (folder / "version").write_text(archive.name.split("-")[1])
-    standards = set(re.findall(r"-std=c\+\+\d\d", (folder / "torch/utils/cpp_extension.py").read_text()))
+    # The standard that torch adds to flags that name none.
+    text = (folder / "torch/utils/cpp_extension.py").read_text()
+    standards = {f"-std={name}" for name in re.findall(r"cpp_flag_prefix \+ '(c\+\+\d\d)'", text)}
     if len(standards) != 1:
         sys.exit(
             f"error: torch {minor}: expected one C++ standard in cpp_extension.py, found {sorted(standards)}"
