@@ -252,15 +252,17 @@ lstm_ext::cuda::Kernel kernel_named(const std::string& name, const char* who) {
   return named->kernel;
 }
 
-void set_cuda_measured(int device, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
-                       const std::string& dtype, bool tf32, bool projected, bool backward, bool packed,
-                       const std::string& kernel) {
+std::string set_cuda_measured(int device, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
+                              const std::string& dtype, bool tf32, bool projected, bool backward, bool packed,
+                              const std::string& kernel) {
   lstm_ext::cuda::LayerFacts layer{
       steps, batch,     1,     hidden_size, directions, number_named(dtype, "set_cuda_measured"),
       tf32,  projected, false, false,       backward,   packed};
   using Kernel = lstm_ext::cuda::Kernel;
   const auto found = kernel.empty() ? std::nullopt : std::optional<Kernel>(kernel_named(kernel, "set_cuda_measured"));
+  const std::optional<Kernel> before = lstm_ext::cuda::measured(device, layer);
   lstm_ext::cuda::set_measured(device, layer, found);
+  return before ? lstm_ext::cuda::name_of(*before) : "";
 }
 
 py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,

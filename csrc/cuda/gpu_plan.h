@@ -172,7 +172,7 @@ bool is_validated(int device, Kernel kernel, bool tf32);
 // and calls this; without a kernel it is not known any more. Steps and batch count rounded up to powers of two, the
 // size of the input does not.
 LSTM_EXT_PUBLIC void set_measured(int device, const LayerFacts& layer, std::optional<Kernel> kernel);
-std::optional<Kernel> measured(int device, const LayerFacts& layer);
+LSTM_EXT_PUBLIC std::optional<Kernel> measured(int device, const LayerFacts& layer);
 
 // How long a block of a persistent kernel waits for another one, in nanoseconds; 0: for ever. As
 // LSTM_EXT_CUDA_WAIT_LIMIT says in seconds, or in its place for one thread (null takes it back). Nothing if that is no

@@ -189,13 +189,13 @@ class Settings:
     dropout: float
     training: bool
     bidirectional: bool
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    layer_norm: bool = False
-    peephole: bool = False
-    cell_clip: float | None = None
-    coupled_gates: bool = False
-    recompute: bool = False
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    layer_norm: bool
+    peephole: bool
+    cell_clip: float | None
+    coupled_gates: bool
+    recompute: bool
     frozen: Sequence[LayerOptions] = ()
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import first_use, route
-from ..layer.tracing import KERNEL_DTYPES, is_plain_eager
+from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
 from ..native import config, cuda, loader, selftest_record
-from .arguments import Settings, Stack
-from .stack import run_stack
+from .arguments import Stack
+from .torchs_operator import PlainStack
 
 __all__ = [
     "Choice",
@@ -138,52 +138,54 @@ def prefers_torch(
 
     Arguments are those of `run_stack`.
     """
-    device = x.device
-    if x.dtype not in KERNEL_DTYPES or stack.frozen or loader.wants_equations() or not _decides():
-        return False
-    if not route.has_operators(device):
+    if stack.frozen or not _decides(x):
         return False
     if stack.dropout and stack.training and len(weights) > 1:
         return True  # its masks are drawn in one call
     w = weights[0][1]
     hidden, state = w.size(0) // 4, w.size(1)
-    of_layer = (
-        x.dtype if autocast is None else autocast,
-        hidden,
-        state if state != hidden else 0,
-        len(weights),
-        stack.bidirectional,
-        stack.training,
-    )
-    packed = batch_sizes is not None
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and not _ours_in_graph(
-            device.index, of_layer[0], len(weights), stack.bidirectional, stack.training, packed
-        )
+    dtype = x.dtype if autocast is None else autocast
+    proj_size = state if state != hidden else 0
+    of_layer = (dtype, hidden, proj_size, len(weights), stack.bidirectional, stack.training)
     if batch_sizes is None:
-        steps, batch = x.size(0), x.size(1)
-    else:
-        steps, batch = batch_sizes.size(0), int(batch_sizes[0])
-    return not _is_ours(class_of(*of_layer, batch, steps, packed), x, batch, steps)
+        return not _is_ours(x, of_layer, lambda: (x.size(1), x.size(0)), packed=False)
+    return not _is_ours(x, of_layer, lambda: (int(batch_sizes[0]), batch_sizes.size(0)), packed=True)
 
 
 def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bool) -> bool:
     """The same for an LSTMCell with the input x (B, I)."""
-    device = x.device
-    if x.dtype not in KERNEL_DTYPES or loader.wants_equations() or not _decides():
-        return False
-    if not route.has_operators(device):
+    if not _decides(x):
         return False
     of_layer = (x.dtype, weights[1].size(1), 0, 0, False, training)  # type: ignore[union-attr]
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and not _ours_in_graph(
-            device.index, x.dtype, 0, False, training, False
-        )
-    return not _is_ours(class_of(*of_layer, x.size(0), 1, False), x, x.size(0), 1)
+    return not _is_ours(x, of_layer, lambda: (x.size(0), 1), packed=False)
 
 
-def _is_ours(shape: ShapeClass, x: Tensor, batch: int, steps: int) -> bool:
+def _decides(x: Tensor) -> bool:
+    """Whether there is a choice: not for fake tensors without a GPU, nor if a kernel is requested."""
+    return (
+        x.dtype in KERNEL_DTYPES
+        and not loader.wants_equations()
+        and _is_free()
+        and route.has_operators(x.device)
+    )
+
+
+def _is_free() -> bool:
+    return cuda.has_gpu() and not cuda.is_forced()
+
+
+def _is_ours(
+    x: Tensor, of_layer: tuple[Any, ...], batch_and_steps: Callable[[], tuple[int, int]], packed: bool
+) -> bool:
+    """For a layer with the first arguments of `class_of`."""
     device, features = x.device, x.size(-1)
+    if torch.compiler.is_compiling():
+        dtype, _, _, num_layers, bidirectional, training = of_layer
+        return torch.compiler.is_exporting() or _ours_in_graph(
+            device.index, dtype, num_layers, bidirectional, training, packed
+        )
+    batch, steps = batch_and_steps()
+    shape = class_of(*of_layer, batch, steps, packed)
 
     def measure() -> Times:
         return times_of(shape, device, features, batch, min(steps, STEPS))
@@ -239,11 +241,6 @@ def recorded(device: torch.device) -> dict[str, Choice]:
     return _records[device.index]
 
 
-def _decides() -> bool:
-    """Whether there is a choice: not for fake tensors without a GPU, nor if a kernel is requested."""
-    return torch.cuda.is_available() and not cuda.is_forced()
-
-
 def _allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
@@ -278,7 +275,7 @@ def _without_sizes(key: str) -> list[str]:
 
 # Called by dynamo, not traced.
 _ours_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_decides._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_free._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bucket(size: int) -> int:
@@ -298,10 +295,14 @@ def _best(times: Times) -> Choice | None:
     return Choice(fastest * GAIN <= sum(theirs), forward, backward, us)
 
 
-def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> None:
-    """The planner takes these kernels for the layers of such calls, and for those of no others. "": it chooses."""
-    for name, is_backward in ((forward, False), (backward, True)):
-        loader.extension().set_cuda_measured(  # type: ignore[union-attr]
+def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> tuple[str, str]:
+    """The planner takes these kernels for the layers of such calls, and for those of no others; "": it chooses.
+
+    Returns what it took before.
+    """
+
+    def tell(kernel: str, backward: bool) -> str:
+        return loader.extension().set_cuda_measured(  # type: ignore[union-attr]
             device=device.index or 0,
             steps=shape.steps,
             batch=shape.batch,
@@ -310,30 +311,22 @@ def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backwar
             dtype=shape.dtype,
             tf32=shape.tf32,
             projected=shape.proj_size > 0,
-            backward=is_backward,
+            backward=backward,
             packed=shape.packed,
-            kernel=name,
+            kernel=kernel,
         )
+
+    return tell(forward, False), tell(backward, True)
 
 
 # ---- measuring
 
 
 def _measured(measure: _Measure, device: torch.device) -> Times:
-    """In a thread of its own, which has none of the caller's modes, hooks and autocast, but its stream."""
-    found: list[Times] = []
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-
-    def run() -> None:
-        # Whatever goes wrong, above all too little memory, is no reason for a layer's call to fail.
-        with contextlib.suppress(Exception), on_stream:
-            found.append(measure())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0] if found else {}
+    try:
+        return in_a_thread(device, measure)
+    except Exception:  # above all too little memory, which is no reason for a layer's call to fail
+        return {}
 
 
 def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int) -> Times:
@@ -343,6 +336,7 @@ def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: in
     limit = CLASS_LIMIT / (1 + len(kernels))
     times = {_TORCH: scratch.time(scratch.torchs, limit)}
     sizes = shape._replace(steps=_bucket(steps))  # those of the scratch tensors
+    before = _tell_kernels(sizes, device, "", "")
     try:
         for kernel in kernels:
             _tell_kernels(sizes, device, kernel, kernel)
@@ -353,7 +347,7 @@ def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: in
             except RuntimeError:
                 continue
     finally:
-        _tell_kernels(sizes, device, "", "")
+        _tell_kernels(sizes, device, *before)
     return times
 
 
@@ -412,28 +406,19 @@ class _Scratch:
         sets = layers * (2 if shape.bidirectional else 1)
         self.h0 = torch.zeros(sets, batch, shape.proj_size or shape.hidden_size, device=device, dtype=dtype)
         self.c0 = torch.zeros(sets, batch, shape.hidden_size, device=device, dtype=dtype)
-        self.layers = module.all_weights
-        self.flat = [w for layer in self.layers for w in layer]
-        n = len(self.flat) // layers
-        self.layers = [self.flat[k : k + n] for k in range(0, len(self.flat), n)]
-        self.stack = Settings(
-            bias=True, num_layers=layers, dropout=0.0, training=shape.training,
-            bidirectional=shape.bidirectional,
-        )  # fmt: skip
+        self.flat = [w for layer in module.all_weights for w in layer]
+        self.stack = PlainStack(True, layers, 0.0, shape.training, shape.bidirectional)
 
     def torchs(self) -> Tensor:
         if self.is_cell:
             return torch.lstm_cell(self.input[0], (self.h0[0], self.c0[0]), *self.flat)[0]
-        settings = (True, self.stack.num_layers, 0.0, self.training, self.stack.bidirectional)
-        if self.sizes is None:
-            return torch.lstm(self.input, (self.h0, self.c0), self.flat, *settings, False)[0]
-        return torch.lstm(self.input, self.sizes, (self.h0, self.c0), self.flat, *settings)[0]
+        return self.stack.compute(self.sizes, [self.input, self.h0, self.c0, *self.flat])[0]
 
     def ours(self) -> Tensor:
         if self.is_cell:
             return route.lstm_cell(self.input[0], self.h0[0], self.c0[0], self.flat, True)[0]
-        arguments = (self.stack, route.lstm_layer, self.layers, self.input, self.h0, self.c0, self.sizes)
-        return run_stack(*arguments, None, None)[0]
+        tensors = [self.input, self.h0, self.c0, *self.flat]
+        return self.stack.by_layers(route.lstm_layer, self.sizes, tensors, None)[0]
 
     def time(self, forward: Callable[[], Tensor], limit: float) -> tuple[float, float]:
         """Microseconds of the forward and of the backward pass."""

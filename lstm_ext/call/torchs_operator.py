@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from ..layer import equations, operators, route, transforms
-from ..layer.layer_call import LayerOptions
+from ..layer.layer_call import LayerFunction, LayerOptions
 from ..layer.shapes import weight_counts
 from ..layer.tracing import is_jit_tracing
 from .arguments import Stack
 from .autocast import in_autocast, result_dtypes
 from .stack import run_stack
 
-__all__ = ["lstm"]
+__all__ = ["PlainStack", "lstm"]
 
 _Tensors = tuple[Tensor, ...]
 
 
-class _Plain(NamedTuple):
+class PlainStack(NamedTuple):
     """A stack of plain layers, without its tensors.
 
     Those are input (T, B, I) or (N, I), h0 (L * D, B, P), c0 (L * D, B, H), and the weights of all layers.
@@ -50,13 +50,17 @@ class _Plain(NamedTuple):
             return torch.lstm(x, (h0, c0), weights, *settings, False)
         return torch.lstm(x, batch_sizes, (h0, c0), weights, *settings)
 
-    def by_equations(
-        self, batch_sizes: Tensor | None, tensors: Sequence[Tensor], autocast: torch.dtype | None
+    def by_layers(
+        self,
+        layer: LayerFunction,
+        batch_sizes: Tensor | None,
+        tensors: Sequence[Tensor],
+        autocast: torch.dtype | None,
     ) -> _Tensors:
+        """The same, layer by layer."""
         x, h0, c0, *weights = tensors
         n = len(weights) // self.num_layers
         layers = [weights[k : k + n] for k in range(0, len(weights), n)]
-        layer = equations.lstm_layer
         return run_stack(self, layer, layers, x, h0, c0, batch_sizes, None, autocast)[:3]  # type: ignore[arg-type]
 
     def is_projected(self, tensors: Sequence[Tensor]) -> bool:
@@ -92,7 +96,7 @@ def lstm(
     dropout = stack.dropout if stack.training and len(weights) > 1 else 0.0
     # cuDNN has gradients in training mode only. Without dropout the mode changes nothing else.
     training = stack.training or (needs_grad and not x.is_cpu)
-    plain = _Plain(stack.bias, len(weights), dropout, training, stack.bidirectional)
+    plain = PlainStack(stack.bias, len(weights), dropout, training, stack.bidirectional)
     if way == "operator":
         results = torch.ops.lstm_ext.torchs_lstm(
             x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad
@@ -114,7 +118,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plain: _Plain,
+        plain: PlainStack,
         batch_sizes: Tensor | None,
         autocast: torch.dtype | None,
         *tensors: Tensor,
@@ -136,7 +140,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
 
 def _equation_gradients(
-    plain: _Plain,
+    plain: PlainStack,
     autocast: torch.dtype | None,
     batch_sizes: Tensor | None,
     grads: Sequence[Tensor | None],
@@ -146,7 +150,7 @@ def _equation_gradients(
     """Differentiable gradients, for the tensors that need one."""
 
     def results(*tensors: Any) -> _Tensors:
-        return plain.by_equations(batch_sizes, tensors, autocast)
+        return plain.by_layers(equations.lstm_layer, batch_sizes, tensors, autocast)
 
     return transforms.gradients_of(results, needs_grad, tensors, grads)
 
@@ -154,9 +158,9 @@ def _equation_gradients(
 # ---- what compilers, exporters and dispatch modes see
 
 
-def _split(arguments: Sequence[Any]) -> tuple[_Plain, Tensor | None, list[Tensor], torch.dtype | None]:
+def _split(arguments: Sequence[Any]) -> tuple[PlainStack, Tensor | None, list[Tensor], torch.dtype | None]:
     x, h0, c0, weights, batch_sizes, *plain, autocast = arguments
-    return _Plain(*plain), batch_sizes, [x, h0, c0, *weights], autocast
+    return PlainStack(*plain), batch_sizes, [x, h0, c0, *weights], autocast
 
 
 def _with_autograd() -> Any:

@@ -1,18 +1,18 @@
 """The first use of a CUDA kernel on a device: a kernel computes for users only after it was correct there once.
 
 `choose` runs in the first eager call on a device. A record of ``python -m lstm_ext.selftest``, or of an earlier first
-use, for this device, driver and build decides. Without one it compares the kernels ``step`` and ``persistent`` with
-``stepwise`` on small random layers, and records the outcomes. The choice holds for the life of the process.
+use, for this device, driver and build decides. Without one it compares ``stepwise`` with the equations in float64, then
+``step`` and ``persistent`` with ``stepwise``, on small random layers, and records the outcomes. The choice holds for
+the life of the process. Until ``stepwise`` has been right, torch's operator and the equations compute.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..native import config, cuda, loader, selftest_record
 from . import equations
 from .layer_call import LayerCall, LayerOptions
+from .tracing import in_a_thread
 
 __all__ = [
     "LIMIT",
@@ -92,7 +93,7 @@ def choose(device: torch.device) -> bool:
         return is_known_right(device)
     with _one_at_a_time:
         if index not in _chosen:
-            right = _in_a_thread(device, lambda: _choose(device, wanted))
+            right = in_a_thread(device, lambda: _choose(device, wanted))
             if right is not None:
                 _chosen[index] = right
         return _chosen.get(index, False)
@@ -118,27 +119,6 @@ def _choose(device: torch.device, wanted: bool) -> bool | None:
     return True
 
 
-def _in_a_thread(device: torch.device, run: Callable[[], bool | None]) -> bool | None:
-    """In a thread of its own, which has none of the caller's modes, transforms and hooks, but its stream."""
-    found: list[bool | None] = []
-    errors: list[BaseException] = []
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def work() -> None:
-        try:
-            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-                found.append(run())
-        except BaseException as error:  # a warning that the user has made an error
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return found[0]
-
-
 def _right(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], wanted: bool) -> bool | None:
     """Whether a kernel is right, by a record, or by a check if one is wanted. None if that is unknown."""
     passed = cuda.outcome(device, kernel, dtypes[0])
@@ -162,7 +142,7 @@ def is_known_right(device: torch.device) -> bool:
 
 def is_right(index: int | None) -> bool:
     """The same as `choose`, for a graph that is compiled. True without a GPU."""
-    return not torch.cuda.is_available() or choose(torch.device("cuda", index))
+    return not cuda.has_gpu() or choose(torch.device("cuda", index))
 
 
 # Called by dynamo, not traced, like `loader.has_kernels`.

@@ -286,7 +286,7 @@ def has_operators(device: torch.device) -> bool:
 def _were_right(device: torch.device) -> bool:
     if _is_compiling():
         return first_use.is_right(device.index)
-    return not torch.cuda.is_available() or device.index is None or first_use.choose(device)
+    return device.index is None or not cuda.has_gpu() or first_use.choose(device)
 
 
 def prefers_torch(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ __all__ = [
     "any_autocast",
     "are_plain",
     "dispatch_modes",
+    "in_a_thread",
     "innermost_transform",
     "is_active",
     "is_exporting_to_onnx",
@@ -28,6 +31,7 @@ __all__ = [
     "refuse_shards",
 ]
 
+_T = TypeVar("_T")
 # Bound here, because a lookup through the modules costs time.
 _is_compiling = torch.compiler.is_compiling
 _is_jit_tracing = torch._C._is_tracing
@@ -55,6 +59,30 @@ def is_plain_eager() -> bool:
         and not is_active(LEGACY_VMAP)
         and not is_active(PRE_DISPATCH)
     )
+
+
+def in_a_thread(device: torch.device, run: Callable[[], _T]) -> _T:
+    """Runs a function in a thread of its own, which has none of the caller's modes, transforms, hooks and autocast.
+
+    It has the caller's stream. An exception is raised here.
+    """
+    found: list[_T] = []
+    errors: list[BaseException] = []
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def work() -> None:
+        try:
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                found.append(run())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:

@@ -224,9 +224,9 @@ def set_cuda_measured(
     backward: bool,
     packed: bool,
     kernel: str,
-) -> None:
+) -> str:
     """Sets the kernel that was the fastest when such layers were measured on this CUDA device of the process; ``""``
-    forgets it."""
+    forgets it. Returns what it was before."""
 
 def set_cuda_validated(device: int, kernel: str, tf32: bool, validated: bool) -> None:
     """Sets whether the kernel ``"step"`` or ``"persistent"`` may be chosen on this CUDA device of the process, for

@@ -20,6 +20,7 @@ __all__ = [
     "check_waits",
     "choice",
     "forced",
+    "has_gpu",
     "is_forced",
     "is_requested",
     "is_supported",
@@ -135,6 +136,13 @@ def check_waits(device: int | str | torch.device | None = None) -> None:
 
 # ---- devices
 
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether torch finds a GPU. Each call of a layer asks; torch's own query takes longer."""
+    return torch.cuda.is_available()
+
+
 _problems: dict[int | None, str | None] = {}
 
 
@@ -157,7 +165,7 @@ def _find_problem(index: int | None) -> str | None:
     status = loader.status()
     if status.cuda is None:
         return status.reason or status.cuda_reason or "the extension was built without CUDA"
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return None  # the tensors are fake, and so are the kernels
     capability = torch.cuda.get_device_capability(index)
     reason = unsupported(capability, status.cuda)

@@ -114,20 +114,13 @@ def finished_with_cuda() -> list[Path]:
         "python": platform.python_version(),
         "sources": config.digest(source_dir()),
     }
-    # In a home that machines share, it may be for other processors.
-    fits = [
-        folder
-        for folder, record in there
-        if wanted.items() <= record.items()
-        and any(
-            [
-                config.runs_here(name)
-                for name in str(record.get("cpu_sets")).split(",")
-                if name in config.CPU_SETS
-            ]
-        )
-    ]
+    fits = [folder for folder, record in there if wanted.items() <= record.items() and _runs_here(record)]
     return sorted(fits, key=lambda folder: (folder / config.RECORD).stat().st_mtime, reverse=True)
+
+
+def _runs_here(record: dict) -> bool:
+    """Whether a build has CPU kernels for this processor. Machines may share a home."""
+    return any([config.runs_here(name) for name in record.get("cpu_sets", "").split(",") if name])
 
 
 def _root() -> Path:

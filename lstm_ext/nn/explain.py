@@ -148,19 +148,16 @@ def _device(
     if not torch.cuda.is_available():
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
     index = torch.cuda.current_device() if found.index is None else found.index
+    found = torch.device("cuda", index)
     return f"{found}, {torch.cuda.get_device_name(found)}", {
         **extension.cuda_facts(index),
-        "problem": cuda.problem(index) or _unchecked(torch.device("cuda", index)),
-        "choices": measured.recorded(torch.device("cuda", index)),
+        "problem": cuda.problem(index) or (None if first_use.is_known_right(found) else first_use.NOT_RIGHT),
+        "choices": measured.recorded(found),
         **{
-            f"{kernel}_outcome": first_use.outcome(torch.device("cuda", index), kernel, dtype)
+            f"{kernel}_outcome": first_use.outcome(found, kernel, dtype)
             for kernel in config.TRIED_CUDA_KERNELS
         },
     }
-
-
-def _unchecked(device: torch.device) -> str | None:
-    return None if first_use.is_known_right(device) else first_use.NOT_RIGHT
 
 
 def _is_measured(module: nn.Module) -> bool:

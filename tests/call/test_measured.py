@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,10 +18,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext.call import measured
-from lstm_ext.call.arguments import Settings
 from lstm_ext.layer import route
 from lstm_ext.native import loader, selftest_record
 
@@ -42,9 +43,9 @@ class Card:
         self.measurements += 1
         return self.times() if callable(self.times) else self.times
 
-    def set_cuda_measured(self, *, kernel: str, backward: bool, **_: Any) -> None:
-        if kernel:
-            self.told.append((kernel, backward))
+    def set_cuda_measured(self, *, kernel: str, backward: bool, **_: Any) -> str:
+        self.told.append((kernel, backward))
+        return ""
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
     monkeypatch.setattr(loader, "wants_equations", lambda: False)
     monkeypatch.setattr(measured.cuda, "_forced", Counter())  # conftest.py forces the kernels
     monkeypatch.setattr(route, "has_operators", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measured.cuda, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(measured, "times_of", lambda *_: found.measure())
@@ -73,12 +74,15 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(
-    batch: int = 8, steps: int = 20, device: str = "cuda:0", layers: int = 1, **settings: Any
+    batch: int = 8,
+    steps: int = 20,
+    device: str = "cuda:0",
+    layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = True,
 ) -> tuple[Any, ...]:
     """The arguments of `prefers_torch` for H 32."""
-    stack = Settings(
-        bias=True, num_layers=layers, bidirectional=False, **{"dropout": 0.0, "training": True, **settings}
-    )
+    stack = measured.PlainStack(True, layers, dropout, training, False)
     weights = [[torch.empty(128, 5), torch.empty(128, 32)]] * layers
     sizes = (steps, batch, 5)
     x = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, size=lambda i: sizes[i])
@@ -159,7 +163,7 @@ def test_not_within_a_backward_pass(card: Card) -> None:
 def test_where_nothing_is_measured_the_record_decides(
     card: Card, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    mode: Any = None
+    mode: Any = contextlib.nullcontext()
     if where == "capture":
         card.capturing = True
     elif where == "deterministic":
@@ -167,18 +171,14 @@ def test_where_nothing_is_measured_the_record_decides(
     elif where == "distributed":
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     else:
-        from torch.utils.flop_counter import FlopCounterMode
-
         mode = FlopCounterMode(display=False)
-        mode.__enter__()
-    assert is_torchs() and card.measurements == 0  # first seen here
-    choice = measured.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
-    selftest_record.add_measured(CPU, class_of_layer().key, measured.asdict(choice))
-    assert is_torchs()  # a process reads the record once
-    forget(monkeypatch)
-    assert not is_torchs() and card.told == [("step", False), ("stepwise", True)]
-    if mode is not None:
-        mode.__exit__(None, None, None)
+    with mode:
+        assert is_torchs() and card.measurements == 0  # first seen here
+        choice = measured.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
+        selftest_record.add_measured(CPU, class_of_layer().key, measured.asdict(choice))
+        assert is_torchs()  # a process reads the record once
+        forget(monkeypatch)
+        assert not is_torchs() and card.told == [("step", False), ("stepwise", True)]
     assert card.measurements == 0
 
 
@@ -214,7 +214,7 @@ def test_two_processes_write_one_record(card: Card) -> None:
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", program, name], check=True)
     selftest_record.add(CPU, "step", True)
-    assert set(measured.recorded(CPU)) == {"one", "two"}  # and the outcome beside them
+    assert set(measured.recorded(CPU)) == {"one", "two"}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}"])

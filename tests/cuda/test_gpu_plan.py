@@ -172,6 +172,35 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
     assert both["kernel"] == "persistent" and both["launches"] == both["products"] == 0
 
 
+def test_a_measurement_counts_for_a_class_of_sizes() -> None:
+    layer = {
+        "device": 63,
+        "batch": 16,
+        "hidden_size": 99,
+        "directions": 1,
+        "dtype": "bfloat16",
+        "tf32": False,
+    }
+    layer |= {"steps": 65, "projected": False, "backward": False, "packed": False}
+
+    def set_to(kernel: str, **other: Any) -> str:
+        return _C.set_cuda_measured(**{**layer, **other}, kernel=kernel)
+
+    assert set_to("step") == ""
+    for other in ({"steps": 64}, {"batch": 17}, {"hidden_size": 98}, {"backward": True}, {"packed": True}):
+        assert set_to("", **other) == "", other
+    for other in (
+        {"tf32": True},
+        {"projected": True},
+        {"directions": 2},
+        {"device": 62},
+        {"dtype": "float16"},
+    ):
+        assert set_to("", **other) == "", other
+    assert set_to("persistent", steps=128, batch=9) == "step"  # 65 to 128 steps, 9 to 16 rows
+    assert set_to("") == "persistent" and set_to("") == ""
+
+
 def test_what_the_runtime_says_of_a_device_counts() -> None:
     layer = {"steps": 100, "batch": 16, "input_size": 512, "hidden_size": 768, "dtype": "bfloat16"}
     device = {**DEVICES["H100"], "step_blocks": (1, 7)}
