@@ -212,7 +212,8 @@ def _on_cuda(
         return _without_kernels(module, problem)
     choice = None
     if choices is not None and _is_measured(module):  # None: a card that is not here
-        torchs = {"kernel": "torch", "summary": "torch's own operator, one call for all layers"}
+        calls = "" if isinstance(module, LSTMCell) else ", one call for all layers"
+        torchs = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
         if getattr(module, "dropout", 0) and module.training and module.num_layers > 1:
             return {**torchs, "reasons": ["it draws the masks of the dropout between layers"]}
         choice = _choice(module, sizes, dtype, choices)

@@ -526,12 +526,11 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
         if case.options is None:
             moves = movement(unrepeated, tensors, ref, draws)
         else:
+            without_bound = dataclasses.replace(
+                case, options=dataclasses.replace(case.options, cell_clip=None)
+            )
             if Cell.nearest_to_clip < 1e-5:  # rounding decides what is clipped
-                return try_out(
-                    dataclasses.replace(case, options=dataclasses.replace(case.options, cell_clip=None)),
-                    kind,
-                    draws,
-                )
+                return try_out(without_bound, kind, draws)
             if case.options.forget_bias is not None or case.options.parameters(case.bias):
                 check_initialisation(case.options, sizes_of(case), case.directions)
             equations = fast_run(unrepeated, tensors)
@@ -541,11 +540,7 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
                 [CHANGE * moves[n] > 0.01 * norms[n] for n in norms]
             ):
                 # A change of 1e-7 has changed everything: bounded, the cells with layer normalisation may be chaotic.
-                return try_out(
-                    dataclasses.replace(case, options=dataclasses.replace(case.options, cell_clip=None)),
-                    kind,
-                    draws,
-                )
+                return try_out(without_bound, kind, draws)
             wrong = {n: r for n, r in Trial(case, equations, ref, moves).excess().items() if not r <= 1}
             assert not wrong, f"the equations and the oracle differ: {wrong}"
     with environment(case):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lstm_ext
-from lstm_ext.native import config
+from lstm_ext.native import config, jit
 
 pytestmark = pytest.mark.tools
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -493,6 +493,13 @@ def test_sets_of_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert names("native")[0] in lstm_ext.native.loader.extension().cpu_capabilities()
     with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2,sse'.*avx512,avx2,baseline"):
         names("avx2,sse")
+
+
+def test_a_build_for_other_processors_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a home that machines share; this one has AVX2."""
+    monkeypatch.setattr(config, "runs_here", lambda name: name in ("avx2", "baseline"))
+    found = {sets: jit._runs_here({"cpu_sets": sets}) for sets in ("avx512", "avx512,avx2", "baseline", "")}
+    assert found == {"avx512": False, "avx512,avx2": True, "baseline": True, "": False}
 
 
 def test_all_operators_are_in_the_source_that_includes_them(tmp_path: Path) -> None:
