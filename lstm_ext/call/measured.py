@@ -479,7 +479,7 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
 
     Args:
         module: a model with `lstm_ext.LSTM` layers, on a CUDA device.
-        *inputs, **keywords: arguments of the model.
+        inputs, keywords: arguments of the model.
 
     Returns:
         What was chosen, by class of shapes. Empty if no plain layer of the model ran on a CUDA device with kernels.
