@@ -386,7 +386,7 @@ class Mailbox {
         // So much of the second-level cache as a chunk of a layer would take.
         pieces_(static_cast<size_t>(std::min<int64_t>(card.l2_bytes / 4, 16 << 20) / 16)),
         slots_(pieces_),
-        words_(2),
+        words_(cuda::kControlWords),
         status_(1),
         counts_(1),
         clocks_(static_cast<size_t>(card.multiprocessors)),

@@ -70,18 +70,21 @@ LSTM_DEVICE void sleep_for([[maybe_unused]] unsigned nanoseconds) {
 #endif
 }
 
-// take_pieces of one piece, by another way to wait. False: it took too long, or another block has given up.
+// Blocks are not counted here: as many of them come as the words say before anybody has counted.
+constexpr uint32_t kNotCounted = 0;
+
+// AwaitedPieces of one piece, or another way to wait. False: it took too long, or another block has given up.
 template <Wait kWait>
 LSTM_DEVICE bool take(uint4& piece, const uint4* place, const HandOffs& a, uint32_t& parts) {
   if constexpr (kWait == Wait::kAsTheKernels) {
-    uint4 pieces[1];
-    const bool came = cuda::take_pieces(pieces, reinterpret_cast<const unsigned char*>(place), 0, 1, a.control);
+    cuda::AwaitedPieces<1> pieces(reinterpret_cast<const unsigned char*>(place), 0, 1);
+    const bool came = pieces.wait<0, 1>(a.control, kNotCounted);
     piece = pieces[0];
     return came;
   } else {
     constexpr unsigned kAll = 0xffffffffu;
     cuda::WaitLimit limit(a.control.limit);
-    for (uint32_t tries = 1;; ++tries) {
+    while (true) {
       piece = cuda::load_relaxed_16(place);
       const bool whole = kWait == Wait::kOneWord ? piece.w != cuda::kSentinel : cuda::is_whole(piece);
       if (kWait == Wait::kWatched && !whole) {
@@ -89,8 +92,10 @@ LSTM_DEVICE bool take(uint4& piece, const uint4* place, const HandOffs& a, uint3
         parts += all != cuda::kSentinel ? 1 : 0;
       }
       if (__all_sync(kAll, whole)) return true;
-      bool gives_up = limit.is_over();
-      if (tries % 256 == 0) gives_up = gives_up || cuda::load_relaxed(a.control.words) == 0;
+      bool gives_up = false;
+      if (limit.looks()) {
+        gives_up = limit.has_passed() || cuda::load_relaxed(a.control.words + cuda::kGaveUp) == 0;
+      }
       if (__any_sync(kAll, gives_up)) return false;
       if (kWait == Wait::kBackOff) sleep_for(a.back_off);
     }
@@ -98,8 +103,8 @@ LSTM_DEVICE bool take(uint4& piece, const uint4* place, const HandOffs& a, uint3
 }
 
 LSTM_DEVICE void give_up(const cuda::PersistentControl& control) {
-  cuda::store_relaxed(control.words, 0);
-  cuda::store_relaxed(control.status, 1);
+  cuda::store_relaxed(control.words + cuda::kGaveUp, 0);
+  cuda::store_relaxed_system(control.status, 1);
 }
 LSTM_DEVICE void count(const HandOffs& a, uint32_t wrong, uint32_t parts) {
   if (wrong != 0) atomicAdd(&a.counts->wrong, wrong);
@@ -188,9 +193,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(cuda::kPersistentThreads) all_to_all(LSTM_GRID_CO
       clocks = clocks_now();
       nanoseconds = nanoseconds_now();
     }
-    uint4 pieces[kShape.pieces];
     const auto* from = reinterpret_cast<const unsigned char*>(a.mailbox + place(turn, row, first));
-    const bool came = cuda::take_pieces(pieces, from, kShape.parts * 4 * cuda::kPieceBytes, count_of_thread, a.control);
+    cuda::AwaitedPieces<kShape.pieces> pieces(from, kShape.parts * 4 * cuda::kPieceBytes, count_of_thread);
+    const bool came = pieces.wait<0, kShape.pieces>(a.control, kNotCounted);
     if (!came) atomicExch(&late[turn % 2], 1u);
     __syncthreads();
     if (late[turn % 2] != 0) {

@@ -23,12 +23,12 @@ LSTM_DEVICE auto cell_at(const cell::Options<accumulator_t<T>>& options, int64_t
   }
 }
 
-template <typename T, typename Cell = cell::Plain>
+template <typename Math, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gate_values_at(const T* preactivations, int64_t b, int64_t j,
                                                                      int64_t size, const Cell& cell = {}) {
   GateValues<typename Types<T>::Accumulate> z;
   for (int gate = 0; gate < 4; ++gate) z[gate] = widen(preactivations[(b * 4 + gate) * size + j]);
-  return cell::gate_values<CellMath<T>>(z, cell);
+  return cell::gate_values<Math>(z, cell);
 }
 
 // ---- forward
@@ -40,9 +40,9 @@ LSTM_DEVICE typename Types<T>::Accumulate bias_at(const CellForward<T>& args, in
 }
 
 // U h_{t-1} of row b; null means zeros.
-template <bool kOptions, typename T>
-LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward<T>& args, int64_t b) {
-  const auto source = transition::source_of(is_reset<kOptions>(args.rows, b), has_previous<kOptions>(args.rows, b));
+template <typename T>
+LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward<T>& args, RowState row, int64_t b) {
+  const auto source = row.source();
   const auto* part = source == transition::Source::kReset        ? args.reset_part
                      : source == transition::Source::kStepBefore ? args.recurrent_part
                                                                  : args.begin_part;
@@ -66,15 +66,15 @@ LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForwar
   return {now, now};
 }
 // Writes c_t of row b, and the preactivations.
-template <bool kOptions, typename T>
-LSTM_DEVICE void write_state(const CellForward<T>& args, int64_t b, int64_t j,
+template <typename T>
+LSTM_DEVICE void write_state(const CellForward<T>& args, RowState row, int64_t b, int64_t j,
                              const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate c) {
   const int64_t H = args.hidden_size, place = b * H + j;
   args.c[place] = c;
   if (args.preactivations) {
     for (int gate = 0; gate < 4; ++gate) args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(z[gate]);
   }
-  if (!has_next<kOptions>(args.rows, b)) args.c_n[place] = narrow<T>(c);
+  if (!row.has_next()) args.c_n[place] = narrow<T>(c);
 }
 
 template <typename T>
@@ -98,36 +98,22 @@ struct NewCell {
   OutputValues<T> output;
 };
 // From the preactivations and c_{t-1}.
-template <bool kOptions, typename T, typename Cell = cell::Plain>
-LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j,
+template <bool kOptions, typename Math, typename T, typename Cell = cell::Plain>
+LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, RowState row, int64_t place,
                                 const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate before,
                                 const Cell& cell = {}) {
-  using Math = CellMath<T>;
   NewCell<T> result;
   GateValues<typename Types<T>::Accumulate> seen{{z[0], z[1], z[2], z[3]}};
   const auto now = cell::forward<Math>(seen, cell::Here<Math>{before}, cell);
   for (int gate = 0; gate < 4; ++gate) result.z[gate] = seen[gate];
-  result.state = cell_state<kOptions>(args, b * args.hidden_size + j, now.c, before);
-  result.output = output_values<kOptions>(args.output, args.rows, b, j, args.hidden_size, now.h);
+  result.state = cell_state<kOptions>(args, place, now.c, before);
+  result.output = output_values<kOptions>(args.output, row, place, now.h);
   return result;
 }
-template <bool kOptions, typename T>
-LSTM_DEVICE void write_cell(const CellForward<T>& args, int64_t b, int64_t j, const NewCell<T>& cell) {
-  write_state<kOptions>(args, b, j, cell.z, cell.state.c);
-  write_output<kOptions>(args.output, args.rows, b, j, args.hidden_size, cell.output);
-}
-
-// The same for kernels that multiply themselves: from what does not depend on the step before, W x and the biases, and
-// the sum of the product with U, which counts unless the row begins here or is reset.
-template <bool kOptions, typename T>
-LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, int64_t b, int64_t j, float (&z)[4], float before,
-                                const float (&product)[4]) {
-  if (has_previous<kOptions>(args.rows, b) && !is_reset<kOptions>(args.rows, b)) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
-  } else if (const float* recurrent = recurrent_row<kOptions>(args, b)) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * args.hidden_size + j];
-  }
-  return new_cell<kOptions>(args, b, j, z, before);
+template <typename T>
+LSTM_DEVICE void write_cell(const CellForward<T>& args, RowState row, int64_t b, int64_t j, const NewCell<T>& cell) {
+  write_state(args, row, b, j, cell.z, cell.state.c);
+  write_output(args.output, row, b, j, args.hidden_size, cell.output);
 }
 
 template <typename T, bool kOptions, bool kCell = false>
@@ -141,17 +127,19 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONST
   for (int gate = 0; gate < 4; ++gate) bias[gate] = bias_at(args, gate, j);
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
-    if (!takes_part<kOptions>(args.rows, b)) {
+    const RowState row = forward_row<kOptions>(args.rows, b);
+    if (!row.takes_part()) {
       write_no_cell(args, b, j);
       continue;
     }
     A z[4];
     for (int gate = 0; gate < 4; ++gate) z[gate] = args.input_part[b * args.input_stride + gate * H + j] + bias[gate];
-    if (const A* recurrent = recurrent_row<kOptions>(args, b)) {
+    if (const A* recurrent = recurrent_row(args, row, b)) {
       for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
     }
-    const A before = previous_cell<kOptions>(args.rows, args.c_previous, b, b * H + j);
-    write_cell<kOptions>(args, b, j, new_cell<kOptions>(args, b, j, z, before, cell_at<kCell, T>(args.options, j)));
+    const A before = previous_cell(row, args.c_previous, b * H + j);
+    const auto cell = cell_at<kCell, T>(args.options, j);
+    write_cell(args, row, b, j, new_cell<kOptions, CellMath<T>>(args, row, b * H + j, z, before, cell));
   }
 }
 
@@ -164,8 +152,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
   if (j >= P) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
-    if (takes_part<true>(args.rows, b)) {
-      write_output<true>(args.output, args.rows, b, j, P, args.projected[b * P + j]);
+    const RowState row = forward_row<true>(args.rows, b);
+    if (row.takes_part()) {
+      write_output<true>(args.output, row, b, j, P, args.projected[b * P + j]);
     } else {
       write_no_output(args.output, b, j);
     }
@@ -175,30 +164,30 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
 // ---- backward
 
 // c'_t, from the gates and c_{t-1}.
-template <bool kOptions, typename T, typename Cell = cell::Plain>
+template <bool kOptions, typename Math, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args, int64_t place,
                                                     const GateValues<typename Types<T>::Accumulate>& gates,
                                                     typename Types<T>::Accumulate before, const Cell& cell = {}) {
   if constexpr (kOptions) {
-    using Math = CellMath<T>;
     if (args.zoneout.active()) return cell::state<Math>(gates, cell::Here<Math>{before}, cell);
   }
   return args.cells[place];
 }
 
 // The values that the gradients of one unit need besides dL/dh_t, for a row that takes part.
-template <typename A>
+template <typename Math>
 struct CellValues {
+  using A = typename Math::Value;
   GateValues<A> gates;
-  A before, now;                                // c_{t-1} and c'_t
-  typename AccurateMath<A>::Squashed squashed;  // tanh of c'_t
-  A output;                                     // dL/dh_t as the caller gave it
-  A after;                                      // dL/dc_t but for its part through h_t
+  A before, now;                     // c_{t-1} and c'_t
+  typename Math::Squashed squashed;  // tanh of c'_t
+  A output;                          // dL/dh_t as the caller gave it
+  A after;                           // dL/dc_t but for its part through h_t
 };
 template <bool kOptions, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& args, int64_t b, int64_t place) {
+LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& args, RowState row, int64_t place) {
   typename Types<T>::Accumulate after = 0;
-  if (has_next<kOptions>(args.rows, b)) {
+  if (row.has_next()) {
     after = args.grad_c[place];
   } else if (args.grad_c_n) {
     after = widen(args.grad_c_n[place]);
@@ -208,17 +197,17 @@ LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& 
   }
   return after;
 }
-template <bool kOptions, typename T, typename Cell = cell::Plain>
-LSTM_DEVICE CellValues<typename Types<T>::Accumulate> cell_values(const CellBackward<T>& args, int64_t b, int64_t j,
-                                                                  const Cell& cell = {}) {
+template <bool kOptions, typename Math, typename T, typename Cell = cell::Plain>
+LSTM_DEVICE CellValues<Math> cell_values(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
+                                         const Cell& cell = {}) {
   const int64_t place = b * args.hidden_size + j;
-  CellValues<typename Types<T>::Accumulate> values;
-  values.gates = gate_values_at(args.preactivations, b, j, args.hidden_size, cell);
-  values.before = previous_cell<kOptions>(args.rows, args.c_previous, b, place);
-  values.now = state_now<kOptions>(args, place, values.gates, values.before, cell);
-  values.squashed = CellMath<T>::squash(values.now);
-  values.output = given_gradient(args.output, b, j);
-  values.after = gradient_after<kOptions>(args, b, place);
+  CellValues<Math> values;
+  values.gates = gate_values_at<Math>(args.preactivations, b, j, args.hidden_size, cell);
+  values.before = previous_cell(row, args.c_previous, place);
+  values.now = state_now<kOptions, Math>(args, place, values.gates, values.before, cell);
+  values.squashed = Math::squash(values.now);
+  values.output = given_gradient(args.output, row, b, j, args.hidden_size);
+  values.after = gradient_after<kOptions>(args, row, place);
   return values;
 }
 
@@ -233,16 +222,21 @@ struct GivenGradients {
   }
 };
 
-// From c'_t, dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and returns
-// dL/do, to the gradients of the preactivations. It leaves dL/dc_{t-1} for the step before.
+// The gradients of a unit: of its preactivations, and of c_{t-1}.
+template <typename A>
+struct CellGradients {
+  A z[4];
+  A before;
+};
+// Makes them from c'_t, dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and
+// returns dL/do.
 template <bool kOptions, typename T, typename ThroughHidden, typename Cell = cell::Plain>
-LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                const GateValues<typename Types<T>::Accumulate>& gates,
-                                typename Types<T>::Accumulate before, typename Types<T>::Accumulate now,
-                                typename Types<T>::Accumulate after, ThroughHidden&& through_hidden,
-                                typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
+LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(
+    const CellBackward<T>& args, int64_t b, int64_t j, const GateValues<typename Types<T>::Accumulate>& gates,
+    typename Types<T>::Accumulate before, typename Types<T>::Accumulate now, typename Types<T>::Accumulate after,
+    ThroughHidden&& through_hidden, const Cell& cell = {}) {
   using A = typename Types<T>::Accumulate;
-  const int64_t H = args.hidden_size, place = b * H + j;
+  const int64_t place = b * args.hidden_size + j;
   A past = 0;  // the share that zoneout sends past the step
   if constexpr (kOptions) {
     if (args.zoneout.active()) {
@@ -254,35 +248,39 @@ LSTM_DEVICE void cell_gradients(const CellBackward<T>& args, int64_t b, int64_t 
   const A d_o = through_hidden(after);
   const auto back =
       cell::state_backward<CellMath<T>>(gates, before, now, after, d_o, GivenGradients<kOptions, T>{args, b, j}, cell);
-  for (int gate = 0; gate < 4; ++gate) grad[gate] = back.dz[gate];
   if constexpr (Cell::kOptions) {
     for (int n = 0; args.cell_terms && n < cell::kParameters; ++n) {
-      args.cell_terms[(b * cell::kParameters + n) * H + j] = cell::parameter_term<CellMath<T>>(n, back.dz, before, now);
+      args.cell_terms[(b * cell::kParameters + n) * args.hidden_size + j] =
+          cell::parameter_term<CellMath<T>>(n, back.dz, before, now);
     }
   }
-  A grad_before = back.dc_before;
-  if constexpr (kOptions) grad_before += past;
-  const bool reset = is_reset<kOptions>(args.rows, b);
-  args.grad_c[place] = reset ? 0 : grad_before;
-  if (reset && args.grad_reset_c) args.grad_reset_c[place] += grad_before;
+  CellGradients<A> result = {{back.dz[0], back.dz[1], back.dz[2], back.dz[3]}, back.dc_before};
+  if constexpr (kOptions) result.before += past;
+  return result;
+}
+// Leaves dL/dc_{t-1} for the step before.
+template <typename T>
+LSTM_DEVICE void write_state_gradient(const CellBackward<T>& args, RowState row, int64_t place,
+                                      typename Types<T>::Accumulate before) {
+  args.grad_c[place] = row.is_reset() ? 0 : before;
+  if (row.is_reset() && args.grad_reset_c) args.grad_reset_c[place] += before;
 }
 
 // Writes the gradients of U h_{t-1} of unit j wherever the products behind it read them.
-template <bool kOptions, typename T>
-LSTM_DEVICE void write_recurrent_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
+template <typename T>
+LSTM_DEVICE void write_recurrent_gradients(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
                                            const typename Types<T>::Accumulate (&grad)[4]) {
   using D = typename Types<T>::Gradient;
   const int64_t H = args.hidden_size;
-  const bool reset = is_reset<kOptions>(args.rows, b);
   if (args.grad_recurrent_part) {
     for (int gate = 0; gate < 4; ++gate) args.grad_recurrent_part[(b * 4 + gate) * H + j] = narrow<D>(grad[gate]);
   }
-  if (reset && args.grad_reset_part) {
+  if (row.is_reset() && args.grad_reset_part) {
     for (int gate = 0; gate < 4; ++gate) args.grad_reset_part[(b * 4 + gate) * H + j] += grad[gate];
   }
-  if (args.grad_begin_part && !has_previous<kOptions>(args.rows, b)) {
+  if (args.grad_begin_part && !row.has_previous()) {
     for (int gate = 0; gate < 4; ++gate) {
-      args.grad_begin_part[(b * 4 + gate) * H + j] = narrow<D>(reset ? 0 : grad[gate]);
+      args.grad_begin_part[(b * 4 + gate) * H + j] = narrow<D>(row.is_reset() ? 0 : grad[gate]);
     }
   }
 }
@@ -297,60 +295,64 @@ LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int6
   if (args.hidden) args.hidden[b * H + j] = narrow<T>(0);
 }
 
-// From dL/dh_t and dL/dc_t of unit j of a row that takes part to the gradients of its preactivations; it leaves
-// dL/dc_{t-1}. `through_product` gives dL/dh_t through the product with U in the step after.
-template <bool kOptions, typename T, typename Through, typename Cell = cell::Plain>
-LSTM_DEVICE void gate_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                const CellValues<typename Types<T>::Accumulate>& values, Through&& through_product,
-                                typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
+// From dL/dh_t and dL/dc_t of unit j of a row that takes part. `through_product` gives dL/dh_t through the product with
+// U in the step after.
+template <bool kOptions, typename Math, typename T, typename Through, typename Cell = cell::Plain>
+LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(const CellBackward<T>& args, RowState row,
+                                                                        int64_t b, int64_t j,
+                                                                        const CellValues<Math>& values,
+                                                                        Through&& through_product,
+                                                                        const Cell& cell = {}) {
   using A = typename Types<T>::Accumulate;
-  const A dh = args.grad_hidden ? args.grad_hidden[b * args.hidden_size + j]
-                                : output_gradient<kOptions>(args.output, args.rows, b, j, args.hidden_size,
-                                                            values.output, through_product);
+  const int64_t place = b * args.hidden_size + j;
+  const A dh = args.grad_hidden ? args.grad_hidden[place]
+                                : output_gradient<kOptions>(args.output, row, place, values.output, through_product);
   const auto through_hidden = [&](A& dc) {
-    return cell::hidden_backward<CellMath<T>>(values.gates[3], values.squashed, dh, dc);
+    return cell::hidden_backward<Math>(values.gates[3], values.squashed, dh, dc);
   };
-  cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.now, values.after, through_hidden, grad,
-                           cell);
+  return cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.now, values.after, through_hidden,
+                                  cell);
 }
 // And everything that is written of them.
-template <bool kOptions, typename T>
-LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                 const CellValues<typename Types<T>::Accumulate>& values,
-                                 const typename Types<T>::Accumulate (&grad)[4]) {
-  write_recurrent_gradients<kOptions>(args, b, j, grad);
+template <bool kOptions, typename Math, typename T>
+LSTM_DEVICE void write_gradients(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
+                                 const CellValues<Math>& values,
+                                 const CellGradients<typename Types<T>::Accumulate>& grad) {
+  write_state_gradient(args, row, b * args.hidden_size + j, grad.before);
+  write_recurrent_gradients(args, row, b, j, grad.z);
   if constexpr (kOptions) {
     if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates[3] * values.squashed.value());
   }
 }
-// Both, where the products of the step after lie in memory.
-template <bool kOptions, typename T, typename Cell = cell::Plain>
-LSTM_DEVICE void write_gradients(const CellBackward<T>& args, int64_t b, int64_t j,
-                                 typename Types<T>::Accumulate (&grad)[4], const Cell& cell = {}) {
-  const auto values = cell_values<kOptions>(args, b, j, cell);
-  const auto through_product = [&] { return sum_of_parts(args.output, b * args.hidden_size + j); };
-  gate_gradients<kOptions>(args, b, j, values, through_product, grad, cell);
-  write_gradients<kOptions>(args, b, j, values, grad);
+// Both. Returns the gradients of the preactivations.
+template <bool kOptions, typename Math, typename T, typename Through, typename Cell = cell::Plain>
+LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> backward_cell(const CellBackward<T>& args, RowState row,
+                                                                       int64_t b, int64_t j, Through&& through_product,
+                                                                       const Cell& cell = {}) {
+  const auto values = cell_values<kOptions, Math>(args, row, b, j, cell);
+  const auto grad = cell_gradients<kOptions>(args, row, b, j, values, through_product, cell);
+  write_gradients<kOptions>(args, row, b, j, values, grad);
+  return grad;
 }
 
 template <typename T, bool kOptions, bool kCell = false>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_backward_kernel(LSTM_GRID_CONSTANT StepSides<CellBackward<T>> both) {
   const CellBackward<T>& args = both.sides[blockIdx.z];
-  using A = typename Types<T>::Accumulate;
   const int64_t H = args.hidden_size;
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (j >= H) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
-    if (!takes_part<kOptions>(args.rows, b)) {
+    const RowState row = backward_row<kOptions>(args.rows, b);
+    if (!row.takes_part()) {
       write_no_gradients(args, b, j);
       for (int n = 0; kCell && args.cell_terms && n < cell::kParameters; ++n) {
         args.cell_terms[(b * cell::kParameters + n) * H + j] = 0;
       }
       continue;
     }
-    A grad[4];
-    write_gradients<kOptions>(args, b, j, grad, cell_at<kCell, T>(args.options, j));
+    const auto through_product = [&] { return sum_of_parts(args.output, b * H + j); };
+    backward_cell<kOptions, CellMath<T>>(args, row, b, j, through_product, cell_at<kCell, T>(args.options, j));
   }
 }
 
@@ -364,8 +366,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
   if (j >= P) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
-    const bool counts = takes_part<kOptions>(args.rows, b);
-    args.result[b * P + j] = narrow<D>(counts ? output_gradient_at<kOptions>(args.output, args.rows, b, j, P) : 0);
+    const RowState row = backward_row<kOptions>(args.rows, b);
+    args.result[b * P + j] =
+        narrow<D>(row.takes_part() ? output_gradient_at<kOptions>(args.output, row, b, j, P) : 0);
   }
 }
 
@@ -383,10 +386,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) previous_outputs_kernel(PreviousOut
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < step.count; b += stride) {
     A h = 0;
-    if (takes_part<true>(rows, b)) {
-      if (is_reset<true>(rows, b)) {
+    const RowState row = forward_row<true>(rows, b);
+    if (row.takes_part()) {
+      if (row.is_reset()) {
         h = args.reset_h ? widen(args.reset_h[b * P + j]) : 0;
-      } else if (has_previous<true>(rows, b)) {
+      } else if (row.has_previous()) {
         h = widen(step.previous[b * args.previous_stride + j]);
       } else if (args.h0) {
         h = widen(args.h0[b * P + j]);

@@ -50,7 +50,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   const int64_t H = cell.hidden_size, b = blockIdx.x;
   const bool saves = args.norm_factors != nullptr;
   if (b >= cell.rows.count) return;  // the other direction has more
-  if (!takes_part<true>(cell.rows, b)) {
+  const RowState row = forward_row<true>(cell.rows, b);
+  if (!row.takes_part()) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
       write_no_cell(cell, b, j);
       for (int gate = 0; saves && gate < 4; ++gate) {
@@ -62,7 +63,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     return;
   }
   const A* input = cell.input_part + b * cell.input_stride;
-  const A* recurrent = recurrent_row<true>(cell, b);
+  const A* recurrent = recurrent_row(cell, row, b);
   const A gates_count = static_cast<A>(4 * H);
 
   A mean[2] = {};
@@ -105,10 +106,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     }
     using Math = CellMath<T>;
     const GateValues<A> gates = cell::gate_values<Math>(z);
-    const A before = previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j);
+    const A before = previous_cell(row, cell.c_previous, b * H + j);
     const A now = cell::state<Math>(gates, cell::Here<Math>{before}, cell_at<kCell, T>(cell.options, j));
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
-    write_state<true>(cell, b, j, z.gate, state.c);
+    write_state(cell, row, b, j, z.gate, state.c);
     new_c[j] = state.now;
     output_gate[j] = gates[3];
     mean_c[0] += state.now;
@@ -125,17 +126,17 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     A tanh_input = args.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
     if (args.bias_c) tanh_input += args.bias_c[j];
-    write_output<true>(cell.output, cell.rows, b, j, H, CellMath<T>::hidden(output_gate[j], tanh_input));
+    write_output<true>(cell.output, row, b, j, H, CellMath<T>::hidden(output_gate[j], tanh_input));
   }
 }
 
 // c'_t of a row.
 template <bool kCell, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, int64_t b, int64_t j,
+LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, RowState row, int64_t b, int64_t j,
                                                        const GateValues<typename Types<T>::Accumulate>& gates) {
   const int64_t place = b * cell.hidden_size + j;
-  return state_now<true>(cell, place, gates, previous_cell<true>(cell.rows, cell.c_previous, b, place),
-                         cell_at<kCell, T>(cell.options, j));
+  return state_now<true, CellMath<T>>(cell, place, gates, previous_cell(row, cell.c_previous, place),
+                                      cell_at<kCell, T>(cell.options, j));
 }
 
 template <typename T, bool kCell>
@@ -148,7 +149,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   const CellBackward<T>& cell = args.cell;
   const int64_t H = cell.hidden_size, b = blockIdx.x;
   if (b >= cell.rows.count) return;  // the other direction has more
-  if (!takes_part<true>(cell.rows, b)) {
+  const RowState row = backward_row<true>(cell.rows, b);
+  if (!row.takes_part()) {
     for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
       write_no_gradients(cell, b, j);
       for (int gate = 0; gate < 4; ++gate) {
@@ -165,13 +167,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += state_now_at<kCell>(cell, b, j, gate_values_at(cell.preactivations, b, j, H));
+    mean[0] += state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = state_now_at<kCell>(cell, b, j, gate_values_at(cell.preactivations, b, j, H)) - mean[0];
+    const A x = state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -182,12 +184,12 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_tanh_input = args.grad_tanh_input + b * H;
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A hat = (state_now_at<kCell>(cell, b, j, gates) - mean[0]) * factor[0];
+    const GateValues<A> gates = gate_values_at<CellMath<T>>(cell.preactivations, b, j, H);
+    const A hat = (state_now_at<kCell>(cell, row, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
     const A dh =
-        cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, cell.rows, b, j, H);
+        cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
     A grad = 0;
     const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], CellMath<T>::squash(tanh_input), dh, grad);
     grad_tanh_input[j] = grad;
@@ -201,25 +203,25 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The gates, and the sums for the gradients of the two products.
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const GateValues<A> gates = gate_values_at(cell.preactivations, b, j, H);
-    const A now = state_now_at<kCell>(cell, b, j, gates), hat = (now - mean[0]) * factor[0];
+    const GateValues<A> gates = gate_values_at<CellMath<T>>(cell.preactivations, b, j, H);
+    const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = (now - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
-    A grad[4];
-    cell_gradients<true>(
-        cell, b, j, gates, previous_cell<true>(cell.rows, cell.c_previous, b, b * H + j), now,
-        gradient_after<true>(cell, b, b * H + j),
+    const auto grad = cell_gradients<true>(
+        cell, b, j, gates, previous_cell(row, cell.c_previous, b * H + j), now,
+        gradient_after<true>(cell, row, b * H + j),
         [&](A& sum) {
           sum += dc;
           return grad_z[3 * H + j];
         },
-        grad, cell_at<kCell, T>(cell.options, j));
+        cell_at<kCell, T>(cell.options, j));
+    write_state_gradient(cell, row, b * H + j, grad.before);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
-      grad_z[k] = grad[gate];
-      sums[0] += grad[gate] * args.gain_ih[k];
-      sums[1] += grad[gate] * args.gain_ih[k] * widen(args.norm_input[b * 4 * H + k]);
-      sums[2] += grad[gate] * args.gain_hh[k];
-      sums[3] += grad[gate] * args.gain_hh[k] * widen(args.norm_recurrent[b * 4 * H + k]);
+      grad_z[k] = grad.z[gate];
+      sums[0] += grad.z[gate] * args.gain_ih[k];
+      sums[1] += grad.z[gate] * args.gain_ih[k] * widen(args.norm_input[b * 4 * H + k]);
+      sums[2] += grad.z[gate] * args.gain_hh[k];
+      sums[3] += grad.z[gate] * args.gain_hh[k] * widen(args.norm_recurrent[b * 4 * H + k]);
     }
   }
   block_sums(sums, shared);
@@ -234,7 +236,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
       args.grad_input_part[b * 4 * H + k] = narrow<D>(factor_x * (grad_z[k] * args.gain_ih[k] - sums[0] - x * sums[1]));
       grad[gate] = factor_h * (grad_z[k] * args.gain_hh[k] - sums[2] - y * sums[3]);
     }
-    write_recurrent_gradients<true>(cell, b, j, grad);
+    write_recurrent_gradients(cell, row, b, j, grad);
   }
 }
 

@@ -39,12 +39,15 @@ struct Mailbox {
   int64_t length;   // H, or 4 H gate by gate, H rounded up to whole pieces
 };
 
-// Control words between the blocks of a launch. All bits are set before the launch, except those of `before`.
+// Control words between the blocks of a launch: 0 if one has given up; how many have left, and how many have come, less
+// one.
+enum ControlWord { kGaveUp, kBlocksThatLeft, kBlocksThatCame, kControlWords };
+// All bits of the words are set before the launch, except those of `before`.
 struct PersistentControl {
-  uint32_t* words;         // two: somebody has given up if the first one is 0; how many blocks have left
+  uint32_t* words;
   const uint32_t* before;  // those of the launch in front of this one, or null
   uint32_t* status;        // status word of the host: 1 if somebody gave up
-  int64_t limit;           // longest wait, in nanoseconds; 0: no limit
+  int64_t limit;           // longest wait once all blocks have come, in nanoseconds; 0: no limit
 };
 
 // T is what is stored; the product's operands are T forward, and Types<T>::Gradient backward.

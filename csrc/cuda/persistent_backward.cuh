@@ -13,7 +13,10 @@ struct PersistentBackwardPass {
   static constexpr bool kBackward = true;
   static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 1;
-  using Cell = CellValues<float>;
+  struct Cell {
+    RowState row;  // takes no part if it is not there
+    CellValues<FastMath> values;
+  };
 
   const Arguments& args;
 
@@ -68,28 +71,28 @@ struct PersistentBackwardPass {
   }
 
   LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, const Unit&, int64_t b, int64_t j) const {
-    if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return {};
-    return cell_values<kOptions>(cell, b, j);
+    Cell result = {};
+    if (!is_cell(cell, b, j)) return result;
+    result.row = backward_row<kOptions>(cell.rows, b);
+    if (result.row.takes_part()) result.values = cell_values<kOptions, FastMath>(cell, result.row, b, j);
+    return result;
   }
 
-  struct Result {
-    float grad[4];
-  };
+  using Result = CellGradients<float>;
   LSTM_DEVICE Result finish_cell(const CellBackward<T>& cell, const Cell& begun, int64_t b, int64_t j,
                                  const float (&product)[1], Operand (&left)[4]) const {
     Result result = {};
-    if (is_cell(cell, b, j) && takes_part<kOptions>(cell.rows, b)) {
-      gate_gradients<kOptions>(cell, b, j, begun, [&] { return product[0]; }, result.grad);
+    if (begun.row.takes_part()) {
+      result = cell_gradients<kOptions>(cell, begun.row, b, j, begun.values, [&] { return product[0]; });
     }
-    for (int gate = 0; gate < 4; ++gate) left[gate] = narrow<Operand>(result.grad[gate]);
+    for (int gate = 0; gate < 4; ++gate) left[gate] = narrow<Operand>(result.z[gate]);
     return result;
   }
   LSTM_DEVICE void write(const CellBackward<T>& cell, const Cell& begun, const Result& result, int64_t b,
                          int64_t j) const {
-    if (!is_cell(cell, b, j)) return;
-    if (takes_part<kOptions>(cell.rows, b)) {
-      write_gradients<kOptions>(cell, b, j, begun, result.grad);
-    } else {
+    if (begun.row.takes_part()) {
+      write_gradients<kOptions>(cell, begun.row, b, j, begun.values, result);
+    } else if (is_cell(cell, b, j)) {
       write_no_gradients(cell, b, j);
     }
   }

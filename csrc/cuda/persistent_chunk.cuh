@@ -106,28 +106,61 @@ LSTM_DEVICE bool is_whole(const uint4& piece) {
 // Both halves are a NaN in 16 bits, and all of it is one in 32.
 LSTM_DEVICE uint32_t without_sentinel(uint32_t word) { return word == kSentinel ? 0x7fff7fffu : word; }
 
-// Waits until all pieces are whole. They begin at `row` (null: zeros, and no wait), `stride` bytes apart; `count` of
-// them are there, and the others are zeros. The threads of a warp wait for each other: their instructions go together.
-// False: it took too long, or another block has given up.
+// Pieces that this thread waits for. They begin at `row` (null: zeros, and no wait), `stride` bytes apart; `count` of
+// them are there, and the others are zeros.
 template <int kPieces>
-LSTM_DEVICE bool take_pieces(uint4 (&pieces)[kPieces], const unsigned char* row, int stride, int count,
-                             const PersistentControl& control LSTM_SITE_PARAMETERS) {
-  constexpr unsigned kAll = 0xffffffffu;
-  WaitLimit limit(control.limit);
-  for (uint32_t tries = 1;; ++tries) {
-    bool whole = true;
+class AwaitedPieces {
+ public:
+  LSTM_DEVICE AwaitedPieces(const unsigned char* row, int stride, int count LSTM_SITE_PARAMETERS)
+      : row_(row), stride_(stride) {
 #pragma unroll
     for (int q = 0; q < kPieces; ++q) {
-      pieces[q] = make_uint4(0, 0, 0, 0);
-      if (row && q < count) pieces[q] = load_relaxed_16(row + q * stride LSTM_SITE);
-      whole = whole && is_whole(pieces[q]);
+      const uint32_t word = row && q < count ? kSentinel : 0;
+      pieces_[q] = make_uint4(word, word, word, word);
     }
-    if (__all_sync(kAll, whole)) return true;
-    bool gives_up = limit.is_over();
-    if (tries % 256 == 0) gives_up = gives_up || load_relaxed(control.words LSTM_SITE) == 0;
-    if (__any_sync(kAll, gives_up)) return false;
+    read_missing<0>(LSTM_SITE_ONLY);
   }
-}
+  LSTM_DEVICE const uint4& operator[](int q) const { return pieces_[q]; }
+
+  // Waits until the pieces [kFirst, kEnd) are whole. Each try reads what is missing of those and of the later ones, and
+  // nothing twice. The threads of a warp wait for each other: their instructions go together. False: it took too long
+  // since all blocks have come, or another block has given up.
+  template <int kFirst, int kEnd>
+  LSTM_DEVICE bool wait(const PersistentControl& control, uint32_t blocks LSTM_SITE_PARAMETERS) {
+    constexpr unsigned kAll = 0xffffffffu;
+    WaitLimit limit(control.limit);
+    while (true) {
+      bool whole = true;
+#pragma unroll
+      for (int q = kFirst; q < kEnd; ++q) whole = whole && is_whole(pieces_[q]);
+      if (__all_sync(kAll, whole)) return true;
+      bool gives_up = false;
+      if (limit.looks()) {
+        gives_up = load_relaxed(control.words + kGaveUp LSTM_SITE) == 0;
+        if (limit.has_passed()) {
+          // A block that another kernel keeps out is late through nobody's fault.
+          if (load_relaxed(control.words + kBlocksThatCame LSTM_SITE) + 1 == blocks) gives_up = true;
+          limit.start_again();
+        }
+      }
+      if (__any_sync(kAll, gives_up)) return false;
+      read_missing<kFirst>(LSTM_SITE_ONLY);
+    }
+  }
+
+ private:
+  template <int kFirst>
+  LSTM_DEVICE void read_missing(LSTM_SITE_ONLY_PARAMETERS) {
+#pragma unroll
+    for (int q = kFirst; q < kPieces; ++q) {
+      if (!is_whole(pieces_[q])) pieces_[q] = load_relaxed_16(row_ + q * stride_ LSTM_SITE);
+    }
+  }
+
+  const unsigned char* const row_;
+  const int stride_;
+  uint4 pieces_[kPieces];
+};
 
 // The same number, of which the compiler does not know that.
 LSTM_DEVICE int computed_anew(int value) {
@@ -192,6 +225,7 @@ class PersistentChunk {
 
   LSTM_DEVICE void run() {
     if (kMailbox && threadIdx.x < 2) late_[threadIdx.x] = 0;
+    if (kMailbox && threadIdx.x == 0) atomicAdd(all_.control.words + kBlocksThatCame, 1u);
     // If the previous launch gave up, the mail that it did not write never arrives.
     bool goes_on = !all_.control.before || load_relaxed(all_.control.before) != 0;
     if (goes_on) {
@@ -328,59 +362,84 @@ class PersistentChunk {
     return row + piece_of(0) * kPieceBytes;
   }
 
-  template <int kCount>
-  LSTM_DEVICE bool read_pieces(uint4 (&pieces)[kCount], const unsigned char* row, int count) const {
-    constexpr int kStride = kParts * 4 * kPieceBytes;
-    if constexpr (kMailbox) {
-      return take_pieces(pieces, row, kStride, count, all_.control);
-    } else {
-#pragma unroll
-      for (int q = 0; q < kCount; ++q) {
-        pieces[q] = make_uint4(0, 0, 0, 0);
-        if (row && q < count) pieces[q] = *reinterpret_cast<const uint4*>(row + q * kStride);
-      }
-      return true;
-    }
-  }
+  // Pieces that one look at the mailbox brings, and those of them that are multiplied as soon as they are there.
+  static constexpr int kAtOnce = kMailbox ? kPieces : 2;
+  static constexpr int kGroup = kAtOnce < 8 ? kAtOnce : 8;
+  // Sums of a tile. One chain of instructions that depend on each other is twice as long as two.
+  static constexpr int kChains = kTiles == 1 ? 2 : 1;
+  using Chains = float[kChains][kTiles][4];
 
   // The product of the tile. False: its operand did not come.
   LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row) const {
+    constexpr int kStride = kParts * 4 * kPieceBytes;
     const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // pieces of this thread
-    // Each mailbox word is polled until it arrives; it is never read twice. Shared memory is read when registers are
-    // free.
-    constexpr int kAtOnce = kMailbox ? kPieces : 2;
+    Chains chains = {};
+    if constexpr (kMailbox) {
+      AwaitedPieces<kPieces> pieces(row, kStride, count);
+      if (!multiply_groups<0>(chains, pieces)) return false;
+    } else {
+      // Shared memory is read when registers are free.
 #pragma unroll
-    for (int begin = 0; begin < kPieces; begin += kAtOnce) {
-      uint4 pieces[kAtOnce];
-      if (!is_there(begin)) break;
-      if (!read_pieces(pieces, row ? row + begin * kParts * 4 * kPieceBytes : nullptr, count - begin)) return false;
-#pragma unroll
-      for (int q = 0; q < kAtOnce; ++q) {
-        if (is_there(begin + q)) multiply_piece(sums, pieces[q], weights_[begin + q]);
+      for (int q = 0; q < kPieces; ++q) {
+        if (!is_there(q)) break;
+        multiply_piece(chains, piece_in_shared(row, q, count), weights_[q]);
       }
     }
 #pragma unroll 1
     for (int e = 0; e < all_.extra; ++e) {
-      uint4 piece[1];
       const int q = kPieces + e;
       if (!is_there(q)) break;
-      if (!read_pieces(piece, row ? row + q * kParts * 4 * kPieceBytes : nullptr, count - q)) return false;
+      uint4 piece;
+      if constexpr (kMailbox) {
+        AwaitedPieces<1> awaited(row ? row + q * kStride : nullptr, kStride, count - q);
+        if (!awaited.template wait<0, 1>(all_.control, blocks())) return false;
+        piece = awaited[0];
+      } else {
+        piece = piece_in_shared(row, q, count);
+      }
       uint32_t weights[kTiles][2][4];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         in_fragments(weights[m][0], weights[m][1], *extra_weights(e, m, 0), *extra_weights(e, m, 1));
       }
-      multiply_piece(sums, piece[0], weights);
+      multiply_piece(chains, piece, weights);
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][i] = kChains == 2 ? chains[0][m][i] + chains[kChains - 1][m][i] : chains[0][m][i];
     }
     return true;
   }
-  LSTM_DEVICE static void multiply_piece(float (&sums)[kTiles][4], const uint4& piece,
+  // From piece kFirst on, group by group.
+  template <int kFirst>
+  LSTM_DEVICE bool multiply_groups(Chains& chains, AwaitedPieces<kPieces>& pieces) const {
+    if constexpr (kFirst < kPieces) {
+      if (!is_there(kFirst)) return true;
+      if (!pieces.template wait<kFirst, kFirst + kGroup>(all_.control, blocks())) return false;
+#pragma unroll
+      for (int q = kFirst; q < kFirst + kGroup; ++q) {
+        if (is_there(q)) multiply_piece(chains, pieces[q], weights_[q]);
+      }
+      return multiply_groups<kFirst + kGroup>(chains, pieces);
+    }
+    return true;
+  }
+  LSTM_DEVICE static uint4 piece_in_shared(const unsigned char* row, int q, int count) {
+    if (!row || q >= count) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(row + q * kParts * 4 * kPieceBytes);
+  }
+  LSTM_DEVICE static uint32_t blocks() { return gridDim.x * gridDim.z; }
+
+  LSTM_DEVICE static void multiply_piece(Chains& chains, const uint4& piece,
                                          const uint32_t (&weights)[kTiles][2][4]) {
     const uint32_t first[2] = {piece.x, piece.y}, second[2] = {piece.z, piece.w};
+    auto& of_first = chains[0];
+    auto& of_second = chains[kChains - 1];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(sums[m], weights[m][0], first);
+    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(of_first[m], weights[m][0], first);
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(sums[m], weights[m][1], second);
+    for (int m = 0; m < kTiles; ++m) multiply_tile<D>(of_second[m], weights[m][1], second);
   }
 
   LSTM_DEVICE Sums* partial(int turn, int part, const Unit& at) const {
@@ -543,12 +602,14 @@ class PersistentChunk {
     __syncthreads();  // nobody of the block writes results any more, nor reads late_
     if (threadIdx.x == 0) {
       if (!goes_on) {
-        store_relaxed(all_.control.words, 0);
-        store_relaxed(all_.control.status, 1);
+        store_relaxed(all_.control.words + kGaveUp, 0);
+        store_relaxed_system(all_.control.status, 1);  // in memory of the host
+        __threadfence_system();
       }
       __threadfence();
-      const uint32_t left = atomicAdd(all_.control.words + 1, 1u) + 1;  // counts from all bits set
-      late_[0] = left == gridDim.x * gridDim.z - 1 && load_relaxed(all_.control.words) == 0;
+      const uint32_t left = atomicAdd(all_.control.words + kBlocksThatLeft, 1u) + 1;  // counts from all bits set
+      __threadfence();  // what the blocks that left before have stored
+      late_[0] = left == blocks() - 1 && load_relaxed(all_.control.words + kGaveUp) == 0;
       __threadfence();
     }
     __syncthreads();
@@ -571,7 +632,7 @@ class PersistentChunk {
 
 // The kernel of a pass, and its launch.
 template <typename Pass, Exchange kExchange>
-LSTM_KERNEL LSTM_MAX_REGISTERS(248)
+LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kMailbox && !Pass::kBackward ? 240 : 248)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);

@@ -13,8 +13,10 @@ struct PersistentForwardPass {
   static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 4;
 
-  // The values of one unit of a row that do not need the product: W x_t with the biases, and c_{t-1}.
+  // The values of one unit of a row that do not need the product: W x_t with the biases, and, where the state is not
+  // that of the step before, the product with it; c_{t-1}. A row takes no part if it is not there.
   struct Cell {
+    RowState row;
     float z[4];
     float before;
   };
@@ -81,11 +83,19 @@ struct PersistentForwardPass {
 
   LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, const Unit& unit, int64_t b, int64_t j) const {
     Cell result = {};
-    if (!is_cell(cell, b, j) || !takes_part<kOptions>(cell.rows, b)) return result;
+    if (!is_cell(cell, b, j)) return result;
+    result.row = forward_row<kOptions>(cell.rows, b);
+    if (!result.row.takes_part()) return result;
+    const int64_t H = cell.hidden_size;
     for (int gate = 0; gate < 4; ++gate) {
-      result.z[gate] = unit.bias[gate] + cell.input_part[b * cell.input_stride + gate * cell.hidden_size + j];
+      result.z[gate] = unit.bias[gate] + cell.input_part[b * cell.input_stride + gate * H + j];
     }
-    result.before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * cell.hidden_size + j);
+    if (!result.row.takes_product()) {
+      if (const float* recurrent = recurrent_row(cell, result.row, b)) {
+        for (int gate = 0; gate < 4; ++gate) result.z[gate] += recurrent[gate * H + j];
+      }
+    }
+    result.before = previous_cell(result.row, cell.c_previous, b * H + j);
     return result;
   }
 
@@ -93,19 +103,20 @@ struct PersistentForwardPass {
   LSTM_DEVICE Result finish_cell(const CellForward<T>& cell, Cell& begun, int64_t b, int64_t j,
                                  const float (&product)[4], T (&left)[1]) const {
     Result result = {};
-    if (is_cell(cell, b, j) && takes_part<kOptions>(cell.rows, b)) {
-      result = new_cell<kOptions>(cell, b, j, begun.z, begun.before, product);
+    if (begun.row.takes_part()) {
+      for (int gate = 0; gate < 4; ++gate) begun.z[gate] += begun.row.takes_product() ? product[gate] : 0.0f;
+      result = new_cell<kOptions, FastMath>(cell, begun.row, b * cell.hidden_size + j, begun.z, begun.before);
     } else {
       result.output.operand = narrow<T>(0);
     }
     left[0] = result.output.operand;
     return result;
   }
-  LSTM_DEVICE void write(const CellForward<T>& cell, const Cell&, const Result& result, int64_t b, int64_t j) const {
-    if (!is_cell(cell, b, j)) return;
-    if (takes_part<kOptions>(cell.rows, b)) {
-      write_cell<kOptions>(cell, b, j, result);
-    } else {
+  LSTM_DEVICE void write(const CellForward<T>& cell, const Cell& begun, const Result& result, int64_t b,
+                         int64_t j) const {
+    if (begun.row.takes_part()) {
+      write_cell(cell, begun.row, b, j, result);
+    } else if (is_cell(cell, b, j)) {
       write_no_cell(cell, b, j);
     }
   }

@@ -15,7 +15,7 @@
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
 // and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., dependent launches, relaxed accesses of 4 and 16
-// bytes, now.
+// bytes, now, exp2_approximate, reciprocal_approximate.
 #pragma once
 
 #include <cstddef>
@@ -44,18 +44,22 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t dynamic_s
   return launch(kernel, config, args);
 }
 
-// Bounds a loop that polls: asked after each try that failed, it says when to give up. `limit` is in nanoseconds; 0:
-// never. Reading the clock takes as long as a try or two, so that it is read at one in 256: a wait that succeeds at
-// once reads none, and one that expires lasts so many tries longer.
+// Bounds a loop that polls. Reading the clock takes as long as a try or two: so a try that fails is only counted, and one
+// in 256 looks around. A wait that succeeds at once reads no clock, and one that expires lasts so many tries longer.
 class WaitLimit {
  public:
+  // The longest wait, in nanoseconds; 0: no limit.
   LSTM_DEVICE explicit WaitLimit(int64_t limit) : limit_(limit) {}
-  LSTM_DEVICE bool is_over() {
-    if (limit_ == 0 || ++tries_ % 256 != 0) return false;
+  // After each try that failed: whether to look around.
+  LSTM_DEVICE bool looks() { return ++tries_ % 256 == 0; }
+  // Whether the limit has passed since the first look at the clock.
+  LSTM_DEVICE bool has_passed() {
     const int64_t time = now();
     if (start_ == 0) start_ = time;
-    return time - start_ > limit_;
+    return limit_ != 0 && time - start_ > limit_;
   }
+  LSTM_DEVICE bool is_over() { return looks() && has_passed(); }
+  LSTM_DEVICE void start_again() { start_ = 0; }
 
  private:
   int64_t limit_;

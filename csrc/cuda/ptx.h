@@ -28,6 +28,8 @@
 
 #define LSTM_SITE_PARAMETERS
 #define LSTM_SITE
+#define LSTM_SITE_ONLY_PARAMETERS
+#define LSTM_SITE_ONLY
 
 namespace lstm_ext::cuda {
 
@@ -191,6 +193,19 @@ LSTM_DEVICE uint32_t to_tf32(float value) {
   return bits;
 }
 
+// ---- fast functions: within two units in the last place, and one; numbers below the normal ones are 0
+
+LSTM_DEVICE float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+LSTM_DEVICE float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // ---- global memory that other blocks wait for
 
 LSTM_DEVICE uint32_t load_relaxed(const uint32_t* address) {
@@ -200,6 +215,10 @@ LSTM_DEVICE uint32_t load_relaxed(const uint32_t* address) {
 }
 LSTM_DEVICE void store_relaxed(uint32_t* address, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
+}
+// For memory of the host.
+LSTM_DEVICE void store_relaxed_system(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.sys.u32 [%0], %1;" : : "l"(address), "r"(value) : "memory");
 }
 
 // Sixteen aligned bytes by one instruction. PTX takes a vector for so many accesses of its parts, in no order: it

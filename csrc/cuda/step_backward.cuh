@@ -101,10 +101,12 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONS
   for (int cell = threadIdx.x; cell < kRows * kStepUnits; cell += kStepThreads) {
     const int row = cell / kStepUnits, unit = cell % kStepUnits;
     const int64_t b = first_row + row, j = first_unit + unit;
-    float grad[4] = {};
+    CellGradients<float> grad = {};
     if (b < args.cell.rows.count && j < H) {
-      if (takes_part<kOptions>(args.cell.rows, b)) {
-        write_gradients<kOptions>(args.cell, b, j, grad);
+      const RowState at = backward_row<kOptions>(args.cell.rows, b);
+      if (at.takes_part()) {
+        grad = backward_cell<kOptions, FastMath>(args.cell, at, b, j,
+                                                 [&] { return sum_of_parts(args.cell.output, b * H + j); });
       } else {
         write_no_gradients(args.cell, b, j);
       }
@@ -112,7 +114,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONS
     D* operand = reinterpret_cast<D*>(gradients + row * Tile::kGradientPitch);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
-      operand[gate * kStepUnits + unit] = narrow<D>(b < args.row_count ? grad[gate] : 0.f);
+      operand[gate * kStepUnits + unit] = narrow<D>(b < args.row_count ? grad.z[gate] : 0.f);
     }
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

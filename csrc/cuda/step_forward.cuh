@@ -131,20 +131,23 @@ template <bool kOptions, typename T>
 LSTM_DEVICE void finish_forward(const StepForward<T>& args, int64_t b, int64_t j, const float (&product)[4]) {
   const CellForward<T>& cell = args.cell;
   const int64_t H = cell.hidden_size;
-  if (!takes_part<kOptions>(cell.rows, b)) {
+  const RowState row = forward_row<kOptions>(cell.rows, b);
+  if (!row.takes_part()) {
     write_no_cell(cell, b, j);
     return;
   }
   float z[4];
   for (int gate = 0; gate < 4; ++gate) z[gate] = bias_at(cell, gate, j);
-  const float before = previous_cell<kOptions>(cell.rows, cell.c_previous, b, b * H + j);
-  if (args.whole) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
-    write_cell<kOptions>(cell, b, j, new_cell<kOptions>(cell, b, j, z, before));
-    return;
+  const float before = previous_cell(row, cell.c_previous, b * H + j);
+  if (!args.whole) {
+    for (int gate = 0; gate < 4; ++gate) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
   }
-  for (int gate = 0; gate < 4; ++gate) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
-  write_cell<kOptions>(cell, b, j, new_cell<kOptions>(cell, b, j, z, before, product));
+  if (args.whole || row.takes_product()) {
+    for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
+  } else if (const float* recurrent = recurrent_row(cell, row, b)) {
+    for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
+  }
+  write_cell(cell, row, b, j, new_cell<kOptions, FastMath>(cell, row, b * H + j, z, before));
 }
 
 template <typename T, bool kOptions, int kRows>

@@ -19,7 +19,7 @@ int run(const std::string& kernel, int blocks, int turns) {
   const int64_t pieces =
       pairs ? probes::messages_of(blocks, turns) * probes::kMessagePieces : probes::pieces_of_turn(blocks) * turns;
   simt::DeviceBuffer<uint4> mailbox(static_cast<size_t>(pieces), "mailbox");
-  simt::DeviceBuffer<uint32_t> words(2, "words"), status(1, 0u, "status");
+  simt::DeviceBuffer<uint32_t> words(lstm_ext::cuda::kControlWords, "words"), status(1, 0u, "status");
   simt::DeviceBuffer<probes::Counts> counts(1, probes::Counts{0, 0}, "counts");
   simt::DeviceBuffer<int64_t> clocks(static_cast<size_t>(blocks), "clocks"), nanoseconds(clocks.size(), "nanoseconds");
   for (int launch = 0; launch < 2; ++launch) {

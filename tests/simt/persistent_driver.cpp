@@ -58,7 +58,7 @@ class Launches {
       for (int side = 0; side < s.sides; ++side) {
         slots_.emplace_back(mails() ? sequence(side).chunk_rows(begin, end) * length_ : s.batch * length_, "mailbox");
       }
-      words_.emplace_back(2, "control words");
+      words_.emplace_back(lstm_ext::cuda::kControlWords, "control words");
     }
   }
 
@@ -73,7 +73,7 @@ class Launches {
       all.groups = s_.groups;
       all.extra = extra();
       if (mails()) {
-        set_all_bits(words_[k].data(), 2);
+        set_all_bits(words_[k].data(), words_[k].size());
         all.control = {words_[k].data(), k > 0 ? words_[k - 1].data() : nullptr, status_.data(), limit};
       }
       for (int i = 0; i < s_.sides; ++i) {

@@ -120,6 +120,7 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
 }
 inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 inline void __threadfence_block(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
+inline void __threadfence_system(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 template <typename T>
 T __ldg(const T* address LSTM_SITE_PARAMETERS) {
   simt::before_read_only_load(address, sizeof(T) LSTM_SITE);
@@ -247,6 +248,9 @@ inline uint32_t load_relaxed(const uint32_t* address LSTM_SITE_PARAMETERS) {
 inline void store_relaxed(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
   simt::relaxed_store(address, &value, sizeof value, sizeof value LSTM_SITE);
 }
+inline void store_relaxed_system(uint32_t* address, uint32_t value LSTM_SITE_PARAMETERS) {
+  store_relaxed(address, value LSTM_SITE);
+}
 
 inline uint4 load_relaxed_16(const void* address LSTM_SITE_PARAMETERS) {
   uint4 value;
@@ -258,6 +262,10 @@ inline void store_relaxed_16(void* address, uint4 value LSTM_SITE_PARAMETERS) {
 }
 
 inline int64_t now() { return simt::clock(); }
+
+// Exact; tests/simt/fast_functions.cpp has their errors.
+inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.f / x; }
 
 inline void grid_dependency_wait(LSTM_SITE_ONLY_PARAMETERS) { simt::grid_dependency_wait(LSTM_SITE_ONLY); }
 inline void launch_dependents() {}

@@ -360,6 +360,9 @@ LSTM_KERNEL piece_kernel(PieceArguments s) {
     WaitLimit no_time(1), no_limit(0);
     while (!no_time.is_over()) ++s.tries[0];
     for (int i = 0; i < 100000; ++i) s.tries[1] += no_limit.is_over();
+    // A wait that starts again has all of its time.
+    no_time.start_again();
+    while (!no_time.is_over()) ++s.tries[2];
   }
 }
 
@@ -367,7 +370,7 @@ void check_pieces() {
   for (const auto stores : {simt::Delivery::Now, simt::Delivery::Late}) {
     simt::options().stores = stores;
     DeviceBuffer<uint4> pieces(65);
-    DeviceBuffer<uint32_t> tries(2, 0u);
+    DeviceBuffer<uint32_t> tries(3, 0u);
     run(piece_kernel, shape(1, 64), PieceArguments{pieces.data(), tries.data()});
     for (uint32_t i = 0; i < 64; ++i) {
       const uint4 piece = pieces[i];
@@ -377,6 +380,7 @@ void check_pieces() {
     expect(piece.x == 1 && piece.y == 101 && piece.z == 201 && piece.w == 301, "a load of 16 bytes");
     expect(tries[0] >= 511 && tries[0] % 256 == 255, "a wait is over at a look at the clock");
     expect(tries[1] == 0, "a wait without limit is not over");
+    expect(tries[2] >= 511 && tries[2] % 256 == 255, "a wait that starts again");
   }
   simt::options().stores = simt::Delivery::Now;
 }
