@@ -126,8 +126,8 @@ struct Model {
 
 // The dynamic shared memory of the forward kernel: see ForwardTile.
 int64_t shared_of_step(int rows) {
-  const int64_t pitch = (rows > kStepRowsFew ? 128 : 256) + 16;
-  return kStepStages * (4 * kStepUnits + rows) * pitch;
+  const int64_t row_bytes = rows > kStepRowsFew ? 128 : 256;
+  return kStepStages * (4 * kStepUnits + rows) * row_bytes;
 }
 
 // By the makers' tables.

@@ -17,24 +17,35 @@ struct BackwardTile {
   static constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(T));
   // 16-bit tiles are read by ldmatrix, eight rows of 16 bytes at once; others number by number, from four rows.
   static constexpr int kPitch = kRowBytes + (sizeof(T) == 2 ? 16 : 32);
-  static constexpr int kPieces = kRowBytes / kPieceBytes;
+  using Copies = TileCopies<T, kStepGateRows, kRowBytes, kPitch>;
   static constexpr int kTileBytes = kStepGateRows * kPitch;
   static constexpr int kStages = sizeof(T) == 2 ? 4 : 3;
   static constexpr int kGradientPitch = kStepGateRows * static_cast<int>(sizeof(T)) + 16;
   static constexpr int kGradientBytes = kRows * kGradientPitch;
   static constexpr size_t kSharedBytes = static_cast<size_t>(kGradientBytes) + kStages * kTileBytes;
+  // The parts of dL/dh are added up in so many sums, which have room where the ring's last stage comes to be.
+  static constexpr int kSums = kRows > 16 ? 2 : 8;
+  static_assert(kSums * kRows * kStepUnits * static_cast<int>(sizeof(float)) <= kTileBytes);
 };
 
-template <typename T, int kRows>
-LSTM_DEVICE void fetch_columns(unsigned char* tile, const T* weight, int64_t stride, int64_t H, int64_t first_unit,
-                               int64_t first_column) {
-  using Tile = BackwardTile<T, kRows>;
-  for (int i = threadIdx.x; i < kStepGateRows * Tile::kPieces; i += kStepThreads) {
-    const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
-    const int64_t unit = first_unit + row % kStepUnits;
-    const T* from = unit < H ? weight + (row / kStepUnits * H + unit) * stride : nullptr;
-    copy_piece(tile + row * Tile::kPitch + piece * kPieceBytes, from,
-               first_column + piece * (kPieceBytes / static_cast<int>(sizeof(T))), H, weight);
+// dL/dh of the block's cells through the product with U in the step after: (rows, kSums, units), of which a cell adds up
+// kSums. The parts of all cells are spread over all threads, and many are on their way at once.
+template <int kSums, typename T>
+LSTM_DEVICE void add_parts(float* sums, const CellBackward<T>& cell, int64_t first_row, int rows, int64_t first_unit) {
+  const GradOutput<T>& output = cell.output;
+  const int64_t H = cell.hidden_size, left = cell.rows.next_count - first_row;
+  const int count = (left < 0 ? 0 : left < rows ? static_cast<int>(left) : rows) * (kSums * kStepUnits);
+  const int64_t parts = (output.recurrent_parts + kSums - 1) / kSums;
+  for (int i = threadIdx.x; i < count; i += kStepThreads) {
+    const int64_t j = first_unit + i % kStepUnits, b = first_row + i / (kSums * kStepUnits);
+    const int64_t first = i / kStepUnits % kSums * parts;
+    const int64_t end = first + parts < output.recurrent_parts ? first + parts : output.recurrent_parts;
+    if (j >= H) continue;
+    const float* part = output.recurrent_part + first * output.recurrent_part_stride + b * H + j;
+    float sum = 0;
+#pragma unroll 8
+    for (int64_t n = first; n < end; ++n, part += output.recurrent_part_stride) sum += *part;
+    sums[i] = sum;
   }
 }
 
@@ -88,16 +99,22 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONS
   const int64_t H = args.cell.hidden_size;
   const int64_t first_unit = int64_t{blockIdx.x} * kStepUnits, first_row = int64_t{blockIdx.y} * kRows;
   const int64_t tiles = first_row < args.row_count ? (H + Tile::kColumns - 1) / Tile::kColumns : 0;
+  typename Tile::Copies columns;
+  columns.begin(H, 0, args.weight, [&](int row) -> const D* {
+    const int64_t unit = first_unit + row % kStepUnits;
+    return unit < H ? args.weight + (row / kStepUnits * H + unit) * args.weight_stride : nullptr;
+  });
+  unsigned char* const own_piece = ring + columns.row() * Tile::kPitch + columns.piece() * kPieceBytes;
   const auto fetch = [&](int64_t n) {
-    if (n < tiles) {
-      fetch_columns<D, kRows>(ring + n % Tile::kStages * Tile::kTileBytes, args.weight, args.weight_stride, H,
-                              first_unit, n * Tile::kColumns);
-    }
+    if (n < tiles) columns.fetch(own_piece + n % Tile::kStages * Tile::kTileBytes);
     cp_async_commit();
   };
   for (int n = 0; n < Tile::kStages - 1; ++n) fetch(n);
   grid_dependency_wait();
   launch_dependents();
+  float* const parts = reinterpret_cast<float*>(ring + (Tile::kStages - 1) * Tile::kTileBytes);
+  add_parts<Tile::kSums>(parts, args.cell, first_row, kRows, first_unit);
+  __syncthreads();
   for (int cell = threadIdx.x; cell < kRows * kStepUnits; cell += kStepThreads) {
     const int row = cell / kStepUnits, unit = cell % kStepUnits;
     const int64_t b = first_row + row, j = first_unit + unit;
@@ -105,8 +122,12 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONS
     if (b < args.cell.rows.count && j < H) {
       const RowState at = backward_row<kOptions>(args.cell.rows, b);
       if (at.takes_part()) {
-        grad = backward_cell<kOptions, FastMath>(args.cell, at, b, j,
-                                                 [&] { return sum_of_parts(args.cell.output, b * H + j); });
+        grad = backward_cell<kOptions, FastMath>(args.cell, at, b, j, [&] {
+          float sum = 0;
+#pragma unroll
+          for (int n = 0; n < Tile::kSums; ++n) sum += parts[(row * Tile::kSums + n) * kStepUnits + unit];
+          return sum;
+        });
       } else {
         write_no_gradients(args.cell, b, j);
       }

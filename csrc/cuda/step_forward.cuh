@@ -13,12 +13,13 @@ struct ForwardTile {
   static constexpr int kWarps = 2, kParts = 2;
   static constexpr int kGateTiles = kStepGateRows / 16 / kWarps;  // tiles of a warp
   static constexpr int kColumnTiles = kRows / 8;
-  // A row of a tile in shared memory. The 16 bytes between rows spread them over the banks.
+  // A row of a tile in shared memory.
   static constexpr int kRowBytes = kRows > 16 ? 128 : 256;
-  static constexpr int kPitch = kRowBytes + 16;
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
-  static constexpr int kPieces = kRowBytes / kPieceBytes;
-  static constexpr int kStageBytes = (kStepGateRows + kRows) * kPitch;
+  static constexpr int kStageBytes = (kStepGateRows + kRows) * kRowBytes;
+  // Where byte `offset` of a row lies. Eight lanes read 64 bytes of two neighbouring rows at once: the halves of odd
+  // rows change places, so that they are in different banks.
+  LSTM_DEVICE static int place(int row, int offset) { return row * kRowBytes + (offset ^ (row % 2 * 64)); }
   static constexpr int kPartialPitch = kStepUnits + 1;  // in float4
   static constexpr size_t kSharedBytes = static_cast<size_t>(kStepStages) * kStageBytes;
   static_assert(sizeof(float4) * kParts * kRows * kPartialPitch <= kSharedBytes, "the ring also holds the sums");
@@ -31,63 +32,51 @@ struct GateRow {
 };
 LSTM_DEVICE GateRow gate_row(int row) { return {row / 16 % 2 * 2 + row % 16 / 8, row / 32 * 8 + row % 8}; }
 
-// The tiles of both products, one after the other.
-template <typename T, int kRows>
-class ForwardRing {
+// Copies the tiles of an operand of both products, one after the other: of the weights, or of the rows of the batch.
+template <typename T, int kRows, bool kWeights>
+class ForwardOperand {
  public:
   using Tile = ForwardTile<T, kRows>;
+  using Copies = TileCopies<T, kWeights ? kStepGateRows : kRows, Tile::kRowBytes, Tile::kRowBytes>;
 
-  LSTM_DEVICE ForwardRing(const StepForward<T>& args, unsigned char* shared, int64_t first_unit, int64_t first_row)
-      : args_(args), shared_(shared), first_unit_(first_unit), first_row_(first_row) {}
-
-  LSTM_DEVICE int64_t count() const { return tiles_of(args_.products[0]) + tiles_of(args_.products[1]); }
-
-  LSTM_DEVICE void fetch_weight(int64_t n) const {
-    const StepProduct<T>& product = product_of(n);
-    const int64_t H = args_.cell.hidden_size, k = depth_of(n);
-    for (int i = threadIdx.x; i < kStepGateRows * Tile::kPieces; i += kStepThreads) {
-      const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
-      const GateRow at = gate_row(row);
-      const int64_t unit = first_unit_ + at.unit;
-      const T* from = unit < H ? product.weight + (at.gate * H + unit) * product.weight_stride : nullptr;
-      copy_piece(weights(n) + row * Tile::kPitch + piece * kPieceBytes, from,
-                 k + piece * (kPieceBytes / static_cast<int>(sizeof(T))), product.depth, product.weight);
-    }
+  LSTM_DEVICE ForwardOperand(const StepForward<T>& args, unsigned char* shared, int64_t first)
+      : args_(args),
+        shared_(shared + (kWeights ? 0 : kStepGateRows * Tile::kRowBytes) +
+                Tile::place(Copies::row(), Copies::piece() * kPieceBytes)),
+        first_(first) {
+    begin(args.products[0]);
   }
-
-  LSTM_DEVICE void fetch_rows(int64_t n) const {
-    const StepProduct<T>& product = product_of(n);
-    const int64_t k = depth_of(n);
-    for (int i = threadIdx.x; i < kRows * Tile::kPieces; i += kStepThreads) {
-      const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
-      copy_piece(rows(n) + row * Tile::kPitch + piece * kPieceBytes, row_of(product, first_row_ + row),
-                 k + piece * (kPieceBytes / static_cast<int>(sizeof(T))), product.depth, product.weight);
-    }
+  LSTM_DEVICE static int tiles_of(const StepProduct<T>& product) {
+    return static_cast<int>((product.depth + Tile::kDepth - 1) / Tile::kDepth);
   }
-
-  LSTM_DEVICE unsigned char* weights(int64_t n) const { return shared_ + n % kStepStages * Tile::kStageBytes; }
-  LSTM_DEVICE unsigned char* rows(int64_t n) const { return weights(n) + kStepGateRows * Tile::kPitch; }
+  // Copies tile `n`: the one behind that of the last call.
+  LSTM_DEVICE void fetch(int n) {
+    if (n == tiles_of(args_.products[0])) begin(args_.products[1]);
+    copies_.fetch(shared_ + n % kStepStages * Tile::kStageBytes);
+  }
 
  private:
-  LSTM_DEVICE static int64_t tiles_of(const StepProduct<T>& product) {
-    return (product.depth + Tile::kDepth - 1) / Tile::kDepth;
+  LSTM_DEVICE void begin(const StepProduct<T>& product) {
+    copies_.begin(product.depth, 0, product.weight, [&](int row) { return row_of(product, row); });
   }
-  LSTM_DEVICE static const T* row_of(const StepProduct<T>& product, int64_t b) {
-    if (b >= product.row_count) return nullptr;
-    if (product.resets[b]) return product.reset_rows ? product.reset_rows + b * product.reset_stride : nullptr;
-    return product.rows ? product.rows + b * product.row_stride : nullptr;
-  }
-  LSTM_DEVICE const StepProduct<T>& product_of(int64_t n) const {
-    return n < tiles_of(args_.products[0]) ? args_.products[0] : args_.products[1];
-  }
-  LSTM_DEVICE int64_t depth_of(int64_t n) const {
-    const int64_t first = tiles_of(args_.products[0]);
-    return (n < first ? n : n - first) * Tile::kDepth;
+  LSTM_DEVICE const T* row_of(const StepProduct<T>& product, int row) const {
+    if constexpr (kWeights) {
+      const int64_t H = args_.cell.hidden_size;
+      const GateRow at = gate_row(row);
+      const int64_t unit = first_ + at.unit;
+      return unit < H ? product.weight + (at.gate * H + unit) * product.weight_stride : nullptr;
+    } else {
+      const int64_t b = first_ + row;
+      if (b >= product.row_count) return nullptr;
+      if (product.resets[b]) return product.reset_rows ? product.reset_rows + b * product.reset_stride : nullptr;
+      return product.rows ? product.rows + b * product.row_stride : nullptr;
+    }
   }
 
   const StepForward<T>& args_;
   unsigned char* const shared_;
-  const int64_t first_unit_, first_row_;
+  const int64_t first_;
+  Copies copies_;
 };
 
 // Adds the product of a warp's part of two tiles. A lane reads 16 bytes of a row at once; so the numbers of k that meet
@@ -100,17 +89,18 @@ LSTM_DEVICE void multiply_tiles(const unsigned char* weights, const unsigned cha
   const int lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int offset = (warp_part * kSteps + step) * 4 * kPieceBytes + member * kPieceBytes;
+    // The rows of a lane are all odd or all even.
+    const int offset = Tile::place(group, (warp_part * kSteps + step) * 4 * kPieceBytes + member * kPieceBytes);
     uint4 state[Tile::kColumnTiles];
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
-      state[n] = *reinterpret_cast<const uint4*>(rows + (n * 8 + group) * Tile::kPitch + offset);
+      state[n] = *reinterpret_cast<const uint4*>(rows + n * 8 * Tile::kRowBytes + offset);
     }
 #pragma unroll
     for (int m = 0; m < Tile::kGateTiles; ++m) {
-      const unsigned char* row = weights + ((warp_row * Tile::kGateTiles + m) * 16 + group) * Tile::kPitch + offset;
+      const unsigned char* row = weights + (warp_row * Tile::kGateTiles + m) * 16 * Tile::kRowBytes + offset;
       const uint4 low = *reinterpret_cast<const uint4*>(row);
-      const uint4 high = *reinterpret_cast<const uint4*>(row + 8 * Tile::kPitch);
+      const uint4 high = *reinterpret_cast<const uint4*>(row + 8 * Tile::kRowBytes);
       const uint32_t first[4] = {operand_register<T>(low.x), operand_register<T>(high.x), operand_register<T>(low.y),
                                  operand_register<T>(high.y)};
       const uint32_t second[4] = {operand_register<T>(low.z), operand_register<T>(high.z), operand_register<T>(low.w),
@@ -126,28 +116,43 @@ LSTM_DEVICE void multiply_tiles(const unsigned char* weights, const unsigned cha
   }
 }
 
-// The cell of unit j of row b, from its sums.
+// A cell before its product is there. It takes no part if it is not there.
+struct BegunCell {
+  RowState row;
+  float z[4];
+  float before;
+};
 template <bool kOptions, typename T>
-LSTM_DEVICE void finish_forward(const StepForward<T>& args, int64_t b, int64_t j, const float (&product)[4]) {
+LSTM_DEVICE BegunCell begin_forward(const StepForward<T>& args, int64_t b, int64_t j) {
   const CellForward<T>& cell = args.cell;
   const int64_t H = cell.hidden_size;
-  const RowState row = forward_row<kOptions>(cell.rows, b);
-  if (!row.takes_part()) {
-    write_no_cell(cell, b, j);
+  BegunCell begun = {};
+  if (b >= cell.rows.count || j >= H) return begun;
+  begun.row = forward_row<kOptions>(cell.rows, b);
+  if (!begun.row.takes_part()) return begun;
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = bias_at(cell, gate, j);
+  begun.before = previous_cell(begun.row, cell.c_previous, b * H + j);
+  if (args.whole) return begun;
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
+  if (begun.row.takes_product()) return begun;
+  if (const float* recurrent = recurrent_row(cell, begun.row, b)) {
+    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += recurrent[gate * H + j];
+  }
+  return begun;
+}
+template <bool kOptions, typename T>
+LSTM_DEVICE void finish_forward(const StepForward<T>& args, BegunCell& begun, int64_t b, int64_t j,
+                                const float (&product)[4]) {
+  const CellForward<T>& cell = args.cell;
+  if (!begun.row.takes_part()) {
+    if (b < cell.rows.count && j < cell.hidden_size) write_no_cell(cell, b, j);
     return;
   }
-  float z[4];
-  for (int gate = 0; gate < 4; ++gate) z[gate] = bias_at(cell, gate, j);
-  const float before = previous_cell(row, cell.c_previous, b * H + j);
-  if (!args.whole) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
+  if (args.whole || begun.row.takes_product()) {
+    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += product[gate];
   }
-  if (args.whole || row.takes_product()) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += product[gate];
-  } else if (const float* recurrent = recurrent_row(cell, row, b)) {
-    for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate * H + j];
-  }
-  write_cell(cell, row, b, j, new_cell<kOptions, FastMath>(cell, row, b * H + j, z, before));
+  const int64_t place = b * cell.hidden_size + j;
+  write_cell(cell, begun.row, b, j, new_cell<kOptions, FastMath>(cell, begun.row, place, begun.z, begun.before));
 }
 
 template <typename T, bool kOptions, int kRows>
@@ -156,30 +161,47 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
   using Tile = ForwardTile<T, kRows>;
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t first_unit = int64_t{blockIdx.x} * kStepUnits, first_row = int64_t{blockIdx.y} * kRows;
-  const ForwardRing<T, kRows> ring(args, shared, first_unit, first_row);
-  const int64_t tiles = ring.count();
-  for (int64_t n = 0; n < kStepStages - 1; ++n) {
-    if (n < tiles) ring.fetch_weight(n);
+  using Weights = ForwardOperand<T, kRows, true>;
+  Weights weights(args, shared, first_unit);
+  const int tiles = Weights::tiles_of(args.products[0]) + Weights::tiles_of(args.products[1]);
+  for (int n = 0; n < kStepStages - 1; ++n) {
+    if (n < tiles) weights.fetch(n);
   }
   grid_dependency_wait();
   launch_dependents();
-  for (int64_t n = 0; n < kStepStages - 1; ++n) {
-    if (n < tiles) ring.fetch_rows(n);
+  ForwardOperand<T, kRows, false> rows(args, shared, first_row);
+  for (int n = 0; n < kStepStages - 1; ++n) {
+    if (n < tiles) rows.fetch(n);
     cp_async_commit();
   }
+  // What the cells need besides the product comes while it is computed; many cells would take registers that another
+  // block could have, and come behind it.
+  constexpr int kCells = kRows * kStepUnits / kStepThreads;
+  const int cell_unit = threadIdx.x % kStepUnits, cell_row = threadIdx.x / kStepUnits;
+  const int64_t j = first_unit + cell_unit;
+  const auto row_of_cell = [&](int i) { return cell_row + i * (kStepThreads / kStepUnits); };
+  BegunCell cells[kCells];
+  const auto begin_cells = [&] {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) cells[i] = begin_forward<kOptions>(args, first_row + row_of_cell(i), j);
+  };
+  constexpr bool kBeginsEarly = kCells <= 2;
+  if constexpr (kBeginsEarly) begin_cells();
   const int warp = threadIdx.x / 32, warp_row = warp % Tile::kWarps, warp_part = warp / Tile::kWarps;
   float sums[Tile::kColumnTiles][Tile::kGateTiles][4] = {};
 #pragma unroll 1
-  for (int64_t n = 0; n < tiles; ++n) {
+  for (int n = 0; n < tiles; ++n) {
     cp_async_wait<kStepStages - 2>();
     __syncthreads();  // tile n has come, and nobody reads the tile before it any more
     if (n + kStepStages - 1 < tiles) {
-      ring.fetch_weight(n + kStepStages - 1);
-      ring.fetch_rows(n + kStepStages - 1);
+      weights.fetch(n + kStepStages - 1);
+      rows.fetch(n + kStepStages - 1);
     }
     cp_async_commit();
-    multiply_tiles<T, kRows>(ring.weights(n), ring.rows(n), warp_row, warp_part, sums);
+    const unsigned char* stage = shared + n % kStepStages * Tile::kStageBytes;
+    multiply_tiles<T, kRows>(stage, stage + kStepGateRows * Tile::kRowBytes, warp_row, warp_part, sums);
   }
+  if constexpr (!kBeginsEarly) begin_cells();
   cp_async_wait<0>();
   __syncthreads();
   // (parts, rows, units) of the four gates of a cell.
@@ -198,20 +220,18 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
     }
   }
   __syncthreads();
-  for (int cell = threadIdx.x; cell < kRows * kStepUnits; cell += kStepThreads) {
-    const int row = cell / kStepUnits, unit = cell % kStepUnits;
-    const int64_t b = first_row + row, j = first_unit + unit;
-    if (b >= args.cell.rows.count || j >= args.cell.hidden_size) continue;
+#pragma unroll
+  for (int i = 0; i < kCells; ++i) {
     float product[4] = {};
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
-      const float4 sum = partial[(part * kRows + row) * Tile::kPartialPitch + unit];
+      const float4 sum = partial[(part * kRows + row_of_cell(i)) * Tile::kPartialPitch + cell_unit];
       product[0] += sum.x;
       product[1] += sum.y;
       product[2] += sum.z;
       product[3] += sum.w;
     }
-    finish_forward<kOptions>(args, b, j, product);
+    finish_forward<kOptions>(args, cells[i], first_row + row_of_cell(i), j, product);
   }
 }
 

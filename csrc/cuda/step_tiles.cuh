@@ -9,17 +9,62 @@
 namespace lstm_ext::cuda {
 
 constexpr int kStepGateRows = 4 * kStepUnits;
-// Copies the numbers [k, k + 16 bytes) of a row of `length` numbers; what lies beyond them is 0, and so is a row that
-// is null. `somewhere` is any address that may be read.
-template <typename T>
-LSTM_DEVICE void copy_piece(void* to, const T* row, int64_t k, int64_t length,
-                            const T* somewhere LSTM_SITE_PARAMETERS) {
-  constexpr int64_t kNumbers = kPieceBytes / sizeof(T);
-  const int64_t left = row ? length - k : 0;
-  const int numbers = static_cast<int>(left < 0 ? 0 : left < kNumbers ? left : kNumbers);
+
+// Copies tiles of the rows of a matrix to shared memory: kRows rows of kRowBytes, tile after tile along them. What lies
+// beyond a row is 0. A thread copies one piece of every kRowsAtOnce-th row, so that a tile costs it an addition and a
+// copy for each.
+template <typename T, int kRows, int kRowBytes, int kPitch>
+class TileCopies {
+ public:
+  static constexpr int kPieces = kRowBytes / kPieceBytes, kRowsAtOnce = kStepThreads / kPieces;
+  static constexpr int kCopies = kRows / kRowsAtOnce, kNumbers = kRowBytes / static_cast<int>(sizeof(T));
+  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 2 == 0);
+
+  LSTM_DEVICE static int row() { return static_cast<int>(threadIdx.x) / kPieces; }
+  LSTM_DEVICE static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+
+  // Begins with the first tile of a matrix of rows of `length` numbers, at `column`. row_of gives a row of the tile;
+  // null: zeros. `somewhere` is any address that may be read.
+  template <typename RowOf>
+  LSTM_DEVICE void begin(int64_t length, int64_t column, const T* somewhere, RowOf&& row_of) {
+    column_ = column + piece() * kPieceNumbers;
+    length_ = length;
+    somewhere_ = somewhere;
+    all_there_ = true;
+#pragma unroll
+    for (int c = 0; c < kCopies; ++c) {
+      rows_[c] = row_of(row() + c * kRowsAtOnce);
+      all_there_ = all_there_ && rows_[c];
+    }
+  }
+  // Copies the next tile. The thread's first piece goes to `to`.
+  LSTM_DEVICE void fetch(unsigned char* to LSTM_SITE_PARAMETERS) {
+    if (all_there_ && column_ + kPieceNumbers <= length_) {
+#pragma unroll
+      for (int c = 0; c < kCopies; ++c) {
+        cp_async16(to + c * (kRowsAtOnce * kPitch), rows_[c] + column_, kPieceBytes LSTM_SITE);
+      }
+    } else {
+      const int64_t left = (length_ - column_) * static_cast<int64_t>(sizeof(T));
+      const int bytes = static_cast<int>(left < 0 ? 0 : left < kPieceBytes ? left : kPieceBytes);
+#pragma unroll
+      for (int c = 0; c < kCopies; ++c) {
+        const bool there = rows_[c] && bytes > 0;
+        const T* from = there ? rows_[c] + column_ : somewhere_;
+        cp_async16(to + c * (kRowsAtOnce * kPitch), from, there ? bytes : 0 LSTM_SITE);
+      }
+    }
+    column_ += kNumbers;
+  }
+
+ private:
+  static constexpr int kPieceNumbers = kPieceBytes / static_cast<int>(sizeof(T));
   static_assert(kPieceBytes == 16);
-  cp_async16(to, numbers > 0 ? row + k : somewhere, numbers * static_cast<int>(sizeof(T)) LSTM_SITE);
-}
+  const T* rows_[kCopies];
+  const T* somewhere_;
+  int64_t column_, length_;
+  bool all_there_;
+};
 
 // d += a * b for 32 bytes of k: two registers of `a` a row, one register of `b` a column.
 template <typename T>

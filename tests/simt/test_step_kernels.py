@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 from build import ROOT, compile_driver, missing
@@ -56,8 +57,8 @@ def test_the_same_bits_in_any_order(seed):
 PLANTED = {
     "no commit": (
         "step_forward.cuh",
-        "    cp_async_commit();\n    multiply_tiles",
-        "    multiply_tiles",
+        "    cp_async_commit();\n    const unsigned char* stage",
+        "    const unsigned char* stage",
         ["fifo"],
     ),
     "a wait too few": (
@@ -65,8 +66,8 @@ PLANTED = {
     ),
     "a stage of the ring is taken too early": (
         "step_forward.cuh",
-        "      ring.fetch_weight(n + kStepStages - 1);",
-        "      ring.fetch_weight(n + kStepStages);",
+        "shared_ + n % kStepStages",
+        "shared_ + (n + 1) % kStepStages",
         ["now", "fifo"],
     ),
     "no barrier before a tile is read": (
@@ -80,15 +81,34 @@ PLANTED = {
     ),
     "the state is read before the wait": (
         "step_forward.cuh",
-        "    if (n < tiles) ring.fetch_weight(n);",
-        "    if (n < tiles) { ring.fetch_weight(n); ring.fetch_rows(n); }",
+        "  grid_dependency_wait();\n  launch_dependents();\n  ForwardOperand<T, kRows, false> rows(args, shared, first_row);",
+        "  ForwardOperand<T, kRows, false> rows(args, shared, first_row);\n  rows.fetch(0);\n"
+        "  grid_dependency_wait();\n  launch_dependents();",
         ["fifo"],
     ),
-    "columns beyond the units": ("step_tiles.cuh", "row ? length - k : 0", "row ? kNumbers : 0", ["fifo"]),
+    "columns beyond the units": (
+        "step_tiles.cuh", "left < 0 ? 0 : left < kPieceBytes ? left : kPieceBytes", "kPieceBytes", ["fifo"],
+    ),
+    "a whole piece where a row ends": (
+        "step_tiles.cuh", "column_ + kPieceNumbers <= length_", "column_ <= length_", ["fifo"],
+    ),
+    "halves of odd rows in place": (
+        "step_forward.cuh", "Tile::place(Copies::row(), Copies::piece() * kPieceBytes)",
+        "Copies::row() * Tile::kRowBytes + Copies::piece() * kPieceBytes", ["fifo"],
+    ),
+    "the tiles of the first product go on": (
+        "step_forward.cuh", "if (n == tiles_of(args_.products[0])) begin", "if (n < 0) begin", ["fifo"],
+    ),
+    "the last parts left out": (
+        "step_backward.cuh", "(output.recurrent_parts + kSums - 1) / kSums", "output.recurrent_parts / kSums", ["fifo"],
+    ),
+    "no barrier before the parts are read": (
+        "step_backward.cuh", "  __syncthreads();\n  for (int cell", "  for (int cell", ["random", "race"],
+    ),
     "rows beyond the batch": (
         "step_forward.cuh",
-        "b >= args.cell.rows.count || j >=",
-        "b > args.cell.rows.count || j >=",
+        "if (b >= cell.rows.count || j >=",
+        "if (b > cell.rows.count || j >=",
         ["fifo"],
     ),
     "gates of a pair swapped": (
@@ -105,14 +125,14 @@ PLANTED = {
     ),
     "no barrier before the sums are read": (
         "step_forward.cuh",
-        "  __syncthreads();\n  for (int cell = threadIdx.x;",
-        "  for (int cell = threadIdx.x;",
+        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < kCells; ++i) {\n    float product",
+        "#pragma unroll\n  for (int i = 0; i < kCells; ++i) {\n    float product",
         ["random", "race"],
     ),
-    "parts added in another order": (
-        "state.cuh",
-        "output.recurrent_part[part * output.recurrent_part_stride + place]",
-        "output.recurrent_part[(output.recurrent_parts - part) * output.recurrent_part_stride + place + 1]",
+    "another part than the first": (
+        "step_backward.cuh",
+        "output.recurrent_part + first * output.recurrent_part_stride",
+        "output.recurrent_part + (first + 1) * output.recurrent_part_stride",
         ["fifo"],
     ),
     "gradients are read before the wait": (
@@ -147,3 +167,13 @@ def test_planted_mistakes_are_caught(planted, mode, tmp_path):
     schedule = {"random": {"SIMT_SCHEDULE": "random"}, "now": {"SIMT_COPIES": "now"}}.get(mode, {})
     program = with_mistake(file, before, after, DRIVER, build, "BFLOAT_ONLY", tmp_path)
     assert is_caught(program, **schedule), f"{mode} does not see it"
+
+
+@pytest.mark.parametrize(
+    ("stride", "offset"), [(997, 3), *(pytest.param(2, offset, marks=pytest.mark.full) for offset in (0, 1))]
+)
+def test_fast_functions_err_by_no_more_than_they_say(stride, offset):
+    """All numbers of 32 bits with stride 2, which takes six minutes; a thousandth of them else."""
+    program = compile_driver([ROOT / "tests" / "simt" / "fast_functions.cpp"], "plain")
+    done = subprocess.run([program, str(stride), str(offset)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
