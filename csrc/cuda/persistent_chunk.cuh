@@ -191,6 +191,13 @@ class PersistentChunk {
   // Partial sums. The pitch keeps rows in different banks.
   struct alignas(4 * Pass::kSums) Sums {
     float of[Pass::kSums];
+    LSTM_DEVICE void store(Sums* to) const {
+      if constexpr (Pass::kSums == 4) {
+        store_shared_16(to->of, make_float4(of[0], of[1], of[2], of[3]));
+      } else {
+        *to = *this;
+      }
+    }
   };
   static constexpr int kPitch = kUnits + (Pass::kSums == 4 ? 1 : 4);
   static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // partial sums of a turn
@@ -265,9 +272,11 @@ class PersistentChunk {
     }
   }
   LSTM_DEVICE Unit cell(int i) const {
-    const int thread = static_cast<int>(threadIdx.x);
     if constexpr (kMailbox) {
-      return {thread % kUnits, thread / kUnits};
+      // The rows of a warp are so far apart that their sums lie in different banks.
+      constexpr int kRowsOfWarp = 32 / kUnits;
+      const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+      return {lane % kUnits, thread / 32 + lane / kUnits * (kPersistentRows / kRowsOfWarp)};
     } else {
       return fragment_cell(i);
     }
@@ -474,7 +483,7 @@ class PersistentChunk {
         if (!came) atomicExch(&late_[turn % 2], 1u);
 #pragma unroll
         for (int k = 0; k < kFragmentCells; ++k)
-          *partial(turn, warp_part_, fragment_cell(k)) = sums_of_fragment(sums, k);
+          sums_of_fragment(sums, k).store(partial(turn, warp_part_, fragment_cell(k)));
         __syncthreads();  // the sums are there, and nobody reads those of the turn before
         if (late_[turn % 2] != 0) return false;
         if (!has_cells) continue;
@@ -632,7 +641,7 @@ class PersistentChunk {
 
 // The kernel of a pass, and its launch.
 template <typename Pass, Exchange kExchange>
-LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kMailbox && !Pass::kBackward ? 240 : 248)
+LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kNone ? 255 : Pass::kBackward ? 248 : 240)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);

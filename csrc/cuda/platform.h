@@ -14,7 +14,7 @@
 //
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
-// and, in lstm_ext::cuda: launch, cp_async..., ldmatrix..., mma..., dependent launches, relaxed accesses of 4 and 16
+// and, in lstm_ext::cuda: launch, store_shared_16, cp_async..., ldmatrix..., mma..., dependent launches, relaxed accesses of 4 and 16
 // bytes, now, exp2_approximate, reciprocal_approximate.
 #pragma once
 

@@ -134,6 +134,14 @@ LSTM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// By one instruction, whatever the compiler would make of it.
+LSTM_DEVICE void store_shared_16(void* address, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(address)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
 // ---- copies from global to shared memory
 
 // Copies 16 bytes, to which both addresses are aligned, past the first-level cache: reads `source_bytes` of them and

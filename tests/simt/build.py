@@ -31,6 +31,7 @@ EMULATOR = sorted(
         "shared_memory",
         "tensor_core",
         "warp",
+        "wavefronts",
         "weak_memory",
     )
 )

@@ -96,6 +96,12 @@ size_t dynamic_shared_bytes();
 uint32_t shared_address(const void* pointer, const char* file, int line);
 void* shared_pointer(uint32_t address, const char* file, int line);
 
+namespace wavefronts {
+// An access of the thread that runs to shared memory, where options() says that wavefronts are counted (wavefronts.cpp).
+void note(const void* place, unsigned bytes, bool stores, const char* file, int line);
+void end_wave();
+}  // namespace wavefronts
+
 // ---- global memory (global_memory.cpp)
 
 // Loads and relaxed stores that other threads may be waiting for. `part` is the size of the elements of a vector, which

@@ -44,6 +44,7 @@ Options options_of_environment() {
   set.stores = delivery("SIMT_STORES", set.stores);
   set.torn = one_of("SIMT_PIECES", set.torn, {{"whole", false}, {"torn", true}});
   set.mma = one_of("SIMT_MMA", set.mma, {{"exact", MmaSum::Exact}, {"truncated", MmaSum::Truncated}});
+  set.counts_wavefronts = one_of("SIMT_WAVEFRONTS", set.counts_wavefronts, {{"no", false}, {"yes", true}});
   if (const char* seed = std::getenv("SIMT_SEED")) set.seed = std::strtoull(seed, nullptr, 10);
   return set;
 }
@@ -140,6 +141,7 @@ void run_wave(const std::vector<uint64_t>& numbers) {
 }
 
 void clear_wave() {
+  wavefronts::end_wave();
   weak::forget();
   for (Thread& thread : machine.threads) {
     if (thread.started && !thread.finished) machine.stacks.give_back(thread.context.stack);

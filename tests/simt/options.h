@@ -41,7 +41,9 @@ struct Options {
   unsigned resident_blocks = 0;
   // The most blocks of a cooperative launch; 0: any number. One with more is refused.
   unsigned cooperative_blocks = 0;
-  size_t stack_bytes = 0;  // of a thread; 0: enough for this build
+  // Of kernels that nvcc's PTX has been translated of: their accesses to shared memory, printed when the program ends.
+  bool counts_wavefronts = false;  // SIMT_WAVEFRONTS=no|yes
+  size_t stack_bytes = 0;          // of a thread; 0: enough for this build
 };
 
 // What launches did, for tests that want to know that a mode was exercised.

@@ -214,6 +214,8 @@ bool is_compiled_for_sm90(void (*)(Args)) {
   return true;
 }
 
+inline void store_shared_16(void* address, float4 value) { *static_cast<float4*>(address) = value; }
+
 inline void cp_async16(void* shared, const void* global, int source_bytes LSTM_SITE_PARAMETERS) {
   simt::cp_async16(shared, global, static_cast<unsigned>(source_bytes) LSTM_SITE);
 }

@@ -37,11 +37,15 @@ _LABEL = re.compile(r"^(\.L_\w+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 
 
+_REGISTERS = re.compile(r"\bR(\d+|Z)\b")
+
+
 class Code(list[str]):
     """Instructions with their modifiers, as in LDG.E.128, in order; and which of them make a loop."""
 
     def __init__(self, body: str) -> None:
         super().__init__()
+        self.registers: list[list[str]] = []  # of each instruction, in the order of its text
         labels: dict[str, int] = {}
         ends: dict[int, int] = {}  # by the loop's beginning
         for line in body.splitlines():
@@ -49,16 +53,35 @@ class Code(list[str]):
                 labels[label[1]] = len(self)
             if instruction := _INSTRUCTION.match(line):
                 self.append(instruction[1])
+                self.registers.append(_REGISTERS.findall(line))
                 branch = _BRANCH.search(line)
                 if branch and branch[1] in labels:
                     ends[labels[branch[1]]] = len(self)
         self.loops = tuple(range(begin, end) for begin, end in ends.items())
 
+    def _longest(self) -> range:
+        return max(self.loops, key=len, default=range(0))
+
     def longest_loop(self) -> list[str]:
         """From the target of a branch back to the branch: all that happens in a step, if the loop is that of the steps.
         Loops within it are part of it."""
-        loop = max(self.loops, key=len, default=range(0))
-        return self[loop.start : loop.stop]
+        return self[self._longest().start : self._longest().stop]
+
+    def turn(self) -> int:
+        """Instructions of the longest loop from its barrier to the store that other blocks wait for."""
+        loop = self.longest_loop()
+        store = next((n for n, opcode in enumerate(loop) if re.fullmatch(STRONG_16[1], opcode)), 0)
+        barriers = [n for n, opcode in enumerate(loop[:store]) if re.fullmatch(BLOCK_BARRIER[0], opcode)]
+        return store - barriers[-1] if barriers else 0
+
+    def chain(self) -> int:
+        """The most products of the longest loop of which each adds to the sum of another."""
+        depths: dict[str, int] = {}
+        for n in self._longest():
+            if self[n].startswith("HMMA"):
+                to, *_, added = self.registers[n]
+                depths[to] = (0 if added == "Z" else depths.get(added, 0)) + 1
+        return max(depths.values(), default=0)
 
 
 def opcodes(cubin: Path) -> dict[str, Code]:

@@ -75,10 +75,27 @@ def test_loops_are_as_long_as_recorded(compilations: nvcc.Compilations) -> None:
 
 
 def test_a_longer_loop_is_seen() -> None:
-    recorded = {"kernel": {"sm_90": 100}}
-    assert not resources.longer_loops(recorded, {"kernel": {"sm_90": 109}})
-    assert resources.longer_loops(recorded, {"kernel": {"sm_90": 111}})
+    recorded = {"kernel": {"sm_90": {"loop": 100, "turn": 50, "chain": 16}}}
+    longer = {"loop": 109, "turn": 50, "chain": 16}
+    assert not resources.longer_loops(recorded, {"kernel": {"sm_90": longer}})
+    for change in ({"loop": 111}, {"turn": 56}, {"chain": 32}):
+        assert resources.longer_loops(recorded, {"kernel": {"sm_90": longer | change}})
     assert resources.longer_loops(recorded, {}) and resources.longer_loops({}, recorded)
+
+
+def test_turns_are_short() -> None:
+    """Of the kernels whose blocks wait for each other: what others wait for, and the chain of a backward product, which
+    was 34 products long when it was one sum."""
+    for name, of_architectures in resources.recorded_loops().items():
+        for architecture, numbers in of_architectures.items():
+            if "(Exchange)1" in name:
+                limit = 320 if "true>" in name else 270 if "Forward" in name else 200
+                assert 0 < numbers["turn"] <= limit, (name, architecture, numbers)
+            assert 0 < numbers["chain"] <= 17 if "Backward" in name else True, (name, architecture, numbers)
+    for kernels in resources.recorded()[1].values():
+        for name, of_architectures in kernels.items():
+            if name.startswith("persistent_kernel<PersistentForward") and "(Exchange)1" in name:
+                assert all(found["registers"] <= 240 for found in of_architectures.values()), name
 
 
 @needs_disassembler

@@ -13,7 +13,7 @@ import test_stepwise
 import torch
 from emulated_layer import stepwise_module
 from judge import EPS, relative_error
-from simt import build, nvcc
+from simt import build, nvcc, resources
 from simt.modes import MODES
 from simt.ptx_route import TranslatedKernels, translated
 
@@ -279,3 +279,38 @@ def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKe
     with stepwise_kernels.in_use():
         by_ptx = test_stepwise.drawn(case, torch.float32, 0)
     assert not torch.equal(by_ptx["output"], plain["output"])
+
+
+# ---- wavefronts of shared memory
+
+
+def test_wavefronts_of_known_patterns() -> None:
+    """Each line of the kernel says what its access costs."""
+    source = HERE / "bank_patterns.cuh"
+    known = {
+        number: tuple(map(int, found.groups()))
+        for number, line in enumerate(source.read_text().splitlines(), 1)
+        if (found := re.search(r"// (\d+) of (\d+)$", line))
+    }
+    program = build.compile_ptx_driver(HERE / "bank_patterns_driver.cpp", [translated(HERE / "bank_patterns.cu")])
+    status, text = run(program, SIMT_WAVEFRONTS="yes")
+    assert status == 0, text
+    counted = {
+        line: (wavefronts / accesses, least / accesses)
+        for (_, line, _), (accesses, wavefronts, least) in resources.counted(text).items()
+    }
+    assert counted == known and len(known) > 12
+    assert not resources.counted(run(program)[1])
+
+
+@pytest.mark.parametrize(
+    "kernels", ["step", pytest.param("persistent", marks=pytest.mark.full)]
+)
+def test_wavefronts_are_as_recorded(kernels: str) -> None:
+    """In no loop over the depth or the steps do banks stand in each other's way."""
+    if resources.recorded()[0] != nvcc.version():
+        pytest.skip(f"recorded with nvcc {resources.recorded()[0]}; this one is {nvcc.version()}")
+    found = resources.wavefronts(kernels)
+    assert found == resources.recorded_wavefronts()[kernels]
+    pieces = {name: numbers for name, numbers in found.items() if name.endswith(" 16")}
+    assert pieces and all(number == least for number, least in pieces.values()), pieces

@@ -90,6 +90,8 @@ def load(f: Emitter, m: Modifiers, i: Instruction) -> str:
     code = f"const {kind}* p = aligned<const {kind}, {count}>({place}, {HERE}); "
     if non_coherent:
         code += f"note_non_coherent(p, {count} * sizeof *p, {HERE}); "
+    if space in SHARED:
+        code += f"note_shared(p, {count} * sizeof *p, false, {HERE}); "
     return f"{{ {code}{f.assign_each(target, kind, 'p')} }}"
 
 
@@ -108,7 +110,8 @@ def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
             return f"store_relaxed<{kind}>({place}, {f.value(source, kind)}, {HERE});"
         return f"{{ const {kind} v[] = {{{f.values(parts, kind)}}}; store_vector({place}, v, {HERE}); }}"
     stores = " ".join(f"p[{n}] = {f.value(part, kind)};" for n, part in enumerate(parts))
-    return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {stores} }}"
+    note = f"note_shared(p, {count} * sizeof *p, true, {HERE}); " if space in SHARED else ""
+    return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {note}{stores} }}"
 
 
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas")

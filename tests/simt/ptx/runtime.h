@@ -101,6 +101,9 @@ T* aligned(char* place, const char* file, int line) {
 inline void note_non_coherent(const void* place, size_t bytes, const char* file, int line) {
   simt::before_read_only_load(place, static_cast<unsigned>(bytes), file, line);
 }
+inline void note_shared(const void* place, size_t bytes, bool stores, const char* file, int line) {
+  simt::wavefronts::note(place, static_cast<unsigned>(bytes), stores, file, line);
+}
 
 // Relaxed, as volatile ones are.
 template <typename T>
@@ -167,6 +170,7 @@ inline void fence(const char* file, int line) { simt::thread_fence(file, line); 
 // ---- cp.async
 
 inline void cp_async16(char* shared, const char* global, u32 read, const char* file, int line) {
+  note_shared(shared, 16, true, file, line);
   simt::cp_async16(shared, global, read, file, line);
 }
 inline void grid_dependency_wait(const char* file, int line) { simt::grid_dependency_wait(file, line); }
@@ -250,6 +254,7 @@ PTX_REDUX(xor, a ^ b)
 // ---- tensor cores
 
 inline void ldmatrix_x4(bool transposed, b32* registers, const char* row, const char* file, int line) {
+  note_shared(row, 16, false, file, line);  // one of four matrices for eight lanes
   simt::ldmatrix_x4(transposed, registers, row, file, line);
 }
 template <typename T>
