@@ -199,7 +199,7 @@ void replace_constants(lstm_ext::cuda::ModelConstants& constants, const py::dict
 }
 
 void set_cuda_constants(int capability, const py::dict& named) {
-  lstm_ext::cuda::ModelConstants constants = lstm_ext::cuda::constants_of(capability);
+  lstm_ext::cuda::ModelConstants constants = lstm_ext::cuda::constants_of(capability, "");
   replace_constants(constants, named, "set_cuda_constants");
   lstm_ext::cuda::set_constants(capability, constants);
 }
@@ -216,6 +216,7 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   result["memory_gb_per_s"] = device.memory_gb_per_s;
   result["step_blocks"] = std::make_pair(device.step_blocks[0], device.step_blocks[1]);
   result["shared"] = device.shared;
+  result["most_blocks"] = device.most_blocks;
   result["constants"] = as_dict(device.constants);
   return result;
 }
@@ -223,7 +224,7 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
 py::list cuda_devices() {
   py::list result;
   for (lstm_ext::cuda::DeviceFacts device : lstm_ext::cuda::known_devices()) {
-    device.constants = lstm_ext::cuda::constants_of(device.capability);
+    device.constants = lstm_ext::cuda::constants_of(device.capability, device.name);
     result.append(as_dict(device));
   }
   return result;
@@ -283,7 +284,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
                     real("memory_gb_per_s")};
   std::tie(facts.step_blocks[0], facts.step_blocks[1]) = py::cast<std::pair<int, int>>(device["step_blocks"]);
   facts.shared = py::cast<bool>(device["shared"]);
-  facts.constants = constants_of(facts.capability);
+  facts.constants = constants_of(facts.capability, facts.name);
   if (device.contains("constants")) replace_constants(facts.constants, device["constants"], "cuda_plan");
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
@@ -298,6 +299,8 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   };
   std::tie(request.step, request.persistent) = std::make_pair(said(step_outcome), said(persistent_outcome));
   if (!measured.empty()) request.measured = kernel_named(measured, "cuda_plan");
+  const bool known = device.contains("most_blocks") && integer("most_blocks") > 0;
+  request.most_blocks = known ? integer("most_blocks") : most_blocks(&facts);
   request.reasons = true;
   const Plan found = plan({steps, batch, input_size, hidden_size, directions, number, tf32, projected, normalised,
                            cell_options, backward, packed, options},

@@ -86,13 +86,16 @@ struct Model {
         static_cast<double>(ceil_div(plan.blocks, plan.blocks_of_multiprocessor * device.multiprocessors));
     const double at_once = static_cast<double>(
         std::min<int64_t>(plan.blocks_of_multiprocessor, ceil_div(plan.blocks, device.multiprocessors)));
+    const double tiles = units() * size / (plan.rows_of_block > kStepRowsFew ? 128 : 256);
     const double of_block =
-        at_once * std::max(block_bytes / (constant.bytes_of_clock * clocks_of_us), block_work / speed());
+        std::max(at_once * std::max(block_bytes / (constant.bytes_of_clock * clocks_of_us), block_work / speed()),
+                 tiles * constant.tile_clocks / clocks_of_us);
     const double all = read_us(static_cast<double>(plan.blocks) * block_bytes, weight_bytes());
     const double launch = device.capability >= 90 ? constant.dependent_launch_us : constant.launch_us;
     // Backward, the parts of a step are written, and read by the next one.
     const double parts = static_cast<double>(plan.parts_bytes) / layer.directions;
-    return launch + constant.ramp_us + constant.epilogue_us + std::max(waves * of_block, all) + read_us(parts, parts);
+    const double epilogue = constant.epilogue_us * tile_rows / kStepRowsFew;
+    return launch + constant.ramp_us + epilogue + std::max(waves * of_block, all) + read_us(parts, parts);
   }
 
   double persistent_us(const Plan::Persistent& plan) const {
@@ -102,25 +105,34 @@ struct Model {
     const int64_t length = persistent_length(layer, number);
     const auto pieces = static_cast<double>(
         std::min<int64_t>(shape.pieces, ceil_div(length * number, int64_t{4} * shape.parts * kPieceBytes)));
-    // Two warps share a tensor core, and a piece is two instructions. Weights in shared memory come by 128 bytes a
-    // clock.
-    const double product =
-        shape.tiles * pieces * 2 * 2 * (number == 4 ? constant.instruction_tf32_clocks : constant.instruction_clocks) +
-        static_cast<double>(plan.extra * shape.extra_bytes) / 128;
+    // Two warps share a tensor core, and a piece is two instructions. A warp with one tile has two chains of them, else
+    // as many as tiles. Weights in shared memory come by 128 bytes a clock.
+    const double issued =
+        shape.tiles * pieces * 2 * 2 * (number == 4 ? constant.instruction_tf32_clocks : constant.instruction_clocks);
+    const double chain = pieces * (shape.tiles == 1 ? 1 : 2) * constant.chain_clocks;
+    const double product = std::max(issued, chain) + static_cast<double>(plan.extra * shape.extra_bytes) / 128;
     const auto cells = static_cast<double>(kPersistentRows * std::min<int64_t>(layer.hidden_size, shape.units));
-    const double turn = product + constant.turn_clocks + constant.cell_clocks * std::max(1.0, cells / 128);
+    double turn = product + constant.turn_clocks + constant.cell_clocks * std::max(1.0, cells / 128);
     const double tiles = static_cast<double>(ceil_div(layer.batch, kPersistentRows));
+    const double start = constant.start_us / chunk_steps();
     if (!mailbox) {
       const double waves = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) / layer.directions;
-      return waves * turn / clocks_of_us + constant.start_us / static_cast<double>(layer.steps);
+      return waves * (turn + constant.own_clocks) / clocks_of_us + start;
     }
     const double turns = std::ceil(tiles / plan.groups);
-    // Data that a block sends travels while the block works on other tiles.
-    const double travel = std::max(0.0, constant.mailbox_clocks - (turns - 1) * turn) / clocks_of_us;
+    // With several tiles, each begins with a load; and data that a block sends travels while it works on the others.
+    turn += constant.own_clocks + (turns > 1 ? constant.load_clocks : 0);
+    const double travel = std::max(0.0, constant.mailbox_clocks - constant.own_clocks - (turns - 1) * turn);
     const double blocks = static_cast<double>(plan.blocks) / layer.directions / plan.groups;
     const double bytes = blocks * rows * static_cast<double>(length * number);
-    return turns * turn / clocks_of_us + travel + read_us(bytes, 0) +
-           constant.start_us / static_cast<double>(layer.steps);
+    return (turns * turn + travel) / clocks_of_us + read_us(bytes, 0) + start;
+  }
+  // The steps of a chunk, as the layer cuts them.
+  double chunk_steps() const {
+    const int64_t of_row = 16 * layer.hidden_size, cache = std::max(device.l2_bytes / 2, int64_t{1} << 20);
+    const int64_t bytes = layer.backward ? kChunkBytes : std::min(kChunkBytes, cache);
+    const int64_t chunk = rows_of_chunk(bytes, of_row, layer.batch, kPersistentChunkTimes * kChunkBytes);
+    return static_cast<double>(std::min(layer.steps, std::max<int64_t>(1, chunk / layer.batch)));
   }
 };
 
@@ -130,11 +142,14 @@ int64_t shared_of_step(int rows) {
   return kStepStages * (4 * kStepUnits + rows) * row_bytes;
 }
 
-// By the makers' tables.
-ModelConstants estimates_of(int capability) {
+ModelConstants estimates_of(int capability, std::string_view name) {
   ModelConstants result;
   if (capability == 80 || capability == 100) result.instruction_clocks = 8;
   if (capability == 90) result.instruction_clocks = 6;
+  if (capability == 90 || capability == 100) result.chain_clocks = 24;
+  // The names of consumer cards: RTX 3090, NVIDIA GeForce RTX 4090.
+  const bool consumer = name.find("GeForce") != name.npos || name.substr(0, 4) == "RTX ";
+  if (consumer && capability > 80) result.instruction_clocks = 32;
   result.instruction_tf32_clocks = result.instruction_clocks;
   return result;
 }
@@ -162,24 +177,28 @@ const std::vector<ModelConstant>& model_constants() {
       LSTM_EXT_CONSTANT(epilogue_us),
       LSTM_EXT_CONSTANT(cell_kernel_us),
       LSTM_EXT_CONSTANT(product_us),
+      LSTM_EXT_CONSTANT(tile_clocks),
       LSTM_EXT_CONSTANT(bytes_of_clock),
       LSTM_EXT_CONSTANT(share_of_cache),
       LSTM_EXT_CONSTANT(instruction_clocks),
       LSTM_EXT_CONSTANT(instruction_tf32_clocks),
+      LSTM_EXT_CONSTANT(chain_clocks),
       LSTM_EXT_CONSTANT(mailbox_clocks),
+      LSTM_EXT_CONSTANT(load_clocks),
       LSTM_EXT_CONSTANT(turn_clocks),
       LSTM_EXT_CONSTANT(cell_clocks),
+      LSTM_EXT_CONSTANT(own_clocks),
       LSTM_EXT_CONSTANT(start_us),
   };
 #undef LSTM_EXT_CONSTANT
   return constants;
 }
 
-ModelConstants constants_of(int capability) {
+ModelConstants constants_of(int capability, std::string_view name) {
   SetConstants& set = set_ones();
   const std::lock_guard<std::mutex> lock(set.one_at_a_time);
   const auto found = set.by_capability.find(capability);
-  return found != set.by_capability.end() ? found->second : estimates_of(capability);
+  return found != set.by_capability.end() ? found->second : estimates_of(capability, name);
 }
 
 void set_constants(int capability, const ModelConstants& constants) {
@@ -200,7 +219,8 @@ const char* step_problem(const LayerFacts& layer) {
 namespace {
 
 // The persistent kernel of a layer. A multiprocessor has one block: its registers are full of weights.
-Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, Exchange exchange) {
+Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, Exchange exchange,
+                               const std::optional<int64_t>& most_blocks) {
   Plan::Persistent result;
   const int number = operand_bytes(layer);
   const int64_t length = persistent_length(layer, number), tiles = ceil_div(layer.batch, kPersistentRows);
@@ -225,7 +245,8 @@ Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& devic
     result.problem = "the device is shared with other programs, and its blocks wait for each other";
   } else {
     const int64_t of_group = ceil_div(layer.hidden_size, shape.units) * layer.directions;
-    result.groups = static_cast<int>(std::min(tiles, device.multiprocessors / of_group));
+    const int64_t room = std::min<int64_t>(device.multiprocessors, most_blocks.value_or(device.multiprocessors));
+    result.groups = static_cast<int>(std::min(tiles, room / of_group));
     result.blocks = of_group * result.groups;
     if (result.groups == 0) result.problem = "its blocks do not all find a multiprocessor at once";
   }
@@ -267,7 +288,7 @@ void plan_persistent(Plan& result, const LayerFacts& layer, const DeviceFacts& d
                      const Model& model) {
   for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
     if (request.exchange.value_or(exchange) != exchange) continue;
-    const Plan::Persistent found = persistent_of(layer, device, exchange);
+    const Plan::Persistent found = persistent_of(layer, device, exchange, request.most_blocks);
     const double us = found.problem.empty() ? model.persistent_us(found) : 0;
     if (result.persistent_us > 0 && !(us > 0 && us < result.persistent_us)) continue;
     result.persistent = found;
@@ -367,7 +388,7 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     return "a step is about " + text("%.1f us as a product and a kernel", result.stepwise_us) +
            (no_step.empty() ? text(", %.1f in one kernel", result.step_us) : "") +
            (no_persistent.empty() ? text(", %.1f where one kernel does all steps", result.persistent_us) : "") +
-           " (a model, not measured)";
+           " (an estimate)";
   });
   if (!no_step.empty()) because([&] { return "not the kernel that does a step at once: " + no_step; });
   if (request.any) {
@@ -481,6 +502,45 @@ std::optional<int64_t> wait_limit() {
   return seconds > 0 ? std::max<int64_t>(1, static_cast<int64_t>(seconds * 1e9)) : 0;
 }
 
+std::optional<int64_t> free_multiprocessors() {
+  const char* text = std::getenv("LSTM_EXT_CUDA_FREE_MULTIPROCESSORS");
+  if (!text || !*text) return 0;
+  char* end = nullptr;
+  const long long number = std::strtoll(text, &end, 10);
+  if (*end != 0 || number < 0 || number > 10000) return {};
+  return number;
+}
+
+namespace {
+struct Refused {
+  std::mutex one_at_a_time;
+  std::map<const DeviceFacts*, int64_t> blocks;  // the fewest that were refused
+};
+Refused& refused_ones() {
+  static Refused all;
+  return all;
+}
+}  // namespace
+
+void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks) {
+  Refused& all = refused_ones();
+  const std::lock_guard<std::mutex> lock(all.one_at_a_time);
+  if (!blocks) {
+    all.blocks.erase(device);
+    return;
+  }
+  const auto [known, is_new] = all.blocks.emplace(device, *blocks);
+  if (!is_new) known->second = std::min(known->second, *blocks);
+}
+
+int64_t most_blocks(const DeviceFacts* device) {
+  Refused& all = refused_ones();
+  const std::lock_guard<std::mutex> lock(all.one_at_a_time);
+  const auto known = all.blocks.find(device);
+  const int64_t room = known == all.blocks.end() ? device->multiprocessors : known->second - 1;
+  return std::max<int64_t>(0, std::min(room, device->multiprocessors - free_multiprocessors().value_or(0)));
+}
+
 std::optional<Request> request_named(std::string_view name) {
   Request request;
   if (name == "auto") return request;
@@ -533,7 +593,7 @@ const std::vector<DeviceFacts>& known_devices() {
         {"B200", 100, 148, 126 * kMiB, 227 * kKiB, 228 * kKiB, 1.85, 8000},
         {"RTX 5090", 120, 170, 96 * kMiB, 99 * kKiB, 100 * kKiB, 2.41, 1792},
     };
-    for (DeviceFacts& device : all) device.constants = estimates_of(device.capability);
+    for (DeviceFacts& device : all) device.constants = estimates_of(device.capability, device.name);
     return all;
   }();
   return devices;

@@ -57,6 +57,19 @@ inline int64_t persistent_shared(bool backward, Exchange exchange, int size, int
   return extra * shape.extra_bytes + 2 * own;
 }
 
+// The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache; those of
+// persistent kernels may take so many times the memory.
+constexpr int64_t kChunkBytes = int64_t{32} << 20;
+constexpr int64_t kPersistentChunkTimes = 8;
+// The rows of a chunk of so many bytes. Starting a persistent kernel takes as long as some steps, so that its chunks have
+// this number of steps if they then have no more than `most_bytes`; 0: the kernel is another one.
+constexpr int64_t kPersistentChunkSteps = 256;
+inline int64_t rows_of_chunk(int64_t bytes, int64_t bytes_of_row, int64_t batch, int64_t most_bytes) {
+  const int64_t rows = bytes / bytes_of_row, most = most_bytes / bytes_of_row, wanted = kPersistentChunkSteps * batch;
+  const int64_t at_least = wanted < most ? wanted : most;
+  return rows > at_least ? rows : at_least > 1 ? at_least : 1;
+}
+
 enum class Kernel { kStepwise, kStep, kPersistent };
 enum class Number { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
@@ -72,25 +85,30 @@ struct LayerFacts {
   bool options = false;  // lengths, zoneout or a recurrent mask
 };
 
-// The constants of the model of a time step. They are estimates from the makers' documents, published measurements of
-// single cards, and the assembler's tables. benchmarks/gpu_probes.cu measures some of them on a card, by these names.
+// The constants of the model of a time step: estimates, for a GPU that nobody has measured. benchmarks/gpu_probes.cu
+// measures most of them on a card, by these names. Behind each is where it comes from.
 struct ModelConstants {
-  double launch_us = 0.8;            // from one kernel of a stream to the next
-  double dependent_launch_us = 0.5;  // the same, where the next one is there already
-  double ramp_us = 0.7;              // until a block has its first tiles
-  double epilogue_us = 0.3;          // cells, from sums to results
-  double cell_kernel_us = 2.1;       // a kernel of the pointwise part alone
-  double product_us = 2;             // ramp and tail of a product of a library
-  double bytes_of_clock = 50;        // into one multiprocessor, from the second-level cache
-  double share_of_cache = 0.5;       // share of 64 bytes a clock that each gets if all of them read from it
-  // Clocks between two instructions on one of a multiprocessor's four tensor cores: of 16 x 8 x 16 products in 16 bits,
-  // of 16 x 8 x 8 in TF32.
+  double launch_us = 0.8;            // from one kernel of a stream to the next: published, within a graph
+  double dependent_launch_us = 0.5;  // the same, where the next one is there already: a guess
+  double ramp_us = 0.7;              // until a block has its first tiles: two trips to memory
+  double epilogue_us = 0.3;          // two cells, from sums to results: some 160 instructions
+  double cell_kernel_us = 2.1;       // a kernel of the pointwise part alone: dependent loads and 0.6 MB
+  double product_us = 2;             // ramp and tail of a product of a library: published times of small products
+  double tile_clocks = 250;          // a tile of the step kernel: its 170 instructions, with nobody beside the warp
+  double bytes_of_clock = 50;        // into one multiprocessor, from the second-level cache: published, of 64
+  // Share of 64 bytes a clock that each gets if all of them read from it: 5.5 TB/s of 14.8 on an H100, published.
+  double share_of_cache = 0.37;
+  // Clocks between two instructions on one of a multiprocessor's four tensor cores, of 16 x 8 x 16 products in 16 bits,
+  // of 16 x 8 x 8 in TF32: the makers' tables, and half the speed with float32 sums on consumer cards.
   double instruction_clocks = 16, instruction_tf32_clocks = 16;
+  double chain_clocks = 33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100 by the assembler
   // The persistent kernel:
-  double mailbox_clocks = 800;  // from a store to a load that sees it, both through the second-level cache
-  double turn_clocks = 220;     // barrier and partial sums, of a tile of rows
-  double cell_clocks = 550;     // and 128 cells, which is one for each thread of four warps
-  double start_us = 6;          // launch, weights and mailbox, once a chunk
+  double mailbox_clocks = 800;  // from a store to a load that sees it: three trips to the second-level cache
+  double load_clocks = 280;     // one trip: published, 222 to 339 by card and multiprocessor
+  double turn_clocks = 220;     // barrier and partial sums, of a tile of rows: shared memory and 40 instructions
+  double cell_clocks = 400;     // and 128 cells, one for each thread of four warps: the 160 instructions of a turn
+  double own_clocks = 400;      // the rest of a turn, for which nobody waits: some 350 instructions
+  double start_us = 6;          // launch, weights and mailbox, once a chunk: 128 KB for each multiprocessor, and a launch
 };
 struct ModelConstant {
   const char* name;
@@ -99,7 +117,7 @@ struct ModelConstant {
 LSTM_EXT_PUBLIC const std::vector<ModelConstant>& model_constants();
 // Those of devices of a compute capability: estimates, unless others have been set. A device takes those that are set
 // when it is first asked for its facts.
-LSTM_EXT_PUBLIC ModelConstants constants_of(int capability);
+LSTM_EXT_PUBLIC ModelConstants constants_of(int capability, std::string_view name);
 LSTM_EXT_PUBLIC void set_constants(int capability, const ModelConstants& constants);
 
 struct DeviceFacts {
@@ -113,6 +131,7 @@ struct DeviceFacts {
   // These are known only from the runtime of a present device. A part of a device (MIG) has its own sizes above.
   int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
   bool shared = false;          // with kernels of other programs (MPS)
+  int64_t most_blocks = 0;      // that a persistent kernel may have; 0: not known
   ModelConstants constants{};
 };
 
@@ -125,6 +144,8 @@ struct Request {
   std::optional<Exchange> exchange;  // for a persistent kernel; without it the one expected to be faster
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   std::optional<Kernel> measured;  // with `any`: the fastest of those that have been right, by set_measured
+  // The most blocks of a persistent kernel that wait for each other; nothing: one for each multiprocessor.
+  std::optional<int64_t> most_blocks;
   bool reasons = false;            // say why; a call does not ask
 };
 
@@ -179,6 +200,15 @@ LSTM_EXT_PUBLIC std::optional<Kernel> measured(int device, const LayerFacts& lay
 // such number.
 LSTM_EXT_PUBLIC void set_wait_limit_of_thread(const double* seconds);
 std::optional<int64_t> wait_limit();
+
+// How many multiprocessors persistent kernels leave to others, as LSTM_EXT_CUDA_FREE_MULTIPROCESSORS says; 0 without it.
+// Nothing if that is no such number.
+LSTM_EXT_PUBLIC std::optional<int64_t> free_multiprocessors();
+// A device refused to start so many blocks at once; nothing: forget it. `device` stands for it as long as the process
+// lives.
+void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);
+// The most blocks that are asked for, by both.
+LSTM_EXT_PUBLIC int64_t most_blocks(const DeviceFacts* device);
 
 // "auto", "stepwise", "step", "persistent"; or persistent with one exchange, "independent" (none) or "mailbox". Nothing
 // for another word.

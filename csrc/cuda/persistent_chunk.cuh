@@ -617,9 +617,8 @@ class PersistentChunk {
       }
       __threadfence();
       const uint32_t left = atomicAdd(all_.control.words + kBlocksThatLeft, 1u) + 1;  // counts from all bits set
-      __threadfence();  // what the blocks that left before have stored
+      __threadfence();  // behind what the blocks that left before have stored
       late_[0] = left == blocks() - 1 && load_relaxed(all_.control.words + kGaveUp) == 0;
-      __threadfence();
     }
     __syncthreads();
     if (late_[0] == 0) return;

@@ -37,7 +37,7 @@ cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
   facts.step_blocks[0] = occupancy.few;
   facts.step_blocks[1] = occupancy.many;
   facts.shared = shared != 0;
-  facts.constants = cuda::constants_of(facts.capability);
+  facts.constants = cuda::constants_of(facts.capability, facts.name);
   return facts;
 }
 
@@ -75,9 +75,6 @@ bool wait_expired(int device) {
   return expired;
 }
 
-// The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache.
-constexpr int64_t kChunkBytes = int64_t{32} << 20;
-
 StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bool backward) {
   const at::ScalarType dtype = call.input.scalar_type();
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
@@ -102,19 +99,24 @@ StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bo
   const std::optional<int64_t> limit = cuda::wait_limit();
   TORCH_CHECK(limit, "lstm_ext: LSTM_EXT_CUDA_WAIT_LIMIT is '", std::getenv("LSTM_EXT_CUDA_WAIT_LIMIT"),
               "': set it to a number of seconds, or unset it");
+  TORCH_CHECK(cuda::free_multiprocessors(), "lstm_ext: LSTM_EXT_CUDA_FREE_MULTIPROCESSORS is '",
+              std::getenv("LSTM_EXT_CUDA_FREE_MULTIPROCESSORS"), "': set it to a number of at least 0, or unset it");
   // A thread that requests a kernel checks this itself.
   TORCH_CHECK(cuda::has_request_of_thread() || !wait_expired(index), "lstm_ext: in an earlier call on cuda:", index,
               " a block of a kernel that does all steps at once waited ",
               "for another one longer than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN. ",
               "If the GPU was busy with other programs, set it to more seconds; LSTM_EXT_CUDA_KERNEL=step takes a ",
               "kernel that waits for nobody");
-  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, kChunkBytes, &facts, request,
+  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, cuda::kChunkBytes, &facts, request,
           const_cast<uint32_t*>(status_of(index)),   *limit};
 }
 
 cuda::DeviceFacts facts_of_device(int index) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
-  return current_facts(*at::cuda::getCurrentDeviceProperties());
+  const cuda::DeviceFacts& known = current_facts(*at::cuda::getCurrentDeviceProperties());
+  cuda::DeviceFacts facts = known;
+  facts.most_blocks = cuda::most_blocks(&known);
+  return facts;
 }
 
 LayerResults cuda_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {

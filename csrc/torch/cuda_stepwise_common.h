@@ -156,8 +156,9 @@ class Stepwise {
         options_(readable(call.options, sizes)),
         has_options_(has_options(call.options, sizes, args)),
         dependent_(device.facts->capability >= 90 && cuda::step_kernels_wait()) {
-    const cuda::Plan plan =
-        cuda::plan(facts_of(call, sizes, device.tf32, args != nullptr), *device.facts, device.request);
+    cuda::Request request = device.request;
+    request.most_blocks = cuda::most_blocks(device.facts);
+    const cuda::Plan plan = cuda::plan(facts_of(call, sizes, device.tf32, args != nullptr), *device.facts, request);
     // Fused and stepwise passes save the same tensors, so a backward pass that cannot be fused runs stepwise.
     TORCH_CHECK(plan.problem.empty() || args, "lstm_ext: LSTM_EXT_CUDA_KERNEL=", cuda::name_of(device.request.kernel),
                 " asks for a kernel that does a step at once, but ", plan.problem,
@@ -275,7 +276,10 @@ class Stepwise {
     return chunks;
   }
   // The number of rows in a chunk of `chunk_bytes` if each row needs `bytes`.
-  static int64_t chunk_rows(int64_t chunk_bytes, int64_t bytes) { return std::max<int64_t>(chunk_bytes / bytes, 1); }
+  int64_t chunk_rows(int64_t chunk_bytes, int64_t bytes) const {
+    const int64_t most = persistent_ ? cuda::kPersistentChunkTimes * device_.chunk_bytes : 0;
+    return cuda::rows_of_chunk(chunk_bytes, bytes, sizes_.batch, most);
+  }
 
   at::TensorOptions options(at::ScalarType type) const { return input_.options().dtype(type); }
 

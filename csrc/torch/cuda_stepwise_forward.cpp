@@ -278,7 +278,7 @@ class StepwiseForward : Stepwise {
       offset += memory[launch.count++];
     }
     const cudaError_t error = cuda::persistent_forward(launch, launches.exchange(), device_.stream);
-    raise_if_refused(error);
+    raise_if_refused(error, device_, persistent_->blocks);
     check(error, "persistent_forward");
   }
   static int64_t rows_of(const Running& side) {

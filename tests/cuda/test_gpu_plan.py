@@ -257,6 +257,41 @@ def test_blocks_do_not_wait_for_each_other_on_a_shared_device() -> None:
     assert (small["kernel"], small["persistent"]["exchange"]) == ("persistent", "none")
 
 
+def test_fewer_blocks_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the user leaves to others, as for NCCL; and those that the device refused."""
+    layer = {"steps": 9, "batch": 64, "input_size": 8, "hidden_size": 512, "dtype": "bfloat16"}
+    variable = "LSTM_EXT_CUDA_FREE_MULTIPROCESSORS"
+
+    def blocks(**also: Any) -> int:
+        plan = _C.cuda_plan(device={**DEVICES["H100"], **also}, **layer, kernel="mailbox")
+        return plan["persistent"]["blocks"] if plan["kernel"] == "persistent" else 0
+
+    assert [blocks(), blocks(most_blocks=127), blocks(most_blocks=31)] == [128, 96, 0]
+    for free, expected in (("4", 128), ("5", 96), ("100", 32), ("101", 0), ("132", 0)):
+        monkeypatch.setenv(variable, free)
+        assert blocks() == expected
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 2000), (64, 2000), (4096, 100)])
+def test_a_start_is_divided_by_the_steps_of_a_chunk(batch: int, steps: int) -> None:
+    """256 of them, or what has room in the memory of a chunk."""
+    layer = {"steps": steps, "batch": batch, "input_size": 8, "hidden_size": 512, "dtype": "bfloat16"}
+
+    def us(start: float) -> float:
+        device = {**DEVICES["H100"], "constants": {"start_us": start}}
+        return _C.cuda_plan(device=device, **layer)["persistent"]["us"]
+
+    of_chunk = min(steps, max(25 * 2**20 // (16 * 512 * batch), min(256, 2**28 // (16 * 512 * batch))))
+    assert (us(1001.0) - us(1.0)) * of_chunk == pytest.approx(1000, rel=0.01)
+
+
+def test_consumer_cards_multiply_at_half_the_speed() -> None:
+    """With float32 sums: the makers' tables, 165 of 330 TFLOPS on an RTX 4090."""
+    clocks = {name: device["constants"]["instruction_clocks"] for name, device in DEVICES.items()}
+    assert [clocks[name] for name in ("A100", "H100", "A10", "L4")] == [8, 6, 16, 16]
+    assert [clocks[name] for name in ("RTX 3090", "RTX 4090", "RTX 5090")] == [32, 32, 32]
+
+
 def test_more_rows_than_a_grid_has() -> None:
     layer = {"steps": 1, "batch": 64 * 65535 + 1, "input_size": 1, "hidden_size": 1, "dtype": "bfloat16"}
     plan = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True)
@@ -301,7 +336,7 @@ LAYER = {"steps": 1024, "batch": 16, "input_size": 768, "hidden_size": 768}
 def test_constants_are_those_of_the_struct() -> None:
     declared = (CUDA / "gpu_plan.h").read_text().partition("struct ModelConstants {")[2].partition("};")[0]
     names = re.findall(r"(\w+) = [\d.]+[,;]", declared)
-    assert len(names) == 14
+    assert len(names) == 18
     for device in DEVICES.values():
         assert list(device["constants"]) == names
 
@@ -314,13 +349,17 @@ OF_CONSTANT = {
     "epilogue_us": ("step", "float16"),
     "cell_kernel_us": ("stepwise", "float16"),
     "product_us": ("stepwise", "float16"),
+    "tile_clocks": ("step", "float16"),
     "bytes_of_clock": ("step", "float16"),
     "share_of_cache": ("persistent", "float16"),
     "instruction_clocks": ("persistent", "bfloat16"),
     "instruction_tf32_clocks": ("persistent", "float32"),
+    "chain_clocks": ("persistent", "float16"),
     "mailbox_clocks": ("persistent", "float16"),
+    "load_clocks": ("persistent", "float16"),
     "turn_clocks": ("persistent", "float16"),
     "cell_clocks": ("persistent", "float16"),
+    "own_clocks": ("persistent", "float16"),
     "start_us": ("persistent", "float16"),
 }
 
@@ -330,7 +369,8 @@ def test_a_constant_changes_a_plan(name: str) -> None:
     kernel, dtype = OF_CONSTANT[name]
 
     def us(device: dict[str, Any]) -> float:
-        plan = _C.cuda_plan(device=device, **LAYER, dtype=dtype)
+        layer = {**LAYER, "batch": 128} if name == "load_clocks" else LAYER  # with several tiles
+        plan = _C.cuda_plan(device=device, **layer, dtype=dtype)
         return plan["persistent"]["us"] if kernel == "persistent" else plan[f"{kernel}_us"]
 
     device = DEVICES["H100"]

@@ -49,6 +49,7 @@ struct Options {
 // What launches did, for tests that want to know that a mode was exercised.
 struct Statistics {
   uint64_t launches = 0;
+  uint64_t refused = 0;  // for more blocks than Options::cooperative_blocks
   uint64_t switches = 0;
   uint64_t barriers = 0;
   uint64_t polls = 0;

@@ -322,6 +322,49 @@ void check_faults() {
   }
 }
 
+// A block that waits for a piece of another one, which comes when that one has looked around some times.
+struct LateBlock {
+  lstm_ext::cuda::PersistentControl control;
+  unsigned char* slot;
+  bool sends;
+  uint32_t* came;  // 1: the piece did
+};
+LSTM_KERNEL late_block_kernel(LateBlock a) {
+  using namespace lstm_ext::cuda;
+  if (blockIdx.x == 1) {
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < 8192; ++i) {
+      load_relaxed(a.control.words);
+      atomicAdd(a.came, 0u);  // it does something: nobody takes that for a deadlock
+    }
+    atomicAdd(a.control.words + kBlocksThatCame, 1u);
+    if (a.sends) store_relaxed_16(a.slot, make_uint4(1, 2, 3, 4));
+    return;
+  }
+  if (threadIdx.x == 0) atomicAdd(a.control.words + kBlocksThatCame, 1u);
+  AwaitedPieces<1> piece(a.slot, 0, 1);
+  const bool came = piece.wait<0, 1>(a.control, gridDim.x);
+  if (threadIdx.x == 0) *a.came = came ? 1 : 0;
+}
+// Its time begins when all blocks have come.
+void check_late_blocks() {
+  label = "a block that comes late";
+  for (const bool sends : {true, false}) {
+    DeviceBuffer<uint32_t> words(lstm_ext::cuda::kControlWords, "control words"), status(1, 0u, "status"),
+        came(1, 7u, "came"), slot(4, "slot");
+    set_all_bits(words.data(), words.size());
+    set_all_bits(slot.data(), slot.size());
+    lstm_ext::cuda::LaunchConfig config;
+    config.grid = dim3(2);
+    config.block = dim3(32);
+    config.cooperative = true;
+    const LateBlock args{
+        {words.data(), nullptr, status.data(), 1}, reinterpret_cast<unsigned char*>(slot.data()), sends, came.data()};
+    lstm_ext::cuda::launch(late_block_kernel, config, args);
+    expect(came[0] == (sends ? 1 : 0), sends ? "a wait expired before all blocks had come" : "a wait did not expire");
+  }
+}
+
 template <typename Pass>
 void check_reuse(bool clears) {
   const Case s = with({5, 9, 24, {3}}, [](Case& c) { c.resets = Case::kToZeros; });
@@ -351,6 +394,7 @@ void check_all(const std::string& part) {
     check_mailbox<Backward<T>>();
   }
   if (all || part == "faults") {
+    check_late_blocks();
     check_faults<Forward<T>>();
     check_faults<Backward<T>>();
   }

@@ -192,6 +192,7 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   emulated.dependent = config.dependent;
   const unsigned most = simt::options().cooperative_blocks;
   if (config.cooperative && most != 0 && config.grid.x * config.grid.y * config.grid.z > most) {
+    ++simt::statistics().refused;
     return cudaErrorCooperativeLaunchTooLarge;
   }
   if (simt::translated_kernel != nullptr) {

@@ -111,9 +111,10 @@ struct Device {
 } device;
 uint32_t status = 0;
 
+// Of a capability that has no dependent launches: which tensors are weights, only the kernels' own driver says.
+const lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
+
 lstm_ext::StepwiseDevice emulated_device() {
-  // Of a capability that has no dependent launches: which tensors are weights, only the kernels' own driver says.
-  static const lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
   const auto request = lstm_ext::cuda::request_named(device.kernel);
   TORCH_CHECK(request, "no kernel ", device.kernel);
   return {nullptr, &counted_gemm, nullptr, device.tf32, device.chunk_bytes, &facts, *request, &status, 0};
@@ -148,12 +149,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_device",
       [](bool tf32, int64_t chunk_bytes, const std::string& kernel) { device = {tf32, chunk_bytes, kernel}; },
       py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"));
-  m.def("set_cooperative_blocks", [](unsigned blocks) { simt::options().cooperative_blocks = blocks; });
+  // Forgets what has been refused.
+  m.def("set_cooperative_blocks", [](unsigned blocks) {
+    simt::options().cooperative_blocks = blocks;
+    lstm_ext::cuda::note_refused(&facts, std::nullopt);
+  });
   // Since the last call: launches of kernels, and products.
   m.def("launches", [] {
     const auto counted = std::make_pair(simt::statistics().launches, products);
     simt::statistics().launches = products = 0;
     return counted;
   });
+  m.def("refused", [] { return std::exchange(simt::statistics().refused, 0); });
   m.def("gemm", &gemm);
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,29 @@ def test_machine_code(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
         for problem in sass.problems(name, unit.architecture, code)
     ]
     assert not problems, "\n".join(problems)
+
+
+def opcodes_in_order(code: Sequence[str], *patterns: str) -> bool:
+    """Whether there are opcodes like these, one behind the other."""
+    rest = iter(code)
+    return all(any(re.fullmatch(pattern, opcode) for opcode in rest) for pattern in patterns)
+
+
+@needs_disassembler
+@pytest.mark.parametrize(
+    "unit", [unit for unit in UNITS if unit.source.stem == "persistent_bf16"], ids=str
+)
+def test_the_last_block_sees_who_gave_up(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
+    """The host's word is stored for all of the system. A block that counts itself out then waits for what is in front of
+    the count before it looks, or it might have looked before."""
+    looks = (r"ATOMG.*|ATOM\..*", r"MEMBAR.*", r"LDG\.E\.STRONG\.GPU")
+    for name, code in sass.opcodes(compilations[unit].path).items():
+        if "(Exchange)1" in name:
+            leaves = list(code)[code.index(next(o for o in code if o.startswith("ST.E.STRONG.SYS"))) :]
+            assert opcodes_in_order(leaves, r"MEMBAR\..*SYS.*", *looks), name
+            between = leaves[: next(n for n, o in enumerate(leaves) if o.startswith("LDG.E.STRONG.GPU"))]
+            assert opcodes_in_order(between, *looks[:2]), name
+    assert opcodes_in_order(["A", "B", "C"], "A", "C") and not opcodes_in_order(["A", "B", "C"], "C", "A")
 
 
 @needs_disassembler

@@ -184,18 +184,35 @@ PLANTED = {
         CHUNK, "!all_.control.before ||", "true ||", "faults", ["late"], "the launch behind it waited",
     ),
     "results are spoiled before all have left": (
-        CHUNK, "left == gridDim.x * gridDim.z - 1 &&", "left == 0 &&", "faults", ["late"], "not spoiled",
+        CHUNK, "left == blocks() - 1 &&", "left == 0 &&", "faults", ["late"], "not spoiled",
+    ),
+    "the time of a wait begins at once": (
+        CHUNK,
+        "kBlocksThatCame LSTM_SITE) + 1 == blocks",
+        "kBlocksThatCame LSTM_SITE) + 1 <= blocks",
+        "faults",
+        ["late"],
+        "before all blocks had come",
+    ),
+    "a block that nobody counts": (
+        CHUNK, "threadIdx.x == 0) atomicAdd(all_.control.words + kBlocksThatCame, 1u);", "false) return;", "faults",
+        ["late"], "",
     ),
     "no fence before the results are spoiled": (
         CHUNK,
-        "      __threadfence();\n    }\n    __syncthreads();\n    if (late_[0] == 0)",
-        "    }\n    __syncthreads();\n    if (late_[0] == 0)",
+        "      __threadfence();  // behind",
+        "      // behind",
         "faults",
         ["race"],
         "",
     ),
 }  # fmt: skip
-QUICK_PLANTED = ["one word of a piece", "a lost store", "sums of a turn over those of the turn before"]
+QUICK_PLANTED = [
+    "one word of a piece",
+    "a lost store",
+    "sums of a turn over those of the turn before",
+    "the time of a wait begins at once",
+]
 
 
 @pytest.mark.parametrize(

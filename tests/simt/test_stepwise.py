@@ -258,8 +258,13 @@ def test_a_refused_launch_is_replaced():
     try:
         # Warned of once a process, which perhaps has been done.
         module.launches()
+        module.refused()
         found = fused(case, torch.bfloat16, 0, "mailbox")
-        assert module.launches()[0] > 3 * case.steps
+        assert module.launches()[0] > 3 * case.steps and module.refused() > 0
+        # Later calls know.
+        again = fused(case, torch.bfloat16, 0, "mailbox")
+        assert module.refused() == 0
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
     finally:
         module.set_cooperative_blocks(0)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
