@@ -41,7 +41,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build sdist wheel wheel-check test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check lint format docs clean force
+.PHONY: build sdist wheel wheel-check test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -116,7 +116,11 @@ bench-quick: build $(GROUP)bench
 
 # On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	$(PYTHON) benchmarks/gpu_check.py values $(ARGS)
+
+# The second half: how fast they are.
+gpu-bench:
+	$(PYTHON) benchmarks/gpu_check.py speed $(ARGS)
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.

@@ -1,28 +1,36 @@
-"""Everything that a machine with a GPU is for, in ten minutes: `make gpu-check`.
+"""Everything that a machine with a GPU is for, in two commands of five minutes each: `make gpu-check`, then
+`make gpu-bench`.
 
-    python3 benchmarks/gpu_check.py [--output results/NAME.json] [--budget SECONDS] [--skip PHASE ...] [--dry]
+    python3 benchmarks/gpu_check.py values|speed [--output results/NAME.json] [--budget SECONDS] [--skip PHASE ...]
+                                                 [--dry]
     python3 benchmarks/gpu_check.py --accept results/NAME.json
 
 Needs no network and no virtual environment; takes the torch that this Python has. Phases, each in processes of its own,
-so that a crash or a hang of one leaves the others:
+so that a crash or a hang of one leaves the others. First whether the kernels are right,
 
-    build       the extension, in place; one that is there and fits is kept
+    build       the extension, in place; one that is there and fits is kept. Its time does not count
     info        the card and the versions; the kernels are loaded and run on this card
-    probes      gpu_probes.cu: what the planner's model takes for granted, and 10^6 hand-offs between blocks
+    diagnosis   tests/cuda/cuda_diagnosis.py, each kernel and dtype in a process of its own: what is wrong, and where
     selftest    python -m lstm_ext.selftest
-    suite       the tests marked for CUDA, in several processes
     checks      tests/cuda/cuda_checks.py: streams, graphs, determinism, races, memory
-    sanitizer   compute-sanitizer on every kernel, where it is installed
-    benchmark   bench_gpu.py against cuDNN, with the time that is left
+    suite       the tests marked for CUDA, in several processes
 
-One JSON file holds the outcome of each; it is rewritten after every phase, and the output of all is kept in a folder
-beside it. The exit code is 1 if a phase failed that says whether the layer is right. ``--dry`` tries out this program
-on the CPU: tiny shapes, nothing built, and what needs a GPU is listed as not run.
+then how fast they are:
+
+    probes      gpu_probes.cu: what the planner's model takes for granted, and 10^6 hand-offs between blocks
+    benchmark   bench_gpu.py against cuDNN, with the time that is left, while the clocks of the card are sampled
+    sanitizer   compute-sanitizer on every kernel, where it is installed
+
+One JSON file holds the outcome of each; it is rewritten after every phase, and the second command adds to that of the
+first. Beside it an archive has it and the output of everything: that is the file to send. The exit code is 1 if a phase
+failed that says whether the layer is right. ``--dry`` tries out this program on the CPU: tiny shapes, nothing built,
+the kernels on the emulator with one planted mistake after the other, and what needs a GPU is listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -32,7 +40,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -162,6 +170,56 @@ def probes(session: Session, seconds: float) -> Outcome:
     return Outcome("passed" if run.code == 0 else "incomplete", "" if run.code == 0 else str(run), found)
 
 
+# ---- diagnosis
+
+
+def diagnosis(session: Session, seconds: float) -> Outcome:
+    """What each variant of a kernel gets wrong. Dry: of one, with each planted mistake, which it has to report."""
+    program = session.root / "tests" / "cuda" / "cuda_diagnosis.py"
+    sys.path.insert(0, str(program.parent))
+    import cuda_diagnosis
+
+    deadline = time.monotonic() + seconds
+    arguments = [sys.executable, program, "--device", session.device]
+    if session.dry:
+        plain: list[tuple[str, list[str]]] = [
+            ("mailbox bfloat16", ["--kernel", "mailbox", "--dtype", "bfloat16"])
+        ]
+        runs = plain + [(f"{plain[0][0]}, {f}", [*plain[0][1], "--fault", f]) for f in cuda_diagnosis.FAULTS]
+    else:
+        runs = [(f"{k} {d}", ["--kernel", k, "--dtype", d]) for k, d in cuda_diagnosis.variants()]
+
+    def run(name: str, options: Sequence[str]) -> dict[str, Any]:
+        if time.monotonic() > deadline:
+            return {"variant": name, "end": "the time was up before it began", "report": None}
+        child = session.start(f"diagnosis_{name.replace(' ', '_').replace(',', '')}", [*arguments, *options])
+        # A hang leaves time for the others.
+        patience = 8.0 if options[-1] == "hang" else seconds / 4
+        finished = child.wait(min(deadline, time.monotonic() + patience))
+        report = finished.last_json()
+        report = report if isinstance(report, dict) else None
+        return {"variant": name, "end": str(finished), "report": report} | (
+            {} if report else {"output": finished.tail}
+        )
+
+    # The first one may compile the emulated kernels.
+    found = [run(*runs[0])]
+    with ThreadPoolExecutor(2) as pool:
+        found += pool.map(lambda one: run(*one), runs[1:])
+    right = [one for one in found if one["end"] == "exit code 0"]
+    details = {"variants": found}
+    if session.dry:
+        silent = [one["variant"] for one in found[1:] if one in right]
+        if found[0] not in right or silent:
+            return Outcome("failed", f"not right: {found[0]['end']}; not reported: {silent}", details)
+        return Outcome("passed", f"{len(found) - 1} planted mistakes reported", details)
+    wrong = [one["variant"] for one in found if one not in right]
+    reason = f"{len(right)} of {len(found)} variants are right" + (
+        f"; wrong: {', '.join(wrong)}" if wrong else ""
+    )
+    return Outcome("failed" if wrong else "passed", reason, details)
+
+
 # ---- selftest
 
 
@@ -192,7 +250,9 @@ def accept(path: Path) -> str:
     phases = {phase["phase"]: phase for phase in record["phases"]}
     if record.get("dry") or record.get("verdict") != "passed":
         raise ValueError(f"{path}: expected a result of a GPU that passed, got {record.get('verdict')}")
-    for name in ("selftest", "suite", "checks"):
+    for name in ("diagnosis", "selftest", "suite", "checks"):
+        if name not in phases:
+            raise ValueError(f"{path}: the phase {name} is missing: `make gpu-check` has it")
         if phases[name]["result"] != "passed":
             raise ValueError(f"{path}: the phase {name} was {phases[name]['result']}")
     found = phases["selftest"].get("variants") or {}
@@ -390,6 +450,31 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
 
 # ---- benchmark
 
+SAMPLED = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
+
+@contextlib.contextmanager
+def sampled_clocks(session: Session) -> Iterator[Callable[[], dict[str, list[float]] | None]]:
+    """Twice a second. Afterwards: the least, median and largest of each, or None where they cannot be read."""
+    program = find_program("nvidia-smi")
+    if program is None or session.dry:
+        yield lambda: None
+        return
+    query = [f"--query-gpu={','.join(SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
+    child = session.start("clocks", [program, "-i", "0", *query])
+    found: dict[str, list[float]] = {}
+    try:
+        yield lambda: found or None
+    finally:
+        child.kill()
+        rows = [row.split(",") for row in child.log.read_text(errors="replace").splitlines()]
+        for name, column in zip(
+            SAMPLED, zip(*[r for r in rows if len(r) == len(SAMPLED)], strict=True), strict=False
+        ):
+            with contextlib.suppress(ValueError):
+                numbers = sorted(float(value.strip()) for value in column)
+                found[name] = [numbers[0], numbers[len(numbers) // 2], numbers[-1]]
+
 
 def benchmark(session: Session, seconds: float) -> Outcome:
     path = session.logs / "benchmark.json"
@@ -397,7 +482,8 @@ def benchmark(session: Session, seconds: float) -> Outcome:
     budget = max(1.0, seconds - 20)  # the case that runs when it is spent is finished
     options = ["--device", session.device, "--budget", f"{budget:.0f}", *(["--tiny"] if session.dry else [])]
     bench = session.root / "benchmarks" / "bench_gpu.py"
-    run = session.python("benchmark", [bench, *options, "--output", path], seconds)
+    with sampled_clocks(session) as clocks:
+        run = session.python("benchmark", [bench, *options, "--output", path], seconds)
     if not path.exists():
         return Outcome("failed", str(run), {"output": run.tail})
     measured = session.record["benchmark"] = json.loads(path.read_text())
@@ -407,6 +493,7 @@ def benchmark(session: Session, seconds: float) -> Outcome:
              if not r.get("agree", True)]  # fmt: skip
     left_out = measured["left_out"]
     details = {"results": len(results), "left_out": len(left_out), "errors": errors, "disagree": apart}
+    details["clocks"] = clocks()
     if run.code is None or left_out:
         return Outcome("incomplete", f"{len(results)} results; the time was up", details)
     if run.code != 0:
@@ -414,24 +501,32 @@ def benchmark(session: Session, seconds: float) -> Outcome:
     return Outcome("passed", f"{len(results)} results", details)
 
 
-# With the seconds that a phase may take at most. The benchmark gets what the others leave.
-PHASES: dict[str, tuple[Callable[[Session, float], Outcome], int]] = {
-    "build": (build, 270),
-    "info": (info, 60),
-    "probes": (probes, 120),
-    "selftest": (selftest, 60),
-    "suite": (suite, 200),
-    "checks": (checks, 180),
-    "sanitizer": (sanitizer, 90),
-    "benchmark": (benchmark, 600),
+PHASES: dict[str, Callable[[Session, float], Outcome]] = {
+    "build": build,
+    "info": info,
+    "diagnosis": diagnosis,
+    "selftest": selftest,
+    "checks": checks,
+    "suite": suite,
+    "probes": probes,
+    "benchmark": benchmark,
+    "sanitizer": sanitizer,
+}
+BUDGET = 300  # seconds of a command, without the build
+# With the seconds that a phase may take at most.
+COMMANDS: dict[str, dict[str, int]] = {
+    "values": {"build": 270, "info": 30, "diagnosis": 80, "selftest": 30, "checks": 70, "suite": 90},
+    "speed": {"build": 270, "info": 20, "probes": 50, "benchmark": 160, "sanitizer": 70},
 }
 CORRECTNESS = [name for name in PHASES if name != "benchmark"]
 
 
 def perform(name: str, session: Session) -> dict[str, Any]:
     start = time.monotonic()
-    phase, limit = PHASES[name]
-    seconds = min(limit, session.left())
+    phase, limit = PHASES[name], COMMANDS[session.command][name]
+    seconds = limit if name == "build" else min(limit, session.left())
+    if session.dry and name == "diagnosis":
+        seconds = session.left()  # the emulated kernels may have to be compiled
     if seconds < 1:
         outcome = Outcome(
             "failed" if name in CORRECTNESS else "incomplete", "the time was up before it began"
@@ -445,6 +540,8 @@ def perform(name: str, session: Session) -> dict[str, Any]:
             text = "".join(traceback.format_exception(error))
             outcome = Outcome("failed", f"{type(error).__name__}: {error}", {"traceback": text[-3000:]})
     spent = round(time.monotonic() - start, 1)
+    if name == "build":
+        session.deadline += spent
     said = {"phase": name, "result": outcome.result, "reason": outcome.reason, "seconds": spent}
     return said | outcome.details
 
@@ -453,10 +550,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="values")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "local_gpu_check.json"
     )
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (570)")
+    parser.add_argument(
+        "--budget", type=float, default=float(BUDGET), help=f"seconds for everything but the build ({BUDGET})"
+    )
     parser.add_argument(
         "--skip", nargs="+", choices=PHASES, default=[], metavar="PHASE", help=", ".join(PHASES)
     )
@@ -477,17 +577,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     session = Session(options)
     session.write()
-    for name in PHASES:
+    for name in COMMANDS[options.command]:
         if name in options.skip:
             phase = {"phase": name, "result": "not run", "reason": "--skip", "seconds": 0.0}
         else:
             print(f"{name} ...", flush=True)
             phase = perform(name, session)
-        session.record["phases"].append(phase)
+        session.add(phase)
         session.write()
         print(f"{name}: {phase['result']} ({phase['seconds']} s) {phase['reason']}", flush=True)
         if phase["result"] == "failed":
-            failures = json.dumps(phase.get("failed", ""), indent=1)[:3000]
+            failures = json.dumps(phase.get("failed") or phase.get("variants") or "", indent=1)[:3000]
             print(phase.get("output") or phase.get("traceback") or failures)
     wrong = [p["phase"] for p in session.record["phases"] if p["result"] == "failed"]
     failed = [name for name in wrong if name in CORRECTNESS] or ([] if session.gpu_works else ["info"])
@@ -497,6 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
     session.write()
     report(session)
     print(f"{verdict}{': ' + ', '.join(failed) if failed else ''}; written to {session.output}")
+    print(f"all of it, to send: {session.archive()}")
     return int(bool(failed))
 
 

@@ -5,7 +5,7 @@
 // Prints one JSON object. "constants" has names and units of ModelConstants; what else was measured stands beside it.
 // Ends with 0; 1: a piece was not what was sent; 2: an error of CUDA; 3: a piece did not come. Every wait is bounded.
 // Not measured here, because it takes the kernels themselves, or a library: ramp_us, epilogue_us, cell_kernel_us,
-// product_us, cell_clocks.
+// product_us, tile_clocks, cell_clocks, own_clocks.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -39,6 +39,9 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
   T* data() const { return data_; }
   void fill(int byte) const { CHECK(cudaMemsetAsync(data_, byte, bytes_)); }
+  void set(const std::vector<T>& values) const {
+    CHECK(cudaMemcpy(data_, values.data(), bytes_, cudaMemcpyHostToDevice));
+  }
   std::vector<T> values() const {
     std::vector<T> result(bytes_ / sizeof(T));
     CHECK(cudaMemcpy(result.data(), data_, bytes_, cudaMemcpyDeviceToHost));
@@ -233,9 +236,9 @@ struct Multiply {
   int64_t* clocks;
   float* out;
 };
-template <typename T>
+// Eight sums are enough for them not to wait for each other; one is a chain.
+template <typename T, int kSums>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) multiply(Multiply a) {
-  constexpr int kSums = 8;  // enough of them do not wait for each other
   float sums[kSums][4] = {};
   const uint32_t left[4] = {threadIdx.x, 1, 2, 3}, right[2] = {0, threadIdx.x};
   __syncthreads();
@@ -253,21 +256,22 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(256) multiply(Multiply a) {
 }
 
 // Clocks between two instructions on one of the four tensor cores, by so many warps for each of them.
-template <typename T>
+template <typename T, int kSums = 8>
 double instruction_clocks(int warps) {
   constexpr int kCount = 2000;
   Memory<int64_t> clocks(1);
   Memory<float> out(1);
   for (int i = 0; i < 2; ++i) {
-    start(multiply<T>, 1, static_cast<unsigned>(128 * warps), Multiply{kCount, clocks.data(), out.data()});
+    start(multiply<T, kSums>, 1, static_cast<unsigned>(128 * warps), Multiply{kCount, clocks.data(), out.data()});
   }
-  return static_cast<double>(clocks.values()[0]) / (8.0 * kCount * warps);
+  return static_cast<double>(clocks.values()[0]) / (static_cast<double>(kSums) * kCount * warps);
 }
 
 void measure_instructions(Json& constants, Json& measured) {
   // As the persistent kernels: two warps for each.
   constants.add("instruction_clocks", instruction_clocks<__nv_bfloat16>(2));
   constants.add("instruction_tf32_clocks", instruction_clocks<float>(2));
+  constants.add("chain_clocks", instruction_clocks<__nv_bfloat16, 1>(1));
   measured.add("instruction_f16_clocks", instruction_clocks<__half>(2));
   measured.add("instruction_clocks_of_one_warp", instruction_clocks<__nv_bfloat16>(1));
   measured.add("instruction_tf32_clocks_of_one_warp", instruction_clocks<float>(1));
@@ -305,7 +309,31 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kReadThreads) read_cache(Read a) {
   if (threadIdx.x == 0) a.clocks[blockIdx.x] = clock64() - begin;
 }
 
+// A thread that goes from piece to piece, each naming the next one.
+struct Walk {
+  const uint32_t* next;
+  int count;
+  int64_t* clocks;
+  uint32_t* out;
+};
+LSTM_KERNEL LSTM_LAUNCH_BOUNDS(32) walk_cache(Walk a) {
+  uint32_t at = 0;
+  for (int i = 0; i < a.count; ++i) at = __ldcg(a.next + at);  // all into the cache
+  const int64_t begin = clock64();
+  for (int i = 0; i < a.count; ++i) at = __ldcg(a.next + at);
+  *a.clocks = clock64() - begin;
+  *a.out = at;
+}
+
 void measure_cache(const Card& card, Json& constants, Json& measured) {
+  constexpr int kSteps = 1 << 12, kApart = 64;  // a quarter of a kibibyte apart: 1 MiB
+  Memory<uint32_t> next(size_t{kSteps} * kApart), end(1);
+  std::vector<uint32_t> places(size_t{kSteps} * kApart, 0);
+  for (uint32_t i = 0; i < kSteps; ++i) places[size_t{i} * kApart] = (i * 1237 + 1) % kSteps * kApart;
+  next.set(places);
+  Memory<int64_t> walked(1);
+  start(walk_cache, 1, 1, Walk{next.data(), kSteps, walked.data(), end.data()}, card.alone);
+  constants.add("load_clocks", static_cast<double>(walked.values()[0]) / kSteps);
   constexpr int kPieces = 1 << 17;  // 2 MiB
   constexpr int kTimes = 8;
   Memory<uint4> data(kPieces);
@@ -386,7 +414,7 @@ class Mailbox {
         // So much of the second-level cache as a chunk of a layer would take.
         pieces_(static_cast<size_t>(std::min<int64_t>(card.l2_bytes / 4, 16 << 20) / 16)),
         slots_(pieces_),
-        words_(cuda::kControlWords),
+        words_(lstm_ext::cuda::kControlWords),
         status_(1),
         counts_(1),
         clocks_(static_cast<size_t>(card.multiprocessors)),

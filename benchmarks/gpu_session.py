@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace, root: Path = ROOT) -> None:
         self.root = root
+        self.command: str = options.command
         self.dry: bool = options.dry
         self.device = "cpu" if options.dry else "cuda"
         self.output: Path = options.output.resolve()
@@ -90,6 +92,27 @@ class Session:
             "phases": [],
             "benchmark": None,
         }
+        self.record |= self.of_the_other_command()
+
+    def of_the_other_command(self) -> dict[str, Any]:
+        """What it has found, if it ran with the same versions."""
+        try:
+            before = json.loads(self.output.read_text())
+            same = all(before[name] == self.record[name] for name in ("format", "dry", "packages"))
+            return {name: before[name] for name in ("phases", "benchmark")} if same else {}
+        except (OSError, ValueError, KeyError):
+            return {}
+
+    def add(self, phase: dict[str, Any]) -> None:
+        """In the place of an earlier one of this name."""
+        by_name = {p["phase"]: p for p in self.record["phases"]} | {phase["phase"]: phase}
+        self.record["phases"] = list(by_name.values())
+
+    def archive(self) -> Path:
+        """The record and the output of all processes."""
+        shutil.copy(self.output, self.logs / "record.json")
+        base = self.output.with_suffix("")
+        return Path(shutil.make_archive(str(base), "gztar", self.logs.parent, self.logs.name))
 
     def left(self) -> float:
         return self.deadline - time.monotonic()

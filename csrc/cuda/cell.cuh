@@ -367,8 +367,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads)
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
   for (int64_t b = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; b < args.rows.count; b += stride) {
     const RowState row = backward_row<kOptions>(args.rows, b);
-    args.result[b * P + j] =
-        narrow<D>(row.takes_part() ? output_gradient_at<kOptions>(args.output, row, b, j, P) : 0);
+    args.result[b * P + j] = narrow<D>(row.takes_part() ? output_gradient_at<kOptions>(args.output, row, b, j, P) : 0);
   }
 }
 

@@ -17,8 +17,8 @@ struct AccurateFunctions {
   LSTM_HOST_DEVICE static double tanh(double x) { return ::tanh(x); }
 };
 // and others, without branches, of two instructions that approximate 2^x and 1/x. Sigmoid errs by at most 2.3e-7, tanh
-// by 4.5e-7 and by 8.6e-7 of its value (tests/simt/fast_functions.cpp tries all numbers, with the errors that PTX allows the
-// instructions). Operands of products are rounded to TF32 or 16 bits, which is a thousand times coarser.
+// by 4.5e-7 and by 8.6e-7 of its value (tests/simt/fast_functions.cpp tries all numbers, with the errors that PTX
+// allows the instructions). Operands of products are rounded to TF32 or 16 bits, which is a thousand times coarser.
 template <typename Instructions>
 struct FastFunctions {
   LSTM_HOST_DEVICE static float sigmoid(float x) { return part(-1.44269504f * x); }

@@ -57,12 +57,12 @@ inline int64_t persistent_shared(bool backward, Exchange exchange, int size, int
   return extra * shape.extra_bytes + 2 * own;
 }
 
-// The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache; those of
-// persistent kernels may take so many times the memory.
+// The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache; those
+// of persistent kernels may take so many times the memory.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 constexpr int64_t kPersistentChunkTimes = 8;
-// The rows of a chunk of so many bytes. Starting a persistent kernel takes as long as some steps, so that its chunks have
-// this number of steps if they then have no more than `most_bytes`; 0: the kernel is another one.
+// The rows of a chunk of so many bytes. Starting a persistent kernel takes as long as some steps, so that its chunks
+// have this number of steps if they then have no more than `most_bytes`; 0: the kernel is another one.
 constexpr int64_t kPersistentChunkSteps = 256;
 inline int64_t rows_of_chunk(int64_t bytes, int64_t bytes_of_row, int64_t batch, int64_t most_bytes) {
   const int64_t rows = bytes / bytes_of_row, most = most_bytes / bytes_of_row, wanted = kPersistentChunkSteps * batch;
@@ -101,14 +101,15 @@ struct ModelConstants {
   // Clocks between two instructions on one of a multiprocessor's four tensor cores, of 16 x 8 x 16 products in 16 bits,
   // of 16 x 8 x 8 in TF32: the makers' tables, and half the speed with float32 sums on consumer cards.
   double instruction_clocks = 16, instruction_tf32_clocks = 16;
-  double chain_clocks = 33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100 by the assembler
+  double chain_clocks =
+      33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100 by the assembler
   // The persistent kernel:
   double mailbox_clocks = 800;  // from a store to a load that sees it: three trips to the second-level cache
   double load_clocks = 280;     // one trip: published, 222 to 339 by card and multiprocessor
   double turn_clocks = 220;     // barrier and partial sums, of a tile of rows: shared memory and 40 instructions
   double cell_clocks = 400;     // and 128 cells, one for each thread of four warps: the 160 instructions of a turn
   double own_clocks = 400;      // the rest of a turn, for which nobody waits: some 350 instructions
-  double start_us = 6;          // launch, weights and mailbox, once a chunk: 128 KB for each multiprocessor, and a launch
+  double start_us = 6;  // launch, weights and mailbox, once a chunk: 128 KB for each multiprocessor, and a launch
 };
 struct ModelConstant {
   const char* name;
@@ -146,7 +147,7 @@ struct Request {
   std::optional<Kernel> measured;  // with `any`: the fastest of those that have been right, by set_measured
   // The most blocks of a persistent kernel that wait for each other; nothing: one for each multiprocessor.
   std::optional<int64_t> most_blocks;
-  bool reasons = false;            // say why; a call does not ask
+  bool reasons = false;  // say why; a call does not ask
 };
 
 struct Plan {
@@ -201,8 +202,8 @@ LSTM_EXT_PUBLIC std::optional<Kernel> measured(int device, const LayerFacts& lay
 LSTM_EXT_PUBLIC void set_wait_limit_of_thread(const double* seconds);
 std::optional<int64_t> wait_limit();
 
-// How many multiprocessors persistent kernels leave to others, as LSTM_EXT_CUDA_FREE_MULTIPROCESSORS says; 0 without it.
-// Nothing if that is no such number.
+// How many multiprocessors persistent kernels leave to others, as LSTM_EXT_CUDA_FREE_MULTIPROCESSORS says; 0 without
+// it. Nothing if that is no such number.
 LSTM_EXT_PUBLIC std::optional<int64_t> free_multiprocessors();
 // A device refused to start so many blocks at once; nothing: forget it. `device` stands for it as long as the process
 // lives.

@@ -173,7 +173,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H)) - mean[0];
+    const A x =
+        state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -188,8 +189,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const A hat = (state_now_at<kCell>(cell, row, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
-    const A dh =
-        cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
+    const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
     A grad = 0;
     const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], CellMath<T>::squash(tanh_input), dh, grad);
     grad_tanh_input[j] = grad;

@@ -416,7 +416,8 @@ class PersistentChunk {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][i] = kChains == 2 ? chains[0][m][i] + chains[kChains - 1][m][i] : chains[0][m][i];
+      for (int i = 0; i < 4; ++i)
+        sums[m][i] = kChains == 2 ? chains[0][m][i] + chains[kChains - 1][m][i] : chains[0][m][i];
     }
     return true;
   }
@@ -440,8 +441,7 @@ class PersistentChunk {
   }
   LSTM_DEVICE static uint32_t blocks() { return gridDim.x * gridDim.z; }
 
-  LSTM_DEVICE static void multiply_piece(Chains& chains, const uint4& piece,
-                                         const uint32_t (&weights)[kTiles][2][4]) {
+  LSTM_DEVICE static void multiply_piece(Chains& chains, const uint4& piece, const uint32_t (&weights)[kTiles][2][4]) {
     const uint32_t first[2] = {piece.x, piece.y}, second[2] = {piece.z, piece.w};
     auto& of_first = chains[0];
     auto& of_second = chains[kChains - 1];
@@ -640,7 +640,9 @@ class PersistentChunk {
 
 // The kernel of a pass, and its launch.
 template <typename Pass, Exchange kExchange>
-LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kNone ? 255 : Pass::kBackward ? 248 : 240)
+LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kNone ? 255
+                               : Pass::kBackward            ? 248
+                                                            : 240)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);

@@ -14,8 +14,8 @@
 //
 //   LSTM_SITE_PARAMETERS, LSTM_SITE      helpers pass them on, so that the emulator names the line of their caller
 //
-// and, in lstm_ext::cuda: launch, store_shared_16, cp_async..., ldmatrix..., mma..., dependent launches, relaxed accesses of 4 and 16
-// bytes, now, exp2_approximate, reciprocal_approximate.
+// and, in lstm_ext::cuda: launch, store_shared_16, cp_async..., ldmatrix..., mma..., dependent launches, relaxed
+// accesses of 4 and 16 bytes, now, exp2_approximate, reciprocal_approximate.
 #pragma once
 
 #include <cstddef>
@@ -44,8 +44,9 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t dynamic_s
   return launch(kernel, config, args);
 }
 
-// Bounds a loop that polls. Reading the clock takes as long as a try or two: so a try that fails is only counted, and one
-// in 256 looks around. A wait that succeeds at once reads no clock, and one that expires lasts so many tries longer.
+// Bounds a loop that polls. Reading the clock takes as long as a try or two: so a try that fails is only counted, and
+// one in 256 looks around. A wait that succeeds at once reads no clock, and one that expires lasts so many tries
+// longer.
 class WaitLimit {
  public:
   // The longest wait, in nanoseconds; 0: no limit.

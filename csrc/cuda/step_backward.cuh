@@ -28,8 +28,8 @@ struct BackwardTile {
   static_assert(kSums * kRows * kStepUnits * static_cast<int>(sizeof(float)) <= kTileBytes);
 };
 
-// dL/dh of the block's cells through the product with U in the step after: (rows, kSums, units), of which a cell adds up
-// kSums. The parts of all cells are spread over all threads, and many are on their way at once.
+// dL/dh of the block's cells through the product with U in the step after: (rows, kSums, units), of which a cell adds
+// up kSums. The parts of all cells are spread over all threads, and many are on their way at once.
 template <int kSums, typename T>
 LSTM_DEVICE void add_parts(float* sums, const CellBackward<T>& cell, int64_t first_row, int rows, int64_t first_unit) {
   const GradOutput<T>& output = cell.output;

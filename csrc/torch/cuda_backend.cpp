@@ -107,8 +107,15 @@ StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bo
               "for another one longer than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN. ",
               "If the GPU was busy with other programs, set it to more seconds; LSTM_EXT_CUDA_KERNEL=step takes a ",
               "kernel that waits for nobody");
-  return {at::cuda::getCurrentCUDAStream().stream(), &gemm_cublas, cublas_handle(), tf32, cuda::kChunkBytes, &facts, request,
-          const_cast<uint32_t*>(status_of(index)),   *limit};
+  return {at::cuda::getCurrentCUDAStream().stream(),
+          &gemm_cublas,
+          cublas_handle(),
+          tf32,
+          cuda::kChunkBytes,
+          &facts,
+          request,
+          const_cast<uint32_t*>(status_of(index)),
+          *limit};
 }
 
 cuda::DeviceFacts facts_of_device(int index) {

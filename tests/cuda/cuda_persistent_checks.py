@@ -194,12 +194,11 @@ def persistent_kernels_in_graphs(run: Run) -> None:
                     native_cuda.check_waits(run.device)  # a replay does not look itself
 
 
-# ---- a wait that expires
+# ---- blocks that come late
 
 
 def whole_device(run: Run, multiprocessors: int) -> Shape | None:
-    """A layer whose blocks need every multiprocessor, if there is one: another kernel's block has the last one to come
-    wait, since their registers leave room for nobody else."""
+    """A layer whose blocks need every multiprocessor, if there is one."""
     for groups in (g for g in range(1, 9) if multiprocessors % g == 0):
         shape = Shape(4, 8 * groups, 8, 16 * (multiprocessors // groups))
         found = plan(run, shape, torch.bfloat16, "mailbox")
@@ -208,9 +207,34 @@ def whole_device(run: Run, multiprocessors: int) -> Shape | None:
     return None
 
 
-def made_to_wait(run: Run, shape: Shape, seconds: float, cycles: int) -> bool:
-    """Whether a wait of so many seconds expired while another kernel had a multiprocessor for so many cycles. Either
-    all results are NaN, and the next call says so; or they are right."""
+# With all shared memory that a block may have, so that no other block finds room beside it.
+OCCUPIER = """
+extern "C" __global__ void occupy(int microseconds) {
+  extern __shared__ unsigned char memory[];
+  unsigned long long begin, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    memory[threadIdx.x] = 1;
+  } while (now - begin < 1000ull * microseconds);
+}
+"""
+
+
+def occupy(run: Run, milliseconds: int) -> torch.cuda.Event:
+    """Takes a multiprocessor away, on a stream of its own. The event is its end."""
+    kernel = torch.cuda._compile_kernel(OCCUPIER, "occupy")
+    shared = torch.cuda.get_device_properties(run.device).shared_memory_per_block_optin
+    kernel.set_shared_memory_config(shared)
+    stream, end = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    kernel((1, 1, 1), (32, 1, 1), [1000 * milliseconds], shared, stream)
+    end.record(stream)
+    return end
+
+
+def held_up(run: Run, shape: Shape, seconds: float, milliseconds: int) -> bool:
+    """Whether another kernel held up a block of the layer, which waits no longer than so many seconds. Its results have
+    to be right: the time of a wait begins when all blocks have come."""
     layer = lstm_ext.LSTM(
         shape.input_size, shape.hidden_size, dtype=torch.bfloat16, device=run.device
     ).requires_grad_(False)
@@ -223,40 +247,30 @@ def made_to_wait(run: Run, shape: Shape, seconds: float, cycles: int) -> bool:
     with kernel("mailbox"):
         expected = compute()
         run.synchronize()
-        if run.device.type == "cuda":
-            with torch.cuda.stream(torch.cuda.Stream()):
-                torch.cuda._sleep(cycles)
+        on_gpu = run.device.type == "cuda"
+        ends = [occupy(run, milliseconds), torch.cuda.Event(enable_timing=True)] if on_gpu else []
         with wait_limit(seconds):
             results = compute()
+        if on_gpu:
+            ends[1].record()
         run.synchronize()
-        try:
-            compute()
-        except RuntimeError as error:
-            assert "LSTM_EXT_CUDA_WAIT_LIMIT" in str(error), error
-            assert all(t.isnan().all() for t in results), "a part of the results is not NaN"
-            assert_same_bits(compute(), expected, "after a wait that expired")
-            return True
-        assert_same_bits(results, expected, "a wait that did not expire")
-        return False
+        again = compute()  # would raise an error for a wait that had expired
+    assert_same_bits(results, expected, "while another kernel has a multiprocessor")
+    assert_same_bits(again, expected, "after it")
+    return on_gpu and ends[0].elapsed_time(ends[1]) > 0
 
 
 @gpu_check
-def a_wait_that_expires_is_an_error(run: Run) -> dict[str, Any]:
-    """Limits of 1 ms and of next to nothing. A hand-off takes no microsecond, and a wait looks at the clock after 256
-    tries: without another kernel in the way none would expire."""
+def blocks_that_come_late_are_waited_for(run: Run) -> None:
+    """The limit is far below the time for which a multiprocessor is taken away."""
     multiprocessors = torch.cuda.get_device_properties(run.device).multi_processor_count
     shape = whole_device(run, multiprocessors)
     if shape is None:
         raise NotRun("there is no layer whose blocks need every multiprocessor of this card")
-    found = {
-        f"{seconds} s": [made_to_wait(run, shape, seconds, 50_000_000) for _ in range(3)]
-        for seconds in (1e-3, 1e-9)
-    }
-    if not any(any(expired) for expired in found.values()):
+    if not any([held_up(run, shape, seconds, 50) for seconds in (1e-3, 1e-9) for _ in range(3)]):
         raise NotRun(
-            "no wait expired, and results were right: this card began with no block before all had room"
+            "results were right, but this card ran the layer beside the kernel that takes all shared memory"
         )
-    return {"expired": found}
 
 
 # ---- run by compute-sanitizer

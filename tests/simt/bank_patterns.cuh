@@ -20,18 +20,18 @@ LSTM_KERNEL patterns(Arguments a) {
   for (unsigned i = lane; i < 2048; i += 32) words[i] = i;  // 1 of 1
   __syncthreads();
   uint32_t sum = 0;
-  sum += words[lane + 1];  // 1 of 1
-  sum += words[2 * lane + 2];  // 2 of 1
-  sum += words[32 * lane + 3];  // 32 of 1
-  sum += words[33 * lane + 4];  // 1 of 1
-  sum += words[lane / 8 * 32 + 5];  // 4 of 1
-  sum += words[lane / 32 + 6];  // 1 of 1
-  sum += pairs[lane + 7].x + pairs[lane + 7].y;  // 2 of 2
-  sum += pairs[16 * lane + 8].y;  // 32 of 1
-  const uint4 next = pieces[lane + 9];  // 4 of 4
+  sum += words[lane + 1];                                       // 1 of 1
+  sum += words[2 * lane + 2];                                   // 2 of 1
+  sum += words[32 * lane + 3];                                  // 32 of 1
+  sum += words[33 * lane + 4];                                  // 1 of 1
+  sum += words[lane / 8 * 32 + 5];                              // 4 of 1
+  sum += words[lane / 32 + 6];                                  // 1 of 1
+  sum += pairs[lane + 7].x + pairs[lane + 7].y;                 // 2 of 2
+  sum += pairs[16 * lane + 8].y;                                // 32 of 1
+  const uint4 next = pieces[lane + 9];                          // 4 of 4
   const uint4 two_rows = pieces[lane / 4 * 9 + lane % 4 + 10];  // 8 of 4
-  const uint4 apart = pieces[lane / 4 * 12 + lane % 4 + 11];  // 4 of 4
-  const uint4 same = pieces[lane / 8 + 12];  // 4 of 4
+  const uint4 apart = pieces[lane / 4 * 12 + lane % 4 + 11];    // 4 of 4
+  const uint4 same = pieces[lane / 8 + 12];                     // 4 of 4
   __syncthreads();
   pieces[8 * lane + 13] = make_uint4(next.x, two_rows.y, apart.z, same.w);  // 32 of 4
   __syncthreads();

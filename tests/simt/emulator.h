@@ -97,7 +97,8 @@ uint32_t shared_address(const void* pointer, const char* file, int line);
 void* shared_pointer(uint32_t address, const char* file, int line);
 
 namespace wavefronts {
-// An access of the thread that runs to shared memory, where options() says that wavefronts are counted (wavefronts.cpp).
+// An access of the thread that runs to shared memory, where options() says that wavefronts are counted
+// (wavefronts.cpp).
 void note(const void* place, unsigned bytes, bool stores, const char* file, int line);
 void end_wave();
 }  // namespace wavefronts

@@ -1,8 +1,8 @@
-// The errors of cell_math.cuh's FastFunctions over all numbers of 32 bits, or every STRIDE-th one: fast_functions STRIDE
-// OFFSET. The instructions are modelled by what PTX promises: 2^x within a factor of 1 +- 2^-22 (two units in the last
-// place), 1/x within 1 +- 2^-23 (one), both rounded to a float, with 0 for what is below the normal numbers. Each
-// result is monotonic in the result of either instruction, and so is rounding: the four corners are the worst there can
-// be. Prints the largest errors, and ends with 1 if one is beyond what cell_math.cuh says.
+// The errors of cell_math.cuh's FastFunctions over all numbers of 32 bits, or every STRIDE-th one: fast_functions
+// STRIDE OFFSET. The instructions are modelled by what PTX promises: 2^x within a factor of 1 +- 2^-22 (two units in
+// the last place), 1/x within 1 +- 2^-23 (one), both rounded to a float, with 0 for what is below the normal numbers.
+// Each result is monotonic in the result of either instruction, and so is rounding: the four corners are the worst
+// there can be. Prints the largest errors, and ends with 1 if one is beyond what cell_math.cuh says.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

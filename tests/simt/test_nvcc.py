@@ -117,12 +117,10 @@ def opcodes_in_order(code: Sequence[str], *patterns: str) -> bool:
 
 
 @needs_disassembler
-@pytest.mark.parametrize(
-    "unit", [unit for unit in UNITS if unit.source.stem == "persistent_bf16"], ids=str
-)
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.source.stem == "persistent_bf16"], ids=str)
 def test_the_last_block_sees_who_gave_up(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
-    """The host's word is stored for all of the system. A block that counts itself out then waits for what is in front of
-    the count before it looks, or it might have looked before."""
+    """The host's word is stored for all of the system. A block that counts itself out then waits for what is in front
+    of the count before it looks, or it might have looked before."""
     looks = (r"ATOMG.*|ATOM\..*", r"MEMBAR.*", r"LDG\.E\.STRONG\.GPU")
     for name, code in sass.opcodes(compilations[unit].path).items():
         if "(Exchange)1" in name:

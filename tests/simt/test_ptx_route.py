@@ -292,7 +292,9 @@ def test_wavefronts_of_known_patterns() -> None:
         for number, line in enumerate(source.read_text().splitlines(), 1)
         if (found := re.search(r"// (\d+) of (\d+)$", line))
     }
-    program = build.compile_ptx_driver(HERE / "bank_patterns_driver.cpp", [translated(HERE / "bank_patterns.cu")])
+    program = build.compile_ptx_driver(
+        HERE / "bank_patterns_driver.cpp", [translated(HERE / "bank_patterns.cu")]
+    )
     status, text = run(program, SIMT_WAVEFRONTS="yes")
     assert status == 0, text
     counted = {
@@ -303,9 +305,7 @@ def test_wavefronts_of_known_patterns() -> None:
     assert not resources.counted(run(program)[1])
 
 
-@pytest.mark.parametrize(
-    "kernels", ["step", pytest.param("persistent", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("kernels", ["step", pytest.param("persistent", marks=pytest.mark.full)])
 def test_wavefronts_are_as_recorded(kernels: str) -> None:
     """In no loop over the depth or the steps do banks stand in each other's way."""
     if resources.recorded()[0] != nvcc.version():

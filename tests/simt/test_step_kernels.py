@@ -81,9 +81,9 @@ PLANTED = {
     ),
     "the state is read before the wait": (
         "step_forward.cuh",
-        "  grid_dependency_wait();\n  launch_dependents();\n  ForwardOperand<T, kRows, false> rows(args, shared, first_row);",
-        "  ForwardOperand<T, kRows, false> rows(args, shared, first_row);\n  rows.fetch(0);\n"
-        "  grid_dependency_wait();\n  launch_dependents();",
+        "  grid_dependency_wait();\n  launch_dependents();\n  ForwardOperand<T, kRows, false> rows",
+        "  ForwardOperand<T, kRows, false>(args, shared, first_row).fetch(0);\n"
+        "  grid_dependency_wait();\n  launch_dependents();\n  ForwardOperand<T, kRows, false> rows",
         ["fifo"],
     ),
     "columns beyond the units": (

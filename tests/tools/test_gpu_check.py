@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
+import cuda_diagnosis  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_shapes  # noqa: E402
 from gpu_session import Session  # noqa: E402
@@ -25,8 +28,11 @@ pytestmark = pytest.mark.tools
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
+    """Both commands, one after the other."""
     path = tmp_path_factory.mktemp("gpu") / "dry.json"
-    stdout = run("gpu_check.py", "--dry", "--output", path)
+    stdout = "".join(
+        run("gpu_check.py", command, "--dry", "--output", path) for command in gpu_check.COMMANDS
+    )
     return json.loads(path.read_text()), stdout, path
 
 
@@ -35,9 +41,10 @@ def test_dry_run(dry):
     assert record["verdict"] == "passed"
     assert record["dry"]
     phases = {p["phase"]: p for p in record["phases"]}
-    assert list(phases) == list(gpu_check.PHASES)
+    assert set(phases) == set(gpu_check.PHASES)
     assert {name: p["result"] for name, p in phases.items() if name != "build"} == {
         "info": "passed",
+        "diagnosis": "passed",
         "probes": "not run",
         "selftest": "not run",
         "suite": "passed",
@@ -65,6 +72,89 @@ def test_dry_run(dry):
             assert r[side]["share_of_floor"] > 0
     assert "| B | T | I | H |" in stdout
     assert "auto meets 0 of 5 targets, misses 0; 5 not measured" in stdout
+
+
+def test_a_command_takes_five_minutes():
+    for phases in gpu_check.COMMANDS.values():
+        assert sum(seconds for name, seconds in phases.items() if name != "build") <= gpu_check.BUDGET == 300
+    assert {name for phases in gpu_check.COMMANDS.values() for name in phases} == set(gpu_check.PHASES)
+
+
+def test_each_kind_of_mistake_is_reported(dry):
+    """So that who reads the archive can mend the kernel: what was wrong, where, and by which pattern."""
+    phase = next(p for p in dry[0]["phases"] if p["phase"] == "diagnosis")
+    found = {one["variant"].partition(", ")[2]: one for one in phase["variants"]}
+    assert set(found) == {"", *cuda_diagnosis.FAULTS}
+    assert found[""]["report"]["wrong"] == [] and found[""]["end"] == "exit code 0"
+    assert found["crash"]["end"] == "ended by SIGSEGV" and found["hang"]["end"] == "the time was up"
+    reports = {}
+    for fault in ("gates", "row", "unit", "part", "nan", "fragment"):
+        assert found[fault]["end"] == "exit code 1"
+        reports[fault] = {report["test"]: report for report in found[fault]["report"]["wrong"]}
+
+    values = {fault: report["values"] for fault, report in reports.items()}
+    for fault, report in values.items():
+        assert report["quantity"] == "z" and report["first"]["t"] == (fault in ("row", "unit", "nan"))
+        assert {"row", "unit", "gate", "got", "float64", "stepwise"} <= set(report["first"])
+        assert abs(report["first"]["stepwise"] - report["first"]["float64"]) < 0.02
+    assert [n > 0 for n in values["row"]["by_row_of_8"]] == [row == 3 for row in range(8)]
+    assert [n > 0 for n in values["unit"]["by_unit_of_16"]] == [unit == 5 for unit in range(16)]
+    assert values["gates"]["by_gate"]["i"] > 0 and values["gates"]["by_gate"]["g"] == 0
+    assert [n > 0 for n in values["part"]["by_part_of_depth"]] == [part == 1 for part in range(8)]
+    assert values["nan"]["nan"] == values["nan"]["wrong"] == 1
+    # Which number came in the place of which.
+    example = reports["fragment"]["fragments"]["first"][0]
+    assert example["came"]["unit"] == example["expected"]["unit"] ^ 1
+    assert example["came"]["row"] == example["expected"]["row"]
+
+
+def test_the_archive_has_everything(dry):
+    path = dry[2]
+    with tarfile.open(path.with_suffix(".tar.gz")) as archive:
+        names = {Path(name).name for name in archive.getnames()}
+    assert {"record.json", "info.txt", "checks_list.txt", "benchmark.txt"} <= names
+    assert {f"diagnosis_mailbox_bfloat16_{fault}.txt" for fault in cuda_diagnosis.FAULTS} <= names
+    assert "all of it, to send: " in dry[1]
+
+
+def test_a_record_of_other_versions_is_not_added_to(tmp_path):
+    output = tmp_path / "out.json"
+    options = argparse.Namespace(command="speed", dry=True, output=output, budget=1.0, commit=None)
+    first = Session(options)
+    first.add({"phase": "info", "result": "passed"})
+    first.add({"phase": "info", "result": "failed"})
+    first.write()
+    assert Session(options).record["phases"] == [{"phase": "info", "result": "failed"}]
+    first.record["packages"]["torch"] = "1.0"
+    first.write()
+    assert Session(options).record["phases"] == []
+
+
+CLOCKS = """#!/bin/sh
+echo "1980, 2619, 45, 300.5"
+echo "1755, 2619, 60, 650.0"
+echo "1755, 2619, 61, [N/A]"
+sleep 1000
+"""
+
+
+def test_clocks_are_sampled(session, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(CLOCKS)
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "find_program", lambda *names: str(program))
+    session.dry = False
+    with gpu_check.sampled_clocks(session) as clocks:
+        time.sleep(0.5)
+    assert clocks() == {
+        "clocks.sm": [1755, 1755, 1980],
+        "clocks.mem": [2619] * 3,
+        "temperature.gpu": [45, 60, 61],
+    }
+    monkeypatch.setattr(gpu_check, "find_program", lambda *names: None)
+    with gpu_check.sampled_clocks(session) as clocks:
+        pass
+    assert clocks() is None
 
 
 def test_report(dry):
@@ -144,7 +234,9 @@ def session(tmp_path):
     """In a project of its own, whose tests and checks are what the test writes there."""
     (tmp_path / "project" / "tests" / "cuda").mkdir(parents=True)
     (tmp_path / "project" / "pyproject.toml").touch()
-    options = argparse.Namespace(dry=True, output=tmp_path / "out.json", budget=100.0, commit=None)
+    options = argparse.Namespace(
+        command="values", dry=True, output=tmp_path / "out.json", budget=100.0, commit=None
+    )
     return Session(options, tmp_path / "project")
 
 
@@ -268,11 +360,12 @@ def test_a_phase_that_fails_leaves_the_others(session, monkeypatch):
     def broken(session, seconds):
         raise OSError("no space")
 
-    monkeypatch.setitem(gpu_check.PHASES, "selftest", (broken, 60))
+    monkeypatch.setitem(gpu_check.PHASES, "selftest", broken)
     phase = gpu_check.perform("selftest", session)
     assert (phase["result"], phase["reason"]) == ("failed", "OSError: no space")
     session.deadline = time.monotonic()
     assert gpu_check.perform("suite", session)["result"] == "failed"
+    session.command = "speed"
     assert gpu_check.perform("benchmark", session)["result"] == "incomplete"
     session.gpu_works = False
     assert gpu_check.perform("benchmark", session)["reason"] in (
@@ -285,12 +378,12 @@ def test_verdict(tmp_path, monkeypatch):
     """Of the phases that say whether the layer is right; a benchmark that is cut short is none of them."""
     outcomes = {name: gpu_check.Outcome("passed") for name in gpu_check.PHASES}
     for name in gpu_check.PHASES:
-        monkeypatch.setitem(gpu_check.PHASES, name, (lambda session, seconds, name=name: outcomes[name], 60))
+        monkeypatch.setitem(gpu_check.PHASES, name, lambda session, seconds, name=name: outcomes[name])
     arguments = ["--dry", "--output", str(tmp_path / "out.json")]
     assert gpu_check.main(arguments) == 0
     outcomes["benchmark"] = gpu_check.Outcome("incomplete", "the time was up")
     outcomes["sanitizer"] = gpu_check.Outcome("not run", "compute-sanitizer was not found")
-    assert gpu_check.main(arguments) == 0
+    assert gpu_check.main(["speed", *arguments]) == 0
     outcomes["checks"] = gpu_check.Outcome("failed", "one", {"failed": ["one"]})
     assert gpu_check.main(arguments) == 1
     record = json.loads((tmp_path / "out.json").read_text())
