@@ -1,4 +1,4 @@
-"""Draws the pictures of cuda.md from the planner of CUDA kernels: python docs/draw_cuda.py [FOLDER]
+"""Draws the pictures of cuda_design.md from the planner of CUDA kernels: python docs/draw_cuda.py [FOLDER]
 
 No GPU is needed, and none is asked.
 

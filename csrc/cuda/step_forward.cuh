@@ -17,7 +17,7 @@ struct ForwardTile {
   static constexpr int kRowBytes = kRows > 16 ? 128 : 256;
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kStageBytes = (kStepGateRows + kRows) * kRowBytes;
-  // Where byte `offset` of a row lies. Eight lanes read 64 bytes of two neighbouring rows at once: the halves of odd
+  // The place of byte `offset` of a row. Eight lanes read 64 bytes of two neighbouring rows at once: the halves of odd
   // rows change places, so that they are in different banks.
   LSTM_DEVICE static int place(int row, int offset) { return row * kRowBytes + (offset ^ (row % 2 * 64)); }
   static constexpr int kPartialPitch = kStepUnits + 1;  // in float4
@@ -174,7 +174,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
     if (n < tiles) rows.fetch(n);
     cp_async_commit();
   }
-  // What the cells need besides the product comes while it is computed; many cells would take registers that another
+  // The rest that the cells need comes while the product is computed; many cells would take registers that another
   // block could have, and come behind it.
   constexpr int kCells = kRows * kStepUnits / kStepThreads;
   const int cell_unit = threadIdx.x % kStepUnits, cell_row = threadIdx.x / kStepUnits;

@@ -10,9 +10,9 @@ namespace lstm_ext::cuda {
 
 constexpr int kStepGateRows = 4 * kStepUnits;
 
-// Copies tiles of the rows of a matrix to shared memory: kRows rows of kRowBytes, tile after tile along them. What lies
-// beyond a row is 0. A thread copies one piece of every kRowsAtOnce-th row, so that a tile costs it an addition and a
-// copy for each.
+// Copies tiles of the rows of a matrix to shared memory: kRows rows of kRowBytes, tile after tile along them, with
+// zeros beyond the end of a row. A thread copies one piece of every kRowsAtOnce-th row, so that a tile costs it an
+// addition and a copy for each.
 template <typename T, int kRows, int kRowBytes, int kPitch>
 class TileCopies {
  public:

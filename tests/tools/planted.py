@@ -122,7 +122,7 @@ FAULTS: dict[str, Fault] = {
         "if (wait.seconds > limit().seconds) return;",
         ("tests/tools/test_conftest.py", "-k", "hangs"),
     ),
-    "cuda/cell.cuh": Fault("grad_before += past;", "grad_before -= past;", EMULATED),
+    "cuda/cell.cuh": Fault("result.before += past;", "result.before -= past;", EMULATED),
     "cuda/cell_math.cuh": Fault("return 1 - value * value;", "return 1 + value * value;", EMULATED),
     "cuda/layer_norm.cuh": Fault(
         "mean_c[0] /= static_cast<A>(H);\n  A factor_c", "mean_c[0] /= static_cast<A>(H - 1);\n  A factor_c", EMULATED
@@ -133,8 +133,8 @@ FAULTS: dict[str, Fault] = {
         EMULATED,
     ),
     "cuda/platform.h": Fault(
-        "++tries_ % 256 != 0",
-        "++tries_ % 255 != 0",
+        "++tries_ % 256 == 0",
+        "++tries_ % 255 == 0",
         ("tests/simt/test_emulator.py", "-k", "primitives"),
     ),
     "cuda/ptx.h": Fault(
@@ -162,14 +162,14 @@ FAULTS: dict[str, Fault] = {
         "  int64_t row_count;\n  int64_t depth;\n", "  int64_t depth;\n  int64_t row_count;\n", EMULATED
     ),
     "cuda/step_backward.cuh": Fault(
-        "(row / kStepUnits * H + unit) * stride", "(row / kStepUnits * H) * stride", EMULATED
+        "(row / kStepUnits * H + unit) * args.weight_stride", "(row / kStepUnits * H) * args.weight_stride", EMULATED
     ),
     "cuda/step_bf16.cu": Fault("LSTM_EXT_STEP(__nv_bfloat16)", "LSTM_EXT_STEP(float)", EMULATED),
     "cuda/step_f16.cu": Fault("LSTM_EXT_STEP(__half)", "LSTM_EXT_STEP(float)", EMULATED),
     "cuda/step_f32.cu": Fault("LSTM_EXT_STEP(float)", "LSTM_EXT_STEP(__half)", EMULATED),
     "cuda/step_forward.cuh": Fault("row % 16 / 8, row / 32 * 8", "row % 16 / 8 ^ 1, row / 32 * 8", EMULATED),
     "cuda/step_launch.cuh": Fault("static_cast<unsigned>(args.count)", "1u", EMULATED),
-    "cuda/step_tiles.cuh": Fault("row ? length - k : 0", "row ? kNumbers : 0", EMULATED),
+    "cuda/step_tiles.cuh": Fault("column_ + kPieceNumbers <= length_", "column_ <= length_", EMULATED),
     "cuda/stepwise.h": Fault(
         "  const T* c0;                                    // (B, H)\n"
         "  const T* reset_c;                               // (B, H)\n",
