@@ -148,7 +148,7 @@ def timeline() -> plt.Figure:
         axes.text(at + 0.1, line, f"{at / 2:.1f} µs a step", va="center", fontsize=8)
     axes.set_yticks(range(len(ways)), list(ways))
     axes.invert_yaxis()
-    axes.set(xlabel="µs, by a model that has not been compared with a GPU", xlim=(0, 15))
+    axes.set(xlabel="µs, an estimate: the model has not been compared with a GPU", xlim=(0, 15))
     axes.set_title("two steps, B 16, H 768, bfloat16, H100", fontsize=10)
     figure.tight_layout()
     return figure
@@ -175,7 +175,7 @@ def choice() -> plt.Figure:
         handles=[Patch(color=colour, label=name) for name, colour in kernels.items()],
         loc="outside right upper",
     )
-    figure.suptitle("bfloat16, forward, the fastest kernel; by a model, not measured", fontsize=10)
+    figure.suptitle("bfloat16, forward, the fastest kernel, an estimate", fontsize=10)
     return figure
 
 

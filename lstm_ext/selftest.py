@@ -65,6 +65,14 @@ CASES = (
     Case("projection", proj_size=10),
     Case("packed, bidirectional, projection", lengths=PACKED, bidirectional=True, proj_size=10),
 )
+# And of a GPU: every way in which its kernels divide the work.
+CUDA_CASES = (
+    Case("several tiles of rows", steps=3, batch=70, hidden_size=520),
+    Case("weights that registers do not hold", steps=3, batch=4, hidden_size=1100),
+    Case("blocks on every multiprocessor", steps=3, batch=512, hidden_size=64, bidirectional=True),
+    Case("that wait for each other", steps=3, batch=40, hidden_size=1024),
+    Case("several launches", lengths=(300, 270, 260, 2, 1)),
+)
 
 
 @functools.cache
@@ -297,7 +305,8 @@ def cuda_checks(device: torch.device) -> Iterator[Check]:
     requests += [(kernel, name) for kernel, names in config.TRIED_CUDA_KERNELS.items() for name in names]
     for kernel, request in requests:
         fused = kernel != "stepwise"
-        cases = [case for case in CASES if not (fused and case.proj_size)]
+        all_cases = CASES + (CUDA_CASES if device.type == "cuda" else ())  # the emulator would take hours
+        cases = [case for case in all_cases if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
         note_of = "" if request == kernel else f", {request}"
         in_tf32 = cuda.variant(kernel, torch.float32) if fused else kernel

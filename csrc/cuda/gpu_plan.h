@@ -101,8 +101,7 @@ struct ModelConstants {
   // Clocks between two instructions on one of a multiprocessor's four tensor cores, of 16 x 8 x 16 products in 16 bits,
   // of 16 x 8 x 8 in TF32: the makers' tables, and half the speed with float32 sums on consumer cards.
   double instruction_clocks = 16, instruction_tf32_clocks = 16;
-  double chain_clocks =
-      33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100 by the assembler
+  double chain_clocks = 33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100, ptxas
   // The persistent kernel:
   double mailbox_clocks = 800;  // from a store to a load that sees it: three trips to the second-level cache
   double load_clocks = 280;     // one trip: published, 222 to 339 by card and multiprocessor
@@ -204,7 +203,7 @@ std::optional<int64_t> wait_limit();
 
 // How many multiprocessors persistent kernels leave to others, as LSTM_EXT_CUDA_FREE_MULTIPROCESSORS says; 0 without
 // it. Nothing if that is no such number.
-LSTM_EXT_PUBLIC std::optional<int64_t> free_multiprocessors();
+std::optional<int64_t> free_multiprocessors();
 // A device refused to start so many blocks at once; nothing: forget it. `device` stands for it as long as the process
 // lives.
 void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -175,7 +176,13 @@ def test_autocast(config: dict[str, Any], dtype: torch.dtype) -> None:
         for x, hx in arguments(theirs, kind):
             grad = dtype == torch.bfloat16  # oneDNN has no gradients of float16
             with torch.autocast("cpu", dtype=dtype):
-                expected = results(theirs, x, hx, grad)
+                try:
+                    expected = results(theirs, x, hx, grad)
+                except RuntimeError as error:  # oneDNN has no float16 on processors without such instructions
+                    assert dtype == torch.float16
+                    with pytest.raises(RuntimeError, match=re.escape(str(error)[:60])):
+                        results(ours, x, hx, grad)
+                    continue
                 assert_same_bits(results(ours, x, hx, grad), expected)
                 if dtype == torch.bfloat16:
                     assert_same_bits(results(compiled, x, hx, grad), expected)
