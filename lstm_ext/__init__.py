@@ -16,6 +16,7 @@ from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.explain import explain, explain_data
+from .nn.from_frameworks import from_haste, from_jax, from_keras, from_mlx, from_onnx, from_tensorflow
 from .nn.from_gates import from_gates
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
@@ -38,6 +39,12 @@ __all__ = [
     "explain_data",
     "freeze",
     "from_gates",
+    "from_haste",
+    "from_jax",
+    "from_keras",
+    "from_mlx",
+    "from_onnx",
+    "from_tensorflow",
     "from_torch",
     "functional",
     "patch",

@@ -1,0 +1,324 @@
+"""lstm_ext.from_keras and its like: what the frameworks computed themselves, and what is refused by name.
+
+frameworks/make.py made the cases with the frameworks; none of them is needed here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lstm_ext
+
+CASES = json.loads((Path(__file__).parent / "frameworks" / "frameworks.json").read_text())
+I, H = 3, 4
+
+
+def array(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def names(source: Any) -> Any:
+    """Its lists of numbers as tensors."""
+    if isinstance(source, dict):
+        return {name: names(part) for name, part in source.items()}
+    if isinstance(source, list):
+        numbers = source
+        while isinstance(numbers, list):
+            numbers = numbers[0]
+        try:
+            return torch.tensor(source)
+        except (TypeError, ValueError):
+            return [names(part) for part in source]
+    return source
+
+
+class Layer:
+    """A layer of Keras, as far as an importer sees it."""
+
+    def __init__(self, weights: list[Tensor], **attributes: Any) -> None:
+        self.weights = weights
+        self.__dict__ |= attributes
+
+    def get_weights(self) -> list[Tensor]:
+        return self.weights
+
+
+class LSTM(Layer):
+    pass
+
+
+def imported(case: dict[str, Any]) -> lstm_ext.LSTM:
+    function, source = getattr(lstm_ext, case["function"]), case["source"]
+    if case["function"] == "from_onnx":
+        onnx = pytest.importorskip("onnx")
+        layers = function(onnx.load_from_string(base64.b64decode(source)))
+        assert list(layers) == ["layer"]
+        return layers["layer"]
+    if case["function"] == "from_keras":
+        layers = [[torch.tensor(a) for a in layer] for layer in source]
+        if len(layers) > 1:
+            halves = [LSTM([]), LSTM([])]
+            layers = [
+                Layer(w, forward_layer=halves[0], backward_layer=halves[1], merge_mode="concat")
+                for w in layers
+            ]
+            return function(layers)
+        return function(layers[0])
+    return function(names(source), **case.get("keywords", {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['function']}, {case['name']}")
+def test_the_numbers_of_the_framework(case: dict[str, Any]) -> None:
+    """Values, and gradients where the framework gave them."""
+    layer = imported(case)
+    x = torch.tensor(case["x"], requires_grad=True)
+    if not layer.batch_first:
+        output, (_, c_n) = layer(x.transpose(0, 1))
+        output = output.transpose(0, 1)
+    else:
+        output, (_, c_n) = layer(x)
+    expected = torch.tensor(case["output"])
+    assert (output - expected).norm() <= 1e-6 * expected.norm()
+    if "c" in case:
+        c = torch.tensor(case["c"])
+        assert (c_n.view_as(c) - c).norm() <= 1e-6 * c.norm()
+    if case["gradient"] is not None:
+        factors = torch.sin(torch.arange(output.numel())).view_as(output)
+        (output * factors).sum().backward()
+        gradient = torch.tensor(case["gradient"])
+        assert (x.grad - gradient).norm() <= 2e-6 * gradient.norm()
+
+
+def test_every_framework_has_cases() -> None:
+    functions = [case["function"] for case in CASES]
+    assert {f: functions.count(f) for f in functions} == {
+        "from_keras": 4, "from_tensorflow": 4, "from_jax": 4, "from_onnx": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["from_haste", "from_mlx"])
+def test_formulas_of_those_that_are_not_here(order: str) -> None:
+    """Haste needs a GPU and MLX a Mac: their equations, written out."""
+    x, sigmoid = array(5, 2, I), torch.sigmoid
+    if order == "from_haste":
+        kernel, recurrent, bias = array(I, 4 * H), array(H, 4 * H), array(4 * H)
+        arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
+        layer, gates = lstm_ext.from_haste(arrays, zoneout=0.25).eval(), "igfo"
+        assert layer.zoneout == 0.25
+    else:
+        Wx, Wh, bias = array(4 * H, I), array(4 * H, H), array(4 * H)
+        layer, gates = lstm_ext.from_mlx({"Wx": Wx, "Wh": Wh, "bias": bias}, batch_first=False), "ifgo"
+        kernel, recurrent = Wx.T, Wh.T
+    h, c = torch.zeros(2, H), torch.zeros(2, H)
+    for t in range(5):
+        z = dict(zip(gates, (x[t] @ kernel + h @ recurrent + bias).chunk(4, -1), strict=True))
+        c = sigmoid(z["f"]) * c + sigmoid(z["i"]) * z["g"].tanh()
+        fresh = sigmoid(z["o"]) * c.tanh()
+        h = 0.75 * fresh + 0.25 * h if order == "from_haste" else fresh
+    assert torch.allclose(layer(x)[1][0][0], h, atol=1e-6)
+
+
+def test_projection_and_both_directions_of_tensorflow() -> None:
+    """Against our own layer, with the forget bias added by hand."""
+
+    def cell(features: int) -> dict[str, Tensor]:
+        return {"kernel": array(features + 2, 4 * H), "bias": array(4 * H), "projection/kernel": array(H, 2)}
+
+    cells, back = [cell(I), cell(4)], [cell(I), cell(4)]
+    layer = lstm_ext.from_tensorflow(cells, backward=back, batch_first=False)
+    assert (layer.num_layers, layer.bidirectional, layer.proj_size) == (2, True, 2)
+    one = lstm_ext.from_tensorflow(cells[0], batch_first=False)
+    x = array(5, 2, I)
+    first = lstm_ext.from_tensorflow(cells[0], backward=back[0], batch_first=False)
+    assert torch.allclose(first(x)[0][..., :2], one(x)[0], atol=1e-6)
+    i, g, f, o = cells[0]["kernel"].T.chunk(4)
+    assert torch.equal(one.weight_ih_l0, torch.cat([i, f, g, o])[:, :I])
+    assert torch.equal(one.bias_ih_l0[H : 2 * H], cells[0]["bias"].chunk(4)[2] + 1)
+    assert torch.equal(one.weight_hr_l0, cells[0]["projection/kernel"].T)
+    with pytest.raises(ValueError, match="backward: expected as many cells as there are forward, 2, got 1"):
+        lstm_ext.from_tensorflow(cells, backward=back[:1])
+
+
+def test_arrays_are_copied() -> None:
+    weights = [array(I, 4 * H), array(H, 4 * H), array(4 * H)]
+    layer = lstm_ext.from_keras(weights)
+    before = layer.weight_hh_l0.clone()
+    weights[1].zero_()
+    assert torch.equal(layer.weight_hh_l0, before)
+    assert all(isinstance(p, torch.nn.Parameter) and p.requires_grad for p in layer.parameters())
+    numbers = [w.tolist() for w in weights]
+    assert lstm_ext.from_keras(numbers).weight_ih_l0.dtype == torch.float32
+    doubles = lstm_ext.from_keras([w.double() for w in weights])
+    assert {p.dtype for p in doubles.parameters()} == {torch.float64}
+
+
+W, U, b = array(I, 4 * H), array(H, 4 * H), array(4 * H)
+KERAS = [W, U, b]
+TF = {"kernel": array(I + H, 4 * H), "bias": b}
+FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for g in "ifgo"}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: lstm_ext.from_keras([W, U[:, :-1], b]),
+            ValueError,
+            "from_keras: recurrent_kernel: expected shape (H, 4 H), got (4, 15)",
+        ),
+        (
+            lambda: lstm_ext.from_keras([W[:, :-1], U, b]),
+            ValueError,
+            "from_keras: kernel: expected shape (any, 16), got (3, 15)",
+        ),
+        (
+            lambda: lstm_ext.from_keras([W, U, b[:-1]]),
+            ValueError,
+            "from_keras: bias: expected shape (16,), got (15,)",
+        ),
+        (lambda: lstm_ext.from_keras([W]), ValueError, "from_keras: expected 2, 3, 4 or 6 arrays, got 1"),
+        (
+            lambda: lstm_ext.from_keras(5),
+            TypeError,
+            "from_keras: expected layers or a list of arrays, got int",
+        ),
+        (
+            lambda: lstm_ext.from_keras(["a", U, b]),
+            TypeError,
+            "from_keras: kernel: expected an array, got str",
+        ),
+        (
+            lambda: lstm_ext.from_keras([W.int(), U, b]),
+            TypeError,
+            "from_keras: kernel: expected a floating-point dtype, got torch.int32",
+        ),
+        (
+            lambda: lstm_ext.from_keras(Layer(KERAS)),
+            ValueError,
+            "expected layers of the class LSTM, got Layer",
+        ),
+        (
+            lambda: lstm_ext.from_keras(LSTM(KERAS, activation="relu")),
+            ValueError,
+            "activation: expected tanh, got relu",
+        ),
+        (
+            lambda: lstm_ext.from_keras(LSTM(KERAS, recurrent_activation="hard_sigmoid")),
+            ValueError,
+            "recurrent_activation: expected sigmoid, got hard_sigmoid",
+        ),
+        (
+            lambda: lstm_ext.from_keras(LSTM(KERAS, go_backwards=True)),
+            ValueError,
+            "go_backwards=True: this layer has not that",
+        ),
+        (
+            lambda: lstm_ext.from_keras(LSTM(KERAS, dropout=0.5)),
+            ValueError,
+            "dropout=0.5: this layer has not that",
+        ),
+        (
+            lambda: lstm_ext.from_keras(
+                Layer(2 * KERAS, forward_layer=LSTM([]), backward_layer=LSTM([]), merge_mode="sum")
+            ),
+            ValueError,
+            "merge_mode: expected concat, got sum",
+        ),
+        (
+            lambda: lstm_ext.from_keras([LSTM(KERAS), LSTM(KERAS)]),
+            ValueError,
+            "layer 1: expected 4 features, 4 units and 1 directions, got 3, 4 and 1",
+        ),
+        (
+            lambda: lstm_ext.from_tensorflow({"bias": b}),
+            ValueError,
+            "expected a variable named kernel, got bias",
+        ),
+        (
+            lambda: lstm_ext.from_tensorflow(TF | {"gamma": b}),
+            ValueError,
+            "gamma: expected variables named bias, kernel,",
+        ),
+        (
+            lambda: lstm_ext.from_tensorflow(TF | {"w_i_diag": array(H)}),
+            ValueError,
+            "expected all peepholes, got none of w_f_diag, w_o_diag",
+        ),
+        (
+            lambda: lstm_ext.from_tensorflow({"kernel": array(H, 4 * H)}),
+            ValueError,
+            "kernel: expected shape (features + H, 4 H), got (4, 16)",
+        ),
+        (
+            lambda: lstm_ext.from_jax({"Dense_0": {"kernel": W}}),
+            ValueError,
+            "one LSTM cell of Flax, Haiku or Equinox, found 0 in it",
+        ),
+        (lambda: lstm_ext.from_jax({"a": FLAX, "b": FLAX}), ValueError, "found 2 in it"),
+        (
+            lambda: lstm_ext.from_jax(FLAX | {"hg": {"kernel": array(H, H + 1)}}),
+            ValueError,
+            "expected hi, hf, hg and ho of one shape",
+        ),
+        (
+            lambda: lstm_ext.from_haste({"kernel": W}),
+            ValueError,
+            "from_haste: expected kernel, recurrent_kernel, bias, got none of recurrent_kernel, bias",
+        ),
+        (lambda: lstm_ext.from_mlx({"Wx": W}), ValueError, "from_mlx: expected Wx and Wh, got none of Wh"),
+        (lambda: lstm_ext.from_jax([]), ValueError, "from_jax: expected at least one layer, got none"),
+    ],
+)
+def test_bad_input_is_named(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value)
+
+
+def node(**changes: Any) -> Any:
+    """A model with one LSTM node that has no name."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    attributes = {"hidden_size": H} | changes.pop("attributes", {})
+    arrays = {"W": array(1, 4 * H, I), "R": array(1, 4 * H, H)} | changes
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "Y")]
+    inits = [numpy_helper.from_array(a.numpy(), name) for name, a in arrays.items() if a is not None]
+    made = helper.make_node("LSTM", ["x", "W", "R"], ["Y"], **attributes)
+    return helper.make_model(helper.make_graph([made], "g", values[:1], values[1:], inits)) if onnx else None
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"attributes": {"clip": 3.0}}, "node Y: expected no attribute clip"),
+        (
+            {"attributes": {"direction": "reverse"}},
+            "node Y: direction: expected forward or bidirectional, got reverse",
+        ),
+        (
+            {"attributes": {"activations": ["HardSigmoid", "Tanh", "Tanh"]}},
+            "node Y: activations: expected Sigmoid, Tanh, Tanh, got HardSigmoid, Tanh, Tanh",
+        ),
+        ({"W": None}, "node Y: W: expected an initializer, got the result W of another node"),
+        ({"R": array(1, 4 * H, H + 1)}, "node Y: R: expected shape (1, 16, 4), got (1, 16, 5)"),
+    ],
+)
+def test_onnx_nodes_that_cannot_be_expressed(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        lstm_ext.from_onnx(node(**changes))
+    assert text in str(caught.value)
+
+
+def test_an_onnx_node_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(node(attributes={"layout": 1}).SerializeToString())
+    (name, layer), *others = lstm_ext.from_onnx(path).items()
+    assert name == "Y" and not others and layer.batch_first and not layer.bias
