@@ -354,7 +354,7 @@ void measure_cache(const Card& card, Json& constants, Json& measured) {
   measured.add("bytes_of_clock_of_each_of_all", spread(all));
 }
 
-// ---- a turn of a tile: barrier and partial sums, with the threads and places of PersistentChunk
+// ---- a turn of a tile: barrier and partial sums, with as many threads as PersistentChunk
 
 struct Turns {
   int count;

@@ -1,5 +1,5 @@
 // Hand-offs between blocks through a mailbox in global memory, measured and checked: a piece is taken and handed on as
-// the persistent kernels do it (take_pieces and hand_on in cuda/persistent_chunk.cuh). gpu_probes.cu runs them on a
+// the persistent kernels do it (AwaitedPieces and hand_on in cuda/persistent_chunk.cuh). gpu_probes.cu runs them on a
 // GPU, tests/simt/handoff_driver.cpp on the emulator.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace probes {
 namespace cuda = lstm_ext::cuda;
 
 enum class Wait {
-  kAsTheKernels,  // take_pieces itself
+  kAsTheKernels,  // AwaitedPieces itself
   kBackOff,       // and a sleep after each try that failed
   kWatched,       // tries that found a part of a piece are counted
   kOneWord,       // wrong, for a test: a piece is taken for whole if its last word is there
@@ -171,7 +171,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(cuda::kPersistentThreads) all_to_all(LSTM_GRID_CO
   const auto place = [&](int turn, int row, int piece) {
     return (int64_t{turn} * cuda::kPersistentRows + row) * row_pieces + piece;
   };
-  // As PersistentChunk: a thread takes every 32nd piece of a row, and one of eight threads writes a piece.
+  // A thread takes every 32nd piece of a row, as in PersistentChunk, and one of eight threads writes a piece.
   const int row = lane / 4, first = warp * 4 + lane % 4;
   const int count_of_thread = (row_pieces - first + kShape.parts * 4 - 1) / (kShape.parts * 4);
   const int unit = thread % kShape.units, unit_row = thread / kShape.units;

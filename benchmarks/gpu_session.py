@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -92,16 +93,35 @@ class Session:
             "phases": [],
             "benchmark": None,
         }
-        self.record |= self.of_the_other_command()
+        self.record["sources"] = self.digest()
+        # The second command adds to what the first one has found, once it is known to be on the same card.
+        self.before = self.read_before() if options.command == "speed" else None
 
-    def of_the_other_command(self) -> dict[str, Any]:
-        """What it has found, if it ran with the same versions."""
+    def digest(self) -> str:
+        """Of the sources that are compiled."""
+        found = hashlib.sha256()
+        for path in sorted((self.root / "csrc").rglob("*.*")):
+            found.update(path.name.encode() + path.read_bytes())
+        return found.hexdigest()[:16]
+
+    def read_before(self) -> dict[str, Any] | None:
+        """The record that is there, if it is of the same sources and versions."""
         try:
             before = json.loads(self.output.read_text())
-            same = all(before[name] == self.record[name] for name in ("format", "dry", "packages"))
-            return {name: before[name] for name in ("phases", "benchmark")} if same else {}
+            same = all(before[name] == self.record[name] for name in ("format", "dry", "packages", "sources"))
+            return before if same else None
         except (OSError, ValueError, KeyError):
-            return {}
+            return None
+
+    def know(self, facts: dict[str, Any]) -> None:
+        """Of the card: the earlier phases count if they ran on the same one."""
+        self.record["facts"], self.record["git_commit"] = facts, facts["git_commit"]
+        before, self.before = self.before, None
+        names = ("card", "capability", "cuda_of_driver")
+        if before and all((before["facts"] or {}).get(name) == facts.get(name) for name in names):
+            now = {phase["phase"]: phase for phase in self.record["phases"]}
+            self.record["phases"] = list(({p["phase"]: p for p in before["phases"]} | now).values())
+            self.record["benchmark"] = before["benchmark"]
 
     def add(self, phase: dict[str, Any]) -> None:
         """In the place of an earlier one of this name."""

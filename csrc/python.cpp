@@ -199,9 +199,9 @@ void replace_constants(lstm_ext::cuda::ModelConstants& constants, const py::dict
 }
 
 void set_cuda_constants(int capability, const py::dict& named) {
-  lstm_ext::cuda::ModelConstants constants = lstm_ext::cuda::constants_of(capability, "");
-  replace_constants(constants, named, "set_cuda_constants");
-  lstm_ext::cuda::set_constants(capability, constants);
+  lstm_ext::cuda::ModelConstants checked;
+  replace_constants(checked, named, "set_cuda_constants");
+  lstm_ext::cuda::set_constants(capability, py::cast<std::map<std::string, double>>(named));
 }
 
 py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
@@ -299,7 +299,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   };
   std::tie(request.step, request.persistent) = std::make_pair(said(step_outcome), said(persistent_outcome));
   if (!measured.empty()) request.measured = kernel_named(measured, "cuda_plan");
-  const bool known = device.contains("most_blocks") && integer("most_blocks") > 0;
+  const bool known = device.contains("most_blocks") && integer("most_blocks") >= 0;
   request.most_blocks = known ? integer("most_blocks") : most_blocks(&facts);
   request.reasons = true;
   const Plan found = plan({steps, batch, input_size, hidden_size, directions, number, tf32, projected, normalised,

@@ -156,7 +156,7 @@ ModelConstants estimates_of(int capability, std::string_view name) {
 
 struct SetConstants {
   std::mutex one_at_a_time;
-  std::map<int, ModelConstants> by_capability;
+  std::map<int, std::map<std::string, double>> by_capability;
 };
 SetConstants& set_ones() {
   static SetConstants constants;
@@ -197,14 +197,19 @@ const std::vector<ModelConstant>& model_constants() {
 ModelConstants constants_of(int capability, std::string_view name) {
   SetConstants& set = set_ones();
   const std::lock_guard<std::mutex> lock(set.one_at_a_time);
-  const auto found = set.by_capability.find(capability);
-  return found != set.by_capability.end() ? found->second : estimates_of(capability, name);
+  ModelConstants result = estimates_of(capability, name);
+  const auto& known = set.by_capability[capability];
+  for (const ModelConstant& constant : model_constants()) {
+    const auto found = known.find(constant.name);
+    if (found != known.end()) constant.of(result) = found->second;
+  }
+  return result;
 }
 
-void set_constants(int capability, const ModelConstants& constants) {
+void set_constants(int capability, const std::map<std::string, double>& constants) {
   SetConstants& set = set_ones();
   const std::lock_guard<std::mutex> lock(set.one_at_a_time);
-  set.by_capability[capability] = constants;
+  for (const auto& [name, value] : constants) set.by_capability[capability][name] = value;
 }
 
 const char* step_problem(const LayerFacts& layer) {

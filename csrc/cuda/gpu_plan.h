@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -60,7 +61,7 @@ inline int64_t persistent_shared(bool backward, Exchange exchange, int size, int
 // The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache; those
 // of persistent kernels may take so many times the memory.
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
-constexpr int64_t kPersistentChunkTimes = 8;
+constexpr int64_t kPersistentChunkTimes = 4;
 // The rows of a chunk of so many bytes. Starting a persistent kernel takes as long as some steps, so that its chunks
 // have this number of steps if they then have no more than `most_bytes`; 0: the kernel is another one.
 constexpr int64_t kPersistentChunkSteps = 256;
@@ -118,7 +119,7 @@ LSTM_EXT_PUBLIC const std::vector<ModelConstant>& model_constants();
 // Those of devices of a compute capability: estimates, unless others have been set. A device takes those that are set
 // when it is first asked for its facts.
 LSTM_EXT_PUBLIC ModelConstants constants_of(int capability, std::string_view name);
-LSTM_EXT_PUBLIC void set_constants(int capability, const ModelConstants& constants);
+LSTM_EXT_PUBLIC void set_constants(int capability, const std::map<std::string, double>& constants);
 
 struct DeviceFacts {
   std::string name;
@@ -131,7 +132,7 @@ struct DeviceFacts {
   // These are known only from the runtime of a present device. A part of a device (MIG) has its own sizes above.
   int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
   bool shared = false;          // with kernels of other programs (MPS)
-  int64_t most_blocks = 0;      // that a persistent kernel may have; 0: not known
+  int64_t most_blocks = -1;     // that a persistent kernel may have; below 0: not known
   ModelConstants constants{};
 };
 

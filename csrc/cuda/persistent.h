@@ -42,6 +42,7 @@ struct Mailbox {
 // Control words between the blocks of a launch: 0 if one has given up; how many have left, and how many have come, less
 // one.
 enum ControlWord { kGaveUp, kBlocksThatLeft, kBlocksThatCame, kControlWords };
+constexpr int kForBlocks = 16;  // a block may take so many times the limit of a wait to come
 // All bits of the words are set before the launch, except those of `before`.
 struct PersistentControl {
   uint32_t* words;

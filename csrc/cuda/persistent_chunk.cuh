@@ -123,12 +123,13 @@ class AwaitedPieces {
   LSTM_DEVICE const uint4& operator[](int q) const { return pieces_[q]; }
 
   // Waits until the pieces [kFirst, kEnd) are whole. Each try reads what is missing of those and of the later ones, and
-  // nothing twice. The threads of a warp wait for each other: their instructions go together. False: it took too long
-  // since all blocks have come, or another block has given up.
+  // nothing twice. The threads of a warp wait for each other: their instructions go together. False: it took too long,
+  // or another block has given up.
   template <int kFirst, int kEnd>
   LSTM_DEVICE bool wait(const PersistentControl& control, uint32_t blocks LSTM_SITE_PARAMETERS) {
     constexpr unsigned kAll = 0xffffffffu;
     WaitLimit limit(control.limit);
+    bool they_came = true;
     while (true) {
       bool whole = true;
 #pragma unroll
@@ -136,12 +137,12 @@ class AwaitedPieces {
       if (__all_sync(kAll, whole)) return true;
       bool gives_up = false;
       if (limit.looks()) {
-        gives_up = load_relaxed(control.words + kGaveUp LSTM_SITE) == 0;
-        if (limit.has_passed()) {
-          // A block that another kernel keeps out is late through nobody's fault.
-          if (load_relaxed(control.words + kBlocksThatCame LSTM_SITE) + 1 == blocks) gives_up = true;
-          limit.start_again();
-        }
+        // A block that another kernel keeps out is late through nobody's fault: the time begins when it has come. But
+        // it may never come, if that kernel waits too.
+        const bool all_came = load_relaxed(control.words + kBlocksThatCame LSTM_SITE) + 1 == blocks;
+        if (all_came && !they_came) limit.start_again();
+        they_came = all_came;
+        gives_up = load_relaxed(control.words + kGaveUp LSTM_SITE) == 0 || limit.has_passed(all_came ? 1 : kForBlocks);
       }
       if (__any_sync(kAll, gives_up)) return false;
       read_missing<kFirst>(LSTM_SITE_ONLY);

@@ -53,11 +53,11 @@ class WaitLimit {
   LSTM_DEVICE explicit WaitLimit(int64_t limit) : limit_(limit) {}
   // After each try that failed: whether to look around.
   LSTM_DEVICE bool looks() { return ++tries_ % 256 == 0; }
-  // Whether the limit has passed since the first look at the clock.
-  LSTM_DEVICE bool has_passed() {
+  // Whether the limit, or so many of it, has passed since the first look at the clock.
+  LSTM_DEVICE bool has_passed(int times = 1) {
     const int64_t time = now();
     if (start_ == 0) start_ = time;
-    return limit_ != 0 && time - start_ > limit_;
+    return limit_ != 0 && time - start_ > times * limit_;
   }
   LSTM_DEVICE bool is_over() { return looks() && has_passed(); }
   LSTM_DEVICE void start_again() { start_ = 0; }

@@ -29,16 +29,16 @@ inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk,
 }
 
 // The device refused a launch for which the plan found room, because others use the device too. Another kernel then
-// computes the layer; later calls do not ask for so many blocks again.
+// computes the layer; where blocks wait for each other, later calls do not ask for so many of them again.
 struct LaunchRefused : std::exception {
   const char* what() const noexcept override { return "lstm_ext: a persistent kernel was refused"; }
 };
-inline void raise_if_refused(cudaError_t error, const StepwiseDevice& device, int64_t blocks) {
+inline void raise_if_refused(cudaError_t error, const StepwiseDevice& device, const cuda::Plan::Persistent& plan) {
   if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorLaunchOutOfResources) return;
-  TORCH_WARN_ONCE("lstm_ext: the GPU refused to start ", blocks, " blocks of a persistent kernel at once (",
-                  cudaGetErrorString(error), "), so that another kernel computes the layer, and later ones ask for ",
-                  "less. LSTM_EXT_CUDA_KERNEL=step asks for one that does not need that");
-  cuda::note_refused(device.facts, blocks);
+  TORCH_WARN_ONCE("lstm_ext: the GPU refused to start ", plan.blocks, " blocks of a persistent kernel at once (",
+                  cudaGetErrorString(error), "), so that another kernel computes the layer. ",
+                  "LSTM_EXT_CUDA_KERNEL=step asks for one that does not need that");
+  if (plan.exchange == cuda::Exchange::kMailbox) cuda::note_refused(device.facts, plan.blocks);
   throw LaunchRefused();
 }
 

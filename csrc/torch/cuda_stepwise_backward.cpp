@@ -246,7 +246,7 @@ class StepwiseBackward : ChunkGradients {
       offset += memory[launch.count++];
     }
     const cudaError_t error = cuda::persistent_backward(launch, launches.exchange(), device_.stream);
-    raise_if_refused(error, device_, persistent_->blocks);
+    raise_if_refused(error, device_, *persistent_);
     check(error, "persistent_backward");
   }
   static int64_t rows_of(const Running& side) {

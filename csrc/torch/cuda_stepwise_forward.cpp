@@ -243,6 +243,7 @@ class StepwiseForward : Stepwise {
         auto chunk = chunks.begin();
         for (Running& side : sides) {
           side.chunk = *chunk++;
+          side.input = {};  // first, so that its memory can be taken again
           side.input = input_part(side.layer, side.steps, *side.chunk);
         }
         if constexpr (kHasStep<T>) {
@@ -278,7 +279,7 @@ class StepwiseForward : Stepwise {
       offset += memory[launch.count++];
     }
     const cudaError_t error = cuda::persistent_forward(launch, launches.exchange(), device_.stream);
-    raise_if_refused(error, device_, persistent_->blocks);
+    raise_if_refused(error, device_, *persistent_);
     check(error, "persistent_forward");
   }
   static int64_t rows_of(const Running& side) {

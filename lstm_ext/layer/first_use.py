@@ -68,7 +68,7 @@ PROBLEMS = (
     _Problem(3, 40, steps=1),
     _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
     _Problem(70, 520),  # several tiles of rows for each block
-    _Problem(4, 1100),  # weights that the registers do not hold
+    _Problem(4, 1040),  # weights that the registers do not hold
     _Problem(512, 64, bidirectional=True),  # blocks on every multiprocessor, without an exchange
     _Problem(40, 1024),  # and with one
 )

@@ -23,7 +23,7 @@ KERNELS = ("independent", "mailbox")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOUND = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 BOTH, THREE = (("bidirectional", True),), (("num_layers", 3),)
-REPEATS, SECONDS = 10_000, 24.0  # of all cases
+REPEATS, SECONDS = 10_000, 9.0  # of all cases
 
 
 @contextlib.contextmanager
@@ -223,7 +223,10 @@ extern "C" __global__ void occupy(int microseconds) {
 
 def occupy(run: Run, milliseconds: int) -> torch.cuda.Event:
     """Takes a multiprocessor away, on a stream of its own. The event is its end."""
-    kernel = torch.cuda._compile_kernel(OCCUPIER, "occupy")
+    try:
+        kernel = torch.cuda._compile_kernel(OCCUPIER, "occupy")
+    except (AttributeError, OSError, RuntimeError) as error:
+        raise NotRun(f"this torch compiles no kernel here: {str(error).partition(chr(10))[0]}") from error
     shared = torch.cuda.get_device_properties(run.device).shared_memory_per_block_optin
     kernel.set_shared_memory_config(shared)
     stream, end = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
@@ -267,7 +270,8 @@ def blocks_that_come_late_are_waited_for(run: Run) -> None:
     shape = whole_device(run, multiprocessors)
     if shape is None:
         raise NotRun("there is no layer whose blocks need every multiprocessor of this card")
-    if not any([held_up(run, shape, seconds, 50) for seconds in (1e-3, 1e-9) for _ in range(3)]):
+    # Sixteen times the limit is the time for blocks to come.
+    if not any([held_up(run, shape, 0.01, 50) for _ in range(5)]):
         raise NotRun(
             "results were right, but this card ran the layer beside the kernel that takes all shared memory"
         )

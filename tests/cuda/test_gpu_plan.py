@@ -281,7 +281,7 @@ def test_a_start_is_divided_by_the_steps_of_a_chunk(batch: int, steps: int) -> N
         device = {**DEVICES["H100"], "constants": {"start_us": start}}
         return _C.cuda_plan(device=device, **layer)["persistent"]["us"]
 
-    of_chunk = min(steps, max(25 * 2**20 // (16 * 512 * batch), min(256, 2**28 // (16 * 512 * batch))))
+    of_chunk = min(steps, max(25 * 2**20 // (16 * 512 * batch), min(256, 2**27 // (16 * 512 * batch))))
     assert (us(1001.0) - us(1.0)) * of_chunk == pytest.approx(1000, rel=0.01)
 
 

@@ -99,6 +99,11 @@ class Launches {
       const uint64_t polls = simt::statistics().polls;
       start(all, exchange_);
       polls_ = simt::statistics().polls - polls;
+      if (mails()) {
+        const int64_t units = lstm_ext::cuda::persistent_shape(Pass::kBackward, exchange_, sizeof(D)).units;
+        const int64_t blocks = (s_.hidden + units - 1) / units * s_.groups * s_.sides;
+        expect(words_[k][lstm_ext::cuda::kBlocksThatCame] + 1 == blocks, "a block was not counted");
+      }
       for (int i = 0; i < s_.sides; ++i) take_from_mailbox(sides[i], *results[i], k, i);
     }
     for (const auto& result : results) {
@@ -322,23 +327,27 @@ void check_faults() {
   }
 }
 
-// A block that waits for a piece of another one, which comes when that one has looked around some times.
+// A block that waits for a piece of another one, which comes when that one has done something else for a while.
 struct LateBlock {
   lstm_ext::cuda::PersistentControl control;
   unsigned char* slot;
-  bool sends;
+  enum Late { kSends, kSendsNothing, kNeverComes } late;
   uint32_t* came;  // 1: the piece did
 };
+LSTM_DEVICE void do_something_else(const LateBlock& a, int times) {
+  for (int i = 0; i < times; ++i) {
+    lstm_ext::cuda::load_relaxed(a.control.words);
+    atomicAdd(a.came, 0u);  // nobody takes it for a deadlock
+  }
+}
 LSTM_KERNEL late_block_kernel(LateBlock a) {
   using namespace lstm_ext::cuda;
   if (blockIdx.x == 1) {
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < 8192; ++i) {
-      load_relaxed(a.control.words);
-      atomicAdd(a.came, 0u);  // it does something: nobody takes that for a deadlock
-    }
+    if (threadIdx.x != 0 || a.late == LateBlock::kNeverComes) return;
+    do_something_else(a, 8192);
     atomicAdd(a.control.words + kBlocksThatCame, 1u);
-    if (a.sends) store_relaxed_16(a.slot, make_uint4(1, 2, 3, 4));
+    do_something_else(a, 512);  // it reads its weights
+    if (a.late == LateBlock::kSends) store_relaxed_16(a.slot, make_uint4(1, 2, 3, 4));
     return;
   }
   if (threadIdx.x == 0) atomicAdd(a.control.words + kBlocksThatCame, 1u);
@@ -346,10 +355,10 @@ LSTM_KERNEL late_block_kernel(LateBlock a) {
   const bool came = piece.wait<0, 1>(a.control, gridDim.x);
   if (threadIdx.x == 0) *a.came = came ? 1 : 0;
 }
-// Its time begins when all blocks have come.
+// The time of a wait begins when all blocks have come; that for them to come ends too.
 void check_late_blocks() {
   label = "a block that comes late";
-  for (const bool sends : {true, false}) {
+  for (const auto late : {LateBlock::kSends, LateBlock::kSendsNothing, LateBlock::kNeverComes}) {
     DeviceBuffer<uint32_t> words(lstm_ext::cuda::kControlWords, "control words"), status(1, 0u, "status"),
         came(1, 7u, "came"), slot(4, "slot");
     set_all_bits(words.data(), words.size());
@@ -358,9 +367,12 @@ void check_late_blocks() {
     config.grid = dim3(2);
     config.block = dim3(32);
     config.cooperative = true;
-    const LateBlock args{
-        {words.data(), nullptr, status.data(), 1}, reinterpret_cast<unsigned char*>(slot.data()), sends, came.data()};
+    // Switches between threads: more than the late block makes between coming and sending, fewer than before.
+    constexpr int64_t kShort = 1 << 16;
+    const LateBlock args{{words.data(), nullptr, status.data(), kShort},
+                         reinterpret_cast<unsigned char*>(slot.data()), late, came.data()};
     lstm_ext::cuda::launch(late_block_kernel, config, args);
+    const bool sends = late == LateBlock::kSends;
     expect(came[0] == (sends ? 1 : 0), sends ? "a wait expired before all blocks had come" : "a wait did not expire");
   }
 }

@@ -188,11 +188,14 @@ PLANTED = {
     ),
     "the time of a wait begins at once": (
         CHUNK,
-        "kBlocksThatCame LSTM_SITE) + 1 == blocks",
-        "kBlocksThatCame LSTM_SITE) + 1 <= blocks",
+        "limit.has_passed(all_came ? 1 : kForBlocks)",
+        "limit.has_passed()",
         "faults",
         ["late"],
         "before all blocks had come",
+    ),
+    "the time goes on when the last block comes": (
+        CHUNK, "if (all_came && !they_came) limit.start_again();", "", "faults", ["late"], "before all blocks had come",
     ),
     "a block that nobody counts": (
         CHUNK, "threadIdx.x == 0) atomicAdd(all_.control.words + kBlocksThatCame, 1u);", "false) return;", "faults",

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -102,6 +103,11 @@ def test_each_kind_of_mistake_is_reported(dry):
     assert values["gates"]["by_gate"]["i"] > 0 and values["gates"]["by_gate"]["g"] == 0
     assert [n > 0 for n in values["part"]["by_part_of_depth"]] == [part == 1 for part in range(8)]
     assert values["nan"]["nan"] == values["nan"]["wrong"] == 1
+    # A code says which number it is, in every dtype.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        codes = torch.arange(cuda_diagnosis.CODES)
+        h = torch.atanh(codes / 256).to(dtype).float().tanh().to(dtype)
+        assert torch.equal((h.double() * 256).round().long(), codes)
     # Which number came in the place of which.
     example = reports["fragment"]["fragments"]["first"][0]
     assert example["came"]["unit"] == example["expected"]["unit"] ^ 1
@@ -119,15 +125,26 @@ def test_the_archive_has_everything(dry):
 
 def test_a_record_of_other_versions_is_not_added_to(tmp_path):
     output = tmp_path / "out.json"
-    options = argparse.Namespace(command="speed", dry=True, output=output, budget=1.0, commit=None)
+    options = argparse.Namespace(command="values", dry=True, output=output, budget=1.0, commit=None)
     first = Session(options)
-    first.add({"phase": "info", "result": "passed"})
-    first.add({"phase": "info", "result": "failed"})
+    card = {"git_commit": "0123", "card": "one"}
+    first.know(card)
+    first.add({"phase": "suite", "result": "passed"})
+    first.add({"phase": "suite", "result": "failed"})
     first.write()
-    assert Session(options).record["phases"] == [{"phase": "info", "result": "failed"}]
-    first.record["packages"]["torch"] = "1.0"
-    first.write()
-    assert Session(options).record["phases"] == []
+
+    def phases(command: str = "speed", **facts: str) -> list[str]:
+        options.command = command
+        session = Session(options)
+        session.add({"phase": "build", "result": "passed"})
+        session.know(card | facts)
+        return [f"{phase['phase']} {phase['result']}" for phase in session.record["phases"]]
+
+    assert phases() == ["suite failed", "build passed"]
+    assert phases(card="another") == phases("values") == ["build passed"]
+    for change in ({"packages": {"torch": "1.0"}}, {"sources": "others"}):
+        output.write_text(json.dumps(first.record | change))
+        assert phases() == ["build passed"]
 
 
 CLOCKS = """#!/bin/sh
@@ -270,6 +287,9 @@ def test_a_check_that_dies_or_hangs_leaves_the_others(session):
         "hangs": ("failed", "the time was up"),
         "last": ("passed", None),
     }
+    session.deadline = 0
+    late = gpu_check.checks(session, 0.0)
+    assert late.result == "incomplete" and late.reason == "5 incomplete"
 
 
 def test_checks_that_cannot_be_imported(session):
