@@ -357,6 +357,7 @@ LSTM_KERNEL late_block_kernel(LateBlock a) {
 }
 // The time of a wait begins when all blocks have come; that for them to come ends too.
 void check_late_blocks() {
+  if (simt::translated_kernel != nullptr) return;  // nvcc does not know the kernel above
   label = "a block that comes late";
   for (const auto late : {LateBlock::kSends, LateBlock::kSendsNothing, LateBlock::kNeverComes}) {
     DeviceBuffer<uint32_t> words(lstm_ext::cuda::kControlWords, "control words"), status(1, 0u, "status"),
