@@ -371,7 +371,9 @@ void check_late_blocks() {
     // Switches between threads: more than the late block makes between coming and sending, fewer than before.
     constexpr int64_t kShort = 1 << 16;
     const LateBlock args{{words.data(), nullptr, status.data(), kShort},
-                         reinterpret_cast<unsigned char*>(slot.data()), late, came.data()};
+                         reinterpret_cast<unsigned char*>(slot.data()),
+                         late,
+                         came.data()};
     lstm_ext::cuda::launch(late_block_kernel, config, args);
     const bool sends = late == LateBlock::kSends;
     expect(came[0] == (sends ? 1 : 0), sends ? "a wait expired before all blocks had come" : "a wait did not expire");
