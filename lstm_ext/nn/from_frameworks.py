@@ -32,7 +32,7 @@ class _Direction:
     weight_hh: Tensor
     bias: Tensor | None
     weight_hr: Tensor | None = None
-    peepholes: tuple[Tensor, Tensor, Tensor] | None = None  # of i, f and o
+    peepholes: tuple[Tensor, Tensor, Tensor] | None = None  # i, f and o
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -42,7 +42,7 @@ class _Direction:
 
 
 class _Source:
-    """What an importer reads: its arrays, by their names in the framework, for errors that name both."""
+    """Reads the arrays of a framework, and names the importer and the array in errors."""
 
     def __init__(self, function: str, order: str) -> None:
         self.function, self.order = function, order
