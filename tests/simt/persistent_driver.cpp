@@ -337,7 +337,7 @@ struct LateBlock {
 LSTM_DEVICE void do_something_else(const LateBlock& a, int times) {
   for (int i = 0; i < times; ++i) {
     lstm_ext::cuda::load_relaxed(a.control.words);
-    atomicAdd(a.came, 0u);  // nobody takes it for a deadlock
+    atomicAdd(a.control.status, 0u);  // nobody takes it for a deadlock
   }
 }
 LSTM_KERNEL late_block_kernel(LateBlock a) {

@@ -122,7 +122,7 @@ PLANTED = {
         CHUNK, "    left_at = place.row;", "    left_at = i > 0 ? place.row_before : place.row;", "forward", ["late"],
         "",
     ),
-    "no wait": (CHUNK, "whole = whole && is_whole(pieces[q]);", "", "forward", ["random", "weak"], ""),
+    "no wait": (CHUNK, "whole = whole && is_whole(pieces_[q]);", "", "forward", ["random", "weak"], ""),
     "one word of a piece": (
         CHUNK,
         "return piece.x != kSentinel && piece.y != kSentinel && piece.z != kSentinel && piece.w != kSentinel;",
