@@ -100,7 +100,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_backward_kernel(LSTM_GRID_CONS
   const int64_t first_unit = int64_t{blockIdx.x} * kStepUnits, first_row = int64_t{blockIdx.y} * kRows;
   const int64_t tiles = first_row < args.row_count ? (H + Tile::kColumns - 1) / Tile::kColumns : 0;
   typename Tile::Copies columns;
-  columns.begin(H, 0, args.weight, [&](int row) -> const D* {
+  columns.begin(H, args.weight, [&](int row) -> const D* {
     const int64_t unit = first_unit + row % kStepUnits;
     return unit < H ? args.weight + (row / kStepUnits * H + unit) * args.weight_stride : nullptr;
   });

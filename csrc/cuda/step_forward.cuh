@@ -57,7 +57,7 @@ class ForwardOperand {
 
  private:
   LSTM_DEVICE void begin(const StepProduct<T>& product) {
-    copies_.begin(product.depth, 0, product.weight, [&](int row) { return row_of(product, row); });
+    copies_.begin(product.depth, product.weight, [&](int row) { return row_of(product, row); });
   }
   LSTM_DEVICE const T* row_of(const StepProduct<T>& product, int row) const {
     if constexpr (kWeights) {

@@ -23,11 +23,11 @@ class TileCopies {
   LSTM_DEVICE static int row() { return static_cast<int>(threadIdx.x) / kPieces; }
   LSTM_DEVICE static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
 
-  // Begins with the first tile of a matrix of rows of `length` numbers, at `column`. row_of gives a row of the tile;
-  // null: zeros. `somewhere` is any address that may be read.
+  // Begins with the first tile of a matrix of rows of `length` numbers. row_of gives a row of the tile; null: zeros.
+  // `somewhere` is any address that may be read.
   template <typename RowOf>
-  LSTM_DEVICE void begin(int64_t length, int64_t column, const T* somewhere, RowOf&& row_of) {
-    column_ = column + piece() * kPieceNumbers;
+  LSTM_DEVICE void begin(int64_t length, const T* somewhere, RowOf&& row_of) {
+    column_ = piece() * kPieceNumbers;
     length_ = length;
     somewhere_ = somewhere;
     all_there_ = true;

@@ -343,9 +343,8 @@ def _jax_cell(params: Any) -> _Direction:
         )
     cell = cells[0]
     if "w" in cell:
-        return _Source("from_jax", "igfo").with_forget_bias(
-            _Source("from_jax", "igfo").joint(cell["w"], cell["b"], ("w", "b")), 1.0
-        )
+        haiku = _Source("from_jax", "igfo")
+        return haiku.with_forget_bias(haiku.joint(cell["w"], cell["b"], ("w", "b")), 1.0)
     if "weight_ih" in cell:
         W, U = (read.array(cell[name], name, None, None) for name in ("weight_ih", "weight_hh"))
         return read.matrices(W.T, U.T, cell.get("bias"), ("weight_ih", "weight_hh", "bias"))

@@ -24,10 +24,10 @@ def array(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def names(source: Any) -> Any:
+def tensors(source: Any) -> Any:
     """Its lists of numbers as tensors."""
     if isinstance(source, dict):
-        return {name: names(part) for name, part in source.items()}
+        return {name: tensors(part) for name, part in source.items()}
     if isinstance(source, list):
         numbers = source
         while isinstance(numbers, list):
@@ -35,7 +35,7 @@ def names(source: Any) -> Any:
         try:
             return torch.tensor(source)
         except (TypeError, ValueError):
-            return [names(part) for part in source]
+            return [tensors(part) for part in source]
     return source
 
 
@@ -71,7 +71,7 @@ def imported(case: dict[str, Any]) -> lstm_ext.LSTM:
             ]
             return function(layers)
         return function(layers[0])
-    return function(names(source), **case.get("keywords", {}))
+    return function(tensors(source), **case.get("keywords", {}))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['function']}, {case['name']}")
@@ -103,11 +103,11 @@ def test_every_framework_has_cases() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("order", ["from_haste", "from_mlx"])
-def test_formulas_of_those_that_are_not_here(order: str) -> None:
+@pytest.mark.parametrize("function", ["from_haste", "from_mlx"])
+def test_formulas_of_those_that_are_not_here(function: str) -> None:
     """Haste needs a GPU and MLX a Mac: their equations, written out."""
     x, sigmoid = array(5, 2, I), torch.sigmoid
-    if order == "from_haste":
+    if function == "from_haste":
         kernel, recurrent, bias = array(I, 4 * H), array(H, 4 * H), array(4 * H)
         arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
         layer, gates = lstm_ext.from_haste(arrays, zoneout=0.25).eval(), "igfo"
@@ -121,7 +121,7 @@ def test_formulas_of_those_that_are_not_here(order: str) -> None:
         z = dict(zip(gates, (x[t] @ kernel + h @ recurrent + bias).chunk(4, -1), strict=True))
         c = sigmoid(z["f"]) * c + sigmoid(z["i"]) * z["g"].tanh()
         fresh = sigmoid(z["o"]) * c.tanh()
-        h = 0.75 * fresh + 0.25 * h if order == "from_haste" else fresh
+        h = 0.75 * fresh + 0.25 * h if function == "from_haste" else fresh
     assert torch.allclose(layer(x)[1][0][0], h, atol=1e-6)
 
 
