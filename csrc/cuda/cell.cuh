@@ -110,6 +110,38 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, RowState row, int64_
   result.output = output_values<kOptions>(args.output, row, place, now.h);
   return result;
 }
+// The same in two halves, for kernels that multiply themselves. A cell before its product is there: z without it, but
+// with U h_{t-1} where h_{t-1} is not that of the step before; and c_{t-1}. It takes no part if it is not there.
+// `whole`: the product is W x + U h of every row.
+struct BegunCell {
+  RowState row;
+  float z[4];
+  float before;
+};
+template <bool kOptions, typename T, typename Bias>
+LSTM_DEVICE BegunCell begin_cell(const CellForward<T>& args, int64_t b, int64_t j, Bias&& bias, bool whole = false) {
+  const int64_t H = args.hidden_size;
+  BegunCell begun = {};
+  if (b >= args.rows.count || j >= H) return begun;
+  begun.row = forward_row<kOptions>(args.rows, b);
+  if (!begun.row.takes_part()) return begun;
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = bias(gate);
+  begun.before = previous_cell(begun.row, args.c_previous, b * H + j);
+  if (whole) return begun;
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] += args.input_part[b * args.input_stride + gate * H + j];
+  if (begun.row.takes_product()) return begun;
+  if (const float* recurrent = recurrent_row(args, begun.row, b)) {
+    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += recurrent[gate * H + j];
+  }
+  return begun;
+}
+template <bool kOptions, typename Math, typename T>
+LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, BegunCell& begun, int64_t place, const float (&product)[4],
+                                bool whole = false) {
+  const bool counts = whole || begun.row.takes_product();
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = counts ? begun.z[gate] + product[gate] : begun.z[gate];
+  return new_cell<kOptions, Math>(args, begun.row, place, begun.z, begun.before);
+}
 template <typename T>
 LSTM_DEVICE void write_cell(const CellForward<T>& args, RowState row, int64_t b, int64_t j, const NewCell<T>& cell) {
   write_state(args, row, b, j, cell.z, cell.state.c);

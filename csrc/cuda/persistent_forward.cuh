@@ -13,13 +13,7 @@ struct PersistentForwardPass {
   static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 4;
 
-  // The values of one unit of a row that do not need the product: W x_t with the biases, and, where the state is not
-  // that of the step before, the product with it; c_{t-1}. A row takes no part if it is not there.
-  struct Cell {
-    RowState row;
-    float z[4];
-    float before;
-  };
+  using Cell = BegunCell;
 
   const Arguments& args;
 
@@ -82,21 +76,7 @@ struct PersistentForwardPass {
   }
 
   LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, const Unit& unit, int64_t b, int64_t j) const {
-    Cell result = {};
-    if (!is_cell(cell, b, j)) return result;
-    result.row = forward_row<kOptions>(cell.rows, b);
-    if (!result.row.takes_part()) return result;
-    const int64_t H = cell.hidden_size;
-    for (int gate = 0; gate < 4; ++gate) {
-      result.z[gate] = unit.bias[gate] + cell.input_part[b * cell.input_stride + gate * H + j];
-    }
-    if (!result.row.takes_product()) {
-      if (const float* recurrent = recurrent_row(cell, result.row, b)) {
-        for (int gate = 0; gate < 4; ++gate) result.z[gate] += recurrent[gate * H + j];
-      }
-    }
-    result.before = previous_cell(result.row, cell.c_previous, b * H + j);
-    return result;
+    return cuda::begin_cell<kOptions>(cell, b, j, [&](int gate) { return unit.bias[gate]; });
   }
 
   using Result = NewCell<T>;
@@ -104,8 +84,7 @@ struct PersistentForwardPass {
                                  const float (&product)[4], T (&left)[1]) const {
     Result result = {};
     if (begun.row.takes_part()) {
-      for (int gate = 0; gate < 4; ++gate) begun.z[gate] += begun.row.takes_product() ? product[gate] : 0.0f;
-      result = new_cell<kOptions, FastMath>(cell, begun.row, b * cell.hidden_size + j, begun.z, begun.before);
+      result = new_cell<kOptions, FastMath>(cell, begun, b * cell.hidden_size + j, product);
     } else {
       result.output.operand = narrow<T>(0);
     }

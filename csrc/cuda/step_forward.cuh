@@ -116,45 +116,6 @@ LSTM_DEVICE void multiply_tiles(const unsigned char* weights, const unsigned cha
   }
 }
 
-// A cell before its product is there. It takes no part if it is not there.
-struct BegunCell {
-  RowState row;
-  float z[4];
-  float before;
-};
-template <bool kOptions, typename T>
-LSTM_DEVICE BegunCell begin_forward(const StepForward<T>& args, int64_t b, int64_t j) {
-  const CellForward<T>& cell = args.cell;
-  const int64_t H = cell.hidden_size;
-  BegunCell begun = {};
-  if (b >= cell.rows.count || j >= H) return begun;
-  begun.row = forward_row<kOptions>(cell.rows, b);
-  if (!begun.row.takes_part()) return begun;
-  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = bias_at(cell, gate, j);
-  begun.before = previous_cell(begun.row, cell.c_previous, b * H + j);
-  if (args.whole) return begun;
-  for (int gate = 0; gate < 4; ++gate) begun.z[gate] += cell.input_part[b * cell.input_stride + gate * H + j];
-  if (begun.row.takes_product()) return begun;
-  if (const float* recurrent = recurrent_row(cell, begun.row, b)) {
-    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += recurrent[gate * H + j];
-  }
-  return begun;
-}
-template <bool kOptions, typename T>
-LSTM_DEVICE void finish_forward(const StepForward<T>& args, BegunCell& begun, int64_t b, int64_t j,
-                                const float (&product)[4]) {
-  const CellForward<T>& cell = args.cell;
-  if (!begun.row.takes_part()) {
-    if (b < cell.rows.count && j < cell.hidden_size) write_no_cell(cell, b, j);
-    return;
-  }
-  if (args.whole || begun.row.takes_product()) {
-    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += product[gate];
-  }
-  const int64_t place = b * cell.hidden_size + j;
-  write_cell(cell, begun.row, b, j, new_cell<kOptions, FastMath>(cell, begun.row, place, begun.z, begun.before));
-}
-
 template <typename T, bool kOptions, int kRows>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONSTANT StepSides<StepForward<T>> both) {
   const StepForward<T>& args = both.sides[blockIdx.z];
@@ -183,7 +144,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
   BegunCell cells[kCells];
   const auto begin_cells = [&] {
 #pragma unroll
-    for (int i = 0; i < kCells; ++i) cells[i] = begin_forward<kOptions>(args, first_row + row_of_cell(i), j);
+    for (int i = 0; i < kCells; ++i) {
+      const auto bias = [&](int gate) { return bias_at(args.cell, gate, j); };
+      cells[i] = begin_cell<kOptions>(args.cell, first_row + row_of_cell(i), j, bias, args.whole);
+    }
   };
   constexpr bool kBeginsEarly = kCells <= 2;
   if constexpr (kBeginsEarly) begin_cells();
@@ -231,7 +195,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
       product[2] += sum.z;
       product[3] += sum.w;
     }
-    finish_forward<kOptions>(args, cells[i], first_row + row_of_cell(i), j, product);
+    const int64_t b = first_row + row_of_cell(i);
+    if (cells[i].row.takes_part()) {
+      const int64_t place = b * args.cell.hidden_size + j;
+      const auto cell = new_cell<kOptions, FastMath>(args.cell, cells[i], place, product, args.whole);
+      write_cell(args.cell, cells[i].row, b, j, cell);
+    } else if (b < args.cell.rows.count && j < args.cell.hidden_size) {
+      write_no_cell(args.cell, b, j);
+    }
   }
 }
 

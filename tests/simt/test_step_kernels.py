@@ -106,9 +106,9 @@ PLANTED = {
         "step_backward.cuh", "  __syncthreads();\n  for (int cell", "  for (int cell", ["random", "race"],
     ),
     "rows beyond the batch": (
-        "step_forward.cuh",
-        "if (b >= cell.rows.count || j >=",
-        "if (b > cell.rows.count || j >=",
+        "cell.cuh",
+        "if (b >= args.rows.count || j >=",
+        "if (b > args.rows.count || j >=",
         ["fifo"],
     ),
     "gates of a pair swapped": (
