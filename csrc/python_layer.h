@@ -37,6 +37,7 @@ template <typename Option>
 constexpr const char* kind_of_option() {
   if constexpr (std::is_same_v<Option, Tensor>) return "a Tensor or None";
   if constexpr (std::is_same_v<Option, std::vector<Tensor>>) return "a sequence of Tensors";
+  if constexpr (std::is_same_v<Option, std::string>) return "a string";
   return std::is_same_v<Option, bool> ? "a bool" : "a number";
 }
 

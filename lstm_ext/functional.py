@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .call import run
 from .layer import route
+from .layer.activations import Activation
 
 __all__ = ["lstm"]
 
@@ -35,6 +36,9 @@ def lstm(
     peephole_weights: Sequence[Tensor] | None = None,
     cell_clip: float | None = None,
     coupled_gates: bool = False,
+    gate_activation: Activation = "sigmoid",
+    cell_activation: Activation = "tanh",
+    preactivation_clip: float | None = None,
     recompute: bool = False,
     return_cell_states: bool = False,
     return_gates: bool = False,
@@ -67,7 +71,8 @@ def lstm(
             without it.
         peephole_weights: the weights of peepholes, a flat sequence: for each layer, and in it for each direction,
             ``weight_ci``, ``weight_cf``, ``weight_co``, (H) each. None for layers without them.
-        cell_clip, coupled_gates: as in :class:`lstm_ext.LSTM`.
+        cell_clip, coupled_gates, gate_activation, cell_activation, preactivation_clip: as in
+            :class:`lstm_ext.LSTM`.
 
     Returns:
         ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
@@ -96,6 +101,9 @@ def lstm(
         peephole_weights=peephole_weights,
         cell_clip=cell_clip,
         coupled_gates=coupled_gates,
+        gate_activation=gate_activation,
+        cell_activation=cell_activation,
+        preactivation_clip=preactivation_clip,
         recompute=recompute,
         lengths=lengths,
         resets=resets,

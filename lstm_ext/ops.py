@@ -38,6 +38,8 @@ plain layer. docs/options.md says which of them run on the kernels.
 - ``peephole=None``: for each direction the peepholes' weights w_ci, w_cf and w_co, (H) each. Not with ``norm``.
 - ``cell_clip=0``: the bound of abs(c_t); 0 for none.
 - ``coupled_gates=False``: whether f = 1 - i. Not with ``norm``.
+- ``activations=""``: the functions of i, f and o, of g, and of c_t, as in ``"hard_sigmoid(0.2,0.5) tanh tanh"``.
+- ``preactivation_clip=0``: the bound of what the functions of the gates take; 0 for none.
 - ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
 
 ``lstm_layer_forward`` takes the same arguments. It also returns what the backward pass needs::

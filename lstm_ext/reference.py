@@ -35,6 +35,10 @@ The options of a layer, which torch does not have, in the order in which step t 
     coupled_gates           f_t = 1 - i_t; the rows of f in the weights, and w_cf, are not used
     cell_clip               c_t = min(max(f_t * c_{t-1} + i_t * g_t, -clip), clip), before anything else sees it; the
                             gradient is that of torch.clamp
+    gate_activation         another function in place of sigmoid
+    cell_activation         another function in place of tanh: of g, and of c_t in h_t
+    preactivation_clip      what the functions of i, f, g and o take is min(max(z, -clip), clip), after the peepholes;
+                            a preactivation on the edge passes no gradient on
     zoneout                 c_t = k_c * c_{t-1} + (1 - k_c) * c'_t and h_t = k_h * h_{t-1} + (1 - k_h) * h'_t, where
                             c'_t and h'_t are the results of the equations above (with a projection, the projected
                             h'_t); h'_t is made of c'_t, not of c_t. In training k is random, 0 or 1, for each element

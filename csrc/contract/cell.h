@@ -18,6 +18,10 @@
 //   clamp(v, bound)          bounds |v|, a NaN stays one; for cells with options only
 //   within(v, bound, a)      a where |v| <= bound, else 0; for cells with options only
 //   below(v, bound, a)       a where |v| < bound, else 0; for cells with options only
+//   unless(v, bound, a)      a where v is not bound, else 0; for cells with options only
+//   activation(f, z)         activation_value of contract/activation.h, and
+//   slope_of(f, value)       activation_slope, for which a Math has tanh, expm1, softplus, quotient(a, b) and
+//                            where_positive(v, a, b), a where v > 0, else b; for cells with options only
 //
 // The functions of this file are templates of a Math, so their linkage is as internal as that of the Math. The linker
 // merges no copies of them, and so cannot keep one of a newer instruction set. A CPU kernel may include this file after
@@ -27,6 +31,7 @@
 // load late, so that the value does not occupy a register earlier.
 #pragma once
 
+#include "contract/activation.h"
 #include "contract/params.h"
 
 namespace lstm_ext::cell {
@@ -45,6 +50,9 @@ struct Plain {
 //   clips()       clamps c_t to [-clip(), clip()] before anything sees it; its gradient is that of torch.clamp
 //   coupled()     f = 1 - i: z_f is not read, and its gradient is 0
 //   exact_gates() see Options
+//   clips_preactivations()  clamps what the nonlinearities of the gates take to [-bound, bound], with bound =
+//                 preactivation_clip(). One that is at the bound passes no gradient on.
+//   other_activations()     has activation(gate) and output_activation() in place of sigmoid and tanh
 //
 // This one has the Options of contract/params.h; load(parameter) gives the numbers of its units.
 template <typename T, typename Load>
@@ -60,6 +68,13 @@ struct CellAt {
   LSTM_EXT_CONTRACT_INLINE T clip() const { return options.clip; }
   LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled; }
   LSTM_EXT_CONTRACT_INLINE bool exact_gates() const { return options.exact_gates; }
+  LSTM_EXT_CONTRACT_INLINE bool clips_preactivations() const { return options.preactivation_clip != 0; }
+  LSTM_EXT_CONTRACT_INLINE T preactivation_clip() const { return options.preactivation_clip; }
+  LSTM_EXT_CONTRACT_INLINE bool other_activations() const { return options.other_activations; }
+  LSTM_EXT_CONTRACT_INLINE const Activation<T>& activation(Gate gate) const {
+    return gate == kG ? options.candidate_activation : options.gate_activation;
+  }
+  LSTM_EXT_CONTRACT_INLINE const Activation<T>& output_activation() const { return options.output_activation; }
 };
 
 // A c_{t-1} that is in a register already.
@@ -79,6 +94,53 @@ struct NoStore {
   template <typename Value>
   LSTM_EXT_CONTRACT_INLINE void operator()(const Value&) const {}
 };
+
+// ---- the nonlinearities: sigmoid and tanh, or what the cell has in their place
+
+template <typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value gate_value(Gate gate, typename Math::Value z, const Cell& cell) {
+  if constexpr (Cell::kOptions) {
+    if (cell.other_activations()) return Math::activation(cell.activation(gate), z);
+  }
+  return gate == kG ? Math::tanh(z) : Math::sigmoid(z);
+}
+// h_t, before a projection, from what its nonlinearity takes.
+template <typename Math, typename Cell = Plain>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden(typename Math::Value o, typename Math::Value c,
+                                                     const Cell& cell = {}) {
+  if constexpr (Cell::kOptions) {
+    if (cell.other_activations()) return o * Math::activation(cell.output_activation(), c);
+  }
+  return Math::hidden(o, c);
+}
+// The nonlinearity of h_t for the backward pass.
+template <typename Math>
+struct AnySquashed {
+  typename Math::Value now, its_slope;
+  LSTM_EXT_CONTRACT_INLINE typename Math::Value value() const { return now; }
+  LSTM_EXT_CONTRACT_INLINE typename Math::Value slope(typename Math::Value) const { return its_slope; }
+};
+template <typename Math, typename Cell = Plain>
+LSTM_EXT_CONTRACT_INLINE auto squash(typename Math::Value c, const Cell& cell = {}) {
+  if constexpr (Cell::kOptions) {
+    if (cell.other_activations()) {
+      const auto value = Math::activation(cell.output_activation(), c);
+      return AnySquashed<Math>{value, Math::slope_of(cell.output_activation(), value)};
+    }
+    const auto squashed = Math::squash(c);
+    const auto value = squashed.value();
+    return AnySquashed<Math>{value, squashed.slope(value)};
+  } else {
+    return Math::squash(c);
+  }
+}
+
+template <typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE void clip_preactivation(typename Math::Value& z, const Cell& cell) {
+  if constexpr (Cell::kOptions) {
+    if (cell.clips_preactivations()) z = Math::clamp(z, cell.preactivation_clip());
+  }
+}
 
 // ---- forward
 
@@ -103,11 +165,16 @@ template <typename Math, typename Cell>
 LSTM_EXT_CONTRACT_INLINE void state_gates(const typename Math::Gates& z, const Cell& cell,
                                           typename Math::Gates& gates) {
   if constexpr (Cell::kOptions) {
-    Math::input(z[kI], z[kG], gates[kI], gates[kG]);
+    if (cell.other_activations()) {
+      gates[kI] = gate_value<Math>(kI, z[kI], cell);
+      gates[kG] = gate_value<Math>(kG, z[kG], cell);
+    } else {
+      Math::input(z[kI], z[kG], gates[kI], gates[kG]);
+    }
     if (cell.coupled()) {
       gates[kF] = Math::number(1) - gates[kI];
     } else {
-      gates[kF] = Math::sigmoid(z[kF]);
+      gates[kF] = gate_value<Math>(kF, z[kF], cell);
     }
   } else {
     gates[kF] = Math::sigmoid(z[kF]);
@@ -120,7 +187,7 @@ template <typename Math, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE typename Math::Gates gate_values(const typename Math::Gates& z, const Cell& cell = {}) {
   typename Math::Gates gates;
   state_gates<Math>(z, cell, gates);
-  gates[kO] = Math::sigmoid(z[kO]);
+  gates[kO] = gate_value<Math>(kO, z[kO], cell);
   return gates;
 }
 
@@ -131,7 +198,7 @@ struct Forward {
 };
 
 // store(c_t) runs as soon as c_t is known. With options, z becomes what the nonlinearities see: with peepholes their
-// part is added, and a coupled z_f is -z_i.
+// part is added, then it is clipped, and a coupled z_f is -z_i.
 template <typename Math, typename Z, typename Before, typename Cell = Plain, typename Store = NoStore>
 LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, const Cell& cell = {},
                                                const Store& store = {}) {
@@ -142,6 +209,7 @@ LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, cons
       z[kI] = Math::fma(cell.peephole(kI), before.load(), z[kI]);
       z[kF] = Math::fma(cell.peephole(kF), before.load(), z[kF]);
     }
+    for (const Gate gate : {kI, kF, kG}) clip_preactivation<Math>(z[gate], cell);
     if (cell.coupled()) z[kF] = Math::number(0) - z[kI];
   }
   state_gates<Math>(z, cell, now.gates);
@@ -153,6 +221,12 @@ LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, cons
   } else {
     if constexpr (Cell::kOptions) {
       if (cell.peepholes()) z[kO] = Math::fma(cell.peephole(kO), now.c, z[kO]);
+      clip_preactivation<Math>(z[kO], cell);
+      if (cell.other_activations()) {
+        now.gates[kO] = gate_value<Math>(kO, z[kO], cell);
+        now.h = hidden<Math>(now.gates[kO], now.c, cell);
+        return now;
+      }
     }
     Math::output(z[kO], now.c, now.gates[kO], now.h);
   }
@@ -164,6 +238,21 @@ LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, cons
 template <typename Math>
 LSTM_EXT_CONTRACT_INLINE typename Math::Value sigmoid_slope(typename Math::Value value) {
   return value * (Math::number(1) - value);
+}
+// The gradient of a preactivation from that of the gate value.
+template <typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value gate_backward(Gate gate, typename Math::Value value,
+                                                            typename Math::Value grad, const Cell& cell) {
+  using Value = typename Math::Value;
+  if constexpr (Cell::kOptions) {
+    if (cell.clips_preactivations()) {
+      const Value bound = Math::number(cell.preactivation_clip());
+      grad = Math::unless(value, gate_value<Math>(gate, bound, cell), grad);
+      grad = Math::unless(value, gate_value<Math>(gate, Math::number(0) - bound, cell), grad);
+    }
+    if (cell.other_activations()) return grad * Math::slope_of(cell.activation(gate), value);
+  }
+  return grad * (gate == kG ? Math::number(1) - value * value : sigmoid_slope<Math>(value));
 }
 
 // Backward through h_t = o tanh(c): returns dL/do and adds to dL/dc. With layer normalisation, c is the normalised c_t.
@@ -192,7 +281,7 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gate
   Backward<Math> result;
   if constexpr (Cell::kOptions) {
     if (given.there()) d_o = d_o + given.load(kO);
-    if (cell.peepholes()) dc = Math::fma(cell.peephole(kO), d_o * sigmoid_slope<Math>(gates[kO]), dc);
+    if (cell.peepholes()) dc = Math::fma(cell.peephole(kO), gate_backward<Math>(kO, gates[kO], d_o, cell), dc);
     if (cell.clips()) {
       if (cell.exact_gates()) {
         dc = Math::within(unclipped_state<Math>(gates, Here<Math>{c_before}), cell.clip(), dc);
@@ -211,10 +300,10 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gate
   if constexpr (Cell::kOptions) {
     if (cell.coupled()) d_i = d_i - d_f;
   }
-  result.dz[kI] = d_i * sigmoid_slope<Math>(gates[kI]);
-  result.dz[kF] = d_f * sigmoid_slope<Math>(gates[kF]);
-  result.dz[kG] = d_g * (Math::number(1) - gates[kG] * gates[kG]);
-  result.dz[kO] = d_o * sigmoid_slope<Math>(gates[kO]);
+  result.dz[kI] = gate_backward<Math>(kI, gates[kI], d_i, cell);
+  result.dz[kF] = gate_backward<Math>(kF, gates[kF], d_f, cell);
+  result.dz[kG] = gate_backward<Math>(kG, gates[kG], d_g, cell);
+  result.dz[kO] = gate_backward<Math>(kO, gates[kO], d_o, cell);
   result.dc_before = dc * gates[kF];
   if constexpr (Cell::kOptions) {
     if (cell.coupled()) result.dz[kF] = Math::number(0);
@@ -230,7 +319,7 @@ template <typename Math, typename Given, typename Cell = Plain>
 LSTM_EXT_CONTRACT_INLINE Backward<Math> backward(const typename Math::Gates& gates, typename Math::Value c_before,
                                                  typename Math::Value c, typename Math::Value dh,
                                                  typename Math::Value dc, const Given& given, const Cell& cell = {}) {
-  const auto d_o = hidden_backward<Math>(gates[kO], Math::squash(c), dh, dc);
+  const auto d_o = hidden_backward<Math>(gates[kO], squash<Math>(c, cell), dh, dc);
   return state_backward<Math>(gates, c_before, c, dc, d_o, given, cell);
 }
 

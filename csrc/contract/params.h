@@ -33,6 +33,28 @@ struct LayerNorm {
 
 namespace cell {
 
+// The functions that a cell may have in place of sigmoid and tanh: those of ONNX's LSTM.
+enum class Function : int32_t {
+  kSigmoid,
+  kTanh,
+  kAffine,           // alpha z + beta
+  kRelu,             // max(z, 0)
+  kLeakyRelu,        // z, below 0 alpha z
+  kThresholdedRelu,  // z, below alpha 0
+  kElu,              // z, below 0 alpha (e^z - 1)
+  kScaledTanh,       // alpha tanh(beta z)
+  kHardSigmoid,      // alpha z + beta, at least 0 and at most 1
+  kSoftsign,         // z / (1 + |z|)
+  kSoftplus,         // log(1 + e^z)
+};
+
+// The factors that decide about the sign of a slope are never negative, so that a value tells its slope.
+template <typename T>
+struct Activation {
+  Function function;
+  T alpha, beta;
+};
+
 // The options of a cell, see contract/cell.h. Nothing set is the plain cell.
 enum Parameter { kPeepholeI, kPeepholeF, kPeepholeO, kParameters };
 template <typename T>
@@ -43,9 +65,15 @@ struct Options {
   // Whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell a c_t on
   // the edge of the clip that was clipped from one that was not. Otherwise neither of them passes a gradient on.
   bool exact_gates;
+  // Whether the functions are others than sigmoid for i, f and o, and tanh for g and c_t. Only then they are read.
+  bool other_activations;
+  Activation<T> gate_activation, candidate_activation, output_activation;  // of i, f and o; of g; of c_t in h_t
+  T preactivation_clip;                                                    // 0 without one
 
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[kPeepholeI] != nullptr; }
-  LSTM_EXT_CONTRACT_INLINE bool any() const { return peepholes() || clip != 0 || coupled; }
+  LSTM_EXT_CONTRACT_INLINE bool any() const {
+    return peepholes() || clip != 0 || coupled || other_activations || preactivation_clip != 0;
+  }
 };
 
 }  // namespace cell

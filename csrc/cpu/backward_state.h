@@ -76,13 +76,13 @@ struct CellRows {
   }
 
   // Backward through c_t, from dL/dc_t, dL/do and the cell's values.
-  template <typename Cell>
-  LSTM_EXT_INLINE cell::Backward<OwnDivisions<T>> through_state(int64_t row, int64_t unit, int lanes,
+  template <typename Math, typename Cell>
+  LSTM_EXT_INLINE cell::Backward<Math> through_state(int64_t row, int64_t unit, int lanes,
                                                                 const Gates<T>& gates, Reg<T> c_previous, Reg<T> c,
                                                                 Reg<T> grad, Reg<T> grad_o, const Cell& cell) const {
     const GivenGradients<T> given{grad_gate_values ? grad_gate_values + row * 4 * step + unit : nullptr, hidden_size,
                                   lanes};
-    return cell::state_backward<OwnDivisions<T>>(gates, c_previous, c, grad, grad_o, given, cell);
+    return cell::state_backward<Math>(gates, c_previous, c, grad, grad_o, given, cell);
   }
 
   // The backward pass of `lanes` units of a row, from dL/dh before the projection: stores the gradients of the
@@ -111,16 +111,16 @@ struct CellRows {
       }
     }
     using Math = OwnDivisions<T>;
-    const Reg<T> grad_o = cell::hidden_backward<Math>(gates[kO], Math::squash(c), grad_h, grad);
-    if (!kOptions) add_result_gradient(grad, row, unit, lanes);
-    const auto grads = [&]() LSTM_EXT_LAMBDA_INLINE {
+    const auto cell = [&]() LSTM_EXT_LAMBDA_INLINE {
       if constexpr (kOptions) {
-        return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o,
-                             CellAt<T>{options->cell, {unit, lanes}});
+        return CellAt<T>{options->cell, {unit, lanes}};
       } else {
-        return through_state(row, unit, lanes, gates, c_previous, c, grad, grad_o, cell::Plain{});
+        return cell::Plain{};
       }
     }();
+    const Reg<T> grad_o = cell::hidden_backward<Math>(gates[kO], cell::squash<Math>(c, cell), grad_h, grad);
+    if (!kOptions) add_result_gradient(grad, row, unit, lanes);
+    const auto grads = through_state<Math>(row, unit, lanes, gates, c_previous, c, grad, grad_o, cell);
     if (kOptions && sums) {
       for (int n = 0; n < cell::kParameters; ++n) {
         add_lanes<T>(sums + n * H + unit, cell::parameter_term<Math>(n, grads.dz, c_previous, c), lanes);

@@ -372,8 +372,10 @@ class UnfusedBackwardStep {
       const Reg<T> o = load_lanes<T>(now.gate_values + kO * H_ + unit, lanes);
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + now.b * H_ + unit, lanes);
       Reg<T> grad_tanh_input = S::zero();
+      const auto squashed =
+          cell::squash<Math>(S::fma(gain, y, shift), CellAt<T>{options_.cell, {unit, lanes}});
       const Reg<T> grad_o =
-          cell::hidden_backward<Math>(o, Math::squash(S::fma(gain, y, shift)), grad_h, grad_tanh_input);
+          cell::hidden_backward<Math>(o, squashed, grad_h, grad_tanh_input);
       T* const sum_gain = grad_gain_c + unit;
       store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
       add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
@@ -410,7 +412,8 @@ class UnfusedBackwardStep {
           through_c.of(load_lanes<T>(grad_normalised_c_ + unit, lanes), load_lanes<T>(now.normalised + unit, lanes)),
           grad_c);
       const Reg<T> grad_o = load_lanes<T>(now.grads[1] + kO * H_ + unit, lanes);
-      const auto back = cells.through_state(0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o,
+      const auto back = cells.template through_state<PreciseDivisions<T>>(
+          0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o,
                                             CellAt<T>{options_.cell, {unit, lanes}});
       store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + previous_part, lanes);
 #pragma GCC unroll kGates

@@ -57,6 +57,16 @@ struct LoadUnits {
 template <typename T>
 using CellAt = cell::CellAt<T, LoadUnits<T>>;
 
+// The library's functions by name: its inline ones may be merged with those of another instruction set.
+LSTM_EXT_INLINE float exact_expm1(float x) { return __builtin_expm1f(x); }
+LSTM_EXT_INLINE double exact_expm1(double x) { return __builtin_expm1(x); }
+LSTM_EXT_INLINE float exact_softplus(float x) {
+  return (x < 0 ? 0 : x) + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(x)));
+}
+LSTM_EXT_INLINE double exact_softplus(double x) {
+  return (x < 0 ? 0 : x) + __builtin_log1p(__builtin_exp(-__builtin_fabs(x)));
+}
+
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>
 struct CellMath {
@@ -65,7 +75,10 @@ struct CellMath {
   LSTM_EXT_INLINE static Value number(Number<T> x) { return Simd<T>::set1(x); }
   LSTM_EXT_INLINE static Value fma(Value a, Value b, Value c) { return Simd<T>::fma(a, b, c); }
   LSTM_EXT_INLINE static Value sigmoid(Value z) { return cpu::LSTM_EXT_ISA::sigmoid<T, kExactness>(z); }
-  LSTM_EXT_INLINE static Value hidden(Value o, Value c) { return o * tanh<T, kExactness>(c); }
+  LSTM_EXT_INLINE static Value tanh(Value z) {
+    return kExactness == Exactness::kPrecise ? precise_tanh<T>(z) : cpu::LSTM_EXT_ISA::tanh<T, kExactness>(z);
+  }
+  LSTM_EXT_INLINE static Value hidden(Value o, Value c) { return o * cpu::LSTM_EXT_ISA::tanh<T, kExactness>(c); }
 
   LSTM_EXT_INLINE static Value clamp(Value v, Number<T> bound) {
     return Simd<T>::at_least(Simd<T>::at_most(v, bound), -bound);
@@ -75,6 +88,31 @@ struct CellMath {
   }
   LSTM_EXT_INLINE static Value within(Value v, Number<T> bound, Value a) {
     return choose(Simd<T>::abs(v) <= number(bound), a, number(0));
+  }
+  LSTM_EXT_INLINE static Value unless(Value v, Value bound, Value a) { return choose(v == bound, number(0), a); }
+
+  // Called, not inlined: they are long, a cell has several of them, and most cells none.
+  __attribute__((noinline)) static Value activation(const cell::Activation<Number<T>>& f, Value z) {
+    return cell::activation_value<CellMath>(f, z);
+  }
+  __attribute__((noinline)) static Value slope_of(const cell::Activation<Number<T>>& f, Value value) {
+    return cell::activation_slope<CellMath>(f, value);
+  }
+  LSTM_EXT_INLINE static Value where_positive(Value v, Value a, Value b) { return choose(number(0) < v, a, b); }
+  LSTM_EXT_INLINE static Value quotient(Value a, Value b) { return a / b; }
+  LSTM_EXT_INLINE static Value expm1(Value z) {
+    return by_lane(z, [](Number<T> x) LSTM_EXT_LAMBDA_INLINE { return exact_expm1(x); });
+  }
+  LSTM_EXT_INLINE static Value softplus(Value z) {
+    return by_lane(z, [](Number<T> x) LSTM_EXT_LAMBDA_INLINE { return exact_softplus(x); });
+  }
+
+  template <typename Function>
+  LSTM_EXT_INLINE static Value by_lane(Value v, const Function& function) {
+    Number<T> lanes[Simd<T>::kLanes];
+    store_lanes<T>(lanes, v, Simd<T>::kLanes);
+    for (Number<T>& lane : lanes) lane = function(lane);
+    return load_lanes<T>(lanes, Simd<T>::kLanes);
   }
 
   struct Squashed {
@@ -121,7 +159,7 @@ struct OwnDivisions : CellMath<T, kExactness> {
   static constexpr bool kOutputGateFirst = true;
   LSTM_EXT_INLINE static void input(Value z_i, Value z_g, Value& i, Value& g) {
     i = Base::sigmoid(z_i);
-    g = kExactness == Exactness::kPrecise ? precise_tanh<T>(z_g) : tanh<T>(z_g);
+    g = Base::tanh(z_g);
   }
   LSTM_EXT_INLINE static void output(Value z_o, Value c, Value& o, Value& h) {
     o = Base::sigmoid(z_o);

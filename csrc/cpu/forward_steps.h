@@ -401,7 +401,8 @@ class UnfusedForwardStep {
         const Reg<T> tanh_input =
             S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
         const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
-        store_hidden(row, unit, lanes, PreciseDivisions<T>::hidden(o, tanh_input));
+        const CellAt<T> cell{options_.cell, {unit, lanes}};
+        store_hidden(row, unit, lanes, cell::hidden<PreciseDivisions<T>>(o, tanh_input, cell));
       });
     }
   }

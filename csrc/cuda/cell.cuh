@@ -207,14 +207,14 @@ LSTM_DEVICE typename Types<T>::Accumulate state_now(const CellBackward<T>& args,
 }
 
 // The values that the gradients of one unit need besides dL/dh_t, for a row that takes part.
-template <typename Math>
+template <typename Math, typename Cell = cell::Plain>
 struct CellValues {
   using A = typename Math::Value;
   GateValues<A> gates;
-  A before, now;                     // c_{t-1} and c'_t
-  typename Math::Squashed squashed;  // tanh of c'_t
-  A output;                          // dL/dh_t as the caller gave it
-  A after;                           // dL/dc_t but for its part through h_t
+  A before, now;  // c_{t-1} and c'_t
+  decltype(cell::squash<Math>(A{}, std::declval<Cell>())) squashed;  // tanh of c'_t
+  A output;                                                          // dL/dh_t as the caller gave it
+  A after;                                                           // dL/dc_t but for its part through h_t
 };
 template <bool kOptions, typename T>
 LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& args, RowState row, int64_t place) {
@@ -230,14 +230,14 @@ LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& 
   return after;
 }
 template <bool kOptions, typename Math, typename T, typename Cell = cell::Plain>
-LSTM_DEVICE CellValues<Math> cell_values(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
-                                         const Cell& cell = {}) {
+LSTM_DEVICE CellValues<Math, Cell> cell_values(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
+                                               const Cell& cell = {}) {
   const int64_t place = b * args.hidden_size + j;
-  CellValues<Math> values;
+  CellValues<Math, Cell> values;
   values.gates = gate_values_at<Math>(args.preactivations, b, j, args.hidden_size, cell);
   values.before = previous_cell(row, args.c_previous, place);
   values.now = state_now<kOptions, Math>(args, place, values.gates, values.before, cell);
-  values.squashed = Math::squash(values.now);
+  values.squashed = cell::squash<Math>(values.now, cell);
   values.output = given_gradient(args.output, row, b, j, args.hidden_size);
   values.after = gradient_after<kOptions>(args, row, place);
   return values;
@@ -332,7 +332,7 @@ LSTM_DEVICE void write_no_gradients(const CellBackward<T>& args, int64_t b, int6
 template <bool kOptions, typename Math, typename T, typename Through, typename Cell = cell::Plain>
 LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(const CellBackward<T>& args, RowState row,
                                                                         int64_t b, int64_t j,
-                                                                        const CellValues<Math>& values,
+                                                                        const CellValues<Math, Cell>& values,
                                                                         Through&& through_product,
                                                                         const Cell& cell = {}) {
   using A = typename Types<T>::Accumulate;
@@ -346,9 +346,9 @@ LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(const Ce
                                   cell);
 }
 // And everything that is written of them.
-template <bool kOptions, typename Math, typename T>
+template <bool kOptions, typename Math, typename T, typename Cell>
 LSTM_DEVICE void write_gradients(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
-                                 const CellValues<Math>& values,
+                                 const CellValues<Math, Cell>& values,
                                  const CellGradients<typename Types<T>::Accumulate>& grad) {
   write_state_gradient(args, row, b * args.hidden_size + j, grad.before);
   write_recurrent_gradients(args, row, b, j, grad.z);

@@ -15,6 +15,10 @@ struct AccurateFunctions {
   LSTM_HOST_DEVICE static double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
   LSTM_HOST_DEVICE static float tanh(float x) { return tanhf(x); }
   LSTM_HOST_DEVICE static double tanh(double x) { return ::tanh(x); }
+  LSTM_HOST_DEVICE static float expm1(float x) { return expm1f(x); }
+  LSTM_HOST_DEVICE static double expm1(double x) { return ::expm1(x); }
+  LSTM_HOST_DEVICE static float softplus(float x) { return (x < 0 ? 0 : x) + log1pf(expf(-fabsf(x))); }
+  LSTM_HOST_DEVICE static double softplus(double x) { return (x < 0 ? 0 : x) + log1p(exp(-fabs(x))); }
 };
 // and others, without branches, of two instructions that approximate 2^x and 1/x. Sigmoid errs by at most 2.3e-7, tanh
 // by 4.5e-7 and by 8.6e-7 of its value (tests/simt/fast_functions.cpp tries all numbers, with the errors that PTX
@@ -57,6 +61,7 @@ struct ScalarMath {
   // The compiler's flags say whether it contracts this.
   LSTM_HOST_DEVICE static A fma(A a, A b, A c) { return a * b + c; }
   LSTM_HOST_DEVICE static A sigmoid(A z) { return Functions::sigmoid(z); }
+  LSTM_HOST_DEVICE static A tanh(A z) { return Functions::tanh(z); }
   LSTM_HOST_DEVICE static A hidden(A o, A c) { return o * Functions::tanh(c); }
   LSTM_HOST_DEVICE static void input(A z_i, A z_g, A& i, A& g) {
     i = Functions::sigmoid(z_i);
@@ -69,6 +74,17 @@ struct ScalarMath {
   LSTM_HOST_DEVICE static A clamp(A v, A bound) { return v > bound ? bound : v < -bound ? -bound : v; }
   LSTM_HOST_DEVICE static A below(A v, A bound, A a) { return v < bound && v > -bound ? a : A(0); }
   LSTM_HOST_DEVICE static A within(A v, A bound, A a) { return v <= bound && v >= -bound ? a : A(0); }
+  LSTM_HOST_DEVICE static A unless(A v, A bound, A a) { return v == bound ? A(0) : a; }
+  LSTM_HOST_DEVICE static A activation(const cell::Activation<A>& f, A z) {
+    return cell::activation_value<ScalarMath>(f, z);
+  }
+  LSTM_HOST_DEVICE static A slope_of(const cell::Activation<A>& f, A value) {
+    return cell::activation_slope<ScalarMath>(f, value);
+  }
+  LSTM_HOST_DEVICE static A where_positive(A v, A a, A b) { return v > 0 ? a : b; }
+  LSTM_HOST_DEVICE static A quotient(A a, A b) { return a / b; }
+  LSTM_HOST_DEVICE static A expm1(A z) { return AccurateFunctions::expm1(z); }
+  LSTM_HOST_DEVICE static A softplus(A z) { return AccurateFunctions::softplus(z); }
   struct Squashed {
     A tanh_c;
     LSTM_HOST_DEVICE A value() const { return tanh_c; }

@@ -105,9 +105,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
       }
     }
     using Math = CellMath<T>;
-    const GateValues<A> gates = cell::gate_values<Math>(z);
+    const auto options = cell_at<kCell, T>(cell.options, j);
+    for (int gate = 0; gate < 4; ++gate) cell::clip_preactivation<Math>(z[gate], options);
+    const GateValues<A> gates = cell::gate_values<Math>(z, options);
     const A before = previous_cell(row, cell.c_previous, b * H + j);
-    const A now = cell::state<Math>(gates, cell::Here<Math>{before}, cell_at<kCell, T>(cell.options, j));
+    const A now = cell::state<Math>(gates, cell::Here<Math>{before}, options);
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
     write_state(cell, row, b, j, z.gate, state.c);
     new_c[j] = state.now;
@@ -126,10 +128,15 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     A tanh_input = args.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
     if (args.bias_c) tanh_input += args.bias_c[j];
-    write_output<true>(cell.output, row, b, j, H, CellMath<T>::hidden(output_gate[j], tanh_input));
+    const A hidden = cell::hidden<CellMath<T>>(output_gate[j], tanh_input, cell_at<kCell, T>(cell.options, j));
+    write_output<true>(cell.output, row, b, j, H, hidden);
   }
 }
 
+template <bool kCell, typename T>
+LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gates_again(const CellBackward<T>& cell, int64_t b, int64_t j) {
+  return gate_values_at<CellMath<T>>(cell.preactivations, b, j, cell.hidden_size, cell_at<kCell, T>(cell.options, j));
+}
 // c'_t of a row.
 template <bool kCell, typename T>
 LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, RowState row, int64_t b, int64_t j,
@@ -167,14 +174,13 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   A mean[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H));
+    mean[0] += state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j));
   }
   block_sums(mean, shared);
   mean[0] /= units;
   A factor[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x =
-        state_now_at<kCell>(cell, row, b, j, gate_values_at<CellMath<T>>(cell.preactivations, b, j, H)) - mean[0];
+    const A x = state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j)) - mean[0];
     factor[0] += x * x;
   }
   block_sums(factor, shared);
@@ -185,13 +191,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_tanh_input = args.grad_tanh_input + b * H;
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const GateValues<A> gates = gate_values_at<CellMath<T>>(cell.preactivations, b, j, H);
+    const GateValues<A> gates = gates_again<kCell>(cell, b, j);
     const A hat = (state_now_at<kCell>(cell, row, b, j, gates) - mean[0]) * factor[0];
     A tanh_input = args.gain_c[j] * hat;
     if (args.bias_c) tanh_input += args.bias_c[j];
     const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
     A grad = 0;
-    const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], CellMath<T>::squash(tanh_input), dh, grad);
+    const auto squashed = cell::squash<CellMath<T>>(tanh_input, cell_at<kCell, T>(cell.options, j));
+    const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], squashed, dh, grad);
     grad_tanh_input[j] = grad;
     args.norm_cell[b * H + j] = narrow<T>(hat);
     grad_z[3 * H + j] = d_o;
@@ -203,7 +210,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The gates, and the sums for the gradients of the two products.
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const GateValues<A> gates = gate_values_at<CellMath<T>>(cell.preactivations, b, j, H);
+    const GateValues<A> gates = gates_again<kCell>(cell, b, j);
     const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = (now - mean[0]) * factor[0];
     const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     const auto grad = cell_gradients<true>(

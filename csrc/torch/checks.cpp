@@ -65,6 +65,11 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
   TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
                     ", expected a number of at least 0");
+  TORCH_CHECK_VALUE(options.preactivation_clip >= 0, "lstm_ext: preactivation_clip is ", options.preactivation_clip,
+                    ", expected a number of at least 0");
+  if (!options.activations.empty()) read_activations(options.activations);
+  TORCH_CHECK(options.preactivation_clip == 0 || !options.recompute || input.is_cpu(),
+              "lstm_ext: the CUDA kernels do not compute clipped preactivations again");
   TORCH_CHECK(options.norm.empty() || (options.cell.empty() && !options.coupled_gates),
               "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,

@@ -3,8 +3,13 @@
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
 
+#include "contract/cell.h"
 #include "torch/backend.h"
 #include "torch/tensors.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 namespace lstm_ext {
 namespace {
@@ -32,15 +37,58 @@ const Backend& choose_backend(const LayerCall& call, LayerSizes& sizes) {
 }
 
 // The gate values as a result, (..., H, 4), from the saved gates, (..., 4H).
-at::Tensor gate_values_result(const at::Tensor& gates, bool are_preactivations, at::ScalarType dtype) {
+at::Tensor gate_values_result(const LayerOptions& options, const at::Tensor& gates, bool are_preactivations,
+                              at::ScalarType dtype) {
   at::Tensor values = gates;
   const int64_t hidden_size = gates.size(-1) / 4;
-  if (are_preactivations) {  // past the end of a row they give the values 0
+  const auto part = [hidden_size](const at::Tensor& all, cell::Gate gate) {
+    return all.narrow(-1, gate * hidden_size, hidden_size);
+  };
+  if (are_preactivations && options.activations.empty()) {  // past the end of a row they give the values 0
     values = gates.sigmoid();
-    const int64_t first = 2 * hidden_size;
-    values.narrow(-1, first, hidden_size).copy_(gates.narrow(-1, first, hidden_size).tanh());
+    part(values, cell::kG).copy_(part(gates, cell::kG).tanh());
+  } else if (are_preactivations) {
+    const auto functions = read_activations(options.activations);
+    values = activation_of(functions[0], gates);
+    part(values, cell::kG).copy_(activation_of(functions[1], part(gates, cell::kG)));
+    if (options.coupled_gates) part(values, cell::kF).copy_(1 - part(values, cell::kI));
+    if (options.lengths.defined()) {
+      const at::Tensor times = at::arange(gates.size(1), options.lengths.options()).unsqueeze(1);
+      values.masked_fill_((times >= options.lengths).unsqueeze(-1), 0);
+    }
   }
   return in_type(values.unflatten(-1, {4, hidden_size}).transpose(-1, -2), dtype);
+}
+
+struct KnownFunction {
+  const char* name;
+  cell::Function function;
+  int numbers;
+};
+constexpr KnownFunction kKnownFunctions[] = {
+    {"sigmoid", cell::Function::kSigmoid, 0},
+    {"tanh", cell::Function::kTanh, 0},
+    {"affine", cell::Function::kAffine, 2},
+    {"relu", cell::Function::kRelu, 0},
+    {"leaky_relu", cell::Function::kLeakyRelu, 1},
+    {"thresholded_relu", cell::Function::kThresholdedRelu, 1},
+    {"elu", cell::Function::kElu, 1},
+    {"scaled_tanh", cell::Function::kScaledTanh, 2},
+    {"hard_sigmoid", cell::Function::kHardSigmoid, 2},
+    {"softsign", cell::Function::kSoftsign, 0},
+    {"softplus", cell::Function::kSoftplus, 0},
+};
+[[noreturn]] void refuse_activations(const std::string& text) {
+  std::string known;
+  for (const KnownFunction& function : kKnownFunctions) {
+    known += std::string(known.empty() ? "" : ", ") + function.name +
+             (function.numbers == 0   ? ""
+              : function.numbers == 1 ? "(alpha)"
+                                      : "(alpha,beta)");
+  }
+  TORCH_CHECK_VALUE(false, "lstm_ext: activations is '", text, "', expected three names with a space between them, of ",
+                    known, "; alpha is at least 0, but in affine");
+  std::abort();  // never reached
 }
 
 // Converts the gradient of the gate values, (..., H, 4), to the kernels' layout, (..., 4H).
@@ -49,6 +97,52 @@ at::Tensor saved_gates_gradient(const at::Tensor& grad, at::ScalarType dtype) {
 }
 
 }  // namespace
+
+std::array<cell::Activation<double>, 3> read_activations(const std::string& text) {
+  std::array<cell::Activation<double>, 3> functions{};
+  const char* next = text.c_str();
+  for (size_t n = 0; n < functions.size(); ++n) {
+    if (n > 0 && *next++ != ' ') refuse_activations(text);
+    const KnownFunction* known = nullptr;
+    for (const KnownFunction& candidate : kKnownFunctions) {
+      const size_t length = std::strlen(candidate.name);
+      if (std::strncmp(next, candidate.name, length) == 0 && std::strchr(" (", next[length])) known = &candidate;
+    }
+    if (!known) refuse_activations(text);
+    next += std::strlen(known->name);
+    double numbers[2] = {};
+    for (int k = 0; k < known->numbers; ++k) {
+      if (*next++ != (k == 0 ? '(' : ',')) refuse_activations(text);
+      char* end = nullptr;
+      numbers[k] = std::strtod(next, &end);
+      if (end == next || !std::isfinite(numbers[k])) refuse_activations(text);
+      next = end;
+    }
+    if (known->numbers > 0 && *next++ != ')') refuse_activations(text);
+    if (known->function != cell::Function::kAffine && numbers[0] < 0) refuse_activations(text);
+    functions[n] = {known->function, numbers[0], numbers[1]};
+  }
+  if (*next != 0) refuse_activations(text);
+  return functions;
+}
+
+at::Tensor activation_of(const cell::Activation<double>& activation, const at::Tensor& z) {
+  const double alpha = activation.alpha, beta = activation.beta;
+  switch (activation.function) {
+    case cell::Function::kSigmoid: return z.sigmoid();
+    case cell::Function::kTanh: return z.tanh();
+    case cell::Function::kAffine: return z * alpha + beta;
+    case cell::Function::kRelu: return z.relu();
+    case cell::Function::kLeakyRelu: return at::leaky_relu(z, alpha);
+    case cell::Function::kThresholdedRelu: return at::where(z < alpha, at::zeros({}, z.options()), z);
+    case cell::Function::kElu: return at::elu(z, alpha);
+    case cell::Function::kScaledTanh: return (z * beta).tanh() * alpha;
+    case cell::Function::kHardSigmoid: return (z * alpha + beta).clamp(0, 1);
+    case cell::Function::kSoftsign: return z / (z.abs() + 1);
+    case cell::Function::kSoftplus: return at::softplus(z, 1, 1e9);
+  }
+  return z;
+}
 
 void register_cuda_backend(const Backend& backend) { cuda_backend() = backend; }
 
@@ -93,7 +187,7 @@ LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   LayerResults results = backend.forward(call, sizes, save || cell_states || gates);
   const at::ScalarType dtype = call.input.scalar_type();
   if (cell_states) results.cell_states = in_type(results.saved.cells, dtype);
-  if (gates) results.gate_values = gate_values_result(results.saved.gates, backend.saves_preactivations, dtype);
+  if (gates) results.gate_values = gate_values_result(call.options, results.saved.gates, backend.saves_preactivations, dtype);
   if (!save && (cell_states || gates)) results.saved = {};
   return results;
 }

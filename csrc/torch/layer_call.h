@@ -7,8 +7,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "contract/params.h"
@@ -38,14 +40,18 @@ struct LayerOptions {
   std::vector<at::Tensor> frozen;
   double cell_clip = 0;        // the bound of |c_t|; 0 without one
   bool coupled_gates = false;  // f = 1 - i
+  // The functions of i, f and o, of g, and of c_t in h_t: three names, each with its numbers in brackets, as in
+  // "hard_sigmoid(0.2,0.5) tanh tanh". Empty for sigmoid, tanh and tanh.
+  std::string activations;
+  double preactivation_clip = 0;  // the bound of what the functions of the gates take; 0 without one
   bool return_cell_states = false, return_gates = false;
   // Save no gates: the backward pass recomputes them. Not with return_gates, not with layer normalisation, and on CUDA
-  // not with peepholes.
+  // neither with peepholes nor with preactivation_clip.
   bool recompute = false;
 };
 
 // Visits each option with its name, in the order of the operators' schemas: visit(name, option), where option is a
-// Tensor, a list of them, a double or a bool. Leaves out recompute, which no operator has.
+// Tensor, a list of them, a double, a bool or a string. Leaves out recompute, which no operator has.
 template <typename Options, typename Visit>
 void visit_options(Options& options, const Visit& visit) {
   visit("resets", options.resets);
@@ -62,9 +68,16 @@ void visit_options(Options& options, const Visit& visit) {
   visit("frozen", options.frozen);
   visit("cell_clip", options.cell_clip);
   visit("coupled_gates", options.coupled_gates);
+  visit("activations", options.activations);
+  visit("preactivation_clip", options.preactivation_clip);
   visit("return_cell_states", options.return_cell_states);
   visit("return_gates", options.return_gates);
 }
+
+// The functions of LayerOptions::activations: of i, f and o, of g, and of c_t. Raises an error that names the option.
+LSTM_EXT_PUBLIC std::array<cell::Activation<double>, 3> read_activations(const std::string& text);
+// gate(z) and so on for a whole tensor.
+at::Tensor activation_of(const cell::Activation<double>& activation, const at::Tensor& z);
 
 // The options of the cell of a direction, for the kernels. `parameters` are LayerOptions::cell in the type T,
 // contiguous; see cell::Options for `exact_gates`. A clip that T cannot hold is the next one that it can.
@@ -72,15 +85,30 @@ template <typename T>
 cell::Options<T> cell_options(const LayerOptions& options, const std::vector<at::Tensor>& parameters, int64_t direction,
                               bool exact_gates) {
   using Limits = std::numeric_limits<T>;
-  const double clip = std::clamp<double>(options.cell_clip, Limits::min(), Limits::max());
-  cell::Options<T> cell{{}, options.cell_clip == 0 ? T(0) : static_cast<T>(clip), options.coupled_gates, exact_gates};
+  const auto bound = [](double clip) {
+    return clip == 0 ? T(0) : static_cast<T>(std::clamp<double>(clip, Limits::min(), Limits::max()));
+  };
+  cell::Options<T> cell{};
+  cell.clip = bound(options.cell_clip);
+  cell.coupled = options.coupled_gates;
+  cell.exact_gates = exact_gates;
+  cell.preactivation_clip = bound(options.preactivation_clip);
+  cell.other_activations = !options.activations.empty();
+  if (cell.other_activations) {
+    const auto functions = read_activations(options.activations);
+    cell::Activation<T>* const of_cell[] = {&cell.gate_activation, &cell.candidate_activation, &cell.output_activation};
+    for (int n = 0; n < 3; ++n) {
+      *of_cell[n] = {functions[n].function, static_cast<T>(functions[n].alpha), static_cast<T>(functions[n].beta)};
+    }
+  }
   for (int n = 0; n < cell::kParameters && !parameters.empty(); ++n) {
     cell.parameters[n] = static_cast<const T*>(parameters[direction * cell::kParameters + n].const_data_ptr());
   }
   return cell;
 }
 inline bool has_cell_options(const LayerOptions& options) {
-  return !options.cell.empty() || options.cell_clip != 0 || options.coupled_gates;
+  return !options.cell.empty() || options.cell_clip != 0 || options.coupled_gates || !options.activations.empty() ||
+         options.preactivation_clip != 0;
 }
 
 // Combines several functions into one overloaded visitor.

@@ -145,6 +145,9 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                 [&](const char* name, double number) {
                                   if (number != 0) ctx->saved_data[name] = number;
                                 },
+                                [&](const char* name, const std::string& text) {
+                                  if (!text.empty()) ctx->saved_data[name] = text;
+                                },
                                 [&](const char*, bool flag) { save_count(flag); }});
     saved.push_back(results.output);
     // In place of a tensor that it does not save, an operator has one without elements.
@@ -184,6 +187,10 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                 [&](const char* name, double& number) {
                                   const auto entry = ctx->saved_data.find(name);
                                   if (entry != ctx->saved_data.end()) number = entry->second.toDouble();
+                                },
+                                [&](const char* name, std::string& text) {
+                                  const auto entry = ctx->saved_data.find(name);
+                                  if (entry != ctx->saved_data.end()) text = entry->second.toStringRef();
                                 },
                                 [&](const char*, bool& flag) { flag = take_count() != 0; }});
     const Tensor output = *next++;
@@ -260,7 +267,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                 [&](const char*, const std::vector<Tensor>& tensors) {
                                   for (const Tensor& t : tensors) see(t);
                                 },
-                                [](const char*, double) {}, [](const char*, bool) {}});
+                                [](const char*, const auto&) {}});
     std::vector<Tensor> computed =
         plain ? list_gradients(lstm_layer_backward(call, grads, output, saved, read_needs_grad(call, needs_grad)))
               : differentiable_backward()(call, grads, output, saved, needs_grad);
@@ -372,7 +379,7 @@ LayerResults eager_layer(LayerCall call, bool step) {
                                    [&](const char*, std::vector<at::Tensor>& tensors) {
                                      for (at::Tensor& t : tensors) unwrap(t);
                                    },
-                                   [](const char*, double) {}, [](const char*, bool) {}});
+                                   [](const char*, const auto&) {}});
   bool tracked = false;
   if (at::GradMode::is_enabled()) {
     visit_inputs(call, [&](const at::Tensor& t) { tracked = tracked || (t.defined() && t.requires_grad()); });

@@ -98,7 +98,8 @@ std::string call_arguments() {
                 Overloaded{[&](const char* name, const Tensor&) { add("Tensor?", name, "None"); },
                            [&](const char* name, const std::vector<Tensor>&) { add("Tensor[]?", name, "None"); },
                            [&](const char* name, double) { add("float", name, "0."); },
-                           [&](const char* name, bool) { add("bool", name, "False"); }});
+                           [&](const char* name, bool) { add("bool", name, "False"); },
+                           [&](const char* name, const std::string&) { add("str", name, "\"\""); }});
   return text;
 }
 
@@ -129,7 +130,8 @@ LayerCall read_call(const IValue*& next) {
                                              option = value.toTensorVector();
                                          },
                                          [&](const char*, double& option) { option = take().toDouble(); },
-                                         [&](const char*, bool& option) { option = take().toBool(); }});
+                                         [&](const char*, bool& option) { option = take().toBool(); },
+                                         [&](const char*, std::string& option) { option = take().toStringRef(); }});
   return call;
 }
 
@@ -146,7 +148,8 @@ void push_call(const LayerCall& call, Stack& stack) {
                                            stack.push_back(option.empty() ? IValue() : IValue(option));
                                          },
                                          [&](const char*, double option) { torch::jit::push(stack, option); },
-                                         [&](const char*, bool option) { torch::jit::push(stack, option); }});
+                                         [&](const char*, bool option) { torch::jit::push(stack, option); },
+                                         [&](const char*, const std::string& option) { stack.emplace_back(option); }});
 }
 
 // torch.compile caches graphs on disk and identifies operators by name. An operator whose results change their meaning

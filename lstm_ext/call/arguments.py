@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layer import route
+from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
@@ -93,7 +94,10 @@ def refuse_combinations(layer_norm: bool, peephole: bool, coupled_gates: bool) -
 
 
 # The options that make the cell another one than the plain cell, for which each backend has fewer kernels.
-CELL_OPTIONS = ("peephole", "cell_clip", "coupled_gates")
+CELL_OPTIONS = (
+    *("peephole", "cell_clip", "coupled_gates"),
+    *("gate_activation", "cell_activation", "preactivation_clip"),
+)
 
 
 class CellParameters(NamedTuple):
@@ -175,6 +179,9 @@ class Stack(Protocol):
     peephole: bool
     cell_clip: float | None
     coupled_gates: bool
+    gate_activation: Activation
+    cell_activation: Activation
+    preactivation_clip: float | None
     recompute: bool
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     frozen: Sequence[LayerOptions]
@@ -195,6 +202,9 @@ class Settings:
     peephole: bool
     cell_clip: float | None
     coupled_gates: bool
+    gate_activation: Activation
+    cell_activation: Activation
+    preactivation_clip: float | None
     recompute: bool
     frozen: Sequence[LayerOptions] = ()
 
@@ -227,6 +237,9 @@ def any_requested(stack: Stack, call_options: CallOptions) -> bool:
         or stack.peephole is not False
         or stack.cell_clip is not None
         or stack.coupled_gates is not False
+        or stack.gate_activation != "sigmoid"
+        or stack.cell_activation != "tanh"
+        or stack.preactivation_clip is not None
         or stack.recompute is not False
         or call_options is not NO_OPTIONS
     )
@@ -251,6 +264,8 @@ class StackOptions:
     parameters: dict[str, Sequence[Sequence[Tensor]]]
     cell_clip: float
     coupled_gates: bool
+    activations: str
+    preactivation_clip: float
     recompute: bool
     return_cell_states: bool
     return_gates: bool
@@ -269,6 +284,7 @@ class StackOptions:
             and self.zoneout == (0.0, 0.0)
             and not self.parameters
             and not (self.cell_clip or self.coupled_gates)
+            and not (self.activations or self.preactivation_clip)
             and not (self.recompute or self.return_cell_states or self.return_gates)
             and self.resets is None
         )
@@ -293,6 +309,8 @@ class StackOptions:
             lengths=self.lengths,
             cell_clip=self.cell_clip,
             coupled_gates=self.coupled_gates,
+            activations=self.activations,
+            preactivation_clip=self.preactivation_clip,
             return_cell_states=self.return_cell_states,
             return_gates=self.return_gates,
             recompute=self.recompute,
@@ -340,6 +358,8 @@ def stack_options(
         parameters=parameters,
         cell_clip=clip("cell_clip", stack.cell_clip),
         coupled_gates=flag("coupled_gates", stack.coupled_gates),
+        activations=activation_text(stack.gate_activation, stack.cell_activation),
+        preactivation_clip=clip("preactivation_clip", stack.preactivation_clip),
         recompute=flag("recompute", stack.recompute),
         return_cell_states=flag("return_cell_states", return_cell_states),
         return_gates=flag("return_gates", return_gates),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layer import route
+from ..layer.activations import Activation
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
@@ -160,6 +161,9 @@ def lstm(
     peephole_weights: Sequence[Tensor] | None,
     cell_clip: float | None,
     coupled_gates: bool,
+    gate_activation: Activation,
+    cell_activation: Activation,
+    preactivation_clip: float | None,
     recompute: bool,
     **call_options: Any,
 ) -> Any:
@@ -200,6 +204,9 @@ def lstm(
         peephole_weights is not None,
         cell_clip,
         coupled_gates,
+        gate_activation,
+        cell_activation,
+        preactivation_clip,
         recompute,
     )
     given = CallOptions(**call_options)

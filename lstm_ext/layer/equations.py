@@ -12,6 +12,7 @@ from torch import Tensor
 # itself.
 from torch.nn.functional import layer_norm, linear
 
+from .activations import activation_functions
 from .layer_call import LayerCall, LayerResults
 from .shapes import check_shapes, count_mask, weights_per_direction
 from .tracing import any_autocast
@@ -56,10 +57,15 @@ def _equations(call: LayerCall) -> LayerResults:
     directions = 2 if bidirectional else 1
     numbers = torch.finfo(input.dtype)
     bound = options.cell_clip and min(max(options.cell_clip, numbers.tiny), numbers.max)
+    gate_bound = options.preactivation_clip and min(max(options.preactivation_clip, numbers.tiny), numbers.max)
+    gate_function, candidate_function, output_function = activation_functions(options.activations)
     per_set, projected = weights_per_direction(len(weights), bias, bidirectional)
     # The number of rows of each step. In dense data it is always the same.
     sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
     batch = sizes[0] if sizes else input.size(1)
+
+    def bounded(z: Tensor) -> Tensor:
+        return torch.clamp(z, -gate_bound, gate_bound) if gate_bound else z
 
     def by_step(x: Tensor) -> Sequence[Tensor]:
         return x.split(sizes) if sizes else x.unbind(0)
@@ -123,17 +129,17 @@ def _equations(call: LayerCall) -> LayerResults:
             i, f, g, o = (gates_of_step[t] + from_state).chunk(4, dim=-1)
             if peephole:
                 i, f = i + peephole[0] * c, f + peephole[1] * c
-            i, g = torch.sigmoid(i), torch.tanh(g)
-            f = 1 - i if options.coupled_gates else torch.sigmoid(f)
+            i, g = gate_function(bounded(i)), candidate_function(bounded(g))
+            f = 1 - i if options.coupled_gates else gate_function(bounded(f))
             new_c = f * c + i * g
             if bound:
                 new_c = torch.clamp(new_c, -bound, bound)
-            o = torch.sigmoid(o + peephole[2] * new_c if peephole else o)
+            o = gate_function(bounded(o + peephole[2] * new_c if peephole else o))
             visible = new_c
             if norm:
                 shift = norm[3] if len(norm) == 4 else None
                 visible = layer_norm(new_c, (hidden,), norm[2], shift, eps=_LAYER_NORM_EPS)
-            new_h = o * torch.tanh(visible)
+            new_h = o * output_function(visible)
             if w_hr is not None:
                 new_h = linear(new_h, w_hr)
             new_c = _zone_out(new_c, c, None if keep_c is None else keep_c[t], options.zoneout_c)

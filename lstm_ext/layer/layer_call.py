@@ -44,6 +44,9 @@ class LayerOptions:
         peephole: D sets of ``w_ci, w_cf, w_co``, (H) each. Empty without peepholes.
         cell_clip: the bound of |c_t|; 0 without one.
         coupled_gates: whether f = 1 - i.
+        activations: the functions of i, f and o, of g, and of c_t in h_t, as `activations.activation_text` gives
+            them; empty for sigmoid, tanh and tanh.
+        preactivation_clip: the bound of what the functions of the gates take; 0 without one.
         frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
             them in place of the weights. Such a layer has no gradients. Empty for all others.
         return_cell_states, return_gates: whether these results are requested.
@@ -63,6 +66,8 @@ class LayerOptions:
     zoneout_c: float = 0
     cell_clip: float = 0
     coupled_gates: bool = False
+    activations: str = ""
+    preactivation_clip: float = 0
     norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
     peephole: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
     frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})

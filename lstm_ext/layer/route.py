@@ -139,7 +139,8 @@ def lstm_layer(call: LayerCall) -> LayerResults:
         if kernels is not None:
             if options.recompute:
                 # The kernels cannot recompute these gates.
-                if options.norm or (options.peephole and call.input.device.type != "cpu"):
+                on_gpu = call.input.device.type != "cpu"
+                if options.norm or (on_gpu and (options.peephole or options.preactivation_clip)):
                     return _recomputed(call)
                 if options.return_gates:  # they are saved anyway
                     call = replace(call, options=replace(options, recompute=False))

@@ -64,6 +64,10 @@ def check_shapes(call: LayerCall) -> None:
         )
     if options.cell_clip < 0:
         raise ValueError(f"lstm_ext: cell_clip is {options.cell_clip}, expected a number of at least 0")
+    if options.preactivation_clip < 0:
+        raise ValueError(
+            f"lstm_ext: preactivation_clip is {options.preactivation_clip}, expected a number of at least 0"
+        )
     if options.norm and (options.peephole or options.coupled_gates):
         raise RuntimeError("lstm_ext: layer normalisation goes with neither peepholes nor coupled gates")
     names = ("weight_ci", "weight_cf", "weight_co")

@@ -27,6 +27,7 @@ from ..call.arguments import (
 from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
 from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
+from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, is_zero, leaf_of_graph
 from ..native import loader
@@ -70,12 +71,20 @@ class LSTM(KnownToTools, ScriptedLSTM):
         peephole: whether i and f also see c_{t-1}, and o sees c_t, each unit its own.
         cell_clip: a bound of abs(c_t), applied before anything sees c_t; None for none.
         coupled_gates: whether f = 1 - i. The rows of f stay in the weights and get zero gradients.
+        gate_activation: the function of i, f and o: a name, or a tuple of a name and its numbers, as in
+            ``("hard_sigmoid", 0.2, 0.5)``. The names are those of ONNX's LSTM: ``sigmoid``, ``tanh``, ``affine``
+            (alpha z + beta; 1, 0), ``relu``, ``leaky_relu`` (alpha; 0.01), ``thresholded_relu`` (alpha; 1), ``elu``
+            (alpha; 1), ``scaled_tanh`` (alpha tanh(beta z); 1, 1), ``hard_sigmoid`` (alpha z + beta in [0, 1]; 0.2,
+            0.5), ``softsign``, ``softplus``; and ``identity``.
+        cell_activation: the function of g and of c_t in h_t; or a pair of functions, first that of g.
+        preactivation_clip: a bound of what the functions of the four gates take, peepholes included; None for none.
         forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
             ``bias_hh`` to 0. None for an initial value like all others.
         recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
     :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm``,
-    ``peephole``, ``cell_clip``, ``coupled_gates`` and the arguments of :meth:`forward` after ``hx``), with sources. All
+    ``peephole``, ``cell_clip``, ``coupled_gates``, ``gate_activation``, ``cell_activation``, ``preactivation_clip``
+    and the arguments of :meth:`forward` after ``hx``), with sources. All
     options run on the kernels wherever the plain layer does, alone and together. But ``layer_norm`` goes with neither
     ``peephole`` nor ``coupled_gates``, and ``forget_bias`` not with ``coupled_gates``.
 
@@ -101,6 +110,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
     peephole: bool = False
     cell_clip: float | None = None
     coupled_gates: bool = False
+    gate_activation: Activation = "sigmoid"
+    cell_activation: Activation = "tanh"
+    preactivation_clip: float | None = None
     forget_bias: float | None = None
     recompute: bool = False
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
@@ -126,6 +138,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         peephole: bool = False,
         cell_clip: float | None = None,
         coupled_gates: bool = False,
+        gate_activation: Activation = "sigmoid",
+        cell_activation: Activation = "tanh",
+        preactivation_clip: float | None = None,
         forget_bias: float | None = None,
         recompute: bool = False,
     ) -> None:
@@ -156,6 +171,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
             self.cell_clip = bound
         if flag("coupled_gates", coupled_gates):
             self.coupled_gates = True
+        if activation_text(gate_activation, cell_activation):
+            self.gate_activation, self.cell_activation = gate_activation, cell_activation
+        if bound := clip("preactivation_clip", preactivation_clip):
+            self.preactivation_clip = bound
         refuse_combinations(flag("layer_norm", layer_norm), flag("peephole", peephole), coupled_gates)
         if forget_bias is not None:
             if coupled_gates:
@@ -543,6 +562,9 @@ _OPTIONS = (
     "peephole",
     "cell_clip",
     "coupled_gates",
+    "gate_activation",
+    "cell_activation",
+    "preactivation_clip",
     "forget_bias",
     "recompute",
 )
