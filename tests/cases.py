@@ -64,6 +64,8 @@ class Case:
     peephole: str = ""  # the same
     cell_clip: float = 0
     coupled_gates: bool = False
+    activations: str = ""
+    preactivation_clip: float = 0
     returned: str = ""  # "cell states", "gates" or "both", and their gradients
     recompute: bool = False
 
@@ -90,7 +92,13 @@ class Case:
         )
 
     def has_cell_options(self) -> bool:
-        return bool(self.peephole or self.cell_clip or self.coupled_gates)
+        return bool(
+            self.peephole
+            or self.cell_clip
+            or self.coupled_gates
+            or self.activations
+            or self.preactivation_clip
+        )
 
     @property
     def directions(self) -> int:
@@ -149,6 +157,34 @@ OPTIONS = {
     "coupled, clip, recompute": Case(
         coupled_gates=True, cell_clip=0.3, recompute=True, proj_size=2, chunk_bytes=1000
     ),
+    "activations": Case(
+        activations="hard_sigmoid(0.2,0.5) softsign tanh", returned="both", bidirectional=True
+    ),
+    "activations, lengths, coupled": Case(
+        activations="scaled_tanh(0.7,0.8) elu(0.4) affine(0.6,0.1)",
+        coupled_gates=True,
+        lengths=LENGTHS,
+        returned="both",
+    ),
+    "activations, norm, zoneout": Case(
+        activations="hard_sigmoid(0.1,0.5) softsign tanh",
+        norm="own",
+        hidden_size=16,
+        zoneout="shares",
+        preactivation_clip=3,
+    ),
+    "activations, projection, in chunks": Case(
+        activations="hard_sigmoid(0.1,0.5) leaky_relu(0.8) elu(1)", proj_size=2, chunk_bytes=1000
+    ),
+    "activations, peephole, all clips": Case(
+        activations="hard_sigmoid(0.25,0.5) relu tanh",
+        peephole="own",
+        cell_clip=0.4,
+        preactivation_clip=0.5,
+        packed=(5, 3, 1),
+        resets="to a state",
+    ),
+    "preactivation clip": Case(preactivation_clip=0.3, bidirectional=True, returned="both"),
     "peephole, clip, coupled, all": Case(
         bidirectional=True,
         proj_size=3,
@@ -382,6 +418,8 @@ class Layer:
             peephole=tuple(learned[2 + len(self.norm) :]),
             cell_clip=self.case.cell_clip,
             coupled_gates=self.case.coupled_gates,
+            activations=self.case.activations,
+            preactivation_clip=self.case.preactivation_clip,
             return_cell_states=self.case.returned in ("cell states", "both"),
             return_gates=self.case.returned in ("gates", "both"),
             recompute=self.case.recompute,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def normalised(a: Tensor, gain: Tensor, shift: Tensor | float) -> Tensor:
 class Cell:
     """One layer and direction on one sequence's row; all vectors."""
 
-    # How near a c_t came to cell_clip: there, the gradient depends on rounding.
+    # How near a number came to an edge, such as cell_clip: there, the gradient depends on rounding.
     nearest_to_clip = math.inf
 
     def __init__(self, module: lstm_ext.LSTM, suffix: str) -> None:
@@ -146,25 +146,64 @@ class Cell:
             self.bias_c = names.get(f"ln_bias_c{suffix}", 0.0)
         self.sees = [names.get(f"weight_c{gate}{suffix}", 0.0) for gate in "ifo"]
 
+    @staticmethod
+    def edge(distance: Tensor) -> None:
+        if distance.numel():
+            Cell.nearest_to_clip = min(Cell.nearest_to_clip, distance.detach().abs().min().item())
+
+    def bounded(self, z: Tensor, clip: float | str | None = "of preactivations") -> Tensor:
+        clip = self.module.preactivation_clip if clip == "of preactivations" else clip
+        if clip is None:
+            return z
+        bound = torch.full_like(z, clip)
+        self.edge(z.abs() - bound)
+        return torch.where(z.abs() > bound, bound * z.detach().sign(), z)
+
+    def activated(self, function: Any, z: Tensor) -> Tensor:
+        """Some of ONNX's functions, in elementary ones."""
+        name, *numbers = (function,) if isinstance(function, str) else function
+        zero = torch.zeros_like(z)
+        if name == "sigmoid":
+            return 1 / (1 + torch.exp(-z))
+        if name == "tanh":
+            return torch.tanh(z)
+        if name == "identity":
+            return z
+        if name == "softsign":
+            return z / (1 + z * z.detach().sign())
+        if name == "softplus":
+            return torch.log(1 + torch.exp(z))
+        if name == "scaled_tanh":
+            return numbers[0] * torch.tanh(numbers[1] * z)
+        if name == "hard_sigmoid":
+            slope, offset = numbers or (0.2, 0.5)
+            line = slope * z + offset
+            self.edge(line)
+            self.edge(line - 1)
+            return torch.where(line < 0, zero, torch.where(line > 1, zero + 1, line))
+        self.edge(z)
+        below = {"relu": zero, "elu": torch.exp(z) - 1, "leaky_relu": (numbers or [0.01])[0] * z}[name]
+        return torch.where(z > 0, z, below)
+
     def __call__(self, x, h, c, dropped, kept_h, kept_c):
         from_x, from_h = self.w_ih @ x, self.w_hh @ (h * dropped)
         if self.module.layer_norm:
             from_x, from_h = normalised(from_x, self.gain_ih, 0.0), normalised(from_h, self.gain_hh, 0.0)
         i, f, g, o = (from_x + from_h + self.b_ih + self.b_hh).view(4, -1)
-        i = 1 / (1 + torch.exp(-i - self.sees[0] * c))
-        f = 1 / (1 + torch.exp(-f - self.sees[1] * c))
+        gate = self.module.gate_activation
+        candidate = visible = self.module.cell_activation
+        if isinstance(candidate, tuple) and not isinstance(candidate[1], float):
+            candidate, visible = candidate
+        i = self.activated(gate, self.bounded(i + self.sees[0] * c))
+        f = self.activated(gate, self.bounded(f + self.sees[1] * c))
         if self.module.coupled_gates:
             f = 1 - i
-        g = torch.tanh(g)
+        g = self.activated(candidate, self.bounded(g))
         new_c = i * g + f * c
-        if self.module.cell_clip is not None:
-            bound = torch.full_like(new_c, self.module.cell_clip)
-            distance = (new_c.detach().abs() - bound).abs().min().item()
-            Cell.nearest_to_clip = min(Cell.nearest_to_clip, distance)
-            new_c = torch.where(new_c.abs() > bound, bound * new_c.detach().sign(), new_c)
-        o = 1 / (1 + torch.exp(-o - self.sees[2] * new_c))
+        new_c = self.bounded(new_c, self.module.cell_clip)
+        o = self.activated(gate, self.bounded(o + self.sees[2] * new_c))
         seen = normalised(new_c, self.gain_c, self.bias_c) if self.module.layer_norm else new_c
-        new_h = torch.tanh(seen) * o
+        new_h = self.activated(visible, seen) * o
         if self.w_hr is not None:
             new_h = self.w_hr @ new_h
         h = kept_h * h + (1 - kept_h) * new_h

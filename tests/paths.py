@@ -151,6 +151,9 @@ def planned(plan: dict[str, int], rows: int, kind: str) -> tuple[str, str, str]:
     return workers, layout, "several" if plan[f"{which}_chunk_rows"] * teams < rows else "one"
 
 
+CELLS = ("norm", "peephole", "cell_clip", "coupled_gates", "activations", "preactivation_clip")
+
+
 def step_of(options: dict[str, Any]) -> str:
     parts = []
     if options.get("recurrent_mask") is not None:
@@ -160,7 +163,7 @@ def step_of(options: dict[str, Any]) -> str:
             parts.append(f"flags of {state}")
         elif options.get(f"zoneout_{state}"):
             parts.append(f"share of {state}")
-    parts += [name for name in ("norm", "peephole", "cell_clip", "coupled_gates") if options.get(name)]
+    parts += [name for name in CELLS if options.get(name)]
     parts += ["recompute"] if options.get("recompute") else []
     parts += ["returned"] if options.get("return_cell_states") or options.get("return_gates") else []
     return ", ".join(parts) or "plain"

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 from lstm_ext import reference
+from lstm_ext.layer.activations import activation_text
 from lstm_ext.layer.layer_call import LayerOptions
 from lstm_ext.native import loader
 
@@ -104,6 +105,11 @@ FEATURES: dict[str, Feature] = {
     "peephole": Feature("`peephole`", {"peephole": True}),
     "cell_clip": Feature("`cell_clip`", {"cell_clip": 0.3}),
     "coupled_gates": Feature("`coupled_gates`", {"coupled_gates": True}),
+    "activations": Feature(
+        "`gate_activation`, `cell_activation`",
+        {"gate_activation": "hard_sigmoid", "cell_activation": "softsign"},
+    ),
+    "preactivation_clip": Feature("`preactivation_clip`", {"preactivation_clip": 0.4}),
     "forget_bias": Feature("`forget_bias`", {"forget_bias": 1.0}),
     "recompute": Feature("`recompute`", {"recompute": True}),
     "packed_extras": Feature(
@@ -373,6 +379,11 @@ class Problem:
                 peephole=tuple(peephole),
                 cell_clip=feature.options.get("cell_clip", 0),
                 coupled_gates=feature.options.get("coupled_gates", False),
+                activations=activation_text(
+                    feature.options.get("gate_activation", "sigmoid"),
+                    feature.options.get("cell_activation", "tanh"),
+                ),
+                preactivation_clip=feature.options.get("preactivation_clip", 0),
                 return_cell_states="return_cell_states" in feature.call,
                 return_gates="return_gates" in feature.call,
             )

@@ -77,9 +77,9 @@ struct CellRows {
 
   // Backward through c_t, from dL/dc_t, dL/do and the cell's values.
   template <typename Math, typename Cell>
-  LSTM_EXT_INLINE cell::Backward<Math> through_state(int64_t row, int64_t unit, int lanes,
-                                                                const Gates<T>& gates, Reg<T> c_previous, Reg<T> c,
-                                                                Reg<T> grad, Reg<T> grad_o, const Cell& cell) const {
+  LSTM_EXT_INLINE cell::Backward<Math> through_state(int64_t row, int64_t unit, int lanes, const Gates<T>& gates,
+                                                     Reg<T> c_previous, Reg<T> c, Reg<T> grad, Reg<T> grad_o,
+                                                     const Cell& cell) const {
     const GivenGradients<T> given{grad_gate_values ? grad_gate_values + row * 4 * step + unit : nullptr, hidden_size,
                                   lanes};
     return cell::state_backward<Math>(gates, c_previous, c, grad, grad_o, given, cell);

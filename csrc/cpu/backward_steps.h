@@ -372,10 +372,8 @@ class UnfusedBackwardStep {
       const Reg<T> o = load_lanes<T>(now.gate_values + kO * H_ + unit, lanes);
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + now.b * H_ + unit, lanes);
       Reg<T> grad_tanh_input = S::zero();
-      const auto squashed =
-          cell::squash<Math>(S::fma(gain, y, shift), CellAt<T>{options_.cell, {unit, lanes}});
-      const Reg<T> grad_o =
-          cell::hidden_backward<Math>(o, squashed, grad_h, grad_tanh_input);
+      const auto squashed = cell::squash<Math>(S::fma(gain, y, shift), CellAt<T>{options_.cell, {unit, lanes}});
+      const Reg<T> grad_o = cell::hidden_backward<Math>(o, squashed, grad_h, grad_tanh_input);
       T* const sum_gain = grad_gain_c + unit;
       store_lanes<T>(sum_gain, S::fma(grad_tanh_input, y, load_lanes<T>(sum_gain, lanes)), lanes);
       add_lanes<T>(grad_bias_c + unit, grad_tanh_input, lanes);
@@ -413,8 +411,7 @@ class UnfusedBackwardStep {
           grad_c);
       const Reg<T> grad_o = load_lanes<T>(now.grads[1] + kO * H_ + unit, lanes);
       const auto back = cells.template through_state<PreciseDivisions<T>>(
-          0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o,
-                                            CellAt<T>{options_.cell, {unit, lanes}});
+          0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o, CellAt<T>{options_.cell, {unit, lanes}});
       store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + previous_part, lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {

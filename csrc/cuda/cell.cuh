@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "cuda/cell_math.cuh"
 #include "cuda/state.cuh"
@@ -27,7 +28,10 @@ template <typename Math, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gate_values_at(const T* preactivations, int64_t b, int64_t j,
                                                                      int64_t size, const Cell& cell = {}) {
   GateValues<typename Types<T>::Accumulate> z;
-  for (int gate = 0; gate < 4; ++gate) z[gate] = widen(preactivations[(b * 4 + gate) * size + j]);
+  for (int gate = 0; gate < 4; ++gate) {
+    z[gate] = widen(preactivations[(b * 4 + gate) * size + j]);
+    cell::clip_preactivation<Math>(z[gate], cell);  // rounded, one on the bound may lie beyond it
+  }
   return cell::gate_values<Math>(z, cell);
 }
 
@@ -65,14 +69,61 @@ LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForwar
   }
   return {now, now};
 }
+// The piece of a function that z lies on: the pieces of some have different slopes where they meet.
+template <typename A>
+LSTM_DEVICE int piece_of(const cell::Activation<A>& f, A z) {
+  using cell::Function;
+  switch (f.function) {
+    case Function::kRelu:
+    case Function::kLeakyRelu:
+    case Function::kElu: return z > 0;
+    case Function::kThresholdedRelu: return z >= f.alpha;
+    case Function::kHardSigmoid: return (f.alpha * z + f.beta > 0) + (f.alpha * z + f.beta < 1);
+    default: return 0;
+  }
+}
+// A preactivation as it is saved. Rounded to 16 bits, it stays on its side of each edge, or else its gradient would be
+// another one.
+template <typename T, typename Cell>
+LSTM_DEVICE T saved_preactivation(int gate, typename Types<T>::Accumulate z, const Cell& cell) {
+  const T rounded = narrow<T>(z);
+  if constexpr (Cell::kOptions && sizeof(T) == 2) {
+    const float found = widen(rounded);
+    bool same = true;
+    if (cell.other_activations()) {
+      const auto& f = cell.activation(static_cast<cell::Gate>(gate));
+      same = piece_of(f, found) == piece_of(f, z);
+    }
+    if (cell.clips_preactivations()) {
+      const float bound = cell.preactivation_clip();
+      same = same && (fabsf(found) >= bound) == (fabsf(z) >= bound);
+    }
+    if (!same) {
+      uint16_t bits;
+      memcpy(&bits, &rounded, sizeof(bits));
+      if (found == 0) {
+        bits = z > 0 ? 0x0001 : 0x8001;  // the least number
+      } else {
+        bits = static_cast<uint16_t>((z > found) == (found > 0) ? bits + 1 : bits - 1);
+      }
+      T next;
+      memcpy(&next, &bits, sizeof(bits));
+      return next;
+    }
+  }
+  return rounded;
+}
 // Writes c_t of row b, and the preactivations.
-template <typename T>
+template <typename T, typename Cell = cell::Plain>
 LSTM_DEVICE void write_state(const CellForward<T>& args, RowState row, int64_t b, int64_t j,
-                             const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate c) {
+                             const typename Types<T>::Accumulate (&z)[4], typename Types<T>::Accumulate c,
+                             const Cell& cell = {}) {
   const int64_t H = args.hidden_size, place = b * H + j;
   args.c[place] = c;
   if (args.preactivations) {
-    for (int gate = 0; gate < 4; ++gate) args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(z[gate]);
+    for (int gate = 0; gate < 4; ++gate) {
+      args.preactivations[(b * 4 + gate) * H + j] = saved_preactivation<T>(gate, z[gate], cell);
+    }
   }
   if (!row.has_next()) args.c_n[place] = narrow<T>(c);
 }
@@ -142,10 +193,11 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, BegunCell& begun, in
   for (int gate = 0; gate < 4; ++gate) begun.z[gate] = counts ? begun.z[gate] + product[gate] : begun.z[gate];
   return new_cell<kOptions, Math>(args, begun.row, place, begun.z, begun.before);
 }
-template <typename T>
-LSTM_DEVICE void write_cell(const CellForward<T>& args, RowState row, int64_t b, int64_t j, const NewCell<T>& cell) {
-  write_state(args, row, b, j, cell.z, cell.state.c);
-  write_output(args.output, row, b, j, args.hidden_size, cell.output);
+template <typename T, typename Cell = cell::Plain>
+LSTM_DEVICE void write_cell(const CellForward<T>& args, RowState row, int64_t b, int64_t j, const NewCell<T>& made,
+                            const Cell& cell = {}) {
+  write_state(args, row, b, j, made.z, made.state.c, cell);
+  write_output(args.output, row, b, j, args.hidden_size, made.output);
 }
 
 template <typename T, bool kOptions, bool kCell = false>
@@ -171,7 +223,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kCellThreads) cell_forward_kernel(LSTM_GRID_CONST
     }
     const A before = previous_cell(row, args.c_previous, b * H + j);
     const auto cell = cell_at<kCell, T>(args.options, j);
-    write_cell(args, row, b, j, new_cell<kOptions, CellMath<T>>(args, row, b * H + j, z, before, cell));
+    write_cell(args, row, b, j, new_cell<kOptions, CellMath<T>>(args, row, b * H + j, z, before, cell), cell);
   }
 }
 
@@ -211,7 +263,7 @@ template <typename Math, typename Cell = cell::Plain>
 struct CellValues {
   using A = typename Math::Value;
   GateValues<A> gates;
-  A before, now;  // c_{t-1} and c'_t
+  A before, now;                                                     // c_{t-1} and c'_t
   decltype(cell::squash<Math>(A{}, std::declval<Cell>())) squashed;  // tanh of c'_t
   A output;                                                          // dL/dh_t as the caller gave it
   A after;                                                           // dL/dc_t but for its part through h_t

@@ -111,7 +111,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const A before = previous_cell(row, cell.c_previous, b * H + j);
     const A now = cell::state<Math>(gates, cell::Here<Math>{before}, options);
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
-    write_state(cell, row, b, j, z.gate, state.c);
+    write_state(cell, row, b, j, z.gate, state.c, options);
     new_c[j] = state.now;
     output_gate[j] = gates[3];
     mean_c[0] += state.now;

@@ -68,8 +68,9 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
   TORCH_CHECK_VALUE(options.preactivation_clip >= 0, "lstm_ext: preactivation_clip is ", options.preactivation_clip,
                     ", expected a number of at least 0");
   if (!options.activations.empty()) read_activations(options.activations);
-  TORCH_CHECK(options.preactivation_clip == 0 || !options.recompute || input.is_cpu(),
-              "lstm_ext: the CUDA kernels do not compute clipped preactivations again");
+  const bool other_gates = options.preactivation_clip != 0 || !options.activations.empty();
+  TORCH_CHECK(!other_gates || !options.recompute || input.is_cpu(),
+              "lstm_ext: the CUDA kernels do not compute gates with other activations or a clip again");
   TORCH_CHECK(options.norm.empty() || (options.cell.empty() && !options.coupled_gates),
               "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,

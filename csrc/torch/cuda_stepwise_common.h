@@ -248,12 +248,7 @@ class Stepwise {
   // Preactivations of 16 bits are saved rounded.
   template <typename A>
   cell::Options<A> cell_options(int64_t d) const {
-    const bool exact = dtype_ == sizes_.sum_type;
-    auto cell = lstm_ext::cell_options<A>(options_, options_.cell, d, !options_.recompute && exact);
-    // The bound as it will be read back, so that the backward pass knows a preactivation that lies on it.
-    if (dtype_ == at::kBFloat16) cell.preactivation_clip = static_cast<c10::BFloat16>(cell.preactivation_clip);
-    if (dtype_ == at::kHalf) cell.preactivation_clip = static_cast<c10::Half>(cell.preactivation_clip);
-    return cell;
+    return lstm_ext::cell_options<A>(options_, options_.cell, d, !options_.recompute && dtype_ == sizes_.sum_type);
   }
   bool has_zoneout_h() const { return options_.keep_h.defined() || options_.zoneout_h != 0; }
   template <typename A>

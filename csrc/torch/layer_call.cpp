@@ -44,13 +44,16 @@ at::Tensor gate_values_result(const LayerOptions& options, const at::Tensor& gat
   const auto part = [hidden_size](const at::Tensor& all, cell::Gate gate) {
     return all.narrow(-1, gate * hidden_size, hidden_size);
   };
-  if (are_preactivations && options.activations.empty()) {  // past the end of a row they give the values 0
+  if (are_preactivations && options.activations.empty() &&
+      options.preactivation_clip == 0) {  // past the end of a row they give the values 0
     values = gates.sigmoid();
     part(values, cell::kG).copy_(part(gates, cell::kG).tanh());
   } else if (are_preactivations) {
-    const auto functions = read_activations(options.activations);
-    values = activation_of(functions[0], gates);
-    part(values, cell::kG).copy_(activation_of(functions[1], part(gates, cell::kG)));
+    const auto functions = read_activations(options.activations.empty() ? "sigmoid tanh tanh" : options.activations);
+    const double bound = options.preactivation_clip;
+    const at::Tensor seen = bound == 0 ? gates : gates.clamp(-bound, bound);
+    values = activation_of(functions[0], seen);
+    part(values, cell::kG).copy_(activation_of(functions[1], part(seen, cell::kG)));
     if (options.coupled_gates) part(values, cell::kF).copy_(1 - part(values, cell::kI));
     if (options.lengths.defined()) {
       const at::Tensor times = at::arange(gates.size(1), options.lengths.options()).unsqueeze(1);
@@ -187,7 +190,8 @@ LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   LayerResults results = backend.forward(call, sizes, save || cell_states || gates);
   const at::ScalarType dtype = call.input.scalar_type();
   if (cell_states) results.cell_states = in_type(results.saved.cells, dtype);
-  if (gates) results.gate_values = gate_values_result(call.options, results.saved.gates, backend.saves_preactivations, dtype);
+  if (gates)
+    results.gate_values = gate_values_result(call.options, results.saved.gates, backend.saves_preactivations, dtype);
   if (!save && (cell_states || gates)) results.saved = {};
   return results;
 }

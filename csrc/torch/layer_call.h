@@ -46,7 +46,7 @@ struct LayerOptions {
   double preactivation_clip = 0;  // the bound of what the functions of the gates take; 0 without one
   bool return_cell_states = false, return_gates = false;
   // Save no gates: the backward pass recomputes them. Not with return_gates, not with layer normalisation, and on CUDA
-  // neither with peepholes nor with preactivation_clip.
+  // with none of peepholes, activations and preactivation_clip.
   bool recompute = false;
 };
 

@@ -49,7 +49,9 @@ def _one(name: str, value: Any) -> str:
     given = (value,) if isinstance(value, str) else value
     if isinstance(given, (tuple, list)) and given and given[0] == "identity" and len(given) == 1:
         given = _IDENTITY
-    known = isinstance(given, (tuple, list)) and given and isinstance(given[0], str) and given[0] in ACTIVATIONS
+    known = (
+        isinstance(given, (tuple, list)) and given and isinstance(given[0], str) and given[0] in ACTIVATIONS
+    )
     if not known:
         raise ValueError(f"{name}: expected one of identity, {', '.join(ACTIVATIONS)}, got {value!r}")
     kind, numbers = given[0], tuple(given[1:])
@@ -58,7 +60,9 @@ def _one(name: str, value: Any) -> str:
         isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
     )
     if not good:
-        raise ValueError(f"{name}: expected {kind} with at most {len(defaults)} finite numbers, got {value!r}")
+        raise ValueError(
+            f"{name}: expected {kind} with at most {len(defaults)} finite numbers, got {value!r}"
+        )
     numbers += defaults[len(numbers) :]
     # A negative factor would give one value two slopes.
     if kind != "affine" and any(x < 0 for x in numbers[:1]):

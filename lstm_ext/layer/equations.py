@@ -57,7 +57,9 @@ def _equations(call: LayerCall) -> LayerResults:
     directions = 2 if bidirectional else 1
     numbers = torch.finfo(input.dtype)
     bound = options.cell_clip and min(max(options.cell_clip, numbers.tiny), numbers.max)
-    gate_bound = options.preactivation_clip and min(max(options.preactivation_clip, numbers.tiny), numbers.max)
+    gate_bound = options.preactivation_clip and min(
+        max(options.preactivation_clip, numbers.tiny), numbers.max
+    )
     gate_function, candidate_function, output_function = activation_functions(options.activations)
     per_set, projected = weights_per_direction(len(weights), bias, bidirectional)
     # The number of rows of each step. In dense data it is always the same.

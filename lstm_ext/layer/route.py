@@ -140,7 +140,8 @@ def lstm_layer(call: LayerCall) -> LayerResults:
             if options.recompute:
                 # The kernels cannot recompute these gates.
                 on_gpu = call.input.device.type != "cpu"
-                if options.norm or (on_gpu and (options.peephole or options.preactivation_clip)):
+                others = options.peephole or options.activations or options.preactivation_clip
+                if options.norm or (on_gpu and others):
                     return _recomputed(call)
                 if options.return_gates:  # they are saved anyway
                     call = replace(call, options=replace(options, recompute=False))

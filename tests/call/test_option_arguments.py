@@ -40,6 +40,9 @@ def test_signature():
         "peephole": False,
         "cell_clip": None,
         "coupled_gates": False,
+        "gate_activation": "sigmoid",
+        "cell_activation": "tanh",
+        "preactivation_clip": None,
         "forget_bias": None,
         "recompute": False,
     }

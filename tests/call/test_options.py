@@ -32,6 +32,12 @@ CELLS = {
         "zoneout": 0.3,
         "recompute": True,
     },
+    "activations": {
+        "gate_activation": "hard_sigmoid",
+        "cell_activation": (("scaled_tanh", 0.9, 1.1), "softsign"),
+        "preactivation_clip": 0.6,
+        "peephole": True,
+    },
     "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4},
     "all, recomputed": {
         "zoneout": 0.3,

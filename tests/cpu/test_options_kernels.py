@@ -56,6 +56,12 @@ KINDS: dict[str, dict[str, object]] = {
     "clip": {"cell_clip": 0.2, "returned": "both"},
     "coupled": {"coupled_gates": True},
     "norm, clip": {"norm": "own", "cell_clip": 0.3},
+    "activations": {"activations": "hard_sigmoid(0.2,0.5) softsign tanh", **RESETS},
+    "activations, norm": {"activations": "softsign scaled_tanh(0.8,1.2) softplus", "norm": "own", **RESETS},
+    "activations, recomputed": {"activations": "tanh elu(0.7) leaky_relu(0.3)", "recompute": True},
+    "activations, rest": {"activations": "softplus affine(0.4,0.1) hard_sigmoid(0.3,0.4)", "zoneout": "flags of c"},
+    "preactivation clip": {"preactivation_clip": 0.3, "returned": "gates"},
+    "preactivation clip, norm": {"preactivation_clip": 0.5, "norm": "own"},
     "all of the cell": {
         "peephole": "own", "cell_clip": 0.4, "coupled_gates": True, "zoneout": "flags", "mask": True,
         "returned": "both", **RESETS,

@@ -526,9 +526,7 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
         if case.options is None:
             moves = movement(unrepeated, tensors, ref, draws)
         else:
-            without_bound = dataclasses.replace(
-                case, options=dataclasses.replace(case.options, cell_clip=None)
-            )
+            without_bound = dataclasses.replace(case, options=case.options.without_edges())
             if Cell.nearest_to_clip < 1e-5:  # rounding decides what is clipped
                 return try_out(without_bound, kind, draws)
             if case.options.forget_bias is not None or case.options.parameters(case.bias):
@@ -536,9 +534,7 @@ def try_out(case: Case, kind: type[nn.Module], draws: int = DRAWS) -> Trial:
             equations = fast_run(unrepeated, tensors)
             moves = movement(unrepeated, tensors, equations, draws)
             norms = {n: torch.linalg.vector_norm(v).item() for n, v in equations.values.items()}
-            if case.options.cell_clip is not None and any(
-                [CHANGE * moves[n] > 0.01 * norms[n] for n in norms]
-            ):
+            if case.options.has_edges and any([CHANGE * moves[n] > 0.01 * norms[n] for n in norms]):
                 # A change of 1e-7 has changed everything: bounded, the cells with layer normalisation may be chaotic.
                 return try_out(without_bound, kind, draws)
             wrong = {n: r for n, r in Trial(case, equations, ref, moves).excess().items() if not r <= 1}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fuzz_cases import Case, arguments_of, environment, make_module, sizes_of, tensors_of
 from fuzz_errors import Call, describe, longer, of_rank, other_dtype, outcome, shorter
+from fuzz_options import CONSTRUCTOR as CONSTRUCTOR_OPTIONS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -176,6 +177,18 @@ BAD_PAIRS = [
     (True, 0.1),
 ]
 NO_FLAGS = [1, 0, "yes", None, 1.0, [True]]
+NO_ACTIVATIONS = [
+    None,
+    1,
+    True,
+    "sigmoids",
+    "",
+    (),
+    ("relu", 1.0),
+    ("elu", "1"),
+    ("elu", -1.0),
+    ("elu", math.nan),
+]
 
 ANYWHERE: dict[str, Fault] = {
     "resets: more steps or rows": Fault(_resets(lambda c, r: longer(r, c.which % r.dim(), c.amount)), "resets"),
@@ -226,6 +239,11 @@ ANYWHERE: dict[str, Fault] = {
     "attribute: zoneout": Fault(_attribute("zoneout", [-0.1, 1.5, True, "0.5", (0.1,), (0.1, 2)]), "zoneout"),
     "attribute: recompute": Fault(_attribute("recompute", [1, "yes"]), "recompute", (TypeError,)),
     "attribute: cell_clip": Fault(_attribute("cell_clip", [0, -1.0, math.inf, math.nan, True, "1"]), "cell_clip"),
+    "attribute: preactivation_clip": Fault(
+        _attribute("preactivation_clip", [0, -1.0, math.inf, math.nan, True, "1"]), "preactivation_clip"
+    ),
+    "attribute: gate_activation": Fault(_attribute("gate_activation", NO_ACTIVATIONS), "gate_activation"),
+    "attribute: cell_activation": Fault(_attribute("cell_activation", NO_ACTIVATIONS), "cell_activation"),
     "attribute: coupled_gates": Fault(_attribute("coupled_gates", [1, "yes"]), "coupled_gates", (TypeError,)),
 }  # fmt: skip
 
@@ -334,6 +352,9 @@ CONSTRUCTOR: dict[str, tuple[list[dict[str, Any]], type[Exception]]] = {
     "constructor: peephole": ([{"peephole": v} for v in NO_FLAGS], TypeError),
     "constructor: coupled_gates": ([{"coupled_gates": v} for v in NO_FLAGS], TypeError),
     "constructor: cell_clip": ([{"cell_clip": v} for v in [0, -0.5, math.inf, math.nan, True, "1", [1.0]]], ValueError),
+    "constructor: preactivation_clip": ([{"preactivation_clip": v} for v in [0, -0.5, math.nan, "1"]], ValueError),
+    "constructor: gate_activation": ([{"gate_activation": v} for v in NO_ACTIVATIONS], ValueError),
+    "constructor: cell_activation": ([{"cell_activation": v} for v in NO_ACTIVATIONS], ValueError),
     "constructor: exclude each other": (
         [{"layer_norm": True, "peephole": True}, {"layer_norm": True, "coupled_gates": True}]
         + [{"coupled_gates": True, "forget_bias": 1.0}],
@@ -410,7 +431,7 @@ def check_refused(refused: Refused, kind: type[nn.Module] = lstm_ext.LSTM) -> st
         with torch.no_grad():
             fault.apply(call)
         error = outcome(call, grad)
-        for name in ("recurrent_dropout", "zoneout", "recompute", "cell_clip", "coupled_gates"):
+        for name in set(CONSTRUCTOR_OPTIONS) - {"layer_norm", "peephole", "forget_bias"}:
             vars(module).pop(name, None)
         vars(module).update({n: v for n, v in attributes.items() if n in case.options.constructor})
         for name, p in parameters.items():

@@ -27,7 +27,7 @@ def differing(description: Any) -> str:
 
 CONSTRUCTOR = (
     *("recurrent_dropout", "zoneout", "layer_norm", "peephole", "cell_clip", "coupled_gates"),
-    *("forget_bias", "recompute"),
+    *("gate_activation", "cell_activation", "preactivation_clip", "forget_bias", "recompute"),
 )
 
 
@@ -52,6 +52,9 @@ class Options:
     peephole: bool = False
     cell_clip: float | None = None
     coupled_gates: bool = False
+    gate_activation: str | tuple[Any, ...] = "sigmoid"
+    cell_activation: str | tuple[Any, ...] = "tanh"
+    preactivation_clip: float | None = None
     forget_bias: float | None = None
     recompute: bool = False
 
@@ -74,6 +77,16 @@ class Options:
         """The number of parameters of a layer and direction that the plain layer has not."""
         return (3 + bias if self.layer_norm else 0) + (3 if self.peephole else 0)
 
+    @property
+    def has_edges(self) -> bool:
+        """Whether the cell has functions with edges, where the gradient depends on rounding."""
+        return self != self.without_edges()
+
+    def without_edges(self) -> Options:
+        return dataclasses.replace(
+            self, cell_clip=None, preactivation_clip=None, gate_activation="sigmoid", cell_activation="tanh"
+        )
+
     def plain_form(self) -> Options:
         """The same, said in the simplest way."""
         return dataclasses.replace(
@@ -91,9 +104,11 @@ class Options:
         if self.resets is not None:
             yield f"resets as {self.resets_as}"
         names = ("reset_state", "return_cell_states", "return_gates", "layer_norm", "recompute")
-        for name in (*names, "peephole", "cell_clip", "coupled_gates"):
+        for name in (*names, "peephole", "cell_clip", "coupled_gates", "preactivation_clip"):
             if getattr(self, name):
                 yield name
+        if (self.gate_activation, self.cell_activation) != ("sigmoid", "tanh"):
+            yield "activations"
         mode = "training" if training else "evaluation"
         if self.recurrent_dropout:
             yield f"recurrent_dropout, {mode}"

@@ -83,6 +83,20 @@ def options_of_calls(draw: st.DrawFn, layout: str, rows: tuple[int, ...]) -> dic
     return found
 
 
+# Gates between -1 and 1, so that no cell grows beyond all bounds.
+GATE_ACTIVATIONS = [
+    "sigmoid",
+    "hard_sigmoid",
+    ("hard_sigmoid", 0.25, 0.4),
+    "softsign",
+    ("scaled_tanh", 0.8, 1.5),
+]
+CELL_ACTIVATIONS = [
+    *("tanh", "softsign", "relu", "elu", "identity", "softplus", ("leaky_relu", 0.2)),
+    *(("tanh", "identity"), ("relu", "softsign"), (("scaled_tanh", 1.5, 0.7), "hard_sigmoid")),
+]
+
+
 @st.composite
 def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> Options | None:
     rarely = st.sampled_from([False, False, True])
@@ -95,6 +109,11 @@ def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> 
     found |= {"layer_norm": draw(rarely), "recompute": draw(rarely)}
     if draw(rarely):
         found["cell_clip"] = draw(st.sampled_from([0.05, 0.3, 1, 50.0]))
+    if draw(rarely):
+        found["preactivation_clip"] = draw(st.sampled_from([0.05, 0.5, 3, 50.0]))
+    if draw(rarely):
+        found["gate_activation"] = draw(st.sampled_from(GATE_ACTIVATIONS))
+        found["cell_activation"] = draw(st.sampled_from(CELL_ACTIVATIONS))
     if not found["layer_norm"]:
         found |= {"peephole": draw(rarely), "coupled_gates": draw(rarely)}
     if bias and not found.get("coupled_gates") and draw(rarely):

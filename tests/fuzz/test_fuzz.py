@@ -244,6 +244,21 @@ def gates_not_coupled(module, call, asked):
     return call(**asked)
 
 
+def another_function_of_the_gates(module, call, asked):
+    module.gate_activation = "hard_sigmoid"
+    return call(**asked)
+
+
+def another_function_of_the_state(module, call, asked):
+    module.cell_activation = "softsign"
+    return call(**asked)
+
+
+def a_bound_of_preactivations_a_little_higher(module, call, asked):
+    module.preactivation_clip *= 1.001
+    return call(**asked)
+
+
 def gates_in_another_order(module, call, asked):
     y, states, extras = call(**asked)
     return y, states, extras._replace(gates=extras.gates.roll(1, -1))
@@ -265,6 +280,9 @@ MISTAKES: dict[Callable[..., Any], Options] = {
     no_peepholes: Options(peephole=True),
     a_clip_a_little_higher: Options(cell_clip=0.1),
     gates_not_coupled: Options(coupled_gates=True),
+    another_function_of_the_gates: Options(gate_activation=("hard_sigmoid", 0.2, 0.501)),
+    another_function_of_the_state: Options(cell_activation=("softsign", "identity")),
+    a_bound_of_preactivations_a_little_higher: Options(preactivation_clip=0.1),
     gates_in_another_order: Options(return_gates=True),
     cell_states_of_the_next_set: Options(return_cell_states=True),
 }

@@ -26,6 +26,7 @@ LAYERS = {
     "norm": {"layer_norm": True},
     "zoneout": {"zoneout": (0.2, 0.3)},
     "cell": {"peephole": True, "cell_clip": 0.2, "coupled_gates": True},
+    "activations": {"gate_activation": "softsign", "cell_activation": "elu", "preactivation_clip": 0.5},
     "recompute": {"recompute": True, "layer_norm": True},
 }
 CALLS = {

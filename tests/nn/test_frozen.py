@@ -29,6 +29,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "both directions, two layers": {"bidirectional": True, "num_layers": 2},
     "projection": {"proj_size": 44},
+    "other functions": {
+        "gate_activation": "hard_sigmoid",
+        "cell_activation": "softsign",
+        "preactivation_clip": 0.8,
+    },
     "other cells": {"peephole": True, "cell_clip": 0.3, "coupled_gates": True, "bidirectional": True},
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }

@@ -20,6 +20,11 @@ OPTIONS = {
     "zoneout": {"zoneout": (0.3, 0.1)},
     "layer_norm": {"layer_norm": True},
     "other cell": {"peephole": True, "cell_clip": 0.3, "coupled_gates": True},
+    "other functions": {
+        "gate_activation": "hard_sigmoid",
+        "cell_activation": "relu",
+        "preactivation_clip": 0.8,
+    },
     "all": {
         "num_layers": 2,
         "proj_size": 6,
