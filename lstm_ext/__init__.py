@@ -16,8 +16,17 @@ from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
 from .nn.convert import convert, from_torch, report, revert, to_torch
 from .nn.explain import explain, explain_data
-from .nn.from_frameworks import from_haste, from_jax, from_keras, from_mlx, from_onnx, from_tensorflow
+from .nn.from_frameworks import (
+    from_haste,
+    from_jax,
+    from_keras,
+    from_mlx,
+    from_tensorflow,
+    from_torch_ao,
+    to_keras,
+)
 from .nn.from_gates import from_gates
+from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
@@ -46,11 +55,13 @@ __all__ = [
     "from_onnx",
     "from_tensorflow",
     "from_torch",
+    "from_torch_ao",
     "functional",
     "patch",
     "reference",
     "report",
     "revert",
+    "to_keras",
     "to_torch",
     "tune",
     "unfreeze",

@@ -1,12 +1,11 @@
-"""Layers with the weights of other frameworks: ``lstm_ext.from_keras`` and its like.
+"""Layers with the weights of other frameworks: ``lstm_ext.from_keras`` and its like, and ``to_keras``.
 
 No framework has to be installed. An importer takes arrays: anything that NumPy or torch takes for one. An object of a
-framework is read by its attributes, and only :func:`from_onnx` imports its package, to read a model.
+framework is read by its attributes.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lstm import LSTM
+from ..layer.activations import Activation, split_text
+from .frozen import freeze
+from .lstm import LSTM, activations_of, options_of
 
-__all__ = ["from_haste", "from_jax", "from_keras", "from_mlx", "from_onnx", "from_tensorflow"]
+__all__ = [
+    "Direction",
+    "Source",
+    "from_haste",
+    "from_jax",
+    "from_keras",
+    "from_mlx",
+    "from_tensorflow",
+    "from_torch_ao",
+    "to_keras",
+]
 
 PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 
@@ -25,7 +36,7 @@ PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 
 
 @dataclass
-class _Direction:
+class Direction:
     """A direction of a layer: weights (4H, features) with the gates i, f, g, o."""
 
     weight_ih: Tensor
@@ -41,7 +52,7 @@ class _Direction:
         return self.weight_ih.size(1), self.weight_ih.size(0) // 4, projected
 
 
-class _Source:
+class Source:
     """Reads the arrays of a framework, and names the importer and the array in errors."""
 
     def __init__(self, function: str, order: str) -> None:
@@ -82,16 +93,16 @@ class _Source:
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"{self.function}: {what}")
 
-    def matrices(self, kernel: Any, recurrent: Any, bias: Any, names: Sequence[str]) -> _Direction:
+    def matrices(self, kernel: Any, recurrent: Any, bias: Any, names: Sequence[str]) -> Direction:
         """From (features, 4H), (H, 4H) and (4H) or None."""
         U = self.array(recurrent, names[1], None, None)
         if U.size(1) != 4 * U.size(0):
             raise self.refuse(f"{names[1]}: expected shape (H, 4 H), got {tuple(U.shape)}")
         W = self.array(kernel, names[0], None, U.size(1))
         b = None if bias is None else self.gates(self.array(bias, names[2], U.size(1)))
-        return _Direction(self.gates(W.T), self.gates(U.T), b)
+        return Direction(self.gates(W.T), self.gates(U.T), b)
 
-    def joint(self, kernel: Any, bias: Any, names: Sequence[str], projection: Any = None) -> _Direction:
+    def joint(self, kernel: Any, bias: Any, names: Sequence[str], projection: Any = None) -> Direction:
         """From one (features + P, 4H) of input and state, (4H) and (H, P) or None."""
         both = self.array(kernel, names[0], None, None)
         hidden = both.size(1) // 4
@@ -101,9 +112,9 @@ class _Source:
             raise self.refuse(f"{names[0]}: expected shape (features + H, 4 H), got {tuple(both.shape)}")
         b = None if bias is None else self.gates(self.array(bias, names[1], 4 * hidden))
         W, U = both.T[:, :features], both.T[:, features:]
-        return _Direction(self.gates(W), self.gates(U), b, None if P is None else P.T)
+        return Direction(self.gates(W), self.gates(U), b, None if P is None else P.T)
 
-    def with_forget_bias(self, direction: _Direction, value: float) -> _Direction:
+    def with_forget_bias(self, direction: Direction, value: float) -> Direction:
         """The number that a framework adds to the forget gate's preactivation at run time."""
         hidden = direction.sizes[1]
         if direction.bias is None:
@@ -111,7 +122,7 @@ class _Source:
         direction.bias[hidden : 2 * hidden] += value
         return direction
 
-    def layer(self, stack: Sequence[Sequence[_Direction]], batch_first: bool, **options: Any) -> LSTM:
+    def layer(self, stack: Sequence[Sequence[Direction]], batch_first: bool, **options: Any) -> LSTM:
         """A layer with these parameters, of one direction or two for each of the stack."""
         if not stack:
             raise self.refuse("expected at least one layer, got none")
@@ -156,7 +167,12 @@ class _Source:
 # ---- the frameworks
 
 
-def from_keras(source: Any, *, batch_first: bool = True) -> LSTM:
+# Keras' functions that this layer has under another name.
+KERAS = {"linear": "identity"}
+KERAS |= {name: name for name in ("sigmoid", "tanh", "relu", "elu", "softplus", "softsign", "identity")}
+
+
+def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
     """A layer with the weights of ``keras.layers.LSTM``, of Keras 2 or 3 on any backend, or ``tf.keras``.
 
     Keras returns the last output unless ``return_sequences`` is set: here that is h_n.
@@ -165,39 +181,56 @@ def from_keras(source: Any, *, batch_first: bool = True) -> LSTM:
         source: a built ``LSTM``, a ``Bidirectional`` of one, or a sequence of such layers, which becomes a stack; or
             the list of arrays that ``get_weights()`` gives: kernel (I, 4H), recurrent_kernel (H, 4H) and, unless
             ``use_bias=False``, bias (4H), gates in the order i, f, c, o, and the same again for the way back.
-        batch_first: whether input and output are (B, T, features), as in Keras.
+        batch_first: whether input and output are (B, T, features); None for what the layer says (``time_major`` of
+            Keras 2), and as in Keras if there is none.
 
     Returns:
-        a layer with new parameters. The bias becomes ``bias_ih``; ``bias_hh`` is zero.
+        a layer with new parameters and the activations of Keras' layer. The bias becomes ``bias_ih``; ``bias_hh`` is
+        zero. From arrays alone it has sigmoid and tanh.
 
     Raises:
         TypeError: an array that is none.
-        ValueError: a shape that does not fit; or what this layer does not have, by its name in Keras: another
-            activation than tanh and sigmoid, ``go_backwards``, dropout, a ``merge_mode`` other than concat.
+        ValueError: a shape that does not fit; or what this layer does not have, by its name in Keras: an activation
+            that ONNX's LSTM does not have, ``go_backwards``, dropout, a ``merge_mode`` other than concat.
     """
-    read = _Source("from_keras", "ifgo")
+    read = Source("from_keras", "ifgo")
     names = ("kernel", "recurrent_kernel", "bias")
 
-    def directions(weights: Sequence[Any]) -> list[_Direction]:
+    def directions(weights: Sequence[Any]) -> list[Direction]:
         if len(weights) not in (2, 3, 4, 6):
             raise read.refuse(f"expected 2, 3, 4 or 6 arrays, got {len(weights)}")
         each = 2 if len(weights) in (2, 4) else 3
         parts = [[*weights[k : k + each], None][:3] for k in range(0, len(weights), each)]
         return [read.matrices(*part, names) for part in parts]
 
-    def check(layer: Any) -> None:
-        for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
-            found = getattr(layer, name, expected)
-            found = getattr(found, "__name__", found)
-            if found != expected:
-                raise read.refuse(f"{name}: expected {expected}, got {found}")
-        for name in ("go_backwards", "time_major", "dropout", "recurrent_dropout"):
-            if getattr(layer, name, False):
-                raise read.refuse(
-                    f"{name}={getattr(layer, name)}: this layer has not that; get_weights() gives the arrays alone"
-                )
+    def activation(layer: Any, name: str, default: str) -> Activation:
+        found = getattr(layer, name, default)
+        known = getattr(found, "__name__", found)
+        if known in KERAS:
+            return KERAS[known]
+        if known in ("hard_sigmoid", "leaky_relu") and callable(found):
+            # Their numbers differ between the versions of Keras, so they are asked.
+            below, above = (float(y) for y in found(read.array([-1.0, 1.0], name, 2).numpy()))
+            return ("leaky_relu", -below) if known == "leaky_relu" else ("hard_sigmoid", above - 0.5, 0.5)
+        raise read.refuse(
+            f"{name}: expected one of {', '.join([*KERAS, 'hard_sigmoid', 'leaky_relu'])}, got {known}"
+        )
 
-    def of_layer(layer: Any) -> list[_Direction]:
+    def check(layer: Any) -> dict[str, Any]:
+        for name in ("go_backwards", "dropout", "recurrent_dropout"):
+            if getattr(layer, name, False):
+                how = " and x.flip(1) its input" if name == "go_backwards" else ""
+                raise read.refuse(
+                    f"{name}={getattr(layer, name)}: this layer has not that; get_weights() gives the arrays alone{how}"
+                )
+        gate = activation(layer, "recurrent_activation", "sigmoid")
+        return {
+            "gate_activation": gate,
+            "cell_activation": activation(layer, "activation", "tanh"),
+            "time_major": bool(getattr(layer, "time_major", False)),
+        }
+
+    def of_layer(layer: Any) -> list[Direction]:
         inner = [layer]
         if hasattr(layer, "forward_layer"):
             if layer.merge_mode != "concat":
@@ -206,16 +239,61 @@ def from_keras(source: Any, *, batch_first: bool = True) -> LSTM:
         for one in inner:
             if type(one).__name__ != "LSTM":
                 raise read.refuse(f"expected layers of the class LSTM, got {type(one).__name__}")
-        check(inner[0])
+        found = check(inner[0])
+        if found != options.setdefault("all", found):
+            differ = [name for name, value in found.items() if value != options["all"][name]]
+            raise read.refuse(f"layers that differ in {', '.join(differ)}: make a layer of each")
         return directions(layer.get_weights())
 
+    options: dict[str, dict[str, Any]] = {}
     if hasattr(source, "get_weights"):
         source = [source]
     if isinstance(source, Sequence) and source and all(hasattr(layer, "get_weights") for layer in source):
-        return read.layer([of_layer(layer) for layer in source], batch_first)
-    if not isinstance(source, Sequence):
+        stack = [of_layer(layer) for layer in source]
+    elif isinstance(source, Sequence):
+        stack = [directions(source)]
+    else:
         raise TypeError(f"from_keras: expected layers or a list of arrays, got {type(source).__name__}")
-    return read.layer([directions(source)], batch_first)
+    found = options.get("all", {})
+    time_major = found.pop("time_major", False)
+    return read.layer(stack, not time_major if batch_first is None else batch_first, **found)
+
+
+def to_keras(layer: LSTM | nn.LSTM) -> list[list[Tensor]]:
+    """The arrays that ``set_weights`` of ``keras.layers.LSTM``, or of a ``Bidirectional`` of one, takes.
+
+    Args:
+        layer: an :class:`lstm_ext.LSTM` or a ``torch.nn.LSTM``. The Keras layer needs the same ``use_bias`` and
+            activations, ``return_sequences=True`` and, where this layer is not ``batch_first``, its input transposed.
+
+    Returns:
+        one list of new tensors for each layer of the stack: kernel (I, 4H), recurrent_kernel (H, 4H) and, if ``bias``,
+        bias (4H), the sum of both, with the gates i, f, c, o; and the same again for the way back.
+
+    Raises:
+        TypeError: it is no such layer.
+        ValueError: the layer has what Keras' does not have: a projection or an option, by its name.
+    """
+    if not isinstance(layer, nn.RNNBase) or layer.mode != "LSTM":
+        raise TypeError(f"to_keras: expected an LSTM, got {type(layer).__name__}")
+    ours = {"gate_activation", "cell_activation", "forget_bias", "recompute"}
+    unknown = [name for name in options_of(layer) if name not in ours] if isinstance(layer, LSTM) else []
+    if isinstance(layer, LSTM):
+        _, candidate, output = split_text(activations_of(layer))
+        unknown += ["two cell_activations"] if candidate != output else []
+    if layer.proj_size or unknown:
+        raise ValueError(f"to_keras: the LSTM of Keras has no {', '.join(unknown or ['proj_size'])}")
+    stack = []
+    for k in range(layer.num_layers):
+        arrays: list[Tensor] = []
+        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+            W, U, *biases = [
+                getattr(layer, f"{name}_l{k}{suffix}").detach()
+                for name in ("weight_ih", "weight_hh", *("bias_ih", "bias_hh")[: 2 * layer.bias])
+            ]
+            arrays += [W.T.contiguous(), U.T.contiguous(), *([biases[0] + biases[1]] if biases else [])]
+        stack.append(arrays)
+    return stack
 
 
 Arrays = Mapping[str, Any]
@@ -227,6 +305,7 @@ def from_tensorflow(
     backward: Arrays | Sequence[Arrays] | None = None,
     forget_bias: float = 1.0,
     cell_clip: float | None = None,
+    activation: Activation = "tanh",
     batch_first: bool = True,
 ) -> LSTM:
     """A layer with the variables of TensorFlow's ``LSTMCell``, ``BasicLSTMCell``, ``LSTMBlockCell`` or ``BlockLSTM``.
@@ -241,6 +320,7 @@ def from_tensorflow(
         forget_bias: the number that the cell adds at run time; 1 unless it was made with another one.
         cell_clip: the cell's ``cell_clip``. While a clip is active, TensorFlow's gradient passes straight through it,
             and ours is that of ``torch.clamp``.
+        activation: the cell's ``activation``, as ``cell_activation`` of :class:`lstm_ext.LSTM`.
         batch_first: whether input and output are (B, T, features).
 
     Returns:
@@ -249,11 +329,11 @@ def from_tensorflow(
     Raises:
         TypeError, ValueError: a variable that is missing, unknown or of another shape; the text names it.
     """
-    read = _Source("from_tensorflow", "igfo")
+    read = Source("from_tensorflow", "igfo")
     known = {"kernel", "bias", "w_i_diag", "w_f_diag", "w_o_diag", "projection/kernel"}
     diagonals = ("w_i_diag", "w_f_diag", "w_o_diag")
 
-    def direction(cell: Arrays) -> _Direction:
+    def direction(cell: Arrays) -> Direction:
         named = {}
         for full, value in cell.items():
             name = next(
@@ -292,10 +372,16 @@ def from_tensorflow(
     stack = [[direction(cell)] for cell in there]
     for k, cell in enumerate(back or ()):
         stack[k].append(direction(cell))
-    return read.layer(stack, batch_first, cell_clip=cell_clip)
+    return read.layer(stack, batch_first, cell_clip=cell_clip, cell_activation=activation)
 
 
-def from_jax(params: Any, *, batch_first: bool = True) -> LSTM:
+def from_jax(
+    params: Any,
+    *,
+    gate_activation: Activation = "sigmoid",
+    cell_activation: Activation = "tanh",
+    batch_first: bool = True,
+) -> LSTM:
     """A layer with the parameters of an LSTM cell of Flax, Haiku or Equinox; which of them, their names say.
 
     Args:
@@ -304,6 +390,7 @@ def from_jax(params: Any, *, batch_first: bool = True) -> LSTM:
             ``w`` (I + H, 4H), gates i, g, f, o, and ``b``; it adds 1 to the forget gate at run time. Equinox
             (``LSTMCell``): the cell, or ``weight_ih`` (4H, I), ``weight_hh`` (4H, H) and ``bias`` by name. The tree
             may lie within others, as ``init`` gives it.
+        gate_activation, cell_activation: ``gate_fn`` and ``activation_fn`` of Flax, as in :class:`lstm_ext.LSTM`.
         batch_first: whether input and output are (B, T, features).
 
     Returns:
@@ -313,14 +400,15 @@ def from_jax(params: Any, *, batch_first: bool = True) -> LSTM:
         TypeError, ValueError: parameters of no such cell, or of several; an array of another shape.
     """
     cells = params if isinstance(params, (list, tuple)) else [params]
-    read = _Source("from_jax", "ifgo")
-    return read.layer([[_jax_cell(cell)] for cell in cells], batch_first)
+    read = Source("from_jax", "ifgo")
+    options = {"gate_activation": gate_activation, "cell_activation": cell_activation}
+    return read.layer([[_jax_cell(cell)] for cell in cells], batch_first, **options)
 
 
 FLAX = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
 
 
-def _jax_cell(params: Any) -> _Direction:
+def _jax_cell(params: Any) -> Direction:
     def is_cell(tree: Arrays) -> bool:
         return set(FLAX) <= set(tree) or {"w", "b"} <= set(tree) or {"weight_ih", "weight_hh"} <= set(tree)
 
@@ -333,7 +421,7 @@ def _jax_cell(params: Any) -> _Direction:
         for part in tree.values():
             yield from found_in(part)
 
-    read = _Source("from_jax", "ifgo")
+    read = Source("from_jax", "ifgo")
     if not isinstance(params, Mapping) and hasattr(params, "weight_ih"):  # a cell of Equinox
         params = {name: getattr(params, name) for name in ("weight_ih", "weight_hh", "bias")}
     cells = list(found_in(params))
@@ -343,7 +431,7 @@ def _jax_cell(params: Any) -> _Direction:
         )
     cell = cells[0]
     if "w" in cell:
-        haiku = _Source("from_jax", "igfo")
+        haiku = Source("from_jax", "igfo")
         return haiku.with_forget_bias(haiku.joint(cell["w"], cell["b"], ("w", "b")), 1.0)
     if "weight_ih" in cell:
         W, U = (read.array(cell[name], name, None, None) for name in ("weight_ih", "weight_hh"))
@@ -380,7 +468,7 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
     Raises:
         TypeError, ValueError: an array that is missing or of another shape; the text names it.
     """
-    read = _Source("from_haste", "igfo")
+    read = Source("from_haste", "igfo")
     names = ("kernel", "recurrent_kernel", "bias")
     missing = [name for name in names if name not in arrays]
     if missing:
@@ -403,9 +491,9 @@ def from_mlx(source: Any, *, batch_first: bool = True) -> LSTM:
     Raises:
         TypeError, ValueError: an array that is missing or of another shape; the text names it.
     """
-    read = _Source("from_mlx", "ifgo")
+    read = Source("from_mlx", "ifgo")
 
-    def direction(one: Any) -> _Direction:
+    def direction(one: Any) -> Direction:
         arrays = one if isinstance(one, Mapping) else one.parameters()
         missing = [name for name in ("Wx", "Wh") if name not in arrays]
         if missing:
@@ -417,88 +505,37 @@ def from_mlx(source: Any, *, batch_first: bool = True) -> LSTM:
     return read.layer([[direction(one)] for one in layers], batch_first)
 
 
-def from_onnx(source: Any) -> dict[str, LSTM]:
-    """The LSTM nodes of an ONNX model as layers, by the names of the nodes. Reading needs the package ``onnx``.
+def from_torch_ao(module: nn.Module, weights: torch.dtype | None = torch.int8) -> LSTM:
+    """A frozen layer with the weights of torch's dynamically quantized LSTM.
 
-    A node without a name is called by its first output. Initial states and ``sequence_lens`` are inputs of a node, and
-    arguments of a call here: ``hx`` and ``lengths``. A node's output is (T, D, B, H), ours (T, B, D * H).
+    torch's layer multiplies whole numbers, and also rounds each step's input and state to 8 bits. Here the weights are
+    rounded, and everything else is computed in float32, so results are nearer to those before quantization.
 
     Args:
-        source: an ``onnx.ModelProto``, or the path of a file.
+        module: a ``torch.ao.nn.quantized.dynamic.LSTM``, of qint8 or float16.
+        weights: as in :func:`lstm_ext.freeze`: torch.int8 rounds the numbers once more, by a factor for each row where
+            torch has one for the matrix; None keeps them.
 
     Returns:
-        one :class:`lstm_ext.LSTM` for each node, with new parameters; ``batch_first`` where a node has ``layout=1``,
-        ``coupled_gates`` where it has ``input_forget=1``, ``peephole`` where it has ``P``. Both biases become
-        ``bias_ih``. Only the main graph is read, not those within its nodes.
+        a :class:`lstm_ext.FrozenLSTM`. :func:`lstm_ext.unfreeze` gives a layer that can be trained.
 
     Raises:
-        ImportError: the package ``onnx`` is not installed.
-        ValueError: a node whose weights are not initializers, or with what this layer does not have, by its name:
-            ``clip``, activations other than Sigmoid, Tanh, Tanh, ``direction=reverse``.
+        TypeError: it is no such module.
+        RuntimeError: the compiled kernels are not there.
     """
-    import onnx
-    from onnx import helper, numpy_helper
-
-    read = _Source("from_onnx", "iofg")
-    if isinstance(source, (str, os.PathLike)):
-        source = onnx.load(os.fspath(source))
-    known = {t.name: numpy_helper.to_array(t) for t in source.graph.initializer}
-    known |= {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in source.graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    values = getattr(module, "_all_weight_values", None)
+    if values is None or getattr(module, "mode", None) != "LSTM" or not hasattr(module, "get_weight"):
+        raise TypeError(
+            f"from_torch_ao: expected a torch.ao.nn.quantized.dynamic.LSTM, got {type(module).__name__}"
+        )
+    found: Any = module
+    arrays = {
+        name: w.dequantize() if w.is_quantized else w.float()
+        for name, w in {**found.get_weight(), **found.get_bias()}.items()
     }
-    layers: dict[str, LSTM] = {}
-    for node in source.graph.node:
-        if node.op_type != "LSTM":
-            continue
-        name = node.name or next(filter(None, node.output))
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        layers[name] = _onnx_layer(read, name, list(node.input), attributes, known)
-    return layers
-
-
-def _onnx_layer(
-    read: _Source, node: str, inputs: list[str], attributes: dict[str, Any], known: Mapping[str, Any]
-) -> LSTM:
-    def refuse(what: str) -> ValueError:
-        return read.refuse(f"node {node}: {what}")
-
-    direction = attributes.pop("direction", b"forward").decode()
-    if direction not in ("forward", "bidirectional"):
-        raise refuse(f"direction: expected forward or bidirectional, got {direction}")
-    count = 2 if direction == "bidirectional" else 1
-    activations = [a.decode() for a in attributes.pop("activations", [])]
-    if activations and [a.lower() for a in activations] != ["sigmoid", "tanh", "tanh"] * count:
-        raise refuse(f"activations: expected Sigmoid, Tanh, Tanh, got {', '.join(activations)}")
-    hidden = attributes.pop("hidden_size", None)
-    coupled, layout = attributes.pop("input_forget", 0), attributes.pop("layout", 0)
-    for name in ("activation_alpha", "activation_beta"):  # these activations have none
-        attributes.pop(name, None)
-    if attributes:
-        raise refuse(f"expected no attribute {', '.join(sorted(attributes))}")
-
-    def array(place: int, name: str, *shape: int | None) -> Tensor | None:
-        given = inputs[place] if place < len(inputs) else ""
-        if not given:
-            return None
-        if given not in known:
-            raise refuse(f"{name}: expected an initializer, got the result {given} of another node")
-        return read.array(known[given], f"node {node}: {name}", *shape)
-
-    R = array(2, "R", count, None, None)
-    if R is None:
-        raise refuse("R: expected an input, got none")
-    H = R.size(2) if hidden is None else hidden
-    R = array(2, "R", count, 4 * H, H)
-    W, B = array(1, "W", count, 4 * H, None), array(3, "B", count, 8 * H)
-    P = array(7, "P", count, 3 * H)
-    if W is None or R is None:
-        raise refuse("W: expected an input, got none")
-    directions = []
-    for d in range(count):
-        bias = None if B is None else read.gates(B[d, : 4 * H]) + read.gates(B[d, 4 * H :])
-        i_o_f = None if P is None else P[d].chunk(3)
-        peepholes = None if i_o_f is None else (i_o_f[0], i_o_f[2], i_o_f[1])
-        directions.append(_Direction(read.gates(W[d]), read.gates(R[d]), bias, None, peepholes))
-    return read.layer([directions], bool(layout), coupled_gates=bool(coupled))
+    layer = LSTM(
+        found.input_size, found.hidden_size, found.num_layers, bias=found.bias, batch_first=found.batch_first,
+        dropout=found.dropout, bidirectional=found.bidirectional,
+    )  # fmt: skip
+    layer.load_state_dict({name: arrays.get(name, value * 0) for name, value in layer.state_dict().items()})
+    return freeze(layer, weights)

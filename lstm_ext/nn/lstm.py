@@ -575,6 +575,11 @@ def options_of(module: LSTM) -> list[str]:
     return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
 
 
+def activations_of(module: LSTM) -> str:
+    """The functions of its cells, see `layer.activations`."""
+    return activation_text(module.gate_activation, module.cell_activation)
+
+
 def runs_on_torchs_operator(module: LSTM) -> bool:
     """Whether plain calls of this layer run on torch's own operator, because there are no kernels."""
     weight = module._parameters.get(module._all_weights[0][0])

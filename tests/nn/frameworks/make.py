@@ -80,6 +80,12 @@ def keras_cases() -> None:
     run("without bias", [lstm(use_bias=False)])
     run("both directions", [keras.layers.Bidirectional(lstm())])
     run("two layers, both directions", [keras.layers.Bidirectional(lstm()) for _ in range(2)])
+    for activation, recurrent in (
+        ("relu", "hard_sigmoid"), ("softsign", "sigmoid"), ("elu", "tanh"), ("leaky_relu", "softsign"),
+        ("linear", "sigmoid"), ("softplus", "hard_sigmoid"),
+    ):  # fmt: skip
+        functions = {"activation": activation, "recurrent_activation": recurrent}
+        run(f"{activation}, {recurrent}", [lstm(**functions)], functions=functions)
 
 
 def tensorflow_cases() -> None:
@@ -119,7 +125,7 @@ def jax_cases() -> None:
     import jax
     import jax.numpy as jnp
 
-    def run(name: str, package: str, source: Any, step: Any) -> None:
+    def run(name: str, package: str, source: Any, step: Any, **how: Any) -> None:
         def output(x: Any) -> Any:
             carry, found = (jnp.zeros((B, H)), jnp.zeros((B, H))), []
             for t in range(T):
@@ -129,10 +135,15 @@ def jax_cases() -> None:
 
         y = output(jnp.asarray(X))
         gradient = jax.grad(lambda x: (output(x) * factors(y.shape)).sum())(jnp.asarray(X))
-        add("from_jax", name, source, y, gradient, package)
+        add("from_jax", name, source, y, gradient, package, **how)
 
-    for cell_of in (flax.linen.LSTMCell, flax.linen.OptimizedLSTMCell):
-        cell = cell_of(H)
+    others = {"gate_fn": jax.nn.soft_sign, "activation_fn": jax.nn.relu}
+    for name, cell_of, functions in (
+        ("LSTMCell", flax.linen.LSTMCell, {}),
+        ("OptimizedLSTMCell", flax.linen.OptimizedLSTMCell, {}),
+        ("LSTMCell, other functions", flax.linen.LSTMCell, others),
+    ):
+        cell = cell_of(H, **functions)
         params = cell.init(jax.random.key(0), (jnp.zeros((B, H)),) * 2, jnp.asarray(X[:, 0]))
         params = jax.tree.map(lambda a: jnp.asarray(drawn(*a.shape, scale=0.5)), params)
 
@@ -140,7 +151,8 @@ def jax_cases() -> None:
             (c, h), _ = cell.apply(params, (carry[1], carry[0]), x)
             return h, c
 
-        run(f"Flax {cell_of.__name__}", "flax", params, flax_step)
+        keywords = {"gate_activation": "softsign", "cell_activation": "relu"} if functions else {}
+        run(f"Flax {name}", "flax", params, flax_step, keywords=keywords)
 
     core = haiku.without_apply_rng(
         haiku.transform(lambda x, h, c: haiku.LSTM(H)(x, haiku.LSTMState(h, c))[1])
@@ -168,13 +180,48 @@ def onnx_cases() -> None:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    for name, count, peephole, coupled, bias in (
-        ("one direction", 1, False, 0, True),
-        ("both directions", 2, False, 0, True),
-        ("peepholes, both directions", 2, True, 0, True),
-        ("input_forget", 1, False, 1, True),
-        ("without biases", 1, False, 0, False),
-    ):
+    each = [
+        "Affine",
+        "LeakyRelu",
+        "ThresholdedRelu",
+        "ScaledTanh",
+        "Elu",
+        "Softplus",
+        "Softsign",
+        "Relu",
+        "Tanh",
+    ]
+    numbers = {
+        "Affine": (0.7, 0.1), "LeakyRelu": (0.2,), "ThresholdedRelu": (0.15,), "ScaledTanh": (0.8, 1.3), "Elu": (0.6,),
+    }  # fmt: skip
+    for name, count, peephole, coupled, bias, more in (
+        ("one direction", 1, False, 0, True, {}),
+        ("both directions", 2, False, 0, True, {}),
+        ("peepholes, both directions", 2, True, 0, True, {}),
+        ("input_forget", 1, False, 1, True, {}),
+        ("without biases", 1, False, 0, False, {}),
+        ("clip", 1, True, 0, True, {"clip": 0.4}),
+        ("HardSigmoid", 1, False, 0, True, {"activations": ["HardSigmoid", "Tanh", "Tanh"]}),
+        (
+            "HardSigmoid with numbers, both directions", 2, True, 1, True,
+            {
+                "activations": ["HardSigmoid", "ScaledTanh", "Elu"] * 2,
+                "activation_alpha": [0.3, 0.8, 0.6] * 2, "activation_beta": [0.4, 1.2] * 2, "clip": 0.9,
+            },
+        ),
+        *[
+            (
+                f"Sigmoid, {g}, {h}", 1, False, 0, True,
+                {"activations": ["Sigmoid", g, h]}
+                | {
+                    f"activation_{key}": found
+                    for k, key in enumerate(("alpha", "beta"))
+                    if (found := [numbers[f][k] for f in (g, h) if len(numbers.get(f, ())) > k])
+                },
+            )
+            for g, h in zip(each, each[3:] + each[:3], strict=True)
+        ],
+    ):  # fmt: skip
         arrays = {"W": drawn(count, 4 * H, I, scale=0.5), "R": drawn(count, 4 * H, H, scale=0.5)}
         if bias:
             arrays["B"] = drawn(count, 8 * H, scale=0.5)
@@ -185,7 +232,7 @@ def onnx_cases() -> None:
             inputs.pop()
         node = helper.make_node(
             "LSTM", inputs, ["Y", "Y_h", "Y_c"], name="layer", hidden_size=H, input_forget=coupled,
-            direction="bidirectional" if count == 2 else "forward",
+            direction="bidirectional" if count == 2 else "forward", **more,
         )  # fmt: skip
         shapes = {"Y": [T, count, B, H], "Y_h": [count, B, H], "Y_c": [count, B, H]}
         values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in shapes.items()]
