@@ -17,7 +17,7 @@ from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
-from .layout import Layout, PackedLayout, PaddedRows
+from .layout import CountingSteps, Layout, PackedLayout, PaddedRows, resets_of_steps
 from .masks import keep_flags, recurrent_mask
 
 __all__ = [
@@ -256,6 +256,7 @@ class StackOptions:
         parameters: for each layer the parameters that its cells have, by the field of `LayerOptions`.
         reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
         padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
+        counting: the steps that count, if these may lie anywhere and are not known on the host; with ``lengths``.
     """
 
     recurrent_dropout: float
@@ -274,6 +275,7 @@ class StackOptions:
     reset_c: Tensor | None = None
     lengths: Tensor | None = None
     padded: PaddedRows | None = None
+    counting: CountingSteps | None = None
 
     @property
     def only_padded(self) -> bool:
@@ -384,7 +386,7 @@ def stack_options(
         _end_rows(options, _lengths(lengths, x, layout), x)
     elif mask is not None:
         _refuse_meta("mask", mask, x)
-        _end_rows(options, _lengths_of_mask(mask, x, layout), x)
+        _leave_out(options, _steps_of_mask(mask, x, layout), x)
     return options
 
 
@@ -403,6 +405,24 @@ def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
     options.lengths = lengths.to(x.device, non_blocking=True)
     if options.resets is not None:
         options.resets = options.resets & count_mask(options.lengths, time)
+
+
+def _leave_out(options: StackOptions, steps: Tensor, x: Tensor) -> None:
+    """Leaves out the steps (T, B) that do not count: they keep the state, and their output is 0."""
+    if x.device.type == "cpu" and steps.device.type == "cuda":
+        steps = steps.cpu()
+    readable = is_readable(steps)
+    if readable and bool((steps[1:] <= steps[:-1]).all()):  # the mask says lengths
+        _end_rows(options, steps.sum(0), x)
+        return
+    on_device = steps.to(x.device, non_blocking=True)
+    if options.resets is not None:
+        options.resets = resets_of_steps(options.resets, on_device)
+    if readable and (x.device.type == "cpu" or not route.has_operators(x.device)):
+        options.padded = PaddedRows(steps.sum(0), x.size(0), x.device, steps)
+        return
+    options.counting = CountingSteps(on_device)
+    options.lengths = options.counting.lengths
 
 
 def is_readable(x: Tensor) -> bool:
@@ -578,19 +598,9 @@ def _wrong_length(time: int, length: int, sequence: int) -> str:
     )
 
 
-def _lengths_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
-    """Lengths as int64 (B,): the number of steps before the first that does not count."""
+def _steps_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
+    """The mask as bool (T, B)."""
     steps = _per_step("mask", mask, x, layout)
     if steps.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")
-    falls = steps[1:] <= steps[:-1]
-    if not is_readable(steps):
-        _assert_later(falls, "mask: expected True up to the end of each sequence, and False from there on")
-        return ((~steps).to(torch.int64).cumsum(0) == 0).sum(0)
-    if not falls.all():
-        t, b = (~falls).nonzero()[0].tolist()
-        raise ValueError(
-            "mask: expected True up to the end of each sequence, and False from there on, "
-            f"got True at step {t + 1} of sequence {b}, after False"
-        )
-    return steps.sum(0)
+    return steps

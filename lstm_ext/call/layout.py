@@ -23,10 +23,12 @@ __all__ = [
     "TIME_FIRST",
     "UNBATCHED",
     "UNBATCHED_STEP",
+    "CountingSteps",
     "LSTMExtras",
     "Layout",
     "PackedLayout",
     "PaddedRows",
+    "resets_of_steps",
 ]
 
 
@@ -255,6 +257,54 @@ def _undo_each_other(a: Tensor, b: Tensor) -> bool:
     return [first[i] for i in second] == list(range(len(first)))
 
 
+def _times_of(steps: Tensor) -> Tensor:
+    """(T, B): the times of each sequence, first those that count, in their order."""
+    time = torch.arange(steps.size(0), device=steps.device).unsqueeze(1)
+    return torch.argsort(torch.where(steps, time, time + steps.size(0)), 0)
+
+
+def resets_of_steps(resets: Tensor, steps: Tensor) -> Tensor:
+    """The resets before the steps that count: each has those since the last step that did. Both are (T, B), bool."""
+    so_far = resets.cumsum(0)
+    at_step = torch.where(steps, so_far, 0).cummax(0).values
+    before = torch.cat([torch.zeros_like(at_step[:1]), at_step[:-1]])
+    return steps & (so_far > before)
+
+
+class CountingSteps:
+    """Padded data (T, B, ...) with the steps that count in front, so that a number for each sequence tells them.
+
+    The host need not know the numbers. A step that does not count keeps the state, so leaving it out is the same.
+
+    Args:
+        steps: bool (T, B), on the device of the data.
+    """
+
+    def __init__(self, steps: Tensor) -> None:
+        self._steps = steps
+        self._time, self._batch = steps.shape
+        self._times = _times_of(steps)
+        self._places = (steps.cumsum(0) - 1).clamp(min=0)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._steps.sum(0)
+
+    def _moved(self, x: Tensor, dim: int, times: Tensor) -> Tensor:
+        sequence = torch.arange(self._batch, device=times.device)
+        rows = (times * self._batch + sequence).flatten()
+        return x.flatten(dim, dim + 1).index_select(dim, rows).unflatten(dim, (self._time, self._batch))
+
+    def in_front(self, x: Tensor) -> Tensor:
+        """(T, B, ...)"""
+        return self._moved(x, 0, self._times)
+
+    def restored(self, x: Tensor, dim: int) -> Tensor:
+        """(..., T, B, ...) with the steps at their times again, T at ``dim``; 0 where none counts."""
+        counts = self._steps.reshape(*self._steps.shape, *[1] * (x.dim() - dim - 2))
+        return torch.where(counts, self._moved(x, dim, self._places), x.new_zeros(()))
+
+
 class PaddedRows:
     """The places of the rows that count in padded data, in the order of a ``PackedSequence``.
 
@@ -265,8 +315,11 @@ class PaddedRows:
         batch_sizes: (longest,), int64.
     """
 
-    def __init__(self, lengths: Tensor, time: int, device: torch.device) -> None:
-        """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0. The data is on ``device``."""
+    def __init__(self, lengths: Tensor, time: int, device: torch.device, steps: Tensor | None = None) -> None:
+        """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0. The data is on ``device``.
+
+        ``steps``, bool (time, B) on the CPU, are those that count, if these are not the first of each sequence.
+        """
         self._time, self._batch = time, lengths.size(0)
         # _count sequences have a step; they come first in _order.
         falling, order = torch.sort(lengths, descending=True)
@@ -274,6 +327,8 @@ class PaddedRows:
         counts = count_mask(falling[: self._count], int(falling[0]))
         self.batch_sizes = counts.sum(1)
         step, place = counts.nonzero(as_tuple=True)
+        if steps is not None:
+            step = _times_of(steps)[step, order[place]]
         indices = order, order[place], step, torch.argsort(order)
         if device.type != "cpu":
             indices = tuple([i.to(device) for i in indices])

@@ -65,10 +65,17 @@ def run(
         return layout.restored(*_layers(stack, layer, weights, x, h0, c0, batch_sizes, None))
     if batch_sizes is not None:
         options.reset_h, options.reset_c = layout.states(options.reset_h), layout.states(options.reset_c)
-    if options.padded is None:
-        output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
-    else:
+    if options.padded is not None:
         output, h_n, c_n, extras = _run_padded(stack, layer, weights, x, h0, c0, options)
+    else:
+        steps = options.counting
+        if steps is not None:
+            x = steps.in_front(x)
+            options.resets = None if options.resets is None else steps.in_front(options.resets)
+        output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
+        if steps is not None:
+            output = steps.restored(output, 0)
+            extras = None if extras is None else extras.map(lambda values: steps.restored(values, 1))
     requested = options.return_cell_states or options.return_gates
     return layout.restored(output, h_n, c_n, extras if requested else None)
 

@@ -277,9 +277,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
             reset_state: ``(h, c)`` in the shapes of ``hx``: the state that a reset puts in place. It gets gradients.
                 None for zeros. Each direction has its own rows of it.
-            mask: another form of ``lengths``: bool, (T, B) in the layout of the input, optionally with a last axis of
-                1, on any device. True in the steps that count, which must come first. On a GPU this is not checked:
-                nothing after the first False counts.
+            mask: bool, (T, B) in the layout of the input, optionally with a last axis of 1, on any device. True in the
+                steps that count. Another step keeps the state, in both directions, and its output is 0, as in Keras:
+                so padding may be at the end, where the mask says the same as ``lengths``, at the beginning, and
+                anywhere between. Resets in it count for the next step that does. Not together with ``lengths``.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
 
         Returns:

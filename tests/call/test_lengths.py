@@ -174,16 +174,109 @@ def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
     assert rows == [("lstm_layer", sum(LENGTHS))] * 2
 
 
-def test_lengths_of_a_device_are_clamped_and_masks_cut_at_the_first_hole(monkeypatch):
+def test_lengths_of_a_device_are_clamped(monkeypatch):
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = module(x, lengths=[0, 7, 2, 7, 3])
     monkeypatch.setattr(arguments, "is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
-    mask = torch.arange(T).unsqueeze(1) < torch.tensor([0, 7, 2, 7, 3])
-    mask[4:, 2] = True
-    mask[-1, 0] = True
-    torch.testing.assert_close(module(x, mask=mask), expected)
+
+
+MASKS = {
+    "padding at the beginning": torch.arange(T).unsqueeze(1) >= torch.tensor([4, 0, 6, 1, 3]),
+    "holes": torch.rand(T, B, generator=torch.Generator().manual_seed(3)) < 0.5,
+    "a sequence without a step": torch.tensor(
+        [[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]] * 3 + [[1, 0, 1, 1, 1]]
+    ).bool(),
+    "nothing counts": torch.zeros(T, B, dtype=torch.bool),
+    "at the end": torch.arange(T).unsqueeze(1) < torch.tensor(LENGTHS),
+}
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}, {"layer_norm": True, "proj_size": 2}],
+    ids=str,
+)
+def test_a_mask_leaves_steps_out(options, name, read, monkeypatch):
+    """The same as each sequence alone without them: values, cell states, and all gradients. Padding may be NaN."""
+    module = lstm_ext.LSTM(I, H, **options).double()
+    mask, hx = MASKS[name], tuple(s.double().requires_grad_() for s in states(module))
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    x[~mask] = float("nan")
+    x.requires_grad_()
+    leaves = [x, *hx, *module.parameters()]
+    first = module.batch_first
+
+    def turned(t):
+        return t.transpose(0, 1) if first else t
+
+    if not read:
+        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+    output, (h_n, c_n), extras = module(turned(x), hx, mask=turned(mask), return_cell_states=True)
+    output, cells = turned(output), extras.cell_states.transpose(1, 2) if first else extras.cell_states
+    columns, finals = [], []
+    for b in range(B):
+        kept = mask[:, b].nonzero().flatten()
+        one = tuple(s[:, b] for s in hx)
+        y, c = x.new_zeros(T, output.size(-1)), x.new_zeros(cells.size(0), T, H)
+        if len(kept):
+            found, one, more = module(x[kept, b], one, return_cell_states=True)
+            y, c = y.index_copy(0, kept, found), c.index_copy(1, kept, more.cell_states)
+        columns.append((y, c))
+        finals.append(one)
+    expected = [torch.stack([y for y, _ in columns], 1), torch.stack([c for _, c in columns], 2)]
+    expected += [torch.stack([s[i] for s in finals], 1) for i in range(2)]
+    ours = [output, cells, h_n, c_n]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    factors = [torch.randn_like(t) for t in ours]
+    gradients = [
+        torch.autograd.grad(
+            [(t * f).sum() for t, f in zip(side, factors, strict=True) if t.requires_grad],
+            leaves,
+            allow_unused=True,
+        )
+        for side in (ours, expected)
+    ]
+    for a, b, leaf in zip(*gradients, leaves, strict=True):
+        b = torch.zeros_like(leaf) if b is None else b.nan_to_num()
+        torch.testing.assert_close(torch.zeros_like(leaf) if a is None else a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_resets_where_a_mask_leaves_steps_out(read, monkeypatch):
+    """They count for the next step that does, and after the last for none."""
+    module = lstm_ext.LSTM(I, H, bidirectional=True)
+    x = torch.randn(8, 1, I)
+    mask = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1]).bool().unsqueeze(1)
+    resets = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0]).bool().unsqueeze(1)
+    kept = mask.flatten().nonzero().flatten()
+    expected = module(x[kept], resets=torch.tensor([0, 1, 0, 1]).bool().unsqueeze(1))
+    if not read:
+        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+    output, final = module(x, mask=mask, resets=resets)
+    torch.testing.assert_close((output[kept], final), expected)
+    assert not output[~mask.flatten()].any()
+
+
+def test_a_mask_in_a_compiled_function():
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True)
+    x, mask = torch.randn(T, B, I), MASKS["holes"]
+    compiled = torch.compile(lambda x, mask: module(x, mask=mask), fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x, mask), module(x, mask=mask))
+    x, mask = torch.randn(T + 3, B, I), torch.rand(T + 3, B) < 0.7
+    torch.testing.assert_close(compiled(x, mask), module(x, mask=mask))
+
+
+def test_a_mask_for_each_sample_of_a_vmap():
+    module = lstm_ext.LSTM(I, H)
+    x, mask = torch.randn(3, T, B, I), torch.rand(3, T, B) < 0.6
+    found = torch.vmap(lambda x, mask: module(x, mask=mask)[0])(x, mask)
+    torch.testing.assert_close(
+        found, torch.stack([module(a, mask=m)[0] for a, m in zip(x, mask, strict=True)])
+    )
 
 
 def test_check_variable():
@@ -193,10 +286,8 @@ import torch, lstm_ext
 from lstm_ext.call import arguments
 arguments.is_readable = lambda x: False
 module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
-hole = torch.tensor([True, False, True, True, True])
 for name, right, wrong in (
     ("lengths", torch.tensor([0, 5]), torch.tensor([0, 6])),
-    ("mask", torch.ones(5, 2, dtype=torch.bool), hole.unsqueeze(1).expand(5, 2)),
     ("resets", torch.ones(5, 2), torch.full((5, 2), 0.5)),
 ):
     module(x, **{name: right})
@@ -217,7 +308,7 @@ print(*bad)
 """
     off, on, wrong = forks.run(program, *({"LSTM_EXT_CHECK": value} for value in ("0", "1", "yes")))
     assert (off.returncode, on.returncode) == (0, 0), (off.stderr, on.stderr)
-    assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "mask", "resets", "order"]
+    assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "resets", "order"]
     assert wrong.returncode == 1
     assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in wrong.stderr
 

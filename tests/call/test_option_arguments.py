@@ -346,11 +346,6 @@ BAD = [
     ),
     ({"mask": zeros(5, 3)}, ValueError, "mask: expected dtype torch.bool, got torch.float32"),
     (
-        {"mask": torch.tensor([True, True, False, True, False]).unsqueeze(1).expand(5, 3)},
-        ValueError,
-        "mask: .* got True at step 3 of sequence 0, after False",
-    ),
-    (
         {"mask": zeros(5, 3).bool(), "lengths": [1, 2, 3]},
         ValueError,
         "mask: expected without lengths, .* got both",

@@ -39,12 +39,14 @@ from unittest import mock
 
 import torch
 from fuzz_options import (
+    HOLES,
     Options,
     OracleLSTM,
     call_arguments,
     check_initialisation,
     differing,
     rounding_normalisation,
+    with_holes,
 )
 from judge import absolute_error
 from oracle import Cell
@@ -283,7 +285,10 @@ def tensors_of(case: Case) -> Tensors:
                 if case.layout == "unbatched"
                 else tensors.input.select(0 if case.batch_first else 1, b)
             )
-            of_row[n:] = math.nan
+            if case.options.lengths_as == HOLES:
+                of_row[~with_holes(case.options.lengths, len(of_row))[:, b]] = math.nan
+            else:
+                of_row[n:] = math.nan
     return tensors
 
 

@@ -82,15 +82,6 @@ def _mask(change: Callable[[Call, Tensor], Any]) -> Callable[[Call], None]:
     return apply
 
 
-def with_a_hole(call: Call, mask: Tensor) -> Tensor:
-    T, B = time_and_batch(call)
-    rows = mask if mask.dim() == 2 else mask[:, None]
-    rows = rows.T if mask.dim() == 2 and call.module.batch_first else rows  # (T, B)
-    rows[call.which % (T - 1), call.amount % B] = False
-    rows[T - 1, call.amount % B] = True
-    return mask
-
-
 # --- resets --------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +279,6 @@ UNPACKED: dict[str, Fault] = ANYWHERE | {
     "mask: dtype": Fault(
         _mask(lambda c, m: m.to([torch.float32, torch.uint8, torch.int64, torch.complex64][c.which % 4])), "mask"
     ),
-    "mask: hole": Fault(_mask(with_a_hole), "mask"),
     "mask: type": Fault(
         _mask(lambda c, m: [m.tolist(), True, "mask", m.numpy()][c.which % 4]), "mask", (TypeError,)
     ),

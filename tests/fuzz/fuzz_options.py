@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -89,9 +89,8 @@ class Options:
 
     def plain_form(self) -> Options:
         """The same, said in the simplest way."""
-        return dataclasses.replace(
-            self, lengths_as="list", resets_as="bool", recompute=False, forget_bias=None
-        )
+        form = HOLES if self.lengths_as == HOLES else "list"
+        return dataclasses.replace(self, lengths_as=form, resets_as="bool", recompute=False, forget_bias=None)
 
     def features(self, training: bool) -> Iterator[str]:
         """For the summary."""
@@ -147,6 +146,25 @@ LENGTHS_AS: dict[str, Callable[[list[int], tuple[int, ...], bool], dict[str, Any
     "mask, strided": lambda n, shape, first: {
         "mask": torch.stack([_counts(n, shape, first)] * 2, -1)[..., 1]
     },
+}
+HOLES = "mask with holes"
+
+
+def with_holes(lengths: Sequence[int], time: int) -> Tensor:
+    """A mask (T, B) with so many steps that count, anywhere."""
+    columns = []
+    for b, n in enumerate(lengths):
+        places = torch.randperm(time, generator=torch.Generator().manual_seed(97 * b + n))
+        columns.append(torch.zeros(time, dtype=torch.bool).index_fill(0, places[:n], True))
+    return torch.stack(columns, 1) if columns else torch.zeros(time, 0, dtype=torch.bool)
+
+
+def _in_layout(mask: Tensor, shape: tuple[int, ...], batch_first: bool) -> Tensor:
+    return mask[:, 0] if len(shape) == 1 else mask.T if batch_first else mask
+
+
+LENGTHS_AS[HOLES] = lambda n, shape, first: {
+    "mask": _in_layout(with_holes(n, shape[1 if first and len(shape) > 1 else 0]), shape, first)
 }
 UNBATCHED_ONLY = ("number", "tensor of a number")
 
@@ -262,6 +280,19 @@ def places_of_rows(packed: PackedSequence) -> tuple[Tensor, list[int], Tensor]:
     return places, lengths, order
 
 
+def resets_between(resets: Tensor, mask: Tensor) -> Tensor:
+    """The resets (T, B) of the steps that count, in front: each has those since the last that counted."""
+    found = torch.zeros_like(resets)
+    for b in range(mask.size(1)):
+        place, waiting = 0, False
+        for t in range(mask.size(0)):
+            waiting |= bool(resets[t, b])
+            if mask[t, b]:
+                found[place, b] = waiting
+                place, waiting = place + 1, False
+    return found
+
+
 class OracleLSTM(lstm_ext.LSTM):
     """The parameters of ``lstm_ext.LSTM``, and the oracle for the computation. Takes plain forms of arguments only."""
 
@@ -271,6 +302,7 @@ class OracleLSTM(lstm_ext.LSTM):
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: list[int] | None = None,
+        mask: Tensor | None = None,
         resets: Any = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
         return_cell_states: bool = False,
@@ -297,6 +329,15 @@ class OracleLSTM(lstm_ext.LSTM):
             if self.batch_first:
                 x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         time, batch = x.shape[:2]
+        steps: list[list[int]] = []  # of each sequence, first those that count
+        if mask is not None:
+            rows = mask.unsqueeze(1) if unbatched else mask.T if self.batch_first else mask
+            lengths = rows.sum(0).tolist()
+            steps = [sorted(range(time), key=lambda t, b=b: (not rows[t, b], t)) for b in range(batch)]
+            if batch:
+                x = torch.stack([x[steps[b], b] for b in range(batch)], 1)
+            if resets is not None:
+                resets = resets_between(resets, rows)
         # The masks are drawn for packed rows where the lengths are known and some steps do not count.
         if known is None and lengths is not None and arguments.is_readable(torch.tensor(lengths)):
             known = lengths if 0 < sum(lengths) < time * batch else None
@@ -306,6 +347,10 @@ class OracleLSTM(lstm_ext.LSTM):
             self._of_nobody(time) if batch == 0 else oracle(self, x, hx, lengths, resets, reset_state, masks)
         )
         output, h_n, c_n, cells, gates = result
+        if mask is not None and batch:
+            back = [[column.index(t) for t in range(time)] for column in steps]
+            output = torch.stack([output[back[b], b] for b in range(batch)], 1)
+            cells, gates = [torch.stack([e[:, back[b], b] for b in range(batch)], 2) for e in (cells, gates)]
         if isinstance(input, PackedSequence):
             y: Any = input._replace(data=output.flatten(0, 1)[places])
             cells, gates = [e.flatten(1, 2)[:, places] for e in (cells, gates)]
