@@ -31,6 +31,7 @@ def lstm(
     reset_state: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
     norm_weights: Sequence[Tensor] | None = None,
     peephole_weights: Sequence[Tensor] | None = None,
@@ -59,11 +60,11 @@ def lstm(
         bias: whether ``weights`` holds biases.
         num_layers: how many layers there are, L.
         dropout: probability of zeroing an element between two layers; only if ``training``.
-        training: whether dropout, recurrent_dropout and random zoneout are active.
+        training: whether dropout, recurrent_dropout, weight_dropout and random zoneout are active.
         bidirectional: whether each layer has a second set of weights that reads time backwards.
         batch_first: the layout of ``input`` and ``output``.
         lengths, resets, reset_state, mask, return_cell_states, return_gates: as in :meth:`lstm_ext.LSTM.forward`.
-        recurrent_dropout: as in :class:`lstm_ext.LSTM`; only if ``training``.
+        recurrent_dropout, weight_dropout: as in :class:`lstm_ext.LSTM`; only if ``training``.
         zoneout: as in :class:`lstm_ext.LSTM`; random only if ``training``.
         recompute: as in :class:`lstm_ext.LSTM`.
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
@@ -96,6 +97,7 @@ def lstm(
         bidirectional,
         batch_first,
         recurrent_dropout=recurrent_dropout,
+        weight_dropout=weight_dropout,
         zoneout=zoneout,
         norm_weights=norm_weights,
         peephole_weights=peephole_weights,

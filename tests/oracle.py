@@ -29,6 +29,7 @@ class Masks(NamedTuple):
     zoneout_h: Tensor | None
     zoneout_c: Tensor | None
     between: Tensor | None = None
+    weights: Tensor | None = None  # (D, 4H, P), of weight_hh
 
 
 class Result(NamedTuple):
@@ -102,6 +103,12 @@ def drawn(
             mask = torch.nn.functional.dropout(torch.ones(shape, dtype=torch.float64), module.dropout)
             between[rows] = mask.view(len(rows), width)
             between = between.view(time, batch, width)
+        weights = None
+        if module.weight_dropout:
+            ones = torch.ones(4 * hidden, state, dtype=torch.float64)
+            weights = torch.stack(
+                [torch.nn.functional.dropout(ones, module.weight_dropout) for _ in range(directions)]
+            )
         recurrent = None
         if module.recurrent_dropout:
             ones = torch.ones(directions, len(order), state, dtype=torch.float64)
@@ -118,7 +125,7 @@ def drawn(
                     mask[:, rows] = kept_by_zoneout((directions, len(rows), size), rate).double()
                 mask = mask.unflatten(1, (time, batch))
             zoneout.append(mask)
-        layers.append(Masks(recurrent, *zoneout, between))
+        layers.append(Masks(recurrent, *zoneout, between, weights))
     return layers
 
 
@@ -241,6 +248,8 @@ def oracle(
         for d in range(directions):
             s = k * directions + d
             cell = Cell(module, f"_l{k}" + ("_reverse" if d else ""))
+            if masks is not None and masks[k] is not None and masks[k].weights is not None:
+                cell.w_hh = cell.w_hh * masks[k].weights[d]
             rows = []
             for b in range(batch):
                 h_steps = [x.new_zeros(state)] * time

@@ -17,8 +17,8 @@ from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
-from .layout import CountingSteps, Layout, PackedLayout, PaddedRows, resets_of_steps
-from .masks import keep_flags, recurrent_mask
+from .layout import CountingSteps, JaggedLayout, Layout, PackedLayout, PaddedRows, resets_of_steps
+from .masks import dropped_weight, keep_flags, recurrent_mask
 
 __all__ = [
     "CELL_OPTIONS",
@@ -174,6 +174,7 @@ class Stack(Protocol):
     training: bool
     bidirectional: bool
     recurrent_dropout: float
+    weight_dropout: float
     zoneout: float | tuple[float, float]
     layer_norm: bool
     peephole: bool
@@ -197,6 +198,7 @@ class Settings:
     training: bool
     bidirectional: bool
     recurrent_dropout: float
+    weight_dropout: float
     zoneout: float | tuple[float, float]
     layer_norm: bool
     peephole: bool
@@ -232,6 +234,7 @@ def any_requested(stack: Stack, call_options: CallOptions) -> bool:
     """Whether a call of ``stack`` requests anything that ``torch.nn.LSTM`` does not have."""
     return (
         stack.recurrent_dropout != 0
+        or stack.weight_dropout != 0
         or stack.zoneout != 0
         or stack.layer_norm is not False
         or stack.peephole is not False
@@ -250,9 +253,9 @@ class StackOptions:
     """The options of all L layers. :class:`lstm_ext.layer.layer_call.LayerOptions` explains those not listed here.
 
     Attributes:
-        recurrent_dropout: the probability.
+        recurrent_dropout, weight_dropout: the probabilities.
         zoneout: the probabilities for h and c.
-        training: whether the two are random.
+        training: whether these are random.
         parameters: for each layer the parameters that its cells have, by the field of `LayerOptions`.
         reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
         padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
@@ -260,6 +263,7 @@ class StackOptions:
     """
 
     recurrent_dropout: float
+    weight_dropout: float
     zoneout: tuple[float, float]
     training: bool
     parameters: dict[str, Sequence[Sequence[Tensor]]]
@@ -282,7 +286,7 @@ class StackOptions:
         """Whether the layers compute nothing but plain layers on the rows that count."""
         return (
             self.padded is not None
-            and not (self.training and self.recurrent_dropout)
+            and not (self.training and (self.recurrent_dropout or self.weight_dropout))
             and self.zoneout == (0.0, 0.0)
             and not self.parameters
             and not (self.cell_clip or self.coupled_gates)
@@ -290,6 +294,15 @@ class StackOptions:
             and not (self.recompute or self.return_cell_states or self.return_gates)
             and self.resets is None
         )
+
+    def weights_of_layer(self, weights: Sequence[Tensor], directions: int) -> Sequence[Tensor]:
+        """The weights of a layer, with a mask on each ``weight_hh``, which is drawn before its other masks."""
+        if not (self.training and self.weight_dropout):
+            return weights
+        dropped = list(weights)
+        for place in range(1, len(weights), len(weights) // directions):
+            dropped[place] = dropped_weight(weights[place], self.weight_dropout)
+        return dropped
 
     def of_layer(
         self,
@@ -355,6 +368,7 @@ def stack_options(
     lengths, resets, reset_state, mask, return_cell_states, return_gates = call_options
     options = StackOptions(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
+        weight_dropout=probability("weight_dropout", stack.weight_dropout),
         zoneout=zoneout_pair(stack.zoneout),
         training=stack.training and not stack.frozen,
         parameters=parameters,
@@ -375,11 +389,12 @@ def stack_options(
         options.reset_h, options.reset_c = _reset_state(reset_state, x, state_shapes, layout)
     if mask is not None and lengths is not None:
         raise ValueError("mask: expected without lengths, which say the same, got both")
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, (PackedLayout, JaggedLayout)):
         for name, value in (("lengths", lengths), ("mask", mask)):
             if value is not None:
+                kind = "PackedSequence" if isinstance(layout, PackedLayout) else "nested tensor"
                 raise ValueError(
-                    f"{name}: expected None for a PackedSequence, which has its own lengths, got {_kind(value)}"
+                    f"{name}: expected None for a {kind}, which has its own lengths, got {_kind(value)}"
                 )
     elif lengths is not None:
         _refuse_meta("lengths", lengths, x)
@@ -474,6 +489,8 @@ def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
     """Resets as bool, (T, B) or (N,)."""
     if isinstance(layout, PackedLayout):
         steps = _packed_resets(resets, layout.packed, layout.batch(x))
+    elif isinstance(layout, JaggedLayout):
+        steps = layout.flags_of("resets", resets)
     elif isinstance(resets, PackedSequence):
         raise TypeError("resets: expected a Tensor, as the input is one, got PackedSequence")
     else:

@@ -16,20 +16,27 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 
 from ..layer.shapes import count_mask
+from ..layer.tracing import is_zero
 
 __all__ = [
     "BATCH_FIRST",
+    "EMPTY_SEQUENCE",
     "STEP",
     "TIME_FIRST",
     "UNBATCHED",
     "UNBATCHED_STEP",
     "CountingSteps",
+    "JaggedLayout",
     "LSTMExtras",
     "Layout",
     "PackedLayout",
     "PaddedRows",
     "resets_of_steps",
 ]
+
+
+# This is torch's own text, from aten/src/ATen/native/RNN.cpp.
+EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
 
 
 class LSTMExtras(NamedTuple):
@@ -40,8 +47,8 @@ class LSTMExtras(NamedTuple):
 
     Attributes:
         cell_states: c_t of every layer and step, (L * D, T, B, H), (L * D, B, T, H) with ``batch_first``, or
-            (L * D, T, H) without a batch; for a ``PackedSequence`` (L * D, N, H), in the order of the rows of its
-            ``data``. None if it was not requested.
+            (L * D, T, H) without a batch; for a ``PackedSequence`` or a nested tensor (L * D, N, H), in the order of
+            the rows of its ``data`` or ``values()``. None if it was not requested.
         gates: i, f, g, o of every layer and step, after the nonlinearity: as ``cell_states``, with a last axis of 4.
             None if not requested.
 
@@ -66,6 +73,10 @@ class Layout:
     state_rank = 3
     batched = True
     batch_sizes: Tensor | None = None  # for packed data
+    initial: tuple[Tensor | None, Tensor | None] = (
+        None,
+        None,
+    )  # with batch_sizes: h0 and c0 in the user's order
     code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
 
     def rows(self, input: Any) -> Tensor:
@@ -257,6 +268,124 @@ def _undo_each_other(a: Tensor, b: Tensor) -> bool:
     return [first[i] for i in second] == list(range(len(first)))
 
 
+def _packing(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How sequences of these lengths, int64 (B,) on the CPU, not all of them 0, lie in packed data.
+
+    Returns:
+        batch_sizes (T,); the order of the B sequences by falling length, of which those of length 0 are not packed; and
+        of each packed row the step, and the place of its sequence in the order.
+    """
+    falling, order = torch.sort(lengths, descending=True)
+    count = int(torch.count_nonzero(falling))
+    counts = count_mask(falling[:count], int(falling[0]))
+    return counts.sum(1), order, *counts.nonzero(as_tuple=True)
+
+
+# ---- nested tensors
+
+
+def _jagged_rows(offsets: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """How the sequences of a nested tensor are packed: see the fake kernel for the shapes."""
+    starts = offsets.cpu()
+    numbers = starts.diff() if lengths is None else lengths.cpu()
+    batch_sizes, order, step, place = _packing(numbers)
+    order = order[: int(batch_sizes[0])]
+    return [batch_sizes, order.to(offsets.device), (starts[order[place]] + step).to(offsets.device)]
+
+
+def _fake_jagged_rows(offsets: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    context = torch.library.get_ctx()
+    time, count, rows = [context.new_dynamic_size(min=1) for _ in range(3)]
+    return [
+        torch.empty(time, dtype=torch.int64),
+        offsets.new_empty(count, dtype=torch.int64),
+        offsets.new_empty(rows, dtype=torch.int64),
+    ]
+
+
+# An operator, so that a compiler does not look into it: its results have sizes that only the data tell. torch keeps it
+# for the life of the process, even if this module is imported again.
+if not hasattr(torch.ops.lstm_ext_layout, "jagged_rows"):
+    _library = torch.library.Library("lstm_ext_layout", "DEF")
+    _library.define(
+        "jagged_rows(Tensor offsets, Tensor? lengths) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    _library.impl("jagged_rows", _jagged_rows, "CompositeExplicitAutograd")
+    torch.library.register_fake("lstm_ext_layout::jagged_rows", _fake_jagged_rows, lib=_library)
+    torch.ops.lstm_ext_layout.library = _library
+
+
+class JaggedLayout(Layout):
+    """A nested tensor of the jagged layout: the rows of all sequences, one sequence after the other."""
+
+    code = -1
+    state_rank = 0
+
+    def __init__(self, nested: Tensor) -> None:
+        """Raises ValueError for another layout, and RuntimeError, with torch's text, if no sequence has a step."""
+        if nested.layout != torch.jagged:
+            raise ValueError(f"input: expected a nested tensor of layout torch.jagged, got {nested.layout}")
+        if nested.dim() != 3 or getattr(nested, "_ragged_idx", 1) != 1:
+            shape = ", ".join([str(n) for n in nested.shape])
+            raise ValueError(
+                f"input: expected a nested tensor (batch, time, features) with ragged time, got shape ({shape})"
+            )
+        self._nested = nested
+        self._values: Tensor = nested.values()
+        if is_zero(self._values.size(0)):
+            raise RuntimeError(EMPTY_SEQUENCE)
+        found = torch.ops.lstm_ext_layout.jagged_rows(nested.offsets(), nested.lengths())
+        self.batch_sizes, self._order, self._rows = found
+
+    def rows(self, input: Any) -> Tensor:
+        return self._values.index_select(0, self._rows)
+
+    def flags_of(self, name: str, value: Any) -> Tensor:
+        """Packed flags, (N,), of a nested tensor of the input's lengths. Raises: TypeError, ValueError."""
+        if not isinstance(value, Tensor) or not value.is_nested or value.layout != torch.jagged:
+            raise TypeError(
+                f"{name}: expected a jagged nested tensor, as the input is one, got {type(value).__name__}"
+            )
+        rows = value.values()
+        if rows.dim() == 2 and rows.size(1) == 1:
+            rows = rows.squeeze(1)
+        ours, theirs = value.offsets(), self._nested.offsets()
+        # A compiler knows only whether they are one tensor, and this by their sizes.
+        same = rows.dim() == 1 and rows.size(0) == self._values.size(0)
+        if same and ours is not theirs and not torch.compiler.is_compiling():
+            same = torch.equal(ours, theirs)
+        if not same:
+            raise ValueError(
+                f"{name}: expected one flag for each step of the input's sequences, got other lengths"
+            )
+        return rows.index_select(0, self._rows)
+
+    def batch(self, x: Tensor) -> int:
+        return self._nested.size(0)
+
+    def states(self, state: Tensor | None) -> Tensor | None:
+        return None if state is None else state.index_select(1, self._order)
+
+    def _all_states(self, final: Tensor, initial: Tensor | None) -> Tensor:
+        """Of all sequences: one without a step keeps its initial state."""
+        if initial is None:
+            initial = final.new_zeros(final.size(0), self.batch(final), final.size(2))
+        return initial.to(final.dtype).index_copy(1, self._order, final)
+
+    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        y = torch.nested.nested_tensor_from_jagged(
+            self._in_place(output, 0), self._nested.offsets(), self._nested.lengths()
+        )
+        states = self._all_states(h_n, self.initial[0]), self._all_states(c_n, self.initial[1])
+        return (y, states) if extras is None else (y, states, extras.map(lambda e: self._in_place(e, 1)))
+
+    def _in_place(self, rows: Tensor, dim: int) -> Tensor:
+        """Packed rows in the order of the nested tensor's values."""
+        shape = list(rows.shape)
+        shape[dim] = self._values.size(0)
+        return rows.new_zeros(shape).index_copy(dim, self._rows, rows)
+
+
 def _times_of(steps: Tensor) -> Tensor:
     """(T, B): the times of each sequence, first those that count, in their order."""
     time = torch.arange(steps.size(0), device=steps.device).unsqueeze(1)
@@ -321,12 +450,8 @@ class PaddedRows:
         ``steps``, bool (time, B) on the CPU, are those that count, if these are not the first of each sequence.
         """
         self._time, self._batch = time, lengths.size(0)
-        # _count sequences have a step; they come first in _order.
-        falling, order = torch.sort(lengths, descending=True)
-        self._count = int(torch.count_nonzero(falling))
-        counts = count_mask(falling[: self._count], int(falling[0]))
-        self.batch_sizes = counts.sum(1)
-        step, place = counts.nonzero(as_tuple=True)
+        self.batch_sizes, order, step, place = _packing(lengths)
+        self._count = int(self.batch_sizes[0])
         if steps is not None:
             step = _times_of(steps)[step, order[place]]
         indices = order, order[place], step, torch.argsort(order)

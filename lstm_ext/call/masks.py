@@ -9,7 +9,15 @@ from torch.nn import functional as F
 from ..layer.tracing import is_plain_eager
 from ..native import loader
 
-__all__ = ["keep_flags", "recurrent_mask"]
+__all__ = ["dropped_weight", "keep_flags", "recurrent_mask"]
+
+
+def dropped_weight(weight: Tensor, p: float) -> Tensor:
+    """A weight, of which each element is multiplied by 0 or 1 / (1 - p). Its strides do not change what is drawn."""
+    # A mask in 16 bits would round 1 / (1 - p).
+    dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    mask = F.dropout(torch.ones(weight.shape, dtype=dtype, device=weight.device), p, True)
+    return (weight * mask).to(weight.dtype)
 
 
 def recurrent_mask(

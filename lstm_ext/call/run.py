@@ -30,14 +30,11 @@ from .arguments import (
     stack_options,
 )
 from .autocast import autocast_dtype
-from .layout import BATCH_FIRST, TIME_FIRST, Layout, LSTMExtras, PackedLayout
+from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
 from .torchs_operator import lstm as lstm_by_torch
 
 __all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
-
-# This is torch's own text, from aten/src/ATen/native/RNN.cpp.
-EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
 
 
 def run(
@@ -60,6 +57,7 @@ def run(
     """
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:
+        layout.initial = h0, c0
         h0, c0 = layout.states(h0), layout.states(c0)
     if options is None:
         return layout.restored(*_layers(stack, layer, weights, x, h0, c0, batch_sizes, None))
@@ -163,6 +161,7 @@ def lstm(
     batch_first: bool,
     *,
     recurrent_dropout: float,
+    weight_dropout: float,
     zoneout: float | tuple[float, float],
     norm_weights: Sequence[Tensor] | None,
     peephole_weights: Sequence[Tensor] | None,
@@ -175,9 +174,13 @@ def lstm(
     **call_options: Any,
 ) -> Any:
     """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
+    data: Tensor
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
         data = input.data
+    elif isinstance(input, Tensor) and input.is_nested:
+        layout = JaggedLayout(input)
+        data = layout.rows(input)
     elif not isinstance(input, Tensor):
         raise TypeError(
             f"input: expected a Tensor of shape {_LAYOUT[batch_first]} or a PackedSequence, "
@@ -206,6 +209,7 @@ def lstm(
         training,
         bidirectional,
         recurrent_dropout,
+        weight_dropout,
         zoneout,
         norm_weights is not None,
         peephole_weights is not None,

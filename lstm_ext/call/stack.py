@@ -64,6 +64,7 @@ def run_stack(
         if options is None:
             own_options = frozen[k] if frozen else PLAIN
         else:
+            layer_weights = options.weights_of_layer(layer_weights, directions)
             own_options = options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
             if frozen:
                 # Without a backward pass, there is nothing to recompute.

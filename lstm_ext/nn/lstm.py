@@ -24,7 +24,16 @@ from ..call.arguments import (
     stack_options,
     zoneout_pair,
 )
-from ..call.layout import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED, UNBATCHED_STEP, Layout, PackedLayout
+from ..call.layout import (
+    BATCH_FIRST,
+    STEP,
+    TIME_FIRST,
+    UNBATCHED,
+    UNBATCHED_STEP,
+    JaggedLayout,
+    Layout,
+    PackedLayout,
+)
 from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
 from ..layer import route
 from ..layer.activations import Activation, activation_text
@@ -65,6 +74,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
         device, dtype: those of the parameters.
         recurrent_dropout: probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in
             training mode. A sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).
+        weight_dropout: probability of zeroing an element of ``weight_hh``, in training mode: one mask for a call, each
+            layer and direction its own; the other elements are scaled by 1 / (1 - p).
         zoneout: probability of keeping an element of the previous state: a number for h, or a pair for h and c. In
             evaluation mode the states are mixed in that proportion.
         layer_norm: whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.
@@ -82,11 +93,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
             ``bias_hh`` to 0. None for an initial value like all others.
         recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
 
-    :mod:`lstm_ext.reference` has the equations of the options (``recurrent_dropout``, ``zoneout``, ``layer_norm``,
-    ``peephole``, ``cell_clip``, ``coupled_gates``, ``gate_activation``, ``cell_activation``, ``preactivation_clip``
-    and the arguments of :meth:`forward` after ``hx``), with sources. All
-    options run on the kernels wherever the plain layer does, alone and together. But ``layer_norm`` goes with neither
-    ``peephole`` nor ``coupled_gates``, and ``forget_bias`` not with ``coupled_gates``.
+    :mod:`lstm_ext.reference` has the equations of the options and of the arguments of :meth:`forward` after ``hx``,
+    with sources. All options run on the kernels wherever the plain layer does, alone and together. But ``layer_norm``
+    goes with neither ``peephole`` nor ``coupled_gates``, and ``forget_bias`` not with ``coupled_gates``.
 
     Parameters are named, shaped and ordered as in ``torch.nn.LSTM``: ``weight_ih_l{k} (4H, I or D * P)``,
     ``weight_hh_l{k} (4H, P)``, ``bias_ih_l{k} (4H)``, ``bias_hh_l{k} (4H)``, ``weight_hr_l{k} (P, H)``, and
@@ -105,6 +114,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
     # and a layer that was pickled before these options existed has them too.
     # An int 0, because with dynamic=True dynamo treats a float of a class as a number that may change.
     recurrent_dropout: float = 0
+    weight_dropout: float = 0
     zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
     peephole: bool = False
@@ -133,6 +143,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         dtype: Any = None,
         *,
         recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         layer_norm: bool = False,
         peephole: bool = False,
@@ -162,6 +173,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
         self._layer_names = self._group_names()
         if probability("recurrent_dropout", recurrent_dropout):
             self.recurrent_dropout = float(recurrent_dropout)
+        if probability("weight_dropout", weight_dropout):
+            self.weight_dropout = float(weight_dropout)
         zoneout_h, zoneout_c = zoneout_pair(zoneout)
         if zoneout_h or zoneout_c:
             self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
@@ -262,7 +275,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         Args:
             input: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch. T >= 1, B >= 0.
                 It has the dtype and device of the parameters, except under autocast. Or a ``PackedSequence``, whose
-                ``data`` is (N, I); nothing is computed for padding.
+                ``data`` is (N, I); nothing is computed for padding. Or a nested tensor of the jagged layout, (B, j, I)
+                whatever ``batch_first`` says: nothing is padded, and a sequence may be empty. The lengths are read on
+                the host.
             hx: ``(h_0, c_0)``, a tuple or list, of shapes (L * D, B, P) and (L * D, B, H), without the B for
                 unbatched input; None for zeros. The order of the batch is that before packing.
             lengths: how many steps of each sequence count: a list of B integers or an integer tensor (B,), on any
@@ -273,8 +288,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 clamped to [0, T] instead.
             resets: (T, B) in the layout of the input, optionally with a last axis of 1; bool, or 0 and 1 in a
                 floating-point dtype; on the device of the input. For a ``PackedSequence``, a ``PackedSequence`` of the
-                same batch sizes and order. Where true, the state is replaced before the step is computed, and no
-                gradient crosses. Both directions are cut there, so the steps before never meet the steps after.
+                same batch sizes and order; for a nested tensor one of the same lengths. Where true, the state is
+                replaced before the step is computed, and no gradient crosses. Both directions are cut there, so the
+                steps before never meet the steps after.
             reset_state: ``(h, c)`` in the shapes of ``hx``: the state that a reset puts in place. It gets gradients.
                 None for zeros. Each direction has its own rows of it.
             mask: bool, (T, B) in the layout of the input, optionally with a last axis of 1, on any device. True in the
@@ -285,9 +301,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
         Returns:
             ``(output, (h_n, c_n))``: output is the last layer's h of every step, (T, B, D * P) in the layout of the
-            input, or a ``PackedSequence`` of the same batch sizes and order; h_n and c_n are the states after the last
-            step of each sequence, in the shapes of ``hx``. If ``return_cell_states`` or ``return_gates`` is True, there
-            is a third element, :class:`lstm_ext.LSTMExtras`.
+            input, or a ``PackedSequence`` of the same batch sizes and order, or a nested tensor of the same lengths;
+            h_n and c_n are the states after the last step of each sequence, in the shapes of ``hx``. If
+            ``return_cell_states`` or ``return_gates`` is True, there is a third element, :class:`lstm_ext.LSTMExtras`.
 
         Raises:
             ValueError: the rank of the input is wrong, or its dtype is not that of the parameters; batch sizes or
@@ -307,7 +323,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
             call_options = CallOptions(lengths, resets, reset_state, mask, return_cell_states, return_gates)
         if isinstance(input, Tensor):
             rank = input.dim()
-            if rank == 3:
+            if input.is_nested:
+                layout: Layout = JaggedLayout(input)
+            elif rank == 3:
                 layout = BATCH_FIRST if self.batch_first else TIME_FIRST
             elif rank == 2:
                 layout = UNBATCHED
@@ -343,7 +361,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
         Raises:
             RuntimeError: the layer is bidirectional (its reverse direction needs the steps that follow), or it
-                is in training mode with dropout, recurrent_dropout or zoneout.
+                is in training mode with dropout, recurrent_dropout, weight_dropout or zoneout.
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
 
         To begin a new sequence in some rows, replace their states in ``hx`` before the call, as ``resets`` does.
@@ -360,6 +378,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 self._refuse_random_step("dropout")
             if self.recurrent_dropout and probability("recurrent_dropout", self.recurrent_dropout) > 0:
                 self._refuse_random_step("recurrent_dropout")
+            if self.weight_dropout and probability("weight_dropout", self.weight_dropout) > 0:
+                self._refuse_random_step("weight_dropout")
             if self.zoneout and max(zoneout_pair(self.zoneout)) > 0:
                 self._refuse_random_step("zoneout")
         if not isinstance(x_t, Tensor):
@@ -558,6 +578,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
 _OPTIONS = (
     "recurrent_dropout",
+    "weight_dropout",
     "zoneout",
     "layer_norm",
     "peephole",

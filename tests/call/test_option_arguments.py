@@ -35,6 +35,7 @@ def test_signature():
     named = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert named == {
         "recurrent_dropout": 0.0,
+        "weight_dropout": 0.0,
         "zoneout": 0.0,
         "layer_norm": False,
         "peephole": False,
@@ -58,6 +59,7 @@ def test_signature():
     [
         ({"recurrent_dropout": 1.5}, ValueError, r"recurrent_dropout.* range \[0, 1\], got 1.5"),
         ({"recurrent_dropout": True}, ValueError, "recurrent_dropout.* got True"),
+        ({"weight_dropout": 1.5}, ValueError, r"weight_dropout.* range \[0, 1\], got 1.5"),
         ({"recurrent_dropout": None}, ValueError, "recurrent_dropout.* got None"),
         ({"recurrent_dropout": float("nan")}, ValueError, "recurrent_dropout.* got nan"),
         ({"zoneout": -0.1}, ValueError, r"zoneout should be a number in range \[0, 1\], got -0.1"),
@@ -283,7 +285,13 @@ def test_step():
 
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.5}, {"recurrent_dropout": 0.5}, {"zoneout": 0.5}, {"zoneout": (0, 0.5)}],
+    [
+        {"dropout": 0.5},
+        {"recurrent_dropout": 0.5},
+        {"weight_dropout": 0.5},
+        {"zoneout": 0.5},
+        {"zoneout": (0, 0.5)},
+    ],
     ids=str,
 )
 def test_step_in_training(options):

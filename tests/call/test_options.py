@@ -38,7 +38,7 @@ CELLS = {
         "preactivation_clip": 0.6,
         "peephole": True,
     },
-    "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4},
+    "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4, "weight_dropout": 0.3},
     "all, recomputed": {
         "zoneout": 0.3,
         "recurrent_dropout": 0.4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -26,7 +27,15 @@ def differing(description: Any) -> str:
 
 
 CONSTRUCTOR = (
-    *("recurrent_dropout", "zoneout", "layer_norm", "peephole", "cell_clip", "coupled_gates"),
+    *(
+        "recurrent_dropout",
+        "weight_dropout",
+        "zoneout",
+        "layer_norm",
+        "peephole",
+        "cell_clip",
+        "coupled_gates",
+    ),
     *("gate_activation", "cell_activation", "preactivation_clip", "forget_bias", "recompute"),
 )
 
@@ -47,6 +56,7 @@ class Options:
     return_gates: bool = False
     # In the constructor
     recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     layer_norm: bool = False
     peephole: bool = False
@@ -111,6 +121,8 @@ class Options:
         mode = "training" if training else "evaluation"
         if self.recurrent_dropout:
             yield f"recurrent_dropout, {mode}"
+        if self.weight_dropout:
+            yield f"weight_dropout, {mode}"
         if any(self.zoneout_rates):
             yield f"zoneout, {mode}"
         if self.forget_bias is not None:
@@ -291,6 +303,41 @@ def resets_between(resets: Tensor, mask: Tensor) -> Tensor:
                 found[place, b] = waiting
                 place, waiting = place + 1, False
     return found
+
+
+class NestedLSTM(lstm_ext.LSTM):
+    """Gives a ``PackedSequence`` to the layer as a nested tensor, and takes the results back."""
+
+    def forward(
+        self, input: Any, hx: Any = None, *, resets: Any = None, reset_state: Any = None, **asked: Any
+    ) -> Any:  # type: ignore[override]
+        if not isinstance(input, PackedSequence):
+            return super().forward(input, hx, resets=resets, reset_state=reset_state, **asked)
+        sizes, order = input.batch_sizes, input.sorted_indices
+        # The sequences in the order of the packed ones: of each, the rows of its steps.
+        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+        rows = [starts[sizes > b] + b for b in range(int(sizes[0]))]
+        offsets = torch.tensor([0, *itertools.accumulate(len(r) for r in rows)])
+        place = torch.cat(rows)
+        back = torch.argsort(place)
+
+        def nested(data: Tensor) -> Tensor:
+            return torch.nested.nested_tensor_from_jagged(data.index_select(0, place), offsets)
+
+        def sorted_states(states: Any) -> Any:
+            return states and tuple([s if order is None else s.index_select(1, order) for s in states])
+
+        y, (h, c), *extras = super().forward(
+            nested(input.data),
+            sorted_states(hx),
+            resets=None if resets is None else nested(resets.data),
+            reset_state=sorted_states(reset_state),
+            **asked,
+        )
+        y = input._replace(data=y.values().index_select(0, back))
+        unsorted = input.unsorted_indices
+        states = (h, c) if unsorted is None else (h.index_select(1, unsorted), c.index_select(1, unsorted))
+        return y, states, *[e.map(lambda values: values.index_select(1, back)) for e in extras]
 
 
 class OracleLSTM(lstm_ext.LSTM):

@@ -104,6 +104,8 @@ def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> 
     if draw(rarely):
         found["recurrent_dropout"] = draw(RATES)
     if draw(rarely):
+        found["weight_dropout"] = draw(RATES)
+    if draw(rarely):
         rate = st.one_of(st.sampled_from([0, 0.0]), RATES)
         found["zoneout"] = draw(st.one_of(RATES, st.tuples(rate, rate)))
     found |= {"layer_norm": draw(rarely), "recompute": draw(rarely)}

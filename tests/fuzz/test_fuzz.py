@@ -24,20 +24,27 @@ hypothesis = pytest.importorskip("hypothesis")
 from fuzz_cases import _C, Case, check, try_out  # noqa: E402
 from fuzz_errors import Broken, check_broken  # noqa: E402
 from fuzz_option_errors import Refused, check_refused  # noqa: E402
-from fuzz_options import Options  # noqa: E402
+from fuzz_options import NestedLSTM, Options  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
+
+def check_nested(case: Case, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
+    """Packed data as a nested tensor; torch's layer takes none."""
+    check(case, NestedLSTM if kind is lstm_ext.LSTM else kind)
+
+
 # Layouts, what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
-    "batched": (BATCHED, check, 0.4),
+    "batched": (BATCHED, check, 0.35),
     "unbatched": (UNBATCHED, check, 0.1),
     "packed": (PACKED, check, 0.25),
+    "nested": (PACKED, check_nested, 0.05),
     "errors": (BATCHED + UNBATCHED, check_broken, 0.08),
     "errors, packed": (PACKED, check_broken, 0.07),
     "errors, options": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
 }
-STRATEGIES = {check: cases, check_broken: broken, check_refused: refused}
+STRATEGIES = {check: cases, check_nested: cases, check_broken: broken, check_refused: refused}
 NAMES = list(CATEGORIES)
 
 FEW = 250

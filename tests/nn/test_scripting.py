@@ -264,12 +264,26 @@ def test_a_saved_model_needs_no_lstm_ext(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        *("recurrent_dropout", "zoneout", "layer_norm", "peephole", "cell_clip", "coupled_gates"),
+        *(
+            "recurrent_dropout",
+            "weight_dropout",
+            "zoneout",
+            "layer_norm",
+            "peephole",
+            "cell_clip",
+            "coupled_gates",
+        ),
         *("gate_activation", "cell_activation", "preactivation_clip", "forget_bias", "recompute"),
     ],
 )
 def test_options_are_refused_by_name(option):
-    values = {"recurrent_dropout": 0.1, "zoneout": 0.1, "cell_clip": 1.0, "forget_bias": 1.0}
+    values = {
+        "weight_dropout": 0.1,
+        "recurrent_dropout": 0.1,
+        "zoneout": 0.1,
+        "cell_clip": 1.0,
+        "forget_bias": 1.0,
+    }
     values |= {"gate_activation": "relu", "cell_activation": "relu", "preactivation_clip": 1.0}
     value = values.get(option, True)
     model = Tagger(lstm_ext.LSTM, lstm_ext.LSTMCell, **{option: value})

@@ -1,0 +1,222 @@
+"""Nested tensors of the jagged layout: each sequence as alone, and nothing padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import lstm_ext
+from lstm_ext.call import layout
+
+I, H = 3, 6
+LENGTHS = (3, 7, 0, 1, 4)
+
+
+def jagged(sequences: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
+
+
+def sequences(
+    *features: int, lengths: tuple[int, ...] = LENGTHS, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    return [torch.randn(n, *features, dtype=dtype, requires_grad=True) for n in lengths]
+
+
+def states(module: lstm_ext.LSTM, batch: int = len(LENGTHS)) -> tuple[Tensor, Tensor]:
+    sets = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or H, H)
+    h, c = [torch.randn(sets, batch, n, dtype=torch.float64, requires_grad=True) for n in sizes]
+    return h, c
+
+
+OPTIONS = [
+    {},
+    {"bidirectional": True, "num_layers": 2, "batch_first": True},
+    {"proj_size": 2, "zoneout": (0.1, 0.2), "num_layers": 2, "bias": False},
+    {"layer_norm": True, "bidirectional": True},
+    {"peephole": True, "cell_activation": "softsign", "recompute": True},
+]
+
+
+@pytest.mark.parametrize("hx", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_each_sequence_as_alone(options, hx):
+    """Values and all gradients; a sequence without a step keeps its state."""
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64, **options).eval()
+    xs, initial = sequences(I), states(module) if hx else None
+    flags = [torch.rand(n) < 0.3 for n in LENGTHS]
+    output, (h_n, c_n), extras = module(
+        jagged(xs), initial, resets=jagged(flags), return_cell_states=True, return_gates=True
+    )
+    assert output.is_nested and output.layout == torch.jagged
+    expected = []
+    for b, x in enumerate(xs):
+        own = tuple(s[:, b] for s in initial) if hx else None
+        if len(x):
+            y, final, more = module(x, own, resets=flags[b], return_cell_states=True, return_gates=True)
+            expected.append((y, *final, more.cell_states, more.gates))
+        else:
+            final = own or tuple(s.new_zeros(s.size(0), s.size(2)) for s in (h_n, c_n))
+            expected.append((x.new_zeros(0, output.size(-1)), *final, extras[0][:, :0], extras[1][:, :0]))
+    ours = (output.values(), h_n, c_n, *extras)
+    joins = (torch.cat, *[lambda s: torch.stack(s, 1)] * 2, *[lambda s: torch.cat(s, 1)] * 2)
+    theirs = [join(parts) for join, parts in zip(joins, zip(*expected, strict=True), strict=True)]
+    torch.testing.assert_close(list(ours), theirs, rtol=1e-12, atol=1e-12)
+    factors = [torch.randn_like(t) for t in ours]
+    leaves = [*xs, *(initial or ()), *module.parameters()]
+    gradients = [
+        torch.autograd.grad(
+            sum((t * f).sum() for t, f in zip(side, factors, strict=True)),
+            leaves,
+            allow_unused=True,
+            retain_graph=True,
+        )
+        for side in (ours, theirs)
+    ]
+    for a, b, leaf in zip(*gradients, leaves, strict=True):
+        a, b = [torch.zeros_like(leaf) if g is None else g for g in (a, b)]
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_the_same_bits_as_a_packed_sequence():
+    """And the same masks of dropout: the kernels see the same rows."""
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dropout=0.4, recurrent_dropout=0.2)
+    xs = sequences(I, lengths=(7, 4, 4, 1), dtype=torch.float32)
+    torch.manual_seed(1)
+    output, final = module(jagged(xs))
+    torch.manual_seed(1)
+    packed, expected = module(pack_sequence(xs))
+    ours = pack_sequence(output.unbind()).data
+    assert torch.equal(ours, packed.data)
+    assert all(torch.equal(a, b) for a, b in zip(final, expected, strict=True))
+
+
+def test_the_form_of_the_input_is_kept():
+    """Its ragged size, so that both go into one expression; and rows that belong to no sequence."""
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64)
+    x = jagged(sequences(I))
+    output, _ = module(x)
+    assert output.shape[:2] == x.shape[:2]
+    assert (output * x.sum(-1, keepdim=True)).shape == output.shape
+    values = torch.randn(12, I, dtype=torch.float64)
+    holes = torch.nested.nested_tensor_from_jagged(
+        values, torch.tensor([0, 5, 7, 12]), torch.tensor([3, 0, 5])
+    )
+    output, (h_n, _) = module(holes)
+    for b, rows in enumerate((slice(0, 3), slice(5, 5), slice(7, 12))):
+        if rows.stop > rows.start:
+            expected, (h, _) = module(values[rows])
+            torch.testing.assert_close(output.values()[rows], expected)
+            torch.testing.assert_close(h_n[:, b], h)
+    assert not output.values()[3:7].any() and not h_n[:, 1].any()
+
+
+def test_without_a_module():
+    module = lstm_ext.LSTM(I, H, 2, dtype=torch.float64)
+    x = jagged(sequences(I))
+    weights = list(module.parameters())
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        output, final = lstm(x, None, weights, num_layers=2)
+        torch.testing.assert_close((output.values(), final), (module(x)[0].values(), module(x)[1]))
+
+
+def test_a_frozen_layer_and_autocast():
+    module = lstm_ext.LSTM(I, 40)
+    x = jagged([s.detach() for s in sequences(I, dtype=torch.float32)])
+    torch.testing.assert_close(lstm_ext.freeze(module)(x)[0].values(), module(x)[0].values())
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, _ = module(pack_sequence([s for s in x.unbind() if len(s)], enforce_sorted=False))
+        assert module(x)[0].dtype == packed.data.dtype
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_without_a_break(grad):
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64)
+
+    def function(x: Tensor, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output, (h_n, _) = module(2 * x, resets=resets)
+        return output.sin(), h_n
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for lengths in (LENGTHS, (2, 9, 5, 0, 0)):
+        xs = sequences(I, lengths=lengths)
+        for resets in (None, jagged([torch.rand(n) < 0.5 for n in lengths])):
+            found = []
+            for run in (function, compiled):
+                x = jagged(xs)
+                if resets is not None:  # one ragged size for both, as a compiler needs it
+                    given = torch.nested.nested_tensor_from_jagged(resets.values(), x.offsets())
+                    output, h_n = run(x, given)
+                else:
+                    output, h_n = run(x)
+                values = [output.values(), h_n]
+                if grad:
+                    values += torch.autograd.grad(
+                        values[0].sum() + h_n.sum(), [*xs, *module.parameters()], allow_unused=True
+                    )
+                found.append([v for v in values if v is not None])
+            torch.testing.assert_close(*found)
+
+
+def test_derivatives_by_differences():
+    """The first ones: torch's own conversion of a nested tensor has no second."""
+    module = lstm_ext.LSTM(2, 3, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 2, 5])
+
+    def function(values: Tensor) -> Tensor:
+        return module(torch.nested.nested_tensor_from_jagged(values, offsets))[0].values()
+
+    values = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, values)
+
+
+def test_bad_input_says_what_was_expected():
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64)
+    x = jagged(sequences(I))
+    for call, error, text in (
+        (
+            lambda: module(
+                torch.nested.nested_tensor([torch.randn(2, I), torch.randn(3, I)], layout=torch.strided)
+            ),
+            ValueError,
+            "input: expected a nested tensor of layout torch.jagged, got torch.strided",
+        ),
+        (
+            lambda: module(jagged(sequences())),
+            ValueError,
+            r"input: expected a nested tensor \(batch, time, features\) with ragged time, got shape \(5, j\d+\)",
+        ),
+        (lambda: module(x.transpose(1, 2)), ValueError, r"with ragged time, got shape \(5, 3, j\d+\)"),
+        (lambda: module(jagged(sequences(I, lengths=(0, 0)))), RuntimeError, layout.EMPTY_SEQUENCE),
+        (lambda: module(jagged(sequences(I + 1))), RuntimeError, "Expected 3, got 4"),
+        (
+            lambda: module(x, states(module, 4)),
+            RuntimeError,
+            r"Expected hidden\[0\] size \(1, 5, 6\), got \[1, 4, 6\]",
+        ),
+        (lambda: module(x, lengths=[1] * 5), ValueError, "lengths: expected None for a nested tensor"),
+        (
+            lambda: module(x, mask=torch.ones(5, 7).bool()),
+            ValueError,
+            "mask: expected None for a nested tensor",
+        ),
+        (
+            lambda: module(x, resets=torch.zeros(5, 7)),
+            TypeError,
+            "resets: expected a jagged nested tensor, as the input is one, got Tensor",
+        ),
+        (
+            lambda: module(x, resets=jagged([torch.zeros(n) for n in (1, 4, 3, 0, 7)])),
+            ValueError,
+            "resets: expected one flag for each step of the input's sequences, got other lengths",
+        ),
+        (
+            lambda: lstm_ext.functional.lstm(x, states(module, 4), list(module.parameters())),
+            ValueError,
+            r"\(1, 5, 6\)",
+        ),
+    ):
+        with pytest.raises(error, match=text):
+            call()
