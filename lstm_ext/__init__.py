@@ -26,9 +26,9 @@ from .nn.from_frameworks import (
     to_keras,
 )
 from .nn.from_gates import from_gates
-from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
+from .nn.onnx_layers import from_onnx, to_onnx
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
 
 loader.load_built()
@@ -62,6 +62,7 @@ __all__ = [
     "report",
     "revert",
     "to_keras",
+    "to_onnx",
     "to_torch",
     "tune",
     "unfreeze",

@@ -1,4 +1,4 @@
-"""``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``.
+"""``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``, or a loop.
 
 Its functions need the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``); importing this module does not.
 """
@@ -6,20 +6,23 @@ Its functions need the packages onnx and onnxscript (``pip install 'lstm_ext[onn
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .layer import equations
+from .layer.activations import split_text
 from .layer.layer_call import LayerCall, LayerOptions
 from .layer.route import UnsupportedLayerError
 from .layer.shapes import weights_per_direction
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
-# The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g.
+# The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g; of peepholes i, f, o here.
 _GATES = (0, 3, 1, 2)
+_PEEPHOLES = (0, 2, 1)
 
 
 def export(
@@ -28,12 +31,16 @@ def export(
     f: Any = None,
     *,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    loops: bool = False,
     **options: Any,
 ) -> Any:
     """``torch.onnx.export(model, args, f, dynamo=True, ...)`` for a model that contains layers of this package.
 
-    The file holds the weights in the gates' order of ONNX. Everything else is as in ``torch.onnx.export``; as there,
-    ``dynamic_shapes`` has to name a batch size and a sequence length that may change::
+    A layer becomes one operator ``LSTM``, with ``lengths`` as its ``sequence_lens``, with its peepholes, activations,
+    coupled gates and ``preactivation_clip``. One with a projection, ``resets``, ``zoneout``, ``layer_norm``,
+    ``cell_clip``, ``return_cell_states`` or ``return_gates`` becomes a ``Scan`` for each direction, which takes any
+    number of steps as well. The file holds the weights in the gates' order of ONNX. Everything else is as in
+    ``torch.onnx.export``; as there, ``dynamic_shapes`` has to name a batch size and a sequence length that may change::
 
         batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
         lstm_ext.onnx.export(model.eval(), (x,), "model.onnx", dynamic_shapes=({0: batch, 1: time},))
@@ -41,6 +48,8 @@ def export(
     Args:
         model, args, f: as in ``torch.onnx.export``.
         custom_translation_table: for operators of your own, in addition to :func:`translation_table`.
+        loops: whether every layer becomes a ``Scan`` of basic operators, for runtimes whose LSTM has less than the
+            standard's: OpenVINO 2026 leaves ``sequence_lens``, peepholes and ``input_forget`` out in silence.
         options: the other arguments of ``torch.onnx.export``, by name, except ``dynamo``.
 
     Returns:
@@ -48,12 +57,12 @@ def export(
 
     Raises:
         ImportError: onnx, onnxscript or the compiled extension is missing.
-        UnsupportedLayerError: the model has a layer with a projection, or with packed input; or it is an
-            ``ExportedProgram`` of a layer with options whose number of steps may change.
+        UnsupportedLayerError: the model has a layer with packed input; or it is an ``ExportedProgram`` of a layer in
+            training mode with random options, whose number of steps may change.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = _with_equations(model)
-    table = translation_table() | (custom_translation_table or {})
+    table = translation_table(loops) | (custom_translation_table or {})
     # The program is saved below, when its weights are in the order of ONNX.
     saving = {
         "include_initializers": options.pop("export_params", True),
@@ -76,11 +85,14 @@ def export(
     return program
 
 
-def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table(loops: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
     """The translations of this package, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
     With the table alone, the file holds large weights in torch's order, and nodes that reorder the gates for ONNX; a
     runtime runs these nodes once, when it loads the model. :func:`export` stores the weights in ONNX's order.
+
+    Args:
+        loops: as in :func:`export`.
 
     Returns:
         a function for each operator of this package, as ``custom_translation_table`` takes it.
@@ -93,7 +105,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         raise ImportError(f"lstm_ext.onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from . import ops
 
-    return {ops.lstm_layer: _translated_layer}
+    return {ops.lstm_layer: _translated_to_loops if loops else _translated_layer}
 
 
 def _translated_layer(
@@ -104,73 +116,351 @@ def _translated_layer(
     batch_sizes: Any,
     has_bias: bool,
     bidirectional: bool,
+    *,
+    loops: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """The operator ``lstm_layer`` in the operators of ONNX; the exporter calls it with symbolic values."""
     from onnxscript import ir
     from onnxscript import opset18 as op
 
-    directions = 2 if bidirectional else 1
-    per_set, projected = weights_per_direction(len(weights), has_bias, bidirectional)
     if batch_sizes is not None:
         raise UnsupportedLayerError(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
-    if options:
+    given = LayerOptions(**{name: value for name, value in options.items() if value is not None})
+    random = [name for name in _RANDOM if getattr(given, name) is not None]
+    if random:
         raise UnsupportedLayerError(
-            f"lstm_ext.onnx: the operator LSTM of ONNX has no {', '.join(options)}: export the module, not a program"
+            f"lstm_ext.onnx: {', '.join(random)} cannot be exported from a program: export the module, not a program"
         )
-    if projected:
-        raise UnsupportedLayerError(
-            "lstm_ext.onnx: a layer with a projection (proj_size > 0) cannot be exported: "
-            "the operator LSTM of ONNX has none"
-        )
-    kinds = [weights[kind::per_set] for kind in range(per_set)]  # each with one weight a direction
-    hidden, features = weights[1].shape[1], weights[0].shape[1]
     dtype = input.dtype
     # Same as in the kernels: everything between the arguments and the results is float32.
     widened = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
     def wide(x: Any) -> Any:
-        return op.Cast(x, to=ir.DataType.FLOAT) if widened and x is not None else x
+        if not widened or x is None:
+            return x
+        cast = op.Cast(x, to=ir.DataType.FLOAT)
+        cast.shape, cast.dtype = x.shape, ir.DataType.FLOAT
+        return cast
 
-    def narrow(x: Any) -> Any:
-        return op.Cast(x, to=dtype) if widened else x
-
-    def reordered(parts: Sequence[Any], sets: int, *columns: int) -> Any:
-        """(directions, sets * 4 * H, *columns)"""
-        joined = op.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
-        by_gate = op.Reshape(joined, op.Constant(value_ints=[directions, sets, 4, hidden, *columns]))
-        by_gate = op.Gather(by_gate, op.Constant(value_ints=_GATES), axis=2)
-        return wide(op.Reshape(by_gate, op.Constant(value_ints=[directions, sets * 4 * hidden, *columns])))
-
-    biases = None
-    if has_bias:
-        biases = reordered([b for pair in zip(*kinds[2:], strict=True) for b in pair], 2)
-    output, h_n, c_n = op.LSTM(
-        wide(input),
-        reordered(kinds[0], 1, features),
-        reordered(kinds[1], 1, hidden),
-        biases,
-        None,  # lengths
-        wide(h0),
-        wide(c0),
-        direction="bidirectional" if bidirectional else "forward",
-        hidden_size=hidden,
+    for name in ("reset_h", "reset_c"):
+        setattr(given, name, wide(getattr(given, name)))
+    given.norm, given.peephole = [wide(x) for x in given.norm], [wide(x) for x in given.peephole]
+    call = LayerCall(
+        wide(input), wide(h0), wide(c0), [wide(w) for w in weights], None, has_bias, bidirectional, given
     )
+    _, projected = weights_per_direction(len(weights), has_bias, bidirectional)
+    results = _scans(call) if loops or projected or _needs_scan(given) else _node(call)
+    # An operator cannot return nothing.
+    nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), input)
+    return tuple([nothing if r is None else op.Cast(r, to=dtype) if widened else r for r in results])
+
+
+def _translated_to_loops(*layer: Any, **options: Any) -> tuple[Any, ...]:
+    return _translated_layer(*layer, loops=True, **options)
+
+
+_RANDOM = ("recurrent_mask", "keep_h", "keep_c")
+
+
+def _needs_scan(options: LayerOptions) -> bool:
+    """Whether the operator LSTM of ONNX has not all that these options ask for."""
+    return bool(
+        options.resets is not None
+        or options.zoneout_h
+        or options.zoneout_c
+        or options.norm
+        or options.cell_clip
+        or options.return_cell_states
+        or options.return_gates
+    )
+
+
+def _node(call: LayerCall) -> tuple[Any, ...]:
+    """One standard operator for a layer."""
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    weights, options = call.weights, call.options
+    directions = 2 if call.bidirectional else 1
+    kinds = [weights[kind :: len(weights) // directions] for kind in range(len(weights) // directions)]
+    hidden, features = weights[1].shape[1], weights[0].shape[1]
+
+    def reordered(parts: Sequence[Any], order: Sequence[int], sets: int, *columns: int) -> Any:
+        """(directions, sets * len(order) * H, *columns), with blocks in another order."""
+        joined = op.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
+        count = len(order)
+        by_gate = op.Reshape(joined, op.Constant(value_ints=[directions, sets, count, hidden, *columns]))
+        by_gate = op.Gather(by_gate, op.Constant(value_ints=order), axis=2)
+        return op.Reshape(by_gate, op.Constant(value_ints=[directions, sets * count * hidden, *columns]))
+
+    biases = peepholes = lengths = None
+    if call.bias:
+        biases = reordered([b for pair in zip(*kinds[2:], strict=True) for b in pair], _GATES, 2)
+    if options.peephole:
+        peepholes = reordered(options.peephole, _PEEPHOLES, 1)
+    if options.lengths is not None:
+        lengths = op.Cast(options.lengths, to=ir.DataType.INT32)
+    attributes: dict[str, Any] = {}
+    if options.activations:
+        functions = split_text(options.activations) * directions
+        attributes["activations"] = [name.title().replace("_", "") for name, _ in functions]
+        for place, name in enumerate(("activation_alpha", "activation_beta")):
+            numbers = [values[place] for _, values in functions if len(values) > place]
+            if numbers:
+                attributes[name] = numbers
+    if options.preactivation_clip:
+        attributes["clip"] = float(options.preactivation_clip)
+    if options.coupled_gates:
+        attributes["input_forget"] = 1
+    output, h_n, c_n = op.LSTM(
+        call.input,
+        reordered(kinds[0], _GATES, 1, features),
+        reordered(kinds[1], _GATES, 1, hidden),
+        biases,
+        lengths,
+        call.h0,
+        call.c0,
+        peepholes,
+        direction="bidirectional" if call.bidirectional else "forward",
+        hidden_size=hidden,
+        **attributes,
+    )
+    if options.lengths is not None:
+        # Runtimes have zeros for a sequence without a step, and here it keeps its state.
+        empty = op.Equal(options.lengths, op.Constant(value_int=0))
+        empty = op.Unsqueeze(empty, op.Constant(value_ints=[0, 2]))
+        h_n = h_n if call.h0 is None else op.Where(empty, call.h0, h_n)
+        c_n = c_n if call.c0 is None else op.Where(empty, call.c0, c_n)
     # (T, directions, B, H) to (T, B, directions * H)
     output = op.Transpose(output, perm=[0, 2, 1, 3])
     output = op.Reshape(output, op.Constant(value_ints=[0, 0, directions * hidden]))
-    # Cell states and gate values are not requested.
-    nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), input)
-    return narrow(output), narrow(h_n), narrow(c_n), nothing, nothing
+    return output, h_n, c_n, None, None
+
+
+def _scans(call: LayerCall) -> tuple[Any, ...]:
+    """A loop over the steps for each direction, with any number of steps."""
+    from onnxscript import opset18 as op
+
+    directions = 2 if call.bidirectional else 1
+    found = [_scan(call, d) for d in range(directions)]
+
+    def joined(parts: Sequence[Any]) -> Any:
+        parts = [op.Unsqueeze(part, op.Constant(value_ints=[0])) for part in parts]
+        return op.Concat(*parts, axis=0) if directions == 2 else parts[0]
+
+    outputs, h_n, c_n, *extras = zip(*found, strict=True)
+    output = op.Concat(*outputs, axis=-1) if directions == 2 else outputs[0]
+    cells, gates = [None if parts[0] is None else joined(parts) for parts in extras]
+    return output, joined(h_n), joined(c_n), cells, gates
+
+
+def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
+    """A direction: output (T, B, P), h_n and c_n (B, ...), and the cell states and gate values, or None."""
+    from onnxscript import evaluator, ir
+    from onnxscript import opset18 as op
+
+    x, options = call.input, call.options
+    directions = 2 if call.bidirectional else 1
+    per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+    w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
+    b_ih, b_hh = rest[:2] if call.bias else (None, None)
+    w_hr = rest[-1] if projected else None
+    state, hidden = w_hh.shape[1], w_hh.shape[0] // 4
+    norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
+    peephole = options.peephole[3 * d : 3 * (d + 1)]
+    # A text of numbers: the recorder keeps plain numbers of a body for the nodes after it.
+    dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
+
+    def number(value: float) -> Any:
+        return (
+            op.Cast(op.Constant(value_float=float(value)), to=dtype)
+            if dtype != ir.DataType.FLOAT
+            else op.Constant(value_float=float(value))
+        )
+
+    def transposed(weight: Any) -> Any:
+        return op.Transpose(weight, perm=[1, 0])
+
+    def normalised(y: Any, gain: Any, shift: Any) -> Any:
+        found = op.LayerNormalization(y, gain, shift, axis=-1, epsilon=1e-5)
+        return found[0] if isinstance(found, (tuple, list)) else found
+
+    size = op.Shape(x, start=1, end=2)
+    initial = []
+    for given, features in ((call.h0, state), (call.c0, hidden)):
+        if given is None:
+            initial.append(
+                op.Expand(number(0.0), op.Concat(size, op.Constant(value_ints=[features]), axis=0))
+            )
+        else:
+            initial.append(op.Gather(given, op.Constant(value_int=d), axis=0))
+    # The states of resets are carried along, because OpenVINO takes no results of other nodes in a body.
+    resets_to = []
+    if options.reset_h is not None:
+        resets_to = [
+            op.Gather(given, op.Constant(value_int=d), axis=0) for given in (options.reset_h, options.reset_c)
+        ]
+
+    products = op.MatMul(x, transposed(w_ih))
+    if norm:
+        products = normalised(products, norm[0], b_ih)
+    elif b_ih is not None:
+        products = op.Add(products, op.Add(b_ih, b_hh))
+    recurrent, projection = transposed(w_hh), None if w_hr is None else transposed(w_hr)
+    last = op.Constant(value_ints=[-1])
+    scanned = [products]
+    if options.resets is not None:
+        flags = options.resets
+        if d == 1:  # a flag cuts between the times t - 1 and t
+            rest_of = op.Slice(
+                flags,
+                op.Constant(value_ints=[1]),
+                op.Constant(value_ints=[2**62]),
+                op.Constant(value_ints=[0]),
+            )
+            none = op.Slice(
+                flags, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
+            )
+            none = op.And(none, op.Not(none))
+            flags = op.Concat(rest_of, none, axis=0)
+        scanned.append(op.Unsqueeze(flags, last))
+    if options.lengths is not None:
+        steps = op.Squeeze(op.Shape(x, start=0, end=1), op.Constant(value_ints=[0]))
+        times = op.Range(op.Constant(value_int=0), steps, op.Constant(value_int=1))
+        counts = op.Less(
+            op.Unsqueeze(times, op.Constant(value_ints=[1])),
+            op.Unsqueeze(options.lengths, op.Constant(value_ints=[0])),
+        )
+        scanned.append(op.Unsqueeze(counts, last))
+
+    recorder = evaluator.default()
+    outer, recorder.nodes = recorder.nodes, []
+    try:
+
+        def entry(features: int, kind: Any) -> Any:
+            return ir.Value(
+                name=f"step_{next(_NUMBERS)}", shape=ir.Shape([None, features]), type=ir.TensorType(kind)
+            )
+
+        h, c = entry(state, dtype), entry(hidden, dtype)
+        carried = [entry(features, dtype) for features in (state, hidden)] if resets_to else []
+        inputs = [h, c, *carried, z := entry(4 * hidden, dtype)]
+        if options.resets is not None:
+            inputs.append(cut := entry(1, ir.DataType.BOOL))
+            into = carried or [number(0.0)] * 2
+            h, c = op.Where(cut, into[0], h), op.Where(cut, into[1], c)
+        counts = None
+        if options.lengths is not None:
+            inputs.append(counts := entry(1, ir.DataType.BOOL))
+        product = op.MatMul(h, recurrent)
+        z = op.Add(z, normalised(product, norm[1], b_hh) if norm else product)
+        i, f, g, o = op.Split(z, num_outputs=4, axis=-1)
+        gate, candidate, visible = [
+            _function(name, values, number) for name, values in split_text(options.activations)
+        ]
+
+        def bounded(y: Any, bound: float) -> Any:
+            return op.Clip(y, number(-bound), number(bound)) if bound else y
+
+        if peephole:
+            i, f = op.Add(i, op.Mul(peephole[0], c)), op.Add(f, op.Mul(peephole[1], c))
+        i, f, g = [bounded(y, options.preactivation_clip) for y in (i, f, g)]
+        i, g = gate(i), candidate(g)
+        f = op.Sub(number(1.0), i) if options.coupled_gates else gate(f)
+        new_c = bounded(op.Add(op.Mul(f, c), op.Mul(i, g)), options.cell_clip)
+        o = op.Add(o, op.Mul(peephole[2], new_c)) if peephole else o
+        o = gate(bounded(o, options.preactivation_clip))
+        seen = normalised(new_c, norm[2], norm[3] if len(norm) == 4 else None) if norm else new_c
+        new_h = op.Mul(o, visible(seen))
+        new_h = new_h if projection is None else op.MatMul(new_h, projection)
+
+        def mixed(new: Any, old: Any, share: float) -> Any:
+            return op.Add(new, op.Mul(number(share), op.Sub(old, new))) if share else new
+
+        new_c, new_h = mixed(new_c, c, options.zoneout_c), mixed(new_h, h, options.zoneout_h)
+
+        def unless_ended(y: Any, otherwise: Any) -> Any:
+            return y if counts is None else op.Where(counts, y, otherwise)
+
+        zero = None if counts is None else number(0.0)
+        results = [unless_ended(new_h, h), unless_ended(new_c, c), *carried, unless_ended(new_h, zero)]
+        if options.return_cell_states:
+            results.append(unless_ended(new_c, zero))
+        if options.return_gates:
+            gates = op.Concat(*[op.Unsqueeze(y, last) for y in (i, f, g, o)], axis=-1)
+            ended = None if counts is None else op.Unsqueeze(counts, last)
+            results.append(gates if ended is None else op.Where(ended, gates, zero))
+        # The results of a body are values of their own.
+        results = [op.Identity(y) for y in results]
+        body = recorder.nodes
+        for value in [
+            value for node in body for value in node.outputs
+        ]:  # no two of a model may have one name
+            value.name = f"step_{next(_NUMBERS)}"
+    finally:
+        recorder.nodes = outer
+    backwards = [int(d == 1)]
+    node = ir.node(
+        "Scan",
+        [*initial, *resets_to, *scanned],
+        {
+            "body": ir.Graph(inputs, results, nodes=body, name=f"step_{next(_NUMBERS)}"),
+            "num_scan_inputs": len(scanned),
+            "scan_input_directions": backwards * len(scanned),
+            "scan_output_directions": backwards * (len(results) - 2 - len(resets_to)),
+        },
+        num_outputs=len(results),
+    )
+    recorder.nodes.append(node)
+    for value in node.outputs:
+        value.dtype = dtype
+    h_n, c_n, *rest = node.outputs
+    output, *extras = rest[len(resets_to) :]
+    cells = extras.pop(0) if options.return_cell_states else None
+    return output, h_n, c_n, cells, extras[0] if options.return_gates else None
+
+
+_NUMBERS = itertools.count()
+
+
+def _function(name: str, values: tuple[float, ...], number: Callable[[float], Any]) -> Callable[[Any], Any]:
+    """An activation of `layer.activations` in the operators of ONNX."""
+    from onnxscript import opset18 as op
+
+    simple = {
+        "sigmoid": op.Sigmoid,
+        "tanh": op.Tanh,
+        "relu": op.Relu,
+        "softsign": op.Softsign,
+        "softplus": op.Softplus,
+    }
+    if name in simple:
+        return simple[name]
+    if name == "affine":
+        return lambda x: op.Add(op.Mul(number(values[0]), x), number(values[1]))
+    if name == "scaled_tanh":
+        return lambda x: op.Mul(number(values[0]), op.Tanh(op.Mul(number(values[1]), x)))
+    if name == "hard_sigmoid":
+        return lambda x: op.HardSigmoid(x, alpha=values[0], beta=values[1])
+    if name == "thresholded_relu":
+        return lambda x: op.ThresholdedRelu(x, alpha=values[0])
+    return {
+        "leaky_relu": lambda x: op.LeakyRelu(x, alpha=values[0]),
+        "elu": lambda x: op.Elu(x, alpha=values[0]),
+    }[name]
 
 
 def _with_equations(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with torch's operators in place of each layer that has options, for which ONNX has no operator."""
+    """The program with torch's operators in place of each layer with random numbers, which no operator has."""
     from . import ops
 
-    if not any([node.target is ops.lstm_layer and node.kwargs for node in program.graph.nodes]):
+    def is_random(node: Any) -> bool:
+        return node.target is ops.lstm_layer and any(node.kwargs.get(name) is not None for name in _RANDOM)
+
+    if not any([is_random(node) for node in program.graph.nodes]):
         return program
     return program.run_decompositions({ops.lstm_layer: _equations})
 
@@ -185,15 +475,16 @@ def _equations(
     bidirectional: bool,
     **options: Any,
 ) -> Any:
-    """The operator ``lstm_layer`` in torch's operators; without options NotImplemented, which keeps the operator."""
-    if not options:
+    """The operator ``lstm_layer`` in torch's operators; NotImplemented, which keeps it, if nothing is random."""
+    if not any([options.get(name) is not None for name in _RANDOM]):
         return NotImplemented
     if batch_sizes is not None or not isinstance(input.size(0), int):
         raise UnsupportedLayerError(
-            "lstm_ext.onnx: a layer with options is exported step by step: it needs padded sequences and a fixed "
-            "number of steps"
+            "lstm_ext.onnx: a layer with random numbers is exported step by step: it needs padded sequences and a "
+            "fixed number of steps"
         )
-    call = LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, LayerOptions(**options))
+    given = {name: value for name, value in options.items() if value is not None}
+    call = LayerCall(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, LayerOptions(**given))
     return tuple([input.new_empty(0) if r is None else r for r in equations.lstm_layer(call)])
 
 
@@ -205,7 +496,7 @@ def _fold_weights(model: Any) -> None:
         value.producer()
         for node in model.graph.all_nodes()
         if node.op_type == "LSTM" and node.domain == ""
-        for value in node.inputs[1:4]
+        for value in (*node.inputs[1:4], *node.inputs[7:8])
         if value is not None
     ]
     found = set()

@@ -392,14 +392,6 @@ def _times_of(steps: Tensor) -> Tensor:
     return torch.argsort(torch.where(steps, time, time + steps.size(0)), 0)
 
 
-def resets_of_steps(resets: Tensor, steps: Tensor) -> Tensor:
-    """The resets before the steps that count: each has those since the last step that did. Both are (T, B), bool."""
-    so_far = resets.cumsum(0)
-    at_step = torch.where(steps, so_far, 0).cummax(0).values
-    before = torch.cat([torch.zeros_like(at_step[:1]), at_step[:-1]])
-    return steps & (so_far > before)
-
-
 class CountingSteps:
     """Padded data (T, B, ...) with the steps that count in front, so that a number for each sequence tells them.
 
@@ -431,7 +423,16 @@ class CountingSteps:
     def restored(self, x: Tensor, dim: int) -> Tensor:
         """(..., T, B, ...) with the steps at their times again, T at ``dim``; 0 where none counts."""
         counts = self._steps.reshape(*self._steps.shape, *[1] * (x.dim() - dim - 2))
-        return torch.where(counts, self._moved(x, dim, self._places), x.new_zeros(()))
+        moved = self._moved(x, dim, self._places)
+        return counts & moved if x.dtype == torch.bool else torch.where(counts, moved, x.new_zeros(()))
+
+
+def resets_of_steps(resets: Tensor, steps: Tensor) -> Tensor:
+    """The resets before the steps that count: each has those since the last step that did. Both are (T, B), bool."""
+    counting = CountingSteps(steps)
+    so_far = counting.in_front(resets.cumsum(0))
+    before = torch.cat([torch.zeros_like(so_far[:1]), so_far[:-1]])
+    return counting.restored(so_far > before, 0)
 
 
 class PaddedRows:

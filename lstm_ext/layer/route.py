@@ -10,9 +10,9 @@ The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step,
 3. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel: the differentiable
    `equations`.
 
-Options take the same routes, with two exceptions: an export to ONNX takes the equations, because ONNX has no operator
-for them, and ``recompute`` without kernels for it computes the whole layer again. An export to ONNX that does not know
-our operator gets torch's.
+Options take the same routes, with two exceptions: an export to ONNX takes the equations for what is random, and
+``recompute`` without kernels for it computes the whole layer again. An export to ONNX that does not know our operator
+gets torch's, and the equations for options.
 
 A tensor without real memory must never reach a kernel directly.
 """
@@ -225,10 +225,12 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
     if call.options.frozen:
         return _frozen_layer(tensors)
     if is_exporting_to_onnx():
-        if call.options.as_keywords():
+        options, known = call.options, onnx_has_our_operator()
+        random = not (options.recurrent_mask is options.keep_h is options.keep_c is None)
+        if random or (options.as_keywords() and not known):
             refuse_shards(tensors)
             return equations.lstm_layer
-        if not onnx_has_our_operator():
+        if not known:
             return _layer_without_our_operator(call)
     if not has_operators(input.device):
         if not torch.compiler.is_compiling() and not loader.wants_equations():

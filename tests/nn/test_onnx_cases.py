@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from judge import allowed_error, relative_error
-from torch import Tensor, nn
 
 import lstm_ext
 
 pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 
@@ -31,60 +30,36 @@ def onnx_cases() -> list[Any]:
 
 ALL_CASES = {case.name: case for case in onnx_cases()}
 NAMES = sorted(ALL_CASES)
-ATTRIBUTES = {
-    "hidden_size",
-    "direction",
-    "layout",
-}  # the others (clip, activations, input_forget) are not the layer's
-
-
-def attributes_of(node: Any) -> dict[str, Any]:
-    attributes = {a.name: a.s.decode() if a.s else a.i for a in node.attribute}
-    assert attributes.keys() <= ATTRIBUTES, f"attributes that no layer has: {attributes}"
-    return attributes
-
-
-def torch_order(x: np.ndarray) -> Tensor:
-    """Rows of ONNX's gates i, o, f, c as i, f, g, o."""
-    i, o, f, c = np.split(x, 4)
-    return torch.from_numpy(np.concatenate([i, f, c, o]))
+WEIGHTS = ("W", "R", "B", "P")
 
 
 def run_node(node: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the node computes, by ``lstm_ext.LSTM``: Y, Y_h and Y_c in ONNX's shapes.
+    """What the node computes, by the layer that ``from_onnx`` makes of it: Y, Y_h and Y_c in ONNX's shapes.
 
     ``inputs``: X (T, B, I), W (D, 4H, I), R (D, 4H, H) and perhaps B (D, 8H), P (D, 3H), initial_h and initial_c
-    (D, B, H);
-    with layout 1, X is (B, T, I) and the states are (B, D, H).
+    (D, B, H); with layout 1, X is (B, T, I) and the states are (B, D, H).
     """
-    attributes = attributes_of(node)
-    direction, batch_first = attributes.get("direction", "forward"), attributes.get("layout", 0) == 1
-    W, R, B = inputs["W"], inputs["R"], inputs.get("B")
-    hidden_size = attributes["hidden_size"]
-    assert hidden_size == R.shape[2]
-    module = lstm_ext.LSTM(
-        W.shape[2],
-        hidden_size,
-        bias=B is not None,
-        batch_first=batch_first,
-        bidirectional=direction == "bidirectional",
-        dtype=torch.from_numpy(W).dtype,
-        peephole="P" in inputs,
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    direction, batch_first = (
+        attributes.get("direction", b"forward").decode(),
+        attributes.get("layout", 0) == 1,
     )
-    for d, suffix in enumerate(["", "_reverse"][: W.shape[0]]):
-        values = {"weight_ih": W[d], "weight_hh": R[d]}
-        if B is not None:
-            values |= {"bias_ih": B[d][: 4 * hidden_size], "bias_hh": B[d][4 * hidden_size :]}
-        for name, value in values.items():
-            setattr(module, f"{name}_l0{suffix}", nn.Parameter(torch_order(value)))
-        for gate, weight in zip("iof", np.split(inputs["P"][d], 3) if "P" in inputs else (), strict=False):
-            setattr(module, f"weight_c{gate}_l0{suffix}", nn.Parameter(torch.from_numpy(weight)))
+    W, hidden_size = inputs["W"], attributes["hidden_size"]
+    forward = helper.make_node("LSTM", node.input, node.output, **attributes)
+    # The layer has no reverse direction alone: time turned round, there and back.
+    turned = direction == "reverse"
+    for attribute in forward.attribute:
+        if attribute.name == "direction" and turned:
+            attribute.s = b"forward"
+    values = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, None) for n in ("X", "Y")]
+    weights = [numpy_helper.from_array(inputs[name], name) for name in WEIGHTS if name in inputs]
+    graph = helper.make_graph([forward], "lstm", values[:1], values[1:], weights)
+    (module,) = lstm_ext.from_onnx(helper.make_model(graph)).values()
+    assert module.batch_first == batch_first and module.peephole == ("P" in inputs)
 
     x = torch.from_numpy(inputs["X"])
     time = 1 if batch_first else 0
     batch = x.size(1 - time)
-    # The layer has no reverse direction alone: time turned round, there and back.
-    turned = direction == "reverse"
     states = [inputs.get(name) for name in ("initial_h", "initial_c")]
     hx = None
     if any(s is not None for s in states):

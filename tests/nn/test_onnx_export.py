@@ -244,22 +244,173 @@ def test_exported_program_names_and_own_translations() -> None:
     assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
 
 
-@pytest.mark.parametrize(
-    "options", [{"layer_norm": True}, {"peephole": True, "cell_clip": 0.2, "coupled_gates": True}], ids=str
-)
-def test_exported_program_with_options(options: dict[str, Any]) -> None:
-    """Made outside of an export to ONNX, it holds the layer's own operator, of which ONNX knows nothing."""
-    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, zoneout=(0.1, 0.2), **options).eval()
-    for name, p in module.named_parameters():
-        if name.startswith("weight_c"):
-            nn.init.normal_(p)
+FUNCTIONS = {"gate_activation": "hard_sigmoid", "cell_activation": ("softsign", ("elu", 0.5))}
+OTHERS = {
+    "gate_activation": ("scaled_tanh", 0.9, 0.8),
+    "cell_activation": (("affine", 0.5, 0.1), ("leaky_relu", 0.3)),
+}
+# Arguments of the call, of the constructor, and the nodes of a layer and direction: one LSTM, or a Scan each.
+WITH_OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "lengths": (("lengths",), {}, "LSTM"),
+    "lengths, layers": (("lengths",), {"num_layers": 2, "bidirectional": True, "batch_first": True}, "LSTM"),
+    "lengths, no bias": (("lengths",), {"coupled_gates": True, "bias": False}, "LSTM"),
+    "attributes": (
+        ("lengths",),
+        {"peephole": True, "preactivation_clip": 1.0, "bidirectional": True},
+        "LSTM",
+    ),
+    "activations": (("lengths",), {**FUNCTIONS, "bidirectional": True}, "LSTM"),
+    "mask": (("mask",), {"bidirectional": True}, "LSTM"),
+    "projection": ((), {"proj_size": 2, "num_layers": 2, "bidirectional": True}, "Scan"),
+    "resets": (("resets",), {"bidirectional": True}, "Scan"),
+    "resets to states": (
+        ("resets", "reset_state", "lengths", "return_cell_states", "return_gates"),
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        "Scan",
+    ),
+    "mask, resets, projection": (("mask", "resets"), {"proj_size": 3}, "Scan"),
+    "norm": (("lengths",), {"layer_norm": True, "bidirectional": True, "zoneout": (0.1, 0.2)}, "Scan"),
+    "norm, no bias": ((), {"layer_norm": True, "bias": False, "cell_clip": 0.4}, "Scan"),
+    "cell": (("resets",), {"peephole": True, "cell_clip": 0.5, "coupled_gates": True, **OTHERS}, "Scan"),
+}
+
+
+class Called(nn.Module):
+    """A layer that is called with these arguments."""
+
+    def __init__(self, names: Sequence[str], **options: Any) -> None:
+        super().__init__()
+        self.names = names
+        self.lstm = lstm_ext.LSTM(I, H, **options)
+        for p in self.lstm.parameters():
+            nn.init.normal_(p, 0, 0.4)
+
+    def forward(self, x: Tensor, hx: Any, given: tuple[Any, ...] = ()) -> Any:
+        returned = {n: True for n in self.names if n.startswith("return")}
+        given = dict(zip([n for n in self.names if n not in returned], given, strict=True))
+        return self.lstm(x, hx, **given, **returned)
+
+    def arguments(self, T: int, B: int) -> tuple:
+        first, sets = self.lstm.batch_first, self.lstm.num_layers * (2 if self.lstm.bidirectional else 1)
+        steps = (B, T) if first else (T, B)
+        states = [tuple(torch.randn(sets, B, n) for n in (self.lstm.proj_size or H, H)) for _ in range(2)]
+        everything = {
+            "lengths": torch.tensor([T, 0, *range(1, T + 1), *[T] * B][:B] if B > 1 else [max(T - 1, 0)]),
+            "mask": torch.rand(steps) < 0.6,
+            "resets": torch.rand(steps) < 0.4,
+            "reset_state": states[1],
+        }
+        given = tuple(everything[n] for n in self.names if n in everything)
+        return (torch.randn(*steps, I), states[0], *([given] if given else []))
+
+    def shapes(self) -> tuple:
+        steps = {0: batch, 1: time} if self.lstm.batch_first else {0: time, 1: batch}
+        states = ({1: batch}, {1: batch})
+        everything = {"lengths": {0: batch}, "mask": steps, "resets": steps, "reset_state": states}
+        given = tuple(everything[n] for n in self.names if n in everything)
+        return (steps, states, *([given] if given else []))
+
+
+SIZES = ((5, 3), (7, 4), (1, 2), (9, 1))  # of steps and sequences; the first is that of the export
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+@pytest.mark.parametrize("loops", [False, True])
+def test_options_at_any_size(name: str, loops: bool) -> None:
+    """In ONNX Runtime. One operator a layer where the standard has one that can it, else a loop."""
+    names, options, kind = WITH_OPTIONS[name]
+    model = Called(names, **options).eval()
+    exported = lstm_ext.onnx.export(
+        model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes(), loops=loops
+    ).model_proto
+    onnx.checker.check_model(exported, full_check=True)
+    layers, directions = model.lstm.num_layers, 2 if model.lstm.bidirectional else 1
+    kind = "Scan" if loops else kind
+    expected = {"LSTM": layers, "Scan": 0} if kind == "LSTM" else {"LSTM": 0, "Scan": layers * directions}
+    assert {operator: count(exported, operator) for operator in expected} == expected
+    assert_same(exported, model, [model.arguments(*size) for size in SIZES])
+
+
+# OpenVINO leaves sequence_lens, peepholes and input_forget of the operator out, so these are loops.
+@pytest.mark.parametrize("name", [name for name, (_, _, kind) in WITH_OPTIONS.items() if name != "mask"])
+def test_options_in_openvino(name: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    names, options, kind = WITH_OPTIONS[name]
+    model = Called(names, **options).eval()
+    exported = lstm_ext.onnx.export(
+        model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes(), loops=kind == "LSTM"
+    ).model_proto
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(exported.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for size in SIZES:
+        args = model.arguments(*size)
+        results = compiled([x.numpy() for x in tree_leaves(args)])
+        with torch.no_grad():
+            expected = tree_leaves(model(*args))
+        torch.testing.assert_close([torch.from_numpy(results[k]) for k in range(len(expected))], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_loops_of_other_types(dtype: torch.dtype) -> None:
+    """float16 is computed in float32; float64 by onnx's own evaluator."""
+    both = dtype == torch.float16  # the evaluator runs no loop backwards
+    module = lstm_ext.LSTM(I, H, proj_size=2, bidirectional=both, dtype=dtype).eval()
+    x = torch.randn(5, 2, I, dtype=dtype)
+    model = lstm_ext.onnx.export(module, (x,), dynamic_shapes=({0: time, 1: batch},)).model_proto
+    other = torch.randn(7, 3, I, dtype=dtype)
+    if dtype == torch.float16:
+        assert_same(model, module, [(other,)])
+        return
+    results = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: other.numpy()})
+    torch.testing.assert_close([torch.from_numpy(r) for r in results], tree_leaves(module(other)))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, kind) in WITH_OPTIONS.items() if kind == "LSTM"])
+def test_there_and_back(name: str) -> None:
+    """The layers of a model that was exported, from its file."""
+    options = {"batch_first": False, **WITH_OPTIONS[name][1]} | {"batch_first": False}
+    module = Called((), **options).lstm.train()
+    model = lstm_ext.to_onnx(module)
+    assert module.training
+    layers = list(lstm_ext.from_onnx(model).values())
+    assert len(layers) == module.num_layers
+    x = torch.randn(6, 3, I)
+    y = x
+    for layer in layers:
+        y = layer(y)[0]
+    torch.testing.assert_close(y, module(x)[0])
+    assert [i.name for i in model.graph.input] == ["input", "lengths", "h_0", "c_0"]
+    assert_same(
+        model, Lengths(module), [(x, torch.tensor([6, 0, 2]), *[torch.randn_like(s) for s in module(x)[1]])]
+    )
+
+
+class Lengths(nn.Module):
+    def __init__(self, layer: lstm_ext.LSTM) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor, h: Tensor, c: Tensor) -> Any:
+        return self.layer(x, (h, c), lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["norm", "cell", "attributes"])
+def test_exported_program_with_options(name: str) -> None:
+    """Made outside of an export to ONNX, it holds the layer's own operator."""
+    names, options, _ = WITH_OPTIONS[name]
+    model = Called(names, **options).eval()
+    program = torch.export.export(model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes())
+    exported = lstm_ext.onnx.export(program).model_proto
+    assert_same(exported, model, [model.arguments(*size) for size in SIZES])
+
+
+def test_what_is_random_needs_a_number_of_steps() -> None:
+    module = lstm_ext.LSTM(I, H, zoneout=0.5)
     args = arguments(module, 5, 2, has_hx=False)
     program = torch.export.export(module, args, dynamic_shapes=({1: batch},))
-    assert_same(
-        lstm_ext.onnx.export(program).model_proto,
-        module,
-        [arguments(module, 5, n, has_hx=False) for n in (2, 4)],
-    )
+    assert count(lstm_ext.onnx.export(program).model_proto, "Scan") == 0
     program = torch.export.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
     with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match="a fixed number of steps"):
         lstm_ext.onnx.export(program)
@@ -277,8 +428,6 @@ class Packed(nn.Module):
 def test_what_onnx_cannot_express() -> None:
     packed = pack_padded_sequence(torch.randn(5, 2, I), torch.tensor([3, 5]), enforce_sorted=False)
     for model, args, said in (
-        (lstm_ext.LSTM(I, H, proj_size=2), (torch.randn(5, 2, I),), r"projection \(proj_size > 0\)"),
-        (lstm_ext.LSTM(I, H, proj_size=2, bias=False), (torch.randn(5, 2, I),), "projection"),
         (Packed(), tuple(packed), "a PackedSequence cannot be exported"),
         (Packed(layer_norm=True), tuple(packed), "a PackedSequence cannot be exported"),
     ):
