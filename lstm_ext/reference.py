@@ -26,6 +26,7 @@ The options of a layer, which torch does not have, in the order in which step t 
                             times t - 1 and t in both directions: the reverse direction replaces its state before the
                             step at time t where resets_{t+1} is true.
     recurrent_dropout       W_h* h_{t-1} becomes W_h* (m * h_{t-1}), with one m of 0 or 1 / (1 - p) for all steps
+    weight_dropout          W_h* becomes m * W_h*, with one m of 0 or 1 / (1 - p) for a call
     layer_norm              W_i* x_t + b_i* becomes gain_ih * N(W_i* x_t) + b_i*, and W_h* h_{t-1} + b_h* becomes
                             gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H preactivations of the gates together,
                             and h_t = o_t * tanh(gain_c * N(c_t) + bias_c), with N over the H units.
@@ -43,18 +44,20 @@ The options of a layer, which torch does not have, in the order in which step t 
                             c'_t and h'_t are the results of the equations above (with a projection, the projected
                             h'_t); h'_t is made of c'_t, not of c_t. In training k is random, 0 or 1, for each element
                             and step; in evaluation it is the mean of that.
-    lengths                 from step lengths[b] on, row b keeps its h and c, and its output is 0
+    lengths, mask           from step lengths[b] on, and where the mask is False, row b keeps its h and c, and its
+                            output is 0
 
-Recurrent dropout follows Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates, as
-in Keras 3. Zoneout follows Krueger et al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation follows Ba,
-Kiros and Hinton (2016, https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on
-as it is, and only h_t sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t
+Recurrent dropout follows Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates, and
+the dropout of weights Merity, Keskar and Socher (2017, https://arxiv.org/abs/1708.02182). Zoneout follows Krueger et
+al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation follows Ba, Kiros and Hinton (2016,
+https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on as it is, and only h_t sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t
 on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases
 of the layer serve as both.
 
 Peepholes follow Gers, Schraudolph and Schmidhuber (2002, https://www.jmlr.org/papers/v3/gers02a.html) and the diagonal
 W_ci, W_cf, W_co of Graves (2013, https://arxiv.org/abs/1308.0850, equations 7 to 11). Coupled gates are variant CIFG of
-Greff et al. (2017, https://arxiv.org/abs/1503.04069). The bound of c_t is ``cell_clip`` of TensorFlow's ``LSTMCell``.
+Greff et al. (2017, https://arxiv.org/abs/1503.04069). Other functions than sigmoid and tanh, and the bound of what they
+take, are those of the operator ``LSTM`` of ONNX. The bound of c_t is ``cell_clip`` of TensorFlow's ``LSTMCell``.
 
 Every function is differentiable any number of times and takes any device and any dtype. bfloat16 and float16 are
 computed in float32, the cell state included, and rounded once, at the end of a layer.

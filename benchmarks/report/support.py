@@ -83,7 +83,7 @@ def text(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> str:
     lines += [
         "",
         "✓: runs on the kernels; in the column ONNX, is one standard operator `LSTM` a layer. eq: runs on the "
-        "equations in plain PyTorch; in ONNX, is made of basic operators. –: raises an error that says so.",
+        "equations in plain PyTorch; in ONNX, is a loop of basic operators. –: raises an error that says so.",
         "",
         *[f"{i}. {note}" for i, note in enumerate(notes.texts, 1)],
         "",

@@ -99,6 +99,7 @@ FEATURES: dict[str, Feature] = {
     "return_cell_states": Feature("`return_cell_states`", call=("return_cell_states",)),
     "return_gates": Feature("`return_gates`", call=("return_gates",)),
     "recurrent_dropout": Feature("`recurrent_dropout`", {"recurrent_dropout": 0.5}),
+    "weight_dropout": Feature("`weight_dropout`", {"weight_dropout": 0.5}),
     "zoneout": Feature("`zoneout`", {"zoneout": (0.2, 0.3)}),
     "zoneout_eval": Feature("`zoneout`, evaluation", {"zoneout": (0.2, 0.3)}, training=False),
     "layer_norm": Feature("`layer_norm`", {"layer_norm": True}),
@@ -161,11 +162,13 @@ class Called(nn.Module):
 
 
 class LayerMasks(NamedTuple):
-    """The random masks of one layer: dropout (T, B, D * P) of its input, recurrent (D, B, P), zoneout (D, T, B, .)."""
+    """The random masks of one layer: dropout (T, B, D * P) of its input, recurrent (D, B, P), zoneout (D, T, B, .), and
+    those of each direction's ``weight_hh``."""
 
     dropout: Tensor | None
     recurrent: Tensor | None
     zoneout: tuple[Tensor | float, Tensor | float]
+    weights: list[Tensor]
 
 
 class Problem:
@@ -315,6 +318,10 @@ class Problem:
             if k > 0 and feature.options.get("dropout"):
                 size = feature.directions * feature.state
                 dropout = by_step(dropped(feature.options["dropout"], dtype), (), size).double()
+            weights = []
+            if feature.options.get("weight_dropout"):
+                draw = dropped(feature.options["weight_dropout"], wide)
+                weights = [draw((4 * H, feature.state)).double().cpu() for _ in range(feature.directions)]
             if feature.options.get("recurrent_dropout"):
                 recurrent = torch.ones(feature.directions, B, feature.state, dtype=torch.float64)
                 draw = dropped(feature.options["recurrent_dropout"], wide)
@@ -323,11 +330,11 @@ class Problem:
                 by_step(kept(rate), (feature.directions,), size) if rate else 0.0
                 for rate, size in zip(feature.zoneout, (feature.state, H), strict=True)
             ]
-            layers.append(LayerMasks(dropout, recurrent, (zoneout[0], zoneout[1])))
+            layers.append(LayerMasks(dropout, recurrent, (zoneout[0], zoneout[1]), weights))
         return layers
 
     def evaluation_masks(self) -> list[LayerMasks]:
-        return [LayerMasks(None, None, self.feature.zoneout)] * self.feature.layers
+        return [LayerMasks(None, None, self.feature.zoneout, [])] * self.feature.layers
 
     def results(
         self, leaves: Mapping[str, Tensor], sample: int, masks: Sequence[LayerMasks]
@@ -388,6 +395,9 @@ class Problem:
                 return_gates="return_gates" in feature.call,
             )
             weights = [parameters[f"{n}_l{k}{suffix}"] for suffix in suffixes for n in weight_names]
+            for d, mask in enumerate(masks[k].weights):
+                place = d * len(weight_names) + weight_names.index("weight_hh")
+                weights[place] = weights[place] * mask
             x, *others = _layer_of_equations(
                 x, h0, c0, weights, given.get("batch_sizes"), True, feature.directions == 2, options
             )

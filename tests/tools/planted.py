@@ -184,9 +184,12 @@ FAULTS: dict[str, Fault] = {
         "SumOfRows<A, A>{parts, columns, parts,", "SumOfRows<A, A>{parts - 1, columns, parts,", EMULATED
     ),
     # What both backends share.
-    "contract/cell.h": Fault("(Math::number(1) - gates[kG] * gates[kG])", "(Math::number(1) + gates[kG] * gates[kG])"),
+    "contract/cell.h": Fault("(gate == kG ? Math::number(1) - value", "(gate == kG ? Math::number(1) + value"),
+    "contract/activation.h": Fault(
+        "case Function::kTanh: return one - value * value;", "case Function::kTanh: return one - value;"
+    ),
     "contract/layer.h": Fault("return keep != nullptr || share != 0;", "return keep != nullptr;"),
-    "contract/params.h": Fault("peepholes() || clip != 0 || coupled; }", "peepholes() || clip != 0; }"),
+    "contract/params.h": Fault("clip != 0 || coupled || other_activations", "clip != 0 || other_activations"),
     "contract/steps.h": Fault("const int64_t cut = shape_.reverse ? t + 1 : t;", "const int64_t cut = t;"),
     "contract/transition.h": Fault("(Math::number(share), previous - fresh", "(Math::number(share), previous"),
 }  # fmt: skip
