@@ -220,4 +220,5 @@ $(COMPAT_PACKAGES): pyproject.toml $(PACKAGES)
 	$(COMPAT_PY) -m pip install -q 'setuptools>=77,<81'
 	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[compat]'
 	$(COMPAT_PY) -m pip install -q --no-deps 'espnet>=202511' 'kraken>=7'
+	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[frameworks]'
 	@touch $@

@@ -63,12 +63,6 @@ REFUSALS = (
         ("packed", "packed_extras"),
         r"lstm_ext\.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences",
     ),
-    Refusal(
-        "onnx",
-        ("projection",),
-        r"lstm_ext\.onnx: a layer with a projection \(proj_size > 0\) cannot be exported: "
-        r"the operator LSTM of ONNX has none",
-    ),
 )
 
 

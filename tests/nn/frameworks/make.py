@@ -1,7 +1,7 @@
 """Makes frameworks.json: what other frameworks compute with their own weights, for test_from_frameworks.py.
 
     python -m venv /tmp/frameworks
-    /tmp/frameworks/bin/pip install tensorflow-cpu flax dm-haiku equinox onnx onnxruntime
+    /tmp/frameworks/bin/pip install tensorflow-cpu flax dm-haiku equinox 'mlx[cpu]' onnx onnxruntime
     /tmp/frameworks/bin/python tests/nn/frameworks/make.py
 
 A case has the arrays as the framework has them, an input (B, T, I), what the framework made of it, and the gradient of
@@ -175,6 +175,23 @@ def jax_cases() -> None:
     run("Equinox", "equinox", arrays, equinox_step)
 
 
+def mlx_cases() -> None:
+    import mlx.core as mx
+    import mlx.nn
+
+    for name, bias in (("one layer", True), ("without bias", False)):
+        layer = mlx.nn.LSTM(I, H, bias=bias)
+        arrays = {key: drawn(*a.shape, scale=0.5) for key, a in layer.parameters().items()}
+        layer.update({key: mx.array(a) for key, a in arrays.items()})
+        y, c = layer(mx.array(X))
+
+        def loss(x: Any, layer: Any = layer, shape: Any = y.shape) -> Any:
+            return (layer(x)[0] * mx.array(factors(shape))).sum()
+
+        gradient = mx.grad(loss)(mx.array(X))
+        add("from_mlx", name, arrays, np.array(y), np.array(gradient), "mlx", c=np.array(c[:, -1]))
+
+
 def onnx_cases() -> None:
     import onnx
     import onnxruntime
@@ -253,6 +270,7 @@ if __name__ == "__main__":
     keras_cases()
     tensorflow_cases()
     jax_cases()
+    mlx_cases()
     onnx_cases()
     path = Path(__file__).with_name("frameworks.json")
     lines = ",\n".join(json.dumps(case) for case in CASES)
