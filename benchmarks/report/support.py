@@ -93,7 +93,7 @@ def text(record: dict[str, Any], of_cuda: dict[str, Any] | None = None) -> str:
         "`jvp`, `vmap` and `grad` are those of `torch.func`. Autocast is to bfloat16, forward and backward. "
         "`torch.compile` is inductor with `fullgraph=True`, forward and backward. All together means two layers with "
         "`dropout`, both directions, a projection and every row from `lengths` down except `zoneout`, evaluation, "
-        "those of other cells, and `mask`, which says the same as `lengths`.",
+        "those of other cells, and `mask`, which excludes `lengths`.",
         "",
         f"CUDA: {cuda_line(record, of_cuda)}",
         "",
