@@ -26,10 +26,11 @@ from .nn.from_frameworks import (
     to_keras,
 )
 from .nn.from_gates import from_gates
+from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
-from .nn.onnx_layers import from_onnx, to_onnx
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
+from .onnx import to_onnx
 
 loader.load_built()
 

@@ -50,9 +50,10 @@ The options of a layer, which torch does not have, in the order in which step t 
 Recurrent dropout follows Gal and Ghahramani (2016, https://arxiv.org/abs/1512.05287), with one mask for all gates, and
 the dropout of weights Merity, Keskar and Socher (2017, https://arxiv.org/abs/1708.02182). Zoneout follows Krueger et
 al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation follows Ba, Kiros and Hinton (2016,
-https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on as it is, and only h_t sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t
-on, which is another layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases
-of the layer serve as both.
+https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on as it is, and only h_t
+sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t on, which is another
+layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases of the layer serve as
+both.
 
 Peepholes follow Gers, Schraudolph and Schmidhuber (2002, https://www.jmlr.org/papers/v3/gers02a.html) and the diagonal
 W_ci, W_cf, W_co of Graves (2013, https://arxiv.org/abs/1308.0850, equations 7 to 11). Coupled gates are variant CIFG of

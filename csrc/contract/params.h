@@ -67,7 +67,7 @@ struct Options {
   bool exact_gates;
   // Whether the functions are others than sigmoid for i, f and o, and tanh for g and c_t. Only then they are read.
   bool other_activations;
-  Activation<T> gate_activation, candidate_activation, output_activation;  // of i, f and o; of g; of c_t in h_t
+  Activation<T> gate_activation, candidate_activation, output_activation;  // for i, f and o; for g; for c_t in h_t
   T preactivation_clip;                                                    // 0 without one
 
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[kPeepholeI] != nullptr; }

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <locale>
+#include <sstream>
 
 namespace lstm_ext {
 namespace {
@@ -51,7 +53,9 @@ at::Tensor gate_values_result(const LayerOptions& options, const at::Tensor& gat
   } else if (are_preactivations) {
     const auto functions = read_activations(options.activations.empty() ? "sigmoid tanh tanh" : options.activations);
     const double bound = options.preactivation_clip;
-    const at::Tensor seen = bound == 0 ? gates : gates.clamp(-bound, bound);
+    const bool narrow = gates.scalar_type() == at::kHalf || gates.scalar_type() == at::kBFloat16;
+    const at::Tensor wide = narrow ? gates.to(at::kFloat) : gates;
+    const at::Tensor seen = bound == 0 ? wide : wide.clamp(-bound, bound);
     values = activation_of(functions[0], seen);
     part(values, cell::kG).copy_(activation_of(functions[1], part(seen, cell::kG)));
     if (options.coupled_gates) part(values, cell::kF).copy_(1 - part(values, cell::kI));
@@ -90,7 +94,7 @@ constexpr KnownFunction kKnownFunctions[] = {
                                       : "(alpha,beta)");
   }
   TORCH_CHECK_VALUE(false, "lstm_ext: activations is '", text, "', expected three names with a space between them, of ",
-                    known, "; alpha is at least 0, but in affine");
+                    known, "; alpha is at least 0, but in affine, and more in scaled_tanh");
   std::abort();  // never reached
 }
 
@@ -116,13 +120,16 @@ std::array<cell::Activation<double>, 3> read_activations(const std::string& text
     double numbers[2] = {};
     for (int k = 0; k < known->numbers; ++k) {
       if (*next++ != (k == 0 ? '(' : ',')) refuse_activations(text);
-      char* end = nullptr;
-      numbers[k] = std::strtod(next, &end);
-      if (end == next || !std::isfinite(numbers[k])) refuse_activations(text);
-      next = end;
+      // Not strtod: what that takes for a decimal point is a matter of the process's locale.
+      const size_t length = std::strcspn(next, ",) ");
+      std::istringstream number(std::string(next, length));
+      number.imbue(std::locale::classic());
+      if (!(number >> numbers[k]) || !number.eof() || !std::isfinite(numbers[k])) refuse_activations(text);
+      next += length;
     }
     if (known->numbers > 0 && *next++ != ')') refuse_activations(text);
     if (known->function != cell::Function::kAffine && numbers[0] < 0) refuse_activations(text);
+    if (known->function == cell::Function::kScaledTanh && numbers[0] == 0) refuse_activations(text);
     functions[n] = {known->function, numbers[0], numbers[1]};
   }
   if (*next != 0) refuse_activations(text);
@@ -142,7 +149,7 @@ at::Tensor activation_of(const cell::Activation<double>& activation, const at::T
     case cell::Function::kScaledTanh: return (z * beta).tanh() * alpha;
     case cell::Function::kHardSigmoid: return (z * alpha + beta).clamp(0, 1);
     case cell::Function::kSoftsign: return z / (z.abs() + 1);
-    case cell::Function::kSoftplus: return at::softplus(z, 1, 1e9);
+    case cell::Function::kSoftplus: return at::softplus(z, 1, 40);
   }
   return z;
 }

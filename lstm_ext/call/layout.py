@@ -284,16 +284,28 @@ def _packing(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---- nested tensors
 
 
-def _jagged_rows(offsets: Tensor, lengths: Tensor | None) -> list[Tensor]:
-    """How the sequences of a nested tensor are packed: see the fake kernel for the shapes."""
+def _jagged_rows(offsets: Tensor, lengths: Tensor | None, like: list[Tensor]) -> list[Tensor]:
+    """How the sequences of a nested tensor are packed: batch_sizes, the order of those with a step, the rows of values.
+
+    ``like``: these results for another tensor, which must have the same lengths; or nothing.
+    """
     starts = offsets.cpu()
     numbers = starts.diff() if lengths is None else lengths.cpu()
+    if not numbers.any():
+        raise RuntimeError(EMPTY_SEQUENCE)
     batch_sizes, order, step, place = _packing(numbers)
     order = order[: int(batch_sizes[0])]
-    return [batch_sizes, order.to(offsets.device), (starts[order[place]] + step).to(offsets.device)]
+    found = [batch_sizes, order.to(offsets.device), (starts[order[place]] + step).to(offsets.device)]
+    if like and not all(torch.equal(a, b) for a, b in zip(found[:2], like[:2], strict=True)):
+        raise ValueError(
+            "resets: expected one flag for each step of the input's sequences, got other lengths"
+        )
+    return found
 
 
-def _fake_jagged_rows(offsets: Tensor, lengths: Tensor | None) -> list[Tensor]:
+def _fake_jagged_rows(offsets: Tensor, lengths: Tensor | None, like: list[Tensor]) -> list[Tensor]:
+    if like:
+        return [torch.empty_like(x) for x in like]
     context = torch.library.get_ctx()
     time, count, rows = [context.new_dynamic_size(min=1) for _ in range(3)]
     return [
@@ -308,7 +320,8 @@ def _fake_jagged_rows(offsets: Tensor, lengths: Tensor | None) -> list[Tensor]:
 if not hasattr(torch.ops.lstm_ext_layout, "jagged_rows"):
     _library = torch.library.Library("lstm_ext_layout", "DEF")
     _library.define(
-        "jagged_rows(Tensor offsets, Tensor? lengths) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+        "jagged_rows(Tensor offsets, Tensor? lengths, Tensor[] like) -> Tensor[]",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
     _library.impl("jagged_rows", _jagged_rows, "CompositeExplicitAutograd")
     torch.library.register_fake("lstm_ext_layout::jagged_rows", _fake_jagged_rows, lib=_library)
@@ -334,7 +347,7 @@ class JaggedLayout(Layout):
         self._values: Tensor = nested.values()
         if is_zero(self._values.size(0)):
             raise RuntimeError(EMPTY_SEQUENCE)
-        found = torch.ops.lstm_ext_layout.jagged_rows(nested.offsets(), nested.lengths())
+        found = torch.ops.lstm_ext_layout.jagged_rows(nested.offsets(), nested.lengths(), [])
         self.batch_sizes, self._order, self._rows = found
 
     def rows(self, input: Any) -> Tensor:
@@ -349,16 +362,11 @@ class JaggedLayout(Layout):
         rows = value.values()
         if rows.dim() == 2 and rows.size(1) == 1:
             rows = rows.squeeze(1)
-        ours, theirs = value.offsets(), self._nested.offsets()
-        # A compiler knows only whether they are one tensor, and this by their sizes.
-        same = rows.dim() == 1 and rows.size(0) == self._values.size(0)
-        if same and ours is not theirs and not torch.compiler.is_compiling():
-            same = torch.equal(ours, theirs)
-        if not same:
-            raise ValueError(
-                f"{name}: expected one flag for each step of the input's sequences, got other lengths"
-            )
-        return rows.index_select(0, self._rows)
+        if rows.dim() != 1:
+            raise ValueError(f"{name}: expected one flag for each step, got {rows.dim() - 1} more dimensions")
+        like = [self.batch_sizes, self._order, self._rows]
+        *_, places = torch.ops.lstm_ext_layout.jagged_rows(value.offsets(), value.lengths(), like)
+        return rows.index_select(0, places)
 
     def batch(self, x: Tensor) -> int:
         return self._nested.size(0)
@@ -367,7 +375,7 @@ class JaggedLayout(Layout):
         return None if state is None else state.index_select(1, self._order)
 
     def _all_states(self, final: Tensor, initial: Tensor | None) -> Tensor:
-        """Of all sequences: one without a step keeps its initial state."""
+        """The final states of all sequences: one without a step keeps its initial state."""
         if initial is None:
             initial = final.new_zeros(final.size(0), self.batch(final), final.size(2))
         return initial.to(final.dtype).index_copy(1, self._order, final)

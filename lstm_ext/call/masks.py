@@ -6,14 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer.tracing import is_plain_eager
+from ..layer.route import UnsupportedLayerError
+from ..layer.tracing import is_exporting_to_onnx, is_plain_eager
 from ..native import loader
 
 __all__ = ["dropped_weight", "keep_flags", "recurrent_mask"]
 
 
+def _refuse_export(option: str) -> None:
+    # The exporter takes what is drawn from nothing but numbers for a constant.
+    if is_exporting_to_onnx():
+        raise UnsupportedLayerError(
+            f"lstm_ext.onnx: {option} in training mode would be one mask for ever: call eval() before the export"
+        )
+
+
 def dropped_weight(weight: Tensor, p: float) -> Tensor:
     """A weight, of which each element is multiplied by 0 or 1 / (1 - p). Its strides do not change what is drawn."""
+    _refuse_export("weight_dropout")
     # A mask in 16 bits would round 1 / (1 - p).
     dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
     mask = F.dropout(torch.ones(weight.shape, dtype=dtype, device=weight.device), p, True)
@@ -24,6 +34,7 @@ def recurrent_mask(
     input: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, directions: int, size: int, p: float
 ) -> Tensor:
     """The mask of recurrent dropout, constant over time, (D, B, size): h is multiplied by 0 or 1 / (1 - p)."""
+    _refuse_export("recurrent_dropout")
     if batch_sizes is None:
         batch = input.size(1)
     else:

@@ -180,7 +180,7 @@ def lstm(
         data = input.data
     elif isinstance(input, Tensor) and input.is_nested:
         layout = JaggedLayout(input)
-        data = layout.rows(input)
+        data = input.values()
     elif not isinstance(input, Tensor):
         raise TypeError(
             f"input: expected a Tensor of shape {_LAYOUT[batch_first]} or a PackedSequence, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -20,35 +21,38 @@ __all__ = ["ACTIVATIONS", "Activation", "activation_functions", "activation_text
 
 class _Kind(NamedTuple):
     function: Callable[..., Tensor]
-    defaults: tuple[float, ...] = ()  # those of ONNX's operator of this name
+    # Those of ONNX's operator of this name, as text: a compiler would take numbers for some that may change.
+    defaults: tuple[str, ...] = ()
 
 
 # csrc/torch/layer_call.cpp has the same names.
 ACTIVATIONS = {
     "sigmoid": _Kind(torch.sigmoid),
     "tanh": _Kind(torch.tanh),
-    "affine": _Kind(lambda z, alpha, beta: alpha * z + beta, (1.0, 0.0)),
+    "affine": _Kind(lambda z, alpha, beta: alpha * z + beta, ("1.0", "0.0")),
     "relu": _Kind(torch.relu),
-    "leaky_relu": _Kind(lambda z, alpha: F.leaky_relu(z, alpha), (0.01,)),
-    "thresholded_relu": _Kind(lambda z, alpha: torch.where(z < alpha, z.new_zeros(()), z), (1.0,)),
-    "elu": _Kind(lambda z, alpha: F.elu(z, alpha), (1.0,)),
-    "scaled_tanh": _Kind(lambda z, alpha, beta: alpha * torch.tanh(beta * z), (1.0, 1.0)),
-    "hard_sigmoid": _Kind(lambda z, alpha, beta: torch.clamp(alpha * z + beta, 0, 1), (0.2, 0.5)),
+    "leaky_relu": _Kind(lambda z, alpha: F.leaky_relu(z, alpha), ("0.01",)),
+    "thresholded_relu": _Kind(
+        lambda z, alpha: torch.where(z < alpha, z.new_zeros(()), z) if alpha else torch.relu(z), ("1.0",)
+    ),
+    "elu": _Kind(lambda z, alpha: F.elu(z, alpha), ("1.0",)),
+    "scaled_tanh": _Kind(lambda z, alpha, beta: alpha * torch.tanh(beta * z), ("1.0", "1.0")),
+    # The gradient of hardtanh is 0 on an edge, that of clamp is not.
+    "hard_sigmoid": _Kind(lambda z, alpha, beta: F.hardtanh(alpha * z + beta, 0.0, 1.0), ("0.2", "0.5")),
     "softsign": _Kind(F.softsign),
     # Beyond its threshold torch's function is the identity.
     "softplus": _Kind(lambda z: F.softplus(z, threshold=40)),
 }
-_IDENTITY = ("affine", 1.0, 0.0)
 
-# What a user gives: a name, or a name and its numbers.
+# The argument of a user: a name, or a name and its numbers.
 Activation = str | tuple[Any, ...]
 
 
 def _one(name: str, value: Any) -> str:
     """One function as text. Raises: ValueError, naming the argument and what is known."""
     given = (value,) if isinstance(value, str) else value
-    if isinstance(given, (tuple, list)) and given and given[0] == "identity" and len(given) == 1:
-        given = _IDENTITY
+    if isinstance(given, (tuple, list)) and len(given) == 1 and given[0] == "identity":
+        given = ("affine",)
     known = (
         isinstance(given, (tuple, list)) and given and isinstance(given[0], str) and given[0] in ACTIVATIONS
     )
@@ -57,17 +61,19 @@ def _one(name: str, value: Any) -> str:
     kind, numbers = given[0], tuple(given[1:])
     defaults = ACTIVATIONS[kind].defaults
     good = len(numbers) <= len(defaults) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
+        isinstance(x, (int, float, Real)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
     )
     if not good:
         raise ValueError(
             f"{name}: expected {kind} with at most {len(defaults)} finite numbers, got {value!r}"
         )
-    numbers += defaults[len(numbers) :]
     # A negative factor would give one value two slopes.
-    if kind != "affine" and any(x < 0 for x in numbers[:1]):
-        raise ValueError(f"{name}: expected the first number of {kind} to be at least 0, got {value!r}")
-    return kind + (f"({','.join([repr(float(x)) for x in numbers])})" if numbers else "")
+    positive = kind == "scaled_tanh"
+    if kind != "affine" and any(x < 0 or (positive and x == 0) for x in numbers[:1]):
+        least = "positive" if positive else "at least 0"
+        raise ValueError(f"{name}: expected the first number of {kind} to be {least}, got {value!r}")
+    texts = [repr(float(x)) for x in numbers] + list(defaults[len(numbers) :])
+    return kind + (f"({','.join(texts)})" if texts else "")
 
 
 def activation_text(gate: Any, cell: Any) -> str:
@@ -79,7 +85,7 @@ def activation_text(gate: Any, cell: Any) -> str:
     if isinstance(gate, str) and gate == "sigmoid" and isinstance(cell, str) and cell == "tanh":
         return ""
     # A pair of functions, or one function with its numbers.
-    pair = isinstance(cell, (tuple, list)) and len(cell) == 2 and not isinstance(cell[1], (int, float))
+    pair = isinstance(cell, (tuple, list)) and len(cell) == 2 and isinstance(cell[1], (str, tuple, list))
     candidate, output = cell if pair else (cell, cell)
     functions = [
         _one("gate_activation", gate),

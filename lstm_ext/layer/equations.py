@@ -67,7 +67,10 @@ def _equations(call: LayerCall) -> LayerResults:
     batch = sizes[0] if sizes else input.size(1)
 
     def bounded(z: Tensor) -> Tensor:
-        return torch.clamp(z, -gate_bound, gate_bound) if gate_bound else z
+        if not gate_bound:
+            return z
+        # On the edge no gradient, unlike torch.clamp: the kernels see only the value of the gate.
+        return torch.where(z.abs() < gate_bound, z, torch.clamp(z, -gate_bound, gate_bound).detach())
 
     def by_step(x: Tensor) -> Sequence[Tensor]:
         return x.split(sizes) if sizes else x.unbind(0)

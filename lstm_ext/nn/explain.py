@@ -229,7 +229,7 @@ def _on_cuda(
             tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
-            cell_options=any([getattr(module, name, None) for name in CELL_OPTIONS]),
+            cell_options=isinstance(module, LSTM) and not set(CELL_OPTIONS).isdisjoint(options_of(module)),
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),

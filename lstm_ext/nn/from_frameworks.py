@@ -172,6 +172,16 @@ KERAS = {"linear": "identity"}
 KERAS |= {name: name for name in ("sigmoid", "tanh", "relu", "elu", "softplus", "softsign", "identity")}
 
 
+# The functions that Keras has, with its numbers, those of Keras 3 first.
+_IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
+    **dict.fromkeys(("sigmoid", "tanh", "relu", "softplus", "softsign"), ((),)),
+    "affine": ((1.0, 0.0),),
+    "elu": ((1.0,),),
+    "leaky_relu": ((0.2,), (0.3,)),
+    "hard_sigmoid": ((1 / 6, 0.5), (0.2, 0.5)),
+}
+
+
 def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
     """A layer with the weights of ``keras.layers.LSTM``, of Keras 2 or 3 on any backend, or ``tf.keras``.
 
@@ -211,13 +221,21 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
         if known in ("hard_sigmoid", "leaky_relu") and callable(found):
             # Their numbers differ between the versions of Keras, so they are asked.
             below, above = (float(y) for y in found(read.array([-1.0, 1.0], name, 2).numpy()))
-            return ("leaky_relu", -below) if known == "leaky_relu" else ("hard_sigmoid", above - 0.5, 0.5)
+            asked = -below if known == "leaky_relu" else above - 0.5
+            numbers = next((n for n in _IN_KERAS[known] if abs(n[0] - asked) < 1e-6), None)
+            if numbers is None:
+                raise read.refuse(
+                    f"{name}: {known} with the number {asked:.6g}, which no version of Keras has"
+                )
+            return (known, *numbers)
         raise read.refuse(
             f"{name}: expected one of {', '.join([*KERAS, 'hard_sigmoid', 'leaky_relu'])}, got {known}"
         )
 
-    def check(layer: Any) -> dict[str, Any]:
-        for name in ("go_backwards", "dropout", "recurrent_dropout"):
+    def check(layer: Any, back: bool = False) -> dict[str, Any]:
+        if back and not getattr(layer, "go_backwards", True):
+            raise read.refuse("backward_layer: expected one with go_backwards=True")
+        for name in ("go_backwards", "dropout", "recurrent_dropout")[back:]:
             if getattr(layer, name, False):
                 how = " and x.flip(1) its input" if name == "go_backwards" else ""
                 raise read.refuse(
@@ -240,6 +258,8 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
             if type(one).__name__ != "LSTM":
                 raise read.refuse(f"expected layers of the class LSTM, got {type(one).__name__}")
         found = check(inner[0])
+        if len(inner) == 2 and check(inner[1], back=True) != found:
+            raise read.refuse("a Bidirectional whose layers differ in their activations")
         if found != options.setdefault("all", found):
             differ = [name for name, value in found.items() if value != options["all"][name]]
             raise read.refuse(f"layers that differ in {', '.join(differ)}: make a layer of each")
@@ -279,8 +299,13 @@ def to_keras(layer: LSTM | nn.LSTM) -> list[list[Tensor]]:
     ours = {"gate_activation", "cell_activation", "forget_bias", "recompute"}
     unknown = [name for name in options_of(layer) if name not in ours] if isinstance(layer, LSTM) else []
     if isinstance(layer, LSTM):
-        _, candidate, output = split_text(activations_of(layer))
+        gate, candidate, output = split_text(activations_of(layer))
         unknown += ["two cell_activations"] if candidate != output else []
+        unknown += [
+            name
+            for name, numbers in (gate, candidate)
+            if name not in _IN_KERAS or numbers not in _IN_KERAS[name]
+        ]
     if layer.proj_size or unknown:
         raise ValueError(f"to_keras: the LSTM of Keras has no {', '.join(unknown or ['proj_size'])}")
     stack = []

@@ -294,7 +294,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
             reset_state: ``(h, c)`` in the shapes of ``hx``: the state that a reset puts in place. It gets gradients.
                 None for zeros. Each direction has its own rows of it.
             mask: bool, (T, B) in the layout of the input, optionally with a last axis of 1, on any device. True in the
-                steps that count. Another step keeps the state, in both directions, and its output is 0, as in Keras:
+                steps that count. Another step keeps the state, in both directions, as in Keras, and its output is 0:
                 so padding may be at the end, where the mask says the same as ``lengths``, at the beginning, and
                 anywhere between. Resets in it count for the next step that does. Not together with ``lengths``.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
@@ -307,7 +307,8 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
         Raises:
             ValueError: the rank of the input is wrong, or its dtype is not that of the parameters; batch sizes or
-                indices of a ``PackedSequence`` make no sense; an argument after ``hx`` has a wrong shape, dtype, device
+                indices of a ``PackedSequence`` make no sense; a nested tensor is not jagged, or is so in another axis
+                than time; an argument after ``hx`` has a wrong shape, dtype, device
                 or number, or two of them exclude each other.
             RuntimeError: another size, device or dtype, or the rank of packed data, is wrong; the sequence is empty;
                 ``torch.jit`` traces the layer; a transform or compiler does not support the call.

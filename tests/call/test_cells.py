@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +66,76 @@ def test_a_clip_beyond_what_the_dtype_holds(clip):
         torch.testing.assert_close(y, expected)
 
 
+EDGES = [
+    ({"preactivation_clip": 1.0}, 1.0),
+    ({"gate_activation": ("hard_sigmoid", 0.25, 0.5)}, 2.0),
+    ({"gate_activation": ("hard_sigmoid", 0.25, 0.5)}, -2.0),
+    ({"cell_activation": ("thresholded_relu", 0.0)}, 0.0),
+    ({"gate_activation": "relu", "cell_activation": ("leaky_relu", 0.5)}, 0.0),
+    ({"gate_activation": ("elu", 0.5)}, 0.0),
+]
+
+
+@pytest.mark.parametrize(("options", "z"), EDGES, ids=str)
+def test_the_gradient_on_an_edge_is_the_same_on_all_routes(options, z):
+    module = lstm_ext.LSTM(1, 1, dtype=torch.float64, **options)
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    nn.init.constant_(module.bias_ih_l0, z)
+    x, weights = torch.zeros(2, 1, 1, dtype=torch.float64), list(module.parameters())
+    c0 = torch.ones(1, 1, 1, dtype=torch.float64)
+    hx = (torch.zeros_like(c0), c0)
+    ours = torch.autograd.grad(module(x, hx)[0].sum(), weights)
+    expected = torch.autograd.grad(lstm_ext.reference.lstm(x, hx, weights, **options)[0].sum(), weights)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_names_and_numbers_of_functions():
+    same = [
+        ("hard_sigmoid", ("hard_sigmoid", 0.2, 0.5)),
+        (("hard_sigmoid", np.float32(0.5)), ("hard_sigmoid", 0.5, 0.5)),
+        ("identity", ("affine", 1, 0)),
+        (["elu"], "elu"),
+    ]
+    x = torch.randn(T, B, I)
+    for one, other in same:
+        a = lstm_ext.LSTM(I, H, gate_activation=one, cell_activation=("leaky_relu", np.float32(0.25)))
+        b = lstm_ext.LSTM(I, H, gate_activation=other, cell_activation=("leaky_relu", 0.25))
+        b.load_state_dict(a.state_dict())
+        assert torch.equal(a(x)[0], b(x)[0])
+    assert (
+        repr(lstm_ext.LSTM(I, H, gate_activation="sigmoid", cell_activation=("tanh", "tanh"))) == "LSTM(4, 6)"
+    )
+    text = repr(lstm_ext.LSTM(I, H, gate_activation=("elu", 0.5)))
+    assert text == "LSTM(4, 6, gate_activation=('elu', 0.5), cell_activation=tanh)"
+
+
+def test_a_compiler_takes_the_numbers_of_functions_for_constants():
+    module = lstm_ext.LSTM(I, H, gate_activation="hard_sigmoid", cell_activation=("elu", 0.5))
+    x = torch.randn(T, B, I)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+LOCALE = """
+import locale, torch, lstm_ext
+module, x = lstm_ext.LSTM(4, 6, gate_activation="hard_sigmoid"), torch.randn(5, 3, 4)
+expected = module(x)[0]
+locale.setlocale(locale.LC_ALL, "xx_XX.UTF-8")
+assert locale.localeconv()["decimal_point"] == ","
+assert torch.equal(module(x)[0], expected)
+"""
+
+
+def test_the_locale_does_not_matter(tmp_path):
+    """The kernels read numbers with a point where the process has a comma."""
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "xx_XX.UTF-8")]
+    subprocess.run(command, capture_output=True)  # it warns, and then its status is 1
+    environment = {**os.environ, "LOCPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LOCALE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_reference_has_the_signature_of_the_function():
     assert inspect.signature(lstm_ext.reference.lstm) == inspect.signature(lstm_ext.functional.lstm)
     module = lstm_ext.LSTM(I, H)
@@ -112,6 +186,30 @@ def test_coupled_gates_leave_the_rows_of_f():
         ),
         ({"coupled_gates": True, "forget_bias": 1.0}, "forget_bias: .* coupled_gates=True"),
         ({"cell_clip": 0.0}, "cell_clip should be a positive finite number or None, got 0.0"),
+        (
+            {"gate_activation": "gelu"},
+            "gate_activation: expected one of identity, sigmoid, tanh, .* got 'gelu'",
+        ),
+        (
+            {"cell_activation": ("tanh", "gelu")},
+            r"cell_activation\[1\]: expected one of identity, .* got 'gelu'",
+        ),
+        (
+            {"gate_activation": ("elu", 1.0, 2.0)},
+            "gate_activation: expected elu with at most 1 finite numbers",
+        ),
+        (
+            {"gate_activation": ("elu", -1.0)},
+            "gate_activation: expected the first number of elu to be at least 0",
+        ),
+        (
+            {"gate_activation": ("scaled_tanh", 0.0)},
+            "expected the first number of scaled_tanh to be positive",
+        ),
+        (
+            {"preactivation_clip": -1.0},
+            "preactivation_clip should be a positive finite number or None, got -1.0",
+        ),
         ({"cell_clip": "1"}, "cell_clip should be a positive finite number or None, got '1'"),
     ],
 )

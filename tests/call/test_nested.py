@@ -172,6 +172,28 @@ def test_derivatives_by_differences():
     assert torch.autograd.gradcheck(function, values)
 
 
+def test_resets_of_the_same_lengths_elsewhere():
+    """In a tensor with other rows between the sequences; and other lengths are an error in a compiled function too."""
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64)
+    values, flags = torch.randn(12, I, dtype=torch.float64), torch.rand(9) < 0.5
+    offsets, lengths = torch.tensor([0, 5, 7, 12]), torch.tensor([3, 2, 4])
+    holes = torch.nested.nested_tensor_from_jagged(values, offsets, lengths)
+    resets = torch.nested.nested_tensor_from_jagged(flags, torch.tensor([0, 3, 5, 9]))
+    output, _ = module(holes, resets=resets)
+    expected, _ = module(values[7:11], resets=flags[5:])
+    torch.testing.assert_close(output.values()[7:11], expected)
+    compiled = torch.compile(lambda x, r: module(x, resets=r)[0], backend="aot_eager")
+    x = jagged(sequences(I, lengths=(3, 2, 4)))
+    torch.testing.assert_close(compiled(x, resets).values(), module(x, resets=resets)[0].values())
+    other = torch.nested.nested_tensor_from_jagged(flags, torch.tensor([0, 4, 5, 9]))
+    for call in (lambda: module(x, resets=other), lambda: compiled(x, other)):
+        with pytest.raises(Exception, match="expected one flag for each step of the input's sequences"):
+            call()
+    empty = torch.nested.nested_tensor_from_jagged(values, offsets, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=layout.EMPTY_SEQUENCE):
+        module(empty)
+
+
 def test_bad_input_says_what_was_expected():
     module = lstm_ext.LSTM(I, H, dtype=torch.float64)
     x = jagged(sequences(I))

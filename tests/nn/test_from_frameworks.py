@@ -249,6 +249,35 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
             ValueError,
             "layers that differ in cell_activation: make a layer of each",
         ),
+        (
+            lambda: lstm_ext.from_keras(
+                Layer(
+                    2 * KERAS,
+                    forward_layer=LSTM([]),
+                    backward_layer=LSTM([], activation="relu"),
+                    merge_mode="concat",
+                )
+            ),
+            ValueError,
+            "a Bidirectional whose layers differ in their activations",
+        ),
+        (
+            lambda: lstm_ext.from_keras(
+                Layer(
+                    2 * KERAS,
+                    forward_layer=LSTM([]),
+                    backward_layer=LSTM([], go_backwards=False),
+                    merge_mode="concat",
+                )
+            ),
+            ValueError,
+            "backward_layer: expected one with go_backwards=True",
+        ),
+        (
+            lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, gate_activation=("affine", 2.0, 1.0))),
+            ValueError,
+            "the LSTM of Keras has no affine",
+        ),
         (lambda: lstm_ext.to_keras(torch.nn.GRU(3, 4)), TypeError, "to_keras: expected an LSTM, got GRU"),
         (
             lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, peephole=True, coupled_gates=True)),
@@ -368,6 +397,11 @@ def node(**changes: Any) -> Any:
             {"attributes": {"activations": ["Sigmoid", "Tanh"]}},
             "node Y: activations: expected 3, got Sigmoid, Tanh",
         ),
+        (
+            {"attributes": {"activations": ["LeakyRelu", "Tanh", "Tanh"], "activation_alpha": [-0.1]}},
+            "node Y: gate_activation: expected the first number of leaky_relu to be at least 0",
+        ),
+        ({"attributes": {"clip": -1.0}}, "node Y: preactivation_clip should be a positive finite number"),
         ({"W": None}, "node Y: W: expected an initializer, got the result W of another node"),
         ({"R": array(1, 4 * H, H + 1)}, "node Y: R: expected shape (1, 16, 4), got (1, 16, 5)"),
     ],

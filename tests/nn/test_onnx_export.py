@@ -416,6 +416,15 @@ def test_what_is_random_needs_a_number_of_steps() -> None:
         lstm_ext.onnx.export(program)
 
 
+@pytest.mark.parametrize("option", ["weight_dropout", "recurrent_dropout"])
+def test_a_mask_is_no_constant(option: str) -> None:
+    module = lstm_ext.LSTM(I, H, **{option: 0.5})
+    with pytest.raises(
+        lstm_ext.onnx.UnsupportedLayerError, match=rf"{option} in training mode .* call eval\(\)"
+    ):
+        lstm_ext.onnx.export(module, arguments(module, 5, 2, has_hx=False))
+
+
 class Packed(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers from the LSTM nodes of an ONNX model, and back: ``lstm_ext.from_onnx`` and ``to_onnx``."""
+"""Layers from the LSTM nodes of an ONNX model: ``lstm_ext.from_onnx``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layer.activations import ACTIVATIONS, Activation
 from .from_frameworks import Direction, Source
 from .lstm import LSTM
 
-__all__ = ["from_onnx", "to_onnx"]
+__all__ = ["from_onnx"]
 
 # ONNX names defaults that ONNX Runtime does not have: it takes 0.
 _NO_DEFAULT = ("affine", "scaled_tanh", "thresholded_relu")
@@ -106,9 +105,12 @@ def _onnx_layer(
         i_o_f = None if P is None else P[d].chunk(3)
         peepholes = None if i_o_f is None else (i_o_f[0], i_o_f[2], i_o_f[1])
         directions.append(Direction(read.gates(W[d]), read.gates(R[d]), bias, None, peepholes))
-    return read.layer(
-        [directions], bool(layout), coupled_gates=bool(coupled), preactivation_clip=clip, **activations
-    )
+    try:
+        return read.layer(
+            [directions], bool(layout), coupled_gates=bool(coupled), preactivation_clip=clip, **activations
+        )
+    except ValueError as error:
+        raise refuse(str(error)) from error
 
 
 def _activations(
@@ -128,7 +130,7 @@ def _activations(
         if ours is None:
             raise refuse(f"activations: expected some of {', '.join(ONNX_ACTIVATIONS)}, got {name}")
         # Each function takes the next of the numbers if it has one, as long as there are any.
-        defaults = ACTIVATIONS[ours].defaults
+        defaults = [float(text) for text in ACTIVATIONS[ours].defaults]
         if ours in _NO_DEFAULT and not all(numbers[: len(defaults)]):
             raise refuse(
                 f"activations: {name} without its numbers, for which runtimes have different defaults"
@@ -139,62 +141,3 @@ def _activations(
     if functions[:3] != functions[-3:]:
         raise refuse(f"activations: expected the same in both directions, got {', '.join(given)}")
     return {"gate_activation": functions[0], "cell_activation": (functions[1], functions[2])}
-
-
-class _Layer(nn.Module):
-    """A layer with its lengths and states as arguments."""
-
-    def __init__(self, layer: LSTM) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(
-        self, input: Tensor, lengths: Tensor, h_0: Tensor, c_0: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, (h_n, c_n) = self.layer(input, (h_0, c_0), lengths=lengths)
-        return output, h_n, c_n
-
-
-def to_onnx(layer: LSTM, f: Any = None, *, loops: bool = False) -> Any:
-    """A model of one layer, in evaluation mode, for any number of steps and sequences: :func:`lstm_ext.onnx.export`.
-
-    Its inputs are ``input``, (T, B, I) or (B, T, I) as the layer says, ``lengths`` (B,), int64, and the states ``h_0``
-    and ``c_0``, in the shapes of ``hx``; its outputs ``output``, ``h_n`` and ``c_n``.
-
-    Args:
-        layer: of any options. On the CPU.
-        f: where to save the model, or None.
-        loops: as in :func:`lstm_ext.onnx.export`.
-
-    Returns:
-        the ``onnx.ModelProto``. :func:`from_onnx` reads its LSTM nodes back.
-
-    Raises:
-        ImportError: onnx, onnxscript or the compiled extension is missing.
-        TypeError: it is no ``lstm_ext.LSTM``.
-    """
-    from .. import onnx as exporter
-
-    if not isinstance(layer, LSTM):
-        raise TypeError(f"to_onnx: expected an lstm_ext.LSTM, got {type(layer).__name__}")
-    time, batch = torch.export.Dim("time"), torch.export.Dim("batch")
-    steps = {0: batch, 1: time} if layer.batch_first else {0: time, 1: batch}
-    first = next(layer.parameters())
-    sets = layer.num_layers * (2 if layer.bidirectional else 1)
-    zeros = first.new_zeros
-    args = (
-        zeros(2, 2, layer.input_size),
-        torch.tensor([2, 1]),
-        zeros(sets, 2, layer.proj_size or layer.hidden_size),
-        zeros(sets, 2, layer.hidden_size),
-    )
-    was_training = layer.training
-    layer.eval()
-    try:
-        program = exporter.export(
-            _Layer(layer).eval(), args, f, loops=loops, dynamic_shapes=(steps, {0: batch}, {1: batch}, {1: batch}),
-            input_names=["input", "lengths", "h_0", "c_0"], output_names=["output", "h_n", "c_n"], verbose=False,
-        )  # fmt: skip
-    finally:
-        layer.train(was_training)
-    return program.model_proto
