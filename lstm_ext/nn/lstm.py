@@ -128,6 +128,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
     frozen: Sequence[LayerOptions] = ()
     native_options: list[Any] | None = None  # these in the extension's form
+    class_has_options: bool = False
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if any([name in cls.__dict__ for name in _OPTIONS]):
+            cls.class_has_options = True
 
     def __init__(
         self,

@@ -109,6 +109,18 @@ def test_options_at_their_defaults_change_nothing():
     assert repr(lstm_ext.to_torch(ours)) == repr(theirs)
 
 
+def test_a_subclass_may_set_an_option_for_all_its_layers():
+    class Mine(lstm_ext.LSTM):
+        cell_activation = "softsign"
+
+    module, other = Mine(I, H), lstm_ext.LSTM(I, H, cell_activation="softsign")
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, I)
+    assert torch.equal(module(x)[0], other(x)[0])
+    module.cell_activation = "tanh"
+    assert not torch.allclose(module(x)[0], other(x)[0])
+
+
 def test_repr():
     assert repr(lstm_ext.LSTM(I, H, 2, **OPTIONS)) == (
         "LSTM(4, 6, num_layers=2, recurrent_dropout=0.25, zoneout=(0.1, 0.2), layer_norm=True, "
