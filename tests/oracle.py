@@ -189,7 +189,7 @@ class Cell:
             self.edge(line - 1)
             return torch.where(line < 0, zero, torch.where(line > 1, zero + 1, line))
         self.edge(z)
-        below = {"relu": zero, "elu": torch.exp(z) - 1, "leaky_relu": (numbers or [0.01])[0] * z}[name]
+        below = {"relu": zero, "elu": torch.expm1(z), "leaky_relu": (numbers or [0.01])[0] * z}[name]
         return torch.where(z > 0, z, below)
 
     def __call__(self, x, h, c, dropped, kept_h, kept_c):

@@ -23,7 +23,11 @@ struct alignas(64) Barrier {
     Wait wait{};
     for (uint32_t spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++spins) {
       if (spins < 2000) {
+#if defined(__aarch64__)
+        asm volatile("isb" ::: "memory");  // waits for some ten cycles; yield is a nop on most processors
+#else
         _mm_pause();
+#endif
       } else {
         if (spins % 64 == 0) note_wait(wait, now + 1, __atomic_load_n(&arrived, __ATOMIC_RELAXED), workers);
         sched_yield();

@@ -20,7 +20,7 @@ namespace {
 
 // LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenBytes: the
 // set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
-#if !defined(LSTM_EXT_ISA_BASELINE)
+#if !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON)
 #define LSTM_EXT_BYTE_PRODUCTS
 #endif
 #if defined(LSTM_EXT_ISA_AVX512)
@@ -29,7 +29,7 @@ inline bool multiplies_bytes() { return has_avx512_vnni; }
 #elif defined(LSTM_EXT_ISA_AVX2)
 constexpr bool kMayWidenBytes = true;
 inline bool multiplies_bytes() { return has_avx_vnni; }
-#elif defined(LSTM_EXT_ISA_BASELINE)
+#elif defined(LSTM_EXT_ISA_BASELINE) || defined(LSTM_EXT_ISA_NEON)
 constexpr bool kMayWidenBytes = true;
 inline bool multiplies_bytes() { return false; }
 #else

@@ -32,10 +32,12 @@ Cpuid cpuid([[maybe_unused]] unsigned leaf, [[maybe_unused]] unsigned subleaf = 
 #endif
   return id;
 }
-bool has_f16c() { return cpuid(1).c & 1u << 29; }
+[[maybe_unused]] bool has_f16c() { return cpuid(1).c & 1u << 29; }
 bool finds_avx512_vnni() { return cpuid(7).c & 1u << 11; }
 bool finds_avx_vnni() { return cpuid(7, 1).a & 1u << 4; }
-bool has_avx512_bf16() { return (cpuid(7, 1).a & 1u << 5) && finds_avx512_vnni(); }  // all of them have both
+[[maybe_unused]] bool has_avx512_bf16() {
+  return (cpuid(7, 1).a & 1u << 5) && finds_avx512_vnni();
+}  // all of them have both
 
 constexpr const char* kVnniVariable = "LSTM_EXT_CPU_VNNI";
 std::string vnni_wish() {
@@ -54,7 +56,7 @@ bool is_amd() {
 
 // Whether the CPU has AMX with bfloat16 and Linux lets this process use its tiles. A process has to ask Linux once,
 // because the state of the tiles takes 8 KB a thread.
-bool asks_for_tiles() {
+[[maybe_unused]] bool asks_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // codes of arch_prctl
@@ -82,8 +84,12 @@ bool cpu_runs(const char* name) {
   if (std::strcmp(name, "avx2") == 0) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
-#endif
   return std::strcmp(name, "baseline") == 0;
+#elif defined(__aarch64__)
+  return std::strcmp(name, "neon") == 0;
+#else
+  return false;
+#endif
 }
 
 // The sizes from which on AMX pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs
@@ -117,6 +123,7 @@ const Capabilities& all_capabilities() {
     if (!pairs_pay) add("avx512_bf16", kernels_avx512_f32, kernels_avx512_f64, kPairs);
     add("avx2", kernels_avx2_f32, kernels_avx2_f64);
     add("baseline", kernels_baseline_f32, kernels_baseline_f64);
+    add("neon", kernels_neon_f32, kernels_neon_f64);
     return result;
   }();
   return all;
@@ -152,12 +159,18 @@ int available_capabilities(const char** names) {
 const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
-    for (const char* known : {"amx", "avx512_bf16", "avx512", "avx2", "baseline"}) {
+#if defined(__aarch64__)
+    constexpr const char* kKnown[] = {"neon"};
+    constexpr const char* kExpected = "'neon'";
+#else
+    constexpr const char* kKnown[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};
+    constexpr const char* kExpected = "'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline'";
+#endif
+    for (const char* known : kKnown) {
       if (name != known) continue;
       throw std::invalid_argument(source + ": this build has no kernels for '" + name + "' (LSTM_EXT_CPU_SETS)");
     }
-    throw std::invalid_argument(source + ": expected 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline', got '" +
-                                name + "'");
+    throw std::invalid_argument(source + ": expected " + kExpected + ", got '" + name + "'");
   }
   if (!was_added(c) && !cpu_runs(c->name)) {
     throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {

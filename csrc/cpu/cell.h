@@ -67,6 +67,18 @@ LSTM_EXT_INLINE double exact_softplus(double x) {
   return (x < 0 ? 0 : x) + __builtin_log1p(__builtin_exp(-__builtin_fabs(x)));
 }
 
+// Called, not inlined: they are long, a cell has several of them, and most cells none. In a section of their own they
+// do not move the plain kernels, of which some are 4 % slower at other addresses.
+#define LSTM_EXT_CALLED __attribute__((noinline, section(".text.activations")))
+template <typename Math, typename Activation>
+LSTM_EXT_CALLED typename Math::Value called_activation(const Activation& f, typename Math::Value z) {
+  return cell::activation_value<Math>(f, z);
+}
+template <typename Math, typename Activation>
+LSTM_EXT_CALLED typename Math::Value called_slope(const Activation& f, typename Math::Value value) {
+  return cell::activation_slope<Math>(f, value);
+}
+
 // The part that all Maths of the CPU share.
 template <typename T, Exactness kExactness>
 struct CellMath {
@@ -91,15 +103,11 @@ struct CellMath {
   }
   LSTM_EXT_INLINE static Value unless(Value v, Value bound, Value a) { return choose(v == bound, number(0), a); }
 
-  // Called, not inlined: they are long, a cell has several of them, and most cells none. In a section of their own they
-  // do not move the plain kernels, of which some are 4 % slower at other addresses.
-  __attribute__((noinline, section(".text.activations"))) static Value activation(const cell::Activation<Number<T>>& f,
-                                                                                  Value z) {
-    return cell::activation_value<CellMath>(f, z);
+  LSTM_EXT_INLINE static Value activation(const cell::Activation<Number<T>>& f, Value z) {
+    return called_activation<CellMath>(f, z);
   }
-  __attribute__((noinline, section(".text.activations"))) static Value slope_of(const cell::Activation<Number<T>>& f,
-                                                                                Value value) {
-    return cell::activation_slope<CellMath>(f, value);
+  LSTM_EXT_INLINE static Value slope_of(const cell::Activation<Number<T>>& f, Value value) {
+    return called_slope<CellMath>(f, value);
   }
   LSTM_EXT_INLINE static Value where_positive(Value v, Value a, Value b) { return choose(number(0) < v, a, b); }
   LSTM_EXT_INLINE static Value quotient(Value a, Value b) { return a / b; }

@@ -305,6 +305,9 @@ struct Simd<double> {
   }
 };
 
+#elif defined(LSTM_EXT_ISA_NEON)
+#include "cpu/simd_neon.h"
+
 #elif defined(LSTM_EXT_ISA_SOFTWARE)
 #include LSTM_EXT_SOFTWARE_SIMD
 #endif
@@ -479,6 +482,8 @@ template <typename Register>
 LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Register& v) {
 #if defined(LSTM_EXT_ISA_AVX512)
   asm("" : "+v"(v));
+#elif defined(LSTM_EXT_ISA_NEON)
+  asm("" : "+w"(v));
 #elif !defined(LSTM_EXT_ISA_SOFTWARE)
   asm("" : "+x"(v));
 #endif

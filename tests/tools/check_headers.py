@@ -26,9 +26,11 @@ TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
 # Inline PTX: nvcc compiles it, in every build with CUDA.
 NVCC_ONLY = {"cuda/ptx.h"}
+# A part of another header, for a processor that this compiler is not for.
+PARTS = {"cpu/simd_neon.h"}
 # Templates of a type of the kernels' own namespace. They are as internal to an object as that type, so they may be
 # compiled for the raised target.
-TEMPLATES_OF_A_MATH = {"contract/cell.h", "contract/transition.h"}
+TEMPLATES_OF_A_MATH = {"contract/activation.h", "contract/cell.h", "contract/transition.h"}
 INSTRUCTION_SETS = ("AVX512", "AVX2", "BASELINE")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
@@ -86,7 +88,7 @@ def flags(header: Path, torch_dirs: list[str], cuda_dir: Path | None) -> Iterato
         if platform.machine() in ("x86_64", "AMD64"):
             yield from ([f"-DLSTM_EXT_ISA_{name}"] for name in INSTRUCTION_SETS)
         return
-    if str(header.relative_to(CSRC)) in NVCC_ONLY:
+    if str(header.relative_to(CSRC)) in NVCC_ONLY | PARTS:
         return
     needs = everything_included(header)
     found: list[str] = []

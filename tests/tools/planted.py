@@ -28,6 +28,7 @@ TIMEOUT = 1200  # seconds for the tests of a fault
 CPU = ("tests/cpu/test_kernels.py", "tests/cpu/test_options_kernels.py", "tests/call/test_packed.py")
 UNIT = ("tests/cpu/test_matrix_unit.py",)
 EMULATED = ("tests/simt/test_stepwise.py",)
+ON_AARCH64 = ("tests/cpu/test_aarch64.py",)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ FAULTS: dict[str, Fault] = {
     "cpu/kernels_avx2_f64.cpp": Fault("kernels_avx2_f64, ", "kernels_none, ", every_set=True),
     "cpu/kernels_avx512_f32.cpp": Fault("kernels_avx512_f32, ", "kernels_none, ", every_set=True),
     "cpu/kernels_avx512_f64.cpp": Fault("kernels_avx512_f64, ", "kernels_none, ", every_set=True),
+    "cpu/kernels_neon_f32.cpp": Fault("kernels_neon_f32, ", "kernels_none, ", ON_AARCH64),
+    "cpu/kernels_neon_f64.cpp": Fault("kernels_neon_f64, ", "kernels_none, ", ON_AARCH64),
+    "cpu/simd_neon.h": Fault("return vfmaq_f32(c, a, b);", "return vfmaq_f32(a, c, b);", ON_AARCH64),
     "cpu/kernels_baseline_f32.cpp": Fault("kernels_baseline_f32, ", "kernels_none, ", every_set=True),
     "cpu/kernels_baseline_f64.cpp": Fault("kernels_baseline_f64, ", "kernels_none, ", every_set=True),
     "cpu/layer_norm.h": Fault(
