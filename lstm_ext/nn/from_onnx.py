@@ -116,7 +116,7 @@ def _onnx_layer(
 def _activations(
     attributes: dict[str, Any], count: int, refuse: Callable[[str], ValueError]
 ) -> dict[str, Activation]:
-    """What a node's attributes say, and takes these from ``attributes``."""
+    """The functions that a node's attributes name. Takes these from ``attributes``."""
     given = [a.decode() for a in attributes.pop("activations", [])]
     numbers = [list(attributes.pop(f"activation_{name}", ())) for name in ("alpha", "beta")]
     if not given:
