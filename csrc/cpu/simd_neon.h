@@ -1,4 +1,8 @@
 // Simd<float> and Simd<double> for AArch64 (NEON); simd.h includes this within its namespaces.
+#pragma once
+
+#include "cpu/isa.h"
+
 constexpr int kVectorRegisters = 32;
 
 template <>

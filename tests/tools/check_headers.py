@@ -84,11 +84,11 @@ def torch_include_dirs() -> list[str]:
 
 def flags(header: Path, torch_dirs: list[str], cuda_dir: Path | None) -> Iterator[list[str]]:
     """The compiler's flags for each way in which a header is compiled; none where something is not installed."""
+    if str(header.relative_to(CSRC)) in NVCC_ONLY | PARTS:
+        return
     if is_kernel(header):
         if platform.machine() in ("x86_64", "AMD64"):
             yield from ([f"-DLSTM_EXT_ISA_{name}"] for name in INSTRUCTION_SETS)
-        return
-    if str(header.relative_to(CSRC)) in NVCC_ONLY | PARTS:
         return
     needs = everything_included(header)
     found: list[str] = []
