@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .layer import equations
-from .layer.activations import split_text
+from .layer.activations import ONNX_NAMES, split_text
 from .layer.layer_call import LayerCall, LayerOptions
 from .layer.route import UnsupportedLayerError
 from .layer.shapes import weights_per_direction
@@ -132,7 +132,6 @@ def to_onnx(layer: LSTM, f: Any = None, *, loops: bool = False) -> Any:
         zeros(sets, 2, layer.hidden_size),
     )
     was_training = layer.training
-    layer.eval()
     try:
         program = export(
             _Layer(layer).eval(), args, f, loops=loops, dynamic_shapes=(steps, {0: batch}, {1: batch}, {1: batch}),
@@ -264,7 +263,7 @@ def _node(call: LayerCall) -> tuple[Any, ...]:
     attributes: dict[str, Any] = {}
     if options.activations:
         functions = split_text(options.activations) * directions
-        attributes["activations"] = [name.title().replace("_", "") for name, _ in functions]
+        attributes["activations"] = [ONNX_NAMES[name] for name, _ in functions]
         for place, name in enumerate(("activation_alpha", "activation_beta")):
             numbers = [values[place] for _, values in functions if len(values) > place]
             if numbers:
@@ -329,15 +328,11 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
     state, hidden = w_hh.shape[1], w_hh.shape[0] // 4
     norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
     peephole = options.peephole[3 * d : 3 * (d + 1)]
-    # A text of numbers: the recorder keeps plain numbers of a body for the nodes after it.
     dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
 
     def number(value: float) -> Any:
-        return (
-            op.Cast(op.Constant(value_float=float(value)), to=dtype)
-            if dtype != ir.DataType.FLOAT
-            else op.Constant(value_float=float(value))
-        )
+        # A node of its own: the recorder shares those it makes of plain numbers, and one of a body is not seen outside.
+        return op.Constant(value=ir.tensor(float(value), dtype=dtype))
 
     def transposed(weight: Any) -> Any:
         return op.Transpose(weight, perm=[1, 0])

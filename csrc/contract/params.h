@@ -48,7 +48,7 @@ enum class Function : int32_t {
   kSoftplus,         // log(1 + e^z)
 };
 
-// The factors that decide about the sign of a slope are never negative, so that a value tells its slope.
+// alpha is never negative, but in kAffine: then a value tells its slope.
 template <typename T>
 struct Activation {
   Function function;

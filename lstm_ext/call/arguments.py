@@ -17,7 +17,7 @@ from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
 from ..layer.tracing import LEGACY_VMAP, is_active
-from .layout import CountingSteps, JaggedLayout, Layout, PackedLayout, PaddedRows, resets_of_steps
+from .layout import CountingSteps, JaggedLayout, Layout, PackedLayout, PaddedRows
 from .masks import dropped_weight, keep_flags, recurrent_mask
 
 __all__ = [
@@ -280,7 +280,8 @@ class StackOptions:
         parameters: for each layer the parameters that its cells have, by the field of `LayerOptions`.
         reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
         padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
-        counting: the steps that count, if these may lie anywhere and are not known on the host; with ``lengths``.
+        counting: the steps that count, if these may lie anywhere and are not known on the host; with ``lengths``, and
+            with ``resets`` of the steps in front.
     """
 
     recurrent_dropout: float
@@ -409,7 +410,7 @@ def stack_options(
             raise ValueError("reset_state: expected together with resets, got resets=None")
         options.reset_h, options.reset_c = _reset_state(reset_state, x, state_shapes, layout)
     if mask is not None and lengths is not None:
-        raise ValueError("mask: expected without lengths, which say the same, got both")
+        raise ValueError("mask: expected without lengths, got both")
     if isinstance(layout, (PackedLayout, JaggedLayout)):
         for name, value in (("lengths", lengths), ("mask", mask)):
             if value is not None:
@@ -451,14 +452,13 @@ def _leave_out(options: StackOptions, steps: Tensor, x: Tensor) -> None:
     if readable and bool((steps[1:] <= steps[:-1]).all()):  # the mask says lengths
         _end_rows(options, steps.sum(0), x)
         return
-    on_device = steps.to(x.device, non_blocking=True)
-    if options.resets is not None:
-        options.resets = resets_of_steps(options.resets, on_device)
+    counting = CountingSteps(steps.to(x.device, non_blocking=True))
+    resets = None if options.resets is None else counting.resets_in_front(options.resets)
     if readable and (x.device.type == "cpu" or not route.has_operators(x.device)):
-        options.padded = PaddedRows(steps.sum(0), x.size(0), x.device, steps)
+        options.padded = PaddedRows(steps.sum(0), x.size(0), x.device, counting.times)
+        options.resets = None if resets is None else counting.restored(resets, 0)
         return
-    options.counting = CountingSteps(on_device)
-    options.lengths = options.counting.lengths
+    options.counting, options.resets, options.lengths = counting, resets, counting.lengths
 
 
 def is_readable(x: Tensor) -> bool:

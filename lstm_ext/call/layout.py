@@ -31,7 +31,6 @@ __all__ = [
     "Layout",
     "PackedLayout",
     "PaddedRows",
-    "resets_of_steps",
 ]
 
 
@@ -73,10 +72,8 @@ class Layout:
     state_rank = 3
     batched = True
     batch_sizes: Tensor | None = None  # for packed data
-    initial: tuple[Tensor | None, Tensor | None] = (
-        None,
-        None,
-    )  # with batch_sizes: h0 and c0 in the user's order
+    # With batch_sizes: h0 and c0 in the user's order.
+    initial: tuple[Tensor | None, Tensor | None] = (None, None)
     code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
 
     def rows(self, input: Any) -> Tensor:
@@ -394,12 +391,6 @@ class JaggedLayout(Layout):
         return rows.new_zeros(shape).index_copy(dim, self._rows, rows)
 
 
-def _times_of(steps: Tensor) -> Tensor:
-    """(T, B): the times of each sequence, first those that count, in their order."""
-    time = torch.arange(steps.size(0), device=steps.device).unsqueeze(1)
-    return torch.argsort(torch.where(steps, time, time + steps.size(0)), 0)
-
-
 class CountingSteps:
     """Padded data (T, B, ...) with the steps that count in front, so that a number for each sequence tells them.
 
@@ -412,7 +403,9 @@ class CountingSteps:
     def __init__(self, steps: Tensor) -> None:
         self._steps = steps
         self._time, self._batch = steps.shape
-        self._times = _times_of(steps)
+        time = torch.arange(self._time, device=steps.device).unsqueeze(1)
+        # (T, B): the times of each sequence, first those that count, in their order.
+        self.times = torch.argsort(torch.where(steps, time, time + self._time), 0)
         self._places = (steps.cumsum(0) - 1).clamp(min=0)
 
     @property
@@ -426,7 +419,7 @@ class CountingSteps:
 
     def in_front(self, x: Tensor) -> Tensor:
         """(T, B, ...)"""
-        return self._moved(x, 0, self._times)
+        return self._moved(x, 0, self.times)
 
     def restored(self, x: Tensor, dim: int) -> Tensor:
         """(..., T, B, ...) with the steps at their times again, T at ``dim``; 0 where none counts."""
@@ -434,13 +427,11 @@ class CountingSteps:
         moved = self._moved(x, dim, self._places)
         return counts & moved if x.dtype == torch.bool else torch.where(counts, moved, x.new_zeros(()))
 
-
-def resets_of_steps(resets: Tensor, steps: Tensor) -> Tensor:
-    """The resets before the steps that count: each has those since the last step that did. Both are (T, B), bool."""
-    counting = CountingSteps(steps)
-    so_far = counting.in_front(resets.cumsum(0))
-    before = torch.cat([torch.zeros_like(so_far[:1]), so_far[:-1]])
-    return counting.restored(so_far > before, 0)
+    def resets_in_front(self, resets: Tensor) -> Tensor:
+        """The resets (T, B) before the steps that count: each has those since the last step that did."""
+        so_far = self.in_front(resets.cumsum(0))
+        before = torch.cat([torch.zeros_like(so_far[:1]), so_far[:-1]])
+        return self.in_front(self._steps) & (so_far > before)
 
 
 class PaddedRows:
@@ -453,16 +444,16 @@ class PaddedRows:
         batch_sizes: (longest,), int64.
     """
 
-    def __init__(self, lengths: Tensor, time: int, device: torch.device, steps: Tensor | None = None) -> None:
+    def __init__(self, lengths: Tensor, time: int, device: torch.device, times: Tensor | None = None) -> None:
         """lengths: int64 (B,) on the CPU, each in [0, time], not all of them 0. The data is on ``device``.
 
-        ``steps``, bool (time, B) on the CPU, are those that count, if these are not the first of each sequence.
+        ``times`` are those of `CountingSteps`, if other steps count than the first of each sequence.
         """
         self._time, self._batch = time, lengths.size(0)
         self.batch_sizes, order, step, place = _packing(lengths)
         self._count = int(self.batch_sizes[0])
-        if steps is not None:
-            step = _times_of(steps)[step, order[place]]
+        if times is not None:
+            step = times.cpu()[step, order[place]]
         indices = order, order[place], step, torch.argsort(order)
         if device.type != "cpu":
             indices = tuple([i.to(device) for i in indices])

@@ -21,13 +21,17 @@ def _refuse_export(option: str) -> None:
         )
 
 
+def _mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """0 or 1 / (1 - p) for each element."""
+    # A mask in 16 bits would round 1 / (1 - p).
+    dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+    return F.dropout(like.new_ones(shape, dtype=dtype), p, True)
+
+
 def dropped_weight(weight: Tensor, p: float) -> Tensor:
     """A weight, of which each element is multiplied by 0 or 1 / (1 - p). Its strides do not change what is drawn."""
     _refuse_export("weight_dropout")
-    # A mask in 16 bits would round 1 / (1 - p).
-    dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-    mask = F.dropout(torch.ones(weight.shape, dtype=dtype, device=weight.device), p, True)
-    return (weight * mask).to(weight.dtype)
+    return (weight * _mask(weight, weight.shape, p)).to(weight.dtype)
 
 
 def recurrent_mask(
@@ -39,9 +43,7 @@ def recurrent_mask(
         batch = input.size(1)
     else:
         batch = h0.size(1) if h0 is not None else batch_sizes.tolist()[0]
-    # A mask in 16 bits would round 1 / (1 - p).
-    dtype = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
-    return F.dropout(input.new_ones((directions, batch, size), dtype=dtype), p, True)
+    return _mask(input, (directions, batch, size), p)
 
 
 def keep_flags(input: Tensor, directions: int, size: int, p: float) -> Tensor:

@@ -69,7 +69,6 @@ def run(
         steps = options.counting
         if steps is not None:
             x = steps.in_front(x)
-            options.resets = None if options.resets is None else steps.in_front(options.resets)
         output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
         if steps is not None:
             output = steps.restored(output, 0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Activation", "activation_functions", "activation_text", "split_text"]
+__all__ = ["ACTIVATIONS", "ONNX_NAMES", "Activation", "activation_functions", "activation_text", "split_text"]
 
 
 class _Kind(NamedTuple):
@@ -43,6 +43,8 @@ ACTIVATIONS = {
     # Beyond its threshold torch's function is the identity.
     "softplus": _Kind(lambda z: F.softplus(z, threshold=40)),
 }
+
+ONNX_NAMES = {name: name.title().replace("_", "") for name in ACTIVATIONS}
 
 # The argument of a user: a name, or a name and its numbers.
 Activation = str | tuple[Any, ...]

@@ -7,7 +7,7 @@ from torch import Tensor
 class LayerOptions:
     """The options of a layer beyond torch.nn.LSTM. Nothing set is the plain layer."""
 
-    def __init__(self, **options: Tensor | Sequence[Tensor] | float | bool | None) -> None:
+    def __init__(self, **options: Tensor | Sequence[Tensor] | float | bool | str | None) -> None:
         """Options by name, with the types and shapes of :class:`lstm_ext.layer.layer_call.LayerOptions`.
 
         ``recompute`` has no effect if ``return_gates`` is set.

@@ -562,5 +562,5 @@ def from_torch_ao(module: nn.Module, weights: torch.dtype | None = torch.int8) -
         found.input_size, found.hidden_size, found.num_layers, bias=found.bias, batch_first=found.batch_first,
         dropout=found.dropout, bidirectional=found.bidirectional,
     )  # fmt: skip
-    layer.load_state_dict({name: arrays.get(name, value * 0) for name, value in layer.state_dict().items()})
+    layer.load_state_dict({name: arrays[name] for name in layer.state_dict()})
     return freeze(layer, weights)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layer.activations import ACTIVATIONS, Activation
+from ..layer.activations import ACTIVATIONS, ONNX_NAMES, Activation
 from .from_frameworks import Direction, Source
 from .lstm import LSTM
 
@@ -16,9 +16,6 @@ __all__ = ["from_onnx"]
 
 # ONNX names defaults that ONNX Runtime does not have: it takes 0.
 _NO_DEFAULT = ("affine", "scaled_tanh", "thresholded_relu")
-
-# Our names by those of ONNX.
-ONNX_ACTIVATIONS = {name.title().replace("_", ""): name for name in ACTIVATIONS}
 
 
 def from_onnx(source: Any) -> dict[str, LSTM]:
@@ -123,12 +120,12 @@ def _activations(
         return {}
     if len(given) != 3 * count:
         raise refuse(f"activations: expected {3 * count}, got {', '.join(given)}")
-    known = {name.lower(): ours for name, ours in ONNX_ACTIVATIONS.items()}  # in any case, says ONNX
+    known = {name.lower(): ours for ours, name in ONNX_NAMES.items()}  # in any case, says ONNX
     functions: list[Activation] = []
     for name in given:
         ours = known.get(name.lower())
         if ours is None:
-            raise refuse(f"activations: expected some of {', '.join(ONNX_ACTIVATIONS)}, got {name}")
+            raise refuse(f"activations: expected some of {', '.join(ONNX_NAMES.values())}, got {name}")
         # Each function takes the next of the numbers if it has one, as long as there are any.
         defaults = [float(text) for text in ACTIVATIONS[ours].defaults]
         if ours in _NO_DEFAULT and not all(numbers[: len(defaults)]):

@@ -1,4 +1,4 @@
-"""Peepholes, the clip of a cell and coupled gates, as a user meets them."""
+"""Peepholes, clips, coupled gates and other functions of a cell, as a user meets them."""
 
 from __future__ import annotations
 

@@ -368,7 +368,7 @@ BAD = [
     (
         {"mask": zeros(5, 3).bool(), "lengths": [1, 2, 3]},
         ValueError,
-        "mask: expected without lengths, .* got both",
+        "^mask: expected without lengths, got both$",
     ),
     ({"resets": [1] * 5}, TypeError, "resets: expected a Tensor, got list"),
     ({"resets": packed_like(zeros(ROWS))}, TypeError, "resets: expected a Tensor, .* got PackedSequence"),

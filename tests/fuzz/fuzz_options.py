@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,18 +27,8 @@ def differing(description: Any) -> str:
     return f"{type(description).__name__}({text})"
 
 
-CONSTRUCTOR = (
-    *(
-        "recurrent_dropout",
-        "weight_dropout",
-        "zoneout",
-        "layer_norm",
-        "peephole",
-        "cell_clip",
-        "coupled_gates",
-    ),
-    *("gate_activation", "cell_activation", "preactivation_clip", "forget_bias", "recompute"),
-)
+_PARAMETERS = inspect.signature(lstm_ext.LSTM).parameters.values()
+CONSTRUCTOR = tuple([p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY])
 
 
 @dataclasses.dataclass(frozen=True)
