@@ -1,12 +1,13 @@
 """Builds the wheel that needs no compiler: `make wheel`.
 
-    python .ci/wheel.py [--torch 2.11 ...] [--python python3.12 ...]
+    python .ci/wheel.py [--torch 2.11 ...] [--python python3.12 ...] [--machine aarch64]
     python .ci/wheel.py --check [...]  # `make wheel-check`: installs the wheel without a compiler, and tests it there
 
 It has the CPU kernels once, the operators for each torch, and the Python module for each pair of a torch and a Python;
 lstm_ext/native/loader.py picks them by their names. torch's headers come from its wheels, which pip downloads. Nothing
 is linked with torch's libraries: empty ones with the same names stand in for them. What is compiled, and with which
-flags, lstm_ext/native/config.py says, as for every other build. Needs Linux on x86-64, g++, ninja and auditwheel.
+flags, lstm_ext/native/config.py says, as for every other build. Needs Linux on x86-64, g++, ninja and auditwheel; for
+aarch64 (--machine) also aarch64-linux-gnu-g++.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ sys.path.insert(0, str(ROOT / "lstm_ext" / "native"))
 import config  # noqa: E402 (it imports nothing of the package)
 
 WORK = ROOT / "build" / "wheel"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")  # t: without the GIL
 TORCHS_LIBRARIES = ("torch", "torch_cpu", "c10")
-PLATFORM = "manylinux_2_34_x86_64"
+PLATFORM = "manylinux_2_34"
+# The compiler for a machine that is not this one. Its C++ library decides which systems the wheel is for.
+CROSS_COMPILERS = {"aarch64": "aarch64-linux-gnu-g++"}
 # For --check. The tests left out import packages of the group `test`, or compile something.
 TEST_PACKAGES = ("pytest", "pytest-xdist", "numpy", "expecttest", "hypothesis")
 LEFT_OUT = ("test_onnx_export.py", "test_onnx_cases.py", "test_torchrl.py", "test_construction.py")
@@ -55,22 +58,52 @@ class Torch:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """The machine that a wheel is for."""
+
+    name: str  # as in config.CPU_SETS
+    compiler: str
+
+    @property
+    def tag(self) -> str:
+        return f"{PLATFORM}_{self.name}" if self.name == config.machine() else "auto"
+
+    @property
+    def work(self) -> Path:
+        return WORK if self.name == config.machine() else WORK.with_name(f"wheel-{self.name}")
+
+
+@dataclass(frozen=True)
 class Python:
     version: str
     include: Path
     suffix: str  # of its modules
 
 
-def torch_of(minor: str) -> Torch:
+def machine_of(name: str) -> Machine:
+    """This machine with its compiler, or another one with its cross compiler."""
+    if name == config.machine():
+        return Machine(name, config.find_compiler()[0])
+    compiler = CROSS_COMPILERS.get(name)
+    if compiler is None or shutil.which(compiler) is None:
+        sys.exit(f"error: no compiler for {name} was found: apt install g++-{name}-linux-gnu.")
+    return Machine(name, compiler)
+
+
+def torch_of(minor: str, machine: Machine) -> Torch:
     """The headers of the newest torch of a minor version, downloaded once."""
-    folder = WORK / f"torch-{minor}"
+    folder = machine.work / f"torch-{minor}"
     if not (folder / "version").is_file():
         print(f"fetching the headers of torch {minor}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=WORK) as download:
+        with tempfile.TemporaryDirectory(dir=machine.work) as download:
             pip = [sys.executable, *shlex.split("-m pip download -q --no-deps --no-cache-dir -d"), download]
             # Which Python it is for does not matter: the headers are the same.
-            kind = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
+            kind = [
+                "--only-binary=:all:",
+                "--python-version=3.12",
+                f"--platform=manylinux_2_28_{machine.name}",
+            ]
             subprocess.run([*pip, *kind, f"torch=={minor}.*"], check=True)
             (archive,) = Path(download).glob("torch-*.whl")
             with zipfile.ZipFile(archive) as wheel:
@@ -90,7 +123,7 @@ def torch_of(minor: str) -> Torch:
 def python_of(command: str) -> Python | None:
     """What an interpreter says of itself; None if it does not run, or has no headers."""
     ask = (
-        "import sys, sysconfig as s; print('%d.%d' % sys.version_info[:2]); "
+        "import sys, sysconfig as s; print('%d.%d' % sys.version_info[:2] + sys.abiflags); "
         "print(s.get_path('include')); print(s.get_config_var('EXT_SUFFIX'))"
     )
     try:
@@ -101,6 +134,21 @@ def python_of(command: str) -> Python | None:
         return None
     version, include, suffix = run.stdout.splitlines()
     return Python(version, Path(include), suffix) if (Path(include) / "Python.h").is_file() else None
+
+
+def header_folders(python: Python, machine: Machine) -> list[Path]:
+    """The folders of Python.h and what it includes, which is the same on both machines.
+
+    Debian's Python.h reads a header from a folder that is named after the machine.
+    """
+    own = python.include.parent / f"{config.machine()}-linux-gnu"
+    if machine.name == config.machine() or not own.is_dir():
+        return [python.include]
+    named = machine.work / "headers" / f"{machine.name}-linux-gnu"
+    named.parent.mkdir(exist_ok=True)
+    named.unlink(missing_ok=True)
+    named.symlink_to(own)
+    return [python.include, named.parent]
 
 
 class Ninja:
@@ -139,10 +187,10 @@ class Ninja:
         return self.step("link", target, [*objects, *others], link_flags, list(after))
 
 
-def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
-    compiler, _ = config.find_compiler()
-    ninja = Ninja(compiler)
-    (WORK / "empty.c").touch()
+def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], out: Path) -> None:
+    ninja = Ninja(machine.compiler)
+    work = machine.work
+    (work / "empty.c").touch()
 
     def stand_in(name: str) -> str:
         file = f"lib{name}.so"
@@ -150,7 +198,7 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
 
     csrc = ROOT / "csrc"
     kernel_sources, operator_sources, module_sources = config.split_sources(
-        csrc, False, tuple(config.CPU_SETS), WORK
+        csrc, False, tuple(config.CPU_SETS[machine.name]), work
     )
     mine = [*config.COMPILE_FLAGS, *FLAGS, f'-DLSTM_EXT_BUILD="{config.digest(csrc)}"', f"-I{csrc}"]
     stand_ins = {name: stand_in(name) for name in (*TORCHS_LIBRARIES, "torch_python")}
@@ -166,29 +214,33 @@ def compile_all(torches: list[Torch], pythons: list[Python], out: Path) -> None:
         ops_link_flags = [*config.ops_link_flags(ops), "-Wl,-rpath,$ORIGIN"]
         ninja.library(ops, operator_sources, ops_flags, ops_link_flags, [kernels, *torchs])
         for python in pythons:
-            module_flags = [*flags, f"-isystem{python.include}", "-DTORCH_EXTENSION_NAME=_C"]
+            headers = [f"-isystem{path}" for path in header_folders(python, machine)]
+            module_flags = [*flags, *headers, "-DTORCH_EXTENSION_NAME=_C"]
             needed = [kernels, *torchs, stand_ins["torch_python"]]
-            name = f"_C-{torch.minor}{python.suffix}"
+            name = f"_C-{torch.minor}{python.suffix.replace(config.machine(), machine.name)}"
             ninja.library(name, module_sources, module_flags, config.module_link_flags(ops), needed, [ops])
-    (WORK / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
-    subprocess.run(["ninja", "-C", str(WORK)], check=True, env=os.environ | {"PATH": config.search_path()})
+    (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+    subprocess.run(["ninja", "-C", str(work)], check=True, env=os.environ | {"PATH": config.search_path()})
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    for path in WORK.glob("_*.so"):
+    for path in work.glob("_*.so"):
         shutil.copy(path, out)
 
 
-def write_record(torches: list[Torch], pythons: list[Python], out: Path) -> None:
+def write_record(machine: Machine, torches: list[Torch], pythons: list[Python], out: Path) -> None:
     versions = {torch.minor: torch.version for torch in torches}
-    _, compiler = config.find_compiler()
+    said = subprocess.run(
+        [*shlex.split(machine.compiler), "--version"], capture_output=True, text=True, check=True
+    )
+    compiler = said.stdout.splitlines()[0]
     more = {"wheel": versions, "python": ", ".join(python.version for python in pythons)}
     config.write_record(out, ", ".join(versions.values()), compiler, config.digest(ROOT / "csrc"), **more)
 
 
-def made() -> Path:
+def made(machine: str) -> Path:
     """The wheel in dist/."""
-    found = sorted((ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*{PLATFORM}.whl"))
+    found = sorted((ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*manylinux_2_??_{machine}.whl"))
     if not found:
         sys.exit(
             f"error: there is no wheel of lstm_ext {config.VERSION} in {ROOT / 'dist'}: run `make wheel` first."
@@ -238,7 +290,7 @@ def check(torches: list[str], commands: list[str]) -> int:
 
     No program is on the PATH meanwhile, so no compiler. The tests are those that need no sources.
     """
-    wheel = made()
+    wheel = made(config.machine())
     empty = WORK / "check"
     empty.mkdir(exist_ok=True)
     # Neither a compiler nor a checkout nor a build on first use.
@@ -263,12 +315,17 @@ def main() -> int:
     )
     parser.add_argument("--torch", nargs="+", default=config.TORCHES, choices=config.TORCHES, metavar="MINOR")
     parser.add_argument("--python", nargs="+", default=[f"python{v}" for v in PYTHONS], metavar="COMMAND")
+    parser.add_argument("--machine", default=config.machine(), choices=config.CPU_SETS)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if not config.is_supported_platform():
-        sys.exit("error: the wheel is for Linux on x86-64, and is built there.")
+        sys.exit("error: the wheel is for Linux on x86-64 and aarch64, and is built there.")
+    if options.check and options.machine != config.machine():
+        sys.exit("error: a wheel is checked on its own machine, or under an emulator by .ci/aarch64.py.")
+    machine = machine_of(options.machine)
+    work = machine.work
     os.environ["PATH"] = config.search_path()
-    WORK.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
 
     asked = {command: python_of(command) for command in options.python}
     pythons = list({python.suffix: python for python in asked.values() if python is not None}.values())
@@ -279,26 +336,33 @@ def main() -> int:
         sys.exit("error: none of the Pythons is here with its headers (apt install python3-dev).")
     if options.check:
         return check(options.torch, [command for command, python in asked.items() if python is not None])
-    torches = [torch_of(minor) for minor in options.torch]
-    for path in WORK.glob("_*.so"):
+    torches = [torch_of(minor, machine) for minor in options.torch]
+    for path in work.glob("_*.so"):
         path.unlink()
-    out = WORK / "libraries"
-    compile_all(torches, pythons, out)
-    write_record(torches, pythons, out)
+    out = work / "libraries"
+    compile_all(machine, torches, pythons, out)
+    write_record(machine, torches, pythons, out)
 
-    raw, base = WORK / "raw", WORK / "base"
+    raw, base = work / "raw", work / "base"
     for folder in (raw, base):
         shutil.rmtree(folder, ignore_errors=True)
     # A folder of its own: build/lib may hold libraries of other builds.
-    build = ["build", f"--build-base={base}", "bdist_wheel", f"--dist-dir={raw}"]
+    build = [
+        "build",
+        f"--build-base={base}",
+        "bdist_wheel",
+        f"--dist-dir={raw}",
+        f"--plat-name=linux_{machine.name}",
+    ]
     environment = os.environ | {"LSTM_EXT_PREBUILT": str(out)}
     subprocess.run([sys.executable, "setup.py", "-q", *build], check=True, cwd=ROOT, env=environment)
-    (wheel,) = raw.glob("*.whl")
+    (unrepaired,) = raw.glob("*.whl")
     excluded = [f"--exclude=lib{name}.so" for name in (*TORCHS_LIBRARIES, "torch_python")]
-    repair = ["repair", f"--plat={PLATFORM}", *excluded, "-w", str(ROOT / "dist"), str(wheel)]
+    repair = ["repair", f"--plat={machine.tag}", *excluded, "-w", str(ROOT / "dist"), str(unrepaired)]
     subprocess.run([sys.executable, "-m", "auditwheel", *repair], check=True)
-    size = made().stat().st_size / 1e6
-    print(f"{made()}: {size:.1f} MB, {len(torches)} torches, Python {', '.join(p.version for p in pythons)}")
+    wheel = made(machine.name)
+    size = wheel.stat().st_size / 1e6
+    print(f"{wheel}: {size:.1f} MB, {len(torches)} torches, Python {', '.join(p.version for p in pythons)}")
     return 0
 
 

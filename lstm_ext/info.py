@@ -13,10 +13,17 @@ import platform
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .native import config, cuda, jit, loader, selftest_record
+
+__all__ = ["operators_library"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def operators_library() -> str:
@@ -37,8 +44,9 @@ def operators_library() -> str:
 def _lines() -> list[tuple[str, str]]:
     lines = [
         ("lstm_ext", f"{config.VERSION}, in {config.PACKAGE}"),
+        ("  commit", _commit()),
         ("torch", torch.__version__),
-        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
+        ("python", f"{config.python_version()} on {sys.platform} {platform.machine()}"),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the lines below say the same as the warning
@@ -57,6 +65,7 @@ def _lines() -> list[tuple[str, str]]:
         lines.append(("  module", str(status.path)))
         lines.append(("  operators", str(status.ops_path)))
         lines.append(("  built for", f"torch {status.torch_version}"))
+        lines.append(("  built at", _built_at(config.read_record(Path(str(status.path)).parent))))
         lines.append(("  compiler", str(status.compiler)))
         changed = _changed_sources(status)
         if changed:
@@ -66,6 +75,8 @@ def _lines() -> list[tuple[str, str]]:
         lines.append(("instructions", f"{module.cpu_capability()}{note}"))
         lines.append(("  available", ", ".join(module.cpu_capabilities())))
     lines.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"))
+    if module is not None:
+        lines.append(("  costs", _worker_costs(module, torch.get_num_threads())))
 
     lines.append(("backends", ""))
     lines.append(("  aot", "in use" if in_use == "aot" else _aot_state()))
@@ -74,6 +85,43 @@ def _lines() -> list[tuple[str, str]]:
         lines.append((f"  {name}", "in use" if in_use == name else f"works (LSTM_EXT_BACKEND={name})"))
     lines += _cuda_lines(module is not None, status)
     return lines
+
+
+def _worker_costs(module: Any, threads: int) -> str:
+    """The costs of a thread and of a barrier that plans are made with, and where they are from."""
+    found = [t for recorded in (True, False) for t in module.worker_times(recorded)]
+    measured = [times for times in found if times["threads"] == threads]
+    costs = module.worker_costs(threads)
+    if threads <= 2 or not measured:
+        why = "not measured"
+        if not module.measures_workers():
+            why = "LSTM_EXT_CPU_MEASURE=0"
+        elif threads <= 2:
+            why = "as found by trial with two"
+        return f"a thread {costs['thread'][0]:.0f}, a barrier {costs['barrier'][0]:.0f} multiply-adds ({why})"
+    last = len(measured[0]["barrier"]) - 1
+    tree = f"a tree from {costs['tree_from']} on" if costs["tree_from"] <= threads else "one line"
+    return (
+        f"of {threads}: a thread {costs['thread'][last]:.0f}, a barrier {costs['barrier'][last]:.0f} multiply-adds, "
+        f"{tree} (measured on this machine)"
+    )
+
+
+def _commit() -> str:
+    """The commit of this checkout, or of the one that the libraries beside this package were built in."""
+    found = config.commit()
+    if found is not None:
+        return found
+    record = config.read_record(config.LIBRARIES)
+    if record is not None and record.get("commit"):
+        return f"{record['commit']}, recorded by the build"
+    return "not known: this is no git checkout, or there is no git, and no build has recorded it"
+
+
+def _built_at(record: dict[str, Any] | None) -> str:
+    """The version and the commit from which the extension in use was built."""
+    known = record or {}
+    return f"{known.get('version') or 'a version that is not recorded'}, commit {known.get('commit') or 'not recorded'}"
 
 
 def _cuda_lines(is_loaded: bool, status: loader.Status) -> list[tuple[str, str]]:

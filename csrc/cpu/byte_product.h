@@ -20,7 +20,7 @@ namespace {
 
 // LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenBytes: the
 // set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
-#if !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON)
+#if !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON_BF16)
 #define LSTM_EXT_BYTE_PRODUCTS
 #endif
 #if defined(LSTM_EXT_ISA_AVX512)
@@ -29,7 +29,10 @@ inline bool multiplies_bytes() { return has_avx512_vnni; }
 #elif defined(LSTM_EXT_ISA_AVX2)
 constexpr bool kMayWidenBytes = true;
 inline bool multiplies_bytes() { return has_avx_vnni; }
-#elif defined(LSTM_EXT_ISA_BASELINE) || defined(LSTM_EXT_ISA_NEON)
+#elif defined(LSTM_EXT_ISA_NEON)
+constexpr bool kMayWidenBytes = true;
+inline bool multiplies_bytes() { return has_i8mm; }
+#elif defined(LSTM_EXT_ISA_BASELINE) || defined(LSTM_EXT_ISA_NEON_BF16)
 constexpr bool kMayWidenBytes = true;
 inline bool multiplies_bytes() { return false; }
 #else
@@ -97,6 +100,8 @@ LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
   for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
 #elif defined(LSTM_EXT_ISA_AVX2)  // in assembly, since the set is compiled for processors without it too
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(bytes));
+#elif defined(LSTM_EXT_ISA_NEON)  // the same
+  asm(".arch_extension i8mm\n\tusdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(weights), "w"(bytes));
 #else                             // and GCC 12 copies the sums around the instruction
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(bytes));
 #endif

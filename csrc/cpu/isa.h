@@ -1,6 +1,6 @@
 // The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
-// LSTM_EXT_ISA_AVX2, LSTM_EXT_ISA_BASELINE and LSTM_EXT_ISA_NEON before it includes a header of the kernels; each of
-// these includes this file first.
+// LSTM_EXT_ISA_AVX2, LSTM_EXT_ISA_BASELINE, LSTM_EXT_ISA_NEON and LSTM_EXT_ISA_NEON_BF16 before it includes a header of
+// the kernels; each of these includes this file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
@@ -30,8 +30,7 @@
 #define LSTM_EXT_LAMBDA_INLINE __attribute__((always_inline))
 
 // Clang wants the target taken back at the end.
-#if defined(__clang__) && !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON) && \
-    !defined(LSTM_EXT_ISA_SOFTWARE)
+#if defined(__clang__) && (defined(LSTM_EXT_ISA_AVX512) || defined(LSTM_EXT_ISA_AVX2))
 #define LSTM_EXT_END_OF_TARGET _Pragma("clang attribute pop")
 #else
 #define LSTM_EXT_END_OF_TARGET
@@ -64,6 +63,10 @@
 #elif defined(LSTM_EXT_ISA_NEON)  // which every AArch64 CPU has
 
 #define LSTM_EXT_ISA neon
+
+#elif defined(LSTM_EXT_ISA_NEON_BF16)  // the instructions of FEAT_BF16 are written in assembly
+
+#define LSTM_EXT_ISA neon_bf16
 
 #elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a matrix unit in plain C++
 

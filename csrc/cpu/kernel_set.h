@@ -3,7 +3,9 @@
 
 #include "cpu/isa.h"
 
+#if !defined(LSTM_EXT_INFERENCE_ONLY)
 #include "cpu/backward.h"
+#endif
 #include "cpu/forward.h"
 #include "cpu/matrix_unit.h"
 #include "cpu/simd.h"
@@ -12,11 +14,19 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
+#if defined(LSTM_EXT_INFERENCE_ONLY)  // for the C library: a third of the code
+template <typename T>
+constexpr decltype(Kernels<T>::backward) kBackward = nullptr;
+#else
+template <typename T>
+constexpr decltype(Kernels<T>::backward) kBackward = &backward<T>;
+#endif
+
 // Without a matrix unit, whose limits are the processor's: see capability.cpp.
 template <typename T>
 constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       UnitLimits{},         &plan_forward<T>,
                               &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &forward<T>,
-                              &backward<T>,      &freeze<T>,      &multiplies_bytes};
+                              kBackward<T>,      &freeze<T>,      &meet_often,          &multiplies_bytes};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

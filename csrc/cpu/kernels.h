@@ -20,9 +20,9 @@ namespace lstm_ext::cpu {
 // the prefetches cost more than they gain.
 extern LSTM_EXT_PUBLIC const bool fetches_panels;
 
-// Whether the CPU has an instruction for sums of four products of bytes (VNNI): in registers of 512 bits, and of 256
-// bits without AVX-512. LSTM_EXT_CPU_VNNI=0 turns it off.
-extern const bool has_avx512_vnni, has_avx_vnni;
+// Whether the CPU has an instruction for sums of four products of bytes: VNNI in registers of 512 bits, and of 256 bits
+// without AVX-512; on AArch64 FEAT_I8MM. LSTM_EXT_CPU_VNNI=0 turns it off.
+extern const bool has_avx512_vnni, has_avx_vnni, has_i8mm;
 
 template <typename T>
 struct Kernels {
@@ -40,6 +40,8 @@ struct Kernels {
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
   // Packs the weights into the plan's places, relative to `data`, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
+  // Meets `times` times at a barrier of this form, whose place was zeroed: what a barrier costs.
+  void (*meet_often)(char* place, bool tree, int workers, int worker, int times);
   bool (*multiplies_bytes)();  // whether frozen int8 weights multiply bytes; their panels depend on it
 };
 
@@ -60,6 +62,7 @@ LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_baseline_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_baseline_f64();
 LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_neon_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_neon_f64();
+LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_neon_bf16_f32();
 
 constexpr int kCapabilities = 6;
 

@@ -196,9 +196,11 @@ LSTM_EXT_INLINE void accumulate_rows(Tile<T, R, NV>& tile, const T* const (&a)[R
 
 // Whether two panels of `count` k are multiplied at once with one row. The sums of a single panel leave the multipliers
 // idle, because each waits for its own previous value. With 32 registers and weights of T this matters only if the
-// panels are in the first-level cache. From the second-level cache, one panel after the other is faster.
+// panels are in the first-level cache. From the second-level cache, one panel after the other is faster. A register of
+// several parts has enough sums in one panel.
 template <typename T, typename B>
 LSTM_EXT_INLINE bool joins_panels(int64_t count) {
+  if constexpr (kVectorRegisters < 16) return false;
   return kVectorRegisters == 16 || !std::is_same_v<T, B> || count <= 96;
 }
 

@@ -29,19 +29,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = "0.1.0"
+# Between releases that of the next one, with .dev0 at its end.
+VERSION = "0.2.0.dev0"
 MODULE = "lstm_ext.native._C"
 OPS_MODULE = "lstm_ext.native._ops"  # Python cannot import it: setuptools names libraries like this
 OPS_LIBRARY = "_ops.so"
 # A wheel has the CPU kernels in a library of their own, and the operators and the module for each of these torches.
 KERNELS_LIBRARY = "_kernels.so"
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
-# The instruction sets that the CPU kernels are compiled for, best first, and what a processor needs for each: flags of
-# Linux. avx512 also has the kernels of the matrix units, amx and avx512_bf16.
-CPU_SETS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
-    "avx2": ("avx2", "fma", "f16c"),
-    "baseline": (),
+# For each machine the instruction sets that the CPU kernels are compiled for, in the order of preference, and what a
+# processor needs for each: flags of Linux. avx512 also has the kernels of the matrix units, amx and avx512_bf16.
+CPU_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+        "avx2": ("avx2", "fma", "f16c"),
+        "baseline": (),
+    },
+    "aarch64": {"neon": (), "neon_bf16": ("bf16",)},
 }
 SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
 TOGETHER = "operators_together.cpp"  # see split_sources
@@ -76,6 +80,17 @@ NVCC_FLAGS = [
 # in some releases under another name: two OpenMP runtimes in one process have two thread pools and two thread
 # counts. Left undefined, GOMP_* is found in whichever runtime libtorch_cpu.so itself depends on.
 LINK_FLAGS: list[str] = []
+
+
+# The C library (native_library.py) has no OpenMP and no backward pass. Its variables of a thread are in place before a
+# step first asks for them.
+C_LIBRARY_FLAGS = [
+    *[flag for flag in COMPILE_FLAGS if flag != "-fopenmp"],
+    "-std=c++17",
+    "-fPIC",
+    "-ftls-model=initial-exec",
+    "-DLSTM_EXT_INFERENCE_ONLY",
+]
 
 
 def ops_library(torch_minor: str) -> str:
@@ -115,8 +130,14 @@ class SwitchError(BuildError):
     """A variable is invalid, or requests something impossible."""
 
 
+def machine() -> str:
+    """The machine's name, as in CPU_SETS if it is one of them."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
 def is_supported_platform() -> bool:
-    return sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
+    return sys.platform == "linux" and machine() in CPU_SETS
 
 
 def check_torch(version: str) -> None:
@@ -159,26 +180,60 @@ def sources(directory: Path, with_cuda: bool) -> list[Path]:
 
 
 def cpu_sets() -> tuple[str, ...]:
-    """LSTM_EXT_CPU_SETS: the instruction sets to compile for. Unset: all of them; native: the best of this processor.
+    """LSTM_EXT_CPU_SETS: the instruction sets to compile for. Unset: all of this machine; native: the best of this
+    processor.
 
     Raises:
         SwitchError: it is no list of them.
     """
-    wish = os.environ.get("LSTM_EXT_CPU_SETS") or ",".join(CPU_SETS)
+    known = CPU_SETS[machine()]
+    wish = os.environ.get("LSTM_EXT_CPU_SETS") or ",".join(known)
     if wish == "native":
-        return (next(name for name in CPU_SETS if runs_here(name)),)
+        return (next(name for name in known if runs_here(name)),)
     names = wish.split(",")
-    if not set(names) <= set(CPU_SETS):
+    if not set(names) <= set(known):
         raise SwitchError(
-            f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(CPU_SETS)}, or unset it."
+            f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(known)}, or unset it."
         )
-    return tuple(name for name in CPU_SETS if name in names)
+    return tuple(name for name in known if name in names)
 
 
 def runs_here(cpu_set: str) -> bool:
     """Whether this processor runs a set of CPU_SETS."""
-    flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return set(CPU_SETS[cpu_set]) <= set(flags[1].split() if flags else ())
+    needed = CPU_SETS.get(machine(), {}).get(cpu_set)
+    if not needed:
+        return needed is not None
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return set(needed) <= set(flags[1].split() if flags else ())
+
+
+def processor() -> str:
+    """The processor's name. Linux names those of ARM by two numbers, of who designed them and of the design."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    facts = {
+        key: found[1].strip()
+        for key in ("model name", "CPU implementer", "CPU part")
+        if (found := re.search(rf"^{key}\s*:(.+)$", text, re.MULTILINE))
+    }
+    if "model name" in facts:
+        return facts["model name"]
+    numbers = [f"{key.removeprefix('CPU ')} {value}" for key, value in facts.items()]
+    return " ".join([platform.machine(), *numbers])
+
+
+def _is_kernel(source: Path, sets: tuple[str, ...]) -> bool:
+    """Whether a source is one of the CPU kernels, and of one of some instruction sets or of none."""
+    name = source.stem.removeprefix("kernels_")
+    return source.parent.name == "cpu" and (name == source.stem or name[:-4] in sets)
+
+
+def c_library_sources(directory: Path, sets: tuple[str, ...]) -> list[Path]:
+    """The sources of the C library: its own, and those of the CPU kernels."""
+    found = sources(directory, with_cuda=False)
+    return [path for path in found if _is_kernel(path, sets) or path.parent.name == "library"]
 
 
 def split_sources(
@@ -191,14 +246,10 @@ def split_sources(
     would take longer to read torch's headers than itself.
     """
     found = sources(directory, with_cuda)
-    kernels = [
-        path
-        for path in found
-        if path.parent.name == "cpu"
-        and (not path.stem.startswith("kernels_") or path.stem.removeprefix("kernels_")[:-4] in sets)
-    ]
+    kernels = [path for path in found if _is_kernel(path, sets)]
     module = [path for path in found if path.name == "python.cpp"]
-    operators = [path for path in found if path.parent.name != "cpu" and path not in module]
+    apart = ("cpu", "library")
+    operators = [path for path in found if path.parent.name not in apart and path not in module]
     together = [path.relative_to(directory) for path in operators if not needs_cuda(path)]
     text = "".join(f'#include "{path.as_posix()}"\n' for path in together)
     one = folder / TOGETHER
@@ -232,8 +283,11 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, [os.environ.get("PATH"), sysconfig.get_path("scripts")]))
 
 
-def find_compiler() -> tuple[str, str]:
-    """The C++ compiler's command and the first line of its --version, or a BuildError."""
+def find_compiler(openmp: bool = True) -> tuple[str, str]:
+    """The C++ compiler's command and the first line of its --version, or a BuildError.
+
+    With `openmp`, it is one whose OpenMP runtime this torch has.
+    """
     chosen = os.environ.get("CXX")
     candidates = [chosen] if chosen else ["c++", "g++", "clang++"]
     problem = f"no C++ compiler was found (looked for {', '.join(candidates)}): {INSTALL_COMPILER}."
@@ -256,7 +310,7 @@ def find_compiler() -> tuple[str, str]:
             )
             continue
         version = run.stdout.splitlines()[0] if run.stdout else command
-        if "clang" in run.stdout and not _process_exports("__kmpc_fork_call"):
+        if openmp and "clang" in run.stdout and not _process_exports("__kmpc_fork_call"):
             problem = (
                 f"clang (`{command}`) calls an OpenMP runtime that this torch does not carry: "
                 "install g++ and set CXX=g++."
@@ -572,15 +626,38 @@ def _management_library() -> Iterator[ctypes.CDLL | None]:
 # ---- the record
 
 
+def python_version() -> str:
+    """With a "t" at the end for a Python without the GIL, which cannot load the modules of the other one."""
+    return platform.python_version() + ("t" if sysconfig.get_config_var("Py_GIL_DISABLED") else "")
+
+
+def commit(root: Path = PACKAGE.parent) -> str | None:
+    """The commit that a checkout is at, with "+changes" if a file differs from it; None where git does not say."""
+    # An installed package may lie inside the repository of something else.
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def write_record(
     directory: Path, torch_version: str, compiler: str, source_digest: str, **more: object
 ) -> None:
     """Writes the record, with `more` that was built, such as `cuda`, `cuda_reason` and `cpu_sets`."""
     record = {
         "torch": torch_version,
-        "python": platform.python_version(),
+        "python": python_version(),
         "compiler": compiler,
         "sources": source_digest,
+        "version": VERSION,
+        "commit": commit(),
         "cuda": None,
         "cuda_reason": None,
         **more,

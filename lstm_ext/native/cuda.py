@@ -78,7 +78,8 @@ def forced(kernel: str) -> Iterator[None]:
 
 def is_requested() -> bool:
     """Whether one kernel has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
-    return requested_cuda_kernel() != "auto" or any([n > 0 for name, n in _forced.items() if name != "auto"])
+    forced = list(_forced.items())  # other threads add to it
+    return requested_cuda_kernel() != "auto" or any([n > 0 for name, n in forced if name != "auto"])
 
 
 def is_forced() -> bool:

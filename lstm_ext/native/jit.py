@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -68,7 +67,7 @@ def problem() -> str | None:
 def source_dir() -> Path:
     """The path of csrc/, or a BuildError."""
     if not config.is_supported_platform():
-        raise BuildError("the extension supports Linux on x86-64 only.")
+        raise BuildError("the extension supports Linux on x86-64 and aarch64 only.")
     directory = config.source_dir()
     if directory is None:
         raise BuildError(f"the C++ sources were not found beside {config.PACKAGE}: reinstall lstm_ext.")
@@ -111,7 +110,7 @@ def finished_with_cuda() -> list[Path]:
         return []
     wanted = {
         "torch": torch.__version__,
-        "python": platform.python_version(),
+        "python": config.python_version(),
         "sources": config.digest(source_dir()),
     }
     fits = [folder for folder, record in there if wanted.items() <= record.items() and _runs_here(record)]

@@ -11,8 +11,8 @@ import datetime
 import functools
 import json
 import os
-import platform
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def key_of(device: torch.device) -> dict[str, str]:
         driver = _driver()
     else:
         module = loader.extension()
-        name, driver = _processor(), ""
+        name, driver = config.processor(), ""
         capability = " ".join(module.cpu_capabilities()) if module is not None else ""
     return {
         "device": name,
@@ -121,7 +121,7 @@ def write(
     entries.append({**key, "passed": passed, "failed": failed, "measured": measured, "date": date})
     make_folder(path().parent)
     file = resolved(path())
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    unfinished = file.with_name(f"{file.name}.{threading.get_native_id()}")  # a thread's own
     with open(
         os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w"
     ) as output:
@@ -179,11 +179,3 @@ def _driver() -> str:
         version = None
     # The fallback is the driver's version of CUDA.
     return version[1] if version else str(torch._C._cuda_getDriverVersion())
-
-
-def _processor() -> str:
-    try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        model = None
-    return model[1].strip() if model else platform.machine()

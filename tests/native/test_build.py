@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import lstm_ext
+import lstm_ext.info
 from lstm_ext.native import config, jit
 
 pytestmark = pytest.mark.tools
@@ -40,7 +41,9 @@ TINY = """
 void missing_from_torch();
 #endif
 extern "C" int tiny();
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyObject* no(PyObject*, PyObject*) { Py_RETURN_FALSE; }
+static PyMethodDef methods[] = {{"measures_workers", no, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 #ifdef BROKEN
   missing_from_torch();
@@ -155,6 +158,15 @@ def project(tmp_path: Path) -> Project:
 
 def test_version_is_said_once() -> None:
     assert lstm_ext.__version__ == config.VERSION
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    """Between releases it ends with .dev0, and the topmost section has no date; a release has one."""
+    release, dev = re.fullmatch(r"(\d+\.\d+\.\d+)(\.dev0)?", config.VERSION).groups()
+    text = (CSRC.parent / "CHANGELOG.md").read_text()
+    topmost = re.search(r"^## \[(.*?)\](.*)$", text, re.MULTILINE)
+    assert topmost[1] == release
+    assert re.fullmatch(", not released yet" if dev else r" - \d{4}-\d\d-\d\d", topmost[2])
 
 
 def test_flags_leave_to_torch_what_is_torchs() -> None:
@@ -317,7 +329,7 @@ def test_fallback_warns_once(project: Project, compiler: str | None, said: str) 
     ("patch", "said"),
     [
         ("config.search_path = lambda: ''", "pip install ninja"),
-        ("config.is_supported_platform = lambda: False", "Linux on x86-64 only"),
+        ("config.is_supported_platform = lambda: False", "Linux on x86-64 and aarch64 only"),
         ("config.source_dir = lambda: None", "reinstall lstm_ext"),
     ],
     ids=["ninja", "platform", "sources"],
@@ -403,11 +415,24 @@ def test_a_wheel_has_a_library_for_each_torch(project: Project) -> None:
     assert f"has no {ops.name} beside it: rebuild it with" in project.last_error(SHOW)
 
 
+def test_the_modules_of_a_python_with_and_without_the_gil(project: Project) -> None:
+    """Both may lie in one folder. A wheel that has only the other one's has none for this Python."""
+    project.wheel(MINOR)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    tag = f"cpython-{sys.version_info[0]}{sys.version_info[1]}"
+    others = suffix.replace(f"{tag}t", tag) if "t" in sys.abiflags else suffix.replace(tag, f"{tag}t")
+    assert others != suffix
+    mine, theirs = (project.package / "native" / f"_C-{MINOR}{name}" for name in (suffix, others))
+    theirs.write_bytes(b"no library")
+    assert project.run("-c", SHOW, LSTM_EXT_BACKEND="aot") == (0, "aot", "")
+    mine.rename(theirs)
+    assert "the wheel has no library for torch" in project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
+
+
 def test_a_torch_that_the_wheel_lacks(project: Project) -> None:
     project.wheel("1.2")
-    said = (
-        f"the wheel has no library for torch {MINOR} with Python {sys.version_info[0]}.{sys.version_info[1]}"
-    )
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
+    said = f"the wheel has no library for torch {MINOR} with Python {version}"
     returncode, out, _ = project.run("-c", USE, CXX="no-such-compiler")
     assert (returncode, out.partition("\n")[0]) == (0, "1"), out
     assert f"{said}, and it cannot be built: no C++ compiler was found" in out
@@ -480,6 +505,65 @@ def test_record_is_whole_or_absent(tmp_path: Path) -> None:
     assert json.loads((tmp_path / config.RECORD).read_text())["torch"] == "2.13.0"
 
 
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=A Person", "-c", "user.email=person@example.org"]
+    run = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.commit(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    assert config.commit(tmp_path) is None  # no commit yet
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "First")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert config.commit(tmp_path) == head[:12]
+    (tmp_path / "file").touch()
+    assert config.commit(tmp_path) == f"{head[:12]}+changes"
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    assert config.commit(folder) is None  # a package inside another project's repository
+    monkeypatch.setenv("PATH", "")
+    assert config.commit(tmp_path) is None
+
+
+def test_info_has_the_commit(project: Project) -> None:
+    """Of a checkout by git; elsewhere from the record of the build, which wrote it there."""
+    git(project.root, "init", "-q")
+    git(project.root, "commit", "-q", "--allow-empty", "-m", "First")
+    head = git(project.root, "rev-parse", "--short=12", "HEAD")
+    build = "from lstm_ext.native import config; config.write_record(config.LIBRARIES, '2.13.0', 'g++', '0')"
+    info = "from lstm_ext import info; print(); info.main()"
+    _, out, err = project.run("-c", f"{build}; {info}", LSTM_EXT_BACKEND="torch")
+    assert f"\n  commit     {head}+changes\n" in out, err
+    record = config.read_record(project.package / "native")
+    assert (record["commit"], record["version"]) == (f"{head}+changes", config.VERSION)
+    shutil.rmtree(project.root / ".git")
+    _, out, err = project.run("-c", info, LSTM_EXT_BACKEND="torch")
+    assert f"\n  commit     {head}+changes, recorded by the build\n" in out, err
+
+
+def test_info_where_nothing_says_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "commit", lambda: None)
+    monkeypatch.setattr(config, "read_record", lambda _: None)
+    assert lstm_ext.info._commit().startswith("not known: this is no git checkout")
+
+
+def test_info_has_the_version_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the extension in use, which may be older than the package around it; old records have none."""
+    folder = Path(str(lstm_ext.native.loader.status().path)).parent
+    for more, said in (
+        ({"version": "0.1.0", "commit": "abc"}, "0.1.0, commit abc"),
+        ({"version": None, "commit": None}, "a version that is not recorded, commit not recorded"),
+    ):
+        record = config.read_record(folder) | more
+        monkeypatch.setattr(config, "read_record", lambda _, record=record: record)
+        assert dict(lstm_ext.info._lines())["  built at"] == said
+        monkeypatch.undo()
+
+
 def test_sets_of_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def names(wish: str) -> list[str]:
         monkeypatch.setenv("LSTM_EXT_CPU_SETS", wish)
@@ -487,12 +571,46 @@ def test_sets_of_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         assert not set(kernels) & set(operators)
         return sorted({path.stem.split("_")[1] for path in kernels if path.stem.startswith("kernels_")})
 
-    assert names("") == sorted(config.CPU_SETS)
+    assert names("") == sorted(config.CPU_SETS["x86_64"])
     assert names("baseline,avx2") == ["avx2", "baseline"]
     assert len(names("native")) == 1
     assert names("native")[0] in lstm_ext.native.loader.extension().cpu_capabilities()
     with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2,sse'.*avx512,avx2,baseline"):
         names("avx2,sse")
+
+
+def test_sets_of_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The sources of 64-bit ARM are those of its own sets, and the CUDA kernels are among them where there is nvcc."""
+    monkeypatch.setattr(config.platform, "machine", lambda: "arm64")
+    monkeypatch.delenv("LSTM_EXT_CPU_SETS", raising=False)
+    assert config.is_supported_platform() == (sys.platform == "linux")
+    assert config.cpu_sets() == ("neon", "neon_bf16")
+    kernels, operators, _ = config.split_sources(CSRC, True, config.cpu_sets(), tmp_path)
+    sets = {path.stem for path in kernels if path.stem.startswith("kernels_")}
+    assert sets == {"kernels_neon_f32", "kernels_neon_f64", "kernels_neon_bf16_f32"}
+    assert any(path.suffix == ".cu" for path in operators)
+    assert config.runs_here("neon") and not config.runs_here("avx2") and not config.runs_here("neon_bf16")
+    monkeypatch.setenv("LSTM_EXT_CPU_SETS", "native")
+    assert config.cpu_sets() == ("neon",)
+    monkeypatch.setenv("LSTM_EXT_CPU_SETS", "avx2")
+    with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2'.* neon,neon_bf16, or unset"):
+        config.cpu_sets()
+    monkeypatch.setattr(config.platform, "machine", lambda: "riscv64")
+    assert not config.is_supported_platform() and not config.runs_here("neon")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: Some Processor 9000 \n", "Some Processor 9000"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n", "aarch64 implementer 0x41 part 0xd4f"),
+        ("", "aarch64"),
+    ],
+)
+def test_the_name_of_a_processor(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> None:
+    monkeypatch.setattr(config.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(config.Path, "read_text", lambda path: text)
+    assert config.processor() == name
 
 
 def test_a_build_for_other_processors_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

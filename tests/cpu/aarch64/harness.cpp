@@ -1,6 +1,6 @@
 // The CPU kernels without torch, against a plain loop in float64: forward and backward, one and two threads, both
-// directions, sizes that fill no register, the plain cell and one with everything that a cell may have. test_aarch64.py
-// compiles it for AArch64 and runs it under qemu.
+// directions, sizes that fill no register, the plain cell and one with everything that a cell may have; and weights
+// that are frozen in each kind of numbers. test_aarch64.py compiles it for AArch64 and runs it under qemu.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/frozen.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 
@@ -27,7 +28,10 @@ struct Case {
   Size size;
   int threads;
   bool reverse, training, other_cell;
+  int planes = 3;  // 1: operands on the matrix unit are rounded to bfloat16
 };
+
+int on_unit = 0;  // cases with a product on the matrix unit
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
@@ -150,11 +154,12 @@ void plain_loop(const Case& c, Layer& l) {
   l.grad_c0 = dc;
 }
 
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 template <typename Params, typename Plan>
 void run(const Params& params, const Plan& plan, void (*kernel)(const Params&, const Plan&, char*, int)) {
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   std::vector<Line> workspace(plan.workspace_bytes / 64 + 1);
   std::memset(workspace.data(), 0, plan.barrier_bytes);
   std::vector<std::thread> others;
@@ -205,7 +210,7 @@ bool check(const Case& c) {
   p.weights.weight_ih = w.data(), p.weights.weight_hh = u.data();
   p.weights.bias_ih = b.data(), p.weights.bias_hh = none.data();
   p.input = {x.data(), B * I, I};
-  p.h0 = h0.data(), p.c0 = c0.data(), p.planes = 3;
+  p.h0 = h0.data(), p.c0 = c0.data(), p.planes = c.planes;
   p.output = {output.data(), B * H, H};
   p.h_n = h_n.data(), p.c_n = c_n.data();
   if (c.other_cell) {
@@ -220,8 +225,11 @@ bool check(const Case& c) {
   }
   if (c.training) p.gate_values = gates.data(), p.cells = cells.data();
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::Machine machine{kernels.lanes, c.threads, kernels.unit};
-  run(p, kernels.plan_forward(p, machine), kernels.forward);
+  cpu::Machine machine{kernels.lanes, c.threads, kernels.unit};
+  if (c.other_cell) machine.costs.tree_from = 2;  // both forms of a barrier
+  const cpu::ForwardPlan plan = kernels.plan_forward(p, machine);
+  on_unit += plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0;
+  run(p, plan, kernels.forward);
   double worst = std::max({error_of(output, l.output), error_of(h_n, l.h_n), error_of(c_n, l.c_n)});
   if (c.training) {
     std::vector<T> grad_x(x.size()), grad_w(w.size()), grad_u(u.size()), grad_b(b.size()), grad_h0(B * H),
@@ -239,11 +247,79 @@ bool check(const Case& c) {
                       error_of(grad_b, l.grad_b), error_of(grad_h0, l.grad_h0), error_of(grad_c, l.grad_c0)});
     if (c.other_cell) worst = std::max(worst, error_of(grad_peephole, l.grad_peephole));
   }
-  const double allowed = 32 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double epsilon = c.planes == 1 ? 0x1p-8 : static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double allowed = (c.planes == 1 ? 4 : 32) * epsilon;
   if (worst <= allowed) return true;
   std::printf(
-      "float%zu T%ld B%ld I%ld H%ld, %d threads, reverse %d, training %d, other cell %d: error %.3g, %.3g allowed\n",
-      8 * sizeof(T), T_, B, I, H, c.threads, c.reverse, c.training, c.other_cell, worst, allowed);
+      "float%zu T%ld B%ld I%ld H%ld, %d threads, reverse %d, training %d, other cell %d, planes %d: error %.3g, %.3g "
+      "allowed\n",
+      8 * sizeof(T), T_, B, I, H, c.threads, c.reverse, c.training, c.other_cell, c.planes, worst, allowed);
+  return false;
+}
+
+// The same layer, forward, with weights that were rounded and packed before.
+bool check_frozen(const Size& size, WeightKind kind) {
+  const auto [T, B, I, H] = size;
+  Layer l{};
+  std::mt19937 random(1);
+  const auto draw = [&](int64_t count, double deviation) {
+    std::normal_distribution<float> normal(0, static_cast<float>(deviation));
+    Numbers numbers(count);
+    for (double& x : numbers) x = normal(random);
+    return numbers;
+  };
+  const double scale = 1 / std::sqrt(static_cast<double>(H));
+  l.x = draw(T * B * I, 1), l.w = draw(4 * H * I, scale), l.u = draw(4 * H * H, scale), l.b = draw(4 * H, 0.2);
+  l.h0 = draw(B * H, 0.5), l.c0 = draw(B * H, 0.5), l.grad_output.resize(T * B * H);
+
+  const LayerShape shape{T, B, I, H, H, false, false, nullptr, nullptr};
+  const cpu::Kernels<float>& kernels = cpu::kernels<float>();
+  const cpu::Machine machine{kernels.lanes, 1, kernels.unit};
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, machine, 3, kind, 64);
+  std::vector<Line> memory(plan.bytes / 64 + 1);
+  char* const data = memory[0].bytes;
+  const auto round_rows = [&](Numbers& weight, int64_t count, int64_t factors) {
+    for (int64_t row = 0; row < 4 * H; ++row) {
+      float most = 0;
+      for (int64_t k = 0; k < count; ++k) most = std::max(most, std::fabs(static_cast<float>(weight[row * count + k])));
+      const float factor = most / 127;
+      if (kind == WeightKind::kInt8) std::memcpy(data + factors + row * sizeof(float), &factor, sizeof(factor));
+      for (int64_t k = 0; k < count; ++k) {
+        double& number = weight[row * count + k];
+        if (kind == WeightKind::kInt8) {
+          number = std::nearbyint(static_cast<float>(number) / factor) * factor;
+        } else if (kind == WeightKind::kBFloat16) {
+          float narrow = static_cast<float>(number);
+          uint32_t bits;
+          std::memcpy(&bits, &narrow, sizeof(bits));
+          bits = (bits + 0x8000) & 0xFFFF0000;
+          std::memcpy(&narrow, &bits, sizeof(bits));
+          number = narrow;
+        }
+      }
+    }
+  };
+  round_rows(l.w, I, plan.input.factors);
+  round_rows(l.u, H, plan.recurrent.factors);
+  plain_loop({size, 1, false, false, false}, l);
+
+  const auto in_type = [](const Numbers& numbers) { return std::vector<float>(numbers.begin(), numbers.end()); };
+  const auto x = in_type(l.x), w = in_type(l.w), u = in_type(l.u), b = in_type(l.b), h0 = in_type(l.h0),
+             c0 = in_type(l.c0);
+  const std::vector<float> none(4 * H);
+  kernels.freeze({w.data(), u.data(), b.data(), none.data(), nullptr}, shape, plan, data);
+  const FrozenWeights<float> frozen = cpu::frozen_weights<float>(plan, data);
+  std::vector<float> output(T * B * H), h_n(B * H), c_n(B * H);
+  ForwardParams<float> p{};
+  p.shape = shape, p.frozen = &frozen, p.planes = 3;
+  p.input = {x.data(), B * I, I}, p.output = {output.data(), B * H, H};
+  p.h0 = h0.data(), p.c0 = c0.data(), p.h_n = h_n.data(), p.c_n = c_n.data();
+  run(p, kernels.plan_forward(p, machine), kernels.forward);
+  const double worst = std::max({error_of(output, l.output), error_of(h_n, l.h_n), error_of(c_n, l.c_n)});
+  const double allowed = 32 * static_cast<double>(std::numeric_limits<float>::epsilon());
+  if (worst <= allowed) return true;
+  std::printf("frozen, kind %d, T%ld B%ld I%ld H%ld: error %.3g, %.3g allowed\n", static_cast<int>(kind), T, B, I, H,
+              worst, allowed);
   return false;
 }
 
@@ -268,9 +344,18 @@ int main(int argc, char** argv) {
         const Case c{size, options & 1 ? 2 : 1, (options & 2) != 0, (options & 4) != 0, (options & 8) != 0};
         cases += 2;
         failed += !check<float>(c) + !check<double>(c);
+        if (!cpu::kernels<float>().unit.any() || c.other_cell) continue;
+        ++cases;
+        failed += !check<float>({size, c.threads, c.reverse, c.training, false, 1});
+      }
+      for (const WeightKind kind : {WeightKind::kOwn, WeightKind::kBFloat16, WeightKind::kInt8}) {
+        ++cases;
+        failed += !check_frozen(size, kind);
       }
     }
-    std::printf("%s: %d cases, %d failed\n", names[n], cases, failed);
+    std::printf("%s%s: %d cases, %d on the matrix unit, %d failed\n", names[n],
+                cpu::kernels<float>().multiplies_bytes() ? "+bytes" : "", cases, on_unit, failed);
+    cases = 0;
   }
   return count == 0 || failed != 0;
 }
