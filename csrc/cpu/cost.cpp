@@ -45,16 +45,26 @@ StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const 
           static_cast<double>(unit.row_multiple), adds};
 }
 
+double cost_of(const double (&costs)[kCostPoints], int workers) {
+  int i = 0, at = 2;
+  while (i < kCostPoints - 1 && 2 * at <= workers) ++i, at *= 2;
+  if (i == kCostPoints - 1) return costs[i];
+  return costs[i] + (costs[i + 1] - costs[i]) * (workers - at) / at;
+}
+
 // On a tie, more teams win over more members, because teams do not wait for each other.
 WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
                        int64_t barriers, int64_t most_teams) {
   const int64_t batch = divide_up(count_samples(shape), shape.steps);  // average rows of a step
   const double all_rows = static_cast<double>(batch);
   const double total = cost.of(all_rows, all_rows, 1.0) * static_cast<double>(shape.steps) + other_work;
-  const int threads = std::max(1, std::min(machine.threads, static_cast<int>(std::min(total / kWorkPerThread, 1e6))));
+  const WorkerCosts& costs = machine.costs;
+  const double most = std::min(total / costs.thread[0], 1e6);
+  int threads = std::max(1, std::min(machine.threads, static_cast<int>(most)));
+  while (threads > 1 && total < threads * cost_of(costs.thread, threads)) --threads;
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
-  best.work = total;
+  best.work = best.most_work = total;
   double best_time = total;
   for (int batch_groups = static_cast<int>(std::min<int64_t>({threads, batch, most_teams})); batch_groups >= 1;
        --batch_groups) {
@@ -63,11 +73,15 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
       const double rows = static_cast<double>(divide_up(batch, batch_groups));
       const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
       const double step = cost.of(rows, all_rows, share);
-      const double meet = hidden_groups > 1 ? kWorkPerBarrier * static_cast<double>(barriers) : 0.0;
-      const double time =
-          (step + meet) * static_cast<double>(shape.steps) + other_work / (batch_groups * hidden_groups);
+      const double meet = hidden_groups > 1 ? cost_of(costs.barrier, hidden_groups) * static_cast<double>(barriers) : 0;
+      const int workers = batch_groups * hidden_groups;
+      const double work = step * static_cast<double>(shape.steps) + other_work / workers;
+      // The first two threads are no part of the time, as they were none when kWorkPerThread was found.
+      const double more = workers > 2 ? cost_of(costs.thread, workers) - costs.thread[0] : 0;
+      const double time = work + meet * static_cast<double>(shape.steps) + more;
       if (time < best_time * 0.98) {
         best_time = time;
+        best.most_work = work;
         best.batch_groups = batch_groups;
         best.hidden_groups = hidden_groups;
       }
@@ -79,7 +93,8 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
 // They do if each has enough work for a thread, and both together need no more threads than there are: small layers
 // with few rows.
 bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
-  return kDirections * grid.workers() <= machine.threads && grid.work >= kWorkPerThread;
+  const int workers = kDirections * grid.workers();
+  return workers <= machine.threads && grid.work >= grid.workers() * cost_of(machine.costs.thread, workers);
 }
 
 int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {

@@ -10,8 +10,6 @@
 namespace lstm_ext::cpu {
 
 // Found by trial on an AVX-512 machine of two cores, November 2026.
-constexpr double kWorkPerThread = 6e5;       // with less work a thread costs more than it gains
-constexpr double kWorkPerBarrier = 6e4;      // the cost of a barrier between team members
 constexpr int64_t kChunkBytes = 256 * 1024;  // preactivations of a chunk stay in the L2 cache
 constexpr int64_t kChunkRows = 48;           // ... but each load of the weights must serve enough rows
 // The number of samples (time x batch) in a backward chunk is H within these bounds. Each chunk adds to the weight
@@ -86,6 +84,9 @@ struct StepCost {
 
 // The cost of steps whose rows have `features` features beside h; `planes` as in StepCost.
 StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds);
+
+// A cost of WorkerCosts for a number of workers, of at least 2.
+double cost_of(const double (&costs)[kCostPoints], int workers);
 
 // The grid with the shortest estimated time. All workers share `other_work` evenly; `barriers` is how often the members
 // of a team meet in a step.

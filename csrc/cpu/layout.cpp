@@ -19,6 +19,25 @@ struct Layout {
   int64_t reserve_pointers(int64_t count) { return reserve_bytes(count * static_cast<int64_t>(sizeof(void*))); }
 };
 
+// Reserves the barriers of a grid, which come first; `plan` is either one.
+template <typename Layout, typename Plan>
+void reserve_barriers(Layout& layout, Plan& plan, const WorkerCosts& costs) {
+  const auto bytes = [](bool tree, int64_t workers) {
+    if (!tree) return kBarrierBytes;
+    int64_t nodes = 0;
+    do nodes += workers = divide_up(workers, kTreeRadix);
+    while (workers > 1);
+    return nodes * kNodeBytes;
+  };
+  BarrierPlaces& places = plan.barriers;
+  places.tree = plan.grid.workers() >= costs.tree_from;
+  places.team_tree = plan.grid.hidden_groups >= costs.tree_from;
+  layout.reserve_bytes(bytes(places.tree, plan.grid.workers()));
+  places.bytes_of_a_team = bytes(places.team_tree, plan.grid.hidden_groups);
+  places.teams = layout.reserve_bytes(places.bytes_of_a_team * plan.grid.batch_groups);
+  plan.barrier_bytes = layout.end;
+}
+
 // The same for a sum that may be computed in pieces of k; the sums of all columns are kept in between.
 void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
   const int64_t row_tiles = std::min(divide_up(rows, kUnitTileRows), kMostUnitRows / kUnitTileRows);
@@ -72,8 +91,7 @@ void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& m
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
   Layout<T> layout;
-  layout.reserve_bytes(kBarrierBytes * (1 + teams));
-  plan.barrier_bytes = layout.end;
+  reserve_barriers(layout, plan, machine.costs);
   const int64_t padded = round_up(H, machine.lanes);
   UnitScratch& scratch = plan.unit_scratch;
   scratch.in_tiles = machine.unit.tiles;
@@ -119,8 +137,7 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
   const int64_t samples = count_samples(shape), workers = plan.grid.workers();
   Layout<T> layout;
-  layout.reserve_bytes(kBarrierBytes * (1 + plan.grid.batch_groups));
-  plan.barrier_bytes = layout.end;
+  reserve_barriers(layout, plan, machine.costs);
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
   UnitScratch& scratch = plan.unit_scratch;
   scratch.in_tiles = machine.unit.tiles;

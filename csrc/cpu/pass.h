@@ -55,8 +55,7 @@ struct Pass {
   const int64_t worker, team, member;
   const TeamRows rows;
   const Range blocks;  // this member's blocks of kLanes hidden units
-  Barrier* const all_workers;
-  Barrier* const team_barrier;
+  const Meeting all_workers, team_members;
   T* const zero_row;  // zeros in place of a row of h; reserved only if needed
   const UnitSession unit_session;
 
@@ -71,8 +70,9 @@ struct Pass {
         member(worker % plan.grid.hidden_groups),
         rows(shape, plan.grid.batch_groups, team),
         blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
-        all_workers(reinterpret_cast<Barrier*>(workspace)),
-        team_barrier(reinterpret_cast<Barrier*>(workspace + kBarrierBytes * (1 + team))),
+        all_workers{workspace, plan.barriers.tree, plan.grid.workers(), worker},
+        team_members{workspace + plan.barriers.teams + team * plan.barriers.bytes_of_a_team, plan.barriers.team_tree,
+                     plan.grid.hidden_groups, static_cast<int>(member)},
         zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
         unit_session(plan.unit_scratch.in_tiles && plan.unit_scratch.sums_numbers > 0) {}
 
@@ -110,12 +110,8 @@ struct Pass {
 
   // Rows of the team in step s of this pass.
   int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }
-  void meet_team() const {
-    if (plan.grid.hidden_groups > 1) team_barrier->wait(plan.grid.hidden_groups);
-  }
-  void meet_all() const {
-    if (plan.grid.workers() > 1) all_workers->wait(plan.grid.workers());
-  }
+  void meet_team() const { team_members.wait(); }
+  void meet_all() const { all_workers.wait(); }
   // This member's share of some columns, in whole registers.
   Range columns(int64_t size) const {
     const Range mine = share(divide_up(size, kLanes), plan.grid.hidden_groups, member);

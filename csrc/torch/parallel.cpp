@@ -1,7 +1,6 @@
 #include "torch/parallel.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/SmallVector.h>
 
 #if !defined(_OPENMP)
 #error "compile with -fopenmp: without it everything would run on one thread and say nothing"
@@ -11,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <ctime>
+#include <vector>
 
 #include "torch/crowding.h"
 
@@ -38,6 +38,20 @@ int available_threads(bool always_all) {
 Limit worker_limit() { return {crowding().workers(), crowding().left()}; }
 void set_fewer_when_crowded(bool wanted) { crowding().wanted.store(wanted, std::memory_order_relaxed); }
 
+bool on_threads(int workers, void (*work)(void* context, int index), void* context) {
+  bool complete = false;
+#pragma omp parallel num_threads(workers)
+  {
+    // All threads see the same number, so all agree.
+    if (omp_get_num_threads() == workers) {
+      const int worker = omp_get_thread_num();
+      if (worker == 0) complete = true;
+      work(context, worker);
+    }
+  }
+  return complete;
+}
+
 bool run_at_once(int workers, double work_size, void (*work)(void* context, int index), void* context) {
   const bool limited = crowding().limits();
   if (workers == 1) {
@@ -50,30 +64,23 @@ bool run_at_once(int workers, double work_size, void (*work)(void* context, int 
     crowding().note_limited(seconds(CLOCK_MONOTONIC) - begin, work_size);
     return true;
   }
-  bool complete = false;
   // Measuring a thread's time takes a few percent of a short call.
   static std::atomic<bool> last_was_long{false};
   const bool measures = !limited && last_was_long.load(std::memory_order_relaxed);
   struct Had {
     double time = 0, lost = 0;
   };
-  c10::SmallVector<Had, 16> had(measures ? workers : 0);
+  std::vector<Had> had(measures ? workers : 0);
   const double begin = seconds(CLOCK_MONOTONIC);
-#pragma omp parallel num_threads(workers)
-  {
-    // All threads see the same number, so all agree.
-    if (omp_get_num_threads() == workers) {
-      const int worker = omp_get_thread_num();
-      if (worker == 0) complete = true;
-      const double before = measures ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
-      work(context, worker);
-      if (measures) {
-        // Measured from the common begin: a thread that was woken late delayed the others.
-        const double time = seconds(CLOCK_MONOTONIC) - begin;
-        had[worker] = {time, time - (seconds(CLOCK_THREAD_CPUTIME_ID) - before)};
-      }
+  const bool complete = on_threads(workers, [&](int worker) {
+    const double before = measures ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
+    work(context, worker);
+    if (measures) {
+      // Measured from the common begin: a thread that was woken late delayed the others.
+      const double time = seconds(CLOCK_MONOTONIC) - begin;
+      had[worker] = {time, time - (seconds(CLOCK_THREAD_CPUTIME_ID) - before)};
     }
-  }
+  });
   if (!complete) return false;
   const double time = seconds(CLOCK_MONOTONIC) - begin;
   last_was_long.store(time > kShortest, std::memory_order_relaxed);

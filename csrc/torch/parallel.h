@@ -22,7 +22,16 @@ LSTM_EXT_PUBLIC void set_fewer_when_crowded(bool wanted);
 
 // Runs work(index) for index < workers on as many threads at once and returns true. Returns false, having run nothing,
 // if the system gives fewer threads. The work may wait for the other workers, so the indices cannot run one after the
-// other. `work_size` is the work of all workers, in the unit of WorkerGrid.
+// other.
+bool on_threads(int workers, void (*work)(void* context, int index), void* context);
+
+template <typename F>
+bool on_threads(int workers, const F& work) {
+  const auto call = [](void* context, int index) { (*static_cast<const F*>(context))(index); };
+  return on_threads(workers, call, const_cast<F*>(&work));
+}
+
+// The same for a call, whose time counts. `work_size` is the work of all workers, in the unit of WorkerGrid.
 bool run_at_once(int workers, double work_size, void (*work)(void* context, int index), void* context);
 
 template <typename F>

@@ -42,7 +42,12 @@ class LSTMExtras(NamedTuple):
     """The third result of :class:`lstm_ext.LSTM` where ``return_cell_states`` or ``return_gates`` requests one.
 
     L layers, D = 2 if bidirectional else 1, H hidden units; a layer's directions lie side by side, as in ``h_n``, and
-    the values of the reverse direction stand at the step of the input that they belong to, as in the output.
+    the values of the reverse direction stand at the step of the input that they belong to, as in the output. Example::
+
+        lstm = lstm_ext.LSTM(10, 20)
+        output, (h, c), extras = lstm(torch.randn(5, 3, 10), return_gates=True)
+        i, f, g, o = extras.gates.unbind(-1)           # (1, 5, 3, 20) each
+        assert extras.cell_states is None
 
     Attributes:
         cell_states: c_t of every layer and step, (L * D, T, B, H), (L * D, B, T, H) with ``batch_first``, or

@@ -115,7 +115,7 @@ def class_of(
     """The class of a call with ``batch`` sequences of ``steps`` steps, at most."""
     return ShapeClass(
         str(dtype).removeprefix("torch."),
-        dtype == torch.float32 and _allows_tf32(),
+        dtype == torch.float32 and allows_tf32(),
         hidden_size,
         proj_size,
         num_layers,
@@ -234,15 +234,16 @@ def recorded(device: torch.device) -> dict[str, Choice]:
     """
     if device.index not in _records:
         entry = selftest_record.find(device) or {}
-        found = _records[device.index] = {}
+        found: dict[str, Choice] = {}
         for key, fields in (entry.get("measured") or {}).items():
             with contextlib.suppress(TypeError):
                 found[key] = Choice(**fields)
+        _records.setdefault(device.index, found)  # complete, and the first one, to which threads add
     return _records[device.index]
 
 
-def _allows_tf32() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+def allows_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined, no-any-return]
 
 
 def _may_measure() -> bool:
@@ -264,7 +265,8 @@ def _ours_in_graph(
     and of the record."""
     wanted = class_of(dtype, 0, 0, num_layers, bidirectional, training, 0, 0, packed).key
     found = {**recorded(torch.device("cuda", index))}
-    found |= {shape.key: c for (device, shape), c in _fixed.items() if device == index and c is not None}
+    fixed = _fixed.copy()  # other threads add to it
+    found |= {shape.key: c for (device, shape), c in fixed.items() if device == index and c is not None}
     ours = [choice.ours for key, choice in found.items() if _without_sizes(key) == _without_sizes(wanted)]
     return bool(ours) and all(ours)
 

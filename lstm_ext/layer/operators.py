@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..native import loader
+from ..native import loader, worker_record
+from ..native.imports import when_imported
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
@@ -210,13 +210,15 @@ def register() -> None:
 
 def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
     """Gives torch's FLOP counter the formulas of operators, by name."""
-    # Importing torch's counter warns about CUDA without triton. It does not count torch's own layer either.
-    if torch.version.cuda is not None and importlib.util.find_spec("triton") is None:
-        return
-    from torch.utils.flop_counter import register_flop_formula
 
-    for name, formula in formulas.items():
-        register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
+    def add(counter: Any) -> None:
+        for name, formula in formulas.items():
+            counter.register_flop_formula(getattr(torch.ops.lstm_ext, name))(formula)
+
+    # Importing it here would import triton too, which turns on the GIL of a Python without it, or would warn that there
+    # is none.
+    when_imported("torch.utils.flop_counter", " ".join(formulas), add)
 
 
 loader.on_load(register)
+loader.when_loaded(worker_record.use)

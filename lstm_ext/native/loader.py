@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -55,6 +56,7 @@ class _Result:
 
 _result: _Result | None = None
 _waiting: list[Callable[[], None]] = []  # see on_load
+_users: list[Callable[[Any], None]] = []  # see when_loaded
 _lock = threading.Lock()
 
 
@@ -77,7 +79,7 @@ def extension() -> ModuleType | None:
     global _result
     result = _result
     if result is None:
-        unavailable = None
+        unavailable, chosen = None, False
         with _lock:
             result = _result
             if result is None:
@@ -85,7 +87,10 @@ def extension() -> ModuleType | None:
                 while result.module is not None and _waiting:
                     _waiting.pop(0)()
                 # This is last: no other thread gets the module before the functions of on_load have run.
-                _result = result
+                _result, chosen = result, True
+        if chosen and result.module is not None:
+            for function in _users:
+                function(result.module)
         if unavailable is not None:
             warnings.warn(
                 f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable}",
@@ -112,6 +117,11 @@ def on_load(function: Callable[[], None]) -> None:
             _waiting.append(function)
             return
     function()
+
+
+def when_loaded(function: Callable[[Any], None]) -> None:
+    """Calls a function with the extension, when `extension` returns it for the first time. It may call `extension`."""
+    _users.append(function)
 
 
 def _has_operators() -> bool:

@@ -209,6 +209,68 @@ def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
             assert torch.equal(one, two)
 
 
+# Workers that cost nothing, so that small layers have many of them, on two cores.
+MANY = {"thread": [1.0], "barrier": [1.0]}
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "both directions": {"bidirectional": True},
+    "projection": {"proj_size": 70},
+    "layer_norm": {"layer_norm": True},
+    "zoneout": {"zoneout": 0.2},
+}
+
+
+@pytest.fixture
+def many_workers() -> Iterator[Callable[[int, bool], None]]:
+    """Sets the number of threads, and whether barriers are trees."""
+    before = torch.get_num_threads()
+
+    def set_both(threads: int, tree: bool) -> None:
+        torch.set_num_threads(threads)
+        loader.extension().set_worker_costs({**MANY, "tree_from": 2 if tree else 1 << 30})
+
+    yield set_both
+    loader.extension().set_worker_costs(None)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("option", LAYERS)
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_number_of_threads_changes_no_bit(
+    rows: int, option: str, many_workers: Callable[[int, bool], None]
+) -> None:
+    """Of either form of barriers. Layer normalisation is the exception, as above: only in the gradients of its own
+    parameters and of the biases."""
+    steps, hidden_size = 3, 330
+    module = lstm_ext.LSTM(FEATURES, hidden_size, **LAYERS[option])
+    x = torch.randn(steps, rows, FEATURES, requires_grad=True)
+    _, state = module(x.detach())
+    hx = tuple(torch.randn_like(s).requires_grad_() for s in state)
+    # Biases and gains are vectors.
+    inexact = [False] * 7 + [option == "layer_norm" and p.dim() == 1 for p in module.parameters()]
+
+    def computed(threads: int, tree: bool) -> list[Tensor]:
+        many_workers(threads, tree)
+        torch.manual_seed(4)
+        return results(module, x, hx)
+
+    expected = computed(1, False)
+    for threads, tree in itertools.product((2, 3, 8, 16, 64), (False, True)):
+        computed_now = computed(threads, tree)
+        plan = loader.extension().cpu_plan(
+            steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=threads, save=True
+        )
+        workers = plan["forward_batch_groups"] * plan["forward_hidden_groups"]
+        assert workers > threads // 4 and (plan["forward_tree"], plan["forward_team_tree"]) == (
+            (tree, tree and plan["forward_hidden_groups"] > 1)
+        )
+        for found, one, may_differ in zip(computed_now, expected, inexact, strict=True):
+            if may_differ:
+                torch.testing.assert_close(found, one)
+            else:
+                assert torch.equal(found, one), (threads, tree)
+
+
 ON_ONE_CORE = """
 import os, time, torch, lstm_ext
 from lstm_ext.native import loader

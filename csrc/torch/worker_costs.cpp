@@ -1,0 +1,250 @@
+#include "torch/worker_costs.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <ctime>
+#include <mutex>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+#include "torch/parallel.h"
+
+namespace lstm_ext {
+namespace {
+
+using cpu::kCostPoints;
+using cpu::WorkerCosts;
+
+constexpr const char* kVariable = "LSTM_EXT_CPU_MEASURE";
+// In the unit of the constants, which were found where 1 us of arithmetic was this much.
+constexpr double kWorkPerSecond = 6e10;
+// No cost is more than so many times its constant: a barrier 20 us, a thread 200 us.
+constexpr double kMostGrowth = 20;
+// The constants hold so much of a bare barrier and of bare threads, in seconds, at most. If two workers took longer,
+// more workers are taken to cost the rest as well.
+constexpr double kBareBarrier = 0.3e-6, kBareThread = 3e-6;
+// A tree is taken for so many workers or more, where it takes at most this part of the time of one line.
+constexpr int kLeastTree = 8;
+constexpr double kTreePays = 0.9;
+// Each time is the median of so many. It counts if it is at most kSteady times the shortest: else other programs had
+// the cores.
+constexpr int kSamples = 9;
+constexpr double kSteady = 3;
+constexpr int kWaits = 16;                // barriers of a sample
+constexpr double kMostSeconds = 20e-3;    // seconds for all of it; 64 threads need about 4 ms
+constexpr int kTries = 3;                 // in a process
+constexpr int kCallsBetweenTries = 1000;  // that may have several workers
+
+double now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+// The times and costs for some number of threads. Entries stay for the life of the process, since calls read them
+// unlocked.
+struct Known {
+  WorkerTimes times;
+  WorkerCosts costs;
+  const Known* next;
+};
+std::atomic<const Known*> known{nullptr};
+std::atomic<const WorkerCosts*> forced{nullptr};
+std::atomic<int> tries{0}, calls{0};
+std::atomic<int> pretended_cores{0};  // 0: those that there are
+
+const Known* find(int threads) {
+  const Known* entry = known.load(std::memory_order_acquire);
+  while (entry && entry->times.threads != threads) entry = entry->next;
+  return entry;
+}
+
+// The median of samples, if it may count.
+std::optional<double> steady(double (&samples)[kSamples]) {
+  std::sort(samples, samples + kSamples);
+  const double median = samples[kSamples / 2];
+  if (!(samples[0] > 0) || median > kSteady * samples[0]) return {};
+  return median;
+}
+
+// Times of one number of workers; false if they do not count.
+bool measure_at(int workers, double deadline, double& thread, double& barrier, double& tree) {
+  double samples[3][kSamples];
+  for (double& sample : samples[0]) {
+    const double begin = now();
+    if (!on_threads(workers, [](int) {})) return false;
+    sample = now() - begin;
+    if (begin > deadline) return false;
+  }
+  // There are three barriers: both forms, and one at which all begin. A tree has at most one node more than half as
+  // many as workers.
+  const size_t form_bytes = static_cast<size_t>(cpu::kNodeBytes) * static_cast<size_t>(workers / 2 + 2);
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> places(3 * form_bytes / sizeof(Line), Line{});
+  const auto place = [&](size_t i) { return places.data()->bytes + i * form_bytes; };
+  const auto meet_often = cpu::kernels<float>().meet_often;
+  std::atomic<bool> late{false};
+  const bool complete = on_threads(workers, [&](int worker) {
+    for (int i = 0; i < kSamples; ++i) {
+      for (const bool is_tree : {false, true}) {
+        if (worker == 0 && now() > deadline) late.store(true, std::memory_order_relaxed);
+        meet_often(place(2), /*tree=*/false, workers, worker, 1);
+        if (late.load(std::memory_order_relaxed)) return;  // all have passed the same barrier since it was set
+        const double begin = now();
+        meet_often(place(is_tree), is_tree, workers, worker, kWaits);
+        if (worker == 0) samples[1 + is_tree][i] = (now() - begin) / kWaits;
+      }
+    }
+  });
+  if (!complete || late) return false;
+  double* const results[] = {&thread, &barrier, &tree};
+  for (int i = 0; i < 3; ++i) {
+    const std::optional<double> found = steady(samples[i]);
+    if (!found) return false;
+    *results[i] = *found;
+  }
+  return true;
+}
+
+int cores() {
+  if (const int pretended = pretended_cores.load(std::memory_order_relaxed)) return pretended;
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
+}
+
+const pid_t loaded_by = getpid();
+
+// Whether nothing here forbids a measurement.
+bool may_measure(int threads) {
+  return getpid() == loaded_by && threads <= cores() && !at::in_parallel_region() &&
+         !at::globalContext().deterministicAlgorithms() && worker_limit().seconds == 0;
+}
+
+}  // namespace
+
+int workers_at(int place, int threads) { return std::min(2 << place, threads); }
+
+bool measures_workers() {
+  static const bool wanted = [] {
+    const char* const text = std::getenv(kVariable);
+    const std::string wish = text && *text ? text : "1";
+    if (wish != "0" && wish != "1") {
+      throw std::invalid_argument(std::string(kVariable) + ": expected '0' or '1', got '" + wish + "'");
+    }
+    return wish == "1";
+  }();
+  return wanted;
+}
+
+WorkerCosts costs_from(const WorkerTimes& times) {
+  if (times.threads < 2) {
+    throw std::invalid_argument("times of workers: expected at least 2 threads, got " + std::to_string(times.threads));
+  }
+  int places = 0;
+  while (places < kCostPoints && (places == 0 || workers_at(places - 1, times.threads) < times.threads)) ++places;
+  for (const auto& list : {times.thread, times.barrier, times.tree}) {
+    for (int i = 0; i < places; ++i) {
+      if (std::isfinite(list[i]) && list[i] > 0) continue;
+      throw std::invalid_argument("times of workers: expected positive numbers, got " + std::to_string(list[i]));
+    }
+  }
+  WorkerCosts costs;
+  for (int i = places - 1; i >= 0; --i) {
+    const int workers = workers_at(i, times.threads);
+    if (workers < kLeastTree || times.tree[i] > kTreePays * times.barrier[i]) break;
+    costs.tree_from = workers;
+  }
+  const auto cost = [](double constant, double time, double of_two, double before) {
+    const double found = constant + kWorkPerSecond * (time - of_two);
+    return std::clamp(found, before, kMostGrowth * constant);
+  };
+  const double of_two[] = {std::min(times.thread[0], kBareThread), std::min(times.barrier[0], kBareBarrier)};
+  for (int i = 1; i < kCostPoints; ++i) {
+    const int from = std::min(i, places - 1);
+    const double barrier = (workers_at(from, times.threads) >= costs.tree_from ? times.tree : times.barrier)[from];
+    costs.thread[i] = cost(cpu::kWorkPerThread, times.thread[from], of_two[0], costs.thread[i - 1]);
+    costs.barrier[i] = cost(cpu::kWorkPerBarrier, barrier, of_two[1], costs.barrier[i - 1]);
+  }
+  return costs;
+}
+
+WorkerCosts worker_costs(int threads, bool fixed) {
+  if (const WorkerCosts* const costs = forced.load(std::memory_order_acquire)) return *costs;
+  WorkerCosts costs;
+  if (threads > 2) {
+    if (const Known* const entry = find(threads)) {
+      if (!fixed) return entry->costs;
+      costs.tree_from = entry->costs.tree_from;
+    }
+  }
+  return costs;
+}
+
+std::optional<WorkerTimes> measure_workers(int threads) {
+  const double deadline = now() + kMostSeconds;
+  WorkerTimes times{threads, {}, {}, {}};
+  for (int i = 0; i < kCostPoints; ++i) {
+    const int workers = workers_at(i, threads);
+    if (!measure_at(workers, deadline, times.thread[i], times.barrier[i], times.tree[i])) return {};
+    if (workers == threads) break;
+  }
+  return times;
+}
+
+bool measure_workers_if_due() {
+  const int threads = at::get_num_threads();
+  if (threads <= 2 || tries.load(std::memory_order_relaxed) >= kTries || !measures_workers() ||
+      forced.load(std::memory_order_relaxed) || find(threads)) {
+    return false;
+  }
+  if (calls.fetch_add(1, std::memory_order_relaxed) % kCallsBetweenTries != 0 || !may_measure(threads)) return false;
+  static std::mutex one_at_a_time;
+  const std::unique_lock<std::mutex> lock(one_at_a_time, std::try_to_lock);
+  if (!lock || find(threads)) return false;
+  ++tries;
+  try {
+    const std::optional<WorkerTimes> times = measure_workers(threads);
+    if (times) set_worker_times(*times);
+    return times.has_value();
+  } catch (const std::exception&) {  // too little memory, which is no reason for a layer's call to fail
+    return false;
+  }
+}
+
+void set_worker_times(const WorkerTimes& times) {
+  Known* const entry = new Known{times, costs_from(times), known.load(std::memory_order_acquire)};
+  while (!known.compare_exchange_weak(entry->next, entry)) {
+  }
+}
+
+std::vector<WorkerTimes> known_worker_times() {
+  std::vector<WorkerTimes> all;
+  for (const Known* entry = known.load(std::memory_order_acquire); entry; entry = entry->next) {
+    const auto is_newer = [&](const WorkerTimes& times) { return times.threads == entry->times.threads; };
+    if (std::none_of(all.begin(), all.end(), is_newer)) all.push_back(entry->times);
+  }
+  return all;
+}
+
+int worker_measurements() { return tries.load(std::memory_order_relaxed); }
+void pretend_cores(int cores) {
+  pretended_cores.store(cores, std::memory_order_relaxed);
+  tries = calls = 0;
+  known.store(nullptr, std::memory_order_release);
+}
+
+void set_worker_costs(const WorkerCosts* costs) {
+  forced.store(costs ? new WorkerCosts(*costs) : nullptr, std::memory_order_release);
+}
+
+}  // namespace lstm_ext
