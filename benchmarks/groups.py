@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import bench_contract
+import bench_library
 import bench_options
 import harness
 import peers
@@ -269,6 +270,11 @@ def imports(case: Case, settings: Settings) -> Result:
     }
 
 
+def library(case: Case, settings: Settings) -> Result:
+    torch.set_num_threads(1)
+    return bench_library.measure(case.shape, settings.budget)
+
+
 SMALL = ("B1-T1-H128", "B1-T64-H128", "B10-T30-H10", "B32-T100-H64", "B32-T100-H128", "B64-T50-H256")
 GROUPS: dict[str, Group] = {
     "inference": Group(
@@ -327,6 +333,14 @@ GROUPS: dict[str, Group] = {
         BUSY,
         busy,
         ("batch",),
+    ),
+    "library": Group(
+        "one step on one thread: the C library and a plain loop, called from C; torch, a frozen layer, ONNX Runtime",
+        {name: shape for name, shape in STREAMS.items() if shape.hidden_size <= 512},
+        library,
+        ("stream-H16", "stream-H128"),
+        kinds=(False,),
+        threads_matter=False,
     ),
     "first-call": Group(
         "the first call in a fresh process, and what goes before it",

@@ -384,30 +384,6 @@ def write(path: Path | None, record: dict) -> None:
 # ---- the facts of the machine --------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit that this checkout is at, with "+changes" if it differs from it."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def load() -> float:
     """How many programs want a processor, on average over the last minute."""
     return os.getloadavg()[0]
@@ -419,12 +395,12 @@ HELD_BY = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY
 
 def facts() -> dict[str, object]:
     import lstm_ext
-    from lstm_ext.native import loader
+    from lstm_ext.native import config, loader
 
     extension = loader.extension()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
+        "cpu": config.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_at_start": load(),
         "python": platform.python_version(),
@@ -433,7 +409,7 @@ def facts() -> dict[str, object]:
         "lstm_ext": lstm_ext.__version__,
         "lstm_ext_backend": loader.status().backend,
         "lstm_ext_cpu_capability": extension.cpu_capability() if extension else None,
-        "git_commit": git_commit(),
+        "git_commit": config.commit(Path(__file__).resolve().parents[1]),
     }
 
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/frozen.h"
 #include "cpu/kernels.h"
 #include "torch/backend.h"
 #include "torch/scratch.h"
@@ -13,7 +14,6 @@
 namespace lstm_ext {
 namespace {
 
-constexpr int64_t kFewWeights = 20'000;
 constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '2'};
 
 struct Header {
@@ -100,9 +100,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
-  // Few weights are in the caches in any case, and unrounded numbers need no widening.
-  const bool few = 4 * H * (shape.input_size + shape.output_size) <= kFewWeights;
-  const WeightKind kept = few ? WeightKind::kOwn : kind;
+  const WeightKind kept = cpu::kept_kind(shape, kind);
   const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit},
                                                    planes_for(weights[0].scalar_type()), kept, sizeof(Header));
   const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
@@ -216,23 +214,7 @@ std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std:
 
 template <typename T>
 FrozenWeights<T> frozen_weights(const at::Tensor& frozen) {
-  const char* const data = static_cast<const char*>(frozen.const_data_ptr());
-  const cpu::FrozenPlan& plan = header_of(frozen).plan;
-  const auto gates = [&](const cpu::FrozenPlan::Gates& place) {
-    typename FrozenWeights<T>::Gates weight{};
-    if (plan.kind == WeightKind::kOwn) {
-      weight.panels = reinterpret_cast<const T*>(data + place.panels);
-    } else {
-      weight.narrow = {data + place.panels, plan.kind, reinterpret_cast<const T*>(data + place.factors)};
-    }
-    if (plan.planes > 0) {
-      weight.planes = reinterpret_cast<const uint16_t*>(data + place.planes);
-      weight.splits = reinterpret_cast<const uint8_t*>(data + place.splits);
-    }
-    return weight;
-  };
-  return {gates(plan.input), gates(plan.recurrent), reinterpret_cast<const T*>(data + plan.projection_panels),
-          reinterpret_cast<const T*>(data + plan.bias), plan.planes};
+  return cpu::frozen_weights<T>(header_of(frozen).plan, static_cast<const char*>(frozen.const_data_ptr()));
 }
 
 template FrozenWeights<float> frozen_weights(const at::Tensor&);

@@ -1,0 +1,161 @@
+"""A damaged weights file is one clear line, and never a crash."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from c_library import LibraryError, Model, built, call, copied, linked
+
+import lstm_ext
+
+pytestmark = pytest.mark.tools
+
+SOURCE = Path(__file__).parent / "damage.c"
+LAYERS = {
+    "plain": (lambda: lstm_ext.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2), None),
+    "int8": (lambda: lstm_ext.LSTM(2, 5, peephole=True, gate_activation="hard_sigmoid"), torch.int8),
+    "float64": (lambda: lstm_ext.LSTM(1, 2, layer_norm=True, dtype=torch.float64), None),
+}
+
+
+def content_of(name: str, tmp_path: Path) -> bytes:
+    make, kind = LAYERS[name]
+    lstm_ext.freeze(make(), kind).save_native(tmp_path / "weights")
+    return (tmp_path / "weights").read_bytes()
+
+
+def changed(content: bytes, at: int, kind: str, *values: Any, signed: bool = True) -> bytes:
+    """With other values from a byte on, and then the checksum of them."""
+    found = bytearray(content)
+    struct.pack_into(f"<{kind}", found, at, *values)
+    if signed:
+        struct.pack_into("<I", found, 24, 0)
+        struct.pack_into("<I", found, 24, zlib.crc32(found))
+    return bytes(found)
+
+
+def said_of(content: bytes) -> str:
+    with pytest.raises(LibraryError) as error:
+        Model(content)
+    return str(error.value)
+
+
+def test_lines(tmp_path: Path) -> None:
+    good = content_of("plain", tmp_path)
+    size = len(good)
+    Model(good)
+    assert said_of(b"PK\3\4" + good[4:]) == "this is no weights file of lstm_ext: its first bytes are others"
+    assert (
+        said_of(good[:100]) == "the weights file is cut off: it has 100 bytes, and its header alone has 192"
+    )
+    assert (
+        said_of(good[:-8])
+        == f"the weights file is cut off: it has {size - 8} bytes, and its header says {size}"
+    )
+    assert (
+        said_of(good + b"\0")
+        == f"the weights file is too long: it has {size + 1} bytes, and its header says {size}"
+    )
+    assert said_of(changed(good, 200, "B", 255 - good[200], signed=False)) == (
+        "the weights file is damaged: its checksum differs"
+    )
+    assert said_of(changed(good, 8, "I", 2)) == (
+        "the weights file has format 2, and this library reads format 1: save it again"
+    )
+    assert said_of(changed(good, 12, "I", 0x04030201)) == (
+        "the weights file is of the other byte order: save it on a little-endian machine"
+    )
+    assert said_of(changed(good, 12, "I", 0)) == "the weights file is damaged: its byte order mark is none"
+
+
+@pytest.mark.parametrize(
+    ("field", "at", "kind", "value"),
+    [
+        ("flags", 28, "I", 64),
+        ("flags", 28, "I", 1 + 2 + 8 + 16),  # layer normalisation with coupled gates
+        ("dtype", 32, "I", 2),
+        ("weight_kind", 36, "I", 3),
+        ("planes", 40, "I", 0),
+        ("planes", 40, "I", 4),
+        ("num_layers", 44, "I", 0),
+        ("num_layers", 44, "I", 1 << 17),
+        ("directions", 48, "I", 3),
+        ("zero", 52, "I", 1),
+        ("input_size", 56, "Q", 0),
+        ("input_size", 56, "Q", 1 << 31),
+        ("total_bytes", 56, "Q", (1 << 31) - 1),
+        ("hidden_size", 64, "Q", 0),
+        ("hidden_size", 64, "Q", 1 << 63),
+        ("output_size", 72, "Q", 4),
+        ("output_size", 72, "Q", 0),
+        ("cell_clip", 80, "d", -1.0),
+        ("cell_clip", 80, "d", 1e-300),
+        ("preactivation_clip", 88, "d", float("inf")),
+        ("preactivation_clip", 88, "d", float("nan")),
+        ("zoneout_h", 96, "d", 1.5),
+        ("zoneout_c", 104, "d", float("nan")),
+        ("activations", 112, "I", 1),
+        ("activations", 120, "d", 0.5),
+        ("zero", 184, "Q", 1),
+    ],
+)
+def test_fields(field: str, at: int, kind: str, value: Any, tmp_path: Path) -> None:
+    good = content_of("plain", tmp_path)
+    assert said_of(changed(good, at, kind, value)) == (
+        f"the weights file is not valid: its field {field} has no such value"
+    )
+
+
+def test_fields_of_other_layers(tmp_path: Path) -> None:
+    good = content_of("int8", tmp_path)
+    invalid = "the weights file is not valid: its field {} has no such value"
+    for at, kind, value, field in (
+        (32, "I", 1, "weight_kind"),  # int8 in float64
+        (112, "I", 11, "activations"),
+        (120, "d", -0.1, "activations"),
+        (128, "d", float("inf"), "activations"),
+        (192 + 40, "f", 0.0, "factors"),  # those of weight_ih, (20, 2)
+        (192 + 40, "f", float("nan"), "factors"),
+    ):
+        assert said_of(changed(good, at, kind, value)) == invalid.format(field)
+    assert said_of(changed(good, 112, "IId", 7, 0, 0.0)) == invalid.format("activations")  # scaled_tanh
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError) as error:
+        Model(tmp_path / "none")
+    assert str(error.value) == f"could not open '{tmp_path / 'none'}': No such file or directory"
+    with pytest.raises(LibraryError, match=r"could not read .*: Is a directory"):
+        Model(tmp_path)
+    (tmp_path / "empty").touch()
+    with pytest.raises(LibraryError, match="cut off: it has 0 bytes"):
+        Model(tmp_path / "empty")
+    place = copied(content_of("plain", tmp_path), offset=4)
+    with pytest.raises(LibraryError, match="bytes: expected an address that is a multiple of 8, got 0x"):
+        pointer = ctypes.c_void_p()
+        call("model_create", ctypes.c_void_p(place.address), ctypes.c_size_t(192), ctypes.byref(pointer))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("flags", ["", "-fsanitize=address,undefined"], ids=["plain", "sanitized"])
+def test_every_damage(flags: str, name: str, tmp_path: Path) -> None:
+    """Each length, each byte in four ways, and 20,000 headers of unusual values; what is still a model runs."""
+    content_of(name, tmp_path)
+    if flags:
+        flags += " -fno-sanitize-recover=all"
+        prefix = built(f"-O1 {flags}", "baseline")
+    else:
+        prefix = built()
+    program = linked(SOURCE, prefix, tmp_path / "damage", *flags.split())
+    run = subprocess.run([program, tmp_path / "weights"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = re.fullmatch(r"(\d+) files, (\d+) models, each other a line\n", run.stdout)
+    assert found and int(found[1]) > 20_000 and int(found[2]) > 1000
