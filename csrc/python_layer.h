@@ -33,6 +33,17 @@ auto without_gil(const Function& function) {
   return function();
 }
 
+// The value of a key, or null. It is owned, since in a Python without the GIL another thread may change the dict.
+inline py::object value_of(const py::dict& dict, const char* key) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* value = nullptr;
+  if (PyDict_GetItemStringRef(dict.ptr(), key, &value) < 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+#else
+  return py::reinterpret_borrow<py::object>(PyDict_GetItemString(dict.ptr(), key));
+#endif
+}
+
 template <typename Option>
 constexpr const char* kind_of_option() {
   if constexpr (std::is_same_v<Option, Tensor>) return "a Tensor or None";
@@ -47,21 +58,21 @@ inline LayerOptions make_options(const py::kwargs& given) {
   size_t known = 0;
   const auto read = [&](const char* name, auto& option) {
     using Option = std::decay_t<decltype(option)>;
-    PyObject* const value = PyDict_GetItemString(given.ptr(), name);
+    const py::object value = value_of(given, name);
     if (!value) return;
     ++known;
-    if (std::is_same_v<Option, Tensor> && value == Py_None) return;
+    if (std::is_same_v<Option, Tensor> && value.is_none()) return;
     try {
-      option = py::cast<Option>(py::handle(value));
+      option = py::cast<Option>(value);
     } catch (const py::cast_error&) {
       throw py::type_error("LayerOptions: " + std::string(name) + ": expected " + kind_of_option<Option>() + ", got " +
-                           Py_TYPE(value)->tp_name);
+                           Py_TYPE(value.ptr())->tp_name);
     }
   };
   visit_options(options, read);
   read("recompute", options.recompute);
   if (known != given.size()) {
-    for (const auto& [key, value] : given) {
+    for (const py::handle key : py::reinterpret_steal<py::list>(PyDict_Keys(given.ptr()))) {
       const std::string name = py::cast<std::string>(key);
       bool found = name == "recompute";
       visit_options(options, [&](const char* option, const auto&) { found |= name == option; });

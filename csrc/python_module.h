@@ -67,12 +67,43 @@ struct ViewsUnlessTracked {
 };
 inline py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
+// The items of a list or tuple, which lives as long as this does. In a Python without the GIL another thread may change
+// a list meanwhile, so there they are those of a copy, which owns them.
+class Items {
+ public:
+  explicit Items(PyObject* sequence) {
+#ifdef Py_GIL_DISABLED
+    if (PyList_CheckExact(sequence)) {
+      copy_ = py::reinterpret_steal<py::object>(PyList_AsTuple(sequence));
+      if (!copy_) throw py::error_already_set();
+      sequence = copy_.ptr();
+    }
+#endif
+    items_ = PySequence_Fast_ITEMS(sequence);
+    size_ = static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence));
+  }
+
+  size_t size() const { return size_; }
+  PyObject* operator[](size_t i) const { return items_[i]; }
+  PyObject* const* begin() const { return items_; }
+  PyObject* const* end() const { return items_ + size_; }
+
+ private:
+#ifdef Py_GIL_DISABLED
+  py::object copy_;
+#endif
+  PyObject* const* items_;
+  size_t size_;
+};
+
 // Reads a tuple or list of two tensors: read(i, tensor) returns whether a tensor fits.
 template <typename Read>
 inline bool read_states(PyObject* hx, const Read& read) {
-  if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return false;
+  if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx))) return false;
+  const Items states(hx);
+  if (states.size() != 2) return false;
   for (int i = 0; i < 2; ++i) {
-    const Tensor* const state = plain_tensor(PySequence_Fast_GET_ITEM(hx, i));
+    const Tensor* const state = plain_tensor(states[i]);
     if (!state || !read(i, *state)) return false;
   }
   return true;
@@ -108,27 +139,26 @@ inline bool read_module_call(PyObject* const* args, ModuleCall& call) {
   if (!call.layout.step && input->size(call.layout.batch_first ? 1 : 0) == 0) return false;
   call.input = *input;
 
-  const auto count = PyList_CheckExact(weights) ? static_cast<size_t>(PyList_GET_SIZE(weights)) : 0;
+  if (!PyList_CheckExact(weights) || (options != Py_None && !PyList_CheckExact(options))) return false;
+  const Items by_layer(weights);
+  const size_t count = by_layer.size();
   if (count == 0) return false;
-  if (options != Py_None && (!PyList_CheckExact(options) || static_cast<size_t>(PyList_GET_SIZE(options)) != count)) {
-    return false;
-  }
+  std::optional<Items> options_by_layer;
+  if (options != Py_None && options_by_layer.emplace(options).size() != count) return false;
   call.layers.resize(count);
   for (size_t k = 0; k < count; ++k) {
     LayerCall& layer = call.layers[k];
     layer.has_bias = has_bias;
     layer.bidirectional = bidirectional;
-    PyObject* const of_layer = PyList_GET_ITEM(weights, k);
-    if (!PyList_CheckExact(of_layer)) return false;
-    layer.weights.reserve(static_cast<size_t>(PyList_GET_SIZE(of_layer)));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(of_layer); ++i) {
-      const Tensor* const weight = plain_tensor(PyList_GET_ITEM(of_layer, i));
+    if (!PyList_CheckExact(by_layer[k])) return false;
+    const Items of_layer(by_layer[k]);
+    layer.weights.reserve(of_layer.size());
+    for (PyObject* const item : of_layer) {
+      const Tensor* const weight = plain_tensor(item);
       if (!weight || weight->scalar_type() != dtype) return false;
       layer.weights.push_back(*weight);
     }
-    if (options != Py_None) {
-      layer.options = py::cast<const LayerOptions&>(py::handle(PyList_GET_ITEM(options, k)));
-    }
+    if (options_by_layer) layer.options = py::cast<const LayerOptions&>(py::handle((*options_by_layer)[k]));
   }
 
   if (hx == Py_None) return true;
@@ -199,8 +229,9 @@ inline bool read_cell_call(PyObject* const* args, LayerCall& call) {
   const Tensor* const input = plain_tensor(args[0]);
   if (!input || (input->dim() != 1 && input->dim() != 2) || !has_kernel(input->scalar_type())) return false;
   call.input = *input;
-  if (!PyList_CheckExact(weights) || PyList_GET_SIZE(weights) != 4) return false;
-  PyObject* const* const given = PySequence_Fast_ITEMS(weights);
+  if (!PyList_CheckExact(weights)) return false;
+  const Items given(weights);
+  if (given.size() != 4) return false;
   call.has_bias = given[2] != Py_None || given[3] != Py_None;
   call.weights.reserve(4);
   for (int i = 0; i < (call.has_bias ? 4 : 2); ++i) {
