@@ -68,3 +68,9 @@ __all__ = [
     "tune",
     "unfreeze",
 ]
+
+_SUBMODULES = ("info", "onnx", "ops", "selftest")  # public ones, which may not be loaded yet
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *[name for name in _SUBMODULES if name in globals()]]

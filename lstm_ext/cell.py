@@ -3,3 +3,7 @@
 from .nn.cell import LSTMCell
 
 __all__ = ["LSTMCell"]
+
+
+def __dir__() -> list[str]:
+    return __all__

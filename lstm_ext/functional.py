@@ -3,18 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import run
+from .call.layout import LSTMExtras
 from .layer import route
 from .layer.activations import Activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["lstm"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
+_Sequences = TypeVar("_Sequences", Tensor, PackedSequence)
+_States = tuple[Tensor, Tensor]
+
+
+class _Options(TypedDict, total=False):
+    """The options that have no say in the type of the results."""
+
+    lengths: Tensor | Sequence[int] | None
+    resets: Tensor | PackedSequence | None
+    reset_state: _States | None
+    mask: Tensor | None
+    recurrent_dropout: float
+    weight_dropout: float
+    zoneout: float | tuple[float, float]
+    norm_weights: Sequence[Tensor] | None
+    peephole_weights: Sequence[Tensor] | None
+    cell_clip: float | None
+    coupled_gates: bool
+    gate_activation: Activation
+    cell_activation: Activation
+    preactivation_clip: float | None
+    recompute: bool
+
+
+@overload
+def lstm(
+    input: _Sequences,
+    hx: _States | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    return_cell_states: Literal[False] = False,
+    return_gates: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[_Sequences, _States]: ...
+@overload
+def lstm(
+    input: _Sequences,
+    hx: _States | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    return_cell_states: Literal[True],
+    return_gates: bool = False,
+    **options: Unpack[_Options],
+) -> tuple[_Sequences, _States, LSTMExtras]: ...
+@overload
+def lstm(
+    input: _Sequences,
+    hx: _States | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    return_cell_states: bool = False,
+    return_gates: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[_Sequences, _States, LSTMExtras]: ...
+@overload
+def lstm(
+    input: _Sequences,
+    hx: _States | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    return_cell_states: bool = False,
+    return_gates: bool = False,
+    **options: Unpack[_Options],
+) -> tuple[_Sequences, _States] | tuple[_Sequences, _States, LSTMExtras]: ...
 def lstm(
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,

@@ -3,3 +3,7 @@
 from .nn.lstm import LSTM
 
 __all__ = ["LSTM"]
+
+
+def __dir__() -> list[str]:
+    return __all__

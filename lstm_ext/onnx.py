@@ -21,6 +21,11 @@ from .nn.lstm import LSTM
 
 __all__ = ["UnsupportedLayerError", "export", "to_onnx", "translation_table"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g; of peepholes i, f, o here.
 _GATES = (0, 3, 1, 2)
 _PEEPHOLES = (0, 2, 1)

@@ -82,6 +82,11 @@ from .native import loader
 
 __all__ = ["lstm_layer", "lstm_layer_backward", "lstm_layer_forward"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # A process may have loaded the operators' library by itself.
 if not hasattr(torch.ops.lstm_ext, "lstm_layer") and loader.extension() is None:
     raise ImportError(

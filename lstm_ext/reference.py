@@ -80,6 +80,10 @@ from .layer.layer_call import PLAIN, LayerCall, LayerOptions
 __all__ = ["lstm", "lstm_layer"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def lstm_layer(
     input: Tensor,
     h0: Tensor | None,

@@ -249,7 +249,7 @@ def _in_a_graph(problem: Problem) -> Results:
 
 @contextlib.contextmanager
 def _fp32_precision(value: str) -> Iterator[None]:
-    places = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    places: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..call.run import describe_hx
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import IgnoredAttributes, refuse_scripting
-from .tools import KnownToTools
+from .tools import KnownToTools, typed_like
 
 __all__ = ["LSTMCell"]
 
@@ -28,9 +28,15 @@ _torchs_forward = nn.LSTMCell.forward
 
 
 class LSTMCell(KnownToTools, nn.RNNCellBase):
-    """One step of one LSTM layer, with the interface, parameters and initial weights of ``torch.nn.LSTMCell``.
+    """One step of one LSTM layer, with the interface, parameters and initial weights of :class:`torch.nn.LSTMCell`.
 
-    The equations are those of :mod:`lstm_ext.reference`. H hidden units, I features.
+    The equations are those of :mod:`lstm_ext.reference`. H hidden units, I features. Example::
+
+        cell = lstm_ext.LSTMCell(10, 20)
+        x = torch.randn(6, 3, 10)                      # 6 steps, B = 3, I = 10
+        h, c = cell(x[0])                              # (3, 20) each
+        for x_t in x[1:]:
+            h, c = cell(x_t, (h, c))
 
     Args:
         input_size: the number of features of the input, I.
@@ -75,10 +81,15 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             TypeError: ``input`` is not a Tensor, or ``hx`` not two Tensors.
         """
         # torch.jit.script compiles this branch only.
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._as_torchs(input, hx)
         else:
             return self._forward(input, hx)
+
+    if TYPE_CHECKING:
+
+        @typed_like(forward)
+        def __call__(self) -> None: ...
 
     # Under another name, because torch.jit.script compiles both as methods.
     _as_torchs = FunctionType(
@@ -92,11 +103,13 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             if isinstance(input, torch.fx.Proxy):
                 return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), {})  # type: ignore[return-value]
             self._refuse(input, hx)
-        weights = self._weights()
+        weights: Any = self._weights()
         states = route.plain_cell(weights, input, hx)
         if states is not None:
             return states
         x = input
+        h: Any
+        c: Any
         h, c = hx if hx is not None else (None, None)
         dtypes, casts = None, False
         if any_autocast():
@@ -139,7 +152,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         return (h, c) if dtypes is None else (h.to(dtypes[0]), c.to(dtypes[1]))
 
     def _step(
-        self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
+        self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Any]
     ) -> tuple[Tensor, Tensor]:
         """Computes the step for x (B, I), h and c (B, H)."""
         b_ih, b_hh = weights[2:]
@@ -151,7 +164,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         preferred = x.is_cuda and measured.cell_prefers_torch(x, weights, self.training)
         if preferred and route.torchs_way(x, h, c, [weights], preferred) is not None:
             if h is None or c is None:
-                h = c = x.new_zeros(x.size(0), weights[1].size(1))  # type: ignore[union-attr]
+                h = c = x.new_zeros(x.size(0), weights[1].size(1))
             return torch.lstm_cell(x, (h, c), *weights)
         return route.lstm_cell(x, h, c, weights, len(weights) == 4)
 

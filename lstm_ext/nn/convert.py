@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def from_torch(module: nn.LSTM) -> LSTM: ...
 @overload
 def from_torch(module: nn.LSTMCell) -> LSTMCell: ...
 def from_torch(module: Any) -> Any:
-    """The :class:`lstm_ext.LSTM` with the parameters of a ``torch.nn.LSTM``; the same for ``LSTMCell``.
+    """The :class:`lstm_ext.LSTM` with the parameters of a :class:`torch.nn.LSTM`; the same for ``LSTMCell``.
 
     The two modules share the *same* ``Parameter`` objects, so an optimizer that holds them stays valid, and the same
     tables of hooks, so handles returned by ``register_forward_hook`` and its like stay valid. The training flag,
@@ -97,7 +98,7 @@ def to_torch(module: LSTM) -> nn.LSTM: ...
 @overload
 def to_torch(module: LSTMCell) -> nn.LSTMCell: ...
 def to_torch(module: Any) -> Any:
-    """The ``torch.nn.LSTM`` with the parameters of a :class:`lstm_ext.LSTM`; the inverse of :func:`from_torch`.
+    """The :class:`torch.nn.LSTM` with the parameters of a :class:`lstm_ext.LSTM`; the inverse of :func:`from_torch`.
 
     Parameters, hooks, flags and errors are those of :func:`from_torch`.
     """
@@ -124,7 +125,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
         return TypeError(f"{function}: cannot convert this {type(module).__name__}: {reason}")
 
     source = next((source for source in pairs if isinstance(module, source)), None)
-    if source is None or (pairs is _OURS and isinstance(module, tuple(_TORCHS))):
+    if source is None or (pairs is _OURS and isinstance(module, (LSTM, LSTMCell))):
         wanted = " or ".join(_NAMES[source] for source in pairs)
         raise TypeError(f"{function}: expected a {wanted}, got {_kind(module)}")
     if "parametrizations" in module._modules:
@@ -176,7 +177,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     return new
 
 
-def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
+def _on_meta(cls: Any, module: Any) -> nn.Module:
     """A ``cls`` with the sizes and options of ``module``. Allocates nothing and draws no random number."""
     if issubclass(cls, nn.RNNCellBase):
         return cls(module.input_size, module.hidden_size, module.bias, device="meta")
@@ -199,6 +200,27 @@ def _on_meta(cls: type[nn.Module], module: Any) -> nn.Module:
 # A model: its own modules change their class
 
 
+@overload
+def convert(
+    model: nn.LSTM, *, skip: Iterable[str] = (), fullgraph: Literal[False] = False, subclasses: bool = False
+) -> TorchLSTM: ...
+@overload
+def convert(
+    model: nn.LSTMCell,
+    *,
+    skip: Iterable[str] = (),
+    fullgraph: Literal[False] = False,
+    subclasses: bool = False,
+) -> TorchLSTMCell: ...
+@overload
+def convert(
+    model: nn.LSTM, *, skip: Iterable[str] = (), fullgraph: Literal[True], subclasses: bool = False
+) -> LSTM: ...
+@overload
+def convert(
+    model: nn.LSTMCell, *, skip: Iterable[str] = (), fullgraph: Literal[True], subclasses: bool = False
+) -> LSTMCell: ...
+@overload
 def convert(
     model: _Model,
     *,
@@ -206,8 +228,16 @@ def convert(
     fullgraph: bool = False,
     subclasses: bool = False,
     as_torchs: bool | None = None,
-) -> _Model:
-    """Turn every ``torch.nn.LSTM`` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
+) -> _Model: ...
+def convert(
+    model: nn.Module,
+    *,
+    skip: Iterable[str] = (),
+    fullgraph: bool = False,
+    subclasses: bool = False,
+    as_torchs: bool | None = None,
+) -> nn.Module:
+    """Turn every :class:`torch.nn.LSTM` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
 
     The layers become :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which ``isinstance(layer, torch.nn.LSTM)``
     holds. The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
@@ -217,8 +247,9 @@ def convert(
     parametrizations; ``torch.compile``, which compiles again at the next call. A layer that was converted before only
     changes to the kind that is asked for.
 
-    A model in which no LSTM is found stays unchanged, and a UserWarning says where LSTMs hide, and names those in plain
-    lists, dicts and attributes.
+    A model in which no LSTM is found stays unchanged. A UserWarning says then which classes of modules it has and where
+    LSTMs hide. It names what comes near: LSTMs in plain lists, dicts and attributes, other recurrent layers, classes
+    that are called LSTM, and skipped subclasses that have code of their own.
 
     Args:
         model: any module; it may itself be an LSTM, and it may be compiled.
@@ -253,14 +284,23 @@ def convert(
         if as_torchs and fullgraph:
             raise ValueError("convert: as_torchs=True and fullgraph=True exclude each other")
         fullgraph = fullgraph or not as_torchs
-    if not _change_classes(model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses):
-        text = _where_lstms_hide(model)
+    found, passed_over = _change_classes(
+        model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses
+    )
+    if not found:
+        text = _nothing_found(model, passed_over)
         if text:
             warnings.warn(text, UserWarning, stacklevel=2)
     return model
 
 
-def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model:
+@overload
+def revert(model: LSTM, *, skip: Iterable[str] = ()) -> nn.LSTM: ...  # type: ignore[overload-overlap]
+@overload
+def revert(model: LSTMCell, *, skip: Iterable[str] = ()) -> nn.LSTMCell: ...  # type: ignore[overload-overlap]
+@overload
+def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model: ...
+def revert(model: nn.Module, *, skip: Iterable[str] = ()) -> nn.Module:
     """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
 
     The inverse of :func:`convert`: it takes the same arguments, returns and raises the same, and keeps the same of each
@@ -309,7 +349,7 @@ def report(model: nn.Module) -> list[Entry]:
     entries = []
     for name, module in model.named_modules():
         kind = _kind(module)
-        if isinstance(module, tuple(_TORCHS)):
+        if isinstance(module, (LSTM, LSTMCell)):
             reaches = reaches_our_forward(type(module))
             reason = {
                 True: "",
@@ -321,10 +361,16 @@ def report(model: nn.Module) -> list[Entry]:
             refusal = _new_class(module, _OURS, subclasses=False)[1]
             entries.append(Entry(name, kind, False, refusal or "not converted"))
     entries += [
-        Entry(path, _kind(module), isinstance(module, tuple(_TORCHS)), f"{_HIDDEN}: convert does not see it")
+        Entry(
+            path, _kind(module), isinstance(module, (LSTM, LSTMCell)), f"{_HIDDEN}: convert does not see it"
+        )
         for path, module in _hidden_lstms(model)
     ]
     return entries
+
+
+def _place(name: str) -> str:
+    return repr(name) if name else "the model itself"
 
 
 def _kind(module: nn.Module) -> str:
@@ -339,17 +385,17 @@ class _Change(NamedTuple):
 
 
 def _new_class(
-    module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
+    module: Any, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
     """The new class of a module, or why it gets none; neither for a module that needs no change."""
     cls, to_ours = type(module), pairs is not _TORCHS
-    if to_ours and isinstance(module, tuple(_TORCHS)):
-        source = next(source for source in _TORCHS if isinstance(module, source))
-        target = pairs[_TORCHS[source]]
+    if to_ours and isinstance(module, (LSTM, LSTMCell)):
+        ours = LSTM if isinstance(module, LSTM) else LSTMCell
+        target = pairs[_TORCHS[ours]]
         # Patched layers have torch's class, and keep it.
-        stays = (LSTM, LSTMCell) if target is source else tuple(_SAME)
+        stays = (LSTM, LSTMCell) if target is ours else tuple(_SAME)
         base = parametrize.type_before_parametrizations(module)
-        return (_with_base(cls, source, target) if base not in stays else None), None
+        return (_with_base(cls, ours, target) if base not in stays else None), None
     source = next((source for source in pairs if isinstance(module, source)), None)
     if source is None:
         return None, _foreign_lstm(module) if to_ours else None
@@ -397,19 +443,25 @@ def _change_classes(
     function: str,
     skip: Iterable[str],
     subclasses: bool = False,
-) -> bool:
-    """Whether there is an LSTM in the model."""
+) -> tuple[bool, list[str]]:
+    """Whether the model has an LSTM that could be changed, and, with reasons, those that are skipped and could not."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
     skipped = _skipped(model, skip, function)
     changes: list[_Change] = []
-    refused = []
+    refused, passed_over = [], []
     found = False
     for name, module in model.named_modules():
-        found = found or _is_or_was_lstm(module)
-        if module in skipped:
+        if not _is_or_was_lstm(module):
             continue
         cls, reason = _new_class(module, pairs, subclasses)
+        place = _place(name)
+        if module in skipped and reason is not None:
+            passed_over.append(f"{place} ({_kind(module)}) is skipped: {reason}")
+            continue
+        found = True
+        if module in skipped:
+            continue
         if cls is not None:
             source = next(source for source in (*_TORCHS, *pairs) if isinstance(module, source))
             target = pairs.get(source, source)
@@ -423,7 +475,6 @@ def _change_classes(
                 )
             )
         if reason is not None:
-            place = repr(name) if name else "the model itself"
             refused.append(f"  {place} ({_kind(module)}): {reason}")
     if refused:
         raise TypeError(
@@ -440,7 +491,7 @@ def _change_classes(
             # This is done after construction too. It computes parametrized weights, which needs no graph.
             with torch.no_grad():
                 module._init_flat_weights()
-    return found
+    return found, passed_over
 
 
 def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Module]:
@@ -540,12 +591,34 @@ def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any
             yield from _inside(value, depth - 1, path)
 
 
-def _where_lstms_hide(model: nn.Module) -> str:
+def _near_misses(model: nn.Module) -> Iterator[str]:
+    """Layers that somebody may take for LSTMs that could be converted."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+            continue
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            yield f"{_place(name)} ({_kind(module)}) is a recurrent layer of another kind"
+        elif "lstm" in type(module).__name__.lower():
+            yield f"{_place(name)} ({_kind(module)}) is called LSTM and not derived from torch.nn.LSTM or LSTMCell"
+
+
+_SHOWN = 8  # classes, and places of near misses
+
+
+def _nothing_found(model: nn.Module, passed_over: list[str]) -> str:
     """The text of the warning that nothing was found; empty if all hidden LSTMs are ours."""
     hidden = _hidden_lstms(model)
-    if hidden and all(isinstance(module, tuple(_TORCHS)) for _, module in hidden):
+    if hidden and all(isinstance(module, (LSTM, LSTMCell)) for _, module in hidden):
         return ""
-    places = [f"{path!r} is {_HIDDEN}" for path, _ in hidden]
+    classes = Counter(type(module).__name__ for module in model.modules())
+    looked = ", ".join(f"{count} {name}" for name, count in classes.most_common(_SHOWN))
+    if len(classes) > _SHOWN:
+        looked += f" and {sum(sorted(classes.values())[:-_SHOWN])} of other classes"
+    near = list(_near_misses(model))
+    places = [*passed_over, *near[:_SHOWN]]
+    if len(near) > _SHOWN:
+        places.append(f"and {len(near) - _SHOWN} more of these kinds")
+    places += [f"{path!r} is {_HIDDEN}" for path, _ in hidden]
     places += [
         f"{name or 'the model itself'!r} is a graph, in which an LSTM is an operator and no layer"
         for name, module in model.named_modules()
@@ -553,8 +626,9 @@ def _where_lstms_hide(model: nn.Module) -> str:
         and any("lstm" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
     ]
     return (
-        f"convert: found no torch.nn.LSTM or LSTMCell in this {type(model).__name__}, so nothing was changed. "
-        "LSTMs hide in plain lists and dicts (use torch.nn.ModuleList or ModuleDict, or convert each), in exported "
-        "graphs (convert before the export), and in layers that are built at the first call (call the model once "
-        "before)" + "".join(f"\n  {place}" for place in places)
+        f"convert: found no torch.nn.LSTM or LSTMCell to convert in this {type(model).__name__}, so nothing was "
+        f"changed. It looked at {classes.total()} module{'s' * (classes.total() > 1)}: {looked}. LSTMs hide in plain "
+        "lists and dicts (use torch.nn.ModuleList or ModuleDict, or convert each), in exported graphs (convert before "
+        "the export), and in layers that are built at the first call (call the model once before)"
+        + "".join(f"\n  {place}" for place in places)
     )

@@ -12,20 +12,18 @@ Importing dynamo takes seconds, so the method is wrapped when other code imports
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..native.imports import when_imported
 
 __all__ = ["let_dynamo_take"]
 
@@ -52,50 +50,12 @@ def let_dynamo_take(is_ours: _Question, breaks: _Question) -> None:
 
     If this torch's dynamo has no such method or setting, a UserWarning says so when dynamo is imported.
     """
-    finder = _Finder(is_ours, breaks)
-    # If the package is imported again, the old finder and this one would call each other.
-    sys.meta_path[:] = [f for f in sys.meta_path if repr(type(f)) != repr(_Finder)]
-    sys.meta_path.insert(0, finder)
-    if _BUILDER in sys.modules:
-        # This waits if another thread is importing it.
-        finder.found(importlib.import_module(_BUILDER))
-
-
-class _Finder(MetaPathFinder):
-    """Delegates to the other finders, and calls :meth:`found` after dynamo's module has been imported."""
-
-    def __init__(self, *questions: _Question) -> None:
-        self._questions = questions
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _BUILDER:
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next((s for f in others if (s := f.find_spec(fullname, path, target)) is not None), None)
-        loader: Any = spec and spec.loader
-        if loader is not None:
-            execute = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                if module.__name__ == _BUILDER:
-                    del loader.exec_module
-                    self.found(module)
-
-            loader.exec_module = exec_module
-        return spec
-
-    def found(self, builder: ModuleType) -> None:
-        with _lock:
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                _wrap(builder, *self._questions)
+    when_imported(_BUILDER, "dynamo", lambda builder: _wrap(builder, is_ours, breaks))
 
 
 def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
-    cls, config = getattr(builder, "VariableBuilder", None), getattr(builder, "config", None)
+    cls: Any = getattr(builder, "VariableBuilder", None)
+    config: Any = getattr(builder, "config", None)
     method: Any = getattr(cls, "wrap_module", None)
     if not (
         inspect.isfunction(method)

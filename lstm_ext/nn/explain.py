@@ -91,13 +91,14 @@ def explain_data(
             name: fact for name, fact in facts.items() if name not in ("problem", "choices", *_OUTCOMES)
         }
     directions = 2 if getattr(module, "bidirectional", False) else 1
-    output = directions * (getattr(module, "proj_size", 0) or module.hidden_size)
+    hidden_size: Any = module.hidden_size
+    output = directions * (getattr(module, "proj_size", 0) or hidden_size)
     for layer in range(getattr(module, "num_layers", 1)):
-        sizes = {
+        sizes: dict[str, Any] = {
             "steps": steps,
             "batch": batch,
             "input_size": output if layer else module.input_size,
-            "hidden_size": module.hidden_size,
+            "hidden_size": hidden_size,
         }
         if extension is None:
             of_layer = _without_kernels(module, str(loader.status().reason))
@@ -109,7 +110,7 @@ def explain_data(
     return data
 
 
-def _steps_and_batch(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+def _steps_and_batch(module: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     is_cell = isinstance(module, nn.RNNCellBase)
     is_layer = isinstance(module, nn.RNNBase) and module.mode == "LSTM"
     if not is_layer and not (
@@ -169,7 +170,7 @@ def _is_measured(module: nn.Module) -> bool:
 
 
 def _choice(
-    module: nn.Module, sizes: dict[str, int], dtype: torch.dtype, choices: dict[str, measured.Choice]
+    module: Any, sizes: dict[str, int], dtype: torch.dtype, choices: dict[str, measured.Choice]
 ) -> measured.Choice | None:
     """The measurement of plain calls of this layer, if there is one."""
     shape = measured.class_of(
@@ -199,7 +200,7 @@ def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
 
 def _on_cuda(
     extension: Any,
-    module: nn.Module,
+    module: Any,
     sizes: dict[str, int],
     dtype: torch.dtype,
     directions: int,
@@ -226,7 +227,7 @@ def _on_cuda(
             **sizes,
             directions=directions,
             dtype=str(dtype).removeprefix("torch."),
-            tf32=torch.backends.cudnn.rnn.fp32_precision == "tf32" if dtype == torch.float32 else False,
+            tf32=dtype == torch.float32 and measured.allows_tf32(),
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
             cell_options=isinstance(module, LSTM) and not set(CELL_OPTIONS).isdisjoint(options_of(module)),

@@ -211,7 +211,7 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
             raise read.refuse(f"expected 2, 3, 4 or 6 arrays, got {len(weights)}")
         each = 2 if len(weights) in (2, 4) else 3
         parts = [[*weights[k : k + each], None][:3] for k in range(0, len(weights), each)]
-        return [read.matrices(*part, names) for part in parts]
+        return [read.matrices(kernel, recurrent, bias, names) for kernel, recurrent, bias in parts]
 
     def activation(layer: Any, name: str, default: str) -> Activation:
         found = getattr(layer, name, default)
@@ -389,7 +389,8 @@ def from_tensorflow(
             found.peepholes = i, f, o
         return read.with_forget_bias(found, forget_bias)
 
-    there, back = ([x] if isinstance(x, Mapping) else x for x in (cells, backward))
+    there = [cells] if isinstance(cells, Mapping) else cells
+    back = [backward] if isinstance(backward, Mapping) else backward
     if back is not None and len(back) != len(there):
         raise read.refuse(
             f"backward: expected as many cells as there are forward, {len(there)}, got {len(back)}"
@@ -498,7 +499,8 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
     missing = [name for name in names if name not in arrays]
     if missing:
         raise read.refuse(f"expected {', '.join(names)}, got none of {', '.join(missing)}")
-    stack = [[read.matrices(*(arrays[name] for name in names), names)]]
+    kernel, recurrent, bias = (arrays[name] for name in names)
+    stack = [[read.matrices(kernel, recurrent, bias, names)]]
     return read.layer(stack, batch_first, zoneout=zoneout)
 
 

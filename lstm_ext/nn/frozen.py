@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from ..layer.layer_call import LayerOptions
 from ..native import loader
-from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
+from . import native
+from .convert import _LEFT_BEHIND, _overrides_nothing, _place, _replaced_methods
 from .lstm import LSTM
 from .torchs import TorchLSTM, with_our_forward
 
@@ -39,6 +41,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 class FrozenLSTM(LSTM):
     """The frozen form of an :class:`lstm_ext.LSTM`, from :func:`freeze`: for inference, with packed weights.
 
+    Example::
+
+        lstm = lstm_ext.LSTM(10, 20)
+        frozen = lstm_ext.freeze(lstm)
+        with torch.no_grad():
+            y, (h, c) = frozen.step(torch.randn(1, 10))      # (1, 20), and (1, 1, 20) each
+        lstm = lstm_ext.unfreeze(frozen)
+
     It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The weights are packed when the layer is frozen,
     loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
 
@@ -62,6 +72,23 @@ class FrozenLSTM(LSTM):
             buffers: Any = self._buffers
             return [LayerOptions(frozen=[buffers[name] for name in names]) for names in self._frozen_names]
         return self._frozen_options
+
+    def save_native(self, path: str | os.PathLike[str]) -> None:
+        """Write a weights file for the C library, which computes this layer without Python and torch.
+
+        The file holds the parameters as they are now, rounded as :func:`freeze` rounded them, and the options. It
+        serves each instruction set and processor. A layer in 16 bits is the float32 calculation that it makes.
+        ``batch_first`` and hooks are not in it: data of the C library are (T, B, features).
+
+        Args:
+            path: the file, which is replaced if it is there.
+
+        Raises:
+            ValueError: the layer has an option that the file has no place for; the text names it.
+            RuntimeError: a weight is another tensor than the one that was packed.
+            OSError: the file cannot be written.
+        """
+        native.save(self, path)
 
     def _pack(self) -> None:
         kernels = _kernels()
@@ -135,7 +162,8 @@ class FrozenLSTM(LSTM):
         self._pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLSTM:
-        moved = fn(self.weight_ih_l0[:0])  # before anything is changed
+        weight: Any = self.weight_ih_l0
+        moved = fn(weight[:0])  # before anything is changed
         _check_place("", moved.device, moved.dtype, self.frozen_weights)
         super()._apply(fn, recurse)
         self._pack()
@@ -179,10 +207,14 @@ class FrozenLSTM(LSTM):
 
 
 class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
-    """The frozen form of a ``torch.nn.LSTM`` or a :class:`lstm_ext.TorchLSTM`, from :func:`freeze`.
+    """The frozen form of a :class:`torch.nn.LSTM` or a :class:`lstm_ext.TorchLSTM`, from :func:`freeze`.
 
     It is a :class:`FrozenLSTM`, and a ``torch.nn.LSTM`` to ``isinstance``. ``torch.compile`` treats it like
-    :class:`lstm_ext.TorchLSTM`.
+    :class:`lstm_ext.TorchLSTM`. Example::
+
+        model = torch.nn.Sequential(torch.nn.LSTM(10, 20))
+        frozen = lstm_ext.freeze(model, weights=torch.int8)
+        assert isinstance(frozen[0], lstm_ext.FrozenTorchLSTM) and isinstance(frozen[0], torch.nn.LSTM)
     """
 
     _unfrozen = TorchLSTM
@@ -249,7 +281,13 @@ def _restored(named: type[nn.Module], converted: bool) -> FrozenLSTM:
 # Models
 
 
-def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
+@overload
+def freeze(module: nn.LSTM, weights: torch.dtype | None = None) -> FrozenTorchLSTM: ...
+@overload
+def freeze(module: LSTM, weights: torch.dtype | None = None) -> FrozenLSTM: ...
+@overload
+def freeze(module: _Model, weights: torch.dtype | None = None) -> _Model: ...
+def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
     """A copy for inference on the CPU, whose LSTMs have their weights packed once, and not in each call.
 
     The copy is that of ``copy.deepcopy``, with other classes of its LSTMs. So it does not see what happens to the
@@ -296,7 +334,14 @@ def freeze(module: _Model, weights: torch.dtype | None = None) -> Any:
     return frozen.requires_grad_(False).eval()
 
 
-def unfreeze(module: _Model) -> Any:
+# A frozen layer of torch is one of ours too, and its class becomes torch's again.
+@overload
+def unfreeze(module: FrozenTorchLSTM) -> nn.LSTM: ...  # type: ignore[overload-overlap]
+@overload
+def unfreeze(module: FrozenLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
+@overload
+def unfreeze(module: _Model) -> _Model: ...
+def unfreeze(module: nn.Module) -> nn.Module:
     """A copy of a frozen module whose layers can be trained: of the classes they had, with the original weights.
 
     It is a copy as :func:`freeze` makes it.
@@ -326,10 +371,6 @@ def unfreeze(module: _Model) -> Any:
 def _check_module(module: Any, function: str) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{function}: expected module to be a torch.nn.Module, got {type(module).__name__}")
-
-
-def _place(name: str) -> str:
-    return repr(name) if name else "the model itself"
 
 
 def _parameters_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Parameter]]]]:

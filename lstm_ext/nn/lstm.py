@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,18 @@ from ..call.layout import (
     UNBATCHED_STEP,
     JaggedLayout,
     Layout,
+    LSTMExtras,
     PackedLayout,
 )
-from ..call.run import EMPTY_SEQUENCE, describe_hx, run, zero_states
+from ..call.run import run, zero_states
 from ..layer import route
 from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
-from ..layer.tracing import any_autocast, is_jit_tracing, is_zero, leaf_of_graph
+from ..layer.tracing import is_jit_tracing, is_zero, leaf_of_graph
 from ..native import loader
+from .mistakes import batched_states, explain, unpack_hx
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
-from .tools import KnownToTools
+from .tools import KnownToTools, typed_like
 
 __all__ = ["LSTM"]
 
@@ -53,12 +55,21 @@ _NO_TRACE = (
     "not have (options of the layer, further arguments, step()): use torch.export, or lstm_ext.onnx for ONNX"
 )
 
+_Sequences = TypeVar("_Sequences", Tensor, PackedSequence)
+_States = tuple[Tensor, Tensor]
+
 
 class LSTM(KnownToTools, ScriptedLSTM):
-    """A stack of LSTM layers, with the interface, parameters and initial weights of ``torch.nn.LSTM``.
+    """A stack of LSTM layers, with the interface, parameters and initial weights of :class:`torch.nn.LSTM`.
 
     :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
-    units, P the projection's size, or H without one.
+    units, P the projection's size, or H without one. Example::
+
+        lstm = lstm_ext.LSTM(10, 20, num_layers=2)
+        x = torch.randn(5, 3, 10)                      # T = 5, B = 3, I = 10
+        output, (h, c) = lstm(x)                       # (5, 3, 20), and (2, 3, 20) each
+        output, (h, c) = lstm(x, (h, c), lengths=[5, 2, 4])
+        y, (h, c) = lstm.step(torch.randn(3, 10))      # one step: (3, 20)
 
     Args:
         input_size: the number of features of the input, I.
@@ -264,12 +275,64 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if weight is not None and weight.is_cuda:
             super().flatten_parameters()
 
+    @overload
+    def forward(
+        self,
+        input: _Sequences,
+        hx: _States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | int | None = None,
+        resets: _Sequences | None = None,
+        reset_state: _States | None = None,
+        mask: Tensor | None = None,
+        return_cell_states: Literal[False] = False,
+        return_gates: Literal[False] = False,
+    ) -> tuple[_Sequences, _States]: ...
+    @overload
+    def forward(
+        self,
+        input: _Sequences,
+        hx: _States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | int | None = None,
+        resets: _Sequences | None = None,
+        reset_state: _States | None = None,
+        mask: Tensor | None = None,
+        return_cell_states: Literal[True],
+        return_gates: bool = False,
+    ) -> tuple[_Sequences, _States, LSTMExtras]: ...
+    @overload
+    def forward(
+        self,
+        input: _Sequences,
+        hx: _States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | int | None = None,
+        resets: _Sequences | None = None,
+        reset_state: _States | None = None,
+        mask: Tensor | None = None,
+        return_cell_states: bool = False,
+        return_gates: Literal[True],
+    ) -> tuple[_Sequences, _States, LSTMExtras]: ...
+    @overload
+    def forward(
+        self,
+        input: _Sequences,
+        hx: _States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | int | None = None,
+        resets: _Sequences | None = None,
+        reset_state: _States | None = None,
+        mask: Tensor | None = None,
+        return_cell_states: bool = False,
+        return_gates: bool = False,
+    ) -> tuple[_Sequences, _States] | tuple[_Sequences, _States, LSTMExtras]: ...
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | int | None = None,
         resets: Tensor | PackedSequence | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
@@ -323,7 +386,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
         """
         call_options = NO_OPTIONS
         if (
-            not (lengths is resets is reset_state is mask is None)
+            lengths is not None
+            or resets is not None
+            or reset_state is not None
+            or mask is not None
             or return_cell_states is not False
             or return_gates is not False
         ):
@@ -349,6 +415,11 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
             )
         return self._run(input, hx, layout, call_options)
+
+    if TYPE_CHECKING:
+
+        @typed_like(forward)
+        def __call__(self) -> None: ...
 
     def step(
         self, x_t: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -435,10 +506,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
             if layout.batch_sizes is not None and torch.compiler.is_compiling():
                 h0, c0 = zero_states(x, state_shapes)
         else:
-            h0, c0 = _unpack_hx(hx)
+            h0, c0 = unpack_hx(hx)
             rank = layout.state_rank
             if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
-                h0, c0 = _batched_states(h0, c0, rank)
+                h0, c0 = batched_states(h0, c0, rank)
             good = (
                 good
                 and h0.shape == h_shape
@@ -449,7 +520,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 and c0.device == device
             )
         if not good:
-            self._explain(x, h0, c0, w, state_shapes)
+            explain(self, x, h0, c0, w, state_shapes)
         options = None
         if requested:
             for layer_weights in weights:
@@ -498,56 +569,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
             raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
         return layers
 
-    def _explain(
-        self,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        w: Tensor,
-        state_shapes: Sequence[tuple[int, ...]],
-    ) -> None:
-        """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
-
-        Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
-        """
-        autocast = any_autocast()
-        if x.dtype != w.dtype and not autocast:
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
-                f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
-            )
-        if x.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
-            )
-        for i, (state, shape) in enumerate(zip((h0, c0), state_shapes, strict=True)):
-            if state is not None:
-                self.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
-        if x.device != w.device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, "
-                f"found input tensor at {x.device} and parameter tensor at {w.device}"
-            )
-        for i, state in ((0, h0), (1, c0)):
-            if state is not None and state.device != x.device:
-                raise RuntimeError(
-                    "Input and hidden tensors are not at the same device, "
-                    f"found input tensor at {x.device} and hidden tensor at {state.device}"
-                )
-            if state is not None and state.dtype != x.dtype and not autocast:
-                raise RuntimeError(
-                    f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({x.dtype}). "
-                    f"Convert it: hx[{i}].to({x.dtype})"
-                )
-        if x.size(0) == 0:
-            raise RuntimeError(EMPTY_SEQUENCE)
-
     def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
         if is_step or call_options.given() or options_of(self):
             raise RuntimeError(_NO_TRACE)
-        return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
+        return _torchs_forward(self, input, hx)  # type: ignore[call-overload]
 
     def _stands_in_for(self) -> type[nn.Module]:
         return _torchs
@@ -615,22 +642,3 @@ def runs_on_torchs_operator(module: LSTM) -> bool:
     if weight is None or module.frozen or any([name != "forget_bias" for name in options_of(module)]):
         return False
     return not route.has_operators(weight.device) and not loader.wants_equations()
-
-
-def _unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(hx, (tuple, list)) and len(hx) == 2:
-        h0, c0 = hx
-        if isinstance(h0, Tensor) and isinstance(c0, Tensor):
-            return h0, c0
-    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
-
-
-def _batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The states as 3-D tensors, or torch's error for a wrong rank."""
-    if h0.dim() != rank or c0.dim() != rank:
-        batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
-        raise RuntimeError(
-            f"For {batched} input, hx and cx should also be {rank}-D "
-            f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
-        )
-    return h0.unsqueeze(1), c0.unsqueeze(1)

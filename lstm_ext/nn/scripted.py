@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,15 @@ class ScriptedLSTM(nn.RNNBase):
     __jit_ignored_attributes__ = IgnoredAttributes("_layer_names")
 
     # The methods of nn.LSTM that the compiled code calls, and that subclasses may call.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    if TYPE_CHECKING:  # torch.jit reads annotations
+        get_expected_cell_size: Any
+        check_forward_args: Any
+        permute_hidden: Any
+        _flat_weights: Any
+    else:
+        get_expected_cell_size = nn.LSTM.get_expected_cell_size
+        check_forward_args = nn.LSTM.check_forward_args
+        permute_hidden = nn.LSTM.permute_hidden
 
     @_ToCompile
     def forward__0(

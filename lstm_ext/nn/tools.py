@@ -11,11 +11,13 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["KnownToTools"]
+__all__ = ["KnownToTools", "typed_like"]
+
+_Typed = TypeVar("_Typed")
 
 # Tables of tools that count the operations of a layer after each forward pass, by class.
 _COUNTERS = (
@@ -85,6 +87,14 @@ class _Seen:
         twin = self._torchs.__new__(self._torchs)
         twin.__dict__ = layer.__dict__
         return self._function(twin, *args, **kwargs)
+
+
+def typed_like(function: _Typed) -> Callable[[Any], _Typed]:
+    """For type checkers: a method with the type of ``function``.
+
+    ``__call__`` gets the type of ``forward`` so. In ``torch.nn.Module`` it has none.
+    """
+    return lambda _: function
 
 
 # The packages of frames between the user's line and our layer; torch's functions are wrapped as deprecated.

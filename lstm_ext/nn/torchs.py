@@ -20,11 +20,15 @@ __all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "reaches_our_forward", "with_o
 _LSTM, _CELL = nn.LSTM, nn.LSTMCell
 
 
-class TorchLSTM(LSTM, _LSTM):
-    """:class:`lstm_ext.LSTM` that is a ``torch.nn.LSTM`` to ``isinstance``; the same arguments, results and speed.
+class TorchLSTM(LSTM, nn.LSTM):
+    """:class:`lstm_ext.LSTM` that is a :class:`torch.nn.LSTM` to ``isinstance``; the same arguments, results and speed.
 
     :func:`lstm_ext.convert` makes it. Code that looks for ``torch.nn.LSTM`` finds it: initialisers, wrap policies,
-    validators, exporters. Its ``__name__`` is ``LSTM``.
+    validators, exporters. Its ``__name__`` is ``LSTM``. Example::
+
+        model = torch.nn.Sequential(torch.nn.LSTM(10, 20))
+        lstm_ext.convert(model)
+        assert isinstance(model[0], lstm_ext.TorchLSTM) and isinstance(model[0], torch.nn.LSTM)
 
     ``torch.compile`` takes it into the graph, with ``fullgraph=True`` too, where it breaks the graph at torch's own.
     Where it cannot, because a torch has another dynamo than those that this package knows, a UserWarning says so, and
@@ -32,8 +36,14 @@ class TorchLSTM(LSTM, _LSTM):
     """
 
 
-class TorchLSTMCell(LSTMCell, _CELL):
-    """:class:`lstm_ext.LSTMCell` that is a ``torch.nn.LSTMCell`` to ``isinstance``, and bears its ``__name__``."""
+class TorchLSTMCell(LSTMCell, nn.LSTMCell):
+    """:class:`lstm_ext.LSTMCell` that is a :class:`torch.nn.LSTMCell` to ``isinstance``, and bears its ``__name__``.
+
+    Example::
+
+        cell = lstm_ext.convert(torch.nn.LSTMCell(10, 20))
+        assert isinstance(cell, lstm_ext.TorchLSTMCell) and isinstance(cell, torch.nn.LSTMCell)
+    """
 
 
 class _InTorchsPlace(type):
@@ -55,7 +65,7 @@ class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
 
     _stands_for = (_LSTM, LSTM)
 
-    @functools.wraps(LSTM.__init__)
+    @functools.wraps(LSTM.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _count()
@@ -66,7 +76,7 @@ class PatchedLSTMCell(TorchLSTMCell, metaclass=_InTorchsPlace):
 
     _stands_for = (_CELL, LSTMCell)
 
-    @functools.wraps(LSTMCell.__init__)
+    @functools.wraps(LSTMCell.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _count()

@@ -92,7 +92,7 @@ def test_hidden_lstms_are_named(kind):
         assert lstm_ext.convert(model) is model
     assert len(caught) == 1 and caught[0].filename == __file__
     text = str(caught[0].message)
-    assert "convert: found no torch.nn.LSTM or LSTMCell in this ModuleDict" in text
+    assert "convert: found no torch.nn.LSTM or LSTMCell to convert in this ModuleDict" in text
     assert text.endswith(f"{'inner.' + path!r} is held outside the model's table of modules")
 
 
@@ -102,6 +102,45 @@ def test_the_warning_says_where_lstms_hide():
             UserWarning, match=r"lists and dicts \(use .*exported graphs .*built at the first call"
         ):
             lstm_ext.convert(model)
+
+
+class LSTMOfItsOwn(nn.Module):
+    pass
+
+
+def test_the_warning_says_what_the_model_has_and_what_comes_near():
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2), nn.GRU(2, 2), nn.RNNCell(2, 2), LSTMOfItsOwn()]
+    model = nn.ModuleDict({"body": nn.Sequential(*layers), "twice": Doubling(I, H)})
+    with pytest.warns(UserWarning) as caught:
+        lstm_ext.convert(model, skip=["twice"])
+    text, *places = str(caught[0].message).split("\n  ")
+    assert (
+        "looked at 8 modules: 2 Linear, 1 ModuleDict, 1 Sequential, 1 GRU, 1 RNNCell, 1 LSTMOfItsOwn" in text
+    )
+    assert places[0].startswith(
+        f"'twice' ({__name__}.Doubling) is skipped: a subclass of torch.nn.LSTM, whose own"
+    )
+    assert places[1:] == [
+        "'body.2' (torch.nn.modules.rnn.GRU) is a recurrent layer of another kind",
+        "'body.3' (torch.nn.modules.rnn.RNNCell) is a recurrent layer of another kind",
+        f"'body.4' ({__name__}.LSTMOfItsOwn) is called LSTM and not derived from torch.nn.LSTM or LSTMCell",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lstm_ext.convert(model, subclasses=True)
+        lstm_ext.convert(model, subclasses=True)
+
+
+def test_the_warning_is_short_for_large_models():
+    kinds = [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU]
+    with pytest.warns(UserWarning) as caught:
+        lstm_ext.convert(nn.Sequential(*[kind() for kind in kinds], *[nn.GRU(2, 2) for _ in range(10)]))
+    text = str(caught[0].message)
+    assert (
+        "looked at 19 modules: 10 GRU, 1 Sequential, 1 ReLU," in text
+        and "1 SiLU and 2 of other classes. " in text
+    )
+    assert text.count("another kind") == 8 and text.endswith("\n  and 2 more of these kinds")
 
 
 def test_an_exported_graph_is_named():

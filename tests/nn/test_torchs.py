@@ -157,6 +157,15 @@ def test_names_are_torchs():
         assert type(pickle.loads(data)) is type(copy.deepcopy(ours)) is type(ours)
 
 
+def test_isinstance_tells_what_repr_does_not():
+    theirs = nn.LSTM(3, 4)
+    with lstm_ext.patch():
+        made = nn.LSTM(3, 4), lstm_ext.LSTM(3, 4), lstm_ext.TorchLSTM(3, 4), lstm_ext.convert(TORCHS[0](3, 4))
+        assert {repr(layer) for layer in made} == {repr(theirs)}
+        assert [isinstance(layer, lstm_ext.LSTM) for layer in (*made, theirs)] == [True] * 4 + [False]
+    assert [isinstance(layer, lstm_ext.LSTM) for layer in (*made, theirs)] == [True] * 4 + [False]
+
+
 def test_as_torchs_is_deprecated():
     with pytest.warns(DeprecationWarning, match="as_torchs=False is fullgraph=True"):
         assert kinds_of(lstm_ext.convert(Tagger(), as_torchs=True)) == KINDS[False]

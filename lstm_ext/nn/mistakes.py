@@ -1,0 +1,77 @@
+"""The arguments of a call of ``lstm_ext.LSTM`` that do not fit, with the errors and texts of ``torch.nn.LSTM``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..call.run import EMPTY_SEQUENCE, describe_hx
+from ..layer.tracing import any_autocast
+
+__all__ = ["batched_states", "explain", "unpack_hx"]
+
+
+def explain(
+    layer: nn.RNNBase,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w: Tensor,
+    state_shapes: Sequence[tuple[int, int, int]],
+) -> None:
+    """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
+
+    Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
+    """
+    autocast = any_autocast()
+    if x.dtype != w.dtype and not autocast:
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
+            f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.size(-1) != layer.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {x.size(-1)}"
+        )
+    for i, (state, shape) in enumerate(zip((h0, c0), state_shapes, strict=True)):
+        if state is not None:
+            layer.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
+    if x.device != w.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, "
+            f"found input tensor at {x.device} and parameter tensor at {w.device}"
+        )
+    for i, state in ((0, h0), (1, c0)):
+        if state is not None and state.device != x.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {x.device} and hidden tensor at {state.device}"
+            )
+        if state is not None and state.dtype != x.dtype and not autocast:
+            raise RuntimeError(
+                f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({x.dtype}). "
+                f"Convert it: hx[{i}].to({x.dtype})"
+            )
+    if x.size(0) == 0:
+        raise RuntimeError(EMPTY_SEQUENCE)
+
+
+def unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+        h0, c0 = hx
+        if isinstance(h0, Tensor) and isinstance(c0, Tensor):
+            return h0, c0
+    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
+
+
+def batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The states as 3-D tensors, or torch's error for a wrong rank."""
+    if h0.dim() != rank or c0.dim() != rank:
+        batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
+        raise RuntimeError(
+            f"For {batched} input, hx and cx should also be {rank}-D "
+            f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+        )
+    return h0.unsqueeze(1), c0.unsqueeze(1)
