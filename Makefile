@@ -22,7 +22,7 @@ EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 
-CXX_FILES = find csrc tests/contract tests/simt tests/cpu/matrix_unit tests/cpu/teams_driver.cpp examples benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/contract tests/simt tests/cpu/matrix_unit tests/cpu/teams_driver.cpp tests/native_library examples benchmarks -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
@@ -35,13 +35,21 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_PACKAGES := $(CUDA_VENV)/.lstm_ext-packages
 CUDA_INSTALLED := $(CUDA_VENV)/.lstm_ext-installed
 
+# For free-threaded: an environment of a Python without the GIL. Where that is not there, uv fetches it if uv is there.
+FREE_PYTHON ?= python3.14t
+FREE_VENV ?= .venv-free
+FREE_TORCH ?= torch>=2.11,<2.16
+FREE_PY := $(abspath $(FREE_VENV))/bin/python
+FREE_PACKAGES := $(FREE_VENV)/.lstm_ext-packages
+FREE_INSTALLED := $(FREE_VENV)/.lstm_ext-installed
+
 # For compat: a second environment with the packages that are tried, on top of VENV, whose torch it has. A torch without
 # CUDA needs a torchvision without it: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS says where pip finds one.
 COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build sdist wheel wheel-check test test-tools test-full compat durations planted mutants sanitize soak fuzz demo demo-rl bench bench-quick cuda-build gpu-check gpu-bench lint format docs clean force
+.PHONY: build sdist wheel wheel-check aarch64 test test-tools test-full free-threaded compat durations planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -59,13 +67,17 @@ wheel: $(GROUP)wheel
 wheel-check: $(GROUP)wheel
 	$(PY) .ci/wheel.py --check $(ARGS)
 
+# The wheel for 64-bit ARM, and its self-test under an emulator. Downloads 3 GB. A quarter of an hour.
+aarch64: $(GROUP)wheel
+	$(PY) .ci/aarch64.py
+
 # The product: four minutes on two cores. JOBS processes side by side; ARGS='-n 0' for none but this one.
 test: build $(TESTING)
 	$(PYTEST) $(ARGS)
 
 # What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks; and what takes long: the CUDA
-# kernels on the emulator, exports, several processes. .ci/run runs it as well.
-test-tools: build $(TESTING)
+# kernels on the emulator, exports, several processes. .ci/run runs it as well. mypy is one of the linters.
+test-tools: build $(TESTING) $(LINTERS)
 	$(PYTEST) -m 'tools and not full' $(ARGS)
 
 # These two, and the long matrices.
@@ -101,11 +113,17 @@ fuzz: build $(TESTING)
 	LSTM_EXT_FUZZ_CASES=$${LSTM_EXT_FUZZ_CASES:-20000} LSTM_EXT_FUZZ_LAST=build/fuzz_case.txt \
 	  $(PY) -m pytest -q -m full tests/fuzz/test_fuzz.py $(ARGS)
 
-demo: build $(GROUP)demo
-	$(PY) examples/char_lm.py $(ARGS)
-
+# A recurrent policy, by a loop over the steps and by one call with `resets`. A minute.
 demo-rl: build $(GROUP)demo
 	$(PY) examples/recurrent_ppo.py $(ARGS)
+
+# Single steps with carried state: how many took how long, as a histogram.
+demo-streaming: build $(GROUP)demo
+	$(PY) examples/streaming.py $(ARGS)
+
+# The proof of correctness: a character model, trained with torch.nn.LSTM and with lstm_ext.LSTM. Three minutes.
+demo: build $(GROUP)demo
+	$(PY) examples/char_lm.py $(ARGS)
 
 # All groups, with every peer that is installed, in about half an hour; ARGS=--quick takes five minutes. Writes build/bench.json.
 bench: build $(GROUP)bench
@@ -113,6 +131,16 @@ bench: build $(GROUP)bench
 
 bench-quick: build $(GROUP)bench
 	$(PY) benchmarks/bench_quick.py $(ARGS)
+
+# Measures anew the records of this machine that are older than the code, and renews the pages. ARGS=--list shows all
+# records; ARGS=--force measures whatever the commits are.
+records: build $(GROUP)bench
+	$(PY) benchmarks/renew.py $(ARGS)
+
+# The C library, into PREFIX: include/lstm_ext.h, lib/liblstm_ext.so and .a, and a file for pkg-config. Two minutes.
+PREFIX ?= build/library
+library: $(PACKAGES)
+	$(PY) -m lstm_ext.native_library $(PREFIX)
 
 # On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
 gpu-check:
@@ -133,6 +161,14 @@ cuda-build: $(CUDA_INSTALLED)
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
+# The tests of threads, and those of the layers that need few packages, under a Python without the GIL. The extension is
+# installed there. torch may bring CUDA's libraries, 5 GB.
+FREE_TESTS := nn/test_races.py cpu/test_threads.py nn/test_forward.py nn/test_cell.py nn/test_streaming.py \
+  nn/test_frozen.py nn/test_convert.py nn/test_torchs.py call/test_errors.py layer/test_ops.py
+free-threaded: $(FREE_INSTALLED)
+	@mkdir -p build/free
+	cd build/free && $(FREE_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml $(FREE_TESTS:%=../../tests/%) $(ARGS)
+
 # Packages that have LSTMs, before and after lstm_ext.convert. Installs 2 GB.
 compat: build $(TESTING) $(COMPAT_PACKAGES)
 	$(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat $(ARGS)
@@ -141,6 +177,8 @@ lint: $(LINTERS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache --no-logo
+	@if $(PY) -c 'import torch' 2> /dev/null; then echo "$(PY) -m mypy" && $(PY) -m mypy; \
+	  else echo "mypy: SKIPPED, torch is not in $(VENV), and mypy reads its types"; fi
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) tests/tools/check_comments.py
 	$(PY) tests/tools/check_headers.py
@@ -208,6 +246,30 @@ $(CUDA_PACKAGES): pyproject.toml
 	$(CUDA_PY) -m pip install -q '$(CUDA_TORCH)' 'setuptools>=77'
 	@$(CUDA_PY) -c 'import torch; assert torch.version.cuda, f"error: torch {torch.__version__} is a build without CUDA"'
 	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
+	@touch $@
+
+$(FREE_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") setup.py $(FREE_PACKAGES)
+	@mkdir -p build/free
+	@rm -rf build/lib build/lib.*
+	@echo "building and installing the extension; the output is in build/free/log.txt"
+	@LSTM_EXT_CUDA=0 $(FREE_PY) -m pip install -v --no-build-isolation --no-deps \
+	  --force-reinstall . > build/free/log.txt 2>&1 || { cat build/free/log.txt; exit 1; }
+	@touch $@
+
+# Old binary packages rather than new sources: few packages have both for such a Python.
+$(FREE_PACKAGES): pyproject.toml
+	@$(FREE_PY) -m pip --version >/dev/null 2>&1 || \
+	  { command -v $(FREE_PYTHON) >/dev/null && $(FREE_PYTHON) -m venv $(FREE_VENV); } || \
+	  { command -v uv >/dev/null && uv venv -q --seed --python 3.14t $(FREE_VENV); } || { \
+	  echo "error: there is no Python without the GIL: $(FREE_PYTHON) was not found, and uv could not fetch one."; \
+	  echo "Install one, or build CPython with --disable-gil: make free-threaded FREE_PYTHON=/path/to/python3.14t"; \
+	  exit 1; }
+	@$(FREE_PY) -c 'import sys; sys.exit(getattr(sys, "_is_gil_enabled", lambda: True)())' || { \
+	  echo "error: $(FREE_VENV) is of a Python with the GIL: remove it, and name another FREE_PYTHON"; exit 1; }
+	@echo "installing torch and what the tests need into $(FREE_VENV)"
+	@$(FREE_PY) -m pip install -q --prefer-binary '$(FREE_TORCH)' || { \
+	  echo "error: no torch for this Python: FREE_TORCH=torch==2.12.0 is the last one for 3.13t"; exit 1; }
+	$(FREE_PY) -m pip install -q --prefer-binary 'setuptools>=77' ninja 'pytest>=8' 'pytest-xdist>=3.5' expecttest 'numpy<2.4'
 	@touch $@
 
 # pip sees what VENV has, and is held to its torch. espnet and kraken name old versions of what others need.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--fast", action="store_true", help=f"with --check: without {', '.join(GRAPHS)}")
     parser.add_argument("--check", action="store_true", help="compare with the record; nothing is written")
+    parser.add_argument("--output", type=Path, help="where to write the record (its place in results/)")
     options = parser.parse_args(arguments)
     if unknown := set(options.features) - set(FEATURES):
         parser.error(f"expected features among {', '.join(FEATURES)}, got {', '.join(sorted(unknown))}")
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong:
         print("\n".join(["", f"{len(wrong)} cells are wrong:", *wrong]), file=sys.stderr)
     elif not options.check:
-        path.write_text(written(record))
+        (options.output or path).write_text(written(record))
     return int(bool(wrong))
 
 

@@ -16,12 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from myst_parser.parsers.sphinx_ import MystParser  # noqa: E402
+from sphinx.pycode import ModuleAnalyzer  # noqa: E402
 
 import lstm_ext  # noqa: E402
 
 project = "lstm_ext"
 release = lstm_ext.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",
@@ -41,7 +48,13 @@ html_show_sourcelink = False
 pygments_style = "default"
 
 myst_heading_anchors = 4
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+# The names of other sites that ours links to. The lists are here, so that a build needs no network.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3/", str(ROOT / "docs" / "names_python.txt")),
+    "torch": ("https://docs.pytorch.org/docs/stable/", str(ROOT / "docs" / "names_torch.txt")),
+}
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
@@ -63,6 +76,15 @@ def _contents(app: Any, docname: str, source: list[str]) -> None:
             source[0] += "\n\n" + "\n".join(
                 ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
             )
+
+
+def _hide_overloads() -> None:
+    """One signature for each function. Overloads are for type checkers, and a page has the same in words."""
+    for name in [name for name in sys.modules if name.startswith("lstm_ext.")]:
+        if str(getattr(sys.modules[name], "__file__", "")).endswith(".py"):
+            analyzer = ModuleAnalyzer.for_module(name)
+            analyzer.analyze()
+            analyzer.overloads.clear()
 
 
 def _first_page(app: Any, error: Exception | None) -> None:
@@ -98,6 +120,7 @@ class NotebookParser(MystParser):
 def setup(app: Any) -> dict[str, Any]:
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(NotebookParser)
+    _hide_overloads()
     app.connect("source-read", _contents)
     app.connect("build-finished", _first_page)
     return {"parallel_read_safe": True}

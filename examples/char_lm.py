@@ -24,8 +24,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from shown import picture, progress_bar
 from torch import nn
 from torch.nn import functional as F
 
@@ -126,34 +128,6 @@ def make_windows(ids: torch.Tensor, batch: int, window: int) -> list[tuple[torch
     return [(inputs[t : t + window], targets[t : t + window]) for t in range(0, length, window)]
 
 
-class LineWriter:
-    """stderr for a progress bar that goes to a file: every refresh on a line of its own."""
-
-    def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
-            sys.stderr.write(text + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def progress_bar(total: int, title: str):
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=title,
-        unit="char",
-        unit_scale=True,
-        file=sys.stderr if terminal else LineWriter(),
-        mininterval=0.2 if terminal else 10.0,
-        ascii=not terminal,
-        ncols=None if terminal else 110,
-    )
-
-
 def train(trainees: dict[str, Trainee], windows: list, epochs: int) -> None:
     """Train all models side by side, BLOCK steps each in turn.
 
@@ -169,7 +143,9 @@ def train(trainees: dict[str, Trainee], windows: list, epochs: int) -> None:
         for trainee in trainees.values():
             trainee.state = None
         total = len(order) * len(windows) * characters_per_step
-        with progress_bar(total, f"epoch {epoch + 1}/{epochs}, {len(order)} models") as bar:
+        with progress_bar(
+            total, f"epoch {epoch + 1}/{epochs}, {len(order)} models", unit="char", unit_scale=True
+        ) as bar:
             for first in range(0, len(windows), BLOCK):
                 block = windows[first : first + BLOCK]
                 for name in order:
@@ -374,12 +350,7 @@ def result_table(trainees: dict[str, Trainee], memory: dict[str, float | None], 
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def draw(trainees: dict[str, Trainee], characters_per_step: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt: Any, trainees: dict[str, Trainee], characters_per_step: int) -> Any:
     base, ours, moved = (trainees[k] for k in ("torch", "lstm_ext", "perturbed"))
     width = smoothing_width(len(base.losses))
     seen = [(i + width) * characters_per_step / 1000 for i in range(len(base.losses) - width + 1)]
@@ -409,9 +380,7 @@ def draw(trainees: dict[str, Trainee], characters_per_step: int, path: Path) -> 
     right.set_title(f"training speed: {speed_ratio(trainees):.2f}x")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def run(options: argparse.Namespace, tamper: Callable[[nn.Module], None] | None = None) -> int:
@@ -443,7 +412,7 @@ def run(options: argparse.Namespace, tamper: Callable[[nn.Module], None] | None 
     memory = peak_memory(options)
 
     print("\n" + result_table(trainees, memory, options.epochs))
-    draw(trainees, windows[0][0].numel(), options.output)
+    picture(options.output, draw, trainees, windows[0][0].numel(), dpi=120)
     sample, per_second = sample_text(
         trainees["lstm_ext"].model, vocabulary, "The ", options.sample, options.seed
     )
@@ -455,7 +424,7 @@ def run(options: argparse.Namespace, tamper: Callable[[nn.Module], None] | None 
     for check in checks:
         verdict = "ok" if check.passed else "TOO LARGE"
         print(f"  {check.what:<42} {check.found:.1e}   allowed {check.allowed:.1e}   {verdict}")
-    print(f"\nPicture: {options.output}. {time.perf_counter() - began:.0f} seconds in all.", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} seconds in all.", flush=True)
 
     failed = [check.what for check in checks if not check.passed]
     if failed:

@@ -14,9 +14,11 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from shown import picture
 from tagger import Line, Tagger, load_lines, pack
 from torch import nn
 from torch.nn import functional as F
@@ -47,20 +49,14 @@ def train(model: nn.Module, train_lines: list[Line], steps: int, rank: int, worl
     return losses
 
 
-def draw(path: Path, together: list[float], alone: list[float]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt: Any, together: list[float], alone: list[float]) -> Any:
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     steps = range(1, len(alone) + 1)
     axis.plot(steps, together, color="#4477aa", lw=5, alpha=0.5, label="two processes, mean of their losses")
     axis.plot(steps, alone, color="#dd7722", lw=1.5, label="one process")
     axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75)
+    return figure
 
 
 def main() -> int:
@@ -98,8 +94,7 @@ def main() -> int:
             f"{world} processes: loss {together[0]:.4f} → {together[-1]:.4f}; one: {alone[0]:.4f} → {alone[-1]:.4f}"
         )
         print(f"largest relative difference of a step: {worst:.1e}")
-        draw(options.output, together, alone)
-        print(f"the picture is {options.output}")
+        picture(options.output, draw, together, alone)
         failed = worst > ALLOWED
         if failed:
             print("error: the two trainings differ", file=sys.stderr)

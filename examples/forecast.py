@@ -13,8 +13,10 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from shown import picture
 from torch import Tensor, nn
 
 import lstm_ext
@@ -101,13 +103,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def draw(
-    path: Path, series: Tensor, forecast: Tensor, cells: Tensor, begin: int, table: dict[str, Tensor]
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt: Any, series: Tensor, forecast: Tensor, cells: Tensor, begin: int, table: dict[str, Tensor]
+) -> Any:
     blue, orange, grey = "#4477aa", "#dd7722", "#999999"
     years = FIRST_YEAR + torch.arange(len(series)) / 12
     usual = simple_forecasts(series, begin)[0]
@@ -159,8 +156,7 @@ def draw(
         axis.plot(range(1, AHEAD + 1), values, color=color, marker=".", label=name)
     axis.set(xlabel="months ahead", ylabel="error, °C", ylim=(0, None), xticks=range(1, AHEAD + 1))
     axis.legend(loc="lower right", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75)
+    return figure
 
 
 def main() -> int:
@@ -197,8 +193,7 @@ def main() -> int:
     print(f"\nerror in °C, {TEST_YEAR} to 2010, by months ahead")
     for name, values in table.items():
         print(f"{name:22}", "  ".join(f"{n + 1}: {values[n]:.2f}" for n in (0, 2, 5, 11)))
-    draw(options.output, celsius, forecast, cells, begin, table)
-    print(f"the picture is {options.output}")
+    picture(options.output, draw, celsius, forecast, cells, begin, table)
     if not (table["lstm_ext.LSTM"].mean() < 0.7 * untrained.mean() * std):
         print("error: the training did not help", file=sys.stderr)
         return 1

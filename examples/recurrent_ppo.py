@@ -24,9 +24,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from char_lm import Check, LineWriter
+from char_lm import Check
+from shown import picture, progress_bar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -241,18 +243,8 @@ def update(trainee: Trainee, rollout: Rollout) -> None:
 
 def train(trainees: dict[str, Trainee], options: argparse.Namespace) -> None:
     """One update of each model in turn, in an order that rotates: what disturbs the machine disturbs all alike."""
-    from tqdm import tqdm
-
     order = list(trainees)
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        total=options.updates,
-        desc=f"updates of {len(order)} models",
-        file=sys.stderr if terminal else LineWriter(),
-        mininterval=0.2 if terminal else 10.0,
-        ascii=not terminal,
-        ncols=None if terminal else 110,
-    ) as bar:
+    with progress_bar(options.updates, f"updates of {len(order)} models") as bar:
         for i in range(options.updates):
             for name in order:
                 trainee = trainees[name]
@@ -343,12 +335,7 @@ def result_table(trainees: dict[str, Trainee]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def draw(trainees: dict[str, Trainee], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt: Any, trainees: dict[str, Trainee]) -> Any:
     loop, ours, moved = (trainees[k] for k in ("loop", "resets", "perturbed"))
     blue, orange, grey = "#4477aa", "#dd7722", "#999999"
     updates = range(1, len(loop.returns) + 1)
@@ -380,9 +367,7 @@ def draw(trainees: dict[str, Trainee], path: Path) -> None:
     right.set_title(f"time of an update: {update_ratio(trainees):.1f}x")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def run(options: argparse.Namespace, tamper: Callable[[WithResets], None] | None = None) -> int:
@@ -407,13 +392,13 @@ def run(options: argparse.Namespace, tamper: Callable[[WithResets], None] | None
 
     print("\n" + result_table(trainees))
     print(f"\nA policy without memory cannot have a mean return above {1 / SYMBOLS:g}; the best is 1.")
-    draw(trainees, options.output)
+    picture(options.output, draw, trainees, dpi=120)
     checks = compare(trainees, options)
     print("\nDifference between the two, and how much rounding explains:")
     for check in checks:
         verdict = "ok" if check.passed else "TOO LARGE"
         print(f"  {check.what:<46} {check.found:.1e}   allowed {check.allowed:.1e}   {verdict}")
-    print(f"\nPicture: {options.output}. {time.perf_counter() - began:.0f} seconds in all.", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} seconds in all.", flush=True)
     failed = [check.what for check in checks if not check.passed]
     if failed:
         print(

@@ -2,23 +2,27 @@
 
 The stream is the English documentation that every CPython carries (pydoc's topics). A frozen layer computes each
 character by `step()`. The same loop runs with the layer as it is and with torch.nn.LSTM. All see the same weights and
-characters, and have to give the same results. The run ends with the latencies and their picture. They mean something
-only on a machine that does nothing else.
+characters, and have to give the same results. The run ends with the latencies, as a histogram of text and as a picture.
+They mean something only on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import io
+import math
 import pydoc
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from shown import picture
 from torch import Tensor, nn
 
 import lstm_ext
@@ -27,6 +31,8 @@ CHARACTERS = 128  # ASCII
 PART = 50  # characters that one side does before the next one's turn
 # Results are between -1 and 1. Rounded weights move them by some thousandths of that.
 ALLOWED = {"torch.nn.LSTM": 1e-5, "lstm_ext.LSTM": 1e-5, "frozen": 1e-5, "frozen, int8": 5e-2}
+COLUMNS = 60  # of the histogram of text
+BARS = "▁▂▃▄▅▆▇█"
 
 State = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, State | None], tuple[Tensor, State]]
@@ -67,25 +73,49 @@ class Stream:
             self.outputs.append(y)
 
 
-def draw(path: Path, latencies: dict[str, list[float]]) -> None:
-    import matplotlib
+def at(latencies: list[float], share: float) -> float:
+    """The time that this share of the steps does not exceed."""
+    return sorted(latencies)[int(share * len(latencies))]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
+def edges_of(latencies: dict[str, list[float]], count: int) -> list[float]:
+    """The edges of so many bins, of equal width on a logarithmic axis: all but one step in a thousand is in them."""
+    values = [x for each in latencies.values() for x in each]
+    low, high = 0.8 * min(values), 1.5 * at(values, 0.999)
+    return [low * (high / low) ** (n / count) for n in range(count + 1)]
+
+
+def histogram(latencies: dict[str, list[float]]) -> str:
+    """A line of text for each side, with a column for each bin, and the axis below them. The last bin has the rest."""
+    edges = edges_of(latencies, COLUMNS)
+    lines = []
+    for name, each in latencies.items():
+        counts = [0] * COLUMNS
+        for x in each:
+            counts[min(bisect.bisect_right(edges, x), COLUMNS) - 1] += 1
+        heights = [math.ceil(len(BARS) * n / max(counts)) for n in counts]
+        lines.append(f"{name:14}|" + "".join([" ", *BARS][height] for height in heights) + "|")
+    marks = list(" " * (COLUMNS + 8))
+    free = 0
+    for value in [digit * 10**power for power in range(6) for digit in (1, 2, 5)]:
+        place = bisect.bisect_right(edges, value) - 1
+        if free <= place < COLUMNS and value >= edges[0]:
+            marks[place : place + len(str(value))] = str(value)
+            free = place + len(str(value)) + 1
+    return "\n".join([*lines, f"{'microseconds':14} {''.join(marks).rstrip()}"])
+
+
+def draw(plt: Any, latencies: dict[str, list[float]]) -> Any:
     figure, axes = plt.subplots(len(latencies), 1, figsize=(8, 5), sharex=True, layout="constrained")
-    values = sorted([x for each in latencies.values() for x in each])
-    low, high = 0.8 * values[0], 1.5 * values[int(0.999 * len(values))]
-    bins = [low * (high / low) ** (n / 80) for n in range(81)]
+    edges = edges_of(latencies, 80)
     for axis, (name, each) in zip(axes, latencies.items(), strict=True):
-        axis.hist(each, bins=bins, color="#4477aa")
+        axis.hist(each, bins=edges, color="#4477aa")
         axis.axvline(statistics.median(each), color="#dd7722", label=f"{name}: median")
-        axis.axvline(sorted(each)[int(0.99 * len(each))], color="#dd7722", ls="--", label="99 %")
+        axis.axvline(at(each, 0.99), color="#dd7722", ls="--", label="99 %")
         axis.set(xscale="log", yticks=[])
         axis.legend(loc="upper right")
     axes[-1].set_xlabel("microseconds for one character")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75)
+    return figure
 
 
 @torch.no_grad()
@@ -129,13 +159,13 @@ def main() -> int:
     print(f"{'':14}  median  99 %    largest error  (microseconds)")
     for name, side in streams.items():
         error = (torch.stack(side.outputs) - exact).abs().max().item()
-        ordered = sorted(side.latencies)
-        print(
-            f"{name:14}  {statistics.median(ordered):6.1f}  {ordered[int(0.99 * len(ordered))]:6.1f}  {error:.1e}"
-        )
+        median = statistics.median(side.latencies)
+        print(f"{name:14}  {median:6.1f}  {at(side.latencies, 0.99):6.1f}  {error:.1e}")
         failed |= not error <= ALLOWED[name]
-    draw(options.output, {name: side.latencies for name, side in streams.items()})
-    print(f"the picture is {options.output}")
+    latencies = {name: side.latencies for name, side in streams.items()}
+    print(f"\nhow many characters took how long, of {options.count}; the axis is logarithmic")
+    print(histogram(latencies))
+    picture(options.output, draw, latencies)
     if failed:
         print("error: a result is further from float64 than it may be", file=sys.stderr)
     return int(failed)

@@ -17,8 +17,10 @@ import time
 import tokenize
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from shown import picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -96,7 +98,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(2 * hidden, len(TAGS))
 
     def forward(self, characters: PackedSequence) -> Tensor:
-        """A row of scores for each character, in the order of the packed rows."""
+        """Scores for each character, in the packed order."""
         output, _ = self.lstm(characters._replace(data=self.embed(characters.data)))
         return self.head(output.data)
 
@@ -122,12 +124,7 @@ def accuracy_by_character(train: list[Line], test: list[Line]) -> float:
     return sum(usual.get(character) == tag for character, tag in pairs) / len(pairs)
 
 
-def draw(model: Tagger, lines: list[Line], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt: Any, model: Tagger, lines: list[Line]) -> Any:
     rows = [line for line in lines if 30 <= len(line[0]) <= 80 and len(set(line[1])) >= 5]
     rows = random.Random(1).sample(rows, min(14, len(rows)))
     figure, axis = plt.subplots(figsize=(9, 0.3 * len(rows) + 0.7), layout="constrained")
@@ -153,8 +150,7 @@ def draw(model: Tagger, lines: list[Line], path: Path) -> None:
         axis.text(
             1 + 11 * n, 0.9, tag, color=color, family="monospace", fontsize=9, weight="bold", va="center"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    return figure
 
 
 def main() -> int:
@@ -180,12 +176,12 @@ def main() -> int:
     print(
         f"{len(train)} lines to train on, of {min(lengths)} to {max(lengths)} characters; {len(test)} to test with"
     )
-    padded = rows = 0
+    padded = held = 0
     begin = time.perf_counter()
     for step in range(1, options.steps + 1):
         batch = draws.sample(train, options.batch)
         characters, tags = pack(batch)
-        rows += tags.data.numel()
+        held += tags.data.numel()
         padded += options.batch * len(tags.batch_sizes)
         loss = F.cross_entropy(model(characters), tags.data)
         optimizer.zero_grad()
@@ -194,13 +190,13 @@ def main() -> int:
         if step % max(1, options.steps // 6) == 0:
             print(f"step {step:4}  loss {loss.item():.3f}", flush=True)
     print(
-        f"trained in {time.perf_counter() - begin:.1f} s; the batches hold {rows / padded:.0%} of the padded rows"
+        f"trained in {time.perf_counter() - begin:.1f} s; "
+        f"the batches hold {held / padded:.0%} of the characters of padded ones"
     )
 
     ours, usual = accuracy(model, test), accuracy_by_character(train, test)
     print(f"accuracy on other files: {ours:.1%}; of each character's most frequent tag: {usual:.1%}")
-    draw(model, test, options.output)
-    print(f"the picture is {options.output}")
+    picture(options.output, draw, model, test, dpi=80)
     if ours <= usual:
         print("error: the tagger is no better than a table of characters", file=sys.stderr)
         return 1

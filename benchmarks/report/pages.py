@@ -18,38 +18,70 @@ from typing import Any, NamedTuple
 
 import harness
 
-from . import contract, gpu, options, quick, readme, suite, support
+from . import contract, cores, gpu, options, quick, readme, suite, support, uses
 from .text import RESULTS
 
 ROOT = RESULTS.parents[1]
 DPI = 110
 PERFORMANCE = "docs/performance.md"
+CASES = "docs/lab/cases.md"
 EPYC, XEON = "docs/lab/suite-epyc.md", "docs/lab/suite-xeon.md"
 
 
 class Block(NamedTuple):
     name: str  # in its markers: <!-- NAME:begin --> and <!-- NAME:end -->
     page: str
-    record: str | dict[str, str]  # a file, or several by name; of those that a pattern fits, the newest
+    # A file; of those that a pattern fits, the newest; of several patterns, all files, by name.
+    record: str | tuple[str, ...]
     text: Callable[[Any], str]
     pictures: str = ""  # the module that draws them: it needs matplotlib
 
 
 BLOCKS = (
-    Block("faster", "README.md", readme.RECORDS, readme.faster, "readme"),
-    Block("not-faster", "README.md", readme.RECORDS, readme.not_faster),
-    Block("bench", PERFORMANCE, "cpu_epyc_zen5_2_cores.json", quick.text, "plots"),
-    Block("bench-avx2", PERFORMANCE, "cpu_epyc_zen3_2_cores.json", quick.text),
-    Block("bench-amx", PERFORMANCE, "cpu_xeon_amx_2_cores.json", quick.text),
-    Block("16-bit", PERFORMANCE, "contract_epyc_zen5_2_cores.json", contract.low_precision),
-    Block("16-bit-amx", PERFORMANCE, "contract_xeon_amx_2_cores.json", contract.low_precision),
-    Block("packed", PERFORMANCE, "contract_epyc_zen5_2_cores.json", contract.packed),
+    Block("faster", "README.md", (*uses.RECORDS, readme.TORCHRL), readme.faster, "readme"),
+    Block("not-faster", "README.md", uses.RECORDS, readme.not_faster),
+    Block(
+        "train",
+        "docs/start/train.md",
+        uses.RECORDS,
+        readme.for_task("training", "ragged", "ragged-padded", "bfloat16-training", "memory"),
+    ),
+    Block(
+        "serve",
+        "docs/start/serve.md",
+        uses.RECORDS,
+        readme.for_task("step", "frozen-step", "frozen-itself", "inference", "frozen-peers"),
+    ),
+    Block(
+        "reinforcement-learning",
+        "docs/start/reinforcement-learning.md",
+        (*uses.RECORDS, readme.TORCHRL),
+        readme.for_task("policy", "policy-resets"),
+    ),
+    Block("library", "docs/guide/c-library.md", "library_epyc_zen4_2_cores.json", suite.library),
+    Block("gpu-start", "docs/start/gpu.md", "gpu_*.json", gpu.text),
+    Block(
+        "mac-or-arm",
+        "docs/start/mac-or-arm.md",
+        "contract_fallback_xeon_avx512_2_cores.json",
+        readme.without_kernels,
+    ),
+    Block("uses", PERFORMANCE, (*uses.RECORDS, readme.TORCHRL), readme.by_processor),
+    Block("bench", CASES, "cpu_epyc_zen5_2_cores.json", quick.text, "plots"),
+    Block("bench-avx2", CASES, "cpu_epyc_zen3_2_cores.json", quick.text),
+    Block("bench-amx", CASES, "cpu_xeon_amx_2_cores.json", quick.text),
+    Block("16-bit", CASES, "contract_epyc_zen5_2_cores.json", contract.low_precision),
+    Block("16-bit-amx", CASES, "contract_xeon_amx_2_cores.json", contract.low_precision),
+    Block("packed", CASES, "contract_epyc_zen5_2_cores.json", contract.packed),
+    Block("frozen", CASES, "contract_frozen_xeon_avx512_2_cores.json", contract.frozen),
+    Block("busy", CASES, "contract_busy_xeon_avx512_2_cores.json", contract.busy),
     Block("gpu", PERFORMANCE, "gpu_*.json", gpu.text),
     Block("bench-suite", EPYC, "suite_epyc_zen5_2_cores.json", suite.text, "plots"),
     Block("bench-suite-zen4", EPYC, "suite_epyc_zen4_2_cores.json", suite.text),
     Block("bench-suite-amx", XEON, "suite_xeon_amx_2_cores.json", suite.text),
     Block("bench-suite-xeon", XEON, "suite_xeon_avx512_2_cores.json", suite.text),
     Block("bench-suite-avx2", EPYC, "suite_epyc_zen5_avx2_2_cores.json", suite.text),
+    Block("many-cores", "docs/lab/many-cores.md", "many_cores_simulated.json", cores.text),
     Block("cost", "docs/options.md", "options_cpu.json", options.cost),
     Block("torchrl", "docs/options.md", "torchrl_cpu.json", options.torchrl),
     Block("support", "docs/support.md", "support_cpu.json", support.text),
@@ -65,13 +97,19 @@ def read(path: Path) -> Any:
 
 def record_of(block: Block) -> Any:
     """None where a pattern fits no file."""
-    if isinstance(block.record, dict):
-        return {name: read(RESULTS / file) for name, file in block.record.items()}
+    if isinstance(block.record, tuple):
+        paths = sorted({path for pattern in block.record for path in RESULTS.glob(pattern)})
+        return {path.name: read(path) for path in paths}
     found = [read(path) for path in RESULTS.glob(block.record)]
     dates = [
         (gpu.benchmark_of(record) or record)["facts"]["date"] if len(found) > 1 else "" for record in found
     ]
     return found[dates.index(max(dates))] if found else None
+
+
+def given_record(block: Block, path: Path) -> Any:
+    record = read(path)
+    return {path.name: record} if isinstance(block.record, tuple) else record
 
 
 def split(page: Path, name: str) -> tuple[str, str, str]:
@@ -127,9 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     for block in [block for block in BLOCKS if block.name in (given.names or names)]:
         if given.pictures:
             if block.pictures:
-                draw(block, read(given.record) if given.record else record_of(block), given.pictures)
+                draw(
+                    block,
+                    given_record(block, given.record) if given.record else record_of(block),
+                    given.pictures,
+                )
         elif given.record:
-            print(block.text(read(given.record)))
+            print(block.text(given_record(block, given.record)))
         elif renew(block, check=given.check):
             differ.append(f"{block.page}: {block.name}")
     if differ:

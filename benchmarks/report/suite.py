@@ -8,6 +8,7 @@ import harness
 from records import Result
 from shapes import Shape
 
+from .ages import dated
 from .text import facts_line, kind_of, plural, table
 
 SIDES = {
@@ -263,3 +264,28 @@ def text(record: Result) -> str:
         facts_line(record),
     ]
     return "\n".join(lines)
+
+
+LIBRARY_SIDES = {
+    "library": "library",
+    "library-bfloat16": "in bfloat16",
+    "library-int8": "in int8",
+    "c-loop": "plain loop in C",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+def library(record: Result) -> str:
+    """One step of the C library and its peers, microseconds: the median and the 99.9th percentile."""
+    lines = [f"| H | {' | '.join(LIBRARY_SIDES.values())} |", "|---|" + "---|" * len(LIBRARY_SIDES)]
+    for r in record["results"]:
+        cells = [f"{r['sides'][side]['median']:.3g} ({r['high'][side]:.3g})" for side in LIBRARY_SIDES]
+        lines.append(f"| {r['hidden_size']} | {' | '.join(cells)} |")
+    facts = record["facts"]
+    return "\n".join([
+        *lines,
+        "",
+        "Microseconds of a step with as many features as units, batch 1, one thread, float32: the median, and in "
+        f"brackets the 99.9th percentile. {facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`, {dated(facts)} at "
+        f"{facts['git_commit']}, by `python benchmarks/bench.py --only library`.",
+    ])  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any
 
 from records import Result
 
+from .ages import dated
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -50,7 +52,7 @@ def span(ratios: Sequence[float]) -> str:
 
 def versions(facts: Result) -> list[str]:
     commit = f" at {facts['git_commit']}" if facts["git_commit"] else ""
-    return [f"torch {facts['torch']}", f"lstm_ext {facts['lstm_ext']}{commit}", facts["date"][:10]]
+    return [f"torch {facts['torch']}", f"lstm_ext {facts['lstm_ext']}{commit}", dated(facts)]
 
 
 def facts_line(record: Result) -> str:

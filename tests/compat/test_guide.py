@@ -23,11 +23,13 @@ def snippets(heading: str) -> list[str]:
     return re.findall(r"```python compat\n(.*?)```", section[1], re.DOTALL)
 
 
-def run(heading: str, **names: object) -> dict:
-    """What the names stand for after all snippets under the heading."""
-    found = {"lstm_ext": lstm_ext, "torch": torch, **names}
+def run(heading: str) -> list[dict]:
+    """Runs each snippet under the heading alone, as a reader pastes it: its names."""
+    found = []
     for snippet in snippets(heading):
-        exec(compile(snippet, f"other-libraries.md, {heading}", "exec"), found)
+        names: dict = {"__name__": "__main__"}
+        exec(compile(snippet, f"other-libraries.md, {heading}", "exec"), names)
+        found.append(names)
     return found
 
 
@@ -43,69 +45,66 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_sb3_contrib():
     pytest.importorskip("sb3_contrib")
-    import gymnasium
-
-    found = run("sb3-contrib", env=gymnasium.make("CartPole-v1"))
-    agent, policy = found["agent"], found["agent"].policy
+    plain, with_resets = run("sb3-contrib")
+    assert are_ours(plain["agent"].policy)
+    agent, policy = with_resets["agent"], with_resets["agent"].policy
     assert are_ours(policy)
     # Episodes start inside the sequences: by their loop and by one call.
     features, starts = torch.randn(40, 4, dtype=torch.float64), (torch.rand(40) < 0.3).double()
     lstm = policy.lstm_actor.double()
     states = tuple(torch.randn(1, 4, lstm.hidden_size, dtype=torch.float64) for _ in range(2))
     ours = type(policy)._process_sequence(features, states, starts, lstm)
-    theirs = found["RecurrentActorCriticPolicy"]._process_sequence(features, states, starts, lstm)
+    theirs = with_resets["RecurrentActorCriticPolicy"]._process_sequence(features, states, starts, lstm)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     lstm.float()
     agent.learn(128)
     agent.save("resets.zip")
-    loaded = type(agent).load("resets.zip", custom_objects={"policy_class": found["ResetPolicy"]})
-    assert type(loaded.policy) is found["ResetPolicy"]
+    loaded = type(agent).load("resets.zip", custom_objects={"policy_class": with_resets["ResetPolicy"]})
+    assert type(loaded.policy) is with_resets["ResetPolicy"]
 
 
 def test_rsl_rl():
-    runners = pytest.importorskip("rsl_rl.runners")
+    pytest.importorskip("rsl_rl.runners")
     from test_policies import config_of_rsl_rl, toy_env
 
-    found = run("rsl_rl", OnPolicyRunner=runners.OnPolicyRunner, env=toy_env(), config=config_of_rsl_rl())
-    assert are_ours(found["runner"].alg.critic)
+    (found,) = run("rsl_rl")
+    runner = found["train"](toy_env(), config_of_rsl_rl())
+    assert are_ours(runner.alg.critic)
     assert Path("exported", "policy.pt").is_file()
 
 
 def test_torchrl():
-    modules = pytest.importorskip("torchrl.modules")
-    keys = {"in_keys": ["x", "h", "c"], "out_keys": ["y", ("next", "h"), ("next", "c")]}
-    policy = modules.LSTMModule(input_size=3, hidden_size=8, **keys)
-    found = run("TorchRL", policy=policy)
-    assert are_ours(policy, found["module"])
+    pytest.importorskip("torchrl.modules")
+    (found,) = run("TorchRL")
+    assert are_ours(found["policy"], found["module"])
 
 
 def test_lightning():
     lightning = pytest.importorskip("lightning")
-    from test_forecasting import QUIET, forecaster, rows
+    from test_forecasting import QUIET
 
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows()), batch_size=4)
-    trainer = lightning.Trainer(max_epochs=1, **QUIET)
-    assert are_ours(run("Lightning", Forecaster=type(forecaster()), trainer=trainer, data=data)["model"])
+    (found,) = run("Lightning")
+    model = found["model"]
+    assert are_ours(model)
+    trainer = lightning.Trainer(**QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint("model.ckpt")
+    loaded = lstm_ext.convert(found["Forecaster"].load_from_checkpoint("model.ckpt"))
+    assert are_ours(loaded)
+    x = torch.randn(5, 2, 1)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
-def test_gluonts(tmp_path):
+def test_gluonts():
     pytest.importorskip("gluonts")
-    from gluonts.torch import PyTorchPredictor
-    from test_forecasting import data_of_gluonts, estimator_of_gluonts
-
-    (tmp_path / "saved").mkdir()
-    names = {"PyTorchPredictor": PyTorchPredictor, "folder": tmp_path / "saved"}
-    found = run("gluonts", estimator=estimator_of_gluonts(tmp_path), dataset=data_of_gluonts(), **names)
+    (found,) = run("gluonts")
     assert are_ours(found["predictor"].prediction_net)
 
 
 def test_neuralforecast():
-    neuralforecast = pytest.importorskip("neuralforecast")
-    from neuralforecast.models import LSTM
-    from test_forecasting import frame
-
-    names = {"LSTM": LSTM, "NeuralForecast": neuralforecast.NeuralForecast}
-    assert are_ours(*run("neuralforecast", frame=frame(), **names)["forecast"].models)
+    pytest.importorskip("neuralforecast")
+    (found,) = run("neuralforecast")
+    assert are_ours(*found["forecast"].models)
 
 
 def test_easyocr(monkeypatch):
@@ -114,11 +113,13 @@ def test_easyocr(monkeypatch):
     # The folder in which a user of EasyOCR has the weights.
     Path("model").symlink_to(weights.model_dir())
     monkeypatch.setattr(easyocr.easyocr, "MODULE_PATH", str(Path.cwd()))
-    assert are_ours(run("EasyOCR", easyocr=easyocr)["reader"].recognizer)
+    (found,) = run("EasyOCR")
+    assert are_ours(found["reader"].recognizer)
 
 
 def test_neuralhydrology():
     pytest.importorskip("neuralhydrology")
     from test_forecasting import config_of_neuralhydrology
 
-    assert are_ours(run("neuralhydrology", config=config_of_neuralhydrology("cudalstm"))["model"])
+    (found,) = run("neuralhydrology")
+    assert are_ours(found["build"](config_of_neuralhydrology("cudalstm")))

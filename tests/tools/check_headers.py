@@ -26,8 +26,8 @@ TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
 # Inline PTX: nvcc compiles it, in every build with CUDA.
 NVCC_ONLY = {"cuda/ptx.h"}
-# A part of another header, for a processor that this compiler is not for.
-PARTS = {"cpu/simd_neon.h"}
+# Parts of other headers, for a processor that this compiler is not for.
+PARTS = {"cpu/simd_neon.h", "cpu/simd_neon_wide.h", "cpu/matrix_unit_neon.h"}
 # Templates of a type of the kernels' own namespace. They are as internal to an object as that type, so they may be
 # compiled for the raised target.
 TEMPLATES_OF_A_MATH = {"contract/activation.h", "contract/cell.h", "contract/transition.h"}

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -20,14 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from lstm_ext.native import config
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "full_results.md"
 SHOWN = 0.01  # files with a smaller share of the time are one line
 
 
 def machine() -> str:
-    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {config.processor()}"
 
 
 def table(report: Path) -> str:

@@ -44,8 +44,8 @@ from mutant_sites import Site
 
 ROOT = planted.ROOT
 WORK = ROOT / "build" / "mutants"
-# Not compiled without nvcc.
-NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h")
+# Not compiled without nvcc; and the C library, which no test of `make test` compiles.
+NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h", "csrc/library/")
 # Tests of tools and texts, which no line of the product could fail, or which run the same tests again.
 NO_TESTS = ("test_planted", "test_docs", "test_conftest", "test_mutants")
 EMULATED = ("test_step_kernels", "test_stepwise", "test_persistent_kernels", "test_first_use")

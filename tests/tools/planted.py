@@ -22,12 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "planted"
-FOLDERS = ("cpu", "cuda")  # below csrc/, each file of which has a fault
+FOLDERS = ("cpu", "cuda", "library")  # below csrc/, each file of which has a fault
 TIMEOUT = 1200  # seconds for the tests of a fault
 
 CPU = ("tests/cpu/test_kernels.py", "tests/cpu/test_options_kernels.py", "tests/call/test_packed.py")
 UNIT = ("tests/cpu/test_matrix_unit.py",)
 EMULATED = ("tests/simt/test_stepwise.py",)
+LIBRARY = ("tests/native_library/test_library.py",)
+DAMAGE = ("tests/native_library/test_damage.py", "-k", "not sanitized")
 ON_AARCH64 = ("tests/cpu/test_aarch64.py",)
 
 
@@ -68,6 +70,7 @@ FAULTS: dict[str, Fault] = {
         "plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);",
         "plan.grad_preactivations = layout.reserve(plan.chunk_rows * plan.gate_stride);",
     ),
+    "cpu/frozen.h": Fault("data + plan.bias), plan.planes};", "data + plan.bias + 64), plan.planes};", LIBRARY),
     "cpu/forward.h": Fault(
         "(pass_.steps.rows_before(t) + b) * H, H, params.c_n", "pass_.steps.rows_before(t) * H, H, params.c_n"
     ),
@@ -94,6 +97,9 @@ FAULTS: dict[str, Fault] = {
     "cpu/kernels_avx512_f64.cpp": Fault("kernels_avx512_f64, ", "kernels_none, ", every_set=True),
     "cpu/kernels_neon_f32.cpp": Fault("kernels_neon_f32, ", "kernels_none, ", ON_AARCH64),
     "cpu/kernels_neon_f64.cpp": Fault("kernels_neon_f64, ", "kernels_none, ", ON_AARCH64),
+    "cpu/kernels_neon_bf16_f32.cpp": Fault("kernels_neon_bf16_f32, ", "kernels_none, ", ON_AARCH64),
+    "cpu/matrix_unit_neon.h": Fault("vzip2q_u64(one, next);", "vzip2q_u64(next, one);", ON_AARCH64),
+    "cpu/simd_neon_wide.h": Fault("vminq_f32(part(v, n), ", "vmaxq_f32(part(v, n), ", ON_AARCH64),
     "cpu/simd_neon.h": Fault("return vfmaq_f32(c, a, b);", "return vfmaq_f32(a, c, b);", ON_AARCH64),
     "cpu/kernels_baseline_f32.cpp": Fault("kernels_baseline_f32, ", "kernels_none, ", every_set=True),
     "cpu/kernels_baseline_f64.cpp": Fault("kernels_baseline_f64, ", "kernels_none, ", every_set=True),
@@ -191,6 +197,19 @@ FAULTS: dict[str, Fault] = {
     "contract/cell.h": Fault("(gate == kG ? Math::number(1) - value", "(gate == kG ? Math::number(1) + value"),
     "contract/activation.h": Fault(
         "case Function::kTanh: return one - value * value;", "case Function::kTanh: return one - value;"
+    ),
+    "library/lstm_ext.h": Fault(
+        "  int32_t num_layers;     /* L */\n  int32_t directions;     /* D, 1 or 2 */\n",
+        "  int32_t directions;\n  int32_t num_layers;\n",
+        LIBRARY,
+    ),
+    "library/memory.h": Fault("(sizeof(T)) + kAlignment - 1) / kAlignment", "(sizeof(T))) / kAlignment", LIBRARY),
+    "library/model.cpp": Fault("cell.coupled = file.has(kIsCoupled);", "cell.coupled = false;", LIBRARY),
+    "library/model.h": Fault("[layer * header.directions + d]", "[layer + d]", LIBRARY),
+    "library/stream.cpp": Fault("params.shape.reverse = d == 1;", "params.shape.reverse = false;", LIBRARY),
+    "library/weights_file.cpp": Fault("if (!is_share(h.zoneout_c))", "if (!is_share(h.zoneout_h))", DAMAGE),
+    "library/weights_file.h": Fault(
+        "kHasPeepholes = 4,\n  kHasLayerNorm = 8,", "kHasPeepholes = 8,\n  kHasLayerNorm = 4,", DAMAGE
     ),
     "contract/layer.h": Fault("return keep != nullptr || share != 0;", "return keep != nullptr;"),
     "contract/params.h": Fault("clip != 0 || coupled || other_activations", "clip != 0 || other_activations"),

@@ -190,7 +190,7 @@ def driver(name: str, flags: Sequence[str] = THREAD, order: str | None = None) -
         f"-DLSTM_EXT_ISA_{name}",
         *DRIVER_SETS[name],
         "-Icsrc",
-        "-Itests",
+        "-Itests/cpu",
     ]
     subprocess.run([*command, *DRIVER, "-pthread", "-o", str(program)], cwd=ROOT, check=True)
     return program

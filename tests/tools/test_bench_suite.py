@@ -20,7 +20,7 @@ SMALLEST = (
 )  # fmt: skip
 GROUPS = {
     "inference", "frozen", "training", "step", "ragged", "resets", "extras", "dtypes", "memory", "busy", "first-call",
-    "import",
+    "import", "library",
 }  # fmt: skip
 
 

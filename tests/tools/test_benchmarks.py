@@ -100,7 +100,7 @@ def pages(monkeypatch):
 def test_a_block_is_renewed(pages, tmp_path):
     block = next(block for block in pages.BLOCKS if block.name == "bench")
     page = tmp_path / block.page
-    page.parent.mkdir()
+    page.parent.mkdir(parents=True)
     page.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
     assert pages.renew(block, tmp_path, check=True) and "old figures" in page.read_text()
     assert pages.renew(block, tmp_path)

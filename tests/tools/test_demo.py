@@ -25,7 +25,8 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def load_example():
+def load_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))  # as when it is run by its name
     spec = importlib.util.spec_from_file_location("char_lm_under_test", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -70,7 +71,7 @@ def wrong_result(lstm):
 
 @pytest.mark.parametrize("fault", [one_percent, one_gate_lost, wrong_result])
 def test_planted_fault_is_found(fault, tmp_path, capfd, monkeypatch):
-    example = load_example()
+    example = load_example(monkeypatch)
     monkeypatch.setattr(example, "peak_memory", lambda options: {"torch": None, "lstm_ext": None})
     options = example.parse_options(
         ["--quick", "--threads", "1", "--epochs", "1", "--output", str(tmp_path / "x.png")]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import lstm_ext
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Files of ours, by their endings; not those of other projects, nor places to fill in.
+TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
+# Files of ours, by their endings; not those of other projects, nor what is made here, nor places to fill in.
 FILE = re.compile(r"[\w/]*\b[a-z_]\w*\.(?:py|cpp|cuh|cu|h|json|md)\b(?!\.)")
-NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json"}
+NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json", "benchmarks/results/local.json"}
 
 
 def prose(page: Path) -> str:
@@ -60,6 +63,32 @@ def test_every_public_name_is_in_the_reference() -> None:
     faces = {f"lstm_ext.{path.stem}" for path in (ROOT / "lstm_ext").glob("*.py") if path.stem != "__init__"}
     names = {f"lstm_ext.{name}" for name in lstm_ext.__all__ if name != "__version__"}
     assert documented == faces | names
+
+
+def test_names_of_torch_that_the_site_links_to_exist() -> None:
+    lines = (ROOT / "docs" / "names_torch.txt").read_text().splitlines()
+    assert lines[0] == "# Sphinx inventory version 1"
+    for line in lines[3:]:
+        name, kind, page = line.split()
+        found = importlib.import_module("torch.export") if name.startswith("torch.export.") else torch
+        for part in name.split(".")[2 if found is not torch else 1 :]:
+            found = importlib.import_module("torch.onnx") if part == "onnx" else getattr(found, part)
+        assert isinstance(found, type) == (kind == "class") and page.endswith(".html"), line
+
+
+def test_dir_has_public_names_only() -> None:
+    """And each of them can be had; the modules beside them can be imported all the same."""
+    submodules = {"info", "onnx", "ops", "selftest"}
+    for name in sorted(submodules):
+        importlib.import_module(f"lstm_ext.{name}")
+    assert set(dir(lstm_ext)) == {*lstm_ext.__all__, *submodules}
+    for name in ("functional", "reference", "onnx", "ops", "info", "cell", "modules"):
+        module = importlib.import_module(f"lstm_ext.{name}")
+        assert dir(module) == sorted(module.__all__)
+        assert all([hasattr(module, public) for public in dir(module)])
+    assert all([hasattr(lstm_ext, public) for public in dir(lstm_ext)])
+    for name in ("call", "layer", "native", "nn"):
+        assert getattr(lstm_ext, name) is importlib.import_module(f"lstm_ext.{name}")
 
 
 def test_the_site_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

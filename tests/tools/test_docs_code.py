@@ -1,9 +1,9 @@
 """The code blocks of the README and of the pages of docs/ run.
 
-What a block is for stands behind its fence. `python` runs, page by page, each block with the names of those before it.
-`python compat` runs in tests/compat, where the libraries are. Commands (`sh`) have to name targets, modules and files
-that exist. `text`, `cpp` and `{eval-rst}` do not run. An HTML comment that begins with `setup` holds Python that a page
-does not show: it makes the names that the next block takes as given.
+What a block is for stands behind its fence. Each `python` block runs alone, as a reader pastes it: with no names but
+its own, in an empty folder. What it prints is the `text` block right below it. `python compat` runs in tests/compat,
+where the libraries are. Commands (`sh`) have to name targets, modules and files that exist. Other `text`, `cpp` and
+`{eval-rst}` do not run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ PAGES = [
 # The emulator's page: tests/simt/test_readme.py runs its blocks.
 ELSEWHERE = {"tests/simt/README.md": {"python"}}
 NOT_RUN = {"dockerfile", "text", "cpp", "{eval-rst}"}
-# A fence with what stands behind it, or a comment, to its end.
-BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```$|^<!-- (setup)\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
+# A fence with what stands behind it, to its end, and the fence with its output.
+BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```$(?:\n+(?=```text\n(.*?)^```$))?", re.DOTALL | re.MULTILINE)
+MOST_LINES = 15  # of a block of Python: what is longer belongs into examples/
 
 
 class Block(NamedTuple):
     kind: str
     code: str
     line: int
+    shown: str  # the text block right below it, or nothing
 
 
 def name_of(page: Path) -> str:
@@ -52,18 +54,17 @@ def name_of(page: Path) -> str:
 
 def blocks(text: str) -> Iterator[Block]:
     for found in BLOCK.finditer(text):
-        kind = found[3] or found[1]
-        first = found.start(4 if found[3] else 2)
-        yield Block(kind, found[4] if found[3] else found[2], text.count("\n", 0, first) + 1)
+        yield Block(found[1], found[2], text.count("\n", 0, found.start(2)) + 1, found[3] or "")
 
 
-def run(code: str, line: int, page: str, names: dict) -> None:
-    """Run the code as if it stood at this line of the page; an error is one line that says where."""
+def run(code: str, line: int, page: str, names: dict) -> str:
+    """Run the code as if it stood at this line of the page: what it prints. An error is one line that says where."""
     at = line
+    printed = io.StringIO()
     try:
         # So that each line of the code has its number in the page.
         program = compile("\n" * (line - 1) + code, page, "exec")
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(program, names)
     except Exception as error:
@@ -76,6 +77,17 @@ def run(code: str, line: int, page: str, names: dict) -> None:
             traceback = traceback.tb_next
         message = str(error).strip().split("\n")[0]
         pytest.fail(f"{page}:{at}: {type(error).__name__}: {message}", pytrace=False)
+    return printed.getvalue()
+
+
+def run_alone(block: Block, page: str) -> None:
+    torch.manual_seed(0)
+    printed = run(block.code, block.line, page, {"__name__": "__main__"})
+    if printed != block.shown:
+        pytest.fail(
+            f"{page}:{block.line}: the block prints\n{printed}and the page shows\n{block.shown}",
+            pytrace=False,
+        )
 
 
 def commands(code: str) -> Iterator[tuple[int, list[str]]]:
@@ -125,25 +137,34 @@ def problem_of(words: list[str]) -> str | None:
 @pytest.mark.tools
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "__main__"}
-    torch.manual_seed(0)
-    for block in blocks(page.read_text()):
-        runs = block.kind in ("python", "setup") and block.kind not in ELSEWHERE.get(name_of(page), ())
-        if runs:
-            run(block.code, block.line, name_of(page), names)
+    before = torch.backends.mkldnn.rnn.fp32_precision  # a page shows how it is set
+    try:
+        for block in blocks(page.read_text()):
+            if block.kind == "python" and block.kind not in ELSEWHERE.get(name_of(page), ()):
+                folder = tmp_path / str(block.line)
+                folder.mkdir()
+                monkeypatch.chdir(folder)
+                run_alone(block, name_of(page))
+    finally:
+        torch.backends.mkldnn.rnn.fp32_precision = before
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_say_what_they_are(page: Path) -> None:
     text = page.read_text()
-    for kind, code, line in blocks(text):
+    assert "<!-- setup" not in text
+    for kind, code, line, _ in blocks(text):
+        if kind.startswith("python"):
+            lines = code.count("\n")
+            assert lines <= MOST_LINES, (
+                f"{name_of(page)}:{line}: {lines} lines of Python, {MOST_LINES} at most"
+            )
         if kind == "sh":
             for number, words in commands(code):
                 problem = problem_of(words)
                 assert problem is None, f"{name_of(page)}:{line + number}: {problem}"
         else:
-            known = {"python", "python compat", "setup"} | NOT_RUN
+            known = {"python", "python compat"} | NOT_RUN
             assert kind in known, f"{name_of(page)}:{line - 1}: a block of the kind '{kind}'"
     # Indented code says nothing of itself. In a list, the indentation means something else.
     outside = BLOCK.sub(lambda found: "\n" * found[0].count("\n"), text).split("\n")
@@ -157,19 +178,42 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 
 
 def test_a_failing_block_says_where() -> None:
-    text = "# A page\n\n<!-- setup\nx = 0\n-->\n```python\ny = 1\ny / x\n```\n"
-    names: dict = {}
-    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:8: ZeroDivisionError: division by zero$"):
-        for block in blocks(text):
-            run(block.code, block.line, "page.md", names)
+    text = "# A page\n\n```python\nx = 0\n```\n\n```python\ny = 1\ny / 0\n```\n\n```python\nx\n```\n"
+    first, second, third = blocks(text)
+    run_alone(first, "page.md")
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:9: ZeroDivisionError: division by zero$"):
+        run_alone(second, "page.md")
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:13: NameError: name 'x' is not defined$"):
+        run_alone(third, "page.md")
     with pytest.raises(pytest.fail.Exception, match=r"^page\.md:4: SyntaxError: "):
         run("x = 1\nif\n", 3, "page.md", {})
 
 
+def test_a_block_shows_what_it_prints() -> None:
+    text = (
+        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nprint(2)\n```\n\nSo:\n\n```text\n2\n```\n"
+    )
+    first, output, second, other = blocks(text)
+    assert (first.shown, output.kind, second.shown, other.kind) == ("1\n", "text", "", "text")
+    run_alone(first, "page.md")
+    for wrong in (first._replace(shown="3\n"), second):
+        with pytest.raises(
+            pytest.fail.Exception, match=r"^page\.md:\d+: the block prints\n\d\nand the page shows\n"
+        ):
+            run_alone(wrong, "page.md")
+
+
 # The public objects whose docstrings have code, with the Python that makes what it takes as given.
 IN_DOCSTRINGS = {
-    "patch": "import torch, types\nlibrary = types.SimpleNamespace(build=lambda: torch.nn.LSTM(3, 4))",
-    "onnx.export": "import torch\nmodel, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)",
+    "FrozenLSTM": "",
+    "FrozenTorchLSTM": "",
+    "LSTM": "",
+    "LSTMCell": "",
+    "LSTMExtras": "",
+    "TorchLSTM": "",
+    "TorchLSTMCell": "",
+    "patch": "import types\nlibrary = types.SimpleNamespace(build=lambda: torch.nn.LSTM(3, 4))",
+    "onnx.export": "model, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)",
 }
 
 
@@ -182,7 +226,7 @@ def literal_blocks(text: str) -> list[str]:
 def test_code_in_docstrings_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = operator.attrgetter(name)(lstm_ext)
-    names: dict = {"lstm_ext": lstm_ext}
+    names: dict = {"lstm_ext": lstm_ext, "torch": torch}
     exec(IN_DOCSTRINGS[name], names)
     (code,) = literal_blocks(inspect.cleandoc(found.__doc__))
     try:
@@ -202,6 +246,8 @@ def test_docstrings_with_code_are_known() -> None:
             if any([literal_blocks(inspect.cleandoc(getattr(m, "__doc__", None) or "")) for m in members]):
                 with_code.add(f"{prefix}.{name}".lstrip("."))
     assert with_code == set(IN_DOCSTRINGS)
+    classes = {name for name in lstm_ext.__all__ if inspect.isclass(getattr(lstm_ext, name))}
+    assert classes <= with_code, "each public class has an example"
 
 
 def test_library_snippets_run_in_compat() -> None:

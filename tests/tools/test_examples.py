@@ -21,6 +21,17 @@ TORCHRUN = [
 ]
 
 
+# As on a machine that has torch and lstm_ext only.
+WITHOUT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+for name in ("matplotlib", "tqdm"):
+    sys.modules[name] = None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
@@ -41,6 +52,36 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"the picture is {picture}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["tagger", "streaming", "recurrent_ppo", "char_lm"])
+def test_nothing_else_is_needed(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    done = run("-c", WITHOUT, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(picture))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no picture, since matplotlib is not installed: pip install matplotlib\n" in done.stdout
+    assert not picture.exists()
+    bar = name in ("recurrent_ppo", "char_lm")
+    assert done.stderr.count("no progress bar, since tqdm is not installed: pip install tqdm\n") == bar
+
+
+def test_the_streaming_loop_prints_a_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    streaming = importlib.import_module("streaming")
+    # Nearly all in one bin; one step in a hundred takes ten times as long, one longer than all bins.
+    slow = [10.0] * 990 + [100.0] * 9 + [1e6]
+    first, second, axis = streaming.histogram({"slow": slow, "fast": [5.0] * 1000}).split("\n")
+    assert first.startswith("slow          |") and second.startswith("fast          |")
+    bars = {"slow": first[15:-1], "fast": second[15:-1]}
+    assert {len(bar) for bar in bars.values()} == {streaming.COLUMNS}
+    assert bars["fast"].strip() == "█" and bars["slow"].count("█") == 1
+    edges = streaming.edges_of({"slow": slow, "fast": [5.0] * 1000}, streaming.COLUMNS)
+    for name, value in (("fast", 5.0), ("slow", 100.0)):
+        column = next(n for n in range(streaming.COLUMNS) if edges[n] <= value < edges[n + 1])
+        assert bars[name][column] in streaming.BARS
+    assert bars["slow"][-1] == "▁"
+    assert axis.startswith("microseconds")
+    assert axis.index("5 ") - 15 == bars["fast"].index("█")
 
 
 def test_data_parallel_alone_says_how_to_start_it() -> None:

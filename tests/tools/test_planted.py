@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import signal
 from pathlib import Path
 
 import planted
@@ -59,6 +60,10 @@ def test_teams_without_torch() -> None:
     code, said = sanitize.run_driver(program, "teams", "members")
     assert code == 0, said
     assert said.count("same;") == 2
+    for form in ("wait", "wait in a tree"):
+        code, said = sanitize.run_driver(program, form)
+        assert code == -signal.SIGABRT
+        assert "at barrier 2 of its call, which 5 of 6 workers have reached" in said
 
 
 def test_a_few_calls_of_each_kind(capsys) -> None:

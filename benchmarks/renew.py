@@ -1,0 +1,259 @@
+"""Measures anew what this machine has a record of, and renews the pages: `make records`.
+
+    python benchmarks/renew.py [NAME ...] [--list] [--force] [--new]
+
+A record stays if it is newer than the code: if no commit since its own touches csrc/, lstm_ext/ or the benchmark. It is
+replaced when its benchmark has ended. One of the suite takes half an hour. Close other programs.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import harness
+from records import Result
+from report import ages, pages, uses
+from report.text import RESULTS, table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+class Kind(NamedTuple):
+    program: str
+    arguments: Callable[[Result], list[str]]  # for a record like a given one
+    is_of_speed: bool = True
+
+
+def option(name: str, values: object) -> list[str]:
+    return [name, *map(str, values if isinstance(values, list) else [values])] if values else []
+
+
+def of_suite(record: Result) -> list[str]:
+    settings = record["settings"]
+    # A record of all groups, of which this is the last, gets those that are new as well.
+    only = () if "import" in settings["only"] else ("only",)
+    names = (*only, "shapes", "threads", "dtypes", "budget", "repeats")
+    return [part for name in names for part in option(f"--{name}", settings[name])]
+
+
+def of_quick(record: Result) -> list[str]:
+    return option("--budget", record["settings"]["budget"])
+
+
+def of_groups(record: Result) -> list[str]:
+    return ["--only", *dict.fromkeys(r["group"] for r in record["results"])]
+
+
+# By the beginning of the names of their records.
+KINDS = {
+    "suite": Kind("bench.py", of_suite),
+    "library": Kind("bench.py", of_suite),
+    "cpu": Kind("bench_quick.py", of_quick),
+    "contract": Kind("bench_contract.py", of_groups),
+    "options": Kind("bench_options.py", of_groups),
+    "torchrl": Kind("bench_torchrl.py", lambda _: []),
+    "support": Kind("bench_support.py", lambda _: [], is_of_speed=False),
+}
+
+
+# ---- this machine
+
+
+class Machine(NamedTuple):
+    names: tuple[str, ...]  # in the names of its records: as it is, and held to AVX2
+    cpu: str
+    capability: str
+    cores: int
+
+
+def name_of(cpuinfo: str, capability: str) -> str:
+    """As in the names of records: epyc_zen5, xeon_amx."""
+
+    def fact(key: str) -> str:
+        found = re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+        return found[1].strip() if found else ""
+
+    words = re.sub(r"\([^)]*\)", "", fact("model name") or f"arm {fact('CPU part')}").lower().split()
+    brand = "_".join([word for word in words if word not in ("intel", "amd")][:1])
+    if fact("vendor_id") == "AuthenticAMD" and fact("cpu family") in ("25", "26"):
+        model = int(fact("model"))
+        is_zen4 = any([model in range(first, first + 16) for first in (0x10, 0x60, 0x70, 0xA0)])
+        return f"{brand}_zen{5 if fact('cpu family') == '26' else 4 if is_zen4 else 3}"
+    return f"{brand}_{capability.removesuffix('_bf16')}"
+
+
+def machine_here() -> Machine:
+    facts = harness.facts()
+    capability = facts["lstm_ext_cpu_capability"]
+    if capability is None:
+        raise SystemExit("renew.py: expected the compiled extension, and it is not loaded: make build")
+    name = name_of(Path("/proc/cpuinfo").read_text(), str(capability))
+    return Machine((name, f"{name}_avx2"), str(facts["cpu"]), str(capability), int(str(facts["cores"])))
+
+
+# ---- the records
+
+
+class Entry(NamedTuple):
+    path: Path
+    kind: str
+    record: Result
+
+    @property
+    def facts(self) -> Result:
+        return self.record["facts"]
+
+    @property
+    def machine(self) -> str:
+        found = uses.FILE.fullmatch(self.path.name)
+        return (
+            f"{found['machine']}, {found['cores']} cores" if found else self.facts["lstm_ext_cpu_capability"]
+        )
+
+
+def entries(folder: Path = RESULTS) -> list[Entry]:
+    """All records of a processor; a simulation has none, and those of a GPU are made by `make gpu-bench`."""
+    paths = sorted(path for path in folder.glob("*.json") if not path.stem.startswith(("local", "gpu")))
+    found = [Entry(path, path.stem.split("_")[0], pages.read(path)) for path in paths]
+    found = [entry for entry in found if "facts" in entry.record]
+    if unknown := [entry.path.name for entry in found if entry.kind not in KINDS]:
+        raise SystemExit(f"{folder}: expected records of {', '.join(KINDS)}, got {', '.join(unknown)}")
+    return found
+
+
+def sources_of(program: str) -> list[str]:
+    """A benchmark and the modules beside it that it imports; what makes the tables is none of them."""
+    found, left = set(), [program]
+    while left:
+        name = left.pop()
+        if name in found or not (HERE / name).is_file():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((HERE / name).read_text())):
+            if isinstance(node, ast.Import):
+                left += [f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                left.append(f"{node.module}.py")
+    return sorted(f"benchmarks/{name}" for name in found)
+
+
+def git(*arguments: str) -> str | None:
+    """None where there is no git, or no such commit."""
+    try:
+        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def changes_since(entry: Entry) -> str:
+    """Why a record is older than the code; empty where it is not."""
+    commit = entry.facts["git_commit"] or "no commit"
+    if commit.endswith("+changes"):
+        return "measured with changes that no commit has"
+    paths = ["csrc", "lstm_ext", *sources_of(KINDS[entry.kind].program)]
+    found = git("log", "--format=%h", f"{commit}..HEAD", "--", *paths)
+    if found is None:
+        return "its commit is not in this checkout"
+    count = len(found.split())
+    return f"{count} commit{'s' if count > 1 else ''} since" if count else ""
+
+
+def elsewhere(entry: Entry, machine: Machine) -> str:
+    """Why this machine cannot renew a record; empty where it can."""
+    if not KINDS[entry.kind].is_of_speed:
+        return ""
+    found = uses.FILE.fullmatch(entry.path.name)
+    if found:
+        same = found["machine"] in machine.names and int(found["cores"]) == machine.cores
+    else:
+        same = (entry.facts["cpu"], entry.facts["lstm_ext_cpu_capability"]) == machine[1:3]
+    return "" if same else f"this is {machine.names[0]}, {machine.cores} cores"
+
+
+def listed(found: list[Entry], machine: Machine) -> str:
+    rows = [
+        [
+            entry.path.stem,
+            ages.dated(entry.facts),
+            entry.machine,
+            entry.facts["git_commit"],
+            changes_since(entry) or "newer than the code",
+            elsewhere(entry, machine) or "can be renewed here",
+        ]
+        for entry in found
+    ]
+    return "\n".join(table(["record", "date", "machine", "commit", "code", "here"], rows))
+
+
+# ---- measuring
+
+
+def measure(path: Path, kind: str, arguments: list[str], held: dict[str, str]) -> None:
+    """Writes the record, if its benchmark ends well."""
+    unfinished = ROOT / "build" / path.name
+    unfinished.parent.mkdir(exist_ok=True)
+    command = [sys.executable, str(HERE / KINDS[kind].program), *arguments, "--output", str(unfinished)]
+    print(f"{path.stem}: {' '.join(command)}", flush=True)
+    if subprocess.run(command, env=os.environ | held).returncode:
+        raise SystemExit(f"renew.py: {KINDS[kind].program} failed, and {path} stays as it was")
+    unfinished.replace(path)
+
+
+def renew_pages() -> None:
+    pages.main([])
+    pages.main(["--pictures", str(ROOT / "docs")])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    found = entries()
+    parser = harness.parser_of(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of records, as --list shows them")
+    parser.add_argument("--list", action="store_true", help="show all records, and measure nothing")
+    parser.add_argument("--force", action="store_true", help="measure also what is newer than the code")
+    parser.add_argument("--new", action="store_true", help="measure the suite on a machine without a record")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - {entry.path.stem for entry in found}:
+        parser.error(f"expected names that --list shows, got {', '.join(sorted(unknown))}")
+    machine = machine_here()
+    if given.list:
+        print(listed(found, machine))
+        return 0
+    chosen = [entry for entry in found if not given.names or entry.path.stem in given.names]
+    here = [entry for entry in chosen if not elsewhere(entry, machine)]
+    if given.names and (refused := [entry for entry in chosen if entry not in here]):
+        parser.error("; ".join(f"{e.path.stem} cannot be renewed: {elsewhere(e, machine)}" for e in refused))
+    name = f"suite_{machine.names[0]}_{machine.cores}_cores"
+    is_new = name not in [entry.path.stem for entry in found]
+    due = [entry for entry in here if given.force or changes_since(entry)]
+    for entry in [entry for entry in here if entry not in due]:
+        print(f"{entry.path.stem}: newer than the code; --force measures it all the same")
+    if is_new and not given.new and not given.names:
+        print(f"{name}: there is no record of this machine; --new measures the suite, in half an hour")
+    if not due and not (is_new and given.new):
+        print("nothing to measure")
+        return 0
+    if git("status", "--porcelain", "--", "csrc", "lstm_ext", "benchmarks/*.py"):
+        raise SystemExit(
+            "renew.py: expected a checkout without changes, since a record names its commit; csrc/, lstm_ext/ or a "
+            "benchmark has some: commit them"
+        )
+    for entry in due:
+        held = entry.facts.get("set_by_environment", {})
+        measure(entry.path, entry.kind, KINDS[entry.kind].arguments(entry.record), held)
+    if is_new and given.new:
+        measure(RESULTS / f"{name}.json", "suite", [], {})
+    renew_pages()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""The one rule for figures: from a record, the newest of each machine, none left out, and marked where it is old."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.tools
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+NEWEST = "suite_epyc_zen5_2_cores.json"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("ages", "pages", "quotes", "readme", "uses")
+    found = {name: importlib.import_module(f"report.{name}") for name in names}
+    return SimpleNamespace(**found, renew=importlib.import_module("renew"))
+
+
+def record(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def facts(date: str, version: str) -> dict:
+    return {"date": f"{date}T00:00:00+00:00", "lstm_ext": version, "torch": "2.13.0", "git_commit": "abc"}
+
+
+# ---- age
+
+
+@pytest.mark.parametrize(
+    ("date", "version", "why"),
+    [
+        ("2030-06-02", "0.3.0.dev0", ""),
+        ("2029-06-03", "0.2.0", ""),
+        ("2029-06-02", "0.2.0", "old: 12 months"),
+        ("2030-06-01", "0.1.0", "old: 2 releases before this one"),
+        ("2030-06-01", "0.9.0", "old: of 0.9.0, no release"),
+    ],
+)
+def test_what_is_old(modules, monkeypatch: pytest.MonkeyPatch, date: str, version: str, why: str) -> None:
+    monkeypatch.setattr(modules.ages, "today", lambda: datetime.date(2030, 6, 2))
+    monkeypatch.setattr(modules.ages, "releases", lambda: ["0.3.0", "0.2.0", "0.1.0"])
+    assert modules.ages.age(facts(date, version)) == why
+    assert modules.ages.dated(facts(date, version)) == date + (f" (**{why}**)" if why else "")
+
+
+def test_the_changelog_has_this_version(modules) -> None:
+    from lstm_ext.native import config
+
+    assert modules.ages.releases()[0] == config.VERSION.partition(".dev")[0]
+
+
+def test_the_day_is_that_of_the_last_commit(modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert modules.ages.today() <= datetime.date.today()
+    monkeypatch.setenv("PATH", "")
+    assert modules.ages.today() == datetime.date.today()
+
+
+def test_a_page_without_the_mark_differs(modules, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """What `report --check` says in a year: each block that has a date."""
+    assert modules.pages.main(["--check"]) == 0
+    monkeypatch.setattr(modules.ages, "today", lambda: datetime.date(2027, 12, 1))
+    assert modules.pages.main(["--check"]) == 1
+    differ = capsys.readouterr().out
+    # Not the simulation, which has nothing of its machine but the instruction set.
+    undated = ("not-faster", "gpu", "gpu-start", "many-cores")
+    dated = [block for block in modules.pages.BLOCKS if block.name not in undated]
+    assert [block.name for block in dated if f"{block.page}: {block.name}\n" not in differ] == []
+
+
+# ---- the newest of each machine, and all of them
+
+
+def test_no_machine_is_left_out(modules) -> None:
+    """A machine that is slower than all others shows, in its column and in the list of what is slower."""
+    records = {NEWEST: record(NEWEST)}
+    before = modules.readme.faster(records)
+    slow = copy.deepcopy(records[NEWEST])
+    for result in slow["results"]:
+        result["sides"].get("ours", {})["median"] = 1e9
+    records["suite_epyc_zen9_2_cores.json"] = slow
+    assert "suite_epyc_zen9" in modules.readme.faster(records)
+    row = next(line for line in modules.readme.faster(records).splitlines() if line.startswith("| inference"))
+    assert row.startswith("| inference, T > 1 | 0.00 to 1.59 (0.00) |") and row not in before
+    assert "AVX-512, EPYC Zen9" not in modules.readme.by_processor(records)
+    assert "| AVX-512, EPYC Zen 9 |" in modules.readme.by_processor(records)
+    assert "inference, T > 1. AVX-512, EPYC Zen 9: 106 of 106, worst 0.00" in modules.readme.not_faster(
+        records
+    )
+
+
+def test_the_rows_of_a_task(modules) -> None:
+    text = modules.readme.for_task("training", "memory")({NEWEST: record(NEWEST)})
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["| ", "| training step, T > 1", "| peak memory of a training step, share of torch's"]
+    assert f"(../../benchmarks/results/{NEWEST}) of 2026-11-29" in text
+
+
+def test_the_newest_record_of_a_machine_counts(modules) -> None:
+    quick, suite = record("cpu_epyc_zen5_2_cores.json"), record(NEWEST)
+    records = {"cpu_epyc_zen5_2_cores.json": quick, NEWEST: suite}
+    (machine,) = modules.uses.machines(records)
+    assert len(machine.uses["training"]) == 106 and set(machine.files) == {NEWEST}
+    quick["facts"]["date"] = "2027-01-01T00:00:00+00:00"
+    (machine,) = modules.uses.machines(records)
+    assert len(machine.uses["training"]) == 16 and set(machine.files) == set(records)
+    assert len(machine.uses["cell"]) == 80
+
+
+def test_one_step_counts_neither_as_inference_nor_as_training(modules) -> None:
+    cases = modules.uses.of_quick(record("cpu_epyc_zen5_2_cores.json"))
+    assert [len(cases[use]) for use in ("inference", "training", "step-training")] == [16, 16, 2]
+    suite = modules.uses.of_suite(record(NEWEST))
+    assert len(suite["inference"]) == len(suite["training"]) == 106
+
+
+def test_every_record_of_a_machine_is_read(modules) -> None:
+    block = next(block for block in modules.pages.BLOCKS if block.name == "uses")
+    names = set(modules.pages.record_of(block))
+    kinds = ("suite_", "cpu_", "contract_", "torchrl_")
+    assert names == {path.name for path in RESULTS.glob("*.json") if path.name.startswith(kinds)}
+
+
+def test_a_cost_is_worst_where_it_is_greatest(modules) -> None:
+    memory = next(use for use in modules.uses.USES if use.key == "memory")
+    (machine,) = modules.uses.machines({NEWEST: record(NEWEST)})
+    assert modules.uses.worst_of(memory, machine.uses["memory"]) == max(machine.uses["memory"]) < 1
+
+
+# ---- figures in prose
+
+
+def test_prose_quotes_records_only(modules) -> None:
+    """A ratio in a page outside its generated blocks is in benchmarks/report/quotes.py, with its record or a reason."""
+    assert modules.quotes.unexplained() == []
+    assert modules.quotes.wrong() == []
+
+
+def test_a_quote_is_compared_with_its_record(
+    modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quotes = modules.quotes
+    text = (
+        "Training is 1.59 times as fast, 0.97 times at\nworst.\n<!-- x:begin -->\n9 times\n<!-- x:end -->\n"
+    )
+    (tmp_path / "README.md").write_text(text)
+    assert [line.split(":")[0] for line in quotes.unexplained(tmp_path, [])] == ["README.md"] * 2
+    figures = [quotes.Figure(NEWEST, "training", of) for of in ("mean", "least")]
+    good = quotes.Quote("README.md", "1.59 times as fast, 0.97 times at worst", figures)
+    assert quotes.unexplained(tmp_path, [good]) == [] and quotes.wrong(tmp_path, [good]) == []
+    (swapped,) = quotes.wrong(tmp_path, [good._replace(figures=[figures[0], figures[0]])])
+    assert swapped.startswith(f"README.md: 0.97 is 1.586 in {NEWEST}")
+    assert "2 numbers for 1 figures" in quotes.wrong(tmp_path, [good._replace(figures=figures[:1])])[0]
+    assert "no longer has" in quotes.wrong(tmp_path, [good._replace(text="2 times", figures=(), why="so")])[0]
+    assert "either figures or a reason" in quotes.wrong(tmp_path, [good._replace(why="so")])[0]
+    monkeypatch.setattr(modules.ages, "today", lambda: datetime.date(2028, 1, 1))
+    assert "old: 13 months" in quotes.wrong(tmp_path, [good])[0]
+
+
+# ---- make records
+
+
+ZEN4 = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+INTEL = (
+    "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) Processor\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "capability", "name"),
+    [
+        (ZEN4, "avx512_bf16", "epyc_zen4"),
+        (ZEN4.replace(": 17", ": 1"), "avx2", "epyc_zen3"),
+        (ZEN4.replace(": 25", ": 26"), "avx512_bf16", "epyc_zen5"),
+        (INTEL, "amx", "xeon_amx"),
+        (INTEL, "avx512_bf16", "xeon_avx512"),
+        ("CPU part\t: 0xd40\n", "neon", "arm_neon"),
+    ],
+)
+def test_names_of_machines(modules, cpuinfo: str, capability: str, name: str) -> None:
+    assert modules.renew.name_of(cpuinfo, capability) == name
+
+
+class Fakes:
+    """A machine, a repository and a benchmark that are none; what was started, and whether pages were renewed."""
+
+    def __init__(self, renew, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.renew, self.started, self.renewed, self.log, self.changes = renew, [], 0, "", ""
+        self.fails = False
+        names = ("epyc_zen5", "epyc_zen5_avx2")
+        self.machine = renew.Machine(names, "AMD EPYC", "avx512_bf16", 2)
+        for name in (NEWEST, "suite_epyc_zen5_avx2_2_cores.json", "cpu_epyc_zen3_2_cores.json"):
+            (folder / name).write_text((RESULTS / name).read_text())
+        (folder / "many_cores_simulated.json").write_text('{"simulated": true}')
+        self.folder = folder
+        found = renew.entries
+        monkeypatch.setattr(renew, "RESULTS", folder)
+        monkeypatch.setattr(renew, "ROOT", folder)
+        monkeypatch.setattr(renew, "entries", lambda: found(folder))
+        monkeypatch.setattr(renew, "machine_here", lambda: self.machine)
+        monkeypatch.setattr(renew, "git", lambda *a: self.log if a[0] == "log" else self.changes)
+        monkeypatch.setattr(renew, "renew_pages", self.renew_pages)
+        monkeypatch.setattr(renew, "subprocess", SimpleNamespace(run=self.run))
+
+    def renew_pages(self) -> None:
+        self.renewed += 1
+
+    def run(self, command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        self.started.append((command, env))
+        Path(command[command.index("--output") + 1]).write_text("{}")
+        return SimpleNamespace(returncode=int(self.fails))
+
+
+@pytest.fixture
+def fakes(modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
+    return Fakes(modules.renew, monkeypatch, tmp_path)
+
+
+def test_what_is_newer_than_the_code_stays(fakes: Fakes, capsys) -> None:
+    assert fakes.renew.main([]) == 0
+    said = capsys.readouterr().out
+    assert f"{NEWEST[:-5]}: newer than the code" in said and "nothing to measure" in said
+    assert "cpu_epyc_zen3" not in said  # of another machine
+    assert not fakes.started and not fakes.renewed
+
+
+def test_what_is_older_than_the_code_is_measured(fakes: Fakes) -> None:
+    fakes.log = "1\n2\n3"
+    assert fakes.renew.main([]) == 0
+    assert [Path(command[1]).name for command, _ in fakes.started] == ["bench.py"] * 2
+    (plain, here), (held, environment) = fakes.started
+    assert plain[plain.index("--budget") + 1] == "0.6" and not {"--shapes", "--only"} & set(plain)
+    assert held[held.index("--only") + 1 :][:4] == ["inference", "training", "frozen", "step"]
+    assert environment["LSTM_EXT_CPU_CAPABILITY"] == "avx2"
+    assert here.get("LSTM_EXT_CPU_CAPABILITY") != "avx2"
+    assert (fakes.folder / NEWEST).read_text() == "{}" and fakes.renewed == 1
+    assert (fakes.folder / "cpu_epyc_zen3_2_cores.json").read_text() != "{}"
+
+
+def test_forced_and_by_name(fakes: Fakes, capsys) -> None:
+    assert fakes.renew.main(["--force", NEWEST[:-5]]) == 0
+    assert len(fakes.started) == 1 and fakes.renewed == 1
+    for names, said in (
+        (["cpu_epyc_zen3_2_cores"], "cannot be renewed: this is epyc_zen5, 2 cores"),
+        (["none"], "expected names that --list shows, got none"),
+    ):
+        with pytest.raises(SystemExit):
+            fakes.renew.main(names)
+        assert said in capsys.readouterr().err
+
+
+def test_a_failed_benchmark_leaves_the_record(fakes: Fakes) -> None:
+    fakes.fails = True
+    with pytest.raises(SystemExit, match=r"bench\.py failed"):
+        fakes.renew.main(["--force", NEWEST[:-5]])
+    assert (fakes.folder / NEWEST).read_text() != "{}" and not fakes.renewed
+
+
+def test_changes_that_no_commit_has(fakes: Fakes) -> None:
+    fakes.changes = " M csrc/cpu/gates.h"
+    with pytest.raises(SystemExit, match="expected a checkout without changes"):
+        fakes.renew.main(["--force"])
+    assert not fakes.started
+
+
+def test_a_machine_without_a_record(fakes: Fakes, capsys) -> None:
+    fakes.machine = fakes.renew.Machine(("xeon_amx", "xeon_amx_avx2"), "Intel(R) Xeon(R)", "amx", 4)
+    assert fakes.renew.main([]) == 0
+    said = capsys.readouterr().out
+    assert "suite_xeon_amx_4_cores: there is no record of this machine" in said and not fakes.started
+    assert fakes.renew.main(["--new"]) == 0
+    assert (fakes.folder / "suite_xeon_amx_4_cores.json").is_file() and fakes.renewed == 1
+
+
+def test_the_list(fakes: Fakes, capsys) -> None:
+    fakes.log = "1"
+    assert fakes.renew.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ours = next(line for line in lines if NEWEST[:-5] in line)
+    assert ours.endswith("| epyc_zen5, 2 cores | 6fa443fa28a5 | 1 commit since | can be renewed here |")
+    other = next(line for line in lines if "cpu_epyc_zen3" in line)
+    assert other.endswith("| this is epyc_zen5, 2 cores |")
+    assert not fakes.started
+
+
+def test_what_makes_a_record_older(modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    renew = modules.renew
+    entry = next(entry for entry in renew.entries() if entry.path.name == NEWEST)
+    asked = []
+    monkeypatch.setattr(renew, "git", lambda *a: asked.append(a))
+    assert renew.changes_since(entry) == "its commit is not in this checkout"
+    assert asked[0][2] == "6fa443fa28a5..HEAD"
+    sources = {"csrc", "lstm_ext", "benchmarks/bench.py", "benchmarks/groups.py", "benchmarks/sides.py"}
+    assert sources <= set(asked[0][4:]) and not [path for path in asked[0] if "report" in path]
+    changed = entry._replace(record={"facts": {"git_commit": "abc+changes"}})
+    assert renew.changes_since(changed) == "measured with changes that no commit has"
+    monkeypatch.setattr(renew, "git", lambda *a: "")
+    assert renew.changes_since(entry) == ""
+
+
+def test_git_says_nothing_of_a_commit_that_is_not_here(modules) -> None:
+    assert modules.renew.git("rev-parse", "--verify", "-q", "0123456789abcdef^{commit}") is None
+
+
+def test_every_record_can_be_made_again(modules) -> None:
+    """Its benchmark is there, and takes the arguments."""
+    for entry in modules.renew.entries():
+        kind = modules.renew.KINDS[entry.kind]
+        text = (ROOT / "benchmarks" / kind.program).read_text()
+        arguments = kind.arguments(entry.record)
+        inherited = ("--shapes", "--threads", "--budget")  # harness.options_of
+        assert all(f'"{a}"' in text or a in inherited for a in arguments if a.startswith("--")), entry.path
+        assert '"--output"' in text or "options_of" in text
+    assert sys.modules["renew"] is modules.renew
