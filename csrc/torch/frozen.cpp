@@ -109,6 +109,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   Header& header = *new (data) Header{};
   std::memcpy(header.mark, kMark, sizeof(kMark));
   const std::string made_for = std::string(cpu::capability().name) + (for_vnni(kept) ? kVnni : "");
+  TORCH_INTERNAL_ASSERT(made_for.size() < sizeof(header.instruction_set));
   std::strncpy(header.instruction_set, made_for.c_str(), sizeof(header.instruction_set) - 1);
   header.input_size = shape.input_size;
   header.hidden_size = H;

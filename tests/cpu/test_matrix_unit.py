@@ -21,7 +21,7 @@ from lstm_ext.native import loader
 _C = loader.extension()
 HAS_AMX = _C is not None and "amx" in _C.cpu_capabilities()
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX")
-AMX, PAIRS = "amx, small sizes too", "software, in pairs"  # see matrix_unit/kernels.cpp
+AMX, PAIRS = "amx at small sizes", "software, in pairs"  # see matrix_unit/kernels.cpp
 HAS_PAIRS = _C is not None and "avx512_bf16" in _C.cpu_capabilities()
 needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512-BF16")
 UNITS = ["software", pytest.param(AMX, marks=needs_amx, id="amx")]

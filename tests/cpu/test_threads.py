@@ -18,6 +18,7 @@ from typing import Any
 import forks
 import pytest
 import torch
+from judge import relative_error
 from torch import Tensor
 
 import lstm_ext
@@ -171,7 +172,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
-    """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers."""
+    """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers, which two
+    threads round otherwise."""
     steps, rows, hidden_size = GRIDS[grid]
     # A matrix unit computes 16 rows as fast as 8.
     rows *= 8 if loader.extension().cpu_capability() == "amx" and rows > 1 else 1
@@ -204,7 +206,7 @@ def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
         torch.set_num_threads(before)
     for one, two in zip(*found, strict=True):
         if option == "layer_norm":
-            torch.testing.assert_close(one, two)
+            assert relative_error(two, one) <= 4 * torch.finfo(one.dtype).eps
         else:
             assert torch.equal(one, two)
 

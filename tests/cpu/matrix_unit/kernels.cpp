@@ -1,6 +1,6 @@
 // The kernels of csrc/cpu over registers and a matrix unit in plain C++, which run on any processor. Loaded, this
 // library offers them to the extension as the instruction set "software", with the unit of AVX-512-BF16 as "software,
-// in pairs", and AMX, where the processor has it, once more as "amx, small sizes too". The first and the last run small
+// in pairs", and AMX, where the processor has it, once more as "amx at small sizes". The first and the last run small
 // products on the unit, so that tests need no large ones.
 #define LSTM_EXT_ISA_SOFTWARE
 #define LSTM_EXT_SOFTWARE_SIMD "matrix_unit/simd.h"
@@ -23,7 +23,7 @@ Kernels<float> with_unit(const UnitLimits& unit) {
 // float64 has no matrix unit: the kernels of the processor's own set.
 Capability software{"software", with_unit(software::kLimitsOfTiles), kernels<double>()};
 Capability pairs{"software, in pairs", with_unit(software::kLimitsOfPairs), kernels<double>()};
-Capability amx{"amx, small sizes too", {}, {}};
+Capability amx{"amx at small sizes", {}, {}};
 
 bool add() {
   add_capability(&software);
