@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from ..layer import route
 from ..layer.activations import Activation, activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.shapes import count_mask
-from ..layer.tracing import LEGACY_VMAP, is_active
+from . import values
 from .layout import CountingSteps, JaggedLayout, Layout, PackedLayout, PaddedRows
 from .masks import dropped_weight, keep_flags, recurrent_mask
 
@@ -38,17 +35,6 @@ __all__ = [
     "stack_options",
     "zoneout_pair",
 ]
-
-
-def _check_is_on() -> bool:
-    value = os.environ.get("LSTM_EXT_CHECK", "0")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"LSTM_EXT_CHECK is {value!r}, expected 0 or 1")
-    return value == "1"
-
-
-# Whether values on a device are checked there, by an assertion that nobody waits for (LSTM_EXT_CHECK=1).
-CHECK = _check_is_on()
 
 
 # ---- arguments of the constructor
@@ -404,11 +390,11 @@ def stack_options(
     )
     refuse_combinations("norm" in parameters, "peephole" in parameters, options.coupled_gates)
     if resets is not None:
-        options.resets = _resets(resets, x, layout)
+        options.resets = values.resets_of(resets, x, layout)
     if reset_state is not None:
         if resets is None:
             raise ValueError("reset_state: expected together with resets, got resets=None")
-        options.reset_h, options.reset_c = _reset_state(reset_state, x, state_shapes, layout)
+        options.reset_h, options.reset_c = values.reset_state_of(reset_state, x, state_shapes, layout)
     if mask is not None and lengths is not None:
         raise ValueError("mask: expected without lengths, got both")
     if isinstance(layout, (PackedLayout, JaggedLayout)):
@@ -416,14 +402,14 @@ def stack_options(
             if value is not None:
                 kind = "PackedSequence" if isinstance(layout, PackedLayout) else "nested tensor"
                 raise ValueError(
-                    f"{name}: expected None for a {kind}, which has its own lengths, got {_kind(value)}"
+                    f"{name}: expected None for a {kind}, which has its own lengths, got {values.kind_of(value)}"
                 )
     elif lengths is not None:
-        _refuse_meta("lengths", lengths, x)
-        _end_rows(options, _lengths(lengths, x, layout), x)
+        values.refuse_meta("lengths", lengths, x)
+        _end_rows(options, values.lengths_of(lengths, x, layout), x)
     elif mask is not None:
-        _refuse_meta("mask", mask, x)
-        _leave_out(options, _steps_of_mask(mask, x, layout), x)
+        values.refuse_meta("mask", mask, x)
+        _leave_out(options, values.steps_of_mask(mask, x, layout), x)
     return options
 
 
@@ -432,7 +418,7 @@ def _end_rows(options: StackOptions, lengths: Tensor, x: Tensor) -> None:
     time = x.size(0)
     if x.device.type == "cpu" and lengths.device.type == "cuda":
         lengths = lengths.cpu()
-    if is_readable(lengths) and (x.device.type == "cpu" or not route.has_operators(x.device)):
+    if values.is_readable(lengths) and (x.device.type == "cpu" or not route.has_operators(x.device)):
         numbers = lengths.tolist()
         if min(numbers, default=time) == time:
             return
@@ -448,7 +434,7 @@ def _leave_out(options: StackOptions, steps: Tensor, x: Tensor) -> None:
     """Leaves out the steps (T, B) that do not count: they keep the state, and their output is 0."""
     if x.device.type == "cpu" and steps.device.type == "cuda":
         steps = steps.cpu()
-    readable = is_readable(steps)
+    readable = values.is_readable(steps)
     if readable and bool((steps[1:] <= steps[:-1]).all()):  # the mask says lengths
         _end_rows(options, steps.sum(0), x)
         return
@@ -459,186 +445,3 @@ def _leave_out(options: StackOptions, steps: Tensor, x: Tensor) -> None:
         options.resets = None if resets is None else counting.restored(resets, 0)
         return
     options.counting, options.resets, options.lengths = counting, resets, counting.lengths
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether the host can read the numbers: they are not symbolic, and the same for all samples of a vmap."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not is_active(LEGACY_VMAP)
-        and type(x) in (Tensor, torch.nn.Parameter)
-    )
-
-
-def _kind(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a Tensor of shape {tuple(x.shape)}"
-    return type(x).__name__
-
-
-def _refuse_meta(name: str, value: Any, x: Tensor) -> None:
-    """Lengths and masks may be on any device except meta, which has no numbers."""
-    if isinstance(value, Tensor) and value.device.type == "meta" and x.device.type != "meta":
-        raise ValueError(f"{name}: expected a device with numbers, as input on {x.device}, got meta")
-
-
-def _assert_later(good: Tensor, message: str) -> None:
-    """Checks values on their device without waiting, with LSTM_EXT_CHECK=1."""
-    if CHECK:
-        torch._assert_async(good.all(), message)
-
-
-def _per_step(name: str, value: Any, x: Tensor, layout: Layout) -> Tensor:
-    """Converts a tensor of the input's shape, without features or with one, to (T, B)."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    shape = layout.shape(x)
-    if tuple(value.shape) == (*shape, 1):
-        value = value.squeeze(-1)
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"{name}: expected shape {shape} or {(*shape, 1)}, that of the input without its features, "
-            f"got {tuple(value.shape)}"
-        )
-    return layout.flags(value)
-
-
-def _resets(resets: Any, x: Tensor, layout: Layout) -> Tensor:
-    """Resets as bool, (T, B) or (N,)."""
-    if isinstance(layout, PackedLayout):
-        steps = _packed_resets(resets, layout.packed, layout.batch(x))
-    elif isinstance(layout, JaggedLayout):
-        steps = layout.flags_of("resets", resets)
-    elif isinstance(resets, PackedSequence):
-        raise TypeError("resets: expected a Tensor, as the input is one, got PackedSequence")
-    else:
-        steps = _per_step("resets", resets, x, layout)
-    if steps.dtype != torch.bool and not steps.is_floating_point():
-        raise ValueError(
-            f"resets: expected dtype torch.bool, or a floating-point dtype with values 0 and 1, got {steps.dtype}"
-        )
-    if steps.device != x.device:
-        raise ValueError(f"resets: expected device {x.device} as input, got {steps.device}")
-    if steps.dtype == torch.bool:
-        return steps
-    set_ = steps != 0
-    good = ~set_ | (steps == 1)
-    if not is_readable(steps):
-        _assert_later(good, "resets: expected the values 0 and 1")
-    elif not good.all():
-        raise ValueError(f"resets: expected the values 0 and 1, got {steps[~good][0].item()}")
-    return set_
-
-
-def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
-    if not isinstance(resets, PackedSequence):
-        raise TypeError(f"resets: expected a PackedSequence, as the input is one, got {_kind(resets)}")
-    rows = resets.data
-    expected = (packed.data.size(0),)
-    if tuple(rows.shape) == (*expected, 1):
-        rows = rows.squeeze(-1)
-    if tuple(rows.shape) != expected:
-        raise ValueError(
-            f"resets: expected data of shape {expected} or {(*expected, 1)}, the rows of the input, "
-            f"got {tuple(rows.shape)}"
-        )
-    ours, theirs = resets.batch_sizes, packed.batch_sizes
-    if ours is not theirs and is_readable(theirs) and not torch.equal(ours, theirs):
-        raise ValueError(
-            f"resets: expected the batch_sizes of the input, {theirs.tolist()}, got {ours.tolist()}"
-        )
-    ours, theirs = resets.sorted_indices, packed.sorted_indices
-    if ours is not theirs:
-        either = ours if theirs is None else theirs
-        # A compiler may not know the number of sequences.
-        count = batch if is_readable(packed.batch_sizes) else either.size(0)
-        in_order = torch.arange(count, device=either.device)
-        ours, theirs = [in_order if i is None else i for i in (ours, theirs)]
-        if ours.device != theirs.device or ours.shape != theirs.shape:
-            raise ValueError(
-                f"resets: expected the sorted_indices of the input, on {theirs.device}, of shape "
-                f"{tuple(theirs.shape)}, got them on {ours.device}, of shape {tuple(ours.shape)}"
-            )
-        if not is_readable(theirs):
-            _assert_later(ours == theirs, "resets: expected the sorted_indices of the input")
-        elif not torch.equal(ours, theirs):
-            raise ValueError(
-                f"resets: expected the sorted_indices of the input, {theirs.tolist()}, got {ours.tolist()}"
-            )
-    return rows
-
-
-def _reset_state(
-    reset_state: Any, x: Tensor, shapes: Sequence[tuple[int, ...]], layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """The replacing states, with a batch axis."""
-    pair = isinstance(reset_state, (tuple, list)) and len(reset_state) == 2
-    if not pair or not all([isinstance(s, Tensor) for s in reset_state]):
-        got = type(reset_state).__name__
-        if isinstance(reset_state, (tuple, list)):
-            got += f" of ({', '.join([type(s).__name__ for s in reset_state])})"
-        raise TypeError(f"reset_state: expected a tuple of two Tensors (h, c), got {got}")
-    states = []
-    for i, (state, shape) in enumerate(zip(reset_state, shapes, strict=True)):
-        name = f"reset_state[{i}] ({'hc'[i]})"
-        expected = shape if layout.batched else (shape[0], shape[2])
-        if tuple(state.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, that of hx, got {tuple(state.shape)}")
-        if state.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as input, got {state.device}")
-        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(f"{name}: expected dtype {x.dtype} as input, got {state.dtype}")
-        states.append(state if layout.batched else state.unsqueeze(1))
-    return states[0], states[1]
-
-
-def _lengths(lengths: Any, x: Tensor, layout: Layout) -> Tensor:
-    """Lengths as int64 (B,), each in [0, T]: checked if the host can read the numbers, else clamped."""
-    time, batch = x.size(0), x.size(1)
-    if not layout.batched and isinstance(lengths, int):
-        lengths = [lengths]
-    if isinstance(lengths, (list, tuple)):
-        for n in lengths:
-            if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
-                raise TypeError(f"lengths: expected integers, got {type(n).__name__}")
-        if len(lengths) != batch:
-            raise ValueError(f"lengths: expected {batch} numbers, one a sequence, got {len(lengths)}")
-        for b, n in enumerate(lengths):
-            if not 0 <= n <= time:
-                raise ValueError(_wrong_length(time, n, b))
-        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected a list of integers or a Tensor, got {type(lengths).__name__}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths: expected an integer dtype, got {lengths.dtype}")
-    if not layout.batched and lengths.dim() == 0:
-        lengths = lengths.unsqueeze(0)
-    if tuple(lengths.shape) != (batch,):
-        raise ValueError(f"lengths: expected shape {(batch,)}, one a sequence, got {tuple(lengths.shape)}")
-    lengths = lengths.to(torch.int64)
-    good = (lengths >= 0) & (lengths <= time)
-    if not is_readable(lengths):
-        _assert_later(good, "lengths: expected numbers from 0 to the number of time steps")
-        return lengths.clamp(0, time)
-    if not good.all():
-        b = int((~good).nonzero()[0])
-        raise ValueError(_wrong_length(time, int(lengths[b]), b))
-    return lengths
-
-
-def _wrong_length(time: int, length: int, sequence: int) -> str:
-    return (
-        f"lengths: expected numbers from 0 to {time}, the number of time steps, "
-        f"got {length} for sequence {sequence}"
-    )
-
-
-def _steps_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
-    """The mask as bool (T, B)."""
-    steps = _per_step("mask", mask, x, layout)
-    if steps.dtype != torch.bool:
-        raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")
-    return steps

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.call import arguments
+from lstm_ext.call import values
 from lstm_ext.layer import equations, route
 from lstm_ext.native import loader
 
@@ -130,7 +130,7 @@ def test_full_lengths_are_the_dense_layer():
 @pytest.mark.parametrize("options", [{}, {"layer_norm": True, "bidirectional": True}], ids=str)
 def test_padding_may_hold_anything(options, read, monkeypatch):
     if not read:
-        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+        monkeypatch.setattr(values, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H, 2, **options)
     x = torch.randn(T, B, I)
     garbage = x.clone()
@@ -178,7 +178,7 @@ def test_lengths_of_a_device_are_clamped(monkeypatch):
     module = lstm_ext.LSTM(I, H)
     x = torch.randn(T, B, I)
     expected = module(x, lengths=[0, 7, 2, 7, 3])
-    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+    monkeypatch.setattr(values, "is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
 
 
@@ -214,7 +214,7 @@ def test_a_mask_leaves_steps_out(options, name, read, monkeypatch):
         return t.transpose(0, 1) if first else t
 
     if not read:
-        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+        monkeypatch.setattr(values, "is_readable", lambda x: False)
     output, (h_n, c_n), extras = module(turned(x), hx, mask=turned(mask), return_cell_states=True)
     output, cells = turned(output), extras.cell_states.transpose(1, 2) if first else extras.cell_states
     columns, finals = [], []
@@ -255,7 +255,7 @@ def test_resets_where_a_mask_leaves_steps_out(read, monkeypatch):
     kept = mask.flatten().nonzero().flatten()
     expected = module(x[kept], resets=torch.tensor([0, 1, 0, 1]).bool().unsqueeze(1))
     if not read:
-        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+        monkeypatch.setattr(values, "is_readable", lambda x: False)
     output, final = module(x, mask=mask, resets=resets)
     torch.testing.assert_close((output[kept], final), expected)
     assert not output[~mask.flatten()].any()
@@ -283,8 +283,8 @@ def test_check_variable():
     """LSTM_EXT_CHECK=1 checks what is not read."""
     program = """
 import torch, lstm_ext
-from lstm_ext.call import arguments
-arguments.is_readable = lambda x: False
+from lstm_ext.call import values
+values.is_readable = lambda x: False
 module, x, bad = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
 for name, right, wrong in (
     ("lengths", torch.tensor([0, 5]), torch.tensor([0, 6])),
@@ -337,7 +337,7 @@ def test_torch_agrees():
 @pytest.mark.parametrize("checked", [False, True])
 def test_no_number_on_a_device_is_read(checked, monkeypatch):
     """Meta tensors have none: whoever reads one gets an error, as on a GPU he would have to wait."""
-    monkeypatch.setattr(arguments, "CHECK", checked)
+    monkeypatch.setattr(values, "CHECK", checked)
     options = {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.5, "bidirectional": True}
     module = lstm_ext.LSTM(I, H, 2, **options, device="meta")
     x, resets = torch.empty(T, B, I, device="meta"), torch.empty(T, B, device="meta")
@@ -372,9 +372,9 @@ def test_kernels_read_them(lengths, bidirectional, monkeypatch):
         "batch_first": [False, True],
     }
     clamped = tuple(min(max(n, 0), T) for n in lengths)
-    for values in itertools.product(*choices.values()):
+    for drawn in itertools.product(*choices.values()):
         case = Case(
-            **dict(zip(choices, values, strict=True)),
+            **dict(zip(choices, drawn, strict=True)),
             steps=T, lengths=clamped, input_size=I, hidden_size=H, bidirectional=bidirectional,
         )  # fmt: skip
         layer = Layer(case, torch.float64, 3)
@@ -393,12 +393,12 @@ def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch)
     x, hx = torch.randn(T, B, I, dtype=dtype), tuple(s.to(dtype) for s in states(module))
     lengths = torch.tensor([3, 0, 7, 7, 1])
     expected = module(x, hx, lengths=lengths)
-    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+    monkeypatch.setattr(values, "is_readable", lambda x: False)
     same(module(x, hx, lengths=lengths), expected)
 
 
 def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
-    monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+    monkeypatch.setattr(values, "is_readable", lambda x: False)
     module = lstm_ext.LSTM(I, H)
     output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
     output.sum().backward()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
-from lstm_ext.call import arguments
+from lstm_ext.call import values
 
 T, B, I, H, P = 4, 4, 3, 5, 2
 
@@ -143,7 +143,7 @@ def test_values_and_gradients(layer, cell, cut, form, monkeypatch):
     if cut == "to a state":
         reset_state = states(module, batch)
     if "unread" in form:
-        monkeypatch.setattr(arguments, "is_readable", lambda x: False)
+        monkeypatch.setattr(values, "is_readable", lambda x: False)
 
     torch.manual_seed(1)
     ours = call(module, form, x, hx, lengths, resets, reset_state)

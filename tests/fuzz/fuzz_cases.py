@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import lstm_ext
-from lstm_ext.call import arguments
+from lstm_ext.call import values
 from lstm_ext.layer import equations, route
 from lstm_ext.native import loader
 
@@ -331,7 +331,7 @@ def environment(case: Case) -> Iterator[None]:
     before = _C.cpu_capability(), torch.get_num_threads()
     unread = case.options is not None and case.options.unread
     reading = (
-        mock.patch.object(arguments, "is_readable", lambda x: False) if unread else contextlib.nullcontext()
+        mock.patch.object(values, "is_readable", lambda x: False) if unread else contextlib.nullcontext()
     )
     try:
         if case.capability:

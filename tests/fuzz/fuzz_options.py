@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from lstm_ext.call import arguments
+from lstm_ext.call import values
 from lstm_ext.layer import equations
 
 
@@ -377,7 +377,7 @@ class OracleLSTM(lstm_ext.LSTM):
             if resets is not None:
                 resets = resets_between(resets, rows)
         # The masks are drawn for packed rows where the lengths are known and some steps do not count.
-        if known is None and lengths is not None and arguments.is_readable(torch.tensor(lengths)):
+        if known is None and lengths is not None and values.is_readable(torch.tensor(lengths)):
             known = lengths if 0 < sum(lengths) < time * batch else None
 
         masks = drawn(self, time, batch, known, order)
