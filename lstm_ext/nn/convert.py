@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
@@ -22,6 +20,7 @@ from .torchs import (
     reaches_our_forward,
     with_our_forward,
 )
+from .unreached import HIDDEN, foreign_lstm, hidden_lstms, is_or_was_lstm, kind_of, nothing_found, place_of
 
 __all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 
@@ -127,7 +126,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     source = next((source for source in pairs if isinstance(module, source)), None)
     if source is None or (pairs is _OURS and isinstance(module, (LSTM, LSTMCell))):
         wanted = " or ".join(_NAMES[source] for source in pairs)
-        raise TypeError(f"{function}: expected a {wanted}, got {_kind(module)}")
+        raise TypeError(f"{function}: expected a {wanted}, got {kind_of(module)}")
     if "parametrizations" in module._modules:
         tensors = ", ".join(module.parametrizations)
         raise refuse(
@@ -288,7 +287,7 @@ def convert(
         model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses
     )
     if not found:
-        text = _nothing_found(model, passed_over)
+        text = nothing_found(model, passed_over)
         if text:
             warnings.warn(text, UserWarning, stacklevel=2)
     return model
@@ -348,7 +347,7 @@ def report(model: nn.Module) -> list[Entry]:
         raise TypeError(f"report: expected model to be a torch.nn.Module, got {type(model).__name__}")
     entries = []
     for name, module in model.named_modules():
-        kind = _kind(module)
+        kind = kind_of(module)
         if isinstance(module, (LSTM, LSTMCell)):
             reaches = reaches_our_forward(type(module))
             reason = {
@@ -357,24 +356,16 @@ def report(model: nn.Module) -> list[Entry]:
                 None: "it is not known whether its forward reaches ours: the code does not tell",
             }[reaches]
             entries.append(Entry(name, kind, reaches is not False, reason))
-        elif _is_or_was_lstm(module):
+        elif is_or_was_lstm(module):
             refusal = _new_class(module, _OURS, subclasses=False)[1]
             entries.append(Entry(name, kind, False, refusal or "not converted"))
     entries += [
         Entry(
-            path, _kind(module), isinstance(module, (LSTM, LSTMCell)), f"{_HIDDEN}: convert does not see it"
+            path, kind_of(module), isinstance(module, (LSTM, LSTMCell)), f"{HIDDEN}: convert does not see it"
         )
-        for path, module in _hidden_lstms(model)
+        for path, module in hidden_lstms(model)
     ]
     return entries
-
-
-def _place(name: str) -> str:
-    return repr(name) if name else "the model itself"
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class _Change(NamedTuple):
@@ -398,7 +389,7 @@ def _new_class(
         return (_with_base(cls, ours, target) if base not in stays else None), None
     source = next((source for source in pairs if isinstance(module, source)), None)
     if source is None:
-        return None, _foreign_lstm(module) if to_ours else None
+        return None, foreign_lstm(module) if to_ours else None
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return (
             None,
@@ -452,12 +443,12 @@ def _change_classes(
     refused, passed_over = [], []
     found = False
     for name, module in model.named_modules():
-        if not _is_or_was_lstm(module):
+        if not is_or_was_lstm(module):
             continue
         cls, reason = _new_class(module, pairs, subclasses)
-        place = _place(name)
+        place = place_of(name)
         if module in skipped and reason is not None:
-            passed_over.append(f"{place} ({_kind(module)}) is skipped: {reason}")
+            passed_over.append(f"{place} ({kind_of(module)}) is skipped: {reason}")
             continue
         found = True
         if module in skipped:
@@ -475,7 +466,7 @@ def _change_classes(
                 )
             )
         if reason is not None:
-            refused.append(f"  {place} ({_kind(module)}): {reason}")
+            refused.append(f"  {place} ({kind_of(module)}): {reason}")
     if refused:
         raise TypeError(
             f"{function}: nothing was changed, because the following cannot be converted "
@@ -530,105 +521,3 @@ def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
     # Users replace this method to disable it. It computes nothing.
     methods.discard("flatten_parameters")
     return [key for key in module.__dict__ if key in methods]
-
-
-_SCRIPTED = re.compile(
-    r"__torch__\.(torch\.nn\.modules\.rnn|lstm_ext\.nn\.\w+)\.(___torch_mangle_\d+\.)?(Torch|Patched)?LSTM(Cell)?"
-)
-
-
-def _foreign_lstm(module: nn.Module) -> str | None:
-    """Why an LSTM of torch that is not a ``torch.nn.LSTM`` cannot be converted; None for any other module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        if _SCRIPTED.fullmatch(module._c._type().qualified_name()) or any(_lstm_nodes(module)):
-            return "compiled by torch.jit; convert the model it was compiled from"
-    elif any(
-        cls.__module__.startswith("torch.ao.nn.quant") and cls.__name__ in ("LSTM", "LSTMCell")
-        for cls in type(module).__mro__
-    ):
-        return "a quantized layer; convert the model before it is quantized, or load it with float weights"
-    return None
-
-
-def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
-    """The LSTMs in the module's own code, where torch.jit.freeze puts them."""
-    for name in module._c._method_names():
-        graph = module._c._get_method(name).graph
-        for kind in ("aten::lstm", "aten::lstm_cell"):
-            yield from graph.findAllNodes(kind)
-
-
-def _is_or_was_lstm(module: nn.Module) -> bool:
-    return isinstance(module, (*_OURS, *_TORCHS)) or _foreign_lstm(module) is not None
-
-
-_HIDDEN = "held outside the model's table of modules"
-
-
-def _hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The LSTMs in plain attributes, and in their lists, tuples and dicts, that no table of modules has; with paths."""
-    known = set(model.modules())
-    found = []
-    for name, module in model.named_modules():
-        for path, value in _inside(vars(module), 3):
-            if isinstance(value, nn.Module) and value not in known:
-                known.update(value.modules())
-                place = f"{name}.{path}" if name else path
-                found += [
-                    (f"{place}.{inner}" if inner else place, m)
-                    for inner, m in value.named_modules()
-                    if _is_or_was_lstm(m)
-                ]
-    return found
-
-
-def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in a container, and those in the containers within it; with paths."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        path = f"{place}[{key!r}]" if place else str(key)
-        yield path, value
-        if depth > 1 and isinstance(value, (list, tuple, dict)):
-            yield from _inside(value, depth - 1, path)
-
-
-def _near_misses(model: nn.Module) -> Iterator[str]:
-    """Layers that somebody may take for LSTMs that could be converted."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.LSTM, nn.LSTMCell)):
-            continue
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            yield f"{_place(name)} ({_kind(module)}) is a recurrent layer of another kind"
-        elif "lstm" in type(module).__name__.lower():
-            yield f"{_place(name)} ({_kind(module)}) is called LSTM and not derived from torch.nn.LSTM or LSTMCell"
-
-
-_SHOWN = 8  # classes, and places of near misses
-
-
-def _nothing_found(model: nn.Module, passed_over: list[str]) -> str:
-    """The text of the warning that nothing was found; empty if all hidden LSTMs are ours."""
-    hidden = _hidden_lstms(model)
-    if hidden and all(isinstance(module, (LSTM, LSTMCell)) for _, module in hidden):
-        return ""
-    classes = Counter(type(module).__name__ for module in model.modules())
-    looked = ", ".join(f"{count} {name}" for name, count in classes.most_common(_SHOWN))
-    if len(classes) > _SHOWN:
-        looked += f" and {sum(sorted(classes.values())[:-_SHOWN])} of other classes"
-    near = list(_near_misses(model))
-    places = [*passed_over, *near[:_SHOWN]]
-    if len(near) > _SHOWN:
-        places.append(f"and {len(near) - _SHOWN} more of these kinds")
-    places += [f"{path!r} is {_HIDDEN}" for path, _ in hidden]
-    places += [
-        f"{name or 'the model itself'!r} is a graph, in which an LSTM is an operator and no layer"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.fx.GraphModule)
-        and any("lstm" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
-    ]
-    return (
-        f"convert: found no torch.nn.LSTM or LSTMCell to convert in this {type(model).__name__}, so nothing was "
-        f"changed. It looked at {classes.total()} module{'s' * (classes.total() > 1)}: {looked}. LSTMs hide in plain "
-        "lists and dicts (use torch.nn.ModuleList or ModuleDict, or convert each), in exported graphs (convert before "
-        "the export), and in layers that are built at the first call (call the model once before)"
-        + "".join(f"\n  {place}" for place in places)
-    )

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from ..layer.layer_call import LayerOptions
 from ..native import loader
 from . import native
-from .convert import _LEFT_BEHIND, _overrides_nothing, _place, _replaced_methods
+from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
 from .torchs import TorchLSTM, with_our_forward
+from .unreached import place_of
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
@@ -325,7 +326,7 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
     layers = _layers(module, (LSTM, _torchs), "freeze")
     _kernels()
     for name, layer in layers.items():
-        _check_numbers(f"{_place(name)}: ", layer, weights)
+        _check_numbers(f"{place_of(name)}: ", layer, weights)
     frozen = _changed(module, layers, lambda layer: _freeze(layer, weights), "freeze")
     for part, parameters in _parameters_by_module(frozen):
         names = [name for name, p in parameters if p.requires_grad]
@@ -385,7 +386,7 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
         raise ValueError(f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}")
     refused = [
-        f"  {_place(name)} ({type(layer).__module__}.{type(layer).__qualname__}): {'; '.join(reasons)}"
+        f"  {place_of(name)} ({type(layer).__module__}.{type(layer).__qualname__}): {'; '.join(reasons)}"
         for name, layer in layers.items()
         if (reasons := _reasons_against(layer))
     ]
@@ -473,7 +474,7 @@ def _changed(
     for name, layer in layers.items():
         if id(layer) not in memo:  # the user's __deepcopy__ leaves it out or shares it
             raise TypeError(
-                f"{function}: copy.deepcopy does not copy {_place(name)} with the model: {function} it alone"
+                f"{function}: copy.deepcopy does not copy {place_of(name)} with the model: {function} it alone"
             )
     for layer in layers.values():
         change(memo[id(layer)])
