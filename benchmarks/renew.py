@@ -2,8 +2,8 @@
 
     python benchmarks/renew.py [NAME ...] [--list] [--force] [--new]
 
-A record stays if it is newer than the code: if no commit since its own touches csrc/, lstm_ext/ or the benchmark. It is
-replaced when its benchmark has ended. One of the suite takes half an hour. Close other programs.
+A record stays if it is newer than the code: if no commit since its own touches csrc/, lstm_ext/ or the benchmark. Those
+whose benchmark ended well are replaced in the end. One of the suite takes half an hour. Close other programs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +64,9 @@ KINDS = {
     "torchrl": Kind("bench_torchrl.py", lambda _: []),
     "support": Kind("bench_support.py", lambda _: [], is_of_speed=False),
 }
+
+# What --new measures, and how long that takes.
+NEW = {"suite": "in half an hour", "library": "in five minutes"}
 
 
 # ---- this machine
@@ -197,20 +202,25 @@ def listed(found: list[Entry], machine: Machine) -> str:
 # ---- measuring
 
 
-def measure(path: Path, kind: str, arguments: list[str], held: dict[str, str]) -> None:
-    """Writes the record, if its benchmark ends well."""
-    unfinished = ROOT / "build" / path.name
-    unfinished.parent.mkdir(exist_ok=True)
-    command = [sys.executable, str(HERE / KINDS[kind].program), *arguments, "--output", str(unfinished)]
+def measure(path: Path, kind: str, arguments: list[str], held: dict[str, str]) -> Path:
+    """The new record, in build/: git does not see it there, so that the next benchmark finds no change."""
+    measured = ROOT / "build" / path.name
+    measured.parent.mkdir(exist_ok=True)
+    command = [sys.executable, str(HERE / KINDS[kind].program), *arguments, "--output", str(measured)]
     print(f"{path.stem}: {' '.join(command)}", flush=True)
     if subprocess.run(command, env=os.environ | held).returncode:
         raise SystemExit(f"renew.py: {KINDS[kind].program} failed, and {path} stays as it was")
-    unfinished.replace(path)
+    return measured
 
 
 def renew_pages() -> None:
+    """The tables, and those of the pictures that a page shows."""
     pages.main([])
-    pages.main(["--pictures", str(ROOT / "docs")])
+    with tempfile.TemporaryDirectory() as folder:
+        pages.main(["--pictures", folder])
+        for picture in Path(folder).iterdir():
+            if (ROOT / "docs" / picture.name).exists():
+                shutil.copy(picture, ROOT / "docs")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -219,7 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of records, as --list shows them")
     parser.add_argument("--list", action="store_true", help="show all records, and measure nothing")
     parser.add_argument("--force", action="store_true", help="measure also what is newer than the code")
-    parser.add_argument("--new", action="store_true", help="measure the suite on a machine without a record")
+    parser.add_argument(
+        "--new",
+        action="store_true",
+        help="measure the suite and the C library on a machine without their records",
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - {entry.path.stem for entry in found}:
         parser.error(f"expected names that --list shows, got {', '.join(sorted(unknown))}")
@@ -231,14 +245,14 @@ def main(arguments: list[str] | None = None) -> int:
     here = [entry for entry in chosen if not elsewhere(entry, machine)]
     if given.names and (refused := [entry for entry in chosen if entry not in here]):
         parser.error("; ".join(f"{e.path.stem} cannot be renewed: {elsewhere(e, machine)}" for e in refused))
-    name = f"suite_{machine.names[0]}_{machine.cores}_cores"
-    is_new = name not in [entry.path.stem for entry in found]
+    stems = [f"{kind}_{machine.names[0]}_{machine.cores}_cores" for kind in NEW]
+    new = [stem for stem in stems if stem not in [entry.path.stem for entry in found]]
     due = [entry for entry in here if given.force or changes_since(entry)]
     for entry in [entry for entry in here if entry not in due]:
         print(f"{entry.path.stem}: newer than the code; --force measures it all the same")
-    if is_new and not given.new and not given.names:
-        print(f"{name}: there is no record of this machine; --new measures the suite, in half an hour")
-    if not due and not (is_new and given.new):
+    for stem in () if given.new or given.names else new:
+        print(f"{stem}: there is no record of this machine; --new measures it, {NEW[stem.split('_')[0]]}")
+    if not due and not (new and given.new):
         print("nothing to measure")
         return 0
     if git("status", "--porcelain", "--", "csrc", "lstm_ext", "benchmarks/*.py"):
@@ -246,11 +260,19 @@ def main(arguments: list[str] | None = None) -> int:
             "renew.py: expected a checkout without changes, since a record names its commit; csrc/, lstm_ext/ or a "
             "benchmark has some: commit them"
         )
-    for entry in due:
-        held = entry.facts.get("set_by_environment", {})
-        measure(entry.path, entry.kind, KINDS[entry.kind].arguments(entry.record), held)
-    if is_new and given.new:
-        measure(RESULTS / f"{name}.json", "suite", [], {})
+    measured = []
+    try:
+        for entry in due:
+            held = entry.facts.get("set_by_environment", {})
+            arguments = KINDS[entry.kind].arguments(entry.record)
+            measured.append(measure(entry.path, entry.kind, arguments, held))
+        for stem in new if given.new else ():
+            kind = stem.split("_")[0]
+            only = [] if kind == "suite" else ["--only", kind]
+            measured.append(measure(RESULTS / f"{stem}.json", kind, only, {}))
+    finally:
+        for path in measured:
+            path.replace(RESULTS / path.name)
     renew_pages()
     return 0
 

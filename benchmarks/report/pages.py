@@ -58,7 +58,7 @@ BLOCKS = (
         (*uses.RECORDS, readme.TORCHRL),
         readme.for_task("policy", "policy-resets"),
     ),
-    Block("library", "docs/guide/c-library.md", "library_epyc_zen4_2_cores.json", suite.library),
+    Block("library", "docs/guide/c-library.md", ("library_*_cores.json",), suite.library),
     Block("gpu-start", "docs/start/gpu.md", "gpu_*.json", gpu.text),
     Block(
         "mac-or-arm",

@@ -16,38 +16,47 @@ MEANING = (
     "The geometric mean of all cases over torch's time, and in brackets the worst case: above 1, our layer is faster. "
     "float32 unless a line says otherwise, 1 and 2 threads. Empty: not measured. "
 )
-COSTS = "Of memory, a busy program and a first call, less is better, and the bracket has the largest figure."
+SEVERAL = "Where an instruction set has several machines, the means of all of them, and the worst of all. "
+COSTS = "Of memory, a busy program and a first call, less is better, and the bracket has the largest figure. "
 
 
-def torchrl(record: Result, folder: str) -> str:
-    facts, results = record["facts"], record["results"]
+def torchrl(records: dict[str, Result], folder: str) -> list[str]:
+    """No lines without its record."""
+    if TORCHRL not in records:
+        return []
+    facts, results = records[TORCHRL]["facts"], records[TORCHRL]["results"]
     figures = []
     for key in ("over_torch", "over_pad"):
         ratios = [r[key]["ratio"] for r in results]
         figures.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
-    return (
+    return [
+        "",
         f"Resets inside a sequence, in TorchRL's `LSTMModule`, {len(results)} cases: one call with `resets` is "
         f"{figures[0]} times as fast as torch's layer, which needs the rows cut at each reset, and {figures[1]} times "
         f"as fast as this layer on cut rows ({facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`: "
-        f"[{TORCHRL.removesuffix('.json')}]({folder}/{TORCHRL}) of {dated(facts)} at {facts['git_commit']})."
-    )
+        f"{uses.named(TORCHRL, facts, folder)}).",
+    ]
 
 
-def summary(records: dict[str, Result], by_set: bool, folder: str, only: tuple[str, ...] = ()) -> str:
-    of_machines = {file: record for file, record in records.items() if file != TORCHRL}
-    found = uses.machines(of_machines)
-    several = (
-        "Where an instruction set has several machines, the means of all of them, and the worst of all. "
-    )
+def machines(records: dict[str, Result]) -> list[uses.Machine]:
+    return uses.machines({file: record for file, record in records.items() if file != TORCHRL})
+
+
+def figures_of(records: dict[str, Result], by_set: bool, only: tuple[str, ...] = ()) -> list[str]:
+    """The table and what it means."""
+    has_costs = not only or any(use.cost for use in uses.USES if use.key in only)
+    meaning = MEANING + (SEVERAL if by_set else "") + (COSTS if has_costs else "")
+    return [*uses.of_uses(machines(records), by_set, only), "", meaning.rstrip()]
+
+
+def summary(records: dict[str, Result], by_set: bool, folder: str) -> str:
     lines = [
-        *uses.of_uses(found, by_set, only),
-        "",
-        MEANING + (several if by_set else "") + COSTS,
-        *(["", torchrl(records[TORCHRL], folder)] if TORCHRL in records else []),
+        *figures_of(records, by_set),
+        *torchrl(records, folder),
         "",
         "The newest record of each machine:",
         "",
-        *uses.sources(found, folder),
+        *uses.sources(machines(records), folder),
     ]
     return "\n".join(lines)
 
@@ -61,8 +70,16 @@ def by_processor(records: dict[str, Result]) -> str:
 
 
 def for_task(*keys: str) -> Callable[[dict[str, Result]], str]:
-    """Makes the rows of some uses, by instruction set, for a page in a folder of docs/."""
-    return lambda records: summary(records, True, "../../benchmarks/results", keys)
+    """Makes the rows of some uses, by instruction set, for a page in a folder of docs/, which is one screen long."""
+
+    def text(records: dict[str, Result]) -> str:
+        folder = "../../benchmarks/results"
+        sources = uses.sources_in_line(machines(records), folder, keys)
+        return "\n".join(
+            [*figures_of(records, True, keys), "", f"Records: {sources}.", *torchrl(records, folder)]
+        )
+
+    return text
 
 
 def without_kernels(record: Result) -> str:
@@ -111,7 +128,7 @@ def pictures(records: dict[str, Result]) -> Iterator[tuple[str, Any]]:
     """A row for each use: all cases of all machines, and the geometric mean of each machine."""
     from .plots import canvas, dots, rows_of_shapes
 
-    found = uses.machines({file: record for file, record in records.items() if file != TORCHRL})
+    found = machines(records)
     rows, label, ratios, labelled = list(ROWS.values()), [], [], set()
     figure, panels = canvas(1, 1, 0.42 * len(rows) + 1.5)
     axes = panels[0][0]

@@ -275,17 +275,26 @@ LIBRARY_SIDES = {
 }
 
 
-def library(record: Result) -> str:
-    """One step of the C library and its peers, microseconds: the median and the 99.9th percentile."""
-    lines = [f"| H | {' | '.join(LIBRARY_SIDES.values())} |", "|---|" + "---|" * len(LIBRARY_SIDES)]
-    for r in record["results"]:
-        cells = [f"{r['sides'][side]['median']:.3g} ({r['high'][side]:.3g})" for side in LIBRARY_SIDES]
-        lines.append(f"| {r['hidden_size']} | {' | '.join(cells)} |")
-    facts = record["facts"]
-    return "\n".join([
-        *lines,
-        "",
+def library(records: dict[str, Result]) -> str:
+    """One step of the C library and its peers, by machine, microseconds: the median and the 99.9th percentile."""
+    lines = [
         "Microseconds of a step with as many features as units, batch 1, one thread, float32: the median, and in "
-        f"brackets the 99.9th percentile. {facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`, {dated(facts)} at "
-        f"{facts['git_commit']}, by `python benchmarks/bench.py --only library`.",
-    ])  # fmt: skip
+        "brackets the 99.9th percentile. `python benchmarks/bench.py --only library` measures it."
+    ]
+    for name, record in records.items():
+        facts = record["facts"]
+        rows = [
+            [
+                str(r["hidden_size"]),
+                *(f"{r['sides'][s]['median']:.3g} ({r['high'][s]:.3g})" for s in LIBRARY_SIDES),
+            ]
+            for r in record["results"]
+        ]
+        lines += [
+            "",
+            f"{facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`, {dated(facts)} at {facts['git_commit']} "
+            f"([{name.removesuffix('.json')}](../../benchmarks/results/{name})):",
+            "",
+            *table(["H", *LIBRARY_SIDES.values()], rows),
+        ]
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ from .text import table
 RECORDS = ("suite_*_cores.json", "cpu_*_cores.json", "contract_*_cores.json")
 # suite_epyc_zen5_avx2_2_cores.json; a record of bench_contract.py may name the one group that it has.
 FILE = re.compile(
-    r"(?P<kind>suite|cpu|contract)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
+    r"(?P<kind>suite|cpu|contract|library)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
     r"_(?P<machine>\w+)_(?P<cores>\d+)_cores\.json"
 )
 LARGE = 256  # hidden units from which the layer gains little without a matrix unit, with a batch
@@ -203,6 +203,7 @@ class Machine(NamedTuple):
     set_name: str
     uses: dict[str, list[float]]
     files: dict[str, Result]  # of the records that the uses come from, the facts
+    file_of: dict[str, str]  # of each use
 
     @property
     def processor(self) -> str:
@@ -228,7 +229,8 @@ def machines(records: dict[str, Result]) -> list[Machine]:
         files = {file: records[file]["facts"] for _, file, _ in sorted(newest.values(), reverse=True)}
         capability = next(iter(files.values()))["lstm_ext_cpu_capability"]
         uses = {use: values for use, (_, _, values) in newest.items()}
-        result.append(Machine(name, capability, uses, files))
+        file_of = {use: file for use, (_, file, _) in newest.items()}
+        result.append(Machine(name, capability, uses, files, file_of))
     order = list(SETS)
     return sorted(result, key=lambda m: (order.index(m.set_name), m.name))
 
@@ -282,20 +284,36 @@ def of_uses(found: list[Machine], by_set: bool, only: Sequence[str] = ()) -> lis
     return table(["", *([] if by_set else ["cases"]), *columns], rows)
 
 
+def named(file: str, facts: Result, folder: str) -> str:
+    return f"[{file.removesuffix('.json')}]({folder}/{file}) of {dated(facts)} at {facts['git_commit']}"
+
+
 def sources(found: list[Machine], folder: str) -> list[str]:
     """Beside each machine its records, each with date and commit."""
     lines = []
     for machine in found:
-        records = [
-            f"[{file.removesuffix('.json')}]({folder}/{file}) of {dated(facts)} at {facts['git_commit']}"
-            for file, facts in machine.files.items()
-        ]
         facts = next(iter(machine.files.values()))
+        records = "; ".join(named(file, of_file, folder) for file, of_file in machine.files.items())
         lines.append(
             f"- {SETS[machine.set_name]}: {machine.processor} ({facts['cpu']}, {facts['cores']} cores, "
-            f"`{machine.set_name}`): {'; '.join(records)}"
+            f"`{machine.set_name}`): {records}"
         )
     return lines
+
+
+def sources_in_line(found: list[Machine], folder: str, keys: Sequence[str]) -> str:
+    """The same of some uses, short: the text of a link is the processor."""
+    parts = []
+    for machine in found:
+        files = dict.fromkeys(machine.file_of[key] for key in keys if key in machine.file_of)
+        records = [
+            f"[{machine.processor}]({folder}/{file}) {dated(facts)} at {facts['git_commit'][:7]}"
+            for file, facts in machine.files.items()
+            if file in files
+        ]
+        if records:
+            parts.append(f"{SETS[machine.set_name]} {', '.join(records)}")
+    return "; ".join(parts)
 
 
 def slower(found: list[Machine]) -> list[str]:

@@ -104,7 +104,7 @@ def test_the_rows_of_a_task(modules) -> None:
     text = modules.readme.for_task("training", "memory")({NEWEST: record(NEWEST)})
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert rows == ["| ", "| training step, T > 1", "| peak memory of a training step, share of torch's"]
-    assert f"(../../benchmarks/results/{NEWEST}) of 2026-11-29" in text
+    assert f"(../../benchmarks/results/{NEWEST}) 2026-11-29 at 6fa443f" in text
 
 
 def test_the_newest_record_of_a_machine_counts(modules) -> None:
@@ -267,6 +267,40 @@ def test_a_failed_benchmark_leaves_the_record(fakes: Fakes) -> None:
     assert (fakes.folder / NEWEST).read_text() != "{}" and not fakes.renewed
 
 
+def test_a_new_record_is_no_change_to_the_next_benchmark(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets to its place when all have ended; those before one that fails get there too."""
+    names, seen = (NEWEST, "suite_epyc_zen5_avx2_2_cores.json"), []
+    fakes.log, run = "1", fakes.run
+
+    def second_fails(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        seen.append([(fakes.folder / name).read_text() == "{}" for name in names])
+        fakes.fails = len(seen) == 2
+        return run(command, env)
+
+    monkeypatch.setattr(fakes.renew, "subprocess", SimpleNamespace(run=second_fails))
+    with pytest.raises(SystemExit, match=r"bench\.py failed"):
+        fakes.renew.main([])
+    assert seen == [[False, False], [False, False]]
+    assert [(fakes.folder / name).read_text() == "{}" for name in names] == [True, False]
+
+
+def test_pictures_that_no_page_shows_are_left_out(
+    modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def draw(arguments: list[str]) -> None:
+        for name in ("gains.png", "other.png") if arguments else ():
+            (Path(arguments[1]) / name).write_text("new")
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "gains.png").write_text("old")
+    monkeypatch.setattr(modules.renew, "ROOT", tmp_path)
+    monkeypatch.setattr(modules.renew, "pages", SimpleNamespace(main=draw))
+    modules.renew.renew_pages()
+    assert {p.name: p.read_text() for p in (tmp_path / "docs").iterdir()} == {"gains.png": "new"}
+
+
 def test_changes_that_no_commit_has(fakes: Fakes) -> None:
     fakes.changes = " M csrc/cpu/gates.h"
     with pytest.raises(SystemExit, match="expected a checkout without changes"):
@@ -278,9 +312,14 @@ def test_a_machine_without_a_record(fakes: Fakes, capsys) -> None:
     fakes.machine = fakes.renew.Machine(("xeon_amx", "xeon_amx_avx2"), "Intel(R) Xeon(R)", "amx", 4)
     assert fakes.renew.main([]) == 0
     said = capsys.readouterr().out
-    assert "suite_xeon_amx_4_cores: there is no record of this machine" in said and not fakes.started
+    assert "suite_xeon_amx_4_cores: there is no record of this machine" in said
+    assert "library_xeon_amx_4_cores: there is no record of this machine" in said and not fakes.started
     assert fakes.renew.main(["--new"]) == 0
-    assert (fakes.folder / "suite_xeon_amx_4_cores.json").is_file() and fakes.renewed == 1
+    for kind in ("suite", "library"):
+        assert (fakes.folder / f"{kind}_xeon_amx_4_cores.json").is_file()
+    (suite, _), (library, _) = fakes.started
+    assert "--only" not in suite and library[library.index("--only") + 1] == "library"
+    assert fakes.renewed == 1
 
 
 def test_the_list(fakes: Fakes, capsys) -> None:
