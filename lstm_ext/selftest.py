@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -386,7 +387,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this kind")
     chosen = parser.parse_args().device
     try:
-        module = loader.extension()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line below says the same
+            module = loader.extension()
     except (ImportError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..layer import route
@@ -251,7 +252,8 @@ def any_requested(stack: Stack, call_options: CallOptions) -> bool:
         or stack.gate_activation != "sigmoid"
         or stack.cell_activation != "tanh"
         or stack.preactivation_clip is not None
-        or stack.recompute is not False
+        # Without a backward pass there is nothing to recompute.
+        or (stack.recompute is not False and (torch.is_grad_enabled() or stack.recompute is not True))
     )
 
 

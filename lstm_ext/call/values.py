@@ -92,7 +92,8 @@ def resets_of(resets: Any, x: Tensor, layout: Layout) -> Tensor:
         steps = _per_step("resets", resets, x, layout)
     if steps.dtype != torch.bool and not steps.is_floating_point():
         raise ValueError(
-            f"resets: expected dtype torch.bool, or a floating-point dtype with values 0 and 1, got {steps.dtype}"
+            f"resets: expected dtype torch.bool, or a floating-point dtype with values 0 and 1, got {steps.dtype}. "
+            "Convert it: resets.bool()"
         )
     if steps.device != x.device:
         raise ValueError(f"resets: expected device {x.device} as input, got {steps.device}")
@@ -214,5 +215,5 @@ def steps_of_mask(mask: Any, x: Tensor, layout: Layout) -> Tensor:
     """The mask as bool (T, B)."""
     steps = _per_step("mask", mask, x, layout)
     if steps.dtype != torch.bool:
-        raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}")
+        raise ValueError(f"mask: expected dtype torch.bool, got {steps.dtype}. Convert it: mask.bool()")
     return steps

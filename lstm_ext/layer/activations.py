@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -106,7 +105,6 @@ def split_text(text: str) -> list[tuple[str, tuple[float, ...]]]:
     return found
 
 
-@lru_cache(maxsize=64)
 def activation_functions(text: str) -> tuple[Callable[[Tensor], Tensor], ...]:
     """The three functions of a layer, in torch's operators."""
     return tuple([_bound(ACTIVATIONS[kind].function, numbers) for kind, numbers in split_text(text)])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,11 +105,9 @@ def _choose(device: torch.device, wanted: bool) -> bool | None:
     if not stepwise:
         if wanted:
             return stepwise
-        warnings.warn(
+        loader.warn(
             f"lstm_ext: no kernel has been checked on {device}, and LSTM_EXT_CUDA_CHECK=0: torch's own operator "
-            "computes there. `python -m lstm_ext.selftest --device cuda` checks them.",
-            RuntimeWarning,
-            stacklevel=2,
+            "computes there. `python -m lstm_ext.selftest --device cuda` checks them."
         )
         return False
     for kernel, dtypes in itertools.product(config.TRIED_CUDA_KERNELS, _DTYPES):
@@ -178,9 +175,7 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
         said = f"it could not be tried: {reason}"
     else:
         return passed
-    warnings.warn(
-        f"lstm_ext: the CUDA kernel {variant!r} is not used on {device}: {said}", RuntimeWarning, stacklevel=2
-    )
+    loader.warn(f"lstm_ext: the CUDA kernel {variant!r} is not used on {device}: {said}")
     return passed
 
 

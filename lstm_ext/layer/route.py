@@ -20,7 +20,6 @@ A tensor without real memory must never reach a kernel directly.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from .tracing import (
     LEGACY_VMAP,
     PLAIN_TYPES,
     PRE_DISPATCH,
+    any_autocast,
     are_plain,
     dispatch_modes,
     innermost_transform,
@@ -233,8 +233,13 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
         if not known:
             return _layer_without_our_operator(call)
     if not has_operators(input.device):
-        if not torch.compiler.is_compiling() and not loader.wants_equations():
-            _warn_about_options(call.options, input.device)
+        if torch.compiler.is_compiling() or loader.wants_equations():
+            return equations.lstm_layer
+        # On other devices torch's operator has no second derivatives.
+        is_plain = input.is_cpu and not call.options.as_keywords() and not any_autocast()
+        if is_plain and torchs_way(input, call.h0, call.c0, [call.weights]) == "direct":
+            return _torchs_operator
+        _warn_about_options(call.options, input.device)
         return equations.lstm_layer
     if input.dtype not in KERNEL_DTYPES or torch.autograd.forward_ad._current_level >= 0:
         return equations.lstm_layer
@@ -436,7 +441,7 @@ def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
 
 
 def _torchs_operator(call: LayerCall) -> LayerResults:
-    """The plain layer by torch's own operator, for exporters that support no other."""
+    """The plain layer by torch's own operator."""
     x, h0, c0 = call.input, call.h0, call.c0
     if h0 is None or c0 is None:
         batch = x.size(1) if call.batch_sizes is None else int(call.batch_sizes[0])
@@ -460,10 +465,8 @@ _COMPILED_LAYERS: dict[str, LayerFunction] = {
 
 @functools.cache
 def _warn_about_cuda(reason: str) -> None:
-    warnings.warn(
-        f"lstm_ext has no kernels for CUDA tensors here, so torch's own operator computes its layers: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
+    loader.warn(
+        f"lstm_ext has no kernels for CUDA tensors here, so torch's own operator computes its layers: {reason}"
     )
 
 
@@ -477,6 +480,7 @@ _USERS_NAMES = {
     "keep_c": "zoneout",
     "zoneout_h": "zoneout",
     "zoneout_c": "zoneout",
+    "activations": "gate_activation or cell_activation",
 }
 
 
@@ -489,11 +493,9 @@ def _warn_about_options(options: LayerOptions, device: torch.device) -> None:
 
 @functools.cache
 def _warn_about_slow_options(names: str, device: str, reason: str) -> None:
-    warnings.warn(
+    loader.warn(
         f"lstm_ext: {names} on {device}: the equations in plain PyTorch compute this, which is slow. There are no "
-        f"kernels: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
+        f"kernels: {reason}"
     )
 
 

@@ -439,7 +439,9 @@ def no_cuda_wanted(torch_cuda: str | None) -> str | None:
     if torch_cuda is None:
         reason = "this torch is a build without CUDA"
         if switch:
-            raise SwitchError(f"LSTM_EXT_CUDA=1, but {reason}: install one with it.")
+            raise SwitchError(
+                f"LSTM_EXT_CUDA=1, but {reason}: install a torch with CUDA, or unset LSTM_EXT_CUDA."
+            )
         return reason
     return None
 

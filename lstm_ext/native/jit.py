@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -120,6 +121,15 @@ def finished_with_cuda() -> list[Path]:
 def _runs_here(record: dict) -> bool:
     """Whether a build has CPU kernels for this processor. Machines may share a home."""
     return any([config.runs_here(name) for name in record.get("cpu_sets", "").split(",") if name])
+
+
+def _hidden() -> str:
+    """A word about an installed package with an extension that the package of this folder hides."""
+    for entry in sys.path:
+        package = Path(entry).absolute() / "lstm_ext"
+        if package != config.PACKAGE and (package / "native" / config.RECORD).is_file():
+            return f". {package} is installed and built: {config.PACKAGE} comes first in this folder; run from another"
+    return ""
 
 
 def _root() -> Path:
@@ -259,7 +269,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         shutil.rmtree(leftovers, ignore_errors=True)
     make_folder(directory, _MODE)
     kernels, operators, module_sources = config.split_sources(sources, cuda is not None, sets, directory)
-    _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)", directory)
+    _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)%s", directory, _hidden())
     # torch would warn about a compiler that calls itself something else than g++.
     environment = {"CXX": command, "PATH": _supervised(directory), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
     if cuda is not None:

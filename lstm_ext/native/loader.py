@@ -91,15 +91,27 @@ def extension() -> ModuleType | None:
         if chosen and result.module is not None:
             for function in _users:
                 function(result.module)
-        if unavailable is not None:
-            warnings.warn(
-                f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable}",
-                RuntimeWarning,
-                stacklevel=2,
+        # Where nothing can be built, torch's operator is what the user expects.
+        if unavailable is not None and config.is_supported_platform():
+            warn(
+                f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable}"
+                " (LSTM_EXT_BACKEND=torch is for this, without a warning)"
             )
     if result.error is not None:
         raise ImportError(result.error)
     return result.module
+
+
+_INSIDE = (f"{config.PACKAGE}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning at the line outside this package and torch that led here."""
+    frame: Any = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def is_decided() -> bool:

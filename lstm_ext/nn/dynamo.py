@@ -3,8 +3,8 @@
 Dynamo refuses every ``torch.nn.LSTM`` in one method, unless its setting ``allow_rnn`` is on. We wrap this method: the
 setting is on while it handles one of our layers, and has the user's value while it handles one of torch's.
 
-A layer that runs on torch's own operator is refused like torch's, unless the graph has to be whole: for small calls, a
-graph with that operator is slower than the layer alone.
+A layer without kernels is refused like torch's, unless the graph has to be whole: for small calls, a graph with torch's
+operator is slower than the layer alone, and the equations of a layer with options would be unrolled, each T anew.
 
 Importing dynamo takes seconds, so the method is wrapped when other code imports it.
 """
@@ -16,8 +16,9 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -106,7 +107,16 @@ def _skip_inner_frames() -> None:
         for function in found:
             code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
             if code is not None and Path(code.co_filename).is_relative_to(_PACKAGE):
-                skip(code)
+                for part in _with_inner(code):
+                    skip(part)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)
 
 
 def _is_whole(builder: Any) -> bool:

@@ -32,7 +32,7 @@ def explain(
     Args:
         module: an ``LSTM`` or ``LSTMCell``, of torch or of this package.
         input_shape: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I); of a cell (B, I) or (I).
-        device: "cpu", a CUDA device ("cuda", "cuda:1"), or the name of a GPU that is not here: A100, A30, A10,
+        device: one of torch's ("cpu", "cuda:1", "mps"), or the name of a GPU that is not here: A100, A30, A10,
             RTX 3090, L4, RTX 4090, H100, H200, B200, RTX 5090. None is the device of the parameters.
         dtype: float32, float64, bfloat16 or float16. None is the dtype of the parameters.
 
@@ -75,7 +75,7 @@ def explain_data(
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     extension = loader.extension()
     if extension is None:
-        name, facts = str(parameter.device if device is None else device), None
+        name, facts = _device_of_torch(parameter.device if device is None else device), None
     else:
         cuda.use_measured_constants()
         name, facts = _device(extension, parameter.device if device is None else device, dtype)
@@ -102,6 +102,8 @@ def explain_data(
         }
         if extension is None:
             of_layer = _without_kernels(module, str(loader.status().reason))
+        elif facts is None and name != "cpu":
+            of_layer = _without_kernels(module, f"there are no kernels for {name}")
         elif facts is None:
             of_layer = _on_cpu(extension, module, sizes, dtype)
         else:
@@ -129,6 +131,17 @@ def _steps_and_batch(module: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
 
 
+def _device_of_torch(device: str | torch.device) -> str:
+    """The name of a device where there is no extension, which knows those of cards."""
+    try:
+        return str(torch.device(device))
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected a device of torch, got {device!r}; cards have names where the extension is loaded, and "
+            f"it is not: {loader.status().reason}"
+        ) from None
+
+
 def _device(
     extension: Any, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[str, dict[str, Any] | None]:
@@ -140,12 +153,12 @@ def _device(
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(
-            f"device: expected cpu, a CUDA device or one of {', '.join(known)}, got {device!r}"
+            f"device: expected a device of torch or one of {', '.join(known)}, got {device!r}"
         ) from None
-    if found.type == "cpu":
-        return "cpu", None
+    if found.type == "meta":
+        raise ValueError("device: expected one that computes, got meta")
     if found.type != "cuda":
-        raise ValueError(f"device: expected cpu, a CUDA device or one of {', '.join(known)}, got {device!r}")
+        return str(found), None
     if not torch.cuda.is_available():
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
     index = torch.cuda.current_device() if found.index is None else found.index
@@ -194,7 +207,8 @@ def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
     if loader.wants_equations() or options:
         reasons = [f"torch's operator has no {', '.join(options)}"] if options else []
         return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [reason, *reasons]}
-    summary = "torch's own operator, one call for all layers"
+    calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
+    summary = f"torch's own operator{calls}"
     return {"kernel": None, "summary": summary, "reasons": [reason]}
 
 
@@ -291,9 +305,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         f"{workers} of {threads} threads"
         + (f": {rows} share the batch" if rows > 1 else "")
         + (f", {units} share the hidden units and meet once a step" if units > 1 else ""),
-        "weights are read as they are: each is used too seldom to be copied"
-        if not plan["pack"]
-        else "weights are copied in the order in which they are read, once a call",
+        _how_weights_are_read(module, plan),
     ]
     if plan["recurrent_planes"]:
         reasons.append(
@@ -317,6 +329,15 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         "summary": f"{capability}: one call of the CPU kernels for all time steps",
         "reasons": reasons,
     }
+
+
+def _how_weights_are_read(module: Any, plan: dict[str, Any]) -> str:
+    if getattr(module, "frozen", ()):
+        rounded = {torch.bfloat16: ", in bfloat16", torch.int8: ", in int8"}.get(module.frozen_weights, "")
+        return f"weights were packed when the layer was frozen{rounded}"
+    if plan["pack"]:
+        return "weights are copied in the order in which they are read, once a call"
+    return "weights are read as they are: each is used too seldom to be copied"
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from . import native
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
 from .torchs import TorchLSTM, with_our_forward
-from .unreached import place_of
+from .unreached import place_of, where_it_looked
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
@@ -225,7 +225,8 @@ def _kernels() -> Any:
     kernels = loader.extension()
     if kernels is None:
         raise RuntimeError(
-            f"freeze: needs the compiled kernels, which are not there: {loader.status().reason}"
+            f"freeze: needs the compiled kernels, which are not there: {loader.status().reason} Where they are, "
+            "save the state dict of a frozen layer: layers that are not frozen load it anywhere"
         )
     return kernels
 
@@ -384,7 +385,10 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
     layers = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
-        raise ValueError(f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}")
+        looked = "" if function == "unfreeze" else f". {where_it_looked(module, [])}"
+        raise ValueError(
+            f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}{looked}"
+        )
     refused = [
         f"  {place_of(name)} ({type(layer).__module__}.{type(layer).__qualname__}): {'; '.join(reasons)}"
         for name, layer in layers.items()

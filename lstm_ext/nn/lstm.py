@@ -636,9 +636,9 @@ def activations_of(module: LSTM) -> str:
     return activation_text(module.gate_activation, module.cell_activation)
 
 
-def runs_on_torchs_operator(module: LSTM) -> bool:
-    """Whether plain calls of this layer run on torch's own operator, because there are no kernels."""
+def runs_without_kernels(module: LSTM) -> bool:
+    """Whether torch's own operator computes this layer, or, with options, the equations: there are no kernels."""
     weight = module._parameters.get(module._all_weights[0][0])
-    if weight is None or module.frozen or any([name != "forget_bias" for name in options_of(module)]):
+    if weight is None or module.frozen:
         return False
     return not route.has_operators(weight.device) and not loader.wants_equations()

@@ -12,7 +12,7 @@ from torch import nn
 
 from .cell import LSTMCell
 from .dynamo import let_dynamo_take
-from .lstm import LSTM, runs_on_torchs_operator
+from .lstm import LSTM, runs_without_kernels
 
 __all__ = ["TorchLSTM", "TorchLSTMCell", "patch", "reaches_our_forward", "with_our_forward"]
 
@@ -255,8 +255,8 @@ def _compiles_whole(module: nn.Module) -> bool:
     return isinstance(module, LSTM) and reaches_our_forward(type(module)) is True
 
 
-def _runs_on_torchs_operator(module: nn.Module) -> bool:
-    return isinstance(module, LSTM) and runs_on_torchs_operator(module)
+def _runs_without_kernels(module: nn.Module) -> bool:
+    return isinstance(module, LSTM) and runs_without_kernels(module)
 
 
-let_dynamo_take(_compiles_whole, _runs_on_torchs_operator)
+let_dynamo_take(_compiles_whole, _runs_without_kernels)

@@ -13,7 +13,16 @@ from torch import nn
 from .cell import LSTMCell
 from .lstm import LSTM
 
-__all__ = ["HIDDEN", "foreign_lstm", "hidden_lstms", "is_or_was_lstm", "kind_of", "nothing_found", "place_of"]
+__all__ = [
+    "HIDDEN",
+    "foreign_lstm",
+    "hidden_lstms",
+    "is_or_was_lstm",
+    "kind_of",
+    "nothing_found",
+    "place_of",
+    "where_it_looked",
+]
 
 
 def place_of(name: str) -> str:
@@ -102,6 +111,15 @@ def nothing_found(model: nn.Module, passed_over: list[str]) -> str:
     hidden = hidden_lstms(model)
     if hidden and all(isinstance(module, (LSTM, LSTMCell)) for _, module in hidden):
         return ""
+    return (
+        f"convert: found no torch.nn.LSTM or LSTMCell to convert in this {type(model).__name__}, so nothing was "
+        f"changed. {where_it_looked(model, passed_over)}"
+    )
+
+
+def where_it_looked(model: nn.Module, passed_over: list[str]) -> str:
+    """The modules of a model without an LSTM, and where one may be all the same, line by line."""
+    hidden = hidden_lstms(model)
     classes = Counter(type(module).__name__ for module in model.modules())
     looked = ", ".join(f"{count} {name}" for name, count in classes.most_common(_SHOWN))
     if len(classes) > _SHOWN:
@@ -118,8 +136,7 @@ def nothing_found(model: nn.Module, passed_over: list[str]) -> str:
         and any("lstm" in str(node.target) for node in module.graph.nodes if node.op == "call_function")
     ]
     return (
-        f"convert: found no torch.nn.LSTM or LSTMCell to convert in this {type(model).__name__}, so nothing was "
-        f"changed. It looked at {classes.total()} module{'s' * (classes.total() > 1)}: {looked}. LSTMs hide in plain "
+        f"It looked at {classes.total()} module{'s' * (classes.total() > 1)}: {looked}. LSTMs hide in plain "
         "lists and dicts (use torch.nn.ModuleList or ModuleDict, or convert each), in exported graphs (convert before "
         "the export), and in layers that are built at the first call (call the model once before)"
         + "".join(f"\n  {place}" for place in places)

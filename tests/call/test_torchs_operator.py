@@ -46,6 +46,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+
     monkeypatch.setattr(equations, "_equations", lambda *_: pytest.fail("the equations ran"))
 
 
@@ -386,9 +387,48 @@ def test_options_take_the_equations_and_one_warning_names_them() -> None:
         module(x)
     assert len(caught) == 1
     assert "zoneout" in str(caught[0].message)
+    assert caught[0].filename == __file__  # the line that called the layer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lstm_ext.LSTM(I, H)(x)
+
+
+@pytest.mark.usefixtures("no_equations")
+def test_options_of_training_alone_take_torchs_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """recompute has no meaning without a backward pass; in one, and with dropped weights, the layers are plain ones."""
+    theirs, x = nn.LSTM(I, H, 2, bidirectional=True), torch.randn(T, B, I)
+    ours = lstm_ext.LSTM(I, H, 2, bidirectional=True, recompute=True)
+    ours.load_state_dict(theirs.state_dict())
+    for grad in (True, False):
+        assert_same_bits(results(ours, x, None, grad), results(theirs, x, None, grad))
+    calls = []
+    monkeypatch.setattr(torch, "lstm", lambda *a, of=torch.lstm: (calls.append(a), of(*a))[1])
+    with torch.no_grad():
+        ours(x)
+    assert [len(weights) for _, _, weights, *_ in calls] == [16]  # one call for the stack
+    ours.recompute = 1
+    with torch.no_grad(), pytest.raises(TypeError, match="recompute should be a bool, got 1"):
+        ours(x)
+
+    dropped = lstm_ext.LSTM(I, H, weight_dropout=0.5)
+    torch.manual_seed(7)
+    output, _ = dropped(x)
+    torch.manual_seed(7)
+    mask = nn.functional.dropout(torch.ones(4 * H, H), 0.5)
+    plain = lstm_ext.to_torch(lstm_ext.LSTM(I, H))
+    plain.load_state_dict(dropped.state_dict())
+    with torch.no_grad():
+        plain.weight_hh_l0 *= mask
+    torch.testing.assert_close(output, plain(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*zoneout on cpu")
+def test_a_compiler_leaves_a_layer_with_options_out() -> None:
+    """Its equations would be unrolled."""
+    module, x = lstm_ext.LSTM(I, H, zoneout=0.1).eval(), torch.randn(T, B, I)
+    compiled = torch.compile(nn.Sequential(module), backend=(graphs := Graphs()))
+    torch.testing.assert_close(compiled(x)[0], module(x)[0])
+    assert graphs.all == []
 
 
 def test_the_equations_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -489,6 +489,27 @@ def test_data_of_a_layer_on_the_cpu() -> None:
     assert text.startswith("LSTM(8, 16), input (5, 3, 8), float32, on cpu, in inference:\n  layer 0: ")
 
 
+def test_frozen_layers_say_that_they_are_packed() -> None:
+    for weights, said in (
+        (None, "frozen"),
+        (torch.bfloat16, "frozen, in bfloat16"),
+        (torch.int8, "frozen, in int8"),
+    ):
+        text = lstm_ext.explain(lstm_ext.freeze(nn.LSTM(8, 16), weights), (5, 3, 8))
+        assert f"    weights were packed when the layer was {said}\n" in f"{text}\n"
+        assert "weights are" not in text
+
+
+def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "torch's own operator, one call for all layers\n    there are no kernels for mps"
+    assert said in lstm_ext.explain(nn.LSTM(8, 16), (5, 3, 8), device="mps")
+    assert lstm_ext.explain(nn.LSTMCell(8, 16), (3, 8), device="mps").split("\n")[1].endswith("own operator")
+    monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("torch", reason="a test")))
+    assert "a test" in lstm_ext.explain(nn.LSTM(8, 16), (5, 3, 8), device="mps")
+    with pytest.raises(ValueError, match=r"expected a device of torch, got 'H100'; .* it is not: a test"):
+        lstm_ext.explain(nn.LSTM(8, 16), (5, 3, 8), device="H100")
+
+
 def test_without_a_batch_there_is_one_row() -> None:
     for module, shape, steps in ((nn.LSTMCell(8, 16), (8,), 1), (nn.LSTM(8, 16), (5, 8), 5)):
         (layer,) = lstm_ext.explain_data(module, shape)["layers"]
@@ -506,13 +527,9 @@ def test_without_a_batch_there_is_one_row() -> None:
         (
             (nn.LSTM(2, 3), (4, 1, 2), "V100"),
             ValueError,
-            "device: expected cpu, a CUDA device or one of A100, A30",
+            "device: expected a device of torch or one of A100, A30",
         ),
-        (
-            (nn.LSTM(2, 3), (4, 1, 2), "meta"),
-            ValueError,
-            "device: expected cpu, a CUDA device or one of A100, A30",
-        ),
+        ((nn.LSTM(2, 3), (4, 1, 2), "meta"), ValueError, "device: expected one that computes, got meta"),
         ((nn.LSTM(2, 3), (4, 1, 2), "cpu", torch.int8), ValueError, "dtype: expected float32"),
     ],
 )

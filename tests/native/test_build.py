@@ -17,7 +17,7 @@ import torch
 
 import lstm_ext
 import lstm_ext.info
-from lstm_ext.native import config
+from lstm_ext.native import config, jit
 
 pytestmark = pytest.mark.tools
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -270,10 +270,9 @@ def test_fallback_warns_once(project: Project, compiler: str | None, said: str) 
     ("patch", "said"),
     [
         ("config.search_path = lambda: ''", "pip install ninja"),
-        ("config.is_supported_platform = lambda: False", "Linux on x86-64 and aarch64 only"),
         ("config.source_dir = lambda: None", "reinstall lstm_ext"),
     ],
-    ids=["ninja", "platform", "sources"],
+    ids=["ninja", "sources"],
 )
 def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> None:
     code = f"from lstm_ext.native import loader, config\n{patch}\nloader.extension()"
@@ -281,6 +280,32 @@ def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> No
     assert returncode == 0, err
     assert err.count("RuntimeWarning") == 1
     assert said in err
+
+
+def test_where_nothing_can_be_built_nothing_is_said(project: Project) -> None:
+    """There torch's operator is what a user expects. Those who ask are told."""
+    patch = "from lstm_ext.native import config; config.is_supported_platform = lambda: False"
+    returncode, out, err = project.run("-W", "error", "-c", f"{patch}; {SHOW}")
+    assert (returncode, out) == (0, "torch"), err
+    for module in ("info", "selftest"):
+        main = f"import sys; sys.argv = ['x']; from lstm_ext import {module}; sys.exit({module}.main())"
+        returncode, out, err = project.run("-c", f"{patch}; {main}")
+        assert returncode == 1 and "Warning" not in err
+        assert "the extension supports Linux on x86-64 and aarch64 only" in out + err
+    _, out, _ = project.run("-c", f"{patch}; from lstm_ext import info; info.main()")
+    assert "aot        cannot be built: the extension supports Linux" in out
+
+
+def test_an_installed_package_that_is_hidden_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a clone, its own lstm_ext/ comes before the one that pip has installed and built."""
+    installed = tmp_path / "site" / "lstm_ext"
+    (installed / "native").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
+    assert jit._hidden() == ""
+    (installed / "native" / config.RECORD).touch()
+    assert f"{installed} is installed and built" in jit._hidden()
 
 
 def test_unwritable_cache(project: Project) -> None:

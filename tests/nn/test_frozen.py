@@ -397,7 +397,7 @@ def frozen_layer(weights: torch.dtype | None = None) -> lstm_ext.FrozenLSTM:
     [
         (lambda: lstm_ext.freeze("model"), TypeError, "expected module to be a torch.nn.Module, got str"),
         (lambda: lstm_ext.unfreeze(3), TypeError, "expected module to be a torch.nn.Module, got int"),
-        (lambda: lstm_ext.freeze(nn.Linear(2, 2)), ValueError, "expected an LSTM, or a model that has one, got Linear"),
+        (lambda: lstm_ext.freeze(nn.Linear(2, 2)), ValueError, r"one, got Linear\. It looked at 1 module: 1 Linear\."),
         (lambda: lstm_ext.freeze(lstm_ext.LSTMCell(2, 2)), ValueError, "expected an LSTM"),
         (lambda: lstm_ext.unfreeze(lstm_ext.LSTM(2, 2)), ValueError, "expected a frozen LSTM"),
         (

@@ -135,6 +135,7 @@ def main() -> int:
         if not ways:
             left_out.append(name)
         jobs += [(header, way) for way in ways]
+    print(f"{len(jobs)} compilations of headers: some minutes", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         complaints = pool.map(lambda job: compile_alone(compiler, *job), jobs)
         for (header, way), complaint in zip(jobs, complaints, strict=True):
