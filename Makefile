@@ -198,7 +198,8 @@ clean:
 
 $(EXTENSION): $(CSRC) setup.py lstm_ext/native/config.py $(PACKAGES) build/environment
 	@echo "building the extension: about two minutes on two cores the first time; the output is in build/log.txt"
-	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+	@$(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { \
+	  cat build/log.txt; echo "the errors among it:"; grep -n "error" build/log.txt | cut -c1-300 | tail -20; exit 1; }
 
 # Rewritten, which means a rebuild, only when something in it has changed. With another VENV, torch may be another one.
 BUILT_FOR = $(abspath $(VENV)) $(LSTM_EXT_CUDA) $(TORCH_CUDA_ARCH_LIST)

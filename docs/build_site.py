@@ -5,6 +5,7 @@ A warning is an error. `make docs` installs what it needs and runs it.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ NEEDED = ("sphinx", "myst_parser", "furo", "sphinx_copybutton")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("output", nargs="?", type=Path, default=ROOT / "build" / "docs", help="a folder")
+    output = parser.parse_args().output.resolve()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -23,7 +27,6 @@ def main() -> int:
         return 1
     from sphinx.cmd.build import main as build
 
-    output = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "build" / "docs"
     doctrees = output.parent / f"{output.name}-doctrees"
     # All of it, since a page that has not changed has the contents of the site at its side all the same.
     options = ["-q", "-E", "-a", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(doctrees)]

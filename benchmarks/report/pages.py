@@ -176,4 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
             differ.append(f"{block.page}: {block.name}")
     if differ:
         print(f"{'not as in the record' if given.check else 'renewed'}:", *differ, sep="\n  ")
+        if given.check:
+            print("`python benchmarks/report` writes them from the records")
     return int(given.check and bool(differ))
