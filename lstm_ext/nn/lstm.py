@@ -509,7 +509,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
             h0, c0 = unpack_hx(hx)
             rank = layout.state_rank
             if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
-                h0, c0 = batched_states(h0, c0, rank)
+                h0, c0 = batched_states(h0, c0, rank, layout is STEP or layout is UNBATCHED_STEP)
             good = (
                 good
                 and h0.shape == h_shape

@@ -66,9 +66,16 @@ def unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
     raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
 
 
-def batched_states(h0: Tensor, c0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The states as 3-D tensors, or torch's error for a wrong rank."""
+def batched_states(h0: Tensor, c0: Tensor, rank: int, is_step: bool) -> tuple[Tensor, Tensor]:
+    """The states as 3-D tensors, or torch's error for a wrong rank; torch has no steps."""
     if h0.dim() != rank or c0.dim() != rank:
+        if is_step:
+            batch, shape = (
+                ("a batch", "(num_layers, B, size)") if rank == 3 else ("one row", "(num_layers, size)")
+            )
+            raise RuntimeError(
+                f"LSTM.step: expected states of shape {shape} for x_t of {batch}, got ({h0.dim()}-D, {c0.dim()}-D)"
+            )
         batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
         raise RuntimeError(
             f"For {batched} input, hx and cx should also be {rank}-D "
