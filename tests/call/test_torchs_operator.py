@@ -38,10 +38,12 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("torch", reason="a test")))
     monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
     route._warn_about_slow_options.cache_clear()
+    yield
+    torch._dynamo.reset()  # which remembers where it broke a graph, for tests with kernels too
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_an_unlisted_error_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(route, "lstm_layer", raising)
     assert bench_support.main(["--check", "--fast", "recompute"]) == 1
     said = capsys.readouterr().err
-    assert "recompute, forward, float64: failure: RuntimeError: no such layer" in said
+    assert "recompute, backward, float64: failure: RuntimeError: no such layer" in said
     assert "recompute, jvp, float64: failure: RuntimeError: no such layer" in said  # there another is listed
 
 
