@@ -93,9 +93,8 @@ def main() -> int:
         emulated += ["-E", f"{name}={value}"]
     for module in ("lstm_ext.info", "lstm_ext.selftest"):
         start = time.monotonic()
-        code = subprocess.run(
-            [*emulated, str(root / "usr" / "bin" / f"python{PYTHON}"), "-m", module]
-        ).returncode
+        command = [*emulated, str(root / "usr" / "bin" / f"python{PYTHON}"), "-m", module]
+        code = subprocess.run(command, cwd=WORK).returncode  # in the checkout, its lstm_ext/ would come first
         print(f"{module}: exit code {code}, {time.monotonic() - start:.0f} s", flush=True)
         if code != 0:
             return 1
