@@ -520,4 +520,4 @@ def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
     methods = {key for cls in own for key, value in vars(cls).items() if callable(value)}
     # Users replace this method to disable it. It computes nothing.
     methods.discard("flatten_parameters")
-    return [key for key in module.__dict__ if key in methods]
+    return [key for key in list(module.__dict__) if key in methods]  # another thread may convert it too

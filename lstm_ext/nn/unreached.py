@@ -85,7 +85,8 @@ def hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any]]:
     """The values in a container, and those in the containers within it; with paths."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+    # Copied, since another thread may convert the module whose attributes these are.
+    for key, value in list(values.items()) if isinstance(values, dict) else enumerate(list(values)):
         path = f"{place}[{key!r}]" if place else str(key)
         yield path, value
         if depth > 1 and isinstance(value, (list, tuple, dict)):
