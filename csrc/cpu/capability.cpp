@@ -217,6 +217,11 @@ std::atomic<const Capability*>& current() {
 
 }  // namespace
 
+const char* kept(const char* message) {
+  thread_local std::string text;
+  return (text = message).c_str();
+}
+
 const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
 const bool has_avx512_vnni = vnni_wish() != "0" && finds_avx512_vnni();
 const bool has_avx_vnni = vnni_wish() != "0" && finds_avx_vnni();

@@ -113,14 +113,17 @@ inline double wait_limit() {
   return seconds;
 }
 inline void set_wait_limit(double seconds, int file) { check(library().set_wait_limit(seconds, file)); }
-// The kernels of capability().
+template <typename T>
+const Kernels<T>& kernels_of(const Capability& capability) {
+  if constexpr (std::is_same_v<T, float>) {
+    return capability.f32;
+  } else {
+    return capability.f64;
+  }
+}
 template <typename T>
 const Kernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return capability().f32;
-  } else {
-    return capability().f64;
-  }
+  return kernels_of<T>(capability());
 }
 
 // Lets set_capability name one more, which the caller keeps; for tests.
@@ -136,6 +139,9 @@ LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, u
 const char* read_wait_limit(double* seconds);
 const char* change_wait_limit(double seconds, int file);
 
+// A copy of a message, which lives until the thread's next one.
+const char* kept(const char* message);
+
 // Calls a function, and returns the message of its exception, or null.
 template <typename Function>
 const char* error_of(const Function& function) {
@@ -143,9 +149,7 @@ const char* error_of(const Function& function) {
     function();
     return nullptr;
   } catch (const std::exception& error) {
-    thread_local std::string text;
-    text = error.what();
-    return text.c_str();
+    return kept(error.what());
   }
 }
 

@@ -45,8 +45,10 @@ struct MatrixUnit {
   }
   LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
 
-  // Registers of tiles. begin() is called once in a thread before all others, end() at the end.
-  static void begin() {
+  // Registers of tiles. begin() is called once in a thread before all others, end() at the end. What stands in for
+  // registers, if the unit has none, lives until then.
+  struct Registers {};
+  static void begin(Registers&) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

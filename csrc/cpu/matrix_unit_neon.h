@@ -37,23 +37,28 @@ struct MatrixUnit {
     store_half(to + 16, v.second);
   }
 
-  static void begin() {}
+  static constexpr int kSumTiles = 4;
+  struct Registers {
+    float32x4_t sums[kSumTiles][64];  // [pair of rows][pair of columns], 2 x 2 numbers each
+    const uint16_t* operands[4];
+  };
+  static void begin(Registers& registers) { in_use() = &registers; }
   static void end() {}
   static void keep_awake() {}
 
   template <int kTile>
   static void zero() {
-    for (float32x4_t& block : state().sums[kTile]) block = vdupq_n_f32(0);
+    for (float32x4_t& block : registers().sums[kTile]) block = vdupq_n_f32(0);
   }
   template <int kTile>
   static void load(const void* tile) {
     if constexpr (kTile >= kSumTiles) {
-      state().operands[kTile - kSumTiles] = static_cast<const uint16_t*>(tile);
+      registers().operands[kTile - kSumTiles] = static_cast<const uint16_t*>(tile);
     } else {
       const auto* const numbers = static_cast<const float*>(tile);
       for (int row = 0; row < 16; row += 2) {
         for (int column = 0; column < 16; column += 2) {
-          state().sums[kTile][4 * row + column / 2] =
+          registers().sums[kTile][4 * row + column / 2] =
               vcombine_f32(vld1_f32(numbers + 16 * row + column), vld1_f32(numbers + 16 * (row + 1) + column));
         }
       }
@@ -63,7 +68,7 @@ struct MatrixUnit {
   static void store(float* tile) {
     for (int row = 0; row < 16; row += 2) {
       for (int column = 0; column < 16; column += 2) {
-        const float32x4_t block = state().sums[kTile][4 * row + column / 2];
+        const float32x4_t block = registers().sums[kTile][4 * row + column / 2];
         vst1_f32(tile + 16 * row + column, vget_low_f32(block));
         vst1_f32(tile + 16 * (row + 1) + column, vget_high_f32(block));
       }
@@ -71,7 +76,7 @@ struct MatrixUnit {
   }
   template <int kSum, int kLeft, int kRight>
   static void multiply_add() {
-    State& all = state();
+    Registers& all = registers();
     const uint16_t* const left = all.operands[kLeft - kSumTiles];
     const uint16_t* const right = all.operands[kRight - kSumTiles];
     for (int row = 0; row < 16; row += 8) {
@@ -82,15 +87,11 @@ struct MatrixUnit {
   }
 
  private:
-  static constexpr int kSumTiles = 4;
-  struct State {
-    float32x4_t sums[kSumTiles][64];  // [pair of rows][pair of columns], 2 x 2 numbers each
-    const uint16_t* operands[4];
-  };
-  static State& state() {
-    static thread_local State all;
-    return all;
+  static Registers*& in_use() {
+    static thread_local Registers* at = nullptr;
+    return at;
   }
+  static Registers& registers() { return *in_use(); }
 
   // Eight rows times eight columns: their sums fill half of the registers.
   __attribute__((noinline)) static void multiply_add(const uint16_t* left, const uint16_t* right, float32x4_t* sums) {

@@ -384,7 +384,7 @@ class UnitSession {
  public:
   explicit UnitSession(bool used) : used_(used) {
 #if defined(LSTM_EXT_MATRIX_UNIT)
-    if (used_) MatrixUnit::begin();
+    if (used_) MatrixUnit::begin(registers_);
 #endif
   }
   ~UnitSession() {
@@ -397,6 +397,9 @@ class UnitSession {
 
  private:
   const bool used_;
+#if defined(LSTM_EXT_MATRIX_UNIT)
+  mutable MatrixUnit::Registers registers_;
+#endif
 };
 
 }  // namespace

@@ -5,7 +5,7 @@
  * workspace of one user. Both are opaque.
  *
  * Every function that can fail returns an error: NULL if all went well, else one line that says what is wrong. The line
- * is valid until the same thread's next error. A call that fails changes nothing.
+ * is valid until there are 64 more in the process. A call that fails changes nothing.
  *
  * B sequences run side by side (the batch). T time steps, L layers, D directions, I input features, H hidden units, P
  * output features (H without a projection). Data are float or double, as the description says, contiguous, the last

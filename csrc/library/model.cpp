@@ -49,35 +49,36 @@ void copy_options(const WeightsFile& file, const FileArrays& arrays, Arena& aren
   }
 }
 
-// The numbers of a weight in T: those in the file, or in `scratch` those that the rounded ones stand for.
-template <typename T>
-const T* widened(WeightKind kind, const void* weight, const void* factors, int64_t rows, int64_t columns, T* scratch) {
-  if (kind == WeightKind::kOwn) return static_cast<const T*>(weight);
+// The numbers of a weight: those in the file, or in `scratch` those that the rounded ones stand for.
+const double* widened(WeightKind, const void* weight, const void*, int64_t, int64_t, double*) {
+  return static_cast<const double*>(weight);  // float64 is never rounded
+}
+const float* widened(WeightKind kind, const void* weight, const void* factors, int64_t rows, int64_t columns,
+                     float* scratch) {
+  if (kind == WeightKind::kOwn) return static_cast<const float*>(weight);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = row * columns; i < (row + 1) * columns; ++i) {
       if (kind == WeightKind::kInt8) {
-        scratch[i] = static_cast<T>(static_cast<const int8_t*>(weight)[i]) *
-                     static_cast<T>(static_cast<const float*>(factors)[row]);
+        scratch[i] =
+            static_cast<float>(static_cast<const int8_t*>(weight)[i]) * static_cast<const float*>(factors)[row];
       } else {
         const uint32_t bits = uint32_t{static_cast<const uint16_t*>(weight)[i]} << 16;
-        float number;
-        std::memcpy(&number, &bits, sizeof(number));
-        scratch[i] = static_cast<T>(number);
+        std::memcpy(&scratch[i], &bits, sizeof(bits));
       }
     }
   }
   return scratch;
 }
 
-// The numbers of the rounded weights of a direction, which are widened while they are packed.
-int64_t scratch_numbers(const WeightsFile& file) {
+// For the rounded weights of a direction, which are widened while they are packed.
+int64_t scratch_bytes(const WeightsFile& file) {
   if (file.kind() == WeightKind::kOwn) return 0;
   int64_t most = 0;
   for (int64_t layer = 0; layer < std::min<int64_t>(2, file.header->num_layers); ++layer) {
     const LayerShape shape = file.shape(layer);
     most = std::max(most, 4 * shape.hidden_size * (shape.input_size + shape.output_size));
   }
-  return most;
+  return most * static_cast<int64_t>(sizeof(float));
 }
 
 template <typename T>
@@ -97,14 +98,14 @@ void pack(const WeightsFile& file, const LayerShape& shape, const FileArrays& ar
                  shape, plan, data);
 }
 
-// Lays a model out and, where the arena has memory, makes it there. `scratch` has room for scratch_numbers.
+// Lays a model out and, where the arena has memory, makes it there. `scratch` has scratch_bytes.
 template <typename T>
 lstm_ext_model* make_model(const WeightsFile& file, const cpu::Capability& capability, Arena& arena, T* scratch) {
   auto* const model = arena.take<lstm_ext_model>(1);
   const int64_t count = int64_t{file.header->num_layers} * file.header->directions;
   auto* const directions = arena.take<Direction<T>>(count);
   if (model) new (model) lstm_ext_model{*file.header, &capability, directions, false};
-  const cpu::Kernels<T>& kernels = kernels_of<T>(capability);
+  const cpu::Kernels<T>& kernels = cpu::kernels_of<T>(capability);
   file.visit_directions([&](int64_t layer, int64_t d, const FileArrays& arrays) {
     const LayerShape shape = file.shape(layer);
     const cpu::FrozenPlan plan =
@@ -126,8 +127,6 @@ lstm_ext_model* build_model(const WeightsFile& file, const cpu::Capability& capa
     return make_model(file, capability, arena, static_cast<decltype(type)*>(scratch));
   });
 }
-
-int64_t scratch_bytes(const WeightsFile& file) { return scratch_numbers(file) * (file.header->float64 != 0 ? 8 : 4); }
 
 // Checks the file, and finds the bytes of a model without its scratch.
 const char* open_file(const void* bytes, size_t size, WeightsFile& file, const cpu::Capability** capability,

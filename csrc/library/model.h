@@ -1,22 +1,11 @@
 // A model: what its streams compute with.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/kernels.h"
 #include "library/lstm_ext.h"
 #include "library/weights_file.h"
 
 namespace lstm_ext::library {
-
-template <typename T>
-const cpu::Kernels<T>& kernels_of(const cpu::Capability& capability) {
-  if constexpr (std::is_same_v<T, float>) {
-    return capability.f32;
-  } else {
-    return capability.f64;
-  }
-}
 
 // The weights of a direction of a layer, and its options.
 template <typename T>

@@ -60,7 +60,7 @@ ForwardParams<T> params_of(const lstm_ext_model& model, int64_t layer, int64_t d
 
 template <typename T>
 cpu::ForwardPlan plan_of(const lstm_ext_model& model, int64_t layer, int64_t batch, int64_t steps, int threads) {
-  const cpu::Kernels<T>& kernels = kernels_of<T>(*model.capability);
+  const cpu::Kernels<T>& kernels = cpu::kernels_of<T>(*model.capability);
   return kernels.plan_forward(params_of<T>(model, layer, 0, batch, steps), {kernels.lanes, threads, kernels.unit});
 }
 
@@ -97,7 +97,7 @@ const char* check_setup(const lstm_ext_model* model, const lstm_ext_setup* setup
 // All layers after the first are alike.
 int64_t kinds_of_layers(const lstm_ext_model& model) { return std::min<int64_t>(2, model.header.num_layers); }
 
-// The largest workspace of a direction, of all numbers of steps.
+// The largest workspace that a direction needs for any number of steps.
 struct Workspace {
   int64_t barrier_bytes = 0, other_bytes = 0;
 };
@@ -173,13 +173,11 @@ void meet(const lstm_ext_stream& stream) {
 
 // A worker's part of a layer.
 template <typename T>
-void run_layer(const lstm_ext_stream& stream, int64_t layer, const T* x, int64_t steps, T* y, int worker) {
+void run_layer(const lstm_ext_stream& stream, const cpu::ForwardPlan& plan, int64_t layer, const T* x, int64_t steps,
+               T* y, int worker) {
   const lstm_ext_model& model = *stream.model;
-  const cpu::Kernels<T>& kernels = kernels_of<T>(*model.capability);
+  const cpu::Kernels<T>& kernels = cpu::kernels_of<T>(*model.capability);
   const int64_t B = stream.batch, D = model.header.directions;
-  cpu::ForwardPlan planned;
-  if (steps > 1) planned = plan_of<T>(model, layer, B, steps, stream.threads);
-  const cpu::ForwardPlan& plan = steps > 1 ? planned : stream.step_plans[layer > 0];
   for (int64_t d = 0; d < D; ++d) {
     // At once, the second direction has the workers after those of the first.
     const int mine = plan.directions_at_once ? worker - static_cast<int>(d) * plan.grid.workers() : worker;
@@ -198,17 +196,29 @@ void run_layer(const lstm_ext_stream& stream, int64_t layer, const T* x, int64_t
   }
 }
 
+// A worker's part of all layers. `plans`: of the first one, and of the others.
 template <typename T>
-void run_all(const lstm_ext_stream& stream, const void* x, int64_t steps, void* y, int worker) {
+void run_layers(const lstm_ext_stream& stream, const cpu::ForwardPlan* plans, const void* x, int64_t steps, void* y,
+                int worker) {
   const int64_t layers = stream.model->header.num_layers;
   const auto* input = static_cast<const T*>(x);
   for (int64_t layer = 0; layer < layers; ++layer) {
     T* const output = static_cast<T*>(layer + 1 < layers ? stream.between[layer % 2] : y);
     meet(stream);
-    run_layer<T>(stream, layer, input, steps, output, worker);
+    run_layer<T>(stream, plans[layer > 0], layer, input, steps, output, worker);
     input = output;
   }
   meet(stream);
+}
+
+template <typename T>
+void run_all(const lstm_ext_stream& stream, const void* x, int64_t steps, void* y, int worker) {
+  if (steps == 1) return run_layers<T>(stream, stream.step_plans, x, steps, y, worker);
+  cpu::ForwardPlan plans[2];
+  for (int64_t layer = 0; layer < kinds_of_layers(*stream.model); ++layer) {
+    plans[layer] = plan_of<T>(*stream.model, layer, stream.batch, steps, stream.threads);
+  }
+  run_layers<T>(stream, plans, x, steps, y, worker);
 }
 
 const char* check_call(const lstm_ext_stream* stream, const void* x, int64_t steps, const void* y, int64_t worker) {
@@ -237,12 +247,8 @@ const char* check_alone(const lstm_ext_stream* stream, const char* instead) {
 
 const char* run_part(const lstm_ext_stream* stream, const void* x, int64_t steps, void* y, int64_t worker) {
   if (const char* const error = check_call(stream, x, steps, y, worker)) return error;
-  const int index = static_cast<int>(worker);
-  if (stream->model->float64()) {
-    run_all<double>(*stream, x, steps, y, index);
-  } else {
-    run_all<float>(*stream, x, steps, y, index);
-  }
+  with_type(stream->model->float64(),
+            [&](auto type) { run_all<decltype(type)>(*stream, x, steps, y, static_cast<int>(worker)); });
   return nullptr;
 }
 

@@ -1,11 +1,12 @@
 #include "library/weights_file.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <limits>
 
 namespace lstm_ext::library {
 namespace {
@@ -15,6 +16,7 @@ constexpr uint32_t kVersion = 1, kByteOrder = 0x01020304, kOtherByteOrder = 0x04
 constexpr uint64_t kMostUnits = (uint64_t{1} << 31) - 1;
 constexpr uint32_t kMostLayers = 1 << 16;
 constexpr int64_t kArrayAlignment = 8;
+constexpr unsigned kLastingErrors = 64;
 
 // The CRC-32 of zlib, of more bytes.
 struct Crc {
@@ -47,25 +49,28 @@ uint32_t checksum_of(const char* bytes, size_t size) {
 
 // Whether T holds a bound, or there is none.
 bool is_clip(double clip, bool float64) {
-  using Float = std::numeric_limits<float>;
-  using Double = std::numeric_limits<double>;
-  const double least = float64 ? Double::min() : Float::min(), most = float64 ? Double::max() : Float::max();
+  const double least = float64 ? DBL_MIN : FLT_MIN, most = float64 ? DBL_MAX : FLT_MAX;
   return clip == 0 || (clip >= least && clip <= most);
 }
 bool is_share(double share) { return share >= 0 && share <= 1; }
-bool is_activation(const FileActivation& activation, bool other) {
+bool is_activation(const FileActivation& activation, bool other, bool float64) {
   if (!other) return activation.function == 0 && activation.zero == 0 && activation.alpha == 0 && activation.beta == 0;
   const auto function = static_cast<cell::Function>(activation.function);
   if (activation.function > static_cast<uint32_t>(cell::Function::kSoftplus) || activation.zero != 0) return false;
-  if (!std::isfinite(activation.alpha) || !std::isfinite(activation.beta)) return false;
-  if (function == cell::Function::kScaledTanh) return activation.alpha > 0;
+  // T holds them.
+  const double most = float64 ? DBL_MAX : FLT_MAX;
+  if (!(std::abs(activation.alpha) <= most && std::abs(activation.beta) <= most)) return false;
+  if (function == cell::Function::kScaledTanh) return activation.alpha >= (float64 ? DBL_MIN : FLT_MIN);
   return function == cell::Function::kAffine || activation.alpha >= 0;
 }
 
 }  // namespace
 
 const char* failure(const char* format, ...) {
-  static thread_local char text[512];
+  // In turn, and not one for each thread: a library that is loaded late gets little memory for threads.
+  static char texts[kLastingErrors][512];
+  static std::atomic<unsigned> count{0};
+  char (&text)[512] = texts[count.fetch_add(1, std::memory_order_relaxed) % kLastingErrors];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);
@@ -88,7 +93,7 @@ const char* WeightsFile::open(const void* given, size_t size) {
                    sizeof(FileHeader));
   }
   if (header->byte_order == kOtherByteOrder) {
-    return failure("the weights file is of the other byte order: save it on a little-endian machine");
+    return failure("the weights file is of the other byte order, which no machine of this library has");
   }
   if (header->byte_order != kByteOrder) return failure("the weights file is damaged: its byte order mark is none");
   if (header->version != kVersion) {
@@ -104,7 +109,7 @@ const char* WeightsFile::open(const void* given, size_t size) {
   return check_fields();
 }
 
-// With the right checksum, what is wrong was written so.
+// The checksum is right, so that a wrong field was written that way.
 const char* WeightsFile::check_fields() const {
   const FileHeader& h = *header;
   const auto invalid = [](const char* field) {
@@ -129,25 +134,25 @@ const char* WeightsFile::check_fields() const {
   if (!is_share(h.zoneout_h)) return invalid("zoneout_h");
   if (!is_share(h.zoneout_c)) return invalid("zoneout_c");
   for (const FileActivation& activation : h.activations) {
-    if (!is_activation(activation, has(kHasOtherActivations))) return invalid("activations");
+    if (!is_activation(activation, has(kHasOtherActivations), h.float64 != 0)) return invalid("activations");
   }
   int64_t end = sizeof(FileHeader);
   for (int64_t layer = 0; layer < h.num_layers && end >= 0; ++layer) {
     for (int64_t direction = 0; direction < h.directions && end >= 0; ++direction) end = locate(layer, end, nullptr);
   }
   if (end < 0 || static_cast<uint64_t>(end) != h.total_bytes) return invalid("total_bytes");
-  const char* error = nullptr;
+  bool wrong_factors = false;
   if (kind() == WeightKind::kInt8) {
     visit_directions([&](int64_t, int64_t, const FileArrays& arrays) {
       for (const void* factors : {arrays.factors_ih, arrays.factors_hh}) {
         for (uint64_t row = 0; row < 4 * h.hidden_size; ++row) {
           const float factor = static_cast<const float*>(factors)[row];
-          if (!(std::isfinite(factor) && factor > 0)) error = invalid("factors");
+          wrong_factors |= !(factor > 0 && std::isfinite(127 * factor));
         }
       }
     });
   }
-  return error;
+  return wrong_factors ? invalid("factors") : nullptr;
 }
 
 LayerShape WeightsFile::shape(int64_t layer) const {

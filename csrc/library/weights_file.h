@@ -9,7 +9,7 @@
 
 namespace lstm_ext::library {
 
-// Writes a line for the caller, which lives until the thread's next one. It allocates nothing.
+// Writes a line for the caller, which lives until 64 more are written. It allocates nothing.
 __attribute__((format(printf, 1, 2))) const char* failure(const char* format, ...);
 
 struct FileActivation {

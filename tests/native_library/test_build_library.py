@@ -100,6 +100,23 @@ def test_what_is_installed() -> None:
     assert version.strip() == lstm_ext.__version__
 
 
+def bytes_of_a_thread(library: Path) -> int:
+    """What each thread has of the library's variables."""
+    segment = re.search(r"^ +TLS +(?:0x\w+ +){4}(0x\w+)", said("readelf", "-lW", library), re.MULTILINE)
+    return int(segment[1], 16)
+
+
+@pytest.mark.tools
+def test_copies_side_by_side(tmp_path: Path) -> None:
+    """As plug-ins load them. All libraries that are loaded late share 1,664 bytes for the variables of a thread."""
+    library = built() / "lib" / "liblstm_ext.so.1"
+    assert bytes_of_a_thread(library) <= 160
+    for i in range(6):
+        shutil.copy(library, tmp_path / f"{i}.so")
+    program = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path).lstm_ext_abi_version()"
+    said(sys.executable, "-c", program, *sorted(tmp_path.iterdir()))
+
+
 @pytest.mark.tools
 def test_examples(tmp_path: Path) -> None:
     """Both print what Python computes."""
@@ -180,6 +197,7 @@ CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 def test_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", CROSS_COMPILER)
     prefix, program, weights = built("-O1"), tmp_path / "no_allocation", tmp_path / "weights"
+    assert bytes_of_a_thread(prefix / "lib" / "liblstm_ext.so.1") <= 160
     links = [f"-I{prefix}/include", f"-L{prefix}/lib", "-llstm_ext"]
     said(CROSS_COMPILER, "-static", EXAMPLES / "no_allocation.cpp", "-o", program, *links)
     said(sys.executable, EXAMPLES / "save.py", weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import struct
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from c_library import LibraryError, Model, built, call, copied, linked
+from c_library import LibraryError, Model, built, call, copied, library, linked
 
 import lstm_ext
 
@@ -71,7 +72,7 @@ def test_lines(tmp_path: Path) -> None:
         "the weights file has format 2, and this library reads format 1: save it again"
     )
     assert said_of(changed(good, 12, "I", 0x04030201)) == (
-        "the weights file is of the other byte order: save it on a little-endian machine"
+        "the weights file is of the other byte order, which no machine of this library has"
     )
     assert said_of(changed(good, 12, "I", 0)) == "the weights file is damaged: its byte order mark is none"
 
@@ -122,11 +123,22 @@ def test_fields_of_other_layers(tmp_path: Path) -> None:
         (112, "I", 11, "activations"),
         (120, "d", -0.1, "activations"),
         (128, "d", float("inf"), "activations"),
+        (128, "d", 1e300, "activations"),  # no number in float32
         (192 + 40, "f", 0.0, "factors"),  # those of weight_ih, (20, 2)
         (192 + 40, "f", float("nan"), "factors"),
+        (192 + 40, "f", 3e38, "factors"),  # 127 times this is infinite
     ):
         assert said_of(changed(good, at, kind, value)) == invalid.format(field)
-    assert said_of(changed(good, 112, "IId", 7, 0, 0.0)) == invalid.format("activations")  # scaled_tanh
+    for alpha in (0.0, 1e-60):  # of scaled_tanh; float32 has no such number but 0
+        assert said_of(changed(good, 112, "IId", 7, 0, alpha)) == invalid.format("activations")
+
+
+def test_a_line_stays_for_63_more(tmp_path: Path) -> None:
+    library().lstm_ext_model_load.restype = ctypes.c_void_p
+    names = [os.fsencode(tmp_path / str(i)) for i in range(64)]
+    lines = [library().lstm_ext_model_load(name, ctypes.byref(ctypes.c_void_p())) for name in names]
+    for name, line in zip(names, lines, strict=True):
+        assert ctypes.string_at(line) == b"could not open '%s': No such file or directory" % name
 
 
 def test_files(tmp_path: Path) -> None:

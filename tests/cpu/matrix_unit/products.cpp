@@ -14,7 +14,8 @@ using namespace lstm_ext::cpu::LSTM_EXT_ISA;
 
 // sums (16, 16) += left (16, 32) * right (16 pairs, 16 columns, 2), `count` times.
 extern "C" void multiply_add(float* sums, const uint16_t* left, const uint16_t* right, int64_t count) {
-  MatrixUnit::begin();
+  MatrixUnit::Registers registers;
+  MatrixUnit::begin(registers);
   for (int64_t i = 0; i < count; ++i) {
     float* const at = sums + i * kSumsSize;
     MatrixUnit::load<0>(at);

@@ -1,6 +1,7 @@
 // The matrix unit in plain C++, for csrc/cpu/matrix_unit.h: it gives the bits of AMX, and of AVX-512-BF16.
 struct MatrixUnit {
-  static void begin() {
+  struct Registers {};
+  static void begin(Registers&) {
     for (Tile& tile : tiles()) tile = {};
   }
   static void end() {}
