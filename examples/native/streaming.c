@@ -77,11 +77,14 @@ int main(int argc, char** argv) {
     times[frames % FRAMES] = microseconds() - begin;
     ++frames;
   }
-  printf("%ld frames on %s; the first output of the last one is %.9g\n", frames, description.capability, y[0]);
+  printf("%ld frames on %s", frames, description.capability);
   if (frames > 0) {
+    printf("; the first output of the last one is %.9g\n", y[0]);
     const size_t count = frames < FRAMES ? (size_t)frames : FRAMES;
     qsort(times, count, sizeof(double), compare);
     printf("a step: median %.2f us, 99.9th percentile %.2f us\n", times[count / 2], times[count * 999 / 1000]);
+  } else {
+    printf("\n");
   }
 
   free(times);
