@@ -146,8 +146,7 @@ lstm_ext::WorkerTimes times_of(const py::dict& from, const char* who, bool recor
   return times;
 }
 py::dict as_dict(const lstm_ext::WorkerTimes& times) {
-  int places = 1;
-  while (places < cpu::kCostPoints && lstm_ext::workers_at(places - 1, times.threads) < times.threads) ++places;
+  const int places = lstm_ext::measured_places(times.threads);
   py::dict result;
   result["threads"] = times.threads;
   result["thread"] = std::vector<double>(times.thread, times.thread + places);
@@ -155,7 +154,7 @@ py::dict as_dict(const lstm_ext::WorkerTimes& times) {
   result["tree"] = std::vector<double>(times.tree, times.tree + places);
   return result;
 }
-// Those of the record, or those that this process has measured.
+// The times from the record, or those that this process has measured.
 py::list worker_times(bool recorded) {
   py::list result;
   for (const lstm_ext::WorkerTimes& times : lstm_ext::known_worker_times()) {

@@ -76,7 +76,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
       const double meet = hidden_groups > 1 ? cost_of(costs.barrier, hidden_groups) * static_cast<double>(barriers) : 0;
       const int workers = batch_groups * hidden_groups;
       const double work = step * static_cast<double>(shape.steps) + other_work / workers;
-      // The first two threads are no part of the time, as they were none when kWorkPerThread was found.
+      // kWorkPerThread was found without counting the start of two threads as time, so only more of them count.
       const double more = workers > 2 ? cost_of(costs.thread, workers) - costs.thread[0] : 0;
       const double time = work + meet * static_cast<double>(shape.steps) + more;
       if (time < best_time * 0.98) {

@@ -19,23 +19,25 @@ struct Layout {
   int64_t reserve_pointers(int64_t count) { return reserve_bytes(count * static_cast<int64_t>(sizeof(void*))); }
 };
 
-// Reserves the barriers of a grid, which come first; `plan` is either one.
-template <typename Layout, typename Plan>
-void reserve_barriers(Layout& layout, Plan& plan, const WorkerCosts& costs) {
-  const auto bytes = [](bool tree, int64_t workers) {
-    if (!tree) return kBarrierBytes;
-    int64_t nodes = 0;
-    do nodes += workers = divide_up(workers, kTreeRadix);
-    while (workers > 1);
-    return nodes * kNodeBytes;
-  };
+// Reserves the barriers of a grid, which come first; `plan` is a ForwardPlan or a BackwardPlan.
+template <typename T, typename Plan>
+void reserve_barriers(Layout<T>& layout, Plan& plan, const WorkerCosts& costs) {
   BarrierPlaces& places = plan.barriers;
   places.tree = plan.grid.workers() >= costs.tree_from;
   places.team_tree = plan.grid.hidden_groups >= costs.tree_from;
-  layout.reserve_bytes(bytes(places.tree, plan.grid.workers()));
-  places.bytes_of_a_team = bytes(places.team_tree, plan.grid.hidden_groups);
+  layout.reserve_bytes(barrier_bytes(places.tree, plan.grid.workers()));
+  places.bytes_of_a_team = barrier_bytes(places.team_tree, plan.grid.hidden_groups);
   places.teams = layout.reserve_bytes(places.bytes_of_a_team * plan.grid.batch_groups);
   plan.barrier_bytes = layout.end;
+}
+
+// Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
+void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
+  const int64_t tile = plane_numbers(1, depth, planes);
+  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
+  const int64_t tiles = std::min({divide_up(rows, kUnitTileRows), most, kMostUnitRows / kUnitTileRows});
+  scratch.left_numbers = std::max(scratch.left_numbers, tiles * tile);
+  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
 }
 
 // The same for a sum that may be computed in pieces of k; the sums of all columns are kept in between.
@@ -48,15 +50,6 @@ void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int 
   const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // width of one of two buffers
   scratch.sums_numbers =
       std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kUnitTileRows * kUnitTileRows);
-}
-
-// Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
-void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
-  const int64_t tile = plane_numbers(1, depth, planes);
-  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
-  const int64_t tiles = std::min({divide_up(rows, kUnitTileRows), most, kMostUnitRows / kUnitTileRows});
-  scratch.left_numbers = std::max(scratch.left_numbers, tiles * tile);
-  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
 }
 
 // Reserves panels or planes of `units` units of a weight (4H, depth) that is multiplied with `rows` rows at once;

@@ -25,7 +25,8 @@ struct UnitLimits {
   bool any() const { return rows[1] > 0; }
 };
 
-// Found by trial on an AVX-512 machine of two cores, November 2026; as all work in fused multiply-adds of one number.
+// Found by trial on an AVX-512 machine of two cores, November 2026. Their unit is one fused multiply-add of one number,
+// as for all work.
 constexpr double kWorkPerThread = 6e5;   // with less work a thread costs more than it gains
 constexpr double kWorkPerBarrier = 6e4;  // the cost of a barrier between two team members
 
@@ -79,7 +80,7 @@ struct WorkerGrid {
 
 // The barriers of a call: see barrier.h. The one of all workers comes first in the workspace.
 struct BarrierPlaces {
-  bool tree = false, team_tree = false;    // the form of that of all workers, and of those of the teams
+  bool tree = false, team_tree = false;    // whether that of all workers is a tree, and whether those of the teams are
   int64_t teams = 0, bytes_of_a_team = 0;  // where those of the teams begin, and how far they are apart
 };
 
@@ -159,6 +160,14 @@ constexpr int64_t kNormRows = 4;        // rows that are normalised side by side
 constexpr int64_t kBarrierBytes = 64;   // a barrier that is one cache line
 constexpr int64_t kNodeBytes = 128;     // a node of one that is a tree
 constexpr int kTreeRadix = 4;           // workers, or nodes, that meet at a node
+
+LSTM_EXT_CONTRACT_INLINE int64_t barrier_bytes(bool tree, int64_t workers) {
+  if (!tree) return kBarrierBytes;
+  int64_t nodes = 0;
+  do nodes += workers = (workers + kTreeRadix - 1) / kTreeRadix;
+  while (workers > 1);
+  return nodes * kNodeBytes;
+}
 
 // The sums, times H, that a worker keeps of the gradients of a cell's parameters; see UnfusedBackwardStep.
 template <typename T>

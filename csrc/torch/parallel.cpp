@@ -9,19 +9,19 @@
 
 #include <algorithm>
 #include <atomic>
-#include <ctime>
 #include <vector>
 
 #include "torch/crowding.h"
 
 namespace lstm_ext {
-namespace {
 
 double seconds(clockid_t clock) {
   timespec now;
   clock_gettime(clock, &now);
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
+
+namespace {
 
 Crowding& crowding() {
   static Crowding state;

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <ctime>
 
 #include "contract/visibility.h"
 
 namespace lstm_ext {
+
+double seconds(clockid_t clock);
 
 // The number of workers that a call may use: torch's intra-op threads, or 1 inside a parallel region. It is lower for a
 // while if workers had to share their cores with other programs and fewer are faster. `always_all` turns that off, for

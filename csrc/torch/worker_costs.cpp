@@ -10,7 +10,6 @@
 #include <climits>
 #include <cmath>
 #include <cstdlib>
-#include <ctime>
 #include <mutex>
 #include <stdexcept>
 
@@ -43,11 +42,7 @@ constexpr double kMostSeconds = 20e-3;    // seconds for all of it; 64 threads n
 constexpr int kTries = 3;                 // in a process
 constexpr int kCallsBetweenTries = 1000;  // that may have several workers
 
-double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
+double now() { return seconds(CLOCK_MONOTONIC); }
 
 // The times and costs for some number of threads. Entries stay for the life of the process, since calls read them
 // unlocked.
@@ -84,9 +79,8 @@ bool measure_at(int workers, double deadline, double& thread, double& barrier, d
     sample = now() - begin;
     if (begin > deadline) return false;
   }
-  // There are three barriers: both forms, and one at which all begin. A tree has at most one node more than half as
-  // many as workers.
-  const size_t form_bytes = static_cast<size_t>(cpu::kNodeBytes) * static_cast<size_t>(workers / 2 + 2);
+  // There are three barriers: both forms, and one at which all begin.
+  const auto form_bytes = static_cast<size_t>(std::max(cpu::kBarrierBytes, cpu::barrier_bytes(true, workers)));
   struct alignas(64) Line {
     char bytes[64];
   };
@@ -116,6 +110,9 @@ bool measure_at(int workers, double deadline, double& thread, double& barrier, d
   return true;
 }
 
+// The number of workers of a place in WorkerTimes.
+int workers_at(int place, int threads) { return std::min(2 << place, threads); }
+
 int cores() {
   if (const int pretended = pretended_cores.load(std::memory_order_relaxed)) return pretended;
   cpu_set_t set;
@@ -132,7 +129,11 @@ bool may_measure(int threads) {
 
 }  // namespace
 
-int workers_at(int place, int threads) { return std::min(2 << place, threads); }
+int measured_places(int threads) {
+  int places = 1;
+  while (places < kCostPoints && workers_at(places - 1, threads) < threads) ++places;
+  return places;
+}
 
 bool measures_workers() {
   static const bool wanted = [] {
@@ -150,8 +151,7 @@ WorkerCosts costs_from(const WorkerTimes& times) {
   if (times.threads < 2) {
     throw std::invalid_argument("times of workers: expected at least 2 threads, got " + std::to_string(times.threads));
   }
-  int places = 0;
-  while (places < kCostPoints && (places == 0 || workers_at(places - 1, times.threads) < times.threads)) ++places;
+  const int places = measured_places(times.threads);
   for (const auto& list : {times.thread, times.barrier, times.tree}) {
     for (int i = 0; i < places; ++i) {
       if (std::isfinite(list[i]) && list[i] > 0) continue;
@@ -164,16 +164,19 @@ WorkerCosts costs_from(const WorkerTimes& times) {
     if (workers < kLeastTree || times.tree[i] > kTreePays * times.barrier[i]) break;
     costs.tree_from = workers;
   }
-  const auto cost = [](double constant, double time, double of_two, double before) {
+  // `stretch`: from the place before to this one, over that to the number of workers that was measured.
+  const auto cost = [](double constant, double time, double of_two, double before, double stretch) {
     const double found = constant + kWorkPerSecond * (time - of_two);
-    return std::clamp(found, before, kMostGrowth * constant);
+    return std::clamp(before + stretch * (found - before), before, kMostGrowth * constant);
   };
   const double of_two[] = {std::min(times.thread[0], kBareThread), std::min(times.barrier[0], kBareBarrier)};
   for (int i = 1; i < kCostPoints; ++i) {
     const int from = std::min(i, places - 1);
-    const double barrier = (workers_at(from, times.threads) >= costs.tree_from ? times.tree : times.barrier)[from];
-    costs.thread[i] = cost(cpu::kWorkPerThread, times.thread[from], of_two[0], costs.thread[i - 1]);
-    costs.barrier[i] = cost(cpu::kWorkPerBarrier, barrier, of_two[1], costs.barrier[i - 1]);
+    const int workers = workers_at(from, times.threads), last = 1 << i;  // last: the workers of the place before
+    const double barrier = (workers >= costs.tree_from ? times.tree : times.barrier)[from];
+    const double stretch = workers > last ? static_cast<double>(last) / (workers - last) : 1;
+    costs.thread[i] = cost(cpu::kWorkPerThread, times.thread[from], of_two[0], costs.thread[i - 1], stretch);
+    costs.barrier[i] = cost(cpu::kWorkPerBarrier, barrier, of_two[1], costs.barrier[i - 1], stretch);
   }
   return costs;
 }
@@ -193,10 +196,8 @@ WorkerCosts worker_costs(int threads, bool fixed) {
 std::optional<WorkerTimes> measure_workers(int threads) {
   const double deadline = now() + kMostSeconds;
   WorkerTimes times{threads, {}, {}, {}};
-  for (int i = 0; i < kCostPoints; ++i) {
-    const int workers = workers_at(i, threads);
-    if (!measure_at(workers, deadline, times.thread[i], times.barrier[i], times.tree[i])) return {};
-    if (workers == threads) break;
+  for (int i = 0; i < measured_places(threads); ++i) {
+    if (!measure_at(workers_at(i, threads), deadline, times.thread[i], times.barrier[i], times.tree[i])) return {};
   }
   return times;
 }

@@ -16,7 +16,7 @@
 
 namespace lstm_ext {
 
-// Seconds, by the number of workers: 2, 4, 8 and so on. The last that counts is for `threads` itself.
+// Seconds, by the number of workers: 2, 4, 8 and so on, and the last for `threads` itself, up to 256.
 struct WorkerTimes {
   int threads;
   double thread[cpu::kCostPoints];   // to start and to end work on so many threads
@@ -25,8 +25,8 @@ struct WorkerTimes {
   bool recorded = false;             // came from the record
 };
 
-// The number of workers of such a place, at most `threads`.
-LSTM_EXT_PUBLIC int workers_at(int place, int threads);
+// How many of the places are for that number of threads.
+LSTM_EXT_PUBLIC int measured_places(int threads);
 
 // LSTM_EXT_CPU_MEASURE; 0 is false. Throws std::invalid_argument.
 LSTM_EXT_PUBLIC bool measures_workers();
@@ -39,7 +39,8 @@ LSTM_EXT_PUBLIC cpu::WorkerCosts costs_from(const WorkerTimes& times);
 // case, but for the form of barriers, for a call whose bits depend on the number of its workers.
 LSTM_EXT_PUBLIC cpu::WorkerCosts worker_costs(int threads, bool fixed = false);
 
-// Measures if that is due, allowed and possible here; returns whether there are new costs. Never throws.
+// Measures if that is due, allowed and possible here; returns whether there are new costs. Throws as
+// measures_workers.
 bool measure_workers_if_due();
 
 // Measures now, or returns nothing if the threads were disturbed or are not given. For tests and benchmarks too.

@@ -66,7 +66,9 @@ def test_the_last_time_is_that_of_all_threads() -> None:
     of_24 = extension.costs_from(
         times(24, **{name: [1e-7] * 4 + [1.1e-6] for name in ("thread", "barrier", "tree")})
     )
-    assert of_24["barrier"] == pytest.approx([6e4] * 4 + [12e4] * 4)
+    # On the line from 16 to 32 workers, 24 cost what was measured.
+    assert of_24["barrier"] == pytest.approx([6e4] * 4 + [18e4] * 4)
+    assert (of_24["barrier"][3] + of_24["barrier"][4]) / 2 == pytest.approx(12e4)
     with pytest.raises(ValueError, match="expected positive numbers, got 0"):
         extension.costs_from(times(24))  # it has no fifth
 
