@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
@@ -19,8 +20,8 @@ constexpr const char* kVariable = "LSTM_EXT_CPU_WAIT_LIMIT";
 constexpr double kLongestTurn = 2;
 
 struct Limit {
-  double seconds;
-  int file;
+  std::atomic<double> seconds;
+  std::atomic<int> file;
 };
 
 double wish() {
@@ -35,7 +36,7 @@ double wish() {
 }
 
 Limit& limit() {
-  static Limit value{wish(), STDERR_FILENO};
+  static Limit value{{wish()}, {STDERR_FILENO}};
   return value;
 }
 
@@ -45,7 +46,7 @@ const char* read_wait_limit(double* seconds) {
   return error_of([&] { *seconds = limit().seconds; });
 }
 const char* change_wait_limit(double seconds, int file) {
-  return error_of([&] { limit() = {seconds, file}; });
+  return error_of([&] { limit().seconds = seconds, limit().file = file; });
 }
 
 void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers) {
