@@ -252,7 +252,6 @@ def any_requested(stack: Stack, call_options: CallOptions) -> bool:
         or stack.gate_activation != "sigmoid"
         or stack.cell_activation != "tanh"
         or stack.preactivation_clip is not None
-        # Without a backward pass there is nothing to recompute.
         or (stack.recompute is not False and (torch.is_grad_enabled() or stack.recompute is not True))
     )
 
@@ -386,7 +385,8 @@ def stack_options(
         coupled_gates=flag("coupled_gates", stack.coupled_gates),
         activations=activation_text(stack.gate_activation, stack.cell_activation),
         preactivation_clip=clip("preactivation_clip", stack.preactivation_clip),
-        recompute=flag("recompute", stack.recompute),
+        # Without a backward pass there is nothing to recompute.
+        recompute=flag("recompute", stack.recompute) and torch.is_grad_enabled() and not stack.frozen,
         return_cell_states=flag("return_cell_states", return_cell_states),
         return_gates=flag("return_gates", return_gates),
     )

@@ -67,8 +67,7 @@ def run_stack(
             layer_weights = options.weights_of_layer(layer_weights, directions)
             own_options = options.of_layer(k, input, h0, layer_weights, batch_sizes, directions)
             if frozen:
-                # Without a backward pass, there is nothing to recompute.
-                own_options.frozen, own_options.recompute = frozen[k].frozen, False
+                own_options.frozen = frozen[k].frozen
         call = LayerCall(
             input,
             h0_by_layer[k],
