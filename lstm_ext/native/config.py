@@ -191,6 +191,8 @@ def cpu_sets() -> tuple[str, ...]:
     if wish == "native":
         return (next(name for name in known if runs_here(name)),)
     names = wish.split(",")
+    if "neon_bf16" in names:
+        names.append("neon")  # whose kernels of float64 it has
     if not set(names) <= set(known):
         raise SwitchError(
             f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(known)}, or unset it."

@@ -137,6 +137,8 @@ def test_sets_of_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert config.runs_here("neon") and not config.runs_here("avx2") and not config.runs_here("neon_bf16")
     monkeypatch.setenv("LSTM_EXT_CPU_SETS", "native")
     assert config.cpu_sets() == ("neon",)
+    monkeypatch.setenv("LSTM_EXT_CPU_SETS", "neon_bf16")
+    assert config.cpu_sets() == ("neon", "neon_bf16")
     monkeypatch.setenv("LSTM_EXT_CPU_SETS", "avx2")
     with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2'.* neon,neon_bf16, or unset"):
         config.cpu_sets()
