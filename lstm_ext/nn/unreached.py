@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+# Bound now, because patch() replaces torch's by our classes.
+_LSTMS = (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)
+
+
 def place_of(name: str) -> str:
     return repr(name) if name else "the model itself"
 
@@ -60,7 +64,7 @@ def _lstm_nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
 
 
 def is_or_was_lstm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)) or foreign_lstm(module) is not None
+    return isinstance(module, _LSTMS) or foreign_lstm(module) is not None
 
 
 HIDDEN = "held outside the model's table of modules"
@@ -96,7 +100,7 @@ def _inside(values: Any, depth: int, place: str = "") -> Iterator[tuple[str, Any
 def _near_misses(model: nn.Module) -> Iterator[str]:
     """Layers that somebody may take for LSTMs that could be converted."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        if isinstance(module, _LSTMS):
             continue
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             yield f"{place_of(name)} ({kind_of(module)}) is a recurrent layer of another kind"
