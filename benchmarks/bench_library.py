@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import harness
 import peers
@@ -38,19 +39,16 @@ Steps = Callable[[int], list[float]]
 
 def built() -> ctypes.CDLL:
     """The loops in C and the library that they are linked with, built where the sources have changed."""
-    prefix = BUILD / config.digest(ROOT / "csrc", SOURCE.read_text())
+    flags = ["-std=c11", "-O3", "-march=native", "-ffast-math", "-fPIC", "-shared"]
+    what = [*config.C_LIBRARY_FLAGS, *flags, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS"))]
+    texts = [path.read_text() for path in (SOURCE, Path(native_library.__file__))]
+    prefix = BUILD / config.digest(ROOT / "csrc", config.processor(), *what, *texts)
     library = prefix / "loops.so"
     if not library.exists():
         print("building the C library: a minute")
-        before = os.environ.get("LSTM_EXT_CPU_SETS")
-        os.environ["LSTM_EXT_CPU_SETS"] = "native"
-        try:
+        with mock.patch.dict(os.environ, LSTM_EXT_CPU_SETS="native"):
             native_library.build(prefix)
-        finally:
-            os.environ.pop("LSTM_EXT_CPU_SETS")
-            if before is not None:
-                os.environ["LSTM_EXT_CPU_SETS"] = before
-        flags = ["-std=c11", "-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", f"-I{prefix}/include"]
+        flags.append(f"-I{prefix}/include")
         links = [f"-L{prefix}/lib", "-llstm_ext", f"-Wl,-rpath,{prefix}/lib", "-lm"]
         unfinished = library.with_suffix(f".{os.getpid()}")
         subprocess.run(["cc", *flags, str(SOURCE), "-o", str(unfinished), *links], check=True)
@@ -68,7 +66,6 @@ class LibrarySteps:
     def __init__(
         self, loops: ctypes.CDLL, layer: nn.Module, shape: Shape, weights: torch.dtype | None
     ) -> None:
-        library = ctypes.CDLL(str(native_library_of(loops)))
         self.steps = loops.library_steps
         self.steps.restype = ctypes.c_char_p
         self.x = harness.input_of(shape)[0].contiguous()
@@ -79,8 +76,8 @@ class LibrarySteps:
             path = Path(folder) / "weights"
             lstm_ext.freeze(layer, weights).save_native(path)
             for function, *arguments in (
-                (library.lstm_ext_model_load, os.fsencode(path), ctypes.byref(self.model)),
-                (library.lstm_ext_stream_create, self.model, setup, ctypes.byref(self.stream)),
+                (loops.lstm_ext_model_load, os.fsencode(path), ctypes.byref(self.model)),
+                (loops.lstm_ext_stream_create, self.model, setup, ctypes.byref(self.stream)),
             ):
                 function.restype = ctypes.c_char_p
                 raise_error(function(*arguments))
@@ -89,10 +86,6 @@ class LibrarySteps:
         seconds = (ctypes.c_double * count)()
         raise_error(self.steps(self.stream, pointer(self.x), pointer(self.y), ctypes.c_long(count), seconds))
         return list(seconds)
-
-
-def native_library_of(loops: ctypes.CDLL) -> Path:
-    return Path(loops._name).parent / "lib" / "liblstm_ext.so"
 
 
 def raise_error(error: bytes | None) -> None:

@@ -141,31 +141,21 @@ def test_a_cost_is_worst_where_it_is_greatest(modules) -> None:
 # ---- figures in prose
 
 
-def test_prose_quotes_records_only(modules) -> None:
-    """A ratio in a page outside its generated blocks is in benchmarks/report/quotes.py, with its record or a reason."""
+def test_measured_ratios_stand_in_generated_blocks(modules) -> None:
     assert modules.quotes.unexplained() == []
-    assert modules.quotes.wrong() == []
+    assert modules.quotes.gone() == []
 
 
-def test_a_quote_is_compared_with_its_record(
-    modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_ratio_in_prose_is_found(modules, tmp_path: Path) -> None:
     quotes = modules.quotes
     text = (
         "Training is 1.59 times as fast, 0.97 times at\nworst.\n<!-- x:begin -->\n9 times\n<!-- x:end -->\n"
     )
     (tmp_path / "README.md").write_text(text)
     assert [line.split(":")[0] for line in quotes.unexplained(tmp_path, [])] == ["README.md"] * 2
-    figures = [quotes.Figure(NEWEST, "training", of) for of in ("mean", "least")]
-    good = quotes.Quote("README.md", "1.59 times as fast, 0.97 times at worst", figures)
-    assert quotes.unexplained(tmp_path, [good]) == [] and quotes.wrong(tmp_path, [good]) == []
-    (swapped,) = quotes.wrong(tmp_path, [good._replace(figures=[figures[0], figures[0]])])
-    assert swapped.startswith(f"README.md: 0.97 is 1.586 in {NEWEST}")
-    assert "2 numbers for 1 figures" in quotes.wrong(tmp_path, [good._replace(figures=figures[:1])])[0]
-    assert "no longer has" in quotes.wrong(tmp_path, [good._replace(text="2 times", figures=(), why="so")])[0]
-    assert "either figures or a reason" in quotes.wrong(tmp_path, [good._replace(why="so")])[0]
-    monkeypatch.setattr(modules.ages, "today", lambda: datetime.date(2028, 1, 1))
-    assert "old: 13 months" in quotes.wrong(tmp_path, [good])[0]
+    known = quotes.Quote("README.md", "1.59 times as fast, 0.97 times at worst", "a test")
+    assert quotes.unexplained(tmp_path, [known]) == quotes.gone(tmp_path, [known]) == []
+    assert quotes.gone(tmp_path, [known._replace(text="2 times")]) == ["README.md: 2 times"]
 
 
 # ---- make records
