@@ -21,7 +21,6 @@ from .masks import dropped_weight, keep_flags, recurrent_mask
 __all__ = [
     "CELL_OPTIONS",
     "CELL_PARAMETERS",
-    "NO_OPTIONS",
     "CallOptions",
     "CellParameters",
     "Settings",
@@ -173,7 +172,6 @@ class Stack(Protocol):
     recompute: bool
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     frozen: Sequence[LayerOptions]
-    class_has_options: bool  # whether a subclass sets some of the options above
 
 
 @dataclass(eq=False)
@@ -197,7 +195,6 @@ class Settings:
     preactivation_clip: float | None
     recompute: bool
     frozen: Sequence[LayerOptions] = ()
-    class_has_options = False
 
 
 class CallOptions(NamedTuple):
@@ -212,36 +209,16 @@ class CallOptions(NamedTuple):
 
     def given(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
-        return {name: v for name, v, d in zip(self._fields, self, NO_OPTIONS, strict=True) if v is not d}
+        defaults = self._field_defaults
+        return {name: v for name, v in zip(self._fields, self, strict=True) if v is not defaults[name]}
 
 
-# The only object without an option, so that `is` tells.
-NO_OPTIONS = CallOptions()
-
-
-def any_requested(stack: Stack, call_options: CallOptions) -> bool:
+def any_requested(stack: Stack, call_options: CallOptions | None) -> bool:
     """Whether a call of ``stack`` requests anything that ``torch.nn.LSTM`` does not have."""
-    # A module has in its dictionary what differs from its class. A look there takes a third of that at an attribute,
-    # and a step takes microseconds.
-    own = stack.__dict__
-    if not (
-        call_options is not NO_OPTIONS
-        or stack.class_has_options
-        or "recurrent_dropout" in own
-        or "weight_dropout" in own
-        or "zoneout" in own
-        or "layer_norm" in own
-        or "peephole" in own
-        or "cell_clip" in own
-        or "coupled_gates" in own
-        or "gate_activation" in own
-        or "cell_activation" in own
-        or "preactivation_clip" in own
-        or "recompute" in own
-    ):
-        return False
+    # Attributes and None, since a compiler makes guards for these, but none for a key that a dictionary lacks, nor for
+    # the identity of an object of the same type.
     return (
-        call_options is not NO_OPTIONS
+        call_options is not None
         or stack.recurrent_dropout != 0
         or stack.weight_dropout != 0
         or stack.zoneout != 0
@@ -361,7 +338,7 @@ def stack_options(
     x: Tensor,
     layout: Layout,
     state_shapes: Sequence[tuple[int, ...]],
-    call_options: CallOptions,
+    call_options: CallOptions | None,
 ) -> StackOptions:
     """Check the options of a stack and those of a call.
 
@@ -374,7 +351,7 @@ def stack_options(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    lengths, resets, reset_state, mask, return_cell_states, return_gates = call_options
+    lengths, resets, reset_state, mask, return_cell_states, return_gates = call_options or CallOptions()
     options = StackOptions(
         recurrent_dropout=probability("recurrent_dropout", stack.recurrent_dropout),
         weight_dropout=probability("weight_dropout", stack.weight_dropout),

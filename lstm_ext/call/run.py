@@ -20,7 +20,6 @@ from ..layer.tracing import any_autocast, is_zero
 from . import measured
 from .arguments import (
     CELL_PARAMETERS,
-    NO_OPTIONS,
     CallOptions,
     CellParameters,
     Settings,
@@ -220,8 +219,8 @@ def lstm(
         recompute,
     )
     given = CallOptions(**call_options)
-    given = given if given.given() else NO_OPTIONS
-    requested = any_requested(stack, given)
+    asked = given if given.given() else None
+    requested = any_requested(stack, asked)
     parameters = {}
     for name, cell_weights in (("norm", norm_weights), ("peephole", peephole_weights)):
         if cell_weights is not None:
@@ -230,7 +229,7 @@ def lstm(
             )
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
-    options = stack_options(stack, parameters, x, layout, shapes, given) if requested else None
+    options = stack_options(stack, parameters, x, layout, shapes, asked) if requested else None
     return run(stack, layer, layers, x, h0, c0, layout, options)
 
 

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..call.arguments import (
     CELL_PARAMETERS,
-    NO_OPTIONS,
     CallOptions,
     CellParameters,
     any_requested,
@@ -139,12 +138,6 @@ class LSTM(KnownToTools, ScriptedLSTM):
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
     frozen: Sequence[LayerOptions] = ()
     native_options: list[Any] | None = None  # these in the extension's form
-    class_has_options: bool = False
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if any([name in cls.__dict__ for name in _OPTIONS]):
-            cls.class_has_options = True
 
     def __init__(
         self,
@@ -384,7 +377,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
             TypeError: ``input`` is neither a Tensor nor a PackedSequence, ``hx`` is not two Tensors, batch sizes are
                 not integers, or an argument after ``hx`` has a wrong type.
         """
-        call_options = NO_OPTIONS
+        call_options = None
         if (
             lengths is not None
             or resets is not None
@@ -409,7 +402,12 @@ class LSTM(KnownToTools, ScriptedLSTM):
                 raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
             layout = PackedLayout(input, hx)
         elif isinstance(input, torch.fx.Proxy):
-            return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), call_options.given())
+            return leaf_of_graph(
+                self,
+                input,
+                (input,) if hx is None else (input, hx),
+                call_options.given() if call_options else {},
+            )
         else:
             raise TypeError(
                 f"LSTM: expected input to be a Tensor or PackedSequence, got {type(input).__name__}"
@@ -480,7 +478,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         input: Any,
         hx: Any,
         layout: Layout,
-        call_options: CallOptions = NO_OPTIONS,
+        call_options: CallOptions | None = None,
     ) -> Any:
         """Check and compute. The path without an error or an option is short, because a step takes microseconds."""
         if is_jit_tracing():
@@ -569,10 +567,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
             raise TypeError("LSTM: weight_ih_l0 is None, expected a Tensor")
         return layers
 
-    def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions) -> Any:
+    def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions | None) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
-        if is_step or call_options.given() or options_of(self):
+        if is_step or call_options is not None or options_of(self):
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[call-overload]
 
