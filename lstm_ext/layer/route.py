@@ -508,10 +508,11 @@ def _recomputed(call: LayerCall) -> LayerResults:
     options = replace(call.options, recompute=False)
     signature = replace(call, options=options).signature()
 
-    def compute(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple([r for r in lstm_layer(signature.call(call.batch_sizes, tensors)) if r is not None])
+    # batch_sizes are an argument too: under a transform they may belong to its level.
+    def compute(batch_sizes: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple([r for r in lstm_layer(signature.call(batch_sizes, tensors)) if r is not None])
 
-    results = iter(transforms.recomputed(compute, call.tensors()))
+    results = iter(transforms.recomputed(compute, [call.batch_sizes, *call.tensors()]))
     output, h_n, c_n = next(results), next(results), next(results)
     cells = next(results) if options.return_cell_states else None
     gates = next(results) if options.return_gates else None

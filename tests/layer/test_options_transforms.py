@@ -9,9 +9,9 @@ import pytest
 import torch
 from judge import torchs_dtypes
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
@@ -102,7 +102,6 @@ def test_random_masks_are_drawn_in_a_compiled_layer():
     close(compiled(x), expected)
     # Where no bit of the masks of zoneout is drawn in another way than in eager calls.
     module.zoneout = 0.0
-    torch._dynamo.reset()
     torch.manual_seed(1)
     expected = module(x)
     torch.manual_seed(1)
@@ -318,6 +317,35 @@ def test_recompute_keeps_less_and_gives_the_same(options):
     # Beyond the result; the output of the first layer, which is the input of the second, is counted.
     result = 20 * 5 * 16 * 4
     assert kept_bytes(lean, x) - result <= 0.3 * (kept_bytes(module, x) - result)
+
+
+@pytest.mark.parametrize(
+    ("transform", "call"),
+    [
+        (f, call)
+        for f in (grad, jacrev, lambda f: lambda x: vmap(grad(f))(torch.stack([x, 2 * x])))
+        for call in ("nothing", "lengths", "mask", "holes", "resets")
+    ]
+    + [(jacrev, "packed inside")],  # torch's packing has no derivative under the others
+)
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=str)
+def test_recompute_under_transforms(options, call, transform):
+    """What the call makes of its arguments belongs to the transform, the sizes of packed data too."""
+    lean = lstm_ext.LSTM(I, H, recompute=True, **options)
+    module = lstm_ext.LSTM(I, H, **options)
+    module.load_state_dict(lean.state_dict())
+    holes = {"mask": torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()}
+
+    def of(module):
+        def loss(x):
+            if call == "packed inside":
+                return total(module(pack_padded_sequence(x, [4, 3, 1]))[0].data)
+            return total(module(x, **(holes if call == "holes" else CALLS[call])))
+
+        return transform(loss)(x)
+
+    x = torch.randn(T, B, I)
+    close(of(lean), of(module))
 
 
 def test_recompute_draws_the_masks_once():
