@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +173,9 @@ def lstm(
     **call_options: Any,
 ) -> Any:
     """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
+    num_layers = operator.index(
+        num_layers
+    )  # one number to a compiler, which may take an int for one that changes
     data: Tensor
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)

@@ -177,7 +177,8 @@ def lengths_of(lengths: Any, x: Tensor, layout: Layout) -> Tensor:
         lengths = [lengths]
     if isinstance(lengths, (list, tuple)):
         for n in lengths:
-            if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
+            # A compiler may take an int for a number that changes, and cannot look for its methods.
+            if isinstance(n, (bool, Tensor)) or not (isinstance(n, int) or hasattr(n, "__index__")):
                 raise TypeError(f"lengths: expected integers, got {type(n).__name__}")
         if len(lengths) != batch:
             raise ValueError(f"lengths: expected {batch} numbers, one a sequence, got {len(lengths)}")

@@ -275,6 +275,24 @@ def test_step_cell_and_functional() -> None:
         graphs.assert_layers(layers)
 
 
+def test_numbers_that_a_compiler_takes_for_changing_ones() -> None:
+    """A list of lengths from the second call on, and with dynamic=True each int of a closure."""
+    module, x = lstm_ext.LSTM(I, H, 3), torch.randn(T, 3, I)
+    weights, num_layers, dropout = [p.detach() for p in module.parameters()], 3, 0.0
+
+    def with_lengths(x, lengths):
+        return module(x, lengths=lengths)
+
+    def functional(x):
+        return lstm_ext.functional.lstm(x, None, weights, num_layers=num_layers, dropout=dropout)
+
+    for dynamic in (None, True):
+        function = compiled(with_lengths, Graphs("eager"), dynamic=dynamic)
+        for lengths in ([1, 2, T], [2, 2, T], [T, 0, 1], [T, T, T]):
+            assert_equal(function(x, lengths), with_lengths(x, torch.tensor(lengths)))
+        assert_equal(compiled(functional, Graphs("eager"), dynamic=dynamic)(x), functional(x))
+
+
 def test_loop_of_steps() -> None:
     module = lstm_ext.LSTM(I, H)
 
