@@ -383,8 +383,14 @@ class JaggedLayout(Layout):
         return initial.to(final.dtype).index_copy(1, self._order, final)
 
     def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
+        nested: Any = self._nested
+        # Without the length of the longest sequence, to_padded_tensor would pad to the number of all rows.
         y = torch.nested.nested_tensor_from_jagged(
-            self._in_place(output, 0), self._nested.offsets(), self._nested.lengths()
+            self._in_place(output, 0),
+            nested.offsets(),
+            nested.lengths(),
+            min_seqlen=nested._maybe_min_seqlen,
+            max_seqlen=nested._maybe_max_seqlen,
         )
         states = self._all_states(h_n, self.initial[0]), self._all_states(c_n, self.initial[1])
         return (y, states) if extras is None else (y, states, extras.map(lambda e: self._in_place(e, 1)))

@@ -100,6 +100,8 @@ def test_the_form_of_the_input_is_kept():
     output, _ = module(x)
     assert output.shape[:2] == x.shape[:2]
     assert (output * x.sum(-1, keepdim=True)).shape == output.shape
+    padded = output.to_padded_tensor(0.0)
+    assert padded.shape[:2] == x.to_padded_tensor(0.0).shape[:2] == (len(LENGTHS), max(LENGTHS))
     values = torch.randn(12, I, dtype=torch.float64)
     holes = torch.nested.nested_tensor_from_jagged(
         values, torch.tensor([0, 5, 7, 12]), torch.tensor([3, 0, 5])
