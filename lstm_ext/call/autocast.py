@@ -69,12 +69,9 @@ def options_in_autocast(options: StackOptions, dtype: torch.dtype) -> StackOptio
     reset_h, reset_c = [
         x if x is None or not _is_cast(x) else x.to(dtype) for x in (options.reset_h, options.reset_c)
     ]
-    # The parameters of layer normalisation keep their dtype, like those of torch.nn.LayerNorm, and so do others. If
-    # a layer does not accept it, they become float32, in which the layer computes.
-    others = {torch.bfloat16, torch.float16, torch.float64} - {dtype}
+    # These parameters are not rounded to 16 bits, like those of torch.nn.LayerNorm: the layer computes in float32.
     parameters = {
-        name: [[w.float() if w.dtype in others else w for w in layer] for layer in layers]
-        for name, layers in options.parameters.items()
+        name: [[w.float() for w in layer] for layer in layers] for name, layers in options.parameters.items()
     }
     return replace(options, reset_h=reset_h, reset_c=reset_c, parameters=parameters)
 

@@ -131,6 +131,11 @@ def test_a_frozen_layer_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         packed, _ = module(pack_sequence([s for s in x.unbind() if len(s)], enforce_sorted=False))
         assert module(x)[0].dtype == packed.data.dtype
+        # A sequence without a step keeps its state, in the dtype of the others: with a projection h is in 16 bits.
+        hx = torch.randn(1, len(LENGTHS), 5), torch.randn(1, len(LENGTHS), 40)
+        for state, initial in zip(lstm_ext.LSTM(I, 40, proj_size=5)(x, hx)[1], hx, strict=True):
+            kept = [b for b, n in enumerate(LENGTHS) if not n]
+            assert kept and torch.equal(state[:, kept], initial[:, kept].to(state.dtype))
 
 
 @pytest.mark.parametrize("grad", [False, True])

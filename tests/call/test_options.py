@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
-from lstm_ext.call import values
+from lstm_ext.call import masks, values
 
 T, B, I, H, P = 4, 4, 3, 5, 2
 
@@ -229,3 +229,12 @@ def test_16_bits_are_rounded_once(dtype):
     assert {t.dtype for t in (ours[0], *ours[1], *ours[2])} == {dtype}
     for a, b in zip((ours[0], *ours[1], *ours[2]), (exact[0], *exact[1], *exact[2]), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masks_of_16_bit_layers_are_not_rounded(dtype):
+    drawn = []
+    for own in (dtype, torch.float32):
+        torch.manual_seed(1)
+        drawn.append(masks.recurrent_mask(torch.ones(3, 2, 4, dtype=own), None, None, 1, 50, 0.3))
+    assert torch.equal(*drawn)
