@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,10 +20,11 @@ _NO_DEFAULT = ("affine", "scaled_tanh", "thresholded_relu")
 
 
 def from_onnx(source: Any) -> dict[str, LSTM]:
-    """The LSTM nodes of an ONNX model as layers, by the names of the nodes. Reading needs the package ``onnx``.
+    """The standard LSTM nodes of an ONNX model as layers, by the names of the nodes. It needs the package ``onnx``.
 
-    A node without a name is called by its first output. Initial states and ``sequence_lens`` are inputs of a node, and
-    arguments of a call here: ``hx`` and ``lengths``. A node's output is (T, D, B, H), ours (T, B, D * H).
+    A node without a name is called by its first output. Where several would have one name, the second is called
+    ``name_2``, and so on. Initial states and ``sequence_lens`` are inputs of a node, and arguments of a call here:
+    ``hx`` and ``lengths``. A node's output is (T, D, B, H), ours (T, B, D * H).
 
     Args:
         source: an ``onnx.ModelProto``, or the path of a file.
@@ -31,42 +33,56 @@ def from_onnx(source: Any) -> dict[str, LSTM]:
         one :class:`lstm_ext.LSTM` for each node, with new parameters; ``batch_first`` where a node has ``layout=1``,
         ``coupled_gates`` where it has ``input_forget=1``, ``peephole`` where it has ``P``, ``preactivation_clip``
         where it has ``clip``, and its activations. Both biases become ``bias_ih``. Only the main graph is read, not
-        those within its nodes.
+        those within its nodes, and only the initializers of these nodes.
 
     Raises:
         ImportError: the package ``onnx`` is not installed.
-        ValueError: a node whose weights are not initializers, or with what this layer does not have, by its name:
-            ``direction=reverse``, other activations in one direction than in the other.
+        OSError: the file cannot be read.
+        TypeError: it is neither a model nor a path, or weights are not of a floating-point dtype.
+        ValueError: the file is no model; a node does not follow the standard; its weights are not initializers; or it
+            has what this layer does not have, by its name: ``direction=reverse``, other activations in one direction
+            than in the other. The text names the node, and the input or attribute.
     """
     import onnx
-    from onnx import helper, numpy_helper
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     read = Source("from_onnx", "iofg")
     if isinstance(source, (str, os.PathLike)):
-        source = onnx.load(os.fspath(source))
-    known = {t.name: numpy_helper.to_array(t) for t in source.graph.initializer}
+        try:
+            source = onnx.load(os.fspath(source))
+        except DecodeError as error:
+            raise read.refuse(f"expected a file with an ONNX model, got {os.fspath(source)!r}") from error
+    if not isinstance(source, onnx.ModelProto):
+        raise TypeError(f"from_onnx: expected an onnx.ModelProto or a path, got {type(source).__name__}")
+    known = {t.name: t for t in source.graph.initializer}
     known |= {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        name: attribute.t
         for node in source.graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
+        if node.op_type == "Constant"
+        for name in node.output[:1]
+        for attribute in node.attribute
+        if attribute.name == "value"
     }
+    nodes = [n for n in source.graph.node if n.op_type == "LSTM" and n.domain in ("", "ai.onnx")]
+    names = [node.name or next(filter(None, node.output), "LSTM") for node in nodes]
     layers: dict[str, LSTM] = {}
-    for node in source.graph.node:
-        if node.op_type != "LSTM":
-            continue
-        name = node.name or next(filter(None, node.output))
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        layers[name] = _onnx_layer(read, name, list(node.input), attributes, known)
+    for node, name in zip(nodes, names, strict=True):
+        if name in layers:
+            numbered = (f"{name}_{k}" for k in itertools.count(2))
+            name = next(n for n in numbered if n not in layers and n not in names)
+        layers[name] = _onnx_layer(read, name, node, known)
     return layers
 
 
-def _onnx_layer(
-    read: Source, node: str, inputs: list[str], attributes: dict[str, Any], known: Mapping[str, Any]
-) -> LSTM:
-    def refuse(what: str) -> ValueError:
-        return read.refuse(f"node {node}: {what}")
+def _onnx_layer(read: Source, name: str, node: Any, known: Mapping[str, Any]) -> LSTM:
+    """``node``: a NodeProto. ``known``: TensorProtos."""
+    from onnx import numpy_helper
 
-    direction = attributes.pop("direction", b"forward").decode()
+    def refuse(what: str) -> ValueError:
+        return read.refuse(f"node {name}: {what}")
+
+    attributes = _attributes(node, refuse)
+    direction = attributes.pop("direction", b"forward").decode(errors="replace")
     if direction not in ("forward", "bidirectional"):
         raise refuse(
             f"direction: expected forward or bidirectional, got {direction}: make it forward, and flip input and output"
@@ -75,46 +91,77 @@ def _onnx_layer(
     activations = _activations(attributes, count, refuse)
     clip = attributes.pop("clip", None)
     hidden = attributes.pop("hidden_size", None)
-    coupled, layout = attributes.pop("input_forget", 0), attributes.pop("layout", 0)
-    if attributes:
-        raise refuse(f"expected no attribute {', '.join(sorted(attributes))}")
+    flags = {flag: attributes.pop(flag, 0) for flag in ("input_forget", "layout")}
+    for flag, value in flags.items():
+        if value not in (0, 1):
+            raise refuse(f"{flag}: expected 0 or 1, got {value}")
+    if len(node.input) > 8:
+        raise refuse(f"expected at most 8 inputs, got {len(node.input)}")
 
-    def array(place: int, name: str, *shape: int | None) -> Tensor | None:
-        given = inputs[place] if place < len(inputs) else ""
+    def array(place: int, kind: str, *shape: int | None) -> Tensor | None:
+        given = node.input[place] if place < len(node.input) else ""
         if not given:
             return None
         if given not in known:
-            raise refuse(f"{name}: expected an initializer, got the result {given} of another node")
-        return read.array(known[given], f"node {node}: {name}", *shape)
+            raise refuse(f"{kind}: expected an initializer, got {given}, which is no initializer")
+        try:
+            value = numpy_helper.to_array(known[given])
+        except Exception as error:  # NumPy, protobuf and the file system have their own.
+            raise refuse(f"{kind}: expected an initializer that can be read, got {given}: {error}") from error
+        return read.array(value, f"node {name}: {kind}", *shape)
 
     R = array(2, "R", count, None, None)
     if R is None:
         raise refuse("R: expected an input, got none")
     H = R.size(2) if hidden is None else hidden
+    if H < 1:
+        raise refuse(f"hidden_size: expected at least 1, got {H}")
     R = array(2, "R", count, 4 * H, H)
     W, B = array(1, "W", count, 4 * H, None), array(3, "B", count, 8 * H)
     P = array(7, "P", count, 3 * H)
     if W is None or R is None:
         raise refuse("W: expected an input, got none")
+    for kind, found in (("R", R), ("B", B), ("P", P)):
+        if found is not None and found.dtype != W.dtype:
+            raise refuse(f"{kind}: expected dtype {W.dtype} as W, got {found.dtype}")
     directions = []
     for d in range(count):
         bias = None if B is None else read.gates(B[d, : 4 * H]) + read.gates(B[d, 4 * H :])
         i_o_f = None if P is None else P[d].chunk(3)
         peepholes = None if i_o_f is None else (i_o_f[0], i_o_f[2], i_o_f[1])
         directions.append(Direction(read.gates(W[d]), read.gates(R[d]), bias, None, peepholes))
+    coupled, batch_first = map(bool, flags.values())
     try:
         return read.layer(
-            [directions], bool(layout), coupled_gates=bool(coupled), preactivation_clip=clip, **activations
+            [directions], batch_first, coupled_gates=coupled, preactivation_clip=clip, **activations
         )
     except ValueError as error:
         raise refuse(str(error)) from error
+
+
+def _attributes(node: Any, refuse: Callable[[str], ValueError]) -> dict[str, Any]:
+    """The values of a node's attributes, each of which the standard knows, and of the type that it has there."""
+    from onnx import AttributeProto, defs, helper
+
+    standard: Any = defs.get_schema("LSTM").attributes
+    values: dict[str, Any] = {}
+    for attribute in node.attribute:
+        name = attribute.name
+        if name not in standard or name in values:
+            raise refuse(f"expected no {'second ' if name in values else ''}attribute {name}")
+        expected, got = standard[name].type.name, AttributeProto.AttributeType.Name(attribute.type)
+        if got != expected or attribute.ref_attr_name:
+            got = "a reference" if attribute.ref_attr_name else got
+            raise refuse(f"{name}: expected an attribute of type {expected}, got {got}")
+        values[name] = helper.get_attribute_value(attribute)
+    return values
 
 
 def _activations(
     attributes: dict[str, Any], count: int, refuse: Callable[[str], ValueError]
 ) -> dict[str, Activation]:
     """The functions that a node's attributes name. Takes these from ``attributes``."""
-    given = [a.decode() for a in attributes.pop("activations", [])]
+    given = [a.decode(errors="replace") for a in attributes.pop("activations", [])]
     numbers = [list(attributes.pop(f"activation_{name}", ())) for name in ("alpha", "beta")]
     if not given:
         return {}

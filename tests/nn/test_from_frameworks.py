@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -402,8 +403,15 @@ def node(**changes: Any) -> Any:
             "node Y: gate_activation: expected the first number of leaky_relu to be at least 0",
         ),
         ({"attributes": {"clip": -1.0}}, "node Y: preactivation_clip should be a positive finite number"),
-        ({"W": None}, "node Y: W: expected an initializer, got the result W of another node"),
+        ({"W": None}, "node Y: W: expected an initializer, got W, which is no initializer"),
         ({"R": array(1, 4 * H, H + 1)}, "node Y: R: expected shape (1, 16, 4), got (1, 16, 5)"),
+        (
+            {"R": array(1, 4 * H, H).double()},
+            "node Y: R: expected dtype torch.float32 as W, got torch.float64",
+        ),
+        ({"attributes": {"clip": 1}}, "node Y: clip: expected an attribute of type FLOAT, got INT"),
+        ({"attributes": {"hidden_size": -1}}, "node Y: hidden_size: expected at least 1, got -1"),
+        ({"attributes": {"layout": 2}}, "node Y: layout: expected 0 or 1, got 2"),
     ],
 )
 def test_onnx_nodes_that_cannot_be_expressed(changes: dict[str, Any], text: str) -> None:
@@ -417,3 +425,113 @@ def test_an_onnx_node_of_a_file(tmp_path: Path) -> None:
     path.write_bytes(node(attributes={"layout": 1}).SerializeToString())
     (name, layer), *others = lstm_ext.from_onnx(path).items()
     assert name == "Y" and not others and layer.batch_first and not layer.bias
+
+
+def test_no_onnx_node_is_lost() -> None:
+    """Names may be missing, the same, or those that would be made for others."""
+    model = node()
+    first = model.graph.node[0]
+    for name, output in (("a", "1"), ("a", "2"), ("a_2", "3"), ("", "a"), ("", ""), ("", "")):
+        model.graph.node.add().CopyFrom(first)
+        model.graph.node[-1].name, model.graph.node[-1].output[0] = name, output
+    assert list(lstm_ext.from_onnx(model)) == ["Y", "a", "a_3", "a_2", "a_4", "LSTM", "LSTM_2"]
+
+
+def test_only_what_is_of_an_lstm_is_read() -> None:
+    model = node()
+    model.graph.initializer.add(name="other", dims=[5], data_type=1, raw_data=b"?")
+    model.graph.node.add(op_type="Constant", output=["constant"]).attribute.add(name="value", type=4)
+    model.graph.node.add(op_type="Constant")
+    model.graph.node.add(op_type="LSTM", domain="another")
+    assert list(lstm_ext.from_onnx(model)) == ["Y"]
+    model.graph.initializer[0].raw_data = b"?"
+    with pytest.raises(ValueError, match="node Y: W: expected an initializer that can be read, got W: "):
+        lstm_ext.from_onnx(model)
+
+
+def test_a_file_of_no_onnx_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    (tmp_path / "a.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"from_onnx: expected a file with an ONNX model, got '.*a\.onnx'"):
+        lstm_ext.from_onnx(tmp_path / "a.onnx")
+
+
+NAMES = (
+    "activation_alpha",
+    "activations",
+    "bogus",
+    "clip",
+    "direction",
+    "hidden_size",
+    "input_forget",
+    "layout",
+)
+VALUES = (
+    0, 1, -1, 2**40, 0.5, -1.0, float("nan"), "forward", "reverse", "bidirectional", b"\xff", [0.5], [1, 2], [b"\xff"],
+    ["Sigmoid", "Tanh", "Tanh"], ["Affine"] * 3, ["Relu"] * 6,
+)  # fmt: skip
+
+
+def broken(model: Any, pick: random.Random) -> None:
+    """Changes one thing in a model of one layer."""
+    from onnx import helper
+
+    graph = model.graph
+    layer, initializers = graph.node[0], graph.initializer
+    k, tensor = pick.randrange(len(layer.input) + 1), pick.choice(initializers or [graph.initializer.add()])
+    name = pick.choice(NAMES)
+    kept = [a for a in layer.attribute if a.name != name]
+    made = helper.make_attribute(name, pick.choice(VALUES))
+
+    def constant() -> None:
+        as_node = graph.node.add(op_type="Constant", output=[tensor.name][: pick.randrange(2)])
+        if pick.randrange(2):
+            as_node.attribute.add(name=pick.choice(["value", "value_float"])).t.CopyFrom(tensor)
+        initializers.remove(tensor)
+
+    def attributes(*new: Any) -> None:
+        del layer.attribute[:]
+        layer.attribute.extend([*kept, *new])
+
+    pick.choice([
+        lambda: layer.input.__delitem__(slice(k, k + 1)),
+        lambda: layer.input.__setitem__(slice(k, k + 1), [pick.choice(["", "x", "W", "R", "B", "none"])]),
+        lambda: layer.input.extend(["P"] * pick.randrange(8)),
+        lambda: layer.output.__delitem__(slice(pick.randrange(3), None)),
+        lambda: layer.ClearField("name"),
+        lambda: graph.node.add().CopyFrom(layer),
+        attributes,
+        lambda: attributes(made),
+        lambda: attributes(made, made),
+        lambda: [setattr(a, "ref_attr_name", "other") for a in layer.attribute[:1]],
+        lambda: [a.ClearField(pick.choice(["type", "i", "s", "strings"])) for a in layer.attribute],
+        lambda: initializers.remove(tensor),
+        constant,
+        lambda: tensor.dims.__setitem__(slice(k, k + 1), [pick.choice([-1, 0, 1, 3, 2**40])]),
+        lambda: setattr(tensor, "data_type", pick.randrange(30)),
+        lambda: setattr(tensor, "raw_data", tensor.raw_data[: pick.randrange(100)]),
+        lambda: setattr(tensor, "data_location", 1),
+        lambda: setattr(tensor, "name", "renamed"),
+    ])()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["function"] == "from_onnx"], ids=lambda case: case["name"]
+)
+def test_broken_onnx_graphs(case: dict[str, Any]) -> None:
+    """Each is read, or refused by an error of ours."""
+    onnx = pytest.importorskip("onnx")
+    pick, refused, read = random.Random(case["name"]), 0, 0
+    for _ in range(100):
+        model = onnx.load_from_string(base64.b64decode(case["source"]))
+        for _ in range(pick.randint(1, 3)):
+            broken(model, pick)
+        try:
+            layers = lstm_ext.from_onnx(model)
+        except (TypeError, ValueError) as error:
+            assert str(error).startswith("from_onnx: node ")
+            refused += 1
+        else:
+            assert len(layers) == sum(n.op_type == "LSTM" for n in model.graph.node)
+            read += 1
+    assert refused and read
