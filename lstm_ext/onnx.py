@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ def export(
         model, args, f: as in ``torch.onnx.export``.
         custom_translation_table: for operators of your own, in addition to :func:`translation_table`.
         loops: whether every layer becomes a ``Scan`` of basic operators, for runtimes whose LSTM has less than the
-            standard's: OpenVINO 2026 leaves ``sequence_lens``, peepholes and ``input_forget`` out in silence.
+            standard's: OpenVINO 2026 leaves ``sequence_lens``, peepholes and ``input_forget`` out in silence. ONNX
+            Runtime refuses an LSTM of float64, which is exported with a warning; it runs the loop, unless an activation
+            is other than sigmoid, tanh, relu, affine and scaled_tanh.
         options: the other arguments of ``torch.onnx.export``, by name, except ``dynamo``.
 
     Returns:
@@ -114,7 +117,7 @@ def to_onnx(layer: LSTM, f: Any = None, *, loops: bool = False) -> Any:
     Args:
         layer: of any options. On the CPU.
         f: where to save the model, or None.
-        loops: as in :func:`lstm_ext.onnx.export`.
+        loops: as in :func:`lstm_ext.onnx.export`; for ONNX Runtime, a layer of float64 needs it.
 
     Returns:
         the ``onnx.ModelProto``. :func:`from_onnx` reads its LSTM nodes back.
@@ -245,6 +248,12 @@ def _node(call: LayerCall) -> tuple[Any, ...]:
     from onnxscript import ir
     from onnxscript import opset18 as op
 
+    if call.input.dtype == ir.DataType.DOUBLE:
+        warnings.warn(
+            "lstm_ext.onnx: ONNX Runtime refuses an LSTM of float64, which the standard has: export the layer with "
+            "loops=True, or in float32, if ONNX Runtime is to run it",
+            stacklevel=2,
+        )
     weights, options = call.weights, call.options
     directions = 2 if call.bidirectional else 1
     kinds = [weights[kind :: len(weights) // directions] for kind in range(len(weights) // directions)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,10 @@ def test_float64() -> None:
     """Which the standard allows and ONNX Runtime does not compute: onnx's own evaluator does."""
     module = lstm_ext.LSTM(I, H, 2, dtype=torch.float64).eval()
     args = arguments(module, 5, 2, True, torch.float64)
-    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
+    with pytest.warns(UserWarning, match="ONNX Runtime refuses an LSTM of float64.*loops=True"):
+        program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
+    with pytest.raises(Exception, match="LSTM operator does not support double yet"):
+        run(program.model_proto, args)
     onnx.checker.check_model(program.model_proto, full_check=True)
     evaluator = ReferenceEvaluator(program.model_proto)
     args = arguments(module, 7, 3, True, torch.float64)
@@ -196,6 +200,16 @@ def test_float64() -> None:
     for x, y in zip(results, expected, strict=True):
         assert x.dtype == numpy.float64
         numpy.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "affine", "scaled_tanh"])
+def test_onnx_runtime_runs_the_loop_of_float64(activation: str) -> None:
+    module = lstm_ext.LSTM(I, H, bidirectional=True, cell_activation=activation, dtype=torch.float64).eval()
+    args = arguments(module, 5, 2, True, torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lstm_ext")
+        program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True), loops=True)
+    assert_same(program.model_proto, module, [arguments(module, 7, 3, True, torch.float64)])
 
 
 def test_float16() -> None:
