@@ -356,9 +356,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
             reset_state: ``(h, c)`` in the shapes of ``hx``: the state that a reset puts in place. It gets gradients.
                 None for zeros. Each direction has its own rows of it.
             mask: bool, (T, B) in the layout of the input, optionally with a last axis of 1, on any device. True in the
-                steps that count. Another step keeps the state, in both directions, as in Keras, and its output is 0:
-                so padding may be at the end, where the mask says the same as ``lengths``, at the beginning, and
-                anywhere between. Resets in it count for the next step that does. Not together with ``lengths``.
+                steps that count. Another step keeps the state, in both directions, as in Keras. Its output is 0, where
+                Keras repeats the output before it. So padding may be at the end, where the mask says the same as
+                ``lengths``, at the beginning, and anywhere between. Resets in it count for the next step that does.
+                Not together with ``lengths``.
             return_cell_states, return_gates: whether to return c_t, and i, f, g, o, of every layer and step.
 
         Returns:

@@ -55,13 +55,15 @@ def test_keras(functions: dict[str, str]) -> None:
 
 
 def test_a_mask_of_keras() -> None:
-    """Steps that are left out keep the state in both."""
+    """Steps that are left out keep the state in both; the output of Keras shows it there, and ours is 0."""
     keras = pytest.importorskip("keras")
     mask = np.random.default_rng(2).random((B, T)) < 0.6
-    layer = keras.layers.LSTM(H)
-    last = layer(X, mask=mask)
-    _, (h_n, _) = lstm_ext.from_keras(layer)(torch.from_numpy(X), mask=torch.from_numpy(mask))
-    same(h_n[0], last)
+    layer = keras.layers.LSTM(H, return_sequences=True)
+    found = keras.ops.convert_to_numpy(layer(X, mask=mask))
+    output, (h_n, _) = lstm_ext.from_keras(layer)(torch.from_numpy(X), mask=torch.from_numpy(mask))
+    same(h_n[0], found[:, -1])
+    same(output, found * mask[..., None])
+    assert all(np.array_equal(found[:, t][~mask[:, t]], found[:, t - 1][~mask[:, t]]) for t in range(1, T))
 
 
 def test_tensorflow() -> None:
