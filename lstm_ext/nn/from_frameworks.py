@@ -65,17 +65,12 @@ class Source:
             TypeError: it is no array of floating-point numbers.
             ValueError: it has another shape.
         """
-        given = value
         if not isinstance(value, Tensor):
-            if callable(getattr(value, "numpy", None)):  # a variable of TensorFlow
-                value = value.numpy()
-            elif hasattr(value, "__array__"):
-                value = value.__array__()
             try:
-                value = torch.tensor(value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                kind = type(given).__name__
-                raise TypeError(f"{self.function}: {name}: expected an array, got {kind}") from error
+                value = self._tensor(value)
+            except Exception as error:  # A framework may raise anything.
+                kind = type(value).__name__
+                raise TypeError(f"{self.function}: {name}: expected an array, got {kind}: {error}") from error
         if not value.is_floating_point():
             raise TypeError(f"{self.function}: {name}: expected a floating-point dtype, got {value.dtype}")
         got = tuple(value.shape)
@@ -84,6 +79,16 @@ class Source:
             expected += ",)" if len(shape) == 1 else ")"
             raise ValueError(f"{self.function}: {name}: expected shape {expected}, got {got}")
         return value.detach().clone()
+
+    @staticmethod
+    def _tensor(value: Any) -> Tensor:
+        if callable(getattr(value, "numpy", None)):  # a variable of TensorFlow
+            value = value.numpy()
+        elif hasattr(value, "__array__") and not str(getattr(value, "dtype", "")).startswith("mlx"):
+            value = value.__array__()  # MLX has no bfloat16 for NumPy, and torch reads its arrays itself
+        if str(getattr(value, "dtype", "")) == "bfloat16":  # torch does not know the dtype of ml_dtypes
+            return torch.tensor(value.view("uint16")).view(torch.bfloat16)
+        return torch.tensor(value)
 
     def gates(self, x: Tensor) -> Tensor:
         """Blocks along the first axis, one a gate, in torch's order."""

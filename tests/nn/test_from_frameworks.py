@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import lstm_ext
 
@@ -364,15 +365,46 @@ def test_bad_input_is_named(call: Any, error: type[Exception], text: str) -> Non
     assert text in str(caught.value)
 
 
+IMPORTERS = [name for name in lstm_ext.__all__ if name.startswith("from_") and name != "from_gates"]
+
+
+ARRAYS: dict[str, Any] = {
+    "from_haste": {"kernel": W, "recurrent_kernel": U, "bias": b},
+    "from_jax": FLAX,
+    "from_keras": KERAS,
+    "from_mlx": {"Wx": W.T, "Wh": U.T, "bias": b},
+    "from_onnx": {"W": W.T[None], "R": U.T[None]},
+    "from_tensorflow": TF,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in IMPORTERS if not name.startswith("from_torch")])
+def test_bfloat16_of_ml_dtypes(name: str) -> None:
+    """The dtype of JAX, TensorFlow and the package onnx, which installs it."""
+    import ml_dtypes
+
+    def layer(arrays: Any) -> lstm_ext.LSTM:
+        if name == "from_onnx":
+            return lstm_ext.from_onnx(node(**arrays))["Y"]
+        return getattr(lstm_ext, name)(arrays)
+
+    rounded = tree_map(lambda w: w.bfloat16().float(), ARRAYS[name])
+    found = layer(tree_map(lambda w: w.numpy().astype(ml_dtypes.bfloat16), rounded))
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    pairs = zip(found.parameters(), layer(rounded).bfloat16().parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
 def node(**changes: Any) -> Any:
     """A model with one LSTM node that has no name."""
     onnx = pytest.importorskip("onnx")
+    from numpy import asarray
     from onnx import TensorProto, helper, numpy_helper
 
     attributes = {"hidden_size": H} | changes.pop("attributes", {})
     arrays = {"W": array(1, 4 * H, I), "R": array(1, 4 * H, H)} | changes
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "Y")]
-    inits = [numpy_helper.from_array(a.numpy(), name) for name, a in arrays.items() if a is not None]
+    inits = [numpy_helper.from_array(asarray(a), name) for name, a in arrays.items() if a is not None]
     made = helper.make_node("LSTM", ["x", "W", "R"], ["Y"], **attributes)
     return helper.make_model(helper.make_graph([made], "g", values[:1], values[1:], inits)) if onnx else None
 
