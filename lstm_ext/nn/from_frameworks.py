@@ -6,6 +6,8 @@ framework is read by its attributes.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer.activations import Activation, split_text
+from ..layer.activations import Activation, activation_text, split_text
 from .frozen import freeze
 from .lstm import LSTM, activations_of, options_of
 
@@ -29,6 +31,7 @@ __all__ = [
     "to_keras",
 ]
 
+Arrays = Mapping[str, Any]
 PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 
 
@@ -89,6 +92,12 @@ class Source:
         if str(getattr(value, "dtype", "")) == "bfloat16":  # torch does not know the dtype of ml_dtypes
             return torch.tensor(value.view("uint16")).view(torch.bfloat16)
         return torch.tensor(value)
+
+    def named(self, arrays: Any, what: str) -> Arrays:
+        """These arrays, if they have names. Raises: TypeError."""
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"{self.function}: {what}: expected arrays by name, got {type(arrays).__name__}")
+        return arrays
 
     def gates(self, x: Tensor) -> Tensor:
         """Blocks along the first axis, one a gate, in torch's order."""
@@ -187,7 +196,13 @@ _IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 
-def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
+def from_keras(
+    source: Any,
+    *,
+    gate_activation: Activation | None = None,
+    cell_activation: Activation | None = None,
+    batch_first: bool | None = None,
+) -> LSTM:
     """A layer with the weights of ``keras.layers.LSTM``, of Keras 2 or 3 on any backend, or ``tf.keras``.
 
     Keras returns the last output unless ``return_sequences`` is set: here that is h_n.
@@ -196,17 +211,21 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
         source: a built ``LSTM``, a ``Bidirectional`` of one, or a sequence of such layers, which becomes a stack; or
             the list of arrays that ``get_weights()`` gives: kernel (I, 4H), recurrent_kernel (H, 4H) and, unless
             ``use_bias=False``, bias (4H), gates in the order i, f, c, o, and the same again for the way back.
+        gate_activation, cell_activation: ``recurrent_activation`` and ``activation`` of Keras, as in
+            :class:`lstm_ext.LSTM`. Arrays alone do not tell them: None stands for sigmoid and tanh there, and for the
+            layer's own where a layer is given.
         batch_first: whether input and output are (B, T, features); None for what the layer says (``time_major`` of
             Keras 2), and as in Keras if there is none.
 
     Returns:
         a layer with new parameters and the activations of Keras' layer. The bias becomes ``bias_ih``; ``bias_hh`` is
-        zero. From arrays alone it has sigmoid and tanh.
+        zero. Dropout is left out, with a warning.
 
     Raises:
-        TypeError: an array that is none.
-        ValueError: a shape that does not fit; or what this layer does not have, by its name in Keras: an activation
-            that ONNX's LSTM does not have, ``go_backwards``, dropout, a ``merge_mode`` other than concat.
+        TypeError: an array that is none; a path.
+        ValueError: a shape that does not fit; an activation that is not the layer's; or what this layer does not have,
+            by its name in Keras: an activation that ONNX's LSTM does not have, ``go_backwards``, a ``merge_mode`` other
+            than concat, a layer of another class.
     """
     read = Source("from_keras", "ifgo")
     names = ("kernel", "recurrent_kernel", "bias")
@@ -240,12 +259,13 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
     def check(layer: Any, back: bool = False) -> dict[str, Any]:
         if back and not getattr(layer, "go_backwards", True):
             raise read.refuse("backward_layer: expected one with go_backwards=True")
-        for name in ("go_backwards", "dropout", "recurrent_dropout")[back:]:
+        if not back and getattr(layer, "go_backwards", False):
+            raise read.refuse(
+                "go_backwards=True: this layer has not that; get_weights() gives the arrays, and x.flip(1) the input"
+            )
+        for name in ("dropout", "recurrent_dropout"):
             if getattr(layer, name, False):
-                how = " and x.flip(1) its input" if name == "go_backwards" else ""
-                raise read.refuse(
-                    f"{name}={getattr(layer, name)}: this layer has not that; get_weights() gives the arrays alone{how}"
-                )
+                dropped[f"{name}={getattr(layer, name)}"] = True
         gate = activation(layer, "recurrent_activation", "sigmoid")
         return {
             "gate_activation": gate,
@@ -260,8 +280,14 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
                 raise read.refuse(f"merge_mode: expected concat, got {layer.merge_mode}")
             inner = [layer.forward_layer, layer.backward_layer]
         for one in inner:
-            if type(one).__name__ != "LSTM":
-                raise read.refuse(f"expected layers of the class LSTM, got {type(one).__name__}")
+            kind, cell = type(one).__name__, type(getattr(one, "cell", None)).__name__
+            if kind == "RNN":
+                raise read.refuse(
+                    f"expected layers of the class LSTM, got RNN of {cell}: from_keras takes the get_weights() of one "
+                    "LSTMCell, with its activations as gate_activation and cell_activation"
+                )
+            if kind != "LSTM":
+                raise read.refuse(f"expected layers of the class LSTM, got {kind}")
         found = check(inner[0])
         if len(inner) == 2 and check(inner[1], back=True) != found:
             raise read.refuse("a Bidirectional whose layers differ in their activations")
@@ -271,6 +297,12 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
         return directions(layer.get_weights())
 
     options: dict[str, dict[str, Any]] = {}
+    dropped: dict[str, bool] = {}  # in the order found
+    if isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"from_keras: expected layers or a list of arrays, got the path {os.fspath(source)}: "
+            "keras.models.load_model reads it"
+        )
     if hasattr(source, "get_weights"):
         source = [source]
     if isinstance(source, Sequence) and source and all(hasattr(layer, "get_weights") for layer in source):
@@ -281,7 +313,18 @@ def from_keras(source: Any, *, batch_first: bool | None = None) -> LSTM:
         raise TypeError(f"from_keras: expected layers or a list of arrays, got {type(source).__name__}")
     found = options.get("all", {})
     time_major = found.pop("time_major", False)
-    return read.layer(stack, not time_major if batch_first is None else batch_first, **found)
+    given = {"gate_activation": gate_activation, "cell_activation": cell_activation}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items() if found else ():
+        if activation_text(*(found | {name: value}).values()) != activation_text(*found.values()):
+            raise read.refuse(f"{name}: expected None or that of the layer, {found[name]!r}, got {value!r}")
+    made = read.layer(stack, not time_major if batch_first is None else batch_first, **found | given)
+    if dropped:
+        warnings.warn(
+            f"from_keras: {', '.join(dropped)}: left out, so the new layer has Keras' values in inference only",
+            stacklevel=2,
+        )
+    return made
 
 
 def to_keras(layer: LSTM | nn.LSTM) -> list[list[Tensor]]:
@@ -326,9 +369,6 @@ def to_keras(layer: LSTM | nn.LSTM) -> list[list[Tensor]]:
     return stack
 
 
-Arrays = Mapping[str, Any]
-
-
 def from_tensorflow(
     cells: Arrays | Sequence[Arrays],
     *,
@@ -370,15 +410,17 @@ def from_tensorflow(
                 (
                     k
                     for k in sorted(known, key=len, reverse=True)
-                    if f"/{full.split(':')[0]}".endswith(f"/{k}")
+                    if f"/{str(full).split(':')[0]}".endswith(f"/{k}")
                 ),
                 None,
             )
             if name is None:
                 raise read.refuse(f"{full}: expected variables named {', '.join(sorted(known))}")
+            if name in named:
+                raise read.refuse(f"{full}: expected the variables of one cell, got a second {name}")
             named[name] = value
         if "kernel" not in named:
-            raise read.refuse(f"expected a variable named kernel, got {', '.join(cell) or 'none'}")
+            raise read.refuse(f"expected a variable named kernel, got {', '.join(map(str, cell)) or 'none'}")
         found = read.joint(
             named["kernel"],
             named.get("bias"),
@@ -394,8 +436,11 @@ def from_tensorflow(
             found.peepholes = i, f, o
         return read.with_forget_bias(found, forget_bias)
 
-    there = [cells] if isinstance(cells, Mapping) else cells
-    back = [backward] if isinstance(backward, Mapping) else backward
+    def stacked(given: Any, what: str) -> list[Arrays]:
+        return [read.named(cell, what) for cell in (given if isinstance(given, Sequence) else [given])]
+
+    there = stacked(cells, "cells")
+    back = None if backward is None else stacked(backward, "backward")
     if back is not None and len(back) != len(there):
         raise read.refuse(
             f"backward: expected as many cells as there are forward, {len(there)}, got {len(back)}"
@@ -468,6 +513,10 @@ def _jax_cell(params: Any) -> Direction:
         W, U = (read.array(cell[name], name, None, None) for name in ("weight_ih", "weight_hh"))
         return read.matrices(W.T, U.T, cell.get("bias"), ("weight_ih", "weight_hh", "bias"))
 
+    for name in FLAX:
+        if "kernel" not in read.named(cell[name], name):
+            raise read.refuse(f"{name}: expected a kernel, got {', '.join(map(str, cell[name])) or 'none'}")
+
     def joined(side: str) -> Tensor:
         kernels = [read.array(cell[f"{side}{g}"]["kernel"], f"{side}{g}/kernel", None, None) for g in "ifgo"]
         if len({k.shape for k in kernels}) != 1:
@@ -477,7 +526,7 @@ def _jax_cell(params: Any) -> Direction:
     U = joined("h")
     biases = [cell[f"h{g}"].get("bias") for g in "ifgo"]
     b = None
-    if all(bias is not None for bias in biases):
+    if any(bias is not None for bias in biases):
         b = torch.cat(
             [read.array(bias, f"h{g}/bias", U.size(0)) for g, bias in zip("ifgo", biases, strict=True)]
         )
@@ -501,7 +550,7 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
     """
     read = Source("from_haste", "igfo")
     names = ("kernel", "recurrent_kernel", "bias")
-    missing = [name for name in names if name not in arrays]
+    missing = [name for name in names if name not in read.named(arrays, "arrays")]
     if missing:
         raise read.refuse(f"expected {', '.join(names)}, got none of {', '.join(missing)}")
     kernel, recurrent, bias = (arrays[name] for name in names)
@@ -526,7 +575,7 @@ def from_mlx(source: Any, *, batch_first: bool = True) -> LSTM:
     read = Source("from_mlx", "ifgo")
 
     def direction(one: Any) -> Direction:
-        arrays = one if isinstance(one, Mapping) else one.parameters()
+        arrays = read.named(one.parameters() if hasattr(one, "parameters") else one, "source")
         missing = [name for name in ("Wx", "Wh") if name not in arrays]
         if missing:
             raise read.refuse(f"expected Wx and Wh, got none of {', '.join(missing)}")

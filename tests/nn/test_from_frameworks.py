@@ -57,6 +57,14 @@ class LSTM(Layer):
     pass
 
 
+class LSTMCell(Layer):
+    pass
+
+
+class RNN(Layer):
+    pass
+
+
 def imported(case: dict[str, Any]) -> lstm_ext.LSTM:
     function, source = getattr(lstm_ext, case["function"]), case["source"]
     if case["function"] == "from_onnx":
@@ -303,9 +311,22 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
             "go_backwards=True: this layer has not that",
         ),
         (
-            lambda: lstm_ext.from_keras(LSTM(KERAS, dropout=0.5)),
+            lambda: lstm_ext.from_keras(RNN(KERAS, cell=LSTMCell([]))),
             ValueError,
-            "dropout=0.5: this layer has not that",
+            "expected layers of the class LSTM, got RNN of LSTMCell: from_keras takes the get_weights() of one",
+        ),
+        *[
+            (
+                lambda path=path: lstm_ext.from_keras(path),
+                TypeError,
+                "from_keras: expected layers or a list of arrays, got the path abc: keras.models.load_model reads it",
+            )
+            for path in ("abc", Path("abc"))
+        ],
+        (
+            lambda: lstm_ext.from_keras(LSTM(KERAS), gate_activation="hard_sigmoid"),
+            ValueError,
+            "from_keras: gate_activation: expected None or that of the layer, 'sigmoid', got 'hard_sigmoid'",
         ),
         (
             lambda: lstm_ext.from_keras(
@@ -323,6 +344,11 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
             lambda: lstm_ext.from_tensorflow({"bias": b}),
             ValueError,
             "expected a variable named kernel, got bias",
+        ),
+        (
+            lambda: lstm_ext.from_tensorflow({"cell_0/kernel": W, "cell_1/kernel": W}),
+            ValueError,
+            "cell_1/kernel: expected the variables of one cell, got a second kernel",
         ),
         (
             lambda: lstm_ext.from_tensorflow(TF | {"gamma": b}),
@@ -351,6 +377,16 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
             "expected hi, hf, hg and ho of one shape",
         ),
         (
+            lambda: lstm_ext.from_jax(FLAX | {"hg": {"scale": W}}),
+            ValueError,
+            "from_jax: hg: expected a kernel, got scale",
+        ),
+        (
+            lambda: lstm_ext.from_jax(FLAX | {"hi": FLAX["hi"] | {"bias": array(H)}}),
+            TypeError,
+            "from_jax: hf/bias: expected an array, got NoneType",
+        ),
+        (
             lambda: lstm_ext.from_haste({"kernel": W}),
             ValueError,
             "from_haste: expected kernel, recurrent_kernel, bias, got none of recurrent_kernel, bias",
@@ -366,6 +402,38 @@ def test_bad_input_is_named(call: Any, error: type[Exception], text: str) -> Non
 
 
 IMPORTERS = [name for name in lstm_ext.__all__ if name.startswith("from_") and name != "from_gates"]
+NO_SOURCES = (
+    5, None, b"abc", "", "abc", Path("abc"), [5], [None], [{}], {1: 2}, {"Wx": 5, "Wh": []}, object(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_what_is_no_source_is_named(name: str) -> None:
+    for source in NO_SOURCES:
+        of_files = (OSError,) if name == "from_onnx" and isinstance(source, (str, Path)) else ()
+        with pytest.raises((TypeError, ValueError, *of_files)) as caught:
+            getattr(lstm_ext, name)(source)
+        assert str(caught.value).startswith(f"{name}: ") or isinstance(caught.value, of_files), source
+
+
+def test_keras_activations_of_arrays() -> None:
+    """They are in none of the arrays; those of a layer may be said again."""
+    functions = {"gate_activation": "hard_sigmoid", "cell_activation": "relu"}
+    layer = lstm_ext.from_keras(KERAS, **functions)
+    expected = lstm_ext.LSTM(I, H, batch_first=True, **functions)
+    expected.load_state_dict(layer.state_dict())
+    x = array(2, 5, I)
+    assert torch.equal(layer(x)[0], expected(x)[0])
+    assert not torch.equal(layer(x)[0], lstm_ext.from_keras(KERAS)(x)[0])
+    lstm_ext.from_keras(LSTM(KERAS, activation="linear"), cell_activation=("affine", 1.0, 0.0))
+
+
+def test_dropout_of_keras_is_left_out_with_a_warning() -> None:
+    text = r"^from_keras: dropout=0.5, recurrent_dropout=0.25: left out, so the new layer has"
+    with pytest.warns(UserWarning, match=text) as caught:
+        layer = lstm_ext.from_keras(LSTM(KERAS, dropout=0.5, recurrent_dropout=0.25))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert not layer.dropout and torch.equal(layer.weight_hh_l0, lstm_ext.from_keras(KERAS).weight_hh_l0)
 
 
 ARRAYS: dict[str, Any] = {
