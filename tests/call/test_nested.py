@@ -133,7 +133,9 @@ def test_a_frozen_layer_and_autocast():
         assert module(x)[0].dtype == packed.data.dtype
         # A sequence without a step keeps its state, in the dtype of the others: with a projection h is in 16 bits.
         hx = torch.randn(1, len(LENGTHS), 5), torch.randn(1, len(LENGTHS), 40)
-        for state, initial in zip(lstm_ext.LSTM(I, 40, proj_size=5)(x, hx)[1], hx, strict=True):
+        output, states = lstm_ext.LSTM(I, 40, proj_size=5)(x, hx)
+        assert states[0].dtype == output.dtype == torch.bfloat16
+        for state, initial in zip(states, hx, strict=True):
             kept = [b for b, n in enumerate(LENGTHS) if not n]
             assert kept and torch.equal(state[:, kept], initial[:, kept].to(state.dtype))
 
