@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import run
 from .call.layout import LSTMExtras
 from .layer import route
-from .layer.activations import Activation
+from .options import FunctionalOptions, signature_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,24 +27,13 @@ _Sequences = TypeVar("_Sequences", Tensor, PackedSequence)
 _States = tuple[Tensor, Tensor]
 
 
-class _Options(TypedDict, total=False):
-    """The options that have no say in the type of the results."""
+class _Options(FunctionalOptions, total=False):
+    """The keywords that have no say in the type of the results."""
 
     lengths: Tensor | Sequence[int] | None
     resets: Tensor | PackedSequence | None
     reset_state: _States | None
     mask: Tensor | None
-    recurrent_dropout: float
-    weight_dropout: float
-    zoneout: float | tuple[float, float]
-    norm_weights: Sequence[Tensor] | None
-    peephole_weights: Sequence[Tensor] | None
-    cell_clip: float | None
-    coupled_gates: bool
-    gate_activation: Activation
-    cell_activation: Activation
-    preactivation_clip: float | None
-    recompute: bool
 
 
 @overload
@@ -126,19 +115,9 @@ def lstm(
     resets: Tensor | PackedSequence | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
-    recurrent_dropout: float = 0.0,
-    weight_dropout: float = 0.0,
-    zoneout: float | tuple[float, float] = 0.0,
-    norm_weights: Sequence[Tensor] | None = None,
-    peephole_weights: Sequence[Tensor] | None = None,
-    cell_clip: float | None = None,
-    coupled_gates: bool = False,
-    gate_activation: Activation = "sigmoid",
-    cell_activation: Activation = "tanh",
-    preactivation_clip: float | None = None,
-    recompute: bool = False,
     return_cell_states: bool = False,
     return_gates: bool = False,
+    **options: Any,
 ) -> Any:
     """Compute a stack of LSTM layers on a batch of sequences, with the equations of :mod:`lstm_ext.reference`.
 
@@ -160,16 +139,12 @@ def lstm(
         bidirectional: whether each layer has a second set of weights that reads time backwards.
         batch_first: the layout of ``input`` and ``output``.
         lengths, resets, reset_state, mask, return_cell_states, return_gates: as in :meth:`lstm_ext.LSTM.forward`.
-        recurrent_dropout, weight_dropout: as in :class:`lstm_ext.LSTM`; only if ``training``.
-        zoneout: as in :class:`lstm_ext.LSTM`; random only if ``training``.
-        recompute: as in :class:`lstm_ext.LSTM`.
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
             direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for layers
             without it.
         peephole_weights: the weights of peepholes, a flat sequence: for each layer, and in it for each direction,
             ``weight_ci``, ``weight_cf``, ``weight_co``, (H) each. None for layers without them.
-        cell_clip, coupled_gates, gate_activation, cell_activation, preactivation_clip: as in
-            :class:`lstm_ext.LSTM`.
+        options: the others are those of :class:`lstm_ext.LSTM`; masks are random only if ``training``.
 
     Returns:
         ``(output, (h_n, c_n))``: output (T, B, D * P), or (B, T, D * P) with ``batch_first``; h_n (L * D, B,
@@ -192,21 +167,14 @@ def lstm(
         training,
         bidirectional,
         batch_first,
-        recurrent_dropout=recurrent_dropout,
-        weight_dropout=weight_dropout,
-        zoneout=zoneout,
-        norm_weights=norm_weights,
-        peephole_weights=peephole_weights,
-        cell_clip=cell_clip,
-        coupled_gates=coupled_gates,
-        gate_activation=gate_activation,
-        cell_activation=cell_activation,
-        preactivation_clip=preactivation_clip,
-        recompute=recompute,
         lengths=lengths,
         resets=resets,
         reset_state=reset_state,
         mask=mask,
         return_cell_states=return_cell_states,
         return_gates=return_gates,
+        **options,
     )
+
+
+lstm.__signature__ = signature_of(lstm, FunctionalOptions, "return_cell_states")  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layer.tracing import is_zero
-from .arguments import StackOptions
+from .arguments import Requested
 
 __all__ = [
     "autocast_dtype",
@@ -65,7 +65,7 @@ def to_dtype(
     return cast(input), cast(h0), cast(c0), [[cast(w) for w in layer] for layer in weights]
 
 
-def options_in_autocast(options: StackOptions, dtype: torch.dtype) -> StackOptions:
+def options_in_autocast(options: Requested, dtype: torch.dtype) -> Requested:
     reset_h, reset_c = [
         x if x is None or not _is_cast(x) else x.to(dtype) for x in (options.reset_h, options.reset_c)
     ]

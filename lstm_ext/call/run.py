@@ -14,24 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layer import route
-from ..layer.activations import Activation
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
+from ..options import OPTIONS, CellParameters, checked, requested, unexpected_argument
 from . import measured
-from .arguments import (
-    CELL_PARAMETERS,
-    CallOptions,
-    CellParameters,
-    Settings,
-    Stack,
-    StackOptions,
-    any_requested,
-    stack_options,
-)
+from .arguments import CallOptions, Requested, Stack, any_requested, request
 from .autocast import autocast_dtype
 from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
+from .torchs_operator import PlainStack
 from .torchs_operator import lstm as lstm_by_torch
 
 __all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
@@ -45,7 +37,7 @@ def run(
     h0: Tensor | None,
     c0: Tensor | None,
     layout: Layout,
-    options: StackOptions | None,
+    options: Requested | None,
 ) -> Any:
     """Compute, and give the results in the user's layout.
 
@@ -73,8 +65,7 @@ def run(
         if steps is not None:
             output = steps.restored(output, 0)
             extras = None if extras is None else extras.map(lambda values: steps.restored(values, 1))
-    requested = options.return_cell_states or options.return_gates
-    return layout.restored(output, h_n, c_n, extras if requested else None)
+    return layout.restored(output, h_n, c_n, extras if options.returns_extras else None)
 
 
 def _layers(
@@ -85,7 +76,7 @@ def _layers(
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
-    options: StackOptions | None,
+    options: Requested | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """By torch's own operator, if plain layers run on it here, else layer by layer."""
     autocast = autocast_dtype(x) if any_autocast() else None
@@ -113,7 +104,7 @@ def _run_padded(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    options: StackOptions,
+    options: Requested,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras]:
     """Padded input with known lengths: the rows that count are packed, and written back to their places."""
     rows = options.padded
@@ -158,21 +149,13 @@ def lstm(
     training: bool,
     bidirectional: bool,
     batch_first: bool,
-    *,
-    recurrent_dropout: float,
-    weight_dropout: float,
-    zoneout: float | tuple[float, float],
-    norm_weights: Sequence[Tensor] | None,
-    peephole_weights: Sequence[Tensor] | None,
-    cell_clip: float | None,
-    coupled_gates: bool,
-    gate_activation: Activation,
-    cell_activation: Activation,
-    preactivation_clip: float | None,
-    recompute: bool,
-    **call_options: Any,
+    **keywords: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function; ``call_options`` are those of `CallOptions`."""
+    """``functional.lstm`` for a given layer function."""
+    call_options = CallOptions(
+        *[keywords.pop(name, default) for name, default in CallOptions._field_defaults.items()]
+    )
+    given, cell_weights = _options_of(keywords, bias)
     num_layers = operator.index(
         num_layers
     )  # one number to a compiler, which may take an int for one that changes
@@ -204,37 +187,38 @@ def lstm(
     h0, c0 = _check_hx(hx, data, sets, batch, hidden_size, state_size)
     if packed and h0 is None and torch.compiler.is_compiling():
         h0, c0 = zero_states(x, shapes)
-    stack = Settings(
-        bias,
-        num_layers,
-        dropout,
-        training,
-        bidirectional,
-        recurrent_dropout,
-        weight_dropout,
-        zoneout,
-        norm_weights is not None,
-        peephole_weights is not None,
-        cell_clip,
-        coupled_gates,
-        gate_activation,
-        cell_activation,
-        preactivation_clip,
-        recompute,
-    )
-    given = CallOptions(**call_options)
-    asked = given if given.given() else None
-    requested = any_requested(stack, asked)
-    parameters = {}
-    for name, cell_weights in (("norm", norm_weights), ("peephole", peephole_weights)):
-        if cell_weights is not None:
-            parameters[name] = _split_parameters(
-                CELL_PARAMETERS[name], cell_weights, data, bias, num_layers, bidirectional, hidden_size
-            )
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
-    options = stack_options(stack, parameters, x, layout, shapes, asked) if requested else None
+    stack = PlainStack(bias, num_layers, dropout, training, bidirectional)
+    asked = call_options if call_options.given() else None
+    parameters = {
+        added.field: _split_parameters(added, tensors, data, bias, num_layers, bidirectional, hidden_size)
+        for added, tensors in cell_weights
+    }
+    options = None
+    if any_requested(given, asked):
+        options = request(stack, given, parameters, x, layout, shapes, asked)
     return run(stack, layer, layers, x, h0, c0, layout, options)
+
+
+def _options_of(
+    keywords: dict[str, Any], bias: bool
+) -> tuple[dict[str, Any] | None, list[tuple[CellParameters, Sequence[Tensor]]]]:
+    """The options that these keywords request, checked, and the parameters among them, which are not."""
+    given: dict[str, Any] = {}
+    cell_weights = []
+    for name, option in OPTIONS.items():
+        if (added := option.parameters) is not None:
+            tensors = keywords.pop(added.keyword, None)
+            if tensors is not None:
+                given[name] = True
+                cell_weights.append((added, tensors))
+        elif option.call and name in keywords:
+            given[name] = keywords.pop(name)
+    for name in keywords:
+        known = [o.parameters.keyword if o.parameters else n for n, o in OPTIONS.items() if o.call]
+        raise unexpected_argument("lstm()", name, [*known, *CallOptions._fields])
+    return requested(checked(given, {}, bias)) if given else None, cell_weights
 
 
 _LAYOUT = {False: "(time, batch, features)", True: "(batch, time, features)"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layer.layer_call import PLAIN, LayerCall, LayerFunction
-from .arguments import Stack, StackOptions
+from .arguments import Requested, Stack
 from .autocast import options_in_autocast, result_dtypes, to_dtype
 from .layout import LSTMExtras
 
@@ -28,7 +28,7 @@ def run_stack(
     h0: Tensor | None,
     c0: Tensor | None,
     batch_sizes: Tensor | None,
-    options: StackOptions | None,
+    options: Requested | None,
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMExtras | None]:
     """Run the layers; one entry of ``weights`` per layer. Checks nothing. ``autocast`` is `autocast_dtype` of the call.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .cell import LSTMCell
-from .lstm import LSTM, options_of
+from .lstm import LSTM
 from .torchs import (
     PatchedLSTM,
     PatchedLSTMCell,
@@ -135,7 +135,7 @@ def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], func
     if _SAME.get(type(module), type(module)) is not source:
         raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
 
-    options = options_of(module) if source is LSTM else []
+    options = module._given if source is LSTM else []
     if options:
         raise refuse(_HAS_OPTIONS.format(", ".join(options)))
 
@@ -412,8 +412,8 @@ def _new_class(
                 f"; remove its parametrizations, {'convert' if to_ours else 'revert'}, and set them again"
             )
         return None, f"a subclass of {_NAMES[source]}, whose own behaviour might be lost{way_out}"
-    if source is LSTM and options_of(module):
-        return None, _HAS_OPTIONS.format(", ".join(options_of(module)))
+    if source is LSTM and module._given:
+        return None, _HAS_OPTIONS.format(", ".join(module._given))
     replaced = _replaced_methods(module, source)
     if replaced:
         return None, f"{', '.join(replaced)} is replaced on the instance"

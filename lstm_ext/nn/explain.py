@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..call import measured
-from ..call.arguments import CELL_OPTIONS
 from ..layer import first_use, route
 from ..native import config, cuda, loader
+from ..options import OPTIONS
 from .cell import LSTMCell
-from .lstm import LSTM, options_of
+from .lstm import LSTM
 
 __all__ = ["explain", "explain_data"]
 
@@ -177,7 +177,7 @@ def _device(
 def _is_measured(module: nn.Module) -> bool:
     """Whether torch's operator or a kernel computes plain calls, whichever was faster."""
     plain = isinstance(module, LSTMCell) or (
-        isinstance(module, LSTM) and not module.frozen and not set(options_of(module)) - {"forget_bias"}
+        isinstance(module, LSTM) and not module.frozen and not module._requested
     )
     return plain and not cuda.is_requested()
 
@@ -200,10 +200,13 @@ def _choice(
     return choices.get(shape.key)
 
 
+def _options(module: nn.Module) -> list[str]:
+    """Those that change a call."""
+    return list(module._requested or ()) if isinstance(module, LSTM) else []
+
+
 def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
-    options = (
-        [name for name in options_of(module) if name != "forget_bias"] if isinstance(module, LSTM) else []
-    )
+    options = _options(module)
     if loader.wants_equations() or options:
         reasons = [f"torch's operator has no {', '.join(options)}"] if options else []
         return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [reason, *reasons]}
@@ -244,7 +247,7 @@ def _on_cuda(
             tf32=dtype == torch.float32 and measured.allows_tf32(),
             projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
-            cell_options=isinstance(module, LSTM) and not set(CELL_OPTIONS).isdisjoint(options_of(module)),
+            cell_options=any(OPTIONS[name].cell for name in _options(module)),
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=config.requested_cuda_kernel(),
@@ -344,4 +347,4 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether it is a layer that `route.prefers_torch` may give to torch's operator."""
     if not isinstance(module, LSTM) or module.frozen or module.bidirectional or module.proj_size:
         return False
-    return not set(options_of(module)) - {"forget_bias"}
+    return not module._requested

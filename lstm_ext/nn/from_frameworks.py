@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layer.activations import Activation, activation_text, split_text
 from .frozen import freeze
-from .lstm import LSTM, activations_of, options_of
+from .lstm import LSTM, activations_of
 
 __all__ = [
     "Direction",
@@ -345,7 +345,7 @@ def to_keras(layer: LSTM | nn.LSTM) -> list[list[Tensor]]:
     if not isinstance(layer, nn.RNNBase) or layer.mode != "LSTM":
         raise TypeError(f"to_keras: expected an LSTM, got {type(layer).__name__}")
     ours = {"gate_activation", "cell_activation", "forget_bias", "recompute"}
-    unknown = [name for name in options_of(layer) if name not in ours] if isinstance(layer, LSTM) else []
+    unknown = [name for name in layer._given if name not in ours] if isinstance(layer, LSTM) else []
     if isinstance(layer, LSTM):
         gate, candidate, output = split_text(activations_of(layer))
         unknown += ["two cell_activations"] if candidate != output else []

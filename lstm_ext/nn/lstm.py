@@ -10,19 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..call.arguments import (
-    CELL_PARAMETERS,
-    CallOptions,
-    CellParameters,
-    any_requested,
-    clip,
-    flag,
-    forget_bias_value,
-    probability,
-    refuse_combinations,
-    stack_options,
-    zoneout_pair,
-)
+from ..call.arguments import CallOptions, any_requested, request
 from ..call.layout import (
     BATCH_FIRST,
     STEP,
@@ -36,10 +24,19 @@ from ..call.layout import (
 )
 from ..call.run import run, zero_states
 from ..layer import route
-from ..layer.activations import Activation, activation_text
+from ..layer.activations import activation_text
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import is_jit_tracing, is_zero, leaf_of_graph
 from ..native import loader
+from ..options import (
+    OPTIONS,
+    CellParameters,
+    HasOptions,
+    LayerArguments,
+    described,
+    signature_of,
+    unexpected_argument,
+)
 from .mistakes import batched_states, explain, unpack_hx
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 from .tools import KnownToTools, typed_like
@@ -54,11 +51,14 @@ _NO_TRACE = (
     "not have (options of the layer, further arguments, step()): use torch.export, or lstm_ext.onnx for ONNX"
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _Sequences = TypeVar("_Sequences", Tensor, PackedSequence)
 _States = tuple[Tensor, Tensor]
 
 
-class LSTM(KnownToTools, ScriptedLSTM):
+class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
     """A stack of LSTM layers, with the interface, parameters and initial weights of :class:`torch.nn.LSTM`.
 
     :mod:`lstm_ext.reference` has the equations. T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden
@@ -82,26 +82,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         bidirectional: whether each layer also reads time backwards.
         proj_size: if positive, h is projected to this size (https://arxiv.org/abs/1402.1128).
         device, dtype: those of the parameters.
-        recurrent_dropout: probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in
-            training mode. A sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).
-        weight_dropout: probability of zeroing an element of ``weight_hh``, in training mode: one mask for a call, each
-            layer and direction its own; the other elements are scaled by 1 / (1 - p).
-        zoneout: probability of keeping an element of the previous state: a number for h, or a pair for h and c. In
-            evaluation mode the states are mixed in that proportion.
-        layer_norm: whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.
-        peephole: whether i and f also see c_{t-1}, and o sees c_t, each unit its own.
-        cell_clip: a bound of abs(c_t), applied before anything sees c_t; None for none.
-        coupled_gates: whether f = 1 - i. The rows of f stay in the weights and get zero gradients.
-        gate_activation: the function of i, f and o: a name, or a tuple of a name and its numbers, as in
-            ``("hard_sigmoid", 0.2, 0.5)``. The names are those of ONNX's LSTM: ``sigmoid``, ``tanh``, ``affine``
-            (alpha z + beta; 1, 0), ``relu``, ``leaky_relu`` (alpha; 0.01), ``thresholded_relu`` (alpha; 1), ``elu``
-            (alpha; 1), ``scaled_tanh`` (alpha tanh(beta z); 1, 1), ``hard_sigmoid`` (alpha z + beta in [0, 1]; 0.2,
-            0.5), ``softsign``, ``softplus``; and ``identity``.
-        cell_activation: the function of g and of c_t in h_t; or a pair of functions, first that of g.
-        preactivation_clip: a bound of what the functions of the four gates take, peepholes included; None for none.
-        forget_bias: initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of
-            ``bias_hh`` to 0. None for an initial value like all others.
-        recompute: whether to save c_t but no gates for the backward pass, which recomputes the gates.
+        {options}
 
     :mod:`lstm_ext.reference` has the equations of the options and of the arguments of :meth:`forward` after ``hx``,
     with sources. All options run on the kernels wherever the plain layer does, alone and together. But ``layer_norm``
@@ -120,21 +101,6 @@ class LSTM(KnownToTools, ScriptedLSTM):
             arguments, for options that exclude each other, and for ``forget_bias`` with ``bias=False``.
     """
 
-    # These are attributes of the class, so that a layer without options has the same instance attributes as torch's,
-    # and a layer that was pickled before these options existed has them too.
-    # An int 0, because with dynamic=True dynamo treats a float of a class as a number that may change.
-    recurrent_dropout: float = 0
-    weight_dropout: float = 0
-    zoneout: float | tuple[float, float] = 0
-    layer_norm: bool = False
-    peephole: bool = False
-    cell_clip: float | None = None
-    coupled_gates: bool = False
-    gate_activation: Activation = "sigmoid"
-    cell_activation: Activation = "tanh"
-    preactivation_clip: float | None = None
-    forget_bias: float | None = None
-    recompute: bool = False
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
     frozen: Sequence[LayerOptions] = ()
     native_options: list[Any] | None = None  # these in the extension's form
@@ -151,20 +117,10 @@ class LSTM(KnownToTools, ScriptedLSTM):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
-        *,
-        recurrent_dropout: float = 0.0,
-        weight_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        layer_norm: bool = False,
-        peephole: bool = False,
-        cell_clip: float | None = None,
-        coupled_gates: bool = False,
-        gate_activation: Activation = "sigmoid",
-        cell_activation: Activation = "tanh",
-        preactivation_clip: float | None = None,
-        forget_bias: float | None = None,
-        recompute: bool = False,
+        **options: Unpack[LayerArguments],
     ) -> None:
+        for name in options.keys() - OPTIONS.keys():
+            raise unexpected_argument("LSTM.__init__()", name, _SIGNATURE.parameters)
         # Called by name: in a subclass of torch's layer too, the next class would be torch.nn.LSTM.
         nn.RNNBase.__init__(
             self,
@@ -180,35 +136,11 @@ class LSTM(KnownToTools, ScriptedLSTM):
             device=device,
             dtype=dtype,
         )
-        self._layer_names = self._group_names()
-        if probability("recurrent_dropout", recurrent_dropout):
-            self.recurrent_dropout = float(recurrent_dropout)
-        if probability("weight_dropout", weight_dropout):
-            self.weight_dropout = float(weight_dropout)
-        zoneout_h, zoneout_c = zoneout_pair(zoneout)
-        if zoneout_h or zoneout_c:
-            self.zoneout = (zoneout_h, zoneout_c) if zoneout_c else zoneout_h
-        if flag("recompute", recompute):
-            self.recompute = True
-        if bound := clip("cell_clip", cell_clip):
-            self.cell_clip = bound
-        if flag("coupled_gates", coupled_gates):
-            self.coupled_gates = True
-        if activation_text(gate_activation, cell_activation):
-            self.gate_activation, self.cell_activation = gate_activation, cell_activation
-        if bound := clip("preactivation_clip", preactivation_clip):
-            self.preactivation_clip = bound
-        refuse_combinations(flag("layer_norm", layer_norm), flag("peephole", peephole), coupled_gates)
-        if forget_bias is not None:
-            if coupled_gates:
-                raise ValueError("forget_bias: has no effect together with coupled_gates=True")
-            self.forget_bias = forget_bias_value(forget_bias, self.bias)
-        if layer_norm:
-            self.layer_norm = True
-        if peephole:
-            self.peephole = True
+        if options:
+            self._set_options(options)
         for name, size, _ in self._cell_parameters():
             self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        self._layer_names = self._group_names()
         self._reset_options()
 
     def _names_of(self, parameters: CellParameters) -> list[list[str]]:
@@ -223,19 +155,30 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def _cell_parameters(self) -> list[tuple[str, int, float]]:
         """The names, sizes and initial values of the parameters of the cells that the options add."""
         found = []
-        for parameters in CELL_PARAMETERS.values():
-            if not getattr(self, parameters.option):
-                continue
-            for names in self._names_of(parameters):
+        for option in self._given:
+            parameters = OPTIONS[option].parameters
+            for names in self._names_of(parameters) if parameters else ():
                 for name, kind in zip(names, itertools.cycle(parameters.kinds(self.bias)), strict=False):
                     size = parameters.sizes[kind] * self.hidden_size
-                    found.append((name, size, parameters.initial.get(kind, 0.0)))
+                    found.append((name, size, 0.0 if kind.startswith("bias") else parameters.initial))
         return found
+
+    def _refuse_late(self, name: str) -> None:
+        parameters = OPTIONS[name].parameters
+        if (
+            "_layer_names" in self.__dict__
+            and parameters
+            and self._names_of(parameters)[0][0] not in self._parameters
+        ):
+            raise ValueError(
+                f"{name}: expected from the beginning, since it adds parameters: make a new layer"
+            )
 
     def reset_parameters(self) -> None:
         """Initialise all parameters, as ``torch.nn.LSTM`` does, then those that the options set."""
         super().reset_parameters()
-        self._reset_options()
+        if "_layer_names" in self.__dict__:  # the constructor has come so far
+            self._reset_options()
 
     def _reset_options(self) -> None:
         for name, _, initial in self._cell_parameters():
@@ -250,10 +193,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in _OPTIONS:
-            if name in self.__dict__:
-                text += f", {name}={getattr(self, name)}"
-        return text
+        return text + "".join([f", {name}={value}" for name, value in self._given.items()])
 
     def _group_names(self) -> tuple[tuple[str, ...], ...]:
         """The names of the parameters, one tuple per layer."""
@@ -453,12 +393,9 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if self.training:
             if self.dropout > 0:
                 self._refuse_random_step("dropout")
-            if self.recurrent_dropout and probability("recurrent_dropout", self.recurrent_dropout) > 0:
-                self._refuse_random_step("recurrent_dropout")
-            if self.weight_dropout and probability("weight_dropout", self.weight_dropout) > 0:
-                self._refuse_random_step("weight_dropout")
-            if self.zoneout and max(zoneout_pair(self.zoneout)) > 0:
-                self._refuse_random_step("zoneout")
+            for name in self._requested or ():
+                if OPTIONS[name].random:
+                    self._refuse_random_step(name)
         if not isinstance(x_t, Tensor):
             raise TypeError(f"LSTM.step: expected x_t to be a Tensor, got {type(x_t).__name__}")
         rank = x_t.dim()
@@ -485,7 +422,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if is_jit_tracing():
             return self._traced(input, hx, layout, call_options)
         weights = self._weights_by_layer()
-        requested = any_requested(self, call_options)
+        requested = any_requested(self._requested, call_options)
         if not requested and layout.code >= 0:
             results = route.plain_layers(self, weights, input, hx, layout.code)
             if results is not None:
@@ -524,22 +461,23 @@ class LSTM(KnownToTools, ScriptedLSTM):
         if requested:
             for layer_weights in weights:
                 route.refuse_none(layer_weights)
-            options = stack_options(self, self._cell_weights(), x, layout, state_shapes, call_options)
+            options = request(
+                self, self._requested, self._cell_weights(), x, layout, state_shapes, call_options
+            )
         return run(self, route.lstm_layer, weights, x, h0, c0, layout, options)
 
     def _cell_weights(self) -> dict[str, Sequence[Sequence[Tensor]]]:
         """The present parameters of the cells, by the field of `LayerOptions`, one list per layer."""
         found: dict[str, Sequence[Sequence[Tensor]]] = {}
-        if self.layer_norm is False and self.peephole is False:
-            return found
-        for field, parameters in CELL_PARAMETERS.items():
-            if not flag(parameters.option, getattr(self, parameters.option)):
+        for option in self._requested or ():
+            parameters = OPTIONS[option].parameters
+            if parameters is None:
                 continue
             names = self._names_of(parameters)
             for name in [name for layer in names for name in layer]:
                 if getattr(self, name) is None:
                     raise TypeError(f"LSTM: {name} is None, expected a Tensor")
-            found[field] = [[getattr(self, name) for name in layer] for layer in names]
+            found[parameters.field] = [[getattr(self, name) for name in layer] for layer in names]
         return found
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
@@ -571,7 +509,7 @@ class LSTM(KnownToTools, ScriptedLSTM):
     def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions | None) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
         is_step = layout is STEP or layout is UNBATCHED_STEP
-        if is_step or call_options is not None or options_of(self):
+        if is_step or call_options is not None or self._given:
             raise RuntimeError(_NO_TRACE)
         return _torchs_forward(self, input, hx)  # type: ignore[call-overload]
 
@@ -579,55 +517,46 @@ class LSTM(KnownToTools, ScriptedLSTM):
         return _torchs
 
     def _refuse_replacement(self) -> None:
-        if options_of(self):
+        if self._given:
             raise TypeError(
-                f"lstm_ext.LSTM: it has what torch.nn.LSTM does not have: {', '.join(options_of(self))}; no other "
+                f"lstm_ext.LSTM: it has what torch.nn.LSTM does not have: {', '.join(self._given)}; no other "
                 "layer can take its place"
             )
 
     def __prepare_scriptable__(self) -> LSTM:
         # torch.jit.script calls this hook before it compiles a module or a module inside one. The result stays in the
         # user's model, so it is the layer itself.
-        refuse_scripting(self, LSTM, options_of(self))
+        refuse_scripting(self, LSTM, list(self._given))
         prepare_to_compile(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("_layer_names", None)
+        for name in ("_layer_names", "_requested"):
+            state.pop(name, None)
         return state
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        super().__setstate__(d)
+        # An older state has each option as an attribute.
+        given = {**d.get("_given", {}), **{name: d[name] for name in OPTIONS if name in d}}
+        super().__setstate__(
+            {name: value for name, value in d.items() if name != "_given" and name not in OPTIONS}
+        )
+        self._set_options(given)
         self._layer_names = self._group_names()
-        for parameters in CELL_PARAMETERS.values():
-            option, names = parameters.option, self._names_of(parameters)[0]
-            if not getattr(self, option) and all([name in self._parameters for name in names]):
+        for name, option in OPTIONS.items():
+            names = (
+                self._names_of(option.parameters)[0] if option.parameters and name not in self._given else ()
+            )
+            if names and all([n in self._parameters for n in names]):
                 raise RuntimeError(
-                    f"LSTM: the state has parameters of {parameters.name} ({names[0]}, ...) and no {option}=True: it "
-                    f"would be loaded as a layer without it. Set {option} in the state, or take these parameters out"
+                    f"LSTM: the state has parameters of {option.parameters.name} ({names[0]}, ...) and no {name}=True: "
+                    f"it would be loaded as a layer without it. Set {name} in the state, or take these parameters out"
                 )
 
 
-_OPTIONS = (
-    "recurrent_dropout",
-    "weight_dropout",
-    "zoneout",
-    "layer_norm",
-    "peephole",
-    "cell_clip",
-    "coupled_gates",
-    "gate_activation",
-    "cell_activation",
-    "preactivation_clip",
-    "forget_bias",
-    "recompute",
-)
-
-
-def options_of(module: LSTM) -> list[str]:
-    """The names of the options that this layer uses and ``torch.nn.LSTM`` does not have."""
-    return [name for name in _OPTIONS if getattr(module, name) != getattr(LSTM, name)]
+LSTM.__doc__ = described(LSTM.__doc__)
+_SIGNATURE = LSTM.__init__.__signature__ = signature_of(LSTM.__init__, LayerArguments)  # type: ignore[attr-defined]
 
 
 def activations_of(module: LSTM) -> str:

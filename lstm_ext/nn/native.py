@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.arguments import clip, flag, zoneout_pair
 from ..layer.activations import ACTIVATIONS, activation_text, split_text
-from .lstm import options_of
+from ..options import OPTIONS, zoneout_pair
 
 __all__ = ["save"]
 
@@ -32,13 +31,6 @@ _HAS_BIAS, _IS_PROJECTED, _HAS_PEEPHOLES, _HAS_LAYER_NORM, _IS_COUPLED, _HAS_ACT
 )
 _KINDS = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
-_SAVED = {
-    "zoneout", "layer_norm", "peephole", "cell_clip", "coupled_gates", "gate_activation", "cell_activation",
-    "preactivation_clip",
-}  # fmt: skip
-# They change nothing in a frozen layer.
-_OF_TRAINING = {"recurrent_dropout", "weight_dropout", "forget_bias", "recompute"}
-
 
 def save(layer: Any, path: str | os.PathLike[str]) -> None:
     """Write a FrozenLSTM into a weights file.
@@ -47,9 +39,9 @@ def save(layer: Any, path: str | os.PathLike[str]) -> None:
         ValueError: it has an option that the format does not have.
         OSError: the file cannot be written.
     """
-    unknown = set(options_of(layer)) - _SAVED - _OF_TRAINING
+    unknown = [name for name in layer._given if not OPTIONS[name].saved]
     if unknown:
-        raise ValueError(f"save_native: the file has no place for {', '.join(sorted(unknown))}")
+        raise ValueError(f"save_native: the file has no place for {', '.join(unknown)}")
     content = list(_arrays(layer))
     header = bytearray(_header(layer, sum(map(len, content))))
     checksum = zlib.crc32(header)
@@ -86,7 +78,7 @@ def _header(layer: Any, content_bytes: int) -> bytes:
 
     def bound(name: str) -> float:
         """A clip that the dtype cannot hold is the next one that it can."""
-        value = clip(name, getattr(layer, name))
+        value = getattr(layer, name)
         return min(max(value, numbers.tiny), numbers.max) if value else 0.0
 
     text = activation_text(layer.gate_activation, layer.cell_activation)
@@ -96,9 +88,9 @@ def _header(layer: Any, content_bytes: int) -> bytes:
     flags = (
         _HAS_BIAS * bool(layer.bias)
         | _IS_PROJECTED * bool(layer.proj_size)
-        | _HAS_PEEPHOLES * flag("peephole", layer.peephole)
-        | _HAS_LAYER_NORM * flag("layer_norm", layer.layer_norm)
-        | _IS_COUPLED * flag("coupled_gates", layer.coupled_gates)
+        | _HAS_PEEPHOLES * layer.peephole
+        | _HAS_LAYER_NORM * layer.layer_norm
+        | _IS_COUPLED * layer.coupled_gates
         | _HAS_ACTIVATIONS * bool(text)
     )
     return struct.pack(

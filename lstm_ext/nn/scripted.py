@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..options import OPTIONS
+
 __all__ = ["IgnoredAttributes", "ScriptedLSTM", "prepare_to_compile", "refuse_scripting"]
 
 
@@ -64,7 +66,8 @@ def _is_compiled() -> bool:
 class ScriptedLSTM(nn.RNNBase):
     """The compiled forms of ``forward``, for a tensor and for a ``PackedSequence``; errors are those of ``nn.LSTM``."""
 
-    __jit_ignored_attributes__ = IgnoredAttributes("_layer_names")
+    __jit_ignored_attributes__ = IgnoredAttributes("_layer_names", "_given", "_requested")
+    __jit_unused_properties__ = (*nn.RNNBase.__jit_unused_properties__, *OPTIONS)  # others are compiled
 
     # The methods of nn.LSTM that the compiled code calls, and that subclasses may call.
     if TYPE_CHECKING:  # torch.jit reads annotations
