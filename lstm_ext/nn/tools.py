@@ -1,7 +1,7 @@
 """Support for tools that look a layer up by its exact class, in tables that have torch's layers and not ours.
 
 Nothing here imports a tool. A layer adds itself to the tables of the loaded tools when somebody iterates over the
-modules of its model, which all of these tools do before they look.
+modules of its model, which all of these tools do before they look. Tools that cannot take our layers make a warning.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch import nn
+
+from ..native.imports import when_imported
 
 __all__ = ["KnownToTools", "typed_like"]
 
@@ -98,27 +101,61 @@ def typed_like(function: _Typed) -> Callable[[Any], _Typed]:
 
 
 # The packages of frames between the user's line and our layer; torch's functions are wrapped as deprecated.
-_IN_BETWEEN = ("torch", "typing_extensions", "warnings", "_py_warnings")
+_IN_BETWEEN = ("torch", "modelopt", "typing_extensions", "warnings", "_py_warnings")
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_about_quantization(layer: nn.Module) -> None:
-    """Warn once for the model that is being quantized, at the line that does so."""
     model, frame = layer, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _IN_BETWEEN:
+    while (outer := _outer(frame)) is not None:
         if frame.f_code.co_name == "propagate_qconfig_":
             model = frame.f_locals["module"]
-        frame = frame.f_back
+        frame = outer
+    _warn_once("torch.ao.quantization (quantize_dynamic and others)", model, frame)
+
+
+def _outer(frame: FrameType) -> FrameType | None:
+    """The frame that called this one of a tool; None for the user's."""
+    return frame.f_back if frame.f_globals.get("__name__", "").split(".")[0] in _IN_BETWEEN else None
+
+
+def _in_floating_point(tool: str, names: str = "") -> str:
+    return (
+        f"{tool} leaves the layers of lstm_ext in floating point{names and f' ({names})'}: "
+        "call lstm_ext.revert(model) before it to have them quantized"
+    )
+
+
+def _warn_once(tool: str, model: nn.Module, frame: FrameType) -> None:
+    """Warn once for the model that is being quantized, at the line that does so."""
     if model in _warned:
         return
+    layers = [name for name, m in model.named_modules() if isinstance(m, KnownToTools)]
+    if not layers:
+        return
     _warned.add(model)
-    names = ", ".join([name for name, m in model.named_modules() if name and isinstance(m, KnownToTools)])
+    while (outer := _outer(frame)) is not None:
+        frame = outer
+    names = ", ".join(filter(None, layers))
     # No registry: a model like an earlier one, from the same line, is another model and warns again.
-    warnings.warn_explicit(
-        "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point"
-        f"{names and f' ({names})'}: call lstm_ext.revert(model) before it to have them quantized",
-        UserWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-    )
+    text = _in_floating_point(tool, names)
+    warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _warn_before_modelopt(conversion: Any) -> None:
+    """Its table takes classes with torch's own ``forward``, in which it replaces functions that ours does not call."""
+    replace = getattr(conversion, "replace_quant_module", None)
+    if replace is None:  # a modelopt that does its work elsewhere
+        warnings.warn(_in_floating_point("modelopt"), UserWarning, stacklevel=2)
+        return
+
+    @functools.wraps(replace)
+    def replace_quant_module(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _warn_once("modelopt", model, sys._getframe(1))
+        return replace(model, *args, **kwargs)
+
+    conversion.replace_quant_module = replace_quant_module
+
+
+when_imported("modelopt.torch.quantization.conversion", "modelopt", _warn_before_modelopt)

@@ -6,6 +6,7 @@ The tools themselves are in `tests/compat`.
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 import types
 import warnings
@@ -16,6 +17,7 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext import reference
+from lstm_ext.nn import tools
 from lstm_ext.nn.torchs import PatchedLSTM, PatchedLSTMCell
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -185,6 +187,55 @@ def test_quantization_warns_once_a_model(action):
         ]
         assert caught[0].filename == __file__
         assert isinstance(same.lstm, lstm_ext.LSTM) and isinstance(same.cell, lstm_ext.LSTMCell)
+
+
+CONVERSION = """
+def convert_to_quantized_model(model):
+    replace_quant_module(model, version=None)
+    return model
+
+def replace_quant_module(model, version=None, registry=None):
+    model.replaced = version, registry
+"""
+
+
+@pytest.fixture
+def modelopt(tmp_path, monkeypatch):
+    """A package that has the names and the calls of NVIDIA's, and is imported after a model is converted."""
+    name = "modelopt.torch.quantization.conversion"
+    folder = tmp_path.joinpath(*name.split(".")[:-1])
+    folder.mkdir(parents=True)
+    (folder / "conversion.py").write_text(CONVERSION)
+    monkeypatch.syspath_prepend(tmp_path)
+    tools.when_imported(name, "modelopt", tools._warn_before_modelopt)
+    yield lambda: importlib.import_module(name)
+    for loaded in [n for n in sys.modules if n.partition(".")[0] == "modelopt"]:
+        del sys.modules[loaded]
+    tools.when_imported(name, "modelopt", tools._warn_before_modelopt)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_modelopt_warns_once_a_model(modelopt, fullgraph):
+    model = converted(Model(), fullgraph=fullgraph)
+    quantize = modelopt().convert_to_quantized_model
+    with pytest.warns(UserWarning) as caught:
+        assert quantize(model) is quantize(model) is model
+    assert model.replaced == (None, None)
+    assert [(w.filename, str(w.message)) for w in caught] == [
+        (
+            __file__,
+            "modelopt leaves the layers of lstm_ext in floating point (lstm, cell): "
+            "call lstm_ext.revert(model) before it to have them quantized",
+        )
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(lstm_ext.revert(converted(Model())))
+
+
+def test_a_modelopt_that_is_not_known_warns():
+    with pytest.warns(UserWarning, match="modelopt leaves the layers of lstm_ext in floating point: call"):
+        tools._warn_before_modelopt(types.ModuleType("conversion"))
 
 
 def test_static_quantization_warns_too():
