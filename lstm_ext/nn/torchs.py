@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from types import CellType, CodeType, FunctionType, TracebackType
 from typing import Any
 
@@ -114,9 +115,9 @@ class patch:
         handle = lstm_ext.patch()           # until handle.undo()
 
     A patch holds for the whole process and all its threads. It reaches code that looks the name up in ``torch.nn``. A
-    module that has done ``from torch.nn import LSTM`` before keeps torch's class. The layers stay ours when the patch
-    is undone; :func:`lstm_ext.revert` makes them torch's. While a patch holds, ``isinstance(layer, torch.nn.LSTM)`` is
-    True for torch's layers and for all of ours.
+    module that has done ``from torch.nn import LSTM`` before keeps torch's class, and one that does so while the patch
+    holds keeps ours for good. The layers stay ours when the patch is undone; :func:`lstm_ext.revert` makes them
+    torch's. While a patch holds, ``isinstance(layer, torch.nn.LSTM)`` is True for torch's layers and for all of ours.
 
     Patches may be nested, and undone in any order. torch's classes come back when all are undone.
 
@@ -124,7 +125,7 @@ class patch:
 
     Attributes:
         made: how many layers and cells were constructed while this patch held, in any thread. 0 says that the library
-            took torch's class before: convert its model.
+            took torch's class before, or builds later: convert its model. A ``with`` block gives a UserWarning then.
 
     Raises:
         RuntimeError: on undoing, other code has put another class in that place in the meantime. Then nothing is
@@ -168,6 +169,14 @@ class patch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+        if error is None and not self.made:
+            warnings.warn(
+                "patch: no torch.nn.LSTM or LSTMCell was constructed in this block: the code has taken torch's class "
+                "before, or builds its layers later. lstm_ext.convert(model) converts a model that is there, and "
+                "lstm_ext.report(model) says which layers are ours",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 _derived: dict[type[nn.Module], type[nn.Module]] = {}

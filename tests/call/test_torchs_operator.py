@@ -279,10 +279,13 @@ def test_a_compiler_sees_one_operator(config: dict[str, Any], kind: str) -> None
 
 def test_breaks_are_no_layers_of_a_patch() -> None:
     torch._dynamo.reset()
-    with lstm_ext.patch() as handle:
+    handle = lstm_ext.patch()
+    try:
         module = lstm_ext.LSTM(I, H)
         torch.compile(nn.Sequential(nn.Identity(), module), backend="eager")(torch.randn(T, B, I))
         assert handle.made == 0
+    finally:
+        handle.undo()
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

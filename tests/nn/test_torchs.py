@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -119,8 +120,8 @@ def test_what_is_neither_kind_stays():
 @pytest.mark.parametrize("made", ["convert", "patch"])
 def test_parametrized_layers_change_their_kind(made, fullgraph):
     with lstm_ext.patch():
-        module = nn.LSTM(3, 4) if made == "patch" else TORCHS[0](3, 4)
-    lstm_ext.convert(module)
+        module, torchs = nn.LSTM(3, 4), TORCHS[0](3, 4)
+    module = lstm_ext.convert(module if made == "patch" else torchs)
     parametrizations.weight_norm(module, "weight_hh_l0")
     x = torch.randn(5, 2, 3)
     expected = module(x)[0]
@@ -311,7 +312,7 @@ def test_patch_over_another_patch(monkeypatch):
 
     monkeypatch.setattr(nn, "LSTM", Theirs)
     with lstm_ext.patch():
-        assert nn.LSTM is not Theirs
+        assert isinstance(nn.LSTM(2, 3), lstm_ext.LSTM)
     assert nn.LSTM is Theirs
     handle = lstm_ext.patch()
     ours = nn.LSTM
@@ -328,7 +329,7 @@ def test_patches_of_several_threads():
     def work():
         for _ in range(200):
             with lstm_ext.patch():
-                assert issubclass(nn.LSTM, lstm_ext.LSTM)
+                assert isinstance(nn.LSTM(2, 3, device="meta"), lstm_ext.LSTM)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -359,6 +360,28 @@ def test_a_patch_counts_what_it_made():
     Theirs(2, 3)
     assert (inner.made, outer.made) == (3, 4)
     assert inspect.signature(type(model.lstm)) == inspect.signature(lstm_ext.LSTM)
+
+
+def test_a_block_that_makes_no_layer_says_so():
+    said = "no torch.nn.LSTM or LSTMCell was constructed"
+    with pytest.warns(UserWarning, match=said) as caught, lstm_ext.patch():
+        TORCHS[0](2, 3)  # of the class of before
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.patch().undo()
+        with lstm_ext.patch():
+            nn.LSTMCell(2, 3)
+        with pytest.raises(KeyError), lstm_ext.patch():
+            raise KeyError
+
+
+def test_code_that_is_imported_under_a_patch_keeps_our_class():
+    library: dict[str, type] = {}
+    handle = lstm_ext.patch()
+    exec("from torch.nn import LSTM", library)
+    handle.undo()
+    assert isinstance(library["LSTM"](2, 3), lstm_ext.LSTM) and not isinstance(nn.LSTM(2, 3), lstm_ext.LSTM)
 
 
 def test_layers_that_are_made_in_several_threads_are_all_counted():
