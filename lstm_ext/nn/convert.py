@@ -20,7 +20,16 @@ from .torchs import (
     reaches_our_forward,
     with_our_forward,
 )
-from .unreached import HIDDEN, foreign_lstm, hidden_lstms, is_or_was_lstm, kind_of, nothing_found, place_of
+from .unreached import (
+    HIDDEN,
+    foreign_lstm,
+    hidden_lstms,
+    is_or_was_lstm,
+    kind_of,
+    modules_of,
+    nothing_found,
+    place_of,
+)
 
 __all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 
@@ -493,7 +502,7 @@ def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Mod
     for name in skip:
         if name not in known:
             raise ValueError(f"{function}: skip: the model has no submodule named {name!r}")
-        skipped.update(known[name].modules())
+        skipped.update(modules_of(known[name]))
     return skipped
 
 

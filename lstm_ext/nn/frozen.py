@@ -17,7 +17,7 @@ from . import native
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
 from .torchs import TorchLSTM, with_our_forward
-from .unreached import place_of, where_it_looked
+from .unreached import modules_of, place_of, where_it_looked
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
@@ -376,7 +376,7 @@ def _check_module(module: Any, function: str) -> None:
 
 
 def _parameters_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Parameter]]]]:
-    for part in model.modules():
+    for part in modules_of(model):
         yield part, list(part.named_parameters(recurse=False, remove_duplicate=False))
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "hidden_lstms",
     "is_or_was_lstm",
     "kind_of",
+    "modules_of",
     "nothing_found",
     "place_of",
     "where_it_looked",
@@ -31,6 +32,11 @@ _LSTMS = (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)
 
 def place_of(name: str) -> str:
     return repr(name) if name else "the model itself"
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All of them, also where a library (AgileRL) gives ``modules()`` another meaning."""
+    return [module for _, module in model.named_modules()]
 
 
 def kind_of(module: nn.Module) -> str:
@@ -72,12 +78,12 @@ HIDDEN = "held outside the model's table of modules"
 
 def hidden_lstms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The LSTMs in plain attributes, and in their lists, tuples and dicts, that no table of modules has; with paths."""
-    known = set(model.modules())
+    known = set(modules_of(model))
     found = []
     for name, module in model.named_modules():
         for path, value in _inside(vars(module), 3):
             if isinstance(value, nn.Module) and value not in known:
-                known.update(value.modules())
+                known.update(modules_of(value))
                 place = f"{name}.{path}" if name else path
                 found += [
                     (f"{place}.{inner}" if inner else place, m)
@@ -125,7 +131,7 @@ def nothing_found(model: nn.Module, passed_over: list[str]) -> str:
 def where_it_looked(model: nn.Module, passed_over: list[str]) -> str:
     """The modules of a model without an LSTM, and where one may be all the same, line by line."""
     hidden = hidden_lstms(model)
-    classes = Counter(type(module).__name__ for module in model.modules())
+    classes = Counter(type(module).__name__ for module in modules_of(model))
     looked = ", ".join(f"{count} {name}" for name, count in classes.most_common(_SHOWN))
     if len(classes) > _SHOWN:
         looked += f" and {sum(sorted(classes.values())[:-_SHOWN])} of other classes"

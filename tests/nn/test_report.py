@@ -96,6 +96,26 @@ def test_hidden_lstms_are_named(kind):
     assert text.endswith(f"{'inner.' + path!r} is held outside the model's table of modules")
 
 
+def test_a_model_whose_modules_are_not_torchs():
+    """AgileRL's networks return a dict of some of them."""
+
+    class Network(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            self.parts = nn.ModuleDict(parts)
+
+        def modules(self):
+            return {"evolvable": 1}
+
+    model = Network(lstm=nn.LSTM(I, H), inner=Network(cell=nn.LSTMCell(I, H)))
+    lstm_ext.convert(model, skip=["parts.inner"])
+    entries = lstm_ext.report(model)
+    assert [(e.name, e.ours) for e in entries] == [("parts.lstm", True), ("parts.inner.parts.cell", False)]
+    assert lstm_ext.freeze(model).parts["lstm"].frozen
+    with pytest.warns(UserWarning, match=r"It looked at 3 modules: 1 Network, 1 ModuleDict, 1 Linear\."):
+        lstm_ext.convert(Network(out=nn.Linear(I, H)))
+
+
 def test_the_warning_says_where_lstms_hide():
     for model in (nn.Linear(2, 2), nn.GRU(2, 2)):
         with pytest.warns(
