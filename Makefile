@@ -142,11 +142,11 @@ PREFIX ?= build/library
 library: $(PACKAGES)
 	$(PY) -m lstm_ext.native_library $(PREFIX)
 
-# On a machine with a GPU: builds, tests and measures, in ten minutes, with the torch of PYTHON. No network, no VENV.
+# On a machine with a GPU: builds and tests, in five minutes, with the torch of PYTHON. No network, no VENV.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py values $(ARGS)
 
-# The second half: how fast they are.
+# The second half, which measures how fast the kernels are. Five more.
 gpu-bench:
 	$(PYTHON) benchmarks/gpu_check.py speed $(ARGS)
 

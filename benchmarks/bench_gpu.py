@@ -1,4 +1,4 @@
-"""lstm_ext.LSTM against torch.nn.LSTM, which is cuDNN's, on a GPU; `make gpu-check` runs it.
+"""lstm_ext.LSTM against torch.nn.LSTM, which is cuDNN's, on a GPU; `make gpu-bench` runs it.
 
     python benchmarks/bench_gpu.py [--budget SECONDS] [--only GROUP ...] [--dtypes NAME ...]
                                    [--output results/NAME.json]

@@ -18,7 +18,7 @@ from records import Result
 from .text import SIZES, number, table, versions
 
 NOT_YET = (
-    "Not run on any GPU yet: there are no figures. `make gpu-check` measures against cuDNN on a machine with a GPU, "
+    "Not run on any GPU yet: there are no figures. `make gpu-bench` measures against cuDNN on a machine with a GPU, "
     "and `python benchmarks/report gpu` puts the table here."
 )
 NOTE = (
@@ -146,7 +146,7 @@ def facts_line(record: Result) -> str:
     if left_out := benchmark["left_out"]:
         says.append(f"{len(left_out)} of the cases left out, for want of time")
     phases = ", ".join(f"{p['phase']} {p['result']}" for p in record.get("phases", ()))
-    return "; ".join(filter(None, says)) + "." + (f" `make gpu-check`: {phases}." if phases else "")
+    return "; ".join(filter(None, says)) + "." + (f" Phases: {phases}." if phases else "")
 
 
 # ---- the targets

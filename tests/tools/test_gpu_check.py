@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import tarfile
 import time
@@ -35,6 +36,16 @@ def dry(tmp_path_factory):
         run("gpu_check.py", command, "--dry", "--output", path) for command in gpu_check.COMMANDS
     )
     return json.loads(path.read_text()), stdout, path
+
+
+def test_pages_say_which_command_measures():
+    """`make gpu-check` has no phase that does."""
+    root = BENCHMARKS.parent
+    pages = [root / "Makefile", root / "README.md", *root.glob("docs/**/*.md"), *BENCHMARKS.rglob("*.py")]
+    for page in pages:
+        for sentence in re.split(r"\.\s|\n\n|\n\|", page.read_text()):
+            if "gpu-check" in sentence and re.search("measures|figures", sentence):
+                assert re.search("gpu-bench|nothing", sentence), (page, sentence)
 
 
 def test_dry_run(dry):
@@ -179,7 +190,7 @@ def test_report(dry):
     text = run("report", "gpu", "--record", path)
     assert text.startswith("| B | T |") and text in stdout
     assert "| 3 | 10 | 8 | 8 | packed | tf32 |" in text
-    assert "`make gpu-check`: build " in text
+    assert " Phases: build " in text
     assert report_gpu.text(record | {"benchmark": None}) == report_gpu.text(None) == report_gpu.NOT_YET
 
 
