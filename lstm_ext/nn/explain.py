@@ -12,7 +12,6 @@ from ..call import measured
 from ..layer import first_use, route
 from ..native import config, cuda, loader
 from ..options import OPTIONS
-from .cell import LSTMCell
 from .lstm import LSTM
 
 __all__ = ["explain", "explain_data"]
@@ -33,7 +32,8 @@ def explain(
         module: an ``LSTM`` or ``LSTMCell``, of torch or of this package.
         input_shape: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I); of a cell (B, I) or (I).
         device: one of torch's ("cpu", "cuda:1", "mps"), or the name of a GPU that is not here: A100, A30, A10,
-            RTX 3090, L4, RTX 4090, H100, H200, B200, RTX 5090. None is the device of the parameters.
+            RTX 3090, L4, RTX 4090, H100, H200, B200, RTX 5090. None is the device of the parameters. Nothing has been
+            measured on a GPU that is not here.
         dtype: float32, float64, bfloat16 or float16. None is the dtype of the parameters.
 
     Raises:
@@ -176,10 +176,12 @@ def _device(
 
 def _is_measured(module: nn.Module) -> bool:
     """Whether torch's operator or a kernel computes plain calls, whichever was faster."""
-    plain = isinstance(module, LSTMCell) or (
-        isinstance(module, LSTM) and not module.frozen and not module._requested
-    )
-    return plain and not cuda.is_requested()
+    return _has_no_options(module) and not cuda.is_requested()
+
+
+def _has_no_options(module: nn.Module) -> bool:
+    """Whether torch's operator computes it. A layer of torch stands for what `convert` makes of it."""
+    return not isinstance(module, LSTM) or not (module.frozen or module._requested)
 
 
 def _choice(
@@ -224,14 +226,14 @@ def _on_cuda(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     facts = dict(facts)
-    problem, choices = facts.pop("problem", None), facts.pop("choices", None)
+    problem, choices = facts.pop("problem", None), facts.pop("choices", {})  # none of a card that is not here
     outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
     if problem:
         return _without_kernels(module, problem)
-    choice = None
-    if choices is not None and _is_measured(module):  # None: a card that is not here
-        calls = "" if isinstance(module, LSTMCell) else ", one call for all layers"
-        torchs = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
+    calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
+    torchs = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
+    choice, is_measured = None, _is_measured(module)
+    if is_measured:
         if getattr(module, "dropout", 0) and module.training and module.num_layers > 1:
             return {**torchs, "reasons": ["it draws the masks of the dropout between layers"]}
         choice = _choice(module, sizes, dtype, choices)
@@ -281,14 +283,14 @@ def _on_cuda(
     reasons = list(plan["reasons"])
     if choice is not None:
         reasons.append(str(choice))
-    elif choices is not None and _is_measured(module):
-        reasons.append(
-            "not measured on this device yet: the first call of a layer measures torch's operator too"
-        )
     if module.training:
         backward = plan_of(backward=True)
         plan["backward"] = backward
         reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
+    if is_measured and choice is None:
+        torchs["summary"] += ", until it is measured on this device"
+        measures = "the first eager call measures it and the kernels, and then the faster one computes"
+        return {**plan, **torchs, "reasons": [measures, f"of the kernels, {summary}", *reasons]}
     return {**plan, "summary": summary, "reasons": reasons}
 
 
@@ -343,8 +345,7 @@ def _how_weights_are_read(module: Any, plan: dict[str, Any]) -> str:
     return "weights are read as they are: each is used too seldom to be copied"
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether it is a layer that `route.prefers_torch` may give to torch's operator."""
-    if not isinstance(module, LSTM) or module.frozen or module.bidirectional or module.proj_size:
-        return False
-    return not module._requested
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return not is_cell and not module.bidirectional and not module.proj_size and _has_no_options(module)

@@ -165,10 +165,10 @@ def test_wrong_weights_are_our_error(calls):
 
 
 def test_explain_says_so(calls):
-    layer = lstm_ext.LSTM(I, H, **IN_BFLOAT16)
-    (found,) = lstm_ext.explain_data(layer, (T, B, I))["layers"]
-    assert found["kernel"] == "torch" and "torch's own operator" in found["summary"]
-    assert "torch's own operator" in lstm_ext.explain(layer, (T, B, I))
+    for layer in (nn.LSTM(I, H, **IN_BFLOAT16), lstm_ext.LSTM(I, H, **IN_BFLOAT16)):
+        (found,) = lstm_ext.explain_data(layer, (T, B, I))["layers"]
+        assert found["kernel"] == "torch" and "torch's own operator" in found["summary"]
+        assert "torch's own operator" in lstm_ext.explain(layer, (T, B, I))
     for other, shape in (
         (layer, (T, B - 1, I)),
         (lstm_ext.LSTM(I, H, layer_norm=True, **IN_BFLOAT16), (T, B, I)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +480,25 @@ def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("LSTM_EXT_WRITE_GOLDEN"):
         GOLDEN.write_text(texts)
     assert texts == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "H100"])
+@pytest.mark.parametrize(
+    "make", [nn.LSTM, nn.LSTMCell, functools.partial(nn.LSTM, num_layers=2, dropout=0.1)]
+)
+def test_a_layer_of_torch_is_explained_as_what_it_becomes(
+    make: Callable[..., nn.Module], device: str
+) -> None:
+    module = make(8, 16)
+    shape = (3, 8) if isinstance(module, nn.LSTMCell) else (5, 3, 8)
+    said = lstm_ext.explain(module, shape, device=device)
+    assert said == lstm_ext.explain(lstm_ext.convert(module), shape, device=device)
+    assert ("torch's own operator" in said) == (device == "H100")
+
+
+def test_torchs_operator_takes_no_layer_with_options() -> None:
+    for layer in (lstm_ext.LSTM(8, 16, zoneout=0.1), lstm_ext.freeze(nn.LSTM(8, 16))):
+        assert "torch's own" not in lstm_ext.explain(layer, (5, 3, 8), device="H100")
 
 
 def test_data_of_a_layer_on_the_cpu() -> None:
