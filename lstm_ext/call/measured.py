@@ -12,6 +12,7 @@ import contextlib
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -484,7 +485,7 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
         inputs, keywords: arguments of the model.
 
     Returns:
-        What was chosen, by class of shapes. Empty if no plain layer of the model ran on a CUDA device with kernels.
+        What was chosen, by class of shapes. Empty if nothing could be measured, as on the CPU; a UserWarning says why.
 
     Raises:
         RuntimeError: the kernel was requested by LSTM_EXT_CUDA_KERNEL, so that there is nothing to choose.
@@ -516,4 +517,17 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
             choice = _fixed[index, shape] = choices.get(shape.key)
             if choice is not None and choice.ours:
                 _tell_kernels(shape, device, choice.forward, choice.backward)
+    if not choices:
+        warnings.warn(f"tune: nothing was measured: {_why_not(bool(seen))}", UserWarning, stacklevel=2)
     return choices
+
+
+def _why_not(seen: bool) -> str:
+    if seen:
+        return "no candidate could be timed; too little memory is the usual reason, and torch's operator computes"
+    if not cuda.has_gpu():
+        return "torch finds no GPU, and elsewhere there is nothing to choose"
+    return cuda.problem(None) or (
+        "no layer of lstm_ext without options ran on a CUDA device: convert the model and move it there. Frozen layers "
+        "and those with options take the kernels in any case, those with active dropout between layers torch's operator"
+    )

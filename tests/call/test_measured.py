@@ -283,6 +283,33 @@ def test_tune_measures_on_request(card: Card, monkeypatch: pytest.MonkeyPatch) -
         lstm_ext.tune(Model(), 8)
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "problem", "times", "model", "why"),
+    [
+        (False, None, FAST, nn.Identity(), "torch finds no GPU"),
+        (True, "too old", FAST, nn.Identity(), "too old"),
+        (True, None, FAST, nn.Identity(), "no layer of lstm_ext without options ran on a CUDA device"),
+        (True, None, {}, Model(), "no candidate could be timed; too little memory"),
+    ],
+    ids=["no GPU", "no kernels", "on the CPU", "no memory"],
+)
+def test_tune_says_why_it_measured_nothing(
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    has_gpu: bool,
+    problem: str | None,
+    times: measured.Times,
+    model: nn.Module,
+    why: str,
+) -> None:
+    card.times = times
+    monkeypatch.setattr(measured.cuda, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(measured.cuda, "problem", lambda index: problem)
+    with pytest.warns(UserWarning, match=f"tune: nothing was measured: {why}") as caught:
+        assert lstm_ext.tune(model, 8) == {}
+    assert [w.filename for w in caught] == [__file__]
+
+
 def test_a_cell(card: Card) -> None:
     *_, x, _, _ = layer()
     rows = SimpleNamespace(device=x.device, dtype=x.dtype, size=lambda i: (8, 5)[i])
