@@ -5,7 +5,7 @@
 
 Prints the table that report/ puts into docs/lab/cases.md, and writes the figures as JSON. The process keeps freed
 memory: see `harness.keep_freed_memory`. Figures stand beside the project's targets, and nothing fails here: what a busy
-machine measures is no verdict.
+machine measures is no verdict. A case counts for no mean if its ratio changed between the halves of its time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ TARGETS: dict[str, tuple[float | None, float | None]] = {
     "step": (None, 5.0),
     "memory": (None, 1.0),
 }
+STEADY = 1.25  # how many times as large as the other the ratio of one half may be
 
 
 def time_case(group: str, name: str, threads: int, budget: float) -> list[dict]:
@@ -80,11 +81,17 @@ def counted(result: dict) -> bool:
     return result.get("method", "call") == "call"
 
 
+def is_steady(result: dict) -> bool:
+    """Whether both halves of the time gave about the same ratio. Memory has no halves."""
+    first, second = result.get("halves", (1.0, 1.0))
+    return max(first, second) <= STEADY * min(first, second)
+
+
 def summarise(results: list[dict]) -> list[dict]:
     """Geometric mean and worst case of each group, over all its threads, beside the target."""
     lines = []
     for group in GROUPS:
-        ratios = [r["ratio"] for r in results if r["group"] == group and counted(r)]
+        ratios = [r["ratio"] for r in results if r["group"] == group and counted(r) and is_steady(r)]
         if not ratios:
             continue
         mean, worst = harness.geometric_mean(ratios), max(ratios) if group == "memory" else min(ratios)
@@ -104,10 +111,33 @@ def summarise(results: list[dict]) -> list[dict]:
     return lines
 
 
+def name_of(result: dict) -> str:
+    return f"{result['group']:<10} {result['shape']:<14} {result['threads']} thr"
+
+
+def warnings_of(facts: dict, results: list[dict]) -> list[str]:
+    """What to know before a figure is believed."""
+    lines = []
+    if facts["load_at_start"] > 0.3:
+        lines.append(
+            "warning: other programs are running; with more than one thread, they are what is measured"
+        )
+    if facts["lstm_ext_cpu_capability"] is None:
+        lines.append(
+            "warning: the compiled extension is not loaded; these are figures of torch's own operator"
+        )
+    unsteady = [r for r in results if counted(r) and not is_steady(r)]
+    if unsteady:
+        lines.append(
+            "warning: left out of the means, since the ratio changed between the halves of the time:"
+        )
+        lines += [f"  {name_of(r)}  {r['halves'][0]:.2f}×, then {r['halves'][1]:.2f}×" for r in unsteady]
+    return lines
+
+
 def print_result(result: dict) -> None:
     note = "  step()" if result.get("method") == "step" else ""
-    name = f"{result['group']:<10} {result['shape']:<14} {result['threads']} thr"
-    print(f"{name}  {quick.cell(result).replace('*', '')}{note}", flush=True)
+    print(f"{name_of(result)}  {quick.cell(result).replace('*', '')}{note}", flush=True)
     if not result.get("largest_difference", 0.0) < 1e-3:
         print(f"  warning: the two results differ by {result['largest_difference']:.1e} of the largest value")
 
@@ -122,10 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {**harness.facts(), "freed_memory_kept": harness.keep_freed_memory()}
     for name, value in facts.items():
         print(f"{name}: {value}")
-    if facts["load_at_start"] > 0.3:
-        print("warning: other programs are running; with more than one thread, they are what is measured")
-    if facts["lstm_ext_cpu_capability"] is None:
-        print("warning: the compiled extension is not loaded; these are figures of torch's own operator")
+    print(*warnings_of(facts, []), sep="\n")
     print("\ntorch.nn.LSTM → lstm_ext.LSTM, medians; memory: lstm_ext / torch")
 
     timed = [
@@ -153,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"format": 1, "facts": facts, "settings": settings, "results": results}
     record["summary"] = summarise(results)
     harness.write(options.output, record)
-    print(f"\n{quick.text(record)}\n\nwritten to {options.output}")
+    print(
+        "\n".join(
+            ["", quick.text(record), "", *warnings_of(facts, results), "", f"written to {options.output}"]
+        )
+    )
     return 0
 
 

@@ -49,6 +49,7 @@ class Comparison:
     torch: Timing
     ours: Timing
     ratio: float  # of the medians; above 1, lstm_ext is faster
+    halves: tuple[float, float]  # the same, of the samples before the middle of the time, and after it
     repeats: int
     calls_per_repeat: int
 
@@ -157,8 +158,13 @@ def order_of(names: list[str], turn: int) -> list[str]:
 def compare(theirs: Callable[[], object], ours: Callable[[], object], budget: float) -> Comparison:
     """Alternate `theirs` and `ours` for about `budget` seconds. Which goes first alternates as well."""
     found = interleave({"torch": theirs, "ours": ours}, budget)
-    a, b = (timing(samples) for samples in found.seconds.values())
-    return Comparison(a, b, a.median / b.median, len(found.seconds["ours"]), found.calls)
+    samples, repeats = found.seconds, len(found.seconds["ours"])
+    first, second = (
+        statistics.median(samples["torch"][part]) / statistics.median(samples["ours"][part])
+        for part in (slice(repeats // 2), slice(repeats // 2, None))
+    )
+    a, b = timing(samples["torch"]), timing(samples["ours"])
+    return Comparison(a, b, a.median / b.median, (first, second), repeats, found.calls)
 
 
 # ---- the two sides -------------------------------------------------------------------------------
