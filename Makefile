@@ -121,7 +121,7 @@ demo-rl: build $(GROUP)demo
 demo-streaming: build $(GROUP)demo
 	$(PY) examples/streaming.py $(ARGS)
 
-# The proof of correctness: a character model, trained with torch.nn.LSTM and with lstm_ext.LSTM. Three minutes.
+# The proof of correctness: a character model, trained with torch.nn.LSTM and with lstm_ext.LSTM. A minute.
 demo: build $(GROUP)demo
 	$(PY) examples/char_lm.py $(ARGS)
 
