@@ -78,6 +78,12 @@ def _contents(app: Any, docname: str, source: list[str]) -> None:
             )
 
 
+def _leave_out_summaries(app: Any, docname: str, source: list[str]) -> None:
+    """Of the pages of the API: the docstrings, which only the site has, begin with the same lines."""
+    if docname.startswith("docs/api/"):
+        source[0] = re.sub(r"^(## .*\n\n)(?:.+\n)+\n(?=Sources?: )", r"\1", source[0], flags=re.MULTILINE)
+
+
 def _hide_overloads() -> None:
     """One signature for each function. Overloads are for type checkers, and a page has the same in words."""
     for name in [name for name in sys.modules if name.startswith("lstm_ext.")]:
@@ -122,5 +128,6 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_source_parser(NotebookParser)
     _hide_overloads()
     app.connect("source-read", _contents)
+    app.connect("source-read", _leave_out_summaries)
     app.connect("build-finished", _first_page)
     return {"parallel_read_safe": True}
