@@ -340,7 +340,7 @@ def draw(plt: Any, trainees: dict[str, Trainee]) -> Any:
     blue, orange, grey = "#4477aa", "#dd7722", "#999999"
     updates = range(1, len(loop.returns) + 1)
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 4.2), width_ratios=(5, 5, 2.4), layout="constrained"
+        1, 3, figsize=(13, 4.8), width_ratios=(5, 5, 2.4), layout="constrained"
     )
     left.axhline(1 / SYMBOLS, color=grey, ls="--", lw=1)
     left.annotate(
@@ -350,14 +350,12 @@ def draw(plt: Any, trainees: dict[str, Trainee]) -> Any:
     left.plot(updates, ours.returns, color=orange, lw=1.5, label=NAMES["resets"])
     left.set(xlabel="updates", ylabel="mean return of the episodes", ylim=(0, 1.03))
     left.set_title("return")
-    left.legend(loc="center right")
 
     for a, b, color, label in ((ours, moved, grey, NAMES["perturbed"]), (loop, ours, orange, "loop, resets")):
         gap = [abs(p - q) for p, q in zip(a.returns, b.returns, strict=True)]
         middle.plot(updates, gap, color=color, label=label)
     middle.set(xlabel="updates", ylabel="|difference of the returns|")
     middle.set_title("how far the curves part")
-    middle.legend()
 
     times = [milliseconds(t, "update") for t in (loop, ours)]
     bars = right.bar(["torch,\nloop", "lstm_ext,\nresets"], times, color=[blue, orange], width=0.6)
@@ -365,6 +363,8 @@ def draw(plt: Any, trainees: dict[str, Trainee]) -> Any:
     right.set_ylim(0, max(times) * 1.12)
     right.set_ylabel("milliseconds")
     right.set_title(f"time of an update: {update_ratio(trainees):.1f}x")
+    for axes in (left, middle):  # below, where no curve can be
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

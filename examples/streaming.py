@@ -110,10 +110,11 @@ def draw(plt: Any, latencies: dict[str, list[float]]) -> Any:
     edges = edges_of(latencies, 80)
     for axis, (name, each) in zip(axes, latencies.items(), strict=True):
         axis.hist(each, bins=edges, color="#4477aa")
-        axis.axvline(statistics.median(each), color="#dd7722", label=f"{name}: median")
+        axis.axvline(statistics.median(each), color="#dd7722", label="median")
         axis.axvline(at(each, 0.99), color="#dd7722", ls="--", label="99 %")
         axis.set(xscale="log", yticks=[])
-        axis.legend(loc="upper right")
+        axis.set_title(name, loc="left", fontsize="medium")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     axes[-1].set_xlabel("microseconds for one character")
     return figure
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,23 @@ def test_the_streaming_loop_prints_a_histogram(monkeypatch: pytest.MonkeyPatch) 
     assert bars["slow"][-1] == "▁"
     assert axis.startswith("microseconds")
     assert axis.index("5 ") - 15 == bars["fast"].index("█")
+
+
+def test_legends_cover_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    latencies = {name: [1.0, 2.0, 900.0] for name in ("torch.nn.LSTM", "lstm_ext.LSTM")}
+    trainee = types.SimpleNamespace(returns=[0.0, 1.0], seconds={"update": [1.0, 2.0]})
+    trainees = dict.fromkeys(("loop", "resets", "perturbed"), trainee)
+    for name, shown, count in (("streaming", latencies, 1), ("recurrent_ppo", trainees, 2)):
+        figure = importlib.import_module(name).draw(plt, shown)
+        figure.canvas.draw()
+        legends = [*figure.legends, *filter(None, [axes.get_legend() for axes in figure.axes])]
+        assert len(legends) == count
+        for legend, axes in itertools.product(legends, figure.axes):
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent()), name
+        plt.close(figure)
 
 
 def test_data_parallel_alone_says_how_to_start_it() -> None:
