@@ -264,8 +264,9 @@ def convert(
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
         fullgraph: whether the layers become :class:`lstm_ext.LSTM` and ``LSTMCell`` instead, which are no
-            ``torch.nn.LSTM`` to ``isinstance``. ``torch.compile(fullgraph=True)`` takes these whatever a new torch
-            changes in its compiler; the others it takes in all versions of torch that this package is made for.
+            ``torch.nn.LSTM`` to ``isinstance``: initialisers and wrap policies for that class pass them over.
+            ``torch.compile(fullgraph=True)`` takes these whatever a new torch changes in its compiler; the others it
+            takes in all versions of torch that this package is made for.
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
             override nothing are always converted. Both kinds stay instances of their class and of torch's.

@@ -181,6 +181,14 @@ def test_as_torchs_is_deprecated():
     assert kinds_of(model) == list(TORCHS)
 
 
+def test_code_that_goes_by_torchs_class_passes_the_other_kind_over():
+    """Named, it is found. docs/guide/other-libraries.md says so."""
+    model = lstm_ext.convert(Tagger(), fullgraph=True)
+    assert not any(isinstance(module, TORCHS) for module in model.modules())
+    assert not ModuleWrapPolicy({nn.LSTM})._run_policy(model, set(), {})
+    assert ModuleWrapPolicy({lstm_ext.LSTM})._run_policy(model, set(), {}).keys() == {model.lstm}
+
+
 def test_code_that_goes_by_the_class_finds_the_layers():
     """Initialisers, activation checkpointing, FSDP's wrap policies."""
     model = lstm_ext.convert(Tagger())
