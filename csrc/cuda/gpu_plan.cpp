@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
+#include <system_error>
 #include <tuple>
 
 namespace lstm_ext::cuda {
@@ -510,9 +513,11 @@ std::optional<int64_t> wait_limit() {
 std::optional<int64_t> free_multiprocessors() {
   const char* text = std::getenv("LSTM_EXT_CUDA_FREE_MULTIPROCESSORS");
   if (!text || !*text) return 0;
-  char* end = nullptr;
-  const long long number = std::strtoll(text, &end, 10);
-  if (*end != 0 || number < 0 || number > 10000) return {};
+  // Not strtoll: newer headers of glibc bind it to a symbol that systems of a wheel lack.
+  const char* const end = text + std::strlen(text);
+  int64_t number = 0;
+  const auto [rest, error] = std::from_chars(text, end, number);
+  if (error != std::errc() || rest != end || number < 0 || number > 10000) return {};
   return number;
 }
 

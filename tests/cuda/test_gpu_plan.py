@@ -269,9 +269,12 @@ def test_fewer_blocks_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> N
         return plan["persistent"]["blocks"] if plan["kernel"] == "persistent" else 0
 
     assert [blocks(), blocks(most_blocks=127), blocks(most_blocks=31)] == [128, 96, 0]
-    for free, expected in (("4", 128), ("5", 96), ("100", 32), ("101", 0), ("132", 0)):
+    for free, expected in (("4", 128), ("5", 96), ("100", 32), ("101", 0), ("10000", 0)):
         monkeypatch.setenv(variable, free)
         assert blocks() == expected
+    for wrong in ("101x", "x", "-101", "10001", str(2**64 + 101)):  # a call on a GPU raises
+        monkeypatch.setenv(variable, wrong)
+        assert blocks() == 128
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 2000), (64, 2000), (4096, 100)])

@@ -186,6 +186,21 @@ def needed_by(library: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.*)\]", run.stdout)
 
 
+@pytest.mark.parametrize("library", ["path", "ops_path"])
+def test_no_function_is_newer_than_the_systems_of_a_wheel(library: str) -> None:
+    """Newer headers of glibc bind some, such as strtoll, to a symbol of their own. auditwheel refuses such a wheel."""
+    wheel = (CSRC.parent / ".ci" / "wheel.py").read_text()
+    platform = re.search(r'^PLATFORM = "manylinux_(\d+)_(\d+)"$', wheel, re.MULTILINE)
+    file = getattr(lstm_ext.native.loader.status(), library)
+    symbols = subprocess.run(
+        ["readelf", "-W", "--dyn-syms", file], capture_output=True, text=True, check=True
+    )
+    found = re.findall(r" (\S+)@GLIBC_(\d+)\.(\d+)", symbols.stdout)
+    assert found
+    newest = tuple(map(int, platform.groups()))
+    assert [name for name, *version in found if tuple(map(int, version)) > newest] == []
+
+
 def test_build_ahead_of_time(project: Project) -> None:
     shutil.copy(Path(__file__).parents[2] / "setup.py", project.root)
     # Asked for two at a time: the second library is linked with the first, and has to wait for it.
