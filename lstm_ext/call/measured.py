@@ -43,6 +43,13 @@ CLASS_LIMIT = 0.05  # seconds of measuring for one class of shapes, all candidat
 PROCESS_LIMIT = 2.0  # seconds of measuring in one process; after that, torch's operator computes new classes
 GAIN = 1.05  # how many times as fast the kernels must be
 _TORCH = "torch"
+_KERNELS = ("stepwise", *config.TRIED_CUDA_KERNELS)
+_FORM = {
+    "ours": bool,
+    "forward": {*_KERNELS},
+    "backward": {*_KERNELS},
+    "us": {str: float | int},
+}  # in records
 
 
 class ShapeClass(NamedTuple):
@@ -237,7 +244,7 @@ def recorded(device: torch.device) -> dict[str, Choice]:
         entry = selftest_record.find(device) or {}
         found: dict[str, Choice] = {}
         for key, fields in (entry.get("measured") or {}).items():
-            with contextlib.suppress(TypeError):
+            if fields.keys() == _FORM.keys() and config.fits(fields, _FORM):
                 found[key] = Choice(**fields)
         _records.setdefault(device.index, found)  # complete, and the first one, to which threads add
     return _records[device.index]
@@ -360,7 +367,7 @@ def _candidates(
     """The kernels that have been right on this device and run such layers; first what the model expects to be fast."""
     extension = loader.extension()
     expected: dict[str, float] = {}
-    for kernel in ("stepwise", *config.TRIED_CUDA_KERNELS):
+    for kernel in _KERNELS:
         if not first_use.may_run(device, kernel, getattr(torch, shape.dtype)):
             continue
         plan = extension.cuda_plan(  # type: ignore[union-attr]

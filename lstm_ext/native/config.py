@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Between releases that of the next one, with .dev0 at its end.
 VERSION = "0.2.0.dev0"
@@ -255,7 +256,7 @@ def split_sources(
     together = [path.relative_to(directory) for path in operators if not needs_cuda(path)]
     text = "".join(f'#include "{path.as_posix()}"\n' for path in together)
     one = folder / TOGETHER
-    if not one.is_file() or one.read_text() != text:
+    if not one.is_file() or one.read_bytes() != text.encode():
         one.parent.mkdir(parents=True, exist_ok=True)
         one.write_text(text)
     return kernels, [one, *(path for path in operators if needs_cuda(path))], module
@@ -673,9 +674,44 @@ def write_record(
     unfinished.replace(directory / RECORD)
 
 
+_FORM = {"torch": str, "wheel": {str: str}, "sizes": list, "cpu_sets": str, str: str | None}
+
+
 def read_record(directory: Path) -> dict | None:
+    record = read_json(directory / RECORD, _FORM)
+    return record if record and "torch" in record else None
+
+
+_MOST_BYTES = 1 << 24  # a file of JSON is not larger
+_MOST_DIGITS = 18  # a longer integer has no room in C++, and one of hundreds of digits none in a float
+
+
+def read_json(path: Path, form: Any) -> Any:
+    """The value in a file of JSON that anybody may have written. None if that is no value of this form: see `fits`."""
     try:
-        record = json.loads((directory / RECORD).read_text())
-    except (OSError, ValueError):
+        if not path.is_file():  # to open a FIFO would wait for another process
+            return None
+        with path.open("rb") as file:
+            value = json.loads(file.read(_MOST_BYTES), parse_int=_integer)
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("torch"), str) else None
+    return value if fits(value, form) else None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def fits(value: object, form: Any) -> bool:
+    """Whether a value of JSON has a form: a type, a set of texts, [the form of each item], or {name: the form of this
+    field, str: that of all others}. Any field may be missing."""
+    if isinstance(form, dict):
+        rest = form.get(str, object)
+        return isinstance(value, dict) and all([fits(v, form.get(name, rest)) for name, v in value.items()])
+    if isinstance(form, list):
+        return isinstance(value, list) and all([fits(item, form[0]) for item in value])
+    if isinstance(form, set):
+        return isinstance(value, str) and value in form
+    return isinstance(value, form)

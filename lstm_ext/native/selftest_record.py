@@ -147,20 +147,21 @@ def _is_about(entry: dict, key: dict[str, str]) -> bool:
     return all(entry.get(name) == key[name] for name in KEY)
 
 
+# Who measures knows the form of what was measured.
+_FORM = [{"passed": [str], "failed": [str], "measured": {str: dict}}]
+
+
 def _entries() -> list[dict]:
     try:
         file = resolved(path())
         if distrust(path()) is not None or distrust(file) is not None:  # another user may have written it
             return []
-        entries = json.loads(file.read_text())
+        entries = config.read_json(file, _FORM)
+        if entries is None and file.exists():
+            _warn_about_damage(str(file))
     except (OSError, RuntimeError):
         return []
-    except ValueError:
-        entries = None
-    if not isinstance(entries, list) or not all([isinstance(entry, dict) for entry in entries]):
-        _warn_about_damage(str(file))
-        return []
-    return entries
+    return entries or []
 
 
 @functools.cache

@@ -208,8 +208,8 @@ def test_two_processes_write_one_record(card: Card) -> None:
         "import sys, torch\n"
         "from lstm_ext.native import selftest_record\n"
         "selftest_record.key_of = lambda device: {name: name for name in selftest_record.KEY}\n"
-        "selftest_record.add_measured(torch.device('cpu'), sys.argv[1], {'ours': True, 'forward': None, 'backward':"
-        " None, 'us': {}})\n"
+        "selftest_record.add_measured(torch.device('cpu'), sys.argv[1], {'ours': True, 'forward': 'step',"
+        " 'backward': 'step', 'us': {}})\n"
     )
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", program, name], check=True)

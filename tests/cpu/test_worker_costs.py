@@ -284,13 +284,15 @@ def test_a_later_process_does_not_measure(tmp_path: Path) -> None:
 
 
 def test_what_somebody_wrote_into_the_record(tmp_path: Path) -> None:
+    """The first two are no records at all, and importing the package goes on, with a warning."""
     ones = [1] * 4
     entries = [
+        [],
+        {"threads": 16, "thread": [1, 10**400, 1, 1], "barrier": ones, "tree": ones},
         {"threads": 16},
         {"threads": "many", "thread": ones, "barrier": ones, "tree": ones},
         {"threads": 16, "thread": [1, 1, -1, 1], "barrier": ones, "tree": ones},
         {"threads": 16, "thread": None, "barrier": ones, "tree": ones},
-        [],
     ]
     here = {"LSTM_EXT_CPU_MEASURE": "1", "XDG_CACHE_HOME": str(tmp_path)}
     forks.run(PROCESSES, {**here, "TIMES": json.dumps(times())})
@@ -301,8 +303,8 @@ def test_what_somebody_wrote_into_the_record(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, mode=0o700)
         file.write_text(json.dumps([{**record, "measured": {"16 threads": entry}}]))
         environments.append({**here, "XDG_CACHE_HOME": str(tmp_path / str(i))})
-    for run in forks.run(PROCESSES, *environments):
-        assert (run.returncode, run.stderr) == (0, "")
+    for i, run in enumerate(forks.run(PROCESSES, *environments)):
+        assert (run.returncode, "is damaged" in run.stderr) == (0, i < 2), run.stderr
         recorded, costs = json.loads(run.stdout)
         assert recorded == [] and lists(costs) == CONSTANTS
 

@@ -1,8 +1,10 @@
-"""What another user can have written is neither loaded nor believed."""
+"""What another user can have written is neither loaded nor believed, and whatever is in a record does no harm."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import re
 import stat
@@ -11,11 +13,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from test_selftest import Gpus
 
-from lstm_ext.native import config, jit, loader, selftest_record, trust
+from lstm_ext import info
+from lstm_ext.call import measured
+from lstm_ext.native import config, cuda, jit, loader, selftest_record, trust, worker_record
 from lstm_ext.native.config import BuildError
 
 STRANGER = 54321
@@ -285,3 +291,123 @@ def test_who_waits_goes_on(folder, monkeypatch):
         with jit.exclusive(directory):
             pass
         timer.join()
+
+
+# ---- what is in a record
+
+WRONG = {
+    "empty": b"",
+    "not JSON": b"{",
+    "not UTF-8": b'"\xff"',
+    "an integer without end": b"1" * 10_000,
+    "an integer that is no float": b"1" + b"0" * 400,
+    "nested": b"[" * 1_000_000 + b"]" * 1_000_000,
+    "too large": b"[" + b" " * (1 << 24) + b"]",
+}
+
+
+@pytest.mark.parametrize("kind", [*WRONG, "absent", "a folder", "a FIFO", "unreadable"])
+def test_a_file_that_holds_no_record(folder: Path, kind: str) -> None:
+    file = folder / "file"
+    if kind in WRONG:
+        file.write_bytes(WRONG[kind])
+    elif kind == "a folder":
+        file.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(file)
+    elif kind == "unreadable":
+        file = Path("/proc/self/mem")  # also for root
+    assert config.read_json(file, object) is None
+
+
+JSON = (None, True, 10**17, float("inf"), "text", [], ["text", 1], {"text": []})
+
+
+def damaged(value: Any) -> Iterator[Any]:
+    """All that comes of a value if another one stands in one place of it, or none."""
+    yield from JSON
+    for place in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for other in damaged(value[place]):
+            copy = value.copy()
+            copy[place] = other
+            yield copy
+        copy = value.copy()
+        del copy[place]
+        yield copy
+
+
+@pytest.mark.filterwarnings("ignore:lstm_ext. .* is damaged")
+def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that reads it goes on, and the next result is recorded."""
+    Gpus(monkeypatch, "13.0 for 8.0", (8, 6))
+    gpu, extension = torch.device("cuda", 0), loader.extension()
+    key = dict.fromkeys(selftest_record.KEY, "this")
+    monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
+    monkeypatch.setattr(selftest_record, "distrust", lambda path: None)  # it takes longer than all else
+    monkeypatch.setattr(worker_record.atexit, "register", lambda *_: None)
+    workers = SimpleNamespace(measures_workers=lambda: True, set_worker_times=extension.set_worker_times)
+    shape = measured.class_of(torch.bfloat16, 32, 0, 1, False, True, 8, 20, False)
+
+    def use() -> tuple[int, int]:
+        extension.pretend_cores(0)
+        worker_record.use(workers)
+        monkeypatch.setattr(measured, "_records", {})
+        choices = measured.recorded(gpu).values()
+        for choice in choices:
+            assert str(choice)
+            measured._tell_kernels(shape, gpu, choice.forward, choice.backward)
+        measured._ours_in_graph(0, torch.bfloat16, 1, False, True, False)
+        assert cuda.outcome(gpu, "step", torch.bfloat16) in (None, True)
+        info._device_lines(gpu, loader.status())
+        return len(extension.worker_times(recorded=True)), len(choices)
+
+    times = {name: [1.0, 2.0] for name in ("thread", "barrier", "tree")}
+    choice = measured.asdict(measured.Choice(True, "step", "persistent", {"torch": 2.0, "step": 1.0}))
+    both = {"4 threads": {"threads": 4, **times}, shape.key: choice}
+    selftest_record.write(gpu, ["step"], ["persistent"], both)
+    try:
+        assert use() == (1, 1)
+        for record in damaged(json.loads(selftest_record.path().read_text())):
+            selftest_record.path().write_text(json.dumps(record))
+            use()
+            selftest_record.add(gpu, "stepwise", True)
+            assert "stepwise" in selftest_record.find(gpu)["passed"], record
+    finally:
+        extension.pretend_cores(0)
+        measured._tell_kernels(shape, gpu, "", "")
+
+
+def test_whatever_is_in_the_record_of_a_build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one on first use, or of a wheel. An ImportError says to rebuild it."""
+    build = jit.folder(jit.source_dir(), "cpu")
+    build.mkdir(parents=True)
+    minor = ".".join(torch.__version__.split(".")[:2])
+    suffix = config.sysconfig.get_config_var("EXT_SUFFIX")
+    for name in (f"_C{suffix}", f"_C-{minor}{suffix}", config.OPS_LIBRARY, config.ops_library(minor)):
+        (build / name).touch()
+    for path in (jit.module(build), jit.ops_library(build)):
+        path.touch()
+    monkeypatch.setattr(config, "LIBRARIES", build)
+    monkeypatch.setattr(config, "commit", lambda: None)
+    monkeypatch.setattr(loader, "_load", lambda *_: None)
+    config.write_record(
+        build, torch.__version__, "g++", config.digest(jit.source_dir()),
+        wheel={minor: torch.__version__}, cuda="13.0 for 8.0", cpu_sets=",".join(config.CPU_SETS[config.machine()]),
+        sizes=[0, 0],
+    )  # fmt: skip
+
+    def use() -> int:
+        found = [loader._load_finished(build)]
+        with contextlib.suppress(ImportError):
+            found.append(loader._load_aot("none"))
+        for result in filter(None, found):
+            cuda.unsupported((8, 0), result.status.cuda or "")
+            info._changed_sources(result.status)
+        info._commit()
+        info._built_at(config.read_record(build))
+        return len([*filter(None, found), *jit.finished_with_cuda()])
+
+    assert use() == 3
+    for record in damaged(json.loads((build / config.RECORD).read_text())):
+        (build / config.RECORD).write_text(json.dumps(record))
+        use()
