@@ -253,13 +253,18 @@ def test_active_dropout_and_a_requested_kernel(card: Card, monkeypatch: pytest.M
     assert not is_torchs(layers=2, dropout=0.1)
 
 
-def test_a_graph_takes_the_kernels_if_they_were_faster_in_all_sizes(card: Card) -> None:
+@pytest.mark.parametrize("size", ["hidden_size", "proj_size", "batch", "steps"])
+def test_a_graph_takes_the_kernels_if_they_were_faster_in_all_sizes(card: Card, size: str) -> None:
     of_layer = (torch.bfloat16, 1, False, True)
+
+    def choose(**changed: int) -> None:
+        measured.choice_of(class_of_layer()._replace(**changed), torch.device("cuda:0"), card.measure)
+
     assert not measured._ours_in_graph(0, *of_layer, False)
-    is_torchs()
+    choose()
     assert measured._ours_in_graph(0, *of_layer, False) and not measured._ours_in_graph(0, *of_layer, True)
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
-    is_torchs(batch=100)
+    choose(**{size: 64})
     assert not measured._ours_in_graph(0, *of_layer, False)
 
 

@@ -314,14 +314,15 @@ def test_workers_that_share_a_core_become_one() -> None:
     assert all(left[k - 1] - left[k] <= times[k] for k in limited if left[k] > 0), calls
 
 
-# Calls as a machine would make them, and a clock of their own: how many were limited, of the first 200 and the last.
+# Calls as a machine would make them, and a clock of their own: how many were limited, of the first 200 and the last,
+# and how many came before the first limit.
 CROWDING = """
 #include <cstdio>
 #include "torch/crowding.h"
 // Seconds of a call with all four workers, lost by the worst of them, and of a call with the workers of a limit; cores.
 void calls(const char* name, double all, double lost, double limited, double cores) {
   lstm_ext::Crowding crowding;
-  int found[2] = {0, 0}, workers = 4;
+  int found[2] = {0, 0}, workers = 4, before = 0;
   double most = 0;
   for (int i = 0; i < 400; ++i) {
     if (crowding.limits()) {
@@ -330,37 +331,39 @@ void calls(const char* name, double all, double lost, double limited, double cor
       ++found[i / 200];
     } else {
       crowding.note(4, all, 1, lost, cores);
+      before += found[0] + found[1] == 0;
       if (crowding.left() > most) most = crowding.left();
     }
   }
-  std::printf("%s,%d,%d,%d,%g\\n", name, found[0], found[1], workers, most);
+  std::printf("%s,%d,%d,%d,%g,%d\\n", name, found[0], found[1], workers, most, before);
 }
 int main() {
   calls("nothing is lost", 0.01, 0, 0.01, 4);
   calls("limits help", 0.01, 0.006, 0.006, 2);
   calls("limits do not help", 0.01, 0.006, 0.011, 2);
   calls("stopped for an hour", 3600, 3599.99, 0.01, 2);
+  // The first limit is a quarter of what was lost, 0.125 s: a call of two workers, and less than one.
+  calls("a limit of one call", 0.5625, 0.5, 0.125, 2);
+  calls("a limit of less", 0.5703125, 0.5, 0.140625, 2);
 }
 """
 
 
-@pytest.mark.tools
 def test_how_long_workers_are_limited(tmp_path: Path) -> None:
     program = tmp_path / "crowding"
     command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{CSRC}", "-x", "c++", "-"]
     subprocess.run([*command, "-o", str(program)], input=CROWDING, text=True, check=True)
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     rows = [line.split(",") for line in said.splitlines()]
-    found = {
-        name: (int(first), int(last), int(workers), float(most)) for name, first, last, workers, most in rows
-    }
-    assert found["nothing is lost"] == (0, 0, 4, 0)
-    first, last, workers, most = found["limits help"]
+    found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    assert found["nothing is lost"] == (0, 0, 4, 0, 400)
+    first, last, workers, most, _ = found["limits help"]
     assert workers == 2 and first < last > 160  # trying all workers becomes rare
     assert most < 8 * 0.06  # what was lost in ten calls
-    first, last, workers, _ = found["limits do not help"]
+    first, last, workers, *_ = found["limits do not help"]
     assert workers == 2 and 0 < first < 100 and 0 < last < 100
-    assert found["stopped for an hour"][2:] == (2, 0.5)
+    assert found["stopped for an hour"][2:4] == (2, 0.5)
+    assert [found[f"a limit of {what}"][-1] for what in ("one call", "less")] == [1, 2]
 
 
 def test_waits_have_no_limit_unless_it_is_set() -> None:
