@@ -464,6 +464,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("costs") = py::none());
   m.def("measures_workers", &lstm_ext::measures_workers);
   m.def("measure_workers", &measure_workers, py::arg("threads"));
+  m.def("steady_median", &lstm_ext::steady_median, py::arg("samples"));
   m.def("worker_times", &worker_times, py::arg("recorded"));
   m.def(
       "set_worker_times",

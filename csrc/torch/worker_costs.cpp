@@ -62,17 +62,10 @@ const Known* find(int threads) {
   return entry;
 }
 
-// The median of samples, if it may count.
-std::optional<double> steady(double (&samples)[kSamples]) {
-  std::sort(samples, samples + kSamples);
-  const double median = samples[kSamples / 2];
-  if (!(samples[0] > 0) || median > kSteady * samples[0]) return {};
-  return median;
-}
-
 // Times of one number of workers; false if they do not count.
 bool measure_at(int workers, double deadline, double& thread, double& barrier, double& tree) {
-  double samples[3][kSamples];
+  std::vector<double> samples[3];
+  for (auto& list : samples) list.resize(kSamples);
   for (double& sample : samples[0]) {
     const double begin = now();
     if (!on_threads(workers, [](int) {})) return false;
@@ -103,7 +96,7 @@ bool measure_at(int workers, double deadline, double& thread, double& barrier, d
   if (!complete || late) return false;
   double* const results[] = {&thread, &barrier, &tree};
   for (int i = 0; i < 3; ++i) {
-    const std::optional<double> found = steady(samples[i]);
+    const std::optional<double> found = steady_median(samples[i]);
     if (!found) return false;
     *results[i] = *found;
   }
@@ -128,6 +121,13 @@ bool may_measure(int threads) {
 }
 
 }  // namespace
+
+std::optional<double> steady_median(std::vector<double> samples) {
+  std::sort(samples.begin(), samples.end());
+  const double median = samples[samples.size() / 2];
+  if (!(samples[0] > 0) || median > kSteady * samples[0]) return {};
+  return median;
+}
 
 int measured_places(int threads) {
   int places = 1;

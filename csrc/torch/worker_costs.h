@@ -43,6 +43,9 @@ LSTM_EXT_PUBLIC cpu::WorkerCosts worker_costs(int threads, bool fixed = false);
 // measures_workers.
 bool measure_workers_if_due();
 
+// The median of times, if it may count: not of those that other programs disturbed. For tests too.
+LSTM_EXT_PUBLIC std::optional<double> steady_median(std::vector<double> samples);
+
 // Measures now, or returns nothing if the threads were disturbed or are not given. For tests and benchmarks too.
 LSTM_EXT_PUBLIC std::optional<WorkerTimes> measure_workers(int threads);
 

@@ -163,6 +163,9 @@ def measures_workers() -> bool:
 def measure_workers(threads: int) -> WorkerTimes | None:
     """Times of so many threads, now; None if other programs disturbed them. For tests and benchmarks."""
 
+def steady_median(samples: list[float]) -> float | None:
+    """The median, or None if it is more than three times the least or the least is not positive. For tests."""
+
 def worker_times(recorded: bool) -> list[WorkerTimes]:
     """The times that the record gave, or else those that this process has measured."""
 

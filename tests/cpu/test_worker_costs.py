@@ -42,7 +42,8 @@ def lists(costs: dict) -> dict:
 
 
 def test_costs_are_the_constants_of_two_and_what_more_workers_take() -> None:
-    costs = extension.costs_from(times(tree=[1e-7, 2e-7, 7.5e-7, 1e-6]))
+    # A fifth time is of no number of 16 workers.
+    costs = extension.costs_from(times(thread=[*times()["thread"], 1.0], tree=[1e-7, 2e-7, 7.5e-7, 1e-6]))
     assert costs["thread"] == pytest.approx([6e5, 6.6e5, 7.8e5, 10.2e5, *[10.2e5] * 4])
     # 16 meet in a tree, in half of the time of one line; 8 gain too little.
     assert costs["tree_from"] == 16
@@ -96,6 +97,19 @@ def test_times_that_are_none(changed: dict) -> None:
         extension.costs_from({**times(), **changed})
     with pytest.raises(ValueError, match="tree"):
         extension.costs_from({name: value for name, value in times().items() if name != "tree"})
+
+
+@pytest.mark.parametrize(
+    ("samples", "median"),
+    [
+        ([3, 1, 9, 9, 2], 3),
+        ([1, 1, 3.1, 4, 4], None),  # other programs had the cores
+        ([1, 2, 4, 4, 4], None),
+        ([0, 0, 0, 0, 0], None),
+    ],
+)
+def test_times_that_other_programs_disturbed_do_not_count(samples: list[float], median: float | None) -> None:
+    assert extension.steady_median(samples) == median
 
 
 # ---- plans
