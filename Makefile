@@ -59,11 +59,13 @@ sdist: $(PACKAGES)
 	LSTM_EXT_SKIP_BUILD=1 $(PY) setup.py -q sdist
 
 # dist/*.whl, for each torch from 2.11 to 2.15 and each Python that is here, which needs no compiler where it is
-# installed. Downloads torch's headers, 2.7 GB, of which 0.3 stay. A quarter of an hour. ARGS='--torch 2.13' for one.
+# installed. Downloads torch's headers, 2.7 GB, of which 0.3 stay. A quarter of an hour. ARGS='--torch 2.13' for one,
+# ARGS=--here for the torch and the Python of VENV, without a download.
 wheel: $(GROUP)wheel
 	$(PY) .ci/wheel.py $(ARGS)
 
-# That the wheel installs and works where there is no compiler, for each torch. Downloads 4 GB for each.
+# That the wheel installs and works where there is no compiler, for each torch. Downloads 4 GB for each, but nothing
+# with ARGS=--here, which runs the self-test only.
 wheel-check: $(GROUP)wheel
 	$(PY) .ci/wheel.py --check $(ARGS)
 

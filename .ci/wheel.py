@@ -2,6 +2,7 @@
 
     python .ci/wheel.py [--torch 2.11 ...] [--python python3.12 ...] [--machine aarch64]
     python .ci/wheel.py --check [...]  # `make wheel-check`: installs the wheel without a compiler, and tests it there
+    python .ci/wheel.py --here [--check]  # for the torch and the Python that run this, whose files it uses
 
 It has the CPU kernels once, the operators for each torch, and the Python module for each pair of a torch and a Python;
 lstm_ext/native/loader.py picks them by their names. torch's headers come from its wheels, which pip downloads. Nothing
@@ -13,6 +14,7 @@ aarch64 (--machine) also aarch64-linux-gnu-g++.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import re
 import shlex
@@ -110,6 +112,12 @@ def torch_of(minor: str, machine: Machine) -> Torch:
                 wanted = ("torch/include/", "torch/utils/cpp_extension.py")
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(wanted)])
         (folder / "version").write_text(archive.name.split("-")[1])
+    return torch_in(folder, (folder / "version").read_text())
+
+
+def torch_in(folder: Path, version: str) -> Torch:
+    """A torch whose headers lie below a folder."""
+    minor = ".".join(version.split(".")[:2])
     # The standard that torch adds to flags that name none.
     text = (folder / "torch/utils/cpp_extension.py").read_text()
     standards = {f"-std={name}" for name in re.findall(r"cpp_flag_prefix \+ '(c\+\+\d\d)'", text)}
@@ -117,7 +125,12 @@ def torch_of(minor: str, machine: Machine) -> Torch:
         sys.exit(
             f"error: torch {minor}: expected one C++ standard in cpp_extension.py, found {sorted(standards)}"
         )
-    return Torch(minor, (folder / "version").read_text(), folder / "torch" / "include", standards.pop())
+    return Torch(minor, version, folder / "torch" / "include", standards.pop())
+
+
+def torch_here() -> Torch:
+    torch = importlib.metadata.distribution("torch")
+    return torch_in(Path(torch.locate_file("")), torch.version)
 
 
 def python_of(command: str) -> Python | None:
@@ -248,7 +261,10 @@ def made(machine: str) -> Path:
     return found[0]
 
 
-def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment: dict[str, str]) -> bool:
+def check_pair(
+    wheel: Path, minor: str, command: str, here: bool, folder: Path, environment: dict[str, str]
+) -> bool:
+    """`here`: with the packages of this environment, and of the tests the self-test only."""
     venv = WORK / "venv"
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([command, "-m", "venv", str(venv)], check=True)
@@ -264,9 +280,16 @@ def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment:
         )
         return process.returncode == 0, process.stdout.splitlines() or [""]
 
-    steps = [run("-m", "pip", "install", "-q", f"torch=={minor}.*", *TEST_PACKAGES)]
+    install = ["-m", "pip", "install", "-q"]
+    if here:
+        (site,) = venv.glob("lib/python*/site-packages")
+        (site / "packages.pth").write_text(f"{torch_here().include.parents[1]}\n")
+        steps = []
+        install += ["--no-deps", "--ignore-installed"]  # this environment may have this version too
+    else:
+        steps = [run(*install, f"torch=={minor}.*", *TEST_PACKAGES)]
     start = time.monotonic()
-    steps.append(run("-m", "pip", "install", "-q", str(wheel)))
+    steps.append(run(*install, str(wheel)))
     seconds = time.monotonic() - start
     shown = "import sys, torch; print(torch.__version__, 'Python', sys.version.split()[0])"
     version = run("-c", shown)[1][-1]
@@ -276,8 +299,8 @@ def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment:
     steps.append(
         (place.startswith(str(venv)), [f"the package that was imported is not the wheel's: {place}"])
     )
-    for arguments in (("-m", "lstm_ext.info"), ("-m", "lstm_ext.selftest"), ("-m", "pytest", *TESTS)):
-        ok, lines = run(*arguments)
+    for arguments in (("lstm_ext.info",), ("lstm_ext.selftest",), *([] if here else [("pytest", *TESTS)])):
+        ok, lines = run("-m", *arguments)
         print("  " + ("" if ok else "FAILED: ") + next((x for x in lines if x.startswith(SHOWN)), lines[-1]))
         steps.append((ok, lines))
     print("\n".join(line for ok, lines in steps if not ok for line in lines[-40:]), flush=True)
@@ -285,7 +308,7 @@ def check_pair(wheel: Path, minor: str, command: str, folder: Path, environment:
     return all(ok for ok, _ in steps)
 
 
-def check(torches: list[str], commands: list[str]) -> int:
+def check(torches: list[str], commands: list[str], here: bool) -> int:
     """Installs the wheel for each torch, with the Pythons in turn, into a new environment, and tests it there.
 
     No program is on the PATH meanwhile, so no compiler. The tests are those that need no sources.
@@ -303,7 +326,7 @@ def check(torches: list[str], commands: list[str]) -> int:
     }
     failed = 0
     for i, minor in enumerate(torches):
-        if not check_pair(wheel, minor, commands[i % len(commands)], empty, environment):
+        if not check_pair(wheel, minor, commands[i % len(commands)], here, empty, environment):
             failed += 1
     print(f"{len(torches) - failed} passed, {failed} failed")
     return 1 if failed else 0
@@ -316,8 +339,11 @@ def main() -> int:
     parser.add_argument("--torch", nargs="+", default=config.TORCHES, choices=config.TORCHES, metavar="MINOR")
     parser.add_argument("--python", nargs="+", default=[f"python{v}" for v in PYTHONS], metavar="COMMAND")
     parser.add_argument("--machine", default=config.machine(), choices=config.CPU_SETS)
+    parser.add_argument("--here", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    if options.here:
+        options.torch, options.python = [torch_here().minor], [sys.executable]
     if not config.is_supported_platform():
         sys.exit("error: the wheel is for Linux on x86-64 and aarch64, and is built there.")
     if options.check and options.machine != config.machine():
@@ -335,8 +361,9 @@ def main() -> int:
     if not pythons:
         sys.exit("error: none of the Pythons is here with its headers (apt install python3-dev).")
     if options.check:
-        return check(options.torch, [command for command, python in asked.items() if python is not None])
-    torches = [torch_of(minor, machine) for minor in options.torch]
+        commands = [command for command, python in asked.items() if python is not None]
+        return check(options.torch, commands, options.here)
+    torches = [torch_here()] if options.here else [torch_of(minor, machine) for minor in options.torch]
     for path in work.glob("_*.so"):
         path.unlink()
     out = work / "libraries"
