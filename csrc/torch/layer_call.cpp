@@ -64,7 +64,12 @@ at::Tensor gate_values_result(const LayerOptions& options, const at::Tensor& gat
       values.masked_fill_((times >= options.lengths).unsqueeze(-1), 0);
     }
   }
-  return in_type(values.unflatten(-1, {4, hidden_size}).transpose(-1, -2), dtype);
+  const at::Tensor result = in_type(values.unflatten(-1, {4, hidden_size}).transpose(-1, -2), dtype);
+  // Below autograd a view has a version of its own: a change of it would not count as one of the saved tensor.
+  if (result.is_alias_of(gates)) {
+    result.unsafeGetTensorImpl()->set_version_counter(gates.unsafeGetTensorImpl()->version_counter());
+  }
+  return result;
 }
 
 struct KnownFunction {

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
@@ -286,22 +287,40 @@ def test_states_may_be_changed_in_place(x, config, which):
     same(*found)
 
 
-@pytest.mark.parametrize("unbatched", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_an_output_changed_in_place(x, config, unbatched):
-    """The gradient is that of relu() out of place, or there is an error, as in most of torch's own cases."""
-    ours, theirs = pair(**config)
-    given = x.detach()[0] if unbatched else x.detach()
-    theirs(given)[0].relu().square().sum().backward()
-    output, _ = ours(given)
-    loss = output.relu_().square().sum()
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-        assert gradients(ours) == [None] * len(gradients(ours))
-    else:
-        same(gradients(ours), gradients(theirs))
+RETURNED = [{}, {"return_cell_states": True}, {"return_gates": True}]
+OPTIONS = [
+    {"recompute": True},
+    {"layer_norm": True},
+    {"peephole": True, "zoneout": 0.2, "preactivation_clip": 0.5},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, {"bidirectional": True}, *OPTIONS], ids=str)
+def test_a_result_changed_in_place(config, dtype):
+    """The gradients are those of the change out of place, or there is an error, as in most of torch's own cases."""
+    module = lstm_ext.LSTM(3, 4, **config, dtype=dtype).eval()
+    x, lengths = torch.randn(5, 2, 3, dtype=dtype), [2, 1, 2, 2, 0] if module.batch_first else [2, 5]
+    calls = [lambda more=more: module(x, **more) for more in (*RETURNED, RETURNED[1] | RETURNED[2])]
+    calls += [lambda: module(x[0], **RETURNED[2]), lambda: module(x, lengths=lengths, **RETURNED[2])]
+    if not module.bidirectional:
+        calls.append(lambda: module.step(x[0]))
+
+    def results_of(call):
+        return [t for t in tree_leaves(tuple(call())) if t is not None]
+
+    for call in calls:
+        for n in range(len(results_of(call))):
+            found = []
+            for change in (lambda t: t * 0.5, lambda t: t.mul_(0.5)):
+                results = results_of(call)
+                results[n] = change(results[n])
+                loss = sum(t.square().sum() for t in results)
+                try:
+                    found.append(torch.autograd.grad(loss, list(module.parameters())))
+                except RuntimeError as error:
+                    assert found and "modified by an inplace operation" in str(error)
+            torch.testing.assert_close(found[0], found[-1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
