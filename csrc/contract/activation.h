@@ -18,7 +18,7 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value activation_value(const Activation<
     case Function::kAffine: return Math::fma(alpha, z, beta);
     case Function::kRelu: return Math::where_positive(minus_z, zero, z);
     case Function::kLeakyRelu: return Math::where_positive(minus_z, alpha * z, z);
-    case Function::kThresholdedRelu: return Math::where_positive(alpha - z, zero, z);
+    case Function::kThresholdedRelu: return Math::unless(z, alpha, Math::where_positive(alpha - z, zero, z));
     case Function::kElu: return Math::where_positive(minus_z, alpha * Math::expm1(z), z);
     case Function::kScaledTanh: return alpha * Math::tanh(beta * z);
     case Function::kHardSigmoid: {

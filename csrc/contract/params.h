@@ -40,7 +40,7 @@ enum class Function : int32_t {
   kAffine,           // alpha z + beta
   kRelu,             // max(z, 0)
   kLeakyRelu,        // z, below 0 alpha z
-  kThresholdedRelu,  // z, below alpha 0
+  kThresholdedRelu,  // z, up to alpha 0
   kElu,              // z, below 0 alpha (e^z - 1)
   kScaledTanh,       // alpha tanh(beta z)
   kHardSigmoid,      // alpha z + beta, at least 0 and at most 1

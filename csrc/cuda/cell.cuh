@@ -77,7 +77,7 @@ LSTM_DEVICE int piece_of(const cell::Activation<A>& f, A z) {
     case Function::kRelu:
     case Function::kLeakyRelu:
     case Function::kElu: return z > 0;
-    case Function::kThresholdedRelu: return z >= f.alpha;
+    case Function::kThresholdedRelu: return z > f.alpha;
     case Function::kHardSigmoid: return (f.alpha * z + f.beta > 0) + (f.alpha * z + f.beta < 1);
     default: return 0;
   }

@@ -149,7 +149,7 @@ at::Tensor activation_of(const cell::Activation<double>& activation, const at::T
     case cell::Function::kAffine: return z * alpha + beta;
     case cell::Function::kRelu: return z.relu();
     case cell::Function::kLeakyRelu: return at::leaky_relu(z, alpha);
-    case cell::Function::kThresholdedRelu: return at::where(z < alpha, at::zeros({}, z.options()), z);
+    case cell::Function::kThresholdedRelu: return at::threshold(z, alpha, 0);
     case cell::Function::kElu: return at::elu(z, alpha);
     case cell::Function::kScaledTanh: return (z * beta).tanh() * alpha;
     case cell::Function::kHardSigmoid: return (z * alpha + beta).clamp(0, 1);

@@ -31,9 +31,7 @@ ACTIVATIONS = {
     "affine": _Kind(lambda z, alpha, beta: alpha * z + beta, ("1.0", "0.0")),
     "relu": _Kind(torch.relu),
     "leaky_relu": _Kind(lambda z, alpha: F.leaky_relu(z, alpha), ("0.01",)),
-    "thresholded_relu": _Kind(
-        lambda z, alpha: torch.where(z < alpha, z.new_zeros(()), z) if alpha else torch.relu(z), ("1.0",)
-    ),
+    "thresholded_relu": _Kind(lambda z, alpha: torch.where(z <= alpha, z.new_zeros(()), z), ("1.0",)),
     "elu": _Kind(lambda z, alpha: F.elu(z, alpha), ("1.0",)),
     "scaled_tanh": _Kind(lambda z, alpha, beta: alpha * torch.tanh(beta * z), ("1.0", "1.0")),
     # The gradient of hardtanh is 0 on an edge, that of clamp is not.

@@ -12,6 +12,7 @@ import torch
 from cases import Case, check, check_quickly
 from judge import relative_error
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
@@ -254,6 +255,56 @@ def test_kernels_check_their_arguments(change, said):
         reset[name] = function(reset[name])
     with pytest.raises(RuntimeError, match=said):
         loader.extension().lstm_layer_forward(*arguments, loader.extension().LayerOptions(**reset), True)
+
+
+# Functions of a cell as torch and ONNX define them. Their edges are all among EDGES.
+FUNCTIONS = {
+    ("sigmoid",): torch.sigmoid,
+    ("tanh",): torch.tanh,
+    ("affine", -0.5, 0.25): lambda z: -0.5 * z + 0.25,
+    ("relu",): F.relu,
+    ("leaky_relu", 0.5): lambda z: F.leaky_relu(z, 0.5),
+    ("thresholded_relu", 0.5): lambda z: F.threshold(z, 0.5, 0.0),
+    ("thresholded_relu", 0.0): F.relu,
+    ("elu", 0.5): lambda z: F.elu(z, 0.5),
+    ("scaled_tanh", 0.8, 1.5): lambda z: 0.8 * torch.tanh(1.5 * z),
+    ("hard_sigmoid", 0.25, 0.5): lambda z: F.hardtanh(0.25 * z + 0.5, 0.0, 1.0),
+    ("softsign",): F.softsign,
+    ("softplus",): lambda z: F.softplus(z, threshold=40),
+}
+EDGES = [0.0, 0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_functions_and_their_slopes_at_edges(function, dtype, capability):
+    """On an edge, beside it and far from all, in every place of a cell, on the kernels and in the equations."""
+    defined, eps = FUNCTIONS[function], torch.finfo(dtype).eps
+    edges = torch.tensor(EDGES, dtype=dtype)
+    beside = [edges.nextafter(torch.full_like(edges, limit)) for limit in (9.0, -9.0)]
+    others = torch.tensor([1e-4, 0.1, 0.7, 3.0, 12.0, 30.0, 200.0, 1e5], dtype=dtype)
+    some = torch.cat([edges, *beside, others])
+    some = torch.cat([some, -some]).view(1, -1, 1)
+
+    def compare(at, ours, expected):
+        pairs = [(t, *torch.autograd.grad(t.sum(), at, retain_graph=True)) for t in (ours, expected)]
+        torch.testing.assert_close(*pairs, rtol=8 * eps, atol=4 * eps)
+
+    w, u = torch.zeros(2, 4, 1, dtype=dtype)
+    opened = torch.tensor([0, 1, 0, 1], dtype=dtype)  # the gates with which h_1 is the function of c_0
+    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
+        c0 = some.clone().requires_grad_()
+        options = {"gate_activation": "identity", "cell_activation": ("identity", function)}
+        output, _ = lstm(some, (torch.zeros_like(c0), c0), [w, u, opened, opened * 0], **options)
+        compare(c0, output, defined(c0))
+        for bound in (None, *EDGES[1:]):
+            # What is closely below the bound may have its value, and then has its slope.
+            away = (some.abs() >= (bound or 0)) | (some.abs() < 0.9 * (bound or 0))
+            z = some[away].view(1, -1, 1).requires_grad_()
+            options = {"gate_activation": function, "cell_activation": function, "preactivation_clip": bound}
+            gates = lstm(z, None, [w + 1, u], False, return_gates=True, **options)[2].gates[0]
+            for gate in gates.unbind(-1):
+                compare(z, gate, defined(z if bound is None else F.hardtanh(z, -bound, bound)))
 
 
 # ---- cell states and gates as results

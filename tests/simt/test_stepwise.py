@@ -301,6 +301,21 @@ def test_the_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("bias", "slope"), [(2.0**-13, 1), (0.0, 0), (-(2.0**-13), 0)])
+def test_a_preactivation_that_is_rounded_to_an_edge_keeps_its_slope(bias, slope, dtype):
+    options = stepwise_module().LayerOptions(activations="sigmoid thresholded_relu(0.5) affine(1,0)")
+    weights = [torch.full((4, *n), v, dtype=dtype) for n, v in (((1,), 1), ((1,), 0), ((), bias), ((), 0))]
+    call = (torch.full((1, 1, 1), 0.5, dtype=dtype), None, None, weights, None, True, False, options)
+    with emulated_device() as module:
+        output, *_, saved = module.lstm_layer_forward(*call, True)
+        needs_grad = [n == 5 for n in range(9)]  # b_ih
+        gradients = module.lstm_layer_backward(
+            *call, torch.ones_like(output), None, None, None, None, output, saved, needs_grad
+        )
+    assert bool(gradients[5][2] != 0) == slope == bool(output.any())
+
+
 def test_gate_gradients_below_float16_survive():
     """A gradient that has come many steps back is below float16's smallest number until it is summed up."""
     layer = Layer(Case(steps=12, incoming=(False, True, False)), torch.float16, 0)
