@@ -43,7 +43,7 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value activation_slope(const Activation<
     case Function::kThresholdedRelu: return Math::where_positive(value, one, zero);
     case Function::kLeakyRelu: return Math::where_positive(value, one, alpha);
     case Function::kElu: return Math::where_positive(value, one, value + alpha);
-    case Function::kScaledTanh: return beta * (alpha - Math::quotient(value * value, alpha));
+    case Function::kScaledTanh: return beta * (alpha - value * Math::quotient(value, alpha));
     case Function::kHardSigmoid:
       return Math::where_positive(value, Math::where_positive(one - value, alpha, zero), zero);
     case Function::kSoftsign: {

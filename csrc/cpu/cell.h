@@ -130,7 +130,7 @@ struct CellMath {
     TanhTerms<T, kExactness> terms;
     Value c, inverse;
     LSTM_EXT_INLINE Value value() const { return terms.value(c, inverse); }
-    LSTM_EXT_INLINE Value slope(Value value) const { return terms.slope(value, inverse); }
+    LSTM_EXT_INLINE Value slope(Value value) const { return terms.slope(c, value, inverse); }
   };
   LSTM_EXT_INLINE static Squashed squash(Value c) {
     const TanhTerms<T, kExactness> terms(c);

@@ -177,11 +177,13 @@ struct TanhTerms {
     const Reg<T> large = S::fma(-(e + e), inverse, S::set1(Number<T>(1)));
     return S::copy_sign(choose(e < S::set1(Number<T>(0.25)), large, em1 * inverse), x);
   }
-  // 1 - tanh(x)^2 from the value; computed as 4 e / (1 + e)^2 if that has more digits.
-  LSTM_EXT_INLINE Reg<T> slope(Reg<T> value, Reg<T> inverse) const {
+  // 1 - tanh(x)^2 from the value; computed as 4 e / (1 + e)^2 if that has more digits. From the limit on, e no longer
+  // falls, and a large state would multiply what is left: there it is 0, as 1 - tanh(x)^2 rounds to.
+  LSTM_EXT_INLINE Reg<T> slope(Reg<T> x, Reg<T> value, Reg<T> inverse) const {
     using S = Simd<T>;
-    const Reg<T> twice = inverse + inverse;
-    return choose(e < S::set1(Number<T>(0.25)), e * (twice * twice), S::fma(-value, value, S::set1(Number<T>(1))));
+    const Reg<T> one = S::set1(Number<T>(1)), twice = inverse + inverse;
+    const Reg<T> found = choose(e < S::set1(Number<T>(0.25)), e * (twice * twice), S::fma(-value, value, one));
+    return choose(S::set1(ExpConstants<Number<T>>::kTanhLimit) <= S::abs(x), S::set1(Number<T>(0)), found);
   }
 };
 

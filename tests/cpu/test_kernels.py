@@ -16,6 +16,7 @@ import internals
 import pytest
 import torch
 from cases import Case, check, layer, ours, problems
+from judge import assert_as_accurate_as_torch
 from torch import Tensor
 
 import lstm_ext
@@ -365,6 +366,27 @@ def assert_infinities_and_nan(dtype: torch.dtype) -> None:
                 torch.testing.assert_close(result, exact.to(dtype), equal_nan=True)
             if batch > 1:  # rows do not touch each other
                 assert torch.isfinite(out[0][:, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "options", [{}, {"cell_clip": 1e38}, {"cell_activation": ("tanh", ("scaled_tanh", 0.8, 1.3))}], ids=str
+)
+def test_gradients_of_large_states(capability, options, dtype):
+    """The slope of tanh at a large c_t is 0, whatever multiplies it."""
+    weights = [0.2 * torch.randn(4 * 20, *n) for n in ((5,), (20,), (), ())]
+    for size in (0, 1, 10, 20, 1e3, 1e6, 1e20, 1e30):
+        tensors = [torch.randn(3, 4, 5), *torch.randn(2, 1, 4, 20), *weights]
+        tensors[2][..., ::2] *= size
+
+        def gradients(lstm, dtype, tensors=tensors):
+            x, h0, c0, *weights = leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+            output, _ = lstm(x, (h0, c0), weights, **options)
+            names = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")
+            return dict(zip(names, torch.autograd.grad(output.sin().sum(), leaves), strict=True))
+
+        ours, equations = gradients(lstm_ext.functional.lstm, dtype), gradients(reference.lstm, dtype)
+        assert_as_accurate_as_torch(ours, equations, gradients(reference.lstm, torch.float64))
 
 
 @pytest.mark.parametrize(
