@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #if defined(__linux__)
@@ -121,7 +120,9 @@ class ScratchAllocator final : public c10::Allocator {
       const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
       const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
       void* data = nullptr;
-      if (posix_memalign(&data, alignment, rounded) != 0) throw std::bad_alloc();
+      // In the words of torch's allocator, which programs that try batch sizes look for.
+      TORCH_CHECK(posix_memalign(&data, alignment, rounded) == 0,
+                  "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
       advise_huge_pages(data, rounded);
       block = new Block{data, rounded};
     }

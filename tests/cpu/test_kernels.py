@@ -472,6 +472,15 @@ def test_layers_of_different_sizes_keep_their_memory():
     assert faults(10) < 10 * 100
 
 
+def test_memory_that_the_system_does_not_have():
+    """The text is that of torch's allocator, which programs that try batch sizes look for."""
+    module = lstm_ext.LSTM(1, 16, dtype=torch.bfloat16)
+    x = torch.zeros(1, 1, 1, dtype=torch.bfloat16).expand(1 << 44, 1, 1)
+    text = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {(1 << 44) * 16 * 4} bytes"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=text):
+        module(x)
+
+
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_sigmoid_and_tanh_to_three_units_in_the_last_place(name):
     """Of small results too: c_1 is the sigmoid of the input, or its tanh."""
