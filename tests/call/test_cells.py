@@ -86,6 +86,30 @@ def test_names_and_numbers_of_functions():
     assert text == "LSTM(4, 6, gate_activation=('elu', 0.5))"
 
 
+def operator_with(activations: str) -> None:
+    weights = [torch.ones(4 * H, n) for n in (I, H)]
+    x = torch.ones(T, B, I)
+    torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, False, False, activations=activations)
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["", "gelu", "tanhs", "tanh ", "tanh()", "elu", "elu()", "elu(1", "elu(1,2)", "elu(x)", "elu(1x)", "elu(inf)",
+     "elu(1e999)", "elu(-0.1)", "affine(1)", "affine(1;2)", "scaled_tanh(0,1)", "scaled_tanh(-1,1)"],
+)  # fmt: skip
+def test_kernels_refuse_functions_that_nobody_wrote(function):
+    for text in (f"{function} tanh tanh", f"tanh {function} tanh", f"tanh tanh {function}"):
+        with pytest.raises(
+            ValueError, match="expected three names with a space between them, of sigmoid, tanh"
+        ):
+            operator_with(text)
+
+
+@pytest.mark.parametrize("function", ["elu(0)", "affine(-1,-2)", "scaled_tanh(1,-1)", "hard_sigmoid(0,-1)"])
+def test_kernels_take_the_least_numbers_of_functions(function):
+    operator_with(f"{function} {function} {function}")
+
+
 def test_a_compiler_takes_the_numbers_of_functions_for_constants():
     module = lstm_ext.LSTM(I, H, gate_activation="hard_sigmoid", cell_activation=("elu", 0.5))
     x = torch.randn(T, B, I)

@@ -18,6 +18,7 @@ import lstm_ext
 
 # The header of csrc/torch/frozen.cpp: mark, instruction set, sizes and length, then flags, then the plan of the places.
 HEADER, LENGTH_AT, PLAN_LENGTH_AT = 176, 56, 168
+SET_AT, ROUNDED_AT, CHECKSUM_AT, PLAN_AT = 8, 72, 76, 80
 KINDS: dict[str, tuple[dict[str, Any], torch.dtype | None]] = {
     "float32": ({}, None),
     "float64": ({"dtype": torch.float64}, None),
@@ -71,22 +72,27 @@ def before_a_forbidden_page(data: bytes) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, count=len(data), offset=start)
 
 
-def check(kind: str, cases: int, seed: int) -> None:
-    rng = random.Random(seed)
+def frozen_layer(kind: str) -> tuple[list[Tensor], Any]:
+    """Packed weights of both directions, and a call with others in their place."""
     options, weights_as = KINDS[kind]
     torch.manual_seed(0)
     layer = lstm_ext.LSTM(I, **{"hidden_size": H, "bidirectional": True, **options}).eval()
     weights = [p.detach() for p in layer.parameters()]
-    good = lstm_ext.freeze(layer, weights_as).frozen[0].frozen
-    for tensor in good:
-        header = tensor[:HEADER].numpy().tobytes()
-        for at in (LENGTH_AT, PLAN_LENGTH_AT):
-            assert struct.unpack_from("<q", header, at) == (tensor.numel(),)
-    inputs = [torch.randn(steps, B, I, dtype=weights[0].dtype) for steps in (1, T, 40)]
 
     def call(x: Tensor, frozen: list[Tensor]) -> Tensor:
         return torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, True, frozen=frozen)[0]
 
+    return lstm_ext.freeze(layer, weights_as).frozen[0].frozen, call
+
+
+def check(kind: str, cases: int, seed: int) -> None:
+    rng = random.Random(seed)
+    good, call = frozen_layer(kind)
+    for tensor in good:
+        header = tensor[:HEADER].numpy().tobytes()
+        for at in (LENGTH_AT, PLAN_LENGTH_AT):
+            assert struct.unpack_from("<q", header, at) == (tensor.numel(),)
+    inputs = [torch.randn(steps, B, I, dtype=KINDS[kind][0].get("dtype")) for steps in (1, T, 40)]
     expected = [call(x, good) for x in inputs]
     refused = 0
     for case in range(cases):
@@ -123,6 +129,50 @@ def test_some_changes(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_changes(kind):
     check(kind, 10_000, seed=2)
+
+
+def test_every_bit_of_a_header_counts():
+    good, call = frozen_layer("float32")
+    for bit in range(8 * HEADER):
+        damaged = good[0].clone()
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RuntimeError, match="frozen weights"):
+            call(torch.randn(T, B, I), [damaged, good[1]])
+
+
+def sealed(good: Tensor, changes: dict[int, bytes]) -> Tensor:
+    """With these bytes at these places, and the checksum of such a header."""
+    data = bytearray(good.numpy().tobytes())
+    for at, new in {**changes, CHECKSUM_AT: bytes(4)}.items():
+        data[at : at + len(new)] = new
+    total = 0xCBF29CE484222325
+    for (word,) in struct.iter_unpack("<Q", data[:HEADER]):
+        total = ((total ^ word) * 0x100000001B3 & (1 << 64) - 1) ^ total >> 29
+    struct.pack_into("<I", data, CHECKSUM_AT, (total ^ total >> 32) & (1 << 32) - 1)
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+INT32 = [n.to_bytes(4, "little") for n in range(5)]
+ELSEWHERE = {SET_AT: b"another processor"}  # then nothing but the header is read
+FORGED = {
+    "rounded to float16": ("float32", {ROUNDED_AT: INT32[3]}),
+    "float64 in fewer bits": ("float64", {ROUNDED_AT: INT32[1]}),
+    "kept in other bits than rounded to": ("float32", {PLAN_AT + 4: INT32[1], **ELSEWHERE}),
+    "a name without end": ("float32", {SET_AT: b"x" * 24}),
+    "four planes": ("float32", {PLAN_AT: INT32[4], **ELSEWHERE}),
+    "minus one plane": ("float32", {PLAN_AT: b"\xff" * 4, **ELSEWHERE}),
+    "another place": ("float32", {PLAN_AT + 8: INT32[4]}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_header_is_refused(name):
+    kind, changes = FORGED[name]
+    good, call = frozen_layer(kind)
+    x = torch.randn(T, B, I, dtype=KINDS[kind][0].get("dtype"))
+    call(x, [sealed(good[0], {}), good[1]])
+    with pytest.raises(RuntimeError, match="or are damaged: freeze the layer again"):
+        call(x, [sealed(good[0], changes), good[1]])
 
 
 def test_a_damaged_file_of_an_exported_model():
