@@ -45,10 +45,7 @@ class PlainStack(NamedTuple):
     def compute(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
         """By torch's operator: output, h_n and c_n."""
         x, h0, c0, *weights = tensors
-        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        if batch_sizes is None:
-            return torch.lstm(x, (h0, c0), weights, *settings, False)
-        return torch.lstm(x, batch_sizes, (h0, c0), weights, *settings)
+        return route.torch_lstm(x, h0, c0, weights, batch_sizes, *self[:5])
 
     def by_layers(
         self,
@@ -86,11 +83,7 @@ def lstm(
     if way is None:
         return None
     flat = [w for layer in weights for w in layer]
-    if h0 is None or c0 is None:
-        batch = x.size(1) if batch_sizes is None else batch_sizes.tolist()[0]
-        sets = len(weights) * (2 if stack.bidirectional else 1)
-        h0 = x.new_zeros(sets, batch, flat[1].size(1))
-        c0 = x.new_zeros(sets, batch, flat[1].size(0) // 4)
+    h0, c0 = route.given_states(x, h0, c0, flat, batch_sizes, len(weights), stack.bidirectional)
     tensors = [x, h0, c0, *flat]
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
     dropout = stack.dropout if stack.training and len(weights) > 1 else 0.0

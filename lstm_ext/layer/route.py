@@ -52,12 +52,15 @@ __all__ = [
     "TORCH_IS_FASTER",
     "TorchIsFaster",
     "UnsupportedLayerError",
+    "given_states",
     "has_operators",
     "is_direct",
     "lstm_cell",
     "lstm_layer",
     "prefers_torch",
     "refuse_none",
+    "torch_is_faster",
+    "torch_lstm",
     "torchs_way",
 ]
 
@@ -298,6 +301,11 @@ def _were_right(device: torch.device) -> bool:
     return device.index is None or not cuda.has_gpu() or first_use.choose(device)
 
 
+def torch_is_faster(dtype: torch.dtype, steps: int, batch: int, hidden_size: int) -> list[TorchIsFaster]:
+    """The rows of TORCH_IS_FASTER that have a layer of these sizes."""
+    return [row for row in TORCH_IS_FASTER if row.has(dtype, steps, batch, hidden_size)]
+
+
 def prefers_torch(
     x: Tensor, weights: Sequence[Sequence[Tensor | None]], bidirectional: bool, batch_first: bool = False
 ) -> bool:
@@ -314,7 +322,7 @@ def prefers_torch(
     recurrent = weights[0][1]
     hidden_size = 0 if recurrent is None else recurrent.size(-1)
     steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-    rows = [row for row in TORCH_IS_FASTER if row.has(x.dtype, steps, batch, hidden_size)]
+    rows = torch_is_faster(x.dtype, steps, batch, hidden_size)
     if not rows or not is_plain_eager():
         return False
     gates, features = 4 * hidden_size, x.size(2)
@@ -442,18 +450,46 @@ def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
 
 def _torchs_operator(call: LayerCall) -> LayerResults:
     """The plain layer by torch's own operator."""
-    x, h0, c0 = call.input, call.h0, call.c0
+    settings = (call.bias, 1, 0.0, False, call.bidirectional)
+    return (*torch_lstm(call.input, call.h0, call.c0, call.weights, call.batch_sizes, *settings), None, None)
+
+
+def torch_lstm(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, ...]:
+    """Output, h_n and c_n of a plain stack, by ``torch.lstm``; None for zeros."""
+    h0, c0 = given_states(x, h0, c0, weights, batch_sizes, num_layers, bidirectional)
+    settings = (bias, num_layers, dropout, training, bidirectional)
+    if batch_sizes is None:
+        return torch.lstm(x, (h0, c0), list(weights), *settings, False)
+    return torch.lstm(x, batch_sizes, (h0, c0), list(weights), *settings)
+
+
+def given_states(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """The states of all layers, zeros where one is None."""
     if h0 is None or c0 is None:
-        batch = x.size(1) if call.batch_sizes is None else int(call.batch_sizes[0])
-        sets = 2 if call.bidirectional else 1
-        hidden = call.weights[1].size(0) // 4
-        h0 = x.new_zeros(sets, batch, call.weights[1].size(1)) if h0 is None else h0
-        c0 = x.new_zeros(sets, batch, hidden) if c0 is None else c0
-    options = (call.bias, 1, 0.0, False, call.bidirectional)
-    weights = list(call.weights)
-    if call.batch_sizes is None:
-        return (*torch.lstm(x, (h0, c0), weights, *options, False), None, None)
-    return (*torch.lstm(x, call.batch_sizes, (h0, c0), weights, *options), None, None)
+        batch = x.size(1) if batch_sizes is None else batch_sizes.tolist()[0]
+        sets = num_layers * (2 if bidirectional else 1)
+        h0 = x.new_zeros(sets, batch, weights[1].size(1)) if h0 is None else h0
+        c0 = x.new_zeros(sets, batch, weights[1].size(0) // 4) if c0 is None else c0
+    return h0, c0
 
 
 _COMPILED_LAYERS: dict[str, LayerFunction] = {

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..options import OPTIONS
 from .cell import LSTMCell
 from .lstm import LSTM
 from .torchs import (
@@ -427,6 +428,10 @@ def _new_class(
     replaced = _replaced_methods(module, source)
     if replaced:
         return None, f"{', '.join(replaced)} is replaced on the instance"
+    if taken := [
+        name for name in OPTIONS if name in module.__dict__ and to_ours and isinstance(module, nn.RNNBase)
+    ]:
+        return None, f"its attribute {', '.join(taken)} is an option of our layer; rename it first"
     return new, None
 
 

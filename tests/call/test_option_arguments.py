@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
+from lstm_ext.layer.layer_call import OPTION_NAMES
+from lstm_ext.options import OPTIONS as OPTIONS_TABLE
+from lstm_ext.options import FunctionalOptions, LayerArguments
 
 T, B, I, H = 5, 3, 4, 6
 OPTIONS = {
@@ -52,6 +57,72 @@ def test_signature():
         "self", "input", "hx", "lengths", "resets", "reset_state", "mask", "return_cell_states", "return_gates",
     ]  # fmt: skip
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
+
+
+def test_each_row_is_where_users_look():
+    """The types of keywords, attributes, keywords of the function, the docstring and the page follow from the rows."""
+    functional = inspect.signature(lstm_ext.functional.lstm).parameters
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text().split("\n## ")[0]
+    assert typing.get_type_hints(LayerArguments).keys() == OPTIONS_TABLE.keys()
+    for name, option in OPTIONS_TABLE.items():
+        keyword = option.parameters.keyword if option.parameters else name
+        assert (keyword in functional and keyword in typing.get_type_hints(FunctionalOptions)) == option.call
+        assert getattr(lstm_ext.LSTM(I, H), name) == option.default
+        assert f"\n        {name}: " in lstm_ext.LSTM.__doc__ and f"{name}=" in page
+        assert not option.field or name in OPTION_NAMES
+    assert lstm_ext.LSTM.zoneout.__doc__ == OPTIONS_TABLE["zoneout"].text
+
+
+def layer_with(**options):
+    return lstm_ext.LSTM(I, H, **options)
+
+
+def function_with(**options):
+    return lstm_ext.functional.lstm(zeros(T, B, I), None, list(lstm_ext.LSTM(I, H).parameters()), **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "near"),
+    [
+        (lambda **options: lstm_ext.LSTM(I, H, **options), "zoneot", "zoneout"),
+        (lambda **options: lstm_ext.LSTM(I, H, **options), "hiden_size", "hidden_size"),
+        (
+            lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options),
+            "length",
+            "lengths",
+        ),
+        (
+            lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options),
+            "norm_weight",
+            "norm_weights",
+        ),
+        (lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options), "forget_bias", ""),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(function, name, near):
+    text = f"unexpected keyword argument '{name}'" + (f"; did you mean '{near}'" if near else "")
+    with pytest.raises(TypeError, match=text):
+        function(**{name: 1})
+
+
+def test_states_from_before_the_options_were_a_table():
+    module = lstm_ext.LSTM(I, H, zoneout=(0.1, 0.2), peephole=True)
+    state = {**module.__getstate__(), "zoneout": (0.1, 0.2), "peephole": True}
+    del state["_given"]
+    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
+    other.__setstate__(state)
+    assert repr(other) == repr(module)
+    assert other.__dict__.keys() == module.__dict__.keys()
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(other.eval()(x), module.eval()(x), rtol=0, atol=0)
+
+
+def test_a_layer_of_torch_whose_attribute_would_become_an_option():
+    module = nn.Sequential(nn.LSTM(I, H))
+    module[0].zoneout = "mine"
+    with pytest.raises(TypeError, match="zoneout is an option of our layer"):
+        lstm_ext.convert(module)
+    assert type(module[0]) is nn.LSTM and module[0].zoneout == "mine"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +190,19 @@ def test_a_subclass_may_set_an_option_for_all_its_layers():
     assert torch.equal(module(x)[0], other(x)[0])
     module.cell_activation = "tanh"
     assert not torch.allclose(module(x)[0], other(x)[0])
+    assert Mine(I, H, zoneout=0.5).cell_activation == "softsign"
+    assert Mine(I, H, cell_activation="tanh").cell_activation == "tanh"
+
+    class Normed(Mine):
+        layer_norm = True
+        forget_bias = 1.0
+
+    assert repr(Normed(I, H)) == "Normed(4, 6, layer_norm=True, cell_activation=softsign, forget_bias=1.0)"
+    assert Normed(I, H).bias_ih_l0[H : 2 * H].eq(1).all() and Normed(I, H).ln_gain_c_l0.eq(1).all()
+    with pytest.raises(TypeError, match=r"Computed\.zoneout: expected a value of the option, got property"):
+        type("Computed", (lstm_ext.LSTM,), {"zoneout": property(lambda self: 0.5)})
+    with pytest.raises(ValueError, match="zoneout should be a number"):
+        type("Wrong", (lstm_ext.LSTM,), {"zoneout": 2})
 
 
 def test_repr():
