@@ -22,25 +22,9 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
 
 The operator is differentiable once.
 
-OPTIONS are keyword arguments for everything that a layer does beyond ``torch.nn.LSTM``. With the defaults it is the
-plain layer. docs/options.md says which of them run on the kernels.
-
-- ``resets=None``: bool (T, B) or (N). A flag at time t cuts the row between the times t - 1 and t, in both directions.
-- ``reset_h=None``, ``reset_c=None``: the state that replaces the one before, (D, B, P) and (D, B, H). None means zeros.
-- ``lengths=None``: int64 (B), how many steps of a row count. Not together with ``batch_sizes``.
-- ``recurrent_mask=None``: (D, B, P). h is multiplied by it before its product with weight_hh. It is float32 for the
-  16-bit dtypes.
-- ``keep_h=None``, ``keep_c=None``: bool (D, T, B, P) and (D, T, B, H), or (D, N, ...): where zoneout keeps the previous
-  state.
-- ``zoneout_h=0``, ``zoneout_c=0``: the share of the previous state that is kept, used if there are no flags.
-- ``norm=None``: the parameters of layer normalisation, for each direction gain_ih (4H), gain_hh (4H), gain_c (H), and
-  bias_c (H) if ``has_bias``.
-- ``peephole=None``: for each direction the peepholes' weights w_ci, w_cf and w_co, (H) each. Not with ``norm``.
-- ``cell_clip=0``: the bound of abs(c_t); 0 for none.
-- ``coupled_gates=False``: whether f = 1 - i. Not with ``norm``.
-- ``activations=""``: the functions of i, f and o, of g, and of c_t, as in ``"hard_sigmoid(0.2,0.5) tanh tanh"``.
-- ``preactivation_clip=0``: the bound of what the functions of the gates take; 0 for none.
-- ``return_cell_states=False``, ``return_gates=False``: whether cell_states and gate_values are requested.
+OPTIONS are keyword arguments for everything that a layer does beyond ``torch.nn.LSTM``: the fields of
+`lstm_ext.layer.layer_call.LayerOptions`, whose docstring has their shapes and meanings. One that is not given is off;
+with none, it is the plain layer. docs/options.md says which of them run on the kernels.
 
 ``lstm_layer_forward`` takes the same arguments. It also returns what the backward pass needs::
 

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["OPTION_NAMES", "PLAIN", "LayerCall", "LayerFunction", "LayerOptions", "LayerResults", "Signature"]
+__all__ = [
+    "NUMBERS",
+    "OPTION_NAMES",
+    "PLAIN",
+    "LayerCall",
+    "LayerFunction",
+    "LayerOptions",
+    "LayerResults",
+    "Signature",
+]
 
 # The results: output, h_n, c_n, cell states and gate values; the last two are None if not requested.
 LayerResults = tuple[Any, ...]
@@ -102,6 +111,7 @@ OPTION_NAMES = tuple(_TABLE)
 _SINGLE = [name for name, option in _TABLE.items() if "axis" in option.metadata]
 _LISTS = [name for name, option in _TABLE.items() if option.default == ()]
 _VALUES = [name for name, option in _TABLE.items() if not option.metadata]
+NUMBERS = [name for name in _VALUES if type(_TABLE[name].default) is int]
 # Those whose tensors have gradients, and single tensors that have none.
 _DIFFERENTIABLE = [name for name in (*_SINGLE, *_LISTS) if _TABLE[name].metadata["gradient"]]
 _CONSTANT = [name for name in _SINGLE if not _TABLE[name].metadata["gradient"]]

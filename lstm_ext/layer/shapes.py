@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer_call import LayerCall
+from .layer_call import NUMBERS, LayerCall
 
 __all__ = ["check_shapes", "count_mask", "weight_counts", "weights_per_direction"]
 
@@ -62,12 +62,9 @@ def check_shapes(call: LayerCall) -> None:
         raise RuntimeError(
             f"lstm_ext: got {len(options.peephole)} parameters of peepholes, expected {3 * directions}"
         )
-    if options.cell_clip < 0:
-        raise ValueError(f"lstm_ext: cell_clip is {options.cell_clip}, expected a number of at least 0")
-    if options.preactivation_clip < 0:
-        raise ValueError(
-            f"lstm_ext: preactivation_clip is {options.preactivation_clip}, expected a number of at least 0"
-        )
+    for name in NUMBERS:
+        if getattr(options, name) < 0:
+            raise ValueError(f"lstm_ext: {name} is {getattr(options, name)}, expected a number of at least 0")
     if options.norm and (options.peephole or options.coupled_gates):
         raise RuntimeError("lstm_ext: layer normalisation goes with neither peepholes nor coupled gates")
     names = ("weight_ci", "weight_cf", "weight_co")
