@@ -1,6 +1,7 @@
 // Chooses the instruction set that runs: the best one of this CPU, or the one the user names.
 #include <array>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -218,10 +219,15 @@ std::atomic<const Capability*>& current() {
 }  // namespace
 
 const char* kept(const char* message) {
-  thread_local std::string text;
-  return (text = message).c_str();
+  // In turn, and not one for each thread: a library that is loaded late gets little memory for threads.
+  static char texts[64][512];
+  static std::atomic<unsigned> count{0};
+  char (&text)[512] = texts[count.fetch_add(1, std::memory_order_relaxed) % 64];
+  std::snprintf(text, sizeof(text), "%s", message);
+  return text;
 }
 
+__thread uint64_t unit_directions = 0;
 const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
 const bool has_avx512_vnni = vnni_wish() != "0" && finds_avx512_vnni();
 const bool has_avx_vnni = vnni_wish() != "0" && finds_avx_vnni();

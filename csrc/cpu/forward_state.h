@@ -22,7 +22,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
 
   // The order of this member's units. With unit groups, every other call of a layer goes from the last unit to the
   // first.
-  const bool forwards = plan.unit_groups == 1 || (last_forwards() = !last_forwards());
+  const bool forwards = plan.unit_groups == 1 || turns_to_forwards();
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
@@ -45,13 +45,14 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
       : Base(params, plan, Steps::Pass::kForward, workspace, worker) {}
 
-  // The order of this thread's last call with this weight. If two weights share an entry, only time is lost.
-  bool& last_forwards() const {
-    static thread_local bool last[16] = {};
+  // The other direction than that of this thread's last call with this weight. If two weights share a bit, only time is
+  // lost.
+  bool turns_to_forwards() const {
     const void* weight = params.weights.weight_hh;
     if (params.frozen) weight = params.frozen->bias;
     if (!weight) weight = params.weights.narrow.weight_hh;
-    return last[reinterpret_cast<uintptr_t>(weight) * 0x9E3779B97F4A7C15u >> 60];
+    const uint64_t bit = uint64_t{1} << (reinterpret_cast<uintptr_t>(weight) * 0x9E3779B97F4A7C15u >> 58);
+    return (unit_directions ^= bit) & bit;
   }
 
   // A weight that this call packs: all of it, or block by block into one buffer of each worker.

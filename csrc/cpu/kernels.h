@@ -24,6 +24,11 @@ extern LSTM_EXT_PUBLIC const bool fetches_panels;
 // without AVX-512; on AArch64 FEAT_I8MM. LSTM_EXT_CPU_VNNI=0 turns it off.
 extern const bool has_avx512_vnni, has_avx_vnni, has_i8mm;
 
+// The directions of this thread's last calls with unit groups: a bit for some of the weights. All kernels share one
+// word, because a library that is loaded late gets little memory for threads. C++ would look for an initialiser in each
+// access to a thread_local that another source defines.
+extern LSTM_EXT_PUBLIC __thread uint64_t unit_directions;
+
 template <typename T>
 struct Kernels {
   int64_t lanes;      // T values in a SIMD register
@@ -71,7 +76,7 @@ constexpr int kCapabilities = 6;
 #define LSTM_EXT_BUILD ""
 #endif
 
-// The backend. Where a function can fail, it returns a sentence that lives until the thread's next error, or null.
+// The backend. Where a function can fail, it returns a sentence of kept(), or null.
 struct Library {
   const char* build;  // LSTM_EXT_BUILD of its compilation
   // The best one this CPU runs, or the one that LSTM_EXT_CPU_CAPABILITY or set_capability names.
@@ -139,7 +144,7 @@ LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, u
 const char* read_wait_limit(double* seconds);
 const char* change_wait_limit(double seconds, int file);
 
-// A copy of a message, which lives until the thread's next one.
+// A copy of a message, of 511 bytes at most, which lives until 64 more are kept in the process. Nothing is allocated.
 const char* kept(const char* message);
 
 // Calls a function, and returns the message of its exception, or null.

@@ -14,11 +14,6 @@
 namespace lstm_ext::library {
 namespace {
 
-const char* capability_in_use(const cpu::Capability** found) {
-  const char* const error = cpu::lstm_ext_cpu_library()->capability(found);
-  return error ? failure("%s", error) : nullptr;
-}
-
 template <typename T>
 void copy_options(const WeightsFile& file, const FileArrays& arrays, Arena& arena, StepOptions<T>& options) {
   const FileHeader& h = *file.header;
@@ -132,7 +127,7 @@ lstm_ext_model* build_model(const WeightsFile& file, const cpu::Capability& capa
 const char* open_file(const void* bytes, size_t size, WeightsFile& file, const cpu::Capability** capability,
                       int64_t* model_bytes) {
   if (const char* const error = file.open(bytes, size)) return error;
-  if (const char* const error = capability_in_use(capability)) return error;
+  if (const char* const error = cpu::lstm_ext_cpu_library()->capability(capability)) return error;
   Arena arena;
   build_model(file, **capability, arena, nullptr);
   *model_bytes = arena.used;
@@ -169,7 +164,7 @@ uint32_t lstm_ext_abi_version(void) { return LSTM_EXT_ABI_VERSION; }
 const char* lstm_ext_capability(const char** name) {
   if (!name) return failure("name: expected a place for it, got NULL");
   const lstm_ext::cpu::Capability* found = nullptr;
-  if (const char* const error = capability_in_use(&found)) return error;
+  if (const char* const error = lstm_ext::cpu::lstm_ext_cpu_library()->capability(&found)) return error;
   *name = found->name;
   return nullptr;
 }

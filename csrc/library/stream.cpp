@@ -90,8 +90,7 @@ const char* check_setup(const lstm_ext_model* model, const lstm_ext_setup* setup
                    static_cast<long long>(setup->batch), static_cast<long long>(setup->max_steps));
   }
   double seconds = 0;
-  const char* const error = cpu::lstm_ext_cpu_library()->wait_limit(&seconds);
-  return error ? failure("%s", error) : nullptr;
+  return cpu::lstm_ext_cpu_library()->wait_limit(&seconds);
 }
 
 // All layers after the first are alike.

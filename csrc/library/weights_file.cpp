@@ -1,12 +1,13 @@
 #include "library/weights_file.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+
+#include "cpu/kernels.h"
 
 namespace lstm_ext::library {
 namespace {
@@ -16,7 +17,6 @@ constexpr uint32_t kVersion = 1, kByteOrder = 0x01020304, kOtherByteOrder = 0x04
 constexpr uint64_t kMostUnits = (uint64_t{1} << 31) - 1;
 constexpr uint32_t kMostLayers = 1 << 16;
 constexpr int64_t kArrayAlignment = 8;
-constexpr unsigned kLastingErrors = 64;
 
 // The CRC-32 of zlib, of more bytes.
 struct Crc {
@@ -67,15 +67,12 @@ bool is_activation(const FileActivation& activation, bool other, bool float64) {
 }  // namespace
 
 const char* failure(const char* format, ...) {
-  // In turn, and not one for each thread: a library that is loaded late gets little memory for threads.
-  static char texts[kLastingErrors][512];
-  static std::atomic<unsigned> count{0};
-  char (&text)[512] = texts[count.fetch_add(1, std::memory_order_relaxed) % kLastingErrors];
+  char text[512];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  return text;
+  return cpu::kept(text);
 }
 
 const char* WeightsFile::open(const void* given, size_t size) {

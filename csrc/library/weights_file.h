@@ -9,7 +9,7 @@
 
 namespace lstm_ext::library {
 
-// Writes a line for the caller, which lives until 64 more are written. It allocates nothing.
+// Writes a line for the caller, and keeps it as cpu::kept does.
 __attribute__((format(printf, 1, 2))) const char* failure(const char* format, ...);
 
 struct FileActivation {

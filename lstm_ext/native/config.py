@@ -83,8 +83,8 @@ NVCC_FLAGS = [
 LINK_FLAGS: list[str] = []
 
 
-# The C library (native_library.py) has no OpenMP and no backward pass. Its variables of a thread are in place before a
-# step first asks for them.
+# The C library (native_library.py) has no OpenMP and no backward pass. Its one variable of a thread is in place before
+# a step first asks for it.
 C_LIBRARY_FLAGS = [
     *[flag for flag in COMPILE_FLAGS if flag != "-fopenmp"],
     "-std=c++17",

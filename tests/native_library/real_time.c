@@ -4,8 +4,11 @@
  *
  * MODE: "allocations" prints how many there were in 1000 calls; "calls" makes the calls where a system call ends the
  * process, but for sched_yield with several threads; "allocate" and "call" do what is forbidden once. "in_place" is
- * "allocations" that counts from before the model is made, in memory of the caller. */
+ * "allocations" that counts from before the model is made, in memory of the caller. "no_memory" loads the model and
+ * makes the stream after no allocation, one, two and so on, until there is memory for all; and asks for an instruction
+ * set that there is not. */
 #define _GNU_SOURCE
+#include <limits.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -28,18 +31,18 @@ extern void* __libc_realloc(void*, size_t);
 extern void* __libc_memalign(size_t, size_t);
 extern void __libc_free(void*);
 
-static volatile int counting, allocations;
+static volatile int counting, allocations, most = INT_MAX;
 static void count(void) {
   if (counting) __atomic_add_fetch(&allocations, 1, __ATOMIC_RELAXED);
 }
-void* malloc(size_t size) { return count(), __libc_malloc(size); }
-void* calloc(size_t number, size_t size) { return count(), __libc_calloc(number, size); }
-void* realloc(void* memory, size_t size) { return count(), __libc_realloc(memory, size); }
-void* memalign(size_t alignment, size_t size) { return count(), __libc_memalign(alignment, size); }
-void* aligned_alloc(size_t alignment, size_t size) { return count(), __libc_memalign(alignment, size); }
+static int fails(void) { return count(), allocations > most; }
+void* malloc(size_t size) { return fails() ? NULL : __libc_malloc(size); }
+void* calloc(size_t number, size_t size) { return fails() ? NULL : __libc_calloc(number, size); }
+void* realloc(void* memory, size_t size) { return fails() ? NULL : __libc_realloc(memory, size); }
+void* memalign(size_t alignment, size_t size) { return fails() ? NULL : __libc_memalign(alignment, size); }
+void* aligned_alloc(size_t alignment, size_t size) { return fails() ? NULL : __libc_memalign(alignment, size); }
 int posix_memalign(void** memory, size_t alignment, size_t size) {
-  count();
-  *memory = __libc_memalign(alignment, size);
+  *memory = fails() ? NULL : __libc_memalign(alignment, size);
   return *memory ? 0 : 12;
 }
 void free(void* memory) {
@@ -102,6 +105,25 @@ static void* place(size_t size) {
   return memory;
 }
 
+/* Each error is a line. */
+static int without_memory(const char* path, const lstm_ext_setup* setup) {
+  const char* error = "none yet";
+  for (most = 0; error; ++most) {
+    lstm_ext_model* model = NULL;
+    allocations = 0;
+    counting = 1;
+    const char* const other = lstm_ext_set_capability("an instruction set of no processor that there is");
+    error = lstm_ext_model_load(path, &model);
+    if (!error) error = lstm_ext_stream_create(model, setup, &stream);
+    counting = allocations = 0;
+    if (!other || !*other || (error && !*error)) return 1;
+    if (!error) lstm_ext_stream_destroy(stream);
+    lstm_ext_model_destroy(model);
+  }
+  printf("%d allocations\n", most - 1);
+  return 0;
+}
+
 int main(int argc, char** argv) {
   lstm_ext_model* model;
   char text[64];
@@ -109,6 +131,7 @@ int main(int argc, char** argv) {
   const char* const mode = argv[3];
   threads = atol(argv[2]);
   const lstm_ext_setup setup = {BATCH, STEPS, threads};
+  if (strcmp(mode, "no_memory") == 0) return without_memory(argv[1], &setup);
   if (strcmp(mode, "in_place") == 0) {
     FILE* file = fopen(argv[1], "rb");
     void* bytes = place(1 << 22);

@@ -100,6 +100,9 @@ def test_what_is_installed() -> None:
     assert version.strip() == lstm_ext.__version__
 
 
+BYTES_OF_A_THREAD = 32  # 16 of libstdc++, one word, and on AArch64 a pointer
+
+
 def bytes_of_a_thread(library: Path) -> int:
     """What each thread has of the library's variables."""
     segment = re.search(r"^ +TLS +(?:0x\w+ +){4}(0x\w+)", said("readelf", "-lW", library), re.MULTILINE)
@@ -108,12 +111,15 @@ def bytes_of_a_thread(library: Path) -> int:
 
 @pytest.mark.tools
 def test_copies_side_by_side(tmp_path: Path) -> None:
-    """As plug-ins load them. All libraries that are loaded late share 1,664 bytes for the variables of a thread."""
+    """As plug-ins load them. All libraries that are loaded late share 1,664 bytes for the variables of a thread, and
+    torch needs some of them."""
     library = built() / "lib" / "liblstm_ext.so.1"
-    assert bytes_of_a_thread(library) <= 160
-    for i in range(6):
+    assert bytes_of_a_thread(library) <= BYTES_OF_A_THREAD
+    for i in range(30):
         shutil.copy(library, tmp_path / f"{i}.so")
-    program = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path).lstm_ext_abi_version()"
+    program = (
+        "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path).lstm_ext_abi_version()\nimport torch"
+    )
     said(sys.executable, "-c", program, *sorted(tmp_path.iterdir()))
 
 
@@ -197,7 +203,7 @@ CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 def test_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", CROSS_COMPILER)
     prefix, program, weights = built("-O1"), tmp_path / "no_allocation", tmp_path / "weights"
-    assert bytes_of_a_thread(prefix / "lib" / "liblstm_ext.so.1") <= 160
+    assert bytes_of_a_thread(prefix / "lib" / "liblstm_ext.so.1") <= BYTES_OF_A_THREAD
     links = [f"-I{prefix}/include", f"-L{prefix}/lib", "-llstm_ext"]
     said(CROSS_COMPILER, "-static", EXAMPLES / "no_allocation.cpp", "-o", program, *links)
     said(sys.executable, EXAMPLES / "save.py", weights)

@@ -1,4 +1,4 @@
-"""After a stream is made, nothing is allocated and no system call is made."""
+"""After a stream is made, nothing is allocated and no system call is made. Before, any allocation may fail."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def test_no_allocation_and_no_system_call(program: Path, weights: Path, threads:
     assert (in_place.stdout, in_place.stderr) == ("0 allocations\n", "")
     calls = run(program, weights, threads, "calls")
     assert (calls.stdout, calls.stderr, calls.returncode) == ("made all calls\n", "", 0)
+
+
+def test_no_memory(program: Path, weights: Path) -> None:
+    """Wherever an allocation fails, the program gets a line and no exception."""
+    found = run(program, weights, 1, "no_memory")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert int(found.stdout.removesuffix(" allocations\n")) > 3
 
 
 def test_the_program_sees_both(program: Path, weights: Path) -> None:
