@@ -134,22 +134,24 @@ const char* open_file(const void* bytes, size_t size, WeightsFile& file, const c
   return nullptr;
 }
 
-// The whole file; the caller frees the bytes.
+// The whole file, but not far beyond a header that is none, or that says less; the caller frees the bytes.
 const char* read_file(const char* path, char** bytes, size_t* size) {
   std::FILE* const file = std::fopen(path, "rb");
   if (!file) return failure("could not open '%s': %s", path, std::strerror(errno));
   const char* error = nullptr;
-  size_t room = 0;
-  for (size_t count = 1; count > 0 && !error; *size += count) {
-    if (*size == room) {
-      room = room == 0 ? size_t{1} << 16 : 2 * room;
-      auto* const larger = static_cast<char*>(std::realloc(*bytes, room));
-      if (!larger) error = no_memory(static_cast<int64_t>(room));
-      if (larger) *bytes = larger;
+  WeightsFile content;
+  for (size_t room = sizeof(FileHeader); !error; room *= 2) {
+    auto* const larger = static_cast<char*>(std::realloc(*bytes, room));
+    if (!larger) {
+      error = no_memory(static_cast<int64_t>(room));
+      break;
     }
-    count = error ? 0 : std::fread(*bytes + *size, 1, room - *size, file);
+    *bytes = larger;
+    *size += std::fread(larger + *size, 1, room - *size, file);
+    error = std::ferror(file) ? failure("could not read '%s': %s", path, std::strerror(errno))
+                              : content.open_header(larger, *size);
+    if (*size < room || *size > content.header->total_bytes) break;
   }
-  if (std::ferror(file)) error = failure("could not read '%s': %s", path, std::strerror(errno));
   std::fclose(file);
   return error;
 }

@@ -75,7 +75,7 @@ const char* failure(const char* format, ...) {
   return cpu::kept(text);
 }
 
-const char* WeightsFile::open(const void* given, size_t size) {
+const char* WeightsFile::open_header(const void* given, size_t size) {
   bytes = static_cast<const char*>(given);
   header = static_cast<const FileHeader*>(given);
   if (!given) return failure("bytes: expected those of a weights file, got NULL");
@@ -97,11 +97,16 @@ const char* WeightsFile::open(const void* given, size_t size) {
     return failure("the weights file has format %u, and this library reads format %u: save it again", header->version,
                    kVersion);
   }
-  if (header->total_bytes != size) {
-    return failure("the weights file is %s: it has %zu bytes, and its header says %llu",
-                   header->total_bytes > size ? "cut off" : "too long", size,
-                   static_cast<unsigned long long>(header->total_bytes));
-  }
+  return nullptr;
+}
+
+const char* WeightsFile::open(const void* given, size_t size) {
+  if (const char* const error = open_header(given, size)) return error;
+  const auto total = static_cast<unsigned long long>(header->total_bytes);
+  if (total > size)
+    return failure("the weights file is cut off: it has %zu bytes, and its header says %llu", size, total);
+  if (total < size)
+    return failure("the weights file is too long: it has more than the %llu bytes of its header", total);
   if (header->checksum != checksum_of(bytes, size)) return failure("the weights file is damaged: its checksum differs");
   return check_fields();
 }

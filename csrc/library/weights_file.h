@@ -51,7 +51,9 @@ struct WeightsFile {
   const char* bytes;
   const FileHeader* header;
 
-  // Checks everything; returns an error or null.
+  // Checks what the file begins with; returns an error or null.
+  const char* open_header(const void* given, size_t size);
+  // Checks everything.
   const char* open(const void* given, size_t size);
 
   bool has(FileFlag flag) const { return (header->flags & flag) != 0; }
