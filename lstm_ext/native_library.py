@@ -101,7 +101,7 @@ def _install(compiler: list[str], whole: Path, header: Path, prefix: Path) -> Pa
     more = shlex.split(os.environ.get("CXXFLAGS", ""))
     _run([
         *compiler, *more, "-shared", str(whole), "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL",
-        "-Wl,--gc-sections", "-Wl,--as-needed", f"-Wl,-soname,{soname}", "-s", "-o", str(linked),
+        "-Wl,--gc-sections", "-Wl,--as-needed", "-Wl,-z,now", f"-Wl,-soname,{soname}", "-s", "-o", str(linked),
     ])  # fmt: skip
     archive = whole.with_name("liblstm_ext.a")
     _run([_tool(compiler, "ar"), "rcs", str(archive), str(whole)])

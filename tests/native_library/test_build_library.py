@@ -90,6 +90,7 @@ def test_what_is_installed() -> None:
     assert os.readlink(lib / "liblstm_ext.so") == "liblstm_ext.so.1"
     dynamic = said("readelf", "-d", lib / "liblstm_ext.so")
     assert "Library soname: [liblstm_ext.so.1]" in dynamic
+    assert "BIND_NOW" in dynamic  # else the first step looks functions of libm up
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert needed <= {"libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}
     names = sorted(native_library._functions(header().read_text()))
