@@ -117,8 +117,8 @@ def _install(compiler: list[str], whole: Path, header: Path, prefix: Path) -> Pa
         "Name: lstm_ext\n"
         "Description: LSTM layers on the CPU, for programs in C and C++\n"
         f"Version: {config.VERSION}\n"
-        "Cflags: -I${includedir}\n"
-        "Libs: -L${libdir} -llstm_ext\n"
+        'Cflags: -I"${includedir}"\n'
+        'Libs: -L"${libdir}" -llstm_ext\n'
         "Libs.private: -lstdc++ -lm\n"
     )
     return lib / soname

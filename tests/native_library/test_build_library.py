@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_a_program_with_the_archive(tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_from_an_installed_package(tmp_path: Path) -> None:
-    """Whose csrc/ is inside the package."""
+    """Whose csrc/ is inside the package, into a folder with a space in its name."""
     package = tmp_path / "site" / "lstm_ext"
     # This checkout's: the package under test may be installed, and have csrc/ already.
     shutil.copytree(
@@ -177,19 +178,15 @@ def test_from_an_installed_package(tmp_path: Path) -> None:
     )
     shutil.copytree(ROOT / "csrc", package / "csrc")
     said(
-        sys.executable, "-m", "lstm_ext.native_library", tmp_path / "prefix",
+        sys.executable, "-m", "lstm_ext.native_library", tmp_path / "a prefix",
         PYTHONPATH=str(tmp_path / "site"), LSTM_EXT_BACKEND="torch", LSTM_EXT_CPU_SETS="baseline", CXXFLAGS="-O0",
     )  # fmt: skip
     weights = tmp_path / "weights"
     said(sys.executable, EXAMPLES / "save.py", weights)
     program = tmp_path / "no_allocation"
-    flags = [
-        f"-I{tmp_path}/prefix/include",
-        f"-L{tmp_path}/prefix/lib",
-        "-llstm_ext",
-        f"-Wl,-rpath,{tmp_path}/prefix/lib",
-    ]
-    said("g++", EXAMPLES / "no_allocation.cpp", "-o", program, *flags)
+    folder = f"{tmp_path}/a prefix/lib"
+    flags = said("pkg-config", "--cflags", "--libs", "lstm_ext", PKG_CONFIG_PATH=f"{folder}/pkgconfig")
+    said("g++", EXAMPLES / "no_allocation.cpp", "-o", program, *shlex.split(flags), f"-Wl,-rpath,{folder}")
     assert said(program, weights).startswith("16 steps in ")
 
 
