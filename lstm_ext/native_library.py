@@ -50,9 +50,12 @@ def build(prefix: Path) -> Path:
         raise BuildError(f"the C++ sources were not found beside {config.PACKAGE}: reinstall lstm_ext.")
     command, _ = config.find_compiler(openmp=False)
     compiler = [command] if shutil.which(command) else shlex.split(command)
-    target = _run([*compiler, "-dumpmachine"]).partition("-")[0].strip()
-    if target not in config.CPU_SETS:
-        raise BuildError(f"the C library is for x86-64 and aarch64, and `{command}` compiles for {target}.")
+    machine = _run([*compiler, "-dumpmachine"]).strip()
+    target = machine.partition("-")[0]
+    if target not in config.CPU_SETS or "linux" not in machine:
+        raise BuildError(
+            f"the C library is for Linux on x86-64 and aarch64, and `{command}` compiles for {machine}."
+        )
     sets = config.cpu_sets() if target == config.machine() else tuple(config.CPU_SETS[target])
     header = (csrc / _HEADER).read_text()
     with tempfile.TemporaryDirectory() as folder:

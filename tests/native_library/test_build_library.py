@@ -67,6 +67,7 @@ def test_the_c_library_is_no_part_of_the_operators(tmp_path: Path) -> None:
         ("/no/such/compiler", "error: no C++ compiler was found (looked for /no/such/compiler): install one"),
         ("false", "error: the C++ compiler `false` does not work ("),
         ("g++ -no-such-flag", "error: `g++` failed: "),
+        ("echo x86_64-w64-mingw32", "error: the C library is for Linux on x86-64 and aarch64, and `echo"),
     ],
 )
 def test_without_a_compiler(
