@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,8 +51,25 @@ def save(layer: Any, path: str | os.PathLike[str]) -> None:
     for array in content:
         checksum = zlib.crc32(array, checksum)
     struct.pack_into("<I", header, _CHECKSUM_AT, checksum)
-    with open(path, "wb") as file:
-        file.writelines([header, *content])
+    _write(Path(os.path.realpath(path)), [header, *content])
+
+
+def _write(path: Path, parts: Sequence[bytes | bytearray]) -> None:
+    """Write a file beside a path and rename it, so that an error leaves the old file there."""
+    if path.exists() and not path.is_file():  # a device or a pipe, which is no file to replace
+        with open(path, "wb") as device:
+            device.writelines(parts)
+        return
+    unfinished = path.with_name(f"{path.name}.{threading.get_native_id()}")  # a thread's own
+    try:
+        with open(unfinished, "wb") as file:
+            file.writelines(parts)
+        if path.exists():
+            shutil.copymode(path, unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _type_of(layer: Any) -> torch.dtype:

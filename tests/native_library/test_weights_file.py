@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -140,6 +142,33 @@ def test_another_option_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="save_native: the file has no place for zoneout"):
         frozen_of(zoneout=0.1).save_native(tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    before = content_of(frozen_of(), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            frozen_of(zoneout=0.5).save_native(tmp_path / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "weights").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_what_is_at_the_path(tmp_path: Path) -> None:
+    """A link and the mode of a file stay, and no device is replaced."""
+    (tmp_path / "weights").symlink_to("target")
+    (tmp_path / "target").touch(0o600)
+    content = content_of(frozen_of(), tmp_path)
+    assert (tmp_path / "weights").is_symlink() and (tmp_path / "target").read_bytes() == content
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    frozen_of().save_native(tmp_path / "pipe")
+    assert os.read(reader, 1 << 16) == content
+    os.close(reader)
 
 
 def test_precision_of_a_matrix_unit(tmp_path: Path) -> None:
