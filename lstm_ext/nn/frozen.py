@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -14,14 +15,17 @@ from torch.nn.utils import parametrize
 from ..layer.layer_call import LayerOptions
 from ..native import loader
 from . import native
+from .cell import LSTMCell
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
 from .torchs import TorchLSTM, with_our_forward
-from .unreached import modules_of, place_of, where_it_looked
+from .unreached import kind_of, modules_of, place_of, where_it_looked
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
-_torchs = nn.LSTM  # bound now, because patch() replaces it by our class
+# Bound now, because patch() replaces them by our classes.
+_torchs = nn.LSTM
+_CELLS = (nn.LSTMCell, LSTMCell)
 
 _KINDS: dict[torch.dtype | None, str] = {None: "own", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -82,7 +86,7 @@ class FrozenLSTM(LSTM):
         ``batch_first`` and hooks are not in it: data of the C library are (T, B, features).
 
         Args:
-            path: the file, which is replaced if it is there.
+            path: the file, which is replaced if it is there, as a whole: an error leaves the old one.
 
         Raises:
             ValueError: the layer has an option that the file has no place for; the text names it.
@@ -300,7 +304,8 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
 
     Args:
         module: an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM``, or a model that has such layers; on the CPU. In a model
-            all other modules are copied as they are, ``LSTMCell`` too.
+            all other modules are copied as they are. An ``LSTMCell`` is one of them; a warning names it and says which
+            layer can be frozen in its place.
         weights: None keeps the numbers of ``weight_ih`` and ``weight_hh``. ``torch.bfloat16`` and ``torch.int8`` round
             them: to bfloat16, or to whole multiples of 1/127 of the largest number in their row. Everything else is
             computed as before. One streaming step spends most of its time on reading weights, and rounded weights are
@@ -333,6 +338,8 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
         names = [name for name, p in parameters if p.requires_grad]
         if names:
             part.__dict__[_REQUIRED] = sorted({*names, *part.__dict__.get(_REQUIRED, ())})
+    if cells := _about_cells(module):
+        warnings.warn(f"freeze: not frozen: {cells}", stacklevel=2)
     return frozen.requires_grad_(False).eval()
 
 
@@ -385,7 +392,7 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
     layers = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
-        looked = "" if function == "unfreeze" else f". {where_it_looked(module, [])}"
+        looked = "" if function == "unfreeze" else f". {_about_cells(module) or where_it_looked(module, [])}"
         raise ValueError(
             f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}{looked}"
         )
@@ -399,6 +406,19 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
             f"{function}: no copy was made, because of layers that it cannot take:\n" + "\n".join(refused)
         )
     return layers
+
+
+def _about_cells(module: nn.Module) -> str:
+    """The cells of a model, and what can be frozen in their place; empty where it has none."""
+    cells = [
+        f"{place_of(name)} ({kind_of(m)})" for name, m in module.named_modules() if isinstance(m, _CELLS)
+    ]
+    if not cells:
+        return ""
+    return (
+        f"{', '.join(cells)}: an LSTMCell has no frozen form. Replace it by an lstm_ext.LSTM of one layer, whose "
+        "step() computes the same: load_state_dict({f'{name}_l0': p for name, p in cell.state_dict().items()})"
+    )
 
 
 def _reasons_against(layer: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -398,7 +399,11 @@ def frozen_layer(weights: torch.dtype | None = None) -> lstm_ext.FrozenLSTM:
         (lambda: lstm_ext.freeze("model"), TypeError, "expected module to be a torch.nn.Module, got str"),
         (lambda: lstm_ext.unfreeze(3), TypeError, "expected module to be a torch.nn.Module, got int"),
         (lambda: lstm_ext.freeze(nn.Linear(2, 2)), ValueError, r"one, got Linear\. It looked at 1 module: 1 Linear\."),
-        (lambda: lstm_ext.freeze(lstm_ext.LSTMCell(2, 2)), ValueError, "expected an LSTM"),
+        (
+            lambda: lstm_ext.freeze(nn.ModuleDict({"a": nn.LSTMCell(2, 2), "b": lstm_ext.LSTMCell(2, 2)})),
+            ValueError,
+            r"one, got ModuleDict\. 'a' \(torch\S+LSTMCell\), 'b' \(lstm_ext\S+LSTMCell\): an LSTMCell has no frozen",
+        ),
         (lambda: lstm_ext.unfreeze(lstm_ext.LSTM(2, 2)), ValueError, "expected a frozen LSTM"),
         (
             lambda: lstm_ext.freeze(lstm_ext.LSTM(2, 2), torch.float16),
@@ -434,6 +439,22 @@ def frozen_layer(weights: torch.dtype | None = None) -> lstm_ext.FrozenLSTM:
 def test_errors(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_cells_of_a_model_are_named() -> None:
+    """And what the warning says freezes what they compute."""
+    model = nn.ModuleList([nn.LSTM(2, 2), nn.LSTMCell(3, 4)])
+    with pytest.warns(
+        UserWarning, match=r"freeze: not frozen: '1' \(torch.*LSTMCell\): an LSTMCell has"
+    ) as record:
+        frozen = lstm_ext.freeze(model)
+    assert record[0].filename == __file__ and type(frozen[1]) is nn.LSTMCell
+    layer, cell = lstm_ext.LSTM(3, 4), model[1]
+    exec(re.sub(r".*(load_state_dict)", r"layer.\1", str(record[0].message)), {"layer": layer, "cell": cell})
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        h, _ = cell(x)
+        torch.testing.assert_close(lstm_ext.freeze(layer).step(x)[0], h)
 
 
 def test_bytes_that_are_not_frozen_weights() -> None:
