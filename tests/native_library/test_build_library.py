@@ -19,6 +19,7 @@ from lstm_ext import native_library
 from lstm_ext.native import config
 
 EXAMPLES = ROOT / "examples" / "native"
+PAGE = (ROOT / "docs" / "guide" / "c-library.md").read_text()
 
 
 def said(*command: object, **environment: str) -> str:
@@ -44,6 +45,18 @@ def test_header_compiles(command: tuple[str, ...], tmp_path: Path) -> None:
     said(
         *command, "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", f"-I{header().parent}", source
     )
+
+
+def test_the_page_compiles(tmp_path: Path) -> None:
+    """Its blocks as one program, with what they leave to the reader."""
+    blocks = re.findall(r"```cpp\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 3
+    theirs = "int complain(const char*); int next_frame(float*); void read_head(float[3][64], float*); extern int runs;"
+    source = tmp_path / "source.c"
+    source.write_text(
+        "\n".join(["#include <lstm_ext.h>", theirs, "int detector(void) {", *blocks, "return 0; }"])
+    )
+    said("gcc", "-std=gnu17", "-Wall", "-Werror", "-fsyntax-only", f"-I{header().parent}", source)
 
 
 def test_header_says_what_is_visible() -> None:
@@ -147,6 +160,21 @@ def test_examples(tmp_path: Path) -> None:
         run = subprocess.run([tmp_path / program, EXAMPLES / "save.py"], capture_output=True, text=True)
         assert run.returncode == 1
         assert run.stderr == "error: this is no weights file of lstm_ext: its first bytes are others\n"
+
+
+@pytest.mark.tools
+@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not installed")
+def test_a_program_of_cmake(tmp_path: Path) -> None:
+    shutil.copyfile(EXAMPLES / "streaming.c", tmp_path / "detector.c")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.16)\n"
+        + re.findall(r"```cmake\n(.*?)```", PAGE, re.DOTALL)[0]
+        + "target_link_libraries(detector PRIVATE m)\n"
+    )
+    said("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={built()}")
+    said("cmake", "--build", tmp_path / "build")
+    said(sys.executable, EXAMPLES / "save.py", tmp_path / "weights")
+    assert said(tmp_path / "build" / "detector", tmp_path / "weights").startswith("20000 frames on ")
 
 
 @pytest.mark.tools

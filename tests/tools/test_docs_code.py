@@ -3,7 +3,7 @@
 What a block is for stands behind its fence. Each `python` block runs alone, as a reader pastes it: with no names but
 its own, in an empty folder. What it prints is the `text` block right below it. `python compat` runs in tests/compat,
 where the libraries are. Commands (`sh`) have to name targets, modules and files that exist. Other `text`, `cpp` and
-`{eval-rst}` do not run.
+`{eval-rst}` do not run; tests/native_library has those of the C library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PAGES = [
 ]
 # The emulator's page: tests/simt/test_readme.py runs its blocks.
 ELSEWHERE = {"tests/simt/README.md": {"python"}}
-NOT_RUN = {"dockerfile", "text", "cpp", "{eval-rst}"}
+NOT_RUN = {"dockerfile", "text", "cpp", "cmake", "{eval-rst}"}
 # A fence with what stands behind it, to its end, and the fence with its output.
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```$(?:\n+(?=```text\n(.*?)^```$))?", re.DOTALL | re.MULTILINE)
 MOST_LINES = 15  # of a block of Python: what is longer belongs into examples/
