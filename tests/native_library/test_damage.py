@@ -84,6 +84,7 @@ def test_lines(tmp_path: Path) -> None:
     [
         ("flags", 28, "I", 64),
         ("flags", 28, "I", 1 + 2 + 8 + 16),  # layer normalisation with coupled gates
+        ("flags", 28, "I", 1 + 2 + 8 + 4),  # and with peepholes
         ("dtype", 32, "I", 2),
         ("weight_kind", 36, "I", 3),
         ("planes", 40, "I", 0),
@@ -104,6 +105,7 @@ def test_lines(tmp_path: Path) -> None:
         ("preactivation_clip", 88, "d", float("inf")),
         ("preactivation_clip", 88, "d", float("nan")),
         ("zoneout_h", 96, "d", 1.5),
+        ("zoneout_h", 96, "d", -5e-324),
         ("zoneout_c", 104, "d", float("nan")),
         ("activations", 112, "I", 1),
         ("activations", 120, "d", 0.5),
@@ -129,10 +131,40 @@ def test_fields_of_other_layers(tmp_path: Path) -> None:
         (192 + 40, "f", 0.0, "factors"),  # those of weight_ih, (20, 2)
         (192 + 40, "f", float("nan"), "factors"),
         (192 + 40, "f", 3e38, "factors"),  # 127 times this is infinite
+        (192 + 40 + 76, "f", 0.0, "factors"),  # the last of them
+        (192 + 40 + 80 + 104, "f", 0.0, "factors"),  # those of weight_hh, (20, 5)
     ):
         assert said_of(changed(good, at, kind, value)) == invalid.format(field)
     for alpha in (0.0, 1e-60):  # of scaled_tanh; float32 has no such number but 0
         assert said_of(changed(good, 112, "IId", 7, 0, alpha)) == invalid.format("activations")
+
+
+def test_the_largest_values(tmp_path: Path) -> None:
+    good = content_of("plain", tmp_path)
+    Model(changed(changed(good, 96, "d", 1.0), 104, "d", 1.0))  # zoneout_h and zoneout_c
+
+
+@pytest.mark.parametrize(
+    "said", ["its first bytes are others", r"too long: it has more than the \d+ bytes of"]
+)
+def test_a_file_without_an_end(said: str, tmp_path: Path) -> None:
+    content = bytearray(content_of("plain", tmp_path) if "too long" in said else b"")
+    os.mkfifo(tmp_path / "pipe")
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        with contextlib.suppress(BrokenPipeError), open(tmp_path / "pipe", "wb", buffering=0) as pipe:
+            while written < 1 << 25:
+                written += pipe.write(content or b"\xff" * 4096)
+                content.clear()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with pytest.raises(LibraryError, match=said):
+        Model(tmp_path / "pipe")
+    thread.join()
+    assert written < 1 << 18  # a pipe holds 2^16 bytes that nobody has read
 
 
 def test_a_line_stays_for_63_more(tmp_path: Path) -> None:

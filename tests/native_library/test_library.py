@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from c_library import Aligned, LibraryError, Model, Setup, Stream, call, capability, library, sets
+from c_library import Aligned, LibraryError, Model, Setup, Stream, call, capability, copied, library, sets
 from torch import Tensor
 
 import lstm_ext
@@ -240,10 +240,8 @@ def test_bad_setups(model: Model) -> None:
 def test_bad_calls(model: Model, tmp_path: Path) -> None:
     stream = Stream(model, 2, 4)
     x = torch.randn(8, 2, 24)
-    both = torch.zeros(4 * 2 * (24 + 48))
     place, output = ctypes.c_void_p(x.data_ptr()), torch.empty(8, 2, 48)
     y = ctypes.c_void_p(output.data_ptr())
-    overlapping = ctypes.c_void_p(both.data_ptr()), ctypes.c_void_p(both.data_ptr() + 4 * 4 * 2 * 24 - 4)
     for name, arguments, said in (
         ("run", (stream.pointer, place, ctypes.c_int64(5), y), "steps: expected 1 to 4, got 5"),
         ("run", (stream.pointer, place, ctypes.c_int64(0), y), "steps: expected 1 to 4, got 0"),
@@ -256,8 +254,6 @@ def test_bad_calls(model: Model, tmp_path: Path) -> None:
         with pytest.raises(LibraryError) as error:
             call(name, *arguments)
         assert str(error.value) == said
-    with pytest.raises(LibraryError, match="x and y: expected arrays that do not overlap"):
-        call("run", stream.pointer, overlapping[0], ctypes.c_int64(4), overlapping[1])
     alone = Stream(model, 2, 4, threads=2)
     with pytest.raises(
         LibraryError, match="of 1 thread, got one of 2, each of which calls lstm_ext_step_part"
@@ -268,21 +264,39 @@ def test_bad_calls(model: Model, tmp_path: Path) -> None:
         call("step", both_ways.pointer, place, y)
 
 
-def test_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "both", "float64"])
+def test_x_and_y_touch_but_do_not_overlap(name: str, tmp_path: Path) -> None:
+    model = Model(saved(frozen_of(CASES[name]), tmp_path))
+    stream, is_ = Stream(model, 2, 4), model.description
+    width = 8 if is_.dtype else 4
+    inputs = 4 * 2 * is_.input_size * width
+    outputs = 4 * 2 * is_.directions * is_.output_size * width
+    memory = Aligned(inputs + outputs)
+    for x, y in ((0, inputs), (outputs, 0)):
+        place_x, place_y = memory.address + x, memory.address + y
+        call("run", stream.pointer, ctypes.c_void_p(place_x), ctypes.c_int64(4), ctypes.c_void_p(place_y))
+        nearer = place_y - 1 if y > x else place_y + 1
+        with pytest.raises(LibraryError, match="x and y: expected arrays that do not overlap, got 0x"):
+            call("run", stream.pointer, ctypes.c_void_p(place_x), ctypes.c_int64(4), ctypes.c_void_p(nearer))
+
+
+@pytest.mark.parametrize("kind", ["model", "stream"])
+def test_little_memory(kind: str, tmp_path: Path) -> None:
     content = saved(frozen_of(CASES["int8"]), tmp_path).read_bytes()
-    model, needed, setup = Model(content), ctypes.c_size_t(), Setup(2, 3, 2)
-    call("stream_size", model.pointer, ctypes.byref(setup), ctypes.byref(needed))
+    model, needed, setup, given = Model(content), ctypes.c_size_t(), Setup(2, 3, 2), copied(content)
+    of = {
+        "model": (ctypes.c_void_p(given.address), ctypes.c_size_t(len(content))),
+        "stream": (model.pointer, ctypes.byref(setup)),
+    }[kind]
+    call(f"{kind}_size", *of, ctypes.byref(needed))
     pointer, memory = ctypes.c_void_p(), Aligned(needed.value)
-    place = ctypes.c_void_p(memory.address)
-    with pytest.raises(LibraryError, match=f"memory: expected {needed.value} bytes, got {needed.value - 1}"):
-        call(
-            "stream_create_in",
-            model.pointer,
-            ctypes.byref(setup),
-            place,
-            ctypes.c_size_t(needed.value - 1),
-            ctypes.byref(pointer),
-        )
+    for address, size, got in (
+        (memory.address, needed.value - 1, needed.value - 1),
+        (None, needed.value, 0),
+    ):
+        place = ctypes.c_void_p(address), ctypes.c_size_t(size)
+        with pytest.raises(LibraryError, match=f"memory: expected {needed.value} bytes, got {got}$"):
+            call(f"{kind}_create_in", *of, *place, ctypes.byref(pointer))
     assert pointer.value is None
 
 
