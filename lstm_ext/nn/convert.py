@@ -236,7 +236,6 @@ def convert(
     skip: Iterable[str] = (),
     fullgraph: bool = False,
     subclasses: bool = False,
-    as_torchs: bool | None = None,
 ) -> _Model: ...
 def convert(
     model: nn.Module,
@@ -244,7 +243,6 @@ def convert(
     skip: Iterable[str] = (),
     fullgraph: bool = False,
     subclasses: bool = False,
-    as_torchs: bool | None = None,
 ) -> nn.Module:
     """Turn every :class:`torch.nn.LSTM` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
 
@@ -271,7 +269,6 @@ def convert(
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
             override nothing are always converted. Both kinds stay instances of their class and of torch's.
-        as_torchs: deprecated. True is what happens without it, False is ``fullgraph=True``.
 
     Returns:
         ``model``.
@@ -283,17 +280,8 @@ def convert(
             does not call (``check_input``, ``permute_hidden`` and others); a ``forward`` (or a method that it calls)
             replaced on the instance; a layer compiled by TorchScript; a quantized layer; one that ``fully_shard`` has
             sharded. Nothing has been changed then. Change these modules first, or ``skip`` them.
-        ValueError: ``skip`` has a name that the model does not have; ``as_torchs`` contradicts ``fullgraph``.
+        ValueError: ``skip`` has a name that the model does not have.
     """
-    if as_torchs is not None:
-        warnings.warn(
-            "convert: as_torchs=True is what happens without it now, and as_torchs=False is fullgraph=True",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        if as_torchs and fullgraph:
-            raise ValueError("convert: as_torchs=True and fullgraph=True exclude each other")
-        fullgraph = fullgraph or not as_torchs
     found, passed_over = _change_classes(
         model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses
     )

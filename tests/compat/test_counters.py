@@ -68,7 +68,6 @@ TOOLS: dict[Callable[[nn.Module, torch.Tensor], Any], str] = {
 by_tool = pytest.mark.parametrize("tool", TOOLS, ids=[tool.__name__ for tool in TOOLS])
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "convert": lstm_ext.convert,
-    "as_torchs": lambda model: lstm_ext.convert(model, as_torchs=True),
     "freeze": lstm_ext.freeze,
 }
 
@@ -127,13 +126,12 @@ def test_fvcore():
     assert ours.unsupported_ops() == theirs.unsupported_ops()
 
 
-@pytest.mark.parametrize("way", ["convert", "as_torchs"])
-def test_opacus(way, monkeypatch):
+def test_opacus(monkeypatch):
     pytest.importorskip("opacus")
 
     model, x = OnlyLayer(), torch.randn(2, 5, 24)
     with not_imported(monkeypatch, "opacus"):
-        ours = WAYS[way](copy.deepcopy(model))
+        ours = lstm_ext.convert(copy.deepcopy(model))
         import opacus.validators as validators
 
         errors = validators.ModuleValidator.validate(ours, strict=False)

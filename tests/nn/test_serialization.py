@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import io
 import pickle
 import warnings
-import zlib
 
 import pytest
 import torch
@@ -138,45 +136,6 @@ def test_a_state_that_has_lost_its_option_is_refused():
         other.__setstate__(state)
     for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         assert way(lstm).layer_norm
-
-
-# pickle.dumps((LSTMCell(2, 3), LSTM(2, 3))) after torch.manual_seed(0), at commit a91d24f, when the modules that hold
-# the classes were lstm_ext.cell and lstm_ext.modules; compressed.
-AT_A91D24F = """
-eNrdV3twE9Uaz6u0zQMrFQWsznVkNMpYaZqUdNqcKCjFSal9oMYHHDfJpmfpNpvsbqjlTp1qaS10uXXodkB5jY9RVLRUQantnqCOgoroLRccFe
-7lwlUR7xVH8XqrjL0n2aQkBZz+W/NHvrPn+53v7H6/c873O62GXipPk/hJFlYQGyH9kFjop1lWlnIq65YsXhBv9sg3PCK3yFYpR+QpJsSE6uVO
-yQTDFE810iLNCwlnbhPN1CMRMkiWzCLH+1EhjIoMK8jSNMjTvijDBs6NIUFRbppDpEMCx8MVNuKwShZ1vEAMVU/LUh5kOSoAgzzXCH3NIi0Q1P
-z7tRpNq26NkT27aeHIn5Zvq55Z2Kpb/I2e/LdENFZv/MPCPCdyfo6FK8hrMlwooiUAr4V4WEYUWRrSoQBDhSK6Tq+RdIrNYRoKzEpaiOhbIgar
-N4t0CojjxUiWR+fVkycmJEameAxeQzwGF6qPZHsM0SiZ0+rNjoPVV45o/IlPMC4kLy7WqZ3GiNY7lWBK7U6nbV5xSZGjuLjUFlHj+sPRiN4zo0
-qMGGpItKURzYWwWqpwhsqX5uQzawfze7aAhz0/4ve7PsP9O/24bvXV4JaGsqGV1Ckw/2iNMhwuAFtesuFTDScVpdgSO/zuO3jVLgHn2PvK1w4w
-ILisHwwH92FmoBW3Dd0Nrm/6CSy450dluv0okNvlWtmj8Zg9ug7Zo/NoO+TVkonkkqX9Ikkl4dV0Jx+geTpwG+MX46ukVhbJmE40g7QeI62xNY
-GQjEzIYkV587smOWuOEpu9yG7PYG32RVhLYQlrs5Osfd6LFbpspWvX37LczQW5se+veBMv2j4d7xeC+IPgKHj2yRgO53fi8vYD+B+sMQb+sh1v
-nvkbuOvrNrDk9m5Qr/yv3LR2PT5k2udq0BhjB9YfwkJgAz7+yJtgTc3LwD2zDbu2vTiEpirAdXqau++Z5aB6aKtrh+094LG8gr+764hruPBLfO
-rYfly4cwM+x7KesKxPsJzgbxyT2T6GEuJ7O8XjnMnOo6OopGheSQaP5ovxmMQSHs1JHp/b0w7WvN0Izszsw/JGG7BWPA12u3qVf/buLL/1bA54
-wfcGmP6txb1q/wn84TbvuTy3yx5t++/lGP2Rclxsc4w74S6eYxWbluMt9yIw5d9nQNkWjfs0o3PfVvOt64kOTeyLrntd3u92426cG7uiVu/++J
-1joJ/Lj00gx1EpB/qiwaBatKQrYYgLwXA8cwKpQGLKBwValLtlKR/6KH9DE8WTysXTEHFcgyAngkmXnHOld18OGQEGoyyb6ZarpKkwyPHn4Wdl
-9sImRkQwPq4+hSgYh6DYJqpZgH6KHMSBJGbaGGb8a159vucCc1wKBZESaRggB3nG8OnpjvGxZ6lV+XcQV56P4ITMGXJgIxeIsnSCDyMTCkfFxP
-okJUcyISYQoEPJZ71kiG8QuTPqk/LGxEpqtGSI65UxrYKyOtGUuCwxj8kSyM4d21mTXTs47A6no2hi2iGFTdMO66qPulbO3asslt9WWqsfw9b7
-/MB9eR8uHvSCm1t6QdHmg8B0yVJweNG02L63YjjwRA/I+/PPrtCGr/DBkhex12Ryf1S4F/x8ohU791+Gt39ojh3JunGoduPf8aj+X/hC2uFCJ5
-55TB+kkzPZJYLdaZ9bOkGJkMKmSYS8xTpF7ux3/fcqHnfU94Gjx1/DywqmuPt7PgC/LBzBcHY+vmz5ofLv27a7LnWawXotApXPW1y47HFce6wL
-1Oy1xN6y9+HrRvNx7m/d+KvhKswu+gEzq35VNsXOump69uCcgR+Gtm48CIZnCco6vq38r7pKJVh52nXgzCCYozW7Hx0YBDfVmd0l2XOUiUoEY1
-IipFM52SuYfd48Z5HNOaEKlsKmVbDRdw2x1ddK+JqK98GKiujg6/9Zh0s7jmNzrTF2pGUEg8OnlboCohw+2Qoau6ZOpIIl04z+UGl22BwlTufc
-iQmFJDYtzUsDu8HInV/j0MiI8ukbHC7dc0J51HpSKX/KECsqH8WjWQPKjm1nyrR3dGD9rmVgIkIBLWiR0e3dMqpI9KE7VOOpQpVqq0o11aqpVc
-0S1dytGq9q7lPNA6pZRuqcgVQtWkYB9KBHhyhS2YyhaCNkqea4LvFokY/cr32U6EcwyPCCSC5e2QGeC3NRUa5IfjO5sPuYAMOrlzGKJZhcQvHy
-ZLHUEO0SZCkRqiesAEPk3i3IS8+riOPO4IxdnLHWaMlMtAebCkhCkWCoD+1A/ehVmpIsGfMlnCJqRRLaQEd9HXLh/wG356yK
-"""
-
-
-@pytest.mark.devices("cpu")
-def test_pickles_of_former_homes_load():
-    layers = pickle.loads(zlib.decompress(base64.b64decode(AT_A91D24F)))
-    assert [type(layer) for layer in layers] == [lstm_ext.LSTMCell, lstm_ext.LSTM]
-    torch.manual_seed(0)
-    for layer, theirs in zip(layers, (nn.LSTMCell(2, 3), nn.LSTM(2, 3)), strict=True):
-        torch.testing.assert_close(layer.state_dict(), theirs.state_dict(), rtol=0, atol=0)
-        step = torch.randn(4, 2)
-        torch.testing.assert_close(layer(step), theirs(step))
-        torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(step), layer(step), rtol=0, atol=0)
 
 
 def test_ties_survive_a_copy():

@@ -167,20 +167,6 @@ def test_isinstance_tells_what_repr_does_not():
     assert [isinstance(layer, lstm_ext.LSTM) for layer in (*made, theirs)] == [True] * 4 + [False]
 
 
-def test_as_torchs_is_deprecated():
-    with pytest.warns(DeprecationWarning, match="as_torchs=False is fullgraph=True"):
-        assert kinds_of(lstm_ext.convert(Tagger(), as_torchs=True)) == KINDS[False]
-    with pytest.warns(DeprecationWarning):
-        assert kinds_of(lstm_ext.convert(Tagger(), as_torchs=False)) == KINDS[True]
-    model = Tagger()
-    with (
-        pytest.warns(DeprecationWarning),
-        pytest.raises(ValueError, match="as_torchs=True and fullgraph=True exclude each other"),
-    ):
-        lstm_ext.convert(model, as_torchs=True, fullgraph=True)
-    assert kinds_of(model) == list(TORCHS)
-
-
 def test_code_that_goes_by_torchs_class_passes_the_other_kind_over():
     """Named, it is found. docs/guide/other-libraries.md says so."""
     model = lstm_ext.convert(Tagger(), fullgraph=True)
