@@ -37,7 +37,7 @@ __all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 # Our classes that are instances of torch's to isinstance.
-_AS_TORCHS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
+_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
 _SAME: dict[type[nn.Module], type[nn.Module]] = {
     TorchLSTM: LSTM,
     PatchedLSTM: LSTM,
@@ -211,37 +211,37 @@ def _on_meta(cls: Any, module: Any) -> nn.Module:
 
 @overload
 def convert(
-    model: nn.LSTM, *, skip: Iterable[str] = (), fullgraph: Literal[False] = False, subclasses: bool = False
+    model: nn.LSTM, *, skip: Iterable[str] = (), as_subclass: Literal[True] = True, subclasses: bool = False
 ) -> TorchLSTM: ...
 @overload
 def convert(
     model: nn.LSTMCell,
     *,
     skip: Iterable[str] = (),
-    fullgraph: Literal[False] = False,
+    as_subclass: Literal[True] = True,
     subclasses: bool = False,
 ) -> TorchLSTMCell: ...
 @overload
 def convert(
-    model: nn.LSTM, *, skip: Iterable[str] = (), fullgraph: Literal[True], subclasses: bool = False
+    model: nn.LSTM, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
 ) -> LSTM: ...
 @overload
 def convert(
-    model: nn.LSTMCell, *, skip: Iterable[str] = (), fullgraph: Literal[True], subclasses: bool = False
+    model: nn.LSTMCell, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
 ) -> LSTMCell: ...
 @overload
 def convert(
     model: _Model,
     *,
     skip: Iterable[str] = (),
-    fullgraph: bool = False,
+    as_subclass: bool = True,
     subclasses: bool = False,
 ) -> _Model: ...
 def convert(
     model: nn.Module,
     *,
     skip: Iterable[str] = (),
-    fullgraph: bool = False,
+    as_subclass: bool = True,
     subclasses: bool = False,
 ) -> nn.Module:
     """Turn every :class:`torch.nn.LSTM` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
@@ -262,10 +262,10 @@ def convert(
         model: any module; it may itself be an LSTM, and it may be compiled.
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
-        fullgraph: whether the layers become :class:`lstm_ext.LSTM` and ``LSTMCell`` instead, which are no
-            ``torch.nn.LSTM`` to ``isinstance``: initialisers and wrap policies for that class pass them over.
-            ``torch.compile(fullgraph=True)`` takes these whatever a new torch changes in its compiler; the others it
-            takes in all versions of torch that this package is made for.
+        as_subclass: whether the layers become subclasses of torch's. False makes them :class:`lstm_ext.LSTM` and
+            ``LSTMCell``, which are no ``torch.nn.LSTM`` to ``isinstance``: initialisers and wrap policies for that
+            class pass them over. ``torch.compile(fullgraph=True)`` takes these whatever a new torch changes in its
+            compiler; the others it takes in all versions of torch that this package is made for.
         subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
             override nothing are always converted. Both kinds stay instances of their class and of torch's.
@@ -283,7 +283,7 @@ def convert(
         ValueError: ``skip`` has a name that the model does not have.
     """
     found, passed_over = _change_classes(
-        model, _OURS if fullgraph else _AS_TORCHS, "convert", skip, subclasses
+        model, _SUBCLASSES if as_subclass else _OURS, "convert", skip, subclasses
     )
     if not found:
         text = nothing_found(model, passed_over)

@@ -36,7 +36,7 @@ _Question = Callable[[nn.Module], bool]
 _REFUSED = (nn.RNN, nn.GRU, nn.LSTM)
 _UNFIT = (
     "lstm_ext: torch.compile breaks the graph at layers that are torch.nn.LSTM to isinstance, as at torch's own: the "
-    "dynamo of torch {} is not one that lstm_ext knows how to ask. lstm_ext.convert(model, fullgraph=True) makes "
+    "dynamo of torch {} is not one that lstm_ext knows how to ask. lstm_ext.convert(model, as_subclass=False) makes "
     "layers that compile whole"
 )
 

@@ -292,7 +292,7 @@ def test_breaks_are_no_layers_of_a_patch() -> None:
 def test_without_fullgraph_a_compiler_breaks_the_graph_as_at_torchs(fullgraph: bool) -> None:
     theirs, ours = pair()
     torch._dynamo.reset()
-    compiled = torch.compile(lstm_ext.convert(ours, fullgraph=fullgraph), backend=(graphs := Graphs()))
+    compiled = torch.compile(lstm_ext.convert(ours, as_subclass=not fullgraph), backend=(graphs := Graphs()))
     x = torch.randn(T, B, I)
     assert_same_bits(results(compiled, x, None), results(theirs, x, None))
     assert graphs.all == []

@@ -177,7 +177,7 @@ def test_rsl_rl_exports(tmp_path):
     """It looks for torch's layer by its class, and compiles it with TorchScript."""
     onnxruntime = pytest.importorskip("onnxruntime")
     runner = runner_of_rsl_rl()
-    lstm_ext.convert(runner.alg.actor, fullgraph=True)
+    lstm_ext.convert(runner.alg.actor, as_subclass=False)
     with pytest.raises(NotImplementedError, match=r"lstm_ext.*LSTM"):
         runner.export_policy_to_jit(str(tmp_path))
     lstm_ext.convert(runner.alg.actor)

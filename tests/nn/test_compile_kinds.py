@@ -207,9 +207,9 @@ def test_twice_is_as_once():
     assert not any(getattr(finder, "_lstm_ext_key", "") == "dynamo" for finder in sys.meta_path)
 
 
-def test_fullgraph_kind_does_not_need_it():
+def test_plain_layers_do_not_need_it():
     model, x = nn.Sequential(nn.LSTM(I, H)), torch.randn(T, B, I)
-    lstm_ext.convert(model, fullgraph=True)
+    lstm_ext.convert(model, as_subclass=False)
     assert type(model[0]) is lstm_ext.LSTM and not isinstance(model[0], nn.LSTM)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
@@ -277,10 +277,10 @@ with warnings.catch_warnings(record=True) as caught:
         pass
     else:
         raise AssertionError
-    lstm_ext.convert(model, fullgraph=True)
+    lstm_ext.convert(model, as_subclass=False)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), y)
 text = [str(w.message) for w in caught if "lstm_ext" in str(w.message)]
-assert len(text) == 1 and "lstm_ext.convert(model, fullgraph=True)" in text[0], text
+assert len(text) == 1 and "lstm_ext.convert(model, as_subclass=False)" in text[0], text
 """
 CHANGES = {
     "signature": "VariableBuilder.wrap_module = lambda self, value, more=None: original(self, value)",
@@ -294,7 +294,7 @@ def test_a_dynamo_that_does_not_fit_is_one_warning(change):
 
 
 def test_a_dynamo_without_the_class_is_a_warning():
-    with pytest.warns(UserWarning, match=r"the dynamo of torch .*convert\(model, fullgraph=True\)"):
+    with pytest.warns(UserWarning, match=r"the dynamo of torch .*convert\(model, as_subclass=False\)"):
         dynamo._wrap(types.ModuleType("builder"), lambda module: True, lambda module: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,14 +19,14 @@ class AsTorchs:
     LSTM, LSTMCell = lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell
 
 
-to_fullgraph = functools.partial(lstm_ext.convert, fullgraph=True)
+to_plain = functools.partial(lstm_ext.convert, as_subclass=False)
 WAYS = {
     "convert": (lstm_ext.convert, nn, AsTorchs),
-    "convert, fullgraph": (to_fullgraph, nn, lstm_ext),
+    "convert, plain": (to_plain, nn, lstm_ext),
     "revert": (lstm_ext.revert, AsTorchs, nn),
-    "revert, fullgraph": (lstm_ext.revert, lstm_ext, nn),
+    "revert, plain": (lstm_ext.revert, lstm_ext, nn),
 }
-BACK = {nn: lstm_ext.revert, lstm_ext: to_fullgraph, AsTorchs: lstm_ext.convert}
+BACK = {nn: lstm_ext.revert, lstm_ext: to_plain, AsTorchs: lstm_ext.convert}
 
 
 @pytest.fixture(params=WAYS)
@@ -106,7 +106,7 @@ def test_models(way, model_class, training):
     torch.testing.assert_close(run(model, x), (output, grads), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["convert", "convert, fullgraph"])
+@pytest.mark.parametrize("kind", ["convert", "convert, plain"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_a_converted_model_is_one_that_was_built_so(model_class, kind):
     function, source, target = WAYS[kind]

@@ -159,14 +159,14 @@ def test_the_model_stays_converted():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-@pytest.mark.parametrize("how", ["convert", "fullgraph", "patch"])
+@pytest.mark.parametrize("how", ["convert", "plain", "patch"])
 def test_layers_of_every_class(how):
     if how == "patch":
         with lstm_ext.patch():
             model = Tagger(nn.LSTM, nn.LSTMCell)
             scripted = torch.jit.script(model)
     else:
-        model = lstm_ext.convert(Tagger(), fullgraph=how == "fullgraph")
+        model = lstm_ext.convert(Tagger(), as_subclass=how == "convert")
         scripted = torch.jit.script(model)
     layers = ours_of(model)
     assert len(layers) == 2
@@ -340,13 +340,13 @@ class CompiledPacked(torch.jit.ScriptModule):
 
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("as_torchs", [False, True])
-def test_a_script_module_holds_our_layers(options, as_torchs, tmp_path):
+@pytest.mark.parametrize("as_subclass", [False, True])
+def test_a_script_module_holds_our_layers(options, as_subclass, tmp_path):
     theirs = nn.LSTM(3, 4, **options)
     cell = nn.LSTMCell((options.get("proj_size") or 4) * (2 if theirs.bidirectional else 1), 5)
     expected = Compiled(theirs, cell)
     ours = nn.ModuleList([copy.deepcopy(theirs), copy.deepcopy(cell)])
-    model = Compiled(*lstm_ext.convert(ours, as_torchs=as_torchs))
+    model = Compiled(*lstm_ext.convert(ours, as_subclass=as_subclass))
     assert list(model.state_dict()) == list(expected.state_dict())
     model.save(tmp_path / "model.pt")
     for args in arguments(theirs, "batched"):

@@ -214,9 +214,9 @@ def modelopt(tmp_path, monkeypatch):
     tools.when_imported(name, "modelopt", tools._warn_before_modelopt)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_modelopt_warns_once_a_model(modelopt, fullgraph):
-    model = converted(Model(), fullgraph=fullgraph)
+@pytest.mark.parametrize("as_subclass", [False, True])
+def test_modelopt_warns_once_a_model(modelopt, as_subclass):
+    model = converted(Model(), as_subclass=as_subclass)
     quantize = modelopt().convert_to_quantized_model
     with pytest.warns(UserWarning) as caught:
         assert quantize(model) is quantize(model) is model

@@ -82,7 +82,7 @@ def kinds_of(model):
     return [type(model.lstm), type(model.cell)]
 
 
-KINDS = {False: [lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell], True: [lstm_ext.LSTM, lstm_ext.LSTMCell]}
+KINDS = {True: [lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell], False: [lstm_ext.LSTM, lstm_ext.LSTMCell]}
 
 
 def public(module):
@@ -90,17 +90,17 @@ def public(module):
     return {name: id(value) for name, value in {**attributes, **module._parameters}.items()}
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_convert_again_makes_the_kind_that_is_asked_for(fullgraph):
-    model = lstm_ext.convert(Tagger(), fullgraph=not fullgraph)
+@pytest.mark.parametrize("as_subclass", [False, True])
+def test_convert_again_makes_the_kind_that_is_asked_for(as_subclass):
+    model = lstm_ext.convert(Tagger(), as_subclass=not as_subclass)
     model.lstm.zoneout = 0.25
     before = public(model.lstm)
-    lstm_ext.convert(model, fullgraph=fullgraph)
-    assert kinds_of(model) == KINDS[fullgraph]
+    lstm_ext.convert(model, as_subclass=as_subclass)
+    assert kinds_of(model) == KINDS[as_subclass]
     assert public(model.lstm) == before
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert kinds_of(copied) == KINDS[fullgraph]
-        assert kinds_of(lstm_ext.convert(copied, fullgraph=fullgraph)) == KINDS[fullgraph]
+        assert kinds_of(copied) == KINDS[as_subclass]
+        assert kinds_of(lstm_ext.convert(copied, as_subclass=as_subclass)) == KINDS[as_subclass]
     del model.lstm.zoneout
     assert kinds_of(lstm_ext.revert(model)) == list(TORCHS)
 
@@ -112,21 +112,21 @@ def test_what_is_neither_kind_stays():
     frozen = lstm_ext.freeze(lstm_ext.LSTM(3, 4))
     model = nn.Sequential(Ours(3, 4), frozen, lstm_ext.convert(Empty(3, 4)))
     before = [type(module) for module in model]
-    for fullgraph in (False, True):
-        assert [type(module) for module in lstm_ext.convert(model, fullgraph=fullgraph)] == before
+    for as_subclass in (False, True):
+        assert [type(module) for module in lstm_ext.convert(model, as_subclass=as_subclass)] == before
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("as_subclass", [False, True])
 @pytest.mark.parametrize("made", ["convert", "patch"])
-def test_parametrized_layers_change_their_kind(made, fullgraph):
+def test_parametrized_layers_change_their_kind(made, as_subclass):
     with lstm_ext.patch():
         module, torchs = nn.LSTM(3, 4), TORCHS[0](3, 4)
     module = lstm_ext.convert(module if made == "patch" else torchs)
     parametrizations.weight_norm(module, "weight_hh_l0")
     x = torch.randn(5, 2, 3)
     expected = module(x)[0]
-    lstm_ext.convert(module, fullgraph=fullgraph)
-    assert isinstance(module, nn.LSTM) is not fullgraph and isinstance(module, lstm_ext.LSTM)
+    lstm_ext.convert(module, as_subclass=as_subclass)
+    assert isinstance(module, nn.LSTM) is as_subclass and isinstance(module, lstm_ext.LSTM)
     assert type(module).__name__ == "ParametrizedLSTM"
     torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=0)
     parametrizations.weight_norm(lstm_ext.revert(module), "weight_ih_l0")
@@ -169,7 +169,7 @@ def test_isinstance_tells_what_repr_does_not():
 
 def test_code_that_goes_by_torchs_class_passes_the_other_kind_over():
     """Named, it is found. docs/guide/other-libraries.md says so."""
-    model = lstm_ext.convert(Tagger(), fullgraph=True)
+    model = lstm_ext.convert(Tagger(), as_subclass=False)
     assert not any(isinstance(module, TORCHS) for module in model.modules())
     assert not ModuleWrapPolicy({nn.LSTM})._run_policy(model, set(), {})
     assert ModuleWrapPolicy({lstm_ext.LSTM})._run_policy(model, set(), {}).keys() == {model.lstm}

@@ -60,9 +60,9 @@ def without_a_module(x: Tensor, packed: PackedSequence, weights: list[Tensor]) -
 def models() -> None:
     lstm, theirs = lstm_ext.LSTM(3, 4), nn.LSTM(3, 4)
     assert_type(lstm_ext.convert(nn.LSTM(3, 4)), lstm_ext.TorchLSTM)
-    assert_type(lstm_ext.convert(nn.LSTM(3, 4), fullgraph=True), lstm_ext.LSTM)
+    assert_type(lstm_ext.convert(nn.LSTM(3, 4), as_subclass=False), lstm_ext.LSTM)
     assert_type(lstm_ext.convert(nn.LSTMCell(3, 4)), lstm_ext.TorchLSTMCell)
-    assert_type(lstm_ext.convert(nn.LSTMCell(3, 4), fullgraph=True), lstm_ext.LSTMCell)
+    assert_type(lstm_ext.convert(nn.LSTMCell(3, 4), as_subclass=False), lstm_ext.LSTMCell)
     assert_type(lstm_ext.revert(lstm_ext.TorchLSTM(3, 4)), nn.LSTM)
     assert_type(lstm_ext.revert(lstm_ext.LSTMCell(3, 4)), nn.LSTMCell)
     assert_type(lstm_ext.from_torch(theirs), lstm_ext.LSTM)
