@@ -80,7 +80,7 @@ def cell(shape: Shape, training: bool, dtype: torch.dtype = torch.float32) -> Si
     """Forward, and with training backward, with the gradients of the weights."""
     torch.manual_seed(0)
     theirs = nn.LSTMCell(shape.input_size, shape.hidden_size, dtype=dtype)
-    ours = lstm_ext.from_torch(copy.deepcopy(theirs))
+    ours = lstm_ext.convert(copy.deepcopy(theirs))
     x = torch.randn(shape.batch, shape.input_size).to(dtype)
     state, grads = (
         tuple(torch.randn(shape.batch, shape.hidden_size).to(dtype) for _ in range(2)) for _ in range(2)

@@ -52,7 +52,7 @@ def _child(kind: str, threads: int, shape: Shape | None) -> dict[str, float]:
         call = peers.PEERS[kind].make(layer, shape, threads, False)
     else:
         if kind == "ours":
-            layer = package.from_torch(layer)
+            layer = package.convert(layer)
         elif kind == "frozen":
             layer = package.freeze(layer)
         call = harness.inference_call(layer, shape)

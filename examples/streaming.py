@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import copy
 import io
 import math
 import pydoc
@@ -138,7 +139,7 @@ def main() -> int:
     embed = nn.Embedding(CHARACTERS, 32)
     inputs = embed(stream(options.count))[:, None]  # (T, 1, I): a batch of one
     steps: dict[str, Step] = {
-        "torch.nn.LSTM": torchs_step(lstm_ext.to_torch(layer)),
+        "torch.nn.LSTM": torchs_step(lstm_ext.revert(copy.copy(layer))),
         "lstm_ext.LSTM": layer.step,
         "frozen": lstm_ext.freeze(layer).step,
         "frozen, int8": lstm_ext.freeze(layer, torch.int8).step,

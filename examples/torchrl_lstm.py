@@ -8,6 +8,7 @@ compares the two. It needs torchrl.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 
@@ -66,7 +67,7 @@ def main() -> None:
     batch, steps, input_size, hidden_size = 64, 128, 64, 128
     data = make_data(batch, steps, input_size, hidden_size)
     theirs = torch.nn.LSTM(input_size, hidden_size, batch_first=True)
-    ours = lstm_ext.from_torch(theirs)  # the same parameters
+    ours = lstm_ext.convert(copy.copy(theirs))  # the same parameters
     sides = {
         "torchrl's LSTMModule, torch.nn.LSTM": torchrl.modules.LSTMModule(lstm=theirs, **KEYS),
         "torchrl's LSTMModule, lstm_ext.LSTM": torchrl.modules.LSTMModule(lstm=ours, **KEYS),

@@ -14,7 +14,7 @@ from .native import loader
 from .native.config import VERSION as __version__
 from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
-from .nn.convert import convert, from_torch, report, revert, to_torch
+from .nn.convert import convert, report, revert
 from .nn.explain import explain, explain_data
 from .nn.from_frameworks import (
     from_haste,
@@ -55,7 +55,6 @@ __all__ = [
     "from_mlx",
     "from_onnx",
     "from_tensorflow",
-    "from_torch",
     "from_torch_ao",
     "functional",
     "patch",
@@ -64,7 +63,6 @@ __all__ = [
     "revert",
     "to_keras",
     "to_onnx",
-    "to_torch",
     "tune",
     "unfreeze",
 ]

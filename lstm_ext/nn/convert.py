@@ -1,4 +1,4 @@
-"""Conversion between ``torch.nn`` and this package, of one layer or of all the layers of a model."""
+"""Conversion of all the layers of a model between ``torch.nn`` and this package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .unreached import (
     place_of,
 )
 
-__all__ = ["convert", "from_torch", "report", "revert", "to_torch"]
+__all__ = ["convert", "report", "revert"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
@@ -64,126 +64,11 @@ _NOT_CALLED = (
     "_update_flat_weights",
     "_weights_have_changed",
 )
-_HAS_OPTIONS = "it has what torch.nn.LSTM does not have: {}"
 
 # The attribute that torch.jit.script leaves in a layer: the names of the methods that it compiled.
 _LEFT_BEHIND = {"__overloads__"}
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-
-# One layer: a new module
-
-
-@overload
-def from_torch(module: nn.LSTM) -> LSTM: ...
-@overload
-def from_torch(module: nn.LSTMCell) -> LSTMCell: ...
-def from_torch(module: Any) -> Any:
-    """The :class:`lstm_ext.LSTM` with the parameters of a :class:`torch.nn.LSTM`; the same for ``LSTMCell``.
-
-    The two modules share the *same* ``Parameter`` objects, so an optimizer that holds them stays valid, and the same
-    tables of hooks, so handles returned by ``register_forward_hook`` and its like stay valid. The training flag,
-    ``requires_grad`` and the attributes set by the user are kept.
-
-    Args:
-        module: a ``torch.nn.LSTM`` or ``LSTMCell``. It is not changed.
-
-    Returns:
-        a new :class:`lstm_ext.LSTM` or :class:`lstm_ext.LSTMCell`.
-
-    Raises:
-        TypeError: ``module`` is a subclass or something else; or it has something that cannot be carried over, which
-            the text names: parametrized, normed or pruned weights, added parameters, buffers or submodules, methods
-            replaced on the instance, hooks on loading that are tied to the module. :func:`convert`, which keeps the
-            module, carries most of these. :func:`to_torch` also refuses a layer with an option that
-            torch's layer does not have.
-    """
-    return _carry_over(module, _OURS, "from_torch")
-
-
-@overload
-def to_torch(module: LSTM) -> nn.LSTM: ...
-@overload
-def to_torch(module: LSTMCell) -> nn.LSTMCell: ...
-def to_torch(module: Any) -> Any:
-    """The :class:`torch.nn.LSTM` with the parameters of a :class:`lstm_ext.LSTM`; the inverse of :func:`from_torch`.
-
-    Parameters, hooks, flags and errors are those of :func:`from_torch`.
-    """
-    return _carry_over(module, _TORCHS, "to_torch")
-
-
-# The tables of hooks that are not tied to one module.
-_HOOK_TABLES = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-def _carry_over(module: Any, pairs: dict[type[nn.Module], type[nn.Module]], function: str) -> Any:
-    def refuse(reason: str) -> TypeError:
-        return TypeError(f"{function}: cannot convert this {type(module).__name__}: {reason}")
-
-    source = next((source for source in pairs if isinstance(module, source)), None)
-    if source is None or (pairs is _OURS and isinstance(module, (LSTM, LSTMCell))):
-        wanted = " or ".join(_NAMES[source] for source in pairs)
-        raise TypeError(f"{function}: expected a {wanted}, got {kind_of(module)}")
-    if "parametrizations" in module._modules:
-        tensors = ", ".join(module.parametrizations)
-        raise refuse(
-            f"{tensors} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
-        )
-    if _SAME.get(type(module), type(module)) is not source:
-        raise refuse(f"it is a subclass of {_NAMES[source]}, whose own behaviour would be lost")
-
-    options = module._given if source is LSTM else []
-    if options:
-        raise refuse(_HAS_OPTIONS.format(", ".join(options)))
-
-    new = _on_meta(pairs[source], module)
-    names = [name for name, p in new._parameters.items() if p is not None]
-    for name in names:
-        if not isinstance(module._parameters.get(name), nn.Parameter):
-            raise refuse(
-                f"{name} is not a plain parameter (weight_norm, pruning or dropped weights?); undo that first"
-            )
-    for kind, table, expected in (
-        ("parameter", module._parameters, new._parameters),
-        ("buffer", module._buffers, {}),
-        ("submodule", module._modules, {}),
-    ):
-        for name in table:
-            if name not in expected:
-                raise refuse(f"it has an additional {kind}, {name}")
-    if module._load_state_dict_pre_hooks:
-        raise refuse("it has load_state_dict pre-hooks, which are tied to the module; remove them first")
-
-    known = new.__dict__.keys() | _on_meta(source, module).__dict__.keys() | _LEFT_BEHIND
-    for name, value in module.__dict__.items():
-        if name in known:
-            continue
-        if hasattr(source, name):
-            raise refuse(f"{name} is replaced on the instance")
-        new.__dict__[name] = value
-    for name in names:
-        setattr(new, name, module._parameters[name])
-    if isinstance(new, nn.RNNBase):
-        new._init_flat_weights()
-    for name in _HOOK_TABLES:
-        if name in module.__dict__:
-            new.__dict__[name] = module.__dict__[name]
-    new._is_full_backward_hook = module._is_full_backward_hook
-    new.training = module.training
-    return new
 
 
 def _on_meta(cls: Any, module: Any) -> nn.Module:
@@ -204,9 +89,6 @@ def _on_meta(cls: Any, module: Any) -> nn.Module:
             module.proj_size,
             device="meta",
         )
-
-
-# A model: its own modules change their class
 
 
 @overload
@@ -412,7 +294,7 @@ def _new_class(
             )
         return None, f"a subclass of {_NAMES[source]}, whose own behaviour might be lost{way_out}"
     if source is LSTM and module._given:
-        return None, _HAS_OPTIONS.format(", ".join(module._given))
+        return None, f"it has what torch.nn.LSTM does not have: {', '.join(module._given)}"
     replaced = _replaced_methods(module, source)
     if replaced:
         return None, f"{', '.join(replaced)} is replaced on the instance"

@@ -162,7 +162,7 @@ def test_options_at_their_defaults_change_nothing():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert not set(OPTIONS) & set(vars(ours))
-    plain = lstm_ext.from_torch(theirs)
+    plain = lstm_ext.convert(copy.copy(theirs), as_subclass=False)
     x = torch.randn(T, B, I)
     torch.manual_seed(2)
     expected = plain(x)
@@ -177,7 +177,7 @@ def test_options_at_their_defaults_change_nothing():
         return_gates=False,
     )
     torch.testing.assert_close(given, expected, rtol=0, atol=0)
-    assert repr(lstm_ext.to_torch(ours)) == repr(theirs)
+    assert repr(lstm_ext.revert(copy.copy(ours))) == repr(theirs)
 
 
 def test_a_subclass_may_set_an_option_for_all_its_layers():
@@ -279,8 +279,6 @@ def test_copies_and_pickles_keep_the_options():
 def test_only_the_plain_layer_can_be_reverted(name):
     module = lstm_ext.LSTM(I, H, **{name: OPTIONS[name]})
     model = nn.Sequential(nn.Linear(I, I), module)
-    with pytest.raises(TypeError, match=f"to_torch: .*: {name}"):
-        lstm_ext.to_torch(module)
     with pytest.raises(TypeError, match=f"'1' .*: {name}"):
         lstm_ext.revert(model)
     assert type(module) is lstm_ext.LSTM

@@ -59,7 +59,7 @@ def assert_as_accurate(
     module: lstm_ext.LSTM, lengths: list[int], seeds: int = 4, hx: bool = True, **kwargs: bool
 ) -> None:
     """All values and gradients, of several draws judged together."""
-    theirs = lstm_ext.to_torch(module)
+    theirs = lstm_ext.revert(copy.copy(module))
     sets = module.num_layers * (2 if module.bidirectional else 1)
     results: list[list[dict[str, Tensor]]] = [[], [], []]
     for seed in range(seeds):
@@ -244,7 +244,7 @@ def test_one_kernel_call_a_layer(monkeypatch):
 def test_index_forms():
     """None, sorted, unsorted and hand-made; enforce_sorted leaves the indices out."""
     module = lstm_ext.LSTM(3, 4)
-    theirs = lstm_ext.to_torch(module)
+    theirs = lstm_ext.revert(copy.copy(module))
     data = torch.randn(7, 3)
     batch_sizes = torch.tensor([3, 2, 2], device="cpu")
     hx = torch.randn(2, 1, 3, 4).unbind()
@@ -266,7 +266,7 @@ def test_index_forms():
 @pytest.mark.devices("cpu")  # those of cuDNN cannot be had
 def test_dropout_draws_the_masks_of_torch():
     module = lstm_ext.LSTM(5, 8, 3, dropout=0.4, bidirectional=True, dtype=torch.float64).train()
-    theirs = lstm_ext.to_torch(module)
+    theirs = lstm_ext.revert(copy.copy(module))
     packed = pack_sequence([torch.randn(n, 5).double() for n in (2, 9, 4)], enforce_sorted=False)
     results, states = [], []
     for lstm in (module, theirs):
@@ -283,7 +283,7 @@ def test_functional_and_reference():
     weights = list(module.parameters())
     packed = pack_sequence([torch.randn(n, 5).double() for n in (2, 9, 4)], enforce_sorted=False)
     hx = (torch.randn(4, 3, 3).double(), torch.randn(4, 3, 8).double())
-    expected = tensors(lstm_ext.to_torch(module)(packed, hx))
+    expected = tensors(lstm_ext.revert(copy.copy(module))(packed, hx))
     for function in (functional.lstm, reference.lstm):
         result = function(packed, hx, weights, num_layers=2, bidirectional=True)
         assert isinstance(result[0], PackedSequence)
@@ -315,7 +315,7 @@ def test_double_backward():
 def test_part_of_the_gradients(wanted):
     module = lstm_ext.LSTM(5, 6, bidirectional=True, dtype=torch.float64)
     module.requires_grad_(wanted == "weights")
-    theirs = copy.deepcopy(lstm_ext.to_torch(module))
+    theirs = lstm_ext.revert(copy.deepcopy(module))
     gradients = []
     for lstm in (module, theirs):
         torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -54,7 +55,7 @@ def no_equations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[nn.LSTM, lstm_ext.LSTM]:
     theirs = nn.LSTM(I, H, **config, dtype=dtype)
-    return theirs, lstm_ext.from_torch(theirs)
+    return theirs, lstm_ext.convert(copy.copy(theirs), as_subclass=False)
 
 
 def arguments(module: nn.RNNBase, kind: str, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, Any]]:
@@ -131,7 +132,7 @@ def test_functional_and_steps() -> None:
 def test_cells() -> None:
     for bias, shape in itertools.product((True, False), ((B, I), (I,))):
         theirs = nn.LSTMCell(I, H, bias)
-        ours = lstm_ext.from_torch(theirs)
+        ours = lstm_ext.convert(copy.copy(theirs), as_subclass=False)
         x, hx = torch.randn(shape), (torch.randn(*shape[:-1], H), torch.randn(*shape[:-1], H))
         for state in (None, hx):
             assert_same_bits(list(ours(x, state)), list(theirs(x, state)))
@@ -191,7 +192,9 @@ def test_autocast(config: dict[str, Any], dtype: torch.dtype) -> None:
                     assert_same_bits(results(compiled, x, hx, grad), expected)
     cell = nn.LSTMCell(I, H)
     with torch.autocast("cpu", dtype=dtype):
-        assert_same_bits(list(lstm_ext.from_torch(cell)(x := torch.randn(B, I))), list(cell(x)))
+        assert_same_bits(
+            list(lstm_ext.convert(copy.copy(cell), as_subclass=False)(x := torch.randn(B, I))), list(cell(x))
+        )
 
 
 # ---- derivatives that torch's operator does not have
@@ -419,7 +422,7 @@ def test_options_of_training_alone_take_torchs_operator(monkeypatch: pytest.Monk
     output, _ = dropped(x)
     torch.manual_seed(7)
     mask = nn.functional.dropout(torch.ones(4 * H, H), 0.5)
-    plain = lstm_ext.to_torch(lstm_ext.LSTM(I, H))
+    plain = lstm_ext.revert(lstm_ext.LSTM(I, H))
     plain.load_state_dict(dropped.state_dict())
     with torch.no_grad():
         plain.weight_hh_l0 *= mask
@@ -478,7 +481,7 @@ from torch import nn
 import lstm_ext
 from lstm_ext.native import loader
 theirs = nn.LSTM(4, 6, 2, dropout=0.3)
-ours = lstm_ext.from_torch(theirs)
+ours = lstm_ext.convert(copy.copy(theirs), as_subclass=False)
 x = torch.randn(5, 3, 4)
 found = []
 with warnings.catch_warnings(record=True) as caught:

@@ -33,7 +33,7 @@ def error_of(function):
 
 
 def to_torch(cell):
-    """By hand: to_torch has tests of its own."""
+    """By hand: revert has tests of its own."""
     theirs = nn.LSTMCell(
         cell.input_size, cell.hidden_size, cell.bias is not False, dtype=cell.weight_ih.dtype
     )
@@ -565,44 +565,3 @@ def test_copies():
         clone.weight_hh.data.zero_()
         clone.weight_ih.data.zero_()
         assert not torch.equal(clone(x)[0], cell(x)[0])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_from_torch_and_to_torch(bias):
-    theirs = nn.LSTMCell(3, 4, bias, dtype=torch.float64).eval()
-    theirs.weight_hh.requires_grad_(False)
-    theirs.tag = "mine"
-    seen = []
-    handle = theirs.register_forward_hook(lambda module, args, output: seen.append(module))
-    ours = lstm_ext.from_torch(theirs)
-    assert type(ours) is lstm_ext.LSTMCell
-    back = lstm_ext.to_torch(ours)
-    assert type(back) is nn.LSTMCell
-    for module in (ours, back):
-        assert repr(module) == repr(theirs)
-        assert not module.training
-        assert module.tag == "mine"
-        assert dict(module.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
-        assert all(a is b for a, b in zip(module.parameters(), theirs.parameters(), strict=True))
-    x = torch.randn(2, 3, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), back(x))
-    assert seen == [ours, back]
-    handle.remove()
-    ours(x)
-    assert len(seen) == 2
-
-
-def test_from_torch_refuses():
-    class Mine(nn.LSTMCell):
-        pass
-
-    with pytest.raises(TypeError, match=r"this Mine: it is a subclass of torch\.nn\.LSTMCell"):
-        lstm_ext.from_torch(Mine(3, 4))
-    cell = nn.LSTMCell(3, 4)
-    cell.bias_ih = None
-    with pytest.raises(TypeError, match="bias_ih is not a plain parameter"):
-        lstm_ext.from_torch(cell)
-    cell = lstm_ext.LSTMCell(3, 4)
-    parametrizations.weight_norm(cell, "weight_hh")
-    with pytest.raises(TypeError, match="weight_hh is parametrized"):
-        lstm_ext.to_torch(cell)

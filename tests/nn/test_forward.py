@@ -211,7 +211,7 @@ def test_nothing_aliases(config, steps, grad):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_empty_batch(config, batch_first):
     module = lstm_ext.LSTM(5, 7, **config, batch_first=batch_first)
-    theirs = copy.deepcopy(lstm_ext.to_torch(module))
+    theirs = lstm_ext.revert(copy.deepcopy(module))
     x = torch.randn((0, 6, 5) if batch_first else (6, 0, 5))
     for hx in (None, make_hx(module, 0)):
         ours, torchs = values_and_gradients(module, x, hx), values_and_gradients(theirs, x, hx)
@@ -309,7 +309,7 @@ def test_gradient_for_some_arguments_only(wanted):
     everything = {"input": [x], "hx": [*hx], "one weight": [module.weight_hh_l1], "nothing": []}[wanted]
     for t in everything:
         t.requires_grad_()
-    theirs = lstm_ext.to_torch(module)
+    theirs = lstm_ext.revert(copy.copy(module))
     output, (h_n, c_n) = module(x, hx)
     assert output.requires_grad == h_n.requires_grad == c_n.requires_grad == bool(everything)
     if everything:

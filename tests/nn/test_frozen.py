@@ -128,7 +128,7 @@ def test_int8_with_rows_of_several_pieces(numbers: str, capability: str) -> None
     for input_size in (1, 511, 513, 4100) * 8:
         layer = lstm_ext.LSTM(input_size, 20)
         x = LONG_ROWS[numbers](torch.randn(3, 3, input_size))
-        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
+        add_int8(worst, layer, lstm_ext.revert(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 
@@ -142,7 +142,7 @@ def test_int8_with_a_few_large_numbers(capability: str) -> None:
     for _ in range(20):
         layer = lstm_ext.LSTM(4, 128)
         x = 1000 * torch.randn(3, 3, 4)
-        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
+        add_int8(worst, layer, lstm_ext.revert(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 
@@ -154,7 +154,7 @@ def test_int8_over_many_steps(capability: str) -> None:
     for batch in (1, 3) * 10:
         layer = lstm_ext.LSTM(30, 200)
         x = torch.randn(40, batch, 30)
-        add_int8(worst, layer, lstm_ext.to_torch(with_rounded_weights(layer, "int8")), x)
+        add_int8(worst, layer, lstm_ext.revert(with_rounded_weights(layer, "int8")), x)
     assert not worst.problems()
 
 

@@ -88,7 +88,7 @@ def arguments(lstm: nn.LSTM, kind: str) -> list[tuple]:
 def test_scripted_layer_is_torchs(options, kind):
     theirs = nn.LSTM(3, 4, **options)
     holder = Packed if kind == "packed" else Padded
-    scripted = torch.jit.script(holder(lstm_ext.from_torch(theirs)))
+    scripted = torch.jit.script(holder(lstm_ext.convert(copy.copy(theirs), as_subclass=False)))
     expected = torch.jit.script(holder(theirs))
     for args in arguments(theirs, kind):
         torch.testing.assert_close(scripted(*args), expected(*args), rtol=0, atol=0)
@@ -96,7 +96,9 @@ def test_scripted_layer_is_torchs(options, kind):
 
 def test_scripted_layer_draws_torchs_dropout():
     theirs = nn.LSTM(3, 4, 3, dropout=0.5)
-    scripted, expected = (torch.jit.script(Padded(m)) for m in (lstm_ext.from_torch(theirs), theirs))
+    scripted, expected = (
+        torch.jit.script(Padded(m)) for m in (lstm_ext.convert(copy.copy(theirs), as_subclass=False), theirs)
+    )
     x, results = torch.randn(5, 2, 3), []
     for model in (scripted, expected):
         torch.manual_seed(3)
@@ -107,7 +109,9 @@ def test_scripted_layer_draws_torchs_dropout():
 
 def test_errors_of_a_scripted_layer_are_torchs():
     theirs = nn.LSTM(3, 4)
-    scripted, expected = (torch.jit.script(Padded(m)) for m in (lstm_ext.from_torch(theirs), theirs))
+    scripted, expected = (
+        torch.jit.script(Padded(m)) for m in (lstm_ext.convert(copy.copy(theirs), as_subclass=False), theirs)
+    )
     states = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
     for args in (
         (torch.zeros(3),),
@@ -203,7 +207,7 @@ def test_containers_and_a_layer_at_two_places():
 
 def test_a_layer_on_its_own_has_the_methods_of_torchs():
     ours = lstm_ext.LSTM(3, 4)
-    scripted, theirs = torch.jit.script(ours), torch.jit.script(lstm_ext.to_torch(ours))
+    scripted, theirs = torch.jit.script(ours), torch.jit.script(lstm_ext.revert(copy.copy(ours)))
     x = torch.randn(5, 2, 3)
     torch.testing.assert_close(scripted.forward__0(x), theirs.forward__0(x), rtol=0, atol=0)
     packed = pack_sequence([torch.randn(n, 3) for n in (5, 2)])
@@ -231,7 +235,6 @@ def test_a_scripted_layer_is_still_copied_and_converted():
     torch.jit.script(model)
     lstm_ext.convert(model)  # what torch.jit.script left in torch's layer is of no use to ours
     torch.testing.assert_close(torch.jit.script(model)(x)[0], model(x)[0])
-    assert type(lstm_ext.to_torch(model[0])) is nn.LSTM
     torch.testing.assert_close(copy.deepcopy(model)(x)[0], model(x)[0])
     lstm_ext.revert(model)
     assert type(model[0]) is nn.LSTM and "__overloads__" not in vars(model[0])
@@ -360,7 +363,7 @@ def test_a_script_module_holds_our_layers(options, as_subclass, tmp_path):
 def test_a_script_module_takes_packed_sequences():
     theirs = nn.LSTM(3, 4, 2)
     (x,) = arguments(theirs, "packed")[0]
-    model = CompiledPacked(lstm_ext.from_torch(theirs))
+    model = CompiledPacked(lstm_ext.convert(copy.copy(theirs), as_subclass=False))
     torch.testing.assert_close(model(x), CompiledPacked(theirs)(x), rtol=0, atol=0)
 
 
@@ -425,7 +428,7 @@ def test_traced_cell(cell):
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)
-    theirs = torch.jit.trace(lstm_ext.to_torch(layer), x)
+    theirs = torch.jit.trace(lstm_ext.revert(copy.copy(layer)), x)
     kinds, expected = ([n.kind() for n in t.inlined_graph.nodes()] for t in (traced, theirs))
     assert kinds == expected
     torch.testing.assert_close(torch.jit.load(file)(x), layer(x))

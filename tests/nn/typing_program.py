@@ -65,8 +65,6 @@ def models() -> None:
     assert_type(lstm_ext.convert(nn.LSTMCell(3, 4), as_subclass=False), lstm_ext.LSTMCell)
     assert_type(lstm_ext.revert(lstm_ext.TorchLSTM(3, 4)), nn.LSTM)
     assert_type(lstm_ext.revert(lstm_ext.LSTMCell(3, 4)), nn.LSTMCell)
-    assert_type(lstm_ext.from_torch(theirs), lstm_ext.LSTM)
-    assert_type(lstm_ext.to_torch(lstm), nn.LSTM)
 
     frozen = lstm_ext.freeze(lstm, weights=torch.int8)
     assert_type(frozen, lstm_ext.FrozenLSTM)
