@@ -8,6 +8,7 @@ looks for them.
 from __future__ import annotations
 
 from . import functional, reference
+from . import onnx as onnx
 from .call.layout import LSTMExtras
 from .call.measured import tune
 from .native import loader
@@ -30,7 +31,6 @@ from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
 from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
-from .onnx import to_onnx
 
 loader.load_built()
 
@@ -62,7 +62,6 @@ __all__ = [
     "report",
     "revert",
     "to_keras",
-    "to_onnx",
     "tune",
     "unfreeze",
 ]

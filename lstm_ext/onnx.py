@@ -18,9 +18,8 @@ from .layer.activations import ONNX_NAMES, split_text
 from .layer.layer_call import LayerCall, LayerOptions
 from .layer.route import UnsupportedLayerError
 from .layer.shapes import weights_per_direction
-from .nn.lstm import LSTM
 
-__all__ = ["UnsupportedLayerError", "export", "to_onnx", "translation_table"]
+__all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
 
 def __dir__() -> list[str]:
@@ -92,62 +91,6 @@ def export(
     if f is not None:
         program.save(f, **saving)
     return program
-
-
-class _Layer(torch.nn.Module):
-    """A layer with its lengths and states as arguments."""
-
-    def __init__(self, layer: LSTM) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(
-        self, input: torch.Tensor, lengths: torch.Tensor, h_0: torch.Tensor, c_0: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        output, (h_n, c_n) = self.layer(input, (h_0, c_0), lengths=lengths)
-        return output, h_n, c_n
-
-
-def to_onnx(layer: LSTM, f: Any = None, *, loops: bool = False) -> Any:
-    """A model of one layer, in evaluation mode, for any number of steps and sequences: :func:`lstm_ext.onnx.export`.
-
-    Its inputs are ``input``, (T, B, I) or (B, T, I) as the layer says, ``lengths`` (B,), int64, and the states ``h_0``
-    and ``c_0``, in the shapes of ``hx``; its outputs ``output``, ``h_n`` and ``c_n``.
-
-    Args:
-        layer: of any options. On the CPU.
-        f: where to save the model, or None.
-        loops: as in :func:`lstm_ext.onnx.export`; for ONNX Runtime, a layer of float64 needs it.
-
-    Returns:
-        the ``onnx.ModelProto``. :func:`from_onnx` reads its LSTM nodes back.
-
-    Raises:
-        ImportError: onnx, onnxscript or the compiled extension is missing.
-        TypeError: it is no ``lstm_ext.LSTM``.
-    """
-    if not isinstance(layer, LSTM):
-        raise TypeError(f"to_onnx: expected an lstm_ext.LSTM, got {type(layer).__name__}")
-    time, batch = torch.export.Dim("time"), torch.export.Dim("batch")
-    steps = {0: batch, 1: time} if layer.batch_first else {0: time, 1: batch}
-    first = next(layer.parameters())
-    sets = layer.num_layers * (2 if layer.bidirectional else 1)
-    zeros = first.new_zeros
-    args = (
-        zeros(2, 2, layer.input_size),
-        torch.tensor([2, 1]),
-        zeros(sets, 2, layer.proj_size or layer.hidden_size),
-        zeros(sets, 2, layer.hidden_size),
-    )
-    was_training = layer.training
-    try:
-        program = export(
-            _Layer(layer).eval(), args, f, loops=loops, dynamic_shapes=(steps, {0: batch}, {1: batch}, {1: batch}),
-            input_names=["input", "lengths", "h_0", "c_0"], output_names=["output", "h_n", "c_n"], verbose=False,
-        )  # fmt: skip
-    finally:
-        layer.train(was_training)
-    return program.model_proto
 
 
 def translation_table(loops: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
