@@ -16,7 +16,7 @@ from .native.config import VERSION as __version__
 from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
 from .nn.convert import convert, report, revert
-from .nn.explain import explain, explain_data
+from .nn.explain import explain
 from .nn.from_frameworks import (
     from_haste,
     from_jax,
@@ -46,7 +46,6 @@ __all__ = [
     "check_cuda_waits",
     "convert",
     "explain",
-    "explain_data",
     "freeze",
     "from_gates",
     "from_haste",

@@ -14,9 +14,15 @@ from ..native import config, cuda, loader
 from ..options import OPTIONS
 from .lstm import LSTM
 
-__all__ = ["explain", "explain_data"]
+__all__ = ["explain"]
 
 _OUTCOMES = tuple(f"{kernel}_outcome" for kernel in config.TRIED_CUDA_KERNELS)
+
+
+class Explanation(str):
+    """The answer of :func:`explain`."""
+
+    data: dict[str, Any]
 
 
 def explain(
@@ -25,7 +31,7 @@ def explain(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> str:
+) -> Explanation:
     """Says in words which kernels would compute a layer for an input of this shape, and why. Nothing is computed.
 
     Args:
@@ -36,11 +42,17 @@ def explain(
             measured on a GPU that is not here.
         dtype: float32, float64, bfloat16 or float16. None is the dtype of the parameters.
 
+    Returns:
+        a string, with the attribute ``data``: a dict. ``module``, ``device``, ``dtype`` and ``training`` say what was
+        asked. ``layers`` is a list with a dict for each layer: ``kernel``, ``summary``, ``reasons``, and what the
+        planner of the backend says. For a GPU, ``facts`` has what the planner knows of it, in the units of
+        csrc/cuda/gpu_plan.h. Times come from a model that has not been compared with any GPU.
+
     Raises:
         TypeError: ``module`` is no LSTM.
         ValueError: another argument does not fit.
     """
-    data = explain_data(module, input_shape, device=device, dtype=dtype)
+    data = _data(module, input_shape, device, dtype)
     lines = [
         f"{data['module']}, input {tuple(input_shape)}, {data['dtype']}, on {data['device']}"
         f"{', in training' if data['training'] else ', in inference'}:"
@@ -48,26 +60,17 @@ def explain(
     for layer in data["layers"]:
         lines.append(f"  layer {layer['layer']}: {layer['summary']}")
         lines += [f"    {reason}" for reason in layer["reasons"]]
-    return "\n".join(lines)
+    explanation = Explanation("\n".join(lines))
+    explanation.data = data
+    return explanation
 
 
-def explain_data(
+def _data(
     module: nn.Module,
     input_shape: Sequence[int],
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """The same as :func:`explain` as data.
-
-    Arguments and errors are those of :func:`explain`.
-
-    Returns:
-        a dict. ``module``, ``device``, ``dtype`` and ``training`` say what was asked. ``layers`` is a list with a dict
-        for each layer: ``kernel``, ``summary``, ``reasons``, and what the planner of the backend says. For a GPU,
-        ``facts`` has what the planner knows of it, in the units of csrc/cuda/gpu_plan.h. Times come from a model that
-        has not been compared with any GPU.
-    """
     steps, batch = _steps_and_batch(module, tuple(input_shape))
     parameter = next(module.parameters())
     dtype = parameter.dtype if dtype is None else dtype

@@ -167,14 +167,14 @@ def test_wrong_weights_are_our_error(calls):
 
 def test_explain_says_so(calls):
     for layer in (nn.LSTM(I, H, **IN_BFLOAT16), lstm_ext.LSTM(I, H, **IN_BFLOAT16)):
-        (found,) = lstm_ext.explain_data(layer, (T, B, I))["layers"]
+        (found,) = lstm_ext.explain(layer, (T, B, I)).data["layers"]
         assert found["kernel"] == "torch" and "torch's own operator" in found["summary"]
         assert "torch's own operator" in lstm_ext.explain(layer, (T, B, I))
     for other, shape in (
         (layer, (T, B - 1, I)),
         (lstm_ext.LSTM(I, H, layer_norm=True, **IN_BFLOAT16), (T, B, I)),
     ):
-        assert lstm_ext.explain_data(other, shape)["layers"][0]["kernel"] != "torch"
+        assert lstm_ext.explain(other, shape).data["layers"][0]["kernel"] != "torch"
 
 
 def test_without_a_module(calls):

@@ -445,9 +445,9 @@ def test_the_constants_of_the_release_are_known(monkeypatch: pytest.MonkeyPatch,
     try:
         cuda.use_measured_constants.cache_clear()
         module = nn.LSTM(8, 64)
-        data = lstm_ext.explain_data(module, (5, 3, 8), device="A10", dtype=torch.bfloat16)
+        data = lstm_ext.explain(module, (5, 3, 8), device="A10", dtype=torch.bfloat16).data
         assert data["facts"]["constants"] == {**before, "launch_us": 9.0}
-        other = lstm_ext.explain_data(module, (5, 3, 8), device="L4", dtype=torch.bfloat16)
+        other = lstm_ext.explain(module, (5, 3, 8), device="L4", dtype=torch.bfloat16).data
         assert other["facts"]["constants"] == DEVICES["L4"]["constants"]
     finally:
         _C.set_cuda_constants(86, before)
@@ -505,7 +505,7 @@ def test_torchs_operator_takes_no_layer_with_options() -> None:
 
 
 def test_data_of_a_layer_on_the_cpu() -> None:
-    data = lstm_ext.explain_data(lstm_ext.LSTM(8, 16, num_layers=2, bidirectional=True), (5, 3, 8))
+    data = lstm_ext.explain(lstm_ext.LSTM(8, 16, num_layers=2, bidirectional=True), (5, 3, 8)).data
     assert (data["device"], data["dtype"], data["training"]) == ("cpu", "float32", True)
     assert [layer["input_size"] for layer in data["layers"]] == [8, 32]
     assert {layer["kernel"] for layer in data["layers"]} == {_C.cpu_capability()}
@@ -536,7 +536,7 @@ def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_batch_there_is_one_row() -> None:
     for module, shape, steps in ((nn.LSTMCell(8, 16), (8,), 1), (nn.LSTM(8, 16), (5, 8), 5)):
-        (layer,) = lstm_ext.explain_data(module, shape)["layers"]
+        (layer,) = lstm_ext.explain(module, shape).data["layers"]
         assert (layer["steps"], layer["batch"]) == (steps, 1)
 
 
