@@ -112,14 +112,14 @@ class patch:
         with lstm_ext.patch():
             model = library.build()         # builds torch.nn.LSTM by that name
 
-        handle = lstm_ext.patch()           # until handle.undo()
+        handle = lstm_ext.patch().start()   # until handle.stop()
 
     A patch holds for the whole process and all its threads. It reaches code that looks the name up in ``torch.nn``. A
     module that has done ``from torch.nn import LSTM`` before keeps torch's class, and one that does so while the patch
-    holds keeps ours for good. The layers stay ours when the patch is undone; :func:`lstm_ext.revert` makes them
+    holds keeps ours for good. The layers stay ours when the patch is stopped; :func:`lstm_ext.revert` makes them
     torch's. While a patch holds, ``isinstance(layer, torch.nn.LSTM)`` is True for torch's layers and for all of ours.
 
-    Patches may be nested, and undone in any order. torch's classes come back when all are undone.
+    Patches may be nested, and stopped in any order. torch's classes come back when all are stopped.
 
     The layers are :class:`lstm_ext.TorchLSTM`.
 
@@ -128,7 +128,7 @@ class patch:
             took torch's class before, or builds later: convert its model. A ``with`` block gives a UserWarning then.
 
     Raises:
-        RuntimeError: on undoing, other code has put another class in that place in the meantime. Then nothing is
+        RuntimeError: on stopping, other code has put another class in that place in the meantime. Then nothing is
             changed.
     """
 
@@ -136,16 +136,22 @@ class patch:
 
     def __init__(self) -> None:
         self.made = 0
+
+    def start(self) -> patch:
+        """Put our classes there, until :meth:`stop`, and return this patch; a second time changes nothing."""
         with _lock:
+            if self in _active:
+                return self
             if not _active:
                 for place in _PLACES:
                     for name, cls in _CLASSES.items():
                         _before[place, name] = getattr(place, name)
                         setattr(place, name, cls)
             _active.append(self)
+        return self
 
-    def undo(self) -> None:
-        """Undo this patch; a second time does nothing."""
+    def stop(self) -> None:
+        """End this patch; a second time does nothing."""
         with _lock:
             if self not in _active:
                 return
@@ -163,12 +169,12 @@ class patch:
             _active.remove(self)
 
     def __enter__(self) -> patch:
-        return self
+        return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.undo()
+        self.stop()
         if error is None and not self.made:
             warnings.warn(
                 "patch: no torch.nn.LSTM or LSTMCell was constructed in this block: the code has taken torch's class "

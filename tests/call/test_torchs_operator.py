@@ -282,13 +282,13 @@ def test_a_compiler_sees_one_operator(config: dict[str, Any], kind: str) -> None
 
 def test_breaks_are_no_layers_of_a_patch() -> None:
     torch._dynamo.reset()
-    handle = lstm_ext.patch()
+    handle = lstm_ext.patch().start()
     try:
         module = lstm_ext.LSTM(I, H)
         torch.compile(nn.Sequential(nn.Identity(), module), backend="eager")(torch.randn(T, B, I))
         assert handle.made == 0
     finally:
-        handle.undo()
+        handle.stop()
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

@@ -291,12 +291,15 @@ def test_patch_and_the_way_back():
 
 def test_patches_may_be_nested():
     outer, inner = lstm_ext.patch(), lstm_ext.patch()
+    assert nn.LSTM is TORCHS[0]  # not yet
+    outer.start().start()
+    inner.start()
     ours = nn.LSTM
     assert ours is not TORCHS[0]
-    outer.undo()
-    outer.undo()  # nothing
+    outer.stop()
+    outer.stop()  # nothing
     assert nn.LSTM is ours
-    inner.undo()
+    inner.stop()
     assert nn.LSTM is TORCHS[0]
 
 
@@ -308,14 +311,14 @@ def test_patch_over_another_patch(monkeypatch):
     with lstm_ext.patch():
         assert isinstance(nn.LSTM(2, 3), lstm_ext.LSTM)
     assert nn.LSTM is Theirs
-    handle = lstm_ext.patch()
+    handle = lstm_ext.patch().start()
     ours = nn.LSTM
     nn.LSTM = Theirs
     with pytest.raises(RuntimeError, match=r"torch\.nn\.LSTM has become .*Theirs since; undo that first"):
-        handle.undo()
+        handle.stop()
     assert torch.nn.modules.rnn.LSTM is ours  # nothing was changed
     nn.LSTM = ours
-    handle.undo()
+    handle.stop()
     assert nn.LSTM is Theirs
 
 
@@ -337,7 +340,7 @@ def test_a_patch_counts_what_it_made():
     class Mine(TORCHS[0]):
         pass
 
-    outer = lstm_ext.patch()
+    outer = lstm_ext.patch().start()
     with lstm_ext.patch() as inner:
         assert inner.made == outer.made == 0
         model = Tagger(nn.LSTM, nn.LSTMCell)
@@ -350,7 +353,7 @@ def test_a_patch_counts_what_it_made():
         copy.deepcopy(model)
         assert inner.made == outer.made == 3
     nn.LSTM(2, 3)
-    outer.undo()
+    outer.stop()
     Theirs(2, 3)
     assert (inner.made, outer.made) == (3, 4)
     assert inspect.signature(type(model.lstm)) == inspect.signature(lstm_ext.LSTM)
@@ -363,7 +366,7 @@ def test_a_block_that_makes_no_layer_says_so():
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lstm_ext.patch().undo()
+        lstm_ext.patch().start().stop()
         with lstm_ext.patch():
             nn.LSTMCell(2, 3)
         with pytest.raises(KeyError), lstm_ext.patch():
@@ -372,9 +375,9 @@ def test_a_block_that_makes_no_layer_says_so():
 
 def test_code_that_is_imported_under_a_patch_keeps_our_class():
     library: dict[str, type] = {}
-    handle = lstm_ext.patch()
+    handle = lstm_ext.patch().start()
     exec("from torch.nn import LSTM", library)
-    handle.undo()
+    handle.stop()
     assert isinstance(library["LSTM"](2, 3), lstm_ext.LSTM) and not isinstance(nn.LSTM(2, 3), lstm_ext.LSTM)
 
 

@@ -233,7 +233,7 @@ def test_code_in_docstrings_runs(name: str, tmp_path: Path, monkeypatch: pytest.
         run(code, 1, f"docstring of lstm_ext.{name}", names)
     finally:
         if "handle" in names:
-            names["handle"].undo()
+            names["handle"].stop()
 
 
 def test_docstrings_with_code_are_known() -> None:
