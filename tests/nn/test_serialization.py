@@ -128,7 +128,7 @@ def test_a_state_that_has_lost_its_option_is_refused():
     """It would compute a plain layer, with the parameters of another one."""
     lstm = lstm_ext.LSTM(3, 4, layer_norm=True)
     state = lstm.__getstate__()
-    del state["layer_norm"]
+    del state["_given"]
     other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
     with pytest.raises(
         RuntimeError, match=r"layer normalisation \(ln_gain_ih_l0, \.\.\.\) and no layer_norm=True"
