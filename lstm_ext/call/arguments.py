@@ -30,7 +30,7 @@ class Stack(Protocol):
     training: bool
     bidirectional: bool
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
-    frozen: Sequence[LayerOptions]
+    _frozen: Sequence[LayerOptions]
 
 
 class CallOptions(NamedTuple):
@@ -172,7 +172,7 @@ def request(
     given = options or {}
     lengths, resets, reset_state, mask, *returned = call_options or CallOptions()
     layer = {name: given[name] for name, option in OPTIONS.items() if option.field and name in given}
-    if "recompute" in layer and (stack.frozen or not torch.is_grad_enabled()):
+    if "recompute" in layer and (stack._frozen or not torch.is_grad_enabled()):
         del layer["recompute"]
     if activations := activation_text(
         given.get("gate_activation", "sigmoid"), given.get("cell_activation", "tanh")
@@ -183,7 +183,7 @@ def request(
             raise TypeError(f"{name} should be a bool, got {value!r}")
         if value:
             layer[name] = True
-    training = stack.training and not stack.frozen
+    training = stack.training and not stack._frozen
     asked = Requested(
         layer,
         given.get("recurrent_dropout", 0) if training else 0,

@@ -146,7 +146,7 @@ def prefers_torch(
 
     Arguments are those of `run_stack`.
     """
-    if stack.frozen or not _decides(x):
+    if stack._frozen or not _decides(x):
         return False
     if stack.dropout and stack.training and len(weights) > 1:
         return True  # its masks are drawn in one call

@@ -47,7 +47,7 @@ def run_stack(
         dtypes = result_dtypes(autocast, input, c0, fused=dense, projected=projected)
         options = None if options is None else options_in_autocast(options, autocast)
         input, h0, c0, weights = to_dtype(autocast, input, h0, c0, weights)
-    bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack.frozen
+    bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack._frozen
     if options is None and len(weights) == 1:  # the shortest path: microseconds count here
         own_options = frozen[0] if frozen else PLAIN
         call = LayerCall(input, h0, c0, weights[0], batch_sizes, bias, bidirectional, own_options)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layer import equations, operators, route, transforms
-from ..layer.layer_call import LayerFunction, LayerOptions
+from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import is_jit_tracing
 from .arguments import Stack
@@ -40,7 +40,7 @@ class PlainStack(NamedTuple):
     dropout: float
     training: bool
     bidirectional: bool
-    frozen: Sequence[LayerOptions] = ()
+    _frozen = ()
 
     def compute(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
         """By torch's operator: output, h_n and c_n."""
@@ -79,7 +79,7 @@ def lstm(
 
     Arguments are those of `run_stack`. `preferred`: see `route.torchs_way`.
     """
-    way = None if stack.frozen else route.torchs_way(x, h0, c0, weights, preferred)
+    way = None if stack._frozen else route.torchs_way(x, h0, c0, weights, preferred)
     if way is None:
         return None
     flat = [w for layer in weights for w in layer]

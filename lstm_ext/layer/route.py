@@ -179,7 +179,7 @@ def plain_layers(
         input,
         hx,
         weights,
-        module.native_options,
+        module._native_options,
         layout,
         module.input_size,
         module.hidden_size,

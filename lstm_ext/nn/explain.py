@@ -184,7 +184,7 @@ def _is_measured(module: nn.Module) -> bool:
 
 def _has_no_options(module: nn.Module) -> bool:
     """Whether torch's operator computes it. A layer of torch stands for what `convert` makes of it."""
-    return not isinstance(module, LSTM) or not (module.frozen or module._requested)
+    return not isinstance(module, LSTM) or not (module._frozen or module._requested)
 
 
 def _choice(
@@ -340,7 +340,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
 
 
 def _how_weights_are_read(module: Any, plan: dict[str, Any]) -> str:
-    if getattr(module, "frozen", ()):
+    if getattr(module, "_frozen", ()):
         rounded = {torch.bfloat16: ", in bfloat16", torch.int8: ", in int8"}.get(module.frozen_weights, "")
         return f"weights were packed when the layer was frozen{rounded}"
     if plan["pack"]:

@@ -38,7 +38,7 @@ _NO_TORCHSCRIPT = (
 _REQUIRED = "_lstm_ext_required_grad"
 
 # Attributes that are derived from the packed weights and belong to this processor.
-_MADE_OF_PACKED = ("_frozen_options", "native_options")
+_MADE_OF_PACKED = ("_frozen_options", "_native_options")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -72,7 +72,7 @@ class FrozenLSTM(LSTM):
         raise TypeError(f"{type(self).__name__}: lstm_ext.freeze makes such a layer, of another one")
 
     @property
-    def frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
+    def _frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
         if torch.compiler.is_compiling():  # the compiler needs the buffers themselves
             buffers: Any = self._buffers
             return [LayerOptions(frozen=[buffers[name] for name in names]) for names in self._frozen_names]
@@ -120,7 +120,7 @@ class FrozenLSTM(LSTM):
         ]
         for options in self._frozen_options:
             options.native = kernels.LayerOptions(frozen=options.frozen)
-        self.native_options = [options.native for options in self._frozen_options]
+        self._native_options = [options.native for options in self._frozen_options]
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():

@@ -102,8 +102,8 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
     """
 
     # The frozen weights of a FrozenLSTM, see `call.arguments.Stack`.
-    frozen: Sequence[LayerOptions] = ()
-    native_options: list[Any] | None = None  # these in the extension's form
+    _frozen: Sequence[LayerOptions] = ()
+    _native_options: list[Any] | None = None  # these in the extension's form
 
     def __init__(
         self,
@@ -563,6 +563,6 @@ def activations_of(module: LSTM) -> str:
 def runs_without_kernels(module: LSTM) -> bool:
     """Whether torch's own operator computes this layer, or, with options, the equations: there are no kernels."""
     weight = module._parameters.get(module._all_weights[0][0])
-    if weight is None or module.frozen:
+    if weight is None or module._frozen:
         return False
     return not route.has_operators(weight.device) and not loader.wants_equations()

@@ -82,7 +82,7 @@ def frozen_layer(kind: str) -> tuple[list[Tensor], Any]:
     def call(x: Tensor, frozen: list[Tensor]) -> Tensor:
         return torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, True, frozen=frozen)[0]
 
-    return lstm_ext.freeze(layer, weights_as).frozen[0].frozen, call
+    return lstm_ext.freeze(layer, weights_as)._frozen[0].frozen, call
 
 
 def check(kind: str, cases: int, seed: int) -> None:

@@ -465,7 +465,7 @@ def test_bytes_that_are_not_frozen_weights() -> None:
         torch.ops.lstm_ext.lstm_layer(x, None, None, weights, None, True, False, frozen=list(frozen))
 
     def bytes_of(layer: lstm_ext.LSTM) -> Tensor:
-        return lstm_ext.freeze(layer).frozen[0].frozen[0]
+        return lstm_ext.freeze(layer)._frozen[0].frozen[0]
 
     good = bytes_of(layer)
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_compiled_and_exported(tmp_path: Any) -> None:
         torch.library.opcheck(
             torch.ops.lstm_ext.lstm_layer.default,
             (torch.randn(4, 2, 37), None, None, list(frozen.lstm.parameters())[:8], None, True, True),
-            {"frozen": list(frozen.lstm.frozen[0].frozen)},
+            {"frozen": list(frozen.lstm._frozen[0].frozen)},
             test_utils=("test_schema", "test_faketensor"),
         )
         torchs = lstm_ext.freeze(nn.LSTM(8, 4), torch.int8)
@@ -303,7 +303,7 @@ def test_what_is_refused_by_name(reason: str, cls: Any) -> None:
         (WithCode(3, 4), "WithCode.*: a subclass with code of its own"),
         (WithCodeOurs(3, 4), "WithCodeOurs.*: a subclass with code of its own"),
         (lstm_ext.convert(WithCode(3, 4), subclasses=True), "WithCode.*: a subclass with code of its own"),
-        (replaced(nn.LSTM(3, 4), "frozen", True), "its attribute frozen has another meaning"),
+        (replaced(nn.LSTM(3, 4), "frozen_weights", True), "its attribute frozen_weights has another meaning"),
         (replaced(nn.LSTM(3, 4), "step", 0), "its attribute step has another meaning"),
         (with_added(nn.LSTM(3, 4), "layer_norm"), "its attribute layer_norm has another meaning"),
         (with_added(lstm_ext.LSTM(3, 4), "packed_l0"), "its attribute packed_l0 has another meaning"),

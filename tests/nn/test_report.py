@@ -111,7 +111,7 @@ def test_a_model_whose_modules_are_not_torchs():
     lstm_ext.convert(model, skip=["parts.inner"])
     entries = lstm_ext.report(model)
     assert [(e.name, e.ours) for e in entries] == [("parts.lstm", True), ("parts.inner.parts.cell", False)]
-    assert lstm_ext.freeze(model).parts["lstm"].frozen
+    assert lstm_ext.freeze(model).parts["lstm"]._frozen
     with pytest.warns(UserWarning, match=r"It looked at 3 modules: 1 Network, 1 ModuleDict, 1 Linear\."):
         lstm_ext.convert(Network(out=nn.Linear(I, H)))
 
