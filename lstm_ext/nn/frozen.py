@@ -397,7 +397,7 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
             f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}{looked}"
         )
     refused = [
-        f"  {place_of(name)} ({type(layer).__module__}.{type(layer).__qualname__}): {'; '.join(reasons)}"
+        f"  {place_of(name)} ({kind_of(layer)}): {'; '.join(reasons)}"
         for name, layer in layers.items()
         if (reasons := _reasons_against(layer))
     ]

@@ -40,7 +40,10 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def kind_of(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """The class, by its public name if it is torch's or ours. Layers that are made under a patch are TorchLSTM."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = re.sub(r"^(lstm_ext|torch\.nn)\.(nn|modules)\.\w+\.", r"\1.", name)
+    return name.replace("lstm_ext.Patched", "lstm_ext.Torch")
 
 
 _SCRIPTED = re.compile(

@@ -373,7 +373,7 @@ REFUSED = {
     "subclass": (lambda: Peephole(3, 4), "", r"Peephole\): a subclass of torch\.nn\.LSTM,"),
     "subclass of a cell": (lambda: Attentive(3, 4), "", r"Attentive\): a subclass of torch\.nn\.LSTMCell,"),
     "parametrized subclass": (parametrized_subclass, "", r"ParametrizedPeephole\): a subclass of torch\.nn"),
-    "forward": (lambda: replaced_forward(nn.LSTM(3, 4)), "", r"rnn\.LSTM\): forward is replaced on the inst"),
+    "forward": (lambda: replaced_forward(nn.LSTM(3, 4)), "", r"nn\.LSTM\): forward is replaced on the inst"),
     "cell's forward": (lambda: replaced_forward(nn.LSTMCell(3, 4)), "", r"LSTMCell\): forward is replaced"),
     "method": (lambda: replaced_check(nn.LSTM(3, 4)), "", r"LSTM\): check_forward_args is replaced"),
     "scripted": (lambda: with_jit(lambda jit, m: jit.script(m)), ".inner", "compiled by torch.jit"),

@@ -41,17 +41,17 @@ def test_report():
     assert entries["torchs"].reason == entries["cell"].reason == "not converted"
     assert "subclasses=True" in entries["subclass"].reason
     assert "compiled by torch.jit" in entries["scripted.0"].reason
-    assert str(entries["ours"]) == "ours (lstm_ext.nn.lstm.LSTM): ours"
+    assert str(entries["ours"]) == "ours (lstm_ext.LSTM): ours"
     assert str(lstm_ext.report(nn.LSTM(2, 3))[0]).startswith(
-        "the model itself (torch.nn.modules.rnn.LSTM): not ours:"
+        "the model itself (torch.nn.LSTM): not ours:"
     )
     with pytest.raises(TypeError, match=r"report: expected model to be a torch\.nn\.Module, got int"):
         lstm_ext.report(3)
     hidden = Hiding([nn.LSTM(2, 3), lstm_ext.LSTM(2, 3)])
     assert [str(entry) for entry in lstm_ext.report(hidden)] == [
-        "held[0] (torch.nn.modules.rnn.LSTM): not ours: held outside the model's table of modules: convert does not "
+        "held[0] (torch.nn.LSTM): not ours: held outside the model's table of modules: convert does not "
         "see it",
-        "held[1] (lstm_ext.nn.lstm.LSTM): ours: held outside the model's table of modules: convert does not see it",
+        "held[1] (lstm_ext.LSTM): ours: held outside the model's table of modules: convert does not see it",
     ]
 
 
@@ -141,8 +141,8 @@ def test_the_warning_says_what_the_model_has_and_what_comes_near():
         f"'twice' ({__name__}.Doubling) is skipped: a subclass of torch.nn.LSTM, whose own"
     )
     assert places[1:] == [
-        "'body.2' (torch.nn.modules.rnn.GRU) is a recurrent layer of another kind",
-        "'body.3' (torch.nn.modules.rnn.RNNCell) is a recurrent layer of another kind",
+        "'body.2' (torch.nn.GRU) is a recurrent layer of another kind",
+        "'body.3' (torch.nn.RNNCell) is a recurrent layer of another kind",
         f"'body.4' ({__name__}.LSTMOfItsOwn) is called LSTM and not derived from torch.nn.LSTM or LSTMCell",
     ]
     with warnings.catch_warnings():
