@@ -214,8 +214,7 @@ def from_keras(
         gate_activation, cell_activation: ``recurrent_activation`` and ``activation`` of Keras, as in
             :class:`lstm_ext.LSTM`. Arrays alone do not tell them: None stands for sigmoid and tanh there, and for the
             layer's own where a layer is given.
-        batch_first: whether input and output are (B, T, features); None for what the layer says (``time_major`` of
-            Keras 2), and as in Keras if there is none.
+        batch_first: as in :class:`lstm_ext.LSTM`; None for the layer's own (``time_major`` of Keras 2), or Keras'.
 
     Returns:
         a layer with new parameters and the activations of Keras' layer. The bias becomes ``bias_ih``; ``bias_hh`` is
@@ -391,7 +390,7 @@ def from_tensorflow(
         cell_clip: the cell's ``cell_clip``. While a clip is active, TensorFlow's gradient passes straight through it,
             and ours is that of ``torch.clamp``.
         activation: the cell's ``activation``, as ``cell_activation`` of :class:`lstm_ext.LSTM`.
-        batch_first: whether input and output are (B, T, features).
+        batch_first: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         a layer with new parameters.
@@ -467,7 +466,7 @@ def from_jax(
             (``LSTMCell``): the cell, or ``weight_ih`` (4H, I), ``weight_hh`` (4H, H) and ``bias`` by name. The tree
             may lie within others, as ``init`` gives it.
         gate_activation, cell_activation: ``gate_fn`` and ``activation_fn`` of Flax, as in :class:`lstm_ext.LSTM`.
-        batch_first: whether input and output are (B, T, features).
+        batch_first: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         a layer with new parameters.
@@ -540,7 +539,7 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
         arrays: ``kernel`` (I, 4H), ``recurrent_kernel`` (H, 4H), gates in the order i, g, f, o, and ``bias`` (4H), as
             the state dict of ``haste_pytorch.LSTM`` has them.
         zoneout: the layer's zoneout, of h.
-        batch_first: whether input and output are (B, T, features).
+        batch_first: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         a layer with new parameters. Haste's forget bias is the initial value of a bias, and so in the array.
@@ -564,7 +563,7 @@ def from_mlx(source: Any, *, batch_first: bool = True) -> LSTM:
     Args:
         source: the layer, its ``parameters()``, or a sequence of either, which becomes a stack: ``Wx`` (4H, I), ``Wh``
             (4H, H), gates in the order i, f, g, o, and ``bias`` (4H), if it has one.
-        batch_first: whether input and output are (B, T, features), as in MLX.
+        batch_first: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         a layer with new parameters.

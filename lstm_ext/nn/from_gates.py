@@ -35,7 +35,7 @@ def from_gates(
         W_i, W_f, W_g, W_o: (features, hidden).
         U_i, U_f, U_g, U_o: (hidden, hidden).
         b_i, b_f, b_g, b_o: (hidden,) or (1, hidden).
-        batch_first: whether the layer's input and output are (B, T, features).
+        batch_first: as in :class:`lstm_ext.LSTM`.
 
     Returns:
         a layer with new parameters that hold copies of the values, with the same device and dtype. b becomes
