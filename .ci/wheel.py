@@ -33,7 +33,7 @@ import config  # noqa: E402 (it imports nothing of the package)
 
 WORK = ROOT / "build" / "wheel"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")  # t: without the GIL
-TORCHS_LIBRARIES = ("torch", "torch_cpu", "c10")
+TORCH_LIBRARIES = ("torch", "torch_cpu", "c10")
 PLATFORM = "manylinux_2_34"
 # The compiler for a machine that is not this one. Its C++ library decides which systems the wheel is for.
 CROSS_COMPILERS = {"aarch64": "aarch64-linux-gnu-g++"}
@@ -214,8 +214,8 @@ def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], o
         csrc, False, tuple(config.CPU_SETS[machine.name]), work
     )
     mine = [*config.COMPILE_FLAGS, *FLAGS, f'-DLSTM_EXT_BUILD="{config.digest(csrc)}"', f"-I{csrc}"]
-    stand_ins = {name: stand_in(name) for name in (*TORCHS_LIBRARIES, "torch_python")}
-    torchs = [stand_ins[name] for name in TORCHS_LIBRARIES]
+    stand_ins = {name: stand_in(name) for name in (*TORCH_LIBRARIES, "torch_python")}
+    torch_libraries = [stand_ins[name] for name in TORCH_LIBRARIES]
 
     kernels = config.KERNELS_LIBRARY
     ninja.library(kernels, kernel_sources, [*mine, torches[-1].standard], [f"-Wl,-soname,{kernels}"], [])
@@ -225,11 +225,11 @@ def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], o
         ops = config.ops_library(torch.minor)
         ops_flags = [*flags, "-DTORCH_EXTENSION_NAME=_ops"]
         ops_link_flags = [*config.ops_link_flags(ops), "-Wl,-rpath,$ORIGIN"]
-        ninja.library(ops, operator_sources, ops_flags, ops_link_flags, [kernels, *torchs])
+        ninja.library(ops, operator_sources, ops_flags, ops_link_flags, [kernels, *torch_libraries])
         for python in pythons:
             headers = [f"-isystem{path}" for path in header_folders(python, machine)]
             module_flags = [*flags, *headers, "-DTORCH_EXTENSION_NAME=_C"]
-            needed = [kernels, *torchs, stand_ins["torch_python"]]
+            needed = [kernels, *torch_libraries, stand_ins["torch_python"]]
             name = f"_C-{torch.minor}{python.suffix.replace(config.machine(), machine.name)}"
             ninja.library(name, module_sources, module_flags, config.module_link_flags(ops), needed, [ops])
     (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
@@ -384,7 +384,7 @@ def main() -> int:
     environment = os.environ | {"LSTM_EXT_PREBUILT": str(out)}
     subprocess.run([sys.executable, "setup.py", "-q", *build], check=True, cwd=ROOT, env=environment)
     (unrepaired,) = raw.glob("*.whl")
-    excluded = [f"--exclude=lib{name}.so" for name in (*TORCHS_LIBRARIES, "torch_python")]
+    excluded = [f"--exclude=lib{name}.so" for name in (*TORCH_LIBRARIES, "torch_python")]
     repair = ["repair", f"--plat={machine.tag}", *excluded, "-w", str(ROOT / "dist"), str(unrepaired)]
     subprocess.run([sys.executable, "-m", "auditwheel", *repair], check=True)
     wheel = made(machine.name)

@@ -200,9 +200,9 @@ def advantages_of(rollout: Rollout) -> Tensor:
     result = torch.zeros_like(rollout.rewards)
     advantage, value, first = torch.zeros_like(rollout.next_value), rollout.next_value, rollout.next_first
     for t in reversed(range(len(result))):
-        goes_on = 1.0 - number(first)
-        delta = rollout.rewards[t] + DISCOUNT * goes_on * value - rollout.values[t]
-        result[t] = advantage = delta + DISCOUNT * GAE_LAMBDA * goes_on * advantage
+        continues = 1.0 - number(first)
+        delta = rollout.rewards[t] + DISCOUNT * continues * value - rollout.values[t]
+        result[t] = advantage = delta + DISCOUNT * GAE_LAMBDA * continues * advantage
         value, first = rollout.values[t], rollout.first[t]
     return result
 

@@ -49,7 +49,7 @@ def stream(count: int) -> Tensor:
     return torch.tensor((codes * (1 + count // len(codes)))[:count])
 
 
-def torchs_step(layer: nn.LSTM) -> Step:
+def torch_step(layer: nn.LSTM) -> Step:
     def step(x: Tensor, state: State | None) -> tuple[Tensor, State]:
         output, state = layer(x[None], state)
         return output[0], state
@@ -139,7 +139,7 @@ def main() -> int:
     embed = nn.Embedding(CHARACTERS, 32)
     inputs = embed(stream(options.count))[:, None]  # (T, 1, I): a batch of one
     steps: dict[str, Step] = {
-        "torch.nn.LSTM": torchs_step(lstm_ext.revert(copy.copy(layer))),
+        "torch.nn.LSTM": torch_step(lstm_ext.revert(copy.copy(layer))),
         "lstm_ext.LSTM": layer.step,
         "frozen": lstm_ext.freeze(layer).step,
         "frozen, int8": lstm_ext.freeze(layer, torch.int8).step,

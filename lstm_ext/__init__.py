@@ -30,7 +30,7 @@ from .nn.from_gates import from_gates
 from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.lstm import LSTM
-from .nn.torchs import TorchLSTM, TorchLSTMCell, patch
+from .nn.torch_lstm import TorchLSTM, TorchLSTMCell, patch
 
 loader.load_built()
 

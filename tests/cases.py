@@ -1,6 +1,6 @@
 """The one table of cases: what a layer with arguments is, its tensors, and what computes it.
 
-A `Case` is plain values. `layer` draws its tensors. `ours` runs it on the route that a layer takes here; `torchs` on
+A `Case` is plain values. `layer` draws its tensors. `ours` runs it on the route that a layer takes here; `by_torch` on
 torch's own layer, or on the equations where torch has no such layer; `expected` gives the reference in float64. What
 does not depend on our kernels is computed once: the tests of a case for each instruction set follow each other.
 `problems` holds ours against the others by the rule of judge.py.
@@ -525,7 +525,7 @@ def expected(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     return theirs(case, dtype, seed, torch.float64, False)
 
 
-def torchs(case: Case, dtype: torch.dtype, seed: int, equations: bool = False) -> dict[str, Tensor]:
+def by_torch(case: Case, dtype: torch.dtype, seed: int, equations: bool = False) -> dict[str, Tensor]:
     """What torch's layer makes of it at its own dtype; or the equations, where there is none or they are requested."""
     return theirs(case, dtype, seed, dtype, equations)
 
@@ -552,7 +552,7 @@ def problems(
     for seed in range(draws):
         results = ours(case, dtype, seed)
         assert all(t.dtype == dtype for t in results.values())
-        seen.append((results, torchs(case, dtype, seed, equations), expected(case, dtype, seed)))
+        seen.append((results, by_torch(case, dtype, seed, equations), expected(case, dtype, seed)))
     if together:
         seen = [[stacked(side) for side in zip(*seen, strict=True)]]
     for sides in seen:

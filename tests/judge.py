@@ -54,12 +54,12 @@ class Worst:
         self.dtypes: dict[str, torch.dtype] = {}
 
     def add(
-        self, ours: Mapping[str, Tensor], torchs: Mapping[str, Tensor], ref: Mapping[str, Tensor]
+        self, ours: Mapping[str, Tensor], by_torch: Mapping[str, Tensor], ref: Mapping[str, Tensor]
     ) -> None:
-        """``ours`` and ``torchs`` at one dtype, ``ref`` in float64."""
-        assert ours.keys() == torchs.keys() == ref.keys()
+        """``ours`` and ``by_torch`` at one dtype, ``ref`` in float64."""
+        assert ours.keys() == by_torch.keys() == ref.keys()
         for name, out in ours.items():
-            expected = torchs[name]
+            expected = by_torch[name]
             assert out.shape == expected.shape, (
                 f"{name}: shape {tuple(out.shape)}, torch's {tuple(expected.shape)}"
             )
@@ -73,26 +73,26 @@ class Worst:
         """A line for each tensor that is not exact enough."""
         assert self.errors, "nothing was judged"
         return [
-            f"{name}: error {ours:.3g}, allowed {allowed_error(torchs, self.dtypes[name]):.3g}, "
-            f"torch's {torchs:.3g}"
-            for name, (ours, torchs) in self.errors.items()
-            if not ours <= allowed_error(torchs, self.dtypes[name])
+            f"{name}: error {ours:.3g}, allowed {allowed_error(by_torch, self.dtypes[name]):.3g}, "
+            f"torch's {by_torch:.3g}"
+            for name, (ours, by_torch) in self.errors.items()
+            if not ours <= allowed_error(by_torch, self.dtypes[name])
         ]
 
 
 def assert_as_accurate_as_torch(
     ours: Tensor | Mapping[str, Tensor],
-    torchs: Tensor | Mapping[str, Tensor],
+    by_torch: Tensor | Mapping[str, Tensor],
     ref: Tensor | Mapping[str, Tensor],
 ) -> None:
-    """``ours`` and ``torchs`` at one dtype, ``ref`` in float64: tensors, or mappings from names to tensors.
+    """``ours`` and ``by_torch`` at one dtype, ``ref`` in float64: tensors, or mappings from names to tensors.
 
     The error lists every tensor that is not exact enough.
     """
     if isinstance(ours, Tensor):
-        ours, torchs, ref = {"result": ours}, {"result": torchs}, {"result": ref}
+        ours, by_torch, ref = {"result": ours}, {"result": by_torch}, {"result": ref}
     worst = Worst()
-    worst.add(ours, torchs, ref)
+    worst.add(ours, by_torch, ref)
     problems = worst.problems()
     assert not problems, "\n".join(problems)
 
@@ -102,7 +102,7 @@ def stacked(results: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
-def torchs_dtypes(module: nn.Module, dtype: torch.dtype, *arguments: Any) -> list[torch.dtype]:
+def torch_dtypes(module: nn.Module, dtype: torch.dtype, *arguments: Any) -> list[torch.dtype]:
     """Those of the results of torch's layer or cell, which is asked now, under autocast to ``dtype``.
 
     ``dtype`` itself where torch's fails, as oneDNN does with float16 and gradients.

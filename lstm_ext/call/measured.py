@@ -25,7 +25,7 @@ from ..layer import first_use, route
 from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
 from ..native import config, cuda, loader, selftest_record
 from .arguments import Stack
-from .torchs_operator import PlainStack
+from .torch_operator import PlainStack
 
 __all__ = [
     "Choice",
@@ -344,7 +344,7 @@ def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: in
     scratch = _Scratch(shape, device, input_size, batch, steps)
     kernels = _candidates(shape, device, input_size, batch, steps)
     limit = CLASS_LIMIT / (1 + len(kernels))
-    times = {_TORCH: scratch.time(scratch.torchs, limit)}
+    times = {_TORCH: scratch.time(scratch.by_torch, limit)}
     sizes = shape._replace(steps=_bucket(steps))  # those of the scratch tensors
     before = _tell_kernels(sizes, device, "", "")
     try:
@@ -419,7 +419,7 @@ class _Scratch:
         self.flat = [w for layer in module.all_weights for w in layer]
         self.stack = PlainStack(True, layers, 0.0, shape.training, shape.bidirectional)
 
-    def torchs(self) -> Tensor:
+    def by_torch(self) -> Tensor:
         if self.is_cell:
             return torch.lstm_cell(self.input[0], (self.h0[0], self.c0[0]), *self.flat)[0]
         return self.stack.compute(self.sizes, [self.input, self.h0, self.c0, *self.flat])[0]

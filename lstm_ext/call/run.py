@@ -23,8 +23,8 @@ from .arguments import CallOptions, Requested, Stack, any_requested, request
 from .autocast import autocast_dtype
 from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
-from .torchs_operator import PlainStack
-from .torchs_operator import lstm as lstm_by_torch
+from .torch_operator import PlainStack
+from .torch_operator import lstm as lstm_by_torch
 
 __all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
 

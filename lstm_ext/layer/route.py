@@ -61,7 +61,7 @@ __all__ = [
     "refuse_none",
     "torch_is_faster",
     "torch_lstm",
-    "torchs_way",
+    "torch_route",
 ]
 
 
@@ -99,7 +99,7 @@ TORCH_IS_FASTER = (
         ("suite_epyc_zen4_2_cores.json", "suite_epyc_zen5_2_cores.json"),
     ),
 )  # fmt: skip
-_ITS_DTYPES = frozenset([row.dtype for row in TORCH_IS_FASTER])
+_ROW_DTYPES = frozenset([row.dtype for row in TORCH_IS_FASTER])
 
 _is_compiling = torch.compiler.is_compiling
 _CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def plain_layers(
     kernels = loader.extension()
     if kernels is None:
         return None
-    if input.dtype in _ITS_DTYPES and prefers_torch(input, weights, module.bidirectional, module.batch_first):
+    if input.dtype in _ROW_DTYPES and prefers_torch(input, weights, module.bidirectional, module.batch_first):
         return None
     return kernels.lstm_module(
         input,
@@ -208,7 +208,7 @@ def lstm_cell(
         kernels = loader.extension()
         if kernels is not None:
             return kernels.lstm_cell(input, h, c, weights, bias)
-    if torchs_way(input, h, c, [weights]):
+    if torch_route(input, h, c, [weights]):
         if h is None or c is None:
             h = c = input.new_zeros(input.size(0), weights[1].size(-1))
         return torch.lstm_cell(input, (h, c), *weights)
@@ -240,8 +240,8 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
             return equations.lstm_layer
         # On other devices torch's operator has no second derivatives.
         is_plain = input.is_cpu and not call.options.as_keywords() and not any_autocast()
-        if is_plain and torchs_way(input, call.h0, call.c0, [call.weights]) == "direct":
-            return _torchs_operator
+        if is_plain and torch_route(input, call.h0, call.c0, [call.weights]) == "direct":
+            return _torch_operator
         _warn_about_options(call.options, input.device)
         return equations.lstm_layer
     if input.dtype not in KERNEL_DTYPES or torch.autograd.forward_ad._current_level >= 0:
@@ -312,7 +312,7 @@ def prefers_torch(
     """Whether torch's operator computes plain layers of dense data although we have kernels: TORCH_IS_FASTER."""
     if (
         _is_compiling()
-        or x.dtype not in _ITS_DTYPES
+        or x.dtype not in _ROW_DTYPES
         or x.dim() != 3
         or not x.is_cpu
         or bidirectional
@@ -337,7 +337,7 @@ def prefers_torch(
     return any([row.training == training for row in rows])
 
 
-def torchs_way(
+def torch_route(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -445,10 +445,10 @@ def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
         )
     _, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
     # torch exports its operator as if there were no projection.
-    return equations.lstm_layer if projected and call.batch_sizes is None else _torchs_operator
+    return equations.lstm_layer if projected and call.batch_sizes is None else _torch_operator
 
 
-def _torchs_operator(call: LayerCall) -> LayerResults:
+def _torch_operator(call: LayerCall) -> LayerResults:
     """The plain layer by torch's own operator."""
     settings = (call.bias, 1, 0.0, False, call.bidirectional)
     return (*torch_lstm(call.input, call.h0, call.c0, call.weights, call.batch_sizes, *settings), None, None)

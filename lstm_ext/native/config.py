@@ -359,7 +359,7 @@ CUDA_KERNELS = ("stepwise", "step", "persistent", "independent", "mailbox")
 # The kernels that are tried before they compute for users, and the requests that try all variants of each.
 TRIED_CUDA_KERNELS = {"step": ("step",), "persistent": ("independent", "mailbox")}
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
-_TORCHS_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
+_TORCH_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 
 
 @dataclass(frozen=True)
@@ -576,7 +576,7 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
 def _header_dirs(home: Path, version: str) -> list[str]:
     """Header folders of the wheels that contain torch's own CUDA libraries, if the toolkit lacks a header."""
 
-    missing = {header for header in _TORCHS_CUDA_HEADERS if not (home / "include" / header).is_file()}
+    missing = {header for header in _TORCH_CUDA_HEADERS if not (home / "include" / header).is_file()}
     spec = importlib.util.find_spec("nvidia") if missing else None
     # The folder is nvidia/cu13/include since CUDA 13; before, there was a folder for each library.
     places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []

@@ -23,8 +23,8 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 # Bound now, because users may replace it by our class (torch.nn.LSTMCell = lstm_ext.LSTMCell).
-_torchs = nn.LSTMCell
-_torchs_forward = nn.LSTMCell.forward
+_torch_class = nn.LSTMCell
+_torch_forward = nn.LSTMCell.forward
 
 
 class LSTMCell(KnownToTools, nn.RNNCellBase):
@@ -82,7 +82,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         """
         # torch.jit.script compiles this branch only.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._as_torchs(input, hx)
+            return self._scripted_forward(input, hx)
         else:
             return self._forward(input, hx)
 
@@ -92,13 +92,13 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         def __call__(self) -> None: ...
 
     # Under another name, because torch.jit.script compiles both as methods.
-    _as_torchs = FunctionType(
-        _torchs_forward.__code__, _torchs_forward.__globals__, "_as_torchs", _torchs_forward.__defaults__
+    _scripted_forward = FunctionType(
+        _torch_forward.__code__, _torch_forward.__globals__, "_scripted_forward", _torch_forward.__defaults__
     )
 
     def _forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if is_jit_tracing():
-            return _torchs_forward(self, input, hx)  # type: ignore[arg-type]
+            return _torch_forward(self, input, hx)  # type: ignore[arg-type]
         if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
             if isinstance(input, torch.fx.Proxy):
                 return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), {})  # type: ignore[return-value]
@@ -114,7 +114,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         dtypes, casts = None, False
         if any_autocast():
             # torch's own operator casts by itself.
-            casts = route.torchs_way(x, h, c, [[w for w in weights if w is not None]]) is not None
+            casts = route.torch_route(x, h, c, [[w for w in weights if w is not None]]) is not None
             autocast = None if casts else autocast_dtype(x)
             if autocast is not None:
                 dtypes = result_dtypes(autocast, x, c, fused=False, projected=False)
@@ -162,7 +162,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             b = b_hh if b_ih is None else b_ih
             weights = [*weights[:2], b, torch.zeros_like(b)]
         preferred = x.is_cuda and measured.cell_prefers_torch(x, weights, self.training)
-        if preferred and route.torchs_way(x, h, c, [weights], preferred) is not None:
+        if preferred and route.torch_route(x, h, c, [weights], preferred) is not None:
             if h is None or c is None:
                 h = c = x.new_zeros(x.size(0), weights[1].size(1))
             return torch.lstm_cell(x, (h, c), *weights)
@@ -184,7 +184,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             raise TypeError(f"LSTMCell: expected input to be a Tensor, got {type(input).__name__}")
         if hx is None or (isinstance(hx, (tuple, list)) and all([isinstance(s, Tensor) for s in hx])):
             with torch.no_grad():
-                _torchs_forward(self, input, hx)  # type: ignore[arg-type]
+                _torch_forward(self, input, hx)  # type: ignore[arg-type]
         # torch raises no error for more than two states, for states that it can broadcast if there is no batch, and for
         # another dtype of c.
         if hx is not None:
@@ -209,7 +209,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         )
 
     def _stands_in_for(self) -> type[nn.Module]:
-        return _torchs
+        return _torch_class
 
     __jit_ignored_attributes__ = IgnoredAttributes()
 

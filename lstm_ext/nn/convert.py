@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from ..options import OPTIONS
 from .cell import LSTMCell
 from .lstm import LSTM
-from .torchs import (
+from .torch_lstm import (
     PatchedLSTM,
     PatchedLSTMCell,
     TorchLSTM,
@@ -35,7 +35,7 @@ from .unreached import (
 __all__ = ["convert", "report", "revert"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
-_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_REVERTED = {ours: theirs for theirs, ours in _OURS.items()}
 # Our classes that are instances of torch's to isinstance.
 _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
 _SAME: dict[type[nn.Module], type[nn.Module]] = {
@@ -187,7 +187,7 @@ def revert(model: nn.Module, *, skip: Iterable[str] = ()) -> nn.Module:
     module. A layer with an option that torch's layer does not have (``zoneout``, ``layer_norm``, ...) raises a
     TypeError.
     """
-    _change_classes(model, _TORCHS, "revert", skip)
+    _change_classes(model, _REVERTED, "revert", skip)
     return model
 
 
@@ -260,10 +260,10 @@ def _new_class(
     module: Any, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
     """The new class of a module, or why it gets none; neither for a module that needs no change."""
-    cls, to_ours = type(module), pairs is not _TORCHS
+    cls, to_ours = type(module), pairs is not _REVERTED
     if to_ours and isinstance(module, (LSTM, LSTMCell)):
         ours = LSTM if isinstance(module, LSTM) else LSTMCell
-        target = pairs[_TORCHS[ours]]
+        target = pairs[_REVERTED[ours]]
         # Patched layers have torch's class, and keep it.
         stays = (LSTM, LSTMCell) if target is ours else tuple(_SAME)
         base = parametrize.type_before_parametrizations(module)
@@ -339,7 +339,7 @@ def _change_classes(
         if module in skipped:
             continue
         if cls is not None:
-            source = next(source for source in (*_TORCHS, *pairs) if isinstance(module, source))
+            source = next(source for source in (*_REVERTED, *pairs) if isinstance(module, source))
             target = pairs.get(source, source)
             old, new = vars(_on_meta(source, module)), vars(_on_meta(target, module))
             changes.append(

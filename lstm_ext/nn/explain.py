@@ -234,14 +234,14 @@ def _on_cuda(
     if problem:
         return _without_kernels(module, problem)
     calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
-    torchs = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
+    by_torch = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
     choice, is_measured = None, _is_measured(module)
     if is_measured:
         if getattr(module, "dropout", 0) and module.training and module.num_layers > 1:
-            return {**torchs, "reasons": ["it draws the masks of the dropout between layers"]}
+            return {**by_torch, "reasons": ["it draws the masks of the dropout between layers"]}
         choice = _choice(module, sizes, dtype, choices)
         if choice is not None and not choice.ours:
-            return {**torchs, "reasons": [str(choice)]}
+            return {**by_torch, "reasons": [str(choice)]}
 
     def plan_of(backward: bool) -> dict[str, Any]:
         return extension.cuda_plan(
@@ -291,9 +291,9 @@ def _on_cuda(
         plan["backward"] = backward
         reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
     if is_measured and choice is None:
-        torchs["summary"] += ", until it is measured on this device"
+        by_torch["summary"] += ", until it is measured on this device"
         measures = "the first eager call measures it and the kernels, and then the faster one computes"
-        return {**plan, **torchs, "reasons": [measures, f"of the kernels, {summary}", *reasons]}
+        return {**plan, **by_torch, "reasons": [measures, f"of the kernels, {summary}", *reasons]}
     return {**plan, "summary": summary, "reasons": reasons}
 
 

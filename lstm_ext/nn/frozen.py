@@ -18,13 +18,13 @@ from . import native
 from .cell import LSTMCell
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
 from .lstm import LSTM
-from .torchs import TorchLSTM, with_our_forward
+from .torch_lstm import TorchLSTM, with_our_forward
 from .unreached import kind_of, modules_of, place_of, where_it_looked
 
 __all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
 
 # Bound now, because patch() replaces them by our classes.
-_torchs = nn.LSTM
+_torch_class = nn.LSTM
 _CELLS = (nn.LSTMCell, LSTMCell)
 
 _KINDS: dict[torch.dtype | None, str] = {None: "own", torch.bfloat16: "bfloat16", torch.int8: "int8"}
@@ -258,7 +258,7 @@ def _plain_class(layer: nn.Module) -> type[nn.Module]:
 
 def _own_source(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of torch or of this package that a class is, or is derived from."""
-    return next(c for c in cls.__mro__ if c is _torchs or c.__module__.startswith("lstm_ext."))
+    return next(c for c in cls.__mro__ if c is _torch_class or c.__module__.startswith("lstm_ext."))
 
 
 _frozen_classes: dict[type[nn.Module], type[FrozenLSTM]] = {}
@@ -266,7 +266,7 @@ _frozen_classes: dict[type[nn.Module], type[FrozenLSTM]] = {}
 
 def _frozen_class(cls: type[nn.Module]) -> type[FrozenLSTM]:
     """The class of frozen layers that are also instances of ``cls``."""
-    base = FrozenTorchLSTM if issubclass(cls, _torchs) else FrozenLSTM
+    base = FrozenTorchLSTM if issubclass(cls, _torch_class) else FrozenLSTM
     if _own_source(cls) is cls:
         return base
     if cls not in _frozen_classes:
@@ -329,7 +329,7 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
     _check_module(module, "freeze")
     if weights not in _KINDS:
         raise ValueError(f"freeze: weights: expected None, torch.bfloat16 or torch.int8, got {weights!r}")
-    layers = _layers(module, (LSTM, _torchs), "freeze")
+    layers = _layers(module, (LSTM, _torch_class), "freeze")
     _kernels()
     for name, layer in layers.items():
         _check_numbers(f"{place_of(name)}: ", layer, weights)
@@ -389,7 +389,7 @@ def _parameters_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[tu
 
 def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict[str, Any]:
     """The layers of some classes by name. Raises for layers that `freeze` and `unfreeze` do not accept."""
-    layers = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
+    layers: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
         kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
         looked = "" if function == "unfreeze" else f". {_about_cells(module) or where_it_looked(module, [])}"
@@ -424,7 +424,7 @@ def _about_cells(module: nn.Module) -> str:
 def _reasons_against(layer: Any) -> list[str]:
     """The reasons why a layer can be neither frozen nor thawed."""
     cls, _ = _by_name(_plain_class(layer))
-    base = LSTM if isinstance(layer, LSTM) else _torchs
+    base = LSTM if isinstance(layer, LSTM) else _torch_class
     reasons = []
     if not _overrides_nothing(cls, _own_source(cls)):
         reasons.append("a subclass with code of its own, which a frozen layer would not run")

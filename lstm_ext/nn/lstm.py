@@ -44,8 +44,8 @@ from .tools import KnownToTools, typed_like
 __all__ = ["LSTM"]
 
 # Bound now, because users may replace it by our class.
-_torchs = nn.LSTM
-_torchs_forward = nn.LSTM.forward
+_torch_class = nn.LSTM
+_torch_forward = nn.LSTM.forward
 _NO_TRACE = (
     "torch.jit.trace and the older ONNX exporter take lstm_ext.LSTM as torch.nn.LSTM, and so without what that does "
     "not have (options of the layer, further arguments, step()): use torch.export, or lstm_ext.onnx for ONNX"
@@ -511,10 +511,10 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         is_step = layout is STEP or layout is UNBATCHED_STEP
         if is_step or call_options is not None or self._given:
             raise RuntimeError(_NO_TRACE)
-        return _torchs_forward(self, input, hx)  # type: ignore[call-overload]
+        return _torch_forward(self, input, hx)  # type: ignore[call-overload]
 
     def _stands_in_for(self) -> type[nn.Module]:
-        return _torchs
+        return _torch_class
 
     def _refuse_replacement(self) -> None:
         if self._given:

@@ -59,18 +59,18 @@ class KnownToTools(nn.Module):
         super().__setattr__(name, value)
 
 
-def _introduce(ours: type[nn.Module], torchs: type[nn.Module]) -> None:
-    """Add ``ours`` beside ``torchs`` to the tables of the loaded tools, unless it is there."""
+def _introduce(ours: type[nn.Module], known: type[nn.Module]) -> None:
+    """Add ``ours`` beside ``known`` to the tables of the loaded tools, unless it is there."""
     if not ours.__module__.startswith("lstm_ext."):
         return  # tools do not know users' subclasses of torch's layer either
     for module, name in _COUNTERS:
         table = getattr(sys.modules.get(module), name, None)
-        if table is not None and torchs in table:
-            table.setdefault(ours, _Seen(table[torchs], torchs))
+        if table is not None and known in table:
+            table.setdefault(ours, _Seen(table[known], known))
     validators = getattr(sys.modules.get("opacus.validators"), "ModuleValidator", None)
-    if validators is not None and torchs in validators.VALIDATORS:
-        validators.VALIDATORS.setdefault(ours, _Seen(validators.VALIDATORS[torchs], torchs))
-        validators.FIXERS.setdefault(ours, _Seen(validators.FIXERS[torchs], torchs, replaces=True))
+    if validators is not None and known in validators.VALIDATORS:
+        validators.VALIDATORS.setdefault(ours, _Seen(validators.VALIDATORS[known], known))
+        validators.FIXERS.setdefault(ours, _Seen(validators.FIXERS[known], known, replaces=True))
 
 
 # Called by dynamo, not traced.
@@ -80,14 +80,14 @@ _introduce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class _Seen:
     """A tool's function for torch's layer, adapted to ours: it gets a layer of torch with the very same attributes."""
 
-    def __init__(self, function: Callable[..., Any], torchs: type[nn.Module], replaces: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], known: type[nn.Module], replaces: bool = False) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._torchs, self._replaces = function, torchs, replaces
+        self._function, self._known, self._replaces = function, known, replaces
 
     def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if self._replaces:
             layer._refuse_replacement()
-        twin = self._torchs.__new__(self._torchs)
+        twin = self._known.__new__(self._known)
         twin.__dict__ = layer.__dict__
         return self._function(twin, *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Checks on a device that torch knows and lstm_ext has no kernels for, as MPS, XPU and GPUs without our build.
 
-test_torchs_operator.py runs them in a process of their own: the device stays for the life of a process.
+test_torch_operator.py runs them in a process of their own: the device stays for the life of a process.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def layer(
     return stack, weights, x, None, None
 
 
-def is_torchs(**arguments: Any) -> bool:
+def prefers_torch(**arguments: Any) -> bool:
     return measured.prefers_torch(*layer(**arguments))
 
 
@@ -107,7 +107,7 @@ def test_the_fastest_wins_and_ties_are_torchs(
     card: Card, times: measured.Times, ours: bool, kernels: tuple[str | None, str | None]
 ) -> None:
     card.times = times
-    assert is_torchs() is not ours
+    assert prefers_torch() is not ours
     (choice,) = measured.recorded(CPU).values()
     assert (choice.ours, choice.forward, choice.backward) == (ours, *kernels)
     assert card.told == ([(kernels[0], False), (kernels[1], True)] if ours else [])
@@ -116,26 +116,26 @@ def test_the_fastest_wins_and_ties_are_torchs(
 def test_without_a_candidate_nothing_is_recorded(card: Card) -> None:
     """None of ours has been right, or each has failed."""
     card.times = {"torch": (10, 20)}
-    assert is_torchs() and is_torchs() and card.measurements == 1
+    assert prefers_torch() and prefers_torch() and card.measurements == 1
     assert measured.recorded(CPU) == {} and card.told == []
 
 
 def test_once_a_process_and_once_a_record(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [is_torchs(), is_torchs(), is_torchs(steps=17), is_torchs(batch=5)] == [False] * 4
+    assert [prefers_torch(), prefers_torch(), prefers_torch(steps=17), prefers_torch(batch=5)] == [False] * 4
     assert card.measurements == 1  # all in one class of shapes
     forget(monkeypatch)
     card.times, told = {"torch": (1, 1), "stepwise": (9, 9)}, len(card.told)
-    assert not is_torchs() and card.measurements == 1
+    assert not prefers_torch() and card.measurements == 1
     assert len(card.told) == 2 * told  # each process has to be told
-    assert is_torchs(batch=9) and is_torchs(training=False) and card.measurements == 3
+    assert prefers_torch(batch=9) and prefers_torch(training=False) and card.measurements == 3
 
 
 def test_the_grad_mode_is_no_part_of_a_class(card: Card) -> None:
     """A checkpoint's first forward pass has no gradients, and its second one has."""
     with torch.no_grad():
-        first = is_torchs()
+        first = prefers_torch()
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
-    assert is_torchs() == first
+    assert prefers_torch() == first
 
 
 class InBackward(torch.autograd.Function):
@@ -154,9 +154,9 @@ def test_not_within_a_backward_pass(card: Card) -> None:
     """As with reentrant checkpointing: the thread that runs it would have to wait for itself."""
     found = []
     x = torch.ones(1, requires_grad=True)
-    InBackward.apply(x, lambda: found.append(is_torchs())).backward()
+    InBackward.apply(x, lambda: found.append(prefers_torch())).backward()
     assert found == [True] and card.measurements == 0
-    assert not is_torchs() and card.measurements == 1
+    assert not prefers_torch() and card.measurements == 1
 
 
 @pytest.mark.parametrize("where", ["capture", "deterministic", "distributed", "dispatch mode"])
@@ -173,12 +173,12 @@ def test_where_nothing_is_measured_the_record_decides(
     else:
         mode = FlopCounterMode(display=False)
     with mode:
-        assert is_torchs() and card.measurements == 0  # first seen here
+        assert prefers_torch() and card.measurements == 0  # first seen here
         choice = measured.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
         selftest_record.add_measured(CPU, class_of_layer().key, measured.asdict(choice))
-        assert is_torchs()  # a process reads the record once
+        assert prefers_torch()  # a process reads the record once
         forget(monkeypatch)
-        assert not is_torchs() and card.told == [("step", False), ("stepwise", True)]
+        assert not prefers_torch() and card.told == [("step", False), ("stepwise", True)]
     assert card.measurements == 0
 
 
@@ -188,19 +188,19 @@ def class_of_layer() -> measured.ShapeClass:
 
 def test_two_cards_have_choices_of_their_own(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest_record, "key_of", lambda device: {**KEY, "device": str(device)})
-    assert not is_torchs()
+    assert not prefers_torch()
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
-    assert is_torchs(device="cuda:1") and not is_torchs() and card.measurements == 2
+    assert prefers_torch(device="cuda:1") and not prefers_torch() and card.measurements == 2
 
 
 @pytest.mark.parametrize("name", ["driver", "sources", "torch"])
 def test_a_record_of_another_state_does_not_count(
     card: Card, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    assert not is_torchs()
+    assert not prefers_torch()
     forget(monkeypatch)
     monkeypatch.setattr(selftest_record, "key_of", lambda device: {**KEY, name: "another"})
-    assert not is_torchs() and card.measurements == 2
+    assert not prefers_torch() and card.measurements == 2
 
 
 def test_two_processes_write_one_record(card: Card) -> None:
@@ -223,8 +223,8 @@ def test_a_damaged_record_is_one_warning(card: Card, text: str) -> None:
     selftest_record.path().parent.mkdir(parents=True)
     selftest_record.path().write_text(text)
     with pytest.warns(RuntimeWarning, match="selftest.json is damaged, and is not used") as found:
-        assert not is_torchs()
-        assert not is_torchs(batch=100)
+        assert not prefers_torch()
+        assert not prefers_torch(batch=100)
     assert len(found) == 1 and len(json.loads(selftest_record.path().read_text())) == 1
 
 
@@ -233,24 +233,24 @@ def test_too_little_memory_means_torchs_operator(card: Card) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     card.times = fail
-    assert is_torchs() and is_torchs() and card.measurements == 1
+    assert prefers_torch() and prefers_torch() and card.measurements == 1
     assert measured.recorded(CPU) == {}
 
 
 def test_a_process_measures_for_two_seconds_at_most(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "PROCESS_LIMIT", 0.0)
-    assert is_torchs() and card.measurements == 0 and measured.recorded(CPU) == {}
+    assert prefers_torch() and card.measurements == 0 and measured.recorded(CPU) == {}
 
 
 def test_active_dropout_and_a_requested_kernel(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "set_cuda_kernel", lambda name: None, raising=False)
     for kernel in ("auto", "stepwise"):
         with measured.cuda.forced(kernel):
-            assert not is_torchs(layers=2, dropout=0.1) and card.measurements == 0
-    assert is_torchs(layers=2, dropout=0.1) and card.measurements == 0
-    assert not is_torchs(layers=2, dropout=0.1, training=False)
+            assert not prefers_torch(layers=2, dropout=0.1) and card.measurements == 0
+    assert prefers_torch(layers=2, dropout=0.1) and card.measurements == 0
+    assert not prefers_torch(layers=2, dropout=0.1, training=False)
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
-    assert not is_torchs(layers=2, dropout=0.1)
+    assert not prefers_torch(layers=2, dropout=0.1)
 
 
 @pytest.mark.parametrize("size", ["hidden_size", "proj_size", "batch", "steps"])
@@ -270,19 +270,19 @@ def test_a_graph_takes_the_kernels_if_they_were_faster_in_all_sizes(card: Card, 
 
 class Model(nn.Module):
     def forward(self, batch: int) -> bool:
-        return is_torchs(batch=batch) and is_torchs(batch=2 * batch)
+        return prefers_torch(batch=batch) and prefers_torch(batch=2 * batch)
 
 
 def test_tune_measures_on_request(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert is_torchs()
+    assert prefers_torch()
     choices = lstm_ext.tune(Model(), 8)
     assert list(choices) == ["bfloat16 H32 L1 B8 T32 training", "bfloat16 H32 L1 B16 T32 training"]
     assert all(choice.ours for choice in choices.values()) and card.measurements == 2
-    assert not is_torchs() and measured.recorded(CPU) == choices
+    assert not prefers_torch() and measured.recorded(CPU) == choices
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
     lstm_ext.tune(Model(), 8)  # measured anew
-    assert is_torchs()
+    assert prefers_torch()
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "step")
     with pytest.raises(RuntimeError, match="tune: LSTM_EXT_CUDA_KERNEL=step has decided"):
         lstm_ext.tune(Model(), 8)
@@ -397,7 +397,7 @@ def test_a_candidate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append("")
         if len(asked) == 1:
             raise RuntimeError("it has no such sizes")
-        return scratch.torchs()
+        return scratch.by_torch()
 
     monkeypatch.setattr(measured._Scratch, "ours", ours)
     shape = measured.class_of(torch.float32, 40, 0, 1, False, False, 6, 9, False)

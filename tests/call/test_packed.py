@@ -184,7 +184,7 @@ def test_no_bit_depends_on_the_workers(name):
     finally:
         torch.set_num_threads(before)
     assert_as_accurate_as_torch(
-        alone, cases.torchs(case, torch.float64, 0), cases.expected(case, torch.float64, 0)
+        alone, cases.by_torch(case, torch.float64, 0), cases.expected(case, torch.float64, 0)
     )
 
 

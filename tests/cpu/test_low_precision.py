@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import tensors, values_and_gradients
 from devices import pack_sequence
-from judge import assert_as_accurate_as_torch, relative_error, stacked, torchs_dtypes
+from judge import assert_as_accurate_as_torch, relative_error, stacked, torch_dtypes
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -204,7 +204,7 @@ def test_autocast(dtype, config, device):
             for argument in (x, x.to(dtype)):
                 with torch.autocast(device, dtype=dtype):
                     result = tensors(module(argument, hx))
-                assert [t.dtype for t in result] == torchs_dtypes(module, dtype, argument, hx)
+                assert [t.dtype for t in result] == torch_dtypes(module, dtype, argument, hx)
                 for a, b in zip(result, expected, strict=True):
                     assert torch.equal(a, b.to(a.dtype))
             with torch.autocast(device, dtype=dtype, enabled=False):
@@ -221,7 +221,7 @@ def test_autocast(dtype, config, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_an_empty_batch_under_autocast(dtype, device):
     module, x = lstm_ext.LSTM(10, 40), torch.randn(4, 0, 10)
-    expected = torchs_dtypes(module, dtype, x)
+    expected = torch_dtypes(module, dtype, x)
     for lstm in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
         with torch.autocast(device, dtype=dtype):
             assert [t.dtype for t in tensors(lstm(x))] == expected

@@ -273,8 +273,8 @@ def test_a_card_without_kernels_takes_torchs_operator(pretend, monkeypatch: pyte
     call = LayerCall(x, None, None, [x], None, True, False, LayerOptions(zoneout_c=0.1))
     assert not route.is_direct(call)
     with pytest.warns(RuntimeWarning, match=r"no kernels for CUDA tensors.*Pretended.*7\.5"):
-        assert route.torchs_way(x, None, None, [[x]]) == "direct"
-    assert route.torchs_way(x, None, None, [[x]]) == "direct"
+        assert route.torch_route(x, None, None, [[x]]) == "direct"
+    assert route.torch_route(x, None, None, [[x]]) == "direct"
     with pytest.warns(RuntimeWarning, match=r"zoneout on cuda:0.*slow.*Pretended.*7\.5"):
         assert route._indirect_layer(call) is route.equations.lstm_layer
     assert route._indirect_layer(call) is route.equations.lstm_layer

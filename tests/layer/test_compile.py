@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import values_and_gradients
 from graphs import Graphs, assert_layers, operators
-from judge import torchs_dtypes
+from judge import torch_dtypes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -335,7 +335,7 @@ def test_autocast(where: str, device: str) -> None:
     result = function(x)
     with torch.autocast(device, dtype=torch.bfloat16):
         expected = module(x)
-    assert [t.dtype for t in tree_leaves(result)] == torchs_dtypes(module, torch.bfloat16, x)
+    assert [t.dtype for t in tree_leaves(result)] == torch_dtypes(module, torch.bfloat16, x)
     assert_equal(result, expected)
     for values in (result, expected):
         sum(v.float().sin().sum() for v in tree_leaves(values)).backward()

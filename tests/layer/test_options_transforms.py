@@ -7,7 +7,7 @@ import warnings
 import internals
 import pytest
 import torch
-from judge import torchs_dtypes
+from judge import torch_dtypes
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -256,7 +256,7 @@ def test_autocast(name, call):
     # Those of the plain layer of the same kind.
     plain = lstm_ext.LSTM(I, H, 2, bidirectional=True)
     for found, arguments in ((results, (x,)), (with_hx, (x, (hx[0], hx[1])))):
-        assert [t.dtype for t in tree_leaves(found[:2])] == torchs_dtypes(plain, torch.bfloat16, *arguments)
+        assert [t.dtype for t in tree_leaves(found[:2])] == torch_dtypes(plain, torch.bfloat16, *arguments)
     # The weights are rounded once, the rest is float32: more than that would show.
     for a, b in zip(tree_leaves(results), tree_leaves(exact), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.02)
@@ -273,7 +273,7 @@ def test_layer_norm_in_the_other_16_bits_under_autocast(dtype, computed):
     with torch.autocast("cpu", computed):
         results = module(x)
     plain = lstm_ext.LSTM(I, H, 2, bidirectional=True).to(dtype)
-    assert [t.dtype for t in tree_leaves(results)] == torchs_dtypes(plain, computed, x)
+    assert [t.dtype for t in tree_leaves(results)] == torch_dtypes(plain, computed, x)
     exact = lstm_ext.LSTM(I, H, 2, bidirectional=True, layer_norm=True)
     exact.load_state_dict(module.state_dict())
     for a, b in zip(tree_leaves(results), tree_leaves(exact(x.float())), strict=True):

@@ -342,5 +342,5 @@ def test_per_sample_gradients_are_as_accurate_as_torch(config, dtype):
         return p_grads | {"x": x_grad}
 
     theirs = lstm_ext.revert(copy.copy(module))
-    ours, torchs = results(module, False), results(theirs, True)
-    assert_as_accurate_as_torch(ours, torchs, results(theirs.double(), True))
+    ours, by_torch = results(module, False), results(theirs, True)
+    assert_as_accurate_as_torch(ours, by_torch, results(theirs.double(), True))

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from devices import moved
-from judge import assert_as_accurate_as_torch, relative_error, stacked, torchs_dtypes
+from judge import assert_as_accurate_as_torch, relative_error, stacked, torch_dtypes
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing._internal.common_modules import module_db
@@ -442,7 +442,7 @@ def test_autocast(dtype, batch, device):
             (x, (h.to(dtype), c)),
         ):
             results = cell(given, hx)
-            assert [t.dtype for t in results] == torchs_dtypes(cell, dtype, given, hx)
+            assert [t.dtype for t in results] == torch_dtypes(cell, dtype, given, hx)
             expected = low(x.to(dtype), None if hx is None else (h.to(dtype), c.to(dtype)))
             for a, b in zip(results, expected, strict=True):
                 assert torch.equal(a, b.to(a.dtype))

@@ -15,18 +15,18 @@ import lstm_ext
 
 
 # Our classes that are torch's to isinstance.
-class AsTorchs:
+class Subclasses:
     LSTM, LSTMCell = lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell
 
 
 to_plain = functools.partial(lstm_ext.convert, as_subclass=False)
 WAYS = {
-    "convert": (lstm_ext.convert, nn, AsTorchs),
+    "convert": (lstm_ext.convert, nn, Subclasses),
     "convert, plain": (to_plain, nn, lstm_ext),
-    "revert": (lstm_ext.revert, AsTorchs, nn),
+    "revert": (lstm_ext.revert, Subclasses, nn),
     "revert, plain": (lstm_ext.revert, lstm_ext, nn),
 }
-BACK = {nn: lstm_ext.revert, lstm_ext: to_plain, AsTorchs: lstm_ext.convert}
+BACK = {nn: lstm_ext.revert, lstm_ext: to_plain, Subclasses: lstm_ext.convert}
 
 
 @pytest.fixture(params=WAYS)

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 import torch
 from cases import assert_module_as_accurate_as_torch, tensors, values_and_gradients
-from judge import torchs_dtypes
+from judge import torch_dtypes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,9 +214,9 @@ def test_empty_batch(config, batch_first):
     theirs = lstm_ext.revert(copy.deepcopy(module))
     x = torch.randn((0, 6, 5) if batch_first else (6, 0, 5))
     for hx in (None, make_hx(module, 0)):
-        ours, torchs = values_and_gradients(module, x, hx), values_and_gradients(theirs, x, hx)
+        ours, by_torch = values_and_gradients(module, x, hx), values_and_gradients(theirs, x, hx)
         for name, value in ours.items():
-            assert value.shape == torchs[name].shape, name
+            assert value.shape == by_torch[name].shape, name
             assert not value.any(), name
 
 
@@ -372,7 +372,7 @@ def test_autocast(config, dtype, device):
             result = module(argument, state)
             assert module.double()(x.double())[0].dtype == torch.float64
             module.float()
-        assert [t.dtype for t in tensors(result)] == torchs_dtypes(module, dtype, argument, state)
+        assert [t.dtype for t in tensors(result)] == torch_dtypes(module, dtype, argument, state)
         for a, b in zip(tensors(result), tensors(expected), strict=True):
             torch.testing.assert_close(a.float(), b, atol=0.05, rtol=0.05)
         result[0].float().sum().backward()

@@ -53,8 +53,8 @@ def test_models_are_copied() -> None:
     back.train()(x).sum().backward()
     assert type(back.lstm) is lstm_ext.LSTM and back.same is back.lstm
 
-    torchs = nn.Sequential(nn.LSTM(4, 5)).eval()
-    assert torch.equal(lstm_ext.freeze(torchs)[0](x[..., :4])[0], lstm_ext.freeze(torchs[0])(x[..., :4])[0])
+    theirs = nn.Sequential(nn.LSTM(4, 5)).eval()
+    assert torch.equal(lstm_ext.freeze(theirs)[0](x[..., :4])[0], lstm_ext.freeze(theirs[0])(x[..., :4])[0])
 
 
 def test_state_dict_pickle_and_copies() -> None:
@@ -90,9 +90,9 @@ def test_compiled_and_exported(tmp_path: Any) -> None:
             {"frozen": list(frozen.lstm._frozen[0].frozen)},
             test_utils=("test_schema", "test_faketensor"),
         )
-        torchs = lstm_ext.freeze(nn.LSTM(8, 4), torch.int8)
+        other = lstm_ext.freeze(nn.LSTM(8, 4), torch.int8)
         with torch._dynamo.config.patch(allow_rnn=True):
-            assert torch.equal(torch.compile(torchs, backend="aot_eager", fullgraph=True)(x)[0], torchs(x)[0])
+            assert torch.equal(torch.compile(theirs, backend="aot_eager", fullgraph=True)(x)[0], theirs(x)[0])
 
 
 @pytest.mark.tools

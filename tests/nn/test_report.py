@@ -27,7 +27,7 @@ def test_report():
     model = nn.ModuleDict(
         {
             "ours": lstm_ext.LSTM(2, 3),
-            "torchs": nn.LSTM(2, 3),
+            "theirs": nn.LSTM(2, 3),
             "cell": nn.LSTMCell(2, 3),
             "subclass": Doubling(2, 3),
             "gru": nn.GRU(2, 3),
@@ -36,15 +36,13 @@ def test_report():
     scripted = torch.jit.script(nn.Sequential(nn.LSTM(2, 3)))
     model["scripted"] = scripted
     entries = {entry.name: entry for entry in lstm_ext.report(model)}
-    assert list(entries)[:4] == ["ours", "torchs", "cell", "subclass"] and "gru" not in entries
+    assert list(entries)[:4] == ["ours", "theirs", "cell", "subclass"] and "gru" not in entries
     assert entries["ours"].ours and entries["ours"].reason == ""
-    assert entries["torchs"].reason == entries["cell"].reason == "not converted"
+    assert entries["theirs"].reason == entries["cell"].reason == "not converted"
     assert "subclasses=True" in entries["subclass"].reason
     assert "compiled by torch.jit" in entries["scripted.0"].reason
     assert str(entries["ours"]) == "ours (lstm_ext.LSTM): ours"
-    assert str(lstm_ext.report(nn.LSTM(2, 3))[0]).startswith(
-        "the model itself (torch.nn.LSTM): not ours:"
-    )
+    assert str(lstm_ext.report(nn.LSTM(2, 3))[0]).startswith("the model itself (torch.nn.LSTM): not ours:")
     with pytest.raises(TypeError, match=r"report: expected model to be a torch\.nn\.Module, got int"):
         lstm_ext.report(3)
     hidden = Hiding([nn.LSTM(2, 3), lstm_ext.LSTM(2, 3)])

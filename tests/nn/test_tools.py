@@ -18,7 +18,7 @@ from torch import nn
 import lstm_ext
 from lstm_ext import reference
 from lstm_ext.nn import tools
-from lstm_ext.nn.torchs import PatchedLSTM, PatchedLSTMCell
+from lstm_ext.nn.torch_lstm import PatchedLSTM, PatchedLSTMCell
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -77,9 +77,9 @@ def test_a_tool_that_is_loaded_after_conversion(monkeypatch, place, walk):
     model = nn.Sequential(converted(Model()))
     load(monkeypatch, place, table := {nn.LSTM: count, nn.LSTMCell: count, nn.Linear: len})
     walk(model)
-    for layer, torchs in ((model[0].lstm, nn.LSTM), (model[0].cell, nn.LSTMCell)):
+    for layer, theirs in ((model[0].lstm, nn.LSTM), (model[0].cell, nn.LSTMCell)):
         table[type(layer)](layer, 1, 2)
-        assert layer.__flops__ == (torchs, (1, 2))
+        assert layer.__flops__ == (theirs, (1, 2))
 
 
 def test_opacus_loaded_after_conversion(monkeypatch):

@@ -225,7 +225,7 @@ def test_benchmark(tmp_path):
     assert "over_torch: " in done.stdout and "over_pad: " in done.stdout
 
 
-IN_TORCHS_PLACE = """
+IN_PLACE_OF_TORCH = """
 import torch
 import lstm_ext
 torch.nn.LSTM, torch.nn.LSTMCell = lstm_ext.LSTM, lstm_ext.LSTMCell
@@ -236,4 +236,4 @@ assert type(module.lstm) is lstm_ext.LSTM
 
 
 def test_torchrl_is_imported_where_our_classes_are_in_torchs_place():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_TORCHS_PLACE], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_PLACE_OF_TORCH], check=True)

@@ -34,13 +34,13 @@ def explore(model: Model) -> Found:
     while todo:
         state = todo.popleft()
         try:
-            goes_on = False
+            continues = False
             for _, after in model.events(state):
-                goes_on = True
+                continues = True
                 if after not in origins:
                     origins[after] = state
                     todo.append(after)
-            if not model.is_over(state) and not goes_on:
+            if not model.is_over(state) and not continues:
                 raise Fault("nobody can go on")
         except Fault as fault:
             return Found(len(origins), str(fault), _trace(model, origins, state))

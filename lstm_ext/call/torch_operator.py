@@ -77,9 +77,9 @@ def lstm(
 ) -> _Tensors | None:
     """Output, h_n and c_n; None if the stack runs on our kernels or the equations instead.
 
-    Arguments are those of `run_stack`. `preferred`: see `route.torchs_way`.
+    Arguments are those of `run_stack`. `preferred`: see `route.torch_route`.
     """
-    way = None if stack._frozen else route.torchs_way(x, h0, c0, weights, preferred)
+    way = None if stack._frozen else route.torch_route(x, h0, c0, weights, preferred)
     if way is None:
         return None
     flat = [w for layer in weights for w in layer]

@@ -47,7 +47,7 @@ class TorchLSTMCell(LSTMCell, nn.LSTMCell):
     """
 
 
-class _InTorchsPlace(type):
+class _StandsForTorch(type):
     """The metaclass of classes that replace torch's: instances of torch's class, or of ours, are theirs too."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -61,7 +61,7 @@ class _InTorchsPlace(type):
         return vars(cls).get("_stands_for", ())
 
 
-class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
+class PatchedLSTM(TorchLSTM, metaclass=_StandsForTorch):
     """The class that replaces ``torch.nn.LSTM`` while a patch holds."""
 
     _stands_for = (_LSTM, LSTM)
@@ -72,7 +72,7 @@ class PatchedLSTM(TorchLSTM, metaclass=_InTorchsPlace):
         _count()
 
 
-class PatchedLSTMCell(TorchLSTMCell, metaclass=_InTorchsPlace):
+class PatchedLSTMCell(TorchLSTMCell, metaclass=_StandsForTorch):
     """The class that replaces ``torch.nn.LSTMCell`` while a patch holds."""
 
     _stands_for = (_CELL, LSTMCell)
@@ -253,11 +253,11 @@ def _calls_super_forward(forward: Any, cls: type) -> bool | None:
         found += [function.__globals__.get(name) for name in names]
         found += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         kinds = FunctionType, property, staticmethod, classmethod
-        left += [f for f in found if isinstance(f, kinds) and not _is_torchs(f)]
+        left += [f for f in found if isinstance(f, kinds) and not _is_of_torch(f)]
     return verdict
 
 
-def _is_torchs(function: Any) -> bool:
+def _is_of_torch(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.")
 
 

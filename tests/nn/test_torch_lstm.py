@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import lstm_ext
 
-TORCHS = nn.LSTM, nn.LSTMCell
+TORCH_CLASSES = nn.LSTM, nn.LSTMCell
 
 
 class Empty(nn.LSTM):
@@ -102,7 +102,7 @@ def test_convert_again_makes_the_kind_that_is_asked_for(as_subclass):
         assert kinds_of(copied) == KINDS[as_subclass]
         assert kinds_of(lstm_ext.convert(copied, as_subclass=as_subclass)) == KINDS[as_subclass]
     model.lstm.zoneout = 0.0
-    assert kinds_of(lstm_ext.revert(model)) == list(TORCHS)
+    assert kinds_of(lstm_ext.revert(model)) == list(TORCH_CLASSES)
 
 
 def test_what_is_neither_kind_stays():
@@ -120,8 +120,8 @@ def test_what_is_neither_kind_stays():
 @pytest.mark.parametrize("made", ["convert", "patch"])
 def test_parametrized_layers_change_their_kind(made, as_subclass):
     with lstm_ext.patch():
-        module, torchs = nn.LSTM(3, 4), TORCHS[0](3, 4)
-    module = lstm_ext.convert(module if made == "patch" else torchs)
+        module, theirs = nn.LSTM(3, 4), TORCH_CLASSES[0](3, 4)
+    module = lstm_ext.convert(module if made == "patch" else theirs)
     parametrizations.weight_norm(module, "weight_hh_l0")
     x = torch.randn(5, 2, 3)
     expected = module(x)[0]
@@ -154,14 +154,19 @@ def test_names_are_torchs():
         # pickles of before have the name by which pickle still finds the class
         old = {lstm_ext.TorchLSTM: b"TorchLSTM", lstm_ext.TorchLSTMCell: b"TorchLSTMCell"}.get(type(ours))
         data = pickle.dumps(ours, protocol=0)
-        assert old is None or b"clstm_ext.nn.torchs\n%s\n" % old in data
+        assert old is None or b"clstm_ext.nn.torch_lstm\n%s\n" % old in data
         assert type(pickle.loads(data)) is type(copy.deepcopy(ours)) is type(ours)
 
 
 def test_isinstance_tells_what_repr_does_not():
     theirs = nn.LSTM(3, 4)
     with lstm_ext.patch():
-        made = nn.LSTM(3, 4), lstm_ext.LSTM(3, 4), lstm_ext.TorchLSTM(3, 4), lstm_ext.convert(TORCHS[0](3, 4))
+        made = (
+            nn.LSTM(3, 4),
+            lstm_ext.LSTM(3, 4),
+            lstm_ext.TorchLSTM(3, 4),
+            lstm_ext.convert(TORCH_CLASSES[0](3, 4)),
+        )
         assert {repr(layer) for layer in made} == {repr(theirs)}
         assert [isinstance(layer, lstm_ext.LSTM) for layer in (*made, theirs)] == [True] * 4 + [False]
     assert [isinstance(layer, lstm_ext.LSTM) for layer in (*made, theirs)] == [True] * 4 + [False]
@@ -170,7 +175,7 @@ def test_isinstance_tells_what_repr_does_not():
 def test_code_that_goes_by_torchs_class_passes_the_other_kind_over():
     """Named, it is found. docs/guide/other-libraries.md says so."""
     model = lstm_ext.convert(Tagger(), as_subclass=False)
-    assert not any(isinstance(module, TORCHS) for module in model.modules())
+    assert not any(isinstance(module, TORCH_CLASSES) for module in model.modules())
     assert not ModuleWrapPolicy({nn.LSTM})._run_policy(model, set(), {})
     assert ModuleWrapPolicy({lstm_ext.LSTM})._run_policy(model, set(), {}).keys() == {model.lstm}
 
@@ -271,14 +276,16 @@ def test_patch_and_the_way_back():
         # What torch's class made, and what ours did, is an instance; anything else is not.
         assert isinstance(before, nn.LSTM) and isinstance(lstm_ext.LSTM(2, 3), nn.LSTM)
         assert not isinstance(nn.GRU(2, 3), nn.LSTM) and not isinstance(before, nn.LSTMCell)
-        assert issubclass(TORCHS[0], nn.LSTM) and not issubclass(nn.GRU, nn.LSTM)
+        assert issubclass(TORCH_CLASSES[0], nn.LSTM) and not issubclass(nn.GRU, nn.LSTM)
 
         class Mine(nn.LSTM):
             pass
 
         assert isinstance(Mine(2, 3), lstm_ext.LSTM) and not isinstance(before, Mine)
         assert "LSTM(5, 7" in repr(model) and "Patched" not in repr(model)
-    assert (nn.LSTM, nn.LSTMCell) == TORCHS == (torch.nn.modules.rnn.LSTM, torch.nn.modules.rnn.LSTMCell)
+    assert (
+        (nn.LSTM, nn.LSTMCell) == TORCH_CLASSES == (torch.nn.modules.rnn.LSTM, torch.nn.modules.rnn.LSTMCell)
+    )
     x = torch.randn(4, 2, 5)
     expected = model(x)
     assert isinstance(model.lstm, nn.LSTM)
@@ -291,16 +298,16 @@ def test_patch_and_the_way_back():
 
 def test_patches_may_be_nested():
     outer, inner = lstm_ext.patch(), lstm_ext.patch()
-    assert nn.LSTM is TORCHS[0]  # not yet
+    assert nn.LSTM is TORCH_CLASSES[0]  # not yet
     outer.start().start()
     inner.start()
     ours = nn.LSTM
-    assert ours is not TORCHS[0]
+    assert ours is not TORCH_CLASSES[0]
     outer.stop()
     outer.stop()  # nothing
     assert nn.LSTM is ours
     inner.stop()
-    assert nn.LSTM is TORCHS[0]
+    assert nn.LSTM is TORCH_CLASSES[0]
 
 
 def test_patch_over_another_patch(monkeypatch):
@@ -333,11 +340,11 @@ def test_patches_of_several_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert nn.LSTM is TORCHS[0]
+    assert nn.LSTM is TORCH_CLASSES[0]
 
 
 def test_a_patch_counts_what_it_made():
-    class Mine(TORCHS[0]):
+    class Mine(TORCH_CLASSES[0]):
         pass
 
     outer = lstm_ext.patch().start()
@@ -362,7 +369,7 @@ def test_a_patch_counts_what_it_made():
 def test_a_block_that_makes_no_layer_says_so():
     said = "no torch.nn.LSTM or LSTMCell was constructed"
     with pytest.warns(UserWarning, match=said) as caught, lstm_ext.patch():
-        TORCHS[0](2, 3)  # of the class of before
+        TORCH_CLASSES[0](2, 3)  # of the class of before
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
