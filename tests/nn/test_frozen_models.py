@@ -92,7 +92,7 @@ def test_compiled_and_exported(tmp_path: Any) -> None:
         )
         other = lstm_ext.freeze(nn.LSTM(8, 4), torch.int8)
         with torch._dynamo.config.patch(allow_rnn=True):
-            assert torch.equal(torch.compile(theirs, backend="aot_eager", fullgraph=True)(x)[0], theirs(x)[0])
+            assert torch.equal(torch.compile(other, backend="aot_eager", fullgraph=True)(x)[0], other(x)[0])
 
 
 @pytest.mark.tools
