@@ -71,7 +71,6 @@ std::vector<Tensor> differentiable_backward(const LayerCall& call, const lstm_ex
     }
   };
   lstm_ext::visit_options(call.options, add);
-  add("recompute", call.options.recompute);
   py::list given, kept;
   for (const Tensor* t : {&grads.output, &grads.h_n, &grads.c_n, &grads.cells, &grads.gate_values}) {
     given.append(or_none(*t));

@@ -33,17 +33,6 @@ auto without_gil(const Function& function) {
   return function();
 }
 
-// The value of a key, or null. It is owned, since in a Python without the GIL another thread may change the dict.
-inline py::object value_of(const py::dict& dict, const char* key) {
-#if PY_VERSION_HEX >= 0x030d0000
-  PyObject* value = nullptr;
-  if (PyDict_GetItemStringRef(dict.ptr(), key, &value) < 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-#else
-  return py::reinterpret_borrow<py::object>(PyDict_GetItemString(dict.ptr(), key));
-#endif
-}
-
 template <typename Option>
 constexpr const char* kind_of_option() {
   if constexpr (std::is_same_v<Option, Tensor>) return "a Tensor or None";
@@ -55,29 +44,25 @@ constexpr const char* kind_of_option() {
 // Reads options by name; options that are not given keep their defaults.
 inline LayerOptions make_options(const py::kwargs& given) {
   LayerOptions options;
-  size_t known = 0;
-  const auto read = [&](const char* name, auto& option) {
-    using Option = std::decay_t<decltype(option)>;
-    const py::object value = value_of(given, name);
-    if (!value) return;
-    ++known;
-    if (std::is_same_v<Option, Tensor> && value.is_none()) return;
-    try {
-      option = py::cast<Option>(value);
-    } catch (const py::cast_error&) {
-      throw py::type_error("LayerOptions: " + std::string(name) + ": expected " + kind_of_option<Option>() + ", got " +
-                           Py_TYPE(value.ptr())->tp_name);
-    }
-  };
-  visit_options(options, read);
-  read("recompute", options.recompute);
-  if (known != given.size()) {
-    for (const py::handle key : py::reinterpret_steal<py::list>(PyDict_Keys(given.ptr()))) {
-      const std::string name = py::cast<std::string>(key);
-      bool found = name == "recompute";
-      visit_options(options, [&](const char* option, const auto&) { found |= name == option; });
-      if (!found) throw py::type_error("LayerOptions: there is no option " + name);
-    }
+  // A list of its own, since in a Python without the GIL another thread may change the dict.
+  for (const py::handle item : py::reinterpret_steal<py::list>(PyDict_Items(given.ptr()))) {
+    const auto pair = py::reinterpret_borrow<py::tuple>(item);
+    const auto key = py::cast<std::string>(pair[0]);
+    const py::object value = pair[1];
+    bool known = false;
+    visit_options(options, [&](const char* name, auto& option) {
+      using Option = std::decay_t<decltype(option)>;
+      if (key != name) return;
+      known = true;
+      if (std::is_same_v<Option, Tensor> && value.is_none()) return;
+      try {
+        option = py::cast<Option>(value);
+      } catch (const py::cast_error&) {
+        throw py::type_error("LayerOptions: " + key + ": expected " + kind_of_option<Option>() + ", got " +
+                             Py_TYPE(value.ptr())->tp_name);
+      }
+    });
+    if (!known) throw py::type_error("LayerOptions: there is no option " + key);
   }
   if (options.return_gates) options.recompute = false;  // returned gates exist anyway
   return options;
@@ -130,9 +115,7 @@ inline std::vector<Tensor> backward(Tensor input, OptionalTensor h0, OptionalTen
                               or_undefined(std::move(grad_gate_values))};
   const Saved saved_tensors =
       std::apply([](auto&... tensors) { return Saved{or_undefined(std::move(tensors))...}; }, saved);
-  return without_gil([&] {
-    return list_gradients(lstm_layer_backward(call, grads, output, saved_tensors, read_needs_grad(call, needs_grad)));
-  });
+  return without_gil([&] { return lstm_layer_backward(call, grads, output, saved_tensors, needs_grad); });
 }
 
 // Two modules of one process may both bind the class: each uses its own.

@@ -64,9 +64,9 @@ struct CellAt {
   LSTM_EXT_CONTRACT_INLINE auto peephole(Gate gate) const {
     return load(options.parameters[gate == kI ? kPeepholeI : gate == kF ? kPeepholeF : kPeepholeO]);
   }
-  LSTM_EXT_CONTRACT_INLINE bool clips() const { return options.clip != 0; }
-  LSTM_EXT_CONTRACT_INLINE T clip() const { return options.clip; }
-  LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled; }
+  LSTM_EXT_CONTRACT_INLINE bool clips() const { return options.cell_clip != 0; }
+  LSTM_EXT_CONTRACT_INLINE T clip() const { return options.cell_clip; }
+  LSTM_EXT_CONTRACT_INLINE bool coupled() const { return options.coupled_gates; }
   LSTM_EXT_CONTRACT_INLINE bool exact_gates() const { return options.exact_gates; }
   LSTM_EXT_CONTRACT_INLINE bool clips_preactivations() const { return options.preactivation_clip != 0; }
   LSTM_EXT_CONTRACT_INLINE T preactivation_clip() const { return options.preactivation_clip; }

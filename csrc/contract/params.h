@@ -60,19 +60,24 @@ enum Parameter { kPeepholeI, kPeepholeF, kPeepholeO, kParameters };
 template <typename T>
 struct Options {
   const T* parameters[kParameters];  // (H) each; those of the peepholes are all null without them
-  T clip;                            // 0 without one
-  bool coupled;
+#define BOUND(name) T name;
+#include "contract/options.def"
+#define CELL_FLAG(name) bool name;
+#include "contract/options.def"
   // Whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell a c_t on
   // the edge of the clip that was clipped from one that was not. Otherwise neither of them passes a gradient on.
   bool exact_gates;
   // Whether the functions are others than sigmoid for i, f and o, and tanh for g and c_t. Only then they are read.
   bool other_activations;
   Activation<T> gate_activation, candidate_activation, output_activation;  // for i, f and o; for g; for c_t in h_t
-  T preactivation_clip;                                                    // 0 without one
 
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return parameters[kPeepholeI] != nullptr; }
   LSTM_EXT_CONTRACT_INLINE bool any() const {
-    return peepholes() || clip != 0 || coupled || other_activations || preactivation_clip != 0;
+#define BOUND(name) || name != 0
+#define CELL_FLAG(name) || name
+    return peepholes() || other_activations
+#include "contract/options.def"
+        ;
   }
 };
 

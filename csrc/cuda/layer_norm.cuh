@@ -98,7 +98,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
       const int64_t k = gate * H + j;
       const A x = (input[k] - mean[0]) * factor[0];
       const A y = recurrent ? (recurrent[k] - mean[1]) * factor[1] : 0;
-      z[gate] = args.gain_ih[k] * x + args.gain_hh[k] * y + bias_at(cell, gate, j);
+      z[gate] = args.norm.gain_ih[k] * x + args.norm.gain_hh[k] * y + bias_at(cell, gate, j);
       if (saves) {
         args.norm_input[b * 4 * H + k] = narrow<T>(x);
         args.norm_recurrent[b * 4 * H + k] = narrow<T>(y);
@@ -126,8 +126,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   block_sums(factor_c, shared);
   factor_c[0] = norm_factor(factor_c[0], H);
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    A tanh_input = args.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
-    if (args.bias_c) tanh_input += args.bias_c[j];
+    A tanh_input = args.norm.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
+    if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
     const A hidden = cell::hidden<CellMath<T>>(output_gate[j], tanh_input, cell_at<kCell, T>(cell.options, j));
     write_output<true>(cell.output, row, b, j, H, hidden);
   }
@@ -193,8 +193,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
     const A hat = (state_now_at<kCell>(cell, row, b, j, gates) - mean[0]) * factor[0];
-    A tanh_input = args.gain_c[j] * hat;
-    if (args.bias_c) tanh_input += args.bias_c[j];
+    A tanh_input = args.norm.gain_c[j] * hat;
+    if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
     const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
     A grad = 0;
     const auto squashed = cell::squash<CellMath<T>>(tanh_input, cell_at<kCell, T>(cell.options, j));
@@ -202,8 +202,8 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     grad_tanh_input[j] = grad;
     args.norm_cell[b * H + j] = narrow<T>(hat);
     grad_z[3 * H + j] = d_o;
-    sums_c[0] += grad * args.gain_c[j];
-    sums_c[1] += grad * args.gain_c[j] * hat;
+    sums_c[0] += grad * args.norm.gain_c[j];
+    sums_c[1] += grad * args.norm.gain_c[j] * hat;
   }
   block_sums(sums_c, shared);
 
@@ -212,7 +212,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
     const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = (now - mean[0]) * factor[0];
-    const A dc = factor[0] * (grad_tanh_input[j] * args.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
+    const A dc = factor[0] * (grad_tanh_input[j] * args.norm.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     const auto grad = cell_gradients<true>(
         cell, b, j, gates, previous_cell(row, cell.c_previous, b * H + j), now,
         gradient_after<true>(cell, row, b * H + j),
@@ -225,10 +225,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       grad_z[k] = grad.z[gate];
-      sums[0] += grad.z[gate] * args.gain_ih[k];
-      sums[1] += grad.z[gate] * args.gain_ih[k] * widen(args.norm_input[b * 4 * H + k]);
-      sums[2] += grad.z[gate] * args.gain_hh[k];
-      sums[3] += grad.z[gate] * args.gain_hh[k] * widen(args.norm_recurrent[b * 4 * H + k]);
+      sums[0] += grad.z[gate] * args.norm.gain_ih[k];
+      sums[1] += grad.z[gate] * args.norm.gain_ih[k] * widen(args.norm_input[b * 4 * H + k]);
+      sums[2] += grad.z[gate] * args.norm.gain_hh[k];
+      sums[3] += grad.z[gate] * args.norm.gain_hh[k] * widen(args.norm_recurrent[b * 4 * H + k]);
     }
   }
   block_sums(sums, shared);
@@ -240,8 +240,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
       const A x = widen(args.norm_input[b * 4 * H + k]), y = widen(args.norm_recurrent[b * 4 * H + k]);
-      args.grad_input_part[b * 4 * H + k] = narrow<D>(factor_x * (grad_z[k] * args.gain_ih[k] - sums[0] - x * sums[1]));
-      grad[gate] = factor_h * (grad_z[k] * args.gain_hh[k] - sums[2] - y * sums[3]);
+      args.grad_input_part[b * 4 * H + k] =
+          narrow<D>(factor_x * (grad_z[k] * args.norm.gain_ih[k] - sums[0] - x * sums[1]));
+      grad[gate] = factor_h * (grad_z[k] * args.norm.gain_hh[k] - sums[2] - y * sums[3]);
     }
     write_recurrent_gradients(cell, row, b, j, grad);
   }

@@ -138,10 +138,7 @@ template <typename T>
 struct NormCellForward {
   using Accumulate = typename Types<T>::Accumulate;
   CellForward<T> cell;
-  const Accumulate* gain_ih;  // (4H)
-  const Accumulate* gain_hh;
-  const Accumulate* gain_c;  // (H)
-  const Accumulate* bias_c;  // (H) or null
+  LayerNorm<Accumulate> norm;
   // N(W x_t) and N(U h_{t-1}), (rows, 4H), and what the centred products were multiplied by, (rows, 2). All contiguous;
   // null in inference.
   T* norm_input;
@@ -219,10 +216,7 @@ template <typename T>
 struct NormCellBackward {
   using Accumulate = typename Types<T>::Accumulate;
   CellBackward<T> cell;
-  const Accumulate* gain_ih;
-  const Accumulate* gain_hh;
-  const Accumulate* gain_c;
-  const Accumulate* bias_c;
+  LayerNorm<Accumulate> norm;
   const T* norm_input;
   const T* norm_recurrent;
   const Accumulate* norm_factors;

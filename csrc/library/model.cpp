@@ -31,9 +31,9 @@ void copy_options(const WeightsFile& file, const FileArrays& arrays, Arena& aren
   cell::Options<T>& cell = options.cell;
   const void* const peepholes[] = {arrays.weight_ci, arrays.weight_cf, arrays.weight_co};
   for (int i = 0; i < cell::kParameters; ++i) cell.parameters[i] = copied(peepholes[i], 1);
-  cell.clip = static_cast<T>(h.cell_clip);
-  cell.preactivation_clip = static_cast<T>(h.preactivation_clip);
-  cell.coupled = file.has(kIsCoupled);
+#define BOUND(name) cell.name = static_cast<T>(h.name);
+#include "contract/options.def"
+  cell.coupled_gates = file.has(kIsCoupled);
   cell.other_activations = file.has(kHasOtherActivations);
   cell::Activation<T>* const activations[] = {&cell.gate_activation, &cell.candidate_activation,
                                               &cell.output_activation};

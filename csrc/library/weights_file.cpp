@@ -131,10 +131,11 @@ const char* WeightsFile::check_fields() const {
   if (h.output_size < 1 || (has(kIsProjected) ? h.output_size >= h.hidden_size : h.output_size != h.hidden_size)) {
     return invalid("output_size");
   }
-  if (!is_clip(h.cell_clip, h.float64 != 0)) return invalid("cell_clip");
-  if (!is_clip(h.preactivation_clip, h.float64 != 0)) return invalid("preactivation_clip");
-  if (!is_share(h.zoneout_h)) return invalid("zoneout_h");
-  if (!is_share(h.zoneout_c)) return invalid("zoneout_c");
+#define BOUND(name) \
+  if (!is_clip(h.name, h.float64 != 0)) return invalid(#name);
+#define SHARE(name, kind) \
+  if (!is_share(h.name)) return invalid(#name);
+#include "contract/options.def"
   for (const FileActivation& activation : h.activations) {
     if (!is_activation(activation, has(kHasOtherActivations), h.float64 != 0)) return invalid("activations");
   }

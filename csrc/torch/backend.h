@@ -15,10 +15,11 @@ struct BackwardArguments {
   const ResultGradients& grads;
   const at::Tensor& output;
   const Saved& saved;
-  const NeedsGrad& needs_grad;
+  const std::vector<bool>& needs_grad;
 };
 
 using Forward = LayerResults (*)(const LayerCall& call, const LayerSizes& sizes, bool save);
+// The gradients may be of sum_type.
 using Backward = LayerGradients (*)(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments);
 
 struct Backend {

@@ -38,40 +38,29 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
   const LayerOptions& options = call.options;
   const at::Tensor& input = call.input;
   const at::ScalarType dtype = input.scalar_type();
+  const int64_t H = sizes.hidden_size, P = sizes.output_size;
+  using Sizes = std::vector<int64_t>;
+  const auto time_and_batch = [&] { return sizes.packed() ? Sizes{input.size(0)} : Sizes{sizes.steps, sizes.batch}; };
+  const auto state = [&](int64_t features) { return Sizes{sizes.directions, sizes.batch, features}; };
+  const auto batch = [&] { return Sizes{sizes.batch}; };
   TORCH_CHECK(options.resets.defined() || !(options.reset_h.defined() || options.reset_c.defined()),
               "lstm_ext: got a reset state, but no resets");
-  const auto check_if_given = [&](const char* name, const at::Tensor& tensor, at::ScalarType type,
-                                  const auto& expected_sizes) {
-    if (tensor.defined()) check_tensor(name, tensor, input, type, expected_sizes());
-  };
-  const auto state = [&](int64_t features) {
-    return [&sizes, features] { return std::vector<int64_t>{sizes.directions, sizes.batch, features}; };
-  };
-  const auto all_steps = [&](int64_t features) { return [&sizes, features] { return sizes.saved_sizes(features); }; };
-  check_if_given("resets", options.resets, at::kBool, [&] {
-    return sizes.packed() ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{sizes.steps, sizes.batch};
-  });
-  check_if_given("reset_h", options.reset_h, dtype, state(sizes.output_size));
-  check_if_given("reset_c", options.reset_c, dtype, state(sizes.hidden_size));
   TORCH_CHECK(!options.lengths.defined() || !sizes.packed(),
               "lstm_ext: got lengths and batch_sizes, expected one of them");
-  check_if_given("lengths", options.lengths, at::kLong, [&] { return std::vector<int64_t>{sizes.batch}; });
-  check_if_given("recurrent_mask", options.recurrent_mask, sizes.sum_type, state(sizes.output_size));
-  check_if_given("keep_h", options.keep_h, at::kBool, all_steps(sizes.output_size));
-  check_if_given("keep_c", options.keep_c, at::kBool, all_steps(sizes.hidden_size));
-  for (const double share : {options.zoneout_h, options.zoneout_c}) {
-    TORCH_CHECK_VALUE(share >= 0 && share <= 1, "lstm_ext: zoneout is ", share, ", expected a number in [0, 1]");
-  }
+#define TENSOR(name, kind, dtype, sizes) \
+  if (options.name.defined()) check_tensor(#name, options.name, input, dtype, sizes);
+#define SHARE(name, kind)                                                                            \
+  TORCH_CHECK_VALUE(options.name >= 0 && options.name <= 1, "lstm_ext: " #name " is ", options.name, \
+                    ", expected a number in [0, 1]");
+#define BOUND(name) \
+  TORCH_CHECK_VALUE(options.name >= 0, "lstm_ext: " #name " is ", options.name, ", expected a number of at least 0");
+#include "contract/options.def"
   TORCH_CHECK(!options.recompute || !options.return_gates, "lstm_ext: gates that are returned are not recomputed");
-  TORCH_CHECK_VALUE(options.cell_clip >= 0, "lstm_ext: cell_clip is ", options.cell_clip,
-                    ", expected a number of at least 0");
-  TORCH_CHECK_VALUE(options.preactivation_clip >= 0, "lstm_ext: preactivation_clip is ", options.preactivation_clip,
-                    ", expected a number of at least 0");
   if (!options.activations.empty()) read_activations(options.activations);
   const bool other_gates = options.preactivation_clip != 0 || !options.activations.empty();
   TORCH_CHECK(!other_gates || !options.recompute || input.is_cpu(),
               "lstm_ext: the CUDA kernels do not compute gates with other activations or a clip again");
-  TORCH_CHECK(options.norm.empty() || (options.cell.empty() && !options.coupled_gates),
+  TORCH_CHECK(options.norm.empty() || (options.peephole.empty() && !options.coupled_gates),
               "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,
                                     const char* const* names, int64_t of_gates) {
@@ -85,9 +74,9 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
                    {kind < of_gates ? 4 * sizes.hidden_size : sizes.hidden_size});
     }
   };
-  if (!options.cell.empty()) {
+  if (!options.peephole.empty()) {
     constexpr const char* kNames[cell::kParameters] = {"weight_ci", "weight_cf", "weight_co"};
-    check_parameters("peepholes", options.cell, cell::kParameters, kNames, 0);
+    check_parameters("peepholes", options.peephole, cell::kParameters, kNames, 0);
     TORCH_CHECK(!options.recompute || input.is_cpu(),
                 "lstm_ext: the CUDA kernels do not compute gates with peepholes again");
   }
@@ -147,6 +136,29 @@ LayerShape LayerSizes::shape(int64_t direction, const at::Tensor& resets) const 
           packed() ? step_offsets.data() : nullptr,
           resets.defined() ? static_cast<const uint8_t*>(resets.const_data_ptr()) : nullptr,
           directions > 1};
+}
+
+DirectionParameters LayerSizes::parameters(const LayerCall& call, int64_t direction) const {
+  DirectionParameters own;
+  const at::Tensor* const weight = call.weights.data() + direction * weights_per_direction;
+  own.weight_ih = weight[0];
+  own.weight_hh = weight[1];
+  if (call.has_bias) {
+    own.bias_ih = weight[2];
+    own.bias_hh = weight[3];
+  }
+  if (projected) own.weight_hr = weight[weights_per_direction - 1];
+  if (!call.options.norm.empty()) {
+    const at::Tensor* const norm = call.options.norm.data() + direction * norms_per_direction(call.has_bias);
+    own.gain_ih = norm[0];
+    own.gain_hh = norm[1];
+    own.gain_c = norm[2];
+    if (call.has_bias) own.bias_c = norm[3];
+  }
+  for (int n = 0; n < cell::kParameters && !call.options.peephole.empty(); ++n) {
+    own.cell[n] = call.options.peephole[direction * cell::kParameters + n];
+  }
+  return own;
 }
 
 Saved LayerSizes::empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate) const {

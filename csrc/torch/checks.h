@@ -19,6 +19,16 @@ struct WeightCount {
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
 
+// The parameters of one direction, or their gradients; undefined if the layer does not have them.
+struct DirectionParameters {
+  at::Tensor weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+  at::Tensor gain_ih, gain_hh, gain_c, bias_c;  // layer normalisation
+  at::Tensor cell[cell::kParameters];
+
+  // The gradient of both biases, of which one may not be requested.
+  const at::Tensor& bias() const { return bias_ih.defined() ? bias_ih : bias_hh; }
+};
+
 // Sizes of a layer, read from its arguments and checked against each other.
 struct LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
@@ -38,6 +48,8 @@ struct LayerSizes {
   // The shape of one direction, for the kernels. It points to step_offsets and to `resets`, which is contiguous or
   // undefined.
   LayerShape shape(int64_t direction, const at::Tensor& resets) const;
+
+  DirectionParameters parameters(const LayerCall& call, int64_t direction) const;
 
   // Allocates the tensors that a forward pass of the call saves, on the device of `options`.
   Saved empty_saved(const LayerCall& call, const at::TensorOptions& options, Allocate allocate = &allocate_empty) const;

@@ -90,39 +90,21 @@ LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSi
   return result;
 }
 
-// The options as tensors that the kernels can read.
-struct OptionTensors {
-  OptionTensors(const LayerOptions& options, at::ScalarType type)
-      : resets(contiguous_converted(options.resets, at::kBool)),
-        reset_h(contiguous_converted(options.reset_h, type)),
-        reset_c(contiguous_converted(options.reset_c, type)),
-        recurrent_mask(contiguous_converted(options.recurrent_mask, type)),
-        keep_h(contiguous_converted(options.keep_h, at::kBool)),
-        keep_c(contiguous_converted(options.keep_c, at::kBool)),
-        norm(converted_weights(options.norm, type)),
-        cell(converted_weights(options.cell, type)),
-        given(options) {}
-
-  at::Tensor resets, reset_h, reset_c;
-  at::Tensor recurrent_mask, keep_h, keep_c;
-  std::vector<at::Tensor> norm, cell;
-  const LayerOptions& given;
-};
-
 const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
   return reinterpret_cast<const uint8_t*>(const_part_or_null<bool>(t, direction));
 }
 
+// `given`: those of LayerTensors.
 template <typename T>
-StepOptions<T> step_options(const OptionTensors& tensors, const LayerSizes& sizes, int64_t direction) {
+StepOptions<T> step_options(const LayerOptions& given, const LayerSizes& sizes, int64_t direction) {
   StepOptions<T> options{};
-  options.recurrent_mask = const_part_or_null<T>(tensors.recurrent_mask, direction);
-  options.zoneout_h = {flags_or_null(tensors.keep_h, direction), static_cast<T>(tensors.given.zoneout_h)};
-  options.zoneout_c = {flags_or_null(tensors.keep_c, direction), static_cast<T>(tensors.given.zoneout_c)};
-  options.cell = cell_options<T>(tensors.given, tensors.cell, direction, !tensors.given.recompute);
-  if (!tensors.norm.empty()) {
-    const size_t count = tensors.norm.size() / sizes.directions;
-    const at::Tensor* norm = tensors.norm.data() + direction * count;
+  options.recurrent_mask = const_part_or_null<T>(given.recurrent_mask, direction);
+  options.zoneout_h = {flags_or_null(given.keep_h, direction), static_cast<T>(given.zoneout_h)};
+  options.zoneout_c = {flags_or_null(given.keep_c, direction), static_cast<T>(given.zoneout_c)};
+  options.cell = cell_options<T>(given, direction, !given.recompute);
+  if (!given.norm.empty()) {
+    const size_t count = given.norm.size() / sizes.directions;
+    const at::Tensor* norm = given.norm.data() + direction * count;
     const auto data = [&](size_t i) { return norm[i].const_data_ptr<T>(); };
     options.norm = {data(0), data(1), data(2), count == 4 ? data(3) : nullptr};
   }
@@ -147,8 +129,16 @@ struct LayerTensors {
         h0(contiguous_converted(call.h0, sizes.sum_type)),
         c0(contiguous_converted(call.c0, sizes.sum_type)),
         frozen(ready_weights(call)),
-        options(call.options, sizes.sum_type),
+        options(call.options),
         planes(planes_for(call.input.scalar_type())) {
+    visit_options<~kWeights>(options, Overloaded{[&](const char*, at::Tensor& t) {
+                                                   const bool flags = t.defined() && t.scalar_type() == at::kBool;
+                                                   t = contiguous_converted(t, flags ? at::kBool : sizes.sum_type);
+                                                 },
+                                                 [&](const char*, std::vector<at::Tensor>& parameters) {
+                                                   parameters = converted_weights(parameters, sizes.sum_type);
+                                                 },
+                                                 [](const char*, const auto&) {}});
     if (!frozen.empty()) return;
     weights = converted_weights(weights_to_read(call), sizes.sum_type, sizes.weights_per_direction, keep_narrow);
   }
@@ -169,7 +159,7 @@ struct LayerTensors {
   at::Tensor input, h0, c0;
   std::vector<at::Tensor> frozen;   // for each direction, or empty
   std::vector<at::Tensor> weights;  // empty if they are frozen
-  OptionTensors options;
+  LayerOptions options;
   const int planes;
 };
 
@@ -285,78 +275,30 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   return results();
 }
 
-// Room for the requested gradients but that of c0, of the type in which they are summed. `narrow`: those of W and U are
-// of their own type, since the kernels round them.
-LayerGradients empty_gradients(const LayerCall& call, const LayerSizes& sizes, const NeedsGrad& needs_grad,
-                               bool narrow) {
-  const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
-  const auto options = call.input.options().dtype(type);
-  LayerGradients grads = LayerGradients::of(call);
-  const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
-  if (needs_grad.input) grads.input = empty_result(sizes.sequence_sizes(sizes.input_size), options);
-  if (needs_grad.h0) grads.h0 = empty_on_cpu({sizes.directions, sizes.batch, sizes.output_size}, options);
-  for (size_t i = 0; i < call.weights.size(); ++i) {
-    const bool matrix = static_cast<int64_t>(i) % sizes.weights_per_direction < 2;
-    const auto own = options.dtype(narrow && matrix ? dtype : type);
-    if (needs_grad.weights[i]) grads.weights[i] = gradient_empty(call.weights[i].sizes(), own);
-  }
-  if (needs_grad.reset_h) grads.reset_h = empty_on_cpu(call.options.reset_h.sizes(), options);
-  if (needs_grad.reset_c) grads.reset_c = empty_on_cpu(call.options.reset_c.sizes(), options);
-  const auto of_parameters = [&](std::vector<at::Tensor>& list, const std::vector<at::Tensor>& parameters,
-                                 const std::vector<bool>& needed) {
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      if (needed[i]) list[i] = empty_on_cpu(parameters[i].sizes(), options);
-    }
-  };
-  of_parameters(grads.norm, call.options.norm, needs_grad.norm);
-  of_parameters(grads.cell, call.options.cell, needs_grad.cell);
-  return grads;
-}
-
-// The gradients in the types of their inputs.
-LayerGradients in_own_types(LayerGradients grads, const LayerCall& call) {
-  const at::ScalarType dtype = call.input.scalar_type();
-  const auto as_type = [](at::Tensor& grad, at::ScalarType own) {
-    if (grad.defined()) grad = in_type(grad, own);
-  };
-  for (at::Tensor* grad : {&grads.input, &grads.h0, &grads.c0, &grads.reset_h, &grads.reset_c}) as_type(*grad, dtype);
-  for (at::Tensor& grad : grads.weights) as_type(grad, dtype);
-  // Under autocast, the other parameters keep their own type.
-  for (size_t i = 0; i < grads.norm.size(); ++i) as_type(grads.norm[i], call.options.norm[i].scalar_type());
-  for (size_t i = 0; i < grads.cell.size(); ++i) as_type(grads.cell[i], call.options.cell[i].scalar_type());
-  return grads;
-}
-
 // Points at the gradients that direction d writes, if they are requested.
 template <typename T>
-void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const LayerCall& call, const LayerSizes& sizes,
-                   int64_t d) {
+void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const LayerSizes& sizes, int64_t d) {
   if (grads.input.defined()) p.grad_input = columns_of<T>(grads.input, 0);
   p.accumulate_grad_input = d > 0;
   p.grad_h0 = part_or_null<T>(grads.h0, d);
-  p.grad_reset_h = part_or_null<T>(grads.reset_h, d);
-  p.grad_reset_c = part_or_null<T>(grads.reset_c, d);
+  p.grad_reset_h = part_or_null<T>(grads.options.reset_h, d);
+  p.grad_reset_c = part_or_null<T>(grads.options.reset_c, d);
   const auto numbers_or_null = [](const at::Tensor& grad) {
     return grad.defined() ? grad.mutable_data_ptr() : nullptr;
   };
   const auto data_or_null = [](const at::Tensor& grad) {
     return grad.defined() ? grad.mutable_data_ptr<T>() : nullptr;
   };
-  const at::Tensor* weights = grads.weights.data() + d * sizes.weights_per_direction;
-  p.grad_weight_ih = numbers_or_null(weights[0]);
-  p.grad_weight_hh = numbers_or_null(weights[1]);
-  // Both biases are added to the same sum, so they have the same gradient.
-  if (call.has_bias) p.grad_bias = data_or_null(weights[2].defined() ? weights[2] : weights[3]);
-  if (sizes.projected) p.grad_weight_hr = data_or_null(weights[sizes.weights_per_direction - 1]);
-  for (int n = 0; n < cell::kParameters && !grads.cell.empty(); ++n) {
-    p.grad_cell[n] = data_or_null(grads.cell[d * cell::kParameters + n]);
-  }
-  if (grads.norm.empty()) return;
-  const at::Tensor* norm = grads.norm.data() + d * norms_per_direction(call.has_bias);
-  p.grad_gain_ih = data_or_null(norm[0]);
-  p.grad_gain_hh = data_or_null(norm[1]);
-  p.grad_gain_c = data_or_null(norm[2]);
-  if (call.has_bias) p.grad_bias_c = data_or_null(norm[3]);
+  const DirectionParameters own = sizes.parameters(grads, d);
+  p.grad_weight_ih = numbers_or_null(own.weight_ih);
+  p.grad_weight_hh = numbers_or_null(own.weight_hh);
+  p.grad_bias = data_or_null(own.bias());
+  p.grad_weight_hr = data_or_null(own.weight_hr);
+  p.grad_gain_ih = data_or_null(own.gain_ih);
+  p.grad_gain_hh = data_or_null(own.gain_hh);
+  p.grad_gain_c = data_or_null(own.gain_c);
+  p.grad_bias_c = data_or_null(own.bias_c);
+  for (int n = 0; n < cell::kParameters; ++n) p.grad_cell[n] = data_or_null(own.cell[n]);
 }
 
 LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
@@ -365,14 +307,21 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const auto options = call.input.options().dtype(type);
   // No copy is made if the kernels round the gradients of W and U themselves.
   const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
-  LayerGradients grads = empty_gradients(call, sizes, arguments.needs_grad, narrow);
-  const at::Tensor grad_c = empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
-  if (arguments.needs_grad.c0) grads.c0 = grad_c;
+  const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
+  const LayerGradients grads = make_gradients(call, arguments.needs_grad, [&](const at::Tensor& input, size_t number) {
+    const size_t weight = number - 3;  // of input, h0 and c0 larger than any
+    if (number == 0) return empty_result(input.sizes(), options);
+    if (weight >= call.weights.size()) return empty_on_cpu(input.sizes(), options);
+    const bool matrix = static_cast<int64_t>(weight) % sizes.weights_per_direction < 2;
+    return gradient_empty(input.sizes(), options.dtype(narrow && matrix ? dtype : type));
+  });
+  const at::Tensor grad_c =
+      grads.c0.defined() ? grads.c0 : empty_on_cpu({sizes.directions, sizes.batch, sizes.hidden_size}, options);
   if (sizes.batch == 0) {
-    visit_inputs(grads, grads, [](const at::Tensor& grad) {
+    visit_inputs(grads, [](const at::Tensor& grad) {
       if (grad.defined()) grad.zero_();
     });
-    return in_own_types(std::move(grads), call);
+    return grads;
   }
 
   const LayerTensors tensors(call, sizes, true);
@@ -383,10 +332,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::Tensor dc = contiguous_converted(given.c_n, type);
   const at::Tensor grad_gates = contiguous_converted(given.gate_values, type);
   const at::Tensor grad_cells = contiguous_converted(given.cells, type);
-  Saved saved = arguments.saved;
-  Saved::visit(saved, [](at::Tensor& tensor) {
-    if (tensor.defined()) tensor = tensor.contiguous();
-  });
+  const Saved& saved = arguments.saved;
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
@@ -407,18 +353,14 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
       p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
       p.grad_c = part_or_null<scalar_t>(grad_c, d);
-      set_gradients(p, grads, call, sizes, d);
+      set_gradients(p, grads, sizes, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }
     // The gradients of a cell's parameters are sums over the workers.
     run_directions(params, kernels, kernels.plan_backward, kernels.backward, options,
-                   !call.options.norm.empty() || !call.options.cell.empty());
-    for (int64_t d = 0; d < sizes.directions && call.has_bias; ++d) {
-      const at::Tensor* biases = grads.weights.data() + d * sizes.weights_per_direction + 2;
-      if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
-    }
+                   !call.options.norm.empty() || !call.options.peephole.empty());
   });
-  return in_own_types(std::move(grads), call);
+  return grads;
 }
 
 }  // namespace

@@ -64,11 +64,12 @@ class Packing {
   at::Tensor packed_state(const at::Tensor& t) const {
     return t.defined() ? materialized(t).index_select(1, sequences_) : t;
   }
-  // The reverse of it: a sequence without a step gets its row of `rest`, or 0.
+  // The reverse of it, in the type of `rows`: a sequence without a step gets its row of `rest`, or 0.
   at::Tensor padded_state(const at::Tensor& rows, const at::Tensor& rest = {}) const {
     if (!rows.defined()) return {};
-    const at::Tensor all = rest.defined() ? materialized(rest).clone(at::MemoryFormat::Contiguous)
-                                          : at::zeros({rows.size(0), batch_, rows.size(2)}, rows.options());
+    const at::Tensor all = rest.defined()
+                               ? in_type(materialized(rest), rows.scalar_type()).clone(at::MemoryFormat::Contiguous)
+                               : at::zeros({rows.size(0), batch_, rows.size(2)}, rows.options());
     return all.index_copy_(1, sequences_, rows);
   }
 
@@ -118,15 +119,8 @@ LayerResults results_of_no_steps(const LayerCall& call, const LayerSizes& sizes,
 }
 
 LayerGradients gradients_of_no_steps(const LayerCall& call, const BackwardArguments& arguments) {
-  std::vector<at::Tensor> inputs;
-  visit_inputs(call, [&](const at::Tensor& tensor) { inputs.push_back(tensor); });
-  std::vector<bool> needed;
-  visit_inputs(arguments.needs_grad, arguments.needs_grad, [&](bool flag) { needed.push_back(flag); });
-  LayerGradients grads = LayerGradients::of(call);
-  size_t i = 0;
-  visit_inputs(grads, grads, [&](at::Tensor& grad) {
-    if (needed[i]) grad = at::zeros(inputs[i].sizes(), inputs[i].options());
-    ++i;
+  LayerGradients grads = make_gradients(call, arguments.needs_grad, [](const at::Tensor& input, size_t) {
+    return at::zeros(input.sizes(), input.options());
   });
   // The final states are the initial ones.
   if (grads.h0.defined() && arguments.grads.h_n.defined()) grads.h0.copy_(arguments.grads.h_n);
@@ -171,8 +165,7 @@ LayerGradients backward_with_lengths(const LayerCall& call, const LayerSizes& si
   // The final state of a sequence without a step is its initial one.
   grads.h0 = packing.padded_state(grads.h0, given.h_n);
   grads.c0 = packing.padded_state(grads.c0, given.c_n);
-  grads.reset_h = packing.padded_state(grads.reset_h);
-  grads.reset_c = packing.padded_state(grads.reset_c);
+  for (at::Tensor* grad : {&grads.options.reset_h, &grads.options.reset_c}) *grad = packing.padded_state(*grad);
   return grads;
 }
 

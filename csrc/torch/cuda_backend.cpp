@@ -93,7 +93,7 @@ StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bo
   };
   request.step = outcome(cuda::Kernel::kStep);
   request.persistent = outcome(cuda::Kernel::kPersistent);
-  if (request.any && call.options.norm.empty() && !has_cell_options(call.options)) {
+  if (request.any && call.options.norm.empty() && !has_options<kCell>(call.options)) {
     request.measured = cuda::measured(index, facts_of(call, sizes, tf32, backward));
   }
   const std::optional<int64_t> limit = cuda::wait_limit();

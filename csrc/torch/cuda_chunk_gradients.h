@@ -15,54 +15,17 @@ class ChunkGradients : protected Stepwise {
       // preactivations are float32 there, and keep the digits that float16 would lose.
       : Stepwise(call, sizes, &args, device, device.tf32 || call.input.scalar_type() == at::kHalf),
         output_(with_contiguous_rows(args.output)),
-        saved_{contiguous_if(args.saved.gates), contiguous_if(args.saved.cells), contiguous_if(args.saved.hidden),
-               contiguous_if(args.saved.norm_products), contiguous_if(args.saved.norm_factors)} {
-    const NeedsGrad& needs_grad = args.needs_grad;
-    const auto sum = [&](bool requested, const at::Tensor& t) {
-      return requested && t.defined() ? at::zeros(t.sizes(), options(sizes.sum_type)) : at::Tensor();
-    };
-    const auto sums = [&](const std::vector<bool>& requested, const std::vector<at::Tensor>& tensors) {
-      std::vector<at::Tensor> result(tensors.size());
-      for (size_t i = 0; i < tensors.size(); ++i) result[i] = sum(requested[i], tensors[i]);
-      return result;
-    };
-    const auto state = [&](bool requested, const at::Tensor& t) {  // written by one product, or by every step
-      return requested && t.defined() ? at::empty(t.sizes(), options(sizes.sum_type)) : at::Tensor();
-    };
-    // The sum of both directions is rounded once.
-    grads_.input = empty_if(needs_grad.input, sizes.sequence_sizes(sizes.input_size),
-                            options(sizes.directions == 2 ? sizes.sum_type : dtype_));
-    grads_.h0 = state(needs_grad.h0, h0_);
-    grads_.c0 = state(needs_grad.c0, c0_);
-    grads_.weights = sums(needs_grad.weights, weights_);
-    grads_.reset_h = sum(needs_grad.reset_h, options_.reset_h);
-    grads_.reset_c = sum(needs_grad.reset_c, options_.reset_c);
-    grads_.norm = sums(needs_grad.norm, options_.norm);
-    grads_.cell = sums(needs_grad.cell, options_.cell);
-    const auto types_of = [](const std::vector<at::Tensor>& parameters) {
-      std::vector<at::ScalarType> types;
-      for (const at::Tensor& t : parameters) types.push_back(t.scalar_type());
-      return types;
-    };
-    norm_types_ = types_of(call.options.norm);
-    cell_types_ = types_of(call.options.cell);
+        saved_(args.saved),
+        grads_(make_gradients(call_, args.needs_grad, [&](const at::Tensor& input, size_t number) {
+          // Those of the states and the first one of the input are written, not added.
+          if (number > 2) return at::zeros(input.sizes(), options(sizes.sum_type));
+          // The sum of both directions is rounded once.
+          return at::empty(input.sizes(), options(number == 0 && sizes.directions == 1 ? dtype_ : sizes.sum_type));
+        })) {
     if (options_.lengths.defined()) {
       const at::Tensor times = at::arange(sizes.steps, options_.lengths.options()).unsqueeze(1);
       padding_ = times.ge(options_.lengths).view({-1, 1});
     }
-  }
-
-  // The gradients in the caller's types.
-  LayerGradients finished() {
-    const auto finish = [](at::Tensor& t, at::ScalarType type) {
-      if (t.defined()) t = in_type(t, type);
-    };
-    for (at::Tensor* t : {&grads_.input, &grads_.h0, &grads_.c0, &grads_.reset_h, &grads_.reset_c}) finish(*t, dtype_);
-    for (at::Tensor& t : grads_.weights) finish(t, dtype_);
-    // These parameters keep their own type under autocast.
-    for (size_t i = 0; i < grads_.norm.size(); ++i) finish(grads_.norm[i], norm_types_[i]);
-    for (size_t i = 0; i < grads_.cell.size(); ++i) finish(grads_.cell[i], cell_types_[i]);
-    return std::move(grads_);
   }
 
   // The factors and results of the products over a chunk, and the data that a step passes to the step before.
@@ -79,40 +42,13 @@ class ChunkGradients : protected Stepwise {
     at::Tensor grad_c, grad_h;          // (B, H); with zoneout (B, P): see cuda::GradOutput
     at::Tensor begin_part, reset_part;  // see cuda::CellBackward
   };
-  // The sums of one direction; undefined if not requested.
-  struct Gradients {
-    at::Tensor h0, c0, weight_ih, weight_hh, bias, weight_hr;
-    at::Tensor reset_h, reset_c;
-    at::Tensor gain_ih, gain_hh, gain_c, bias_c;
-  };
 
   at::Tensor operand(const at::Tensor& t) const { return in_type(t, gradient_type()); }
-
-  Gradients gradients(int64_t d) const {
-    const at::Tensor* w = grads_.weights.data() + d * sizes_.weights_per_direction;
-    Gradients g;
-    g.h0 = part_of(grads_.h0, d);
-    g.c0 = part_of(grads_.c0, d);
-    g.weight_ih = w[0];
-    g.weight_hh = w[1];
-    // Both biases are added to the same sum, so they have the same gradient.
-    if (has_bias_) g.bias = w[2].defined() ? w[2] : w[3];
-    if (sizes_.projected) g.weight_hr = w[sizes_.weights_per_direction - 1];
-    g.reset_h = part_of(grads_.reset_h, d);
-    g.reset_c = part_of(grads_.reset_c, d);
-    if (options_.norm.empty()) return g;
-    const at::Tensor* n = grads_.norm.data() + d * norms_per_direction(has_bias_);
-    g.gain_ih = n[0];
-    g.gain_hh = n[1];
-    g.gain_c = n[2];
-    if (has_bias_) g.bias_c = n[3];
-    return g;
-  }
 
   // Adds the products over the steps of a chunk.
   template <typename T>
   void add_chunk(const Direction& layer, const Steps& steps, const Chunk& chunk, int64_t d, const Buffers& b,
-                 const Gradients& g) {
+                 const DirectionInputs& g) {
     const int64_t first = steps.rows_before(chunk.begin);
     const int64_t rows = steps.rows_before(chunk.finish) - first;
     const at::Tensor recurrent_part = b.recurrent_part.narrow(0, 0, rows);
@@ -129,7 +65,7 @@ class ChunkGradients : protected Stepwise {
     }
     if (g.weight_hh.defined()) add_recurrent_gradient<T>(layer, steps, chunk, d, recurrent_part, g.weight_hh);
     if (layer.normalised()) {
-      add_products<T>(g.bias, b.preactivations, {}, rows);
+      add_products<T>(g.bias(), b.preactivations, {}, rows);
       const auto norm_product = [&](int64_t n) {
         return rows_of_direction(saved_.norm_products, n).narrow(0, first, rows);
       };
@@ -137,13 +73,13 @@ class ChunkGradients : protected Stepwise {
       add_products<T>(g.gain_hh, b.preactivations, norm_product(sizes_.directions + d), rows);
       add_products<T>(g.gain_c, b.tanh_input, b.norm_cell, rows);
       add_products<T>(g.bias_c, b.tanh_input, {}, rows);
-    } else if (g.bias.defined()) {
+    } else if (g.bias().defined()) {
       using A = typename cuda::Types<T>::Accumulate;
       using D = typename cuda::Types<T>::Gradient;
       const int64_t columns = recurrent_part.size(1);
       const at::Tensor partial = partial_sums(rows, columns);
       const cuda::ColumnSums<T> sums{rows, columns, const_row_pointer<D>(recurrent_part), row_pointer<A>(partial),
-                                     row_pointer<A>(g.bias)};
+                                     row_pointer<A>(g.bias())};
       check(cuda::column_sums(sums, device_.stream), "column_sums");
     }
     if (b.cell_terms.defined()) {
@@ -151,8 +87,7 @@ class ChunkGradients : protected Stepwise {
       const at::Tensor sums = at::zeros({cell::kParameters * H}, options(sizes_.sum_type));
       add_products<T>(sums, b.cell_terms, {}, rows);
       for (int n = 0; n < cell::kParameters; ++n) {
-        const at::Tensor& sum = grads_.cell[d * cell::kParameters + n];
-        if (sum.defined()) sum.add_(sums.narrow(0, n * H, H));
+        if (g.cell[n].defined()) g.cell[n].add_(sums.narrow(0, n * H, H));
       }
     }
     if (g.weight_hr.defined()) {
@@ -263,11 +198,10 @@ class ChunkGradients : protected Stepwise {
 
   const at::Tensor output_;
   const Saved saved_;
-  LayerGradients grads_;  // sums, and the gradient of the input
+  LayerGradients grads_;
 
  private:
-  std::vector<at::ScalarType> norm_types_, cell_types_;  // types of the gradients
-  at::Tensor padding_;                                   // (all rows, 1), with lengths: whether a row is padding
+  at::Tensor padding_;  // (all rows, 1), with lengths: whether a row is padding
 };
 
 }  // namespace lstm_ext

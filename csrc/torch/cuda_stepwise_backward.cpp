@@ -35,7 +35,7 @@ class StepwiseBackward : ChunkGradients {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "lstm_layer_backward",
                                       [&] { run_steps<typename Stored<scalar_t>::type>(); });
     }
-    return finished();
+    return std::move(grads_);
   }
 
  private:
@@ -44,7 +44,7 @@ class StepwiseBackward : ChunkGradients {
     at::Tensor recurrent_part, recurrent;
   };
 
-  Buffers buffers(const Direction& layer, const Gradients& g, int64_t chunk, int64_t d, Both& both) const {
+  Buffers buffers(const Direction& layer, const DirectionInputs& g, int64_t chunk, int64_t d, Both& both) const {
     const int64_t H = sizes_.hidden_size, P = sizes_.output_size;
     if (one_product() && d == 0) {
       both.recurrent_part = at::empty({2, chunk, 4 * H}, options(gradient_type()));
@@ -63,7 +63,7 @@ class StepwiseBackward : ChunkGradients {
     b.preactivations = of_chunk(layer.normalised(), 4 * H, sizes_.sum_type);
     b.tanh_input = of_chunk(layer.normalised(), H, sizes_.sum_type);
     b.norm_cell = of_chunk(layer.normalised(), H, dtype_);
-    b.cell_terms = of_chunk(!options_.cell.empty(), cell::kParameters * H, sizes_.sum_type);
+    b.cell_terms = of_chunk(!options_.peephole.empty(), cell::kParameters * H, sizes_.sum_type);
     b.output = of_chunk(sizes_.projected, P, gradient_type());
     b.hidden = of_chunk(g.weight_hr.defined() && !saved_.hidden.defined(), H, dtype_);
     b.recurrent = one_product() ? both.recurrent.select(0, d) : of_step(!fused_ && !persistent_, P);
@@ -96,7 +96,7 @@ class StepwiseBackward : ChunkGradients {
     const auto gradient = static_cast<int64_t>(c10::elementSize(gradient_type()));
     const auto sum = static_cast<int64_t>(c10::elementSize(sizes_.sum_type));
     int64_t bytes = 4 * sizes_.hidden_size * gradient;
-    if (!options_.cell.empty()) bytes += cell::kParameters * sizes_.hidden_size * sum;
+    if (!options_.peephole.empty()) bytes += cell::kParameters * sizes_.hidden_size * sum;
     if (!options_.norm.empty()) bytes += 4 * sizes_.hidden_size * (gradient + sum);
     if (options_.recompute) bytes += 4 * sizes_.hidden_size * sum;
     const int64_t limit = chunk_rows(device_.chunk_bytes, bytes);
@@ -114,7 +114,7 @@ class StepwiseBackward : ChunkGradients {
         : d(direction),
           layer(pass.direction(d)),
           steps(layer.steps()),
-          gradients(pass.gradients(d)),
+          gradients(pass.inputs_of(pass.grads_, d)),
           weight_hh(pass.one_product() ? pass.both_weight_hh_.select(0, d) : pass.operand(layer.weight_hh)),
           weight_hr(pass.sizes_.projected ? pass.operand(layer.weight_hr) : at::Tensor()),
           step_weight(pass.fused_ || pass.persistent_ ? with_aligned_rows(weight_hh) : at::Tensor()),
@@ -142,7 +142,7 @@ class StepwiseBackward : ChunkGradients {
     const int64_t d;
     const Direction layer;
     const Steps steps;
-    const Gradients gradients;
+    const DirectionInputs gradients;
     const at::Tensor weight_hh, weight_hr;  // kept here, because products hold pointers only
     const at::Tensor step_weight;           // the same in the layout of the fused and persistent kernels
     std::vector<Chunk> chunks;              // chunks that have yet to run; the last one is running
@@ -191,9 +191,6 @@ class StepwiseBackward : ChunkGradients {
     }
     for (const Running& side : sides) {
       finish_states(side.layer, side.buffers, side.gradients, side.grad_h_n, side.grad_c_n, side.weight_hh);
-      if (!has_bias_) continue;
-      at::Tensor* biases = grads_.weights.data() + side.d * sizes_.weights_per_direction + 2;
-      if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
     }
   }
 
@@ -367,15 +364,11 @@ class StepwiseBackward : ChunkGradients {
                                          const Step& step) const {
     using A = typename cuda::Types<T>::Accumulate;
     using D = typename cuda::Types<T>::Gradient;
-    const Direction& layer = side.layer;
     const Buffers& b = side.buffers;
     const int64_t row = row_in_chunk(side, step);
     cuda::NormCellBackward<T> args{};
     args.cell = cell;
-    args.gain_ih = const_row_pointer<A>(layer.gain_ih);
-    args.gain_hh = const_row_pointer<A>(layer.gain_hh);
-    args.gain_c = const_row_pointer<A>(layer.gain_c);
-    args.bias_c = const_row_pointer<A>(layer.bias_c);
+    args.norm = side.layer.norm<A>();
     args.norm_input = const_row_pointer<T>(rows_of_direction(saved_.norm_products, side.d), step.offset);
     args.norm_recurrent =
         const_row_pointer<T>(rows_of_direction(saved_.norm_products, sizes_.directions + side.d), step.offset);
@@ -388,7 +381,7 @@ class StepwiseBackward : ChunkGradients {
   }
 
   // Computes dL/dh of h0 and of reset_h, each by one product for all steps.
-  void finish_states(const Direction& layer, const Buffers& b, const Gradients& g, const at::Tensor& grad_h_n,
+  void finish_states(const Direction& layer, const Buffers& b, const DirectionInputs& g, const at::Tensor& grad_h_n,
                      const at::Tensor& grad_c_n, const at::Tensor& weight_hh) const {
     const auto through_product = [&](const at::Tensor& result, const at::Tensor& grad, const at::Tensor& weight) {
       product(result, grad, weight);

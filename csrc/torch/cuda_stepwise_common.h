@@ -48,8 +48,6 @@ inline at::Tensor part_of(const at::Tensor& t, int64_t direction) { return t.def
 
 inline at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.t() : t; }
 
-inline at::Tensor contiguous_if(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
-
 inline at::Tensor empty_if(bool there, at::IntArrayRef sizes, const at::TensorOptions& options) {
   return there ? at::empty(sizes, options) : at::Tensor();
 }
@@ -71,13 +69,10 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
 // Whether a pass needs more than torch.nn.LSTM, so that the kernel of a step needs instructions of its own. All kernels
 // are chosen by this one answer. Resets do not count, because every kernel reads their flags; layer normalisation has
 // kernels of its own. `args` is null in the forward pass.
-inline bool has_options(const LayerOptions& options, const LayerSizes& sizes, const BackwardArguments* args) {
-  const bool step = options.lengths.defined() || options.recurrent_mask.defined() || options.keep_h.defined() ||
-                    options.keep_c.defined() || options.zoneout_h != 0 || options.zoneout_c != 0 ||
-                    has_cell_options(options);
-  if (!args) return step;
-  const bool recomputes_hidden = options.recompute && sizes.projected;
-  return step || args->grads.cells.defined() || args->grads.gate_values.defined() || recomputes_hidden;
+inline bool needs_options(const LayerOptions& options, const LayerSizes& sizes, const BackwardArguments* args) {
+  return has_options<kStep | kCell>(options) ||
+         (args &&
+          (args->grads.cells.defined() || args->grads.gate_values.defined() || (options.recompute && sizes.projected)));
 }
 
 // Whether a type has fused kernels.
@@ -102,7 +97,7 @@ inline cuda::LayerFacts facts_of(const LayerCall& call, const LayerSizes& sizes,
           tf32,
           sizes.projected,
           !call.options.norm.empty(),
-          has_cell_options(call.options),
+          has_options<kCell>(call.options),
           backward,
           sizes.packed()};
 }
@@ -124,19 +119,24 @@ inline at::Tensor with_aligned_rows(const at::Tensor& matrix) {
   return copy.narrow(1, 0, length).copy_(matrix);
 }
 
-// The arguments of one direction. States (B, ...) and weights are contiguous; absent ones are undefined.
-struct Direction {
+// The inputs of one direction, or their gradients. States (B, ...) and parameters are contiguous; absent ones are
+// undefined.
+struct DirectionInputs : DirectionParameters {
+  at::Tensor h0, c0;
+  at::Tensor reset_h, reset_c;  // same shapes as h0 and c0
+};
+// The arguments of one direction.
+struct Direction : DirectionInputs {
   LayerShape shape;
   at::Tensor input;
-  at::Tensor h0, c0;
-  at::Tensor weight_ih, weight_hh;
-  at::Tensor bias_ih, bias_hh;
-  at::Tensor weight_hr;
-  at::Tensor reset_h, reset_c;                  // same shapes as h0 and c0
-  at::Tensor recurrent_mask;                    // (B, P)
-  at::Tensor keep_h, keep_c;                    // (all rows, P) and (all rows, H)
-  at::Tensor gain_ih, gain_hh, gain_c, bias_c;  // layer normalisation, in sum_type
+  at::Tensor recurrent_mask;  // (B, P)
+  at::Tensor keep_h, keep_c;  // (all rows, P) and (all rows, H)
   bool normalised() const { return gain_c.defined(); }
+  template <typename A>
+  LayerNorm<A> norm() const {
+    return {const_row_pointer<A>(gain_ih), const_row_pointer<A>(gain_hh), const_row_pointer<A>(gain_c),
+            const_row_pointer<A>(bias_c)};
+  }
   Steps steps() const { return {shape, Steps::Pass::kForward}; }
 };
 
@@ -148,13 +148,8 @@ class Stepwise {
         device_(device),
         tf32_(tf32),
         dtype_(call.input.scalar_type()),
-        has_bias_(call.has_bias),
-        input_(with_contiguous_rows(call.input)),
-        h0_(contiguous_or_undefined(call.h0, dtype_)),
-        c0_(contiguous_or_undefined(call.c0, dtype_)),
-        weights_(contiguous_weights(call.weights, dtype_)),
-        options_(readable(call.options, sizes)),
-        has_options_(has_options(call.options, sizes, args)),
+        call_(readable(call, sizes)),
+        has_options_(needs_options(call.options, sizes, args)),
         dependent_(device.facts->capability >= 90 && cuda::step_kernels_wait()) {
     cuda::Request request = device.request;
     request.most_blocks = cuda::most_blocks(device.facts);
@@ -171,48 +166,45 @@ class Stepwise {
     if (plan.kernel == cuda::Kernel::kPersistent) persistent_ = plan.persistent;
     if (!plan.one_product) return;
     const at::ScalarType type = args ? gradient_type() : dtype_;
-    both_weight_hh_ = at::stack({in_type(weights_[1], type), in_type(weights_[sizes.weights_per_direction + 1], type)});
+    both_weight_hh_ =
+        at::stack({in_type(call_.weights[1], type), in_type(call_.weights[sizes.weights_per_direction + 1], type)});
   }
 
  protected:
-  // The options with tensors that the kernels can read.
-  static LayerOptions readable(LayerOptions options, const LayerSizes& sizes) {
-    visit_options(options, Overloaded{[](const char*, at::Tensor& t) {
-                                        if (t.defined()) t = materialized(t).contiguous();
-                                      },
-                                      [&](const char*, std::vector<at::Tensor>& parameters) {
-                                        parameters = contiguous_weights(parameters, sizes.sum_type);
-                                      },
-                                      [](const char*, const auto&) {}});
-    return options;
+  // The call with tensors that the kernels can read.
+  static LayerCall readable(LayerCall call, const LayerSizes& sizes) {
+    const auto make_contiguous = [](at::Tensor& t) {
+      if (t.defined()) t = contiguous_or_undefined(t, t.scalar_type());
+    };
+    call.input = with_contiguous_rows(call.input);
+    for (at::Tensor* t : {&call.h0, &call.c0}) make_contiguous(*t);
+    for (at::Tensor& t : call.weights) make_contiguous(t);
+    visit_options(call.options, Overloaded{[&](const char*, at::Tensor& t) { make_contiguous(t); },
+                                           [&](const char*, std::vector<at::Tensor>& parameters) {
+                                             parameters = contiguous_weights(parameters, sizes.sum_type);
+                                           },
+                                           [](const char*, const auto&) {}});
+    return call;
   }
 
+  // `call`: call_, or its gradients.
+  DirectionInputs inputs_of(const LayerCall& call, int64_t d) const {
+    DirectionInputs inputs;
+    static_cast<DirectionParameters&>(inputs) = sizes_.parameters(call, d);
+    inputs.h0 = part_of(call.h0, d);
+    inputs.c0 = part_of(call.c0, d);
+    inputs.reset_h = part_of(call.options.reset_h, d);
+    inputs.reset_c = part_of(call.options.reset_c, d);
+    return inputs;
+  }
   Direction direction(int64_t d) const {
-    const at::Tensor* w = weights_.data() + d * sizes_.weights_per_direction;
     Direction layer;
+    static_cast<DirectionInputs&>(layer) = inputs_of(call_, d);
     layer.shape = sizes_.shape(d, options_.resets);
     layer.input = input_;
-    layer.h0 = part_of(h0_, d);
-    layer.c0 = part_of(c0_, d);
-    layer.weight_ih = w[0];
-    layer.weight_hh = w[1];
-    if (has_bias_) {
-      layer.bias_ih = w[2];
-      layer.bias_hh = w[3];
-    }
-    if (sizes_.projected) layer.weight_hr = w[sizes_.weights_per_direction - 1];
-    layer.reset_h = part_of(options_.reset_h, d);
-    layer.reset_c = part_of(options_.reset_c, d);
     layer.recurrent_mask = part_of(options_.recurrent_mask, d);
     layer.keep_h = rows_of_direction(options_.keep_h, d);
     layer.keep_c = rows_of_direction(options_.keep_c, d);
-    if (!options_.norm.empty()) {
-      const at::Tensor* n = options_.norm.data() + d * norms_per_direction(has_bias_);
-      layer.gain_ih = n[0];
-      layer.gain_hh = n[1];
-      layer.gain_c = n[2];
-      if (has_bias_) layer.bias_c = n[3];
-    }
     return layer;
   }
 
@@ -248,7 +240,7 @@ class Stepwise {
   // Preactivations of 16 bits are saved rounded.
   template <typename A>
   cell::Options<A> cell_options(int64_t d) const {
-    return lstm_ext::cell_options<A>(options_, options_.cell, d, !options_.recompute && dtype_ == sizes_.sum_type);
+    return lstm_ext::cell_options<A>(options_, d, !options_.recompute && dtype_ == sizes_.sum_type);
   }
   bool has_zoneout_h() const { return options_.keep_h.defined() || options_.zoneout_h != 0; }
   template <typename A>
@@ -315,10 +307,9 @@ class Stepwise {
   const StepwiseDevice& device_;
   const bool tf32_;
   const at::ScalarType dtype_;
-  const bool has_bias_;
-  const at::Tensor input_, h0_, c0_;
-  const std::vector<at::Tensor> weights_;
-  const LayerOptions options_;
+  const LayerCall call_;
+  const at::Tensor& input_ = call_.input;
+  const LayerOptions& options_ = call_.options;
   const bool has_options_;
   const bool dependent_;  // kernels may begin before the previous ones have ended
   bool fused_;            // a step is one kernel

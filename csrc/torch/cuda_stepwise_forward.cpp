@@ -84,8 +84,8 @@ class StepwiseForward : Stepwise {
     const auto begin_from = [](const at::Tensor& state, const at::Tensor& initial) {
       initial.defined() ? state.copy_(initial) : state.zero_();
     };
-    begin_from(h_n_, h0_);
-    begin_from(c_n_, c0_);
+    begin_from(h_n_, call_.h0);
+    begin_from(c_n_, call_.c0);
   }
 
   LayerResults run() {
@@ -387,10 +387,7 @@ class StepwiseForward : Stepwise {
     using A = typename cuda::Types<T>::Accumulate;
     cuda::NormCellForward<T> args{};
     args.cell = cell;
-    args.gain_ih = const_row_pointer<A>(layer.gain_ih);
-    args.gain_hh = const_row_pointer<A>(layer.gain_hh);
-    args.gain_c = const_row_pointer<A>(layer.gain_c);
-    args.bias_c = const_row_pointer<A>(layer.bias_c);
+    args.norm = layer.norm<A>();
     args.norm_input = row_pointer<T>(b.norm_input, step.offset);
     args.norm_recurrent = row_pointer<T>(b.norm_recurrent, step.offset);
     args.norm_factors = row_pointer<A>(b.norm_factors, step.offset);

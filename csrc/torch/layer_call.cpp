@@ -38,33 +38,52 @@ const Backend& choose_backend(const LayerCall& call, LayerSizes& sizes) {
   return backend;
 }
 
+// The cell in whole tensors, as far as gate values need it; contract/cell.h says what a Math is.
+struct TensorMath {
+  using Value = at::Tensor;
+  using Gates = std::array<Value, cell::kGates>;
+  static Value number(double x) { return at::scalar_tensor(x, at::kDouble); }
+  static Value fma(const Value& a, const Value& b, const Value& c) { return a * b + c; }
+  static Value sigmoid(const Value& z) { return z.sigmoid(); }
+  static Value tanh(const Value& z) { return z.tanh(); }
+  static Value expm1(const Value& z) { return z.expm1(); }
+  static Value softplus(const Value& z) { return at::softplus(z, 1, 40); }
+  static Value quotient(const Value& a, const Value& b) { return a / b; }
+  static Value where_positive(const Value& v, const Value& a, const Value& b) { return at::where(v > 0, a, b); }
+  static Value unless(const Value& v, const Value& bound, const Value& a) { return at::where(v == bound, 0, a); }
+  static Value clamp(const Value& v, double bound) { return v.clamp(-bound, bound); }
+  static Value activation(const cell::Activation<double>& f, const Value& z) {
+    return cell::activation_value<TensorMath>(f, z);
+  }
+  static void input(const Value& z_i, const Value& z_g, Value& i, Value& g) {
+    i = z_i.sigmoid();
+    g = z_g.tanh();
+  }
+};
+
+// The gate values, (..., H, 4), of saved preactivations, (..., 4H).
+at::Tensor gate_values_of(const LayerOptions& options, const at::Tensor& preactivations) {
+  const bool narrow = preactivations.scalar_type() == at::kHalf || preactivations.scalar_type() == at::kBFloat16;
+  const auto parts = (narrow ? preactivations.to(at::kFloat) : preactivations).chunk(cell::kGates, -1);
+  const cell::Options<double> given = cell_options<double>(options, 0, false);
+  const auto no_parameters = [](const double*) { return at::Tensor(); };  // z has the peepholes' part
+  const cell::CellAt<double, decltype(no_parameters)> cell{given, no_parameters};
+  TensorMath::Gates z{parts[0], parts[1], parts[2], parts[3]};
+  for (at::Tensor& gate : z) cell::clip_preactivation<TensorMath>(gate, cell);
+  const TensorMath::Gates gates = cell::gate_values<TensorMath>(z, cell);
+  const at::Tensor values = at::stack(gates, -1);
+  if (options.lengths.defined()) {
+    const at::Tensor times = at::arange(preactivations.size(1), options.lengths.options()).unsqueeze(1);
+    values.masked_fill_((times >= options.lengths).unsqueeze(-1).unsqueeze(-1), 0);
+  }
+  return values;
+}
+
 // The gate values as a result, (..., H, 4), from the saved gates, (..., 4H).
 at::Tensor gate_values_result(const LayerOptions& options, const at::Tensor& gates, bool are_preactivations,
                               at::ScalarType dtype) {
-  at::Tensor values = gates;
-  const int64_t hidden_size = gates.size(-1) / 4;
-  const auto part = [hidden_size](const at::Tensor& all, cell::Gate gate) {
-    return all.narrow(-1, gate * hidden_size, hidden_size);
-  };
-  if (are_preactivations && options.activations.empty() &&
-      options.preactivation_clip == 0) {  // past the end of a row they give the values 0
-    values = gates.sigmoid();
-    part(values, cell::kG).copy_(part(gates, cell::kG).tanh());
-  } else if (are_preactivations) {
-    const auto functions = read_activations(options.activations.empty() ? "sigmoid tanh tanh" : options.activations);
-    const double bound = options.preactivation_clip;
-    const bool narrow = gates.scalar_type() == at::kHalf || gates.scalar_type() == at::kBFloat16;
-    const at::Tensor wide = narrow ? gates.to(at::kFloat) : gates;
-    const at::Tensor seen = bound == 0 ? wide : wide.clamp(-bound, bound);
-    values = activation_of(functions[0], seen);
-    part(values, cell::kG).copy_(activation_of(functions[1], part(seen, cell::kG)));
-    if (options.coupled_gates) part(values, cell::kF).copy_(1 - part(values, cell::kI));
-    if (options.lengths.defined()) {
-      const at::Tensor times = at::arange(gates.size(1), options.lengths.options()).unsqueeze(1);
-      values.masked_fill_((times >= options.lengths).unsqueeze(-1), 0);
-    }
-  }
-  const at::Tensor result = in_type(values.unflatten(-1, {4, hidden_size}).transpose(-1, -2), dtype);
+  if (are_preactivations) return in_type(gate_values_of(options, gates), dtype);
+  const at::Tensor result = in_type(gates.unflatten(-1, {4, gates.size(-1) / 4}).transpose(-1, -2), dtype);
   // Below autograd a view has a version of its own: a change of it would not count as one of the saved tensor.
   if (result.is_alias_of(gates)) {
     result.unsafeGetTensorImpl()->set_version_counter(gates.unsafeGetTensorImpl()->version_counter());
@@ -103,11 +122,6 @@ constexpr KnownFunction kKnownFunctions[] = {
   std::abort();  // never reached
 }
 
-// Converts the gradient of the gate values, (..., H, 4), to the kernels' layout, (..., 4H).
-at::Tensor saved_gates_gradient(const at::Tensor& grad, at::ScalarType dtype) {
-  return in_type(grad.transpose(-1, -2).flatten(-2), dtype);
-}
-
 }  // namespace
 
 std::array<cell::Activation<double>, 3> read_activations(const std::string& text) {
@@ -141,24 +155,6 @@ std::array<cell::Activation<double>, 3> read_activations(const std::string& text
   return functions;
 }
 
-at::Tensor activation_of(const cell::Activation<double>& activation, const at::Tensor& z) {
-  const double alpha = activation.alpha, beta = activation.beta;
-  switch (activation.function) {
-    case cell::Function::kSigmoid: return z.sigmoid();
-    case cell::Function::kTanh: return z.tanh();
-    case cell::Function::kAffine: return z * alpha + beta;
-    case cell::Function::kRelu: return z.relu();
-    case cell::Function::kLeakyRelu: return at::leaky_relu(z, alpha);
-    case cell::Function::kThresholdedRelu: return at::threshold(z, alpha, 0);
-    case cell::Function::kElu: return at::elu(z, alpha);
-    case cell::Function::kScaledTanh: return (z * beta).tanh() * alpha;
-    case cell::Function::kHardSigmoid: return (z * alpha + beta).clamp(0, 1);
-    case cell::Function::kSoftsign: return z / (z.abs() + 1);
-    case cell::Function::kSoftplus: return at::softplus(z, 1, 40);
-  }
-  return z;
-}
-
 void register_cuda_backend(const Backend& backend) { cuda_backend() = backend; }
 
 std::optional<cuda::DeviceFacts> cuda_facts(int device) {
@@ -167,29 +163,6 @@ std::optional<cuda::DeviceFacts> cuda_facts(int device) {
 }
 
 bool cuda_wait_expired(int device) { return cuda_backend().wait_expired && cuda_backend().wait_expired(device); }
-
-NeedsGrad read_needs_grad(const LayerCall& call, const std::vector<bool>& flags) {
-  size_t expected = 0;
-  visit_inputs(call, [&](const at::Tensor&) { ++expected; });
-  TORCH_CHECK(flags.size() == expected, "lstm_ext: needs_grad has ", flags.size(), " entries, expected ", expected,
-              " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and of the cell)");
-  NeedsGrad needs_grad = NeedsGrad::of(call);
-  size_t next = 0;
-  visit_inputs(needs_grad, needs_grad, [&](auto&& flag) { flag = flags[next++]; });
-  next = 0;
-  visit_inputs(call, [&](const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.defined() || !flags[next],
-                "lstm_ext: needs_grad asks for the gradient of a state that was not given");
-    ++next;
-  });
-  return needs_grad;
-}
-
-std::vector<at::Tensor> list_gradients(LayerGradients gradients) {
-  std::vector<at::Tensor> list;
-  visit_inputs(gradients, gradients, [&](at::Tensor& grad) { list.push_back(std::move(grad)); });
-  return list;
-}
 
 LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_forward", std::vector<c10::IValue>{});
@@ -208,8 +181,8 @@ LayerResults lstm_layer_forward(const LayerCall& call, bool save) {
   return results;
 }
 
-LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads, const at::Tensor& output,
-                                   const Saved& saved, const NeedsGrad& needs_grad) {
+std::vector<at::Tensor> lstm_layer_backward(const LayerCall& call, ResultGradients grads, const at::Tensor& output,
+                                            Saved saved, const std::vector<bool>& needs_grad) {
   RECORD_FUNCTION("lstm_ext::lstm_layer_backward", std::vector<c10::IValue>{});
   LayerSizes sizes = check_layer(call);
   TORCH_CHECK(call.options.frozen.empty(), kNoGradients);
@@ -219,6 +192,9 @@ LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
   const int64_t hidden_size = sizes.hidden_size;
   check_tensor("output", output, input, dtype, sizes.sequence_sizes(sizes.directions * sizes.output_size));
   sizes.check_saved(call, saved);
+  Saved::visit(saved, [](at::Tensor& tensor) {
+    if (tensor.defined()) tensor = tensor.contiguous();
+  });
   const auto check_grad = [&](const char* name, const at::Tensor& grad, at::IntArrayRef expected) {
     if (grad.defined()) check_tensor(name, grad, input, dtype, expected);
   };
@@ -233,9 +209,29 @@ LayerGradients lstm_layer_backward(const LayerCall& call, ResultGradients grads,
     std::vector<int64_t> expected = sizes.saved_sizes(hidden_size);
     expected.push_back(4);
     check_grad("grad_gate_values", grads.gate_values, expected);
-    grads.gate_values = saved_gates_gradient(grads.gate_values, sizes.gates_type);
+    grads.gate_values = in_type(grads.gate_values.transpose(-1, -2).flatten(-2), sizes.gates_type);
   }
-  return backend.backward(call, sizes, {grads, output, saved, needs_grad});
+  size_t inputs = 0;
+  bool given = true;
+  visit_inputs(call, [&](const at::Tensor& tensor) {
+    given &= tensor.defined() || inputs >= needs_grad.size() || !needs_grad[inputs];
+    ++inputs;
+  });
+  TORCH_CHECK(needs_grad.size() == inputs, "lstm_ext: needs_grad has ", needs_grad.size(), " entries, expected ",
+              inputs, " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and of the cell)");
+  TORCH_CHECK(given, "lstm_ext: needs_grad asks for the gradient of a state that was not given");
+  LayerGradients computed = backend.backward(call, sizes, {grads, output, saved, needs_grad});
+  // Both biases are added to the same sum, so they have the same gradient.
+  for (int64_t d = 0; call.has_bias && d < sizes.directions; ++d) {
+    at::Tensor* const biases = computed.weights.data() + d * sizes.weights_per_direction + 2;
+    if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
+  }
+  std::vector<at::Tensor> gradients;
+  // Under autocast, parameters have types of their own.
+  visit_inputs(call, computed, [&](const at::Tensor& tensor, const at::Tensor& grad) {
+    gradients.push_back(grad.defined() ? in_type(grad, tensor.scalar_type()) : grad);
+  });
+  return gradients;
 }
 
 }  // namespace lstm_ext

@@ -73,7 +73,6 @@ void visit_call(Call& call, const Visit& visit) {
   visit("has_bias", call.has_bias);
   visit("bidirectional", call.bidirectional);
   visit_options(call.options, visit);
-  visit("recompute", call.options.recompute);
 }
 
 // How a layer runs; stored as a digit in the saved string.
@@ -268,9 +267,8 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
                                   for (const Tensor& t : tensors) see(t);
                                 },
                                 [](const char*, const auto&) {}});
-    std::vector<Tensor> computed =
-        plain ? list_gradients(lstm_layer_backward(call, grads, output, saved, read_needs_grad(call, needs_grad)))
-              : differentiable_backward()(call, grads, output, saved, needs_grad);
+    std::vector<Tensor> computed = plain ? lstm_layer_backward(call, grads, output, saved, needs_grad)
+                                         : differentiable_backward()(call, grads, output, saved, needs_grad);
     if (step) {
       for (int i = 0; i < 3; ++i) computed[i] = without_time(computed[i]);
     }
@@ -289,7 +287,7 @@ class LSTMLayer : public torch::autograd::Function<LSTMLayer> {
 
 variable_list edges_of(const LayerCall& call) {
   variable_list edges;
-  edges.reserve(5 + call.weights.size() + call.options.norm.size() + call.options.cell.size());
+  edges.reserve(5 + call.weights.size() + call.options.norm.size() + call.options.peephole.size());
   visit_inputs(call, [&](const Tensor& tensor) {
     if (tensor.defined()) edges.push_back(tensor);
   });

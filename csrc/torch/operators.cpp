@@ -75,15 +75,16 @@ void run_layer_backward(const OperatorHandle& op, Stack* stack) {
     if (tensor.defined() && tensor.dim() == 1) tensor = Tensor();
   });
   const c10::List<bool> flags = next->toBoolList();
-  const NeedsGrad needs_grad = read_needs_grad(call, std::vector<bool>(flags.begin(), flags.end()));
   std::vector<Tensor> gradients =
-      list_gradients(lstm_layer_backward(call, std::move(grads), output, saved, needs_grad));
+      lstm_layer_backward(call, std::move(grads), output, saved, std::vector<bool>(flags.begin(), flags.end()));
   for (Tensor& gradient : gradients) {
     if (!gradient.defined()) gradient = no_elements(call, call.input.scalar_type());
   }
   torch::jit::drop(*stack, arguments.size());
   stack->emplace_back(std::move(gradients));
 }
+
+constexpr unsigned kOfOperators = ~kNoOperator;
 
 // The common first arguments of all schemas.
 std::string call_arguments() {
@@ -94,12 +95,12 @@ std::string call_arguments() {
     text += std::string(", ") + type + " " + name + "=" + value;
   };
   const LayerOptions nothing_set;
-  visit_options(nothing_set,
-                Overloaded{[&](const char* name, const Tensor&) { add("Tensor?", name, "None"); },
-                           [&](const char* name, const std::vector<Tensor>&) { add("Tensor[]?", name, "None"); },
-                           [&](const char* name, double) { add("float", name, "0."); },
-                           [&](const char* name, bool) { add("bool", name, "False"); },
-                           [&](const char* name, const std::string&) { add("str", name, "\"\""); }});
+  visit_options<kOfOperators>(
+      nothing_set, Overloaded{[&](const char* name, const Tensor&) { add("Tensor?", name, "None"); },
+                              [&](const char* name, const std::vector<Tensor>&) { add("Tensor[]?", name, "None"); },
+                              [&](const char* name, double) { add("float", name, "0."); },
+                              [&](const char* name, bool) { add("bool", name, "False"); },
+                              [&](const char* name, const std::string&) { add("str", name, "\"\""); }});
   return text;
 }
 
@@ -124,7 +125,8 @@ LayerCall read_call(const IValue*& next) {
   take_tensor(call.batch_sizes);
   call.has_bias = take().toBool();
   call.bidirectional = take().toBool();
-  visit_options(call.options, Overloaded{[&](const char*, Tensor& option) { take_tensor(option); },
+  visit_options<kOfOperators>(call.options,
+                              Overloaded{[&](const char*, Tensor& option) { take_tensor(option); },
                                          [&](const char*, std::vector<Tensor>& option) {
                                            if (const IValue& value = take(); !value.isNone())
                                              option = value.toTensorVector();
@@ -143,13 +145,12 @@ void push_call(const LayerCall& call, Stack& stack) {
   stack.emplace_back(call.weights);
   push(call.batch_sizes);
   torch::jit::push(stack, call.has_bias, call.bidirectional);
-  visit_options(call.options, Overloaded{[&](const char*, const Tensor& option) { push(option); },
+  visit_options<kOfOperators>(call.options,
+                              Overloaded{[&](const char*, const Tensor& option) { push(option); },
                                          [&](const char*, const std::vector<Tensor>& option) {
                                            stack.push_back(option.empty() ? IValue() : IValue(option));
                                          },
-                                         [&](const char*, double option) { torch::jit::push(stack, option); },
-                                         [&](const char*, bool option) { torch::jit::push(stack, option); },
-                                         [&](const char*, const std::string& option) { stack.emplace_back(option); }});
+                                         [&](const char*, const auto& option) { torch::jit::push(stack, option); }});
 }
 
 // torch.compile caches graphs on disk and identifies operators by name. An operator whose results change their meaning

@@ -1,6 +1,7 @@
 """One call of a layer, described once, for everything between the modules and the kernels.
 
-csrc/torch/layer_call.h has the same names on the other side of the boundary.
+csrc/torch/layer_call.h has the same names on the other side of the boundary, csrc/contract/options.def the same table
+of options.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class LayerOptions:
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
         peephole: D sets of ``w_ci, w_cf, w_co``, (H) each. Empty without peepholes.
+        frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
+            them in place of the weights. Such a layer has no gradients. Empty for all others.
         cell_clip: the bound of |c_t|; 0 without one.
         coupled_gates: whether f = 1 - i.
         activations: the functions of i, f and o, of g, and of c_t in h_t, as `activations.activation_text` gives
             them; empty for sigmoid, tanh and tanh.
         preactivation_clip: the bound of what the functions of the gates take; 0 without one.
-        frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
-            them in place of the weights. Such a layer has no gradients. Empty for all others.
         return_cell_states, return_gates: whether these results are requested.
         recompute: save no gates for the backward pass, which computes them again.
     """
@@ -73,13 +74,13 @@ class LayerOptions:
     # An int 0, because with dynamic=True dynamo treats a float of an object as a number that may change.
     zoneout_h: float = 0
     zoneout_c: float = 0
+    norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
+    peephole: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
+    frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})
     cell_clip: float = 0
     coupled_gates: bool = False
     activations: str = ""
     preactivation_clip: float = 0
-    norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
-    peephole: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
-    frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})
     return_cell_states: bool = False
     return_gates: bool = False
     recompute: bool = False

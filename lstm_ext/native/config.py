@@ -48,7 +48,7 @@ CPU_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neon": (), "neon_bf16": ("bf16",)},
 }
-SOURCE_KINDS = ("cpp", "h", "cu", "cuh")
+SOURCE_KINDS = ("cpp", "h", "def", "cu", "cuh")
 TOGETHER = "operators_together.cpp"  # see split_sources
 # The package's folder, and that of the two libraries.
 PACKAGE = Path(__file__).resolve().parents[1]

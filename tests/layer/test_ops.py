@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lstm_ext import ops, reference
 from lstm_ext.layer import equations, route, transforms
+from lstm_ext.layer.layer_call import PLAIN, LayerOptions
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -68,6 +70,18 @@ def test_the_ends_have_no_gradient(name: str) -> None:
     (grad,) = torch.autograd.grad(output.sum(), case.input, create_graph=True)
     with pytest.raises(RuntimeError, match=r"lstm_layer_backward has no gradient.*the module lstm_ext\.LSTM"):
         grad.sum().backward()
+
+
+def test_options_are_those_of_the_python_table() -> None:
+    """By name, in order and with their defaults; the rows of csrc/contract/options.def make the schemas."""
+    table = {field.name: field.default or 0 for field in dataclasses.fields(LayerOptions)}
+    for op in (ops.lstm_layer, ops.lstm_layer_forward):
+        options = [a for a in op._schema.arguments if a.kwarg_only]
+        rows = [(option.name, option.default_value or 0) for option in options]
+        assert rows == [row for row in table.items() if row[0] != "recompute"]  # no operator has it
+    kernels = loader.extension()
+    for name in table:
+        kernels.LayerOptions(**{name: getattr(PLAIN, name)})
 
 
 def test_options_are_taken_by_name_only() -> None:

@@ -99,7 +99,7 @@ def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
 
 def _headers(*folders: Path) -> list[Path]:
     # All that a source might include: cheaper to read than to ask the compiler.
-    suffixes = {".h", ".cuh", ".cu", ".inc"}
+    suffixes = {".h", ".def", ".cuh", ".cu", ".inc"}
     return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
 
 

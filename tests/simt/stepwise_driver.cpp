@@ -167,8 +167,12 @@ void check_cell(const Shape& s) {
   }
   if (s.norm) {
     lstm_ext::cuda::norm_cell_forward<T>(
-        {{{f, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
-           norm_h.data(), factors.data(), workspace.data()}},
+        {{{f,
+           {gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr},
+           norm_x.data(),
+           norm_h.data(),
+           factors.data(),
+           workspace.data()}},
          1},
         nullptr);
   } else {
@@ -321,8 +325,15 @@ void check_cell(const Shape& s) {
   g.hidden = s.returned && !s.norm ? recomputed_hidden.data() : nullptr;
   if (s.norm) {
     lstm_ext::cuda::norm_cell_backward<T>(
-        {{{g, gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr, norm_x.data(),
-           norm_h.data(), factors.data(), grad_input.data(), grad_z.data(), grad_tanh_input.data(), norm_c.data()}},
+        {{{g,
+           {gain_ih.data(), gain_hh.data(), gain_c.data(), s.states ? bias_c.data() : nullptr},
+           norm_x.data(),
+           norm_h.data(),
+           factors.data(),
+           grad_input.data(),
+           grad_z.data(),
+           grad_tanh_input.data(),
+           norm_c.data()}},
          1},
         nullptr);
   } else {

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("csrc", "lstm_ext")
 PYTHON = {".py", ".pyi"}
-CXX = {".cpp", ".h", ".cu", ".cuh"}
+CXX = {".cpp", ".h", ".def", ".cu", ".cuh"}
 REFUSED = ("Of ", "That of ", "What ", "As ")
 # Comments, and the literals in which `//` starts none.
 CXX_TOKEN = re.compile(

@@ -217,7 +217,7 @@ bool check(const Case& c) {
     using cell::Function;
     auto& options = p.options.cell;
     for (int n = 0; n < cell::kParameters; ++n) options.parameters[n] = peephole.data() + n * H;
-    options.clip = kClip, options.preactivation_clip = kBound, options.exact_gates = true;
+    options.cell_clip = kClip, options.preactivation_clip = kBound, options.exact_gates = true;
     options.other_activations = true;
     options.gate_activation = {Function::kHardSigmoid, kSlope, kOffset};
     options.candidate_activation = {Function::kSoftsign, 0, 0};
