@@ -22,7 +22,7 @@ EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 
-CXX_FILES = find csrc tests/contract tests/simt tests/cpu/matrix_unit tests/cpu/teams_driver.cpp tests/native_library examples benchmarks -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/contract tests/simt tests/cpu/tile_engine tests/cpu/teams_driver.cpp tests/native_library examples benchmarks -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 

@@ -175,17 +175,18 @@ void set_worker_costs(const std::optional<py::dict>& costs) {
 // The plan of a call of this shape that saves everything, or nothing, and that requests the gradients of the input and
 // the weights.
 template <typename T>
-py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int planes, const cpu::WorkerCosts& costs) {
+py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int bf16_parts,
+                 const cpu::WorkerCosts& costs) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::Machine machine{kernels.lanes, threads, kernels.unit, costs};
+  const cpu::Machine machine{kernels.lanes, threads, kernels.engine, costs};
   T present{};
   lstm_ext::ForwardParams<T> forward_params{};
   forward_params.shape = shape;
-  forward_params.planes = planes;
+  forward_params.bf16_parts = bf16_parts;
   forward_params.gate_values = forward_params.cells = forward_params.hidden = save ? &present : nullptr;
   lstm_ext::BackwardParams<T> backward_params{};
   backward_params.shape = shape;
-  backward_params.planes = planes;
+  backward_params.bf16_parts = bf16_parts;
   backward_params.gate_values = backward_params.cells = backward_params.hidden = &present;
   backward_params.grad_weight_ih = backward_params.grad_weight_hh = backward_params.grad_input.data = &present;
   const cpu::ForwardPlan forward = kernels.plan_forward(forward_params, machine);
@@ -203,8 +204,8 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["pack_as_used"] = forward.pack_as_used;
   result["input_in_steps"] = forward.input_in_steps;
   result["unit_groups"] = forward.unit_groups;
-  result["input_planes"] = forward.input_unit.planes;
-  result["recurrent_planes"] = forward.recurrent_unit.planes;
+  result["input_bf16_parts"] = forward.input_engine.bf16_parts;
+  result["recurrent_bf16_parts"] = forward.recurrent_engine.bf16_parts;
   result["forward_chunk_rows"] = forward.chunk_rows;
   result["directions_at_once"] = forward.directions_at_once;
   result["forward_workspace_bytes"] = forward.workspace_bytes;
@@ -213,9 +214,9 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["backward_work"] = backward.grid.work;
   result["backward_most_work"] = backward.grid.most_work;
   result["backward_pack"] = backward.pack;
-  result["backward_recurrent_planes"] = backward.recurrent_unit.planes;
-  result["backward_input_planes"] = backward.input_unit.planes;
-  result["outer_planes"] = backward.outer_unit.planes;
+  result["backward_recurrent_bf16_parts"] = backward.recurrent_engine.bf16_parts;
+  result["backward_input_bf16_parts"] = backward.input_engine.bf16_parts;
+  result["outer_bf16_parts"] = backward.outer_engine.bf16_parts;
   result["backward_chunk_rows"] = backward.chunk_rows;
   result["backward_workspace_bytes"] = backward.workspace_bytes;
   backward_params.grad_input.data = nullptr;  // the directions would add to it one after the other
@@ -225,14 +226,14 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
 
 // The plan of a call with the instruction set in use; for tests and for inspection.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
-                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int planes,
+                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int bf16_parts,
                   const std::optional<py::dict>& costs) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
     TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
   }
   TORCH_CHECK(proj_size >= 0 && proj_size < hidden_size, "cpu_plan: expected 0 <= proj_size < hidden_size, got ",
               proj_size);
-  TORCH_CHECK(planes >= 1 && planes <= 3, "cpu_plan: expected planes of 1, 2 or 3, got ", planes);
+  TORCH_CHECK(bf16_parts >= 1 && bf16_parts <= 3, "cpu_plan: expected bf16_parts of 1, 2 or 3, got ", bf16_parts);
   std::vector<int64_t> offsets;
   if (batch_sizes) {
     TORCH_CHECK(static_cast<int64_t>(batch_sizes->size()) == steps && batch_sizes->front() == batch,
@@ -250,8 +251,8 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    batch_sizes ? offsets.data() : nullptr,
                                    nullptr};
   const cpu::WorkerCosts given = costs ? costs_of(*costs, "cpu_plan") : lstm_ext::worker_costs(threads);
-  return float64 ? plan_of<double>(shape, threads, save, planes, given)
-                 : plan_of<float>(shape, threads, save, planes, given);
+  return float64 ? plan_of<double>(shape, threads, save, bf16_parts, given)
+                 : plan_of<float>(shape, threads, save, bf16_parts, given);
 }
 
 py::dict as_dict(lstm_ext::cuda::ModelConstants constants) {
@@ -459,7 +460,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
-        py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("planes") = 3,
+        py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("bf16_parts") = 3,
         py::arg("costs") = py::none());
   m.def("measures_workers", &lstm_ext::measures_workers);
   m.def("measure_workers", &measure_workers, py::arg("threads"));

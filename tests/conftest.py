@@ -204,7 +204,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.callspec.params["device"] if item.get_closest_marker("devices") else "cpu"
 
     def repeats(item: pytest.Item) -> bool:
-        # In float64, amx has the kernels of avx512; how its work is shared, test_matrix_unit.py tries.
+        # In float64, amx has the kernels of avx512; how its work is shared, test_tile_engine.py tries.
         params = item.callspec.params if hasattr(item, "callspec") else {}
         same = params.get("dtype") == torch.float64 or 2 in (
             params.get("threads"),
@@ -320,7 +320,7 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor runs, in use for one test.
 
-    Not avx512_bf16: it differs from avx512 only in bfloat16 (test_matrix_unit.py) and in frozen int8 weights
+    Not avx512_bf16: it differs from avx512 only in bfloat16 (test_tile_engine.py) and in frozen int8 weights
     (test_frozen.py).
     """
     from lstm_ext.native import loader

@@ -131,8 +131,8 @@ def goals(record: Result) -> list[str]:
     return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
 
 
-# From so many rows on, float32 layers run on the matrix unit.
-UNIT_ROWS = 8
+# From so many rows on, float32 layers run on the tile engine.
+ENGINE_ROWS = 8
 
 
 def work_of(shape: Shape) -> tuple[float, float]:
@@ -159,8 +159,8 @@ def operations(result: Result) -> float:
     return 1e-6 * work_of(shape_of(result))[0] * (3 if result["training"] else 1)
 
 
-def on_unit(record: Result, result: Result) -> bool:
-    return record["facts"]["lstm_ext_cpu_capability"] == "amx" and result["batch"] >= UNIT_ROWS
+def on_engine(record: Result, result: Result) -> bool:
+    return record["facts"]["lstm_ext_cpu_capability"] == "amx" and result["batch"] >= ENGINE_ROWS
 
 
 def best_speed(record: Result, like: Result) -> float:
@@ -174,7 +174,7 @@ def best_speed(record: Result, like: Result) -> float:
         if result["group"] not in ("inference", "training", "dtypes"):
             continue
         alike = (result["dtype"], result["threads"]) == (like["dtype"], like["threads"])
-        if alike and on_unit(record, result) == on_unit(record, like):
+        if alike and on_engine(record, result) == on_engine(record, like):
             speeds.append(operations(result) / min(side["median"] for side in result["sides"].values()))
     return max(speeds)
 
@@ -182,8 +182,8 @@ def best_speed(record: Result, like: Result) -> float:
 def limit_of(record: Result, result: Result) -> float:
     """Milliseconds that the machine needs at least, by what it has shown in this record: for the products, or for
     reading the recurrent weights in each step, whichever is longer."""
-    planes = 6 if on_unit(record, result) else 4  # bytes of a float32 number
-    number = 2 if result["dtype"] == "bfloat16" else planes
+    float32_bytes = 6 if on_engine(record, result) else 4  # bytes of a float32 number
+    number = 2 if result["dtype"] == "bfloat16" else float32_bytes
     size = 4 * result["hidden_size"] ** 2 * number
     speeds = [b for b in record["machine"]["bandwidth"] if b["threads"] == result["threads"]]
     speed = min(speeds, key=lambda b: abs(b["bytes"] - size))["gigabytes_per_second"]

@@ -22,7 +22,7 @@ FILE = re.compile(
     r"(?P<kind>suite|cpu|contract|library)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
     r"_(?P<machine>\w+)_(?P<cores>\d+)_cores\.json"
 )
-LARGE = 256  # hidden units from which the layer gains little without a matrix unit, with a batch
+LARGE = 256  # hidden units from which the layer gains little without a tile engine, with a batch
 PEERS = ("torch", "onnxruntime", "openvino")
 SETS = {
     "amx": "AMX", "avx512_bf16": "AVX-512", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2",

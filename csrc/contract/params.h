@@ -130,13 +130,13 @@ struct FrozenWeights {
   struct Gates {  // a weight (4H, n)
     const T* panels;
     NarrowPanels<T> narrow;  // in place of `panels`
-    const uint16_t* planes;  // null without a matrix unit
-    const uint8_t* splits;
+    const uint16_t* bf16;    // null without a tile engine
+    const uint8_t* all_split;
   };
   Gates input, recurrent;
   const T* projection_panels;
   const T* bias;  // (4H), the sum of both
-  int planes;
+  int bf16_parts;
 };
 
 // The parameters of a layer that both passes take.
@@ -149,9 +149,9 @@ struct LayerParams {
   const T* c0;              // (B, H) contiguous; null means zeros
   ResetState<T> reset_state;
   StepOptions<T> options;
-  // The precision of operands on a matrix unit: each is the sum of this many bfloat16 numbers. 3 cover all 24 bits of a
-  // float32, 2 cover 16, 1 covers 8. Products outside the matrix unit use T.
-  int planes;
+  // The precision of operands on a tile engine: each is the sum of this many bfloat16 numbers. 3 cover all 24 bits of a
+  // float32, 2 cover 16, 1 covers 8. Products outside the tile engine use T.
+  int bf16_parts;
   const FrozenWeights<T>* frozen;  // or null; a forward pass then reads these in place of the weights
 };
 

@@ -75,12 +75,12 @@ class Backward {
     if (teams > 1) pass_.meet_all();
   }
 
-  // Packs the panels or planes of some columns; each of the `shares` callers packs its own.
+  // Packs the panels or bf16 parts of some columns; each of the `shares` callers packs its own.
   void pack(const RightHandSide<T>& to, Range columns, int64_t share_index, int64_t shares) {
     to.matrix.with([&](const auto* matrix) {
-      if constexpr (kHasMatrixUnit<T>) {
-        if (to.planes.count > 0) {
-          pack_column_planes(matrix, to.row_step, to.depth, columns, share_index, shares, to.planes);
+      if constexpr (kHasTileEngine<T>) {
+        if (to.bf16.parts > 0) {
+          pack_column_bf16(matrix, to.row_step, to.depth, columns, share_index, shares, to.bf16);
           return;
         }
       }

@@ -46,7 +46,7 @@ template <typename T>
 struct BackwardState;
 
 // The arrays that the cells of some rows of the team read and write in a step, each from the first of these rows and
-// unit 0 on. It is held by value, because beside the matrix unit each access to memory counts.
+// unit 0 on. It is held by value, because beside the tile engine each access to memory counts.
 template <typename T>
 struct CellRows {
   int64_t hidden_size, step, grad_step;  // row strides: of c, and of the gradients of the preactivations
@@ -230,26 +230,33 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   }
 
   // A (depth, columns) weight, packed according to the plan.
-  RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth, const UnitProduct& unit,
-                                   int64_t offset) const {
+  RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth,
+                                   const EngineProduct& engine, int64_t offset) const {
     static_assert(kBlockK <= kSumBlock);  // outer_products has room for a panel
-    if (unit.planes > 0) {
-      return {matrix, nullptr, columns, depth, outer_products, false, Base::planes(unit, offset), Base::tile_scratch()};
+    if (engine.bf16_parts > 0) {
+      return {matrix,
+              nullptr,
+              columns,
+              depth,
+              outer_products,
+              false,
+              Base::bf16_operand(engine, offset),
+              Base::tile_scratch()};
     }
     return {matrix, plan.pack ? buffer(offset) : nullptr, columns, depth, outer_products};
   }
   RightHandSide<T> recurrent_weight() const {
     RightHandSide<T> weight = right_hand_side(Base::weight_hh(), shape.output_size, 4 * shape.hidden_size,
-                                              plan.recurrent_unit, plan.recurrent_panels);
+                                              plan.recurrent_engine, plan.recurrent_panels);
     weight.backwards = step.odd;
     return weight;
   }
   RightHandSide<T> projection_weight() const {
-    return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection_unit,
+    return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection_engine,
                            plan.projection_panels);
   }
   RightHandSide<T> input_weight() const {
-    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input_unit,
+    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input_engine,
                            plan.input_panels);
   }
 

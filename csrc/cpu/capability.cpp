@@ -105,30 +105,30 @@ bool cpu_runs(const char* name) {
 #endif
 }
 
-// The sizes from which on AMX pays, measured on a Xeon against AVX-512. With three planes, splitting a number costs
+// The sizes from which on AMX pays, measured on a Xeon against AVX-512. With three bf16 parts, splitting a number costs
 // about as much as multiplying it by 64 others.
-constexpr UnitLimits kTiles{
-    {0, 1, 6, 8}, {0, 1, 12, 12}, {0, 32, 32, 64}, {0, 32, 32, 80}, {0, 8, 3.5, 2}, kUnitTileRows, true};
-// AVX-512-BF16. It does twice the work of a fused multiply-add, so it pays for one plane only.
-constexpr UnitLimits kPairs{
+constexpr EngineLimits kTiles{
+    {0, 1, 6, 8}, {0, 1, 12, 12}, {0, 32, 32, 64}, {0, 32, 32, 80}, {0, 8, 3.5, 2}, kEngineTileRows, true};
+// AVX-512-BF16. It does twice the work of a fused multiply-add, so it pays for one bf16 part only.
+constexpr EngineLimits kPairs{
     {0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1, false};
 // FEAT_BF16 of AArch64. It does twice to four times the work of a fused multiply-add. Nobody has measured it.
-constexpr UnitLimits kBlocks{{0, 8, kNever, kNever}, {0, 8, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0},
-                             {0, 2, 1, 1},           kUnitTileRows,          true};
+constexpr EngineLimits kBlocks{{0, 8, kNever, kNever}, {0, 8, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0},
+                               {0, 2, 1, 1},           kEngineTileRows,        true};
 
-// Best first; null where the binary has none. Those with a matrix unit have the kernels of AVX-512, and in float32 the
-// limits of the unit.
+// Best first; null where the binary has none. Those with a tile engine have the kernels of AVX-512, and in float32 the
+// limits of the engine.
 using Capabilities = std::array<const Capability*, kCapabilities>;
 const Capabilities& all_capabilities() {
   static const Capabilities all = [] {
     Capabilities result{};
     static Capability found[kCapabilities];
     int count = 0;
-    const auto add = [&](const char* name, auto* f32, auto* f64, const UnitLimits& unit = {}) {
+    const auto add = [&](const char* name, auto* f32, auto* f64, const EngineLimits& engine = {}) {
       if (!f32 || !f64) return;
       Capability& capability = found[count];
       capability = {name, *f32(), *f64()};
-      capability.f32.unit = unit;
+      capability.f32.engine = engine;
       result[count++] = &capability;
     };
     // Intel's processors multiply pairs of bfloat16 at half the rate of fused multiply-adds, AMD's at their rate.

@@ -3,7 +3,7 @@
 
 #include "cpu/isa.h"
 
-#include "cpu/plane_product.h"
+#include "cpu/bf16_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -13,7 +13,7 @@ namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
 // A (depth, columns) row-major matrix as the right-hand side of a product. It is read in place, or from panels
-// [k][register][lane] of the blocks that for_each_column_block makes of a range of columns, or from planes of that
+// [k][register][lane] of the blocks that for_each_column_block makes of a range of columns, or from bf16 parts of that
 // range.
 template <typename T>
 struct RightHandSide {
@@ -22,8 +22,8 @@ struct RightHandSide {
   int64_t row_step;  // row stride of the matrix
   int64_t depth;
   T* block_panel;          // a worker's own: kBlockK widened rows of a block of columns
-  bool backwards = false;  // with planes: multiplies the columns from last to first; see GateProduct::Sweep
-  UnitPlanes planes{};
+  bool backwards = false;  // with bf16 parts: multiplies the columns from last to first; see GateProduct::Sweep
+  Bf16Operand bf16{};
   TileScratch scratch{};
 
   bool widens() const { return !panels && !matrix.own; }
@@ -61,42 +61,42 @@ void pack_columns(const W* matrix, int64_t row_step, int64_t depth, Range column
   });
 }
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
-// The same for planes: packs column tiles.
+#if defined(LSTM_EXT_TILE_ENGINE)
+// The same for bf16 parts: packs column tiles.
 template <typename W>
-void pack_column_planes(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
-                        int64_t shares, const UnitPlanes& planes) {
-  const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
+void pack_column_bf16(const W* matrix, int64_t row_step, int64_t depth, Range columns, int64_t share_index,
+                      int64_t shares, const Bf16Operand& bf16) {
+  const int64_t tiles = divide_up(columns.end - columns.begin, kEngineTileRows);
   const Range mine = share(tiles, shares, share_index);
-  const int64_t column = columns.begin + mine.begin * kUnitTileRows;
-  const int64_t count = smaller(columns.begin + mine.end * kUnitTileRows, columns.end) - column;
+  const int64_t column = columns.begin + mine.begin * kEngineTileRows;
+  const int64_t count = smaller(columns.begin + mine.end * kEngineTileRows, columns.end) - column;
   const auto row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return matrix + k * row_step; };
   const auto place = [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
-    const ColumnTile to = planes.column_tile(columns.begin, mine.begin + tile, tiles, depth);
+    const ColumnTile to = bf16.column_tile(columns.begin, mine.begin + tile, tiles, depth);
     return to.data + k * to.k_step;
   };
-  with_planes(planes.count, [&](auto p) {
-    const bool splits = split_row_pairs<p()>(row, column, count, depth, place);
+  with_bf16_parts(bf16.parts, [&](auto p) {
+    const bool all_split = split_row_pairs<p()>(row, column, count, depth, place);
     for (int64_t tile = mine.begin; tile < mine.end; ++tile)
-      planes.splits[columns.begin / kUnitTileRows + tile] = splits;
+      bf16.all_split[columns.begin / kEngineTileRows + tile] = all_split;
   });
 }
 
-// multiply_columns from planes. Returns how many rows it computed: those before the first that cannot be split, or none
-// if the columns cannot be split.
+// multiply_columns from bf16 parts. Returns how many rows it computed: those before the first that cannot be split, or
+// none if the columns cannot be split.
 template <typename A, typename Prefetch, typename Start, typename Finish>
-int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide<float>& b, Range columns,
-                               const Prefetch& prefetch, const Start& start, const Finish& finish) {
-  const UnitPlanes& planes = b.planes;
-  const int64_t tiles = divide_up(columns.end - columns.begin, kUnitTileRows);
-  const int64_t k_tiles = divide_up(b.depth, kUnitTileDepth);
+int64_t multiply_columns_bf16(const A& a_row, int64_t rows, const RightHandSide<float>& b, Range columns,
+                              const Prefetch& prefetch, const Start& start, const Finish& finish) {
+  const Bf16Operand& bf16 = b.bf16;
+  const int64_t tiles = divide_up(columns.end - columns.begin, kEngineTileRows);
+  const int64_t k_tiles = divide_up(b.depth, kEngineTileDepth);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (!planes.splits[columns.begin / kUnitTileRows + tile]) return 0;
+    if (!bf16.all_split[columns.begin / kEngineTileRows + tile]) return 0;
   }
-  for (int64_t first = 0; first < rows; first += kMostUnitRows) {
-    const int64_t height = smaller(kMostUnitRows, rows - first);
-    const int64_t row_tiles = divide_up(height, kUnitTileRows);
-    const int64_t k_most = b.scratch.left_numbers / (row_tiles * planes.count * kOperandSize);
+  for (int64_t first = 0; first < rows; first += kMostEngineRows) {
+    const int64_t height = smaller(kMostEngineRows, rows - first);
+    const int64_t row_tiles = divide_up(height, kEngineTileRows);
+    const int64_t k_most = b.scratch.left_numbers / (row_tiles * bf16.parts * kOperandSize);
     const int64_t k_blocks = divide_up(k_tiles, k_most);
     // A single row tile is multiplied with four column tiles at once. With more, narrow groups leave less epilogue work
     // after the last product.
@@ -108,11 +108,11 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
     };
     const auto columns_of = [=](int64_t tile, int64_t width) LSTM_EXT_LAMBDA_INLINE {
       const int64_t begin = tile > 0 ? tile : 0, end = smaller(tile + width, tiles);
-      const int64_t column = columns.begin + begin * kUnitTileRows;
-      return Range{column, smaller(columns.begin + end * kUnitTileRows, columns.end)};
+      const int64_t column = columns.begin + begin * kEngineTileRows;
+      return Range{column, smaller(columns.begin + end * kEngineTileRows, columns.end)};
     };
     const auto prefetch_row = [=](Range some, int64_t row) LSTM_EXT_LAMBDA_INLINE {
-      for (int64_t column = some.begin; column < some.end; column += kUnitTileRows) prefetch(first + row, column);
+      for (int64_t column = some.begin; column < some.end; column += kEngineTileRows) prefetch(first + row, column);
     };
     Epilogue epilogue(
         [=, backwards = b.backwards](int64_t tile, int width) {
@@ -120,10 +120,10 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
         },
         [=](const Block& block, int64_t row, auto count, const float* sums) LSTM_EXT_LAMBDA_INLINE {
           const Range here = block.here;
-          for (const int64_t end = row + count(); row < end; ++row, sums += kUnitTileRows) {
+          for (const int64_t end = row + count(); row < end; ++row, sums += kEngineTileRows) {
             const float* part = sums;
-            for (int64_t column = here.begin; column < here.end; column += kUnitTileRows, part += kSumsSize) {
-              const int lanes = static_cast<int>(smaller(here.end - column, kUnitTileRows));
+            for (int64_t column = here.begin; column < here.end; column += kEngineTileRows, part += kSumsSize) {
+              const int lanes = static_cast<int>(smaller(here.end - column, kEngineTileRows));
               Reg<float> before;
               start(first + row, column, lanes, before);
               finish(first + row, column, Simd<float>::load(part) + before, lanes);
@@ -137,19 +137,19 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
     for (int64_t block = 0; block < k_blocks; ++block) {
       const Range k = share(k_tiles, k_blocks, block);
       const auto a_part = [&](int64_t row)
-                              LSTM_EXT_LAMBDA_INLINE { return a_row(first + row) + k.begin * kUnitTileDepth; };
-      const int64_t depth = smaller(b.depth, k.end * kUnitTileDepth) - k.begin * kUnitTileDepth;
-      if (!split_rows(planes.count, height, a_part, depth, b.scratch.left)) return first;
+                              LSTM_EXT_LAMBDA_INLINE { return a_row(first + row) + k.begin * kEngineTileDepth; };
+      const int64_t depth = smaller(b.depth, k.end * kEngineTileDepth) - k.begin * kEngineTileDepth;
+      if (!split_rows(bf16.parts, height, a_part, depth, b.scratch.left)) return first;
       for (int64_t i = 0; i < groups.count; ++i) {
         const int64_t group = b.backwards ? groups.count - 1 - i : i;
         const int64_t tile = groups.begin(group);
         const int width = groups.width(group);
-        RightTiles right = planes.columns(columns.begin, tile, tiles, b.depth);
+        RightTiles right = bf16.columns(columns.begin, tile, tiles, b.depth);
         right.data += k.begin * right.k_step;
         float* const sums = k_blocks > 1 ? b.scratch.all_sums + tile * row_tiles * kSumsSize : b.scratch.sums(i % 2);
         const TileOperands operands{b.scratch.left, right, k.end - k.begin};
-        multiply_tiles(planes.count, b.scratch.in_tiles, &operands, 1, height, width, sums, block > 0,
-                       epilogue.between(planes.count));
+        multiply_tiles(bf16.parts, b.scratch.in_tiles, &operands, 1, height, width, sums, block > 0,
+                       epilogue.between(bf16.parts));
         if (block + 1 == k_blocks) {
           epilogue.rest();
           epilogue.begin(tile, width, sums, height);
@@ -162,7 +162,7 @@ int64_t multiply_column_planes(const A& a_row, int64_t rows, const RightHandSide
 }
 #endif
 
-// multiply_columns without the matrix unit, for some rows.
+// multiply_columns without the tile engine, for some rows.
 template <typename T, typename A, typename Partial, typename Prefetch, typename Start, typename Finish>
 LSTM_EXT_INLINE void multiply_columns_of_rows(const A& a_row, Range rows, const RightHandSide<T>& b, Range columns,
                                               const Partial& partial, const Prefetch& prefetch, const Start& start,
@@ -263,9 +263,9 @@ LSTM_EXT_INLINE void multiply_columns(const A& a_row, int64_t rows, const RightH
   int64_t done = 0;
   const RightHandSide<T>* in = &b;
   RightHandSide<T> plain{};
-  if constexpr (kHasMatrixUnit<T>) {
-    if (b.planes.count > 0) {
-      if (b.depth > 0) done = multiply_column_planes(a_row, rows, b, columns, prefetch, start, finish);
+  if constexpr (kHasTileEngine<T>) {
+    if (b.bf16.parts > 0) {
+      if (b.depth > 0) done = multiply_columns_bf16(a_row, rows, b, columns, prefetch, start, finish);
       if (done == rows) return;
       plain = {b.matrix, nullptr, b.row_step, b.depth, b.block_panel};
       in = &plain;

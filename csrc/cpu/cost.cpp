@@ -13,36 +13,36 @@ double row_work(const LayerShape& shape, int64_t features) {
   return static_cast<double>(products + (shape.projected ? shape.hidden_size * shape.output_size : 0));
 }
 
-bool enough_rows(const UnitLimits& least, int planes, int64_t rows, int64_t weight_numbers) {
-  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kWholeCacheBytes;
-  return rows >= (far ? least.far_rows : least.rows)[planes];
+bool enough_rows(const EngineLimits& least, int bf16_parts, int64_t rows, int64_t weight_numbers) {
+  const bool far = 2.0 * bf16_parts * static_cast<double>(weight_numbers) > kWholeCacheBytes;
+  return rows >= (far ? least.far_rows : least.rows)[bf16_parts];
 }
 
 }  // namespace
 
 double StepCost::of(double rows, double batch, double share) const {
-  if (planes == 0) {
+  if (bf16_parts == 0) {
     // A low tile is bound by loading the weights: two rows cost hardly more than one.
     const double computing = row_work * std::max(rows, std::min(2.0, batch)) * share;
     const double bytes = sizeof(float) * weight_numbers * share;  // as many as two bfloat16 numbers each
     return bytes > kCacheBytes ? std::max(computing, kLoadFarNumber * bytes / 2) : computing;
   }
-  const double read = weight_numbers * planes * share;
+  const double read = weight_numbers * bf16_parts * share;
   const bool far = 2 * read > kCacheBytes;
   const double loading = read * (far ? kLoadFarNumber : kLoadNumber);
   const double computing = row_work * std::ceil(rows / row_multiple) * row_multiple * share;
   return adds && far && rows <= kRowsThatWait ? computing + loading : std::max(computing, loading);
 }
 
-// The matrix unit is that much faster than fused multiply-adds, so the cells weigh more.
-StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds) {
+// The tile engine is that much faster than fused multiply-adds, so the cells weigh more.
+StepCost step_cost(const LayerShape& shape, int64_t features, int bf16_parts, const EngineLimits& engine, bool adds) {
   const double gates = 4.0 * static_cast<double>(shape.hidden_size);
   const double products = gates * static_cast<double>(features + shape.output_size);
   // With several steps, one load of the input's weight serves many of them.
   const double read = shape.steps == 1 ? products : gates * static_cast<double>(shape.output_size);
-  if (planes == 0) return {row_work(shape, features), 0, read};
-  return {products / unit.speed[planes] + gates * kUnitCellFeatures, planes, read,
-          static_cast<double>(unit.row_multiple), adds};
+  if (bf16_parts == 0) return {row_work(shape, features), 0, read};
+  return {products / engine.speed[bf16_parts] + gates * kEngineCellFeatures, bf16_parts, read,
+          static_cast<double>(engine.row_multiple), adds};
 }
 
 double cost_of(const double (&costs)[kCostPoints], int workers) {
@@ -97,26 +97,26 @@ bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
   return workers <= machine.threads && grid.work >= grid.workers() * cost_of(machine.costs.thread, workers);
 }
 
-int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size) {
-  const UnitLimits& least = machine.unit;
-  const bool worth_it = enough_rows(least, planes, rows, 4 * hidden_size * depth) &&
-                        hidden_size >= least.units[planes] && depth >= kUnitTileDepth;
-  return least.any() && worth_it ? planes : 0;
+int gate_bf16_parts(const Machine& machine, int bf16_parts, int64_t rows, int64_t depth, int64_t hidden_size) {
+  const EngineLimits& least = machine.engine;
+  const bool worth_it = enough_rows(least, bf16_parts, rows, 4 * hidden_size * depth) &&
+                        hidden_size >= least.units[bf16_parts] && depth >= kEngineTileDepth;
+  return least.any() && worth_it ? bf16_parts : 0;
 }
-int column_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns) {
-  const UnitLimits& least = machine.unit;
-  const bool worth_it =
-      enough_rows(least, planes, rows, depth * columns) && columns >= least.columns[planes] && depth >= kUnitTileDepth;
-  return least.any() && worth_it ? planes : 0;
+int column_bf16_parts(const Machine& machine, int bf16_parts, int64_t rows, int64_t depth, int64_t columns) {
+  const EngineLimits& least = machine.engine;
+  const bool worth_it = enough_rows(least, bf16_parts, rows, depth * columns) && columns >= least.columns[bf16_parts] &&
+                        depth >= kEngineTileDepth;
+  return least.any() && worth_it ? bf16_parts : 0;
 }
 
 // 16-bit weights (`narrow`) need little work.
-int64_t few_rows(int planes, bool narrow) { return !narrow ? kRowMajorRows : planes == 1 ? 7 : 15; }
+int64_t few_rows(int bf16_parts, bool narrow) { return !narrow ? kRowMajorRows : bf16_parts == 1 ? 7 : 15; }
 
 // Large packed weights evict other data from the cache, so they pay only over several steps.
-int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow, bool options) {
-  if (narrow && planes > 0) return few_rows(planes, narrow);
-  if (planes > 0 || shape.steps == 1) return kRowMajorRows;
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int bf16_parts, bool narrow, bool options) {
+  if (narrow && bf16_parts > 0) return few_rows(bf16_parts, narrow);
+  if (bf16_parts > 0 || shape.steps == 1) return kRowMajorRows;
   const int64_t numbers = 4 * shape.hidden_size * (shape.input_size + shape.output_size);
   const auto first = [&](const auto& limits) {
     for (const RowMajorLimit& limit : limits) {

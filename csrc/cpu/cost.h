@@ -18,10 +18,10 @@ constexpr int64_t kChunkRows = 48;           // ... but each load of the weights
 constexpr int64_t kLeastSamples = 256;
 constexpr int64_t kMostSamples = 1024;
 
-// Up to so many rows of all steps together the weights are read unpacked. A single step, and products beside the matrix
-// unit: kRowMajorRows. Several steps: by the numbers of both weights. Two directions were measured on an EPYC (Zen 5),
-// one direction without options on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, kRowMajorOfLarge on a Xeon. A
-// layer with options keeps kRowMajorRows: layer normalisation makes more of a rounding, and sums of rows round less.
+// Up to so many rows of all steps together the weights are read unpacked. A single step, and products beside the tile
+// engine: kRowMajorRows. Several steps: by the numbers of both weights. Two directions were measured on an EPYC (Zen
+// 5), one direction without options on a Xeon (Emerald Rapids) with AVX-512 and with AVX2, kRowMajorOfLarge on a Xeon.
+// A layer with options keeps kRowMajorRows: layer normalisation makes more of a rounding, and sums of rows round less.
 constexpr int64_t kRowMajorRows = 32;
 struct RowMajorLimit {
   int64_t numbers;  // the limit is for weights with fewer numbers
@@ -34,22 +34,22 @@ constexpr int64_t kRowMajorOfLarge = 48;  // not with the narrow registers of th
 // Steps of large weights, on a Xeon.
 constexpr double kGroupBytes = 512 * 1024;  // the weights of a group of units; see count_unit_groups
 
-// The matrix unit, on a Xeon with AMX.
-constexpr int64_t kUnitChunkRows = 128;      // as kChunkRows: the unit needs the weights faster
-constexpr double kUnitCellFeatures = 30;     // the cost of a cell beside it, in input features
-constexpr double kWholeCacheBytes = 2e6;     // weights of this size stay in the L2 cache if nothing else is there
-constexpr double kLoadNumber = 2.0;          // the cost of loading a bfloat16 number of a weight from there
-constexpr double kLoadFarNumber = 6.0;       // ... and from further away
-constexpr double kRowsThatWait = 128;        // up to here rows wait for loads; with more, the next tiles arrive in time
-constexpr int64_t kInputRowsOfOnePlane = 8;  // least rows of a step; see sums_input_in_steps
-constexpr double kWeightBytesOfSum = 10;     // weight bytes read instead of a byte of W x
+// The tile engine, on a Xeon with AMX.
+constexpr int64_t kEngineChunkRows = 128;   // as kChunkRows: the engine needs the weights faster
+constexpr double kEngineCellFeatures = 30;  // the cost of a cell beside it, in input features
+constexpr double kWholeCacheBytes = 2e6;    // weights of this size stay in the L2 cache if nothing else is there
+constexpr double kLoadNumber = 2.0;         // the cost of loading a bfloat16 number of a weight from there
+constexpr double kLoadFarNumber = 6.0;      // ... and from further away
+constexpr double kRowsThatWait = 128;       // up to here rows wait for loads; with more, the next tiles arrive in time
+constexpr int64_t kInputRowsOfOnePart = 8;  // least rows of a step; see sums_input_in_steps
+constexpr double kWeightBytesOfSum = 10;    // weight bytes read instead of a byte of W x
 // So many products of tiles, 4 us, do not slow the processor's clock, if at least so many steps follow them.
-constexpr int64_t kShortUnitProducts = 800;
-constexpr int64_t kShortUnitSteps = 16;
+constexpr int64_t kShortEngineProducts = 800;
+constexpr int64_t kShortEngineSteps = 16;
 // A worker's operands are limited to these sizes, so that they stay in the L2 cache.
-constexpr int64_t kUnitLeftNumbers = 512 * 1024;
-constexpr int64_t kUnitRightNumbers = 3 * 512 * 1024;
-constexpr int64_t kUnitOuterRows = 64;
+constexpr int64_t kEngineLeftNumbers = 512 * 1024;
+constexpr int64_t kEngineRightNumbers = 3 * 512 * 1024;
+constexpr int64_t kEngineOuterRows = 64;
 
 constexpr int kDirections = 2;  // directions of a bidirectional layer
 constexpr int64_t kCacheLine = 64;
@@ -62,18 +62,18 @@ inline int64_t count_samples(const LayerShape& shape) {
   return shape.step_offsets ? shape.step_offsets[shape.steps] : shape.steps * shape.batch;
 }
 
-// bfloat16 numbers in the planes of a (rows, depth) operand.
-inline int64_t plane_numbers(int64_t rows, int64_t depth, int planes) {
-  return round_up(rows, kUnitTileRows) * round_up(depth, kUnitTileDepth) * planes;
+// bfloat16 numbers in the bf16 parts of a (rows, depth) operand.
+inline int64_t bf16_numbers(int64_t rows, int64_t depth, int bf16_parts) {
+  return round_up(rows, kEngineTileRows) * round_up(depth, kEngineTileDepth) * bf16_parts;
 }
 
 // The cost of a time step.
 struct StepCost {
   double row_work;            // the work of one row
-  int planes = 0;             // planes of the recurrent product, if it runs on the matrix unit
+  int bf16_parts = 0;         // bf16 parts of the recurrent product, if it runs on the tile engine
   double weight_numbers = 0;  // numbers of the weights that a step reads
   double row_multiple = 1;
-  // Whether loads from outside the L2 cache add to the time, which they do beside the matrix unit. For a backward pass
+  // Whether loads from outside the L2 cache add to the time, which they do beside the tile engine. For a backward pass
   // this would not improve the choice: workers that share the units of a step read and split each other's gradients,
   // which takes about as long.
   bool adds = false;
@@ -82,8 +82,8 @@ struct StepCost {
   double of(double rows, double batch, double share) const;
 };
 
-// The cost of steps whose rows have `features` features beside h; `planes` as in StepCost.
-StepCost step_cost(const LayerShape& shape, int64_t features, int planes, const UnitLimits& unit, bool adds);
+// The cost of steps whose rows have `features` features beside h; `bf16_parts` as in StepCost.
+StepCost step_cost(const LayerShape& shape, int64_t features, int bf16_parts, const EngineLimits& engine, bool adds);
 
 // A cost of WorkerCosts for a number of workers, of at least 2.
 double cost_of(const double (&costs)[kCostPoints], int workers);
@@ -96,17 +96,17 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
 // Whether both directions of a bidirectional layer run at the same time.
 bool directions_at_once(const Machine& machine, const WorkerGrid& grid);
 
-// The planes with which a product of so many rows runs on the matrix unit, or 0. gate_planes: with a weight (4H,
-// depth). column_planes: with any other matrix (depth, columns).
-int gate_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t hidden_size);
-int column_planes(const Machine& machine, int planes, int64_t rows, int64_t depth, int64_t columns);
+// The bf16 parts with which a product of so many rows runs on the tile engine, or 0. gate_bf16_parts: with a weight
+// (4H, depth). column_bf16_parts: with any other matrix (depth, columns).
+int gate_bf16_parts(const Machine& machine, int bf16_parts, int64_t rows, int64_t depth, int64_t hidden_size);
+int column_bf16_parts(const Machine& machine, int bf16_parts, int64_t rows, int64_t depth, int64_t columns);
 
-// Up to this many rows of all steps together, weights are not packed for the matrix unit.
-int64_t few_rows(int planes, bool narrow);
+// Up to this many rows of all steps together, weights are not packed for the tile engine.
+int64_t few_rows(int bf16_parts, bool narrow);
 
-// Up to this many rows of all steps together, packing the weights of a forward pass costs more than it saves; `planes`
-// of the recurrent product. `options`: whether the layer has any.
-int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int planes, bool narrow, bool options);
+// Up to this many rows of all steps together, packing the weights of a forward pass costs more than it saves;
+// `bf16_parts` of the recurrent product. `options`: whether the layer has any.
+int64_t row_major_rows(const LayerShape& shape, const Machine& machine, int bf16_parts, bool narrow, bool options);
 
 template <typename T>
 void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine);

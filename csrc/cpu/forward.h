@@ -2,7 +2,7 @@
 //
 // The pass goes chunk by chunk. The input part W x_t + b of the chunk's time steps is computed at once and written to
 // the buffer of preactivations (in training, that of the saved gate values). The recurrence over those steps follows;
-// see forward_steps.h. On the matrix unit the steps may compute the input part themselves
+// see forward_steps.h. On the tile engine the steps may compute the input part themselves
 // (ForwardPlan::input_in_steps).
 #pragma once
 
@@ -147,12 +147,12 @@ void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const Froze
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t H = shape.hidden_size;
   const auto pack = [&](const T* rows, int64_t count, const FrozenPlan::Gates& place) {
-    const UnitPlanes planes{reinterpret_cast<uint16_t*>(data + place.planes),
-                            reinterpret_cast<uint8_t*>(data + place.splits), plan.planes};
+    const Bf16Operand bf16{reinterpret_cast<uint16_t*>(data + place.bf16),
+                           reinterpret_cast<uint8_t*>(data + place.all_split), plan.bf16_parts};
     char* const panels = data + place.panels;
     const T* const factors = reinterpret_cast<const T*>(data + place.factors);
     const bool own = plan.kind == WeightKind::kOwn;
-    const GateWeight<T> weight{{rows}, own ? reinterpret_cast<T*>(panels) : nullptr, planes};
+    const GateWeight<T> weight{{rows}, own ? reinterpret_cast<T*>(panels) : nullptr, bf16};
     for (int64_t block = 0; block < divide_up(H, kLanes); ++block) {
       pack_gates(weight, H, count, block);
       if (!own) pack_narrow_panel(rows, plan.kind, factors, H, count, block, panels);

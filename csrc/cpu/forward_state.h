@@ -26,12 +26,12 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
-  const GateWeight<T> input_weight = frozen
-                                         ? frozen_weight(frozen->input, plan.input_unit.planes)
-                                         : own_weight(Base::weight_ih(), plan.pack, plan.input_unit, plan.input_panels);
+  const GateWeight<T> input_weight =
+      frozen ? frozen_weight(frozen->input, plan.input_engine.bf16_parts)
+             : own_weight(Base::weight_ih(), plan.pack, plan.input_engine, plan.input_panels);
   const GateWeight<T> recurrent_weight =
-      frozen ? frozen_weight(frozen->recurrent, plan.recurrent_unit.planes)
-             : own_weight(Base::weight_hh(), plan.pack, plan.recurrent_unit, plan.recurrent_panels);
+      frozen ? frozen_weight(frozen->recurrent, plan.recurrent_engine.bf16_parts)
+             : own_weight(Base::weight_hh(), plan.pack, plan.recurrent_engine, plan.recurrent_panels);
   const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
   T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
@@ -56,16 +56,16 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   }
 
   // A weight that this call packs: all of it, or block by block into one buffer of each worker.
-  GateWeight<T> own_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
-    GateWeight<T> weight = gate_weight(rows, packed, unit, offset);
+  GateWeight<T> own_weight(const WeightRows<T>& rows, bool packed, const EngineProduct& engine, int64_t offset) const {
+    GateWeight<T> weight = gate_weight(rows, packed, engine, offset);
     if (plan.pack_as_used) weight.one_place = Base::worker;
     return weight;
   }
   // A weight that was packed before the call. Nobody writes to it: Forward packs no frozen weight.
-  static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int planes) {
-    UnitPlanes unit{};
-    if (planes > 0) unit = {const_cast<uint16_t*>(weight.planes), const_cast<uint8_t*>(weight.splits), planes};
-    return {{}, const_cast<T*>(weight.panels), unit, weight.narrow};
+  static GateWeight<T> frozen_weight(const typename FrozenWeights<T>::Gates& weight, int bf16_parts) {
+    Bf16Operand bf16{};
+    if (bf16_parts > 0) bf16 = {const_cast<uint16_t*>(weight.bf16), const_cast<uint8_t*>(weight.all_split), bf16_parts};
+    return {{}, const_cast<T*>(weight.panels), bf16, weight.narrow};
   }
 
   // The preactivations of step s, or with layer normalisation the normalised W x. They are in the saved array if there

@@ -61,7 +61,7 @@ class FusedForwardStep {
       int64_t row, unit;
     };
 
-    // Beside the matrix unit a cell cannot wait for the second-level cache. The product itself prefetches `pre`. Cells
+    // Beside the tile engine a cell cannot wait for the second-level cache. The product itself prefetches `pre`. Cells
     // of four rows at once run beside no product, and gain nothing from this.
     LSTM_EXT_INLINE void prefetch(int64_t row, int64_t unit) const {
       const int64_t at = row * c_step + unit;

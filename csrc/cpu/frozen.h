@@ -24,14 +24,14 @@ FrozenWeights<T> frozen_weights(const FrozenPlan& plan, const char* data) {
     } else {
       weight.narrow = {data + place.panels, plan.kind, reinterpret_cast<const T*>(data + place.factors)};
     }
-    if (plan.planes > 0) {
-      weight.planes = reinterpret_cast<const uint16_t*>(data + place.planes);
-      weight.splits = reinterpret_cast<const uint8_t*>(data + place.splits);
+    if (plan.bf16_parts > 0) {
+      weight.bf16 = reinterpret_cast<const uint16_t*>(data + place.bf16);
+      weight.all_split = reinterpret_cast<const uint8_t*>(data + place.all_split);
     }
     return weight;
   };
   return {gates(plan.input), gates(plan.recurrent), reinterpret_cast<const T*>(data + plan.projection_panels),
-          reinterpret_cast<const T*>(data + plan.bias), plan.planes};
+          reinterpret_cast<const T*>(data + plan.bias), plan.bf16_parts};
 }
 
 }  // namespace lstm_ext::cpu

@@ -3,10 +3,10 @@
 
 #include "cpu/isa.h"
 
-#include "cpu/byte_product.h"
+#include "cpu/int8_product.h"
 #include "cpu/gate_weight.h"
 #include "cpu/gates.h"
-#include "cpu/plane_product.h"
+#include "cpu/bf16_product.h"
 #include "cpu/range.h"
 #include "cpu/row_major.h"
 #include "cpu/rows.h"
@@ -24,8 +24,8 @@ void sum_biases(const LayerWeights<T>& weights, Range range, T* sums) {
   }
 }
 
-// A second product that is added to a product with planes while its sums are on the matrix unit: other rows times
-// another weight with as many planes.
+// A second product that is added to a product with bf16 parts while its sums are on the tile engine: other rows times
+// another weight with as many bf16 parts.
 template <typename T>
 struct OtherProduct {
   RowGrid<const T> rows{};
@@ -65,14 +65,14 @@ class GateProduct {
   // Computes tile = weight * a + (bias, or the content of `pre`) for each block of units and calls finish(row, unit,
   // lanes, tile). If `finish` returns false, the tile is stored to `pre`. finish.prefetch(row, unit) prefetches the
   // data that it reads and writes; finish.saves_gates says whether it stores the gates. `other` needs a weight with
-  // planes, and a bias.
+  // bf16 parts, and a bias.
   template <typename A, typename Pre, typename Finish>
   LSTM_EXT_INLINE void multiply_packed(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
                                        const Pre& pre, const T* bias, Finish&& finish,
                                        const OtherProduct<T>& other = {}) {
-    if constexpr (kHasMatrixUnit<T>) {
-      if (__builtin_expect(weight.planes.count > 0, 0)) {
-        multiply_planes(rows, a_row, count, weight, pre, bias, other, finish);
+    if constexpr (kHasTileEngine<T>) {
+      if (__builtin_expect(weight.bf16.parts > 0, 0)) {
+        multiply_bf16(rows, a_row, count, weight, pre, bias, other, finish);
         return;
       }
     }
@@ -87,13 +87,13 @@ class GateProduct {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
-#if defined(LSTM_EXT_BYTE_PRODUCTS)
-        if (multiplies_bytes()) {
-          multiply_bytes_of(rows, a_row, count, narrow, pre, bias);
+#if defined(LSTM_EXT_INT8_PRODUCTS)
+        if (multiplies_int8()) {
+          multiply_int8_of(rows, a_row, count, narrow, pre, bias);
           return false;
         }
 #endif
-        if constexpr (kMayWidenBytes) {
+        if constexpr (kMayWidenInt8) {
           multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
         }
         return false;
@@ -166,19 +166,19 @@ class GateProduct {
     }
   }
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
-  // The same from planes, on the matrix unit. Rows and units that cannot be split are multiplied without it. It takes
-  // copies and is not inlined, so that the code without a matrix unit can keep everything in registers.
+#if defined(LSTM_EXT_TILE_ENGINE)
+  // The same from bf16 parts, on the tile engine. Rows and units that cannot be split are multiplied without it. It
+  // takes copies and is not inlined, so that the code without a tile engine can keep everything in registers.
   template <typename A, typename Pre, typename Finish>
-  __attribute__((noinline)) void multiply_planes(int64_t rows, A a_row, int64_t count, const GateWeight<T>& weight,
-                                                 Pre pre, const T* bias, OtherProduct<T> other, Finish finish) {
+  __attribute__((noinline)) void multiply_bf16(int64_t rows, A a_row, int64_t count, const GateWeight<T>& weight,
+                                               Pre pre, const T* bias, OtherProduct<T> other, Finish finish) {
     const int64_t H = hidden_size_;
-    const UnitPlanes& planes = weight.planes;
-    const int64_t k_tiles = divide_up(count, kUnitTileDepth), other_tiles = divide_up(other.count, kUnitTileDepth);
+    const Bf16Operand& bf16 = weight.bf16;
+    const int64_t k_tiles = divide_up(count, kEngineTileDepth), other_tiles = divide_up(other.count, kEngineTileDepth);
     const int64_t most =
-        smaller(scratch_.rows_for((k_tiles + other_tiles) * kUnitTileDepth, planes.count), kMostUnitRows);
+        smaller(scratch_.rows_for((k_tiles + other_tiles) * kEngineTileDepth, bf16.parts), kMostEngineRows);
     // With two row tiles or fewer the hardware prefetcher is as fast as any.
-    const bool far = rows > 2 * kUnitTileRows && planes.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
+    const bool far = rows > 2 * kEngineTileRows && bf16.far((blocks_.end - blocks_.begin) * kGates, k_tiles);
     for (int64_t first = 0; first < rows; first += most) {
       const int64_t height = smaller(most, rows - first);
       const auto a_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return a_row(first + row); };
@@ -197,17 +197,17 @@ class GateProduct {
           for (int gate = 0; gate < kGates; ++gate) {
             Reg<T>& sum = tile.acc[r][gate];
             sum = load_lanes<T>(before + gate * H, lanes);
-            if (sums) sum = Simd<T>::load(sums + r * kUnitTileRows + gate * kSumsSize) + sum;
+            if (sums) sum = Simd<T>::load(sums + r * kEngineTileRows + gate * kSumsSize) + sum;
           }
           if (R <= 2) finish.prefetch(first + row + 2 + r, unit);
         }
         if (!finish(first + row, unit, lanes, tile) && sums) store_tile(tile, out, lanes);
       };
       constexpr std::integral_constant<int, 1> kOneRow;
-      bool splits = split_rows(planes.count, height, a_part, count, scratch_.left);
+      bool all_split = split_rows(bf16.parts, height, a_part, count, scratch_.left);
       const auto other_part = [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return other.rows(first + row); };
-      uint16_t* const other_left = scratch_.left + plane_numbers(height, count, planes.count);
-      if (other.weight) splits &= split_rows(planes.count, height, other_part, other.count, other_left);
+      uint16_t* const other_left = scratch_.left + bf16_numbers(height, count, bf16.parts);
+      if (other.weight) all_split &= split_rows(bf16.parts, height, other_part, other.count, other_left);
       const Sweep sweep = next_sweep();
       const bool uses_pre = !other.weight || finish.saves_gates;
       struct Units {
@@ -239,26 +239,25 @@ class GateProduct {
       for (int64_t i = 0; i < sweep.count; ++i) {
         const int64_t block = sweep.block(i), place = weight.place(block);
         if (weight.packs_as_used()) pack_gates(weight, H, count, block);
-        if (splits && planes.splits[place] && (!other.weight || other.weight->planes.splits[place])) {
-          Between between = epilogue.between(planes.count);
+        if (all_split && bf16.all_split[place] && (!other.weight || other.weight->bf16.all_split[place])) {
+          Between between = epilogue.between(bf16.parts);
           if (far && i + 1 < sweep.count && !weight.packs_as_used()) {
-            between.fetch(planes.gates(weight.place(sweep.block(i + 1)), k_tiles).data,
-                          kGates * planes.tile_numbers(k_tiles));
+            between.fetch(bf16.gates(weight.place(sweep.block(i + 1)), k_tiles).data,
+                          kGates * bf16.tile_numbers(k_tiles));
           }
           TileOperands operands[2];
           int pairs = 0;
-          if (other.weight)
-            operands[pairs++] = {other_left, other.weight->planes.gates(place, other_tiles), other_tiles};
-          operands[pairs++] = {scratch_.left, planes.gates(place, k_tiles), k_tiles};
-          multiply_tiles(planes.count, scratch_.in_tiles, operands, pairs, height, 2 * kGroupTiles,
+          if (other.weight) operands[pairs++] = {other_left, other.weight->bf16.gates(place, other_tiles), other_tiles};
+          operands[pairs++] = {scratch_.left, bf16.gates(place, k_tiles), k_tiles};
+          multiply_tiles(bf16.parts, scratch_.in_tiles, operands, pairs, height, 2 * kGroupTiles,
                          scratch_.sums(block % 2), false, between);
           rest();
           epilogue.begin(block, kGates, scratch_.sums(block % 2), height);
           continue;
         }
         rest();
-        const T* a_rows[kMostUnitRows];
-        T* pre_rows[kMostUnitRows];
+        const T* a_rows[kMostEngineRows];
+        T* pre_rows[kMostEngineRows];
         for (int64_t row = 0; row < height; ++row) pre_rows[row] = pre(first + row);
         if (other.weight) {
           for (int64_t row = 0; row < height; ++row) a_rows[row] = other_part(row);
@@ -275,13 +274,13 @@ class GateProduct {
   }
 #endif
 
-#if defined(LSTM_EXT_BYTE_PRODUCTS)
+#if defined(LSTM_EXT_INT8_PRODUCTS)
   // The same from bytes, without calling `finish`.
   template <typename A, typename Pre>
-  void multiply_bytes_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
-                         const T* bias) {
+  void multiply_int8_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
+                        const T* bias) {
     const auto* const panels = static_cast<const uint8_t*>(weight.data);
-    RowDigits pieces[kPiecesAtOnce];
+    Int8Row pieces[kPiecesAtOnce];
     for (int64_t row = 0; row < rows; ++row) {
       const T* const a = a_row(row);
       T* const out = pre(row);
@@ -297,10 +296,10 @@ class GateProduct {
           Tile<T, 1, kGates> tile;
           tile.zero();
           for (int64_t k = first; k < end; k += kBlockK) {
-            const RowDigits& piece = pieces[(k - first) / kBlockK];
-            const uint8_t* const panel = panels + block * byte_panel_size(count) + k * kPanelStep;
+            const Int8Row& piece = pieces[(k - first) / kBlockK];
+            const uint8_t* const panel = panels + block * int8_panel_size(count) + k * kPanelStep;
             Reg<T> sums[kGates];
-            multiply_bytes(panel, piece, a + k, smaller(kBlockK, end - k), sums);
+            multiply_int8(panel, piece, a + k, smaller(kBlockK, end - k), sums);
 #pragma GCC unroll kGates
             for (int gate = 0; gate < kGates; ++gate) tile.acc[0][gate] = tile.acc[0][gate] + sums[gate];
           }
@@ -481,14 +480,14 @@ class GateProduct {
     }
   }
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
-  // pre = (bias, or the content of `pre`) + weight * a for one block of units, without the matrix unit.
+#if defined(LSTM_EXT_TILE_ENGINE)
+  // pre = (bias, or the content of `pre`) + weight * a for one block of units, without the tile engine.
   void multiply_block(int64_t block, int64_t rows, const T* const* a_rows, int64_t count, const GateWeight<T>& weight,
                       T* const* pre_rows, const T* bias) const {
     const RowGrid<const T> a_row = listed_rows<const T>(a_rows);
     const RowGrid<T> pre = listed_rows<T>(pre_rows);
     GateProduct one(hidden_size_, {block, block + 1});
-    if (weight.panels) {  // a frozen weight has panels and planes
+    if (weight.panels) {  // a frozen weight has panels and bf16 parts
       one.multiply_panels(rows, a_row, count, weight, weight.panels, pre, bias, KeepSums{});
     } else {
       one.multiply_unpacked(rows, a_row, count, weight, pre, bias, KeepSums{});

@@ -3,10 +3,10 @@
 
 #include "cpu/isa.h"
 
-#include "cpu/byte_product.h"
+#include "cpu/int8_product.h"
 #include "cpu/gates.h"
 #include "cpu/pack.h"
-#include "cpu/plane_product.h"
+#include "cpu/bf16_product.h"
 #include "cpu/range.h"
 #include "cpu/row_major.h"
 #include "cpu/rows.h"
@@ -16,20 +16,20 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// A weight (4H, count) that a product reads row by row, from gate-interleaved panels, or from its planes.
+// A weight (4H, count) that a product reads row by row, from gate-interleaved panels, or from its bf16 parts.
 template <typename T>
 struct GateWeight {
   WeightRows<T> rows;
   T* panels = nullptr;
-  UnitPlanes planes{};
+  Bf16Operand bf16{};
   NarrowPanels<T> narrow{};
-  // If not negative: the place of the only block whose panels or planes exist at a time. It serves a weight that a call
-  // reads once: a product packs each block when it gets there, and reads it from cache.
+  // If not negative: the place of the only block whose panels or bf16 parts exist at a time. It serves a weight that a
+  // call reads once: a product packs each block when it gets there, and reads it from cache.
   int64_t one_place = -1;
 
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
-  bool packed() const { return panels || planes.count > 0; }
+  bool packed() const { return panels || bf16.parts > 0; }
 
   // dot_rows for the weight's rows from `first` on.
   template <int X>
@@ -92,15 +92,15 @@ void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_
 }
 
 // Packs a panel of narrower numbers, from which the weight's were widened: bfloat16, in the order of half_of, or
-// integers times a factor, in the order of byte_place if bytes are multiplied.
+// integers times a factor, in the order of int8_place if bytes are multiplied.
 template <typename T>
 void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
                        int64_t block, void* panels) {
   constexpr int n = Simd<T>::kLanes;
-  const bool as_bytes = kind == WeightKind::kInt8 && multiplies_bytes();
+  const bool as_bytes = kind == WeightKind::kInt8 && multiplies_int8();
   if (as_bytes) {
-    uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
-    for (int64_t i = 0; i < byte_panel_size(count); ++i) bytes[i] = 128;
+    uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);
+    for (int64_t i = 0; i < int8_panel_size(count); ++i) bytes[i] = 128;
   }
   int64_t at = block * kGates * n * count;
   for (int64_t k = 0; k < count; ++k) {
@@ -117,8 +117,8 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
           const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
           const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
           if (as_bytes) {
-            uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * byte_panel_size(count);
-            bytes[byte_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
+            uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);
+            bytes[int8_place(k, gate, lane)] = static_cast<uint8_t>(rounded + 128);
           } else {
             static_cast<int8_t*>(panels)[at] = static_cast<int8_t>(rounded);
           }
@@ -128,25 +128,26 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
   }
 }
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
-// Packs the planes of the same units. Returns whether all numbers could be split.
+#if defined(LSTM_EXT_TILE_ENGINE)
+// Packs the bf16 parts of the same units. Returns whether all numbers could be split.
 template <typename W>
-bool pack_gate_planes(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int planes, uint16_t* out) {
-  const int64_t unit = block * kUnitTileRows;
-  const int units = static_cast<int>(smaller(hidden_size - unit, kUnitTileRows));
-  const int64_t k_step = kGroupTiles * planes * kOperandSize;
-  bool splits = true;
+bool pack_gate_bf16(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int bf16_parts, uint16_t* out) {
+  const int64_t unit = block * kEngineTileRows;
+  const int units = static_cast<int>(smaller(hidden_size - unit, kEngineTileRows));
+  const int64_t k_step = kGroupTiles * bf16_parts * kOperandSize;
+  bool all_split = true;
   for (int gate = 0; gate < kGates; ++gate) {
     const W* const rows = weight + (gate * hidden_size + unit) * count;
-    uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kUnitTileDepth) * k_step +
-                         gate % kGroupTiles * planes * kOperandSize;
-    with_planes(planes, [&](auto p) { splits &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
+    uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kEngineTileDepth) * k_step +
+                         gate % kGroupTiles * bf16_parts * kOperandSize;
+    with_bf16_parts(bf16_parts,
+                    [&](auto p) { all_split &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
   }
-  return splits;
+  return all_split;
 }
 #endif
 
-// Packs kLanes units of a weight into the block's place, as panels or planes, if the weight has any.
+// Packs kLanes units of a weight into the block's place, as panels or bf16 parts, if the weight has any.
 template <typename T>
 void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count, int64_t block) {
   const int64_t place = weight.place(block);
@@ -154,13 +155,12 @@ void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count,
     T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
     weight.rows.with([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
   }
-  if constexpr (kHasMatrixUnit<T>) {
-    const UnitPlanes& planes = weight.planes;
-    if (planes.count == 0) return;
-    const int64_t size = kGates * divide_up(count, kUnitTileDepth) * planes.count * kOperandSize;
+  if constexpr (kHasTileEngine<T>) {
+    const Bf16Operand& bf16 = weight.bf16;
+    if (bf16.parts == 0) return;
+    const int64_t size = kGates * divide_up(count, kEngineTileDepth) * bf16.parts * kOperandSize;
     weight.rows.with([&](const auto* rows) {
-      planes.splits[place] =
-          pack_gate_planes(rows, hidden_size, count, block, planes.count, planes.data + place * size);
+      bf16.all_split[place] = pack_gate_bf16(rows, hidden_size, count, block, bf16.parts, bf16.data + place * size);
     });
   }
 }

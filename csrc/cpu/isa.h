@@ -68,7 +68,7 @@
 
 #define LSTM_EXT_ISA neon_bf16
 
-#elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a matrix unit in plain C++
+#elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a tile engine in plain C++
 
 #define LSTM_EXT_ISA software
 

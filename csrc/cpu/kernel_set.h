@@ -7,7 +7,7 @@
 #include "cpu/backward.h"
 #endif
 #include "cpu/forward.h"
-#include "cpu/matrix_unit.h"
+#include "cpu/tile_engine.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
 
@@ -22,11 +22,11 @@ template <typename T>
 constexpr decltype(Kernels<T>::backward) kBackward = &backward<T>;
 #endif
 
-// Without a matrix unit, whose limits are the processor's: see capability.cpp.
+// Without a tile engine, whose limits are the processor's: see capability.cpp.
 template <typename T>
-constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       UnitLimits{},         &plan_forward<T>,
+constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       EngineLimits{},       &plan_forward<T>,
                               &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &forward<T>,
-                              kBackward<T>,      &freeze<T>,      &meet_often,          &multiplies_bytes};
+                              kBackward<T>,      &freeze<T>,      &meet_often,          &multiplies_int8};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -31,14 +31,14 @@ extern LSTM_EXT_PUBLIC __thread uint64_t unit_directions;
 
 template <typename T>
 struct Kernels {
-  int64_t lanes;      // T values in a SIMD register
-  int64_t tile_rows;  // batch rows of a register tile
-  UnitLimits unit;    // from which sizes on products use the matrix unit
+  int64_t lanes;        // T values in a SIMD register
+  int64_t tile_rows;    // batch rows of a register tile
+  EngineLimits engine;  // from which sizes on products use the tile engine
   // See plan.h.
   ForwardPlan (*plan_forward)(const ForwardParams<T>&, const Machine&);
   BackwardPlan (*plan_backward)(const BackwardParams<T>&, const Machine&);
-  FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int planes, WeightKind, int64_t first);
-  bool (*sums_gradients_once)(const LayerShape&, int planes);
+  FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int bf16_parts, WeightKind, int64_t first);
+  bool (*sums_gradients_once)(const LayerShape&, int bf16_parts);
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
@@ -47,7 +47,7 @@ struct Kernels {
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
   // Meets `times` times at a barrier of this form, whose place was zeroed: what a barrier costs.
   void (*meet_often)(char* place, bool tree, int workers, int worker, int times);
-  bool (*multiplies_bytes)();  // whether frozen int8 weights multiply bytes; their panels depend on it
+  bool (*multiplies_int8)();  // whether frozen int8 weights multiply bytes; their panels depend on it
 };
 
 struct Capability {

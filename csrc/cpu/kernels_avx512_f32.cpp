@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL), in float32. With the matrix unit.
+// AVX-512 (F, BW, DQ, VL), in float32. With the tile engine.
 #define LSTM_EXT_ISA_AVX512
 #include "cpu/kernel_set.h"
 

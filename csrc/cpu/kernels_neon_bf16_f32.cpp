@@ -1,4 +1,4 @@
-// NEON with the matrix unit for bfloat16, in float32.
+// NEON with the tile engine for bfloat16, in float32.
 #define LSTM_EXT_ISA_NEON_BF16
 #include "cpu/kernel_set.h"
 

@@ -32,40 +32,40 @@ void reserve_barriers(Layout<T>& layout, Plan& plan, const WorkerCosts& costs) {
 }
 
 // Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
-void need_left(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
-  const int64_t tile = plane_numbers(1, depth, planes);
-  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / tile);
-  const int64_t tiles = std::min({divide_up(rows, kUnitTileRows), most, kMostUnitRows / kUnitTileRows});
+void need_left(EngineScratch& scratch, int64_t rows, int64_t depth, int bf16_parts, int64_t column_tiles) {
+  const int64_t tile = bf16_numbers(1, depth, bf16_parts);
+  const int64_t most = std::max<int64_t>(1, kEngineLeftNumbers / tile);
+  const int64_t tiles = std::min({divide_up(rows, kEngineTileRows), most, kMostEngineRows / kEngineTileRows});
   scratch.left_numbers = std::max(scratch.left_numbers, tiles * tile);
-  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kUnitTileRows * kUnitTileRows);
+  scratch.sums_numbers = std::max(scratch.sums_numbers, tiles * column_tiles * kEngineTileRows * kEngineTileRows);
 }
 
 // The same for a sum that may be computed in pieces of k; the sums of all columns are kept in between.
-void need_left_in_pieces(UnitScratch& scratch, int64_t rows, int64_t depth, int planes, int64_t column_tiles) {
-  const int64_t row_tiles = std::min(divide_up(rows, kUnitTileRows), kMostUnitRows / kUnitTileRows);
-  const int64_t k_tile = row_tiles * plane_numbers(1, 1, planes);
-  const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
-  const int64_t most = std::max<int64_t>(1, kUnitLeftNumbers / k_tile);
+void need_left_in_pieces(EngineScratch& scratch, int64_t rows, int64_t depth, int bf16_parts, int64_t column_tiles) {
+  const int64_t row_tiles = std::min(divide_up(rows, kEngineTileRows), kMostEngineRows / kEngineTileRows);
+  const int64_t k_tile = row_tiles * bf16_numbers(1, 1, bf16_parts);
+  const int64_t k_tiles = divide_up(depth, kEngineTileDepth);
+  const int64_t most = std::max<int64_t>(1, kEngineLeftNumbers / k_tile);
   scratch.left_numbers = std::max(scratch.left_numbers, std::min(k_tiles, most) * k_tile);
   const int64_t width = k_tiles > most ? divide_up(column_tiles, 2) : kGateTiles;  // width of one of two buffers
   scratch.sums_numbers =
-      std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kUnitTileRows * kUnitTileRows);
+      std::max(scratch.sums_numbers, row_tiles * std::max(width, kGateTiles) * kEngineTileRows * kEngineTileRows);
 }
 
-// Reserves panels or planes of `units` units of a weight (4H, depth) that is multiplied with `rows` rows at once;
+// Reserves panels or bf16 parts of `units` units of a weight (4H, depth) that is multiplied with `rows` rows at once;
 // returns 0 if it has none.
 template <typename T>
-int64_t reserve_gate_weight(Layout<T>& layout, bool pack, UnitProduct& unit, UnitScratch& scratch, int64_t units,
+int64_t reserve_gate_weight(Layout<T>& layout, bool pack, EngineProduct& engine, EngineScratch& scratch, int64_t units,
                             int64_t rows, int64_t depth) {
-  if (unit.planes > 0) {
-    unit.splits = layout.reserve_bytes(divide_up(units, kUnitTileRows));
-    need_left(scratch, rows, depth, unit.planes, kGateTiles);
-    return layout.reserve_bytes(2 * plane_numbers(4 * units, depth, unit.planes));
+  if (engine.bf16_parts > 0) {
+    engine.all_split = layout.reserve_bytes(divide_up(units, kEngineTileRows));
+    need_left(scratch, rows, depth, engine.bf16_parts, kGateTiles);
+    return layout.reserve_bytes(2 * bf16_numbers(4 * units, depth, engine.bf16_parts));
   }
   return pack ? layout.reserve(4 * units * depth) : 0;
 }
 template <typename T>
-void reserve_scratch(Layout<T>& layout, UnitScratch& scratch, int64_t workers) {
+void reserve_scratch(Layout<T>& layout, EngineScratch& scratch, int64_t workers) {
   scratch.left = layout.reserve_bytes(workers * 2 * scratch.left_numbers);
   scratch.right = layout.reserve_bytes(workers * 2 * scratch.right_numbers);
   scratch.sums = layout.reserve_bytes(workers * 2 * static_cast<int64_t>(sizeof(float)) * scratch.sums_numbers);
@@ -86,23 +86,23 @@ void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& m
   Layout<T> layout;
   reserve_barriers(layout, plan, machine.costs);
   const int64_t padded = round_up(H, machine.lanes);
-  UnitScratch& scratch = plan.unit_scratch;
-  scratch.in_tiles = machine.unit.tiles;
+  EngineScratch& scratch = plan.engine_scratch;
+  scratch.in_tiles = machine.engine.tiles;
   if (frozen) {
-    if (const int p = plan.input_unit.planes) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
-    if (const int p = plan.recurrent_unit.planes) need_left(scratch, plan.team_rows, P, p, kGateTiles);
+    if (const int p = plan.input_engine.bf16_parts) need_left(scratch, plan.chunk_rows, I, p, kGateTiles);
+    if (const int p = plan.recurrent_engine.bf16_parts) need_left(scratch, plan.team_rows, P, p, kGateTiles);
   } else {
     // The units that have a place at once: all, or one block of each worker.
     const int64_t units = plan.pack_as_used ? workers * machine.lanes : padded;
-    plan.input_panels = reserve_gate_weight(layout, plan.pack, plan.input_unit, scratch, units, plan.chunk_rows, I);
+    plan.input_panels = reserve_gate_weight(layout, plan.pack, plan.input_engine, scratch, units, plan.chunk_rows, I);
     plan.recurrent_panels =
-        reserve_gate_weight(layout, plan.pack, plan.recurrent_unit, scratch, units, plan.team_rows, P);
+        reserve_gate_weight(layout, plan.pack, plan.recurrent_engine, scratch, units, plan.team_rows, P);
     plan.bias = layout.reserve(gates);
     if (shape.projected) plan.projection_panels = layout.reserve(round_up(P, machine.lanes) * H);
   }
   if (plan.input_in_steps) {
-    const int64_t depth = round_up(I, kUnitTileDepth) + round_up(P, kUnitTileDepth);
-    need_left(scratch, plan.team_rows, depth, plan.recurrent_unit.planes, kGateTiles);
+    const int64_t depth = round_up(I, kEngineTileDepth) + round_up(P, kEngineTileDepth);
+    need_left(scratch, plan.team_rows, depth, plan.recurrent_engine.bf16_parts, kGateTiles);
   }
   reserve_scratch(layout, scratch, workers);
   if (shape.projected && !params.hidden) plan.hidden = layout.reserve(shape.batch * H);
@@ -132,31 +132,31 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   Layout<T> layout;
   reserve_barriers(layout, plan, machine.costs);
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
-  UnitScratch& scratch = plan.unit_scratch;
-  scratch.in_tiles = machine.unit.tiles;
-  const auto reserve_weight = [&](UnitProduct& unit, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
-    if (unit.planes > 0) {
-      unit.splits = layout.reserve_bytes(divide_up(columns, kUnitTileRows));
-      need_left_in_pieces(scratch, rows, depth, unit.planes, divide_up(columns, kUnitTileRows));
-      return layout.reserve_bytes(2 * plane_numbers(columns, depth, unit.planes));
+  EngineScratch& scratch = plan.engine_scratch;
+  scratch.in_tiles = machine.engine.tiles;
+  const auto reserve_weight = [&](EngineProduct& engine, int64_t rows, int64_t depth, int64_t columns) -> int64_t {
+    if (engine.bf16_parts > 0) {
+      engine.all_split = layout.reserve_bytes(divide_up(columns, kEngineTileRows));
+      need_left_in_pieces(scratch, rows, depth, engine.bf16_parts, divide_up(columns, kEngineTileRows));
+      return layout.reserve_bytes(2 * bf16_numbers(columns, depth, engine.bf16_parts));
     }
     return plan.pack ? layout.reserve(round_up(columns, machine.lanes) * depth) : 0;
   };
-  if (plan.pack_recurrent) plan.recurrent_panels = reserve_weight(plan.recurrent_unit, shape.batch, gates, P);
-  if (shape.projected) plan.projection_panels = reserve_weight(plan.projection_unit, shape.batch, P, H);
+  if (plan.pack_recurrent) plan.recurrent_panels = reserve_weight(plan.recurrent_engine, shape.batch, gates, P);
+  if (shape.projected) plan.projection_panels = reserve_weight(plan.projection_engine, shape.batch, P, H);
   if (params.grad_input.data) {
-    plan.input_panels = reserve_weight(plan.input_unit, std::min(plan.chunk_rows, kUnitInputRows), gates, I);
+    plan.input_panels = reserve_weight(plan.input_engine, std::min(plan.chunk_rows, kEngineInputRows), gates, I);
   }
-  if (plan.outer_unit.planes > 0) {
-    const int planes = plan.outer_unit.planes;
+  if (plan.outer_engine.bf16_parts > 0) {
+    const int bf16_parts = plan.outer_engine.bf16_parts;
     const int64_t columns = std::max({I, P, shape.projected ? H : 0});
     const int64_t depth = std::min(kSumBlock, plan.chunk_rows);
-    need_left(scratch, kUnitOuterRows, depth, planes, kGateTiles);
-    const int64_t whole = plane_numbers(columns, depth, planes);
-    const int64_t one = plane_numbers(columns, kUnitTileDepth, planes);
-    const int64_t both = plane_numbers(I, depth, planes) + plane_numbers(P, depth, planes);  // see add_outer_planes
-    scratch.right_numbers = std::min(whole, std::max(one, kUnitRightNumbers / one * one));
-    if (both <= kUnitRightNumbers) scratch.right_numbers = std::max(scratch.right_numbers, both);
+    need_left(scratch, kEngineOuterRows, depth, bf16_parts, kGateTiles);
+    const int64_t whole = bf16_numbers(columns, depth, bf16_parts);
+    const int64_t one = bf16_numbers(columns, kEngineTileDepth, bf16_parts);
+    const int64_t both = bf16_numbers(I, depth, bf16_parts) + bf16_numbers(P, depth, bf16_parts);  // see add_outer_bf16
+    scratch.right_numbers = std::min(whole, std::max(one, kEngineRightNumbers / one * one));
+    if (both <= kEngineRightNumbers) scratch.right_numbers = std::max(scratch.right_numbers, both);
   }
   plan.partial_sums = layout.reserve(shape.batch * H);
   plan.outer_product_size = outer_product_scratch(machine.lanes, divide_up(gates, workers));
@@ -167,7 +167,7 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   plan.gate_stride = gates * element_size % 1024 == 0 ? gates + kCacheLine / element_size : gates;
   plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);
   if (shape.projected) plan.grad_hidden = layout.reserve(buffer_rows * P);
-  if (shape.step_offsets || shape.resets || options.any() || recomputes || plan.outer_unit.planes > 0) {
+  if (shape.step_offsets || shape.resets || options.any() || recomputes || plan.outer_engine.bf16_parts > 0) {
     // For each worker, a list of h_{t-1} of the rows of a chunk, and zeros.
     plan.h_lists = layout.reserve_pointers(workers * plan.chunk_rows);
     plan.zero_row_size = plan.gate_stride;
@@ -192,11 +192,11 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
     const int64_t padded = round_up(H, machine.lanes);
     plan.recomputed_gate_values = layout.reserve(plan.chunk_rows * gates);
     if (shape.projected) plan.recomputed_hidden = layout.reserve(buffer_rows * H);
-    const auto reserve_gates = [&](UnitProduct& unit, int64_t depth) {
-      return reserve_gate_weight(layout, plan.pack, unit, scratch, padded, plan.chunk_rows, depth);
+    const auto reserve_gates = [&](EngineProduct& engine, int64_t depth) {
+      return reserve_gate_weight(layout, plan.pack, engine, scratch, padded, plan.chunk_rows, depth);
     };
-    plan.recompute_input_panels = reserve_gates(plan.recompute_input_unit, I);
-    plan.recompute_recurrent_panels = reserve_gates(plan.recompute_recurrent_unit, P);
+    plan.recompute_input_panels = reserve_gates(plan.recompute_input_engine, I);
+    plan.recompute_recurrent_panels = reserve_gates(plan.recompute_recurrent_engine, P);
     plan.recompute_bias = layout.reserve(workers * gates);
     plan.recompute_lists = layout.reserve_pointers(workers * 3 * plan.chunk_rows);
   }
@@ -205,14 +205,15 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
 }
 
 template <typename T>
-FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind, int64_t first) {
+FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int bf16_parts, WeightKind kind,
+                       int64_t first) {
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size;
   const int64_t padded = round_up(H, machine.lanes);
   FrozenPlan plan;
   plan.kind = kind;
-  // The planes that any number of rows would use.
-  const int64_t rows = machine.unit.rows[planes];
-  plan.planes = rows < kNever ? gate_planes(machine, planes, rows, kUnitTileDepth, H) : 0;
+  // The bf16 parts that any number of rows would use.
+  const int64_t rows = machine.engine.rows[bf16_parts];
+  plan.bf16_parts = rows < kNever ? gate_bf16_parts(machine, bf16_parts, rows, kEngineTileDepth, H) : 0;
   Layout<T> layout{round_up(first, kCacheLine)};
   const auto reserve = [&](int64_t depth) {
     FrozenPlan::Gates gates;
@@ -222,13 +223,13 @@ FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int plan
       case WeightKind::kBFloat16:
       case WeightKind::kFloat16: gates.panels = layout.reserve_bytes(2 * numbers); break;
       case WeightKind::kInt8:
-        gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));  // see byte_place
+        gates.panels = layout.reserve_bytes(4 * padded * round_up(depth, 4));  // see int8_place
         gates.factors = layout.reserve(4 * H);
         break;
     }
-    if (plan.planes > 0) {
-      gates.splits = layout.reserve_bytes(divide_up(H, kUnitTileRows));
-      gates.planes = layout.reserve_bytes(2 * plane_numbers(4 * padded, depth, plan.planes));
+    if (plan.bf16_parts > 0) {
+      gates.all_split = layout.reserve_bytes(divide_up(H, kEngineTileRows));
+      gates.bf16 = layout.reserve_bytes(2 * bf16_numbers(4 * padded, depth, plan.bf16_parts));
     }
     return gates;
   };

@@ -6,7 +6,7 @@
 
 #include "cpu/isa.h"
 
-#include "cpu/plane_product.h"
+#include "cpu/bf16_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -156,25 +156,25 @@ void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range
   }
 }
 
-// A right factor of a product on the matrix unit, and its sums.
+// A right factor of a product on the tile engine, and its sums.
 struct OuterSums {
   RowGrid<const float> right;
   int64_t columns;
   SumsPlace<float> sums;
 
-  int64_t column_tiles() const { return divide_up(columns, kUnitTileRows); }
+  int64_t column_tiles() const { return divide_up(columns, kEngineTileRows); }
 };
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
+#if defined(LSTM_EXT_TILE_ENGINE)
 // Adds column tiles of terms to a row of sums.
 template <typename W>
 LSTM_EXT_INLINE void add_sums(W* to, const float* terms, int64_t columns, bool fresh) {
-  for (; columns > 0; columns -= kUnitTileRows, to += kUnitTileRows, terms += kSumsSize) {
-    const int lanes = static_cast<int>(smaller(columns, kUnitTileRows));
+  for (; columns > 0; columns -= kEngineTileRows, to += kEngineTileRows, terms += kSumsSize) {
+    const int lanes = static_cast<int>(smaller(columns, kEngineTileRows));
     add_sum(to, Simd<float>::load(terms), lanes, fresh);
   }
 }
-// The same for sums of 16 bits. Not inlined, so that the code beside the matrix unit stays short in other calls.
+// The same for sums of 16 bits. Not inlined, so that the code beside the tile engine stays short in other calls.
 __attribute__((noinline)) inline void round_sums(const SumsPlace<float>& sums, int64_t at, const float* terms,
                                                  int64_t columns) {
   sums.with([&](auto* to) LSTM_EXT_LAMBDA_INLINE { add_sums(to + at, terms, columns, true); });
@@ -196,56 +196,56 @@ struct SumsBlock {
   }
   LSTM_EXT_INLINE void prefetch(int64_t row) const {
     const int64_t from = at + row * row_step;
-    for (int64_t column = 0; column < columns; column += kUnitTileRows) sums.prefetch(from + column);
+    for (int64_t column = 0; column < columns; column += kEngineTileRows) sums.prefetch(from + column);
   }
 };
 
-// add_outer_products on the matrix unit with `planes` planes, for `count` right factors, at most kMostOuterSums. Blocks
-// whose numbers cannot be split are multiplied without it.
+// add_outer_products on the tile engine with `bf16_parts` bf16 parts, for `count` right factors, at most
+// kMostOuterSums. Blocks whose numbers cannot be split are multiplied without it.
 constexpr int kMostOuterSums = 2;
-inline void add_outer_planes(int planes, const float* left, int64_t left_step, int64_t samples, Range rows,
-                             const OuterSums* parts, int count, const TileScratch& tiles, float* scratch, bool fresh) {
+inline void add_outer_bf16(int bf16_parts, const float* left, int64_t left_step, int64_t samples, Range rows,
+                           const OuterSums* parts, int count, const TileScratch& tiles, float* scratch, bool fresh) {
   int64_t all_tiles = 0;
   for (int i = 0; i < count; ++i) all_tiles += parts[i].column_tiles();
-  const int64_t most_k_tiles = tiles.right_numbers / (all_tiles * planes * kOperandSize);
-  const int64_t most_samples = smaller(kSumBlock, most_k_tiles * kUnitTileDepth);
+  const int64_t most_k_tiles = tiles.right_numbers / (all_tiles * bf16_parts * kOperandSize);
+  const int64_t most_samples = smaller(kSumBlock, most_k_tiles * kEngineTileDepth);
   if (count > 1 && most_samples < smaller(kSumBlock, samples)) {  // shorter blocks would cost more than they save
     for (int i = 0; i < count; ++i) {
-      add_outer_planes(planes, left, left_step, samples, rows, parts + i, 1, tiles, scratch, fresh);
+      add_outer_bf16(bf16_parts, left, left_step, samples, rows, parts + i, 1, tiles, scratch, fresh);
     }
     return;
   }
   for (int64_t n = 0; n < samples; n += most_samples) {
     const int64_t depth = smaller(most_samples, samples - n);
-    const int64_t k_tiles = divide_up(depth, kUnitTileDepth);
-    const int64_t most_rows = tiles.rows_for(depth, planes);
+    const int64_t k_tiles = divide_up(depth, kEngineTileDepth);
+    const int64_t most_rows = tiles.rows_for(depth, bf16_parts);
     const auto left_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return left + (n + k) * left_step; };
     const bool first_block = fresh && n == 0;
-    const auto without_unit = [&](Range some) {
+    const auto without_engine = [&](Range some) {
       for (int i = 0; i < count; ++i) {
         const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return parts[i].right(n + k); };
         add_outer_products<float>(left + n * left_step, left_step, depth, some, right_row, parts[i].columns,
                                   parts[i].sums, scratch, first_block);
       }
     };
-    UnitPlanes right_planes[kMostOuterSums];
+    Bf16Operand right_bf16[kMostOuterSums];
     uint16_t* place = tiles.right;
-    bool splits = true;
+    bool all_split = true;
     for (int i = 0; i < count; ++i) {
       const OuterSums& part = parts[i];
-      right_planes[i] = {place, nullptr, planes};
+      right_bf16[i] = {place, nullptr, bf16_parts};
       const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return part.right(n + k); };
-      with_planes(planes, [&](auto p) {
-        splits &= split_row_pairs<p()>(
+      with_bf16_parts(bf16_parts, [&](auto p) {
+        all_split &= split_row_pairs<p()>(
             right_row, 0, part.columns, depth, [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
-              const ColumnTile to = right_planes[i].column_tile(0, tile, part.column_tiles(), depth);
+              const ColumnTile to = right_bf16[i].column_tile(0, tile, part.column_tiles(), depth);
               return to.data + k * to.k_step;
             });
       });
-      place += part.column_tiles() * right_planes[i].tile_numbers(k_tiles);
+      place += part.column_tiles() * right_bf16[i].tile_numbers(k_tiles);
     }
-    if (!splits) {
-      without_unit(rows);
+    if (!all_split) {
+      without_engine(rows);
       continue;
     }
     // The groups of all parts, one after the other.
@@ -263,39 +263,39 @@ inline void add_outer_planes(int planes, const float* left, int64_t left_step, i
     };
     for (int64_t first = rows.begin; first < rows.end; first += most_rows) {
       const int64_t height = smaller(most_rows, rows.end - first);
-      with_planes(planes, [&](auto p) { splits = split_columns<p()>(left_row, first, height, depth, tiles.left); });
-      if (!splits) {
-        without_unit({first, first + height});
+      with_bf16_parts(bf16_parts,
+                      [&](auto p) { all_split = split_columns<p()>(left_row, first, height, depth, tiles.left); });
+      if (!all_split) {
+        without_engine({first, first + height});
         continue;
       }
       const auto place_of = [=](int64_t i) LSTM_EXT_LAMBDA_INLINE {
         if (i == groups) i = 0;  // after the last group, any sums will do
         const Group group = group_at(i);
         const OuterSums& part = parts[group.part];
-        const int64_t column = group.tile * kUnitTileRows;
+        const int64_t column = group.tile * kEngineTileRows;
         return SumsBlock{part.sums, first * part.columns + column, part.columns,
-                         smaller(part.columns - column, group.width * kUnitTileRows)};
+                         smaller(part.columns - column, group.width * kEngineTileRows)};
       };
       struct Blocks {
         SumsBlock here, next;
       };
-      Epilogue epilogue([=](int64_t i, int) { return Blocks{place_of(i), place_of(i + 1)}; },
-                        [=](const Blocks& blocks, int64_t row, auto rows_at_once, const float* terms)
-                            LSTM_EXT_LAMBDA_INLINE {
-                              for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kUnitTileRows) {
-                                blocks.here.add(row, terms, first_block);
-                                const RowAhead ahead = row_ahead(row, height);
-                                (ahead.here ? blocks.here : blocks.next).prefetch(ahead.row);
-                              }
-                            });
+      Epilogue epilogue(
+          [=](int64_t i, int) { return Blocks{place_of(i), place_of(i + 1)}; },
+          [=](const Blocks& blocks, int64_t row, auto rows_at_once, const float* terms) LSTM_EXT_LAMBDA_INLINE {
+            for (const int64_t end = row + rows_at_once(); row < end; ++row, terms += kEngineTileRows) {
+              blocks.here.add(row, terms, first_block);
+              const RowAhead ahead = row_ahead(row, height);
+              (ahead.here ? blocks.here : blocks.next).prefetch(ahead.row);
+            }
+          });
       for (int64_t row = 0; row < smaller(height, kRowsAhead); ++row) place_of(0).prefetch(row);
       for (int64_t i = 0; i < groups; ++i) {
         const Group group = group_at(i);
-        const RightTiles right =
-            right_planes[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
+        const RightTiles right = right_bf16[group.part].columns(0, group.tile, parts[group.part].column_tiles(), depth);
         const TileOperands operands{tiles.left, right, k_tiles};
-        multiply_tiles(planes, tiles.in_tiles, &operands, 1, height, group.width, tiles.sums(i % 2), false,
-                       epilogue.between(planes));
+        multiply_tiles(bf16_parts, tiles.in_tiles, &operands, 1, height, group.width, tiles.sums(i % 2), false,
+                       epilogue.between(bf16_parts));
         epilogue.rest();
         epilogue.begin(i, group.width, tiles.sums(i % 2), height);
       }

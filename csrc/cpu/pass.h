@@ -7,7 +7,7 @@
 #include "contract/transition.h"
 #include "cpu/barrier.h"
 #include "cpu/gate_product.h"
-#include "cpu/plane_product.h"
+#include "cpu/bf16_product.h"
 #include "cpu/range.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -57,7 +57,7 @@ struct Pass {
   const Range blocks;  // this member's blocks of kLanes hidden units
   const Meeting all_workers, team_members;
   T* const zero_row;  // zeros in place of a row of h; reserved only if needed
-  const UnitSession unit_session;
+  const EngineSession engine_session;
 
   Pass(const Params& params, const Plan& plan, Steps::Pass direction, char* workspace, int worker)
       : params(params),
@@ -74,7 +74,7 @@ struct Pass {
         team_members{workspace + plan.barriers.teams + team * plan.barriers.bytes_of_a_team, plan.barriers.team_tree,
                      plan.grid.hidden_groups, static_cast<int>(member)},
         zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
-        unit_session(plan.unit_scratch.in_tiles && plan.unit_scratch.sums_numbers > 0) {}
+        engine_session(plan.engine_scratch.in_tiles && plan.engine_scratch.sums_numbers > 0) {}
 
   // Places in the workspace, at an offset of the plan. Those of the workers, or of the teams, follow one another; each
   // has `size` numbers or rows.
@@ -85,7 +85,7 @@ struct Pass {
   T** writable_row_list(int64_t offset, int64_t size) const { return place<T*>(offset) + worker * size; }
 
   TileScratch tile_scratch() const {
-    const UnitScratch& scratch = plan.unit_scratch;
+    const EngineScratch& scratch = plan.engine_scratch;
     return {place<uint16_t>(scratch.left) + worker * scratch.left_numbers,
             scratch.left_numbers,
             place<uint16_t>(scratch.right) + worker * scratch.right_numbers,
@@ -94,17 +94,17 @@ struct Pass {
             scratch.sums_numbers,
             scratch.in_tiles};
   }
-  // The planes of a weight for the matrix unit, at an offset of the plan.
-  UnitPlanes planes(const UnitProduct& unit, int64_t offset) const {
-    return {place<uint16_t>(offset), place<uint8_t>(unit.splits), unit.planes};
+  // The bf16 parts of a weight for the tile engine, at an offset of the plan.
+  Bf16Operand bf16_operand(const EngineProduct& engine, int64_t offset) const {
+    return {place<uint16_t>(offset), place<uint8_t>(engine.all_split), engine.bf16_parts};
   }
 
   WeightRows<T> weight_ih() const { return {params.weights.weight_ih, params.weights.narrow.weight_ih, kind()}; }
   WeightRows<T> weight_hh() const { return {params.weights.weight_hh, params.weights.narrow.weight_hh, kind()}; }
 
   // A weight (4H, count), packed according to the plan.
-  GateWeight<T> gate_weight(const WeightRows<T>& rows, bool packed, const UnitProduct& unit, int64_t offset) const {
-    if (unit.planes > 0) return {rows, nullptr, planes(unit, offset)};
+  GateWeight<T> gate_weight(const WeightRows<T>& rows, bool packed, const EngineProduct& engine, int64_t offset) const {
+    if (engine.bf16_parts > 0) return {rows, nullptr, bf16_operand(engine, offset)};
     return {rows, packed ? buffer(offset) : nullptr};
   }
 

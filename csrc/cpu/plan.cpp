@@ -15,34 +15,35 @@ int64_t count_barriers(const Params& params) {
 
 // The least number of rows of a chunk that share one read of W.
 int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
-  const int planes = plan.input_unit.planes;
-  if (planes == 0) return kChunkRows;
-  const bool far = 2.0 * planes * static_cast<double>(weight_numbers) > kCacheBytes;
-  return planes == 1 && far ? 2 * kUnitChunkRows : kUnitChunkRows;
+  const int bf16_parts = plan.input_engine.bf16_parts;
+  if (bf16_parts == 0) return kChunkRows;
+  const bool far = 2.0 * bf16_parts * static_cast<double>(weight_numbers) > kCacheBytes;
+  return bf16_parts == 1 && far ? 2 * kEngineChunkRows : kEngineChunkRows;
 }
 
-// The number of steps in a chunk if only W x runs on the matrix unit, small enough that the unit does not slow those
+// The number of steps in a chunk if only W x runs on the tile engine, small enough that the engine does not slow those
 // steps; 0 if there would be too few.
 int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
-  const int planes = plan.input_unit.planes;
-  if (planes == 0 || plan.recurrent_unit.planes > 0) return 0;
-  const int64_t columns = divide_up(divide_up(shape.hidden_size, kUnitTileRows), plan.grid.hidden_groups) * kGateTiles;
-  const int64_t products = planes * (planes + 1) / 2 * columns * divide_up(shape.input_size, kUnitTileDepth);
-  const int64_t steps = kShortUnitProducts / products * kUnitTileRows / plan.team_rows;
-  return steps >= kShortUnitSteps ? steps : 0;
+  const int bf16_parts = plan.input_engine.bf16_parts;
+  if (bf16_parts == 0 || plan.recurrent_engine.bf16_parts > 0) return 0;
+  const int64_t columns =
+      divide_up(divide_up(shape.hidden_size, kEngineTileRows), plan.grid.hidden_groups) * kGateTiles;
+  const int64_t products = bf16_parts * (bf16_parts + 1) / 2 * columns * divide_up(shape.input_size, kEngineTileDepth);
+  const int64_t steps = kShortEngineProducts / products * kEngineTileRows / plan.team_rows;
+  return steps >= kShortEngineSteps ? steps : 0;
 }
 
 // Computing W x of many steps at once reads W once, but writes the sums to memory and reads them again. W is read in
-// each step instead if a step has enough rows and one of two holds: the planes of both weights stay in the cache, or
-// those of W are no larger than the traffic that this saves.
+// each step instead if a step has enough rows and one of two holds: the bf16 parts of both weights stay in the cache,
+// or those of W are no larger than the traffic that this saves.
 bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
-  const int planes = plan.recurrent_unit.planes;
-  if (unfused || plan.pack_as_used || planes == 0 || plan.input_unit.planes != planes) return false;
+  const int bf16_parts = plan.recurrent_engine.bf16_parts;
+  if (unfused || plan.pack_as_used || bf16_parts == 0 || plan.input_engine.bf16_parts != bf16_parts) return false;
   const int64_t gates = 4 * shape.hidden_size;
-  const double of_input = 2.0 * static_cast<double>(plane_numbers(gates, shape.input_size, planes));
-  const double both = of_input + 2.0 * static_cast<double>(plane_numbers(gates, shape.output_size, planes));
+  const double of_input = 2.0 * static_cast<double>(bf16_numbers(gates, shape.input_size, bf16_parts));
+  const double both = of_input + 2.0 * static_cast<double>(bf16_numbers(gates, shape.output_size, bf16_parts));
   const double sums = static_cast<double>(sizeof(float)) * static_cast<double>(gates * shape.batch);
-  return shape.batch >= (planes == 1 ? kInputRowsOfOnePlane : kUnitTileRows) &&
+  return shape.batch >= (bf16_parts == 1 ? kInputRowsOfOnePart : kEngineTileRows) &&
          (both <= kWholeCacheBytes || of_input <= kWeightBytesOfSum * sums);
 }
 
@@ -53,7 +54,7 @@ template <typename T>
 int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine) {
   const LayerShape& shape = params.shape;
   if (shape.steps > 1 || shape.step_offsets || params.options.any() || plan.pack_as_used ||
-      plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0) {
+      plan.input_engine.bf16_parts > 0 || plan.recurrent_engine.bf16_parts > 0) {
     return 1;
   }
   const WeightKind kind = params.frozen ? params.frozen->input.narrow.kind : params.weights.narrow.kind;
@@ -76,17 +77,17 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   ForwardPlan plan;
   const int64_t samples = count_samples(shape);
   const FrozenWeights<T>* const frozen = params.frozen;
-  const int planes = frozen ? frozen->planes : params.planes;
-  const int recurrent_planes = gate_planes(machine, planes, shape.batch, P, H);
+  const int bf16_parts = frozen ? frozen->bf16_parts : params.bf16_parts;
+  const int recurrent_bf16_parts = gate_bf16_parts(machine, bf16_parts, shape.batch, P, H);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
-  plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_planes, narrow, options.any());
+  plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_bf16_parts, narrow, options.any());
   // Decided by the size of the call, not by its share among threads: results do not depend on their number.
-  if (plan.pack) plan.input_unit.planes = gate_planes(machine, planes, samples, I, H);
-  if (plan.pack) plan.recurrent_unit.planes = recurrent_planes;
-  plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostUnitRows;
+  if (plan.pack) plan.input_engine.bf16_parts = gate_bf16_parts(machine, bf16_parts, samples, I, H);
+  if (plan.pack) plan.recurrent_engine.bf16_parts = recurrent_bf16_parts;
+  plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostEngineRows;
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
-  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_unit.planes, machine.unit, true), 0.0,
-                          count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
+  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_engine.bf16_parts, machine.engine, true),
+                          0.0, count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   plan.directions_at_once = directions_at_once(machine, plan.grid);
   plan.unit_groups = count_unit_groups(plan, params, machine);
 
@@ -95,16 +96,16 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   int64_t chunk_steps = std::max(kChunkBytes / (plan.team_rows * row_bytes),
                                  divide_up(least_chunk_rows(plan, gates * I), plan.team_rows));
   if (const int64_t steps = short_chunk_steps(plan, shape)) chunk_steps = steps;
-  if (plan.input_in_steps) chunk_steps = 1;  // room for rows that the matrix unit cannot split
+  if (plan.input_in_steps) chunk_steps = 1;  // room for rows that the tile engine cannot split
   plan.chunk_rows = plan.team_rows * std::clamp<int64_t>(chunk_steps, 1, shape.steps);
   lay_out(plan, params, machine);
   return plan;
 }
 
-bool sums_gradients_once(const LayerShape& shape, int planes) {
-  const int64_t numbers =
-      plane_numbers(shape.input_size, shape.batch, planes) + plane_numbers(shape.output_size, shape.batch, planes);
-  return shape.steps == 1 && shape.batch <= kSumBlock && numbers <= kUnitRightNumbers;
+bool sums_gradients_once(const LayerShape& shape, int bf16_parts) {
+  const int64_t numbers = bf16_numbers(shape.input_size, shape.batch, bf16_parts) +
+                          bf16_numbers(shape.output_size, shape.batch, bf16_parts);
+  return shape.steps == 1 && shape.batch <= kSumBlock && numbers <= kEngineRightNumbers;
 }
 
 template <typename T>
@@ -117,19 +118,19 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   const int64_t samples = count_samples(shape);
   double other_work = static_cast<double>(samples) * static_cast<double>(gates) * static_cast<double>(2 * I + P);
   BackwardPlan plan;
-  const int row_planes = column_planes(machine, params.planes, shape.batch, gates, P);
+  const int row_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, gates, P);
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
-  // Packing three planes pays for a few rows of several steps if the weights are large.
-  const bool packs_soon =
-      row_planes > 0 && (narrow || row_planes < 3 || (shape.steps > 1 && gates * (I + P) > 200'000));
-  const int64_t few = packs_soon ? few_rows(row_planes, narrow) : std::max(kRowMajorRows, 4 * machine.lanes);
+  // Packing three bf16 parts pays for a few rows of several steps if the weights are large.
+  const bool packs_soon = row_parts > 0 && (narrow || row_parts < 3 || (shape.steps > 1 && gates * (I + P) > 200'000));
+  const int64_t few = packs_soon ? few_rows(row_parts, narrow) : std::max(kRowMajorRows, 4 * machine.lanes);
   // Unpacked weights of 16 bits are widened to float32 in each step.
   plan.pack = samples > few || (narrow && shape.steps > 1);
   // A single step uses U only for the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
-  if (plan.pack_recurrent) plan.recurrent_unit.planes = column_planes(machine, params.planes, shape.batch, gates, P);
-  if (plan.recurrent_unit.planes > 0) other_work /= machine.unit.speed[plan.recurrent_unit.planes];
-  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_unit.planes, machine.unit, false),
+  if (plan.pack_recurrent)
+    plan.recurrent_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, gates, P);
+  if (plan.recurrent_engine.bf16_parts > 0) other_work /= machine.engine.speed[plan.recurrent_engine.bf16_parts];
+  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_engine.bf16_parts, machine.engine, false),
                           other_work, count_barriers(params), shape.batch);
   plan.directions_at_once = !params.grad_input.data && directions_at_once(machine, plan.grid);
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
@@ -137,18 +138,21 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   // The shared left factor of both weights is split once.
   const bool one_left = params.grad_weight_ih && params.grad_weight_hh && !options.normalised();
   const int64_t outer_columns = one_left ? I + P : std::min(I, P);
-  if (plan.pack) plan.outer_unit.planes = column_planes(machine, params.planes, samples, samples, outer_columns);
-  // The matrix unit adds to memory every kSumBlock samples in any case.
-  const int64_t most_samples = plan.outer_unit.planes > 0 ? kSumBlock : kMostSamples;
+  if (plan.pack)
+    plan.outer_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, samples, samples, outer_columns);
+  // The tile engine adds to memory every kSumBlock samples in any case.
+  const int64_t most_samples = plan.outer_engine.bf16_parts > 0 ? kSumBlock : kMostSamples;
   plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
   if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
   if (plan.pack) {
-    const int64_t input_rows = std::min(plan.chunk_rows, kUnitInputRows);
-    if (shape.projected) plan.projection_unit.planes = column_planes(machine, params.planes, shape.batch, P, H);
-    if (params.grad_input.data) plan.input_unit.planes = column_planes(machine, params.planes, input_rows, gates, I);
+    const int64_t input_rows = std::min(plan.chunk_rows, kEngineInputRows);
+    if (shape.projected)
+      plan.projection_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, P, H);
+    if (params.grad_input.data)
+      plan.input_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, input_rows, gates, I);
     if (recomputes) {
-      plan.recompute_input_unit.planes = gate_planes(machine, params.planes, samples, I, H);
-      plan.recompute_recurrent_unit.planes = gate_planes(machine, params.planes, samples, P, H);
+      plan.recompute_input_engine.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, I, H);
+      plan.recompute_recurrent_engine.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, P, H);
     }
   }
   lay_out(plan, params, machine);

@@ -11,16 +11,17 @@ namespace lstm_ext::cpu {
 
 constexpr int64_t kNever = int64_t{1} << 62;  // rows that no call has
 
-// The least sizes at which a product pays on the matrix unit, by the number of planes of its operands: see planes.h.
-struct UnitLimits {
-  int64_t rows[4];      // rows of a step; all 0 without a matrix unit
+// The least sizes at which a product pays on the tile engine, by the number of bf16 parts of its operands: see
+// bf16_split.h.
+struct EngineLimits {
+  int64_t rows[4];      // rows of a step; all 0 without a tile engine
   int64_t far_rows[4];  // the same if the second-level cache does not hold the weight
   int64_t units[4];     // hidden units, if a weight (4H, n) is the right operand
   int64_t columns[4];   // columns of any other right operand
   // Its approximate speed relative to fused multiply-adds; it computes a multiple of row_multiple rows.
   double speed[4];
   int64_t row_multiple;
-  bool tiles;  // AMX; else an instruction for pairs in vector registers, which takes one plane
+  bool tiles;  // AMX; else an instruction for pairs in vector registers, which takes one bf16 part
 
   bool any() const { return rows[1] > 0; }
 };
@@ -46,22 +47,22 @@ struct WorkerCosts {
 struct Machine {
   int64_t lanes;  // numbers in a SIMD register
   int threads;    // threads the caller may use
-  UnitLimits unit{};
+  EngineLimits engine{};
   WorkerCosts costs{};
 };
 
-// A product's use of the matrix unit; see planes.h. All 0 if it does not run there.
-struct UnitProduct {
-  int planes = 0;      // planes of its operands; 0: not on the matrix unit
-  int64_t splits = 0;  // place of a flag for each 16 columns of the right operand
+// A product's use of the tile engine; see bf16_split.h. All 0 if it does not run there.
+struct EngineProduct {
+  int bf16_parts = 0;     // bf16 parts of its operands; 0: not on the tile engine
+  int64_t all_split = 0;  // place of a flag for each 16 columns of the right operand
 };
 
-// A worker's scratch for products on the matrix unit.
-struct UnitScratch {
+// A worker's scratch for products on the tile engine.
+struct EngineScratch {
   int64_t left = 0, left_numbers = 0;  // place, and bfloat16 numbers
   int64_t right = 0, right_numbers = 0;
   int64_t sums = 0, sums_numbers = 0;  // place of two buffers, and float32 numbers in one
-  bool in_tiles = false;               // UnitLimits::tiles
+  bool in_tiles = false;               // EngineLimits::tiles
 };
 
 // Workers form a grid of batch_groups teams of hidden_groups members. Each team owns a slice of the batch for all time
@@ -87,9 +88,9 @@ struct BarrierPlaces {
 // Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first.
 struct ForwardPlan {
   WorkerGrid grid;
-  bool pack = false;            // W and U as gate-interleaved panels or as planes; else they are read row-major
+  bool pack = false;            // W and U as gate-interleaved panels or as bf16 parts; else they are read row-major
   bool pack_as_used = false;    // both block by block, because the call uses them once: see GateWeight
-  bool input_in_steps = false;  // W x of a step is summed with its U h on the matrix unit
+  bool input_in_steps = false;  // W x of a step is summed with its U h on the tile engine
   // Both directions of a bidirectional layer may run at the same time, each on the workers of its plan.
   bool directions_at_once = false;
   int64_t unit_groups = 1;    // groups of hidden units: a step multiplies W x and U h group by group
@@ -97,8 +98,8 @@ struct ForwardPlan {
   int64_t chunk_rows = 0;     // rows (steps x batch rows) of a team whose input part is computed at once
   int64_t zero_row_size = 0;  // numbers in a row of zeros
   int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
-  UnitProduct input_unit, recurrent_unit;
-  UnitScratch unit_scratch;
+  EngineProduct input_engine, recurrent_engine;
+  EngineScratch engine_scratch;
   int64_t preactivations = 0, hidden = 0;                           // in inference: rows of a chunk, and of a step
   int64_t row_lists = 0, state_lists = 0, zero_rows = 0;            // see ForwardState
   int64_t masked_h = 0, recurrent_parts = 0, normalised_cells = 0;  // see UnfusedForwardStep
@@ -109,10 +110,10 @@ struct ForwardPlan {
 
 // The layout of the frozen weights of one direction, in byte offsets.
 struct FrozenPlan {
-  int planes = 0;  // planes of the weights for the matrix unit; 0: none
+  int bf16_parts = 0;  // bf16 parts of the weights for the tile engine; 0: none
   WeightKind kind = WeightKind::kOwn;
   struct Gates {  // a place that is not needed is 0
-    int64_t panels = 0, factors = 0, planes = 0, splits = 0;
+    int64_t panels = 0, factors = 0, bf16 = 0, all_split = 0;
   };
   Gates input, recurrent;
   int64_t projection_panels = 0, bias = 0;
@@ -140,26 +141,26 @@ struct BackwardPlan {
   int64_t norm_rows = 0, parameter_sums = 0;  // see UnfusedBackwardStep
   int64_t recomputed_gate_values = 0, recomputed_hidden = 0;
   int64_t recompute_input_panels = 0, recompute_recurrent_panels = 0, recompute_bias = 0, recompute_lists = 0;
-  UnitProduct input_unit, recurrent_unit, projection_unit;  // products with W, U and W_hr as the right operand
-  UnitProduct outer_unit;                                   // the sums of outer products
-  UnitProduct recompute_input_unit, recompute_recurrent_unit;
-  UnitScratch unit_scratch;
+  EngineProduct input_engine, recurrent_engine, projection_engine;  // products with W, U and W_hr as the right operand
+  EngineProduct outer_engine;                                       // the sums of outer products
+  EngineProduct recompute_input_engine, recompute_recurrent_engine;
+  EngineScratch engine_scratch;
   BarrierPlaces barriers;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
 constexpr double kCacheBytes = 1.5e6;  // weights of this size stay in the second-level cache between steps
-constexpr int64_t kUnitTileRows = 16, kUnitTileDepth = 32;  // tile of an operand of the matrix unit
-constexpr int64_t kGateTiles = 4;       // tiles of sums, side by side: one for each gate of 16 units
-constexpr int64_t kMostUnitRows = 256;  // most rows of a left operand at once
-constexpr int64_t kUnitInputRows = 96;  // rows of gradients that are multiplied with W at once
-constexpr int64_t kSumBlock = 512;      // samples whose outer products are summed in registers
-constexpr int64_t kTileColumns = 4;     // columns of a register tile, in registers
-constexpr int64_t kNormRows = 4;        // rows that are normalised side by side, see layer_norm.h
-constexpr int64_t kBarrierBytes = 64;   // a barrier that is one cache line
-constexpr int64_t kNodeBytes = 128;     // a node of one that is a tree
-constexpr int kTreeRadix = 4;           // workers, or nodes, that meet at a node
+constexpr int64_t kEngineTileRows = 16, kEngineTileDepth = 32;  // tile of an operand of the tile engine
+constexpr int64_t kGateTiles = 4;         // tiles of sums, side by side: one for each gate of 16 units
+constexpr int64_t kMostEngineRows = 256;  // most rows of a left operand at once
+constexpr int64_t kEngineInputRows = 96;  // rows of gradients that are multiplied with W at once
+constexpr int64_t kSumBlock = 512;        // samples whose outer products are summed in registers
+constexpr int64_t kTileColumns = 4;       // columns of a register tile, in registers
+constexpr int64_t kNormRows = 4;          // rows that are normalised side by side, see layer_norm.h
+constexpr int64_t kBarrierBytes = 64;     // a barrier that is one cache line
+constexpr int64_t kNodeBytes = 128;       // a node of one that is a tree
+constexpr int kTreeRadix = 4;             // workers, or nodes, that meet at a node
 
 LSTM_EXT_CONTRACT_INLINE int64_t barrier_bytes(bool tree, int64_t workers) {
   if (!tree) return kBarrierBytes;
@@ -176,15 +177,15 @@ LSTM_EXT_CONTRACT_INLINE int64_t parameter_sums(const StepOptions<T>& options) {
 }
 
 // Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,
-// and one block of add_outer_products and of add_outer_planes. `planes` as in LayerParams.
-LSTM_EXT_PUBLIC bool sums_gradients_once(const LayerShape& shape, int planes);
+// and one block of add_outer_products and of add_outer_bf16. `bf16_parts` as in LayerParams.
+LSTM_EXT_PUBLIC bool sums_gradients_once(const LayerShape& shape, int bf16_parts);
 // The parameters that are set decide which places a call needs: a forward pass needs one for everything that it does
 // not save, a backward pass for everything that is requested or recomputed.
 template <typename T>
 LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
 // `first` is the first free byte.
 template <typename T>
-LSTM_EXT_PUBLIC FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int planes, WeightKind kind,
+LSTM_EXT_PUBLIC FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int bf16_parts, WeightKind kind,
                                        int64_t first);
 template <typename T>
 LSTM_EXT_PUBLIC BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);

@@ -83,9 +83,9 @@ class Recompute {
   const BackwardPlan& plan_ = pass_.plan;
   GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks, pass_.tile_scratch()};
   const GateWeight<T> input_weight_ =
-      pass_.gate_weight(pass_.weight_ih(), plan_.pack, plan_.recompute_input_unit, plan_.recompute_input_panels);
+      pass_.gate_weight(pass_.weight_ih(), plan_.pack, plan_.recompute_input_engine, plan_.recompute_input_panels);
   const GateWeight<T> recurrent_weight_ = pass_.gate_weight(
-      pass_.weight_hh(), plan_.pack, plan_.recompute_recurrent_unit, plan_.recompute_recurrent_panels);
+      pass_.weight_hh(), plan_.pack, plan_.recompute_recurrent_engine, plan_.recompute_recurrent_panels);
   T* const bias_ = pass_.worker_buffer(plan_.recompute_bias, 4 * pass_.shape.hidden_size);
   // Pointers to the team's rows of a chunk.
   const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, 3 * plan_.chunk_rows);

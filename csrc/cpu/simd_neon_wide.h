@@ -1,4 +1,4 @@
-// Simd<float> for AArch64 with a matrix unit: four registers of NEON side by side, which are a row of its tiles. simd.h
+// Simd<float> for AArch64 with a tile engine: four registers of NEON side by side, which are a row of its tiles. simd.h
 // includes this within its namespaces.
 #pragma once
 
@@ -88,6 +88,6 @@ struct Simd<float> {
   }
 };
 
-// Never used: float64 has no matrix unit, and the kernels of NEON.
+// Never used: float64 has no tile engine, and the kernels of NEON.
 template <>
 struct Simd<double>;

@@ -104,7 +104,7 @@ lstm_ext_model* make_model(const WeightsFile& file, const cpu::Capability& capab
   file.visit_directions([&](int64_t layer, int64_t d, const FileArrays& arrays) {
     const LayerShape shape = file.shape(layer);
     const cpu::FrozenPlan plan =
-        kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit}, static_cast<int>(file.header->planes),
+        kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine}, static_cast<int>(file.header->bf16_parts),
                             cpu::kept_kind(shape, file.kind()), kAlignment);
     char* const data = arena.take<char>(plan.bytes);
     Direction<T> direction{};

@@ -53,7 +53,7 @@ ForwardParams<T> params_of(const lstm_ext_model& model, int64_t layer, int64_t d
   params.shape.batch = batch;
   params.shape.reverse = d == 1;
   params.options = direction.options;
-  params.planes = static_cast<int>(model.header.planes);
+  params.bf16_parts = static_cast<int>(model.header.bf16_parts);
   params.frozen = &direction.weights;
   return params;
 }
@@ -61,7 +61,7 @@ ForwardParams<T> params_of(const lstm_ext_model& model, int64_t layer, int64_t d
 template <typename T>
 cpu::ForwardPlan plan_of(const lstm_ext_model& model, int64_t layer, int64_t batch, int64_t steps, int threads) {
   const cpu::Kernels<T>& kernels = cpu::kernels_of<T>(*model.capability);
-  return kernels.plan_forward(params_of<T>(model, layer, 0, batch, steps), {kernels.lanes, threads, kernels.unit});
+  return kernels.plan_forward(params_of<T>(model, layer, 0, batch, steps), {kernels.lanes, threads, kernels.engine});
 }
 
 const char* check_setup(const lstm_ext_model* model, const lstm_ext_setup* setup) {

@@ -22,7 +22,7 @@ struct FileHeader {
   uint32_t version, byte_order;
   uint64_t total_bytes;
   uint32_t checksum, flags;
-  uint32_t float64, weight_kind, planes, num_layers, directions, zero;
+  uint32_t float64, weight_kind, bf16_parts, num_layers, directions, zero;
   uint64_t input_size, hidden_size, output_size;
   double cell_clip, preactivation_clip, zoneout_h, zoneout_c;
   FileActivation activations[3];  // those of cell::Options, in its order

@@ -34,9 +34,9 @@ struct Backend {
 };
 
 const Backend& cpu_backend();
-// The number of planes of a layer of this type; see LayerParams. A float32 layer follows torch's own switch,
+// The number of bf16 parts of a layer of this type; see LayerParams. A float32 layer follows torch's own switch,
 // torch.backends.mkldnn.rnn.fp32_precision.
-int planes_for(at::ScalarType dtype);
+int bf16_parts_for(at::ScalarType dtype);
 
 // The CUDA backend registers itself if it is part of the build.
 void register_cuda_backend(const Backend& backend);

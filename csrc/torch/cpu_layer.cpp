@@ -130,7 +130,7 @@ struct LayerTensors {
         c0(contiguous_converted(call.c0, sizes.sum_type)),
         frozen(ready_weights(call)),
         options(call.options),
-        planes(planes_for(call.input.scalar_type())) {
+        bf16_parts(bf16_parts_for(call.input.scalar_type())) {
     visit_options<~kWeights>(options, Overloaded{[&](const char*, at::Tensor& t) {
                                                    const bool flags = t.defined() && t.scalar_type() == at::kBool;
                                                    t = contiguous_converted(t, flags ? at::kBool : sizes.sum_type);
@@ -152,7 +152,7 @@ struct LayerTensors {
             const_part_or_null<T>(c0, direction),
             {const_part_or_null<T>(options.reset_h, direction), const_part_or_null<T>(options.reset_c, direction)},
             step_options<T>(options, sizes, direction),
-            planes,
+            bf16_parts,
             nullptr};
   }
 
@@ -160,13 +160,13 @@ struct LayerTensors {
   std::vector<at::Tensor> frozen;   // for each direction, or empty
   std::vector<at::Tensor> weights;  // empty if they are frozen
   LayerOptions options;
-  const int planes;
+  const int bf16_parts;
 };
 
 // `fixed`: see worker_costs.
 template <typename T>
 cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads, bool fixed) {
-  return {kernels.lanes, threads, kernels.unit, worker_costs(threads > 1 ? at::get_num_threads() : 1, fixed)};
+  return {kernels.lanes, threads, kernels.engine, worker_costs(threads > 1 ? at::get_num_threads() : 1, fixed)};
 }
 
 // An uninitialised tensor that is soon written completely. Fresh memory of many megabytes costs a page fault per 4 KiB,
@@ -306,7 +306,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
   const auto options = call.input.options().dtype(type);
   // No copy is made if the kernels round the gradients of W and U themselves.
-  const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), planes_for(dtype));
+  const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts_for(dtype));
   const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
   const LayerGradients grads = make_gradients(call, arguments.needs_grad, [&](const at::Tensor& input, size_t number) {
     const size_t weight = number - 3;  // of input, h0 and c0 larger than any
@@ -365,7 +365,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
 
 }  // namespace
 
-int planes_for(at::ScalarType dtype) {
+int bf16_parts_for(at::ScalarType dtype) {
   switch (dtype) {
     case at::kBFloat16: return 1;
     case at::kHalf: return 2;

@@ -41,7 +41,7 @@ uint32_t checksum_of(Header header) {
 
 // The processor that weights of this kind are packed for: the instruction set, and whether it multiplies bytes.
 constexpr char kVnni[] = "+vnni";
-bool for_vnni(WeightKind kept) { return kept == WeightKind::kInt8 && cpu::kernels<float>().multiplies_bytes(); }
+bool for_vnni(WeightKind kept) { return kept == WeightKind::kInt8 && cpu::kernels<float>().multiplies_int8(); }
 bool is_for_this_processor(const Header& header) {
   const char* const name = cpu::capability().name;
   const size_t length = std::strlen(name);
@@ -57,7 +57,7 @@ bool has_plan(const Header& header) {
   const LayerShape shape{
       1, 1, header.input_size, header.hidden_size, header.output_size, header.projected != 0, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit}, header.plan.planes,
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine}, header.plan.bf16_parts,
                                                    header.plan.kind, sizeof(Header));
   return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && plan.bytes == header.bytes;
 }
@@ -72,7 +72,7 @@ bool is_sound(const Header& header) {
   if (!is_kept(header.rounded_to) || (kind != WeightKind::kOwn && kind != header.rounded_to)) return false;
   if (header.float64 != 0 && header.rounded_to != WeightKind::kOwn) return false;
   if (!std::memchr(header.instruction_set, '\0', sizeof(header.instruction_set))) return false;
-  if (header.plan.planes < 0 || header.plan.planes > 3) return false;
+  if (header.plan.bf16_parts < 0 || header.plan.bf16_parts > 3) return false;
   if (!is_for_this_processor(header)) return true;  // then only the header is read
   return header.float64 != 0 ? has_plan<double>(header) : has_plan<float>(header);
 }
@@ -101,8 +101,8 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
   const WeightKind kept = cpu::kept_kind(shape, kind);
-  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.unit},
-                                                   planes_for(weights[0].scalar_type()), kept, sizeof(Header));
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine},
+                                                   bf16_parts_for(weights[0].scalar_type()), kept, sizeof(Header));
   const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());
   advise_huge_pages(data, frozen.nbytes());

@@ -137,13 +137,13 @@ def cpu_plan(
     save: bool = False,
     float64: bool = False,
     batch_sizes: Sequence[int] | None = None,
-    planes: int = 3,
+    bf16_parts: int = 3,
     costs: WorkerCosts | None = None,
 ) -> dict[str, int | bool | float]:
     """The plan of a call of these sizes with the instruction set in use; see csrc/cpu/plan.h.
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
-    ``planes`` are the bfloat16 numbers in an operand of the matrix unit; in the result, 0 is a product without it.
+    ``bf16_parts`` are the bfloat16 numbers in an operand of the tile engine; in the result, 0 is a product without it.
     ``directions_at_once`` and ``backward_directions_at_once``: whether both directions of a bidirectional layer would
     run at the same time; backward, if the gradient of the input is not requested. ``costs`` are those of this process
     for so many threads, if they are not given. ``work`` and ``most_work`` are fused multiply-adds of one number: of the

@@ -39,7 +39,7 @@ OPS_LIBRARY = "_ops.so"
 KERNELS_LIBRARY = "_kernels.so"
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
 # For each machine the instruction sets that the CPU kernels are compiled for, in the order of preference, and what a
-# processor needs for each: flags of Linux. avx512 also has the kernels of the matrix units, amx and avx512_bf16.
+# processor needs for each: flags of Linux. avx512 also has the kernels of the tile engines, amx and avx512_bf16.
 CPU_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),

@@ -305,7 +305,7 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         threads=threads,
         save=module.training,
         float64=dtype == torch.float64,
-        planes={torch.float16: 2, torch.bfloat16: 1}.get(dtype, 3),
+        bf16_parts={torch.float16: 2, torch.bfloat16: 1}.get(dtype, 3),
     )
     rows, units = plan["forward_batch_groups"], plan["forward_hidden_groups"]
     workers = rows * units
@@ -315,9 +315,9 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         + (f", {units} share the hidden units and meet once a step" if units > 1 else ""),
         _how_weights_are_read(module, plan),
     ]
-    if plan["recurrent_planes"]:
+    if plan["recurrent_bf16_parts"]:
         reasons.append(
-            f"products run on the matrix unit, each operand as {plan['recurrent_planes']} bfloat16 numbers"
+            f"products run on the tile engine, each operand as {plan['recurrent_bf16_parts']} bfloat16 numbers"
         )
     capability = extension.cpu_capability()
     if _is_plain(module):

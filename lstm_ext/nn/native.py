@@ -84,8 +84,8 @@ def _kind_of(layer: Any) -> torch.dtype | None:
     return layer.frozen_weights
 
 
-def _planes(dtype: torch.dtype) -> int:
-    """The bfloat16 numbers that make an operand on a matrix unit; csrc/torch/cpu_layer.cpp has the same."""
+def _bf16_parts(dtype: torch.dtype) -> int:
+    """The bfloat16 numbers that make an operand on a tile engine; csrc/torch/cpu_layer.cpp has the same."""
     if dtype in (torch.bfloat16, torch.float16):
         return 1 if dtype == torch.bfloat16 else 2
     precision = torch.backends.mkldnn.rnn.fp32_precision  # type: ignore[attr-defined]
@@ -117,7 +117,7 @@ def _header(layer: Any, content_bytes: int) -> bytes:
         _HEADER,
         *(_MAGIC, _FORMAT, 0x01020304, struct.calcsize(_HEADER) + content_bytes),
         *(0, flags),
-        *(dtype == torch.float64, _KINDS[_kind_of(layer)], _planes(layer.weight_ih_l0.dtype)),
+        *(dtype == torch.float64, _KINDS[_kind_of(layer)], _bf16_parts(layer.weight_ih_l0.dtype)),
         *(layer.num_layers, 2 if layer.bidirectional else 1, 0),
         *(layer.input_size, layer.hidden_size, layer.proj_size or layer.hidden_size),
         *(bound("cell_clip"), bound("preactivation_clip"), *zoneout_pair(layer.zoneout)),

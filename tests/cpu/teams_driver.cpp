@@ -22,10 +22,10 @@ using namespace lstm_ext;
 using Numbers = std::vector<float>;
 
 constexpr const cpu::Kernels<float>& kKernels = cpu::LSTM_EXT_ISA::kKernels<float>;
-#if defined(LSTM_EXT_MATRIX_UNIT)
-constexpr const cpu::UnitLimits& kUnit = cpu::LSTM_EXT_ISA::kLimitsOfTiles;
+#if defined(LSTM_EXT_TILE_ENGINE)
+constexpr const cpu::EngineLimits& kUnit = cpu::LSTM_EXT_ISA::kLimitsOfTiles;
 #else
-constexpr cpu::UnitLimits kUnit{};
+constexpr cpu::EngineLimits kUnit{};
 #endif
 
 struct Case {
@@ -160,7 +160,7 @@ Results compute(const Case& c, int threads, bool tree, Grids& grids) {
     layer.input = {x.data(), B * I, I};
     layer.h0 = h0.data(), layer.c0 = c0.data();
     layer.reset_state.h = reset_h.data();
-    layer.planes = 2;
+    layer.bf16_parts = 2;
     if (c.options) {
       layer.options.recurrent_mask = mask.data();
       layer.options.zoneout_h = {keep_h.data(), 0.1f};

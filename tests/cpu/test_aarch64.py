@@ -68,13 +68,13 @@ def test_the_kernels_against_a_plain_loop(tmp_path: Path, optimised: bool) -> No
 
     with ThreadPoolExecutor(2) as pool:
         with_all, without = pool.map(said, ("max", "cortex-a72"))
-    # With the instruction for products of bytes and the matrix unit for bfloat16.
+    # With the instruction for products of bytes and the tile engine for bfloat16.
     assert with_all == [
-        "neon+bytes: 280 cases, 0 on the matrix unit, 0 failed",
-        "neon_bf16: 344 cases, 48 on the matrix unit, 0 failed",
+        "neon+int8: 280 cases, 0 on the tile engine, 0 failed",
+        "neon_bf16: 344 cases, 48 on the tile engine, 0 failed",
     ]
     # One without either, which frozen int8 weights are widened for.
-    assert without == ["neon: 280 cases, 0 on the matrix unit, 0 failed"]
+    assert without == ["neon: 280 cases, 0 on the tile engine, 0 failed"]
     # A set that the processor lacks, and one that it cannot have.
     lacks = "set_cpu_capability: this CPU does not run 'neon_bf16'; the best it runs is 'neon'"
     assert said("cortex-a72", "neon_bf16") == [lacks]

@@ -159,8 +159,8 @@ FORGED = {
     "float64 in fewer bits": ("float64", {ROUNDED_AT: INT32[1]}),
     "kept in other bits than rounded to": ("float32", {PLAN_AT + 4: INT32[1], **ELSEWHERE}),
     "a name without end": ("float32", {SET_AT: b"x" * 24}),
-    "four planes": ("float32", {PLAN_AT: INT32[4], **ELSEWHERE}),
-    "minus one plane": ("float32", {PLAN_AT: b"\xff" * 4, **ELSEWHERE}),
+    "four bf16 parts": ("float32", {PLAN_AT: INT32[4], **ELSEWHERE}),
+    "minus one bf16 part": ("float32", {PLAN_AT: b"\xff" * 4, **ELSEWHERE}),
     "another place": ("float32", {PLAN_AT + 8: INT32[4]}),
 }
 

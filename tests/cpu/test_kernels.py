@@ -144,8 +144,8 @@ def test_when_weights_are_packed(capability):
     assert packed(48, 1, 256, 256) == (lanes < 8, lanes < 16)
     assert packed(49, 1, 256, 256) == (True, lanes < 16)
     assert packed(65, 1, 256, 256) == (True, True)
-    on_unit = _C.cpu_capability() == "amx"
-    assert packed(3, 13, 256, 256) == (on_unit or lanes < 8, on_unit or lanes < 16)
+    on_engine = _C.cpu_capability() == "amx"
+    assert packed(3, 13, 256, 256) == (on_engine or lanes < 8, on_engine or lanes < 16)
     assert packed(1, 33, 256, 256)[0]
 
 

@@ -53,7 +53,7 @@ def states(module: lstm_ext.LSTM, batch: int) -> tuple[Tensor, Tensor]:
 def test_is_the_float32_layer_rounded_once(capability, dtype, steps):
     """To the bit, so that neither the sums nor the states between the steps are of lower precision.
 
-    With too few units for the matrix unit, whose operands are rounded to bfloat16.
+    With too few units for the tile engine, whose operands are rounded to bfloat16.
     """
     for config in CONFIGS[:3]:
         module, same = layers(config, dtype, hidden_size=15)

@@ -175,7 +175,7 @@ def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
     """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers, which two
     threads round otherwise."""
     steps, rows, hidden_size = GRIDS[grid]
-    # A matrix unit computes 16 rows as fast as 8.
+    # A tile engine computes 16 rows as fast as 8.
     rows *= 8 if loader.extension().cpu_capability() == "amx" and rows > 1 else 1
     plan = loader.extension().cpu_plan(
         steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=2, save=True

@@ -18,7 +18,7 @@ from lstm_ext.nn import lstm, native
 # As the page has it, and not as the writer.
 FIELDS = (
     ("magic", "8s"), ("version", "I"), ("byte_order", "I"), ("total_bytes", "Q"), ("checksum", "I"), ("flags", "I"),
-    ("dtype", "I"), ("weight_kind", "I"), ("planes", "I"), ("num_layers", "I"), ("directions", "I"), ("zero", "I"),
+    ("dtype", "I"), ("weight_kind", "I"), ("bf16_parts", "I"), ("num_layers", "I"), ("directions", "I"), ("zero", "I"),
     ("input_size", "Q"), ("hidden_size", "Q"), ("output_size", "Q"), ("cell_clip", "d"), ("preactivation_clip", "d"),
     ("zoneout_h", "d"), ("zoneout_c", "d"),
 )  # fmt: skip
@@ -71,7 +71,7 @@ def test_header(tmp_path: Path) -> None:
     assert found.pop("checksum") == zlib.crc32(content[:24] + bytes(4) + content[28:])
     expected = {
         "magic": b"\x89LSTM\r\n\x1a", "version": 1, "byte_order": 0x01020304, "total_bytes": len(content), "flags": 7,
-        "dtype": 0, "weight_kind": 2, "planes": 3, "num_layers": 3, "directions": 2, "zero": 0, "input_size": 3,
+        "dtype": 0, "weight_kind": 2, "bf16_parts": 3, "num_layers": 3, "directions": 2, "zero": 0, "input_size": 3,
         "hidden_size": 5, "output_size": 2, "cell_clip": 2.0, "preactivation_clip": torch.finfo(torch.float32).tiny,
         "zoneout_h": 0.25, "zoneout_c": 0.5, "activations": 3 * [(0, 0, 0.0, 0.0)],
     }  # fmt: skip
@@ -104,9 +104,9 @@ def test_arrays(dtype: torch.dtype, tmp_path: Path) -> None:
             assert torch.equal(found.to(wide), expected.to(wide)), name
     assert reader.at == len(content)
     header = header_of(content)
-    planes = {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 3)
-    names = ("dtype", "weight_kind", "planes")
-    assert [header[n] for n in names] == [dtype == torch.float64, dtype == torch.bfloat16, planes]
+    bf16_parts = {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 3)
+    names = ("dtype", "weight_kind", "bf16_parts")
+    assert [header[n] for n in names] == [dtype == torch.float64, dtype == torch.bfloat16, bf16_parts]
 
 
 def test_rounded_weights(tmp_path: Path) -> None:
@@ -171,13 +171,13 @@ def test_what_is_at_the_path(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_precision_of_a_matrix_unit(tmp_path: Path) -> None:
+def test_precision_of_a_tile_engine(tmp_path: Path) -> None:
     rnn = torch.backends.mkldnn.rnn
     before = rnn.fp32_precision
     try:
-        for precision, planes in (("bf16", 1), ("tf32", 2), ("ieee", 3)):
+        for precision, bf16_parts in (("bf16", 1), ("tf32", 2), ("ieee", 3)):
             rnn.fp32_precision = precision
-            assert header_of(content_of(frozen_of(), tmp_path))["planes"] == planes
+            assert header_of(content_of(frozen_of(), tmp_path))["bf16_parts"] == bf16_parts
     finally:
         rnn.fp32_precision = before
 

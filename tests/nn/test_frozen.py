@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Products of int8 weights are sums of bytes in most of them, so the fixture's choice is not enough.
 SETS = ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]
 every_set = pytest.mark.parametrize("capability", SETS, indirect=True)
-# Steps and rows: from one row to what goes to a matrix unit.
+# Steps and rows: from one row to what goes to a tile engine.
 SHAPES = [(1, 1), (1, 3), (1, 5), (6, 2), (9, 4), (3, 40), (30, 1), (20, 33)]
 
 
@@ -298,7 +298,7 @@ def test_every_other_step_of_large_weights_has_the_same_bits(kind) -> None:
 
 
 @torch.no_grad()
-def test_weights_the_unit_cannot_split() -> None:
+def test_weights_the_engine_cannot_split() -> None:
     """Numbers near the largest of float32, and infinities, take the rows as they are."""
     layer = layer_of("plain")
     layer.weight_hh_l0[5, 3] = 3.4e38

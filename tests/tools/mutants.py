@@ -51,7 +51,7 @@ NO_TESTS = ("test_planted", "test_docs", "test_conftest", "test_mutants")
 EMULATED = ("test_step_kernels", "test_stepwise", "test_persistent_kernels", "test_first_use")
 # One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
 PROBES = (
-    "tests/cpu/test_matrix_unit.py::test_training_goes_the_same_way[software]",
+    "tests/cpu/test_tile_engine.py::test_training_goes_the_same_way[software]",
     "tests/cuda/test_gpu_plan.py::test_constants_are_those_of_the_struct",
     "tests/contract/test_cell_header.py",
     "tests/simt/test_stepwise.py::test_values_and_gradients[float64-dense]",

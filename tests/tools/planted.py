@@ -26,7 +26,7 @@ FOLDERS = ("cpu", "cuda", "library")  # below csrc/, each file of which has a fa
 TIMEOUT = 1200  # seconds for the tests of a fault
 
 CPU = ("tests/cpu/test_kernels.py", "tests/cpu/test_options_kernels.py", "tests/call/test_packed.py")
-UNIT = ("tests/cpu/test_matrix_unit.py",)
+ENGINE = ("tests/cpu/test_tile_engine.py",)
 EMULATED = ("tests/simt/test_stepwise.py",)
 LIBRARY = ("tests/native_library/test_library.py",)
 DAMAGE = ("tests/native_library/test_damage.py", "-k", "not sanitized")
@@ -51,7 +51,7 @@ FAULTS: dict[str, Fault] = {
         "if (grad_final.data) v = v + load_lanes", "if (grad_final.data) v = v - load_lanes"
     ),
     "cpu/barrier.h": Fault("__ATOMIC_ACQ_REL) == workers)", "__ATOMIC_ACQ_REL) == 1)"),
-    "cpu/byte_product.h": Fault("128 * row.sums[d]", "127 * row.sums[d]", UNIT),
+    "cpu/int8_product.h": Fault("128 * row.sums[d]", "127 * row.sums[d]", ENGINE),
     "cpu/capability.cpp": Fault(
         'current().store(require(name, "set_cpu_capability"), std::memory_order_relaxed);',
         'require(name, "set_cpu_capability");',
@@ -70,7 +70,7 @@ FAULTS: dict[str, Fault] = {
         "plan.grad_preactivations = layout.reserve(buffer_rows * plan.gate_stride);",
         "plan.grad_preactivations = layout.reserve(plan.chunk_rows * plan.gate_stride);",
     ),
-    "cpu/frozen.h": Fault("data + plan.bias), plan.planes};", "data + plan.bias + 64), plan.planes};", LIBRARY),
+    "cpu/frozen.h": Fault("data + plan.bias), plan.bf16_parts};", "data + plan.bias + 64), plan.bf16_parts};", LIBRARY),
     "cpu/forward.h": Fault(
         "(pass_.steps.rows_before(t) + b) * H, H, params.c_n", "pass_.steps.rows_before(t) * H, H, params.c_n"
     ),
@@ -98,7 +98,7 @@ FAULTS: dict[str, Fault] = {
     "cpu/kernels_neon_f32.cpp": Fault("kernels_neon_f32, ", "kernels_none, ", ON_AARCH64),
     "cpu/kernels_neon_f64.cpp": Fault("kernels_neon_f64, ", "kernels_none, ", ON_AARCH64),
     "cpu/kernels_neon_bf16_f32.cpp": Fault("kernels_neon_bf16_f32, ", "kernels_none, ", ON_AARCH64),
-    "cpu/matrix_unit_neon.h": Fault("vzip2q_u64(one, next);", "vzip2q_u64(next, one);", ON_AARCH64),
+    "cpu/tile_engine_neon.h": Fault("vzip2q_u64(one, next);", "vzip2q_u64(next, one);", ON_AARCH64),
     "cpu/simd_neon_wide.h": Fault("vminq_f32(part(v, n), ", "vmaxq_f32(part(v, n), ", ON_AARCH64),
     "cpu/simd_neon.h": Fault("return vfmaq_f32(c, a, b);", "return vfmaq_f32(a, c, b);", ON_AARCH64),
     "cpu/kernels_baseline_f32.cpp": Fault("kernels_baseline_f32, ", "kernels_none, ", every_set=True),
@@ -106,9 +106,9 @@ FAULTS: dict[str, Fault] = {
     "cpu/layer_norm.h": Fault(
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
-    "cpu/matrix_unit.h": Fault("kHasMatrixUnit<float> = true;", "kHasMatrixUnit<float> = false;", UNIT),
-    "cpu/plane_product.h": Fault("kRight[] = {2, 1, 1, 0, 0, 0};", "kRight[] = {2, 0, 1, 0, 0, 0};", UNIT),
-    "cpu/planes.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", UNIT),
+    "cpu/tile_engine.h": Fault("kHasTileEngine<float> = true;", "kHasTileEngine<float> = false;", ENGINE),
+    "cpu/bf16_product.h": Fault("kRight[] = {2, 1, 1, 0, 0, 0};", "kRight[] = {2, 0, 1, 0, 0, 0};", ENGINE),
+    "cpu/bf16_split.h": Fault("a = a - reinterpret_cast<", "a = a + reinterpret_cast<", ENGINE),
     "cpu/outer_products.h": Fault("total = total + block;", "total = block;"),
     "cpu/pack.h": Fault(
         "i < lanes ? load_lanes<T>(source + i * count + k, depth)",

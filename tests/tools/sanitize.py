@@ -80,13 +80,13 @@ SCRATCH = ("kLeastBytes = size_t{64} << 10;", "kLeastBytes = ~size_t{};")
 
 # In csrc/cpu/barrier.h. Without one of them, a worker may go on before it sees what another one has written.
 ORDERS = ("__ATOMIC_ACQ_REL", "__ATOMIC_RELEASE", "__ATOMIC_ACQUIRE")
-# Registers in plain C++, whose loads and stores are all seen; the second with a matrix unit.
+# Registers in plain C++, whose loads and stores are all seen; the second with a tile engine.
 DRIVER_SETS = {
     "BASELINE": [],
     "SOFTWARE": [
         "-march=native",
-        '-DLSTM_EXT_SOFTWARE_SIMD="matrix_unit/simd.h"',
-        '-DLSTM_EXT_MATRIX_UNIT="matrix_unit/unit.h"',
+        '-DLSTM_EXT_SOFTWARE_SIMD="tile_engine/simd.h"',
+        '-DLSTM_EXT_TILE_ENGINE="tile_engine/engine.h"',
     ],
 }
 DRIVER = (

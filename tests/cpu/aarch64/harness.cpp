@@ -28,10 +28,10 @@ struct Case {
   Size size;
   int threads;
   bool reverse, training, other_cell;
-  int planes = 3;  // 1: operands on the matrix unit are rounded to bfloat16
+  int bf16_parts = 3;  // 1: operands on the tile engine are rounded to bfloat16
 };
 
-int on_unit = 0;  // cases with a product on the matrix unit
+int on_engine = 0;  // cases with a product on the tile engine
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
@@ -210,7 +210,7 @@ bool check(const Case& c) {
   p.weights.weight_ih = w.data(), p.weights.weight_hh = u.data();
   p.weights.bias_ih = b.data(), p.weights.bias_hh = none.data();
   p.input = {x.data(), B * I, I};
-  p.h0 = h0.data(), p.c0 = c0.data(), p.planes = c.planes;
+  p.h0 = h0.data(), p.c0 = c0.data(), p.bf16_parts = c.bf16_parts;
   p.output = {output.data(), B * H, H};
   p.h_n = h_n.data(), p.c_n = c_n.data();
   if (c.other_cell) {
@@ -225,10 +225,10 @@ bool check(const Case& c) {
   }
   if (c.training) p.gate_values = gates.data(), p.cells = cells.data();
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  cpu::Machine machine{kernels.lanes, c.threads, kernels.unit};
+  cpu::Machine machine{kernels.lanes, c.threads, kernels.engine};
   if (c.other_cell) machine.costs.tree_from = 2;  // both forms of a barrier
   const cpu::ForwardPlan plan = kernels.plan_forward(p, machine);
-  on_unit += plan.input_unit.planes > 0 || plan.recurrent_unit.planes > 0;
+  on_engine += plan.input_engine.bf16_parts > 0 || plan.recurrent_engine.bf16_parts > 0;
   run(p, plan, kernels.forward);
   double worst = std::max({error_of(output, l.output), error_of(h_n, l.h_n), error_of(c_n, l.c_n)});
   if (c.training) {
@@ -247,13 +247,14 @@ bool check(const Case& c) {
                       error_of(grad_b, l.grad_b), error_of(grad_h0, l.grad_h0), error_of(grad_c, l.grad_c0)});
     if (c.other_cell) worst = std::max(worst, error_of(grad_peephole, l.grad_peephole));
   }
-  const double epsilon = c.planes == 1 ? 0x1p-8 : static_cast<double>(std::numeric_limits<T>::epsilon());
-  const double allowed = (c.planes == 1 ? 4 : 32) * epsilon;
+  const double epsilon = c.bf16_parts == 1 ? 0x1p-8 : static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double allowed = (c.bf16_parts == 1 ? 4 : 32) * epsilon;
   if (worst <= allowed) return true;
   std::printf(
-      "float%zu T%ld B%ld I%ld H%ld, %d threads, reverse %d, training %d, other cell %d, planes %d: error %.3g, %.3g "
+      "float%zu T%ld B%ld I%ld H%ld, %d threads, reverse %d, training %d, other cell %d, bf16_parts %d: error %.3g, "
+      "%.3g "
       "allowed\n",
-      8 * sizeof(T), T_, B, I, H, c.threads, c.reverse, c.training, c.other_cell, c.planes, worst, allowed);
+      8 * sizeof(T), T_, B, I, H, c.threads, c.reverse, c.training, c.other_cell, c.bf16_parts, worst, allowed);
   return false;
 }
 
@@ -274,7 +275,7 @@ bool check_frozen(const Size& size, WeightKind kind) {
 
   const LayerShape shape{T, B, I, H, H, false, false, nullptr, nullptr};
   const cpu::Kernels<float>& kernels = cpu::kernels<float>();
-  const cpu::Machine machine{kernels.lanes, 1, kernels.unit};
+  const cpu::Machine machine{kernels.lanes, 1, kernels.engine};
   const cpu::FrozenPlan plan = kernels.plan_frozen(shape, machine, 3, kind, 64);
   std::vector<Line> memory(plan.bytes / 64 + 1);
   char* const data = memory[0].bytes;
@@ -311,7 +312,7 @@ bool check_frozen(const Size& size, WeightKind kind) {
   const FrozenWeights<float> frozen = cpu::frozen_weights<float>(plan, data);
   std::vector<float> output(T * B * H), h_n(B * H), c_n(B * H);
   ForwardParams<float> p{};
-  p.shape = shape, p.frozen = &frozen, p.planes = 3;
+  p.shape = shape, p.frozen = &frozen, p.bf16_parts = 3;
   p.input = {x.data(), B * I, I}, p.output = {output.data(), B * H, H};
   p.h0 = h0.data(), p.c0 = c0.data(), p.h_n = h_n.data(), p.c_n = c_n.data();
   run(p, kernels.plan_forward(p, machine), kernels.forward);
@@ -353,8 +354,8 @@ int main(int argc, char** argv) {
         failed += !check_frozen(size, kind);
       }
     }
-    std::printf("%s%s: %d cases, %d on the matrix unit, %d failed\n", names[n],
-                cpu::kernels<float>().multiplies_bytes() ? "+bytes" : "", cases, on_unit, failed);
+    std::printf("%s%s: %d cases, %d on the tile engine, %d failed\n", names[n],
+                cpu::kernels<float>().multiplies_int8() ? "+int8" : "", cases, on_engine, failed);
     cases = 0;
   }
   return count == 0 || failed != 0;

@@ -1,5 +1,5 @@
-// The matrix unit in plain C++, for csrc/cpu/matrix_unit.h: it gives the bits of AMX, and of AVX-512-BF16.
-struct MatrixUnit {
+// The tile engine in plain C++, for csrc/cpu/tile_engine.h: it gives the bits of AMX, and of AVX-512-BF16.
+struct TileEngine {
   struct Registers {};
   static void begin(Registers&) {
     for (Tile& tile : tiles()) tile = {};
@@ -119,7 +119,7 @@ struct MatrixUnit {
 };
 
 // Sizes from which on it is used: small ones, so that tests need no large ones. In tiles, and in pairs.
-constexpr UnitLimits kLimitsOfTiles{{0, 8, 8, 8},  {0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}, {0, 8, 3.5, 2},
-                                    kUnitTileRows, true};
-constexpr UnitLimits kLimitsOfPairs{
+constexpr EngineLimits kLimitsOfTiles{{0, 8, 8, 8},    {0, 8, 8, 8}, {0, 32, 32, 32}, {0, 32, 32, 32}, {0, 8, 3.5, 2},
+                                      kEngineTileRows, true};
+constexpr EngineLimits kLimitsOfPairs{
     {0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1, false};

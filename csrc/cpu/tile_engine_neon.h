@@ -1,11 +1,11 @@
-// The matrix unit of AArch64 (FEAT_BF16): bfmmla adds the product of 2 x 4 and 4 x 2 bfloat16 numbers to 2 x 2 sums.
-// matrix_unit.h includes this within its namespaces. A "register" of sums is memory here; one of an operand is the
+// The tile engine of AArch64 (FEAT_BF16): bfmmla adds the product of 2 x 4 and 4 x 2 bfloat16 numbers to 2 x 2 sums.
+// tile_engine.h includes this within its namespaces. A "register" of sums is memory here; one of an operand is the
 // address of its tile.
 #pragma once
 
 #include "cpu/isa.h"
 
-struct MatrixUnit {
+struct TileEngine {
   // 16 numbers rounded to bfloat16, to nearest.
   struct Half {
     uint16x8_t low, high;
@@ -81,7 +81,7 @@ struct MatrixUnit {
     const uint16_t* const right = all.operands[kRight - kSumTiles];
     for (int row = 0; row < 16; row += 8) {
       for (int column = 0; column < 16; column += 8) {
-        multiply_add(left + row * kUnitTileDepth, right + 2 * column, all.sums[kSum] + 4 * row + column / 2);
+        multiply_add(left + row * kEngineTileDepth, right + 2 * column, all.sums[kSum] + 4 * row + column / 2);
       }
     }
   }
@@ -101,12 +101,12 @@ struct MatrixUnit {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) acc[i][j] = sums[8 * i + j];
     // The next eight k: four of each row are side by side, and as pairs in two rows of the right operand.
-    for (int64_t k = 0; k < kUnitTileDepth; k += 8, left += 8, right += 8 * kUnitTileRows) {
+    for (int64_t k = 0; k < kEngineTileDepth; k += 8, left += 8, right += 8 * kEngineTileRows) {
       uint64x2_t a[4][2];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const uint64x2_t one = words(left + 2 * i * kUnitTileDepth);
-        const uint64x2_t next = words(left + (2 * i + 1) * kUnitTileDepth);
+        const uint64x2_t one = words(left + 2 * i * kEngineTileDepth);
+        const uint64x2_t next = words(left + (2 * i + 1) * kEngineTileDepth);
         a[i][0] = vzip1q_u64(one, next);
         a[i][1] = vzip2q_u64(one, next);
       }
@@ -114,9 +114,9 @@ struct MatrixUnit {
       for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 2
         for (int j = 0; j < 4; j += 2) {
-          const uint16_t* const four = right + (4 * half * kUnitTileRows) + 4 * j;
+          const uint16_t* const four = right + (4 * half * kEngineTileRows) + 4 * j;
           const uint32x4_t one = vreinterpretq_u32_u64(words(four));
-          const uint32x4_t next = vreinterpretq_u32_u64(words(four + 2 * kUnitTileRows));
+          const uint32x4_t next = vreinterpretq_u32_u64(words(four + 2 * kEngineTileRows));
           const uint32x4_t b[2] = {vzip1q_u32(one, next), vzip2q_u32(one, next)};
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)

@@ -1,10 +1,10 @@
-// Products of float32 matrices on the matrix unit, from their planes: see planes.h.
+// Products of float32 matrices on the tile engine, from their parts: see bf16_split.h.
 #pragma once
 
 #include "cpu/isa.h"
 
-#include "cpu/matrix_unit.h"
-#include "cpu/planes.h"
+#include "cpu/tile_engine.h"
+#include "cpu/bf16_split.h"
 #include "cpu/range.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
@@ -12,11 +12,11 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-#if defined(LSTM_EXT_MATRIX_UNIT)
+#if defined(LSTM_EXT_TILE_ENGINE)
 
-// Other work that runs between products of tiles, while the matrix unit computes. The processor looks ahead only a
+// Other work that runs between products of tiles, while the tile engine computes. The processor looks ahead only a
 // little, so the work helps in small portions, evenly spread. The chances for a portion are: after each four products
-// of two row tiles, after those of each right operand of one row tile, and with one plane after each product.
+// of two row tiles, after those of each right operand of one row tile, and with one part after each product.
 class Between {
  public:
   Between() = default;
@@ -52,7 +52,7 @@ class Between {
 
 // Finishes the sums of a block while the next one is multiplied: calls f(begin(block, column tiles), row, height, sums
 // of the row) for two rows at once, or four, or a last one; `height` is an integral_constant. The processor holds some
-// hundred unfinished instructions, those of the matrix unit included, so each instruction of `f` costs time. Therefore
+// hundred unfinished instructions, those of the tile engine included, so each instruction of `f` costs time. Therefore
 // `begin` computes the values that the rows of a block share, and both functors hold their data by value.
 template <typename Begin, typename F>
 class Epilogue {
@@ -66,16 +66,16 @@ class Epilogue {
     next_ = 0;
     rows_ = rows;
   }
-  // Beside products of one plane it takes two rows at once, which alternate while they wait. Beside products of more
-  // planes there is time, and smaller portions make the matrix unit wait less.
-  Between between(int planes) {
-    if (planes == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
+  // Beside products of one part it takes two rows at once, which alternate while they wait. Beside products of more
+  // parts there is time, and smaller portions make the tile engine wait less.
+  Between between(int bf16_parts) {
+    if (bf16_parts == 1) return {&run<2>, this, divide_up(rows_ - next_, 2)};
     return {&run<1>, this, rows_ - next_};
   }
   // Finishes the remaining rows: none has been done, or all.
   template <int kHeight = 2>
   void rest() {
-    static_assert(kUnitTileRows % kHeight == 0);
+    static_assert(kEngineTileRows % kHeight == 0);
     while (next_ < rows_) run<kHeight>(this);
   }
 
@@ -94,8 +94,8 @@ class Epilogue {
     const int64_t row = next_;
     const float* const sums = sums_;
     next_ += kHeight;
-    sums_ += kHeight * kUnitTileRows;
-    if (next_ % kUnitTileRows == 0) sums_ += to_next_tile_;
+    sums_ += kHeight * kEngineTileRows;
+    if (next_ % kEngineTileRows == 0) sums_ += to_next_tile_;
     f_(block_, row, std::integral_constant<int, kHeight>{}, sums);
   }
 
@@ -118,20 +118,20 @@ LSTM_EXT_INLINE RowAhead row_ahead(int64_t row, int64_t rows) {
   return ahead < rows ? RowAhead{ahead, true} : RowAhead{ahead - rows, false};
 }
 
-// The pairs of planes that are multiplied, in order; the order affects the result. One side stays the same from each
+// The pairs of parts that are multiplied, in order; the order affects the result. One side stays the same from each
 // product to the next, so that few tiles are loaded.
 template <int P>
-struct PlanePairs;
+struct PartPairs;
 template <>
-struct PlanePairs<1> {
+struct PartPairs<1> {
   static constexpr int kLeft[] = {0}, kRight[] = {0};
 };
 template <>
-struct PlanePairs<2> {
+struct PartPairs<2> {
   static constexpr int kLeft[] = {1, 0, 0}, kRight[] = {0, 0, 1};
 };
 template <>
-struct PlanePairs<3> {
+struct PartPairs<3> {
   static constexpr int kLeft[] = {0, 0, 1, 1, 2, 0}, kRight[] = {2, 1, 1, 0, 0, 0};
 };
 
@@ -165,9 +165,9 @@ class TileBlock {
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
       constexpr int kTile = row() * kColumns + column();
       if (add) {
-        MatrixUnit::load<kTile>(sums + row() * sums_row_step + column() * kSumsSize);
+        TileEngine::load<kTile>(sums + row() * sums_row_step + column() * kSumsSize);
       } else {
-        MatrixUnit::zero<kTile>();
+        TileEngine::zero<kTile>();
       }
     });
     for (int i = 0; i < count; ++i) {
@@ -176,12 +176,12 @@ class TileBlock {
       const uint16_t* a = operands[i].left + first_row * left_row_step;
       const uint16_t* b = right.data + first_group * right.group_step;
       for (int64_t k = 0; k < k_tiles; ++k, a += P * kOperandSize, b += right.k_step) {
-        MatrixUnit::keep_awake();
+        TileEngine::keep_awake();
         step(a, left_row_step, b, right.group_step, between);
       }
     }
     each_sum([&](auto row, auto column) LSTM_EXT_LAMBDA_INLINE {
-      MatrixUnit::store<row() * kColumns + column()>(sums + row() * sums_row_step + column() * kSumsSize);
+      TileEngine::store<row() * kColumns + column()>(sums + row() * sums_row_step + column() * kSumsSize);
     });
   }
 
@@ -191,8 +191,8 @@ class TileBlock {
   }
 
  private:
-  static constexpr int kPairs = sizeof(PlanePairs<P>::kLeft) / sizeof(int);
-  // The registers of operands follow those of sums. A single row tile keeps all its planes in registers.
+  static constexpr int kPairs = sizeof(PartPairs<P>::kLeft) / sizeof(int);
+  // The registers of operands follow those of sums. A single row tile keeps all its parts in registers.
   static constexpr int kFirstLeft = 4, kLefts = kRows == 1 ? P : kRows;
   static constexpr int kFirstRight = kFirstLeft + kLefts, kRights = 8 - kFirstRight;
 
@@ -215,47 +215,47 @@ class TileBlock {
   LSTM_EXT_INLINE static void step(const uint16_t* a, [[maybe_unused]] int64_t a_row_step, const uint16_t* b,
                                    [[maybe_unused]] int64_t b_group_step, Between& between) {
     if constexpr (kRows == 1) {
-      each<P>([&](auto plane)
-                  LSTM_EXT_LAMBDA_INLINE { MatrixUnit::load<kFirstLeft + plane()>(a + plane() * kOperandSize); });
+      each<P>([&](auto part)
+                  LSTM_EXT_LAMBDA_INLINE { TileEngine::load<kFirstLeft + part()>(a + part() * kOperandSize); });
       each<kColumns>([&](auto column) LSTM_EXT_LAMBDA_INLINE { one_column<column()>(b, b_group_step, between); });
     } else {
       each<kPairs>([&](auto pair) LSTM_EXT_LAMBDA_INLINE { one_pair<pair()>(a, a_row_step, b, between); });
     }
   }
 
-  // Loads each plane of a column tile once; all planes of the row tile are in registers.
+  // Loads each part of a column tile once; all parts of the row tile are in registers.
   template <int kColumn>
   LSTM_EXT_INLINE static void one_column(const uint16_t* b, int64_t b_group_step, Between& between) {
     each<kPairs>([&](auto pair) LSTM_EXT_LAMBDA_INLINE {
-      using Pairs = PlanePairs<P>;
-      constexpr int kPlane = Pairs::kRight[pair()], kRight = kFirstRight + (kColumn * P + kPlane) % kRights;
-      if constexpr (pair() == 0 || kPlane != Pairs::kRight[pair() > 0 ? pair() - 1 : 0]) {
-        constexpr int kTile = kColumn % kGroupTiles * P + kPlane;
-        MatrixUnit::load<kRight>(b + kColumn / kGroupTiles * b_group_step + kTile * kOperandSize);
+      using Pairs = PartPairs<P>;
+      constexpr int kPart = Pairs::kRight[pair()], kRight = kFirstRight + (kColumn * P + kPart) % kRights;
+      if constexpr (pair() == 0 || kPart != Pairs::kRight[pair() > 0 ? pair() - 1 : 0]) {
+        constexpr int kTile = kColumn % kGroupTiles * P + kPart;
+        TileEngine::load<kRight>(b + kColumn / kGroupTiles * b_group_step + kTile * kOperandSize);
       }
-      MatrixUnit::multiply_add<kColumn, kFirstLeft + Pairs::kLeft[pair()], kRight>();
-      if constexpr (pair() == kPairs - 1 || kPlane != Pairs::kRight[pair() + 1 < kPairs ? pair() + 1 : 0]) between();
+      TileEngine::multiply_add<kColumn, kFirstLeft + Pairs::kLeft[pair()], kRight>();
+      if constexpr (pair() == kPairs - 1 || kPart != Pairs::kRight[pair() + 1 < kPairs ? pair() + 1 : 0]) between();
     });
   }
 
   template <int kPair>
   LSTM_EXT_INLINE static void one_pair(const uint16_t* a, int64_t a_row_step, const uint16_t* b, Between& between) {
-    using Pairs = PlanePairs<P>;
-    constexpr int kLeft = Pairs::kLeft[kPair], kRightPlane = Pairs::kRight[kPair];
+    using Pairs = PartPairs<P>;
+    constexpr int kLeft = Pairs::kLeft[kPair], kRightPart = Pairs::kRight[kPair];
     constexpr bool kNewLeft = kPair == 0 || kLeft != Pairs::kLeft[kPair > 0 ? kPair - 1 : 0];
-    constexpr bool kNewRight = kPair == 0 || kRightPlane != Pairs::kRight[kPair > 0 ? kPair - 1 : 0];
+    constexpr bool kNewRight = kPair == 0 || kRightPart != Pairs::kRight[kPair > 0 ? kPair - 1 : 0];
     if constexpr (kNewLeft) {
       each<kRows>([&](auto row) LSTM_EXT_LAMBDA_INLINE {
-        MatrixUnit::load<kFirstLeft + row()>(a + row() * a_row_step + kLeft * kOperandSize);
+        TileEngine::load<kFirstLeft + row()>(a + row() * a_row_step + kLeft * kOperandSize);
       });
     }
     each<kColumns>([&](auto column) LSTM_EXT_LAMBDA_INLINE {
       constexpr int kRight = kFirstRight + column();
       if constexpr (kNewRight) {
-        MatrixUnit::load<kRight>(b + (column() * P + kRightPlane) * kOperandSize);
+        TileEngine::load<kRight>(b + (column() * P + kRightPart) * kOperandSize);
       }
       each<kRows>([&](auto row) LSTM_EXT_LAMBDA_INLINE {
-        MatrixUnit::multiply_add<row() * kColumns + column(), kFirstLeft + row(), kRight>();
+        TileEngine::multiply_add<row() * kColumns + column(), kFirstLeft + row(), kRight>();
         constexpr bool kLast = row() == kRows - 1 && column() == kColumns - 1;
         if constexpr (kLast || P == 1) between();
       });
@@ -271,7 +271,7 @@ void multiply_in_tiles(const TileOperands* operands, int count, int64_t rows, in
   const auto each_block = [&](auto&& block) LSTM_EXT_LAMBDA_INLINE {
     constexpr std::integral_constant<int, 1> kOne;
     constexpr std::integral_constant<int, 2> kTwo;
-    const int64_t row_tiles = divide_up(rows, kUnitTileRows);
+    const int64_t row_tiles = divide_up(rows, kEngineTileRows);
     const int64_t pairs_end = row_tiles / 2 * 2;
     for (int column = 0; column < columns; column += kGroupTiles) {
       for (int64_t row = 0; row < pairs_end; row += 2) {
@@ -305,11 +305,11 @@ void multiply_in_tiles(const TileOperands* operands, int count, int64_t rows, in
 
 #if !defined(LSTM_EXT_ISA_NEON_BF16)  // has tiles only
 
-// The sums of kRows rows of a row tile and kColumns column tiles, in vector registers. Three products of planes would
-// take longer than one of float32, so operands have one plane.
+// The sums of kRows rows of a row tile and kColumns column tiles, in vector registers. Three products of parts would
+// take longer than one of float32, so operands have one part.
 template <int kRows, int kColumns>
 void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tiles, float* sums, bool add) {
-  const auto at = [&](int r, int c) LSTM_EXT_LAMBDA_INLINE { return sums + c * kSumsSize + r * kUnitTileRows; };
+  const auto at = [&](int r, int c) LSTM_EXT_LAMBDA_INLINE { return sums + c * kSumsSize + r * kEngineTileRows; };
   Reg<float> acc[kRows][kColumns];
 #pragma GCC unroll kTileRows
   for (int r = 0; r < kRows; ++r)
@@ -318,18 +318,18 @@ void multiply_rows(const uint16_t* left, const RightTiles& right, int64_t k_tile
   for (int64_t k = 0; k < k_tiles; ++k) {
     const uint16_t* const a = left + k * kOperandSize;
     const uint16_t* const b = right.data + k * right.k_step;
-    for (int64_t i = 0; i < kUnitTileDepth; i += 2) {
-      MatrixUnit::Pairs columns[kColumns];
+    for (int64_t i = 0; i < kEngineTileDepth; i += 2) {
+      TileEngine::Pairs columns[kColumns];
 #pragma GCC unroll kTileColumns
       for (int c = 0; c < kColumns; ++c) {
         const int64_t tile = c / kGroupTiles * right.group_step + c % kGroupTiles * kOperandSize;
-        columns[c] = MatrixUnit::load_pairs(b + tile + i * kUnitTileRows);
+        columns[c] = TileEngine::load_pairs(b + tile + i * kEngineTileRows);
       }
 #pragma GCC unroll kTileRows
       for (int r = 0; r < kRows; ++r) {
-        const MatrixUnit::Pairs row = MatrixUnit::broadcast_pair(a + r * kUnitTileDepth + i);
+        const TileEngine::Pairs row = TileEngine::broadcast_pair(a + r * kEngineTileDepth + i);
 #pragma GCC unroll kTileColumns
-        for (int c = 0; c < kColumns; ++c) acc[r][c] = MatrixUnit::multiply_add(acc[r][c], row, columns[c]);
+        for (int c = 0; c < kColumns; ++c) acc[r][c] = TileEngine::multiply_add(acc[r][c], row, columns[c]);
       }
     }
   }
@@ -344,12 +344,12 @@ inline void multiply_in_pairs(const TileOperands* operands, int count, int64_t r
                               bool add) {
   for (int i = 0; i < count; ++i, add = true) {
     const auto [left, right, k_tiles] = operands[i];
-    for (int64_t first = 0; first < rows; first += kUnitTileRows) {
-      const uint16_t* const tile = left + first / kUnitTileRows * k_tiles * kOperandSize;
-      float* const out = sums + first / kUnitTileRows * columns * kSumsSize;
-      for_each_row_tile(smaller(kUnitTileRows, rows - first), [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
-        const uint16_t* const a = tile + row * kUnitTileDepth;
-        float* const at = out + row * kUnitTileRows;
+    for (int64_t first = 0; first < rows; first += kEngineTileRows) {
+      const uint16_t* const tile = left + first / kEngineTileRows * k_tiles * kOperandSize;
+      float* const out = sums + first / kEngineTileRows * columns * kSumsSize;
+      for_each_row_tile(smaller(kEngineTileRows, rows - first), [&](int64_t row, auto height) LSTM_EXT_LAMBDA_INLINE {
+        const uint16_t* const a = tile + row * kEngineTileDepth;
+        float* const at = out + row * kEngineTileRows;
         if (columns == 2 * kGroupTiles) {
           multiply_rows<height(), 4>(a, right, k_tiles, at, add);
         } else if (columns == kGroupTiles) {
@@ -365,8 +365,8 @@ inline void multiply_in_pairs(const TileOperands* operands, int count, int64_t r
 #endif
 
 // sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
-// `columns` tiles: those of one column group, or four tiles, those of two groups. `in_tiles`: see UnitLimits::tiles.
-inline void multiply_tiles(int planes, [[maybe_unused]] bool in_tiles, const TileOperands* operands, int count,
+// `columns` tiles: those of one column group, or four tiles, those of two groups. `in_tiles`: see EngineLimits::tiles.
+inline void multiply_tiles(int bf16_parts, [[maybe_unused]] bool in_tiles, const TileOperands* operands, int count,
                            int64_t rows, int columns, float* sums, bool add, const Between& between) {
 #if !defined(LSTM_EXT_ISA_NEON_BF16)
   if (!in_tiles) {
@@ -374,31 +374,32 @@ inline void multiply_tiles(int planes, [[maybe_unused]] bool in_tiles, const Til
     return;
   }
 #endif
-  with_planes(planes, [&](auto p) { multiply_in_tiles<p()>(operands, count, rows, columns, sums, add, between); });
+  with_bf16_parts(bf16_parts,
+                  [&](auto p) { multiply_in_tiles<p()>(operands, count, rows, columns, sums, add, between); });
 }
 
 #endif
 
 // While it lives, this thread may use registers of tiles, if `used`.
-class UnitSession {
+class EngineSession {
  public:
-  explicit UnitSession(bool used) : used_(used) {
-#if defined(LSTM_EXT_MATRIX_UNIT)
-    if (used_) MatrixUnit::begin(registers_);
+  explicit EngineSession(bool used) : used_(used) {
+#if defined(LSTM_EXT_TILE_ENGINE)
+    if (used_) TileEngine::begin(registers_);
 #endif
   }
-  ~UnitSession() {
-#if defined(LSTM_EXT_MATRIX_UNIT)
-    if (used_) MatrixUnit::end();
+  ~EngineSession() {
+#if defined(LSTM_EXT_TILE_ENGINE)
+    if (used_) TileEngine::end();
 #endif
   }
-  UnitSession(const UnitSession&) = delete;
-  UnitSession& operator=(const UnitSession&) = delete;
+  EngineSession(const EngineSession&) = delete;
+  EngineSession& operator=(const EngineSession&) = delete;
 
  private:
   const bool used_;
-#if defined(LSTM_EXT_MATRIX_UNIT)
-  mutable MatrixUnit::Registers registers_;
+#if defined(LSTM_EXT_TILE_ENGINE)
+  mutable TileEngine::Registers registers_;
 #endif
 };
 

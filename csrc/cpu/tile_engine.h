@@ -1,9 +1,9 @@
-// The matrix unit: it multiplies tiles of bfloat16 and sums in float32.
+// The tile engine: it multiplies tiles of bfloat16 and sums in float32.
 //
 // A processor has it in one of two forms. AMX has registers of tiles. Without them an instruction of AVX-512-BF16
 // stands in, which multiplies pairs of bfloat16 in vector registers and reads the same operands. Which form runs is in
-// the plan (UnitLimits::tiles). Both are in the kernels of AVX-512, which also run on processors that have neither; so
-// their instructions are written in assembly. On AArch64 an instruction for blocks of 2 x 2 sums makes tiles of 16
+// the plan (EngineLimits::tiles). Both are in the kernels of AVX-512, which also run on processors that have neither;
+// so their instructions are written in assembly. On AArch64 an instruction for blocks of 2 x 2 sums makes tiles of 16
 // x 16.
 //
 // AMX has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left
@@ -11,7 +11,7 @@
 // operands count as zeros, and denormal results become zeros. For each product it sums the even and the odd k in two
 // chains of fused multiply-adds from zero, adds the two, and adds the result to the sum.
 //
-// The kernels use the matrix unit through this interface only, so that tests can replace it by one in plain C++.
+// The kernels use the tile engine through this interface only, so that tests can replace it by one in plain C++.
 #pragma once
 
 #include "cpu/isa.h"
@@ -21,13 +21,13 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-constexpr int64_t kOperandSize = kUnitTileRows * kUnitTileDepth;  // bfloat16 numbers in a tile
-constexpr int64_t kSumsSize = kUnitTileRows * kUnitTileRows;      // float32 numbers in a tile
+constexpr int64_t kOperandSize = kEngineTileRows * kEngineTileDepth;  // bfloat16 numbers in a tile
+constexpr int64_t kSumsSize = kEngineTileRows * kEngineTileRows;      // float32 numbers in a tile
 
 #if defined(LSTM_EXT_ISA_AVX512)
-#define LSTM_EXT_MATRIX_UNIT
+#define LSTM_EXT_TILE_ENGINE
 
-struct MatrixUnit {
+struct TileEngine {
   // 16 numbers rounded to bfloat16, to nearest, denormals to zero.
   using Half = __m256i;
   LSTM_EXT_INLINE static Half round(Reg<float> v) {
@@ -46,7 +46,7 @@ struct MatrixUnit {
   LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
 
   // Registers of tiles. begin() is called once in a thread before all others, end() at the end. What stands in for
-  // registers, if the unit has none, lives until then.
+  // registers, if the engine has none, lives until then.
   struct Registers {};
   static void begin(Registers&) {
     struct alignas(64) {
@@ -96,19 +96,19 @@ struct MatrixUnit {
 };
 
 #elif defined(LSTM_EXT_ISA_NEON_BF16)
-#define LSTM_EXT_MATRIX_UNIT
-#include "cpu/matrix_unit_neon.h"
+#define LSTM_EXT_TILE_ENGINE
+#include "cpu/tile_engine_neon.h"
 
-#elif defined(LSTM_EXT_MATRIX_UNIT)
-#include LSTM_EXT_MATRIX_UNIT
+#elif defined(LSTM_EXT_TILE_ENGINE)
+#include LSTM_EXT_TILE_ENGINE
 #endif
 
 // Whether products of T can run on it.
 template <typename T>
-constexpr bool kHasMatrixUnit = false;
-#if defined(LSTM_EXT_MATRIX_UNIT)
+constexpr bool kHasTileEngine = false;
+#if defined(LSTM_EXT_TILE_ENGINE)
 template <>
-constexpr bool kHasMatrixUnit<float> = true;
+constexpr bool kHasTileEngine<float> = true;
 #endif
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Products on a matrix unit: on AMX where the processor has it, and everywhere on a unit in plain C++."""
+"""Products on a tile engine: on AMX where the processor has it, and everywhere on an engine in plain C++."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case, check, expected, ours
 from judge import relative_error
-from matrix_unit import build
+from tile_engine import build
 from torch import Tensor
 
 import lstm_ext
@@ -21,10 +21,10 @@ from lstm_ext.native import loader
 _C = loader.extension()
 HAS_AMX = _C is not None and "amx" in _C.cpu_capabilities()
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX")
-AMX, PAIRS = "amx at small sizes", "software, in pairs"  # see matrix_unit/kernels.cpp
+AMX, PAIRS = "amx at small sizes", "software, in pairs"  # see tile_engine/kernels.cpp
 HAS_PAIRS = _C is not None and "avx512_bf16" in _C.cpu_capabilities()
 needs_pairs = pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512-BF16")
-UNITS = ["software", pytest.param(AMX, marks=needs_amx, id="amx")]
+ENGINES = ["software", pytest.param(AMX, marks=needs_amx, id="amx")]
 
 
 @contextlib.contextmanager
@@ -39,20 +39,20 @@ def capability(name: str) -> Iterator[None]:
         _C.set_cpu_capability(before)
 
 
-@pytest.fixture(params=UNITS)
-def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     with capability(request.param):
         yield request.param
 
 
-def plan_of(case: Case, threads: int = 1, planes: int = 3) -> dict[str, int]:
+def plan_of(case: Case, threads: int = 1, bf16_parts: int = 3) -> dict[str, int]:
     return _C.cpu_plan(
         steps=case.steps, batch=case.batch, input_size=case.input_size, hidden_size=case.hidden_size,
-        proj_size=case.proj_size, threads=threads, save=True, planes=planes,
+        proj_size=case.proj_size, threads=threads, save=True, bf16_parts=bf16_parts,
     )  # fmt: skip
 
 
-# ---- the unit itself
+# ---- the engine itself
 
 
 def pointer(t: Tensor) -> ctypes.c_void_p:
@@ -64,7 +64,7 @@ def multiply_add(
     hardware: bool, sums: Tensor, left: Tensor, right: Tensor, function: str = "multiply_add"
 ) -> Tensor:
     result = sums.clone()
-    getattr(build.unit(hardware), function)(
+    getattr(build.engine(hardware), function)(
         pointer(result), pointer(left), pointer(right), ctypes.c_int64(len(sums))
     )
     return result
@@ -100,7 +100,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 @needs_amx
 @pytest.mark.parametrize("kind", ["normal", "of all sizes", "denormal", "not finite"])
-def test_unit_in_software_has_the_bits_of_amx(kind):
+def test_engine_in_software_has_the_bits_of_amx(kind):
     assert equal_bits(multiply_add(False, *operands(kind)), multiply_add(True, *operands(kind)))
 
 
@@ -112,7 +112,7 @@ def test_pairs_in_software_have_the_bits_of_avx512_bf16(kind):
     assert equal_bits(ours, theirs)
 
 
-def test_unit_in_software_multiplies():
+def test_engine_in_software_multiplies():
     sums, left, right = operands("normal")
     right_rows = right.double().permute(0, 1, 3, 2).reshape(-1, 32, 16)
     product = left.double() @ right_rows
@@ -126,7 +126,7 @@ def test_rounding_to_bfloat16(hardware):
         [numbers, torch.tensor([1e-39, -1e-39, 0.0, -0.0, 3.39e38, -3.4e38, 1e-45, 2.0**-126] * 2)]
     )
     halves = torch.zeros(len(numbers), dtype=torch.bfloat16)
-    build.unit(hardware).round_to_bfloat16(pointer(numbers), pointer(halves), ctypes.c_int64(len(numbers)))
+    build.engine(hardware).round_to_bfloat16(pointer(numbers), pointer(halves), ctypes.c_int64(len(numbers)))
     expected = torch.where(numbers.abs() < 2.0**-126, numbers * 0, numbers).bfloat16()
     assert equal_bits(halves.float(), expected.float())
 
@@ -174,19 +174,19 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("group", SIZES)
-def test_sizes(unit, group):
+def test_sizes(engine, group):
     for case in SIZES[group]:
         check(case, torch.float32, draws=1 if case.hidden_size > 400 else 3)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(unit, name):
+def test_options(engine, name):
     check(OPTIONS[name], torch.float32, draws=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["rows", "projection"])
-def test_16_bits(unit, name, dtype):
+def test_16_bits(engine, name, dtype):
     for case in SIZES[name][::2]:
         check(case, dtype, draws=3, equations=True)
 
@@ -196,13 +196,15 @@ def test_16_bits(unit, name, dtype):
 def test_pairs_in_vector_registers(name, where):
     with capability(where):
         for case in SIZES.get(name, [OPTIONS.get(name)]):
-            assert bool(case.packed or case.lengths) or plan_of(case, planes=1)["recurrent_planes"] == 1
+            assert (
+                bool(case.packed or case.lengths) or plan_of(case, bf16_parts=1)["recurrent_bf16_parts"] == 1
+            )
             check(case, torch.bfloat16, draws=3, equations=True)
 
 
 # Float32 operands cut to 16 bits, or to 8: the errors of one product are about 2^-17 and 2^-9 of it.
 @pytest.mark.parametrize(("precision", "least", "most"), [("tf32", 5e-7, 3e-5), ("bf16", 5e-4, 2e-2)])
-def test_precision_of_float32_is_torchs_own_switch(unit, precision, least, most):
+def test_precision_of_float32_is_torchs_own_switch(engine, precision, least, most):
     case = sized(6, 20, 70, 80, bidirectional=True)
     exact, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
     rnn = torch.backends.mkldnn.rnn
@@ -219,7 +221,7 @@ def test_precision_of_float32_is_torchs_own_switch(unit, precision, least, most)
         assert least < relative_error(rounded[name], reference[name]) < most, name
 
 
-def test_without_a_unit_the_switch_changes_nothing():
+def test_without_an_engine_the_switch_changes_nothing():
     others = [name for name in _C.cpu_capabilities() if name not in ("amx", "avx512_bf16")]
     case = sized(6, 20, 70, 80)
     with capability(others[0]):
@@ -234,50 +236,51 @@ def test_without_a_unit_the_switch_changes_nothing():
             rnn.fp32_precision = before
 
 
-def test_which_products_run_on_the_unit(unit):
-    def planes(*sizes: int, **options: Any) -> tuple[int, ...]:
+def test_which_products_run_on_the_engine(engine):
+    def bf16_parts(*sizes: int, **options: Any) -> tuple[int, ...]:
         plan = plan_of(sized(*sizes), **options)
         names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
-        return tuple(plan[f"{name}_planes"] for name in names)
+        return tuple(plan[f"{name}_bf16_parts"] for name in names)
 
-    assert planes(20, 32, 64, 64) == (3, 3, 3, 3, 3)
-    assert planes(20, 32, 64, 64, planes=1) == (1, 1, 1, 1, 1)
+    assert bf16_parts(20, 32, 64, 64) == (3, 3, 3, 3, 3)
+    assert bf16_parts(20, 32, 64, 64, bf16_parts=1) == (1, 1, 1, 1, 1)
     # Few rows a step: the products over all steps only.
-    assert planes(100, 1, 64, 64) == (3, 0, 0, 3, 3)
+    assert bf16_parts(100, 1, 64, 64) == (3, 0, 0, 3, 3)
     # Few samples are computed as one step after the other.
-    assert planes(4, 8, 64, 64) == (0, 0, 0, 0, 0)
+    assert bf16_parts(4, 8, 64, 64) == (0, 0, 0, 0, 0)
     # A backward pass takes some more for few, of small weights.
-    assert planes(4, 16, 64, 128) == (3, 3, 0, 0, 0)
-    assert planes(4, 16, 64, 512) == (3, 3, 3, 3, 3)
+    assert bf16_parts(4, 16, 64, 128) == (3, 3, 0, 0, 0)
+    assert bf16_parts(4, 16, 64, 512) == (3, 3, 3, 3, 3)
     # Few features, few units.
-    assert planes(20, 32, 8, 64) == (0, 3, 3, 0, 3)
-    assert planes(20, 32, 64, 8) == (0, 0, 0, 3, 3)
+    assert bf16_parts(20, 32, 8, 64) == (0, 3, 3, 0, 3)
+    assert bf16_parts(20, 32, 64, 8) == (0, 0, 0, 3, 3)
     # The weights share a factor: what counts are the columns of both.
-    assert planes(20, 32, 15, 16)[-1] == 0
-    assert planes(20, 32, 16, 16)[-1] == 3
+    assert bf16_parts(20, 32, 15, 16)[-1] == 0
+    assert bf16_parts(20, 32, 16, 16)[-1] == 3
     # Not a matter of how the work is shared.
-    assert planes(20, 16, 64, 256) == planes(20, 16, 64, 256, threads=2) == planes(20, 16, 64, 256, threads=4)
+    assert bf16_parts(20, 16, 64, 256) == bf16_parts(20, 16, 64, 256, threads=2)
+    assert bf16_parts(20, 16, 64, 256) == bf16_parts(20, 16, 64, 256, threads=4)
 
 
 @needs_amx
 def test_where_amx_pays():
-    """With three planes larger products only; with one, which splits nothing, small ones too."""
+    """With three bf16_parts larger products only; with one, which splits nothing, small ones too."""
     with capability("amx"):
-        for planes, expected in ((3, (3, 3, 0, 0, 3)), (2, (2, 2, 2, 2, 2)), (1, (1, 1, 1, 1, 1))):
-            plan = plan_of(sized(20, 32, 64, 64), planes=planes)
+        for bf16_parts, expected in ((3, (3, 3, 0, 0, 3)), (2, (2, 2, 2, 2, 2)), (1, (1, 1, 1, 1, 1))):
+            plan = plan_of(sized(20, 32, 64, 64), bf16_parts=bf16_parts)
             names = ("input", "recurrent", "backward_recurrent", "backward_input", "outer")
-            assert tuple(plan[f"{name}_planes"] for name in names) == expected
-        assert plan_of(sized(20, 32, 39, 40))["outer_planes"] == 0
-        assert plan_of(sized(20, 32, 40, 40))["outer_planes"] == 3
-        assert plan_of(sized(20, 7, 128, 128))["recurrent_planes"] == 0
-        assert plan_of(sized(20, 8, 128, 128))["recurrent_planes"] == 3
+            assert tuple(plan[f"{name}_bf16_parts"] for name in names) == expected
+        assert plan_of(sized(20, 32, 39, 40))["outer_bf16_parts"] == 0
+        assert plan_of(sized(20, 32, 40, 40))["outer_bf16_parts"] == 3
+        assert plan_of(sized(20, 7, 128, 128))["recurrent_bf16_parts"] == 0
+        assert plan_of(sized(20, 8, 128, 128))["recurrent_bf16_parts"] == 3
         # Of a weight that the second-level cache does not hold, more rows have to share the reading.
-        assert plan_of(sized(20, 11, 512, 512))["recurrent_planes"] == 0
-        assert plan_of(sized(20, 12, 512, 512))["recurrent_planes"] == 3
-        assert plan_of(sized(40, 1, 128, 128), planes=1)["recurrent_planes"] == 1
+        assert plan_of(sized(20, 11, 512, 512))["recurrent_bf16_parts"] == 0
+        assert plan_of(sized(20, 12, 512, 512))["recurrent_bf16_parts"] == 3
+        assert plan_of(sized(40, 1, 128, 128), bf16_parts=1)["recurrent_bf16_parts"] == 1
 
 
-def test_where_the_input_is_summed_in_the_steps(unit):
+def test_where_the_input_is_summed_in_the_steps(engine):
     """Enough rows, weights that stay in the cache, and more than one step."""
 
     def in_steps(*sizes: int, **options: Any) -> bool:
@@ -289,16 +292,16 @@ def test_where_the_input_is_summed_in_the_steps(unit):
     assert not in_steps(20, 15, 128, 128)
     assert not in_steps(1, 64, 128, 128)
     assert not in_steps(20, 16, 256, 256)
-    assert in_steps(20, 8, 256, 256, planes=1)
-    assert not in_steps(20, 7, 256, 256, planes=1)
+    assert in_steps(20, 8, 256, 256, bf16_parts=1)
+    assert not in_steps(20, 7, 256, 256, bf16_parts=1)
     # Weights that do not stay there, but W has fewer bytes than writing and reading W x costs.
     assert in_steps(20, 64, 256, 256)
     assert in_steps(20, 16, 96, 512)
     assert not in_steps(20, 16, 112, 512)
 
 
-def test_how_two_workers_share_a_forward_pass(unit):
-    """The rows; or the units, where a cache holds half of the planes of a weight only, and rows are not many."""
+def test_how_two_workers_share_a_forward_pass(engine):
+    """The rows; or the units, where a cache holds half of the bf16_parts of a weight only, and rows are not many."""
 
     def groups(*sizes: int) -> tuple[int, int]:
         plan = plan_of(sized(*sizes), threads=2)
@@ -310,8 +313,8 @@ def test_how_two_workers_share_a_forward_pass(unit):
     assert groups(20, 16, 128, 128) == (1, 2)  # half a row tile each would take as long as a whole one
 
 
-def test_how_much_of_the_input_is_multiplied_at_once(unit):
-    """In short bursts, where the steps do without the unit and a burst is good for many of them."""
+def test_how_much_of_the_input_is_multiplied_at_once(engine):
+    """In short bursts, where the steps do without the engine and a burst is good for many of them."""
 
     def rows(*sizes: int, **options: Any) -> int:
         return plan_of(sized(*sizes), **options)["forward_chunk_rows"]
@@ -325,7 +328,7 @@ def test_how_much_of_the_input_is_multiplied_at_once(unit):
 
 @pytest.mark.alone
 @pytest.mark.parametrize("shape", [(6, 32, 64, 128), (4, 16, 64, 256)], ids=["teams", "members"])
-def test_workers(unit, shape):
+def test_workers(engine, shape):
     case = sized(*shape, bidirectional=True)
     results = []
     for threads in (1, 2):
@@ -339,11 +342,11 @@ def test_workers(unit, shape):
 @needs_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
-def test_amx_has_the_bits_of_the_unit_in_software(name, dtype):
+def test_amx_has_the_bits_of_the_engine_in_software(name, dtype):
     for case in SIZES.get(name, [OPTIONS.get(name)])[:2]:
         results = []
-        for unit in ("software", AMX):
-            with capability(unit):
+        for engine in ("software", AMX):
+            with capability(engine):
                 results.append(ours(case, dtype, 1))
         for key, value in results[0].items():
             assert torch.equal(value, results[1][key]), (case, key)
@@ -352,7 +355,7 @@ def test_amx_has_the_bits_of_the_unit_in_software(name, dtype):
 # ---- weights in int8, whose products are sums of bytes where the processor has the instruction for them
 
 
-def int8_results(unit: str | None) -> list[Tensor]:
+def int8_results(engine: str | None) -> list[Tensor]:
     """Of rows of several pieces, one of them with numbers that no piece can hold. None: of float32 products with the
     same weights."""
     torch.manual_seed(5)
@@ -360,13 +363,13 @@ def int8_results(unit: str | None) -> list[Tensor]:
     x = torch.randn(3, 2, 600)
     x[1, 0, 3], x[2, 1, 550] = 1e30, 1e-35
     with torch.no_grad():
-        if unit is None:
+        if engine is None:
             for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
                 factors = weight.abs().amax(1, keepdim=True) / 127
                 weight.copy_((weight / factors).round() * factors)
             output, (h, c) = layer(x)
         else:
-            with capability(unit):
+            with capability(engine):
                 output, (h, c) = lstm_ext.freeze(layer, torch.int8)(x)
     return [output, h, c]
 
@@ -377,7 +380,7 @@ def test_int8_on_bytes_in_software():
 
 
 @needs_amx
-def test_amx_has_the_bits_of_the_byte_unit_in_software():
+def test_amx_has_the_bits_of_the_byte_engine_in_software():
     for y, e in zip(int8_results(AMX), int8_results("software"), strict=True):
         assert torch.equal(y, e)
 
@@ -385,10 +388,10 @@ def test_amx_has_the_bits_of_the_byte_unit_in_software():
 # ---- numbers that three bfloat16 cannot hold
 
 
-def test_more_rows_than_one_left_operand_has(unit):
-    """A pass that recomputes multiplies those of a whole chunk, here without the unit."""
+def test_more_rows_than_one_left_operand_has(engine):
+    """A pass that recomputes multiplies those of a whole chunk, here without the engine."""
     results = []
-    for name in (_C.cpu_capabilities()[-1], unit):
+    for name in (_C.cpu_capabilities()[-1], engine):
         with capability(name):
             torch.manual_seed(1)
             layer = lstm_ext.LSTM(32, 176, recompute=True)
@@ -401,11 +404,11 @@ def test_more_rows_than_one_left_operand_has(unit):
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3.4e38, -3.395e38])
 @pytest.mark.parametrize("where", ["input", "input without h0", "h0", "weight_ih", "weight_hh", "gradient"])
-def test_infinities_nan_and_huge_numbers(unit, where, value):
-    """They reach as far as without the unit, and the rest is what it was."""
+def test_infinities_nan_and_huge_numbers(engine, where, value):
+    """They reach as far as without the engine, and the rest is what it was."""
     other = next(name for name in _C.cpu_capabilities() if name != "amx")
     results = []
-    for name in (other, unit):
+    for name in (other, engine):
         with capability(name):
             torch.manual_seed(1)
             layer = lstm_ext.LSTM(40, 40)
@@ -434,8 +437,8 @@ def test_infinities_nan_and_huge_numbers(unit, where, value):
         assert relative_error(found[ordinary], reference[ordinary].double()) < 1e-5
 
 
-def test_tiny_numbers_keep_the_precision_that_is_left(unit):
-    """A number below about 2^-102 loses its lower planes, since a denormal counts as zero: 8 bits are left."""
+def test_tiny_numbers_keep_the_precision_that_is_left(engine):
+    """A number below about 2^-102 loses its lower bf16_parts, since a denormal counts as zero: 8 bits are left."""
     case = sized(5, 20, 40, 40, input_scale=1e-33)
     found, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
     assert relative_error(found["output"], reference["output"]) < 1e-6
@@ -445,14 +448,14 @@ def test_tiny_numbers_keep_the_precision_that_is_left(unit):
     assert relative_error(found[weight], reference[weight]) < 2**-8
 
 
-def test_training_goes_the_same_way(unit):
-    """Steps of SGD with six products, without the unit, and in float64: the first two differ as rounding does."""
-    steps = 1000 if unit == AMX else 60
+def test_training_goes_the_same_way(engine):
+    """Steps of SGD with six products, without the engine, and in float64: the first two differ as rounding does."""
+    steps = 1000 if engine == AMX else 60
     other = next(name for name in _C.cpu_capabilities() if name != "amx")
     losses: dict[str, list[float]] = {}
     ends: dict[str, Tensor] = {}
     for name, set_, dtype in (
-        ("unit", unit, torch.float32),
+        ("engine", engine, torch.float32),
         ("fma", other, torch.float32),
         ("exact", other, torch.float64),
     ):
@@ -472,5 +475,5 @@ def test_training_goes_the_same_way(unit):
                 losses[name].append(loss.item())
             ends[name] = torch.cat([p.detach().double().flatten() for p in layer.parameters()])
     assert losses["exact"][-1] < 0.8 * losses["exact"][0]
-    errors = {name: relative_error(ends[name], ends["exact"]) for name in ("unit", "fma")}
-    assert errors["unit"] < 2 * errors["fma"] + 1e-6, errors
+    errors = {name: relative_error(ends[name], ends["exact"]) for name in ("engine", "fma")}
+    assert errors["engine"] < 2 * errors["fma"] + 1e-6, errors

@@ -18,48 +18,48 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// LSTM_EXT_BYTE_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenBytes: the
+// LSTM_EXT_INT8_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenInt8: the
 // set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
 #if !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON_BF16)
-#define LSTM_EXT_BYTE_PRODUCTS
+#define LSTM_EXT_INT8_PRODUCTS
 #endif
 #if defined(LSTM_EXT_ISA_AVX512)
-constexpr bool kMayWidenBytes = true;
-inline bool multiplies_bytes() { return has_avx512_vnni; }
+constexpr bool kMayWidenInt8 = true;
+inline bool multiplies_int8() { return has_avx512_vnni; }
 #elif defined(LSTM_EXT_ISA_AVX2)
-constexpr bool kMayWidenBytes = true;
-inline bool multiplies_bytes() { return has_avx_vnni; }
+constexpr bool kMayWidenInt8 = true;
+inline bool multiplies_int8() { return has_avx_vnni; }
 #elif defined(LSTM_EXT_ISA_NEON)
-constexpr bool kMayWidenBytes = true;
-inline bool multiplies_bytes() { return has_i8mm; }
+constexpr bool kMayWidenInt8 = true;
+inline bool multiplies_int8() { return has_i8mm; }
 #elif defined(LSTM_EXT_ISA_BASELINE) || defined(LSTM_EXT_ISA_NEON_BF16)
-constexpr bool kMayWidenBytes = true;
-inline bool multiplies_bytes() { return false; }
+constexpr bool kMayWidenInt8 = true;
+inline bool multiplies_int8() { return false; }
 #else
-constexpr bool kMayWidenBytes = false;
-inline bool multiplies_bytes() { return true; }
+constexpr bool kMayWidenInt8 = false;
+inline bool multiplies_int8() { return true; }
 #endif
 
 // For these products a panel holds four k of a unit side by side, [k / 4][gate][lane][k % 4], padded with 128.
-// byte_place gives the place of a weight, byte_panel_size the bytes of a panel.
-constexpr int kKsOfBytes = 4;
-LSTM_EXT_INLINE int64_t byte_place(int64_t k, int gate, int lane) {
+// int8_place gives the place of a weight, int8_panel_size the bytes of a panel.
+constexpr int kKsOfInt8 = 4;
+LSTM_EXT_INLINE int64_t int8_place(int64_t k, int gate, int lane) {
   constexpr int n = Simd<float>::kLanes;
-  return (k / kKsOfBytes * kGates + gate) * kKsOfBytes * n + lane * kKsOfBytes + k % kKsOfBytes;
+  return (k / kKsOfInt8 * kGates + gate) * kKsOfInt8 * n + lane * kKsOfInt8 + k % kKsOfInt8;
 }
-LSTM_EXT_INLINE int64_t byte_panel_size(int64_t count) {
-  return kGates * Simd<float>::kLanes * divide_up(count, kKsOfBytes) * kKsOfBytes;
+LSTM_EXT_INLINE int64_t int8_panel_size(int64_t count) {
+  return kGates * Simd<float>::kLanes * divide_up(count, kKsOfInt8) * kKsOfInt8;
 }
 
-#if defined(LSTM_EXT_BYTE_PRODUCTS)
+#if defined(LSTM_EXT_INT8_PRODUCTS)
 
 using Ints = Simd<float>::Index;
-constexpr int kMostDigits = 4;
-constexpr int kFewDigits = 3;
-// The largest number of kDigits digits: each digit is 127.
-template <int kDigits>
-constexpr int32_t kLargestOfDigits = 0x7F7F7F7F >> 8 * (kMostDigits - kDigits);
-// See RowDigits::digits.
+constexpr int kMostParts = 4;
+constexpr int kFewParts = 3;
+// The largest number of kParts parts: each part is 127.
+template <int kParts>
+constexpr int32_t kLargestOfParts = 0x7F7F7F7F >> 8 * (kMostParts - kParts);
+// See Int8Row::parts.
 constexpr float kMostOverMean = 512;
 constexpr int32_t kLeastOfFew = 128;
 constexpr int32_t kSmallSize = 64;
@@ -67,21 +67,21 @@ constexpr int32_t kSmallShare = 16;
 constexpr int64_t kPiecesAtOnce = 8;                          // pieces of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
-// A piece of a row as sums of bytes times powers of 256, the lowest first: [k / 4][digit][k % 4], so that a product
-// reads four k of a digit at once.
-struct RowDigits {
-  alignas(64) int8_t bytes[kMostDigits * kBlockK];
-  int32_t sums[kMostDigits];
+// A piece of a row as sums of bytes times powers of 256, the lowest first: [k / 4][part][k % 4], so that a product
+// reads four k of a part at once.
+struct Int8Row {
+  alignas(64) int8_t bytes[kMostParts * kBlockK];
+  int32_t sums[kMostParts];
   float factor;
-  // How many digits there are.
+  // How many parts there are.
   // 0: the numbers have to be multiplied in float32. This holds for infinities, NaN, numbers too large or too small for
   // the factor, and a number of more than kMostOverMean times the mean of the others that are not 0.
-  // kFewDigits: all numbers are 0; or at least kLeastOfFew are not, and of these at most one in kSmallShare is smaller
+  // kFewParts: all numbers are 0; or at least kLeastOfFew are not, and of these at most one in kSmallShare is smaller
   // than the largest divided by kSmallSize. A float32 sum of them has about the same error. A sum of a few numbers
   // would be more exact. Many small numbers beside large ones would lose bits, which matters to a unit whose weights
   // for the large ones are 0.
-  // kMostDigits otherwise.
-  int digits;
+  // kMostParts otherwise.
+  int parts;
 };
 
 // Reduces all lanes with f; every lane gets the result.
@@ -97,7 +97,7 @@ LSTM_EXT_INLINE Ints over_lanes(Ints v, const F& f) {
 // sum += the products of four bytes each.
 LSTM_EXT_INLINE void add_products(Ints& sum, Ints weights, Ints bytes) {
 #if defined(LSTM_EXT_ISA_SOFTWARE)
-  for (int i = 0; i < kKsOfBytes; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
+  for (int i = 0; i < kKsOfInt8; ++i) sum += ((weights >> 8 * i) & 255) * ((bytes << (24 - 8 * i)) >> 24);
 #elif defined(LSTM_EXT_ISA_AVX2)  // in assembly, since the set is compiled for processors without it too
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(bytes));
 #elif defined(LSTM_EXT_ISA_NEON)  // the same
@@ -120,19 +120,19 @@ LSTM_EXT_INLINE Ints transpose_bytes(Ints v, std::integer_sequence<int, kByte...
 #endif
 }
 
-// Splits a piece into digits; `largest` is the magnitude of its largest number. Returns how many numbers are small but
+// Splits a piece into parts; `largest` is the magnitude of its largest number. Returns how many numbers are small but
 // not 0.
-template <int kDigits>
-int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row) {
+template <int kParts>
+int32_t split_into(const float* x, int64_t count, float largest, Int8Row& row) {
   using S = Simd<float>;
-  constexpr int32_t kLargest = kLargestOfDigits<kDigits>;
-  row.digits = kDigits;
+  constexpr int32_t kLargest = kLargestOfParts<kParts>;
+  row.parts = kParts;
   row.factor = largest / static_cast<float>(kLargest);
   const Reg<float> scale = S::set1(largest == 0 ? 0.0f : static_cast<float>(kLargest) / largest);
   const Ints bound = Ints{} + kLargest, small = Ints{} + kLargest / kSmallSize;
-  // Adding 128 to each byte but the highest carries into the next one if a digit would be above 127. The exclusive or
+  // Adding 128 to each byte but the highest carries into the next one if a part would be above 127. The exclusive or
   // removes the 128 again. The largest number becomes 0x7FFFFFFF at most.
-  const Ints halves = Ints{} + (0x808080 >> 8 * (kMostDigits - kDigits));
+  const Ints halves = Ints{} + (0x808080 >> 8 * (kMostParts - kParts));
   Ints sums = {}, smaller_ones = {};
   for (int64_t k = 0; k < count; k += S::kLanes) {
     const auto lanes = static_cast<int>(smaller(count - k, S::kLanes));
@@ -142,18 +142,18 @@ int32_t split_into(const float* x, int64_t count, float largest, RowDigits& row)
     number = number > bound ? bound : number;
     number = number < -bound ? -bound : number;
     smaller_ones -= (reinterpret_cast<Ints>(S::abs(value)) != 0) & (number < small) & (number > -small);
-    const Ints digits = transpose_bytes((number + halves) ^ halves, std::make_integer_sequence<int, sizeof(Ints)>{});
-    __builtin_memcpy(row.bytes + kMostDigits * k, &digits, sizeof(digits));
-    add_products(sums, Ints{} + 0x01010101, digits);
+    const Ints parts = transpose_bytes((number + halves) ^ halves, std::make_integer_sequence<int, sizeof(Ints)>{});
+    __builtin_memcpy(row.bytes + kMostParts * k, &parts, sizeof(parts));
+    add_products(sums, Ints{} + 0x01010101, parts);
   }
-  for (int digit = 0; digit < kDigits; ++digit) {
-    row.sums[digit] = 0;
-    for (int lane = digit; lane < S::kLanes; lane += kMostDigits) row.sums[digit] += sums[lane];
+  for (int part = 0; part < kParts; ++part) {
+    row.sums[part] = 0;
+    for (int lane = part; lane < S::kLanes; lane += kMostParts) row.sums[part] += sums[lane];
   }
   return over_lanes(smaller_ones, [](auto a, auto b) LSTM_EXT_LAMBDA_INLINE { return a + b; })[0];  // see split_row
 }
 
-inline void split_row(const float* x, int64_t count, RowDigits& row) {
+inline void split_row(const float* x, int64_t count, Int8Row& row) {
   using S = Simd<float>;
   // Generic: the compiler would make functions of others, and warn about what these return.
   const auto larger = [](auto a, auto b) LSTM_EXT_LAMBDA_INLINE { return a > b ? a : b; };
@@ -174,15 +174,15 @@ inline void split_row(const float* x, int64_t count, RowDigits& row) {
   const int32_t numbers = over_lanes(not_zero, sum)[0];
   const float of_others = sum_of_lanes<float>(total)[0] - largest;
   const bool even = static_cast<float>(numbers - 1) * largest <= kMostOverMean * of_others;
-  row.digits = 0;
+  row.parts = 0;
   if (numbers > 0 && !(bits >= kLeast && bits < kMost && even)) return;
   if (numbers == 0 || numbers >= kLeastOfFew) {
-    if (kSmallShare * split_into<kFewDigits>(x, count, largest, row) <= numbers) return;
+    if (kSmallShare * split_into<kFewParts>(x, count, largest, row) <= numbers) return;
   }
-  split_into<kMostDigits>(x, count, largest, row);
+  split_into<kMostParts>(x, count, largest, row);
 }
 
-// Keeps the bytes in a register: otherwise GCC reads them again for each digit, which takes longer than the products.
+// Keeps the bytes in a register: otherwise GCC reads them again for each part, which takes longer than the products.
 LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
   Ints v;
   __builtin_memcpy(&v, p, sizeof(v));
@@ -192,51 +192,51 @@ LSTM_EXT_INLINE Ints load_bytes(const uint8_t* p) {
 
 // sums = the products of a piece of a row with `count` k of some gates of a panel, without the factors of the units.
 // Not inlined: the loop needs the registers that GCC would give to the surrounding code.
-template <int kDigits, int kSomeGates>
-__attribute__((noinline)) void multiply_gates(const uint8_t* panel, const RowDigits& row, int64_t count,
+template <int kParts, int kSomeGates>
+__attribute__((noinline)) void multiply_gates(const uint8_t* panel, const Int8Row& row, int64_t count,
                                               Reg<float>* sums) {
   using S = Simd<float>;
-  constexpr int kGroup = kKsOfBytes * kPanelStep;
-  Ints acc[kDigits][kSomeGates] = {};
-  const int64_t groups = divide_up(count, kKsOfBytes);
-  const int8_t* digits = row.bytes;
+  constexpr int kGroup = kKsOfInt8 * kPanelStep;
+  Ints acc[kParts][kSomeGates] = {};
+  const int64_t groups = divide_up(count, kKsOfInt8);
+  const int8_t* parts = row.bytes;
   const bool fetches = fetches_panels;
-  for (int64_t k = 0; k < groups; ++k, panel += kGroup, digits += kMostDigits * kKsOfBytes) {
+  for (int64_t k = 0; k < groups; ++k, panel += kGroup, parts += kMostParts * kKsOfInt8) {
 #pragma GCC unroll 4
     for (int line = 0; fetches && line < kGroup; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
-    // The sums of three digits, the digits, and the weights of one gate fill 16 registers.
-    Ints four[kDigits];
+    // The sums of three parts, the parts, and the weights of one gate fill 16 registers.
+    Ints four[kParts];
 #pragma GCC unroll 4
-    for (int d = 0; d < kDigits; ++d) {
+    for (int d = 0; d < kParts; ++d) {
       int32_t bytes;
-      __builtin_memcpy(&bytes, digits + d * kKsOfBytes, sizeof(bytes));
+      __builtin_memcpy(&bytes, parts + d * kKsOfInt8, sizeof(bytes));
       four[d] = Ints{} + bytes;
     }
 #pragma GCC unroll kGates
     for (int gate = 0; gate < kSomeGates; ++gate) {
       const Ints w = load_bytes(panel + gate * static_cast<int64_t>(sizeof(Ints)));
 #pragma GCC unroll 4
-      for (int d = 0; d < kDigits; ++d) add_products(acc[d][gate], w, four[d]);
+      for (int d = 0; d < kParts; ++d) add_products(acc[d][gate], w, four[d]);
     }
   }
 #pragma GCC unroll kGates
   for (int gate = 0; gate < kSomeGates; ++gate) {
     Reg<float> sum = S::zero();
 #pragma GCC unroll 4
-    for (int d = kDigits - 1; d >= 0; --d) {
+    for (int d = kParts - 1; d >= 0; --d) {
       sum = S::fma(sum, S::set1(256.0f), __builtin_convertvector(acc[d][gate] - 128 * row.sums[d], Reg<float>));
     }
     sums[gate] = sum * S::set1(row.factor);
   }
 }
 
-// The same for all gates. With 16 registers the sums of four digits leave room for two gates at once.
-template <int kDigits>
-LSTM_EXT_INLINE void multiply_digits(const uint8_t* panel, const RowDigits& row, int64_t count, Reg<float>* sums) {
-  constexpr int kAtOnce = kVectorRegisters == 16 && kDigits == kMostDigits ? kGates / 2 : kGates;
+// The same for all gates. With 16 registers the sums of four parts leave room for two gates at once.
+template <int kParts>
+LSTM_EXT_INLINE void multiply_parts(const uint8_t* panel, const Int8Row& row, int64_t count, Reg<float>* sums) {
+  constexpr int kAtOnce = kVectorRegisters == 16 && kParts == kMostParts ? kGates / 2 : kGates;
 #pragma GCC unroll 1
   for (int gate = 0; gate < kGates; gate += kAtOnce) {
-    multiply_gates<kDigits, kAtOnce>(panel + gate * static_cast<int64_t>(sizeof(Ints)), row, count, sums + gate);
+    multiply_gates<kParts, kAtOnce>(panel + gate * static_cast<int64_t>(sizeof(Ints)), row, count, sums + gate);
   }
 }
 
@@ -245,21 +245,21 @@ inline void multiply_unsplit(const uint8_t* panel, const float* x, int64_t count
   using S = Simd<float>;
   for (int gate = 0; gate < kGates; ++gate) sums[gate] = S::zero();
   for (int64_t k = 0; k < count; ++k) {
-    const uint8_t* const group = panel + k / kKsOfBytes * kKsOfBytes * kPanelStep;
+    const uint8_t* const group = panel + k / kKsOfInt8 * kKsOfInt8 * kPanelStep;
     for (int gate = 0; gate < kGates; ++gate) {
       const Ints four = load_bytes(group + gate * static_cast<int64_t>(sizeof(Ints)));
-      const Ints weight = ((four >> static_cast<int>(8 * (k % kKsOfBytes))) & 255) - 128;
+      const Ints weight = ((four >> static_cast<int>(8 * (k % kKsOfInt8))) & 255) - 128;
       sums[gate] = S::fma(S::set1(x[k]), __builtin_convertvector(weight, Reg<float>), sums[gate]);
     }
   }
 }
 
 // `x` is the piece before it was split.
-LSTM_EXT_INLINE void multiply_bytes(const uint8_t* panel, const RowDigits& row, const float* x, int64_t count,
-                                    Reg<float>* sums) {
-  switch (row.digits) {
-    case kFewDigits: return multiply_digits<kFewDigits>(panel, row, count, sums);
-    case kMostDigits: return multiply_digits<kMostDigits>(panel, row, count, sums);
+LSTM_EXT_INLINE void multiply_int8(const uint8_t* panel, const Int8Row& row, const float* x, int64_t count,
+                                   Reg<float>* sums) {
+  switch (row.parts) {
+    case kFewParts: return multiply_parts<kFewParts>(panel, row, count, sums);
+    case kMostParts: return multiply_parts<kMostParts>(panel, row, count, sums);
     default: return multiply_unsplit(panel, x, count, sums);
   }
 }

@@ -1,4 +1,4 @@
-"""Compiles what runs the CPU kernels on a matrix unit in plain C++, into build/matrix_unit, keyed by what goes in."""
+"""Compiles what runs the CPU kernels on a tile engine in plain C++, into build/tile_engine, keyed by what goes in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lstm_ext.native import loader
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-BUILD = ROOT / "build" / "matrix_unit"
+BUILD = ROOT / "build" / "tile_engine"
 # For this processor: the same source as the extension's, fused multiply-adds included, gives the same bits.
 FLAGS = [
     "-std=c++17",
@@ -52,6 +52,6 @@ def add_kernels() -> None:
 
 
 @functools.cache
-def unit(hardware: bool) -> ctypes.CDLL:
-    """products.cpp over AMX, which this processor must have, or over the unit in plain C++."""
+def engine(hardware: bool) -> ctypes.CDLL:
+    """products.cpp over AMX, which this processor must have, or over the engine in plain C++."""
     return ctypes.CDLL(str(_library("products.cpp", *(["-DHARDWARE"] if hardware else []))))

@@ -78,6 +78,6 @@ struct Simd<float> {
   }
 };
 
-// Never run: the kernels of float64 have no matrix unit.
+// Never run: the kernels of float64 have no tile engine.
 template <>
 struct Simd<double>;
