@@ -135,7 +135,7 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
   args.c[b * H + j] = 0;
   if (args.preactivations) {
     for (int gate = 0; gate < 4; ++gate) {
-      args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(gate == 2 ? A(0) : A(-INFINITY));
+      args.preactivations[(b * 4 + gate) * H + j] = narrow<T>(gate == cell::kG ? A(0) : A(-INFINITY));
     }
   }
   write_no_output(args.output, b, j);
@@ -392,7 +392,7 @@ LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(const Ce
   const A dh = args.grad_hidden ? args.grad_hidden[place]
                                 : output_gradient<kOptions>(args.output, row, place, values.output, through_product);
   const auto through_hidden = [&](A& dc) {
-    return cell::hidden_backward<Math>(values.gates[3], values.squashed, dh, dc);
+    return cell::hidden_backward<Math>(values.gates[cell::kO], values.squashed, dh, dc);
   };
   return cell_gradients<kOptions>(args, b, j, values.gates, values.before, values.now, values.after, through_hidden,
                                   cell);
@@ -405,7 +405,8 @@ LSTM_DEVICE void write_gradients(const CellBackward<T>& args, RowState row, int6
   write_state_gradient(args, row, b * args.hidden_size + j, grad.before);
   write_recurrent_gradients(args, row, b, j, grad.z);
   if constexpr (kOptions) {
-    if (args.hidden) args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates[3] * values.squashed.value());
+    if (args.hidden)
+      args.hidden[b * args.hidden_size + j] = narrow<T>(values.gates[cell::kO] * values.squashed.value());
   }
 }
 // Both. Returns the gradients of the preactivations.

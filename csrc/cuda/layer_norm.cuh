@@ -113,7 +113,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
     write_state(cell, row, b, j, z.gate, state.c, options);
     new_c[j] = state.now;
-    output_gate[j] = gates[3];
+    output_gate[j] = gates[cell::kO];
     mean_c[0] += state.now;
   }
   block_sums(mean_c, shared);
@@ -198,10 +198,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
     A grad = 0;
     const auto squashed = cell::squash<CellMath<T>>(tanh_input, cell_at<kCell, T>(cell.options, j));
-    const A d_o = cell::hidden_backward<CellMath<T>>(gates[3], squashed, dh, grad);
+    const A d_o = cell::hidden_backward<CellMath<T>>(gates[cell::kO], squashed, dh, grad);
     grad_tanh_input[j] = grad;
     args.norm_cell[b * H + j] = narrow<T>(hat);
-    grad_z[3 * H + j] = d_o;
+    grad_z[cell::kO * H + j] = d_o;
     sums_c[0] += grad * args.norm.gain_c[j];
     sums_c[1] += grad * args.norm.gain_c[j] * hat;
   }
@@ -218,7 +218,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
         gradient_after<true>(cell, row, b * H + j),
         [&](A& sum) {
           sum += dc;
-          return grad_z[3 * H + j];
+          return grad_z[cell::kO * H + j];
         },
         cell_at<kCell, T>(cell.options, j));
     write_state_gradient(cell, row, b * H + j, grad.before);
