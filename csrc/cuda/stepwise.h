@@ -48,10 +48,6 @@ struct StepSides {
 
   void add(const Step& step) { sides[count++] = step; }
 };
-template <typename Step>
-StepSides<Step> one_side(const Step& step) {
-  return {{step}, 1};
-}
 
 // The rows of one step.
 struct StepRows {

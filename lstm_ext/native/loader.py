@@ -114,11 +114,6 @@ def warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
-def is_decided() -> bool:
-    """Whether `extension` has been called."""
-    return _result is not None
-
-
 def on_load(function: Callable[[], None]) -> None:
     """Calls a function as soon as the operators are registered; at once if they already are.
 

@@ -331,7 +331,7 @@ struct Forward : Side<T> {
       if (step.zoneout.keep) step.zoneout.keep += row * H;
       if (step.output.zoneout.keep) step.output.zoneout.keep += row * H;
       step.output.h += row * h_stride;
-      lstm_ext::cuda::cell_forward(lstm_ext::cuda::one_side(step), nullptr);
+      lstm_ext::cuda::cell_forward<T>({{step}, 1}, nullptr);
     }
   }
 
@@ -485,7 +485,7 @@ struct Backward : Side<T> {
       step.output.grad_output += (s.batch_first ? sequence.time(n) : row) * H;
       step.output.recurrent_part = product.data();
       step.output.recurrent_parts = 1;
-      lstm_ext::cuda::cell_backward(lstm_ext::cuda::one_side(step), nullptr);
+      lstm_ext::cuda::cell_backward<T>({{step}, 1}, nullptr);
     }
   }
 

@@ -172,7 +172,7 @@ void check_forward(const Shape& s, int64_t I) {
   const Results a = nothing(), other = nothing(), b = nothing();
   note_instance<T>("forward", s);
   lstm_ext::cuda::step_forward<T>({{side(a), side(other)}, 2}, /*dependent=*/true, nullptr);
-  lstm_ext::cuda::cell_forward(one_side(cell_of(false, b)), nullptr);
+  lstm_ext::cuda::cell_forward<T>({{cell_of(false, b)}, 1}, nullptr);
   for (const Results* one : {&a, &other}) {
     expect_same_bits(one->c, b.c, "c");
     expect_same_bits(one->c_n, b.c_n, "c_n");
@@ -263,7 +263,7 @@ void check_backward(const Shape& s) {
   const Results a = nothing(), other = nothing(), b = nothing();
   note_instance<T>("backward", s);
   lstm_ext::cuda::step_backward<T>({{side(a), side(other)}, 2}, /*dependent=*/true, nullptr);
-  lstm_ext::cuda::cell_backward(one_side(cell_of(b)), nullptr);
+  lstm_ext::cuda::cell_backward<T>({{cell_of(b)}, 1}, nullptr);
   expect_same_bits(other.parts, a.parts, "parts of the other side");
   expect_same_bits(other.dz, a.dz, "gate gradients of the other side");
   expect_same_bits(a.grad_c, b.grad_c, "grad of c");

@@ -176,7 +176,7 @@ void check_cell(const Shape& s) {
          1},
         nullptr);
   } else {
-    lstm_ext::cuda::cell_forward(one_side(f), nullptr);
+    lstm_ext::cuda::cell_forward<T>({{f}, 1}, nullptr);
   }
   const auto projected = random_values<A>(R * H, "projected");
   if (s.projected) lstm_ext::cuda::output_forward<T>({{{rows.args(), H, projected.data(), y}}, 1}, nullptr);
@@ -337,7 +337,7 @@ void check_cell(const Shape& s) {
          1},
         nullptr);
   } else {
-    lstm_ext::cuda::cell_backward(one_side(g), nullptr);
+    lstm_ext::cuda::cell_backward<T>({{g}, 1}, nullptr);
   }
 
   for (int64_t b = 0; b < R; ++b) {
