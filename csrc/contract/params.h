@@ -48,7 +48,7 @@ enum class Function : int32_t {
   kSoftplus,         // log(1 + e^z)
 };
 
-// alpha is never negative, but in kAffine: then a value tells its slope.
+// Only kAffine may have a negative alpha. So the slope of each function follows from its value.
 template <typename T>
 struct Activation {
   Function function;
@@ -67,7 +67,8 @@ struct Options {
   // Whether the backward pass has the gate values of the forward pass to the last bit. Only then it can tell a c_t on
   // the edge of the clip that was clipped from one that was not. Otherwise neither of them passes a gradient on.
   bool exact_gates;
-  // Whether the functions are others than sigmoid for i, f and o, and tanh for g and c_t. Only then they are read.
+  // Whether an activation differs from the plain cell's: sigmoid for i, f and o, tanh for g and c_t. If none differs,
+  // nothing reads the activations below.
   bool other_activations;
   Activation<T> gate_activation, candidate_activation, output_activation;  // for i, f and o; for g; for c_t in h_t
 

@@ -1,10 +1,10 @@
 // Matrices of float32 as operands of the tile engine, which takes bfloat16.
 //
 // A number is the sum of up to three bfloat16 numbers: x = x0 + x1 + x2, x0 = round(x), x1 = the first bits of x - x0,
-// x2 = x - x0 - x1. All the x0 of a matrix form one part. With three parts a float32 is exact, and
+// x2 = x - x0 - x1. All the x0 of a matrix are one part of it. With three parts (bf16x3) a float32 is exact, and
 //   x y ~ x0 y2 + x2 y0 + x1 y1 + x1 y0 + x0 y1 + x0 y0;
-// the terms left out are below 2^-23 of the product, of either sign. With two parts (16 bits of each number) it is x1
-// y0 + x0 y1 + x0 y0, with one part x0 y0. Below about 2^-102 a number loses its lower parts, because a denormal
+// the terms left out are below 2^-23 of the product, of either sign. With two parts (bf16x2, 16 bits of each number) it
+// is x1 y0 + x0 y1 + x0 y0, with one part x0 y0. Below about 2^-102 a number loses its lower parts, because a denormal
 // counts as zero.
 //
 // An infinity has no lower parts, and infinity times a lower part that is 0 would be NaN. So the functions that split
@@ -45,7 +45,7 @@ struct ColumnTile {
 struct Bf16Operand {
   uint16_t* data;
   uint8_t* all_split;  // for each 16 columns, or 16 units of a weight (4H, count): whether all could be split
-  int parts = 0;       // number of parts
+  int parts = 0;       // 1, 2 or 3 bfloat16 numbers for each number; 0: none
 
   // The numbers of a column tile over `k_tiles` k tiles.
   LSTM_EXT_INLINE int64_t tile_numbers(int64_t k_tiles) const { return k_tiles * parts * kOperandSize; }

@@ -1,11 +1,12 @@
 // Products of float32 rows with int8 weights, with the instruction that sums four products of bytes.
 //
-// A row is read in pieces of kBlockK numbers. A piece is converted to integers of three or four bytes times one factor.
-// With four bytes the largest number has 31 bits, and every number keeps all its float32 bits unless it is below 2^-7
-// of the largest. With three bytes it has 23 bits, which is enough if many numbers are close to the largest. Sums of
-// products of bytes are exact. The instruction multiplies unsigned bytes by signed ones, so weights are stored as w +
-// 128, and 128 times the sum of a row's bytes is subtracted. Next to one much larger number the others would lose their
-// bits, which matters if the weight of the large one is 0: such a piece is multiplied in float32.
+// A row is read in pieces of kBlockK numbers. The numbers of a piece become integers of three or four int8 parts
+// (int8x3, int8x4) times one factor. With four parts the largest number has 31 bits, and every number keeps all its
+// float32 bits unless it is below 2^-7 of the largest. With three parts it has 23 bits, which is enough if many numbers
+// are close to the largest. Sums of products of bytes are exact. The instruction multiplies unsigned bytes by signed
+// ones, so weights are stored as w + 128, and 128 times the sum of a row's parts is subtracted. Next to one much larger
+// number the others would lose their bits, which matters if the weight of the large one is 0: such a piece is
+// multiplied in float32.
 #pragma once
 
 #include "cpu/isa.h"
@@ -67,7 +68,7 @@ constexpr int32_t kSmallShare = 16;
 constexpr int64_t kPiecesAtOnce = 8;                          // pieces of a row
 constexpr int64_t kPanelStep = kGates * Simd<float>::kLanes;  // bytes of one k
 
-// A piece of a row as sums of bytes times powers of 256, the lowest first: [k / 4][part][k % 4], so that a product
+// A piece of a row as sums of int8 parts times powers of 256, the lowest first: [k / 4][part][k % 4], so that a product
 // reads four k of a part at once.
 struct Int8Row {
   alignas(64) int8_t bytes[kMostParts * kBlockK];

@@ -45,8 +45,8 @@ struct TileEngine {
   }
   LSTM_EXT_INLINE static void store_words(uint16_t* to, Words v) { _mm512_storeu_si512(to, v); }
 
-  // Registers of tiles. begin() is called once in a thread before all others, end() at the end. What stands in for
-  // registers, if the engine has none, lives until then.
+  // Registers of tiles. begin() is called once in a thread before all others, end() at the end. An engine without
+  // registers keeps memory in their place until then.
   struct Registers {};
   static void begin(Registers&) {
     struct alignas(64) {

@@ -27,8 +27,8 @@ constexpr const char* kVariable = "LSTM_EXT_CPU_MEASURE";
 constexpr double kWorkPerSecond = 6e10;
 // No cost is more than so many times its constant: a barrier 20 us, a thread 200 us.
 constexpr double kMostGrowth = 20;
-// The constants hold so much of a bare barrier and of bare threads, in seconds, at most. If two workers took longer,
-// more workers are taken to cost the rest as well.
+// The constants include the time of a barrier of two workers, and of their start, but at most these seconds. If two
+// workers take longer, the excess counts in the costs of more workers too.
 constexpr double kBareBarrier = 0.3e-6, kBareThread = 3e-6;
 // A tree is taken for so many workers or more, where it takes at most this part of the time of one line.
 constexpr int kLeastTree = 8;

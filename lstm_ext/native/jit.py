@@ -124,7 +124,7 @@ def _runs_here(record: dict) -> bool:
 
 
 def _hidden() -> str:
-    """A word about an installed package with an extension that the package of this folder hides."""
+    """The end of a warning that names an installed, built lstm_ext which the one in this folder hides; else ""."""
     for entry in sys.path:
         package = Path(entry).absolute() / "lstm_ext"
         if package != config.PACKAGE and (package / "native" / config.RECORD).is_file():

@@ -33,7 +33,8 @@ _PACKAGE = Path(__file__).parents[1]
 _INNER = ("lstm_ext.call.", "lstm_ext.layer.", "lstm_ext.native.")
 _Question = Callable[[nn.Module], bool]
 # Bound now, because users may replace them by our classes.
-_REFUSED = (nn.RNN, nn.GRU, nn.LSTM)
+_TORCH_LSTM = nn.LSTM
+_REFUSED = (nn.RNN, nn.GRU, _TORCH_LSTM)
 _UNFIT = (
     "lstm_ext: torch.compile breaks the graph at layers that are torch.nn.LSTM to isinstance, as at torch's own: the "
     "dynamo of torch {} is not one that lstm_ext knows how to ask. lstm_ext.convert(model, as_subclass=False) makes "
@@ -81,8 +82,10 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
             try:
                 if wanted != before:
                     config.allow_rnn = wanted
-                # A layer of torch's class is refused with this torch's own message.
-                return method(self, value if refused or wanted else _REFUSED[2](1, 1, device="meta"))
+                if not refused and not wanted:
+                    # Dynamo breaks the graph at torch's LSTM, with a message of its own. Our layer is to break it too.
+                    value = _TORCH_LSTM(1, 1, device="meta")
+                return method(self, value)
             finally:
                 users.pop()
                 if wanted != before:

@@ -23,8 +23,8 @@
 #define LSTM_LAUNCH_BOUNDS(threads)
 #define LSTM_MAX_REGISTERS(registers)
 #define LSTM_GRID_CONSTANT const
-// The type of a lambda is another one wherever it is written, and in every instance of a template: it is the array's
-// name.
+// The type of the lambda identifies the array: each lambda in the source has its own type, another one in each instance
+// of a template.
 #define LSTM_SHARED(T, name, count) T(&name)[count] = ::simt::shared_variable<T[count]>([] {}, #name)
 #define LSTM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::simt::dynamic_shared())
 
@@ -33,7 +33,7 @@
 #define LSTM_SITE_PARAMETERS , LSTM_SITE_ONLY_PARAMETERS
 #define LSTM_SITE , LSTM_SITE_ONLY
 
-// Of the thread that runs; set by the scheduler.
+// The scheduler sets these to the indices of the thread that runs.
 extern uint3 threadIdx;
 extern uint3 blockIdx;
 extern dim3 blockDim;
