@@ -38,7 +38,6 @@ extern uint3 threadIdx;
 extern uint3 blockIdx;
 extern dim3 blockDim;
 extern dim3 gridDim;
-constexpr int warpSize = 32;
 
 namespace simt {
 
@@ -119,7 +118,6 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
   return simt::atomic_change(address, [=](T before) { return before == expected ? value : before; } LSTM_SITE);
 }
 inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
-inline void __threadfence_block(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 inline void __threadfence_system(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 template <typename T>
 T __ldg(const T* address LSTM_SITE_PARAMETERS) {
@@ -131,29 +129,10 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
-template <typename T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <typename T>
-void __stcg(T* address, T value) {
-  *address = value;
-}
-template <typename T>
-void __stcs(T* address, T value) {
-  *address = value;
-}
 
 // ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here
 
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.f / x; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __int_as_float(int x) {
   float value;
   std::memcpy(&value, &x, sizeof value);
@@ -166,9 +145,6 @@ inline int __float_as_int(float x) {
 }
 inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace lstm_ext::cuda {
 
