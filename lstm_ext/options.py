@@ -367,7 +367,10 @@ def _property(name: str, option: Option) -> property:
     def set_(self: HasOptions, value: Any) -> None:
         self._set_options({name: value})
 
-    return property(get, set_, doc=option.text)
+    def delete(self: HasOptions) -> None:
+        self._set_options({name: option.default})
+
+    return property(get, set_, delete, option.text)
 
 
 class HasOptions:

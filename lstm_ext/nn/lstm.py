@@ -537,8 +537,12 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         return state
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        super().__setstate__({name: value for name, value in d.items() if name != "_given"})
-        self._set_options(d.get("_given", {}))
+        # An older state has each option as an attribute.
+        given = {**d.get("_given", {}), **{name: d[name] for name in OPTIONS if name in d}}
+        super().__setstate__(
+            {name: value for name, value in d.items() if name != "_given" and name not in OPTIONS}
+        )
+        self._set_options(given)
         self._layer_names = self._group_names()
         for name, option in OPTIONS.items():
             names = (
@@ -547,7 +551,7 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
             if names and all([n in self._parameters for n in names]):
                 raise RuntimeError(
                     f"LSTM: the state has parameters of {option.parameters.name} ({names[0]}, ...) and no {name}=True: "
-                    f"it would be loaded as a layer without it. Set {name} in its _given, or take these parameters out"
+                    f"it would be loaded as a layer without it. Set {name} in the state, or take these parameters out"
                 )
 
 

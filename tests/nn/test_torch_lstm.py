@@ -101,7 +101,7 @@ def test_convert_again_makes_the_kind_that_is_asked_for(as_subclass):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert kinds_of(copied) == KINDS[as_subclass]
         assert kinds_of(lstm_ext.convert(copied, as_subclass=as_subclass)) == KINDS[as_subclass]
-    model.lstm.zoneout = 0.0
+    del model.lstm.zoneout
     assert kinds_of(lstm_ext.revert(model)) == list(TORCH_CLASSES)
 
 
