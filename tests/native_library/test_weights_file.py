@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lstm_ext
-from lstm_ext.nn import lstm, native
+from lstm_ext.options import OPTIONS
 
 # As the page has it, and not as the writer.
 FIELDS = (
@@ -134,11 +134,16 @@ def test_activations(tmp_path: Path) -> None:
 
 
 def test_each_option_is_saved_or_changes_nothing() -> None:
-    assert set(lstm._OPTIONS) == native._SAVED | native._OF_TRAINING
+    saved = "zoneout layer_norm peephole cell_clip coupled_gates gate_activation cell_activation preactivation_clip"
+    of_training = "recurrent_dropout weight_dropout forget_bias recompute"
+    assert {name for name, option in OPTIONS.items() if option.saved} == {
+        *saved.split(),
+        *of_training.split(),
+    }
 
 
 def test_another_option_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_SAVED", native._SAVED - {"zoneout"})
+    monkeypatch.setitem(OPTIONS, "zoneout", OPTIONS["zoneout"]._replace(saved=False))
     with pytest.raises(ValueError, match="save_native: the file has no place for zoneout"):
         frozen_of(zoneout=0.1).save_native(tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
