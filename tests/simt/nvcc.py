@@ -114,7 +114,9 @@ def sources() -> list[Path]:
 def _headers(source: Path) -> list[Path]:
     """All that a source may include: the backend's and the contract's headers, and what lies beside it."""
     folders = [CSRC / "contract", CSRC / "cuda", source.parent]
-    return sorted({path for folder in folders for suffix in ("*.h", "*.def", "*.cuh") for path in folder.glob(suffix)})
+    return sorted(
+        {path for folder in folders for suffix in ("*.h", "*.def", "*.cuh") for path in folder.glob(suffix)}
+    )
 
 
 def command(unit: Unit, output: Path) -> list[str]:
