@@ -157,7 +157,9 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         found = []
         for option in self._given:
             parameters = OPTIONS[option].parameters
-            for names in self._names_of(parameters) if parameters else ():
+            if parameters is None:
+                continue
+            for names in self._names_of(parameters):
                 for name, kind in zip(names, itertools.cycle(parameters.kinds(self.bias)), strict=False):
                     size = parameters.sizes[kind] * self.hidden_size
                     found.append((name, size, 0.0 if kind.startswith("bias") else parameters.initial))
@@ -545,12 +547,11 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         self._set_options(given)
         self._layer_names = self._group_names()
         for name, option in OPTIONS.items():
-            names = (
-                self._names_of(option.parameters)[0] if option.parameters and name not in self._given else ()
-            )
-            if names and all([n in self._parameters for n in names]):
+            added = None if name in self._given else option.parameters
+            names = self._names_of(added)[0] if added else []
+            if added and all([n in self._parameters for n in names]):
                 raise RuntimeError(
-                    f"LSTM: the state has parameters of {option.parameters.name} ({names[0]}, ...) and no {name}=True: "
+                    f"LSTM: the state has parameters of {added.name} ({names[0]}, ...) and no {name}=True: "
                     f"it would be loaded as a layer without it. Set {name} in the state, or take these parameters out"
                 )
 

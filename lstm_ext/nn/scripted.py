@@ -67,7 +67,8 @@ class ScriptedLSTM(nn.RNNBase):
     """The compiled forms of ``forward``, for a tensor and for a ``PackedSequence``; errors are those of ``nn.LSTM``."""
 
     __jit_ignored_attributes__ = IgnoredAttributes("_layer_names", "_given", "_requested")
-    __jit_unused_properties__ = (*nn.RNNBase.__jit_unused_properties__, *OPTIONS)  # others are compiled
+    # torch.jit.script compiles all others.
+    __jit_unused_properties__ = [*nn.RNNBase.__jit_unused_properties__, *OPTIONS]  # noqa: RUF012
 
     # The methods of nn.LSTM that the compiled code calls, and that subclasses may call.
     if TYPE_CHECKING:  # torch.jit reads annotations

@@ -62,7 +62,10 @@ def test_named_files(page: Path) -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "".join([page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")])
     documented = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, flags=re.MULTILINE))
-    faces = {f"lstm_ext.{path.stem}" for path in (ROOT / "lstm_ext").glob("*.py") if path.stem != "__init__"}
+    no_faces = ("__init__", "options")  # the table of options lies below the calls
+    faces = {
+        f"lstm_ext.{path.stem}" for path in (ROOT / "lstm_ext").glob("*.py") if path.stem not in no_faces
+    }
     names = {f"lstm_ext.{name}" for name in lstm_ext.__all__ if name != "__version__"}
     assert documented == faces | names
 
