@@ -161,7 +161,7 @@ LayerGradients backward_with_lengths(const LayerCall& call, const LayerSizes& si
   Saved::visit(saved, [&](at::Tensor& tensor) { tensor = packing.packed(tensor, 1); });
   LayerGradients grads = cpu_backend().backward(
       inner, inner_sizes, {result_grads, packing.packed(arguments.output, 0), saved, arguments.needs_grad});
-  grads.input = packing.padded(grads.input, 0);
+  if (grads.input.defined()) grads.input = packing.padded(in_type(grads.input, call.input.scalar_type()), 0);
   // The final state of a sequence without a step is its initial one.
   grads.h0 = packing.padded_state(grads.h0, given.h_n);
   grads.c0 = packing.padded_state(grads.c0, given.c_n);

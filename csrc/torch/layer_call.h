@@ -110,6 +110,19 @@ struct LayerCall {
   LayerOptions options;
 };
 
+// Visits each field of a call with its name, in the order of the operators' schemas, as visit_options.
+template <unsigned kKinds = ~0u, typename Call, typename Visit>
+void visit_call(Call& call, const Visit& visit) {
+  visit("input", call.input);
+  visit("h0", call.h0);
+  visit("c0", call.c0);
+  visit("weights", call.weights);
+  visit("batch_sizes", call.batch_sizes);
+  visit("has_bias", call.has_bias);
+  visit("bidirectional", call.bidirectional);
+  visit_options<kKinds>(call.options, visit);
+}
+
 // The tensors that a forward pass saves for the backward pass: of sum_type, or, as noted, of gates_type (see
 // LayerSizes). LayerSizes::empty_saved has the sizes. Absent if the layer does not need them.
 struct Saved {

@@ -62,19 +62,6 @@ variable_list tensors_in(at::ArrayRef<IValue> values) {
   return tensors;
 }
 
-// Visits the tensors of a call that the backward pass takes.
-template <typename Call, typename Visit>
-void visit_call(Call& call, const Visit& visit) {
-  visit("input", call.input);
-  visit("h0", call.h0);
-  visit("c0", call.c0);
-  visit("weights", call.weights);
-  visit("batch_sizes", call.batch_sizes);
-  visit("has_bias", call.has_bias);
-  visit("bidirectional", call.bidirectional);
-  visit_options(call.options, visit);
-}
-
 // How a layer runs; stored as a digit in the saved string.
 enum class Route : char { kOperators = '0', kKernels = '1', kStepOfKernels = '2' };
 
@@ -373,11 +360,11 @@ LayerResults eager_layer(LayerCall call, bool step) {
   const auto unwrap = [](at::Tensor& t) {
     if (t.defined() && t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) t = at::functorch::unwrapIfDead(t);
   };
-  ops::visit_call(call, Overloaded{[&](const char*, at::Tensor& t) { unwrap(t); },
-                                   [&](const char*, std::vector<at::Tensor>& tensors) {
-                                     for (at::Tensor& t : tensors) unwrap(t);
-                                   },
-                                   [](const char*, const auto&) {}});
+  visit_call(call, Overloaded{[&](const char*, at::Tensor& t) { unwrap(t); },
+                              [&](const char*, std::vector<at::Tensor>& tensors) {
+                                for (at::Tensor& t : tensors) unwrap(t);
+                              },
+                              [](const char*, const auto&) {}});
   bool tracked = false;
   if (at::GradMode::is_enabled()) {
     visit_inputs(call, [&](const at::Tensor& t) { tracked = tracked || (t.defined() && t.requires_grad()); });

@@ -113,44 +113,24 @@ void implement(torch::Library& m) {
 }  // namespace
 
 LayerCall read_call(const IValue*& next) {
-  const auto take = [&]() -> const IValue& { return *next++; };
-  const auto take_tensor = [&](Tensor& tensor) {
-    if (const IValue& value = take(); !value.isNone()) tensor = value.toTensor();
-  };
   LayerCall call;
-  take_tensor(call.input);
-  take_tensor(call.h0);
-  take_tensor(call.c0);
-  call.weights = take().toTensorVector();
-  take_tensor(call.batch_sizes);
-  call.has_bias = take().toBool();
-  call.bidirectional = take().toBool();
-  visit_options<kOfOperators>(call.options,
-                              Overloaded{[&](const char*, Tensor& option) { take_tensor(option); },
-                                         [&](const char*, std::vector<Tensor>& option) {
-                                           if (const IValue& value = take(); !value.isNone())
-                                             option = value.toTensorVector();
-                                         },
-                                         [&](const char*, double& option) { option = take().toDouble(); },
-                                         [&](const char*, bool& option) { option = take().toBool(); },
-                                         [&](const char*, std::string& option) { option = take().toStringRef(); }});
+  visit_call<kOfOperators>(call, Overloaded{[&](const char*, Tensor& t) { t = tensor_or_undefined(*next++); },
+                                            [&](const char*, std::vector<Tensor>& tensors) {
+                                              if (const IValue& value = *next++; !value.isNone())
+                                                tensors = value.toTensorVector();
+                                            },
+                                            [&](const char*, double& number) { number = (next++)->toDouble(); },
+                                            [&](const char*, bool& flag) { flag = (next++)->toBool(); },
+                                            [&](const char*, std::string& text) { text = (next++)->toStringRef(); }});
   return call;
 }
 
 void push_call(const LayerCall& call, Stack& stack) {
-  const auto push = [&](const Tensor& tensor) { stack.push_back(tensor_or_none(tensor)); };
-  push(call.input);
-  push(call.h0);
-  push(call.c0);
-  stack.emplace_back(call.weights);
-  push(call.batch_sizes);
-  torch::jit::push(stack, call.has_bias, call.bidirectional);
-  visit_options<kOfOperators>(call.options,
-                              Overloaded{[&](const char*, const Tensor& option) { push(option); },
-                                         [&](const char*, const std::vector<Tensor>& option) {
-                                           stack.push_back(option.empty() ? IValue() : IValue(option));
-                                         },
-                                         [&](const char*, const auto& option) { torch::jit::push(stack, option); }});
+  visit_call<kOfOperators>(call, Overloaded{[&](const char*, const Tensor& t) { stack.push_back(tensor_or_none(t)); },
+                                            [&](const char*, const std::vector<Tensor>& tensors) {
+                                              stack.push_back(tensors.empty() ? IValue() : IValue(tensors));
+                                            },
+                                            [&](const char*, const auto& value) { stack.emplace_back(value); }});
 }
 
 // torch.compile caches graphs on disk and identifies operators by name. An operator whose results change their meaning
