@@ -306,7 +306,8 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
   const auto options = call.input.options().dtype(type);
   // No copy is made if the kernels round the gradients of W and U themselves.
-  const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts_for(dtype));
+  const bool narrow =
+      type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts_for(dtype));
   const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
   const LayerGradients grads = make_gradients(call, arguments.needs_grad, [&](const at::Tensor& input, size_t number) {
     const size_t weight = number - 3;  // of input, h0 and c0 larger than any

@@ -1,4 +1,4 @@
-"""What one call asks beyond ``torch.nn.LSTM``: checked, and described for the layers by `Requested`."""
+"""The arguments of a call beyond those of ``torch.nn.LSTM``: checked, and described for the layers by `Requested`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["CallOptions", "Requested", "Stack", "any_requested", "request"]
 
 
 class Stack(Protocol):
-    """What a call reads of a stack of layers: an `lstm_ext.LSTM`, or a `PlainStack`."""
+    """The attributes of a stack of layers that a call reads: of an `lstm_ext.LSTM`, or of a `PlainStack`."""
 
     bias: bool
     num_layers: int
@@ -60,7 +60,7 @@ def any_requested(options: dict[str, Any] | None, call_options: CallOptions | No
 
 @dataclass(eq=False)  # not frozen, like LayerOptions
 class Requested:
-    """What a call requests of all L layers.
+    """The options and arguments of a call, for all L layers.
 
     Attributes:
         layer: the fields of `LayerOptions` that are the same in all layers and are no tensors; those that are set.
@@ -158,7 +158,7 @@ def request(
     state_shapes: Sequence[tuple[int, ...]],
     call_options: CallOptions | None,
 ) -> Requested:
-    """What a call requests, with its arguments checked.
+    """Check the arguments of a call, and describe what it requests.
 
     Args:
         options: those of the stack that change a call, checked; see `lstm_ext.options.requested`.

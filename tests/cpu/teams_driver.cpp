@@ -14,7 +14,7 @@
 namespace lstm_ext::cpu {
 __thread uint64_t unit_directions = 0;
 const bool fetches_panels = true, has_avx512_vnni = false, has_avx_vnni = false, has_i8mm = false;
-}
+}  // namespace lstm_ext::cpu
 
 namespace {
 
