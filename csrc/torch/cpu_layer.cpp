@@ -310,7 +310,7 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts_for(dtype));
   const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
   const LayerGradients grads = make_gradients(call, arguments.needs_grad, [&](const at::Tensor& input, size_t number) {
-    const size_t weight = number - 3;  // of input, h0 and c0 larger than any
+    const size_t weight = number - 3;  // wraps around, and so is too large, for input, h0 and c0
     if (number == 0) return empty_result(input.sizes(), options);
     if (weight >= call.weights.size()) return empty_on_cpu(input.sizes(), options);
     const bool matrix = static_cast<int64_t>(weight) % sizes.weights_per_direction < 2;

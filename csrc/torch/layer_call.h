@@ -19,7 +19,7 @@
 
 namespace lstm_ext {
 
-// What an option is to those that do not know it.
+// The kinds of options, for code that does not know them one by one.
 enum OptionKind : unsigned {
   kInput = 1,        // tensors that have a gradient
   kStep = 2,         // changes a step beyond its cell
