@@ -475,6 +475,7 @@ def test_weights_are_flattened_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- whole processes
 
 PROGRAM = """
+import copy
 import warnings
 import torch
 from torch import nn
