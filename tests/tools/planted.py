@@ -87,8 +87,8 @@ FAULTS: dict[str, Fault] = {
     "cpu/isa.h": Fault("#define LSTM_EXT_ISA avx2", "#define LSTM_EXT_ISA avx", every_set=True),
     "cpu/kernel_set.h": Fault("kKernels{Simd<T>::kLanes, ", "kKernels{Simd<T>::kLanes / 2, "),
     "cpu/kernels.h": Fault(
-        "  int64_t lanes;      // T values in a SIMD register\n"
-        "  int64_t tile_rows;  // batch rows of a register tile\n",
+        "  int64_t lanes;        // T values in a SIMD register\n"
+        "  int64_t tile_rows;    // batch rows of a register tile\n",
         "  int64_t tile_rows;\n  int64_t lanes;\n",
     ),
     "cpu/kernels_avx2_f32.cpp": Fault("kernels_avx2_f32, ", "kernels_none, ", every_set=True),
