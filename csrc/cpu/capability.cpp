@@ -1,7 +1,6 @@
 // Chooses the instruction set that runs: the best one of this CPU, or the one the user names.
 #include <array>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -217,15 +216,6 @@ std::atomic<const Capability*>& current() {
 }
 
 }  // namespace
-
-const char* kept(const char* message) {
-  // In turn, and not one for each thread: a library that is loaded late gets little memory for threads.
-  static char texts[64][512];
-  static std::atomic<unsigned> count{0};
-  char (&text)[512] = texts[count.fetch_add(1, std::memory_order_relaxed) % 64];
-  std::snprintf(text, sizeof(text), "%s", message);
-  return text;
-}
 
 __thread uint64_t unit_directions = 0;
 const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));

@@ -42,6 +42,15 @@ Limit& limit() {
 
 }  // namespace
 
+const char* kept(const char* message) {
+  // In turn, and not one for each thread: a library that is loaded late gets little memory for threads.
+  static char texts[64][512];
+  static std::atomic<unsigned> count{0};
+  char (&text)[512] = texts[count.fetch_add(1, std::memory_order_relaxed) % 64];
+  std::snprintf(text, sizeof(text), "%s", message);
+  return text;
+}
+
 const char* read_wait_limit(double* seconds) {
   return error_of([&] { *seconds = limit().seconds; });
 }
