@@ -104,7 +104,6 @@ class CellParameters(NamedTuple):
         sizes: their sizes in H by the rest of their names, in the order of `LayerOptions`; those of a bias only exist
             in layers with biases.
         initial: their initial value, except for biases, which begin with 0.
-        text: for the docstring of `functional.lstm`.
     """
 
     name: str
