@@ -156,9 +156,8 @@ def lstm(
         *[keywords.pop(name, default) for name, default in CallOptions._field_defaults.items()]
     )
     given, cell_weights = _options_of(keywords, bias)
-    num_layers = operator.index(
-        num_layers
-    )  # one number to a compiler, which may take an int for one that changes
+    # A compiler may take an int for a number that changes. This makes it one number.
+    num_layers = operator.index(num_layers)
     data: Tensor
     if isinstance(input, PackedSequence):
         layout: Layout = PackedLayout(input, hx)
