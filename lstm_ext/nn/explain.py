@@ -321,10 +321,8 @@ def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: tor
         )
     capability = extension.cpu_capability()
     if _is_plain(module):
-        for row in route.TORCH_IS_FASTER:
-            if row.training == module.training and row.has(
-                dtype, sizes["steps"], sizes["batch"], sizes["hidden_size"]
-            ):
+        for row in route.torch_is_faster(dtype, sizes["steps"], sizes["batch"], sizes["hidden_size"]):
+            if row.training == module.training:
                 return {
                     **plan,
                     "kernel": "torch",

@@ -26,7 +26,7 @@ from ..call.run import run, zero_states
 from ..layer import route
 from ..layer.activations import activation_text
 from ..layer.layer_call import LayerOptions
-from ..layer.tracing import is_jit_tracing, is_zero, leaf_of_graph
+from ..layer.tracing import is_jit_tracing, leaf_of_graph
 from ..native import loader
 from ..options import (
     OPTIONS,
@@ -37,7 +37,7 @@ from ..options import (
     signature_of,
     unexpected_argument,
 )
-from .mistakes import batched_states, explain, unpack_hx
+from .mistakes import batched_states, check_arguments, unpack_hx
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 from .tools import KnownToTools, typed_like
 
@@ -420,7 +420,7 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         layout: Layout,
         call_options: CallOptions | None = None,
     ) -> Any:
-        """Check and compute. The path without an error or an option is short, because a step takes microseconds."""
+        """Check and compute. `route.plain_layers` is the short path: a step takes microseconds."""
         if is_jit_tracing():
             return self._traced(input, hx, layout, call_options)
         weights = self._weights_by_layer()
@@ -430,15 +430,10 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
             if results is not None:
                 return results
         x = layout.rows(input)
-        w = weights[0][0]
-        dtype, device = x.dtype, x.device
-        shape, H = x.shape, self.hidden_size
-        batch = shape[1] if layout.batch_sizes is None else layout.batch(x)
+        H = self.hidden_size
+        batch = x.size(1) if layout.batch_sizes is None else layout.batch(x)
         sets = 2 * self.num_layers if self.bidirectional else self.num_layers
-        state_shapes = h_shape, c_shape = (sets, batch, self.proj_size or H), (sets, batch, H)
-        good = (
-            shape[-1] == self.input_size and not is_zero(shape[0]) and dtype == w.dtype and device == w.device
-        )
+        state_shapes = (sets, batch, self.proj_size or H), (sets, batch, H)
         if hx is None:
             h0 = c0 = None
             if layout.batch_sizes is not None and torch.compiler.is_compiling():
@@ -448,17 +443,7 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
             rank = layout.state_rank
             if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
                 h0, c0 = batched_states(h0, c0, rank, layout is STEP or layout is UNBATCHED_STEP)
-            good = (
-                good
-                and h0.shape == h_shape
-                and c0.shape == c_shape
-                and h0.dtype == dtype
-                and c0.dtype == dtype
-                and h0.device == device
-                and c0.device == device
-            )
-        if not good:
-            explain(self, x, h0, c0, w, state_shapes)
+        check_arguments(self, x, h0, c0, weights[0][0], state_shapes)
         options = None
         if requested:
             for layer_weights in weights:

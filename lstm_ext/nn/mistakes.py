@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..call.run import EMPTY_SEQUENCE, describe_hx
-from ..layer.tracing import any_autocast
+from ..layer.tracing import any_autocast, is_zero
 
-__all__ = ["batched_states", "explain", "unpack_hx"]
+__all__ = ["batched_states", "check_arguments", "unpack_hx"]
 
 
-def explain(
+def check_arguments(
     layer: nn.RNNBase,
     x: Tensor,
     h0: Tensor | None,
@@ -21,40 +21,42 @@ def explain(
     w: Tensor,
     state_shapes: Sequence[tuple[int, int, int]],
 ) -> None:
-    """Raise the error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
+    """Raise an error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
 
-    Returns if the arguments fit after all, which happens under autocast, where dtypes may differ.
+    Dtypes may differ under autocast.
     """
+    dtype, device = x.dtype, x.device
     autocast = any_autocast()
-    if x.dtype != w.dtype and not autocast:
+    if dtype != w.dtype and not autocast:
         raise ValueError(
-            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w.dtype}). "
-            f"Convert input: input.to({w.dtype}), or convert model: model.to({x.dtype})"
+            f"RNN input dtype ({dtype}) does not match weight dtype ({w.dtype}). "
+            f"Convert input: input.to({w.dtype}), or convert model: model.to({dtype})"
         )
     if x.size(-1) != layer.input_size:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {x.size(-1)}"
         )
-    for i, (state, shape) in enumerate(zip((h0, c0), state_shapes, strict=True)):
-        if state is not None:
-            layer.check_hidden_size(state, shape, f"Expected hidden[{i}] size {{}}, got {{}}")
-    if x.device != w.device:
+    states = [] if h0 is None or c0 is None else [h0, c0]
+    for i, state in enumerate(states):
+        if state.shape != state_shapes[i]:
+            layer.check_hidden_size(state, state_shapes[i], f"Expected hidden[{i}] size {{}}, got {{}}")
+    if device != w.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, "
-            f"found input tensor at {x.device} and parameter tensor at {w.device}"
+            f"found input tensor at {device} and parameter tensor at {w.device}"
         )
-    for i, state in ((0, h0), (1, c0)):
-        if state is not None and state.device != x.device:
+    for i, state in enumerate(states):
+        if state.device != device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, "
-                f"found input tensor at {x.device} and hidden tensor at {state.device}"
+                f"found input tensor at {device} and hidden tensor at {state.device}"
             )
-        if state is not None and state.dtype != x.dtype and not autocast:
+        if state.dtype != dtype and not autocast:
             raise RuntimeError(
-                f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({x.dtype}). "
-                f"Convert it: hx[{i}].to({x.dtype})"
+                f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({dtype}). "
+                f"Convert it: hx[{i}].to({dtype})"
             )
-    if x.size(0) == 0:
+    if is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
 
 
