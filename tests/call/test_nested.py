@@ -31,55 +31,6 @@ def states(module: lstm_ext.LSTM, batch: int = len(LENGTHS)) -> tuple[Tensor, Te
     return h, c
 
 
-OPTIONS = [
-    {},
-    {"bidirectional": True, "num_layers": 2, "batch_first": True},
-    {"proj_size": 2, "zoneout": (0.1, 0.2), "num_layers": 2, "bias": False},
-    {"layer_norm": True, "bidirectional": True},
-    {"peephole": True, "cell_activation": "softsign", "recompute": True},
-]
-
-
-@pytest.mark.parametrize("hx", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_each_sequence_as_alone(options, hx):
-    """Values and all gradients; a sequence without a step keeps its state."""
-    module = lstm_ext.LSTM(I, H, dtype=torch.float64, **options).eval()
-    xs, initial = sequences(I), states(module) if hx else None
-    flags = [torch.rand(n) < 0.3 for n in LENGTHS]
-    output, (h_n, c_n), extras = module(
-        jagged(xs), initial, resets=jagged(flags), return_cell_states=True, return_gates=True
-    )
-    assert output.is_nested and output.layout == torch.jagged
-    expected = []
-    for b, x in enumerate(xs):
-        own = tuple(s[:, b] for s in initial) if hx else None
-        if len(x):
-            y, final, more = module(x, own, resets=flags[b], return_cell_states=True, return_gates=True)
-            expected.append((y, *final, more.cell_states, more.gates))
-        else:
-            final = own or tuple(s.new_zeros(s.size(0), s.size(2)) for s in (h_n, c_n))
-            expected.append((x.new_zeros(0, output.size(-1)), *final, extras[0][:, :0], extras[1][:, :0]))
-    ours = (output.values(), h_n, c_n, *extras)
-    joins = (torch.cat, *[lambda s: torch.stack(s, 1)] * 2, *[lambda s: torch.cat(s, 1)] * 2)
-    theirs = [join(parts) for join, parts in zip(joins, zip(*expected, strict=True), strict=True)]
-    torch.testing.assert_close(list(ours), theirs, rtol=1e-12, atol=1e-12)
-    factors = [torch.randn_like(t) for t in ours]
-    leaves = [*xs, *(initial or ()), *module.parameters()]
-    gradients = [
-        torch.autograd.grad(
-            sum((t * f).sum() for t, f in zip(side, factors, strict=True)),
-            leaves,
-            allow_unused=True,
-            retain_graph=True,
-        )
-        for side in (ours, theirs)
-    ]
-    for a, b, leaf in zip(*gradients, leaves, strict=True):
-        a, b = [torch.zeros_like(leaf) if g is None else g for g in (a, b)]
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
 def test_the_same_bits_as_a_packed_sequence():
     """And the same masks of dropout: the kernels see the same rows."""
     module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dropout=0.4, recurrent_dropout=0.2)
@@ -167,18 +118,6 @@ def test_compiled_without_a_break(grad):
                     )
                 found.append([v for v in values if v is not None])
             torch.testing.assert_close(*found)
-
-
-def test_derivatives_by_differences():
-    """The first ones: torch's own conversion of a nested tensor has no second."""
-    module = lstm_ext.LSTM(2, 3, dtype=torch.float64)
-    offsets = torch.tensor([0, 2, 2, 5])
-
-    def function(values: Tensor) -> Tensor:
-        return module(torch.nested.nested_tensor_from_jagged(values, offsets))[0].values()
-
-    values = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, values)
 
 
 def test_resets_of_the_same_lengths_elsewhere():

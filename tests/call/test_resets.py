@@ -21,47 +21,6 @@ def inputs() -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return torch.randn(T, B, I, dtype=torch.float64, requires_grad=True), (hx[0], hx[1])
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}], ids=str
-)
-def test_equals_segments_run_separately(options):
-    module = layer(**options)
-    x = torch.randn(T, 1, I, dtype=torch.float64, requires_grad=True)
-    resets = torch.zeros(T, 1, dtype=torch.bool)
-    resets[[3, 4, 7]] = True
-    output, (h_n, c_n) = module(x, resets=resets)
-    parts = [module(segment) for segment in x.split([3, 1, 3, 2])]
-    expected = torch.cat([y for y, _ in parts])
-    torch.testing.assert_close(output, expected, **CLOSE)
-    leaves, grad = [x, *module.parameters()], torch.randn_like(output)
-    for a, b in zip(
-        torch.autograd.grad(output, leaves, grad),
-        torch.autograd.grad(expected, leaves, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **CLOSE)
-    forward = slice(0, None, 2 if module.bidirectional else 1)
-    torch.testing.assert_close(h_n[forward], parts[-1][1][0][forward], **CLOSE)
-    if module.bidirectional:
-        for state, first in zip((h_n, c_n), parts[0][1], strict=True):
-            torch.testing.assert_close(state[1::2], first[1::2], **CLOSE)
-
-
-def test_equals_a_loop_of_steps():
-    module = layer(num_layers=2, layer_norm=True)
-    x = torch.randn(T, B, I, dtype=torch.float64)
-    h, c = state = torch.randn(2, 2, B, H, dtype=torch.float64).unbind()
-    resets = torch.rand(T, B) < 0.4
-    outputs = []
-    for t in range(T):
-        state = tuple(torch.where(resets[t, :, None], 0.0, s) for s in state)
-        y, state = module.step(x[t], state)
-        outputs.append(y)
-    output, final = module(x, (h, c), resets=resets)
-    torch.testing.assert_close(output, torch.stack(outputs), **CLOSE)
-    torch.testing.assert_close(final, state, **CLOSE)
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_no_gradient_crosses(bidirectional):
     module = layer(num_layers=2, bidirectional=bidirectional)
@@ -85,19 +44,6 @@ def test_no_gradient_crosses(bidirectional):
     assert not before[0][4:].any()
     if bidirectional:
         assert all(g[1::2, 0].any() for g in before[1:])
-
-
-def test_forms_of_the_flags():
-    x, hx = inputs()
-    module = layer()
-    resets = torch.rand(T, B) < 0.4
-    expected = module(x, hx, resets=resets)
-    for form in (resets.float(), resets.double(), resets.unsqueeze(-1), resets.half().unsqueeze(-1)):
-        torch.testing.assert_close(module(x, hx, resets=form), expected, rtol=0, atol=0)
-    torch.testing.assert_close(module(x, hx, resets=torch.zeros(T, B)), module(x, hx), **CLOSE)
-    module.batch_first = True
-    output, states = module(x.transpose(0, 1), hx, resets=resets.T)
-    torch.testing.assert_close((output.transpose(0, 1), states), expected, rtol=0, atol=0)
 
 
 # What the libraries do step by step, and the argument that says the same. Their flags are of two senses.

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_cases import Case, arguments_of, environment, make_module, named, tensors_of
+from matrix.cases import Case, arguments_of, environment, make_module, tensors_of
+from matrix.judge import named
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

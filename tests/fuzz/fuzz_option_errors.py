@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_cases import Case, arguments_of, environment, make_module, sizes_of, tensors_of
 from fuzz_errors import Call, describe, longer, of_rank, other_dtype, outcome, shorter
+from matrix.cases import Case, arguments_of, environment, make_module, sizes_of, tensors_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

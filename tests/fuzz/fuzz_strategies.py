@@ -1,4 +1,4 @@
-"""What hypothesis draws a ``fuzz_cases.Case`` from."""
+"""What hypothesis draws a ``matrix.cases.Case`` from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fuzz_cases import CAPABILITIES, PACKINGS, SORTED_PACKINGS, STRIDES, WEIGHT_STRIDES, Case
 from fuzz_errors import PACKED_FAULTS, TENSOR_FAULTS, Broken
 from fuzz_option_errors import NORM, Refused, faults_of
-from fuzz_options import LENGTHS_AS, RESETS_AS, UNBATCHED_ONLY, Options
 from hypothesis import strategies as st
+from matrix.cases import (
+    CAPABILITIES,
+    LENGTHS_AS,
+    PACKINGS,
+    RESETS_AS,
+    SORTED_PACKINGS,
+    STRIDES,
+    UNBATCHED_ONLY,
+    WEIGHT_STRIDES,
+    Case,
+    Options,
+)
 
 # Lists from which each entry is drawn equally often; integers() prefers the very small.
 # Around the widths of registers and tiles, and anything.

@@ -21,12 +21,13 @@ import lstm_ext
 
 hypothesis = pytest.importorskip("hypothesis")
 
-from fuzz_cases import _C, Case, check, try_out  # noqa: E402
 from fuzz_errors import Broken, check_broken  # noqa: E402
 from fuzz_option_errors import Refused, check_refused  # noqa: E402
-from fuzz_options import NestedLSTM, Options  # noqa: E402
 from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from matrix.cases import _C, Case, Options  # noqa: E402
+from matrix.judge import check, try_out  # noqa: E402
+from matrix.routes import NestedLSTM  # noqa: E402
 
 
 def check_nested(case: Case, kind: type[nn.Module] = lstm_ext.LSTM) -> None:

@@ -39,25 +39,6 @@ def test_gradgradcheck(config, packed):
 
 
 @every_model
-@pytest.mark.parametrize("of", ["output", "h_n", "c_n"])
-def test_double_backward_through_one_output(model, of):
-    case = make_case(model)
-    index = ["output", "h_n", "c_n"].index(of)
-
-    def compute():
-        leaves = tree_map(lambda t: t.clone().requires_grad_(), case.arguments)
-        result = case.call(*leaves)[index]
-        grads = torch.autograd.grad(
-            result.sin().sum(), tree_leaves(leaves), create_graph=True, materialize_grads=True
-        )
-        return torch.autograd.grad(
-            sum(g.square().sum() for g in grads), tree_leaves(leaves), materialize_grads=True
-        )
-
-    assert_as_on_reference(compute)
-
-
-@every_model
 def test_third_derivatives(model):
     case = make_case(model)
 

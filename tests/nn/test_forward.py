@@ -1,12 +1,11 @@
 """The forward pass and its gradients, seen from outside: forms of input and state, layouts, dropout, aliasing."""
 
-import copy
 import warnings
 from collections import namedtuple
 
 import pytest
 import torch
-from cases import assert_module_as_accurate_as_torch, tensors, values_and_gradients
+from cases import assert_module_as_accurate_as_torch, tensors
 from judge import torch_dtypes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -49,29 +48,6 @@ def assert_close(result, expected):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("form", ["time first", "batch first", "unbatched", "unbatched, batch first"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_values_and_gradients(config, form, dtype):
-    module = lstm_ext.LSTM(5, 7, **config, batch_first="batch first" in form, dtype=dtype)
-    batch = () if "unbatched" in form else (4,)
-    shape = (6, 5) if not batch else (4, 6, 5) if module.batch_first else (6, 4, 5)
-    x = torch.randn(shape, dtype=dtype)
-    for hx in (None, make_hx(module, *batch)):
-        assert_module_as_accurate_as_torch(module, x, hx)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gradcheck(config):
-    """Finite differences know nothing of torch's layer."""
-    module = lstm_ext.LSTM(2, 4, **config, dtype=torch.float64)
-    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    hx = tuple(s.requires_grad_() for s in make_hx(module, 2))
-    assert torch.autograd.gradcheck(
-        lambda x, h, c, *_: tensors(module(x, (h, c))), (x, *hx, *module.parameters())
-    )
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_forms_of_hx(config):
     module = lstm_ext.LSTM(5, 7, **config)
@@ -95,55 +71,6 @@ def test_forms_of_hx(config):
     assert_equal(module(x, one), module(x, tuple(s.contiguous() for s in one)))
 
 
-LAYOUTS = {
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "features apart": lambda x: torch.stack([x, x], dim=-1)[..., 1],
-    "features first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-    "every other row": lambda x: torch.cat([x, x], dim=1)[:, : x.size(1)],
-    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-    "expanded over time": lambda x: x[:1].expand_as(x),
-    "expanded over batch": lambda x: x[:, :1].expand_as(x),
-    "expanded over features": lambda x: x[..., :1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_the_input(layout, batch_first):
-    module = lstm_ext.LSTM(5, 7, 2, batch_first=batch_first)
-    x = LAYOUTS[layout](torch.randn(6, 4, 5))
-    leaf, dense = x.detach(), x.contiguous()
-    before = dense.clone()
-    results = []
-    for argument in (leaf, dense):
-        argument = argument.clone(memory_format=torch.preserve_format) if argument is dense else argument
-        argument.requires_grad_()
-        result = module(argument)
-        results.append(
-            [
-                *tensors(result),
-                torch.autograd.grad(sum(t.square().sum() for t in tensors(result)), argument)[0],
-            ]
-        )
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_the_gradients(layout, batch_first):
-    module = lstm_ext.LSTM(5, 7, 2, batch_first=batch_first)
-    x = torch.randn(6, 4, 5, requires_grad=True)
-    result = tensors(module(x))
-    grads = [LAYOUTS[layout](torch.randn_like(t)) for t in result]
-    wanted = [x, *module.parameters()]
-    strided = torch.autograd.grad(result, wanted, grads, retain_graph=True)
-    dense = torch.autograd.grad(result, wanted, [g.contiguous() for g in grads])
-    for a, b in zip(strided, dense, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_sum_of_the_output():
     """Its gradient is one number expanded to the whole output, with all strides zero."""
     module = lstm_ext.LSTM(5, 7)
@@ -154,38 +81,6 @@ def test_sum_of_the_output():
     theirs.load_state_dict(module.state_dict())
     theirs(x)[0].sum().backward()
     torch.testing.assert_close(ours, theirs.weight_hh_l0.grad)
-
-
-@pytest.mark.devices("cpu")  # those of cuDNN cannot be had
-@pytest.mark.parametrize("dropout", [0.3, 1.0])
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(
-    "config", [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}, {"num_layers": 2, "proj_size": 3}]
-)
-def test_dropout_masks_are_those_of_torch(config, batch_first, dropout):
-    ours = lstm_ext.LSTM(5, 7, **config, batch_first=batch_first, dropout=dropout, dtype=torch.float64)
-    theirs = nn.LSTM(5, 7, **config, batch_first=batch_first, dropout=dropout, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 6, 5, dtype=torch.float64)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.manual_seed(7)
-            expected, state = theirs(x), torch.get_rng_state()
-            torch.manual_seed(7)
-            result = ours(x)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert_close(result, expected)
-    torch.manual_seed(7)
-    expected = values_and_gradients(theirs, x)
-    torch.manual_seed(7)
-    for name, value in values_and_gradients(ours, x).items():
-        torch.testing.assert_close(value, expected[name], msg=name)
-
-    ours.eval()
-    state = torch.get_rng_state()
-    assert_equal(ours(x), ours(x))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_close(ours(x), theirs.eval()(x))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -205,42 +100,6 @@ def test_nothing_aliases(config, steps, grad):
             t.zero_()
     for t, old in zip(given, before, strict=True):
         assert torch.equal(t, old)
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_empty_batch(config, batch_first):
-    module = lstm_ext.LSTM(5, 7, **config, batch_first=batch_first)
-    theirs = lstm_ext.revert(copy.deepcopy(module))
-    x = torch.randn((0, 6, 5) if batch_first else (6, 0, 5))
-    for hx in (None, make_hx(module, 0)):
-        ours, by_torch = values_and_gradients(module, x, hx), values_and_gradients(theirs, x, hx)
-        for name, value in ours.items():
-            assert value.shape == by_torch[name].shape, name
-            assert not value.any(), name
-
-
-@pytest.mark.parametrize(
-    "grad_of", [("output",), ("h_n",), ("c_n",), ("output", "c_n"), ("h_n", "c_n")], ids=str
-)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gradient_of_some_outputs_only(config, grad_of):
-    module = lstm_ext.LSTM(5, 7, **config)
-    assert_module_as_accurate_as_torch(module, torch.randn(6, 4, 5), make_hx(module, 4), grad_of=grad_of)
-
-
-def test_backward_twice():
-    module = lstm_ext.LSTM(5, 7, 2, bidirectional=True)
-    x = torch.randn(6, 4, 5, requires_grad=True)
-    output, (_, c_n) = module(x)
-    loss = output.square().sum() + c_n.sum()
-    wanted = [x, *module.parameters()]
-    first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    second = torch.autograd.grad(loss, wanted)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, wanted)
 
 
 @pytest.mark.parametrize("with_hx", [False, True])
@@ -297,44 +156,6 @@ def test_changed_in_place_between_forward_and_backward():
         output.sum().backward()
 
 
-def test_backward_in_eval_mode():
-    module = lstm_ext.LSTM(5, 7, 2, dropout=0.5).eval()
-    assert_module_as_accurate_as_torch(module, torch.randn(6, 4, 5))
-
-
-@pytest.mark.parametrize("wanted", ["input", "hx", "one weight", "nothing"])
-def test_gradient_for_some_arguments_only(wanted):
-    module = lstm_ext.LSTM(5, 7, 2).requires_grad_(False)
-    x, hx = torch.randn(6, 4, 5), make_hx(module, 4)
-    everything = {"input": [x], "hx": [*hx], "one weight": [module.weight_hh_l1], "nothing": []}[wanted]
-    for t in everything:
-        t.requires_grad_()
-    theirs = lstm_ext.revert(copy.copy(module))
-    output, (h_n, c_n) = module(x, hx)
-    assert output.requires_grad == h_n.requires_grad == c_n.requires_grad == bool(everything)
-    if everything:
-        ours = torch.autograd.grad(output.square().sum() + c_n.sum(), everything)
-        output, (h_n, c_n) = theirs(x, hx)
-        expected = torch.autograd.grad(output.square().sum() + c_n.sum(), everything)
-        for a, b in zip(ours, expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_no_grad_and_inference_mode():
-    module = lstm_ext.LSTM(5, 7)
-    x = torch.randn(6, 4, 5)
-    expected = module(x)
-    with torch.no_grad():
-        result = module(x)
-    assert not result[0].requires_grad
-    assert_close(result, expected)
-    with torch.inference_mode():
-        result = module(x)
-        assert result[0].is_inference()
-        module(x, result[1])
-    assert_close(result, expected)
-
-
 def test_truncated_backpropagation():
     """Two chunks with the state carried over are one sequence; detached, the gradient stops between them."""
     module = lstm_ext.LSTM(5, 7, 2, dtype=torch.float64)
@@ -388,31 +209,6 @@ def test_hooks_run():
     x = torch.randn(6, 4, 5, requires_grad=True)
     module(x)[0].sum().backward()
     assert seen == ["before", 2, "backward"]
-
-
-@pytest.mark.parametrize("config", [c for c in CONFIGS if "bidirectional" not in c], ids=str)
-@pytest.mark.parametrize("batch", [(), (1,), (4,)], ids=str)
-@pytest.mark.parametrize("grad", [False, True])
-def test_step(config, batch, grad):
-    module = lstm_ext.LSTM(5, 7, **config, dtype=torch.float64)
-    x = torch.randn(6, *batch, 5, dtype=torch.float64)
-    with torch.set_grad_enabled(grad):
-        for start in (None, make_hx(module, *batch)):
-            expected, last = module(x, start)
-            outputs, state = [], start
-            for x_t in x:
-                y_t, state = module.step(x_t, state)
-                assert y_t.shape == expected.shape[1:]
-                outputs.append(y_t)
-            assert_close((torch.stack(outputs), state), (expected, last))
-            if grad:
-                ours = torch.autograd.grad(outputs[-1].sum() + state[1].sum(), list(module.parameters()))
-                whole = torch.autograd.grad(expected[-1].sum() + last[1].sum(), list(module.parameters()))
-                for a, b in zip(ours, whole, strict=True):
-                    torch.testing.assert_close(a, b)
-    batch_first = lstm_ext.LSTM(5, 7, **config, batch_first=True, dtype=torch.float64)
-    batch_first.load_state_dict(module.state_dict())
-    assert torch.equal(batch_first.step(x[0])[0], module.step(x[0])[0])
 
 
 def test_step_refuses():

@@ -1,0 +1,377 @@
+"""Every way on which a layer is computed, and which cases it has.
+
+A `Route` calls a module: what it returns is judged as a call of the module itself. A new way for numbers to leave the
+library is a row here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from graphs import Recorder
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import lstm_ext
+from lstm_ext import functional, reference
+from lstm_ext.native import loader
+from lstm_ext.options import OPTIONS
+
+from .cases import Case
+from .judge import Call, by_itself
+
+__all__ = ["ROUTES", "NestedLSTM", "Route"]
+
+
+class Route(NamedTuple):
+    """One way to compute a layer.
+
+    Attributes:
+        call: see `judge.Call`.
+        has: whether it has a case.
+        modes: those of a case that it has: "grad", "no_grad", "inference_mode", "twice" for gradients of gradients.
+        kind: the class of the module.
+        tier: "" for `make test`, "tools" for what takes long.
+    """
+
+    call: Call
+    has: Callable[[Case], bool] = lambda case: True
+    modes: tuple[str, ...] = ("grad", "no_grad", "inference_mode", "twice")
+    kind: type[nn.Module] = lstm_ext.LSTM
+    tier: str = ""
+
+    def takes(self, case: Case) -> bool:
+        return case.mode in self.modes and self.has(case)
+
+
+# --- which cases
+
+
+def draws(case: Case) -> bool:
+    """Whether anything is random."""
+    drawn = [name for name, option in OPTIONS.items() if option.random and getattr(case.options, name, 0)]
+    return case.training and bool(drawn or (case.dropout and case.num_layers > 1))
+
+
+def called_with(case: Case) -> set[str]:
+    """The arguments of the call after ``hx``."""
+    if case.options is None:
+        return set()
+    names = {f"return_{name}" for name in case.options.returned}
+    names |= {"lengths"} if case.options.lengths is not None else set()
+    names |= {"resets"} if case.options.resets is not None else set()
+    return names | ({"reset_state"} if case.options.reset_state else set())
+
+
+def is_plain(case: Case) -> bool:
+    return case.options is None
+
+
+# --- calls
+
+
+def by_steps(module: Any, x: Tensor, hx: Any, resets: Any = None, reset_state: Any = None) -> Any:
+    """One call of ``step`` for each step; the state of a sequence is replaced where it is reset."""
+    x, resets = (
+        t.transpose(0, 1) if module.batch_first and t is not None and x.dim() == 3 else t for t in (x, resets)
+    )
+    outputs = []
+    for t in range(len(x)):
+        if resets is not None and bool(resets[t].any()):
+            flags = resets[t].view(1, *resets[t].shape, 1).bool()
+            if hx is None:
+                batch = x.shape[1:-1]
+                sizes = module.proj_size or module.hidden_size, module.hidden_size
+                hx = tuple([x.new_zeros(module.num_layers, *batch, n) for n in sizes])
+            others = reset_state or [torch.zeros_like(s) for s in hx]
+            hx = tuple([torch.where(flags, new, s) for new, s in zip(others, hx, strict=True)])
+        y, hx = module.step(x[t], hx)
+        outputs.append(y)
+    output = torch.stack(outputs)
+    return output.transpose(0, 1) if module.batch_first and output.dim() == 3 else output, hx
+
+
+def by_function(lstm: Callable[..., Any], module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """A function without a module, with the parameters of the module."""
+    parameters = dict(module.named_parameters())
+    own: dict[str, list[Tensor]] = {}
+    for option in OPTIONS.values():
+        if (added := option.parameters) is not None:
+            names = [n for layer in module._names_of(added) for n in layer if n in parameters]
+            if names:
+                own[added.keyword] = [parameters.pop(n) for n in names]
+    given = {
+        name: v
+        for name, v in module._given.items()
+        if OPTIONS[name].call and OPTIONS[name].parameters is None
+    }
+    return lstm(
+        x, hx, list(parameters.values()), module.bias, module.num_layers, module.dropout, module.training,
+        module.bidirectional, module.batch_first, **given, **own, **more,
+    )  # fmt: skip
+
+
+def by_cells(module: Any, x: Tensor, hx: Any) -> Any:
+    """An `LSTMCell` for each layer, which shares its parameters."""
+    x = x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x
+    finals = []
+    for k in range(module.num_layers):
+        cell = lstm_ext.LSTMCell(x.size(-1), module.hidden_size, module.bias, device="meta")
+        for name, _ in list(cell.named_parameters()):
+            setattr(cell, name, getattr(module, f"{name}_l{k}"))
+        state = None if hx is None else (hx[0][k], hx[1][k])
+        outputs = []
+        for x_t in x:
+            state = cell(x_t, state)
+            outputs.append(state[0])
+        finals.append(state)
+        x = torch.stack(outputs)
+    h, c = (torch.stack([state[i] for state in finals]) for i in range(2))
+    return x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x, (h, c)
+
+
+class NestedLSTM(lstm_ext.LSTM):
+    """Gives a ``PackedSequence`` to the layer as a nested tensor, and takes the results back."""
+
+    def forward(
+        self, input: Any, hx: Any = None, *, resets: Any = None, reset_state: Any = None, **asked: Any
+    ) -> Any:  # type: ignore[override]
+        if not isinstance(input, PackedSequence):
+            return super().forward(input, hx, resets=resets, reset_state=reset_state, **asked)
+        sizes, order = input.batch_sizes, input.sorted_indices
+        # The sequences in the order of the packed ones: of each, the rows of its steps.
+        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+        rows = [starts[sizes > b] + b for b in range(int(sizes[0]))]
+        offsets = torch.tensor([0, *itertools.accumulate(len(r) for r in rows)])
+        place = torch.cat(rows)
+        back = torch.argsort(place)
+
+        def nested(data: Tensor) -> Tensor:
+            return torch.nested.nested_tensor_from_jagged(data.index_select(0, place), offsets)
+
+        def sorted_states(states: Any) -> Any:
+            return states and tuple([s if order is None else s.index_select(1, order) for s in states])
+
+        y, (h, c), *extras = super().forward(
+            nested(input.data),
+            sorted_states(hx),
+            resets=None if resets is None else nested(resets.data),
+            reset_state=sorted_states(reset_state),
+            **asked,
+        )
+        y = input._replace(data=y.values().index_select(0, back))
+        unsorted = input.unsorted_indices
+        states = (h, c) if unsorted is None else (h.index_select(1, unsorted), c.index_select(1, unsorted))
+        return y, states, *[e.map(lambda values: values.index_select(1, back)) for e in extras]
+
+
+def under_a_mode(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """Under a dispatch mode the registered operators compute."""
+    with Recorder() as recorder:
+        results = module(x, hx, **more)
+    assert recorder.names, "no operator was called"
+    return results
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    nothing = loader._Result(None, loader.Status("torch", reason="a test"))
+    with mock.patch.object(loader, "_result", nothing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # options are slow without kernels
+        yield
+
+
+def by_torch_operator(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """As on a platform without kernels."""
+    with without_kernels():
+        return module(x, hx, **more)
+
+
+def by_vmap(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
+    """The first of two samples."""
+
+    def call(x: Tensor) -> Any:
+        y, states, *extras = module(x, hx, **more)
+        return y, states, *[{n: e for n, e in extra._asdict().items() if e is not None} for extra in extras]
+
+    y, states, *extras = torch.func.vmap(call)(torch.stack([x, 0.5 * x]))
+    first = [lstm_ext.LSTMExtras(**{n: extra[n][0] if n in extra else None for n in lstm_ext.LSTMExtras._fields})
+             for extra in extras]  # fmt: skip
+    return y[0], (states[0][0], states[1][0]), *first
+
+
+def compiled(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """In one graph, by torch's own code; twice, so that the second call runs what the first one compiled."""
+    function = torch.compile(by_itself, backend="aot_eager", fullgraph=True)
+    state = torch.get_rng_state()
+    function(module, x, hx, **more)
+    torch.set_rng_state(state)
+    return function(module, x, hx, **more)
+
+
+class _Called(nn.Module):
+    """A module with the arguments of a call by place."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, x: Any, hx: Any, *more: Any) -> Any:
+        y, states, *extras = self.module(x, hx, **dict(zip(self.names, more, strict=True)))
+        y = y.data if isinstance(y, PackedSequence) else y
+        return y, states, *[tuple(extra) for extra in extras]
+
+
+def _results_of(found: Any, x: Any) -> Any:
+    y, states, *extras = found
+    return (
+        x._replace(data=y) if isinstance(x, PackedSequence) else y,
+        states,
+        *[lstm_ext.LSTMExtras(*e) for e in extras],
+    )
+
+
+def exported(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """A program that was saved and loaded."""
+    called = _Called(module, list(more))
+    program = torch.export.export(called, (x, hx, *more.values()), strict=False)
+    if not isinstance(x, PackedSequence):  # torch.export cannot save its type
+        torch.export.save(program, file := io.BytesIO())
+        file.seek(0)
+        program = torch.export.load(file)
+    return _results_of(program.module()(x, hx, *more.values()), x)
+
+
+def frozen(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    return lstm_ext.freeze(module)(x, hx, **more)
+
+
+def converted(module: Any, x: Any, hx: Any) -> Any:
+    """torch's layer with these weights, after `convert`."""
+    return lstm_ext.convert(lstm_ext.revert(copy.copy(module)))(x, hx)
+
+
+class _Scripted(nn.Module):
+    """A model that holds the layer, as ``torch.jit`` takes it."""
+
+    def __init__(self, lstm: nn.Module) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(
+        self, x: torch.Tensor, hx: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        return self.lstm(x, hx)
+
+
+def scripted(module: Any, x: Tensor, hx: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        return torch.jit.script(_Scripted(module))(x, hx)
+
+
+def traced(module: Any, x: Tensor, hx: Any) -> Any:
+    arguments = (x,) if hx is None else (x, hx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(_Scripted(module), arguments, check_trace=False)(*arguments)
+
+
+def by_onnx_runtime(module: Any, x: Tensor, hx: Any) -> Any:
+    import onnxruntime
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = module
+
+        def forward(self, x: Tensor, *hx: Tensor) -> Any:
+            y, (h, c) = self.lstm(x, hx or None)
+            return y, h, c
+
+    arguments = (x, *(hx or ()))
+    lstm_ext.onnx.export(Called(), arguments, file := io.BytesIO())
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    found = session.run(None, dict(zip(names, [a.detach().numpy() for a in arguments], strict=True)))
+    y, h, c = map(torch.from_numpy, found)
+    return y, (h, c)
+
+
+def by_the_c_library(module: Any, x: Tensor, hx: Any) -> Any:
+    import tempfile
+    from pathlib import Path
+
+    from c_library import Model, Stream
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights"
+        lstm_ext.freeze(module).save_native(path)
+        model = Model(path)
+    rows = x.transpose(0, 1) if module.batch_first else x
+    stream = Stream(model, rows.size(1), rows.size(0))
+    for name, state in zip("hc", hx or (), strict=False):
+        stream.state(name).copy_(state)
+    y = stream.run(rows)
+    states = stream.state("h").clone(), stream.state("c").clone()
+    return y.transpose(0, 1) if module.batch_first else y, states
+
+
+# --- the table
+
+NO_GRADIENTS = ("no_grad",)
+ONCE = ("grad", "no_grad")
+
+ROUTES: dict[str, Route] = {
+    "eager": Route(by_itself),
+    "steps": Route(
+        by_steps,
+        lambda c: (
+            not (c.bidirectional or c.packed or draws(c)) and called_with(c) <= {"resets", "reset_state"}
+        ),
+    ),
+    "functional": Route(partial(by_function, functional.lstm), lambda c: c.layout != "unbatched"),
+    "reference": Route(partial(by_function, reference.lstm), lambda c: c.layout != "unbatched"),
+    "cells": Route(
+        by_cells,
+        lambda c: is_plain(c) and not (c.bidirectional or c.packed or c.proj_size or draws(c)),
+        ("grad", "no_grad", "twice"),
+    ),
+    "nested tensor": Route(by_itself, lambda c: c.packed, kind=NestedLSTM),
+    "dispatch mode": Route(under_a_mode, modes=ONCE),
+    "torch's operator": Route(by_torch_operator, modes=ONCE),
+    "vmap": Route(by_vmap, lambda c: not (c.packed or draws(c)), ("grad", "no_grad")),
+    "compile": Route(compiled, modes=ONCE, tier="tools"),
+    "export": Route(exported, lambda c: not draws(c), NO_GRADIENTS, tier="tools"),
+    "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS),
+    "convert": Route(converted, is_plain),
+    "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",)),
+    "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
+    "ONNX Runtime": Route(
+        by_onnx_runtime,
+        lambda c: (
+            not (c.packed or called_with(c) or draws(c)) and c.dtype == "float32" and c.layout == "batched"
+        ),
+        NO_GRADIENTS,
+        tier="tools",
+    ),
+    "C library": Route(
+        by_the_c_library,
+        lambda c: (
+            not (c.packed or called_with(c) or draws(c))
+            and c.dtype in ("float32", "float64")
+            and c.layout == "batched"
+        ),
+        NO_GRADIENTS,
+        tier="tools",
+    ),
+}
