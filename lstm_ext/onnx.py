@@ -18,6 +18,7 @@ from .layer.activations import ONNX_NAMES, split_text
 from .layer.layer_call import LayerCall, LayerOptions
 from .layer.route import UnsupportedLayerError
 from .layer.shapes import weights_per_direction
+from .options import OPTIONS
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
 
@@ -137,6 +138,9 @@ def _translated_layer(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
     given = LayerOptions(**{name: value for name, value in options.items() if value is not None})
+    for name, option in OPTIONS.items():
+        if option.field and not option.onnx and getattr(given, name):
+            raise UnsupportedLayerError(f"lstm_ext.onnx: {name} cannot be exported to ONNX")
     random = [name for name in _RANDOM if getattr(given, name) is not None]
     if random:
         raise UnsupportedLayerError(
@@ -175,15 +179,9 @@ _RANDOM = ("recurrent_mask", "keep_h", "keep_c")
 
 def _needs_scan(options: LayerOptions) -> bool:
     """Whether the operator LSTM of ONNX has not all that these options ask for."""
-    return bool(
-        options.resets is not None
-        or options.zoneout_h
-        or options.zoneout_c
-        or options.norm
-        or options.cell_clip
-        or options.return_cell_states
-        or options.return_gates
-    )
+    fields = [name for name, option in OPTIONS.items() if option.field and option.onnx == "scan"]
+    fields += ["zoneout_h", "zoneout_c", "norm", "return_cell_states", "return_gates"]
+    return options.resets is not None or any([getattr(options, name) for name in fields])
 
 
 def _node(call: LayerCall) -> tuple[Any, ...]:

@@ -129,7 +129,10 @@ class Option(NamedTuple):
         random: whether it draws random masks in training, which ``step()`` refuses.
         cell: whether it makes the cell another one than the plain cell, for which each backend has fewer kernels.
         call: whether it changes a call. One that does not changes the initial parameters only.
-        saved: whether the weights file of the C library has it, or it has no meaning there.
+        saved: whether the weights file of the C library has it, or it has no meaning there. A layer with another option
+            is not saved.
+        onnx: what an export to ONNX makes of it: "node" if the operator ``LSTM`` has it, or "scan" if a loop over the
+            steps has it; or it has no meaning there. A layer with another option is not exported.
         parameters: those that it adds to each layer and direction.
     """
 
@@ -140,7 +143,8 @@ class Option(NamedTuple):
     random: bool = False
     cell: bool = False
     call: bool = True
-    saved: bool = True
+    saved: bool = False
+    onnx: str = ""
     parameters: CellParameters | None = None
 
 
@@ -151,6 +155,8 @@ OPTIONS: dict[str, Option] = {
         "probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in training mode. A "
         "sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).",
         random=True,
+        saved=True,
+        onnx="scan",
     ),
     "weight_dropout": Option(
         0,
@@ -158,6 +164,8 @@ OPTIONS: dict[str, Option] = {
         "probability of zeroing an element of ``weight_hh``, in training mode: one mask for a call, each layer and "
         "direction its own; the other elements are scaled by 1 / (1 - p).",
         random=True,
+        saved=True,
+        onnx="node",
     ),
     "zoneout": Option(
         0,
@@ -165,11 +173,15 @@ OPTIONS: dict[str, Option] = {
         "probability of keeping an element of the previous state: a number for h, or a pair for h and c. In "
         "evaluation mode the states are mixed in that proportion.",
         random=True,
+        saved=True,
+        onnx="scan",
     ),
     "layer_norm": Option(
         False,
         _flag,
         "whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.",
+        saved=True,
+        onnx="scan",
         parameters=CellParameters(
             "layer normalisation",
             "norm",
@@ -184,6 +196,8 @@ OPTIONS: dict[str, Option] = {
         _flag,
         "whether i and f also see c_{t-1}, and o sees c_t, each unit its own.",
         cell=True,
+        saved=True,
+        onnx="node",
         parameters=CellParameters(
             "peepholes",
             "peephole",
@@ -199,6 +213,8 @@ OPTIONS: dict[str, Option] = {
         "a bound of abs(c_t), applied before anything sees c_t; None for none.",
         field=True,
         cell=True,
+        saved=True,
+        onnx="scan",
     ),
     "coupled_gates": Option(
         False,
@@ -206,6 +222,8 @@ OPTIONS: dict[str, Option] = {
         "whether f = 1 - i. The rows of f stay in the weights and get zero gradients.",
         field=True,
         cell=True,
+        saved=True,
+        onnx="node",
     ),
     "gate_activation": Option(
         "sigmoid",
@@ -216,12 +234,16 @@ OPTIONS: dict[str, Option] = {
         "(alpha tanh(beta z); 1, 1), ``hard_sigmoid`` (alpha z + beta in [0, 1]; 0.2, 0.5), ``softsign``, "
         "``softplus``; and ``identity``.",
         cell=True,
+        saved=True,
+        onnx="node",
     ),
     "cell_activation": Option(
         "tanh",
         _cell_activation,
         "the function of g and of c_t in h_t; or a pair of functions, first that of g.",
         cell=True,
+        saved=True,
+        onnx="node",
     ),
     "preactivation_clip": Option(
         None,
@@ -229,6 +251,8 @@ OPTIONS: dict[str, Option] = {
         "a bound of what the functions of the four gates take, peepholes included; None for none.",
         field=True,
         cell=True,
+        saved=True,
+        onnx="node",
     ),
     "forget_bias": Option(
         None,
@@ -236,12 +260,16 @@ OPTIONS: dict[str, Option] = {
         "initial value of the forget gate's bias: that slice of ``bias_ih`` is set to it, and that of ``bias_hh`` to "
         "0. None for an initial value like all others.",
         call=False,
+        saved=True,
+        onnx="node",
     ),
     "recompute": Option(
         False,
         _flag,
         "whether to save c_t but no gates for the backward pass, which recomputes the gates.",
         field=True,
+        saved=True,
+        onnx="node",
     ),
 }
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 import lstm_ext.onnx
+from lstm_ext.options import OPTIONS
 
 pytestmark = [
     pytest.mark.tools,  # ONNX Runtime and the exporters, half a minute
@@ -457,6 +458,13 @@ def test_what_onnx_cannot_express() -> None:
     # Other errors are torch's own.
     with pytest.raises(torch.onnx.OnnxExporterError):
         lstm_ext.onnx.export(lstm_ext.LSTM(I, H).eval(), (torch.randn(5, 2, I + 1),))
+
+
+def test_an_option_that_onnx_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every new row of the table is until someone says what becomes of it."""
+    monkeypatch.setitem(OPTIONS, "cell_clip", OPTIONS["cell_clip"]._replace(onnx=""))
+    with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match="cell_clip cannot be exported to ONNX"):
+        lstm_ext.onnx.export(lstm_ext.LSTM(I, H, cell_clip=0.5).eval(), (torch.randn(5, 2, I),))
 
 
 def test_needs_its_packages_only_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
