@@ -272,7 +272,7 @@ $(FREE_PACKAGES): pyproject.toml
 	@echo "installing torch and what the tests need into $(FREE_VENV)"
 	@$(FREE_PY) -m pip install -q --prefer-binary '$(FREE_TORCH)' || { \
 	  echo "error: no torch for this Python: FREE_TORCH=torch==2.12.0 is the last one for 3.13t"; exit 1; }
-	$(FREE_PY) -m pip install -q --prefer-binary 'setuptools>=77' ninja 'pytest>=8' 'pytest-xdist>=3.5' expecttest 'numpy<2.4'
+	$(FREE_PY) -m pip install -q --prefer-binary 'setuptools>=77' ninja 'pytest>=8' 'pytest-xdist>=3.5' 'pytest-timeout>=2.3' expecttest 'numpy<2.4'
 	@touch $@
 
 # pip sees what VENV has, and is held to its torch. espnet and kraken name old versions of what others need.

@@ -38,7 +38,7 @@ PLATFORM = "manylinux_2_34"
 # The compiler for a machine that is not this one. Its C++ library decides which systems the wheel is for.
 CROSS_COMPILERS = {"aarch64": "aarch64-linux-gnu-g++"}
 # For --check. The tests left out import packages of the group `test`, or compile something.
-TEST_PACKAGES = ("pytest", "pytest-xdist", "numpy", "expecttest", "hypothesis")
+TEST_PACKAGES = ("pytest", "pytest-xdist", "pytest-timeout", "numpy", "expecttest", "hypothesis")
 LEFT_OUT = ("test_onnx_export.py", "test_onnx_cases.py", "test_torchrl.py", "test_construction.py")
 TESTS = (
     *shlex.split("-q -n 2 --dist worksteal -p no:cacheprovider -W ignore"),
