@@ -5,7 +5,7 @@
 
 All sides of a case take turns in one run, and every sample is kept. Peers that are not installed are named in one line
 and left out (peers.py). Results are torch's time over that of a side: above 1 the side is faster. compare.py compares
-two files, and report/ makes tables and pictures of one.
+two files.
 
 The process keeps freed memory: see `harness.keep_freed_memory`. Nothing fails here: what a busy machine measures is no
 verdict.

@@ -3,9 +3,9 @@
     python benchmarks/bench_quick.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...]
                                      [--budget SECONDS] [--output results/NAME.json]
 
-Prints the table that report/ puts into docs/lab/cases.md, and writes the figures as JSON. The process keeps freed
-memory: see `harness.keep_freed_memory`. Figures stand beside the project's targets, and nothing fails here: what a busy
-machine measures is no verdict. A case counts for no mean if its ratio changed between the halves of its time.
+Prints a table, and writes the figures as JSON. The process keeps freed memory: see `harness.keep_freed_memory`. Figures
+stand beside the project's targets, and nothing fails here: what a busy machine measures is no verdict. A case counts
+for no mean if its ratio changed between the halves of its time.
 """
 
 from __future__ import annotations

@@ -125,10 +125,9 @@ class Entry(NamedTuple):
 
 
 def entries(folder: Path = RESULTS) -> list[Entry]:
-    """All records of a processor; a simulation has none, and those of a GPU are made by `make gpu-bench`."""
+    """All records of a processor; those of a GPU are made by `make gpu-bench`."""
     paths = sorted(path for path in folder.glob("*.json") if not path.stem.startswith(("local", "gpu")))
     found = [Entry(path, path.stem.split("_")[0], pages.read(path)) for path in paths]
-    found = [entry for entry in found if "facts" in entry.record]
     if unknown := [entry.path.name for entry in found if entry.kind not in KINDS]:
         raise SystemExit(f"{folder}: expected records of {', '.join(KINDS)}, got {', '.join(unknown)}")
     return found

@@ -1,10 +1,10 @@
-"""Tables of docs/options.md from the JSON of bench_options.py and of bench_torchrl.py."""
+"""What options cost in a training step, for docs/performance.md, from the JSON of bench_options.py."""
 
 from __future__ import annotations
 
 from records import Result
 
-from .text import facts_line, gain, kind_of, sizes, table
+from .text import facts_line, sizes, table
 
 
 def of_shapes(results: list[Result]) -> dict[str, list[Result]]:
@@ -35,34 +35,11 @@ def memory(record: Result) -> list[str]:
     return table(["memory with `recompute`", *shapes], rows)
 
 
-def steps(record: Result) -> list[str]:
-    results = [r for r in record["results"] if r["group"] == "step"]
-    shapes, rows = of_shapes(results), []
-    for call in dict.fromkeys(r["call"] for r in results):
-        taken = [{r["call"]: r["microseconds"] for r in found}[call] for found in shapes.values()]
-        rows.append([f"`{call}`", *[f"{value:.1f} μs" for value in taken]])
-    least = [min(r["kernel_microseconds"] for r in found) for found in shapes.values()]
-    rows.append(["the kernel's function by itself", *[f"{value:.1f} μs" for value in least]])
-    return table(["one step, inference, 1 thread", *shapes], rows)
-
-
 def cost(record: Result) -> str:
-    tables = "\n\n".join("\n".join(part(record)) for part in (times, memory, steps))
+    tables = "\n\n".join("\n".join(part(record)) for part in (times, memory))
     kept = " The process keeps freed memory." if record["facts"]["freed_memory_kept"] else ""
     return (
         f"{tables}\n\nRelative to the layer without the option (`layer_norm, recompute`: to `layer_norm`), float32, "
         f"on 1 and on 2 threads. Masks are drawn in every step; 3 in 100 steps are reset. Both sides alternate in one "
         f"run; medians.{kept}\n\n{facts_line(record)}"
     )
-
-
-def torchrl(record: Result) -> str:
-    rows = [
-        [sizes(r), r["threads"], kind_of(r), *[gain(r[key], 1) for key in ("over_torch", "over_pad")]]
-        for r in record["results"]
-    ]
-    head = ["over `LSTMModule` with `torch.nn.LSTM`", "over `LSTMModule` with `lstm_ext.LSTM`"]
-    share = record["results"][0]["resets"]
-    versions = f"torchrl {record['facts']['torchrl']}, {share:.1%} of the steps begin an episode"
-    lines = table(["shape", "threads", "", *head], rows)
-    return "\n".join([*lines, "", f"{versions}; {facts_line(record)}"])

@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 
 import harness
 
-from . import contract, cores, gpu, options, quick, readme, suite, support, uses
+from . import gpu, options, readme, suite, support, uses
 from .text import RESULTS
 
 ROOT = RESULTS.parents[1]
 DPI = 110
 PERFORMANCE = "docs/performance.md"
-CASES = "docs/lab/cases.md"
-EPYC, XEON = "docs/lab/suite-epyc.md", "docs/lab/suite-xeon.md"
 
 
 class Block(NamedTuple):
@@ -67,23 +65,8 @@ BLOCKS = (
         readme.without_kernels,
     ),
     Block("uses", PERFORMANCE, (*uses.RECORDS, readme.TORCHRL), readme.by_processor),
-    Block("bench", CASES, "cpu_epyc_zen5_2_cores.json", quick.text, "plots"),
-    Block("bench-avx2", CASES, "cpu_epyc_zen3_2_cores.json", quick.text),
-    Block("bench-amx", CASES, "cpu_xeon_amx_2_cores.json", quick.text),
-    Block("16-bit", CASES, "contract_epyc_zen5_2_cores.json", contract.low_precision),
-    Block("16-bit-amx", CASES, "contract_xeon_amx_2_cores.json", contract.low_precision),
-    Block("packed", CASES, "contract_epyc_zen5_2_cores.json", contract.packed),
-    Block("frozen", CASES, "contract_frozen_xeon_avx512_2_cores.json", contract.frozen),
-    Block("busy", CASES, "contract_busy_xeon_avx512_2_cores.json", contract.busy),
     Block("gpu", PERFORMANCE, "gpu_*.json", gpu.text),
-    Block("bench-suite", EPYC, "suite_epyc_zen5_2_cores.json", suite.text, "plots"),
-    Block("bench-suite-zen4", EPYC, "suite_epyc_zen4_2_cores.json", suite.text),
-    Block("bench-suite-amx", XEON, "suite_xeon_amx_2_cores.json", suite.text),
-    Block("bench-suite-xeon", XEON, "suite_xeon_avx512_2_cores.json", suite.text),
-    Block("bench-suite-avx2", EPYC, "suite_epyc_zen5_avx2_2_cores.json", suite.text),
-    Block("many-cores", "docs/lab/many-cores.md", "many_cores_simulated.json", cores.text),
-    Block("cost", "docs/options.md", "options_cpu.json", options.cost),
-    Block("torchrl", "docs/options.md", "torchrl_cpu.json", options.torchrl),
+    Block("cost", PERFORMANCE, "options_cpu.json", options.cost),
     Block("support", "docs/support.md", "support_cpu.json", support.text),
 )
 

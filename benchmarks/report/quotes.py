@@ -1,6 +1,6 @@
 """Ratios in the prose of pages: those that were measured stand in generated blocks, which show their records.
 
-The few that were not measured are listed here. The lab is left out, since it is a log of what was measured by hand.
+The few that were not measured are listed here. docs/lab.md is left out: it was measured by hand.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -124,14 +125,35 @@ ROWS = {
 }
 
 
+def times_axis(axes: Any, least: float, most: float) -> None:
+    """Of ratios: logarithmic, with ticks at powers of two where they are few, at powers of four or more where not."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    low, high = math.floor(math.log2(least)), math.ceil(math.log2(most))
+    stride = max(1, math.ceil((high - low) / 8))
+    ticks = [2.0**power for power in range(low, high + 1) if power % stride == 0]
+    axes.set_xscale("log")
+    axes.set_xlim(least, most)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if least <= tick <= most]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def dots(axes: Any, points: list[tuple[str, float]], **style: Any) -> None:
+    rows = list(ROWS.values())
+    places = [rows.index(name) for name, _ in points]
+    axes.scatter([value for _, value in points], places, zorder=3, s=26, **style)
+
+
 def pictures(records: dict[str, Result]) -> Iterator[tuple[str, Any]]:
     """A row for each use: all cases of all machines, and the geometric mean of each machine."""
-    from .plots import canvas, dots, rows_of_shapes
+    import matplotlib.pyplot as plt
 
     found = machines(records)
     rows, label, ratios, labelled = list(ROWS.values()), [], [], set()
-    figure, panels = canvas(1, 1, 0.42 * len(rows) + 1.5)
-    axes = panels[0][0]
+    # In inches, at 110 points each: as wide as a README is shown.
+    figure, axes = plt.subplots(figsize=(9.0, 0.42 * len(rows) + 1.5), layout="constrained")
     for machine in found:
         name = uses.SETS[machine.set_name]
         points = [(ROWS[use], value) for use in ROWS for value in machine.uses.get(use, [])]
@@ -139,12 +161,17 @@ def pictures(records: dict[str, Result]) -> Iterator[tuple[str, Any]]:
             (ROWS[use], harness.geometric_mean(machine.uses[use])) for use in ROWS if use in machine.uses
         ]
         ratios += [value for _, value in points]
-        dots(axes, rows, points, color=COLORS[name], alpha=0.15, linewidths=0)
+        dots(axes, points, color=COLORS[name], alpha=0.15, linewidths=0)
         style = {} if name in labelled else {"label": name}
         labelled.add(name)
-        dots(axes, rows, means, color=COLORS[name], marker="D", edgecolors="white", linewidths=0.6, **style)
+        dots(axes, means, color=COLORS[name], marker="D", edgecolors="white", linewidths=0.6, **style)
         label += [f"{machine.name}: {row} {mean:.4g}" for row, mean in means]
-    rows_of_shapes([axes], rows, ratios)
+    axes.axvline(1, color="black", lw=0.9)
+    times_axis(axes, min(0.9, *ratios) / 1.12, max(1.5, *ratios) * 1.12)
+    axes.grid(axis="both", color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(labelsize=12)
     axes.set_xlabel("speed over torch: each case, and the geometric mean of each machine", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,14 +40,10 @@ def sizes(result: Any) -> str:
 SIZES = {"B": "batch", "T": "steps", "I": "input_size", "H": "hidden_size"}
 
 
-def gain(figures: Result, digits: int = 2) -> str:
+def gain(figures: Result) -> str:
     """Of both sides the median, and their ratio."""
     theirs, ours = (number(figures[side]["median"]) for side in ("torch", "ours"))
-    return f"{theirs} → {ours} ms, **{figures['ratio']:.{digits}f}×**"
-
-
-def span(ratios: Sequence[float]) -> str:
-    return f"{min(ratios):.2f}× to {max(ratios):.2f}×"
+    return f"{theirs} → {ours} ms, **{figures['ratio']:.2f}×**"
 
 
 def versions(facts: Result) -> list[str]:

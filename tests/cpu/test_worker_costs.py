@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import many_cores  # noqa: E402
-from report import cores, pages  # noqa: E402
 
 extension = loader.extension()
 CONSTANTS = {"thread": [6e5] * 8, "barrier": [6e4] * 8}
@@ -159,22 +158,6 @@ def test_nor_if_each_time_is_wrong_by_up_to_two() -> None:
         for call in many_cores.calls():
             for one in many_cores.chosen(machine, threads, costs, call):
                 assert one["speed"] >= 1, (machine, threads, wrong, call, one)
-
-
-def test_the_page_is_of_the_planner() -> None:
-    """That of one instruction set, as the record is."""
-    block = next(block for block in pages.BLOCKS if block.name == "many-cores")
-    record = pages.record_of(block)
-    assert not pages.renew(block, check=True)
-    if record["capability"] not in extension.cpu_capabilities():
-        pytest.skip("the record is of an instruction set that this processor has not")
-    before = extension.cpu_capability()
-    extension.set_cpu_capability(record["capability"])
-    try:
-        assert many_cores.record() == record
-    finally:
-        extension.set_cpu_capability(before)
-    assert "Simulated, not measured" in cores.text(record)
 
 
 # ---- measuring

@@ -86,6 +86,7 @@ def test_figures(results, bench_quick):
                 0 < result[side]["first_quartile"] <= result[side]["median"] <= result[side]["third_quartile"]
             )
         assert result["ratio"] == pytest.approx(result["torch"]["median"] / result["ours"]["median"])
+    assert "| B | T | I | H | inference, 1 thread |" in stdout and "| 10 | 30 | 20 | 10 |" in stdout
     assert "geometric mean (target)" in stdout
 
 
@@ -119,13 +120,9 @@ def test_the_halves_of_a_comparison(monkeypatch):
     assert harness.compare(print, print, 1.0).halves == (1.0, 8.0 / 1.5)
 
 
-def test_report(results, tmp_path):
-    path, _ = results
-    text = run("report", "bench", "--record", path)
-    assert text.startswith("| B | T | I | H | inference, 1 thread |")
-    assert "| 10 | 30 | 20 | 10 |" in text
-    run("report", "bench", "--record", path, "--pictures", tmp_path / "docs")
-    assert (tmp_path / "docs" / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
+def test_report_of_another_record():
+    text = run("report", "uses", "--record", BENCHMARKS / "results" / "cpu_epyc_zen3_2_cores.json")
+    assert text.startswith("|  | cases | AVX2, EPYC Zen 3 |")
 
 
 @pytest.fixture
@@ -135,14 +132,14 @@ def pages(monkeypatch):
 
 
 def test_a_block_is_renewed(pages, tmp_path):
-    block = next(block for block in pages.BLOCKS if block.name == "bench")
+    block = next(block for block in pages.BLOCKS if block.name == "cost")
     page = tmp_path / block.page
     page.parent.mkdir(parents=True)
-    page.write_text("before\n<!-- bench:begin -->\nold figures\n<!-- bench:end -->\nafter\n")
+    page.write_text("before\n<!-- cost:begin -->\nold figures\n<!-- cost:end -->\nafter\n")
     assert pages.renew(block, tmp_path, check=True) and "old figures" in page.read_text()
     assert pages.renew(block, tmp_path)
-    assert page.read_text().startswith("before\n<!-- bench:begin -->\n| B | T |")
-    assert page.read_text().endswith("\n<!-- bench:end -->\nafter\n")
+    assert page.read_text().startswith("before\n<!-- cost:begin -->\n| a training step costs |")
+    assert page.read_text().endswith("\n<!-- cost:end -->\nafter\n")
     assert "old figures" not in page.read_text()
     assert not pages.renew(block, tmp_path)
 

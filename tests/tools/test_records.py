@@ -73,8 +73,7 @@ def test_a_page_without_the_mark_differs(modules, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(modules.ages, "today", lambda: datetime.date(2027, 12, 1))
     assert modules.pages.main(["--check"]) == 1
     differ = capsys.readouterr().out
-    # Not the simulation, which has nothing of its machine but the instruction set.
-    undated = ("not-faster", "gpu", "gpu-start", "many-cores")
+    undated = ("not-faster", "gpu", "gpu-start")
     dated = [block for block in modules.pages.BLOCKS if block.name not in undated]
     assert [block.name for block in dated if f"{block.page}: {block.name}\n" not in differ] == []
 
@@ -192,7 +191,6 @@ class Fakes:
         self.machine = renew.Machine(names, "AMD EPYC", "avx512_bf16", 2)
         for name in (NEWEST, "suite_epyc_zen5_avx2_2_cores.json", "cpu_epyc_zen3_2_cores.json"):
             (folder / name).write_text((RESULTS / name).read_text())
-        (folder / "many_cores_simulated.json").write_text('{"simulated": true}')
         self.folder = folder
         found = renew.entries
         monkeypatch.setattr(renew, "RESULTS", folder)
