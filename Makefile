@@ -49,7 +49,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build sdist wheel wheel-check aarch64 test test-tools test-full free-threaded compat durations planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
+.PHONY: build sdist wheel wheel-check aarch64 test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -85,13 +85,6 @@ test-tools: build $(TESTING) $(LINTERS)
 # These two, and the long matrices.
 test-full: build $(TESTING)
 	$(PYTEST) -m '' $(ARGS)
-
-# Writes into tests/full_results.md how long the tests of the first two tiers take, file by file.
-durations: build $(TESTING)
-	for tier in test test-tools; do \
-	  $(MAKE) $$tier ARGS="--junitxml=build/$$tier.xml" && \
-	  $(PY) tests/tools/durations.py build/$$tier.xml --title "make $$tier" || exit 1; \
-	done
 
 # One wrong line in each kernel file, one after the other: do the tests of its part see it? An hour.
 planted: build $(TESTING)

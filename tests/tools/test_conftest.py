@@ -1,6 +1,6 @@
 """conftest.py in a project of its own: skips are counted, CUDA's tests are chosen, one test may have the machine.
 
-And what durations.py and paths.py say about a run.
+And what paths.py says about a run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import durations
 import paths
 import pytest
 
@@ -143,24 +142,6 @@ def test_alone(tmp_path: Path) -> None:
 
 
 # ---- what is written about a run
-
-TIMES = '<testcase classname="tests.{}" name="{}" time="{}"/>'
-
-
-def test_durations(tmp_path: Path) -> None:
-    cases = [("test_a", "one", 2.0), ("test_a", "two[x]", 1.0), ("simt.test_b", "three", 0.001)]
-    report = tmp_path / "test.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0" time="2.5">'
-        + "".join(TIMES.format(*case) for case in cases)
-        + "</testsuite></testsuites>"
-    )
-    table = durations.table(report)
-    assert table.startswith("3 passed, 0 failed, 0 skipped in 2 s; 3 s of tests")
-    assert "| `tests/test_a.py` | 2 | 3.0 | 2.0 s: `one` |\n| 1 others | 1 | 0.0 | |" in table
-    text = "# Runs\n\n## first\n\nold\n\n## second\n\nkept\n"
-    assert durations.written(text, "first", "new") == "# Runs\n\n## first\n\nnew\n\n## second\n\nkept\n"
-    assert durations.written(text, "third", "new") == f"{text}\n## third\n\nnew\n"
 
 
 def test_lost_paths_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
