@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 BLOCKS = (
-    Block("faster", "README.md", (*uses.RECORDS, readme.TORCHRL), readme.faster, "readme"),
+    Block("faster", "README.md", uses.RECORDS, readme.faster, "readme"),
     Block("not-faster", "README.md", uses.RECORDS, readme.not_faster),
     Block(
         "train",

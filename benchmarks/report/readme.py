@@ -18,7 +18,7 @@ MEANING = (
     "float32 unless a line says otherwise, 1 and 2 threads. Empty: not measured. "
 )
 SEVERAL = "Where an instruction set has several machines, the means of all of them, and the worst of all. "
-COSTS = "Of memory, a busy program and a first call, less is better, and the bracket has the largest figure. "
+COSTS = "Of memory and other costs, less is better, and the bracket has the largest figure. "
 
 
 def torchrl(records: dict[str, Result], folder: str) -> list[str]:
@@ -50,9 +50,16 @@ def figures_of(records: dict[str, Result], by_set: bool, only: tuple[str, ...] =
     return [*uses.of_uses(machines(records), by_set, only), "", meaning.rstrip()]
 
 
-def summary(records: dict[str, Result], by_set: bool, folder: str) -> str:
+def faster(records: dict[str, Result]) -> str:
+    keys = [use.key for use in uses.USES if use.short]
+    sources = uses.sources_in_line(machines(records), "benchmarks/results", keys)
+    return "\n".join([*figures_of(records, True), "", f"The newest record of each machine: {sources}."])
+
+
+def by_processor(records: dict[str, Result]) -> str:
+    folder = "../benchmarks/results"
     lines = [
-        *figures_of(records, by_set),
+        *figures_of(records, False),
         *torchrl(records, folder),
         "",
         "The newest record of each machine:",
@@ -60,14 +67,6 @@ def summary(records: dict[str, Result], by_set: bool, folder: str) -> str:
         *uses.sources(machines(records), folder),
     ]
     return "\n".join(lines)
-
-
-def faster(records: dict[str, Result]) -> str:
-    return summary(records, by_set=True, folder="benchmarks/results")
-
-
-def by_processor(records: dict[str, Result]) -> str:
-    return summary(records, by_set=False, folder="../benchmarks/results")
 
 
 def for_task(*keys: str) -> Callable[[dict[str, Result]], str]:

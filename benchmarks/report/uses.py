@@ -64,10 +64,14 @@ USES = (
     Use("float64", "float64, inference and training", short=False),
     Use("memory", "peak memory of a training step, share of torch's", cost=True),
     Use(
-        "busy-1", "two threads beside one busy program, times the idle time", cost=True, theirs="torch-busy-1"
+        "busy-1",
+        "two threads beside one busy program, times the idle time",
+        True,
+        "torch-busy-1",
+        short=False,
     ),
-    Use("busy-2", "two threads beside two busy programs", cost=True, theirs="torch-busy-2"),
-    Use("first", "first call of a process, ms", cost=True, theirs="torch-first"),
+    Use("busy-2", "two threads beside two busy programs", True, "torch-busy-2", short=False),
+    Use("first", "first call of a process, ms", True, "torch-first", short=False),
     Use("import", "import after torch's, ms", cost=True, short=False),
 )
 
