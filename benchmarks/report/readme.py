@@ -14,11 +14,11 @@ from .ages import dated
 
 TORCHRL = "torchrl_cpu.json"
 MEANING = (
-    "The geometric mean of all cases over torch's time, and in brackets the worst case: above 1, our layer is faster. "
-    "float32 unless a line says otherwise, 1 and 2 threads. Empty: not measured. "
+    "The geometric mean over torch's time, in brackets the worst case: above 1, our layer is faster. float32 unless a "
+    "line says otherwise, 1 and 2 threads. Empty: not measured. "
 )
-SEVERAL = "Where an instruction set has several machines, the means of all of them, and the worst of all. "
-COSTS = "Of memory and other costs, less is better, and the bracket has the largest figure. "
+SEVERAL = "Of several machines of a set, the means of all and the worst of all. "
+COSTS = "Of memory and other costs, less is better. "
 
 
 def torchrl(records: dict[str, Result], folder: str) -> list[str]:
