@@ -38,26 +38,7 @@ class Block(NamedTuple):
 BLOCKS = (
     Block("faster", "README.md", uses.RECORDS, readme.faster, "readme"),
     Block("not-faster", "README.md", uses.RECORDS, readme.not_faster),
-    Block(
-        "train",
-        "docs/start/train.md",
-        uses.RECORDS,
-        readme.for_task("training", "ragged", "ragged-padded", "bfloat16-training", "memory"),
-    ),
-    Block(
-        "serve",
-        "docs/start/serve.md",
-        uses.RECORDS,
-        readme.for_task("step", "frozen-step", "frozen-itself", "inference", "frozen-peers"),
-    ),
-    Block(
-        "reinforcement-learning",
-        "docs/start/reinforcement-learning.md",
-        (*uses.RECORDS, readme.TORCHRL),
-        readme.for_task("policy", "policy-resets"),
-    ),
     Block("library", "docs/guide/c-library.md", ("library_*_cores.json",), suite.library),
-    Block("gpu-start", "docs/start/gpu.md", "gpu_*.json", gpu.text),
     Block(
         "mac-or-arm",
         "docs/start/mac-or-arm.md",

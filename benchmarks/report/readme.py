@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -18,7 +18,7 @@ MEANING = (
     "line says otherwise, 1 and 2 threads. Empty: not measured. "
 )
 SEVERAL = "Of several machines of a set, the means of all and the worst of all. "
-COSTS = "Of memory and other costs, less is better. "
+COSTS = "Of memory and other costs, less is better."
 
 
 def torchrl(records: dict[str, Result], folder: str) -> list[str]:
@@ -43,11 +43,10 @@ def machines(records: dict[str, Result]) -> list[uses.Machine]:
     return uses.machines({file: record for file, record in records.items() if file != TORCHRL})
 
 
-def figures_of(records: dict[str, Result], by_set: bool, only: tuple[str, ...] = ()) -> list[str]:
+def figures_of(records: dict[str, Result], by_set: bool) -> list[str]:
     """The table and what it means."""
-    has_costs = not only or any(use.cost for use in uses.USES if use.key in only)
-    meaning = MEANING + (SEVERAL if by_set else "") + (COSTS if has_costs else "")
-    return [*uses.of_uses(machines(records), by_set, only), "", meaning.rstrip()]
+    meaning = MEANING + (SEVERAL if by_set else "") + COSTS
+    return [*uses.of_uses(machines(records), by_set), "", meaning]
 
 
 def faster(records: dict[str, Result]) -> str:
@@ -67,19 +66,6 @@ def by_processor(records: dict[str, Result]) -> str:
         *uses.sources(machines(records), folder),
     ]
     return "\n".join(lines)
-
-
-def for_task(*keys: str) -> Callable[[dict[str, Result]], str]:
-    """Makes the rows of some uses, by instruction set, for a page in a folder of docs/, which is one screen long."""
-
-    def text(records: dict[str, Result]) -> str:
-        folder = "../../benchmarks/results"
-        sources = uses.sources_in_line(machines(records), folder, keys)
-        return "\n".join(
-            [*figures_of(records, True, keys), "", f"Records: {sources}.", *torchrl(records, folder)]
-        )
-
-    return text
 
 
 def without_kernels(record: Result) -> str:

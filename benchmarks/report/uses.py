@@ -278,10 +278,10 @@ def cases_of(use: Use, found: list[Machine]) -> str:
     return " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
 
 
-def of_uses(found: list[Machine], by_set: bool, only: Sequence[str] = ()) -> list[str]:
-    """The table: by instruction set, or by machine; of all uses, or of those with some keys."""
+def of_uses(found: list[Machine], by_set: bool) -> list[str]:
+    """The table: by instruction set, which leaves some uses out, or by machine."""
     columns, rows = columns_of(found, by_set), []
-    for use in [use for use in USES if (use.key in only if only else use.short or not by_set)]:
+    for use in [use for use in USES if use.short or not by_set]:
         cells = [cell(use, column) for column in columns.values()]
         if any(cells):
             rows.append([use.title, *([] if by_set else [cases_of(use, found)]), *cells])
