@@ -49,7 +49,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build sdist wheel wheel-check aarch64 test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
+.PHONY: build sdist wheel wheel-check aarch64 check test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -76,6 +76,11 @@ aarch64: $(GROUP)wheel
 # The product: four minutes on two cores. JOBS processes side by side; ARGS='-n 0' for none but this one.
 test: build $(TESTING)
 	$(PYTEST) $(ARGS)
+
+# What to run while working: each form, cell and call, a part of them on every other route, and constructors. A minute
+# and a half.
+check: build $(TESTING)
+	$(PYTEST) tests/matrix tests/layer/test_routes.py tests/nn/test_construction.py $(ARGS)
 
 # What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks; and what takes long: the CUDA
 # kernels on the emulator, exports, several processes. .ci/run runs it as well. mypy is one of the linters.
