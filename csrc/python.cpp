@@ -16,7 +16,6 @@
 #include "torch/backend.h"
 #include "torch/frozen.h"
 #include "torch/parallel.h"
-#include "torch/random_flags.h"
 #include "torch/worker_costs.h"
 
 #ifndef LSTM_EXT_VERSION
@@ -447,12 +446,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("lstm_cell", &cell, py::arg("input"), py::arg("h"), py::arg("c"), py::arg("weights"), py::arg("has_bias"));
   lstm_ext::python::bind_module_calls(m);
   lstm_ext::set_differentiable_backward(&differentiable_backward);
-  m.def(
-      "random_flags",
-      [](const std::vector<int64_t>& sizes, double probability, int64_t seed) {
-        return lstm_ext::random_flags(sizes, probability, seed);
-      },
-      py::arg("sizes"), py::arg("probability"), py::arg("seed"), py::call_guard<py::gil_scoped_release>());
   m.def("freeze_weights", &freeze_weights, py::arg("weights"), py::arg("has_bias"), py::arg("bidirectional"),
         py::arg("kind"));
   m.def("cpu_capability", [] { return cpu::capability().name; });

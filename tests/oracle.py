@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -38,26 +37,6 @@ class Result(NamedTuple):
     c_n: Tensor
     cell_states: Tensor  # (L * D, T, B, H)
     gates: Tensor  # (L * D, T, B, H, 4)
-
-
-def split_mix(seed: int, count: int) -> np.ndarray:
-    """The first numbers of SplitMix64, as uint64."""
-    z = np.uint64(seed % 2**64) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def kept_by_zoneout(shape: tuple[int, ...], rate: float) -> Tensor:
-    """What zoneout keeps, as docs/options.md says that it is drawn on the CPU."""
-    if rate < 2**-16:
-        return torch.rand(shape) < rate
-    seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
-    count = math.prod(shape)
-    first, *words = split_mix(seed, 1 + -(-count // 4))
-    below = math.floor((int(first) >> 11) / 2**53 + rate * 65536)
-    bits = np.array(words, dtype=np.uint64).view(np.uint16)[:count]
-    return torch.from_numpy(bits.astype(np.int64) < below).view(shape)
 
 
 def rates(module: lstm_ext.LSTM) -> tuple[float, float]:
@@ -120,9 +99,9 @@ def drawn(
             if rate:
                 mask = torch.zeros(directions, time * batch, size, dtype=torch.float64)
                 if packed_as is None:
-                    mask[:] = kept_by_zoneout((directions, time, batch, size), rate).double().flatten(1, 2)
+                    mask[:] = (torch.rand(directions, time, batch, size) < rate).double().flatten(1, 2)
                 else:
-                    mask[:, rows] = kept_by_zoneout((directions, len(rows), size), rate).double()
+                    mask[:, rows] = (torch.rand(directions, len(rows), size) < rate).double()
                 mask = mask.unflatten(1, (time, batch))
             zoneout.append(mask)
         layers.append(Masks(recurrent, *zoneout, between, weights))

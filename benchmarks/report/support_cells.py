@@ -184,15 +184,9 @@ class Trial:
         inputs = [next(left) if x.is_floating_point() else x for x in self.inputs]
         return functional_call(self.module, parameters, tuple(inputs))
 
-    def masks(self, functions: bool = False, known: bool = True) -> Any:
-        """As `Problem.masks`.
-
-        Args:
-            functions: whether torch.func, a compiler or an exporter looks on.
-            known: whether the numbers in lengths and mask are.
-        """
-        eager = self.device == "cpu" and not functions
-        return self.problem.masks(self.dtype, self.device, self.device == "cpu" and known, eager)
+    def masks(self, known: bool = True) -> Any:
+        """As `Problem.masks`; `known`: whether the numbers in lengths and mask are."""
+        return self.problem.masks(self.dtype, self.device, self.device == "cpu" and known)
 
     def gradients(
         self,
@@ -280,7 +274,7 @@ def _jvp(trial: Trial) -> Any:
     results, slopes = jvp(trial.by_leaves, tuple(leaves), tuple(tangents))
 
     def expected() -> list[Tensor]:
-        problem, masks = trial.problem, trial.masks(functions=True, known=False)
+        problem, masks = trial.problem, trial.masks(known=False)
         return [*problem.results(problem.leaves(), 0, masks), *problem.slope(problem.results, masks)]
 
     return [*results, *slopes], expected
@@ -300,7 +294,7 @@ def _samples(trial: Trial) -> tuple[list[Tensor], tuple[int | None, ...]]:
 
 def _stacked(function: Callable[..., Sequence[Tensor]], trial: Trial) -> list[Tensor]:
     """What each sample must give; all have the same masks, as with randomness="same"."""
-    masks = trial.masks(functions=True, known=False)
+    masks = trial.masks(known=False)
     each = [function(trial.problem.leaves(n), n, masks) for n in range(SAMPLES)]
     return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
@@ -334,7 +328,7 @@ def _grad(trial: Trial) -> Any:
     problem = trial.problem
     return (
         [g for group in gradients for g in group.values()],
-        lambda: problem.gradients(problem.leaves(), 0, trial.masks(functions=True, known=False)),
+        lambda: problem.gradients(problem.leaves(), 0, trial.masks(known=False)),
     )
 
 
@@ -364,7 +358,7 @@ def _autocast(trial: Trial) -> Any:
     gradients = trial.gradients(results, leaves, cotangents)
 
     def expected() -> list[Tensor]:
-        masks = trial.problem.masks(dtype, trial.device, trial.device == "cpu", trial.device == "cpu")
+        masks = trial.problem.masks(dtype, trial.device, trial.device == "cpu")
         return _values_and_gradients(trial, masks)
 
     return [*results, *gradients], expected
@@ -389,7 +383,7 @@ def _compile(trial: Trial, seen: Seen) -> Compared:
     with own_random_numbers, no_graph_from_a_cache:
         results = compiled(*trial.inputs)
         gradients = trial.gradients(results, leaves, trial.cotangents)
-    return [*results, *gradients], _values_and_gradients(trial, trial.masks(functions=True, known=False))
+    return [*results, *gradients], _values_and_gradients(trial, trial.masks(known=False))
 
 
 @_looking
@@ -400,7 +394,7 @@ def _export(trial: Trial, seen: Seen) -> Compared:
     with torch.no_grad():
         results = program.module()(*trial.inputs)
     problem = trial.problem
-    return results, problem.results(problem.leaves(), 0, trial.masks(functions=True, known=False))
+    return results, problem.results(problem.leaves(), 0, trial.masks(known=False))
 
 
 @_looking

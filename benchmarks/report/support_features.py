@@ -20,7 +20,6 @@ import lstm_ext
 from lstm_ext import reference
 from lstm_ext.layer.activations import activation_text
 from lstm_ext.layer.layer_call import LayerOptions
-from lstm_ext.native import loader
 
 # At import, so that nothing that is planted or counted in the package gets here.
 _layer_of_equations = reference.lstm_layer
@@ -266,14 +265,13 @@ class Problem:
     # ---- what it must give
 
     def masks(
-        self, dtype: torch.dtype, device: str = "cpu", packed: bool = False, by_extension: bool = False
+        self, dtype: torch.dtype, device: str = "cpu", packed: bool = False
     ) -> list[LayerMasks]:
         """Those that the module draws after `torch.manual_seed(SEED)`.
 
         Args:
             dtype: of the input of the layers.
             packed: whether rows are computed for the steps that count only, so that masks are drawn for these.
-            by_extension: whether masks of zoneout are drawn by the extension.
         """
         feature = self.feature
         if not feature.training:
@@ -303,14 +301,7 @@ class Problem:
             return lambda shape: F.dropout(torch.ones(shape, dtype=dtype, device=device), p)
 
         def kept(p: float) -> Callable[[tuple[int, ...]], Tensor]:
-            def draw(shape: tuple[int, ...]) -> Tensor:
-                if not by_extension:
-                    return torch.rand(shape, device=device) < p
-                # What this function gives is a matter of its own tests.
-                seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
-                return loader.extension().random_flags(shape, p, seed)
-
-            return draw
+            return lambda shape: torch.rand(shape, device=device) < p
 
         layers = []
         for k in range(feature.layers):

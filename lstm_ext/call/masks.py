@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layer.route import UnsupportedLayerError
-from ..layer.tracing import is_exporting_to_onnx, is_plain_eager
-from ..native import loader
+from ..layer.tracing import is_exporting_to_onnx
 
 __all__ = ["dropped_weight", "keep_flags", "recurrent_mask"]
 
@@ -49,8 +48,4 @@ def recurrent_mask(
 def keep_flags(input: Tensor, directions: int, size: int, p: float) -> Tensor:
     """The flags of zoneout: which elements of a state are kept, for all steps, (D, T, B, size) or (D, N, size)."""
     shape = (directions, *input.shape[:-1], size)
-    # The extension does this in a fraction of the time, but no tracer knows its function.
-    if input.device.type != "cpu" or p < 2**-16 or not is_plain_eager() or not loader.has_kernels():
-        return torch.rand(shape, dtype=torch.float32, device=input.device) < p
-    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
-    return loader.extension().random_flags(shape, p, seed.item())
+    return torch.rand(shape, dtype=torch.float32, device=input.device) < p

@@ -114,9 +114,6 @@ def lstm_layer_backward(
     forward pass.
     """
 
-def random_flags(sizes: Sequence[int], probability: float, seed: int) -> Tensor:
-    """Flags on the CPU, each True with ``probability``; the same for the same seed. See csrc/torch/random_flags.h."""
-
 def cpu_capability() -> str:
     """The instruction set in use."""
 
