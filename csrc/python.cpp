@@ -16,7 +16,6 @@
 #include "torch/backend.h"
 #include "torch/frozen.h"
 #include "torch/parallel.h"
-#include "torch/worker_costs.h"
 
 #ifndef LSTM_EXT_VERSION
 #define LSTM_EXT_VERSION "unknown"
@@ -103,81 +102,12 @@ std::vector<std::string> cpu_capabilities() {
   return {names, names + cpu::library().available_capabilities(names)};
 }
 
-// Numbers of a dictionary: as many as `most`, or fewer, which leaves the others as they are.
-void read_numbers(const py::dict& from, const char* name, const char* who, double* to, size_t most) {
-  TORCH_CHECK_VALUE(from.contains(name), who, ": expected ", name);
-  const auto numbers = py::cast<std::vector<double>>(from[name]);
-  TORCH_CHECK_VALUE(numbers.size() >= 1 && numbers.size() <= most, who, ": ", name, ": expected 1 to ", most,
-                    " numbers, got ", numbers.size());
-  std::copy(numbers.begin(), numbers.end(), to);
-}
-
-cpu::WorkerCosts costs_of(const py::dict& from, const char* who) {
-  cpu::WorkerCosts costs;
-  read_numbers(from, "thread", who, costs.thread, cpu::kCostPoints);
-  read_numbers(from, "barrier", who, costs.barrier, cpu::kCostPoints);
-  for (const double* const list : {costs.thread, costs.barrier}) {
-    for (int i = 0; i < cpu::kCostPoints; ++i) {
-      TORCH_CHECK_VALUE(std::isfinite(list[i]) && list[i] > 0, who, ": expected positive costs, got ", list[i]);
-    }
-  }
-  costs.tree_from = py::cast<int>(from["tree_from"]);
-  TORCH_CHECK_VALUE(costs.tree_from >= 2, who, ": tree_from: expected at least 2, got ", costs.tree_from);
-  return costs;
-}
-py::dict as_dict(const cpu::WorkerCosts& costs) {
-  py::dict result;
-  result["thread"] = std::vector<double>(std::begin(costs.thread), std::end(costs.thread));
-  result["barrier"] = std::vector<double>(std::begin(costs.barrier), std::end(costs.barrier));
-  result["tree_from"] = costs.tree_from;
-  return result;
-}
-
-lstm_ext::WorkerTimes times_of(const py::dict& from, const char* who, bool recorded) {
-  lstm_ext::WorkerTimes times{};
-  times.threads = py::cast<int>(from["threads"]);
-  times.recorded = recorded;
-  for (const auto& [name, list] :
-       {std::pair{"thread", times.thread}, {"barrier", times.barrier}, {"tree", times.tree}}) {
-    read_numbers(from, name, who, list, cpu::kCostPoints);
-  }
-  return times;
-}
-py::dict as_dict(const lstm_ext::WorkerTimes& times) {
-  const int places = lstm_ext::measured_places(times.threads);
-  py::dict result;
-  result["threads"] = times.threads;
-  result["thread"] = std::vector<double>(times.thread, times.thread + places);
-  result["barrier"] = std::vector<double>(times.barrier, times.barrier + places);
-  result["tree"] = std::vector<double>(times.tree, times.tree + places);
-  return result;
-}
-// The times from the record, or those that this process has measured.
-py::list worker_times(bool recorded) {
-  py::list result;
-  for (const lstm_ext::WorkerTimes& times : lstm_ext::known_worker_times()) {
-    if (times.recorded == recorded) result.append(as_dict(times));
-  }
-  return result;
-}
-std::optional<py::dict> measure_workers(int threads) {
-  TORCH_CHECK_VALUE(threads >= 2, "measure_workers: expected at least 2 threads, got ", threads);
-  const auto times = without_gil([&] { return lstm_ext::measure_workers(threads); });
-  return times ? std::optional(as_dict(*times)) : std::nullopt;
-}
-void set_worker_costs(const std::optional<py::dict>& costs) {
-  if (!costs) return lstm_ext::set_worker_costs(nullptr);
-  const cpu::WorkerCosts given = costs_of(*costs, "set_worker_costs");
-  lstm_ext::set_worker_costs(&given);
-}
-
 // The plan of a call of this shape that saves everything, or nothing, and that requests the gradients of the input and
 // the weights.
 template <typename T>
-py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int bf16_parts,
-                 const cpu::WorkerCosts& costs) {
+py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int bf16_parts) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::Machine machine{kernels.lanes, threads, kernels.engine, costs};
+  const cpu::Machine machine{kernels.lanes, threads, kernels.engine, lstm_ext::worker_costs()};
   T present{};
   lstm_ext::ForwardParams<T> forward_params{};
   forward_params.shape = shape;
@@ -195,10 +125,6 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["tile_rows"] = kernels.tile_rows;
   result["forward_batch_groups"] = forward.grid.batch_groups;
   result["forward_hidden_groups"] = forward.grid.hidden_groups;
-  result["forward_work"] = forward.grid.work;
-  result["forward_most_work"] = forward.grid.most_work;
-  result["forward_tree"] = forward.barriers.tree;
-  result["forward_team_tree"] = forward.barriers.team_tree;
   result["pack"] = forward.pack;
   result["pack_as_used"] = forward.pack_as_used;
   result["input_in_steps"] = forward.input_in_steps;
@@ -210,8 +136,6 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["forward_workspace_bytes"] = forward.workspace_bytes;
   result["backward_batch_groups"] = backward.grid.batch_groups;
   result["backward_hidden_groups"] = backward.grid.hidden_groups;
-  result["backward_work"] = backward.grid.work;
-  result["backward_most_work"] = backward.grid.most_work;
   result["backward_pack"] = backward.pack;
   result["backward_recurrent_bf16_parts"] = backward.recurrent_engine.bf16_parts;
   result["backward_input_bf16_parts"] = backward.input_engine.bf16_parts;
@@ -225,8 +149,7 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
 
 // The plan of a call with the instruction set in use; for tests and for inspection.
 py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t proj_size, int threads,
-                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int bf16_parts,
-                  const std::optional<py::dict>& costs) {
+                  bool save, bool float64, const std::optional<std::vector<int64_t>>& batch_sizes, int bf16_parts) {
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(threads)}) {
     TORCH_CHECK(size >= 1, "cpu_plan: expected sizes and threads of at least 1, got ", size);
   }
@@ -249,9 +172,7 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
                                    false,
                                    batch_sizes ? offsets.data() : nullptr,
                                    nullptr};
-  const cpu::WorkerCosts given = costs ? costs_of(*costs, "cpu_plan") : lstm_ext::worker_costs(threads);
-  return float64 ? plan_of<double>(shape, threads, save, bf16_parts, given)
-                 : plan_of<float>(shape, threads, save, bf16_parts, given);
+  return float64 ? plan_of<double>(shape, threads, save, bf16_parts) : plan_of<float>(shape, threads, save, bf16_parts);
 }
 
 py::dict as_dict(lstm_ext::cuda::ModelConstants constants) {
@@ -453,26 +374,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
-        py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("bf16_parts") = 3,
-        py::arg("costs") = py::none());
-  m.def("measures_workers", &lstm_ext::measures_workers);
-  m.def("measure_workers", &measure_workers, py::arg("threads"));
-  m.def("steady_median", &lstm_ext::steady_median, py::arg("samples"));
-  m.def("worker_times", &worker_times, py::arg("recorded"));
-  m.def(
-      "set_worker_times",
-      [](const py::dict& times, bool recorded) {
-        lstm_ext::set_worker_times(times_of(times, "set_worker_times", recorded));
-      },
-      py::arg("times"), py::arg("recorded"));
-  m.def(
-      "costs_from",
-      [](const py::dict& times) { return as_dict(lstm_ext::costs_from(times_of(times, "costs_from", false))); },
-      py::arg("times"));
-  m.def("worker_costs", [](int threads) { return as_dict(lstm_ext::worker_costs(threads)); }, py::arg("threads"));
-  m.def("worker_measurements", &lstm_ext::worker_measurements);
-  m.def("pretend_cores", &lstm_ext::pretend_cores, py::arg("cores"));
-  m.def("set_worker_costs", &set_worker_costs, py::arg("costs"));
+        py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("bf16_parts") = 3);
+  m.def("set_worker_costs", &lstm_ext::set_worker_costs, py::arg("multiple"));
   m.def("set_cpu_wait_limit", &cpu::set_wait_limit, py::arg("seconds"), py::arg("file") = 2);
   m.def("set_fewer_when_crowded", &lstm_ext::set_fewer_when_crowded, py::arg("wanted"));
   m.def("cuda_devices", &cuda_devices);
@@ -519,5 +422,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   // Fail at import, not in the first call, if the environment has a bad value.
   cpu::capability();
   cpu::wait_limit();
-  lstm_ext::measures_workers();
 }

@@ -75,8 +75,6 @@ def _lines() -> list[tuple[str, str]]:
         lines.append(("instructions", f"{module.cpu_capability()}{note}"))
         lines.append(("  available", ", ".join(module.cpu_capabilities())))
     lines.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"))
-    if module is not None:
-        lines.append(("  costs", _worker_costs(module, torch.get_num_threads())))
 
     lines.append(("backends", ""))
     lines.append(("  aot", "in use" if in_use == "aot" else _aot_state()))
@@ -85,26 +83,6 @@ def _lines() -> list[tuple[str, str]]:
         lines.append((f"  {name}", "in use" if in_use == name else f"works (LSTM_EXT_BACKEND={name})"))
     lines += _cuda_lines(module is not None, status)
     return lines
-
-
-def _worker_costs(module: Any, threads: int) -> str:
-    """The costs of a thread and of a barrier that plans are made with, and where they are from."""
-    found = [t for recorded in (True, False) for t in module.worker_times(recorded)]
-    measured = [times for times in found if times["threads"] == threads]
-    costs = module.worker_costs(threads)
-    if threads <= 2 or not measured:
-        why = "not measured"
-        if not module.measures_workers():
-            why = "LSTM_EXT_CPU_MEASURE=0"
-        elif threads <= 2:
-            why = "as found by trial with two"
-        return f"a thread {costs['thread'][0]:.0f}, a barrier {costs['barrier'][0]:.0f} multiply-adds ({why})"
-    last = len(measured[0]["barrier"]) - 1
-    tree = f"a tree from {costs['tree_from']} on" if costs["tree_from"] <= threads else "one line"
-    return (
-        f"of {threads}: a thread {costs['thread'][last]:.0f}, a barrier {costs['barrier'][last]:.0f} multiply-adds, "
-        f"{tree} (measured on this machine)"
-    )
 
 
 def _commit() -> str:

@@ -30,8 +30,6 @@ from pathlib import Path
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Seconds at one barrier, in the programs that tests start, too.
 os.environ.setdefault("LSTM_EXT_CPU_WAIT_LIMIT", "20")
-# Plans are those of each machine.
-os.environ.setdefault("LSTM_EXT_CPU_MEASURE", "0")
 
 import pytest
 import torch

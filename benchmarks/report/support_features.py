@@ -264,9 +264,7 @@ class Problem:
 
     # ---- what it must give
 
-    def masks(
-        self, dtype: torch.dtype, device: str = "cpu", packed: bool = False
-    ) -> list[LayerMasks]:
+    def masks(self, dtype: torch.dtype, device: str = "cpu", packed: bool = False) -> list[LayerMasks]:
         """Those that the module draws after `torch.manual_seed(SEED)`.
 
         Args:

@@ -13,6 +13,11 @@ double row_work(const LayerShape& shape, int64_t features) {
   return static_cast<double>(products + (shape.projected ? shape.hidden_size * shape.output_size : 0));
 }
 
+double thread_cost(const Machine& machine) { return machine.worker_costs * kWorkPerThread; }
+double barrier_cost(const Machine& machine, int members) {
+  return members > 1 ? machine.worker_costs * (kWorkPerBarrier + kWorkPerFurtherMember * (members - 2)) : 0;
+}
+
 bool enough_rows(const EngineLimits& least, int bf16_parts, int64_t rows, int64_t weight_numbers) {
   const bool far = 2.0 * bf16_parts * static_cast<double>(weight_numbers) > kWholeCacheBytes;
   return rows >= (far ? least.far_rows : least.rows)[bf16_parts];
@@ -45,26 +50,17 @@ StepCost step_cost(const LayerShape& shape, int64_t features, int bf16_parts, co
           static_cast<double>(engine.row_multiple), adds};
 }
 
-double cost_of(const double (&costs)[kCostPoints], int workers) {
-  int i = 0, at = 2;
-  while (i < kCostPoints - 1 && 2 * at <= workers) ++i, at *= 2;
-  if (i == kCostPoints - 1) return costs[i];
-  return costs[i] + (costs[i + 1] - costs[i]) * (workers - at) / at;
-}
-
 // On a tie, more teams win over more members, because teams do not wait for each other.
 WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,
                        int64_t barriers, int64_t most_teams) {
   const int64_t batch = divide_up(count_samples(shape), shape.steps);  // average rows of a step
   const double all_rows = static_cast<double>(batch);
   const double total = cost.of(all_rows, all_rows, 1.0) * static_cast<double>(shape.steps) + other_work;
-  const WorkerCosts& costs = machine.costs;
-  const double most = std::min(total / costs.thread[0], 1e6);
-  int threads = std::max(1, std::min(machine.threads, static_cast<int>(most)));
-  while (threads > 1 && total < threads * cost_of(costs.thread, threads)) --threads;
+  const double most = std::min(total / thread_cost(machine), 1e6);
+  const int threads = std::max(1, std::min(machine.threads, static_cast<int>(most)));
   const int64_t blocks = divide_up(shape.hidden_size, machine.lanes);
   WorkerGrid best;
-  best.work = best.most_work = total;
+  best.work = total;
   double best_time = total;
   for (int batch_groups = static_cast<int>(std::min<int64_t>({threads, batch, most_teams})); batch_groups >= 1;
        --batch_groups) {
@@ -73,15 +69,12 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
       const double rows = static_cast<double>(divide_up(batch, batch_groups));
       const double share = static_cast<double>(divide_up(blocks, hidden_groups)) / static_cast<double>(blocks);
       const double step = cost.of(rows, all_rows, share);
-      const double meet = hidden_groups > 1 ? cost_of(costs.barrier, hidden_groups) * static_cast<double>(barriers) : 0;
+      const double meet = barrier_cost(machine, hidden_groups) * static_cast<double>(barriers);
       const int workers = batch_groups * hidden_groups;
       const double work = step * static_cast<double>(shape.steps) + other_work / workers;
-      // kWorkPerThread was found without counting the start of two threads as time, so only more of them count.
-      const double more = workers > 2 ? cost_of(costs.thread, workers) - costs.thread[0] : 0;
-      const double time = work + meet * static_cast<double>(shape.steps) + more;
+      const double time = work + meet * static_cast<double>(shape.steps);
       if (time < best_time * 0.98) {
         best_time = time;
-        best.most_work = work;
         best.batch_groups = batch_groups;
         best.hidden_groups = hidden_groups;
       }
@@ -94,7 +87,7 @@ WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const St
 // with few rows.
 bool directions_at_once(const Machine& machine, const WorkerGrid& grid) {
   const int workers = kDirections * grid.workers();
-  return workers <= machine.threads && grid.work >= grid.workers() * cost_of(machine.costs.thread, workers);
+  return workers <= machine.threads && grid.work >= grid.workers() * thread_cost(machine);
 }
 
 int gate_bf16_parts(const Machine& machine, int bf16_parts, int64_t rows, int64_t depth, int64_t hidden_size) {

@@ -85,9 +85,6 @@ struct StepCost {
 // The cost of steps whose rows have `features` features beside h; `bf16_parts` as in StepCost.
 StepCost step_cost(const LayerShape& shape, int64_t features, int bf16_parts, const EngineLimits& engine, bool adds);
 
-// A cost of WorkerCosts for a number of workers, of at least 2.
-double cost_of(const double (&costs)[kCostPoints], int workers);
-
 // The grid with the shortest estimated time. All workers share `other_work` evenly; `barriers` is how often the members
 // of a team meet in a step.
 WorkerGrid choose_grid(const LayerShape& shape, const Machine& machine, const StepCost& cost, double other_work,

@@ -26,7 +26,7 @@ constexpr decltype(Kernels<T>::backward) kBackward = &backward<T>;
 template <typename T>
 constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       EngineLimits{},       &plan_forward<T>,
                               &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &forward<T>,
-                              kBackward<T>,      &freeze<T>,      &meet_often,          &multiplies_int8};
+                              kBackward<T>,      &freeze<T>,      &multiplies_int8};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -45,8 +45,6 @@ struct Kernels {
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
   // Packs the weights into the plan's places, relative to `data`, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
-  // Meets `times` times at a barrier of this form, whose place was zeroed: what a barrier costs.
-  void (*meet_often)(char* place, bool tree, int workers, int worker, int times);
   bool (*multiplies_int8)();  // whether frozen int8 weights multiply bytes; their panels depend on it
 };
 

@@ -19,18 +19,6 @@ struct Layout {
   int64_t reserve_pointers(int64_t count) { return reserve_bytes(count * static_cast<int64_t>(sizeof(void*))); }
 };
 
-// Reserves the barriers of a grid, which come first; `plan` is a ForwardPlan or a BackwardPlan.
-template <typename T, typename Plan>
-void reserve_barriers(Layout<T>& layout, Plan& plan, const WorkerCosts& costs) {
-  BarrierPlaces& places = plan.barriers;
-  places.tree = plan.grid.workers() >= costs.tree_from;
-  places.team_tree = plan.grid.hidden_groups >= costs.tree_from;
-  layout.reserve_bytes(barrier_bytes(places.tree, plan.grid.workers()));
-  places.bytes_of_a_team = barrier_bytes(places.team_tree, plan.grid.hidden_groups);
-  places.teams = layout.reserve_bytes(places.bytes_of_a_team * plan.grid.batch_groups);
-  plan.barrier_bytes = layout.end;
-}
-
 // Makes room for the sums and for a left operand of so many rows, or as many of them as should be split at once.
 void need_left(EngineScratch& scratch, int64_t rows, int64_t depth, int bf16_parts, int64_t column_tiles) {
   const int64_t tile = bf16_numbers(1, depth, bf16_parts);
@@ -84,7 +72,7 @@ void lay_out(ForwardPlan& plan, const ForwardParams<T>& params, const Machine& m
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
   const int64_t teams = plan.grid.batch_groups, workers = plan.grid.workers();
   Layout<T> layout;
-  reserve_barriers(layout, plan, machine.costs);
+  layout.end = plan.barrier_bytes = kBarrierBytes * (1 + plan.grid.batch_groups);
   const int64_t padded = round_up(H, machine.lanes);
   EngineScratch& scratch = plan.engine_scratch;
   scratch.in_tiles = machine.engine.tiles;
@@ -130,7 +118,7 @@ void lay_out(BackwardPlan& plan, const BackwardParams<T>& params, const Machine&
   const int64_t H = shape.hidden_size, P = shape.output_size, I = shape.input_size, gates = 4 * H;
   const int64_t samples = count_samples(shape), workers = plan.grid.workers();
   Layout<T> layout;
-  reserve_barriers(layout, plan, machine.costs);
+  layout.end = plan.barrier_bytes = kBarrierBytes * (1 + plan.grid.batch_groups);
   // Each member packs its own slice of columns, which begins at a multiple of the lanes.
   EngineScratch& scratch = plan.engine_scratch;
   scratch.in_tiles = machine.engine.tiles;

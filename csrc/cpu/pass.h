@@ -55,7 +55,8 @@ struct Pass {
   const int64_t worker, team, member;
   const TeamRows rows;
   const Range blocks;  // this member's blocks of kLanes hidden units
-  const Meeting all_workers, team_members;
+  Barrier& all_workers;
+  Barrier& team_members;
   T* const zero_row;  // zeros in place of a row of h; reserved only if needed
   const EngineSession engine_session;
 
@@ -70,9 +71,8 @@ struct Pass {
         member(worker % plan.grid.hidden_groups),
         rows(shape, plan.grid.batch_groups, team),
         blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
-        all_workers{workspace, plan.barriers.tree, plan.grid.workers(), worker},
-        team_members{workspace + plan.barriers.teams + team * plan.barriers.bytes_of_a_team, plan.barriers.team_tree,
-                     plan.grid.hidden_groups, static_cast<int>(member)},
+        all_workers(*place<Barrier>(0)),
+        team_members(place<Barrier>(0)[1 + team]),
         zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
         engine_session(plan.engine_scratch.in_tiles && plan.engine_scratch.sums_numbers > 0) {}
 
@@ -110,8 +110,8 @@ struct Pass {
 
   // Rows of the team in step s of this pass.
   int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }
-  void meet_team() const { team_members.wait(); }
-  void meet_all() const { all_workers.wait(); }
+  void meet_team() const { team_members.wait(plan.grid.hidden_groups); }
+  void meet_all() const { all_workers.wait(plan.grid.workers()); }
   // This member's share of some columns, in whole registers.
   Range columns(int64_t size) const {
     const Range mine = share(divide_up(size, kLanes), plan.grid.hidden_groups, member);

@@ -30,25 +30,15 @@ struct EngineLimits {
 // as for all work.
 constexpr double kWorkPerThread = 6e5;   // with less work a thread costs more than it gains
 constexpr double kWorkPerBarrier = 6e4;  // the cost of a barrier between two team members
-
-// The costs of workers, by their number: 2, 4, 8 and so on, with straight lines between them. By default these
-// constants, whatever the number is. csrc/torch/worker_costs.h measures how the costs grow.
-constexpr int kCostPoints = 8;
-struct WorkerCosts {
-  double thread[kCostPoints];   // as kWorkPerThread, for each of so many workers
-  double barrier[kCostPoints];  // as kWorkPerBarrier, between so many members of a team
-  int tree_from = 1 << 30;      // a barrier of so many workers, or more, is a tree
-
-  constexpr WorkerCosts() : thread{}, barrier{} {
-    for (int i = 0; i < kCostPoints; ++i) thread[i] = kWorkPerThread, barrier[i] = kWorkPerBarrier;
-  }
-};
+// What each member beyond two adds to it: a cache line goes to the member, and to those that wait, in 80 ns from core
+// to core. Nobody has measured more than two.
+constexpr double kWorkPerFurtherMember = 7200;
 
 struct Machine {
   int64_t lanes;  // numbers in a SIMD register
   int threads;    // threads the caller may use
   EngineLimits engine{};
-  WorkerCosts costs{};
+  double worker_costs = 1;  // what workers cost, as a multiple of the constants; less in tests
 };
 
 // A product's use of the tile engine; see bf16_split.h. All 0 if it does not run there.
@@ -74,18 +64,12 @@ struct EngineScratch {
 struct WorkerGrid {
   int batch_groups = 1;
   int hidden_groups = 1;
-  double work = 0;       // the call's work, in fused multiply-adds of one number
-  double most_work = 0;  // that of the worker with the most, without what workers cost
+  double work = 0;  // the call's work, in fused multiply-adds of one number
   int workers() const { return batch_groups * hidden_groups; }
 };
 
-// The barriers of a call: see barrier.h. The one of all workers comes first in the workspace.
-struct BarrierPlaces {
-  bool tree = false, team_tree = false;    // whether that of all workers is a tree, and whether those of the teams are
-  int64_t teams = 0, bytes_of_a_team = 0;  // where those of the teams begin, and how far they are apart
-};
-
-// Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first.
+// Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first: that
+// of all workers, then those of the teams.
 struct ForwardPlan {
   WorkerGrid grid;
   bool pack = false;            // W and U as gate-interleaved panels or as bf16 parts; else they are read row-major
@@ -103,7 +87,6 @@ struct ForwardPlan {
   int64_t preactivations = 0, hidden = 0;                           // in inference: rows of a chunk, and of a step
   int64_t row_lists = 0, state_lists = 0, zero_rows = 0;            // see ForwardState
   int64_t masked_h = 0, recurrent_parts = 0, normalised_cells = 0;  // see UnfusedForwardStep
-  BarrierPlaces barriers;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -145,7 +128,6 @@ struct BackwardPlan {
   EngineProduct outer_engine;                                       // the sums of outer products
   EngineProduct recompute_input_engine, recompute_recurrent_engine;
   EngineScratch engine_scratch;
-  BarrierPlaces barriers;
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -158,17 +140,7 @@ constexpr int64_t kEngineInputRows = 96;  // rows of gradients that are multipli
 constexpr int64_t kSumBlock = 512;        // samples whose outer products are summed in registers
 constexpr int64_t kTileColumns = 4;       // columns of a register tile, in registers
 constexpr int64_t kNormRows = 4;          // rows that are normalised side by side, see layer_norm.h
-constexpr int64_t kBarrierBytes = 64;     // a barrier that is one cache line
-constexpr int64_t kNodeBytes = 128;       // a node of one that is a tree
-constexpr int kTreeRadix = 4;             // workers, or nodes, that meet at a node
-
-LSTM_EXT_CONTRACT_INLINE int64_t barrier_bytes(bool tree, int64_t workers) {
-  if (!tree) return kBarrierBytes;
-  int64_t nodes = 0;
-  do nodes += workers = (workers + kTreeRadix - 1) / kTreeRadix;
-  while (workers > 1);
-  return nodes * kNodeBytes;
-}
+constexpr int64_t kBarrierBytes = 64;     // one cache line
 
 // The sums, times H, that a worker keeps of the gradients of a cell's parameters; see UnfusedBackwardStep.
 template <typename T>

@@ -12,7 +12,6 @@
 #include "torch/parallel.h"
 #include "torch/scratch.h"
 #include "torch/tensors.h"
-#include "torch/worker_costs.h"
 
 namespace lstm_ext {
 namespace {
@@ -163,12 +162,6 @@ struct LayerTensors {
   const int bf16_parts;
 };
 
-// `fixed`: see worker_costs.
-template <typename T>
-cpu::Machine machine_for(const cpu::Kernels<T>& kernels, int threads, bool fixed) {
-  return {kernels.lanes, threads, kernels.engine, worker_costs(threads > 1 ? at::get_num_threads() : 1, fixed)};
-}
-
 // An uninitialised tensor that is soon written completely. Fresh memory of many megabytes costs a page fault per 4 KiB,
 // which is several percent of a training step; huge pages avoid most of it.
 at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -192,7 +185,7 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
   bool refused = false;
   for (size_t first = 0; first < params.size();) {
     const int threads = refused ? 1 : available_threads(/*always_all=*/sums_over_workers);
-    const cpu::Machine machine = machine_for(kernels, threads, /*fixed=*/sums_over_workers);
+    const cpu::Machine machine{kernels.lanes, threads, kernels.engine, worker_costs()};
     OfDirections<Plan> plans{make_plan(params[first], machine)};
     while (plans.back().directions_at_once && first + plans.size() < params.size()) {
       plans.push_back(make_plan(params[first + plans.size()], machine));
@@ -211,7 +204,6 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
       end.at += (plan.workspace_bytes + kAlignment - 1) / kAlignment * kAlignment;
       end.first_worker += plan.grid.workers();
     }
-    if (end.first_worker > 2 && measure_workers_if_due()) continue;  // with a plan of the new costs
     const at::Tensor workspace = scratch_empty({end.at + kAlignment}, options.dtype(at::kByte));
     auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr<uint8_t>());
     char* base = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);

@@ -28,6 +28,8 @@ Crowding& crowding() {
   return state;
 }
 
+std::atomic<double> costs{1};
+
 }  // namespace
 
 int available_threads(bool always_all) {
@@ -37,6 +39,9 @@ int available_threads(bool always_all) {
 
 Limit worker_limit() { return {crowding().workers(), crowding().left()}; }
 void set_fewer_when_crowded(bool wanted) { crowding().wanted.store(wanted, std::memory_order_relaxed); }
+
+double worker_costs() { return costs.load(std::memory_order_relaxed); }
+void set_worker_costs(double multiple) { costs.store(multiple, std::memory_order_relaxed); }
 
 bool on_threads(int workers, void (*work)(void* context, int index), void* context) {
   bool complete = false;

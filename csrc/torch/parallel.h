@@ -23,6 +23,11 @@ struct Limit {
 LSTM_EXT_PUBLIC Limit worker_limit();
 LSTM_EXT_PUBLIC void set_fewer_when_crowded(bool wanted);
 
+// cpu::Machine::worker_costs of all calls. For tests, in which workers that cost nothing give small layers many of
+// them.
+LSTM_EXT_PUBLIC double worker_costs();
+LSTM_EXT_PUBLIC void set_worker_costs(double multiple);
+
 // Runs work(index) for index < workers on as many threads at once and returns true. Returns false, having run nothing,
 // if the system gives fewer threads. The work may wait for the other workers, so the indices cannot run one after the
 // other.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..native import loader, worker_record
+from ..native import loader
 from ..native.imports import when_imported
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
@@ -221,4 +221,3 @@ def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
 
 
 loader.on_load(register)
-loader.when_loaded(worker_record.use)

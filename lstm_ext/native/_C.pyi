@@ -135,59 +135,17 @@ def cpu_plan(
     float64: bool = False,
     batch_sizes: Sequence[int] | None = None,
     bf16_parts: int = 3,
-    costs: WorkerCosts | None = None,
-) -> dict[str, int | bool | float]:
+) -> dict[str, int | bool]:
     """The plan of a call of these sizes with the instruction set in use; see csrc/cpu/plan.h.
 
     ``save`` is True for a forward pass that a backward pass will follow; ``batch_sizes`` are those of packed data.
     ``bf16_parts`` are the bfloat16 numbers in an operand of the tile engine; in the result, 0 is a product without it.
     ``directions_at_once`` and ``backward_directions_at_once``: whether both directions of a bidirectional layer would
-    run at the same time; backward, if the gradient of the input is not requested. ``costs`` are those of this process
-    for so many threads, if they are not given. ``work`` and ``most_work`` are fused multiply-adds of one number: of the
-    call, and of the worker with the most.
+    run at the same time; backward, if the gradient of the input is not requested.
     """
 
-# "thread" and "barrier": fused multiply-adds of one number, for 2, 4, 8 ... workers; "tree_from"; see csrc/cpu/plan.h.
-# Lists may be shorter than eight numbers, and then end in the constants.
-WorkerCosts = dict[str, list[float] | int]
-# "threads", and seconds "thread", "barrier" and "tree" for 2, 4, 8 ... workers and for the threads; see
-# csrc/torch/worker_costs.h.
-WorkerTimes = dict[str, list[float] | int]
-
-def measures_workers() -> bool:
-    """LSTM_EXT_CPU_MEASURE."""
-
-def measure_workers(threads: int) -> WorkerTimes | None:
-    """Times of so many threads, now; None if other programs disturbed them. For tests and benchmarks."""
-
-def steady_median(samples: list[float]) -> float | None:
-    """The median, or None if it is more than three times the least or the least is not positive. For tests."""
-
-def worker_times(recorded: bool) -> list[WorkerTimes]:
-    """The times that the record gave, or else those that this process has measured."""
-
-def set_worker_times(times: WorkerTimes, recorded: bool) -> None:
-    """Plans for ``times["threads"]`` threads take the costs that come from these times.
-
-    Raises:
-        ValueError: a list is missing, or has too few numbers or one that is not positive.
-    """
-
-def costs_from(times: WorkerTimes) -> WorkerCosts:
-    """The costs that come from these times. Errors are those of :func:`set_worker_times`."""
-
-def worker_costs(threads: int) -> WorkerCosts:
-    """The costs of plans for so many threads."""
-
-def set_worker_costs(costs: WorkerCosts | None) -> None:
-    """Costs in place of all others, or None to end that. For tests."""
-
-def worker_measurements() -> int:
-    """How often calls have measured what workers cost. For tests."""
-
-def pretend_cores(cores: int) -> None:
-    """So many cores for measurements in place of those that there are, or 0 to end that; forgets what was measured. For
-    tests."""
+def set_worker_costs(multiple: float) -> None:
+    """What workers cost in plans, as a multiple of the constants: 0 gives small layers many. For tests."""
 
 def worker_limit() -> tuple[int, float]:
     """How many workers a limited call may use, because workers had to share their cores with other programs, and for

@@ -56,7 +56,6 @@ class _Result:
 
 _result: _Result | None = None
 _waiting: list[Callable[[], None]] = []  # see on_load
-_users: list[Callable[[Any], None]] = []  # see when_loaded
 _lock = threading.Lock()
 
 
@@ -79,7 +78,7 @@ def extension() -> ModuleType | None:
     global _result
     result = _result
     if result is None:
-        unavailable, chosen = None, False
+        unavailable = None
         with _lock:
             result = _result
             if result is None:
@@ -87,10 +86,7 @@ def extension() -> ModuleType | None:
                 while result.module is not None and _waiting:
                     _waiting.pop(0)()
                 # This is last: no other thread gets the module before the functions of on_load have run.
-                _result, chosen = result, True
-        if chosen and result.module is not None:
-            for function in _users:
-                function(result.module)
+                _result = result
         # Where nothing can be built, torch's operator is what the user expects.
         if unavailable is not None and config.is_supported_platform():
             warn(
@@ -124,11 +120,6 @@ def on_load(function: Callable[[], None]) -> None:
             _waiting.append(function)
             return
     function()
-
-
-def when_loaded(function: Callable[[Any], None]) -> None:
-    """Calls a function with the extension, when `extension` returns it for the first time. It may call `extension`."""
-    _users.append(function)
 
 
 def _has_operators() -> bool:

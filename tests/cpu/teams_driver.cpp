@@ -1,6 +1,6 @@
 // The CPU kernels without torch, on 2 to 8 threads, for the thread sanitizer: see sanitize.py, which compiles this for
-// one instruction set. The results must be those of one worker, to the bit, whatever form the barriers have. Arguments:
-// names of cases, or none for all.
+// one instruction set. The results must be those of one worker, to the bit. Arguments: names of cases, or
+// none for all.
 #include "cpu/kernel_set.h"
 
 #include <algorithm>
@@ -76,12 +76,11 @@ struct Grids {
 // As csrc/torch/cpu_layer.cpp runs them, each worker on a thread of its own.
 template <typename Params, typename Plan>
 void run(const std::vector<Params>& params, Plan (*make_plan)(const Params&, const cpu::Machine&),
-         void (*kernel)(const Params&, const Plan&, char*, int), int threads, bool tree, Grids& grids) {
+         void (*kernel)(const Params&, const Plan&, char*, int), int threads, Grids& grids) {
   struct alignas(64) Line {
     char bytes[64];
   };
-  cpu::Machine machine{kKernels.lanes, threads, kUnit};
-  if (tree) machine.costs.tree_from = 2;
+  const cpu::Machine machine{kKernels.lanes, threads, kUnit};
   for (size_t first = 0; first < params.size();) {
     std::vector<Plan> plans{make_plan(params[first], machine)};
     if (plans[0].directions_at_once && first + 1 < params.size())
@@ -113,7 +112,7 @@ struct Results {
   std::vector<Numbers> summed;  // over the workers: gradients of layer normalisation
 };
 
-Results compute(const Case& c, int threads, bool tree, Grids& grids) {
+Results compute(const Case& c, int threads, Grids& grids) {
   state = 1;
   const int64_t T = c.steps, B = c.batch, I = c.inputs, H = c.hidden, P = c.outputs, D = c.two_directions ? 2 : 1;
   std::vector<int64_t> offsets{0};
@@ -203,8 +202,8 @@ Results compute(const Case& c, int threads, bool tree, Grids& grids) {
       b.grad_gain_c = zeros(d.grad_gain_c, H), b.grad_bias_c = zeros(d.grad_bias_c, H);
     }
   }
-  run(forward, &cpu::plan_forward<float>, kKernels.forward, threads, tree, grids);
-  if (c.training) run(backward, &cpu::plan_backward<float>, kKernels.backward, threads, tree, grids);
+  run(forward, &cpu::plan_forward<float>, kKernels.forward, threads, grids);
+  if (c.training) run(backward, &cpu::plan_backward<float>, kKernels.backward, threads, grids);
 
   Results results{{output, grad_input}, {}};
   for (Direction& d : all) {
@@ -234,12 +233,9 @@ bool all_finite(const Numbers& numbers) {
 }
 
 // Whether nobody passes a barrier before all have come. The numbers that the workers write and read are no atomics.
-bool meets(int workers, bool tree) {
+bool meets(int workers) {
   constexpr int kRounds = 20;
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<Line> place(static_cast<size_t>(2 * workers + 2), Line{});
+  cpu::LSTM_EXT_ISA::Barrier barrier{};
   std::vector<int> rounds(static_cast<size_t>(workers));
   std::vector<char> right(rounds.size(), 1);
   std::vector<std::thread> threads;
@@ -247,10 +243,10 @@ bool meets(int workers, bool tree) {
     threads.emplace_back([&, worker] {
       for (int round = 1; round <= kRounds; ++round) {
         rounds[static_cast<size_t>(worker)] = round;
-        kKernels.meet_often(place.data()->bytes, tree, workers, worker, 1);
+        barrier.wait(static_cast<uint32_t>(workers));
         const bool all = std::all_of(rounds.begin(), rounds.end(), [&](int of_other) { return of_other == round; });
         if (!all) right[static_cast<size_t>(worker)] = 0;
-        kKernels.meet_often(place.data()->bytes, tree, workers, worker, 1);
+        barrier.wait(static_cast<uint32_t>(workers));
       }
     });
   }
@@ -259,19 +255,16 @@ bool meets(int workers, bool tree) {
 }
 
 // One of six workers does not come: the others wait for it until the limit ends the process.
-void wait_for_one(bool tree) {
+void wait_for_one() {
   constexpr int kWorkers = 6;
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<Line> place(2 * kWorkers, Line{});
+  cpu::LSTM_EXT_ISA::Barrier barrier{};
   cpu::change_wait_limit(0.2, 1);
   std::vector<std::thread> threads;
   for (int worker = 0; worker < kWorkers; ++worker) {
-    // All come to the first barrier.
-    const int times = worker == 2 ? 1 : 2;
-    threads.emplace_back(
-        [&, worker, times] { kKernels.meet_often(place.data()->bytes, tree, kWorkers, worker, times); });
+    threads.emplace_back([&, worker] {
+      barrier.wait(kWorkers);
+      if (worker != 2) barrier.wait(kWorkers);
+    });
   }
   for (std::thread& thread : threads) thread.join();
 }
@@ -279,8 +272,7 @@ void wait_for_one(bool tree) {
 }  // namespace
 
 int main(int count, char** names) {
-  if (count == 2 && std::string(names[1]).rfind("wait", 0) == 0)
-    wait_for_one(names[1] == std::string("wait in a tree"));
+  if (count == 2 && std::string(names[1]) == "wait") wait_for_one();
   Grids most;
   bool right = true;
   for (const Case& c : kCases) {
@@ -288,11 +280,10 @@ int main(int count, char** names) {
       continue;
     }
     Grids one, grids;
-    const Results expected = compute(c, 1, false, one);
+    const Results expected = compute(c, 1, one);
     bool well = std::all_of(expected.exact.begin(), expected.exact.end(), all_finite);
-    for (int run = 2; run <= 11; ++run) {
-      const bool tree = run > 8;
-      const Results found = compute(c, tree ? run - 3 : run, tree, grids);
+    for (int threads = 2; threads <= 8; ++threads) {
+      const Results found = compute(c, threads, grids);
       well = well && std::equal(found.exact.begin(), found.exact.end(), expected.exact.begin(), same_bits) &&
              std::equal(found.summed.begin(), found.summed.end(), expected.summed.begin(), nearly);
     }
@@ -303,12 +294,10 @@ int main(int count, char** names) {
     most = {std::max(most.teams, grids.teams), std::max(most.members, grids.members),
             std::max(most.directions, grids.directions), std::max(most.workers, grids.workers)};
   }
-  for (const bool tree : {false, true}) {
-    for (const int workers : {2, 3, 4, 5, 16, 17, 21}) {
-      const bool well = meets(workers, tree);
-      if (!well) std::printf("%d workers pass a barrier too soon, tree: %d\n", workers, tree);
-      right = right && well;
-    }
+  for (const int workers : {2, 3, 4, 5, 16, 17, 21}) {
+    const bool well = meets(workers);
+    if (!well) std::printf("%d workers pass a barrier too soon\n", workers);
+    right = right && well;
   }
   if (count > 1) return right ? 0 : 1;
   const bool all_kinds = most.teams > 1 && most.members > 1 && most.directions > 1 && most.workers == 8;

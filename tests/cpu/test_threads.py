@@ -211,8 +211,6 @@ def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
             assert torch.equal(one, two)
 
 
-# Workers that cost nothing, so that small layers have many of them, on two cores.
-MANY = {"thread": [1.0], "barrier": [1.0]}
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "both directions": {"bidirectional": True},
@@ -227,25 +225,20 @@ SUMS = {"layer_norm": ("ln_", "bias_"), "peephole": ("weight_c",)}
 
 
 @pytest.fixture
-def many_workers() -> Iterator[Callable[[int, bool], None]]:
-    """Sets the number of threads, and whether barriers are trees."""
+def many_workers() -> Iterator[None]:
+    """Workers that cost nothing, so that small layers have many of them, on two cores."""
     before = torch.get_num_threads()
-
-    def set_both(threads: int, tree: bool) -> None:
-        torch.set_num_threads(threads)
-        loader.extension().set_worker_costs({**MANY, "tree_from": 2 if tree else 1 << 30})
-
-    yield set_both
-    loader.extension().set_worker_costs(None)
+    loader.extension().set_worker_costs(0)
+    yield
+    loader.extension().set_worker_costs(1)
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("many_workers")
 @pytest.mark.parametrize("option", LAYERS)
 @pytest.mark.parametrize("rows", [2, 8])
-def test_a_number_of_threads_changes_no_bit(
-    rows: int, option: str, many_workers: Callable[[int, bool], None]
-) -> None:
-    """Of either form of barriers, except in the gradients of some vectors."""
+def test_a_number_of_threads_changes_no_bit(rows: int, option: str) -> None:
+    """Except in the gradients of some vectors."""
     steps, hidden_size = 3, 330
     module = lstm_ext.LSTM(FEATURES, hidden_size, **LAYERS[option])
     x = torch.randn(steps, rows, FEATURES, requires_grad=True)
@@ -254,26 +247,35 @@ def test_a_number_of_threads_changes_no_bit(
     sums = SUMS.get(option, ())
     inexact = [False] * 7 + [name.startswith(sums) for name, _ in module.named_parameters()]
 
-    def computed(threads: int, tree: bool) -> list[Tensor]:
-        many_workers(threads, tree)
+    def computed(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
         torch.manual_seed(4)
         return results(module, x, hx)
 
-    expected = computed(1, False)
-    for threads, tree in itertools.product((2, 3, 8, 16, 64), (False, True)):
-        computed_now = computed(threads, tree)
+    expected = computed(1)
+    for threads in (2, 3, 8, 16, 64):
+        computed_now = computed(threads)
         plan = loader.extension().cpu_plan(
             steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=threads, save=True
         )
-        workers = plan["forward_batch_groups"] * plan["forward_hidden_groups"]
-        assert workers > threads // 4 and (plan["forward_tree"], plan["forward_team_tree"]) == (
-            (tree, tree and plan["forward_hidden_groups"] > 1)
-        )
+        assert plan["forward_batch_groups"] * plan["forward_hidden_groups"] > threads // 4
         for found, one, may_differ in zip(computed_now, expected, inexact, strict=True):
             if may_differ:
                 torch.testing.assert_close(found, one)
             else:
-                assert torch.equal(found, one), (threads, tree)
+                assert torch.equal(found, one), threads
+
+
+@pytest.mark.usefixtures("many_workers")
+def test_dear_workers_are_fewer() -> None:
+    extension = loader.extension()
+
+    def members(costs: float) -> int:
+        extension.set_worker_costs(costs)
+        sizes = {"steps": 100, "batch": 1, "input_size": 128, "hidden_size": 256}
+        return extension.cpu_plan(**sizes, threads=16)["forward_hidden_groups"]
+
+    assert members(0) > members(1) > members(2) > members(4) == 1
 
 
 ON_ONE_CORE = """

@@ -21,7 +21,7 @@ from test_selftest import Gpus
 
 from lstm_ext import info
 from lstm_ext.call import measured
-from lstm_ext.native import config, cuda, jit, loader, selftest_record, trust, worker_record
+from lstm_ext.native import config, cuda, jit, loader, selftest_record, trust
 from lstm_ext.native.config import BuildError
 
 STRANGER = 54321
@@ -340,17 +340,13 @@ def damaged(value: Any) -> Iterator[Any]:
 def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that reads it goes on, and the next result is recorded."""
     Gpus(monkeypatch, "13.0 for 8.0", (8, 6))
-    gpu, extension = torch.device("cuda", 0), loader.extension()
+    gpu = torch.device("cuda", 0)
     key = dict.fromkeys(selftest_record.KEY, "this")
     monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
     monkeypatch.setattr(selftest_record, "distrust", lambda path: None)  # it takes longer than all else
-    monkeypatch.setattr(worker_record.atexit, "register", lambda *_: None)
-    workers = SimpleNamespace(measures_workers=lambda: True, set_worker_times=extension.set_worker_times)
     shape = measured.class_of(torch.bfloat16, 32, 0, 1, False, True, 8, 20, False)
 
-    def use() -> tuple[int, int]:
-        extension.pretend_cores(0)
-        worker_record.use(workers)
+    def use() -> int:
         monkeypatch.setattr(measured, "_records", {})
         choices = measured.recorded(gpu).values()
         for choice in choices:
@@ -359,21 +355,18 @@ def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.Monke
         measured._ours_in_graph(0, torch.bfloat16, 1, False, True, False)
         assert cuda.outcome(gpu, "step", torch.bfloat16) in (None, True)
         info._device_lines(gpu, loader.status())
-        return len(extension.worker_times(recorded=True)), len(choices)
+        return len(choices)
 
-    times = {name: [1.0, 2.0] for name in ("thread", "barrier", "tree")}
     choice = measured.asdict(measured.Choice(True, "step", "persistent", {"torch": 2.0, "step": 1.0}))
-    both = {"4 threads": {"threads": 4, **times}, shape.key: choice}
-    selftest_record.write(gpu, ["step"], ["persistent"], both)
+    selftest_record.write(gpu, ["step"], ["persistent"], {shape.key: choice})
     try:
-        assert use() == (1, 1)
+        assert use() == 1
         for record in damaged(json.loads(selftest_record.path().read_text())):
             selftest_record.path().write_text(json.dumps(record))
             use()
             selftest_record.add(gpu, "stepwise", True)
             assert "stepwise" in selftest_record.find(gpu)["passed"], record
     finally:
-        extension.pretend_cores(0)
         measured._tell_kernels(shape, gpu, "", "")
 
 

@@ -225,8 +225,7 @@ bool check(const Case& c) {
   }
   if (c.training) p.gate_values = gates.data(), p.cells = cells.data();
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  cpu::Machine machine{kernels.lanes, c.threads, kernels.engine};
-  if (c.other_cell) machine.costs.tree_from = 2;  // both forms of a barrier
+  const cpu::Machine machine{kernels.lanes, c.threads, kernels.engine};
   const cpu::ForwardPlan plan = kernels.plan_forward(p, machine);
   on_engine += plan.input_engine.bf16_parts > 0 || plan.recurrent_engine.bf16_parts > 0;
   run(p, plan, kernels.forward);
