@@ -26,7 +26,7 @@ LARGE = 256  # hidden units from which the layer gains little without a tile eng
 PEERS = ("torch", "onnxruntime", "openvino")
 SETS = {
     "amx": "AMX", "avx512_bf16": "AVX-512", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2",
-    "neon_bf16": "NEON", "neon": "NEON",
+    "neon": "NEON",
 }  # fmt: skip
 Cases = dict[str, list[float]]
 

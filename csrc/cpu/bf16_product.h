@@ -303,8 +303,6 @@ void multiply_in_tiles(const TileOperands* operands, int count, int64_t rows, in
   });
 }
 
-#if !defined(LSTM_EXT_ISA_NEON_BF16)  // has tiles only
-
 // The sums of kRows rows of a row tile and kColumns column tiles, in vector registers. Three products of parts would
 // take longer than one of float32, so operands have one part.
 template <int kRows, int kColumns>
@@ -362,18 +360,14 @@ inline void multiply_in_pairs(const TileOperands* operands, int count, int64_t r
   }
 }
 
-#endif
-
 // sums[row tile][column tile] = (or +=) the products left * right of `count` pairs of operands, for all rows and
 // `columns` tiles: those of one column group, or four tiles, those of two groups. `in_tiles`: see EngineLimits::tiles.
-inline void multiply_tiles(int bf16_parts, [[maybe_unused]] bool in_tiles, const TileOperands* operands, int count,
-                           int64_t rows, int columns, float* sums, bool add, const Between& between) {
-#if !defined(LSTM_EXT_ISA_NEON_BF16)
+inline void multiply_tiles(int bf16_parts, bool in_tiles, const TileOperands* operands, int count, int64_t rows,
+                           int columns, float* sums, bool add, const Between& between) {
   if (!in_tiles) {
     multiply_in_pairs(operands, count, rows, columns, sums, add);
     return;
   }
-#endif
   with_bf16_parts(bf16_parts,
                   [&](auto p) { multiply_in_tiles<p()>(operands, count, rows, columns, sums, add, between); });
 }

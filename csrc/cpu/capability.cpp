@@ -37,12 +37,9 @@ Cpuid cpuid([[maybe_unused]] unsigned leaf, [[maybe_unused]] unsigned subleaf = 
 [[maybe_unused]] bool has_f16c() { return cpuid(1).c & 1u << 29; }
 bool finds_avx512_vnni() { return cpuid(7).c & 1u << 11; }
 bool finds_avx_vnni() { return cpuid(7, 1).a & 1u << 4; }
-// On AArch64, the bits of Linux that older headers do not name.
-constexpr unsigned kI8mm = 1u << 13;
-[[maybe_unused]] constexpr unsigned kBf16 = 1u << 14;
-bool arm_has([[maybe_unused]] unsigned feature) {
+bool finds_i8mm() {
 #if defined(__aarch64__)
-  return getauxval(AT_HWCAP2) & feature;
+  return getauxval(AT_HWCAP2) & 1u << 13;  // Linux; older headers do not name the bit
 #else
   return false;
 #endif
@@ -98,7 +95,7 @@ bool cpu_runs(const char* name) {
   }
   return std::strcmp(name, "baseline") == 0;
 #elif defined(__aarch64__)
-  return std::strcmp(name, "neon") == 0 || (std::strcmp(name, "neon_bf16") == 0 && arm_has(kBf16));
+  return std::strcmp(name, "neon") == 0;
 #else
   return false;
 #endif
@@ -111,9 +108,6 @@ constexpr EngineLimits kTiles{
 // AVX-512-BF16. It does twice the work of a fused multiply-add, so it pays for one bf16 part only.
 constexpr EngineLimits kPairs{
     {0, 1, kNever, kNever}, {0, 1, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0}, {0, 2, 1, 1}, 1, false};
-// FEAT_BF16 of AArch64. It does twice to four times the work of a fused multiply-add. Nobody has measured it.
-constexpr EngineLimits kBlocks{{0, 8, kNever, kNever}, {0, 8, kNever, kNever}, {0, 16, 0, 0}, {0, 16, 0, 0},
-                               {0, 2, 1, 1},           kEngineTileRows,        true};
 
 // Best first; null where the binary has none. Those with a tile engine have the kernels of AVX-512, and in float32 the
 // limits of the engine.
@@ -138,9 +132,7 @@ const Capabilities& all_capabilities() {
     if (!pairs_pay) add("avx512_bf16", kernels_avx512_f32, kernels_avx512_f64, kPairs);
     add("avx2", kernels_avx2_f32, kernels_avx2_f64);
     add("baseline", kernels_baseline_f32, kernels_baseline_f64);
-    // Nobody has measured the second, so it runs on request only.
     add("neon", kernels_neon_f32, kernels_neon_f64);
-    add("neon_bf16", kernels_neon_bf16_f32, kernels_neon_f64, kBlocks);
     return result;
   }();
   return all;
@@ -177,8 +169,8 @@ const Capability* require(const std::string& name, const std::string& source) {
   const Capability* c = find(name);
   if (!c) {
 #if defined(__aarch64__)
-    constexpr const char* kKnown[] = {"neon", "neon_bf16"};
-    constexpr const char* kExpected = "'neon' or 'neon_bf16'";
+    constexpr const char* kKnown[] = {"neon"};
+    constexpr const char* kExpected = "'neon'";
 #else
     constexpr const char* kKnown[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};
     constexpr const char* kExpected = "'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline'";
@@ -221,7 +213,7 @@ __thread uint64_t unit_directions = 0;
 const bool fetches_panels = !(is_amd() && cpu_runs("avx512"));
 const bool has_avx512_vnni = vnni_wish() != "0" && finds_avx512_vnni();
 const bool has_avx_vnni = vnni_wish() != "0" && finds_avx_vnni();
-const bool has_i8mm = vnni_wish() != "0" && arm_has(kI8mm);
+const bool has_i8mm = vnni_wish() != "0" && finds_i8mm();
 
 void add_capability(Capability* capability) {
   capability->next = added.load(std::memory_order_acquire);

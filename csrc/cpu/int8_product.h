@@ -21,7 +21,7 @@ namespace {
 
 // LSTM_EXT_INT8_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenInt8: the
 // set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
-#if !defined(LSTM_EXT_ISA_BASELINE) && !defined(LSTM_EXT_ISA_NEON_BF16)
+#if !defined(LSTM_EXT_ISA_BASELINE)
 #define LSTM_EXT_INT8_PRODUCTS
 #endif
 #if defined(LSTM_EXT_ISA_AVX512)
@@ -33,7 +33,7 @@ inline bool multiplies_int8() { return has_avx_vnni; }
 #elif defined(LSTM_EXT_ISA_NEON)
 constexpr bool kMayWidenInt8 = true;
 inline bool multiplies_int8() { return has_i8mm; }
-#elif defined(LSTM_EXT_ISA_BASELINE) || defined(LSTM_EXT_ISA_NEON_BF16)
+#elif defined(LSTM_EXT_ISA_BASELINE)
 constexpr bool kMayWidenInt8 = true;
 inline bool multiplies_int8() { return false; }
 #else

@@ -1,6 +1,6 @@
 // The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
-// LSTM_EXT_ISA_AVX2, LSTM_EXT_ISA_BASELINE, LSTM_EXT_ISA_NEON and LSTM_EXT_ISA_NEON_BF16 before it includes a header of
-// the kernels; each of these includes this file first.
+// LSTM_EXT_ISA_AVX2, LSTM_EXT_ISA_BASELINE and LSTM_EXT_ISA_NEON before it includes a header of the kernels; each of
+// these includes this file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
@@ -63,10 +63,6 @@
 #elif defined(LSTM_EXT_ISA_NEON)  // which every AArch64 CPU has
 
 #define LSTM_EXT_ISA neon
-
-#elif defined(LSTM_EXT_ISA_NEON_BF16)  // the instructions of FEAT_BF16 are written in assembly
-
-#define LSTM_EXT_ISA neon_bf16
 
 #elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a tile engine in plain C++
 

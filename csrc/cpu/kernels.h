@@ -65,7 +65,6 @@ LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_baseline_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_baseline_f64();
 LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_neon_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_neon_f64();
-LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_neon_bf16_f32();
 
 constexpr int kCapabilities = 6;
 

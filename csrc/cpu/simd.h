@@ -308,9 +308,6 @@ struct Simd<double> {
 #elif defined(LSTM_EXT_ISA_NEON)
 #include "cpu/simd_neon.h"
 
-#elif defined(LSTM_EXT_ISA_NEON_BF16)
-#include "cpu/simd_neon_wide.h"
-
 #elif defined(LSTM_EXT_ISA_SOFTWARE)
 #include LSTM_EXT_SOFTWARE_SIMD
 #endif
@@ -487,7 +484,7 @@ LSTM_EXT_INLINE void keep_in_register([[maybe_unused]] Register& v) {
   asm("" : "+v"(v));
 #elif defined(LSTM_EXT_ISA_NEON)
   asm("" : "+w"(v));
-#elif !defined(LSTM_EXT_ISA_NEON_BF16) && !defined(LSTM_EXT_ISA_SOFTWARE)
+#elif !defined(LSTM_EXT_ISA_SOFTWARE)
   asm("" : "+x"(v));
 #endif
 }

@@ -3,8 +3,7 @@
 // A processor has it in one of two forms. AMX has registers of tiles. Without them an instruction of AVX-512-BF16
 // stands in, which multiplies pairs of bfloat16 in vector registers and reads the same operands. Which form runs is in
 // the plan (EngineLimits::tiles). Both are in the kernels of AVX-512, which also run on processors that have neither;
-// so their instructions are written in assembly. On AArch64 an instruction for blocks of 2 x 2 sums makes tiles of 16
-// x 16.
+// so their instructions are written in assembly.
 //
 // AMX has eight registers. Each holds a tile of 1 KB: 16 x 16 sums in float32, or an operand in bfloat16. A left
 // operand is 16 rows of 32 numbers. A right operand is 32 x 16 numbers in pairs, 16 rows of [16 columns][2]. Denormal
@@ -94,10 +93,6 @@ struct TileEngine {
     return sums;
   }
 };
-
-#elif defined(LSTM_EXT_ISA_NEON_BF16)
-#define LSTM_EXT_TILE_ENGINE
-#include "cpu/tile_engine_neon.h"
 
 #elif defined(LSTM_EXT_TILE_ENGINE)
 #include LSTM_EXT_TILE_ENGINE

@@ -40,7 +40,7 @@ typedef const char* lstm_ext_error;
 
 /* The instruction set that new models are packed for: the best of this processor, or the one that the environment
  * variable LSTM_EXT_CPU_CAPABILITY names, or lstm_ext_set_capability ("amx", "avx512_bf16", "avx512", "avx2",
- * "baseline"; "neon", "neon_bf16" on AArch64). A set that the processor or the library lacks is an error. */
+ * "baseline"; "neon" on AArch64). A set that the processor or the library lacks is an error. */
 LSTM_EXT_API lstm_ext_error lstm_ext_capability(const char** name);
 LSTM_EXT_API lstm_ext_error lstm_ext_set_capability(const char* name);
 

@@ -46,7 +46,7 @@ CPU_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": ("avx2", "fma", "f16c"),
         "baseline": (),
     },
-    "aarch64": {"neon": (), "neon_bf16": ("bf16",)},
+    "aarch64": {"neon": ()},
 }
 SOURCE_KINDS = ("cpp", "h", "def", "cu", "cuh")
 TOGETHER = "operators_together.cpp"  # see split_sources
@@ -192,8 +192,6 @@ def cpu_sets() -> tuple[str, ...]:
     if wish == "native":
         return (next(name for name in known if runs_here(name)),)
     names = wish.split(",")
-    if "neon_bf16" in names:
-        names.append("neon")  # whose kernels of float64 it has
     if not set(names) <= set(known):
         raise SwitchError(
             f"LSTM_EXT_CPU_SETS is {wish!r}: set it to native or to some of {','.join(known)}, or unset it."

@@ -26,11 +26,9 @@ pytestmark = [
 ]
 
 
-def compiled(source: Path, folder: Path, optimised: bool) -> Path:
+def compiled(source: Path, folder: Path) -> Path:
     found = folder / f"{source.stem}.o"
     flags = [f for f in config.COMPILE_FLAGS if not f.startswith("-fvisibility")]
-    if not optimised and source.stem.startswith("kernels_neon_bf16"):
-        flags.append("-O1")
     command = [
         COMPILER,
         "-std=c++20",
@@ -47,9 +45,7 @@ def compiled(source: Path, folder: Path, optimised: bool) -> Path:
     return found
 
 
-# The second: neon_bf16 as it is built, too, which takes the compiler four minutes more.
-@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_the_kernels_against_a_plain_loop(tmp_path: Path, optimised: bool) -> None:
+def test_the_kernels_against_a_plain_loop(tmp_path: Path) -> None:
     """Both types, both passes, one and two threads, the plain cell and one with all options; and frozen weights."""
     sources = [
         path
@@ -58,7 +54,7 @@ def test_the_kernels_against_a_plain_loop(tmp_path: Path, optimised: bool) -> No
     ]
     sources.append(Path(__file__).parent / "aarch64" / "harness.cpp")
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: compiled(source, tmp_path, optimised), sources))
+        objects = list(pool.map(lambda source: compiled(source, tmp_path), sources))
     program = tmp_path / "harness"
     subprocess.run([COMPILER, "-static", "-pthread", *map(str, objects), "-o", str(program)], check=True)
 
@@ -68,14 +64,8 @@ def test_the_kernels_against_a_plain_loop(tmp_path: Path, optimised: bool) -> No
 
     with ThreadPoolExecutor(2) as pool:
         with_all, without = pool.map(said, ("max", "cortex-a72"))
-    # With the instruction for products of bytes and the tile engine for bfloat16.
-    assert with_all == [
-        "neon+int8: 280 cases, 0 on the tile engine, 0 failed",
-        "neon_bf16: 344 cases, 48 on the tile engine, 0 failed",
-    ]
-    # One without either, which frozen int8 weights are widened for.
-    assert without == ["neon: 280 cases, 0 on the tile engine, 0 failed"]
-    # A set that the processor lacks, and one that it cannot have.
-    lacks = "set_cpu_capability: this CPU does not run 'neon_bf16'; the best it runs is 'neon'"
-    assert said("cortex-a72", "neon_bf16") == [lacks]
-    assert said("max", "avx2") == ["set_cpu_capability: expected 'neon' or 'neon_bf16', got 'avx2'"]
+    # With the instruction for products of bytes, and without it: there, frozen int8 weights are widened.
+    assert with_all == ["neon+int8: 280 cases, 0 failed"]
+    assert without == ["neon: 280 cases, 0 failed"]
+    # A set that no such processor has.
+    assert said("max", "avx2") == ["set_cpu_capability: expected 'neon', got 'avx2'"]

@@ -129,18 +129,16 @@ def test_sets_of_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(config.platform, "machine", lambda: "arm64")
     monkeypatch.delenv("LSTM_EXT_CPU_SETS", raising=False)
     assert config.is_supported_platform() == (sys.platform == "linux")
-    assert config.cpu_sets() == ("neon", "neon_bf16")
+    assert config.cpu_sets() == ("neon",)
     kernels, operators, _ = config.split_sources(CSRC, True, config.cpu_sets(), tmp_path)
     sets = {path.stem for path in kernels if path.stem.startswith("kernels_")}
-    assert sets == {"kernels_neon_f32", "kernels_neon_f64", "kernels_neon_bf16_f32"}
+    assert sets == {"kernels_neon_f32", "kernels_neon_f64"}
     assert any(path.suffix == ".cu" for path in operators)
-    assert config.runs_here("neon") and not config.runs_here("avx2") and not config.runs_here("neon_bf16")
+    assert config.runs_here("neon") and not config.runs_here("avx2")
     monkeypatch.setenv("LSTM_EXT_CPU_SETS", "native")
     assert config.cpu_sets() == ("neon",)
-    monkeypatch.setenv("LSTM_EXT_CPU_SETS", "neon_bf16")
-    assert config.cpu_sets() == ("neon", "neon_bf16")
     monkeypatch.setenv("LSTM_EXT_CPU_SETS", "avx2")
-    with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2'.* neon,neon_bf16, or unset"):
+    with pytest.raises(config.SwitchError, match=r"LSTM_EXT_CPU_SETS is 'avx2'.* neon, or unset"):
         config.cpu_sets()
     monkeypatch.setattr(config.platform, "machine", lambda: "riscv64")
     assert not config.is_supported_platform() and not config.runs_here("neon")

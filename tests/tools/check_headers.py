@@ -27,7 +27,7 @@ CSRC = TESTS.parent / "csrc"
 # Inline PTX: nvcc compiles it, in every build with CUDA.
 NVCC_ONLY = {"cuda/ptx.h"}
 # Parts of other headers, for a processor that this compiler is not for.
-PARTS = {"cpu/simd_neon.h", "cpu/simd_neon_wide.h", "cpu/tile_engine_neon.h"}
+PARTS = {"cpu/simd_neon.h"}
 # Templates of a type of the kernels' own namespace. They are as internal to an object as that type, so they may be
 # compiled for the raised target.
 TEMPLATES_OF_A_MATH = {"contract/activation.h", "contract/cell.h", "contract/transition.h"}
