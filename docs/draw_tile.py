@@ -113,7 +113,7 @@ def main() -> None:
     axes.text(
         0.15, 0.2,
         "AVX-512: R = 6, W = 16 (float32), 24 of 32 registers.    AVX2: R = 3, W = 8, 12 of 16.    "
-        "baseline: R = 3, W = 4, 12 of 16.    Drawn: R = 6, W = 4.",
+        "Drawn: R = 6, W = 4.",
         **small,
     )  # fmt: skip
     path = Path(__file__).with_name("tile.svg")

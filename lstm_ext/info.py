@@ -152,7 +152,7 @@ def _changed_sources(status: loader.Status) -> str | None:
 
 def _aot_state() -> str:
     path = loader.find_aot()
-    if path is None and not config.is_supported_platform():
+    if not config.is_supported_platform():
         return f"cannot be built: {jit.problem()}"
     if path is None:
         return f"no {config.MODULE} here: build it with {loader.build_command()}"

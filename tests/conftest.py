@@ -245,7 +245,7 @@ def _share_of_the_machine(request: pytest.FixtureRequest, _locks: Path | None) -
         yield
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor runs, in use for one test.
 

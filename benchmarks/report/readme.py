@@ -92,7 +92,7 @@ def not_faster(records: dict[str, Result]) -> str:
 
 # ---- the picture
 
-COLORS = {"AMX": "#aa3377", "AVX-512": "#4477aa", "AVX2": "#cc9922", "SSE2": "#555555", "NEON": "#228833"}
+COLORS = {"AMX": "#aa3377", "AVX-512": "#4477aa", "AVX2": "#cc9922", "NEON": "#228833"}
 ROWS = {
     "ragged": "ragged batches",
     "ragged-padded": "ragged, over padded torch",

@@ -25,8 +25,7 @@ FILE = re.compile(
 LARGE = 256  # hidden units from which the layer gains little without a tile engine, with a batch
 PEERS = ("torch", "onnxruntime", "openvino")
 SETS = {
-    "amx": "AMX", "avx512_bf16": "AVX-512", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2",
-    "neon": "NEON",
+    "amx": "AMX", "avx512_bf16": "AVX-512", "avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON",
 }  # fmt: skip
 Cases = dict[str, list[float]]
 

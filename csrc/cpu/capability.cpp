@@ -93,7 +93,7 @@ bool cpu_runs(const char* name) {
   if (std::strcmp(name, "avx2") == 0) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
-  return std::strcmp(name, "baseline") == 0;
+  return false;
 #elif defined(__aarch64__)
   return std::strcmp(name, "neon") == 0;
 #else
@@ -131,7 +131,6 @@ const Capabilities& all_capabilities() {
     add("avx512", kernels_avx512_f32, kernels_avx512_f64);
     if (!pairs_pay) add("avx512_bf16", kernels_avx512_f32, kernels_avx512_f64, kPairs);
     add("avx2", kernels_avx2_f32, kernels_avx2_f64);
-    add("baseline", kernels_baseline_f32, kernels_baseline_f64);
     add("neon", kernels_neon_f32, kernels_neon_f64);
     return result;
   }();
@@ -172,8 +171,8 @@ const Capability* require(const std::string& name, const std::string& source) {
     constexpr const char* kKnown[] = {"neon"};
     constexpr const char* kExpected = "'neon'";
 #else
-    constexpr const char* kKnown[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};
-    constexpr const char* kExpected = "'amx', 'avx512_bf16', 'avx512', 'avx2' or 'baseline'";
+    constexpr const char* kKnown[] = {"amx", "avx512_bf16", "avx512", "avx2"};
+    constexpr const char* kExpected = "'amx', 'avx512_bf16', 'avx512' or 'avx2'";
 #endif
     for (const char* known : kKnown) {
       if (name != known) continue;
@@ -182,10 +181,10 @@ const Capability* require(const std::string& name, const std::string& source) {
     throw std::invalid_argument(source + ": expected " + kExpected + ", got '" + name + "'");
   }
   if (!was_added(c) && !cpu_runs(c->name)) {
-    throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + [] {
-      const char* names[kCapabilities];
-      return available_capabilities(names) > 0 ? std::string(names[0]) : std::string();
-    }() + "'");
+    const char* names[kCapabilities] = {""};
+    available_capabilities(names);
+    throw std::invalid_argument(source + ": this CPU does not run '" + name + "'; the best it runs is '" + names[0] +
+                                "'");
   }
   return c;
 }
@@ -194,11 +193,13 @@ const Capability* initial() {
   if (const std::string wish = vnni_wish(); wish != "0" && wish != "1") {
     throw std::invalid_argument(std::string(kVnniVariable) + ": expected '0' or '1', got '" + wish + "'");
   }
-  if (const char* name = std::getenv(kVariable); name && *name) return require(name, kVariable);
   const char* names[kCapabilities];
   if (available_capabilities(names) == 0) {
-    throw std::runtime_error("lstm_ext was built without kernels for this CPU (LSTM_EXT_CPU_SETS): build it anew");
+    throw std::runtime_error(
+        "lstm_ext has no kernels for this CPU: on x86-64 they need AVX2, FMA and F16C, and a build may leave sets out "
+        "(LSTM_EXT_CPU_SETS)");
   }
+  if (const char* name = std::getenv(kVariable); name && *name) return require(name, kVariable);
   return find(names[0]);
 }
 

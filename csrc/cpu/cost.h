@@ -29,7 +29,7 @@ struct RowMajorLimit {
 };
 constexpr RowMajorLimit kRowMajorOfOne[] = {{25'000, 8}, {50'000, 20}, {200'000, kRowMajorRows}};
 constexpr RowMajorLimit kRowMajorOfTwo[] = {{100'000, 12}, {1'000'000, 20}};
-constexpr int64_t kRowMajorOfLarge = 48;  // not with the narrow registers of the baseline, where it was not measured
+constexpr int64_t kRowMajorOfLarge = 48;  // not with the narrow registers of NEON, where it was not measured
 
 // Steps of large weights, on a Xeon.
 constexpr double kGroupBytes = 512 * 1024;  // the weights of a group of units; see count_unit_groups

@@ -87,12 +87,10 @@ class GateProduct {
     if constexpr (std::is_same_v<T, float>) {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
-#if defined(LSTM_EXT_INT8_PRODUCTS)
         if (multiplies_int8()) {
           multiply_int8_of(rows, a_row, count, narrow, pre, bias);
           return false;
         }
-#endif
         if constexpr (kMayWidenInt8) {
           multiply_panels(rows, a_row, count, weight, static_cast<const int8_t*>(narrow.data), pre, bias, KeepSums{});
         }
@@ -274,7 +272,6 @@ class GateProduct {
   }
 #endif
 
-#if defined(LSTM_EXT_INT8_PRODUCTS)
   // The same from bytes, without calling `finish`.
   template <typename A, typename Pre>
   void multiply_int8_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
@@ -311,7 +308,6 @@ class GateProduct {
       }
     }
   }
-#endif
 
   // multiply_panels for weights that are read row by row.
   template <typename A, typename Pre, typename Finish>

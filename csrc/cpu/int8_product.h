@@ -19,26 +19,21 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
-// LSTM_EXT_INT8_PRODUCTS: products with int8 weights can use the instruction, if the CPU has it. kMayWidenInt8: the
-// set may have to widen the weights instead. LSTM_EXT_ISA_SOFTWARE emulates the instruction.
-#if !defined(LSTM_EXT_ISA_BASELINE)
-#define LSTM_EXT_INT8_PRODUCTS
-#endif
-#if defined(LSTM_EXT_ISA_AVX512)
-constexpr bool kMayWidenInt8 = true;
-inline bool multiplies_int8() { return has_avx512_vnni; }
-#elif defined(LSTM_EXT_ISA_AVX2)
-constexpr bool kMayWidenInt8 = true;
-inline bool multiplies_int8() { return has_avx_vnni; }
-#elif defined(LSTM_EXT_ISA_NEON)
-constexpr bool kMayWidenInt8 = true;
-inline bool multiplies_int8() { return has_i8mm; }
-#elif defined(LSTM_EXT_ISA_BASELINE)
-constexpr bool kMayWidenInt8 = true;
-inline bool multiplies_int8() { return false; }
-#else
+// Whether the CPU has the instruction. kMayWidenInt8: the set may have to widen the weights instead.
+#if defined(LSTM_EXT_ISA_SOFTWARE)  // emulates it
 constexpr bool kMayWidenInt8 = false;
 inline bool multiplies_int8() { return true; }
+#else
+constexpr bool kMayWidenInt8 = true;
+inline bool multiplies_int8() {
+#if defined(LSTM_EXT_ISA_AVX512)
+  return has_avx512_vnni;
+#elif defined(LSTM_EXT_ISA_AVX2)
+  return has_avx_vnni;
+#else
+  return has_i8mm;
+#endif
+}
 #endif
 
 // For these products a panel holds four k of a unit side by side, [k / 4][gate][lane][k % 4], padded with 128.
@@ -51,8 +46,6 @@ LSTM_EXT_INLINE int64_t int8_place(int64_t k, int gate, int lane) {
 LSTM_EXT_INLINE int64_t int8_panel_size(int64_t count) {
   return kGates * Simd<float>::kLanes * divide_up(count, kKsOfInt8) * kKsOfInt8;
 }
-
-#if defined(LSTM_EXT_INT8_PRODUCTS)
 
 using Ints = Simd<float>::Index;
 constexpr int kMostParts = 4;
@@ -264,8 +257,6 @@ LSTM_EXT_INLINE void multiply_int8(const uint8_t* panel, const Int8Row& row, con
     default: return multiply_unsplit(panel, x, count, sums);
   }
 }
-
-#endif
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -1,12 +1,12 @@
 // The instruction set that a translation unit is compiled for. A kernels_*.cpp defines one of LSTM_EXT_ISA_AVX512,
-// LSTM_EXT_ISA_AVX2, LSTM_EXT_ISA_BASELINE and LSTM_EXT_ISA_NEON before it includes a header of the kernels; each of
+// LSTM_EXT_ISA_AVX2 and LSTM_EXT_ISA_NEON before it includes a header of the kernels; each of
 // these includes this file first.
 //
 // The linker merges inline functions of several objects and may keep the copy that an older CPU cannot run. So
 // everything that is compiled for a raised target lives in an anonymous namespace, inside LSTM_EXT_ISA, which gives
 // disassembly and profiles a name, and calls nothing inline with external linkage that is compiled for that target.
 // That is why all other headers that the kernels use are included here, before the target is raised: a header of the
-// kernels includes headers of the kernels only. test_baseline_contains_no_newer_instructions looks at the result.
+// kernels includes headers of the kernels only. test_no_newer_instructions_outside_the_sets looks at the result.
 #pragma once
 
 #if defined(__aarch64__)
@@ -56,15 +56,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#elif defined(LSTM_EXT_ISA_BASELINE)  // SSE2, which every x86-64 CPU has
-
-#define LSTM_EXT_ISA baseline
-
 #elif defined(LSTM_EXT_ISA_NEON)  // which every AArch64 CPU has
 
 #define LSTM_EXT_ISA neon
 
-#elif defined(LSTM_EXT_ISA_SOFTWARE)  // for tests: registers of 16 numbers and a tile engine in plain C++
+#elif defined(LSTM_EXT_ISA_SOFTWARE)  // plain C++; for tests with registers of 16 numbers and a tile engine
 
 #define LSTM_EXT_ISA software
 

@@ -61,12 +61,10 @@ LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_avx512_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_avx512_f64();
 LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_avx2_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_avx2_f64();
-LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_baseline_f32();
-LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_baseline_f64();
 LSTM_EXT_MAY_BE_MISSING const Kernels<float>* kernels_neon_f32();
 LSTM_EXT_MAY_BE_MISSING const Kernels<double>* kernels_neon_f64();
 
-constexpr int kCapabilities = 6;
+constexpr int kCapabilities = 5;
 
 // A digest of the sources and flags, which a wheel's files have in common. Other builds have one library.
 #ifndef LSTM_EXT_BUILD

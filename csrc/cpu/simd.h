@@ -20,26 +20,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-// For sets without an instruction for it. Infinities and NaN are preserved.
-inline float widened(BFloat16 number) {
-  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof(bits));
-  return result;
-}
-inline float widened(Float16 number) {
-  const uint32_t sign = (number.bits & 0x8000u) << 16, magnitude = number.bits & 0x7FFFu;
-  uint32_t bits = sign | ((magnitude << 13) + (magnitude < 0x7C00 ? 112u << 23 : 224u << 23));
-  if (magnitude < 0x400) {  // magnitude * 2^-24
-    const float small = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f;
-    __builtin_memcpy(&bits, &small, sizeof(bits));
-    bits |= sign;
-  }
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof(bits));
-  return result;
-}
-
 // 2^(j / 16) in float32, for sets whose registers hold a table of 16 numbers: its bits, less j from bit 19 on, so that
 // adding n * 2^19 for n = 16 m + j gives 2^(n / 16). And half of each rounding error.
 alignas(64) constexpr uint32_t kPowerBits[] = {0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532,
@@ -228,81 +208,6 @@ struct Simd<double> {
 
  private:
   static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - n)); }
-};
-
-#elif defined(LSTM_EXT_ISA_BASELINE)  // x86-64 baseline: SSE2, no FMA
-
-constexpr int kVectorRegisters = 16;
-
-template <>
-struct Simd<float> {
-  using Reg = __m128;
-  typedef int Index __attribute__((vector_size(16)));
-  typedef uint8_t Bytes __attribute__((vector_size(4)));
-  static constexpr int kLanes = 4;
-  static Reg zero() { return _mm_setzero_ps(); }
-  static Reg set1(float x) { return _mm_set1_ps(x); }
-  static Reg load(const float* p) { return _mm_loadu_ps(p); }
-  static Reg load(const int8_t* p) { return _mm_cvtepi32_ps(_mm_setr_epi32(p[0], p[1], p[2], p[3])); }
-  template <typename W>
-  static Reg load(const W* p) {
-    return _mm_setr_ps(widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3]));
-  }
-  static void store(float* p, Reg v) { _mm_storeu_ps(p, v); }
-  static Reg load_partial(const float* p, int n) {
-    alignas(16) float lanes[kLanes] = {};
-    for (int i = 0; i < n; ++i) lanes[i] = p[i];
-    return _mm_load_ps(lanes);
-  }
-  static void store_partial(float* p, Reg v, int n) {
-    alignas(16) float lanes[kLanes];
-    _mm_store_ps(lanes, v);
-    for (int i = 0; i < n; ++i) p[i] = lanes[i];
-  }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
-  static Reg at_most(Reg v, float bound) { return _mm_min_ps(set1(bound), v); }
-  static Reg at_least(Reg v, float bound) { return _mm_max_ps(set1(bound), v); }
-  static Reg square_root(Reg v) { return _mm_sqrt_ps(v); }
-  static Reg reciprocal(Reg v) { return set1(1.0f) / v; }
-  static Reg abs(Reg v) { return _mm_andnot_ps(set1(-0.0f), v); }
-  static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_ps(abs(magnitude), _mm_and_ps(set1(-0.0f), sign)); }
-  // Only for |v| < 2^31, which is all that exp needs (a NaN becomes a number; exp adds it back).
-  static Reg round(Reg v) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(v)); }
-  static Reg scale_by_power_of_two(Reg v, Reg n) {
-    const __m128i exponent = _mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127));
-    return _mm_mul_ps(v, _mm_castsi128_ps(_mm_slli_epi32(exponent, 23)));
-  }
-};
-
-template <>
-struct Simd<double> {
-  using Reg = __m128d;
-  typedef long long Index __attribute__((vector_size(16)));
-  typedef uint8_t Bytes __attribute__((vector_size(2)));
-  static constexpr int kLanes = 2;
-  static Reg zero() { return _mm_setzero_pd(); }
-  static Reg set1(double x) { return _mm_set1_pd(x); }
-  static Reg load(const double* p) { return _mm_loadu_pd(p); }
-  static void store(double* p, Reg v) { _mm_storeu_pd(p, v); }
-  static Reg load_partial(const double* p, int n) { return n == 0 ? zero() : n == 1 ? _mm_load_sd(p) : load(p); }
-  static void store_partial(double* p, Reg v, int n) {
-    if (n == 1) _mm_store_sd(p, v);
-    if (n == 2) store(p, v);
-  }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
-  static Reg at_most(Reg v, double bound) { return _mm_min_pd(set1(bound), v); }
-  static Reg at_least(Reg v, double bound) { return _mm_max_pd(set1(bound), v); }
-  static Reg square_root(Reg v) { return _mm_sqrt_pd(v); }
-  static Reg reciprocal(Reg v) { return set1(1.0) / v; }
-  static Reg abs(Reg v) { return _mm_andnot_pd(set1(-0.0), v); }
-  static Reg copy_sign(Reg magnitude, Reg sign) { return _mm_or_pd(abs(magnitude), _mm_and_pd(set1(-0.0), sign)); }
-  static Reg round(Reg v) { return _mm_cvtepi32_pd(_mm_cvtpd_epi32(v)); }
-  static Reg scale_by_power_of_two(Reg v, Reg n) {
-    // n + 1023 is positive, so zero extension to 64 bits is right.
-    const __m128i biased = _mm_add_epi32(_mm_cvtpd_epi32(n), _mm_set1_epi32(1023));
-    const __m128i exponent = _mm_unpacklo_epi32(biased, _mm_setzero_si128());
-    return _mm_mul_pd(v, _mm_castsi128_pd(_mm_slli_epi64(exponent, 52)));
-  }
 };
 
 #elif defined(LSTM_EXT_ISA_NEON)

@@ -39,8 +39,8 @@ typedef struct lstm_ext_stream lstm_ext_stream;
 typedef const char* lstm_ext_error;
 
 /* The instruction set that new models are packed for: the best of this processor, or the one that the environment
- * variable LSTM_EXT_CPU_CAPABILITY names, or lstm_ext_set_capability ("amx", "avx512_bf16", "avx512", "avx2",
- * "baseline"; "neon" on AArch64). A set that the processor or the library lacks is an error. */
+ * variable LSTM_EXT_CPU_CAPABILITY names, or lstm_ext_set_capability ("amx", "avx512_bf16", "avx512", "avx2";
+ * "neon" on AArch64). A set that the processor or the library lacks is an error. */
 LSTM_EXT_API lstm_ext_error lstm_ext_capability(const char** name);
 LSTM_EXT_API lstm_ext_error lstm_ext_set_capability(const char* name);
 

@@ -5,12 +5,7 @@
 #include <cstring>
 #include <new>
 
-// The barrier is compiled for every processor.
-#if defined(__aarch64__)
-#define LSTM_EXT_ISA_NEON
-#else
-#define LSTM_EXT_ISA_BASELINE
-#endif
+#define LSTM_EXT_ISA_SOFTWARE  // the barrier has no registers
 #include "cpu/barrier.h"
 #include "cpu/kernels.h"
 #include "library/memory.h"

@@ -44,7 +44,6 @@ CPU_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
         "avx2": ("avx2", "fma", "f16c"),
-        "baseline": (),
     },
     "aarch64": {"neon": ()},
 }
@@ -138,7 +137,11 @@ def machine() -> str:
 
 
 def is_supported_platform() -> bool:
-    return sys.platform == "linux" and machine() in CPU_SETS
+    """Whether the kernels can run here: on Linux, and on a processor that has one of their instruction sets."""
+    try:
+        return sys.platform == "linux" and any([runs_here(name) for name in CPU_SETS.get(machine(), ())])
+    except OSError:  # there is no /proc: the kernels ask the processor
+        return True
 
 
 def check_torch(version: str) -> None:
@@ -190,7 +193,12 @@ def cpu_sets() -> tuple[str, ...]:
     known = CPU_SETS[machine()]
     wish = os.environ.get("LSTM_EXT_CPU_SETS") or ",".join(known)
     if wish == "native":
-        return (next(name for name in known if runs_here(name)),)
+        best = next((name for name in known if runs_here(name)), None)
+        if best is None:
+            raise SwitchError(
+                f"LSTM_EXT_CPU_SETS is 'native', and this processor runs none of {','.join(known)}."
+            )
+        return (best,)
     names = wish.split(",")
     if not set(names) <= set(known):
         raise SwitchError(
@@ -204,8 +212,8 @@ def runs_here(cpu_set: str) -> bool:
     needed = CPU_SETS.get(machine(), {}).get(cpu_set)
     if not needed:
         return needed is not None
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return set(needed) <= set(flags[1].split() if flags else ())
+    with open("/proc/cpuinfo") as lines:  # no more of it: it is long where there are many processors
+        return set(needed) <= set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def processor() -> str:

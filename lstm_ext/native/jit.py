@@ -68,7 +68,9 @@ def problem() -> str | None:
 def source_dir() -> Path:
     """The path of csrc/, or a BuildError."""
     if not config.is_supported_platform():
-        raise BuildError("the extension supports Linux on x86-64 and aarch64 only.")
+        raise BuildError(
+            "the extension supports Linux on x86-64 with AVX2, FMA and F16C, and on aarch64 only."
+        )
     directory = config.source_dir()
     if directory is None:
         raise BuildError(f"the C++ sources were not found beside {config.PACKAGE}: reinstall lstm_ext.")

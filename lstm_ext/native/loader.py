@@ -173,7 +173,7 @@ def load_built() -> None:
     """
     if "lstm_ext.info" in sys.orig_argv:
         return  # python -m lstm_ext.info imports the package first, and then reports everything
-    if _requested() not in ("auto", "aot"):
+    if _requested() not in ("auto", "aot") or not config.is_supported_platform():
         return
     found = find_aot()
     if found is not None:
@@ -201,7 +201,7 @@ def _choose() -> tuple[_Result, str | None]:
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
 
-    if requested in ("auto", "aot"):
+    if requested in ("auto", "aot") and config.is_supported_platform():
         try:
             result, no_cuda = None, "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
             if requested == "auto" and _wheel() is not None:
@@ -223,8 +223,9 @@ def _choose() -> tuple[_Result, str | None]:
     except BuildError as error:
         missing = _missing_in_wheel()
         reason = f"{missing}, and it cannot be built: {error}" if missing else str(error)
-    if requested == "jit":
-        error = f"LSTM_EXT_BACKEND=jit, but the build on first use failed: {reason}"
+    if requested != "auto":
+        failed = "the build on first use failed: " if requested == "jit" else ""
+        error = f"LSTM_EXT_BACKEND={requested}, but {failed}{reason}"
         return _Result(None, Status("torch", reason=error), error=error), None
     return _Result(None, Status("torch", reason=reason)), reason
 

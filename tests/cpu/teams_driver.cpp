@@ -1,6 +1,6 @@
 // The CPU kernels without torch, on 2 to 8 threads, for the thread sanitizer: see sanitize.py, which compiles this for
-// one instruction set. The results must be those of one worker, to the bit. Arguments: names of cases, or
-// none for all.
+// registers in plain C++. The results must be those of one worker, to the bit. Arguments: names of cases, or none for
+// all.
 #include "cpu/kernel_set.h"
 
 #include <algorithm>

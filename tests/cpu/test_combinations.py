@@ -47,17 +47,17 @@ avx512 | float64 | backward | dense | mask, recompute | projected
 avx512 | float64 | inference | packed | norm | projected
 avx512 | float64 | backward | dense | share of c, norm |
 avx512 | float64 | backward | packed | flags of h, norm | projected
-baseline | bfloat16 | backward | dense | flags of h | projected
-baseline | float32 | backward | dense, resets | share of h |
-baseline | float32 | backward | lengths | plain | projected
-baseline | float32 | inference | dense | mask |
-baseline | float32 | inference | dense, resets | norm |
-baseline | float32 | inference | packed, resets | flags of c, norm |
-baseline | float32 | inference | packed, resets | mask, flags of h | projected
-baseline | float32 | backward | packed, resets | flags of h |
-baseline | float64 | backward | dense, resets | mask |
-baseline | float64 | backward | packed | mask, flags of h, recompute |
-baseline | float64 | backward | lengths | mask, norm |
+avx2 | bfloat16 | backward | dense | flags of h | projected
+avx2 | float32 | backward | dense, resets | share of h |
+avx2 | float32 | backward | lengths | plain | projected
+avx2 | float32 | inference | dense | mask |
+avx2 | float32 | inference | dense, resets | norm |
+avx2 | float32 | inference | packed, resets | flags of c, norm |
+avx2 | float32 | inference | packed, resets | mask, flags of h | projected
+avx2 | float32 | backward | packed, resets | flags of h |
+avx2 | float64 | backward | dense, resets | mask |
+avx2 | float64 | backward | packed | mask, flags of h, recompute |
+avx2 | float64 | backward | lengths | mask, norm |
 """
 
 # instruction set | dtype | pass | workers | weights | step | T, B, I, H, P
@@ -74,7 +74,7 @@ avx512 | float16 | training | members | as they are | plain | 8, 2, 20, 130, 0
 avx512 | float64 | inference | teams | panels | plain | 60, 24, 5, 10, 0
 avx512 | float64 | inference | teams | panels | plain | 20, 32, 5, 20, 10
 avx512 | float64 | training | teams | panels | plain | 60, 24, 5, 10, 0
-baseline | bfloat16 | backward | one | panels | plain | 12, 3, 5, 10, 5
+avx2 | bfloat16 | backward | one | panels | plain | 12, 3, 5, 10, 5
 avx2 | float32 | backward | members | as they are | norm | 12, 1, 60, 100, 0
 avx2 | float32 | backward | one | as they are | mask, flags of h, recompute | 1, 1, 5, 10, 0
 avx2 | float32 | backward | one | panels | flags of h | 12, 3, 5, 10, 0

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 import lstm_ext
 import lstm_ext.info
-from lstm_ext.native import config, jit
+from lstm_ext.native import config, jit, loader
 
 pytestmark = pytest.mark.tools
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -297,18 +298,39 @@ def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> No
     assert said in err
 
 
-def test_where_nothing_can_be_built_nothing_is_said(project: Project) -> None:
+@pytest.mark.parametrize("what", ["is_supported_platform = lambda", "runs_here = lambda cpu_set"])
+def test_where_nothing_can_be_built_nothing_is_said(project: Project, what: str) -> None:
     """There torch's operator is what a user expects. Those who ask are told."""
-    patch = "from lstm_ext.native import config; config.is_supported_platform = lambda: False"
+    patch = f"from lstm_ext.native import config; config.{what}: False"
     returncode, out, err = project.run("-W", "error", "-c", f"{patch}; {SHOW}")
     assert (returncode, out) == (0, "torch"), err
     for module in ("info", "selftest"):
         main = f"import sys; sys.argv = ['x']; from lstm_ext import {module}; sys.exit({module}.main())"
         returncode, out, err = project.run("-c", f"{patch}; {main}")
         assert returncode == 1 and "Warning" not in err
-        assert "the extension supports Linux on x86-64 and aarch64 only" in out + err
+        assert (
+            "the extension supports Linux on x86-64 with AVX2, FMA and F16C, and on aarch64 only" in out + err
+        )
     _, out, _ = project.run("-c", f"{patch}; from lstm_ext import info; info.main()")
     assert "aot        cannot be built: the extension supports Linux" in out
+
+
+def test_what_is_built_is_not_loaded_where_no_set_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel on a processor without AVX2: as where nothing can be built."""
+    monkeypatch.setattr(config, "runs_here", lambda cpu_set: False)
+    monkeypatch.setattr(loader, "_load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loader, "_result", None)
+    monkeypatch.delenv("LSTM_EXT_BACKEND", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load_built()
+        assert loader.extension() is None and loader.status().backend == "torch"
+    monkeypatch.setattr(loader, "_result", None)
+    monkeypatch.setenv("LSTM_EXT_BACKEND", "aot")
+    with pytest.raises(
+        ImportError, match="LSTM_EXT_BACKEND=aot, but the extension supports Linux on x86-64 with"
+    ):
+        loader.extension()
 
 
 def test_an_installed_package_that_is_hidden_is_named(

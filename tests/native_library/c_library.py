@@ -37,8 +37,7 @@ def sets() -> str:
     """The instruction sets of the library: the least, and the one that the extension uses."""
     used, known = loader.extension().cpu_capability(), list(config.CPU_SETS[config.machine()])
     best = next(name for name in known if used.startswith(name) or (used == "amx" and name == "avx512"))
-    least = "baseline" if "baseline" in known else known[0]
-    return ",".join(dict.fromkeys((best, least)))
+    return ",".join(dict.fromkeys((best, known[-1])))
 
 
 def built(flags: str = "", cpu_sets: str | None = None) -> Path:

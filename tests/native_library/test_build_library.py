@@ -195,6 +195,11 @@ def test_a_program_with_the_archive(tmp_path: Path) -> None:
     )
     assert run.returncode == 1
     assert run.stderr.startswith("error: LSTM_EXT_CPU_CAPABILITY: expected 'amx', ")
+    if config.machine() == "x86_64" and shutil.which("qemu-x86_64"):
+        command = ["qemu-x86_64", "-cpu", "Nehalem", program, tmp_path / "weights"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr.count("\n") == 1
+        assert run.stderr.startswith("error: lstm_ext has no kernels for this CPU: on x86-64 they need AVX2")
 
 
 @pytest.mark.tools
@@ -208,7 +213,7 @@ def test_from_an_installed_package(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", package / "csrc")
     said(
         sys.executable, "-m", "lstm_ext.native_library", tmp_path / "a prefix",
-        PYTHONPATH=str(tmp_path / "site"), LSTM_EXT_BACKEND="torch", LSTM_EXT_CPU_SETS="baseline", CXXFLAGS="-O0",
+        PYTHONPATH=str(tmp_path / "site"), LSTM_EXT_BACKEND="torch", LSTM_EXT_CPU_SETS="avx2", CXXFLAGS="-O0",
     )  # fmt: skip
     weights = tmp_path / "weights"
     said(sys.executable, EXAMPLES / "save.py", weights)

@@ -197,7 +197,7 @@ def test_every_damage(flags: str, name: str, tmp_path: Path) -> None:
     content_of(name, tmp_path)
     if flags:
         flags += " -fno-sanitize-recover=all"
-        prefix = built(f"-O1 {flags}", "baseline")
+        prefix = built(f"-O1 {flags}", "avx2")
     else:
         prefix = built()
     program = linked(SOURCE, prefix, tmp_path / "damage", *flags.split())

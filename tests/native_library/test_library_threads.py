@@ -20,7 +20,7 @@ SANITIZED = "-fsanitize=thread"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix, folder = built(f"-O1 {SANITIZED}", "baseline"), tmp_path_factory.mktemp("teams")
+    prefix, folder = built(f"-O1 {SANITIZED}", "avx2"), tmp_path_factory.mktemp("teams")
     return linked(SOURCE, prefix, folder / "teams", "-pthread", SANITIZED)
 
 

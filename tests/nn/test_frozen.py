@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }
 # Products of int8 weights are sums of bytes in most of them, so the fixture's choice is not enough.
-SETS = ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]
+SETS = ["amx", "avx512_bf16", "avx512", "avx2"]
 every_set = pytest.mark.parametrize("capability", SETS, indirect=True)
 # Steps and rows: from one row to what goes to a tile engine.
 SHAPES = [(1, 1), (1, 3), (1, 5), (6, 2), (9, 4), (3, 40), (30, 1), (20, 33)]
@@ -328,6 +328,8 @@ def test_two_threads_change_no_bit() -> None:
 @torch.no_grad()
 def test_another_instruction_set_packs_in_each_call() -> None:
     sets = _C.cpu_capabilities()
+    if len(sets) == 1:
+        pytest.skip("this processor runs one instruction set only")
     before = _C.cpu_capability()
     x = torch.randn(5, 3, 37)
     for kind in KINDS.values():
@@ -335,7 +337,7 @@ def test_another_instruction_set_packs_in_each_call() -> None:
         frozen = lstm_ext.freeze(layer_of("projection"), kind)
         expected = frozen(x)[0]
         try:
-            _C.set_cpu_capability("baseline")
+            _C.set_cpu_capability(sets[-1])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 assert relative_error(frozen(x)[0], expected.double()) < 1e-6

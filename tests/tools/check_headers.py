@@ -31,7 +31,7 @@ PARTS = {"cpu/simd_neon.h"}
 # Templates of a type of the kernels' own namespace. They are as internal to an object as that type, so they may be
 # compiled for the raised target.
 TEMPLATES_OF_A_MATH = {"contract/activation.h", "contract/cell.h", "contract/transition.h"}
-INSTRUCTION_SETS = ("AVX512", "AVX2", "BASELINE")
+INSTRUCTION_SETS = ("AVX512", "AVX2")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
 

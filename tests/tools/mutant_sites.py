@@ -103,7 +103,7 @@ def _is_constant(node) -> bool:
 
 
 # The build of tests/tools/mutants.py has the kernels of AVX2, and those of CUDA on the emulator.
-ELSEWHERE = (b"AVX512", b"AMX", b"BASELINE", b"CUDACC", b"CUDA_ARCH", b"NVCC", b"__aarch64__")
+ELSEWHERE = (b"AVX512", b"AMX", b"CUDACC", b"CUDA_ARCH", b"NVCC", b"__aarch64__")
 
 
 def _is_elsewhere(node) -> bool:

@@ -98,8 +98,6 @@ FAULTS: dict[str, Fault] = {
     "cpu/kernels_neon_f32.cpp": Fault("kernels_neon_f32, ", "kernels_none, ", ON_AARCH64),
     "cpu/kernels_neon_f64.cpp": Fault("kernels_neon_f64, ", "kernels_none, ", ON_AARCH64),
     "cpu/simd_neon.h": Fault("return vfmaq_f32(c, a, b);", "return vfmaq_f32(a, c, b);", ON_AARCH64),
-    "cpu/kernels_baseline_f32.cpp": Fault("kernels_baseline_f32, ", "kernels_none, ", every_set=True),
-    "cpu/kernels_baseline_f64.cpp": Fault("kernels_baseline_f64, ", "kernels_none, ", every_set=True),
     "cpu/layer_norm.h": Fault(
         "sum_of_lanes<T>(factor[r]) / number;", "sum_of_lanes<T>(factor[r]) / (number - S::set1(T(1)));"
     ),
@@ -215,9 +213,9 @@ FAULTS: dict[str, Fault] = {
 }  # fmt: skip
 
 # Tests that need the kernels of all sets.
-OF_EVERY_SET = ("tests/cpu/test_kernels.py::test_baseline_contains_no_newer_instructions",)
+OF_EVERY_SET = ("tests/cpu/test_kernels.py::test_no_newer_instructions_outside_the_sets",)
 # The names of tests of sets that the copy for one instruction set does not have.
-NAMES = {"avx512": ("amx", "avx512_bf16", "avx512"), "baseline": ("baseline",)}
+NAMES = {"avx512": ("amx", "avx512_bf16", "avx512")}
 
 
 def problems(csrc: Path = ROOT / "csrc") -> list[str]:

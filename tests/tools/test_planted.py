@@ -56,7 +56,7 @@ def test_what_is_run_under_sanitizers_is_there() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_teams_without_torch() -> None:
-    program = sanitize.driver("BASELINE", ["-O0"])
+    program = sanitize.driver("registers", ["-O0"])
     code, said = sanitize.run_driver(program, "teams", "members")
     assert code == 0, said
     assert said.count("same;") == 2

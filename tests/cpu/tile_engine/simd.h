@@ -1,6 +1,26 @@
 // Registers of 16 numbers in plain C++, for csrc/cpu/simd.h: they give the bits of AVX-512's.
 constexpr int kVectorRegisters = 32;
 
+// Infinities and NaN are preserved.
+inline float widened(BFloat16 number) {
+  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+inline float widened(Float16 number) {
+  const uint32_t sign = (number.bits & 0x8000u) << 16, magnitude = number.bits & 0x7FFFu;
+  uint32_t bits = sign | ((magnitude << 13) + (magnitude < 0x7C00 ? 112u << 23 : 224u << 23));
+  if (magnitude < 0x400) {  // magnitude * 2^-24
+    const float small = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f;
+    __builtin_memcpy(&bits, &small, sizeof(bits));
+    bits |= sign;
+  }
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
 template <>
 struct Simd<float> {
   typedef float Reg __attribute__((vector_size(64)));

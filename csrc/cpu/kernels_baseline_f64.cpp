@@ -1,5 +1,0 @@
-// SSE2, which every x86-64 CPU has, in float64.
-#define LSTM_EXT_ISA_BASELINE
-#include "cpu/kernel_set.h"
-
-LSTM_EXT_DEFINE_KERNELS(kernels_baseline_f64, double)
