@@ -17,7 +17,6 @@ so that a crash or a hang of one leaves the others. First whether the kernels ar
 
 then how fast they are:
 
-    probes      gpu_probes.cu: what the planner's model takes for granted, and 10^6 hand-offs between blocks
     benchmark   bench_gpu.py against cuDNN, with the time that is left, while the clocks of the card are sampled
     sanitizer   compute-sanitizer on every kernel, where it is installed
 
@@ -139,36 +138,11 @@ def info(session: Session, seconds: float) -> Outcome:
     return judged(about, **details)
 
 
-# ---- probes
-
-
 def find_program(name: str, *folders: str) -> str | None:
     """On the path, or in a folder of CUDA's."""
     homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
     places = [Path(h) / folder for h in [*filter(None, homes), "/usr/local/cuda"] for folder in folders]
     return shutil.which(name) or next((str(p / name) for p in places if (p / name).is_file()), None)
-
-
-def probes(session: Session, seconds: float) -> Outcome:
-    """Failed only by a piece that was wrong or did not come: the rest says how fast, and not whether it is right."""
-    if session.dry:
-        return Outcome("not run", "dry")
-    nvcc = find_program("nvcc", "bin")
-    if nvcc is None:
-        return Outcome("not run", "nvcc was not found")
-    deadline = time.monotonic() + seconds
-    source, program = session.root / "benchmarks" / "gpu_probes.cu", session.logs / "gpu_probes"
-    command = [nvcc, "-std=c++17", "-arch=native", "-I", session.root / "csrc", "-o", program, source]
-    built = session.start("probes_build", command).wait(deadline)
-    if built.code != 0:
-        return Outcome("incomplete", f"nvcc: {built}", {"output": built.tail})
-    run = session.start("probes", [program]).wait(deadline)
-    found = run.last_json()
-    if not isinstance(found, dict):
-        return Outcome("incomplete", str(run), {"output": run.tail})
-    if run.code in (1, 3):
-        return Outcome("failed", "pieces were wrong" if run.code == 1 else "a piece did not come", found)
-    return Outcome("passed" if run.code == 0 else "incomplete", "" if run.code == 0 else str(run), found)
 
 
 # ---- diagnosis
@@ -261,20 +235,12 @@ def accept(path: Path) -> str:
         raise ValueError(f"{path}: it does not say which kernels passed")
     path = path.resolve()
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    from lstm_ext.native import loader, selftest_record
+    from lstm_ext.native import selftest_record
 
-    probed = phases.get("probes", {})
-    constants = (probed.get("constants") or {}) if probed.get("result") == "passed" else {}
-    # The planner raises if it does not know one, or cannot count with it.
-    device = {**loader.extension().cuda_devices()[0], "constants": constants}
-    loader.extension().cuda_plan(device=device, steps=1, batch=1, input_size=1, hidden_size=1)
     selftest_record.commit(
-        found["capability"], found["kernels"], found["passed"], found["failed"] or [], name, constants
+        found["capability"], found["kernels"], found["passed"], found["failed"] or [], name
     )
-    measured = f", {len(constants)} constants measured" if constants else ""
-    return (
-        f"{selftest_record.COMMITTED.name}: {', '.join(found['passed'])} on {found['capability']}{measured}"
-    )
+    return f"{selftest_record.COMMITTED.name}: {', '.join(found['passed'])} on {found['capability']}"
 
 
 # ---- suite
@@ -514,7 +480,6 @@ PHASES: dict[str, Callable[[Session, float], Outcome]] = {
     "selftest": selftest,
     "checks": checks,
     "suite": suite,
-    "probes": probes,
     "benchmark": benchmark,
     "sanitizer": sanitizer,
 }
@@ -522,7 +487,7 @@ BUDGET = 300  # seconds of a command, without the build
 # With the seconds that a phase may take at most.
 COMMANDS: dict[str, dict[str, int]] = {
     "values": {"build": 270, "info": 30, "diagnosis": 60, "selftest": 30, "checks": 100, "suite": 80},
-    "speed": {"build": 270, "info": 30, "probes": 50, "benchmark": 150, "sanitizer": 70},
+    "speed": {"build": 270, "info": 30, "benchmark": 200, "sanitizer": 70},
 }
 CORRECTNESS = [name for name in PHASES if name != "benchmark"]
 

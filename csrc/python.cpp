@@ -3,7 +3,6 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include <algorithm>
 #include <cmath>
 #include <map>
 #include <optional>
@@ -175,37 +174,6 @@ py::dict cpu_plan(int64_t steps, int64_t batch, int64_t input_size, int64_t hidd
   return float64 ? plan_of<double>(shape, threads, save, bf16_parts) : plan_of<float>(shape, threads, save, bf16_parts);
 }
 
-py::dict as_dict(lstm_ext::cuda::ModelConstants constants) {
-  py::dict result;
-  for (const auto& constant : lstm_ext::cuda::model_constants()) result[constant.name] = constant.of(constants);
-  return result;
-}
-
-// A copy that no other thread changes, as one may change the user's dict in a Python without the GIL.
-py::dict copy_of(const py::dict& dict) { return py::reinterpret_steal<py::dict>(PyDict_Copy(dict.ptr())); }
-
-// Replaces the named constants. `who` is the function that was called with them.
-void replace_constants(lstm_ext::cuda::ModelConstants& constants, const py::dict& named, const char* who) {
-  const std::vector<lstm_ext::cuda::ModelConstant>& known = lstm_ext::cuda::model_constants();
-  for (const auto& [key, value] : named) {
-    const auto name = py::cast<std::string>(key);
-    const auto is_it = [&](const auto& constant) { return name == constant.name; };
-    const auto found = std::find_if(known.begin(), known.end(), is_it);
-    TORCH_CHECK_VALUE(found != known.end(), who, ": the model of CUDA kernels has no constant '", name, "'");
-    const auto number = py::cast<double>(value);
-    TORCH_CHECK_VALUE(std::isfinite(number) && number > 0, who, ": ", name, ": expected a positive number, got ",
-                      number);
-    found->of(constants) = number;
-  }
-}
-
-void set_cuda_constants(int capability, const py::dict& given) {
-  const py::dict named = copy_of(given);
-  lstm_ext::cuda::ModelConstants checked;
-  replace_constants(checked, named, "set_cuda_constants");
-  lstm_ext::cuda::set_constants(capability, py::cast<std::map<std::string, double>>(named));
-}
-
 py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   py::dict result;
   result["name"] = device.name;
@@ -213,22 +181,14 @@ py::dict as_dict(const lstm_ext::cuda::DeviceFacts& device) {
   result["multiprocessors"] = device.multiprocessors;
   result["l2_bytes"] = device.l2_bytes;
   result["shared_of_block"] = device.shared_of_block;
-  result["shared_of_multiprocessor"] = device.shared_of_multiprocessor;
-  result["clock_ghz"] = device.clock_ghz;
-  result["memory_gb_per_s"] = device.memory_gb_per_s;
-  result["step_blocks"] = std::make_pair(device.step_blocks[0], device.step_blocks[1]);
   result["shared"] = device.shared;
   result["most_blocks"] = device.most_blocks;
-  result["constants"] = as_dict(device.constants);
   return result;
 }
 
 py::list cuda_devices() {
   py::list result;
-  for (lstm_ext::cuda::DeviceFacts device : lstm_ext::cuda::known_devices()) {
-    device.constants = lstm_ext::cuda::constants_of(device.capability, device.name);
-    result.append(as_dict(device));
-  }
+  for (const lstm_ext::cuda::DeviceFacts& device : lstm_ext::cuda::known_devices()) result.append(as_dict(device));
   return result;
 }
 
@@ -275,21 +235,12 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
                    const std::string& measured) {
   using namespace lstm_ext::cuda;
   const auto integer = [&](const char* name) { return py::cast<int64_t>(device[name]); };
-  const auto real = [&](const char* name) { return py::cast<double>(device[name]); };
-  DeviceFacts facts{py::cast<std::string>(device["name"]),
-                    static_cast<int>(integer("capability")),
-                    static_cast<int>(integer("multiprocessors")),
-                    integer("l2_bytes"),
-                    integer("shared_of_block"),
-                    integer("shared_of_multiprocessor"),
-                    real("clock_ghz"),
-                    real("memory_gb_per_s")};
-  std::tie(facts.step_blocks[0], facts.step_blocks[1]) = py::cast<std::pair<int, int>>(device["step_blocks"]);
-  facts.shared = py::cast<bool>(device["shared"]);
-  facts.constants = constants_of(facts.capability, facts.name);
-  if (device.contains("constants")) {
-    replace_constants(facts.constants, copy_of(device["constants"]), "cuda_plan");
-  }
+  const DeviceFacts facts{py::cast<std::string>(device["name"]),
+                          static_cast<int>(integer("capability")),
+                          static_cast<int>(integer("multiprocessors")),
+                          integer("l2_bytes"),
+                          integer("shared_of_block"),
+                          py::cast<bool>(device["shared"])};
   for (const int64_t size : {steps, batch, input_size, hidden_size, static_cast<int64_t>(directions)}) {
     TORCH_CHECK(size >= 1, "cuda_plan: expected sizes and directions of at least 1, got ", size);
   }
@@ -319,10 +270,8 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   result["blocks"] = found.blocks;
   result["threads"] = found.threads;
   result["shared_bytes"] = found.shared_bytes;
-  result["blocks_of_multiprocessor"] = found.blocks_of_multiprocessor;
   result["parts_bytes"] = found.parts_bytes;
-  result["stepwise_us"] = found.stepwise_us;
-  result["step_us"] = found.step_us;
+  result["step_problem"] = found.step_problem;
   py::dict persistent;
   persistent["problem"] = found.persistent.problem;
   persistent["exchange"] = found.persistent.exchange == Exchange::kMailbox ? "mailbox" : "none";
@@ -330,7 +279,6 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   persistent["extra"] = found.persistent.extra;
   persistent["blocks"] = found.persistent.blocks;
   persistent["shared_bytes"] = found.persistent.shared_bytes;
-  persistent["us"] = found.persistent_us;
   result["persistent"] = persistent;
   return result;
 }
@@ -389,7 +337,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cuda_measured", &set_cuda_measured, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),
         py::arg("hidden_size"), py::arg("directions"), py::arg("dtype"), py::arg("tf32"), py::arg("projected"),
         py::arg("backward"), py::arg("packed"), py::arg("kernel"));
-  m.def("set_cuda_constants", &set_cuda_constants, py::arg("capability"), py::arg("constants"));
   m.def(
       "set_cuda_kernel", [](const std::string& name) { request(name, &lstm_ext::cuda::set_request); }, py::arg("name"));
   m.def(

@@ -1,42 +1,21 @@
-"""Draws the pictures of cuda_design.md from the planner of CUDA kernels: python docs/draw_cuda.py [FOLDER]
-
-No GPU is needed, and none is asked.
+"""Draws the pictures of cuda_design.md: python docs/draw_cuda.py [FOLDER]
 
 cuda_blocks.png    which rows of U and of the batch a block of the fused kernel has
 cuda_mailbox.png   which units and rows a block of the persistent kernel has, and how h travels between blocks
-cuda_timeline.png  a time step on a line of time, by the model of csrc/cuda/gpu_plan.cpp
-cuda_choice.png    for three cards, which kernel the model finds fastest, by H and B
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from lstm_ext.native import loader
-
-CARDS = ("A100", "L4", "H100")
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
-
-
-def facts_of(card: str) -> dict[str, Any]:
-    return next(device for device in loader.extension().cuda_devices() if device["name"] == card)
-
-
-def plan(card: str, batch: int, hidden: int) -> dict[str, Any]:
-    return loader.extension().cuda_plan(
-        device=facts_of(card), steps=100, batch=batch, input_size=hidden, hidden_size=hidden, dtype="bfloat16",
-        step_outcome=True, persistent_outcome=True,
-    )  # fmt: skip
 
 
 def blocks() -> plt.Figure:
@@ -116,72 +95,9 @@ def mailbox() -> plt.Figure:
     return figure
 
 
-def timeline() -> plt.Figure:
-    """Two steps, B 16 and H 768 in bfloat16 on an H100."""
-    found, constants = plan("H100", 16, 768), facts_of("H100")["constants"]
-    launch, dependent, cell = (
-        constants[f"{name}_us"] for name in ("launch", "dependent_launch", "cell_kernel")
-    )
-    ramp, epilogue = constants["ramp_us"], constants["epilogue_us"]
-    weights = found["step_us"] - dependent - ramp - epilogue
-    product = found["stepwise_us"] - 2 * launch - cell
-    ways = {
-        "stepwise": [("launch", launch), ("product (cuBLAS)", product), ("launch", launch), ("cell", cell)],
-        "step": [("launch", launch), ("tiles", ramp), ("product", weights), ("cells", epilogue)],
-        "step, dependent launches": [
-            ("launch", dependent), ("tiles", ramp), ("product", weights),
-            ("cells", epilogue),
-        ],
-        "persistent": [("all of it", found["persistent"]["us"])],
-    }  # fmt: skip
-    colours = {"launch": "#c8c8c8", "tiles": "#dd8452", "cell": "#55a868", "cells": "#55a868"}
-    figure, axes = plt.subplots(figsize=(9, 3.0))
-    for line, parts in enumerate(ways.values()):
-        at = 0.0
-        for _ in range(2):
-            for name, us in parts:
-                colour = colours["launch"] if name.startswith("launch") else colours.get(name, "#4c72b0")
-                axes.barh(line, us, left=at, color=colour, edgecolor="white", height=0.6)
-                if us > 0.6:
-                    axes.text(at + us / 2, line, name, ha="center", va="center", fontsize=7)
-                at += us
-        axes.text(at + 0.1, line, f"{at / 2:.1f} µs a step", va="center", fontsize=8)
-    axes.set_yticks(range(len(ways)), list(ways))
-    axes.invert_yaxis()
-    axes.set(xlabel="µs, an estimate: the model has not been compared with a GPU", xlim=(0, 15))
-    axes.set_title("two steps, B 16, H 768, bfloat16, H100", fontsize=10)
-    figure.tight_layout()
-    return figure
-
-
-def choice() -> plt.Figure:
-    sizes = np.unique(np.round(2 ** np.linspace(6, 12, 37)).astype(int))
-    batches = np.unique(np.round(2 ** np.linspace(0, 12, 37)).astype(int))
-    kernels = {"stepwise": "#8c8c8c", "step": "#dd8452", "persistent": "#4c72b0"}
-    figure, every = plt.subplots(1, len(CARDS), figsize=(11, 3.6), sharey=True, layout="constrained")
-    for axes, card in zip(every, CARDS, strict=True):
-        fastest = [
-            [list(kernels).index(plan(card, int(b), int(h))["kernel"]) for h in sizes] for b in batches
-        ]
-        axes.pcolormesh(
-            sizes, batches, np.array(fastest), shading="nearest", cmap=ListedColormap(list(kernels.values())),
-            norm=BoundaryNorm(np.arange(len(kernels) + 1) - 0.5, len(kernels)),
-        )  # fmt: skip
-        axes.set(xlabel="H", title=card)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-    every[0].set_ylabel("B")
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in kernels.items()],
-        loc="outside right upper",
-    )
-    figure.suptitle("bfloat16, forward, the fastest kernel, an estimate", fontsize=10)
-    return figure
-
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
-    for draw in (blocks, mailbox, timeline, choice):
+    for draw in (blocks, mailbox):
         path = (folder if folder.is_dir() else folder.parent) / f"cuda_{draw.__name__}.png"
         draw().savefig(path, dpi=110)
         print(path)

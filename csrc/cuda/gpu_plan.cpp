@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -17,22 +15,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t bytes_of(Number number) {
-  switch (number) {
-    case Number::kFloat64: return 8;
-    case Number::kFloat32: return 4;
-    default: return 2;
-  }
-}
-
-std::string text(const char* format, double value) {
-  char result[64];
-  std::snprintf(result, sizeof result, format, value);
-  return result;
-}
-
-// ---- the model
-
 // The bytes of an operand of the persistent kernel's product; the next function is how many operands a row leaves for
 // the next step.
 int operand_bytes(const LayerFacts& layer) {
@@ -44,176 +26,13 @@ int64_t persistent_length(const LayerFacts& layer, int number) {
   return ceil_div(layer.hidden_size, numbers) * numbers * (layer.backward ? 4 : 1);
 }
 
-struct Model {
-  const LayerFacts& layer;
-  const DeviceFacts& device;
-  const ModelConstants& constant;
-  double size, clocks_of_us, rows;
-
-  Model(const LayerFacts& l, const DeviceFacts& d)
-      : layer(l),
-        device(d),
-        constant(d.constants),
-        size(static_cast<double>(bytes_of(l.number))),
-        clocks_of_us(d.clock_ghz * 1e3),
-        rows(static_cast<double>(l.batch)) {}
-
-  double units() const { return static_cast<double>(layer.hidden_size); }
-  double weight_bytes() const { return 4 * units() * units() * size; }
-  // Floating-point operations a microsecond of one multiprocessor.
-  double speed() const {
-    const double tensor = 4 * 2 * 16 * 8 * clocks_of_us;  // for each number of depth, and each clock between two
-    if (layer.number == Number::kFloat64) return 128 * clocks_of_us;
-    if (layer.number != Number::kFloat32) return tensor * 16 / constant.instruction_clocks;
-    return layer.tf32 ? tensor * 8 / constant.instruction_tf32_clocks : 256 * clocks_of_us;
-  }
-  // Reading so many bytes by all multiprocessors: `unique` of them differ, and may not fit into the cache.
-  double read_us(double bytes, double unique) const {
-    const double cache = bytes / (constant.share_of_cache * 64 * device.multiprocessors * clocks_of_us);
-    const double beyond = std::max(0.0, unique - static_cast<double>(device.l2_bytes));
-    // Some drivers do not say how fast the memory is.
-    return cache + (device.memory_gb_per_s > 0 ? beyond / (device.memory_gb_per_s * 1e3) : 0);
-  }
-
-  double stepwise_us() const {
-    const double product = std::max(read_us(weight_bytes(), weight_bytes()),
-                                    8 * rows * units() * units() / (speed() * device.multiprocessors));
-    return constant.product_us + product + constant.cell_kernel_us + 2 * constant.launch_us;
-  }
-
-  double step_us(const Plan& plan) const {
-    const double tile_rows = plan.rows_of_block;
-    const double block_bytes = (4 * kStepUnits + tile_rows) * units() * size;
-    const double block_work = 2 * 4 * kStepUnits * tile_rows * units();
-    const double waves =
-        static_cast<double>(ceil_div(plan.blocks, plan.blocks_of_multiprocessor * device.multiprocessors));
-    const double at_once = static_cast<double>(
-        std::min<int64_t>(plan.blocks_of_multiprocessor, ceil_div(plan.blocks, device.multiprocessors)));
-    const double tiles = units() * size / (plan.rows_of_block > kStepRowsFew ? 128 : 256);
-    const double of_block =
-        std::max(at_once * std::max(block_bytes / (constant.bytes_of_clock * clocks_of_us), block_work / speed()),
-                 tiles * constant.tile_clocks / clocks_of_us);
-    const double all = read_us(static_cast<double>(plan.blocks) * block_bytes, weight_bytes());
-    const double launch = device.capability >= 90 ? constant.dependent_launch_us : constant.launch_us;
-    // Backward, the parts of a step are written, and read by the next one.
-    const double parts = static_cast<double>(plan.parts_bytes) / layer.directions;
-    const double epilogue = constant.epilogue_us * tile_rows / kStepRowsFew;
-    return launch + constant.ramp_us + epilogue + std::max(waves * of_block, all) + read_us(parts, parts);
-  }
-
-  double persistent_us(const Plan::Persistent& plan) const {
-    const bool mailbox = plan.exchange == Exchange::kMailbox;
-    const int number = operand_bytes(layer);
-    const PersistentShape shape = persistent_shape(layer.backward, plan.exchange, number);
-    const int64_t length = persistent_length(layer, number);
-    const auto pieces = static_cast<double>(
-        std::min<int64_t>(shape.pieces, ceil_div(length * number, int64_t{4} * shape.parts * kPieceBytes)));
-    // Two warps share a tensor core, and a piece is two instructions. A warp with one tile has two chains of them, else
-    // as many as tiles. Weights in shared memory come by 128 bytes a clock.
-    const double issued =
-        shape.tiles * pieces * 2 * 2 * (number == 4 ? constant.instruction_tf32_clocks : constant.instruction_clocks);
-    const double chain = pieces * (shape.tiles == 1 ? 1 : 2) * constant.chain_clocks;
-    const double product = std::max(issued, chain) + static_cast<double>(plan.extra * shape.extra_bytes) / 128;
-    const auto cells = static_cast<double>(kPersistentRows * std::min<int64_t>(layer.hidden_size, shape.units));
-    double turn = product + constant.turn_clocks + constant.cell_clocks * std::max(1.0, cells / 128);
-    const double tiles = static_cast<double>(ceil_div(layer.batch, kPersistentRows));
-    const double start = constant.start_us / chunk_steps();
-    if (!mailbox) {
-      const double waves = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors)) / layer.directions;
-      return waves * (turn + constant.own_clocks) / clocks_of_us + start;
-    }
-    const double turns = std::ceil(tiles / plan.groups);
-    // With several tiles, each begins with a load; and data that a block sends travels while it works on the others.
-    turn += constant.own_clocks + (turns > 1 ? constant.load_clocks : 0);
-    const double travel = std::max(0.0, constant.mailbox_clocks - constant.own_clocks - (turns - 1) * turn);
-    const double blocks = static_cast<double>(plan.blocks) / layer.directions / plan.groups;
-    const double bytes = blocks * rows * static_cast<double>(length * number);
-    return (turns * turn + travel) / clocks_of_us + read_us(bytes, 0) + start;
-  }
-  // The steps of a chunk, as the layer cuts them.
-  double chunk_steps() const {
-    const int64_t of_row = 16 * layer.hidden_size, cache = std::max(device.l2_bytes / 2, int64_t{1} << 20);
-    const int64_t bytes = layer.backward ? kChunkBytes : std::min(kChunkBytes, cache);
-    const int64_t chunk = rows_of_chunk(bytes, of_row, layer.batch, kPersistentChunkTimes * kChunkBytes);
-    return static_cast<double>(std::min(layer.steps, std::max<int64_t>(1, chunk / layer.batch)));
-  }
-};
-
 // The dynamic shared memory of the forward kernel: see ForwardTile.
 int64_t shared_of_step(int rows) {
   const int64_t row_bytes = rows > kStepRowsFew ? 128 : 256;
   return kStepStages * (4 * kStepUnits + rows) * row_bytes;
 }
 
-ModelConstants estimates_of(int capability, std::string_view name) {
-  ModelConstants result;
-  if (capability == 80 || capability == 100) result.instruction_clocks = 8;
-  if (capability == 90) result.instruction_clocks = 6;
-  if (capability == 90 || capability == 100) result.chain_clocks = 24;
-  // The names of consumer cards: RTX 3090, NVIDIA GeForce RTX 4090.
-  const bool consumer = name.find("GeForce") != name.npos || name.substr(0, 4) == "RTX ";
-  if (consumer && capability > 80) result.instruction_clocks = 32;
-  result.instruction_tf32_clocks = result.instruction_clocks;
-  return result;
-}
-
-struct SetConstants {
-  std::mutex one_at_a_time;
-  std::map<int, std::map<std::string, double>> by_capability;
-};
-SetConstants& set_ones() {
-  static SetConstants constants;
-  return constants;
-}
-
 }  // namespace
-
-const std::vector<ModelConstant>& model_constants() {
-#define LSTM_EXT_CONSTANT(name)                                                \
-  ModelConstant {                                                              \
-    #name, [](ModelConstants& constants) -> double& { return constants.name; } \
-  }
-  static const std::vector<ModelConstant> constants = {
-      LSTM_EXT_CONSTANT(launch_us),
-      LSTM_EXT_CONSTANT(dependent_launch_us),
-      LSTM_EXT_CONSTANT(ramp_us),
-      LSTM_EXT_CONSTANT(epilogue_us),
-      LSTM_EXT_CONSTANT(cell_kernel_us),
-      LSTM_EXT_CONSTANT(product_us),
-      LSTM_EXT_CONSTANT(tile_clocks),
-      LSTM_EXT_CONSTANT(bytes_of_clock),
-      LSTM_EXT_CONSTANT(share_of_cache),
-      LSTM_EXT_CONSTANT(instruction_clocks),
-      LSTM_EXT_CONSTANT(instruction_tf32_clocks),
-      LSTM_EXT_CONSTANT(chain_clocks),
-      LSTM_EXT_CONSTANT(mailbox_clocks),
-      LSTM_EXT_CONSTANT(load_clocks),
-      LSTM_EXT_CONSTANT(turn_clocks),
-      LSTM_EXT_CONSTANT(cell_clocks),
-      LSTM_EXT_CONSTANT(own_clocks),
-      LSTM_EXT_CONSTANT(start_us),
-  };
-#undef LSTM_EXT_CONSTANT
-  return constants;
-}
-
-ModelConstants constants_of(int capability, std::string_view name) {
-  SetConstants& set = set_ones();
-  const std::lock_guard<std::mutex> lock(set.one_at_a_time);
-  ModelConstants result = estimates_of(capability, name);
-  const auto& known = set.by_capability[capability];
-  for (const ModelConstant& constant : model_constants()) {
-    const auto found = known.find(constant.name);
-    if (found != known.end()) constant.of(result) = found->second;
-  }
-  return result;
-}
-
-void set_constants(int capability, const std::map<std::string, double>& constants) {
-  SetConstants& set = set_ones();
-  const std::lock_guard<std::mutex> lock(set.one_at_a_time);
-  for (const auto& [name, value] : constants) set.by_capability[capability][name] = value;
-}
 
 const char* step_problem(const LayerFacts& layer) {
   if (layer.number == Number::kFloat64) return "there is none for float64";
@@ -270,145 +89,100 @@ void count_launches(Plan& result, const LayerFacts& layer) {
   result.launches = result.products + (another ? 2 : 1);
 }
 
-// The kernel of a step: its grid. Returns why it cannot run, or nothing.
-std::string plan_step(Plan& result, const LayerFacts& layer, const DeviceFacts& device) {
-  constexpr int64_t kThreadsOfMultiprocessor = 1536;  // the fewest of the supported cards
+// The kernel of a step: its grid, or why it cannot run.
+void plan_step(Plan& result, const LayerFacts& layer, const DeviceFacts& device) {
   result.rows_of_block = step_rows(layer.batch);
   result.blocks = step_parts(layer.hidden_size) * ceil_div(layer.batch, result.rows_of_block);
   result.threads = kStepThreads;
   result.shared_bytes = shared_of_step(result.rows_of_block);
-  // A block's shared memory costs another kibibyte.
-  const int known = device.step_blocks[result.rows_of_block == kStepRowsFew ? 0 : 1];
-  result.blocks_of_multiprocessor =
-      known > 0 ? known
-                : std::max<int64_t>(1, std::min(device.shared_of_multiprocessor / (result.shared_bytes + 1024),
-                                                kThreadsOfMultiprocessor / kStepThreads));
   if (layer.backward) {
     result.parts_bytes = 2 * layer.directions * step_parts(layer.hidden_size) * layer.batch * layer.hidden_size * 4;
   }
   // The grid's second axis has the rows.
-  if (ceil_div(layer.batch, result.rows_of_block) > 65535) return "its grid has no room for so many rows";
-  return result.shared_bytes > device.shared_of_block ? "its tiles do not fit into a block's shared memory" : "";
-}
-
-// The faster persistent kernel. If there is none, the last one says why.
-void plan_persistent(Plan& result, const LayerFacts& layer, const DeviceFacts& device, const Request& request,
-                     const Model& model) {
-  for (const Exchange exchange : {Exchange::kNone, Exchange::kMailbox}) {
-    if (request.exchange.value_or(exchange) != exchange) continue;
-    const Plan::Persistent found = persistent_of(layer, device, exchange, request.most_blocks);
-    const double us = found.problem.empty() ? model.persistent_us(found) : 0;
-    if (result.persistent_us > 0 && !(us > 0 && us < result.persistent_us)) continue;
-    result.persistent = found;
-    result.persistent_us = us;
+  if (ceil_div(layer.batch, result.rows_of_block) > 65535) {
+    result.step_problem = "its grid has no room for so many rows";
+  } else if (result.shared_bytes > device.shared_of_block) {
+    result.step_problem = "its tiles do not fit into a block's shared memory";
   }
 }
 
-// Adds the reasons of a plan, if they are requested.
-struct Because {
-  Plan& result;
-  const Request& request;
-  template <typename Reason>
-  void operator()(const Reason& reason) const {
-    if (request.reasons) result.reasons.push_back(reason());
-  }
-};
+// The persistent kernel that suits the sizes. A block without an exchange waits for nobody, and has all units to
+// itself. With a mailbox, a group of blocks shares them, and takes its tiles of rows in turn; a turn takes as long as
+// so many units of a block without one. That is arithmetic: nobody has measured it.
+constexpr int64_t kUnitsOfATurn = 40;
+Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, const Request& request) {
+  const auto with = [&](Exchange exchange) { return persistent_of(layer, device, exchange, request.most_blocks); };
+  if (request.exchange) return with(*request.exchange);
+  const Plan::Persistent alone = with(Exchange::kNone), mailbox = with(Exchange::kMailbox);
+  if (!alone.problem.empty()) return mailbox;
+  if (!mailbox.problem.empty()) return alone;
+  const int64_t turns = ceil_div(ceil_div(layer.batch, kPersistentRows), mailbox.groups);
+  return turns * layer.directions * kUnitsOfATurn <= layer.hidden_size ? mailbox : alone;
+}
 
-// The kernel that was measured as the fastest; else, by the model, of those that have been right on this device.
-void choose_fastest(Plan& result, const DeviceFacts& device, const Request& request, const std::string& no_step) {
-  const Because because{result, request};
-  if (request.measured) {
-    const Kernel kernel = *request.measured;
-    const bool steps = kernel == Kernel::kStep;
-    const bool runs = (steps ? no_step : result.persistent.problem).empty();
-    if (kernel == Kernel::kStepwise || (runs && (steps ? request.step : request.persistent) == Outcome::kRight)) {
-      result.kernel = kernel;
-      because([] { return std::string("it was the fastest when calls like this one were measured on this device"); });
-      return;
-    }
-  }
-  double best = result.stepwise_us;
-  // The faster of two kernels wins if it has been right; why one that would win may not.
-  const auto offer = [&](Kernel kernel, const char* what, double us, Outcome outcome) {
-    if (us >= best) return;
-    if (outcome == Outcome::kRight) {
-      best = us;
-      result.kernel = kernel;
-      return;
-    }
-    because([&] {
-      return std::string("the kernel that does ") + what +
-             (outcome == Outcome::kWrong ? " was wrong on this device" : " has not been tried on this device yet");
-    });
-  };
-  if (no_step.empty() && 2 * result.parts_bytes > device.l2_bytes) {
-    because([] { return std::string("the partial sums of a kernel a step would fill the second-level cache"); });
-  } else if (no_step.empty()) {
-    offer(Kernel::kStep, "a step at once", result.step_us, request.step);
-  }
-  if (result.persistent.problem.empty()) {
-    offer(Kernel::kPersistent, "all steps at once", result.persistent_us, request.persistent);
-  }
-  if (result.kernel != Kernel::kStepwise) because([] { return std::string("it has been right on this device"); });
+// Why `auto` takes no kernel with this problem and this outcome, in words that follow its name; or nothing.
+std::string_view refusal(std::string_view problem, Outcome outcome) {
+  if (!problem.empty()) return problem;
+  if (outcome == Outcome::kRight) return {};
+  return outcome == Outcome::kWrong ? "it was wrong on this device" : "it has not been tried on this device yet";
 }
 
 }  // namespace
 
 Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request) {
   Plan result;
-  const Because because{result, request};
+  const auto because = [&](std::string_view first, std::string_view second = {}) {
+    if (request.reasons) result.reasons.push_back(std::string(first).append(second));
+  };
   if (device.capability < 80) {
     result.problem = "the kernels need compute capability 8.0 or later";
     return result;
   }
-  const Model model(layer, device);
-  result.stepwise_us = model.stepwise_us();
-  const char* none = step_problem(layer);
-  std::string no_step = none ? none : "";
-  if (none) {
-    result.persistent.problem = none;
+  if (const char* none = step_problem(layer)) {
+    result.step_problem = result.persistent.problem = none;
   } else {
-    no_step = plan_step(result, layer, device);
-    result.step_us = model.step_us(result);
-    plan_persistent(result, layer, device, request, model);
+    plan_step(result, layer, device);
+    result.persistent = persistent_of(layer, device, request);
   }
-  const std::string& no_persistent = result.persistent.problem;
-  if (!request.any) {
-    result.kernel = request.kernel;
-    result.replaced = request.kernel == Kernel::kPersistent && !no_persistent.empty();
-    if (result.replaced) {
-      because([&] { return "not the kernel that does all steps at once: " + no_persistent; });
-      result.kernel = Kernel::kStep;
-    }
-    if (result.kernel == Kernel::kStep && !no_step.empty()) {
-      result.problem = no_step;
-      result.kernel = Kernel::kStepwise;  // for a backward pass, which goes on
-      count_launches(result, layer);
-      return result;
-    }
-  }
-  if (none) {
-    because([&] { return std::string("not a kernel that does a step at once: ") + none; });
-    count_launches(result, layer);
-    return result;
-  }
-  because([&] {
-    return "a step is about " + text("%.1f us as a product and a kernel", result.stepwise_us) +
-           (no_step.empty() ? text(", %.1f in one kernel", result.step_us) : "") +
-           (no_persistent.empty() ? text(", %.1f where one kernel does all steps", result.persistent_us) : "") +
-           " (an estimate)";
-  });
-  if (!no_step.empty()) because([&] { return "not the kernel that does a step at once: " + no_step; });
   if (request.any) {
-    choose_fastest(result, device, request, no_step);
-  } else if (!result.replaced) {
-    because([] { return std::string("it is requested"); });
+    const std::string_view no_persistent = refusal(result.persistent.problem, request.persistent);
+    std::string_view no_step = refusal(result.step_problem, request.step);
+    const Kernel measured = request.measured.value_or(Kernel::kStepwise);
+    if (request.measured &&
+        (measured == Kernel::kStepwise || (measured == Kernel::kStep ? no_step : no_persistent).empty())) {
+      result.kernel = measured;
+      because("it was the fastest when calls like this one were measured on this device");
+    } else if (no_persistent.empty()) {
+      result.kernel = Kernel::kPersistent;
+      because("it has been right on this device");
+    } else {
+      because("not persistent: ", no_persistent);
+      if (no_step.empty() && 2 * result.parts_bytes > device.l2_bytes) {
+        no_step = "its partial sums would fill the second-level cache";
+      }
+      if (no_step.empty()) {
+        result.kernel = Kernel::kStep;
+        because("it has been right on this device");
+      } else {
+        because("not step: ", no_step);
+      }
+    }
+  } else {
+    result.kernel = request.kernel;
+    result.replaced = request.kernel == Kernel::kPersistent && !result.persistent.problem.empty();
+    if (result.replaced) {
+      result.kernel = Kernel::kStep;
+      because("not persistent: ", result.persistent.problem);
+    } else {
+      because("it is requested");
+    }
+    if (result.kernel == Kernel::kStep && !result.step_problem.empty()) {
+      result.problem = result.step_problem;
+      result.kernel = Kernel::kStepwise;  // for a backward pass, which goes on
+    }
   }
-  if (result.kernel == Kernel::kStep) {
-    result.launches = 1;
-  } else if (result.kernel == Kernel::kStepwise) {
-    count_launches(result, layer);
-  }
+  if (result.kernel == Kernel::kStep) result.launches = 1;
+  if (result.kernel == Kernel::kStepwise) count_launches(result, layer);
   return result;
 }
 
@@ -590,22 +364,13 @@ Request current_request(bool* known) {
 
 const std::vector<DeviceFacts>& known_devices() {
   constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
-  static const std::vector<DeviceFacts> devices = [] {
-    std::vector<DeviceFacts> all = {
-        {"A100", 80, 108, 40 * kMiB, 163 * kKiB, 164 * kKiB, 1.41, 1555},
-        {"A30", 80, 56, 24 * kMiB, 163 * kKiB, 164 * kKiB, 1.44, 933},
-        {"A10", 86, 72, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 600},
-        {"RTX 3090", 86, 82, 6 * kMiB, 99 * kKiB, 100 * kKiB, 1.695, 936},
-        {"L4", 89, 58, 48 * kMiB, 99 * kKiB, 100 * kKiB, 2.04, 300},
-        {"RTX 4090", 89, 128, 72 * kMiB, 99 * kKiB, 100 * kKiB, 2.52, 1008},
-        {"H100", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 3350},
-        {"H200", 90, 132, 50 * kMiB, 227 * kKiB, 228 * kKiB, 1.755, 4800},
-        {"B200", 100, 148, 126 * kMiB, 227 * kKiB, 228 * kKiB, 1.85, 8000},
-        {"RTX 5090", 120, 170, 96 * kMiB, 99 * kKiB, 100 * kKiB, 2.41, 1792},
-    };
-    for (DeviceFacts& device : all) device.constants = estimates_of(device.capability, device.name);
-    return all;
-  }();
+  static const std::vector<DeviceFacts> devices = {
+      {"A100", 80, 108, 40 * kMiB, 163 * kKiB},   {"A30", 80, 56, 24 * kMiB, 163 * kKiB},
+      {"A10", 86, 72, 6 * kMiB, 99 * kKiB},       {"RTX 3090", 86, 82, 6 * kMiB, 99 * kKiB},
+      {"L4", 89, 58, 48 * kMiB, 99 * kKiB},       {"RTX 4090", 89, 128, 72 * kMiB, 99 * kKiB},
+      {"H100", 90, 132, 50 * kMiB, 227 * kKiB},   {"H200", 90, 132, 50 * kMiB, 227 * kKiB},
+      {"B200", 100, 148, 126 * kMiB, 227 * kKiB}, {"RTX 5090", 120, 170, 96 * kMiB, 99 * kKiB},
+  };
   return devices;
 }
 

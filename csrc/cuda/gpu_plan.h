@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -86,63 +85,24 @@ struct LayerFacts {
   bool options = false;  // lengths, zoneout or a recurrent mask
 };
 
-// The constants of the model of a time step: estimates, for a GPU that nobody has measured. benchmarks/gpu_probes.cu
-// measures most of them on a card, by these names. Behind each is where it comes from.
-struct ModelConstants {
-  double launch_us = 0.8;            // from one kernel of a stream to the next: published, within a graph
-  double dependent_launch_us = 0.5;  // the same, where the next one is there already: a guess
-  double ramp_us = 0.7;              // until a block has its first tiles: two trips to memory
-  double epilogue_us = 0.3;          // two cells, from sums to results: some 160 instructions
-  double cell_kernel_us = 2.1;       // a kernel of the pointwise part alone: dependent loads and 0.6 MB
-  double product_us = 2;             // ramp and tail of a product of a library: published times of small products
-  double tile_clocks = 250;          // a tile of the step kernel: its 170 instructions, with nobody beside the warp
-  double bytes_of_clock = 50;        // into one multiprocessor, from the second-level cache: published, of 64
-  // Share of 64 bytes a clock that each gets if all of them read from it: 5.5 TB/s of 14.8 on an H100, published.
-  double share_of_cache = 0.37;
-  // Clocks between two instructions on one of a multiprocessor's four tensor cores, of 16 x 8 x 16 products in 16 bits,
-  // of 16 x 8 x 8 in TF32: the makers' tables, and half the speed with float32 sums on consumer cards.
-  double instruction_clocks = 16, instruction_tf32_clocks = 16;
-  double chain_clocks = 33;  // until the next one may add to its sum: published; 24 on sm_90 and sm_100, ptxas
-  // The persistent kernel:
-  double mailbox_clocks = 800;  // from a store to a load that sees it: three trips to the second-level cache
-  double load_clocks = 280;     // one trip: published, 222 to 339 by card and multiprocessor
-  double turn_clocks = 220;     // barrier and partial sums, of a tile of rows: shared memory and 40 instructions
-  double cell_clocks = 400;     // and 128 cells, one for each thread of four warps: the 160 instructions of a turn
-  double own_clocks = 400;      // the rest of a turn, for which nobody waits: some 350 instructions
-  double start_us = 6;  // launch, weights and mailbox, once a chunk: 128 KB for each multiprocessor, and a launch
-};
-struct ModelConstant {
-  const char* name;
-  double& (*of)(ModelConstants& constants);
-};
-LSTM_EXT_PUBLIC const std::vector<ModelConstant>& model_constants();
-// Those of devices of a compute capability: estimates, unless others have been set. A device takes those that are set
-// when it is first asked for its facts.
-LSTM_EXT_PUBLIC ModelConstants constants_of(int capability, std::string_view name);
-LSTM_EXT_PUBLIC void set_constants(int capability, const std::map<std::string, double>& constants);
-
 struct DeviceFacts {
   std::string name;
   int capability;  // 90: compute capability 9.0
   int multiprocessors;
   int64_t l2_bytes;
-  int64_t shared_of_block, shared_of_multiprocessor;  // bytes
-  double clock_ghz;
-  double memory_gb_per_s;
+  int64_t shared_of_block;  // bytes
   // These are known only from the runtime of a present device. A part of a device (MIG) has its own sizes above.
-  int step_blocks[2] = {0, 0};  // fused forward, of kStepRowsFew and kStepRowsMany rows: at once; 0: not known
-  bool shared = false;          // with kernels of other programs (MPS)
-  int64_t most_blocks = -1;     // that a persistent kernel may have; below 0: not known
-  ModelConstants constants{};
+  bool shared = false;       // with kernels of other programs (MPS)
+  int64_t most_blocks = -1;  // that a persistent kernel may have; below 0: not known
 };
 
 // Whether a kernel has been right on this device, or on one of its compute capability.
 enum class Outcome { kNotTried, kRight, kWrong };
 
 struct Request {
-  bool any = true;  // take the best that has been right; else `kernel`
+  bool any = true;  // take one that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  std::optional<Exchange> exchange;  // for a persistent kernel; without it the one expected to be faster
+  std::optional<Exchange> exchange;  // for a persistent kernel; without it the one that suits the sizes
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   std::optional<Kernel> measured;  // with `any`: the fastest of those that have been right, by set_measured
   // The most blocks of a persistent kernel that wait for each other; nothing: one for each multiprocessor.
@@ -152,7 +112,7 @@ struct Request {
 
 struct Plan {
   Kernel kernel = Kernel::kStepwise;
-  std::string problem;  // why what was requested cannot run; then the rest says nothing
+  std::string_view problem;  // why what was requested cannot run; then the rest says nothing
   // Persistent was requested and cannot run: another kernel does.
   bool replaced = false;
   std::vector<std::string> reasons;
@@ -162,8 +122,9 @@ struct Plan {
   int products = 0;
   bool one_product = false;  // the products of both directions are one
   // The fused step, even if it is not chosen; 0 if the layer has none.
+  std::string_view step_problem;  // why it cannot run
   int rows_of_block = 0;
-  int64_t blocks = 0, threads = 0, shared_bytes = 0, blocks_of_multiprocessor = 0;
+  int64_t blocks = 0, threads = 0, shared_bytes = 0;
   int64_t parts_bytes = 0;  // backward, of all directions: partial sums of two steps
   // The same for the persistent kernel.
   struct Persistent {
@@ -171,12 +132,12 @@ struct Plan {
     int groups = 0;  // groups of blocks that have all units of a direction, or blocks without an exchange
     int extra = 0;   // pieces of weights of a thread in shared memory
     int64_t blocks = 0, shared_bytes = 0;  // blocks of all directions; bytes of one block
-    std::string problem;                   // why it cannot run; then the rest says nothing
+    std::string_view problem;              // why it cannot run; then the rest says nothing
   } persistent;
-  // A time step of one direction, by a model that has not been compared with any GPU.
-  double stepwise_us = 0, step_us = 0, persistent_us = 0;
 };
 
+// With `any` and without a measurement: of the kernels that can run and have been right, persistent, step, stepwise, in
+// this order.
 LSTM_EXT_PUBLIC Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& request);
 
 // One product of both directions needs U of both side by side: that many steps pay for a copy.

@@ -95,19 +95,6 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   return status;
 }
 
-// How many blocks of a kernel one multiprocessor holds at once; 0 if the runtime does not say.
-template <typename Args>
-int blocks_at_once(void (*kernel)(Args), int threads, size_t dynamic_shared) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  int blocks = 0;
-  if (allow_shared(function) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, dynamic_shared) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return blocks;
-}
-
 // Whether the code of a kernel was compiled for sm_90 or later, and not made of PTX for an earlier one. Devices of a
 // process may run different codes.
 template <typename Args>

@@ -54,12 +54,6 @@ struct StepBackward {
 // driver makes of PTX for a compute capability below 9.0.
 bool step_kernels_wait();
 
-// The occupancy of the forward kernels on this device, by its runtime; 0 if not known.
-struct StepOccupancy {
-  int few = 0, many = 0;  // blocks of one multiprocessor at once, by the rows of a block
-};
-StepOccupancy step_occupancy();
-
 // Each starts one kernel on the stream, waits for nothing, and returns the launch's own error. For float (whose
 // operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. `dependent`: it
 // may start before the kernel in front of it has ended, and waits for that itself; from compute capability 9.0 on.

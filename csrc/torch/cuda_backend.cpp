@@ -19,26 +19,15 @@ namespace lstm_ext {
 namespace {
 
 cuda::DeviceFacts facts_of(const cudaDeviceProp& device) {
-  int clock_khz = 0, memory_khz = 0, shared = 0;
-  const int index = at::cuda::current_device();
-  cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, index);
-  cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, index);
-  cudaGetLastError();  // attributes that a driver does not know are 0
-  cuda::DeviceFacts facts{device.name,
-                          device.major * 10 + device.minor,
-                          device.multiProcessorCount,
-                          device.l2CacheSize,
-                          static_cast<int64_t>(device.sharedMemPerBlockOptin),
-                          static_cast<int64_t>(device.sharedMemPerMultiprocessor),
-                          clock_khz / 1e6,
-                          2.0 * memory_khz * device.memoryBusWidth / 8 / 1e6};
-  const cuda::StepOccupancy occupancy = cuda::step_occupancy();
-  facts.step_blocks[0] = occupancy.few;
-  facts.step_blocks[1] = occupancy.many;
-  facts.shared = shared != 0;
-  facts.constants = cuda::constants_of(facts.capability, facts.name);
-  return facts;
+  int shared = 0;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, at::cuda::current_device());
+  cudaGetLastError();  // an attribute that a driver does not know is 0
+  return {device.name,
+          device.major * 10 + device.minor,
+          device.multiProcessorCount,
+          device.l2CacheSize,
+          static_cast<int64_t>(device.sharedMemPerBlockOptin),
+          shared != 0};
 }
 
 // The facts of each device, kept because a call has no time to query them again.

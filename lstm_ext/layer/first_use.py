@@ -100,7 +100,6 @@ def choose(device: torch.device) -> bool:
 
 def _choose(device: torch.device, wanted: bool) -> bool | None:
     """None if ``stepwise`` could not be tried."""
-    cuda.use_measured_constants()
     stepwise = _right(device, "stepwise", _ALL_DTYPES, wanted)
     if not stepwise:
         if wanted:

@@ -157,8 +157,8 @@ def set_cpu_wait_limit(seconds: float, file: int = 2) -> None:
 def set_fewer_when_crowded(wanted: bool) -> None:
     """False: every call uses all its workers, however busy the cores are. For tests."""
 
-# The facts of a GPU. "constants" are those of the planner's model of time, by name; see csrc/cuda/gpu_plan.h.
-DeviceFacts = dict[str, str | int | float | bool | tuple[int, int] | dict[str, float]]
+# The facts of a GPU; see csrc/cuda/gpu_plan.h.
+DeviceFacts = dict[str, str | int | bool]
 
 def cuda_devices() -> list[DeviceFacts]:
     """The makers' data of the GPUs that :func:`cuda_plan` knows by name."""
@@ -186,22 +186,14 @@ def cuda_plan(
     step_outcome: bool | None = None,
     persistent_outcome: bool | None = None,
     measured: str = "",
-) -> dict[str, str | int | float | list[str] | dict[str, str | int | float]]:
+) -> dict[str, str | int | list[str] | dict[str, str | int]]:
     """Which kernel computes a layer on such a GPU, and why; see csrc/cuda/gpu_plan.h.
 
     ``kernel`` is a request in the form of LSTM_EXT_CUDA_KERNEL. The outcomes say whether the kernels ``"step"`` and
     ``"persistent"`` were correct on this GPU; None means not tried. ``measured`` is the kernel that was the
     fastest. ``options`` are lengths, zoneout or a recurrent mask. In the result ``problem`` is empty, or says why
-    the requested kernel cannot run; ``launches`` are those of a time step; ``persistent`` describes that kernel
-    even if another one is chosen. The times are those of a model.
-    """
-
-def set_cuda_constants(capability: int, constants: dict[str, float]) -> None:
-    """Sets constants of the planner's model that were measured on a GPU of this compute capability (90: 9.0), by name.
-    They hold for every such device whose facts are first read, or that is first used, after this call.
-
-    Raises:
-        ValueError: the model has no such constant, or a value is not positive.
+    the requested kernel cannot run; ``launches`` are those of a time step; ``persistent``, ``step_problem`` and the
+    figures of the kernel of a step describe these kernels even if another one is chosen.
     """
 
 def set_cuda_kernel(name: str) -> None:

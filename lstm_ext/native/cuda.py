@@ -27,7 +27,6 @@ __all__ = [
     "outcome",
     "problem",
     "unsupported",
-    "use_measured_constants",
     "variant",
 ]
 
@@ -100,15 +99,6 @@ def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | Non
             if entry and variant(kernel, dtype) in (entry.get(name) or []):
                 return found
     return None
-
-
-@functools.cache
-def use_measured_constants() -> None:
-    """Gives the planner the constants that this release has measured on such cards. Call it before planning."""
-    extension = loader.extension()
-    if extension is not None:
-        for capability, constants in selftest_record.committed_constants().items():
-            extension.set_cuda_constants(capability, constants)
 
 
 def check_waits(device: int | str | torch.device | None = None) -> None:

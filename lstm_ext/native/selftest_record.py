@@ -69,27 +69,12 @@ def find_committed(device: torch.device) -> dict | None:
     return next((e for e in _committed() if (e["capability"], e["kernels"]) == (capability, kernels)), None)
 
 
-def committed_constants() -> dict[int, dict[str, float]]:
-    """The constants of the planner's model of time that these results measured: by compute capability (90: 9.0), then
-    by name. They are properties of the cards, whatever the sources are."""
-    entries = [e for e in _committed() if e.get("constants")]
-    return {int(e["capability"].replace(".", "")): e["constants"] for e in entries}
-
-
 def _committed() -> list[dict]:
     return json.loads(COMMITTED.read_text())
 
 
-def commit(
-    capability: str,
-    kernels: str,
-    passed: list[str],
-    failed: list[str],
-    result: str,
-    constants: dict[str, float] | None = None,
-) -> None:
-    """Adds a result to those of the release, for `benchmarks/gpu_check.py --accept`. ``constants`` are the measured
-    constants of the planner's model. Raises OSError."""
+def commit(capability: str, kernels: str, passed: list[str], failed: list[str], result: str) -> None:
+    """Adds a result to those of the release, for `benchmarks/gpu_check.py --accept`. Raises OSError."""
     entries = [e for e in _committed() if e["capability"] != capability]
     entry = {
         "capability": capability,
@@ -98,7 +83,7 @@ def commit(
         "failed": failed,
         "result": result,
     }
-    entries.append({**entry, "constants": constants} if constants else entry)
+    entries.append(entry)
     COMMITTED.write_text(json.dumps(sorted(entries, key=lambda e: e["capability"]), indent=1) + "\n")
 
 

@@ -46,7 +46,7 @@ def explain(
         a string, with the attribute ``data``: a dict. ``module``, ``device``, ``dtype`` and ``training`` say what was
         asked. ``layers`` is a list with a dict for each layer: ``kernel``, ``summary``, ``reasons``, and what the
         planner of the backend says. For a GPU, ``facts`` has what the planner knows of it, in the units of
-        csrc/cuda/gpu_plan.h. Times come from a model that has not been compared with any GPU.
+        csrc/cuda/gpu_plan.h.
 
     Raises:
         TypeError: ``module`` is no LSTM.
@@ -80,7 +80,6 @@ def _data(
     if extension is None:
         name, facts = _device_of_torch(parameter.device if device is None else device), None
     else:
-        cuda.use_measured_constants()
         name, facts = _device(extension, parameter.device if device is None else device, dtype)
     data: dict[str, Any] = {
         "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",

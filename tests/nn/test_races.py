@@ -134,26 +134,6 @@ def test_weights_in_lists_that_another_thread_changes() -> None:
     assert same(kernels.lstm_module(x, None, own, None, 0, 5, 6, 0, True, False)[0], expected)
 
 
-def test_a_dict_of_constants_that_another_thread_changes() -> None:
-    kernels = loader.extension()
-    device = kernels.cuda_devices()[0]
-    constants = device["constants"]
-    name = next(iter(constants))
-
-    def change(i: int) -> None:
-        constants[name] = 1e-3 * (i + 1)
-        constants[f"other{i % 5}"] = 1.0
-        del constants[f"other{i % 5}"]
-
-    def call() -> None:
-        try:
-            assert kernels.cuda_plan(device=device, steps=5, batch=3, input_size=4, hidden_size=6)["kernel"]
-        except ValueError as error:
-            assert "has no constant 'other" in str(error)
-
-    while_another(change, call)
-
-
 @pytest.mark.parametrize("assign", [False, True])
 @torch.no_grad()
 def test_weights_that_another_thread_loads(assign: bool) -> None:

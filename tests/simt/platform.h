@@ -180,12 +180,6 @@ cudaError_t launch(void (*kernel)(Args), const LaunchConfig& config, const Args&
   return cudaSuccess;
 }
 
-// The emulator has no occupancy.
-template <typename Args>
-int blocks_at_once(void (*)(Args), int, size_t) {
-  return 0;
-}
-
 template <typename Args>
 bool is_compiled_for_sm90(void (*)(Args)) {
   return true;

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_layer import emulated_device, stepwise_module
+from emulated_layer import CHUNK_BYTES, emulated_device, stepwise_module
 from torch import Tensor
 
 from lstm_ext.layer import eager
@@ -195,7 +195,12 @@ def test_launches_of_a_step():
     kernel does all steps of both directions."""
 
     def launches(
-        steps: int, kernel: str, backward: bool, both: bool = False, resets: str = ""
+        steps: int,
+        kernel: str,
+        backward: bool,
+        both: bool = False,
+        resets: str = "",
+        chunk: int = CHUNK_BYTES,
     ) -> tuple[int, int]:
         case = Case(steps=steps, hidden_size=16, bidirectional=both, resets=resets)
         layer = cases.layer(case, torch.bfloat16, 0)
@@ -203,7 +208,7 @@ def test_launches_of_a_step():
         learned = [t if t is None else t.bfloat16() for t in layer.learned()]
         options = layer.options(torch.bfloat16, learned) or internals.LayerOptions()
         call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, both)
-        with emulated_device(kernel=kernel) as module:
+        with emulated_device(chunk_bytes=chunk, kernel=kernel) as module:
             call = (*call, module.LayerOptions(**options.as_keywords()))
             module.launches()
             *results, saved = module.lstm_layer_forward(*call, True)
@@ -229,6 +234,11 @@ def test_launches_of_a_step():
     for both in (False, True):
         for resets in ("", "to zeros", "to a state"):
             assert launches(1, "step", False, both, resets) == (1, 0)
+    # A chunk of a persistent kernel has 256 steps, or what has room in four times its bytes: a row has 16 H of them.
+    row = 16 * 16 * Case().batch
+    for chunk, steps in ((64 * row, 256), (10 * row, 40)):
+        counts = [launches(n, "independent", False, chunk=chunk)[0] for n in (steps, steps + 1)]
+        assert counts == [1, 2]
 
 
 @pytest.mark.parametrize("kernel", ["step", "persistent"])

@@ -150,7 +150,7 @@ FAULTS: dict[str, Fault] = {
     "cuda/reduction.cuh": Fault("half > 0; half /= 2", "half > 1; half /= 2", EMULATED),
     "cuda/state.cuh": Fault("return b < rows.next_count;", "return b + 1 < rows.next_count;", EMULATED),
     "cuda/gpu_plan.cpp": Fault(
-        "if (outcome == Outcome::kRight) {", "if (outcome != Outcome::kWrong) {", ("tests/cuda/test_gpu_plan.py",)
+        "outcome == Outcome::kRight) return", "outcome != Outcome::kWrong) return", ("tests/cuda/test_gpu_plan.py",)
     ),
     "cuda/gpu_plan.h": Fault(
         "return (hidden_size + kStepUnits - 1) / kStepUnits;", "return hidden_size / kStepUnits;", EMULATED

@@ -57,7 +57,6 @@ def test_dry_run(dry):
     assert {name: p["result"] for name, p in phases.items() if name != "build"} == {
         "info": "passed",
         "diagnosis": "passed",
-        "probes": "not run",
         "selftest": "not run",
         "suite": "passed",
         "checks": "passed",
@@ -310,41 +309,6 @@ def test_checks_that_cannot_be_imported(session):
     assert "nothing_of_this_name" in outcome.details["output"]
 
 
-FOUND = """echo measuring; echo '{"constants": {"launch_us": 0.9}}'"""
-
-
-@pytest.mark.parametrize(
-    ("program", "code", "result", "reason"),
-    [
-        (FOUND, 0, "passed", ""),
-        (f"{FOUND}; exit 1", 0, "failed", "pieces were wrong"),
-        (f"{FOUND}; exit 3", 0, "failed", "a piece did not come"),
-        (f"{FOUND}; exit 7", 0, "incomplete", "exit code 7"),
-        ("echo no device; exit 2", 0, "incomplete", "exit code 2"),
-        ("sleep 1000", 0, "incomplete", "the time was up"),
-        ("", 4, "incomplete", "nvcc: exit code 4"),
-    ],
-)
-def test_probes(session, tmp_path, monkeypatch, program, code, result, reason):
-    """By a compiler that makes a script of what is to be printed."""
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(
-        f"#!{sys.executable}\n"
-        "import sys\nfrom pathlib import Path\n"
-        "output = Path(sys.argv[sys.argv.index('-o') + 1])\n"
-        f"output.write_text({'#!/bin/sh' + chr(10) + program!r})\n"
-        f"output.chmod(0o755)\nsys.exit({code})\n"
-    )
-    nvcc.chmod(0o755)
-    monkeypatch.setattr(gpu_check, "find_program", lambda *names: str(nvcc))
-    session.dry = False
-    outcome = gpu_check.probes(session, 3.0)
-    assert (outcome.result, outcome.reason) == (result, reason)
-    assert outcome.details.get("constants") == ({"launch_us": 0.9} if FOUND in program else None)
-    monkeypatch.setattr(gpu_check, "find_program", lambda *names: None)
-    assert gpu_check.probes(session, 3.0) == gpu_check.Outcome("not run", "nvcc was not found")
-
-
 SUITE = """
 import os, time, pytest
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -442,21 +406,3 @@ def test_a_result_is_put_into_the_release(dry, tmp_path, monkeypatch, capsys):
     passed.write_text(json.dumps({**record, "dry": False, "phases": phases}))
     assert gpu_check.main(["--accept", str(passed)]) == 0
     assert json.loads(selftest_record.COMMITTED.read_text()) == [{**variants, "result": "passed.json"}]
-    # And with it what was measured.
-    for constants, said in (
-        ({"launch_us": 0.9}, ""),
-        ({"lunch_us": 0.9}, "has no constant 'lunch_us'"),
-        ({"launch_us": -0.1}, "launch_us: expected a positive number, got -0.1"),
-    ):
-        probes = {"result": "passed", "constants": constants}
-        measured = [{**p, **probes} if p["phase"] == "probes" else p for p in phases]
-        passed.write_text(json.dumps({**record, "dry": False, "phases": measured}))
-        if said:
-            with pytest.raises(SystemExit):
-                gpu_check.main(["--accept", str(passed)])
-            assert said in capsys.readouterr().err
-        else:
-            assert gpu_check.main(["--accept", str(passed)]) == 0
-    entry = {**variants, "result": "passed.json", "constants": {"launch_us": 0.9}}
-    assert json.loads(selftest_record.COMMITTED.read_text()) == [entry]
-    assert selftest_record.committed_constants() == {90: {"launch_us": 0.9}}
