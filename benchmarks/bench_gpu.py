@@ -40,8 +40,8 @@ from sides import lengths_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_ext.layer import first_use
-from lstm_ext.native import cuda, loader
+from lstm_ext.layer import cuda_kernels
+from lstm_ext.native import loader
 from lstm_ext.native.config import TRIED_CUDA_KERNELS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -322,7 +322,9 @@ def planned(case: Case, device: torch.device) -> list[str] | None:
     if device.type != "cuda" or extension is None or not extension.build_info()["cuda"]:
         return None
     dtype = TORCH_DTYPE[case.dtype]
-    tried = {f"{kernel}_outcome": first_use.outcome(device, kernel, dtype) for kernel in TRIED_CUDA_KERNELS}
+    tried = {
+        f"{kernel}_outcome": cuda_kernels.outcome(device, kernel, dtype) for kernel in TRIED_CUDA_KERNELS
+    }
     sizes = {name: getattr(case, name) for name in ("steps", "batch", "input_size", "hidden_size", "packed")}
     plans = [
         extension.cuda_plan(
@@ -343,7 +345,7 @@ def measure(
     if case.graph and device.type != "cuda":
         return [{**row, "kind": "inference", "not_run": f"no graphs on {device.type}"}]
     results = []
-    with tf32(case.dtype == "tf32"), cuda.forced(case.kernel):
+    with tf32(case.dtype == "tf32"), cuda_kernels.forced(case.kernel):
         sides = Sides(case, device, clock)
         difference = sides.difference()
         row["planned"] = planned(case, device)

@@ -102,10 +102,11 @@ def build(session: Session, seconds: float) -> Outcome:
 # ---- info
 
 KERNELS = """import torch  # do the kernels run?
-from lstm_ext.native import loader, cuda as native_cuda
+from lstm_ext.layer import cuda_kernels
+from lstm_ext.native import loader
 assert loader.extension() is not None, loader.status()
 assert torch.cuda.is_available(), "torch finds no GPU"
-assert native_cuda.problem(0) is None, native_cuda.problem(0)
+assert cuda_kernels.problem(0) is None, cuda_kernels.problem(0)
 import lstm_ext
 layer = lstm_ext.LSTM(3, 4, device="cuda")
 output, _ = layer(torch.randn(5, 2, 3, device="cuda"))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from . import functional, reference
 from . import onnx as onnx
+from .call.cuda_choice import tune
 from .call.layout import LSTMExtras
-from .call.measured import tune
+from .layer.cuda_kernels import check_waits as check_cuda_waits
 from .native import loader
 from .native.config import VERSION as __version__
-from .native.cuda import check_waits as check_cuda_waits
 from .nn.cell import LSTMCell
 from .nn.convert import convert, report, revert
 from .nn.explain import explain

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from .native import config, cuda, jit, loader, selftest_record
+from .layer import cuda_kernels
+from .native import config, jit, loader, selftest_record
 
 __all__ = ["operators_library"]
 
@@ -114,8 +115,7 @@ def _cuda_lines(is_loaded: bool, status: loader.Status) -> list[tuple[str, str]]
         ]
     else:
         lines = [("cuda", f"kernels built with CUDA {status.cuda}")]
-        choice = cuda.choice()
-        lines.append(("  kernel", f"{choice.kernel}: {choice.reason}"))
+        lines.append(("  kernel", cuda_kernels.requested()))
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     lines.append(("  devices", f"{count or 'none'}; torch is built {built}"))
@@ -129,7 +129,7 @@ def _device_lines(device: torch.device, status: loader.Status) -> list[tuple[str
     text = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     if status.cuda is None:
         return [(f"  {device}", f"{text}: torch's own operator")]
-    reason = cuda.unsupported((major, minor), status.cuda)
+    reason = cuda_kernels.unsupported((major, minor), status.cuda)
     if reason is not None:
         return [(f"  {device}", f"{text}: not supported: {reason}")]
     entry = selftest_record.find(device)

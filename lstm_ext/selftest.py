@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .native import config, cuda, loader, selftest_record
+from .layer import cuda_kernels
+from .native import config, loader, selftest_record
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TF32_EPS = 2.0**-10
@@ -282,7 +283,7 @@ def _check(
         with contextlib.ExitStack() as settings:
             if device.type == "cuda":
                 settings.enter_context(_fp32_precision(precision))
-                settings.enter_context(cuda.forced(kernel))
+                settings.enter_context(cuda_kernels.forced(kernel))
             results = how(Problem(case, dtype, device))
         return judge(results, case, dtype, TF32_EPS if precision == "tf32" else None)
 
@@ -314,7 +315,7 @@ def cuda_checks(device: torch.device) -> Iterator[Check]:
         cases = [case for case in all_cases if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
         note_of = "" if request == kernel else f", {request}"
-        in_tf32 = cuda.variant(kernel, torch.float32) if fused else kernel
+        in_tf32 = cuda_kernels.variant(kernel, torch.float32)
         for dtype, case in itertools.product(dtypes, cases):
             yield _check(kernel, case, dtype, device, kernel=request, note=note_of)
         for case in cases:
@@ -372,7 +373,7 @@ def cuda_devices() -> tuple[list[torch.device], list[str]]:
         return [], [f"the extension has no CUDA kernels: {status.cuda_reason}"]
     devices, reasons = [], []
     for i in range(torch.cuda.device_count()):
-        reason = cuda.unsupported(torch.cuda.get_device_capability(i), status.cuda)
+        reason = cuda_kernels.unsupported(torch.cuda.get_device_capability(i), status.cuda)
         if reason is None:
             devices.append(torch.device("cuda", i))
         else:

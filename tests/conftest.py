@@ -64,11 +64,11 @@ _stderr = 2
 @functools.cache
 def _problem_of_cuda() -> str | None:
     """Why the tests of CUDA cannot run here."""
-    from lstm_ext.native import cuda as native_cuda
+    from lstm_ext.layer import cuda_kernels
 
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    return native_cuda.problem(torch.cuda.current_device())
+    return cuda_kernels.problem(torch.cuda.current_device())
 
 
 def _is_worker(config: pytest.Config) -> bool:
@@ -226,9 +226,9 @@ def _all_workers() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_on_a_gpu() -> Iterator[None]:
     """Plain layers too: by itself, torch's operator computes them where it is faster."""
-    from lstm_ext.native import cuda as native_cuda
+    from lstm_ext.layer import cuda_kernels
 
-    with native_cuda.forced("auto"):
+    with cuda_kernels.forced("auto"):
         yield
 
 

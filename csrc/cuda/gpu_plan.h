@@ -151,9 +151,9 @@ const char* step_problem(const LayerFacts& layer);
 LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool validated);
 bool is_validated(int device, Kernel kernel, bool tf32);
 
-// The kernel that was fastest when layers of these sizes were measured on a device: lstm_ext/call/measured.py measures,
-// and calls this; without a kernel it is not known any more. Steps and batch count rounded up to powers of two, the
-// size of the input does not.
+// The kernel that was fastest when layers of these sizes were measured on a device: lstm_ext/call/cuda_choice.py
+// measures, and calls this; without a kernel it is not known any more. Steps and batch count rounded up to powers of
+// two, the size of the input does not.
 LSTM_EXT_PUBLIC void set_measured(int device, const LayerFacts& layer, std::optional<Kernel> kernel);
 LSTM_EXT_PUBLIC std::optional<Kernel> measured(int device, const LayerFacts& layer);
 

@@ -18,7 +18,7 @@ from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
 from ..options import OPTIONS, CellParameters, checked, requested, unexpected_argument
-from . import measured
+from . import cuda_choice
 from .arguments import CallOptions, Requested, Stack, any_requested, request
 from .autocast import autocast_dtype
 from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layout, LSTMExtras, PackedLayout
@@ -81,7 +81,7 @@ def _layers(
     """By torch's own operator, if plain layers run on it here, else layer by layer."""
     autocast = autocast_dtype(x) if any_autocast() else None
     preferred = options is None and (
-        measured.prefers_torch(stack, weights, x, batch_sizes, autocast)
+        cuda_choice.prefers_torch(stack, weights, x, batch_sizes, autocast)
         if x.is_cuda
         else batch_sizes is None and route.prefers_torch(x, weights, stack.bidirectional)
     )

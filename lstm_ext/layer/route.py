@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..native import cuda, loader
-from . import eager, equations, first_use, transforms
+from ..native import loader
+from . import cuda_kernels, eager, equations, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions, LayerResults
 from .shapes import weights_per_direction
 from .tracing import (
@@ -119,7 +119,7 @@ def is_direct(call: LayerCall) -> bool:
         return False
     input, h0, c0 = call.input, call.h0, call.c0
     device = input.device
-    if device != _CPU and (device.type != "cuda" or not cuda.is_supported(device.index)):
+    if device != _CPU and device.type != "cuda":
         return False
     if input.dtype not in KERNEL_DTYPES or type(input) not in PLAIN_TYPES:
         return False
@@ -131,7 +131,7 @@ def is_direct(call: LayerCall) -> bool:
         return False
     if not ((h0 is None or type(h0) in PLAIN_TYPES) and (c0 is None or type(c0) in PLAIN_TYPES)):
         return False
-    return device == _CPU or first_use.choose(device)
+    return device == _CPU or cuda_kernels.may_run(device.index)
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
@@ -291,14 +291,8 @@ def refuse_none(weights: Sequence[Tensor]) -> None:
 def has_operators(device: torch.device) -> bool:
     """Whether we have kernels for a device. On a GPU they count once they have been right there."""
     if device.type == "cuda":
-        return cuda.is_supported(device.index) and _were_right(device)
+        return cuda_kernels.may_run(device.index)
     return device.type in ("cpu", "meta") and loader.has_kernels()
-
-
-def _were_right(device: torch.device) -> bool:
-    if _is_compiling():
-        return first_use.is_right(device.index)
-    return device.index is None or not cuda.has_gpu() or first_use.choose(device)
 
 
 def torch_is_faster(dtype: torch.dtype, steps: int, batch: int, hidden_size: int) -> list[TorchIsFaster]:
@@ -365,7 +359,7 @@ def torch_route(
             if type(w) not in transforms.OPERATOR_TYPES:
                 return None
     if device.type == "cuda" and not preferred:
-        _warn_about_cuda(cuda.problem(device.index) or first_use.NOT_RIGHT)
+        _warn_about_cuda(cuda_kernels.why_not(device.index))
     if is_plain_eager() or torch._C._is_tracing():
         return "direct"
     return None if innermost_transform() is not None or is_active(LEGACY_VMAP) else "operator"
@@ -523,7 +517,7 @@ _USERS_NAMES = {
 def _warn_about_options(options: LayerOptions, device: torch.device) -> None:
     names = dict.fromkeys([_USERS_NAMES.get(name, name) for name in options.as_keywords()])
     if names:
-        reason = cuda.problem(device.index) if device.type == "cuda" else loader.status().reason
+        reason = cuda_kernels.problem(device.index) if device.type == "cuda" else loader.status().reason
         _warn_about_slow_options(", ".join(names), str(device), reason or "there are none for this device")
 
 

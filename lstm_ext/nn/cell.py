@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..call import measured
+from ..call import cuda_choice
 from ..call.autocast import autocast_dtype, result_dtypes, to_dtype
 from ..call.run import describe_hx
 from ..layer import route
@@ -161,7 +161,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         elif b_ih is None or b_hh is None:  # the user has set one to None; torch's cell accepts that too
             b = b_hh if b_ih is None else b_ih
             weights = [*weights[:2], b, torch.zeros_like(b)]
-        preferred = x.is_cuda and measured.cell_prefers_torch(x, weights, self.training)
+        preferred = x.is_cuda and cuda_choice.cell_prefers_torch(x, weights, self.training)
         if preferred and route.torch_route(x, h, c, [weights], preferred) is not None:
             if h is None or c is None:
                 h = c = x.new_zeros(x.size(0), weights[1].size(1))

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call import measured
-from ..layer import first_use, route
-from ..native import config, cuda, loader
+from ..call import cuda_choice
+from ..layer import cuda_kernels, route
+from ..native import config, loader
 from ..options import OPTIONS
 from .lstm import LSTM
 
 __all__ = ["explain"]
-
-_OUTCOMES = tuple(f"{kernel}_outcome" for kernel in config.TRIED_CUDA_KERNELS)
 
 
 class Explanation(str):
@@ -77,10 +75,7 @@ def _data(
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     extension = loader.extension()
-    if extension is None:
-        name, facts = _device_of_torch(parameter.device if device is None else device), None
-    else:
-        name, facts = _device(extension, parameter.device if device is None else device, dtype)
+    name, facts, found = _device(extension, parameter.device if device is None else device, dtype)
     data: dict[str, Any] = {
         "module": f"{type(module).__name__}({module.input_size}, {module.hidden_size})",
         "device": name,
@@ -89,12 +84,9 @@ def _data(
         "layers": [],
     }
     if facts is not None:
-        data["facts"] = {
-            name: fact for name, fact in facts.items() if name not in ("problem", "choices", *_OUTCOMES)
-        }
-    directions = 2 if getattr(module, "bidirectional", False) else 1
+        data["facts"] = facts
     hidden_size: Any = module.hidden_size
-    output = directions * (getattr(module, "proj_size", 0) or hidden_size)
+    output = (1 + getattr(module, "bidirectional", False)) * (getattr(module, "proj_size", 0) or hidden_size)
     for layer in range(getattr(module, "num_layers", 1)):
         sizes: dict[str, Any] = {
             "steps": steps,
@@ -109,7 +101,7 @@ def _data(
         elif facts is None:
             of_layer = _on_cpu(extension, module, sizes, dtype)
         else:
-            of_layer = _on_cuda(extension, module, sizes, dtype, directions, facts)
+            of_layer = _on_cuda(extension, module, sizes, dtype, facts, found)
         data["layers"].append({"layer": layer, **sizes, **of_layer})
     return data
 
@@ -133,52 +125,34 @@ def _steps_and_batch(module: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
 
 
-def _device_of_torch(device: str | torch.device) -> str:
-    """The name of a device where there is no extension, which knows those of cards."""
-    try:
-        return str(torch.device(device))
-    except RuntimeError:
-        raise ValueError(
-            f"device: expected a device of torch, got {device!r}; cards have names where the extension is loaded, and "
-            f"it is not: {loader.status().reason}"
-        ) from None
-
-
 def _device(
     extension: Any, device: str | torch.device, dtype: torch.dtype
-) -> tuple[str, dict[str, Any] | None]:
-    """The device's name, and the facts that a GPU's planner needs."""
-    known = {facts["name"]: facts for facts in extension.cuda_devices()}
+) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
+    """The device's name, the facts that a GPU's planner needs, and what was found out on a GPU that is here."""
+    known = {} if extension is None else {facts["name"]: facts for facts in extension.cuda_devices()}
     if device in known:
-        return str(device), known[str(device)]
+        return str(device), known[str(device)], {}
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(
-            f"device: expected a device of torch or one of {', '.join(known)}, got {device!r}"
-        ) from None
-    if found.type == "meta":
+        reason = f"cards have names where the extension is loaded, and it is not: {loader.status().reason}"
+        cards, why = (f" or one of {', '.join(known)}", "") if known else ("", f"; {reason}")
+        raise ValueError(f"device: expected a device of torch{cards}, got {device!r}{why}") from None
+    if found.type == "meta" and known:
         raise ValueError("device: expected one that computes, got meta")
-    if found.type != "cuda":
-        return str(found), None
+    if found.type != "cuda" or not known:
+        return str(found), None, {}
     if not torch.cuda.is_available():
         raise ValueError(f"device: {found}: torch finds no GPU here; name one of {', '.join(known)}")
     index = torch.cuda.current_device() if found.index is None else found.index
     found = torch.device("cuda", index)
-    return f"{found}, {torch.cuda.get_device_name(found)}", {
-        **extension.cuda_facts(index),
-        "problem": cuda.problem(index) or (None if first_use.is_known_right(found) else first_use.NOT_RIGHT),
-        "choices": measured.recorded(found),
-        **{
-            f"{kernel}_outcome": first_use.outcome(found, kernel, dtype)
-            for kernel in config.TRIED_CUDA_KERNELS
-        },
+    outcomes = {name: cuda_kernels.outcome(found, name, dtype) for name in config.TRIED_CUDA_KERNELS}
+    here = {
+        "choices": cuda_choice.recorded(found),
+        "outcomes": outcomes,
+        "problem": cuda_kernels.why_not(index),
     }
-
-
-def _is_measured(module: nn.Module) -> bool:
-    """Whether torch's operator or a kernel computes plain calls, whichever was faster."""
-    return _has_no_options(module) and not cuda.is_requested()
+    return f"{found}, {torch.cuda.get_device_name(found)}", extension.cuda_facts(index), here
 
 
 def _has_no_options(module: nn.Module) -> bool:
@@ -186,27 +160,14 @@ def _has_no_options(module: nn.Module) -> bool:
     return not isinstance(module, LSTM) or not (module._frozen or module._requested)
 
 
-def _choice(
-    module: Any, sizes: dict[str, int], dtype: torch.dtype, choices: dict[str, measured.Choice]
-) -> measured.Choice | None:
-    """The measurement of plain calls of this layer, if there is one."""
-    shape = measured.class_of(
-        dtype,
-        module.hidden_size,
-        getattr(module, "proj_size", 0),
-        getattr(module, "num_layers", 0),
-        getattr(module, "bidirectional", False),
-        module.training,
-        sizes["batch"],
-        sizes["steps"],
-        packed=False,
-    )
-    return choices.get(shape.key)
-
-
 def _options(module: nn.Module) -> list[str]:
     """Those that change a call."""
     return list(module._requested or ()) if isinstance(module, LSTM) else []
+
+
+def _by_torch(module: nn.Module) -> dict[str, Any]:
+    calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
+    return {"kernel": None, "summary": f"torch's own operator{calls}"}
 
 
 def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
@@ -214,9 +175,7 @@ def _without_kernels(module: nn.Module, reason: str) -> dict[str, Any]:
     if loader.wants_equations() or options:
         reasons = [f"torch's operator has no {', '.join(options)}"] if options else []
         return {"kernel": None, "summary": "the equations in plain PyTorch", "reasons": [reason, *reasons]}
-    calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
-    summary = f"torch's own operator{calls}"
-    return {"kernel": None, "summary": summary, "reasons": [reason]}
+    return {**_by_torch(module), "reasons": [reason]}
 
 
 def _on_cuda(
@@ -224,76 +183,86 @@ def _on_cuda(
     module: Any,
     sizes: dict[str, int],
     dtype: torch.dtype,
-    directions: int,
     facts: dict[str, Any],
+    found: dict[str, Any],
 ) -> dict[str, Any]:
-    facts = dict(facts)
-    problem, choices = facts.pop("problem", None), facts.pop("choices", {})  # none of a card that is not here
-    outcomes = {name: facts.pop(name, None) for name in _OUTCOMES}
-    if problem:
-        return _without_kernels(module, problem)
-    calls = "" if isinstance(module, nn.RNNCellBase) else ", one call for all layers"
-    by_torch = {"kernel": "torch", "summary": f"torch's own operator{calls}"}
-    choice, is_measured = None, _is_measured(module)
-    if is_measured:
-        if getattr(module, "dropout", 0) and module.training and module.num_layers > 1:
-            return {**by_torch, "reasons": ["it draws the masks of the dropout between layers"]}
-        choice = _choice(module, sizes, dtype, choices)
-        if choice is not None and not choice.ours:
-            return {**by_torch, "reasons": [str(choice)]}
+    if found.get("problem"):
+        return _without_kernels(module, found["problem"])
+    num_layers = getattr(module, "num_layers", 0)
+    of_layer = (module.hidden_size, getattr(module, "proj_size", 0), num_layers)
+    mode = (getattr(module, "bidirectional", False), module.training, False)
+    shape = cuda_choice.class_of(dtype, *of_layer, *mode, batch=sizes["batch"], steps=sizes["steps"])
+    # Nothing is known of a card that is not here.
+    choice, outcomes = found.get("choices", {}).get(shape.key), found.get("outcomes", {})
+    draws_masks = num_layers > 1 and bool(module.dropout) and module.training
+    ours, why = cuda_choice.way(draws_masks, lambda: choice) if _has_no_options(module) else (True, "")
+    taken = choice if isinstance(why, cuda_choice.Choice) else None
 
-    def plan_of(backward: bool) -> dict[str, Any]:
+    def plan_of(kernel: str, backward: bool = False) -> dict[str, Any]:
         return extension.cuda_plan(
+            **{**shape.layer, **sizes},
             device=facts,
-            **sizes,
-            directions=directions,
-            dtype=str(dtype).removeprefix("torch."),
-            tf32=dtype == torch.float32 and measured.allows_tf32(),
-            projected=bool(getattr(module, "proj_size", 0)),
             normalised=bool(getattr(module, "layer_norm", False)),
             cell_options=any(OPTIONS[name].cell for name in _options(module)),
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
-            kernel=config.requested_cuda_kernel(),
-            measured="" if choice is None else choice.backward if backward else choice.forward,
-            **outcomes,
+            kernel=kernel,
+            measured="" if taken is None else taken.backward if backward else taken.forward,
+            **{f"{name}_outcome": was_right for name, was_right in outcomes.items()},
         )
 
-    plan = plan_of(backward=False)
+    request = config.requested_cuda_kernel()
+    plan = plan_of(request)
+    if module.training:
+        plan["backward"] = plan_of(request, backward=True)
+    if not ours:
+        by_torch = {**plan, **_by_torch(module), "kernel": "torch", "reasons": [str(why)]}
+        if not draws_masks and choice is None:
+            by_torch["summary"] += ", until it is measured on this device"
+            for kernel in (*reversed(config.TRIED_CUDA_KERNELS), "stepwise"):
+                passes = [plan_of(kernel), *([plan_of(kernel, backward=True)] if module.training else [])]
+                by_torch["reasons"].append(_candidate(kernel, passes, outcomes.get(kernel) is False))
+        return by_torch
     if plan["problem"]:
-        return {**plan, "kernel": None, "summary": f"nothing: {plan['problem']}"}
+        return {**plan, "kernel": None, "summary": f"nothing: {plan['problem']}", "reasons": []}
+    reasons = [*plan["reasons"], *([] if taken is None else [str(taken)])]
+    if module.training:
+        reasons.append(f"backward, {plan['backward']['kernel']}: {plan['backward']['reasons'][0]}")
+    return {**plan, "summary": f"{plan['kernel']}: {_described(plan)}", "reasons": reasons}
+
+
+def _candidate(kernel: str, passes: list[dict[str, Any]], was_wrong: bool) -> str:
+    """Whether a kernel can run. ``passes``: its plans, forward and perhaps backward."""
+    if was_wrong:
+        return f"{kernel} is not taken: it was wrong on this device"
+    problems = [
+        {"persistent": p["persistent"]["problem"], "step": p["step_problem"]}.get(kernel) for p in passes
+    ]
+    if problems[0]:
+        return f"{kernel} cannot run: {problems[0]}"
+    backward = f"; backward it cannot: {problems[-1]}" if problems[-1] else ""
+    return f"{kernel} can run: {_described(passes[0])}{backward}"
+
+
+def _described(plan: dict[str, Any]) -> str:
+    """How the kernel of a plan computes a time step."""
     if plan["kernel"] == "step":
-        summary = (
-            f"step: each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 "
-            "units a block"
+        return (
+            f"each time step is one kernel of {plan['blocks']} blocks, {plan['rows_of_block']} rows and 16 units a "
+            "block"
         )
-    elif plan["kernel"] == "persistent":
+    if plan["kernel"] == "persistent":
         of = plan["persistent"]
-        summary = f"persistent: all time steps of a chunk are one kernel of {of['blocks']} blocks, " + (
+        return f"all time steps of a chunk are one kernel of {of['blocks']} blocks, " + (
             f"in {of['groups']} groups that have all hidden units of their rows"
             if of["exchange"] == "mailbox"
             else "each with all hidden units of 8 rows"
         )
-    else:
-        products, kernels = plan["products"], plan["launches"] - plan["products"]
-        summary = (
-            f"stepwise: each time step is {'a product' if products == 1 else f'{products} products'} of cuBLAS and "
-            f"{'a kernel' if kernels == 1 else f'{kernels} kernels'}"
-        )
-        if directions == 2:
-            summary += ", both directions together"
-    reasons = list(plan["reasons"])
-    if choice is not None:
-        reasons.append(str(choice))
-    if module.training:
-        backward = plan_of(backward=True)
-        plan["backward"] = backward
-        reasons.append(f"backward, {backward['kernel']}: {backward['reasons'][0]}")
-    if is_measured and choice is None:
-        by_torch["summary"] += ", until it is measured on this device"
-        measures = "the first eager call measures it and the kernels, and then the faster one computes"
-        return {**plan, **by_torch, "reasons": [measures, f"of the kernels, {summary}", *reasons]}
-    return {**plan, "summary": summary, "reasons": reasons}
+    products, kernels = plan["products"], plan["launches"] - plan["products"]
+    return (
+        f"each time step is {'a product' if products == 1 else f'{products} products'} of cuBLAS and "
+        f"{'a kernel' if kernels == 1 else f'{kernels} kernels'}"
+    )
 
 
 def _on_cpu(extension: Any, module: nn.Module, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
-from lstm_ext.layer import equations, route
-from lstm_ext.native import cuda as native_cuda
+from lstm_ext.layer import cuda_kernels, equations, route
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -41,7 +40,7 @@ CONFIGS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("torch", reason="a test")))
-    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
+    monkeypatch.setattr(cuda_kernels, "_problems", {})  # what was found before
     route._warn_about_slow_options.cache_clear()
     yield
     torch._dynamo.reset()  # which remembers where it broke a graph, for tests with kernels too

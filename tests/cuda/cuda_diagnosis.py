@@ -57,10 +57,11 @@ def kernels_of(device: torch.device, kernel: str, dtype: str) -> Iterator[Any]:
         with emulated_device(dtype == "float32", kernel=kernel) as module:
             yield module
         return
-    from lstm_ext.native import cuda, loader
+    from lstm_ext.layer import cuda_kernels
+    from lstm_ext.native import loader
 
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
-    with cuda.forced(kernel):
+    with cuda_kernels.forced(kernel):
         yield loader.extension()
 
 

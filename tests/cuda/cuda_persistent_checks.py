@@ -16,7 +16,7 @@ from judge import relative_error
 from torch import Tensor
 
 import lstm_ext
-from lstm_ext.native import cuda as native_cuda
+from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import loader
 
 KERNELS = ("independent", "mailbox")
@@ -29,7 +29,7 @@ REPEATS, SECONDS = 10_000, 9.0  # of all cases
 @contextlib.contextmanager
 def kernel(name: str) -> Iterator[None]:
     """What computes CUDA layers; float32 may be rounded to TF32, without which these kernels do not take it."""
-    with tf32(rnn=True), native_cuda.forced(name):
+    with tf32(rnn=True), cuda_kernels.forced(name):
         yield
 
 
@@ -191,7 +191,7 @@ def persistent_kernels_in_graphs(run: Run) -> None:
                 with kernel(name):
                     for compute in (problem.inference, problem.training):
                         replayed(run, problem, compute, f"{compute.__name__}, {name}, {shape}, {dtype}")
-                    native_cuda.check_waits(run.device)  # a replay does not look itself
+                    cuda_kernels.check_waits(run.device)  # a replay does not look itself
 
 
 # ---- blocks that come late

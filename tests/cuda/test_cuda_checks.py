@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext.layer import route
+from lstm_ext.layer import cuda_kernels, route
 from lstm_ext.layer.layer_call import LayerCall, LayerOptions
-from lstm_ext.native import cuda as native_cuda
 from lstm_ext.native import loader
 
 
@@ -230,14 +229,14 @@ def test_moving_between_devices(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native_cuda, "_problems", {})
+    monkeypatch.setattr(cuda_kernels, "_problems", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Pretended")
     built = dataclasses.replace(loader.status(), cuda="13.0 for 8.0 9.0+PTX")
     monkeypatch.setattr(loader, "status", lambda: built)
 
     def capability(*value: int) -> None:
-        native_cuda._problems.clear()
+        cuda_kernels._problems.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: value)
 
     capability(9, 0)
@@ -247,19 +246,19 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
 def test_cards_that_are_too_old(pretend) -> None:
     for old in ((7, 5), (7, 0), (6, 1)):
         pretend(*old)
-        problem = native_cuda.problem(0)
+        problem = cuda_kernels.problem(0)
         assert problem is not None
         assert re.search(rf"Pretended.* {old[0]}\.{old[1]}.* 8\.0 or later", problem)
-        assert not native_cuda.is_supported(0)
+        assert not cuda_kernels.may_run(0)
     for new in ((8, 0), (8, 6), (9, 0), (12, 0)):
         pretend(*new)
-        assert native_cuda.problem(0) is None
+        assert cuda_kernels.problem(0) is None
 
 
 def test_an_extension_without_cuda(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     built = dataclasses.replace(loader.status(), cuda=None, cuda_reason="nvcc was not found")
     monkeypatch.setattr(loader, "status", lambda: built)
-    assert native_cuda.problem(0) == "nvcc was not found"
+    assert cuda_kernels.problem(0) == "nvcc was not found"
 
 
 @pytest.mark.filterwarnings("error")

@@ -6,6 +6,8 @@ import functools
 import os
 import random
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 from torch import nn
 
 import lstm_ext
+from lstm_ext.call import cuda_choice
+from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import config, loader
 
 _C = loader.extension()
@@ -328,6 +332,12 @@ EXPLAINED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conftest.py forces the kernels."""
+    monkeypatch.setattr(cuda_kernels, "_forced", Counter())
+
+
 def explanation(monkeypatch: pytest.MonkeyPatch, kernel: str, module: nn.Module, *rest: Any) -> str:
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", kernel)
     shape, device, dtype = rest
@@ -354,6 +364,22 @@ def test_a_layer_of_torch_is_explained_as_what_it_becomes(
     said = lstm_ext.explain(module, shape, device=device)
     assert said == lstm_ext.explain(lstm_ext.convert(module), shape, device=device)
     assert ("torch's own operator" in said) == (device == "H100")
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_was_measured_is_said(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    choice = cuda_choice.Choice(ours, "step", "stepwise", {"torch": 2.0, "step": 1.0})
+    found = {"choices": {"bfloat16 H16 L1 B4 T8": choice}, "outcomes": {"step": True, "persistent": False}}
+    monkeypatch.setattr(
+        sys.modules["lstm_ext.nn.explain"], "_device", lambda *_: ("cuda:0", DEVICES["H100"], found)
+    )
+    module = nn.LSTM(8, 16).eval()
+    layer = lstm_ext.explain(module, (5, 3, 8), dtype=torch.bfloat16).data["layers"][0]
+    assert layer["kernel"] == ("step" if ours else "torch")
+    assert layer["reasons"][-1] == "measured on this device: torch 2 us, step 1 us"
+    other = lstm_ext.explain(module, (5, 30, 8), dtype=torch.bfloat16)
+    assert "until it is measured" in other and "step can run" in other
+    assert "persistent is not taken: it was wrong on this device" in other
 
 
 def test_torchs_operator_takes_no_layer_with_options() -> None:

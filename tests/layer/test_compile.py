@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
-from lstm_ext.layer import transforms
-from lstm_ext.native import cuda as native_cuda
+from lstm_ext.layer import cuda_kernels, transforms
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -616,7 +615,7 @@ def test_without_the_extension_the_equations_are_compiled(monkeypatch: pytest.Mo
     x = torch.randn(T, B, I)
     expected = training_step(module, x)
     monkeypatch.setattr(loader, "_result", loader._Result(None, loader.Status("reference")))
-    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
+    monkeypatch.setattr(cuda_kernels, "_problems", {})  # what was found before
     graphs = Graphs()
     torch.testing.assert_close(training_step(in_place(module, graphs), x), expected)
     [graph] = graphs.all

@@ -29,8 +29,7 @@ from torch.utils._pytree import tree_map
 
 import lstm_ext
 from lstm_ext import functional, reference
-from lstm_ext.layer import route
-from lstm_ext.native import cuda as native_cuda
+from lstm_ext.layer import cuda_kernels, route
 from lstm_ext.native import loader
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -273,7 +272,7 @@ def test_pending_negation_and_zeros_without_memory(taken, device):
 def test_without_the_extension(layer, x, events, taken, monkeypatch):
     monkeypatch.setattr(loader, "extension", lambda: None)
     monkeypatch.setattr(loader, "status", lambda: loader.Status("reference"))
-    monkeypatch.setattr(native_cuda, "_problems", {})  # what was found before
+    monkeypatch.setattr(cuda_kernels, "_problems", {})  # what was found before
     assert taken(lambda: layer(x)[0].sum().backward()) == REFERENCE
     assert taken(lambda: vmap(layer)(x[None])) == REFERENCE
 

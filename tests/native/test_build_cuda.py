@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_build import SHOW, Project, needed_by
 
+from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import config, loader
-from lstm_ext.native import cuda as native_cuda
 
 pytestmark = pytest.mark.tools
 
@@ -260,7 +260,7 @@ def test_capabilities_from_the_drivers_library(tmp_path: Path) -> None:
     ],
 )
 def test_which_gpus_a_build_runs_on(capability: tuple[int, int], built: str, said: str | None) -> None:
-    reason = native_cuda.unsupported(capability, built)
+    reason = cuda_kernels.unsupported(capability, built)
     assert reason is None if said is None else said in reason
 
 

@@ -14,8 +14,8 @@ import torch
 from test_build import SHOW, Project
 
 from lstm_ext import info, selftest
+from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import config, loader, selftest_record
-from lstm_ext.native import cuda as native_cuda
 
 CPU = torch.device("cpu")
 
@@ -255,7 +255,7 @@ def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reaso
     monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
     if value is not None:
         monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", value)
-    assert native_cuda.choice() == native_cuda.Choice(value or "auto", reason)
+    assert cuda_kernels.requested() == f"{value or 'auto'}: {reason}"
 
 
 def test_variables_of_another_value() -> None:

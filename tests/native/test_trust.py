@@ -20,8 +20,9 @@ import torch
 from test_selftest import Gpus
 
 from lstm_ext import info
-from lstm_ext.call import measured
-from lstm_ext.native import config, cuda, jit, loader, selftest_record, trust
+from lstm_ext.call import cuda_choice
+from lstm_ext.layer import cuda_kernels
+from lstm_ext.native import config, jit, loader, selftest_record, trust
 from lstm_ext.native.config import BuildError
 
 STRANGER = 54321
@@ -344,20 +345,20 @@ def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.Monke
     key = dict.fromkeys(selftest_record.KEY, "this")
     monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
     monkeypatch.setattr(selftest_record, "distrust", lambda path: None)  # it takes longer than all else
-    shape = measured.class_of(torch.bfloat16, 32, 0, 1, False, True, 8, 20, False)
+    shape = cuda_choice.class_of(torch.bfloat16, 32, 0, 1, False, True, False, batch=8, steps=20)
 
     def use() -> int:
-        monkeypatch.setattr(measured, "_records", {})
-        choices = measured.recorded(gpu).values()
+        monkeypatch.setattr(cuda_choice, "_records", {})
+        choices = cuda_choice.recorded(gpu).values()
         for choice in choices:
             assert str(choice)
-            measured._tell_kernels(shape, gpu, choice.forward, choice.backward)
-        measured._ours_in_graph(0, torch.bfloat16, 1, False, True, False)
-        assert cuda.outcome(gpu, "step", torch.bfloat16) in (None, True)
+            cuda_choice._tell_kernels(shape, gpu, choice.forward, choice.backward)
+        cuda_choice._ours_in_graph(0, torch.bfloat16, 1, False, True, False)
+        assert cuda_kernels.outcome(gpu, "step", torch.bfloat16) in (None, True)
         info._device_lines(gpu, loader.status())
         return len(choices)
 
-    choice = measured.asdict(measured.Choice(True, "step", "persistent", {"torch": 2.0, "step": 1.0}))
+    choice = cuda_choice.asdict(cuda_choice.Choice(True, "step", "persistent", {"torch": 2.0, "step": 1.0}))
     selftest_record.write(gpu, ["step"], ["persistent"], {shape.key: choice})
     try:
         assert use() == 1
@@ -367,7 +368,7 @@ def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.Monke
             selftest_record.add(gpu, "stepwise", True)
             assert "stepwise" in selftest_record.find(gpu)["passed"], record
     finally:
-        measured._tell_kernels(shape, gpu, "", "")
+        cuda_choice._tell_kernels(shape, gpu, "", "")
 
 
 def test_whatever_is_in_the_record_of_a_build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +395,7 @@ def test_whatever_is_in_the_record_of_a_build(folder: Path, monkeypatch: pytest.
         with contextlib.suppress(ImportError):
             found.append(loader._load_aot("none"))
         for result in filter(None, found):
-            cuda.unsupported((8, 0), result.status.cuda or "")
+            cuda_kernels.unsupported((8, 0), result.status.cuda or "")
             info._changed_sources(result.status)
         info._commit()
         info._built_at(config.read_record(build))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lstm_ext
-from lstm_ext.call import measured
+from lstm_ext.call import cuda_choice
 from lstm_ext.native import config, loader, selftest_record
 
 HAS_GIL = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -290,7 +290,8 @@ def test_a_record_that_several_threads_write_and_read(tmp_path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device("cpu")
     choices = {
-        f"H{n}": measured.asdict(measured.Choice(True, "step", "step", {"torch": 1.0})) for n in range(40)
+        f"H{n}": cuda_choice.asdict(cuda_choice.Choice(True, "step", "step", {"torch": 1.0}))
+        for n in range(40)
     }
     selftest_record.write(device, ["step"], [], choices)
     kernels = [f"kernel{i}" for i in range(THREADS)]
@@ -303,11 +304,11 @@ def test_a_record_that_several_threads_write_and_read(tmp_path, monkeypatch: pyt
         counts = []
         for _ in range(20):
             assert "step" in selftest_record.find(device)["passed"]
-            measured._records.clear()
-            counts.append(len(measured.recorded(device)))
+            cuda_choice._records.clear()
+            counts.append(len(cuda_choice.recorded(device)))
         return counts
 
-    monkeypatch.setattr(measured, "_records", {})
+    monkeypatch.setattr(cuda_choice, "_records", {})
     found = together(*[lambda i=i: write(i) for i in range(THREADS)], read)
     assert found[-1] == [len(choices)] * 20
     assert not [path.name for path in (tmp_path / "lstm_ext").iterdir() if path.name != "selftest.json"]

@@ -17,8 +17,8 @@ from emulated_layer import CHUNK_BYTES, stepwise_module
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lstm_ext.layer import first_use
-from lstm_ext.native import config, cuda, loader, selftest_record
+from lstm_ext.layer import cuda_kernels
+from lstm_ext.native import config, loader, selftest_record
 
 pytestmark = [
     pytest.mark.tools,
@@ -27,7 +27,7 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 RIGHT = [("step", False), ("step", True)]
-PROBLEMS = first_use.PROBLEMS
+PROBLEMS = cuda_kernels.PROBLEMS
 
 
 class StandIn:
@@ -62,7 +62,7 @@ class StandIn:
     def lstm_layer_forward(self, *call: Any) -> Any:
         output, *others = self.module.lstm_layer_forward(*call)
         if self.kernel in itertools.chain(*config.TRIED_CUDA_KERNELS.values()):
-            assert self.limit in first_use.WAIT_LIMITS
+            assert self.limit in cuda_kernels.WAIT_LIMITS
             self.calls += 1
             output = self.fault(self.calls, output)
         elif self.kernel == "stepwise":
@@ -89,12 +89,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     monkeypatch.setattr(selftest_record, "key_of", lambda device: key)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device(device))
-    monkeypatch.setattr(first_use, "_chosen", {})
-    monkeypatch.setattr(cuda, "_forced", Counter())  # conftest.py forces the kernels
-    monkeypatch.setattr(first_use, "_found", {})
-    monkeypatch.setattr(first_use, "PROBLEMS", first_use.PROBLEMS[2:4])  # the small ones
-    monkeypatch.setattr(first_use, "REPEATS", 3)
-    monkeypatch.setattr(first_use, "LIMIT", 60)
+    monkeypatch.setattr(cuda_kernels, "_chosen", {})
+    monkeypatch.setattr(cuda_kernels, "_forced", Counter())  # conftest.py forces the kernels
+    monkeypatch.setattr(cuda_kernels, "_found", {})
+    monkeypatch.setattr(cuda_kernels, "PROBLEMS", cuda_kernels.PROBLEMS[2:4])  # the small ones
+    monkeypatch.setattr(cuda_kernels, "REPEATS", 3)
+    monkeypatch.setattr(cuda_kernels, "LIMIT", 60)
     selftest_record.write(CPU, ["stepwise"], [])
     yield stand_in
     assert stand_in.limit is None
@@ -115,17 +115,17 @@ def recorded() -> dict[str, Any] | None:
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
 def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_use, "PROBLEMS", PROBLEMS[:5])
+    monkeypatch.setattr(cuda_kernels, "PROBLEMS", PROBLEMS[:5])
     before = torch.get_rng_state()
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert gpu.validated == [*RIGHT, ("persistent", False), ("persistent", True)] and gpu.kernel == ""
     names = ["stepwise", "step", "step-tf32", "persistent", "persistent-tf32"]
     assert recorded()["passed"] == names and recorded()["failed"] == []
     calls = gpu.calls
-    first_use.choose(CPU)  # once a process
-    first_use._chosen.clear()
-    first_use.choose(CPU)  # in the next one the record decides
+    cuda_kernels.choose(CPU)  # once a process
+    cuda_kernels._chosen.clear()
+    cuda_kernels.choose(CPU)  # in the next one the record decides
     assert gpu.calls == calls
     assert len(gpu.validated) == 2 * 4
 
@@ -138,33 +138,33 @@ def test_a_wait_that_expires_is_no_verdict(gpu: StandIn) -> None:
         "'persistent' is not used on cpu: it could not be tried: .*waited for another one in vain for 2.0 s"
     )
     with pytest.warns(RuntimeWarning, match=said):
-        assert first_use.choose(CPU)
+        assert cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT and recorded()["failed"] == []
     assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
     gpu.expired = False
-    first_use._chosen.clear()
-    first_use._found.clear()
-    first_use.choose(CPU)  # the next process tries it again
+    cuda_kernels._chosen.clear()
+    cuda_kernels._found.clear()
+    cuda_kernels.choose(CPU)  # the next process tries it again
     assert gpu.validated[-2:] == [("persistent", False), ("persistent", True)]
 
 
 def test_stepwise_is_compared_with_the_equations(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a kernel that was right, none runs."""
     selftest_record.path().unlink()
-    assert first_use.choose(CPU) and recorded()["passed"][0] == "stepwise"
+    assert cuda_kernels.choose(CPU) and recorded()["passed"][0] == "stepwise"
     selftest_record.path().unlink()
-    first_use._chosen.clear()
-    first_use._found.clear()
+    cuda_kernels._chosen.clear()
+    cuda_kernels._found.clear()
     gpu.validated.clear()
     gpu.fault_of_stepwise = flip
     with pytest.warns(
         RuntimeWarning, match="'stepwise' is not used on cpu: it was wrong: .*output is .* off"
     ):
-        assert not first_use.choose(CPU)
+        assert not cuda_kernels.choose(CPU)
     assert gpu.validated == [] and recorded()["failed"] == ["stepwise"]
-    assert not first_use.choose(CPU) and not first_use.may_run(CPU, "stepwise", torch.bfloat16)
-    first_use._chosen.clear()
-    assert not first_use.choose(CPU)  # never again on that device
+    assert not cuda_kernels.choose(CPU) and not cuda_kernels.outcome(CPU, "stepwise", torch.bfloat16)
+    cuda_kernels._chosen.clear()
+    assert not cuda_kernels.choose(CPU)  # never again on that device
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_stepwise_is_compared_with_the_equations(gpu: StandIn, monkeypatch: pyte
 def test_the_first_call_may_be_in_any_mode(gpu: StandIn, mode: Any) -> None:
     selftest_record.path().unlink()
     with mode():
-        assert first_use.choose(CPU)
+        assert cuda_kernels.choose(CPU)
     assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
 
 
@@ -181,27 +181,27 @@ def test_without_a_verdict_the_next_call_tries(gpu: StandIn) -> None:
     selftest_record.path().unlink()
     gpu.fault_of_stepwise = lambda output: 1 / 0
     with pytest.warns(RuntimeWarning, match="'stepwise' is not used on cpu: it could not be tried"):
-        assert not first_use.choose(CPU)
+        assert not cuda_kernels.choose(CPU)
     gpu.fault_of_stepwise = lambda output: output
-    assert first_use.choose(CPU)
+    assert cuda_kernels.choose(CPU)
 
 
 def test_float64_needs_the_room_of_rounding() -> None:
     """By the CPU's kernels, on every problem: the emulator would take too long."""
     for problem in PROBLEMS:
-        call = first_use._call(problem, torch.float64, CPU)
-        found = first_use._results(loader.extension(), call)
-        assert not first_use._differences(found, first_use._by_equations(call), torch.float64)
+        call = cuda_kernels._call(problem, torch.float64, CPU)
+        found = cuda_kernels._results(loader.extension(), call)
+        assert not cuda_kernels._differences(found, cuda_kernels._by_equations(call), torch.float64)
 
 
 def test_nothing_runs_unchecked(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     selftest_record.path().unlink()
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
     with pytest.warns(RuntimeWarning, match="no kernel has been checked on cpu, and LSTM_EXT_CUDA_CHECK=0"):
-        assert not first_use.choose(CPU)
+        assert not cuda_kernels.choose(CPU)
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")  # unless the user asks for it
-    first_use._chosen.clear()
-    assert first_use.choose(CPU) and gpu.calls == 0
+    cuda_kernels._chosen.clear()
+    assert cuda_kernels.choose(CPU) and gpu.calls == 0
 
 
 def test_a_result_that_comes_with_the_release_decides(
@@ -213,19 +213,19 @@ def test_a_result_that_comes_with_the_release_decides(
     kernels = config.digest(config.source_dir() / "cuda")
     selftest_record.commit(capability, kernels, ["stepwise", "step"], ["step-tf32"], "a result")
     selftest_record.commit("another capability", kernels, ["step-tf32"], [], "another result")
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT[:1] and gpu.calls == 0 and recorded()["passed"] == ["stepwise"]
     # Of other kernels it says nothing.
     selftest_record.commit(capability, "of others", ["step", "step-tf32"], [], "an older result")
-    first_use._chosen.clear()
-    first_use.choose(CPU)
+    cuda_kernels._chosen.clear()
+    cuda_kernels.choose(CPU)
     assert gpu.calls > 0 and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
     # What the user's own card has found counts first.
     selftest_record.commit(capability, kernels, ["step", "step-tf32"], [], "a result")
     selftest_record.write(CPU, [], ["step"])
-    first_use._chosen.clear()
+    cuda_kernels._chosen.clear()
     gpu.validated.clear()
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT[1:]
 
 
@@ -250,13 +250,13 @@ def flip(output: Tensor) -> Tensor:
 def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
     gpu.fault = fault
     with pytest.warns(RuntimeWarning, match=f"'step' is not used on cpu: it was wrong: .*{said}"):
-        first_use.choose(CPU)
+        cuda_kernels.choose(CPU)
     assert gpu.validated == [] and gpu.kernel == ""
     assert recorded()["failed"] == ["step", "step-tf32"]
-    assert first_use.outcome(CPU, "step", torch.bfloat16) is False
+    assert cuda_kernels.outcome(CPU, "step", torch.bfloat16) is False
     gpu.calls = 0
-    first_use._chosen.clear()
-    first_use.choose(CPU)  # never again on that device
+    cuda_kernels._chosen.clear()
+    cuda_kernels.choose(CPU)  # never again on that device
     assert gpu.calls == 0 and gpu.validated == []
 
 
@@ -264,7 +264,7 @@ def test_only_one_of_them_is_wrong(gpu: StandIn) -> None:
     """What float32 does says nothing about 16 bits."""
     gpu.fault = lambda calls, output: flip(output) if output.dtype == torch.float32 else output
     with pytest.warns(RuntimeWarning, match="'step-tf32' is not used on cpu: it was wrong"):
-        first_use.choose(CPU)
+        cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT[:1]
     assert (recorded()["passed"], recorded()["failed"]) == (["stepwise", "step"], ["step-tf32"])
 
@@ -274,20 +274,20 @@ def test_it_cannot_be_tried(gpu: StandIn) -> None:
     gpu.fault = lambda calls, output: 1 / 0
     said = "'step' is not used on cpu: it could not be tried: ZeroDivisionError: division by zero"
     with pytest.warns(RuntimeWarning, match=said):
-        first_use.choose(CPU)
+        cuda_kernels.choose(CPU)
     assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
 
 
 def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_use, "LIMIT", -1)
-    first_use.choose(CPU)
+    monkeypatch.setattr(cuda_kernels, "LIMIT", -1)
+    cuda_kernels.choose(CPU)
     assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
 
 
 def test_there_is_time_for_a_few(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_use, "LIMIT", -1)
-    monkeypatch.setattr(first_use, "FEWEST_REPEATS", 0)
-    first_use.choose(CPU)
+    monkeypatch.setattr(cuda_kernels, "LIMIT", -1)
+    monkeypatch.setattr(cuda_kernels, "FEWEST_REPEATS", 0)
+    cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
 
 
@@ -297,37 +297,39 @@ def test_the_record_cannot_be_written(gpu: StandIn, monkeypatch: pytest.MonkeyPa
         raise PermissionError("read-only")
 
     monkeypatch.setattr(selftest_record, "write", refuse)
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.validated == RIGHT and recorded()["passed"] == ["stepwise"]
-    assert first_use.outcome(CPU, "step", torch.bfloat16) and first_use.outcome(CPU, "step", torch.float32)
+    assert cuda_kernels.outcome(CPU, "step", torch.bfloat16) and cuda_kernels.outcome(
+        CPU, "step", torch.float32
+    )
 
 
 def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     selftest_record.write(CPU, ["stepwise", "step"], [])
-    first_use._chosen.clear()
-    first_use.choose(CPU)  # it asks for no more than a record
+    cuda_kernels._chosen.clear()
+    cuda_kernels.choose(CPU)  # it asks for no more than a record
     assert gpu.validated.pop() == RIGHT[0]
-    first_use._chosen.clear()
+    cuda_kernels._chosen.clear()
     monkeypatch.delenv("LSTM_EXT_CUDA_CHECK")
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.calls == 0 and gpu.validated == []
 
 
 def test_another_value_of_the_variable(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "no")
     with pytest.raises(ValueError, match="LSTM_EXT_CUDA_CHECK is 'no': set it to 0 or 1, or unset it"):
-        first_use.choose(CPU)
+        cuda_kernels.choose(CPU)
 
 
 def test_not_while_a_graph_is_captured(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.calls == 0
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    first_use.choose(CPU)
+    cuda_kernels.choose(CPU)
     assert gpu.calls > 0 and gpu.validated == RIGHT
 
 

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layer import first_use, route
+from ..layer import cuda_kernels, route
 from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
-from ..native import config, cuda, loader, selftest_record
+from ..native import config, loader, selftest_record
 from .arguments import Stack
 from .torch_operator import PlainStack
 
@@ -36,6 +36,7 @@ __all__ = [
     "prefers_torch",
     "recorded",
     "tune",
+    "way",
 ]
 
 STEPS = 32  # steps of the scratch tensors, at most
@@ -61,8 +62,8 @@ class ShapeClass(NamedTuple):
     proj_size: int
     num_layers: int  # 0: an LSTMCell
     bidirectional: bool
-    packed: bool
     training: bool
+    packed: bool
     batch: int  # rounded up to a power of two, as are the steps
     steps: int
 
@@ -77,6 +78,20 @@ class ShapeClass(NamedTuple):
         words += [f"L{self.num_layers}", f"B{self.batch}", f"T{self.steps}"]
         names = ("bidirectional", "packed", "training")
         return " ".join([*words, *[name for name in names if getattr(self, name)]])
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        """One of its layers, as the planner's arguments."""
+        return {
+            "steps": self.steps,
+            "batch": self.batch,
+            "hidden_size": self.hidden_size,
+            "directions": 2 if self.bidirectional else 1,
+            "dtype": self.dtype,
+            "tf32": self.tf32,
+            "projected": self.proj_size > 0,
+            "packed": self.packed,
+        }
 
 
 @dataclass(frozen=True)
@@ -109,30 +124,21 @@ _one_at_a_time = threading.Lock()
 _spent = 0.0
 
 
-def class_of(
-    dtype: torch.dtype,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
-    training: bool,
-    batch: int,
-    steps: int,
-    packed: bool,
-) -> ShapeClass:
-    """The class of a call with ``batch`` sequences of ``steps`` steps, at most."""
-    return ShapeClass(
-        str(dtype).removeprefix("torch."),
-        dtype == torch.float32 and allows_tf32(),
-        hidden_size,
-        proj_size,
-        num_layers,
-        bidirectional,
-        packed,
-        training,
-        _bucket(batch),
-        _bucket(steps),
-    )
+def way(draws_masks: bool, measured: Callable[[], Choice | bool | None]) -> tuple[bool, str | Choice | bool]:
+    """Whether our kernels compute a plain call on a device where they may run, else torch's operator; and why.
+
+    Args:
+        draws_masks: the call has dropout between its layers.
+        measured: gives what was measured, or whether ours were faster; None if nothing was.
+    """
+    if cuda_kernels.is_forced():
+        return True, "one of our kernels is requested"
+    if draws_masks:
+        return False, "it draws the masks of the dropout between layers"
+    found = measured()
+    if found is None:
+        return False, "the first eager call measures it and the kernels, and then the faster one computes"
+    return found if isinstance(found, bool) else found.ours, found
 
 
 def prefers_torch(
@@ -146,64 +152,67 @@ def prefers_torch(
 
     Arguments are those of `run_stack`.
     """
-    if stack._frozen or not _decides(x):
+    if stack._frozen:
         return False
-    if stack.dropout and stack.training and len(weights) > 1:
-        return True  # its masks are drawn in one call
+
+    def batch_and_steps() -> tuple[int, int]:
+        if batch_sizes is None:
+            return x.size(1), x.size(0)
+        return int(batch_sizes[0]), batch_sizes.size(0)
+
     w = weights[0][1]
     hidden, state = w.size(0) // 4, w.size(1)
-    dtype = x.dtype if autocast is None else autocast
-    proj_size = state if state != hidden else 0
-    of_layer = (dtype, hidden, proj_size, len(weights), stack.bidirectional, stack.training)
-    if batch_sizes is None:
-        return not _is_ours(x, of_layer, lambda: (x.size(1), x.size(0)), packed=False)
-    return not _is_ours(x, of_layer, lambda: (int(batch_sizes[0]), batch_sizes.size(0)), packed=True)
+    dtype, proj_size = x.dtype if autocast is None else autocast, state if state != hidden else 0
+    layer = (
+        dtype,
+        hidden,
+        proj_size,
+        len(weights),
+        stack.bidirectional,
+        stack.training,
+        batch_sizes is not None,
+    )
+    draws_masks = bool(stack.dropout) and stack.training and len(weights) > 1
+    return _prefers_torch(x, layer, batch_and_steps, draws_masks)
 
 
 def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bool) -> bool:
     """The same for an LSTMCell with the input x (B, I)."""
-    if not _decides(x):
-        return False
-    of_layer = (x.dtype, weights[1].size(1), 0, 0, False, training)  # type: ignore[union-attr]
-    return not _is_ours(x, of_layer, lambda: (x.size(0), 1), packed=False)
+    layer = (x.dtype, weights[1].size(1), 0, 0, False, training, False)  # type: ignore[union-attr]
+    return _prefers_torch(x, layer, lambda: (x.size(0), 1), False)
 
 
-def _decides(x: Tensor) -> bool:
-    """Whether there is a choice: not for fake tensors without a GPU, nor if a kernel is requested."""
-    return (
-        x.dtype in KERNEL_DTYPES
-        and not loader.wants_equations()
-        and _is_free()
-        and route.has_operators(x.device)
-    )
-
-
-def _is_free() -> bool:
-    return cuda.has_gpu() and not cuda.is_forced()
-
-
-def _is_ours(
-    x: Tensor, of_layer: tuple[Any, ...], batch_and_steps: Callable[[], tuple[int, int]], packed: bool
+def _prefers_torch(
+    x: Tensor, layer: tuple[Any, ...], batch_and_steps: Callable[[], tuple[int, int]], draws_masks: bool
 ) -> bool:
-    """For a layer with the first arguments of `class_of`."""
-    device, features = x.device, x.size(-1)
-    if torch.compiler.is_compiling():
-        dtype, _, _, num_layers, bidirectional, training = of_layer
-        return torch.compiler.is_exporting() or _ours_in_graph(
-            device.index, dtype, num_layers, bidirectional, training, packed
-        )
-    batch, steps = batch_and_steps()
-    shape = class_of(*of_layer, batch, steps, packed)
-
-    def measure() -> Times:
-        return times_of(shape, device, features, batch, min(steps, STEPS))
-
-    seen = _seen.get()
-    if seen is not None:
-        seen.setdefault((device.index, shape), (device, measure))
+    """`layer`: the first arguments of `class_of`."""
+    # For fake tensors without a GPU there is no choice.
+    if x.dtype not in KERNEL_DTYPES or loader.wants_equations() or not _is_here():
         return False
-    choice = choice_of(shape, device, measure)
-    return choice is not None and choice.ours
+
+    def measured() -> Choice | bool | None:
+        device, features = x.device, x.size(-1)
+        if torch.compiler.is_compiling():
+            return torch.compiler.is_exporting() or _ours_in_graph(device.index, layer[0], *layer[3:])
+        batch, steps = batch_and_steps()
+        shape = class_of(*layer, batch=batch, steps=steps)
+
+        def measure() -> Times:
+            return times_of(shape, device, features, batch, min(steps, STEPS))
+
+        seen = _seen.get()
+        if seen is not None:
+            seen.setdefault((device.index, shape), (device, measure))
+            return None
+        return choice_of(shape, device, measure)
+
+    return route.has_operators(x.device) and not way(draws_masks, measured)[0]
+
+
+def class_of(dtype: torch.dtype, *layer: Any, batch: int, steps: int) -> ShapeClass:
+    """The class of a call of at most so many sequences and steps; ``layer``: the fields from its size to ``packed``."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return ShapeClass(str(dtype).removeprefix("torch."), tf32, *layer, _bucket(batch), _bucket(steps))
 
 
 def choice_of(
@@ -250,10 +259,6 @@ def recorded(device: torch.device) -> dict[str, Choice]:
     return _records[device.index]
 
 
-def allows_tf32() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined, no-any-return]
-
-
 def _may_measure() -> bool:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     in_backward = torch._C._current_graph_task_id() != -1
@@ -271,7 +276,7 @@ def _ours_in_graph(
 ) -> bool:
     """For a compiled graph, whose sizes may be unknown: whether the kernels were faster in all sizes of this process
     and of the record."""
-    wanted = class_of(dtype, 0, 0, num_layers, bidirectional, training, 0, 0, packed).key
+    wanted = class_of(dtype, 0, 0, num_layers, bidirectional, training, packed, batch=0, steps=0).key
     found = {**recorded(torch.device("cuda", index))}
     fixed = _fixed.copy()  # other threads add to it
     found |= {shape.key: c for (device, shape), c in fixed.items() if device == index and c is not None}
@@ -283,9 +288,13 @@ def _without_sizes(key: str) -> list[str]:
     return [word for word in key.split() if word[0] not in "HPBT"]
 
 
+def _is_here() -> bool:
+    return cuda_kernels.has_gpu()
+
+
 # Called by dynamo, not traced.
 _ours_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_free._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bucket(size: int) -> int:
@@ -305,28 +314,14 @@ def _best(times: Times) -> Choice | None:
     return Choice(fastest * GAIN <= sum(theirs), forward, backward, us)
 
 
-def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> tuple[str, str]:
+def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> list[str]:
     """The planner takes these kernels for the layers of such calls, and for those of no others; "": it chooses.
 
     Returns what it took before.
     """
-
-    def tell(kernel: str, backward: bool) -> str:
-        return loader.extension().set_cuda_measured(  # type: ignore[union-attr]
-            device=device.index or 0,
-            steps=shape.steps,
-            batch=shape.batch,
-            hidden_size=shape.hidden_size,
-            directions=2 if shape.bidirectional else 1,
-            dtype=shape.dtype,
-            tf32=shape.tf32,
-            projected=shape.proj_size > 0,
-            backward=backward,
-            packed=shape.packed,
-            kernel=kernel,
-        )
-
-    return tell(forward, False), tell(backward, True)
+    tell, index = loader.extension().set_cuda_measured, device.index or 0  # type: ignore[union-attr]
+    passes = ((False, forward), (True, backward))
+    return [tell(device=index, **shape.layer, backward=back, kernel=kernel) for back, kernel in passes]
 
 
 # ---- measuring
@@ -366,25 +361,14 @@ def _candidates(
 ) -> list[str]:
     """The kernels that have been right on this device and run such layers."""
     extension = loader.extension()
+    layer = {**shape.layer, "steps": steps, "batch": batch, "input_size": input_size}
     found = []
     for kernel in _KERNELS:
-        if not first_use.may_run(device, kernel, getattr(torch, shape.dtype)):
-            continue
-        plan = extension.cuda_plan(  # type: ignore[union-attr]
-            device=extension.cuda_facts(device.index or 0),  # type: ignore[union-attr]
-            steps=steps,
-            batch=batch,
-            input_size=input_size,
-            hidden_size=shape.hidden_size,
-            directions=2 if shape.bidirectional else 1,
-            dtype=shape.dtype,
-            tf32=shape.tf32,
-            projected=shape.proj_size > 0,
-            packed=shape.packed,
-            kernel=kernel,
-        )
-        if plan["kernel"] == kernel and not plan["problem"]:
-            found.append(kernel)
+        if cuda_kernels.outcome(device, kernel, getattr(torch, shape.dtype)):
+            facts = extension.cuda_facts(device.index or 0)  # type: ignore[union-attr]
+            plan = extension.cuda_plan(device=facts, **layer, kernel=kernel)  # type: ignore[union-attr]
+            if plan["kernel"] == kernel and not plan["problem"]:
+                found.append(kernel)
     return found
 
 
@@ -449,31 +433,24 @@ def _time(run: Callable[[], Any], limit: float, device: torch.device) -> float:
     run()  # what only a first run does
     seconds: list[float] = []
     while len(seconds) < 3 or (sum(seconds) < limit and len(seconds) < 50):
-        with _timed(device) as elapsed:
-            run()
-        seconds.append(elapsed())
+        seconds.append(_seconds(run, device))
         if sum(seconds) > 2 * limit:
             break
     return 1e6 * statistics.median(seconds)
 
 
-@contextlib.contextmanager
-def _timed(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Gives a function for the seconds that the block took on the device."""
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Gives the seconds that a run takes on the device."""
     if device.type != "cuda":
-        begin, end = time.perf_counter(), []
-        yield lambda: end[0] - begin
-        end.append(time.perf_counter())
-        return
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-
-    def elapsed() -> float:
-        events[1].synchronize()
-        return events[0].elapsed_time(events[1]) / 1e3
-
-    yield elapsed
-    events[1].record()
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 # ---- on request
@@ -532,9 +509,9 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
 def _why_not(seen: bool) -> str:
     if seen:
         return "no candidate could be timed; too little memory is the usual reason, and torch's operator computes"
-    if not cuda.has_gpu():
+    if not cuda_kernels.has_gpu():
         return "torch finds no GPU, and elsewhere there is nothing to choose"
-    return cuda.problem(None) or (
+    return cuda_kernels.problem(None) or (
         "no layer of lstm_ext without options ran on a CUDA device: convert the model and move it there. Frozen layers "
         "and those with options take the kernels in any case, those with active dropout between layers torch's operator"
     )

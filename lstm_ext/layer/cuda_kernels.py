@@ -1,24 +1,29 @@
-"""The first use of a CUDA kernel on a device: a kernel computes for users only after it was correct there once.
+"""The CUDA kernels: which one is requested, whether a device runs them, and whether they have been right there.
 
-`choose` runs in the first eager call on a device. A record of ``python -m lstm_ext.selftest``, or of an earlier first
-use, for this device, driver and build decides. Without one it compares ``stepwise`` with the equations in float64, then
-``step`` and ``persistent`` with ``stepwise``, on small random layers, and records the outcomes. The choice holds for
-the life of the process. Until ``stepwise`` has been right, torch's operator and the equations compute.
+A kernel computes for users only after it was correct once on their device. `may_run` finds that out in the first eager
+call. A record of ``python -m lstm_ext.selftest``, or of an earlier first use, for this device, driver and build
+decides. Without one `choose` compares ``stepwise`` with the equations in float64, then ``step`` and ``persistent`` with
+``stepwise``, on small random layers, and records the outcomes. The choice holds for the life of the process. Until
+``stepwise`` has been right, torch's operator and the equations compute.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native import config, cuda, loader, selftest_record
+from ..native import config, loader, selftest_record
 from . import equations
 from .layer_call import LayerCall, LayerOptions
 from .tracing import in_a_thread
@@ -28,49 +33,185 @@ __all__ = [
     "NOT_RIGHT",
     "REPEATS",
     "check",
+    "check_waits",
     "choose",
-    "is_known_right",
-    "is_right",
+    "forced",
+    "has_gpu",
+    "is_forced",
+    "is_requested",
     "may_run",
     "outcome",
+    "problem",
+    "requested",
+    "unsupported",
+    "variant",
+    "why_not",
 ]
 
-LIMIT = 0.2  # seconds for the repeats of a variant
-REPEATS = 200  # repeats of one layer, with the same bits each time; fewer if LIMIT is over,
-FEWEST_REPEATS = 20  # but at least so many
-# Seconds that a block waits for another one. A wait that expires is no verdict, since the GPU may be busy with
-# something else: the check begins anew with the next limit.
-WAIT_LIMITS = (0.05, 2.0)
-# The dtypes that are tried, recorded and chosen together, for each kernel.
-_ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
+
+# ---- requests
+
+
+def requested() -> str:
+    """The kernel that computes, and why.
+
+    Raises:
+        ValueError: LSTM_EXT_CUDA_KERNEL names no kernel of this release.
+    """
+    kernel = config.requested_cuda_kernel()
+    if kernel == "auto":
+        return "auto: stepwise; on a device where `step` or `persistent` have been right, the fastest"
+    return f"{kernel}: LSTM_EXT_CUDA_KERNEL={kernel}"
+
+
+_forced: Counter[str] = Counter()  # contexts of `forced`, in all threads, by kernel
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """The kernel that runs CUDA tensors, in all threads, whatever the environment says. "auto": any of ours.
+
+    Torch's operator, which may be faster, does not take its place.
+    """
+    extension = loader.extension()
+    with _one_at_a_time:
+        _forced[kernel] += 1
+    try:
+        if extension is not None and kernel != "auto":
+            extension.set_cuda_kernel(kernel)
+        yield
+    finally:
+        if extension is not None and kernel != "auto":
+            extension.set_cuda_kernel("")
+        with _one_at_a_time:
+            _forced[kernel] -= 1
+
+
+def is_requested() -> bool:
+    """Whether one kernel has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
+    forced = list(_forced.items())  # other threads add to it
+    return config.requested_cuda_kernel() != "auto" or any([n > 0 for name, n in forced if name != "auto"])
+
+
+def is_forced() -> bool:
+    """Whether one kernel has to run, or any of ours."""
+    return is_requested() or _forced["auto"] > 0
+
+
+def check_waits(device: int | str | torch.device | None = None) -> None:
+    """Raises if a wait within a persistent CUDA kernel has expired. Call it after the replay of a CUDA graph.
+
+    The results of that launch are NaN then. A call of a layer checks this itself; a replay makes no calls. This
+    function does not synchronise, so synchronise first.
+
+    Args:
+        device: a CUDA device; None is the current one.
+
+    Raises:
+        RuntimeError: a wait has expired since the last call or check on this device.
+    """
+    extension = loader.extension()
+    if extension is None or not torch.cuda.is_available():
+        return
+    found = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if extension.cuda_wait_expired(index):
+        raise RuntimeError(
+            f"lstm_ext: on cuda:{index} a block of a kernel that does all steps at once waited for another one longer "
+            "than LSTM_EXT_CUDA_WAIT_LIMIT allows, and all results of that launch are NaN"
+        )
+
+
+# ---- devices
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether torch finds a GPU. Each call of a layer asks; torch's own query takes longer."""
+    return torch.cuda.is_available()
+
+
+_problems: dict[int | None, str | None] = {}
+
+
+def problem(index: int | None) -> str | None:
+    """Why there are no kernels for this device, or None."""
+    if index not in _problems:
+        _problems[index] = _find_problem(index)
+    return _problems[index]
+
+
+def _find_problem(index: int | None) -> str | None:
+    status = loader.status()
+    if status.cuda is None:
+        return status.reason or status.cuda_reason or "the extension was built without CUDA"
+    if not has_gpu():
+        return None  # the tensors are fake, and so are the kernels
+    capability = torch.cuda.get_device_capability(index)
+    reason = unsupported(capability, status.cuda)
+    if reason is None:
+        return None
+    return f"{torch.cuda.get_device_name(index)} has compute capability {_text(capability)}: {reason}"
+
+
+def unsupported(capability: tuple[int, int], built: str) -> str | None:
+    """Why a GPU does not run the kernels that ``built`` describes ("13.0 for 8.0 9.0+PTX"), or None."""
+    if capability < config.OLDEST_CAPABILITY:
+        return f"the kernels need compute capability {_text(config.OLDEST_CAPABILITY)} or later"
+    architectures = built.partition(" for ")[2].split()
+    if architectures and not any([_runs(capability, architecture) for architecture in architectures]):
+        return (
+            f"the extension was built for {' '.join(architectures)}: "
+            f"rebuild it with TORCH_CUDA_ARCH_LIST={_text(capability)}"
+        )
+    return None
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _runs(capability: tuple[int, int], architecture: str) -> bool:
+    parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architecture)
+    if parts is None:
+        return True  # a name, e.g. Hopper, for a list that only torch has
+    built = (int(parts[1]), int(parts[2]))
+    if parts[3]:
+        return capability == built
+    # Machine code runs on later GPUs of the same generation, PTX on all later ones.
+    return built <= capability and (capability[0] == built[0] or parts[4] is not None)
+
+
+# ---- right on a device
+
 NOT_RIGHT = "the kernels have not been right on this device; the first call of a layer checks them"
 _chosen: dict[int | None, bool] = {}  # whether the kernels may run at all
-_one_at_a_time = threading.Lock()
 _found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
 
 
-@dataclass(frozen=True)
-class _Problem:
-    batch: int
-    hidden_size: int
-    steps: int = 4
-    bidirectional: bool = False
-    packed: bool = False
-    options: bool = False
+def may_run(index: int | None) -> bool:
+    """Whether our kernels may compute on a CUDA device: it runs them, and they have been right there.
+
+    The first call tries them; see `choose`. True without a GPU, where tensors are fake, and so are the kernels.
+    """
+    known = _chosen.get(index)
+    if known is None:
+        known = problem(index) is None and (
+            index is None or not has_gpu() or choose(torch.device("cuda", index))
+        )
+    return known
 
 
-PROBLEMS = (
-    _Problem(5, 520),  # more tiles than stages, in both passes; blocks that wait for each other
-    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin at any step, and many of them
-    _Problem(18, 40, options=True),
-    _Problem(3, 40, steps=1),
-    _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
-    _Problem(70, 520),  # several tiles of rows for each block
-    _Problem(4, 1040),  # weights that the registers do not hold
-    _Problem(512, 64, bidirectional=True),  # blocks on every multiprocessor, without an exchange
-    _Problem(40, 1024),  # and with one
-)
+def why_not(index: int | None) -> str | None:
+    """Why our kernels may not compute on a CUDA device, or None. It tries nothing."""
+    device = torch.device("cuda" if index is None else f"cuda:{index}")
+    return problem(index) or (None if _is_known_right(device) else NOT_RIGHT)
+
+
+# Called by dynamo, not traced, like `loader.has_kernels`.
+is_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+may_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(device: torch.device) -> bool:
@@ -86,10 +227,10 @@ def choose(device: torch.device) -> bool:
     if known is not None:
         return known
     wanted = config.cuda_check_wanted()
-    if cuda.is_requested():
+    if is_requested():
         return True
     if torch.cuda.is_current_stream_capturing():
-        return is_known_right(device)
+        return _is_known_right(device)
     with _one_at_a_time:
         if index not in _chosen:
             right = in_a_thread(device, lambda: _choose(device, wanted))
@@ -116,47 +257,41 @@ def _choose(device: torch.device, wanted: bool) -> bool | None:
 
 
 def _right(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], wanted: bool) -> bool | None:
-    """Whether a kernel is right, by a record, or by a check if one is wanted. None if that is unknown."""
-    passed = cuda.outcome(device, kernel, dtypes[0])
+    """Whether a kernel is right, by an earlier outcome, or by a check if one is wanted. None if that is unknown."""
+    passed = outcome(device, kernel, dtypes[0])
     if passed is None and wanted:
-        passed = _found[device.index, cuda.variant(kernel, dtypes[0])] = _tried(device, kernel, dtypes)
+        passed = _found[device.index, variant(kernel, dtypes[0])] = _tried(device, kernel, dtypes)
     return passed
 
 
-def may_run(device: torch.device, kernel: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel was right on this device. Call it after `choose`."""
-    return bool(outcome(device, kernel, torch.float64 if kernel == "stepwise" else dtype))
-
-
-def is_known_right(device: torch.device) -> bool:
+def _is_known_right(device: torch.device) -> bool:
     """The same as `choose`, without a check."""
     known = _chosen.get(device.index)
-    return cuda.is_requested() or bool(
-        cuda.outcome(device, "stepwise", torch.float64) if known is None else known
-    )
+    return is_requested() or bool(outcome(device, "stepwise", torch.float64) if known is None else known)
 
 
-def is_right(index: int | None) -> bool:
-    """The same as `choose`, for a graph that is compiled. True without a GPU."""
-    return not cuda.has_gpu() or choose(torch.device("cuda", index))
-
-
-# Called by dynamo, not traced, like `loader.has_kernels`.
-is_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def variant(kernel: str, dtype: torch.dtype) -> str:
+    """The name of a kernel in records, for tensors of this dtype."""
+    return f"{kernel}-tf32" if dtype == torch.float32 and kernel != "stepwise" else kernel
 
 
 def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | None:
-    """Whether a kernel was correct for tensors of this dtype, by a record or by this process. None if it was not tried.
+    """Whether a kernel was correct for tensors of this dtype. None if it was not tried.
 
-    This process may have been unable to record its own result.
+    The user's record of this device and build decides, then a result of this release for its compute capability, then
+    what this process has found and may have been unable to record.
     """
-    recorded = cuda.outcome(device, kernel, dtype)
-    return _found.get((device.index, cuda.variant(kernel, dtype))) if recorded is None else recorded
+    name = variant(kernel, dtype)
+    for entry in (selftest_record.find(device), selftest_record.find_committed(device)):
+        for found, outcomes in ((True, "passed"), (False, "failed")):
+            if entry and name in (entry.get(outcomes) or []):
+                return found
+    return _found.get((device.index, name))
 
 
 def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> bool | None:
     """Tries a kernel and records the outcome. None if it could not be tried."""
-    variant = cuda.variant(kernel, dtypes[0])
+    name = variant(kernel, dtypes[0])
     try:
         with torch.cuda.device(device):
             passed, reason = check(device, kernel, dtypes)
@@ -165,7 +300,7 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
         passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if passed is not None:
         try:
-            selftest_record.add(device, variant, passed)
+            selftest_record.add(device, name, passed)
         except (OSError, RuntimeError):
             pass  # the next process tries it again
     if passed is False:
@@ -174,8 +309,44 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
         said = f"it could not be tried: {reason}"
     else:
         return passed
-    loader.warn(f"lstm_ext: the CUDA kernel {variant!r} is not used on {device}: {said}")
+    loader.warn(f"lstm_ext: the CUDA kernel {name!r} is not used on {device}: {said}")
     return passed
+
+
+# ---- a check
+
+LIMIT = 0.2  # seconds for the repeats of a variant
+REPEATS = 200  # repeats of one layer, with the same bits each time; fewer if LIMIT is over,
+FEWEST_REPEATS = 20  # but at least so many
+# Seconds that a block waits for another one. A wait that expires is no verdict, since the GPU may be busy with
+# something else: the check begins anew with the next limit.
+WAIT_LIMITS = (0.05, 2.0)
+# The dtypes that are tried, recorded and chosen together, for each kernel.
+_ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    batch: int
+    hidden_size: int
+    steps: int = 4
+    bidirectional: bool = False
+    packed: bool = False
+    options: bool = False
+
+
+PROBLEMS = (
+    _Problem(5, 520),  # more tiles than stages, in both passes; blocks that wait for each other
+    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin at any step, and many of them
+    _Problem(18, 40, options=True),
+    _Problem(3, 40, steps=1),
+    _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
+    _Problem(70, 520),  # several tiles of rows for each block
+    _Problem(4, 1040),  # weights that the registers do not hold
+    _Problem(512, 64, bidirectional=True),  # blocks on every multiprocessor, without an exchange
+    _Problem(40, 1024),  # and with one
+)
 
 
 def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:

@@ -1,4 +1,4 @@
-"""call/measured.py: which way plain layers of CUDA tensors take, on a stand-in with made-up times."""
+"""call/cuda_choice.py: which way plain layers of CUDA tensors take, on a stand-in with made-up times."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
-from lstm_ext.call import measured
-from lstm_ext.layer import route
+from lstm_ext.call import cuda_choice
+from lstm_ext.layer import cuda_kernels, route
 from lstm_ext.native import loader, selftest_record
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ class Card:
         self.told: list[tuple[str, bool]] = []
         self.capturing = False
 
-    def measure(self) -> measured.Times:
+    def measure(self) -> cuda_choice.Times:
         self.measurements += 1
         return self.times() if callable(self.times) else self.times
 
@@ -56,21 +56,21 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
     monkeypatch.setattr(selftest_record, "key_of", lambda device: KEY)
     monkeypatch.setattr(loader, "extension", lambda: found)
     monkeypatch.setattr(loader, "wants_equations", lambda: False)
-    monkeypatch.setattr(measured.cuda, "_forced", Counter())  # conftest.py forces the kernels
+    monkeypatch.setattr(cuda_kernels, "_forced", Counter())  # conftest.py forces the kernels
     monkeypatch.setattr(route, "has_operators", lambda device: True)
-    monkeypatch.setattr(measured.cuda, "has_gpu", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(measured, "times_of", lambda *_: found.measure())
+    monkeypatch.setattr(cuda_choice, "times_of", lambda *_: found.measure())
     forget(monkeypatch)
     yield found
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process does not know."""
-    monkeypatch.setattr(measured, "_fixed", {})
-    monkeypatch.setattr(measured, "_records", {})
-    monkeypatch.setattr(measured, "_spent", 0.0)
+    monkeypatch.setattr(cuda_choice, "_fixed", {})
+    monkeypatch.setattr(cuda_choice, "_records", {})
+    monkeypatch.setattr(cuda_choice, "_spent", 0.0)
 
 
 def layer(
@@ -82,7 +82,7 @@ def layer(
     training: bool = True,
 ) -> tuple[Any, ...]:
     """The arguments of `prefers_torch` for H 32."""
-    stack = measured.PlainStack(True, layers, dropout, training, False)
+    stack = cuda_choice.PlainStack(True, layers, dropout, training, False)
     weights = [[torch.empty(128, 5), torch.empty(128, 32)]] * layers
     sizes = (steps, batch, 5)
     x = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, size=lambda i: sizes[i])
@@ -90,7 +90,7 @@ def layer(
 
 
 def prefers_torch(**arguments: Any) -> bool:
-    return measured.prefers_torch(*layer(**arguments))
+    return cuda_choice.prefers_torch(*layer(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def prefers_torch(**arguments: Any) -> bool:
     ids=["faster", "one a pass", "tie", "little"],
 )
 def test_the_fastest_wins_and_ties_are_torchs(
-    card: Card, times: measured.Times, ours: bool, kernels: tuple[str | None, str | None]
+    card: Card, times: cuda_choice.Times, ours: bool, kernels: tuple[str | None, str | None]
 ) -> None:
     card.times = times
     assert prefers_torch() is not ours
-    (choice,) = measured.recorded(CPU).values()
+    (choice,) = cuda_choice.recorded(CPU).values()
     assert (choice.ours, choice.forward, choice.backward) == (ours, *kernels)
     assert card.told == ([(kernels[0], False), (kernels[1], True)] if ours else [])
 
@@ -117,7 +117,7 @@ def test_without_a_candidate_nothing_is_recorded(card: Card) -> None:
     """None of ours has been right, or each has failed."""
     card.times = {"torch": (10, 20)}
     assert prefers_torch() and prefers_torch() and card.measurements == 1
-    assert measured.recorded(CPU) == {} and card.told == []
+    assert cuda_choice.recorded(CPU) == {} and card.told == []
 
 
 def test_once_a_process_and_once_a_record(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,16 +174,16 @@ def test_where_nothing_is_measured_the_record_decides(
         mode = FlopCounterMode(display=False)
     with mode:
         assert prefers_torch() and card.measurements == 0  # first seen here
-        choice = measured.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
-        selftest_record.add_measured(CPU, class_of_layer().key, measured.asdict(choice))
+        choice = cuda_choice.Choice(True, "step", "stepwise", {"torch": 3.0, "step": 1.0})
+        selftest_record.add_measured(CPU, class_of_layer().key, cuda_choice.asdict(choice))
         assert prefers_torch()  # a process reads the record once
         forget(monkeypatch)
         assert not prefers_torch() and card.told == [("step", False), ("stepwise", True)]
     assert card.measurements == 0
 
 
-def class_of_layer() -> measured.ShapeClass:
-    return measured.class_of(torch.bfloat16, 32, 0, 1, False, True, 8, 20, False)
+def class_of_layer() -> cuda_choice.ShapeClass:
+    return cuda_choice.class_of(torch.bfloat16, 32, 0, 1, False, True, False, batch=8, steps=20)
 
 
 def test_two_cards_have_choices_of_their_own(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_two_processes_write_one_record(card: Card) -> None:
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", program, name], check=True)
     selftest_record.add(CPU, "step", True)
-    assert set(measured.recorded(CPU)) == {"one", "two"}
+    assert set(cuda_choice.recorded(CPU)) == {"one", "two"}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}"])
@@ -234,18 +234,18 @@ def test_too_little_memory_means_torchs_operator(card: Card) -> None:
 
     card.times = fail
     assert prefers_torch() and prefers_torch() and card.measurements == 1
-    assert measured.recorded(CPU) == {}
+    assert cuda_choice.recorded(CPU) == {}
 
 
 def test_a_process_measures_for_two_seconds_at_most(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "PROCESS_LIMIT", 0.0)
-    assert prefers_torch() and card.measurements == 0 and measured.recorded(CPU) == {}
+    monkeypatch.setattr(cuda_choice, "PROCESS_LIMIT", 0.0)
+    assert prefers_torch() and card.measurements == 0 and cuda_choice.recorded(CPU) == {}
 
 
 def test_active_dropout_and_a_requested_kernel(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "set_cuda_kernel", lambda name: None, raising=False)
     for kernel in ("auto", "stepwise"):
-        with measured.cuda.forced(kernel):
+        with cuda_kernels.forced(kernel):
             assert not prefers_torch(layers=2, dropout=0.1) and card.measurements == 0
     assert prefers_torch(layers=2, dropout=0.1) and card.measurements == 0
     assert not prefers_torch(layers=2, dropout=0.1, training=False)
@@ -258,14 +258,16 @@ def test_a_graph_takes_the_kernels_if_they_were_faster_in_all_sizes(card: Card, 
     of_layer = (torch.bfloat16, 1, False, True)
 
     def choose(**changed: int) -> None:
-        measured.choice_of(class_of_layer()._replace(**changed), torch.device("cuda:0"), card.measure)
+        cuda_choice.choice_of(class_of_layer()._replace(**changed), torch.device("cuda:0"), card.measure)
 
-    assert not measured._ours_in_graph(0, *of_layer, False)
+    assert not cuda_choice._ours_in_graph(0, *of_layer, False)
     choose()
-    assert measured._ours_in_graph(0, *of_layer, False) and not measured._ours_in_graph(0, *of_layer, True)
+    assert cuda_choice._ours_in_graph(0, *of_layer, False) and not cuda_choice._ours_in_graph(
+        0, *of_layer, True
+    )
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
     choose(**{size: 64})
-    assert not measured._ours_in_graph(0, *of_layer, False)
+    assert not cuda_choice._ours_in_graph(0, *of_layer, False)
 
 
 class Model(nn.Module):
@@ -279,7 +281,7 @@ def test_tune_measures_on_request(card: Card, monkeypatch: pytest.MonkeyPatch) -
     choices = lstm_ext.tune(Model(), 8)
     assert list(choices) == ["bfloat16 H32 L1 B8 T32 training", "bfloat16 H32 L1 B16 T32 training"]
     assert all(choice.ours for choice in choices.values()) and card.measurements == 2
-    assert not prefers_torch() and measured.recorded(CPU) == choices
+    assert not prefers_torch() and cuda_choice.recorded(CPU) == choices
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
     lstm_ext.tune(Model(), 8)  # measured anew
     assert prefers_torch()
@@ -303,13 +305,13 @@ def test_tune_says_why_it_measured_nothing(
     monkeypatch: pytest.MonkeyPatch,
     has_gpu: bool,
     problem: str | None,
-    times: measured.Times,
+    times: cuda_choice.Times,
     model: nn.Module,
     why: str,
 ) -> None:
     card.times = times
-    monkeypatch.setattr(measured.cuda, "has_gpu", lambda: has_gpu)
-    monkeypatch.setattr(measured.cuda, "problem", lambda index: problem)
+    monkeypatch.setattr(cuda_kernels, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(cuda_kernels, "problem", lambda index: problem)
     with pytest.warns(UserWarning, match=f"tune: nothing was measured: {why}") as caught:
         assert lstm_ext.tune(model, 8) == {}
     assert [w.filename for w in caught] == [__file__]
@@ -319,10 +321,10 @@ def test_a_cell(card: Card) -> None:
     *_, x, _, _ = layer()
     rows = SimpleNamespace(device=x.device, dtype=x.dtype, size=lambda i: (8, 5)[i])
     weights = [torch.empty(128, 5), torch.empty(128, 32)]
-    assert not measured.cell_prefers_torch(rows, weights, True)
-    assert list(measured.recorded(CPU)) == ["bfloat16 H32 L0 B8 T1 training"]
+    assert not cuda_choice.cell_prefers_torch(rows, weights, True)
+    assert list(cuda_choice.recorded(CPU)) == ["bfloat16 H32 L0 B8 T1 training"]
     card.times = {"torch": (1, 1), "stepwise": (9, 9)}
-    assert measured.cell_prefers_torch(rows, weights, False) and card.measurements == 2
+    assert cuda_choice.cell_prefers_torch(rows, weights, False) and card.measurements == 2
 
 
 # Without CUDA, no row of a fake CUDA tensor can be taken, as the cell does for our operator.
@@ -333,8 +335,8 @@ def test_what_is_preferred_computes(
     monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], preferred: bool
 ) -> None:
     """On fake CUDA tensors."""
-    monkeypatch.setattr(measured, "prefers_torch", lambda *_: preferred)
-    monkeypatch.setattr(measured, "cell_prefers_torch", lambda *_: preferred)
+    monkeypatch.setattr(cuda_choice, "prefers_torch", lambda *_: preferred)
+    monkeypatch.setattr(cuda_choice, "cell_prefers_torch", lambda *_: preferred)
     monkeypatch.setattr(route, "has_operators", lambda device: True)
     seen: list[str] = []
 
@@ -377,11 +379,13 @@ def test_both_are_timed_and_nothing_else_changes(
 ) -> None:
     kernels = Kernels()
     monkeypatch.setattr(loader, "extension", lambda: kernels)
-    monkeypatch.setattr(measured.first_use, "may_run", lambda device, kernel, dtype: kernel != "step")
+    monkeypatch.setattr(cuda_kernels, "outcome", lambda device, kernel, dtype: kernel != "step")
     before = torch.get_rng_state()
     steps = 9 if layers else 1
-    shape = measured.class_of(torch.float32, 40, 0, layers, layers > 0, training, 6, steps, packed)
-    found = measured._measured(lambda: measured.times_of(shape, CPU, 7, 6, steps), CPU)
+    shape = cuda_choice.class_of(
+        torch.float32, 40, 0, layers, layers > 0, training, packed, batch=6, steps=steps
+    )
+    found = cuda_choice._measured(lambda: cuda_choice.times_of(shape, CPU, 7, 6, steps), CPU)
     assert set(found) == {"torch", "stepwise", *(["persistent"] if shape.tf32 and layers else [])}
     assert all([forward > 0 and (backward > 0) <= training for forward, backward in found.values()])
     assert torch.equal(torch.get_rng_state(), before)
@@ -390,7 +394,7 @@ def test_both_are_timed_and_nothing_else_changes(
 def test_a_candidate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Kernels()
     monkeypatch.setattr(loader, "extension", lambda: kernels)
-    monkeypatch.setattr(measured, "_candidates", lambda *_: ["persistent", "stepwise"])
+    monkeypatch.setattr(cuda_choice, "_candidates", lambda *_: ["persistent", "stepwise"])
     asked: list[str] = []
 
     def ours(scratch: Any) -> torch.Tensor:
@@ -399,22 +403,14 @@ def test_a_candidate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
             raise RuntimeError("it has no such sizes")
         return scratch.by_torch()
 
-    monkeypatch.setattr(measured._Scratch, "ours", ours)
-    shape = measured.class_of(torch.float32, 40, 0, 1, False, False, 6, 9, False)
-    assert set(measured.times_of(shape, CPU, 7, 6, 9)) == {"torch", "stepwise"}
+    monkeypatch.setattr(cuda_choice._Scratch, "ours", ours)
+    shape = cuda_choice.class_of(torch.float32, 40, 0, 1, False, False, False, batch=6, steps=9)
+    assert set(cuda_choice.times_of(shape, CPU, 7, 6, 9)) == {"torch", "stepwise"}
 
 
 def test_one_slow_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.9, *[0.001] * 100])
-
-    class Timed:
-        def __enter__(self) -> Callable[[], float]:
-            return lambda: next(seconds)
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-    monkeypatch.setattr(measured, "_timed", lambda device: Timed())
+    monkeypatch.setattr(cuda_choice, "_seconds", lambda run, device: next(seconds))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured._time(lambda: None, 1.0, CPU) == pytest.approx(1000.0)
+        assert cuda_choice._time(lambda: None, 1.0, CPU) == pytest.approx(1000.0)
