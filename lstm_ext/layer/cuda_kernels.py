@@ -17,24 +17,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..native import config, loader, selftest_record
 from . import equations
 from .layer_call import LayerCall, LayerOptions
 from .tracing import in_a_thread
+from .trial import TF32_EPS, TRIED_CASES, Case, Problem, Results, judge
 
 __all__ = [
-    "LIMIT",
-    "NOT_RIGHT",
-    "REPEATS",
-    "check",
     "check_waits",
-    "choose",
     "forced",
     "has_gpu",
     "is_forced",
@@ -292,9 +286,13 @@ def outcome(device: torch.device, kernel: str, dtype: torch.dtype) -> bool | Non
 def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> bool | None:
     """Tries a kernel and records the outcome. None if it could not be tried."""
     name = variant(kernel, dtypes[0])
+    passed, reason = None, ""
     try:
         with torch.cuda.device(device):
-            passed, reason = check(device, kernel, dtypes)
+            for limit in WAIT_LIMITS:
+                passed, reason = check(device, kernel, dtypes, limit)
+                if passed is not None or not reason:
+                    break
     except Exception as error:
         # For example no memory. It must not make a layer's first call fail.
         passed, reason = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -315,6 +313,7 @@ def _tried(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> 
 
 # ---- a check
 
+CASES = TRIED_CASES
 LIMIT = 0.2  # seconds for the repeats of a variant
 REPEATS = 200  # repeats of one layer, with the same bits each time; fewer if LIMIT is over,
 FEWEST_REPEATS = 20  # but at least so many
@@ -326,67 +325,35 @@ _ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPES = ((torch.bfloat16, torch.float16), (torch.float32,))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    batch: int
-    hidden_size: int
-    steps: int = 4
-    bidirectional: bool = False
-    packed: bool = False
-    options: bool = False
-
-
-PROBLEMS = (
-    _Problem(5, 520),  # more tiles than stages, in both passes; blocks that wait for each other
-    _Problem(33, 67, bidirectional=True, packed=True),  # rows that begin at any step, and many of them
-    _Problem(18, 40, options=True),
-    _Problem(3, 40, steps=1),
-    _Problem(2, 24, steps=260, packed=True),  # more packed steps than one launch takes
-    _Problem(70, 520),  # several tiles of rows for each block
-    _Problem(4, 1040),  # weights that the registers do not hold
-    _Problem(512, 64, bidirectional=True),  # blocks on every multiprocessor, without an exchange
-    _Problem(40, 1024),  # and with one
-)
-
-
-def check(device: torch.device, kernel: str, dtypes: Sequence[torch.dtype]) -> tuple[bool | None, str]:
+def check(
+    device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], limit: float
+) -> tuple[bool | None, str]:
     """Whether a kernel computes the same as ``stepwise``, values and gradients, with the same bits in each repeat.
 
     ``stepwise`` itself is compared with the equations in float64. None if that could not be found out. The text gives
-    the reason for False and None.
+    the reason for False and None. ``limit`` is that of a wait, in seconds.
     """
-    result: tuple[bool | None, str] = None, ""
-    for limit in WAIT_LIMITS:
-        result = _checked(device, kernel, dtypes, limit)
-        if result[0] is not None or not result[1]:
-            break
-    return result
-
-
-def _checked(
-    device: torch.device, kernel: str, dtypes: Sequence[torch.dtype], limit: float
-) -> tuple[bool | None, str]:
     kernels = loader.extension()
     kernels.set_cuda_wait_limit_of_thread(limit)
     requests = config.TRIED_CUDA_KERNELS.get(kernel, (kernel,))
     try:
         for dtype in dtypes:
-            calls = [_call(problem, dtype, device) for problem in PROBLEMS]
-            for call in calls:
+            problems = [Problem(case, dtype, device) for case in CASES]
+            for problem in problems:
                 if kernel == "stepwise":
-                    expected = _by_equations(call)
+                    expected = _by_equations(problem.case, dtype, device)
                 else:
                     kernels.set_cuda_kernel_of_thread("stepwise")
-                    expected = _results(kernels, call)
+                    expected = _by_kernels(kernels, problem)
                 for request in requests:
                     kernels.set_cuda_kernel_of_thread(request)
-                    found = _results(kernels, call)
-                    wrong = _differences(found, expected, dtype)
+                    found = _by_kernels(kernels, problem)
+                    verdict = judge(found, expected, dtype, TF32_EPS if dtype == torch.float32 else None)
                     if kernels.cuda_wait_expired(device.index):
                         return None, f"{dtype}: a block waited for another one in vain for {limit} s"
-                    if wrong:
-                        return False, f"{dtype}: {wrong}"
-            expected = _results(kernels, calls[0])
+                    if not verdict.passed:
+                        return False, f"{dtype}: {verdict.name} is {verdict.error:.1e} off"
+            expected = _by_kernels(kernels, problems[0])
             same = torch.ones((), dtype=torch.bool, device=device)
             begin = time.monotonic()
             for done in range(REPEATS):
@@ -394,7 +361,7 @@ def _checked(
                     if done < FEWEST_REPEATS:
                         return None, ""
                     break
-                found = _results(kernels, calls[0])
+                found = _by_kernels(kernels, problems[0])
                 same &= torch.stack([(found[name] == expected[name]).all() for name in found]).all()
             if not same.item():
                 return False, f"{dtype}: it did not give the same bits each time"
@@ -405,76 +372,19 @@ def _checked(
     return True, ""
 
 
-def _call(problem: _Problem, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """The arguments of the layer. They come from a generator of their own: torch's random state stays as it is."""
-    generator = torch.Generator().manual_seed(7)
-    T, H, B, D = problem.steps, problem.hidden_size, problem.batch, 2 if problem.bidirectional else 1
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device="cpu") * scale).to(device, dtype)
-
-    sizes = torch.tensor([B] * (T - 2) + [B // 2, 1], device="cpu") if problem.packed else None
-    rows = (int(sizes.sum()),) if sizes is not None else (T, B)
-    weights = []
-    for _ in range(D):
-        weights += [draw(4 * H, 12, scale=H**-0.5), draw(4 * H, H, scale=H**-0.5)]
-        weights += [draw(4 * H, scale=H**-0.5), draw(4 * H, scale=H**-0.5)]
-    states = draw(D, B, H), draw(D, B, H)
-    options: dict[str, Any] = {}
-    if problem.options:
-        # In the dtype of the cell's state.
-        wide = torch.promote_types(dtype, torch.float32)
-        mask = (torch.rand(D, B, H, generator=generator, device="cpu") < 0.7).to(wide) / 0.7
-        lengths = torch.arange(B, device="cpu") % (T + 1)
-        options = {"recurrent_mask": mask.to(device), "lengths": lengths.to(device), "zoneout_c": 0.1}
-    return (draw(*rows, 12), *states, weights, sizes, True, problem.bidirectional, options)
+def _by_kernels(kernels: Any, problem: Problem) -> Results:
+    """Without autograd, whose threads do not have this thread's request."""
+    options = kernels.LayerOptions(**problem.options) if problem.options else None
+    call, count = (*problem.call(problem.numbers), options), len(problem.numbers)
+    *results, _, _, saved = kernels.lstm_layer_forward(*call, True)
+    needs_grad = [True] * count + [False, False]
+    grads = (*problem.grads, None, None)
+    gradients = kernels.lstm_layer_backward(*call, *grads, results[0], saved, needs_grad)
+    return problem.named(results, gradients[:count])
 
 
-def _results(kernels: Any, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-    *plain, options = arguments
-    call = (*plain, kernels.LayerOptions(**options) if options else None)
-    output, h_n, c_n, _, _, saved = kernels.lstm_layer_forward(*call, True)
-    grads = (*_gradients_of(output, h_n, c_n), None, None)
-    needs_grad = [True] * (3 + len(call[3])) + [False, False]
-    gradients = kernels.lstm_layer_backward(*call, *grads, output, saved, needs_grad)
-    return _named(output, h_n, c_n, gradients)
-
-
-def _by_equations(arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-    """The same in float64."""
-    input, h0, c0, weights, sizes, bias, bidirectional, options = arguments
-    leaves = [t.double().requires_grad_() for t in (input, h0, c0, *weights)]
-    options = {n: v.double() if n == "recurrent_mask" else v for n, v in options.items()}
-    call = LayerCall(*leaves[:3], leaves[3:], sizes, bias, bidirectional, LayerOptions(**options))
-    with torch.enable_grad():
-        results = equations.lstm_layer(call)[:3]
-        gradients = torch.autograd.grad(results, leaves, _gradients_of(*[r.detach() for r in results]))
-    return _named(*[r.detach() for r in results], gradients)
-
-
-def _gradients_of(output: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = output if output.dtype == torch.float64 else output.float()
-    return torch.sin(wide).to(output.dtype), torch.ones_like(h_n), torch.ones_like(c_n)
-
-
-def _named(output: Tensor, h_n: Tensor, c_n: Tensor, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    named = {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
-    return {"output": output, "h_n": h_n, "c_n": c_n, **named}
-
-
-def _differences(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
-    """The first result that differs by more than the rounding of another summation order, or an empty text."""
-    eps = 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
-    most = (64 if dtype == torch.float64 else 4) * eps
-    names = list(expected)
-    distances = torch.stack(
-        [
-            torch.linalg.vector_norm(found[n].double() - expected[n].double())
-            / torch.linalg.vector_norm(expected[n].double()).clamp_min(1e-30)
-            for n in names
-        ]
-    )
-    for name, distance in zip(names, distances.tolist(), strict=True):
-        if not distance <= most:  # also true for NaN
-            return f"{name} is {distance:.1e} off"
-    return ""
+def _by_equations(case: Case, dtype: torch.dtype, device: torch.device) -> Results:
+    """In float64."""
+    problem = Problem(case, dtype, device, in_float64=True).fill()
+    options = LayerOptions(**problem.options)
+    return problem.compute(lambda *call: equations.lstm_layer(LayerCall(*call, options))[:3])

@@ -17,7 +17,7 @@ from emulated_layer import CHUNK_BYTES, stepwise_module
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lstm_ext.layer import cuda_kernels
+from lstm_ext.layer import cuda_kernels, trial
 from lstm_ext.native import config, loader, selftest_record
 
 pytestmark = [
@@ -27,7 +27,7 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 RIGHT = [("step", False), ("step", True)]
-PROBLEMS = cuda_kernels.PROBLEMS
+CASES = cuda_kernels.CASES
 
 
 class StandIn:
@@ -92,7 +92,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
     monkeypatch.setattr(cuda_kernels, "_chosen", {})
     monkeypatch.setattr(cuda_kernels, "_forced", Counter())  # conftest.py forces the kernels
     monkeypatch.setattr(cuda_kernels, "_found", {})
-    monkeypatch.setattr(cuda_kernels, "PROBLEMS", cuda_kernels.PROBLEMS[2:4])  # the small ones
+    monkeypatch.setattr(cuda_kernels, "CASES", CASES[2:4])  # the small ones
     monkeypatch.setattr(cuda_kernels, "REPEATS", 3)
     monkeypatch.setattr(cuda_kernels, "LIMIT", 60)
     selftest_record.write(CPU, ["stepwise"], [])
@@ -106,7 +106,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixture
 def test_a_packed_problem_needs_two_launches() -> None:
     header = (config.source_dir() / "cuda" / "persistent.h").read_text()
     steps = int(re.search(r"kPersistentPackedSteps = (\d+);", header).group(1))
-    assert any(problem.packed and problem.steps > steps for problem in PROBLEMS)
+    assert any(case.lengths is not None and case.lengths[0] > steps for case in CASES)
 
 
 def recorded() -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ def recorded() -> dict[str, Any] | None:
 
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
 def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "PROBLEMS", PROBLEMS[:5])
+    monkeypatch.setattr(cuda_kernels, "CASES", CASES[:5])
     before = torch.get_rng_state()
     cuda_kernels.choose(CPU)
     assert torch.equal(torch.get_rng_state(), before)
@@ -188,10 +188,10 @@ def test_without_a_verdict_the_next_call_tries(gpu: StandIn) -> None:
 
 def test_float64_needs_the_room_of_rounding() -> None:
     """By the CPU's kernels, on every problem: the emulator would take too long."""
-    for problem in PROBLEMS:
-        call = cuda_kernels._call(problem, torch.float64, CPU)
-        found = cuda_kernels._results(loader.extension(), call)
-        assert not cuda_kernels._differences(found, cuda_kernels._by_equations(call), torch.float64)
+    for case in CASES:
+        found = cuda_kernels._by_kernels(loader.extension(), trial.Problem(case, torch.float64, CPU))
+        verdict = trial.judge(found, cuda_kernels._by_equations(case, torch.float64, CPU), torch.float64)
+        assert verdict.passed, (case.name, str(verdict))
 
 
 def test_nothing_runs_unchecked(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
