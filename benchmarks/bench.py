@@ -1,7 +1,10 @@
 """The benchmark suite: `make bench`.
 
     python benchmarks/bench.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--dtypes NAME ...]
-                               [--budget SECONDS] [--repeats N] [--quick] [--list] [--output FILE]
+                               [--budget SECONDS] [--repeats N] [--quick | --pair] [--list] [--output FILE]
+
+--pair measures torch.nn.LSTM and our layer only, on nine shapes and in four minutes, and prints their table beside the
+project's targets: `make bench-quick`. Groups that --list shows in brackets run only where --only names them.
 
 All sides of a case take turns in one run, and every sample is kept. Peers that are not installed are named in one line
 and left out (peers.py). Results are torch's time over that of a side: above 1 the side is faster. compare.py compares
@@ -14,6 +17,7 @@ verdict.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 import time
 from dataclasses import dataclass
@@ -26,12 +30,13 @@ import machine
 import peers
 import records
 import torch
-from groups import GROUPS, Case, Settings
+from groups import GROUPS, PAIR, Case, Settings
 from records import Result
-from report import suite
+from report import suite, tables
 
 OUTPUT = Path("build") / "bench.json"
 BUDGET, QUICK_BUDGET = 2.0, 0.15  # seconds of a case
+PAIR_SECONDS = 240.0  # of all timed cases of --pair
 REPEATS, QUICK_REPEATS = 3, 1  # of child processes
 # Of the largest value; a warning, no verdict.
 DIFFERENCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -49,7 +54,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         return text
 
     positive = harness.positive
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP",
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP",
                         help=", ".join(GROUPS))  # fmt: skip
     parser.add_argument(
         "--shapes", nargs="+", type=shape_name, metavar="NAME", help="of the cases: see --list"
@@ -62,13 +67,22 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true",
                         help=f"a few cases of each group, {QUICK_BUDGET} s each, in about five minutes")  # fmt: skip
     parser.add_argument(
+        "--pair", action="store_true", help=f"torch and our layer only, {PAIR_SECONDS:.0f} s for all cases"
+    )
+    parser.add_argument(
         "--list", action="store_true", help="show groups, cases and peers, and measure nothing"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"where to write the JSON ({OUTPUT})")
     options = parser.parse_args(arguments)
+    usual = [name for name, group in GROUPS.items() if group.usual]
+    options.only = options.only or (list(PAIR) if options.pair else usual)
+    if options.pair and set(options.only) - set(PAIR):
+        parser.error(f"--pair: expected groups among {', '.join(PAIR)}")
+    options.cases = cases_of(options)
+    if options.pair and not options.budget:
+        options.budget = PAIR_SECONDS / max(1, sum(case.group != "memory" for case in options.cases))
     options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
     options.repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
-    options.cases = cases_of(options)
     if not options.cases:
         parser.error(
             "--only, --shapes and --dtypes: expected at least one case that all of them name, got none"
@@ -80,9 +94,10 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     found = []
     for name in options.only:
         group = GROUPS[name]
-        wanted = options.shapes or (group.quick if options.quick else list(group.shapes))
+        wanted = options.shapes or (group.quick if options.quick else ()) or list(group.shapes)
         cases = group.cases(name, options.threads, options.dtypes)
-        found += [case for case in cases if case.name in wanted]
+        paired = PAIR[name] if options.pair else wanted
+        found += [case for case in cases if case.name in wanted and case.name in paired]
     return found
 
 
@@ -92,7 +107,8 @@ def show_list(options: argparse.Namespace) -> None:
         print(f"{name}: {GROUPS[name].about}; {len(cases)} cases")
         for shape_name, shape in {case.name: case.shape for case in cases}.items():
             print(f"  {shape_name:<20} {text_of(shape)}".rstrip())
-    print("peers:")
+    others = [f"[{name}] {group.about}" for name, group in GROUPS.items() if name not in options.only]
+    print(*others, "peers:", sep="\n")
     for peer in peers.PEERS.values():
         print(f"  {peer.missing() or f'{peer.name}: {peer.how}'}")
 
@@ -155,8 +171,13 @@ class Run:
 
 
 def new_record(options: argparse.Namespace, kept: bool) -> Result:
-    facts = harness.facts() | machine.facts() | {"freed_memory_kept": kept, "peers": peers.facts()}
-    names = ("only", "shapes", "threads", "dtypes", "budget", "repeats", "quick")
+    facts = harness.facts() | machine.facts() | {"freed_memory_kept": kept}
+    facts["peers"] = (
+        {} if options.pair else peers.facts()
+    )  # they may have threads of their own once they are imported
+    if "torchrl" in options.only:
+        facts |= {name: importlib.metadata.version(name) for name in ("torchrl", "tensordict")}
+    names = ("only", "shapes", "threads", "dtypes", "budget", "repeats", "quick", "pair")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"pause": groups.PAUSE, "sample_seconds": harness.MIN_SAMPLE_SECONDS}
     return {
@@ -185,10 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(peer["missing"] or f"{name} {peer['version']}: {peer['how']}")
     if record["facts"]["load_at_start"] > 0.3:
         print("warning: other programs are running; with more than one thread, they are what is measured")
-    settings = Settings(options.budget, options.repeats, machine.Machine(min(0.2, options.budget)))
+    if record["facts"]["lstm_ext_cpu_capability"] is None:
+        print("warning: the compiled extension is not loaded; these are figures of torch's own operator")
+    settings = Settings(
+        options.budget, options.repeats, options.pair, machine.Machine(min(0.2, options.budget))
+    )
     run = Run(record, settings, options.output)
     try:
-        settings.machine.measure(options.threads, options.dtypes)
+        if not options.pair:
+            settings.machine.measure(options.threads, options.dtypes)
         with tqdm(options.cases, unit="case", dynamic_ncols=True, disable=None) as bar:  # none in a file
             for place, case in enumerate(bar):
                 bar.set_description(f"{case.group} {case.name}", refresh=False)
@@ -202,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(before)
         record["seconds"] = round(time.perf_counter() - start, 1)
         run.write()
-    print(f"\n{suite.text(record)}")
+    print(f"\n{tables.quick(record) if options.pair else suite.text(record)}")
+    print(*tables.costs(record), *tables.unsteady(record), sep="\n")
     print(f"{len(record['results'])} cases in {record['seconds']:.0f} s, written to {options.output}")
     return 0
 

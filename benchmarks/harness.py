@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,16 +42,6 @@ class Timing:
     median: float
     first_quartile: float
     third_quartile: float
-
-
-@dataclass
-class Comparison:
-    torch: Timing
-    ours: Timing
-    ratio: float  # of the medians; above 1, lstm_ext is faster
-    halves: tuple[float, float]  # the same, of the samples before the middle of the time, and after it
-    repeats: int
-    calls_per_repeat: int
 
 
 def timing(samples: list[float]) -> Timing:
@@ -153,18 +143,6 @@ def order_of(names: list[str], turn: int) -> list[str]:
     count = len(names)
     step = 1 if turn // count % 2 == 0 else -1
     return [names[(turn + step * place) % count] for place in range(count)]
-
-
-def compare(theirs: Callable[[], object], ours: Callable[[], object], budget: float) -> Comparison:
-    """Alternate `theirs` and `ours` for about `budget` seconds. Which goes first alternates as well."""
-    found = interleave({"torch": theirs, "ours": ours}, budget)
-    samples, repeats = found.seconds, len(found.seconds["ours"])
-    first, second = (
-        statistics.median(samples["torch"][part]) / statistics.median(samples["ours"][part])
-        for part in (slice(repeats // 2), slice(repeats // 2, None))
-    )
-    a, b = timing(samples["torch"]), timing(samples["ours"])
-    return Comparison(a, b, a.median / b.median, (first, second), repeats, found.calls)
 
 
 # ---- the two sides -------------------------------------------------------------------------------
@@ -356,28 +334,6 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def options_of(
-    description: str | None, shapes: dict[str, Shape], budget: float, of: str = "case"
-) -> argparse.ArgumentParser:
-    """What the benchmarks of named shapes have in common; the budget is in seconds."""
-    parser = parser_of(description)
-    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=positive(int), default=[1, 2], metavar="N")
-    parser.add_argument(
-        "--budget", type=positive(float), default=budget, help=f"seconds per {of} ({budget:g})"
-    )
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
-    return parser
-
-
-def show(case: dict, figures: dict) -> None:
-    """A line: the case, and those of its figures that are ratios or times."""
-    names = " ".join(str(case[name]) for name in ("group", "shape", "option", "call") if name in case)
-    kind = {True: "training", False: "inference"}.get(case.get("training"), "")
-    numbers = "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if type(value) is float)
-    print(f"{names:<36} {case['threads']} thr  {kind:<9}  {numbers}", flush=True)
-
-
 def write(path: Path | None, record: dict) -> None:
     """Never half of it: what reads the file may do so while the benchmark goes on."""
     if path is not None:
@@ -426,10 +382,6 @@ def geometric_mean(values: Iterable[float]) -> float:
 def rounded(value: float) -> float:
     """To four significant digits: no more is measured, and records stay small."""
     return float(f"{value:.4g}")
-
-
-def as_dict(comparison: Comparison) -> dict[str, object]:
-    return asdict(comparison)
 
 
 if __name__ == "__main__":

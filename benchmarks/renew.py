@@ -8,18 +8,18 @@ whose benchmark ended well are replaced in the end. One of the suite takes half 
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import bench  # noqa: F401 - its modules are the sources of a record
 import harness
+import records
 from records import Result
 from report import ages, pages, uses
 from report.text import RESULTS, table
@@ -28,45 +28,24 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
-class Kind(NamedTuple):
-    program: str
-    arguments: Callable[[Result], list[str]]  # for a record like a given one
-    is_of_speed: bool = True
-
-
-def option(name: str, values: object) -> list[str]:
-    return [name, *map(str, values if isinstance(values, list) else [values])] if values else []
-
-
-def of_suite(record: Result) -> list[str]:
-    settings = record["settings"]
-    # A record of all groups, of which this is the last, gets those that are new as well.
-    only = () if "import" in settings["only"] else ("only",)
-    names = (*only, "shapes", "threads", "dtypes", "budget", "repeats")
-    return [part for name in names for part in option(f"--{name}", settings[name])]
-
-
-def of_quick(record: Result) -> list[str]:
-    return option("--budget", record["settings"]["budget"])
-
-
-def of_groups(record: Result) -> list[str]:
-    return ["--only", *dict.fromkeys(r["group"] for r in record["results"])]
-
-
-# By the beginning of the names of their records.
-KINDS = {
-    "suite": Kind("bench.py", of_suite),
-    "library": Kind("bench.py", of_suite),
-    "cpu": Kind("bench_quick.py", of_quick),
-    "contract": Kind("bench_contract.py", of_groups),
-    "options": Kind("bench_options.py", of_groups),
-    "torchrl": Kind("bench_torchrl.py", lambda _: []),
-    "support": Kind("bench_support.py", lambda _: [], is_of_speed=False),
-}
-
+SUPPORT = "support_cpu"  # the one record that is not of speed, and of a program of its own
 # What --new measures, and how long that takes.
 NEW = {"suite": "in half an hour", "library": "in five minutes"}
+
+
+def command_of(record: Result) -> list[str]:
+    """A program and its arguments that make a record like a given one."""
+    if record.get("suite") != records.SUITE:
+        return ["bench_support.py"]
+    settings, command = record["settings"], ["bench.py"]
+    if settings.get("pair"):
+        return [*command, "--pair"]
+    # A record of all groups, of which this is the last, gets those that are new as well.
+    only = () if "import" in settings["only"] else ("only",)
+    for name in (*only, "shapes", "threads", "dtypes", "budget", "repeats"):
+        if value := settings[name]:
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return command
 
 
 # ---- this machine
@@ -109,7 +88,6 @@ def machine_here() -> Machine:
 
 class Entry(NamedTuple):
     path: Path
-    kind: str
     record: Result
 
     @property
@@ -127,26 +105,17 @@ class Entry(NamedTuple):
 def entries(folder: Path = RESULTS) -> list[Entry]:
     """All records of a processor; those of a GPU are made by `make gpu-bench`."""
     paths = sorted(path for path in folder.glob("*.json") if not path.stem.startswith(("local", "gpu")))
-    found = [Entry(path, path.stem.split("_")[0], pages.read(path)) for path in paths]
-    if unknown := [entry.path.name for entry in found if entry.kind not in KINDS]:
-        raise SystemExit(f"{folder}: expected records of {', '.join(KINDS)}, got {', '.join(unknown)}")
-    return found
+    return [Entry(path, pages.read(path)) for path in paths]
 
 
-def sources_of(program: str) -> list[str]:
-    """A benchmark and the modules beside it that it imports; what makes the tables is none of them."""
-    found, left = set(), [program]
-    while left:
-        name = left.pop()
-        if name in found or not (HERE / name).is_file():
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse((HERE / name).read_text())):
-            if isinstance(node, ast.Import):
-                left += [f"{alias.name}.py" for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                left.append(f"{node.module}.py")
-    return sorted(f"benchmarks/{name}" for name in found)
+def sources() -> list[str]:
+    """The modules of the suite; what makes the tables, and what is of a GPU, is none of them."""
+    files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+    names = {Path(file).name for file in files if Path(file).parent == HERE} - {
+        Path(__file__).name,
+        "gpu_shapes.py",
+    }
+    return sorted(f"benchmarks/{name}" for name in names)
 
 
 def git(*arguments: str) -> str | None:
@@ -163,8 +132,7 @@ def changes_since(entry: Entry) -> str:
     commit = entry.facts["git_commit"] or "no commit"
     if commit.endswith("+changes"):
         return "measured with changes that no commit has"
-    paths = ["csrc", "lstm_ext", *sources_of(KINDS[entry.kind].program)]
-    found = git("log", "--format=%h", f"{commit}..HEAD", "--", *paths)
+    found = git("log", "--format=%h", f"{commit}..HEAD", "--", "csrc", "lstm_ext", *sources())
     if found is None:
         return "its commit is not in this checkout"
     count = len(found.split())
@@ -173,7 +141,7 @@ def changes_since(entry: Entry) -> str:
 
 def elsewhere(entry: Entry, machine: Machine) -> str:
     """Why this machine cannot renew a record; empty where it can."""
-    if not KINDS[entry.kind].is_of_speed:
+    if entry.path.stem == SUPPORT:
         return ""
     found = uses.FILE.fullmatch(entry.path.name)
     if found:
@@ -201,14 +169,15 @@ def listed(found: list[Entry], machine: Machine) -> str:
 # ---- measuring
 
 
-def measure(path: Path, kind: str, arguments: list[str], held: dict[str, str]) -> Path:
+def measure(path: Path, command: list[str], held: dict[str, str]) -> Path:
     """The new record, in build/: git does not see it there, so that the next benchmark finds no change."""
     measured = ROOT / "build" / path.name
     measured.parent.mkdir(exist_ok=True)
-    command = [sys.executable, str(HERE / KINDS[kind].program), *arguments, "--output", str(measured)]
+    program, *arguments = command
+    command = [sys.executable, str(HERE / program), *arguments, "--output", str(measured)]
     print(f"{path.stem}: {' '.join(command)}", flush=True)
     if subprocess.run(command, env=os.environ | held).returncode:
-        raise SystemExit(f"renew.py: {KINDS[kind].program} failed, and {path} stays as it was")
+        raise SystemExit(f"renew.py: {program} failed, and {path} stays as it was")
     return measured
 
 
@@ -263,12 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for entry in due:
             held = entry.facts.get("set_by_environment", {})
-            arguments = KINDS[entry.kind].arguments(entry.record)
-            measured.append(measure(entry.path, entry.kind, arguments, held))
+            measured.append(measure(entry.path, command_of(entry.record), held))
         for stem in new if given.new else ():
             kind = stem.split("_")[0]
             only = [] if kind == "suite" else ["--only", kind]
-            measured.append(measure(RESULTS / f"{stem}.json", kind, only, {}))
+            measured.append(measure(RESULTS / f"{stem}.json", ["bench.py", *only], {}))
     finally:
         for path in measured:
             path.replace(RESULTS / path.name)

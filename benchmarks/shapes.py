@@ -54,6 +54,17 @@ ROLLOUTS = {
     for hidden in (64, 256)
 }
 
+# Policies of TorchRL.
+POLICIES = {
+    "policy": Shape(64, 128, 64, 128),
+    "small": Shape(16, 64, 32, 64),
+    "large": Shape(32, 128, 256, 256),
+    "one-row": Shape(1, 512, 64, 128),
+}
+
+# One step, of which Python takes a large part.
+STEPS = {f"H{hidden}": Shape(1, 1, size, hidden) for size, hidden in ((32, 64), (80, 128), (256, 256))}
+
 # What two workers share: the hidden units of one row, the rows of a batch.
 SHARED = {"one-row": Shape(1, 48, 160, 160), "batch": Shape(16, 100, 128, 128)}
 

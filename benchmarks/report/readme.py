@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import harness
-from records import Result
+from records import Result, ratio
 
 from . import uses
 from .ages import dated
+from .tables import over
 
 TORCHRL = "torchrl_cpu.json"
 MEANING = (
@@ -27,12 +28,12 @@ def torchrl(records: dict[str, Result], folder: str) -> list[str]:
         return []
     facts, results = records[TORCHRL]["facts"], records[TORCHRL]["results"]
     figures = []
-    for key in ("over_torch", "over_pad"):
-        ratios = [r[key]["ratio"] for r in results]
+    for base in ("torch", "pad"):
+        ratios = [value for r in results if (value := over(r, "ours", base)) is not None]
         figures.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
     return [
         "",
-        f"Resets inside a sequence, in TorchRL's `LSTMModule`, {len(results)} cases: one call with `resets` is "
+        f"Resets inside a sequence, in TorchRL's `LSTMModule`, {len(ratios)} cases: one call with `resets` is "
         f"{figures[0]} times as fast as torch's layer, which needs the rows cut at each reset, and {figures[1]} times "
         f"as fast as this layer on cut rows ({facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`: "
         f"{uses.named(TORCHRL, facts, folder)}).",
@@ -71,15 +72,15 @@ def by_processor(records: dict[str, Result]) -> str:
 def without_kernels(record: Result) -> str:
     """The layer on torch's own operator, over torch's layer."""
 
-    def said(field: str) -> str:
-        ratios = [r[field] for r in record["results"] if r["group"] == "fallback"]
+    def said(way: str) -> str:
+        ratios = [ratio(r, "ours") for r in record["results"] if r["group"] == f"fallback-{way}"]
         return f"**{harness.geometric_mean(ratios):.2f}×** in the geometric mean, {min(ratios):.2f}× in the worst case"
 
-    cases = sum(r["group"] == "fallback" for r in record["results"])
+    cases = sum(r["group"] == "fallback-eager" for r in record["results"])
     file = "contract_fallback_xeon_avx512_2_cores.json"
     return (
         f"- **Speed over torch's layer**, {cases} cases with 1 thread on a Xeon, where the kernels were switched off: "
-        f"{said('eager_over_torch')} by a plain call; {said('packed_over_torch')} with a `PackedSequence`. "
+        f"{said('eager')} by a plain call; {said('packed')} with a `PackedSequence`. "
         f"[{file.removesuffix('.json')}](../../benchmarks/results/{file}) of {dated(record['facts'])} at "
         f"{record['facts']['git_commit']}"
     )

@@ -40,10 +40,10 @@ def sizes(result: Any) -> str:
 SIZES = {"B": "batch", "T": "steps", "I": "input_size", "H": "hidden_size"}
 
 
-def gain(figures: Result) -> str:
+def gain(result: Result, side: str = "ours") -> str:
     """Of both sides the median, and their ratio."""
-    theirs, ours = (number(figures[side]["median"]) for side in ("torch", "ours"))
-    return f"{theirs} → {ours} ms, **{figures['ratio']:.2f}×**"
+    theirs, ours = (result["sides"][name]["median"] for name in ("torch", side))
+    return f"{number(theirs)} → {number(ours)} ms, **{theirs / ours:.2f}×**"
 
 
 def versions(facts: Result) -> list[str]:

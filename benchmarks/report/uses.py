@@ -7,17 +7,18 @@ left out that has a record of the use, and no case.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import harness
 from records import Result, ratio
 
 from .ages import dated
+from .tables import over
 from .text import table
 
 RECORDS = ("suite_*_cores.json", "cpu_*_cores.json", "contract_*_cores.json")
-# suite_epyc_zen5_avx2_2_cores.json; a record of bench_contract.py may name the one group that it has.
+# suite_epyc_zen5_avx2_2_cores.json; the name may have the one group of the record.
 FILE = re.compile(
     r"(?P<kind>suite|cpu|contract|library)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
     r"_(?P<machine>\w+)_(?P<cores>\d+)_cores\.json"
@@ -94,11 +95,6 @@ def of_layer(cases: Cases, result: Result, group: str, value: float | None) -> N
             put(cases, value, f"large{kind}")
 
 
-def over(result: Result, side: str, base: str) -> float | None:
-    sides = result["sides"]
-    return sides[base]["median"] / sides[side]["median"] if {side, base} <= set(sides) else None
-
-
 def of_step(cases: Cases, result: Result) -> None:
     if result["case"].startswith("cell-"):
         put(cases, ratio(result, "ours"), "cell")
@@ -111,8 +107,9 @@ def of_step(cases: Cases, result: Result) -> None:
         put(cases, over(result, "frozen-int8", "ours"), "int8-itself")
 
 
-def of_suite(record: Result) -> Cases:
+def cases_of(record: Result) -> Cases:
     cases: Cases = {}
+    steps = {r["case"] for r in record["results"] if r["group"] == "step"}
     plain = {
         (r["case"], r["threads"], r["training"]): r
         for r in record["results"]
@@ -121,12 +118,19 @@ def of_suite(record: Result) -> Cases:
     for result in record["results"]:
         group, sides = result["group"], result["sides"]
         if group in ("inference", "training"):
+            if record["settings"].get("pair") and (group, result["steps"]) == ("inference", 1):
+                continue  # the group "step" has it too
             of_layer(cases, result, group, ratio(result, "ours"))
             if "frozen" in sides and set(PEERS) <= set(sides):
                 best = min(sides[peer]["median"] for peer in PEERS)
                 put(cases, best / sides["frozen"]["median"], "frozen-peers")
         elif group == "step":
             of_step(cases, result)
+        elif group == "frozen-alone" and result["case"].startswith("stream") and result["case"] not in steps:
+            put(cases, ratio(result, "frozen"), "frozen-step")
+            put(cases, over(result, "frozen", "ours"), "frozen-itself")
+            if result["hidden_size"] >= 512:
+                put(cases, over(result, "frozen-int8", "ours"), "int8-itself")
         elif group == "ragged":
             put(cases, ratio(result, "ours"), "ragged")
             padded = plain.get((result["case"], result["threads"], result["training"]))
@@ -141,7 +145,7 @@ def of_suite(record: Result) -> Cases:
             put(cases, ratio(result, "ours"), result["dtype"] + kind)
         elif group == "memory":
             put(cases, over(result, "torch", "ours"), "memory")
-        elif group == "busy" and result["threads"] == 2:
+        elif group in ("busy", "bursts") and result["threads"] == 2:
             for count in (1, 2):
                 put(cases, result["slowdowns"][f"ours_beside_{count}"], f"busy-{count}")
                 put(cases, result["slowdowns"][f"torch_beside_{count}"], f"torch-busy-{count}")
@@ -151,51 +155,6 @@ def of_suite(record: Result) -> Cases:
         elif group == "import":
             put(cases, sides["ours after torch"]["median"], "import")
     return cases
-
-
-def of_quick(record: Result) -> Cases:
-    cases: Cases = {}
-    for result in record["results"]:
-        if result["group"] in ("inference", "training"):
-            # T = 1 without gradients is the group "step" too.
-            if result["group"] == "training" or result["steps"] > 1:
-                of_layer(cases, result, result["group"], result["ratio"])
-        else:
-            put(cases, result["ratio"], result["group"])
-    return cases
-
-
-def of_contract(record: Result) -> Cases:
-    cases: Cases = {}
-    for result in record["results"]:
-        group = result["group"]
-        if group == "packed":
-            put(cases, result["over_torch"], "ragged")
-        elif group == "cell":
-            put(cases, result["over_torch"], "cell")
-        elif group == "frozen" and result["shape"].startswith("stream"):
-            put(cases, result["as_they_are_over_torch"], "frozen-step")
-            put(cases, result["as_they_are_over_ours"], "frozen-itself")
-            if result["shape"] in ("stream-H512", "stream-H1024"):
-                put(cases, result["int8_over_ours"], "int8-itself")
-        elif group == "rollout":
-            put(cases, result["over_torch"], "policy")
-            put(cases, result.get("resets_over_torch"), "policy-resets")
-        elif group == "16-bit":
-            put(
-                cases,
-                result["bfloat16_over_torch"],
-                "bfloat16-training" if result["training"] else "bfloat16",
-            )
-            put(cases, result["float16_over_torch"], "float16")
-        elif group == "busy" and result["threads"] == 2:
-            for count in (1, 2):
-                put(cases, result[f"ours_beside_{count}"], f"busy-{count}")
-                put(cases, result[f"torch_beside_{count}"], f"torch-busy-{count}")
-    return cases
-
-
-OF: dict[str, Callable[[Result], Cases]] = {"suite": of_suite, "cpu": of_quick, "contract": of_contract}
 
 
 # ---- the newest of each machine
@@ -223,7 +182,7 @@ def machines(records: dict[str, Result]) -> list[Machine]:
         name = FILE.fullmatch(file)
         if name is None:
             raise SystemExit(f"{file}: expected a name like suite_epyc_zen5_2_cores.json")
-        for use, values in OF[name["kind"]](record).items():
+        for use, values in cases_of(record).items():
             newest = found.setdefault(name["machine"], {})
             # Both sides of a use come from one record: they have the same date.
             newest[use] = max(newest.get(use, ("", "", [])), (record["facts"]["date"], file, values))
@@ -272,7 +231,7 @@ def columns_of(found: list[Machine], by_set: bool) -> dict[str, list[Machine]]:
     return columns
 
 
-def cases_of(use: Use, found: list[Machine]) -> str:
+def number_of_cases(use: Use, found: list[Machine]) -> str:
     counts = sorted({len(m.uses[use.key]) for m in found if use.key in m.uses})
     return " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
 
@@ -283,7 +242,7 @@ def of_uses(found: list[Machine], by_set: bool) -> list[str]:
     for use in [use for use in USES if use.short or not by_set]:
         cells = [cell(use, column) for column in columns.values()]
         if any(cells):
-            rows.append([use.title, *([] if by_set else [cases_of(use, found)]), *cells])
+            rows.append([use.title, *([] if by_set else [number_of_cases(use, found)]), *cells])
     return table(["", *([] if by_set else ["cases"]), *columns], rows)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -199,30 +197,6 @@ def test_program(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all(float(line.split()[-1]) < 1e-5 for line in lines[1:])
-
-
-@pytest.mark.full
-def test_benchmark(tmp_path):
-    """It runs, and both sides compute the same; what the figures say is no matter of a test."""
-    paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    output = tmp_path / "torchrl.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_torchrl.py"), "--output", str(output)]
-    done = subprocess.run(
-        [*command, "--shapes", "small", "--threads", "1", "--budget", "0.2"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(output.read_text())["results"]
-    assert [r["training"] for r in results] == [False, True]
-    for result in results:
-        assert result["episodes"] > 0
-        for name in ("over_torch", "over_pad"):
-            assert result[name]["largest_difference"] < 1e-5
-            assert result[name]["torch"]["median"] > 0
-    assert "over_torch: " in done.stdout and "over_pad: " in done.stdout
 
 
 IN_PLACE_OF_TORCH = """

@@ -1,7 +1,8 @@
-"""The benchmarks run and their reports come out; what the figures say is no matter of a test."""
+"""The benchmarks run, records are compared and put into pages; what the figures say is no matter of a test."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,107 +19,292 @@ import lstm_ext
 
 pytestmark = pytest.mark.tools
 
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+# The smallest of each group.
+SMALLEST = (
+    "B1-T1-H128", "small", "stream-H16", "cell-B1-H64", "rollout-B1-H64", "B32-T100-H64", "one-row", "process",
+    "both-B1-T30-H100", "H64",
+)  # fmt: skip
+FIELDS = {"group", "case", "threads", "dtype", "training", "unit", "sides"}
 
 
-def environment():
-    """For child processes: they import the lstm_ext that this process imports."""
+def started(script, *arguments, **variables):
+    """The processes import the lstm_ext that this process imports."""
     paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
-def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-    )
+def run(script, *arguments, **variables):
+    done = started(script, *arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "tiny.json"
-    stdout = run(
-        "bench_quick.py",
-        *("--shapes", "B1-T1-H128", "B10-T30-H10", "B32-T100-H64", "--threads", 1),
-        *("--budget", 0.5, "--memory-repeats", 1, "--output", path),
-    )
-    return path, stdout
-
-
 @pytest.fixture
-def bench_quick(monkeypatch):
+def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("bench_quick")
+    names = ("groups", "harness", "neighbours", "peers", "records", "shapes", "report.pages", "report.tables")
+    return SimpleNamespace(**{name.split(".")[-1]: importlib.import_module(name) for name in names})
 
 
-def test_figures(results, bench_quick):
-    path, stdout = results
-    record = json.loads(path.read_text())
-    facts = record["facts"]
-    for name in (
-        "cpu",
-        "cores",
-        "torch",
-        "lstm_ext",
-        "lstm_ext_backend",
-        "lstm_ext_cpu_capability",
-        "git_commit",
+def one(record, group, case, training=False, dtype="float32"):
+    key = group, case, training, dtype
+    found = [r for r in record["results"] if (r["group"], r["case"], r["training"], r["dtype"]) == key]
+    assert len(found) == 1, key
+    return found[0]
+
+
+# ---- the suite
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    path = tmp_path_factory.mktemp("suite") / "record.json"
+    listed = run("bench.py", "--list", "--output", path)
+    assert "frozen: " in listed and "stream-H16" in listed and "peers:" in listed and not path.exists()
+    more = [name for name in re.findall(r"^\[(\S+)\]", listed, re.MULTILINE) if "fallback" not in name]
+    groups = [*re.findall(r"^(\S+): .* cases$", listed, re.MULTILINE), *more]
+    stdout = run(
+        "bench.py",
+        *("--only", *groups, "--shapes", *SMALLEST, "--threads", 1, "--dtypes", "float32", "bfloat16"),
+        *("--budget", 0.01, "--repeats", 1, "--output", path),
+    )
+    for part in (
+        "| inference | 1 thread |",
+        "| dtypes, training step, bfloat16 | 1 thread |",
+        "| 16 | 1 thread |",
     ):
-        assert name in facts
-    # T = 1 does not count in the group "inference", nor step() in the group "step"
-    counted = [r for r in record["results"] if bench_quick.counted(r)]
-    assert Counter(r["group"] for r in counted) == {"inference": 2, "training": 3, "step": 1, "memory": 1}
-    assert len(record["results"]) == 3 + 3 + 2 + 1
+        assert part in stdout
+    assert "Geometric mean" in stdout and str(path) in stdout and "layer_norm costs" in stdout
+    return path, json.loads(path.read_text()), groups
+
+
+def test_every_group_once(suite, modules):
+    _, record, groups = suite
+    assert {*groups} | {f"fallback-{way}" for way in ("eager", "packed", "deep", "compiled", "whole")} == set(
+        modules.groups.GROUPS
+    )
+    assert {r["group"] for r in record["results"]} == set(groups)
+    wanted = {"cpu", "cores", "torch", "lstm_ext", "lstm_ext_cpu_capability", "git_commit", "caches", "peers"}
+    assert wanted | {"torchrl"} <= set(record["facts"]) and record["settings"]["threads"] == [1]
+    assert len({modules.records.key(r) for r in record["results"]}) == len(record["results"])
     for result in record["results"]:
-        assert result["threads"] == 1
-        if result["group"] == "memory":
-            assert result["torch_bytes"] > 0
-            continue
-        assert result["repeats"] >= 5
-        assert result["largest_difference"] < 1e-3
-        for side in ("torch", "ours"):
-            assert (
-                0 < result[side]["first_quartile"] <= result[side]["median"] <= result[side]["third_quartile"]
+        assert set(result) >= FIELDS and result["threads"] == 1 and "refused" not in result
+        for name, side in result["sides"].items():
+            assert len(side["samples"]) >= (3 if "calls" in result else 1)
+            assert 0 < side["first_quartile"] <= side["median"] <= side["third_quartile"], name
+        for name, difference in result.get("differences", {}).items():
+            rounded = (
+                name in ("frozen-bfloat16", "frozen-int8", "torch-int8") or result["dtype"] == "bfloat16"
             )
-        assert result["ratio"] == pytest.approx(result["torch"]["median"] / result["ours"]["median"])
+            assert difference < (0.2 if rounded else 1e-3), (result["case"], name)
+    assert {p["dtype"] for p in record["machine"]["peak"]} == {"float32", "bfloat16"}
+    assert all(b["gigabytes_per_second"] > 0 for b in record["machine"]["bandwidth"])
+
+
+@pytest.mark.parametrize(
+    ("group", "case", "training", "sides"),
+    [
+        ("inference", "both-B1-T30-H100", False, {"torch", "ours", "frozen", "onnxruntime"}),
+        ("frozen", "small", False, {"frozen-int8", "torch-int8"}),
+        ("frozen-alone", "stream-H16", False, {"torch", "ours", "frozen", "frozen-int8"}),
+        ("training", "small", True, {"torch", "ours"}),
+        ("step", "cell-B1-H64", True, {"torch", "ours"}),
+        ("resets", "rollout-B1-H64", False, {"resets"}),
+        ("memory", "B32-T100-H64", True, {"torch", "ours", "recompute"}),
+        ("import", "process", False, {"torch alone"}),
+        ("callers", "small", True, {"one caller", "two callers"}),
+        ("overhead", "H64", False, {"kernel", "LSTMCell", "LSTM.step", "torch.nn.LSTMCell"}),
+        ("torchrl", "small", True, {"torch", "ours", "pad"}),
+        ("bursts", "one-row", True, {"ours", "torch beside 2_50_in_50ms"}),
+    ],
+)
+def test_the_sides_of_a_group(suite, group, case, training, sides):
+    assert sides <= set(one(suite[1], group, case, training)["sides"])
+
+
+def test_what_a_group_has(suite):
+    record = suite[1]
+    bound = one(record, "step", "stream-H16")["bounds"]["frozen"]
+    assert bound["weight_bytes"] == 4 * 4 * 16 * 32
+    reading = 1.25 * bound["weight_bytes"] / bound["gigabytes_per_second"] / 1e3
+    assert bound["bound_us"] == pytest.approx(8 + reading, rel=1e-3)
+    assert one(record, "ragged", "small", True)["time_of_a_row_over_padded"]["lengths"] > 0
+    assert len(one(record, "extras", "small", True)["cost"]) == 8
+    assert set(one(record, "vmap", "small")["cost"]) == {"vmap"}
+    assert {"torch", "ours", "float32"} == set(one(record, "dtypes", "small", True, "bfloat16")["sides"])
+    assert one(record, "cell-dtypes", "cell-B1-H64", True, "bfloat16")["sides"]["ours"]["median"] > 0
+    assert "ours_beside_2" in one(record, "busy", "one-row")["slowdowns"]
+    assert "kept_beside_1_20_in_5ms" in one(record, "bursts", "one-row")["slowdowns"]
+    assert one(record, "first-call", "B1-T1-H128")["make"]["ours"]["median"] > 0
+    assert one(record, "torchrl", "small")["episodes"] > 0
+    saved = one(record, "saved", "small", True)["saved"]
+    # Exactly: c_t of 5 numbers a unit, step and sequence.
+    assert saved["recompute"] / saved["ours"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_without_kernels(tmp_path):
+    path = tmp_path / "fallback.json"
+    of_one = ("--shapes", "one-T50-H32", "--threads", 1, "--budget", 0.01, "--output", path)
+    done = started("bench.py", "--only", "fallback-eager", *of_one)
+    assert done.returncode == 1 and "expected the environment to have LSTM_EXT_BACKEND=torch" in done.stderr
+    groups = [f"fallback-{way}" for way in ("eager", "packed", "deep", "compiled", "whole")]
+    run("bench.py", "--only", *groups, *of_one, LSTM_EXT_BACKEND="torch")
+    record = json.loads(path.read_text())
+    assert [(r["group"], r["training"]) for r in record["results"]] == [
+        (group, training) for group in groups for training in (False, True)
+    ]
+    assert record["facts"]["set_by_environment"]["LSTM_EXT_BACKEND"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--threads", "0"), "--threads: expected a whole number above 0, got '0'"),
+        (("--budget", "no"), "--budget: expected a number above 0, got 'no'"),
+        (("--shapes", "B0"), "--shapes: expected a name that --list shows, got 'B0'"),
+        (("--only", "memory", "--shapes", "small"), "expected at least one case that all of them name, got none"),
+        (("--pair", "--only", "frozen"), "--pair: expected groups among inference, training, step, memory"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments, named):
+    done = started("bench.py", *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr.splitlines()[-1]
+
+
+def test_a_missing_peer_is_one_line(tmp_path):
+    (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError(\"No module named 'openvino'\")")
+    paths = [str(tmp_path), str(Path(lstm_ext.__file__).resolve().parents[1])]
+    lines = run("peers.py", PYTHONPATH=os.pathsep.join(paths)).splitlines()
+    assert [line for line in lines if "openvino" in line] == [
+        "openvino: not measured: openvino is not installed; pip install openvino"
+    ]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_peers_compute_the_layer(modules, state):
+    harness, peers, Shape = modules.harness, modules.peers, modules.shapes.Shape
+    shape = Shape(2, 1, 4, 5) if state else Shape(2, 3, 4, 5, layers=2, directions=2)
+    theirs, _ = harness.make_layers(shape)
+    expected = harness.step_call(theirs, shape, "call") if state else harness.inference_call(theirs, shape)
+    calls, refused = peers.calls(theirs, shape, 1, peers.FLOAT_PEERS, state)
+    assert "onnxruntime" in calls and not refused
+    for call in calls.values():
+        assert harness.largest_difference(expected, call) < 1e-5
+
+
+def test_a_peer_that_fails_leaves_the_others(modules, monkeypatch):
+    peers = modules.peers
+
+    def broken(*_):
+        raise RuntimeError("no such layer\nand much more")
+
+    monkeypatch.setitem(
+        peers.PEERS, "openvino", peers.Peer("openvino", ("torch",), "a peer that cannot", broken)
+    )
+    theirs, _ = modules.harness.make_layers(shape := modules.shapes.Shape(2, 3, 4, 5))
+    calls, refused = peers.calls(theirs, shape, 1)
+    assert list(calls) == ["onnxruntime"]
+    assert refused == {"openvino": "RuntimeError: no such layer"}
+
+
+def test_turns(modules):
+    seen = []
+    sides = {name: lambda name=name: seen.append(name) for name in "abc"}
+    found = modules.harness.interleave(sides, 1e-9, least=6, most=6)
+    assert {name: len(samples) for name, samples in found.seconds.items()} == {"a": 6, "b": 6, "c": 6}
+    turns = ["".join(modules.harness.order_of(list("abc"), turn)) for turn in range(7)]
+    assert turns == ["abc", "bca", "cab", "acb", "bac", "cba", "abc"]
+    # As many calls in a sample for each side.
+    assert seen.count("a") == seen.count("b") == seen.count("c")
+
+
+# ---- make bench-quick
+
+
+def test_a_pair(tmp_path):
+    path = tmp_path / "pair.json"
+    stdout = run(
+        "bench.py",
+        *("--pair", "--shapes", "B1-T1-H128", "stream-H128", "B10-T30-H10", "B32-T100-H64", "--threads", 1),
+        *("--budget", 0.05, "--repeats", 1, "--output", path),
+    )
+    record = json.loads(path.read_text())
+    counts = Counter(r["group"] for r in record["results"])
+    assert counts == {"inference": 3, "training": 3, "step": 1, "memory": 1}
+    for result in record["results"]:
+        step = {"step"} if result["group"] == "step" else set()
+        assert set(result["sides"]) == {"torch", "ours"} | step
+        assert all(difference < 1e-3 for difference in result.get("differences", {}).values())
+    assert "geometric mean (target)" in stdout and "with `step()`" in stdout
     assert "| B | T | I | H | inference, 1 thread |" in stdout and "| 10 | 30 | 20 | 10 |" in stdout
-    assert "geometric mean (target)" in stdout
 
 
-def test_a_case_that_another_program_disturbed_counts_for_no_mean(bench_quick):
+def test_the_pair_takes_four_minutes(modules, monkeypatch):
+    options = importlib.import_module("bench").parse_options(["--pair"])
+    timed = [case for case in options.cases if case.group != "memory"]
+    assert len(timed) == 38 and options.budget * len(timed) == pytest.approx(240)
+
+
+def test_a_case_that_another_program_disturbed_counts_for_no_mean(modules):
     """The warning about it stands where the means do."""
-    case = {"group": "training", "shape": "B1", "threads": 2, "method": "call", "largest_difference": 0.0}
-    results = [
-        {**case, "ratio": 1.5, "halves": (1.5, 1.6)},
-        {**case, "ratio": 90.0, "halves": (1.4, 180.0)},
-        {**case, "group": "memory", "ratio": 0.5},
+
+    def result(theirs, group="training"):
+        samples = {"torch": theirs, "ours": [1.0, 1.0, 1.0, 1.0]}
+        sides = {name: {"median": sorted(s)[2], "samples": s} for name, s in samples.items()}
+        case = {"case": "B1", "threads": 2, "dtype": "float32", "training": True, "steps": 2}
+        return {"group": group, **case, "sides": sides}
+
+    steady, disturbed = result([1.5, 1.5, 1.6, 1.6]), result([1.4, 1.4, 180.0, 180.0])
+    record = {"settings": {"pair": True}, "results": [steady, disturbed, result([2.0] * 4, "memory")]}
+    assert [row[:2] for row in modules.tables.summary(record)] == [
+        ["training step", "1"],
+        ["peak memory", "1"],
     ]
-    assert [(s["group"], s["cases"], s["worst"]) for s in bench_quick.summarise(results)] == [
-        ("training", 1, 1.5),
-        ("memory", 1, 0.5),
-    ]
-    facts = {"load_at_start": 2.0, "lstm_ext_cpu_capability": "avx2"}
-    said = bench_quick.warnings_of(facts, results)
-    assert said[0].startswith("warning: other programs are running")
-    assert said[1:] == [
+    assert modules.tables.unsteady(record) == [
         "warning: left out of the means, since the ratio changed between the halves of the time:",
-        "  training   B1             2 thr  1.40×, then 180.00×",
+        "  training B1 float32 2 thr training: 1.40×, then 180.00×",
     ]
-    assert bench_quick.warnings_of({**facts, "load_at_start": 0.1}, results[:1]) == []
+    assert modules.tables.unsteady({**record, "results": [steady]}) == []
 
 
-def test_the_halves_of_a_comparison(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    harness = importlib.import_module("harness")
-    samples = {"torch": [1.0, 1.0, 8.0, 8.0], "ours": [1.0, 1.0, 1.0, 2.0]}
-    monkeypatch.setattr(harness, "interleave", lambda *_: harness.Interleaved(samples, 1))
-    assert harness.compare(print, print, 1.0).halves == (1.0, 8.0 / 1.5)
+# ---- what reads records
+
+
+def test_compare(suite, tmp_path):
+    path, record, _ = suite
+    changed = copy.deepcopy(record)
+    for result in changed["results"]:
+        for name in ("median", "first_quartile", "third_quartile"):
+            if "ours" in result["sides"]:
+                result["sides"]["ours"][name] /= 2
+    dropped = changed["results"].pop(0)
+    changed["facts"]["git_commit"] = "another"
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(changed))
+    stdout = run("compare.py", path, after)
+    assert "git_commit: " in stdout and "-> another" in stdout
+    assert f"only in {path}, 1 cases:\n  inference {dropped['case']} float32 1 thr inference" in stdout
+    means = stdout[stdout.index("(geometric means)") :].splitlines()
+    training = [line.split() for line in means if line.startswith("training")]
+    # group, side, cases, before / after, against torch
+    assert [line[1] for line in training] == ["torch", "ours"]
+    assert [float(line[3]) for line in training] == [1.0, 2.0]
+    assert float(training[1][4]) == 2.0
+
+
+def test_compare_wants_files_of_the_suite(suite, tmp_path):
+    text = tmp_path / "text.json"
+    text.write_text("{")
+    for bad in (tmp_path / "none.json", BENCHMARKS / "results" / "support_cpu.json", text):
+        done = started("compare.py", suite[0], bad)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{bad}: expected a file that benchmarks/bench.py wrote, got")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_report_of_another_record():
@@ -125,13 +312,8 @@ def test_report_of_another_record():
     assert text.startswith("|  | cases | AVX2, EPYC Zen 3 |")
 
 
-@pytest.fixture
-def pages(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("report.pages")
-
-
-def test_a_block_is_renewed(pages, tmp_path):
+def test_a_block_is_renewed(modules, tmp_path):
+    pages = modules.pages
     block = next(block for block in pages.BLOCKS if block.name == "cost")
     page = tmp_path / block.page
     page.parent.mkdir(parents=True)
@@ -142,9 +324,6 @@ def test_a_block_is_renewed(pages, tmp_path):
     assert page.read_text().endswith("\n<!-- cost:end -->\nafter\n")
     assert "old figures" not in page.read_text()
     assert not pages.renew(block, tmp_path)
-
-
-def test_a_block_wants_markers(pages, tmp_path):
     page = tmp_path / "README.md"
     page.write_text("no markers\n")
     with pytest.raises(SystemExit, match="<!-- faster:begin -->"):
@@ -152,52 +331,11 @@ def test_a_block_wants_markers(pages, tmp_path):
     assert page.read_text() == "no markers\n"
 
 
-def test_bad_names(pages, capsys):
+def test_bad_names(modules, capsys):
     for given, named in ((["no"], "expected names among faster, "), (["--record", "a.json"], "got 0")):
         with pytest.raises(SystemExit):
-            pages.main(given)
+            modules.pages.main(given)
         assert named in capsys.readouterr().err
-
-
-def test_options(tmp_path):
-    output = tmp_path / "options.json"
-    stdout = run(
-        "bench_options.py",
-        *("--only", "time", "step", "--shapes", "small", "--threads", 1),
-        *("--budget", 0.02, "--output", output),
-    )
-    results = json.loads(output.read_text())["results"]
-    costs = {r["option"]: r["cost"] for r in results if r["group"] == "time" and r["training"]}
-    assert len(costs) == 8 and all(cost > 0 for cost in costs.values())
-    calls = [r["call"] for r in results if r["group"] == "step"]
-    assert calls == ["LSTMCell", "LSTM.step", "torch.nn.LSTMCell"] * 3
-    assert "layer_norm: a training step costs" in stdout
-
-
-@pytest.mark.parametrize(
-    ("group", "shape", "figures"),
-    [
-        ("packed", "small", {"cost", "over_torch"}),
-        ("vmap", "small", {"cost"}),
-        ("callers", "small", {"cost"}),
-        ("16-bit", "small", {"bfloat16_over_torch", "float16_over_float32"}),
-        ("cell", "cell-B1-H64", {"over_torch"}),
-        ("frozen", "stream-H16", {"as_they_are_over_torch", "int8_over_ours"}),
-        ("rollout", "rollout-B1-H64", {"over_torch"}),
-        ("busy", "stream-H512", {"torch_beside_1", "ours_beside_2", "over_torch_beside_2"}),
-    ],
-)
-def test_contract(group, shape, figures, tmp_path):
-    output = tmp_path / "contract.json"
-    run(
-        "bench_contract.py",
-        *("--only", group, "--shapes", shape, "--threads", 1, "--budget", 0.02, "--output", output),
-    )
-    results = json.loads(output.read_text())["results"]
-    assert [r["training"] for r in results] == ([False] if group == "frozen" else [False, True])
-    assert all(result[figure] > 0 for result in results for figure in figures)
-    if group == "rollout":
-        assert "resets_over_torch" in results[1]
 
 
 def test_pictures_of_the_cuda_kernels(tmp_path):
@@ -206,17 +344,7 @@ def test_pictures_of_the_cuda_kernels(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.full
-def test_memory_of_recompute(tmp_path):
-    output = tmp_path / "options.json"
-    run("bench_options.py", "--only", "memory", "--shapes", "speech", "--threads", 1, "--output", output)
-    recompute, _ = json.loads(output.read_text())["results"]
-    # Exactly: c_t of 5 numbers a unit, step and sequence.
-    assert recompute["saved"] == pytest.approx(0.2, abs=0.01)
-    assert recompute["peak"] < 0.7
-
-
-def test_pages_show_the_committed_figures(pages):
+def test_pages_show_the_committed_figures(modules):
     """All of them, and no page has a block that nothing renews."""
     run("report", "--check")
     root = BENCHMARKS.parent
@@ -225,7 +353,7 @@ def test_pages_show_the_committed_figures(pages):
         for page in [root / "README.md", *(root / "docs").rglob("*.md")]
         for name in re.findall(r"<!-- (\S+):begin -->", page.read_text())
     }
-    assert marked == {(block.page, block.name) for block in pages.BLOCKS}
+    assert marked == {(block.page, block.name) for block in modules.pages.BLOCKS}
 
 
 def test_the_picture_shows_the_committed_figures(tmp_path):

@@ -19,7 +19,7 @@ TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
 # Files of ours, by their endings; not those of other projects, nor what is made here, nor places to fill in.
 FILE = re.compile(r"[\w/]*\b[a-z_]\w*\.(?:py|cpp|cuh|cu|h|json|md)\b(?!\.)")
-NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json", "benchmarks/results/local.json"}
+NOT_OURS = {"Python.h", "cusparse.h", "_build_info.json"}
 
 
 def prose(page: Path) -> str:

@@ -6,7 +6,6 @@ import copy
 import datetime
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +15,19 @@ pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-NEWEST = "suite_epyc_zen5_2_cores.json"
+FIELDS = {"group", "case", "threads", "dtype", "training", "unit", "sides"}
+NEWEST, HELD = "suite_epyc_zen5_2_cores.json", "suite_epyc_zen5_avx2_2_cores.json"
+OTHER = "cpu_epyc_zen3_2_cores.json"  # of another machine
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("ages", "pages", "quotes", "readme", "uses")
-    found = {name: importlib.import_module(f"report.{name}") for name in names}
-    return SimpleNamespace(**found, renew=importlib.import_module("renew"))
+    names = [f"report.{name}" for name in ("ages", "pages", "quotes", "readme", "uses")] + [
+        "records",
+        "renew",
+    ]
+    return SimpleNamespace(**{name.split(".")[-1]: importlib.import_module(name) for name in names})
 
 
 def record(name: str) -> dict:
@@ -113,10 +116,12 @@ def test_the_newest_record_of_a_machine_counts(modules) -> None:
 
 
 def test_one_step_counts_neither_as_inference_nor_as_training(modules) -> None:
-    cases = modules.uses.of_quick(record("cpu_epyc_zen5_2_cores.json"))
-    assert [len(cases[use]) for use in ("inference", "training", "step-training")] == [16, 16, 2]
-    suite = modules.uses.of_suite(record(NEWEST))
-    assert len(suite["inference"]) == len(suite["training"]) == 106
+    counts = {"cpu_epyc_zen5_2_cores.json": (16, 16, 2, 4), NEWEST: (106, 106, 6, 30)}
+    for name, expected in counts.items():
+        cases = modules.uses.cases_of(record(name))
+        assert (
+            tuple(len(cases[use]) for use in ("inference", "training", "step-training", "step")) == expected
+        )
 
 
 def test_every_record_of_a_machine_is_read(modules) -> None:
@@ -184,7 +189,7 @@ class Fakes:
         self.fails = False
         names = ("epyc_zen5", "epyc_zen5_avx2")
         self.machine = renew.Machine(names, "AMD EPYC", "avx512_bf16", 2)
-        for name in (NEWEST, "suite_epyc_zen5_avx2_2_cores.json", "cpu_epyc_zen3_2_cores.json"):
+        for name in (NEWEST, HELD, OTHER):
             (folder / name).write_text((RESULTS / name).read_text())
         self.folder = folder
         found = renew.entries
@@ -201,8 +206,11 @@ class Fakes:
 
     def run(self, command: list[str], env: dict[str, str]) -> SimpleNamespace:
         self.started.append((command, env))
-        Path(command[command.index("--output") + 1]).write_text("{}")
+        self.output(self.started[-1]).write_text("{}")
         return SimpleNamespace(returncode=int(self.fails))
+
+    def output(self, started: tuple[list[str], dict[str, str]]) -> Path:
+        return Path(started[0][started[0].index("--output") + 1])
 
 
 @pytest.fixture
@@ -210,51 +218,55 @@ def fakes(modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
     return Fakes(modules.renew, monkeypatch, tmp_path)
 
 
-def test_what_is_newer_than_the_code_stays(fakes: Fakes, capsys) -> None:
-    assert fakes.renew.main([]) == 0
-    said = capsys.readouterr().out
-    assert f"{NEWEST[:-5]}: newer than the code" in said and "nothing to measure" in said
-    assert "cpu_epyc_zen3" not in said  # of another machine
-    assert not fakes.started and not fakes.renewed
+@pytest.mark.parametrize(
+    ("arguments", "log", "started", "said"),
+    [
+        ([], "", [], f"{NEWEST[:-5]}: newer than the code"),
+        ([], "", [], "library_epyc_zen5_2_cores: there is no record of this machine"),
+        ([], "1\n2", [NEWEST, HELD], "bench.py"),
+        (["--force", NEWEST[:-5]], "", [NEWEST], "bench.py"),
+        (["--new"], "", ["library_epyc_zen5_2_cores.json"], "--only library"),
+        (["--list"], "1", [], "| epyc_zen5, 2 cores | 6fa443fa28a5 | 1 commit since | can be renewed here |"),
+        (["--list"], "1", [], "| this is epyc_zen5, 2 cores |"),
+    ],
+)
+def test_what_is_measured(fakes: Fakes, capsys, arguments, log, started, said) -> None:
+    """Only what is of this machine, and older than the code or forced; the pages follow."""
+    fakes.log = log
+    assert fakes.renew.main(arguments) == 0
+    assert said in capsys.readouterr().out
+    assert [path.name for path in map(fakes.output, fakes.started)] == started
+    assert all((fakes.folder / name).read_text() == "{}" for name in started)
+    assert (fakes.folder / OTHER).read_text() != "{}" and fakes.renewed == bool(started)
 
 
-def test_what_is_older_than_the_code_is_measured(fakes: Fakes) -> None:
-    fakes.log = "1\n2\n3"
-    assert fakes.renew.main([]) == 0
-    assert [Path(command[1]).name for command, _ in fakes.started] == ["bench.py"] * 2
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([OTHER[:-5]], "cannot be renewed: this is epyc_zen5, 2 cores"),
+        (["none"], "expected names that --list shows, got none"),
+    ],
+)
+def test_names_that_cannot_be_measured(fakes: Fakes, capsys, names, said) -> None:
+    with pytest.raises(SystemExit):
+        fakes.renew.main(names)
+    assert said in capsys.readouterr().err
+
+
+def test_a_record_is_made_as_it_was(fakes: Fakes) -> None:
+    fakes.log = "1"
+    fakes.renew.main([])
     (plain, here), (held, environment) = fakes.started
     assert plain[plain.index("--budget") + 1] == "0.6" and not {"--shapes", "--only"} & set(plain)
     assert held[held.index("--only") + 1 :][:4] == ["inference", "training", "frozen", "step"]
-    assert environment["LSTM_EXT_CPU_CAPABILITY"] == "avx2"
-    assert here.get("LSTM_EXT_CPU_CAPABILITY") != "avx2"
-    assert (fakes.folder / NEWEST).read_text() == "{}" and fakes.renewed == 1
-    assert (fakes.folder / "cpu_epyc_zen3_2_cores.json").read_text() != "{}"
-
-
-def test_forced_and_by_name(fakes: Fakes, capsys) -> None:
-    assert fakes.renew.main(["--force", NEWEST[:-5]]) == 0
-    assert len(fakes.started) == 1 and fakes.renewed == 1
-    for names, said in (
-        (["cpu_epyc_zen3_2_cores"], "cannot be renewed: this is epyc_zen5, 2 cores"),
-        (["none"], "expected names that --list shows, got none"),
-    ):
-        with pytest.raises(SystemExit):
-            fakes.renew.main(names)
-        assert said in capsys.readouterr().err
-
-
-def test_a_failed_benchmark_leaves_the_record(fakes: Fakes) -> None:
-    fakes.fails = True
-    with pytest.raises(SystemExit, match=r"bench\.py failed"):
-        fakes.renew.main(["--force", NEWEST[:-5]])
-    assert (fakes.folder / NEWEST).read_text() != "{}" and not fakes.renewed
+    assert environment["LSTM_EXT_CPU_CAPABILITY"] == "avx2" != here.get("LSTM_EXT_CPU_CAPABILITY")
 
 
 def test_a_new_record_is_no_change_to_the_next_benchmark(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets to its place when all have ended; those before one that fails get there too."""
-    names, seen = (NEWEST, "suite_epyc_zen5_avx2_2_cores.json"), []
+    names, seen = (NEWEST, HELD), []
     fakes.log, run = "1", fakes.run
 
     def second_fails(command: list[str], env: dict[str, str]) -> SimpleNamespace:
@@ -291,31 +303,6 @@ def test_changes_that_no_commit_has(fakes: Fakes) -> None:
     assert not fakes.started
 
 
-def test_a_machine_without_a_record(fakes: Fakes, capsys) -> None:
-    fakes.machine = fakes.renew.Machine(("xeon_amx", "xeon_amx_avx2"), "Intel(R) Xeon(R)", "amx", 4)
-    assert fakes.renew.main([]) == 0
-    said = capsys.readouterr().out
-    assert "suite_xeon_amx_4_cores: there is no record of this machine" in said
-    assert "library_xeon_amx_4_cores: there is no record of this machine" in said and not fakes.started
-    assert fakes.renew.main(["--new"]) == 0
-    for kind in ("suite", "library"):
-        assert (fakes.folder / f"{kind}_xeon_amx_4_cores.json").is_file()
-    (suite, _), (library, _) = fakes.started
-    assert "--only" not in suite and library[library.index("--only") + 1] == "library"
-    assert fakes.renewed == 1
-
-
-def test_the_list(fakes: Fakes, capsys) -> None:
-    fakes.log = "1"
-    assert fakes.renew.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    ours = next(line for line in lines if NEWEST[:-5] in line)
-    assert ours.endswith("| epyc_zen5, 2 cores | 6fa443fa28a5 | 1 commit since | can be renewed here |")
-    other = next(line for line in lines if "cpu_epyc_zen3" in line)
-    assert other.endswith("| this is epyc_zen5, 2 cores |")
-    assert not fakes.started
-
-
 def test_what_makes_a_record_older(modules, monkeypatch: pytest.MonkeyPatch) -> None:
     renew = modules.renew
     entry = next(entry for entry in renew.entries() if entry.path.name == NEWEST)
@@ -335,13 +322,22 @@ def test_git_says_nothing_of_a_commit_that_is_not_here(modules) -> None:
     assert modules.renew.git("rev-parse", "--verify", "-q", "0123456789abcdef^{commit}") is None
 
 
-def test_every_record_can_be_made_again(modules) -> None:
-    """Its benchmark is there, and takes the arguments."""
+def test_every_record_has_the_one_format_and_can_be_made_again(modules, tmp_path: Path) -> None:
+    bench = importlib.import_module("bench")
     for entry in modules.renew.entries():
-        kind = modules.renew.KINDS[entry.kind]
-        text = (ROOT / "benchmarks" / kind.program).read_text()
-        arguments = kind.arguments(entry.record)
-        inherited = ("--shapes", "--threads", "--budget")  # harness.options_of
-        assert all(f'"{a}"' in text or a in inherited for a in arguments if a.startswith("--")), entry.path
-        assert '"--output"' in text or "options_of" in text
-    assert sys.modules["renew"] is modules.renew
+        program, *arguments = modules.renew.command_of(entry.record)
+        if entry.path.stem == modules.renew.SUPPORT:
+            assert (ROOT / "benchmarks" / program).exists() and not arguments
+            continue
+        found = modules.records.read(entry.path)
+        options = bench.parse_options(arguments)
+        # Each case of it is a case of the suite.
+        cases = {(c.group, c.name, c.dtype, c.threads, c.training) for c in options.cases}
+        assert {modules.records.key(r) for r in found["results"]} <= cases, entry.path
+        assert found["summary"] == modules.records.summary(found["results"]), entry.path
+        assert all(set(r) >= FIELDS and r["sides"] for r in found["results"]), entry.path
+    path = tmp_path / "old.json"
+    for text in ('{"suite": "another"}', '{"suite": "lstm_ext bench", "format": 0}'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="expected a file that benchmarks/bench"):
+            modules.records.read(path)
