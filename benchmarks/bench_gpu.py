@@ -33,6 +33,7 @@ from typing import Any
 
 import gpu_shapes
 import harness
+import records
 import torch
 from gpu_shapes import Case
 from shapes import Shape
@@ -367,7 +368,7 @@ def measure(
                 "floor_ms": floor_ms(case, kind, sides.rows, ceilings),
             }
             for side, of_side in zip(("torch", "ours"), samples, strict=True):
-                timing = asdict(harness.timing([ms / 1e3 for ms in of_side]))  # which takes seconds
+                timing = records.side(of_side)
                 timing["us_per_step"] = 1e3 * timing["median"] / case.steps
                 timing["share_of_floor"] = result["floor_ms"] / timing["median"]
                 if kind == "training":

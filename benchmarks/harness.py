@@ -35,20 +35,6 @@ MIN_SAMPLE_SECONDS = 5e-3
 MEBIBYTE = 2**20
 
 
-@dataclass
-class Timing:
-    """One side of a comparison, in milliseconds per call."""
-
-    median: float
-    first_quartile: float
-    third_quartile: float
-
-
-def timing(samples: list[float]) -> Timing:
-    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(*(1e3 * value for value in (median, first, third)))
-
-
 def sample(function: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):

@@ -57,6 +57,11 @@ class Machine(NamedTuple):
     capability: str
     cores: int
 
+    @property
+    def own(self) -> list[str]:
+        """The machines of its records, as `Entry` has them."""
+        return [*[f"{name}, {self.cores} cores" for name in self.names], f"{self.cpu}, {self.capability}"]
+
 
 def name_of(cpuinfo: str, capability: str) -> str:
     """As in the names of records: epyc_zen5, xeon_amx."""
@@ -96,10 +101,11 @@ class Entry(NamedTuple):
 
     @property
     def machine(self) -> str:
+        """By the name of the record, or by its facts where the name has none."""
         found = uses.FILE.fullmatch(self.path.name)
-        return (
-            f"{found['machine']}, {found['cores']} cores" if found else self.facts["lstm_ext_cpu_capability"]
-        )
+        if found:
+            return f"{found['machine']}, {found['cores']} cores"
+        return f"{self.facts['cpu']}, {self.facts['lstm_ext_cpu_capability']}"
 
 
 def entries(folder: Path = RESULTS) -> list[Entry]:
@@ -110,12 +116,9 @@ def entries(folder: Path = RESULTS) -> list[Entry]:
 
 def sources() -> list[str]:
     """The modules of the suite; what makes the tables, and what is of a GPU, is none of them."""
-    files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
-    names = {Path(file).name for file in files if Path(file).parent == HERE} - {
-        Path(__file__).name,
-        "gpu_shapes.py",
-    }
-    return sorted(f"benchmarks/{name}" for name in names)
+    paths = [Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()]
+    names = {path.name for path in paths if path.parent == HERE}
+    return sorted(f"benchmarks/{name}" for name in names - {Path(__file__).name, "gpu_shapes.py"})
 
 
 def git(*arguments: str) -> str | None:
@@ -141,28 +144,20 @@ def changes_since(entry: Entry) -> str:
 
 def elsewhere(entry: Entry, machine: Machine) -> str:
     """Why this machine cannot renew a record; empty where it can."""
-    if entry.path.stem == SUPPORT:
+    if entry.path.stem == SUPPORT or entry.machine in machine.own:
         return ""
-    found = uses.FILE.fullmatch(entry.path.name)
-    if found:
-        same = found["machine"] in machine.names and int(found["cores"]) == machine.cores
-    else:
-        same = (entry.facts["cpu"], entry.facts["lstm_ext_cpu_capability"]) == machine[1:3]
-    return "" if same else f"this is {machine.names[0]}, {machine.cores} cores"
+    return f"this is {machine.own[0]}"
 
 
 def listed(found: list[Entry], machine: Machine) -> str:
-    rows = [
-        [
-            entry.path.stem,
-            ages.dated(entry.facts),
-            entry.machine,
-            entry.facts["git_commit"],
+    rows = []
+    for entry in found:
+        age, here = (
             changes_since(entry) or "newer than the code",
             elsewhere(entry, machine) or "can be renewed here",
-        ]
-        for entry in found
-    ]
+        )
+        facts = entry.facts
+        rows.append([entry.path.stem, ages.dated(facts), entry.machine, facts["git_commit"], age, here])
     return "\n".join(table(["record", "date", "machine", "commit", "code", "here"], rows))
 
 
@@ -198,9 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show all records, and measure nothing")
     parser.add_argument("--force", action="store_true", help="measure also what is newer than the code")
     parser.add_argument(
-        "--new",
-        action="store_true",
-        help="measure the suite and the C library on a machine without their records",
+        "--new", action="store_true", help="measure the suite and the C library where they have no record"
     )
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - {entry.path.stem for entry in found}:
